@@ -1,0 +1,130 @@
+"""Checkpoints: a folder with weights and optimizer state as safetensors, and the rest as JSON. Nothing is pickled.
+
+    model.safetensors       the model's weights
+    optimizer.safetensors   the tensors of the optimizer's state
+    state.json              position, metrics, scheduler, config, versions, and SHA-256 of the other two
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from mnist_ray.engine import TrainingState
+from mnist_ray.errors import JobError, UsageError
+from mnist_ray.metrics import MetricSums
+from mnist_ray.model import create_model
+
+_MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+
+
+def save_checkpoint(folder: Path, state: TrainingState, about: dict[str, Any]) -> None:
+    """Write ``state`` into an existing folder, with ``about`` (config, versions) for whoever reads it later."""
+    optimizer = state.optimizer.state_dict()
+    optimizer_tensors, optimizer_values = _separate_tensors(optimizer["state"])
+    files = {_MODEL: _to_bytes(state.model.state_dict()), _OPTIMIZER: _to_bytes(optimizer_tensors)}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    document = {
+        "epoch": state.epoch,
+        "step": state.step,
+        "sums": dataclasses.asdict(state.sums),
+        "epoch_s": state.epoch_s,
+        "optimizer": {"values": optimizer_values, "param_groups": optimizer["param_groups"]},
+        "scheduler": state.scheduler.state_dict(),
+        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        **about,
+    }
+    (folder / _STATE).write_text(json.dumps(document, indent=1), encoding="utf-8")
+
+
+def load_model(folder: Path) -> nn.Module:
+    """Return the checkpoint's model. Raises UsageError where there is none, JobError where it is damaged."""
+    model = create_model()
+    _load_weights(folder, _read_state(folder), model)
+    return model
+
+
+def restore(folder: Path, state: TrainingState) -> None:
+    """Put a checkpoint's content into a freshly created ``state``. Raises as ``load_model`` does."""
+    document = _read_state(folder)
+    _load_weights(folder, document, state.model)
+    tensors = _read_tensors(folder, _OPTIMIZER, document)
+    per_parameter: dict[int, dict[str, Any]] = {}
+    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        per_parameter.setdefault(int(index), {})[name] = _with_layout_of(parameters[int(index)], tensor)
+    for index, values in document["optimizer"]["values"].items():
+        per_parameter.setdefault(int(index), {}).update(values)
+    state.optimizer.load_state_dict(
+        {"state": per_parameter, "param_groups": document["optimizer"]["param_groups"]}
+    )
+    state.scheduler.load_state_dict(document["scheduler"])
+    state.epoch, state.step, state.epoch_s = document["epoch"], document["step"], document["epoch_s"]
+    state.sums = MetricSums(**document["sums"])
+
+
+def _with_layout_of(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """Give a parameter's moment the parameter's strides: fused optimizers pair them up by memory position."""
+    if tensor.shape != parameter.shape:
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+
+
+def _separate_tensors(state: dict[int, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[int, dict[str, Any]]]:
+    """Split an optimizer's state per parameter into tensors, keyed ``index.name``, and JSON values."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[int, dict[str, Any]] = {}
+    for index, entries in state.items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value
+            else:
+                values.setdefault(index, {})[name] = value
+    return tensors, values
+
+
+def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    path = folder / _STATE
+    if not path.is_file():
+        raise UsageError(f"{folder} is not a checkpoint: it has no {_STATE}")
+    try:
+        document = json.loads(path.read_bytes())
+        missing = {"epoch", "step", "sums", "epoch_s", "optimizer", "scheduler", "sha256"} - document.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise JobError(f"checkpoint {folder} is damaged: {_STATE}: {error}") from error
+    if missing:
+        raise JobError(f"checkpoint {folder} is damaged: {_STATE} lacks {', '.join(sorted(missing))}")
+    return document  # type: ignore[no-any-return]
+
+
+def _read_tensors(folder: Path, name: str, document: dict[str, Any]) -> dict[str, Tensor]:
+    try:
+        content = (folder / name).read_bytes()
+        if hashlib.sha256(content).hexdigest() != document["sha256"].get(name):
+            raise JobError(f"checkpoint {folder} is damaged: {name} is not what was written")
+        return load(content)
+    except (OSError, SafetensorError) as error:
+        raise JobError(f"checkpoint {folder} is damaged: {name}: {error}") from error
+
+
+def _load_weights(folder: Path, document: dict[str, Any], model: nn.Module) -> None:
+    weights = _read_tensors(folder, _MODEL, document)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        difference = str(error).splitlines()[-1].strip()
+        raise JobError(f"checkpoint {folder} is of another model: {difference}") from error

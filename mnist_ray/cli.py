@@ -1,0 +1,62 @@
+"""The command line of the jobs: flags made from the settings, and exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn, get_type_hints
+
+from mnist_ray.config import flag, value_type
+from mnist_ray.errors import JobError, UsageError
+
+UNSET = argparse.SUPPRESS
+"""The default of a flag that leaves nothing behind where it is not given."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose flags come from config classes and whose errors are one line."""
+
+    def __init__(self, description: str, *config_classes: type) -> None:
+        super().__init__(description=description, allow_abbrev=False)
+        for config_class in config_classes:
+            self._add_settings(config_class)
+
+    def _add_settings(self, config_class: type) -> None:
+        group = self.add_argument_group((config_class.__doc__ or "").split(":")[0].rstrip("."))
+        hints = get_type_hints(config_class)
+        for field in dataclasses.fields(config_class):
+            plain, choices = value_type(hints[field.name])
+            kind: dict[str, Any] = {"action": "store_true"} if plain is bool else {"type": plain, "choices": choices}
+            shown = field.metadata["help"]
+            if plain is not bool and field.default is not None:
+                shown += f" (default: {field.default})"
+            group.add_argument(flag(field.name), default=UNSET, help=shown, **kind)
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line, not the whole usage, and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a job's main and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted; a bug keeps its traceback.
+
+    SIGTERM, which ``ray job stop`` and schedulers send, is taken as Ctrl-C.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    status = 0
+    try:
+        main()
+    except (UsageError, JobError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

@@ -1,0 +1,181 @@
+"""Ray: starting it or connecting to it, and planning workers on what it has."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from ray._private import state as ray_state
+
+from mnist_ray.config import WorkerConfig
+from mnist_ray.errors import JobError, UsageError
+
+_ENVIRONMENT = {
+    # Train's controller looks at its workers this often; the default of 2 s is waited for at the end of every run.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # Keep Ray from changing CUDA_VISIBLE_DEVICES of tasks without GPUs, as it will; silences a warning about it.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one node offers in all, whoever uses it now."""
+
+    num_cpus: int
+    num_gpus: int = 0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running Ray."""
+
+    is_local: bool
+    """Started by this job, on this machine, and ended with it."""
+    nodes: tuple[Node, ...]
+    autoscaled_nodes: tuple[Node, ...]
+    """What could be there besides ``nodes``, once an autoscaler has started it."""
+    log_folder: str
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """How many workers, with what each."""
+
+    num_workers: int
+    cpus_per_worker: int
+    use_gpu: bool
+    must_scale_up: bool
+    """The nodes that are there cannot hold them; an autoscaler has to start more."""
+
+
+def usable_cores() -> int:
+    """Return the cores that this process may use, by its affinity and its cgroup's quota."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or no quota ("max")
+        pass
+    return cores
+
+
+@contextlib.contextmanager
+def connect(config: WorkerConfig, *, verbose: bool) -> Iterator[Cluster]:
+    """Connect to the cluster of ``RAY_ADDRESS`` or of this machine's ``ray start``, else start a local Ray.
+
+    A local Ray counts at least the CPUs asked for, so that more workers than cores can run. On leaving, the
+    connection is closed and a local Ray ended. Raises JobError where the named cluster does not answer.
+    """
+    os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
+    options = {
+        "log_to_driver": verbose,
+        "logging_level": logging.INFO if verbose else logging.ERROR,
+    }
+    if not verbose:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=r"ray\.")
+    try:
+        is_local = not _join(options)
+        if is_local:
+            num_cpus = max(usable_cores(), (config.num_workers or 1) * (config.cpus_per_worker or 1))
+            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
+        yield Cluster(is_local, _nodes(), _autoscaled_nodes(), _log_folder())
+    finally:
+        ray.shutdown()
+
+
+def _join(options: dict[str, object]) -> bool:
+    """Connect to an existing cluster; return False where there is none to connect to."""
+    address = os.environ.get("RAY_ADDRESS")
+    if address == "local":
+        return False
+    try:
+        ray.init(address="auto", **options)
+    except ConnectionError as error:
+        if address:
+            raise JobError(f"no Ray cluster answers at RAY_ADDRESS={address}; unset it to start a local one") from error
+        return False
+    return True
+
+
+def _nodes() -> tuple[Node, ...]:
+    return tuple(_node(node["Resources"]) for node in ray.nodes() if node["Alive"])
+
+
+def _node(resources: dict[str, float]) -> Node:
+    return Node(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
+
+
+def _autoscaled_nodes() -> tuple[Node, ...]:
+    """Return the nodes that an autoscaler may still add, by the limits that it has told the cluster."""
+    cluster_config = ray_state.state.get_cluster_config()
+    if cluster_config is None:
+        return ()
+    here = [node["Labels"].get("ray.io/node-group") for node in ray.nodes() if node["Alive"]]
+    return tuple(
+        _node(group.resources)
+        for group in cluster_config.node_group_configs
+        for _ in range(group.max_count - here.count(group.name))
+    )
+
+
+def _log_folder() -> str:
+    return str(Path(ray._private.worker.global_worker.node.get_session_dir_path()) / "logs")
+
+
+def plan_workers(config: WorkerConfig, cluster: Cluster) -> WorkerPlan:
+    """Decide how many workers run and what each gets.
+
+    Raises UsageError where neither the nodes nor what an autoscaler may add could ever hold the workers asked for.
+    """
+    here, possible = cluster.nodes, cluster.nodes + cluster.autoscaled_nodes
+    num_gpus = sum(node.num_gpus for node in possible)
+    if config.use_gpu == "yes" and num_gpus == 0:
+        raise UsageError("--use-gpu yes, but the cluster has no GPU; use --use-gpu no")
+    use_gpu = num_gpus > 0 and config.use_gpu != "no"
+    usable = [node for node in here if (node.num_gpus if use_gpu else node.num_cpus)]
+    num_workers = config.num_workers or max(1, sum(node.num_gpus for node in usable) if use_gpu else len(usable))
+    for nodes, must_scale_up in ((here, False), (possible, True)):
+        cpus = cpus_for_each(nodes, num_workers, config.cpus_per_worker, use_gpu)
+        if cpus is not None:
+            return WorkerPlan(num_workers, cpus, use_gpu, must_scale_up)
+    raise UsageError(_cannot_hold(config, num_workers, possible, use_gpu))
+
+
+def cpus_for_each(
+    nodes: Sequence[Node], num_workers: int, cpus_per_worker: int | None, use_gpu: bool
+) -> int | None:
+    """Return the CPUs of each worker: as given, else the most that all can have; None where they do not fit."""
+    most = max((node.num_cpus for node in nodes), default=0)
+    candidates = range(most, 0, -1) if cpus_per_worker is None else [cpus_per_worker]
+    for cpus in candidates:
+        rooms = [min(node.num_cpus // cpus, node.num_gpus if use_gpu else num_workers) for node in nodes]
+        if sum(rooms) >= num_workers:
+            return cpus
+    return None
+
+
+def _cannot_hold(config: WorkerConfig, num_workers: int, nodes: Sequence[Node], use_gpu: bool) -> str:
+    cpus = config.cpus_per_worker or 1
+    asked = f"{num_workers} workers of {cpus} CPU{'s' if cpus > 1 else ''}{' and 1 GPU' if use_gpu else ''}"
+    there = f"{sum(node.num_cpus for node in nodes)} CPUs"
+    if use_gpu:
+        there += f" and {sum(node.num_gpus for node in nodes)} GPUs"
+    there += f" on {len(nodes)} node{'s' if len(nodes) > 1 else ''}"
+    flags = "--num-workers" + (" or --cpus-per-worker" if config.cpus_per_worker else "")
+    return f"the cluster can never hold {asked}: it has {there}; lower {flags}" + (
+        ", or use --use-gpu no" if use_gpu else ""
+    )
+
+
+def threads_per_worker(assigned_cpus: float, cores: int, workers_on_node: int) -> int:
+    """Return the threads of one worker: the CPUs that Ray gave it, but no more than its share of real cores."""
+    return max(1, min(int(assigned_cpus), cores // workers_on_node))

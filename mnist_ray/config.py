@@ -1,0 +1,230 @@
+"""Every setting of the jobs: one typed field each, shared by the flag, the file and the code.
+
+Standard library only, so that a wrong flag is answered before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from mnist_ray.errors import UsageError
+
+T = TypeVar("T")
+Check = Callable[[Any], bool]
+
+
+def setting(default: T, help: str, check: Check | None = None, must: str = "") -> T:  # noqa: A002
+    """Declare a field: its default, its help text (unit and scope), and what its value must fulfil."""
+    return dataclasses.field(default=default, metadata={"help": help, "check": check, "must": must})
+
+
+def _at_least(minimum: int) -> dict[str, Any]:
+    return {"check": lambda value: value is None or value >= minimum, "must": f"must be at least {minimum}"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Hyperparameters of one training run: with the data, all that decides which weights come out."""
+
+    num_epochs: int = setting(2, "passes over the training images", **_at_least(1))
+    batch_size: int = setting(128, "images per optimizer step, over all workers", **_at_least(1))
+    learning_rate: float = setting(
+        5e-3,
+        "peak of the schedule, at this batch size; never scaled by the number of workers",
+        lambda value: math.isfinite(value) and value > 0,
+        "must be a positive number",
+    )
+    schedule: Literal["one-cycle", "constant"] = setting("one-cycle", "how the learning rate moves over the run")
+    beta1: float = setting(0.7, "Adam's decay of the gradient's mean", lambda b: 0 <= b < 1, "must be in [0, 1)")
+    beta2: float = setting(0.9, "Adam's decay of the gradient's square", lambda b: 0 <= b < 1, "must be in [0, 1)")
+    precision: Literal["auto", "fp32", "bf16"] = setting(
+        "auto", "arithmetic of the forward and backward pass; auto: bf16 on CPUs that have it in hardware"
+    )
+    validation_size: int = setting(
+        5000, "training images held out for validation; 0: train on all, keep the last checkpoint", **_at_least(0)
+    )
+    seed: int = setting(0, "decides the initial weights and the order of the images", **_at_least(0))
+    checkpoint_every: int = setting(1000, "steps between checkpoints within an epoch", **_at_least(1))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which images to learn from."""
+
+    dataset: Literal["mnist", "fashion-mnist", "kmnist"] = setting(
+        "mnist", "mnist ships with the package; the others are downloaded once by torchvision"
+    )
+    data_dir: str | None = setting(None, "a folder with four IDX files in MNIST's format, in place of --dataset")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerConfig:
+    """How the training is spread over a machine or a cluster."""
+
+    num_workers: int | None = setting(
+        None, "training processes; default: one per GPU, else one per node with all its cores", **_at_least(1)
+    )
+    cpus_per_worker: int | None = setting(
+        None, "CPUs, and so threads, of one worker; default: the cluster's CPUs shared evenly", **_at_least(1)
+    )
+    use_gpu: Literal["auto", "yes", "no"] = setting("auto", "auto: where the cluster has any")
+    max_failures: int = setting(3, "how often lost workers are replaced before the run fails", **_at_least(0))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputConfig:
+    """Where results go and how much is said."""
+
+    storage_path: str = setting("~/ray_results", "folder or URI (s3://…) for all runs; every node must see it")
+    run_name: str | None = setting(
+        None,
+        "folder of this run under --storage-path; default: the date and time",
+        lambda name: name is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None,
+        "must be letters, digits, '.', '_' or '-'",
+    )
+    resume: bool = setting(False, "go on with --run-name from its last checkpoint")
+    quiet: bool = setting(False, "print only the result")
+    verbose: bool = setting(False, "print Ray's own log as well")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobConfig:
+    """All settings of a training job."""
+
+    train: TrainConfig
+    data: DataConfig
+    workers: WorkerConfig
+    output: OutputConfig
+
+
+RUN_SETTINGS = (TrainConfig, DataConfig, WorkerConfig)
+"""What a config file holds; where the results go is not part of it."""
+DEFAULT_RECIPE: Mapping[str, Any] = {}
+NOTEBOOK_RECIPE: Mapping[str, Any] = {
+    "num_epochs": 2,
+    "batch_size": 8,
+    "learning_rate": 1e-3,
+    "schedule": "constant",
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "precision": "fp32",
+    "validation_size": 0,
+}
+RECIPES: Mapping[str, Mapping[str, Any]] = {"default": DEFAULT_RECIPE, "notebook": NOTEBOOK_RECIPE}
+"""Named values of TrainConfig; a flag or a --config file overrides them."""
+
+
+def value_type(annotation: Any) -> tuple[type, tuple[str, ...] | None]:
+    """Return a setting's plain type, and its choices where it is a ``Literal``."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        annotation = next(arg for arg in get_args(annotation) if arg is not type(None))
+    if get_origin(annotation) is Literal:
+        return str, get_args(annotation)
+    return annotation, None
+
+
+def build(config_class: type[T], values: Mapping[str, Any], name: Callable[[str], str] = str) -> T:
+    """Build a config from those of ``values`` that it has, checking each against its type and its rule.
+
+    ``name`` turns a field's name into what the user typed, for the error's text.
+    Raises UsageError for a value of the wrong type or outside its range.
+    """
+    hints = get_type_hints(config_class)
+    chosen = {}
+    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        if field.name in values:
+            chosen[field.name] = _checked(field, hints[field.name], values[field.name], name(field.name))
+    return config_class(**chosen)
+
+
+def _checked(field: dataclasses.Field, annotation: Any, value: Any, shown: str) -> Any:
+    plain, choices = value_type(annotation)
+    if value is None and type(None) in get_args(annotation):
+        return None
+    if plain is float and type(value) is int:
+        value = float(value)
+    if type(value) is not plain:
+        raise UsageError(f"{shown} must be of type {plain.__name__}, not {value!r}")
+    if choices and value not in choices:
+        raise UsageError(f"{shown} must be one of {', '.join(choices)}, not {value!r}")
+    check: Check | None = field.metadata["check"]
+    if check and not check(value):
+        raise UsageError(f"{shown} {field.metadata['must']}, not {value!r}")
+    return value
+
+
+def read_config_file(path: str, config_classes: tuple[type, ...]) -> dict[str, Any]:
+    """Read settings from a JSON object; raise UsageError where it is not one or names an unknown setting."""
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the config file {path}: {_reason(error)}") from error
+    return parse_config(text, path, config_classes)
+
+
+def parse_config(text: str, source: str, config_classes: tuple[type, ...]) -> dict[str, Any]:
+    """Parse the JSON text of a config file; ``source`` names it in errors. Raises UsageError."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{source} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{source} must hold a JSON object with one setting a line")
+    known = {field.name for config_class in config_classes for field in dataclasses.fields(config_class)}
+    unknown = sorted(values.keys() - known)
+    if unknown:
+        raise UsageError(f"{source} has unknown settings: {', '.join(unknown)}")
+    return values
+
+
+def flag(name: str) -> str:
+    """Return the flag of a setting: ``batch_size`` is ``--batch-size``."""
+    return "--" + name.replace("_", "-")
+
+
+def build_job(values: Mapping[str, Any]) -> JobConfig:
+    """Build all settings of a job from flat values. Raises UsageError."""
+    return JobConfig(
+        train=build(TrainConfig, values, flag),
+        data=build(DataConfig, values, flag),
+        workers=build(WorkerConfig, values, flag),
+        output=build(OutputConfig, values, flag),
+    )
+
+
+def chosen_values(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the user chose: a recipe's values, overridden by a config file's, overridden by flags."""
+    values = dict(RECIPES[flags.get("recipe", "default")])
+    if "config" in flags:
+        values |= read_config_file(flags["config"], RUN_SETTINGS)
+    return values | {name: value for name, value in flags.items() if name not in ("recipe", "config")}
+
+
+def to_json(job: JobConfig) -> str:
+    """Return the settings as a config file, which ``--config`` takes back."""
+    values = dataclasses.asdict(job.train) | dataclasses.asdict(job.data) | dataclasses.asdict(job.workers)
+    return json.dumps(values, indent=1) + "\n"
+
+
+def check_fits(config: TrainConfig, num_train: int) -> None:
+    """Check a config against the number of training images in the data; raise UsageError where it does not fit."""
+    if config.validation_size >= num_train:
+        raise UsageError(
+            f"--validation-size {config.validation_size:,} leaves nothing to train on: "
+            f"the data has {num_train:,} training images"
+        )
+    left = num_train - config.validation_size
+    if config.batch_size > left:
+        raise UsageError(f"--batch-size {config.batch_size:,} is larger than the {left:,} images to train on")
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -1,0 +1,61 @@
+"""Evaluation as Ray tasks, apart from training."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import ray
+import torch
+from ray.train import Checkpoint
+from ray.util.queue import Queue
+
+from mnist_ray import engine
+from mnist_ray.checkpoint import load_model
+from mnist_ray.data import Split
+from mnist_ray.events import Validated
+from mnist_ray.metrics import Evaluation
+
+
+def evaluate(checkpoint: Checkpoint, split: Split | ray.ObjectRef, num_images: int, num_tasks: int = 1) -> Evaluation:
+    """Evaluate a checkpoint on a split of ``num_images``, spread over tasks of one CPU each.
+
+    Tasks get whole batches, and batches are the same for any number of tasks, so the result is too. Raises what a
+    task raised.
+    """
+    reference = split if isinstance(split, ray.ObjectRef) else ray.put(split)
+    parts = [_evaluate_part.remote(checkpoint, reference, *bounds) for bounds in part_bounds(num_images, num_tasks)]
+    try:
+        return Evaluation.merge(ray.get(parts))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+
+
+def part_bounds(num_images: int, num_tasks: int) -> list[tuple[int, int]]:
+    """Cut ``num_images`` into at most ``num_tasks`` ranges of whole evaluation batches."""
+    size = engine.EVALUATION_BATCH_SIZE
+    num_batches = math.ceil(num_images / size)
+    num_parts = min(num_tasks, num_batches)
+    cuts = [num_batches * part // num_parts * size for part in range(num_parts)] + [num_images]
+    return list(zip(cuts, cuts[1:], strict=False))
+
+
+@ray.remote(num_cpus=1)
+def _evaluate_part(checkpoint: Checkpoint, split: Split, start: int, stop: int) -> Evaluation:
+    return _evaluate_here(checkpoint, Split(split.images[start:stop], split.labels[start:stop]))
+
+
+def validate(checkpoint: Checkpoint, split: ray.ObjectRef, events: Queue) -> dict[str, float]:
+    """Evaluate an epoch's checkpoint on the held-out images; Ray Train runs this as a task beside the training."""
+    start = time.perf_counter()
+    result = _evaluate_here(checkpoint, ray.get(split))
+    epoch = int(checkpoint.get_metadata()["epoch"])
+    events.put(Validated(epoch, result.loss, result.accuracy, time.perf_counter() - start))
+    return {"val_loss": result.loss, "val_accuracy": result.accuracy}
+
+
+def _evaluate_here(checkpoint: Checkpoint, split: Split) -> Evaluation:
+    torch.set_num_threads(1)  # so that neither tasks side by side nor a training get in each other's way
+    with checkpoint.as_directory() as folder:
+        return engine.evaluate(load_model(Path(folder)), split)

@@ -1,0 +1,44 @@
+"""What workers and tasks tell the driver while a run goes on. Light: the queue's own process imports it too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mnist_ray.metrics import Progress
+
+
+@dataclass(frozen=True)
+class Started:
+    """The workers are there and about to train."""
+
+    num_workers: int
+    hosts: tuple[str, ...]
+    threads: int
+    """Of each worker."""
+    device: str
+    precision: str
+    epoch: int
+    """Epochs that were finished before, in an earlier attempt."""
+    step: int
+    """Steps that were done before, in the current epoch."""
+
+
+@dataclass(frozen=True)
+class EpochFinished:
+    """All ranks have finished an epoch."""
+
+    last: Progress
+
+
+@dataclass(frozen=True)
+class Validated:
+    """A task has evaluated an epoch's checkpoint on the held-out images."""
+
+    epoch: int
+    """Counted from 1."""
+    loss: float
+    accuracy: float
+    seconds: float
+
+
+Event = Started | Progress | EpochFinished | Validated

@@ -1,0 +1,211 @@
+"""One training job from settings to result: what ``jobs/train.py`` does once its flags are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import ray
+
+from mnist_ray import config as settings
+from mnist_ray import data, evaluation, trainer
+from mnist_ray.cluster import Cluster, WorkerPlan, connect, plan_workers, usable_cores
+from mnist_ray.config import JobConfig, OutputConfig
+from mnist_ray.console import RunConsole, confusion_table
+from mnist_ray.data import Split
+from mnist_ray.errors import JobError, UsageError
+from mnist_ray.events import Event, Started
+from mnist_ray.history import History
+from mnist_ray.metrics import Evaluation
+from mnist_ray.model import create_model, num_parameters
+from mnist_ray.provenance import command_line, git_commit, versions
+from mnist_ray.storage import RunFolder, locate
+from ray.util.queue import Queue
+
+CONFIG_FILE, RESULT_FILE = "config.json", "result.json"
+
+
+def train_and_evaluate(flags: Mapping[str, Any], started_at: float) -> None:
+    """Run a whole job: train, evaluate once on the test set, write the run's files, print what came out.
+
+    ``started_at`` is when the process began, by ``time.perf_counter``. Raises UsageError and JobError.
+    """
+    job, run = open_run(flags)
+    source = data.find(job.data)
+    full, test = source.load("train"), source.load("test")
+    settings.check_fits(job.train, len(full))
+    train, validation = data.hold_out(full, job.train.validation_size)
+    console = RunConsole(job.train.num_epochs, quiet=job.output.quiet)
+    with connect(job.workers, verbose=job.output.verbose) as cluster, console:
+        plan = plan_workers(job.workers, cluster)
+        _print_header(console, job, run, source.name, (len(train), len(validation), len(test)), cluster, plan)
+        run.write_text(CONFIG_FILE, settings.to_json(job))
+        clock = _Clock(started_at)
+        history = History(run)
+
+        def on_event(event: Event) -> None:
+            clock.note(event)
+            history.add(event)
+            console.show(event)
+
+        try:
+            fitted = _fit(job, run, source.name, train, validation, plan, on_event)
+            clock.training_ended()
+            tested = evaluation.evaluate(fitted.checkpoint, test, len(test))
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(f"interrupted; to go on: {resume_command(run)}") from interrupt
+        except JobError as error:
+            raise JobError(f"{error} (logs: {cluster.log_folder}; to go on: {resume_command(run)})") from error
+        checkpoint_name = fitted.checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
+        result = tested.to_dict("test") | {
+            "checkpoint": checkpoint_name,
+            "checkpoint_metrics": fitted.metrics,
+            "images_per_s": _mean_images_per_s(history),
+            "seconds": clock.seconds(),
+            "num_workers": plan.num_workers,
+            "versions": versions(),
+            "command_line": command_line(),
+            "git_commit": git_commit(),
+        }
+        run.write_text(RESULT_FILE, json.dumps(result, indent=1) + "\n")
+        _print_result(console, run, tested, checkpoint_name, result["seconds"])
+
+
+def open_run(flags: Mapping[str, Any]) -> tuple[JobConfig, RunFolder]:
+    """Settle a job's settings and its folder, new or, with ``--resume``, an interrupted run's. Raises UsageError."""
+    chosen = settings.chosen_values(flags)
+    output = settings.build(OutputConfig, chosen, settings.flag)
+    if output.resume and output.run_name is None:
+        raise UsageError("--resume needs --run-name NAME")
+    run = locate(output.storage_path, output.run_name or datetime.now().strftime("train_%Y-%m-%d_%H-%M-%S"))
+    if output.resume:
+        return _resumed(run, flags), run
+    if run.exists():
+        raise UsageError(f"run {run.name} exists already in {run.uri}; add --resume to go on, or give another --run-name")
+    return settings.build_job(chosen), run
+
+
+def _resumed(run: RunFolder, flags: Mapping[str, Any]) -> JobConfig:
+    """Return an interrupted run's settings, with the workers and output of now. Raises UsageError."""
+    text = run.read_text(CONFIG_FILE)
+    if text is None:
+        raise UsageError(f"--resume: there is no run {run.uri}")
+    if run.exists(RESULT_FILE):
+        raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.uri}/{RESULT_FILE}")
+    saved = settings.parse_config(text, f"{run.uri}/{CONFIG_FILE}", settings.RUN_SETTINGS)
+    asked = settings.chosen_values(flags)
+    job, before = settings.build_job(saved | asked), settings.build_job(saved)
+    for now, then in ((job.train, before.train), (job.data, before.data)):
+        for field in dataclasses.fields(now):
+            if (new := getattr(now, field.name)) != (old := getattr(then, field.name)):
+                raise UsageError(
+                    f"--resume: run {run.name} was started with {settings.flag(field.name)} {old}, not {new}; "
+                    "leave the flag out, or start another run"
+                )
+    return job
+
+
+def resume_command(run: RunFolder) -> str:
+    """Return the command that goes on with an interrupted run."""
+    return f"python jobs/train.py --resume --run-name {run.name} --storage-path {run.storage_path}"
+
+
+def _fit(
+    job: JobConfig,
+    run: RunFolder,
+    data_name: str,
+    train: Split,
+    validation: Split,
+    plan: WorkerPlan,
+    on_event: Any,
+) -> trainer.FitResult:
+    spec = trainer.LoopSpec(
+        config=job.train,
+        split=ray.put(train),
+        events=Queue(actor_options={"num_cpus": 0}),
+        about={"config": dataclasses.asdict(job.train), "data": data_name},
+    )
+    held_out = ray.put(validation) if len(validation) else None
+    return trainer.fit(spec, plan, run, held_out, job.workers.max_failures, on_event)
+
+
+class _Clock:
+    """Where the job's seconds went."""
+
+    def __init__(self, started_at: float) -> None:
+        self._job = started_at
+        self._training = self._training_end = time.perf_counter()
+
+    def note(self, event: Event) -> None:
+        if isinstance(event, Started):
+            self._training = time.perf_counter()
+
+    def training_ended(self) -> None:
+        self._training_end = time.perf_counter()
+
+    def seconds(self) -> dict[str, float]:
+        """Return seconds until the workers trained, of the training with its last validation, and of the test."""
+        now = time.perf_counter()
+        return {
+            "start": round(self._training - self._job, 3),
+            "training": round(self._training_end - self._training, 3),
+            "evaluation": round(now - self._training_end, 3),
+            "total": round(now - self._job, 3),
+        }
+
+
+def _mean_images_per_s(history: History) -> float:
+    rates = [(float(row["images_per_s"]), float(row["epoch_s"])) for row in history.rows.values()]
+    return round(sum(rate * seconds for rate, seconds in rates) / sum(seconds for _, seconds in rates), 1)
+
+
+def _print_header(
+    console: RunConsole,
+    job: JobConfig,
+    run: RunFolder,
+    data_name: str,
+    counts: tuple[int, int, int],
+    cluster: Cluster,
+    plan: WorkerPlan,
+) -> None:
+    num_train, num_validation, num_test = counts
+    steps = data.num_steps(num_train, job.train.batch_size)
+    console.say("run", run.name)
+    console.say("data", f"{data_name}: {num_train:,} images to train on, {num_validation:,} for validation, {num_test:,} to test")
+    console.say("model", f"{type(create_model()).__name__}, {num_parameters(create_model()):,} parameters")
+    console.say(
+        "training",
+        f"{job.train.num_epochs} epochs of {steps:,} steps, batch size {job.train.batch_size}, "
+        f"{job.train.schedule} learning rate {job.train.learning_rate:g}, precision {job.train.precision}",
+    )
+    gpu = " and 1 GPU" if plan.use_gpu else ""
+    where = "a local Ray" if cluster.is_local else f"a Ray cluster of {len(cluster.nodes)} nodes"
+    console.say("workers", f"{plan.num_workers}, each with {plan.cpus_per_worker} CPUs{gpu}, on {where}")
+    console.say("results", run.uri)
+    cores = usable_cores()
+    if cluster.is_local and not plan.use_gpu and plan.num_workers > cores:
+        console.say("note", f"{plan.num_workers} workers share {cores} cores: --num-workers {cores} would be as fast")
+    if plan.must_scale_up:
+        console.say("note", "the cluster is too small now; waiting for its autoscaler to start nodes")
+    console.waiting("starting workers …")
+
+
+def _print_result(
+    console: RunConsole, run: RunFolder, tested: Evaluation, checkpoint_name: str, seconds: dict[str, float]
+) -> None:
+    for line in confusion_table(tested):
+        console.say("", line)
+    console.result(
+        "test", f"accuracy {tested.accuracy:.2%}, loss {tested.loss:.4f} on {tested.num_images:,} images"
+    )
+    console.say(
+        "seconds",
+        f"{seconds['total']:.1f} in all: start {seconds['start']:.1f}, training {seconds['training']:.1f}, "
+        f"evaluation {seconds['evaluation']:.1f}",
+    )
+    console.result("model", f"{run.uri}/{checkpoint_name}")
+    console.result("result", f"{run.uri}/{RESULT_FILE}")

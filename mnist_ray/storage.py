@@ -1,0 +1,71 @@
+"""A run's folder on any file system that pyarrow knows: local, NFS, S3, GCS, HDFS."""
+
+from __future__ import annotations
+
+import posixpath
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow
+from pyarrow import fs
+
+from mnist_ray.errors import JobError, UsageError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run under a storage path."""
+
+    name: str
+    storage_path: str
+    """Absolute path or URI, as Ray takes it."""
+    filesystem: fs.FileSystem
+    path: str
+    """The folder's path within ``filesystem``."""
+
+    @property
+    def uri(self) -> str:
+        """The folder as a person would type it."""
+        return f"{self.storage_path.rstrip('/')}/{self.name}"
+
+    def exists(self, file_name: str = "") -> bool:
+        """Tell whether the folder, or a file in it, is there."""
+        info = self.filesystem.get_file_info(posixpath.join(self.path, file_name).rstrip("/"))
+        return bool(info.type != fs.FileType.NotFound)
+
+    def read_text(self, file_name: str) -> str | None:
+        """Return a file's text, or None where there is no such file."""
+        if not self.exists(file_name):
+            return None
+        with self.filesystem.open_input_stream(posixpath.join(self.path, file_name)) as stream:
+            return str(stream.read().decode("utf-8"))
+
+    def write_text(self, file_name: str, text: str) -> None:
+        """Write a file in one move, so that it is never seen half-written. Raises JobError."""
+        target = posixpath.join(self.path, file_name)
+        try:
+            self.filesystem.create_dir(self.path)
+            with self.filesystem.open_output_stream(target + ".tmp") as stream:
+                stream.write(text.encode("utf-8"))
+            self.filesystem.move(target + ".tmp", target)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise JobError(f"cannot write {self.uri}/{file_name}: {_first_line(error)}") from error
+
+
+def locate(storage_path: str, name: str) -> RunFolder:
+    """Return the folder ``name`` under a path or URI, which need not exist. Raises UsageError for a bad URI."""
+    try:
+        if "://" in storage_path:
+            filesystem, path = fs.FileSystem.from_uri(storage_path)
+        else:
+            storage_path = str(Path(storage_path).expanduser().absolute())
+            filesystem, path = fs.LocalFileSystem(), storage_path
+        run = RunFolder(name, storage_path, filesystem, posixpath.join(path, name))
+        run.exists()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UsageError(f"--storage-path {storage_path} cannot be used: {_first_line(error)}") from error
+    return run
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,223 @@
+"""The training run on Ray: the loop that each worker runs, and ``fit`` around ``TorchTrainer``."""
+
+from __future__ import annotations
+
+import functools
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2.api.validation_config import ValidationConfig
+from ray.util import queue
+from ray.util.queue import Queue
+
+from mnist_ray import checkpoint as checkpoints
+from mnist_ray import engine, evaluation
+from mnist_ray.cluster import WorkerPlan, threads_per_worker, usable_cores
+from mnist_ray.config import TrainConfig
+from mnist_ray.data import Split
+from mnist_ray.errors import JobError
+from mnist_ray.events import EpochFinished, Event, Started
+from mnist_ray.metrics import Progress
+from mnist_ray.provenance import versions
+from mnist_ray.storage import RunFolder
+
+
+@dataclass(frozen=True)
+class LoopSpec:
+    """What every worker is handed."""
+
+    config: TrainConfig
+    split: ray.ObjectRef
+    """The training images, in the object store: workers on one node share one copy."""
+    events: Queue
+    about: dict[str, Any]
+    """Written into every checkpoint."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a finished run has left."""
+
+    checkpoint: Checkpoint
+    """The best by validation accuracy; the last where nothing was held out."""
+    metrics: dict[str, Any]
+    """Those of ``checkpoint``."""
+
+
+def fit(
+    spec: LoopSpec,
+    plan: WorkerPlan,
+    run: RunFolder,
+    validation: ray.ObjectRef | None,
+    max_failures: int,
+    on_event: Callable[[Event], None],
+) -> FitResult:
+    """Train on Ray, telling ``on_event`` how it goes; a run that ``run`` holds already goes on where it stood.
+
+    Raises JobError where training failed.
+    """
+    has_validation = validation is not None
+    trainer = TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={"spec": spec},
+        scaling_config=ScalingConfig(
+            num_workers=plan.num_workers,
+            use_gpu=plan.use_gpu,
+            resources_per_worker={"CPU": plan.cpus_per_worker, **({"GPU": 1} if plan.use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=run.name,
+            storage_path=run.storage_path,
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=1,  # the best; Ray keeps the last besides
+                checkpoint_score_attribute="val_accuracy" if has_validation else None,
+            ),
+            failure_config=FailureConfig(max_failures=max_failures),
+        ),
+        # Without CPUs of its own, validation starts also while the workers hold all of them.
+        validation_config=ValidationConfig(
+            functools.partial(evaluation.validate, split=validation, events=spec.events),
+            ray_remote_kwargs={"num_cpus": 0},
+        )
+        if has_validation
+        else None,
+    )
+    result = _wait(trainer.fit, spec.events, on_event)
+    if result.return_value is not None:
+        raise JobError(result.return_value)
+    if has_validation:
+        checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: pair[1].get("val_accuracy", -1.0))
+        return FitResult(checkpoint, metrics)
+    return FitResult(result.checkpoint, result.metrics)
+
+
+def _wait(work: Callable[[], ray.train.Result], events: Queue, on_event: Callable[[Event], None]) -> ray.train.Result:
+    """Run ``work`` in a thread, so that this one hands on events and takes Ctrl-C; return or raise what it does."""
+    outcome: list[ray.train.Result | BaseException] = []
+
+    def target() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:  # noqa: BLE001
+            outcome.append(error)
+
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        for event in _receive(events, timeout_s=0.2):
+            on_event(event)
+    for event in _receive(events, timeout_s=0):
+        on_event(event)
+    result = outcome[0]
+    if isinstance(result, ray.train.TrainingFailedError):
+        raise JobError(_reason(result)) from result
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+def _receive(events: Queue, timeout_s: float) -> Iterator[Event]:
+    """Yield the events that are there, waiting a moment for the first."""
+    try:
+        yield events.get(timeout=timeout_s) if timeout_s else events.get_nowait()
+        while True:
+            yield events.get_nowait()
+    except queue.Empty:
+        return
+
+
+def _reason(error: ray.train.TrainingFailedError) -> str:
+    """Say in one line why training failed: the first worker's own exception where there is one."""
+    failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
+    rank, failure = min(failures.items())
+    cause = getattr(failure, "_base_exc", failure)
+    text = str(cause).strip().splitlines()
+    return f"worker {rank} failed: {type(cause).__name__}: {text[0] if text else 'no message'}"
+
+
+def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
+    """Train on one worker; every rank runs this. Return why training stopped early, or None where it is done."""
+    spec = loop_config["spec"]
+    context = ray.train.get_context()
+    group = engine.Group(context.get_world_rank(), context.get_world_size(), get_device())
+    assigned_cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+    torch.set_num_threads(threads_per_worker(assigned_cpus, usable_cores(), context.get_local_world_size()))
+    split = ray.get(spec.split)
+
+    state = engine.create_state(spec.config, len(split), group.device)
+    last_checkpoint = ray.train.get_checkpoint()
+    if last_checkpoint:
+        with last_checkpoint.as_directory() as folder:
+            checkpoints.restore(Path(folder), state)
+    config = replace(spec.config, precision=engine.resolve_precision(spec.config.precision, group))
+
+    send = spec.events.actor.put_nowait.remote if group.rank == 0 else _ignore
+    hosts = _hosts(group)
+    send(
+        Started(
+            group.world_size,
+            hosts,
+            torch.get_num_threads(),
+            group.device.type,
+            config.precision,
+            state.epoch,
+            state.step,
+        )
+    )
+    hooks = engine.Hooks(send, functools.partial(_report, spec, group, send))
+    try:
+        engine.train(state, split, config, group, hooks)
+    except engine.TrainingDivergedError as error:
+        return str(error)  # not raised: Ray would take it for a lost worker and try again
+    return None
+
+
+def _ignore(event: Event) -> None:
+    """Take the place of sending on every rank but 0."""
+
+
+def _hosts(group: engine.Group) -> tuple[str, ...]:
+    """Return the node of each rank, in their order."""
+    hosts: list[str] = [""] * group.world_size
+    if group.world_size > 1:
+        torch.distributed.all_gather_object(hosts, socket.gethostname())
+        return tuple(hosts)
+    return (socket.gethostname(),)
+
+
+def _report(
+    spec: LoopSpec,
+    group: engine.Group,
+    send: Callable[[Event], Any],
+    state: engine.TrainingState,
+    finished: Progress | None,
+) -> None:
+    """Hand a checkpoint to Ray Train, on all ranks at once; rank 0 writes it. An epoch's last is validated."""
+    if finished:
+        send(EpochFinished(finished))
+    metrics = {"epoch": state.epoch, "step": state.step}
+    if finished:
+        metrics |= {"train_loss": finished.sums.loss, "train_accuracy": finished.sums.accuracy}
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = None
+        if group.rank == 0:
+            checkpoints.save_checkpoint(Path(folder), state, spec.about | {"versions": versions()})
+            checkpoint = Checkpoint.from_directory(folder)
+            checkpoint.set_metadata({"epoch": state.epoch})
+        ray.train.report(
+            metrics,
+            checkpoint=checkpoint,
+            checkpoint_dir_name=f"checkpoint_epoch-{state.epoch}_step-{state.step:06d}",
+            validation=finished is not None and spec.config.validation_size > 0,
+        )
+
