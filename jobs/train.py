@@ -1,13 +1,13 @@
 """Train the digit classifier on Ray, evaluate it on the test set, and write the run's files.
 
-    python jobs/train.py
-    python jobs/train.py --num-workers 4
-    ray job submit --working-dir . -- python jobs/train.py --num-workers 4
+python jobs/train.py
+python jobs/train.py --num-workers 4
+ray job submit --working-dir . -- python jobs/train.py --num-workers 4
 """
 
 import time
 
-from mnist_ray import cli
+from mnist_ray import cli, environment
 from mnist_ray.config import RECIPES, DataConfig, OutputConfig, TrainConfig, WorkerConfig
 
 
@@ -18,8 +18,11 @@ def main() -> None:
     parser.add_argument("--recipe", choices=RECIPES, default="default", help="named hyperparameters; flags override")
     parser.add_argument("--config", metavar="FILE", default=cli.UNSET, help="settings from a run's config.json")
     flags = vars(parser.parse_args())
+    environment.prepare(verbose="verbose" in flags)
 
-    from mnist_ray.run import train_and_evaluate  # imports torch and Ray: after the flags are known to be right
+    from mnist_ray.run import (
+        train_and_evaluate,  # imports torch and Ray: after the flags are known to be right
+    )
 
     train_and_evaluate(flags, started_at)
 

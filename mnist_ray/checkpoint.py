@@ -1,8 +1,8 @@
 """Checkpoints: a folder with weights and optimizer state as safetensors, and the rest as JSON. Nothing is pickled.
 
-    model.safetensors       the model's weights
-    optimizer.safetensors   the tensors of the optimizer's state
-    state.json              position, metrics, scheduler, config, versions, and SHA-256 of the other two
+model.safetensors       the model's weights
+optimizer.safetensors   the tensors of the optimizer's state
+state.json              position, metrics, scheduler, config, versions, and SHA-256 of the other two
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from mnist_ray.config import json_lines
 from mnist_ray.engine import TrainingState
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.metrics import MetricSums
 from mnist_ray.model import create_model
 
-_MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+STATE_FILE = "state.json"
+_MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 
 def save_checkpoint(folder: Path, state: TrainingState, about: dict[str, Any]) -> None:
@@ -43,19 +45,19 @@ def save_checkpoint(folder: Path, state: TrainingState, about: dict[str, Any]) -
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         **about,
     }
-    (folder / _STATE).write_text(json.dumps(document, indent=1), encoding="utf-8")
+    (folder / STATE_FILE).write_text(json_lines(document), encoding="utf-8")
 
 
 def load_model(folder: Path) -> nn.Module:
     """Return the checkpoint's model. Raises UsageError where there is none, JobError where it is damaged."""
     model = create_model()
-    _load_weights(folder, _read_state(folder), model)
+    _load_weights(folder, read_state(folder), model)
     return model
 
 
 def restore(folder: Path, state: TrainingState) -> None:
     """Put a checkpoint's content into a freshly created ``state``. Raises as ``load_model`` does."""
-    document = _read_state(folder)
+    document = read_state(folder)
     _load_weights(folder, document, state.model)
     tensors = _read_tensors(folder, _OPTIMIZER, document)
     per_parameter: dict[int, dict[str, Any]] = {}
@@ -65,9 +67,7 @@ def restore(folder: Path, state: TrainingState) -> None:
         per_parameter.setdefault(int(index), {})[name] = _with_layout_of(parameters[int(index)], tensor)
     for index, values in document["optimizer"]["values"].items():
         per_parameter.setdefault(int(index), {}).update(values)
-    state.optimizer.load_state_dict(
-        {"state": per_parameter, "param_groups": document["optimizer"]["param_groups"]}
-    )
+    state.optimizer.load_state_dict({"state": per_parameter, "param_groups": document["optimizer"]["param_groups"]})
     state.scheduler.load_state_dict(document["scheduler"])
     state.epoch, state.step, state.epoch_s = document["epoch"], document["step"], document["epoch_s"]
     state.sums = MetricSums(**document["sums"])
@@ -97,17 +97,18 @@ def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
-    path = folder / _STATE
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return what a checkpoint's state.json says. Raises as ``load_model`` does."""
+    path = folder / STATE_FILE
     if not path.is_file():
-        raise UsageError(f"{folder} is not a checkpoint: it has no {_STATE}")
+        raise UsageError(f"{folder} is not a checkpoint: it has no {STATE_FILE}")
     try:
         document = json.loads(path.read_bytes())
         missing = {"epoch", "step", "sums", "epoch_s", "optimizer", "scheduler", "sha256"} - document.keys()
     except (OSError, ValueError, AttributeError) as error:
-        raise JobError(f"checkpoint {folder} is damaged: {_STATE}: {error}") from error
+        raise JobError(f"checkpoint {folder} is damaged: {STATE_FILE}: {error}") from error
     if missing:
-        raise JobError(f"checkpoint {folder} is damaged: {_STATE} lacks {', '.join(sorted(missing))}")
+        raise JobError(f"checkpoint {folder} is damaged: {STATE_FILE} lacks {', '.join(sorted(missing))}")
     return document  # type: ignore[no-any-return]
 
 

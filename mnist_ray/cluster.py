@@ -9,19 +9,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._private import state as ray_state
 
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import JobError, UsageError
-
-_ENVIRONMENT = {
-    # Train's controller looks at its workers this often; the default of 2 s is waited for at the end of every run.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # Keep Ray from changing CUDA_VISIBLE_DEVICES of tasks without GPUs, as it will; silences a warning about it.
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
 
 
 @dataclass(frozen=True)
@@ -74,8 +68,7 @@ def connect(config: WorkerConfig, *, verbose: bool) -> Iterator[Cluster]:
     A local Ray counts at least the CPUs asked for, so that more workers than cores can run. On leaving, the
     connection is closed and a local Ray ended. Raises JobError where the named cluster does not answer.
     """
-    os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
-    options = {
+    options: dict[str, Any] = {
         "log_to_driver": verbose,
         "logging_level": logging.INFO if verbose else logging.ERROR,
     }
@@ -92,7 +85,7 @@ def connect(config: WorkerConfig, *, verbose: bool) -> Iterator[Cluster]:
         ray.shutdown()
 
 
-def _join(options: dict[str, object]) -> bool:
+def _join(options: dict[str, Any]) -> bool:
     """Connect to an existing cluster; return False where there is none to connect to."""
     address = os.environ.get("RAY_ADDRESS")
     if address == "local":
@@ -150,9 +143,7 @@ def plan_workers(config: WorkerConfig, cluster: Cluster) -> WorkerPlan:
     raise UsageError(_cannot_hold(config, num_workers, possible, use_gpu))
 
 
-def cpus_for_each(
-    nodes: Sequence[Node], num_workers: int, cpus_per_worker: int | None, use_gpu: bool
-) -> int | None:
+def cpus_for_each(nodes: Sequence[Node], num_workers: int, cpus_per_worker: int | None, use_gpu: bool) -> int | None:
     """Return the CPUs of each worker: as given, else the most that all can have; None where they do not fit."""
     most = max((node.num_cpus for node in nodes), default=0)
     candidates = range(most, 0, -1) if cpus_per_worker is None else [cpus_per_worker]

@@ -19,6 +19,7 @@ from mnist_ray.errors import UsageError
 
 T = TypeVar("T")
 Check = Callable[[Any], bool]
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 def setting(default: T, help: str, check: Check | None = None, must: str = "") -> T:  # noqa: A002
@@ -45,7 +46,7 @@ class TrainConfig:
     schedule: Literal["one-cycle", "constant"] = setting("one-cycle", "how the learning rate moves over the run")
     beta1: float = setting(0.7, "Adam's decay of the gradient's mean", lambda b: 0 <= b < 1, "must be in [0, 1)")
     beta2: float = setting(0.9, "Adam's decay of the gradient's square", lambda b: 0 <= b < 1, "must be in [0, 1)")
-    precision: Literal["auto", "fp32", "bf16"] = setting(
+    precision: Precision = setting(
         "auto", "arithmetic of the forward and backward pass; auto: bf16 on CPUs that have it in hardware"
     )
     validation_size: int = setting(
@@ -93,6 +94,14 @@ class OutputConfig:
     resume: bool = setting(False, "go on with --run-name from its last checkpoint")
     quiet: bool = setting(False, "print only the result")
     verbose: bool = setting(False, "print Ray's own log as well")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """How a checkpoint is evaluated."""
+
+    num_tasks: int = setting(1, "Ray tasks that share the images; the result is the same for any", **_at_least(1))
+    storage_path: str = setting("~/ray_results", "where a run that is given by its name is looked for")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,7 +220,12 @@ def chosen_values(flags: Mapping[str, Any]) -> dict[str, Any]:
 def to_json(job: JobConfig) -> str:
     """Return the settings as a config file, which ``--config`` takes back."""
     values = dataclasses.asdict(job.train) | dataclasses.asdict(job.data) | dataclasses.asdict(job.workers)
-    return json.dumps(values, indent=1) + "\n"
+    return json_lines(values)
+
+
+def json_lines(values: Mapping[str, Any]) -> str:
+    """Return a JSON object with one key a line."""
+    return "{\n" + ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()) + "\n}\n"
 
 
 def check_fits(config: TrainConfig, num_train: int) -> None:

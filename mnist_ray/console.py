@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from types import TracebackType
 
@@ -26,7 +27,8 @@ class RunConsole:
         self._quiet = quiet
         self._console = Console(highlight=False, soft_wrap=True)
         self._live = Live(console=self._console, transient=True, auto_refresh=False)
-        self._last_plain = time.monotonic()
+        self._last_plain = 0.0
+        self._attempts = 0
 
     def __enter__(self) -> RunConsole:
         if self._console.is_terminal and not self._quiet:
@@ -70,19 +72,22 @@ class RunConsole:
                 )
 
     def _started(self, event: Started) -> None:
+        self._last_plain = time.monotonic()
+        self._attempts += 1
+        self._live.update(Text())
         threads = f"{event.threads} thread{'s' if event.threads > 1 else ''}"
         nodes = len(set(event.hosts))
         where = f" on {nodes} nodes" if nodes > 1 else ""
         self.say(
-            "started",
+            "started" if self._attempts == 1 else "restarted",
             f"{event.num_workers} × {event.device} with {threads}{where}, {event.precision}"
-            + (f"; going on after epoch {event.epoch}, step {event.step}" if event.epoch or event.step else ""),
+            + (f"; going on in epoch {event.epoch + 1} after step {event.step:,}" if event.epoch or event.step else ""),
         )
 
     def _progress(self, event: Progress) -> None:
         line = (
-            f"step {event.step:,}/{event.num_steps:,}  loss {event.loss:.4f}  accuracy {event.sums.accuracy:.2%}  "
-            f"{event.images_per_s:,.0f} images/s  {self._left(event)} left"
+            f"{event.step:,}/{event.num_steps:,}  loss {event.loss:.4f}  accuracy {event.sums.accuracy:.1%}  "
+            f"{event.images_per_s:,.0f} images/s  {clock_time(self._left_s(event))} left"
         )
         label = f"epoch {event.epoch}/{self._num_epochs}"
         if self._live.is_started:
@@ -91,9 +96,9 @@ class RunConsole:
             self._last_plain = time.monotonic()
             self.say(label, line)
 
-    def _left(self, event: Progress) -> str:
+    def _left_s(self, event: Progress) -> float:
         steps_left = (self._num_epochs - event.epoch + 1) * event.num_steps - event.step
-        return duration(event.epoch_s / event.step * steps_left)
+        return event.epoch_s / event.step * steps_left
 
     def _epoch_finished(self, last: Progress) -> None:
         self.say(
@@ -103,24 +108,20 @@ class RunConsole:
         )
 
 
-def duration(seconds: float) -> str:
-    """Return a duration as a person reads it: ``9 s``, ``2 min 5 s``, ``1 h 3 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+def clock_time(seconds: float) -> str:
+    """Return a duration as ``M:SS``, or ``H:MM:SS`` from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02d}"
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def confusion_table(evaluation: Evaluation) -> list[str]:
-    """Return lines that show the accuracy of each class and which other class it was taken for most often."""
-    lines = []
+    """Return the confusion matrix as lines: a row per label, a column per prediction, the label's accuracy last."""
+    num_classes = len(evaluation.confusion)
+    lines = ["label" + "".join(f"{prediction:>6}" for prediction in range(num_classes)) + "  accuracy"]
     for label, accuracy in enumerate(evaluation.accuracy_per_class):
-        row = evaluation.confusion[label].copy()
-        size = int(row.sum())
-        row[label] = 0
-        mistaken = f", {int(row.max())} taken for {int(row.argmax())}" if row.any() else ""
-        if size:
-            lines.append(f"{label}: {accuracy:7.2%} of {size:,}{mistaken}")
+        counts = "".join(f"{count or '·':>6}" for count in evaluation.confusion[label].tolist())
+        shown = "-" if math.isnan(accuracy) else f"{accuracy:.2%}"
+        lines.append(f"{label:>5}{counts}{shown:>10}")
     return lines

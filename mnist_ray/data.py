@@ -159,7 +159,8 @@ def _parse_idx(content: bytes, num_dims: int, path: Path) -> np.ndarray:
     header_size = 4 + 4 * num_dims
     expected_magic = bytes((0, 0, 8, num_dims))
     if content[:4] != expected_magic:
-        raise JobError(f"{path} starts with {content[:4].hex(' ')}, not {expected_magic.hex(' ')}: not such an IDX file")
+        magic = f"{content[:4].hex(' ')}, not {expected_magic.hex(' ')}"
+        raise JobError(f"{path} is not the IDX file expected: it starts with {magic}")
     if len(content) < header_size:
         raise JobError(f"{path} ends within its header")
     shape = tuple(int(size) for size in np.frombuffer(content, ">u4", num_dims, offset=4))

@@ -15,8 +15,16 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
-from mnist_ray.config import TrainConfig
-from mnist_ray.data import NUM_CLASSES, Batch, BatchDataset, ShardedBatchSampler, Split, epoch_loader, num_steps
+from mnist_ray.config import Precision, TrainConfig
+from mnist_ray.data import (
+    NUM_CLASSES,
+    Batch,
+    BatchDataset,
+    ShardedBatchSampler,
+    Split,
+    epoch_loader,
+    num_steps,
+)
 from mnist_ray.metrics import Evaluation, MetricSums, Progress
 from mnist_ray.model import create_model
 
@@ -74,7 +82,7 @@ class Hooks:
 def create_state(config: TrainConfig, num_images: int, device: torch.device) -> TrainingState:
     """Return the state before the first step, for ``num_images`` to train on; the same on every rank."""
     torch.manual_seed(config.seed)
-    model = create_model().to(device, memory_format=torch.channels_last)
+    model = create_model().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(
         model.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
     )
@@ -161,7 +169,7 @@ def train_step(
     labels = batch.labels.long()
     loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum")
     optimizer.zero_grad()
-    (loss_sum * (group.world_size / batch.global_size)).backward()
+    (loss_sum * (group.world_size / batch.global_size)).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     return loss_sum.detach(), (logits.detach().argmax(1) == labels).sum()
 
@@ -234,7 +242,7 @@ def _distributed(model: nn.Module, group: Group) -> nn.Module:
     return DistributedDataParallel(model, device_ids=device_ids)
 
 
-def resolve_precision(precision: str, group: Group) -> str:
+def resolve_precision(precision: Precision, group: Group) -> Precision:
     """Return ``"fp32"`` or ``"bf16"`` for a setting that may be ``"auto"``, the same on every rank.
 
     Auto is bf16 on CPUs with bf16 instructions, where it was measured to be faster on this network; on a GPU it was

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import ray
+import ray.train
 import torch
 from ray.train import Checkpoint
 from ray.util.queue import Queue
 
 from mnist_ray import engine
-from mnist_ray.checkpoint import load_model
+from mnist_ray.checkpoint import STATE_FILE, load_model
 from mnist_ray.data import Split
+from mnist_ray.errors import UsageError
 from mnist_ray.events import Validated
 from mnist_ray.metrics import Evaluation
+from mnist_ray.storage import RESULT_FILE, locate
 
 
 def evaluate(checkpoint: Checkpoint, split: Split | ray.ObjectRef, num_images: int, num_tasks: int = 1) -> Evaluation:
@@ -29,7 +35,7 @@ def evaluate(checkpoint: Checkpoint, split: Split | ray.ObjectRef, num_images: i
     try:
         return Evaluation.merge(ray.get(parts))
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
+        raise error.cause from error  # the task's own exception, whose text is one line
 
 
 def part_bounds(num_images: int, num_tasks: int) -> list[tuple[int, int]]:
@@ -38,7 +44,7 @@ def part_bounds(num_images: int, num_tasks: int) -> list[tuple[int, int]]:
     num_batches = math.ceil(num_images / size)
     num_parts = min(num_tasks, num_batches)
     cuts = [num_batches * part // num_parts * size for part in range(num_parts)] + [num_images]
-    return list(zip(cuts, cuts[1:], strict=False))
+    return list(itertools.pairwise(cuts))
 
 
 @ray.remote(num_cpus=1)
@@ -59,3 +65,34 @@ def _evaluate_here(checkpoint: Checkpoint, split: Split) -> Evaluation:
     torch.set_num_threads(1)  # so that neither tasks side by side nor a training get in each other's way
     with checkpoint.as_directory() as folder:
         return engine.evaluate(load_model(Path(folder)), split)
+
+
+def find_checkpoint(given: str, storage_path: str) -> Checkpoint:
+    """Return the checkpoint that a path, a URI or a run's name stands for; of a run, the one it has chosen.
+
+    A finished run has chosen by its result; of an interrupted one it is the best so far by validation accuracy,
+    else the last. Raises UsageError where there is none.
+    """
+    run = locate(*given.rstrip("/").rsplit("/", 1)) if "/" in given else locate(".", given)
+    if not run.exists() and "/" not in given:
+        run = locate(storage_path, given)
+    if run.exists(STATE_FILE):
+        return Checkpoint(run.path, filesystem=run.filesystem)
+    if (result := run.read_text(RESULT_FILE)) is not None:
+        return Checkpoint(f"{run.path}/{json.loads(result)['checkpoint']}", filesystem=run.filesystem)
+    try:
+        unfinished = ray.train.Result.from_path(run.path, storage_filesystem=run.filesystem)
+    except RuntimeError as error:
+        raise UsageError(f"{given} is neither a checkpoint nor a run that holds one") from error
+    if unfinished.checkpoint is None:
+        raise UsageError(f"run {run.uri} has no checkpoint yet")
+    return choose(unfinished)[0]
+
+
+def choose(result: ray.train.Result) -> tuple[Checkpoint, dict[str, Any]]:
+    """Return the checkpoint with the best validation accuracy and its metrics; the last where none was validated."""
+    validated = [pair for pair in result.best_checkpoints if "val_accuracy" in pair[1]]
+    if not validated:
+        return result.checkpoint, result.metrics
+    best: tuple[Checkpoint, dict[str, Any]] = max(validated, key=lambda pair: pair[1]["val_accuracy"])
+    return best

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.queue import Queue
 
 from mnist_ray import config as settings
 from mnist_ray import data, evaluation, trainer
+from mnist_ray.checkpoint import read_state
 from mnist_ray.cluster import Cluster, WorkerPlan, connect, plan_workers, usable_cores
-from mnist_ray.config import JobConfig, OutputConfig
+from mnist_ray.config import DataConfig, EvaluationConfig, JobConfig, OutputConfig, WorkerConfig
 from mnist_ray.console import RunConsole, confusion_table
 from mnist_ray.data import Split
 from mnist_ray.errors import JobError, UsageError
@@ -23,10 +25,7 @@ from mnist_ray.history import History
 from mnist_ray.metrics import Evaluation
 from mnist_ray.model import create_model, num_parameters
 from mnist_ray.provenance import command_line, git_commit, versions
-from mnist_ray.storage import RunFolder, locate
-from ray.util.queue import Queue
-
-CONFIG_FILE, RESULT_FILE = "config.json", "result.json"
+from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, RunFolder, locate
 
 
 def train_and_evaluate(flags: Mapping[str, Any], started_at: float) -> None:
@@ -53,11 +52,13 @@ def train_and_evaluate(flags: Mapping[str, Any], started_at: float) -> None:
             console.show(event)
 
         try:
-            fitted = _fit(job, run, source.name, train, validation, plan, on_event)
+            fitted = _fit(job, run, train, validation, plan, on_event)
             clock.training_ended()
             tested = evaluation.evaluate(fitted.checkpoint, test, len(test))
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(f"interrupted; to go on: {resume_command(run)}") from interrupt
+        except trainer.TrainingStoppedError:
+            raise
         except JobError as error:
             raise JobError(f"{error} (logs: {cluster.log_folder}; to go on: {resume_command(run)})") from error
         checkpoint_name = fitted.checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
@@ -71,7 +72,7 @@ def train_and_evaluate(flags: Mapping[str, Any], started_at: float) -> None:
             "command_line": command_line(),
             "git_commit": git_commit(),
         }
-        run.write_text(RESULT_FILE, json.dumps(result, indent=1) + "\n")
+        run.write_text(RESULT_FILE, settings.json_lines(result))
         _print_result(console, run, tested, checkpoint_name, result["seconds"])
 
 
@@ -85,7 +86,9 @@ def open_run(flags: Mapping[str, Any]) -> tuple[JobConfig, RunFolder]:
     if output.resume:
         return _resumed(run, flags), run
     if run.exists():
-        raise UsageError(f"run {run.name} exists already in {run.uri}; add --resume to go on, or give another --run-name")
+        raise UsageError(
+            f"run {run.name} exists already in {run.uri}; add --resume to go on, or give another --run-name"
+        )
     return settings.build_job(chosen), run
 
 
@@ -117,17 +120,16 @@ def resume_command(run: RunFolder) -> str:
 def _fit(
     job: JobConfig,
     run: RunFolder,
-    data_name: str,
     train: Split,
     validation: Split,
     plan: WorkerPlan,
-    on_event: Any,
+    on_event: Callable[[Event], None],
 ) -> trainer.FitResult:
     spec = trainer.LoopSpec(
         config=job.train,
         split=ray.put(train),
         events=Queue(actor_options={"num_cpus": 0}),
-        about={"config": dataclasses.asdict(job.train), "data": data_name},
+        about={"config": dataclasses.asdict(job.train), "data": dataclasses.asdict(job.data)},
     )
     held_out = ray.put(validation) if len(validation) else None
     return trainer.fit(spec, plan, run, held_out, job.workers.max_failures, on_event)
@@ -138,10 +140,10 @@ class _Clock:
 
     def __init__(self, started_at: float) -> None:
         self._job = started_at
-        self._training = self._training_end = time.perf_counter()
+        self._training: float | None = None
 
     def note(self, event: Event) -> None:
-        if isinstance(event, Started):
+        if isinstance(event, Started) and self._training is None:
             self._training = time.perf_counter()
 
     def training_ended(self) -> None:
@@ -150,6 +152,7 @@ class _Clock:
     def seconds(self) -> dict[str, float]:
         """Return seconds until the workers trained, of the training with its last validation, and of the test."""
         now = time.perf_counter()
+        assert self._training is not None
         return {
             "start": round(self._training - self._job, 3),
             "training": round(self._training_end - self._training, 3),
@@ -175,7 +178,8 @@ def _print_header(
     num_train, num_validation, num_test = counts
     steps = data.num_steps(num_train, job.train.batch_size)
     console.say("run", run.name)
-    console.say("data", f"{data_name}: {num_train:,} images to train on, {num_validation:,} for validation, {num_test:,} to test")
+    images = f"{num_train:,} images to train on, {num_validation:,} for validation, {num_test:,} to test"
+    console.say("data", f"{data_name}: {images}")
     console.say("model", f"{type(create_model()).__name__}, {num_parameters(create_model()):,} parameters")
     console.say(
         "training",
@@ -184,7 +188,8 @@ def _print_header(
     )
     gpu = " and 1 GPU" if plan.use_gpu else ""
     where = "a local Ray" if cluster.is_local else f"a Ray cluster of {len(cluster.nodes)} nodes"
-    console.say("workers", f"{plan.num_workers}, each with {plan.cpus_per_worker} CPUs{gpu}, on {where}")
+    cpus = f"{plan.cpus_per_worker} CPU{'s' if plan.cpus_per_worker > 1 else ''}"
+    console.say("workers", f"{plan.num_workers}, each with {cpus}{gpu}, on {where}")
     console.say("results", run.uri)
     cores = usable_cores()
     if cluster.is_local and not plan.use_gpu and plan.num_workers > cores:
@@ -197,11 +202,7 @@ def _print_header(
 def _print_result(
     console: RunConsole, run: RunFolder, tested: Evaluation, checkpoint_name: str, seconds: dict[str, float]
 ) -> None:
-    for line in confusion_table(tested):
-        console.say("", line)
-    console.result(
-        "test", f"accuracy {tested.accuracy:.2%}, loss {tested.loss:.4f} on {tested.num_images:,} images"
-    )
+    _print_evaluation(console, tested)
     console.say(
         "seconds",
         f"{seconds['total']:.1f} in all: start {seconds['start']:.1f}, training {seconds['training']:.1f}, "
@@ -209,3 +210,32 @@ def _print_result(
     )
     console.result("model", f"{run.uri}/{checkpoint_name}")
     console.result("result", f"{run.uri}/{RESULT_FILE}")
+
+
+def _print_evaluation(console: RunConsole, tested: Evaluation) -> None:
+    """Print the confusion matrix with each class's accuracy, then accuracy and loss over all."""
+    label = "confusion"
+    for line in confusion_table(tested):
+        console.say(label, line)
+        label = ""
+    console.result("test", f"accuracy {tested.accuracy:.2%}, loss {tested.loss:.4f} on {tested.num_images:,} images")
+
+
+def evaluate_checkpoint(flags: Mapping[str, Any]) -> None:
+    """Evaluate a checkpoint or a run's choice on the test set that flags name, else on that of its own data.
+
+    Raises UsageError and JobError.
+    """
+    evaluation_config = settings.build(EvaluationConfig, flags, settings.flag)
+    settings.build(DataConfig, flags, settings.flag)
+    checkpoint = evaluation.find_checkpoint(flags["checkpoint"], evaluation_config.storage_path)
+    with checkpoint.as_directory() as folder:
+        own_data = read_state(Path(folder)).get("data", {})
+    data_flags = {name: flags[name] for name in ("dataset", "data_dir") if name in flags}
+    source = data.find(settings.build(DataConfig, data_flags or own_data, settings.flag))
+    test = source.load("test")
+    with connect(WorkerConfig(), verbose=False), RunConsole(num_epochs=0, quiet=False) as console:
+        console.say("checkpoint", checkpoint.path)
+        console.say("data", f"{source.name}: {len(test):,} test images")
+        tested = evaluation.evaluate(checkpoint, test, len(test), evaluation_config.num_tasks)
+        _print_evaluation(console, tested)

@@ -11,6 +11,8 @@ from pyarrow import fs
 
 from mnist_ray.errors import JobError, UsageError
 
+CONFIG_FILE, RESULT_FILE = "config.json", "result.json"
+
 
 @dataclass(frozen=True)
 class RunFolder:

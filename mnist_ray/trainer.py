@@ -14,9 +14,8 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, ValidationConfig
 from ray.train.torch import TorchTrainer, get_device
-from ray.train.v2.api.validation_config import ValidationConfig
 from ray.util import queue
 from ray.util.queue import Queue
 
@@ -24,7 +23,6 @@ from mnist_ray import checkpoint as checkpoints
 from mnist_ray import engine, evaluation
 from mnist_ray.cluster import WorkerPlan, threads_per_worker, usable_cores
 from mnist_ray.config import TrainConfig
-from mnist_ray.data import Split
 from mnist_ray.errors import JobError
 from mnist_ray.events import EpochFinished, Event, Started
 from mnist_ray.metrics import Progress
@@ -42,6 +40,10 @@ class LoopSpec:
     events: Queue
     about: dict[str, Any]
     """Written into every checkpoint."""
+
+
+class TrainingStoppedError(JobError):
+    """Training cannot go on with these settings: doing it again would end the same way."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def fit(
 ) -> FitResult:
     """Train on Ray, telling ``on_event`` how it goes; a run that ``run`` holds already goes on where it stood.
 
-    Raises JobError where training failed.
+    Raises TrainingStoppedError where the loss became NaN, JobError where training failed otherwise.
     """
     has_validation = validation is not None
     trainer = TorchTrainer(
@@ -94,11 +96,8 @@ def fit(
     )
     result = _wait(trainer.fit, spec.events, on_event)
     if result.return_value is not None:
-        raise JobError(result.return_value)
-    if has_validation:
-        checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: pair[1].get("val_accuracy", -1.0))
-        return FitResult(checkpoint, metrics)
-    return FitResult(result.checkpoint, result.metrics)
+        raise TrainingStoppedError(result.return_value)
+    return FitResult(*evaluation.choose(result))
 
 
 def _wait(work: Callable[[], ray.train.Result], events: Queue, on_event: Callable[[Event], None]) -> ray.train.Result:
@@ -108,7 +107,7 @@ def _wait(work: Callable[[], ray.train.Result], events: Queue, on_event: Callabl
     def target() -> None:
         try:
             outcome.append(work())
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             outcome.append(error)
 
     thread = threading.Thread(target=target, daemon=True)
@@ -205,7 +204,7 @@ def _report(
     """Hand a checkpoint to Ray Train, on all ranks at once; rank 0 writes it. An epoch's last is validated."""
     if finished:
         send(EpochFinished(finished))
-    metrics = {"epoch": state.epoch, "step": state.step}
+    metrics: dict[str, float] = {"epoch": state.epoch, "step": state.step}
     if finished:
         metrics |= {"train_loss": finished.sums.loss, "train_accuracy": finished.sums.accuracy}
     with tempfile.TemporaryDirectory() as folder:
@@ -218,6 +217,6 @@ def _report(
             metrics,
             checkpoint=checkpoint,
             checkpoint_dir_name=f"checkpoint_epoch-{state.epoch}_step-{state.step:06d}",
-            validation=finished is not None and spec.config.validation_size > 0,
+            # Only the rank that brings the checkpoint may ask for its validation.
+            validation=group.rank == 0 and finished is not None and spec.config.validation_size > 0,
         )
-

@@ -1,0 +1,22 @@
+"""Ray's settings that are read from the environment, in one place; to be set before Ray is imported."""
+
+from __future__ import annotations
+
+import os
+
+_SETTINGS = {
+    # Train's controller looks at its workers this often. The default of 2 s is waited for at the end of every run.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # Take the behaviour that Ray has announced: tasks without GPUs keep CUDA_VISIBLE_DEVICES. Spares a warning.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+_QUIET_SETTINGS = {
+    # Raylets send errors to the driver's console apart from logs; they are in the log files as well.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
+}
+
+
+def prepare(*, verbose: bool) -> None:
+    """Set what is not set yet; whatever the user has set stays."""
+    for name, value in (_SETTINGS if verbose else _SETTINGS | _QUIET_SETTINGS).items():
+        os.environ.setdefault(name, value)
