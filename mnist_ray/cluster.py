@@ -65,9 +65,13 @@ def usable_cores() -> int:
 def connect(config: WorkerConfig, *, verbose: bool) -> Iterator[Cluster]:
     """Connect to the cluster of ``RAY_ADDRESS`` or of this machine's ``ray start``, else start a local Ray.
 
+    A connection that this process has already is used and left open.
     A local Ray counts at least the CPUs asked for, so that more workers than cores can run. On leaving, the
     connection is closed and a local Ray ended. Raises JobError where the named cluster does not answer.
     """
+    if ray.is_initialized():
+        yield _describe(is_local=False)
+        return
     options: dict[str, Any] = {
         "log_to_driver": verbose,
         "logging_level": logging.INFO if verbose else logging.ERROR,
@@ -80,7 +84,7 @@ def connect(config: WorkerConfig, *, verbose: bool) -> Iterator[Cluster]:
         if is_local:
             num_cpus = max(usable_cores(), (config.num_workers or 1) * (config.cpus_per_worker or 1))
             ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
-        yield Cluster(is_local, _nodes(), _autoscaled_nodes(), _log_folder())
+        yield _describe(is_local)
     finally:
         ray.shutdown()
 
@@ -97,6 +101,10 @@ def _join(options: dict[str, Any]) -> bool:
             raise JobError(f"no Ray cluster answers at RAY_ADDRESS={address}; unset it to start a local one") from error
         return False
     return True
+
+
+def _describe(is_local: bool) -> Cluster:
+    return Cluster(is_local, _nodes(), _autoscaled_nodes(), _log_folder())
 
 
 def _nodes() -> tuple[Node, ...]:

@@ -1,0 +1,86 @@
+import gzip
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from mnist_ray import data, environment
+from mnist_ray.config import DataConfig
+from mnist_ray.data import Split
+
+ROOT = Path(__file__).parent.parent
+FILES = (
+    ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+)
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    """Return an array of uint8 as an IDX file's content."""
+    return bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+def write_data_set(folder: Path, train: Split, test: Split, *, gzipped: bool = False) -> Path:
+    """Write the four files of a data set in MNIST's format."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for names, split in zip(FILES, (train, test), strict=True):
+        for name, array in zip(names, (split.images, split.labels), strict=True):
+            content = idx_bytes(array)
+            if gzipped:
+                (folder / f"{name}.gz").write_bytes(gzip.compress(content, 1))
+            else:
+                (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mnist_test() -> Split:
+    """The embedded test images."""
+    return data.find(DataConfig()).load("test")
+
+
+@pytest.fixture(scope="session")
+def few_images(mnist_test: Split) -> Split:
+    """The first 600 real test images: enough to learn a little from, in milliseconds."""
+    return Split(mnist_test.images[:600], mnist_test.labels[:600])
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory, mnist_test: Split) -> Path:
+    """A folder in MNIST's format: 3,000 real images to train on, 1,100 to test."""
+    train = Split(mnist_test.images[:3000], mnist_test.labels[:3000])
+    test = Split(mnist_test.images[3000:4100], mnist_test.labels[3000:4100])
+    return write_data_set(tmp_path_factory.mktemp("small"), train, test)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """A Ray of two CPUs that all tests share; the address is for processes that connect to it."""
+    environment.prepare(verbose=False)
+    context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield context.address_info["gcs_address"]
+    ray.shutdown()
+
+
+def run_job(job: str, *flags: str, address: str | None = None, timeout_s: float = 120) -> subprocess.CompletedProcess:
+    """Run a job as a user would, on the Ray at ``address`` or on one of its own."""
+    variables = {**os.environ, "RAY_ADDRESS": address or "local"}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / job), *flags],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=variables,
+        check=False,
+    )

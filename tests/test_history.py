@@ -1,0 +1,39 @@
+import csv
+from pathlib import Path
+
+from mnist_ray.events import EpochFinished, Started, Validated
+from mnist_ray.history import History
+from mnist_ray.metrics import MetricSums, Progress
+from mnist_ray.storage import locate
+
+
+def finished(epoch: int) -> EpochFinished:
+    return EpochFinished(Progress(epoch, 9, 9, [0.1], MetricSums(50.0, 90, 100), epoch_s=2.0))
+
+
+def started(epoch: int) -> Started:
+    return Started(1, ("host",), 1, "cpu", "fp32", epoch=epoch, step=0)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "run" / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_an_epoch_gets_one_row_whatever_comes_first(tmp_path: Path) -> None:
+    history = History(locate(str(tmp_path), "run"))
+    for event in (started(0), finished(1), finished(2), Validated(1, 0.25, 0.5, 1.0), Validated(2, 0.125, 0.75, 1.0)):
+        history.add(event)
+    found = [(row["epoch"], row["train_loss"], row["val_accuracy"], row["images_per_s"]) for row in rows(tmp_path)]
+    assert found == [("1", "0.5", "0.5", "50.0"), ("2", "0.5", "0.75", "50.0")]
+
+
+def test_a_resumed_run_keeps_the_epochs_that_it_does_not_repeat(tmp_path: Path) -> None:
+    first = History(locate(str(tmp_path), "run"))
+    for event in (started(0), finished(1), Validated(1, 0.25, 0.5, 1.0), finished(2)):
+        first.add(event)
+    again = History(locate(str(tmp_path), "run"))
+    again.add(started(1))
+    assert [row["epoch"] for row in again.rows.values()] == ["1"]
+    again.add(finished(2))
+    assert [(row["epoch"], row["val_loss"]) for row in rows(tmp_path)] == [("1", "0.25"), ("2", "")]
