@@ -14,10 +14,10 @@ def main() -> None:
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT_OR_RUN", help="a checkpoint's or a run's folder or URI, or a run's name"
     )
-    flags = vars(parser.parse_args())
+    flags = parser.read_flags()
     environment.prepare(verbose=False)
 
-    from mnist_ray.run import evaluate_checkpoint  # imports torch and Ray: after the flags are known to be right
+    from mnist_ray.run import evaluate_checkpoint  # imports torch and Ray, after the flags are known to be right
 
     evaluate_checkpoint(flags)
 

@@ -17,11 +17,11 @@ def main() -> None:
     parser = cli.Parser("Train the digit classifier on Ray.", TrainConfig, DataConfig, WorkerConfig, OutputConfig)
     parser.add_argument("--recipe", choices=RECIPES, default="default", help="named hyperparameters; flags override")
     parser.add_argument("--config", metavar="FILE", default=cli.UNSET, help="settings from a run's config.json")
-    flags = vars(parser.parse_args())
+    flags = parser.read_flags()
     environment.prepare(verbose="verbose" in flags)
 
     from mnist_ray.run import (
-        train_and_evaluate,  # imports torch and Ray: after the flags are known to be right
+        train_and_evaluate,  # imports torch and Ray, after the flags are known to be right
     )
 
     train_and_evaluate(flags, started_at)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, get_type_hints
 
-from mnist_ray.config import flag, value_type
+from mnist_ray.config import build, flag, value_type
 from mnist_ray.errors import JobError, UsageError
 
 UNSET = argparse.SUPPRESS
@@ -22,6 +22,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str, *config_classes: type) -> None:
         super().__init__(description=description, allow_abbrev=False)
+        self._config_classes = config_classes
         for config_class in config_classes:
             self._add_settings(config_class)
 
@@ -35,6 +36,13 @@ class Parser(argparse.ArgumentParser):
             if plain is not bool and field.default is not None:
                 shown += f" (default: {field.default})"
             group.add_argument(flag(field.name), default=UNSET, help=shown, **kind)
+
+    def read_flags(self) -> dict[str, Any]:
+        """Return the flags that were given, checked one by one. Raises UsageError."""
+        flags = vars(self.parse_args())
+        for config_class in self._config_classes:
+            build(config_class, flags, flag)
+        return flags
 
     def error(self, message: str) -> NoReturn:
         """Print one line, not the whole usage, and exit with status 2."""

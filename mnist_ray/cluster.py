@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import ray
 from ray._private import state as ray_state
+from ray._private.utils import read_ray_address
 
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import JobError, UsageError
@@ -79,26 +81,42 @@ def connect(config: WorkerConfig, *, verbose: bool) -> Iterator[Cluster]:
     if not verbose:
         logging.getLogger("ray").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=r"ray\.")
+    address = _find_cluster()
     try:
-        is_local = not _join(options)
-        if is_local:
+        if address is None:
             num_cpus = max(usable_cores(), (config.num_workers or 1) * (config.cpus_per_worker or 1))
             ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
-        yield _describe(is_local)
+        else:
+            ray.init(address=address, **options)
+        yield _describe(is_local=address is None)
     finally:
         ray.shutdown()
 
 
-def _join(options: dict[str, Any]) -> bool:
-    """Connect to an existing cluster; return False where there is none to connect to."""
-    address = os.environ.get("RAY_ADDRESS")
-    if address == "local":
-        return False
+def _find_cluster() -> str | None:
+    """Return the address of the cluster to connect to, or None where a local Ray is to be started.
+
+    Not ``ray.init(address="auto")``: that would also join the local Ray of any other job on this machine, and wait
+    for minutes for a cluster that is gone.
+    """
+    named = os.environ.get("RAY_ADDRESS", "auto") or "auto"
+    if named == "local":
+        return None
+    if named == "auto":
+        started_here = read_ray_address()  # what ``ray start`` has left
+        return started_here if started_here and _answers(started_here) else None
+    if "://" in named:
+        raise UsageError(f"RAY_ADDRESS={named} is no HOST:PORT; for a dashboard's address, use ray job submit")
+    if not _answers(named):
+        raise JobError(f"no Ray cluster answers at RAY_ADDRESS={named}; unset it to start a local one")
+    return named
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
     try:
-        ray.init(address="auto", **options)
-    except ConnectionError as error:
-        if address:
-            raise JobError(f"no Ray cluster answers at RAY_ADDRESS={address}; unset it to start a local one") from error
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError):
         return False
     return True
 

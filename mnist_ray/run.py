@@ -86,9 +86,7 @@ def open_run(flags: Mapping[str, Any]) -> tuple[JobConfig, RunFolder]:
     if output.resume:
         return _resumed(run, flags), run
     if run.exists():
-        raise UsageError(
-            f"run {run.name} exists already in {run.uri}; add --resume to go on, or give another --run-name"
-        )
+        raise UsageError(f"run {run.uri} exists already; add --resume to go on with it, or give another --run-name")
     return settings.build_job(chosen), run
 
 
@@ -227,7 +225,6 @@ def evaluate_checkpoint(flags: Mapping[str, Any]) -> None:
     Raises UsageError and JobError.
     """
     evaluation_config = settings.build(EvaluationConfig, flags, settings.flag)
-    settings.build(DataConfig, flags, settings.flag)
     checkpoint = evaluation.find_checkpoint(flags["checkpoint"], evaluation_config.storage_path)
     with checkpoint.as_directory() as folder:
         own_data = read_state(Path(folder)).get("data", {})

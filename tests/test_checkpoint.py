@@ -1,3 +1,4 @@
+import hashlib
 import json
 import pickle
 from dataclasses import replace
@@ -155,7 +156,7 @@ def test_a_pickle_in_place_of_the_weights_is_refused_and_not_run(saved: Path, tm
         torch.save({"weights": Marker(marker)}, folder / "model.safetensors")
         content = (folder / "model.safetensors").read_bytes()
     state = json.loads((folder / "state.json").read_text())
-    state["sha256"]["model.safetensors"] = checkpoint.hashlib.sha256(content).hexdigest()
+    state["sha256"]["model.safetensors"] = hashlib.sha256(content).hexdigest()
     (folder / "state.json").write_text(json.dumps(state))
     with pytest.raises(JobError, match=r"is damaged: model\.safetensors"):
         checkpoint.load_model(folder)

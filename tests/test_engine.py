@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from mnist_ray import data, engine
@@ -69,7 +70,8 @@ def train_on_gloo(rank: int, folder: Path, images: np.ndarray, labels: np.ndarra
 @pytest.fixture(scope="module")
 def gloo_weights(tmp_path_factory: pytest.TempPathFactory, few_images: Split) -> Path:
     folder = tmp_path_factory.mktemp("gloo")
-    torch.multiprocessing.spawn(train_on_gloo, (folder, few_images.images, few_images.labels), nprocs=max(WORLD_SIZES))
+    arguments = (folder, few_images.images, few_images.labels)
+    spawn(train_on_gloo, arguments, nprocs=max(WORLD_SIZES))  # type: ignore[no-untyped-call]
     return folder
 
 

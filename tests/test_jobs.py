@@ -1,0 +1,199 @@
+"""Whole jobs on a real Ray, as a user runs them."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from mnist_ray.run import train_and_evaluate
+from tests.conftest import ROOT, run_job
+
+QUICK = {"batch_size": 50, "validation_size": 600, "learning_rate": 3e-3, "precision": "fp32"}
+
+
+def as_flags(values: dict[str, Any]) -> list[str]:
+    return [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def finished_run(ray_address: str, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two workers on 2,400 real images, one CPU each."""
+    storage = tmp_path_factory.mktemp("storage")
+    flags = {"num_workers": 2, "data_dir": str(small_data), "storage_path": str(storage), "run_name": "two", **QUICK}
+    train_and_evaluate(flags, time.perf_counter())
+    return storage / "two"
+
+
+def test_a_run_leaves_its_files_and_has_learnt(finished_run: Path) -> None:
+    result = json.loads((finished_run / "result.json").read_text())
+    assert result["test_accuracy"] > 0.8
+    assert result["num_test_images"] == sum(map(sum, result["confusion_matrix"])) == 1100
+    assert len(result["test_accuracy_per_class"]) == 10
+    assert result["num_workers"] == 2
+    seconds = result["seconds"]
+    assert seconds["total"] == pytest.approx(seconds["start"] + seconds["training"] + seconds["evaluation"], abs=0.01)
+    assert result["images_per_s"] > 0
+    assert result["versions"]["ray"] == ray.__version__
+    with (finished_run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert float(rows[1]["val_accuracy"]) > 0.8
+    assert all(row.values() for row in rows)
+    config = json.loads((finished_run / "config.json").read_text())
+    assert (config["batch_size"], config["num_workers"], config["schedule"]) == (50, 2, "one-cycle")
+    state = json.loads((finished_run / result["checkpoint"] / "state.json").read_text())
+    assert (state["epoch"], state["config"]["batch_size"]) == (2, 50)
+
+
+def test_the_best_and_the_last_checkpoint_are_kept(finished_run: Path) -> None:
+    result = json.loads((finished_run / "result.json").read_text())
+    kept = {path.name for path in finished_run.glob("checkpoint_*") if path.is_dir()}
+    assert kept == {result["checkpoint"], "checkpoint_epoch-2_step-000000"}
+    with (finished_run / "metrics.csv").open() as file:
+        best = max(float(row["val_accuracy"]) for row in csv.DictReader(file))
+    assert result["checkpoint_metrics"]["val_accuracy"] == best
+
+
+@pytest.mark.parametrize("num_tasks", ["1", "3"])
+def test_evaluation_gives_the_same_for_any_number_of_tasks(
+    finished_run: Path, ray_address: str, num_tasks: str
+) -> None:
+    done = run_job("evaluate.py", str(finished_run), "--num-tasks", num_tasks, address=ray_address)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((finished_run / "result.json").read_text())
+    assert f"accuracy {result['test_accuracy']:.2%}, loss {result['test_loss']:.4f} on 1,100 images" in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines() if line.strip().endswith("%")]
+    counts = [[0 if text == "·" else int(text) for text in row[1:-1]] for row in rows]
+    assert counts == result["confusion_matrix"]
+
+
+def test_evaluation_refuses_what_is_no_checkpoint(tmp_path: Path, ray_address: str) -> None:
+    for given in (str(tmp_path), "no_such_run", "/nowhere/at/all"):
+        done = run_job("evaluate.py", given, address=ray_address)
+        assert_one_line_error(done, 2, f"{given} is neither a checkpoint nor a run that holds one")
+
+
+def test_a_finished_run_is_neither_overwritten_nor_resumed(finished_run: Path, ray_address: str) -> None:
+    before = (finished_run / "result.json").read_bytes()
+    same = ["--storage-path", str(finished_run.parent), "--run-name", "two"]
+    done = run_job("train.py", *same, address=ray_address)
+    assert_one_line_error(done, 2, "two exists already; add --resume to go on with it, or give another --run-name")
+    done = run_job("train.py", *same, "--resume", address=ray_address)
+    assert_one_line_error(done, 2, "run two is finished; its result is in")
+    assert (finished_run / "result.json").read_bytes() == before
+
+
+def test_a_worker_count_that_a_cluster_cannot_hold_ends_at_once(ray_address: str, tmp_path: Path) -> None:
+    done = run_job("train.py", "--num-workers", "3", "--storage-path", str(tmp_path), address=ray_address)
+    assert_one_line_error(
+        done, 2, "the cluster can never hold 3 workers of 1 CPU: it has 2 CPUs on 1 node; lower --num-workers"
+    )
+    assert not any(tmp_path.iterdir())
+
+
+def test_four_workers_run_on_two_cpus_and_the_job_says_so(small_data: Path, tmp_path: Path) -> None:
+    flags = {"num_workers": 4, "data_dir": small_data, "storage_path": tmp_path, "run_name": "four", **QUICK}
+    done = run_job("train.py", *as_flags(flags | {"num_epochs": 1, "batch_size": 6}))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = [line.split("  ")[0].strip() for line in done.stdout.splitlines()]
+    assert [label for label in lines if label][:7] == [
+        "run", "data", "model", "training", "workers", "results", "note",
+    ]  # fmt: skip
+    if len(os.sched_getaffinity(0)) == 2:
+        assert "4 workers share 2 cores: --num-workers 2 would be as fast" in done.stdout
+    assert "started    4 × cpu with 1 thread, fp32" in done.stdout
+    assert json.loads((tmp_path / "four" / "result.json").read_text())["num_workers"] == 4
+
+
+def test_an_interrupted_run_says_how_to_resume_and_goes_on(small_data: Path, tmp_path: Path, ray_address: str) -> None:
+    flags = {"data_dir": small_data, "storage_path": tmp_path, "run_name": "int", **QUICK, "num_epochs": 500}
+    job = subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / "train.py"), *as_flags(flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "RAY_ADDRESS": ray_address},
+    )
+    assert job.stdout
+    for line in job.stdout:
+        if line.startswith("epoch 2/500"):
+            break
+    job.send_signal(signal.SIGINT)
+    _, errors = job.communicate(timeout=30)
+    command = f"python jobs/train.py --resume --run-name int --storage-path {tmp_path}"
+    assert (job.returncode, errors) == (130, f"interrupted; to go on: {command}\n")
+
+    refused = run_job("train.py", *command.split()[2:], "--batch-size", "51", address=ray_address)
+    assert_one_line_error(refused, 2, "run int was started with --batch-size 50, not 51")
+    config = tmp_path / "int" / "config.json"
+    config.write_text(config.read_text().replace('"num_epochs": 500', '"num_epochs": 4'))
+    done = run_job("train.py", *command.split()[2:], address=ray_address)
+    assert done.returncode == 0, done.stderr
+    assert "going on in epoch" in done.stdout
+    with (tmp_path / "int" / "metrics.csv").open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3", "4"]
+
+
+def test_a_loss_that_becomes_nan_ends_the_run_in_one_line(small_data: Path, tmp_path: Path, ray_address: str) -> None:
+    flags = {"data_dir": small_data, "storage_path": tmp_path, **QUICK, "learning_rate": 1e20}
+    done = run_job("train.py", *as_flags(flags), address=ray_address)
+    assert_one_line_error(done, 1, "the loss is not a finite number at step 2 of epoch 1; try a lower --learning-rate")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--batch", "8"], "unrecognized arguments: --batch 8"),
+        (["--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
+        (["--num-workers", "0"], "--num-workers must be at least 1, not 0"),
+        (["--num-epochs", "0"], "--num-epochs must be at least 1, not 0"),
+        (["--learning-rate", "nan"], "--learning-rate must be a positive number, not nan"),
+        (["--learning-rate", "-1"], "--learning-rate must be a positive number, not -1.0"),
+        (["--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
+        (["--recipe", "cake"], "argument --recipe: invalid choice: 'cake'"),
+        (["--config", "/nowhere.json"], "cannot read the config file /nowhere.json: No such file or directory"),
+        (["--resume"], "--resume needs --run-name NAME"),
+        (["--resume", "--run-name", "ghost"], "--resume: there is no run"),
+        (["--data-dir", "/nowhere"], "--data-dir /nowhere is not a folder"),
+        (["--batch-size", "60000"], "--batch-size 60,000 is larger than the 55,000 images to train on"),
+        (["--validation-size", "60000"], "--validation-size 60,000 leaves nothing to train on"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_status_2(flags: list[str], message: str, tmp_path: Path) -> None:
+    done = run_job("train.py", "--storage-path", str(tmp_path), *flags)
+    assert_one_line_error(done, 2, message)
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_unwritable_storage_path_is_one_line_and_status_1(tmp_path: Path, ray_address: str) -> None:
+    (tmp_path / "file").touch()
+    done = run_job("train.py", "--storage-path", str(tmp_path / "file"), address=ray_address)
+    assert_one_line_error(done, 1, "cannot write ")
+
+
+def test_a_cluster_that_does_not_answer_is_one_line_and_status_1(tmp_path: Path) -> None:
+    done = run_job("train.py", "--storage-path", str(tmp_path), address="127.0.0.1:1")
+    assert_one_line_error(done, 1, "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1; unset it to start a local one")
+
+
+def test_a_dashboards_address_is_one_line_and_status_2(tmp_path: Path) -> None:
+    done = run_job("train.py", "--storage-path", str(tmp_path), address="http://127.0.0.1:8265")
+    assert_one_line_error(done, 2, "RAY_ADDRESS=http://127.0.0.1:8265 is no HOST:PORT")
+
+
+def assert_one_line_error(done: subprocess.CompletedProcess, status: int, message: str) -> None:
+    assert done.returncode == status, done.stdout + done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "Traceback" not in done.stdout
