@@ -87,10 +87,19 @@ def connect(config: WorkerConfig, *, verbose: bool) -> Iterator[Cluster]:
             num_cpus = max(usable_cores(), (config.num_workers or 1) * (config.cpus_per_worker or 1))
             ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
         else:
-            ray.init(address=address, **options)
+            _init(address, options)
         yield _describe(is_local=address is None)
     finally:
         ray.shutdown()
+
+
+def _init(address: str, options: dict[str, Any]) -> None:
+    """Connect to a cluster. Raises JobError where it does not let us in."""
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[-1]
+        raise JobError(f"cannot connect to the Ray cluster at {address}: {reason}") from error
 
 
 def _find_cluster() -> str | None:
