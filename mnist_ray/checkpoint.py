@@ -25,6 +25,7 @@ from mnist_ray.metrics import MetricSums
 from mnist_ray.model import create_model
 
 STATE_FILE = "state.json"
+_ENTRIES = {"epoch", "step", "sums", "epoch_s", "finished_s", "optimizer", "scheduler", "sha256"}
 _MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 
@@ -40,6 +41,7 @@ def save_checkpoint(folder: Path, state: TrainingState, about: dict[str, Any]) -
         "step": state.step,
         "sums": dataclasses.asdict(state.sums),
         "epoch_s": state.epoch_s,
+        "finished_s": state.finished_s,
         "optimizer": {"values": optimizer_values, "param_groups": optimizer["param_groups"]},
         "scheduler": state.scheduler.state_dict(),
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
@@ -56,10 +58,13 @@ def load_model(folder: Path) -> nn.Module:
 
 
 def restore(folder: Path, state: TrainingState) -> None:
-    """Put a checkpoint's content into a freshly created ``state``. Raises as ``load_model`` does."""
+    """Put a checkpoint's content into a freshly created ``state``.
+
+    Raises as ``load_model`` does, and then leaves ``state`` as it was.
+    """
     document = read_state(folder)
-    _load_weights(folder, document, state.model)
     tensors = _read_tensors(folder, _OPTIMIZER, document)
+    _load_weights(folder, document, state.model)
     per_parameter: dict[int, dict[str, Any]] = {}
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     for key, tensor in tensors.items():
@@ -70,7 +75,7 @@ def restore(folder: Path, state: TrainingState) -> None:
     state.optimizer.load_state_dict({"state": per_parameter, "param_groups": document["optimizer"]["param_groups"]})
     state.scheduler.load_state_dict(document["scheduler"])
     state.epoch, state.step, state.epoch_s = document["epoch"], document["step"], document["epoch_s"]
-    state.sums = MetricSums(**document["sums"])
+    state.sums, state.finished_s = MetricSums(**document["sums"]), document["finished_s"]
 
 
 def _with_layout_of(parameter: Tensor, tensor: Tensor) -> Tensor:
@@ -104,7 +109,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder} is not a checkpoint: it has no {STATE_FILE}")
     try:
         document = json.loads(path.read_bytes())
-        missing = {"epoch", "step", "sums", "epoch_s", "optimizer", "scheduler", "sha256"} - document.keys()
+        missing = _ENTRIES - document.keys()
     except (OSError, ValueError, AttributeError) as error:
         raise JobError(f"checkpoint {folder} is damaged: {STATE_FILE}: {error}") from error
     if missing:

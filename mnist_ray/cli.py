@@ -20,18 +20,24 @@ UNSET = argparse.SUPPRESS
 class Parser(argparse.ArgumentParser):
     """An argument parser whose flags come from config classes and whose errors are one line."""
 
-    def __init__(self, description: str, *config_classes: type) -> None:
+    def __init__(self, description: str, *config_classes: type, without: tuple[str, ...] = ()) -> None:
         super().__init__(description=description, allow_abbrev=False)
         self._config_classes = config_classes
         for config_class in config_classes:
-            self._add_settings(config_class)
+            self._add_settings(config_class, without)
 
-    def _add_settings(self, config_class: type) -> None:
+    def _add_settings(self, config_class: type, without: tuple[str, ...]) -> None:
         group = self.add_argument_group((config_class.__doc__ or "").split(":")[0].rstrip("."))
         hints = get_type_hints(config_class)
         for field in dataclasses.fields(config_class):
+            if field.name in without:
+                continue
             plain, choices = value_type(hints[field.name])
-            kind: dict[str, Any] = {"action": "store_true"} if plain is bool else {"type": plain, "choices": choices}
+            kinds: dict[type, dict[str, Any]] = {
+                bool: {"action": "store_true"},
+                tuple: {"type": int, "nargs": "+"},
+            }
+            kind = kinds.get(plain, {"type": plain, "choices": choices})
             shown = field.metadata["help"]
             if plain is not bool and field.default is not None:
                 shown += f" (default: {field.default})"

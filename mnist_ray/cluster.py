@@ -14,9 +14,11 @@ from typing import Any
 
 import ray
 from ray._private import state as ray_state
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.utils import read_ray_address
 
 from mnist_ray.config import WorkerConfig
+from mnist_ray.console import count
 from mnist_ray.errors import JobError, UsageError
 
 
@@ -80,6 +82,7 @@ def connect(config: WorkerConfig, *, verbose: bool) -> Iterator[Cluster]:
     }
     if not verbose:
         logging.getLogger("ray").setLevel(logging.ERROR)
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's traceback; the reason is shown
         warnings.filterwarnings("ignore", module=r"ray\.")
     address = _find_cluster()
     try:
@@ -95,6 +98,8 @@ def connect(config: WorkerConfig, *, verbose: bool) -> Iterator[Cluster]:
 
 def _init(address: str, options: dict[str, Any]) -> None:
     """Connect to a cluster. Raises JobError where it does not let us in."""
+    # Where there is a token, `ray start` makes the cluster ask for it; so has a client to be told to show it.
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
@@ -190,12 +195,13 @@ def cpus_for_each(nodes: Sequence[Node], num_workers: int, cpus_per_worker: int 
 
 
 def _cannot_hold(config: WorkerConfig, num_workers: int, nodes: Sequence[Node], use_gpu: bool) -> str:
-    cpus = config.cpus_per_worker or 1
-    asked = f"{num_workers} workers of {cpus} CPU{'s' if cpus > 1 else ''}{' and 1 GPU' if use_gpu else ''}"
+    asked = f"{count(num_workers, 'worker')} of {count(config.cpus_per_worker or 1, 'CPU')}"
+    if use_gpu:
+        asked += " and 1 GPU"
     there = f"{sum(node.num_cpus for node in nodes)} CPUs"
     if use_gpu:
         there += f" and {sum(node.num_gpus for node in nodes)} GPUs"
-    there += f" on {len(nodes)} node{'s' if len(nodes) > 1 else ''}"
+    there += f" on {count(len(nodes), 'node')}"
     flags = "--num-workers" + (" or --cpus-per-worker" if config.cpus_per_worker else "")
     return f"the cluster can never hold {asked}: it has {there}; lower {flags}" + (
         ", or use --use-gpu no" if use_gpu else ""

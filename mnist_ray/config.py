@@ -27,6 +27,10 @@ def setting(default: T, help: str, check: Check | None = None, must: str = "") -
     return dataclasses.field(default=default, metadata={"help": help, "check": check, "must": must})
 
 
+def _is_positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
 def _at_least(minimum: int) -> dict[str, Any]:
     return {"check": lambda value: value is None or value >= minimum, "must": f"must be at least {minimum}"}
 
@@ -40,7 +44,7 @@ class TrainConfig:
     learning_rate: float = setting(
         5e-3,
         "peak of the schedule, at this batch size; never scaled by the number of workers",
-        lambda value: math.isfinite(value) and value > 0,
+        _is_positive,
         "must be a positive number",
     )
     schedule: Literal["one-cycle", "constant"] = setting("one-cycle", "how the learning rate moves over the run")
@@ -105,6 +109,29 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SweepConfig:
+    """What a sweep searches, and how."""
+
+    num_trials: int = setting(16, "configurations to try", **_at_least(1))
+    search: Literal["random", "optuna", "grid"] = setting("random", "how configurations are proposed")
+    scheduler: Literal["asha", "none"] = setting("asha", "asha stops trials early that fall behind")
+    batch_sizes: tuple[int, ...] = setting(
+        (32, 64, 128, 256, 512),
+        "batch sizes to choose from",
+        lambda sizes: len(sizes) > 0 and all(size >= 1 for size in sizes) and len(set(sizes)) == len(sizes),
+        "must be different numbers from 1 on",
+    )
+    learning_rate_min: float = setting(5e-4, "smallest learning rate", _is_positive, "must be a positive number")
+    learning_rate_max: float = setting(2e-2, "largest learning rate", _is_positive, "must be a positive number")
+    max_concurrent_trials: int | None = setting(
+        None, "trials at a time; default and most: what the cluster holds", **_at_least(1)
+    )
+    time_budget_s: float | None = setting(
+        None, "seconds after which no trial goes on", lambda s: s is None or s > 0, "must be positive"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class JobConfig:
     """All settings of a training job."""
 
@@ -131,13 +158,13 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {"default": DEFAULT_RECIPE, "notebook
 """Named values of TrainConfig; a flag or a --config file overrides them."""
 
 
-def value_type(annotation: Any) -> tuple[type, tuple[str, ...] | None]:
-    """Return a setting's plain type, and its choices where it is a ``Literal``."""
+def value_type(annotation: Any) -> tuple[type[Any], tuple[str, ...] | None]:
+    """Return a setting's plain type, and its choices where it is a ``Literal``; of a tuple, ``tuple``."""
     if get_origin(annotation) in (Union, types.UnionType):
         annotation = next(arg for arg in get_args(annotation) if arg is not type(None))
     if get_origin(annotation) is Literal:
         return str, get_args(annotation)
-    return annotation, None
+    return get_origin(annotation) or annotation, None
 
 
 def build(config_class: type[T], values: Mapping[str, Any], name: Callable[[str], str] = str) -> T:
@@ -154,13 +181,16 @@ def build(config_class: type[T], values: Mapping[str, Any], name: Callable[[str]
     return config_class(**chosen)
 
 
-def _checked(field: dataclasses.Field, annotation: Any, value: Any, shown: str) -> Any:
+def _checked(field: dataclasses.Field[Any], annotation: Any, value: Any, shown: str) -> Any:
     plain, choices = value_type(annotation)
     if value is None and type(None) in get_args(annotation):
         return None
     if plain is float and type(value) is int:
         value = float(value)
-    if type(value) is not plain:
+    if plain is tuple and type(value) is list:
+        value = tuple(value)
+    is_of_type = type(value) is plain and (plain is not tuple or all(type(item) is int for item in value))
+    if not is_of_type:
         raise UsageError(f"{shown} must be of type {plain.__name__}, not {value!r}")
     if choices and value not in choices:
         raise UsageError(f"{shown} must be one of {', '.join(choices)}, not {value!r}")
@@ -199,6 +229,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def values_of(*configs: Any) -> dict[str, Any]:
+    """Return the settings of some configs as flat values, as a config file holds them."""
+    return {name: value for config in configs for name, value in dataclasses.asdict(config).items()}
+
+
 def build_job(values: Mapping[str, Any]) -> JobConfig:
     """Build all settings of a job from flat values. Raises UsageError."""
     return JobConfig(
@@ -219,8 +254,7 @@ def chosen_values(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_json(job: JobConfig) -> str:
     """Return the settings as a config file, which ``--config`` takes back."""
-    values = dataclasses.asdict(job.train) | dataclasses.asdict(job.data) | dataclasses.asdict(job.workers)
-    return json_lines(values)
+    return json_lines(values_of(job.train, job.data, job.workers))
 
 
 def json_lines(values: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
 from rich.live import Live
@@ -14,6 +15,9 @@ from mnist_ray.events import EpochFinished, Event, Started, Validated
 from mnist_ray.metrics import Evaluation, Progress
 
 _PLAIN_INTERVAL_S = 10.0
+
+
+Self = TypeVar("Self", bound="RunConsole")
 
 
 class RunConsole:
@@ -30,7 +34,7 @@ class RunConsole:
         self._last_plain = 0.0
         self._attempts = 0
 
-    def __enter__(self) -> RunConsole:
+    def __enter__(self: Self) -> Self:
         if self._console.is_terminal and not self._quiet:
             self._live.start()
         return self
@@ -75,7 +79,7 @@ class RunConsole:
         self._last_plain = time.monotonic()
         self._attempts += 1
         self._live.update(Text())
-        threads = f"{event.threads} thread{'s' if event.threads > 1 else ''}"
+        threads = count(event.threads, "thread")
         nodes = len(set(event.hosts))
         where = f" on {nodes} nodes" if nodes > 1 else ""
         self.say(
@@ -106,6 +110,11 @@ class RunConsole:
             f"finished in {last.epoch_s:.2f} s ({last.images_per_s:,.0f} images/s): "
             f"loss {last.sums.loss:.4f}, accuracy {last.sums.accuracy:.2%} on the training images",
         )
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural where it is one."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def clock_time(seconds: float) -> str:

@@ -68,6 +68,8 @@ class TrainingState:
     """Over the current epoch so far and all ranks."""
     epoch_s: float = 0.0
     """Seconds spent in the current epoch so far, validation and checkpoints not included."""
+    finished_s: float = 0.0
+    """Seconds spent so in the epochs before."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ class Hooks:
     """What the caller of ``train`` does as it goes; each is called on every rank at the same steps."""
 
     progress: Callable[[Progress], None] = lambda progress: None
-    checkpoint: Callable[[TrainingState, Progress | None], None] = lambda state, finished: None
-    """Save ``state``; ``finished`` is the epoch's last progress where an epoch has just ended."""
+    checkpoint: Callable[[TrainingState, Progress], None] = lambda state, progress: None
+    """Save ``state``; where an epoch has just ended, its step is 0 and ``progress`` the epoch's last."""
 
 
 def create_state(config: TrainConfig, num_images: int, device: torch.device) -> TrainingState:
@@ -110,6 +112,7 @@ def train(state: TrainingState, split: Split, config: TrainConfig, group: Group,
     autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
     while state.epoch < config.num_epochs:
         finished = _train_epoch(state, model, dataset, config, group, hooks, autocast_dtype)
+        state.finished_s += state.epoch_s
         state.epoch, state.step, state.sums, state.epoch_s = state.epoch + 1, 0, MetricSums(), 0.0
         hooks.checkpoint(state, finished)
 
@@ -146,7 +149,7 @@ def _train_epoch(
             progress = window.close(state, last_step)
             hooks.progress(progress)
             if checkpoint_due and state.step < last_step:
-                hooks.checkpoint(state, None)
+                hooks.checkpoint(state, progress)
                 window.restart_clock()
     assert progress is not None, "an epoch has at least one step"
     return progress
@@ -271,6 +274,7 @@ def evaluate(model: nn.Module, split: Split) -> Evaluation:
     """Evaluate a model on all images of a split, in fp32 and fixed batches, where the model's weights are."""
     device = next(model.parameters()).device
     dataset = BatchDataset(split, device)
+    was_training = model.training
     model.eval()
     losses: list[float] = []
     confusion = np.zeros((NUM_CLASSES, NUM_CLASSES), np.int64)
@@ -280,4 +284,5 @@ def evaluate(model: nn.Module, split: Split) -> Evaluation:
         losses.append(F.cross_entropy(logits, labels, reduction="sum").item())
         pairs = torch.bincount(labels * NUM_CLASSES + logits.argmax(1), minlength=NUM_CLASSES**2)
         confusion += pairs.view(NUM_CLASSES, NUM_CLASSES).cpu().numpy()
+    model.train(was_training)
     return Evaluation(tuple(losses), confusion)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 _SETTINGS = {
     # Train's controller looks at its workers this often. The default of 2 s is waited for at the end of every run.
@@ -21,6 +20,3 @@ def prepare(*, verbose: bool) -> None:
     """Set what is not set yet; whatever the user has set stays."""
     for name, value in (_SETTINGS if verbose else _SETTINGS | _QUIET_SETTINGS).items():
         os.environ.setdefault(name, value)
-    # A cluster asks for a token where one exists, as `ray start` does; Ray's clients have to be told to show it.
-    if "RAY_AUTH_TOKEN" in os.environ or Path("~/.ray/auth_token").expanduser().exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")

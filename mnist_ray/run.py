@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mnist_ray import data, evaluation, trainer
 from mnist_ray.checkpoint import read_state
 from mnist_ray.cluster import Cluster, WorkerPlan, connect, plan_workers, usable_cores
 from mnist_ray.config import DataConfig, EvaluationConfig, JobConfig, OutputConfig, WorkerConfig
-from mnist_ray.console import RunConsole, confusion_table
+from mnist_ray.console import RunConsole, confusion_table, count
 from mnist_ray.data import Split
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.events import Event, Started
@@ -28,109 +29,150 @@ from mnist_ray.provenance import command_line, git_commit, versions
 from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, RunFolder, locate
 
 
+@dataclass(frozen=True)
+class Images:
+    """A job's images, checked against its settings."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+
+
+def load_images(job: JobConfig) -> Images:
+    """Read the data set and hold out the validation images. Raises UsageError and JobError."""
+    source = data.find(job.data)
+    full, test = source.load("train"), source.load("test")
+    settings.check_fits(job.train, len(full))
+    train, validation = data.hold_out(full, job.train.validation_size)
+    return Images(source.name, train, validation, test)
+
+
 def train_and_evaluate(flags: Mapping[str, Any], started_at: float) -> None:
     """Run a whole job: train, evaluate once on the test set, write the run's files, print what came out.
 
     ``started_at`` is when the process began, by ``time.perf_counter``. Raises UsageError and JobError.
     """
-    job, run = open_run(flags)
-    source = data.find(job.data)
-    full, test = source.load("train"), source.load("test")
-    settings.check_fits(job.train, len(full))
-    train, validation = data.hold_out(full, job.train.validation_size)
+    values, run = open_run(flags, "train", CONFIG_FILE, settings.RUN_SETTINGS)
+    job = settings.build_job(values)
+    images = load_images(job)
     console = RunConsole(job.train.num_epochs, quiet=job.output.quiet)
     with connect(job.workers, verbose=job.output.verbose) as cluster, console:
-        plan = plan_workers(job.workers, cluster)
-        _print_header(console, job, run, source.name, (len(train), len(validation), len(test)), cluster, plan)
-        run.write_text(CONFIG_FILE, settings.to_json(job))
-        clock = _Clock(started_at)
-        history = History(run)
-
-        def on_event(event: Event) -> None:
-            clock.note(event)
-            history.add(event)
-            console.show(event)
-
-        try:
-            fitted = _fit(job, run, train, validation, plan, on_event)
-            clock.training_ended()
-            tested = evaluation.evaluate(fitted.checkpoint, test, len(test))
-        except KeyboardInterrupt as interrupt:
-            raise KeyboardInterrupt(f"interrupted; to go on: {resume_command(run)}") from interrupt
-        except trainer.TrainingStoppedError:
-            raise
-        except JobError as error:
-            raise JobError(f"{error} (logs: {cluster.log_folder}; to go on: {resume_command(run)})") from error
-        checkpoint_name = fitted.checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
-        result = tested.to_dict("test") | {
-            "checkpoint": checkpoint_name,
-            "checkpoint_metrics": fitted.metrics,
-            "images_per_s": _mean_images_per_s(history),
-            "seconds": clock.seconds(),
-            "num_workers": plan.num_workers,
-            "versions": versions(),
-            "command_line": command_line(),
-            "git_commit": git_commit(),
-        }
-        run.write_text(RESULT_FILE, settings.json_lines(result))
-        _print_result(console, run, tested, checkpoint_name, result["seconds"])
+        train_run(job, run, images, cluster, console, started_at, resume_command("train", run))
 
 
-def open_run(flags: Mapping[str, Any]) -> tuple[JobConfig, RunFolder]:
-    """Settle a job's settings and its folder, new or, with ``--resume``, an interrupted run's. Raises UsageError."""
+def train_run(
+    job: JobConfig,
+    run: RunFolder,
+    images: Images,
+    cluster: Cluster,
+    console: RunConsole,
+    started_at: float,
+    resume_with: str,
+) -> float:
+    """Train into ``run`` on a connected cluster, evaluate, write the files; return the test accuracy."""
+    plan = plan_workers(job.workers, cluster)
+    _print_header(console, job, run, images, cluster, plan)
+    run.write_text(CONFIG_FILE, settings.to_json(job))
+    clock = _Clock(started_at)
+    history = History(run)
+
+    def on_event(event: Event) -> None:
+        clock.note(event)
+        history.add(event)
+        console.show(event)
+
+    try:
+        fitted = _fit(job, run, images, plan, on_event)
+        clock.training_ended()
+        tested = evaluation.evaluate(fitted.checkpoint, images.test, len(images.test))
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"interrupted; to go on: {resume_with}") from interrupt
+    except trainer.TrainingStoppedError:
+        raise
+    except JobError as error:
+        raise JobError(f"{error} (logs: {cluster.log_folder}; to go on: {resume_with})") from error
+    checkpoint_name = fitted.checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
+    result = tested.to_dict("test") | {
+        "checkpoint": checkpoint_name,
+        "checkpoint_metrics": fitted.metrics,
+        "images_per_s": _mean_images_per_s(history),
+        "seconds": clock.seconds(),
+        "num_workers": plan.num_workers,
+        "versions": versions(),
+        "command_line": command_line(),
+        "git_commit": git_commit(),
+    }
+    run.write_text(RESULT_FILE, settings.json_lines(result))
+    _print_result(console, run, tested, checkpoint_name, result["seconds"])
+    return tested.accuracy
+
+
+def open_run(
+    flags: Mapping[str, Any], kind: str, config_file: str, config_classes: tuple[type, ...]
+) -> tuple[dict[str, Any], RunFolder]:
+    """Settle a job's settings and its folder, new or, with ``--resume``, an interrupted run's.
+
+    ``config_file`` is where the run keeps the settings of ``config_classes``. Raises UsageError.
+    """
     chosen = settings.chosen_values(flags)
     output = settings.build(OutputConfig, chosen, settings.flag)
     if output.resume and output.run_name is None:
         raise UsageError("--resume needs --run-name NAME")
-    run = locate(output.storage_path, output.run_name or datetime.now().strftime("train_%Y-%m-%d_%H-%M-%S"))
+    run = locate(output.storage_path, output.run_name or datetime.now().strftime(f"{kind}_%Y-%m-%d_%H-%M-%S"))
     if output.resume:
-        return _resumed(run, flags), run
+        return _resumed(run, chosen, config_file, config_classes), run
     if run.exists():
         raise UsageError(f"run {run.uri} exists already; add --resume to go on with it, or give another --run-name")
-    return settings.build_job(chosen), run
+    return chosen, run
 
 
-def _resumed(run: RunFolder, flags: Mapping[str, Any]) -> JobConfig:
+def _resumed(
+    run: RunFolder, asked: Mapping[str, Any], config_file: str, config_classes: tuple[type, ...]
+) -> dict[str, Any]:
     """Return an interrupted run's settings, with the workers and output of now. Raises UsageError."""
-    text = run.read_text(CONFIG_FILE)
+    text = run.read_text(config_file)
     if text is None:
-        raise UsageError(f"--resume: there is no run {run.uri}")
+        raise UsageError(f"--resume: there is no run {run.uri} of this kind")
     if run.exists(RESULT_FILE):
         raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.uri}/{RESULT_FILE}")
-    saved = settings.parse_config(text, f"{run.uri}/{CONFIG_FILE}", settings.RUN_SETTINGS)
-    asked = settings.chosen_values(flags)
-    job, before = settings.build_job(saved | asked), settings.build_job(saved)
-    for now, then in ((job.train, before.train), (job.data, before.data)):
-        for field in dataclasses.fields(now):
+    saved = settings.parse_config(text, f"{run.uri}/{config_file}", config_classes)
+    values = {**saved, **asked}
+    for config_class in config_classes:
+        if config_class is WorkerConfig:  # free to change: the batches do not depend on them
+            continue
+        now: Any = settings.build(config_class, values, settings.flag)
+        then: Any = settings.build(config_class, saved, settings.flag)
+        for field in dataclasses.fields(config_class):
             if (new := getattr(now, field.name)) != (old := getattr(then, field.name)):
                 raise UsageError(
                     f"--resume: run {run.name} was started with {settings.flag(field.name)} {old}, not {new}; "
                     "leave the flag out, or start another run"
                 )
-    return job
+    return values
 
 
-def resume_command(run: RunFolder) -> str:
-    """Return the command that goes on with an interrupted run."""
-    return f"python jobs/train.py --resume --run-name {run.name} --storage-path {run.storage_path}"
+def resume_command(kind: str, run: RunFolder) -> str:
+    """Return the command that goes on with an interrupted run of ``jobs/KIND.py``."""
+    return f"python jobs/{kind}.py --resume --run-name {run.name} --storage-path {run.storage_path}"
 
 
 def _fit(
-    job: JobConfig,
-    run: RunFolder,
-    train: Split,
-    validation: Split,
-    plan: WorkerPlan,
-    on_event: Callable[[Event], None],
+    job: JobConfig, run: RunFolder, images: Images, plan: WorkerPlan, on_event: Callable[[Event], None]
 ) -> trainer.FitResult:
     spec = trainer.LoopSpec(
         config=job.train,
-        split=ray.put(train),
+        split=ray.put(images.train),
         events=Queue(actor_options={"num_cpus": 0}),
-        about={"config": dataclasses.asdict(job.train), "data": dataclasses.asdict(job.data)},
+        about=about(job),
     )
-    held_out = ray.put(validation) if len(validation) else None
+    held_out = ray.put(images.validation) if len(images.validation) else None
     return trainer.fit(spec, plan, run, held_out, job.workers.max_failures, on_event)
+
+
+def about(job: JobConfig) -> dict[str, Any]:
+    """Return what a job's checkpoints say of where they come from."""
+    return {"config": dataclasses.asdict(job.train), "data": dataclasses.asdict(job.data)}
 
 
 class _Clock:
@@ -168,25 +210,22 @@ def _print_header(
     console: RunConsole,
     job: JobConfig,
     run: RunFolder,
-    data_name: str,
-    counts: tuple[int, int, int],
+    images: Images,
     cluster: Cluster,
     plan: WorkerPlan,
 ) -> None:
-    num_train, num_validation, num_test = counts
-    steps = data.num_steps(num_train, job.train.batch_size)
+    steps = data.num_steps(len(images.train), job.train.batch_size)
     console.say("run", run.name)
-    images = f"{num_train:,} images to train on, {num_validation:,} for validation, {num_test:,} to test"
-    console.say("data", f"{data_name}: {images}")
+    print_data(console, images)
     console.say("model", f"{type(create_model()).__name__}, {num_parameters(create_model()):,} parameters")
     console.say(
         "training",
-        f"{job.train.num_epochs} epochs of {steps:,} steps, batch size {job.train.batch_size}, "
+        f"{count(job.train.num_epochs, 'epoch')} of {count(steps, 'step')}, batch size {job.train.batch_size}, "
         f"{job.train.schedule} learning rate {job.train.learning_rate:g}, precision {job.train.precision}",
     )
     gpu = " and 1 GPU" if plan.use_gpu else ""
-    where = "a local Ray" if cluster.is_local else f"a Ray cluster of {len(cluster.nodes)} nodes"
-    cpus = f"{plan.cpus_per_worker} CPU{'s' if plan.cpus_per_worker > 1 else ''}"
+    where = "a local Ray" if cluster.is_local else f"a Ray cluster of {count(len(cluster.nodes), 'node')}"
+    cpus = count(plan.cpus_per_worker, "CPU")
     console.say("workers", f"{plan.num_workers}, each with {cpus}{gpu}, on {where}")
     console.say("results", run.uri)
     cores = usable_cores()
@@ -195,6 +234,12 @@ def _print_header(
     if plan.must_scale_up:
         console.say("note", "the cluster is too small now; waiting for its autoscaler to start nodes")
     console.waiting("starting workers …")
+
+
+def print_data(console: RunConsole, images: Images) -> None:
+    """Print the line of the header that tells of the data."""
+    counts = f"{len(images.train):,} images to train on, {len(images.validation):,} for validation"
+    console.say("data", f"{images.name}: {counts}, {len(images.test):,} to test")
 
 
 def _print_result(

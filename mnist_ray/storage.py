@@ -35,6 +35,21 @@ class RunFolder:
         info = self.filesystem.get_file_info(posixpath.join(self.path, file_name).rstrip("/"))
         return bool(info.type != fs.FileType.NotFound)
 
+    def subfolders(self) -> list[str]:
+        """Return the names of the folders in it, sorted; none where it is not there."""
+        selector = fs.FileSelector(self.path, allow_not_found=True)
+        found = self.filesystem.get_file_info(selector)
+        return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+
+    def inside(self, name: str) -> RunFolder:
+        """Return a folder in it."""
+        return RunFolder(name, self.uri, self.filesystem, posixpath.join(self.path, name))
+
+    def delete(self) -> None:
+        """Remove it with all that it holds, where it is there."""
+        if self.exists():
+            self.filesystem.delete_dir(self.path)
+
     def read_text(self, file_name: str) -> str | None:
         """Return a file's text, or None where there is no such file."""
         if not self.exists(file_name):
@@ -43,12 +58,16 @@ class RunFolder:
             return str(stream.read().decode("utf-8"))
 
     def write_text(self, file_name: str, text: str) -> None:
+        """Write a text file as ``write_bytes`` does."""
+        self.write_bytes(file_name, text.encode("utf-8"))
+
+    def write_bytes(self, file_name: str, content: bytes) -> None:
         """Write a file in one move, so that it is never seen half-written. Raises JobError."""
         target = posixpath.join(self.path, file_name)
         try:
             self.filesystem.create_dir(self.path)
             with self.filesystem.open_output_stream(target + ".tmp") as stream:
-                stream.write(text.encode("utf-8"))
+                stream.write(content)
             self.filesystem.move(target + ".tmp", target)
         except (OSError, pyarrow.ArrowException) as error:
             raise JobError(f"cannot write {self.uri}/{file_name}: {_first_line(error)}") from error

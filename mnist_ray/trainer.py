@@ -6,7 +6,7 @@ import functools
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,15 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, ValidationConfig
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    UserCallback,
+    ValidationConfig,
+)
 from ray.train.torch import TorchTrainer, get_device
 from ray.util import queue
 from ray.util.queue import Queue
@@ -23,6 +31,7 @@ from mnist_ray import checkpoint as checkpoints
 from mnist_ray import engine, evaluation
 from mnist_ray.cluster import WorkerPlan, threads_per_worker, usable_cores
 from mnist_ray.config import TrainConfig
+from mnist_ray.data import Split
 from mnist_ray.errors import JobError
 from mnist_ray.events import EpochFinished, Event, Started
 from mnist_ray.metrics import Progress
@@ -37,9 +46,17 @@ class LoopSpec:
     config: TrainConfig
     split: ray.ObjectRef
     """The training images, in the object store: workers on one node share one copy."""
-    events: Queue
+    events: Queue | None
+    """Where rank 0 tells how it goes; None where nobody listens."""
     about: dict[str, Any]
     """Written into every checkpoint."""
+    validation: ray.ObjectRef | None = None
+    """Held-out images that rank 0 evaluates itself before it reports, as a trial of a sweep needs it."""
+
+    @property
+    def validates_in_tasks(self) -> bool:
+        """Whether each epoch's checkpoint is validated by a task beside the training."""
+        return self.config.validation_size > 0 and self.validation is None
 
 
 class TrainingStoppedError(JobError):
@@ -68,8 +85,29 @@ def fit(
 
     Raises TrainingStoppedError where the loss became NaN, JobError where training failed otherwise.
     """
-    has_validation = validation is not None
-    trainer = TorchTrainer(
+    assert spec.events is not None
+    # Without CPUs of its own, validation starts also while the workers hold all of them.
+    validate = functools.partial(evaluation.validate, split=validation, events=spec.events)
+    validation_config = ValidationConfig(validate, ray_remote_kwargs={"num_cpus": 0}) if validation else None
+    trainer = create_trainer(spec, plan, run, max_failures, validation_config=validation_config)
+    result = _wait(trainer.fit, spec.events, on_event)
+    if result.return_value is not None:
+        raise TrainingStoppedError(result.return_value)
+    return FitResult(*evaluation.choose(result))
+
+
+def create_trainer(
+    spec: LoopSpec,
+    plan: WorkerPlan,
+    run: RunFolder,
+    max_failures: int,
+    *,
+    validation_config: ValidationConfig | None = None,
+    callbacks: Sequence[UserCallback] = (),
+) -> TorchTrainer:
+    """Return the trainer that runs ``spec`` on the planned workers and keeps the best and the last checkpoint."""
+    is_validated = validation_config is not None or spec.validation is not None
+    return TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"spec": spec},
         scaling_config=ScalingConfig(
@@ -82,22 +120,13 @@ def fit(
             storage_path=run.storage_path,
             checkpoint_config=CheckpointConfig(
                 num_to_keep=1,  # the best; Ray keeps the last besides
-                checkpoint_score_attribute="val_accuracy" if has_validation else None,
+                checkpoint_score_attribute="val_accuracy" if is_validated else None,
             ),
             failure_config=FailureConfig(max_failures=max_failures),
+            callbacks=list(callbacks),
         ),
-        # Without CPUs of its own, validation starts also while the workers hold all of them.
-        validation_config=ValidationConfig(
-            functools.partial(evaluation.validate, split=validation, events=spec.events),
-            ray_remote_kwargs={"num_cpus": 0},
-        )
-        if has_validation
-        else None,
+        validation_config=validation_config,
     )
-    result = _wait(trainer.fit, spec.events, on_event)
-    if result.return_value is not None:
-        raise TrainingStoppedError(result.return_value)
-    return FitResult(*evaluation.choose(result))
 
 
 def _wait(work: Callable[[], ray.train.Result], events: Queue, on_event: Callable[[Event], None]) -> ray.train.Result:
@@ -160,7 +189,9 @@ def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
             checkpoints.restore(Path(folder), state)
     config = replace(spec.config, precision=engine.resolve_precision(spec.config.precision, group))
 
-    send = spec.events.actor.put_nowait.remote if group.rank == 0 else _ignore
+    send: Callable[[Event], Any] = _ignore
+    if group.rank == 0 and spec.events is not None:  # a Queue with nothing in it is false
+        send = spec.events.actor.put_nowait.remote
     hosts = _hosts(group)
     send(
         Started(
@@ -173,7 +204,8 @@ def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
             state.step,
         )
     )
-    hooks = engine.Hooks(send, functools.partial(_report, spec, group, send))
+    validation = ray.get(spec.validation) if spec.validation else None
+    hooks = engine.Hooks(send, functools.partial(_report, spec, group, send, validation))
     try:
         engine.train(state, split, config, group, hooks)
     except engine.TrainingDivergedError as error:
@@ -198,15 +230,15 @@ def _report(
     spec: LoopSpec,
     group: engine.Group,
     send: Callable[[Event], Any],
+    validation: Split | None,
     state: engine.TrainingState,
-    finished: Progress | None,
+    progress: Progress,
 ) -> None:
     """Hand a checkpoint to Ray Train, on all ranks at once; rank 0 writes it. An epoch's last is validated."""
-    if finished:
-        send(EpochFinished(finished))
-    metrics: dict[str, float] = {"epoch": state.epoch, "step": state.step}
-    if finished:
-        metrics |= {"train_loss": finished.sums.loss, "train_accuracy": finished.sums.accuracy}
+    epoch_finished = state.step == 0
+    if epoch_finished:
+        send(EpochFinished(progress))
+    metrics = report_metrics(state, progress, validation if group.rank == 0 else None)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
         if group.rank == 0:
@@ -216,7 +248,31 @@ def _report(
         ray.train.report(
             metrics,
             checkpoint=checkpoint,
-            checkpoint_dir_name=f"checkpoint_epoch-{state.epoch}_step-{state.step:06d}",
+            checkpoint_dir_name=checkpoint_name(state),
             # Only the rank that brings the checkpoint may ask for its validation.
-            validation=group.rank == 0 and finished is not None and spec.config.validation_size > 0,
+            validation=group.rank == 0 and epoch_finished and spec.validates_in_tasks,
         )
+
+
+def report_metrics(
+    state: engine.TrainingState, progress: Progress, validation: Split | None = None
+) -> dict[str, float]:
+    """Return what is reported with a checkpoint; with held-out images given, they are evaluated here and now."""
+    metrics: dict[str, float] = {
+        "epoch": state.epoch,
+        "step": state.step,
+        "epochs": state.epoch + state.step / progress.num_steps,
+        "train_loss": progress.sums.loss,
+        "train_accuracy": progress.sums.accuracy,
+        "images_per_s": progress.images_per_s,
+        "train_s": state.finished_s + state.epoch_s,
+    }
+    if validation is not None:
+        result = engine.evaluate(state.model, validation)
+        metrics |= {"val_loss": result.loss, "val_accuracy": result.accuracy}
+    return metrics
+
+
+def checkpoint_name(state: engine.TrainingState) -> str:
+    """Return the name of a checkpoint's folder; names sort as the training goes."""
+    return f"checkpoint_epoch-{state.epoch:03d}_step-{state.step:06d}"

@@ -30,7 +30,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, few_images: Split) -> Path:
 def train_and_save(root: Path, split: Split, config: TrainConfig, resume: Path | None = None) -> TrainingState:
     torch.set_num_threads(1)
 
-    def save(state: TrainingState, finished: Progress | None) -> None:
+    def save(state: TrainingState, progress: Progress) -> None:
         folder = root / f"{state.epoch}-{state.step}"
         folder.mkdir()
         checkpoint.save_checkpoint(folder, state, {"note": "hello"})
@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_is_refused(saved: Path, tmp_path: Path, name: str,
 def test_a_state_file_without_its_entries_is_refused(saved: Path, tmp_path: Path) -> None:
     folder = copy_of(saved / "1-0", tmp_path / "copy")
     (folder / "state.json").write_text(json.dumps({"epoch": 1}))
-    with pytest.raises(JobError, match=r"state\.json lacks epoch_s, optimizer"):
+    with pytest.raises(JobError, match=r"state\.json lacks epoch_s, finished_s, optimizer"):
         checkpoint.load_model(folder)
 
 

@@ -157,20 +157,20 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(few_images
 
 
 def test_checkpoints_come_every_so_many_steps_and_after_each_epoch(few_images: Split) -> None:
-    seen: list[tuple[int, int, bool, int]] = []
+    seen: list[tuple[int, int, int, int]] = []
 
-    def checkpoint(state: TrainingState, finished: Progress | None) -> None:
-        seen.append((state.epoch, state.step, finished is not None, state.sums.num_images))
+    def checkpoint(state: TrainingState, progress: Progress) -> None:
+        seen.append((state.epoch, state.step, state.sums.num_images, progress.sums.num_images))
 
     config = replace(CONFIG, num_epochs=2, checkpoint_every=10)  # 30 steps an epoch
     weights_after(config, few_images, hooks=Hooks(checkpoint=checkpoint))
     assert seen == [
-        (0, 10, False, 200),
-        (0, 20, False, 400),
-        (1, 0, True, 0),
-        (1, 10, False, 200),
-        (1, 20, False, 400),
-        (2, 0, True, 0),
+        (0, 10, 200, 200),
+        (0, 20, 400, 400),
+        (1, 0, 0, 600),
+        (1, 10, 200, 200),
+        (1, 20, 400, 400),
+        (2, 0, 0, 600),
     ]
 
 
@@ -205,7 +205,7 @@ def test_a_loss_that_is_no_number_stops_training_at_its_step(few_images: Split) 
     state = engine.create_state(config, len(few_images), CPU)
     saved: list[int] = []
 
-    def poison(state: TrainingState, finished: Progress | None) -> None:
+    def poison(state: TrainingState, progress: Progress) -> None:
         saved.append(state.step)
         if state.step == 7:
             next(state.model.parameters()).data.fill_(float("nan"))

@@ -56,7 +56,7 @@ def test_a_run_leaves_its_files_and_has_learnt(finished_run: Path) -> None:
 def test_the_best_and_the_last_checkpoint_are_kept(finished_run: Path) -> None:
     result = json.loads((finished_run / "result.json").read_text())
     kept = {path.name for path in finished_run.glob("checkpoint_*") if path.is_dir()}
-    assert kept == {result["checkpoint"], "checkpoint_epoch-2_step-000000"}
+    assert kept == {result["checkpoint"], "checkpoint_epoch-002_step-000000"}
     with (finished_run / "metrics.csv").open() as file:
         best = max(float(row["val_accuracy"]) for row in csv.DictReader(file))
     assert result["checkpoint_metrics"]["val_accuracy"] == best

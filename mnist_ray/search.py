@@ -1,0 +1,179 @@
+"""What a sweep tries, and what came of it: points of the search space, records of trials. No Ray here."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mnist_ray.config import SweepConfig, TrainConfig
+from mnist_ray.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Point:
+    """One choice of the hyperparameters that are searched."""
+
+    batch_size: int
+    learning_rate: float
+
+    @property
+    def name(self) -> str:
+        """The trial's folder."""
+        return f"batch-{self.batch_size}_lr-{self.learning_rate!r}"
+
+    def applied_to(self, config: TrainConfig) -> TrainConfig:
+        """Return ``config`` with this choice."""
+        return dataclasses.replace(config, batch_size=self.batch_size, learning_rate=self.learning_rate)
+
+
+def first_points(sweep: SweepConfig) -> list[Point]:
+    """Return the default configuration where the search space holds it: what the others have to beat."""
+    default = TrainConfig()
+    is_inside = sweep.learning_rate_min <= default.learning_rate <= sweep.learning_rate_max
+    if default.batch_size in sweep.batch_sizes and is_inside:
+        return [Point(default.batch_size, default.learning_rate)]
+    return []
+
+
+def propose(sweep: SweepConfig, seed: int) -> list[Point]:
+    """Return the points of a random or grid search, all at once; the same for the same settings and seed.
+
+    Raises UsageError where a grid has no trial for each batch size.
+    """
+    if sweep.search == "grid":
+        return _grid(sweep)
+    rng = np.random.default_rng(seed)
+    low, high = math.log(sweep.learning_rate_min), math.log(sweep.learning_rate_max)
+    drawn = [
+        Point(int(rng.choice(sweep.batch_sizes)), float(f"{math.exp(rng.uniform(low, high)):.4g}"))
+        for _ in range(sweep.num_trials)
+    ]
+    return (first_points(sweep) + drawn)[: sweep.num_trials]
+
+
+def _grid(sweep: SweepConfig) -> list[Point]:
+    num_rates = sweep.num_trials // len(sweep.batch_sizes)
+    if num_rates == 0:
+        raise UsageError(f"--search grid needs a trial for each of the {len(sweep.batch_sizes)} batch sizes")
+    rates = np.geomspace(sweep.learning_rate_min, sweep.learning_rate_max, num_rates)
+    return [Point(size, float(f"{rate:.4g}")) for rate in rates for size in sweep.batch_sizes]
+
+
+DONE, STOPPED, FAILED, RUNNING = "done", "stopped early", "failed", "running"
+
+
+@dataclass
+class TrialRecord:
+    """What is known of one trial; a row of sweep.csv."""
+
+    trial: int
+    """Counted from 1, in the order of starting."""
+    batch_size: int
+    learning_rate: float
+    state: str = RUNNING
+    epochs: float = 0.0
+    """Epochs trained; a fraction within one."""
+    val_accuracy: float = math.nan
+    val_loss: float = math.nan
+    train_loss: float = math.nan
+    images_per_s: float = math.nan
+    train_s: float = 0.0
+    """Seconds of training, without validation."""
+    reason: str = ""
+    """Why it failed."""
+
+    @property
+    def point(self) -> Point:
+        """What the trial tries."""
+        return Point(self.batch_size, self.learning_rate)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a resumed sweep leaves it alone."""
+        return self.state != RUNNING
+
+    @property
+    def score(self) -> tuple[float, float]:
+        """By which trials are ranked: validation accuracy, then loss. NaN ranks last."""
+        if math.isnan(self.val_accuracy) or self.state == FAILED:
+            return (-1.0, -math.inf)
+        return (self.val_accuracy, -self.val_loss)
+
+
+class TrialTable:
+    """The records of a sweep's trials, by their points."""
+
+    def __init__(self, records: Iterable[TrialRecord] = ()) -> None:
+        self.by_point = {record.point: record for record in records}
+
+    def start(self, point: Point) -> TrialRecord:
+        """Return the record of a point whose trial starts, or starts again."""
+        if point not in self.by_point:
+            self.by_point[point] = TrialRecord(len(self.by_point) + 1, point.batch_size, point.learning_rate)
+        record = self.by_point[point]
+        record.state, record.reason = RUNNING, ""
+        return record
+
+    @property
+    def ranked(self) -> list[TrialRecord]:
+        """All records, the best first."""
+        return sorted(self.by_point.values(), key=lambda record: record.score, reverse=True)
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """The best trial that has been validated, running ones included."""
+        return next((record for record in self.ranked if record.score[0] >= 0), None)
+
+    def count(self, *states: str) -> int:
+        """Count the trials in one of the states."""
+        return sum(record.state in states for record in self.by_point.values())
+
+    def epochs_run(self) -> float:
+        """Epochs that were really trained, over all trials."""
+        return sum(record.epochs for record in self.by_point.values())
+
+    def to_csv(self) -> str:
+        """Return sweep.csv: a row per trial in the order of starting."""
+        text = io.StringIO()
+        names = [field.name for field in dataclasses.fields(TrialRecord)]
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(record) for record in self.by_point.values())
+        return text.getvalue()
+
+    @classmethod
+    def from_csv(cls, text: str) -> TrialTable:
+        """Read what ``to_csv`` wrote. Raises UsageError where it is something else."""
+        fields = dataclasses.fields(TrialRecord)
+        kinds = {"int": int, "float": float, "str": str}
+        try:
+            rows = [
+                {field.name: kinds[str(field.type)](row[field.name]) for field in fields}
+                for row in csv.DictReader(io.StringIO(text))
+            ]
+        except (KeyError, ValueError, TypeError) as error:
+            raise UsageError(f"sweep.csv is damaged: {error}") from error
+        return cls(TrialRecord(**row) for row in rows)
+
+
+def ranked_rows(table: TrialTable, num_epochs: int) -> Sequence[tuple[Any, ...]]:
+    """Return what a person reads of each trial, the best first: one tuple of texts a trial."""
+    return [
+        (
+            str(record.trial),
+            str(record.batch_size),
+            f"{record.learning_rate:g}",
+            f"{record.epochs:.3g}/{num_epochs}",
+            "-" if math.isnan(record.val_accuracy) else f"{record.val_accuracy:.2%}",
+            "-" if math.isnan(record.images_per_s) else f"{record.images_per_s:,.0f}",
+            record.state + (f": {record.reason}" if record.reason else ""),
+        )
+        for record in table.ranked
+    ]

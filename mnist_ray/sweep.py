@@ -1,0 +1,209 @@
+"""The sweep: Ray Tune proposes points, runs trials and stops the bad ones; here it is set up and watched."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.basic_variant import BasicVariantGenerator
+
+from mnist_ray.cluster import Cluster, WorkerPlan
+from mnist_ray.config import SweepConfig
+from mnist_ray.errors import JobError, UsageError
+from mnist_ray.search import DONE, FAILED, STOPPED, Point, TrialRecord, TrialTable, first_points, propose
+from mnist_ray.storage import RunFolder
+from mnist_ray.trial import TrialSpec, run_trial
+
+TRIALS_FOLDER = "trials"
+TABLE_FILE = "sweep.csv"
+_TUNE_FOLDER = "tune"
+_SETTINGS = {
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: sweep.csv and the trials' checkpoints are what resumes
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # Tune's CSV, JSON and TensorBoard files a trial
+    "RAY_AIR_NEW_OUTPUT": "0",  # prints a box with its configuration even with verbose=0
+}
+
+
+def trials_at_a_time(sweep: SweepConfig, plan: WorkerPlan, cluster: Cluster) -> int:
+    """Return how many trials the cluster holds at once, at most what was asked for: none ever waits for another."""
+    cpus = plan.cpus_per_worker
+    if plan.use_gpu:
+        workers = sum(min(node.num_gpus, node.num_cpus // cpus) for node in cluster.nodes)
+    else:
+        workers = sum(node.num_cpus // cpus for node in cluster.nodes)
+    held = max(1, workers // plan.num_workers)
+    return min(held, sweep.max_concurrent_trials or held, sweep.num_trials)
+
+
+def run_sweep(
+    sweep: SweepConfig, spec: TrialSpec, run: RunFolder, concurrent: int, on_change: Callable[[TrialTable], None]
+) -> TrialTable:
+    """Run a sweep's trials, or those that ``run`` does not hold as finished yet; return what came of all.
+
+    ``on_change`` gets the table whenever it has changed. Raises JobError where every trial failed.
+    """
+    os.environ.update(_SETTINGS)
+    table = TrialTable.from_csv(run.read_text(TABLE_FILE) or "")
+    watcher = _Watcher(table, run, spec.config.num_epochs, on_change)
+    tune_folder = run.inside(_TUNE_FOLDER)
+    tune_folder.delete()  # of an interrupted sweep; it is never read
+    search = _search(sweep, spec.config.seed, table)
+    if search is not None:
+        tuner = tune.Tuner(
+            tune.with_resources(functools.partial(run_trial, spec=spec), _resources(spec.plan)),
+            param_space={"batch_size": None, "learning_rate": None},  # filled in by the search
+            tune_config=tune.TuneConfig(
+                metric="val_accuracy",
+                mode="max",
+                scheduler=_scheduler(sweep, spec.config.num_epochs),
+                max_concurrent_trials=concurrent,
+                time_budget_s=sweep.time_budget_s,
+                reuse_actors=spec.plan.num_workers == 1,
+                **search,
+            ),
+            run_config=tune.RunConfig(
+                name=_TUNE_FOLDER,
+                storage_path=run.uri,
+                callbacks=[watcher],
+                failure_config=tune.FailureConfig(max_failures=1),
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+        tune_folder.delete()
+    if table.best is None:
+        reasons = [record.reason for record in table.by_point.values() if record.reason]
+        raise JobError(f"every trial failed; the first one: {reasons[0] if reasons else 'the time was up'}")
+    return table
+
+
+def _resources(plan: WorkerPlan) -> tune.PlacementGroupFactory:
+    """Return what Tune reserves for a trial: a lone worker's CPUs; none where the trial only waits for its workers."""
+    if plan.num_workers > 1:
+        return tune.PlacementGroupFactory([{"memory": 2**20}])  # Tune has to reserve something
+    return tune.PlacementGroupFactory([{"CPU": plan.cpus_per_worker, **({"GPU": 1} if plan.use_gpu else {})}])
+
+
+def _scheduler(sweep: SweepConfig, num_epochs: int) -> TrialScheduler:
+    """ASHA (https://arxiv.org/abs/1810.05934): at each rung the worse half of the trials so far stops."""
+    if sweep.scheduler == "none":
+        return FIFOScheduler()
+    return ASHAScheduler(time_attr="epochs", max_t=num_epochs, grace_period=min(1, num_epochs / 4), reduction_factor=2)
+
+
+def _search(sweep: SweepConfig, seed: int, table: TrialTable) -> dict[str, Any] | None:
+    """Return the part of ``TuneConfig`` that proposes what is left to try; None where nothing is.
+
+    Trials that a resumed sweep finds unfinished come first, to go on from their checkpoints.
+    """
+    finished = [record for record in table.by_point.values() if record.is_finished]
+    unfinished = [record.point for record in table.by_point.values() if not record.is_finished]
+    if sweep.search != "optuna":
+        done = {record.point for record in finished}
+        left = unfinished + [point for point in propose(sweep, seed) if point not in {*done, *unfinished}]
+        algorithm = BasicVariantGenerator(points_to_evaluate=[dataclasses.asdict(point) for point in left])
+        return {"search_alg": algorithm, "num_samples": len(left)} if left else None
+    num_left = sweep.num_trials - len(finished)
+    if num_left <= 0:
+        return None
+    return {"search_alg": _optuna(sweep, seed, finished, unfinished), "num_samples": num_left}
+
+
+def _optuna(sweep: SweepConfig, seed: int, finished: list[TrialRecord], unfinished: list[Point]) -> Searcher:
+    """Return Optuna's TPE, told of the trials that are finished already. Raises UsageError without Optuna."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise UsageError("--search optuna needs Optuna: pip install 'mnist_ray[optuna]'") from error
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    first = unfinished if finished or unfinished else first_points(sweep)
+    search = OptunaSearch(
+        space={
+            "batch_size": optuna.distributions.CategoricalDistribution(sweep.batch_sizes),
+            "learning_rate": optuna.distributions.FloatDistribution(
+                sweep.learning_rate_min, sweep.learning_rate_max, log=True
+            ),
+        },
+        metric="val_accuracy",
+        mode="max",
+        points_to_evaluate=[dataclasses.asdict(point) for point in first],
+        seed=seed + len(finished),  # a resumed search does not draw what it has drawn
+    )
+    for record in finished:
+        if record.state != FAILED:
+            search.add_evaluated_point(dataclasses.asdict(record.point), record.val_accuracy)
+    return search
+
+
+class _Watcher(tune.Callback):
+    """Keeps the table, sweep.csv and the disk up to date as trials go."""
+
+    def __init__(
+        self, table: TrialTable, run: RunFolder, num_epochs: int, on_change: Callable[[TrialTable], None]
+    ) -> None:
+        self._table = table
+        self._run = run
+        self._num_epochs = num_epochs
+        self._on_change = on_change
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """Leave nothing of it in what Tune pickles for a restore of its own, which is never made."""
+        return tune.Callback, ()
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Note a trial that starts, or starts again after a failure."""
+        self._table.start(_point(trial))
+        self._changed()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Note a trial's figures."""
+        record = self._table.by_point[_point(trial)]
+        for name in ("epochs", "val_accuracy", "val_loss", "train_loss", "images_per_s", "train_s"):
+            setattr(record, name, result[name])
+        self._changed()
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Note a trial that ended, by itself or stopped."""
+        record = self._table.by_point[_point(trial)]
+        record.state = DONE if record.epochs >= self._num_epochs else STOPPED
+        self._finished()
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Note a trial that failed for good."""
+        record = self._table.by_point[_point(trial)]
+        record.state, record.reason = FAILED, _reason(trial)
+        self._finished()
+
+    def _finished(self) -> None:
+        """Drop the checkpoints of finished trials, but the best's."""
+        self._changed()
+        best = self._table.best
+        for record in self._table.by_point.values():
+            if record.is_finished and record is not best:
+                self._run.inside(TRIALS_FOLDER).inside(record.point.name).delete()
+
+    def _changed(self) -> None:
+        self._run.write_text(TABLE_FILE, self._table.to_csv())
+        self._on_change(self._table)
+
+
+def _point(trial: Trial) -> Point:
+    return Point(trial.config["batch_size"], trial.config["learning_rate"])
+
+
+def _reason(trial: Trial) -> str:
+    """Return the last line of a failed trial's error text: the exception and its message."""
+    text = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
+    return text.strip().rpartition("\n")[2].strip() or "it gave no reason"

@@ -1,0 +1,104 @@
+"""One trial of a sweep: a training run whose figures go to Ray Tune."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from pyarrow import fs
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from mnist_ray import checkpoint as checkpoints
+from mnist_ray import engine, trainer
+from mnist_ray.cluster import WorkerPlan
+from mnist_ray.config import TrainConfig
+from mnist_ray.engine import Group, Hooks, TrainingState
+from mnist_ray.errors import JobError, UsageError
+from mnist_ray.metrics import Progress
+from mnist_ray.search import Point
+from mnist_ray.storage import RunFolder, locate
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """What every trial is handed."""
+
+    config: TrainConfig
+    """Of the sweep: a trial replaces what is searched."""
+    train: ray.ObjectRef
+    validation: ray.ObjectRef
+    """The images, in the object store: trials on one node share one copy."""
+    plan: WorkerPlan
+    storage_path: str
+    """Where the trials' folders are."""
+    about: dict[str, Any]
+
+
+def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
+    """Train one point, from its last checkpoint where it has one, and report to Tune at every checkpoint.
+
+    With several workers it is a ``TorchTrainer`` run; with one it is the same engine in this process, which Tune
+    keeps warm from trial to trial: starting workers costs more than such a trial's training.
+    """
+    point = Point(tune_config["batch_size"], tune_config["learning_rate"])
+    config = point.applied_to(spec.config)
+    folder = locate(spec.storage_path, point.name)
+    if spec.plan.num_workers > 1:
+        _train_on_workers(config, spec, folder)
+    else:
+        _train_here(config, spec, folder)
+
+
+def _train_on_workers(config: TrainConfig, spec: TrialSpec, folder: RunFolder) -> None:
+    loop_spec = trainer.LoopSpec(config, spec.train, events=None, about=spec.about, validation=spec.validation)
+    run = trainer.create_trainer(loop_spec, spec.plan, folder, max_failures=0, callbacks=[TuneReportCallback()])
+    result = run.fit()
+    if result.return_value is not None:
+        raise JobError(result.return_value)
+
+
+def _train_here(config: TrainConfig, spec: TrialSpec, folder: RunFolder) -> None:
+    torch.set_num_threads(spec.plan.cpus_per_worker)
+    group = Group(device=torch.device("cuda" if spec.plan.use_gpu else "cpu"))
+    config = dataclasses.replace(config, precision=engine.resolve_precision(config.precision, group))
+    split, validation = ray.get([spec.train, spec.validation])
+    state = engine.create_state(config, len(split), group.device)
+    _restore_last(folder, state)
+
+    def report(state: TrainingState, progress: Progress) -> None:
+        metrics = trainer.report_metrics(state, progress, validation)
+        _save(folder, state, spec.about | {"metrics": metrics})
+        tune.report(metrics)
+
+    engine.train(state, split, config, group, Hooks(checkpoint=report))
+
+
+def _save(folder: RunFolder, state: TrainingState, about: dict[str, Any]) -> None:
+    """Write a trial's checkpoint, then remove those before it: at any time a whole one is there."""
+    target = folder.inside(trainer.checkpoint_name(state))
+    with tempfile.TemporaryDirectory() as local:
+        checkpoints.save_checkpoint(Path(local), state, about)
+        target.filesystem.create_dir(target.path)
+        fs.copy_files(local, target.path, destination_filesystem=target.filesystem)
+    for name in folder.subfolders():
+        if name < target.name:
+            folder.inside(name).delete()
+
+
+def _restore_last(folder: RunFolder, state: TrainingState) -> None:
+    """Put the last whole checkpoint of a trial into ``state``; one left half-written by a kill is passed over."""
+    for name in reversed(folder.subfolders()):
+        saved = folder.inside(name)
+        with tempfile.TemporaryDirectory() as local:
+            fs.copy_files(saved.path, local, source_filesystem=saved.filesystem)
+            try:
+                checkpoints.restore(Path(local), state)
+            except (JobError, UsageError):
+                continue
+            return
