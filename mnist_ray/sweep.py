@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
-from ray.tune.search import Searcher
+from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from mnist_ray.cluster import Cluster, WorkerPlan
@@ -55,7 +56,7 @@ def run_sweep(
     watcher = _Watcher(table, run, spec.config.num_epochs, on_change)
     tune_folder = run.inside(_TUNE_FOLDER)
     tune_folder.delete()  # of an interrupted sweep; it is never read
-    search = _search(sweep, spec.config.seed, table)
+    search = _search(sweep, spec.config.seed, table, concurrent)
     if search is not None:
         tuner = tune.Tuner(
             tune.with_resources(functools.partial(run_trial, spec=spec), _resources(spec.plan)),
@@ -64,7 +65,6 @@ def run_sweep(
                 metric="val_accuracy",
                 mode="max",
                 scheduler=_scheduler(sweep, spec.config.num_epochs),
-                max_concurrent_trials=concurrent,
                 time_budget_s=sweep.time_budget_s,
                 reuse_actors=spec.plan.num_workers == 1,
                 **search,
@@ -99,7 +99,7 @@ def _scheduler(sweep: SweepConfig, num_epochs: int) -> TrialScheduler:
     return ASHAScheduler(time_attr="epochs", max_t=num_epochs, grace_period=min(1, num_epochs / 4), reduction_factor=2)
 
 
-def _search(sweep: SweepConfig, seed: int, table: TrialTable) -> dict[str, Any] | None:
+def _search(sweep: SweepConfig, seed: int, table: TrialTable, concurrent: int) -> dict[str, Any] | None:
     """Return the part of ``TuneConfig`` that proposes what is left to try; None where nothing is.
 
     Trials that a resumed sweep finds unfinished come first, to go on from their checkpoints.
@@ -109,12 +109,14 @@ def _search(sweep: SweepConfig, seed: int, table: TrialTable) -> dict[str, Any] 
     if sweep.search != "optuna":
         done = {record.point for record in finished}
         left = unfinished + [point for point in propose(sweep, seed) if point not in {*done, *unfinished}]
-        algorithm = BasicVariantGenerator(points_to_evaluate=[dataclasses.asdict(point) for point in left])
+        points = [dataclasses.asdict(point) for point in left]
+        algorithm = BasicVariantGenerator(points_to_evaluate=points, max_concurrent=concurrent)
         return {"search_alg": algorithm, "num_samples": len(left)} if left else None
     num_left = sweep.num_trials - len(finished)
     if num_left <= 0:
         return None
-    return {"search_alg": _optuna(sweep, seed, finished, unfinished), "num_samples": num_left}
+    algorithm = ConcurrencyLimiter(_optuna(sweep, seed, finished, unfinished), concurrent)
+    return {"search_alg": algorithm, "num_samples": num_left}
 
 
 def _optuna(sweep: SweepConfig, seed: int, finished: list[TrialRecord], unfinished: list[Point]) -> Searcher:
@@ -206,4 +208,5 @@ def _point(trial: Trial) -> Point:
 def _reason(trial: Trial) -> str:
     """Return the last line of a failed trial's error text: the exception and its message."""
     text = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
-    return text.strip().rpartition("\n")[2].strip() or "it gave no reason"
+    last_line = text.strip().rpartition("\n")[2].strip()
+    return re.sub(r"^([a-z_]\w*\.)+", "", last_line) or "it gave no reason"
