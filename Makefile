@@ -2,10 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test check format clean
+.PHONY: train tune test check format clean
 
 train: .venv/installed  ## train on the embedded MNIST with the default recipe
 	$(BIN)/python jobs/train.py $(ARGS)
+
+tune: .venv/installed  ## search batch size and learning rate, train the best
+	$(BIN)/python jobs/tune.py $(ARGS)
 
 test: .venv/installed  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)

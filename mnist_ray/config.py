@@ -123,6 +123,11 @@ class SweepConfig:
     )
     learning_rate_min: float = setting(5e-4, "smallest learning rate", _is_positive, "must be a positive number")
     learning_rate_max: float = setting(2e-2, "largest learning rate", _is_positive, "must be a positive number")
+    num_confirmed: int = setting(
+        3,
+        "best configurations trained with two more seeds each before one is chosen; 0: one seed decides",
+        **_at_least(0),
+    )
     max_concurrent_trials: int | None = setting(
         None, "trials at a time; default and most: what the cluster holds", **_at_least(1)
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,13 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
-from ray.tune.search import ConcurrencyLimiter, Searcher
+from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from mnist_ray.cluster import Cluster, WorkerPlan
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.search import DONE, FAILED, STOPPED, Point, TrialRecord, TrialTable, first_points, propose
+from mnist_ray.search import DONE, FAILED, STOPPED, Point, TrialTable, confirmations, first_points, propose
 from mnist_ray.storage import RunFolder
 from mnist_ray.trial import TrialSpec, run_trial
 
@@ -54,35 +56,61 @@ def run_sweep(
     os.environ.update(_SETTINGS)
     table = TrialTable.from_csv(run.read_text(TABLE_FILE) or "")
     watcher = _Watcher(table, run, spec.config.num_epochs, on_change)
-    tune_folder = run.inside(_TUNE_FOLDER)
-    tune_folder.delete()  # of an interrupted sweep; it is never read
-    search = _search(sweep, spec.config.seed, table, concurrent)
-    if search is not None:
-        tuner = tune.Tuner(
-            tune.with_resources(functools.partial(run_trial, spec=spec), _resources(spec.plan)),
-            param_space={"batch_size": None, "learning_rate": None},  # filled in by the search
-            tune_config=tune.TuneConfig(
-                metric="val_accuracy",
-                mode="max",
-                scheduler=_scheduler(sweep, spec.config.num_epochs),
-                time_budget_s=sweep.time_budget_s,
-                reuse_actors=spec.plan.num_workers == 1,
-                **search,
-            ),
-            run_config=tune.RunConfig(
-                name=_TUNE_FOLDER,
-                storage_path=run.uri,
-                callbacks=[watcher],
-                failure_config=tune.FailureConfig(max_failures=1),
-                verbose=0,
-            ),
-        )
-        tuner.fit()
-        tune_folder.delete()
+    seed, deadline = spec.config.seed, time.monotonic() + (sweep.time_budget_s or math.inf)
+
+    def run_stage(points: list[Point], scheduler: TrialScheduler, search: dict[str, Any] | None = None) -> None:
+        """Run trials of ``points``, or those that ``search`` proposes, until they are done or the time is up."""
+        left = [point for point in points if not table.is_finished(point)]
+        table.num_planned = max(table.num_planned, len(table.by_point.keys() | set(points)))
+        seconds_left = deadline - time.monotonic()
+        if seconds_left > 0 and (left or search):
+            _run_trials(spec, run, watcher, scheduler, search or _in_order(left, concurrent), seconds_left)
+
+    if sweep.search == "optuna":
+        table.num_planned = sweep.num_trials
+        run_stage([], _scheduler(sweep, spec.config.num_epochs), _optuna(sweep, seed, table, concurrent))
+    else:
+        run_stage(propose(sweep, seed), _scheduler(sweep, spec.config.num_epochs))
+    run_stage(confirmations(sweep, seed, table), FIFOScheduler())
     if table.best is None:
         reasons = [record.reason for record in table.by_point.values() if record.reason]
         raise JobError(f"every trial failed; the first one: {reasons[0] if reasons else 'the time was up'}")
     return table
+
+
+def _run_trials(
+    spec: TrialSpec,
+    run: RunFolder,
+    watcher: tune.Callback,
+    scheduler: TrialScheduler,
+    search: dict[str, Any],
+    seconds: float,
+) -> None:
+    """Let Tune run the trials that ``search``, a part of ``TuneConfig``, proposes."""
+    tune_folder = run.inside(_TUNE_FOLDER)
+    tune_folder.delete()  # of an interrupted sweep; it is never read
+    tuner = tune.Tuner(
+        tune.with_resources(functools.partial(run_trial, spec=spec), _resources(spec.plan)),
+        # filled in by the search; the seed stays where the search proposes none
+        param_space={"batch_size": None, "learning_rate": None, "seed": spec.config.seed},
+        tune_config=tune.TuneConfig(
+            metric="val_accuracy",
+            mode="max",
+            scheduler=scheduler,
+            time_budget_s=None if math.isinf(seconds) else seconds,
+            reuse_actors=spec.plan.num_workers == 1,
+            **search,
+        ),
+        run_config=tune.RunConfig(
+            name=_TUNE_FOLDER,
+            storage_path=run.uri,
+            callbacks=[watcher],
+            failure_config=tune.FailureConfig(max_failures=1),
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+    tune_folder.delete()
 
 
 def _resources(plan: WorkerPlan) -> tune.PlacementGroupFactory:
@@ -99,28 +127,23 @@ def _scheduler(sweep: SweepConfig, num_epochs: int) -> TrialScheduler:
     return ASHAScheduler(time_attr="epochs", max_t=num_epochs, grace_period=min(1, num_epochs / 4), reduction_factor=2)
 
 
-def _search(sweep: SweepConfig, seed: int, table: TrialTable, concurrent: int) -> dict[str, Any] | None:
-    """Return the part of ``TuneConfig`` that proposes what is left to try; None where nothing is.
+def _in_order(points: list[Point], concurrent: int) -> dict[str, Any]:
+    """Return the part of ``TuneConfig`` that tries given points."""
+    presets = [dataclasses.asdict(point) for point in points]
+    algorithm = BasicVariantGenerator(points_to_evaluate=presets, max_concurrent=concurrent)
+    return {"search_alg": algorithm, "num_samples": len(points)}
 
-    Trials that a resumed sweep finds unfinished come first, to go on from their checkpoints.
+
+def _optuna(sweep: SweepConfig, seed: int, table: TrialTable, concurrent: int) -> dict[str, Any] | None:
+    """Return the part of ``TuneConfig`` that asks Optuna's TPE for what is left to try; None where nothing is.
+
+    It is told of the trials that are finished already; those that a resumed sweep finds unfinished come first.
+    Raises UsageError without Optuna.
     """
-    finished = [record for record in table.by_point.values() if record.is_finished]
+    finished = [record for record in table.by_point.values() if record.is_finished and record.seed == seed]
     unfinished = [record.point for record in table.by_point.values() if not record.is_finished]
-    if sweep.search != "optuna":
-        done = {record.point for record in finished}
-        left = unfinished + [point for point in propose(sweep, seed) if point not in {*done, *unfinished}]
-        points = [dataclasses.asdict(point) for point in left]
-        algorithm = BasicVariantGenerator(points_to_evaluate=points, max_concurrent=concurrent)
-        return {"search_alg": algorithm, "num_samples": len(left)} if left else None
-    num_left = sweep.num_trials - len(finished)
-    if num_left <= 0:
+    if len(finished) >= sweep.num_trials:
         return None
-    algorithm = ConcurrencyLimiter(_optuna(sweep, seed, finished, unfinished), concurrent)
-    return {"search_alg": algorithm, "num_samples": num_left}
-
-
-def _optuna(sweep: SweepConfig, seed: int, finished: list[TrialRecord], unfinished: list[Point]) -> Searcher:
-    """Return Optuna's TPE, told of the trials that are finished already. Raises UsageError without Optuna."""
     try:
         import optuna
     except ImportError as error:
@@ -128,7 +151,7 @@ def _optuna(sweep: SweepConfig, seed: int, finished: list[TrialRecord], unfinish
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    first = unfinished if finished or unfinished else first_points(sweep)
+    first = unfinished if table.by_point else first_points(sweep, seed)
     search = OptunaSearch(
         space={
             "batch_size": optuna.distributions.CategoricalDistribution(sweep.batch_sizes),
@@ -138,13 +161,18 @@ def _optuna(sweep: SweepConfig, seed: int, finished: list[TrialRecord], unfinish
         },
         metric="val_accuracy",
         mode="max",
-        points_to_evaluate=[dataclasses.asdict(point) for point in first],
+        points_to_evaluate=[_searched(point) for point in first],
         seed=seed + len(finished),  # a resumed search does not draw what it has drawn
     )
     for record in finished:
         if record.state != FAILED:
-            search.add_evaluated_point(dataclasses.asdict(record.point), record.val_accuracy)
-    return search
+            search.add_evaluated_point(_searched(record.point), record.val_accuracy)
+    limited = ConcurrencyLimiter(search, concurrent)
+    return {"search_alg": limited, "num_samples": sweep.num_trials - len(finished)}
+
+
+def _searched(point: Point) -> dict[str, Any]:
+    return {"batch_size": point.batch_size, "learning_rate": point.learning_rate}
 
 
 class _Watcher(tune.Callback):
@@ -192,8 +220,9 @@ class _Watcher(tune.Callback):
         """Drop the checkpoints of finished trials, but the best's."""
         self._changed()
         best = self._table.best
+        kept = best.records[0] if best else None
         for record in self._table.by_point.values():
-            if record.is_finished and record is not best:
+            if record.is_finished and record is not kept:
                 self._run.inside(TRIALS_FOLDER).inside(record.point.name).delete()
 
     def _changed(self) -> None:
@@ -202,7 +231,7 @@ class _Watcher(tune.Callback):
 
 
 def _point(trial: Trial) -> Point:
-    return Point(trial.config["batch_size"], trial.config["learning_rate"])
+    return Point(trial.config["batch_size"], trial.config["learning_rate"], trial.config["seed"])
 
 
 def _reason(trial: Trial) -> str:

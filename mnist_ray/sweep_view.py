@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import math
 import time
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
@@ -12,9 +12,9 @@ from rich.text import Text
 
 from mnist_ray.config import JobConfig, SweepConfig
 from mnist_ray.console import RunConsole, clock_time
-from mnist_ray.search import DONE, FAILED, RUNNING, STOPPED, TrialRecord, TrialTable, ranked_rows
+from mnist_ray.search import DONE, FAILED, RUNNING, STOPPED, TrialRecord, TrialTable, row_of
 
-_COLUMNS = ("trial", "batch size", "learning rate", "epochs", "accuracy", "images/s", "state")
+_COLUMNS = ("trial", "batch size", "learning rate", "seed", "epochs", "accuracy", "images/s", "state")
 
 
 class SweepConsole(RunConsole):
@@ -45,7 +45,7 @@ class SweepConsole(RunConsole):
         counts = [f"{table.count(DONE)} done", f"{table.count(STOPPED)} stopped early", f"{table.count(FAILED)} failed"]
         best = f"best {table.best.val_accuracy:.2%}" if table.best else "none validated yet"
         left = self._seconds_left(table)
-        return f"{', '.join(counts)} of {self._sweep.num_trials}; {best}" + (
+        return f"{', '.join(counts)} of {table.num_planned}; {best}" + (
             "" if left is None else f"; about {clock_time(left)} left"
         )
 
@@ -54,7 +54,7 @@ class SweepConsole(RunConsole):
         finished = table.count(DONE, STOPPED, FAILED) - (self._finished_before or 0)
         if finished <= 0:
             return None
-        left = self._sweep.num_trials - table.count(DONE, STOPPED, FAILED)
+        left = table.num_planned - table.count(DONE, STOPPED, FAILED)
         estimate = (time.monotonic() - self._start) / finished * left
         if self._sweep.time_budget_s is None:
             return estimate
@@ -71,26 +71,24 @@ class SweepConsole(RunConsole):
 
 
 def _line(record: TrialRecord, num_epochs: int) -> str:
-    accuracy = "-" if math.isnan(record.val_accuracy) else f"{record.val_accuracy:.2%}"
-    return (
-        f"batch {record.batch_size}, lr {record.learning_rate:g}: {accuracy} after {record.epochs:.3g}/{num_epochs} "
-        f"epochs, {record.state}" + (f": {record.reason}" if record.reason else "")
-    )
+    _, size, rate, seed, epochs, accuracy, _, state = row_of(record, num_epochs)
+    return f"batch {size}, lr {rate}, seed {seed}: {accuracy} after {epochs} epochs, {state}"
 
 
 def _table(table: TrialTable, num_epochs: int) -> Table:
     view = Table(box=None, padding=(0, 2, 0, 0))
     for column in _COLUMNS:
         view.add_column(column, justify="left" if column == "state" else "right", no_wrap=column != "state")
-    for row in ranked_rows(table, num_epochs):
-        view.add_row(*row)
+    for record in table.ranked:
+        view.add_row(*row_of(record, num_epochs))
     return view
 
 
 def draw(table: TrialTable, num_epochs: int) -> bytes:
     """Return a PNG: validation accuracy over learning rate, a colour and marker a batch size.
 
-    Trials that were stopped early are hollow; the best is ringed and labelled. Failed trials are not drawn.
+    Trials that were stopped early are hollow, the best configuration's are ringed, failed ones are left out. The
+    axis is logarithmic in the error, so that good trials, which differ by tenths of a point, can be told apart.
     """
     from matplotlib import ticker
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -100,28 +98,43 @@ def draw(table: TrialTable, num_epochs: int) -> bytes:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     shown = [record for record in table.by_point.values() if record.score[0] >= 0 and record.state != RUNNING]
-    sizes = sorted({record.batch_size for record in shown})
-    for number, size in enumerate(sizes):
-        colour, marker = f"C{number}", "osD^vP*X"[number % 8]
-        for record in (record for record in shown if record.batch_size == size):
-            face = "none" if record.state == STOPPED else colour
-            point = (record.learning_rate, 100 * record.val_accuracy)
-            axes.plot(*point, marker=marker, markersize=8, color=colour, markerfacecolor=face, linestyle="none")
-        axes.plot([], [], marker=marker, color=colour, linestyle="none", label=f"batch size {size}")
-    axes.plot([], [], marker="o", color="grey", markerfacecolor="none", linestyle="none", label="stopped early")
+    for number, size in enumerate(sorted({record.batch_size for record in shown})):
+        style: dict[str, Any] = {"color": f"C{number}", "marker": "osD^vP*X"[number % 8], "linestyle": "none"}
+        for record in shown:
+            if record.batch_size == size:
+                fill: dict[str, Any] = {"markerfacecolor": "none"} if record.state == STOPPED else {}
+                axes.plot(record.learning_rate, _error(record), markersize=8, **style, **fill)
+        axes.plot([], [], label=f"batch size {size}", **style)
+    axes.plot([], [], "o", color="grey", markerfacecolor="none", label="stopped early")
+    title = f"{len(shown)} trials of at most {num_epochs} epochs"
     best = table.best
     if best is not None:
-        at = (best.learning_rate, 100 * best.val_accuracy)
-        axes.plot(*at, marker="o", markersize=16, color="black", markerfacecolor="none", linestyle="none")
-        text = f"best: {best.val_accuracy:.2%}\nbatch size {best.batch_size}, learning rate {best.learning_rate:g}"
-        axes.annotate(text, at, xytext=(0, -16), textcoords="offset points", ha="center", va="top")
+        for record in best.records:
+            axes.plot(record.learning_rate, _error(record), "o", color="black", markerfacecolor="none", markersize=15)
+        axes.plot([], [], "o", color="black", markerfacecolor="none", markersize=12, label="best configuration")
+        first = best.records[0]
+        seeds = f", mean of {len(best.records)} seeds" if len(best.records) > 1 else ""
+        title += f"\nbest: batch size {first.batch_size}, learning rate {first.learning_rate:g}"
+        title += f" ({best.val_accuracy:.2%}{seeds})"
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(ticker.LogFormatter(minor_thresholds=(2, 1)))
+    axes.set_yscale("log")
+    axes.invert_yaxis()
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda error, _: f"{100 - error:g}"))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(ticker.NullLocator())
     axes.set_xlabel("learning rate (peak of the schedule)")
     axes.set_ylabel("validation accuracy (%)")
-    axes.set_title(f"{len(shown)} trials of at most {num_epochs} epochs")
+    axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left", fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()
+
+
+def _error(record: TrialRecord) -> float:
+    """Return the percentage of validation images that were wrong; not quite 0, for the logarithm."""
+    return max(100 * (1 - record.val_accuracy), 1e-3)

@@ -46,7 +46,7 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
     With several workers it is a ``TorchTrainer`` run; with one it is the same engine in this process, which Tune
     keeps warm from trial to trial: starting workers costs more than such a trial's training.
     """
-    point = Point(tune_config["batch_size"], tune_config["learning_rate"])
+    point = Point(tune_config["batch_size"], tune_config["learning_rate"], tune_config["seed"])
     config = point.applied_to(spec.config)
     folder = locate(spec.storage_path, point.name)
     if spec.plan.num_workers > 1:

@@ -63,11 +63,15 @@ def tune_and_train(flags: Mapping[str, Any]) -> None:
         except JobError as error:
             raise JobError(f"{error} (logs: {cluster.log_folder})") from error
         assert table.best is not None
-        best = dataclasses.replace(job, train=table.best.point.applied_to(job.train))
+        chosen = dataclasses.replace(table.best.records[0].point, seed=job.train.seed)
+        best = dataclasses.replace(job, train=chosen.applied_to(job.train))
         run.write_text(BEST_FILE, settings.json_lines(settings.values_of(best.train, best.data)))
         run.write_bytes(PICTURE_FILE, draw(table, job.train.num_epochs))
         console.result_table(table)
         console.say("files", f"{run.uri}/sweep.csv, {BEST_FILE}, {PICTURE_FILE}")
+        console.say(
+            "best", f"{table.best.val_accuracy:.2%} validation accuracy, mean of {len(table.best.records)} seeds"
+        )
         _train_the_best(best, run, images, cluster, resume_with)
 
 
@@ -109,8 +113,8 @@ def _print_header(
 
 def _train_the_best(best: JobConfig, run: RunFolder, images: Images, cluster: Cluster, resume_with: str) -> None:
     """Train and evaluate the default configuration, where it is another one, and the best; compare them."""
-    default = TrainConfig()
-    baseline = dataclasses.replace(best, train=Point(default.batch_size, default.learning_rate).applied_to(best.train))
+    default = Point(TrainConfig().batch_size, TrainConfig().learning_rate, best.train.seed)
+    baseline = dataclasses.replace(best, train=default.applied_to(best.train))
     lines = []
     for title, job, folder in (("default", baseline, run.inside("default")), ("best", best, run)):
         if title == "default" and job == best:

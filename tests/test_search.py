@@ -9,7 +9,7 @@ from mnist_ray.config import SweepConfig, TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.search import DONE, FAILED, RUNNING, STOPPED, Point, TrialRecord, TrialTable
 
-DEFAULT = Point(TrainConfig().batch_size, TrainConfig().learning_rate)
+DEFAULT = Point(TrainConfig().batch_size, TrainConfig().learning_rate, 0)
 
 
 def test_the_same_seed_gives_the_same_proposals_and_another_seed_others() -> None:
@@ -47,11 +47,11 @@ def test_a_grid_without_a_trial_for_each_batch_size_is_refused() -> None:
 
 def test_a_point_replaces_just_what_is_searched() -> None:
     config = TrainConfig(num_epochs=7, seed=3)
-    assert Point(9, 0.5).applied_to(config) == dataclasses.replace(config, batch_size=9, learning_rate=0.5)
+    assert Point(9, 0.5, 4).applied_to(config) == dataclasses.replace(config, batch_size=9, learning_rate=0.5, seed=4)
 
 
 def record(trial: int, state: str, accuracy: float, loss: float = 1.0, epochs: float = 2.0) -> TrialRecord:
-    return TrialRecord(trial, 32, trial / 100, state, epochs, accuracy, loss)
+    return TrialRecord(trial, 32, trial / 100, 0, state, epochs, accuracy, loss)
 
 
 def test_the_table_ranks_by_accuracy_then_loss_and_failed_trials_last() -> None:
@@ -64,7 +64,8 @@ def test_the_table_ranks_by_accuracy_then_loss_and_failed_trials_last() -> None:
     ]
     table = TrialTable(rows)
     assert [row.trial for row in table.ranked[:3]] == [5, 3, 2]
-    assert table.best is rows[4]
+    assert table.best is not None
+    assert table.best.records == (rows[4],)
     assert (table.count(DONE), table.count(STOPPED, FAILED)) == (2, 2)
     assert table.epochs_run() == 9.0
 
@@ -75,7 +76,7 @@ def test_a_table_without_a_validated_trial_has_no_best() -> None:
 
 def test_a_written_table_is_read_back() -> None:
     table = TrialTable([record(1, FAILED, math.nan), record(2, DONE, 0.1 + 0.2)])
-    table.by_point[Point(32, 0.01)].reason = 'OSError: "no, space"\n'
+    table.by_point[Point(32, 0.01, 0)].reason = 'OSError: "no, space"\n'
     again = TrialTable.from_csv(table.to_csv())
     assert repr(list(again.by_point.values())) == repr(list(table.by_point.values()))
     assert list(TrialTable.from_csv("").by_point) == []
@@ -88,10 +89,10 @@ def test_a_damaged_table_is_refused() -> None:
 
 def test_a_trial_that_starts_again_keeps_its_number() -> None:
     table = TrialTable()
-    first = table.start(Point(8, 0.5))
+    first = table.start(Point(8, 0.5, 0))
     first.state, first.reason = FAILED, "killed"
-    assert table.start(Point(8, 0.25)).trial == 2
-    again = table.start(Point(8, 0.5))
+    assert table.start(Point(8, 0.25, 0)).trial == 2
+    again = table.start(Point(8, 0.5, 0))
     assert (again.trial, again.state, again.reason) == (1, RUNNING, "")
 
 
@@ -113,3 +114,31 @@ def test_no_more_trials_run_at_a_time_than_the_cluster_holds(
     plan = WorkerPlan(workers, cpus, use_gpu=False, must_scale_up=False)
     cluster = Cluster(False, tuple(nodes), (), "/logs")
     assert sweep.trials_at_a_time(SweepConfig(max_concurrent_trials=asked), plan, cluster) == expected
+
+
+def table_of(*rows: tuple[float, int, str, float]) -> TrialTable:
+    """Return a table of (learning rate, seed, state, accuracy)."""
+    return TrialTable(
+        TrialRecord(number, 128, rate, seed, state, 2.0, accuracy, 1.0)
+        for number, (rate, seed, state, accuracy) in enumerate(rows, 1)
+    )
+
+
+def test_the_best_and_the_default_are_confirmed_with_two_more_seeds() -> None:
+    default = TrainConfig().learning_rate
+    table = table_of((1e-3, 0, DONE, 0.99), (2e-3, 0, DONE, 0.98), (3e-3, 0, STOPPED, 0.995), (default, 0, DONE, 0.9))
+    points = search.confirmations(SweepConfig(num_confirmed=1), 0, table)
+    assert [(point.learning_rate, point.seed) for point in points] == [(1e-3, 1), (default, 1), (1e-3, 2), (default, 2)]
+    assert search.confirmations(SweepConfig(num_confirmed=0), 0, table) == []
+
+
+def test_the_mean_over_seeds_chooses_among_those_that_were_confirmed() -> None:
+    table = table_of(
+        (1e-3, 0, DONE, 0.99), (1e-3, 1, DONE, 0.97),
+        (2e-3, 0, DONE, 0.985), (2e-3, 1, DONE, 0.985),
+        (3e-3, 0, DONE, 0.989),
+        (4e-3, 0, DONE, 0.999), (4e-3, 1, FAILED, 0.999),
+    )  # fmt: skip
+    assert table.best is not None
+    assert {record.learning_rate for record in table.best.records} == {2e-3}
+    assert table.best.val_accuracy == pytest.approx(0.985)
