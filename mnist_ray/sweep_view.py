@@ -76,7 +76,7 @@ def _line(record: TrialRecord, num_epochs: int) -> str:
 
 
 def _table(table: TrialTable, num_epochs: int) -> Table:
-    view = Table(box=None, padding=(0, 2, 0, 0))
+    view = Table(box=None, padding=(0, 1, 0, 0))
     for column in _COLUMNS:
         view.add_column(column, justify="left" if column == "state" else "right", no_wrap=column != "state")
     for record in table.ranked:
