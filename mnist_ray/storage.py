@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import posixpath
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,8 @@ class RunFolder:
                 stream.write(content)
             self.filesystem.move(target + ".tmp", target)
         except (OSError, pyarrow.ArrowException) as error:
+            with contextlib.suppress(OSError):
+                self.filesystem.delete_file(target + ".tmp")
             raise JobError(f"cannot write {self.uri}/{file_name}: {_first_line(error)}") from error
 
 

@@ -69,7 +69,9 @@ def _train_here(config: TrainConfig, spec: TrialSpec, folder: RunFolder) -> None
     config = dataclasses.replace(config, precision=engine.resolve_precision(config.precision, group))
     split, validation = ray.get([spec.train, spec.validation])
     state = engine.create_state(config, len(split), group.device)
-    _restore_last(folder, state)
+    metrics_before = _restore_last(folder, state)
+    if state.epoch == config.num_epochs:  # killed after its last checkpoint, before the sweep had noted it
+        tune.report(metrics_before)
 
     def report(state: TrainingState, progress: Progress) -> None:
         metrics = trainer.report_metrics(state, progress, validation)
@@ -91,8 +93,11 @@ def _save(folder: RunFolder, state: TrainingState, about: dict[str, Any]) -> Non
             folder.inside(name).delete()
 
 
-def _restore_last(folder: RunFolder, state: TrainingState) -> None:
-    """Put the last whole checkpoint of a trial into ``state``; one left half-written by a kill is passed over."""
+def _restore_last(folder: RunFolder, state: TrainingState) -> dict[str, Any]:
+    """Put the last whole checkpoint of a trial into ``state`` and return its metrics; without one, there are none.
+
+    A checkpoint that a kill has left half-written is passed over.
+    """
     for name in reversed(folder.subfolders()):
         saved = folder.inside(name)
         with tempfile.TemporaryDirectory() as local:
@@ -101,4 +106,5 @@ def _restore_last(folder: RunFolder, state: TrainingState) -> None:
                 checkpoints.restore(Path(local), state)
             except (JobError, UsageError):
                 continue
-            return
+            return dict(checkpoints.read_state(Path(local))["metrics"])
+    return {}

@@ -83,6 +83,7 @@ def test_the_optimizer_of_another_kind_is_restored_too(tmp_path: Path, few_image
     def with_sgd() -> TrainingState:
         state = engine.create_state(CONFIG, len(few_images), CPU)
         state.optimizer = torch.optim.SGD(state.model.parameters(), lr=0.1, momentum=0.9)
+        state.scheduler = torch.optim.lr_scheduler.ConstantLR(state.optimizer, factor=1.0)
         return state
 
     state, restored = with_sgd(), with_sgd()

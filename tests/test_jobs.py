@@ -122,6 +122,8 @@ def test_an_interrupted_run_says_how_to_resume_and_goes_on(small_data: Path, tmp
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "RAY_ADDRESS": ray_address},
+        # A shell's background jobs, this test run among them, may ignore Ctrl-C; a person's command does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert job.stdout
     for line in job.stdout:

@@ -11,9 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
+from mnist_ray.cluster import WorkerPlan
+from mnist_ray.config import TrainConfig
+from mnist_ray.data import Split
 from mnist_ray.errors import JobError
 from mnist_ray.search import Point
+from mnist_ray.trial import TrialSpec, run_trial
 from mnist_ray.tuning import tune_and_train
 from tests.conftest import ROOT, run_job
 from tests.test_jobs import as_flags, assert_one_line_error
@@ -84,6 +89,20 @@ def test_the_training_job_reproduces_the_best_trial(finished_sweep: Path, ray_ad
     assert float(last["train_loss"]) == pytest.approx(float(best["train_loss"]), rel=1e-9)
 
 
+def test_a_trial_killed_after_its_last_checkpoint_reports_it_again(
+    ray_address: str, few_images: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[dict[str, float]] = []
+    monkeypatch.setattr("ray.tune.report", reported.append)
+    images = ray.put(few_images)
+    plan = WorkerPlan(1, 1, use_gpu=False, must_scale_up=False)
+    spec = TrialSpec(TrainConfig(precision="fp32"), images, images, plan, str(tmp_path), {})
+    for _ in range(2):
+        run_trial({"batch_size": 60, "learning_rate": 1e-3, "seed": 0}, spec)
+    assert [metrics["epochs"] for metrics in reported] == [1.0, 2.0, 2.0]
+    assert reported[2] == reported[1]
+
+
 def test_trials_of_two_workers_report_to_the_sweep(
     trials_only: None, ray_address: str, small_data: Path, tmp_path: Path
 ) -> None:
@@ -120,7 +139,7 @@ def test_a_trial_that_fails_is_tried_twice_and_the_sweep_goes_on(
 
 
 def test_a_killed_sweep_goes_on_without_repeating_finished_trials(
-    ray_address: str, small_data: Path, tmp_path: Path
+    trials_only: None, ray_address: str, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, "run_name": "kill", "num_trials": 5}
     job = subprocess.Popen(
@@ -141,26 +160,28 @@ def test_a_killed_sweep_goes_on_without_repeating_finished_trials(
     command = ["--resume", "--run-name", "kill", "--storage-path", str(tmp_path)]
     refused = run_job("tune.py", *command, "--num-trials", "6", address=ray_address)
     assert_one_line_error(refused, 2, "run kill was started with --num-trials 5, not 6")
-    done = run_job("tune.py", *command, address=ray_address)
-    assert done.returncode == 0, done.stderr
-    printed = [line for line in done.stdout.splitlines() if line.startswith("trial ") and "batch" in line]
+    tune_and_train({"resume": True, "run_name": "kill", "storage_path": str(tmp_path)})
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trial ") and ", lr " in line]
     after = rows(tmp_path / "kill")
     assert after[: len(before)] == before
-    assert len(after) == 5
-    assert len([line for line in printed if ": " in line]) == 5 - len(before)
+    assert (len(after), len(printed)) == (5, 5 - len(before))
 
 
-def test_optuna_proposes_and_every_trial_failing_ends_the_job(
+def test_optuna_proposes(trials_only: None, ray_address: str, small_data: Path, tmp_path: Path) -> None:
+    where = {"data_dir": str(small_data), "storage_path": str(tmp_path), "run_name": "optuna"}
+    tune_and_train({**QUICK, **where, "search": "optuna", "num_trials": 3, "num_epochs": 1})
+    trials = rows(tmp_path / "optuna")
+    assert [row["state"] for row in trials] == ["done"] * 3
+    assert {row["batch_size"] for row in trials} <= {"32", "64"}
+
+
+def test_every_trial_failing_ends_the_job_with_the_first_reason(
     ray_address: str, small_data: Path, tmp_path: Path
 ) -> None:
-    flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, "search": "optuna", "num_epochs": 1}
-    done = run_job("tune.py", *flags_of(flags | {"num_trials": 3, "run_name": "ok"}), address=ray_address)
-    assert done.returncode == 0, done.stderr
-    assert len(rows(tmp_path / "ok")) == 3
-    hopeless = {"num_trials": 1, "learning_rate_min": 1e19, "learning_rate_max": 1e20, "run_name": "bad"}
-    failed = run_job("tune.py", *flags_of(flags | hopeless), address=ray_address)
-    assert_one_line_error(failed, 1, "every trial failed; the first one: ")
-    assert "the loss is not a finite number" in failed.stderr
+    hopeless = {"num_trials": 1, "learning_rate_min": 1e19, "learning_rate_max": 1e20}
+    flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, **hopeless}
+    failed = run_job("tune.py", *flags_of(flags), address=ray_address)
+    assert_one_line_error(failed, 1, "every trial failed; the first one: TrainingDivergedError: the loss is not")
 
 
 @pytest.mark.parametrize(
