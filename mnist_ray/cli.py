@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, get_type_hints
 
 from mnist_ray.config import build, flag, value_type
+from mnist_ray.environment import take_sigterm_as_interrupt
 from mnist_ray.errors import JobError, UsageError
 
 UNSET = argparse.SUPPRESS
@@ -56,11 +56,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a job's main and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted; a bug keeps its traceback.
-
-    SIGTERM, which ``ray job stop`` and schedulers send, is taken as Ctrl-C.
-    """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Run a job's main and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted; a bug keeps its traceback."""
+    take_sigterm_as_interrupt()
     status = 0
     try:
         main()

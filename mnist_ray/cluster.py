@@ -19,7 +19,10 @@ from ray._private.utils import read_ray_address
 
 from mnist_ray.config import WorkerConfig
 from mnist_ray.console import count
+from mnist_ray.environment import take_sigterm_as_interrupt
 from mnist_ray.errors import JobError, UsageError
+
+_MOST_WORKERS_A_CORE = 8  # each worker is a process of some 500 MiB
 
 
 @dataclass(frozen=True)
@@ -81,19 +84,37 @@ def connect(config: WorkerConfig, *, verbose: bool) -> Iterator[Cluster]:
         "logging_level": logging.INFO if verbose else logging.ERROR,
     }
     if not verbose:
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's traceback; the reason is shown
-        warnings.filterwarnings("ignore", module=r"ray\.")
+        quiet_ray()
     address = _find_cluster()
     try:
         if address is None:
-            num_cpus = max(usable_cores(), (config.num_workers or 1) * (config.cpus_per_worker or 1))
+            num_cpus = _local_cpus(config)
             ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
         else:
             _init(address, options)
+        take_sigterm_as_interrupt()
         yield _describe(is_local=address is None)
     finally:
         ray.shutdown()
+
+
+def quiet_ray() -> None:
+    """Keep Ray's own log off the console; it stays in its files."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's traceback; the reason is shown
+    warnings.filterwarnings("ignore", module=r"ray\.")
+
+
+def _local_cpus(config: WorkerConfig) -> int:
+    """Return the CPUs that a local Ray counts. Raises UsageError where no machine of these cores could bear it."""
+    cores, asked = usable_cores(), (config.num_workers or 1) * (config.cpus_per_worker or 1)
+    if asked > cores * _MOST_WORKERS_A_CORE:
+        workers = f"{count(config.num_workers or 1, 'worker')} of {count(config.cpus_per_worker or 1, 'CPU')}"
+        raise UsageError(
+            f"{workers} are too many for this machine's {count(cores, 'core')}; "
+            f"lower --num-workers (to {cores}, to be fast) or --cpus-per-worker"
+        )
+    return max(cores, asked)
 
 
 def _init(address: str, options: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ class TrainingDivergedError(Exception):
         self.step = step
 
     def __str__(self) -> str:
-        return f"the loss is not a finite number at step {self.step} of epoch {self.epoch}; try a lower --learning-rate"
+        return f"loss or weights are not finite at step {self.step} of epoch {self.epoch}; try a lower --learning-rate"
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ def _create_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, num
 def train(state: TrainingState, split: Split, config: TrainConfig, group: Group, hooks: Hooks) -> None:
     """Train ``state`` from where it stands to the last epoch's end, on this rank's part of ``split``.
 
-    ``config.precision`` is resolved (see ``resolve_precision``). Raises TrainingDivergedError, on every rank and
-    before a checkpoint could hold what came out.
+    ``config.precision`` is resolved (see ``resolve_precision``). Raises TrainingDivergedError on every rank, before
+    weights that are no finite numbers could get into a checkpoint.
     """
     assert config.precision != "auto"
     dataset = BatchDataset(split, group.device)
@@ -112,6 +112,7 @@ def train(state: TrainingState, split: Split, config: TrainConfig, group: Group,
     autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
     while state.epoch < config.num_epochs:
         finished = _train_epoch(state, model, dataset, config, group, hooks, autocast_dtype)
+        _check_weights(state)
         state.finished_s += state.epoch_s
         state.epoch, state.step, state.sums, state.epoch_s = state.epoch + 1, 0, MetricSums(), 0.0
         hooks.checkpoint(state, finished)
@@ -149,10 +150,17 @@ def _train_epoch(
             progress = window.close(state, last_step)
             hooks.progress(progress)
             if checkpoint_due and state.step < last_step:
+                _check_weights(state)
                 hooks.checkpoint(state, progress)
                 window.restart_clock()
     assert progress is not None, "an epoch has at least one step"
     return progress
+
+
+def _check_weights(state: TrainingState) -> None:
+    """Raise TrainingDivergedError where the last step, whose loss was finite, has led to weights that are not."""
+    if not all(parameter.isfinite().all() for parameter in state.model.parameters()):
+        raise TrainingDivergedError(state.epoch + 1, state.step)
 
 
 def train_step(

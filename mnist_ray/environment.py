@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 
 _SETTINGS = {
     # Train's controller looks at its workers this often. The default of 2 s is waited for at the end of every run.
@@ -20,3 +22,9 @@ def prepare(*, verbose: bool) -> None:
     """Set what is not set yet; whatever the user has set stays."""
     for name, value in (_SETTINGS if verbose else _SETTINGS | _QUIET_SETTINGS).items():
         os.environ.setdefault(name, value)
+
+
+def take_sigterm_as_interrupt() -> None:
+    """Let SIGTERM, which ``ray job stop`` and schedulers send, do what Ctrl-C does; ``ray.init`` sets a handler too."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)

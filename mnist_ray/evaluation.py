@@ -21,7 +21,7 @@ from mnist_ray.data import Split
 from mnist_ray.errors import UsageError
 from mnist_ray.events import Validated
 from mnist_ray.metrics import Evaluation
-from mnist_ray.storage import RESULT_FILE, locate
+from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, locate
 
 
 def evaluate(checkpoint: Checkpoint, split: Split | ray.ObjectRef, num_images: int, num_tasks: int = 1) -> Evaluation:
@@ -83,6 +83,8 @@ def find_checkpoint(given: str, storage_path: str) -> Checkpoint:
     try:
         unfinished = ray.train.Result.from_path(run.path, storage_filesystem=run.filesystem)
     except RuntimeError as error:
+        if run.exists(CONFIG_FILE):
+            raise UsageError(f"run {run.uri} has no checkpoint yet") from error
         raise UsageError(f"{given} is neither a checkpoint nor a run that holds one") from error
     if unfinished.checkpoint is None:
         raise UsageError(f"run {run.uri} has no checkpoint yet")

@@ -16,7 +16,7 @@ from ray.util.queue import Queue
 from mnist_ray import config as settings
 from mnist_ray import data, evaluation, trainer
 from mnist_ray.checkpoint import read_state
-from mnist_ray.cluster import Cluster, WorkerPlan, connect, plan_workers, usable_cores
+from mnist_ray.cluster import Cluster, WorkerPlan, connect, plan_workers, quiet_ray, usable_cores
 from mnist_ray.config import DataConfig, EvaluationConfig, JobConfig, OutputConfig, WorkerConfig
 from mnist_ray.console import RunConsole, confusion_table, count
 from mnist_ray.data import Split
@@ -251,7 +251,7 @@ def _print_result(
         f"{seconds['total']:.1f} in all: start {seconds['start']:.1f}, training {seconds['training']:.1f}, "
         f"evaluation {seconds['evaluation']:.1f}",
     )
-    console.result("model", f"{run.uri}/{checkpoint_name}")
+    console.result("checkpoint", f"{run.uri}/{checkpoint_name}")
     console.result("result", f"{run.uri}/{RESULT_FILE}")
 
 
@@ -269,6 +269,7 @@ def evaluate_checkpoint(flags: Mapping[str, Any]) -> None:
 
     Raises UsageError and JobError.
     """
+    quiet_ray()
     evaluation_config = settings.build(EvaluationConfig, flags, settings.flag)
     checkpoint = evaluation.find_checkpoint(flags["checkpoint"], evaluation_config.storage_path)
     with checkpoint.as_directory() as folder:

@@ -166,11 +166,13 @@ def _receive(events: Queue, timeout_s: float) -> Iterator[Event]:
 
 def _reason(error: ray.train.TrainingFailedError) -> str:
     """Say in one line why training failed: the first worker's own exception where there is one."""
-    failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
-    rank, failure = min(failures.items())
+    who, failure = "Ray Train", getattr(error, "controller_failure", error)
+    if failures := getattr(error, "worker_failures", None):
+        rank, failure = min(failures.items())
+        who = f"worker {rank}"
     cause = getattr(failure, "_base_exc", failure)
     text = str(cause).strip().splitlines()
-    return f"worker {rank} failed: {type(cause).__name__}: {text[0] if text else 'no message'}"
+    return f"{who} failed: {type(cause).__name__}: {text[0] if text else 'no message'}"
 
 
 def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:

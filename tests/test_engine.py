@@ -210,9 +210,18 @@ def test_a_loss_that_is_no_number_stops_training_at_its_step(few_images: Split) 
         if state.step == 7:
             next(state.model.parameters()).data.fill_(float("nan"))
 
-    with pytest.raises(TrainingDivergedError, match="not a finite number at step 8 of epoch 1; try a lower"):
+    with pytest.raises(TrainingDivergedError, match="not finite at step 8 of epoch 1; try a lower"):
         engine.train(state, few_images, config, Group(), Hooks(checkpoint=poison))
     assert saved == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_weights_that_are_not_finite_get_into_no_checkpoint(few_images: Split) -> None:
+    config = replace(CONFIG, checkpoint_every=1, learning_rate=1e39, schedule="constant")
+    saved: list[int] = []
+    hooks = Hooks(checkpoint=lambda state, progress: saved.append(state.step))
+    with pytest.raises(TrainingDivergedError, match="not finite at step 1 of epoch 1"):
+        weights_after(config, few_images, hooks=hooks)
+    assert saved == []
 
 
 def test_auto_precision_is_bf16_just_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,25 +114,38 @@ def test_four_workers_run_on_two_cpus_and_the_job_says_so(small_data: Path, tmp_
     assert json.loads((tmp_path / "four" / "result.json").read_text())["num_workers"] == 4
 
 
-def test_an_interrupted_run_says_how_to_resume_and_goes_on(small_data: Path, tmp_path: Path, ray_address: str) -> None:
-    flags = {"data_dir": small_data, "storage_path": tmp_path, "run_name": "int", **QUICK, "num_epochs": 500}
+def interrupt_after(line_start: str, sent: signal.Signals, flags: dict[str, Any], address: str) -> tuple[int, str]:
+    """Start a training job, send it a signal at the line; return its exit status and standard error."""
     job = subprocess.Popen(
         [sys.executable, str(ROOT / "jobs" / "train.py"), *as_flags(flags)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "RAY_ADDRESS": ray_address},
+        env={**os.environ, "RAY_ADDRESS": address},
         # A shell's background jobs, this test run among them, may ignore Ctrl-C; a person's command does not.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert job.stdout
     for line in job.stdout:
-        if line.startswith("epoch 2/500"):
+        if line.startswith(line_start):
             break
-    job.send_signal(signal.SIGINT)
+    job.send_signal(sent)
     _, errors = job.communicate(timeout=30)
+    return job.returncode, errors
+
+
+def test_a_terminated_run_ends_like_an_interrupted_one(small_data: Path, tmp_path: Path, ray_address: str) -> None:
+    flags = {"data_dir": small_data, "storage_path": tmp_path, "run_name": "term", **QUICK, "num_epochs": 500}
+    status, errors = interrupt_after("started", signal.SIGTERM, flags, ray_address)
+    assert status == 130
+    assert errors == f"interrupted; to go on: python jobs/train.py --resume --run-name term --storage-path {tmp_path}\n"
+
+
+def test_an_interrupted_run_says_how_to_resume_and_goes_on(small_data: Path, tmp_path: Path, ray_address: str) -> None:
+    flags = {"data_dir": small_data, "storage_path": tmp_path, "run_name": "int", **QUICK, "num_epochs": 500}
     command = f"python jobs/train.py --resume --run-name int --storage-path {tmp_path}"
-    assert (job.returncode, errors) == (130, f"interrupted; to go on: {command}\n")
+    status, errors = interrupt_after("epoch 2/500", signal.SIGINT, flags, ray_address)
+    assert (status, errors) == (130, f"interrupted; to go on: {command}\n")
 
     refused = run_job("train.py", *command.split()[2:], "--batch-size", "51", address=ray_address)
     assert_one_line_error(refused, 2, "run int was started with --batch-size 50, not 51")
@@ -148,7 +161,7 @@ def test_an_interrupted_run_says_how_to_resume_and_goes_on(small_data: Path, tmp
 def test_a_loss_that_becomes_nan_ends_the_run_in_one_line(small_data: Path, tmp_path: Path, ray_address: str) -> None:
     flags = {"data_dir": small_data, "storage_path": tmp_path, **QUICK, "learning_rate": 1e20}
     done = run_job("train.py", *as_flags(flags), address=ray_address)
-    assert_one_line_error(done, 1, "the loss is not a finite number at step 2 of epoch 1; try a lower --learning-rate")
+    assert_one_line_error(done, 1, "loss or weights are not finite at step 2 of epoch 1; try a lower --learning-rate")
 
 
 @pytest.mark.parametrize(
@@ -165,6 +178,7 @@ def test_a_loss_that_becomes_nan_ends_the_run_in_one_line(small_data: Path, tmp_
         (["--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
         (["--recipe", "cake"], "argument --recipe: invalid choice: 'cake'"),
         (["--config", "/nowhere.json"], "cannot read the config file /nowhere.json: No such file or directory"),
+        (["--num-workers", "4000"], "4,000 workers of 1 CPU are too many for this machine's"),
         (["--resume"], "--resume needs --run-name NAME"),
         (["--resume", "--run-name", "ghost"], "--resume: there is no run"),
         (["--data-dir", "/nowhere"], "--data-dir /nowhere is not a folder"),

@@ -135,7 +135,7 @@ def test_a_trial_that_fails_is_tried_twice_and_the_sweep_goes_on(
     tune_and_train({**QUICK, **where, "num_epochs": 1, "max_concurrent_trials": 1})
     failed, done = rows(tmp_path / "fail")
     assert (failed["state"], done["state"]) == ("failed", "done")
-    assert "the loss is not a finite number at step 2 of epoch 1" in failed["reason"]
+    assert "loss or weights are not finite at step 2 of epoch 1" in failed["reason"]
 
 
 def test_a_killed_sweep_goes_on_without_repeating_finished_trials(
@@ -181,7 +181,7 @@ def test_every_trial_failing_ends_the_job_with_the_first_reason(
     hopeless = {"num_trials": 1, "learning_rate_min": 1e19, "learning_rate_max": 1e20}
     flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, **hopeless}
     failed = run_job("tune.py", *flags_of(flags), address=ray_address)
-    assert_one_line_error(failed, 1, "every trial failed; the first one: TrainingDivergedError: the loss is not")
+    assert_one_line_error(failed, 1, "every trial failed; the first one: TrainingDivergedError: loss or weights")
 
 
 @pytest.mark.parametrize(
