@@ -69,9 +69,8 @@ def tune_and_train(flags: Mapping[str, Any]) -> None:
         run.write_bytes(PICTURE_FILE, draw(table, job.train.num_epochs))
         console.result_table(table)
         console.say("files", f"{run.uri}/sweep.csv, {BEST_FILE}, {PICTURE_FILE}")
-        console.say(
-            "best", f"{table.best.val_accuracy:.2%} validation accuracy, mean of {len(table.best.records)} seeds"
-        )
+        seeds = count(len(table.best.records), "seed")
+        console.say("best", f"{table.best.val_accuracy:.2%} validation accuracy, mean of {seeds}")
         _train_the_best(best, run, images, cluster, resume_with)
 
 
