@@ -6,7 +6,7 @@ import functools
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from ray.train import (
     ValidationConfig,
 )
 from ray.train.torch import TorchTrainer, get_device
-from ray.util import queue
 from ray.util.queue import Queue
 
 from mnist_ray import checkpoint as checkpoints
@@ -142,26 +141,16 @@ def _wait(work: Callable[[], ray.train.Result], events: Queue, on_event: Callabl
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
     while thread.is_alive():
-        for event in _receive(events, timeout_s=0.2):
+        thread.join(timeout=0.2)
+        # Not get() with a timeout: it says by an exception that nothing came, and Ray logs one that Ctrl-C left.
+        for event in events.get_nowait_batch(events.qsize()):
             on_event(event)
-    for event in _receive(events, timeout_s=0):
-        on_event(event)
     result = outcome[0]
     if isinstance(result, ray.train.TrainingFailedError):
         raise JobError(_reason(result)) from result
     if isinstance(result, BaseException):
         raise result
     return result
-
-
-def _receive(events: Queue, timeout_s: float) -> Iterator[Event]:
-    """Yield the events that are there, waiting a moment for the first."""
-    try:
-        yield events.get(timeout=timeout_s) if timeout_s else events.get_nowait()
-        while True:
-            yield events.get_nowait()
-    except queue.Empty:
-        return
 
 
 def _reason(error: ray.train.TrainingFailedError) -> str:
