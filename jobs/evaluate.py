@@ -5,14 +5,17 @@ python jobs/evaluate.py ~/ray_results/my_run/checkpoint_epoch-002_step-000000 --
 """
 
 from mnist_ray import cli, environment
-from mnist_ray.config import DataConfig, EvaluationConfig
+from mnist_ray.config import DataConfig, EvaluationConfig, LookupConfig
 
 
 def main() -> None:
     """Read the flags, then evaluate."""
-    parser = cli.Parser("Evaluate a checkpoint on a test set.", DataConfig, EvaluationConfig)
+    parser = cli.Parser("Evaluate a checkpoint on a test set.", DataConfig, EvaluationConfig, LookupConfig)
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT_OR_RUN", help="a checkpoint's or a run's folder or URI, or a run's name"
+        "checkpoint",
+        metavar="CHECKPOINT_OR_RUN",
+        nargs="?",
+        help="a checkpoint's or a run's folder or URI, or a run's name; default: the newest run",
     )
     flags = parser.read_flags()
     environment.prepare(verbose=False)

@@ -114,7 +114,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise JobError(f"checkpoint {folder} is damaged: {STATE_FILE}: {error}") from error
     if missing:
         raise JobError(f"checkpoint {folder} is damaged: {STATE_FILE} lacks {', '.join(sorted(missing))}")
-    return document  # type: ignore[no-any-return]
+    return document
 
 
 def _read_tensors(folder: Path, name: str, document: dict[str, Any]) -> dict[str, Tensor]:

@@ -96,8 +96,47 @@ class OutputConfig:
         "must be letters, digits, '.', '_' or '-'",
     )
     resume: bool = setting(False, "go on with --run-name from its last checkpoint")
+    mlflow: str | None = setting(None, "URI of an MLflow server or store to track the run in, as sqlite:///mlflow.db")
     quiet: bool = setting(False, "print only the result")
     verbose: bool = setting(False, "print Ray's own log as well")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LookupConfig:
+    """Where runs are found."""
+
+    storage_path: str = setting("~/ray_results", "where a run given by its name, or else the newest, is looked for")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewConfig:
+    """Which images are shown."""
+
+    split: Literal["train", "test"] = setting("train", "the part of the data set")
+    index: int = setting(0, "the first image, counted from 0; with --label among those that have it", **_at_least(0))
+    count: int = setting(1, "images, from --index on; several are drawn as a grid", **_at_least(1))
+    label: int | None = setting(None, "show only images with this label", **_at_least(0))
+    output: str = setting("view.png", "the picture's file")
+    stats: bool = setting(False, "print the number of images per class and the pixels' mean and standard deviation")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictionConfig:
+    """How images are answered."""
+
+    threshold: float = setting(
+        0.8, "least probability of an answer that is not called unsure", lambda p: 0 <= p <= 1, "must be in [0, 1]"
+    )
+    json: bool = setting(False, "print a JSON object a line, for programs")
+    grid: str | None = setting(None, "file of a picture to draw of what the network saw, with its answers")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportConfig:
+    """What is written."""
+
+    format: Literal["torch", "onnx"] = setting("torch", "torch: a program of torch.export; onnx: for ONNX runtimes")
+    output: str | None = setting(None, "the file; default: model.pt2 or model.onnx")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +144,6 @@ class EvaluationConfig:
     """How a checkpoint is evaluated."""
 
     num_tasks: int = setting(1, "Ray tasks that share the images; the result is the same for any", **_at_least(1))
-    storage_path: str = setting("~/ray_results", "where a run that is given by its name is looked for")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -227,11 +227,12 @@ class _Window:
         for offset, loss_sum in enumerate(loss_sums):
             if not math.isfinite(loss_sum):
                 raise TrainingDivergedError(state.epoch + 1, state.step - len(loss_sums) + offset + 1)
-        state.sums += MetricSums(math.fsum(loss_sums), int(num_correct), sum(self._sizes))
+        sums = MetricSums(math.fsum(loss_sums), int(num_correct), sum(self._sizes))
+        state.sums += sums
         state.epoch_s += time.perf_counter() - self._start
         losses = [loss_sum / size for loss_sum, size in zip(loss_sums, self._sizes, strict=True)]
         self._reset(int(interval_steps))
-        return Progress(state.epoch + 1, state.step, last_step, losses, state.sums, state.epoch_s)
+        return Progress(state.epoch + 1, state.step, last_step, losses, sums, state.sums, state.epoch_s)
 
     def _reduce(self) -> list[float]:
         """Return the loss sum of each step, the number of correct images, and the steps of the next window."""
@@ -242,7 +243,7 @@ class _Window:
         values = torch.cat([torch.stack(self._losses).double(), torch.stack([correct, proposed])])
         if self._group.world_size > 1:
             dist.all_reduce(values)
-        return values.tolist()  # type: ignore[no-any-return]
+        return values.tolist()
 
 
 def _distributed(model: nn.Module, group: Group) -> nn.Module:
@@ -285,12 +286,14 @@ def evaluate(model: nn.Module, split: Split) -> Evaluation:
     was_training = model.training
     model.eval()
     losses: list[float] = []
-    confusion = np.zeros((NUM_CLASSES, NUM_CLASSES), np.int64)
+    best: list[Tensor] = []  # (probability, class) of each image, a batch at a time
     for start in range(0, len(dataset), EVALUATION_BATCH_SIZE):
         labels = dataset.labels[start : start + EVALUATION_BATCH_SIZE].long()
         logits = model(to_input(dataset.images[start : start + EVALUATION_BATCH_SIZE]))
         losses.append(F.cross_entropy(logits, labels, reduction="sum").item())
-        pairs = torch.bincount(labels * NUM_CLASSES + logits.argmax(1), minlength=NUM_CLASSES**2)
-        confusion += pairs.view(NUM_CLASSES, NUM_CLASSES).cpu().numpy()
+        best.append(torch.stack(logits.softmax(1).max(1)).cpu())
     model.train(was_training)
-    return Evaluation(tuple(losses), confusion)
+    probabilities, predictions = torch.cat(best, dim=1).numpy()
+    pairs = np.bincount(split.labels.astype(int) * NUM_CLASSES + predictions.astype(int), minlength=NUM_CLASSES**2)
+    confusion = pairs.reshape(NUM_CLASSES, NUM_CLASSES)
+    return Evaluation(tuple(losses), confusion, predictions.astype(np.uint8), probabilities)

@@ -21,7 +21,7 @@ from mnist_ray.data import Split
 from mnist_ray.errors import UsageError
 from mnist_ray.events import Validated
 from mnist_ray.metrics import Evaluation
-from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, locate
+from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, find_run
 
 
 def evaluate(checkpoint: Checkpoint, split: Split | ray.ObjectRef, num_images: int, num_tasks: int = 1) -> Evaluation:
@@ -67,15 +67,13 @@ def _evaluate_here(checkpoint: Checkpoint, split: Split) -> Evaluation:
         return engine.evaluate(load_model(Path(folder)), split)
 
 
-def find_checkpoint(given: str, storage_path: str) -> Checkpoint:
-    """Return the checkpoint that a path, a URI or a run's name stands for; of a run, the one it has chosen.
+def find_checkpoint(given: str | None, storage_path: str) -> Checkpoint:
+    """Return the checkpoint that a path, a URI or a run's name stands for (see ``find_run``); a run's is its choice.
 
     A finished run has chosen by its result; of an interrupted one it is the best so far by validation accuracy,
     else the last. Raises UsageError where there is none.
     """
-    run = locate(*given.rstrip("/").rsplit("/", 1)) if "/" in given else locate(".", given)
-    if not run.exists() and "/" not in given:
-        run = locate(storage_path, given)
+    run = find_run(given, storage_path)
     if run.exists(STATE_FILE):
         return Checkpoint(run.path, filesystem=run.filesystem)
     if (result := run.read_text(RESULT_FILE)) is not None:

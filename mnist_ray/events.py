@@ -21,6 +21,13 @@ class Started:
     """Epochs that were finished before, in an earlier attempt."""
     step: int
     """Steps that were done before, in the current epoch."""
+    num_steps: int
+    """Steps of an epoch."""
+
+    @property
+    def total_step(self) -> int:
+        """Steps that were done before, in all."""
+        return self.epoch * self.num_steps + self.step
 
 
 @dataclass(frozen=True)

@@ -46,10 +46,17 @@ class Progress:
     num_steps: int
     losses: list[float]
     """Mean loss of each step since the last progress."""
+    window: MetricSums
+    """Over the steps since the last progress."""
     sums: MetricSums
     """Over the epoch so far."""
     epoch_s: float
     """Seconds of training in the epoch so far."""
+
+    @property
+    def total_step(self) -> int:
+        """Steps done in all, over the epochs."""
+        return (self.epoch - 1) * self.num_steps + self.step
 
     @property
     def loss(self) -> float:
@@ -70,13 +77,21 @@ class Evaluation:
     """Sum of losses of each batch, in the images' order."""
     confusion: np.ndarray
     """(classes, classes) counts: row is the label, column the prediction."""
+    predictions: np.ndarray
+    """(N,) uint8, in the images' order."""
+    probabilities: np.ndarray
+    """(N,) float32: how sure the model was of each prediction."""
 
     @classmethod
     def merge(cls, parts: Iterable[Evaluation]) -> Evaluation:
         """Join evaluations of consecutive parts of a set, given in order."""
         parts = list(parts)
-        losses = tuple(loss for part in parts for loss in part.batch_loss_sums)
-        return cls(losses, np.sum([part.confusion for part in parts], axis=0))
+        return cls(
+            tuple(loss for part in parts for loss in part.batch_loss_sums),
+            np.sum([part.confusion for part in parts], axis=0),
+            np.concatenate([part.predictions for part in parts]),
+            np.concatenate([part.probabilities for part in parts]),
+        )
 
     @property
     def num_images(self) -> int:

@@ -28,7 +28,7 @@ class CNN(nn.Module):
         x = F.relu(F.max_pool2d(self.conv2(x), 2))  # (N, 32, 4, 4)
         x = F.relu(F.max_pool2d(self.conv3(x), 2))  # (N, 64, 1, 1)
         x = F.relu(self.dense1(x.flatten(1)))
-        return self.dense2(x)  # type: ignore[no-any-return]
+        return self.dense2(x)
 
 
 def create_model() -> nn.Module:

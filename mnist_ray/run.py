@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,19 +15,20 @@ import ray
 from ray.util.queue import Queue
 
 from mnist_ray import config as settings
-from mnist_ray import data, evaluation, trainer
+from mnist_ray import data, evaluation, tracking, trainer
 from mnist_ray.checkpoint import read_state
 from mnist_ray.cluster import Cluster, WorkerPlan, connect, plan_workers, quiet_ray, usable_cores
-from mnist_ray.config import DataConfig, EvaluationConfig, JobConfig, OutputConfig, WorkerConfig
+from mnist_ray.config import DataConfig, EvaluationConfig, JobConfig, LookupConfig, OutputConfig, WorkerConfig
 from mnist_ray.console import RunConsole, confusion_table, count
 from mnist_ray.data import Split
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.events import Event, Started
-from mnist_ray.history import History
+from mnist_ray.events import EpochFinished, Event, Started
+from mnist_ray.history import History, write_predictions
 from mnist_ray.metrics import Evaluation
 from mnist_ray.model import create_model, num_parameters
 from mnist_ray.provenance import command_line, git_commit, versions
-from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, RunFolder, locate
+from mnist_ray.storage import CONFIG_FILE, REPORT_FILE, RESULT_FILE, RunFolder, locate
+from mnist_ray.tracking import Ending
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,15 @@ def train_and_evaluate(flags: Mapping[str, Any], started_at: float) -> None:
 
     ``started_at`` is when the process began, by ``time.perf_counter``. Raises UsageError and JobError.
     """
+    clock = Clock(started_at)
     values, run = open_run(flags, "train", CONFIG_FILE, settings.RUN_SETTINGS)
     job = settings.build_job(values)
+    clock.lap("start")
     images = load_images(job)
+    clock.lap("data")
     console = RunConsole(job.train.num_epochs, quiet=job.output.quiet)
     with connect(job.workers, verbose=job.output.verbose) as cluster, console:
-        train_run(job, run, images, cluster, console, started_at, resume_command("train", run))
+        train_run(job, run, images, cluster, console, clock, resume_command("train", run))
 
 
 def train_run(
@@ -67,34 +72,55 @@ def train_run(
     images: Images,
     cluster: Cluster,
     console: RunConsole,
-    started_at: float,
+    clock: Clock,
     resume_with: str,
 ) -> float:
-    """Train into ``run`` on a connected cluster, evaluate, write the files; return the test accuracy."""
+    """Train into ``run`` on a connected cluster, evaluate, write the files; return the test accuracy.
+
+    However it ends, the run's report is written and its trackers are told.
+    """
     plan = plan_workers(job.workers, cluster)
     _print_header(console, job, run, images, cluster, plan)
     run.write_text(CONFIG_FILE, settings.to_json(job))
-    clock = _Clock(started_at)
     history = History(run)
+    trackers = tracking.start(run, job.train, job.output.mlflow, functools.partial(console.say, "note"))
 
     def on_event(event: Event) -> None:
         clock.note(event)
         history.add(event)
         console.show(event)
+        trackers.log(event)
 
+    result = fitted = None
     try:
         fitted = _fit(job, run, images, plan, on_event)
-        clock.training_ended()
+        clock.lap("validation")
         tested = evaluation.evaluate(fitted.checkpoint, images.test, len(images.test))
+        clock.lap("evaluation")
+        result = _result(fitted, tested, history, clock, plan)
+        write_predictions(run, images.test.labels, tested)
+        run.write_text(RESULT_FILE, settings.json_lines(result))
+        _print_evaluation(console, tested)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(f"interrupted; to go on: {resume_with}") from interrupt
     except trainer.TrainingStoppedError:
         raise
     except JobError as error:
         raise JobError(f"{error} (logs: {cluster.log_folder}; to go on: {resume_with})") from error
-    checkpoint_name = fitted.checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
-    result = tested.to_dict("test") | {
-        "checkpoint": checkpoint_name,
+    finally:
+        pictures = _write_report(run, history, images, console)
+        trackers.close(Ending(result, pictures, fitted.checkpoint if fitted else None))
+    clock.lap("report")
+    _print_files(console, run, result, clock)
+    return tested.accuracy
+
+
+def _result(
+    fitted: trainer.FitResult, tested: Evaluation, history: History, clock: Clock, plan: WorkerPlan
+) -> dict[str, Any]:
+    """Return what result.json holds."""
+    return tested.to_dict("test") | {
+        "checkpoint": fitted.checkpoint.path.rstrip("/").rsplit("/", 1)[-1],
         "checkpoint_metrics": fitted.metrics,
         "images_per_s": _mean_images_per_s(history),
         "seconds": clock.seconds(),
@@ -103,9 +129,18 @@ def train_run(
         "command_line": command_line(),
         "git_commit": git_commit(),
     }
-    run.write_text(RESULT_FILE, settings.json_lines(result))
-    _print_result(console, run, tested, checkpoint_name, result["seconds"])
-    return tested.accuracy
+
+
+def _write_report(run: RunFolder, history: History, images: Images, console: RunConsole) -> dict[str, bytes]:
+    """Write the run's report and return its pictures; where that fails, say so: the run is not lost for it."""
+    from mnist_ray import report  # imports matplotlib, which nothing needs to wait for before
+
+    try:
+        history.flush()
+        return {picture.name: picture.png for picture in report.write(run, images.test)}
+    except (UsageError, JobError) as error:
+        console.say("note", f"no report: {error}")
+        return {}
 
 
 def open_run(
@@ -175,30 +210,31 @@ def about(job: JobConfig) -> dict[str, Any]:
     return {"config": dataclasses.asdict(job.train), "data": dataclasses.asdict(job.data)}
 
 
-class _Clock:
-    """Where the job's seconds went."""
+class Clock:
+    """Where a job's seconds went."""
 
     def __init__(self, started_at: float) -> None:
-        self._job = started_at
-        self._training: float | None = None
+        """Start at a time that ``time.perf_counter`` has given."""
+        self._start = self._last = started_at
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Count the time since the last lap as that of ``name``."""
+        now = time.perf_counter()
+        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
+        self._last = now
 
     def note(self, event: Event) -> None:
-        if isinstance(event, Started) and self._training is None:
-            self._training = time.perf_counter()
-
-    def training_ended(self) -> None:
-        self._training_end = time.perf_counter()
+        """Tell the start from the training, and that from the wait for the last validation."""
+        if isinstance(event, Started) and "training" not in self._laps:
+            self.lap("start")
+        if isinstance(event, EpochFinished):
+            self.lap("training")
 
     def seconds(self) -> dict[str, float]:
-        """Return seconds until the workers trained, of the training with its last validation, and of the test."""
-        now = time.perf_counter()
-        assert self._training is not None
-        return {
-            "start": round(self._training - self._job, 3),
-            "training": round(self._training_end - self._training, 3),
-            "evaluation": round(now - self._training_end, 3),
-            "total": round(now - self._job, 3),
-        }
+        """Return the seconds of each part, and in all."""
+        laps = {name: round(seconds, 3) for name, seconds in self._laps.items()}
+        return {**laps, "total": round(self._last - self._start, 3)}
 
 
 def _mean_images_per_s(history: History) -> float:
@@ -242,17 +278,14 @@ def print_data(console: RunConsole, images: Images) -> None:
     console.say("data", f"{images.name}: {counts}, {len(images.test):,} to test")
 
 
-def _print_result(
-    console: RunConsole, run: RunFolder, tested: Evaluation, checkpoint_name: str, seconds: dict[str, float]
-) -> None:
-    _print_evaluation(console, tested)
-    console.say(
-        "seconds",
-        f"{seconds['total']:.1f} in all: start {seconds['start']:.1f}, training {seconds['training']:.1f}, "
-        f"evaluation {seconds['evaluation']:.1f}",
-    )
-    console.result("checkpoint", f"{run.uri}/{checkpoint_name}")
+def _print_files(console: RunConsole, run: RunFolder, result: dict[str, Any], clock: Clock) -> None:
+    parts = clock.seconds()
+    total = parts.pop("total")
+    each = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
+    console.say("seconds", f"{total:.1f} in all: {each}")
+    console.result("checkpoint", f"{run.uri}/{result['checkpoint']}")
     console.result("result", f"{run.uri}/{RESULT_FILE}")
+    console.result("report", f"{run.uri}/{REPORT_FILE}")
 
 
 def _print_evaluation(console: RunConsole, tested: Evaluation) -> None:
@@ -271,7 +304,8 @@ def evaluate_checkpoint(flags: Mapping[str, Any]) -> None:
     """
     quiet_ray()
     evaluation_config = settings.build(EvaluationConfig, flags, settings.flag)
-    checkpoint = evaluation.find_checkpoint(flags["checkpoint"], evaluation_config.storage_path)
+    lookup = settings.build(LookupConfig, flags, settings.flag)
+    checkpoint = evaluation.find_checkpoint(flags["checkpoint"], lookup.storage_path)
     with checkpoint.as_directory() as folder:
         own_data = read_state(Path(folder)).get("data", {})
     data_flags = {name: flags[name] for name in ("dataset", "data_dir") if name in flags}

@@ -206,8 +206,11 @@ class TrialTable:
         return cls(TrialRecord(**row) for row in rows)
 
 
+TRIAL_COLUMNS = ("trial", "batch size", "learning rate", "seed", "epochs", "accuracy", "images/s", "state")
+
+
 def row_of(record: TrialRecord, num_epochs: int) -> tuple[str, ...]:
-    """Return what a person reads of a trial: number, batch size, rate, seed, epochs, accuracy, images/s, state."""
+    """Return what a person reads of a trial, in the order of ``TRIAL_COLUMNS``."""
     return (
         str(record.trial),
         str(record.batch_size),

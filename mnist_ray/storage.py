@@ -12,7 +12,7 @@ from pyarrow import fs
 
 from mnist_ray.errors import JobError, UsageError
 
-CONFIG_FILE, RESULT_FILE = "config.json", "result.json"
+CONFIG_FILE, RESULT_FILE, REPORT_FILE, TRIALS_FILE = "config.json", "result.json", "report.html", "sweep.csv"
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ class RunFolder:
         selector = fs.FileSelector(self.path, allow_not_found=True)
         found = self.filesystem.get_file_info(selector)
         return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+
+    def modified_ns(self, file_name: str) -> int:
+        """Return when a file was last written, in nanoseconds since 1970; 0 where it is not there."""
+        return self.filesystem.get_file_info(posixpath.join(self.path, file_name)).mtime_ns or 0
 
     def inside(self, name: str) -> RunFolder:
         """Return a folder in it."""
@@ -89,6 +93,36 @@ def locate(storage_path: str, name: str) -> RunFolder:
     except (OSError, pyarrow.ArrowException) as error:
         raise UsageError(f"--storage-path {storage_path} cannot be used: {_first_line(error)}") from error
     return run
+
+
+def find_run(given: str | None, storage_path: str) -> RunFolder:
+    """Return the folder that a path, a URI or a run's name stands for, which need not exist; of None, the newest run.
+
+    Raises UsageError where there is no run at all, or the URI is bad.
+    """
+    if given is None:
+        return _newest_run(locate(storage_path, ""))
+    if "/" in given:
+        return locate(*given.rstrip("/").rsplit("/", 1))
+    here = locate(".", given)
+    return here if here.exists() else locate(storage_path, given)
+
+
+def _newest_run(storage: RunFolder) -> RunFolder:
+    """Return the run with a checkpoint whose settings were written last."""
+    runs = [locate(storage.storage_path, name) for name in storage.subfolders()]
+    for run in sorted(runs, key=lambda run: run.modified_ns(CONFIG_FILE), reverse=True):
+        if run.exists(CONFIG_FILE) and any(name.startswith("checkpoint_") for name in run.subfolders()):
+            return run
+    raise UsageError(f"no run in {storage.storage_path} has a checkpoint; python jobs/train.py makes one")
+
+
+def write_file(path: str, content: bytes) -> None:
+    """Write a file where the user wants it. Raises JobError."""
+    try:
+        Path(path).expanduser().write_bytes(content)
+    except OSError as error:
+        raise JobError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -22,11 +22,10 @@ from mnist_ray.cluster import Cluster, WorkerPlan
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.search import DONE, FAILED, STOPPED, Point, TrialTable, confirmations, first_points, propose
-from mnist_ray.storage import RunFolder
+from mnist_ray.storage import TRIALS_FILE, RunFolder
 from mnist_ray.trial import TrialSpec, run_trial
 
 TRIALS_FOLDER = "trials"
-TABLE_FILE = "sweep.csv"
 _TUNE_FOLDER = "tune"
 _SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: sweep.csv and the trials' checkpoints are what resumes
@@ -54,7 +53,7 @@ def run_sweep(
     ``on_change`` gets the table whenever it has changed. Raises JobError where every trial failed.
     """
     os.environ.update(_SETTINGS)
-    table = TrialTable.from_csv(run.read_text(TABLE_FILE) or "")
+    table = TrialTable.from_csv(run.read_text(TRIALS_FILE) or "")
     watcher = _Watcher(table, run, spec.config.num_epochs, on_change)
     seed, deadline = spec.config.seed, time.monotonic() + (sweep.time_budget_s or math.inf)
 
@@ -226,7 +225,7 @@ class _Watcher(tune.Callback):
                 self._run.inside(TRIALS_FOLDER).inside(record.point.name).delete()
 
     def _changed(self) -> None:
-        self._run.write_text(TABLE_FILE, self._table.to_csv())
+        self._run.write_text(TRIALS_FILE, self._table.to_csv())
         self._on_change(self._table)
 
 

@@ -1,10 +1,8 @@
-"""What a person sees of a sweep: a live table, or a line a trial; and its picture."""
+"""What a person sees of a sweep: a live table, or a line a trial."""
 
 from __future__ import annotations
 
-import io
 import time
-from typing import Any
 
 from rich.console import Group
 from rich.table import Table
@@ -12,9 +10,7 @@ from rich.text import Text
 
 from mnist_ray.config import JobConfig, SweepConfig
 from mnist_ray.console import RunConsole, clock_time
-from mnist_ray.search import DONE, FAILED, RUNNING, STOPPED, TrialRecord, TrialTable, row_of
-
-_COLUMNS = ("trial", "batch size", "learning rate", "seed", "epochs", "accuracy", "images/s", "state")
+from mnist_ray.search import DONE, FAILED, STOPPED, TRIAL_COLUMNS, TrialRecord, TrialTable, row_of
 
 
 class SweepConsole(RunConsole):
@@ -77,64 +73,8 @@ def _line(record: TrialRecord, num_epochs: int) -> str:
 
 def _table(table: TrialTable, num_epochs: int) -> Table:
     view = Table(box=None, padding=(0, 1, 0, 0))
-    for column in _COLUMNS:
+    for column in TRIAL_COLUMNS:
         view.add_column(column, justify="left" if column == "state" else "right", no_wrap=column != "state")
     for record in table.ranked:
         view.add_row(*row_of(record, num_epochs))
     return view
-
-
-def draw(table: TrialTable, num_epochs: int) -> bytes:
-    """Return a PNG: validation accuracy over learning rate, a colour and marker a batch size.
-
-    Trials that were stopped early are hollow, the best configuration's are ringed, failed ones are left out. The
-    axis is logarithmic in the error, so that good trials, which differ by tenths of a point, can be told apart.
-    """
-    from matplotlib import ticker
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    shown = [record for record in table.by_point.values() if record.score[0] >= 0 and record.state != RUNNING]
-    for number, size in enumerate(sorted({record.batch_size for record in shown})):
-        style: dict[str, Any] = {"color": f"C{number}", "marker": "osD^vP*X"[number % 8], "linestyle": "none"}
-        for record in shown:
-            if record.batch_size == size:
-                fill: dict[str, Any] = {"markerfacecolor": "none"} if record.state == STOPPED else {}
-                axes.plot(record.learning_rate, _error(record), markersize=8, **style, **fill)
-        axes.plot([], [], label=f"batch size {size}", **style)
-    axes.plot([], [], "o", color="grey", markerfacecolor="none", label="stopped early")
-    title = f"{len(shown)} trials of at most {num_epochs} epochs"
-    best = table.best
-    if best is not None:
-        for record in best.records:
-            axes.plot(record.learning_rate, _error(record), "o", color="black", markerfacecolor="none", markersize=15)
-        axes.plot([], [], "o", color="black", markerfacecolor="none", markersize=12, label="best configuration")
-        first = best.records[0]
-        seeds = f", mean of {len(best.records)} seeds" if len(best.records) > 1 else ""
-        title += f"\nbest: batch size {first.batch_size}, learning rate {first.learning_rate:g}"
-        title += f" ({best.val_accuracy:.2%}{seeds})"
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.invert_yaxis()
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda error, _: f"{100 - error:g}"))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_locator(ticker.NullLocator())
-    axes.set_xlabel("learning rate (peak of the schedule)")
-    axes.set_ylabel("validation accuracy (%)")
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small")
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()
-
-
-def _error(record: TrialRecord) -> float:
-    """Return the percentage of validation images that were wrong; not quite 0, for the logarithm."""
-    return max(100 * (1 - record.val_accuracy), 1e-3)

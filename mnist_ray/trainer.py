@@ -30,7 +30,7 @@ from mnist_ray import checkpoint as checkpoints
 from mnist_ray import engine, evaluation
 from mnist_ray.cluster import WorkerPlan, threads_per_worker, usable_cores
 from mnist_ray.config import TrainConfig
-from mnist_ray.data import Split
+from mnist_ray.data import Split, num_steps
 from mnist_ray.errors import JobError
 from mnist_ray.events import EpochFinished, Event, Started
 from mnist_ray.metrics import Progress
@@ -193,6 +193,7 @@ def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
             config.precision,
             state.epoch,
             state.step,
+            num_steps(len(split), config.batch_size),
         )
     )
     validation = ray.get(spec.validation) if spec.validation else None

@@ -15,11 +15,11 @@ from mnist_ray.cluster import Cluster, WorkerPlan, connect, plan_workers
 from mnist_ray.config import DataConfig, JobConfig, SweepConfig, TrainConfig, WorkerConfig
 from mnist_ray.console import RunConsole, count
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.run import Images, about, load_images, open_run, print_data, resume_command, train_run
+from mnist_ray.run import Clock, Images, about, load_images, open_run, print_data, resume_command, train_run
 from mnist_ray.search import Point, propose
 from mnist_ray.storage import RESULT_FILE, RunFolder
 from mnist_ray.sweep import TRIALS_FOLDER, run_sweep, trials_at_a_time
-from mnist_ray.sweep_view import SweepConsole, draw
+from mnist_ray.sweep_view import SweepConsole
 from mnist_ray.trial import TrialSpec
 
 SWEEP_FILE, BEST_FILE, PICTURE_FILE = "sweep.json", "best.json", "sweep.png"
@@ -66,7 +66,9 @@ def tune_and_train(flags: Mapping[str, Any]) -> None:
         chosen = dataclasses.replace(table.best.records[0].point, seed=job.train.seed)
         best = dataclasses.replace(job, train=chosen.applied_to(job.train))
         run.write_text(BEST_FILE, settings.json_lines(settings.values_of(best.train, best.data)))
-        run.write_bytes(PICTURE_FILE, draw(table, job.train.num_epochs))
+        from mnist_ray import pictures  # imports matplotlib, which the trials need not wait for
+
+        run.write_bytes(PICTURE_FILE, pictures.sweep(table, job.train.num_epochs))
         console.result_table(table)
         console.say("files", f"{run.uri}/sweep.csv, {BEST_FILE}, {PICTURE_FILE}")
         seeds = count(len(table.best.records), "seed")
@@ -124,7 +126,7 @@ def _train_the_best(best: JobConfig, run: RunFolder, images: Images, cluster: Cl
             console.say("", "")
             console.say(title, f"training with {chosen}")
             if accuracy is None:
-                accuracy = train_run(job, folder, images, cluster, console, time.perf_counter(), resume_with)
+                accuracy = train_run(job, folder, images, cluster, console, Clock(time.perf_counter()), resume_with)
         lines.append((title, f"{accuracy:.2%} on the test set with {chosen}"))
     with RunConsole(0, quiet=best.output.quiet) as console:
         console.say("", "")

@@ -2,6 +2,7 @@ import gzip
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +14,15 @@ import torch
 from mnist_ray import data, environment
 from mnist_ray.config import DataConfig
 from mnist_ray.data import Split
+from mnist_ray.run import train_and_evaluate
 
 ROOT = Path(__file__).parent.parent
 FILES = (
     ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 )
+
+QUICK = {"batch_size": 50, "validation_size": 600, "learning_rate": 3e-3, "precision": "fp32"}
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -84,3 +88,12 @@ def run_job(job: str, *flags: str, address: str | None = None, timeout_s: float 
         env=variables,
         check=False,
     )
+
+
+@pytest.fixture(scope="session")
+def finished_run(ray_address: str, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two workers on 2,400 real images, one CPU each."""
+    storage = tmp_path_factory.mktemp("storage")
+    flags = {"num_workers": 2, "data_dir": str(small_data), "storage_path": str(storage), "run_name": "two", **QUICK}
+    train_and_evaluate(flags, time.perf_counter())
+    return storage / "two"

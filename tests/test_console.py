@@ -6,17 +6,17 @@ from mnist_ray.console import RunConsole
 from mnist_ray.events import EpochFinished, Started, Validated
 from mnist_ray.metrics import Evaluation, MetricSums, Progress
 
-PROGRESS = Progress(1, 30, 40, [0.5, 0.25], MetricSums(30.0, 45, 60), epoch_s=3.0)
+PROGRESS = Progress(1, 30, 40, [0.5, 0.25], MetricSums(1.5, 3, 4), MetricSums(30.0, 45, 60), epoch_s=3.0)
 
 
 def show_a_run(quiet: bool) -> None:
     with RunConsole(2, quiet=quiet) as printer:
         printer.say("data", "some")
-        printer.show(Started(2, ("a", "b"), 1, "cpu", "bf16", epoch=0, step=0))
+        printer.show(Started(2, ("a", "b"), 1, "cpu", "bf16", epoch=0, step=0, num_steps=40))
         printer.show(PROGRESS)
         printer.show(EpochFinished(PROGRESS))
         printer.show(Validated(1, 0.5, 0.875, 1.0))
-        printer.show(Started(2, ("a", "a"), 1, "cpu", "bf16", epoch=1, step=20))
+        printer.show(Started(2, ("a", "a"), 1, "cpu", "bf16", epoch=1, step=20, num_steps=40))
         printer.result("test", "done")
 
 
@@ -49,7 +49,7 @@ def test_quiet_leaves_the_result(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_confusion_table_fits_a_terminal_and_shows_every_count() -> None:
     counts = np.arange(100).reshape(10, 10)
     counts[3] = 0
-    lines = console.confusion_table(Evaluation((1.0,), counts))
+    lines = console.confusion_table(Evaluation((1.0,), counts, np.empty(0), np.empty(0)))
     assert max(map(len, lines)) <= 80
     assert lines[1].split() == ["0", "·", *map(str, range(1, 10)), "0.00%"]
     assert lines[4].split() == ["3", *["·"] * 10, "-"]

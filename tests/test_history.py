@@ -8,11 +8,11 @@ from mnist_ray.storage import locate
 
 
 def finished(epoch: int) -> EpochFinished:
-    return EpochFinished(Progress(epoch, 9, 9, [0.1], MetricSums(50.0, 90, 100), epoch_s=2.0))
+    return EpochFinished(Progress(epoch, 9, 9, [0.1], MetricSums(1.0, 5, 10), MetricSums(50.0, 90, 100), epoch_s=2.0))
 
 
 def started(epoch: int) -> Started:
-    return Started(1, ("host",), 1, "cpu", "fp32", epoch=epoch, step=0)
+    return Started(1, ("host",), 1, "cpu", "fp32", epoch=epoch, step=0, num_steps=9)
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

@@ -17,7 +17,7 @@ def test_no_images_have_no_mean() -> None:
 
 
 def test_an_evaluation_counts_by_label_and_prediction() -> None:
-    evaluation = Evaluation((1.0, 2.0), np.array([[3, 1, 0], [2, 4, 0], [0, 0, 0]]))
+    evaluation = Evaluation((1.0, 2.0), np.array([[3, 1, 0], [2, 4, 0], [0, 0, 0]]), np.empty(0), np.empty(0))
     assert evaluation.num_images == 10
     assert evaluation.accuracy == pytest.approx(0.7)
     assert evaluation.loss == pytest.approx(0.3)
@@ -29,8 +29,14 @@ def test_an_evaluation_counts_by_label_and_prediction() -> None:
 def test_merged_parts_give_what_the_whole_gives() -> None:
     losses = tuple(np.random.default_rng(0).random(7).tolist())
     confusion = np.arange(4).reshape(2, 2)
-    whole = Evaluation(losses, confusion * 2)
-    parts = [Evaluation(losses[:3], confusion), Evaluation(losses[3:], confusion)]
+    predictions, probabilities = np.arange(6), np.linspace(0.1, 0.9, 6)
+    whole = Evaluation(losses, confusion * 2, predictions, probabilities)
+    parts = [
+        Evaluation(losses[:3], confusion, predictions[:2], probabilities[:2]),
+        Evaluation(losses[3:], confusion, predictions[2:], probabilities[2:]),
+    ]
     merged = Evaluation.merge(parts)
     assert merged.loss == whole.loss
     np.testing.assert_array_equal(merged.confusion, whole.confusion)
+    np.testing.assert_array_equal(merged.predictions, whole.predictions)
+    np.testing.assert_array_equal(merged.probabilities, whole.probabilities)

@@ -1,0 +1,60 @@
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from mnist_ray import export
+from mnist_ray.checkpoint import load_model
+from mnist_ray.data import Split
+from mnist_ray.engine import to_input
+from mnist_ray.evaluation import find_checkpoint
+from mnist_ray.model import create_model
+from tests.conftest import run_job
+
+
+@pytest.fixture
+def model(finished_run: Path) -> torch.nn.Module:
+    with find_checkpoint(str(finished_run), "").as_directory() as folder:
+        return load_model(Path(folder)).eval()
+
+
+def test_an_exported_program_does_what_the_checkpoint_does(
+    finished_run: Path, model: torch.nn.Module, few_images: Split, tmp_path: Path
+) -> None:
+    done = run_job("export.py", str(finished_run), "--output", str(tmp_path / "digits.pt2"))
+    assert done.returncode == 0, done.stderr
+    assert "checked    on 1,100 test images" in done.stdout
+    program = torch.export.load(tmp_path / "digits.pt2").module()
+    for size in (1, 3, 600):
+        images = to_input(torch.from_numpy(few_images.images[:size].copy()))
+        with torch.inference_mode():
+            torch.testing.assert_close(program(images), model(images), rtol=0, atol=1e-4)
+
+
+def test_an_onnx_file_does_what_the_checkpoint_does(
+    finished_run: Path, model: torch.nn.Module, few_images: Split, tmp_path: Path
+) -> None:
+    done = run_job("export.py", str(finished_run), "--format", "onnx", "--output", str(tmp_path / "digits.onnx"))
+    assert (done.returncode, done.stderr) == (0, "")
+    session = onnxruntime.InferenceSession(tmp_path / "digits.onnx", providers=["CPUExecutionProvider"])
+    for size in (1, 3, 600):
+        images = to_input(torch.from_numpy(few_images.images[:size].copy()))
+        (logits,) = session.run(None, {"images": images.numpy()})
+        with torch.inference_mode():
+            np.testing.assert_allclose(logits, model(images).numpy(), rtol=0, atol=1e-4)
+
+
+def test_the_check_sees_another_model(model: torch.nn.Module, few_images: Split) -> None:
+    other = create_model().eval()
+    assert export.largest_difference(model, model, few_images) == 0
+    assert export.largest_difference(model, other, few_images) > 0.1
+
+
+def test_a_file_that_cannot_be_written_is_one_line(finished_run: Path) -> None:
+    done = run_job("export.py", str(finished_run), "--output", "/nowhere/model.pt2")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: cannot write /nowhere/model.pt2: No such file or directory\n",
+    )
