@@ -339,8 +339,9 @@ def compare(records: Sequence[RunRecord]) -> str:
     rows = [(record.run.name, *_comparison_row(record)) for record in records]
     tables = [Table("Runs", ("run", *_COMPARED), rows)]
     keys = [key for key in records[0].config if len({_value(record.config.get(key)) for record in records}) > 1]
-    settings = [(key, *(_value(record.config.get(key)) for record in records)) for key in keys]
-    tables.append(Table("Settings that differ", ("setting", *names), settings))
+    settings_that_differ = [(key, *(_value(record.config.get(key)) for record in records)) for key in keys]
+    if settings_that_differ:
+        tables.append(Table("Settings that differ", ("setting", *names), settings_that_differ))
     tested = [record for record in records if record.result]
     if tested:
         per_class = zip(*(record.result["test_accuracy_per_class"] for record in tested if record.result), strict=False)
