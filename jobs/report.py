@@ -14,9 +14,7 @@ def main() -> None:
     parser.add_argument(
         "runs", metavar="RUN", nargs="*", help="a run's folder, URI or name, also a sweep's; default: the newest run"
     )
-    parser.add_argument(
-        "--output", default="comparison.html", help="page of several runs (default: %(default)s); of one: in its folder"
-    )
+    parser.add_argument("--output", default=cli.UNSET, help="the page of several runs (default: comparison.html)")
     flags = parser.read_flags()
 
     from mnist_ray.report import make_report  # imports matplotlib, after the flags are known to be right

@@ -8,12 +8,15 @@ state.json              position, metrics, scheduler, config, versions, and SHA-
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from pyarrow import fs
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -23,10 +26,15 @@ from mnist_ray.engine import TrainingState
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.metrics import MetricSums
 from mnist_ray.model import create_model
+from mnist_ray.storage import RunFolder, patiently
 
-STATE_FILE = "state.json"
+STATE_FILE, FOLDER_PREFIX = "state.json", "checkpoint_"
 _ENTRIES = {"epoch", "step", "sums", "epoch_s", "finished_s", "optimizer", "scheduler", "sha256"}
 _MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+
+
+class DamagedCheckpointError(JobError):
+    """A checkpoint is not what was written: cut off by a kill, or changed since."""
 
 
 def save_checkpoint(folder: Path, state: TrainingState, about: dict[str, Any]) -> None:
@@ -78,6 +86,26 @@ def restore(folder: Path, state: TrainingState) -> None:
     state.sums, state.finished_s = MetricSums(**document["sums"]), document["finished_s"]
 
 
+def restore_newest(run: RunFolder, state: TrainingState) -> tuple[dict[str, Any], list[str]]:
+    """Put the newest whole checkpoint in a run's folder into ``state``; without one, leave it as it is.
+
+    Return what its state.json says (nothing where there is none), and the names of newer ones that are damaged: a
+    kill has cut them off, or something has changed them. Raises JobError where the checkpoint is of another model.
+    """
+    damaged: list[str] = []
+    names = [name for name in run.subfolders() if name.startswith(FOLDER_PREFIX)]
+    for name in reversed(names):
+        saved = run.inside(name)
+        with tempfile.TemporaryDirectory() as local:
+            patiently(functools.partial(fs.copy_files, saved.path, local, source_filesystem=saved.filesystem))
+            try:
+                restore(Path(local), state)
+                return read_state(Path(local)), damaged
+            except (DamagedCheckpointError, UsageError):
+                damaged.append(name)
+    return {}, damaged
+
+
 def _with_layout_of(parameter: Tensor, tensor: Tensor) -> Tensor:
     """Give a parameter's moment the parameter's strides: fused optimizers pair them up by memory position."""
     if tensor.shape != parameter.shape:
@@ -111,9 +139,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         document = json.loads(path.read_bytes())
         missing = _ENTRIES - document.keys()
     except (OSError, ValueError, AttributeError) as error:
-        raise JobError(f"checkpoint {folder} is damaged: {STATE_FILE}: {error}") from error
+        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE}: {error}") from error
     if missing:
-        raise JobError(f"checkpoint {folder} is damaged: {STATE_FILE} lacks {', '.join(sorted(missing))}")
+        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE} lacks {', '.join(sorted(missing))}")
     return document
 
 
@@ -121,10 +149,10 @@ def _read_tensors(folder: Path, name: str, document: dict[str, Any]) -> dict[str
     try:
         content = (folder / name).read_bytes()
         if hashlib.sha256(content).hexdigest() != document["sha256"].get(name):
-            raise JobError(f"checkpoint {folder} is damaged: {name} is not what was written")
+            raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {name} is not what was written")
         return load(content)
     except (OSError, SafetensorError) as error:
-        raise JobError(f"checkpoint {folder} is damaged: {name}: {error}") from error
+        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {name}: {error}") from error
 
 
 def _load_weights(folder: Path, document: dict[str, Any], model: nn.Module) -> None:

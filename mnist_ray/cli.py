@@ -38,6 +38,8 @@ class Parser(argparse.ArgumentParser):
                 tuple: {"type": int, "nargs": "+"},
             }
             kind = kinds.get(plain, {"type": plain, "choices": choices})
+            if field.name == "num_workers":
+                kind = {"type": _worker_range}
             shown = field.metadata["help"]
             if plain is not bool and field.default is not None:
                 shown += f" (default: {field.default})"
@@ -46,6 +48,8 @@ class Parser(argparse.ArgumentParser):
     def read_flags(self) -> dict[str, Any]:
         """Return the flags that were given, checked one by one. Raises UsageError."""
         flags = vars(self.parse_args())
+        if isinstance(flags.get("num_workers"), tuple):
+            flags["min_workers"], flags["num_workers"] = flags["num_workers"]
         for config_class in self._config_classes:
             build(config_class, flags, flag)
         return flags
@@ -53,6 +57,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one line, not the whole usage, and exit with status 2."""
         self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
+def _worker_range(text: str) -> int | tuple[int, ...]:
+    """Parse ``N``, or ``MIN:MAX`` into both."""
+    try:
+        numbers = tuple(map(int, text.split(":")))
+    except ValueError:
+        numbers = ()
+    if len(numbers) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"must be N or MIN:MAX, not {text!r}")
+    return numbers if len(numbers) == 2 else numbers[0]
 
 
 def run(main: Callable[[], None]) -> NoReturn:

@@ -16,6 +16,7 @@ import ray
 from ray._private import state as ray_state
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.utils import read_ray_address
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_ray.config import WorkerConfig
 from mnist_ray.console import count
@@ -54,6 +55,9 @@ class WorkerPlan:
     use_gpu: bool
     must_scale_up: bool
     """The nodes that are there cannot hold them; an autoscaler has to start more."""
+    min_workers: int | None = None
+    """With how few it goes on while there are not enough nodes; None: with all or none."""
+    placement: str = "PACK"
 
 
 def usable_cores() -> int:
@@ -96,6 +100,11 @@ def connect(config: WorkerConfig, *, verbose: bool) -> Iterator[Cluster]:
         yield _describe(is_local=address is None)
     finally:
         ray.shutdown()
+
+
+def this_node() -> NodeAffinitySchedulingStrategy:
+    """Return the strategy that puts an actor beside this process, so that it does not go with another node."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def quiet_ray() -> None:
@@ -197,20 +206,28 @@ def plan_workers(config: WorkerConfig, cluster: Cluster) -> WorkerPlan:
     use_gpu = num_gpus > 0 and config.use_gpu != "no"
     usable = [node for node in here if (node.num_gpus if use_gpu else node.num_cpus)]
     num_workers = config.num_workers or max(1, sum(node.num_gpus for node in usable) if use_gpu else len(usable))
-    for nodes, must_scale_up in ((here, False), (possible, True)):
-        cpus = cpus_for_each(nodes, num_workers, config.cpus_per_worker, use_gpu)
+    least = num_workers if config.min_workers is None else config.min_workers
+    if least > num_workers:
+        raise UsageError(f"--min-workers {least} is more than the {count(num_workers, 'worker')} there are to be")
+    options = [(here, num_workers, False), (possible, num_workers, True), (here, least, False), (possible, least, True)]
+    for nodes, number, must_scale_up in options:
+        cpus = cpus_for_each(nodes, number, config.cpus_per_worker, use_gpu, config.placement)
         if cpus is not None:
-            return WorkerPlan(num_workers, cpus, use_gpu, must_scale_up)
-    raise UsageError(_cannot_hold(config, num_workers, possible, use_gpu))
+            return WorkerPlan(num_workers, cpus, use_gpu, must_scale_up, config.min_workers, config.placement)
+    raise UsageError(_cannot_hold(config, least, possible, use_gpu))
 
 
-def cpus_for_each(nodes: Sequence[Node], num_workers: int, cpus_per_worker: int | None, use_gpu: bool) -> int | None:
+def cpus_for_each(
+    nodes: Sequence[Node], num_workers: int, cpus_per_worker: int | None, use_gpu: bool, placement: str = "PACK"
+) -> int | None:
     """Return the CPUs of each worker: as given, else the most that all can have; None where they do not fit."""
     most = max((node.num_cpus for node in nodes), default=0)
     candidates = range(most, 0, -1) if cpus_per_worker is None else [cpus_per_worker]
     for cpus in candidates:
         rooms = [min(node.num_cpus // cpus, node.num_gpus if use_gpu else num_workers) for node in nodes]
-        if sum(rooms) >= num_workers:
+        if placement == "STRICT_SPREAD":
+            rooms = [min(room, 1) for room in rooms]
+        if (max(rooms, default=0) if placement == "STRICT_PACK" else sum(rooms)) >= num_workers:
             return cpus
     return None
 
@@ -223,6 +240,8 @@ def _cannot_hold(config: WorkerConfig, num_workers: int, nodes: Sequence[Node], 
     if use_gpu:
         there += f" and {sum(node.num_gpus for node in nodes)} GPUs"
     there += f" on {count(len(nodes), 'node')}"
+    if config.placement.startswith("STRICT"):
+        asked += f", {config.placement}"
     flags = "--num-workers" + (" or --cpus-per-worker" if config.cpus_per_worker else "")
     return f"the cluster can never hold {asked}: it has {there}; lower {flags}" + (
         ", or use --use-gpu no" if use_gpu else ""

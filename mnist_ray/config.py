@@ -31,6 +31,14 @@ def _is_positive(value: float) -> bool:
     return math.isfinite(value) and value > 0
 
 
+def _positive() -> tuple[Check, str]:
+    return _is_positive, "must be a positive number"
+
+
+def _png() -> tuple[Check, str]:
+    return lambda path: path is None or path.lower().endswith(".png"), "must end in .png"
+
+
 def _at_least(minimum: int) -> dict[str, Any]:
     return {"check": lambda value: value is None or value >= minimum, "must": f"must be at least {minimum}"}
 
@@ -44,8 +52,7 @@ class TrainConfig:
     learning_rate: float = setting(
         5e-3,
         "peak of the schedule, at this batch size; never scaled by the number of workers",
-        _is_positive,
-        "must be a positive number",
+        *_positive(),
     )
     schedule: Literal["one-cycle", "constant"] = setting("one-cycle", "how the learning rate moves over the run")
     beta1: float = setting(0.7, "Adam's decay of the gradient's mean", lambda b: 0 <= b < 1, "must be in [0, 1)")
@@ -81,7 +88,16 @@ class WorkerConfig:
         None, "CPUs, and so threads, of one worker; default: the cluster's CPUs shared evenly", **_at_least(1)
     )
     use_gpu: Literal["auto", "yes", "no"] = setting("auto", "auto: where the cluster has any")
+    min_workers: int | None = setting(
+        None, "go on with as few as this while the cluster holds no more; also as --num-workers MIN:MAX", **_at_least(1)
+    )
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = setting(
+        "PACK", "workers on few nodes or on many; STRICT: on one, or each on another, else not at all"
+    )
     max_failures: int = setting(3, "how often lost workers are replaced before the run fails", **_at_least(0))
+    hang_timeout_s: float = setting(
+        600.0, "seconds without a step after which a worker is taken for hung and replaced", *_positive()
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,9 +130,11 @@ class ViewConfig:
 
     split: Literal["train", "test"] = setting("train", "the part of the data set")
     index: int = setting(0, "the first image, counted from 0; with --label among those that have it", **_at_least(0))
-    count: int = setting(1, "images, from --index on; several are drawn as a grid", **_at_least(1))
+    count: int = setting(
+        1, "images, from --index on; several are drawn as a grid", lambda n: 1 <= n <= 1000, "must be 1 to 1000"
+    )
     label: int | None = setting(None, "show only images with this label", **_at_least(0))
-    output: str = setting("view.png", "the picture's file")
+    output: str = setting("view.png", "the picture's file", *_png())
     stats: bool = setting(False, "print the number of images per class and the pixels' mean and standard deviation")
 
 
@@ -128,7 +146,7 @@ class PredictionConfig:
         0.8, "least probability of an answer that is not called unsure", lambda p: 0 <= p <= 1, "must be in [0, 1]"
     )
     json: bool = setting(False, "print a JSON object a line, for programs")
-    grid: str | None = setting(None, "file of a picture to draw of what the network saw, with its answers")
+    grid: str | None = setting(None, "file of a picture to draw of what the network saw, with its answers", *_png())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,8 +177,8 @@ class SweepConfig:
         lambda sizes: len(sizes) > 0 and all(size >= 1 for size in sizes) and len(set(sizes)) == len(sizes),
         "must be different numbers from 1 on",
     )
-    learning_rate_min: float = setting(5e-4, "smallest learning rate", _is_positive, "must be a positive number")
-    learning_rate_max: float = setting(2e-2, "largest learning rate", _is_positive, "must be a positive number")
+    learning_rate_min: float = setting(5e-4, "smallest learning rate", *_positive())
+    learning_rate_max: float = setting(2e-2, "largest learning rate", *_positive())
     num_confirmed: int = setting(
         3,
         "best configurations trained with two more seeds each before one is chosen; 0: one seed decides",

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from mnist_ray.events import EpochFinished, Event, Started, Validated
+from mnist_ray.events import EpochFinished, Event, NodeLeaving, Started, Validated, WorkersLost
 from mnist_ray.metrics import Evaluation, Progress
 
 _PLAIN_INTERVAL_S = 10.0
@@ -33,6 +33,7 @@ class RunConsole:
         self._live = Live(console=self._console, transient=True, auto_refresh=False)
         self._last_plain = 0.0
         self._attempts = 0
+        self._last_progress: Progress | None = None
 
     def __enter__(self: Self) -> Self:
         if self._console.is_terminal and not self._quiet:
@@ -64,6 +65,10 @@ class RunConsole:
         match event:
             case Started():
                 self._started(event)
+            case WorkersLost():
+                self.say("lost", f"{event.reason}; replacing the workers …")
+            case NodeLeaving():
+                self.say("note", "a worker's node is about to be taken away; saving a checkpoint")
             case Progress():
                 self._progress(event)
             case EpochFinished():
@@ -82,13 +87,25 @@ class RunConsole:
         threads = count(event.threads, "thread")
         nodes = len(set(event.hosts))
         where = f" on {nodes} nodes" if nodes > 1 else ""
+        for name in event.damaged:
+            self.say("note", f"{name} is damaged or was cut off; the one before it is used")
         self.say(
             "started" if self._attempts == 1 else "restarted",
             f"{event.num_workers} × {event.device} with {threads}{where}, {event.precision}"
-            + (f"; going on in epoch {event.epoch + 1} after step {event.step:,}" if event.epoch or event.step else ""),
+            + (f"; going on in epoch {event.epoch + 1} after step {event.step:,}" if event.epoch or event.step else "")
+            + self._lost_work(event),
         )
 
+    def _lost_work(self, event: Started) -> str:
+        """Say what the last attempt had done that is to be done again."""
+        last = self._last_progress
+        if last is None:
+            return ""
+        steps = max(0, last.total_step - event.total_step)
+        return f"; {steps * last.epoch_s / last.step:.1f} s of work lost ({count(steps, 'step')})"
+
     def _progress(self, event: Progress) -> None:
+        self._last_progress = event
         line = (
             f"{event.step:,}/{event.num_steps:,}  loss {event.loss:.4f}  accuracy {event.sums.accuracy:.1%}  "
             f"{event.images_per_s:,.0f} images/s  {clock_time(self._left_s(event))} left"

@@ -79,6 +79,8 @@ class Hooks:
     progress: Callable[[Progress], None] = lambda progress: None
     checkpoint: Callable[[TrainingState, Progress], None] = lambda state, progress: None
     """Save ``state``; where an epoch has just ended, its step is 0 and ``progress`` the epoch's last."""
+    wants_checkpoint: Callable[[], bool] = lambda: False
+    """Whether to save now, besides the regular times; asked after ``progress``, and the same on every rank."""
 
 
 def create_state(config: TrainConfig, num_images: int, device: torch.device) -> TrainingState:
@@ -149,7 +151,7 @@ def _train_epoch(
         if window.is_full or checkpoint_due or state.step == last_step:
             progress = window.close(state, last_step)
             hooks.progress(progress)
-            if checkpoint_due and state.step < last_step:
+            if (hooks.wants_checkpoint() or checkpoint_due) and state.step < last_step:
                 _check_weights(state)
                 hooks.checkpoint(state, progress)
                 window.restart_clock()

@@ -23,11 +23,26 @@ class Started:
     """Steps that were done before, in the current epoch."""
     num_steps: int
     """Steps of an epoch."""
+    damaged: tuple[str, ...] = ()
+    """Checkpoints that were passed over: cut off, or not what was written."""
 
     @property
     def total_step(self) -> int:
         """Steps that were done before, in all."""
         return self.epoch * self.num_steps + self.step
+
+
+@dataclass(frozen=True)
+class WorkersLost:
+    """Workers have died or failed; those that are left are stopped, and the run goes on from its last checkpoint."""
+
+    reason: str
+    """One line."""
+
+
+@dataclass(frozen=True)
+class NodeLeaving:
+    """A worker's node is about to be taken away; a checkpoint is being saved before that."""
 
 
 @dataclass(frozen=True)
@@ -48,4 +63,4 @@ class Validated:
     seconds: float
 
 
-Event = Started | Progress | EpochFinished | Validated
+Event = Started | WorkersLost | NodeLeaving | Progress | EpochFinished | Validated

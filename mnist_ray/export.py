@@ -36,11 +36,13 @@ def export(flags: Mapping[str, Any]) -> None:
     quiet_ray()
     config = settings.build(ExportConfig, flags, settings.flag)
     if config.format == "onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
-        raise UsageError("--format onnx needs more packages: pip install 'mnist_ray[onnx]'")
+        raise UsageError("--format onnx needs more packages: pip install -e '.[onnx]'")
+    path = Path(config.output or _FILES[config.format]).expanduser()
+    if path.suffix != Path(_FILES[config.format]).suffix:
+        raise UsageError(f"--output {config.output} must end in {Path(_FILES[config.format]).suffix}")
     checkpoint = find_checkpoint(flags.get("run"), settings.build(LookupConfig, flags, settings.flag).storage_path)
     with checkpoint.as_directory() as folder:
         model, about = load_model(Path(folder)).eval(), read_state(Path(folder)).get("data", {})
-    path = Path(config.output or _FILES[config.format]).expanduser()
     to_bytes, load = {"torch": (torch_program, _load_torch), "onnx": (onnx_program, _load_onnx)}[config.format]
     write_file(str(path), to_bytes(model))
     test = data.find(settings.build(DataConfig, about, settings.flag)).load("test")

@@ -173,8 +173,7 @@ def digits(
             width = 1 if is_right[number] else 4
             edge = {"fill": False, "linewidth": width, "edgecolor": style["color"]}
             axes.add_patch(Rectangle((left - 1, top - 1), size + 1, size + 1, **edge))
-        below = top + size + _CAPTION / 2 + 1
-        axes.text(left + size / 2, below, caption, ha="center", va="center", fontsize=9, **style)
+        axes.text(left + size / 2, top + size + 2, caption, ha="center", va="top", fontsize=9, **style)
     axes.imshow(canvas, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
     return _png(figure)
 

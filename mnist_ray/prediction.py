@@ -92,7 +92,8 @@ def find_files(given: Iterable[str]) -> Iterator[Path]:
     for name in given:
         path = Path(name).expanduser()
         if path.is_dir():
-            yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            yield from found or [path]  # a folder without pictures is answered as a file that cannot be read
         else:
             yield path
 
@@ -133,6 +134,8 @@ def _answer_task(model: nn.Module, batch: list[tuple[str, bytes | str]]) -> list
 
 def _read(file: Path) -> bytes | str:
     """Return a file's content, or as text why it cannot be read."""
+    if file.is_dir():
+        return "is a folder without pictures"
     try:
         return file.read_bytes()
     except OSError as error:

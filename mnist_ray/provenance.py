@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mnist_ray
 
@@ -21,6 +22,11 @@ def versions() -> dict[str, str]:
 def command_line() -> str:
     """Return the command that started this process, as one would type it."""
     return shlex.join(["python", *sys.argv])
+
+
+def origin() -> dict[str, Any]:
+    """Return where a run comes from: this process's command line, the package's commit, versions."""
+    return {"command_line": command_line(), "git_commit": git_commit(), "versions": versions()}
 
 
 def git_commit() -> str | None:

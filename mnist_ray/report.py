@@ -20,7 +20,16 @@ from mnist_ray.errors import JobError, UsageError
 from mnist_ray.history import METRICS_FILE, STEPS_FILE, read_csv, read_predictions
 from mnist_ray.pictures import Curve
 from mnist_ray.search import TRIAL_COLUMNS, TrialTable, row_of
-from mnist_ray.storage import CONFIG_FILE, REPORT_FILE, RESULT_FILE, TRIALS_FILE, RunFolder, find_run, write_file
+from mnist_ray.storage import (
+    CONFIG_FILE,
+    ORIGIN_FILE,
+    REPORT_FILE,
+    RESULT_FILE,
+    TRIALS_FILE,
+    RunFolder,
+    find_run,
+    write_file,
+)
 
 PICTURES_FOLDER = "pictures"
 _COMPARED = (
@@ -28,8 +37,17 @@ _COMPARED = (
     "test loss",
     "best validation accuracy",
     "images/s in training",
-    "seconds in all",
+    "seconds until tested",
     "workers",
+)
+_EPOCH_COLUMNS = (
+    "epoch",
+    "training loss",
+    "training accuracy",
+    "validation loss",
+    "validation accuracy",
+    "seconds",
+    "images/s",
 )
 _NUM_RANDOM, _NUM_WRONG, _NUM_MISTAKES = 24, 6, 30
 
@@ -40,6 +58,8 @@ class RunRecord:
 
     run: RunFolder
     config: dict[str, Any]
+    origin: dict[str, Any]
+    """Versions, command line, commit."""
     epochs: list[dict[str, float]]
     """Rows of metrics.csv; NaN where a figure is not there (yet)."""
     steps: list[dict[str, float]]
@@ -62,6 +82,7 @@ class RunRecord:
             return cls(
                 run,
                 json.loads(config),
+                json.loads(run.read_text(ORIGIN_FILE) or "{}"),
                 _numbers(read_csv(run, METRICS_FILE)),
                 _numbers(read_csv(run, STEPS_FILE)),
                 None if result is None else json.loads(result),
@@ -152,7 +173,8 @@ def write(run: RunFolder, test: Split | None) -> list[Picture]:
 def _status(record: RunRecord) -> str:
     epochs = f"{len(record.epochs)} of {record.config['num_epochs']} epochs"
     if record.result is None:
-        return f"not finished: {epochs}; a run is tested when it has finished"
+        command = f"python jobs/train.py --resume --run-name {record.run.name} --storage-path {record.run.storage_path}"
+        return f"not finished: {epochs} done, and not tested yet. To go on: {command}"
     return f"finished: {epochs}, tested on {record.result['num_test_images']:,} images"
 
 
@@ -165,7 +187,7 @@ def _facts(record: RunRecord) -> dict[str, str]:
         facts["best validation accuracy"] = _percent(record.best_val_accuracy)
     if record.result:
         facts["images/s in training"] = f"{record.result['images_per_s']:,.0f}"
-        facts["seconds in all"] = f"{record.result['seconds']['total']:.1f}"
+        facts["seconds until tested"] = f"{record.result['seconds']['total']:.1f}"
         facts["workers"] = str(record.result["num_workers"])
     return facts
 
@@ -300,15 +322,13 @@ def _tables(record: RunRecord) -> list[Table]:
         )
         for row in record.epochs
     ]
-    columns = ("epoch", "training loss", "accuracy", "validation loss", "accuracy", "seconds", "images/s")
-    tables = [Table("Epochs", columns, epochs)]
+    tables = [Table("Epochs", _EPOCH_COLUMNS, epochs)]
     if record.trials is not None:
         rows = [row_of(trial, record.config["num_epochs"]) for trial in record.trials.ranked]
         tables.append(Table("Trials, best first", TRIAL_COLUMNS, rows))
     tables.append(Table("Settings", (), [(name, _value(value)) for name, value in record.config.items()]))
-    if record.result:
-        origin = {name: record.result[name] for name in ("command_line", "git_commit", "checkpoint")}
-        tables.append(Table("Origin", (), [*origin.items(), *record.result["versions"].items()]))
+    origin = {**record.origin, **record.origin.get("versions", {})}
+    tables.append(Table("Origin", (), [(name, str(value)) for name, value in origin.items() if name != "versions"]))
     return tables
 
 
@@ -320,9 +340,12 @@ def make_report(flags: Mapping[str, Any]) -> None:
     storage_path = settings.build(LookupConfig, flags, settings.flag).storage_path
     runs = [find_run(given, storage_path) for given in flags["runs"] or [None]]
     if len(runs) > 1:
-        write_file(flags["output"], compare([RunRecord.read(run) for run in runs]).encode("utf-8"))
-        print(f"report {flags['output']}")
+        output = flags.get("output", "comparison.html")
+        write_file(output, compare([RunRecord.read(run) for run in runs]).encode("utf-8"))
+        print(f"report {output}")
         return
+    if "output" in flags:
+        raise UsageError("--output is for the page of several runs; that of one is in the run's folder")
     config = settings.build(DataConfig, RunRecord.read(runs[0]).config, settings.flag)
     test = None
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from ray.util.queue import Queue
 from mnist_ray import config as settings
 from mnist_ray import data, evaluation, tracking, trainer
 from mnist_ray.checkpoint import read_state
-from mnist_ray.cluster import Cluster, WorkerPlan, connect, plan_workers, quiet_ray, usable_cores
+from mnist_ray.cluster import Cluster, WorkerPlan, connect, plan_workers, quiet_ray, this_node, usable_cores
 from mnist_ray.config import DataConfig, EvaluationConfig, JobConfig, LookupConfig, OutputConfig, WorkerConfig
 from mnist_ray.console import RunConsole, confusion_table, count
 from mnist_ray.data import Split
@@ -26,8 +27,8 @@ from mnist_ray.events import EpochFinished, Event, Started
 from mnist_ray.history import History, write_predictions
 from mnist_ray.metrics import Evaluation
 from mnist_ray.model import create_model, num_parameters
-from mnist_ray.provenance import command_line, git_commit, versions
-from mnist_ray.storage import CONFIG_FILE, REPORT_FILE, RESULT_FILE, RunFolder, locate
+from mnist_ray.provenance import origin
+from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE, RunFolder, locate
 from mnist_ray.tracking import Ending
 
 
@@ -61,6 +62,7 @@ def train_and_evaluate(flags: Mapping[str, Any], started_at: float) -> None:
     clock.lap("start")
     images = load_images(job)
     clock.lap("data")
+    run.check_writable()
     console = RunConsole(job.train.num_epochs, quiet=job.output.quiet)
     with connect(job.workers, verbose=job.output.verbose) as cluster, console:
         train_run(job, run, images, cluster, console, clock, resume_command("train", run))
@@ -82,6 +84,7 @@ def train_run(
     plan = plan_workers(job.workers, cluster)
     _print_header(console, job, run, images, cluster, plan)
     run.write_text(CONFIG_FILE, settings.to_json(job))
+    run.write_text(ORIGIN_FILE, settings.json_lines(origin()))
     history = History(run)
     trackers = tracking.start(run, job.train, job.output.mlflow, functools.partial(console.say, "note"))
 
@@ -125,9 +128,7 @@ def _result(
         "images_per_s": _mean_images_per_s(history),
         "seconds": clock.seconds(),
         "num_workers": plan.num_workers,
-        "versions": versions(),
-        "command_line": command_line(),
-        "git_commit": git_commit(),
+        **origin(),
     }
 
 
@@ -154,6 +155,8 @@ def open_run(
     output = settings.build(OutputConfig, chosen, settings.flag)
     if output.resume and output.run_name is None:
         raise UsageError("--resume needs --run-name NAME")
+    if output.mlflow is not None and importlib.util.find_spec("mlflow") is None:
+        raise UsageError("--mlflow needs MLflow: pip install -e '.[mlflow]'")
     run = locate(output.storage_path, output.run_name or datetime.now().strftime(f"{kind}_%Y-%m-%d_%H-%M-%S"))
     if output.resume:
         return _resumed(run, chosen, config_file, config_classes), run
@@ -168,7 +171,7 @@ def _resumed(
     """Return an interrupted run's settings, with the workers and output of now. Raises UsageError."""
     text = run.read_text(config_file)
     if text is None:
-        raise UsageError(f"--resume: there is no run {run.uri} of this kind")
+        raise UsageError(f"--resume: there is no run to go on with in {run.uri}: no {config_file}")
     if run.exists(RESULT_FILE):
         raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.uri}/{RESULT_FILE}")
     saved = settings.parse_config(text, f"{run.uri}/{config_file}", config_classes)
@@ -198,11 +201,13 @@ def _fit(
     spec = trainer.LoopSpec(
         config=job.train,
         split=ray.put(images.train),
-        events=Queue(actor_options={"num_cpus": 0}),
+        run=run,
+        events=Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node()}),
         about=about(job),
+        hang_timeout_s=job.workers.hang_timeout_s,
     )
     held_out = ray.put(images.validation) if len(images.validation) else None
-    return trainer.fit(spec, plan, run, held_out, job.workers.max_failures, on_event)
+    return trainer.fit(spec, plan, held_out, job.workers.max_failures, on_event)
 
 
 def about(job: JobConfig) -> dict[str, Any]:
@@ -217,6 +222,7 @@ class Clock:
         """Start at a time that ``time.perf_counter`` has given."""
         self._start = self._last = started_at
         self._laps: dict[str, float] = {}
+        self._has_trained = False
 
     def lap(self, name: str) -> None:
         """Count the time since the last lap as that of ``name``."""
@@ -226,7 +232,8 @@ class Clock:
 
     def note(self, event: Event) -> None:
         """Tell the start from the training, and that from the wait for the last validation."""
-        if isinstance(event, Started) and "training" not in self._laps:
+        if isinstance(event, Started) and not self._has_trained:
+            self._has_trained = True
             self.lap("start")
         if isinstance(event, EpochFinished):
             self.lap("training")

@@ -4,15 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import posixpath
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow
 from pyarrow import fs
 
 from mnist_ray.errors import JobError, UsageError
 
-CONFIG_FILE, RESULT_FILE, REPORT_FILE, TRIALS_FILE = "config.json", "result.json", "report.html", "sweep.csv"
+T = TypeVar("T")
+CONFIG_FILE, ORIGIN_FILE, RESULT_FILE = "config.json", "origin.json", "result.json"
+REPORT_FILE, TRIALS_FILE = "report.html", "sweep.csv"
+
+
+STORAGE_ERRORS = (OSError, pyarrow.ArrowException)
+"""What a file system raises."""
+_PATIENCE_S = 30.0
+
+
+def patiently(action: Callable[[], T]) -> T:
+    """Do something with storage; where it fails, again every second: servers restart, links come back.
+
+    Raises what it raises where it still does after half a minute.
+    """
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return action()
+        except STORAGE_ERRORS:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(1)
 
 
 @dataclass(frozen=True)
@@ -55,6 +80,10 @@ class RunFolder:
         if self.exists():
             self.filesystem.delete_dir(self.path)
 
+    def delete_file(self, file_name: str) -> None:
+        """Remove a file that is there."""
+        self.filesystem.delete_file(posixpath.join(self.path, file_name))
+
     def read_text(self, file_name: str) -> str | None:
         """Return a file's text, or None where there is no such file."""
         if not self.exists(file_name):
@@ -62,22 +91,45 @@ class RunFolder:
         with self.filesystem.open_input_stream(posixpath.join(self.path, file_name)) as stream:
             return str(stream.read().decode("utf-8"))
 
+    def check_writable(self) -> None:
+        """See at once whether files can be written beside it. Raises JobError."""
+        storage = RunFolder("", self.storage_path, self.filesystem, posixpath.dirname(self.path))
+        try:
+            storage._write(posixpath.join(storage.path, ".probe"), b"")
+            storage.delete_file(".probe")
+        except STORAGE_ERRORS as error:
+            raise JobError(f"cannot write to {self.storage_path}: {_first_line(error)}") from error
+
     def write_text(self, file_name: str, text: str) -> None:
         """Write a text file as ``write_bytes`` does."""
         self.write_bytes(file_name, text.encode("utf-8"))
 
     def write_bytes(self, file_name: str, content: bytes) -> None:
-        """Write a file in one move, so that it is never seen half-written. Raises JobError."""
-        target = posixpath.join(self.path, file_name)
+        """Write a file in one move, so that it is never seen half-written; patiently. Raises JobError."""
+        try:
+            patiently(lambda: self._write(posixpath.join(self.path, file_name), content))
+        except STORAGE_ERRORS as error:
+            raise JobError(f"cannot write {self.uri}/{file_name}: {_first_line(error)}") from error
+
+    def _write(self, target: str, content: bytes) -> None:
         try:
             self.filesystem.create_dir(self.path)
             with self.filesystem.open_output_stream(target + ".tmp") as stream:
                 stream.write(content)
             self.filesystem.move(target + ".tmp", target)
-        except (OSError, pyarrow.ArrowException) as error:
-            with contextlib.suppress(OSError):
+        except STORAGE_ERRORS:
+            with contextlib.suppress(*STORAGE_ERRORS):
                 self.filesystem.delete_file(target + ".tmp")
-            raise JobError(f"cannot write {self.uri}/{file_name}: {_first_line(error)}") from error
+            raise
+
+    def upload(self, local: str) -> None:
+        """Copy a local folder's files into it, patiently. Raises what the file system does."""
+
+        def copy() -> None:
+            self.filesystem.create_dir(self.path)
+            fs.copy_files(local, self.path, destination_filesystem=self.filesystem)
+
+        patiently(copy)
 
 
 def locate(storage_path: str, name: str) -> RunFolder:
@@ -90,7 +142,7 @@ def locate(storage_path: str, name: str) -> RunFolder:
             filesystem, path = fs.LocalFileSystem(), storage_path
         run = RunFolder(name, storage_path, filesystem, posixpath.join(path, name))
         run.exists()
-    except (OSError, pyarrow.ArrowException) as error:
+    except STORAGE_ERRORS as error:
         raise UsageError(f"--storage-path {storage_path} cannot be used: {_first_line(error)}") from error
     return run
 
@@ -103,7 +155,8 @@ def find_run(given: str | None, storage_path: str) -> RunFolder:
     if given is None:
         return _newest_run(locate(storage_path, ""))
     if "/" in given:
-        return locate(*given.rstrip("/").rsplit("/", 1))
+        parent, _, name = given.rstrip("/").rpartition("/")
+        return locate(parent or "/", name)
     here = locate(".", given)
     return here if here.exists() else locate(storage_path, given)
 

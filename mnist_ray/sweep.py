@@ -146,7 +146,7 @@ def _optuna(sweep: SweepConfig, seed: int, table: TrialTable, concurrent: int) -
     try:
         import optuna
     except ImportError as error:
-        raise UsageError("--search optuna needs Optuna: pip install 'mnist_ray[optuna]'") from error
+        raise UsageError("--search optuna needs Optuna: pip install -e '.[optuna]'") from error
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)

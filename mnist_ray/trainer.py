@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
+import json
+import os
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
+from ray.exceptions import RayActorError
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
@@ -24,6 +28,7 @@ from ray.train import (
     ValidationConfig,
 )
 from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.util.queue import Queue
 
 from mnist_ray import checkpoint as checkpoints
@@ -32,10 +37,13 @@ from mnist_ray.cluster import WorkerPlan, threads_per_worker, usable_cores
 from mnist_ray.config import TrainConfig
 from mnist_ray.data import Split, num_steps
 from mnist_ray.errors import JobError
-from mnist_ray.events import EpochFinished, Event, Started
+from mnist_ray.events import EpochFinished, Event, NodeLeaving, Started, WorkersLost
 from mnist_ray.metrics import Progress
 from mnist_ray.provenance import versions
-from mnist_ray.storage import RunFolder
+from mnist_ray.storage import STORAGE_ERRORS, RunFolder
+
+_SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
+_RESIZE_INTERVAL_S = 15.0  # how often an elastic run looks whether the cluster holds more workers
 
 
 @dataclass(frozen=True)
@@ -45,10 +53,14 @@ class LoopSpec:
     config: TrainConfig
     split: ray.ObjectRef
     """The training images, in the object store: workers on one node share one copy."""
+    run: RunFolder
+    """Where the checkpoints are."""
     events: Queue | None
     """Where rank 0 tells how it goes; None where nobody listens."""
     about: dict[str, Any]
     """Written into every checkpoint."""
+    hang_timeout_s: float
+    """A worker that takes no step for so long ends itself."""
     validation: ray.ObjectRef | None = None
     """Held-out images that rank 0 evaluates itself before it reports, as a trial of a sweep needs it."""
 
@@ -75,21 +87,33 @@ class FitResult:
 def fit(
     spec: LoopSpec,
     plan: WorkerPlan,
-    run: RunFolder,
     validation: ray.ObjectRef | None,
     max_failures: int,
     on_event: Callable[[Event], None],
 ) -> FitResult:
-    """Train on Ray, telling ``on_event`` how it goes; a run that ``run`` holds already goes on where it stood.
+    """Train on Ray, telling ``on_event`` how it goes; a run that ``spec.run`` holds already goes on where it stood.
 
     Raises TrainingStoppedError where the loss became NaN, JobError where training failed otherwise.
     """
     assert spec.events is not None
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(spec.hang_timeout_s))
+    if plan.min_workers is not None:  # so long Ray waits in vain for as many as before, when a node has gone
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
+    _drop_damaged_snapshot(spec.run)
     # Without CPUs of its own, validation starts also while the workers hold all of them.
     validate = functools.partial(evaluation.validate, split=validation, events=spec.events)
     validation_config = ValidationConfig(validate, ray_remote_kwargs={"num_cpus": 0}) if validation else None
-    trainer = create_trainer(spec, plan, run, max_failures, validation_config=validation_config)
-    result = _wait(trainer.fit, spec.events, on_event)
+    for failures_left in range(max_failures, -1, -1):
+        trainer = create_trainer(
+            spec, plan, max_failures, validation_config=validation_config, callbacks=[_FailureReporter(spec.events)]
+        )
+        try:
+            result = _wait(trainer.fit, spec.events, on_event)
+            break
+        except ray.train.TrainingFailedError as error:
+            if failures_left == 0 or not _is_of_storage(error):
+                raise JobError(_reason(error) + _saved(spec.run)) from error
+            on_event(WorkersLost(_reason(error)))
     if result.return_value is not None:
         raise TrainingStoppedError(result.return_value)
     return FitResult(*evaluation.choose(result))
@@ -98,7 +122,6 @@ def fit(
 def create_trainer(
     spec: LoopSpec,
     plan: WorkerPlan,
-    run: RunFolder,
     max_failures: int,
     *,
     validation_config: ValidationConfig | None = None,
@@ -110,15 +133,17 @@ def create_trainer(
         train_loop_per_worker,
         train_loop_config={"spec": spec},
         scaling_config=ScalingConfig(
-            num_workers=plan.num_workers,
+            num_workers=plan.num_workers if plan.min_workers is None else (plan.min_workers, plan.num_workers),
+            elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,
+            placement_strategy=plan.placement,
             use_gpu=plan.use_gpu,
             resources_per_worker={"CPU": plan.cpus_per_worker, **({"GPU": 1} if plan.use_gpu else {})},
         ),
         run_config=RunConfig(
-            name=run.name,
-            storage_path=run.storage_path,
+            name=spec.run.name,
+            storage_path=spec.run.storage_path,
             checkpoint_config=CheckpointConfig(
-                num_to_keep=1,  # the best; Ray keeps the last besides
+                num_to_keep=2,  # the best two, and Ray keeps the last besides: were that damaged, there is another
                 checkpoint_score_attribute="val_accuracy" if is_validated else None,
             ),
             failure_config=FailureConfig(max_failures=max_failures),
@@ -146,22 +171,69 @@ def _wait(work: Callable[[], ray.train.Result], events: Queue, on_event: Callabl
         for event in events.get_nowait_batch(events.qsize()):
             on_event(event)
     result = outcome[0]
-    if isinstance(result, ray.train.TrainingFailedError):
-        raise JobError(_reason(result)) from result
     if isinstance(result, BaseException):
         raise result
     return result
 
 
+def _drop_damaged_snapshot(run: RunFolder) -> None:
+    """Remove Ray's list of a run's checkpoints where a kill has cut it off; workers look for checkpoints themselves."""
+    text = run.read_text(_SNAPSHOT_FILE)
+    if text is None:
+        return
+    try:
+        names = [result["checkpoint_dir_name"] for result in json.loads(text)["checkpoint_results"]]
+    except (ValueError, KeyError, TypeError):
+        names = ["(unreadable)"]
+    if not all(map(run.exists, names)):
+        run.delete_file(_SNAPSHOT_FILE)
+
+
+def _saved(run: RunFolder) -> str:
+    names = [name for name in run.subfolders() if name.startswith(checkpoints.FOLDER_PREFIX)]
+    return f"; last saved: {names[-1]}" if names else "; nothing was saved"
+
+
+def _is_of_storage(error: ray.train.TrainingFailedError) -> bool:
+    """Tell whether Ray's own bookkeeping on storage has failed, which it does not retry."""
+    return isinstance(getattr(error, "controller_failure", None), STORAGE_ERRORS)
+
+
+class _FailureReporter(UserCallback):
+    """Tells the driver why workers are being replaced."""
+
+    def __init__(self, events: Queue) -> None:
+        self._events = events
+
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
+        self._events.actor.put_nowait.remote(WorkersLost(describe(worker_exceptions)))
+
+
+def describe(worker_exceptions: Mapping[int, Exception]) -> str:
+    """Say in one line what happened to workers, by rank: a death, which makes the others fail too, before the rest."""
+    rank, error = min(worker_exceptions.items(), key=lambda item: (not isinstance(item[1], RayActorError), item[0]))
+    cause = getattr(error, "_base_exc", error)
+    text = str(cause).strip().splitlines() or ["no message"]
+    if "gloo" in text[0].lower() or isinstance(cause, torch.distributed.DistError):
+        return f"worker {rank} has lost its connection to another, which has died or hangs"
+    if isinstance(error, WorkerHealthCheckFailedError):
+        return f"worker {rank} does not answer"
+    if not isinstance(error, RayActorError):
+        return f"worker {rank} failed: {type(cause).__name__}: {text[0]}"
+    if error.preempted:
+        return f"worker {rank} was lost with its node, which was preempted"
+    if any("node" in line and ("died" in line or "dead" in line) for line in text):
+        return f"worker {rank} was lost with its node"
+    return f"worker {rank} died"
+
+
 def _reason(error: ray.train.TrainingFailedError) -> str:
-    """Say in one line why training failed: the first worker's own exception where there is one."""
-    who, failure = "Ray Train", getattr(error, "controller_failure", error)
+    """Say in one line why training failed: a worker's own exception where there is one."""
     if failures := getattr(error, "worker_failures", None):
-        rank, failure = min(failures.items())
-        who = f"worker {rank}"
-    cause = getattr(failure, "_base_exc", failure)
-    text = str(cause).strip().splitlines()
-    return f"{who} failed: {type(cause).__name__}: {text[0] if text else 'no message'}"
+        return describe(failures)
+    cause = getattr(error, "controller_failure", error)
+    text = str(cause).strip().splitlines() or ["no message"]
+    return f"Ray Train failed: {type(cause).__name__}: {text[0]}"
 
 
 def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
@@ -174,17 +246,11 @@ def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
     split = ray.get(spec.split)
 
     state = engine.create_state(spec.config, len(split), group.device)
-    last_checkpoint = ray.train.get_checkpoint()
-    if last_checkpoint:
-        with last_checkpoint.as_directory() as folder:
-            checkpoints.restore(Path(folder), state)
+    _, damaged = checkpoints.restore_newest(spec.run, state)
     config = replace(spec.config, precision=engine.resolve_precision(spec.config.precision, group))
-
-    send: Callable[[Event], Any] = _ignore
-    if group.rank == 0 and spec.events is not None:  # a Queue with nothing in it is false
-        send = spec.events.actor.put_nowait.remote
+    reporter = _Reporter(spec, group, damaged)
     hosts = _hosts(group)
-    send(
+    reporter.send(
         Started(
             group.world_size,
             hosts,
@@ -194,19 +260,17 @@ def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
             state.epoch,
             state.step,
             num_steps(len(split), config.batch_size),
+            tuple(damaged),
         )
     )
-    validation = ray.get(spec.validation) if spec.validation else None
-    hooks = engine.Hooks(send, functools.partial(_report, spec, group, send, validation))
+    hooks = engine.Hooks(reporter.progress, reporter.checkpoint, reporter.wants_checkpoint)
     try:
         engine.train(state, split, config, group, hooks)
     except engine.TrainingDivergedError as error:
         return str(error)  # not raised: Ray would take it for a lost worker and try again
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     return None
-
-
-def _ignore(event: Event) -> None:
-    """Take the place of sending on every rank but 0."""
 
 
 def _hosts(group: engine.Group) -> tuple[str, ...]:
@@ -218,32 +282,67 @@ def _hosts(group: engine.Group) -> tuple[str, ...]:
     return (socket.gethostname(),)
 
 
-def _report(
-    spec: LoopSpec,
-    group: engine.Group,
-    send: Callable[[Event], Any],
-    validation: Split | None,
-    state: engine.TrainingState,
-    progress: Progress,
-) -> None:
-    """Hand a checkpoint to Ray Train, on all ranks at once; rank 0 writes it. An epoch's last is validated."""
-    epoch_finished = state.step == 0
-    if epoch_finished:
-        send(EpochFinished(progress))
-    metrics = report_metrics(state, progress, validation if group.rank == 0 else None)
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = None
-        if group.rank == 0:
-            checkpoints.save_checkpoint(Path(folder), state, spec.about | {"versions": versions()})
-            checkpoint = Checkpoint.from_directory(folder)
-            checkpoint.set_metadata({"epoch": state.epoch})
-        ray.train.report(
-            metrics,
-            checkpoint=checkpoint,
-            checkpoint_dir_name=checkpoint_name(state),
-            # Only the rank that brings the checkpoint may ask for its validation.
-            validation=group.rank == 0 and epoch_finished and spec.validates_in_tasks,
-        )
+class _Reporter:
+    """What a worker does besides training: tells the driver, checkpoints, and watches over itself and its node."""
+
+    def __init__(self, spec: LoopSpec, group: engine.Group, damaged: Sequence[str]) -> None:
+        self._spec = spec
+        self._is_first = group.rank == 0
+        self._validation = ray.get(spec.validation) if spec.validation and self._is_first else None
+        self._saved_for_preemption = False
+        current = ray.train.get_checkpoint()
+        # Ray knows a damaged checkpoint by its name still; what takes its place needs another one.
+        self._suffix = "b" if current and current.path.rsplit("/", 1)[-1] in damaged else ""
+        self._watch()
+
+    def _watch(self) -> None:
+        """End this process, all stacks in its log, unless the next call comes in time."""
+        faulthandler.dump_traceback_later(self._spec.hang_timeout_s, exit=True, file=2)
+
+    def send(self, event: Event) -> None:
+        """Tell the driver, on rank 0."""
+        if self._is_first and self._spec.events is not None:  # a Queue with nothing in it is false
+            self._spec.events.actor.put_nowait.remote(event)
+
+    def progress(self, progress: Progress) -> None:
+        """Note that training goes on."""
+        self._watch()
+        self.send(progress)
+
+    def wants_checkpoint(self) -> bool:
+        """Return True once where a worker's node is about to be taken away."""
+        if self._saved_for_preemption or ray.train.get_preemption_info() is None:
+            return False
+        self._saved_for_preemption = True
+        self.send(NodeLeaving())
+        return True
+
+    def checkpoint(self, state: engine.TrainingState, progress: Progress) -> None:
+        """Hand a checkpoint to Ray Train, on all ranks at once; rank 0 writes it. An epoch's last is validated."""
+        epoch_finished = state.step == 0
+        if epoch_finished:
+            self.send(EpochFinished(progress))
+        metrics = report_metrics(state, progress, self._validation)
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if self._is_first:
+                checkpoints.save_checkpoint(Path(folder), state, self._spec.about | {"versions": versions()})
+                checkpoint = Checkpoint.from_directory(folder)
+                checkpoint.set_metadata({"epoch": state.epoch})
+            ray.train.report(
+                metrics,
+                checkpoint=checkpoint,
+                checkpoint_dir_name=checkpoint_name(state) + self._suffix,
+                checkpoint_upload_fn=self._upload,
+                # Only the rank that brings the checkpoint may ask for its validation.
+                validation=self._is_first and epoch_finished and self._spec.validates_in_tasks,
+            )
+        self._watch()
+
+    def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
+        target = self._spec.run.inside(name)
+        target.upload(checkpoint.path)
+        return Checkpoint(target.path, filesystem=target.filesystem)
 
 
 def report_metrics(

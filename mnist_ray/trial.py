@@ -10,7 +10,6 @@ from typing import Any
 
 import ray
 import torch
-from pyarrow import fs
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -19,7 +18,7 @@ from mnist_ray import engine, trainer
 from mnist_ray.cluster import WorkerPlan, threads_per_worker, usable_cores
 from mnist_ray.config import TrainConfig
 from mnist_ray.engine import Group, Hooks, TrainingState
-from mnist_ray.errors import JobError, UsageError
+from mnist_ray.errors import JobError
 from mnist_ray.metrics import Progress
 from mnist_ray.search import Point
 from mnist_ray.storage import RunFolder, locate
@@ -38,6 +37,7 @@ class TrialSpec:
     storage_path: str
     """Where the trials' folders are."""
     about: dict[str, Any]
+    hang_timeout_s: float
 
 
 def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
@@ -56,8 +56,8 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
 
 
 def _train_on_workers(config: TrainConfig, spec: TrialSpec, folder: RunFolder) -> None:
-    loop_spec = trainer.LoopSpec(config, spec.train, events=None, about=spec.about, validation=spec.validation)
-    run = trainer.create_trainer(loop_spec, spec.plan, folder, max_failures=0, callbacks=[TuneReportCallback()])
+    loop_spec = trainer.LoopSpec(config, spec.train, folder, None, spec.about, spec.hang_timeout_s, spec.validation)
+    run = trainer.create_trainer(loop_spec, spec.plan, max_failures=0, callbacks=[TuneReportCallback()])
     result = run.fit()
     if result.return_value is not None:
         raise JobError(result.return_value)
@@ -69,9 +69,9 @@ def _train_here(config: TrainConfig, spec: TrialSpec, folder: RunFolder) -> None
     config = dataclasses.replace(config, precision=engine.resolve_precision(config.precision, group))
     split, validation = ray.get([spec.train, spec.validation])
     state = engine.create_state(config, len(split), group.device)
-    metrics_before = _restore_last(folder, state)
+    saved, _ = checkpoints.restore_newest(folder, state)
     if state.epoch == config.num_epochs:  # killed after its last checkpoint, before the sweep had noted it
-        tune.report(metrics_before)
+        tune.report(saved["metrics"])
 
     def report(state: TrainingState, progress: Progress) -> None:
         metrics = trainer.report_metrics(state, progress, validation)
@@ -86,25 +86,7 @@ def _save(folder: RunFolder, state: TrainingState, about: dict[str, Any]) -> Non
     target = folder.inside(trainer.checkpoint_name(state))
     with tempfile.TemporaryDirectory() as local:
         checkpoints.save_checkpoint(Path(local), state, about)
-        target.filesystem.create_dir(target.path)
-        fs.copy_files(local, target.path, destination_filesystem=target.filesystem)
+        target.upload(local)
     for name in folder.subfolders():
         if name < target.name:
             folder.inside(name).delete()
-
-
-def _restore_last(folder: RunFolder, state: TrainingState) -> dict[str, Any]:
-    """Put the last whole checkpoint of a trial into ``state`` and return its metrics; without one, there are none.
-
-    A checkpoint that a kill has left half-written is passed over.
-    """
-    for name in reversed(folder.subfolders()):
-        saved = folder.inside(name)
-        with tempfile.TemporaryDirectory() as local:
-            fs.copy_files(saved.path, local, source_filesystem=saved.filesystem)
-            try:
-                checkpoints.restore(Path(local), state)
-            except (JobError, UsageError):
-                continue
-            return dict(checkpoints.read_state(Path(local))["metrics"])
-    return {}

@@ -36,6 +36,7 @@ def tune_and_train(flags: Mapping[str, Any]) -> None:
     sweep, job = settings.build(SweepConfig, values, settings.flag), settings.build_job(values)
     images = load_images(job)
     _check(sweep, job, images)
+    run.check_writable()
     workers = dataclasses.replace(
         job.workers,
         num_workers=job.workers.num_workers or 1,
@@ -56,6 +57,7 @@ def tune_and_train(flags: Mapping[str, Any]) -> None:
                     plan,
                     run.inside(TRIALS_FOLDER).uri,
                     about(job),
+                    workers.hang_timeout_s,
                 )
                 table = run_sweep(sweep, spec, run, concurrent, console.show_table)
         except KeyboardInterrupt as interrupt:

@@ -3,7 +3,7 @@ import pytest
 
 from mnist_ray import console
 from mnist_ray.console import RunConsole
-from mnist_ray.events import EpochFinished, Started, Validated
+from mnist_ray.events import EpochFinished, Started, Validated, WorkersLost
 from mnist_ray.metrics import Evaluation, MetricSums, Progress
 
 PROGRESS = Progress(1, 30, 40, [0.5, 0.25], MetricSums(1.5, 3, 4), MetricSums(30.0, 45, 60), epoch_s=3.0)
@@ -16,7 +16,8 @@ def show_a_run(quiet: bool) -> None:
         printer.show(PROGRESS)
         printer.show(EpochFinished(PROGRESS))
         printer.show(Validated(1, 0.5, 0.875, 1.0))
-        printer.show(Started(2, ("a", "a"), 1, "cpu", "bf16", epoch=1, step=20, num_steps=40))
+        printer.show(WorkersLost("worker 1 died"))
+        printer.show(Started(2, ("a", "a"), 1, "cpu", "bf16", 0, 20, num_steps=40, damaged=("checkpoint_b",)))
         printer.result("test", "done")
 
 
@@ -27,7 +28,9 @@ def test_a_job_log_has_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
         "started    2 × cpu with 1 thread on 2 nodes, bf16",
         "epoch 1/2  finished in 3.00 s (20 images/s): loss 0.5000, accuracy 75.00% on the training images",
         "           validation after epoch 1: loss 0.5000, accuracy 87.50% (1.0 s, beside the training)",
-        "restarted  2 × cpu with 1 thread, bf16; going on in epoch 2 after step 20",
+        "lost       worker 1 died; replacing the workers …",
+        "note       checkpoint_b is damaged or was cut off; the one before it is used",
+        "restarted  2 × cpu with 1 thread, bf16; going on in epoch 1 after step 20; 1.0 s of work lost (10 steps)",
         "test       done",
     ]
 

@@ -52,6 +52,11 @@ def test_the_check_sees_another_model(model: torch.nn.Module, few_images: Split)
     assert export.largest_difference(model, other, few_images) > 0.1
 
 
+def test_a_file_is_not_given_the_others_ending(finished_run: Path) -> None:
+    done = run_job("export.py", str(finished_run), "--output", "model.onnx")
+    assert (done.returncode, done.stderr) == (2, "error: --output model.onnx must end in .pt2\n")
+
+
 def test_a_file_that_cannot_be_written_is_one_line(finished_run: Path) -> None:
     done = run_job("export.py", str(finished_run), "--output", "/nowhere/model.pt2")
     assert (done.returncode, done.stderr) == (

@@ -28,13 +28,15 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, mnist_test: Split) -> Pat
 def test_answers_come_for_each_file_and_status_1_tells_of_those_without(
     finished_run: Path, pictures: Path, tmp_path: Path
 ) -> None:
+    (tmp_path / "folder").mkdir()
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.jpg").write_text("hello")
     Image.new("L", (40, 40), 255).save(tmp_path / "blank.bmp")
-    flags = (str(tmp_path), str(pictures), str(tmp_path / "missing.png"), "--run", str(finished_run))
+    given = (tmp_path, pictures, tmp_path / "missing.png", tmp_path / "folder")
+    flags = (*map(str, given), "--run", str(finished_run))
     done = run_job("predict.py", *flags, "--grid", str(tmp_path / "grid.png"))
     assert done.returncode == 1
-    assert done.stderr == "error: no answer to 4 of 12 files\n"
+    assert done.stderr == "error: no answer to 5 of 13 files\n"
     lines = done.stdout.splitlines()
     assert lines[0].startswith("checkpoint ")
     assert [line.split(": ", 1) for line in lines[1:4]] == [
@@ -44,6 +46,7 @@ def test_answers_come_for_each_file_and_status_1_tells_of_those_without(
     ]
     assert [Path(line.split(": ")[0]).stem for line in lines[4:12]] == [str(index) for index in range(5000, 5008)]
     assert lines[12].endswith("missing.png: cannot be read: No such file or directory")
+    assert lines[13].endswith("folder: is a folder without pictures")
     assert Image.open(tmp_path / "grid.png").width == 6 * Image.open(tmp_path / "grid.png").width // 6
 
 

@@ -1,10 +1,12 @@
+import os
 from pathlib import Path
 
 import pytest
 from pyarrow import fs
 
+from mnist_ray import storage
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.storage import RunFolder, locate
+from mnist_ray.storage import RunFolder, find_run, locate
 
 
 def test_a_file_is_read_back_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -39,8 +41,57 @@ def test_a_bad_uri_is_refused_in_one_line(path: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_an_unwritable_path_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_an_unwritable_path_is_refused_at_once_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(JobError, match=r"cannot write .*file/run/a\.txt: ") as raised:
-        locate(str(tmp_path / "file"), "run").write_text("a.txt", "one")
+    with pytest.raises(JobError, match=r"cannot write to .*file: ") as raised:
+        locate(str(tmp_path / "file"), "run").check_writable()
     assert "\n" not in str(raised.value)
+
+
+class Storage:
+    """A clock and a storage that fails for some of its seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails_for_s: float) -> None:
+        self.now = 0.0
+        self._fails_for_s = fails_for_s
+        monkeypatch.setattr("time.monotonic", lambda: self.now)
+        monkeypatch.setattr("time.sleep", self._sleep)
+
+    def _sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def write(self) -> str:
+        if self.now < self._fails_for_s:
+            raise OSError("the link is down")
+        return "written"
+
+
+def test_storage_that_fails_for_seconds_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = Storage(monkeypatch, fails_for_s=5)
+    assert storage.patiently(failing.write) == "written"
+    assert failing.now == 5
+
+
+def test_storage_that_fails_for_good_ends_in_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = Storage(monkeypatch, fails_for_s=1e9)
+    with pytest.raises(OSError, match="the link is down"):
+        storage.patiently(failing.write)
+    assert 30 <= failing.now < 35
+
+
+def test_a_run_is_found_by_its_path_or_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_run("/tmp/", "elsewhere").uri == "/tmp"
+    assert find_run("a/b", "elsewhere").path == str(Path("a/b").absolute())
+    assert find_run("my_run", str(tmp_path)).path == str(tmp_path / "my_run")
+
+
+def test_the_newest_run_is_the_last_begun_that_has_a_checkpoint(tmp_path: Path) -> None:
+    for number, name in enumerate(("b_old", "a_new", "c_empty")):
+        run = locate(str(tmp_path), name)
+        run.write_text("config.json", "{}")
+        os.utime(tmp_path / name / "config.json", (number, number))
+        if name != "c_empty":
+            (tmp_path / name / "checkpoint_epoch-001_step-000000").mkdir()
+    assert find_run(None, str(tmp_path)).name == "a_new"
+    with pytest.raises(UsageError, match=r"no run in .* has a checkpoint"):
+        find_run(None, str(tmp_path / "c_empty"))

@@ -96,7 +96,7 @@ def test_a_trial_killed_after_its_last_checkpoint_reports_it_again(
     monkeypatch.setattr("ray.tune.report", reported.append)
     images = ray.put(few_images)
     plan = WorkerPlan(1, 1, use_gpu=False, must_scale_up=False)
-    spec = TrialSpec(TrainConfig(precision="fp32"), images, images, plan, str(tmp_path), {})
+    spec = TrialSpec(TrainConfig(precision="fp32"), images, images, plan, str(tmp_path), {}, hang_timeout_s=60)
     for _ in range(2):
         run_trial({"batch_size": 60, "learning_rate": 1e-3, "seed": 0}, spec)
     assert [metrics["epochs"] for metrics in reported] == [1.0, 2.0, 2.0]

@@ -1,0 +1,208 @@
+"""Runs that lose workers, nodes, checkpoints and storage."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from ray.cluster_utils import Cluster
+from ray.exceptions import RayActorError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+from mnist_ray import trainer
+from mnist_ray.checkpoint import restore_newest, save_checkpoint
+from mnist_ray.config import TrainConfig
+from mnist_ray.engine import create_state
+from mnist_ray.storage import locate
+from tests.conftest import QUICK, ROOT, run_job
+from tests.test_jobs import as_flags
+
+FLAGS = {**QUICK, "num_epochs": 8, "checkpoint_every": 20}
+
+
+def weights(run: Path) -> str:
+    """Return the digest of a finished run's last weights."""
+    last = max(run.glob("checkpoint_epoch*"))
+    return hashlib.sha256((last / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_address: str, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two workers that nothing happens to."""
+    storage = tmp_path_factory.mktemp("undisturbed")
+    flags = as_flags({**FLAGS, "data_dir": small_data, "storage_path": storage, "run_name": "run", "num_workers": 2})
+    done = run_job("train.py", *flags, address=ray_address)
+    assert done.returncode == 0, done.stderr
+    return storage / "run"
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A cluster of three raylets: a head without CPUs, two nodes with one each."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # Cluster, unlike `ray start`, never asks for a token
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+
+
+def run_and_act(act: Callable[[], None], when: str, *flags: str, address: str) -> str:
+    """Run the training job, do something when it prints a line that starts with ``when``; return what it printed."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / "jobs" / "train.py"), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "RAY_ADDRESS": address},
+    )
+    assert process.stdout is not None
+    lines, acted = [], False
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(when) and not acted:
+            acted = True
+            act()
+    assert process.wait() == 0, "".join(lines)
+    assert acted
+    return "".join(lines)
+
+
+def test_a_run_that_loses_a_node_goes_on_and_ends_with_the_same_weights(
+    nodes: Cluster, undisturbed: Path, small_data: Path, tmp_path: Path
+) -> None:
+    def replace_a_node() -> None:
+        nodes.remove_node(nodes.list_all_nodes()[-1])
+        nodes.add_node(num_cpus=1)
+
+    flags = as_flags({**FLAGS, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2})
+    printed = run_and_act(replace_a_node, "epoch 1/8  finished", *flags, address=nodes.address)
+    assert "on 2 nodes" in printed or "2 × cpu" in printed
+    assert printed.count("\nlost ") == 1
+    assert "s of work lost" in printed
+    assert weights(tmp_path / "run") == weights(undisturbed)
+
+
+def test_an_elastic_run_goes_on_with_fewer_workers(nodes: Cluster, small_data: Path, tmp_path: Path) -> None:
+    flags = as_flags({**FLAGS, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"})
+    printed = run_and_act(
+        lambda: nodes.remove_node(nodes.list_all_nodes()[-1]),
+        "epoch 1/8  finished",
+        *flags,
+        "--num-workers",
+        "1:2",
+        address=nodes.address,
+    )
+    assert "started    2 × cpu" in printed
+    assert "restarted  1 × cpu" in printed
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["test_accuracy"] > 0.8
+
+
+def test_a_preempted_node_is_left_with_a_checkpoint_just_in_time(
+    nodes: Cluster, small_data: Path, tmp_path: Path
+) -> None:
+    doomed = nodes.list_all_nodes()[-1]
+
+    def announce() -> None:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", nodes.address]
+        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        subprocess.run(
+            [*command, "--node-id", doomed.node_id, *reason, "--deadline-remaining-seconds", "3600"], check=True
+        )
+
+    flags = {**FLAGS, "num_epochs": 30, "checkpoint_every": 1000, "num_workers": 2, "run_name": "run"}
+    flags |= {"data_dir": small_data, "storage_path": tmp_path}
+    printed = run_and_act(announce, "epoch 1/30", *as_flags(flags), address=nodes.address)
+    assert printed.count("note       a worker's node is about to be taken away; saving a checkpoint\n") == 1
+    assert "lost " not in printed
+
+
+def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(tmp_path: Path) -> None:
+    config = TrainConfig(precision="fp32")
+    state = create_state(config, 600, torch.device("cpu"))
+    for step in (10, 20, 30, 40):
+        folder = tmp_path / "run" / f"checkpoint_epoch-000_step-{step:06d}"
+        folder.mkdir(parents=True)
+        state.step = step
+        save_checkpoint(folder, state, {})
+    _, corrupt, cut, empty = sorted((tmp_path / "run").iterdir())
+    content = bytearray((corrupt / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (corrupt / "model.safetensors").write_bytes(content)
+    text = (cut / "state.json").read_bytes()
+    (cut / "state.json").write_bytes(text[: len(text) // 2])
+    shutil.rmtree(empty)
+    empty.mkdir()
+    restored = create_state(config, 600, torch.device("cpu"))
+    _, damaged = restore_newest(locate(str(tmp_path), "run"), restored)
+    assert restored.step == 10
+    assert damaged == [empty.name, cut.name, corrupt.name]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", '{"checkpoint_results": [{"checkpoint_dir', '{"checkpoint_results": [{"checkpoint_dir_name": "gone"}]}', "{}"],
+)
+def test_rays_list_of_checkpoints_is_dropped_where_a_kill_has_cut_it_off(text: str, tmp_path: Path) -> None:
+    run = locate(str(tmp_path), "run")
+    run.write_text("checkpoint_manager_snapshot.json", text)
+    trainer._drop_damaged_snapshot(run)
+    assert not run.exists("checkpoint_manager_snapshot.json")
+
+
+def test_a_resumed_run_passes_over_a_damaged_checkpoint(
+    undisturbed: Path, ray_address: str, small_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    (run / "result.json").unlink()  # as if it had been killed before the evaluation
+    last = max(run.glob("checkpoint_epoch*"))
+    (last / "model.safetensors").write_bytes(b"something else")
+    flags = as_flags({"storage_path": tmp_path, "run_name": "run"})
+    done = run_job("train.py", *flags, "--resume", address=ray_address)
+    assert done.returncode == 0, done.stderr
+    assert f"note       {last.name} is damaged or was cut off; the one before it is used" in done.stdout
+    assert weights(run) == weights(undisturbed)
+
+
+def test_a_worker_that_hangs_ends_itself_with_its_stack_in_the_log() -> None:
+    code = (
+        "import time; from types import SimpleNamespace; from mnist_ray.trainer import _Reporter\n"
+        "reporter = _Reporter.__new__(_Reporter); reporter._spec = SimpleNamespace(hang_timeout_s=0.5)\n"
+        "def hanging(): time.sleep(60)\n"
+        "reporter._watch(); hanging()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr
+    assert "in hanging" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("failures", "said"),
+    [
+        ({1: RayActorError(error_msg="The actor died unexpectedly")}, "worker 1 died"),
+        ({2: RayActorError(error_msg="The actor died because its node has died.")}, "worker 2 was lost with its node"),
+        (
+            {0: WorkerHealthCheckFailedError("failed", RuntimeError())},
+            "worker 0 does not answer",
+        ),
+        ({0: ValueError("bad value\nand more")}, "worker 0 failed: ValueError: bad value"),
+        (
+            {0: RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error"), 1: RayActorError()},
+            "worker 1 died",
+        ),
+        (
+            {0: RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error")},
+            "worker 0 has lost its connection to another, which has died or hangs",
+        ),
+    ],
+)
+def test_what_happened_to_workers_is_one_line(failures: dict[int, Exception], said: str) -> None:
+    assert trainer.describe(failures) == said
