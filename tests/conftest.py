@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,11 @@ FILES = (
 )
 
 QUICK = {"batch_size": 50, "validation_size": 600, "learning_rate": 3e-3, "precision": "fp32"}
+LONGER = {**QUICK, "num_epochs": 8, "checkpoint_every": 20}
+
+
+def as_flags(values: dict[str, Any]) -> list[str]:
+    return [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -97,3 +103,13 @@ def finished_run(ray_address: str, small_data: Path, tmp_path_factory: pytest.Te
     flags = {"num_workers": 2, "data_dir": str(small_data), "storage_path": str(storage), "run_name": "two", **QUICK}
     train_and_evaluate(flags, time.perf_counter())
     return storage / "two"
+
+
+@pytest.fixture(scope="session")
+def undisturbed(ray_address: str, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two workers that nothing happens to."""
+    storage = tmp_path_factory.mktemp("undisturbed")
+    flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": storage, "run_name": "run", "num_workers": 2})
+    done = run_job("train.py", *flags, address=ray_address)
+    assert done.returncode == 0, done.stderr
+    return storage / "run"

@@ -20,26 +20,13 @@ from mnist_ray.checkpoint import restore_newest, save_checkpoint
 from mnist_ray.config import TrainConfig
 from mnist_ray.engine import create_state
 from mnist_ray.storage import locate
-from tests.conftest import QUICK, ROOT, run_job
-from tests.test_jobs import as_flags
-
-FLAGS = {**QUICK, "num_epochs": 8, "checkpoint_every": 20}
+from tests.conftest import LONGER, ROOT, as_flags, run_job
 
 
 def weights(run: Path) -> str:
     """Return the digest of a finished run's last weights."""
     last = max(run.glob("checkpoint_epoch*"))
     return hashlib.sha256((last / "model.safetensors").read_bytes()).hexdigest()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(ray_address: str, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two workers that nothing happens to."""
-    storage = tmp_path_factory.mktemp("undisturbed")
-    flags = as_flags({**FLAGS, "data_dir": small_data, "storage_path": storage, "run_name": "run", "num_workers": 2})
-    done = run_job("train.py", *flags, address=ray_address)
-    assert done.returncode == 0, done.stderr
-    return storage / "run"
 
 
 @pytest.fixture
@@ -81,7 +68,7 @@ def test_a_run_that_loses_a_node_goes_on_and_ends_with_the_same_weights(
         nodes.remove_node(nodes.list_all_nodes()[-1])
         nodes.add_node(num_cpus=1)
 
-    flags = as_flags({**FLAGS, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2})
+    flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2})
     printed = run_and_act(replace_a_node, "epoch 1/8  finished", *flags, address=nodes.address)
     assert "on 2 nodes" in printed or "2 × cpu" in printed
     assert printed.count("\nlost ") == 1
@@ -90,7 +77,7 @@ def test_a_run_that_loses_a_node_goes_on_and_ends_with_the_same_weights(
 
 
 def test_an_elastic_run_goes_on_with_fewer_workers(nodes: Cluster, small_data: Path, tmp_path: Path) -> None:
-    flags = as_flags({**FLAGS, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"})
+    flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"})
     printed = run_and_act(
         lambda: nodes.remove_node(nodes.list_all_nodes()[-1]),
         "epoch 1/8  finished",
@@ -116,7 +103,7 @@ def test_a_preempted_node_is_left_with_a_checkpoint_just_in_time(
             [*command, "--node-id", doomed.node_id, *reason, "--deadline-remaining-seconds", "3600"], check=True
         )
 
-    flags = {**FLAGS, "num_epochs": 30, "checkpoint_every": 1000, "num_workers": 2, "run_name": "run"}
+    flags = {**LONGER, "num_epochs": 30, "checkpoint_every": 1000, "num_workers": 2, "run_name": "run"}
     flags |= {"data_dir": small_data, "storage_path": tmp_path}
     printed = run_and_act(announce, "epoch 1/30", *as_flags(flags), address=nodes.address)
     assert printed.count("note       a worker's node is about to be taken away; saving a checkpoint\n") == 1

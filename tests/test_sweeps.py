@@ -20,8 +20,8 @@ from mnist_ray.errors import JobError
 from mnist_ray.search import Point
 from mnist_ray.trial import TrialSpec, run_trial
 from mnist_ray.tuning import tune_and_train
-from tests.conftest import ROOT, run_job
-from tests.test_jobs import as_flags, assert_one_line_error
+from tests.conftest import ROOT, as_flags, run_job
+from tests.test_jobs import assert_one_line_error
 
 QUICK: dict[str, Any] = {
     "precision": "fp32",
