@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import state as ray_state
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.utils import read_ray_address
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -41,8 +41,6 @@ class Cluster:
     is_local: bool
     """Started by this job, on this machine, and ended with it."""
     nodes: tuple[Node, ...]
-    autoscaled_nodes: tuple[Node, ...]
-    """What could be there besides ``nodes``, once an autoscaler has started it."""
     log_folder: str
 
 
@@ -54,7 +52,7 @@ class WorkerPlan:
     cpus_per_worker: int
     use_gpu: bool
     must_scale_up: bool
-    """The nodes that are there cannot hold them; an autoscaler has to start more."""
+    """The nodes that are there cannot hold them; the autoscaler has to start more."""
     min_workers: int | None = None
     """With how few it goes on while there are not enough nodes; None: with all or none."""
     placement: str = "PACK"
@@ -166,7 +164,7 @@ def _answers(address: str) -> bool:
 
 
 def _describe(is_local: bool) -> Cluster:
-    return Cluster(is_local, _nodes(), _autoscaled_nodes(), _log_folder())
+    return Cluster(is_local, _nodes(), _log_folder())
 
 
 def _nodes() -> tuple[Node, ...]:
@@ -177,19 +175,6 @@ def _node(resources: dict[str, float]) -> Node:
     return Node(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
 
 
-def _autoscaled_nodes() -> tuple[Node, ...]:
-    """Return the nodes that an autoscaler may still add, by the limits that it has told the cluster."""
-    cluster_config = ray_state.state.get_cluster_config()
-    if cluster_config is None:
-        return ()
-    here = [node["Labels"].get("ray.io/node-group") for node in ray.nodes() if node["Alive"]]
-    return tuple(
-        _node(group.resources)
-        for group in cluster_config.node_group_configs
-        for _ in range(group.max_count - here.count(group.name))
-    )
-
-
 def _log_folder() -> str:
     return str(Path(ray._private.worker.global_worker.node.get_session_dir_path()) / "logs")
 
@@ -197,24 +182,28 @@ def _log_folder() -> str:
 def plan_workers(config: WorkerConfig, cluster: Cluster) -> WorkerPlan:
     """Decide how many workers run and what each gets.
 
-    Raises UsageError where neither the nodes nor what an autoscaler may add could ever hold the workers asked for.
+    Raises UsageError where the nodes cannot hold the workers asked for, unless ``config.autoscaling`` says that more
+    nodes will come: what an autoscaler could start, Ray does not tell.
     """
-    here, possible = cluster.nodes, cluster.nodes + cluster.autoscaled_nodes
-    num_gpus = sum(node.num_gpus for node in possible)
-    if config.use_gpu == "yes" and num_gpus == 0:
+    num_gpus = sum(node.num_gpus for node in cluster.nodes)
+    if config.use_gpu == "yes" and num_gpus == 0 and not config.autoscaling:
         raise UsageError("--use-gpu yes, but the cluster has no GPU; use --use-gpu no")
-    use_gpu = num_gpus > 0 and config.use_gpu != "no"
-    usable = [node for node in here if (node.num_gpus if use_gpu else node.num_cpus)]
+    use_gpu = config.use_gpu == "yes" or (num_gpus > 0 and config.use_gpu == "auto")
+    usable = [node for node in cluster.nodes if (node.num_gpus if use_gpu else node.num_cpus)]
     num_workers = config.num_workers or max(1, sum(node.num_gpus for node in usable) if use_gpu else len(usable))
     least = num_workers if config.min_workers is None else config.min_workers
     if least > num_workers:
         raise UsageError(f"--min-workers {least} is more than the {count(num_workers, 'worker')} there are to be")
-    options = [(here, num_workers, False), (possible, num_workers, True), (here, least, False), (possible, least, True)]
-    for nodes, number, must_scale_up in options:
-        cpus = cpus_for_each(nodes, number, config.cpus_per_worker, use_gpu, config.placement)
+    plan = functools.partial(
+        WorkerPlan, num_workers, use_gpu=use_gpu, min_workers=config.min_workers, placement=config.placement
+    )
+    for number in (num_workers, least):
+        cpus = cpus_for_each(cluster.nodes, number, config.cpus_per_worker, use_gpu, config.placement)
         if cpus is not None:
-            return WorkerPlan(num_workers, cpus, use_gpu, must_scale_up, config.min_workers, config.placement)
-    raise UsageError(_cannot_hold(config, least, possible, use_gpu))
+            return plan(cpus_per_worker=cpus, must_scale_up=False)
+    if config.autoscaling:
+        return plan(cpus_per_worker=config.cpus_per_worker or 1, must_scale_up=True)
+    raise UsageError(_cannot_hold(config, least, cluster, use_gpu))
 
 
 def cpus_for_each(
@@ -232,7 +221,8 @@ def cpus_for_each(
     return None
 
 
-def _cannot_hold(config: WorkerConfig, num_workers: int, nodes: Sequence[Node], use_gpu: bool) -> str:
+def _cannot_hold(config: WorkerConfig, num_workers: int, cluster: Cluster, use_gpu: bool) -> str:
+    nodes = cluster.nodes
     asked = f"{count(num_workers, 'worker')} of {count(config.cpus_per_worker or 1, 'CPU')}"
     if use_gpu:
         asked += " and 1 GPU"
@@ -243,9 +233,10 @@ def _cannot_hold(config: WorkerConfig, num_workers: int, nodes: Sequence[Node], 
     if config.placement.startswith("STRICT"):
         asked += f", {config.placement}"
     flags = "--num-workers" + (" or --cpus-per-worker" if config.cpus_per_worker else "")
-    return f"the cluster can never hold {asked}: it has {there}; lower {flags}" + (
-        ", or use --use-gpu no" if use_gpu else ""
-    )
+    advice = f"lower {flags}" + (", or use --use-gpu no" if use_gpu else "")
+    if not cluster.is_local:
+        advice += ", or add --autoscaling if it starts nodes on demand"
+    return f"the cluster cannot hold {asked}: it has {there}; {advice}"
 
 
 def threads_per_worker(assigned_cpus: float, cores: int, workers_on_node: int) -> int:

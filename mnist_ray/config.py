@@ -94,6 +94,7 @@ class WorkerConfig:
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = setting(
         "PACK", "workers on few nodes or on many; STRICT: on one, or each on another, else not at all"
     )
+    autoscaling: bool = setting(False, "the cluster starts nodes on demand: wait for those that are not there yet")
     max_failures: int = setting(3, "how often lost workers are replaced before the run fails", **_at_least(0))
     hang_timeout_s: float = setting(
         600.0, "seconds without a step after which a worker is taken for hung and replaced", *_positive()
@@ -113,6 +114,7 @@ class OutputConfig:
     )
     resume: bool = setting(False, "go on with --run-name from its last checkpoint")
     mlflow: str | None = setting(None, "URI of an MLflow server or store to track the run in, as sqlite:///mlflow.db")
+    check: bool = setting(False, "train nothing: say how the job would run, and whether every node could take part")
     quiet: bool = setting(False, "print only the result")
     verbose: bool = setting(False, "print Ray's own log as well")
 

@@ -264,13 +264,13 @@ def resolve_precision(precision: Precision, group: Group) -> Precision:
     """
     if precision != "auto":
         return precision
-    supported = torch.tensor(int(group.device.type == "cpu" and _cpu_has_bf16()), device=group.device)
+    supported = torch.tensor(int(group.device.type == "cpu" and cpu_has_bf16()), device=group.device)
     if group.world_size > 1:
         dist.all_reduce(supported, dist.ReduceOp.MIN)
     return "bf16" if supported.item() else "fp32"
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     """Tell whether the processor computes in bf16, by Linux's list of its features; elsewhere assume not."""
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:

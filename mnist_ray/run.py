@@ -16,7 +16,7 @@ import ray
 from ray.util.queue import Queue
 
 from mnist_ray import config as settings
-from mnist_ray import data, evaluation, tracking, trainer
+from mnist_ray import data, evaluation, preflight, tracking, trainer
 from mnist_ray.checkpoint import read_state
 from mnist_ray.cluster import Cluster, WorkerPlan, connect, plan_workers, quiet_ray, this_node, usable_cores
 from mnist_ray.config import DataConfig, EvaluationConfig, JobConfig, LookupConfig, OutputConfig, WorkerConfig
@@ -65,6 +65,11 @@ def train_and_evaluate(flags: Mapping[str, Any], started_at: float) -> None:
     run.check_writable()
     console = RunConsole(job.train.num_epochs, quiet=job.output.quiet)
     with connect(job.workers, verbose=job.output.verbose) as cluster, console:
+        if job.output.check:
+            plan = plan_workers(job.workers, cluster)
+            _print_header(console, job, run, images, cluster, plan)
+            preflight.check_job(run, images.train, job.train.batch_size, cluster, plan, console.say)
+            return
         train_run(job, run, images, cluster, console, clock, resume_command("train", run))
 
 
@@ -83,6 +88,7 @@ def train_run(
     """
     plan = plan_workers(job.workers, cluster)
     _print_header(console, job, run, images, cluster, plan)
+    preflight.check_storage(run)
     run.write_text(CONFIG_FILE, settings.to_json(job))
     run.write_text(ORIGIN_FILE, settings.json_lines(origin()))
     history = History(run)
@@ -275,8 +281,9 @@ def _print_header(
     if cluster.is_local and not plan.use_gpu and plan.num_workers > cores:
         console.say("note", f"{plan.num_workers} workers share {cores} cores: --num-workers {cores} would be as fast")
     if plan.must_scale_up:
-        console.say("note", "the cluster is too small now; waiting for its autoscaler to start nodes")
-    console.waiting("starting workers …")
+        console.say("note", "the cluster is too small now; waiting for it to start nodes")
+    if not job.output.check:
+        console.waiting("starting workers …")
 
 
 def print_data(console: RunConsole, images: Images) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from mnist_ray import config as settings
+from mnist_ray import preflight
 from mnist_ray.cluster import Cluster, WorkerPlan, connect, plan_workers
 from mnist_ray.config import DataConfig, JobConfig, SweepConfig, TrainConfig, WorkerConfig
 from mnist_ray.console import RunConsole, count
@@ -46,6 +47,12 @@ def tune_and_train(flags: Mapping[str, Any]) -> None:
     with connect(workers, verbose=job.output.verbose) as cluster:
         plan = plan_workers(workers, cluster)
         concurrent = trials_at_a_time(sweep, plan, cluster)
+        if job.output.check:
+            with SweepConsole(sweep, job, concurrent) as console:
+                _print_header(console, sweep, job, run, images, plan, concurrent)
+                preflight.check_job(run, images.train, job.train.batch_size, cluster, plan, console.say)
+            return
+        preflight.check_storage(run)
         run.write_text(SWEEP_FILE, settings.json_lines(settings.values_of(sweep, job.train, job.data, job.workers)))
         try:
             with SweepConsole(sweep, job, concurrent) as console:

@@ -6,8 +6,8 @@ from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError
 
 
-def cluster_of(*nodes: Node, autoscaled: tuple[Node, ...] = ()) -> Cluster:
-    return Cluster(is_local=False, nodes=nodes, autoscaled_nodes=autoscaled, log_folder="/logs")
+def cluster_of(*nodes: Node, is_local: bool = False) -> Cluster:
+    return Cluster(is_local, nodes, log_folder="/logs")
 
 
 HEAD, SMALL, LARGE, GPU = Node(0), Node(2), Node(8), Node(4, 2)
@@ -35,14 +35,37 @@ def test_workers_are_planned_on_what_is_there(config: WorkerConfig, nodes: list[
     assert cluster.plan_workers(config, cluster_of(*nodes)) == expected
 
 
-def test_what_an_autoscaler_may_add_is_waited_for() -> None:
-    small = cluster_of(HEAD, SMALL, autoscaled=(LARGE, LARGE))
-    assert cluster.plan_workers(WorkerConfig(num_workers=2), small) == WorkerPlan(2, 1, False, False)
-    assert cluster.plan_workers(WorkerConfig(num_workers=4), small) == WorkerPlan(4, 4, False, True)
+def test_nodes_that_are_not_there_yet_are_waited_for_where_the_user_says_that_they_come() -> None:
+    config = WorkerConfig(num_workers=4, cpus_per_worker=8, autoscaling=True)
+    assert cluster.plan_workers(config, cluster_of(HEAD, SMALL)) == WorkerPlan(4, 8, False, True)
+    assert cluster.plan_workers(config, cluster_of(HEAD, *[LARGE] * 4)) == WorkerPlan(4, 8, False, False)
+    first = WorkerConfig(use_gpu="yes", autoscaling=True)
+    assert cluster.plan_workers(first, cluster_of(HEAD)) == WorkerPlan(1, 1, True, True)
 
 
-def test_the_first_worker_of_an_empty_cluster_is_waited_for() -> None:
-    assert cluster.plan_workers(WorkerConfig(), cluster_of(HEAD, autoscaled=(LARGE,))) == WorkerPlan(1, 8, False, True)
+def test_an_elastic_run_starts_with_what_is_there() -> None:
+    config = WorkerConfig(num_workers=4, min_workers=2, cpus_per_worker=1)
+    assert cluster.plan_workers(config, cluster_of(SMALL)) == WorkerPlan(4, 1, False, False, min_workers=2)
+    with pytest.raises(UsageError, match="cannot hold 2 workers of 1 CPU"):
+        cluster.plan_workers(config, cluster_of(Node(1)))
+    with pytest.raises(UsageError, match="--min-workers 5 is more than the 4 workers"):
+        cluster.plan_workers(WorkerConfig(num_workers=4, min_workers=5), cluster_of(LARGE))
+
+
+@pytest.mark.parametrize(
+    ("placement", "nodes", "cpus"),
+    [
+        ("STRICT_SPREAD", [SMALL, LARGE], 2),
+        ("STRICT_SPREAD", [LARGE], None),
+        ("STRICT_PACK", [SMALL, LARGE], 4),
+        ("STRICT_PACK", [Node(1), Node(1)], None),
+        ("PACK", [Node(1), Node(1)], 1),
+    ],
+)
+def test_a_strict_placement_is_only_planned_where_it_can_be(
+    placement: str, nodes: list[Node], cpus: int | None
+) -> None:
+    assert cluster.cpus_for_each(nodes, 2, None, False, placement) == cpus
 
 
 @pytest.mark.parametrize(
@@ -51,7 +74,8 @@ def test_the_first_worker_of_an_empty_cluster_is_waited_for() -> None:
         (
             WorkerConfig(num_workers=5),
             [SMALL, SMALL],
-            "the cluster can never hold 5 workers of 1 CPU: it has 4 CPUs on 2 nodes; lower --num-workers",
+            "the cluster cannot hold 5 workers of 1 CPU: it has 4 CPUs on 2 nodes; "
+            "lower --num-workers, or add --autoscaling",
         ),
         (
             WorkerConfig(num_workers=2, cpus_per_worker=3),

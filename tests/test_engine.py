@@ -226,7 +226,7 @@ def test_weights_that_are_not_finite_get_into_no_checkpoint(few_images: Split) -
 
 def test_auto_precision_is_bf16_just_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for has_bf16, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(engine, "_cpu_has_bf16", lambda answer=has_bf16: answer)
+        monkeypatch.setattr(engine, "cpu_has_bf16", lambda answer=has_bf16: answer)
         assert engine.resolve_precision("auto", Group()) == expected
         assert engine.resolve_precision("fp32", Group()) == "fp32"
 

@@ -81,7 +81,7 @@ def test_a_finished_run_is_neither_overwritten_nor_resumed(finished_run: Path, r
 def test_a_worker_count_that_a_cluster_cannot_hold_ends_at_once(ray_address: str, tmp_path: Path) -> None:
     done = run_job("train.py", "--num-workers", "3", "--storage-path", str(tmp_path), address=ray_address)
     assert_one_line_error(
-        done, 2, "the cluster can never hold 3 workers of 1 CPU: it has 2 CPUs on 1 node; lower --num-workers"
+        done, 2, "the cluster cannot hold 3 workers of 1 CPU: it has 2 CPUs on 1 node; lower --num-workers"
     )
     assert not any(tmp_path.iterdir())
 

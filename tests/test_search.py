@@ -112,7 +112,7 @@ def test_no_more_trials_run_at_a_time_than_the_cluster_holds(
     nodes: list[Node], workers: int, cpus: int, asked: int | None, expected: int
 ) -> None:
     plan = WorkerPlan(workers, cpus, use_gpu=False, must_scale_up=False)
-    cluster = Cluster(False, tuple(nodes), (), "/logs")
+    cluster = Cluster(False, tuple(nodes), "/logs")
     assert sweep.trials_at_a_time(SweepConfig(max_concurrent_trials=asked), plan, cluster) == expected
 
 

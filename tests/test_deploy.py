@@ -1,0 +1,201 @@
+"""What is shipped for clusters: cluster.yaml against Ray's schema and autoscaler, the manifests against Kubernetes'."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import requires
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import ray
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from tests.conftest import ROOT, as_flags, run_job
+
+MANIFESTS = ["rayjob-train.yaml", "rayjob-tune.yaml"]
+# Of https://ray-project.github.io/kuberay/reference/api/, ray.io/v1.
+RAY_JOB_FIELDS = {
+    *("activeDeadlineSeconds", "backoffLimit", "clusterSelector", "deletionStrategy", "entrypoint"),
+    *("entrypointNumCpus", "entrypointNumGpus", "entrypointResources", "jobId", "managedBy", "metadata"),
+    *("rayClusterSpec", "runtimeEnvYAML", "shutdownAfterJobFinishes", "submissionMode", "submitterConfig"),
+    *("submitterPodTemplate", "suspend", "ttlSecondsAfterFinished"),
+}
+RAY_CLUSTER_FIELDS = {
+    *("autoscalerOptions", "enableInTreeAutoscaling", "gcsFaultToleranceOptions", "headGroupSpec"),
+    *("headServiceAnnotations", "managedBy", "rayVersion", "suspend", "workerGroupSpecs"),
+}
+HEAD_FIELDS = {"enableIngress", "headService", "rayStartParams", "serviceType", "template"}
+WORKER_FIELDS = {
+    *("groupName", "idleTimeoutSeconds", "maxReplicas", "minReplicas", "numOfHosts", "rayStartParams", "replicas"),
+    *("scaleStrategy", "suspend", "template"),
+}
+HEAD_ID = "f" * 51 + "00000"  # the fake provider knows its head by this
+
+
+def read(name: str) -> Any:
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+@pytest.fixture(scope="module")
+def cluster_config() -> dict[str, Any]:
+    config: dict[str, Any] = read("cluster.yaml")
+    return config
+
+
+def test_cluster_yaml_fits_rays_schema_and_loader(cluster_config: dict[str, Any]) -> None:
+    prepared = prepare_config(cluster_config)
+    validate_config(prepared)
+    assert set(prepared["available_node_types"]) == {"ray.head.default", "cpu_worker"}
+
+
+def test_the_head_trains_nothing_and_workers_are_spot_instances_from_none_on(cluster_config: dict[str, Any]) -> None:
+    head = cluster_config["available_node_types"][cluster_config["head_node_type"]]
+    worker = cluster_config["available_node_types"]["cpu_worker"]
+    assert head["resources"]["CPU"] == 0
+    assert worker["min_workers"] == 0
+    assert worker["max_workers"] == cluster_config["max_workers"]
+    assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert cluster_config["idle_timeout_minutes"] > 0
+
+
+def test_cluster_yaml_with_its_gpu_worker_fits_too() -> None:
+    text = (ROOT / "cluster.yaml").read_text()
+    start = text.index("  # gpu_worker:")
+    block = text[start : text.index("\n\n", start)]
+    config = yaml.safe_load(text.replace(block, block.replace("  # ", "  ")))
+    validate_config(prepare_config(config))
+    assert config["available_node_types"]["gpu_worker"]["resources"]["GPU"] == 1
+
+
+@pytest.mark.parametrize("name", ["cluster.yaml", *(f"deploy/{name}" for name in (*MANIFESTS, "Dockerfile"))])
+def test_no_credentials_are_shipped_and_the_dashboard_is_not_opened(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert not re.search(r"(?i)secret|password|access_key|auth_token|AKIA", text)
+    assert "0.0.0.0" not in text
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_manifest_has_only_what_kuberay_and_kubernetes_know(name: str) -> None:
+    manifest = read(f"deploy/{name}")
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayJob")
+    cluster = manifest["spec"]["rayClusterSpec"]
+    head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    assert manifest["spec"].keys() <= RAY_JOB_FIELDS
+    assert cluster.keys() <= RAY_CLUSTER_FIELDS
+    assert head.keys() <= HEAD_FIELDS
+    assert all(group.keys() <= WORKER_FIELDS for group in workers)
+    for group in (head, *workers):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": group["template"]["spec"]}
+        kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
+        assert group["template"]["spec"]["securityContext"]["runAsNonRoot"]
+        mounts = {mount["name"] for mount in group["template"]["spec"]["containers"][0]["volumeMounts"]}
+        assert mounts == {"results"}
+    assert head["rayStartParams"]["num-cpus"] == "0"
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_manifest_runs_a_job_with_flags_that_it_has(name: str) -> None:
+    python, job, *flags = shlex.split(read(f"deploy/{name}")["spec"]["entrypoint"])
+    done = subprocess.run(
+        [sys.executable, str(ROOT / job), *flags, "--resume"], capture_output=True, text=True, check=False
+    )
+    # All flags are known: what is complained of is the one that was added.
+    assert (python, done.stderr) == ("python", "error: --resume needs --run-name NAME\n")
+
+
+def test_the_claim_of_shared_storage_is_the_one_that_the_manifests_mount() -> None:
+    claim = read("deploy/storage.yaml")
+    kubernetes_validate.validate(claim, kubernetes_validate.latest_version(), strict=True)
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    for name in MANIFESTS:
+        assert f"claimName: {claim['metadata']['name']}" in (ROOT / "deploy" / name).read_text()
+
+
+def test_the_image_runs_as_an_ordinary_user_and_copies_what_is_there() -> None:
+    lines = (ROOT / "deploy" / "Dockerfile").read_text().splitlines()
+    instructions = [line.split() for line in lines if line and not line.startswith((" ", "#"))]
+    assert [words[1] for words in instructions if words[0] == "USER"][-1] == "ray"
+    copied = [source for words in instructions if words[0] == "COPY" for source in words[1:-1]]
+    assert all((ROOT / source).exists() for source in copied)
+    assert any(words[0] == "ARG" and words[1].startswith("TORCH_INDEX=") for words in instructions)
+
+
+def test_the_runtime_environment_has_all_that_the_package_needs() -> None:
+    needed = {need for need in requires("mnist_ray") or [] if "extra ==" not in need and not need.startswith("ray[")}
+    assert needed <= set(read("deploy/runtime-env.yaml")["pip"])
+    assert len(needed) >= 8
+
+
+@pytest.fixture
+def autoscaled_head(cluster_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A head that starts cluster.yaml's node types as raylets on this machine; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"{ray.util.get_node_ip_address()}:{port}"
+    types = {name: {**kind, "node_config": {}} for name, kind in cluster_config["available_node_types"].items()}
+    provider = {
+        "type": "external",
+        "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+        "head_node_id": HEAD_ID,
+        "gcs_address": address,
+        "launch_multiple": True,
+    }
+    config = {key: cluster_config[key] for key in ("cluster_name", "max_workers", "head_node_type")}
+    config |= {"available_node_types": types, "provider": provider, "idle_timeout_minutes": 0.05, "auth": {}}
+    config |= {"docker": {}, "upscaling_speed": 1.0, "file_mounts": {}, "file_mounts_sync_continuously": False}
+    config |= {
+        name: []
+        for name in (
+            *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
+            *("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files"),
+        )
+    }
+    (tmp_path / "fake.yaml").write_text(json.dumps(config))
+    for name, value in (("RAY_AUTH_MODE", "disabled"), ("RAY_FAKE_CLUSTER", "1"), ("RAY_enable_autoscaler_v2", "1")):
+        monkeypatch.setenv(name, value)
+    own = {"RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID}
+    options = ["--head", "--block", "--num-cpus=0", f"--port={port}", "--include-dashboard=false"]
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", *options),
+            f"--autoscaling-config={tmp_path / 'fake.yaml'}",
+        ],
+        env={**os.environ, **own, "AUTOSCALER_UPDATE_INTERVAL_S": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "will now block" in line:
+            break
+    yield address
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_cluster_yamls_nodes_come_for_a_job_and_go_when_they_idle(
+    autoscaled_head: str, small_data: Path, tmp_path: Path
+) -> None:
+    flags = {"num_workers": 2, "cpus_per_worker": 8, "data_dir": small_data, "storage_path": tmp_path / "runs"}
+    flags |= {"validation_size": 600, "batch_size": 50, "num_epochs": 1, "precision": "fp32"}
+    done = run_job("train.py", *as_flags(flags), "--autoscaling", address=autoscaled_head)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "note       the cluster is too small now; waiting for it to start nodes\n" in done.stdout
+    assert "started    2 × cpu" in done.stdout
+    code = (
+        "import ray, sys, time; ray.init(sys.argv[1], log_to_driver=False, logging_level='ERROR')\n"
+        "while sum(node['Alive'] for node in ray.nodes()) > 1: time.sleep(0.5)"
+    )
+    subprocess.run([sys.executable, "-c", code, autoscaled_head], timeout=60, check=True)
