@@ -1,8 +1,11 @@
 # make train needs only python3 (with venv and pip), make and git.
 PYTHON ?= python3
 BIN := .venv/bin
+ADDRESS ?= http://localhost:8265
+# Where there is a token, clusters ask for it.
+AUTH ?= $(or $(RAY_AUTH_MODE),$(if $(wildcard $(HOME)/.ray/auth_token)$(RAY_AUTH_TOKEN),token,disabled))
 
-.PHONY: train tune tensorboard test test-browser check format clean
+.PHONY: train tune tensorboard submit test test-long test-browser check format clean
 
 train: .venv/installed  ## train on the embedded MNIST with the default recipe
 	$(BIN)/python jobs/train.py $(ARGS)
@@ -13,8 +16,15 @@ tune: .venv/installed  ## search batch size and learning rate, train the best
 tensorboard: .venv/installed  ## follow runs at http://localhost:6006
 	$(BIN)/tensorboard --logdir ~/ray_results $(ARGS)
 
+submit: .venv/installed  ## train on a cluster: make submit ADDRESS=http://HEAD:8265 ARGS='--num-workers 4'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cluster]'
+	RAY_AUTH_MODE=$(AUTH) $(BIN)/ray job submit --address $(ADDRESS) --working-dir . -- python jobs/train.py $(ARGS)
+
 test: .venv/installed-dev  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-long: .venv/installed-dev  ## run what takes minutes
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 test-browser: .venv/installed-dev  ## look at a report in Chromium, which is to be installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'

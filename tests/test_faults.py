@@ -76,6 +76,7 @@ def test_a_run_that_loses_a_node_goes_on_and_ends_with_the_same_weights(
     assert weights(tmp_path / "run") == weights(undisturbed)
 
 
+@pytest.mark.long
 def test_an_elastic_run_goes_on_with_fewer_workers(nodes: Cluster, small_data: Path, tmp_path: Path) -> None:
     flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"})
     printed = run_and_act(
