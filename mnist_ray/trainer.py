@@ -165,8 +165,10 @@ def _wait(work: Callable[[], ray.train.Result], events: Queue, on_event: Callabl
 
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
-    while thread.is_alive():
+    is_running = True
+    while is_running:
         thread.join(timeout=0.2)
+        is_running = thread.is_alive()  # seen before the events are: the last ones are handed on too
         # Not get() with a timeout: it says by an exception that nothing came, and Ray logs one that Ctrl-C left.
         for event in events.get_nowait_batch(events.qsize()):
             on_event(event)
