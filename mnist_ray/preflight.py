@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import posixpath
 import socket
 import uuid
 from collections.abc import Callable
@@ -93,12 +92,11 @@ def check_job(
 def _with_probe(run: RunFolder, ask: Callable[[str], list]) -> list:
     """Ask something while a probe lies on the storage; its content is the name."""
     name = f".probe-{uuid.uuid4().hex}"
-    storage = RunFolder("", run.storage_path, run.filesystem, posixpath.dirname(run.path))
-    storage.write_text(name, name)
+    run.storage.write_text(name, name)
     try:
         return ask(name)
     finally:
-        storage.delete_file(name)
+        run.storage.delete_file(name)
 
 
 def _on_nodes(nodes: list[str], function: Callable, *arguments: object) -> list:
@@ -115,9 +113,8 @@ def _on_nodes(nodes: list[str], function: Callable, *arguments: object) -> list:
 
 
 def _read_probe(run: RunFolder, name: str) -> tuple[str, str | None]:
-    storage = RunFolder("", run.storage_path, run.filesystem, posixpath.dirname(run.path))
     try:
-        found = storage.read_text(name)
+        found = run.storage.read_text(name)
     except STORAGE_ERRORS as error:
         return socket.gethostname(), str(error).splitlines()[0]
     return socket.gethostname(), None if found == name else "what the driver has written is not there"

@@ -71,6 +71,11 @@ class RunFolder:
         """Return when a file was last written, in nanoseconds since 1970; 0 where it is not there."""
         return self.filesystem.get_file_info(posixpath.join(self.path, file_name)).mtime_ns or 0
 
+    @property
+    def storage(self) -> RunFolder:
+        """The folder that it lies in."""
+        return RunFolder("", self.storage_path, self.filesystem, posixpath.dirname(self.path))
+
     def inside(self, name: str) -> RunFolder:
         """Return a folder in it."""
         return RunFolder(name, self.uri, self.filesystem, posixpath.join(self.path, name))
@@ -93,10 +98,9 @@ class RunFolder:
 
     def check_writable(self) -> None:
         """See at once whether files can be written beside it. Raises JobError."""
-        storage = RunFolder("", self.storage_path, self.filesystem, posixpath.dirname(self.path))
         try:
-            storage._write(posixpath.join(storage.path, ".probe"), b"")
-            storage.delete_file(".probe")
+            self._write(posixpath.join(self.storage.path, ".probe"), b"")
+            self.storage.delete_file(".probe")
         except STORAGE_ERRORS as error:
             raise JobError(f"cannot write to {self.storage_path}: {_first_line(error)}") from error
 
@@ -113,7 +117,7 @@ class RunFolder:
 
     def _write(self, target: str, content: bytes) -> None:
         try:
-            self.filesystem.create_dir(self.path)
+            self.filesystem.create_dir(posixpath.dirname(target))
             with self.filesystem.open_output_stream(target + ".tmp") as stream:
                 stream.write(content)
             self.filesystem.move(target + ".tmp", target)
