@@ -1,8 +1,11 @@
 """What a run survives: python benchmarks/chaos.py (make chaos)
 
-Every run trains with two workers on a cluster of three raylets on this machine. At a random moment a worker is sent
-SIGKILL, a node is removed (another comes), the driver is sent SIGKILL (and resumed), or the storage is taken away for
-some seconds. A run counts as the same where its last weights are bit for bit those of a run that nothing happened to.
+Every run trains with two workers on a cluster of a head and two nodes on this machine. At a random moment a worker is
+sent SIGKILL, a node is removed (another comes), the driver is sent SIGKILL (and resumed), or the storage is taken away
+for some seconds. Where the machine allows it (root, iproute2) there are runs as well on nodes in network namespaces
+with addresses of their own, and some of those have a node's link cut, for seconds or for so long that Ray gives the
+node up, and healed. A run counts as the same where its last weights are bit for bit those of a run that nothing
+happened to.
 """
 
 from __future__ import annotations
@@ -13,15 +16,18 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+from hosts import Hosts, can_be_made
 from ray.cluster_utils import Cluster
 
 TRAIN = Path(__file__).parent.parent / "jobs" / "train.py"
@@ -31,6 +37,8 @@ FLAGS = [
 ]
 STEPS_PER_EPOCH = 220
 RUNS = {"worker killed": 30, "node removed": 10, "driver killed": 10, "storage away": 5}
+RUNS_ON_HOSTS = {"worker killed": 5, "node removed": 5, "driver killed": 5, "link cut": 10}
+LONGEST_CUT_S = 40.0  # Ray gives a node up after some 20 s of silence
 LATEST_S = 12.0  # after the workers have started; the training takes a little longer
 
 
@@ -38,6 +46,7 @@ LATEST_S = 12.0  # after the workers have started; the training takes a little l
 class Outcome:
     """What came of one run."""
 
+    where: str
     kind: str
     moment_s: float
     status: int
@@ -51,16 +60,17 @@ class Outcome:
 class Driver:
     """A training job whose output is read as it comes."""
 
-    def __init__(self, storage: Path, name: str, address: str, *more: str) -> None:
+    def __init__(self, storage: Path, name: str, nodes: Raylets | Hosts, *more: str) -> None:
         self.lines: list[str] = []
         self.started = threading.Event()
-        command = [sys.executable, "-u", str(TRAIN), *FLAGS, "--storage-path", str(storage), "--run-name", name, *more]
+        where = ["--storage-path", str(storage), "--run-name", name]
+        command = [*nodes.driver_prefix, sys.executable, "-u", str(TRAIN), *FLAGS, *where, *more]
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "RAY_ADDRESS": address},
+            env={**os.environ, "RAY_ADDRESS": nodes.address},
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -73,28 +83,55 @@ class Driver:
                 self.started.set()
         self.started.set()
 
-    def wait(self) -> int:
-        """Return the exit status, all output read."""
-        status = self.process.wait()
+    def wait(self, nodes: Raylets | Hosts) -> int:
+        """Return the exit status, all output read; meanwhile replace nodes that Ray has given up."""
+        while self.process.poll() is None:
+            nodes.revive()
+            time.sleep(0.2)
         self._reader.join()
-        return status
+        return self.process.returncode
 
 
-def kill_a_worker(cluster: Cluster, rng: random.Random) -> None:
-    """Send SIGKILL to one of the training workers, which are children of the cluster's raylets."""
-    raylets = [process.process.pid for node in cluster.worker_nodes for process in node.all_processes["raylet"]]
-    found = subprocess.run(
-        ["pgrep", "-P", ",".join(map(str, raylets)), "-f", "TrainWorker"], capture_output=True, text=True, check=False
-    )
-    pids = found.stdout.split()
-    if pids:
-        os.kill(int(rng.choice(pids)), 9)
+class Raylets:
+    """Nodes that share this machine's address: a head without CPUs and, by ``add_node``, others."""
+
+    def __init__(self) -> None:
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self.address = self._cluster.address
+        self.driver_prefix: list[str] = []
+
+    def add_node(self) -> None:
+        """Start another node of one CPU."""
+        self._cluster.add_node(num_cpus=1)
+
+    def training_pids(self) -> list[int]:
+        """Return the processes of the training workers, which are children of the nodes' raylets."""
+        raylets = [p.process.pid for node in self._cluster.worker_nodes for p in node.all_processes["raylet"]]
+        children = [child for pid in raylets for child in psutil.Process(pid).children()]
+        return [child.pid for child in children if "TrainWo" in child.name()]
+
+    def remove_a_node(self, rng: random.Random) -> None:
+        """Take a node away with all that runs on it."""
+        self._cluster.remove_node(rng.choice(list(self._cluster.worker_nodes)))
+
+    def revive(self) -> None:
+        """Replace nodes that have gone by themselves: none does."""
+
+    def shutdown(self) -> None:
+        """End all nodes."""
+        self._cluster.shutdown()
 
 
-def remove_a_node(cluster: Cluster, rng: random.Random) -> None:
+def kill_a_worker(nodes: Raylets | Hosts, rng: random.Random) -> None:
+    """Send SIGKILL to one of the training workers; they may have ended already."""
+    if pids := nodes.training_pids():
+        os.kill(rng.choice(pids), signal.SIGKILL)
+
+
+def replace_a_node(nodes: Raylets | Hosts, rng: random.Random) -> None:
     """Take a node away with all that runs on it; another one comes."""
-    cluster.remove_node(rng.choice(list(cluster.worker_nodes)))
-    cluster.add_node(num_cpus=1)
+    nodes.remove_a_node(rng)
+    nodes.add_node()
 
 
 def take_storage_away(storage: Path, seconds: float) -> None:
@@ -119,68 +156,90 @@ def steps_repeated(lines: list[str]) -> int:
 
 
 def run_once(
-    kind: str, number: int, cluster: Cluster, folder: Path, rng: random.Random, expected: str | None
+    where: str, kind: str, number: int, nodes: Raylets | Hosts, folder: Path, rng: random.Random, expected: str | None
 ) -> Outcome:
     """Let one thing happen to one run."""
-    storage, name = folder / f"{kind.replace(' ', '_')}_{number}", "run"
+    storage, name = folder / f"{where}_{kind}_{number}".replace(" ", "_"), "run"
     storage.mkdir()
     start, moment = time.perf_counter(), rng.uniform(0, LATEST_S)
-    driver = Driver(storage, name, cluster.address)
+    driver = Driver(storage, name, nodes)
     driver.started.wait()
     time.sleep(moment)
     actions: dict[str, Callable[[], None]] = {
-        "worker killed": lambda: kill_a_worker(cluster, rng),
-        "node removed": lambda: remove_a_node(cluster, rng),
+        "worker killed": lambda: kill_a_worker(nodes, rng),
+        "node removed": lambda: replace_a_node(nodes, rng),
         "driver killed": driver.process.kill,
         "storage away": lambda: take_storage_away(storage, rng.uniform(2, 8)),
         "nothing": lambda: None,
     }
+    if isinstance(nodes, Hosts):
+        actions["link cut"] = lambda: nodes.cut(rng.choice(nodes.worker_numbers), rng.uniform(1, LONGEST_CUT_S))
     actions[kind]()
-    status, lines = driver.wait(), driver.lines
+    status, lines = driver.wait(nodes), driver.lines
     if kind == "driver killed" and not (storage / name / "result.json").exists():
-        driver = Driver(storage, name, cluster.address, "--resume")
-        status, lines = driver.wait(), lines + driver.lines
+        driver = Driver(storage, name, nodes, "--resume")
+        status, lines = driver.wait(nodes), lines + driver.lines
     result = storage / name / "result.json"
     accuracy = json.loads(result.read_text())["test_accuracy"] if result.exists() else 0.0
     is_same = result.exists() and expected in (None, weights(storage / name))
     seconds = time.perf_counter() - start
-    return Outcome(kind, moment, status, steps_repeated(lines), is_same, accuracy, seconds, lines[-1] if lines else "")
+    last_line = lines[-1] if lines else ""
+    return Outcome(where, kind, moment, status, steps_repeated(lines), is_same, accuracy, seconds, last_line)
+
+
+def run_all(
+    where: str, start: Callable[[], Raylets | Hosts], runs: Mapping[str, int], folder: Path, rng: random.Random
+) -> list[Outcome]:
+    """Let all of it happen on one cluster; return what came of each run."""
+    outcomes: list[Outcome] = []
+    nodes = start()
+    try:
+        for _ in range(2):
+            nodes.add_node()
+        undisturbed = run_once(where, "nothing", 0, nodes, folder, rng, None)
+        print(f"{where}, undisturbed: accuracy {undisturbed.accuracy:.2%}, {undisturbed.seconds:.0f} s", flush=True)
+        expected = weights(folder / f"{where}_nothing_0" / "run")
+        for kind, number_of_runs in runs.items():
+            for number in range(number_of_runs):
+                outcomes.append(run_once(where, kind, number, nodes, folder, rng, expected))
+                print(outcomes[-1], flush=True)
+    finally:
+        nodes.shutdown()
+    return outcomes
+
+
+def print_table(outcomes: Sequence[Outcome]) -> None:
+    """Print a row for each kind of happening."""
+    print("\n| nodes | what happens | runs | finished | same weights | steps repeated: median, most | least accuracy |")
+    print("|---|---|---|---|---|---|---|")
+    for where, kind in dict.fromkeys((outcome.where, outcome.kind) for outcome in outcomes):
+        of_kind = [outcome for outcome in outcomes if (outcome.where, outcome.kind) == (where, kind)]
+        finished, same = sum(o.status == 0 for o in of_kind), sum(o.is_same for o in of_kind)
+        repeated = sorted(o.steps_repeated for o in of_kind)
+        lowest = min(o.accuracy for o in of_kind)
+        steps = f"{repeated[len(repeated) // 2]}, {repeated[-1]} of {2 * STEPS_PER_EPOCH}"
+        print(f"| {where} | {kind} | {len(of_kind)} | {finished} | {same} | {steps} | {lowest:.2%} |")
 
 
 def main() -> None:
     """Run everything and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--kinds", nargs="+", choices={**RUNS, **RUNS_ON_HOSTS}, default=[*RUNS, "link cut"])
+    parser.add_argument("--nodes", nargs="+", choices=["raylets", "hosts"], default=["raylets", "hosts"])
     parser.add_argument("--runs", type=int, help="of each kind, in place of the numbers that the table has")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     os.environ["RAY_AUTH_MODE"] = "disabled"  # Cluster, unlike `ray start`, never asks for a token
     rng = random.Random(arguments.seed)
     outcomes: list[Outcome] = []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        try:
-            for _ in range(2):
-                cluster.add_node(num_cpus=1)
-            undisturbed = run_once("nothing", 0, cluster, folder, rng, None)
-            print(f"undisturbed: accuracy {undisturbed.accuracy:.2%}, {undisturbed.seconds:.0f} s", flush=True)
-            expected = weights(folder / "nothing_0" / "run")
-            for kind in arguments.kinds:
-                for number in range(arguments.runs or RUNS[kind]):
-                    outcomes.append(run_once(kind, number, cluster, folder, rng, expected))
-                    print(outcomes[-1], flush=True)
-        finally:
-            cluster.shutdown()
-    print("\n| what happens | runs | finished | same weights | steps repeated, median and most | lowest accuracy |")
-    print("|---|---|---|---|---|---|")
-    for kind in arguments.kinds:
-        of_kind = [outcome for outcome in outcomes if outcome.kind == kind]
-        finished, same = sum(o.status == 0 for o in of_kind), sum(o.is_same for o in of_kind)
-        repeated = sorted(o.steps_repeated for o in of_kind)
-        lowest = min(o.accuracy for o in of_kind)
-        steps = f"{repeated[len(repeated) // 2]}, {repeated[-1]} of {2 * STEPS_PER_EPOCH}"
-        print(f"| {kind} | {len(of_kind)} | {finished} | {same} | {steps} | {lowest:.2%} |")
+    with tempfile.TemporaryDirectory() as folder:
+        for where, start, runs in (("raylets", Raylets, RUNS), ("hosts", Hosts, RUNS_ON_HOSTS)):
+            chosen = {kind: arguments.runs or number for kind, number in runs.items() if kind in arguments.kinds}
+            if where not in arguments.nodes or (where == "hosts" and not can_be_made()):
+                print(f"{where}: left out")
+                continue
+            outcomes += run_all(where, start, chosen, Path(folder), rng)
+    print_table(outcomes)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.utils import read_ray_address
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -56,6 +57,8 @@ class WorkerPlan:
     min_workers: int | None = None
     """With how few it goes on while there are not enough nodes; None: with all or none."""
     placement: str = "PACK"
+    is_local: bool = False
+    """All workers are on this machine, and nothing of theirs is to be reached from another."""
 
 
 def usable_cores() -> int:
@@ -91,13 +94,25 @@ def connect(config: WorkerConfig, *, verbose: bool) -> Iterator[Cluster]:
     try:
         if address is None:
             num_cpus = _local_cpus(config)
-            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
+            with _on_loopback():
+                ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
         else:
             _init(address, options)
         take_sigterm_as_interrupt()
         yield _describe(is_local=address is None)
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let a Ray that is started meanwhile listen on loopback only, as Ray does by itself on macOS and Windows."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False  # what RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 sets, which is read at import
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def this_node() -> NodeAffinitySchedulingStrategy:
@@ -164,7 +179,7 @@ def _answers(address: str) -> bool:
 
 
 def _describe(is_local: bool) -> Cluster:
-    return Cluster(is_local, _nodes(), _log_folder())
+    return Cluster(is_local, _nodes(), str(session_folder() / "logs"))
 
 
 def _nodes() -> tuple[Node, ...]:
@@ -175,8 +190,9 @@ def _node(resources: dict[str, float]) -> Node:
     return Node(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
 
 
-def _log_folder() -> str:
-    return str(Path(ray._private.worker.global_worker.node.get_session_dir_path()) / "logs")
+def session_folder() -> Path:
+    """Return where this node's Ray keeps its files while it runs."""
+    return Path(ray._private.worker.global_worker.node.get_session_dir_path())
 
 
 def plan_workers(config: WorkerConfig, cluster: Cluster) -> WorkerPlan:
@@ -195,7 +211,12 @@ def plan_workers(config: WorkerConfig, cluster: Cluster) -> WorkerPlan:
     if least > num_workers:
         raise UsageError(f"--min-workers {least} is more than the {count(num_workers, 'worker')} there are to be")
     plan = functools.partial(
-        WorkerPlan, num_workers, use_gpu=use_gpu, min_workers=config.min_workers, placement=config.placement
+        WorkerPlan,
+        num_workers,
+        use_gpu=use_gpu,
+        min_workers=config.min_workers,
+        placement=config.placement,
+        is_local=cluster.is_local,
     )
     for number in (num_workers, least):
         cpus = cpus_for_each(cluster.nodes, number, config.cpus_per_worker, use_gpu, config.placement)

@@ -99,10 +99,20 @@ class RunFolder:
     def check_writable(self) -> None:
         """See at once whether files can be written beside it. Raises JobError."""
         try:
-            self._write(posixpath.join(self.storage.path, ".probe"), b"")
-            self.storage.delete_file(".probe")
+            self._probe()
         except STORAGE_ERRORS as error:
             raise JobError(f"cannot write to {self.storage_path}: {_first_line(error)}") from error
+
+    def wait_until_writable(self) -> None:
+        """See the same, patiently."""
+        try:
+            patiently(self._probe)
+        except STORAGE_ERRORS as error:
+            raise JobError(f"cannot write to {self.storage_path}: {_first_line(error)}") from error
+
+    def _probe(self) -> None:
+        self._write(posixpath.join(self.storage.path, ".probe"), b"")
+        self.storage.delete_file(".probe")
 
     def write_text(self, file_name: str, text: str) -> None:
         """Write a text file as ``write_bytes`` does."""

@@ -36,10 +36,12 @@ from mnist_ray import engine, evaluation
 from mnist_ray.cluster import WorkerPlan, threads_per_worker, usable_cores
 from mnist_ray.config import TrainConfig
 from mnist_ray.data import Split, num_steps
+from mnist_ray.environment import keep_freed_memory
 from mnist_ray.errors import JobError
 from mnist_ray.events import EpochFinished, Event, NodeLeaving, Started, WorkersLost
 from mnist_ray.metrics import Progress
 from mnist_ray.provenance import versions
+from mnist_ray.rendezvous import WorkerGroupConfig
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder
 
 _SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
@@ -110,10 +112,11 @@ def fit(
         try:
             result = _wait(trainer.fit, spec.events, on_event)
             break
-        except ray.train.TrainingFailedError as error:
+        except (ray.train.TrainingFailedError, *STORAGE_ERRORS) as error:
             if failures_left == 0 or not _is_of_storage(error):
                 raise JobError(_reason(error) + _saved(spec.run)) from error
             on_event(WorkersLost(_reason(error)))
+            spec.run.wait_until_writable()
     if result.return_value is not None:
         raise TrainingStoppedError(result.return_value)
     return FitResult(*evaluation.choose(result))
@@ -132,6 +135,7 @@ def create_trainer(
     return TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"spec": spec},
+        torch_config=WorkerGroupConfig(is_local=plan.is_local),
         scaling_config=ScalingConfig(
             num_workers=plan.num_workers if plan.min_workers is None else (plan.min_workers, plan.num_workers),
             elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,
@@ -196,9 +200,9 @@ def _saved(run: RunFolder) -> str:
     return f"; last saved: {names[-1]}" if names else "; nothing was saved"
 
 
-def _is_of_storage(error: ray.train.TrainingFailedError) -> bool:
+def _is_of_storage(error: Exception) -> bool:
     """Tell whether Ray's own bookkeeping on storage has failed, which it does not retry."""
-    return isinstance(getattr(error, "controller_failure", None), STORAGE_ERRORS)
+    return isinstance(getattr(error, "controller_failure", error), STORAGE_ERRORS)
 
 
 class _FailureReporter(UserCallback):
@@ -229,7 +233,7 @@ def describe(worker_exceptions: Mapping[int, Exception]) -> str:
     return f"worker {rank} died"
 
 
-def _reason(error: ray.train.TrainingFailedError) -> str:
+def _reason(error: Exception) -> str:
     """Say in one line why training failed: a worker's own exception where there is one."""
     if failures := getattr(error, "worker_failures", None):
         return describe(failures)
@@ -240,6 +244,7 @@ def _reason(error: ray.train.TrainingFailedError) -> str:
 
 def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
     """Train on one worker; every rank runs this. Return why training stopped early, or None where it is done."""
+    keep_freed_memory()
     spec = loop_config["spec"]
     context = ray.train.get_context()
     group = engine.Group(context.get_world_rank(), context.get_world_size(), get_device())

@@ -18,6 +18,7 @@ from mnist_ray import engine, trainer
 from mnist_ray.cluster import WorkerPlan, threads_per_worker, usable_cores
 from mnist_ray.config import TrainConfig
 from mnist_ray.engine import Group, Hooks, TrainingState
+from mnist_ray.environment import keep_freed_memory
 from mnist_ray.errors import JobError
 from mnist_ray.metrics import Progress
 from mnist_ray.search import Point
@@ -64,6 +65,7 @@ def _train_on_workers(config: TrainConfig, spec: TrialSpec, folder: RunFolder) -
 
 
 def _train_here(config: TrainConfig, spec: TrialSpec, folder: RunFolder) -> None:
+    keep_freed_memory()
     torch.set_num_threads(threads_per_worker(spec.plan.cpus_per_worker, usable_cores(), workers_on_node=1))
     group = Group(device=torch.device("cuda" if spec.plan.use_gpu else "cpu"))
     config = dataclasses.replace(config, precision=engine.resolve_precision(config.precision, group))

@@ -3,11 +3,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -94,6 +95,26 @@ def run_job(job: str, *flags: str, address: str | None = None, timeout_s: float 
         env=variables,
         check=False,
     )
+
+
+def run_and_act(act: Callable[[psutil.Process], None], when: str, *flags: str, address: str, status: int = 0) -> str:
+    """Run the training job, do something when it prints a line that starts with ``when``; return all it printed."""
+    job = psutil.Popen(
+        [sys.executable, "-u", str(ROOT / "jobs" / "train.py"), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "RAY_ADDRESS": address},
+    )
+    lines, acted = [], False
+    for line in job.stdout:
+        lines.append(line)
+        if line.startswith(when) and not acted:
+            acted = True
+            act(job)
+    assert job.wait() == status, "".join(lines)
+    assert acted, "".join(lines)
+    return "".join(lines)
 
 
 @pytest.fixture(scope="session")

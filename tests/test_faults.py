@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from ray.cluster_utils import Cluster
@@ -20,7 +20,7 @@ from mnist_ray.checkpoint import restore_newest, save_checkpoint
 from mnist_ray.config import TrainConfig
 from mnist_ray.engine import create_state
 from mnist_ray.storage import locate
-from tests.conftest import LONGER, ROOT, as_flags, run_job
+from tests.conftest import LONGER, as_flags, run_and_act, run_job
 
 
 def weights(run: Path) -> str:
@@ -40,31 +40,10 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     cluster.shutdown()
 
 
-def run_and_act(act: Callable[[], None], when: str, *flags: str, address: str) -> str:
-    """Run the training job, do something when it prints a line that starts with ``when``; return what it printed."""
-    process = subprocess.Popen(
-        [sys.executable, "-u", str(ROOT / "jobs" / "train.py"), *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "RAY_ADDRESS": address},
-    )
-    assert process.stdout is not None
-    lines, acted = [], False
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith(when) and not acted:
-            acted = True
-            act()
-    assert process.wait() == 0, "".join(lines)
-    assert acted
-    return "".join(lines)
-
-
 def test_a_run_that_loses_a_node_goes_on_and_ends_with_the_same_weights(
     nodes: Cluster, undisturbed: Path, small_data: Path, tmp_path: Path
 ) -> None:
-    def replace_a_node() -> None:
+    def replace_a_node(job: psutil.Process) -> None:
         nodes.remove_node(nodes.list_all_nodes()[-1])
         nodes.add_node(num_cpus=1)
 
@@ -76,11 +55,37 @@ def test_a_run_that_loses_a_node_goes_on_and_ends_with_the_same_weights(
     assert weights(tmp_path / "run") == weights(undisturbed)
 
 
+def test_a_run_that_loses_a_worker_goes_on_and_ends_with_the_same_weights(
+    ray_address: str, undisturbed: Path, small_data: Path, tmp_path: Path
+) -> None:
+    def kill_a_worker(job: psutil.Process) -> None:
+        workers = [process for process in psutil.process_iter() if process.name().startswith("ray::RayTrainWo")]
+        max(workers, key=psutil.Process.create_time).kill()
+
+    flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2})
+    printed = run_and_act(kill_a_worker, "epoch 2/8  finished", *flags, address=ray_address)
+    assert printed.count("\nlost ") == 1
+    assert len(printed.splitlines()) < 60  # none of the hundreds that Ray says then
+    assert weights(tmp_path / "run") == weights(undisturbed)
+
+
+def test_a_run_whose_driver_was_killed_is_resumed_and_ends_with_the_same_weights(
+    ray_address: str, undisturbed: Path, small_data: Path, tmp_path: Path
+) -> None:
+    flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2})
+    run_and_act(psutil.Process.kill, "epoch 3/8  finished", *flags, address=ray_address, status=-9)
+    assert not (tmp_path / "run" / "result.json").exists()
+    done = run_job("train.py", *flags, "--resume", address=ray_address)
+    assert done.returncode == 0, done.stderr
+    assert "going on in epoch" in done.stdout
+    assert weights(tmp_path / "run") == weights(undisturbed)
+
+
 @pytest.mark.long
 def test_an_elastic_run_goes_on_with_fewer_workers(nodes: Cluster, small_data: Path, tmp_path: Path) -> None:
     flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"})
     printed = run_and_act(
-        lambda: nodes.remove_node(nodes.list_all_nodes()[-1]),
+        lambda job: nodes.remove_node(nodes.list_all_nodes()[-1]),
         "epoch 1/8  finished",
         *flags,
         "--num-workers",
@@ -97,7 +102,7 @@ def test_a_preempted_node_is_left_with_a_checkpoint_just_in_time(
 ) -> None:
     doomed = nodes.list_all_nodes()[-1]
 
-    def announce() -> None:
+    def announce(job: psutil.Process) -> None:
         command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", nodes.address]
         reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
         subprocess.run(

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
-from tests.conftest import QUICK, ROOT, as_flags, run_job
+from tests.conftest import QUICK, ROOT, as_flags, run_and_act, run_job
 
 
 def test_a_run_leaves_its_files_and_has_learnt(finished_run: Path) -> None:
@@ -86,18 +87,27 @@ def test_a_worker_count_that_a_cluster_cannot_hold_ends_at_once(ray_address: str
     assert not any(tmp_path.iterdir())
 
 
-def test_four_workers_run_on_two_cpus_and_the_job_says_so(small_data: Path, tmp_path: Path) -> None:
+def test_four_workers_run_on_two_cpus_and_nothing_listens_beyond_loopback(small_data: Path, tmp_path: Path) -> None:
+    listening: dict[str, str] = {}
+
+    def look(job: psutil.Process) -> None:
+        for process in [job, *job.children(recursive=True)]:
+            for connection in process.net_connections(kind="inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    listening[f"{process.name()} {connection.laddr.port}"] = connection.laddr.ip
+
     flags = {"num_workers": 4, "data_dir": small_data, "storage_path": tmp_path, "run_name": "four", **QUICK}
-    done = run_job("train.py", *as_flags(flags | {"num_epochs": 1, "batch_size": 6}))
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    lines = [line.split("  ")[0].strip() for line in done.stdout.splitlines()]
+    flags |= {"num_epochs": 1, "batch_size": 6}
+    printed = run_and_act(look, "started", *as_flags(flags), address="local")
+    assert sum(name.startswith("ray::RayTrainWo") for name in listening) >= 4
+    assert set(listening.values()) <= {"127.0.0.1", "::ffff:127.0.0.1"}, listening
+    lines = [line.split("  ")[0].strip() for line in printed.splitlines()]
     assert [label for label in lines if label][:7] == [
         "run", "data", "model", "training", "workers", "results", "note",
     ]  # fmt: skip
     if len(os.sched_getaffinity(0)) == 2:
-        assert "4 workers share 2 cores: --num-workers 2 would be as fast" in done.stdout
-    assert "started    4 × cpu with 1 thread, fp32" in done.stdout
+        assert "4 workers share 2 cores: --num-workers 2 would be as fast" in printed
+    assert "started    4 × cpu with 1 thread, fp32" in printed
     assert json.loads((tmp_path / "four" / "result.json").read_text())["num_workers"] == 4
 
 

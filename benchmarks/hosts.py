@@ -1,0 +1,125 @@
+"""Ray nodes as hosts: network namespaces with an address each, joined by a bridge. Needs root and iproute2."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+NETWORK = "10.98.0"
+PORT = 6379
+BRIDGE = "mnistray0"
+SILENCE_S = 60.0
+
+
+def can_be_made() -> bool:
+    """Tell whether this process may make network namespaces."""
+    return os.geteuid() == 0 and shutil.which("ip") is not None and _try("ip", "netns", "list")
+
+
+class Hosts:
+    """A head without CPUs and, by ``add_node``, nodes with one each; the driver runs beside the head."""
+
+    def __init__(self) -> None:
+        self.address = f"{NETWORK}.1:{PORT}"
+        self.driver_prefix = ["ip", "netns", "exec", f"{BRIDGE}-1"]
+        self._temporary = tempfile.mkdtemp(prefix="hosts-")
+        self._nodes: dict[int, psutil.Popen] = {}
+        self._added = 0
+        _run("ip", "link", "add", BRIDGE, "type", "bridge")
+        _run("ip", "link", "set", BRIDGE, "up")
+        self._start("--head", f"--port={PORT}", "--num-cpus=0", "--include-dashboard=false")
+
+    def add_node(self) -> None:
+        """Start another host, of one CPU."""
+        self._start(f"--address={self.address}", "--num-cpus=1")
+
+    def remove_a_node(self, rng: random.Random) -> None:
+        """End a host, with all that runs on it, without a word to the others."""
+        self._remove(rng.choice(self.worker_numbers))
+
+    def revive(self) -> None:
+        """Replace hosts whose Ray has ended itself, as it does once it learns that it was given up."""
+        for number in self.worker_numbers:
+            if not self._nodes[number].is_running() or self._nodes[number].poll() is not None:
+                self._remove(number)
+                self.add_node()
+
+    def _start(self, *flags: str) -> None:
+        self._added += 1
+        number = self._added
+        name, link = f"{BRIDGE}-{number}", f"mrlink{number}"
+        _run("ip", "netns", "add", name)
+        _run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
+        _run("ip", "link", "set", link, "master", BRIDGE, "up")
+        inside = ["ip", "netns", "exec", name]
+        _run(*inside, "ip", "addr", "add", f"{NETWORK}.{number}/24", "dev", "eth0")
+        for interface in ("lo", "eth0"):
+            _run(*inside, "ip", "link", "set", interface, "up")
+        where = [f"--node-ip-address={NETWORK}.{number}", "--disable-usage-stats", "--block"]
+        if number == 1:
+            where.append(f"--temp-dir={self._temporary}")
+        log = Path(self._temporary) / f"host-{number}.log"
+        with log.open("w") as file:
+            self._nodes[number] = psutil.Popen(
+                [*inside, sys.executable, "-m", "ray.scripts.scripts", "start", *where, *flags],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        deadline = time.monotonic() + SILENCE_S
+        while "will now block" not in log.read_text():
+            if time.monotonic() > deadline or not self._nodes[number].is_running():
+                raise RuntimeError(f"host {number} does not start: {log.read_text()}")
+            time.sleep(0.1)
+
+    @property
+    def worker_numbers(self) -> list[int]:
+        """The hosts that train."""
+        return sorted(self._nodes.keys() - {1})
+
+    def training_pids(self) -> list[int]:
+        """The processes of the training workers."""
+        return [
+            child.pid
+            for number in self.worker_numbers
+            for child in self._nodes[number].children(recursive=True)
+            if "TrainWo" in child.name()
+        ]
+
+    def cut(self, number: int, seconds: float) -> None:
+        """Take a host off the network for a while."""
+        _run("ip", "link", "set", f"mrlink{number}", "down")
+        time.sleep(seconds)
+        _run("ip", "link", "set", f"mrlink{number}", "up")
+
+    def _remove(self, number: int) -> None:
+        _try("ip", "link", "del", f"mrlink{number}")
+        node = self._nodes.pop(number)
+        family = [*node.children(recursive=True), node]
+        for process in family:
+            if process.is_running():
+                process.kill()
+        psutil.wait_procs(family, timeout=SILENCE_S)
+        _try("ip", "netns", "del", f"{BRIDGE}-{number}")
+
+    def shutdown(self) -> None:
+        """End all hosts and their network."""
+        for number in list(self._nodes):
+            self._remove(number)
+        _try("ip", "link", "del", BRIDGE)
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True)
+
+
+def _try(*command: str) -> bool:
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
