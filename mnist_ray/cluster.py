@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import logging
 import os
 import socket
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_ray.config import WorkerConfig
 from mnist_ray.console import count
-from mnist_ray.environment import take_sigterm_as_interrupt
+from mnist_ray.environment import for_workers, prepare_local, take_sigterm_as_interrupt
 from mnist_ray.errors import JobError, UsageError
 
 _MOST_WORKERS_A_CORE = 8  # each worker is a process of some 500 MiB
@@ -74,13 +76,17 @@ def usable_cores() -> int:
 
 
 @contextlib.contextmanager
-def connect(config: WorkerConfig, *, verbose: bool) -> Iterator[Cluster]:
+def connect(config: WorkerConfig, *, verbose: bool, importing: str | None = None) -> Iterator[Cluster]:
     """Connect to the cluster of ``RAY_ADDRESS`` or of this machine's ``ray start``, else start a local Ray.
 
     A connection that this process has already is used and left open.
     A local Ray counts at least the CPUs asked for, so that more workers than cores can run. On leaving, the
     connection is closed and a local Ray ended. Raises JobError where the named cluster does not answer.
+
+    ``importing`` is a module that is imported meanwhile: starting Ray is mostly waiting.
     """
+    if importing:
+        threading.Thread(target=importlib.import_module, args=(importing,), daemon=True).start()
     if ray.is_initialized():
         yield _describe(is_local=False)
         return
@@ -94,8 +100,15 @@ def connect(config: WorkerConfig, *, verbose: bool) -> Iterator[Cluster]:
     try:
         if address is None:
             num_cpus = _local_cpus(config)
+            prepare_local()
             with _on_loopback():
-                ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    include_dashboard=False,
+                    runtime_env={"env_vars": for_workers()},
+                    **options,
+                )
         else:
             _init(address, options)
         take_sigterm_as_interrupt()

@@ -16,17 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
 from mnist_ray.config import Precision, TrainConfig
-from mnist_ray.data import (
-    NUM_CLASSES,
-    Batch,
-    BatchDataset,
-    ShardedBatchSampler,
-    Split,
-    epoch_loader,
-    num_steps,
-)
+from mnist_ray.data import NUM_CLASSES, Split
 from mnist_ray.metrics import Evaluation, MetricSums, Progress
 from mnist_ray.model import create_model
+from mnist_ray.sharding import Batch, BatchDataset, ShardedBatchSampler, epoch_loader, num_steps
 
 EVALUATION_BATCH_SIZE = 500
 _REPORT_INTERVAL_S = 0.5

@@ -12,6 +12,16 @@ _SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     # Take the behaviour that Ray has announced: tasks without GPUs keep CUDA_VISIBLE_DEVICES. Spares a warning.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # What Ray Train sets for its controller; set for all, one process can serve all evaluations (`for_evaluation`).
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+}
+_LOCAL_SETTINGS = {
+    # An evaluation's process is kept for the next one, instead of for a second: to start it costs more than it does.
+    "RAY_idle_worker_killing_time_threshold_ms": "3600000",
+    # Processes that wait for tasks with an environment of their own, which none here has.
+    "RAY_prestart_worker_first_driver": "0",
+    # Nobody takes a laptop away with notice; an actor less to start.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 _QUIET_SETTINGS = {
     # Raylets send errors to the driver's console apart from logs; they are in the log files as well.
@@ -24,6 +34,26 @@ def prepare(*, verbose: bool) -> None:
     """Set what is not set yet; whatever the user has set stays."""
     for name, value in (_SETTINGS if verbose else _SETTINGS | _QUIET_SETTINGS).items():
         os.environ.setdefault(name, value)
+
+
+def prepare_local() -> None:
+    """Set what only holds for a Ray that this job starts for itself; before it is started."""
+    for name, value in _LOCAL_SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+def for_workers() -> dict[str, str]:
+    """Return what Ray Train hands on from the driver to its controller and workers."""
+    return {name: value for name, value in os.environ.items() if name.startswith(("RAY_TRAIN_", "RAY_WARN_"))}
+
+
+def for_evaluation() -> dict[str, str]:
+    """Return the environment of processes that evaluate: that of Ray Train's own, and one thread.
+
+    Ray runs tasks with the same environment in the same processes, so that one serves a run's validations, which Ray
+    Train starts, and its evaluation, which the driver starts.
+    """
+    return {**for_workers(), "OMP_NUM_THREADS": "1"}
 
 
 def take_sigterm_as_interrupt() -> None:

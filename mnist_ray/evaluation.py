@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ from ray.util.queue import Queue
 from mnist_ray import engine
 from mnist_ray.checkpoint import STATE_FILE, load_model
 from mnist_ray.data import Split
+from mnist_ray.environment import for_evaluation
 from mnist_ray.errors import UsageError
 from mnist_ray.events import Validated
 from mnist_ray.metrics import Evaluation
@@ -31,11 +33,27 @@ def evaluate(checkpoint: Checkpoint, split: Split | ray.ObjectRef, num_images: i
     task raised.
     """
     reference = split if isinstance(split, ray.ObjectRef) else ray.put(split)
-    parts = [_evaluate_part.remote(checkpoint, reference, *bounds) for bounds in part_bounds(num_images, num_tasks)]
+    task = _evaluate_part.options(**process_options())
+    parts = [task.remote(checkpoint, reference, *bounds) for bounds in part_bounds(num_images, num_tasks)]
     try:
         return Evaluation.merge(ray.get(parts))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error  # the task's own exception, whose text is one line
+
+
+def process_options() -> dict[str, Any]:
+    """Return the options of tasks that evaluate, by which they share processes."""
+    return {"runtime_env": {"env_vars": for_evaluation()}}
+
+
+def start_process() -> None:
+    """Let a process for the first validation start and import torch while the workers start, not beside training."""
+    _import_engine.options(**process_options()).remote()
+
+
+@ray.remote(num_cpus=0)
+def _import_engine() -> None:
+    importlib.import_module("mnist_ray.evaluation")
 
 
 def part_bounds(num_images: int, num_tasks: int) -> list[tuple[int, int]]:

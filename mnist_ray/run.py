@@ -1,14 +1,9 @@
-"""One training job from settings to result: what ``jobs/train.py`` does once its flags are read."""
+"""One training run on a connected Ray, from its header to its report; and the evaluation of a checkpoint."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import importlib.util
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,58 +14,25 @@ from mnist_ray import config as settings
 from mnist_ray import data, evaluation, preflight, tracking, trainer
 from mnist_ray.checkpoint import read_state
 from mnist_ray.cluster import Cluster, WorkerPlan, connect, plan_workers, quiet_ray, this_node, usable_cores
-from mnist_ray.config import DataConfig, EvaluationConfig, JobConfig, LookupConfig, OutputConfig, WorkerConfig
+from mnist_ray.config import DataConfig, EvaluationConfig, JobConfig, LookupConfig, WorkerConfig
 from mnist_ray.console import RunConsole, confusion_table, count
-from mnist_ray.data import Split
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.events import EpochFinished, Event, Started
+from mnist_ray.events import Event
 from mnist_ray.history import History, write_predictions
+from mnist_ray.launch import Clock, Images, about, print_data
 from mnist_ray.metrics import Evaluation
 from mnist_ray.model import create_model, num_parameters
 from mnist_ray.provenance import origin
-from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE, RunFolder, locate
+from mnist_ray.sharding import num_steps
+from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE, RunFolder
 from mnist_ray.tracking import Ending
 
 
-@dataclass(frozen=True)
-class Images:
-    """A job's images, checked against its settings."""
-
-    name: str
-    train: Split
-    validation: Split
-    test: Split
-
-
-def load_images(job: JobConfig) -> Images:
-    """Read the data set and hold out the validation images. Raises UsageError and JobError."""
-    source = data.find(job.data)
-    full, test = source.load("train"), source.load("test")
-    settings.check_fits(job.train, len(full))
-    train, validation = data.hold_out(full, job.train.validation_size)
-    return Images(source.name, train, validation, test)
-
-
-def train_and_evaluate(flags: Mapping[str, Any], started_at: float) -> None:
-    """Run a whole job: train, evaluate once on the test set, write the run's files, print what came out.
-
-    ``started_at`` is when the process began, by ``time.perf_counter``. Raises UsageError and JobError.
-    """
-    clock = Clock(started_at)
-    values, run = open_run(flags, "train", CONFIG_FILE, settings.RUN_SETTINGS)
-    job = settings.build_job(values)
-    clock.lap("start")
-    images = load_images(job)
-    clock.lap("data")
-    run.check_writable()
-    console = RunConsole(job.train.num_epochs, quiet=job.output.quiet)
-    with connect(job.workers, verbose=job.output.verbose) as cluster, console:
-        if job.output.check:
-            plan = plan_workers(job.workers, cluster)
-            _print_header(console, job, run, images, cluster, plan)
-            preflight.check_job(run, images.train, job.train.batch_size, cluster, plan, console.say)
-            return
-        train_run(job, run, images, cluster, console, clock, resume_command("train", run))
+def check_run(job: JobConfig, run: RunFolder, images: Images, cluster: Cluster, console: RunConsole) -> None:
+    """Say how a job would run, and whether it would. Raises UsageError and JobError where it would not."""
+    plan = plan_workers(job.workers, cluster)
+    _print_header(console, job, run, images, cluster, plan)
+    preflight.check_job(run, images.train, job.train.batch_size, cluster, plan, console.say)
 
 
 def train_run(
@@ -150,57 +112,6 @@ def _write_report(run: RunFolder, history: History, images: Images, console: Run
         return {}
 
 
-def open_run(
-    flags: Mapping[str, Any], kind: str, config_file: str, config_classes: tuple[type, ...]
-) -> tuple[dict[str, Any], RunFolder]:
-    """Settle a job's settings and its folder, new or, with ``--resume``, an interrupted run's.
-
-    ``config_file`` is where the run keeps the settings of ``config_classes``. Raises UsageError.
-    """
-    chosen = settings.chosen_values(flags)
-    output = settings.build(OutputConfig, chosen, settings.flag)
-    if output.resume and output.run_name is None:
-        raise UsageError("--resume needs --run-name NAME")
-    if output.mlflow is not None and importlib.util.find_spec("mlflow") is None:
-        raise UsageError("--mlflow needs MLflow: pip install -e '.[mlflow]'")
-    run = locate(output.storage_path, output.run_name or datetime.now().strftime(f"{kind}_%Y-%m-%d_%H-%M-%S"))
-    if output.resume:
-        return _resumed(run, chosen, config_file, config_classes), run
-    if run.exists():
-        raise UsageError(f"run {run.uri} exists already; add --resume to go on with it, or give another --run-name")
-    return chosen, run
-
-
-def _resumed(
-    run: RunFolder, asked: Mapping[str, Any], config_file: str, config_classes: tuple[type, ...]
-) -> dict[str, Any]:
-    """Return an interrupted run's settings, with the workers and output of now. Raises UsageError."""
-    text = run.read_text(config_file)
-    if text is None:
-        raise UsageError(f"--resume: there is no run to go on with in {run.uri}: no {config_file}")
-    if run.exists(RESULT_FILE):
-        raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.uri}/{RESULT_FILE}")
-    saved = settings.parse_config(text, f"{run.uri}/{config_file}", config_classes)
-    values = {**saved, **asked}
-    for config_class in config_classes:
-        if config_class is WorkerConfig:  # free to change: the batches do not depend on them
-            continue
-        now: Any = settings.build(config_class, values, settings.flag)
-        then: Any = settings.build(config_class, saved, settings.flag)
-        for field in dataclasses.fields(config_class):
-            if (new := getattr(now, field.name)) != (old := getattr(then, field.name)):
-                raise UsageError(
-                    f"--resume: run {run.name} was started with {settings.flag(field.name)} {old}, not {new}; "
-                    "leave the flag out, or start another run"
-                )
-    return values
-
-
-def resume_command(kind: str, run: RunFolder) -> str:
-    """Return the command that goes on with an interrupted run of ``jobs/KIND.py``."""
-    return f"python jobs/{kind}.py --resume --run-name {run.name} --storage-path {run.storage_path}"
-
-
 def _fit(
     job: JobConfig, run: RunFolder, images: Images, plan: WorkerPlan, on_event: Callable[[Event], None]
 ) -> trainer.FitResult:
@@ -216,40 +127,6 @@ def _fit(
     return trainer.fit(spec, plan, held_out, job.workers.max_failures, on_event)
 
 
-def about(job: JobConfig) -> dict[str, Any]:
-    """Return what a job's checkpoints say of where they come from."""
-    return {"config": dataclasses.asdict(job.train), "data": dataclasses.asdict(job.data)}
-
-
-class Clock:
-    """Where a job's seconds went."""
-
-    def __init__(self, started_at: float) -> None:
-        """Start at a time that ``time.perf_counter`` has given."""
-        self._start = self._last = started_at
-        self._laps: dict[str, float] = {}
-        self._has_trained = False
-
-    def lap(self, name: str) -> None:
-        """Count the time since the last lap as that of ``name``."""
-        now = time.perf_counter()
-        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
-        self._last = now
-
-    def note(self, event: Event) -> None:
-        """Tell the start from the training, and that from the wait for the last validation."""
-        if isinstance(event, Started) and not self._has_trained:
-            self._has_trained = True
-            self.lap("start")
-        if isinstance(event, EpochFinished):
-            self.lap("training")
-
-    def seconds(self) -> dict[str, float]:
-        """Return the seconds of each part, and in all."""
-        laps = {name: round(seconds, 3) for name, seconds in self._laps.items()}
-        return {**laps, "total": round(self._last - self._start, 3)}
-
-
 def _mean_images_per_s(history: History) -> float:
     rates = [(float(row["images_per_s"]), float(row["epoch_s"])) for row in history.rows.values()]
     return round(sum(rate * seconds for rate, seconds in rates) / sum(seconds for _, seconds in rates), 1)
@@ -263,7 +140,7 @@ def _print_header(
     cluster: Cluster,
     plan: WorkerPlan,
 ) -> None:
-    steps = data.num_steps(len(images.train), job.train.batch_size)
+    steps = num_steps(len(images.train), job.train.batch_size)
     console.say("run", run.name)
     print_data(console, images)
     console.say("model", f"{type(create_model()).__name__}, {num_parameters(create_model()):,} parameters")
@@ -284,12 +161,6 @@ def _print_header(
         console.say("note", "the cluster is too small now; waiting for it to start nodes")
     if not job.output.check:
         console.waiting("starting workers …")
-
-
-def print_data(console: RunConsole, images: Images) -> None:
-    """Print the line of the header that tells of the data."""
-    counts = f"{len(images.train):,} images to train on, {len(images.validation):,} for validation"
-    console.say("data", f"{images.name}: {counts}, {len(images.test):,} to test")
 
 
 def _print_files(console: RunConsole, run: RunFolder, result: dict[str, Any], clock: Clock) -> None:

@@ -35,13 +35,14 @@ from mnist_ray import checkpoint as checkpoints
 from mnist_ray import engine, evaluation
 from mnist_ray.cluster import WorkerPlan, threads_per_worker, usable_cores
 from mnist_ray.config import TrainConfig
-from mnist_ray.data import Split, num_steps
+from mnist_ray.data import Split
 from mnist_ray.environment import keep_freed_memory
 from mnist_ray.errors import JobError
 from mnist_ray.events import EpochFinished, Event, NodeLeaving, Started, WorkersLost
 from mnist_ray.metrics import Progress
 from mnist_ray.provenance import versions
 from mnist_ray.rendezvous import WorkerGroupConfig
+from mnist_ray.sharding import num_steps
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder
 
 _SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
@@ -104,7 +105,9 @@ def fit(
     _drop_damaged_snapshot(spec.run)
     # Without CPUs of its own, validation starts also while the workers hold all of them.
     validate = functools.partial(evaluation.validate, split=validation, events=spec.events)
-    validation_config = ValidationConfig(validate, ray_remote_kwargs={"num_cpus": 0}) if validation else None
+    options = {"num_cpus": 0, **evaluation.process_options()}
+    validation_config = ValidationConfig(validate, ray_remote_kwargs=options) if validation else None
+    evaluation.start_process()
     for failures_left in range(max_failures, -1, -1):
         trainer = create_trainer(
             spec, plan, max_failures, validation_config=validation_config, callbacks=[_FailureReporter(spec.events)]

@@ -16,7 +16,8 @@ from mnist_ray.cluster import Cluster, WorkerPlan, connect, plan_workers
 from mnist_ray.config import DataConfig, JobConfig, SweepConfig, TrainConfig, WorkerConfig
 from mnist_ray.console import RunConsole, count
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.run import Clock, Images, about, load_images, open_run, print_data, resume_command, train_run
+from mnist_ray.launch import Clock, Images, about, load_images, open_run, print_data, resume_command
+from mnist_ray.run import train_run
 from mnist_ray.search import Point, propose
 from mnist_ray.storage import RESULT_FILE, RunFolder
 from mnist_ray.sweep import TRIALS_FOLDER, run_sweep, trials_at_a_time

@@ -16,7 +16,7 @@ import torch
 from mnist_ray import data, environment
 from mnist_ray.config import DataConfig
 from mnist_ray.data import Split
-from mnist_ray.run import train_and_evaluate
+from mnist_ray.launch import train_and_evaluate
 
 ROOT = Path(__file__).parent.parent
 FILES = (

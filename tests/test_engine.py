@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
-from mnist_ray import data, engine
+from mnist_ray import engine
 from mnist_ray.config import TrainConfig
-from mnist_ray.data import Batch, Split
+from mnist_ray.data import Split
 from mnist_ray.engine import Group, Hooks, TrainingDivergedError, TrainingState
 from mnist_ray.metrics import MetricSums, Progress
+from mnist_ray.sharding import Batch, num_steps
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(precision="fp32", num_epochs=1, batch_size=20, learning_rate=2e-3, validation_size=0)
@@ -147,7 +148,7 @@ def test_progress_agrees_with_a_plain_computation(few_images: Split) -> None:
     assert sums.num_images == 600
     assert sums.num_correct == (logits.argmax(1) == labels).sum().item()
     assert sums.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
-    assert sum(len(progress.losses) for progress in seen) == data.num_steps(600, 64)
+    assert sum(len(progress.losses) for progress in seen) == num_steps(600, 64)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(few_images: Split) -> None:
