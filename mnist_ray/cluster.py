@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ class Cluster:
     """Started by this job, on this machine, and ended with it."""
     nodes: tuple[Node, ...]
     log_folder: str
+    leave: Callable[[], None] = lambda: None
+    """Begin to disconnect, and to end a local Ray, while the caller does what needs no Ray any more."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def connect(config: WorkerConfig, *, verbose: bool, importing: str | None = None
         else:
             _init(address, options)
         take_sigterm_as_interrupt()
-        yield _describe(is_local=address is None)
+        yield _describe(is_local=address is None, leave=threading.Thread(target=ray.shutdown).start)
     finally:
         ray.shutdown()
 
@@ -191,8 +193,8 @@ def _answers(address: str) -> bool:
     return True
 
 
-def _describe(is_local: bool) -> Cluster:
-    return Cluster(is_local, _nodes(), str(session_folder() / "logs"))
+def _describe(is_local: bool, leave: Callable[[], None] = lambda: None) -> Cluster:
+    return Cluster(is_local, _nodes(), str(session_folder() / "logs"), leave)
 
 
 def _nodes() -> tuple[Node, ...]:

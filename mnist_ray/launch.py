@@ -62,7 +62,7 @@ def train_and_evaluate(flags: Mapping[str, Any], started_at: float) -> None:
         if job.output.check:
             check_run(job, run, images, cluster, console)
         else:
-            train_run(job, run, images, cluster, console, clock, resume_command("train", run))
+            train_run(job, run, images, cluster, console, clock, resume_command("train", run), is_last=True)
 
 
 def open_run(

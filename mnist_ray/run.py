@@ -43,10 +43,13 @@ def train_run(
     console: RunConsole,
     clock: Clock,
     resume_with: str,
+    *,
+    is_last: bool,
 ) -> float:
     """Train into ``run`` on a connected cluster, evaluate, write the files; return the test accuracy.
 
-    However it ends, the run's report is written and its trackers are told.
+    After the last run of a job the cluster is left while the report is written. However it ends, the run's report is
+    written and its trackers are told.
     """
     plan = plan_workers(job.workers, cluster)
     _print_header(console, job, run, images, cluster, plan)
@@ -68,6 +71,8 @@ def train_run(
         clock.lap("validation")
         tested = evaluation.evaluate(fitted.checkpoint, images.test, len(images.test))
         clock.lap("evaluation")
+        if is_last:
+            cluster.leave()
         result = _result(fitted, tested, history, clock, plan)
         write_predictions(run, images.test.labels, tested)
         run.write_text(RESULT_FILE, settings.json_lines(result))

@@ -136,7 +136,8 @@ def _train_the_best(best: JobConfig, run: RunFolder, images: Images, cluster: Cl
             console.say("", "")
             console.say(title, f"training with {chosen}")
             if accuracy is None:
-                accuracy = train_run(job, folder, images, cluster, console, Clock(time.perf_counter()), resume_with)
+                clock = Clock(time.perf_counter())
+                accuracy = train_run(job, folder, images, cluster, console, clock, resume_with, is_last=title == "best")
         lines.append((title, f"{accuracy:.2%} on the test set with {chosen}"))
     with RunConsole(0, quiet=best.output.quiet) as console:
         console.say("", "")
