@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
+from mnist_ray import shared_memory
 from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.data import NUM_CLASSES, Split
 from mnist_ray.metrics import Evaluation, MetricSums, Progress
@@ -245,8 +246,11 @@ def _distributed(model: nn.Module, group: Group) -> nn.Module:
     """Wrap a model so that gradients are averaged over the ranks; alone, it stays as it is."""
     if group.world_size == 1:
         return model
-    device_ids = [group.device] if group.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids)
+    if group.device.type == "cuda":
+        return DistributedDataParallel(model, device_ids=[group.device])
+    wrapped = DistributedDataParallel(model)
+    shared_memory.use_where_possible(wrapped)
+    return wrapped
 
 
 def resolve_precision(precision: Precision, group: Group) -> Precision:

@@ -1,0 +1,118 @@
+"""Gradients summed through shared memory, where all ranks are on one machine.
+
+For a small network on few cores the sum over the ranks costs as much as the gradients themselves: gloo sends them over
+TCP and waits in the kernel. Here each rank writes its gradients into memory that all see, waits for the others by
+looking, and adds them up itself, in the order of the ranks. (`benchmarks/README.md` has what that brings.)
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+_FOLDER = Path("/dev/shm")
+_MOST_BYTES = 64 * 2**20  # beyond, bandwidth counts and not latency: gloo does as well
+_CACHE_LINE = 64  # bytes; each rank's counter has one of its own
+_PATIENT_AFTER_S = 0.002  # of looking; from then on the others get the core
+
+
+def use_where_possible(model: DistributedDataParallel) -> bool:
+    """Let a model's gradients go through shared memory if every rank sees the same; return whether they do.
+
+    All ranks must call it.
+    """
+    size = sum(parameter.numel() for parameter in model.parameters())
+    memory = _open_together(size)
+    if memory is None:
+        return False
+    summed = SummedInMemory(memory, dist.get_rank(), dist.get_world_size(), size)
+
+    def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP reads annotations, and not those of the future
+        gradients = bucket.buffer()
+        summed(gradients.div_(dist.get_world_size()))
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(gradients)
+        return done
+
+    model.register_comm_hook(None, hook)
+    return True
+
+
+def is_supported() -> bool:
+    """Tell whether this is Linux on a processor that makes writes visible in their order (x86-64)."""
+    return sys.platform == "linux" and platform.machine() == "x86_64"
+
+
+def num_bytes(size: int, world_size: int) -> int:
+    """Return the memory for vectors of up to ``size`` float32: a counter a rank, and two places for each rank's."""
+    return world_size * (_CACHE_LINE + 2 * size * 4)
+
+
+class SummedInMemory:
+    """Adds up vectors over all ranks, in place. Every rank calls it with vectors of the same length, in one order."""
+
+    def __init__(self, memory: mmap.mmap, rank: int, world_size: int, size: int) -> None:
+        counters = np.frombuffer(memory, np.int64, world_size * _CACHE_LINE // 8)
+        self._counters = counters.reshape(world_size, -1)[:, 0]
+        vectors = np.frombuffer(memory, np.float32, 2 * world_size * size, offset=counters.nbytes)
+        self._vectors = torch.from_numpy(vectors).view(2, world_size, size)
+        self._rank = rank
+        self._calls = 0
+
+    def __call__(self, vector: Tensor) -> None:
+        """Replace this rank's vector by the sum over the ranks; the same bits on each."""
+        self._calls += 1
+        # Two places in turn: who is a call ahead writes where nobody reads any more. Further ahead no rank can be.
+        places = self._vectors[self._calls % 2, :, : len(vector)]
+        places[self._rank].copy_(vector)
+        self._counters[self._rank] = self._calls
+        self._wait()
+        torch.sum(places, 0, out=vector)
+
+    def _wait(self) -> None:
+        start = time.perf_counter()
+        while (self._counters < self._calls).any():
+            time.sleep(0 if time.perf_counter() - start < _PATIENT_AFTER_S else 5e-5)
+
+
+def _open_together(size: int) -> mmap.mmap | None:
+    """Return memory that all ranks share, zeroed; None on every rank where one of them cannot have it."""
+    length = num_bytes(size, dist.get_world_size())
+    created = _create(length) if dist.get_rank() == 0 and length <= _MOST_BYTES and is_supported() else None
+    names = [created and created.name]
+    dist.broadcast_object_list(names, src=0)
+    memory = _map(_FOLDER / names[0]) if names[0] and is_supported() else None
+    seen = torch.tensor(int(memory is not None))
+    dist.all_reduce(seen, dist.ReduceOp.MIN)
+    if created:
+        created.unlink()  # it lives on for those who have it open, and goes with them
+    return memory if seen.item() else None
+
+
+def _create(length: int) -> Path | None:
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="mnist_ray-", dir=_FOLDER)
+        with open(descriptor, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, length)  # not found missing later, in the middle of a sum
+    except OSError:  # no such folder, or no room in it
+        return None
+    return Path(path)
+
+
+def _map(path: Path) -> mmap.mmap | None:
+    try:
+        with path.open("r+b") as file:
+            return mmap.mmap(file.fileno(), 0)
+    except OSError:  # created on another machine
+        return None
