@@ -37,7 +37,7 @@ FLAGS = [
 ]
 STEPS_PER_EPOCH = 220
 RUNS = {"worker killed": 30, "node removed": 10, "driver killed": 10, "storage away": 5}
-RUNS_ON_HOSTS = {"worker killed": 5, "node removed": 5, "driver killed": 5, "link cut": 10}
+RUNS_ON_HOSTS = {"worker killed": 4, "node removed": 4, "driver killed": 3, "link cut": 6}
 LONGEST_CUT_S = 40.0  # Ray gives a node up after some 20 s of silence
 LATEST_S = 12.0  # after the workers have started; the training takes a little longer
 
