@@ -5,7 +5,7 @@ ADDRESS ?= http://localhost:8265
 # Where there is a token, clusters ask for it.
 AUTH ?= $(or $(RAY_AUTH_MODE),$(if $(wildcard $(HOME)/.ray/auth_token)$(RAY_AUTH_TOKEN),token,disabled))
 
-.PHONY: train tune tensorboard submit test test-long test-browser chaos check format clean
+.PHONY: train tune tensorboard submit test test-long test-browser bench bench-quick chaos check format clean
 
 train: .venv/installed  ## train on the embedded MNIST with the default recipe
 	$(BIN)/python jobs/train.py $(ARGS)
@@ -26,7 +26,13 @@ test: .venv/installed-dev  ## run the tests
 test-long: .venv/installed-dev  ## run what takes minutes
 	$(BIN)/python -m pytest -m long $(ARGS)
 
-chaos: .venv/installed-dev  ## kill workers, nodes and drivers of many runs: half an hour
+bench: .venv/installed-dev  ## measure the speed beside other programs': half an hour
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+bench-quick: .venv/installed-dev  ## see in three minutes that all of the benchmark works
+	$(BIN)/python benchmarks/bench.py --quick $(ARGS)
+
+chaos: .venv/installed-dev  ## kill workers, nodes and drivers of many runs: an hour
 	$(BIN)/python benchmarks/chaos.py $(ARGS)
 
 test-browser: .venv/installed-dev  ## look at a report in Chromium, which is to be installed

@@ -7,6 +7,7 @@ trials' training seconds over the trials at a time: nothing that trains them can
 
 import argparse
 import functools
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from mnist_ray import cluster, environment, search, sweep, trial
 from mnist_ray.config import SweepConfig, WorkerConfig, build_job
-from mnist_ray.run import about, load_images
+from mnist_ray.launch import about, load_images
 from mnist_ray.storage import locate
 
 
@@ -47,7 +48,7 @@ def main() -> None:
     """Run both sweeps and print their seconds and ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-trials", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--json", action="store_true", help="print the seconds for a program")
     args = parser.parse_args()
     environment.prepare(verbose=False)
     config = SweepConfig(num_trials=args.num_trials, scheduler="none", num_confirmed=0)
@@ -57,27 +58,28 @@ def main() -> None:
     with cluster.connect(workers, verbose=False) as ray_cluster, tempfile.TemporaryDirectory() as storage:
         plan = cluster.plan_workers(workers, ray_cluster)
         concurrent = sweep.trials_at_a_time(config, plan, ray_cluster)
-        train, validation = ray.put(images.train), ray.put(images.validation)
-        for repeat in range(args.repeats):
-            ours = locate(storage, f"ours-{repeat}")
-            spec = trial.TrialSpec(job.train, train, validation, plan, ours.inside("trials").uri, about(job))
-            start = time.perf_counter()
-            table = sweep.run_sweep(config, spec, ours, concurrent, lambda table: None)
-            ours_s = time.perf_counter() - start
-            bound_s = sum(record.train_s for record in table.by_point.values()) / concurrent
-            assert table.count(search.DONE) == args.num_trials
+        images_in_store = ray.put(images.train), ray.put(images.validation)
+        ours = locate(storage, "ours")
+        told = about(job), workers.hang_timeout_s
+        spec = trial.TrialSpec(job.train, *images_in_store, plan, ours.inside("trials").uri, *told)
+        start = time.perf_counter()
+        table = sweep.run_sweep(config, spec, ours, concurrent, lambda table: None)
+        ours_s = time.perf_counter() - start
+        bound_s = sum(record.train_s for record in table.by_point.values()) / concurrent
+        assert table.count(search.DONE) == args.num_trials
 
-            naive = Path(storage) / f"naive-{repeat}"
-            spec = trial.TrialSpec(job.train, train, validation, plan, str(naive), about(job))
-            start = time.perf_counter()
-            finished = naive_sweep(list(table.by_point), spec, storage, concurrent)
-            naive_s = time.perf_counter() - start
-            assert finished == args.num_trials
-            print(
-                f"{args.num_trials} trials, {concurrent} at a time: {ours_s:.1f} s; training {bound_s:.1f} s, "
-                f"ratio {ours_s / bound_s:.2f}; naive {naive_s:.1f} s, ratio {ours_s / naive_s:.2f}",
-                flush=True,
-            )
+        spec = trial.TrialSpec(job.train, *images_in_store, plan, str(Path(storage) / "naive"), *told)
+        start = time.perf_counter()
+        finished = naive_sweep(list(table.by_point), spec, storage, concurrent)
+        naive_s = time.perf_counter() - start
+        assert finished == args.num_trials
+    if args.json:
+        print(json.dumps({"sweep_s": ours_s, "trials_s": bound_s, "naive_s": naive_s}))
+        return
+    print(
+        f"{args.num_trials} trials, {concurrent} at a time: {ours_s:.1f} s; training {bound_s:.1f} s, "
+        f"ratio {ours_s / bound_s:.2f}; naive {naive_s:.1f} s, ratio {ours_s / naive_s:.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -30,8 +30,10 @@ _PATIENT_AFTER_S = 0.002  # of looking; from then on the others get the core
 def use_where_possible(model: DistributedDataParallel) -> bool:
     """Let a model's gradients go through shared memory if every rank sees the same; return whether they do.
 
-    All ranks must call it.
+    All ranks must call it. A model with parameters that are not float32 is left to gloo.
     """
+    if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        return False
     size = sum(parameter.numel() for parameter in model.parameters())
     memory = _open_together(size)
     if memory is None:

@@ -211,7 +211,7 @@ class _Watcher(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Note a trial that failed for good."""
-        record = self._table.by_point[_point(trial)]
+        record = self._table.start(_point(trial))  # one that failed before it started has no record yet
         record.state, record.reason = FAILED, _reason(trial)
         self._finished()
 

@@ -1,0 +1,341 @@
+"""The project's speed beside what a user would otherwise run: python benchmarks/bench.py (make bench)
+
+In every round each program runs once, one after the other, the project's and its peers' in turn; a target is about the
+ratios of a round, of which the median and the spread are reported. --quick runs one short round on few images, to see
+that all of it works; its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from mnist_ray import data
+from mnist_ray.config import DataConfig
+from mnist_ray.data import Split
+from mnist_ray.provenance import git_commit, versions
+
+HERE = Path(__file__).parent
+TRAIN = HERE.parent / "jobs" / "train.py"
+START, END = "<!-- figures: written by bench.py -->\n", "<!-- end of figures -->\n"
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A target: one of a round's figures over another."""
+
+    name: str
+    of: str
+    over: str
+    target: str
+    """``>=`` or ``<=`` and a number."""
+
+    def is_met(self, ratio: float) -> bool:
+        """Tell whether a ratio fulfils the target."""
+        sign, number = self.target.split()
+        return ratio >= float(number) if sign == ">=" else ratio <= float(number)
+
+
+CASES = (
+    Case("images/s through Ray, 2 workers / the bare 2-process loop, same engine", "two", "bare_two", ">= 0.97"),
+    Case("the same / 2 processes whose gradients DDP and gloo sum", "two", "plain_two", ">= 0.97"),
+    Case("images/s through Ray, 1 worker / the bare process, all cores", "one", "bare_one", ">= 0.97"),
+    Case("images/s through Ray, default recipe and workers / the notebook's loop", "one", "notebook", ">= 5"),
+    Case("images/s of the notebook's recipe (batch 8, fp32) / the notebook's loop", "recipe", "notebook", ">= 2"),
+    Case("images/s of 2 workers / 1 worker with both cores", "two", "one", ">= 0.9"),
+    Case("seconds of `jobs/train.py`, start to exit / the notebook's script", "one_s", "notebook_s", "<= 0.25"),
+    Case("seconds outside training / the minimal `TorchTrainer`'s", "two_outside_s", "minimal_outside_s", "<= 0.5"),
+    Case("seconds of 16 one-worker trials / their training's, by trials at a time", "sweep_s", "trials_s", "<= 1.25"),
+    Case("seconds of the same sweep / of a naive one", "sweep_s", "naive_s", "<= 0.33"),
+)
+
+
+def run(*command: object, **environment: str) -> tuple[str, float]:
+    """Run a Python program; return the last line of its output, and its seconds from start to exit."""
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "RAY_ADDRESS": "local", **environment},
+        check=False,
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode != 0:
+        raise RuntimeError(f"{command} failed: {done.stderr[-2000:]}")
+    return done.stdout.strip().rpartition("\n")[2], seconds
+
+
+def train(folder: Path, name: str, *flags: object) -> dict[str, Any]:
+    """Run the training job; return its result with its rows by epoch and its seconds from start to exit."""
+    where = ["--storage-path", folder, "--run-name", name]
+    _, seconds = run(TRAIN, *where, *flags)
+    result: dict[str, Any] = json.loads((folder / name / "result.json").read_text())
+    return result | {"wall_s": seconds, "rows": rows_of(folder / name)}
+
+
+def rows_of(run_folder: Path) -> list[dict[str, float]]:
+    """Return a run's figures by epoch."""
+    with (run_folder / "metrics.csv").open() as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def outside_s(result: dict[str, Any]) -> float:
+    """Return a run's seconds but for those in which it trained, evaluated, or waited for its last validation."""
+    last_validation_s = result["rows"][-1].get("val_s", 0.0)
+    trained_s = sum(row["epoch_s"] for row in result["rows"])
+    return float(result["wall_s"] - trained_s - last_validation_s - result["seconds"]["evaluation"])
+
+
+def one_round(folder: Path, images: Path, flags: Sequence[object], epochs: int) -> Figures:
+    """Run every program once; return what each took and gave."""
+    peers = HERE / "peers"
+    bare_data = flags[:2] if "--data-dir" in flags else ()
+    figures: Figures = {}
+
+    def note(name: str, printed: str, seconds: float) -> None:
+        answer = json.loads(printed)
+        figures[name], figures[f"{name}_s"] = answer["images_per_s"], seconds
+
+    note("notebook", *run(peers / "notebook.py", images, epochs))
+    one = train(folder, "one", *flags)
+    figures |= {"one": one["rows"][0]["images_per_s"], "one_s": one["wall_s"], "one_accuracy": one["test_accuracy"]}
+    note("bare_one", *run(peers / "bare.py", 1, 1, *bare_data))
+    two = train(folder, "two", "--num-workers", 2, *flags)
+    figures |= {"two": two["rows"][0]["images_per_s"], "two_outside_s": outside_s(two)}
+    note("bare_two", *run(peers / "bare.py", 2, 1, *bare_data))
+    note("plain_two", *run(peers / "bare.py", 2, 1, "--plain", *bare_data))
+    printed, seconds = run(peers / "minimal_ray.py", images, epochs, 2)
+    figures["minimal_outside_s"] = seconds - json.loads(printed)["working_s"]
+    recipe = train(folder, "recipe", "--recipe", "notebook", "--num-epochs", 1, *bare_data)
+    figures["recipe"] = recipe["rows"][0]["images_per_s"]
+    return figures
+
+
+def sweep_round(num_trials: int) -> Figures:
+    """Run a sweep of one-worker trials of an epoch each, and the naive one."""
+    printed, _ = run(HERE / "sweep.py", "--num-trials", num_trials, "--json")
+    figures: Figures = json.loads(printed)
+    return figures
+
+
+def train_watched(
+    folder: Path, name: str, *flags: object
+) -> tuple[list[dict[str, float]], list[tuple[float, float]], float]:
+    """Run the training job; return its rows by epoch, its workers' memory as seen on the way, and its seconds."""
+    command = [sys.executable, TRAIN, "--storage-path", folder, "--run-name", name, *flags]
+    start, seen = time.perf_counter(), []
+    environment = {**os.environ, "RAY_ADDRESS": "local"}
+    job = psutil.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, env=environment)
+    while job.poll() is None:
+        seen += worker_memory(job)
+        time.sleep(0.25)
+    return rows_of(folder / name), seen, time.perf_counter() - start
+
+
+def memory_and_epochs(folder: Path, num_epochs: int, flags: Sequence[object]) -> dict[str, Any]:
+    """Train for many epochs with one worker; return its memory, and the seconds until some of the epochs' ends."""
+    rows, seen, _ = train_watched(folder, "long", "--num-epochs", num_epochs, *flags)
+    seconds = np.cumsum([row["epoch_s"] for row in rows])
+    private = [own for _, own in seen]
+    early = len(private) // 4  # its first epochs are over by then
+    return {
+        "num_epochs": num_epochs,
+        "epochs": {str(n): round(float(seconds[n - 1]), 2) for n in (1, 2, 4, 8) if n <= len(seconds)},
+        "peak_rss_mib": round(max(resident for resident, _ in seen)),
+        "peak_private_mib": round(max(private)),
+        "growth_mib": round(statistics.median(private[-5:]) - statistics.median(private[early : early + 5])),
+    }
+
+
+def worker_memory(job: psutil.Process) -> list[tuple[float, float]]:
+    """Return the MiB of each training worker below a job: resident, and its own, without what processes share."""
+    found = []
+    for process in job.children(recursive=True):
+        try:
+            if "TrainWo" in process.name():
+                memory = process.memory_full_info()
+                found.append((memory.rss / 2**20, memory.uss / 2**20))
+        except psutil.Error:  # it has just ended
+            continue
+    return found
+
+
+def write_repeated(folder: Path, source: tuple[Split, Split], times: int) -> Path:
+    """Write a data set in torchvision's layout whose training images are repeated."""
+    raw = folder / f"times-{times}" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    train_images = np.tile(source[0].images, (times, 1, 1)), np.tile(source[0].labels, times)
+    arrays = zip(data._FILES["train"] + data._FILES["test"], (*train_images, *vars(source[1]).values()), strict=True)
+    for name, array in arrays:
+        header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
+        (raw / name).write_bytes(header + array.tobytes())
+    return raw.parent.parent
+
+
+def scaling(
+    folder: Path, source: tuple[Split, Split], sizes: Sequence[tuple[int, int]], flags: Sequence[object]
+) -> list[dict[str, Any]]:
+    """Train an epoch on images that are repeated, for each (times, workers); return a row each."""
+    rows = []
+    for times, num_workers in sizes:
+        name = f"times-{times}-workers-{num_workers}"
+        images = write_repeated(folder / name, source, times) / "MNIST"
+        where = ["--num-epochs", 1, "--num-workers", num_workers, "--data-dir", images]
+        (row,), seen, seconds = train_watched(folder / "runs", name, *where, *flags)
+        rows.append(
+            {
+                "images": len(source[0]) * times,
+                "workers": num_workers,
+                "epoch_s": row["epoch_s"],
+                "images_per_s": row["images_per_s"],
+                "wall_s": round(seconds, 1),
+                "private_mib": round(max(own for _, own in seen)),
+            }
+        )
+    return rows
+
+
+def case_row(case: Case, rounds: Sequence[Figures]) -> dict[str, Any] | None:
+    """Return a case's ratios over the rounds, and their median; None where no round has its figures."""
+    pairs = [(f[case.of], f[case.over]) for f in rounds if case.of in f and case.over in f]
+    ratios = [of / over for of, over in pairs]
+    if not ratios:
+        return None
+    median = statistics.median(ratios)
+    return {
+        "case": case.name,
+        "target": case.target,
+        "median": round(median, 3),
+        "spread": [round(min(ratios), 3), round(max(ratios), 3)],
+        "rounds": len(ratios),
+        "is_met": case.is_met(median),
+        "of": round(statistics.median(of for of, _ in pairs), 1),
+        "over": round(statistics.median(over for _, over in pairs), 1),
+    }
+
+
+def as_markdown(results: dict[str, Any]) -> str:
+    """Return the results as the tables of benchmarks/README.md."""
+    where, built, memory = results["machine"], results["versions"], results["memory"]
+    lines = [
+        f"{where['processor']}, {where['cores']} cores, {where['memory_gib']} GiB; Python {built['python']}, "
+        f"torch {built['torch']}, Ray {built['ray']}; commit {str(results['commit'])[:12]}.",
+        "",
+        "| what | target | median ratio | of / over | least to most | rounds | met |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in results["cases"]:
+        shown = (
+            row["case"],
+            row["target"],
+            f"{row['median']:.2f}",
+            f"{row['of']:,.4g} / {row['over']:,.4g}",
+            f"{row['spread'][0]:.2f} to {row['spread'][1]:.2f}",
+            row["rounds"],
+            "yes" if row["is_met"] else "**no**",
+        )
+        lines.append("| " + " | ".join(map(str, shown)) + " |")
+    lines += [
+        "",
+        f"A worker's memory over {memory['num_epochs']} epochs: {memory['peak_rss_mib']} MiB resident at most, and "
+        f"{memory['peak_private_mib']} MiB its own (target: 700); it grew by {memory['growth_mib']} MiB (target: 0).",
+        "",
+        "| epochs | training seconds |",
+        "|---|---|",
+        *(f"| {epochs} | {seconds} |" for epochs, seconds in memory["epochs"].items()),
+        "",
+        "| training images | workers | seconds of an epoch | images/s | seconds in all | a worker's own MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results["scaling"]:
+        rate = f"{row['epoch_s']:.2f} | {row['images_per_s']:,.0f} | {row['wall_s']} | {row['private_mib']}"
+        lines.append(f"| {row['images']:,} | {row['workers']} | {rate} |")
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> dict[str, Any]:
+    """Return what this runs on."""
+    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.machine(),
+        "cores": len(psutil.Process().cpu_affinity()),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def repeat(number: int, what: str, action: Callable[[Path], Figures]) -> list[Figures]:
+    """Do something several times, each in a folder of its own."""
+    figures = []
+    for count in range(number):
+        with tempfile.TemporaryDirectory() as folder:
+            figures.append(action(Path(folder)))
+        shown = ", ".join(f"{name} {value:,.2f}" for name, value in figures[-1].items())
+        print(f"{what} {count + 1}/{number}: {shown}", flush=True)
+    return figures
+
+
+def main() -> None:
+    """Run all of it; write results.json and the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    rounds = 1 if args.quick else args.rounds
+    source = data.find(DataConfig())
+    full = source.load("train"), source.load("test")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        flags: list[object] = []
+        if args.quick:
+            full = Split(full[0].images[:6000], full[0].labels[:6000]), full[1]
+        images = write_repeated(folder / "images", full, 1)
+        if args.quick:
+            flags = ["--data-dir", images / "MNIST", "--validation-size", 600]
+        measured = repeat(rounds, "round", lambda storage: one_round(storage, images, flags, 1 if args.quick else 2))
+        measured += repeat(rounds, "sweeps", lambda storage: sweep_round(2 if args.quick else 16))
+        long = memory_and_epochs(folder, 2 if args.quick else 10, flags)
+        print(f"memory: {long}", flush=True)
+        sizes = [(1, 1), (2, 2)] if args.quick else [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4)]
+        rows = scaling(folder, full, sizes, flags[2:])
+    results = {
+        "machine": machine(),
+        "versions": versions(),
+        "commit": git_commit(),
+        "cases": [row for case in CASES if (row := case_row(case, measured)) is not None],
+        "memory": long,
+        "scaling": rows,
+        "rounds": measured,
+    }
+    print(as_markdown(results))
+    if args.quick:
+        return
+    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    page = (HERE / "README.md").read_text(encoding="utf-8")
+    before, after = page[: page.index(START) + len(START)], page[page.index(END) :]
+    (HERE / "README.md").write_text(before + "\n" + as_markdown(results) + "\n" + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The project's engine and recipe without Ray: one process with all cores, or several under DDP with a thread each.
+
+python bare.py NUM_WORKERS NUM_EPOCHS [--plain] [--data-dir DIR]; the last line is JSON. --plain leaves the sum of the
+gradients to DDP and gloo.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from mnist_ray import data, engine, shared_memory
+from mnist_ray.config import DataConfig, TrainConfig
+from mnist_ray.data import Split
+from mnist_ray.environment import keep_freed_memory
+
+
+def work(rank: int, args: argparse.Namespace, folder: str, split: Split) -> None:
+    """Train on one rank; rank 0 writes down the rate of the first epoch."""
+    keep_freed_memory()
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // args.num_workers))
+    group = engine.Group(rank, args.num_workers)
+    if args.num_workers > 1:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        dist.init_process_group("gloo", init_method=f"file://{folder}/s", rank=rank, world_size=args.num_workers)
+    if args.plain:
+        shared_memory.use_where_possible = lambda model: False
+    config = TrainConfig(num_epochs=args.num_epochs)
+    state = engine.create_state(config, len(split), group.device)
+    config = TrainConfig(num_epochs=args.num_epochs, precision=engine.resolve_precision("auto", group))
+    rates: list[float] = []
+    hooks = engine.Hooks(checkpoint=lambda state, progress: rates.append(progress.images_per_s))
+    engine.train(state, split, config, group, hooks)
+    if rank == 0:
+        (Path(folder) / "rate").write_text(str(rates[0]))
+    os._exit(0)
+
+
+def main() -> None:
+    """Train in processes, and print the rate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("num_workers", type=int)
+    parser.add_argument("num_epochs", type=int)
+    parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--data-dir")
+    args = parser.parse_args()
+    full = data.find(DataConfig(data_dir=args.data_dir)).load("train")
+    split, _ = data.hold_out(full, min(TrainConfig().validation_size, len(full) // 10))
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(work, (args, folder, split), nprocs=args.num_workers)
+        print(json.dumps({"images_per_s": float((Path(folder) / "rate").read_text())}))
+
+
+if __name__ == "__main__":
+    main()
