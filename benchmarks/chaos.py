@@ -11,6 +11,7 @@ happened to.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -26,8 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-from hosts import Hosts, can_be_made
+from hosts import Hosts, can_be_made, training_pids
 from ray.cluster_utils import Cluster
 
 TRAIN = Path(__file__).parent.parent / "jobs" / "train.py"
@@ -106,9 +106,8 @@ class Raylets:
 
     def training_pids(self) -> list[int]:
         """Return the processes of the training workers, which are children of the nodes' raylets."""
-        raylets = [p.process.pid for node in self._cluster.worker_nodes for p in node.all_processes["raylet"]]
-        children = [child for pid in raylets for child in psutil.Process(pid).children()]
-        return [child.pid for child in children if "TrainWo" in child.name()]
+        nodes = self._cluster.worker_nodes
+        return training_pids([started.process.pid for node in nodes for started in node.all_processes["raylet"]])
 
     def remove_a_node(self, rng: random.Random) -> None:
         """Take a node away with all that runs on it."""
@@ -125,7 +124,8 @@ class Raylets:
 def kill_a_worker(nodes: Raylets | Hosts, rng: random.Random) -> None:
     """Send SIGKILL to one of the training workers; they may have ended already."""
     if pids := nodes.training_pids():
-        os.kill(rng.choice(pids), signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rng.choice(pids), signal.SIGKILL)
 
 
 def replace_a_node(nodes: Raylets | Hosts, rng: random.Random) -> None:
@@ -163,7 +163,8 @@ def run_once(
     storage.mkdir()
     start, moment = time.perf_counter(), rng.uniform(0, LATEST_S)
     driver = Driver(storage, name, nodes)
-    driver.started.wait()
+    while not driver.started.wait(0.2):
+        nodes.revive()
     time.sleep(moment)
     actions: dict[str, Callable[[], None]] = {
         "worker killed": lambda: kill_a_worker(nodes, rng),

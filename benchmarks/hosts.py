@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -17,6 +19,8 @@ NETWORK = "10.98.0"
 PORT = 6379
 BRIDGE = "mnistray0"
 SILENCE_S = 60.0
+# Hosts share no memory either; `ip netns exec` has made a mount namespace.
+OWN_MEMORY = ["sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh"]
 
 
 def can_be_made() -> bool:
@@ -33,6 +37,7 @@ class Hosts:
         self._temporary = tempfile.mkdtemp(prefix="hosts-")
         self._nodes: dict[int, psutil.Popen] = {}
         self._added = 0
+        _remove_leftovers()
         _run("ip", "link", "add", BRIDGE, "type", "bridge")
         _run("ip", "link", "set", BRIDGE, "up")
         self._start("--head", f"--port={PORT}", "--num-cpus=0", "--include-dashboard=false")
@@ -48,7 +53,7 @@ class Hosts:
     def revive(self) -> None:
         """Replace hosts whose Ray has ended itself, as it does once it learns that it was given up."""
         for number in self.worker_numbers:
-            if not self._nodes[number].is_running() or self._nodes[number].poll() is not None:
+            if self._nodes[number].poll() is not None:
                 self._remove(number)
                 self.add_node()
 
@@ -69,13 +74,13 @@ class Hosts:
         log = Path(self._temporary) / f"host-{number}.log"
         with log.open("w") as file:
             self._nodes[number] = psutil.Popen(
-                [*inside, sys.executable, "-m", "ray.scripts.scripts", "start", *where, *flags],
+                [*inside, *OWN_MEMORY, sys.executable, "-m", "ray.scripts.scripts", "start", *where, *flags],
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
         deadline = time.monotonic() + SILENCE_S
         while "will now block" not in log.read_text():
-            if time.monotonic() > deadline or not self._nodes[number].is_running():
+            if time.monotonic() > deadline or self._nodes[number].poll() is not None:
                 raise RuntimeError(f"host {number} does not start: {log.read_text()}")
             time.sleep(0.1)
 
@@ -86,12 +91,7 @@ class Hosts:
 
     def training_pids(self) -> list[int]:
         """The processes of the training workers."""
-        return [
-            child.pid
-            for number in self.worker_numbers
-            for child in self._nodes[number].children(recursive=True)
-            if "TrainWo" in child.name()
-        ]
+        return training_pids([self._nodes[number].pid for number in self.worker_numbers])
 
     def cut(self, number: int, seconds: float) -> None:
         """Take a host off the network for a while."""
@@ -104,7 +104,7 @@ class Hosts:
         node = self._nodes.pop(number)
         family = [*node.children(recursive=True), node]
         for process in family:
-            if process.is_running():
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(family, timeout=SILENCE_S)
         _try("ip", "netns", "del", f"{BRIDGE}-{number}")
@@ -115,6 +115,26 @@ class Hosts:
             self._remove(number)
         _try("ip", "link", "del", BRIDGE)
         shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def training_pids(raylets: Sequence[int]) -> list[int]:
+    """Return the processes of training workers below others, such as raylets."""
+    found = []
+    for pid in raylets:
+        for child in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                if "TrainWo" in child.name():
+                    found.append(child.pid)
+    return found
+
+
+def _remove_leftovers() -> None:
+    """Remove the network of a benchmark that was killed."""
+    listed = subprocess.run(["ip", "netns", "list"], check=True, capture_output=True, text=True).stdout.split()
+    for name in listed:
+        if name.startswith(f"{BRIDGE}-"):
+            _try("ip", "netns", "del", name)
+    _try("ip", "link", "del", BRIDGE)
 
 
 def _run(*command: str) -> None:

@@ -92,23 +92,29 @@ def _open_together(size: int) -> mmap.mmap | None:
     """Return memory that all ranks share, zeroed; None on every rank where one of them cannot have it."""
     length = num_bytes(size, dist.get_world_size())
     created = _create(length) if dist.get_rank() == 0 and length <= _MOST_BYTES and is_supported() else None
-    names = [created and created.name]
-    dist.broadcast_object_list(names, src=0)
-    memory = _map(_FOLDER / names[0]) if names[0] and is_supported() else None
-    seen = torch.tensor(int(memory is not None))
-    dist.all_reduce(seen, dist.ReduceOp.MIN)
-    if created:
-        created.unlink()  # it lives on for those who have it open, and goes with them
+    try:
+        names = [created and created.name]
+        dist.broadcast_object_list(names, src=0)
+        memory = _map(_FOLDER / names[0]) if names[0] and is_supported() else None
+        seen = torch.tensor(int(memory is not None))
+        dist.all_reduce(seen, dist.ReduceOp.MIN)
+    finally:
+        if created:
+            created.unlink()  # it lives on for those who have it open, and goes with them
     return memory if seen.item() else None
 
 
 def _create(length: int) -> Path | None:
     try:
         descriptor, path = tempfile.mkstemp(prefix="mnist_ray-", dir=_FOLDER)
-        with open(descriptor, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, length)  # not found missing later, in the middle of a sum
-    except OSError:  # no such folder, or no room in it
+    except OSError:  # there is no such folder
         return None
+    with open(descriptor, "wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, length)  # not found missing later, in the middle of a sum
+        except OSError:  # no room
+            os.unlink(path)
+            return None
     return Path(path)
 
 

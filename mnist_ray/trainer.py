@@ -108,18 +108,22 @@ def fit(
     options = {"num_cpus": 0, **evaluation.process_options()}
     validation_config = ValidationConfig(validate, ray_remote_kwargs=options) if validation else None
     evaluation.start_process()
-    for failures_left in range(max_failures, -1, -1):
+
+    def attempt() -> ray.train.Result | BaseException:
         trainer = create_trainer(
             spec, plan, max_failures, validation_config=validation_config, callbacks=[_FailureReporter(spec.events)]
         )
-        try:
-            result = _wait(trainer.fit, spec.events, on_event)
-            break
-        except (ray.train.TrainingFailedError, *STORAGE_ERRORS) as error:
-            if failures_left == 0 or not _is_of_storage(error):
-                raise JobError(_reason(error) + _saved(spec.run)) from error
-            on_event(WorkersLost(_reason(error)))
-            spec.run.wait_until_writable()
+        return _wait(trainer.fit, spec.events, on_event)
+
+    failures_left = max_failures
+    while isinstance(result := attempt(), BaseException):
+        if not isinstance(result, (ray.train.TrainingFailedError, *STORAGE_ERRORS)):
+            raise result
+        if failures_left == 0 or not _is_of_storage(result):
+            raise JobError(_reason(result) + _saved(spec.run)) from result
+        on_event(WorkersLost(_reason(result)))
+        spec.run.wait_until_writable()
+        failures_left -= 1
     if result.return_value is not None:
         raise TrainingStoppedError(result.return_value)
     return FitResult(*evaluation.choose(result))
@@ -160,8 +164,10 @@ def create_trainer(
     )
 
 
-def _wait(work: Callable[[], ray.train.Result], events: Queue, on_event: Callable[[Event], None]) -> ray.train.Result:
-    """Run ``work`` in a thread, so that this one hands on events and takes Ctrl-C; return or raise what it does."""
+def _wait(
+    work: Callable[[], ray.train.Result], events: Queue, on_event: Callable[[Event], None]
+) -> ray.train.Result | BaseException:
+    """Run ``work`` in a thread, so that this one hands on events and takes Ctrl-C; return its result, or its error."""
     outcome: list[ray.train.Result | BaseException] = []
 
     def target() -> None:
@@ -179,10 +185,7 @@ def _wait(work: Callable[[], ray.train.Result], events: Queue, on_event: Callabl
         # Not get() with a timeout: it says by an exception that nothing came, and Ray logs one that Ctrl-C left.
         for event in events.get_nowait_batch(events.qsize()):
             on_event(event)
-    result = outcome[0]
-    if isinstance(result, BaseException):
-        raise result
-    return result
+    return outcome[0]
 
 
 def _drop_damaged_snapshot(run: RunFolder) -> None:
@@ -241,6 +244,7 @@ def _reason(error: Exception) -> str:
     if failures := getattr(error, "worker_failures", None):
         return describe(failures)
     cause = getattr(error, "controller_failure", error)
+    cause = getattr(cause, "cause", cause)  # of a RayTaskError, whose own text is a traceback
     text = str(cause).strip().splitlines() or ["no message"]
     return f"Ray Train failed: {type(cause).__name__}: {text[0]}"
 

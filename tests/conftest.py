@@ -1,7 +1,9 @@
+import contextlib
 import gzip
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,24 +99,37 @@ def run_job(job: str, *flags: str, address: str | None = None, timeout_s: float 
     )
 
 
-def run_and_act(act: Callable[[psutil.Process], None], when: str, *flags: str, address: str, status: int = 0) -> str:
-    """Run the training job, do something when it prints a line that starts with ``when``; return all it printed."""
-    job = psutil.Popen(
-        [sys.executable, "-u", str(ROOT / "jobs" / "train.py"), *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "RAY_ADDRESS": address},
-    )
-    lines, acted = [], False
-    for line in job.stdout:
-        lines.append(line)
-        if line.startswith(when) and not acted:
-            acted = True
-            act(job)
-    assert job.wait() == status, "".join(lines)
-    assert acted, "".join(lines)
-    return "".join(lines)
+def run_and_act(
+    act: Callable[[psutil.Process], None], when: str, *flags: str, address: str, status: int = 0
+) -> tuple[str, str]:
+    """Run the training job, do something when it prints a line that starts with ``when``; return what it printed.
+
+    That is its standard output, and its standard error.
+    """
+    with tempfile.TemporaryFile("w+") as errors:
+        job = psutil.Popen(
+            [sys.executable, "-u", str(ROOT / "jobs" / "train.py"), *flags],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, "RAY_ADDRESS": address},
+        )
+        try:
+            lines, acted = [], False
+            for line in job.stdout:
+                lines.append(line)
+                if line.startswith(when) and not acted:
+                    acted = True
+                    act(job)
+            returned = job.wait()
+        finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                job.kill()
+        errors.seek(0)
+        printed, complained = "".join(lines), errors.read()
+    assert returned == status, printed + complained
+    assert acted, printed + complained
+    return printed, complained
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
-from mnist_ray import engine
+from mnist_ray import engine, shared_memory
 from mnist_ray.config import TrainConfig
 from mnist_ray.data import Split
 from mnist_ray.engine import Group, Hooks, TrainingDivergedError, TrainingState
@@ -47,9 +47,14 @@ WORLD_SIZES = (1, 2, 3, 4)
 BATCHES = {"even": (480, 16), "uneven": (240, 8), "empty": (60, 2), "last": (470, 16)}
 
 
-def train_on_gloo(rank: int, folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Train every case on each world size in one process of four; rank 0 saves the weights."""
+def train_on_gloo(rank: int, folder: Path, images: np.ndarray, labels: np.ndarray, through_memory: bool) -> None:
+    """Train every case on each world size in one process of four; rank 0 saves the weights.
+
+    Gradients go through shared memory, as between ranks on one machine, or through gloo, as between machines.
+    """
     torch.set_num_threads(1)
+    if not through_memory:
+        shared_memory.use_where_possible = lambda model: False
     for world_size in WORLD_SIZES:
         if rank >= world_size:
             continue
@@ -68,10 +73,10 @@ def train_on_gloo(rank: int, folder: Path, images: np.ndarray, labels: np.ndarra
         dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def gloo_weights(tmp_path_factory: pytest.TempPathFactory, few_images: Split) -> Path:
+@pytest.fixture(scope="module", params=[True, False], ids=["memory", "gloo"])
+def gloo_weights(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, few_images: Split) -> Path:
     folder = tmp_path_factory.mktemp("gloo")
-    arguments = (folder, few_images.images, few_images.labels)
+    arguments = (folder, few_images.images, few_images.labels, request.param)
     spawn(train_on_gloo, arguments, nprocs=max(WORLD_SIZES))  # type: ignore[no-untyped-call]
     return folder
 

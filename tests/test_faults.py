@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from ray.cluster_utils import Cluster
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from mnist_ray import trainer
@@ -48,7 +48,7 @@ def test_a_run_that_loses_a_node_goes_on_and_ends_with_the_same_weights(
         nodes.add_node(num_cpus=1)
 
     flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2})
-    printed = run_and_act(replace_a_node, "epoch 1/8  finished", *flags, address=nodes.address)
+    printed, _ = run_and_act(replace_a_node, "epoch 1/8  finished", *flags, address=nodes.address)
     assert "on 2 nodes" in printed or "2 × cpu" in printed
     assert printed.count("\nlost ") == 1
     assert "s of work lost" in printed
@@ -59,11 +59,12 @@ def test_a_run_that_loses_a_worker_goes_on_and_ends_with_the_same_weights(
     ray_address: str, undisturbed: Path, small_data: Path, tmp_path: Path
 ) -> None:
     def kill_a_worker(job: psutil.Process) -> None:
-        workers = [process for process in psutil.process_iter() if process.name().startswith("ray::RayTrainWo")]
+        of_this_ray = psutil.Process().children(recursive=True)
+        workers = [process for process in of_this_ray if process.name().startswith("ray::RayTrainWo")]
         max(workers, key=psutil.Process.create_time).kill()
 
     flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2})
-    printed = run_and_act(kill_a_worker, "epoch 2/8  finished", *flags, address=ray_address)
+    printed, _ = run_and_act(kill_a_worker, "epoch 2/8  finished", *flags, address=ray_address)
     assert printed.count("\nlost ") == 1
     assert len(printed.splitlines()) < 60  # none of the hundreds that Ray says then
     assert weights(tmp_path / "run") == weights(undisturbed)
@@ -84,7 +85,7 @@ def test_a_run_whose_driver_was_killed_is_resumed_and_ends_with_the_same_weights
 @pytest.mark.long
 def test_an_elastic_run_goes_on_with_fewer_workers(nodes: Cluster, small_data: Path, tmp_path: Path) -> None:
     flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"})
-    printed = run_and_act(
+    printed, _ = run_and_act(
         lambda job: nodes.remove_node(nodes.list_all_nodes()[-1]),
         "epoch 1/8  finished",
         *flags,
@@ -111,7 +112,7 @@ def test_a_preempted_node_is_left_with_a_checkpoint_just_in_time(
 
     flags = {**LONGER, "num_epochs": 30, "checkpoint_every": 1000, "num_workers": 2, "run_name": "run"}
     flags |= {"data_dir": small_data, "storage_path": tmp_path}
-    printed = run_and_act(announce, "epoch 1/30", *as_flags(flags), address=nodes.address)
+    printed, _ = run_and_act(announce, "epoch 1/30", *as_flags(flags), address=nodes.address)
     assert printed.count("note       a worker's node is about to be taken away; saving a checkpoint\n") == 1
     assert "lost " not in printed
 
@@ -199,3 +200,10 @@ def test_a_worker_that_hangs_ends_itself_with_its_stack_in_the_log() -> None:
 )
 def test_what_happened_to_workers_is_one_line(failures: dict[int, Exception], said: str) -> None:
     assert trainer.describe(failures) == said
+
+
+def test_the_reason_of_a_controllers_failure_is_its_own_text_and_not_a_traceback() -> None:
+    failed = RayTaskError("run", "Traceback (most recent call last):\n …", OSError(28, "No space left on device"))
+    assert trainer._reason(failed.as_instanceof_cause()) == (
+        "Ray Train failed: OSError: [Errno 28] No space left on device"
+    )
