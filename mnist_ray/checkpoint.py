@@ -8,7 +8,6 @@ state.json              position, metrics, scheduler, config, versions, and SHA-
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import tempfile
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyarrow import fs
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -26,7 +24,7 @@ from mnist_ray.engine import TrainingState
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.metrics import MetricSums
 from mnist_ray.model import create_model
-from mnist_ray.storage import RunFolder, patiently
+from mnist_ray.storage import RunFolder, download
 
 STATE_FILE, FOLDER_PREFIX = "state.json", "checkpoint_"
 _ENTRIES = {"epoch", "step", "sums", "epoch_s", "finished_s", "optimizer", "scheduler", "sha256"}
@@ -97,7 +95,7 @@ def restore_newest(run: RunFolder, state: TrainingState) -> tuple[dict[str, Any]
     for name in reversed(names):
         saved = run.inside(name)
         with tempfile.TemporaryDirectory() as local:
-            patiently(functools.partial(fs.copy_files, saved.path, local, source_filesystem=saved.filesystem))
+            download(saved.filesystem, saved.path, local)
             try:
                 restore(Path(local), state)
                 return read_state(Path(local)), damaged

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import math
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from mnist_ray.environment import for_evaluation
 from mnist_ray.errors import UsageError
 from mnist_ray.events import Validated
 from mnist_ray.metrics import Evaluation
-from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, find_run
+from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, download, find_run
 
 
 def evaluate(checkpoint: Checkpoint, split: Split | ray.ObjectRef, num_images: int, num_tasks: int = 1) -> Evaluation:
@@ -81,7 +82,8 @@ def validate(checkpoint: Checkpoint, split: ray.ObjectRef, events: Queue) -> dic
 
 def _evaluate_here(checkpoint: Checkpoint, split: Split) -> Evaluation:
     torch.set_num_threads(1)  # so that neither tasks side by side nor a training get in each other's way
-    with checkpoint.as_directory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        download(checkpoint.filesystem, checkpoint.path, folder)
         return engine.evaluate(load_model(Path(folder)), split)
 
 

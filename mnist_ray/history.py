@@ -56,6 +56,11 @@ class History:
                     event.epoch, val_loss=event.loss, val_accuracy=event.accuracy, val_s=round(event.seconds, 3)
                 )
 
+    @property
+    def unvalidated(self) -> list[int]:
+        """The finished epochs whose checkpoints no task has evaluated."""
+        return [epoch for epoch, row in sorted(self.rows.items()) if row.get("val_accuracy", "") == ""]
+
     def _update(self, epoch: int, **figures: Any) -> None:
         self.rows.setdefault(epoch, {"epoch": epoch}).update(figures)
         write_csv(self._run, METRICS_FILE, _METRICS, (self.rows[epoch] for epoch in sorted(self.rows)))

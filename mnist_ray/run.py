@@ -69,6 +69,8 @@ def train_run(
     try:
         fitted = _fit(job, run, images, plan, on_event)
         clock.lap("validation")
+        if job.train.validation_size > 0 and (epochs := history.unvalidated):
+            console.say("note", f"not validated, since the task failed: epoch {', '.join(map(str, epochs))}")
         tested = evaluation.evaluate(fitted.checkpoint, images.test, len(images.test))
         clock.lap("evaluation")
         if is_last:

@@ -146,6 +146,11 @@ class RunFolder:
         patiently(copy)
 
 
+def download(filesystem: fs.FileSystem, path: str, local: str) -> None:
+    """Copy a folder's files into a local one, patiently. Raises what the file system does."""
+    patiently(lambda: fs.copy_files(path, local, source_filesystem=filesystem))
+
+
 def locate(storage_path: str, name: str) -> RunFolder:
     """Return the folder ``name`` under a path or URI, which need not exist. Raises UsageError for a bad URI."""
     try:

@@ -37,3 +37,4 @@ def test_a_resumed_run_keeps_the_epochs_that_it_does_not_repeat(tmp_path: Path) 
     assert [row["epoch"] for row in again.rows.values()] == ["1"]
     again.add(finished(2))
     assert [(row["epoch"], row["val_loss"]) for row in rows(tmp_path)] == [("1", "0.25"), ("2", "")]
+    assert again.unvalidated == History(locate(str(tmp_path), "run")).unvalidated == [2]

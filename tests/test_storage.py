@@ -72,6 +72,24 @@ def test_storage_that_fails_for_seconds_is_tried_again(monkeypatch: pytest.Monke
     assert failing.now == 5
 
 
+def test_a_folder_whose_storage_is_away_for_a_moment_is_copied_once_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away, storage_folder, local = tmp_path / "away", tmp_path / "storage", tmp_path / "local"
+    (away / "checkpoint").mkdir(parents=True)
+    (away / "checkpoint" / "state.json").write_text("{}")
+    storage_folder.touch()
+    local.mkdir()
+
+    def come_back(seconds: float) -> None:
+        storage_folder.unlink()
+        away.rename(storage_folder)
+
+    monkeypatch.setattr("time.sleep", come_back)
+    storage.download(fs.LocalFileSystem(), str(storage_folder / "checkpoint"), str(local))
+    assert (local / "state.json").read_text() == "{}"
+
+
 def test_storage_that_fails_for_good_ends_in_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
     failing = Storage(monkeypatch, fails_for_s=1e9)
     with pytest.raises(OSError, match="the link is down"):
