@@ -87,8 +87,6 @@ def connect(config: WorkerConfig, *, verbose: bool, importing: str | None = None
 
     ``importing`` is a module that is imported meanwhile: starting Ray is mostly waiting.
     """
-    if importing:
-        threading.Thread(target=importlib.import_module, args=(importing,), daemon=True).start()
     if ray.is_initialized():
         yield _describe(is_local=False)
         return
@@ -100,23 +98,41 @@ def connect(config: WorkerConfig, *, verbose: bool, importing: str | None = None
         quiet_ray()
     address = _find_cluster()
     try:
-        if address is None:
-            num_cpus = _local_cpus(config)
-            prepare_local()
-            with _on_loopback():
-                ray.init(
-                    address="local",
-                    num_cpus=num_cpus,
-                    include_dashboard=False,
-                    runtime_env={"env_vars": for_workers()},
-                    **options,
-                )
-        else:
-            _init(address, options)
+        with _importing(importing):
+            if address is None:
+                _start_local(config, options)
+            else:
+                _init(address, options)
         take_sigterm_as_interrupt()
         yield _describe(is_local=address is None, leave=threading.Thread(target=ray.shutdown).start)
     finally:
         ray.shutdown()
+
+
+def _start_local(config: WorkerConfig, options: dict[str, Any]) -> None:
+    num_cpus = _local_cpus(config)
+    prepare_local()
+    with _on_loopback():
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            runtime_env={"env_vars": for_workers()},
+            **options,
+        )
+
+
+@contextlib.contextmanager
+def _importing(module: str | None) -> Iterator[None]:
+    """Import a module meanwhile. It is whole afterwards: of two threads that import it, one may find it half-made."""
+    thread = threading.Thread(target=importlib.import_module, args=(module,)) if module else None
+    if thread:
+        thread.start()
+    try:
+        yield
+    finally:
+        if thread:
+            thread.join()
 
 
 @contextlib.contextmanager

@@ -1,3 +1,6 @@
+import sys
+from pathlib import Path
+
 import pytest
 
 from mnist_ray import cluster
@@ -100,3 +103,13 @@ def test_threads_follow_the_cpus_that_a_worker_really_has(
     assigned: float, cores: int, workers: int, threads: int
 ) -> None:
     assert cluster.threads_per_worker(assigned, cores, workers) == threads
+
+
+def test_a_module_that_is_imported_meanwhile_is_whole_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow_module.py").write_text("import time\ntime.sleep(0.2)\nis_whole = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with cluster._importing("slow_module"):
+        pass
+    assert sys.modules["slow_module"].is_whole
