@@ -85,7 +85,7 @@ def connect(config: WorkerConfig, *, verbose: bool, importing: str | None = None
     A local Ray counts at least the CPUs asked for, so that more workers than cores can run. On leaving, the
     connection is closed and a local Ray ended. Raises JobError where the named cluster does not answer.
 
-    ``importing`` is a module that is imported meanwhile: starting Ray is mostly waiting.
+    ``importing`` is a module that is imported while a local Ray starts, which is mostly waiting, or else before.
     """
     if ray.is_initialized():
         yield _describe(is_local=False)
@@ -98,11 +98,15 @@ def connect(config: WorkerConfig, *, verbose: bool, importing: str | None = None
         quiet_ray()
     address = _find_cluster()
     try:
-        with _importing(importing):
-            if address is None:
+        if address is None:
+            with _importing(importing):
                 _start_local(config, options)
-            else:
-                _init(address, options)
+        else:
+            # Not meanwhile: as a job connects, a second node on this machine may lay the job's working directory
+            # anew, and without a current directory torch cannot be imported.
+            if importing:
+                importlib.import_module(importing)
+            _init(address, options)
         take_sigterm_as_interrupt()
         yield _describe(is_local=address is None, leave=threading.Thread(target=ray.shutdown).start)
     finally:
