@@ -81,6 +81,13 @@ def confirmations(sweep: SweepConfig, seed: int, table: TrialTable) -> list[Poin
     return [dataclasses.replace(point, seed=seed + more) for more in (1, 2) for point in chosen]
 
 
+def contenders(sweep: SweepConfig, seed: int, table: TrialTable) -> set[Point]:
+    """Return the points that belong to configurations which may come out as the best, as things stand."""
+    leading = [*confirmations(sweep, seed, table), *(record.point for record in (table.best or Choice(())).records)]
+    configurations = {(point.batch_size, point.learning_rate) for point in leading}
+    return {point for point in table.by_point if (point.batch_size, point.learning_rate) in configurations}
+
+
 DONE, STOPPED, FAILED, RUNNING = "done", "stopped early", "failed", "running"
 
 

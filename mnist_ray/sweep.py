@@ -8,7 +8,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from mnist_ray.cluster import Cluster, WorkerPlan
-from mnist_ray.config import SweepConfig
+from mnist_ray.config import SweepConfig, TrainConfig
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.search import DONE, FAILED, STOPPED, Point, TrialTable, confirmations, first_points, propose
+from mnist_ray.search import DONE, FAILED, STOPPED, Point, TrialTable, confirmations, contenders, first_points, propose
 from mnist_ray.storage import TRIALS_FILE, RunFolder
 from mnist_ray.trial import TrialSpec, run_trial
 
@@ -54,7 +54,7 @@ def run_sweep(
     """
     os.environ.update(_SETTINGS)
     table = TrialTable.from_csv(run.read_text(TRIALS_FILE) or "")
-    watcher = _Watcher(table, run, spec.config.num_epochs, on_change)
+    watcher = _Watcher(sweep, spec.config, table, run, on_change)
     seed, deadline = spec.config.seed, time.monotonic() + (sweep.time_budget_s or math.inf)
 
     def run_stage(points: list[Point], scheduler: TrialScheduler, search: dict[str, Any] | None = None) -> None:
@@ -74,6 +74,7 @@ def run_sweep(
     if table.best is None:
         reasons = [record.reason for record in table.by_point.values() if record.reason]
         raise JobError(f"every trial failed; the first one: {reasons[0] if reasons else 'the time was up'}")
+    _drop_checkpoints(run, table, kept={max(table.best.records, key=lambda record: record.score).point})
     return table
 
 
@@ -178,11 +179,17 @@ class _Watcher(tune.Callback):
     """Keeps the table, sweep.csv and the disk up to date as trials go."""
 
     def __init__(
-        self, table: TrialTable, run: RunFolder, num_epochs: int, on_change: Callable[[TrialTable], None]
+        self,
+        sweep: SweepConfig,
+        config: TrainConfig,
+        table: TrialTable,
+        run: RunFolder,
+        on_change: Callable[[TrialTable], None],
     ) -> None:
+        self._sweep = sweep
+        self._config = config
         self._table = table
         self._run = run
-        self._num_epochs = num_epochs
         self._on_change = on_change
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -206,7 +213,7 @@ class _Watcher(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Note a trial that ended, by itself or stopped."""
         record = self._table.by_point[_point(trial)]
-        record.state = DONE if record.epochs >= self._num_epochs else STOPPED
+        record.state = DONE if record.epochs >= self._config.num_epochs else STOPPED
         self._finished()
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -216,17 +223,20 @@ class _Watcher(tune.Callback):
         self._finished()
 
     def _finished(self) -> None:
-        """Drop the checkpoints of finished trials, but the best's."""
+        """Drop the checkpoints that cannot be the best's any more."""
         self._changed()
-        best = self._table.best
-        kept = best.records[0] if best else None
-        for record in self._table.by_point.values():
-            if record.is_finished and record is not kept:
-                self._run.inside(TRIALS_FOLDER).inside(record.point.name).delete()
+        _drop_checkpoints(self._run, self._table, contenders(self._sweep, self._config.seed, self._table))
 
     def _changed(self) -> None:
         self._run.write_text(TRIALS_FILE, self._table.to_csv())
         self._on_change(self._table)
+
+
+def _drop_checkpoints(run: RunFolder, table: TrialTable, kept: Container[Point]) -> None:
+    """Delete the checkpoints of finished trials but those of ``kept``, so that a sweep's disk use does not grow."""
+    for record in table.by_point.values():
+        if record.is_finished and record.point not in kept:
+            run.inside(TRIALS_FOLDER).inside(record.point.name).delete()
 
 
 def _point(trial: Trial) -> Point:

@@ -142,3 +142,14 @@ def test_the_mean_over_seeds_chooses_among_those_that_were_confirmed() -> None:
     assert table.best is not None
     assert {record.learning_rate for record in table.best.records} == {2e-3}
     assert table.best.val_accuracy == pytest.approx(0.985)
+
+
+def test_checkpoints_are_kept_of_what_may_come_out_as_the_best() -> None:
+    rows = [(1e-3, 0, DONE, 0.99), (2e-3, 0, DONE, 0.985), (3e-3, 0, DONE, 0.98)]
+    searched = search.contenders(SweepConfig(num_confirmed=2), 0, table_of(*rows))
+    assert {point.learning_rate for point in searched} == {1e-3, 2e-3}
+    confirmed = search.contenders(SweepConfig(num_confirmed=2), 0, table_of(*rows, (2e-3, 1, DONE, 0.9)))
+    assert {(point.learning_rate, point.seed) for point in confirmed} == {(1e-3, 0), (2e-3, 0), (2e-3, 1)}
+    single = search.contenders(SweepConfig(num_confirmed=0), 0, table_of(*rows))
+    assert {point.learning_rate for point in single} == {1e-3}
+    assert search.contenders(SweepConfig(), 0, table_of((1e-3, 0, FAILED, 0.9))) == set()

@@ -78,6 +78,20 @@ def test_only_the_best_trials_checkpoint_is_kept(finished_sweep: Path) -> None:
     assert len(list((finished_sweep / "trials" / folders[0]).iterdir())) == 1
 
 
+def test_a_confirmed_sweep_keeps_the_best_checkpoint_of_the_configuration_that_it_chose(
+    trials_only: None, ray_address: str, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mnist_ray.sweep.propose", lambda sweep, seed: [Point(50, 3e-3, 0), Point(50, 2e-3, 0)])
+    where = {"data_dir": str(small_data), "storage_path": str(tmp_path), "run_name": "sure"}
+    tune_and_train({**QUICK, **where, "num_epochs": 1, "num_confirmed": 2})
+    trials = rows(tmp_path / "sure")
+    assert [row["state"] for row in trials] == ["done"] * 6
+    rate = str(json.loads((tmp_path / "sure" / "best.json").read_text())["learning_rate"])
+    best = max((row for row in trials if row["learning_rate"] == rate), key=lambda row: float(row["val_accuracy"]))
+    (kept,) = (tmp_path / "sure" / "trials").iterdir()
+    assert kept.name == f"batch-50_lr-{rate}_seed-{best['seed']}"
+
+
 def test_the_training_job_reproduces_the_best_trial(finished_sweep: Path, ray_address: str, tmp_path: Path) -> None:
     flags = ["--config", str(finished_sweep / "best.json"), "--storage-path", str(tmp_path), "--run-name", "again"]
     done = run_job("train.py", *flags, "--num-workers", "1", "--cpus-per-worker", "1", address=ray_address)
