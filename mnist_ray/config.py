@@ -137,7 +137,9 @@ class ViewConfig:
     )
     label: int | None = setting(None, "show only images with this label", **_at_least(0))
     output: str = setting("view.png", "the picture's file", *_png())
-    stats: bool = setting(False, "print the number of images per class and the pixels' mean and standard deviation")
+    stats: bool = setting(
+        False, "print the number of images per class and the pixels' mean and standard deviation, and draw nothing"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

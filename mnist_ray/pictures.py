@@ -14,11 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from mnist_ray.search import RUNNING, STOPPED, TrialRecord, TrialTable
 
 _WIDTH = 4.8  # inches
 _RIGHT, _WRONG = "#2a6f3c", "#c62828"
+_ENLARGED = 12 * 28  # pixels of an image that is drawn alone
 _TILE = 34  # pixels from one image of a grid to the next
 _CAPTION = 12  # pixels of room below an image
 MARKERS = "osD^vP*X"
@@ -143,6 +145,13 @@ def seconds(parts: Mapping[str, float]) -> bytes:
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
     return _png(figure)
+
+
+def digit(image: np.ndarray) -> bytes:
+    """Enlarge one image (28, 28) uint8, nothing around it, so that other programs and predict.py can read it."""
+    content = io.BytesIO()
+    Image.fromarray(image).resize((_ENLARGED, _ENLARGED), Image.Resampling.NEAREST).save(content, format="png")
+    return content.getvalue()
 
 
 def digits(

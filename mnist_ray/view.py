@@ -32,6 +32,7 @@ def view(flags: Mapping[str, Any]) -> None:
         console.print(f"{name:<8}{len(split):,} images")
     if config.stats:
         console.print(_stats(splits))
+        return
     indices = choose(splits[config.split], config)
     images, labels = splits[config.split].images[indices], splits[config.split].labels[indices]
     if len(indices) == 1:
@@ -39,10 +40,12 @@ def view(flags: Mapping[str, Any]) -> None:
         console.print(f"image   {config.split} {indices[0]:,}: label {labels[0]}, size {width}×{height}")
         if console.is_terminal:
             console.print(blocks(images[0]))
+        picture = pictures.digit(images[0])
     else:
         console.print(f"images  {config.split} {indices[0]:,} to {indices[-1]:,}: {len(indices)} of them")
-    captions = [f"{index}: {label}" for index, label in zip(indices, labels, strict=True)]
-    write_file(config.output, pictures.digits(images, captions, num_columns=_GRID_COLUMNS))
+        captions = [f"{index}: {label}" for index, label in zip(indices, labels, strict=True)]
+        picture = pictures.digits(images, captions, num_columns=_GRID_COLUMNS)
+    write_file(config.output, picture)
     console.print(f"picture {config.output}")
 
 
