@@ -84,7 +84,8 @@ def _evaluate_here(checkpoint: Checkpoint, split: Split) -> Evaluation:
     torch.set_num_threads(1)  # so that neither tasks side by side nor a training get in each other's way
     with tempfile.TemporaryDirectory() as folder:
         download(checkpoint.filesystem, checkpoint.path, folder)
-        return engine.evaluate(load_model(Path(folder)), split)
+        model = load_model(Path(folder)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return engine.evaluate(model, split)
 
 
 def find_checkpoint(given: str | None, storage_path: str) -> Checkpoint:
