@@ -56,8 +56,10 @@ class Case:
 
 
 CASES = (
-    Case("images/s through Ray, 2 workers / the bare 2-process loop, same engine", "two_first", "bare_two", ">= 0.97"),
-    Case("the same / 2 processes whose gradients DDP and gloo sum", "two_first", "plain_two", ">= 0.97"),
+    Case(
+        "images/s through Ray, 2 workers / 2 processes of plain DDP, same engine", "two_first", "plain_two", ">= 0.97"
+    ),
+    Case("the same / 2 processes that sum through shared memory as well", "two_first", "bare_two", ">= 0.97"),
     Case("images/s through Ray, 1 worker / the bare process, all cores", "one_first", "bare_one", ">= 0.97"),
     Case("images/s through Ray, default recipe and workers / the notebook's loop", "one", "notebook", ">= 5"),
     Case("images/s of the notebook's recipe (batch 8, fp32) / the notebook's loop", "recipe", "notebook", ">= 2"),
@@ -221,7 +223,7 @@ def scaling(
     return rows
 
 
-def case_row(case: Case, rounds: Sequence[Figures]) -> dict[str, Any] | None:
+def case_row(case: Case, rounds: Sequence[Figures], is_judged: bool) -> dict[str, Any] | None:
     """Return a case's ratios over the rounds, and their median; None where no round has its figures."""
     pairs = [(f[case.of], f[case.over]) for f in rounds if case.of in f and case.over in f]
     ratios = [of / over for of, over in pairs]
@@ -234,7 +236,7 @@ def case_row(case: Case, rounds: Sequence[Figures]) -> dict[str, Any] | None:
         "median": round(median, 3),
         "spread": [round(min(ratios), 3), round(max(ratios), 3)],
         "rounds": len(ratios),
-        "is_met": case.is_met(median),
+        "is_met": case.is_met(median) if is_judged else None,
         "of": round(statistics.median(of for of, _ in pairs), 1),
         "over": round(statistics.median(over for _, over in pairs), 1),
     }
@@ -258,7 +260,7 @@ def as_markdown(results: dict[str, Any]) -> str:
             f"{row['of']:,.4g} / {row['over']:,.4g}",
             f"{row['spread'][0]:.2f} to {row['spread'][1]:.2f}",
             row["rounds"],
-            "yes" if row["is_met"] else "**no**",
+            {True: "yes", False: "**no**", None: "not judged"}[row["is_met"]],
         )
         lines.append("| " + " | ".join(map(str, shown)) + " |")
     lines += [
@@ -326,13 +328,13 @@ def main() -> None:
         measured += repeat(rounds, "sweeps", lambda storage: sweep_round(2 if args.quick else 16))
         long = memory_and_epochs(folder, 2 if args.quick else 10, flags)
         print(f"memory: {long}", flush=True)
-        sizes = [(1, 1), (2, 2)] if args.quick else [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4)]
+        sizes = [(2, 2)] if args.quick else [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4)]
         rows = scaling(folder, full, sizes, flags[2:])
     results = {
         "machine": machine(),
         "versions": versions(),
         "commit": git_commit(),
-        "cases": [row for case in CASES if (row := case_row(case, measured)) is not None],
+        "cases": [row for case in CASES if (row := case_row(case, measured, is_judged=not args.quick)) is not None],
         "memory": long,
         "scaling": rows,
         "rounds": measured,

@@ -46,6 +46,7 @@ from mnist_ray.sharding import num_steps
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder
 
 _SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
+_POLL_INTERVAL_S = 0.5  # at which the driver asks for events, as often as workers send their progress
 _RESIZE_INTERVAL_S = 15.0  # how often an elastic run looks whether the cluster holds more workers
 
 
@@ -180,11 +181,12 @@ def _wait(
     thread.start()
     is_running = True
     while is_running:
-        thread.join(timeout=0.2)
+        thread.join(timeout=_POLL_INTERVAL_S)
         is_running = thread.is_alive()  # seen before the events are: the last ones are handed on too
         # Not get() with a timeout: it says by an exception that nothing came, and Ray logs one that Ctrl-C left.
-        for event in events.get_nowait_batch(events.qsize()):
-            on_event(event)
+        if num_events := events.qsize():
+            for event in events.get_nowait_batch(num_events):
+                on_event(event)
     return outcome[0]
 
 
