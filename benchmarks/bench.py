@@ -56,9 +56,7 @@ class Case:
 
 
 CASES = (
-    Case(
-        "images/s through Ray, 2 workers / 2 processes of plain DDP, same engine", "two_first", "plain_two", ">= 0.97"
-    ),
+    Case("images/s through Ray, 2 workers / 2 processes under plain DDP", "two_first", "plain_two", ">= 0.97"),
     Case("the same / 2 processes that sum through shared memory as well", "two_first", "bare_two", ">= 0.97"),
     Case("images/s through Ray, 1 worker / the bare process, all cores", "one_first", "bare_one", ">= 0.97"),
     Case("images/s through Ray, default recipe and workers / the notebook's loop", "one", "notebook", ">= 5"),
