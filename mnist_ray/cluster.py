@@ -27,6 +27,7 @@ from mnist_ray.environment import for_workers, prepare_local, take_sigterm_as_in
 from mnist_ray.errors import JobError, UsageError
 
 _MOST_WORKERS_A_CORE = 8  # each worker is a process of some 500 MiB
+_LEAST_IMAGES_PER_THREAD = 8  # two threads are 1.35 times as fast as one at batch 16, and slower, at times, at batch 8
 
 
 @dataclass(frozen=True)
@@ -295,6 +296,9 @@ def _cannot_hold(config: WorkerConfig, num_workers: int, cluster: Cluster, use_g
     return f"the cluster cannot hold {asked}: it has {there}; {advice}"
 
 
-def threads_per_worker(assigned_cpus: float, cores: int, workers_on_node: int) -> int:
-    """Return the threads of one worker: the CPUs that Ray gave it, but no more than its share of real cores."""
-    return max(1, min(int(assigned_cpus), cores // workers_on_node))
+def threads_per_worker(assigned_cpus: float, cores: int, workers_on_node: int, local_batch_size: int) -> int:
+    """Return the threads of one worker: the CPUs that Ray gave it, but no more than its share of real cores.
+
+    Nor more than have some images each to work on: at a few a thread, waiting for each other takes what they gain.
+    """
+    return max(1, min(int(assigned_cpus), cores // workers_on_node, local_batch_size // _LEAST_IMAGES_PER_THREAD))

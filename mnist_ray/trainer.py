@@ -258,7 +258,9 @@ def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
     context = ray.train.get_context()
     group = engine.Group(context.get_world_rank(), context.get_world_size(), get_device())
     assigned_cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
-    torch.set_num_threads(threads_per_worker(assigned_cpus, usable_cores(), context.get_local_world_size()))
+    batch_size = spec.config.batch_size // group.world_size
+    threads = threads_per_worker(assigned_cpus, usable_cores(), context.get_local_world_size(), batch_size)
+    torch.set_num_threads(threads)
     split = ray.get(spec.split)
 
     state = engine.create_state(spec.config, len(split), group.device)

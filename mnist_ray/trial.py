@@ -66,7 +66,7 @@ def _train_on_workers(config: TrainConfig, spec: TrialSpec, folder: RunFolder) -
 
 def _train_here(config: TrainConfig, spec: TrialSpec, folder: RunFolder) -> None:
     keep_freed_memory()
-    torch.set_num_threads(threads_per_worker(spec.plan.cpus_per_worker, usable_cores(), workers_on_node=1))
+    torch.set_num_threads(threads_per_worker(spec.plan.cpus_per_worker, usable_cores(), 1, config.batch_size))
     group = Group(device=torch.device("cuda" if spec.plan.use_gpu else "cpu"))
     config = dataclasses.replace(config, precision=engine.resolve_precision(config.precision, group))
     split, validation = ray.get([spec.train, spec.validation])

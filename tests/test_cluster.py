@@ -96,13 +96,14 @@ def test_what_can_never_be_held_is_refused(config: WorkerConfig, nodes: list[Nod
 
 
 @pytest.mark.parametrize(
-    ("assigned", "cores", "workers", "threads"),
-    [(2, 2, 1, 2), (1, 2, 4, 1), (8, 2, 1, 2), (4, 16, 2, 4), (0.5, 2, 1, 1)],
-)
-def test_threads_follow_the_cpus_that_a_worker_really_has(
-    assigned: float, cores: int, workers: int, threads: int
+    ("assigned", "cores", "workers", "batch_size", "threads"),
+    [(2, 2, 1, 128, 2), (1, 2, 4, 128, 1), (8, 2, 1, 128, 2), (4, 16, 2, 128, 4), (0.5, 2, 1, 128, 1),
+     (2, 2, 1, 8, 1), (2, 2, 1, 16, 2), (16, 16, 1, 32, 4), (2, 2, 1, 1, 1)],
+)  # fmt: skip
+def test_threads_follow_the_cpus_that_a_worker_really_has_and_its_images(
+    assigned: float, cores: int, workers: int, batch_size: int, threads: int
 ) -> None:
-    assert cluster.threads_per_worker(assigned, cores, workers) == threads
+    assert cluster.threads_per_worker(assigned, cores, workers, batch_size) == threads
 
 
 def test_a_module_that_is_imported_meanwhile_is_whole_afterwards(

@@ -1,0 +1,104 @@
+"""Where the time goes: python benchmarks/anatomy.py step, or: python benchmarks/anatomy.py start
+
+`step` profiles optimizer steps in this process with torch.profiler; `start` runs the training job and lists its
+processes, with the time of their birth and their processor time when they were first seen as what they are.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from mnist_ray import data, engine
+from mnist_ray.config import DataConfig, TrainConfig
+from mnist_ray.environment import keep_freed_memory
+from mnist_ray.sharding import BatchDataset, ShardedBatchSampler, epoch_loader
+
+TRAIN = Path(__file__).parent.parent / "jobs" / "train.py"
+
+
+def profile_steps(batch_size: int, precision: str, num_threads: int, num_steps: int) -> None:
+    """Print what the operators of some steps took, after ten steps of warming up."""
+    keep_freed_memory()
+    torch.set_num_threads(num_threads)
+    split = data.find(DataConfig()).load("train")
+    group = engine.Group()
+    state = engine.create_state(TrainConfig(batch_size=batch_size), len(split), group.device)
+    dataset = BatchDataset(split, group.device)
+    batches = iter(epoch_loader(dataset, ShardedBatchSampler(len(split), batch_size, seed=0, epoch=0)))
+    dtype = torch.bfloat16 if precision == "bf16" else None
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            engine.train_step(state.model, next(batches), state.optimizer, group, dtype)
+            state.scheduler.step()
+
+    train(10)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        train(num_steps)
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=45))
+
+
+def watch_start() -> None:
+    """Run the training job, printing its lines and its processes as they come."""
+    environment = {**os.environ, "RAY_ADDRESS": "local", "PYTHONUNBUFFERED": "1"}
+    with tempfile.TemporaryDirectory() as storage:
+        command = [sys.executable, str(TRAIN), "--storage-path", storage]
+        start = time.time()
+        job = psutil.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        lines = threading.Thread(target=print_lines, args=(job, start))
+        lines.start()
+        names: dict[int, str] = {}
+        while job.poll() is None:
+            for process in job.children(recursive=True):
+                try:
+                    name, times = name_of(process), process.cpu_times()
+                    if names.get(process.pid) != name:
+                        names[process.pid] = name
+                        born, used = process.create_time() - start, times.user + times.system
+                        print(f"{time.time() - start:6.2f}  {name:<34} born {born:5.2f}, has used {used:.2f} s")
+                except psutil.Error:  # it has just ended
+                    continue
+            time.sleep(0.05)
+        lines.join()
+        print(f"{time.time() - start:6.2f}  exit")
+
+
+def print_lines(job: psutil.Popen, start: float) -> None:
+    """Print each line of a job with its time."""
+    for line in job.stdout:
+        print(f"{time.time() - start:6.2f}  | {line.rstrip()}", flush=True)
+
+
+def name_of(process: psutil.Process) -> str:
+    """Return what a process calls itself, else its script."""
+    words = process.cmdline() or [process.name()]
+    scripts = [Path(word).name for word in words if word.endswith(".py")]
+    return (" ".join(scripts) or Path(words[0]).name).split("(")[0].strip()
+
+
+def main() -> None:
+    """Read the flags and do it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["step", "start"])
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=200)
+    args = parser.parse_args()
+    if args.what == "step":
+        profile_steps(args.batch_size, args.precision, args.threads, args.steps)
+    else:
+        watch_start()
+
+
+if __name__ == "__main__":
+    main()
