@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ADDRESS ?= http://localhost:8265
+JOB ?= train
 # Where there is a token, clusters ask for it.
 AUTH ?= $(or $(RAY_AUTH_MODE),$(if $(wildcard $(HOME)/.ray/auth_token)$(RAY_AUTH_TOKEN),token,disabled))
 
@@ -16,9 +17,9 @@ tune: .venv/installed  ## search batch size and learning rate, train the best
 tensorboard: .venv/installed  ## follow runs at http://localhost:6006
 	$(BIN)/tensorboard --logdir ~/ray_results $(ARGS)
 
-submit: .venv/installed  ## train on a cluster: make submit ADDRESS=http://HEAD:8265 ARGS='--num-workers 4'
+submit: .venv/installed  ## run a job on a cluster: make submit ADDRESS=http://HEAD:8265 JOB=tune ARGS='--num-trials 16'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cluster]'
-	RAY_AUTH_MODE=$(AUTH) $(BIN)/ray job submit --address $(ADDRESS) --working-dir . -- python jobs/train.py $(ARGS)
+	RAY_AUTH_MODE=$(AUTH) $(BIN)/ray job submit --address $(ADDRESS) --working-dir . $(SUBMIT_ARGS) -- python jobs/$(JOB).py $(ARGS)
 
 test: .venv/installed-dev  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)

@@ -58,7 +58,7 @@ def main() -> None:
     workers = WorkerConfig(num_workers=1, cpus_per_worker=1)
     with cluster.connect(workers, verbose=False) as ray_cluster, tempfile.TemporaryDirectory() as storage:
         plan = cluster.plan_workers(workers, ray_cluster)
-        concurrent = sweep.trials_at_a_time(config, plan, ray_cluster)
+        concurrent = sweep.trials_at_a_time(config, plan, ray_cluster, autoscaling=False)
         images_in_store = ray.put(images.train), ray.put(images.validation)
         ours = locate(storage, "ours")
         told = about(job), workers.hang_timeout_s

@@ -51,6 +51,8 @@ class Parser(argparse.ArgumentParser):
         flags = vars(self.parse_args())
         if isinstance(flags.get("num_workers"), tuple):
             flags["min_workers"], flags["num_workers"] = flags["num_workers"]
+        elif "num_workers" in flags:  # takes the place of a saved MIN:MAX as a whole
+            flags.setdefault("min_workers", None)
         for config_class in self._config_classes:
             build(config_class, flags, flag)
         return flags

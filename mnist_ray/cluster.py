@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import logging
@@ -48,6 +49,10 @@ class Cluster:
     log_folder: str
     leave: Callable[[], None] = lambda: None
     """Begin to disconnect, and to end a local Ray, while the caller does what needs no Ray any more."""
+
+    def as_it_is_now(self) -> Cluster:
+        """Return it with the nodes that are there by now: an autoscaler starts and ends some."""
+        return dataclasses.replace(self, nodes=_nodes())
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,9 @@ class WorkerConfig:
         None, "training processes; default: one per GPU, else one per node with all its cores", **_at_least(1)
     )
     cpus_per_worker: int | None = setting(
-        None, "CPUs, and so threads, of one worker; default: the cluster's CPUs shared evenly", **_at_least(1)
+        None,
+        "CPUs of one worker, and its threads, while each has 8 images; default: the cluster's CPUs shared evenly",
+        **_at_least(1),
     )
     use_gpu: Literal["auto", "yes", "no"] = setting("auto", "auto: where the cluster has any")
     min_workers: int | None = setting(
@@ -189,7 +191,7 @@ class SweepConfig:
         **_at_least(0),
     )
     max_concurrent_trials: int | None = setting(
-        None, "trials at a time; default and most: what the cluster holds", **_at_least(1)
+        None, "trials at a time; default, and most without --autoscaling: what the cluster holds", **_at_least(1)
     )
     time_budget_s: float | None = setting(
         None, "seconds after which no trial goes on", lambda s: s is None or s > 0, "must be positive"
@@ -314,6 +316,8 @@ def chosen_values(flags: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(RECIPES[flags.get("recipe", "default")])
     if "config" in flags:
         values |= read_config_file(flags["config"], RUN_SETTINGS)
+        if "dataset" in flags:  # takes the place of a saved folder, which would come before it
+            values.pop("data_dir", None)
     return values | {name: value for name, value in flags.items() if name not in ("recipe", "config")}
 
 

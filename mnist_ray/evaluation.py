@@ -15,23 +15,24 @@ import ray
 import ray.train
 import torch
 from ray.train import Checkpoint
+from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
 from ray.util.queue import Queue
 
 from mnist_ray import engine
-from mnist_ray.checkpoint import STATE_FILE, load_model
+from mnist_ray.checkpoint import FOLDER_PREFIX, STATE_FILE, load_model
 from mnist_ray.data import Split
 from mnist_ray.environment import for_evaluation
-from mnist_ray.errors import UsageError
+from mnist_ray.errors import JobError, UsageError
 from mnist_ray.events import Validated
 from mnist_ray.metrics import Evaluation
-from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, download, find_run
+from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, STORAGE_ERRORS, download, find_run
 
 
 def evaluate(checkpoint: Checkpoint, split: Split | ray.ObjectRef, num_images: int, num_tasks: int = 1) -> Evaluation:
     """Evaluate a checkpoint on a split of ``num_images``, spread over tasks of one CPU each.
 
     Tasks get whole batches, and batches are the same for any number of tasks, so the result is too. Raises what a
-    task raised.
+    task raised, and JobError where its node or the storage has gone.
     """
     reference = split if isinstance(split, ray.ObjectRef) else ray.put(split)
     task = _evaluate_part.options(**process_options())
@@ -39,7 +40,12 @@ def evaluate(checkpoint: Checkpoint, split: Split | ray.ObjectRef, num_images: i
     try:
         return Evaluation.merge(ray.get(parts))
     except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, STORAGE_ERRORS):
+            reason = str(error.cause).splitlines()[0]
+            raise JobError(f"cannot read the checkpoint {checkpoint.path}: {reason}") from error
         raise error.cause from error  # the task's own exception, whose text is one line
+    except ray.exceptions.RayError as error:
+        raise JobError(f"the evaluation was lost: {str(error).strip().splitlines()[0]}") from error
 
 
 def process_options() -> dict[str, Any]:
@@ -101,6 +107,11 @@ def find_checkpoint(given: str | None, storage_path: str) -> Checkpoint:
         return Checkpoint(f"{run.path}/{json.loads(result)['checkpoint']}", filesystem=run.filesystem)
     try:
         unfinished = ray.train.Result.from_path(run.path, storage_filesystem=run.filesystem)
+    except CheckpointManagerInitializationError:  # a kill has cut off Ray's list of the checkpoints
+        names = [name for name in run.subfolders() if name.startswith(FOLDER_PREFIX)]
+        if not names:
+            raise UsageError(f"run {run.uri} has no checkpoint yet") from None
+        return Checkpoint(run.inside(names[-1]).path, filesystem=run.filesystem)
     except RuntimeError as error:
         if run.exists(CONFIG_FILE):
             raise UsageError(f"run {run.uri} has no checkpoint yet") from error

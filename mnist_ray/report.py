@@ -173,7 +173,8 @@ def write(run: RunFolder, test: Split | None) -> list[Picture]:
 def _status(record: RunRecord) -> str:
     epochs = f"{len(record.epochs)} of {record.config['num_epochs']} epochs"
     if record.result is None:
-        command = f"python jobs/train.py --resume --run-name {record.run.name} --storage-path {record.run.storage_path}"
+        job = "train" if record.trials is None else "tune"
+        command = f"python jobs/{job}.py --resume --run-name {record.run.name} --storage-path {record.run.storage_path}"
         return f"not finished: {epochs} done, and not tested yet. To go on: {command}"
     return f"finished: {epochs}, tested on {record.result['num_test_images']:,} images"
 

@@ -100,7 +100,7 @@ def _result(
     return tested.to_dict("test") | {
         "checkpoint": fitted.checkpoint.path.rstrip("/").rsplit("/", 1)[-1],
         "checkpoint_metrics": fitted.metrics,
-        "images_per_s": _mean_images_per_s(history),
+        "images_per_s": _mean_images_per_s(history) or fitted.metrics["images_per_s"],
         "seconds": clock.seconds(),
         "num_workers": plan.num_workers,
         **origin(),
@@ -134,8 +134,12 @@ def _fit(
     return trainer.fit(spec, plan, held_out, job.workers.max_failures, on_event)
 
 
-def _mean_images_per_s(history: History) -> float:
-    rates = [(float(row["images_per_s"]), float(row["epoch_s"])) for row in history.rows.values()]
+def _mean_images_per_s(history: History) -> float | None:
+    """Return the rate over all epochs that were told of: of those before a kill, the last may not have been."""
+    told = [row for row in history.rows.values() if row.get("epoch_s")]
+    rates = [(float(row["images_per_s"]), float(row["epoch_s"])) for row in told]
+    if not rates:
+        return None
     return round(sum(rate * seconds for rate, seconds in rates) / sum(seconds for _, seconds in rates), 1)
 
 

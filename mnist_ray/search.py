@@ -83,7 +83,8 @@ def confirmations(sweep: SweepConfig, seed: int, table: TrialTable) -> list[Poin
 
 def contenders(sweep: SweepConfig, seed: int, table: TrialTable) -> set[Point]:
     """Return the points that belong to configurations which may come out as the best, as things stand."""
-    leading = [*confirmations(sweep, seed, table), *(record.point for record in (table.best or Choice(())).records)]
+    best = TrialTable(record for record in table.by_point.values() if record.is_finished).best
+    leading = [*confirmations(sweep, seed, table), *(record.point for record in (best or Choice(())).records)]
     configurations = {(point.batch_size, point.learning_rate) for point in leading}
     return {point for point in table.by_point if (point.batch_size, point.learning_rate) in configurations}
 

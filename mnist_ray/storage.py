@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+from uuid import uuid4
 
 import pyarrow
 from pyarrow import fs
@@ -111,8 +112,9 @@ class RunFolder:
             raise JobError(f"cannot write to {self.storage_path}: {_first_line(error)}") from error
 
     def _probe(self) -> None:
-        self._write(posixpath.join(self.storage.path, ".probe"), b"")
-        self.storage.delete_file(".probe")
+        name = f".probe-{uuid4().hex}"  # of its own: another job may probe at the same time
+        self._write(posixpath.join(self.storage.path, name), b"")
+        self.storage.delete_file(name)
 
     def write_text(self, file_name: str, text: str) -> None:
         """Write a text file as ``write_bytes`` does."""
@@ -172,7 +174,10 @@ def find_run(given: str | None, storage_path: str) -> RunFolder:
     Raises UsageError where there is no run at all, or the URI is bad.
     """
     if given is None:
-        return _newest_run(locate(storage_path, ""))
+        try:
+            return _newest_run(locate(storage_path, ""))
+        except STORAGE_ERRORS as error:
+            raise UsageError(f"--storage-path {storage_path} cannot be read: {_first_line(error)}") from error
     if "/" in given:
         parent, _, name = given.rstrip("/").rpartition("/")
         return locate(parent or "/", name)

@@ -20,7 +20,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from mnist_ray.cluster import Cluster, WorkerPlan
 from mnist_ray.config import SweepConfig, TrainConfig
-from mnist_ray.errors import JobError, UsageError
+from mnist_ray.errors import JobError
 from mnist_ray.search import DONE, FAILED, STOPPED, Point, TrialTable, confirmations, contenders, first_points, propose
 from mnist_ray.storage import TRIALS_FILE, RunFolder
 from mnist_ray.trial import TrialSpec, run_trial
@@ -34,15 +34,19 @@ _SETTINGS = {
 }
 
 
-def trials_at_a_time(sweep: SweepConfig, plan: WorkerPlan, cluster: Cluster) -> int:
-    """Return how many trials the cluster holds at once, at most what was asked for: none ever waits for another."""
+def trials_at_a_time(sweep: SweepConfig, plan: WorkerPlan, cluster: Cluster, *, autoscaling: bool) -> int:
+    """Return how many trials the cluster holds at once, at most what was asked for: none ever waits for another.
+
+    Where the cluster starts nodes on demand, it is what was asked for: the trials that wait are the demand.
+    """
     cpus = plan.cpus_per_worker
     if plan.use_gpu:
         workers = sum(min(node.num_gpus, node.num_cpus // cpus) for node in cluster.nodes)
     else:
         workers = sum(node.num_cpus // cpus for node in cluster.nodes)
     held = max(1, workers // plan.num_workers)
-    return min(held, sweep.max_concurrent_trials or held, sweep.num_trials)
+    asked = sweep.max_concurrent_trials or held
+    return min(asked if autoscaling else min(held, asked), sweep.num_trials)
 
 
 def run_sweep(
@@ -138,16 +142,12 @@ def _optuna(sweep: SweepConfig, seed: int, table: TrialTable, concurrent: int) -
     """Return the part of ``TuneConfig`` that asks Optuna's TPE for what is left to try; None where nothing is.
 
     It is told of the trials that are finished already; those that a resumed sweep finds unfinished come first.
-    Raises UsageError without Optuna.
     """
     finished = [record for record in table.by_point.values() if record.is_finished and record.seed == seed]
     unfinished = [record.point for record in table.by_point.values() if not record.is_finished]
     if len(finished) >= sweep.num_trials:
         return None
-    try:
-        import optuna
-    except ImportError as error:
-        raise UsageError("--search optuna needs Optuna: pip install -e '.[optuna]'") from error
+    import optuna  # an extra; that it is there was checked before
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import time
 from collections.abc import Mapping
@@ -47,7 +48,7 @@ def tune_and_train(flags: Mapping[str, Any]) -> None:
     resume_with = resume_command("tune", run)
     with connect(workers, verbose=job.output.verbose) as cluster:
         plan = plan_workers(workers, cluster)
-        concurrent = trials_at_a_time(sweep, plan, cluster)
+        concurrent = trials_at_a_time(sweep, plan, cluster, autoscaling=job.workers.autoscaling)
         if job.output.check:
             with SweepConsole(sweep, job, concurrent) as console:
                 _print_header(console, sweep, job, run, images, plan, concurrent)
@@ -83,7 +84,7 @@ def tune_and_train(flags: Mapping[str, Any]) -> None:
         console.say("files", f"{run.uri}/sweep.csv, {BEST_FILE}, {PICTURE_FILE}")
         seeds = count(len(table.best.records), "seed")
         console.say("best", f"{table.best.val_accuracy:.2%} validation accuracy, mean of {seeds}")
-        _train_the_best(best, run, images, cluster, resume_with)
+        _train_the_best(best, run, images, cluster.as_it_is_now(), resume_with)
 
 
 def _check(sweep: SweepConfig, job: JobConfig, images: Images) -> None:
@@ -97,6 +98,8 @@ def _check(sweep: SweepConfig, job: JobConfig, images: Images) -> None:
         raise UsageError("--validation-size 0: a sweep chooses by validation accuracy; hold some images out")
     if sweep.search == "grid":
         propose(sweep, job.train.seed)
+    if sweep.search == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UsageError("--search optuna needs Optuna: pip install -e '.[optuna]'")
     for size in sweep.batch_sizes:
         if size > len(images.train):
             raise UsageError(f"--batch-sizes: {size:,} is larger than the {len(images.train):,} images to train on")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mnist_ray import config
-from mnist_ray.config import RUN_SETTINGS, TrainConfig
+from mnist_ray import cli, config
+from mnist_ray.config import RUN_SETTINGS, DataConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError
 
 
@@ -94,3 +94,26 @@ def test_settings_that_do_not_fit_the_data_are_refused(values: dict[str, int], m
 
 def test_settings_that_just_fit_the_data_are_taken() -> None:
     config.check_fits(config.build(TrainConfig, {"validation_size": 60, "batch_size": 40}), num_train=100)
+
+
+def test_a_data_set_by_name_takes_the_place_of_a_saved_folder(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(config.to_json(config.build_job({"data_dir": "/x", "num_workers": 4, "min_workers": 2})))
+    values = config.chosen_values({"config": str(file), "dataset": "kmnist"})
+    assert config.build_job(values).data == DataConfig(dataset="kmnist")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--num-workers", "1"], {"num_workers": 1, "min_workers": None}),
+        (["--num-workers", "2:4"], {"num_workers": 4, "min_workers": 2}),
+        (["--num-workers", "4", "--min-workers", "3"], {"num_workers": 4, "min_workers": 3}),
+        ([], {}),
+    ],
+)
+def test_a_number_of_workers_takes_the_place_of_a_saved_range(
+    flags: list[str], expected: dict[str, int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", *flags])
+    assert cli.Parser("", WorkerConfig).read_flags() == expected

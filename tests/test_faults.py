@@ -19,6 +19,8 @@ from mnist_ray import trainer
 from mnist_ray.checkpoint import restore_newest, save_checkpoint
 from mnist_ray.config import TrainConfig
 from mnist_ray.engine import create_state
+from mnist_ray.errors import UsageError
+from mnist_ray.evaluation import find_checkpoint
 from mnist_ray.storage import locate
 from tests.conftest import LONGER, as_flags, run_and_act, run_job
 
@@ -137,6 +139,16 @@ def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(tmp_
     _, damaged = restore_newest(locate(str(tmp_path), "run"), restored)
     assert restored.step == 10
     assert damaged == [empty.name, cut.name, corrupt.name]
+
+
+def test_a_run_whose_list_of_checkpoints_was_cut_off_is_read_by_its_last_checkpoint(tmp_path: Path) -> None:
+    run = locate(str(tmp_path), "run")
+    run.write_text("checkpoint_manager_snapshot.json", '{"checkpoint_results": [{"checkpoint_dir')
+    with pytest.raises(UsageError, match="has no checkpoint yet"):
+        find_checkpoint(run.uri, "")
+    for name in ("checkpoint_epoch-001_step-000000", "checkpoint_epoch-002_step-000000"):
+        run.inside(name).write_text("state.json", "{}")
+    assert find_checkpoint(run.uri, "").path.endswith("/run/checkpoint_epoch-002_step-000000")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from pathlib import Path
 from mnist_ray.events import EpochFinished, Started, Validated
 from mnist_ray.history import History
 from mnist_ray.metrics import MetricSums, Progress
+from mnist_ray.run import _mean_images_per_s
 from mnist_ray.storage import locate
 
 
@@ -38,3 +39,12 @@ def test_a_resumed_run_keeps_the_epochs_that_it_does_not_repeat(tmp_path: Path) 
     again.add(finished(2))
     assert [(row["epoch"], row["val_loss"]) for row in rows(tmp_path)] == [("1", "0.25"), ("2", "")]
     assert again.unvalidated == History(locate(str(tmp_path), "run")).unvalidated == [2]
+
+
+def test_the_mean_rate_is_of_the_epochs_that_were_told_of_before_a_kill(tmp_path: Path) -> None:
+    history = History(locate(str(tmp_path), "run"))
+    history.add(Validated(1, 0.25, 0.5, 1.0))
+    assert _mean_images_per_s(history) is None
+    history.add(finished(2))
+    again = History(locate(str(tmp_path), "run"))
+    assert _mean_images_per_s(again) == 50.0

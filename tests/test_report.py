@@ -122,6 +122,12 @@ def test_an_interrupted_run_has_a_report_of_what_there_is(unfinished_run: Path, 
     assert not [text for text in texts if "nan" in text]
 
 
+def test_an_interrupted_sweeps_report_says_how_to_go_on_with_the_sweep(unfinished_run: Path) -> None:
+    (unfinished_run / "sweep.csv").write_text(TrialTable([TrialRecord(1, 32, 1e-3, 0, DONE, 1.0, 0.9, 0.3)]).to_csv())
+    report.write(locate(str(unfinished_run.parent), unfinished_run.name), None)
+    assert "python jobs/tune.py --resume --run-name unfinished" in (unfinished_run / "report.html").read_text()
+
+
 def test_a_run_interrupted_before_its_first_step_has_a_report(tmp_path: Path) -> None:
     run = locate(str(tmp_path), "run")
     run.write_text("config.json", json_lines(values_of(TrainConfig(), DataConfig(), WorkerConfig())))

@@ -113,7 +113,16 @@ def test_no_more_trials_run_at_a_time_than_the_cluster_holds(
 ) -> None:
     plan = WorkerPlan(workers, cpus, use_gpu=False, must_scale_up=False)
     cluster = Cluster(False, tuple(nodes), "/logs")
-    assert sweep.trials_at_a_time(SweepConfig(max_concurrent_trials=asked), plan, cluster) == expected
+    limit = SweepConfig(max_concurrent_trials=asked)
+    assert sweep.trials_at_a_time(limit, plan, cluster, autoscaling=False) == expected
+
+
+def test_as_many_trials_as_asked_for_run_where_the_cluster_starts_nodes_on_demand() -> None:
+    plan = WorkerPlan(1, 1, use_gpu=False, must_scale_up=True)
+    head_only = Cluster(False, (Node(0),), "/logs")
+    asked = SweepConfig(max_concurrent_trials=8)
+    assert sweep.trials_at_a_time(asked, plan, head_only, autoscaling=True) == 8
+    assert sweep.trials_at_a_time(SweepConfig(), plan, head_only, autoscaling=True) == 1
 
 
 def table_of(*rows: tuple[float, int, str, float]) -> TrialTable:
@@ -153,3 +162,5 @@ def test_checkpoints_are_kept_of_what_may_come_out_as_the_best() -> None:
     single = search.contenders(SweepConfig(num_confirmed=0), 0, table_of(*rows))
     assert {point.learning_rate for point in single} == {1e-3}
     assert search.contenders(SweepConfig(), 0, table_of((1e-3, 0, FAILED, 0.9))) == set()
+    still_better = search.contenders(SweepConfig(num_confirmed=0), 0, table_of(*rows, (4e-3, 0, RUNNING, 0.999)))
+    assert {point.learning_rate for point in still_better} == {1e-3}

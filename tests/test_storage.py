@@ -103,6 +103,15 @@ def test_a_run_is_found_by_its_path_or_its_name(tmp_path: Path, monkeypatch: pyt
     assert find_run("my_run", str(tmp_path)).path == str(tmp_path / "my_run")
 
 
+def test_a_storage_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(storage: RunFolder) -> list[str]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(RunFolder, "subfolders", refuse)
+    with pytest.raises(UsageError, match=r"--storage-path .* cannot be read: .*Permission denied"):
+        find_run(None, str(tmp_path))
+
+
 def test_the_newest_run_is_the_last_begun_that_has_a_checkpoint(tmp_path: Path) -> None:
     for number, name in enumerate(("b_old", "a_new", "c_empty")):
         run = locate(str(tmp_path), name)
