@@ -5,6 +5,7 @@ processes, with the time of their birth and their processor time when they were 
 """
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
@@ -33,7 +34,8 @@ def profile_steps(batch_size: int, precision: str, num_threads: int, num_steps: 
     group = engine.Group()
     state = engine.create_state(TrainConfig(batch_size=batch_size), len(split), group.device)
     dataset = BatchDataset(split, group.device)
-    batches = iter(epoch_loader(dataset, ShardedBatchSampler(len(split), batch_size, seed=0, epoch=0)))
+    samplers = (ShardedBatchSampler(len(split), batch_size, seed=0, epoch=epoch) for epoch in itertools.count())
+    batches = itertools.chain.from_iterable(epoch_loader(dataset, sampler) for sampler in samplers)
     dtype = torch.bfloat16 if precision == "bf16" else None
 
     def train(steps: int) -> None:
