@@ -167,7 +167,8 @@ def _print_header(
     console.say("results", run.uri)
     cores = usable_cores()
     if cluster.is_local and not plan.use_gpu and plan.num_workers > cores:
-        console.say("note", f"{plan.num_workers} workers share {cores} cores: --num-workers {cores} would be as fast")
+        shared = f"{plan.num_workers} workers share {cores} cores"
+        console.say("note", f"{shared}: --num-workers {cores} would be at least as fast")
     if plan.must_scale_up:
         console.say("note", "the cluster is too small now; waiting for it to start nodes")
     if not job.output.check:
