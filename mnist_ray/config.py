@@ -110,7 +110,7 @@ class OutputConfig:
     storage_path: str = setting("~/ray_results", "folder or URI (s3://…) for all runs; every node must see it")
     run_name: str | None = setting(
         None,
-        "folder of this run under --storage-path; default: the date and time",
+        "folder of this run under --storage-path; default: the date and time, and four digits by chance",
         lambda name: name is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None,
         "must be letters, digits, '.', '_' or '-'",
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -78,12 +79,17 @@ def open_run(
         raise UsageError("--resume needs --run-name NAME")
     if output.mlflow is not None and importlib.util.find_spec("mlflow") is None:
         raise UsageError("--mlflow needs MLflow: pip install -e '.[mlflow]'")
-    run = locate(output.storage_path, output.run_name or datetime.now().strftime(f"{kind}_%Y-%m-%d_%H-%M-%S"))
+    run = locate(output.storage_path, output.run_name or _new_name(kind))
     if output.resume:
         return _resumed(run, chosen, config_file, config_classes), run
     if run.exists():
         raise UsageError(f"run {run.uri} exists already; add --resume to go on with it, or give another --run-name")
     return chosen, run
+
+
+def _new_name(kind: str) -> str:
+    """Return a run's name when none is given: two jobs that begin in the same second have different ones."""
+    return f"{kind}_{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(2)}"
 
 
 def _resumed(
