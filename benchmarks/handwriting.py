@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 
 from mnist_ray import data
-from mnist_ray.checkpoint import load_model
+from mnist_ray.checkpoint import fetch
 from mnist_ray.config import DataConfig
 from mnist_ray.engine import to_input
 from mnist_ray.errors import UsageError
@@ -120,8 +120,8 @@ def main() -> None:
     parser.add_argument("--development", action="store_true")
     parser.add_argument("--mistakes", help="a file for a picture of the mistakes")
     arguments = parser.parse_args()
-    with find_checkpoint(arguments.run, arguments.storage_path).as_directory() as folder:
-        model = load_model(Path(folder)).eval()
+    checkpoint = find_checkpoint(arguments.run, {"storage_path": arguments.storage_path})
+    model = fetch(checkpoint.filesystem, checkpoint.path)[0].eval()
     samples = [*mnist_images(), *enlarged_digits(arguments.development), *rendered_digits(arguments.development)]
     kinds = np.array([kind for kind, _, _ in samples])
     labels = np.array([label for _, label, _ in samples])

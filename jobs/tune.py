@@ -1,5 +1,8 @@
 """Search batch size and learning rate with Ray Tune, train the best and evaluate it once on the test set.
 
+A trial has one worker with one CPU unless --num-workers and --cpus-per-worker say otherwise; one that fails is tried
+once more.
+
 python jobs/tune.py --num-trials 16
 python jobs/tune.py --search optuna --num-epochs 3 --batch-sizes 64 128 256
 python jobs/tune.py --resume --run-name NAME
@@ -12,7 +15,8 @@ from mnist_ray.config import DataConfig, OutputConfig, SweepConfig, TrainConfig,
 def main() -> None:
     """Read the flags, then run the sweep."""
     parser = cli.Parser(
-        "Search batch size and learning rate with Ray Tune.",
+        "Search batch size and learning rate with Ray Tune. A trial has one worker with one CPU, unless --num-workers "
+        "and --cpus-per-worker say otherwise.",
         SweepConfig,
         TrainConfig,
         DataConfig,

@@ -7,14 +7,19 @@ state.json              position, metrics, scheduler, config, versions, and SHA-
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pyarrow import fs
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -24,7 +29,7 @@ from mnist_ray.engine import TrainingState
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.metrics import MetricSums
 from mnist_ray.model import create_model
-from mnist_ray.storage import RunFolder, download
+from mnist_ray.storage import STORAGE_ERRORS, RunFolder, first_line, patiently
 
 STATE_FILE, FOLDER_PREFIX = "state.json", "checkpoint_"
 _ENTRIES = {"epoch", "step", "sums", "epoch_s", "finished_s", "optimizer", "scheduler", "sha256"}
@@ -33,6 +38,22 @@ _MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 class DamagedCheckpointError(JobError):
     """A checkpoint is not what was written: cut off by a kill, or changed since."""
+
+
+class OtherModelError(JobError):
+    """A checkpoint does not fit the model: another one is in ``create_model`` now."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What was found in a run's folder to go on from."""
+
+    name: str = ""
+    """The checkpoint's folder; empty where there was none."""
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What was reported with it."""
+    damaged: tuple[str, ...] = ()
+    """Newer ones that were passed over: a kill has cut them off, or something has changed them."""
 
 
 def save_checkpoint(folder: Path, state: TrainingState, about: dict[str, Any]) -> None:
@@ -63,10 +84,32 @@ def load_model(folder: Path) -> nn.Module:
     return model
 
 
+def fetch(filesystem: fs.FileSystem, path: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a checkpoint's model and its state.json, wherever it lies.
+
+    Raises as ``load_model`` does, and JobError where the storage fails.
+    """
+    with _fetched(filesystem, path) as folder:
+        return load_model(folder), read_state(folder)
+
+
+@contextlib.contextmanager
+def _fetched(filesystem: fs.FileSystem, path: str) -> Iterator[Path]:
+    """Give a copy of a checkpoint on this machine's disk; errors about it name where it came from."""
+    with tempfile.TemporaryDirectory() as local:
+        try:
+            patiently(functools.partial(fs.copy_files, path, local, source_filesystem=filesystem))
+            yield Path(local)
+        except STORAGE_ERRORS as error:
+            raise JobError(f"cannot read the checkpoint {path}: {first_line(error)}") from error
+        except (UsageError, JobError) as error:
+            raise type(error)(str(error).replace(local, path)) from error
+
+
 def restore(folder: Path, state: TrainingState) -> None:
     """Put a checkpoint's content into a freshly created ``state``.
 
-    Raises as ``load_model`` does, and then leaves ``state`` as it was.
+    Raises as ``load_model`` does; where it is damaged, ``state`` is left as it was.
     """
     document = read_state(folder)
     tensors = _read_tensors(folder, _OPTIMIZER, document)
@@ -84,24 +127,26 @@ def restore(folder: Path, state: TrainingState) -> None:
     state.sums, state.finished_s = MetricSums(**document["sums"]), document["finished_s"]
 
 
-def restore_newest(run: RunFolder, state: TrainingState) -> tuple[dict[str, Any], list[str]]:
+def restore_newest(run: RunFolder, state: TrainingState) -> Restored:
     """Put the newest whole checkpoint in a run's folder into ``state``; without one, leave it as it is.
 
-    Return what its state.json says (nothing where there is none), and the names of newer ones that are damaged: a
-    kill has cut them off, or something has changed them. Raises JobError where the checkpoint is of another model.
+    Raises OtherModelError where the checkpoint is of another model.
     """
     damaged: list[str] = []
-    names = [name for name in run.subfolders() if name.startswith(FOLDER_PREFIX)]
-    for name in reversed(names):
+    for name in reversed(checkpoint_names(run)):
         saved = run.inside(name)
-        with tempfile.TemporaryDirectory() as local:
-            download(saved.filesystem, saved.path, local)
-            try:
-                restore(Path(local), state)
-                return read_state(Path(local)), damaged
-            except (DamagedCheckpointError, UsageError):
-                damaged.append(name)
-    return {}, damaged
+        try:
+            with _fetched(saved.filesystem, saved.path) as folder:
+                restore(folder, state)
+                return Restored(name, read_state(folder).get("metrics", {}), tuple(damaged))
+        except (DamagedCheckpointError, UsageError):
+            damaged.append(name)
+    return Restored(damaged=tuple(damaged))
+
+
+def checkpoint_names(run: RunFolder) -> list[str]:
+    """Return the folders of a run's checkpoints, the newest last."""
+    return [name for name in run.subfolders() if name.startswith(FOLDER_PREFIX)]
 
 
 def _with_layout_of(parameter: Tensor, tensor: Tensor) -> Tensor:
@@ -125,7 +170,11 @@ def _separate_tensors(state: dict[int, dict[str, Any]]) -> tuple[dict[str, Tenso
 
 
 def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    # Copies: safetensors refuses tensors that share memory, as a model's tied weights do.
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    return save(copies)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -159,4 +208,4 @@ def _load_weights(folder: Path, document: dict[str, Any], model: nn.Module) -> N
         model.load_state_dict(weights)
     except RuntimeError as error:
         difference = str(error).splitlines()[-1].strip()
-        raise JobError(f"checkpoint {folder} is of another model: {difference}") from error
+        raise OtherModelError(f"checkpoint {folder} is of another model: {difference}") from error

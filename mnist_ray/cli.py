@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
         elif "num_workers" in flags:  # takes the place of a saved MIN:MAX as a whole
             flags.setdefault("min_workers", None)
         for config_class in self._config_classes:
-            build(config_class, flags, flag)
+            build(config_class, flags)
         return flags
 
     def error(self, message: str) -> NoReturn:

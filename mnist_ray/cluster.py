@@ -224,11 +224,12 @@ def _describe(is_local: bool, leave: Callable[[], None] = lambda: None) -> Clust
 
 
 def _nodes() -> tuple[Node, ...]:
-    return tuple(_node(node["Resources"]) for node in ray.nodes() if node["Alive"])
+    return tuple(node_of(node) for node in ray.nodes() if node["Alive"])
 
 
-def _node(resources: dict[str, float]) -> Node:
-    return Node(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
+def node_of(row: dict[str, Any]) -> Node:
+    """Return what a node offers, of a row of ``ray.nodes()``."""
+    return Node(int(row["Resources"].get("CPU", 0)), int(row["Resources"].get("GPU", 0)))
 
 
 def session_folder() -> Path:
@@ -248,6 +249,8 @@ def plan_workers(config: WorkerConfig, cluster: Cluster) -> WorkerPlan:
     use_gpu = config.use_gpu == "yes" or (num_gpus > 0 and config.use_gpu == "auto")
     usable = [node for node in cluster.nodes if (node.num_gpus if use_gpu else node.num_cpus)]
     num_workers = config.num_workers or max(1, sum(node.num_gpus for node in usable) if use_gpu else len(usable))
+    if config.min_workers is not None and config.placement.startswith("STRICT"):
+        raise UsageError(f"--placement {config.placement} needs a fixed --num-workers: Ray cannot do with fewer there")
     least = num_workers if config.min_workers is None else config.min_workers
     if least > num_workers:
         raise UsageError(f"--min-workers {least} is more than the {count(num_workers, 'worker')} there are to be")

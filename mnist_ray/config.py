@@ -35,6 +35,10 @@ def _positive() -> tuple[Check, str]:
     return _is_positive, "must be a positive number"
 
 
+def _seed() -> tuple[Check, str]:
+    return lambda seed: 0 <= seed < 2**31, "must be at least 0, and below 2,147,483,648"
+
+
 def _png() -> tuple[Check, str]:
     return lambda path: path is None or path.lower().endswith(".png"), "must end in .png"
 
@@ -63,7 +67,7 @@ class TrainConfig:
     validation_size: int = setting(
         5000, "training images held out for validation; 0: train on all, keep the last checkpoint", **_at_least(0)
     )
-    seed: int = setting(0, "decides the initial weights and the order of the images", **_at_least(0))
+    seed: int = setting(0, "decides the initial weights and the order of the images", *_seed())
     checkpoint_every: int = setting(1000, "steps between checkpoints within an epoch", **_at_least(1))
 
 
@@ -99,7 +103,10 @@ class WorkerConfig:
     autoscaling: bool = setting(False, "the cluster starts nodes on demand: wait for those that are not there yet")
     max_failures: int = setting(3, "how often lost workers are replaced before the run fails", **_at_least(0))
     hang_timeout_s: float = setting(
-        600.0, "seconds without a step after which a worker is taken for hung and replaced", *_positive()
+        600.0,
+        "seconds without a step after which a worker is taken for hung and replaced",
+        lambda seconds: 0 < seconds <= 1e6,
+        "must be positive, and at most a million",
     )
 
 
@@ -210,18 +217,19 @@ class JobConfig:
 
 RUN_SETTINGS = (TrainConfig, DataConfig, WorkerConfig)
 """What a config file holds; where the results go is not part of it."""
-DEFAULT_RECIPE: Mapping[str, Any] = {}
-NOTEBOOK_RECIPE: Mapping[str, Any] = {
-    "num_epochs": 2,
-    "batch_size": 8,
-    "learning_rate": 1e-3,
-    "schedule": "constant",
-    "beta1": 0.9,
-    "beta2": 0.999,
-    "precision": "fp32",
-    "validation_size": 0,
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "notebook": {
+        "num_epochs": 2,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "schedule": "constant",
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "precision": "fp32",
+        "validation_size": 0,
+    },
 }
-RECIPES: Mapping[str, Mapping[str, Any]] = {"default": DEFAULT_RECIPE, "notebook": NOTEBOOK_RECIPE}
 """Named values of TrainConfig; a flag or a --config file overrides them."""
 
 
@@ -234,17 +242,16 @@ def value_type(annotation: Any) -> tuple[type[Any], tuple[str, ...] | None]:
     return get_origin(annotation) or annotation, None
 
 
-def build(config_class: type[T], values: Mapping[str, Any], name: Callable[[str], str] = str) -> T:
+def build(config_class: type[T], values: Mapping[str, Any]) -> T:
     """Build a config from those of ``values`` that it has, checking each against its type and its rule.
 
-    ``name`` turns a field's name into what the user typed, for the error's text.
     Raises UsageError for a value of the wrong type or outside its range.
     """
     hints = get_type_hints(config_class)
     chosen = {}
     for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
         if field.name in values:
-            chosen[field.name] = _checked(field, hints[field.name], values[field.name], name(field.name))
+            chosen[field.name] = _checked(field, hints[field.name], values[field.name], flag(field.name))
     return config_class(**chosen)
 
 
@@ -304,10 +311,10 @@ def values_of(*configs: Any) -> dict[str, Any]:
 def build_job(values: Mapping[str, Any]) -> JobConfig:
     """Build all settings of a job from flat values. Raises UsageError."""
     return JobConfig(
-        train=build(TrainConfig, values, flag),
-        data=build(DataConfig, values, flag),
-        workers=build(WorkerConfig, values, flag),
-        output=build(OutputConfig, values, flag),
+        train=build(TrainConfig, values),
+        data=build(DataConfig, values),
+        workers=build(WorkerConfig, values),
+        output=build(OutputConfig, values),
     )
 
 
@@ -318,7 +325,10 @@ def chosen_values(flags: Mapping[str, Any]) -> dict[str, Any]:
         values |= read_config_file(flags["config"], RUN_SETTINGS)
         if "dataset" in flags:  # takes the place of a saved folder, which would come before it
             values.pop("data_dir", None)
-    return values | {name: value for name, value in flags.items() if name not in ("recipe", "config")}
+    values |= {name: value for name, value in flags.items() if name not in ("recipe", "config")}
+    if isinstance(values.get("data_dir"), str):  # it is saved with the run, and read again from wherever one is then
+        values["data_dir"] = str(Path(values["data_dir"]).expanduser().absolute())
+    return values
 
 
 def to_json(job: JobConfig) -> str:

@@ -135,8 +135,11 @@ def _train_epoch(
     )
     last_step = num_steps(len(dataset), config.batch_size)
     window = _Window(group, interval_steps=10)
+    generator = _generator(group.device)
+    seed = int(np.random.SeedSequence((config.seed, state.epoch, group.rank)).generate_state(1)[0])
     progress = None
     for batch in epoch_loader(dataset, sampler):
+        generator.manual_seed(seed + state.step)  # of dropout: the same in a run that goes on as in one without a break
         loss_sum, num_correct = train_step(model, batch, state.optimizer, group, autocast_dtype)
         state.scheduler.step()
         state.step += 1
@@ -151,6 +154,11 @@ def _train_epoch(
                 window.restart_clock()
     assert progress is not None, "an epoch has at least one step"
     return progress
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """Return the generator that a model's own layers draw from."""
+    return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
 
 
 def _check_weights(state: TrainingState) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import signal
 import threading
@@ -72,3 +73,8 @@ def keep_freed_memory() -> None:
     # Older versions take no more than 32 MiB. One threshold without the other makes it worse.
     if mallopt and (mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_THRESHOLD, 2**25)):
         mallopt(_M_TRIM_THRESHOLD, 2**30)
+
+
+def end_if_hung(timeout_s: float) -> None:
+    """End this process, all stacks in its log, unless this, or ``faulthandler``'s cancel, is called in time."""
+    faulthandler.dump_traceback_later(timeout_s, exit=True, file=2)

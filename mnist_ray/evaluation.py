@@ -6,9 +6,8 @@ import importlib
 import itertools
 import json
 import math
-import tempfile
 import time
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -19,13 +18,14 @@ from ray.train.v2._internal.exceptions import CheckpointManagerInitializationErr
 from ray.util.queue import Queue
 
 from mnist_ray import engine
-from mnist_ray.checkpoint import FOLDER_PREFIX, STATE_FILE, load_model
+from mnist_ray.checkpoint import STATE_FILE, checkpoint_names, fetch
+from mnist_ray.config import LookupConfig, build
 from mnist_ray.data import Split
 from mnist_ray.environment import for_evaluation
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.events import Validated
 from mnist_ray.metrics import Evaluation
-from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, STORAGE_ERRORS, download, find_run
+from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, find_run
 
 
 def evaluate(checkpoint: Checkpoint, split: Split | ray.ObjectRef, num_images: int, num_tasks: int = 1) -> Evaluation:
@@ -40,9 +40,6 @@ def evaluate(checkpoint: Checkpoint, split: Split | ray.ObjectRef, num_images: i
     try:
         return Evaluation.merge(ray.get(parts))
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, STORAGE_ERRORS):
-            reason = str(error.cause).splitlines()[0]
-            raise JobError(f"cannot read the checkpoint {checkpoint.path}: {reason}") from error
         raise error.cause from error  # the task's own exception, whose text is one line
     except ray.exceptions.RayError as error:
         raise JobError(f"the evaluation was lost: {str(error).strip().splitlines()[0]}") from error
@@ -88,27 +85,31 @@ def validate(checkpoint: Checkpoint, split: ray.ObjectRef, events: Queue) -> dic
 
 def _evaluate_here(checkpoint: Checkpoint, split: Split) -> Evaluation:
     torch.set_num_threads(1)  # so that neither tasks side by side nor a training get in each other's way
-    with tempfile.TemporaryDirectory() as folder:
-        download(checkpoint.filesystem, checkpoint.path, folder)
-        model = load_model(Path(folder)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return engine.evaluate(model, split)
+    model, _ = fetch(checkpoint.filesystem, checkpoint.path)
+    return engine.evaluate(model.to(memory_format=torch.channels_last), split)  # type: ignore[call-overload]
 
 
-def find_checkpoint(given: str | None, storage_path: str) -> Checkpoint:
+def find_checkpoint(given: str | None, flags: Mapping[str, Any]) -> Checkpoint:
     """Return the checkpoint that a path, a URI or a run's name stands for (see ``find_run``); a run's is its choice.
 
     A finished run has chosen by its result; of an interrupted one it is the best so far by validation accuracy,
     else the last. Raises UsageError where there is none.
     """
-    run = find_run(given, storage_path)
+    run = find_run(given, build(LookupConfig, flags).storage_path)
     if run.exists(STATE_FILE):
         return Checkpoint(run.path, filesystem=run.filesystem)
     if (result := run.read_text(RESULT_FILE)) is not None:
-        return Checkpoint(f"{run.path}/{json.loads(result)['checkpoint']}", filesystem=run.filesystem)
+        try:
+            chosen = run.inside(json.loads(result)["checkpoint"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"run {run.uri} has a damaged {RESULT_FILE}: {error}") from error
+        if not chosen.exists(STATE_FILE):
+            raise UsageError(f"run {run.uri} has lost its checkpoint {chosen.name}")
+        return Checkpoint(chosen.path, filesystem=run.filesystem)
     try:
         unfinished = ray.train.Result.from_path(run.path, storage_filesystem=run.filesystem)
     except CheckpointManagerInitializationError:  # a kill has cut off Ray's list of the checkpoints
-        names = [name for name in run.subfolders() if name.startswith(FOLDER_PREFIX)]
+        names = checkpoint_names(run)
         if not names:
             raise UsageError(f"run {run.uri} has no checkpoint yet") from None
         return Checkpoint(run.inside(names[-1]).path, filesystem=run.filesystem)

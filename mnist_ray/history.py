@@ -34,11 +34,14 @@ class History:
         self.rows: dict[int, dict[str, Any]] = {int(row["epoch"]): dict(row) for row in read_csv(run, METRICS_FILE)}
         self._steps: list[Mapping[str, Any]] = list(read_csv(run, STEPS_FILE))
         self._steps_written = time.monotonic()
+        self.num_workers = 0
+        """Of the last attempt; an elastic run's changes."""
 
     def add(self, event: Event) -> None:
         """Put an event's figures in their place; when training starts again, drop what it will do again."""
         match event:
             case Started():
+                self.num_workers = event.num_workers
                 self.rows = {epoch: row for epoch, row in self.rows.items() if epoch <= event.epoch}
                 self._steps = [row for row in self._steps if int(row["step"]) <= event.total_step]
             case Progress():

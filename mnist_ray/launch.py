@@ -63,7 +63,8 @@ def train_and_evaluate(flags: Mapping[str, Any], started_at: float) -> None:
         if job.output.check:
             check_run(job, run, images, cluster, console)
         else:
-            train_run(job, run, images, cluster, console, clock, resume_command("train", run), is_last=True)
+            resume_with = run.resume_command("train", job.output.mlflow)
+            train_run(job, run, images, cluster, console, clock, resume_with, is_last=True)
 
 
 def open_run(
@@ -74,7 +75,7 @@ def open_run(
     ``config_file`` is where the run keeps the settings of ``config_classes``. Raises UsageError.
     """
     chosen = settings.chosen_values(flags)
-    output = settings.build(OutputConfig, chosen, settings.flag)
+    output = settings.build(OutputConfig, chosen)
     if output.resume and output.run_name is None:
         raise UsageError("--resume needs --run-name NAME")
     if output.mlflow is not None and importlib.util.find_spec("mlflow") is None:
@@ -100,14 +101,14 @@ def _resumed(
     if text is None:
         raise UsageError(f"--resume: there is no run to go on with in {run.uri}: no {config_file}")
     if run.exists(RESULT_FILE):
-        raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.uri}/{RESULT_FILE}")
-    saved = settings.parse_config(text, f"{run.uri}/{config_file}", config_classes)
+        raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.inside(RESULT_FILE).uri}")
+    saved = settings.parse_config(text, run.inside(config_file).uri, config_classes)
     values = {**saved, **asked}
     for config_class in config_classes:
         if config_class is WorkerConfig:  # free to change: the batches do not depend on them
             continue
-        now: Any = settings.build(config_class, values, settings.flag)
-        then: Any = settings.build(config_class, saved, settings.flag)
+        now: Any = settings.build(config_class, values)
+        then: Any = settings.build(config_class, saved)
         for field in dataclasses.fields(config_class):
             if (new := getattr(now, field.name)) != (old := getattr(then, field.name)):
                 raise UsageError(
@@ -115,11 +116,6 @@ def _resumed(
                     "leave the flag out, or start another run"
                 )
     return values
-
-
-def resume_command(kind: str, run: RunFolder) -> str:
-    """Return the command that goes on with an interrupted run of ``jobs/KIND.py``."""
-    return f"python jobs/{kind}.py --resume --run-name {run.name} --storage-path {run.storage_path}"
 
 
 def about(job: JobConfig) -> dict[str, Any]:

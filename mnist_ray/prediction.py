@@ -19,9 +19,9 @@ from rich.progress import Progress
 from torch import nn
 
 from mnist_ray import config as settings
-from mnist_ray.checkpoint import load_model
+from mnist_ray.checkpoint import fetch
 from mnist_ray.cluster import connect, quiet_ray, usable_cores
-from mnist_ray.config import LookupConfig, PredictionConfig, WorkerConfig
+from mnist_ray.config import PredictionConfig, WorkerConfig
 from mnist_ray.engine import to_input
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.evaluation import find_checkpoint
@@ -69,10 +69,10 @@ class Answer:
 def predict(flags: Mapping[str, Any]) -> None:
     """Print the model's answer to each picture. Raises JobError at the end where there were files without one."""
     quiet_ray()
-    config = settings.build(PredictionConfig, flags, settings.flag)
-    checkpoint = find_checkpoint(flags.get("run"), settings.build(LookupConfig, flags, settings.flag).storage_path)
-    with checkpoint.as_directory() as folder:
-        model = load_model(Path(folder)).eval()
+    config = settings.build(PredictionConfig, flags)
+    checkpoint = find_checkpoint(flags.get("run"), flags)
+    model, _ = fetch(checkpoint.filesystem, checkpoint.path)
+    model.eval()
     files = list(find_files(flags["images"]))
     if not config.json:
         print(f"checkpoint {checkpoint.path}")

@@ -13,7 +13,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_ray import engine
-from mnist_ray.cluster import Cluster, WorkerPlan, usable_cores
+from mnist_ray.cluster import WorkerPlan, node_of, usable_cores
 from mnist_ray.console import count
 from mnist_ray.data import Split
 from mnist_ray.errors import JobError
@@ -54,7 +54,6 @@ def check_job(
     run: RunFolder,
     train: Split,
     batch_size: int,
-    cluster: Cluster,
     plan: WorkerPlan,
     say: Callable[[str, str], None],
 ) -> None:
@@ -62,9 +61,9 @@ def check_job(
 
     Compares versions and the data's hash on all nodes with the driver's own, and lets each read a probe on storage.
     """
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    nodes = {node["NodeID"]: node_of(node) for node in ray.nodes() if node["Alive"]}
     images = ray.put(train)
-    reports = _with_probe(run, lambda probe: _on_nodes(nodes, _report, run, probe, images))
+    reports = _with_probe(run, lambda probe: _on_nodes(list(nodes), _report, run, probe, images))
     own_versions, own_data = versions(), _sha256(train)
     for report in reports:
         if report.storage_error is not None:
@@ -74,7 +73,7 @@ def check_job(
                 raise JobError(f"node {report.host} has {name} {version}, the driver has {own_versions[name]}")
         if report.data_sha256 != own_data:
             raise JobError(f"node {report.host} has other training images than the driver")
-    for report, node in zip(reports, cluster.nodes, strict=True):
+    for report, node in zip(reports, nodes.values(), strict=True):
         room = min(node.num_cpus // plan.cpus_per_worker, node.num_gpus if plan.use_gpu else plan.num_workers)
         bf16 = "bf16 in hardware" if report.has_bf16 else "no bf16 in hardware"
         cpus = f"{count(node.num_cpus, 'CPU')} on {count(report.num_cores, 'core')}"

@@ -66,6 +66,8 @@ def _to_grey(image: Image.Image) -> np.ndarray:
         values = np.asarray(image, np.float32)
         low, high = values.min(), values.max()
         image = Image.fromarray(np.uint8(255 * (values - low) / max(high - low, 1e-6)))
+    if image.mode == "LAB":
+        image = image.getchannel("L")  # Pillow converts it into nothing else
     if image.has_transparency_data:
         grey, alpha = image.convert("RGBA").convert("LA").resize(size, Image.Resampling.LANCZOS).split()
         return _without_transparency(np.asarray(grey, np.float32), np.asarray(alpha, np.float32) / 255)

@@ -78,10 +78,12 @@ class RunRecord:
         trials = run.read_text(TRIALS_FILE)
         if config is None:
             raise UsageError(f"{run.uri} is no run: it has no {CONFIG_FILE}")
+        values = settings.parse_config(config, run.inside(CONFIG_FILE).uri, settings.RUN_SETTINGS)
+        job = settings.build_job(values)
         try:
             return cls(
                 run,
-                json.loads(config),
+                settings.values_of(job.train, job.data, job.workers),
                 json.loads(run.read_text(ORIGIN_FILE) or "{}"),
                 _numbers(read_csv(run, METRICS_FILE)),
                 _numbers(read_csv(run, STEPS_FILE)),
@@ -173,8 +175,7 @@ def write(run: RunFolder, test: Split | None) -> list[Picture]:
 def _status(record: RunRecord) -> str:
     epochs = f"{len(record.epochs)} of {record.config['num_epochs']} epochs"
     if record.result is None:
-        job = "train" if record.trials is None else "tune"
-        command = f"python jobs/{job}.py --resume --run-name {record.run.name} --storage-path {record.run.storage_path}"
+        command = record.run.resume_command("train" if record.trials is None else "tune")
         return f"not finished: {epochs} done, and not tested yet. To go on: {command}"
     return f"finished: {epochs}, tested on {record.result['num_test_images']:,} images"
 
@@ -338,7 +339,7 @@ def make_report(flags: Mapping[str, Any]) -> None:
 
     Raises UsageError and JobError.
     """
-    storage_path = settings.build(LookupConfig, flags, settings.flag).storage_path
+    storage_path = settings.build(LookupConfig, flags).storage_path
     runs = [find_run(given, storage_path) for given in flags["runs"] or [None]]
     if len(runs) > 1:
         output = flags.get("output", "comparison.html")
@@ -347,14 +348,14 @@ def make_report(flags: Mapping[str, Any]) -> None:
         return
     if "output" in flags:
         raise UsageError("--output is for the page of several runs; that of one is in the run's folder")
-    config = settings.build(DataConfig, RunRecord.read(runs[0]).config, settings.flag)
+    config = settings.build(DataConfig, RunRecord.read(runs[0]).config)
     test = None
     try:
         test = data.find(config).load("test")
     except (UsageError, JobError) as error:
         print(f"no pictures of predictions: {error}")
     write(runs[0], test)
-    print(f"report {runs[0].uri}/{REPORT_FILE}")
+    print(f"report {runs[0].inside(REPORT_FILE).uri}")
 
 
 def compare(records: Sequence[RunRecord]) -> str:

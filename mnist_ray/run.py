@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -12,9 +11,9 @@ from ray.util.queue import Queue
 
 from mnist_ray import config as settings
 from mnist_ray import data, evaluation, preflight, tracking, trainer
-from mnist_ray.checkpoint import read_state
+from mnist_ray.checkpoint import fetch
 from mnist_ray.cluster import Cluster, WorkerPlan, connect, plan_workers, quiet_ray, this_node, usable_cores
-from mnist_ray.config import DataConfig, EvaluationConfig, JobConfig, LookupConfig, WorkerConfig
+from mnist_ray.config import DataConfig, EvaluationConfig, JobConfig, WorkerConfig
 from mnist_ray.console import RunConsole, confusion_table, count
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.events import Event
@@ -24,7 +23,15 @@ from mnist_ray.metrics import Evaluation
 from mnist_ray.model import create_model, num_parameters
 from mnist_ray.provenance import origin
 from mnist_ray.sharding import num_steps
-from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE, RunFolder
+from mnist_ray.storage import (
+    CONFIG_FILE,
+    ORIGIN_FILE,
+    REPORT_FILE,
+    RESULT_FILE,
+    STORAGE_ERRORS,
+    RunFolder,
+    first_line,
+)
 from mnist_ray.tracking import Ending
 
 
@@ -32,7 +39,7 @@ def check_run(job: JobConfig, run: RunFolder, images: Images, cluster: Cluster, 
     """Say how a job would run, and whether it would. Raises UsageError and JobError where it would not."""
     plan = plan_workers(job.workers, cluster)
     _print_header(console, job, run, images, cluster, plan)
-    preflight.check_job(run, images.train, job.train.batch_size, cluster, plan, console.say)
+    preflight.check_job(run, images.train, job.train.batch_size, plan, console.say)
 
 
 def train_run(
@@ -75,7 +82,7 @@ def train_run(
         clock.lap("evaluation")
         if is_last:
             cluster.leave()
-        result = _result(fitted, tested, history, clock, plan)
+        result = _result(fitted, tested, history, clock)
         write_predictions(run, images.test.labels, tested)
         run.write_text(RESULT_FILE, settings.json_lines(result))
         _print_evaluation(console, tested)
@@ -93,16 +100,14 @@ def train_run(
     return tested.accuracy
 
 
-def _result(
-    fitted: trainer.FitResult, tested: Evaluation, history: History, clock: Clock, plan: WorkerPlan
-) -> dict[str, Any]:
+def _result(fitted: trainer.FitResult, tested: Evaluation, history: History, clock: Clock) -> dict[str, Any]:
     """Return what result.json holds."""
     return tested.to_dict("test") | {
         "checkpoint": fitted.checkpoint.path.rstrip("/").rsplit("/", 1)[-1],
         "checkpoint_metrics": fitted.metrics,
         "images_per_s": _mean_images_per_s(history) or fitted.metrics["images_per_s"],
         "seconds": clock.seconds(),
-        "num_workers": plan.num_workers,
+        "num_workers": history.num_workers,
         **origin(),
     }
 
@@ -114,8 +119,8 @@ def _write_report(run: RunFolder, history: History, images: Images, console: Run
     try:
         history.flush()
         return {picture.name: picture.png for picture in report.write(run, images.test)}
-    except (UsageError, JobError) as error:
-        console.say("note", f"no report: {error}")
+    except (UsageError, JobError, *STORAGE_ERRORS) as error:
+        console.say("note", f"no report: {first_line(error)}")
         return {}
 
 
@@ -154,7 +159,8 @@ def _print_header(
     steps = num_steps(len(images.train), job.train.batch_size)
     console.say("run", run.name)
     print_data(console, images)
-    console.say("model", f"{type(create_model()).__name__}, {num_parameters(create_model()):,} parameters")
+    model = create_model()
+    console.say("model", f"{type(model).__name__}, {num_parameters(model):,} parameters")
     console.say(
         "training",
         f"{count(job.train.num_epochs, 'epoch')} of {count(steps, 'step')}, batch size {job.train.batch_size}, "
@@ -180,9 +186,9 @@ def _print_files(console: RunConsole, run: RunFolder, result: dict[str, Any], cl
     total = parts.pop("total")
     each = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
     console.say("seconds", f"{total:.1f} in all: {each}")
-    console.result("checkpoint", f"{run.uri}/{result['checkpoint']}")
-    console.result("result", f"{run.uri}/{RESULT_FILE}")
-    console.result("report", f"{run.uri}/{REPORT_FILE}")
+    console.result("checkpoint", run.inside(result["checkpoint"]).uri)
+    console.result("result", run.inside(RESULT_FILE).uri)
+    console.result("report", run.inside(REPORT_FILE).uri)
 
 
 def _print_evaluation(console: RunConsole, tested: Evaluation) -> None:
@@ -200,13 +206,11 @@ def evaluate_checkpoint(flags: Mapping[str, Any]) -> None:
     Raises UsageError and JobError.
     """
     quiet_ray()
-    evaluation_config = settings.build(EvaluationConfig, flags, settings.flag)
-    lookup = settings.build(LookupConfig, flags, settings.flag)
-    checkpoint = evaluation.find_checkpoint(flags["checkpoint"], lookup.storage_path)
-    with checkpoint.as_directory() as folder:
-        own_data = read_state(Path(folder)).get("data", {})
+    evaluation_config = settings.build(EvaluationConfig, flags)
+    checkpoint = evaluation.find_checkpoint(flags["checkpoint"], flags)
+    _, saved = fetch(checkpoint.filesystem, checkpoint.path)
     data_flags = {name: flags[name] for name in ("dataset", "data_dir") if name in flags}
-    source = data.find(settings.build(DataConfig, data_flags or own_data, settings.flag))
+    source = data.find(settings.build(DataConfig, data_flags or saved.get("data", {})))
     test = source.load("test")
     with connect(WorkerConfig(), verbose=False), RunConsole(num_epochs=0, quiet=False) as console:
         console.say("checkpoint", checkpoint.path)

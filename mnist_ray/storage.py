@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import posixpath
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ REPORT_FILE, TRIALS_FILE = "report.html", "sweep.csv"
 STORAGE_ERRORS = (OSError, pyarrow.ArrowException)
 """What a file system raises."""
 _PATIENCE_S = 30.0
+_PROBE_BYTES = 2**20  # more than a checkpoint has, so that a full disk is seen
 
 
 def patiently(action: Callable[[], T]) -> T:
@@ -55,7 +57,8 @@ class RunFolder:
     @property
     def uri(self) -> str:
         """The folder as a person would type it."""
-        return f"{self.storage_path.rstrip('/')}/{self.name}"
+        base, query = _split_query(self.storage_path)
+        return f"{base.rstrip('/')}/{self.name}{query}"
 
     def exists(self, file_name: str = "") -> bool:
         """Tell whether the folder, or a file in it, is there."""
@@ -82,9 +85,13 @@ class RunFolder:
         return RunFolder(name, self.uri, self.filesystem, posixpath.join(self.path, name))
 
     def delete(self) -> None:
-        """Remove it with all that it holds, where it is there."""
-        if self.exists():
-            self.filesystem.delete_dir(self.path)
+        """Remove it with all that it holds, where it is there; patiently. Raises what the file system does."""
+
+        def delete() -> None:
+            if self.exists():
+                self.filesystem.delete_dir(self.path)
+
+        patiently(delete)
 
     def delete_file(self, file_name: str) -> None:
         """Remove a file that is there."""
@@ -97,23 +104,16 @@ class RunFolder:
         with self.filesystem.open_input_stream(posixpath.join(self.path, file_name)) as stream:
             return str(stream.read().decode("utf-8"))
 
-    def check_writable(self) -> None:
-        """See at once whether files can be written beside it. Raises JobError."""
+    def check_writable(self, *, is_patient: bool = False) -> None:
+        """See whether files can be written beside it: at once, or patiently. Raises JobError."""
         try:
-            self._probe()
+            patiently(self._probe) if is_patient else self._probe()
         except STORAGE_ERRORS as error:
-            raise JobError(f"cannot write to {self.storage_path}: {_first_line(error)}") from error
-
-    def wait_until_writable(self) -> None:
-        """See the same, patiently."""
-        try:
-            patiently(self._probe)
-        except STORAGE_ERRORS as error:
-            raise JobError(f"cannot write to {self.storage_path}: {_first_line(error)}") from error
+            raise JobError(f"cannot write to {self.storage_path}: {first_line(error)}") from error
 
     def _probe(self) -> None:
         name = f".probe-{uuid4().hex}"  # of its own: another job may probe at the same time
-        self._write(posixpath.join(self.storage.path, name), b"")
+        self._write(posixpath.join(self.storage.path, name), bytes(_PROBE_BYTES))
         self.storage.delete_file(name)
 
     def write_text(self, file_name: str, text: str) -> None:
@@ -125,7 +125,7 @@ class RunFolder:
         try:
             patiently(lambda: self._write(posixpath.join(self.path, file_name), content))
         except STORAGE_ERRORS as error:
-            raise JobError(f"cannot write {self.uri}/{file_name}: {_first_line(error)}") from error
+            raise JobError(f"cannot write {self.uri}/{file_name}: {first_line(error)}") from error
 
     def _write(self, target: str, content: bytes) -> None:
         try:
@@ -138,6 +138,11 @@ class RunFolder:
                 self.filesystem.delete_file(target + ".tmp")
             raise
 
+    def resume_command(self, job: str, mlflow: str | None = None) -> str:
+        """Return the command that goes on with it, a run of ``jobs/JOB.py``, as one would type it."""
+        command = ["python", f"jobs/{job}.py", "--resume", "--run-name", self.name, "--storage-path", self.storage_path]
+        return shlex.join(command + (["--mlflow", mlflow] if mlflow else []))
+
     def upload(self, local: str) -> None:
         """Copy a local folder's files into it, patiently. Raises what the file system does."""
 
@@ -146,11 +151,6 @@ class RunFolder:
             fs.copy_files(local, self.path, destination_filesystem=self.filesystem)
 
         patiently(copy)
-
-
-def download(filesystem: fs.FileSystem, path: str, local: str) -> None:
-    """Copy a folder's files into a local one, patiently. Raises what the file system does."""
-    patiently(lambda: fs.copy_files(path, local, source_filesystem=filesystem))
 
 
 def locate(storage_path: str, name: str) -> RunFolder:
@@ -164,7 +164,7 @@ def locate(storage_path: str, name: str) -> RunFolder:
         run = RunFolder(name, storage_path, filesystem, posixpath.join(path, name))
         run.exists()
     except STORAGE_ERRORS as error:
-        raise UsageError(f"--storage-path {storage_path} cannot be used: {_first_line(error)}") from error
+        raise UsageError(f"--storage-path {storage_path} cannot be used: {first_line(error)}") from error
     return run
 
 
@@ -177,12 +177,19 @@ def find_run(given: str | None, storage_path: str) -> RunFolder:
         try:
             return _newest_run(locate(storage_path, ""))
         except STORAGE_ERRORS as error:
-            raise UsageError(f"--storage-path {storage_path} cannot be read: {_first_line(error)}") from error
+            raise UsageError(f"--storage-path {storage_path} cannot be read: {first_line(error)}") from error
     if "/" in given:
-        parent, _, name = given.rstrip("/").rpartition("/")
-        return locate(parent or "/", name)
+        base, query = _split_query(given)
+        parent, _, name = base.rstrip("/").rpartition("/")
+        return locate((parent or "/") + query, name)
     here = locate(".", given)
     return here if here.exists() else locate(storage_path, given)
+
+
+def _split_query(path: str) -> tuple[str, str]:
+    """Split a URI before its ``?``: options of the file system, which follow the name of whatever lies in it."""
+    base, mark, query = path.partition("?") if "://" in path else (path, "", "")
+    return base, mark + query
 
 
 def _newest_run(storage: RunFolder) -> RunFolder:
@@ -202,5 +209,6 @@ def write_file(path: str, content: bytes) -> None:
         raise JobError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text."""
     return str(error).splitlines()[0]

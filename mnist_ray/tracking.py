@@ -21,7 +21,7 @@ from PIL import Image
 from pyarrow import fs
 from ray.train import Checkpoint
 
-from mnist_ray.checkpoint import load_model
+from mnist_ray.checkpoint import fetch
 from mnist_ray.config import TrainConfig
 from mnist_ray.data import IMAGE_SHAPE
 from mnist_ray.events import EpochFinished, Event, Started, Validated
@@ -134,8 +134,9 @@ class _TensorBoard:
 
     def __init__(self, run: RunFolder, config: TrainConfig) -> None:
         self._run, self._config = run, config
-        self._is_local = isinstance(run.filesystem, fs.LocalFileSystem)
-        self._folder = run.path if self._is_local else tempfile.mkdtemp()
+        is_local = isinstance(run.filesystem, fs.LocalFileSystem)
+        self._elsewhere = None if is_local else tempfile.TemporaryDirectory()
+        self._folder = self._elsewhere.name if self._elsewhere else run.path
         self._writer: Any = None
 
     def log(self, event: Event) -> None:
@@ -163,8 +164,9 @@ class _TensorBoard:
             image = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
             self._writer.add_image(name, image, dataformats="HWC")
         self._writer.close()
-        if not self._is_local:
-            fs.copy_files(self._folder, self._run.path, destination_filesystem=self._run.filesystem)
+        if self._elsewhere:
+            self._run.upload(self._folder)
+            self._elsewhere.cleanup()
 
 
 class _MLflow:
@@ -210,11 +212,14 @@ class _MLflow:
     def _log_model(self, checkpoint: Checkpoint) -> None:
         import mlflow
 
-        with checkpoint.as_directory() as folder:
-            model = load_model(Path(folder)).eval()
+        model, _ = fetch(checkpoint.filesystem, checkpoint.path)
         example = np.zeros((2, 1, *IMAGE_SHAPE), np.float32)
         with mlflow.start_run(run_id=self._id):
             # Not a pickle; and with its requirements named, MLflow does not start a process to find them out.
             mlflow.pytorch.log_model(
-                model, name="model", input_example=example, serialization_format="pt2", pip_requirements=["torch"]
+                model.eval(),
+                name="model",
+                input_example=example,
+                serialization_format="pt2",
+                pip_requirements=["torch"],
             )

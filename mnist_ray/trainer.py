@@ -21,6 +21,7 @@ from ray.exceptions import RayActorError
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
+    CheckpointUploadMode,
     FailureConfig,
     RunConfig,
     ScalingConfig,
@@ -36,14 +37,14 @@ from mnist_ray import engine, evaluation
 from mnist_ray.cluster import WorkerPlan, threads_per_worker, usable_cores
 from mnist_ray.config import TrainConfig
 from mnist_ray.data import Split
-from mnist_ray.environment import keep_freed_memory
+from mnist_ray.environment import end_if_hung, keep_freed_memory
 from mnist_ray.errors import JobError
 from mnist_ray.events import EpochFinished, Event, NodeLeaving, Started, WorkersLost
 from mnist_ray.metrics import Progress
 from mnist_ray.provenance import versions
 from mnist_ray.rendezvous import WorkerGroupConfig
 from mnist_ray.sharding import num_steps
-from mnist_ray.storage import STORAGE_ERRORS, RunFolder
+from mnist_ray.storage import STORAGE_ERRORS, RunFolder, patiently
 
 _SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
 _POLL_INTERVAL_S = 0.5  # at which the driver asks for events, as often as workers send their progress
@@ -103,27 +104,26 @@ def fit(
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(spec.hang_timeout_s))
     if plan.min_workers is not None:  # so long Ray waits in vain for as many as before, when a node has gone
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
-    _drop_damaged_snapshot(spec.run)
     # Without CPUs of its own, validation starts also while the workers hold all of them.
     validate = functools.partial(evaluation.validate, split=validation, events=spec.events)
     options = {"num_cpus": 0, **evaluation.process_options()}
     validation_config = ValidationConfig(validate, ray_remote_kwargs=options) if validation else None
     evaluation.start_process()
 
-    def attempt() -> ray.train.Result | BaseException:
-        trainer = create_trainer(
-            spec, plan, max_failures, validation_config=validation_config, callbacks=[_FailureReporter(spec.events)]
-        )
-        return _wait(trainer.fit, spec.events, on_event)
+    reporter = _FailureReporter(spec.events)
+
+    def attempt() -> ray.train.Result:
+        drop_damaged_snapshot(spec.run)
+        return create_trainer(spec, plan, max_failures, validation_config=validation_config, callbacks=[reporter]).fit()
 
     failures_left = max_failures
-    while isinstance(result := attempt(), BaseException):
-        if not isinstance(result, (ray.train.TrainingFailedError, *STORAGE_ERRORS)):
+    while isinstance(result := _wait(attempt, spec.events, on_event), BaseException):
+        if not isinstance(result, (ray.train.TrainingFailedError, ray.exceptions.RayError, *STORAGE_ERRORS)):
             raise result
         if failures_left == 0 or not _is_of_storage(result):
             raise JobError(_reason(result) + _saved(spec.run)) from result
         on_event(WorkersLost(_reason(result)))
-        spec.run.wait_until_writable()
+        spec.run.check_writable(is_patient=True)
         failures_left -= 1
     if result.return_value is not None:
         raise TrainingStoppedError(result.return_value)
@@ -190,21 +190,28 @@ def _wait(
     return outcome[0]
 
 
-def _drop_damaged_snapshot(run: RunFolder) -> None:
+def drop_damaged_snapshot(run: RunFolder) -> None:
     """Remove Ray's list of a run's checkpoints where a kill has cut it off; workers look for checkpoints themselves."""
-    text = run.read_text(_SNAPSHOT_FILE)
-    if text is None:
-        return
-    try:
-        names = [result["checkpoint_dir_name"] for result in json.loads(text)["checkpoint_results"]]
-    except (ValueError, KeyError, TypeError):
-        names = ["(unreadable)"]
-    if not all(map(run.exists, names)):
-        run.delete_file(_SNAPSHOT_FILE)
+
+    def drop() -> None:
+        text = run.read_text(_SNAPSHOT_FILE)
+        if text is None:
+            return
+        try:
+            names = [result["checkpoint_dir_name"] for result in json.loads(text)["checkpoint_results"]]
+        except (ValueError, KeyError, TypeError):
+            names = ["(unreadable)"]
+        if not all(map(run.exists, names)):
+            run.delete_file(_SNAPSHOT_FILE)
+
+    patiently(drop)
 
 
 def _saved(run: RunFolder) -> str:
-    names = [name for name in run.subfolders() if name.startswith(checkpoints.FOLDER_PREFIX)]
+    try:
+        names = checkpoints.checkpoint_names(run)
+    except STORAGE_ERRORS:
+        return ""
     return f"; last saved: {names[-1]}" if names else "; nothing was saved"
 
 
@@ -264,9 +271,14 @@ def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
     split = ray.get(spec.split)
 
     state = engine.create_state(spec.config, len(split), group.device)
-    _, damaged = checkpoints.restore_newest(spec.run, state)
+    try:
+        restored = checkpoints.restore_newest(spec.run, state)
+    except checkpoints.OtherModelError as error:
+        return str(error)  # not raised: Ray would take it for a lost worker and try again
+    if not restored.name and not restored.damaged and ray.train.get_checkpoint():
+        raise JobError(f"{spec.run.uri} does not show the checkpoints that were written there")  # and so try again
     config = replace(spec.config, precision=engine.resolve_precision(spec.config.precision, group))
-    reporter = _Reporter(spec, group, damaged)
+    reporter = _Reporter(spec, group, restored)
     hosts = _hosts(group)
     reporter.send(
         Started(
@@ -278,14 +290,15 @@ def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
             state.epoch,
             state.step,
             num_steps(len(split), config.batch_size),
-            tuple(damaged),
+            restored.damaged,
         )
     )
+    reporter.report_restored(state)
     hooks = engine.Hooks(reporter.progress, reporter.checkpoint, reporter.wants_checkpoint)
     try:
         engine.train(state, split, config, group, hooks)
     except engine.TrainingDivergedError as error:
-        return str(error)  # not raised: Ray would take it for a lost worker and try again
+        return str(error)  # nor is this
     finally:
         faulthandler.cancel_dump_traceback_later()
     return None
@@ -303,19 +316,17 @@ def _hosts(group: engine.Group) -> tuple[str, ...]:
 class _Reporter:
     """What a worker does besides training: tells the driver, checkpoints, and watches over itself and its node."""
 
-    def __init__(self, spec: LoopSpec, group: engine.Group, damaged: Sequence[str]) -> None:
+    def __init__(self, spec: LoopSpec, group: engine.Group, restored: checkpoints.Restored) -> None:
         self._spec = spec
+        self._restored = restored
         self._is_first = group.rank == 0
         self._validation = ray.get(spec.validation) if spec.validation and self._is_first else None
         self._saved_for_preemption = False
         current = ray.train.get_checkpoint()
+        self._known = current.path.rsplit("/", 1)[-1] if current else ""
         # Ray knows a damaged checkpoint by its name still; what takes its place needs another one.
-        self._suffix = "b" if current and current.path.rsplit("/", 1)[-1] in damaged else ""
-        self._watch()
-
-    def _watch(self) -> None:
-        """End this process, all stacks in its log, unless the next call comes in time."""
-        faulthandler.dump_traceback_later(self._spec.hang_timeout_s, exit=True, file=2)
+        self._suffix = "b" if self._known in restored.damaged else ""
+        end_if_hung(spec.hang_timeout_s)
 
     def send(self, event: Event) -> None:
         """Tell the driver, on rank 0."""
@@ -324,7 +335,7 @@ class _Reporter:
 
     def progress(self, progress: Progress) -> None:
         """Note that training goes on."""
-        self._watch()
+        end_if_hung(self._spec.hang_timeout_s)
         self.send(progress)
 
     def wants_checkpoint(self) -> bool:
@@ -335,16 +346,37 @@ class _Reporter:
         self.send(NodeLeaving())
         return True
 
+    def report_restored(self, state: engine.TrainingState) -> None:
+        """Report the checkpoint that this run goes on from, where a kill came between its upload and Ray's noting it.
+
+        Else a run whose last checkpoint it is would end without it.
+        """
+        name = self._restored.name
+        if name <= self._known:  # names sort as the training goes
+            return
+        saved = self._spec.run.inside(name)
+        ray.train.report(
+            self._restored.metrics,
+            checkpoint=Checkpoint(saved.path, filesystem=saved.filesystem) if self._is_first else None,
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+            validation=self._is_to_be_validated(state),
+        )
+
+    def _is_to_be_validated(self, state: engine.TrainingState) -> bool:
+        """Tell whether this rank asks for a validation: the one that brings the checkpoint, at an epoch's end."""
+        return self._is_first and state.step == 0 and self._spec.validates_in_tasks
+
     def checkpoint(self, state: engine.TrainingState, progress: Progress) -> None:
         """Hand a checkpoint to Ray Train, on all ranks at once; rank 0 writes it. An epoch's last is validated."""
-        epoch_finished = state.step == 0
-        if epoch_finished:
+        if state.step == 0:
             self.send(EpochFinished(progress))
         metrics = report_metrics(state, progress, self._validation)
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
             if self._is_first:
-                checkpoints.save_checkpoint(Path(folder), state, self._spec.about | {"versions": versions()})
+                about = self._spec.about | {"metrics": metrics, "versions": versions()}
+                checkpoints.save_checkpoint(Path(folder), state, about)
                 checkpoint = Checkpoint.from_directory(folder)
                 checkpoint.set_metadata({"epoch": state.epoch})
             ray.train.report(
@@ -352,10 +384,9 @@ class _Reporter:
                 checkpoint=checkpoint,
                 checkpoint_dir_name=checkpoint_name(state) + self._suffix,
                 checkpoint_upload_fn=self._upload,
-                # Only the rank that brings the checkpoint may ask for its validation.
-                validation=self._is_first and epoch_finished and self._spec.validates_in_tasks,
+                validation=self._is_to_be_validated(state),
             )
-        self._watch()
+        end_if_hung(self._spec.hang_timeout_s)
 
     def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
         target = self._spec.run.inside(name)

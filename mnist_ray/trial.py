@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from mnist_ray import engine, trainer
 from mnist_ray.cluster import WorkerPlan, threads_per_worker, usable_cores
 from mnist_ray.config import TrainConfig
 from mnist_ray.engine import Group, Hooks, TrainingState
-from mnist_ray.environment import keep_freed_memory
+from mnist_ray.environment import end_if_hung, keep_freed_memory
 from mnist_ray.errors import JobError
 from mnist_ray.metrics import Progress
 from mnist_ray.search import Point
@@ -58,6 +59,7 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
 
 def _train_on_workers(config: TrainConfig, spec: TrialSpec, folder: RunFolder) -> None:
     loop_spec = trainer.LoopSpec(config, spec.train, folder, None, spec.about, spec.hang_timeout_s, spec.validation)
+    trainer.drop_damaged_snapshot(folder)
     run = trainer.create_trainer(loop_spec, spec.plan, max_failures=0, callbacks=[TuneReportCallback()])
     result = run.fit()
     if result.return_value is not None:
@@ -71,16 +73,22 @@ def _train_here(config: TrainConfig, spec: TrialSpec, folder: RunFolder) -> None
     config = dataclasses.replace(config, precision=engine.resolve_precision(config.precision, group))
     split, validation = ray.get([spec.train, spec.validation])
     state = engine.create_state(config, len(split), group.device)
-    saved, _ = checkpoints.restore_newest(folder, state)
+    restored = checkpoints.restore_newest(folder, state)
     if state.epoch == config.num_epochs:  # killed after its last checkpoint, before the sweep had noted it
-        tune.report(saved["metrics"])
+        tune.report(restored.metrics)
 
     def report(state: TrainingState, progress: Progress) -> None:
+        faulthandler.cancel_dump_traceback_later()  # what Tune takes its time for is no hang
         metrics = trainer.report_metrics(state, progress, validation)
         _save(folder, state, spec.about | {"metrics": metrics})
         tune.report(metrics)
 
-    engine.train(state, split, config, group, Hooks(checkpoint=report))
+    hooks = Hooks(progress=lambda progress: end_if_hung(spec.hang_timeout_s), checkpoint=report)
+    end_if_hung(spec.hang_timeout_s)
+    try:
+        engine.train(state, split, config, group, hooks)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _save(folder: RunFolder, state: TrainingState, about: dict[str, Any]) -> None:

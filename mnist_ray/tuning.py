@@ -17,10 +17,10 @@ from mnist_ray.cluster import Cluster, WorkerPlan, connect, plan_workers
 from mnist_ray.config import DataConfig, JobConfig, SweepConfig, TrainConfig, WorkerConfig
 from mnist_ray.console import RunConsole, count
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.launch import Clock, Images, about, load_images, open_run, print_data, resume_command
+from mnist_ray.launch import Clock, Images, about, load_images, open_run, print_data
 from mnist_ray.run import train_run
-from mnist_ray.search import Point, propose
-from mnist_ray.storage import RESULT_FILE, RunFolder
+from mnist_ray.search import Point, TrialTable, propose
+from mnist_ray.storage import RESULT_FILE, TRIALS_FILE, RunFolder
 from mnist_ray.sweep import TRIALS_FOLDER, run_sweep, trials_at_a_time
 from mnist_ray.sweep_view import SweepConsole
 from mnist_ray.trial import TrialSpec
@@ -36,8 +36,9 @@ def tune_and_train(flags: Mapping[str, Any]) -> None:
     Raises UsageError and JobError.
     """
     values, run = open_run(flags, "tune", SWEEP_FILE, SWEEP_SETTINGS)
-    sweep, job = settings.build(SweepConfig, values, settings.flag), settings.build_job(values)
-    images = load_images(job)
+    sweep, job = settings.build(SweepConfig, values), settings.build_job(values)
+    any_batch_size = dataclasses.replace(job.train, batch_size=1)  # _check looks at those of the sweep
+    images = load_images(dataclasses.replace(job, train=any_batch_size))
     _check(sweep, job, images)
     run.check_writable()
     workers = dataclasses.replace(
@@ -45,14 +46,14 @@ def tune_and_train(flags: Mapping[str, Any]) -> None:
         num_workers=job.workers.num_workers or 1,
         cpus_per_worker=job.workers.cpus_per_worker or 1,  # a core a trial: more trials at a time beat more threads
     )
-    resume_with = resume_command("tune", run)
+    resume_with = run.resume_command("tune", job.output.mlflow)
     with connect(workers, verbose=job.output.verbose) as cluster:
         plan = plan_workers(workers, cluster)
         concurrent = trials_at_a_time(sweep, plan, cluster, autoscaling=job.workers.autoscaling)
         if job.output.check:
             with SweepConsole(sweep, job, concurrent) as console:
                 _print_header(console, sweep, job, run, images, plan, concurrent)
-                preflight.check_job(run, images.train, job.train.batch_size, cluster, plan, console.say)
+                preflight.check_job(run, images.train, job.train.batch_size, plan, console.say)
             return
         preflight.check_storage(run)
         run.write_text(SWEEP_FILE, settings.json_lines(settings.values_of(sweep, job.train, job.data, job.workers)))
@@ -68,7 +69,7 @@ def tune_and_train(flags: Mapping[str, Any]) -> None:
                     about(job),
                     workers.hang_timeout_s,
                 )
-                table = run_sweep(sweep, spec, run, concurrent, console.show_table)
+                table = _chosen_before(run) or run_sweep(sweep, spec, run, concurrent, console.show_table)
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(f"interrupted; to go on: {resume_with}") from interrupt
         except JobError as error:
@@ -81,10 +82,15 @@ def tune_and_train(flags: Mapping[str, Any]) -> None:
 
         run.write_bytes(PICTURE_FILE, pictures.sweep(table, job.train.num_epochs))
         console.result_table(table)
-        console.say("files", f"{run.uri}/sweep.csv, {BEST_FILE}, {PICTURE_FILE}")
+        console.say("files", f"{run.inside(TRIALS_FILE).uri}, {BEST_FILE}, {PICTURE_FILE}")
         seeds = count(len(table.best.records), "seed")
         console.say("best", f"{table.best.val_accuracy:.2%} validation accuracy, mean of {seeds}")
         _train_the_best(best, run, images, cluster.as_it_is_now(), resume_with)
+
+
+def _chosen_before(run: RunFolder) -> TrialTable | None:
+    """Return the trials of a sweep that was interrupted after its choice, which more trials are not to change."""
+    return TrialTable.from_csv(run.read_text(TRIALS_FILE) or "") if run.exists(BEST_FILE) else None
 
 
 def _check(sweep: SweepConfig, job: JobConfig, images: Images) -> None:
@@ -126,12 +132,12 @@ def _print_header(
 
 
 def _train_the_best(best: JobConfig, run: RunFolder, images: Images, cluster: Cluster, resume_with: str) -> None:
-    """Train and evaluate the default configuration, where it is another one, and the best; compare them."""
+    """Train and evaluate the default configuration, where it is another one and fits the data, and the best."""
     default = Point(TrainConfig().batch_size, TrainConfig().learning_rate, best.train.seed)
     baseline = dataclasses.replace(best, train=default.applied_to(best.train))
     lines = []
     for title, job, folder in (("default", baseline, run.inside("default")), ("best", best, run)):
-        if title == "default" and job == best:
+        if title == "default" and (job == best or job.train.batch_size > len(images.train)):
             continue
         chosen = f"batch size {job.train.batch_size}, learning rate {job.train.learning_rate:g}"
         accuracy = _known_accuracy(folder)

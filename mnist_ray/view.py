@@ -24,8 +24,8 @@ _GRID_COLUMNS = 8
 
 def view(flags: Mapping[str, Any]) -> None:
     """Print what the data set has, and draw the images that the flags choose. Raises UsageError and JobError."""
-    config = settings.build(ViewConfig, flags, settings.flag)
-    source = data.find(settings.build(DataConfig, flags, settings.flag))
+    config = settings.build(ViewConfig, flags)
+    source = data.find(settings.build(DataConfig, flags))
     splits = {name: source.load(name) for name in ("train", "test")}
     console = Console(highlight=False, soft_wrap=True)
     for name, split in splits.items():

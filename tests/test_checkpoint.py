@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from pyarrow import fs
 from torch import nn
 
 from mnist_ray import checkpoint, engine
+from mnist_ray.checkpoint import DamagedCheckpointError, OtherModelError
 from mnist_ray.config import TrainConfig
 from mnist_ray.data import Split
 from mnist_ray.engine import Group, Hooks, TrainingState
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.metrics import Progress
+from mnist_ray.storage import locate
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(precision="fp32", num_epochs=2, batch_size=20, learning_rate=2e-3, checkpoint_every=7)
@@ -162,3 +165,70 @@ def test_a_pickle_in_place_of_the_weights_is_refused_and_not_run(saved: Path, tm
     with pytest.raises(JobError, match=r"is damaged: model\.safetensors"):
         checkpoint.load_model(folder)
     assert not marker.exists()
+
+
+def test_a_checkpoint_whose_storage_is_away_for_a_moment_is_read_once_it_is_back(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away, storage = tmp_path / "away", tmp_path / "storage"
+    away.mkdir()
+    copy_of(saved / "1-0", away / "1-0")
+    storage.touch()
+
+    def come_back(seconds: float) -> None:
+        storage.unlink()
+        away.rename(storage)
+
+    monkeypatch.setattr("time.sleep", come_back)
+    model, document = checkpoint.fetch(fs.LocalFileSystem(), str(storage / "1-0"))
+    assert document["note"] == "hello"
+    expected = checkpoint.load_model(storage / "1-0").state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_error_of_a_fetched_checkpoint_names_where_it_lies(saved: Path, tmp_path: Path) -> None:
+    folder = copy_of(saved / "1-0", tmp_path / "copy")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(DamagedCheckpointError, match=f"^checkpoint {folder} is damaged: model.safetensors: "):
+        checkpoint.fetch(fs.LocalFileSystem(), str(folder))
+
+
+def test_a_checkpoint_of_another_model_is_no_damaged_one(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    copy_of(saved / "1-0", tmp_path / "run" / "checkpoint_1")
+    monkeypatch.setattr(engine, "create_model", lambda: nn.Linear(784, 10))
+    state = engine.create_state(CONFIG, 600, CPU)
+    with pytest.raises(OtherModelError, match=r"run/checkpoint_1 is of another model: .*conv1\.weight"):
+        checkpoint.restore_newest(locate(str(tmp_path), "run"), state)
+
+
+def with_dropout() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(784, 10))
+
+
+def test_a_resumed_run_drops_out_what_it_would_have_without_a_break(
+    few_images: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "create_model", with_dropout)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    for folder, position in ((whole, None), (resumed, whole / "1-7")):
+        folder.mkdir()
+        train_and_save(folder, few_images, CONFIG, resume=position)
+    assert (resumed / "2-0" / "model.safetensors").read_bytes() == (whole / "2-0" / "model.safetensors").read_bytes()
+
+
+def test_tied_weights_are_saved_and_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tied() -> nn.Module:
+        first, second = nn.Linear(784, 784), nn.Linear(784, 784)
+        second.weight = first.weight
+        return nn.Sequential(nn.Flatten(), first, second, nn.Linear(784, 10))
+
+    monkeypatch.setattr(engine, "create_model", tied)
+    state, restored = (engine.create_state(replace(CONFIG, seed=seed), 600, CPU) for seed in (0, 1))
+    checkpoint.save_checkpoint(tmp_path, state, {})
+    checkpoint.restore(tmp_path, restored)
+    weights = restored.model.state_dict()
+    assert torch.equal(weights["2.weight"], state.model.state_dict()["1.weight"])
+    assert torch.equal(weights["1.weight"], weights["2.weight"])

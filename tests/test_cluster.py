@@ -86,6 +86,11 @@ def test_a_strict_placement_is_only_planned_where_it_can_be(
             "2 workers of 3 CPUs: it has 4 CPUs on 2 nodes; lower --num-workers or --cpus-per-worker",
         ),
         (WorkerConfig(num_workers=3), [GPU], "3 workers of 1 CPU and 1 GPU: it has 4 CPUs and 2 GPUs on 1 node;"),
+        (
+            WorkerConfig(num_workers=2, min_workers=1, placement="STRICT_SPREAD"),
+            [SMALL, SMALL],
+            "--placement STRICT_SPREAD needs a fixed --num-workers",
+        ),
         (WorkerConfig(use_gpu="yes"), [LARGE], "--use-gpu yes, but the cluster has no GPU; use --use-gpu no"),
     ],
 )

@@ -31,7 +31,7 @@ def test_every_default_passes_its_own_check() -> None:
 
 
 def test_the_notebook_recipe_names_only_settings_that_exist() -> None:
-    assert config.NOTEBOOK_RECIPE.keys() <= {field.name for field in dataclasses.fields(TrainConfig)}
+    assert config.RECIPES["notebook"].keys() <= {field.name for field in dataclasses.fields(TrainConfig)}
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,11 @@ def test_settings_that_do_not_fit_the_data_are_refused(values: dict[str, int], m
 
 def test_settings_that_just_fit_the_data_are_taken() -> None:
     config.check_fits(config.build(TrainConfig, {"validation_size": 60, "batch_size": 40}), num_train=100)
+
+
+def test_a_data_folder_is_kept_as_it_can_be_read_from_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert config.chosen_values({"data_dir": "mine"})["data_dir"] == str(tmp_path / "mine")
 
 
 def test_a_data_set_by_name_takes_the_place_of_a_saved_folder(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import numpy as np
@@ -6,18 +7,19 @@ import pytest
 import torch
 
 from mnist_ray import export
-from mnist_ray.checkpoint import load_model
+from mnist_ray.checkpoint import fetch, save_checkpoint
+from mnist_ray.config import TrainConfig
 from mnist_ray.data import Split
-from mnist_ray.engine import to_input
+from mnist_ray.engine import create_state, to_input
 from mnist_ray.evaluation import find_checkpoint
-from mnist_ray.model import create_model
+from mnist_ray.model import CNN
 from tests.conftest import run_job
 
 
 @pytest.fixture
 def model(finished_run: Path) -> torch.nn.Module:
-    with find_checkpoint(str(finished_run), "").as_directory() as folder:
-        return load_model(Path(folder)).eval()
+    checkpoint = find_checkpoint(str(finished_run), {})
+    return fetch(checkpoint.filesystem, checkpoint.path)[0].eval()
 
 
 def test_an_exported_program_does_what_the_checkpoint_does(
@@ -47,9 +49,19 @@ def test_an_onnx_file_does_what_the_checkpoint_does(
 
 
 def test_the_check_sees_another_model(model: torch.nn.Module, few_images: Split) -> None:
-    other = create_model().eval()
-    assert export.largest_difference(model, model, few_images) == 0
-    assert export.largest_difference(model, other, few_images) > 0.1
+    other = CNN().eval()
+    assert export.largest_difference(model, model, few_images.images) == 0
+    assert export.largest_difference(model, other, few_images.images) > 0.1
+    other.dense2.bias.data[0] = math.nan
+    assert math.isnan(export.largest_difference(model, other, few_images.images))
+
+
+def test_a_checkpoint_whose_data_are_elsewhere_is_checked_on_noise(tmp_path: Path) -> None:
+    about = {"data": {"data_dir": "/nowhere"}}
+    save_checkpoint(tmp_path, create_state(TrainConfig(), 600, torch.device("cpu")), about)
+    done = run_job("export.py", str(tmp_path), "--output", str(tmp_path / "digits.pt2"))
+    assert done.returncode == 0, done.stderr
+    assert "checked    on 1,000 images of noise" in done.stdout
 
 
 def test_a_file_is_not_given_the_others_ending(finished_run: Path) -> None:

@@ -126,8 +126,8 @@ def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(tmp_
         folder = tmp_path / "run" / f"checkpoint_epoch-000_step-{step:06d}"
         folder.mkdir(parents=True)
         state.step = step
-        save_checkpoint(folder, state, {})
-    _, corrupt, cut, empty = sorted((tmp_path / "run").iterdir())
+        save_checkpoint(folder, state, {"metrics": {"train_loss": 0.5}})
+    whole, corrupt, cut, empty = sorted((tmp_path / "run").iterdir())
     content = bytearray((corrupt / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (corrupt / "model.safetensors").write_bytes(content)
@@ -136,19 +136,20 @@ def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(tmp_
     shutil.rmtree(empty)
     empty.mkdir()
     restored = create_state(config, 600, torch.device("cpu"))
-    _, damaged = restore_newest(locate(str(tmp_path), "run"), restored)
+    found = restore_newest(locate(str(tmp_path), "run"), restored)
     assert restored.step == 10
-    assert damaged == [empty.name, cut.name, corrupt.name]
+    assert found.damaged == (empty.name, cut.name, corrupt.name)
+    assert (found.name, found.metrics) == (whole.name, {"train_loss": 0.5})
 
 
 def test_a_run_whose_list_of_checkpoints_was_cut_off_is_read_by_its_last_checkpoint(tmp_path: Path) -> None:
     run = locate(str(tmp_path), "run")
     run.write_text("checkpoint_manager_snapshot.json", '{"checkpoint_results": [{"checkpoint_dir')
     with pytest.raises(UsageError, match="has no checkpoint yet"):
-        find_checkpoint(run.uri, "")
+        find_checkpoint(run.uri, {})
     for name in ("checkpoint_epoch-001_step-000000", "checkpoint_epoch-002_step-000000"):
         run.inside(name).write_text("state.json", "{}")
-    assert find_checkpoint(run.uri, "").path.endswith("/run/checkpoint_epoch-002_step-000000")
+    assert find_checkpoint(run.uri, {}).path.endswith("/run/checkpoint_epoch-002_step-000000")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_a_run_whose_list_of_checkpoints_was_cut_off_is_read_by_its_last_checkpo
 def test_rays_list_of_checkpoints_is_dropped_where_a_kill_has_cut_it_off(text: str, tmp_path: Path) -> None:
     run = locate(str(tmp_path), "run")
     run.write_text("checkpoint_manager_snapshot.json", text)
-    trainer._drop_damaged_snapshot(run)
+    trainer.drop_damaged_snapshot(run)
     assert not run.exists("checkpoint_manager_snapshot.json")
 
 
@@ -177,12 +178,30 @@ def test_a_resumed_run_passes_over_a_damaged_checkpoint(
     assert weights(run) == weights(undisturbed)
 
 
+def test_a_last_checkpoint_that_a_kill_kept_from_ray_is_validated_and_chosen(
+    undisturbed: Path, ray_address: str, small_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    (run / "result.json").unlink()
+    (run / "checkpoint_manager_snapshot.json").unlink()
+    for path in sorted(run.glob("checkpoint_epoch*"))[:-1]:
+        shutil.rmtree(path)
+    flags = as_flags({"storage_path": tmp_path, "run_name": "run"})
+    done = run_job("train.py", *flags, "--resume", address=ray_address)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "validation after epoch 8" in done.stdout
+    result = json.loads((run / "result.json").read_text())
+    assert result["checkpoint"] == "checkpoint_epoch-008_step-000000"
+    assert result["checkpoint_metrics"]["val_accuracy"] > 0.5
+    assert weights(run) == weights(undisturbed)
+
+
 def test_a_worker_that_hangs_ends_itself_with_its_stack_in_the_log() -> None:
     code = (
-        "import time; from types import SimpleNamespace; from mnist_ray.trainer import _Reporter\n"
-        "reporter = _Reporter.__new__(_Reporter); reporter._spec = SimpleNamespace(hang_timeout_s=0.5)\n"
+        "import time; from mnist_ray.environment import end_if_hung\n"
         "def hanging(): time.sleep(60)\n"
-        "reporter._watch(); hanging()"
+        "end_if_hung(0.5); hanging()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == 1

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 from pathlib import Path
 
 from mnist_ray.events import EpochFinished, Started, Validated
@@ -39,6 +40,13 @@ def test_a_resumed_run_keeps_the_epochs_that_it_does_not_repeat(tmp_path: Path) 
     again.add(finished(2))
     assert [(row["epoch"], row["val_loss"]) for row in rows(tmp_path)] == [("1", "0.25"), ("2", "")]
     assert again.unvalidated == History(locate(str(tmp_path), "run")).unvalidated == [2]
+
+
+def test_the_number_of_workers_is_the_last_attempts(tmp_path: Path) -> None:
+    history = History(locate(str(tmp_path), "run"))
+    for num_workers in (4, 3):
+        history.add(dataclasses.replace(started(0), num_workers=num_workers))
+    assert history.num_workers == 3
 
 
 def test_the_mean_rate_is_of_the_epochs_that_were_told_of_before_a_kill(tmp_path: Path) -> None:

@@ -183,6 +183,7 @@ def test_a_loss_that_becomes_nan_ends_the_run_in_one_line(small_data: Path, tmp_
         (["--resume", "--run-name", "ghost"], "--resume: there is no run"),
         (["--data-dir", "/nowhere"], "--data-dir /nowhere is not a folder"),
         (["--batch-size", "60000"], "--batch-size 60,000 is larger than the 55,000 images to train on"),
+        (["--seed", str(2**31)], "--seed must be at least 0, and below 2,147,483,648"),
         (["--validation-size", "60000"], "--validation-size 60,000 leaves nothing to train on"),
     ],
 )

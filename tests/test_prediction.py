@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from mnist_ray import prediction
-from mnist_ray.checkpoint import load_model
+from mnist_ray.checkpoint import fetch
 from mnist_ray.data import Split
 from mnist_ray.evaluation import find_checkpoint
 from tests.conftest import run_job
@@ -73,8 +73,8 @@ def test_unsure_is_what_stays_below_the_threshold() -> None:
 def test_many_files_are_answered_on_ray_as_they_are_here(
     finished_run: Path, pictures: Path, ray_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with find_checkpoint(str(finished_run), "").as_directory() as folder:
-        model = load_model(Path(folder)).eval()
+    checkpoint = find_checkpoint(str(finished_run), {})
+    model = fetch(checkpoint.filesystem, checkpoint.path)[0].eval()
     files = list(prediction.find_files([str(pictures), "nowhere.png"]))
     monkeypatch.setattr(prediction, "_BATCH_SIZE", 2)
     here = list(prediction.answer_all(model, files))

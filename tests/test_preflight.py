@@ -3,14 +3,13 @@ from pathlib import Path
 import pytest
 
 from mnist_ray import preflight, provenance
-from mnist_ray.cluster import Cluster, Node, WorkerPlan
+from mnist_ray.cluster import WorkerPlan
 from mnist_ray.data import Split
 from mnist_ray.errors import JobError
 from mnist_ray.storage import RunFolder, locate
 from tests.conftest import as_flags, run_job
 
 PLAN = WorkerPlan(2, 1, use_gpu=False, must_scale_up=False)
-CLUSTER = Cluster(is_local=False, nodes=(Node(2),), log_folder="")
 
 
 @pytest.fixture
@@ -20,7 +19,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 def check(run: RunFolder, images: Split) -> str:
     lines: list[str] = []
-    preflight.check_job(run, images, 128, CLUSTER, PLAN, lambda label, text: lines.append(f"{label} {text}"))
+    preflight.check_job(run, images, 128, PLAN, lambda label, text: lines.append(f"{label} {text}"))
     return "\n".join(lines)
 
 

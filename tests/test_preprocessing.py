@@ -160,6 +160,12 @@ def test_a_photo_is_turned_as_its_exif_data_say(orientation: int, mnist_test: Sp
     assert similarity(seen, to_mnist(upright)) > 0.95
 
 
+def test_a_picture_in_lab_colours_is_read(mnist_test: Split) -> None:
+    grey = Image.fromarray(mnist_test.images[0]).resize((280, 280))
+    lab = Image.merge("LAB", (grey, Image.new("L", grey.size, 128), Image.new("L", grey.size, 128)))
+    np.testing.assert_array_equal(to_mnist(lab), to_mnist(grey))
+
+
 @pytest.mark.parametrize("image", [Image.new("L", (50, 50), 200), Image.new("RGBA", (9, 9)), Image.new("RGB", (1, 1))])
 def test_a_blank_picture_is_refused(image: Image.Image) -> None:
     with pytest.raises(UsageError, match="shows no digit"):

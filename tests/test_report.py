@@ -207,7 +207,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         RunRecord.read(locate(str(tmp_path), "nothing"))
     run = locate(str(tmp_path), "run")
     run.write_text("config.json", "{")
-    with pytest.raises(UsageError, match="has a damaged file"):
+    with pytest.raises(UsageError, match=r"config\.json is not JSON"):
         RunRecord.read(run)
 
 

@@ -27,6 +27,28 @@ def test_home_and_relative_paths_become_absolute(tmp_path: Path, monkeypatch: py
     assert locate("runs", "a").uri == f"{tmp_path}/runs/a"
 
 
+def test_the_options_of_a_uri_stay_at_its_end() -> None:
+    options = "?endpoint_override=http://minio:9000&region=us-east-1"
+    filesystem = fs.LocalFileSystem()
+    run = RunFolder("run", f"s3://bucket/runs{options}", filesystem, "bucket/runs/run")
+    assert run.inside("trials").uri == f"s3://bucket/runs/run/trials{options}"
+    assert "'s3://bucket/runs" in run.resume_command("train")
+
+
+def test_a_uri_with_options_is_taken_apart_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(storage, "locate", lambda path, name: asked.append((path, name)))
+    find_run("s3://b/runs/one?region=a/b", "")
+    assert asked == [("s3://b/runs?region=a/b", "one")]
+
+
+def test_the_command_that_resumes_is_quoted(tmp_path: Path) -> None:
+    command = locate(str(tmp_path / "my runs"), "one").resume_command("tune", "sqlite:///m.db")
+    assert command == (
+        f"python jobs/tune.py --resume --run-name one --storage-path '{tmp_path}/my runs' --mlflow sqlite:///m.db"
+    )
+
+
 def test_any_file_system_of_pyarrow_serves() -> None:
     filesystem, path = fs.FileSystem.from_uri("mock:///bucket")
     run = RunFolder("run", "mock:///bucket", filesystem, f"{path}/run")
@@ -70,24 +92,6 @@ def test_storage_that_fails_for_seconds_is_tried_again(monkeypatch: pytest.Monke
     failing = Storage(monkeypatch, fails_for_s=5)
     assert storage.patiently(failing.write) == "written"
     assert failing.now == 5
-
-
-def test_a_folder_whose_storage_is_away_for_a_moment_is_copied_once_it_is_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    away, storage_folder, local = tmp_path / "away", tmp_path / "storage", tmp_path / "local"
-    (away / "checkpoint").mkdir(parents=True)
-    (away / "checkpoint" / "state.json").write_text("{}")
-    storage_folder.touch()
-    local.mkdir()
-
-    def come_back(seconds: float) -> None:
-        storage_folder.unlink()
-        away.rename(storage_folder)
-
-    monkeypatch.setattr("time.sleep", come_back)
-    storage.download(fs.LocalFileSystem(), str(storage_folder / "checkpoint"), str(local))
-    assert (local / "state.json").read_text() == "{}"
 
 
 def test_storage_that_fails_for_good_ends_in_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import ray
@@ -18,9 +19,10 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.data import Split
 from mnist_ray.errors import JobError
 from mnist_ray.search import Point
+from mnist_ray.storage import locate
 from mnist_ray.trial import TrialSpec, run_trial
-from mnist_ray.tuning import tune_and_train
-from tests.conftest import ROOT, as_flags, run_job
+from mnist_ray.tuning import _chosen_before, tune_and_train
+from tests.conftest import ROOT, as_flags, run_job, write_data_set
 from tests.test_jobs import assert_one_line_error
 
 QUICK: dict[str, Any] = {
@@ -90,6 +92,14 @@ def test_a_confirmed_sweep_keeps_the_best_checkpoint_of_the_configuration_that_i
     best = max((row for row in trials if row["learning_rate"] == rate), key=lambda row: float(row["val_accuracy"]))
     (kept,) = (tmp_path / "sure" / "trials").iterdir()
     assert kept.name == f"batch-50_lr-{rate}_seed-{best['seed']}"
+
+
+def test_a_sweep_that_has_chosen_tries_nothing_more_when_it_is_resumed(finished_sweep: Path, tmp_path: Path) -> None:
+    run = locate(str(finished_sweep.parent), finished_sweep.name)
+    table = _chosen_before(run)
+    assert table is not None
+    assert len(table.by_point) == 4
+    assert _chosen_before(locate(str(tmp_path), "another")) is None
 
 
 def test_the_training_job_reproduces_the_best_trial(finished_sweep: Path, ray_address: str, tmp_path: Path) -> None:
@@ -220,10 +230,24 @@ def test_a_wrong_argument_is_one_line_and_status_2(flags: list[str], message: st
     assert not any(tmp_path.iterdir())
 
 
+def test_fewer_images_than_the_defaults_batch_can_be_searched(
+    few_images: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class BegunError(Exception):
+        pass
+
+    monkeypatch.setattr("mnist_ray.tuning.connect", Mock(side_effect=BegunError))
+    tiny = Split(few_images.images[:100], few_images.labels[:100])
+    flags = {"data_dir": str(write_data_set(tmp_path / "tiny", tiny, tiny)), "storage_path": str(tmp_path)}
+    with pytest.raises(BegunError):
+        tune_and_train({**flags, "validation_size": 20, "batch_sizes": [8, 16]})
+
+
 def test_a_time_budget_ends_a_sweep_that_would_go_on(
     trials_only: None, ray_address: str, small_data: Path, tmp_path: Path
 ) -> None:
     where = {"data_dir": str(small_data), "storage_path": str(tmp_path), "run_name": "budget"}
     with contextlib.suppress(JobError):  # where the machine was too slow to validate a trial in that time
         tune_and_train({**QUICK, **where, "num_trials": 2, "num_epochs": 1_000_000, "time_budget_s": 5.0})
-    assert all(float(row["epochs"]) < 1_000_000 for row in rows(tmp_path / "budget"))
+    if (tmp_path / "budget" / "sweep.csv").exists():  # else it was too slow to start one
+        assert all(float(row["epochs"]) < 1_000_000 for row in rows(tmp_path / "budget"))

@@ -97,7 +97,7 @@ def test_mlflow_has_parameters_metrics_pictures_and_the_model(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where MLflow puts the files of a run whose figures are in a data base
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    run, checkpoint = locate(str(tmp_path), "run"), find_checkpoint(str(finished_run), "")
+    run, checkpoint = locate(str(tmp_path), "run"), find_checkpoint(str(finished_run), {})
     assert follow(run, EPOCH[:3], Ending(None, {}, None), uri) == []
     (found,) = mlflow.search_runs(experiment_names=["mnist_ray"], output_format="list")
     assert (found.info.run_name, found.info.status) == ("run", "KILLED")
