@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
     def read_flags(self) -> dict[str, Any]:
         """Return the flags that were given, checked one by one. Raises UsageError."""
-        flags = vars(self.parse_args())
+        flags = vars(self.parse_intermixed_args())
         if isinstance(flags.get("num_workers"), tuple):
             flags["min_workers"], flags["num_workers"] = flags["num_workers"]
         elif "num_workers" in flags:  # takes the place of a saved MIN:MAX as a whole
@@ -91,8 +91,15 @@ def _status_of(main: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "interrupted", file=sys.stderr)
+        print(_text_of(interrupt), file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as in `… | head`
         return 1
     return 0
+
+
+def _text_of(interrupt: BaseException) -> str:
+    """Return what an interrupt says, or the one before it that a second Ctrl-C has cut short."""
+    if not str(interrupt) and isinstance(interrupt.__context__, KeyboardInterrupt):
+        return _text_of(interrupt.__context__)
+    return str(interrupt) or "interrupted"

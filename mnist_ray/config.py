@@ -117,7 +117,7 @@ class OutputConfig:
     storage_path: str = setting("~/ray_results", "folder or URI (s3://…) for all runs; every node must see it")
     run_name: str | None = setting(
         None,
-        "folder of this run under --storage-path; default: the date and time, and four digits by chance",
+        "folder of this run under --storage-path; default: the date, the time and a random number",
         lambda name: name is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None,
         "must be letters, digits, '.', '_' or '-'",
     )
@@ -158,6 +158,7 @@ class PredictionConfig:
     threshold: float = setting(
         0.8, "least probability of an answer that is not called unsure", lambda p: 0 <= p <= 1, "must be in [0, 1]"
     )
+    as_is: bool = setting(False, "scale to grey 28×28 and no more: for a model of other images than digits")
     json: bool = setting(False, "print a JSON object a line, for programs")
     grid: str | None = setting(None, "file of a picture to draw of what the network saw, with its answers", *_png())
 

@@ -48,7 +48,7 @@ class RunConsole:
     def say(self, label: str, text: str) -> None:
         """Print a line, its label in a column of its own."""
         if not self._quiet:
-            self._console.print(Text.assemble((f"{label:<11}", "bold"), text))
+            self._console.print(Text.assemble(_label(label), text))
 
     def waiting(self, text: str) -> None:
         """Show what is waited for until the next event, on the live line only."""
@@ -58,7 +58,7 @@ class RunConsole:
     def result(self, label: str, text: str) -> None:
         """Print a line that ``--quiet`` leaves standing."""
         self._live.stop()
-        self._console.print(Text.assemble((f"{label:<11}", "bold"), text))
+        self._console.print(Text.assemble(_label(label), text))
 
     def show(self, event: Event) -> None:
         """Print what an event says, where it says something new."""
@@ -92,9 +92,14 @@ class RunConsole:
         self.say(
             "started" if self._attempts == 1 else "restarted",
             f"{event.num_workers} × {event.device} with {threads}{where}, {event.precision}"
-            + (f"; going on in epoch {event.epoch + 1} after step {event.step:,}" if event.epoch or event.step else "")
+            + self._going_on(event)
             + self._lost_work(event),
         )
+
+    def _going_on(self, event: Started) -> str:
+        if event.epoch == self._num_epochs:
+            return "; all epochs are trained already"
+        return f"; going on in epoch {event.epoch + 1} after step {event.step:,}" if event.epoch or event.step else ""
 
     def _lost_work(self, event: Started) -> str:
         """Say what the last attempt had done that is to be done again."""
@@ -112,7 +117,7 @@ class RunConsole:
         )
         label = f"epoch {event.epoch}/{self._num_epochs}"
         if self._live.is_started:
-            self._live.update(Text(f"{label:<11}{line}"), refresh=True)
+            self._live.update(Text(f"{label:<10} {line}"), refresh=True)
         elif time.monotonic() - self._last_plain >= _PLAIN_INTERVAL_S:
             self._last_plain = time.monotonic()
             self.say(label, line)
@@ -127,6 +132,10 @@ class RunConsole:
             f"finished in {last.epoch_s:.2f} s ({last.images_per_s:,.0f} images/s): "
             f"loss {last.sums.loss:.4f}, accuracy {last.sums.accuracy:.2%} on the training images",
         )
+
+
+def _label(label: str) -> tuple[str, str]:
+    return f"{label:<10} ", "bold"
 
 
 def count(number: int, noun: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
+from ray.exceptions import RayError, RayTaskError
 from ray.train import Checkpoint
 from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
 from ray.util.queue import Queue
@@ -25,7 +26,7 @@ from mnist_ray.environment import for_evaluation
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.events import Validated
 from mnist_ray.metrics import Evaluation
-from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, find_run
+from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, find_run, first_line
 
 
 def evaluate(checkpoint: Checkpoint, split: Split | ray.ObjectRef, num_images: int, num_tasks: int = 1) -> Evaluation:
@@ -39,10 +40,12 @@ def evaluate(checkpoint: Checkpoint, split: Split | ray.ObjectRef, num_images: i
     parts = [task.remote(checkpoint, reference, *bounds) for bounds in part_bounds(num_images, num_tasks)]
     try:
         return Evaluation.merge(ray.get(parts))
-    except ray.exceptions.RayTaskError as error:
+    except RayTaskError as error:
+        if isinstance(error.cause, RayError):
+            raise JobError(f"the evaluation was lost: {first_line(error.cause)}") from error
         raise error.cause from error  # the task's own exception, whose text is one line
-    except ray.exceptions.RayError as error:
-        raise JobError(f"the evaluation was lost: {str(error).strip().splitlines()[0]}") from error
+    except RayError as error:
+        raise JobError(f"the evaluation was lost: {first_line(error)}") from error
 
 
 def process_options() -> dict[str, Any]:

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
@@ -25,9 +26,10 @@ from mnist_ray.config import PredictionConfig, WorkerConfig
 from mnist_ray.engine import to_input
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.evaluation import find_checkpoint
-from mnist_ray.preprocessing import read_image, to_mnist
+from mnist_ray.preprocessing import as_it_is, read_image, to_mnist
 from mnist_ray.storage import write_file
 
+Prepare = Callable[[Image.Image], np.ndarray]
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 """Of the files that are taken from a folder."""
 _BATCH_SIZE = 64
@@ -77,7 +79,7 @@ def predict(flags: Mapping[str, Any]) -> None:
     if not config.json:
         print(f"checkpoint {checkpoint.path}")
     answers = []
-    for answer in answer_all(model, files):
+    for answer in answer_all(model, files, as_it_is if config.as_is else to_mnist):
         answers.append(answer)
         _print(answer, config)
     if config.grid is not None:
@@ -98,38 +100,42 @@ def find_files(given: Iterable[str]) -> Iterator[Path]:
             yield path
 
 
-def answer_all(model: nn.Module, files: Sequence[Path]) -> Iterator[Answer]:
-    """Yield the answer to each file, in their order; many are answered by tasks on Ray."""
+def answer_all(model: nn.Module, files: Sequence[Path], prepare: Prepare = to_mnist) -> Iterator[Answer]:
+    """Yield the answer to each file, in their order; many are answered by tasks on Ray.
+
+    ``prepare`` makes of a picture what the model sees.
+    """
     batches = (files[start : start + _BATCH_SIZE] for start in range(0, len(files), _BATCH_SIZE))
     contents = ([(str(file), _read(file)) for file in batch] for batch in batches)
     if len(files) <= _MOST_HERE:
         torch.set_num_threads(usable_cores())
         for batch in contents:
-            yield from answer_batch(model, batch)
+            yield from answer_batch(model, batch, prepare)
         return
     with connect(WorkerConfig(), verbose=False), Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("pictures", total=len(files))
-        for answers in _on_ray(model, contents):
+        for answers in _on_ray(model, contents, prepare):
             progress.advance(bar, len(answers))
             yield from answers
 
 
-def _on_ray(model: nn.Module, batches: Iterator[list[tuple[str, bytes | str]]]) -> Iterator[list[Answer]]:
+def _on_ray(
+    model: nn.Module, batches: Iterator[list[tuple[str, bytes | str]]], prepare: Prepare
+) -> Iterator[list[Answer]]:
     """Answer batches by tasks, of which no more wait than keep the cluster busy: the files' content is in memory."""
     reference = ray.put(model)
     most_waiting = 2 * int(ray.cluster_resources().get("CPU", 1))
-    waiting = collections.deque(
-        _answer_task.remote(reference, batch) for batch in itertools.islice(batches, most_waiting)
-    )
+    tasks = (_answer_task.remote(reference, batch, prepare) for batch in batches)
+    waiting = collections.deque(itertools.islice(tasks, most_waiting))
     while waiting:
         yield ray.get(waiting.popleft())
-        waiting.extend(_answer_task.remote(reference, batch) for batch in itertools.islice(batches, 1))
+        waiting.extend(itertools.islice(tasks, 1))
 
 
 @ray.remote(num_cpus=1)
-def _answer_task(model: nn.Module, batch: list[tuple[str, bytes | str]]) -> list[Answer]:
+def _answer_task(model: nn.Module, batch: list[tuple[str, bytes | str]], prepare: Prepare) -> list[Answer]:
     torch.set_num_threads(1)
-    return answer_batch(model, batch)
+    return answer_batch(model, batch, prepare)
 
 
 def _read(file: Path) -> bytes | str:
@@ -142,9 +148,11 @@ def _read(file: Path) -> bytes | str:
         return f"cannot be read: {error.strerror}"
 
 
-def answer_batch(model: nn.Module, batch: Sequence[tuple[str, bytes | str]]) -> list[Answer]:
+def answer_batch(
+    model: nn.Module, batch: Sequence[tuple[str, bytes | str]], prepare: Prepare = to_mnist
+) -> list[Answer]:
     """Answer files of which each has its content, or as text why there is none."""
-    seen = [_see(file, content) for file, content in batch]
+    seen = [_see(file, content, prepare) for file, content in batch]
     images = [answer.image for answer in seen if answer.image is not None]
     if not images:
         return seen
@@ -160,12 +168,12 @@ def answer_batch(model: nn.Module, batch: Sequence[tuple[str, bytes | str]]) -> 
     return answers
 
 
-def _see(file: str, content: bytes | str) -> Answer:
+def _see(file: str, content: bytes | str, prepare: Prepare) -> Answer:
     """Return what the model is to see of a file, or why it cannot."""
     if isinstance(content, str):
         return Answer(file, error=content)
     try:
-        return Answer(file, to_mnist(read_image(content)))
+        return Answer(file, prepare(read_image(content)))
     except UsageError as error:
         return Answer(file, error=str(error))
 

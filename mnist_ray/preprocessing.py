@@ -55,13 +55,18 @@ def to_mnist(image: Image.Image) -> np.ndarray:
 
     Raises UsageError where the picture is blank.
     """
-    return _centred(_scaled(_digit(_ink(_to_grey(image)))))
-
-
-def _to_grey(image: Image.Image) -> np.ndarray:
-    """Return (H, W) in 0 to 255, its longer side scaled to the working size; transparency becomes paper."""
     factor = _WORKING_SIZE / max(image.size)
     size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
+    return _centred(_scaled(_digit(_ink(_to_grey(image, size)))))
+
+
+def as_it_is(image: Image.Image) -> np.ndarray:
+    """Return a picture of anything as grey (28, 28) uint8, and do nothing else to it."""
+    return np.uint8(np.round(np.clip(_to_grey(image, IMAGE_SHAPE), 0, 255)))
+
+
+def _to_grey(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Return a picture, scaled to a size (width, height), as (H, W) in 0 to 255; transparency becomes paper."""
     if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel, of unknown range
         values = np.asarray(image, np.float32)
         low, high = values.min(), values.max()

@@ -77,7 +77,8 @@ def train_run(
         fitted = _fit(job, run, images, plan, on_event)
         clock.lap("validation")
         if job.train.validation_size > 0 and (epochs := history.unvalidated):
-            console.say("note", f"not validated, since the task failed: epoch {', '.join(map(str, epochs))}")
+            shown = ", ".join(map(str, epochs))
+            console.say("note", f"not validated, since the task or the run was interrupted: epoch {shown}")
         tested = evaluation.evaluate(fitted.checkpoint, images.test, len(images.test))
         clock.lap("evaluation")
         if is_last:
@@ -88,8 +89,8 @@ def train_run(
         _print_evaluation(console, tested)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(f"interrupted; to go on: {resume_with}") from interrupt
-    except trainer.TrainingStoppedError:
-        raise
+    except trainer.TrainingStoppedError as error:
+        raise JobError(f"{error} (logs: {cluster.log_folder})") from error
     except JobError as error:
         raise JobError(f"{error} (logs: {cluster.log_folder}; to go on: {resume_with})") from error
     finally:

@@ -211,4 +211,4 @@ def write_file(path: str, content: bytes) -> None:
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's text."""
-    return str(error).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -40,6 +40,8 @@ class SweepConsole(RunConsole):
     def _summary(self, table: TrialTable) -> str:
         counts = [f"{table.count(DONE)} done", f"{table.count(STOPPED)} stopped early", f"{table.count(FAILED)} failed"]
         best = f"best {table.best.val_accuracy:.2%}" if table.best else "none validated yet"
+        if table.best and len(table.best.records) > 1:
+            best += f" (mean of {len(table.best.records)} seeds)"
         left = self._seconds_left(table)
         return f"{', '.join(counts)} of {table.num_planned}; {best}" + (
             "" if left is None else f"; about {clock_time(left)} left"

@@ -142,11 +142,13 @@ class _TensorBoard:
     def log(self, event: Event) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        if isinstance(event, Started):
-            if self._writer is not None:
-                self._writer.close()
+        if isinstance(event, Started) and self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        if self._writer is None:  # at the start, or with an epoch that an attempt before has left to be validated
             # What an earlier attempt has logged of the steps that are done again now is not shown.
-            self._writer = SummaryWriter(self._folder, purge_step=event.total_step + 1)
+            purged = event.total_step + 1 if isinstance(event, Started) else None
+            self._writer = SummaryWriter(self._folder, purge_step=purged)
         for name, value, step in scalars(event):
             self._writer.add_scalar(name, value, step)
 

@@ -9,6 +9,7 @@ import os
 import socket
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
@@ -44,10 +45,12 @@ from mnist_ray.metrics import Progress
 from mnist_ray.provenance import versions
 from mnist_ray.rendezvous import WorkerGroupConfig
 from mnist_ray.sharding import num_steps
-from mnist_ray.storage import STORAGE_ERRORS, RunFolder, patiently
+from mnist_ray.storage import STORAGE_ERRORS, RunFolder, first_line, patiently
 
 _SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
 _POLL_INTERVAL_S = 0.5  # at which the driver asks for events, as often as workers send their progress
+# What may go well at the next attempt; other errors of the training's own code are bugs.
+_PASSING = (*STORAGE_ERRORS, JobError, RayError, torch.distributed.DistError, MemoryError, torch.AcceleratorError)
 _RESIZE_INTERVAL_S = 15.0  # how often an elastic run looks whether the cluster holds more workers
 
 
@@ -79,6 +82,10 @@ class TrainingStoppedError(JobError):
     """Training cannot go on with these settings: doing it again would end the same way."""
 
 
+class CodeFailedError(Exception):
+    """The code of the training has failed on a worker, a model's for instance, and would again."""
+
+
 @dataclass(frozen=True)
 class FitResult:
     """What a finished run has left."""
@@ -98,7 +105,7 @@ def fit(
 ) -> FitResult:
     """Train on Ray, telling ``on_event`` how it goes; a run that ``spec.run`` holds already goes on where it stood.
 
-    Raises TrainingStoppedError where the loss became NaN, JobError where training failed otherwise.
+    Raises TrainingStoppedError where it would end the same way again, JobError where training failed otherwise.
     """
     assert spec.events is not None
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(spec.hang_timeout_s))
@@ -118,7 +125,9 @@ def fit(
 
     failures_left = max_failures
     while isinstance(result := _wait(attempt, spec.events, on_event), BaseException):
-        if not isinstance(result, (ray.train.TrainingFailedError, ray.exceptions.RayError, *STORAGE_ERRORS)):
+        if isinstance(stopped := getattr(result, "controller_failure", None), TrainingStoppedError):
+            raise stopped
+        if not isinstance(result, (ray.train.TrainingFailedError, RayError, *STORAGE_ERRORS)):
             raise result
         if failures_left == 0 or not _is_of_storage(result):
             raise JobError(_reason(result) + _saved(spec.run)) from result
@@ -221,12 +230,16 @@ def _is_of_storage(error: Exception) -> bool:
 
 
 class _FailureReporter(UserCallback):
-    """Tells the driver why workers are being replaced."""
+    """Tells the driver why workers are being replaced; where that cannot help, ends the run."""
 
     def __init__(self, events: Queue) -> None:
         self._events = events
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            if isinstance(error, CodeFailedError):
+                # Raised here, Ray takes it for a failure of its own controller, after which it does not try again.
+                raise TrainingStoppedError(str(error))
         self._events.actor.put_nowait.remote(WorkersLost(describe(worker_exceptions)))
 
 
@@ -259,9 +272,29 @@ def _reason(error: Exception) -> str:
 
 
 def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
-    """Train on one worker; every rank runs this. Return why training stopped early, or None where it is done."""
+    """Train on one worker; every rank runs this. Return why training stopped early, or None where it is done.
+
+    Raises CodeFailedError where the code failed, and what else failed as it is.
+    """
+    try:
+        return _train(loop_config["spec"])
+    except _PASSING:
+        raise
+    except Exception as error:
+        if "gloo" in str(error).lower():  # a RuntimeError: another worker has gone
+            raise
+        raise CodeFailedError(_with_place(error)) from error
+
+
+def _with_place(error: Exception) -> str:
+    """Return an error in one line, with the last place in this package that it came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    *_, place = (frame for frame in frames if Path(frame.filename).parent.name == "mnist_ray")
+    return f"{type(error).__name__}: {first_line(error)} ({Path(place.filename).name}, line {place.lineno})"
+
+
+def _train(spec: LoopSpec) -> str | None:
     keep_freed_memory()
-    spec = loop_config["spec"]
     context = ray.train.get_context()
     group = engine.Group(context.get_world_rank(), context.get_world_size(), get_device())
     assigned_cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)

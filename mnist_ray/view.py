@@ -55,7 +55,7 @@ def choose(split: Split, config: ViewConfig) -> np.ndarray:
     having = "" if config.label is None else f" with label {config.label}"
     if len(candidates) == 0:
         raise UsageError(
-            f"--label {config.label}: no {config.split} image has it; the labels are 0 to {NUM_CLASSES - 1}"
+            f"--label {config.label}: no {config.split} image has it; the labels are 0 to {split.labels.max()}"
         )
     if config.index >= len(candidates):
         last = len(candidates) - 1

@@ -122,3 +122,14 @@ def test_a_number_of_workers_takes_the_place_of_a_saved_range(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["train.py", *flags])
     assert cli.Parser("", WorkerConfig).read_flags() == expected
+
+
+def test_a_second_ctrl_c_does_not_hide_what_the_first_had_to_say(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        try:
+            raise KeyboardInterrupt("interrupted; to go on: …")
+        finally:
+            raise KeyboardInterrupt
+
+    assert cli._status_of(main) == 130
+    assert capsys.readouterr().err == "interrupted; to go on: …\n"

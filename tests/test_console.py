@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -33,6 +35,17 @@ def test_a_job_log_has_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
         "restarted  2 × cpu with 1 thread, bf16; going on in epoch 1 after step 20; 1.0 s of work lost (10 steps)",
         "test       done",
     ]
+
+
+def test_labels_that_fill_their_column_stand_apart_and_a_trained_run_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with RunConsole(100, quiet=False) as printer:
+        printer.show(EpochFinished(dataclasses.replace(PROGRESS, epoch=60)))
+        printer.show(Started(1, ("a",), 2, "cpu", "bf16", epoch=100, step=0, num_steps=40))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("epoch 60/100 finished in 3.00 s")
+    assert second == "started    1 × cpu with 2 threads, bf16; all epochs are trained already"
 
 
 def test_progress_is_a_plain_line_once_in_a_while(

@@ -5,8 +5,10 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -15,12 +17,14 @@ from ray.cluster_utils import Cluster
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from mnist_ray import trainer
+from mnist_ray import engine, trainer
 from mnist_ray.checkpoint import restore_newest, save_checkpoint
 from mnist_ray.config import TrainConfig
+from mnist_ray.data import Split
 from mnist_ray.engine import create_state
 from mnist_ray.errors import UsageError
 from mnist_ray.evaluation import find_checkpoint
+from mnist_ray.events import WorkersLost
 from mnist_ray.storage import locate
 from tests.conftest import LONGER, as_flags, run_and_act, run_job
 
@@ -238,3 +242,45 @@ def test_the_reason_of_a_controllers_failure_is_its_own_text_and_not_a_traceback
     assert trainer._reason(failed.as_instanceof_cause()) == (
         "Ray Train failed: OSError: [Errno 28] No space left on device"
     )
+
+
+def train_on_a_worker(monkeypatch: pytest.MonkeyPatch, fail: Callable[[Any], None]) -> None:
+    monkeypatch.setattr(trainer, "_train", fail)
+    trainer.train_loop_per_worker({"spec": Mock()})
+
+
+def test_what_the_code_fails_with_is_one_line_with_its_place(
+    few_images: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(spec: Any) -> None:
+        engine.evaluate(torch.nn.Linear(3, 10), few_images)
+
+    with pytest.raises(trainer.CodeFailedError, match=r"^RuntimeError: mat1 and mat2 .* \(engine\.py, line \d+\)$"):
+        train_on_a_worker(monkeypatch, fail)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error"),
+        OSError("the link is down"),
+        torch.distributed.DistBackendError("NCCL error"),
+        RayActorError(),
+    ],
+)
+def test_what_may_go_well_at_the_next_attempt_is_raised_as_it_is(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(type(error)) as raised:
+        train_on_a_worker(monkeypatch, Mock(side_effect=error))
+    assert raised.value is error
+
+
+def test_code_that_fails_ends_a_run_and_other_failures_are_told() -> None:
+    told = Mock()
+    reporter = trainer._FailureReporter(told)
+    with pytest.raises(trainer.TrainingStoppedError, match=r"^ValueError: bad \(model\.py, line 55\)$"):
+        reporter.after_exception(None, {0: trainer.CodeFailedError("ValueError: bad (model.py, line 55)")})
+    told.actor.put_nowait.remote.assert_not_called()
+    reporter.after_exception(None, {1: RayActorError(error_msg="The actor died unexpectedly")})
+    told.actor.put_nowait.remote.assert_called_once_with(WorkersLost("worker 1 died"))

@@ -6,10 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mnist_ray import prediction
+from mnist_ray import prediction, preprocessing
 from mnist_ray.checkpoint import fetch
 from mnist_ray.data import Split
 from mnist_ray.evaluation import find_checkpoint
+from mnist_ray.model import create_model
 from tests.conftest import run_job
 
 
@@ -85,6 +86,20 @@ def test_many_files_are_answered_on_ray_as_they_are_here(
     assert [(answer.file, answer.digits, answer.error) for answer in on_ray] == [
         (answer.file, answer.digits, answer.error) for answer in here
     ]
+
+
+def test_a_picture_of_something_else_is_seen_as_it_is(few_images: Split, tmp_path: Path) -> None:
+    Image.fromarray(few_images.images[0]).save(tmp_path / "one.png")
+    files = [tmp_path / "one.png"]
+    (answer,) = prediction.answer_all(create_model().eval(), files, preprocessing.as_it_is)
+    assert answer.image is not None
+    np.testing.assert_array_equal(answer.image, few_images.images[0])
+
+
+def test_flags_may_stand_between_pictures(finished_run: Path, pictures: Path) -> None:
+    first, second, *_ = sorted(pictures.glob("*.png"))
+    done = run_job("predict.py", str(first), "--run", str(finished_run), "--json", "--as-is", str(second))
+    assert [json.loads(line)["file"] for line in done.stdout.splitlines()] == [str(first), str(second)]
 
 
 def test_the_newest_run_is_the_default(finished_run: Path, pictures: Path) -> None:

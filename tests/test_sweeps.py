@@ -117,7 +117,9 @@ def test_a_trial_killed_after_its_last_checkpoint_reports_it_again(
     ray_address: str, few_images: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reported: list[dict[str, float]] = []
+    watch = Mock()
     monkeypatch.setattr("ray.tune.report", reported.append)
+    monkeypatch.setattr("mnist_ray.trial.end_if_hung", watch)
     images = ray.put(few_images)
     plan = WorkerPlan(1, 1, use_gpu=False, must_scale_up=False)
     spec = TrialSpec(TrainConfig(precision="fp32"), images, images, plan, str(tmp_path), {}, hang_timeout_s=60)
@@ -125,6 +127,8 @@ def test_a_trial_killed_after_its_last_checkpoint_reports_it_again(
         run_trial({"batch_size": 60, "learning_rate": 1e-3, "seed": 0}, spec)
     assert [metrics["epochs"] for metrics in reported] == [1.0, 2.0, 2.0]
     assert reported[2] == reported[1]
+    assert watch.call_count > 2  # where each run begins, and as it goes
+    assert {call.args for call in watch.call_args_list} == {(60,)}
 
 
 def test_trials_of_two_workers_report_to_the_sweep(

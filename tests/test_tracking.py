@@ -83,6 +83,15 @@ def test_tensorboard_shows_steps_that_are_done_again_once(tmp_path: Path) -> Non
     assert points(read_events(tmp_path / "run"), "step/train_loss") == [(1, 4.0), (2, 3.0), (3, 2.5), (4, 1.5)]
 
 
+def test_an_epoch_that_is_validated_before_a_resumed_run_starts_is_shown_too(tmp_path: Path) -> None:
+    run = locate(str(tmp_path), "run")
+    follow(run, EPOCH[:-1], Ending(None, {}, None))
+    assert follow(run, [EPOCH[-1], started(step=2), progress(4, [2.5, 1.5])], Ending(None, {}, None)) == []
+    reader = read_events(tmp_path / "run")
+    assert points(reader, "epoch/val_accuracy") == [(1, 0.75)]
+    assert points(reader, "step/train_loss") == [(1, 4.0), (2, 3.0), (3, 2.5), (4, 1.5)]
+
+
 def test_storage_that_is_no_local_disk_gets_the_event_file_at_the_end(
     tmp_path: Path,
 ) -> None:
