@@ -30,7 +30,7 @@ from ray.train import (
     ValidationConfig,
 )
 from ray.train.torch import TorchTrainer, get_device
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import RayTrainError, WorkerHealthCheckFailedError
 from ray.util.queue import Queue
 
 from mnist_ray import checkpoint as checkpoints
@@ -50,7 +50,15 @@ from mnist_ray.storage import STORAGE_ERRORS, RunFolder, first_line, patiently
 _SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
 _POLL_INTERVAL_S = 0.5  # at which the driver asks for events, as often as workers send their progress
 # What may go well at the next attempt; other errors of the training's own code are bugs.
-_PASSING = (*STORAGE_ERRORS, JobError, RayError, torch.distributed.DistError, MemoryError, torch.AcceleratorError)
+_PASSING = (
+    *STORAGE_ERRORS,
+    JobError,
+    MemoryError,
+    RayError,
+    RayTrainError,
+    torch.AcceleratorError,
+    torch.distributed.DistError,
+)
 _RESIZE_INTERVAL_S = 15.0  # how often an elastic run looks whether the cluster holds more workers
 
 
