@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--mistakes", help="a file for a picture of the mistakes")
     arguments = parser.parse_args()
     checkpoint = find_checkpoint(arguments.run, {"storage_path": arguments.storage_path})
-    model = fetch(checkpoint.filesystem, checkpoint.path)[0].eval()
+    model = fetch(checkpoint.filesystem, checkpoint.path)[0]
     samples = [*mnist_images(), *enlarged_digits(arguments.development), *rendered_digits(arguments.development)]
     kinds = np.array([kind for kind, _, _ in samples])
     labels = np.array([label for _, label, _ in samples])

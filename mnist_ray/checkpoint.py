@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from mnist_ray.config import json_lines
 from mnist_ray.engine import TrainingState
-from mnist_ray.errors import JobError, UsageError
+from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.metrics import MetricSums
 from mnist_ray.model import create_model
-from mnist_ray.storage import STORAGE_ERRORS, RunFolder, first_line, patiently
+from mnist_ray.storage import STORAGE_ERRORS, RunFolder, patiently
 
 STATE_FILE, FOLDER_PREFIX = "state.json", "checkpoint_"
 _ENTRIES = {"epoch", "step", "sums", "epoch_s", "finished_s", "optimizer", "scheduler", "sha256"}
@@ -78,10 +78,13 @@ def save_checkpoint(folder: Path, state: TrainingState, about: dict[str, Any]) -
 
 
 def load_model(folder: Path) -> nn.Module:
-    """Return the checkpoint's model. Raises UsageError where there is none, JobError where it is damaged."""
+    """Return the checkpoint's model, in evaluation mode.
+
+    Raises UsageError where there is none, JobError where it is damaged.
+    """
     model = create_model()
     _load_weights(folder, read_state(folder), model)
-    return model
+    return model.eval()
 
 
 def fetch(filesystem: fs.FileSystem, path: str) -> tuple[nn.Module, dict[str, Any]]:

@@ -35,10 +35,6 @@ def _positive() -> tuple[Check, str]:
     return _is_positive, "must be a positive number"
 
 
-def _seed() -> tuple[Check, str]:
-    return lambda seed: 0 <= seed < 2**31, "must be at least 0, and below 2,147,483,648"
-
-
 def _png() -> tuple[Check, str]:
     return lambda path: path is None or path.lower().endswith(".png"), "must end in .png"
 
@@ -67,7 +63,12 @@ class TrainConfig:
     validation_size: int = setting(
         5000, "training images held out for validation; 0: train on all, keep the last checkpoint", **_at_least(0)
     )
-    seed: int = setting(0, "decides the initial weights and the order of the images", *_seed())
+    seed: int = setting(
+        0,
+        "decides the initial weights and the order of the images",
+        lambda seed: 0 <= seed < 2**31,
+        "must be at least 0, and below 2,147,483,648",
+    )
     checkpoint_every: int = setting(1000, "steps between checkpoints within an epoch", **_at_least(1))
 
 

@@ -48,17 +48,17 @@ class RunConsole:
     def say(self, label: str, text: str) -> None:
         """Print a line, its label in a column of its own."""
         if not self._quiet:
-            self._console.print(Text.assemble(_label(label), text))
+            self._console.print(Text.assemble((_column(label), "bold"), text))
 
     def waiting(self, text: str) -> None:
         """Show what is waited for until the next event, on the live line only."""
         if self._live.is_started:
-            self._live.update(Text(f"{'':<11}{text}", style="dim"), refresh=True)
+            self._live.update(Text(_column("") + text, style="dim"), refresh=True)
 
     def result(self, label: str, text: str) -> None:
         """Print a line that ``--quiet`` leaves standing."""
         self._live.stop()
-        self._console.print(Text.assemble(_label(label), text))
+        self._console.print(Text.assemble((_column(label), "bold"), text))
 
     def show(self, event: Event) -> None:
         """Print what an event says, where it says something new."""
@@ -117,7 +117,7 @@ class RunConsole:
         )
         label = f"epoch {event.epoch}/{self._num_epochs}"
         if self._live.is_started:
-            self._live.update(Text(f"{label:<10} {line}"), refresh=True)
+            self._live.update(Text(_column(label) + line), refresh=True)
         elif time.monotonic() - self._last_plain >= _PLAIN_INTERVAL_S:
             self._last_plain = time.monotonic()
             self.say(label, line)
@@ -134,8 +134,8 @@ class RunConsole:
         )
 
 
-def _label(label: str) -> tuple[str, str]:
-    return f"{label:<10} ", "bold"
+def _column(label: str) -> str:
+    return f"{label:<10} "
 
 
 def count(number: int, noun: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mnist_ray.config import DataConfig
-from mnist_ray.errors import JobError, UsageError
+from mnist_ray.errors import JobError, UsageError, first_line
 
 IMAGE_SHAPE = (28, 28)
 NUM_CLASSES = 10
@@ -127,7 +127,7 @@ def _download(torchvision_class: str) -> Path:
         data_set = getattr(datasets, torchvision_class)(root, download=True)
     except (OSError, RuntimeError) as error:
         raise JobError(
-            f"cannot download {torchvision_class} into {root}: {str(error).splitlines()[0]}; "
+            f"cannot download {torchvision_class} into {root}: {first_line(error)}; "
             "with the files at hand, use --data-dir"
         ) from error
     return Path(data_set.raw_folder)

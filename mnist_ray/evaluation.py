@@ -23,10 +23,10 @@ from mnist_ray.checkpoint import STATE_FILE, checkpoint_names, fetch
 from mnist_ray.config import LookupConfig, build
 from mnist_ray.data import Split
 from mnist_ray.environment import for_evaluation
-from mnist_ray.errors import JobError, UsageError
+from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.events import Validated
 from mnist_ray.metrics import Evaluation
-from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, find_run, first_line
+from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, find_run
 
 
 def evaluate(checkpoint: Checkpoint, split: Split | ray.ObjectRef, num_images: int, num_tasks: int = 1) -> Evaluation:
@@ -40,12 +40,11 @@ def evaluate(checkpoint: Checkpoint, split: Split | ray.ObjectRef, num_images: i
     parts = [task.remote(checkpoint, reference, *bounds) for bounds in part_bounds(num_images, num_tasks)]
     try:
         return Evaluation.merge(ray.get(parts))
-    except RayTaskError as error:
-        if isinstance(error.cause, RayError):
-            raise JobError(f"the evaluation was lost: {first_line(error.cause)}") from error
-        raise error.cause from error  # the task's own exception, whose text is one line
     except RayError as error:
-        raise JobError(f"the evaluation was lost: {first_line(error)}") from error
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, RayError):
+            raise JobError(f"the evaluation was lost: {first_line(cause)}") from error
+        raise cause from error  # the task's own exception, whose text is one line
 
 
 def process_options() -> dict[str, Any]:

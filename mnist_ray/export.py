@@ -42,7 +42,6 @@ def export(flags: Mapping[str, Any]) -> None:
         raise UsageError(f"--output {config.output} must end in {Path(_FILES[config.format]).suffix}")
     checkpoint = find_checkpoint(flags.get("run"), flags)
     model, saved = fetch(checkpoint.filesystem, checkpoint.path)
-    model.eval()
     to_bytes, load = {"torch": (torch_program, _load_torch), "onnx": (onnx_program, _load_onnx)}[config.format]
     write_file(str(path), to_bytes(model))
     name, images = _images_to_check_on(saved.get("data", {}))

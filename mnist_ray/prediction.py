@@ -74,7 +74,6 @@ def predict(flags: Mapping[str, Any]) -> None:
     config = settings.build(PredictionConfig, flags)
     checkpoint = find_checkpoint(flags.get("run"), flags)
     model, _ = fetch(checkpoint.filesystem, checkpoint.path)
-    model.eval()
     files = list(find_files(flags["images"]))
     if not config.json:
         print(f"checkpoint {checkpoint.path}")

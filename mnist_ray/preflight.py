@@ -16,7 +16,7 @@ from mnist_ray import engine
 from mnist_ray.cluster import WorkerPlan, node_of, usable_cores
 from mnist_ray.console import count
 from mnist_ray.data import Split
-from mnist_ray.errors import JobError
+from mnist_ray.errors import JobError, first_line
 from mnist_ray.provenance import versions
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder
 
@@ -108,14 +108,14 @@ def _on_nodes(nodes: list[str], function: Callable, *arguments: object) -> list:
     try:
         return ray.get(asked, timeout=_PROBE_TIMEOUT_S)
     except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError) as error:
-        raise JobError(f"a node does not answer: {str(error).splitlines()[0]}") from error
+        raise JobError(f"a node does not answer: {first_line(error)}") from error
 
 
 def _read_probe(run: RunFolder, name: str) -> tuple[str, str | None]:
     try:
         found = run.storage.read_text(name)
     except STORAGE_ERRORS as error:
-        return socket.gethostname(), str(error).splitlines()[0]
+        return socket.gethostname(), first_line(error)
     return socket.gethostname(), None if found == name else "what the driver has written is not there"
 
 

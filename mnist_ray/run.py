@@ -15,7 +15,7 @@ from mnist_ray.checkpoint import fetch
 from mnist_ray.cluster import Cluster, WorkerPlan, connect, plan_workers, quiet_ray, this_node, usable_cores
 from mnist_ray.config import DataConfig, EvaluationConfig, JobConfig, WorkerConfig
 from mnist_ray.console import RunConsole, confusion_table, count
-from mnist_ray.errors import JobError, UsageError
+from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.events import Event
 from mnist_ray.history import History, write_predictions
 from mnist_ray.launch import Clock, Images, about, print_data
@@ -30,7 +30,6 @@ from mnist_ray.storage import (
     RESULT_FILE,
     STORAGE_ERRORS,
     RunFolder,
-    first_line,
 )
 from mnist_ray.tracking import Ending
 

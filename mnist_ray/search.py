@@ -29,6 +29,11 @@ class Point:
         """The trial's folder."""
         return f"batch-{self.batch_size}_lr-{self.learning_rate!r}_seed-{self.seed}"
 
+    @property
+    def configuration(self) -> tuple[int, float]:
+        """What is the same for all seeds: batch size, learning rate."""
+        return self.batch_size, self.learning_rate
+
     def applied_to(self, config: TrainConfig) -> TrainConfig:
         """Return ``config`` with this choice."""
         return dataclasses.replace(config, **dataclasses.asdict(self))
@@ -85,8 +90,8 @@ def contenders(sweep: SweepConfig, seed: int, table: TrialTable) -> set[Point]:
     """Return the points that belong to configurations which may come out as the best, as things stand."""
     best = TrialTable(record for record in table.by_point.values() if record.is_finished).best
     leading = [*confirmations(sweep, seed, table), *(record.point for record in (best or Choice(())).records)]
-    configurations = {(point.batch_size, point.learning_rate) for point in leading}
-    return {point for point in table.by_point if (point.batch_size, point.learning_rate) in configurations}
+    configurations = {point.configuration for point in leading}
+    return {point for point in table.by_point if point.configuration in configurations}
 
 
 DONE, STOPPED, FAILED, RUNNING = "done", "stopped early", "failed", "running"
@@ -178,7 +183,7 @@ class TrialTable:
         by_configuration: dict[tuple[int, float], list[TrialRecord]] = {}
         for record in self.by_point.values():
             if record.score[0] >= 0:
-                by_configuration.setdefault((record.batch_size, record.learning_rate), []).append(record)
+                by_configuration.setdefault(record.point.configuration, []).append(record)
         choices = [Choice(tuple(records)) for records in by_configuration.values()]
         return max(choices, key=lambda choice: choice.rank, default=None)
 

@@ -15,7 +15,7 @@ from uuid import uuid4
 import pyarrow
 from pyarrow import fs
 
-from mnist_ray.errors import JobError, UsageError
+from mnist_ray.errors import JobError, UsageError, first_line
 
 T = TypeVar("T")
 CONFIG_FILE, ORIGIN_FILE, RESULT_FILE = "config.json", "origin.json", "result.json"
@@ -207,8 +207,3 @@ def write_file(path: str, content: bytes) -> None:
         Path(path).expanduser().write_bytes(content)
     except OSError as error:
         raise JobError(f"cannot write {path}: {error.strerror}") from error
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

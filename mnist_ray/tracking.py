@@ -24,6 +24,7 @@ from ray.train import Checkpoint
 from mnist_ray.checkpoint import fetch
 from mnist_ray.config import TrainConfig
 from mnist_ray.data import IMAGE_SHAPE
+from mnist_ray.errors import first_line
 from mnist_ray.events import EpochFinished, Event, Started, Validated
 from mnist_ray.metrics import Progress
 from mnist_ray.storage import RunFolder
@@ -88,8 +89,7 @@ class Trackers:
             act()
         except Exception as error:
             trackers.pop(name, None)
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            self._warn(f"{name} has failed and is left out from here on: {reason[0]}")
+            self._warn(f"{name} has failed and is left out from here on: {first_line(error)}")
 
 
 def _create(name: str, create: Callable[[], Tracker], trackers: dict[str, Tracker]) -> None:
@@ -219,7 +219,7 @@ class _MLflow:
         with mlflow.start_run(run_id=self._id):
             # Not a pickle; and with its requirements named, MLflow does not start a process to find them out.
             mlflow.pytorch.log_model(
-                model.eval(),
+                model,
                 name="model",
                 input_example=example,
                 serialization_format="pt2",

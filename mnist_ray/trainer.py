@@ -39,13 +39,13 @@ from mnist_ray.cluster import WorkerPlan, threads_per_worker, usable_cores
 from mnist_ray.config import TrainConfig
 from mnist_ray.data import Split
 from mnist_ray.environment import end_if_hung, keep_freed_memory
-from mnist_ray.errors import JobError
+from mnist_ray.errors import JobError, first_line
 from mnist_ray.events import EpochFinished, Event, NodeLeaving, Started, WorkersLost
 from mnist_ray.metrics import Progress
 from mnist_ray.provenance import versions
 from mnist_ray.rendezvous import WorkerGroupConfig
 from mnist_ray.sharding import num_steps
-from mnist_ray.storage import STORAGE_ERRORS, RunFolder, first_line, patiently
+from mnist_ray.storage import STORAGE_ERRORS, RunFolder, patiently
 
 _SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
 _POLL_INTERVAL_S = 0.5  # at which the driver asks for events, as often as workers send their progress
@@ -285,13 +285,16 @@ def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
     Raises CodeFailedError where the code failed, and what else failed as it is.
     """
     try:
-        return _train(loop_config["spec"])
+        _train(loop_config["spec"])
+    except (checkpoints.OtherModelError, engine.TrainingDivergedError) as error:
+        return str(error)  # not raised: Ray would take it for a lost worker and try again
     except _PASSING:
         raise
     except Exception as error:
         if "gloo" in str(error).lower():  # a RuntimeError: another worker has gone
             raise
         raise CodeFailedError(_with_place(error)) from error
+    return None
 
 
 def _with_place(error: Exception) -> str:
@@ -301,7 +304,7 @@ def _with_place(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)} ({Path(place.filename).name}, line {place.lineno})"
 
 
-def _train(spec: LoopSpec) -> str | None:
+def _train(spec: LoopSpec) -> None:
     keep_freed_memory()
     context = ray.train.get_context()
     group = engine.Group(context.get_world_rank(), context.get_world_size(), get_device())
@@ -312,10 +315,7 @@ def _train(spec: LoopSpec) -> str | None:
     split = ray.get(spec.split)
 
     state = engine.create_state(spec.config, len(split), group.device)
-    try:
-        restored = checkpoints.restore_newest(spec.run, state)
-    except checkpoints.OtherModelError as error:
-        return str(error)  # not raised: Ray would take it for a lost worker and try again
+    restored = checkpoints.restore_newest(spec.run, state)
     if not restored.name and not restored.damaged and ray.train.get_checkpoint():
         raise JobError(f"{spec.run.uri} does not show the checkpoints that were written there")  # and so try again
     config = replace(spec.config, precision=engine.resolve_precision(spec.config.precision, group))
@@ -338,11 +338,8 @@ def _train(spec: LoopSpec) -> str | None:
     hooks = engine.Hooks(reporter.progress, reporter.checkpoint, reporter.wants_checkpoint)
     try:
         engine.train(state, split, config, group, hooks)
-    except engine.TrainingDivergedError as error:
-        return str(error)  # nor is this
     finally:
         faulthandler.cancel_dump_traceback_later()
-    return None
 
 
 def _hosts(group: engine.Group) -> tuple[str, ...]:
