@@ -22,7 +22,7 @@ from mnist_ray.cluster import Cluster, WorkerPlan
 from mnist_ray.config import SweepConfig, TrainConfig
 from mnist_ray.errors import JobError
 from mnist_ray.search import DONE, FAILED, STOPPED, Point, TrialTable, confirmations, contenders, first_points, propose
-from mnist_ray.storage import TRIALS_FILE, RunFolder
+from mnist_ray.storage import TRIALS_FILE, RunFolder, patiently
 from mnist_ray.trial import TrialSpec, run_trial
 
 TRIALS_FOLDER = "trials"
@@ -234,9 +234,10 @@ class _Watcher(tune.Callback):
 
 def _drop_checkpoints(run: RunFolder, table: TrialTable, kept: Container[Point]) -> None:
     """Delete the checkpoints of finished trials but those of ``kept``, so that a sweep's disk use does not grow."""
-    for record in table.by_point.values():
-        if record.is_finished and record.point not in kept:
-            run.inside(TRIALS_FOLDER).inside(record.point.name).delete()
+    trials = run.inside(TRIALS_FOLDER)
+    dropped = {point.name for point, record in table.by_point.items() if record.is_finished and point not in kept}
+    for name in dropped.intersection(patiently(trials.subfolders)):
+        trials.inside(name).delete()
 
 
 def _point(trial: Trial) -> Point:
