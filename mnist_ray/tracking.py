@@ -138,6 +138,7 @@ class _TensorBoard:
         self._elsewhere = None if is_local else tempfile.TemporaryDirectory()
         self._folder = self._elsewhere.name if self._elsewhere else run.path
         self._writer: Any = None
+        _mute_writer_thread()
 
     def log(self, event: Event) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -169,6 +170,17 @@ class _TensorBoard:
         if self._elsewhere:
             self._run.upload(self._folder)
             self._elsewhere.cleanup()
+
+
+def _mute_writer_thread() -> None:
+    """Keep the traceback of TensorBoard's own thread off the console: its error comes up at the next call as well."""
+    show = threading.excepthook
+
+    def show_others(args: threading.ExceptHookArgs) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            show(args)
+
+    threading.excepthook = show_others
 
 
 class _MLflow:
