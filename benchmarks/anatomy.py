@@ -18,10 +18,11 @@ import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mnist_ray import data, engine
 from mnist_ray.config import DataConfig, TrainConfig
 from mnist_ray.environment import keep_freed_memory
-from mnist_ray.sharding import BatchDataset, ShardedBatchSampler, epoch_loader
+from mnist_ray.training import engine
+from mnist_ray.training.sharding import BatchDataset, ShardedBatchSampler, epoch_loader
+from mnist_ray.workload.mnist import idx as data
 
 TRAIN = Path(__file__).parent.parent / "jobs" / "train.py"
 

@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 import psutil
 
-from mnist_ray import data
 from mnist_ray.config import DataConfig
-from mnist_ray.data import Split
 from mnist_ray.provenance import git_commit, versions
+from mnist_ray.workload.mnist import idx as data
+from mnist_ray.workload.mnist.idx import Split
 
 HERE = Path(__file__).parent
 TRAIN = HERE.parent / "jobs" / "train.py"

@@ -14,13 +14,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 
-from mnist_ray import data
-from mnist_ray.checkpoint import fetch
 from mnist_ray.config import DataConfig
-from mnist_ray.engine import to_input
 from mnist_ray.errors import UsageError
-from mnist_ray.evaluation import find_checkpoint
-from mnist_ray.preprocessing import read_image, to_mnist
+from mnist_ray.runs.evaluation import find_checkpoint
+from mnist_ray.training.checkpoint import fetch
+from mnist_ray.training.engine import to_input
+from mnist_ray.workload.mnist import idx as data
+from mnist_ray.workload.mnist.photos import read_image, to_mnist
 
 FONTS_FOLDER = Path("/usr/share/fonts")
 DEVELOPMENT_FONTS = (
@@ -136,7 +136,7 @@ def main() -> None:
         accuracy = {name: (answer == labels)[of_kind].mean() for name, answer in answers.items()}
         print(f"| {kind} | {of_kind.sum():,} | {accuracy['without']:.1%} | {accuracy['with']:.1%} |")
     if arguments.mistakes:
-        from mnist_ray import pictures
+        from mnist_ray.display import pictures
 
         wrong = np.flatnonzero((answers["with"] != labels) & (kinds != "MNIST's test images"))
         wrong = np.random.default_rng(0).permutation(wrong)[:60]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mnist_ray import data
 from mnist_ray.config import DataConfig
-from mnist_ray.data import Split
+from mnist_ray.workload.mnist import idx as data
+from mnist_ray.workload.mnist.idx import Split
 
 
 class Net(nn.Module):

@@ -17,10 +17,12 @@ import ray
 from ray import tune
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from mnist_ray import cluster, environment, search, sweep, trial
+from mnist_ray import environment
+from mnist_ray.cluster import connection as cluster
 from mnist_ray.config import SweepConfig, WorkerConfig, build_job
-from mnist_ray.launch import about, load_images
+from mnist_ray.runs.launch import about, load_images
 from mnist_ray.storage import locate
+from mnist_ray.sweeps import search, sweep, trial
 
 
 def naive_trial(tune_config: dict[str, Any], spec: trial.TrialSpec) -> None:

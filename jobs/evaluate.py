@@ -20,7 +20,7 @@ def main() -> None:
     flags = parser.read_flags()
     environment.prepare(verbose=False)
 
-    from mnist_ray.run import evaluate_checkpoint  # imports torch and Ray, after the flags are known to be right
+    from mnist_ray.runs.run import evaluate_checkpoint  # imports torch and Ray, after the flags are known to be right
 
     evaluate_checkpoint(flags)
 

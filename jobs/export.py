@@ -20,7 +20,7 @@ def main() -> None:
     flags = parser.read_flags()
     environment.prepare(verbose=False)
 
-    from mnist_ray.export import export  # imports torch, after the flags are known to be right
+    from mnist_ray.tools.export import export  # imports torch, after the flags are known to be right
 
     export(flags)
 

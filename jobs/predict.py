@@ -22,7 +22,7 @@ def main() -> None:
     flags = parser.read_flags()
     environment.prepare(verbose=False)
 
-    from mnist_ray.prediction import predict  # imports torch and Ray, after the flags are known to be right
+    from mnist_ray.tools.prediction import predict  # imports torch and Ray, after the flags are known to be right
 
     predict(flags)
 

@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--output", default=cli.UNSET, help="the page of several runs (default: comparison.html)")
     flags = parser.read_flags()
 
-    from mnist_ray.report import make_report  # imports matplotlib, after the flags are known to be right
+    from mnist_ray.display.report import make_report  # imports matplotlib, after the flags are known to be right
 
     make_report(flags)
 

@@ -20,7 +20,7 @@ def main() -> None:
     flags = parser.read_flags()
     environment.prepare(verbose="verbose" in flags)
 
-    from mnist_ray.launch import train_and_evaluate  # imports Ray, after the flags are known to be right
+    from mnist_ray.runs.launch import train_and_evaluate  # imports Ray, after the flags are known to be right
 
     train_and_evaluate(flags, started_at)
 

@@ -27,7 +27,7 @@ def main() -> None:
     flags = parser.read_flags()
     environment.prepare(verbose="verbose" in flags)
 
-    from mnist_ray.tuning import tune_and_train  # imports torch and Ray, after the flags are known to be right
+    from mnist_ray.sweeps.tuning import tune_and_train  # imports torch and Ray, after the flags are known to be right
 
     tune_and_train(flags)
 

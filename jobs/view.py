@@ -13,7 +13,7 @@ def main() -> None:
     """Read the flags, then show the images."""
     flags = cli.Parser("Look at the images of a data set.", ViewConfig, DataConfig).read_flags()
 
-    from mnist_ray.view import view  # imports matplotlib, after the flags are known to be right
+    from mnist_ray.tools.view import view  # imports matplotlib, after the flags are known to be right
 
     view(flags)
 

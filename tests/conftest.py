@@ -15,10 +15,11 @@ import pytest
 import ray
 import torch
 
-from mnist_ray import data, environment
+from mnist_ray import environment
 from mnist_ray.config import DataConfig
-from mnist_ray.data import Split
-from mnist_ray.launch import train_and_evaluate
+from mnist_ray.runs.launch import train_and_evaluate
+from mnist_ray.workload.mnist import idx as data
+from mnist_ray.workload.mnist.idx import Split
 
 ROOT = Path(__file__).parent.parent
 FILES = (

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from mnist_ray import data, engine, shared_memory
 from mnist_ray.config import DataConfig, TrainConfig
-from mnist_ray.data import Split
 from mnist_ray.environment import keep_freed_memory
+from mnist_ray.training import engine, shared_memory
+from mnist_ray.workload.mnist import idx as data
+from mnist_ray.workload.mnist.idx import Split
 
 
 def work(rank: int, args: argparse.Namespace, folder: str, split: Split) -> None:

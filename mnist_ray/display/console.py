@@ -1,0 +1,162 @@
+"""What a person sees of a run: a header, a live line, a line per epoch, the result; plain lines in a job's log."""
+
+from __future__ import annotations
+
+import math
+import time
+from types import TracebackType
+from typing import TypeVar
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from mnist_ray.training.events import EpochFinished, Event, NodeLeaving, Started, Validated, WorkersLost
+from mnist_ray.training.metrics import Evaluation, Progress
+
+_PLAIN_INTERVAL_S = 10.0
+
+
+Self = TypeVar("Self", bound="RunConsole")
+
+
+class RunConsole:
+    """Prints a run's events; use it as a context, so that the live line is gone when it ends.
+
+    On a terminal one line is redrawn in place; elsewhere a plain line is printed every ten seconds.
+    """
+
+    def __init__(self, num_epochs: int, *, quiet: bool) -> None:
+        self._num_epochs = num_epochs
+        self._quiet = quiet
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._live = Live(console=self._console, transient=True, auto_refresh=False)
+        self._last_plain = 0.0
+        self._attempts = 0
+        self._last_progress: Progress | None = None
+
+    def __enter__(self: Self) -> Self:
+        if self._console.is_terminal and not self._quiet:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def say(self, label: str, text: str) -> None:
+        """Print a line, its label in a column of its own."""
+        if not self._quiet:
+            self._console.print(Text.assemble((_column(label), "bold"), text))
+
+    def waiting(self, text: str) -> None:
+        """Show what is waited for until the next event, on the live line only."""
+        if self._live.is_started:
+            self._live.update(Text(_column("") + text, style="dim"), refresh=True)
+
+    def result(self, label: str, text: str) -> None:
+        """Print a line that ``--quiet`` leaves standing."""
+        self._live.stop()
+        self._console.print(Text.assemble((_column(label), "bold"), text))
+
+    def show(self, event: Event) -> None:
+        """Print what an event says, where it says something new."""
+        match event:
+            case Started():
+                self._started(event)
+            case WorkersLost():
+                self.say("lost", f"{event.reason}; replacing the workers …")
+            case NodeLeaving():
+                self.say("note", "a worker's node is about to be taken away; saving a checkpoint")
+            case Progress():
+                self._progress(event)
+            case EpochFinished():
+                self._epoch_finished(event.last)
+            case Validated():
+                self.say(
+                    "",
+                    f"validation after epoch {event.epoch}: loss {event.loss:.4f}, "
+                    f"accuracy {event.accuracy:.2%} ({event.seconds:.1f} s, beside the training)",
+                )
+
+    def _started(self, event: Started) -> None:
+        self._last_plain = time.monotonic()
+        self._attempts += 1
+        self._live.update(Text())
+        threads = count(event.threads, "thread")
+        nodes = len(set(event.hosts))
+        where = f" on {nodes} nodes" if nodes > 1 else ""
+        for name in event.damaged:
+            self.say("note", f"{name} is damaged or was cut off; the one before it is used")
+        self.say(
+            "started" if self._attempts == 1 else "restarted",
+            f"{event.num_workers} × {event.device} with {threads}{where}, {event.precision}"
+            + self._going_on(event)
+            + self._lost_work(event),
+        )
+
+    def _going_on(self, event: Started) -> str:
+        if event.epoch == self._num_epochs:
+            return "; all epochs are trained already"
+        return f"; going on in epoch {event.epoch + 1} after step {event.step:,}" if event.epoch or event.step else ""
+
+    def _lost_work(self, event: Started) -> str:
+        """Say what the last attempt had done that is to be done again."""
+        last = self._last_progress
+        if last is None:
+            return ""
+        steps = max(0, last.total_step - event.total_step)
+        return f"; {steps * last.epoch_s / last.step:.1f} s of work lost ({count(steps, 'step')})"
+
+    def _progress(self, event: Progress) -> None:
+        self._last_progress = event
+        line = (
+            f"{event.step:,}/{event.num_steps:,}  loss {event.loss:.4f}  accuracy {event.sums.accuracy:.1%}  "
+            f"{event.images_per_s:,.0f} images/s  {clock_time(self._left_s(event))} left"
+        )
+        label = f"epoch {event.epoch}/{self._num_epochs}"
+        if self._live.is_started:
+            self._live.update(Text(_column(label) + line), refresh=True)
+        elif time.monotonic() - self._last_plain >= _PLAIN_INTERVAL_S:
+            self._last_plain = time.monotonic()
+            self.say(label, line)
+
+    def _left_s(self, event: Progress) -> float:
+        steps_left = (self._num_epochs - event.epoch + 1) * event.num_steps - event.step
+        return event.epoch_s / event.step * steps_left
+
+    def _epoch_finished(self, last: Progress) -> None:
+        self.say(
+            f"epoch {last.epoch}/{self._num_epochs}",
+            f"finished in {last.epoch_s:.2f} s ({last.images_per_s:,.0f} images/s): "
+            f"loss {last.sums.loss:.4f}, accuracy {last.sums.accuracy:.2%} on the training images",
+        )
+
+
+def _column(label: str) -> str:
+    return f"{label:<10} "
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural where it is one."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def clock_time(seconds: float) -> str:
+    """Return a duration as ``M:SS``, or ``H:MM:SS`` from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02d}"
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def confusion_table(evaluation: Evaluation) -> list[str]:
+    """Return the confusion matrix as lines: a row per label, a column per prediction, the label's accuracy last."""
+    num_classes = len(evaluation.confusion)
+    lines = ["label" + "".join(f"{prediction:>6}" for prediction in range(num_classes)) + "  accuracy"]
+    for label, accuracy in enumerate(evaluation.accuracy_per_class):
+        counts = "".join(f"{count or '·':>6}" for count in evaluation.confusion[label].tolist())
+        shown = "-" if math.isnan(accuracy) else f"{accuracy:.2%}"
+        lines.append(f"{label:>5}{counts}{shown:>10}")
+    return lines

@@ -1,0 +1,261 @@
+"""The sweep: Ray Tune proposes points, runs trials and stops the bad ones; here it is set up and watched."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Container
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import ConcurrencyLimiter
+from ray.tune.search.basic_variant import BasicVariantGenerator
+
+from mnist_ray.cluster.connection import Cluster, WorkerPlan
+from mnist_ray.config import SweepConfig, TrainConfig
+from mnist_ray.errors import JobError
+from mnist_ray.storage import TRIALS_FILE, RunFolder, patiently
+from mnist_ray.sweeps.search import (
+    DONE,
+    FAILED,
+    STOPPED,
+    Point,
+    TrialTable,
+    confirmations,
+    contenders,
+    first_points,
+    propose,
+)
+from mnist_ray.sweeps.trial import TrialSpec, run_trial
+
+TRIALS_FOLDER = "trials"
+_TUNE_FOLDER = "tune"
+_SETTINGS = {
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: sweep.csv and the trials' checkpoints are what resumes
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # Tune's CSV, JSON and TensorBoard files a trial
+    "RAY_AIR_NEW_OUTPUT": "0",  # prints a box with its configuration even with verbose=0
+}
+
+
+def trials_at_a_time(sweep: SweepConfig, plan: WorkerPlan, cluster: Cluster, *, autoscaling: bool) -> int:
+    """Return how many trials the cluster holds at once, at most what was asked for: none ever waits for another.
+
+    Where the cluster starts nodes on demand, it is what was asked for: the trials that wait are the demand.
+    """
+    cpus = plan.cpus_per_worker
+    if plan.use_gpu:
+        workers = sum(min(node.num_gpus, node.num_cpus // cpus) for node in cluster.nodes)
+    else:
+        workers = sum(node.num_cpus // cpus for node in cluster.nodes)
+    held = max(1, workers // plan.num_workers)
+    asked = sweep.max_concurrent_trials or held
+    return min(asked if autoscaling else min(held, asked), sweep.num_trials)
+
+
+def run_sweep(
+    sweep: SweepConfig, spec: TrialSpec, run: RunFolder, concurrent: int, on_change: Callable[[TrialTable], None]
+) -> TrialTable:
+    """Run a sweep's trials, or those that ``run`` does not hold as finished yet; return what came of all.
+
+    ``on_change`` gets the table whenever it has changed. Raises JobError where every trial failed.
+    """
+    os.environ.update(_SETTINGS)
+    table = TrialTable.from_csv(run.read_text(TRIALS_FILE) or "")
+    watcher = _Watcher(sweep, spec.config, table, run, on_change)
+    seed, deadline = spec.config.seed, time.monotonic() + (sweep.time_budget_s or math.inf)
+
+    def run_stage(points: list[Point], scheduler: TrialScheduler, search: dict[str, Any] | None = None) -> None:
+        """Run trials of ``points``, or those that ``search`` proposes, until they are done or the time is up."""
+        left = [point for point in points if not table.is_finished(point)]
+        table.num_planned = max(table.num_planned, len(table.by_point.keys() | set(points)))
+        seconds_left = deadline - time.monotonic()
+        if seconds_left > 0 and (left or search):
+            _run_trials(spec, run, watcher, scheduler, search or _in_order(left, concurrent), seconds_left)
+
+    if sweep.search == "optuna":
+        table.num_planned = sweep.num_trials
+        run_stage([], _scheduler(sweep, spec.config.num_epochs), _optuna(sweep, seed, table, concurrent))
+    else:
+        run_stage(propose(sweep, seed), _scheduler(sweep, spec.config.num_epochs))
+    run_stage(confirmations(sweep, seed, table), FIFOScheduler())
+    if table.best is None:
+        reasons = [record.reason for record in table.by_point.values() if record.reason]
+        raise JobError(f"every trial failed; the first one: {reasons[0] if reasons else 'the time was up'}")
+    _drop_checkpoints(run, table, kept={max(table.best.records, key=lambda record: record.score).point})
+    return table
+
+
+def _run_trials(
+    spec: TrialSpec,
+    run: RunFolder,
+    watcher: tune.Callback,
+    scheduler: TrialScheduler,
+    search: dict[str, Any],
+    seconds: float,
+) -> None:
+    """Let Tune run the trials that ``search``, a part of ``TuneConfig``, proposes."""
+    tune_folder = run.inside(_TUNE_FOLDER)
+    tune_folder.delete()  # of an interrupted sweep; it is never read
+    tuner = tune.Tuner(
+        tune.with_resources(functools.partial(run_trial, spec=spec), _resources(spec.plan)),
+        # filled in by the search; the seed stays where the search proposes none
+        param_space={"batch_size": None, "learning_rate": None, "seed": spec.config.seed},
+        tune_config=tune.TuneConfig(
+            metric="val_accuracy",
+            mode="max",
+            scheduler=scheduler,
+            time_budget_s=None if math.isinf(seconds) else seconds,
+            reuse_actors=spec.plan.num_workers == 1,
+            **search,
+        ),
+        run_config=tune.RunConfig(
+            name=_TUNE_FOLDER,
+            storage_path=run.uri,
+            callbacks=[watcher],
+            failure_config=tune.FailureConfig(max_failures=1),
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+    tune_folder.delete()
+
+
+def _resources(plan: WorkerPlan) -> tune.PlacementGroupFactory:
+    """Return what Tune reserves for a trial: a lone worker's CPUs; none where the trial only waits for its workers."""
+    if plan.num_workers > 1:
+        return tune.PlacementGroupFactory([{"memory": 2**20}])  # Tune has to reserve something
+    return tune.PlacementGroupFactory([{"CPU": plan.cpus_per_worker, **({"GPU": 1} if plan.use_gpu else {})}])
+
+
+def _scheduler(sweep: SweepConfig, num_epochs: int) -> TrialScheduler:
+    """ASHA (https://arxiv.org/abs/1810.05934): at each rung the worse half of the trials so far stops."""
+    if sweep.scheduler == "none":
+        return FIFOScheduler()
+    return ASHAScheduler(time_attr="epochs", max_t=num_epochs, grace_period=min(1, num_epochs / 4), reduction_factor=2)
+
+
+def _in_order(points: list[Point], concurrent: int) -> dict[str, Any]:
+    """Return the part of ``TuneConfig`` that tries given points."""
+    presets = [dataclasses.asdict(point) for point in points]
+    algorithm = BasicVariantGenerator(points_to_evaluate=presets, max_concurrent=concurrent)
+    return {"search_alg": algorithm, "num_samples": len(points)}
+
+
+def _optuna(sweep: SweepConfig, seed: int, table: TrialTable, concurrent: int) -> dict[str, Any] | None:
+    """Return the part of ``TuneConfig`` that asks Optuna's TPE for what is left to try; None where nothing is.
+
+    It is told of the trials that are finished already; those that a resumed sweep finds unfinished come first.
+    """
+    finished = [record for record in table.by_point.values() if record.is_finished and record.seed == seed]
+    unfinished = [record.point for record in table.by_point.values() if not record.is_finished]
+    if len(finished) >= sweep.num_trials:
+        return None
+    import optuna  # an extra; that it is there was checked before
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    first = unfinished if table.by_point else first_points(sweep, seed)
+    search = OptunaSearch(
+        space={
+            "batch_size": optuna.distributions.CategoricalDistribution(sweep.batch_sizes),
+            "learning_rate": optuna.distributions.FloatDistribution(
+                sweep.learning_rate_min, sweep.learning_rate_max, log=True
+            ),
+        },
+        metric="val_accuracy",
+        mode="max",
+        points_to_evaluate=[_searched(point) for point in first],
+        seed=seed + len(finished),  # a resumed search does not draw what it has drawn
+    )
+    for record in finished:
+        if record.state != FAILED:
+            search.add_evaluated_point(_searched(record.point), record.val_accuracy)
+    limited = ConcurrencyLimiter(search, concurrent)
+    return {"search_alg": limited, "num_samples": sweep.num_trials - len(finished)}
+
+
+def _searched(point: Point) -> dict[str, Any]:
+    return {"batch_size": point.batch_size, "learning_rate": point.learning_rate}
+
+
+class _Watcher(tune.Callback):
+    """Keeps the table, sweep.csv and the disk up to date as trials go."""
+
+    def __init__(
+        self,
+        sweep: SweepConfig,
+        config: TrainConfig,
+        table: TrialTable,
+        run: RunFolder,
+        on_change: Callable[[TrialTable], None],
+    ) -> None:
+        self._sweep = sweep
+        self._config = config
+        self._table = table
+        self._run = run
+        self._on_change = on_change
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """Leave nothing of it in what Tune pickles for a restore of its own, which is never made."""
+        return tune.Callback, ()
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Note a trial that starts, or starts again after a failure."""
+        self._table.start(_point(trial))
+        self._changed()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Note a trial's figures."""
+        record = self._table.by_point[_point(trial)]
+        for name in ("epochs", "val_accuracy", "val_loss", "train_loss", "images_per_s", "train_s"):
+            setattr(record, name, result[name])
+        self._changed()
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Note a trial that ended, by itself or stopped."""
+        record = self._table.by_point[_point(trial)]
+        record.state = DONE if record.epochs >= self._config.num_epochs else STOPPED
+        self._finished()
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Note a trial that failed for good."""
+        record = self._table.start(_point(trial))  # one that failed before it started has no record yet
+        record.state, record.reason = FAILED, _reason(trial)
+        self._finished()
+
+    def _finished(self) -> None:
+        """Drop the checkpoints that cannot be the best's any more."""
+        self._changed()
+        _drop_checkpoints(self._run, self._table, contenders(self._sweep, self._config.seed, self._table))
+
+    def _changed(self) -> None:
+        self._run.write_text(TRIALS_FILE, self._table.to_csv())
+        self._on_change(self._table)
+
+
+def _drop_checkpoints(run: RunFolder, table: TrialTable, kept: Container[Point]) -> None:
+    """Delete the checkpoints of finished trials but those of ``kept``, so that a sweep's disk use does not grow."""
+    trials = run.inside(TRIALS_FOLDER)
+    dropped = {point.name for point, record in table.by_point.items() if record.is_finished and point not in kept}
+    for name in dropped.intersection(patiently(trials.subfolders)):
+        trials.inside(name).delete()
+
+
+def _point(trial: Trial) -> Point:
+    return Point(trial.config["batch_size"], trial.config["learning_rate"], trial.config["seed"])
+
+
+def _reason(trial: Trial) -> str:
+    """Return the last line of a failed trial's error text: the exception and its message."""
+    text = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
+    last_line = text.strip().rpartition("\n")[2].strip()
+    return re.sub(r"^([a-z_]\w*\.)+", "", last_line) or "it gave no reason"

@@ -1,0 +1,1 @@
+"""Training and evaluation in plain PyTorch: nothing here knows of Ray."""

@@ -1,0 +1,214 @@
+"""Checkpoints: a folder with weights and optimizer state as safetensors, and the rest as JSON. Nothing is pickled.
+
+model.safetensors       the model's weights
+optimizer.safetensors   the tensors of the optimizer's state
+state.json              position, metrics, scheduler, config, versions, and SHA-256 of the other two
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyarrow import fs
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from mnist_ray.config import json_lines
+from mnist_ray.errors import JobError, UsageError, first_line
+from mnist_ray.storage import STORAGE_ERRORS, RunFolder, patiently
+from mnist_ray.training.engine import TrainingState
+from mnist_ray.training.metrics import MetricSums
+from mnist_ray.workload.mnist.network import create_model
+
+STATE_FILE, FOLDER_PREFIX = "state.json", "checkpoint_"
+_ENTRIES = {"epoch", "step", "sums", "epoch_s", "finished_s", "optimizer", "scheduler", "sha256"}
+_MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+
+
+class DamagedCheckpointError(JobError):
+    """A checkpoint is not what was written: cut off by a kill, or changed since."""
+
+
+class OtherModelError(JobError):
+    """A checkpoint does not fit the model: another one is in ``create_model`` now."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What was found in a run's folder to go on from."""
+
+    name: str = ""
+    """The checkpoint's folder; empty where there was none."""
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What was reported with it."""
+    damaged: tuple[str, ...] = ()
+    """Newer ones that were passed over: a kill has cut them off, or something has changed them."""
+
+
+def save_checkpoint(folder: Path, state: TrainingState, about: dict[str, Any]) -> None:
+    """Write ``state`` into an existing folder, with ``about`` (config, versions) for whoever reads it later."""
+    optimizer = state.optimizer.state_dict()
+    optimizer_tensors, optimizer_values = _separate_tensors(optimizer["state"])
+    files = {_MODEL: _to_bytes(state.model.state_dict()), _OPTIMIZER: _to_bytes(optimizer_tensors)}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    document = {
+        "epoch": state.epoch,
+        "step": state.step,
+        "sums": dataclasses.asdict(state.sums),
+        "epoch_s": state.epoch_s,
+        "finished_s": state.finished_s,
+        "optimizer": {"values": optimizer_values, "param_groups": optimizer["param_groups"]},
+        "scheduler": state.scheduler.state_dict(),
+        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        **about,
+    }
+    (folder / STATE_FILE).write_text(json_lines(document), encoding="utf-8")
+
+
+def load_model(folder: Path) -> nn.Module:
+    """Return the checkpoint's model, in evaluation mode.
+
+    Raises UsageError where there is none, JobError where it is damaged.
+    """
+    model = create_model()
+    _load_weights(folder, read_state(folder), model)
+    return model.eval()
+
+
+def fetch(filesystem: fs.FileSystem, path: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a checkpoint's model and its state.json, wherever it lies.
+
+    Raises as ``load_model`` does, and JobError where the storage fails.
+    """
+    with _fetched(filesystem, path) as folder:
+        return load_model(folder), read_state(folder)
+
+
+@contextlib.contextmanager
+def _fetched(filesystem: fs.FileSystem, path: str) -> Iterator[Path]:
+    """Give a copy of a checkpoint on this machine's disk; errors about it name where it came from."""
+    with tempfile.TemporaryDirectory() as local:
+        try:
+            patiently(functools.partial(fs.copy_files, path, local, source_filesystem=filesystem))
+            yield Path(local)
+        except STORAGE_ERRORS as error:
+            raise JobError(f"cannot read the checkpoint {path}: {first_line(error)}") from error
+        except (UsageError, JobError) as error:
+            raise type(error)(str(error).replace(local, path)) from error
+
+
+def restore(folder: Path, state: TrainingState) -> None:
+    """Put a checkpoint's content into a freshly created ``state``.
+
+    Raises as ``load_model`` does; where it is damaged, ``state`` is left as it was.
+    """
+    document = read_state(folder)
+    tensors = _read_tensors(folder, _OPTIMIZER, document)
+    _load_weights(folder, document, state.model)
+    per_parameter: dict[int, dict[str, Any]] = {}
+    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        per_parameter.setdefault(int(index), {})[name] = _with_layout_of(parameters[int(index)], tensor)
+    for index, values in document["optimizer"]["values"].items():
+        per_parameter.setdefault(int(index), {}).update(values)
+    state.optimizer.load_state_dict({"state": per_parameter, "param_groups": document["optimizer"]["param_groups"]})
+    state.scheduler.load_state_dict(document["scheduler"])
+    state.epoch, state.step, state.epoch_s = document["epoch"], document["step"], document["epoch_s"]
+    state.sums, state.finished_s = MetricSums(**document["sums"]), document["finished_s"]
+
+
+def restore_newest(run: RunFolder, state: TrainingState) -> Restored:
+    """Put the newest whole checkpoint in a run's folder into ``state``; without one, leave it as it is.
+
+    Raises OtherModelError where the checkpoint is of another model.
+    """
+    damaged: list[str] = []
+    for name in reversed(checkpoint_names(run)):
+        saved = run.inside(name)
+        try:
+            with _fetched(saved.filesystem, saved.path) as folder:
+                restore(folder, state)
+                return Restored(name, read_state(folder).get("metrics", {}), tuple(damaged))
+        except (DamagedCheckpointError, UsageError):
+            damaged.append(name)
+    return Restored(damaged=tuple(damaged))
+
+
+def checkpoint_names(run: RunFolder) -> list[str]:
+    """Return the folders of a run's checkpoints, the newest last."""
+    return [name for name in run.subfolders() if name.startswith(FOLDER_PREFIX)]
+
+
+def _with_layout_of(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """Give a parameter's moment the parameter's strides: fused optimizers pair them up by memory position."""
+    if tensor.shape != parameter.shape:
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+
+
+def _separate_tensors(state: dict[int, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[int, dict[str, Any]]]:
+    """Split an optimizer's state per parameter into tensors, keyed ``index.name``, and JSON values."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[int, dict[str, Any]] = {}
+    for index, entries in state.items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value
+            else:
+                values.setdefault(index, {})[name] = value
+    return tensors, values
+
+
+def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
+    # Copies: safetensors refuses tensors that share memory, as a model's tied weights do.
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    return save(copies)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return what a checkpoint's state.json says. Raises as ``load_model`` does."""
+    path = folder / STATE_FILE
+    if not path.is_file():
+        raise UsageError(f"{folder} is not a checkpoint: it has no {STATE_FILE}")
+    try:
+        document = json.loads(path.read_bytes())
+        missing = _ENTRIES - document.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE}: {error}") from error
+    if missing:
+        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE} lacks {', '.join(sorted(missing))}")
+    return document
+
+
+def _read_tensors(folder: Path, name: str, document: dict[str, Any]) -> dict[str, Tensor]:
+    try:
+        content = (folder / name).read_bytes()
+        if hashlib.sha256(content).hexdigest() != document["sha256"].get(name):
+            raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {name} is not what was written")
+        return load(content)
+    except (OSError, SafetensorError) as error:
+        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {name}: {error}") from error
+
+
+def _load_weights(folder: Path, document: dict[str, Any], model: nn.Module) -> None:
+    weights = _read_tensors(folder, _MODEL, document)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        difference = str(error).splitlines()[-1].strip()
+        raise OtherModelError(f"checkpoint {folder} is of another model: {difference}") from error

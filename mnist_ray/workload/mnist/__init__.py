@@ -1,0 +1,1 @@
+"""MNIST with the notebook's network."""

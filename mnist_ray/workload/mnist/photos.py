@@ -1,0 +1,189 @@
+"""From a picture of a digit, drawn or photographed, to 28×28 as MNIST's own images are.
+
+MNIST's digits were scaled into 20×20 pixels, their aspect ratio kept, then placed in 28×28 with their centre of mass
+in the middle (http://yann.lecun.com/exdb/mnist/). What is done before that here finds the digit.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from scipy import ndimage
+
+from mnist_ray.errors import UsageError
+from mnist_ray.workload.mnist.idx import IMAGE_SHAPE
+
+_MOST_PIXELS = 200_000_000  # the largest cameras' pictures; what unpacks to more is an attack or a mistake
+_WORKING_SIZE = 256  # pixels of the longer side at which the digit is looked for
+_LEAST_CONTRAST = 20.0  # grey levels by which ink differs from paper
+_LEAST_PIXELS = 40  # of a digit, at the working size
+_CLEAR_EDGE = 0.3  # less of the picture's edge than this is ink, unless the light is uneven
+_WIDEST_STROKE = 0.3  # of the longer side
+_LEAST_PART = 0.04  # of the largest piece's ink: smaller pieces are specks
+_DIGIT_SIZE = 20  # pixels that MNIST's digits fill of 28
+_LEAST_STROKE = 2.5  # pixels, in that size
+# Of the threshold that parts ink from paper: faint strokes are ink too. And the percentile of a digit's ink from which
+# on it is white, as most of a stroke is in MNIST. Both, like the numbers above, by trying: benchmarks/handwriting.py.
+_FAINT_INK, _FULL_INK = 0.4, 25
+
+
+def read_image(content: bytes) -> Image.Image:
+    """Decode a picture and turn it as its EXIF data say. Raises UsageError where it is none, or a huge one."""
+    if not content:
+        raise UsageError("is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is ours
+            image = Image.open(io.BytesIO(content))
+            if image.width * image.height > _MOST_PIXELS:
+                raise UsageError(f"is too large: {image.width:,}×{image.height:,} pixels")
+            image.draft("L", (2 * _WORKING_SIZE, 2 * _WORKING_SIZE))  # lets a JPEG be decoded smaller, and faster
+            return ImageOps.exif_transpose(image)
+    except Image.DecompressionBombError as error:
+        raise UsageError("is too large: it would unpack to a huge picture") from error
+    except UnidentifiedImageError as error:
+        raise UsageError("is no picture of a known format") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise
+        raise UsageError(f"is damaged: {error}") from error
+
+
+def to_mnist(image: Image.Image) -> np.ndarray:
+    """Return the digit in a picture as MNIST has it: (28, 28) uint8, bright on black.
+
+    Raises UsageError where the picture is blank.
+    """
+    factor = _WORKING_SIZE / max(image.size)
+    size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
+    return _centred(_scaled(_digit(_ink(_to_grey(image, size)))))
+
+
+def as_it_is(image: Image.Image) -> np.ndarray:
+    """Return a picture of anything as grey (28, 28) uint8, and do nothing else to it."""
+    return np.uint8(np.round(np.clip(_to_grey(image, IMAGE_SHAPE), 0, 255)))
+
+
+def _to_grey(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Return a picture, scaled to a size (width, height), as (H, W) in 0 to 255; transparency becomes paper."""
+    if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel, of unknown range
+        values = np.asarray(image, np.float32)
+        low, high = values.min(), values.max()
+        image = Image.fromarray(np.uint8(255 * (values - low) / max(high - low, 1e-6)))
+    if image.mode == "LAB":
+        image = image.getchannel("L")  # Pillow converts it into nothing else
+    if image.has_transparency_data:
+        grey, alpha = image.convert("RGBA").convert("LA").resize(size, Image.Resampling.LANCZOS).split()
+        return _without_transparency(np.asarray(grey, np.float32), np.asarray(alpha, np.float32) / 255)
+    return np.asarray(image.convert("L").resize(size, Image.Resampling.LANCZOS), np.float32)
+
+
+def _without_transparency(grey: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Put a picture on paper: of its own colour where most of it can be seen, else of one unlike the ink's."""
+    visible = grey[alpha > 0.5]
+    if visible.size == 0:
+        return np.zeros_like(grey)
+    typical = float(np.median(visible))
+    paper = typical if visible.size > 0.5 * grey.size else 255.0 if typical < 128 else 0.0
+    return grey * alpha + paper * (1 - alpha)
+
+
+def _ink(grey: np.ndarray) -> np.ndarray:
+    """Return how much darker or brighter than the paper around it each pixel is, in 0 to 1.
+
+    The paper is what a closing by more than a stroke's width leaves, which keeps the edge of a shadow where it is.
+    Raises UsageError where nothing stands out.
+    """
+    smooth = ndimage.gaussian_filter(grey, 0.7)
+    if _is_bright_on_dark(smooth):
+        smooth = 255 - smooth
+    width = max(3, round(min(_WIDEST_STROKE * max(grey.shape), 0.75 * min(grey.shape))))
+    ink = ndimage.grey_closing(smooth, size=(width, width), mode="nearest") - smooth
+    strongest = float(np.sort(ink, axis=None)[-_LEAST_PIXELS:].mean())
+    if strongest < _LEAST_CONTRAST:
+        raise UsageError("shows no digit: nothing stands out from its background")
+    return np.clip(ink / strongest, 0, 1)
+
+
+def _is_bright_on_dark(grey: np.ndarray) -> bool:
+    """Tell whether the ink is brighter than the paper.
+
+    Most of the picture's edge is paper. Where a shadow or the light parts it, the light's slow changes are taken away:
+    then ink is the rare extreme, and the distribution leans to its side.
+    """
+    bright = float((_edge(grey) > _otsu(grey)).mean())
+    if not _CLEAR_EDGE < bright < 1 - _CLEAR_EDGE:
+        return bright < 0.5
+    return bool(((grey - _slow_changes(grey)) ** 3).sum() > 0)
+
+
+def _slow_changes(grey: np.ndarray) -> np.ndarray:
+    """Return the quadratic surface through most pixels: three rounds of least squares, outliers weighing less."""
+    y, x = np.mgrid[-1 : 1 : grey.shape[0] * 1j, -1 : 1 : grey.shape[1] * 1j]
+    terms = np.stack([np.ones_like(x), x, y, x * y, x * x, y * y], axis=-1).reshape(-1, 6)
+    values, weights = grey.ravel(), np.ones(grey.size)
+    for _ in range(3):
+        weighted = terms * weights[:, None]
+        surface = terms @ np.linalg.lstsq(weighted.T @ terms, weighted.T @ values, rcond=None)[0]
+        off = np.abs(values - surface)
+        weights = 1 / (1 + (off / max(float(np.median(off)), 1.0)) ** 2)
+    return surface.reshape(grey.shape)
+
+
+def _otsu(values: np.ndarray) -> float:
+    """Return the threshold that parts values best into two groups (https://doi.org/10.1109/TSMC.1979.4310076)."""
+    counts, edges = np.histogram(values, bins=64)
+    centres = (edges[:-1] + edges[1:]) / 2
+    below, sums = np.cumsum(counts)[:-1], np.cumsum(counts * centres)[:-1]
+    above, rest = counts.sum() - below, (counts * centres).sum() - sums
+    between = below * above * (sums / np.maximum(below, 1) - rest / np.maximum(above, 1)) ** 2
+    return float(edges[1 + between.argmax()])
+
+
+def _edge(values: np.ndarray) -> np.ndarray:
+    return np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
+
+
+def _digit(ink: np.ndarray) -> np.ndarray:
+    """Return the ink of the digit alone: the largest piece, and others of some size that go with it."""
+    threshold = _FAINT_INK * _otsu(ink)
+    pieces, num_pieces = ndimage.label(ink > threshold, np.ones((3, 3)))
+    amounts = ndimage.sum_labels(ink, pieces, range(1, num_pieces + 1))
+    is_inner = ~np.isin(range(1, num_pieces + 1), _edge(pieces))
+    # A piece at the edge is the table beside the paper, or a finger, where there is another of some size.
+    if amounts[is_inner].sum() > 0.2 * amounts.max():
+        amounts = amounts * is_inner
+    mask = np.isin(pieces, 1 + np.flatnonzero(amounts > _LEAST_PART * amounts.max()))
+    full = float(np.percentile(ink[mask], _FULL_INK))
+    near = ndimage.binary_dilation(mask, iterations=2)
+    return np.where(near, np.clip((ink - threshold / 2) / (full - threshold / 2), 0, 1), 0)
+
+
+def _scaled(ink: np.ndarray) -> np.ndarray:
+    """Crop a digit and scale it into 20×20, keeping its aspect ratio; thin strokes are first made wider."""
+    mask = ink > 0.5
+    factor = _DIGIT_SIZE / max(mask[_box(mask)].shape)
+    # Across a stroke the distance to its edge goes from 0 to half its width: the mean is a quarter of the width.
+    stroke = 4 * float(ndimage.distance_transform_edt(mask)[mask].mean()) * factor
+    if stroke < _LEAST_STROKE:
+        radius = max(1, round((_LEAST_STROKE - stroke) / factor / 2))
+        y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
+        ink = ndimage.grey_dilation(ink, footprint=x * x + y * y <= radius * radius)
+    cropped = ink[_box(ink > 0.3)]
+    height, width = (max(1, round(side * _DIGIT_SIZE / max(cropped.shape))) for side in cropped.shape)
+    return np.asarray(Image.fromarray(np.float32(cropped)).resize((width, height), Image.Resampling.BOX))
+
+
+def _box(mask: np.ndarray) -> tuple[slice, slice]:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+
+
+def _centred(digit: np.ndarray) -> np.ndarray:
+    """Place a digit in 28×28, its centre of mass in the middle."""
+    canvas = np.zeros(IMAGE_SHAPE, np.float32)
+    canvas[: digit.shape[0], : digit.shape[1]] = digit
+    offsets = np.array(ndimage.center_of_mass(canvas))
+    middle = np.array(IMAGE_SHAPE) / 2  # where MNIST's images have it, as a mean over them shows: 14.0, not 13.5
+    return np.uint8(np.round(255 * np.clip(ndimage.shift(canvas, middle - offsets, order=1), 0, 1)))

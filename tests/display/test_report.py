@@ -1,0 +1,241 @@
+import base64
+import dataclasses
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mnist_ray.config import DataConfig, TrainConfig, WorkerConfig, json_lines, values_of
+from mnist_ray.display import report
+from mnist_ray.display.history import read_predictions
+from mnist_ray.display.report import RunRecord
+from mnist_ray.errors import UsageError
+from mnist_ray.storage import locate
+from mnist_ray.sweeps.search import DONE, TrialRecord, TrialTable
+from mnist_ray.workload.mnist.idx import Split, find
+from tests.conftest import run_job
+
+RUN_PICTURES = ["loss", "accuracy", "confusion", "classes", "predictions", "mistakes", "seconds"]
+
+
+class Page(HTMLParser):
+    """What a page shows: its images, its table rows, and whatever it would fetch."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.images: list[dict[str, str | None]] = []
+        self.rows: list[list[str]] = []
+        self.fetched: list[str] = []
+        self._in_cell = False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag == "img":
+            self.images.append(values)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._in_cell = True
+        links = [value for name in ("src", "href") if (value := values.get(name)) and not value.startswith("data:")]
+        self.fetched += links
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self._in_cell = False
+
+    def handle_data(self, data: str) -> None:
+        if self._in_cell:
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture
+def unfinished_run(finished_run: Path, tmp_path: Path) -> Path:
+    """What the finished run would have left, had it been interrupted in its second epoch."""
+    folder = tmp_path / "unfinished"
+    folder.mkdir()
+    shutil.copy(finished_run / "config.json", folder)
+    for name, kept in (("metrics.csv", 2), ("steps.csv", 4)):
+        lines = (finished_run / name).read_text().splitlines(keepends=True)
+        (folder / name).write_text("".join(lines[:kept]))
+    return folder
+
+
+@pytest.fixture
+def test_images(small_data: Path) -> Split:
+    return find(DataConfig(data_dir=str(small_data))).load("test")
+
+
+def test_a_run_leaves_one_page_with_all_its_pictures(finished_run: Path) -> None:
+    html = (finished_run / "report.html").read_text()
+    page = Page(html)
+    assert page.fetched == []
+    assert "@import" not in html
+    assert "url(" not in html
+    assert len(page.images) == len(RUN_PICTURES)
+    for name, image in zip(RUN_PICTURES, page.images, strict=True):
+        content = base64.b64decode((image["src"] or "").removeprefix("data:image/png;base64,"))
+        assert content == (finished_run / "pictures" / f"{name}.png").read_bytes()
+        assert Image.open(io.BytesIO(content)).width > 500
+        assert len(image["alt"] or "") > 15
+    result = json.loads((finished_run / "result.json").read_text())
+    assert f"{result['test_accuracy']:.2%}" in html
+    assert ["command_line", result["command_line"]] in page.rows
+    assert ["batch_size", "50"] in page.rows
+    assert ["ray", result["versions"]["ray"]] in page.rows
+
+
+def test_predictions_are_those_that_the_result_counts(finished_run: Path, test_images: Split) -> None:
+    predictions = read_predictions(locate(str(finished_run.parent), finished_run.name))
+    assert predictions is not None
+    labels, predicted, probabilities = predictions.T
+    np.testing.assert_array_equal(labels, test_images.labels)
+    result = json.loads((finished_run / "result.json").read_text())
+    assert (labels == predicted).mean() == pytest.approx(result["test_accuracy"])
+    assert probabilities.min() >= 0.1
+    assert probabilities.max() <= 1
+
+
+def test_steps_lead_up_to_the_last_step_of_all_epochs(finished_run: Path) -> None:
+    record = RunRecord.read(locate(str(finished_run.parent), finished_run.name))
+    assert [row["epoch"] for row in record.steps][-1] == 2
+    assert record.steps[-1]["step"] == 96
+    assert record.steps_per_epoch == 48
+    assert record.steps[0]["train_loss"] > record.steps[-1]["train_loss"]
+
+
+def test_an_interrupted_run_has_a_report_of_what_there_is(unfinished_run: Path, test_images: Split) -> None:
+    shown = report.write(locate(str(unfinished_run.parent), unfinished_run.name), test_images)
+    assert [picture.name for picture in shown] == ["loss", "accuracy", "seconds"]
+    html = (unfinished_run / "report.html").read_text()
+    assert "not finished: 1 of 2 epochs" in html
+    page = Page(html)
+    texts = [cell for row in page.rows for cell in row] + [image["alt"] or "" for image in page.images]
+    assert not [text for text in texts if "nan" in text]
+
+
+def test_an_interrupted_sweeps_report_says_how_to_go_on_with_the_sweep(unfinished_run: Path) -> None:
+    (unfinished_run / "sweep.csv").write_text(TrialTable([TrialRecord(1, 32, 1e-3, 0, DONE, 1.0, 0.9, 0.3)]).to_csv())
+    report.write(locate(str(unfinished_run.parent), unfinished_run.name), None)
+    assert "python jobs/tune.py --resume --run-name unfinished" in (unfinished_run / "report.html").read_text()
+
+
+def test_a_run_interrupted_before_its_first_step_has_a_report(tmp_path: Path) -> None:
+    run = locate(str(tmp_path), "run")
+    run.write_text("config.json", json_lines(values_of(TrainConfig(), DataConfig(), WorkerConfig())))
+    assert [picture.name for picture in report.write(run, None)] == ["loss", "accuracy", "seconds"]
+    assert "not finished: 0 of 2 epochs" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_run_of_one_epoch_has_a_report(finished_run: Path, tmp_path: Path, test_images: Split) -> None:
+    folder = tmp_path / "one"
+    shutil.copytree(finished_run, folder)
+    for name in ("metrics.csv", "steps.csv"):
+        lines = (folder / name).read_text().splitlines(keepends=True)
+        kept = [line for line in lines if name == "metrics.csv" or "e" in line or float(line.split(",")[1]) <= 1]
+        (folder / name).write_text("".join(kept[:2] if name == "metrics.csv" else kept))
+    shown = report.write(locate(str(tmp_path), "one"), test_images)
+    assert [picture.name for picture in shown] == RUN_PICTURES
+    assert "finished: 1 of 2 epochs" in (folder / "report.html").read_text()
+
+
+def test_the_job_makes_the_same_report_again(finished_run: Path) -> None:
+    before = (finished_run / "report.html").read_text()
+    done = run_job("report.py", str(finished_run))
+    assert (done.returncode, done.stdout) == (0, f"report {finished_run}/report.html\n"), done.stderr
+    assert (finished_run / "report.html").read_text() == before
+
+
+def test_a_report_without_the_data_says_so(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run, tmp_path / "moved")
+    config = json.loads((tmp_path / "moved" / "config.json").read_text())
+    (tmp_path / "moved" / "config.json").write_text(json.dumps(config | {"data_dir": str(tmp_path / "gone")}))
+    done = run_job("report.py", str(tmp_path / "moved"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"no pictures of predictions: --data-dir {tmp_path}/gone is not a folder")
+
+
+def test_several_runs_are_compared_side_by_side(finished_run: Path, unfinished_run: Path, tmp_path: Path) -> None:
+    config = json.loads((unfinished_run / "config.json").read_text())
+    (unfinished_run / "config.json").write_text(json.dumps(config | {"batch_size": 25}))
+    output = tmp_path / "both.html"
+    done = run_job("report.py", str(finished_run), str(unfinished_run), "--output", str(output))
+    assert (done.returncode, done.stdout) == (0, f"report {output}\n"), done.stderr
+    page = Page(output.read_text())
+    assert [image["alt"] for image in page.images] == [
+        "Training loss of two, unfinished; the table has the ends",
+        "Validation accuracy of two, unfinished; the table has the best",
+    ]
+    result = json.loads((finished_run / "result.json").read_text())
+    rows = {row[0]: row[1:] for row in page.rows}
+    assert rows["two"][0] == f"{result['test_accuracy']:.2%}"
+    assert rows["unfinished"][0] == "-"
+    assert rows["batch_size"] == ["50", "25"]
+    assert "num_epochs" not in rows
+
+
+def test_a_sweeps_report_has_its_trials_best_first(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run, tmp_path / "sweep")
+    run = locate(str(tmp_path), "sweep")
+    trials = [TrialRecord(n, 32, 0.001 * n, 0, DONE, 2.0, 0.9 + n / 100, 0.1, 0.1, 9.0, 1.0) for n in (1, 2)]
+    run.write_text("sweep.csv", TrialTable(trials).to_csv())
+    assert "sweep" in [picture.name for picture in report.write(run, None)]
+    rows = Page((tmp_path / "sweep" / "report.html").read_text()).rows
+    places = [row[0] for row in rows if len(row) == 8 and row[-1] == "done"]
+    assert places == ["2", "1"]
+
+
+def test_names_cannot_put_markup_into_the_page(finished_run: Path) -> None:
+    record = RunRecord.read(locate(str(finished_run.parent), finished_run.name))
+    config: dict[str, Any] = record.config | {"data_dir": "<script>alert(1)</script>"}
+    other = dataclasses.replace(record, config=config)
+    html = report.compare([record, other])
+    assert "<script" not in html
+    assert re.search(r"&lt;script&gt;alert\(1\)&lt;/script&gt;", html)
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"is no run: it has no config\.json"):
+        RunRecord.read(locate(str(tmp_path), "nothing"))
+    run = locate(str(tmp_path), "run")
+    run.write_text("config.json", "{")
+    with pytest.raises(UsageError, match=r"config\.json is not JSON"):
+        RunRecord.read(run)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("colour_scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_browser_shows_the_page_without_overflow_or_errors(
+    finished_run: Path, width: int, colour_scheme: Any
+) -> None:
+    from playwright.sync_api import sync_playwright
+
+    problems: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=colour_scheme)
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(f"file://{finished_run}/report.html")
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        loaded = page.evaluate("[...document.images].map(image => image.complete && image.naturalWidth > 0)")
+        assert loaded == [True] * len(RUN_PICTURES)
+        text, back = page.evaluate(
+            "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+        )
+        assert (_brightness(text) > _brightness(back)) == (colour_scheme == "dark")
+        browser.close()
+    assert problems == []
+
+
+def _brightness(colour: str) -> int:
+    return sum(map(int, re.findall(r"\d+", colour)[:3]))

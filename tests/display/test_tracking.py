@@ -1,0 +1,190 @@
+import threading
+from pathlib import Path
+from unittest.mock import Mock
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pyarrow import fs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mnist_ray.config import TrainConfig
+from mnist_ray.display import pictures, tracking
+from mnist_ray.display.tracking import Ending, Trackers
+from mnist_ray.runs.evaluation import find_checkpoint
+from mnist_ray.storage import RunFolder, locate
+from mnist_ray.training.events import EpochFinished, Event, Started, Validated
+from mnist_ray.training.metrics import MetricSums, Progress
+
+PICTURE = pictures.seconds({"start": 1.0})
+RESULT = {"test_accuracy": 0.875, "test_loss": 0.5, "images_per_s": 100.0}
+
+
+def started(step: int = 0) -> Started:
+    return Started(1, ("host",), 1, "cpu", "fp32", epoch=0, step=step, num_steps=4)
+
+
+def progress(step: int, losses: list[float]) -> Progress:
+    return Progress(1, step, 4, losses, MetricSums(1.0, 3, 4), MetricSums(8.0, 12, 16), epoch_s=2.0)
+
+
+EPOCH: list[Event] = [
+    started(),
+    progress(2, [4.0, 3.0]),
+    progress(4, [2.0, 1.0]),
+    EpochFinished(progress(4, [2.0, 1.0])),
+    Validated(1, 0.25, 0.75, 1.0),
+]
+
+
+def follow(run: RunFolder, events: list[Event], ending: Ending, mlflow_uri: str | None = None) -> list[str]:
+    """Track a run to its end; return the warnings."""
+    warnings: list[str] = []
+    trackers = tracking.start(run, TrainConfig(), mlflow_uri, warnings.append)
+    for event in events:
+        trackers.log(event)
+    trackers.close(ending)
+    return warnings
+
+
+def read_events(folder: Path) -> EventAccumulator:
+    reader = EventAccumulator(str(folder))
+    reader.Reload()
+    return reader
+
+
+def points(reader: EventAccumulator, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in reader.Scalars(tag)]
+
+
+def test_tensorboard_has_every_step_every_epoch_and_the_pictures(tmp_path: Path) -> None:
+    ending = Ending(RESULT, {"seconds": PICTURE}, None)
+    assert follow(locate(str(tmp_path), "run"), EPOCH, ending) == []
+    reader = read_events(tmp_path / "run")
+    assert points(reader, "step/train_loss") == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)]
+    assert points(reader, "step/train_accuracy") == [(2, 0.75), (4, 0.75)]
+    assert points(reader, "epoch/train_loss") == [(1, 0.5)]
+    assert points(reader, "epoch/val_accuracy") == [(1, 0.75)]
+    assert points(reader, "final/test_accuracy") == [(0, 0.875)]
+    assert "_hparams_/session_start_info" in reader.summary_metadata
+    image = reader.Images("seconds")[0]
+    assert (image.width, image.height) == Image.open(_file(tmp_path, PICTURE)).size
+
+
+def _file(folder: Path, content: bytes) -> Path:
+    (folder / "picture.png").write_bytes(content)
+    return folder / "picture.png"
+
+
+def test_tensorboard_shows_steps_that_are_done_again_once(tmp_path: Path) -> None:
+    run = locate(str(tmp_path), "run")
+    follow(run, EPOCH[:3], Ending(None, {}, None))
+    follow(run, [started(step=2), progress(4, [2.5, 1.5])], Ending(None, {}, None))
+    assert points(read_events(tmp_path / "run"), "step/train_loss") == [(1, 4.0), (2, 3.0), (3, 2.5), (4, 1.5)]
+
+
+def test_a_full_disk_is_one_warning_and_no_traceback_of_tensorboards_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", Mock(side_effect=full))
+    warnings = follow(locate(str(tmp_path), "run"), EPOCH, Ending(None, {}, None))
+    assert warnings == ["TensorBoard has failed and is left out from here on: [Errno 28] No space left on device"]
+    assert shown == []
+    other = threading.Thread(target=Mock(side_effect=full))
+    other.start()
+    other.join()
+    assert len(shown) == 1
+
+
+def test_an_epoch_that_is_validated_before_a_resumed_run_starts_is_shown_too(tmp_path: Path) -> None:
+    run = locate(str(tmp_path), "run")
+    follow(run, EPOCH[:-1], Ending(None, {}, None))
+    assert follow(run, [EPOCH[-1], started(step=2), progress(4, [2.5, 1.5])], Ending(None, {}, None)) == []
+    reader = read_events(tmp_path / "run")
+    assert points(reader, "epoch/val_accuracy") == [(1, 0.75)]
+    assert points(reader, "step/train_loss") == [(1, 4.0), (2, 3.0), (3, 2.5), (4, 1.5)]
+
+
+def test_storage_that_is_no_local_disk_gets_the_event_file_at_the_end(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "run").mkdir()
+    storage = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+    assert follow(RunFolder("run", "far://away", storage, "run"), EPOCH, Ending(None, {}, None)) == []
+    assert points(read_events(tmp_path / "run"), "epoch/train_loss") == [(1, 0.5)]
+
+
+def test_mlflow_has_parameters_metrics_pictures_and_the_model(
+    tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where MLflow puts the files of a run whose figures are in a data base
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run, checkpoint = locate(str(tmp_path), "run"), find_checkpoint(str(finished_run), {})
+    assert follow(run, EPOCH[:3], Ending(None, {}, None), uri) == []
+    (found,) = mlflow.search_runs(experiment_names=["mnist_ray"], output_format="list")
+    assert (found.info.run_name, found.info.status) == ("run", "KILLED")
+    assert follow(run, EPOCH, Ending(RESULT, {"seconds": PICTURE}, checkpoint), uri) == []
+    (found,) = mlflow.search_runs(experiment_names=["mnist_ray"], output_format="list")
+    assert found.info.status == "FINISHED"
+    assert (found.data.params["batch_size"], found.data.params["schedule"]) == ("128", "one-cycle")
+    assert found.data.metrics["epoch/val_accuracy"] == 0.75
+    assert found.data.metrics["final/test_accuracy"] == 0.875
+    history = mlflow.MlflowClient().get_metric_history(found.info.run_id, "step/train_loss")
+    assert {(metric.step, metric.value) for metric in history} == {(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)}
+    assert [file.path for file in mlflow.MlflowClient().list_artifacts(found.info.run_id, "pictures")] == [
+        "pictures/seconds.png"
+    ]
+    (logged,) = mlflow.search_logged_models(experiment_ids=[found.info.experiment_id], output_format="list")
+    model = mlflow.pytorch.load_model(logged.model_uri)
+    assert model(torch.from_numpy(np.zeros((5, 1, 28, 28), np.float32))).shape == (5, 10)
+
+
+class Broken:
+    """A tracker that fails at every event."""
+
+    def log(self, event: Event) -> None:
+        raise ConnectionError("the server is gone\nand this is its traceback")
+
+    def close(self, ending: Ending) -> None:
+        raise AssertionError("a tracker that has failed is not asked again")
+
+
+class Recorder:
+    """A tracker that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.seen: list[object] = []
+
+    def log(self, event: Event) -> None:
+        self.seen.append(event)
+
+    def close(self, ending: Ending) -> None:
+        self.seen.append(ending)
+
+
+def test_a_tracker_that_fails_warns_once_and_the_others_go_on() -> None:
+    recorder, warnings = Recorder(), list[str]()
+    trackers = Trackers({"broken": Broken, "recorder": lambda: recorder}, warnings.append)
+    for event in EPOCH:
+        trackers.log(event)
+    ending = Ending(None, {}, None)
+    trackers.close(ending)
+    assert warnings == ["broken has failed and is left out from here on: the server is gone"]
+    assert recorder.seen == [*EPOCH, ending]
+
+
+def _cannot_start() -> Recorder:
+    raise ZeroDivisionError("division by zero")
+
+
+def test_a_tracker_that_cannot_start_warns_once() -> None:
+    warnings: list[str] = []
+    trackers = Trackers({"MLflow": _cannot_start}, warnings.append)
+    trackers.log(EPOCH[0])
+    trackers.close(Ending(None, {}, None))
+    assert warnings == ["MLflow has failed and is left out from here on: division by zero"]

@@ -1,0 +1,287 @@
+"""Runs that lose workers, nodes, checkpoints and storage."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import psutil
+import pytest
+import torch
+from ray.cluster_utils import Cluster
+from ray.exceptions import RayActorError, RayTaskError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+from mnist_ray.config import TrainConfig
+from mnist_ray.errors import UsageError
+from mnist_ray.runs import trainer
+from mnist_ray.runs.evaluation import find_checkpoint
+from mnist_ray.storage import locate
+from mnist_ray.training import engine
+from mnist_ray.training.checkpoint import restore_newest, save_checkpoint
+from mnist_ray.training.engine import create_state
+from mnist_ray.training.events import WorkersLost
+from mnist_ray.workload.mnist.idx import Split
+from tests.conftest import LONGER, as_flags, run_and_act, run_job
+
+
+def weights(run: Path) -> str:
+    """Return the digest of a finished run's last weights."""
+    last = max(run.glob("checkpoint_epoch*"))
+    return hashlib.sha256((last / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A cluster of three raylets: a head without CPUs, two nodes with one each."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # Cluster, unlike `ray start`, never asks for a token
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+
+
+def test_a_run_that_loses_a_node_goes_on_and_ends_with_the_same_weights(
+    nodes: Cluster, undisturbed: Path, small_data: Path, tmp_path: Path
+) -> None:
+    def replace_a_node(job: psutil.Process) -> None:
+        nodes.remove_node(nodes.list_all_nodes()[-1])
+        nodes.add_node(num_cpus=1)
+
+    flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2})
+    printed, _ = run_and_act(replace_a_node, "epoch 1/8  finished", *flags, address=nodes.address)
+    assert "on 2 nodes" in printed or "2 × cpu" in printed
+    assert printed.count("\nlost ") == 1
+    assert "s of work lost" in printed
+    assert weights(tmp_path / "run") == weights(undisturbed)
+
+
+def test_a_run_that_loses_a_worker_goes_on_and_ends_with_the_same_weights(
+    ray_address: str, undisturbed: Path, small_data: Path, tmp_path: Path
+) -> None:
+    def kill_a_worker(job: psutil.Process) -> None:
+        of_this_ray = psutil.Process().children(recursive=True)
+        workers = [process for process in of_this_ray if process.name().startswith("ray::RayTrainWo")]
+        max(workers, key=psutil.Process.create_time).kill()
+
+    flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2})
+    printed, _ = run_and_act(kill_a_worker, "epoch 2/8  finished", *flags, address=ray_address)
+    assert printed.count("\nlost ") == 1
+    assert len(printed.splitlines()) < 60  # none of the hundreds that Ray says then
+    assert weights(tmp_path / "run") == weights(undisturbed)
+
+
+def test_a_run_whose_driver_was_killed_is_resumed_and_ends_with_the_same_weights(
+    ray_address: str, undisturbed: Path, small_data: Path, tmp_path: Path
+) -> None:
+    flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2})
+    run_and_act(psutil.Process.kill, "epoch 3/8  finished", *flags, address=ray_address, status=-9)
+    assert not (tmp_path / "run" / "result.json").exists()
+    done = run_job("train.py", *flags, "--resume", address=ray_address)
+    assert done.returncode == 0, done.stderr
+    assert "going on in epoch" in done.stdout
+    assert weights(tmp_path / "run") == weights(undisturbed)
+
+
+@pytest.mark.long
+def test_an_elastic_run_goes_on_with_fewer_workers(nodes: Cluster, small_data: Path, tmp_path: Path) -> None:
+    flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"})
+    printed, _ = run_and_act(
+        lambda job: nodes.remove_node(nodes.list_all_nodes()[-1]),
+        "epoch 1/8  finished",
+        *flags,
+        "--num-workers",
+        "1:2",
+        address=nodes.address,
+    )
+    assert "started    2 × cpu" in printed
+    assert "restarted  1 × cpu" in printed
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["test_accuracy"] > 0.8
+
+
+def test_a_preempted_node_is_left_with_a_checkpoint_just_in_time(
+    nodes: Cluster, small_data: Path, tmp_path: Path
+) -> None:
+    doomed = nodes.list_all_nodes()[-1]
+
+    def announce(job: psutil.Process) -> None:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", nodes.address]
+        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        subprocess.run(
+            [*command, "--node-id", doomed.node_id, *reason, "--deadline-remaining-seconds", "3600"], check=True
+        )
+
+    flags = {**LONGER, "num_epochs": 30, "checkpoint_every": 1000, "num_workers": 2, "run_name": "run"}
+    flags |= {"data_dir": small_data, "storage_path": tmp_path}
+    printed, _ = run_and_act(announce, "epoch 1/30", *as_flags(flags), address=nodes.address)
+    assert printed.count("note       a worker's node is about to be taken away; saving a checkpoint\n") == 1
+    assert "lost " not in printed
+
+
+def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(tmp_path: Path) -> None:
+    config = TrainConfig(precision="fp32")
+    state = create_state(config, 600, torch.device("cpu"))
+    for step in (10, 20, 30, 40):
+        folder = tmp_path / "run" / f"checkpoint_epoch-000_step-{step:06d}"
+        folder.mkdir(parents=True)
+        state.step = step
+        save_checkpoint(folder, state, {"metrics": {"train_loss": 0.5}})
+    whole, corrupt, cut, empty = sorted((tmp_path / "run").iterdir())
+    content = bytearray((corrupt / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (corrupt / "model.safetensors").write_bytes(content)
+    text = (cut / "state.json").read_bytes()
+    (cut / "state.json").write_bytes(text[: len(text) // 2])
+    shutil.rmtree(empty)
+    empty.mkdir()
+    restored = create_state(config, 600, torch.device("cpu"))
+    found = restore_newest(locate(str(tmp_path), "run"), restored)
+    assert restored.step == 10
+    assert found.damaged == (empty.name, cut.name, corrupt.name)
+    assert (found.name, found.metrics) == (whole.name, {"train_loss": 0.5})
+
+
+def test_a_run_whose_list_of_checkpoints_was_cut_off_is_read_by_its_last_checkpoint(tmp_path: Path) -> None:
+    run = locate(str(tmp_path), "run")
+    run.write_text("checkpoint_manager_snapshot.json", '{"checkpoint_results": [{"checkpoint_dir')
+    with pytest.raises(UsageError, match="has no checkpoint yet"):
+        find_checkpoint(run.uri, {})
+    for name in ("checkpoint_epoch-001_step-000000", "checkpoint_epoch-002_step-000000"):
+        run.inside(name).write_text("state.json", "{}")
+    assert find_checkpoint(run.uri, {}).path.endswith("/run/checkpoint_epoch-002_step-000000")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", '{"checkpoint_results": [{"checkpoint_dir', '{"checkpoint_results": [{"checkpoint_dir_name": "gone"}]}', "{}"],
+)
+def test_rays_list_of_checkpoints_is_dropped_where_a_kill_has_cut_it_off(text: str, tmp_path: Path) -> None:
+    run = locate(str(tmp_path), "run")
+    run.write_text("checkpoint_manager_snapshot.json", text)
+    trainer.drop_damaged_snapshot(run)
+    assert not run.exists("checkpoint_manager_snapshot.json")
+
+
+def test_a_resumed_run_passes_over_a_damaged_checkpoint(
+    undisturbed: Path, ray_address: str, small_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    (run / "result.json").unlink()  # as if it had been killed before the evaluation
+    last = max(run.glob("checkpoint_epoch*"))
+    (last / "model.safetensors").write_bytes(b"something else")
+    flags = as_flags({"storage_path": tmp_path, "run_name": "run"})
+    done = run_job("train.py", *flags, "--resume", address=ray_address)
+    assert done.returncode == 0, done.stderr
+    assert f"note       {last.name} is damaged or was cut off; the one before it is used" in done.stdout
+    assert weights(run) == weights(undisturbed)
+
+
+def test_a_last_checkpoint_that_a_kill_kept_from_ray_is_validated_and_chosen(
+    undisturbed: Path, ray_address: str, small_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    (run / "result.json").unlink()
+    (run / "checkpoint_manager_snapshot.json").unlink()
+    for path in sorted(run.glob("checkpoint_epoch*"))[:-1]:
+        shutil.rmtree(path)
+    flags = as_flags({"storage_path": tmp_path, "run_name": "run"})
+    done = run_job("train.py", *flags, "--resume", address=ray_address)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "validation after epoch 8" in done.stdout
+    result = json.loads((run / "result.json").read_text())
+    assert result["checkpoint"] == "checkpoint_epoch-008_step-000000"
+    assert result["checkpoint_metrics"]["val_accuracy"] > 0.5
+    assert weights(run) == weights(undisturbed)
+
+
+def test_a_worker_that_hangs_ends_itself_with_its_stack_in_the_log() -> None:
+    code = (
+        "import time; from mnist_ray.environment import end_if_hung\n"
+        "def hanging(): time.sleep(60)\n"
+        "end_if_hung(0.5); hanging()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr
+    assert "in hanging" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("failures", "said"),
+    [
+        ({1: RayActorError(error_msg="The actor died unexpectedly")}, "worker 1 died"),
+        ({2: RayActorError(error_msg="The actor died because its node has died.")}, "worker 2 was lost with its node"),
+        (
+            {0: WorkerHealthCheckFailedError("failed", RuntimeError())},
+            "worker 0 does not answer",
+        ),
+        ({0: ValueError("bad value\nand more")}, "worker 0 failed: ValueError: bad value"),
+        (
+            {0: RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error"), 1: RayActorError()},
+            "worker 1 died",
+        ),
+        (
+            {0: RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error")},
+            "worker 0 has lost its connection to another, which has died or hangs",
+        ),
+    ],
+)
+def test_what_happened_to_workers_is_one_line(failures: dict[int, Exception], said: str) -> None:
+    assert trainer.describe(failures) == said
+
+
+def test_the_reason_of_a_controllers_failure_is_its_own_text_and_not_a_traceback() -> None:
+    failed = RayTaskError("run", "Traceback (most recent call last):\n …", OSError(28, "No space left on device"))
+    assert trainer._reason(failed.as_instanceof_cause()) == (
+        "Ray Train failed: OSError: [Errno 28] No space left on device"
+    )
+
+
+def train_on_a_worker(monkeypatch: pytest.MonkeyPatch, fail: Callable[[Any], None]) -> None:
+    monkeypatch.setattr(trainer, "_train", fail)
+    trainer.train_loop_per_worker({"spec": Mock()})
+
+
+def test_what_the_code_fails_with_is_one_line_with_its_place(
+    few_images: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(spec: Any) -> None:
+        engine.evaluate(torch.nn.Linear(3, 10), few_images)
+
+    with pytest.raises(trainer.CodeFailedError, match=r"^RuntimeError: mat1 and mat2 .* \(engine\.py, line \d+\)$"):
+        train_on_a_worker(monkeypatch, fail)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error"),
+        OSError("the link is down"),
+        torch.distributed.DistBackendError("NCCL error"),
+        RayActorError(),
+    ],
+)
+def test_what_may_go_well_at_the_next_attempt_is_raised_as_it_is(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(type(error)) as raised:
+        train_on_a_worker(monkeypatch, Mock(side_effect=error))
+    assert raised.value is error
+
+
+def test_code_that_fails_ends_a_run_and_other_failures_are_told() -> None:
+    told = Mock()
+    reporter = trainer._FailureReporter(told)
+    with pytest.raises(trainer.TrainingStoppedError, match=r"^ValueError: bad \(model\.py, line 55\)$"):
+        reporter.after_exception(None, {0: trainer.CodeFailedError("ValueError: bad (model.py, line 55)")})
+    told.actor.put_nowait.remote.assert_not_called()
+    reporter.after_exception(None, {1: RayActorError(error_msg="The actor died unexpectedly")})
+    told.actor.put_nowait.remote.assert_called_once_with(WorkersLost("worker 1 died"))

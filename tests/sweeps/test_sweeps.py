@@ -1,0 +1,257 @@
+"""Whole sweeps on a real Ray, on few images."""
+
+import contextlib
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import ray
+
+from mnist_ray.cluster.connection import WorkerPlan
+from mnist_ray.config import TrainConfig
+from mnist_ray.errors import JobError
+from mnist_ray.storage import locate
+from mnist_ray.sweeps.search import Point
+from mnist_ray.sweeps.trial import TrialSpec, run_trial
+from mnist_ray.sweeps.tuning import _chosen_before, tune_and_train
+from mnist_ray.workload.mnist.idx import Split
+from tests.conftest import ROOT, as_flags, run_job, write_data_set
+from tests.test_jobs import assert_one_line_error
+
+QUICK: dict[str, Any] = {
+    "precision": "fp32",
+    "validation_size": 600,
+    "batch_sizes": [32, 64],
+    "scheduler": "none",
+    "num_confirmed": 0,
+}
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "sweep.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def flags_of(values: dict[str, Any]) -> list[str]:
+    lists = {name: value for name, value in values.items() if isinstance(value, list)}
+    plain = as_flags({name: value for name, value in values.items() if name not in lists})
+    return plain + [text for name in lists for text in (f"--{name.replace('_', '-')}", *map(str, lists[name]))]
+
+
+@pytest.fixture
+def trials_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the trainings after the sweep, where a test is about trials."""
+    monkeypatch.setattr("mnist_ray.sweeps.tuning._train_the_best", lambda *args: None)
+
+
+@pytest.fixture(scope="module")
+def finished_sweep(ray_address: str, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four random trials of one worker and two epochs."""
+    storage = tmp_path_factory.mktemp("sweeps")
+    where = {"data_dir": str(small_data), "storage_path": str(storage), "run_name": "four"}
+    tune_and_train({**QUICK, **where, "num_trials": 4})
+    return storage / "four"
+
+
+def test_a_sweep_leaves_its_files(finished_sweep: Path) -> None:
+    trials = rows(finished_sweep)
+    assert [(row["trial"], row["state"], row["epochs"]) for row in trials] == [
+        (str(number), "done", "2.0") for number in (1, 2, 3, 4)
+    ]
+    best = max(trials, key=lambda row: float(row["val_accuracy"]))
+    chosen = json.loads((finished_sweep / "best.json").read_text())
+    assert (chosen["batch_size"], chosen["learning_rate"]) == (int(best["batch_size"]), float(best["learning_rate"]))
+    assert json.loads((finished_sweep / "result.json").read_text())["test_accuracy"] > 0.8
+    assert (finished_sweep / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (finished_sweep / "tune").exists()
+
+
+def test_only_the_best_trials_checkpoint_is_kept(finished_sweep: Path) -> None:
+    best = json.loads((finished_sweep / "best.json").read_text())
+    folders = [path.name for path in (finished_sweep / "trials").iterdir()]
+    assert folders == [f"batch-{best['batch_size']}_lr-{best['learning_rate']!r}_seed-0"]
+    assert len(list((finished_sweep / "trials" / folders[0]).iterdir())) == 1
+
+
+def test_a_confirmed_sweep_keeps_the_best_checkpoint_of_the_configuration_that_it_chose(
+    trials_only: None, ray_address: str, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mnist_ray.sweeps.sweep.propose", lambda sweep, seed: [Point(50, 3e-3, 0), Point(50, 2e-3, 0)])
+    where = {"data_dir": str(small_data), "storage_path": str(tmp_path), "run_name": "sure"}
+    tune_and_train({**QUICK, **where, "num_epochs": 1, "num_confirmed": 2})
+    trials = rows(tmp_path / "sure")
+    assert [row["state"] for row in trials] == ["done"] * 6
+    rate = str(json.loads((tmp_path / "sure" / "best.json").read_text())["learning_rate"])
+    best = max((row for row in trials if row["learning_rate"] == rate), key=lambda row: float(row["val_accuracy"]))
+    (kept,) = (tmp_path / "sure" / "trials").iterdir()
+    assert kept.name == f"batch-50_lr-{rate}_seed-{best['seed']}"
+
+
+def test_a_sweep_that_has_chosen_tries_nothing_more_when_it_is_resumed(finished_sweep: Path, tmp_path: Path) -> None:
+    run = locate(str(finished_sweep.parent), finished_sweep.name)
+    table = _chosen_before(run)
+    assert table is not None
+    assert len(table.by_point) == 4
+    assert _chosen_before(locate(str(tmp_path), "another")) is None
+
+
+def test_the_training_job_reproduces_the_best_trial(finished_sweep: Path, ray_address: str, tmp_path: Path) -> None:
+    flags = ["--config", str(finished_sweep / "best.json"), "--storage-path", str(tmp_path), "--run-name", "again"]
+    done = run_job("train.py", *flags, "--num-workers", "1", "--cpus-per-worker", "1", address=ray_address)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "again" / "metrics.csv").open() as file:
+        last = list(csv.DictReader(file))[-1]
+    best = max(rows(finished_sweep), key=lambda row: float(row["val_accuracy"]))
+    assert float(last["val_accuracy"]) == float(best["val_accuracy"])
+    assert float(last["train_loss"]) == pytest.approx(float(best["train_loss"]), rel=1e-9)
+
+
+def test_a_trial_killed_after_its_last_checkpoint_reports_it_again(
+    ray_address: str, few_images: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[dict[str, float]] = []
+    watch = Mock()
+    monkeypatch.setattr("ray.tune.report", reported.append)
+    monkeypatch.setattr("mnist_ray.sweeps.trial.end_if_hung", watch)
+    images = ray.put(few_images)
+    plan = WorkerPlan(1, 1, use_gpu=False, must_scale_up=False)
+    spec = TrialSpec(TrainConfig(precision="fp32"), images, images, plan, str(tmp_path), {}, hang_timeout_s=60)
+    for _ in range(2):
+        run_trial({"batch_size": 60, "learning_rate": 1e-3, "seed": 0}, spec)
+    assert [metrics["epochs"] for metrics in reported] == [1.0, 2.0, 2.0]
+    assert reported[2] == reported[1]
+    assert watch.call_count > 2  # where each run begins, and as it goes
+    assert {call.args for call in watch.call_args_list} == {(60,)}
+
+
+def test_trials_of_two_workers_report_to_the_sweep(
+    trials_only: None, ray_address: str, small_data: Path, tmp_path: Path
+) -> None:
+    where = {"data_dir": str(small_data), "storage_path": str(tmp_path), "run_name": "two"}
+    tune_and_train({**QUICK, **where, "num_trials": 2, "num_workers": 2, "num_epochs": 1})
+    trials = rows(tmp_path / "two")
+    assert [(row["state"], row["epochs"]) for row in trials] == [("done", "1.0")] * 2
+    assert all(0 < float(row["val_accuracy"]) <= 1 for row in trials)
+
+
+def test_asha_stops_a_hopeless_trial_before_its_last_epoch(
+    trials_only: None, ray_address: str, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = [Point(50, 3e-3, 0), Point(50, 2e-3, 0), Point(50, 10.0, 0)]
+    monkeypatch.setattr("mnist_ray.sweeps.sweep.propose", lambda sweep, seed: points)
+    where = {"data_dir": str(small_data), "storage_path": str(tmp_path), "run_name": "asha"}
+    tune_and_train({**QUICK, **where, "scheduler": "asha", "num_epochs": 4, "max_concurrent_trials": 1})
+    hopeless = next(row for row in rows(tmp_path / "asha") if row["learning_rate"] == "10.0")
+    assert hopeless["state"] == "stopped early"
+    assert float(hopeless["epochs"]) < 4
+    assert sum(row["state"] == "done" for row in rows(tmp_path / "asha")) >= 1
+
+
+def test_a_trial_that_fails_is_tried_twice_and_the_sweep_goes_on(
+    trials_only: None, ray_address: str, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = [Point(50, 1e20, 0), Point(50, 3e-3, 0)]
+    monkeypatch.setattr("mnist_ray.sweeps.sweep.propose", lambda sweep, seed: points)
+    where = {"data_dir": str(small_data), "storage_path": str(tmp_path), "run_name": "fail"}
+    tune_and_train({**QUICK, **where, "num_epochs": 1, "max_concurrent_trials": 1})
+    failed, done = rows(tmp_path / "fail")
+    assert (failed["state"], done["state"]) == ("failed", "done")
+    assert "loss or weights are not finite at step 2 of epoch 1" in failed["reason"]
+
+
+def test_a_killed_sweep_goes_on_without_repeating_finished_trials(
+    trials_only: None, ray_address: str, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, "run_name": "kill", "num_trials": 5}
+    job = subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / "tune.py"), *flags_of(flags), "--max-concurrent-trials", "1"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "RAY_ADDRESS": ray_address},
+    )
+    assert job.stdout
+    lines = (line for line in job.stdout if line.startswith("trial "))
+    for _ in range(2):
+        next(lines)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    before = [row for row in rows(tmp_path / "kill") if row["state"] == "done"]
+    assert len(before) >= 2
+
+    command = ["--resume", "--run-name", "kill", "--storage-path", str(tmp_path)]
+    refused = run_job("tune.py", *command, "--num-trials", "6", address=ray_address)
+    assert_one_line_error(refused, 2, "run kill was started with --num-trials 5, not 6")
+    tune_and_train({"resume": True, "run_name": "kill", "storage_path": str(tmp_path)})
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trial ") and ", lr " in line]
+    after = rows(tmp_path / "kill")
+    assert after[: len(before)] == before
+    assert (len(after), len(printed)) == (5, 5 - len(before))
+
+
+def test_optuna_proposes(trials_only: None, ray_address: str, small_data: Path, tmp_path: Path) -> None:
+    where = {"data_dir": str(small_data), "storage_path": str(tmp_path), "run_name": "optuna"}
+    tune_and_train({**QUICK, **where, "search": "optuna", "num_trials": 3, "num_epochs": 1})
+    trials = rows(tmp_path / "optuna")
+    assert [row["state"] for row in trials] == ["done"] * 3
+    assert {row["batch_size"] for row in trials} <= {"32", "64"}
+
+
+def test_every_trial_failing_ends_the_job_with_the_first_reason(
+    ray_address: str, small_data: Path, tmp_path: Path
+) -> None:
+    hopeless = {"num_trials": 1, "learning_rate_min": 1e19, "learning_rate_max": 1e20}
+    flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, **hopeless}
+    failed = run_job("tune.py", *flags_of(flags), address=ray_address)
+    assert_one_line_error(failed, 1, "every trial failed; the first one: TrainingDivergedError: loss or weights")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-sizes"], "argument --batch-sizes: expected at least one argument"),
+        (["--batch-sizes", "0"], "--batch-sizes must be different numbers from 1 on"),
+        (["--batch-sizes", "60000"], "--batch-sizes: 60,000 is larger than the 55,000 images to train on"),
+        (["--num-trials", "0"], "--num-trials must be at least 1, not 0"),
+        (["--learning-rate-min", "0.1"], "--learning-rate-min 0.1 must be below --learning-rate-max 0.02"),
+        (["--learning-rate-min", "nan"], "--learning-rate-min must be a positive number"),
+        (["--batch-size", "8"], "unrecognized arguments: --batch-size 8"),
+        (["--validation-size", "0"], "a sweep chooses by validation accuracy"),
+        (["--search", "grid", "--num-trials", "2"], "--search grid needs a trial for each of the 5 batch sizes"),
+        (["--resume", "--run-name", "ghost"], "--resume: there is no run"),
+        (["--time-budget-s", "0"], "--time-budget-s must be positive"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_status_2(flags: list[str], message: str, tmp_path: Path) -> None:
+    done = run_job("tune.py", "--storage-path", str(tmp_path), *flags)
+    assert_one_line_error(done, 2, message)
+    assert not any(tmp_path.iterdir())
+
+
+def test_fewer_images_than_the_defaults_batch_can_be_searched(
+    few_images: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class BegunError(Exception):
+        pass
+
+    monkeypatch.setattr("mnist_ray.sweeps.tuning.connect", Mock(side_effect=BegunError))
+    tiny = Split(few_images.images[:100], few_images.labels[:100])
+    flags = {"data_dir": str(write_data_set(tmp_path / "tiny", tiny, tiny)), "storage_path": str(tmp_path)}
+    with pytest.raises(BegunError):
+        tune_and_train({**flags, "validation_size": 20, "batch_sizes": [8, 16]})
+
+
+def test_a_time_budget_ends_a_sweep_that_would_go_on(
+    trials_only: None, ray_address: str, small_data: Path, tmp_path: Path
+) -> None:
+    where = {"data_dir": str(small_data), "storage_path": str(tmp_path), "run_name": "budget"}
+    with contextlib.suppress(JobError):  # where the machine was too slow to validate a trial in that time
+        tune_and_train({**QUICK, **where, "num_trials": 2, "num_epochs": 1_000_000, "time_budget_s": 5.0})
+    if (tmp_path / "budget" / "sweep.csv").exists():  # else it was too slow to start one
+        assert all(float(row["epochs"]) < 1_000_000 for row in rows(tmp_path / "budget"))

@@ -1,0 +1,82 @@
+import gzip
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mnist_ray.config import ViewConfig
+from mnist_ray.display import pictures
+from mnist_ray.errors import UsageError
+from mnist_ray.tools import view
+from mnist_ray.workload.mnist.idx import Split
+from mnist_ray.workload.mnist.photos import read_image, to_mnist
+from tests.conftest import run_job
+
+
+def raw_image(index: int) -> np.ndarray:
+    """Return a training image by its place in the file: a header of 16 bytes, then 784 bytes an image."""
+    file = resources.files("mnist_ray.workload.mnist") / "data" / "train-images-idx3-ubyte.gz"
+    content = gzip.decompress(file.read_bytes())
+    return np.frombuffer(content[16 + 784 * index :][:784], np.uint8).reshape(28, 28)
+
+
+def test_digit_10_is_printed_and_drawn_as_it_is_in_the_file(tmp_path: Path) -> None:
+    picture = tmp_path / "ten.png"
+    done = run_job("view.py", "--index", "10", "--output", str(picture))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "train   60,000 images",
+        "test    10,000 images",
+        "image   train 10: label 3, size 28×28",
+        f"picture {picture}",
+    ]
+    np.testing.assert_array_equal(np.asarray(Image.open(picture))[::12, ::12], raw_image(10))
+
+
+def test_a_digit_that_was_drawn_can_be_read_as_a_picture_of_ones_own(mnist_test: Split) -> None:
+    drawn = to_mnist(read_image(pictures.digit(mnist_test.images[0])))
+    assert np.abs(drawn.astype(float) - mnist_test.images[0]).mean() < 15
+
+
+def test_several_images_are_drawn_in_rows_of_eight(small_data: Path, tmp_path: Path) -> None:
+    done = run_job("view.py", "--count", "9", "--output", str(tmp_path / "grid.png"), "--data-dir", str(small_data))
+    assert done.returncode == 0, done.stderr
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.width / grid.height == pytest.approx(8 * 34 / (2 * 46), rel=0.02)
+
+
+def test_a_label_chooses_among_its_own_images(few_images: Split) -> None:
+    chosen = view.choose(few_images, ViewConfig(label=3, index=1, count=4))
+    np.testing.assert_array_equal(chosen, np.flatnonzero(few_images.labels == 3)[1:5])
+
+
+def test_an_index_out_of_range_says_the_range(few_images: Split) -> None:
+    with pytest.raises(UsageError, match=r"--index 600 is out of range: train images are 0 to 599$"):
+        view.choose(few_images, ViewConfig(index=600))
+    threes = int((few_images.labels == 3).sum())
+    with pytest.raises(UsageError, match=rf"images with label 3 are 0 to {threes - 1}$"):
+        view.choose(few_images, ViewConfig(index=threes, label=3))
+    with pytest.raises(UsageError, match="no train image has it; the labels are 0 to 9"):
+        view.choose(few_images, ViewConfig(label=10))
+
+
+def test_blocks_show_two_rows_of_pixels_a_line() -> None:
+    image = np.arange(28 * 28).reshape(28, 28).astype(np.uint8)
+    text = view.blocks(image)
+    assert text.plain == ("▀" * 28 + "\n") * 14
+    spans = {span.start: str(span.style) for span in text.spans}
+    assert spans[29] == "#383838 on #545454"  # the first pixels of rows 2 and 3: 56 and 84
+
+
+def test_stats_count_the_classes_and_measure_the_pixels(small_data: Path, mnist_test: Split, tmp_path: Path) -> None:
+    picture = tmp_path / "view.png"
+    done = run_job("view.py", "--stats", "--output", str(picture), "--data-dir", str(small_data))
+    assert done.returncode == 0, done.stderr
+    rows = {words[0]: words[1:] for line in done.stdout.splitlines() if (words := line.split())}
+    train = Split(mnist_test.images[:3000], mnist_test.labels[:3000])
+    assert rows["3"][0] == str((train.labels == 3).sum())
+    assert rows["mean"][0] == f"{train.images.mean() / 255:.4f}"
+    assert rows["std"][0] == f"{train.images.std() / 255:.4f}"
+    assert not picture.exists()

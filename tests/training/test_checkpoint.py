@@ -1,0 +1,234 @@
+import hashlib
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from pyarrow import fs
+from torch import nn
+
+from mnist_ray.config import TrainConfig
+from mnist_ray.errors import JobError, UsageError
+from mnist_ray.storage import locate
+from mnist_ray.training import checkpoint, engine
+from mnist_ray.training.checkpoint import DamagedCheckpointError, OtherModelError
+from mnist_ray.training.engine import Group, Hooks, TrainingState
+from mnist_ray.training.metrics import Progress
+from mnist_ray.workload.mnist.idx import Split
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(precision="fp32", num_epochs=2, batch_size=20, learning_rate=2e-3, checkpoint_every=7)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, few_images: Split) -> Path:
+    """A folder with every checkpoint of a short run, each named by its epoch and step."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    train_and_save(root, few_images, CONFIG)
+    return root
+
+
+def train_and_save(root: Path, split: Split, config: TrainConfig, resume: Path | None = None) -> TrainingState:
+    torch.set_num_threads(1)
+
+    def save(state: TrainingState, progress: Progress) -> None:
+        folder = root / f"{state.epoch}-{state.step}"
+        folder.mkdir()
+        checkpoint.save_checkpoint(folder, state, {"note": "hello"})
+
+    state = engine.create_state(config, len(split), CPU)
+    if resume:
+        checkpoint.restore(resume, state)
+    engine.train(state, split, config, Group(), Hooks(checkpoint=save))
+    return state
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    to.mkdir()
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+@pytest.mark.parametrize("position", ["0-7", "0-28", "1-0", "1-14", "2-0"])
+def test_a_run_resumed_anywhere_ends_bit_identical(
+    saved: Path, tmp_path: Path, few_images: Split, position: str
+) -> None:
+    train_and_save(tmp_path, few_images, CONFIG, resume=saved / position)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        if position != "2-0":
+            assert (tmp_path / "2-0" / name).read_bytes() == (saved / "2-0" / name).read_bytes()
+    expected = {path.name for path in saved.iterdir() if as_numbers(path.name) > as_numbers(position)}
+    assert {path.name for path in tmp_path.iterdir()} == expected
+
+
+def as_numbers(position: str) -> list[int]:
+    return [int(number) for number in position.split("-")]
+
+
+def test_the_epochs_figures_survive_a_resume(saved: Path, few_images: Split) -> None:
+    def last_of_first_epoch(state: TrainingState) -> Progress:
+        seen: list[Progress] = []
+        engine.train(state, few_images, replace(CONFIG, num_epochs=1), Group(), Hooks(progress=seen.append))
+        return seen[-1]
+
+    whole = engine.create_state(CONFIG, len(few_images), CPU)
+    resumed = engine.create_state(CONFIG, len(few_images), CPU)
+    checkpoint.restore(saved / "0-14", resumed)
+    expected, found = last_of_first_epoch(whole).sums, last_of_first_epoch(resumed).sums
+    assert (found.num_images, found.num_correct) == (expected.num_images, expected.num_correct)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-12)
+
+
+def test_the_optimizer_of_another_kind_is_restored_too(tmp_path: Path, few_images: Split) -> None:
+    def with_sgd() -> TrainingState:
+        state = engine.create_state(CONFIG, len(few_images), CPU)
+        state.optimizer = torch.optim.SGD(state.model.parameters(), lr=0.1, momentum=0.9)
+        state.scheduler = torch.optim.lr_scheduler.ConstantLR(state.optimizer, factor=1.0)
+        return state
+
+    state, restored = with_sgd(), with_sgd()
+    engine.train(state, few_images, replace(CONFIG, num_epochs=1, schedule="constant"), Group(), Hooks())
+    checkpoint.save_checkpoint(tmp_path, state, {})
+    checkpoint.restore(tmp_path, restored)
+    for parameter, same in zip(state.model.parameters(), restored.model.parameters(), strict=True):
+        momentum = state.optimizer.state[parameter]["momentum_buffer"]
+        assert torch.equal(momentum, restored.optimizer.state[same]["momentum_buffer"])
+
+
+def test_a_checkpoint_says_where_it_comes_from(saved: Path) -> None:
+    state = checkpoint.read_state(saved / "1-0")
+    assert (state["epoch"], state["step"], state["note"]) == (1, 0, "hello")
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"is not a checkpoint: it has no state\.json"):
+        checkpoint.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "empty"])
+def test_a_damaged_checkpoint_is_refused(saved: Path, tmp_path: Path, name: str, damage: str) -> None:
+    folder = copy_of(saved / "1-0", tmp_path / "copy")
+    content = bytearray((folder / name).read_bytes())
+    if damage == "missing":
+        (folder / name).unlink()
+    else:
+        content[len(content) // 2] ^= 255
+        cut = {"truncated": len(content) // 2, "flipped": len(content), "empty": 0}[damage]
+        (folder / name).write_bytes(content[:cut])
+    state = engine.create_state(CONFIG, 600, CPU)
+    with pytest.raises((JobError, UsageError)) as raised:
+        checkpoint.restore(folder, state)
+    assert str(folder) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_state_file_without_its_entries_is_refused(saved: Path, tmp_path: Path) -> None:
+    folder = copy_of(saved / "1-0", tmp_path / "copy")
+    (folder / "state.json").write_text(json.dumps({"epoch": 1}))
+    with pytest.raises(JobError, match=r"state\.json lacks epoch_s, finished_s, optimizer"):
+        checkpoint.load_model(folder)
+
+
+def test_a_checkpoint_of_another_model_is_refused(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "create_model", lambda: nn.Linear(784, 10))
+    with pytest.raises(JobError, match=r"1-0 is of another model: .*conv1\.weight") as raised:
+        checkpoint.load_model(saved / "1-0")
+    assert "\n" not in str(raised.value)
+
+
+class Marker:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("format_of", ["pickle", "torch"])
+def test_a_pickle_in_place_of_the_weights_is_refused_and_not_run(saved: Path, tmp_path: Path, format_of: str) -> None:
+    folder, marker = copy_of(saved / "1-0", tmp_path / "copy"), tmp_path / "was-run"
+    if format_of == "pickle":
+        content = pickle.dumps(Marker(marker))
+        (folder / "model.safetensors").write_bytes(content)
+    else:
+        torch.save({"weights": Marker(marker)}, folder / "model.safetensors")
+        content = (folder / "model.safetensors").read_bytes()
+    state = json.loads((folder / "state.json").read_text())
+    state["sha256"]["model.safetensors"] = hashlib.sha256(content).hexdigest()
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(JobError, match=r"is damaged: model\.safetensors"):
+        checkpoint.load_model(folder)
+    assert not marker.exists()
+
+
+def test_a_checkpoint_whose_storage_is_away_for_a_moment_is_read_once_it_is_back(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away, storage = tmp_path / "away", tmp_path / "storage"
+    away.mkdir()
+    copy_of(saved / "1-0", away / "1-0")
+    storage.touch()
+
+    def come_back(seconds: float) -> None:
+        storage.unlink()
+        away.rename(storage)
+
+    monkeypatch.setattr("time.sleep", come_back)
+    model, document = checkpoint.fetch(fs.LocalFileSystem(), str(storage / "1-0"))
+    assert document["note"] == "hello"
+    expected = checkpoint.load_model(storage / "1-0").state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_error_of_a_fetched_checkpoint_names_where_it_lies(saved: Path, tmp_path: Path) -> None:
+    folder = copy_of(saved / "1-0", tmp_path / "copy")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(DamagedCheckpointError, match=f"^checkpoint {folder} is damaged: model.safetensors: "):
+        checkpoint.fetch(fs.LocalFileSystem(), str(folder))
+
+
+def test_a_checkpoint_of_another_model_is_no_damaged_one(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    copy_of(saved / "1-0", tmp_path / "run" / "checkpoint_1")
+    monkeypatch.setattr(engine, "create_model", lambda: nn.Linear(784, 10))
+    state = engine.create_state(CONFIG, 600, CPU)
+    with pytest.raises(OtherModelError, match=r"run/checkpoint_1 is of another model: .*conv1\.weight"):
+        checkpoint.restore_newest(locate(str(tmp_path), "run"), state)
+
+
+def with_dropout() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(784, 10))
+
+
+def test_a_resumed_run_drops_out_what_it_would_have_without_a_break(
+    few_images: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "create_model", with_dropout)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    for folder, position in ((whole, None), (resumed, whole / "1-7")):
+        folder.mkdir()
+        train_and_save(folder, few_images, CONFIG, resume=position)
+    assert (resumed / "2-0" / "model.safetensors").read_bytes() == (whole / "2-0" / "model.safetensors").read_bytes()
+
+
+def test_tied_weights_are_saved_and_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tied() -> nn.Module:
+        first, second = nn.Linear(784, 784), nn.Linear(784, 784)
+        second.weight = first.weight
+        return nn.Sequential(nn.Flatten(), first, second, nn.Linear(784, 10))
+
+    monkeypatch.setattr(engine, "create_model", tied)
+    state, restored = (engine.create_state(replace(CONFIG, seed=seed), 600, CPU) for seed in (0, 1))
+    checkpoint.save_checkpoint(tmp_path, state, {})
+    checkpoint.restore(tmp_path, restored)
+    weights = restored.model.state_dict()
+    assert torch.equal(weights["2.weight"], state.model.state_dict()["1.weight"])
+    assert torch.equal(weights["1.weight"], weights["2.weight"])
