@@ -18,11 +18,13 @@ import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mnist_ray.config import DataConfig, TrainConfig
+from mnist_ray.config import TrainConfig
 from mnist_ray.environment import keep_freed_memory
 from mnist_ray.training import engine
-from mnist_ray.training.sharding import BatchDataset, ShardedBatchSampler, epoch_loader
-from mnist_ray.workload.mnist import idx as data
+from mnist_ray.training.sharding import ShardedBatchSampler, batch_loader, batches_of
+from mnist_ray.workload import source
+from mnist_ray.workload.data import Part
+from mnist_ray.workload.loading import load_data
 
 TRAIN = Path(__file__).parent.parent / "jobs" / "train.py"
 
@@ -31,17 +33,18 @@ def profile_steps(batch_size: int, precision: str, num_threads: int, num_steps: 
     """Print what the operators of some steps took, after ten steps of warming up."""
     keep_freed_memory()
     torch.set_num_threads(num_threads)
-    split = data.find(DataConfig()).load("train")
+    workload = source.load(source.DEFAULT)()
+    part = Part(load_data(workload).train)
     group = engine.Group()
-    state = engine.create_state(TrainConfig(batch_size=batch_size), len(split), group.device)
-    dataset = BatchDataset(split, group.device)
-    samplers = (ShardedBatchSampler(len(split), batch_size, seed=0, epoch=epoch) for epoch in itertools.count())
-    batches = itertools.chain.from_iterable(epoch_loader(dataset, sampler) for sampler in samplers)
+    state = engine.create_state(workload, TrainConfig(batch_size=batch_size), len(part), group.device)
+    dataset = batches_of(part, group.device)
+    samplers = (ShardedBatchSampler(len(part), batch_size, seed=0, epoch=epoch) for epoch in itertools.count())
+    batches = itertools.chain.from_iterable(batch_loader(dataset, sampler) for sampler in samplers)
     dtype = torch.bfloat16 if precision == "bf16" else None
 
     def train(steps: int) -> None:
         for _ in range(steps):
-            engine.train_step(state.model, next(batches), state.optimizer, group, dtype)
+            engine.train_step(workload, state.model, next(batches), state.optimizer, group, autocast_dtype=dtype)
             state.scheduler.step()
 
     train(10)

@@ -25,10 +25,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from mnist_ray.config import DataConfig
 from mnist_ray.provenance import git_commit, versions
-from mnist_ray.workload.mnist import idx as data
-from mnist_ray.workload.mnist.idx import Split
+from mnist_ray.workload import Arrays
+from mnist_ray.workload.mnist import idx
 
 HERE = Path(__file__).parent
 TRAIN = HERE.parent / "jobs" / "train.py"
@@ -187,12 +186,12 @@ def worker_memory(job: psutil.Process) -> list[tuple[float, float]]:
     return found
 
 
-def write_repeated(folder: Path, source: tuple[Split, Split], times: int) -> Path:
+def write_repeated(folder: Path, source: tuple[Arrays, Arrays], times: int) -> Path:
     """Write a data set in torchvision's layout whose training images are repeated."""
     raw = folder / f"times-{times}" / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    train_images = np.tile(source[0].images, (times, 1, 1)), np.tile(source[0].labels, times)
-    arrays = zip(data._FILES["train"] + data._FILES["test"], (*train_images, *vars(source[1]).values()), strict=True)
+    train_images = np.tile(source[0].inputs, (times, 1, 1)), np.tile(source[0].targets, times)
+    arrays = zip(idx.FILES["train"] + idx.FILES["test"], (*train_images, *vars(source[1]).values()), strict=True)
     for name, array in arrays:
         header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
         (raw / name).write_bytes(header + array.tobytes())
@@ -200,7 +199,7 @@ def write_repeated(folder: Path, source: tuple[Split, Split], times: int) -> Pat
 
 
 def scaling(
-    folder: Path, source: tuple[Split, Split], sizes: Sequence[tuple[int, int]], flags: Sequence[object]
+    folder: Path, source: tuple[Arrays, Arrays], sizes: Sequence[tuple[int, int]], flags: Sequence[object]
 ) -> list[dict[str, Any]]:
     """Train an epoch on images that are repeated, for each (times, workers); return a row each."""
     rows = []
@@ -313,13 +312,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     rounds = 1 if args.quick else args.rounds
-    source = data.find(DataConfig())
+    source = idx.find("mnist", None)
     full = source.load("train"), source.load("test")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         flags: list[object] = []
         if args.quick:
-            full = Split(full[0].images[:6000], full[0].labels[:6000]), full[1]
+            full = Arrays(full[0].inputs[:6000], full[0].targets[:6000]), full[1]
         images = write_repeated(folder / "images", full, 1)
         if args.quick:
             flags = ["--data-dir", images / "MNIST", "--validation-size", 600]

@@ -14,13 +14,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 
-from mnist_ray.config import DataConfig
 from mnist_ray.errors import UsageError
-from mnist_ray.runs.evaluation import find_checkpoint
-from mnist_ray.training.checkpoint import fetch
-from mnist_ray.training.engine import to_input
-from mnist_ray.workload.mnist import idx as data
-from mnist_ray.workload.mnist.photos import read_image, to_mnist
+from mnist_ray.runs.lookup import find
+from mnist_ray.tools.predict import read_image
+from mnist_ray.workload.mnist import idx
+from mnist_ray.workload.mnist.photos import to_mnist
 
 FONTS_FOLDER = Path("/usr/share/fonts")
 DEVELOPMENT_FONTS = (
@@ -94,8 +92,8 @@ def photographed(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 def mnist_images() -> Iterator[Sample]:
     """Yield MNIST's own test images."""
-    split = data.find(DataConfig()).load("test")
-    for image, label in zip(split.images[:2000], split.labels[:2000], strict=True):
+    split = idx.find("mnist", None).load("test")
+    for image, label in zip(split.inputs[:2000], split.targets[:2000], strict=True):
         yield "MNIST's test images", int(label), Image.fromarray(image)
 
 
@@ -120,8 +118,8 @@ def main() -> None:
     parser.add_argument("--development", action="store_true")
     parser.add_argument("--mistakes", help="a file for a picture of the mistakes")
     arguments = parser.parse_args()
-    checkpoint = find_checkpoint(arguments.run, {"storage_path": arguments.storage_path})
-    model = fetch(checkpoint.filesystem, checkpoint.path)[0]
+    found = find(arguments.run, arguments.storage_path)
+    model = found.load_model()
     samples = [*mnist_images(), *enlarged_digits(arguments.development), *rendered_digits(arguments.development)]
     kinds = np.array([kind for kind, _, _ in samples])
     labels = np.array([label for _, label, _ in samples])
@@ -129,20 +127,20 @@ def main() -> None:
     for name, prepare in (("without", plain), ("with", prepared)):
         images = torch.from_numpy(np.stack([prepare(image) for _, _, image in samples]))
         with torch.inference_mode():
-            answers[name] = model(to_input(images)).argmax(1).numpy()
+            answers[name] = model(found.workload.prepare(images, None)).argmax(1).numpy()
     print("| digits | number | without preprocessing | with |\n|---|---|---|---|")
     for kind in dict.fromkeys(kinds):
         of_kind = kinds == kind
         accuracy = {name: (answer == labels)[of_kind].mean() for name, answer in answers.items()}
         print(f"| {kind} | {of_kind.sum():,} | {accuracy['without']:.1%} | {accuracy['with']:.1%} |")
     if arguments.mistakes:
-        from mnist_ray.display import pictures
+        from mnist_ray.workload.pictures import image_grid
 
         wrong = np.flatnonzero((answers["with"] != labels) & (kinds != "MNIST's test images"))
         wrong = np.random.default_rng(0).permutation(wrong)[:60]
         captions = [f"{answers['with'][i]}, is {labels[i]}" for i in wrong]
         both = np.stack([prepared(samples[i][2]) for i in wrong])
-        Path(arguments.mistakes).write_bytes(pictures.digits(both, captions, num_columns=12))
+        Path(arguments.mistakes).write_bytes(image_grid(list(both), captions, num_columns=12))
 
 
 if __name__ == "__main__":

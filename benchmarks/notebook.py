@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mnist_ray.config import DataConfig
-from mnist_ray.workload.mnist import idx as data
-from mnist_ray.workload.mnist.idx import Split
+from mnist_ray.workload import Arrays
+from mnist_ray.workload.mnist import idx
 
 
 class Net(nn.Module):
@@ -35,9 +34,9 @@ class Net(nn.Module):
         return self.dense2(F.relu(self.dense1(x.view(-1, 64))))  # type: ignore[no-any-return]
 
 
-def tensors(split: Split) -> tuple[Tensor, Tensor]:
+def tensors(split: Arrays) -> tuple[Tensor, Tensor]:
     """Return images as ``ToTensor`` gives them, and labels."""
-    return torch.tensor(split.images).unsqueeze(1).float() / 255, torch.tensor(split.labels).long()
+    return torch.tensor(split.inputs).unsqueeze(1).float() / 255, torch.tensor(split.targets).long()
 
 
 def test_accuracy(seed: int, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
@@ -64,7 +63,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(1, 25)))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    source = data.find(DataConfig())
+    source = idx.find("mnist", None)
     train, test = tensors(source.load("train")), tensors(source.load("test"))
     accuracies = []
     for seed in args.seeds:

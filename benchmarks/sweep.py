@@ -6,34 +6,39 @@ bound is the sum of the trials' training seconds over the trials at a time: noth
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-import ray
 from ray import tune
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from mnist_ray import environment
-from mnist_ray.cluster import connection as cluster
-from mnist_ray.config import SweepConfig, WorkerConfig, build_job
-from mnist_ray.runs.launch import about, load_images
+from mnist_ray.cluster.connection import connect
+from mnist_ray.cluster.plan import plan_workers
+from mnist_ray.cluster.sharing import share
 from mnist_ray.storage import locate
-from mnist_ray.sweeps import search, sweep, trial
+from mnist_ray.sweeps import sweep, trial
+from mnist_ray.sweeps.job import load_data, read_sweep
+from mnist_ray.sweeps.space import Point
+from mnist_ray.sweeps.trials import DONE
 
 
 def naive_trial(tune_config: dict[str, Any], spec: trial.TrialSpec) -> None:
     """Train one point with a TorchTrainer of its own, of one worker."""
-    point = search.Point(**tune_config)
-    trial._train_on_workers(point.applied_to(spec.config), spec, locate(spec.storage_path, point.name))
+    seed = tune_config.pop("seed")
+    job = spec.job.with_values({**tune_config, "seed": seed})
+    folder = spec.folder.inside(Point(tuple(tune_config.items()), seed).name)
+    trial.train_on_workers(dataclasses.replace(job, run=folder), spec)
 
 
-def naive_sweep(points: list[search.Point], spec: trial.TrialSpec, storage: str, concurrent: int) -> int:
+def naive_sweep(points: list[Point], spec: trial.TrialSpec, storage: str, concurrent: int) -> int:
     """Run every point by ``naive_trial``; return how many finished."""
-    presets = [vars(point) for point in points]
+    presets = [{**point.values, "seed": point.seed} for point in points]
     tuner = tune.Tuner(
         tune.with_resources(functools.partial(naive_trial, spec=spec), tune.PlacementGroupFactory([{"memory": 2**20}])),
         param_space=dict.fromkeys(presets[0]),
@@ -54,29 +59,29 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the seconds for a program")
     args = parser.parse_args()
     environment.prepare(verbose=False)
-    config = SweepConfig(num_trials=args.num_trials, scheduler="none", num_confirmed=0)
-    job = build_job({"num_epochs": 1})
-    images = load_images(job)
-    workers = WorkerConfig(num_workers=1, cpus_per_worker=1)
-    with cluster.connect(workers, verbose=False) as ray_cluster, tempfile.TemporaryDirectory() as storage:
-        plan = cluster.plan_workers(workers, ray_cluster)
-        concurrent = sweep.trials_at_a_time(config, plan, ray_cluster, autoscaling=False)
-        images_in_store = ray.put(images.train), ray.put(images.validation)
-        ours = locate(storage, "ours")
-        told = about(job), workers.hang_timeout_s
-        spec = trial.TrialSpec(job.train, *images_in_store, plan, ours.inside("trials").uri, *told)
-        start = time.perf_counter()
-        table = sweep.run_sweep(config, spec, ours, concurrent, lambda table: None)
-        ours_s = time.perf_counter() - start
-        bound_s = sum(record.train_s for record in table.by_point.values()) / concurrent
-        assert table.count(search.DONE) == args.num_trials
+    with tempfile.TemporaryDirectory() as storage:
+        flags = ["--num-trials", str(args.num_trials), "--scheduler", "none", "--num-confirmed", "0"]
+        where = ["--num-epochs", "1", "--storage-path", storage, "--run-name", "ours"]
+        with patch("sys.argv", ["jobs/tune.py", *flags, *where]):
+            asked, data = load_data(read_sweep())
+        job = asked.job
+        with connect(job.workers) as cluster:
+            plan = plan_workers(job.workers, cluster)
+            concurrent = sweep.trials_at_a_time(asked.config, plan, cluster, autoscaling=False)
+            shared = share(job.workload, data.train), share(job.workload, data.validation)
+            spec = trial.TrialSpec(job, *shared, plan, job.run.inside("trials"))
+            start = time.perf_counter()
+            table = sweep.run_sweep(asked.config, asked.space, spec, job.run, concurrent, lambda table: None)
+            ours_s = time.perf_counter() - start
+            bound_s = sum(record.train_s for record in table.by_point.values()) / concurrent
+            assert table.count(DONE) == args.num_trials
 
-        spec = trial.TrialSpec(job.train, *images_in_store, plan, str(Path(storage) / "naive"), *told)
-        start = time.perf_counter()
-        naive_points = list(table.by_point)[: args.num_naive_trials]
-        finished = naive_sweep(naive_points, spec, storage, concurrent)
-        naive_s = time.perf_counter() - start
-        assert finished == len(naive_points)
+            naive = dataclasses.replace(spec, folder=locate(storage, "naive"))
+            start = time.perf_counter()
+            naive_points = list(table.by_point)[: args.num_naive_trials]
+            finished = naive_sweep(naive_points, naive, storage, concurrent)
+            naive_s = time.perf_counter() - start
+            assert finished == len(naive_points)
     trial_s, naive_trial_s = ours_s / args.num_trials, naive_s / finished
     if args.json:
         figures = {"sweep_s": ours_s, "trials_s": bound_s, "sweep_trial_s": trial_s, "naive_trial_s": naive_trial_s}

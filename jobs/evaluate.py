@@ -1,28 +1,44 @@
-"""Evaluate a checkpoint on a test set, as Ray tasks.
+"""Evaluate a checkpoint on the test set, as Ray tasks.
 
 python jobs/evaluate.py train_2026-01-31_12-00-00_5e1f
 python jobs/evaluate.py ~/ray_results/my_run/checkpoint_epoch-002_step-000000 --num-tasks 4
 """
 
 from mnist_ray import cli, environment
-from mnist_ray.config import DataConfig, EvaluationConfig, LookupConfig
+from mnist_ray.config import EvaluationConfig, LookupConfig, WorkerConfig
+from mnist_ray.settings import build, names_of
+from mnist_ray.tools import flags
 
 
 def main() -> None:
     """Read the flags, then evaluate."""
-    parser = cli.Parser("Evaluate a checkpoint on a test set.", DataConfig, EvaluationConfig, LookupConfig)
-    parser.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT_OR_RUN",
-        nargs="?",
-        help="a checkpoint's or a run's folder or URI, or a run's name; default: the newest run",
+    workload_class = flags.workload_class()
+    parser = cli.Parser(
+        "Evaluate a checkpoint on the test set.", EvaluationConfig, workload_class.Settings, LookupConfig
     )
-    flags = parser.read_flags()
+    flags.add_run(parser, "checkpoint")
+    given = parser.read_flags()
     environment.prepare(verbose=False)
 
-    from mnist_ray.runs.run import evaluate_checkpoint  # imports torch and Ray, after the flags are known to be right
+    from mnist_ray.cluster.connection import connect, quiet_ray  # imports Ray, after the flags are known to be right
+    from mnist_ray.runs.evaluation import evaluate
+    from mnist_ray.runs.lookup import find
+    from mnist_ray.runs.record import console_of, print_evaluation
+    from mnist_ray.workload.data import Part
+    from mnist_ray.workload.loading import load_data
 
-    evaluate_checkpoint(flags)
+    quiet_ray()
+    config = build(EvaluationConfig, given)
+    changes = {name: given[name] for name in names_of([workload_class.Settings]) if name in given}
+    found = find(given["checkpoint"], build(LookupConfig, given).storage_path, given.get("workload"), changes)
+    workload, data = found.workload, load_data(found.workload)
+    test = Part(data.test, origin="test")
+    with connect(WorkerConfig()), console_of(workload) as console:
+        for note in found.notes:
+            console.say("note", note)
+        console.say("checkpoint", found.checkpoint.path)
+        console.say("data", f"{data.name}: {len(test):,} test {workload.nouns}")
+        print_evaluation(console, workload, evaluate(workload, found.checkpoint, test, config.num_tasks))
 
 
 if __name__ == "__main__":

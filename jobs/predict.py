@@ -1,4 +1,4 @@
-"""Let a trained model answer your own pictures of digits.
+"""Let a trained model answer your own pictures.
 
 python jobs/predict.py photo.jpg scans/
 python jobs/predict.py scans/ --run my_run --grid seen.png
@@ -7,24 +7,24 @@ python jobs/predict.py scans/ --json
 
 from mnist_ray import cli, environment
 from mnist_ray.config import LookupConfig, PredictionConfig
+from mnist_ray.settings import build
+from mnist_ray.tools import flags
 
 
 def main() -> None:
     """Read the flags, then answer."""
-    parser = cli.Parser("Let a trained model answer your own pictures of digits.", PredictionConfig, LookupConfig)
+    parser = cli.Parser("Let a trained model answer your own pictures.", PredictionConfig, LookupConfig)
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="pictures, or folders of them")
-    parser.add_argument(
-        "--run",
-        metavar="CHECKPOINT_OR_RUN",
-        default=cli.UNSET,
-        help="a checkpoint's or a run's folder or URI, or a run's name; default: the newest run",
-    )
-    flags = parser.read_flags()
+    flags.add_run(parser, "--run")
+    given = parser.read_flags()
     environment.prepare(verbose=False)
 
-    from mnist_ray.tools.prediction import predict  # imports torch and Ray, after the flags are known to be right
+    from mnist_ray.runs.lookup import find  # imports torch and Ray, after the flags are known to be right
+    from mnist_ray.tools.predict import answers_pictures, predict
 
-    predict(flags)
+    storage_path = build(LookupConfig, given).storage_path
+    found = find(given.get("run"), storage_path, given.get("workload"), is_wanted=answers_pictures)
+    predict(given["images"], found, build(PredictionConfig, given))
 
 
 if __name__ == "__main__":

@@ -1,28 +1,47 @@
-"""Train the digit classifier on Ray, evaluate it on the test set, and write the run's files.
+"""Train a workload on Ray, evaluate it on the test set, and write the run's files.
 
 python jobs/train.py
 python jobs/train.py --num-workers 4
+python jobs/train.py --workload my_problem.py
 ray job submit --working-dir . -- python jobs/train.py --num-workers 4
 """
 
-import time
-
 from mnist_ray import cli, environment
-from mnist_ray.config import RECIPES, DataConfig, OutputConfig, TrainConfig, WorkerConfig
+from mnist_ray.runs.clock import Clock
+from mnist_ray.runs.job import load_data, read_job
 
 
 def main() -> None:
-    """Read the flags, then run the job."""
-    started_at = time.perf_counter()
-    parser = cli.Parser("Train the digit classifier on Ray.", TrainConfig, DataConfig, WorkerConfig, OutputConfig)
-    parser.add_argument("--recipe", choices=RECIPES, default="default", help="named hyperparameters; flags override")
-    parser.add_argument("--config", metavar="FILE", default=cli.UNSET, help="settings from a run's config.json")
-    flags = parser.read_flags()
-    environment.prepare(verbose="verbose" in flags)
+    """Settings, data, connect, fit, evaluate, report."""
+    clock = Clock()
+    job = read_job()
+    environment.prepare(verbose=job.output.verbose)
+    from mnist_ray.cluster.connection import connect  # imports Ray, after the flags are known to be right
+    from mnist_ray.cluster.plan import plan_workers
+    from mnist_ray.runs.rehearsal import rehearsal
 
-    from mnist_ray.runs.launch import train_and_evaluate  # imports Ray, after the flags are known to be right
+    clock.mark("start")
+    job, data = load_data(job)
+    rehearse = rehearsal(job, data)
+    job.run.check_writable()
+    clock.mark("data")
 
-    train_and_evaluate(flags, started_at)
+    with connect(job.workers, verbose=job.output.verbose, meanwhile=rehearse) as cluster:
+        from mnist_ray.runs.evaluation import evaluate  # imports torch, which is there by now
+        from mnist_ray.runs.fit import fit
+        from mnist_ray.runs.record import check, recorded
+
+        plan = plan_workers(job.workers, cluster)
+        if job.output.check:
+            check(job, data, cluster, plan)
+            return
+        with recorded(job, data, cluster, plan, clock) as record:  # its report is written however the run ends
+            fitted = fit(job, data, plan, record.on_event)
+            clock.mark("validation")
+            tested = evaluate(job.workload, fitted.checkpoint, data.test, loader_workers=job.workers.loader_workers)
+            clock.mark("evaluation")
+            cluster.leave()
+            record.finish(fitted, tested)
 
 
 if __name__ == "__main__":

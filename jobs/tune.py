@@ -1,35 +1,37 @@
-"""Search batch size and learning rate with Ray Tune, train the best and evaluate it once on the test set.
+"""Search a workload's settings with Ray Tune, train the best and evaluate it once on the test set.
 
-A trial has one worker with one CPU unless --num-workers and --cpus-per-worker say otherwise; one that fails is tried
-once more.
+Whatever has a search space is searched: batch size and learning rate, and the workload's own settings. A trial has one
+worker with one CPU unless --num-workers and --cpus-per-worker say otherwise; one that fails is tried once more.
 
 python jobs/tune.py --num-trials 16
 python jobs/tune.py --search optuna --num-epochs 3 --batch-sizes 64 128 256
+python jobs/tune.py --workload my_problem.py
 python jobs/tune.py --resume --run-name NAME
 """
 
 from mnist_ray import cli, environment
-from mnist_ray.config import DataConfig, OutputConfig, SweepConfig, TrainConfig, WorkerConfig
+from mnist_ray.sweeps.job import load_data, read_sweep
 
 
 def main() -> None:
-    """Read the flags, then run the sweep."""
-    parser = cli.Parser(
-        "Search batch size and learning rate with Ray Tune. A trial has one worker with one CPU, unless --num-workers "
-        "and --cpus-per-worker say otherwise.",
-        SweepConfig,
-        TrainConfig,
-        DataConfig,
-        WorkerConfig,
-        OutputConfig,
-        without=("batch_size", "learning_rate"),
-    )
-    flags = parser.read_flags()
-    environment.prepare(verbose="verbose" in flags)
+    """Settings, data, connect, search, then fit, evaluate and report the best."""
+    sweep = read_sweep()
+    environment.prepare(verbose=sweep.job.output.verbose)
+    from mnist_ray.cluster.connection import connect  # imports Ray, after the flags are known to be right
+    from mnist_ray.runs.rehearsal import rehearsal
 
-    from mnist_ray.sweeps.tuning import tune_and_train  # imports torch and Ray, after the flags are known to be right
+    sweep, data = load_data(sweep)
+    rehearse = rehearsal(sweep.job, data)
+    sweep.job.run.check_writable()
 
-    tune_and_train(flags)
+    with connect(sweep.job.workers, verbose=sweep.job.output.verbose, meanwhile=rehearse) as cluster:
+        from mnist_ray.sweeps.search import check, search, train_chosen  # imports torch, which is there by now
+
+        if sweep.job.output.check:
+            check(sweep, data, cluster)
+            return
+        table = search(sweep, data, cluster)
+        train_chosen(sweep, table, data, cluster)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,28 @@
-"""Look at the images of a data set.
+"""Look at the examples of a workload's data.
 
 python jobs/view.py --index 10
 python jobs/view.py --split test --label 3 --count 32 --output threes.png
 python jobs/view.py --stats
+python jobs/view.py --workload my_problem.py
 """
 
 from mnist_ray import cli
-from mnist_ray.config import DataConfig, ViewConfig
+from mnist_ray.config import ViewConfig
+from mnist_ray.settings import build
+from mnist_ray.tools import flags
+from mnist_ray.workload import source
 
 
 def main() -> None:
-    """Read the flags, then show the images."""
-    flags = cli.Parser("Look at the images of a data set.", ViewConfig, DataConfig).read_flags()
+    """Read the flags, then show the examples."""
+    workload_class = source.load(cli.peek("workload").get("workload", source.DEFAULT))
+    parser = cli.Parser("Look at the examples of a workload's data.", ViewConfig, workload_class.Settings)
+    flags.add_workload(parser)
+    given = parser.read_flags()
 
-    from mnist_ray.tools.view import view  # imports matplotlib, after the flags are known to be right
+    from mnist_ray.tools.view import view
 
-    view(flags)
+    view(workload_class(build(workload_class.Settings, given)), build(ViewConfig, given))
 
 
 if __name__ == "__main__":

@@ -7,52 +7,49 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, get_type_hints
 
-from mnist_ray.config import build, flag, value_type
 from mnist_ray.environment import take_sigterm_as_interrupt
 from mnist_ray.errors import JobError, UsageError
+from mnist_ray.settings import build, flag, item_type, parse_text, value_type
 
 UNSET = argparse.SUPPRESS
 """The default of a flag that leaves nothing behind where it is not given."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose flags come from config classes and whose errors are one line."""
+    """An argument parser whose flags come from settings classes and whose errors are one line."""
 
-    def __init__(self, description: str, *config_classes: type, without: tuple[str, ...] = ()) -> None:
+    def __init__(self, description: str, *config_classes: type, without: Sequence[str] = ()) -> None:
         super().__init__(description=description, allow_abbrev=False)
         self._config_classes = config_classes
         for config_class in config_classes:
             self._add_settings(config_class, without)
 
-    def _add_settings(self, config_class: type, without: tuple[str, ...]) -> None:
-        group = self.add_argument_group((config_class.__doc__ or "").split(":")[0].rstrip("."))
+    def _add_settings(self, config_class: type, without: Sequence[str]) -> None:
+        fields = [field for field in dataclasses.fields(config_class) if field.name not in without]
+        group = self.add_argument_group((config_class.__doc__ or "").split(":")[0].strip().rstrip("."))
         hints = get_type_hints(config_class)
-        for field in dataclasses.fields(config_class):
-            if field.name in without:
-                continue
+        for field in fields:
             plain, choices = value_type(hints[field.name])
-            kinds: dict[type, dict[str, Any]] = {
-                bool: {"action": "store_true"},
-                tuple: {"type": int, "nargs": "+"},
-            }
-            kind = kinds.get(plain, {"type": plain, "choices": choices})
-            if field.name == "num_workers":
+            kind: dict[str, Any] = {"type": plain, "choices": choices}
+            if plain is bool:
+                kind = {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
+            elif plain is tuple:
+                kind = {"type": _item_parser(item_type(hints[field.name])), "nargs": "+"}
+            elif field.name == "num_workers":
                 kind = {"type": _worker_range}
-            shown = field.metadata["help"]
+            shown = field.metadata.get("help", "")
             if plain is not bool and field.default is not None:
-                shown += f" (default: {field.default})"
-            group.add_argument(flag(field.name), default=UNSET, help=shown, **kind)
+                shown += f" (default: {_shown(field.default)})"
+            group.add_argument(flag(field.name), default=UNSET, help=shown.replace("%", "%%"), **kind)
 
-    def read_flags(self) -> dict[str, Any]:
+    def read_flags(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:
         """Return the flags that were given, checked one by one. Raises UsageError."""
-        flags = vars(self.parse_intermixed_args())
+        flags = vars(self.parse_intermixed_args(arguments))
         if isinstance(flags.get("num_workers"), tuple):
             flags["min_workers"], flags["num_workers"] = flags["num_workers"]
-        elif "num_workers" in flags:  # takes the place of a saved MIN:MAX as a whole
-            flags.setdefault("min_workers", None)
         for config_class in self._config_classes:
             build(config_class, flags)
         return flags
@@ -60,6 +57,39 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one line, not the whole usage, and exit with status 2."""
         self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
+def _item_parser(kind: type[Any]) -> Callable[[str], Any]:
+    """Return what parses one of several values; named after the type, which argparse names in its errors."""
+
+    def parse(text: str) -> Any:
+        return parse_text(kind, text)
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def _shown(default: object) -> str:
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def peek(*names: str) -> dict[str, Any]:
+    """Return those of some flags that the command line gives, before all flags are known.
+
+    ``run`` is the argument that stands first, where one does: a run's or a checkpoint's name.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in names:
+        if name == "resume":
+            parser.add_argument("--resume", action="store_true", default=UNSET)
+        elif name != "run":
+            parser.add_argument(flag(name), default=UNSET)
+    found: dict[str, Any] = {}
+    with contextlib.suppress(argparse.ArgumentError):  # said when all flags are read
+        found = vars(parser.parse_known_args()[0])
+    if "run" in names and len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        found["run"] = sys.argv[1]
+    return found
 
 
 def _worker_range(text: str) -> int | tuple[int, ...]:

@@ -1,5 +1,10 @@
 """The two kinds of failure that a person reads as one line; any other exception is a bug and keeps its traceback."""
 
+import traceback
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
+
 
 class UsageError(Exception):
     """What the user asked for cannot be: a wrong flag, value or path. Exit status 2."""
@@ -9,6 +14,24 @@ class JobError(Exception):
     """What the user asked for went wrong: bad data, a damaged file, a failed run. Exit status 1."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's text; its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def with_place(error: BaseException, folder: Path, *, or_here: bool = True) -> str:
+    """Return an error in one line, with the last place in ``folder`` that it came through.
+
+    ``or_here`` tells whether a place in this package will do where there is none.
+    """
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{type(error).__name__}: {error.msg} ({Path(error.filename).name}, line {error.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [_in(folder, frames), _in(_PACKAGE, frames) if or_here else []]
+    place = next((f" ({Path(found[-1].filename).name}, line {found[-1].lineno})" for found in places if found), "")
+    return f"{type(error).__name__}: {first_line(error)}{place}"
+
+
+def _in(folder: Path, frames: traceback.StackSummary) -> list[traceback.FrameSummary]:
+    """Return the frames of files in a folder, but not of packages installed below it."""
+    return [f for f in frames if folder in Path(f.filename).parents and "site-packages" not in Path(f.filename).parts]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import posixpath
 import shlex
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,34 +12,33 @@ from typing import TypeVar
 from uuid import uuid4
 
 import pyarrow
+import tenacity
 from pyarrow import fs
 
 from mnist_ray.errors import JobError, UsageError, first_line
 
 T = TypeVar("T")
 CONFIG_FILE, ORIGIN_FILE, RESULT_FILE = "config.json", "origin.json", "result.json"
-REPORT_FILE, TRIALS_FILE = "report.html", "sweep.csv"
-
+REPORT_FILE, TRIALS_FILE, WORKLOAD_FILE = "report.html", "sweep.csv", "workload.py"
 
 STORAGE_ERRORS = (OSError, pyarrow.ArrowException)
 """What a file system raises."""
-_PATIENCE_S = 30.0
+_RETRIED_FOR_S = 30.0
 _PROBE_BYTES = 2**20  # more than a checkpoint has, so that a full disk is seen
 
 
-def patiently(action: Callable[[], T]) -> T:
+def with_retries(action: Callable[[], T]) -> T:
     """Do something with storage; where it fails, again every second: servers restart, links come back.
 
     Raises what it raises where it still does after half a minute.
     """
-    deadline = time.monotonic() + _PATIENCE_S
-    while True:
-        try:
-            return action()
-        except STORAGE_ERRORS:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(1)
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(STORAGE_ERRORS),
+        wait=tenacity.wait_fixed(1),
+        stop=tenacity.stop_after_delay(_RETRIED_FOR_S),
+        reraise=True,
+    )
+    return retrying(action)
 
 
 @dataclass(frozen=True)
@@ -85,13 +83,13 @@ class RunFolder:
         return RunFolder(name, self.uri, self.filesystem, posixpath.join(self.path, name))
 
     def delete(self) -> None:
-        """Remove it with all that it holds, where it is there; patiently. Raises what the file system does."""
+        """Remove it with all that it holds, where it is there, with retries. Raises what the file system does."""
 
         def delete() -> None:
             if self.exists():
                 self.filesystem.delete_dir(self.path)
 
-        patiently(delete)
+        with_retries(delete)
 
     def delete_file(self, file_name: str) -> None:
         """Remove a file that is there."""
@@ -104,10 +102,10 @@ class RunFolder:
         with self.filesystem.open_input_stream(posixpath.join(self.path, file_name)) as stream:
             return str(stream.read().decode("utf-8"))
 
-    def check_writable(self, *, is_patient: bool = False) -> None:
-        """See whether files can be written beside it: at once, or patiently. Raises JobError."""
+    def check_writable(self, *, retry: bool = False) -> None:
+        """See whether files can be written beside it: at once, or with retries. Raises JobError."""
         try:
-            patiently(self._probe) if is_patient else self._probe()
+            with_retries(self._probe) if retry else self._probe()
         except STORAGE_ERRORS as error:
             raise JobError(f"cannot write to {self.storage_path}: {first_line(error)}") from error
 
@@ -121,9 +119,9 @@ class RunFolder:
         self.write_bytes(file_name, text.encode("utf-8"))
 
     def write_bytes(self, file_name: str, content: bytes) -> None:
-        """Write a file in one move, so that it is never seen half-written; patiently. Raises JobError."""
+        """Write a file in one move, so that it is never seen half-written, with retries. Raises JobError."""
         try:
-            patiently(lambda: self._write(posixpath.join(self.path, file_name), content))
+            with_retries(lambda: self._write(posixpath.join(self.path, file_name), content))
         except STORAGE_ERRORS as error:
             raise JobError(f"cannot write {self.uri}/{file_name}: {first_line(error)}") from error
 
@@ -138,19 +136,19 @@ class RunFolder:
                 self.filesystem.delete_file(target + ".tmp")
             raise
 
-    def resume_command(self, job: str, mlflow: str | None = None) -> str:
-        """Return the command that goes on with it, a run of ``jobs/JOB.py``, as one would type it."""
-        command = ["python", f"jobs/{job}.py", "--resume", "--run-name", self.name, "--storage-path", self.storage_path]
-        return shlex.join(command + (["--mlflow", mlflow] if mlflow else []))
+    def resume_command(self, command: str, mlflow: str | None = None) -> str:
+        """Return ``command`` with the flags that go on with it, as one would type it."""
+        flags = ["--resume", "--run-name", self.name, "--storage-path", self.storage_path]
+        return f"{command} {shlex.join(flags + (['--mlflow', mlflow] if mlflow else []))}"
 
     def upload(self, local: str) -> None:
-        """Copy a local folder's files into it, patiently. Raises what the file system does."""
+        """Copy a local folder's files into it, with retries. Raises what the file system does."""
 
         def copy() -> None:
             self.filesystem.create_dir(self.path)
             fs.copy_files(local, self.path, destination_filesystem=self.filesystem)
 
-        patiently(copy)
+        with_retries(copy)
 
 
 def locate(storage_path: str, name: str) -> RunFolder:
@@ -168,14 +166,16 @@ def locate(storage_path: str, name: str) -> RunFolder:
     return run
 
 
-def find_run(given: str | None, storage_path: str) -> RunFolder:
-    """Return the folder that a path, a URI or a run's name stands for, which need not exist; of None, the newest run.
+def find_run(
+    given: str | None, storage_path: str, is_wanted: Callable[[RunFolder], bool] = lambda run: True
+) -> RunFolder:
+    """Return the folder that a path, a URI or a run's name stands for, which need not exist.
 
-    Raises UsageError where there is no run at all, or the URI is bad.
+    Of None, the newest run for which ``is_wanted`` holds. Raises UsageError where there is no run, or the URI is bad.
     """
     if given is None:
         try:
-            return _newest_run(locate(storage_path, ""))
+            return _newest_run(locate(storage_path, ""), is_wanted)
         except STORAGE_ERRORS as error:
             raise UsageError(f"--storage-path {storage_path} cannot be read: {first_line(error)}") from error
     if "/" in given:
@@ -192,11 +192,12 @@ def _split_query(path: str) -> tuple[str, str]:
     return base, mark + query
 
 
-def _newest_run(storage: RunFolder) -> RunFolder:
-    """Return the run with a checkpoint whose settings were written last."""
+def _newest_run(storage: RunFolder, is_wanted: Callable[[RunFolder], bool]) -> RunFolder:
+    """Return the run with a checkpoint whose settings were written last, of those that are wanted."""
     runs = [locate(storage.storage_path, name) for name in storage.subfolders()]
     for run in sorted(runs, key=lambda run: run.modified_ns(CONFIG_FILE), reverse=True):
-        if run.exists(CONFIG_FILE) and any(name.startswith("checkpoint_") for name in run.subfolders()):
+        has_checkpoint = any(name.startswith("checkpoint_") for name in run.subfolders())
+        if run.exists(CONFIG_FILE) and has_checkpoint and is_wanted(run):
             return run
     raise UsageError(f"no run in {storage.storage_path} has a checkpoint; python jobs/train.py makes one")
 

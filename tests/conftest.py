@@ -1,10 +1,10 @@
 import contextlib
 import gzip
+import importlib
 import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ import ray
 import torch
 
 from mnist_ray import environment
-from mnist_ray.config import DataConfig
-from mnist_ray.runs.launch import train_and_evaluate
-from mnist_ray.workload.mnist import idx as data
-from mnist_ray.workload.mnist.idx import Split
+from mnist_ray.training.checkpoint import FACTS_BEFORE_WORKLOADS
+from mnist_ray.workload import source
+from mnist_ray.workload.data import Arrays
+from mnist_ray.workload.interface import Workload
+from mnist_ray.workload.mnist import idx
 
 ROOT = Path(__file__).parent.parent
 FILES = (
@@ -35,16 +36,30 @@ def as_flags(values: dict[str, Any]) -> list[str]:
     return [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
 
+def mnist(**settings: Any) -> Workload:
+    """Return the workload that ships, as it is once its data are loaded."""
+    workload_class = source.load(source.DEFAULT)
+    return workload_class(workload_class.Settings(**settings), FACTS_BEFORE_WORKLOADS)
+
+
+def run_main(job: str, *flags: str) -> None:
+    """Do in this process, on the Ray that it is connected to, what a job does."""
+    module = importlib.import_module(f"jobs.{job}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [f"jobs/{job}.py", *flags])
+        module.main()
+
+
 def idx_bytes(array: np.ndarray) -> bytes:
     """Return an array of uint8 as an IDX file's content."""
     return bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
 
 
-def write_data_set(folder: Path, train: Split, test: Split, *, gzipped: bool = False) -> Path:
+def write_data_set(folder: Path, train: Arrays, test: Arrays, *, gzipped: bool = False) -> Path:
     """Write the four files of a data set in MNIST's format."""
     folder.mkdir(parents=True, exist_ok=True)
     for names, split in zip(FILES, (train, test), strict=True):
-        for name, array in zip(names, (split.images, split.labels), strict=True):
+        for name, array in zip(names, (split.inputs, split.targets), strict=True):
             content = idx_bytes(array)
             if gzipped:
                 (folder / f"{name}.gz").write_bytes(gzip.compress(content, 1))
@@ -54,22 +69,22 @@ def write_data_set(folder: Path, train: Split, test: Split, *, gzipped: bool = F
 
 
 @pytest.fixture(scope="session")
-def mnist_test() -> Split:
+def mnist_test() -> Arrays:
     """The embedded test images."""
-    return data.find(DataConfig()).load("test")
+    return idx.find("mnist", None).load("test")
 
 
 @pytest.fixture(scope="session")
-def few_images(mnist_test: Split) -> Split:
+def few_images(mnist_test: Arrays) -> Arrays:
     """The first 600 real test images: enough to learn a little from, in milliseconds."""
-    return Split(mnist_test.images[:600], mnist_test.labels[:600])
+    return Arrays(mnist_test.inputs[:600], mnist_test.targets[:600])
 
 
 @pytest.fixture(scope="session")
-def small_data(tmp_path_factory: pytest.TempPathFactory, mnist_test: Split) -> Path:
+def small_data(tmp_path_factory: pytest.TempPathFactory, mnist_test: Arrays) -> Path:
     """A folder in MNIST's format: 3,000 real images to train on, 1,100 to test."""
-    train = Split(mnist_test.images[:3000], mnist_test.labels[:3000])
-    test = Split(mnist_test.images[3000:4100], mnist_test.labels[3000:4100])
+    train = Arrays(mnist_test.inputs[:3000], mnist_test.targets[:3000])
+    test = Arrays(mnist_test.inputs[3000:4100], mnist_test.targets[3000:4100])
     return write_data_set(tmp_path_factory.mktemp("small"), train, test)
 
 
@@ -138,7 +153,7 @@ def finished_run(ray_address: str, small_data: Path, tmp_path_factory: pytest.Te
     """A run of two workers on 2,400 real images, one CPU each."""
     storage = tmp_path_factory.mktemp("storage")
     flags = {"num_workers": 2, "data_dir": str(small_data), "storage_path": str(storage), "run_name": "two", **QUICK}
-    train_and_evaluate(flags, time.perf_counter())
+    run_main("train", *as_flags(flags))
     return storage / "two"
 
 

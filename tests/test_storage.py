@@ -43,7 +43,7 @@ def test_a_uri_with_options_is_taken_apart_before_them(monkeypatch: pytest.Monke
 
 
 def test_the_command_that_resumes_is_quoted(tmp_path: Path) -> None:
-    command = locate(str(tmp_path / "my runs"), "one").resume_command("tune", "sqlite:///m.db")
+    command = locate(str(tmp_path / "my runs"), "one").resume_command("python jobs/tune.py", "sqlite:///m.db")
     assert command == (
         f"python jobs/tune.py --resume --run-name one --storage-path '{tmp_path}/my runs' --mlflow sqlite:///m.db"
     )
@@ -90,14 +90,14 @@ class Storage:
 
 def test_storage_that_fails_for_seconds_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     failing = Storage(monkeypatch, fails_for_s=5)
-    assert storage.patiently(failing.write) == "written"
+    assert storage.with_retries(failing.write) == "written"
     assert failing.now == 5
 
 
 def test_storage_that_fails_for_good_ends_in_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
     failing = Storage(monkeypatch, fails_for_s=1e9)
     with pytest.raises(OSError, match="the link is down"):
-        storage.patiently(failing.write)
+        storage.with_retries(failing.write)
     assert 30 <= failing.now < 35
 
 

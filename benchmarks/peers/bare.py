@@ -14,14 +14,16 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from mnist_ray.config import DataConfig, TrainConfig
+from mnist_ray.config import TrainConfig
 from mnist_ray.environment import keep_freed_memory
 from mnist_ray.training import engine, shared_memory
-from mnist_ray.workload.mnist import idx as data
-from mnist_ray.workload.mnist.idx import Split
+from mnist_ray.workload import source
+from mnist_ray.workload.data import Parts, parts_of
+from mnist_ray.workload.interface import Workload
+from mnist_ray.workload.loading import load_data
 
 
-def work(rank: int, args: argparse.Namespace, folder: str, split: Split) -> None:
+def work(rank: int, args: argparse.Namespace, folder: str, workload: Workload, data: Parts) -> None:
     """Train on one rank; rank 0 writes down the rate of the first epoch."""
     keep_freed_memory()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // args.num_workers))
@@ -32,11 +34,11 @@ def work(rank: int, args: argparse.Namespace, folder: str, split: Split) -> None
     if args.plain:
         shared_memory.use_where_possible = lambda model: False
     config = TrainConfig(num_epochs=args.num_epochs)
-    state = engine.create_state(config, len(split), group.device)
+    state = engine.create_state(workload, config, len(data.train), group.device)
     config = TrainConfig(num_epochs=args.num_epochs, precision=engine.resolve_precision("auto", group))
     rates: list[float] = []
-    hooks = engine.Hooks(checkpoint=lambda state, progress: rates.append(progress.images_per_s))
-    engine.train(state, split, config, group, hooks)
+    hooks = engine.Hooks(checkpoint=lambda state, progress: rates.append(progress.examples_per_s))
+    engine.train(workload, state, data.train, config, group, hooks)
     if rank == 0:
         (Path(folder) / "rate").write_text(str(rates[0]))
     os._exit(0)
@@ -50,10 +52,11 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--data-dir")
     args = parser.parse_args()
-    full = data.find(DataConfig(data_dir=args.data_dir)).load("train")
-    split, _ = data.hold_out(full, min(TrainConfig().validation_size, len(full) // 10))
+    workload_class = source.load(source.DEFAULT)
+    workload = workload_class(workload_class.Settings(data_dir=args.data_dir and Path(args.data_dir)))
+    data = parts_of(load_data(workload), None)
     with tempfile.TemporaryDirectory() as folder:
-        spawn(work, (args, folder, split), nprocs=args.num_workers)
+        spawn(work, (args, folder, workload, data), nprocs=args.num_workers)
         print(json.dumps({"images_per_s": float((Path(folder) / "rate").read_text())}))
 
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import socket
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mnist_ray.cluster.connection import WorkerPlan, node_of, usable_cores
-from mnist_ray.display.console import count
+from mnist_ray.cluster.plan import WorkerPlan, node_of, usable_cores
 from mnist_ray.errors import JobError, first_line
 from mnist_ray.provenance import versions
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder
 from mnist_ray.training import engine
-from mnist_ray.workload.mnist.idx import Split
+from mnist_ray.wording import count
 
 _PROBE_TIMEOUT_S = 60.0
 
@@ -29,8 +28,8 @@ class NodeReport:
 
     host: str
     versions: dict[str, str]
-    data_sha256: str
-    """Of the training images as this node gets them."""
+    fingerprint: str
+    """Of the training data as this node gets them."""
     storage_error: str | None
     """Why it cannot read what the driver has written."""
     num_cores: int
@@ -50,37 +49,39 @@ def check_storage(run: RunFolder) -> None:
             raise JobError(_unseen(host, run, problem))
 
 
-def check_job(
+def check_nodes(
     run: RunFolder,
-    train: Split,
+    data: Any,
+    fingerprint: str,
+    noun: str,
     batch_size: int,
     plan: WorkerPlan,
     say: Callable[[str, str], None],
 ) -> None:
     """Say how a job would run, and let every node prove that it can. Raises JobError where it would not.
 
-    Compares versions and the data's hash on all nodes with the driver's own, and lets each read a probe on storage.
+    Compares versions and the training data on all nodes with the driver's own, and lets each read a probe on storage.
+    ``data`` gives a node its training data by ``data.open()``; ``fingerprint`` is that of the driver's.
     """
-    nodes = {node["NodeID"]: node_of(node) for node in ray.nodes() if node["Alive"]}
-    images = ray.put(train)
-    reports = _with_probe(run, lambda probe: _on_nodes(list(nodes), _report, run, probe, images))
-    own_versions, own_data = versions(), _sha256(train)
+    nodes = {node["NodeID"]: node_of(node["Resources"]) for node in ray.nodes() if node["Alive"]}
+    reports = _with_probe(run, lambda probe: _on_nodes(list(nodes), _report, run, probe, data))
+    own_versions = versions()
     for report in reports:
         if report.storage_error is not None:
             raise JobError(_unseen(report.host, run, report.storage_error))
         for name, version in report.versions.items():
             if version != own_versions[name]:
                 raise JobError(f"node {report.host} has {name} {version}, the driver has {own_versions[name]}")
-        if report.data_sha256 != own_data:
-            raise JobError(f"node {report.host} has other training images than the driver")
+        if report.fingerprint != fingerprint:
+            raise JobError(f"node {report.host} has other training {noun}s than the driver")
     for report, node in zip(reports, nodes.values(), strict=True):
         room = min(node.num_cpus // plan.cpus_per_worker, node.num_gpus if plan.use_gpu else plan.num_workers)
         bf16 = "bf16 in hardware" if report.has_bf16 else "no bf16 in hardware"
         cpus = f"{count(node.num_cpus, 'CPU')} on {count(report.num_cores, 'core')}"
         say("node", f"{report.host}: {cpus}, {bf16}, room for {count(room, 'worker')}")
     share = f"{math.ceil(batch_size / plan.num_workers)} a worker"
-    say("plan", f"{count(plan.num_workers, 'worker')} ({plan.placement}); a step's {batch_size} images are {share}")
-    say("images", f"the same on every node, SHA-256 {own_data[:16]}…")
+    say("plan", f"{count(plan.num_workers, 'worker')} ({plan.placement}); a step's {batch_size} {noun}s are {share}")
+    say(f"{noun}s", f"the same on every node, SHA-256 {fingerprint[:16]}…")
     say("storage", f"{run.storage_path}: read by every node")
     say("versions", ", ".join(f"{name} {version}" for name, version in own_versions.items()))
     if plan.must_scale_up:
@@ -119,16 +120,10 @@ def _read_probe(run: RunFolder, name: str) -> tuple[str, str | None]:
     return socket.gethostname(), None if found == name else "what the driver has written is not there"
 
 
-def _report(run: RunFolder, name: str, train: Split) -> NodeReport:
+def _report(run: RunFolder, name: str, data: Any) -> NodeReport:
     host, storage_error = _read_probe(run, name)
-    return NodeReport(host, versions(), _sha256(train), storage_error, usable_cores(), engine.cpu_has_bf16())
+    return NodeReport(host, versions(), data.open().fingerprint(), storage_error, usable_cores(), engine.cpu_has_bf16())
 
 
 def _unseen(host: str, run: RunFolder, problem: str) -> str:
     return f"node {host} does not see --storage-path {run.storage_path}: {problem}; use one that all nodes share"
-
-
-def _sha256(split: Split) -> str:
-    digest = hashlib.sha256(split.images.tobytes())
-    digest.update(split.labels.tobytes())
-    return digest.hexdigest()

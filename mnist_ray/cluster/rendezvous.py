@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import socket
-import struct
-import sys
 import uuid
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
 
+from mnist_ray.cluster import private
 from mnist_ray.cluster.connection import session_folder
-
-_SIOCGIFADDR = 0xC0206921 if sys.platform == "darwin" else 0x8915
 
 
 @dataclass
@@ -32,20 +27,20 @@ class WorkerGroupConfig(TorchConfig):
     is_local: bool = False
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
+    def backend_cls(self) -> type[private._TorchBackend]:
         """What sets the workers up, also whenever they were replaced."""
         return _LocalBackend if self.is_local else _ClusterBackend
 
 
-class _ClusterBackend(_TorchBackend):
+class _ClusterBackend(private._TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         worker_group.execute(_use_nodes_interface)
         super().on_start(worker_group, backend_config)
 
 
-class _LocalBackend(_TorchBackend):
+class _LocalBackend(private._TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        worker_group.execute(_set_torch_distributed_env_vars)
+        worker_group.execute(private._set_torch_distributed_env_vars)
         world_size = len(worker_group)
         if world_size == 1:
             return
@@ -54,7 +49,7 @@ class _LocalBackend(_TorchBackend):
         joining = [
             worker_group.execute_single_async(
                 rank,
-                _setup_torch_process_group,
+                private._setup_torch_process_group,
                 backend=backend_config.backend,
                 world_rank=rank,
                 world_size=world_size,
@@ -74,14 +69,8 @@ def _use_nodes_interface() -> None:
 
 
 def interface_of(address: str) -> str | None:
-    """Return the network interface that has an IPv4 address; None where none has."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                answer = fcntl.ioctl(any_socket, _SIOCGIFADDR, request)
-            except OSError:  # it has no IPv4 address
-                continue
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
+    """Return the network interface that has an address; None where none has."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address == address for found in addresses):
+            return name
     return None

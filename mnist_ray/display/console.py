@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from types import TracebackType
 from typing import TypeVar
@@ -11,8 +10,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from mnist_ray.training.events import EpochFinished, Event, NodeLeaving, Started, Validated, WorkersLost
-from mnist_ray.training.metrics import Evaluation, Progress
+from mnist_ray.training.events import EpochFinished, Event, NodeLeaving, Progress, Started, Validated, WorkersLost
+from mnist_ray.wording import clock_time, count
+from mnist_ray.workload.interface import Workload
 
 _PLAIN_INTERVAL_S = 10.0
 
@@ -26,7 +26,8 @@ class RunConsole:
     On a terminal one line is redrawn in place; elsewhere a plain line is printed every ten seconds.
     """
 
-    def __init__(self, num_epochs: int, *, quiet: bool) -> None:
+    def __init__(self, workload: Workload, num_epochs: int, *, quiet: bool) -> None:
+        self._workload = workload
         self._num_epochs = num_epochs
         self._quiet = quiet
         self._console = Console(highlight=False, soft_wrap=True)
@@ -76,8 +77,8 @@ class RunConsole:
             case Validated():
                 self.say(
                     "",
-                    f"validation after epoch {event.epoch}: loss {event.loss:.4f}, "
-                    f"accuracy {event.accuracy:.2%} ({event.seconds:.1f} s, beside the training)",
+                    f"validation after epoch {event.epoch}: {self._workload.said(event.figures)} "
+                    f"({event.seconds:.1f} s, beside the training)",
                 )
 
     def _started(self, event: Started) -> None:
@@ -111,9 +112,10 @@ class RunConsole:
 
     def _progress(self, event: Progress) -> None:
         self._last_progress = event
+        metrics = "".join(f"  {m.name} {m.shown(event.so_far[m.name], 1)}" for m in self._workload.metrics)
         line = (
-            f"{event.step:,}/{event.num_steps:,}  loss {event.loss:.4f}  accuracy {event.sums.accuracy:.1%}  "
-            f"{event.images_per_s:,.0f} images/s  {clock_time(self._left_s(event))} left"
+            f"{event.step:,}/{event.num_steps:,}  loss {event.loss:.4f}{metrics}  "
+            f"{event.examples_per_s:,.0f} {self._workload.nouns}/s  {clock_time(self._left_s(event))} left"
         )
         label = f"epoch {event.epoch}/{self._num_epochs}"
         if self._live.is_started:
@@ -129,34 +131,10 @@ class RunConsole:
     def _epoch_finished(self, last: Progress) -> None:
         self.say(
             f"epoch {last.epoch}/{self._num_epochs}",
-            f"finished in {last.epoch_s:.2f} s ({last.images_per_s:,.0f} images/s): "
-            f"loss {last.sums.loss:.4f}, accuracy {last.sums.accuracy:.2%} on the training images",
+            f"finished in {last.epoch_s:.2f} s ({last.examples_per_s:,.0f} {self._workload.nouns}/s): "
+            f"{self._workload.said(last.so_far)} on the training {self._workload.nouns}",
         )
 
 
 def _column(label: str) -> str:
     return f"{label:<10} "
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural where it is one."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def clock_time(seconds: float) -> str:
-    """Return a duration as ``M:SS``, or ``H:MM:SS`` from an hour on."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}:{rest:02d}"
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
-def confusion_table(evaluation: Evaluation) -> list[str]:
-    """Return the confusion matrix as lines: a row per label, a column per prediction, the label's accuracy last."""
-    num_classes = len(evaluation.confusion)
-    lines = ["label" + "".join(f"{prediction:>6}" for prediction in range(num_classes)) + "  accuracy"]
-    for label, accuracy in enumerate(evaluation.accuracy_per_class):
-        counts = "".join(f"{count or '·':>6}" for count in evaluation.confusion[label].tolist())
-        shown = "-" if math.isnan(accuracy) else f"{accuracy:.2%}"
-        lines.append(f"{label:>5}{counts}{shown:>10}")
-    return lines

@@ -2,7 +2,7 @@
 
 metrics.csv   a row per epoch
 steps.csv     a row about every half second of training: the mean over the steps since the row before
-predictions.csv, once the run is tested: a row per test image, in the data set's order
+predictions.csv, once the run is tested: a row per test example, in the data set's order
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from mnist_ray.storage import RunFolder
-from mnist_ray.training.events import EpochFinished, Event, Started, Validated
-from mnist_ray.training.metrics import Evaluation, Progress
+from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
+from mnist_ray.training.metrics import Evaluation
+from mnist_ray.workload.interface import Workload
 
 METRICS_FILE, STEPS_FILE, PREDICTIONS_FILE = "metrics.csv", "steps.csv", "predictions.csv"
-_METRICS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "epoch_s", "images_per_s", "val_s")
-_PREDICTIONS = ("label", "prediction", "probability")
-_STEPS = ("step", "epoch", "train_loss", "train_accuracy")
 _STEPS_INTERVAL_S = 10.0
 
 
 class History:
     """The rows of a run's metrics.csv and steps.csv; a resumed run goes on with those that are there."""
 
-    def __init__(self, run: RunFolder) -> None:
+    def __init__(self, run: RunFolder, workload: Workload) -> None:
         self._run = run
+        self._workload = workload
+        train, val = ([f"{part}_{metric.name}" for metric in workload.figures] for part in ("train", "val"))
+        self._columns = ("epoch", *train, *val, "epoch_s", workload.rate, "val_s")
+        self._step_columns = ("step", "epoch", *train)
         self.rows: dict[int, dict[str, Any]] = {int(row["epoch"]): dict(row) for row in read_csv(run, METRICS_FILE)}
         self._steps: list[Mapping[str, Any]] = list(read_csv(run, STEPS_FILE))
         self._steps_written = time.monotonic()
@@ -47,37 +47,50 @@ class History:
             case Progress():
                 self._add_step(event)
             case EpochFinished(last):
-                self._update(
-                    last.epoch,
-                    train_loss=last.sums.loss,
-                    train_accuracy=last.sums.accuracy,
-                    epoch_s=round(last.epoch_s, 3),
-                    images_per_s=round(last.images_per_s, 1),
-                )
+                self._update(last.epoch, "train", last.so_far)
+                self.rows[last.epoch] |= {
+                    "epoch_s": round(last.epoch_s, 3),
+                    self._workload.rate: round(last.examples_per_s, 1),
+                }
+                self._write()
             case Validated():
-                self._update(
-                    event.epoch, val_loss=event.loss, val_accuracy=event.accuracy, val_s=round(event.seconds, 3)
-                )
+                self._update(event.epoch, "val", event.figures)
+                self.rows[event.epoch] |= {"val_s": round(event.seconds, 3)}
+                self._write()
 
     @property
     def unvalidated(self) -> list[int]:
         """The finished epochs whose checkpoints no task has evaluated."""
-        return [epoch for epoch, row in sorted(self.rows.items()) if row.get("val_accuracy", "") == ""]
+        return [epoch for epoch, row in sorted(self.rows.items()) if row.get("val_loss", "") == ""]
 
-    def _update(self, epoch: int, **figures: Any) -> None:
-        self.rows.setdefault(epoch, {"epoch": epoch}).update(figures)
-        write_csv(self._run, METRICS_FILE, _METRICS, (self.rows[epoch] for epoch in sorted(self.rows)))
+    def mean_rate(self) -> float | None:
+        """Return the examples per second over all epochs that were told of; None where none was.
+
+        Of the epochs before a kill, the last may not have been.
+        """
+        told = [row for row in self.rows.values() if row.get("epoch_s")]
+        rates = [(float(row[self._workload.rate]), float(row["epoch_s"])) for row in told]
+        if not rates:
+            return None
+        return round(sum(rate * seconds for rate, seconds in rates) / sum(seconds for _, seconds in rates), 1)
+
+    def _update(self, epoch: int, part: str, figures: Mapping[str, float]) -> None:
+        row = self.rows.setdefault(epoch, {"epoch": epoch})
+        row.update({f"{part}_{name}": value for name, value in figures.items()})
+
+    def _write(self) -> None:
+        write_csv(self._run, METRICS_FILE, self._columns, (self.rows[epoch] for epoch in sorted(self.rows)))
 
     def _add_step(self, progress: Progress) -> None:
-        epochs = progress.epoch - 1 + progress.step / progress.num_steps
-        figures = (progress.total_step, round(epochs, 5), progress.window.loss, progress.window.accuracy)
-        self._steps.append(dict(zip(_STEPS, figures, strict=True)))
+        epochs = round(progress.epoch - 1 + progress.step / progress.num_steps, 5)
+        figures = {f"train_{name}": value for name, value in progress.window.items()}
+        self._steps.append({"step": progress.total_step, "epoch": epochs, **figures})
         if time.monotonic() - self._steps_written > _STEPS_INTERVAL_S:
             self.flush()
 
     def flush(self) -> None:
         """Write what is not written yet. Raises JobError."""
-        write_csv(self._run, STEPS_FILE, _STEPS, self._steps)
+        write_csv(self._run, STEPS_FILE, self._step_columns, self._steps)
         self._steps_written = time.monotonic()
 
 
@@ -95,14 +108,9 @@ def write_csv(run: RunFolder, file_name: str, columns: Sequence[str], rows: Iter
     run.write_text(file_name, text.getvalue())
 
 
-def write_predictions(run: RunFolder, labels: np.ndarray, evaluation: Evaluation) -> None:
-    """Write predictions.csv. Raises JobError."""
-    probabilities = [f"{probability:.6f}" for probability in evaluation.probabilities]
-    columns = zip(labels.tolist(), evaluation.predictions.tolist(), probabilities, strict=True)
-    write_csv(run, PREDICTIONS_FILE, _PREDICTIONS, (dict(zip(_PREDICTIONS, row, strict=True)) for row in columns))
-
-
-def read_predictions(run: RunFolder) -> np.ndarray | None:
-    """Return (test images, 3): label, prediction, probability; None where the run was not tested."""
-    rows = read_csv(run, PREDICTIONS_FILE)
-    return np.array([[float(row[name]) for name in _PREDICTIONS] for row in rows]) if rows else None
+def write_predictions(run: RunFolder, workload: Workload, evaluation: Evaluation) -> None:
+    """Write predictions.csv, where the workload has predictions. Raises JobError."""
+    columns = workload.readable(evaluation.columns)
+    if columns:
+        rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+        write_csv(run, PREDICTIONS_FILE, list(columns), rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.util
 import io
@@ -11,7 +10,7 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,13 +20,11 @@ from PIL import Image
 from pyarrow import fs
 from ray.train import Checkpoint
 
-from mnist_ray.config import TrainConfig
 from mnist_ray.errors import first_line
 from mnist_ray.storage import RunFolder
 from mnist_ray.training.checkpoint import fetch
-from mnist_ray.training.events import EpochFinished, Event, Started, Validated
-from mnist_ray.training.metrics import Progress
-from mnist_ray.workload.mnist.idx import IMAGE_SHAPE
+from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
+from mnist_ray.workload.interface import Workload
 
 _CLOSE_TIMEOUT_S = 60.0
 
@@ -38,7 +35,7 @@ class Ending:
 
     result: dict[str, Any] | None
     """Its result.json; None where it has not finished."""
-    pictures: dict[str, bytes]
+    pictures: Mapping[str, bytes]
     """The PNGs of its report, by name."""
     checkpoint: Checkpoint | None
 
@@ -96,44 +93,53 @@ def _create(name: str, create: Callable[[], Tracker], trackers: dict[str, Tracke
     trackers[name] = create()
 
 
-def start(run: RunFolder, config: TrainConfig, mlflow_uri: str | None, warn: Callable[[str], None]) -> Trackers:
+def start(
+    run: RunFolder,
+    workload: Workload,
+    settings: Mapping[str, Any],
+    mlflow_uri: str | None,
+    warn: Callable[[str], None],
+) -> Trackers:
     """Track a run in TensorBoard, where that is installed, and in MLflow, where a URI is given."""
+    plain = {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in settings.items()}
     trackers: dict[str, Callable[[], Tracker]] = {}
     if importlib.util.find_spec("tensorboard") is not None:
-        trackers["TensorBoard"] = lambda: _TensorBoard(run, config)
+        trackers["TensorBoard"] = lambda: _TensorBoard(run, workload, plain)
     if mlflow_uri is not None:
-        trackers["MLflow"] = lambda: _MLflow(run, config, mlflow_uri)
+        trackers["MLflow"] = lambda: _MLflow(run, workload, plain, mlflow_uri)
     return Trackers(trackers, warn)
 
 
-def scalars(event: Event) -> list[tuple[str, float, int]]:
+def scalars(event: Event, workload: Workload) -> list[tuple[str, float, int]]:
     """Return an event's figures as (name, value, step): by step of training, or by epoch."""
     match event:
         case Progress():
             first = event.total_step - len(event.losses) + 1
             by_step = [("step/train_loss", loss, first + number) for number, loss in enumerate(event.losses)]
-            return [*by_step, ("step/train_accuracy", event.window.accuracy, event.total_step)]
+            others = [(f"step/train_{m.name}", event.window[m.name], event.total_step) for m in workload.metrics]
+            return [*by_step, *others]
         case EpochFinished(last):
-            figures = {"train_loss": last.sums.loss, "train_accuracy": last.sums.accuracy}
-            figures |= {"images_per_s": last.images_per_s, "epoch_s": last.epoch_s}
+            figures = {f"train_{name}": value for name, value in last.so_far.items()}
+            figures |= {workload.rate: last.examples_per_s, "epoch_s": last.epoch_s}
             return [(f"epoch/{name}", value, last.epoch) for name, value in figures.items()]
         case Validated():
-            figures = {"val_loss": event.loss, "val_accuracy": event.accuracy, "val_s": event.seconds}
+            figures = {f"val_{name}": value for name, value in event.figures.items()} | {"val_s": event.seconds}
             return [(f"epoch/{name}", value, event.epoch) for name, value in figures.items()]
     return []
 
 
-def _final(ending: Ending) -> dict[str, float]:
+def _final(ending: Ending, workload: Workload) -> dict[str, float]:
     if ending.result is None:
         return {}
-    return {f"final/{name}": ending.result[name] for name in ("test_accuracy", "test_loss", "images_per_s")}
+    names = [*(f"test_{metric.name}" for metric in workload.figures), workload.rate]
+    return {f"final/{name}": ending.result[name] for name in names if ending.result[name] is not None}
 
 
 class _TensorBoard:
     """Event files in the run's folder; on storage that is no local disk they are put there at the end."""
 
-    def __init__(self, run: RunFolder, config: TrainConfig) -> None:
-        self._run, self._config = run, config
+    def __init__(self, run: RunFolder, workload: Workload, settings: Mapping[str, Any]) -> None:
+        self._run, self._workload, self._settings = run, workload, settings
         is_local = isinstance(run.filesystem, fs.LocalFileSystem)
         self._elsewhere = None if is_local else tempfile.TemporaryDirectory()
         self._folder = self._elsewhere.name if self._elsewhere else run.path
@@ -150,7 +156,7 @@ class _TensorBoard:
             # What an earlier attempt has logged of the steps that are done again now is not shown.
             purged = event.total_step + 1 if isinstance(event, Started) else None
             self._writer = SummaryWriter(self._folder, purge_step=purged)
-        for name, value, step in scalars(event):
+        for name, value, step in scalars(event, self._workload):
             self._writer.add_scalar(name, value, step)
 
     def close(self, ending: Ending) -> None:
@@ -159,9 +165,9 @@ class _TensorBoard:
         if self._writer is None:
             return
         # Not add_hparams(): that makes a second run of them.
-        for summary in hparams(dataclasses.asdict(self._config), _final(ending)):  # type: ignore[no-untyped-call]
+        for summary in hparams(dict(self._settings), _final(ending, self._workload)):  # type: ignore[no-untyped-call]
             self._writer.file_writer.add_summary(summary)
-        for name, value in _final(ending).items():
+        for name, value in _final(ending, self._workload).items():
             self._writer.add_scalar(name, value)
         for name, png in ending.pictures.items():
             image = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
@@ -186,8 +192,10 @@ def _mute_writer_thread() -> None:
 class _MLflow:
     """A run in the experiment ``mnist_ray``; a resumed run goes on in the one that it has there."""
 
-    def __init__(self, run: RunFolder, config: TrainConfig, uri: str) -> None:
+    def __init__(self, run: RunFolder, workload: Workload, settings: Mapping[str, Any], uri: str) -> None:
         import mlflow
+
+        self._workload = workload
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         mlflow.set_tracking_uri(uri)
@@ -198,22 +206,22 @@ class _MLflow:
             self._id = known[0].info.run_id
             self._client.set_terminated(self._id, "RUNNING")
         else:
-            tags = {"mnist_ray.runs.run": run.uri}
+            tags = {"mnist_ray.run": run.uri}
             created = self._client.create_run(experiment.experiment_id, run_name=run.name, tags=tags)
             self._id = created.info.run_id
-            for name, value in dataclasses.asdict(config).items():
+            for name, value in settings.items():
                 self._client.log_param(self._id, name, value)
 
     def log(self, event: Event) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        metrics = [Metric(name, value, now, step) for name, value, step in scalars(event)]
+        metrics = [Metric(name, value, now, step) for name, value, step in scalars(event, self._workload)]
         for start in range(0, len(metrics), 1000):  # the most that a server takes at once
             self._client.log_batch(self._id, metrics=metrics[start : start + 1000])
 
     def close(self, ending: Ending) -> None:
-        for name, value in _final(ending).items():
+        for name, value in _final(ending, self._workload).items():
             self._client.log_metric(self._id, name, value)
         with tempfile.TemporaryDirectory() as folder:
             for name, png in ending.pictures.items():
@@ -226,8 +234,11 @@ class _MLflow:
     def _log_model(self, checkpoint: Checkpoint) -> None:
         import mlflow
 
-        model, _ = fetch(checkpoint.filesystem, checkpoint.path)
-        example = np.zeros((2, 1, *IMAGE_SHAPE), np.float32)
+        model = fetch(checkpoint.filesystem, checkpoint.path, self._workload)
+        shape = self._workload.facts.get("model_input")
+        if shape is None:  # MLflow asks for an example, and the model's is no tensor
+            return
+        example = np.zeros((2, *shape["shape"]), shape["dtype"])
         with mlflow.start_run(run_id=self._id):
             # Not a pickle; and with its requirements named, MLflow does not start a process to find them out.
             mlflow.pytorch.log_model(

@@ -4,40 +4,40 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import json
 import math
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import ray
-import ray.train
 import torch
 from ray.exceptions import RayError, RayTaskError
 from ray.train import Checkpoint
-from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
 from ray.util.queue import Queue
 
-from mnist_ray.config import LookupConfig, build
+from mnist_ray.cluster.sharing import SharedPart, share
 from mnist_ray.environment import for_evaluation
-from mnist_ray.errors import JobError, UsageError, first_line
-from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, find_run
+from mnist_ray.errors import JobError, first_line
+from mnist_ray.runs.worker import validation_metrics
 from mnist_ray.training import engine
-from mnist_ray.training.checkpoint import STATE_FILE, checkpoint_names, fetch
+from mnist_ray.training.checkpoint import fetch
 from mnist_ray.training.events import Validated
 from mnist_ray.training.metrics import Evaluation
-from mnist_ray.workload.mnist.idx import Split
+from mnist_ray.workload.data import Part
+from mnist_ray.workload.interface import Workload
 
 
-def evaluate(checkpoint: Checkpoint, split: Split | ray.ObjectRef, num_images: int, num_tasks: int = 1) -> Evaluation:
-    """Evaluate a checkpoint on a split of ``num_images``, spread over tasks of one CPU each.
+def evaluate(
+    workload: Workload, checkpoint: Checkpoint, test: Part, num_tasks: int = 1, loader_workers: int = 0
+) -> Evaluation:
+    """Evaluate a checkpoint on the test set, spread over tasks of one CPU each.
 
     Tasks get whole batches, and batches are the same for any number of tasks, so the result is too. Raises what a
     task raised, and JobError where its node or the storage has gone.
     """
-    reference = split if isinstance(split, ray.ObjectRef) else ray.put(split)
+    shared = share(workload, test)
     task = _evaluate_part.options(**process_options())
-    parts = [task.remote(checkpoint, reference, *bounds) for bounds in part_bounds(num_images, num_tasks)]
+    bounds = part_bounds(len(test), num_tasks)
+    parts = [task.remote(checkpoint, shared, start, stop, loader_workers) for start, stop in bounds]
     try:
         return Evaluation.merge(ray.get(parts))
     except RayError as error:
@@ -59,75 +59,35 @@ def start_process() -> None:
 
 @ray.remote(num_cpus=0)
 def _import_engine() -> None:
-    importlib.import_module("mnist_ray.runs.evaluation")
+    importlib.import_module(__name__)
 
 
-def part_bounds(num_images: int, num_tasks: int) -> list[tuple[int, int]]:
-    """Cut ``num_images`` into at most ``num_tasks`` ranges of whole evaluation batches."""
+def part_bounds(num_examples: int, num_tasks: int) -> list[tuple[int, int]]:
+    """Cut ``num_examples`` into at most ``num_tasks`` ranges of whole evaluation batches."""
     size = engine.EVALUATION_BATCH_SIZE
-    num_batches = math.ceil(num_images / size)
+    num_batches = math.ceil(num_examples / size)
     num_parts = min(num_tasks, num_batches)
-    cuts = [num_batches * part // num_parts * size for part in range(num_parts)] + [num_images]
+    cuts = [num_batches * part // num_parts * size for part in range(num_parts)] + [num_examples]
     return list(itertools.pairwise(cuts))
 
 
 @ray.remote(num_cpus=1)
-def _evaluate_part(checkpoint: Checkpoint, split: Split, start: int, stop: int) -> Evaluation:
-    return _evaluate_here(checkpoint, Split(split.images[start:stop], split.labels[start:stop]))
+def _evaluate_part(
+    checkpoint: Checkpoint, shared: SharedPart, start: int, stop: int, loader_workers: int
+) -> Evaluation:
+    return _evaluate_here(checkpoint, shared.workload, shared.open().between(start, stop), loader_workers)
 
 
-def validate(checkpoint: Checkpoint, split: ray.ObjectRef, events: Queue) -> dict[str, float]:
-    """Evaluate an epoch's checkpoint on the held-out images; Ray Train runs this as a task beside the training."""
-    start = time.perf_counter()
-    result = _evaluate_here(checkpoint, ray.get(split))
+def validate(checkpoint: Checkpoint, part: SharedPart, events: Queue, loader_workers: int) -> dict[str, float]:
+    """Evaluate an epoch's checkpoint on the validation set; Ray Train runs this as a task beside the training."""
+    start, workload = time.perf_counter(), part.workload
+    figures = _evaluate_here(checkpoint, workload, part.open(), loader_workers).figures(workload)
     epoch = int(checkpoint.get_metadata()["epoch"])
-    events.put(Validated(epoch, result.loss, result.accuracy, time.perf_counter() - start))
-    return {"val_loss": result.loss, "val_accuracy": result.accuracy}
+    events.put(Validated(epoch, figures, time.perf_counter() - start))
+    return validation_metrics(workload, figures)
 
 
-def _evaluate_here(checkpoint: Checkpoint, split: Split) -> Evaluation:
+def _evaluate_here(checkpoint: Checkpoint, workload: Workload, part: Part, loader_workers: int) -> Evaluation:
     torch.set_num_threads(1)  # so that neither tasks side by side nor a training get in each other's way
-    model, _ = fetch(checkpoint.filesystem, checkpoint.path)
-    return engine.evaluate(model.to(memory_format=torch.channels_last), split)  # type: ignore[call-overload]
-
-
-def find_checkpoint(given: str | None, flags: Mapping[str, Any]) -> Checkpoint:
-    """Return the checkpoint that a path, a URI or a run's name stands for (see ``find_run``); a run's is its choice.
-
-    A finished run has chosen by its result; of an interrupted one it is the best so far by validation accuracy,
-    else the last. Raises UsageError where there is none.
-    """
-    run = find_run(given, build(LookupConfig, flags).storage_path)
-    if run.exists(STATE_FILE):
-        return Checkpoint(run.path, filesystem=run.filesystem)
-    if (result := run.read_text(RESULT_FILE)) is not None:
-        try:
-            chosen = run.inside(json.loads(result)["checkpoint"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"run {run.uri} has a damaged {RESULT_FILE}: {error}") from error
-        if not chosen.exists(STATE_FILE):
-            raise UsageError(f"run {run.uri} has lost its checkpoint {chosen.name}")
-        return Checkpoint(chosen.path, filesystem=run.filesystem)
-    try:
-        unfinished = ray.train.Result.from_path(run.path, storage_filesystem=run.filesystem)
-    except CheckpointManagerInitializationError:  # a kill has cut off Ray's list of the checkpoints
-        names = checkpoint_names(run)
-        if not names:
-            raise UsageError(f"run {run.uri} has no checkpoint yet") from None
-        return Checkpoint(run.inside(names[-1]).path, filesystem=run.filesystem)
-    except RuntimeError as error:
-        if run.exists(CONFIG_FILE):
-            raise UsageError(f"run {run.uri} has no checkpoint yet") from error
-        raise UsageError(f"{given} is neither a checkpoint nor a run that holds one") from error
-    if unfinished.checkpoint is None:
-        raise UsageError(f"run {run.uri} has no checkpoint yet")
-    return choose(unfinished)[0]
-
-
-def choose(result: ray.train.Result) -> tuple[Checkpoint, dict[str, Any]]:
-    """Return the checkpoint with the best validation accuracy and its metrics; the last where none was validated."""
-    validated = [pair for pair in result.best_checkpoints if "val_accuracy" in pair[1]]
-    if not validated:
-        return result.checkpoint, result.metrics
-    best: tuple[Checkpoint, dict[str, Any]] = max(validated, key=lambda pair: pair[1]["val_accuracy"])
-    return best
+    model = engine.with_fast_layout(fetch(checkpoint.filesystem, checkpoint.path, workload))
+    return engine.evaluate(workload, model, part, loader_workers)

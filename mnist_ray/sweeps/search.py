@@ -1,236 +1,180 @@
-"""What a sweep tries, and what came of it: points of the search space, records of trials. No Ray here."""
+"""A sweep on a connected Ray: the search, what it has chosen, and the training of that."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-import math
-import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass
+import functools
+import json
 
-import numpy as np
+from mnist_ray import settings
+from mnist_ray.cluster import preflight
+from mnist_ray.cluster.connection import as_it_is_now
+from mnist_ray.cluster.plan import Cluster, WorkerPlan, plan_workers
+from mnist_ray.cluster.sharing import share
+from mnist_ray.display.console import RunConsole
+from mnist_ray.errors import JobError
+from mnist_ray.runs.clock import Clock
+from mnist_ray.runs.evaluation import evaluate
+from mnist_ray.runs.fit import fit
+from mnist_ray.runs.job import Job
+from mnist_ray.runs.record import check_nodes, print_data, recorded
+from mnist_ray.settings import json_lines
+from mnist_ray.storage import RESULT_FILE, TRIALS_FILE
+from mnist_ray.sweeps.job import SWEEP_FILE, Sweep
+from mnist_ray.sweeps.space import described
+from mnist_ray.sweeps.sweep import TRIALS_FOLDER, run_sweep, trials_at_a_time
+from mnist_ray.sweeps.trial import TrialSpec
+from mnist_ray.sweeps.trials import TrialTable
+from mnist_ray.sweeps.view import SweepConsole, sections
+from mnist_ray.wording import count
+from mnist_ray.workload.data import Parts
 
-from mnist_ray.config import SweepConfig, TrainConfig
-from mnist_ray.errors import UsageError
-
-
-@dataclass(frozen=True)
-class Point:
-    """What one trial tries: a choice of the hyperparameters that are searched, and the seed to train it with."""
-
-    batch_size: int
-    learning_rate: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """The trial's folder."""
-        return f"batch-{self.batch_size}_lr-{self.learning_rate!r}_seed-{self.seed}"
-
-    @property
-    def configuration(self) -> tuple[int, float]:
-        """What is the same for all seeds: batch size, learning rate."""
-        return self.batch_size, self.learning_rate
-
-    def applied_to(self, config: TrainConfig) -> TrainConfig:
-        """Return ``config`` with this choice."""
-        return dataclasses.replace(config, **dataclasses.asdict(self))
+BEST_FILE, PICTURE_FILE, DEFAULT_FOLDER = "best.json", "sweep.png", "default"
 
 
-def first_points(sweep: SweepConfig, seed: int) -> list[Point]:
-    """Return the default configuration where the search space holds it: what the others have to beat."""
-    default = TrainConfig()
-    is_inside = sweep.learning_rate_min <= default.learning_rate <= sweep.learning_rate_max
-    if default.batch_size in sweep.batch_sizes and is_inside:
-        return [Point(default.batch_size, default.learning_rate, seed)]
-    return []
+def check(sweep: Sweep, data: Parts, cluster: Cluster) -> None:
+    """Say how a sweep would run, and whether it would. Raises JobError where it would not."""
+    plan = plan_workers(sweep.job.workers, cluster)
+    with _console(sweep) as console:
+        _print_header(console, sweep, data, plan, cluster)
+        check_nodes(console, sweep.job, data, plan)
 
 
-def propose(sweep: SweepConfig, seed: int) -> list[Point]:
-    """Return the points of a random or grid search, all at once; the same for the same settings and seed.
+def search(sweep: Sweep, data: Parts, cluster: Cluster) -> TrialTable:
+    """Run the trials, or those that an interrupted sweep has not run yet, and write what came of them.
 
-    Raises UsageError where a grid has no trial for each batch size.
+    A sweep that has chosen before tries nothing more: its choice is not to change. Raises JobError.
     """
-    if sweep.search == "grid":
-        return _grid(sweep, seed)
-    rng = np.random.default_rng(seed)
-    low, high = math.log(sweep.learning_rate_min), math.log(sweep.learning_rate_max)
-    drawn = [
-        Point(int(rng.choice(sweep.batch_sizes)), float(f"{math.exp(rng.uniform(low, high)):.4g}"), seed)
-        for _ in range(sweep.num_trials)
-    ]
-    return (first_points(sweep, seed) + drawn)[: sweep.num_trials]
-
-
-def _grid(sweep: SweepConfig, seed: int) -> list[Point]:
-    num_rates = sweep.num_trials // len(sweep.batch_sizes)
-    if num_rates == 0:
-        raise UsageError(f"--search grid needs a trial for each of the {len(sweep.batch_sizes)} batch sizes")
-    rates = np.geomspace(sweep.learning_rate_min, sweep.learning_rate_max, num_rates)
-    return [Point(size, float(f"{rate:.4g}"), seed) for rate in rates for size in sweep.batch_sizes]
-
-
-def confirmations(sweep: SweepConfig, seed: int, table: TrialTable) -> list[Point]:
-    """Return the best configurations with two more seeds each, the default among them where it was tried.
-
-    Good configurations differ by less than one run's validation accuracy does from seed to seed; the best of many
-    single runs is mostly the luckiest.
-    """
-    if sweep.num_confirmed == 0:
-        return []
-    done = [record.point for record in table.ranked if record.state == DONE and record.seed == seed]
-    chosen = done[: sweep.num_confirmed]
-    chosen += [point for point in first_points(sweep, seed) if point in done and point not in chosen]
-    return [dataclasses.replace(point, seed=seed + more) for more in (1, 2) for point in chosen]
-
-
-def contenders(sweep: SweepConfig, seed: int, table: TrialTable) -> set[Point]:
-    """Return the points that belong to configurations which may come out as the best, as things stand."""
-    best = TrialTable(record for record in table.by_point.values() if record.is_finished).best
-    leading = [*confirmations(sweep, seed, table), *(record.point for record in (best or Choice(())).records)]
-    configurations = {point.configuration for point in leading}
-    return {point for point in table.by_point if point.configuration in configurations}
-
-
-DONE, STOPPED, FAILED, RUNNING = "done", "stopped early", "failed", "running"
-
-
-@dataclass
-class TrialRecord:
-    """What is known of one trial; a row of sweep.csv."""
-
-    trial: int
-    """Counted from 1, in the order of starting."""
-    batch_size: int
-    learning_rate: float
-    seed: int
-    state: str = RUNNING
-    epochs: float = 0.0
-    """Epochs trained; a fraction within one."""
-    val_accuracy: float = math.nan
-    val_loss: float = math.nan
-    train_loss: float = math.nan
-    images_per_s: float = math.nan
-    train_s: float = 0.0
-    """Seconds of training, without validation."""
-    reason: str = ""
-    """Why it failed."""
-
-    @property
-    def point(self) -> Point:
-        """What the trial tries."""
-        return Point(self.batch_size, self.learning_rate, self.seed)
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether a resumed sweep leaves it alone."""
-        return self.state != RUNNING
-
-    @property
-    def score(self) -> tuple[float, float]:
-        """By which trials are ranked: validation accuracy, then loss. NaN ranks last."""
-        if math.isnan(self.val_accuracy) or self.state == FAILED:
-            return (-1.0, -math.inf)
-        return (self.val_accuracy, -self.val_loss)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A configuration with all its validated trials, one a seed."""
-
-    records: tuple[TrialRecord, ...]
-
-    @property
-    def val_accuracy(self) -> float:
-        """Mean over the seeds."""
-        return statistics.mean(record.val_accuracy for record in self.records)
-
-    @property
-    def rank(self) -> tuple[int, float, float]:
-        """What was tried with more seeds comes first, then mean validation accuracy decides, then mean loss."""
-        return len(self.records), self.val_accuracy, -statistics.mean(record.val_loss for record in self.records)
-
-
-class TrialTable:
-    """The records of a sweep's trials, by their points."""
-
-    def __init__(self, records: Iterable[TrialRecord] = ()) -> None:
-        self.by_point = {record.point: record for record in records}
-        self.num_planned = len(self.by_point)
-
-    def start(self, point: Point) -> TrialRecord:
-        """Return the record of a point whose trial starts, or starts again."""
-        if point not in self.by_point:
-            self.by_point[point] = TrialRecord(len(self.by_point) + 1, **dataclasses.asdict(point))
-        record = self.by_point[point]
-        record.state, record.reason = RUNNING, ""
-        return record
-
-    def is_finished(self, point: Point) -> bool:
-        """Whether a point's trial has ended, and is not to be repeated."""
-        return point in self.by_point and self.by_point[point].is_finished
-
-    @property
-    def ranked(self) -> list[TrialRecord]:
-        """All records, the best first."""
-        return sorted(self.by_point.values(), key=lambda record: record.score, reverse=True)
-
-    @property
-    def best(self) -> Choice | None:
-        """The best configuration so far; None before the first validation."""
-        by_configuration: dict[tuple[int, float], list[TrialRecord]] = {}
-        for record in self.by_point.values():
-            if record.score[0] >= 0:
-                by_configuration.setdefault(record.point.configuration, []).append(record)
-        choices = [Choice(tuple(records)) for records in by_configuration.values()]
-        return max(choices, key=lambda choice: choice.rank, default=None)
-
-    def count(self, *states: str) -> int:
-        """Count the trials in one of the states."""
-        return sum(record.state in states for record in self.by_point.values())
-
-    def epochs_run(self) -> float:
-        """Epochs that were really trained, over all trials."""
-        return sum(record.epochs for record in self.by_point.values())
-
-    def to_csv(self) -> str:
-        """Return sweep.csv: a row per trial in the order of starting."""
-        text = io.StringIO()
-        names = [field.name for field in dataclasses.fields(TrialRecord)]
-        writer = csv.DictWriter(text, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(record) for record in self.by_point.values())
-        return text.getvalue()
-
-    @classmethod
-    def from_csv(cls, text: str) -> TrialTable:
-        """Read what ``to_csv`` wrote. Raises UsageError where it is something else."""
-        fields = dataclasses.fields(TrialRecord)
-        kinds = {"int": int, "float": float, "str": str}
-        try:
-            rows = [
-                {field.name: kinds[str(field.type)](row[field.name]) for field in fields}
-                for row in csv.DictReader(io.StringIO(text))
-            ]
-        except (KeyError, ValueError, TypeError) as error:
-            raise UsageError(f"sweep.csv is damaged: {error}") from error
-        return cls(TrialRecord(**row) for row in rows)
-
-
-TRIAL_COLUMNS = ("trial", "batch size", "learning rate", "seed", "epochs", "accuracy", "images/s", "state")
-
-
-def row_of(record: TrialRecord, num_epochs: int) -> tuple[str, ...]:
-    """Return what a person reads of a trial, in the order of ``TRIAL_COLUMNS``."""
-    return (
-        str(record.trial),
-        str(record.batch_size),
-        f"{record.learning_rate:g}",
-        str(record.seed),
-        f"{record.epochs:.3g}/{num_epochs}",
-        "-" if math.isnan(record.val_accuracy) else f"{record.val_accuracy:.2%}",
-        "-" if math.isnan(record.images_per_s) else f"{record.images_per_s:,.0f}",
-        record.state + (f": {record.reason}" if record.reason else ""),
+    job = sweep.job
+    plan, run = plan_workers(job.workers, cluster), job.run
+    preflight.check_storage(run)
+    run.write_text(SWEEP_FILE, json_lines({**settings.values_of(sweep.config), **sweep.bounds, **job.values}))
+    spec = TrialSpec(
+        job,
+        share(job.workload, data.train),
+        share(job.workload, data.validation),
+        plan,
+        run.inside(TRIALS_FOLDER),
     )
+    try:
+        with _console(sweep) as console:
+            _print_header(console, sweep, data, plan, cluster)
+            concurrent = _trials_at_a_time(sweep, plan, cluster)
+            table = chosen_before(sweep) or run_sweep(
+                sweep.config, sweep.space, spec, run, concurrent, console.show_table
+            )
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"interrupted; to go on: {job.resume_with}") from interrupt
+    except JobError as error:
+        raise JobError(f"{error} (logs: {cluster.log_folder})") from error
+    _write_choice(sweep, table)
+    return table
+
+
+def chosen_before(sweep: Sweep) -> TrialTable | None:
+    """Return the trials of a sweep that was interrupted after its choice."""
+    run = sweep.job.run
+    if not run.exists(BEST_FILE):
+        return None
+    return TrialTable(type(sweep.job.workload), sweep.space).read(run.read_text(TRIALS_FILE) or "")
+
+
+def _write_choice(sweep: Sweep, table: TrialTable) -> None:
+    """Write and print the best configuration, with all trials."""
+    from mnist_ray.sweeps.picture import draw  # imports matplotlib, which the trials need not wait for
+
+    job, best = sweep.job, table.best
+    assert best is not None
+    chosen = {
+        name: value for name, value in _best_job(sweep, table).values.items() if name not in _worker_settings(job)
+    }
+    job.run.write_text(BEST_FILE, json_lines(chosen))
+    job.run.write_bytes(PICTURE_FILE, draw(table, job.train.num_epochs))
+    with _console(sweep) as console:
+        console.result_table(table)
+        console.say("files", f"{job.run.inside(TRIALS_FILE).uri}, {BEST_FILE}, {PICTURE_FILE}")
+        criterion, seeds = job.workload.criterion, count(len(best.records), "seed")
+        console.say("best", f"{criterion.shown(best.val_criterion)} validation {criterion.name}, mean of {seeds}")
+
+
+def _worker_settings(job: Job) -> set[str]:
+    return settings.names_of([type(job.workers)])
+
+
+def _best_job(sweep: Sweep, table: TrialTable) -> Job:
+    assert table.best is not None
+    return sweep.job.with_values(dict(table.best.configuration))
+
+
+def train_chosen(sweep: Sweep, table: TrialTable, data: Parts, cluster: Cluster) -> None:
+    """Train and evaluate the default configuration, where it is another one and fits the data, and the best.
+
+    What an interrupted sweep has trained already is not trained again.
+    """
+    best = _best_job(sweep, table)
+    default = best.with_values(dict(sweep.space.defaults))
+    default = dataclasses.replace(default, run=best.run.inside(DEFAULT_FOLDER))
+    chosen = {"default": default, "best": best}
+    if default.values == best.values or default.train.batch_size > len(data.train):
+        del chosen["default"]
+    came_out = {}
+    for title, job in chosen.items():
+        values = described({name: job.values[name] for name in sweep.space.spaces})
+        _say(job, title, f"training with {values}")
+        value = _known_result(job)
+        if value is None:
+            value = _train_and_test(job, data, as_it_is_now(cluster), is_last=title == "best")
+        shown = job.workload.criterion.shown(value)
+        name = "" if job.workload.criterion.is_fraction else f"{job.workload.criterion.name} "
+        came_out[title] = f"{name}{shown} on the test set with {values}"
+    with RunConsole(best.workload, 0, quiet=best.output.quiet) as console:
+        console.say("", "")
+        for title, line in came_out.items():
+            console.result(title, line)
+
+
+def _train_and_test(job: Job, data: Parts, cluster: Cluster, *, is_last: bool) -> float:
+    """Do what ``jobs/train.py`` does; after the last run the cluster is left while the report is written."""
+    clock, plan = Clock(), plan_workers(job.workers, cluster)
+    report_sections = functools.partial(sections, workload=type(job.workload))
+    with recorded(job, data, cluster, plan, clock, report_sections) as record:
+        fitted = fit(job, data, plan, record.on_event)
+        clock.mark("validation")
+        tested = evaluate(job.workload, fitted.checkpoint, data.test, loader_workers=job.workers.loader_workers)
+        clock.mark("evaluation")
+        if is_last:
+            cluster.leave()
+        return record.finish(fitted, tested)
+
+
+def _known_result(job: Job) -> float | None:
+    """Return what came out of a run that an interrupted sweep has finished already."""
+    text = job.run.read_text(RESULT_FILE)
+    return None if text is None else float(json.loads(text)[f"test_{job.workload.criterion.name}"])
+
+
+def _say(job: Job, label: str, text: str) -> None:
+    with RunConsole(job.workload, job.train.num_epochs, quiet=job.output.quiet) as console:
+        console.say("", "")
+        console.say(label, text)
+
+
+def _console(sweep: Sweep) -> SweepConsole:
+    job = sweep.job
+    return SweepConsole(job.workload, job.train.num_epochs, sweep.config.time_budget_s, quiet=job.output.quiet)
+
+
+def _trials_at_a_time(sweep: Sweep, plan: WorkerPlan, cluster: Cluster) -> int:
+    return trials_at_a_time(sweep.config, plan, cluster, autoscaling=sweep.job.workers.autoscaling)
+
+
+def _print_header(console: SweepConsole, sweep: Sweep, data: Parts, plan: WorkerPlan, cluster: Cluster) -> None:
+    config, job = sweep.config, sweep.job
+    console.say("sweep", job.run.name)
+    print_data(console, job, data)
+    trials = f"{count(config.num_trials, 'trial')} of {count(job.train.num_epochs, 'epoch')}"
+    console.say("search", f"{config.search}, {trials}: {sweep.space.described()}; scheduler {config.scheduler}")
+    each = f"{count(plan.num_workers, 'worker')} with {count(plan.cpus_per_worker, 'CPU')}"
+    concurrent = _trials_at_a_time(sweep, plan, cluster)
+    console.say("trials", f"{concurrent} at a time, each {each}{' and 1 GPU' if plan.use_gpu else ''}")
+    console.say("results", job.run.uri)

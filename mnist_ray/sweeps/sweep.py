@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import os
@@ -18,22 +17,14 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from mnist_ray.cluster.connection import Cluster, WorkerPlan
-from mnist_ray.config import SweepConfig, TrainConfig
+from mnist_ray.cluster.plan import Cluster, WorkerPlan
+from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError
-from mnist_ray.storage import TRIALS_FILE, RunFolder, patiently
-from mnist_ray.sweeps.search import (
-    DONE,
-    FAILED,
-    STOPPED,
-    Point,
-    TrialTable,
-    confirmations,
-    contenders,
-    first_points,
-    propose,
-)
+from mnist_ray.settings import Choice
+from mnist_ray.storage import TRIALS_FILE, RunFolder, with_retries
+from mnist_ray.sweeps.space import Point, Space, propose
 from mnist_ray.sweeps.trial import TrialSpec, run_trial
+from mnist_ray.sweeps.trials import DONE, FAILED, STOPPED, TrialTable
 
 TRIALS_FOLDER = "trials"
 _TUNE_FOLDER = "tune"
@@ -60,16 +51,22 @@ def trials_at_a_time(sweep: SweepConfig, plan: WorkerPlan, cluster: Cluster, *, 
 
 
 def run_sweep(
-    sweep: SweepConfig, spec: TrialSpec, run: RunFolder, concurrent: int, on_change: Callable[[TrialTable], None]
+    sweep: SweepConfig,
+    space: Space,
+    spec: TrialSpec,
+    run: RunFolder,
+    concurrent: int,
+    on_change: Callable[[TrialTable], None],
 ) -> TrialTable:
     """Run a sweep's trials, or those that ``run`` does not hold as finished yet; return what came of all.
 
     ``on_change`` gets the table whenever it has changed. Raises JobError where every trial failed.
     """
     os.environ.update(_SETTINGS)
-    table = TrialTable.from_csv(run.read_text(TRIALS_FILE) or "")
-    watcher = _Watcher(sweep, spec.config, table, run, on_change)
-    seed, deadline = spec.config.seed, time.monotonic() + (sweep.time_budget_s or math.inf)
+    table = TrialTable(type(spec.job.workload), space).read(run.read_text(TRIALS_FILE) or "")
+    config = spec.job.train
+    watcher = _Watcher(sweep, config.seed, config.num_epochs, table, run, on_change)
+    deadline = time.monotonic() + (sweep.time_budget_s or math.inf)
 
     def run_stage(points: list[Point], scheduler: TrialScheduler, search: dict[str, Any] | None = None) -> None:
         """Run trials of ``points``, or those that ``search`` proposes, until they are done or the time is up."""
@@ -77,22 +74,23 @@ def run_sweep(
         table.num_planned = max(table.num_planned, len(table.by_point.keys() | set(points)))
         seconds_left = deadline - time.monotonic()
         if seconds_left > 0 and (left or search):
-            _run_trials(spec, run, watcher, scheduler, search or _in_order(left, concurrent), seconds_left)
+            _run_trials(space, spec, run, watcher, scheduler, search or _in_order(left, concurrent), seconds_left)
 
     if sweep.search == "optuna":
         table.num_planned = sweep.num_trials
-        run_stage([], _scheduler(sweep, spec.config.num_epochs), _optuna(sweep, seed, table, concurrent))
+        run_stage([], _scheduler(sweep, config.num_epochs), _optuna(sweep, config.seed, table, concurrent))
     else:
-        run_stage(propose(sweep, seed), _scheduler(sweep, spec.config.num_epochs))
-    run_stage(confirmations(sweep, seed, table), FIFOScheduler())
+        run_stage(propose(space, sweep, config.seed), _scheduler(sweep, config.num_epochs))
+    run_stage(table.confirmations(sweep, config.seed), FIFOScheduler())
     if table.best is None:
         reasons = [record.reason for record in table.by_point.values() if record.reason]
         raise JobError(f"every trial failed; the first one: {reasons[0] if reasons else 'the time was up'}")
-    _drop_checkpoints(run, table, kept={max(table.best.records, key=lambda record: record.score).point})
+    _drop_checkpoints(run, table, kept={table.rank(table.best.records)[0].point})
     return table
 
 
 def _run_trials(
+    space: Space,
     spec: TrialSpec,
     run: RunFolder,
     watcher: tune.Callback,
@@ -101,15 +99,15 @@ def _run_trials(
     seconds: float,
 ) -> None:
     """Let Tune run the trials that ``search``, a part of ``TuneConfig``, proposes."""
-    tune_folder = run.inside(_TUNE_FOLDER)
+    tune_folder, criterion = run.inside(_TUNE_FOLDER), spec.job.workload.criterion
     tune_folder.delete()  # of an interrupted sweep; it is never read
     tuner = tune.Tuner(
         tune.with_resources(functools.partial(run_trial, spec=spec), _resources(spec.plan)),
         # filled in by the search; the seed stays where the search proposes none
-        param_space={"batch_size": None, "learning_rate": None, "seed": spec.config.seed},
+        param_space={**dict.fromkeys(space.spaces), "seed": spec.job.train.seed},
         tune_config=tune.TuneConfig(
-            metric="val_accuracy",
-            mode="max",
+            metric=f"val_{criterion.name}",
+            mode=criterion.mode,
             scheduler=scheduler,
             time_budget_s=None if math.isinf(seconds) else seconds,
             reuse_actors=spec.plan.num_workers == 1,
@@ -143,7 +141,7 @@ def _scheduler(sweep: SweepConfig, num_epochs: int) -> TrialScheduler:
 
 def _in_order(points: list[Point], concurrent: int) -> dict[str, Any]:
     """Return the part of ``TuneConfig`` that tries given points."""
-    presets = [dataclasses.asdict(point) for point in points]
+    presets = [{**point.values, "seed": point.seed} for point in points]
     algorithm = BasicVariantGenerator(points_to_evaluate=presets, max_concurrent=concurrent)
     return {"search_alg": algorithm, "num_samples": len(points)}
 
@@ -153,7 +151,7 @@ def _optuna(sweep: SweepConfig, seed: int, table: TrialTable, concurrent: int) -
 
     It is told of the trials that are finished already; those that a resumed sweep finds unfinished come first.
     """
-    finished = [record for record in table.by_point.values() if record.is_finished and record.seed == seed]
+    finished = [record for record in table.by_point.values() if record.is_finished and record.point.seed == seed]
     unfinished = [record.point for record in table.by_point.values() if not record.is_finished]
     if len(finished) >= sweep.num_trials:
         return None
@@ -161,28 +159,27 @@ def _optuna(sweep: SweepConfig, seed: int, table: TrialTable, concurrent: int) -
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    first = unfinished if table.by_point else first_points(sweep, seed)
+    criterion, first = table.workload.criterion, unfinished if table.by_point else table.space.default_points(seed)
+    distributions: dict[str, Any] = {}
+    for name, space in table.space.spaces.items():
+        if isinstance(space, Choice):
+            distributions[name] = optuna.distributions.CategoricalDistribution(space.options)
+        elif table.space.types[name] is int:
+            distributions[name] = optuna.distributions.IntDistribution(int(space.low), int(space.high), log=space.log)
+        else:
+            distributions[name] = optuna.distributions.FloatDistribution(space.low, space.high, log=space.log)
     search = OptunaSearch(
-        space={
-            "batch_size": optuna.distributions.CategoricalDistribution(sweep.batch_sizes),
-            "learning_rate": optuna.distributions.FloatDistribution(
-                sweep.learning_rate_min, sweep.learning_rate_max, log=True
-            ),
-        },
-        metric="val_accuracy",
-        mode="max",
-        points_to_evaluate=[_searched(point) for point in first],
+        space=distributions,
+        metric=f"val_{criterion.name}",
+        mode=criterion.mode,
+        points_to_evaluate=[point.values for point in first],
         seed=seed + len(finished),  # a resumed search does not draw what it has drawn
     )
     for record in finished:
         if record.state != FAILED:
-            search.add_evaluated_point(_searched(record.point), record.val_accuracy)
+            search.add_evaluated_point(record.point.values, record.val_criterion)
     limited = ConcurrencyLimiter(search, concurrent)
     return {"search_alg": limited, "num_samples": sweep.num_trials - len(finished)}
-
-
-def _searched(point: Point) -> dict[str, Any]:
-    return {"batch_size": point.batch_size, "learning_rate": point.learning_rate}
 
 
 class _Watcher(tune.Callback):
@@ -191,13 +188,15 @@ class _Watcher(tune.Callback):
     def __init__(
         self,
         sweep: SweepConfig,
-        config: TrainConfig,
+        seed: int,
+        num_epochs: int,
         table: TrialTable,
         run: RunFolder,
         on_change: Callable[[TrialTable], None],
     ) -> None:
         self._sweep = sweep
-        self._config = config
+        self._seed = seed
+        self._num_epochs = num_epochs
         self._table = table
         self._run = run
         self._on_change = on_change
@@ -208,34 +207,38 @@ class _Watcher(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Note a trial that starts, or starts again after a failure."""
-        self._table.start(_point(trial))
+        self._table.start(self._point(trial))
         self._changed()
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         """Note a trial's figures."""
-        record = self._table.by_point[_point(trial)]
-        for name in ("epochs", "val_accuracy", "val_loss", "train_loss", "images_per_s", "train_s"):
-            setattr(record, name, result[name])
+        record = self._table.by_point[self._point(trial)]
+        for column, name in self._table.columns.items():
+            if column in result:
+                setattr(record, name, result[column])
         self._changed()
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Note a trial that ended, by itself or stopped."""
-        record = self._table.by_point[_point(trial)]
-        record.state = DONE if record.epochs >= self._config.num_epochs else STOPPED
+        record = self._table.by_point[self._point(trial)]
+        record.state = DONE if record.epochs >= self._num_epochs else STOPPED
         self._finished()
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Note a trial that failed for good."""
-        record = self._table.start(_point(trial))  # one that failed before it started has no record yet
+        record = self._table.start(self._point(trial))  # one that failed before it started has no record yet
         record.state, record.reason = FAILED, _reason(trial)
         self._finished()
+
+    def _point(self, trial: Trial) -> Point:
+        return self._table.space.point(trial.config, trial.config["seed"])
 
     def _finished(self) -> None:
         """Drop the checkpoints that cannot be the best's any more."""
         self._changed()
-        _drop_checkpoints(self._run, self._table, contenders(self._sweep, self._config.seed, self._table))
+        _drop_checkpoints(self._run, self._table, self._table.contenders(self._sweep, self._seed))
 
     def _changed(self) -> None:
         self._run.write_text(TRIALS_FILE, self._table.to_csv())
@@ -246,12 +249,8 @@ def _drop_checkpoints(run: RunFolder, table: TrialTable, kept: Container[Point])
     """Delete the checkpoints of finished trials but those of ``kept``, so that a sweep's disk use does not grow."""
     trials = run.inside(TRIALS_FOLDER)
     dropped = {point.name for point, record in table.by_point.items() if record.is_finished and point not in kept}
-    for name in dropped.intersection(patiently(trials.subfolders)):
+    for name in dropped.intersection(with_retries(trials.subfolders)):
         trials.inside(name).delete()
-
-
-def _point(trial: Trial) -> Point:
-    return Point(trial.config["batch_size"], trial.config["learning_rate"], trial.config["seed"])
 
 
 def _reason(trial: Trial) -> str:

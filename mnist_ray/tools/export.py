@@ -6,7 +6,7 @@ import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,78 +14,106 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mnist_ray import config as settings
 from mnist_ray.cluster.connection import quiet_ray
-from mnist_ray.config import DataConfig, ExportConfig
+from mnist_ray.config import ExportConfig
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.runs.evaluation import find_checkpoint
+from mnist_ray.runs import lookup
 from mnist_ray.storage import write_file
-from mnist_ray.training.checkpoint import fetch
-from mnist_ray.training.engine import to_input
-from mnist_ray.workload.mnist import idx as data
-from mnist_ray.workload.mnist.idx import IMAGE_SHAPE
+from mnist_ray.training.sharding import batches_of
+from mnist_ray.workload.data import Part
+from mnist_ray.workload.interface import Workload
+from mnist_ray.workload.loading import load_data
 
 Run = Callable[[Tensor], Tensor]
 _TOLERANCE = 1e-4
 _FILES = {"torch": "model.pt2", "onnx": "model.onnx"}
 _BATCH_SIZES = (1, 7, 500)  # in turn: the batch is to be free
+_MOST_COMPARED = 10_000
 
 
-def export(flags: Mapping[str, Any]) -> None:
+def export(found: lookup.Found, config: ExportConfig) -> None:
     """Write a checkpoint's model as a program, and check that it does the same. Raises UsageError and JobError."""
     quiet_ray()
-    config = settings.build(ExportConfig, flags)
     if config.format == "onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
         raise UsageError("--format onnx needs more packages: pip install -e '.[onnx]'")
     path = Path(config.output or _FILES[config.format]).expanduser()
     if path.suffix != Path(_FILES[config.format]).suffix:
         raise UsageError(f"--output {config.output} must end in {Path(_FILES[config.format]).suffix}")
-    checkpoint = find_checkpoint(flags.get("run"), flags)
-    model, saved = fetch(checkpoint.filesystem, checkpoint.path)
+    workload, model = found.workload, found.load_model()
     to_bytes, load = {"torch": (torch_program, _load_torch), "onnx": (onnx_program, _load_onnx)}[config.format]
-    write_file(str(path), to_bytes(model))
-    name, images = _images_to_check_on(saved.get("data", {}))
-    difference = largest_difference(model, load(path), images)
+    write_file(str(path), to_bytes(workload, model))
+    name, inputs = _inputs_to_check_on(workload)
+    number, difference = largest_difference(model, load(path), inputs)
+    outputs = workload.output_noun
     if not difference <= _TOLERANCE:  # nor where it is NaN
-        raise JobError(f"{path} does not do what the checkpoint does: its logits differ by up to {difference:.1e}")
-    print(f"checkpoint {checkpoint.path}")
-    print(f"{config.format:<10} {path}: images (N, 1, 28, 28) float32 in [0, 1] to logits (N, 10)")
-    print(f"checked    on {len(images):,} {name}: logits differ by at most {difference:.1e}")
-
-
-def _images_to_check_on(own_data: Mapping[str, Any]) -> tuple[str, np.ndarray]:
-    """Return the test images of a checkpoint's own data; where they are not here, as many that are noise."""
-    try:
-        return "test images", data.find(settings.build(DataConfig, own_data)).load("test").images
-    except (UsageError, JobError):
-        return "images of noise", np.random.default_rng(0).integers(256, size=(1000, *IMAGE_SHAPE), dtype=np.uint8)
-
-
-def largest_difference(model: nn.Module, run: Run, images: np.ndarray) -> float:
-    """Return the largest difference of two models' logits over images (N, 28, 28), in batches of several sizes.
-
-    NaN where a logit is NaN.
-    """
-    differences, start, turn = [], 0, 0
+        raise JobError(f"{path} does not do what the checkpoint does: its {outputs} differ by up to {difference:.1e}")
+    example = _example(workload)
+    shape = ", ".join(map(str, example.shape[1:]))
+    kind = str(example.dtype).removeprefix("torch.")
     with torch.inference_mode():
-        while start < len(images):
-            size = _BATCH_SIZES[turn % len(_BATCH_SIZES)]
-            batch = to_input(torch.from_numpy(images[start : start + size].copy()))
+        result = ", ".join(map(str, model(example).shape[1:]))
+    for note in found.notes:
+        print(f"note       {note}")
+    print(f"checkpoint {found.checkpoint.path}")
+    print(
+        f"{config.format:<10} {path}: {workload.nouns} (N, {shape}) {kind} to {outputs} (N{result and ', ' + result})"
+    )
+    print(f"checked    on {number:,} {name}: {outputs} differ by at most {difference:.1e}")
+
+
+def _inputs_to_check_on(workload: Workload) -> tuple[str, Iterator[Tensor]]:
+    """Return batches of test examples, prepared; where the data are not here, as many that are noise."""
+    try:
+        part = Part(load_data(workload).test, origin="test")
+    except (UsageError, JobError):
+        example = _example(workload)
+        noise = torch.rand((1000, *example.shape[1:]), generator=torch.Generator().manual_seed(0)).to(example.dtype)
+        return f"{workload.nouns} of noise", iter(noise[start:stop] for start, stop in _bounds(len(noise)))
+    batches = batches_of(part, torch.device("cpu"))
+    return f"test {workload.nouns}", (
+        workload.prepare(batches[np.arange(start, stop), 0].inputs, None)
+        for start, stop in _bounds(min(_MOST_COMPARED, len(part)))
+    )
+
+
+def _bounds(number: int) -> Iterator[tuple[int, int]]:
+    start, turn = 0, 0
+    while start < number:
+        stop = min(number, start + _BATCH_SIZES[turn % len(_BATCH_SIZES)])
+        yield start, stop
+        start, turn = stop, turn + 1
+
+
+def largest_difference(model: nn.Module, run: Run, batches: Iterator[Tensor]) -> tuple[int, float]:
+    """Return the number of examples, and the largest difference of two models' outputs over them.
+
+    NaN where an output is NaN.
+    """
+    number, differences = 0, []
+    with torch.inference_mode():
+        for batch in batches:
+            number += len(batch)
             differences.append((model(batch) - run(batch)).abs().max())
-            start, turn = start + size, turn + 1
-    return float(torch.stack(differences).max())
+    return number, float(torch.stack(differences).max())
 
 
-def _example() -> tuple[tuple[Tensor], tuple[dict[int, Any]]]:
-    """Return inputs to trace a model with, and which of their dimensions are free."""
-    return (torch.zeros(2, 1, *IMAGE_SHAPE),), ({0: torch.export.Dim("batch", min=1)},)
+def _example(workload: Workload) -> Tensor:
+    """Return inputs to trace a model with. Raises UsageError where the model takes more than a tensor."""
+    shape = workload.facts.get("model_input")
+    if shape is None:
+        raise UsageError(f"{type(workload).__name__}: only models that take one tensor can be exported")
+    return torch.zeros((2, *shape["shape"]), dtype=getattr(torch, shape["dtype"]))
 
 
-def torch_program(model: nn.Module) -> bytes:
+def _free_batch() -> tuple[dict[int, Any]]:
+    return ({0: torch.export.Dim("batch", min=1)},)
+
+
+def torch_program(workload: Workload, model: nn.Module) -> bytes:
     """Return a model as what ``torch.export.load`` reads."""
-    inputs, shapes = _example()
     content = io.BytesIO()
-    torch.export.save(torch.export.export(model, inputs, dynamic_shapes=shapes), content)
+    program = torch.export.export(model, (_example(workload),), dynamic_shapes=_free_batch())
+    torch.export.save(program, content)
     return content.getvalue()
 
 
@@ -93,19 +121,18 @@ def _load_torch(path: Path) -> Run:
     return torch.export.load(path).module()
 
 
-def onnx_program(model: nn.Module) -> bytes:
+def onnx_program(workload: Workload, model: nn.Module) -> bytes:
     """Return a model as an ONNX file's content."""
-    inputs, shapes = _example()
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about torch's own parts
         program = torch.onnx.export(
             model,
-            inputs,
+            (_example(workload),),
             dynamo=True,
-            dynamic_shapes=shapes,
-            input_names=["images"],
-            output_names=["logits"],
+            dynamic_shapes=_free_batch(),
+            input_names=[workload.nouns],
+            output_names=[workload.output_noun],
             verbose=False,
         )
     assert program is not None
@@ -117,8 +144,10 @@ def _load_onnx(path: Path) -> Run:
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
-    def run(images: Tensor) -> Tensor:
-        (logits,) = session.run(["logits"], {"images": np.ascontiguousarray(images.numpy())})
-        return torch.from_numpy(logits)
+    (name,) = (given.name for given in session.get_inputs())
+
+    def run(inputs: Tensor) -> Tensor:
+        (outputs,) = session.run(None, {name: np.ascontiguousarray(inputs.numpy())})
+        return torch.from_numpy(outputs)
 
     return run

@@ -1,4 +1,4 @@
-"""Looking at the data set: images by index, counts per class."""
+"""Looking at a workload's data: examples by index, counts per class: ``jobs/view.py`` once its flags are read."""
 
 from __future__ import annotations
 
@@ -12,75 +12,128 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from mnist_ray import config as settings
-from mnist_ray.config import DataConfig, ViewConfig
-from mnist_ray.display import pictures
+from mnist_ray.config import ViewConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.storage import write_file
-from mnist_ray.workload.mnist import idx as data
-from mnist_ray.workload.mnist.idx import NUM_CLASSES, Split
+from mnist_ray.wording import count
+from mnist_ray.workload.classification import Classification
+from mnist_ray.workload.data import Arrays, Part
+from mnist_ray.workload.interface import Workload
+from mnist_ray.workload.loading import load_data
 
 _GRID_COLUMNS = 8
 
 
-def view(flags: Mapping[str, Any]) -> None:
-    """Print what the data set has, and draw the images that the flags choose. Raises UsageError and JobError."""
-    config = settings.build(ViewConfig, flags)
-    source = data.find(settings.build(DataConfig, flags))
-    splits = {name: source.load(name) for name in ("train", "test")}
+def view(workload: Workload, config: ViewConfig) -> None:
+    """Print what the data set has, and draw the examples that are asked for. Raises UsageError and JobError."""
+    data = load_data(workload)
+    parts = {"train": Part(data.train), "test": Part(data.test)}
     console = Console(highlight=False, soft_wrap=True)
-    for name, split in splits.items():
-        console.print(f"{name:<8}{len(split):,} images")
+    for name, part in parts.items():
+        console.print(f"{name:<8}{count(len(part), workload.noun)}")
     if config.stats:
-        console.print(_stats(splits))
+        console.print(_stats(workload, parts))
         return
-    indices = choose(splits[config.split], config)
-    images, labels = splits[config.split].images[indices], splits[config.split].labels[indices]
+    part = parts[config.split]
+    indices = choose(workload, part, config)
+    images = [workload.as_picture(part[index][0]) for index in indices.tolist()]
     if len(indices) == 1:
-        height, width = images[0].shape
-        console.print(f"image   {config.split} {indices[0]:,}: label {labels[0]}, size {width}×{height}")
-        if console.is_terminal:
-            console.print(blocks(images[0]))
-        picture = pictures.digit(images[0])
+        _print_one(console, workload, part, config, int(indices[0]), images[0])
     else:
-        console.print(f"images  {config.split} {indices[0]:,} to {indices[-1]:,}: {len(indices)} of them")
-        captions = [f"{index}: {label}" for index, label in zip(indices, labels, strict=True)]
-        picture = pictures.digits(images, captions, num_columns=_GRID_COLUMNS)
-    write_file(config.output, picture)
+        console.print(f"{workload.nouns:<8}{config.split} {indices[0]:,} to {indices[-1]:,}: {len(indices)} of them")
+    if any(image is None for image in images):
+        console.print(f"picture none: {type(workload).__name__} has no as_picture")
+        return
+    write_file(config.output, _draw(workload, part, indices, images))  # type: ignore[arg-type]
     console.print(f"picture {config.output}")
 
 
-def choose(split: Split, config: ViewConfig) -> np.ndarray:
-    """Return the indices of the images to show. Raises UsageError where there are none."""
-    candidates = np.arange(len(split)) if config.label is None else np.flatnonzero(split.labels == config.label)
-    having = "" if config.label is None else f" with label {config.label}"
-    if len(candidates) == 0:
-        raise UsageError(
-            f"--label {config.label}: no {config.split} image has it; the labels are 0 to {split.labels.max()}"
-        )
+def _draw(workload: Workload, part: Part, indices: np.ndarray, images: list[np.ndarray]) -> bytes:
+    from mnist_ray.workload import pictures  # imports matplotlib
+
+    if len(indices) == 1:
+        return pictures.single_image(images[0])
+    captions = [f"{index}: {_label(workload, part[index][1])}" for index in indices.tolist()]
+    return pictures.image_grid(images, captions, num_columns=_GRID_COLUMNS)
+
+
+def _print_one(
+    console: Console, workload: Workload, part: Part, config: ViewConfig, index: int, image: np.ndarray | None
+) -> None:
+    inputs, target = part[index]
+    what = "label" if isinstance(workload, Classification) else "target"
+    size = f"size {image.shape[1]}×{image.shape[0]}" if image is not None else f"inputs {_short(inputs)}"
+    console.print(f"{workload.noun:<8}{config.split} {index:,}: {what} {_label(workload, target)}, {size}")
+    if image is not None and console.is_terminal:
+        console.print(blocks(image))
+
+
+def _short(inputs: Any) -> str:
+    values = np.asarray(inputs)
+    if values.size > 16:
+        return f"{' × '.join(map(str, values.shape))} {values.dtype}"
+    return np.array2string(values, precision=4, separator=", ", max_line_width=10_000)
+
+
+def _label(workload: Workload, target: Any) -> str:
+    if isinstance(workload, Classification):
+        return str(workload.class_names[int(target)])
+    return f"{float(target):g}" if np.ndim(target) == 0 else str(np.asarray(target).tolist())
+
+
+def choose(workload: Workload, part: Part, config: ViewConfig) -> np.ndarray:
+    """Return the indices of the examples to show. Raises UsageError where there are none."""
+    candidates, having = np.arange(len(part)), ""
+    if config.label is not None:
+        candidates, having = _with_label(workload, part, config), f" with label {config.label}"
     if config.index >= len(candidates):
         last = len(candidates) - 1
-        raise UsageError(f"--index {config.index} is out of range: {config.split} images{having} are 0 to {last}")
+        raise UsageError(
+            f"--index {config.index} is out of range: {config.split} {workload.nouns}{having} are 0 to {last}"
+        )
     return candidates[config.index : config.index + config.count]
 
 
-def _stats(splits: Mapping[str, Split]) -> Table:
-    table = Table("class", *splits, box=None, padding=(0, 2, 0, 0))
-    counts = [np.bincount(split.labels, minlength=NUM_CLASSES) for split in splits.values()]
-    for label, row in enumerate(zip(*counts, strict=True)):
-        table.add_row(str(label), *(f"{count:,}" for count in row))
-    for name, function in (("mean", np.mean), ("std", np.std)):
-        values = (function(split.images, dtype=np.float64) / 255 for split in splits.values())
-        table.add_row(name, *(f"{value:.4f}" for value in values))
+def _with_label(workload: Workload, part: Part, config: ViewConfig) -> np.ndarray:
+    if not isinstance(workload, Classification):
+        raise UsageError(f"--label {config.label}: {type(workload).__name__} has no labels")
+    names = [str(name) for name in workload.class_names]
+    wanted = names.index(config.label) if config.label in names else -1
+    found = np.flatnonzero(part.targets() == wanted)
+    if len(found) == 0:
+        known = f"0 to {len(names) - 1}" if names == [str(n) for n in range(len(names))] else ", ".join(names)
+        raise UsageError(f"--label {config.label}: no {config.split} {workload.noun} has it; the labels are {known}")
+    return found
+
+
+def _stats(workload: Workload, parts: Mapping[str, Part]) -> Table:
+    """Return a row per class with its examples, then means and standard deviations; of pixels as fractions of 255."""
+    table = Table("class" if isinstance(workload, Classification) else "", *parts, box=None, padding=(0, 2, 0, 0))
+    targets = [part.targets() for part in parts.values()]
+    if isinstance(workload, Classification):
+        names = workload.class_names
+        counts = [np.bincount(some, minlength=len(names)) for some in targets]
+        for name, row in zip(names, zip(*counts, strict=True), strict=True):
+            table.add_row(str(name), *(f"{number:,}" for number in row))
+    else:
+        for name, function in (("target mean", np.mean), ("target std", np.std), ("least", np.min), ("most", np.max)):
+            table.add_row(name, *(f"{function(some):.4f}" for some in targets))
+    if all(isinstance(part.examples, Arrays) for part in parts.values()):
+        for name, function in (("mean", np.mean), ("std", np.std)):
+            table.add_row(name, *(f"{_of_inputs(function, part.examples.inputs):.4f}" for part in parts.values()))
     return table
 
 
+def _of_inputs(function: Any, inputs: np.ndarray) -> float:
+    return float(function(inputs, dtype=np.float64)) / (255 if inputs.dtype == np.uint8 else 1)
+
+
 def blocks(image: np.ndarray) -> Text:
-    """Return an image (H, W) uint8 as characters, each two pixels: the upper in its colour, the lower behind it."""
+    """Return an image as characters, each two pixels: the upper in its colour, the lower behind it."""
     text = Text()
-    for upper, lower in zip(image[::2], image[1::2], strict=True):
+    colours = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
+    for upper, lower in zip(colours[::2], colours[1::2], strict=False):
         for top, bottom in zip(upper.tolist(), lower.tolist(), strict=True):
-            style = Style(color=Color.from_rgb(top, top, top), bgcolor=Color.from_rgb(bottom, bottom, bottom))
-            text.append("▀", style)
+            text.append("▀", Style(color=Color.from_rgb(*top), bgcolor=Color.from_rgb(*bottom)))
         text.append("\n")
     return text

@@ -2,7 +2,7 @@
 
 model.safetensors       the model's weights
 optimizer.safetensors   the tensors of the optimizer's state
-state.json              position, metrics, scheduler, config, versions, and SHA-256 of the other two
+state.json              position, metrics, scheduler, config, workload, versions, and SHA-256 of the other two
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,14 +25,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from mnist_ray.config import json_lines
 from mnist_ray.errors import JobError, UsageError, first_line
-from mnist_ray.storage import STORAGE_ERRORS, RunFolder, patiently
+from mnist_ray.settings import build, check_known, json_lines, names_of
+from mnist_ray.storage import STORAGE_ERRORS, RunFolder, with_retries
 from mnist_ray.training.engine import TrainingState
 from mnist_ray.training.metrics import MetricSums
-from mnist_ray.workload.mnist.network import create_model
+from mnist_ray.workload import source
+from mnist_ray.workload.interface import Workload
 
 STATE_FILE, FOLDER_PREFIX = "state.json", "checkpoint_"
+FACTS_BEFORE_WORKLOADS = {"class_names": [*range(10)], "model_input": {"shape": [1, 28, 28], "dtype": "float32"}}
+"""Of the data of runs that were made when all was MNIST's."""
 _ENTRIES = {"epoch", "step", "sums", "epoch_s", "finished_s", "optimizer", "scheduler", "sha256"}
 _MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
@@ -41,7 +45,7 @@ class DamagedCheckpointError(JobError):
 
 
 class OtherModelError(JobError):
-    """A checkpoint does not fit the model: another one is in ``create_model`` now."""
+    """A checkpoint does not fit the model: the workload makes another one now."""
 
 
 @dataclass(frozen=True)
@@ -77,23 +81,40 @@ def save_checkpoint(folder: Path, state: TrainingState, about: dict[str, Any]) -
     (folder / STATE_FILE).write_text(json_lines(document), encoding="utf-8")
 
 
-def load_model(folder: Path) -> nn.Module:
+def load_model(folder: Path, workload: Workload) -> nn.Module:
     """Return the checkpoint's model, in evaluation mode.
 
     Raises UsageError where there is none, JobError where it is damaged.
     """
-    model = create_model()
-    _load_weights(folder, read_state(folder), model)
+    document = read_state(folder)
+    model = workload.create_model()
+    _load_weights(folder, document, model)
     return model.eval()
 
 
-def fetch(filesystem: fs.FileSystem, path: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a checkpoint's model and its state.json, wherever it lies.
-
-    Raises as ``load_model`` does, and JobError where the storage fails.
-    """
+def fetch(filesystem: fs.FileSystem, path: str, workload: Workload) -> nn.Module:
+    """Return a checkpoint's model, wherever it lies. Raises as ``load_model`` does, and JobError for storage."""
     with _fetched(filesystem, path) as folder:
-        return load_model(folder), read_state(folder)
+        return load_model(folder, workload)
+
+
+def fetch_state(filesystem: fs.FileSystem, path: str) -> dict[str, Any]:
+    """Return a checkpoint's state.json, wherever it lies. Raises as ``fetch`` does."""
+    with _fetched(filesystem, path) as folder:
+        return read_state(folder)
+
+
+def workload_of(document: dict[str, Any], reference: str | None, changes: dict[str, Any]) -> Workload:
+    """Return the workload of a checkpoint, of which ``document`` is the state.json.
+
+    Its code comes from ``reference`` where that is given, else from where it was; ``changes`` are settings that take
+    the place of its own. Raises UsageError where the code cannot be had or has no such settings any more.
+    """
+    saved = document["workload"]
+    workload_class = source.load(reference or saved["reference"])
+    settings_class = workload_class.Settings
+    check_known(saved["settings"], names_of([settings_class]), f"the checkpoint of {saved['reference']}")
+    return workload_class(build(settings_class, {**saved["settings"], **changes}), saved["facts"])
 
 
 @contextlib.contextmanager
@@ -101,7 +122,7 @@ def _fetched(filesystem: fs.FileSystem, path: str) -> Iterator[Path]:
     """Give a copy of a checkpoint on this machine's disk; errors about it name where it came from."""
     with tempfile.TemporaryDirectory() as local:
         try:
-            patiently(functools.partial(fs.copy_files, path, local, source_filesystem=filesystem))
+            with_retries(functools.partial(fs.copy_files, path, local, source_filesystem=filesystem))
             yield Path(local)
         except STORAGE_ERRORS as error:
             raise JobError(f"cannot read the checkpoint {path}: {first_line(error)}") from error
@@ -147,9 +168,20 @@ def restore_newest(run: RunFolder, state: TrainingState) -> Restored:
     return Restored(damaged=tuple(damaged))
 
 
+def checkpoint_name(state: TrainingState) -> str:
+    """Return the name of a checkpoint's folder."""
+    return f"{FOLDER_PREFIX}epoch-{state.epoch:03d}_step-{state.step:06d}"
+
+
+def position_of(name: str) -> tuple[int, ...]:
+    """Return where in the training a checkpoint of that name was made: positions sort, names do so only for a time."""
+    return tuple(map(int, re.findall(r"\d+", name)))
+
+
 def checkpoint_names(run: RunFolder) -> list[str]:
     """Return the folders of a run's checkpoints, the newest last."""
-    return [name for name in run.subfolders() if name.startswith(FOLDER_PREFIX)]
+    names = [name for name in run.subfolders() if name.startswith(FOLDER_PREFIX)]
+    return sorted(names, key=lambda name: (position_of(name), name))
 
 
 def _with_layout_of(parameter: Tensor, tensor: Tensor) -> Tensor:
@@ -192,7 +224,17 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE}: {error}") from error
     if missing:
         raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE} lacks {', '.join(sorted(missing))}")
-    return document
+    return document if "workload" in document else _from_before_workloads(document)
+
+
+def _from_before_workloads(document: dict[str, Any]) -> dict[str, Any]:
+    """Return a state.json as it would be now: before there were workloads, all was MNIST's."""
+    settings, sums = document.get("data", {}), document["sums"]
+    workload = {"reference": source.DEFAULT, "sha256": "", "settings": settings, "facts": FACTS_BEFORE_WORKLOADS}
+    if "loss_sum" in sums:
+        totals = {"loss": sums["loss_sum"], "accuracy": sums["num_correct"]}
+        sums = {"sums": totals, "num_examples": sums["num_images"]}
+    return {**document, "workload": workload, "sums": sums}
 
 
 def _read_tensors(folder: Path, name: str, document: dict[str, Any]) -> dict[str, Tensor]:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import LRScheduler
 
 from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.training import shared_memory
-from mnist_ray.training.metrics import Evaluation, MetricSums, Progress
-from mnist_ray.training.sharding import Batch, BatchDataset, ShardedBatchSampler, epoch_loader, num_steps
-from mnist_ray.workload.mnist.idx import NUM_CLASSES, Split
-from mnist_ray.workload.mnist.network import create_model
+from mnist_ray.training.events import Progress
+from mnist_ray.training.metrics import Evaluation, MetricSums
+from mnist_ray.training.sharding import Batch, ShardedBatchSampler, batch_loader, batches_of, num_steps, to_device
+from mnist_ray.workload.check import as_fp32
+from mnist_ray.workload.data import Part
+from mnist_ray.workload.interface import Workload
 
 EVALUATION_BATCH_SIZE = 100  # so few that the activations stay in the processor's cache
 _REPORT_INTERVAL_S = 0.5
@@ -61,7 +63,7 @@ class TrainingState:
     sums: MetricSums = field(default_factory=MetricSums)
     """Over the current epoch so far and all ranks."""
     epoch_s: float = 0.0
-    """Seconds spent in the current epoch so far, validation and checkpoints not included."""
+    """Seconds of training in the current epoch so far, without validation and checkpoints."""
     finished_s: float = 0.0
     """Seconds spent so in the epochs before."""
 
@@ -77,83 +79,106 @@ class Hooks:
     """Whether to save now, besides the regular times; asked after ``progress``, and the same on every rank."""
 
 
-def create_state(config: TrainConfig, num_images: int, device: torch.device) -> TrainingState:
-    """Return the state before the first step, for ``num_images`` to train on; the same on every rank."""
+def create_state(workload: Workload, config: TrainConfig, num_examples: int, device: torch.device) -> TrainingState:
+    """Return the state before the first step, for ``num_examples`` to train on; the same on every rank."""
     torch.manual_seed(config.seed)
-    model = create_model().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
-    )
-    return TrainingState(model, optimizer, _create_scheduler(config, optimizer, num_images))
+    model = with_fast_layout(workload.create_model().to(device))
+    optimizer = workload.create_optimizer(model, config)
+    total_steps = config.num_epochs * num_steps(num_examples, config.batch_size)
+    return TrainingState(model, optimizer, workload.create_scheduler(optimizer, config, total_steps))
 
 
-def _create_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, num_images: int) -> LRScheduler:
-    if config.schedule == "constant":
-        return ConstantLR(optimizer, factor=1.0)
-    total_steps = config.num_epochs * num_steps(num_images, config.batch_size)
-    # One-cycle: https://arxiv.org/abs/1708.07120. Adam's betas stay as configured.
-    return OneCycleLR(optimizer, config.learning_rate, total_steps, cycle_momentum=False)
+def with_fast_layout(model: nn.Module) -> nn.Module:
+    """Return a model whose weights of four dimensions are channels-last, as convolutions are fastest."""
+    if any(parameter.dim() == 5 for parameter in model.parameters()):  # of volumes, which have a layout of their own
+        return model
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def train(state: TrainingState, split: Split, config: TrainConfig, group: Group, hooks: Hooks) -> None:
-    """Train ``state`` from where it stands to the last epoch's end, on this rank's part of ``split``.
+def train(
+    workload: Workload,
+    state: TrainingState,
+    part: Part,
+    config: TrainConfig,
+    group: Group,
+    hooks: Hooks,
+    num_loader_processes: int = 0,
+) -> None:
+    """Train ``state`` from where it stands to the last epoch's end, on this rank's slices of ``part``.
 
     ``config.precision`` is resolved (see ``resolve_precision``). Raises TrainingDivergedError on every rank, before
     weights that are no finite numbers could get into a checkpoint.
     """
     assert config.precision != "auto"
-    dataset = BatchDataset(split, group.device)
     model = _distributed(state.model, group)
     model.train()
-    autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
+    epochs = _Epochs(workload, state, model, part, config, group, hooks, num_loader_processes)
     while state.epoch < config.num_epochs:
-        finished = _train_epoch(state, model, dataset, config, group, hooks, autocast_dtype)
+        finished = epochs.train_next()
         _check_weights(state)
         state.finished_s += state.epoch_s
         state.epoch, state.step, state.sums, state.epoch_s = state.epoch + 1, 0, MetricSums(), 0.0
         hooks.checkpoint(state, finished)
 
 
-def _train_epoch(
-    state: TrainingState,
-    model: nn.Module,
-    dataset: BatchDataset,
-    config: TrainConfig,
-    group: Group,
-    hooks: Hooks,
-    autocast_dtype: torch.dtype | None,
-) -> Progress:
-    """Train to the end of the current epoch, reporting every half second; return its last progress."""
-    sampler = ShardedBatchSampler(
-        len(dataset),
-        config.batch_size,
-        seed=config.seed,
-        epoch=state.epoch,
-        rank=group.rank,
-        world_size=group.world_size,
-        first_step=state.step,
-    )
-    last_step = num_steps(len(dataset), config.batch_size)
-    window = _Window(group, interval_steps=10)
-    generator = _generator(group.device)
-    seed = int(np.random.SeedSequence((config.seed, state.epoch, group.rank)).generate_state(1)[0])
-    progress = None
-    for batch in epoch_loader(dataset, sampler):
-        generator.manual_seed(seed + state.step)  # of dropout: the same in a run that goes on as in one without a break
-        loss_sum, num_correct = train_step(model, batch, state.optimizer, group, autocast_dtype)
-        state.scheduler.step()
-        state.step += 1
-        window.add(loss_sum, num_correct, batch.global_size)
-        checkpoint_due = state.step % config.checkpoint_every == 0
-        if window.is_full or checkpoint_due or state.step == last_step:
-            progress = window.close(state, last_step)
-            hooks.progress(progress)
-            if (hooks.wants_checkpoint() or checkpoint_due) and state.step < last_step:
-                _check_weights(state)
-                hooks.checkpoint(state, progress)
-                window.restart_clock()
-    assert progress is not None, "an epoch has at least one step"
-    return progress
+@dataclass(frozen=True)
+class _Epochs:
+    """What stays the same from epoch to epoch."""
+
+    workload: Workload
+    state: TrainingState
+    model: nn.Module
+    part: Part
+    config: TrainConfig
+    group: Group
+    hooks: Hooks
+    num_loader_processes: int
+
+    def train_next(self) -> Progress:
+        """Train to the end of the current epoch, reporting every half second; return its last progress."""
+        state, config, hooks = self.state, self.config, self.hooks
+        last_step = num_steps(len(self.part), config.batch_size)
+        window = _Window(self.workload, self.group, interval_steps=10)
+        generator = _generator(self.group.device)
+        seed = _seed(config.seed, state.epoch, self.group.rank)
+        autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
+        progress = None
+        for batch in self._batches():
+            generator.manual_seed(seed + state.step)  # what augmentation and dropout draw: the same in a resumed run
+            sums = train_step(self.workload, self.model, batch, state.optimizer, self.group, generator, autocast_dtype)
+            state.scheduler.step()
+            state.step += 1
+            window.add(sums, batch.global_size)
+            checkpoint_due = state.step % config.checkpoint_every == 0
+            if window.is_full or checkpoint_due or state.step == last_step:
+                progress = window.close(state, last_step)
+                hooks.progress(progress)
+                if (hooks.wants_checkpoint() or checkpoint_due) and state.step < last_step:
+                    _check_weights(state)
+                    hooks.checkpoint(state, progress)
+                    window.restart_clock()
+        assert progress is not None, "an epoch has at least one step"
+        return progress
+
+    def _batches(self) -> Iterator[Batch]:
+        """Yield what is left of the current epoch, on the device."""
+        sampler = ShardedBatchSampler(
+            len(self.part),
+            self.config.batch_size,
+            seed=self.config.seed,
+            epoch=self.state.epoch,
+            rank=self.group.rank,
+            world_size=self.group.world_size,
+            first_step=self.state.step,
+        )
+        dataset = batches_of(self.part, self.group.device, _seed(self.config.seed, self.state.epoch, 0))
+        for batch in batch_loader(dataset, sampler, self.num_loader_processes):
+            yield to_device(batch, self.group.device)
+
+
+def _seed(*numbers: int) -> int:
+    """Return a seed that depends on all of some numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def _generator(device: torch.device) -> torch.Generator:
@@ -168,30 +193,33 @@ def _check_weights(state: TrainingState) -> None:
 
 
 def train_step(
+    workload: Workload,
     model: nn.Module,
     batch: Batch,
     optimizer: torch.optim.Optimizer,
     group: Group,
+    generator: torch.Generator | None = None,
     autocast_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Make one optimizer step; return this rank's sum of losses and number of correct images, on the device.
+) -> dict[str, Tensor]:
+    """Make one optimizer step; return this rank's sums of the loss and of what the workload measures, on the device.
 
     Each rank's loss is its sum of losses × world size / global batch size. DDP takes the mean of the ranks'
     gradients, so the step follows the true mean over the global batch, also where slices are uneven or empty.
     """
     with torch.autocast(group.device.type, autocast_dtype, enabled=autocast_dtype is not None):
-        logits = model(to_input(batch.images))
-    labels = batch.labels.long()
-    loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum")
+        outputs = as_fp32(model(workload.prepare(batch.inputs, generator)))
+    loss_sum = workload.loss(outputs, batch.targets).sum()
     optimizer.zero_grad()
     (loss_sum * (group.world_size / batch.global_size)).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
-    return loss_sum.detach(), (logits.detach().argmax(1) == labels).sum()
+    return {"loss": loss_sum.detach(), **measured_sums(workload, outputs, batch.targets)}
 
 
-def to_input(images: Tensor) -> Tensor:
-    """Turn images (N, 28, 28) uint8 into the model's input (N, 1, 28, 28) in [0, 1], as ``ToTensor`` does."""
-    return images.unsqueeze(1).float().div_(255)
+@torch.no_grad()
+def measured_sums(workload: Workload, outputs: Any, targets: Any) -> dict[str, Tensor]:
+    """Return the sums of what a workload measures of a batch."""
+    outputs = outputs.detach() if isinstance(outputs, Tensor) else outputs
+    return {name: values.sum() for name, values in workload.measure(outputs, targets).items()}
 
 
 class _Window:
@@ -201,14 +229,14 @@ class _Window:
     how many steps the next one closes, so that every rank closes at the same step.
     """
 
-    def __init__(self, group: Group, interval_steps: int) -> None:
+    def __init__(self, workload: Workload, group: Group, interval_steps: int) -> None:
+        self._workload = workload
         self._group = group
         self._reset(interval_steps)
 
     def _reset(self, interval_steps: int) -> None:
         self._interval_steps = interval_steps
-        self._losses: list[Tensor] = []
-        self._correct: list[Tensor] = []
+        self._steps: list[dict[str, Tensor]] = []
         self._sizes: list[int] = []
         self.restart_clock()
 
@@ -216,9 +244,8 @@ class _Window:
         """Leave out of the epoch's seconds what was done since the window opened."""
         self._start = time.perf_counter()
 
-    def add(self, loss_sum: Tensor, num_correct: Tensor, global_size: int) -> None:
-        self._losses.append(loss_sum)
-        self._correct.append(num_correct)
+    def add(self, sums: dict[str, Tensor], global_size: int) -> None:
+        self._steps.append(sums)
         self._sizes.append(global_size)
 
     @property
@@ -227,24 +254,35 @@ class _Window:
 
     def close(self, state: TrainingState, last_step: int) -> Progress:
         """Reduce the window over all ranks into ``state`` and empty it. Raises TrainingDivergedError."""
-        *loss_sums, num_correct, interval_steps = self._reduce()
+        names, sizes = list(self._steps[0]), self._sizes
+        *values, interval_steps = self._reduce(names)
+        loss_sums, others = values[: len(sizes)], values[len(sizes) :]
         for offset, loss_sum in enumerate(loss_sums):
             if not math.isfinite(loss_sum):
                 raise TrainingDivergedError(state.epoch + 1, state.step - len(loss_sums) + offset + 1)
-        sums = MetricSums(math.fsum(loss_sums), int(num_correct), sum(self._sizes))
+        sums = MetricSums(dict(zip(names, [math.fsum(loss_sums), *others], strict=True)), sum(sizes))
         state.sums += sums
         state.epoch_s += time.perf_counter() - self._start
-        losses = [loss_sum / size for loss_sum, size in zip(loss_sums, self._sizes, strict=True)]
         self._reset(int(interval_steps))
-        return Progress(state.epoch + 1, state.step, last_step, losses, sums, state.sums, state.epoch_s)
+        return Progress(
+            state.epoch + 1,
+            state.step,
+            last_step,
+            [loss_sum / size for loss_sum, size in zip(loss_sums, sizes, strict=True)],
+            sums.figures(self._workload),
+            state.sums.figures(self._workload),
+            state.sums.num_examples,
+            state.epoch_s,
+        )
 
-    def _reduce(self) -> list[float]:
-        """Return the loss sum of each step, the number of correct images, and the steps of the next window."""
+    def _reduce(self, names: list[str]) -> list[float]:
+        """Return the loss sum of each step, the sums of the other figures, and the steps of the next window."""
         elapsed_s = time.perf_counter() - self._start
         next_interval = max(1, round(len(self._sizes) * _REPORT_INTERVAL_S / max(elapsed_s, 1e-3)))
-        correct = torch.stack(self._correct).sum().double()
-        proposed = correct.new_tensor(next_interval if self._group.rank == 0 else 0)
-        values = torch.cat([torch.stack(self._losses).double(), torch.stack([correct, proposed])])
+        losses = torch.stack([step["loss"] for step in self._steps]).double()
+        others = [torch.stack([step[name] for step in self._steps]).double().sum() for name in names[1:]]
+        proposed = losses.new_tensor(next_interval if self._group.rank == 0 else 0)
+        values = torch.cat([losses, torch.stack([*others, proposed])])
         if self._group.world_size > 1:
             dist.all_reduce(values)
         return values.tolist()
@@ -286,21 +324,22 @@ def cpu_has_bf16() -> bool:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, split: Split) -> Evaluation:
-    """Evaluate a model on all images of a split, in fp32 and fixed batches, where the model's weights are."""
-    device = next(model.parameters()).device
-    dataset = BatchDataset(split, device)
+def evaluate(workload: Workload, model: nn.Module, part: Part, num_loader_processes: int = 0) -> Evaluation:
+    """Evaluate a model on all examples of a part, in fp32 and fixed batches, where the model's weights are."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     was_training = model.training
     model.eval()
-    losses: list[float] = []
-    best: list[Tensor] = []  # (probability, class) of each image, a batch at a time
-    for start in range(0, len(dataset), EVALUATION_BATCH_SIZE):
-        labels = dataset.labels[start : start + EVALUATION_BATCH_SIZE].long()
-        logits = model(to_input(dataset.images[start : start + EVALUATION_BATCH_SIZE]))
-        losses.append(F.cross_entropy(logits, labels, reduction="sum").item())
-        best.append(torch.stack(logits.softmax(1).max(1)).cpu())
+    starts = range(0, len(part), EVALUATION_BATCH_SIZE)
+    slices = [(np.arange(start, min(start + EVALUATION_BATCH_SIZE, len(part))), 0) for start in starts]
+    batch_sums: list[dict[str, float]] = []
+    columns: list[dict[str, np.ndarray]] = []
+    for batch in batch_loader(batches_of(part, device), slices, num_loader_processes):  # type: ignore[arg-type]
+        batch = to_device(batch, device)
+        outputs = as_fp32(model(workload.prepare(batch.inputs, None)))
+        sums = {"loss": workload.loss(outputs, batch.targets).sum(), **measured_sums(workload, outputs, batch.targets)}
+        batch_sums.append({name: value.item() for name, value in sums.items()})
+        predictions = workload.predictions(outputs, batch.targets)
+        columns.append({name: values.cpu().numpy() for name, values in predictions.items()})
     model.train(was_training)
-    probabilities, predictions = torch.cat(best, dim=1).numpy()
-    pairs = np.bincount(split.labels.astype(int) * NUM_CLASSES + predictions.astype(int), minlength=NUM_CLASSES**2)
-    confusion = pairs.reshape(NUM_CLASSES, NUM_CLASSES)
-    return Evaluation(tuple(losses), confusion, predictions.astype(np.uint8), probabilities)
+    joined = {name: np.concatenate([part[name] for part in columns]) for name in (columns[0] if columns else {})}
+    return Evaluation(tuple(batch_sums), len(part), joined)

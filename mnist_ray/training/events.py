@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-from mnist_ray.training.metrics import Progress
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,41 @@ class NodeLeaving:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """Where an epoch stands, over all ranks."""
+
+    epoch: int
+    """Counted from 1."""
+    step: int
+    num_steps: int
+    losses: list[float]
+    """Mean loss of each step since the last progress."""
+    window: Mapping[str, float]
+    """Loss and metrics over the steps since the last progress."""
+    so_far: Mapping[str, float]
+    """Loss and metrics over the epoch so far."""
+    num_examples: int
+    """Of the epoch so far."""
+    epoch_s: float
+    """Seconds of training in the epoch so far."""
+
+    @property
+    def total_step(self) -> int:
+        """Steps done in all, over the epochs."""
+        return (self.epoch - 1) * self.num_steps + self.step
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the steps since the last progress: the notebook's running loss."""
+        return math.fsum(self.losses) / len(self.losses)
+
+    @property
+    def examples_per_s(self) -> float:
+        """Over all ranks, in the epoch so far."""
+        return self.num_examples / self.epoch_s
+
+
+@dataclass(frozen=True)
 class EpochFinished:
     """All ranks have finished an epoch."""
 
@@ -54,12 +89,12 @@ class EpochFinished:
 
 @dataclass(frozen=True)
 class Validated:
-    """A task has evaluated an epoch's checkpoint on the held-out images."""
+    """A task has evaluated an epoch's checkpoint on the validation set."""
 
     epoch: int
     """Counted from 1."""
-    loss: float
-    accuracy: float
+    figures: Mapping[str, float]
+    """Loss and metrics."""
     seconds: float
 
 

@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from mnist_ray.workload.mnist.idx import Split
+from mnist_ray.workload.data import Arrays, Part
 
 
 class Batch(NamedTuple):
     """One rank's slice of a global batch."""
 
-    images: Tensor
-    """(local batch size, 28, 28) uint8; the slice may be empty."""
-    labels: Tensor
-    """(local batch size,) uint8."""
+    inputs: Any
+    """As the workload's data have them, (local batch size, ...); the slice may be empty."""
+    targets: Any
+    """(local batch size, ...)."""
     global_size: int
-    """Images of the whole batch over all ranks."""
+    """Examples of the whole batch over all ranks."""
 
 
-def num_steps(num_images: int, batch_size: int) -> int:
+Slice = tuple[np.ndarray, int]
+"""What the loader asks a data set for: the indices of a slice, and the size of its global batch."""
+
+
+def num_steps(num_examples: int, batch_size: int) -> int:
     """Return the optimizer steps of an epoch; the last batch may be smaller."""
-    return math.ceil(num_images / batch_size)
+    return math.ceil(num_examples / batch_size)
 
 
-class ShardedBatchSampler(Sampler[tuple[np.ndarray, int]]):
+class ShardedBatchSampler(Sampler[Slice]):
     """One rank's slices of an epoch's global batches: (indices of the slice, size of the global batch).
 
     The global batches depend on (seed, epoch) only, never on the number of ranks: the epoch's permutation is cut
@@ -41,7 +46,7 @@ class ShardedBatchSampler(Sampler[tuple[np.ndarray, int]]):
 
     def __init__(
         self,
-        num_images: int,
+        num_examples: int,
         batch_size: int,
         *,
         seed: int,
@@ -50,7 +55,7 @@ class ShardedBatchSampler(Sampler[tuple[np.ndarray, int]]):
         world_size: int = 1,
         first_step: int = 0,
     ) -> None:
-        self.num_images = num_images
+        self.num_examples = num_examples
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = epoch
@@ -59,42 +64,125 @@ class ShardedBatchSampler(Sampler[tuple[np.ndarray, int]]):
         self.first_step = first_step
 
     def __len__(self) -> int:
-        return num_steps(self.num_images, self.batch_size) - self.first_step
+        return num_steps(self.num_examples, self.batch_size) - self.first_step
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_images)
-        for start in range(self.first_step * self.batch_size, self.num_images, self.batch_size):
+    def __iter__(self) -> Iterator[Slice]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_examples)
+        for start in range(self.first_step * self.batch_size, self.num_examples, self.batch_size):
             batch = order[start : start + self.batch_size]
             first = len(batch) * self.rank // self.world_size
             last = len(batch) * (self.rank + 1) // self.world_size
             yield batch[first:last], len(batch)
 
 
-class BatchDataset(Dataset):
-    """A split that is indexed by whole batches, on the device where it is trained on.
+class ArrayBatches(Dataset):
+    """Arrays that are indexed by whole slices, on the device where they are trained on.
 
-    On the CPU the tensors are views of the given arrays; on a GPU the whole set is copied there once.
+    On the CPU the tensors are views of the given arrays; on a GPU arrays in memory are copied there once.
     """
 
-    def __init__(self, split: Split, device: torch.device) -> None:
-        with warnings.catch_warnings():  # read-only arrays from the object store; nothing here writes to them
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            self.images = torch.from_numpy(split.images).to(device)
-            self.labels = torch.from_numpy(split.labels).to(device)
+    def __init__(self, arrays: Arrays, device: torch.device) -> None:
+        self.inputs = _tensor(arrays.inputs).to(device)
+        self.targets = _tensor(arrays.targets).to(device)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
-    def __getitem__(self, batch: tuple[np.ndarray, int]) -> Batch:
-        indices, global_size = batch
-        on_device = torch.from_numpy(indices).to(self.images.device)
-        return Batch(self.images[on_device], self.labels[on_device], global_size)
+    def __getitem__(self, chosen: Slice) -> Batch:
+        indices, global_size = chosen
+        on_device = torch.from_numpy(indices).to(self.inputs.device)
+        return Batch(self.inputs[on_device], self.targets[on_device], global_size)
 
 
-def epoch_loader(dataset: BatchDataset, sampler: ShardedBatchSampler) -> DataLoader:
-    """Return a loader of one rank's batches of an epoch.
+class ExampleBatches(Dataset):
+    """A ``Dataset``, or memory-mapped arrays, read example by example; loader processes may do it.
 
-    ``batch_size=None`` makes the DataLoader hand each of the sampler's items to the data set as it is: one indexing
-    operation a batch, where the usual loader makes one a sample and then stacks them.
+    Whatever a ``Dataset`` draws from Python's, NumPy's or torch's generator is drawn by the seed and the example:
+    the same for any number of ranks and loader processes, and in a resumed run as in one without a break.
     """
-    return DataLoader(dataset, sampler=sampler, batch_size=None)
+
+    def __init__(self, part: Part, seed: int) -> None:
+        self.part = part
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, chosen: Slice) -> Batch:
+        indices, global_size = chosen
+        # An empty slice has the shapes of one example.
+        inputs, targets = default_collate([self._example(index) for index in indices.tolist() or [0]])
+        if len(indices) == 0:
+            inputs, targets = _emptied(inputs), _emptied(targets)
+        return Batch(inputs, targets, global_size)
+
+    def _example(self, index: int) -> tuple[Any, Any]:
+        seed = (self.seed * 2_147_483_647 + index) % 2**63
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        inputs, targets = self.part[index]
+        return _copied(inputs), _copied(targets)
+
+
+def batches_of(part: Part, device: torch.device, seed: int = 0) -> ArrayBatches | ExampleBatches:
+    """Return what a loader reads a part of the data by."""
+    return ArrayBatches(part.arrays, device) if part.arrays is not None else ExampleBatches(part, seed)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    with warnings.catch_warnings():  # read-only arrays from the object store; nothing here writes to them
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _copied(value: Any) -> Any:
+    """Copy a part of a memory-mapped array into memory."""
+    return np.array(value) if isinstance(value, (np.ndarray, np.generic)) else value
+
+
+def _map(function: Any, value: Any) -> Any:
+    """Apply a function to each tensor of a batch, which may be a tensor or hold some in lists and dicts."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _map(function, item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_map(function, item) for item in value]
+    return value
+
+
+def _emptied(value: Any) -> Any:
+    """Return a batch of no examples like that of one."""
+    if isinstance(value, dict):
+        return {key: _emptied(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and value and not isinstance(value[0], str):
+        return [_emptied(item) for item in value]
+    return value[:0]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch on a device."""
+    if device.type == "cpu":
+        return batch
+    inputs = _map(lambda tensor: tensor.to(device, non_blocking=True), batch.inputs)
+    targets = _map(lambda tensor: tensor.to(device, non_blocking=True), batch.targets)
+    return Batch(inputs, targets, batch.global_size)
+
+
+def batch_loader(
+    dataset: ArrayBatches | ExampleBatches, slices: Sampler[Slice] | list[Slice], num_processes: int = 0
+) -> DataLoader:
+    """Return a loader of slices; ``num_processes`` read a ``Dataset`` ahead, arrays need none.
+
+    ``batch_size=None`` makes the DataLoader hand each of the sampler's items to the data set as it is: of arrays one
+    indexing operation a batch, where the usual loader makes one an example and then stacks them.
+    """
+    num_workers = num_processes if isinstance(dataset, ExampleBatches) else 0
+    return DataLoader(
+        dataset,
+        sampler=slices,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=num_workers > 0 and torch.cuda.is_available(),
+    )

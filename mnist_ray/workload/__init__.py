@@ -1,1 +1,22 @@
-"""What is learned."""
+"""What is learned: import from here what a workload's file needs."""
+
+from mnist_ray.settings import Choice, Range, at_least, fraction, positive, setting
+from mnist_ray.workload.classification import Classification
+from mnist_ray.workload.data import Arrays, Data
+from mnist_ray.workload.interface import Metric, Workload
+from mnist_ray.workload.regression import Regression
+
+__all__ = [
+    "Arrays",
+    "Choice",
+    "Classification",
+    "Data",
+    "Metric",
+    "Range",
+    "Regression",
+    "Workload",
+    "at_least",
+    "fraction",
+    "positive",
+    "setting",
+]

@@ -4,11 +4,12 @@ import pytest
 
 from mnist_ray import provenance
 from mnist_ray.cluster import preflight
-from mnist_ray.cluster.connection import WorkerPlan
+from mnist_ray.cluster.plan import WorkerPlan
+from mnist_ray.cluster.sharing import share
 from mnist_ray.errors import JobError
 from mnist_ray.storage import RunFolder, locate
-from mnist_ray.workload.mnist.idx import Split
-from tests.conftest import as_flags, run_job
+from mnist_ray.workload.data import Arrays, Part
+from tests.conftest import as_flags, mnist, run_job
 
 PLAN = WorkerPlan(2, 1, use_gpu=False, must_scale_up=False)
 
@@ -18,14 +19,15 @@ def run(tmp_path: Path) -> RunFolder:
     return locate(str(tmp_path), "run")
 
 
-def check(run: RunFolder, images: Split) -> str:
+def check(run: RunFolder, images: Arrays, fingerprint: str | None = None) -> str:
     lines: list[str] = []
-    preflight.check_job(run, images, 128, PLAN, lambda label, text: lines.append(f"{label} {text}"))
+    shared, own = share(mnist(), Part(images)), fingerprint or Part(images).fingerprint()
+    preflight.check_nodes(run, shared, own, "image", 128, PLAN, lambda label, text: lines.append(f"{label} {text}"))
     return "\n".join(lines)
 
 
 def test_a_job_that_would_run_is_told_so_and_leaves_nothing(
-    ray_address: str, run: RunFolder, few_images: Split, tmp_path: Path
+    ray_address: str, run: RunFolder, few_images: Arrays, tmp_path: Path
 ) -> None:
     said = check(run, few_images)
     assert "2 CPUs" in said
@@ -36,19 +38,16 @@ def test_a_job_that_would_run_is_told_so_and_leaves_nothing(
 
 
 def test_another_version_on_a_node_is_named(
-    ray_address: str, run: RunFolder, few_images: Split, monkeypatch: pytest.MonkeyPatch
+    ray_address: str, run: RunFolder, few_images: Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "versions", lambda: {**provenance.versions(), "torch": "0.1"})
     with pytest.raises(JobError, match=r"^node \S+ has torch \S+, the driver has 0\.1$"):
         check(run, few_images)
 
 
-def test_other_images_on_a_node_are_named(
-    ray_address: str, run: RunFolder, few_images: Split, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(preflight, "_sha256", lambda split: "another")
+def test_other_images_on_a_node_are_named(ray_address: str, run: RunFolder, few_images: Arrays) -> None:
     with pytest.raises(JobError, match=r"^node \S+ has other training images than the driver$"):
-        check(run, few_images)
+        check(run, few_images, fingerprint="another")
 
 
 def test_storage_that_a_node_does_not_see_is_named(tmp_path: Path) -> None:

@@ -5,19 +5,22 @@ import pytest
 
 from mnist_ray.display import console
 from mnist_ray.display.console import RunConsole
-from mnist_ray.training.events import EpochFinished, Started, Validated, WorkersLost
-from mnist_ray.training.metrics import Evaluation, MetricSums, Progress
+from mnist_ray.training.events import EpochFinished, Progress, Started, Validated, WorkersLost
+from mnist_ray.wording import clock_time
+from mnist_ray.workload.classification import confusion_table
+from tests.conftest import mnist
 
-PROGRESS = Progress(1, 30, 40, [0.5, 0.25], MetricSums(1.5, 3, 4), MetricSums(30.0, 45, 60), epoch_s=3.0)
+FIGURES = {"loss": 0.5, "accuracy": 0.75}
+PROGRESS = Progress(1, 30, 40, [0.5, 0.25], FIGURES, FIGURES, 60, epoch_s=3.0)
 
 
 def show_a_run(quiet: bool) -> None:
-    with RunConsole(2, quiet=quiet) as printer:
+    with RunConsole(mnist(), 2, quiet=quiet) as printer:
         printer.say("data", "some")
         printer.show(Started(2, ("a", "b"), 1, "cpu", "bf16", epoch=0, step=0, num_steps=40))
         printer.show(PROGRESS)
         printer.show(EpochFinished(PROGRESS))
-        printer.show(Validated(1, 0.5, 0.875, 1.0))
+        printer.show(Validated(1, {"loss": 0.5, "accuracy": 0.875}, 1.0))
         printer.show(WorkersLost("worker 1 died"))
         printer.show(Started(2, ("a", "a"), 1, "cpu", "bf16", 0, 20, num_steps=40, damaged=("checkpoint_b",)))
         printer.result("test", "done")
@@ -40,7 +43,7 @@ def test_a_job_log_has_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
 def test_labels_that_fill_their_column_stand_apart_and_a_trained_run_says_so(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with RunConsole(100, quiet=False) as printer:
+    with RunConsole(mnist(), 100, quiet=False) as printer:
         printer.show(EpochFinished(dataclasses.replace(PROGRESS, epoch=60)))
         printer.show(Started(1, ("a",), 2, "cpu", "bf16", epoch=100, step=0, num_steps=40))
     first, second = capsys.readouterr().out.splitlines()
@@ -52,7 +55,7 @@ def test_progress_is_a_plain_line_once_in_a_while(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(console, "_PLAIN_INTERVAL_S", 0.0)
-    with RunConsole(2, quiet=False) as printer:
+    with RunConsole(mnist(), 2, quiet=False) as printer:
         printer.show(PROGRESS)
     assert capsys.readouterr().out == "epoch 1/2  30/40  loss 0.3750  accuracy 75.0%  20 images/s  0:05 left\n"
 
@@ -65,7 +68,7 @@ def test_quiet_leaves_the_result(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_confusion_table_fits_a_terminal_and_shows_every_count() -> None:
     counts = np.arange(100).reshape(10, 10)
     counts[3] = 0
-    lines = console.confusion_table(Evaluation((1.0,), counts, np.empty(0), np.empty(0)))
+    lines = confusion_table(counts, range(10))
     assert max(map(len, lines)) <= 80
     assert lines[1].split() == ["0", "·", *map(str, range(1, 10)), "0.00%"]
     assert lines[4].split() == ["3", *["·"] * 10, "-"]
@@ -73,4 +76,4 @@ def test_the_confusion_table_fits_a_terminal_and_shows_every_count() -> None:
 
 @pytest.mark.parametrize(("seconds", "shown"), [(4.6, "0:05"), (65, "1:05"), (3600, "1:00:00"), (7384, "2:03:04")])
 def test_durations_read_like_a_clock(seconds: float, shown: str) -> None:
-    assert console.clock_time(seconds) == shown
+    assert clock_time(seconds) == shown

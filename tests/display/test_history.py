@@ -3,14 +3,18 @@ import dataclasses
 from pathlib import Path
 
 from mnist_ray.display.history import History
-from mnist_ray.runs.run import _mean_images_per_s
 from mnist_ray.storage import locate
-from mnist_ray.training.events import EpochFinished, Started, Validated
-from mnist_ray.training.metrics import MetricSums, Progress
+from mnist_ray.training.events import EpochFinished, Progress, Started, Validated
+from tests.conftest import mnist
 
 
 def finished(epoch: int) -> EpochFinished:
-    return EpochFinished(Progress(epoch, 9, 9, [0.1], MetricSums(1.0, 5, 10), MetricSums(50.0, 90, 100), epoch_s=2.0))
+    window, so_far = {"loss": 0.1, "accuracy": 0.5}, {"loss": 0.5, "accuracy": 0.9}
+    return EpochFinished(Progress(epoch, 9, 9, [0.1], window, so_far, 100, epoch_s=2.0))
+
+
+def validated(epoch: int, loss: float, accuracy: float) -> Validated:
+    return Validated(epoch, {"loss": loss, "accuracy": accuracy}, 1.0)
 
 
 def started(epoch: int) -> Started:
@@ -23,36 +27,36 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def test_an_epoch_gets_one_row_whatever_comes_first(tmp_path: Path) -> None:
-    history = History(locate(str(tmp_path), "run"))
-    for event in (started(0), finished(1), finished(2), Validated(1, 0.25, 0.5, 1.0), Validated(2, 0.125, 0.75, 1.0)):
+    history = History(locate(str(tmp_path), "run"), mnist())
+    for event in (started(0), finished(1), finished(2), validated(1, 0.25, 0.5), validated(2, 0.125, 0.75)):
         history.add(event)
     found = [(row["epoch"], row["train_loss"], row["val_accuracy"], row["images_per_s"]) for row in rows(tmp_path)]
     assert found == [("1", "0.5", "0.5", "50.0"), ("2", "0.5", "0.75", "50.0")]
 
 
 def test_a_resumed_run_keeps_the_epochs_that_it_does_not_repeat(tmp_path: Path) -> None:
-    first = History(locate(str(tmp_path), "run"))
-    for event in (started(0), finished(1), Validated(1, 0.25, 0.5, 1.0), finished(2)):
+    first = History(locate(str(tmp_path), "run"), mnist())
+    for event in (started(0), finished(1), validated(1, 0.25, 0.5), finished(2)):
         first.add(event)
-    again = History(locate(str(tmp_path), "run"))
+    again = History(locate(str(tmp_path), "run"), mnist())
     again.add(started(1))
     assert [row["epoch"] for row in again.rows.values()] == ["1"]
     again.add(finished(2))
     assert [(row["epoch"], row["val_loss"]) for row in rows(tmp_path)] == [("1", "0.25"), ("2", "")]
-    assert again.unvalidated == History(locate(str(tmp_path), "run")).unvalidated == [2]
+    assert again.unvalidated == History(locate(str(tmp_path), "run"), mnist()).unvalidated == [2]
 
 
 def test_the_number_of_workers_is_the_last_attempts(tmp_path: Path) -> None:
-    history = History(locate(str(tmp_path), "run"))
+    history = History(locate(str(tmp_path), "run"), mnist())
     for num_workers in (4, 3):
         history.add(dataclasses.replace(started(0), num_workers=num_workers))
     assert history.num_workers == 3
 
 
 def test_the_mean_rate_is_of_the_epochs_that_were_told_of_before_a_kill(tmp_path: Path) -> None:
-    history = History(locate(str(tmp_path), "run"))
-    history.add(Validated(1, 0.25, 0.5, 1.0))
-    assert _mean_images_per_s(history) is None
+    history = History(locate(str(tmp_path), "run"), mnist())
+    history.add(validated(1, 0.25, 0.5))
+    assert history.mean_rate() is None
     history.add(finished(2))
-    again = History(locate(str(tmp_path), "run"))
-    assert _mean_images_per_s(again) == 50.0
+    again = History(locate(str(tmp_path), "run"), mnist())
+    assert again.mean_rate() == 50.0

@@ -12,15 +12,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mnist_ray.config import DataConfig, TrainConfig, WorkerConfig, json_lines, values_of
+from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.display import report
-from mnist_ray.display.history import read_predictions
+from mnist_ray.display.history import read_csv
 from mnist_ray.display.report import RunRecord
 from mnist_ray.errors import UsageError
-from mnist_ray.storage import locate
-from mnist_ray.sweeps.search import DONE, TrialRecord, TrialTable
-from mnist_ray.workload.mnist.idx import Split, find
-from tests.conftest import run_job
+from mnist_ray.settings import json_lines, values_of
+from mnist_ray.storage import RunFolder, locate
+from mnist_ray.sweeps.space import Point, space_of
+from mnist_ray.sweeps.trials import DONE, TrialRecord, TrialTable
+from mnist_ray.sweeps.view import sections
+from mnist_ray.workload.data import Part
+from mnist_ray.workload.mnist import idx
+from tests.conftest import mnist, run_job
 
 RUN_PICTURES = ["loss", "accuracy", "confusion", "classes", "predictions", "mistakes", "seconds"]
 
@@ -70,8 +74,21 @@ def unfinished_run(finished_run: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def test_images(small_data: Path) -> Split:
-    return find(DataConfig(data_dir=str(small_data))).load("test")
+def test_images(small_data: Path) -> Part:
+    return Part(idx.find("mnist", small_data).load("test"))
+
+
+def write(run: RunFolder, test: Part | None = None) -> dict[str, bytes]:
+    return report.write(run, mnist(), "python jobs/train.py --resume", test, sections(run, type(mnist())))
+
+
+def trials(*records: TrialRecord) -> str:
+    workload = type(mnist())
+    return TrialTable(workload, space_of(workload, {}), records).to_csv()
+
+
+def point(learning_rate: float) -> Point:
+    return Point((("batch_size", 32), ("learning_rate", learning_rate)), 0)
 
 
 def test_a_run_leaves_one_page_with_all_its_pictures(finished_run: Path) -> None:
@@ -93,11 +110,12 @@ def test_a_run_leaves_one_page_with_all_its_pictures(finished_run: Path) -> None
     assert ["ray", result["versions"]["ray"]] in page.rows
 
 
-def test_predictions_are_those_that_the_result_counts(finished_run: Path, test_images: Split) -> None:
-    predictions = read_predictions(locate(str(finished_run.parent), finished_run.name))
-    assert predictions is not None
-    labels, predicted, probabilities = predictions.T
-    np.testing.assert_array_equal(labels, test_images.labels)
+def test_predictions_are_those_that_the_result_counts(finished_run: Path, test_images: Part) -> None:
+    rows = read_csv(locate(str(finished_run.parent), finished_run.name), "predictions.csv")
+    labels, predicted, probabilities = (
+        np.array([float(row[name]) for row in rows]) for name in ("label", "prediction", "probability")
+    )
+    np.testing.assert_array_equal(labels, test_images.targets())
     result = json.loads((finished_run / "result.json").read_text())
     assert (labels == predicted).mean() == pytest.approx(result["test_accuracy"])
     assert probabilities.min() >= 0.1
@@ -105,16 +123,16 @@ def test_predictions_are_those_that_the_result_counts(finished_run: Path, test_i
 
 
 def test_steps_lead_up_to_the_last_step_of_all_epochs(finished_run: Path) -> None:
-    record = RunRecord.read(locate(str(finished_run.parent), finished_run.name))
+    record = RunRecord.read(locate(str(finished_run.parent), finished_run.name), mnist())
     assert [row["epoch"] for row in record.steps][-1] == 2
     assert record.steps[-1]["step"] == 96
     assert record.steps_per_epoch == 48
     assert record.steps[0]["train_loss"] > record.steps[-1]["train_loss"]
 
 
-def test_an_interrupted_run_has_a_report_of_what_there_is(unfinished_run: Path, test_images: Split) -> None:
-    shown = report.write(locate(str(unfinished_run.parent), unfinished_run.name), test_images)
-    assert [picture.name for picture in shown] == ["loss", "accuracy", "seconds"]
+def test_an_interrupted_run_has_a_report_of_what_there_is(unfinished_run: Path, test_images: Part) -> None:
+    shown = write(locate(str(unfinished_run.parent), unfinished_run.name), test_images)
+    assert list(shown) == ["loss", "accuracy", "seconds"]
     html = (unfinished_run / "report.html").read_text()
     assert "not finished: 1 of 2 epochs" in html
     page = Page(html)
@@ -123,27 +141,28 @@ def test_an_interrupted_run_has_a_report_of_what_there_is(unfinished_run: Path, 
 
 
 def test_an_interrupted_sweeps_report_says_how_to_go_on_with_the_sweep(unfinished_run: Path) -> None:
-    (unfinished_run / "sweep.csv").write_text(TrialTable([TrialRecord(1, 32, 1e-3, 0, DONE, 1.0, 0.9, 0.3)]).to_csv())
-    report.write(locate(str(unfinished_run.parent), unfinished_run.name), None)
+    (unfinished_run / "sweep.csv").write_text(trials(TrialRecord(1, point(1e-3), DONE, 1.0, 0.9, 0.3)))
+    done = run_job("report.py", str(unfinished_run))
+    assert done.returncode == 0, done.stderr
     assert "python jobs/tune.py --resume --run-name unfinished" in (unfinished_run / "report.html").read_text()
 
 
 def test_a_run_interrupted_before_its_first_step_has_a_report(tmp_path: Path) -> None:
     run = locate(str(tmp_path), "run")
-    run.write_text("config.json", json_lines(values_of(TrainConfig(), DataConfig(), WorkerConfig())))
-    assert [picture.name for picture in report.write(run, None)] == ["loss", "accuracy", "seconds"]
+    run.write_text("config.json", json_lines(values_of(TrainConfig(), WorkerConfig())))
+    assert list(write(run)) == ["loss", "accuracy", "seconds"]
     assert "not finished: 0 of 2 epochs" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_a_run_of_one_epoch_has_a_report(finished_run: Path, tmp_path: Path, test_images: Split) -> None:
+def test_a_run_of_one_epoch_has_a_report(finished_run: Path, tmp_path: Path, test_images: Part) -> None:
     folder = tmp_path / "one"
     shutil.copytree(finished_run, folder)
     for name in ("metrics.csv", "steps.csv"):
         lines = (folder / name).read_text().splitlines(keepends=True)
         kept = [line for line in lines if name == "metrics.csv" or "e" in line or float(line.split(",")[1]) <= 1]
         (folder / name).write_text("".join(kept[:2] if name == "metrics.csv" else kept))
-    shown = report.write(locate(str(tmp_path), "one"), test_images)
-    assert [picture.name for picture in shown] == RUN_PICTURES
+    shown = write(locate(str(tmp_path), "one"), test_images)
+    assert list(shown) == RUN_PICTURES
     assert "finished: 1 of 2 epochs" in (folder / "report.html").read_text()
 
 
@@ -185,16 +204,16 @@ def test_several_runs_are_compared_side_by_side(finished_run: Path, unfinished_r
 def test_a_sweeps_report_has_its_trials_best_first(finished_run: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_run, tmp_path / "sweep")
     run = locate(str(tmp_path), "sweep")
-    trials = [TrialRecord(n, 32, 0.001 * n, 0, DONE, 2.0, 0.9 + n / 100, 0.1, 0.1, 9.0, 1.0) for n in (1, 2)]
-    run.write_text("sweep.csv", TrialTable(trials).to_csv())
-    assert "sweep" in [picture.name for picture in report.write(run, None)]
+    done = [TrialRecord(n, point(0.001 * n), DONE, 2.0, 0.9 + n / 100, 0.1, 0.1, 9.0, 1.0) for n in (1, 2)]
+    run.write_text("sweep.csv", trials(*done))
+    assert "sweep" in write(run)
     rows = Page((tmp_path / "sweep" / "report.html").read_text()).rows
     places = [row[0] for row in rows if len(row) == 8 and row[-1] == "done"]
     assert places == ["2", "1"]
 
 
 def test_names_cannot_put_markup_into_the_page(finished_run: Path) -> None:
-    record = RunRecord.read(locate(str(finished_run.parent), finished_run.name))
+    record = RunRecord.read(locate(str(finished_run.parent), finished_run.name), mnist())
     config: dict[str, Any] = record.config | {"data_dir": "<script>alert(1)</script>"}
     other = dataclasses.replace(record, config=config)
     html = report.compare([record, other])
@@ -204,11 +223,11 @@ def test_names_cannot_put_markup_into_the_page(finished_run: Path) -> None:
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"is no run: it has no config\.json"):
-        RunRecord.read(locate(str(tmp_path), "nothing"))
+        RunRecord.read(locate(str(tmp_path), "nothing"), mnist())
     run = locate(str(tmp_path), "run")
     run.write_text("config.json", "{")
     with pytest.raises(UsageError, match=r"config\.json is not JSON"):
-        RunRecord.read(run)
+        RunRecord.read(run, mnist())
 
 
 @pytest.mark.browser

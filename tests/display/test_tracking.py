@@ -13,10 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mnist_ray.config import TrainConfig
 from mnist_ray.display import pictures, tracking
 from mnist_ray.display.tracking import Ending, Trackers
-from mnist_ray.runs.evaluation import find_checkpoint
+from mnist_ray.runs.lookup import find
+from mnist_ray.settings import values_of
 from mnist_ray.storage import RunFolder, locate
-from mnist_ray.training.events import EpochFinished, Event, Started, Validated
-from mnist_ray.training.metrics import MetricSums, Progress
+from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
+from tests.conftest import mnist
 
 PICTURE = pictures.seconds({"start": 1.0})
 RESULT = {"test_accuracy": 0.875, "test_loss": 0.5, "images_per_s": 100.0}
@@ -27,7 +28,7 @@ def started(step: int = 0) -> Started:
 
 
 def progress(step: int, losses: list[float]) -> Progress:
-    return Progress(1, step, 4, losses, MetricSums(1.0, 3, 4), MetricSums(8.0, 12, 16), epoch_s=2.0)
+    return Progress(1, step, 4, losses, {"loss": 0.25, "accuracy": 0.75}, {"loss": 0.5, "accuracy": 0.75}, 16, 2.0)
 
 
 EPOCH: list[Event] = [
@@ -35,14 +36,14 @@ EPOCH: list[Event] = [
     progress(2, [4.0, 3.0]),
     progress(4, [2.0, 1.0]),
     EpochFinished(progress(4, [2.0, 1.0])),
-    Validated(1, 0.25, 0.75, 1.0),
+    Validated(1, {"loss": 0.25, "accuracy": 0.75}, 1.0),
 ]
 
 
 def follow(run: RunFolder, events: list[Event], ending: Ending, mlflow_uri: str | None = None) -> list[str]:
     """Track a run to its end; return the warnings."""
     warnings: list[str] = []
-    trackers = tracking.start(run, TrainConfig(), mlflow_uri, warnings.append)
+    trackers = tracking.start(run, mnist(), values_of(TrainConfig()), mlflow_uri, warnings.append)
     for event in events:
         trackers.log(event)
     trackers.close(ending)
@@ -124,7 +125,7 @@ def test_mlflow_has_parameters_metrics_pictures_and_the_model(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where MLflow puts the files of a run whose figures are in a data base
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    run, checkpoint = locate(str(tmp_path), "run"), find_checkpoint(str(finished_run), {})
+    run, checkpoint = locate(str(tmp_path), "run"), find(str(finished_run), "").checkpoint
     assert follow(run, EPOCH[:3], Ending(None, {}, None), uri) == []
     (found,) = mlflow.search_runs(experiment_names=["mnist_ray"], output_format="list")
     assert (found.info.run_name, found.info.status) == ("run", "KILLED")

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,17 +13,20 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-import ray
 
-from mnist_ray.cluster.connection import WorkerPlan
-from mnist_ray.config import TrainConfig
+from mnist_ray.cluster.plan import WorkerPlan
+from mnist_ray.cluster.sharing import share
+from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import JobError
+from mnist_ray.runs.job import Job
 from mnist_ray.storage import locate
-from mnist_ray.sweeps.search import Point
+from mnist_ray.sweeps.job import Sweep, read_sweep
+from mnist_ray.sweeps.search import chosen_before
+from mnist_ray.sweeps.space import Point
 from mnist_ray.sweeps.trial import TrialSpec, run_trial
-from mnist_ray.sweeps.tuning import _chosen_before, tune_and_train
-from mnist_ray.workload.mnist.idx import Split
-from tests.conftest import ROOT, as_flags, run_job, write_data_set
+from mnist_ray.workload.data import Arrays, Part
+from tests.conftest import ROOT, as_flags, mnist, run_job, run_main, write_data_set
+from tests.sweeps.test_space import point
 from tests.test_jobs import assert_one_line_error
 
 QUICK: dict[str, Any] = {
@@ -45,10 +49,18 @@ def flags_of(values: dict[str, Any]) -> list[str]:
     return plain + [text for name in lists for text in (f"--{name.replace('_', '-')}", *map(str, lists[name]))]
 
 
+def tune(values: dict[str, Any]) -> None:
+    run_main("tune", *flags_of(values))
+
+
+def propose_only(monkeypatch: pytest.MonkeyPatch, *points: Point) -> None:
+    monkeypatch.setattr("mnist_ray.sweeps.sweep.propose", lambda space, sweep, seed: list(points))
+
+
 @pytest.fixture
 def trials_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the trainings after the sweep, where a test is about trials."""
-    monkeypatch.setattr("mnist_ray.sweeps.tuning._train_the_best", lambda *args: None)
+    monkeypatch.setattr("mnist_ray.sweeps.search.train_chosen", lambda *args: None)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +68,7 @@ def finished_sweep(ray_address: str, small_data: Path, tmp_path_factory: pytest.
     """Four random trials of one worker and two epochs."""
     storage = tmp_path_factory.mktemp("sweeps")
     where = {"data_dir": str(small_data), "storage_path": str(storage), "run_name": "four"}
-    tune_and_train({**QUICK, **where, "num_trials": 4})
+    tune({**QUICK, **where, "num_trials": 4})
     return storage / "four"
 
 
@@ -76,30 +88,41 @@ def test_a_sweep_leaves_its_files(finished_sweep: Path) -> None:
 def test_only_the_best_trials_checkpoint_is_kept(finished_sweep: Path) -> None:
     best = json.loads((finished_sweep / "best.json").read_text())
     folders = [path.name for path in (finished_sweep / "trials").iterdir()]
-    assert folders == [f"batch-{best['batch_size']}_lr-{best['learning_rate']!r}_seed-0"]
+    assert folders == [f"batch_size-{best['batch_size']}_learning_rate-{best['learning_rate']!r}_seed-0"]
     assert len(list((finished_sweep / "trials" / folders[0]).iterdir())) == 1
 
 
 def test_a_confirmed_sweep_keeps_the_best_checkpoint_of_the_configuration_that_it_chose(
     trials_only: None, ray_address: str, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mnist_ray.sweeps.sweep.propose", lambda sweep, seed: [Point(50, 3e-3, 0), Point(50, 2e-3, 0)])
+    propose_only(monkeypatch, point(50, 3e-3), point(50, 2e-3))
     where = {"data_dir": str(small_data), "storage_path": str(tmp_path), "run_name": "sure"}
-    tune_and_train({**QUICK, **where, "num_epochs": 1, "num_confirmed": 2})
+    tune({**QUICK, **where, "num_epochs": 1, "num_confirmed": 2})
     trials = rows(tmp_path / "sure")
     assert [row["state"] for row in trials] == ["done"] * 6
     rate = str(json.loads((tmp_path / "sure" / "best.json").read_text())["learning_rate"])
     best = max((row for row in trials if row["learning_rate"] == rate), key=lambda row: float(row["val_accuracy"]))
     (kept,) = (tmp_path / "sure" / "trials").iterdir()
-    assert kept.name == f"batch-50_lr-{rate}_seed-{best['seed']}"
+    assert kept.name == f"batch_size-50_learning_rate-{rate}_seed-{best['seed']}"
 
 
-def test_a_sweep_that_has_chosen_tries_nothing_more_when_it_is_resumed(finished_sweep: Path, tmp_path: Path) -> None:
-    run = locate(str(finished_sweep.parent), finished_sweep.name)
-    table = _chosen_before(run)
+def sweep_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
+    flags = ["--resume", "--run-name", folder.name, "--storage-path", str(folder.parent)]
+    monkeypatch.setattr("sys.argv", ["jobs/tune.py", *flags])
+    return read_sweep()
+
+
+def test_a_sweep_that_has_chosen_tries_nothing_more_when_it_is_resumed(
+    finished_sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished_sweep, tmp_path / "chosen")
+    (tmp_path / "chosen" / "result.json").unlink()  # as if it had been killed in the last training
+    sweep = sweep_of(tmp_path / "chosen", monkeypatch)
+    table = chosen_before(sweep)
     assert table is not None
     assert len(table.by_point) == 4
-    assert _chosen_before(locate(str(tmp_path), "another")) is None
+    (tmp_path / "chosen" / "best.json").unlink()
+    assert chosen_before(sweep) is None
 
 
 def test_the_training_job_reproduces_the_best_trial(finished_sweep: Path, ray_address: str, tmp_path: Path) -> None:
@@ -114,15 +137,17 @@ def test_the_training_job_reproduces_the_best_trial(finished_sweep: Path, ray_ad
 
 
 def test_a_trial_killed_after_its_last_checkpoint_reports_it_again(
-    ray_address: str, few_images: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_address: str, few_images: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reported: list[dict[str, float]] = []
     watch = Mock()
     monkeypatch.setattr("ray.tune.report", reported.append)
     monkeypatch.setattr("mnist_ray.sweeps.trial.end_if_hung", watch)
-    images = ray.put(few_images)
-    plan = WorkerPlan(1, 1, use_gpu=False, must_scale_up=False)
-    spec = TrialSpec(TrainConfig(precision="fp32"), images, images, plan, str(tmp_path), {}, hang_timeout_s=60)
+    plan, folder = WorkerPlan(1, 1, use_gpu=False, must_scale_up=False), locate(str(tmp_path), "trials")
+    config, workers = TrainConfig(precision="fp32"), WorkerConfig(hang_timeout_s=60)
+    job = Job(mnist(), config, workers, OutputConfig(), folder, "")
+    part = Part(few_images)
+    spec = TrialSpec(job, share(mnist(), part), share(mnist(), part), plan, folder)
     for _ in range(2):
         run_trial({"batch_size": 60, "learning_rate": 1e-3, "seed": 0}, spec)
     assert [metrics["epochs"] for metrics in reported] == [1.0, 2.0, 2.0]
@@ -135,7 +160,7 @@ def test_trials_of_two_workers_report_to_the_sweep(
     trials_only: None, ray_address: str, small_data: Path, tmp_path: Path
 ) -> None:
     where = {"data_dir": str(small_data), "storage_path": str(tmp_path), "run_name": "two"}
-    tune_and_train({**QUICK, **where, "num_trials": 2, "num_workers": 2, "num_epochs": 1})
+    tune({**QUICK, **where, "num_trials": 2, "num_workers": 2, "num_epochs": 1})
     trials = rows(tmp_path / "two")
     assert [(row["state"], row["epochs"]) for row in trials] == [("done", "1.0")] * 2
     assert all(0 < float(row["val_accuracy"]) <= 1 for row in trials)
@@ -144,10 +169,10 @@ def test_trials_of_two_workers_report_to_the_sweep(
 def test_asha_stops_a_hopeless_trial_before_its_last_epoch(
     trials_only: None, ray_address: str, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    points = [Point(50, 3e-3, 0), Point(50, 2e-3, 0), Point(50, 10.0, 0)]
-    monkeypatch.setattr("mnist_ray.sweeps.sweep.propose", lambda sweep, seed: points)
+    points = [point(50, 3e-3), point(50, 2e-3), point(50, 10.0)]
+    propose_only(monkeypatch, *points)
     where = {"data_dir": str(small_data), "storage_path": str(tmp_path), "run_name": "asha"}
-    tune_and_train({**QUICK, **where, "scheduler": "asha", "num_epochs": 4, "max_concurrent_trials": 1})
+    tune({**QUICK, **where, "scheduler": "asha", "num_epochs": 4, "max_concurrent_trials": 1})
     hopeless = next(row for row in rows(tmp_path / "asha") if row["learning_rate"] == "10.0")
     assert hopeless["state"] == "stopped early"
     assert float(hopeless["epochs"]) < 4
@@ -157,10 +182,10 @@ def test_asha_stops_a_hopeless_trial_before_its_last_epoch(
 def test_a_trial_that_fails_is_tried_twice_and_the_sweep_goes_on(
     trials_only: None, ray_address: str, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    points = [Point(50, 1e20, 0), Point(50, 3e-3, 0)]
-    monkeypatch.setattr("mnist_ray.sweeps.sweep.propose", lambda sweep, seed: points)
+    points = [point(50, 1e20), point(50, 3e-3)]
+    propose_only(monkeypatch, *points)
     where = {"data_dir": str(small_data), "storage_path": str(tmp_path), "run_name": "fail"}
-    tune_and_train({**QUICK, **where, "num_epochs": 1, "max_concurrent_trials": 1})
+    tune({**QUICK, **where, "num_epochs": 1, "max_concurrent_trials": 1})
     failed, done = rows(tmp_path / "fail")
     assert (failed["state"], done["state"]) == ("failed", "done")
     assert "loss or weights are not finite at step 2 of epoch 1" in failed["reason"]
@@ -188,8 +213,8 @@ def test_a_killed_sweep_goes_on_without_repeating_finished_trials(
     command = ["--resume", "--run-name", "kill", "--storage-path", str(tmp_path)]
     refused = run_job("tune.py", *command, "--num-trials", "6", address=ray_address)
     assert_one_line_error(refused, 2, "run kill was started with --num-trials 5, not 6")
-    tune_and_train({"resume": True, "run_name": "kill", "storage_path": str(tmp_path)})
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trial ") and ", lr " in line]
+    run_main("tune", *command)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trial ") and ", seed " in line]
     after = rows(tmp_path / "kill")
     assert after[: len(before)] == before
     assert (len(after), len(printed)) == (5, 5 - len(before))
@@ -197,7 +222,7 @@ def test_a_killed_sweep_goes_on_without_repeating_finished_trials(
 
 def test_optuna_proposes(trials_only: None, ray_address: str, small_data: Path, tmp_path: Path) -> None:
     where = {"data_dir": str(small_data), "storage_path": str(tmp_path), "run_name": "optuna"}
-    tune_and_train({**QUICK, **where, "search": "optuna", "num_trials": 3, "num_epochs": 1})
+    tune({**QUICK, **where, "search": "optuna", "num_trials": 3, "num_epochs": 1})
     trials = rows(tmp_path / "optuna")
     assert [row["state"] for row in trials] == ["done"] * 3
     assert {row["batch_size"] for row in trials} <= {"32", "64"}
@@ -216,14 +241,17 @@ def test_every_trial_failing_ends_the_job_with_the_first_reason(
     ("flags", "message"),
     [
         (["--batch-sizes"], "argument --batch-sizes: expected at least one argument"),
-        (["--batch-sizes", "0"], "--batch-sizes must be different numbers from 1 on"),
+        (["--batch-sizes", "0"], "--batch-sizes must be different values, each of which must be at least 1"),
         (["--batch-sizes", "60000"], "--batch-sizes: 60,000 is larger than the 55,000 images to train on"),
         (["--num-trials", "0"], "--num-trials must be at least 1, not 0"),
         (["--learning-rate-min", "0.1"], "--learning-rate-min 0.1 must be below --learning-rate-max 0.02"),
         (["--learning-rate-min", "nan"], "--learning-rate-min must be a positive number"),
         (["--batch-size", "8"], "unrecognized arguments: --batch-size 8"),
         (["--validation-size", "0"], "a sweep chooses by validation accuracy"),
-        (["--search", "grid", "--num-trials", "2"], "--search grid needs a trial for each of the 5 batch sizes"),
+        (
+            ["--search", "grid", "--num-trials", "2"],
+            "--search grid needs a trial for each of the 5 choices of batch_size",
+        ),
         (["--resume", "--run-name", "ghost"], "--resume: there is no run"),
         (["--time-budget-s", "0"], "--time-budget-s must be positive"),
     ],
@@ -235,16 +263,16 @@ def test_a_wrong_argument_is_one_line_and_status_2(flags: list[str], message: st
 
 
 def test_fewer_images_than_the_defaults_batch_can_be_searched(
-    few_images: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few_images: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class BegunError(Exception):
         pass
 
-    monkeypatch.setattr("mnist_ray.sweeps.tuning.connect", Mock(side_effect=BegunError))
-    tiny = Split(few_images.images[:100], few_images.labels[:100])
+    monkeypatch.setattr("mnist_ray.cluster.connection.connect", Mock(side_effect=BegunError))
+    tiny = Arrays(few_images.inputs[:100], few_images.targets[:100])
     flags = {"data_dir": str(write_data_set(tmp_path / "tiny", tiny, tiny)), "storage_path": str(tmp_path)}
     with pytest.raises(BegunError):
-        tune_and_train({**flags, "validation_size": 20, "batch_sizes": [8, 16]})
+        tune({**flags, "validation_size": 20, "batch_sizes": [8, 16]})
 
 
 def test_a_time_budget_ends_a_sweep_that_would_go_on(
@@ -252,6 +280,6 @@ def test_a_time_budget_ends_a_sweep_that_would_go_on(
 ) -> None:
     where = {"data_dir": str(small_data), "storage_path": str(tmp_path), "run_name": "budget"}
     with contextlib.suppress(JobError):  # where the machine was too slow to validate a trial in that time
-        tune_and_train({**QUICK, **where, "num_trials": 2, "num_epochs": 1_000_000, "time_budget_s": 5.0})
+        tune({**QUICK, **where, "num_trials": 2, "num_epochs": 1_000_000, "time_budget_s": 5.0})
     if (tmp_path / "budget" / "sweep.csv").exists():  # else it was too slow to start one
         assert all(float(row["epochs"]) < 1_000_000 for row in rows(tmp_path / "budget"))

@@ -7,58 +7,65 @@ import pytest
 import torch
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.runs.evaluation import find_checkpoint
+from mnist_ray.runs.lookup import find
 from mnist_ray.tools import export
-from mnist_ray.training.checkpoint import fetch, save_checkpoint
-from mnist_ray.training.engine import create_state, to_input
-from mnist_ray.workload.mnist.idx import Split
-from mnist_ray.workload.mnist.network import CNN
-from tests.conftest import run_job
+from mnist_ray.training.checkpoint import save_checkpoint
+from mnist_ray.training.engine import create_state
+from mnist_ray.workload.data import Arrays
+from mnist_ray.workload.mnist.cnn import CNN
+from tests.conftest import mnist, run_job
+
+
+def prepared(images: Arrays, number: int) -> torch.Tensor:
+    tensor: torch.Tensor = mnist().prepare(torch.tensor(images.inputs[:number]), None)
+    return tensor
 
 
 @pytest.fixture
 def model(finished_run: Path) -> torch.nn.Module:
-    checkpoint = find_checkpoint(str(finished_run), {})
-    return fetch(checkpoint.filesystem, checkpoint.path)[0].eval()
+    model: torch.nn.Module = find(str(finished_run), "").load_model()
+    return model
 
 
 def test_an_exported_program_does_what_the_checkpoint_does(
-    finished_run: Path, model: torch.nn.Module, few_images: Split, tmp_path: Path
+    finished_run: Path, model: torch.nn.Module, few_images: Arrays, tmp_path: Path
 ) -> None:
     done = run_job("export.py", str(finished_run), "--output", str(tmp_path / "digits.pt2"))
     assert done.returncode == 0, done.stderr
     assert "checked    on 1,100 test images" in done.stdout
     program = torch.export.load(tmp_path / "digits.pt2").module()
     for size in (1, 3, 600):
-        images = to_input(torch.from_numpy(few_images.images[:size].copy()))
+        images = prepared(few_images, size)
         with torch.inference_mode():
             torch.testing.assert_close(program(images), model(images), rtol=0, atol=1e-4)
 
 
 def test_an_onnx_file_does_what_the_checkpoint_does(
-    finished_run: Path, model: torch.nn.Module, few_images: Split, tmp_path: Path
+    finished_run: Path, model: torch.nn.Module, few_images: Arrays, tmp_path: Path
 ) -> None:
     done = run_job("export.py", str(finished_run), "--format", "onnx", "--output", str(tmp_path / "digits.onnx"))
     assert (done.returncode, done.stderr) == (0, "")
     session = onnxruntime.InferenceSession(tmp_path / "digits.onnx", providers=["CPUExecutionProvider"])
     for size in (1, 3, 600):
-        images = to_input(torch.from_numpy(few_images.images[:size].copy()))
+        images = prepared(few_images, size)
         (logits,) = session.run(None, {"images": images.numpy()})
         with torch.inference_mode():
             np.testing.assert_allclose(logits, model(images).numpy(), rtol=0, atol=1e-4)
 
 
-def test_the_check_sees_another_model(model: torch.nn.Module, few_images: Split) -> None:
-    other = CNN().eval()
-    assert export.largest_difference(model, model, few_images.images) == 0
-    assert export.largest_difference(model, other, few_images.images) > 0.1
+def test_the_check_sees_another_model(model: torch.nn.Module, few_images: Arrays) -> None:
+    other = CNN(10).eval()
+    batches = [prepared(few_images, size) for size in (100, 1)]
+    assert export.largest_difference(model, model, iter(batches)) == (101, 0)
+    assert export.largest_difference(model, other, iter(batches))[1] > 0.1
     other.dense2.bias.data[0] = math.nan
-    assert math.isnan(export.largest_difference(model, other, few_images.images))
+    assert math.isnan(export.largest_difference(model, other, iter(batches))[1])
 
 
 def test_a_checkpoint_whose_data_are_elsewhere_is_checked_on_noise(tmp_path: Path) -> None:
-    about = {"data": {"data_dir": "/nowhere"}}
-    save_checkpoint(tmp_path, create_state(TrainConfig(), 600, torch.device("cpu")), about)
+    workload = mnist(data_dir=Path("/nowhere"))
+    state = create_state(workload, TrainConfig(), 600, torch.device("cpu"))
+    save_checkpoint(tmp_path, state, {"workload": workload.identity})
     done = run_job("export.py", str(tmp_path), "--output", str(tmp_path / "digits.pt2"))
     assert done.returncode == 0, done.stderr
     assert "checked    on 1,000 images of noise" in done.stdout

@@ -7,12 +7,13 @@ import pytest
 from PIL import Image
 
 from mnist_ray.config import ViewConfig
-from mnist_ray.display import pictures
 from mnist_ray.errors import UsageError
 from mnist_ray.tools import view
-from mnist_ray.workload.mnist.idx import Split
-from mnist_ray.workload.mnist.photos import read_image, to_mnist
-from tests.conftest import run_job
+from mnist_ray.tools.predict import read_image
+from mnist_ray.workload import pictures
+from mnist_ray.workload.data import Arrays, Part
+from mnist_ray.workload.mnist.photos import to_mnist
+from tests.conftest import mnist, run_job
 
 
 def raw_image(index: int) -> np.ndarray:
@@ -35,9 +36,9 @@ def test_digit_10_is_printed_and_drawn_as_it_is_in_the_file(tmp_path: Path) -> N
     np.testing.assert_array_equal(np.asarray(Image.open(picture))[::12, ::12], raw_image(10))
 
 
-def test_a_digit_that_was_drawn_can_be_read_as_a_picture_of_ones_own(mnist_test: Split) -> None:
-    drawn = to_mnist(read_image(pictures.digit(mnist_test.images[0])))
-    assert np.abs(drawn.astype(float) - mnist_test.images[0]).mean() < 15
+def test_a_digit_that_was_drawn_can_be_read_as_a_picture_of_ones_own(mnist_test: Arrays) -> None:
+    drawn = to_mnist(read_image(pictures.single_image(mnist_test.inputs[0])))
+    assert np.abs(drawn.astype(float) - mnist_test.inputs[0]).mean() < 15
 
 
 def test_several_images_are_drawn_in_rows_of_eight(small_data: Path, tmp_path: Path) -> None:
@@ -47,19 +48,19 @@ def test_several_images_are_drawn_in_rows_of_eight(small_data: Path, tmp_path: P
     assert grid.width / grid.height == pytest.approx(8 * 34 / (2 * 46), rel=0.02)
 
 
-def test_a_label_chooses_among_its_own_images(few_images: Split) -> None:
-    chosen = view.choose(few_images, ViewConfig(label=3, index=1, count=4))
-    np.testing.assert_array_equal(chosen, np.flatnonzero(few_images.labels == 3)[1:5])
+def test_a_label_chooses_among_its_own_images(few_images: Arrays) -> None:
+    chosen = view.choose(mnist(), Part(few_images), ViewConfig(label="3", index=1, count=4))
+    np.testing.assert_array_equal(chosen, np.flatnonzero(few_images.targets == 3)[1:5])
 
 
-def test_an_index_out_of_range_says_the_range(few_images: Split) -> None:
+def test_an_index_out_of_range_says_the_range(few_images: Arrays) -> None:
     with pytest.raises(UsageError, match=r"--index 600 is out of range: train images are 0 to 599$"):
-        view.choose(few_images, ViewConfig(index=600))
-    threes = int((few_images.labels == 3).sum())
+        view.choose(mnist(), Part(few_images), ViewConfig(index=600))
+    threes = int((few_images.targets == 3).sum())
     with pytest.raises(UsageError, match=rf"images with label 3 are 0 to {threes - 1}$"):
-        view.choose(few_images, ViewConfig(index=threes, label=3))
+        view.choose(mnist(), Part(few_images), ViewConfig(index=threes, label="3"))
     with pytest.raises(UsageError, match="no train image has it; the labels are 0 to 9"):
-        view.choose(few_images, ViewConfig(label=10))
+        view.choose(mnist(), Part(few_images), ViewConfig(label="10"))
 
 
 def test_blocks_show_two_rows_of_pixels_a_line() -> None:
@@ -70,13 +71,13 @@ def test_blocks_show_two_rows_of_pixels_a_line() -> None:
     assert spans[29] == "#383838 on #545454"  # the first pixels of rows 2 and 3: 56 and 84
 
 
-def test_stats_count_the_classes_and_measure_the_pixels(small_data: Path, mnist_test: Split, tmp_path: Path) -> None:
+def test_stats_count_the_classes_and_measure_the_pixels(small_data: Path, mnist_test: Arrays, tmp_path: Path) -> None:
     picture = tmp_path / "view.png"
     done = run_job("view.py", "--stats", "--output", str(picture), "--data-dir", str(small_data))
     assert done.returncode == 0, done.stderr
     rows = {words[0]: words[1:] for line in done.stdout.splitlines() if (words := line.split())}
-    train = Split(mnist_test.images[:3000], mnist_test.labels[:3000])
-    assert rows["3"][0] == str((train.labels == 3).sum())
-    assert rows["mean"][0] == f"{train.images.mean() / 255:.4f}"
-    assert rows["std"][0] == f"{train.images.std() / 255:.4f}"
+    train = Arrays(mnist_test.inputs[:3000], mnist_test.targets[:3000])
+    assert rows["3"][0] == str((train.targets == 3).sum())
+    assert rows["mean"][0] == f"{train.inputs.mean() / 255:.4f}"
+    assert rows["std"][0] == f"{train.inputs.std() / 255:.4f}"
     assert not picture.exists()

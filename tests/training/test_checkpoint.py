@@ -15,33 +15,39 @@ from mnist_ray.storage import locate
 from mnist_ray.training import checkpoint, engine
 from mnist_ray.training.checkpoint import DamagedCheckpointError, OtherModelError
 from mnist_ray.training.engine import Group, Hooks, TrainingState
-from mnist_ray.training.metrics import Progress
-from mnist_ray.workload.mnist.idx import Split
+from mnist_ray.training.events import Progress
+from mnist_ray.workload import Workload
+from mnist_ray.workload.data import Arrays, Part
+from mnist_ray.workload.mnist import MNIST
+from tests.conftest import mnist
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(precision="fp32", num_epochs=2, batch_size=20, learning_rate=2e-3, checkpoint_every=7)
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory, few_images: Split) -> Path:
+def saved(tmp_path_factory: pytest.TempPathFactory, few_images: Arrays) -> Path:
     """A folder with every checkpoint of a short run, each named by its epoch and step."""
     root = tmp_path_factory.mktemp("checkpoints")
     train_and_save(root, few_images, CONFIG)
     return root
 
 
-def train_and_save(root: Path, split: Split, config: TrainConfig, resume: Path | None = None) -> TrainingState:
+def train_and_save(
+    root: Path, arrays: Arrays, config: TrainConfig, resume: Path | None = None, workload: Workload | None = None
+) -> TrainingState:
+    workload = workload or mnist()
     torch.set_num_threads(1)
 
     def save(state: TrainingState, progress: Progress) -> None:
         folder = root / f"{state.epoch}-{state.step}"
         folder.mkdir()
-        checkpoint.save_checkpoint(folder, state, {"note": "hello"})
+        checkpoint.save_checkpoint(folder, state, {"note": "hello", "workload": mnist().identity})
 
-    state = engine.create_state(config, len(split), CPU)
+    state = engine.create_state(workload, config, len(arrays), CPU)
     if resume:
         checkpoint.restore(resume, state)
-    engine.train(state, split, config, Group(), Hooks(checkpoint=save))
+    engine.train(workload, state, Part(arrays), config, Group(), Hooks(checkpoint=save))
     return state
 
 
@@ -54,7 +60,7 @@ def copy_of(folder: Path, to: Path) -> Path:
 
 @pytest.mark.parametrize("position", ["0-7", "0-28", "1-0", "1-14", "2-0"])
 def test_a_run_resumed_anywhere_ends_bit_identical(
-    saved: Path, tmp_path: Path, few_images: Split, position: str
+    saved: Path, tmp_path: Path, few_images: Arrays, position: str
 ) -> None:
     train_and_save(tmp_path, few_images, CONFIG, resume=saved / position)
     for name in ("model.safetensors", "optimizer.safetensors"):
@@ -68,29 +74,31 @@ def as_numbers(position: str) -> list[int]:
     return [int(number) for number in position.split("-")]
 
 
-def test_the_epochs_figures_survive_a_resume(saved: Path, few_images: Split) -> None:
+def test_the_epochs_figures_survive_a_resume(saved: Path, few_images: Arrays) -> None:
     def last_of_first_epoch(state: TrainingState) -> Progress:
         seen: list[Progress] = []
-        engine.train(state, few_images, replace(CONFIG, num_epochs=1), Group(), Hooks(progress=seen.append))
+        engine.train(
+            mnist(), state, Part(few_images), replace(CONFIG, num_epochs=1), Group(), Hooks(progress=seen.append)
+        )
         return seen[-1]
 
-    whole = engine.create_state(CONFIG, len(few_images), CPU)
-    resumed = engine.create_state(CONFIG, len(few_images), CPU)
+    whole = engine.create_state(mnist(), CONFIG, len(few_images), CPU)
+    resumed = engine.create_state(mnist(), CONFIG, len(few_images), CPU)
     checkpoint.restore(saved / "0-14", resumed)
-    expected, found = last_of_first_epoch(whole).sums, last_of_first_epoch(resumed).sums
-    assert (found.num_images, found.num_correct) == (expected.num_images, expected.num_correct)
-    assert found.loss == pytest.approx(expected.loss, rel=1e-12)
+    expected, found = last_of_first_epoch(whole), last_of_first_epoch(resumed)
+    assert found.num_examples == expected.num_examples
+    assert found.so_far == pytest.approx(expected.so_far, rel=1e-12)
 
 
-def test_the_optimizer_of_another_kind_is_restored_too(tmp_path: Path, few_images: Split) -> None:
+def test_the_optimizer_of_another_kind_is_restored_too(tmp_path: Path, few_images: Arrays) -> None:
     def with_sgd() -> TrainingState:
-        state = engine.create_state(CONFIG, len(few_images), CPU)
+        state = engine.create_state(mnist(), CONFIG, len(few_images), CPU)
         state.optimizer = torch.optim.SGD(state.model.parameters(), lr=0.1, momentum=0.9)
         state.scheduler = torch.optim.lr_scheduler.ConstantLR(state.optimizer, factor=1.0)
         return state
 
     state, restored = with_sgd(), with_sgd()
-    engine.train(state, few_images, replace(CONFIG, num_epochs=1, schedule="constant"), Group(), Hooks())
+    engine.train(mnist(), state, Part(few_images), replace(CONFIG, num_epochs=1, schedule="constant"), Group(), Hooks())
     checkpoint.save_checkpoint(tmp_path, state, {})
     checkpoint.restore(tmp_path, restored)
     for parameter, same in zip(state.model.parameters(), restored.model.parameters(), strict=True):
@@ -105,7 +113,7 @@ def test_a_checkpoint_says_where_it_comes_from(saved: Path) -> None:
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"is not a checkpoint: it has no state\.json"):
-        checkpoint.load_model(tmp_path)
+        checkpoint.load_model(tmp_path, mnist())
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
@@ -119,7 +127,7 @@ def test_a_damaged_checkpoint_is_refused(saved: Path, tmp_path: Path, name: str,
         content[len(content) // 2] ^= 255
         cut = {"truncated": len(content) // 2, "flipped": len(content), "empty": 0}[damage]
         (folder / name).write_bytes(content[:cut])
-    state = engine.create_state(CONFIG, 600, CPU)
+    state = engine.create_state(mnist(), CONFIG, 600, CPU)
     with pytest.raises((JobError, UsageError)) as raised:
         checkpoint.restore(folder, state)
     assert str(folder) in str(raised.value)
@@ -130,13 +138,13 @@ def test_a_state_file_without_its_entries_is_refused(saved: Path, tmp_path: Path
     folder = copy_of(saved / "1-0", tmp_path / "copy")
     (folder / "state.json").write_text(json.dumps({"epoch": 1}))
     with pytest.raises(JobError, match=r"state\.json lacks epoch_s, finished_s, optimizer"):
-        checkpoint.load_model(folder)
+        checkpoint.load_model(folder, mnist())
 
 
 def test_a_checkpoint_of_another_model_is_refused(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "create_model", lambda: nn.Linear(784, 10))
+    monkeypatch.setattr(MNIST, "create_model", lambda workload: nn.Linear(784, 10))
     with pytest.raises(JobError, match=r"1-0 is of another model: .*conv1\.weight") as raised:
-        checkpoint.load_model(saved / "1-0")
+        checkpoint.load_model(saved / "1-0", mnist())
     assert "\n" not in str(raised.value)
 
 
@@ -163,7 +171,7 @@ def test_a_pickle_in_place_of_the_weights_is_refused_and_not_run(saved: Path, tm
     state["sha256"]["model.safetensors"] = hashlib.sha256(content).hexdigest()
     (folder / "state.json").write_text(json.dumps(state))
     with pytest.raises(JobError, match=r"is damaged: model\.safetensors"):
-        checkpoint.load_model(folder)
+        checkpoint.load_model(folder, mnist())
     assert not marker.exists()
 
 
@@ -180,9 +188,8 @@ def test_a_checkpoint_whose_storage_is_away_for_a_moment_is_read_once_it_is_back
         away.rename(storage)
 
     monkeypatch.setattr("time.sleep", come_back)
-    model, document = checkpoint.fetch(fs.LocalFileSystem(), str(storage / "1-0"))
-    assert document["note"] == "hello"
-    expected = checkpoint.load_model(storage / "1-0").state_dict()
+    model = checkpoint.fetch(fs.LocalFileSystem(), str(storage / "1-0"), mnist())
+    expected = checkpoint.load_model(storage / "1-0", mnist()).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
@@ -190,7 +197,7 @@ def test_an_error_of_a_fetched_checkpoint_names_where_it_lies(saved: Path, tmp_p
     folder = copy_of(saved / "1-0", tmp_path / "copy")
     (folder / "model.safetensors").unlink()
     with pytest.raises(DamagedCheckpointError, match=f"^checkpoint {folder} is damaged: model.safetensors: "):
-        checkpoint.fetch(fs.LocalFileSystem(), str(folder))
+        checkpoint.fetch(fs.LocalFileSystem(), str(folder), mnist())
 
 
 def test_a_checkpoint_of_another_model_is_no_damaged_one(
@@ -198,20 +205,20 @@ def test_a_checkpoint_of_another_model_is_no_damaged_one(
 ) -> None:
     (tmp_path / "run").mkdir()
     copy_of(saved / "1-0", tmp_path / "run" / "checkpoint_1")
-    monkeypatch.setattr(engine, "create_model", lambda: nn.Linear(784, 10))
-    state = engine.create_state(CONFIG, 600, CPU)
+    monkeypatch.setattr(MNIST, "create_model", lambda workload: nn.Linear(784, 10))
+    state = engine.create_state(mnist(), CONFIG, 600, CPU)
     with pytest.raises(OtherModelError, match=r"run/checkpoint_1 is of another model: .*conv1\.weight"):
         checkpoint.restore_newest(locate(str(tmp_path), "run"), state)
 
 
-def with_dropout() -> nn.Module:
+def with_dropout(workload: Workload) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(784, 10))
 
 
 def test_a_resumed_run_drops_out_what_it_would_have_without_a_break(
-    few_images: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few_images: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "create_model", with_dropout)
+    monkeypatch.setattr(MNIST, "create_model", with_dropout)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     for folder, position in ((whole, None), (resumed, whole / "1-7")):
         folder.mkdir()
@@ -220,13 +227,13 @@ def test_a_resumed_run_drops_out_what_it_would_have_without_a_break(
 
 
 def test_tied_weights_are_saved_and_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def tied() -> nn.Module:
+    def tied(workload: Workload) -> nn.Module:
         first, second = nn.Linear(784, 784), nn.Linear(784, 784)
         second.weight = first.weight
         return nn.Sequential(nn.Flatten(), first, second, nn.Linear(784, 10))
 
-    monkeypatch.setattr(engine, "create_model", tied)
-    state, restored = (engine.create_state(replace(CONFIG, seed=seed), 600, CPU) for seed in (0, 1))
+    monkeypatch.setattr(MNIST, "create_model", tied)
+    state, restored = (engine.create_state(mnist(), replace(CONFIG, seed=seed), 600, CPU) for seed in (0, 1))
     checkpoint.save_checkpoint(tmp_path, state, {})
     checkpoint.restore(tmp_path, restored)
     weights = restored.model.state_dict()

@@ -15,17 +15,18 @@ from torch.nn import functional as F
 from mnist_ray.config import TrainConfig
 from mnist_ray.training import engine, shared_memory
 from mnist_ray.training.engine import Group, Hooks, TrainingDivergedError, TrainingState
-from mnist_ray.training.metrics import MetricSums, Progress
+from mnist_ray.training.events import Progress
 from mnist_ray.training.sharding import Batch, num_steps
-from mnist_ray.workload.mnist.idx import Split
+from mnist_ray.workload.data import Arrays, Part
+from tests.conftest import mnist
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(precision="fp32", num_epochs=1, batch_size=20, learning_rate=2e-3, validation_size=0)
 
 
-def weights_after(config: TrainConfig, split: Split, group: Group | None = None, hooks: Hooks | None = None) -> Any:
-    state = engine.create_state(config, len(split), CPU)
-    engine.train(state, split, config, group or Group(), hooks or Hooks())
+def weights_after(config: TrainConfig, split: Arrays, group: Group | None = None, hooks: Hooks | None = None) -> Any:
+    state = engine.create_state(mnist(), config, len(split), CPU)
+    engine.train(mnist(), state, Part(split), config, group or Group(), hooks or Hooks())
     return state.model.state_dict()
 
 
@@ -63,10 +64,10 @@ def train_on_gloo(rank: int, folder: Path, images: np.ndarray, labels: np.ndarra
         for optimizer, create in OPTIMIZERS.items():
             for case, (num_images, batch_size) in BATCHES.items():
                 config = replace(CONFIG, batch_size=batch_size, schedule="constant")
-                state = engine.create_state(config, num_images, CPU)
+                state = engine.create_state(mnist(), config, num_images, CPU)
                 state.optimizer = create(state.model.parameters())
-                split = Split(images[:num_images], labels[:num_images])
-                engine.train(state, split, config, Group(rank, world_size), Hooks())
+                split = Arrays(images[:num_images], labels[:num_images])
+                engine.train(mnist(), state, Part(split), config, Group(rank, world_size), Hooks())
                 if rank == 0:
                     weights = {name: value.contiguous() for name, value in state.model.state_dict().items()}
                     save_file(weights, folder / f"{optimizer}-{case}-{world_size}")
@@ -74,9 +75,9 @@ def train_on_gloo(rank: int, folder: Path, images: np.ndarray, labels: np.ndarra
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["memory", "gloo"])
-def gloo_weights(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, few_images: Split) -> Path:
+def gloo_weights(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, few_images: Arrays) -> Path:
     folder = tmp_path_factory.mktemp("gloo")
-    arguments = (folder, few_images.images, few_images.labels, request.param)
+    arguments = (folder, few_images.inputs, few_images.targets, request.param)
     spawn(train_on_gloo, arguments, nprocs=max(WORLD_SIZES))  # type: ignore[no-untyped-call]
     return folder
 
@@ -101,72 +102,72 @@ def test_any_number_of_processes_ends_with_the_same_weights(
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_thirty_steps_move_the_weights_far_beyond_the_tolerance(gloo_weights: Path, optimizer: str) -> None:
-    before = engine.create_state(CONFIG, 480, CPU).model.state_dict()
+    before = engine.create_state(mnist(), CONFIG, 480, CPU).model.state_dict()
     assert largest_difference(load_file(gloo_weights / f"{optimizer}-even-1"), before) > 1e-2
 
 
 # --- one process ---
 
 
-def test_a_slices_gradient_is_its_part_of_the_true_mean(few_images: Split) -> None:
+def test_a_slices_gradient_is_its_part_of_the_true_mean(few_images: Arrays) -> None:
     """Two ranks' gradients, of slices of 3 and 5, have the whole batch's as their mean."""
-    images, labels = torch.tensor(few_images.images[:8]), torch.tensor(few_images.labels[:8])
+    images, labels = torch.tensor(few_images.inputs[:8]), torch.tensor(few_images.targets[:8])
 
     def gradient(first: int, last: int, world_size: int) -> torch.Tensor:
-        state = engine.create_state(CONFIG, 8, CPU)
+        state = engine.create_state(mnist(), CONFIG, 8, CPU)
         no_step = torch.optim.SGD(state.model.parameters(), lr=0.0)
         batch = Batch(images[first:last], labels[first:last], global_size=8)
-        engine.train_step(state.model, batch, no_step, Group(0, world_size))
+        engine.train_step(mnist(), state.model, batch, no_step, Group(0, world_size))
         return torch.cat([parameter.grad.flatten() for parameter in state.model.parameters()])  # type: ignore[union-attr]
 
     torch.testing.assert_close((gradient(0, 3, 2) + gradient(3, 8, 2)) / 2, gradient(0, 8, 1))
     assert gradient(0, 0, 2).count_nonzero() == 0
 
 
-def test_the_loss_falls_on_one_batch(few_images: Split) -> None:
+def test_the_loss_falls_on_one_batch(few_images: Arrays) -> None:
     config = replace(CONFIG, num_epochs=40, batch_size=30)
     losses: list[float] = []
     hooks = Hooks(progress=lambda progress: losses.extend(progress.losses))
-    weights_after(config, Split(few_images.images[:30], few_images.labels[:30]), hooks=hooks)
+    weights_after(config, Arrays(few_images.inputs[:30], few_images.targets[:30]), hooks=hooks)
     assert len(losses) == 40
     assert losses[0] > 2.2
     assert losses[-1] < 0.5
 
 
-def test_bf16_learns_too(few_images: Split) -> None:
+def test_bf16_learns_too(few_images: Arrays) -> None:
     config = replace(CONFIG, num_epochs=40, batch_size=30, precision="bf16")
     losses: list[float] = []
     hooks = Hooks(progress=lambda progress: losses.extend(progress.losses))
-    weights_after(config, Split(few_images.images[:30], few_images.labels[:30]), hooks=hooks)
+    weights_after(config, Arrays(few_images.inputs[:30], few_images.targets[:30]), hooks=hooks)
     assert losses[-1] < 0.5
 
 
-def test_progress_agrees_with_a_plain_computation(few_images: Split) -> None:
+def test_progress_agrees_with_a_plain_computation(few_images: Arrays) -> None:
     """Without learning, an epoch's sums are those of the initial weights over all images."""
     config = replace(CONFIG, batch_size=64, learning_rate=1e-30)
     seen: list[Progress] = []
     weights_after(config, few_images, hooks=Hooks(progress=seen.append))
-    model = engine.create_state(config, 600, CPU).model
-    logits = model(engine.to_input(torch.tensor(few_images.images)))
-    labels = torch.tensor(few_images.labels).long()
-    sums = seen[-1].sums
-    assert sums.num_images == 600
-    assert sums.num_correct == (logits.argmax(1) == labels).sum().item()
-    assert sums.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    model = engine.create_state(mnist(), config, 600, CPU).model
+    logits = model(mnist().prepare(torch.tensor(few_images.inputs), None))
+    labels = torch.tensor(few_images.targets).long()
+    so_far = seen[-1].so_far
+    assert seen[-1].num_examples == 600
+    assert so_far["accuracy"] == (logits.argmax(1) == labels).sum().item() / 600
+    assert so_far["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert sum(len(progress.losses) for progress in seen) == num_steps(600, 64)
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others(few_images: Split) -> None:
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(few_images: Arrays) -> None:
     weights = [weights_after(replace(CONFIG, seed=seed), few_images) for seed in (0, 0, 1)]
     assert largest_difference(weights[0], weights[1]) == 0
     assert largest_difference(weights[0], weights[2]) > 0.01
 
 
-def test_checkpoints_come_every_so_many_steps_and_after_each_epoch(few_images: Split) -> None:
+def test_checkpoints_come_every_so_many_steps_and_after_each_epoch(few_images: Arrays) -> None:
     seen: list[tuple[int, int, int, int]] = []
 
     def checkpoint(state: TrainingState, progress: Progress) -> None:
-        seen.append((state.epoch, state.step, state.sums.num_images, progress.sums.num_images))
+        seen.append((state.epoch, state.step, state.sums.num_examples, progress.num_examples))
 
     config = replace(CONFIG, num_epochs=2, checkpoint_every=10)  # 30 steps an epoch
     weights_after(config, few_images, hooks=Hooks(checkpoint=checkpoint))
@@ -181,9 +182,9 @@ def test_checkpoints_come_every_so_many_steps_and_after_each_epoch(few_images: S
 
 
 @pytest.mark.parametrize("schedule", ["one-cycle", "constant"])
-def test_the_learning_rate_follows_its_schedule(schedule: str, few_images: Split) -> None:
+def test_the_learning_rate_follows_its_schedule(schedule: str, few_images: Arrays) -> None:
     config = replace(CONFIG, schedule=schedule, num_epochs=2)  # type: ignore[arg-type]
-    state = engine.create_state(config, len(few_images), CPU)
+    state = engine.create_state(mnist(), config, len(few_images), CPU)
     rates = []
     for _ in range(60):
         rates.append(state.scheduler.get_last_lr()[0])
@@ -200,15 +201,15 @@ def test_the_learning_rate_follows_its_schedule(schedule: str, few_images: Split
 
 
 @pytest.mark.parametrize(("num_images", "batch_size"), [(1, 1), (2, 2), (3, 1), (10, 3)])
-def test_the_smallest_runs_work(few_images: Split, num_images: int, batch_size: int) -> None:
-    split = Split(few_images.images[:num_images], few_images.labels[:num_images])
+def test_the_smallest_runs_work(few_images: Arrays, num_images: int, batch_size: int) -> None:
+    split = Arrays(few_images.inputs[:num_images], few_images.targets[:num_images])
     weights = weights_after(replace(CONFIG, batch_size=batch_size, num_epochs=2), split)
     assert all(value.isfinite().all() for value in weights.values())
 
 
-def test_a_loss_that_is_no_number_stops_training_at_its_step(few_images: Split) -> None:
+def test_a_loss_that_is_no_number_stops_training_at_its_step(few_images: Arrays) -> None:
     config = replace(CONFIG, checkpoint_every=1)
-    state = engine.create_state(config, len(few_images), CPU)
+    state = engine.create_state(mnist(), config, len(few_images), CPU)
     saved: list[int] = []
 
     def poison(state: TrainingState, progress: Progress) -> None:
@@ -217,11 +218,11 @@ def test_a_loss_that_is_no_number_stops_training_at_its_step(few_images: Split) 
             next(state.model.parameters()).data.fill_(float("nan"))
 
     with pytest.raises(TrainingDivergedError, match="not finite at step 8 of epoch 1; try a lower"):
-        engine.train(state, few_images, config, Group(), Hooks(checkpoint=poison))
+        engine.train(mnist(), state, Part(few_images), config, Group(), Hooks(checkpoint=poison))
     assert saved == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_weights_that_are_not_finite_get_into_no_checkpoint(few_images: Split) -> None:
+def test_weights_that_are_not_finite_get_into_no_checkpoint(few_images: Arrays) -> None:
     config = replace(CONFIG, checkpoint_every=1, learning_rate=1e39, schedule="constant")
     saved: list[int] = []
     hooks = Hooks(checkpoint=lambda state, progress: saved.append(state.step))
@@ -237,21 +238,20 @@ def test_auto_precision_is_bf16_just_where_the_processor_has_it(monkeypatch: pyt
         assert engine.resolve_precision("fp32", Group()) == "fp32"
 
 
-def test_evaluation_agrees_with_a_plain_computation(few_images: Split) -> None:
-    model = engine.create_state(CONFIG, 600, CPU).model
-    evaluation = engine.evaluate(model, few_images)
-    logits = model(engine.to_input(torch.tensor(few_images.images)))
-    labels = torch.tensor(few_images.labels).long()
-    assert evaluation.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+def test_evaluation_agrees_with_a_plain_computation(few_images: Arrays) -> None:
+    model = engine.create_state(mnist(), CONFIG, 600, CPU).model
+    evaluation = engine.evaluate(mnist(), model, Part(few_images))
+    logits = model(mnist().prepare(torch.tensor(few_images.inputs), None))
+    labels = torch.tensor(few_images.targets).long()
+    assert evaluation.figures(mnist())["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     expected = np.zeros((10, 10), int)
-    np.add.at(expected, (few_images.labels, logits.argmax(1).numpy()), 1)
-    np.testing.assert_array_equal(evaluation.confusion, expected)
+    np.add.at(expected, (few_images.targets, logits.argmax(1).numpy()), 1)
+    assert mnist().details(evaluation.columns)["confusion_matrix"] == expected.tolist()
 
 
-def test_sums_over_windows_are_the_epochs(few_images: Split) -> None:
+def test_sums_over_windows_are_the_epochs(few_images: Arrays) -> None:
     seen: list[Progress] = []
     weights_after(replace(CONFIG, batch_size=1), few_images, hooks=Hooks(progress=seen.append))
     assert len(seen) > 1
     assert [progress.step for progress in seen] == np.cumsum([len(progress.losses) for progress in seen]).tolist()
-    assert seen[-1].sums.num_images == 600
-    assert seen[-1].sums != MetricSums()
+    assert seen[-1].num_examples == 600

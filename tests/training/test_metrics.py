@@ -1,42 +1,67 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mnist_ray.training.metrics import Evaluation, MetricSums
+from mnist_ray.training.metrics import Evaluation, MetricSums, score
+from mnist_ray.workload import Metric, Workload
+from tests.conftest import mnist
+
+
+def sums_of(loss: float, right: int, number: int) -> MetricSums:
+    return MetricSums({"loss": loss, "accuracy": right}, number)
 
 
 def test_sums_add_up_and_are_divided_last() -> None:
-    sums = MetricSums(3.0, 1, 2) + MetricSums(1.0, 3, 6)
-    assert (sums.loss, sums.accuracy) == (0.5, 0.5)
+    sums = MetricSums() + sums_of(3.0, 1, 2) + sums_of(1.0, 3, 6)
+    assert sums.figures(mnist()) == {"loss": 0.5, "accuracy": 0.5}
 
 
-def test_no_images_have_no_mean() -> None:
-    assert math.isnan(MetricSums().loss)
-    assert math.isnan(MetricSums().accuracy)
-
-
-def test_an_evaluation_counts_by_label_and_prediction() -> None:
-    evaluation = Evaluation((1.0, 2.0), np.array([[3, 1, 0], [2, 4, 0], [0, 0, 0]]), np.empty(0), np.empty(0))
-    assert evaluation.num_images == 10
-    assert evaluation.accuracy == pytest.approx(0.7)
-    assert evaluation.loss == pytest.approx(0.3)
-    assert evaluation.accuracy_per_class[:2] == pytest.approx([0.75, 2 / 3])
-    assert math.isnan(evaluation.accuracy_per_class[2])
-    assert evaluation.to_dict("test")["test_accuracy_per_class"][2] is None
+def test_no_examples_have_no_mean() -> None:
+    figures = MetricSums().figures(mnist())
+    assert figures.keys() == {"loss", "accuracy"}
+    assert all(map(math.isnan, figures.values()))
 
 
 def test_merged_parts_give_what_the_whole_gives() -> None:
-    losses = tuple(np.random.default_rng(0).random(7).tolist())
-    confusion = np.arange(4).reshape(2, 2)
-    predictions, probabilities = np.arange(6), np.linspace(0.1, 0.9, 6)
-    whole = Evaluation(losses, confusion * 2, predictions, probabilities)
+    losses = np.random.default_rng(0).random(7).tolist()
+    batches = tuple({"loss": loss, "accuracy": 1.0} for loss in losses)
+    columns = {"label": np.arange(14) % 10, "prediction": np.arange(14) % 3, "probability": np.linspace(0.1, 0.9, 14)}
+    whole = Evaluation(batches, 14, columns)
     parts = [
-        Evaluation(losses[:3], confusion, predictions[:2], probabilities[:2]),
-        Evaluation(losses[3:], confusion, predictions[2:], probabilities[2:]),
+        Evaluation(batches[:3], 6, {name: values[:6] for name, values in columns.items()}),
+        Evaluation(batches[3:], 8, {name: values[6:] for name, values in columns.items()}),
     ]
     merged = Evaluation.merge(parts)
-    assert merged.loss == whole.loss
-    np.testing.assert_array_equal(merged.confusion, whole.confusion)
-    np.testing.assert_array_equal(merged.predictions, whole.predictions)
-    np.testing.assert_array_equal(merged.probabilities, whole.probabilities)
+    assert merged.figures(mnist()) == whole.figures(mnist())
+    assert merged.to_dict(mnist()) == whole.to_dict(mnist())
+    for name, values in columns.items():
+        np.testing.assert_array_equal(merged.columns[name], values)
+
+
+def test_a_classs_accuracy_is_none_where_it_has_no_examples() -> None:
+    columns = {"label": np.array([0, 0, 1]), "prediction": np.array([0, 1, 1]), "probability": np.ones(3)}
+    result = Evaluation(({"loss": 1.5, "accuracy": 2.0},), 3, columns).to_dict(mnist())
+    assert result["test_accuracy_per_class"] == [0.5, 1.0, *[None] * 8]
+    assert (result["test_accuracy"], result["test_loss"], result["num_test_images"]) == (2 / 3, 0.5, 3)
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "mode"),
+    [
+        ({"m": 0.99, "loss": 9.0}, {"m": 0.98, "loss": 0.1}, "max"),
+        ({"m": 0.98, "loss": 0.1}, {"m": 0.98, "loss": 1.0}, "max"),
+        ({"m": 3.0, "loss": 9.0}, {"m": 4.0, "loss": 1.0}, "min"),
+        ({"m": 3.0, "loss": 1.0}, {"m": 3.0, "loss": 2.0}, "min"),
+        ({"m": 0.1, "loss": 1.0}, {"m": math.nan, "loss": 0.0}, "max"),
+        ({"m": 0.5, "loss": 1.0}, {"m": 0.5, "loss": math.inf}, "max"),
+    ],
+)
+def test_the_score_follows_the_criterion_and_of_two_that_tie_the_loss(
+    better: dict[str, float], worse: dict[str, float], mode: Any
+) -> None:
+    class Measured(Workload):
+        metrics = (Metric("m", mode),)
+
+    assert score(Measured(), better) > score(Measured(), worse)

@@ -2,16 +2,16 @@ import numpy as np
 import pytest
 import torch
 
-from mnist_ray.training.sharding import Batch, BatchDataset, ShardedBatchSampler, epoch_loader, num_steps
-from mnist_ray.workload.mnist.idx import Split
+from mnist_ray.training.sharding import ArrayBatches, Batch, ShardedBatchSampler, batch_loader, num_steps
+from mnist_ray.workload.data import Arrays
 
 
-def shards(num_images: int, batch_size: int, world_size: int, epoch: int = 0, first_step: int = 0) -> list[list]:
+def shards(num_examples: int, batch_size: int, world_size: int, epoch: int = 0, first_step: int = 0) -> list[list]:
     """Return each rank's slices of an epoch."""
     return [
         list(
             ShardedBatchSampler(
-                num_images,
+                num_examples,
                 batch_size,
                 seed=3,
                 epoch=epoch,
@@ -26,17 +26,17 @@ def shards(num_images: int, batch_size: int, world_size: int, epoch: int = 0, fi
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("batch_size", [1, 2, 8, 33, 100])
-@pytest.mark.parametrize("num_images", [1, 7, 100, 101])
+@pytest.mark.parametrize("num_examples", [1, 7, 100, 101])
 def test_shards_partition_every_epoch_into_the_same_global_batches(
-    num_images: int, batch_size: int, world_size: int
+    num_examples: int, batch_size: int, world_size: int
 ) -> None:
-    alone = shards(num_images, batch_size, 1)[0]
+    alone = shards(num_examples, batch_size, 1)[0]
     for epoch in range(2):
-        by_rank = shards(num_images, batch_size, world_size, epoch)
-        assert {len(slices) for slices in by_rank} == {num_steps(num_images, batch_size)}
+        by_rank = shards(num_examples, batch_size, world_size, epoch)
+        assert {len(slices) for slices in by_rank} == {num_steps(num_examples, batch_size)}
         steps = list(zip(*by_rank, strict=True))
         batches = [np.concatenate([indices for indices, _ in step]) for step in steps]
-        assert sorted(np.concatenate(batches)) == list(range(num_images))
+        assert sorted(np.concatenate(batches)) == list(range(num_examples))
         for step, batch in zip(steps, batches, strict=True):
             assert {size for _, size in step} == {len(batch)}
             lengths = [len(indices) for indices, _ in step]
@@ -62,16 +62,16 @@ def test_a_sampler_goes_on_at_any_step() -> None:
         np.testing.assert_array_equal(indices, expected)
 
 
-def test_the_loader_gives_the_sampled_images_in_whole_batches() -> None:
+def test_the_loader_gives_the_sampled_examples_in_whole_batches() -> None:
     images = np.arange(10 * 28 * 28, dtype=np.uint8).reshape(10, 28, 28)
-    split = Split(images, np.arange(10, dtype=np.uint8))
-    split.images.setflags(write=False)
+    arrays = Arrays(images, np.arange(10, dtype=np.uint8))
+    arrays.inputs.setflags(write=False)
     sampler = ShardedBatchSampler(10, 4, seed=0, epoch=0)
-    loader = epoch_loader(BatchDataset(split, torch.device("cpu")), sampler)
+    loader = batch_loader(ArrayBatches(arrays, torch.device("cpu")), sampler)
     batches = list(loader)
     assert [batch.global_size for batch in batches] == [4, 4, 2]
     for batch, (indices, _) in zip(batches, sampler, strict=True):
         assert isinstance(batch, Batch)
-        assert batch.labels.tolist() == indices.tolist()
-        np.testing.assert_array_equal(batch.images.numpy(), split.images[indices])
+        assert batch.targets.tolist() == indices.tolist()
+        np.testing.assert_array_equal(batch.inputs.numpy(), arrays.inputs[indices])
     assert len(loader) == 3

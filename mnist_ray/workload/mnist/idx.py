@@ -1,4 +1,4 @@
-"""The data set: reading and checking IDX files, holding out validation images. Without torch, to be quick."""
+"""MNIST's files: finding them, reading and checking the IDX format."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mnist_ray.config import DataConfig
 from mnist_ray.errors import JobError, UsageError, first_line
+from mnist_ray.workload.data import Arrays
 
 IMAGE_SHAPE = (28, 28)
-NUM_CLASSES = 10
-_FILES = {
+_MOST_CLASSES = 10
+FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
@@ -29,18 +29,6 @@ _MNIST_SHA256 = {
 }
 _TORCHVISION_CLASSES = {"fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 _CACHE = Path("~/.cache/mnist_ray")
-_HOLD_OUT_SEED = 28
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images (N, 28, 28) uint8 and their labels (N,) uint8; read-only where they come from Ray's object store."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 @dataclass(frozen=True)
@@ -51,9 +39,9 @@ class Source:
     folder: Path
     sha256: dict[str, str]
 
-    def load(self, split: str) -> Split:
+    def load(self, split: str) -> Arrays:
         """Read and check the ``"train"`` or ``"test"`` images and labels. Raises JobError for bad files."""
-        images_name, labels_name = _FILES[split]
+        images_name, labels_name = FILES[split]
         images = self._read(images_name, num_dims=3)
         labels = self._read(labels_name, num_dims=1)
         if images.shape[1:] != IMAGE_SHAPE:
@@ -62,9 +50,9 @@ class Source:
             raise JobError(f"{self.folder} has {len(images):,} {split} images but {len(labels):,} labels")
         if len(labels) == 0:
             raise JobError(f"{self.folder / images_name} holds no images")
-        if labels.max() >= NUM_CLASSES:
+        if labels.max() >= _MOST_CLASSES:
             raise JobError(f"{self.folder / labels_name} has label {labels.max()}; the classes are 0 to 9")
-        return Split(images, labels)
+        return Arrays(images, labels)
 
     def _read(self, name: str, num_dims: int) -> np.ndarray:
         content = _read_maybe_gzipped(self.folder / name)
@@ -74,16 +62,15 @@ class Source:
         return _parse_idx(content, num_dims, self.folder / name)
 
 
-def find(config: DataConfig) -> Source:
-    """Locate the data set, downloading it through torchvision if it is neither embedded nor cached.
+def find(dataset: str, data_dir: Path | None) -> Source:
+    """Locate a data set, downloading it through torchvision if it is neither embedded nor cached.
 
     Raises UsageError where ``data_dir`` holds no data set, JobError where a download fails.
     """
-    if config.data_dir is not None:
-        folder = _idx_folder(Path(config.data_dir).expanduser())
-        return Source(str(config.data_dir), folder, sha256={})
-    if config.dataset in _TORCHVISION_CLASSES:
-        return Source(config.dataset, _download(_TORCHVISION_CLASSES[config.dataset]), sha256={})
+    if data_dir is not None:
+        return Source(str(data_dir), _idx_folder(data_dir.expanduser()), sha256={})
+    if dataset in _TORCHVISION_CLASSES:
+        return Source(dataset, _download(_TORCHVISION_CLASSES[dataset]), sha256={})
     return Source("mnist", Path(str(resources.files("mnist_ray.workload.mnist") / "data")), _MNIST_SHA256)
 
 
@@ -107,7 +94,7 @@ def _idx_folder(root: Path) -> Path:
 
 
 def _paths(folder: Path) -> list[Path]:
-    return [folder / name for names in _FILES.values() for name in names]
+    return [folder / name for names in FILES.values() for name in names]
 
 
 def _gzipped(path: Path) -> Path:
@@ -162,18 +149,3 @@ def _parse_idx(content: bytes, num_dims: int, path: Path) -> np.ndarray:
     if len(content) != expected_size:
         raise JobError(f"{path} should have {expected_size:,} bytes by its header, but has {len(content):,}")
     return np.frombuffer(content, np.uint8, offset=header_size).reshape(shape)
-
-
-def hold_out(split: Split, num_validation: int) -> tuple[Split, Split]:
-    """Split into (training, validation) images.
-
-    The choice is random, so that files sorted by label do no harm, and the same for every run and seed, so that
-    runs compare on the same images.
-    """
-    order = np.random.default_rng(_HOLD_OUT_SEED).permutation(len(split))
-    validation, train = np.sort(order[:num_validation]), np.sort(order[num_validation:])
-    return _take(split, train), _take(split, validation)
-
-
-def _take(split: Split, indices: np.ndarray) -> Split:
-    return Split(split.images[indices], split.labels[indices])

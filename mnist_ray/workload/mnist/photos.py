@@ -6,17 +6,13 @@ in the middle (http://yann.lecun.com/exdb/mnist/). What is done before that here
 
 from __future__ import annotations
 
-import io
-import warnings
-
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from scipy import ndimage
 
 from mnist_ray.errors import UsageError
 from mnist_ray.workload.mnist.idx import IMAGE_SHAPE
 
-_MOST_PIXELS = 200_000_000  # the largest cameras' pictures; what unpacks to more is an attack or a mistake
 _WORKING_SIZE = 256  # pixels of the longer side at which the digit is looked for
 _LEAST_CONTRAST = 20.0  # grey levels by which ink differs from paper
 _LEAST_PIXELS = 40  # of a digit, at the working size
@@ -28,26 +24,6 @@ _LEAST_STROKE = 2.5  # pixels, in that size
 # Of the threshold that parts ink from paper: faint strokes are ink too. And the percentile of a digit's ink from which
 # on it is white, as most of a stroke is in MNIST. Both, like the numbers above, by trying: benchmarks/handwriting.py.
 _FAINT_INK, _FULL_INK = 0.4, 25
-
-
-def read_image(content: bytes) -> Image.Image:
-    """Decode a picture and turn it as its EXIF data say. Raises UsageError where it is none, or a huge one."""
-    if not content:
-        raise UsageError("is empty")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is ours
-            image = Image.open(io.BytesIO(content))
-            if image.width * image.height > _MOST_PIXELS:
-                raise UsageError(f"is too large: {image.width:,}×{image.height:,} pixels")
-            image.draft("L", (2 * _WORKING_SIZE, 2 * _WORKING_SIZE))  # lets a JPEG be decoded smaller, and faster
-            return ImageOps.exif_transpose(image)
-    except Image.DecompressionBombError as error:
-        raise UsageError("is too large: it would unpack to a huge picture") from error
-    except UnidentifiedImageError as error:
-        raise UsageError("is no picture of a known format") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise
-        raise UsageError(f"is damaged: {error}") from error
 
 
 def to_mnist(image: Image.Image) -> np.ndarray:

@@ -7,8 +7,9 @@ from PIL import Image
 from scipy import ndimage
 
 from mnist_ray.errors import UsageError
-from mnist_ray.workload.mnist.idx import Split
-from mnist_ray.workload.mnist.photos import read_image, to_mnist
+from mnist_ray.tools.predict import read_image
+from mnist_ray.workload.data import Arrays
+from mnist_ray.workload.mnist.photos import to_mnist
 
 EXIF_ORIENTATION = 0x0112
 
@@ -31,8 +32,8 @@ def encoded(image: Image.Image, form: str, **options: object) -> bytes:
 
 
 @pytest.fixture(params=[0, 4, 7, 18, 61], ids=lambda index: f"image{index}")
-def digit(request: pytest.FixtureRequest, mnist_test: Split) -> np.ndarray:
-    return mnist_test.images[request.param]
+def digit(request: pytest.FixtureRequest, mnist_test: Arrays) -> np.ndarray:
+    return mnist_test.inputs[request.param]
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> float:
@@ -134,34 +135,34 @@ def test_the_centre_of_mass_is_in_the_middle_and_the_digit_fills_twenty_pixels(d
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
 @pytest.mark.parametrize("size", [(80, 100), (900, 1200)])
-def test_every_format_and_size_gives_the_same_digit(form: str, size: tuple[int, int], mnist_test: Split) -> None:
-    image = on_paper(ink(mnist_test.images[18])).resize(size)
-    assert similarity(to_mnist(read_image(encoded(image, form))), mnist_test.images[18]) > 0.8
+def test_every_format_and_size_gives_the_same_digit(form: str, size: tuple[int, int], mnist_test: Arrays) -> None:
+    image = on_paper(ink(mnist_test.inputs[18])).resize(size)
+    assert similarity(to_mnist(read_image(encoded(image, form))), mnist_test.inputs[18]) > 0.8
 
 
-def test_mnists_own_images_stay_as_they_are(mnist_test: Split) -> None:
-    like = [similarity(to_mnist(grey(image)), image) for image in mnist_test.images[:100]]
+def test_mnists_own_images_stay_as_they_are(mnist_test: Arrays) -> None:
+    like = [similarity(to_mnist(grey(image)), image) for image in mnist_test.inputs[:100]]
     assert np.median(like) > 0.93
     assert min(like) > 0.8
 
 
-def test_a_tiny_picture_is_read(mnist_test: Split) -> None:
-    tiny = on_paper(ink(mnist_test.images[61], size=(112, 112), at=(0, 0))).resize((14, 14))
-    assert similarity(to_mnist(tiny), mnist_test.images[61]) > 0.8
+def test_a_tiny_picture_is_read(mnist_test: Arrays) -> None:
+    tiny = on_paper(ink(mnist_test.inputs[61], size=(112, 112), at=(0, 0))).resize((14, 14))
+    assert similarity(to_mnist(tiny), mnist_test.inputs[61]) > 0.8
 
 
 @pytest.mark.parametrize("orientation", [3, 6, 8])
-def test_a_photo_is_turned_as_its_exif_data_say(orientation: int, mnist_test: Split) -> None:
+def test_a_photo_is_turned_as_its_exif_data_say(orientation: int, mnist_test: Arrays) -> None:
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = orientation
-    upright = on_paper(ink(mnist_test.images[18]))
+    upright = on_paper(ink(mnist_test.inputs[18]))
     turned = upright.rotate({3: 180, 6: 90, 8: 270}[orientation], expand=True)
     seen = to_mnist(read_image(encoded(turned, "JPEG", exif=exif)))
     assert similarity(seen, to_mnist(upright)) > 0.95
 
 
-def test_a_picture_in_lab_colours_is_read(mnist_test: Split) -> None:
-    grey = Image.fromarray(mnist_test.images[0]).resize((280, 280))
+def test_a_picture_in_lab_colours_is_read(mnist_test: Arrays) -> None:
+    grey = Image.fromarray(mnist_test.inputs[0]).resize((280, 280))
     lab = Image.merge("LAB", (grey, Image.new("L", grey.size, 128), Image.new("L", grey.size, 128)))
     np.testing.assert_array_equal(to_mnist(lab), to_mnist(grey))
 

@@ -1,10 +1,9 @@
-import sys
-from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-from mnist_ray.cluster import connection as cluster
-from mnist_ray.cluster.connection import Cluster, Node, WorkerPlan
+from mnist_ray.cluster import connection, plan
+from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError
 
@@ -35,24 +34,24 @@ HEAD, SMALL, LARGE, GPU = Node(0), Node(2), Node(8), Node(4, 2)
     ],
 )
 def test_workers_are_planned_on_what_is_there(config: WorkerConfig, nodes: list[Node], expected: WorkerPlan) -> None:
-    assert cluster.plan_workers(config, cluster_of(*nodes)) == expected
+    assert plan.plan_workers(config, cluster_of(*nodes)) == expected
 
 
 def test_nodes_that_are_not_there_yet_are_waited_for_where_the_user_says_that_they_come() -> None:
     config = WorkerConfig(num_workers=4, cpus_per_worker=8, autoscaling=True)
-    assert cluster.plan_workers(config, cluster_of(HEAD, SMALL)) == WorkerPlan(4, 8, False, True)
-    assert cluster.plan_workers(config, cluster_of(HEAD, *[LARGE] * 4)) == WorkerPlan(4, 8, False, False)
+    assert plan.plan_workers(config, cluster_of(HEAD, SMALL)) == WorkerPlan(4, 8, False, True)
+    assert plan.plan_workers(config, cluster_of(HEAD, *[LARGE] * 4)) == WorkerPlan(4, 8, False, False)
     first = WorkerConfig(use_gpu="yes", autoscaling=True)
-    assert cluster.plan_workers(first, cluster_of(HEAD)) == WorkerPlan(1, 1, True, True)
+    assert plan.plan_workers(first, cluster_of(HEAD)) == WorkerPlan(1, 1, True, True)
 
 
 def test_an_elastic_run_starts_with_what_is_there() -> None:
     config = WorkerConfig(num_workers=4, min_workers=2, cpus_per_worker=1)
-    assert cluster.plan_workers(config, cluster_of(SMALL)) == WorkerPlan(4, 1, False, False, min_workers=2)
+    assert plan.plan_workers(config, cluster_of(SMALL)) == WorkerPlan(4, 1, False, False, min_workers=2)
     with pytest.raises(UsageError, match="cannot hold 2 workers of 1 CPU"):
-        cluster.plan_workers(config, cluster_of(Node(1)))
+        plan.plan_workers(config, cluster_of(Node(1)))
     with pytest.raises(UsageError, match="--min-workers 5 is more than the 4 workers"):
-        cluster.plan_workers(WorkerConfig(num_workers=4, min_workers=5), cluster_of(LARGE))
+        plan.plan_workers(WorkerConfig(num_workers=4, min_workers=5), cluster_of(LARGE))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +67,7 @@ def test_an_elastic_run_starts_with_what_is_there() -> None:
 def test_a_strict_placement_is_only_planned_where_it_can_be(
     placement: str, nodes: list[Node], cpus: int | None
 ) -> None:
-    assert cluster.cpus_for_each(nodes, 2, None, False, placement) == cpus
+    assert plan.cpus_for_each(nodes, 2, None, False, placement) == cpus
 
 
 @pytest.mark.parametrize(
@@ -96,7 +95,7 @@ def test_a_strict_placement_is_only_planned_where_it_can_be(
 )
 def test_what_can_never_be_held_is_refused(config: WorkerConfig, nodes: list[Node], message: str) -> None:
     with pytest.raises(UsageError) as raised:
-        cluster.plan_workers(config, cluster_of(*nodes))
+        plan.plan_workers(config, cluster_of(*nodes))
     assert message in str(raised.value)
 
 
@@ -108,14 +107,16 @@ def test_what_can_never_be_held_is_refused(config: WorkerConfig, nodes: list[Nod
 def test_threads_follow_the_cpus_that_a_worker_really_has_and_its_images(
     assigned: float, cores: int, workers: int, batch_size: int, threads: int
 ) -> None:
-    assert cluster.threads_per_worker(assigned, cores, workers, batch_size) == threads
+    assert plan.threads_per_worker(assigned, cores, workers, batch_size) == threads
 
 
-def test_a_module_that_is_imported_meanwhile_is_whole_afterwards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "slow_module.py").write_text("import time\ntime.sleep(0.2)\nis_whole = True\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with cluster._importing("slow_module"):
+def test_work_that_is_done_meanwhile_is_done_afterwards_and_its_error_is_raised() -> None:
+    done: list[int] = []
+    with connection._beside(lambda: done.append(1)):
         pass
-    assert sys.modules["slow_module"].is_whole
+    assert done == [1]
+    with (
+        pytest.raises(UsageError, match="it does not fit"),
+        connection._beside(Mock(side_effect=UsageError("it does not fit"))),
+    ):
+        pass

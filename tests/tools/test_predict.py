@@ -6,23 +6,20 @@ import pytest
 import torch
 from PIL import Image
 
-from mnist_ray.runs.evaluation import find_checkpoint
-from mnist_ray.tools import prediction
-from mnist_ray.training.checkpoint import fetch
-from mnist_ray.workload.mnist import photos as preprocessing
-from mnist_ray.workload.mnist.idx import Split
-from mnist_ray.workload.mnist.network import create_model
-from tests.conftest import run_job
+from mnist_ray.runs.lookup import find
+from mnist_ray.tools import predict
+from mnist_ray.workload.data import Arrays
+from tests.conftest import mnist, run_job
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory, mnist_test: Split) -> Path:
+def pictures(tmp_path_factory: pytest.TempPathFactory, mnist_test: Arrays) -> Path:
     """A folder with eight digits, dark on light, one in a folder of its own, and files that are no pictures."""
     folder = tmp_path_factory.mktemp("pictures")
     (folder / "more").mkdir()
     for index in range(5000, 5008):
         place = folder / "more" if index == 5007 else folder
-        Image.fromarray(255 - mnist_test.images[index]).resize((140, 140)).save(place / f"{index}.png")
+        Image.fromarray(255 - mnist_test.inputs[index]).resize((140, 140)).save(place / f"{index}.png")
     (folder / "notes.txt").write_text("no picture, and not named as one")
     return folder
 
@@ -52,12 +49,12 @@ def test_answers_come_for_each_file_and_status_1_tells_of_those_without(
     assert Image.open(tmp_path / "grid.png").width == 6 * Image.open(tmp_path / "grid.png").width // 6
 
 
-def test_json_gives_an_object_a_line(finished_run: Path, pictures: Path, mnist_test: Split) -> None:
+def test_json_gives_an_object_a_line(finished_run: Path, pictures: Path, mnist_test: Arrays) -> None:
     done = run_job("predict.py", str(pictures), "--run", str(finished_run), "--json", "--threshold", "1")
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == 8
-    right = sum(answer["digit"] == mnist_test.labels[int(Path(answer["file"]).stem)] for answer in answers)
+    right = sum(answer["digit"] == mnist_test.targets[int(Path(answer["file"]).stem)] for answer in answers)
     assert right >= 5
     for answer in answers:
         probabilities = [answer["probability"], *(other["probability"] for other in answer["next"])]
@@ -67,7 +64,7 @@ def test_json_gives_an_object_a_line(finished_run: Path, pictures: Path, mnist_t
 
 
 def test_unsure_is_what_stays_below_the_threshold() -> None:
-    answer = prediction.Answer("a.png", np.zeros((28, 28), np.uint8), (3, 8, 5), (0.7, 0.2, 0.05))
+    answer = predict.Answer("a.png", np.zeros((28, 28), np.uint8), ((3, 0.7), (8, 0.2), (5, 0.05)))
     assert answer.is_sure(0.7)
     assert not answer.is_sure(0.71)
 
@@ -75,26 +72,26 @@ def test_unsure_is_what_stays_below_the_threshold() -> None:
 def test_many_files_are_answered_on_ray_as_they_are_here(
     finished_run: Path, pictures: Path, ray_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = find_checkpoint(str(finished_run), {})
-    model = fetch(checkpoint.filesystem, checkpoint.path)[0].eval()
-    files = list(prediction.find_files([str(pictures), "nowhere.png"]))
-    monkeypatch.setattr(prediction, "_BATCH_SIZE", 2)
-    here = list(prediction.answer_all(model, files))
+    found = find(str(finished_run), "")
+    model = found.load_model()
+    files = list(predict.find_files([str(pictures), "nowhere.png"]))
+    monkeypatch.setattr(predict, "_BATCH_SIZE", 2)
+    here = list(predict.answer_all(found.workload, model, files))
     torch.set_num_threads(1)
-    monkeypatch.setattr(prediction, "_MOST_HERE", 0)
-    on_ray = list(prediction.answer_all(model, files))
+    monkeypatch.setattr(predict, "_MOST_HERE", 0)
+    on_ray = list(predict.answer_all(found.workload, model, files))
     assert len(here) == 9
-    assert [(answer.file, answer.digits, answer.error) for answer in on_ray] == [
-        (answer.file, answer.digits, answer.error) for answer in here
+    assert [(answer.file, [best for best, _ in answer.answers], answer.error) for answer in on_ray] == [
+        (answer.file, [best for best, _ in answer.answers], answer.error) for answer in here
     ]
 
 
-def test_a_picture_of_something_else_is_seen_as_it_is(few_images: Split, tmp_path: Path) -> None:
-    Image.fromarray(few_images.images[0]).save(tmp_path / "one.png")
+def test_a_picture_of_something_else_is_seen_as_it_is(few_images: Arrays, tmp_path: Path) -> None:
+    Image.fromarray(few_images.inputs[0]).save(tmp_path / "one.png")
     files = [tmp_path / "one.png"]
-    (answer,) = prediction.answer_all(create_model().eval(), files, preprocessing.as_it_is)
-    assert answer.image is not None
-    np.testing.assert_array_equal(answer.image, few_images.images[0])
+    (answer,) = predict.answer_all(mnist(), mnist().create_model().eval(), files, as_is=True)
+    assert answer.inputs is not None
+    np.testing.assert_array_equal(answer.inputs, few_images.inputs[0])
 
 
 def test_flags_may_stand_between_pictures(finished_run: Path, pictures: Path) -> None:
@@ -106,7 +103,9 @@ def test_flags_may_stand_between_pictures(finished_run: Path, pictures: Path) ->
 def test_the_newest_run_is_the_default(finished_run: Path, pictures: Path) -> None:
     done = run_job("predict.py", str(next(pictures.glob("*.png"))), "--storage-path", str(finished_run.parent))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"checkpoint {finished_run}/checkpoint_")
+    first = done.stdout.splitlines()[0]
+    assert first.startswith(f"checkpoint {finished_run}/checkpoint_")
+    assert "(MNIST, data dir " in first
 
 
 def test_without_any_run_one_line_says_what_makes_one(pictures: Path, tmp_path: Path) -> None:

@@ -19,15 +19,16 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
-from mnist_ray.runs import trainer
-from mnist_ray.runs.evaluation import find_checkpoint
+from mnist_ray.runs import failures, fit, worker
+from mnist_ray.runs.failures import describe
+from mnist_ray.runs.lookup import find
 from mnist_ray.storage import locate
 from mnist_ray.training import engine
 from mnist_ray.training.checkpoint import restore_newest, save_checkpoint
 from mnist_ray.training.engine import create_state
 from mnist_ray.training.events import WorkersLost
-from mnist_ray.workload.mnist.idx import Split
-from tests.conftest import LONGER, as_flags, run_and_act, run_job
+from mnist_ray.workload.data import Arrays, Part
+from tests.conftest import LONGER, as_flags, mnist, run_and_act, run_job
 
 
 def weights(run: Path) -> str:
@@ -126,12 +127,12 @@ def test_a_preempted_node_is_left_with_a_checkpoint_just_in_time(
 
 def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(tmp_path: Path) -> None:
     config = TrainConfig(precision="fp32")
-    state = create_state(config, 600, torch.device("cpu"))
+    state = create_state(mnist(), config, 600, torch.device("cpu"))
     for step in (10, 20, 30, 40):
         folder = tmp_path / "run" / f"checkpoint_epoch-000_step-{step:06d}"
         folder.mkdir(parents=True)
         state.step = step
-        save_checkpoint(folder, state, {"metrics": {"train_loss": 0.5}})
+        save_checkpoint(folder, state, {"metrics": {"train_loss": 0.5}, "workload": mnist().identity})
     whole, corrupt, cut, empty = sorted((tmp_path / "run").iterdir())
     content = bytearray((corrupt / "model.safetensors").read_bytes())
     content[-1] ^= 1
@@ -140,7 +141,7 @@ def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(tmp_
     (cut / "state.json").write_bytes(text[: len(text) // 2])
     shutil.rmtree(empty)
     empty.mkdir()
-    restored = create_state(config, 600, torch.device("cpu"))
+    restored = create_state(mnist(), config, 600, torch.device("cpu"))
     found = restore_newest(locate(str(tmp_path), "run"), restored)
     assert restored.step == 10
     assert found.damaged == (empty.name, cut.name, corrupt.name)
@@ -148,13 +149,18 @@ def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(tmp_
 
 
 def test_a_run_whose_list_of_checkpoints_was_cut_off_is_read_by_its_last_checkpoint(tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    save_checkpoint(
+        saved, create_state(mnist(), TrainConfig(), 600, torch.device("cpu")), {"workload": mnist().identity}
+    )
     run = locate(str(tmp_path), "run")
     run.write_text("checkpoint_manager_snapshot.json", '{"checkpoint_results": [{"checkpoint_dir')
     with pytest.raises(UsageError, match="has no checkpoint yet"):
-        find_checkpoint(run.uri, {})
+        find(run.uri, "")
     for name in ("checkpoint_epoch-001_step-000000", "checkpoint_epoch-002_step-000000"):
-        run.inside(name).write_text("state.json", "{}")
-    assert find_checkpoint(run.uri, {}).path.endswith("/run/checkpoint_epoch-002_step-000000")
+        shutil.copytree(saved, run.inside(name).path)
+    assert find(run.uri, "").checkpoint.path.endswith("/run/checkpoint_epoch-002_step-000000")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +170,7 @@ def test_a_run_whose_list_of_checkpoints_was_cut_off_is_read_by_its_last_checkpo
 def test_rays_list_of_checkpoints_is_dropped_where_a_kill_has_cut_it_off(text: str, tmp_path: Path) -> None:
     run = locate(str(tmp_path), "run")
     run.write_text("checkpoint_manager_snapshot.json", text)
-    trainer.drop_damaged_snapshot(run)
+    fit.drop_damaged_snapshot(run)
     assert not run.exists("checkpoint_manager_snapshot.json")
 
 
@@ -235,28 +241,28 @@ def test_a_worker_that_hangs_ends_itself_with_its_stack_in_the_log() -> None:
     ],
 )
 def test_what_happened_to_workers_is_one_line(failures: dict[int, Exception], said: str) -> None:
-    assert trainer.describe(failures) == said
+    assert describe(failures) == said
 
 
 def test_the_reason_of_a_controllers_failure_is_its_own_text_and_not_a_traceback() -> None:
     failed = RayTaskError("run", "Traceback (most recent call last):\n …", OSError(28, "No space left on device"))
-    assert trainer._reason(failed.as_instanceof_cause()) == (
+    assert failures.reason_of(failed.as_instanceof_cause()) == (
         "Ray Train failed: OSError: [Errno 28] No space left on device"
     )
 
 
 def train_on_a_worker(monkeypatch: pytest.MonkeyPatch, fail: Callable[[Any], None]) -> None:
-    monkeypatch.setattr(trainer, "_train", fail)
-    trainer.train_loop_per_worker({"spec": Mock()})
+    monkeypatch.setattr(worker, "_train", fail)
+    worker.train_loop_per_worker({"spec": Mock(workload=mnist())})
 
 
 def test_what_the_code_fails_with_is_one_line_with_its_place(
-    few_images: Split, monkeypatch: pytest.MonkeyPatch
+    few_images: Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(spec: Any) -> None:
-        engine.evaluate(torch.nn.Linear(3, 10), few_images)
+        engine.evaluate(mnist(), torch.nn.Linear(3, 10), Part(few_images))
 
-    with pytest.raises(trainer.CodeFailedError, match=r"^RuntimeError: mat1 and mat2 .* \(engine\.py, line \d+\)$"):
+    with pytest.raises(failures.CodeFailedError, match=r"^RuntimeError: mat1 and mat2 .* \(engine\.py, line \d+\)$"):
         train_on_a_worker(monkeypatch, fail)
 
 
@@ -279,9 +285,9 @@ def test_what_may_go_well_at_the_next_attempt_is_raised_as_it_is(
 
 def test_code_that_fails_ends_a_run_and_other_failures_are_told() -> None:
     told = Mock()
-    reporter = trainer._FailureReporter(told)
-    with pytest.raises(trainer.TrainingStoppedError, match=r"^ValueError: bad \(model\.py, line 55\)$"):
-        reporter.after_exception(None, {0: trainer.CodeFailedError("ValueError: bad (model.py, line 55)")})
+    reporter = failures.FailureReporter(told)
+    with pytest.raises(failures.TrainingStoppedError, match=r"^ValueError: bad \(model\.py, line 55\)$"):
+        reporter.after_exception(None, {0: failures.CodeFailedError("ValueError: bad (model.py, line 55)")})
     told.actor.put_nowait.remote.assert_not_called()
     reporter.after_exception(None, {1: RayActorError(error_msg="The actor died unexpectedly")})
     told.actor.put_nowait.remote.assert_called_once_with(WorkersLost("worker 1 died"))

@@ -1,0 +1,163 @@
+"""What a cluster offers, and how many workers run on it with what: arithmetic, without Ray."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mnist_ray.config import WorkerConfig
+from mnist_ray.errors import UsageError
+from mnist_ray.wording import count
+
+_MOST_WORKERS_A_CORE = 8  # each worker is a process of some 500 MiB
+_LEAST_EXAMPLES_PER_THREAD = 8  # two threads are 1.35 times as fast as one at batch 16, and slower, at times, at 8
+_APPLE_CHIP = re.compile(r"accelerator_type:M\d(-(Pro|Max|Ultra))?$")
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one node offers in all, whoever uses it now."""
+
+    num_cpus: int
+    num_gpus: int = 0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running Ray."""
+
+    is_local: bool
+    """Started by this job, on this machine, and ended with it."""
+    nodes: tuple[Node, ...]
+    log_folder: str
+    leave: Callable[[], None] = lambda: None
+    """Begin to disconnect, and to end a local Ray, while the caller does what needs no Ray any more."""
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """How many workers, with what each."""
+
+    num_workers: int
+    cpus_per_worker: int
+    use_gpu: bool
+    must_scale_up: bool
+    """The nodes that are there cannot hold them; the autoscaler has to start more."""
+    min_workers: int | None = None
+    """With how few it goes on while there are not enough nodes; None: with all or none."""
+    placement: str = "PACK"
+    is_local: bool = False
+    """All workers are on this machine, and nothing of theirs is to be reached from another."""
+
+
+def usable_cores() -> int:
+    """Return the cores that this process may use, by its affinity and its cgroup's quota."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or no quota ("max")
+        pass
+    return cores
+
+
+def node_of(resources: Mapping[str, Any]) -> Node:
+    """Return what a node offers, of its resources in ``ray.nodes()``.
+
+    Ray counts an Apple chip's GPU, which Ray Train cannot hand to a worker: it knows those of CUDA.
+    """
+    is_apple = any(map(_APPLE_CHIP.match, resources))
+    return Node(int(resources.get("CPU", 0)), 0 if is_apple else int(resources.get("GPU", 0)))
+
+
+def local_cpus(config: WorkerConfig) -> int:
+    """Return the CPUs that a local Ray counts. Raises UsageError where no machine of these cores could bear it."""
+    cores, asked = usable_cores(), (config.num_workers or 1) * (config.cpus_per_worker or 1)
+    if asked > cores * _MOST_WORKERS_A_CORE:
+        workers = f"{count(config.num_workers or 1, 'worker')} of {count(config.cpus_per_worker or 1, 'CPU')}"
+        raise UsageError(
+            f"{workers} are too many for this machine's {count(cores, 'core')}; "
+            f"lower --num-workers (to {cores}, to be fast) or --cpus-per-worker"
+        )
+    return max(cores, asked)
+
+
+def plan_workers(config: WorkerConfig, cluster: Cluster) -> WorkerPlan:
+    """Decide how many workers run and what each gets.
+
+    Raises UsageError where the nodes cannot hold the workers asked for, unless ``config.autoscaling`` says that more
+    nodes will come: what an autoscaler could start, Ray does not tell.
+    """
+    num_gpus = sum(node.num_gpus for node in cluster.nodes)
+    if config.use_gpu == "yes" and num_gpus == 0 and not config.autoscaling:
+        raise UsageError("--use-gpu yes, but the cluster has no GPU; use --use-gpu no")
+    use_gpu = config.use_gpu == "yes" or (num_gpus > 0 and config.use_gpu == "auto")
+    usable = [node for node in cluster.nodes if (node.num_gpus if use_gpu else node.num_cpus)]
+    num_workers = config.num_workers or max(1, sum(node.num_gpus for node in usable) if use_gpu else len(usable))
+    if config.min_workers is not None and config.placement.startswith("STRICT"):
+        raise UsageError(f"--placement {config.placement} needs a fixed --num-workers: Ray cannot do with fewer there")
+    least = num_workers if config.min_workers is None else config.min_workers
+    if least > num_workers:
+        raise UsageError(f"--min-workers {least} is more than the {count(num_workers, 'worker')} there are to be")
+    plan = functools.partial(
+        WorkerPlan,
+        num_workers,
+        use_gpu=use_gpu,
+        min_workers=config.min_workers,
+        placement=config.placement,
+        is_local=cluster.is_local,
+    )
+    for number in (num_workers, least):
+        cpus = cpus_for_each(cluster.nodes, number, config.cpus_per_worker, use_gpu, config.placement)
+        if cpus is not None:
+            return plan(cpus_per_worker=cpus, must_scale_up=False)
+    if config.autoscaling:
+        return plan(cpus_per_worker=config.cpus_per_worker or 1, must_scale_up=True)
+    raise UsageError(_cannot_hold(config, least, cluster, use_gpu))
+
+
+def cpus_for_each(
+    nodes: Sequence[Node], num_workers: int, cpus_per_worker: int | None, use_gpu: bool, placement: str = "PACK"
+) -> int | None:
+    """Return the CPUs of each worker: as given, else the most that all can have; None where they do not fit."""
+    most = max((node.num_cpus for node in nodes), default=0)
+    candidates = range(most, 0, -1) if cpus_per_worker is None else [cpus_per_worker]
+    for cpus in candidates:
+        rooms = [min(node.num_cpus // cpus, node.num_gpus if use_gpu else num_workers) for node in nodes]
+        if placement == "STRICT_SPREAD":
+            rooms = [min(room, 1) for room in rooms]
+        if (max(rooms, default=0) if placement == "STRICT_PACK" else sum(rooms)) >= num_workers:
+            return cpus
+    return None
+
+
+def _cannot_hold(config: WorkerConfig, num_workers: int, cluster: Cluster, use_gpu: bool) -> str:
+    nodes = cluster.nodes
+    asked = f"{count(num_workers, 'worker')} of {count(config.cpus_per_worker or 1, 'CPU')}"
+    if use_gpu:
+        asked += " and 1 GPU"
+    there = f"{sum(node.num_cpus for node in nodes)} CPUs"
+    if use_gpu:
+        there += f" and {sum(node.num_gpus for node in nodes)} GPUs"
+    there += f" on {count(len(nodes), 'node')}"
+    if config.placement.startswith("STRICT"):
+        asked += f", {config.placement}"
+    flags = "--num-workers" + (" or --cpus-per-worker" if config.cpus_per_worker else "")
+    advice = f"lower {flags}" + (", or use --use-gpu no" if use_gpu else "")
+    if not cluster.is_local:
+        advice += ", or add --autoscaling if it starts nodes on demand"
+    return f"the cluster cannot hold {asked}: it has {there}; {advice}"
+
+
+def threads_per_worker(assigned_cpus: float, cores: int, workers_on_node: int, local_batch_size: int) -> int:
+    """Return the threads of one worker: the CPUs that Ray gave it, but no more than its share of real cores.
+
+    Nor more than have some examples each to work on: at a few a thread, waiting for each other takes what they gain.
+    """
+    return max(1, min(int(assigned_cpus), cores // workers_on_node, local_batch_size // _LEAST_EXAMPLES_PER_THREAD))

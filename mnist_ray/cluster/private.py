@@ -1,0 +1,56 @@
+"""Ray's private API, as far as there is no public way: each name with its module and the reason.
+
+Names are looked up when they are first used, since some of the modules take seconds to import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import Any
+
+NAMES = {
+    "ray_constants": (
+        "ray._private",
+        "ENABLE_RAY_CLUSTER=False lets a local Ray listen on loopback only; its variable is read at import",
+    ),
+    "maybe_enable_token_auth_if_token_available": (
+        "ray._private.authentication.authentication_token_setup",
+        "`ray start` asks for a token where there is one, and ray.init(address=...) does not show it by itself",
+    ),
+    "read_ray_address": (
+        "ray._private.utils",
+        "the address that `ray start` has left; ray.init(address='auto') also joins the local Ray of another job",
+    ),
+    "global_worker": ("ray._private.worker", "knows the folder where this node's Ray keeps its files and logs"),
+    "RayTrainError": ("ray.train.v2._internal.exceptions", "what Ray Train itself raises in a worker"),
+    "WorkerHealthCheckFailedError": (
+        "ray.train.v2._internal.exceptions",
+        "a worker that does not answer; UserCallback.after_exception is handed it",
+    ),
+    "CheckpointManagerInitializationError": (
+        "ray.train.v2._internal.exceptions",
+        "Result.from_path raises it where a kill has cut off the list of checkpoints",
+    ),
+    "_TorchBackend": ("ray.train.torch.config", "what a TorchConfig's backend_cls is derived from"),
+    "_set_torch_distributed_env_vars": ("ray.train.torch.config", "what _TorchBackend.on_start does first"),
+    "_setup_torch_process_group": (
+        "ray.train.torch.config",
+        "joins the workers; with an init_method of ours it needs no open port",
+    ),
+}
+
+SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
+"""Ray's list of a run's checkpoints, in the run's folder; it is not written in one move."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in NAMES:
+        raise AttributeError(name)
+    place = importlib.import_module(NAMES[name][0])
+    return getattr(place, name) if hasattr(place, name) else importlib.import_module(f"{NAMES[name][0]}.{name}")
+
+
+def checkpoints_in_snapshot(text: str) -> list[str]:
+    """Return the folders that ``SNAPSHOT_FILE`` names. Raises ValueError, KeyError or TypeError for a damaged one."""
+    return [result["checkpoint_dir_name"] for result in json.loads(text)["checkpoint_results"]]

@@ -1,0 +1,208 @@
+"""``fit``: one training run, by Ray Train's ``TorchTrainer``."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import ray.train
+from ray.exceptions import RayError
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    UserCallback,
+    ValidationConfig,
+)
+from ray.train.torch import TorchTrainer
+from ray.util.queue import Queue
+
+from mnist_ray.cluster import private
+from mnist_ray.cluster.connection import this_node
+from mnist_ray.cluster.plan import WorkerPlan
+from mnist_ray.cluster.rendezvous import WorkerGroupConfig
+from mnist_ray.cluster.sharing import share
+from mnist_ray.errors import JobError
+from mnist_ray.runs import evaluation
+from mnist_ray.runs.failures import FailureReporter, TrainingStoppedError, reason_of
+from mnist_ray.runs.job import Job, about
+from mnist_ray.runs.lookup import best_of
+from mnist_ray.runs.worker import LoopSpec, train_loop_per_worker
+from mnist_ray.storage import STORAGE_ERRORS, RunFolder, with_retries
+from mnist_ray.training.checkpoint import checkpoint_names
+from mnist_ray.training.events import Event, Started, WorkersLost
+from mnist_ray.workload.data import Parts
+
+_POLL_INTERVAL_S = 0.5  # at which the driver asks for events, as often as workers send their progress
+_RESIZE_INTERVAL_S = 15.0  # how often an elastic run looks whether the cluster holds more workers
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a finished run has left."""
+
+    checkpoint: Checkpoint
+    """The best by validation; the last where nothing was held out."""
+    metrics: dict[str, Any]
+    """Those of ``checkpoint``."""
+
+
+def fit(job: Job, data: Parts, plan: WorkerPlan, on_event: Callable[[Event], None]) -> Fitted:
+    """Train on Ray, telling ``on_event`` how it goes; a run that ``job.run`` holds already goes on where it stood.
+
+    Raises TrainingStoppedError where it would end the same way again, JobError where training failed otherwise.
+    """
+    workload, workers, events = job.workload, job.workers, Queue(actor_options=_beside_the_driver())
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(workers.hang_timeout_s))
+    if plan.min_workers is not None:  # so long Ray waits in vain for as many as before, when a node has gone
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
+    validation_config = None
+    if len(data.validation):
+        part = share(workload, data.validation)
+        validate = functools.partial(
+            evaluation.validate, part=part, events=events, loader_workers=workers.loader_workers
+        )
+        # Without CPUs of its own, validation starts also while the workers hold all of them.
+        options = {"num_cpus": 0, **evaluation.process_options()}
+        validation_config = ValidationConfig(validate, ray_remote_kwargs=options)
+    evaluation.start_process()
+    spec = LoopSpec(
+        workload,
+        job.train,
+        share(workload, data.train),
+        job.run,
+        events,
+        about(job),
+        workers.hang_timeout_s,
+        workers.loader_workers,
+        validates_in_tasks=validation_config is not None,
+    )
+
+    damaged: set[str] = set()
+
+    def on_event_here(event: Event) -> None:
+        if isinstance(event, Started):
+            damaged.update(event.damaged)
+        on_event(event)
+
+    def attempt() -> ray.train.Result:
+        drop_damaged_snapshot(job.run)
+        reporter = FailureReporter(events)
+        return create_trainer(spec, plan, workers.max_failures, validation_config, [reporter]).fit()
+
+    result = _with_storage_failures(attempt, workers.max_failures, job.run, events, on_event_here)
+    if result.return_value is not None:
+        raise TrainingStoppedError(result.return_value)
+    return Fitted(*best_of(result, damaged))
+
+
+def _beside_the_driver() -> dict[str, Any]:
+    return {"num_cpus": 0, "scheduling_strategy": this_node()}
+
+
+def _with_storage_failures(
+    attempt: Callable[[], ray.train.Result],
+    max_failures: int,
+    run: RunFolder,
+    events: Queue,
+    on_event: Callable[[Event], None],
+) -> ray.train.Result:
+    """Return an attempt's result; where Ray's own bookkeeping fails on storage, which it does not retry, try again."""
+    for failures_left in range(max_failures, -1, -1):
+        try:
+            return _listening(attempt, events, on_event)
+        except (ray.train.TrainingFailedError, RayError, *STORAGE_ERRORS) as error:
+            cause = getattr(error, "controller_failure", error)
+            if isinstance(cause, TrainingStoppedError):
+                raise cause from error
+            if failures_left == 0 or not isinstance(cause, STORAGE_ERRORS):
+                raise JobError(reason_of(error) + _saved(run)) from error
+            on_event(WorkersLost(reason_of(error)))
+            run.check_writable(retry=True)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def create_trainer(
+    spec: LoopSpec,
+    plan: WorkerPlan,
+    max_failures: int,
+    validation_config: ValidationConfig | None = None,
+    callbacks: Sequence[UserCallback] = (),
+) -> TorchTrainer:
+    """Return the trainer that runs ``spec`` on the planned workers and keeps the best and the last checkpoint."""
+    is_validated = spec.validates_in_tasks or spec.validation is not None
+    return TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={"spec": spec},
+        torch_config=WorkerGroupConfig(is_local=plan.is_local),
+        scaling_config=ScalingConfig(
+            num_workers=plan.num_workers if plan.min_workers is None else (plan.min_workers, plan.num_workers),
+            elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,
+            placement_strategy=plan.placement,
+            use_gpu=plan.use_gpu,
+            resources_per_worker={"CPU": plan.cpus_per_worker, **({"GPU": 1} if plan.use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=spec.run.name,
+            storage_path=spec.run.storage_path,
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=2,  # the best two, and Ray keeps the last besides: were that damaged, there is another
+                checkpoint_score_attribute="val_score" if is_validated else None,
+            ),
+            failure_config=FailureConfig(max_failures=max_failures),
+            callbacks=list(callbacks),
+        ),
+        validation_config=validation_config,
+    )
+
+
+def _listening(
+    work: Callable[[], ray.train.Result], events: Queue, on_event: Callable[[Event], None]
+) -> ray.train.Result:
+    """Return what ``work`` returns, done in a thread, so that this one hands on events and takes Ctrl-C."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        result: Future[ray.train.Result] = pool.submit(work)
+        is_running = True
+        while is_running:
+            is_running = bool(
+                wait([result], _POLL_INTERVAL_S).not_done
+            )  # seen first: the last events are handed on too
+            # Not get() with a timeout: it says by an exception that nothing came, and Ray logs one that Ctrl-C left.
+            if num_events := events.qsize():
+                for event in events.get_nowait_batch(num_events):
+                    on_event(event)
+        return result.result()
+    finally:
+        pool.shutdown(wait=False)
+
+
+def drop_damaged_snapshot(run: RunFolder) -> None:
+    """Remove Ray's list of a run's checkpoints where a kill has cut it off; workers look for checkpoints themselves."""
+
+    def drop() -> None:
+        text = run.read_text(private.SNAPSHOT_FILE)
+        if text is None:
+            return
+        try:
+            is_whole = all(map(run.exists, private.checkpoints_in_snapshot(text)))
+        except (ValueError, KeyError, TypeError):
+            is_whole = False
+        if not is_whole:
+            run.delete_file(private.SNAPSHOT_FILE)
+
+    with_retries(drop)
+
+
+def _saved(run: RunFolder) -> str:
+    try:
+        names = checkpoint_names(run)
+    except STORAGE_ERRORS:
+        return ""
+    return f"; last saved: {names[-1]}" if names else "; nothing was saved"

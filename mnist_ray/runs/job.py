@@ -1,0 +1,224 @@
+"""What is settled before Ray: a job's settings, its folder and its data.
+
+Nothing here imports torch or Ray, so that a mistake is answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from mnist_ray import cli, settings
+from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
+from mnist_ray.errors import UsageError
+from mnist_ray.settings import flag
+from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, RunFolder, locate
+from mnist_ray.workload import source
+from mnist_ray.workload.data import Parts, parts_of
+from mnist_ray.workload.interface import Workload
+from mnist_ray.workload.loading import load_data as load_data_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """All settings of a training run."""
+
+    workload: Workload
+    train: TrainConfig
+    workers: WorkerConfig
+    output: OutputConfig
+    run: RunFolder
+    resume_with: str
+    """The command that goes on with it, as one would type it."""
+    notes: tuple[str, ...] = ()
+    """What the user is to know before it begins."""
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All that config.json holds."""
+        assert self.workload.source is not None
+        own = settings.values_of(self.train, self.workload.settings, self.workers)
+        return {"workload": self.workload.source.reference, **own}
+
+    def with_values(self, values: Mapping[str, Any]) -> Job:
+        """Return it with other values of the training's and the workload's settings."""
+        workload, all_values = self.workload, {**self.values, **values}
+        changed = type(workload)(settings.build(workload.Settings, all_values), workload.facts)
+        return dataclasses.replace(self, workload=changed, train=settings.build(TrainConfig, all_values))
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A job's command line, with what a recipe, a config file and a run that goes on add to it."""
+
+    kind: str
+    """``train`` or ``tune``: the job's file, and how its runs' names begin."""
+    workload_class: type[Workload]
+    values: Mapping[str, Any]
+    run: RunFolder
+    notes: tuple[str, ...]
+
+    def to_job(self) -> Job:
+        """Return the training job that it asks for. Raises UsageError."""
+        output = settings.build(OutputConfig, self.values)
+        return Job(
+            self.workload_class(settings.build(self.workload_class.Settings, self.values)),
+            settings.build(TrainConfig, self.values),
+            settings.build(WorkerConfig, self.values),
+            output,
+            self.run,
+            self.run.resume_command(f"python jobs/{self.kind}.py", output.mlflow),
+            self.notes,
+        )
+
+
+def read_job() -> Job:
+    """Read the command line of ``jobs/train.py``. Raises UsageError."""
+    description = "Train a workload on Ray, evaluate it on the test set, and write the run's files."
+    return read_command_line(description, "train").to_job()
+
+
+def read_command_line(
+    description: str,
+    kind: str,
+    config_file: str = CONFIG_FILE,
+    more_settings: Callable[[type[Workload]], Sequence[type]] = lambda workload_class: (),
+    without: Callable[[type[Workload]], Sequence[str]] = lambda workload_class: (),
+) -> CommandLine:
+    """Read the command line of a job that trains. Raises UsageError.
+
+    ``kind`` is ``train`` or ``tune``. It has flags for ``more_settings`` and those of a training run, of which
+    those of ``without`` are left out; the run keeps all of them in ``config_file``.
+    """
+    peeked = cli.peek("workload", "config", "resume", "run_name", "storage_path")
+    from_file = settings.read_config_file(peeked["config"]) if "config" in peeked else {}
+    run, saved = _find_run(peeked, kind, config_file)
+    reference = peeked.get("workload") or from_file.get("workload") or saved.get("workload") or source.DEFAULT
+    workload_class = source.load(reference)
+
+    kept = (*more_settings(workload_class), TrainConfig, workload_class.Settings, WorkerConfig)
+    parser = cli.Parser(description, *kept, OutputConfig, without=without(workload_class))
+    parser.add_argument(
+        "--workload", metavar="FILE.py", default=cli.UNSET, help="what is learned: FILE.py or package.module, or :NAME"
+    )
+    recipes = workload_class.recipes
+    parser.add_argument(
+        "--recipe", choices=recipes or ["default"], default=cli.UNSET, help="named settings; flags override"
+    )
+    parser.add_argument("--config", metavar="FILE", default=cli.UNSET, help="settings from a run's config.json")
+    flags = parser.read_flags()
+
+    for file, values in ((peeked.get("config", ""), from_file), (run.inside(config_file).uri, saved)):
+        settings.check_known(values, settings.names_of(kept) | {"workload"}, file)
+    recipe = flags.get("recipe", "default")
+    values = {**recipes.get("default", {}), **recipes.get(recipe, {})} if not saved or "recipe" in flags else {}
+    asked = merged(kept, values, from_file, {n: v for n, v in flags.items() if n not in ("recipe", "config")})
+    output = settings.build(OutputConfig, asked)
+    _check_output(output)
+    if not saved:
+        if run.exists():
+            raise UsageError(f"run {run.uri} exists already; add --resume to go on with it, or give another --run-name")
+        return CommandLine(kind, workload_class, asked, run, ())
+    values = merged(kept, saved, asked)
+    _check_unchanged(run, kept, saved, values)
+    return CommandLine(kind, workload_class, values, run, changes_since(run, workload_class))
+
+
+def merged(config_classes: Sequence[type], *layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values of which those of a later layer take the place of earlier ones, and reset what they reset."""
+    resets = {
+        field.name: field.metadata.get("resets", ()) for some in config_classes for field in dataclasses.fields(some)
+    }
+    values: dict[str, Any] = {}
+    for layer in layers:
+        for name in layer:
+            for reset in resets.get(name, ()):
+                values.pop(reset, None)
+        values.update(layer)
+    return values
+
+
+def _find_run(peeked: Mapping[str, Any], kind: str, config_file: str) -> tuple[RunFolder, dict[str, Any]]:
+    """Return a job's folder, and what a run that goes on was started with. Raises UsageError."""
+    default = OutputConfig()
+    name = peeked.get("run_name")
+    if peeked.get("resume") and name is None:
+        raise UsageError("--resume needs --run-name NAME")
+    run = locate(peeked.get("storage_path", default.storage_path), name or _new_name(kind))
+    if not peeked.get("resume"):
+        return run, {}
+    text = run.read_text(config_file)
+    if text is None:
+        raise UsageError(f"--resume: there is no run to go on with in {run.uri}: no {config_file}")
+    if run.exists(RESULT_FILE):
+        raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.inside(RESULT_FILE).uri}")
+    return run, settings.parse_config(text, run.inside(config_file).uri)
+
+
+def _new_name(kind: str) -> str:
+    """Return a run's name when none is given: two jobs that begin in the same second have different ones."""
+    return f"{kind}_{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(2)}"
+
+
+def _check_output(output: OutputConfig) -> None:
+    if output.mlflow is not None and importlib.util.find_spec("mlflow") is None:
+        raise UsageError("--mlflow needs MLflow: pip install -e '.[mlflow]'")
+
+
+def _check_unchanged(
+    run: RunFolder, config_classes: Sequence[type], then: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
+    """Raise UsageError where a run would go on with other settings than it was started with.
+
+    Those of the workers are free to change: the batches do not depend on them.
+    """
+    for config_class in config_classes:
+        if config_class is WorkerConfig:
+            continue
+        before, after = (settings.values_of(settings.build(config_class, values)) for values in (then, now))
+        for name, old in before.items():
+            if (new := after[name]) != old:
+                raise UsageError(
+                    f"--resume: run {run.name} was started with {flag(name)} {old}, not {new}; "
+                    "leave the flag out, or start another run"
+                )
+
+
+def changes_since(run: RunFolder, workload_class: type[Workload]) -> tuple[str, ...]:
+    """Say where a run's workload has other code than when the run began."""
+    try:
+        then = json.loads(run.read_text(ORIGIN_FILE) or "{}").get("workload_sha256")
+    except ValueError:  # cut off by a kill
+        return ()
+    assert workload_class.source is not None
+    if then in (None, workload_class.source.sha256):
+        return ()
+    return (f"the workload has changed since the run began: {workload_class.source.reference}",)
+
+
+def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Parts]:
+    """Return a job's data, and the job as it is with them: it knows the facts and the number of examples held out.
+
+    ``batch_sizes`` are those that a sweep tries. Raises UsageError and JobError.
+    """
+    data = load_data_of(job.workload)
+    parts = parts_of(data, job.train.validation_size)
+    for size in batch_sizes or [job.train.batch_size]:
+        if size > len(parts.train):
+            name, noun = "--batch-sizes:" if batch_sizes else "--batch-size", job.workload.nouns
+            raise UsageError(f"{name} {size:,} is larger than the {len(parts.train):,} {noun} to train on")
+    train = job.train
+    if data.validation is None:  # else no number stands for it
+        train = dataclasses.replace(train, validation_size=len(parts.validation))
+    return dataclasses.replace(job, train=train), parts
+
+
+def about(job: Job) -> dict[str, Any]:
+    """Return what a job's checkpoints say of where they come from."""
+    return {"config": dataclasses.asdict(job.train), "workload": job.workload.identity}

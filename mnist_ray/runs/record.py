@@ -1,0 +1,202 @@
+"""What a run shows and keeps as it goes: its header, its files, its trackers and, however it ends, its report."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from mnist_ray.cluster import preflight
+from mnist_ray.cluster.plan import Cluster, WorkerPlan, usable_cores
+from mnist_ray.cluster.sharing import share
+from mnist_ray.display import tracking
+from mnist_ray.display.console import RunConsole
+from mnist_ray.display.history import History, write_predictions
+from mnist_ray.display.tracking import Ending
+from mnist_ray.errors import JobError, with_place
+from mnist_ray.provenance import origin
+from mnist_ray.runs.clock import Clock
+from mnist_ray.runs.failures import TrainingStoppedError
+from mnist_ray.runs.fit import Fitted
+from mnist_ray.runs.job import Job
+from mnist_ray.settings import json_lines
+from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE, WORKLOAD_FILE, RunFolder
+from mnist_ray.training.events import Event
+from mnist_ray.training.metrics import Evaluation
+from mnist_ray.training.sharding import num_steps
+from mnist_ray.wording import count
+from mnist_ray.workload.data import Parts
+from mnist_ray.workload.interface import Workload
+
+Sections = Callable[[RunFolder], Any]
+"""What a report shows besides, made of a run's folder: a sweep's trials."""
+
+
+@contextlib.contextmanager
+def recorded(
+    job: Job, data: Parts, cluster: Cluster, plan: WorkerPlan, clock: Clock, sections: Sections | None = None
+) -> Iterator[Record]:
+    """Show and keep how a run goes. However it ends, its report is written and its trackers are told.
+
+    Raises what happens meanwhile, with what the user can do about it.
+    """
+    with RunConsole(job.workload, job.train.num_epochs, quiet=job.output.quiet) as console:
+        record = Record(job, data, clock, console, sections)
+        print_header(console, job, data, cluster, plan)
+        console.waiting("starting workers …")
+        record.begin()
+        try:
+            yield record
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(f"interrupted; to go on: {job.resume_with}") from interrupt
+        except TrainingStoppedError as error:
+            raise JobError(f"{error} (logs: {cluster.log_folder})") from error
+        except JobError as error:
+            raise JobError(f"{error} (logs: {cluster.log_folder}; to go on: {job.resume_with})") from error
+        finally:
+            record.close()
+        clock.mark("report")
+        record.print_files()
+
+
+class Record:
+    """One run as it goes. ``on_event`` is what ``fit`` tells."""
+
+    def __init__(self, job: Job, data: Parts, clock: Clock, console: RunConsole, sections: Sections | None) -> None:
+        self._job, self._data, self._clock, self._console, self._sections = job, data, clock, console, sections
+        self._result: dict[str, Any] | None = None
+        self._fitted: Fitted | None = None
+
+    def begin(self) -> None:
+        """Write what is known before the first step. Raises JobError where the storage cannot be used."""
+        run, workload = self._job.run, self._job.workload
+        assert workload.source is not None
+        preflight.check_storage(run)
+        run.write_text(CONFIG_FILE, json_lines(self._job.values))
+        run.write_text(
+            ORIGIN_FILE, json_lines({**origin(), "workload_sha256": workload.source.sha256, "facts": workload.facts})
+        )
+        run.write_text(WORKLOAD_FILE, workload.source.text)  # to be read by people; it is never loaded from there
+        self._history = History(run, workload)
+        warn = functools.partial(self._console.say, "note")
+        self._trackers = tracking.start(run, workload, self._job.values, self._job.output.mlflow, warn)
+
+    def on_event(self, event: Event) -> None:
+        """Take what workers and tasks tell."""
+        self._clock.note(event)
+        self._history.add(event)
+        self._console.show(event)
+        self._trackers.log(event)
+
+    def finish(self, fitted: Fitted, tested: Evaluation) -> float:
+        """Show and write what came out; return the workload's criterion on the test set."""
+        job, workload = self._job, self._job.workload
+        if len(self._data.validation) and (epochs := self._history.unvalidated):
+            shown = ", ".join(map(str, epochs))
+            self._console.say("note", f"not validated, since the task or the run was interrupted: epoch {shown}")
+        result = tested.to_dict(workload) | {
+            "checkpoint": fitted.checkpoint.path.rstrip("/").rsplit("/", 1)[-1],
+            "checkpoint_metrics": fitted.metrics,
+            workload.rate: self._history.mean_rate() or fitted.metrics[workload.rate],
+            "seconds": self._clock.seconds(),
+            "num_workers": self._history.num_workers,
+            **origin(),
+        }
+        write_predictions(job.run, workload, tested)
+        job.run.write_text(RESULT_FILE, json_lines(result))
+        print_evaluation(self._console, workload, tested)
+        self._fitted, self._result = fitted, result
+        return float(result[f"test_{workload.criterion.name}"])
+
+    def close(self) -> None:
+        """Write the report and tell the trackers; where that fails, say so: the run is not lost for it."""
+        pictures = self._write_report()
+        self._trackers.close(Ending(self._result, pictures, self._fitted.checkpoint if self._fitted else None))
+
+    def _write_report(self) -> Mapping[str, bytes]:
+        from mnist_ray.display import report  # imports matplotlib, which nothing needs to wait for before
+
+        workload = self._job.workload
+        assert workload.source is not None
+        try:
+            self._history.flush()
+            sections = self._sections(self._job.run) if self._sections else None
+            return report.write(self._job.run, workload, self._job.resume_with, self._data.test, sections)
+        except Exception as error:  # the run's own exception, if there is one, is not to be hidden by another
+            self._console.say("note", f"no report: {with_place(error, workload.source.folder)}")
+            return {}
+
+    def print_files(self) -> None:
+        """Say where the seconds went, and where the files are."""
+        assert self._result is not None
+        console, run, parts = self._console, self._job.run, self._clock.seconds()
+        total = parts.pop("total")
+        each = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
+        console.say("seconds", f"{total:.1f} in all: {each}")
+        console.result("checkpoint", run.inside(self._result["checkpoint"]).uri)
+        console.result("result", run.inside(RESULT_FILE).uri)
+        console.result("report", run.inside(REPORT_FILE).uri)
+
+
+def console_of(workload: Workload) -> RunConsole:
+    """Return a console for what is no training."""
+    return RunConsole(workload, 0, quiet=False)
+
+
+def print_header(console: RunConsole, job: Job, data: Parts, cluster: Cluster, plan: WorkerPlan) -> None:
+    """Say what is going to be trained, on what."""
+    config = job.train
+    console.say("run", job.run.name)
+    print_data(console, job, data)
+    model = job.workload.create_model()
+    num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    console.say("model", f"{type(model).__name__}, {num_parameters:,} parameters")
+    steps = count(num_steps(len(data.train), config.batch_size), "step")
+    console.say(
+        "training",
+        f"{count(config.num_epochs, 'epoch')} of {steps}, batch size {config.batch_size}, "
+        f"{config.schedule} learning rate {config.learning_rate:g}, precision {config.precision}",
+    )
+    gpu = " and 1 GPU" if plan.use_gpu else ""
+    where = "a local Ray" if cluster.is_local else f"a Ray cluster of {count(len(cluster.nodes), 'node')}"
+    cpus = count(plan.cpus_per_worker, "CPU")
+    console.say("workers", f"{plan.num_workers}, each with {cpus}{gpu}, on {where}")
+    console.say("results", job.run.uri)
+    cores = usable_cores()
+    if cluster.is_local and not plan.use_gpu and plan.num_workers > cores:
+        shared = f"{plan.num_workers} workers share {cores} cores"
+        console.say("note", f"{shared}: --num-workers {cores} would be at least as fast")
+    if plan.must_scale_up:
+        console.say("note", "the cluster is too small now; waiting for it to start nodes")
+
+
+def print_data(console: RunConsole, job: Job, data: Parts) -> None:
+    """Print the line of the header that tells of the data, after what the user is to know before."""
+    for note in job.notes:
+        console.say("note", note)
+    counts = f"{len(data.train):,} {job.workload.nouns} to train on, {len(data.validation):,} for validation"
+    console.say("data", f"{data.name}: {counts}, {len(data.test):,} to test")
+
+
+def print_evaluation(console: RunConsole, workload: Workload, tested: Evaluation) -> None:
+    """Print what came out on the test set."""
+    for label, line in workload.lines(tested.columns):
+        console.say(label, line)
+    figures = tested.figures(workload)
+    shown = [*workload.metrics, *(metric for metric in workload.figures if metric not in workload.metrics)]
+    said = ", ".join(f"{metric.name} {metric.shown(figures[metric.name])}" for metric in shown)
+    console.result("test", f"{said} on {tested.num_examples:,} {workload.nouns}")
+
+
+def check(job: Job, data: Parts, cluster: Cluster, plan: WorkerPlan) -> None:
+    """Say how a job would run, and whether it would. Raises JobError where it would not."""
+    with RunConsole(job.workload, job.train.num_epochs, quiet=job.output.quiet) as console:
+        print_header(console, job, data, cluster, plan)
+        check_nodes(console, job, data, plan)
+
+
+def check_nodes(console: RunConsole, job: Job, data: Parts, plan: WorkerPlan) -> None:
+    """Let every node prove that it can take part."""
+    shared, fingerprint = share(job.workload, data.train), data.train.fingerprint()
+    preflight.check_nodes(job.run, shared, fingerprint, job.workload.noun, job.train.batch_size, plan, console.say)

@@ -1,0 +1,44 @@
+"""One batch goes through a workload before it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from mnist_ray.runs.job import Job
+from mnist_ray.workload.data import Parts
+from mnist_ray.workload.loading import placed
+from mnist_ray.workload.source import is_shipped
+
+if TYPE_CHECKING:
+    from mnist_ray.training.sharding import Batch
+
+
+def rehearsal(job: Job, data: Parts) -> Callable[[], None]:
+    """Let one batch go through a job's workload; return what is left of that to do while Ray starts.
+
+    A user's own workload is tried here and now, so that a mistake is said before anything is started. That of this
+    package was tried when it was built: it need not be waited for. Raises UsageError.
+    """
+
+    def rehearse() -> None:
+        import numpy as np  # torch too, by the two below: this is where it is first needed
+        import torch
+
+        from mnist_ray.training.sharding import batches_of
+        from mnist_ray.workload.check import NUM_EXAMPLES, check_batch, check_smallest
+
+        def first(number: int) -> Batch:
+            with placed(job.workload, "an example"):
+                return batches_of(data.train, torch.device("cpu"))[np.arange(number), number]
+
+        batch = first(min(NUM_EXAMPLES, len(data.train)))
+        job.workload.facts["model_input"] = check_batch(job.workload, batch.inputs, batch.targets, job.train)
+        last = len(data.train) % job.train.batch_size or job.train.batch_size
+        smallest = max(1, last // (job.workers.num_workers or 1))
+        check_smallest(job.workload, first(smallest).inputs, smallest)
+
+    if is_shipped(type(job.workload)):
+        return rehearse
+    rehearse()
+    return lambda: None

@@ -1,0 +1,231 @@
+"""What each worker of a run does: the training loop of plain PyTorch, told to Ray Train."""
+
+from __future__ import annotations
+
+import faulthandler
+import socket
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointUploadMode
+from ray.train.torch import get_device
+from ray.util.queue import Queue
+
+from mnist_ray.cluster.plan import threads_per_worker, usable_cores
+from mnist_ray.cluster.sharing import SharedPart
+from mnist_ray.config import TrainConfig
+from mnist_ray.environment import end_if_hung, keep_freed_memory
+from mnist_ray.errors import JobError, with_place
+from mnist_ray.provenance import versions
+from mnist_ray.runs.failures import PASSING, CodeFailedError, is_of_gloo
+from mnist_ray.storage import RunFolder
+from mnist_ray.training import checkpoint as checkpoints
+from mnist_ray.training import engine
+from mnist_ray.training.events import EpochFinished, Event, NodeLeaving, Progress, Started
+from mnist_ray.training.metrics import score
+from mnist_ray.training.sharding import num_steps
+from mnist_ray.workload.data import Part
+from mnist_ray.workload.interface import Workload
+
+
+@dataclass(frozen=True)
+class LoopSpec:
+    """What every worker is handed."""
+
+    workload: Workload
+    config: TrainConfig
+    train: SharedPart
+    run: RunFolder
+    """Where the checkpoints are."""
+    events: Queue | None
+    """Where rank 0 tells how it goes; None where nobody listens."""
+    about: dict[str, Any]
+    """Written into every checkpoint."""
+    hang_timeout_s: float
+    """A worker that takes no step for so long ends itself."""
+    loader_workers: int = 0
+    """Processes that read a ``Dataset``."""
+    validates_in_tasks: bool = False
+    """Whether each epoch's checkpoint is validated by a task beside the training."""
+    validation: SharedPart | None = None
+    """Examples that rank 0 evaluates itself before it reports, as a trial of a sweep needs it."""
+
+
+def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
+    """Train on one worker; every rank runs this. Return why training stopped early, or None where it is done.
+
+    Raises CodeFailedError where the code failed, and what else failed as it is.
+    """
+    spec = loop_config["spec"]
+    try:
+        _train(spec)
+    except (checkpoints.OtherModelError, engine.TrainingDivergedError) as error:
+        return str(error)  # not raised: Ray would take it for a lost worker and try again
+    except PASSING:
+        raise
+    except Exception as error:
+        if is_of_gloo(error):
+            raise
+        assert spec.workload.source is not None
+        raise CodeFailedError(with_place(error, spec.workload.source.folder)) from error
+    return None
+
+
+def _train(spec: LoopSpec) -> None:
+    keep_freed_memory()
+    context = ray.train.get_context()
+    group = engine.Group(context.get_world_rank(), context.get_world_size(), get_device())
+    assigned_cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+    batch_size = spec.config.batch_size // group.world_size
+    threads = threads_per_worker(assigned_cpus, usable_cores(), context.get_local_world_size(), batch_size)
+    torch.set_num_threads(threads)
+    part = spec.train.open()
+
+    state = engine.create_state(spec.workload, spec.config, len(part), group.device)
+    restored = checkpoints.restore_newest(spec.run, state)
+    if not restored.name and not restored.damaged and ray.train.get_checkpoint():
+        raise JobError(f"{spec.run.uri} does not show the checkpoints that were written there")  # and so try again
+    config = replace(spec.config, precision=engine.resolve_precision(spec.config.precision, group))
+    reporter = _Reporter(spec, group, restored)
+    hosts = _hosts(group)
+    reporter.send(
+        Started(
+            group.world_size,
+            hosts,
+            torch.get_num_threads(),
+            group.device.type,
+            config.precision,
+            state.epoch,
+            state.step,
+            num_steps(len(part), config.batch_size),
+            restored.damaged,
+        )
+    )
+    reporter.report_restored(state)
+    hooks = engine.Hooks(reporter.progress, reporter.checkpoint, reporter.wants_checkpoint)
+    try:
+        engine.train(spec.workload, state, part, config, group, hooks, spec.loader_workers)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _hosts(group: engine.Group) -> tuple[str, ...]:
+    """Return the node of each rank, in their order."""
+    hosts: list[str] = [""] * group.world_size
+    if group.world_size > 1:
+        torch.distributed.all_gather_object(hosts, socket.gethostname())
+        return tuple(hosts)
+    return (socket.gethostname(),)
+
+
+class _Reporter:
+    """What a worker does besides training: tells the driver, checkpoints, and watches over itself and its node."""
+
+    def __init__(self, spec: LoopSpec, group: engine.Group, restored: checkpoints.Restored) -> None:
+        self._spec = spec
+        self._restored = restored
+        self._is_first = group.rank == 0
+        self._validation = spec.validation.open() if spec.validation and self._is_first else None
+        self._saved_for_preemption = False
+        current = ray.train.get_checkpoint()
+        self._known = current.path.rsplit("/", 1)[-1] if current else ""
+        # Ray knows a damaged checkpoint by its name still; what takes its place needs another one.
+        self._suffix = "b" if self._known in restored.damaged else ""
+        end_if_hung(spec.hang_timeout_s)
+
+    def send(self, event: Event) -> None:
+        """Tell the driver, on rank 0."""
+        if self._is_first and self._spec.events is not None:  # a Queue with nothing in it is false
+            self._spec.events.actor.put_nowait.remote(event)
+
+    def progress(self, progress: Progress) -> None:
+        """Note that training goes on."""
+        end_if_hung(self._spec.hang_timeout_s)
+        self.send(progress)
+
+    def wants_checkpoint(self) -> bool:
+        """Return True once where a worker's node is about to be taken away."""
+        if self._saved_for_preemption or ray.train.get_preemption_info() is None:
+            return False
+        self._saved_for_preemption = True
+        self.send(NodeLeaving())
+        return True
+
+    def report_restored(self, state: engine.TrainingState) -> None:
+        """Report the checkpoint that this run goes on from, where a kill came between its upload and Ray's noting it.
+
+        Else a run whose last checkpoint it is would end without it.
+        """
+        name = self._restored.name
+        if checkpoints.position_of(name) <= checkpoints.position_of(self._known):
+            return
+        saved = self._spec.run.inside(name)
+        ray.train.report(
+            self._restored.metrics,
+            checkpoint=Checkpoint(saved.path, filesystem=saved.filesystem) if self._is_first else None,
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+            validation=self._is_to_be_validated(state),
+        )
+
+    def _is_to_be_validated(self, state: engine.TrainingState) -> bool:
+        """Tell whether this rank asks for a validation: the one that brings the checkpoint, at an epoch's end."""
+        return self._is_first and state.step == 0 and self._spec.validates_in_tasks
+
+    def checkpoint(self, state: engine.TrainingState, progress: Progress) -> None:
+        """Hand a checkpoint to Ray Train, on all ranks at once; rank 0 writes it. An epoch's last is validated."""
+        if state.step == 0:
+            self.send(EpochFinished(progress))
+        metrics = report_metrics(self._spec.workload, state, progress, self._validation, self._spec.loader_workers)
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if self._is_first:
+                about = self._spec.about | {"metrics": metrics, "versions": versions()}
+                checkpoints.save_checkpoint(Path(folder), state, about)
+                checkpoint = Checkpoint.from_directory(folder)
+                checkpoint.set_metadata({"epoch": state.epoch})
+            ray.train.report(
+                metrics,
+                checkpoint=checkpoint,
+                checkpoint_dir_name=checkpoints.checkpoint_name(state) + self._suffix,
+                checkpoint_upload_fn=self._upload,
+                validation=self._is_to_be_validated(state),
+            )
+        end_if_hung(self._spec.hang_timeout_s)
+
+    def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
+        target = self._spec.run.inside(name)
+        target.upload(checkpoint.path)
+        return Checkpoint(target.path, filesystem=target.filesystem)
+
+
+def report_metrics(
+    workload: Workload,
+    state: engine.TrainingState,
+    progress: Progress,
+    validation: Part | None = None,
+    loader_workers: int = 0,
+) -> dict[str, float]:
+    """Return what is reported with a checkpoint; with examples given, it is validated here and now."""
+    metrics: dict[str, float] = {
+        "epoch": state.epoch,
+        "step": state.step,
+        "epochs": state.epoch + state.step / progress.num_steps,
+        **{f"train_{name}": value for name, value in progress.so_far.items()},
+        workload.rate: progress.examples_per_s,
+        "train_s": state.finished_s + state.epoch_s,
+    }
+    if validation is None:
+        return metrics
+    figures = engine.evaluate(workload, state.model, validation, loader_workers).figures(workload)
+    return metrics | validation_metrics(workload, figures)
+
+
+def validation_metrics(workload: Workload, figures: dict[str, float]) -> dict[str, float]:
+    """Return what is reported of a validation: its figures, and the score by which Ray keeps the best checkpoints."""
+    return {f"val_{name}": value for name, value in figures.items()} | {"val_score": score(workload, figures)}

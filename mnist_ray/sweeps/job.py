@@ -1,0 +1,70 @@
+"""What is settled before a sweep begins: its settings, its space and its data.
+
+Nothing here imports torch or Ray, so that a mistake is answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from dataclasses import dataclass
+
+from mnist_ray import settings
+from mnist_ray.config import SweepConfig
+from mnist_ray.errors import UsageError
+from mnist_ray.runs import job as runs
+from mnist_ray.runs.job import Job
+from mnist_ray.settings import Choice
+from mnist_ray.sweeps.space import Space, propose, searched, space_config, space_of
+from mnist_ray.workload.data import Parts
+
+SWEEP_FILE = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All settings of a sweep."""
+
+    config: SweepConfig
+    space: Space
+    bounds: dict[str, object]
+    """The settings that bound the space, as sweep.json has them."""
+    job: Job
+    """What holds for all trials."""
+
+
+def read_sweep() -> Sweep:
+    """Read the command line of ``jobs/tune.py``. Raises UsageError."""
+    line = runs.read_command_line(
+        "Search the settings that have a search space with Ray Tune, train the best and evaluate it once on the test "
+        "set. A trial has one worker with one CPU, unless --num-workers and --cpus-per-worker say otherwise.",
+        "tune",
+        SWEEP_FILE,
+        more_settings=lambda workload_class: (SweepConfig, space_config(workload_class)),
+        without=lambda workload_class: tuple(searched(workload_class)),
+    )
+    bounds = settings.values_of(settings.build(space_config(line.workload_class), line.values))
+    space, job = space_of(line.workload_class, line.values), line.to_job()
+    workers = dataclasses.replace(
+        job.workers,
+        num_workers=job.workers.num_workers or 1,
+        cpus_per_worker=job.workers.cpus_per_worker or 1,  # a core a trial: more trials at a time beat more threads
+    )
+    config = settings.build(SweepConfig, line.values)
+    if config.search == "grid":
+        propose(space, config, job.train.seed)
+    if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UsageError("--search optuna needs Optuna: pip install -e '.[optuna]'")
+    return Sweep(config, space, bounds, dataclasses.replace(job, workers=workers))
+
+
+def load_data(sweep: Sweep) -> tuple[Sweep, Parts]:
+    """Return a sweep's data, and the sweep as it is with them. Raises UsageError and JobError."""
+    sizes = sweep.space.spaces.get("batch_size")
+    batch_sizes = sizes.options if isinstance(sizes, Choice) else [sizes.high] if sizes else ()
+    job, data = runs.load_data(sweep.job, [int(size) for size in batch_sizes])
+    if len(data.validation) == 0:
+        raise UsageError(
+            f"--validation-size 0: a sweep chooses by validation {job.workload.criterion.name}; hold some examples out"
+        )
+    return dataclasses.replace(sweep, job=job), data

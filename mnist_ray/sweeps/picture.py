@@ -1,0 +1,88 @@
+"""A sweep's picture: what came out over what was searched."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mnist_ray.display.pictures import placed, scale_axis
+from mnist_ray.drawing import MARKERS, png_of
+from mnist_ray.settings import Choice, Range, SearchSpace
+from mnist_ray.sweeps.space import described, shown
+from mnist_ray.sweeps.trials import RUNNING, STOPPED, TrialRecord, TrialTable
+from mnist_ray.wording import spoken
+
+
+def draw(table: TrialTable, num_epochs: int) -> bytes:
+    """Draw the validation of all trials over each setting that was searched, as a PNG.
+
+    The first choice among the settings has a colour and marker for each value, where another is there to draw it over.
+    Trials that were stopped early are hollow, the best configuration's are ringed, failed ones are left out.
+    """
+    records = [record for record in table.by_point.values() if record.is_validated and record.state != RUNNING]
+    spaces = dict(table.space.spaces)
+    coloured = next((name for name, space in spaces.items() if isinstance(space, Choice)), None)
+    over = [name for name in spaces if name != coloured] or list(spaces)
+    figure = Figure(figsize=(8, 5 * len(over)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    plots = figure.subplots(len(over), squeeze=False)[:, 0]
+    for axes, name in zip(plots, over, strict=True):
+        _draw_over(axes, table, records, name, spaces[name], coloured if coloured != name else None)
+    plots[0].set_title(_title(table, len(records), num_epochs))
+    handles, labels = plots[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+    return png_of(figure)
+
+
+def _draw_over(
+    axes: Axes, table: TrialTable, records: list[TrialRecord], name: str, space: SearchSpace, coloured: str | None
+) -> None:
+    """Draw all trials over one setting."""
+    metric = table.workload.criterion
+
+    def place(record: TrialRecord) -> tuple[float, float]:
+        value = record.point.values[name]
+        x = space.options.index(value) if isinstance(space, Choice) else value
+        return x, placed(metric, record.val_criterion)
+
+    def value_of(record: TrialRecord) -> Any:
+        return record.point.values[coloured] if coloured else None
+
+    values = sorted({value_of(record) for record in records}) if coloured else [None]
+    for number, value in enumerate(values):
+        style: dict[str, Any] = {"color": f"C{number % 10}", "marker": MARKERS[number % 8], "linestyle": "none"}
+        for record in records:
+            if value_of(record) == value:
+                fill: dict[str, Any] = {"markerfacecolor": "none"} if record.state == STOPPED else {}
+                axes.plot(*place(record), markersize=8, **style, **fill)
+        if coloured:
+            axes.plot([], [], label=f"{spoken(coloured)} {shown(value)}", **style)
+    axes.plot([], [], "o", color="grey", markerfacecolor="none", label="stopped early")
+    if table.best is not None:
+        for record in table.best.records:
+            axes.plot(*place(record), "o", color="black", markerfacecolor="none", markersize=15)
+        axes.plot([], [], "o", color="black", markerfacecolor="none", markersize=12, label="best configuration")
+    if isinstance(space, Choice):
+        axes.set_xticks(range(len(space.options)), list(map(shown, space.options)))
+    elif isinstance(space, Range) and space.log:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.set_xlabel(spoken(name))
+    scale_axis(axes, metric, f"validation {metric.name}")
+    axes.grid(alpha=0.3)
+
+
+def _title(table: TrialTable, number: int, num_epochs: int) -> str:
+    title, best = f"{number} trials of at most {num_epochs} epochs", table.best
+    if best is None or math.isnan(best.val_criterion):
+        return title
+    seeds = f", mean of {len(best.records)} seeds" if len(best.records) > 1 else ""
+    said = table.workload.criterion.shown(best.val_criterion)
+    return f"{title}\nbest: {described(dict(best.configuration))} ({said}{seeds})"

@@ -1,0 +1,211 @@
+"""What came of a sweep's trials, and which configuration is the best. No Ray here."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from mnist_ray.config import SweepConfig
+from mnist_ray.errors import UsageError
+from mnist_ray.sweeps.space import Point, Space, shown
+from mnist_ray.wording import spoken
+from mnist_ray.workload.interface import Workload
+
+DONE, STOPPED, FAILED, RUNNING = "done", "stopped early", "failed", "running"
+
+
+@dataclass
+class TrialRecord:
+    """What is known of one trial; a row of sweep.csv."""
+
+    trial: int
+    """Counted from 1, in the order of starting."""
+    point: Point
+    state: str = RUNNING
+    epochs: float = 0.0
+    """Epochs trained; a fraction within one."""
+    val_criterion: float = math.nan
+    """What the workload chooses by, on the validation set."""
+    val_loss: float = math.nan
+    train_loss: float = math.nan
+    rate: float = math.nan
+    """Examples per second of training."""
+    train_s: float = 0.0
+    """Seconds of training, without validation."""
+    reason: str = ""
+    """Why it failed."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a resumed sweep leaves it alone."""
+        return self.state != RUNNING
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether it can be compared with others."""
+        return not math.isnan(self.val_criterion) and self.state != FAILED
+
+
+@dataclass(frozen=True)
+class Best:
+    """A configuration with all its validated trials, one a seed."""
+
+    records: tuple[TrialRecord, ...]
+
+    @property
+    def configuration(self) -> tuple[tuple[str, Any], ...]:
+        """What they have in common."""
+        return self.records[0].point.configuration
+
+    @property
+    def val_criterion(self) -> float:
+        """Mean over the seeds."""
+        return statistics.mean(record.val_criterion for record in self.records)
+
+    @property
+    def val_loss(self) -> float:
+        """Mean over the seeds."""
+        return statistics.mean(record.val_loss for record in self.records)
+
+
+class TrialTable:
+    """The records of a sweep's trials, by their points."""
+
+    def __init__(self, workload: type[Workload], space: Space, records: Iterable[TrialRecord] = ()) -> None:
+        self.workload = workload(None)
+        self.space = space
+        self.by_point = {record.point: record for record in records}
+        self.num_planned = len(self.by_point)
+
+    def start(self, point: Point) -> TrialRecord:
+        """Return the record of a point whose trial starts, or starts again."""
+        if point not in self.by_point:
+            self.by_point[point] = TrialRecord(len(self.by_point) + 1, point)
+        record = self.by_point[point]
+        record.state, record.reason = RUNNING, ""
+        return record
+
+    def is_finished(self, point: Point) -> bool:
+        """Whether a point's trial has ended, and is not to be repeated."""
+        return point in self.by_point and self.by_point[point].is_finished
+
+    def worth(self, trials: TrialRecord | Best) -> tuple[float, float]:
+        """Return by what trials are ranked: what the workload chooses by, then loss; more is better."""
+        sign = 1 if self.workload.criterion.mode == "max" else -1
+        return sign * trials.val_criterion, -trials.val_loss
+
+    def rank(self, records: Iterable[TrialRecord]) -> list[TrialRecord]:
+        """Return records, the best first; those that were not validated, or failed, last."""
+        records = list(records)
+        known = [record for record in records if record.is_validated]
+        unknown = [record for record in records if not record.is_validated]
+        return sorted(known, key=self.worth, reverse=True) + unknown
+
+    @property
+    def ranked(self) -> list[TrialRecord]:
+        """All records, the best first."""
+        return self.rank(self.by_point.values())
+
+    @property
+    def best(self) -> Best | None:
+        """The best configuration so far; None before the first validation.
+
+        What was tried with more seeds comes first, then the mean over the seeds decides.
+        """
+        return self.best_of(self.by_point.values())
+
+    def best_of(self, records: Iterable[TrialRecord]) -> Best | None:
+        """Return the best configuration of some records."""
+        by_configuration: dict[Any, list[TrialRecord]] = {}
+        for record in records:
+            if record.is_validated:
+                by_configuration.setdefault(record.point.configuration, []).append(record)
+        candidates = [Best(tuple(records)) for records in by_configuration.values()]
+        return max(candidates, key=lambda best: (len(best.records), *self.worth(best)), default=None)
+
+    def confirmations(self, sweep: SweepConfig, seed: int) -> list[Point]:
+        """Return the best configurations with two more seeds each, the default among them where it was tried.
+
+        Good configurations differ by less than one run's validation does from seed to seed; the best of many single
+        runs is mostly the luckiest.
+        """
+        if sweep.num_confirmed == 0:
+            return []
+        done = [record.point for record in self.ranked if record.state == DONE and record.point.seed == seed]
+        chosen = done[: sweep.num_confirmed]
+        chosen += [point for point in self.space.default_points(seed) if point in done and point not in chosen]
+        return [dataclasses.replace(point, seed=seed + more) for more in (1, 2) for point in chosen]
+
+    def contenders(self, sweep: SweepConfig, seed: int) -> set[Point]:
+        """Return the points that belong to configurations which may come out as the best, as things stand."""
+        best = self.best_of(record for record in self.by_point.values() if record.is_finished)
+        leading = [*self.confirmations(sweep, seed), *(record.point for record in (best.records if best else ()))]
+        configurations = {point.configuration for point in leading}
+        return {point for point in self.by_point if point.configuration in configurations}
+
+    def count(self, *states: str) -> int:
+        """Count the trials in one of the states."""
+        return sum(record.state in states for record in self.by_point.values())
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns of sweep.csv that are no searched settings: column to field of ``TrialRecord``."""
+        return {
+            "state": "state",
+            "epochs": "epochs",
+            f"val_{self.workload.criterion.name}": "val_criterion",
+            "val_loss": "val_loss",
+            "train_loss": "train_loss",
+            self.workload.rate: "rate",
+            "train_s": "train_s",
+            "reason": "reason",
+        }
+
+    def to_csv(self) -> str:
+        """Return sweep.csv: a row per trial in the order of starting."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["trial", *self.space.spaces, "seed", *self.columns])
+        for record in self.by_point.values():
+            figures = [getattr(record, name) for name in self.columns.values()]
+            writer.writerow([record.trial, *record.point.values.values(), record.point.seed, *figures])
+        return text.getvalue()
+
+    def read(self, text: str) -> TrialTable:
+        """Return a table of what ``to_csv`` wrote. Raises UsageError where it is something else."""
+        try:
+            records = [self._record(row) for row in csv.DictReader(io.StringIO(text))]
+        except (KeyError, ValueError, TypeError) as error:
+            raise UsageError(f"sweep.csv is damaged: {error}") from error
+        return TrialTable(type(self.workload), self.space, records)
+
+    def _record(self, row: dict[str, str]) -> TrialRecord:
+        values: dict[str, Any] = {
+            name: row[column] if name in ("state", "reason") else float(row[column])
+            for column, name in self.columns.items()
+        }
+        return TrialRecord(int(row["trial"]), self.space.point(row, int(row["seed"])), **values)
+
+    @property
+    def shown_columns(self) -> tuple[str, ...]:
+        """What people see of each trial."""
+        searched = map(spoken, self.space.spaces)
+        return ("trial", *searched, "seed", "epochs", self.workload.criterion.name, f"{self.workload.nouns}/s", "state")
+
+    def shown_row(self, record: TrialRecord, num_epochs: int) -> tuple[str, ...]:
+        """Return what a person reads of a trial, in the order of ``shown_columns``."""
+        return (
+            str(record.trial),
+            *map(shown, record.point.values.values()),
+            str(record.point.seed),
+            f"{record.epochs:.3g}/{num_epochs}",
+            self.workload.criterion.shown(record.val_criterion),
+            "-" if math.isnan(record.rate) else f"{record.rate:,.0f}",
+            record.state + (f": {record.reason}" if record.reason else ""),
+        )

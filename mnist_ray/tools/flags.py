@@ -1,0 +1,57 @@
+"""What the command lines of the tools have in common. Light: it runs before a wrong flag is answered."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+from mnist_ray import cli
+from mnist_ray.config import LookupConfig
+from mnist_ray.errors import UsageError
+from mnist_ray.storage import CONFIG_FILE, RunFolder, find_run
+from mnist_ray.workload import source
+from mnist_ray.workload.interface import Workload
+
+
+def add_workload(parser: cli.Parser) -> None:
+    """Add ``--workload`` to a parser."""
+    parser.add_argument(
+        "--workload", metavar="FILE.py", default=cli.UNSET, help="where the workload's code is; default: where it was"
+    )
+
+
+def add_run(parser: cli.Parser, name: str) -> None:
+    """Add the argument that names a run or a checkpoint, and ``--workload``."""
+    options: dict[str, Any] = {"default": cli.UNSET} if name.startswith("--") else {"nargs": "?"}
+    parser.add_argument(
+        name,
+        metavar="CHECKPOINT_OR_RUN",
+        help="a checkpoint's or a run's folder or URI, or a run's name; default: the newest run",
+        **options,
+    )
+    add_workload(parser)
+
+
+def workload_class() -> type[Workload]:
+    """Return the workload of the run that the command line begins with, else of the newest; MNIST where none is known.
+
+    Its settings are to become flags, so it has to be known before the other flags are. Raises UsageError.
+    """
+    peeked = cli.peek("workload", "storage_path", "run")
+    if "workload" in peeked:
+        return source.load(peeked["workload"])
+    with contextlib.suppress(UsageError):  # said when all flags are known
+        run = find_run(peeked.get("run"), peeked.get("storage_path", LookupConfig().storage_path))
+        return source.load(reference_of(run))
+    return source.load(source.DEFAULT)
+
+
+def reference_of(run: RunFolder) -> str:
+    """Return where a run's workload, or that of the run that a checkpoint lies in, was loaded from."""
+    for folder in (run, run.storage):
+        with contextlib.suppress(ValueError, TypeError):
+            reference = json.loads(folder.read_text(CONFIG_FILE) or "{}").get("workload")
+            if reference is not None:
+                return str(reference)
+    return source.DEFAULT

@@ -1,0 +1,228 @@
+"""What a trained model answers to the user's own pictures: ``jobs/predict.py`` once its flags are read."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+import itertools
+import json
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+
+from mnist_ray.cluster.connection import connect, quiet_ray
+from mnist_ray.cluster.plan import usable_cores
+from mnist_ray.config import PredictionConfig, WorkerConfig
+from mnist_ray.errors import JobError, UsageError
+from mnist_ray.runs import lookup
+from mnist_ray.storage import RunFolder, write_file
+from mnist_ray.tools.flags import reference_of
+from mnist_ray.workload import source
+from mnist_ray.workload.interface import Workload
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+"""Of the files that are taken from a folder."""
+_BATCH_SIZE = 64
+_MOST_HERE = 256  # more pictures than this are worth starting Ray
+_MOST_DRAWN = 240
+_MOST_PIXELS = 200_000_000  # the largest cameras' pictures; what unpacks to more is an attack or a mistake
+_DRAFT_SIZE = 512  # pixels: a JPEG of more than twice as many is decoded smaller, and faster
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says to one file."""
+
+    file: str
+    inputs: np.ndarray | None = None
+    """What the model saw, as the workload's data have it."""
+    answers: tuple[tuple[Any, float], ...] = ()
+    """The best few with their probabilities, the best first; none where there is an error."""
+    error: str | None = None
+    """Why there is no answer."""
+
+    def is_sure(self, threshold: float) -> bool:
+        """Whether the best answer is at least that probable."""
+        return bool(self.answers) and self.answers[0][1] >= threshold
+
+    def to_dict(self, noun: str, threshold: float) -> dict[str, Any]:
+        """Return what ``--json`` prints; ``noun`` is what an answer is called."""
+        if self.error is not None:
+            return {"file": self.file, "error": self.error}
+        best, *others = ({noun: answer, "probability": round(p, 6)} for answer, p in self.answers)
+        return {"file": self.file, **best, "unsure": not self.is_sure(threshold), "next": others}
+
+
+def predict(given: Sequence[str], found: lookup.Found, config: PredictionConfig) -> None:
+    """Print the model's answer to each picture. Raises JobError at the end where there were files without one."""
+    quiet_ray()
+    workload = found.workload
+    if not workload.answers_pictures:
+        raise UsageError(f"{type(workload).__name__} does not answer pictures: it has no read_picture")
+    model, files = found.load_model(), list(find_files(given))
+    if not config.json:
+        for note in found.notes:
+            print(f"note {note}")
+        print(f"checkpoint {found.checkpoint.path} ({found.described})")
+    answers = []
+    for answer in answer_all(workload, model, files, as_is=config.as_is):
+        answers.append(answer)
+        _print(answer, workload, config)
+    if config.grid is not None:
+        _draw(answers, workload, config)
+    failed = sum(answer.error is not None for answer in answers)
+    if failed:
+        raise JobError(f"no answer to {failed:,} of {len(answers):,} files")
+
+
+def answers_pictures(run: RunFolder) -> bool:
+    """Tell whether a run's workload answers pictures; not where its code cannot be had."""
+    try:
+        return source.load(reference_of(run))(None).answers_pictures
+    except UsageError:
+        return False
+
+
+def find_files(given: Iterable[str]) -> Iterator[Path]:
+    """Yield the files that were given, and of folders the pictures in them at any depth, sorted."""
+    for name in given:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            yield from found or [path]  # a folder without pictures is answered as a file that cannot be read
+        else:
+            yield path
+
+
+def answer_all(workload: Workload, model: nn.Module, files: Sequence[Path], *, as_is: bool = False) -> Iterator[Answer]:
+    """Yield the answer to each file, in their order; many are answered by tasks on Ray."""
+    batches = (files[start : start + _BATCH_SIZE] for start in range(0, len(files), _BATCH_SIZE))
+    contents = ([(str(file), _read(file)) for file in batch] for batch in batches)
+    if len(files) <= _MOST_HERE:
+        torch.set_num_threads(usable_cores())
+        for batch in contents:
+            yield from answer_batch(workload, model, batch, as_is=as_is)
+        return
+    with connect(WorkerConfig()), Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("pictures", total=len(files))
+        for answers in _on_ray(workload, model, contents, as_is):
+            progress.advance(bar, len(answers))
+            yield from answers
+
+
+def _on_ray(
+    workload: Workload, model: nn.Module, batches: Iterator[list[tuple[str, bytes | str]]], as_is: bool
+) -> Iterator[list[Answer]]:
+    """Answer batches by tasks, of which no more wait than keep the cluster busy: the files' content is in memory."""
+    shared = ray.put(workload), ray.put(model.state_dict())
+    most_waiting = 2 * int(ray.cluster_resources().get("CPU", 1))
+    tasks = (_answer_task.remote(*shared, batch, as_is) for batch in batches)
+    waiting = collections.deque(itertools.islice(tasks, most_waiting))
+    while waiting:
+        yield ray.get(waiting.popleft())
+        waiting.extend(itertools.islice(tasks, 1))
+
+
+@ray.remote(num_cpus=1)
+def _answer_task(
+    workload: Workload, weights: dict[str, torch.Tensor], batch: list[tuple[str, bytes | str]], as_is: bool
+) -> list[Answer]:
+    torch.set_num_threads(1)
+    model = workload.create_model()
+    model.load_state_dict(weights)
+    return answer_batch(workload, model.eval(), batch, as_is=as_is)
+
+
+def _read(file: Path) -> bytes | str:
+    """Return a file's content, or as text why it cannot be read."""
+    if file.is_dir():
+        return "is a folder without pictures"
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def answer_batch(
+    workload: Workload, model: nn.Module, batch: Sequence[tuple[str, bytes | str]], *, as_is: bool = False
+) -> list[Answer]:
+    """Answer files of which each has its content, or as text why there is none."""
+    seen = [_see(workload, file, content, as_is) for file, content in batch]
+    inputs = [answer.inputs for answer in seen if answer.inputs is not None]
+    if not inputs:
+        return seen
+    with torch.inference_mode():
+        outputs = model(workload.prepare(torch.from_numpy(np.stack(inputs)), None))
+        best = iter(workload.answers(outputs))
+    return [
+        answer if answer.inputs is None else dataclasses.replace(answer, answers=tuple(next(best))) for answer in seen
+    ]
+
+
+def _see(workload: Workload, file: str, content: bytes | str, as_is: bool) -> Answer:
+    """Return what the model is to see of a file, or why it cannot."""
+    if isinstance(content, str):
+        return Answer(file, error=content)
+    try:
+        return Answer(file, workload.read_picture(read_image(content), as_is=as_is))
+    except UsageError as error:
+        return Answer(file, error=str(error))
+
+
+def read_image(content: bytes) -> Image.Image:
+    """Decode a picture and turn it as its EXIF data say. Raises UsageError where it is none, or a huge one."""
+    if not content:
+        raise UsageError("is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is ours
+            image = Image.open(io.BytesIO(content))
+            if image.width * image.height > _MOST_PIXELS:
+                raise UsageError(f"is too large: {image.width:,}×{image.height:,} pixels")
+            image.draft(None, (_DRAFT_SIZE, _DRAFT_SIZE))
+            return ImageOps.exif_transpose(image)
+    except Image.DecompressionBombError as error:
+        raise UsageError("is too large: it would unpack to a huge picture") from error
+    except UnidentifiedImageError as error:
+        raise UsageError("is no picture of a known format") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise
+        raise UsageError(f"is damaged: {error}") from error
+
+
+def _print(answer: Answer, workload: Workload, config: PredictionConfig) -> None:
+    if config.json:
+        print(json.dumps(answer.to_dict(workload.answer_noun, config.threshold)))
+    elif answer.error is not None:
+        print(f"{answer.file}: {answer.error}")
+    else:
+        best, *others = answer.answers
+        then = ", ".join(f"{other} {probability:.1%}" for other, probability in others)
+        unsure = "" if answer.is_sure(config.threshold) else "  unsure"
+        print(f"{answer.file}: {best[0]}  {best[1]:.1%}" + (f" (then {then})" if then else "") + unsure)
+
+
+def _draw(answers: Sequence[Answer], workload: Workload, config: PredictionConfig) -> None:
+    from mnist_ray.workload.pictures import image_grid  # imports matplotlib, which answers need not wait for
+
+    assert config.grid is not None
+    images, captions = [], []
+    for answer in answers:
+        image = None if answer.inputs is None else workload.as_picture(answer.inputs)
+        if image is not None:
+            images.append(image)
+            mark = "" if answer.is_sure(config.threshold) else "?"
+            captions.append(f"{answer.answers[0][0]}{mark} {answer.answers[0][1]:.0%}")
+    if not images:
+        raise JobError(f"no picture to draw in {config.grid}")
+    write_file(config.grid, image_grid(images[:_MOST_DRAWN], captions[:_MOST_DRAWN]))

@@ -1,0 +1,116 @@
+"""One batch goes through a workload before anything is started: what does not fit is said in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mnist_ray.config import TrainConfig
+from mnist_ray.errors import UsageError, first_line
+from mnist_ray.wording import count
+from mnist_ray.workload.interface import Workload
+from mnist_ray.workload.loading import placed
+
+NUM_EXAMPLES = 16  # of the batch that is tried
+
+
+def check_batch(workload: Workload, inputs: Any, targets: Any, config: TrainConfig) -> dict[str, Any] | None:
+    """Let a batch, on the CPU, go through all that training and evaluation do with it, once.
+
+    Returns the shape of one example as the model takes it, and its dtype; None where that is no tensor. Raises
+    UsageError with the place in the user's file.
+    """
+    name, number = type(workload).__name__, len(targets)
+    with placed(workload, "create_model"):
+        torch.manual_seed(config.seed)
+        model = workload.create_model()
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{name}.create_model returned {type(model).__name__}, not a torch.nn.Module")
+    generator = torch.default_generator.manual_seed(config.seed)
+    with placed(workload, "prepare"):
+        prepared = [workload.prepare(inputs, generator_or_none) for generator_or_none in (generator, None)]
+    is_lazy = any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters())
+    if is_lazy:
+        raise UsageError(f"{name}.create_model: a lazy layer has no shape yet; call the model once on an example there")
+    with placed(workload, "the model"):
+        model.train()
+        outputs = as_fp32(model(prepared[0]))
+    with placed(workload, "check_outputs"):
+        workload.check_outputs(outputs, targets)
+    with placed(workload, "loss"):
+        losses = workload.loss(outputs, targets)
+    _check_numbers(f"{name}.loss", losses, number)
+    if not losses.isfinite().all():
+        raise UsageError(f"{name}.loss is not finite on the first {number} examples, with the initial weights")
+    with placed(workload, "measure"):
+        measured = workload.measure(outputs.detach() if isinstance(outputs, Tensor) else outputs, targets)
+    _check_dict(f"{name}.measure", measured)
+    for key, values in measured.items():
+        _check_numbers(f"{name}.measure: {key}", values, number)
+    with placed(workload, "summarize"):
+        summary = workload.summarize({key: float(values.double().mean()) for key, values in measured.items()})
+    _check_dict(f"{name}.summarize", summary)
+    if sorted(summary) != sorted(metric.name for metric in workload.metrics):
+        told = f"{name}.metrics names {', '.join(metric.name for metric in workload.metrics) or 'none'}"
+        raise UsageError(f"{name}.summarize returns {', '.join(summary) or 'nothing'}, but {told}")
+    _check_gradients(workload, model, losses)
+    with placed(workload, "predictions"):
+        model.eval()
+        with torch.no_grad():
+            columns = workload.predictions(as_fp32(model(prepared[1])), targets)
+    _check_dict(f"{name}.predictions", columns)
+    for key, values in columns.items():
+        _check_numbers(f"{name}.predictions: {key}", values, number)
+    with placed(workload, "create_optimizer"):
+        optimizer = workload.create_optimizer(model, config)
+    with placed(workload, "create_scheduler"):
+        workload.create_scheduler(optimizer, config, total_steps=10)
+    if not isinstance(prepared[1], Tensor):
+        return None
+    return {"shape": list(prepared[1].shape[1:]), "dtype": str(prepared[1].dtype).removeprefix("torch.")}
+
+
+def check_smallest(workload: Workload, inputs: Any, number: int) -> None:
+    """Let as few examples as a rank's slice may have go through a new model: batch normalization may want more.
+
+    Raises UsageError.
+    """
+    model = workload.create_model().train()
+    try:
+        model(workload.prepare(inputs, torch.default_generator))
+    except ValueError as error:
+        raise UsageError(
+            f"{type(workload).__name__}: an epoch's last batch leaves a worker {count(number, 'example')}, too few "
+            f"for the model ({first_line(error)}); choose another --batch-size"
+        ) from error
+
+
+def _check_gradients(workload: Workload, model: nn.Module, losses: Tensor) -> None:
+    name = type(workload).__name__
+    if not losses.requires_grad:
+        raise UsageError(f"{name}.loss does not depend on the model's parameters: nothing would be learned")
+    losses.sum().backward()  # type: ignore[no-untyped-call]
+    idle = [key for key, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    if idle:
+        these = (
+            f"parameter {idle[0]} takes" if len(idle) == 1 else f"parameters {idle[0]} and {len(idle) - 1} more take"
+        )
+        raise UsageError(f"{name}: {these} no part in the loss; leave out what is not used, or freeze it")
+
+
+def _check_dict(place: str, value: object) -> None:
+    if not isinstance(value, dict):
+        raise UsageError(f"{place} returned {type(value).__name__}, not a dict")
+
+
+def _check_numbers(place: str, values: object, number: int) -> None:
+    if not isinstance(values, Tensor) or tuple(values.shape) != (number,):
+        got = f"{tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise UsageError(f"{place} is to be one number an example, ({number},) here, not {got}")
+
+
+def as_fp32(outputs: Any) -> Any:
+    """Return a model's outputs as the loss wants them, whatever the model has computed in."""
+    return outputs.float() if isinstance(outputs, Tensor) and outputs.is_floating_point() else outputs

@@ -1,0 +1,181 @@
+"""Workloads whose targets are classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from mnist_ray.errors import UsageError
+from mnist_ray.workload.data import Arrays, Data, Part
+from mnist_ray.workload.interface import Metric, Rows, Workload
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mnist_ray.drawing import Picture
+
+_NUM_ANSWERS = 3
+_MOST_COLUMNS = 12  # of classes in the console's confusion matrix
+
+
+class Classification(Workload):
+    """A model's outputs are logits (N, classes), targets (N,) whole numbers from 0 on.
+
+    The number of classes comes from the data: ``facts={"class_names": [...]}``, else the attribute ``classes`` of the
+    ``Dataset`` to train on (torchvision's have it), else the largest target.
+    """
+
+    metrics: ClassVar[tuple[Metric, ...]] = (Metric("accuracy", "max", is_fraction=True),)
+    output_noun = "logits"
+    answer_noun = "class"
+
+    @property
+    def class_names(self) -> list[Any]:
+        """The names of the classes; numbers where the data have no names."""
+        names: list[Any] = self.facts["class_names"]
+        return names
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the data have."""
+        return len(self.class_names)
+
+    def facts_of(self, data: Data) -> dict[str, Any]:
+        """Return the names of the classes, beside what the data say themselves."""
+        facts = dict(data.facts)
+        if "class_names" not in facts:
+            facts["class_names"] = _class_names(data)
+        return facts
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross entropy of each example."""
+        from torch.nn import functional as F
+
+        return F.cross_entropy(outputs, targets.long(), reduction="none")
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return which examples are right."""
+        return {"accuracy": outputs.argmax(1) == targets}
+
+    def check_data(self, data: Data) -> None:
+        """Compare the targets of arrays with the classes."""
+        for part in ("train", "validation", "test"):
+            examples = getattr(data, part)
+            if isinstance(examples, Arrays):
+                self._check_targets(part, examples.targets)
+
+    def _check_targets(self, part: str, targets: np.ndarray) -> None:
+        name = f"{type(self).__name__}.load_data: {part}"
+        if targets.ndim != 1 or not np.issubdtype(targets.dtype, np.integer):
+            raise UsageError(f"{name}: targets are to be whole numbers (N,), not {targets.dtype} {targets.shape}")
+        wrong = targets[(targets < 0) | (targets >= self.num_classes)]
+        if len(wrong):
+            raise UsageError(f"{name} has a target {wrong[0]}, but the classes are 0 to {self.num_classes - 1}")
+
+    def check_outputs(self, outputs: Tensor, targets: Tensor) -> None:
+        """Compare logits and targets with the classes."""
+        name = type(self).__name__
+        if not hasattr(outputs, "ndim"):
+            raise UsageError(f"{name}: the model gives a {type(outputs).__name__}, not a tensor of logits")
+        if outputs.ndim != 2 or outputs.shape[1] != self.num_classes:
+            raise UsageError(
+                f"{name}: the model gives {' × '.join(map(str, outputs.shape[1:])) or 'no'} logits an example, "
+                f"but the data have {self.num_classes:,} classes"
+            )
+        if targets.ndim != 1 or targets.is_floating_point():
+            raise UsageError(
+                f"{name}: targets are to be whole numbers (N,), not {targets.dtype} {tuple(targets.shape)}"
+            )
+        if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < self.num_classes:
+            wrong = next(value for value in targets.tolist() if not 0 <= value < self.num_classes)
+            raise UsageError(f"{name}: there is a target {wrong}, but the classes are 0 to {self.num_classes - 1}")
+
+    def predictions(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return label, prediction and the probability that the model gave it."""
+        best = outputs.softmax(1).max(1)
+        return {"label": targets, "prediction": best.indices, "probability": best.values}
+
+    def readable(self, columns: Mapping[str, np.ndarray]) -> dict[str, Sequence[Any]]:
+        """Return labels and predictions by name."""
+        return {
+            "label": [self.class_names[label] for label in columns["label"].tolist()],
+            "prediction": [self.class_names[prediction] for prediction in columns["prediction"].tolist()],
+            "probability": [f"{probability:.6f}" for probability in columns["probability"]],
+        }
+
+    def details(self, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Return the accuracy of each class (None where it has no examples) and the confusion matrix."""
+        counts = confusion(columns, self.num_classes)
+        per_class = [None if math.isnan(accuracy) else accuracy for accuracy in accuracy_per_class(counts)]
+        return {"test_accuracy_per_class": per_class, "confusion_matrix": counts.tolist()}
+
+    def lines(self, columns: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
+        """Return the confusion matrix with each class's accuracy."""
+        table = confusion_table(confusion(columns, self.num_classes), self.class_names)
+        return [("" if number else "confusion", line) for number, line in enumerate(table)]
+
+    def pictures(self, result: Mapping[str, Any], rows: Rows, test: Part | None) -> list[Picture]:
+        """Return the confusion matrix, the accuracy of each class, and examples with their predictions."""
+        from mnist_ray.workload import pictures  # imports matplotlib
+
+        return pictures.of_classification(self, self.class_names, result, rows, test)
+
+    def answers(self, outputs: Tensor) -> list[list[tuple[Any, float]]]:
+        """Return the most probable classes of each example."""
+        best = outputs.softmax(1).topk(min(_NUM_ANSWERS, outputs.shape[1]))
+        return [
+            [(self.class_names[index], probability) for index, probability in zip(indices, probabilities, strict=True)]
+            for indices, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+
+def _class_names(data: Data) -> list[Any]:
+    names = getattr(data.train, "classes", None)
+    if names is not None:
+        return list(names)
+    if not isinstance(data.train, Arrays):
+        raise UsageError('the Dataset has no classes: return Data(..., facts={"class_names": [...]}) from load_data')
+    parts = [part for part in (data.train, data.validation, data.test) if isinstance(part, Arrays) and len(part)]
+    return list(range(1 + max(int(part.targets.max()) for part in parts)))
+
+
+def confusion(columns: Mapping[str, np.ndarray], num_classes: int) -> np.ndarray:
+    """Return (classes, classes) counts: row is the label, column the prediction."""
+    labels, predictions = columns["label"].astype(int), columns["prediction"].astype(int)
+    return np.bincount(labels * num_classes + predictions, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def accuracy_per_class(counts: np.ndarray) -> list[float]:
+    """Return the fraction of each class's examples that were right; NaN for a class without examples."""
+    sizes = counts.sum(axis=1)
+    return [float(right) / int(size) if size else math.nan for right, size in zip(np.diag(counts), sizes, strict=True)]
+
+
+def confusion_table(counts: np.ndarray, names: Sequence[Any]) -> list[str]:
+    """Return the confusion matrix as lines: a row per label, a column per prediction, the label's accuracy last.
+
+    With more than twelve classes, which no terminal's width would hold, the columns are the three most frequent
+    mistakes of each label.
+    """
+    shown = [str(name) for name in names]
+    width = max(5, *map(len, shown))
+    accuracies = ["-" if math.isnan(a) else f"{a:.2%}" for a in accuracy_per_class(counts)]
+    if len(shown) > _MOST_COLUMNS:
+        lines = [f"{'label':>{width}}  accuracy  taken for"]
+        for label, accuracy in enumerate(accuracies):
+            mistakes = [
+                f"{shown[other]} {counts[label, other]}"
+                for other in np.argsort(-counts[label], kind="stable")
+                if other != label and counts[label, other]
+            ]
+            lines.append(f"{shown[label]:>{width}}{accuracy:>10}  {', '.join(mistakes[:3])}".rstrip())
+        return lines
+    cell = max(6, 1 + len(str(counts.max())), *(len(name) + 1 for name in shown))
+    lines = ["label".rjust(width) + "".join(f"{name:>{cell}}" for name in shown) + "  accuracy"]
+    for label, accuracy in enumerate(accuracies):
+        row = "".join(f"{count or '·':>{cell}}" for count in counts[label].tolist())
+        lines.append(f"{shown[label]:>{width}}{row}{accuracy:>10}")
+    return lines

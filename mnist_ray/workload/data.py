@@ -1,0 +1,165 @@
+"""The examples of a workload: arrays, or any map-style data set, and parts of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from mnist_ray.errors import UsageError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and arrays can be read without it
+    from torch.utils.data import Dataset
+
+_HOLD_OUT_SEED = 28
+_MOST_HELD_OUT = 5000  # by default; more would only make validation slower
+_NUM_HASHED = 16  # examples of a Dataset, which is not read as a whole to be compared
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Examples as arrays of any shape and dtype, in memory or memory-mapped."""
+
+    inputs: np.ndarray
+    """(N, ...)."""
+    targets: np.ndarray
+    """(N, ...): (N,) whole numbers from 0 on for a classification."""
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether an array lies in a file, which each process maps for itself."""
+        return isinstance(self.inputs, np.memmap) or isinstance(self.targets, np.memmap)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a workload's ``load_data`` returns.
+
+    Arrays in memory are loaded once, by the job, and shared through Ray's object store: one copy a node. Memory-mapped
+    arrays and ``Dataset``s are opened by each process, which calls ``load_data`` itself; an item of a ``Dataset`` is a
+    pair (input, target).
+    """
+
+    train: Arrays | Dataset
+    test: Arrays | Dataset
+    validation: Arrays | Dataset | None = None
+    """None: it is held out from ``train``."""
+    name: str = ""
+    """Shown to people."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the model must know of the data, as JSON: kept in every checkpoint, and everywhere ``self.facts``."""
+
+
+Origin = Literal["train", "validation", "test"]
+
+
+class Part:
+    """Some of the examples of ``Arrays`` or of a ``Dataset``, in an order of their own."""
+
+    def __init__(self, examples: Any, indices: np.ndarray | None = None, origin: Origin = "train") -> None:
+        self.examples = examples
+        self.origin = origin
+        """Which of a workload's ``Data`` the examples are."""
+        self.indices = indices
+        """Which of ``examples``; None: all."""
+
+    def __len__(self) -> int:
+        return len(self.examples) if self.indices is None else len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        """Return one example's (input, target)."""
+        place = index if self.indices is None else int(self.indices[index])
+        if isinstance(self.examples, Arrays):
+            return self.examples.inputs[place], self.examples.targets[place]
+        example: tuple[Any, Any] = self.examples[place]
+        return example
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether it can be handed to other processes; else each opens it for itself."""
+        return isinstance(self.examples, Arrays) and not self.examples.is_mapped
+
+    @property
+    def arrays(self) -> Arrays | None:
+        """The whole as arrays in memory, where they are."""
+        return self.examples if self.is_in_memory and self.indices is None else None
+
+    def take(self, indices: np.ndarray) -> Part:
+        """Return some of its examples; of arrays in memory, a copy."""
+        if self.indices is not None:
+            indices = self.indices[indices]
+        if self.is_in_memory:
+            return Part(Arrays(self.examples.inputs[indices], self.examples.targets[indices]), None, self.origin)
+        return Part(self.examples, indices, self.origin)
+
+    def between(self, start: int, stop: int) -> Part:
+        """Return the examples from ``start`` up to ``stop``, which is not one of them; of arrays, a view."""
+        if self.arrays is not None:
+            return Part(Arrays(self.arrays.inputs[start:stop], self.arrays.targets[start:stop]), None, self.origin)
+        return self.take(np.arange(start, min(stop, len(self))))
+
+    def targets(self) -> np.ndarray:
+        """Return all targets; a ``Dataset`` is read from end to end for that."""
+        if isinstance(self.examples, Arrays):
+            targets = self.examples.targets
+            return np.asarray(targets if self.indices is None else targets[self.indices])
+        return np.array([np.asarray(self[index][1]) for index in range(len(self))])
+
+    def fingerprint(self) -> str:
+        """Return a digest of the examples: of all in arrays in memory, else of their number and a few of them."""
+        if self.arrays is not None:
+            digest = hashlib.sha256(np.ascontiguousarray(self.arrays.inputs).data)
+            digest.update(np.ascontiguousarray(self.arrays.targets).data)
+            return digest.hexdigest()
+        digest = hashlib.sha256(str(len(self)).encode())
+        for index in np.linspace(0, len(self) - 1, min(_NUM_HASHED, len(self)), dtype=int).tolist():
+            digest.update(np.asarray(self[index][1]).tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A workload's data, ready for a run."""
+
+    name: str
+    train: Part
+    validation: Part
+    """Empty where nothing is held out."""
+    test: Part
+
+
+def hold_out(part: Part, num_validation: int) -> tuple[Part, Part]:
+    """Split into (training, validation) examples.
+
+    The choice is random, so that files sorted by label do no harm, and the same for every run and seed, so that runs
+    compare on the same examples.
+    """
+    order = np.random.default_rng(_HOLD_OUT_SEED).permutation(len(part))
+    validation, train = np.sort(order[:num_validation]), np.sort(order[num_validation:])
+    return part.take(train), part.take(validation)
+
+
+def default_validation_size(num_train: int) -> int:
+    """Return how many of some training examples are held out where nobody says: a tenth, at most 5,000."""
+    return min(_MOST_HELD_OUT, num_train // 10)
+
+
+def parts_of(data: Data, validation_size: int | None) -> Parts:
+    """Make the parts of a run of a workload's data. Raises UsageError where ``validation_size`` does not fit."""
+    train, test = Part(data.train), Part(data.test, origin="test")
+    if validation_size == 0:
+        return Parts(data.name, train, train.between(0, 0), test)
+    if data.validation is not None and validation_size is None:
+        return Parts(data.name, train, Part(data.validation, origin="validation"), test)
+    size = default_validation_size(len(train)) if validation_size is None else validation_size
+    if size >= len(train):
+        raise UsageError(
+            f"--validation-size {size:,} leaves nothing to train on: the data has {len(train):,} training examples"
+        )
+    return Parts(data.name, *hold_out(train, size), test)

@@ -1,0 +1,264 @@
+"""What a workload says: everything about one problem that the training, the sweep and the report need to know.
+
+A workload is a class in a file of its own. It says how the data are loaded and how the model is made; whatever else it
+does not say has a default. Torch is imported where it is used: what only needs settings need not wait for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from mnist_ray.errors import UsageError
+from mnist_ray.settings import SearchSpace, values_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Generator, Tensor, nn
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from mnist_ray.config import TrainConfig
+    from mnist_ray.drawing import Picture
+    from mnist_ray.workload.data import Data, Part
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure that tells how good a model is."""
+
+    name: str
+    mode: Literal["max", "min"]
+    """Whether more is better, or less."""
+    is_fraction: bool = False
+    """Whether it lies between 0 and 1 and is shown in percent."""
+
+    def shown(self, value: float, places: int = 2) -> str:
+        """Return a value as people read it, a fraction in percent with some decimal places; a dash for NaN."""
+        if math.isnan(value):
+            return "-"
+        return f"{value:.{places}%}" if self.is_fraction else _short(value)
+
+    def is_better(self, value: float, than: float) -> bool:
+        """Tell whether one value is better than another."""
+        return value > than if self.mode == "max" else value < than
+
+
+def _short(value: float) -> str:
+    if value and abs(value) < 1e-3:
+        return f"{value:.2e}"
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
+
+
+LOSS = Metric("loss", "min")
+Rows = Sequence[Mapping[str, str]]
+"""Of a CSV file: each by its columns."""
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """A workload without settings of its own."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The code of a workload as it was when the job began; other processes run just that."""
+
+    reference: str
+    """What ``--workload`` takes: an absolute path or a module's name, with ``:NAME`` where it was given."""
+    path: str
+    """The file."""
+    text: str
+    """The file's content."""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is loaded as a file: it travels with the job, and need not be importable anywhere."""
+        return self.reference.endswith(".py") or ".py:" in self.reference
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the file lies in."""
+        return Path(self.path).parent
+
+    @property
+    def sha256(self) -> str:
+        """The digest of the file's content."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+class Workload:
+    """One problem. Subclasses are made in every process that trains or evaluates; they keep no state.
+
+    N is the number of examples of a batch on one rank; on the last batch of an epoch it may be 0.
+    """
+
+    Settings: ClassVar[type] = NoSettings
+    """A frozen dataclass with the workload's own settings, declared by ``setting``; they become flags."""
+    metrics: ClassVar[tuple[Metric, ...]] = ()
+    """What is reported beside the loss. The first chooses the checkpoint; without any, the loss does."""
+    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Named values of settings, for ``--recipe``; those of ``default`` hold where no other is named."""
+    search: ClassVar[Mapping[str, SearchSpace]] = {}
+    """Search spaces of the jobs' own settings, as ``{"learning_rate": Range(1e-3, 1e-1, log=True)}``."""
+    noun: ClassVar[str] = "example"
+    """What one example is called."""
+    answer_noun: ClassVar[str] = "answer"
+    """What an answer to a picture is called."""
+    output_noun: ClassVar[str] = "outputs"
+    """What the model's outputs are called."""
+
+    source: Source | None = None
+    """Where its code comes from; set as it is loaded."""
+
+    def __init__(self, settings: Any = None, facts: Mapping[str, Any] | None = None) -> None:
+        self.settings: Any = self.Settings() if settings is None else settings
+        self.facts: dict[str, Any] = dict(facts or {})
+        """What the model must know of the data: see ``Data.facts``."""
+
+    # --- what is learned from
+
+    def load_data(self) -> Data:
+        """Return the data."""
+        raise NotImplementedError
+
+    def facts_of(self, data: Data) -> dict[str, Any]:
+        """Return what the model must know of the data."""
+        return dict(data.facts)
+
+    def check_data(self, data: Data) -> None:
+        """Raise UsageError where the data are not what the workload takes; asked once, before Ray starts."""
+
+    # --- what learns
+
+    def create_model(self) -> nn.Module:
+        """Return a new model, as ``self.settings`` and ``self.facts`` say; torch's generator is seeded before."""
+        raise NotImplementedError
+
+    def prepare(self, inputs: Any, generator: Generator | None) -> Any:
+        """Turn a batch of inputs, on the device, into what the model takes.
+
+        ``generator`` is there in training only, for augmentation: it is seeded by seed, epoch, step and rank, so a
+        resumed run draws what it would have drawn.
+        """
+        return inputs
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the loss of each example, (N,). Outputs are fp32, whatever the model has computed in."""
+        raise NotImplementedError
+
+    def measure(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
+        """Return figures of each example, (N,) each, of which the metrics are made."""
+        return {}
+
+    def summarize(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Return the ``metrics``, made of the means of what ``measure`` returns over all examples of all ranks."""
+        return dict(means)
+
+    def create_optimizer(self, model: nn.Module, config: TrainConfig) -> Optimizer:
+        """Return the optimizer: Adam."""
+        import torch
+
+        betas = (config.beta1, config.beta2)
+        return torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=betas, fused=True)
+
+    def create_scheduler(self, optimizer: Optimizer, config: TrainConfig, total_steps: int) -> LRScheduler:
+        """Return the schedule of the learning rate, stepped after each of ``total_steps`` steps."""
+        from torch.optim.lr_scheduler import ConstantLR, OneCycleLR
+
+        if config.schedule == "constant":
+            return ConstantLR(optimizer, factor=1.0)
+        # One-cycle: https://arxiv.org/abs/1708.07120. Adam's betas stay as configured.
+        return OneCycleLR(optimizer, config.learning_rate, total_steps, cycle_momentum=False)
+
+    # --- what is shown
+
+    def check_outputs(self, outputs: Any, targets: Any) -> None:
+        """Raise UsageError where a model's outputs cannot be what the data need; asked once, before Ray starts."""
+
+    def predictions(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
+        """Return columns of predictions.csv, (N,) each."""
+        return {}
+
+    def readable(self, columns: Mapping[str, np.ndarray]) -> dict[str, Sequence[Any]]:
+        """Return the columns of predictions.csv as they are written."""
+        return {name: values.tolist() for name, values in columns.items()}
+
+    def details(self, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Return what result.json holds of the test set beside the metrics."""
+        return {}
+
+    def lines(self, columns: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
+        """Return what the console shows of the test set before the metrics: (label, text) of each line."""
+        return []
+
+    def pictures(self, result: Mapping[str, Any], rows: Rows, test: Part | None) -> list[Picture]:
+        """Return the report's pictures of the test set.
+
+        ``result`` is what result.json holds, ``rows`` are those of predictions.csv (empty where there is none), and
+        ``test`` the examples that they are about, where they can be had.
+        """
+        return []
+
+    def as_picture(self, inputs: Any) -> np.ndarray | None:
+        """Return what one input looks like, (H, W) or (H, W, 3) uint8; None where it looks like nothing."""
+        return None
+
+    def read_picture(self, picture: Image, *, as_is: bool) -> np.ndarray:
+        """Make one input of a user's own picture; ``as_is``: scale it and no more. Raises UsageError.
+
+        Workloads that have it answer to ``jobs/predict.py``.
+        """
+        raise UsageError(f"{type(self).__name__} does not answer pictures: it has no read_picture")
+
+    def answers(self, outputs: Any) -> list[list[tuple[Any, float]]]:
+        """Return what the model says to each input, the best first: answers with their probabilities."""
+        raise UsageError(f"{type(self).__name__} does not answer pictures: it has no answers")
+
+    # --- derived
+
+    @property
+    def criterion(self) -> Metric:
+        """What chooses the checkpoint."""
+        return self.metrics[0] if self.metrics else LOSS
+
+    @property
+    def figures(self) -> tuple[Metric, ...]:
+        """All that is reported: the loss, then the metrics."""
+        return (LOSS, *self.metrics)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint says of its workload: enough to make the same model again."""
+        assert self.source is not None
+        return {
+            "reference": self.source.reference,
+            "sha256": self.source.sha256,
+            "settings": values_of(self.settings),
+            "facts": self.facts,
+        }
+
+    @property
+    def nouns(self) -> str:
+        """What examples are called."""
+        return f"{self.noun}s"
+
+    @property
+    def rate(self) -> str:
+        """The name of the figure of training speed: ``images_per_s`` where an example is an image."""
+        return f"{self.nouns}_per_s"
+
+    @property
+    def answers_pictures(self) -> bool:
+        """Whether ``jobs/predict.py`` can ask it."""
+        return type(self).read_picture is not Workload.read_picture
+
+    def said(self, figures: Mapping[str, float]) -> str:
+        """Return figures as people read them: ``loss 0.0371, accuracy 98.80%``."""
+        return ", ".join(f"{metric.name} {metric.shown(figures[metric.name])}" for metric in self.figures)

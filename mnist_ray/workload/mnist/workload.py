@@ -1,0 +1,75 @@
+"""Handwritten digits and the notebook's network: the workload that ships, and the model for your own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from mnist_ray.settings import setting
+from mnist_ray.workload.classification import Classification
+from mnist_ray.workload.data import Data
+from mnist_ray.workload.mnist import idx
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Generator, Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Which images to learn from."""
+
+    dataset: Literal["mnist", "fashion-mnist", "kmnist"] = setting(
+        "mnist",
+        "mnist ships with the package; the others are downloaded once by torchvision",
+        resets=("data_dir",),
+    )
+    data_dir: Path | None = setting(None, "a folder with four IDX files in MNIST's format, in place of --dataset")
+
+
+class MNIST(Classification):
+    """28×28 grey images of ten digits."""
+
+    Settings = Settings
+    noun, answer_noun = "image", "digit"
+    recipes = {
+        "default": {},
+        "notebook": {
+            "num_epochs": 2,
+            "batch_size": 8,
+            "learning_rate": 1e-3,
+            "schedule": "constant",
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "precision": "fp32",
+            "validation_size": 0,
+        },
+    }
+
+    def load_data(self) -> Data:
+        """Read the four IDX files. Raises UsageError where they are not there, JobError where they are damaged."""
+        source = idx.find(self.settings.dataset, self.settings.data_dir)
+        return Data(source.load("train"), source.load("test"), name=source.name)
+
+    def create_model(self) -> nn.Module:
+        """Return the notebook's network."""
+        from mnist_ray.workload.mnist.cnn import CNN
+
+        return CNN(self.num_classes)
+
+    def prepare(self, inputs: Tensor, generator: Generator | None) -> Tensor:
+        """Turn images (N, 28, 28) uint8 into (N, 1, 28, 28) in [0, 1], as ``ToTensor`` does."""
+        return inputs.unsqueeze(1).float().div_(255)
+
+    def as_picture(self, inputs: Any) -> np.ndarray:
+        """Return the image."""
+        return np.asarray(inputs)
+
+    def read_picture(self, picture: Image, *, as_is: bool) -> np.ndarray:
+        """Find the digit in a picture, drawn or photographed."""
+        from mnist_ray.workload.mnist import photos
+
+        return photos.as_it_is(picture) if as_is else photos.to_mnist(picture)

@@ -1,0 +1,69 @@
+"""Workloads whose targets are numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mnist_ray.errors import UsageError
+from mnist_ray.workload.data import Part
+from mnist_ray.workload.interface import Metric, Rows, Workload
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mnist_ray.drawing import Picture
+
+_ROUNDING = 1e-12  # of a mean of squares: less variance than this is none
+
+
+class Regression(Workload):
+    """A model's outputs are numbers, (N,) or (N, 1); targets are (N,).
+
+    The loss is the squared error, in the targets' units: where those are large, let the model scale its outputs.
+    """
+
+    metrics: ClassVar[tuple[Metric, ...]] = (Metric("rmse", "min"), Metric("mae", "min"), Metric("r2", "max"))
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the squared error of each example."""
+        return (_flat(outputs) - targets.float()) ** 2
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return what the metrics need: errors, and the targets' first two moments."""
+        error, target = (_flat(outputs) - targets.float()).double(), targets.double()
+        return {"squared": error**2, "absolute": error.abs(), "target": target, "target_squared": target**2}
+
+    def summarize(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Return root mean squared error, mean absolute error; the part of the variance explained."""
+        variance = means["target_squared"] - means["target"] ** 2
+        return {
+            "rmse": math.sqrt(means["squared"]),
+            "mae": means["absolute"],
+            "r2": 1 - means["squared"] / variance if variance > _ROUNDING * means["target_squared"] else math.nan,
+        }
+
+    def check_outputs(self, outputs: Tensor, targets: Tensor) -> None:
+        """Compare the shapes: of (N,) and (N, 1) torch would make (N, N)."""
+        if not hasattr(outputs, "shape"):
+            raise UsageError(f"{type(self).__name__}: the model gives a {type(outputs).__name__}, not a tensor")
+        if targets.ndim != 1 or tuple(outputs.shape) not in ((len(targets),), (len(targets), 1)):
+            raise UsageError(
+                f"{type(self).__name__}: the model gives {tuple(outputs.shape)} for targets {tuple(targets.shape)}; "
+                "both are to be one number an example"
+            )
+
+    def predictions(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return target and prediction."""
+        return {"target": targets, "prediction": _flat(outputs)}
+
+    def pictures(self, result: Mapping[str, Any], rows: Rows, test: Part | None) -> list[Picture]:
+        """Return predictions over targets, and the errors' distribution."""
+        from mnist_ray.workload import pictures  # imports matplotlib
+
+        return pictures.of_regression(rows)
+
+
+def _flat(outputs: Tensor) -> Tensor:
+    return outputs.reshape(len(outputs))

@@ -1,0 +1,124 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mnist_ray.errors import UsageError
+from mnist_ray.runs.job import Job, load_data, read_job
+from mnist_ray.settings import json_lines
+from tests.conftest import write_data_set
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A function that returns the job of a command line, which writes nothing."""
+
+    def read(*flags: str) -> Job:
+        monkeypatch.setattr("sys.argv", ["jobs/train.py", "--storage-path", str(tmp_path / "runs"), *flags])
+        return read_job()
+
+    return read
+
+
+def test_runs_without_a_name_that_begin_in_the_same_second_have_folders_of_their_own(read: Any, tmp_path: Path) -> None:
+    names = {read().run.name for _ in range(5)}
+    assert len(names) > len({name.rpartition("_")[0] for name in names})
+    assert not any(tmp_path.iterdir())
+
+
+def test_flags_override_the_config_file_which_overrides_the_recipe(read: Any, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"batch_size": 16, "learning_rate": 0.5}))
+    job = read("--recipe", "notebook", "--config", str(file), "--learning-rate", "0.25")
+    assert (job.train.batch_size, job.train.learning_rate, job.train.precision) == (16, 0.25, "fp32")
+
+
+def test_a_written_config_is_accepted_back(read: Any, tmp_path: Path) -> None:
+    job = read("--batch-size", "7", "--learning-rate", str(0.1 + 0.2), "--data-dir", "/x", "--num-workers", "3")
+    file = tmp_path / "config.json"
+    file.write_text(json_lines(job.values))
+    assert read("--config", str(file)).values == job.values
+
+
+def test_a_config_from_before_there_were_workloads_is_mnists(read: Any, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"num_epochs": 3, "dataset": "kmnist", "data_dir": None, "num_workers": None}))
+    job = read("--config", str(file))
+    assert type(job.workload).__name__ == "MNIST"
+    assert (job.workload.settings.dataset, job.train.num_epochs) == ("kmnist", 3)
+
+
+def test_a_config_file_names_its_workload_and_a_flag_another(read: Any, tmp_path: Path) -> None:
+    (tmp_path / "other_problem.py").write_text(
+        "from mnist_ray.workload.mnist.workload import MNIST\nclass Other(MNIST): pass\n"
+    )
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"workload": str(tmp_path / "other_problem.py")}))
+    assert type(read("--config", str(file)).workload).__name__ == "Other"
+    given = read("--config", str(file), "--workload", "mnist_ray.workload.mnist")
+    assert type(given.workload).__name__ == "MNIST"
+
+
+def test_a_data_folder_is_kept_as_it_can_be_read_from_anywhere(
+    read: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read("--data-dir", "mine").values["data_dir"] == str(tmp_path / "mine")
+
+
+def test_a_data_set_by_name_takes_the_place_of_a_saved_folder(read: Any, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json_lines(read("--data-dir", "/x", "--num-workers", "2:4").values))
+    values = read("--config", str(file), "--dataset", "kmnist").values
+    assert (values["dataset"], values["data_dir"], values["min_workers"]) == ("kmnist", None, 2)
+
+
+def test_a_number_of_workers_takes_the_place_of_a_saved_range(read: Any, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json_lines(read("--num-workers", "2:4").values))
+    job = read("--config", str(file), "--num-workers", "1")
+    assert (job.workers.num_workers, job.workers.min_workers) == (1, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "must hold a JSON object"),
+        ('{"batchsize": 1, "lr": 2}', "unknown settings: batchsize, lr"),
+        ('{"run_name": "x"}', "unknown settings: run_name"),
+        ('{"batch_size": "64"}', "--batch-size must be of type int, not '64'"),
+    ],
+)
+def test_a_bad_config_file_is_refused(read: Any, tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "bad.json"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        read("--config", str(file))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--validation-size", "600"], "--validation-size 600 leaves nothing to train on: the data has 600 training"),
+        (
+            ["--validation-size", "560", "--batch-size", "41"],
+            "--batch-size 41 is larger than the 40 images",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_the_data_are_refused(
+    read: Any, tmp_path: Path, few_images: Any, flags: list[str], message: str
+) -> None:
+    folder = write_data_set(tmp_path / "data", few_images, few_images)
+    with pytest.raises(UsageError, match=message):
+        load_data(read("--data-dir", str(folder), *flags))
+
+
+def test_a_tenth_is_held_out_where_nobody_says_how_much_and_the_run_knows_it(
+    read: Any, tmp_path: Path, few_images: Any
+) -> None:
+    folder = write_data_set(tmp_path / "data", few_images, few_images)
+    job, data = load_data(read("--data-dir", str(folder)))
+    assert (len(data.train), len(data.validation), job.train.validation_size) == (540, 60, 60)

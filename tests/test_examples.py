@@ -1,0 +1,125 @@
+"""The workloads under examples/, each as a user runs it: trained, killed, resumed, swept, evaluated, exported."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.conftest import ROOT, as_flags, run_and_act, run_job, run_main
+
+SMALL: dict[str, dict[str, Any]] = {
+    "diabetes": {"num_epochs": 3, "batch_size": 8},
+    "shapes": {"num_images": 3000, "noise": 0, "num_epochs": 3, "batch_size": 32, "learning_rate": 5e-3, "width": 8},
+}
+EXAMPLES = list(SMALL)
+
+
+def flags_of(example: str, storage: Path, **more: Any) -> list[str]:
+    small = {**SMALL[example], "precision": "fp32", "storage_path": storage, "cpus_per_worker": 1, **more}
+    return as_flags({"workload": ROOT / "examples" / f"{example}.py", **small})
+
+
+def result_of(run: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((run / "result.json").read_text())
+    return result
+
+
+def weights_of(run: Path) -> bytes:
+    last = max(run.glob("checkpoint_epoch*"))
+    return (last / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module", params=EXAMPLES)
+def example(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def run(example: str, ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two workers."""
+    storage = tmp_path_factory.mktemp(example)
+    run_main("train", *flags_of(example, storage, num_workers=2, run_name="two"))
+    return storage / "two"
+
+
+def test_it_learns_and_leaves_its_files(run: Path, example: str) -> None:
+    result = result_of(run)
+    assert result["num_workers"] == 2
+    if example == "diabetes":
+        assert result["test_r2"] > 0.3
+    else:
+        assert result["test_accuracy"] > 0.3
+        assert len(result["confusion_matrix"]) == 6
+    pictures = {path.stem for path in (run / "pictures").iterdir()}
+    assert pictures >= {
+        "loss",
+        "predictions",
+        "seconds",
+        *(("rmse", "errors") if example == "diabetes" else ("mistakes",)),
+    }
+    assert (run / "workload.py").read_text() == (ROOT / "examples" / f"{example}.py").read_text()
+    config = json.loads((run / "config.json").read_text())
+    assert (Path(config["workload"]).name, "width" in config) == (f"{example}.py", True)
+
+
+def test_killed_and_resumed_it_ends_with_the_same_weights(
+    run: Path, example: str, ray_address: str, tmp_path: Path
+) -> None:
+    flags = flags_of(example, tmp_path, num_workers=2, run_name="kill")
+    run_and_act(psutil.Process.kill, "epoch 2/", *flags, address=ray_address, status=-9)
+    assert not (tmp_path / "kill" / "result.json").exists()
+    done = run_job("train.py", "--resume", "--run-name", "kill", "--storage-path", str(tmp_path), address=ray_address)
+    assert done.returncode == 0, done.stderr
+    assert "restarted" in done.stdout or "going on" in done.stdout
+    assert weights_of(tmp_path / "kill") == weights_of(run)
+
+
+def test_it_is_swept_over_a_setting_of_its_own_and_the_best_trained_by_one_worker(
+    example: str, ray_address: str, tmp_path: Path
+) -> None:
+    small = {name: value for name, value in SMALL[example].items() if name not in ("width", "batch_size", "learning_rate")}
+    flags = as_flags({**small, "num_epochs": 1, "precision": "fp32", "storage_path": tmp_path, "run_name": "sweep"})
+    space = ["--widths", "2", "4", "--batch-sizes", "20", "--num-trials", "3", "--num-confirmed", "0"]
+    run_main("tune", "--workload", str(ROOT / "examples" / f"{example}.py"), *flags, *space)
+    with (tmp_path / "sweep" / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3
+    assert {row["width"] for row in rows} <= {"2", "4"}
+    best = json.loads((tmp_path / "sweep" / "best.json").read_text())
+    assert str(best["width"]) in {row["width"] for row in rows}
+    assert result_of(tmp_path / "sweep")["num_workers"] == 1
+    tried = json.loads((tmp_path / "sweep" / "config.json").read_text())
+    assert tried["width"] == best["width"]
+    assert "pictures/sweep.png" in {str(path.relative_to(tmp_path / "sweep")) for path in tmp_path.rglob("*.png")}
+
+
+def test_it_is_evaluated_reported_and_exported_by_its_runs_name_alone(
+    run: Path, ray_address: str, tmp_path: Path
+) -> None:
+    shown = run_job("evaluate.py", str(run), address=ray_address)
+    assert shown.returncode == 0, shown.stderr
+    criterion = next(name for name in ("test_accuracy", "test_rmse") if name in result_of(run))
+    value = result_of(run)[criterion]
+    assert (f"{value:.2%}" if criterion == "test_accuracy" else f"{value:.4f}") in shown.stdout.splitlines()[-1]
+    before = (run / "report.html").read_text()
+    again = run_job("report.py", str(run))
+    assert again.returncode == 0, again.stderr
+    assert (run / "report.html").read_text() == before
+    exported = run_job("export.py", str(run), "--output", str(tmp_path / "model.pt2"))
+    assert exported.returncode == 0, exported.stderr
+    assert "differ by at most" in exported.stdout
+
+
+def test_shapes_answer_pictures_and_a_table_does_not(run: Path, example: str) -> None:
+    picture = run / "pictures" / "loss.png"
+    done = run_job("predict.py", str(picture), "--storage-path", str(run.parent))
+    if example == "shapes":
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[0].endswith("(Shapes, num images 3000, noise 0.0, width 8)")
+    else:
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "no run in" in done.stderr

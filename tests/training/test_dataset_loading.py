@@ -1,0 +1,222 @@
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mnist_ray.training.sharding import (
+    ArrayBatches,
+    Batch,
+    ExampleBatches,
+    ShardedBatchSampler,
+    batch_loader,
+    batches_of,
+    to_device,
+)
+from mnist_ray.workload import Arrays
+from mnist_ray.workload.data import Part
+
+CPU = torch.device("cpu")
+NUM_EXAMPLES, BATCH_SIZE = 10, 4  # the last batch has two examples
+
+
+class Rows(Dataset):
+    """Example i is a row of three times i, with i as its target."""
+
+    def __len__(self) -> int:
+        return NUM_EXAMPLES
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return np.full(3, index, np.float32), index
+
+
+class Noisy(Rows):
+    """Draws from each generator that augmentation may draw from."""
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return torch.tensor([random.random(), np.random.random(), torch.rand(()).item()]), index
+
+
+class Tables(Rows):
+    """Inputs are a dict, of which one entry holds two tensors."""
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return {"size": index, "image": (np.full((2, 2), index, np.uint8), torch.tensor(index / 2))}, float(index)
+
+
+class Texts(Rows):
+    """Inputs are a dict with a text."""
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return {"text": str(index)}, index
+
+
+def slices_of(
+    dataset: ArrayBatches | ExampleBatches, rank: int, world_size: int, num_processes: int = 0, first_step: int = 0
+) -> list[Batch]:
+    """Return what one rank loads in an epoch."""
+    sampler = ShardedBatchSampler(
+        len(dataset), BATCH_SIZE, seed=3, epoch=0, rank=rank, world_size=world_size, first_step=first_step
+    )
+    return list(batch_loader(dataset, sampler, num_processes))
+
+
+def leaves(value: Any) -> list[Any]:
+    """Return the tensors of a batch's inputs or targets, in their order."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [leaf for item in value for leaf in leaves(item)] if isinstance(value, list) else [value]
+
+
+def global_batches(part: Part, world_size: int, num_processes: int = 0, seed: int = 7) -> list[list[Tensor]]:
+    """Return the tensors of each global batch, put together of all ranks' slices: inputs, then targets."""
+    of_ranks = [slices_of(ExampleBatches(part, seed), rank, world_size, num_processes) for rank in range(world_size)]
+    batches = []
+    for slices in zip(*of_ranks, strict=True):
+        parts = [leaves(some.inputs) + leaves(some.targets) for some in slices]
+        batches.append([torch.cat(tensors) for tensors in zip(*parts, strict=True)])
+    return batches
+
+
+def assert_equal(batches: list[list[Tensor]], expected: list[list[Tensor]]) -> None:
+    assert [len(batch) for batch in batches] == [len(batch) for batch in expected]
+    for batch, wanted in zip(batches, expected, strict=True):
+        for tensor, wanted_tensor in zip(batch, wanted, strict=True):
+            assert tensor.dtype is wanted_tensor.dtype
+            assert tensor.equal(wanted_tensor)
+
+
+# --- batches
+
+
+@pytest.mark.parametrize("dataset", [Rows(), Tables(), Noisy()], ids=["rows", "dicts", "random"])
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_all_ranks_slices_are_together_the_batches_of_one(dataset: Dataset, world_size: int) -> None:
+    part = Part(dataset)
+    assert_equal(global_batches(part, world_size), global_batches(part, 1))
+
+
+def test_every_example_is_loaded_once_an_epoch_in_the_samplers_order() -> None:
+    batches = slices_of(ExampleBatches(Part(Rows()), 0), 0, 1)
+    order = [
+        index for indices, _ in ShardedBatchSampler(NUM_EXAMPLES, BATCH_SIZE, seed=3, epoch=0) for index in indices
+    ]
+    assert torch.cat([batch.targets for batch in batches]).tolist() == order
+    assert torch.cat([batch.inputs for batch in batches]).equal(torch.tensor(order).float()[:, None].expand(-1, 3))
+    assert [batch.global_size for batch in batches] == [4, 4, 2]
+
+
+def test_an_empty_slice_has_the_shapes_and_dtypes_of_the_others() -> None:
+    last = [slices_of(ExampleBatches(Part(Tables()), 0), rank, 7)[-1] for rank in range(7)]
+    assert sorted(len(batch.targets) for batch in last) == [0, 0, 0, 0, 0, 1, 1]
+    assert {batch.global_size for batch in last} == {2}
+    described = {
+        tuple((tuple(leaf.shape[1:]), leaf.dtype) for leaf in [*leaves(batch.inputs), *leaves(batch.targets)])
+        for batch in last
+    }
+    assert described == {
+        (((), torch.int64), ((2, 2), torch.uint8), ((), torch.float32), ((), torch.float64)),
+    }
+    assert all(len(leaf) == len(batch.targets) for batch in last for leaf in leaves(batch.inputs))
+
+
+def test_an_empty_slice_has_no_texts() -> None:
+    batch = ExampleBatches(Part(Texts()), 0)[np.array([], int), 2]
+    assert (len(batch.targets), len(batch.inputs["text"])) == (0, 0)
+
+
+def test_an_empty_slice_of_inputs_with_an_empty_list_is_no_traceback() -> None:
+    batch = ExampleBatches(Part([({"boxes": []}, 0)]), 0)[np.array([], int), 2]
+    assert (len(batch.targets), batch.inputs) == (0, {"boxes": []})
+
+
+def test_dicts_keep_their_keys() -> None:
+    for chosen in (np.array([4, 2]), np.array([], int)):
+        batch = ExampleBatches(Part(Tables()), 0)[chosen, 2]
+        assert list(batch.inputs) == ["size", "image"]
+        assert batch.inputs["size"].tolist() == chosen.tolist()
+        image, half = batch.inputs["image"]
+        assert image.tolist() == [[[number] * 2] * 2 for number in chosen]
+        assert half.tolist() == [number / 2 for number in chosen]
+
+
+def test_a_batch_is_moved_to_a_device_with_all_that_it_holds() -> None:
+    batch = ExampleBatches(Part(Tables()), 0)[np.array([4, 2]), 2]
+    assert to_device(batch, CPU) is batch
+    moved = to_device(batch, torch.device("meta"))
+    assert {leaf.device.type for leaf in [*leaves(moved.inputs), *leaves(moved.targets)]} == {"meta"}
+    assert list(moved.inputs) == ["size", "image"]
+    assert moved.global_size == 2
+
+
+def test_a_part_of_a_data_set_is_loaded_by_its_own_indices() -> None:
+    part = Part(Rows()).take(np.array([9, 5, 7]))
+    batch = ExampleBatches(part, 0)[np.array([2, 0]), 2]
+    assert batch.targets.tolist() == [7, 9]
+
+
+# --- random draws
+
+
+def draws(world_size: int = 1, num_processes: int = 0, seed: int = 7) -> dict[int, tuple[float, ...]]:
+    """Return what was drawn for each example."""
+    batches = global_batches(Part(Noisy()), world_size, num_processes, seed)
+    return {
+        index: tuple(drawn)
+        for inputs, targets in batches
+        for drawn, index in zip(inputs.tolist(), targets.tolist(), strict=True)
+    }
+
+
+@pytest.mark.parametrize(("world_size", "num_processes"), [(1, 2), (2, 0), (2, 1), (3, 0)])
+def test_random_draws_do_not_depend_on_ranks_and_loader_processes(world_size: int, num_processes: int) -> None:
+    assert draws(world_size, num_processes) == draws()
+
+
+def test_random_draws_are_the_same_where_a_run_goes_on() -> None:
+    dataset = ExampleBatches(Part(Noisy()), 7)
+    whole, rest = slices_of(dataset, 0, 1), slices_of(dataset, 0, 1, first_step=1)
+    assert len(rest) == len(whole) - 1
+    for batch, expected in zip(rest, whole[1:], strict=True):
+        assert batch.inputs.equal(expected.inputs)
+
+
+def test_random_draws_differ_by_example_generator_and_seed() -> None:
+    drawn, others = draws(), draws(seed=8)
+    assert drawn.keys() == others.keys() == set(range(NUM_EXAMPLES))
+    numbers = [number for values in (*drawn.values(), *others.values()) for number in values]
+    assert len(set(numbers)) == len(numbers)
+
+
+# --- arrays
+
+
+def test_mapped_arrays_are_loaded_as_those_in_memory_are(tmp_path: Path) -> None:
+    inputs = np.arange(60, dtype=np.uint8).reshape(NUM_EXAMPLES, 2, 3)
+    targets = np.arange(NUM_EXAMPLES, dtype=np.int32)
+    np.save(tmp_path / "inputs.npy", inputs)
+    mapped = Part(Arrays(np.load(tmp_path / "inputs.npy", mmap_mode="r"), targets))
+    in_memory = batches_of(Part(Arrays(inputs, targets)), CPU)
+    in_files = batches_of(mapped, CPU)
+    assert (type(in_memory), type(in_files)) == (ArrayBatches, ExampleBatches)
+    for rank in range(3):
+        for batch, expected in zip(slices_of(in_files, rank, 3), slices_of(in_memory, rank, 3), strict=True):
+            assert_equal([[batch.inputs, batch.targets]], [[expected.inputs, expected.targets]])
+            assert batch.global_size == expected.global_size
+
+
+def test_held_out_examples_of_arrays_are_loaded_by_whole_slices() -> None:
+    part = Part(Arrays(np.arange(10), np.arange(10))).take(np.array([8, 3, 5]))
+    batch = batches_of(part, CPU)[np.array([2, 0]), 2]
+    assert isinstance(batches_of(part, CPU), ArrayBatches)
+    assert batch.targets.tolist() == [5, 8]
+
+
+def test_arrays_are_never_read_by_loader_processes() -> None:
+    arrays = batches_of(Part(Arrays(np.arange(10), np.arange(10))), CPU)
+    assert batch_loader(arrays, [], 2).num_workers == 0
+    assert batch_loader(ExampleBatches(Part(Rows()), 0), [], 2).num_workers == 2

@@ -1,0 +1,263 @@
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from mnist_ray.errors import UsageError
+from mnist_ray.training.engine import measured_sums
+from mnist_ray.training.metrics import MetricSums
+from mnist_ray.workload import Arrays, Classification, Data
+from mnist_ray.workload.classification import accuracy_per_class, confusion, confusion_table
+
+NAMES = ["ant", "bee", "cat", "dog", "elephant"]
+LABELS = np.array([0, 0, 0, 1, 1, 3, 3, 3, 3, 4])
+PREDICTIONS = np.array([0, 0, 1, 1, 0, 3, 3, 3, 0, 4])
+COLUMNS = {"label": LABELS, "prediction": PREDICTIONS}
+
+
+def workload(names: list[Any] = NAMES) -> Classification:
+    return Classification(None, {"class_names": names})
+
+
+def outputs_and_targets(number: int = 200, num_classes: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(3)
+    return rng.normal(size=(number, num_classes)).astype(np.float32), rng.integers(num_classes, size=number)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    powers: np.ndarray = np.exp(logits.astype(np.float64))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+class Pairs(Dataset):
+    """Two examples, with names of the classes, as torchvision's data sets have them."""
+
+    def __init__(self, classes: list[str] | None = None) -> None:
+        if classes is not None:
+            self.classes = classes
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return index, index
+
+
+# --- figures
+
+
+def test_the_loss_is_each_examples_cross_entropy() -> None:
+    outputs, targets = outputs_and_targets()
+    losses = workload().loss(torch.from_numpy(outputs), torch.from_numpy(targets))
+    expected = -np.log(softmax(outputs)[np.arange(len(targets)), targets])
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_targets_may_be_whole_numbers_of_any_size(dtype: torch.dtype) -> None:
+    outputs, targets = map(torch.from_numpy, outputs_and_targets())
+    assert workload().loss(outputs, targets.to(dtype)).equal(workload().loss(outputs, targets))
+    assert (
+        workload()
+        .measure(outputs, targets.to(dtype))["accuracy"]
+        .equal(workload().measure(outputs, targets)["accuracy"])
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 200])
+def test_the_accuracy_is_the_part_that_is_right_for_any_batches(batch_size: int) -> None:
+    outputs, targets = outputs_and_targets()
+    sums = MetricSums()
+    for start in range(0, len(targets), batch_size):
+        some = [torch.from_numpy(array[start : start + batch_size]) for array in (outputs, targets)]
+        measured = measured_sums(workload(), *some)
+        sums += MetricSums({"loss": 0.0, **{key: value.item() for key, value in measured.items()}}, len(some[0]))
+    assert sums.figures(workload())["accuracy"] == (outputs.argmax(1) == targets).mean()
+
+
+def test_predictions_tell_label_prediction_and_its_probability() -> None:
+    outputs, targets = outputs_and_targets()
+    columns = workload().predictions(torch.from_numpy(outputs), torch.from_numpy(targets))
+    assert list(columns) == ["label", "prediction", "probability"]
+    np.testing.assert_array_equal(columns["label"], targets)
+    np.testing.assert_array_equal(columns["prediction"], outputs.argmax(1))
+    np.testing.assert_allclose(columns["probability"], softmax(outputs).max(1), rtol=1e-5)
+
+
+def test_an_empty_slice_has_empty_figures() -> None:
+    outputs, targets = torch.empty(0, 5), torch.empty(0, dtype=torch.int64)
+    problem = workload()
+    problem.check_outputs(outputs, targets)
+    columns = problem.predictions(outputs, targets)
+    shapes = {tuple(values.shape) for values in (problem.loss(outputs, targets), *columns.values())}
+    assert shapes == {(0,)}
+    assert measured_sums(problem, outputs, targets)["accuracy"] == 0
+
+
+def test_answers_are_the_most_probable_classes_by_name() -> None:
+    outputs, _ = outputs_and_targets(4)
+    probabilities = softmax(outputs)
+    for answers, expected in zip(workload().answers(torch.from_numpy(outputs)), probabilities, strict=True):
+        best = np.argsort(-expected)[:3]
+        assert [name for name, _ in answers] == [NAMES[index] for index in best]
+        assert [probability for _, probability in answers] == pytest.approx(expected[best], rel=1e-5)
+
+
+def test_of_two_classes_there_are_two_answers() -> None:
+    (answers,) = workload(["no", "yes"]).answers(torch.tensor([[0.0, 1.0]]))
+    assert [name for name, _ in answers] == ["yes", "no"]
+
+
+# --- names of the classes
+
+
+def test_names_of_classes_come_from_the_data_set() -> None:
+    assert workload().facts_of(Data(Pairs(["no", "yes"]), Pairs())) == {"class_names": ["no", "yes"]}
+
+
+def test_names_of_classes_in_the_facts_come_before_the_data_sets() -> None:
+    data = Data(Pairs(["no", "yes"]), Pairs(), facts={"class_names": ["false", "true"], "mean": 0.5})
+    assert workload().facts_of(data) == {"class_names": ["false", "true"], "mean": 0.5}
+
+
+def test_arrays_without_names_count_their_classes_in_all_parts() -> None:
+    train, validation, test = (
+        Arrays(np.zeros((3, 2)), np.array(targets)) for targets in ([0, 1, 1], [4, 0, 0], [2] * 3)
+    )
+    assert workload().facts_of(Data(train, test, validation)) == {"class_names": [0, 1, 2, 3, 4]}
+    assert workload().facts_of(Data(train, test, facts={"mean": 1})) == {"mean": 1, "class_names": [0, 1, 2]}
+
+
+def test_the_number_of_classes_is_that_of_their_names() -> None:
+    assert workload().num_classes == 5
+
+
+def test_names_are_no_facts_of_the_data_set_but_a_copy() -> None:
+    dataset = Pairs(["no", "yes"])
+    workload().facts_of(Data(dataset, dataset))["class_names"].append("maybe")
+    assert dataset.classes == ["no", "yes"]
+
+
+def test_a_data_set_without_names_is_told_where_to_put_them() -> None:
+    with pytest.raises(UsageError) as raised:
+        workload().facts_of(Data(Pairs(), Pairs()))
+    assert str(raised.value) == (
+        'the Dataset has no classes: return Data(..., facts={"class_names": [...]}) from load_data'
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.bool_])
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_targets_that_are_no_whole_numbers_are_told_with_their_part_and_dtype(dtype: Any, part: str) -> None:
+    right, wrong = (Arrays(np.zeros((3, 2)), np.ones(3, some)) for some in (np.int64, dtype))
+    parts: dict[str, Any] = {"train": right, "test": right, part: wrong}
+    with pytest.raises(UsageError) as raised:
+        workload().check_data(Data(**parts))
+    expected = f"targets are to be whole numbers (N,), not {np.dtype(dtype)} (3,)"
+    assert str(raised.value) == f"Classification.load_data: {part}: {expected}"
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_targets_of_the_first_and_the_last_class_are_right(dtype: Any) -> None:
+    part = Arrays(np.zeros((2, 2)), np.array([0, 4], dtype))
+    workload().check_data(Data(part, part, part))
+    with pytest.raises(UsageError) as raised:
+        workload(NAMES[:4]).check_data(Data(part, part))
+    assert str(raised.value) == "Classification.load_data: train has a target 4, but the classes are 0 to 3"
+
+
+# --- what is shown
+
+
+def test_confusion_counts_labels_by_row_and_predictions_by_column() -> None:
+    expected = np.zeros((5, 5), int)
+    for label, prediction in zip(LABELS, PREDICTIONS, strict=True):
+        expected[label, prediction] += 1
+    np.testing.assert_array_equal(confusion(COLUMNS, 5), expected)
+
+
+def test_columns_of_small_dtypes_do_not_overflow() -> None:
+    columns = {"label": np.full(3, 150, np.uint8), "prediction": np.full(3, 199, np.uint8)}
+    assert confusion(columns, 200)[150, 199] == 3
+
+
+def test_each_class_has_its_accuracy_and_one_without_examples_has_none() -> None:
+    accuracies = accuracy_per_class(confusion(COLUMNS, 5))
+    assert accuracies[:2] == [2 / 3, 1 / 2]
+    assert math.isnan(accuracies[2])
+    assert accuracies[3:] == [3 / 4, 1]
+
+
+def test_details_are_json() -> None:
+    details = workload().details(COLUMNS)
+    assert details["test_accuracy_per_class"] == [2 / 3, 1 / 2, None, 3 / 4, 1]
+    assert details["confusion_matrix"][3] == [1, 0, 0, 3, 0]
+    assert json.loads(json.dumps(details, allow_nan=False)) == details
+
+
+def test_five_classes_show_five_rows() -> None:
+    lines = workload().lines(COLUMNS)
+    assert [label for label, _ in lines] == ["confusion", "", "", "", "", ""]
+    assert [line for _, line in lines] == [
+        "   label      ant      bee      cat      dog elephant  accuracy",
+        "     ant        2        1        ·        ·        ·    66.67%",
+        "     bee        1        1        ·        ·        ·    50.00%",
+        "     cat        ·        ·        ·        ·        ·         -",
+        "     dog        1        ·        ·        3        ·    75.00%",
+        "elephant        ·        ·        ·        ·        1   100.00%",
+    ]
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 10, 12])
+def test_the_confusion_table_has_a_row_and_a_column_for_each_class(num_classes: int) -> None:
+    lines = confusion_table(np.arange(num_classes**2).reshape(num_classes, num_classes) + 1, range(num_classes))
+    assert len(lines) == 1 + num_classes
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].split() == ["label", *map(str, range(num_classes)), "accuracy"]
+    assert all(len(line.split()) == num_classes + 2 for line in lines)
+
+
+def test_large_counts_keep_the_columns_apart() -> None:
+    lines = confusion_table(np.full((3, 3), 12345), ["a", "b", "c"])
+    assert lines[1].split() == ["a", "12345", "12345", "12345", "33.33%"]
+
+
+def test_counts_of_six_digits_keep_the_columns_apart() -> None:
+    lines = confusion_table(np.full((3, 3), 123456), ["a", "b", "c"])
+    assert lines[1].split() == ["a", "123456", "123456", "123456", "33.33%"]
+
+
+def test_many_classes_show_what_each_was_mostly_taken_for() -> None:
+    counts = np.zeros((13, 13), int)
+    counts[0, :5] = [90, 4, 2, 3, 1]
+    counts[1, 0] = 7
+    counts[2, 2] = 5
+    lines = confusion_table(counts, [f"class {number}" for number in range(13)])
+    assert len(lines) == 14
+    assert lines[:5] == [
+        "   label  accuracy  taken for",
+        " class 0    90.00%  class 1 4, class 3 3, class 2 2",
+        " class 1     0.00%  class 0 7",
+        " class 2   100.00%",
+        " class 3         -",
+    ]
+
+
+def test_labels_and_predictions_are_written_by_name() -> None:
+    columns = {"label": np.array([4, 0]), "prediction": np.array([1, 0]), "probability": np.array([0.5, 1 / 3])}
+    assert workload().readable(columns) == {
+        "label": ["elephant", "ant"],
+        "prediction": ["bee", "ant"],
+        "probability": ["0.500000", "0.333333"],
+    }
+
+
+def test_the_report_has_pictures_without_examples_to_show() -> None:
+    pictures = workload().pictures(workload().details(COLUMNS), [], None)
+    assert [picture.name for picture in pictures] == ["confusion", "classes"]
+    assert pictures[0].alt == "Confusion matrix: 3 mistakes among 10; most often ant was taken for bee (1)"
+    assert pictures[1].alt == "Accuracy per class: ant: 66.67%, bee: 50.00%, cat: -, dog: 75.00%, elephant: 100.00%"

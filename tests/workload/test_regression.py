@@ -1,0 +1,115 @@
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from mnist_ray.training.engine import measured_sums
+from mnist_ray.training.metrics import MetricSums
+from mnist_ray.workload import Regression
+
+PREDICTIONS = np.array([3, -1, 4, 1, -5, 9, 2, 6, 5, 3], np.float32)
+TARGETS = np.array([2, 0, 4, -1, -3, 7, 2, 5, 8, 3], np.float32)
+
+
+def figures_of(predictions: np.ndarray, targets: np.ndarray, cuts: Sequence[int] = ()) -> dict[str, float]:
+    """Return what comes out where the examples are cut into batches at some places."""
+    problem, sums = Regression(), MetricSums()
+    for some, their_targets in zip(np.split(predictions, cuts), np.split(targets, cuts), strict=True):
+        outputs, on_them = torch.from_numpy(some), torch.from_numpy(their_targets)
+        loss_sum = problem.loss(outputs, on_them).double().sum()
+        measured = {"loss": loss_sum, **measured_sums(problem, outputs, on_them)}
+        sums += MetricSums({name: value.item() for name, value in measured.items()}, len(some))
+    return sums.figures(problem)
+
+
+def expected_of(predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    errors, deviations = predictions.astype(float).ravel() - targets, targets - targets.mean(dtype=float)
+    squared = (errors**2).mean()
+    return {
+        "loss": squared,
+        "rmse": math.sqrt(squared),
+        "mae": np.abs(errors).mean(),
+        "r2": 1 - (errors**2).sum() / (deviations**2).sum(),
+    }
+
+
+@pytest.mark.parametrize("scale", [1, 1237])
+@pytest.mark.parametrize("cuts", [[], [5], [1], [9], [2, 3, 7], [4, 4], [0], range(1, 10)])
+def test_the_metrics_are_exact_for_any_batches(cuts: Sequence[int], scale: int) -> None:
+    predictions, targets = PREDICTIONS * scale, TARGETS * scale
+    figures = figures_of(predictions, targets, cuts)
+    assert figures == figures_of(predictions, targets)
+    assert figures == pytest.approx(expected_of(predictions, targets), rel=1e-12)
+
+
+@pytest.mark.parametrize("shift", [0, 1000])
+@pytest.mark.parametrize("batch_size", [1, 100, 333, 1000])
+def test_the_metrics_are_those_of_numpy(batch_size: int, shift: float) -> None:
+    rng = np.random.default_rng(5)
+    targets = rng.normal(shift, 3, 1000).astype(np.float32)
+    predictions = (targets + rng.normal(0, 1, 1000)).astype(np.float32)
+    figures = figures_of(predictions, targets, range(batch_size, 1000, batch_size))
+    assert figures == pytest.approx(expected_of(predictions, targets), rel=1e-5)
+
+
+def test_outputs_may_stand_in_a_column() -> None:
+    assert figures_of(PREDICTIONS[:, None], TARGETS) == figures_of(PREDICTIONS, TARGETS)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.float64, np.int16])
+def test_targets_may_be_numbers_of_any_dtype(dtype: type[np.generic]) -> None:
+    assert figures_of(PREDICTIONS, TARGETS.astype(dtype)) == figures_of(PREDICTIONS, TARGETS)
+
+
+def test_the_loss_is_fp32_whatever_the_targets_are() -> None:
+    losses = Regression().loss(torch.ones(2, 1), torch.tensor([1.0, 3.0], dtype=torch.float64))
+    assert losses.dtype is torch.float32
+    assert losses.tolist() == [0, 4]
+
+
+def test_the_mean_explains_nothing_and_the_targets_themselves_all() -> None:
+    mean = np.full_like(TARGETS, TARGETS.mean())
+    assert figures_of(mean, TARGETS)["r2"] == pytest.approx(0, abs=1e-6)
+    assert figures_of(TARGETS, TARGETS) == {"loss": 0, "rmse": 0, "mae": 0, "r2": 1}
+
+
+@pytest.mark.parametrize("number", [1, 7])
+def test_targets_that_are_all_the_same_have_no_variance_to_explain(number: int) -> None:
+    figures = figures_of(np.ones(number, np.float32), np.full(number, 3, np.float32))
+    assert math.isnan(figures.pop("r2"))
+    assert figures == {"loss": 4, "rmse": 2, "mae": 2}
+
+
+def test_rounding_is_no_variance() -> None:
+    assert math.isnan(figures_of(np.ones(6, np.float32), np.full(6, 0.1))["r2"])
+
+
+def test_an_empty_slice_adds_nothing() -> None:
+    sums = measured_sums(Regression(), torch.empty(0, 1), torch.empty(0))
+    assert {name: value.item() for name, value in sums.items()} == dict.fromkeys(sums, 0)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+def test_predictions_tell_target_and_prediction(shape: tuple[int, ...]) -> None:
+    outputs, targets = torch.tensor([1.5, 2.5, 3.5]).reshape(shape), torch.tensor([1.0, 2.0, 4.0])
+    columns = Regression().predictions(outputs, targets)
+    assert {name: values.tolist() for name, values in columns.items()} == {
+        "target": [1, 2, 4],
+        "prediction": [1.5, 2.5, 3.5],
+    }
+
+
+def test_the_least_rmse_chooses() -> None:
+    criterion = Regression().criterion
+    assert (criterion.name, criterion.mode) == ("rmse", "min")
+    assert criterion.is_better(1.0, 2.0)
+
+
+def test_the_report_has_pictures_where_there_are_predictions() -> None:
+    rows = [{"target": "1.0", "prediction": "1.5"}, {"target": "12345.0", "prediction": "2.0"}]
+    pictures = Regression().pictures({}, rows, None)
+    assert [picture.name for picture in pictures] == ["predictions", "errors"]
+    assert pictures[0].alt == "2 predictions over their targets, which reach from 1 to 12345"
+    assert Regression().pictures({}, [], None) == []
