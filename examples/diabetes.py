@@ -1,0 +1,60 @@
+"""How far will the illness go in a year? A regression on a table of 442 patients, which scikit-learn ships.
+
+pip install scikit-learn
+python jobs/train.py --workload examples/diabetes.py                   # seconds of training, an R² of about a half
+python jobs/tune.py --workload examples/diabetes.py --num-trials 16    # searches --width and --dropout too
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.datasets import load_diabetes
+from torch import Generator, Tensor, nn
+
+from mnist_ray.workload import Arrays, Choice, Data, Range, Regression, at_least, fraction, setting
+
+NUM_TEST = 88  # a fifth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The network."""
+
+    width: int = setting(32, "units of each hidden layer", search=Choice((16, 32, 64)), **at_least(1))
+    dropout: float = setting(0.1, "part of the units that a step leaves out", search=Range(0, 0.5), **fraction())
+
+
+class Diabetes(Regression):
+    """Ten measurements of a patient; the target is a score of the illness a year later, 25 to 346."""
+
+    Settings = Settings
+    noun = "patient"
+    recipes = {"default": {"num_epochs": 20, "batch_size": 32, "learning_rate": 1e-2, "precision": "fp32"}}
+    search = {"batch_size": Choice((16, 32, 64)), "learning_rate": Range(1e-3, 5e-2, log=True)}
+
+    def load_data(self) -> Data:
+        """Return the table, parted at random."""
+        inputs, targets = load_diabetes(return_X_y=True, scaled=False)
+        order = np.random.default_rng(0).permutation(len(targets))
+        test, train = order[:NUM_TEST], order[NUM_TEST:]
+        known = inputs[train]
+        facts = {"means": known.mean(0).tolist(), "stds": known.std(0).tolist(), "target": float(targets[train].mean())}
+        return Data(Arrays(known, targets[train]), Arrays(inputs[test], targets[test]), name="diabetes", facts=facts)
+
+    def create_model(self) -> nn.Module:
+        """Return two hidden layers that start at the mean target."""
+        width, dropout = self.settings.width, self.settings.dropout
+        last = nn.Linear(width, 1)
+        nn.init.constant_(last.bias, self.facts["target"])
+        hidden = (nn.Linear(10, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, width), nn.ReLU())
+        return nn.Sequential(*hidden, last)
+
+    def prepare(self, inputs: Tensor, generator: Generator | None) -> Tensor:
+        """Bring each column to mean 0 and standard deviation 1, as the training set has them."""
+        means, stds = (inputs.new_tensor(self.facts[name]) for name in ("means", "stds"))
+        return ((inputs - means) / stds).float()
+
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Return the squared error in hundreds, so that the gradients are of the usual size."""
+        return super().loss(outputs, targets) / 100**2
