@@ -21,7 +21,7 @@ def main() -> None:
     from mnist_ray.runs.rehearsal import rehearsal
 
     sweep, data = load_data(sweep)
-    rehearse = rehearsal(sweep.job, data)
+    rehearse = rehearsal(sweep.job, data, sweep.batch_sizes)
     sweep.job.run.check_writable()
 
     with connect(sweep.job.workers, verbose=sweep.job.output.verbose, meanwhile=rehearse) as cluster:

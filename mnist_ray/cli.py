@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, get_type_hints
 
 from mnist_ray.environment import take_sigterm_as_interrupt
@@ -21,9 +21,16 @@ UNSET = argparse.SUPPRESS
 class Parser(argparse.ArgumentParser):
     """An argument parser whose flags come from settings classes and whose errors are one line."""
 
-    def __init__(self, description: str, *config_classes: type, without: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        description: str,
+        *config_classes: type,
+        without: Sequence[str] = (),
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(description=description, allow_abbrev=False)
         self._config_classes = config_classes
+        self._shown_defaults = defaults or {}  # shown in place of the settings' own
         for config_class in config_classes:
             self._add_settings(config_class, without)
 
@@ -41,8 +48,9 @@ class Parser(argparse.ArgumentParser):
             elif field.name == "num_workers":
                 kind = {"type": _worker_range}
             shown = field.metadata.get("help", "")
-            if plain is not bool and field.default is not None:
-                shown += f" (default: {_shown(field.default)})"
+            default = self._shown_defaults.get(field.name, field.default)
+            if plain is not bool and default is not None:
+                shown += f" (default: {_shown(default)})"
             group.add_argument(flag(field.name), default=UNSET, help=shown.replace("%", "%%"), **kind)
 
     def read_flags(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The two kinds of failure that a person reads as one line; any other exception is a bug and keeps its traceback."""
 
+import re
 import traceback
 from pathlib import Path
 
@@ -26,10 +27,14 @@ def with_place(error: BaseException, folder: Path, *, or_here: bool = True) -> s
     """
     if isinstance(error, SyntaxError) and error.filename:
         return f"{type(error).__name__}: {error.msg} ({Path(error.filename).name}, line {error.lineno})"
-    frames = traceback.extract_tb(error.__traceback__)
+    said, frames = f"{type(error).__name__}: {first_line(error)}", traceback.extract_tb(error.__traceback__)
+    if "\nOriginal Traceback " in str(error):  # torch's DataLoader tells of an error in its process as a text
+        said = str(error).strip().rpartition("\n")[2]
+        told = re.findall(r'File "(.+)", line (\d+), in (.+)', str(error))
+        frames = traceback.StackSummary.from_list([(file, int(line), name, None) for file, line, name in told])
     places = [_in(folder, frames), _in(_PACKAGE, frames) if or_here else []]
     place = next((f" ({Path(found[-1].filename).name}, line {found[-1].lineno})" for found in places if found), "")
-    return f"{type(error).__name__}: {first_line(error)}{place}"
+    return said + place
 
 
 def _in(folder: Path, frames: traceback.StackSummary) -> list[traceback.FrameSummary]:

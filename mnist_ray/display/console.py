@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from types import TracebackType
 from typing import TypeVar
@@ -15,6 +16,7 @@ from mnist_ray.wording import clock_time, count
 from mnist_ray.workload.interface import Workload
 
 _PLAIN_INTERVAL_S = 10.0
+_LOG_WIDTH = 240
 
 
 Self = TypeVar("Self", bound="RunConsole")
@@ -30,7 +32,8 @@ class RunConsole:
         self._workload = workload
         self._num_epochs = num_epochs
         self._quiet = quiet
-        self._console = Console(highlight=False, soft_wrap=True)
+        # A table in a log is as wide as it needs to be.
+        self._console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _LOG_WIDTH)
         self._live = Live(console=self._console, transient=True, auto_refresh=False)
         self._last_plain = 0.0
         self._attempts = 0

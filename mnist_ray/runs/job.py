@@ -99,15 +99,16 @@ def read_command_line(
     peeked = cli.peek("workload", "config", "resume", "run_name", "storage_path")
     from_file = settings.read_config_file(peeked["config"]) if "config" in peeked else {}
     run, saved = _find_run(peeked, kind, config_file)
-    reference = peeked.get("workload") or from_file.get("workload") or saved.get("workload") or source.DEFAULT
-    workload_class = source.load(reference)
+    known = from_file.get("workload") or saved.get("workload") or source.DEFAULT
+    workload_class = source.load_again(known, peeked.get("workload"))
 
     kept = (*more_settings(workload_class), TrainConfig, workload_class.Settings, WorkerConfig)
-    parser = cli.Parser(description, *kept, OutputConfig, without=without(workload_class))
+    recipes = workload_class.recipes
+    defaults = recipes.get("default", {})
+    parser = cli.Parser(description, *kept, OutputConfig, without=without(workload_class), defaults=defaults)
     parser.add_argument(
         "--workload", metavar="FILE.py", default=cli.UNSET, help="what is learned: FILE.py or package.module, or :NAME"
     )
-    recipes = workload_class.recipes
     parser.add_argument(
         "--recipe", choices=recipes or ["default"], default=cli.UNSET, help="named settings; flags override"
     )
@@ -115,9 +116,11 @@ def read_command_line(
     flags = parser.read_flags()
 
     for file, values in ((peeked.get("config", ""), from_file), (run.inside(config_file).uri, saved)):
-        settings.check_known(values, settings.names_of(kept) | {"workload"}, file)
+        of_another = "workload" in peeked and values.get("workload", peeked["workload"]) != peeked["workload"]
+        shown = f"{file}, of the workload {values['workload']}," if of_another else file
+        settings.check_known(values, settings.names_of(kept) | {"workload"}, shown)
     recipe = flags.get("recipe", "default")
-    values = {**recipes.get("default", {}), **recipes.get(recipe, {})} if not saved or "recipe" in flags else {}
+    values = {**defaults, **recipes.get(recipe, {})} if not saved or "recipe" in flags else {}
     asked = merged(kept, values, from_file, {n: v for n, v in flags.items() if n not in ("recipe", "config")})
     output = settings.build(OutputConfig, asked)
     _check_output(output)

@@ -74,10 +74,10 @@ class Record:
         assert workload.source is not None
         preflight.check_storage(run)
         run.write_text(CONFIG_FILE, json_lines(self._job.values))
-        run.write_text(
-            ORIGIN_FILE, json_lines({**origin(), "workload_sha256": workload.source.sha256, "facts": workload.facts})
-        )
-        run.write_text(WORKLOAD_FILE, workload.source.text)  # to be read by people; it is never loaded from there
+        if not run.exists(ORIGIN_FILE):  # else a run goes on that has begun with these, whatever the code is now
+            about = {"workload_sha256": workload.source.sha256, "facts": workload.facts}
+            run.write_text(ORIGIN_FILE, json_lines({**origin(), **about}))
+            run.write_text(WORKLOAD_FILE, workload.source.text)  # to be read by people; it is never loaded from there
         self._history = History(run, workload)
         warn = functools.partial(self._console.say, "note")
         self._trackers = tracking.start(run, workload, self._job.values, self._job.output.mlflow, warn)
@@ -94,7 +94,7 @@ class Record:
         job, workload = self._job, self._job.workload
         if len(self._data.validation) and (epochs := self._history.unvalidated):
             shown = ", ".join(map(str, epochs))
-            self._console.say("note", f"not validated, since the task or the run was interrupted: epoch {shown}")
+            self._console.say("note", f"not validated, since the task failed or the run was interrupted: epoch {shown}")
         result = tested.to_dict(workload) | {
             "checkpoint": fitted.checkpoint.path.rstrip("/").rsplit("/", 1)[-1],
             "checkpoint_metrics": fitted.metrics,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from mnist_ray.runs.job import Job
@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from mnist_ray.training.sharding import Batch
 
 
-def rehearsal(job: Job, data: Parts) -> Callable[[], None]:
+def rehearsal(job: Job, data: Parts, batch_sizes: Sequence[int] = ()) -> Callable[[], None]:
     """Let one batch go through a job's workload; return what is left of that to do while Ray starts.
 
     A user's own workload is tried here and now, so that a mistake is said before anything is started. That of this
-    package was tried when it was built: it need not be waited for. Raises UsageError.
+    package was tried when it was built: it need not be waited for. ``batch_sizes`` are those that a sweep tries. Raises
+    UsageError.
     """
 
     def rehearse() -> None:
@@ -34,9 +35,10 @@ def rehearsal(job: Job, data: Parts) -> Callable[[], None]:
 
         batch = first(min(NUM_EXAMPLES, len(data.train)))
         job.workload.facts["model_input"] = check_batch(job.workload, batch.inputs, batch.targets, job.train)
-        last = len(data.train) % job.train.batch_size or job.train.batch_size
-        smallest = max(1, last // (job.workers.num_workers or 1))
-        check_smallest(job.workload, first(smallest).inputs, smallest)
+        for size in batch_sizes or [job.train.batch_size]:
+            last = len(data.train) % size or size
+            smallest = max(1, last // (job.workers.num_workers or 1))
+            check_smallest(job.workload, first(smallest).inputs, smallest, size)
 
     if is_shipped(type(job.workload)):
         return rehearse

@@ -32,6 +32,14 @@ class Sweep:
     job: Job
     """What holds for all trials."""
 
+    @property
+    def batch_sizes(self) -> list[int]:
+        """The batch sizes that it tries, of a range the ends; none where it does not search them."""
+        space = self.space.spaces.get("batch_size")
+        if space is None:
+            return []
+        return list(space.options) if isinstance(space, Choice) else [int(space.low), int(space.high)]
+
 
 def read_sweep() -> Sweep:
     """Read the command line of ``jobs/tune.py``. Raises UsageError."""
@@ -60,9 +68,7 @@ def read_sweep() -> Sweep:
 
 def load_data(sweep: Sweep) -> tuple[Sweep, Parts]:
     """Return a sweep's data, and the sweep as it is with them. Raises UsageError and JobError."""
-    sizes = sweep.space.spaces.get("batch_size")
-    batch_sizes = sizes.options if isinstance(sizes, Choice) else [sizes.high] if sizes else ()
-    job, data = runs.load_data(sweep.job, [int(size) for size in batch_sizes])
+    job, data = runs.load_data(sweep.job, sweep.batch_sizes)
     if len(data.validation) == 0:
         raise UsageError(
             f"--validation-size 0: a sweep chooses by validation {job.workload.criterion.name}; hold some examples out"

@@ -144,8 +144,8 @@ def space_of(workload_class: type[Workload], values: Mapping[str, Any]) -> Space
             continue
         least, most = bound_names(name, space)
         low, high = bounds[least], bounds[most]
-        if low >= high:
-            raise UsageError(f"{flag(least)} {low:g} must be below {flag(most)} {high:g}")
+        if low > high:
+            raise UsageError(f"{flag(least)} {low:g} must not be above {flag(most)} {high:g}")
         spaces[name] = Range(low, high, space.log)
     if not spaces:
         raise UsageError(f"nothing to search: no setting of {workload_class.__name__} has a search space")

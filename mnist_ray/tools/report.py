@@ -20,7 +20,7 @@ from mnist_ray.workload.loading import load_data
 def workload_of(run: RunFolder, reference: str | None) -> Workload:
     """Return the workload of a run, of which the code comes from ``reference``, else from where it was."""
     values = report.read_config(run)
-    workload_class = source.load(reference or values.get("workload", source.DEFAULT))
+    workload_class = source.load_again(values.get("workload", source.DEFAULT), reference)
     origin = json.loads(run.read_text(ORIGIN_FILE) or "{}")
     return workload_class(settings.build(workload_class.Settings, values), origin.get("facts", FACTS_BEFORE_WORKLOADS))
 

@@ -30,7 +30,7 @@ def view(workload: Workload, config: ViewConfig) -> None:
     parts = {"train": Part(data.train), "test": Part(data.test)}
     console = Console(highlight=False, soft_wrap=True)
     for name, part in parts.items():
-        console.print(f"{name:<8}{count(len(part), workload.noun)}")
+        console.print(f"{name:<7} {count(len(part), workload.noun)}")
     if config.stats:
         console.print(_stats(workload, parts))
         return
@@ -40,7 +40,7 @@ def view(workload: Workload, config: ViewConfig) -> None:
     if len(indices) == 1:
         _print_one(console, workload, part, config, int(indices[0]), images[0])
     else:
-        console.print(f"{workload.nouns:<8}{config.split} {indices[0]:,} to {indices[-1]:,}: {len(indices)} of them")
+        console.print(f"{workload.nouns:<7} {config.split} {indices[0]:,} to {indices[-1]:,}: {len(indices)} of them")
     if any(image is None for image in images):
         console.print(f"picture none: {type(workload).__name__} has no as_picture")
         return
@@ -63,7 +63,7 @@ def _print_one(
     inputs, target = part[index]
     what = "label" if isinstance(workload, Classification) else "target"
     size = f"size {image.shape[1]}×{image.shape[0]}" if image is not None else f"inputs {_short(inputs)}"
-    console.print(f"{workload.noun:<8}{config.split} {index:,}: {what} {_label(workload, target)}, {size}")
+    console.print(f"{workload.noun:<7} {config.split} {index:,}: {what} {_label(workload, target)}, {size}")
     if image is not None and console.is_terminal:
         console.print(blocks(image))
 

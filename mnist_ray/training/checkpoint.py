@@ -111,7 +111,7 @@ def workload_of(document: dict[str, Any], reference: str | None, changes: dict[s
     the place of its own. Raises UsageError where the code cannot be had or has no such settings any more.
     """
     saved = document["workload"]
-    workload_class = source.load(reference or saved["reference"])
+    workload_class = source.load_again(saved["reference"], reference)
     settings_class = workload_class.Settings
     check_known(saved["settings"], names_of([settings_class]), f"the checkpoint of {saved['reference']}")
     return workload_class(build(settings_class, {**saved["settings"], **changes}), saved["facts"])

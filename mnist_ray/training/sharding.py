@@ -95,7 +95,7 @@ class ArrayBatches(Dataset):
 
 
 class ExampleBatches(Dataset):
-    """A ``Dataset``, or memory-mapped arrays, read example by example; loader processes may do it.
+    """A ``Dataset``, read example by example, or memory-mapped arrays; loader processes may do it.
 
     Whatever a ``Dataset`` draws from Python's, NumPy's or torch's generator is drawn by the seed and the example:
     the same for any number of ranks and loader processes, and in a resumed run as in one without a break.
@@ -110,6 +110,9 @@ class ExampleBatches(Dataset):
 
     def __getitem__(self, chosen: Slice) -> Batch:
         indices, global_size = chosen
+        if isinstance(self.part.examples, Arrays):
+            inputs, targets = self.part.rows(indices)
+            return Batch(_tensor(inputs), _tensor(targets), global_size)
         # An empty slice has the shapes of one example.
         inputs, targets = default_collate([self._example(index) for index in indices.tolist() or [0]])
         if len(indices) == 0:
@@ -121,8 +124,7 @@ class ExampleBatches(Dataset):
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        inputs, targets = self.part[index]
-        return _copied(inputs), _copied(targets)
+        return self.part[index]
 
 
 def batches_of(part: Part, device: torch.device, seed: int = 0) -> ArrayBatches | ExampleBatches:
@@ -134,11 +136,6 @@ def _tensor(array: np.ndarray) -> Tensor:
     with warnings.catch_warnings():  # read-only arrays from the object store; nothing here writes to them
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(np.ascontiguousarray(array))
-
-
-def _copied(value: Any) -> Any:
-    """Copy a part of a memory-mapped array into memory."""
-    return np.array(value) if isinstance(value, (np.ndarray, np.generic)) else value
 
 
 def _map(function: Any, value: Any) -> Any:

@@ -72,7 +72,7 @@ def check_batch(workload: Workload, inputs: Any, targets: Any, config: TrainConf
     return {"shape": list(prepared[1].shape[1:]), "dtype": str(prepared[1].dtype).removeprefix("torch.")}
 
 
-def check_smallest(workload: Workload, inputs: Any, number: int) -> None:
+def check_smallest(workload: Workload, inputs: Any, number: int, batch_size: int) -> None:
     """Let as few examples as a rank's slice may have go through a new model: batch normalization may want more.
 
     Raises UsageError.
@@ -83,7 +83,7 @@ def check_smallest(workload: Workload, inputs: Any, number: int) -> None:
     except ValueError as error:
         raise UsageError(
             f"{type(workload).__name__}: an epoch's last batch leaves a worker {count(number, 'example')}, too few "
-            f"for the model ({first_line(error)}); choose another --batch-size"
+            f"for the model ({first_line(error)}); choose another --batch-size than {batch_size}"
         ) from error
 
 

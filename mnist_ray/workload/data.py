@@ -51,7 +51,7 @@ class Data:
     validation: Arrays | Dataset | None = None
     """None: it is held out from ``train``."""
     name: str = ""
-    """Shown to people."""
+    """Shown to people; by default that of the workload."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What the model must know of the data, as JSON: kept in every checkpoint, and everywhere ``self.facts``."""
 
@@ -79,6 +79,11 @@ class Part:
             return self.examples.inputs[place], self.examples.targets[place]
         example: tuple[Any, Any] = self.examples[place]
         return example
+
+    def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the inputs and targets of some examples of arrays, copied into memory."""
+        places = indices if self.indices is None else self.indices[indices]
+        return np.array(self.examples.inputs[places]), np.array(self.examples.targets[places])
 
     @property
     def is_in_memory(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -60,7 +61,7 @@ def _checked(workload: Workload, data: object) -> Data:
             _check_arrays(f"{name}.load_data: {part}", examples)
         if len(examples) == 0:
             raise UsageError(f"{name}.load_data: {part} holds no examples")
-    return data
+    return data if data.name else dataclasses.replace(data, name=name)
 
 
 def _check_arrays(place: str, arrays: Arrays) -> None:

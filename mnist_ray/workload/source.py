@@ -46,6 +46,16 @@ def load(reference: str) -> type[Workload]:
     return _load(Source(path + (f":{name}" if name else ""), path, text))
 
 
+def load_again(saved: str, given: str | None) -> type[Workload]:
+    """Return the workload that is ``given``, else the one that was ``saved`` with a run. Raises UsageError."""
+    if given is not None:
+        return load(given)
+    try:
+        return load(saved)
+    except UsageError as error:
+        raise UsageError(f"{error}; if the workload is elsewhere now, say where with --workload") from error
+
+
 def create(source: Source, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Workload:
     """Return a workload as another process had it."""
     workload_class = _load(source)

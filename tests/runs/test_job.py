@@ -7,7 +7,7 @@ import pytest
 from mnist_ray.errors import UsageError
 from mnist_ray.runs.job import Job, load_data, read_job
 from mnist_ray.settings import json_lines
-from tests.conftest import write_data_set
+from tests.conftest import ROOT, write_data_set
 
 
 @pytest.fixture
@@ -122,3 +122,23 @@ def test_a_tenth_is_held_out_where_nobody_says_how_much_and_the_run_knows_it(
     folder = write_data_set(tmp_path / "data", few_images, few_images)
     job, data = load_data(read("--data-dir", str(folder)))
     assert (len(data.train), len(data.validation), job.train.validation_size) == (540, 60, 60)
+
+
+def test_help_shows_the_defaults_of_the_workloads_recipe(read: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read("--workload", str(ROOT / "examples" / "shapes.py"), "--help")
+    assert "passes over the training set (default: 8)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_workload_that_is_gone_is_asked_for(read: Any, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"workload": "/gone/problem.py"}))
+    with pytest.raises(UsageError, match=r"No such file .*; if the workload is elsewhere now, say where"):
+        read("--config", str(file))
+
+
+def test_a_config_of_another_workload_is_refused_by_its_name(read: Any, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"workload": "mnist_ray.workload.mnist", "data_dir": "/x"}))
+    with pytest.raises(UsageError, match=r"of the workload mnist_ray\.workload\.mnist, has unknown settings: data_dir"):
+        read("--config", str(file), "--workload", str(ROOT / "examples" / "shapes.py"))

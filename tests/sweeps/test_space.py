@@ -100,7 +100,7 @@ def test_a_grid_takes_each_combination() -> None:
         ({"batch_sizes": ()}, "--batch-sizes must be different values"),
         ({"batch_sizes": (0,)}, "--batch-sizes must be different values, each of which must be at least 1"),
         ({"learning_rate_min": -1.0}, "--learning-rate-min must be a positive number"),
-        ({"learning_rate_min": 0.1}, "--learning-rate-min 0.1 must be below --learning-rate-max 0.02"),
+        ({"learning_rate_min": 0.1}, "--learning-rate-min 0.1 must not be above --learning-rate-max 0.02"),
     ],
 )
 def test_bad_bounds_are_refused(bounds: dict[str, Any], message: str) -> None:
@@ -126,3 +126,20 @@ def test_bounds_are_flags_named_after_their_settings() -> None:
 
 def test_a_point_is_named_by_what_it_tries() -> None:
     assert point(9, 0.5, 4).name == "batch_size-9_learning_rate-0.5_seed-4"
+
+
+def test_a_range_may_be_one_value_and_a_choice_of_truths_or_nothing_is_read_back() -> None:
+    assert {p.values["learning_rate"] for p in propose(learning_rate_min=1e-3, learning_rate_max=1e-3)} == {1e-3}
+
+    class Odd(Searched):
+        @dataclasses.dataclass(frozen=True)
+        class Settings:
+            residual: bool = setting(True, "shortcuts", search=Choice((True, False)))
+            depth: int | None = setting(None, "layers", search=Choice((None, 8)))
+
+    found = space_of(Odd, {"residuals": (False,)})
+    drawn = space.propose(found, SweepConfig(num_trials=20), seed=0)
+    assert {point.values["residual"] for point in drawn} == {False}
+    assert {point.values["depth"] for point in drawn} == {None, 8}
+    as_text = {name: "" if value is None else str(value) for name, value in drawn[1].values.items()}
+    assert found.point(as_text, 0) == drawn[1]

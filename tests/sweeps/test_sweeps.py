@@ -244,7 +244,7 @@ def test_every_trial_failing_ends_the_job_with_the_first_reason(
         (["--batch-sizes", "0"], "--batch-sizes must be different values, each of which must be at least 1"),
         (["--batch-sizes", "60000"], "--batch-sizes: 60,000 is larger than the 55,000 images to train on"),
         (["--num-trials", "0"], "--num-trials must be at least 1, not 0"),
-        (["--learning-rate-min", "0.1"], "--learning-rate-min 0.1 must be below --learning-rate-max 0.02"),
+        (["--learning-rate-min", "0.1"], "--learning-rate-min 0.1 must not be above --learning-rate-max 0.02"),
         (["--learning-rate-min", "nan"], "--learning-rate-min must be a positive number"),
         (["--batch-size", "8"], "unrecognized arguments: --batch-size 8"),
         (["--validation-size", "0"], "a sweep chooses by validation accuracy"),

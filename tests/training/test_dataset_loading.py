@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mnist_ray.errors import with_place
 from mnist_ray.training.sharding import (
     ArrayBatches,
     Batch,
@@ -220,3 +221,20 @@ def test_arrays_are_never_read_by_loader_processes() -> None:
     arrays = batches_of(Part(Arrays(np.arange(10), np.arange(10))), CPU)
     assert batch_loader(arrays, [], 2).num_workers == 0
     assert batch_loader(ExampleBatches(Part(Rows()), 0), [], 2).num_workers == 2
+
+
+class Failing(Rows):
+    """Has an example that cannot be read."""
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        raise KeyError("no such file")  # here
+
+
+@pytest.mark.parametrize("num_processes", [0, 1])
+def test_an_error_of_a_data_set_is_said_with_its_place_wherever_it_is_read(num_processes: int) -> None:
+    loader = batch_loader(batches_of(Part(Failing()), CPU), [(np.arange(2), 2)], num_processes)
+    with pytest.raises(KeyError) as raised:
+        next(iter(loader))
+    line = next(number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "# here" in text)
+    said = with_place(raised.value, Path(__file__).parent)
+    assert said == f"KeyError: 'no such file' (test_dataset_loading.py, line {line})"
