@@ -65,8 +65,8 @@ def main() -> None:
         with patch("sys.argv", ["jobs/tune.py", *flags, *where]):
             asked, data = load_data(read_sweep())
         job = asked.job
-        with connect(job.workers) as cluster:
-            plan = plan_workers(job.workers, cluster)
+        with connect(asked.workers) as cluster:
+            plan = plan_workers(asked.workers, cluster)
             concurrent = sweep.trials_at_a_time(asked.config, plan, cluster, autoscaling=False)
             shared = share(job.workload, data.train), share(job.workload, data.validation)
             spec = trial.TrialSpec(job, *shared, plan, job.run.inside("trials"))

@@ -24,7 +24,7 @@ def main() -> None:
     rehearse = rehearsal(sweep.job, data, sweep.batch_sizes)
     sweep.job.run.check_writable()
 
-    with connect(sweep.job.workers, verbose=sweep.job.output.verbose, meanwhile=rehearse) as cluster:
+    with connect(sweep.workers, verbose=sweep.job.output.verbose, meanwhile=rehearse) as cluster:
         from mnist_ray.sweeps.search import check, search, train_chosen  # imports torch, which is there by now
 
         if sweep.job.output.check:

@@ -10,7 +10,7 @@ import importlib.util
 from dataclasses import dataclass
 
 from mnist_ray import settings
-from mnist_ray.config import SweepConfig
+from mnist_ray.config import SweepConfig, WorkerConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.runs import job as runs
 from mnist_ray.runs.job import Job
@@ -30,7 +30,17 @@ class Sweep:
     bounds: dict[str, object]
     """The settings that bound the space, as sweep.json has them."""
     job: Job
-    """What holds for all trials."""
+    """What holds for all trials, and for the trainings at the end."""
+
+    @property
+    def workers(self) -> WorkerConfig:
+        """The workers of a trial."""
+        asked = self.job.workers
+        return dataclasses.replace(
+            asked,
+            num_workers=asked.num_workers or 1,
+            cpus_per_worker=asked.cpus_per_worker or 1,  # a core a trial: more trials at a time beat more threads
+        )
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -53,17 +63,12 @@ def read_sweep() -> Sweep:
     )
     bounds = settings.values_of(settings.build(space_config(line.workload_class), line.values))
     space, job = space_of(line.workload_class, line.values), line.to_job()
-    workers = dataclasses.replace(
-        job.workers,
-        num_workers=job.workers.num_workers or 1,
-        cpus_per_worker=job.workers.cpus_per_worker or 1,  # a core a trial: more trials at a time beat more threads
-    )
     config = settings.build(SweepConfig, line.values)
     if config.search == "grid":
         propose(space, config, job.train.seed)
     if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UsageError("--search optuna needs Optuna: pip install -e '.[optuna]'")
-    return Sweep(config, space, bounds, dataclasses.replace(job, workers=workers))
+    return Sweep(config, space, bounds, job)
 
 
 def load_data(sweep: Sweep) -> tuple[Sweep, Parts]:

@@ -34,7 +34,7 @@ BEST_FILE, PICTURE_FILE, DEFAULT_FOLDER = "best.json", "sweep.png", "default"
 
 def check(sweep: Sweep, data: Parts, cluster: Cluster) -> None:
     """Say how a sweep would run, and whether it would. Raises JobError where it would not."""
-    plan = plan_workers(sweep.job.workers, cluster)
+    plan = plan_workers(sweep.workers, cluster)
     with _console(sweep) as console:
         _print_header(console, sweep, data, plan, cluster)
         check_nodes(console, sweep.job, data, plan)
@@ -46,7 +46,7 @@ def search(sweep: Sweep, data: Parts, cluster: Cluster) -> TrialTable:
     A sweep that has chosen before tries nothing more: its choice is not to change. Raises JobError.
     """
     job = sweep.job
-    plan, run = plan_workers(job.workers, cluster), job.run
+    plan, run = plan_workers(sweep.workers, cluster), job.run
     preflight.check_storage(run)
     run.write_text(SWEEP_FILE, json_lines({**settings.values_of(sweep.config), **sweep.bounds, **job.values}))
     spec = TrialSpec(

@@ -81,6 +81,7 @@ def test_a_sweep_leaves_its_files(finished_sweep: Path) -> None:
     chosen = json.loads((finished_sweep / "best.json").read_text())
     assert (chosen["batch_size"], chosen["learning_rate"]) == (int(best["batch_size"]), float(best["learning_rate"]))
     assert json.loads((finished_sweep / "result.json").read_text())["test_accuracy"] > 0.8
+    assert json.loads((finished_sweep / "config.json").read_text())["cpus_per_worker"] is None  # a trial's is 1
     assert (finished_sweep / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     assert not (finished_sweep / "tune").exists()
 
