@@ -45,10 +45,6 @@ class Metric:
             return "-"
         return f"{value:.{places}%}" if self.is_fraction else _short(value)
 
-    def is_better(self, value: float, than: float) -> bool:
-        """Tell whether one value is better than another."""
-        return value > than if self.mode == "max" else value < than
-
 
 def _short(value: float) -> str:
     if value and abs(value) < 1e-3:
