@@ -15,6 +15,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "shapes": {"num_images": 3000, "noise": 0, "num_epochs": 3, "batch_size": 32, "learning_rate": 5e-3, "width": 8},
 }
 EXAMPLES = list(SMALL)
+# What takes many jobs is done to one of them each time, and to both by make test-long.
+ONE_OF_THEM = pytest.mark.parametrize(
+    "example", ["diabetes", pytest.param("shapes", marks=pytest.mark.long)], indirect=True
+)
 
 
 def flags_of(example: str, storage: Path, **more: Any) -> list[str]:
@@ -66,6 +70,7 @@ def test_it_learns_and_leaves_its_files(run: Path, example: str) -> None:
     assert (Path(config["workload"]).name, "width" in config) == (f"{example}.py", True)
 
 
+@ONE_OF_THEM
 def test_killed_and_resumed_it_ends_with_the_same_weights(
     run: Path, example: str, ray_address: str, tmp_path: Path
 ) -> None:
@@ -78,6 +83,7 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(
     assert weights_of(tmp_path / "kill") == weights_of(run)
 
 
+@ONE_OF_THEM
 def test_it_is_swept_over_a_setting_of_its_own_and_the_best_trained_by_one_worker(
     example: str, ray_address: str, tmp_path: Path
 ) -> None:

@@ -104,7 +104,6 @@ def test_predictions_tell_target_and_prediction(shape: tuple[int, ...]) -> None:
 def test_the_least_rmse_chooses() -> None:
     criterion = Regression().criterion
     assert (criterion.name, criterion.mode) == ("rmse", "min")
-    assert (criterion.name, criterion.mode) == ("rmse", "min")
 
 
 def test_the_report_has_pictures_where_there_are_predictions() -> None:
