@@ -84,7 +84,7 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(
 
 
 @ONE_OF_THEM
-def test_it_is_swept_over_a_setting_of_its_own_and_the_best_trained_by_one_worker(
+def test_it_is_swept_over_a_setting_of_its_own_and_the_best_is_trained(
     example: str, ray_address: str, tmp_path: Path
 ) -> None:
     small = {
