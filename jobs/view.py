@@ -17,7 +17,7 @@ def main() -> None:
     """Read the flags, then show the examples."""
     workload_class = source.load(cli.peek("workload").get("workload", source.DEFAULT))
     parser = cli.Parser("Look at the examples of a workload's data.", ViewConfig, workload_class.Settings)
-    flags.add_workload(parser)
+    flags.add_workload(parser, default="MNIST")
     given = parser.read_flags()
 
     from mnist_ray.tools.view import view

@@ -5,6 +5,7 @@ import traceback
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
+_IN_ANOTHER_PROCESS = "\nOriginal Traceback "  # by which torch's DataLoader tells of an error in one of its processes
 
 
 class UsageError(Exception):
@@ -17,7 +18,10 @@ class JobError(Exception):
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text; its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = str(error).strip() or type(error).__name__
+    if _IN_ANOTHER_PROCESS in text:
+        return text.splitlines()[-1].partition(": ")[2]
+    return text.splitlines()[0]
 
 
 def with_place(error: BaseException, folder: Path, *, or_here: bool = True) -> str:
@@ -28,8 +32,7 @@ def with_place(error: BaseException, folder: Path, *, or_here: bool = True) -> s
     if isinstance(error, SyntaxError) and error.filename:
         return f"{type(error).__name__}: {error.msg} ({Path(error.filename).name}, line {error.lineno})"
     said, frames = f"{type(error).__name__}: {first_line(error)}", traceback.extract_tb(error.__traceback__)
-    if "\nOriginal Traceback " in str(error):  # torch's DataLoader tells of an error in its process as a text
-        said = str(error).strip().rpartition("\n")[2]
+    if _IN_ANOTHER_PROCESS in str(error):
         told = re.findall(r'File "(.+)", line (\d+), in (.+)', str(error))
         frames = traceback.StackSummary.from_list([(file, int(line), name, None) for file, line, name in told])
     places = [_in(folder, frames), _in(_PACKAGE, frames) if or_here else []]

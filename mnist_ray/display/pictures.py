@@ -14,6 +14,9 @@ from matplotlib.axes import Axes
 from mnist_ray.drawing import new_figure, png_of
 from mnist_ray.workload.interface import Metric
 
+_LEAST_ERROR = 0.01  # percent: what stands for none on a logarithmic axis
+_LINEAR_ABOVE = 10.0  # percent of mistakes: where the best has more, there are no tenths to be told apart
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -28,8 +31,8 @@ class Curve:
 def curves_of(metric: Metric, curves: Sequence[Curve], steps_per_epoch: float | None) -> bytes:
     """Draw a metric over steps, with epochs along the top; over epochs alone where ``steps_per_epoch`` is None.
 
-    The axis of a loss is logarithmic, and that of a fraction is so in what it lacks to 1: good ones, which differ by
-    tenths of a percent, can be told apart.
+    The axis of a loss is logarithmic, and that of a fraction is so in what it lacks to 1, where that is little: good
+    ones, which differ by tenths of a percent, can be told apart.
     """
     figure, axes = new_figure(3.4)
     _draw(axes, [Curve(c.label, c.steps, [placed(metric, v) for v in c.values], c.style) for c in curves])
@@ -60,16 +63,21 @@ def _times(factor: float) -> Callable[[Any], Any]:
 
 def placed(metric: Metric, value: float) -> float:
     """Return where a value is drawn on a metric's axis: of a fraction, the percentage that it lacks to 1."""
-    return max(100 * (1 - value), 1e-2) if metric.is_fraction else value  # not quite 0, for the logarithm
+    return max(100 * (1 - value), _LEAST_ERROR) if metric.is_fraction else value
 
 
 def scale_axis(axes: Axes, metric: Metric, name: str = "") -> None:
     """Make a vertical axis that of a metric."""
     axes.set_ylabel((name or metric.name) + (" (%)" if metric.is_fraction else ""))
     if metric.is_fraction:
-        axes.set_yscale("log")
+        shown = ticker.FuncFormatter(lambda error, _: f"{100 - error:g}" if error > _LEAST_ERROR else "100")
+        errors = [error for line in axes.lines for error in np.asarray(line.get_ydata(), float) if np.isfinite(error)]
+        is_linear = min(errors, default=100.0) > _LINEAR_ABOVE
+        axes.set_yscale("linear" if is_linear else "log")
         axes.invert_yaxis()
-        axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda error, _: f"{100 - error:g}"))
+        axes.yaxis.set_major_formatter(shown)
+        if is_linear:
+            return
     elif metric.name == "loss" and all(np.min(np.asarray(line.get_ydata())) > 0 for line in axes.lines):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))

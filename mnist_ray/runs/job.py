@@ -107,7 +107,10 @@ def read_command_line(
     defaults = recipes.get("default", {})
     parser = cli.Parser(description, *kept, OutputConfig, without=without(workload_class), defaults=defaults)
     parser.add_argument(
-        "--workload", metavar="FILE.py", default=cli.UNSET, help="what is learned: FILE.py or package.module, or :NAME"
+        "--workload",
+        metavar="FILE.py",
+        default=cli.UNSET,
+        help="what is learned: FILE.py or package.module, with :NAME where it holds several; default: MNIST",
     )
     parser.add_argument(
         "--recipe", choices=recipes or ["default"], default=cli.UNSET, help="named settings; flags override"

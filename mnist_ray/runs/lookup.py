@@ -91,7 +91,7 @@ def _checkpoint_of(run: RunFolder, given: str | None) -> Checkpoint:
     except RuntimeError as error:
         if run.exists(CONFIG_FILE):
             raise UsageError(f"run {run.uri} has no checkpoint yet") from error
-        raise UsageError(f"{given} is neither a checkpoint nor a run that holds one") from error
+        raise UsageError(f"{given} is neither a checkpoint nor a run that holds one: {run.uri}") from error
     if unfinished.checkpoint is None:
         raise UsageError(f"run {run.uri} has no checkpoint yet")
     return best_of(unfinished)[0]

@@ -67,6 +67,7 @@ class Record:
         self._job, self._data, self._clock, self._console, self._sections = job, data, clock, console, sections
         self._result: dict[str, Any] | None = None
         self._fitted: Fitted | None = None
+        self._has_report = False
 
     def begin(self) -> None:
         """Write what is known before the first step. Raises JobError where the storage cannot be used."""
@@ -122,7 +123,9 @@ class Record:
         try:
             self._history.flush()
             sections = self._sections(self._job.run) if self._sections else None
-            return report.write(self._job.run, workload, self._job.resume_with, self._data.test, sections)
+            pictures = report.write(self._job.run, workload, self._job.resume_with, self._data.test, sections)
+            self._has_report = True
+            return pictures
         except Exception as error:  # the run's own exception, if there is one, is not to be hidden by another
             self._console.say("note", f"no report: {with_place(error, workload.source.folder)}")
             return {}
@@ -136,7 +139,8 @@ class Record:
         console.say("seconds", f"{total:.1f} in all: {each}")
         console.result("checkpoint", run.inside(self._result["checkpoint"]).uri)
         console.result("result", run.inside(RESULT_FILE).uri)
-        console.result("report", run.inside(REPORT_FILE).uri)
+        if self._has_report:
+            console.result("report", run.inside(REPORT_FILE).uri)
 
 
 def console_of(workload: Workload) -> RunConsole:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mnist_ray.runs.job import Job
 from mnist_ray.workload.data import Parts
-from mnist_ray.workload.loading import placed
+from mnist_ray.workload.loading import picture_of, placed
 from mnist_ray.workload.source import is_shipped
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ def rehearsal(job: Job, data: Parts, batch_sizes: Sequence[int] = ()) -> Callabl
             with placed(job.workload, "an example"):
                 return batches_of(data.train, torch.device("cpu"))[np.arange(number), number]
 
+        with placed(job.workload, "an example"):
+            inputs, _ = data.train[0]
+        picture_of(job.workload, inputs)
         batch = first(min(NUM_EXAMPLES, len(data.train)))
         job.workload.facts["model_input"] = check_batch(job.workload, batch.inputs, batch.targets, job.train)
         for size in batch_sizes or [job.train.batch_size]:

@@ -25,7 +25,9 @@ def draw(table: TrialTable, num_epochs: int) -> bytes:
     Trials that were stopped early are hollow, the best configuration's are ringed, failed ones are left out.
     """
     records = [record for record in table.by_point.values() if record.is_validated and record.state != RUNNING]
-    spaces = dict(table.space.spaces)
+    tried = {name: {record.point.values[name] for record in records} for name in table.space.spaces}
+    spaces = {name: space for name, space in table.space.spaces.items() if len(tried[name]) > 1}
+    spaces = spaces or dict(table.space.spaces)  # where nothing varies, all of it
     coloured = next((name for name, space in spaces.items() if isinstance(space, Choice)), None)
     over = [name for name in spaces if name != coloured] or list(spaces)
     figure = Figure(figsize=(8, 5 * len(over)), dpi=150, layout="constrained")
@@ -62,7 +64,8 @@ def _draw_over(
                 axes.plot(*place(record), markersize=8, **style, **fill)
         if coloured:
             axes.plot([], [], label=f"{spoken(coloured)} {shown(value)}", **style)
-    axes.plot([], [], "o", color="grey", markerfacecolor="none", label="stopped early")
+    if any(record.state == STOPPED for record in records):
+        axes.plot([], [], "o", color="grey", markerfacecolor="none", label="stopped early")
     if table.best is not None:
         for record in table.best.records:
             axes.plot(*place(record), "o", color="black", markerfacecolor="none", markersize=15)

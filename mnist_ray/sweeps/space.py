@@ -63,6 +63,8 @@ class Space:
         for name, space in self.spaces.items():
             if isinstance(space, Choice):
                 parts.append(f"{spoken(name)} from {', '.join(map(str, space.options))}")
+            elif space.low == space.high:
+                parts.append(f"{spoken(name)} {space.low:g}")
             else:
                 parts.append(f"{spoken(name)} {space.low:g} to {space.high:g}")
         return "; ".join(parts)

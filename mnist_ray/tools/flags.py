@@ -14,11 +14,10 @@ from mnist_ray.workload import source
 from mnist_ray.workload.interface import Workload
 
 
-def add_workload(parser: cli.Parser) -> None:
+def add_workload(parser: cli.Parser, default: str = "where it was") -> None:
     """Add ``--workload`` to a parser."""
-    parser.add_argument(
-        "--workload", metavar="FILE.py", default=cli.UNSET, help="where the workload's code is; default: where it was"
-    )
+    shown = f"where the workload's code is; default: {default}"
+    parser.add_argument("--workload", metavar="FILE.py", default=cli.UNSET, help=shown)
 
 
 def add_run(parser: cli.Parser, name: str) -> None:

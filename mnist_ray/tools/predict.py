@@ -24,7 +24,7 @@ from torch import nn
 from mnist_ray.cluster.connection import connect, quiet_ray
 from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import PredictionConfig, WorkerConfig
-from mnist_ray.errors import JobError, UsageError
+from mnist_ray.errors import JobError, UsageError, with_place
 from mnist_ray.runs import lookup
 from mnist_ray.storage import RunFolder, write_file
 from mnist_ray.tools.flags import reference_of
@@ -162,8 +162,13 @@ def answer_batch(
     inputs = [answer.inputs for answer in seen if answer.inputs is not None]
     if not inputs:
         return seen
+    prepared = workload.prepare(torch.from_numpy(np.stack(inputs)), None)
+    wanted = workload.facts.get("model_input")
+    if wanted is not None and list(prepared.shape[1:]) != wanted["shape"]:
+        got = f"{tuple(prepared.shape[1:])}, not {tuple(wanted['shape'])}"
+        raise UsageError(f"{type(workload).__name__}.read_picture gives what becomes {got}, as the model takes it")
     with torch.inference_mode():
-        outputs = model(workload.prepare(torch.from_numpy(np.stack(inputs)), None))
+        outputs = model(prepared)
         best = iter(workload.answers(outputs))
     return [
         answer if answer.inputs is None else dataclasses.replace(answer, answers=tuple(next(best))) for answer in seen
@@ -178,6 +183,11 @@ def _see(workload: Workload, file: str, content: bytes | str, as_is: bool) -> An
         return Answer(file, workload.read_picture(read_image(content), as_is=as_is))
     except UsageError as error:
         return Answer(file, error=str(error))
+    except Exception as error:
+        assert workload.source is not None
+        raise UsageError(
+            f"{type(workload).__name__}.read_picture: {with_place(error, workload.source.folder)}"
+        ) from error
 
 
 def read_image(content: bytes) -> Image.Image:
@@ -224,5 +234,7 @@ def _draw(answers: Sequence[Answer], workload: Workload, config: PredictionConfi
             mark = "" if answer.is_sure(config.threshold) else "?"
             captions.append(f"{answer.answers[0][0]}{mark} {answer.answers[0][1]:.0%}")
     if not images:
-        raise JobError(f"no picture to draw in {config.grid}")
+        has_none = any(answer.inputs is not None for answer in answers)
+        reason = f": {type(workload).__name__} has no as_picture" if has_none else ""
+        raise JobError(f"no picture to draw in {config.grid}{reason}")
     write_file(config.grid, image_grid(images[:_MOST_DRAWN], captions[:_MOST_DRAWN]))

@@ -19,7 +19,7 @@ from mnist_ray.wording import count
 from mnist_ray.workload.classification import Classification
 from mnist_ray.workload.data import Arrays, Part
 from mnist_ray.workload.interface import Workload
-from mnist_ray.workload.loading import load_data
+from mnist_ray.workload.loading import load_data, picture_of
 
 _GRID_COLUMNS = 8
 
@@ -36,7 +36,7 @@ def view(workload: Workload, config: ViewConfig) -> None:
         return
     part = parts[config.split]
     indices = choose(workload, part, config)
-    images = [workload.as_picture(part[index][0]) for index in indices.tolist()]
+    images = [picture_of(workload, part[index][0]) for index in indices.tolist()]
     if len(indices) == 1:
         _print_one(console, workload, part, config, int(indices[0]), images[0])
     else:

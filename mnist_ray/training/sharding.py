@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from mnist_ray.errors import first_line
 from mnist_ray.workload.data import Arrays, Part
 
 
@@ -94,6 +95,10 @@ class ArrayBatches(Dataset):
         return Batch(self.inputs[on_device], self.targets[on_device], global_size)
 
 
+class ExampleError(Exception):
+    """An example cannot be read, or does not fit the others: it would not at another attempt either."""
+
+
 class ExampleBatches(Dataset):
     """A ``Dataset``, read example by example, or memory-mapped arrays; loader processes may do it.
 
@@ -114,7 +119,13 @@ class ExampleBatches(Dataset):
             inputs, targets = self.part.rows(indices)
             return Batch(_tensor(inputs), _tensor(targets), global_size)
         # An empty slice has the shapes of one example.
-        inputs, targets = default_collate([self._example(index) for index in indices.tolist() or [0]])
+        examples = [self._example(index) for index in indices.tolist() or [0]]
+        try:
+            inputs, targets = default_collate(examples)
+        except (RuntimeError, TypeError) as error:
+            raise ExampleError(
+                f"{self.part.origin} examples do not fit together: {_odd_one(indices, examples, error)}"
+            ) from error
         if len(indices) == 0:
             inputs, targets = _emptied(inputs), _emptied(targets)
         return Batch(inputs, targets, global_size)
@@ -124,7 +135,21 @@ class ExampleBatches(Dataset):
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        return self.part[index]
+        try:
+            return self.part[index]
+        except OSError as error:
+            if error.errno is not None:  # of the storage, which may be back at the next attempt
+                raise
+            raise ExampleError(f"{self.part.origin} example {index} cannot be read: {first_line(error)}") from error
+
+
+def _odd_one(indices: np.ndarray, examples: list[tuple[Any, Any]], error: Exception) -> str:
+    """Say which of some examples has another shape than the first."""
+    shapes = [tuple(np.shape(part) for part in example) for example in examples]
+    for index, shape in zip(indices.tolist(), shapes, strict=False):
+        if shape != shapes[0]:
+            return f"example {index} has shapes {shape}, example {indices[0]} has {shapes[0]}"
+    return first_line(error)
 
 
 def batches_of(part: Part, device: torch.device, seed: int = 0) -> ArrayBatches | ExampleBatches:

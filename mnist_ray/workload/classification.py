@@ -66,6 +66,15 @@ class Classification(Workload):
             examples = getattr(data, part)
             if isinstance(examples, Arrays):
                 self._check_targets(part, examples.targets)
+            elif hasattr(examples, "classes"):
+                self._check_classes(part, list(examples.classes))
+
+    def _check_classes(self, part: str, classes: list[Any]) -> None:
+        """Compare what a Dataset takes its targets for: one that lacks a class numbers those after it anew."""
+        different = [str(name) for name in {*classes} ^ {*self.class_names}]
+        if classes != self.class_names:
+            shown = ", ".join(sorted(different)) or "their order"
+            raise UsageError(f"{type(self).__name__}.load_data: {part} has other classes than the model: {shown}")
 
     def _check_targets(self, part: str, targets: np.ndarray) -> None:
         name = f"{type(self).__name__}.load_data: {part}"

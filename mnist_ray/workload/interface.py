@@ -61,6 +61,12 @@ Rows = Sequence[Mapping[str, str]]
 class NoSettings:
     """A workload without settings of its own."""
 
+    def __getattr__(self, name: str) -> Any:
+        """Say what is missing where a class has settings, and does not say so."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(f"no setting {name}: write Settings = ... in the workload's class")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -101,8 +107,8 @@ class Workload:
     """What is reported beside the loss. The first chooses the checkpoint; without any, the loss does."""
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named values of settings, for ``--recipe``; those of ``default`` hold where no other is named."""
-    search: ClassVar[Mapping[str, SearchSpace]] = {}
-    """Search spaces of the jobs' own settings, as ``{"learning_rate": Range(1e-3, 1e-1, log=True)}``."""
+    search: ClassVar[Mapping[str, SearchSpace | None]] = {}
+    """Other search spaces, as ``{"learning_rate": Range(1e-3, 1e-1, log=True)}``; None: it is not searched."""
     noun: ClassVar[str] = "example"
     """What one example is called."""
     answer_noun: ClassVar[str] = "answer"

@@ -30,6 +30,21 @@ def load_data(workload: Workload) -> Data:
     return data
 
 
+def picture_of(workload: Workload, inputs: Any) -> np.ndarray | None:
+    """Return what one input looks like; None where it looks like nothing. Raises UsageError where it is no picture."""
+    with placed(workload, "as_picture"):
+        image = workload.as_picture(inputs)
+    if image is None:
+        return None
+    is_picture = (
+        isinstance(image, np.ndarray) and image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] == (3,))
+    )
+    if not is_picture:
+        got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise UsageError(f"{type(workload).__name__}.as_picture is to return uint8 (H, W) or (H, W, 3), not {got}")
+    return image
+
+
 def _checked_facts(workload: Workload, facts: object) -> dict[str, Any]:
     """Return facts that come back from a checkpoint as they were."""
     name = type(workload).__name__

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _RIGHT, _WRONG = "#2a6f3c", "#c62828"
 _ENLARGED = 336  # pixels, at the least, of the longer side of an image that is drawn alone
-_MARGIN, _CAPTION = 3, 12  # pixels of room around an image of a grid of 28 pixels, and below it
+_MARGIN = 3  # pixels of room around an image of 28 pixels in a grid
 _NUM_RANDOM, _NUM_WRONG, _NUM_MISTAKES = 24, 6, 30
 _MOST_COUNTED = 20  # classes whose counts are written into the confusion matrix
 
@@ -80,7 +80,7 @@ def _examples(workload: Workload, rows: Rows, test: Part) -> list[Picture]:
 
     def draw(indices: np.ndarray) -> bytes:
         images = [workload.as_picture(test[int(i)][0]) for i in indices]
-        captions = [predicted[i] if is_right[i] else f"{predicted[i]}, is {labels[i]}" for i in indices]
+        captions = [predicted[i] if is_right[i] else f"{predicted[i]}\nis {labels[i]}" for i in indices]
         return image_grid(images, captions, is_right[indices])  # type: ignore[arg-type]
 
     shown = [
@@ -88,7 +88,7 @@ def _examples(workload: Workload, rows: Rows, test: Part) -> list[Picture]:
             "predictions",
             "Predictions",
             f"{len(chosen)} test {workload.nouns} with their predictions: "
-            + "; ".join(f"{labels[i]} taken for {predicted[i]}" for i in chosen),
+            + "; ".join(labels[i] if is_right[i] else f"{labels[i]} taken for {predicted[i]}" for i in chosen),
             draw(chosen),
             f"{len(some)} test {workload.nouns} drawn at random, then mistakes. ✓ right, ✗ wrong.",
             is_photo=True,
@@ -198,7 +198,7 @@ def accuracy_per_class(accuracies: Sequence[float], names: Sequence[str]) -> byt
     bars = axes.barh(list(known), [accuracy - floor for accuracy in known.values()], left=floor, color="C0")
     if len(names) <= 2 * _MOST_COUNTED:
         axes.bar_label(bars, [f"{accuracy:.2f} %" for accuracy in known.values()], fontsize="small", padding=2)
-    axes.set_xlim(floor, floor + (100 - floor) * 1.18)
+    axes.set_xlim(floor, floor + (100 - floor) * 1.25)
     axes.xaxis.set_major_locator(ticker.FixedLocator([tick for tick in axes.get_xticks() if floor <= tick <= 100]))
     _name_ticks(axes.yaxis, names)
     axes.invert_yaxis()
@@ -228,10 +228,16 @@ def image_grid(
     num_rows = max(1, math.ceil(len(images) / num_columns))
     height, width = (max(image.shape[side] for image in images) for side in (0, 1))
     unit = max(height, width) / 28
-    margin, caption_room = round(_MARGIN * unit), round(_CAPTION * unit)
-    tile = (height + 2 * margin + caption_room, width + 2 * margin)
+    margin = max(1, round(_MARGIN * unit))
+    tile_width = width + 2 * margin
+    inches = max(0.8, 2.4 / num_columns) / tile_width  # of a pixel; one image alone is drawn larger
+    lines = [line for caption in captions for line in caption.split("\n")]
+    # In points; a character is some 0.6 of that wide, and two of them tell right from wrong.
+    fontsize = min(9.0, 72 * inches * tile_width / (0.62 * (2 + max(map(len, lines)))))
+    line_height = 1.45 * fontsize / 72 / inches  # pixels
+    num_lines = max(caption.count("\n") + 1 for caption in captions)
+    tile = (height + 2 * margin + round(4 * unit) + math.ceil(num_lines * line_height), tile_width)
     canvas = np.full((num_rows * tile[0], num_columns * tile[1], 3), 255, np.uint8)
-    inches = max(0.8, 2.4 / num_columns) * num_columns / canvas.shape[1]  # one image alone is drawn larger
     figure = Figure(figsize=(canvas.shape[1] * inches, canvas.shape[0] * inches), dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -245,9 +251,10 @@ def image_grid(
         if is_right is not None:
             style = {"color": _RIGHT if is_right[number] else _WRONG}
             caption = f"{'✓' if is_right[number] else '✗'} {caption}"
-            edge = {"fill": False, "linewidth": 1 if is_right[number] else 4, "edgecolor": style["color"]}
-            axes.add_patch(Rectangle((left - unit, top - unit), size_x + unit, size_y + unit, **edge))
-        fontsize = 9 if len(caption) < 10 else max(4, 90 / len(caption))
+            linewidth = 1 if is_right[number] else 4
+            half = linewidth / 72 / inches / 2  # of the frame, in pixels: it stands around the image, not on it
+            corner, edge = (left - 0.5 - half, top - 0.5 - half), {"fill": False, "edgecolor": style["color"]}
+            axes.add_patch(Rectangle(corner, size_x + 2 * half, size_y + 2 * half, linewidth=linewidth, **edge))
         place = (left + size_x / 2, top + height + 2 * unit)
         axes.text(*place, caption, ha="center", va="top", fontsize=fontsize, **style)
     axes.imshow(canvas, interpolation="nearest", aspect="auto")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import dataclasses
+import difflib
 import functools
 import importlib
 import importlib.util
@@ -22,6 +23,7 @@ from mnist_ray.settings import bound_names, build, check_known, flag, names_of, 
 from mnist_ray.workload.interface import Source, Workload
 
 DEFAULT = "mnist_ray.workload.mnist"
+_INTERFACE = [name for name in dir(Workload) if not name.startswith("_")]
 
 
 def load(reference: str) -> type[Workload]:
@@ -42,7 +44,7 @@ def load(reference: str) -> type[Workload]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--workload {place} cannot be read: {getattr(error, 'strerror', error)}") from error
+        raise UsageError(f"--workload {path} cannot be read: {getattr(error, 'strerror', error)}") from error
     return _load(Source(path + (f":{name}" if name else ""), path, text))
 
 
@@ -162,7 +164,15 @@ def _check(workload_class: type[Workload]) -> None:
     name = workload_class.__name__
     for method in ("load_data", "create_model", "loss"):
         if getattr(workload_class, method) is getattr(Workload, method):
-            raise UsageError(f"workload {name} has no method {method}")
+            close = difflib.get_close_matches(method, vars(workload_class), 1, cutoff=0.8)
+            there = f"; it has {close[0]}" if close else ""
+            raise UsageError(f"workload {name} has no method {method}{there}")
+    for attribute in vars(workload_class):
+        meant = difflib.get_close_matches(attribute, _INTERFACE, 1, cutoff=0.8)
+        if not attribute.startswith("_") and not hasattr(workload_class.__mro__[1], attribute) and meant:
+            raise UsageError(
+                f"{name}.{attribute} is nothing that a workload has: it has {meant[0]}; give it another name"
+            )
     settings = workload_class.Settings
     if not dataclasses.is_dataclass(settings):
         raise UsageError(f"{name}.Settings is to be a dataclass: put @dataclass(frozen=True) above it")

@@ -13,6 +13,7 @@ from mnist_ray.training.sharding import (
     ArrayBatches,
     Batch,
     ExampleBatches,
+    ExampleError,
     ShardedBatchSampler,
     batch_loader,
     batches_of,
@@ -238,3 +239,30 @@ def test_an_error_of_a_data_set_is_said_with_its_place_wherever_it_is_read(num_p
     line = next(number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "# here" in text)
     said = with_place(raised.value, Path(__file__).parent)
     assert said == f"KeyError: 'no such file' (test_dataset_loading.py, line {line})"
+
+
+class Truncated(Rows):
+    """Has files that are cut off."""
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        raise OSError("image file is truncated")
+
+
+class OfAnotherSize(Rows):
+    """Has an example that is larger than the others."""
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return np.zeros(4 if index == 2 else 3), index
+
+
+def test_an_example_that_cannot_be_read_is_named() -> None:
+    with pytest.raises(ExampleError, match="^train example 1 cannot be read: image file is truncated$"):
+        batches_of(Part(Truncated()), CPU)[np.array([1]), 1]
+
+
+def test_an_example_that_does_not_fit_the_others_is_named() -> None:
+    message = (
+        r"^train examples do not fit together: example 2 has shapes \(\(4,\), \(\)\), example 1 has \(\(3,\), \(\)\)$"
+    )
+    with pytest.raises(ExampleError, match=message):
+        batches_of(Part(OfAnotherSize()), CPU)[np.arange(1, 3), 2]

@@ -261,3 +261,24 @@ def test_the_report_has_pictures_without_examples_to_show() -> None:
     assert [picture.name for picture in pictures] == ["confusion", "classes"]
     assert pictures[0].alt == "Confusion matrix: 3 mistakes among 10; most often ant was taken for bee (1)"
     assert pictures[1].alt == "Accuracy per class: ant: 66.67%, bee: 50.00%, cat: -, dog: 75.00%, elephant: 100.00%"
+
+
+class Folder:
+    """A Dataset that names its classes."""
+
+    def __init__(self, *classes: str) -> None:
+        self.classes = list(classes)
+
+    def __len__(self) -> int:
+        return 3
+
+
+@pytest.mark.parametrize(
+    ("test", "shown"),
+    [(Folder("a", "c"), "b$"), (Folder("a", "b", "c", "d"), "d$"), (Folder("b", "a", "c"), "their order$")],
+)
+def test_a_part_with_other_classes_is_refused(test: Any, shown: str) -> None:
+    data: Any = Data(Folder("a", "b", "c"), test)  # type: ignore[arg-type]
+    workload = type(mnist())(None, {"class_names": ["a", "b", "c"]})
+    with pytest.raises(UsageError, match=f"MNIST.load_data: test has other classes than the model: {shown}"):
+        workload.check_data(data)
