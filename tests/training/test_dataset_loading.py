@@ -256,7 +256,7 @@ class OfAnotherSize(Rows):
 
 
 def test_an_example_that_cannot_be_read_is_named() -> None:
-    with pytest.raises(ExampleError, match="^train example 1 cannot be read: image file is truncated$"):
+    with pytest.raises(ExampleError, match=r"^train example 1 cannot be read: image file is truncated$"):
         batches_of(Part(Truncated()), CPU)[np.array([1]), 1]
 
 

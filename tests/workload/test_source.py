@@ -463,19 +463,19 @@ def test_a_workload_travels_to_where_python_knows_a_file_of_that_name(
     [
         (
             "def create_optimiser(self, model, config): ...",
-            "create_optimiser is nothing that a workload has: create_optimizer",
+            "create_optimiser is nothing that a workload has: it has create_optimizer",
         ),
-        ("recipe = {}", "recipe is nothing that a workload has: recipes"),
-        ("def aspicture(self, inputs): ...", "aspicture is nothing that a workload has: as_picture"),
+        ("recipe = {}", "recipe is nothing that a workload has: it has recipes"),
+        ("def aspicture(self, inputs): ...", "aspicture is nothing that a workload has: it has as_picture"),
     ],
 )
 def test_a_name_that_nearly_is_one_of_a_workloads_is_refused(write: Write, line: str, message: str) -> None:
     text = DIGITS.rstrip() + f"\n    {line}\n"
     with pytest.raises(UsageError, match=message):
-        load(str(write(text)))
+        load(str(write(text, "nearly.py")))
 
 
 def test_settings_that_a_class_does_not_name_are_asked_for(write: Write) -> None:
-    workload = load(str(write(DIGITS)))()
+    workload = load(str(write(DIGITS, "without_settings.py")))()
     with pytest.raises(AttributeError, match=r"no setting width: write Settings = \.\.\. in the workload's class"):
         _ = workload.settings.width
