@@ -215,7 +215,6 @@ def train_step(
     return {"loss": loss_sum.detach(), **measured_sums(workload, outputs, batch.targets)}
 
 
-@torch.no_grad()
 def measured_sums(workload: Workload, outputs: Any, targets: Any) -> dict[str, Tensor]:
     """Return the sums of what a workload measures of a batch."""
     outputs = outputs.detach() if isinstance(outputs, Tensor) else outputs
