@@ -97,7 +97,10 @@ def _one_thread() -> None:
 def ray_address() -> Iterator[str]:
     """A Ray of two CPUs that all tests share; the address is for processes that connect to it."""
     environment.prepare(verbose=False)
-    context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.NO_DASHBOARD.items():
+            patch.setenv(name, value)  # handed on to what the Ray starts
+        context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield context.address_info["gcs_address"]
     ray.shutdown()
 

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mnist_ray.cluster import private
 from mnist_ray.cluster.plan import Cluster, Node, local_cpus, node_of
 from mnist_ray.config import WorkerConfig
-from mnist_ray.environment import for_workers, prepare_local, take_sigterm_as_interrupt
+from mnist_ray.environment import NO_DASHBOARD, for_workers, prepare_local, take_sigterm_as_interrupt
 from mnist_ray.errors import JobError, UsageError
 
 
@@ -70,7 +70,7 @@ def _start_local(config: WorkerConfig, options: dict[str, Any]) -> None:
             address="local",
             num_cpus=num_cpus,
             include_dashboard=False,
-            runtime_env={"env_vars": for_workers()},
+            runtime_env={"env_vars": for_workers() | NO_DASHBOARD},
             **options,
         )
 
