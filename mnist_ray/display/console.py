@@ -52,7 +52,9 @@ class RunConsole:
     def say(self, label: str, text: str) -> None:
         """Print a line, its label in a column of its own."""
         if not self._quiet:
-            self._console.print(Text.assemble((_column(label), "bold"), text))
+            line = Text.assemble((_column(label), "bold"), text)
+            line.rstrip()
+            self._console.print(line)
 
     def waiting(self, text: str) -> None:
         """Show what is waited for until the next event, on the live line only."""

@@ -86,6 +86,5 @@ def _title(table: TrialTable, number: int, num_epochs: int) -> str:
     title, best = f"{number} trials of at most {num_epochs} epochs", table.best
     if best is None or math.isnan(best.val_criterion):
         return title
-    seeds = f", mean of {len(best.records)} seeds" if len(best.records) > 1 else ""
     said = table.workload.criterion.shown(best.val_criterion)
-    return f"{title}\nbest: {described(dict(best.configuration))} ({said}{seeds})"
+    return f"{title}\nbest: {described(dict(best.configuration))} ({said}, {best.shown_seeds})"

@@ -93,8 +93,8 @@ def _write_choice(sweep: Sweep, table: TrialTable) -> None:
     with _console(sweep) as console:
         console.result_table(table)
         console.say("files", f"{job.run.inside(TRIALS_FILE).uri}, {BEST_FILE}, {PICTURE_FILE}")
-        criterion, seeds = job.workload.criterion, count(len(best.records), "seed")
-        console.say("best", f"{criterion.shown(best.val_criterion)} validation {criterion.name}, mean of {seeds}")
+        criterion = job.workload.criterion
+        console.say("best", f"{criterion.shown(best.val_criterion)} validation {criterion.name}, {best.shown_seeds}")
 
 
 def _worker_settings(job: Job) -> set[str]:

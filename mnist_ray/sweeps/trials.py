@@ -73,6 +73,12 @@ class Best:
         """Mean over the seeds."""
         return statistics.mean(record.val_loss for record in self.records)
 
+    @property
+    def shown_seeds(self) -> str:
+        """Of which seeds the means are, for people."""
+        number = len(self.records)
+        return f"mean of {number} seeds" if number > 1 else f"seed {self.records[0].point.seed}"
+
 
 class TrialTable:
     """The records of a sweep's trials, by their points."""

@@ -45,11 +45,9 @@ class SweepConsole(RunConsole):
 
     def _summary(self, table: TrialTable) -> str:
         counts = [f"{table.count(DONE)} done", f"{table.count(STOPPED)} stopped early", f"{table.count(FAILED)} failed"]
-        best = (
-            f"best {self._workload.criterion.shown(table.best.val_criterion)}" if table.best else "none validated yet"
-        )
-        if table.best and len(table.best.records) > 1:
-            best += f" (mean of {len(table.best.records)} seeds)"
+        best = "none validated yet"
+        if table.best:
+            best = f"best {self._workload.criterion.shown(table.best.val_criterion)} ({table.best.shown_seeds})"
         left = self._seconds_left(table)
         return f"{', '.join(counts)} of {table.num_planned}; {best}" + (
             "" if left is None else f"; about {clock_time(left)} left"
