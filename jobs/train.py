@@ -7,8 +7,12 @@ ray job submit --working-dir . -- python jobs/train.py --num-workers 4
 """
 
 from mnist_ray import cli, environment
+from mnist_ray.cluster.plan import plan_workers
+from mnist_ray.forking.local import start_fork_server
 from mnist_ray.runs.clock import Clock
+from mnist_ray.runs.header import announced
 from mnist_ray.runs.job import load_data, read_job
+from mnist_ray.runs.rehearsal import rehearsal
 
 
 def main() -> None:
@@ -16,32 +20,32 @@ def main() -> None:
     clock = Clock()
     job = read_job()
     environment.prepare(verbose=job.output.verbose)
-    from mnist_ray.cluster.connection import connect  # imports Ray, after the flags are known to be right
-    from mnist_ray.cluster.plan import plan_workers
-    from mnist_ray.runs.rehearsal import rehearsal
-
+    fork_server = start_fork_server(job.workers, "mnist_ray.runs.fit")
     clock.mark("start")
     job, data = load_data(job)
-    rehearse = rehearsal(job, data)
     job.run.check_writable()
     clock.mark("data")
 
-    with connect(job.workers, verbose=job.output.verbose, meanwhile=rehearse) as cluster:
-        from mnist_ray.runs.evaluation import evaluate  # imports torch, which is there by now
-        from mnist_ray.runs.fit import fit
-        from mnist_ray.runs.record import check, recorded
+    with announced(job, data) as console:
+        from mnist_ray.cluster.connection import connect  # imports Ray, once the header is on the screen
 
-        plan = plan_workers(job.workers, cluster)
-        if job.output.check:
-            check(job, data, cluster, plan)
-            return
-        with recorded(job, data, cluster, plan, clock) as record:  # its report is written however the run ends
-            fitted = fit(job, data, plan, record.on_event)
-            clock.mark("validation")
-            tested = evaluate(job.workload, fitted.checkpoint, data.test, loader_workers=job.workers.loader_workers)
-            clock.mark("evaluation")
-            cluster.leave()
-            record.finish(fitted, tested)
+        rehearse = rehearsal(job, data)
+        with connect(job.workers, fork_server, verbose=job.output.verbose, meanwhile=rehearse) as cluster:
+            from mnist_ray.runs.evaluation import evaluate  # imports torch, which is there by now
+            from mnist_ray.runs.fit import fit
+            from mnist_ray.runs.record import check, recorded
+
+            plan = plan_workers(job.workers, cluster)
+            if job.output.check:
+                check(console, job, data, cluster, plan)
+                return
+            with recorded(console, job, data, cluster, plan, clock) as record:  # writes a report however the run ends
+                fitted = fit(job, data, plan, record.on_event)
+                clock.mark("validation")
+                tested = evaluate(job.workload, fitted.checkpoint, data.test, loader_workers=job.workers.loader_workers)
+                clock.mark("evaluation")
+                cluster.leave()
+                record.finish(fitted, tested)
 
 
 if __name__ == "__main__":

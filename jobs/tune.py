@@ -10,6 +10,9 @@ python jobs/tune.py --resume --run-name NAME
 """
 
 from mnist_ray import cli, environment
+from mnist_ray.forking.local import start_fork_server
+from mnist_ray.runs.rehearsal import rehearsal
+from mnist_ray.sweeps.console import announced
 from mnist_ray.sweeps.job import load_data, read_sweep
 
 
@@ -17,21 +20,22 @@ def main() -> None:
     """Settings, data, connect, search, then fit, evaluate and report the best."""
     sweep = read_sweep()
     environment.prepare(verbose=sweep.job.output.verbose)
-    from mnist_ray.cluster.connection import connect  # imports Ray, after the flags are known to be right
-    from mnist_ray.runs.rehearsal import rehearsal
-
+    fork_server = start_fork_server(sweep.workers, "mnist_ray.sweeps.sweep")
     sweep, data = load_data(sweep)
-    rehearse = rehearsal(sweep.job, data, sweep.batch_sizes)
     sweep.job.run.check_writable()
 
-    with connect(sweep.workers, verbose=sweep.job.output.verbose, meanwhile=rehearse) as cluster:
-        from mnist_ray.sweeps.search import check, search, train_chosen  # imports torch, which is there by now
+    with announced(sweep, data) as console:
+        from mnist_ray.cluster.connection import connect  # imports Ray, once the header is on the screen
 
-        if sweep.job.output.check:
-            check(sweep, data, cluster)
-            return
-        table = search(sweep, data, cluster)
-        train_chosen(sweep, table, data, cluster)
+        rehearse = rehearsal(sweep.job, data, sweep.batch_sizes)
+        with connect(sweep.workers, fork_server, verbose=sweep.job.output.verbose, meanwhile=rehearse) as cluster:
+            from mnist_ray.sweeps.search import check, search, train_chosen  # imports torch, which is there by now
+
+            if sweep.job.output.check:
+                check(console, sweep, data, cluster)
+                return
+            table = search(console, sweep, data, cluster)
+            train_chosen(console, sweep, table, data, cluster)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Standard library only, so that a wrong flag is answered before anything heavy is
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -52,6 +53,10 @@ class TrainConfig:
     )
     checkpoint_every: int = setting(1000, "steps between checkpoints within an epoch", **at_least(1))
 
+    def num_steps(self, num_examples: int) -> int:
+        """Return the optimizer steps of an epoch; the last batch may be smaller."""
+        return math.ceil(num_examples / self.batch_size)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerConfig:
@@ -80,6 +85,9 @@ class WorkerConfig:
     )
     autoscaling: bool = setting(False, "the cluster starts nodes on demand: wait for those that are not there yet")
     max_failures: int = setting(3, "how often lost workers are replaced before the run fails", **at_least(0))
+    fork_workers: Literal["auto", "no"] = setting(
+        "auto", "worker processes by fork, which start in tenths of a second; auto: where it is known to be safe"
+    )
     hang_timeout_s: float = setting(
         600.0,
         "seconds without a step after which a worker is taken for hung and replaced",

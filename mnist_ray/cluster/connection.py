@@ -18,15 +18,21 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_ray.cluster import private
+from mnist_ray.cluster.local import start_local
 from mnist_ray.cluster.plan import Cluster, Node, local_cpus, node_of
 from mnist_ray.config import WorkerConfig
-from mnist_ray.environment import NO_DASHBOARD, for_workers, prepare_local, take_sigterm_as_interrupt
+from mnist_ray.environment import take_sigterm_as_interrupt
 from mnist_ray.errors import JobError, UsageError
+from mnist_ray.forking.local import ForkServer
 
 
 @contextlib.contextmanager
 def connect(
-    config: WorkerConfig, *, verbose: bool = False, meanwhile: Callable[[], None] = lambda: None
+    config: WorkerConfig,
+    fork_server: ForkServer | None = None,
+    *,
+    verbose: bool = False,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Iterator[Cluster]:
     """Connect to the cluster of ``RAY_ADDRESS`` or of this machine's ``ray start``, else start a local Ray.
 
@@ -35,22 +41,26 @@ def connect(
     connection is closed and a local Ray ended. Raises JobError where the named cluster does not answer.
 
     ``meanwhile`` is done while a local Ray starts, which is mostly waiting, or else before; what it raises is raised.
+    The workers of a local Ray are forked from ``fork_server``, which is ended in the end, or where it is not needed.
     """
-    if ray.is_initialized():
-        meanwhile()
-        yield _describe(is_local=False)
-        return
-    options: dict[str, Any] = {
-        "log_to_driver": verbose,
-        "logging_level": logging.INFO if verbose else logging.ERROR,
-    }
-    if not verbose:
-        quiet_ray()
-    address = _find_cluster()
-    try:
+    with contextlib.ExitStack() as at_the_end:
+        if fork_server is not None:
+            at_the_end.callback(fork_server.stop)
+        if ray.is_initialized():
+            meanwhile()
+            yield _describe(is_local=False)
+            return
+        options: dict[str, Any] = {
+            "log_to_driver": verbose,
+            "logging_level": logging.INFO if verbose else logging.ERROR,
+        }
+        if not verbose:
+            quiet_ray()
+        address = _find_cluster()
+        at_the_end.callback(ray.shutdown)
         if address is None:
             with _beside(meanwhile):
-                _start_local(config, options)
+                start_local(local_cpus(config), fork_server, **options)
         else:
             # Not meanwhile: as a job connects, a second node on this machine may lay the job's working directory
             # anew, and without a current directory torch cannot be imported.
@@ -58,21 +68,6 @@ def connect(
             _init(address, options)
         take_sigterm_as_interrupt()
         yield _describe(is_local=address is None, leave=threading.Thread(target=ray.shutdown).start)
-    finally:
-        ray.shutdown()
-
-
-def _start_local(config: WorkerConfig, options: dict[str, Any]) -> None:
-    num_cpus = local_cpus(config)
-    prepare_local()
-    with _on_loopback():
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            runtime_env={"env_vars": for_workers() | NO_DASHBOARD},
-            **options,
-        )
 
 
 @contextlib.contextmanager
@@ -82,18 +77,6 @@ def _beside(work: Callable[[], None]) -> Iterator[None]:
         done = pool.submit(work)
         yield
         done.result()
-
-
-@contextlib.contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Let a Ray that is started meanwhile listen on loopback only, as Ray does by itself on macOS and Windows."""
-    constants = private.ray_constants
-    before = constants.ENABLE_RAY_CLUSTER
-    constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        constants.ENABLE_RAY_CLUSTER = before
 
 
 def this_node() -> NodeAffinitySchedulingStrategy:

@@ -14,6 +14,12 @@ NAMES = {
         "ray._private",
         "ENABLE_RAY_CLUSTER=False lets a local Ray listen on loopback only; its variable is read at import",
     ),
+    "RayParams": (
+        "ray._private.parameter",
+        "setup_worker_path is what starts each worker: runtime_env's py_executable costs an import of Ray before it; "
+        "no_monitor and include_log_monitor spare two processes",
+    ),
+    "Node": ("ray._private.node", "start_api_server starts a process also for no dashboard, and waits for it"),
     "maybe_enable_token_auth_if_token_available": (
         "ray._private.authentication.authentication_token_setup",
         "`ray start` asks for a token where there is one, and ray.init(address=...) does not show it by itself",

@@ -47,7 +47,7 @@ class RunConsole:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._live.stop()
+        self.rest()
 
     def say(self, label: str, text: str) -> None:
         """Print a line, its label in a column of its own."""
@@ -61,9 +61,13 @@ class RunConsole:
         if self._live.is_started:
             self._live.update(Text(_column("") + text, style="dim"), refresh=True)
 
+    def rest(self) -> None:
+        """Take the live line away for good."""
+        self._live.stop()
+
     def result(self, label: str, text: str) -> None:
         """Print a line that ``--quiet`` leaves standing."""
-        self._live.stop()
+        self.rest()
         self._console.print(Text.assemble((_column(label), "bold"), text))
 
     def show(self, event: Event) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mnist_ray.cluster import preflight
-from mnist_ray.cluster.plan import Cluster, WorkerPlan, usable_cores
+from mnist_ray.cluster.plan import Cluster, WorkerPlan
 from mnist_ray.cluster.sharing import share
 from mnist_ray.display import tracking
 from mnist_ray.display.console import RunConsole
@@ -19,13 +19,12 @@ from mnist_ray.provenance import origin
 from mnist_ray.runs.clock import Clock
 from mnist_ray.runs.failures import TrainingStoppedError
 from mnist_ray.runs.fit import Fitted
+from mnist_ray.runs.header import say_plan
 from mnist_ray.runs.job import Job
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE, WORKLOAD_FILE, RunFolder
 from mnist_ray.training.events import Event
 from mnist_ray.training.metrics import Evaluation
-from mnist_ray.training.sharding import num_steps
-from mnist_ray.wording import count
 from mnist_ray.workload.data import Parts
 from mnist_ray.workload.interface import Workload
 
@@ -35,29 +34,33 @@ Sections = Callable[[RunFolder], Any]
 
 @contextlib.contextmanager
 def recorded(
-    job: Job, data: Parts, cluster: Cluster, plan: WorkerPlan, clock: Clock, sections: Sections | None = None
+    console: RunConsole,
+    job: Job,
+    data: Parts,
+    cluster: Cluster,
+    plan: WorkerPlan,
+    clock: Clock,
+    sections: Sections | None = None,
 ) -> Iterator[Record]:
     """Show and keep how a run goes. However it ends, its report is written and its trackers are told.
 
     Raises what happens meanwhile, with what the user can do about it.
     """
-    with RunConsole(job.workload, job.train.num_epochs, quiet=job.output.quiet) as console:
-        record = Record(job, data, clock, console, sections)
-        print_header(console, job, data, cluster, plan)
-        console.waiting("starting workers …")
-        record.begin()
-        try:
-            yield record
-        except KeyboardInterrupt as interrupt:
-            raise KeyboardInterrupt(f"interrupted; to go on: {job.resume_with}") from interrupt
-        except TrainingStoppedError as error:
-            raise JobError(f"{error} (logs: {cluster.log_folder})") from error
-        except JobError as error:
-            raise JobError(f"{error} (logs: {cluster.log_folder}; to go on: {job.resume_with})") from error
-        finally:
-            record.close()
-        clock.mark("report")
-        record.print_files()
+    record = Record(job, data, clock, console, sections)
+    say_plan(console, job, cluster, plan)
+    record.begin()
+    try:
+        yield record
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"interrupted; to go on: {job.resume_with}") from interrupt
+    except TrainingStoppedError as error:
+        raise JobError(f"{error} (logs: {cluster.log_folder})") from error
+    except JobError as error:
+        raise JobError(f"{error} (logs: {cluster.log_folder}; to go on: {job.resume_with})") from error
+    finally:
+        record.close()
+    clock.mark("report")
+    record.print_files()
 
 
 class Record:
@@ -148,41 +151,6 @@ def console_of(workload: Workload) -> RunConsole:
     return RunConsole(workload, 0, quiet=False)
 
 
-def print_header(console: RunConsole, job: Job, data: Parts, cluster: Cluster, plan: WorkerPlan) -> None:
-    """Say what is going to be trained, on what."""
-    config = job.train
-    console.say("run", job.run.name)
-    print_data(console, job, data)
-    model = job.workload.create_model()
-    num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    console.say("model", f"{type(model).__name__}, {num_parameters:,} parameters")
-    steps = count(num_steps(len(data.train), config.batch_size), "step")
-    console.say(
-        "training",
-        f"{count(config.num_epochs, 'epoch')} of {steps}, batch size {config.batch_size}, "
-        f"{config.schedule} learning rate {config.learning_rate:g}, precision {config.precision}",
-    )
-    gpu = " and 1 GPU" if plan.use_gpu else ""
-    where = "a local Ray" if cluster.is_local else f"a Ray cluster of {count(len(cluster.nodes), 'node')}"
-    cpus = count(plan.cpus_per_worker, "CPU")
-    console.say("workers", f"{plan.num_workers}, each with {cpus}{gpu}, on {where}")
-    console.say("results", job.run.uri)
-    cores = usable_cores()
-    if cluster.is_local and not plan.use_gpu and plan.num_workers > cores:
-        shared = f"{plan.num_workers} workers share {cores} cores"
-        console.say("note", f"{shared}: --num-workers {cores} would be at least as fast")
-    if plan.must_scale_up:
-        console.say("note", "the cluster is too small now; waiting for it to start nodes")
-
-
-def print_data(console: RunConsole, job: Job, data: Parts) -> None:
-    """Print the line of the header that tells of the data, after what the user is to know before."""
-    for note in job.notes:
-        console.say("note", note)
-    counts = f"{len(data.train):,} {job.workload.nouns} to train on, {len(data.validation):,} for validation"
-    console.say("data", f"{data.name}: {counts}, {len(data.test):,} to test")
-
-
 def print_evaluation(console: RunConsole, workload: Workload, tested: Evaluation) -> None:
     """Print what came out on the test set."""
     for label, line in workload.lines(tested.columns):
@@ -193,11 +161,10 @@ def print_evaluation(console: RunConsole, workload: Workload, tested: Evaluation
     console.result("test", f"{said} on {tested.num_examples:,} {workload.nouns}")
 
 
-def check(job: Job, data: Parts, cluster: Cluster, plan: WorkerPlan) -> None:
+def check(console: RunConsole, job: Job, data: Parts, cluster: Cluster, plan: WorkerPlan) -> None:
     """Say how a job would run, and whether it would. Raises JobError where it would not."""
-    with RunConsole(job.workload, job.train.num_epochs, quiet=job.output.quiet) as console:
-        print_header(console, job, data, cluster, plan)
-        check_nodes(console, job, data, plan)
+    say_plan(console, job, cluster, plan)
+    check_nodes(console, job, data, plan)
 
 
 def check_nodes(console: RunConsole, job: Job, data: Parts, plan: WorkerPlan) -> None:

@@ -28,7 +28,6 @@ from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training import engine
 from mnist_ray.training.events import EpochFinished, Event, NodeLeaving, Progress, Started
 from mnist_ray.training.metrics import score
-from mnist_ray.training.sharding import num_steps
 from mnist_ray.workload.data import Part
 from mnist_ray.workload.interface import Workload
 
@@ -102,7 +101,7 @@ def _train(spec: LoopSpec) -> None:
             config.precision,
             state.epoch,
             state.step,
-            num_steps(len(part), config.batch_size),
+            config.num_steps(len(part)),
             restored.damaged,
         )
     )

@@ -5,42 +5,43 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from typing import Any
 
 from mnist_ray import settings
 from mnist_ray.cluster import preflight
 from mnist_ray.cluster.connection import as_it_is_now
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, plan_workers
 from mnist_ray.cluster.sharing import share
-from mnist_ray.display.console import RunConsole
 from mnist_ray.errors import JobError
 from mnist_ray.runs.clock import Clock
 from mnist_ray.runs.evaluation import evaluate
 from mnist_ray.runs.fit import fit
+from mnist_ray.runs.header import announced
 from mnist_ray.runs.job import Job
-from mnist_ray.runs.record import check_nodes, print_data, recorded
+from mnist_ray.runs.record import check_nodes, recorded
 from mnist_ray.settings import json_lines
-from mnist_ray.storage import RESULT_FILE, TRIALS_FILE
+from mnist_ray.storage import RESULT_FILE, TRIALS_FILE, RunFolder
+from mnist_ray.sweeps.console import SweepConsole
 from mnist_ray.sweeps.job import SWEEP_FILE, Sweep
 from mnist_ray.sweeps.space import described
 from mnist_ray.sweeps.sweep import TRIALS_FOLDER, run_sweep, trials_at_a_time
 from mnist_ray.sweeps.trial import TrialSpec
 from mnist_ray.sweeps.trials import TrialTable
-from mnist_ray.sweeps.view import SweepConsole, sections
 from mnist_ray.wording import count
 from mnist_ray.workload.data import Parts
+from mnist_ray.workload.interface import Workload
 
 BEST_FILE, PICTURE_FILE, DEFAULT_FOLDER = "best.json", "sweep.png", "default"
 
 
-def check(sweep: Sweep, data: Parts, cluster: Cluster) -> None:
+def check(console: SweepConsole, sweep: Sweep, data: Parts, cluster: Cluster) -> None:
     """Say how a sweep would run, and whether it would. Raises JobError where it would not."""
     plan = plan_workers(sweep.workers, cluster)
-    with _console(sweep) as console:
-        _print_header(console, sweep, data, plan, cluster)
-        check_nodes(console, sweep.job, data, plan)
+    _say_plan(console, sweep, plan, cluster)
+    check_nodes(console, sweep.job, data, plan)
 
 
-def search(sweep: Sweep, data: Parts, cluster: Cluster) -> TrialTable:
+def search(console: SweepConsole, sweep: Sweep, data: Parts, cluster: Cluster) -> TrialTable:
     """Run the trials, or those that an interrupted sweep has not run yet, and write what came of them.
 
     A sweep that has chosen before tries nothing more: its choice is not to change. Raises JobError.
@@ -57,17 +58,15 @@ def search(sweep: Sweep, data: Parts, cluster: Cluster) -> TrialTable:
         run.inside(TRIALS_FOLDER),
     )
     try:
-        with _console(sweep) as console:
-            _print_header(console, sweep, data, plan, cluster)
-            concurrent = _trials_at_a_time(sweep, plan, cluster)
-            table = chosen_before(sweep) or run_sweep(
-                sweep.config, sweep.space, spec, run, concurrent, console.show_table
-            )
+        _say_plan(console, sweep, plan, cluster)
+        concurrent = _trials_at_a_time(sweep, plan, cluster)
+        table = chosen_before(sweep) or run_sweep(sweep.config, sweep.space, spec, run, concurrent, console.show_table)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(f"interrupted; to go on: {job.resume_with}") from interrupt
     except JobError as error:
         raise JobError(f"{error} (logs: {cluster.log_folder})") from error
-    _write_choice(sweep, table)
+    _write_choice(console, sweep, table)
+    console.rest()
     return table
 
 
@@ -79,7 +78,7 @@ def chosen_before(sweep: Sweep) -> TrialTable | None:
     return TrialTable(type(sweep.job.workload), sweep.space).read(run.read_text(TRIALS_FILE) or "")
 
 
-def _write_choice(sweep: Sweep, table: TrialTable) -> None:
+def _write_choice(console: SweepConsole, sweep: Sweep, table: TrialTable) -> None:
     """Write and print the best configuration, with all trials."""
     from mnist_ray.sweeps.picture import draw  # imports matplotlib, which the trials need not wait for
 
@@ -90,11 +89,10 @@ def _write_choice(sweep: Sweep, table: TrialTable) -> None:
     }
     job.run.write_text(BEST_FILE, json_lines(chosen))
     job.run.write_bytes(PICTURE_FILE, draw(table, job.train.num_epochs))
-    with _console(sweep) as console:
-        console.result_table(table)
-        console.say("files", f"{job.run.inside(TRIALS_FILE).uri}, {BEST_FILE}, {PICTURE_FILE}")
-        criterion = job.workload.criterion
-        console.say("best", f"{criterion.shown(best.val_criterion)} validation {criterion.name}, {best.shown_seeds}")
+    console.result_table(table)
+    console.say("files", f"{job.run.inside(TRIALS_FILE).uri}, {BEST_FILE}, {PICTURE_FILE}")
+    criterion = job.workload.criterion
+    console.say("best", f"{criterion.shown(best.val_criterion)} validation {criterion.name}, {best.shown_seeds}")
 
 
 def _worker_settings(job: Job) -> set[str]:
@@ -106,7 +104,7 @@ def _best_job(sweep: Sweep, table: TrialTable) -> Job:
     return sweep.job.with_values(dict(table.best.configuration))
 
 
-def train_chosen(sweep: Sweep, table: TrialTable, data: Parts, cluster: Cluster) -> None:
+def train_chosen(console: SweepConsole, sweep: Sweep, table: TrialTable, data: Parts, cluster: Cluster) -> None:
     """Train and evaluate the default configuration, where it is another one and fits the data, and the best.
 
     What an interrupted sweep has trained already is not trained again.
@@ -120,24 +118,24 @@ def train_chosen(sweep: Sweep, table: TrialTable, data: Parts, cluster: Cluster)
     came_out = {}
     for title, job in chosen.items():
         values = described({name: job.values[name] for name in sweep.space.spaces})
-        _say(job, title, f"training with {values}")
+        console.say("", "")
+        console.say(title, f"training with {values}")
         value = _known_result(job)
         if value is None:
             value = _train_and_test(job, data, as_it_is_now(cluster), is_last=title == "best")
         shown = job.workload.criterion.shown(value)
         name = "" if job.workload.criterion.is_fraction else f"{job.workload.criterion.name} "
         came_out[title] = f"{name}{shown} on the test set with {values}"
-    with RunConsole(best.workload, 0, quiet=best.output.quiet) as console:
-        console.say("", "")
-        for title, line in came_out.items():
-            console.result(title, line)
+    console.say("", "")
+    for title, line in came_out.items():
+        console.result(title, line)
 
 
 def _train_and_test(job: Job, data: Parts, cluster: Cluster, *, is_last: bool) -> float:
     """Do what ``jobs/train.py`` does; after the last run the cluster is left while the report is written."""
     clock, plan = Clock(), plan_workers(job.workers, cluster)
-    report_sections = functools.partial(sections, workload=type(job.workload))
-    with recorded(job, data, cluster, plan, clock, report_sections) as record:
+    sections = functools.partial(_sections, workload=job.workload)
+    with announced(job, data) as console, recorded(console, job, data, cluster, plan, clock, sections) as record:
         fitted = fit(job, data, plan, record.on_event)
         clock.mark("validation")
         tested = evaluate(job.workload, fitted.checkpoint, data.test, loader_workers=job.workers.loader_workers)
@@ -153,28 +151,18 @@ def _known_result(job: Job) -> float | None:
     return None if text is None else float(json.loads(text)[f"test_{job.workload.criterion.name}"])
 
 
-def _say(job: Job, label: str, text: str) -> None:
-    with RunConsole(job.workload, job.train.num_epochs, quiet=job.output.quiet) as console:
-        console.say("", "")
-        console.say(label, text)
+def _sections(run: RunFolder, workload: Workload) -> Any:
+    from mnist_ray.sweeps.report import sections  # imports matplotlib, which the trials need not wait for
 
-
-def _console(sweep: Sweep) -> SweepConsole:
-    job = sweep.job
-    return SweepConsole(job.workload, job.train.num_epochs, sweep.config.time_budget_s, quiet=job.output.quiet)
+    return sections(run, type(workload))
 
 
 def _trials_at_a_time(sweep: Sweep, plan: WorkerPlan, cluster: Cluster) -> int:
     return trials_at_a_time(sweep.config, plan, cluster, autoscaling=sweep.job.workers.autoscaling)
 
 
-def _print_header(console: SweepConsole, sweep: Sweep, data: Parts, plan: WorkerPlan, cluster: Cluster) -> None:
-    config, job = sweep.config, sweep.job
-    console.say("sweep", job.run.name)
-    print_data(console, job, data)
-    trials = f"{count(config.num_trials, 'trial')} of {count(job.train.num_epochs, 'epoch')}"
-    console.say("search", f"{config.search}, {trials}: {sweep.space.described()}; scheduler {config.scheduler}")
+def _say_plan(console: SweepConsole, sweep: Sweep, plan: WorkerPlan, cluster: Cluster) -> None:
     each = f"{count(plan.num_workers, 'worker')} with {count(plan.cpus_per_worker, 'CPU')}"
     concurrent = _trials_at_a_time(sweep, plan, cluster)
     console.say("trials", f"{concurrent} at a time, each {each}{' and 1 GPU' if plan.use_gpu else ''}")
-    console.say("results", job.run.uri)
+    console.waiting("starting trials …")

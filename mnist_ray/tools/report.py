@@ -9,7 +9,7 @@ from mnist_ray.display import report
 from mnist_ray.display.report import RunRecord
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.storage import ORIGIN_FILE, REPORT_FILE, TRIALS_FILE, RunFolder, write_file
-from mnist_ray.sweeps.view import sections
+from mnist_ray.sweeps.report import sections
 from mnist_ray.training.checkpoint import FACTS_BEFORE_WORKLOADS
 from mnist_ray.workload import source
 from mnist_ray.workload.data import Part

@@ -19,7 +19,7 @@ from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.training import shared_memory
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import Evaluation, MetricSums
-from mnist_ray.training.sharding import Batch, ShardedBatchSampler, batch_loader, batches_of, num_steps, to_device
+from mnist_ray.training.sharding import Batch, ShardedBatchSampler, batch_loader, batches_of, to_device
 from mnist_ray.workload.check import as_fp32
 from mnist_ray.workload.data import Part
 from mnist_ray.workload.interface import Workload
@@ -84,7 +84,7 @@ def create_state(workload: Workload, config: TrainConfig, num_examples: int, dev
     torch.manual_seed(config.seed)
     model = with_fast_layout(workload.create_model().to(device))
     optimizer = workload.create_optimizer(model, config)
-    total_steps = config.num_epochs * num_steps(num_examples, config.batch_size)
+    total_steps = config.num_epochs * config.num_steps(num_examples)
     return TrainingState(model, optimizer, workload.create_scheduler(optimizer, config, total_steps))
 
 
@@ -137,7 +137,7 @@ class _Epochs:
     def train_next(self) -> Progress:
         """Train to the end of the current epoch, reporting every half second; return its last progress."""
         state, config, hooks = self.state, self.config, self.hooks
-        last_step = num_steps(len(self.part), config.batch_size)
+        last_step = config.num_steps(len(self.part))
         window = _Window(self.workload, self.group, interval_steps=10)
         generator = _generator(self.group.device)
         seed = _seed(config.seed, state.epoch, self.group.rank)

@@ -32,11 +32,6 @@ Slice = tuple[np.ndarray, int]
 """What the loader asks a data set for: the indices of a slice, and the size of its global batch."""
 
 
-def num_steps(num_examples: int, batch_size: int) -> int:
-    """Return the optimizer steps of an epoch; the last batch may be smaller."""
-    return math.ceil(num_examples / batch_size)
-
-
 class ShardedBatchSampler(Sampler[Slice]):
     """One rank's slices of an epoch's global batches: (indices of the slice, size of the global batch).
 
@@ -65,7 +60,7 @@ class ShardedBatchSampler(Sampler[Slice]):
         self.first_step = first_step
 
     def __len__(self) -> int:
-        return num_steps(self.num_examples, self.batch_size) - self.first_step
+        return math.ceil(self.num_examples / self.batch_size) - self.first_step
 
     def __iter__(self) -> Iterator[Slice]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_examples)

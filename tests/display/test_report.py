@@ -19,9 +19,9 @@ from mnist_ray.display.report import RunRecord
 from mnist_ray.errors import UsageError
 from mnist_ray.settings import json_lines, values_of
 from mnist_ray.storage import RunFolder, locate
+from mnist_ray.sweeps.report import sections
 from mnist_ray.sweeps.space import Point, space_of
 from mnist_ray.sweeps.trials import DONE, TrialRecord, TrialTable
-from mnist_ray.sweeps.view import sections
 from mnist_ray.workload.data import Part
 from mnist_ray.workload.mnist import idx
 from tests.conftest import mnist, run_job

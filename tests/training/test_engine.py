@@ -16,7 +16,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.training import engine, shared_memory
 from mnist_ray.training.engine import Group, Hooks, TrainingDivergedError, TrainingState
 from mnist_ray.training.events import Progress
-from mnist_ray.training.sharding import Batch, num_steps
+from mnist_ray.training.sharding import Batch
 from mnist_ray.workload.data import Arrays, Part
 from tests.conftest import mnist
 
@@ -154,7 +154,7 @@ def test_progress_agrees_with_a_plain_computation(few_images: Arrays) -> None:
     assert seen[-1].num_examples == 600
     assert so_far["accuracy"] == (logits.argmax(1) == labels).sum().item() / 600
     assert so_far["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
-    assert sum(len(progress.losses) for progress in seen) == num_steps(600, 64)
+    assert sum(len(progress.losses) for progress in seen) == TrainConfig(batch_size=64).num_steps(600)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(few_images: Arrays) -> None:

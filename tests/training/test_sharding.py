@@ -1,8 +1,10 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from mnist_ray.training.sharding import ArrayBatches, Batch, ShardedBatchSampler, batch_loader, num_steps
+from mnist_ray.training.sharding import ArrayBatches, Batch, ShardedBatchSampler, batch_loader
 from mnist_ray.workload.data import Arrays
 
 
@@ -33,7 +35,7 @@ def test_shards_partition_every_epoch_into_the_same_global_batches(
     alone = shards(num_examples, batch_size, 1)[0]
     for epoch in range(2):
         by_rank = shards(num_examples, batch_size, world_size, epoch)
-        assert {len(slices) for slices in by_rank} == {num_steps(num_examples, batch_size)}
+        assert {len(slices) for slices in by_rank} == {math.ceil(num_examples / batch_size)}
         steps = list(zip(*by_rank, strict=True))
         batches = [np.concatenate([indices for indices, _ in step]) for step in steps]
         assert sorted(np.concatenate(batches)) == list(range(num_examples))

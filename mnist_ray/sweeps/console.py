@@ -1,22 +1,22 @@
-"""What people see of a sweep: a live table, or a line a trial, and its part of the report."""
+"""What people see of a sweep as it goes: a header, and a live table, or a line a trial."""
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from mnist_ray import drawing
 from mnist_ray.display.console import RunConsole
-from mnist_ray.display.report import Sections
-from mnist_ray.settings import parse_config
-from mnist_ray.storage import CONFIG_FILE, TRIALS_FILE, RunFolder
-from mnist_ray.sweeps.job import SWEEP_FILE
-from mnist_ray.sweeps.space import described, space_of
+from mnist_ray.runs.header import say_data
+from mnist_ray.sweeps.job import Sweep
+from mnist_ray.sweeps.space import described
 from mnist_ray.sweeps.trials import DONE, FAILED, STOPPED, TrialRecord, TrialTable
-from mnist_ray.wording import clock_time
+from mnist_ray.wording import clock_time, count
+from mnist_ray.workload.data import Parts
 from mnist_ray.workload.interface import Workload
 
 
@@ -88,24 +88,15 @@ def _table(table: TrialTable, num_epochs: int) -> Table:
     return view
 
 
-def sections(run: RunFolder, workload: type[Workload]) -> Sections:
-    """Return a sweep's part of the report that lies in its folder; nothing where the run is no sweep.
-
-    Raises UsageError where its files are damaged.
-    """
-    from mnist_ray.sweeps.picture import draw  # imports matplotlib, which the trials need not wait for
-
-    trials, settings = run.read_text(TRIALS_FILE), run.read_text(SWEEP_FILE)
-    if trials is None:
-        return Sections()
-    values = {} if settings is None else parse_config(settings, run.inside(SWEEP_FILE).uri)
-    num_epochs = parse_config(run.read_text(CONFIG_FILE) or "{}", run.inside(CONFIG_FILE).uri)["num_epochs"]
-    table = TrialTable(workload, space_of(workload, values)).read(trials)
-    criterion = table.workload.criterion.name
-    alt = f"Validation {criterion} of {len(table.by_point)} trials; the table has all figures"
-    caption = "Hollow: stopped early. Ringed: the best configuration."
-    rows = [table.shown_row(record, num_epochs) for record in table.ranked]
-    return Sections(
-        [drawing.Picture("sweep", "Trials", alt, draw(table, num_epochs), caption)],
-        [drawing.Table("Trials, best first", table.shown_columns, rows)],
-    )
+@contextlib.contextmanager
+def announced(sweep: Sweep, data: Parts) -> Iterator[SweepConsole]:
+    """Say what is going to be searched, and show what is waited for."""
+    job, config = sweep.job, sweep.config
+    with SweepConsole(job.workload, job.train.num_epochs, config.time_budget_s, quiet=job.output.quiet) as console:
+        console.say("sweep", job.run.name)
+        say_data(console, job, data)
+        trials = f"{count(config.num_trials, 'trial')} of {count(job.train.num_epochs, 'epoch')}"
+        console.say("search", f"{config.search}, {trials}: {sweep.space.described()}; scheduler {config.scheduler}")
+        console.say("results", job.run.uri)
+        console.waiting("starting Ray …")
+        yield console

@@ -1,0 +1,58 @@
+"""The fork server of a local Ray: a job starts it with its first lines, beside its own imports, and ends it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from mnist_ray.config import WorkerConfig
+from mnist_ray.forking.shim import SOCKET_VARIABLE
+
+SHIM = Path(__file__).with_name("shim.py")
+_FIRST_JOB = "01000000"
+
+
+@dataclass(frozen=True)
+class ForkServer:
+    """A process that listens for workers to fork. It ends with this process, by itself."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+    """Where its socket is."""
+
+    def stop(self) -> None:
+        """End it; the workers that it has forked go on."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)  # where it was killed
+        os.environ.pop(SOCKET_VARIABLE, None)
+
+
+def start_fork_server(config: WorkerConfig, *modules: str) -> ForkServer | None:
+    """Start a fork server for the local Ray that this process will start; return None where there is to be none.
+
+    It imports ``modules``. Ray's processes learn from this one's environment where it is.
+    """
+    joins_cluster = os.environ.get("RAY_ADDRESS", "local") not in ("", "auto", "local")
+    if config.fork_workers == "no" or joins_cluster or not sys.platform.startswith("linux"):
+        return None
+    folder = Path(tempfile.mkdtemp(prefix="mnist_ray-"))
+    address = folder / "fork"
+    # Read when Ray is imported. A local Ray's first job is this one; a worker that sees this process end, ends too.
+    of_workers = {"RAY_JOB_ID": _FIRST_JOB, "RAY_RAYLET_PID": str(os.getpid())}
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"{__package__}.server", str(address), *modules],
+        cwd=Path(__file__).parents[2],  # from which this package is imported there too
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, **of_workers},
+    )
+    os.environ[SOCKET_VARIABLE] = str(address)
+    return ForkServer(process, folder)

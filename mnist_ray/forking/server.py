@@ -1,0 +1,233 @@
+"""The fork server: a process that imports once what workers need, and then forks Ray's workers from itself.
+
+It has one thread, so that a fork copies all that there is of it. It draws from no generator, so that no two workers
+draw the same, and leaves CUDA untouched. Whatever cannot be so is answered with a refusal, and Ray starts the worker.
+
+python -m mnist_ray.forking.server SOCKET MODULE...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import random
+import resource
+import runpy
+import select
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_READ_AT_IMPORT = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "LD_", "MALLOC_", "PYTHON")
+"""How variables begin that take effect when a library is loaded: with other ones a worker has to load it itself."""
+_TAKES_EFFECT_LATER = ("OMP_NUM_THREADS", "PYTHONBREAKPOINT")
+_WITHOUT_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+"""For NumPy, SciPy and PyArrow, which would start threads when they are loaded."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A worker that is to be started, with what it has from its parent; see ``shim.request``."""
+
+    argv: list[str]
+    environment: dict[str, str]
+    folder: str
+    nice: int
+    oom_score_adj: str
+    open_files: tuple[int, int]
+    is_group_leader: bool
+    blocked_signals: list[int]
+
+
+def main() -> None:
+    """Import modules, then fork workers until the process at the other end of the standard input has ended."""
+    path, modules, environment = Path(sys.argv[1]), sys.argv[2:], dict(os.environ)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner; this process ends when that does
+    with listening(path) as listener:
+        refusal = load(modules)
+        request = serve(listener, environment, refusal)
+    if request is not None:
+        sys.argv[:] = request.argv
+        sys.path[0] = str(Path(request.argv[0]).parent)
+        runpy.run_path(request.argv[0], run_name="__main__")
+
+
+@contextlib.contextmanager
+def listening(path: Path) -> Iterator[socket.socket]:
+    """Listen at a path to which only this user may connect; the server, not its forks, removes its folder at the end.
+
+    Before anything is imported, so that workers can wait for it.
+    """
+    server, umask = os.getpid(), os.umask(0o177)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        os.umask(umask)
+        listener.listen(128)
+        yield listener
+    if os.getpid() == server:
+        with contextlib.suppress(OSError):
+            path.unlink()
+            path.parent.rmdir()
+
+
+def load(modules: Sequence[str]) -> str:
+    """Import modules so that processes can be forked afterwards; return why they cannot, if so."""
+    os.environ.update(_WITHOUT_THREADS)
+    try:
+        with _ids_from_kernel():
+            for name in modules:
+                importlib.import_module(name)
+        if len({_id_of_fork() for _ in range(2)}) < 2:
+            return "two forks would draw the same ids"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    gc.collect()
+    gc.freeze()  # the collector would write to all objects, and so copy the memory that workers share
+    return why_unsafe()
+
+
+@contextlib.contextmanager
+def _ids_from_kernel() -> Iterator[None]:
+    """Let actor classes that are defined meanwhile have ids of the kernel's generator.
+
+    Ray's own is seeded at its first use: once used here, all forks would go on with it, and draw the same.
+    """
+    import ray.actor
+
+    class FromKernel:
+        @staticmethod
+        def from_random() -> ray.ActorClassID:
+            return ray.ActorClassID(os.urandom(ray.ActorClassID.size()))
+
+    rays_own, ray.actor.ActorClassID = ray.actor.ActorClassID, FromKernel
+    try:
+        yield
+    finally:
+        ray.actor.ActorClassID = rays_own
+
+
+def _id_of_fork() -> bytes:
+    """Return an id that a fork of this process draws from Ray's generator."""
+    import ray
+
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(writer, ray.NodeID.from_random().binary())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as drawn:
+        number = drawn.read()
+    os.waitpid(pid, 0)
+    return number
+
+
+def why_unsafe() -> str:
+    """Say why this process must not be forked; nothing where it may."""
+    num_threads = len(os.listdir("/proc/self/task"))
+    if num_threads > 1:
+        return f"the fork server has {num_threads} threads"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return "the fork server uses CUDA"
+    return ""
+
+
+def serve(listener: socket.socket, environment: dict[str, str], refusal: str) -> Request | None:
+    """Fork a worker for each request. Return None when the owner has ended, or in a worker, what it is to be."""
+    signal.signal(signal.SIGCHLD, _reap)
+    owner = sys.stdin.fileno()
+    while True:
+        ready, _, _ = select.select([listener, owner], [], [])
+        if owner in ready:
+            return None
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError, ValueError):  # of a client that has gone, or sends rubbish
+            request, descriptors = _receive(connection)
+            answer = refusal or why_unsafe() or why_not(request, environment)
+            if not answer:
+                pid = os.fork()
+                if pid == 0:
+                    listener.close()
+                    connection.close()
+                    become(request, descriptors)
+                    return request
+                answer = str(pid)
+            for descriptor in descriptors:
+                os.close(descriptor)
+            connection.sendall(answer.encode())
+
+
+def _reap(number: int, frame: object) -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _receive(connection: socket.socket) -> tuple[Request, list[int]]:
+    head, descriptors, _, _ = socket.recv_fds(connection, 4, 3)
+    size, content = int.from_bytes(head, "big"), bytearray()
+    while len(content) < size and (more := connection.recv(size - len(content))):
+        content += more
+    return Request(**json.loads(content)), descriptors
+
+
+def why_not(request: Request, environment: dict[str, str]) -> str:
+    """Say which variable keeps a worker from being forked from a server that was started with an environment."""
+    for name in sorted(request.environment.keys() | environment.keys()):
+        is_early = name.startswith(_READ_AT_IMPORT) and name not in _TAKES_EFFECT_LATER
+        if is_early and request.environment.get(name) != environment.get(name):
+            return f"{name} is another one than the fork server's"
+    return ""
+
+
+def become(request: Request, descriptors: Sequence[int]) -> None:
+    """Make this process, which was just forked, what Ray's own way would have made of it."""
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, request.blocked_signals)
+    if request.is_group_leader:
+        os.setpgid(0, 0)
+    os.setpriority(os.PRIO_PROCESS, 0, request.nice)
+    resource.setrlimit(resource.RLIMIT_NOFILE, request.open_files)
+    if request.oom_score_adj:
+        Path("/proc/self/oom_score_adj").write_text(request.oom_score_adj, encoding="ascii")
+    os.environ.clear()
+    os.environ.update(request.environment)
+    os.chdir(request.folder)
+    _draw_anew()
+    _read_settings_anew()
+
+
+def _draw_anew() -> None:
+    """Seed the generators that processes have by themselves; Ray's is not seeded yet."""
+    import numpy as np
+    import torch
+
+    random.seed()
+    np.random.seed()
+    torch.seed()
+
+
+def _read_settings_anew() -> None:
+    """Let libraries have the settings of this process's environment that they read when they were loaded."""
+    import ray
+    import torch
+
+    ray._raylet.Config.initialize("")  # type: ignore[attr-defined]
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if threads.isdigit():
+        torch.set_num_threads(int(threads))
+
+
+if __name__ == "__main__":
+    main()
