@@ -38,6 +38,15 @@ NAMES = {
         "ray.train.v2._internal.exceptions",
         "Result.from_path raises it where a kill has cut off the list of checkpoints",
     ),
+    "DatasetsCallback": ("ray.train.v2._internal.callbacks", "starts an actor also where there are no Ray Datasets"),
+    "PlacementGroupCleanerCallback": (
+        "ray.train.v2._internal.callbacks.placement_group_callback",
+        "starts an actor that the end of a run waits for, up to a second",
+    ),
+    "validation_manager": (
+        "ray.train.v2._internal.execution.checkpoint",
+        "looks for the last validation once a second, which is waited for at the end",
+    ),
     "_TorchBackend": ("ray.train.torch.config", "what a TorchConfig's backend_cls is derived from"),
     "_set_torch_distributed_env_vars": ("ray.train.torch.config", "what _TorchBackend.on_start does first"),
     "_setup_torch_process_group": (

@@ -15,6 +15,8 @@ from mnist_ray.forking.shim import SOCKET_VARIABLE
 
 SHIM = Path(__file__).with_name("shim.py")
 _FIRST_JOB = "01000000"
+_IMPORTED_LATE = ("ray.tune", "torch._dynamo")
+"""What a training worker imports besides as it begins: by Ray Train, and by PyTorch's optimizers."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def start_fork_server(config: WorkerConfig, *modules: str) -> ForkServer | None:
     # Read when Ray is imported. A local Ray's first job is this one; a worker that sees this process end, ends too.
     of_workers = {"RAY_JOB_ID": _FIRST_JOB, "RAY_RAYLET_PID": str(os.getpid())}
     process = subprocess.Popen(
-        [sys.executable, "-m", f"{__package__}.server", str(address), *modules],
+        [sys.executable, "-m", f"{__package__}.server", str(address), *modules, *_IMPORTED_LATE],
         cwd=Path(__file__).parents[2],  # from which this package is imported there too
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,

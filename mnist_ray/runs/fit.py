@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -13,34 +13,27 @@ import ray.train
 from ray.exceptions import RayError
 from ray.train import (
     Checkpoint,
-    CheckpointConfig,
-    FailureConfig,
-    RunConfig,
-    ScalingConfig,
-    UserCallback,
     ValidationConfig,
 )
-from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
 from mnist_ray.cluster import private
 from mnist_ray.cluster.connection import this_node
 from mnist_ray.cluster.plan import WorkerPlan
-from mnist_ray.cluster.rendezvous import WorkerGroupConfig
 from mnist_ray.cluster.sharing import share
 from mnist_ray.errors import JobError
 from mnist_ray.runs import evaluation
 from mnist_ray.runs.failures import FailureReporter, TrainingStoppedError, reason_of
 from mnist_ray.runs.job import Job, about
 from mnist_ray.runs.lookup import best_of
-from mnist_ray.runs.worker import LoopSpec, train_loop_per_worker
+from mnist_ray.runs.trainer import create_trainer
+from mnist_ray.runs.worker import LoopSpec
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder, with_retries
 from mnist_ray.training.checkpoint import checkpoint_names
 from mnist_ray.training.events import Event, Started, WorkersLost
 from mnist_ray.workload.data import Parts
 
 _POLL_INTERVAL_S = 0.5  # at which the driver asks for events, as often as workers send their progress
-_RESIZE_INTERVAL_S = 15.0  # how often an elastic run looks whether the cluster holds more workers
 
 
 @dataclass(frozen=True)
@@ -126,40 +119,6 @@ def _with_storage_failures(
             on_event(WorkersLost(reason_of(error)))
             run.check_writable(retry=True)
     raise AssertionError("the last attempt returns or raises")
-
-
-def create_trainer(
-    spec: LoopSpec,
-    plan: WorkerPlan,
-    max_failures: int,
-    validation_config: ValidationConfig | None = None,
-    callbacks: Sequence[UserCallback] = (),
-) -> TorchTrainer:
-    """Return the trainer that runs ``spec`` on the planned workers and keeps the best and the last checkpoint."""
-    is_validated = spec.validates_in_tasks or spec.validation is not None
-    return TorchTrainer(
-        train_loop_per_worker,
-        train_loop_config={"spec": spec},
-        torch_config=WorkerGroupConfig(is_local=plan.is_local),
-        scaling_config=ScalingConfig(
-            num_workers=plan.num_workers if plan.min_workers is None else (plan.min_workers, plan.num_workers),
-            elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,
-            placement_strategy=plan.placement,
-            use_gpu=plan.use_gpu,
-            resources_per_worker={"CPU": plan.cpus_per_worker, **({"GPU": 1} if plan.use_gpu else {})},
-        ),
-        run_config=RunConfig(
-            name=spec.run.name,
-            storage_path=spec.run.storage_path,
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=2,  # the best two, and Ray keeps the last besides: were that damaged, there is another
-                checkpoint_score_attribute="val_score" if is_validated else None,
-            ),
-            failure_config=FailureConfig(max_failures=max_failures),
-            callbacks=list(callbacks),
-        ),
-        validation_config=validation_config,
-    )
 
 
 def _listening(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,7 +25,7 @@ from mnist_ray.runs.header import say_plan
 from mnist_ray.runs.job import Job
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE, WORKLOAD_FILE, RunFolder
-from mnist_ray.training.events import Event
+from mnist_ray.training.events import EpochFinished, Event
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.data import Parts
 from mnist_ray.workload.interface import Workload
@@ -88,6 +90,9 @@ class Record:
 
     def on_event(self, event: Event) -> None:
         """Take what workers and tasks tell."""
+        if isinstance(event, EpochFinished) and event.last.epoch == self._job.train.num_epochs:
+            # Imports matplotlib, while the last validation and the workers' end are waited for.
+            threading.Thread(target=importlib.import_module, args=["mnist_ray.display.report"], daemon=True).start()
         self._clock.note(event)
         self._history.add(event)
         self._console.show(event)
@@ -119,7 +124,7 @@ class Record:
         self._trackers.close(Ending(self._result, pictures, self._fitted.checkpoint if self._fitted else None))
 
     def _write_report(self) -> Mapping[str, bytes]:
-        from mnist_ray.display import report  # imports matplotlib, which nothing needs to wait for before
+        from mnist_ray.display import report
 
         workload = self._job.workload
         assert workload.source is not None

@@ -17,8 +17,9 @@ from mnist_ray.cluster.plan import WorkerPlan, threads_per_worker, usable_cores
 from mnist_ray.cluster.sharing import SharedPart
 from mnist_ray.environment import end_if_hung, keep_freed_memory
 from mnist_ray.errors import JobError
-from mnist_ray.runs import fit
+from mnist_ray.runs.fit import drop_damaged_snapshot
 from mnist_ray.runs.job import Job, about
+from mnist_ray.runs.trainer import create_trainer
 from mnist_ray.runs.worker import LoopSpec, report_metrics
 from mnist_ray.storage import RunFolder
 from mnist_ray.sweeps.space import Point
@@ -69,8 +70,8 @@ def train_on_workers(job: Job, spec: TrialSpec) -> None:
         job.workers.loader_workers,
         validation=spec.validation,
     )
-    fit.drop_damaged_snapshot(job.run)
-    result = fit.create_trainer(loop_spec, spec.plan, max_failures=0, callbacks=[TuneReportCallback()]).fit()
+    drop_damaged_snapshot(job.run)
+    result = create_trainer(loop_spec, spec.plan, max_failures=0, callbacks=[TuneReportCallback()]).fit()
     if result.return_value is not None:
         raise JobError(result.return_value)
 
