@@ -8,7 +8,7 @@ ray job submit --working-dir . -- python jobs/train.py --num-workers 4
 
 from mnist_ray import cli, environment
 from mnist_ray.cluster.plan import plan_workers
-from mnist_ray.forking.local import start_fork_server
+from mnist_ray.forking.local import prepare_forking
 from mnist_ray.runs.clock import Clock
 from mnist_ray.runs.header import announced
 from mnist_ray.runs.job import load_data, read_job
@@ -20,7 +20,7 @@ def main() -> None:
     clock = Clock()
     job = read_job()
     environment.prepare(verbose=job.output.verbose)
-    fork_server = start_fork_server(job.workers, "mnist_ray.runs.fit")
+    forking = prepare_forking(job.workers, "mnist_ray.runs.fit")
     clock.mark("start")
     job, data = load_data(job)
     job.run.check_writable()
@@ -30,7 +30,7 @@ def main() -> None:
         from mnist_ray.cluster.connection import connect  # imports Ray, once the header is on the screen
 
         rehearse = rehearsal(job, data)
-        with connect(job.workers, fork_server, verbose=job.output.verbose, meanwhile=rehearse) as cluster:
+        with connect(job.workers, forking, verbose=job.output.verbose, meanwhile=rehearse) as cluster:
             from mnist_ray.runs.evaluation import evaluate  # imports torch, which is there by now
             from mnist_ray.runs.fit import fit
             from mnist_ray.runs.record import check, recorded

@@ -10,7 +10,7 @@ python jobs/tune.py --resume --run-name NAME
 """
 
 from mnist_ray import cli, environment
-from mnist_ray.forking.local import start_fork_server
+from mnist_ray.forking.local import prepare_forking
 from mnist_ray.runs.rehearsal import rehearsal
 from mnist_ray.sweeps.console import announced
 from mnist_ray.sweeps.job import load_data, read_sweep
@@ -20,7 +20,7 @@ def main() -> None:
     """Settings, data, connect, search, then fit, evaluate and report the best."""
     sweep = read_sweep()
     environment.prepare(verbose=sweep.job.output.verbose)
-    fork_server = start_fork_server(sweep.workers, "mnist_ray.sweeps.sweep")
+    forking = prepare_forking(sweep.workers, "mnist_ray.sweeps.sweep")
     sweep, data = load_data(sweep)
     sweep.job.run.check_writable()
 
@@ -28,7 +28,7 @@ def main() -> None:
         from mnist_ray.cluster.connection import connect  # imports Ray, once the header is on the screen
 
         rehearse = rehearsal(sweep.job, data, sweep.batch_sizes)
-        with connect(sweep.workers, fork_server, verbose=sweep.job.output.verbose, meanwhile=rehearse) as cluster:
+        with connect(sweep.workers, forking, verbose=sweep.job.output.verbose, meanwhile=rehearse) as cluster:
             from mnist_ray.sweeps.search import check, search, train_chosen  # imports torch, which is there by now
 
             if sweep.job.output.check:

@@ -23,13 +23,14 @@ from mnist_ray.cluster.plan import Cluster, Node, local_cpus, node_of
 from mnist_ray.config import WorkerConfig
 from mnist_ray.environment import take_sigterm_as_interrupt
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.forking.local import ForkServer
+from mnist_ray.forking.cluster import runtime_env_to_fork
+from mnist_ray.forking.local import Forking
 
 
 @contextlib.contextmanager
 def connect(
     config: WorkerConfig,
-    fork_server: ForkServer | None = None,
+    forking: Forking | None = None,
     *,
     verbose: bool = False,
     meanwhile: Callable[[], None] = lambda: None,
@@ -41,11 +42,11 @@ def connect(
     connection is closed and a local Ray ended. Raises JobError where the named cluster does not answer.
 
     ``meanwhile`` is done while a local Ray starts, which is mostly waiting, or else before; what it raises is raised.
-    The workers of a local Ray are forked from ``fork_server``, which is ended in the end, or where it is not needed.
+    ``forking`` tells how the workers are forked, if they are; its server is ended in the end.
     """
     with contextlib.ExitStack() as at_the_end:
-        if fork_server is not None:
-            at_the_end.callback(fork_server.stop)
+        if forking is not None and forking.server is not None:
+            at_the_end.callback(forking.server.stop)
         if ray.is_initialized():
             meanwhile()
             yield _describe(is_local=False)
@@ -60,11 +61,13 @@ def connect(
         at_the_end.callback(ray.shutdown)
         if address is None:
             with _beside(meanwhile):
-                start_local(local_cpus(config), fork_server, **options)
+                start_local(local_cpus(config), forking, **options)
         else:
             # Not meanwhile: as a job connects, a second node on this machine may lay the job's working directory
             # anew, and without a current directory torch cannot be imported.
             meanwhile()
+            if forking is not None:
+                options["runtime_env"] = runtime_env_to_fork(forking)
             _init(address, options)
         take_sigterm_as_interrupt()
         yield _describe(is_local=address is None, leave=threading.Thread(target=ray.shutdown).start)

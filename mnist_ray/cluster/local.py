@@ -12,14 +12,14 @@ import ray
 
 from mnist_ray.cluster import private
 from mnist_ray.environment import NO_DASHBOARD, for_workers, prepare_local
-from mnist_ray.forking.local import SHIM, ForkServer
+from mnist_ray.forking.local import SHIM, Forking
 
 
-def start_local(num_cpus: int, fork_server: ForkServer | None, *, log_to_driver: bool, **options: Any) -> None:
-    """Start a Ray that listens on loopback only and connect to it; its workers are forked from a fork server."""
+def start_local(num_cpus: int, forking: Forking | None, *, log_to_driver: bool, **options: Any) -> None:
+    """Start a Ray that listens on loopback only and connect to it."""
     prepare_local()
     parameters: dict[str, Any] = {"no_monitor": True, "include_log_monitor": log_to_driver}
-    if fork_server is not None:
+    if forking is not None and forking.server is not None:
         parameters["setup_worker_path"] = str(SHIM)
     with _on_loopback(), _with_parameters(**parameters):
         ray.init(

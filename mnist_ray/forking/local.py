@@ -32,24 +32,37 @@ class ForkServer:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)  # where it was killed
+        shutil.rmtree(self.folder, ignore_errors=True)
         os.environ.pop(SOCKET_VARIABLE, None)
 
 
-def start_fork_server(config: WorkerConfig, *modules: str) -> ForkServer | None:
-    """Start a fork server for the local Ray that this process will start; return None where there is to be none.
+@dataclass(frozen=True)
+class Forking:
+    """How a job's workers are forked."""
 
-    It imports ``modules``. Ray's processes learn from this one's environment where it is.
-    """
-    joins_cluster = os.environ.get("RAY_ADDRESS", "local") not in ("", "auto", "local")
-    if config.fork_workers == "no" or joins_cluster or not sys.platform.startswith("linux"):
-        return None
+    is_wanted: bool
+    modules: tuple[str, ...]
+    """What they need imported."""
+    server: ForkServer | None
+    """For a local Ray, where one can be expected."""
+
+
+def prepare_forking(config: WorkerConfig, module: str) -> Forking:
+    """Start a fork server, if the workers of a job are to be forked and it is likely to have its own Ray."""
+    is_wanted = config.fork_workers == "auto" and sys.platform.startswith("linux")
+    modules = (module, *_IMPORTED_LATE)
+    may_be_local = os.environ.get("RAY_ADDRESS", "") in ("", "auto", "local")
+    return Forking(is_wanted, modules, start_fork_server(modules) if is_wanted and may_be_local else None)
+
+
+def start_fork_server(modules: tuple[str, ...]) -> ForkServer:
+    """Start a fork server for the local Ray that this process will start; the variables of this process tell of it."""
     folder = Path(tempfile.mkdtemp(prefix="mnist_ray-"))
     address = folder / "fork"
     # Read when Ray is imported. A local Ray's first job is this one; a worker that sees this process end, ends too.
     of_workers = {"RAY_JOB_ID": _FIRST_JOB, "RAY_RAYLET_PID": str(os.getpid())}
     process = subprocess.Popen(
-        [sys.executable, "-m", f"{__package__}.server", str(address), *modules, *_IMPORTED_LATE],
+        [sys.executable, "-m", f"{__package__}.server", str(address), *modules],
         cwd=Path(__file__).parents[2],  # from which this package is imported there too
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,

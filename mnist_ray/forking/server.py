@@ -3,6 +3,9 @@
 It has one thread, so that a fork copies all that there is of it. It draws from no generator, so that no two workers
 draw the same, and leaves CUDA untouched. Whatever cannot be so is answered with a refusal, and Ray starts the worker.
 
+It ends with its owner, when nothing holds the other end of its standard input any more; where that is no pipe, when it
+has had no workers for a while.
+
 python -m mnist_ray.forking.server SOCKET MODULE...
 """
 
@@ -19,6 +22,7 @@ import runpy
 import select
 import signal
 import socket
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +33,8 @@ _READ_AT_IMPORT = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "LD_", "MALLOC_
 _TAKES_EFFECT_LATER = ("OMP_NUM_THREADS", "PYTHONBREAKPOINT")
 _WITHOUT_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 """For NumPy, SciPy and PyArrow, which would start threads when they are loaded."""
+
+_IDLE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Request:
 
 
 def main() -> None:
-    """Import modules, then fork workers until the process at the other end of the standard input has ended."""
+    """Import modules, then fork workers until none can be wanted any more."""
     path, modules, environment = Path(sys.argv[1]), sys.argv[2:], dict(os.environ)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner; this process ends when that does
     with listening(path) as listener:
@@ -60,7 +66,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def listening(path: Path) -> Iterator[socket.socket]:
-    """Listen at a path to which only this user may connect; the server, not its forks, removes its folder at the end.
+    """Listen at a path to which only this user may connect; the server, not its forks, removes it at the end.
 
     Before anything is imported, so that workers can wait for it.
     """
@@ -71,8 +77,9 @@ def listening(path: Path) -> Iterator[socket.socket]:
         listener.listen(128)
         yield listener
     if os.getpid() == server:
-        with contextlib.suppress(OSError):
-            path.unlink()
+        for some in (path, Path(f"{path}.lock")):
+            some.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # Ray's own folder, where others are in it
             path.parent.rmdir()
 
 
@@ -140,13 +147,10 @@ def why_unsafe() -> str:
 
 
 def serve(listener: socket.socket, environment: dict[str, str], refusal: str) -> Request | None:
-    """Fork a worker for each request. Return None when the owner has ended, or in a worker, what it is to be."""
-    signal.signal(signal.SIGCHLD, _reap)
-    owner = sys.stdin.fileno()
-    while True:
-        ready, _, _ = select.select([listener, owner], [], [])
-        if owner in ready:
-            return None
+    """Fork a worker for each request. Return None when no more can come, or in a worker, what it is to be."""
+    workers: set[int] = set()
+    signal.signal(signal.SIGCHLD, lambda number, frame: _reap(workers))
+    while _is_wanted(listener, workers):
         connection, _ = listener.accept()
         with connection, contextlib.suppress(OSError, ValueError):  # of a client that has gone, or sends rubbish
             request, descriptors = _receive(connection)
@@ -158,16 +162,29 @@ def serve(listener: socket.socket, environment: dict[str, str], refusal: str) ->
                     connection.close()
                     become(request, descriptors)
                     return request
+                workers.add(pid)
                 answer = str(pid)
             for descriptor in descriptors:
                 os.close(descriptor)
             connection.sendall(answer.encode())
+    return None
 
 
-def _reap(number: int, frame: object) -> None:
+def _is_wanted(listener: socket.socket, workers: set[int]) -> bool:
+    """Wait for a request; return False where none can come any more."""
+    owner = [sys.stdin.fileno()] if stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode) else []
+    while True:
+        ready, _, _ = select.select([listener, *owner], [], [], None if owner else _IDLE_S)
+        if ready:
+            return ready == [listener]
+        if not workers:
+            return False
+
+
+def _reap(workers: set[int]) -> None:
     with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+        while pid := os.waitpid(-1, os.WNOHANG)[0]:
+            workers.discard(pid)
 
 
 def _receive(connection: socket.socket) -> tuple[Request, list[int]]:

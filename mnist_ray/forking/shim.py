@@ -6,17 +6,21 @@ forked becomes what Ray would have started; why is told in the raylet's log.
 
 from __future__ import annotations
 
-import array
+import fcntl
 import json
 import os
 import resource
 import signal
 import socket
+import subprocess
 import sys
+import time
 from typing import Any
 
 SOCKET_VARIABLE = "MNIST_RAY_FORK_SERVER"
-"""Names the Unix socket of the server."""
+"""Names the socket of a server that a job has started for its own Ray."""
+MODULES_VARIABLE = "MNIST_RAY_FORK_MODULES"
+"""Names the modules, with spaces between them, for a server that the first worker of a job starts on its node."""
 
 _CONTEXT_FLAG, _LANGUAGE_FLAG = "--serialized-runtime-env-context=", "--language="  # for Ray's setup_worker.py
 _TIMEOUT_S = 30.0  # the server may still be importing; Ray waits for a worker for 60 s
@@ -26,15 +30,27 @@ def main() -> None:
     """Have the worker forked that the arguments describe, or become it."""
     asked = sys.argv[1:]
     command = [word for word in asked if not word.startswith((_CONTEXT_FLAG, _LANGUAGE_FLAG))]
-    variables = variables_of(asked)
-    if variables is None:
-        refusal = "its runtime environment holds more than variables"
-    else:
-        refusal = ask(os.environ.get(SOCKET_VARIABLE, ""), command, {**os.environ, **variables})
+    refusal = fork(asked, command)
     if refusal:
         print(f"a worker is started as usual, not forked: {refusal}", file=sys.stderr, flush=True)
         setup = [os.path.join(os.path.dirname(command[0]), "setup_worker.py")] if command != asked else []
         os.execv(sys.executable, [sys.executable, *setup, *asked])
+
+
+def fork(asked: list[str], command: list[str]) -> str:
+    """Have the worker of a command forked; return why it was not, if so."""
+    variables = variables_of(asked)
+    if variables is None:
+        return "its runtime environment holds more than variables"
+    environment = {**os.environ, **variables}
+    address = environment.get(SOCKET_VARIABLE, "")
+    try:
+        if MODULES_VARIABLE in environment:
+            address = node_address(command)
+            start_server(address, environment)
+        return ask(address, command, environment)
+    except OSError as error:
+        return f"the fork server does not answer: {error}"
 
 
 def variables_of(command: list[str]) -> dict[str, str] | None:
@@ -50,19 +66,17 @@ def variables_of(command: list[str]) -> dict[str, str] | None:
 
 
 def ask(address: str, command: list[str], environment: dict[str, str]) -> str:
-    """Ask the server at an address to fork a worker that is as this process is; return why it did not, if so."""
+    """Ask the server at an address to fork a worker that is as this process is; return why it did not, if so.
+
+    Raises OSError where there is no server.
+    """
     content = json.dumps(request(command, environment)).encode()
-    descriptors = array.array("i", [0, 1, 2])
-    try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(_TIMEOUT_S)
-            connection.connect(address)
-            size = len(content).to_bytes(4, "big")
-            connection.sendmsg([size], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)])
-            connection.sendall(content)
-            answer = connection.recv(1000).decode()
-    except OSError as error:
-        return f"the fork server does not answer: {error}"
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(_TIMEOUT_S)
+        connection.connect(address)
+        socket.send_fds(connection, [len(content).to_bytes(4, "big")], [0, 1, 2])
+        connection.sendall(content)
+        answer = connection.recv(1000).decode()
     return "" if answer.isdigit() else answer or "the fork server has gone"
 
 
@@ -78,6 +92,49 @@ def request(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
         "is_group_leader": os.getpgid(0) == os.getpid(),
         "blocked_signals": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
     }
+
+
+def node_address(command: list[str]) -> str:
+    """Return the socket of the server that a job has on this node, in the folder where Ray has its own."""
+    flags = dict(word[2:].split("=", 1) for word in command if word.startswith("--") and "=" in word)
+    name = f"fork-{os.environ['RAY_JOB_ID']}-{os.environ['RAY_RAYLET_PID']}"
+    return os.path.join(flags["temp-dir"], flags["session-name"], "sockets", name)
+
+
+def start_server(address: str, environment: dict[str, str]) -> None:
+    """See to it that a server listens at an address. Of several workers that begin at once, the first starts it.
+
+    Raises OSError where it cannot, and TimeoutError where the server does not come.
+    """
+    if _answers(address):
+        return
+    with open(f"{address}.lock", "w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _answers(address):
+            return
+        if os.path.exists(address):  # of a server that was killed
+            os.unlink(address)
+        words = ["-m", "mnist_ray.forking.server", address, *environment[MODULES_VARIABLE].split()]
+        folder = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        subprocess.Popen(
+            [sys.executable, *words],
+            cwd=folder,  # from which the package is imported
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        end = time.monotonic() + _TIMEOUT_S
+        while not _answers(address):
+            if time.monotonic() > end:
+                raise TimeoutError("it did not start")
+            time.sleep(0.01)
+
+
+def _answers(address: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as connection:
+        return connection.connect_ex(address) == 0
 
 
 def _read(path: str) -> str:
