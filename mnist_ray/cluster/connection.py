@@ -22,9 +22,11 @@ from mnist_ray.cluster.local import start_local
 from mnist_ray.cluster.plan import Cluster, Node, local_cpus, node_of
 from mnist_ray.config import WorkerConfig
 from mnist_ray.environment import take_sigterm_as_interrupt
-from mnist_ray.errors import JobError, UsageError
+from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.forking.cluster import runtime_env_to_fork
 from mnist_ray.forking.local import Forking
+
+_WORKER_START_TIMEOUT_S = 50.0
 
 
 @contextlib.contextmanager
@@ -70,7 +72,41 @@ def connect(
                 options["runtime_env"] = runtime_env_to_fork(forking)
             _init(address, options)
         take_sigterm_as_interrupt()
-        yield _describe(is_local=address is None, leave=threading.Thread(target=ray.shutdown).start)
+        cluster = _describe(is_local=address is None, leave=threading.Thread(target=ray.shutdown).start)
+        check_workers_start(cluster)
+        with errors_in_one_line(cluster):
+            yield cluster
+
+
+def check_workers_start(cluster: Cluster) -> None:
+    """Let a worker start beside this process; the first actor takes its place. Raises JobError where none does.
+
+    Where worker processes die at once, Ray tries five times, and waits for a minute each time.
+    """
+    try:
+        ray.get(_start.options(scheduling_strategy=this_node()).remote(), timeout=_WORKER_START_TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError as error:
+        log = Path(cluster.log_folder) / "raylet.err"
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line and not line.startswith("[")]
+        said = f"; the last that one wrote: {lines[-1]}" if lines else ""
+        raise JobError(f"Ray's worker processes do not start{said} (log: {log})") from error
+
+
+@ray.remote(num_cpus=0)
+def _start() -> None:
+    """Do nothing but be there."""
+
+
+@contextlib.contextmanager
+def errors_in_one_line(cluster: Cluster) -> Iterator[None]:
+    """Say in one line what Ray itself has failed at meanwhile; an error of a task's own code stays what it is."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError:
+        raise
+    except ray.exceptions.RayError as error:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise JobError(f"Ray failed: {said} (logs: {cluster.log_folder})") from error
 
 
 @contextlib.contextmanager

@@ -35,6 +35,8 @@ _WITHOUT_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "backgr
 """For NumPy, SciPy and PyArrow, which would start threads when they are loaded."""
 
 _IDLE_S = 10.0
+_OUTLIVING = ("ray::_Autoscali",)
+"""Actors that Ray starts once for all jobs of a cluster, by the first characters of their names, as /proc has them."""
 
 
 @dataclass(frozen=True)
@@ -177,8 +179,15 @@ def _is_wanted(listener: socket.socket, workers: set[int]) -> bool:
         ready, _, _ = select.select([listener, *owner], [], [], None if owner else _IDLE_S)
         if ready:
             return ready == [listener]
-        if not workers:
+        if all(map(_outlives_job, workers)):
             return False
+
+
+def _outlives_job(pid: int) -> bool:
+    """Tell whether a worker is one that Ray keeps for the jobs to come."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip() in _OUTLIVING
+    return True  # it has just ended
 
 
 def _reap(workers: set[int]) -> None:
