@@ -1,8 +1,8 @@
 """The project's speed beside what a user would otherwise run: python benchmarks/bench.py (make bench)
 
-In every round each program runs once, one after the other, the project's and its peers' in turn; a target is about the
-ratios of a round, of which the median and the spread are reported. --quick runs one short round on few images, to see
-that all of it works; its figures mean nothing.
+In every round each program runs once, one after the other, the project's, its peers' and an earlier version's in turn;
+a target is about the ratios of a round, of which the median and the spread are reported. --quick runs one short round
+on few images, to see that all of it works; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -55,14 +55,22 @@ class Case:
 
 
 CASES = (
+    Case("seconds until the worker trains, 1 worker / before", "start_s", "before_start_s", "<= 0.5"),
+    Case("the same, 4 workers / before", "start_four_s", "before_start_four_s", "<= 0.45"),
+    Case("seconds to the first line on the screen / before", "first_line_s", "before_first_line_s", "<= 0.25"),
+    Case("seconds of `jobs/train.py`, start to exit / the notebook's script", "one_s", "notebook_s", "<= 0.33"),
+    Case("seconds outside training / the minimal `TorchTrainer`'s", "two_outside_s", "minimal_outside_s", "<= 0.4"),
+    Case("seconds from a worker's kill until the run goes on / before", "restart_s", "before_restart_s", "<= 0.5"),
+    Case("seconds of a sweep of 16 trials of two workers / before", "sweep_two_s", "before_sweep_two_s", "<= 0.6"),
+    Case("memory of 4 workers (PSS) / before", "pss_four_mib", "before_pss_four_mib", "<= 0.6"),
+    Case("processor seconds outside training / before", "cpu_outside_s", "before_cpu_outside_s", "<= 0.5"),
+    Case("images/s while training / before", "rate", "before_rate", ">= 1.0"),
     Case("images/s through Ray, 2 workers / 2 processes under plain DDP", "two_first", "plain_two", ">= 0.97"),
     Case("the same / 2 processes that sum through shared memory as well", "two_first", "bare_two", ">= 0.97"),
     Case("images/s through Ray, 1 worker / the bare process, all cores", "one_first", "bare_one", ">= 0.97"),
     Case("images/s through Ray, default recipe and workers / the notebook's loop", "one", "notebook", ">= 5"),
     Case("images/s of the notebook's recipe (batch 8, fp32) / the notebook's loop", "recipe", "notebook", ">= 2"),
     Case("images/s of 2 workers / 1 worker with both cores", "two_first", "one_first", ">= 0.9"),
-    Case("seconds of `jobs/train.py`, start to exit / the notebook's script", "one_s", "notebook_s", "<= 0.25"),
-    Case("seconds outside training / the minimal `TorchTrainer`'s", "two_outside_s", "minimal_outside_s", "<= 0.5"),
     Case("seconds of 16 one-worker trials / their training's, by trials at a time", "sweep_s", "trials_s", "<= 1.25"),
     Case("seconds a trial of the same sweep / of a naive one", "sweep_trial_s", "naive_trial_s", "<= 0.33"),
 )
@@ -323,6 +331,7 @@ def main() -> None:
         if args.quick:
             flags = ["--data-dir", images / "MNIST", "--validation-size", 600]
         measured = repeat(rounds, "round", lambda storage: one_round(storage, images, flags, 1 if args.quick else 2))
+        measured += repeat(rounds, "before", lambda storage: before.one_round(storage, flags, quick=args.quick))
         measured += repeat(rounds, "sweeps", lambda storage: sweep_round(2 if args.quick else 16))
         long = memory_and_epochs(folder, 2 if args.quick else 10, flags)
         print(f"memory: {long}", flush=True)

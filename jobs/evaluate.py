@@ -6,6 +6,7 @@ python jobs/evaluate.py ~/ray_results/my_run/checkpoint_epoch-002_step-000000 --
 
 from mnist_ray import cli, environment
 from mnist_ray.config import EvaluationConfig, LookupConfig, WorkerConfig
+from mnist_ray.forking.local import prepare_forking
 from mnist_ray.settings import build, names_of
 from mnist_ray.tools import flags
 
@@ -19,6 +20,7 @@ def main() -> None:
     flags.add_run(parser, "checkpoint")
     given = parser.read_flags()
     environment.prepare(verbose=False)
+    forking = prepare_forking(WorkerConfig(), "mnist_ray.runs.evaluation")
 
     from mnist_ray.cluster.connection import connect, quiet_ray  # imports Ray, after the flags are known to be right
     from mnist_ray.runs.evaluation import evaluate
@@ -33,7 +35,7 @@ def main() -> None:
     found = find(given["checkpoint"], build(LookupConfig, given).storage_path, given.get("workload"), changes)
     workload, data = found.workload, load_data(found.workload)
     test = Part(data.test, origin="test")
-    with connect(WorkerConfig()), console_of(workload) as console:
+    with connect(WorkerConfig(), forking), console_of(workload) as console:
         for note in found.notes:
             console.say("note", note)
         console.say("checkpoint", found.checkpoint.path)

@@ -63,13 +63,21 @@ def check_batch(workload: Workload, inputs: Any, targets: Any, config: TrainConf
     _check_dict(f"{name}.predictions", columns)
     for key, values in columns.items():
         _check_numbers(f"{name}.predictions: {key}", values, number)
+    _check_optimizer(workload, model, config)
+    if not isinstance(prepared[1], Tensor):
+        return None
+    return {"shape": list(prepared[1].shape[1:]), "dtype": str(prepared[1].dtype).removeprefix("torch.")}
+
+
+def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig) -> None:
+    """Let a workload's own optimizer and schedule be made; the usual ones would take PyTorch most of a second."""
+    methods = ("create_optimizer", "create_scheduler")
+    if all(getattr(type(workload), method) is getattr(Workload, method) for method in methods):
+        return
     with placed(workload, "create_optimizer"):
         optimizer = workload.create_optimizer(model, config)
     with placed(workload, "create_scheduler"):
         workload.create_scheduler(optimizer, config, total_steps=10)
-    if not isinstance(prepared[1], Tensor):
-        return None
-    return {"shape": list(prepared[1].shape[1:]), "dtype": str(prepared[1].dtype).removeprefix("torch.")}
 
 
 def check_smallest(workload: Workload, inputs: Any, number: int, batch_size: int) -> None:

@@ -1,0 +1,203 @@
+"""A job of this version beside the same job of an earlier one, as its user sees it: python benchmarks/before.py
+
+In every round each version runs once, one after the other: seconds to the first line, until a worker trains, from a
+worker's kill until the run goes on, and to the exit; processor time; memory. Prints a row a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+BEFORE = "8619d03"
+"""The last commit whose workers were started by Ray."""
+_INTERVAL_S = 0.05
+
+
+@dataclass
+class Watched:
+    """What was seen of a job: when its lines came, and what its processes used."""
+
+    lines: list[tuple[float, str]] = field(default_factory=list)
+    """With the seconds since the start."""
+    seconds: float = 0.0
+    cpu_s: dict[int, float] = field(default_factory=dict)
+    """Processor time of each process, as last seen."""
+    training_cpu_s: float = 0.0
+    """Of the training workers, from the first step to the last epoch's end."""
+    pss_mib: float = 0.0
+    """The most that all training workers had at once, shared pages divided among the processes that share them."""
+
+    def at(self, start: str) -> float:
+        """Return when the first line came that starts so."""
+        return next(seconds for seconds, line in self.lines if line.startswith(start))
+
+    def rate(self) -> float:
+        """Return the images a second of the first epoch."""
+        line = next(line for _, line in self.lines if "finished in" in line)
+        return float(re.search(r"\(([\d,]+) images/s", line)[1].replace(",", ""))  # type: ignore[index]
+
+
+def watch(
+    root: Path, *command: object, num_epochs: int = 2, on_line: Callable[[psutil.Process, str], None] | None = None
+) -> Watched:
+    """Run a job of the version in ``root`` to its end, looking at its processes. Raises RuntimeError if it fails."""
+    seen, start = Watched(), time.perf_counter()
+    environment = {**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}
+    job = psutil.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=root,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+    def read() -> None:
+        for line in job.stdout:
+            seen.lines.append((time.perf_counter() - start, line))
+            on_line(job, line)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    before_training = None
+    while job.poll() is None:
+        workers = _look(job, seen)
+        if any(line.startswith("started") for _, line in seen.lines):
+            before_training = workers if before_training is None else before_training
+            if sum("finished in" in line for _, line in seen.lines) < num_epochs:
+                seen.training_cpu_s = workers - before_training
+        time.sleep(_INTERVAL_S)
+    reader.join()
+    seen.seconds = time.perf_counter() - start
+    if job.returncode != 0:
+        raise RuntimeError(f"{command} failed: {seen.lines[-5:]}")
+    return seen
+
+
+def _look(job: psutil.Process, seen: Watched) -> float:
+    """Note what a job's processes use now; return the processor time of its training workers."""
+    workers_cpu_s = pss_mib = 0.0
+    for process in [job, *_descendants(job)]:
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            seen.cpu_s[process.pid] = times.user + times.system
+            if "TrainWo" in process.name():
+                workers_cpu_s += times.user + times.system
+                pss_mib += process.memory_full_info().pss / 2**20
+    seen.pss_mib = max(seen.pss_mib, pss_mib)
+    return workers_cpu_s
+
+
+def _descendants(job: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        found: list[psutil.Process] = job.children(recursive=True)
+        return found
+    return []
+
+
+def kill_a_worker(job: psutil.Process, line: str) -> float | None:
+    """Kill a training worker when the first epoch has ended; return when."""
+    if "epoch 1/" not in line or "finished" not in line:
+        return None
+    for process in _descendants(job):
+        with contextlib.suppress(psutil.Error):
+            if "TrainWo" in process.name():
+                process.send_signal(signal.SIGKILL)
+                return time.perf_counter()
+    return None
+
+
+def seconds_to_restart(root: Path, storage: Path, flags: Sequence[object]) -> float:
+    """Return the seconds from a worker's kill until its run goes on, with two workers."""
+    killed: list[float] = []
+
+    def on_line(job: psutil.Process, line: str) -> None:
+        if line.startswith("restarted"):
+            killed.append(time.perf_counter())
+        elif not killed and (when := kill_a_worker(job, line)) is not None:
+            killed.append(when)
+
+    watch(root, "jobs/train.py", "--num-workers", 2, "--storage-path", storage, *flags, on_line=on_line)
+    return killed[1] - killed[0]
+
+
+def one_version(root: Path, storage: Path, flags: Sequence[object], *, quick: bool) -> dict[str, float]:
+    """Run the jobs of one version, or one of them; return their figures."""
+    where = ["--storage-path", storage, *flags]
+    one = watch(root, "jobs/train.py", *where)
+    figures = {
+        "first_line_s": one.lines[0][0],
+        "start_s": one.at("started"),
+        "exit_s": one.seconds,
+        "cpu_outside_s": sum(one.cpu_s.values()) - one.training_cpu_s,
+        "rate": one.rate(),
+    }
+    if quick:
+        return figures
+    four = watch(root, "jobs/train.py", "--num-workers", 4, "--num-epochs", 1, *where, num_epochs=1)
+    trials = ["--num-trials", 16, "--num-epochs", 1, "--num-workers", 2]
+    return figures | {
+        "start_four_s": four.at("started"),
+        "pss_four_mib": four.pss_mib,
+        "restart_s": seconds_to_restart(root, storage, flags),
+        "sweep_two_s": watch(root, "jobs/tune.py", *trials, *where).seconds,
+    }
+
+
+@contextlib.contextmanager
+def checked_out(commit: str) -> Iterator[Path | None]:
+    """Lay an earlier version into a folder; None where the history does not hold it, as in a shallow clone."""
+    with tempfile.TemporaryDirectory() as folder:
+        archive = subprocess.run(["git", "-C", ROOT, "archive", commit], capture_output=True, check=False)
+        if archive.returncode != 0:
+            yield None
+            return
+        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+        yield Path(folder)
+
+
+def one_round(storage: Path, flags: Sequence[object] = (), *, quick: bool = False) -> dict[str, float]:
+    """Run both versions; return the figures of this one, and those of the earlier one as ``before_…``."""
+    figures = one_version(ROOT, storage / "now", flags, quick=quick)
+    with checked_out(BEFORE) as root:
+        before = one_version(root, storage / "before", flags, quick=quick) if root is not None else {}
+    return {**figures, **{f"before_{name}": value for name, value in before.items()}}
+
+
+def main() -> None:
+    """Run the rounds and print each figure's ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="the default recipe with one worker only")
+    args = parser.parse_args()
+    rounds = []
+    for _ in range(args.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            rounds.append(one_round(Path(folder), quick=args.quick))
+    for name in rounds[0]:
+        if f"before_{name}" in rounds[0]:
+            pairs = [(some[name], some[f"before_{name}"]) for some in rounds]
+            ratios = sorted(now / before for now, before in pairs)
+            now, before = (statistics.median(values) for values in zip(*pairs, strict=True))
+            spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+            print(f"{name:<14} {now:10,.2f} / {before:10,.2f}  {statistics.median(ratios):.2f} ({spread})")
+
+
+if __name__ == "__main__":
+    main()
