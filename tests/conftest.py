@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -16,6 +16,9 @@ import ray
 import torch
 
 from mnist_ray import environment
+from mnist_ray.cluster.local import for_one_job
+from mnist_ray.config import WorkerConfig
+from mnist_ray.forking.local import prepare_forking
 from mnist_ray.training.checkpoint import FACTS_BEFORE_WORKLOADS
 from mnist_ray.workload import source
 from mnist_ray.workload.data import Arrays
@@ -93,23 +96,42 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+_fork_workers: Literal["auto", "no"] = "auto"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fork-workers", choices=["auto", "no"], default="auto", help="as the jobs' flag")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _fork_workers
+    _fork_workers = config.getoption("--fork-workers")
+
+
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
     """A Ray of two CPUs that all tests share; the address is for processes that connect to it."""
     environment.prepare(verbose=False)
-    with pytest.MonkeyPatch.context() as patch:
+    forking = prepare_forking(WorkerConfig(fork_workers=_fork_workers), "mnist_ray.runs.fit")
+    with pytest.MonkeyPatch.context() as patch, for_one_job(forking, log_to_driver=False):
         for name, value in environment.NO_DASHBOARD.items():
             patch.setenv(name, value)  # handed on to what the Ray starts
-        context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield context.address_info["gcs_address"]
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray.get_runtime_context().gcs_address
     ray.shutdown()
+    if forking.server is not None:
+        forking.server.stop()
+
+
+def _how_workers_start(job: str) -> list[str]:
+    return ["--fork-workers", _fork_workers] if job in ("train.py", "tune.py") else []
 
 
 def run_job(job: str, *flags: str, address: str | None = None, timeout_s: float = 120) -> subprocess.CompletedProcess:
     """Run a job as a user would, on the Ray at ``address`` or on one of its own."""
     variables = {**os.environ, "RAY_ADDRESS": address or "local"}
     return subprocess.run(
-        [sys.executable, str(ROOT / "jobs" / job), *flags],
+        [sys.executable, str(ROOT / "jobs" / job), *flags, *_how_workers_start(job)],
         capture_output=True,
         text=True,
         timeout=timeout_s,
@@ -127,7 +149,7 @@ def run_and_act(
     """
     with tempfile.TemporaryFile("w+") as errors:
         job = psutil.Popen(
-            [sys.executable, "-u", str(ROOT / "jobs" / "train.py"), *flags],
+            [sys.executable, "-u", str(ROOT / "jobs" / "train.py"), *flags, *_how_workers_start("train.py")],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,

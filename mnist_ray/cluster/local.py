@@ -18,10 +18,7 @@ from mnist_ray.forking.local import SHIM, Forking
 def start_local(num_cpus: int, forking: Forking | None, *, log_to_driver: bool, **options: Any) -> None:
     """Start a Ray that listens on loopback only and connect to it."""
     prepare_local()
-    parameters: dict[str, Any] = {"no_monitor": True, "include_log_monitor": log_to_driver}
-    if forking is not None and forking.server is not None:
-        parameters["setup_worker_path"] = str(SHIM)
-    with _on_loopback(), _with_parameters(**parameters):
+    with _on_loopback(), for_one_job(forking, log_to_driver=log_to_driver):
         ray.init(
             address="local",
             num_cpus=num_cpus,
@@ -33,24 +30,28 @@ def start_local(num_cpus: int, forking: Forking | None, *, log_to_driver: bool, 
 
 
 @contextlib.contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Let a Ray that is started meanwhile listen on loopback only, as Ray does by itself on macOS and Windows."""
-    with _replaced(private.ray_constants, "ENABLE_RAY_CLUSTER", False):
-        yield
+def for_one_job(forking: Forking | None, *, log_to_driver: bool) -> Iterator[None]:
+    """Let a Ray that is started meanwhile fork its workers, and do without what only a cluster needs.
 
-
-@contextlib.contextmanager
-def _with_parameters(**values: Any) -> Iterator[None]:
-    """Start a Ray meanwhile with parameters that ``ray.init`` does not take, as far as this version of Ray has them.
-
-    And without the process that serves the dashboard, which Ray would start for no dashboard too, and wait for.
+    That are an autoscaler, a log monitor where no log is shown, and the process that serves the dashboard, which Ray
+    would start for no dashboard, too, and wait for.
     """
+    parameters: dict[str, Any] = {"no_monitor": True, "include_log_monitor": log_to_driver}
+    if forking is not None and forking.server is not None:
+        parameters["setup_worker_path"] = str(SHIM)
     create = private.RayParams.__init__
-    known = {name: value for name, value in values.items() if name in inspect.signature(create).parameters}
+    known = {name: value for name, value in parameters.items() if name in inspect.signature(create).parameters}
     with (
         _replaced(private.RayParams, "__init__", functools.partialmethod(create, **known)),
         _replaced(private.Node, "start_api_server", lambda node, **options: None),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let a Ray that is started meanwhile listen on loopback only, as Ray does by itself on macOS and Windows."""
+    with _replaced(private.ray_constants, "ENABLE_RAY_CLUSTER", False):
         yield
 
 

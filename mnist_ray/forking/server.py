@@ -35,6 +35,7 @@ _WITHOUT_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "backgr
 """For NumPy, SciPy and PyArrow, which would start threads when they are loaded."""
 
 _IDLE_S = 10.0
+_REQUEST_TIMEOUT_S = 5.0
 _OUTLIVING = ("ray::_Autoscali",)
 """Actors that Ray starts once for all jobs of a cluster, by the first characters of their names, as /proc has them."""
 
@@ -51,6 +52,8 @@ class Request:
     open_files: tuple[int, int]
     is_group_leader: bool
     blocked_signals: list[int]
+    descriptors: list[int]
+    """Of the standard input, output and errors."""
 
 
 def main() -> None:
@@ -61,6 +64,7 @@ def main() -> None:
         refusal = load(modules)
         request = serve(listener, environment, refusal)
     if request is not None:
+        become(request)
         sys.argv[:] = request.argv
         sys.path[0] = str(Path(request.argv[0]).parent)
         runpy.run_path(request.argv[0], run_name="__main__")
@@ -149,26 +153,27 @@ def why_unsafe() -> str:
 
 
 def serve(listener: socket.socket, environment: dict[str, str], refusal: str) -> Request | None:
-    """Fork a worker for each request. Return None when no more can come, or in a worker, what it is to be."""
+    """Fork a worker for each request. Return None when no more can come; in a worker, what it is to become."""
     workers: set[int] = set()
     signal.signal(signal.SIGCHLD, lambda number, frame: _reap(workers))
     while _is_wanted(listener, workers):
         connection, _ = listener.accept()
-        with connection, contextlib.suppress(OSError, ValueError):  # of a client that has gone, or sends rubbish
-            request, descriptors = _receive(connection)
+        with connection:
+            request = receive(connection)
+            if request is None:
+                continue
             answer = refusal or why_unsafe() or why_not(request, environment)
             if not answer:
                 pid = os.fork()
                 if pid == 0:
                     listener.close()
-                    connection.close()
-                    become(request, descriptors)
                     return request
                 workers.add(pid)
                 answer = str(pid)
-            for descriptor in descriptors:
+            for descriptor in request.descriptors:
                 os.close(descriptor)
-            connection.sendall(answer.encode())
+            with contextlib.suppress(OSError):
+                connection.sendall(answer.encode())
     return None
 
 
@@ -179,7 +184,7 @@ def _is_wanted(listener: socket.socket, workers: set[int]) -> bool:
         ready, _, _ = select.select([listener, *owner], [], [], None if owner else _IDLE_S)
         if ready:
             return ready == [listener]
-        if all(map(_outlives_job, workers)):
+        if all(map(_outlives_job, tuple(workers))):  # a copy: some may end meanwhile
             return False
 
 
@@ -196,26 +201,34 @@ def _reap(workers: set[int]) -> None:
             workers.discard(pid)
 
 
-def _receive(connection: socket.socket) -> tuple[Request, list[int]]:
-    head, descriptors, _, _ = socket.recv_fds(connection, 4, 3)
-    size, content = int.from_bytes(head, "big"), bytearray()
-    while len(content) < size and (more := connection.recv(size - len(content))):
-        content += more
-    return Request(**json.loads(content)), descriptors
+def receive(connection: socket.socket) -> Request | None:
+    """Return what a client asks for; None where it has gone, hangs, or sends rubbish."""
+    connection.settimeout(_REQUEST_TIMEOUT_S)
+    descriptors: list[int] = []
+    try:
+        head, descriptors, _, _ = socket.recv_fds(connection, 4, 3)
+        size, content = int.from_bytes(head, "big"), bytearray()
+        while len(content) < size and (more := connection.recv(size - len(content))):
+            content += more
+        return Request(**json.loads(content), descriptors=descriptors)
+    except (OSError, ValueError, TypeError):
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return None
 
 
 def why_not(request: Request, environment: dict[str, str]) -> str:
     """Say which variable keeps a worker from being forked from a server that was started with an environment."""
     for name in sorted(request.environment.keys() | environment.keys()):
-        is_early = name.startswith(_READ_AT_IMPORT) and name not in _TAKES_EFFECT_LATER
+        is_early = name == "RAY_JOB_ID" or (name.startswith(_READ_AT_IMPORT) and name not in _TAKES_EFFECT_LATER)
         if is_early and request.environment.get(name) != environment.get(name):
             return f"{name} is another one than the fork server's"
     return ""
 
 
-def become(request: Request, descriptors: Sequence[int]) -> None:
+def become(request: Request) -> None:
     """Make this process, which was just forked, what Ray's own way would have made of it."""
-    for number, descriptor in enumerate(descriptors):
+    for number, descriptor in enumerate(request.descriptors):
         os.dup2(descriptor, number)
         os.close(descriptor)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
