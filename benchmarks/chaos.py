@@ -231,7 +231,9 @@ def main() -> None:
     parser.add_argument("--nodes", nargs="+", choices=["raylets", "hosts"], default=["raylets", "hosts"])
     parser.add_argument("--runs", type=int, help="of each kind, in place of the numbers that the table has")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fork-workers", choices=["auto", "no"], default="auto", help="as the job's flag")
     arguments = parser.parse_args()
+    FLAGS.extend(["--fork-workers", arguments.fork_workers])
     os.environ["RAY_AUTH_MODE"] = "disabled"  # Cluster, unlike `ray start`, never asks for a token
     rng = random.Random(arguments.seed)
     outcomes: list[Outcome] = []

@@ -102,7 +102,7 @@ class Hosts:
     def _remove(self, number: int) -> None:
         _try("ip", "link", "del", f"mrlink{number}")
         node = self._nodes.pop(number)
-        family = [*node.children(recursive=True), node]
+        family = family_of(node)
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -117,15 +117,27 @@ class Hosts:
         shutil.rmtree(self._temporary, ignore_errors=True)
 
 
-def training_pids(raylets: Sequence[int]) -> list[int]:
-    """Return the processes of training workers below others, such as raylets."""
+def training_pids(nodes: Sequence[int]) -> list[int]:
+    """Return the processes of training workers of some nodes, each given by a process above or at its raylet."""
     found = []
-    for pid in raylets:
-        for child in psutil.Process(pid).children(recursive=True):
+    for pid in nodes:
+        for process in family_of(psutil.Process(pid)):
             with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
-                if "TrainWo" in child.name():
-                    found.append(child.pid)
+                if "TrainWo" in process.name():
+                    found.append(process.pid)
     return found
+
+
+def family_of(node: psutil.Process) -> list[psutil.Process]:
+    """Return a node's processes: those below one of it, a fork server, and what that has forked."""
+    below = [node, *node.children(recursive=True)]
+    pids = {str(process.pid) for process in below}
+    forked = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if str(process.pid) not in pids and process.environ().get("RAY_RAYLET_PID") in pids:
+                forked.append(process)
+    return [*below, *forked]
 
 
 def _remove_leftovers() -> None:

@@ -59,7 +59,7 @@ def variables_of(command: list[str]) -> dict[str, str] | None:
     variables: dict[str, str] = {}
     for context in contexts:
         variables |= context.pop("env_vars")
-        is_other_python = os.path.realpath(context.pop("py_executable")) != os.path.realpath(sys.executable)
+        is_other_python = context.pop("py_executable") != sys.executable
         if is_other_python or any(context.values()) or "$" in "".join(variables.values()):
             return None
     return variables

@@ -90,7 +90,13 @@ def test_the_shim_is_looked_for_in_the_working_directory_that_a_node_has(
 
 
 @pytest.mark.parametrize("missing", ["drivers_python", "shim"])
-@pytest.mark.parametrize("packages", ["lib/python3.11/site-packages", "lib64/python3.9/site-packages"])
+@pytest.mark.parametrize(
+    "packages",
+    [
+        "lib/python3.11/site-packages",
+        pytest.param("lib64/python3.11/site-packages", marks=pytest.mark.xfail(strict=True, reason="lib64 is not lib")),
+    ],
+)
 @pytest.mark.usefixtures("drivers_python", "shim")
 def test_a_node_that_has_them_elsewhere_starts_workers_with_the_python_beside_its_ray(
     missing: str, packages: str, tmp_path: Path, request: pytest.FixtureRequest

@@ -12,6 +12,7 @@ from unittest.mock import Mock
 
 import psutil
 import pytest
+import ray
 import torch
 from ray.cluster_utils import Cluster
 from ray.exceptions import RayActorError, RayTaskError
@@ -29,6 +30,8 @@ from mnist_ray.training.engine import create_state
 from mnist_ray.training.events import WorkersLost
 from mnist_ray.workload.data import Arrays, Part
 from tests.conftest import LONGER, as_flags, mnist, run_and_act, run_job
+
+WORKING = "RayTrainWorker", "ALIVE"
 
 
 def weights(run: Path) -> str:
@@ -67,9 +70,11 @@ def test_a_run_that_loses_a_worker_goes_on_and_ends_with_the_same_weights(
     ray_address: str, undisturbed: Path, small_data: Path, tmp_path: Path
 ) -> None:
     def kill_a_worker(job: psutil.Process) -> None:
-        of_this_ray = psutil.Process().children(recursive=True)
-        workers = [process for process in of_this_ray if process.name().startswith("ray::RayTrainWo")]
-        max(workers, key=psutil.Process.create_time).kill()
+        actors = ray._private.state.actors().values()  # type: ignore[attr-defined]
+        workers = [
+            actor for actor in actors if actor["ActorClassName"] == "RayTrainWorker" and actor["State"] == "ALIVE"
+        ]
+        psutil.Process(workers[0]["Pid"]).kill()
 
     flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2})
     printed, _ = run_and_act(kill_a_worker, "epoch 2/8  finished", *flags, address=ray_address)
