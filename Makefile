@@ -51,6 +51,7 @@ format: .venv/installed-dev  ## let the linter and the formatter mend what they 
 
 # Made anew when it is missing, was left half-made, or pyproject.toml has changed.
 .venv/installed: pyproject.toml
+	@echo "installing into .venv, which takes a minute or two …"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[tensorboard]'
 	touch $@
