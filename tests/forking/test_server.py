@@ -23,7 +23,7 @@ AN_ID = "import ray\nray.NodeID.from_random()"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One that forks."""
-    with serving(tmp_path_factory.mktemp("server"), "numpy", "torch", "ray", actor=AN_ACTOR) as running:
+    with serving(tmp_path_factory.mktemp("server"), "numpy.random", "pyarrow", "torch", actor=AN_ACTOR) as running:
         yield running
 
 
