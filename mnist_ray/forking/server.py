@@ -24,7 +24,7 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,8 @@ _READ_AT_IMPORT = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "LD_", "MALLOC_
 _TAKES_EFFECT_LATER = ("OMP_NUM_THREADS", "PYTHONBREAKPOINT")
 _WITHOUT_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 """For NumPy, SciPy and PyArrow, which would start threads when they are loaded."""
+_WITHOUT_CUDA = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""Lets PyTorch look for GPUs without CUDA, which forks could not use afterwards."""
 
 _IDLE_S = 10.0
 _REQUEST_TIMEOUT_S = 5.0
@@ -91,13 +93,15 @@ def listening(path: Path) -> Iterator[socket.socket]:
 
 def load(modules: Sequence[str]) -> str:
     """Import modules so that processes can be forked afterwards; return why they cannot, if so."""
-    os.environ.update(_WITHOUT_THREADS)
+    os.environ.update(_WITHOUT_THREADS | _WITHOUT_CUDA)
     try:
         with _ids_from_kernel():
             for name in modules:
                 importlib.import_module(name)
-        if len({_id_of_fork() for _ in range(2)}) < 2:
+        if in_fork(_draw_id) == in_fork(_draw_id):
             return "two forks would draw the same ids"
+        if in_fork(_is_cuda_lost) == b"True":
+            return "an import has used CUDA"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     gc.collect()
@@ -125,20 +129,31 @@ def _ids_from_kernel() -> Iterator[None]:
         ray.actor.ActorClassID = rays_own
 
 
-def _id_of_fork() -> bytes:
-    """Return an id that a fork of this process draws from Ray's generator."""
-    import ray
-
+def in_fork(action: Callable[[], bytes]) -> bytes:
+    """Return what an action returns in a fork of this process."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
-        os.write(writer, ray.NodeID.from_random().binary())
+        os.write(writer, action())
         os._exit(0)
     os.close(writer)
-    with os.fdopen(reader, "rb") as drawn:
-        number = drawn.read()
+    with os.fdopen(reader, "rb") as pipe:
+        returned = pipe.read()
     os.waitpid(pid, 0)
-    return number
+    return returned
+
+
+def _draw_id() -> bytes:
+    import ray
+
+    drawn: bytes = ray.NodeID.from_random().binary()
+    return drawn
+
+
+def _is_cuda_lost() -> bytes:
+    import torch
+
+    return str(torch.cuda._is_in_bad_fork()).encode()
 
 
 def why_unsafe() -> str:
