@@ -26,6 +26,8 @@ import psutil
 ROOT = Path(__file__).parent.parent
 BEFORE = "8619d03"
 """The last commit whose workers were started by Ray."""
+PARTS = ("one", "four", "restart", "sweep")
+"""One worker, four, two of which one is killed, and a sweep of 16 trials of two workers."""
 _INTERVAL_S = 0.05
 
 
@@ -137,27 +139,22 @@ def seconds_to_restart(root: Path, storage: Path, flags: Sequence[object]) -> fl
     return killed[1] - killed[0]
 
 
-def one_version(root: Path, storage: Path, flags: Sequence[object], *, quick: bool) -> dict[str, float]:
-    """Run the jobs of one version, or one of them; return their figures."""
-    where = ["--storage-path", storage, *flags]
-    one = watch(root, "jobs/train.py", *where)
-    figures = {
-        "first_line_s": one.lines[0][0],
-        "start_s": one.at("started"),
-        "exit_s": one.seconds,
-        "cpu_outside_s": sum(one.cpu_s.values()) - one.training_cpu_s,
-        "rate": one.rate(),
-    }
-    if quick:
-        return figures
-    four = watch(root, "jobs/train.py", "--num-workers", 4, "--num-epochs", 1, *where, num_epochs=1)
-    trials = ["--num-trials", 16, "--num-epochs", 1, "--num-workers", 2]
-    return figures | {
-        "start_four_s": four.at("started"),
-        "pss_four_mib": four.pss_mib,
-        "restart_s": seconds_to_restart(root, storage, flags),
-        "sweep_two_s": watch(root, "jobs/tune.py", *trials, *where).seconds,
-    }
+def one_version(root: Path, storage: Path, flags: Sequence[object], parts: Sequence[str]) -> dict[str, float]:
+    """Run the jobs of one version; return their figures."""
+    where, figures = ["--storage-path", storage, *flags], {}
+    if "one" in parts:
+        one = watch(root, "jobs/train.py", *where)
+        figures |= {"first_line_s": one.lines[0][0], "start_s": one.at("started"), "exit_s": one.seconds}
+        figures |= {"cpu_outside_s": sum(one.cpu_s.values()) - one.training_cpu_s, "rate": one.rate()}
+    if "four" in parts:
+        four = watch(root, "jobs/train.py", "--num-workers", 4, "--num-epochs", 1, *where, num_epochs=1)
+        figures |= {"start_four_s": four.at("started"), "pss_four_mib": four.pss_mib}
+    if "restart" in parts:
+        figures["restart_s"] = seconds_to_restart(root, storage, flags)
+    if "sweep" in parts:
+        trials = ["--num-trials", 16, "--num-epochs", 1, "--num-workers", 2]
+        figures["sweep_two_s"] = watch(root, "jobs/tune.py", *trials, *where).seconds
+    return figures
 
 
 @contextlib.contextmanager
@@ -172,11 +169,11 @@ def checked_out(commit: str) -> Iterator[Path | None]:
         yield Path(folder)
 
 
-def one_round(storage: Path, flags: Sequence[object] = (), *, quick: bool = False) -> dict[str, float]:
+def one_round(storage: Path, flags: Sequence[object] = (), parts: Sequence[str] = PARTS) -> dict[str, float]:
     """Run both versions; return the figures of this one, and those of the earlier one as ``before_…``."""
-    figures = one_version(ROOT, storage / "now", flags, quick=quick)
+    figures = one_version(ROOT, storage / "now", flags, parts)
     with checked_out(BEFORE) as root:
-        before = one_version(root, storage / "before", flags, quick=quick) if root is not None else {}
+        before = one_version(root, storage / "before", flags, parts) if root is not None else {}
     return {**figures, **{f"before_{name}": value for name, value in before.items()}}
 
 
@@ -184,12 +181,12 @@ def main() -> None:
     """Run the rounds and print each figure's ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="the default recipe with one worker only")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="the sweep takes minutes")
     args = parser.parse_args()
     rounds = []
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:
-            rounds.append(one_round(Path(folder), quick=args.quick))
+            rounds.append(one_round(Path(folder), parts=args.parts))
     for name in rounds[0]:
         if f"before_{name}" in rounds[0]:
             pairs = [(some[name], some[f"before_{name}"]) for some in rounds]
