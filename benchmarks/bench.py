@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 import psutil
+from before import PARTS
+from before import one_round as compare_versions
 
 from mnist_ray.provenance import git_commit, versions
 from mnist_ray.workload import Arrays
@@ -319,7 +321,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    rounds, before_parts = (1, ["one"]) if args.quick else (args.rounds, before.PARTS)
+    rounds, parts = (1, ["one"]) if args.quick else (args.rounds, PARTS)
     source = idx.find("mnist", None)
     full = source.load("train"), source.load("test")
     with tempfile.TemporaryDirectory() as temporary:
@@ -331,7 +333,7 @@ def main() -> None:
         if args.quick:
             flags = ["--data-dir", images / "MNIST", "--validation-size", 600]
         measured = repeat(rounds, "round", lambda storage: one_round(storage, images, flags, 1 if args.quick else 2))
-        measured += repeat(rounds, "before", lambda storage: before.one_round(storage, flags, before_parts))
+        measured += repeat(rounds, "before", lambda storage: compare_versions(storage, flags, parts))
         measured += repeat(rounds, "sweeps", lambda storage: sweep_round(2 if args.quick else 16))
         long = memory_and_epochs(folder, 2 if args.quick else 10, flags)
         print(f"memory: {long}", flush=True)
