@@ -130,6 +130,8 @@ def training_pids(nodes: Sequence[int]) -> list[int]:
 
 def family_of(node: psutil.Process) -> list[psutil.Process]:
     """Return a node's processes: those below one of it, a fork server, and what that has forked."""
+    if not node.is_running():
+        return []
     below = [node, *node.children(recursive=True)]
     pids = {str(process.pid) for process in below}
     forked = []

@@ -27,10 +27,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture
-def refusing(tmp_path: Path) -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One that imports little and refuses whatever it is asked for."""
-    with serving(tmp_path, "no_such_module") as running:
+    with serving(tmp_path_factory.mktemp("refusing"), "no_such_module") as running:
         yield running
 
 
