@@ -16,7 +16,7 @@ _HARMLESS = {"working_dir", "env_vars", "excludes", "config"}
 """Of a job's own runtime environment: what leaves a worker's Python as it is."""
 _START = (
     'if [ -x {python} ] && [ -f {shim} ]; then exec {python} -S -E {shim} "$@"; fi; '
-    'python="${{1%/lib/python*}}/bin/python"; [ -x "$python" ] || python=python3; exec "$python" "$@"'
+    'python="${{1%/lib*/python*}}/bin/python"; [ -x "$python" ] || python=python3; exec "$python" "$@"'
 )
 """A node that has its Python or this package elsewhere starts its workers with the Python beside its Ray."""
 

@@ -38,8 +38,8 @@ _WITHOUT_CUDA = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
 _IDLE_S = 10.0
 _REQUEST_TIMEOUT_S = 5.0
-_OUTLIVING = ("ray::_Autoscali",)
-"""Actors that Ray starts once for all jobs of a cluster, by the first characters of their names, as /proc has them."""
+_OUTLIVING = ("ray::_Autoscali", "ray::PlacementG")
+"""Actors of Ray's that outlive a job or may, by the first characters of their names, as /proc has them."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Request:
     open_files: tuple[int, int]
     is_group_leader: bool
     blocked_signals: list[int]
+    ignores_interrupt: bool
     descriptors: list[int]
     """Of the standard input, output and errors."""
 
@@ -66,7 +67,6 @@ def main() -> None:
         refusal = load(modules)
         request = serve(listener, environment, refusal)
     if request is not None:
-        become(request)
         sys.argv[:] = request.argv
         sys.path[0] = str(Path(request.argv[0]).parent)
         runpy.run_path(request.argv[0], run_name="__main__")
@@ -182,9 +182,9 @@ def serve(listener: socket.socket, environment: dict[str, str], refusal: str) ->
                 pid = os.fork()
                 if pid == 0:
                     listener.close()
+                    become_or_end(request, connection)
                     return request
                 workers.add(pid)
-                answer = str(pid)
             for descriptor in request.descriptors:
                 os.close(descriptor)
             with contextlib.suppress(OSError):
@@ -204,7 +204,7 @@ def _is_wanted(listener: socket.socket, workers: set[int]) -> bool:
 
 
 def _outlives_job(pid: int) -> bool:
-    """Tell whether a worker is one that Ray keeps for the jobs to come."""
+    """Tell whether a worker is one that a job need not wait for."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip() in _OUTLIVING
     return True  # it has just ended
@@ -217,7 +217,7 @@ def _reap(workers: set[int]) -> None:
 
 
 def receive(connection: socket.socket) -> Request | None:
-    """Return what a client asks for; None where it has gone, hangs, or sends rubbish."""
+    """Return what a client asks for; None where it hangs, sends rubbish, or has gone and started its worker itself."""
     connection.settimeout(_REQUEST_TIMEOUT_S)
     descriptors: list[int] = []
     try:
@@ -225,8 +225,13 @@ def receive(connection: socket.socket) -> Request | None:
         size, content = int.from_bytes(head, "big"), bytearray()
         while len(content) < size and (more := connection.recv(size - len(content))):
             content += more
-        return Request(**json.loads(content), descriptors=descriptors)
-    except (OSError, ValueError, TypeError):
+        request = Request(**json.loads(content), descriptors=descriptors)
+        if not isinstance(request.environment, dict):
+            raise TypeError("the environment is no dict")
+        if select.select([connection], [], [], 0)[0]:  # it has nothing more to say: this is the end
+            raise ConnectionError("the client has gone")
+        return request
+    except (OSError, ValueError, TypeError, RecursionError):
         for descriptor in descriptors:
             os.close(descriptor)
         return None
@@ -241,13 +246,23 @@ def why_not(request: Request, environment: dict[str, str]) -> str:
     return ""
 
 
+def become_or_end(request: Request, connection: socket.socket) -> None:
+    """Make this process a worker and tell the client so; where that fails, tell why, and end."""
+    try:
+        become(request)
+        connection.sendall(str(os.getpid()).encode())
+    except Exception as error:
+        connection.sendall(f"{type(error).__name__}: {error}".encode())
+        os._exit(1)
+
+
 def become(request: Request) -> None:
     """Make this process, which was just forked, what Ray's own way would have made of it."""
     for number, descriptor in enumerate(request.descriptors):
         os.dup2(descriptor, number)
         os.close(descriptor)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if request.ignores_interrupt else signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, request.blocked_signals)
     if request.is_group_leader:
         os.setpgid(0, 0)
@@ -279,7 +294,7 @@ def _read_settings_anew() -> None:
 
     ray._raylet.Config.initialize("")  # type: ignore[attr-defined]
     threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    if threads.isdigit():
+    if threads.isdigit() and int(threads) > 0:
         torch.set_num_threads(int(threads))
 
 

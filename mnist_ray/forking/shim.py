@@ -49,6 +49,8 @@ def fork(asked: list[str], command: list[str]) -> str:
             address = node_address(command)
             start_server(address, environment)
         return ask(address, command, environment)
+    except KeyError as error:
+        return f"Ray does not say its {error}"
     except OSError as error:
         return f"the fork server does not answer: {error}"
 
@@ -90,6 +92,7 @@ def request(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
         "oom_score_adj": _read("/proc/self/oom_score_adj"),
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE),
         "is_group_leader": os.getpgid(0) == os.getpid(),
+        "ignores_interrupt": signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
         "blocked_signals": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
     }
 
@@ -104,7 +107,7 @@ def node_address(command: list[str]) -> str:
 def start_server(address: str, environment: dict[str, str]) -> None:
     """See to it that a server listens at an address. Of several workers that begin at once, the first starts it.
 
-    Raises OSError where it cannot, and TimeoutError where the server does not come.
+    Raises OSError where it cannot.
     """
     if _answers(address):
         return
@@ -116,7 +119,7 @@ def start_server(address: str, environment: dict[str, str]) -> None:
             os.unlink(address)
         words = ["-m", "mnist_ray.forking.server", address, *environment[MODULES_VARIABLE].split()]
         folder = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        subprocess.Popen(
+        server = subprocess.Popen(
             [sys.executable, *words],
             cwd=folder,  # from which the package is imported
             env=environment,
@@ -127,8 +130,8 @@ def start_server(address: str, environment: dict[str, str]) -> None:
         )
         end = time.monotonic() + _TIMEOUT_S
         while not _answers(address):
-            if time.monotonic() > end:
-                raise TimeoutError("it did not start")
+            if server.poll() is not None or time.monotonic() > end:
+                raise ConnectionError("it did not start")
             time.sleep(0.01)
 
 

@@ -94,7 +94,7 @@ def test_the_shim_is_looked_for_in_the_working_directory_that_a_node_has(
     "packages",
     [
         "lib/python3.11/site-packages",
-        pytest.param("lib64/python3.11/site-packages", marks=pytest.mark.xfail(strict=True, reason="lib64 is not lib")),
+        "lib64/python3.11/site-packages",
     ],
 )
 @pytest.mark.usefixtures("drivers_python", "shim")

@@ -158,6 +158,13 @@ def test_a_worker_without_a_variable_that_a_library_has_read_is_refused(server: 
     assert refusal(tmp_path, environment) == "PYTHONPATH is another one than the fork server's"
 
 
+def test_a_worker_that_cannot_be_what_was_asked_for_is_refused(server: Server, tmp_path: Path) -> None:
+    request = json.loads(request_of(tmp_path, server)) | {"folder": str(tmp_path / "gone")}
+    with socket.socket(socket.AF_UNIX) as connection:
+        send(connection, server, json.dumps(request).encode())
+        assert connection.recv(1000).startswith(b"FileNotFoundError")
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [
@@ -178,7 +185,17 @@ def test_only_this_user_may_connect(server: Server) -> None:
 
 @pytest.mark.parametrize(
     ("content", "size"),
-    [(b"", 0), (b"", 5), (b"{", 2**32 - 1), (b"hello", 5), (b"\xff", 1), (b"null", 4), (b"[]", 2), (b"{}", 2)],
+    [
+        (b"", 0),
+        (b"", 5),
+        (b"{", 2**32 - 1),
+        (b"hello", 5),
+        (b"\xff", 1),
+        (b"null", 4),
+        (b"[]", 2),
+        (b"{}", 2),
+        (b"[" * 9999, 9999),
+    ],
 )
 def test_rubbish_does_not_end_the_server(content: bytes, size: int, refusing: Server, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as connection:
@@ -201,7 +218,6 @@ def test_who_asks_while_modules_are_imported_is_answered_afterwards(importing: S
     assert workers_of(importing) == [answer]
 
 
-@pytest.mark.xfail(strict=True, reason="its shim has started the worker by then, so there are two")
 def test_who_has_hung_up_before_the_answer_has_no_worker(importing: Server, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as connection:
         send(connection, importing, request_of(tmp_path, importing))
