@@ -56,7 +56,10 @@ class Watched:
 
 
 def watch(
-    root: Path, *command: object, num_epochs: int = 2, on_line: Callable[[psutil.Process, str], None] | None = None
+    root: Path,
+    *command: object,
+    num_epochs: int = 2,
+    on_line: Callable[[psutil.Process, str], object] = lambda job, line: None,
 ) -> Watched:
     """Run a job of the version in ``root`` to its end, looking at its processes. Raises RuntimeError if it fails."""
     seen, start = Watched(), time.perf_counter()
