@@ -250,17 +250,13 @@ def case_row(case: Case, rounds: Sequence[Figures], is_judged: bool) -> dict[str
     }
 
 
-def as_markdown(results: dict[str, Any]) -> str:
-    """Return the results as the tables of benchmarks/README.md."""
-    where, built, memory = results["machine"], results["versions"], results["memory"]
+def cases_as_markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the cases as the lines of a table."""
     lines = [
-        f"{where['processor']}, {where['cores']} cores, {where['memory_gib']} GiB; Python {built['python']}, "
-        f"torch {built['torch']}, Ray {built['ray']}; commit {results['commit']}.",
-        "",
         "| what | target | median ratio | of / over | least to most | rounds | met |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in results["cases"]:
+    for row in rows:
         shown = (
             row["case"],
             row["target"],
@@ -271,7 +267,17 @@ def as_markdown(results: dict[str, Any]) -> str:
             {True: "yes", False: "**no**", None: "not judged"}[row["is_met"]],
         )
         lines.append("| " + " | ".join(map(str, shown)) + " |")
-    lines += [
+    return lines
+
+
+def as_markdown(results: dict[str, Any]) -> str:
+    """Return the results as the tables of benchmarks/README.md."""
+    where, built, memory = results["machine"], results["versions"], results["memory"]
+    lines = [
+        f"{where['processor']}, {where['cores']} cores, {where['memory_gib']} GiB; Python {built['python']}, "
+        f"torch {built['torch']}, Ray {built['ray']}; commit {results['commit']}.",
+        "",
+        *cases_as_markdown(results["cases"]),
         "",
         f"A worker's memory over {memory['num_epochs']} epochs: {memory['peak_rss_mib']} MiB resident at most, and "
         f"{memory['peak_private_mib']} MiB its own (target: 700); it grew by {memory['growth_mib']} MiB (target: 0).",
@@ -320,6 +326,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peers", action="store_true", help="only what is beside other programs; written nowhere")
     args = parser.parse_args()
     rounds, parts = (1, ["one"]) if args.quick else (args.rounds, PARTS)
     source = idx.find("mnist", None)
@@ -333,6 +340,10 @@ def main() -> None:
         if args.quick:
             flags = ["--data-dir", images / "MNIST", "--validation-size", 600]
         measured = repeat(rounds, "round", lambda storage: one_round(storage, images, flags, 1 if args.quick else 2))
+        if args.peers:
+            rows = [case_row(case, measured, is_judged=True) for case in CASES]
+            print("\n".join(cases_as_markdown([row for row in rows if row is not None])))
+            return
         measured += repeat(rounds, "before", lambda storage: compare_versions(storage, flags, parts))
         measured += repeat(rounds, "sweeps", lambda storage: sweep_round(2 if args.quick else 16))
         long = memory_and_epochs(folder, 2 if args.quick else 10, flags)
