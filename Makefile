@@ -27,10 +27,10 @@ test: .venv/installed-dev  ## run the tests
 test-long: .venv/installed-dev  ## run what takes minutes
 	$(BIN)/python -m pytest -m long $(ARGS)
 
-bench: .venv/installed-dev  ## measure the speed beside other programs': half an hour
+bench: .venv/installed-dev  ## measure the speed beside other programs' and an earlier version's: an hour
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
-bench-quick: .venv/installed-dev  ## see in three minutes that all of the benchmark works
+bench-quick: .venv/installed-dev  ## see in four minutes that all of the benchmark works
 	$(BIN)/python benchmarks/bench.py --quick $(ARGS)
 
 chaos: .venv/installed-dev  ## kill workers, nodes and drivers of many runs: an hour
