@@ -1,10 +1,13 @@
+import inspect
 import json
 
 import pytest
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState, _TrainingResultState
 
 from mnist_ray.cluster import private
+from mnist_ray.cluster.rendezvous import WorkerGroupConfig
 
 
 @pytest.mark.parametrize("name", private.NAMES)
@@ -25,6 +28,22 @@ def test_a_worker_that_does_not_answer_is_an_error_of_ray_train() -> None:
 
 def test_a_local_ray_can_be_told_to_listen_on_loopback_only() -> None:
     assert isinstance(private.ray_constants.ENABLE_RAY_CLUSTER, bool)
+
+
+def test_a_local_ray_takes_the_parameters_that_make_it_small_and_fork() -> None:
+    known = inspect.signature(private.RayParams.__init__).parameters
+    assert {"no_monitor", "include_log_monitor", "setup_worker_path"} <= known.keys()
+    assert callable(private.Node.start_api_server)
+
+
+def test_the_last_validation_can_be_looked_for_more_often() -> None:
+    assert private.validation_manager.VALIDATION_TASK_POLL_INTERVAL_S == 1
+
+
+def test_a_trainer_makes_the_callbacks_of_which_some_are_left_out() -> None:
+    trainer = TorchTrainer(lambda: None, torch_config=WorkerGroupConfig(is_local=True))
+    kinds = {type(callback) for callback in trainer._create_default_callbacks()}
+    assert {private.DatasetsCallback, private.PlacementGroupCleanerCallback} <= kinds
 
 
 def test_nothing_else_is_taken_from_ray() -> None:
