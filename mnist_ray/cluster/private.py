@@ -38,6 +38,8 @@ NAMES = {
         "ray.train.v2._internal.exceptions",
         "Result.from_path raises it where a kill has cut off the list of checkpoints",
     ),
+    "state": ("ray._private.state", "its accessor tells which placement groups have lost the actor that made them"),
+    "PlacementGroupTableData": ("ray.core.generated.gcs_pb2", "what the accessor returns, serialized"),
     "DatasetsCallback": ("ray.train.v2._internal.callbacks", "starts an actor also where there are no Ray Datasets"),
     "PlacementGroupCleanerCallback": (
         "ray.train.v2._internal.callbacks.placement_group_callback",
