@@ -26,8 +26,8 @@ import psutil
 ROOT = Path(__file__).parent.parent
 BEFORE = "8619d03"
 """The last commit whose workers were started by Ray."""
-PARTS = ("one", "four", "restart", "sweep")
-"""One worker, four, two of which one is killed, and a sweep of 16 trials of two workers."""
+PARTS = ("one", "four", "restart")
+"""One worker, four, and two of which one is killed."""
 _INTERVAL_S = 0.05
 
 
@@ -154,9 +154,6 @@ def one_version(root: Path, storage: Path, flags: Sequence[object], parts: Seque
         figures |= {"start_four_s": four.at("started"), "pss_four_mib": four.pss_mib}
     if "restart" in parts:
         figures["restart_s"] = seconds_to_restart(root, storage, flags)
-    if "sweep" in parts:
-        trials = ["--num-trials", 16, "--num-epochs", 1, "--num-workers", 2]
-        figures["sweep_two_s"] = watch(root, "jobs/tune.py", *trials, *where).seconds
     return figures
 
 
@@ -184,7 +181,7 @@ def main() -> None:
     """Run the rounds and print each figure's ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="the sweep takes minutes")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
     rounds = []
     for _ in range(args.rounds):
