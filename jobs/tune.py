@@ -29,15 +29,13 @@ def main() -> None:
 
         rehearse = rehearsal(sweep.job, data, sweep.batch_sizes)
         with connect(sweep.workers, forking, verbose=sweep.job.output.verbose, meanwhile=rehearse) as cluster:
-            from mnist_ray.cluster.leftovers import leftovers_removed
             from mnist_ray.sweeps.search import check, search, train_chosen  # imports torch, which is there by now
 
             if sweep.job.output.check:
                 check(console, sweep, data, cluster)
                 return
-            with leftovers_removed():  # of trials that are stopped before their end
-                table = search(console, sweep, data, cluster)
-                train_chosen(console, sweep, table, data, cluster)
+            table = search(console, sweep, data, cluster)
+            train_chosen(console, sweep, table, data, cluster)
 
 
 if __name__ == "__main__":

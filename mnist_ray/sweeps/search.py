@@ -10,6 +10,7 @@ from typing import Any
 from mnist_ray import settings
 from mnist_ray.cluster import preflight
 from mnist_ray.cluster.connection import as_it_is_now
+from mnist_ray.cluster.leftovers import leftovers_removed
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, plan_workers
 from mnist_ray.cluster.sharing import share
 from mnist_ray.errors import JobError
@@ -60,7 +61,10 @@ def search(console: SweepConsole, sweep: Sweep, data: Parts, cluster: Cluster) -
     try:
         _say_plan(console, sweep, plan, cluster)
         concurrent = _trials_at_a_time(sweep, plan, cluster)
-        table = chosen_before(sweep) or run_sweep(sweep.config, sweep.space, spec, run, concurrent, console.show_table)
+        table = chosen_before(sweep)
+        if table is None:
+            with leftovers_removed():  # of trials that are stopped before their end
+                table = run_sweep(sweep.config, sweep.space, spec, run, concurrent, console.show_table)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(f"interrupted; to go on: {job.resume_with}") from interrupt
     except JobError as error:
@@ -136,7 +140,8 @@ def _train_and_test(job: Job, data: Parts, cluster: Cluster, *, is_last: bool) -
     clock, plan = Clock(), plan_workers(job.workers, cluster)
     sections = functools.partial(_sections, workload=job.workload)
     with announced(job, data) as console, recorded(console, job, data, cluster, plan, clock, sections) as record:
-        fitted = fit(job, data, plan, record.on_event)
+        with leftovers_removed():  # of the last trials
+            fitted = fit(job, data, plan, record.on_event)
         clock.mark("validation")
         tested = evaluate(job.workload, fitted.checkpoint, data.test, loader_workers=job.workers.loader_workers)
         clock.mark("evaluation")
