@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mnist_ray.cluster import private
+from mnist_ray import private
 from mnist_ray.cluster.local import start_local
 from mnist_ray.cluster.plan import Cluster, Node, local_cpus, node_of
 from mnist_ray.config import WorkerConfig

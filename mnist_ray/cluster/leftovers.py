@@ -10,7 +10,7 @@ import ray
 from ray.util import remove_placement_group
 from ray.util.placement_group import PlacementGroup
 
-from mnist_ray.cluster import private
+from mnist_ray import private
 
 _INTERVAL_S = 0.5
 _NO_ACTOR = b"\xff" * 12

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from mnist_ray.cluster import private
+from mnist_ray import private
 from mnist_ray.environment import NO_DASHBOARD, for_workers, prepare_local
 from mnist_ray.forking.local import SHIM, Forking
 

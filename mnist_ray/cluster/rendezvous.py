@@ -11,7 +11,7 @@ import psutil
 import ray
 from ray.train.torch import TorchConfig
 
-from mnist_ray.cluster import private
+from mnist_ray import private
 from mnist_ray.cluster.connection import session_folder
 
 

@@ -9,7 +9,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.train import UserCallback
 from ray.util.queue import Queue
 
-from mnist_ray.cluster import private
+from mnist_ray import private
 from mnist_ray.errors import JobError, first_line
 from mnist_ray.storage import STORAGE_ERRORS
 from mnist_ray.training.events import WorkersLost

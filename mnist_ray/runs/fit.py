@@ -17,7 +17,7 @@ from ray.train import (
 )
 from ray.util.queue import Queue
 
-from mnist_ray.cluster import private
+from mnist_ray import private
 from mnist_ray.cluster.connection import this_node
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.sharing import share

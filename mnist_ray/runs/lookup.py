@@ -10,7 +10,7 @@ from typing import Any
 import ray.train
 from ray.train import Checkpoint
 
-from mnist_ray.cluster import private
+from mnist_ray import private
 from mnist_ray.errors import UsageError
 from mnist_ray.settings import values_of
 from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, RunFolder, find_run

@@ -8,7 +8,7 @@ from typing import Any
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback, ValidationConfig
 from ray.train.torch import TorchTrainer
 
-from mnist_ray.cluster import private
+from mnist_ray import private
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.rendezvous import WorkerGroupConfig
 from mnist_ray.runs.worker import LoopSpec, train_loop_per_worker

@@ -6,7 +6,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState, _TrainingResultState
 
-from mnist_ray.cluster import private
+from mnist_ray import private
 from mnist_ray.cluster.rendezvous import WorkerGroupConfig
 
 
