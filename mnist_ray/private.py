@@ -5,8 +5,10 @@ Names are looked up when they are first used, since some of the modules take sec
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 NAMES = {
@@ -20,6 +22,15 @@ NAMES = {
         "no_monitor and include_log_monitor spare two processes",
     ),
     "Node": ("ray._private.node", "start_api_server starts a process also for no dashboard, and waits for it"),
+    "ActorClassID": (
+        "ray.actor",
+        "a class that becomes an actor at import draws its id from Ray's generator, which forks must not share",
+    ),
+    "Config": ("ray._raylet", "reads Ray's settings again, which are read when it is loaded, before a fork"),
+    "RAY_JOB_CONFIG_JSON_ENV_VAR": (
+        "ray._private.runtime_env.constants",
+        "the variable by which a submitted job knows its runtime environment",
+    ),
     "maybe_enable_token_auth_if_token_available": (
         "ray._private.authentication.authentication_token_setup",
         "`ray start` asks for a token where there is one, and ray.init(address=...) does not show it by itself",
@@ -66,6 +77,17 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(name)
     place = importlib.import_module(NAMES[name][0])
     return getattr(place, name) if hasattr(place, name) else importlib.import_module(f"{NAMES[name][0]}.{name}")
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: object) -> Iterator[None]:
+    """Let an attribute have another value meanwhile."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def checkpoints_in_snapshot(text: str) -> list[str]:

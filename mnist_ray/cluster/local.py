@@ -33,8 +33,8 @@ def start_local(num_cpus: int, forking: Forking | None, *, log_to_driver: bool, 
 def for_one_job(forking: Forking | None, *, log_to_driver: bool) -> Iterator[None]:
     """Let a Ray that is started meanwhile fork its workers, and do without what only a cluster needs.
 
-    That are an autoscaler, a log monitor where no log is shown, and the process that serves the dashboard, which Ray
-    would start for no dashboard, too, and wait for.
+    Such are the autoscaler, the log monitor where no log is shown, and the process that serves the dashboard, which
+    Ray would start for no dashboard, too, and wait for.
     """
     parameters: dict[str, Any] = {"no_monitor": True, "include_log_monitor": log_to_driver}
     if forking is not None and forking.server is not None:
@@ -42,8 +42,8 @@ def for_one_job(forking: Forking | None, *, log_to_driver: bool) -> Iterator[Non
     create = private.RayParams.__init__
     known = {name: value for name, value in parameters.items() if name in inspect.signature(create).parameters}
     with (
-        _replaced(private.RayParams, "__init__", functools.partialmethod(create, **known)),
-        _replaced(private.Node, "start_api_server", lambda node, **options: None),
+        private.replaced(private.RayParams, "__init__", functools.partialmethod(create, **known)),
+        private.replaced(private.Node, "start_api_server", lambda node, **options: None),
     ):
         yield
 
@@ -51,15 +51,5 @@ def for_one_job(forking: Forking | None, *, log_to_driver: bool) -> Iterator[Non
 @contextlib.contextmanager
 def _on_loopback() -> Iterator[None]:
     """Let a Ray that is started meanwhile listen on loopback only, as Ray does by itself on macOS and Windows."""
-    with _replaced(private.ray_constants, "ENABLE_RAY_CLUSTER", False):
+    with private.replaced(private.ray_constants, "ENABLE_RAY_CLUSTER", False):
         yield
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mnist_ray import private
 from mnist_ray.forking.local import SHIM, Forking
 from mnist_ray.forking.shim import MODULES_VARIABLE
 
@@ -27,7 +28,7 @@ def runtime_env_to_fork(forking: Forking) -> dict[str, Any]:
     It is Ray's public way to start workers by another program. For a local Ray there is one that is faster by what
     it takes to import Ray, since ``py_executable`` is run by a program of Ray's.
     """
-    own = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
+    own = json.loads(os.environ.get(private.RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")).get("runtime_env", {})
     if not forking.is_wanted or not own.keys() <= _HARMLESS:
         return {}
     # Each node has the job's working directory in another place, and starts the workers there.

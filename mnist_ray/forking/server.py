@@ -16,7 +16,6 @@ import gc
 import importlib
 import json
 import os
-import random
 import resource
 import runpy
 import select
@@ -27,6 +26,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from mnist_ray import private
 
 _READ_AT_IMPORT = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "LD_", "MALLOC_", "PYTHON")
 """How variables begin that take effect when a library is loaded: with other ones a worker has to load it itself."""
@@ -122,11 +123,8 @@ def _ids_from_kernel() -> Iterator[None]:
         def from_random() -> ray.ActorClassID:
             return ray.ActorClassID(os.urandom(ray.ActorClassID.size()))
 
-    rays_own, ray.actor.ActorClassID = ray.actor.ActorClassID, FromKernel
-    try:
+    with private.replaced(ray.actor, "ActorClassID", FromKernel):
         yield
-    finally:
-        ray.actor.ActorClassID = rays_own
 
 
 def in_fork(action: Callable[[], bytes]) -> bytes:
@@ -278,21 +276,19 @@ def become(request: Request) -> None:
 
 
 def _draw_anew() -> None:
-    """Seed the generators that processes have by themselves; Ray's is not seeded yet."""
+    """Seed the generators that processes have by themselves; Python seeds its own, and Ray's is not seeded yet."""
     import numpy as np
     import torch
 
-    random.seed()
     np.random.seed()
     torch.seed()
 
 
 def _read_settings_anew() -> None:
     """Let libraries have the settings of this process's environment that they read when they were loaded."""
-    import ray
     import torch
 
-    ray._raylet.Config.initialize("")  # type: ignore[attr-defined]
+    private.Config.initialize("")
     threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     if threads.isdigit() and int(threads) > 0:
         torch.set_num_threads(int(threads))
