@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -97,19 +96,29 @@ def watch(
 
 def _look(job: psutil.Process, seen: Watched) -> float:
     """Note what a job's processes use now; return the processor time of its training workers."""
-    workers_cpu_s = pss_mib = 0.0
-    for process in [job, *_descendants(job)]:
+    for process in [job, *_below(job)]:
         with contextlib.suppress(psutil.Error):
             times = process.cpu_times()
             seen.cpu_s[process.pid] = times.user + times.system
-            if "TrainWo" in process.name():
-                workers_cpu_s += times.user + times.system
-                pss_mib += process.memory_full_info().pss / 2**20
+    workers, pss_mib = training_workers(job), 0.0
+    for worker in workers:
+        with contextlib.suppress(psutil.Error):
+            pss_mib += worker.memory_full_info().pss / 2**20
     seen.pss_mib = max(seen.pss_mib, pss_mib)
-    return workers_cpu_s
+    return sum(seen.cpu_s.get(worker.pid, 0.0) for worker in workers)
 
 
-def _descendants(job: psutil.Process) -> list[psutil.Process]:
+def training_workers(job: psutil.Process) -> list[psutil.Process]:
+    """Return the processes of a job's training workers; some may end meanwhile."""
+    found = []
+    for process in _below(job):
+        with contextlib.suppress(psutil.Error):
+            if "TrainWo" in process.name():
+                found.append(process)
+    return found
+
+
+def _below(job: psutil.Process) -> list[psutil.Process]:
     with contextlib.suppress(psutil.Error):
         found: list[psutil.Process] = job.children(recursive=True)
         return found
@@ -120,26 +129,22 @@ def kill_a_worker(job: psutil.Process, line: str) -> float | None:
     """Kill a training worker when the first epoch has ended; return when."""
     if "epoch 1/" not in line or "finished" not in line:
         return None
-    for process in _descendants(job):
-        with contextlib.suppress(psutil.Error):
-            if "TrainWo" in process.name():
-                process.send_signal(signal.SIGKILL)
-                return time.perf_counter()
-    return None
+    training_workers(job)[0].kill()
+    return time.perf_counter()
 
 
 def seconds_to_restart(root: Path, storage: Path, flags: Sequence[object]) -> float:
     """Return the seconds from a worker's kill until its run goes on, with two workers."""
-    killed: list[float] = []
+    moments: list[float] = []
 
     def on_line(job: psutil.Process, line: str) -> None:
         if line.startswith("restarted"):
-            killed.append(time.perf_counter())
-        elif not killed and (when := kill_a_worker(job, line)) is not None:
-            killed.append(when)
+            moments.append(time.perf_counter())
+        elif not moments and (when := kill_a_worker(job, line)) is not None:
+            moments.append(when)
 
     watch(root, "jobs/train.py", "--num-workers", 2, "--storage-path", storage, *flags, on_line=on_line)
-    return killed[1] - killed[0]
+    return moments[1] - moments[0]
 
 
 def one_version(root: Path, storage: Path, flags: Sequence[object], parts: Sequence[str]) -> dict[str, float]:

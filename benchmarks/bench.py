@@ -8,6 +8,7 @@ on few images, to see that all of it works; its figures mean nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from before import PARTS
+from before import PARTS, training_workers
 from before import one_round as compare_versions
 
 from mnist_ray.provenance import git_commit, versions
@@ -185,13 +186,10 @@ def memory_and_epochs(folder: Path, num_epochs: int, flags: Sequence[object]) ->
 def worker_memory(job: psutil.Process) -> list[tuple[float, float]]:
     """Return the MiB of each training worker below a job: resident, and its own, without what processes share."""
     found = []
-    for process in job.children(recursive=True):
-        try:
-            if "TrainWo" in process.name():
-                memory = process.memory_full_info()
-                found.append((memory.rss / 2**20, memory.uss / 2**20))
-        except psutil.Error:  # it has just ended
-            continue
+    for worker in training_workers(job):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            memory = worker.memory_full_info()
+            found.append((memory.rss / 2**20, memory.uss / 2**20))
     return found
 
 

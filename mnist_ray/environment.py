@@ -24,12 +24,6 @@ _LOCAL_SETTINGS = {
     # Nobody takes a laptop away with notice; an actor less to start.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-NO_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}
-"""For the processes of a Ray without a dashboard: nothing answers there, at once.
-
-Ray Train's cleaner asks a dashboard about its controller. To look for one may end at an address that ``ray start`` has
-left long ago, and then the end of each run waits for ten seconds.
-"""
 _QUIET_SETTINGS = {
     # Raylets send errors to the driver's console apart from logs; they are in the log files as well.
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",

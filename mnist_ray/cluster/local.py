@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from mnist_ray import private
-from mnist_ray.environment import NO_DASHBOARD, for_workers, prepare_local
+from mnist_ray.environment import for_workers, prepare_local
 from mnist_ray.forking.local import SHIM, Forking
 
 
@@ -24,7 +24,7 @@ def start_local(num_cpus: int, forking: Forking | None, *, log_to_driver: bool, 
             num_cpus=num_cpus,
             include_dashboard=False,
             log_to_driver=log_to_driver,
-            runtime_env={"env_vars": for_workers() | NO_DASHBOARD},
+            runtime_env={"env_vars": for_workers()},
             **options,
         )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mnist_ray.config import WorkerConfig
-from mnist_ray.forking.shim import SOCKET_VARIABLE
+from mnist_ray.forking.shim import SOCKET_VARIABLE, launch
 
 SHIM = Path(__file__).with_name("shim.py")
 _FIRST_JOB = "01000000"
@@ -61,13 +61,6 @@ def start_fork_server(modules: tuple[str, ...]) -> ForkServer:
     address = folder / "fork"
     # Read when Ray is imported. A local Ray's first job is this one; a worker that sees this process end, ends too.
     of_workers = {"RAY_JOB_ID": _FIRST_JOB, "RAY_RAYLET_PID": str(os.getpid())}
-    process = subprocess.Popen(
-        [sys.executable, "-m", f"{__package__}.server", str(address), *modules],
-        cwd=Path(__file__).parents[2],  # from which this package is imported there too
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, **of_workers},
-    )
+    process = launch(str(address), modules, {**os.environ, **of_workers}, stdin=subprocess.PIPE)
     os.environ[SOCKET_VARIABLE] = str(address)
     return ForkServer(process, folder)

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 SOCKET_VARIABLE = "MNIST_RAY_FORK_SERVER"
@@ -117,22 +118,28 @@ def start_server(address: str, environment: dict[str, str]) -> None:
             return
         if os.path.exists(address):  # of a server that was killed
             os.unlink(address)
-        words = ["-m", "mnist_ray.forking.server", address, *environment[MODULES_VARIABLE].split()]
-        folder = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        server = subprocess.Popen(
-            [sys.executable, *words],
-            cwd=folder,  # from which the package is imported
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        modules = environment[MODULES_VARIABLE].split()
+        server = launch(address, modules, environment, stdin=subprocess.DEVNULL, start_new_session=True)
         end = time.monotonic() + _TIMEOUT_S
         while not _answers(address):
             if server.poll() is not None or time.monotonic() > end:
                 raise ConnectionError("it did not start")
             time.sleep(0.01)
+
+
+def launch(
+    address: str, modules: Sequence[str], environment: dict[str, str], **options: Any
+) -> subprocess.Popen[bytes]:
+    """Start a server, which listens at an address before it has imported anything."""
+    folder = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    return subprocess.Popen(
+        [sys.executable, "-m", "mnist_ray.forking.server", address, *modules],
+        cwd=folder,  # from which the package is imported there too
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        **options,
+    )
 
 
 def _answers(address: str) -> bool:

@@ -11,10 +11,7 @@ from typing import Any
 
 import ray.train
 from ray.exceptions import RayError
-from ray.train import (
-    Checkpoint,
-    ValidationConfig,
-)
+from ray.train import Checkpoint, ValidationConfig
 from ray.util.queue import Queue
 
 from mnist_ray import private

@@ -71,10 +71,8 @@ def test_a_run_that_loses_a_worker_goes_on_and_ends_with_the_same_weights(
 ) -> None:
     def kill_a_worker(job: psutil.Process) -> None:
         actors = ray._private.state.actors().values()  # type: ignore[attr-defined]
-        workers = [
-            actor for actor in actors if actor["ActorClassName"] == "RayTrainWorker" and actor["State"] == "ALIVE"
-        ]
-        psutil.Process(workers[0]["Pid"]).kill()
+        alive = [actor["Pid"] for actor in actors if (actor["ActorClassName"], actor["State"]) == WORKING]
+        psutil.Process(alive[0]).kill()
 
     flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2})
     printed, _ = run_and_act(kill_a_worker, "epoch 2/8  finished", *flags, address=ray_address)
