@@ -114,8 +114,8 @@ def ray_address() -> Iterator[str]:
     environment.prepare(verbose=False)
     forking = prepare_forking(WorkerConfig(fork_workers=_fork_workers), "mnist_ray.runs.fit")
     with pytest.MonkeyPatch.context() as patch, for_one_job(forking, log_to_driver=False):
-        # Handed on to what the Ray starts. Ray Train's cleaner asks a dashboard: here none answers, and so at once. Else
-        # it is looked for at an address that `ray start` has left long ago.
+        # Handed on to what the Ray starts. Ray Train's cleaner asks a dashboard: here none answers, and so at once.
+        # Else it is looked for at an address that `ray start` has left long ago.
         patch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield ray.get_runtime_context().gcs_address
