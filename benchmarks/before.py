@@ -1,7 +1,7 @@
 """A job of this version beside the same job of an earlier one, as its user sees it: python benchmarks/before.py
 
 In every round each version runs once, one after the other: seconds to the first line, until a worker trains, from a
-worker's kill until the run goes on, and to the exit; processor time; memory. Prints a row a figure.
+worker's kill until the run goes on, and to the exit, also of a sweep; processor time; memory. Prints a row a figure.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from ray.cluster_utils import Cluster
 
 ROOT = Path(__file__).parent.parent
 BEFORE = "8619d03"
 """The last commit whose workers were started by Ray."""
-PARTS = ("one", "four", "restart")
-"""One worker, four, and two of which one is killed."""
+PARTS = ("one", "four", "restart", "sweep")
+"""One worker, four, two of which one is killed, and trials of two."""
 _INTERVAL_S = 0.05
 
 
@@ -58,11 +59,12 @@ def watch(
     root: Path,
     *command: object,
     num_epochs: int = 2,
+    address: str = "local",
     on_line: Callable[[psutil.Process, str], object] = lambda job, line: None,
 ) -> Watched:
     """Run a job of the version in ``root`` to its end, looking at its processes. Raises RuntimeError if it fails."""
     seen, start = Watched(), time.perf_counter()
-    environment = {**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}
     job = psutil.Popen(
         [sys.executable, *map(str, command)],
         cwd=root,
@@ -147,6 +149,19 @@ def seconds_to_restart(root: Path, storage: Path, flags: Sequence[object]) -> fl
     return moments[1] - moments[0]
 
 
+def seconds_to_sweep(root: Path, storage: Path, flags: Sequence[object]) -> float:
+    """Return the seconds of a sweep whose trials have two workers, the chosen one's training with it.
+
+    On a cluster of its own: on a local Ray the earlier version never starts the second trial of several workers.
+    """
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        trials = ("--num-trials", 16, "--num-epochs", 1, "--num-workers", 2)
+        return watch(root, "jobs/tune.py", *trials, "--storage-path", storage, *flags, address=cluster.address).seconds
+    finally:
+        cluster.shutdown()
+
+
 def one_version(root: Path, storage: Path, flags: Sequence[object], parts: Sequence[str]) -> dict[str, float]:
     """Run the jobs of one version; return their figures."""
     where, figures = ["--storage-path", storage, *flags], {}
@@ -159,6 +174,8 @@ def one_version(root: Path, storage: Path, flags: Sequence[object], parts: Seque
         figures |= {"start_four_s": four.at("started"), "pss_four_mib": four.pss_mib}
     if "restart" in parts:
         figures["restart_s"] = seconds_to_restart(root, storage, flags)
+    if "sweep" in parts:
+        figures["sweep_s"] = seconds_to_sweep(root, storage, flags)
     return figures
 
 
