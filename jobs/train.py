@@ -35,7 +35,7 @@ def main() -> None:
             from mnist_ray.runs.fit import fit
             from mnist_ray.runs.record import check, recorded
 
-            plan = plan_workers(job.workers, cluster)
+            plan = plan_workers(job.workers, cluster, job.train.chunks)
             if job.output.check:
                 check(console, job, data, cluster, plan)
                 return

@@ -52,6 +52,17 @@ class TrainConfig:
         must="must be at least 0, and below 2,147,483,648",
     )
     checkpoint_every: int = setting(1000, "steps between checkpoints within an epoch", **at_least(1))
+    reproducible: bool = setting(
+        False, "the same weights to the last bit on any number of workers, one thread each, on CPUs; slower"
+    )
+    num_chunks: int = setting(
+        8, "parts of a batch whose gradients --reproducible adds up in a fixed order; the most workers", **at_least(1)
+    )
+
+    @property
+    def chunks(self) -> int | None:
+        """The parts of a batch whose gradients are added up in a fixed order; None where each rank has one slice."""
+        return self.num_chunks if self.reproducible else None
 
     def num_steps(self, num_examples: int) -> int:
         """Return the optimizer steps of an epoch; the last batch may be smaller."""

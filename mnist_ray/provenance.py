@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -17,6 +18,30 @@ def versions() -> dict[str, str]:
     """Return the versions that a result may depend on."""
     packages = {name: version(name) for name in ("torch", "ray", "numpy")}
     return {"mnist_ray": mnist_ray.__version__, "python": platform.python_version(), **packages}
+
+
+def processor_features() -> frozenset[str]:
+    """Return what Linux says that the first processor can do; elsewhere nothing."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return frozenset()
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(found[1].split()) if found else frozenset()
+
+
+def arithmetic() -> dict[str, list[str]]:
+    """Return what the bits of a result depend on, beside the program: by versions, and by what the processor is.
+
+    Libraries choose their kernels by the vector instructions, and the size of their blocks by the caches.
+    """
+    features = sorted(name for name in processor_features() if re.match("amx|asimd|avx|f16c|fma|sse|ssse|sve", name))
+    caches = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index[0-2]/size"))
+    return {
+        "versions": [f"{name} {version}" for name, version in versions().items() if name in ("torch", "numpy")],
+        "processor": [platform.machine(), *features],
+        "caches": [path.read_text(encoding="ascii").strip() for path in caches],
+    }
 
 
 def command_line() -> str:

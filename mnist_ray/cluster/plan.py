@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import re
@@ -88,12 +89,23 @@ def local_cpus(config: WorkerConfig) -> int:
     return max(cores, asked)
 
 
-def plan_workers(config: WorkerConfig, cluster: Cluster) -> WorkerPlan:
+def plan_workers(config: WorkerConfig, cluster: Cluster, num_chunks: int | None = None) -> WorkerPlan:
     """Decide how many workers run and what each gets.
+
+    Where batches are cut into ``num_chunks`` for the bits not to depend on the workers, each has one CPU by default,
+    and there are as many as that makes.
 
     Raises UsageError where the nodes cannot hold the workers asked for, unless ``config.autoscaling`` says that more
     nodes will come: what an autoscaler could start, Ray does not tell.
     """
+    if num_chunks is not None:
+        most = min(num_chunks, sum(node.num_cpus // (config.cpus_per_worker or 1) for node in cluster.nodes))
+        config = dataclasses.replace(
+            config,
+            num_workers=config.num_workers or max(1, most),
+            cpus_per_worker=config.cpus_per_worker or 1,
+            use_gpu="no",
+        )
     num_gpus = sum(node.num_gpus for node in cluster.nodes)
     if config.use_gpu == "yes" and num_gpus == 0 and not config.autoscaling:
         raise UsageError("--use-gpu yes, but the cluster has no GPU; use --use-gpu no")

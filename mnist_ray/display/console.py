@@ -99,6 +99,8 @@ class RunConsole:
         where = f" on {nodes} nodes" if nodes > 1 else ""
         for name in event.damaged:
             self.say("note", f"{name} is damaged or was cut off; the one before it is used")
+        for note in event.notes:
+            self.say("note", note)
         self.say(
             "started" if self._attempts == 1 else "restarted",
             f"{event.num_workers} × {event.device} with {threads}{where}, {event.precision}"

@@ -19,6 +19,7 @@ from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.settings import flag
 from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, RunFolder, locate
+from mnist_ray.wording import count
 from mnist_ray.workload import source
 from mnist_ray.workload.data import Parts, parts_of
 from mnist_ray.workload.interface import Workload
@@ -67,10 +68,12 @@ class CommandLine:
     def to_job(self) -> Job:
         """Return the training job that it asks for. Raises UsageError."""
         output = settings.build(OutputConfig, self.values)
+        train, workers = settings.build(TrainConfig, self.values), settings.build(WorkerConfig, self.values)
+        _check_reproducible(train, workers)
         return Job(
             self.workload_class(settings.build(self.workload_class.Settings, self.values)),
-            settings.build(TrainConfig, self.values),
-            settings.build(WorkerConfig, self.values),
+            train,
+            workers,
             output,
             self.run,
             self.run.resume_command(f"python jobs/{self.kind}.py", output.mlflow),
@@ -170,6 +173,18 @@ def _find_run(peeked: Mapping[str, Any], kind: str, config_file: str) -> tuple[R
 def _new_name(kind: str) -> str:
     """Return a run's name when none is given: two jobs that begin in the same second have different ones."""
     return f"{kind}_{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(2)}"
+
+
+def _check_reproducible(train: TrainConfig, workers: WorkerConfig) -> None:
+    if train.chunks is None:
+        return
+    if (workers.num_workers or 1) > train.chunks:
+        raise UsageError(
+            f"--reproducible: {workers.num_workers} workers cannot share {count(train.chunks, 'chunk')} of a batch; "
+            "lower --num-workers, or start a run with more --num-chunks"
+        )
+    if workers.use_gpu == "yes":
+        raise UsageError("--reproducible computes on CPUs only; leave --use-gpu out")
 
 
 def _check_output(output: OutputConfig) -> None:

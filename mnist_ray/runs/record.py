@@ -25,6 +25,7 @@ from mnist_ray.runs.header import say_plan
 from mnist_ray.runs.job import Job
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE, WORKLOAD_FILE, RunFolder
+from mnist_ray.training.checkpoint import weights_sha256
 from mnist_ray.training.events import EpochFinished, Event
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.data import Parts
@@ -104,8 +105,10 @@ class Record:
         if len(self._data.validation) and (epochs := self._history.unvalidated):
             shown = ", ".join(map(str, epochs))
             self._console.say("note", f"not validated, since the task failed or the run was interrupted: epoch {shown}")
+        name = fitted.checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
         result = tested.to_dict(workload) | {
-            "checkpoint": fitted.checkpoint.path.rstrip("/").rsplit("/", 1)[-1],
+            "checkpoint": name,
+            "weights_sha256": weights_sha256(job.run.inside(name)),
             "checkpoint_metrics": fitted.metrics,
             workload.rate: self._history.mean_rate() or fitted.metrics[workload.rate],
             "seconds": self._clock.seconds(),
@@ -145,6 +148,8 @@ class Record:
         total = parts.pop("total")
         each = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
         console.say("seconds", f"{total:.1f} in all: {each}")
+        if self._job.train.reproducible:
+            console.say("weights", f"SHA-256 {self._result['weights_sha256']}")
         console.result("checkpoint", run.inside(self._result["checkpoint"]).uri)
         console.result("result", run.inside(RESULT_FILE).uri)
         if self._has_report:

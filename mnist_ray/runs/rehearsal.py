@@ -41,7 +41,7 @@ def rehearsal(job: Job, data: Parts, batch_sizes: Sequence[int] = ()) -> Callabl
         job.workload.facts["model_input"] = check_batch(job.workload, batch.inputs, batch.targets, job.train)
         for size in batch_sizes or [job.train.batch_size]:
             last = len(data.train) % size or size
-            smallest = max(1, last // (job.workers.num_workers or 1))
+            smallest = max(1, last // (job.train.chunks or job.workers.num_workers or 1))
             check_smallest(job.workload, first(smallest).inputs, smallest, size)
 
     is_tried_already = not is_shipped(type(job.workload))

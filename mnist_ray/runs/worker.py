@@ -21,11 +21,12 @@ from mnist_ray.cluster.sharing import SharedPart
 from mnist_ray.config import TrainConfig
 from mnist_ray.environment import end_if_hung, keep_freed_memory
 from mnist_ray.errors import JobError, with_place
-from mnist_ray.provenance import versions
+from mnist_ray.provenance import arithmetic, versions
 from mnist_ray.runs.failures import PASSING, CodeFailedError, is_of_gloo
 from mnist_ray.storage import RunFolder
 from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training import engine
+from mnist_ray.training.chunks import OtherArithmeticError, check_arithmetic
 from mnist_ray.training.events import EpochFinished, Event, NodeLeaving, Progress, Started
 from mnist_ray.training.metrics import score
 from mnist_ray.workload.data import Part
@@ -63,7 +64,7 @@ def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
     spec = loop_config["spec"]
     try:
         _train(spec)
-    except (checkpoints.OtherModelError, engine.TrainingDivergedError) as error:
+    except (checkpoints.OtherModelError, engine.TrainingDivergedError, OtherArithmeticError) as error:
         return str(error)  # not raised: Ray would take it for a lost worker and try again
     except PASSING:
         raise
@@ -82,7 +83,7 @@ def _train(spec: LoopSpec) -> None:
     assigned_cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     batch_size = spec.config.batch_size // group.world_size
     threads = threads_per_worker(assigned_cpus, usable_cores(), context.get_local_world_size(), batch_size)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1 if spec.config.reproducible else threads)
     part = spec.train.open()
 
     state = engine.create_state(spec.workload, spec.config, len(part), group.device)
@@ -92,6 +93,8 @@ def _train(spec: LoopSpec) -> None:
     config = replace(spec.config, precision=engine.resolve_precision(spec.config.precision, group))
     reporter = _Reporter(spec, group, restored)
     hosts = _hosts(group)
+    if spec.config.reproducible:
+        check_arithmetic(group.world_size)
     reporter.send(
         Started(
             group.world_size,
@@ -103,6 +106,7 @@ def _train(spec: LoopSpec) -> None:
             state.step,
             config.num_steps(len(part)),
             restored.damaged,
+            _notes(restored),
         )
     )
     reporter.report_restored(state)
@@ -120,6 +124,13 @@ def _hosts(group: engine.Group) -> tuple[str, ...]:
         torch.distributed.all_gather_object(hosts, socket.gethostname())
         return tuple(hosts)
     return (socket.gethostname(),)
+
+
+def _notes(restored: checkpoints.Restored) -> tuple[str, ...]:
+    """Return what the user is to know of the checkpoint that the run goes on from."""
+    if restored.arithmetic in (None, arithmetic()):
+        return ()
+    return ("other versions or another processor than before: from here on the bits are others",)
 
 
 class _Reporter:
@@ -185,6 +196,8 @@ class _Reporter:
             checkpoint = None
             if self._is_first:
                 about = self._spec.about | {"metrics": metrics, "versions": versions()}
+            if self._spec.config.reproducible:
+                about["arithmetic"] = arithmetic()
                 checkpoints.save_checkpoint(Path(folder), state, about)
                 checkpoint = Checkpoint.from_directory(folder)
                 checkpoint.set_metadata({"epoch": state.epoch})

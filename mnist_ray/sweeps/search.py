@@ -37,7 +37,7 @@ BEST_FILE, PICTURE_FILE, DEFAULT_FOLDER = "best.json", "sweep.png", "default"
 
 def check(console: SweepConsole, sweep: Sweep, data: Parts, cluster: Cluster) -> None:
     """Say how a sweep would run, and whether it would. Raises JobError where it would not."""
-    plan = plan_workers(sweep.workers, cluster)
+    plan = plan_workers(sweep.workers, cluster, sweep.job.train.chunks)
     _say_plan(console, sweep, plan, cluster)
     check_nodes(console, sweep.job, data, plan)
 
@@ -48,7 +48,7 @@ def search(console: SweepConsole, sweep: Sweep, data: Parts, cluster: Cluster) -
     A sweep that has chosen before tries nothing more: its choice is not to change. Raises JobError.
     """
     job = sweep.job
-    plan, run = plan_workers(sweep.workers, cluster), job.run
+    plan, run = plan_workers(sweep.workers, cluster, sweep.job.train.chunks), job.run
     preflight.check_storage(run)
     run.write_text(SWEEP_FILE, json_lines({**settings.values_of(sweep.config), **sweep.bounds, **job.values}))
     spec = TrialSpec(
@@ -137,7 +137,7 @@ def train_chosen(console: SweepConsole, sweep: Sweep, table: TrialTable, data: P
 
 def _train_and_test(job: Job, data: Parts, cluster: Cluster, *, is_last: bool) -> float:
     """Do what ``jobs/train.py`` does; after the last run the cluster is left while the report is written."""
-    clock, plan = Clock(), plan_workers(job.workers, cluster)
+    clock, plan = Clock(), plan_workers(job.workers, cluster, job.train.chunks)
     sections = functools.partial(_sections, workload=job.workload)
     with announced(job, data) as console, recorded(console, job, data, cluster, plan, clock, sections) as record:
         with leftovers_removed():  # of the last trials

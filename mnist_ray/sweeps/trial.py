@@ -79,7 +79,8 @@ def train_on_workers(job: Job, spec: TrialSpec) -> None:
 def _train_here(job: Job, spec: TrialSpec) -> None:
     workload, timeout_s, loader_workers = job.workload, job.workers.hang_timeout_s, job.workers.loader_workers
     keep_freed_memory()
-    torch.set_num_threads(threads_per_worker(spec.plan.cpus_per_worker, usable_cores(), 1, job.train.batch_size))
+    threads = threads_per_worker(spec.plan.cpus_per_worker, usable_cores(), 1, job.train.batch_size)
+    torch.set_num_threads(1 if job.train.reproducible else threads)
     group = Group(device=torch.device("cuda" if spec.plan.use_gpu else "cpu"))
     config = dataclasses.replace(job.train, precision=engine.resolve_precision(job.train.precision, group))
     part, validation = spec.train.open(), spec.validation.open()

@@ -56,6 +56,8 @@ class Restored:
     """The checkpoint's folder; empty where there was none."""
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What was reported with it."""
+    arithmetic: dict[str, Any] | None = None
+    """What its bits depend on, of a reproducible run: that of the machine that wrote it."""
     damaged: tuple[str, ...] = ()
     """Newer ones that were passed over: a kill has cut them off, or something has changed them."""
 
@@ -102,6 +104,11 @@ def fetch_state(filesystem: fs.FileSystem, path: str) -> dict[str, Any]:
     """Return a checkpoint's state.json, wherever it lies. Raises as ``fetch`` does."""
     with _fetched(filesystem, path) as folder:
         return read_state(folder)
+
+
+def weights_sha256(checkpoint: RunFolder) -> str:
+    """Return the digest of a checkpoint's weights."""
+    return str(json.loads(checkpoint.read_text(STATE_FILE) or "")["sha256"][_MODEL])
 
 
 def workload_of(document: dict[str, Any], reference: str | None, changes: dict[str, Any]) -> Workload:
@@ -162,7 +169,8 @@ def restore_newest(run: RunFolder, state: TrainingState) -> Restored:
         try:
             with _fetched(saved.filesystem, saved.path) as folder:
                 restore(folder, state)
-                return Restored(name, read_state(folder).get("metrics", {}), tuple(damaged))
+                document = read_state(folder)
+                return Restored(name, document.get("metrics", {}), document.get("arithmetic"), tuple(damaged))
         except (DamagedCheckpointError, UsageError):
             damaged.append(name)
     return Restored(damaged=tuple(damaged))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
 from mnist_ray.config import Precision, TrainConfig
+from mnist_ray.provenance import processor_features
 from mnist_ray.training import shared_memory
+from mnist_ray.training.chunks import Chunks
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import Evaluation, MetricSums
 from mnist_ray.training.sharding import Batch, ShardedBatchSampler, batch_loader, batches_of, to_device
@@ -110,7 +113,7 @@ def train(
     weights that are no finite numbers could get into a checkpoint.
     """
     assert config.precision != "auto"
-    model = _distributed(state.model, group)
+    model = state.model if config.reproducible else _distributed(state.model, group)
     model.train()
     epochs = _Epochs(workload, state, model, part, config, group, hooks, num_loader_processes)
     while state.epoch < config.num_epochs:
@@ -139,16 +142,11 @@ class _Epochs:
         state, config, hooks = self.state, self.config, self.hooks
         last_step = config.num_steps(len(self.part))
         window = _Window(self.workload, self.group, interval_steps=10)
-        generator = _generator(self.group.device)
-        seed = _seed(config.seed, state.epoch, self.group.rank)
-        autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
         progress = None
-        for batch in self._batches():
-            generator.manual_seed(seed + state.step)  # what augmentation and dropout draw: the same in a resumed run
-            sums = train_step(self.workload, self.model, batch, state.optimizer, self.group, generator, autocast_dtype)
+        for sums, global_size in self._reproducible_steps() if config.reproducible else self._steps():
             state.scheduler.step()
             state.step += 1
-            window.add(sums, batch.global_size)
+            window.add(sums, global_size)
             checkpoint_due = state.step % config.checkpoint_every == 0
             if window.is_full or checkpoint_due or state.step == last_step:
                 progress = window.close(state, last_step)
@@ -160,8 +158,35 @@ class _Epochs:
         assert progress is not None, "an epoch has at least one step"
         return progress
 
+    def _steps(self) -> Iterator[tuple[dict[str, Tensor], int]]:
+        """Make the optimizer steps left in the epoch; yield each one's sums and the size of its global batch."""
+        generator, seed = _generator(self.group.device), _seed(self.config.seed, self.state.epoch, self.group.rank)
+        for batch in self._batches():
+            generator.manual_seed(seed + self.state.step)  # of augmentation and dropout: the same in a resumed run
+            optimizer, dtype = self.state.optimizer, _autocast_dtype(self.config)
+            sums = train_step(self.workload, self.model, batch, optimizer, self.group, generator, dtype)
+            yield sums, batch.global_size
+
+    def _reproducible_steps(self) -> Iterator[tuple[dict[str, Tensor], int]]:
+        """Do the same, with the same bits on any number of ranks."""
+        state, group, dtype = self.state, self.group, _autocast_dtype(self.config)
+        generator = _generator(group.device)
+        chunks = Chunks(self.model, self.config.num_chunks, group.rank, group.world_size)
+        seeds = [_seed(self.config.seed, state.epoch, chunk) for chunk in chunks.own]
+        batches = self._batches()
+        while of_step := list(itertools.islice(batches, len(chunks.own))):
+            for chunk, seed, batch in zip(chunks.own, seeds, of_step, strict=True):
+                generator.manual_seed(seed + state.step)
+                loss_sum, sums = forward(self.workload, self.model, batch, generator, dtype)
+                (loss_sum / batch.global_size).backward()  # type: ignore[no-untyped-call]
+                chunks.take(chunk, sums)
+            sums = chunks.give()
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+            yield sums, of_step[0].global_size
+
     def _batches(self) -> Iterator[Batch]:
-        """Yield what is left of the current epoch, on the device."""
+        """Yield this rank's slices of what is left of the current epoch, on the device."""
         sampler = ShardedBatchSampler(
             len(self.part),
             self.config.batch_size,
@@ -170,6 +195,7 @@ class _Epochs:
             rank=self.group.rank,
             world_size=self.group.world_size,
             first_step=self.state.step,
+            num_chunks=self.config.chunks,
         )
         dataset = batches_of(self.part, self.group.device, _seed(self.config.seed, self.state.epoch, 0))
         for batch in batch_loader(dataset, sampler, self.num_loader_processes):
@@ -184,6 +210,10 @@ def _seed(*numbers: int) -> int:
 def _generator(device: torch.device) -> torch.Generator:
     """Return the generator that a model's own layers draw from."""
     return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+
+
+def _autocast_dtype(config: TrainConfig) -> torch.dtype | None:
+    return torch.bfloat16 if config.precision == "bf16" else None
 
 
 def _check_weights(state: TrainingState) -> None:
@@ -206,13 +236,26 @@ def train_step(
     Each rank's loss is its sum of losses × world size / global batch size. DDP takes the mean of the ranks'
     gradients, so the step follows the true mean over the global batch, also where slices are uneven or empty.
     """
-    with torch.autocast(group.device.type, autocast_dtype, enabled=autocast_dtype is not None):
-        outputs = as_fp32(model(workload.prepare(batch.inputs, generator)))
-    loss_sum = workload.loss(outputs, batch.targets).sum()
+    loss_sum, sums = forward(workload, model, batch, generator, autocast_dtype)
     optimizer.zero_grad()
     (loss_sum * (group.world_size / batch.global_size)).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
-    return {"loss": loss_sum.detach(), **measured_sums(workload, outputs, batch.targets)}
+    return sums
+
+
+def forward(
+    workload: Workload,
+    model: nn.Module,
+    batch: Batch,
+    generator: torch.Generator | None,
+    autocast_dtype: torch.dtype | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the sum of a batch's losses, to go backward from, and the sums of the loss and of what is measured."""
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+        outputs = as_fp32(model(workload.prepare(batch.inputs, generator)))
+    loss_sum = workload.loss(outputs, batch.targets).sum()
+    return loss_sum, {"loss": loss_sum.detach(), **measured_sums(workload, outputs, batch.targets)}
 
 
 def measured_sums(workload: Workload, outputs: Any, targets: Any) -> dict[str, Tensor]:
@@ -253,38 +296,41 @@ class _Window:
 
     def close(self, state: TrainingState, last_step: int) -> Progress:
         """Reduce the window over all ranks into ``state`` and empty it. Raises TrainingDivergedError."""
-        names, sizes = list(self._steps[0]), self._sizes
-        *values, interval_steps = self._reduce(names)
-        loss_sums, others = values[: len(sizes)], values[len(sizes) :]
-        for offset, loss_sum in enumerate(loss_sums):
-            if not math.isfinite(loss_sum):
-                raise TrainingDivergedError(state.epoch + 1, state.step - len(loss_sums) + offset + 1)
-        sums = MetricSums(dict(zip(names, [math.fsum(loss_sums), *others], strict=True)), sum(sizes))
-        state.sums += sums
+        steps, interval_steps = self._reduce()
+        window = MetricSums()
+        for offset, step in enumerate(steps):
+            if not math.isfinite(step.sums["loss"]):
+                raise TrainingDivergedError(state.epoch + 1, state.step - len(steps) + offset + 1)
+            window += step
+            state.sums += step  # one by one: its bits do not depend on when windows close
         state.epoch_s += time.perf_counter() - self._start
-        self._reset(int(interval_steps))
+        self._reset(interval_steps)
         return Progress(
             state.epoch + 1,
             state.step,
             last_step,
-            [loss_sum / size for loss_sum, size in zip(loss_sums, sizes, strict=True)],
-            sums.figures(self._workload),
+            [step.sums["loss"] / step.num_examples for step in steps],
+            window.figures(self._workload),
             state.sums.figures(self._workload),
             state.sums.num_examples,
             state.epoch_s,
         )
 
-    def _reduce(self, names: list[str]) -> list[float]:
-        """Return the loss sum of each step, the sums of the other figures, and the steps of the next window."""
+    def _reduce(self) -> tuple[list[MetricSums], int]:
+        """Return the sums of each step over all ranks, and the steps of the next window."""
         elapsed_s = time.perf_counter() - self._start
         next_interval = max(1, round(len(self._sizes) * _REPORT_INTERVAL_S / max(elapsed_s, 1e-3)))
-        losses = torch.stack([step["loss"] for step in self._steps]).double()
-        others = [torch.stack([step[name] for step in self._steps]).double().sum() for name in names[1:]]
-        proposed = losses.new_tensor(next_interval if self._group.rank == 0 else 0)
-        values = torch.cat([losses, torch.stack([*others, proposed])])
+        names = list(self._steps[0])
+        sums = torch.stack([step[name] for step in self._steps for name in names]).double()
+        values = torch.cat([sums, sums.new_tensor([next_interval if self._group.rank == 0 else 0])])
         if self._group.world_size > 1:
             dist.all_reduce(values)
-        return values.tolist()
+        of_steps, interval_steps = values[:-1].view(-1, len(names)).tolist(), int(values[-1])
+        steps = [
+            MetricSums(dict(zip(names, of_step, strict=True)), size)
+            for of_step, size in zip(of_steps, self._sizes, strict=True)
+        ]
+        return steps, interval_steps
 
 
 def _distributed(model: nn.Module, group: Group) -> nn.Module:
@@ -314,12 +360,7 @@ def resolve_precision(precision: Precision, group: Group) -> Precision:
 
 def cpu_has_bf16() -> bool:
     """Tell whether the processor computes in bf16, by Linux's list of its features; elsewhere assume not."""
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            features = set(file.read().split())
-    except OSError:
-        return False
-    return bool(features & {"avx512_bf16", "amx_bf16"})
+    return not processor_features().isdisjoint({"avx512_bf16", "amx_bf16"})
 
 
 @torch.inference_mode()

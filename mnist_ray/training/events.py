@@ -25,6 +25,8 @@ class Started:
     """Steps of an epoch."""
     damaged: tuple[str, ...] = ()
     """Checkpoints that were passed over: cut off, or not what was written."""
+    notes: tuple[str, ...] = ()
+    """What else the user is to know."""
 
     @property
     def total_step(self) -> int:

@@ -32,12 +32,18 @@ Slice = tuple[np.ndarray, int]
 """What the loader asks a data set for: the indices of a slice, and the size of its global batch."""
 
 
+def own_chunks(num_chunks: int, rank: int, world_size: int) -> range:
+    """Return a rank's chunks of each batch: neighbours, and as many as the others have, or one more."""
+    return range(num_chunks * rank // world_size, num_chunks * (rank + 1) // world_size)
+
+
 class ShardedBatchSampler(Sampler[Slice]):
     """One rank's slices of an epoch's global batches: (indices of the slice, size of the global batch).
 
     The global batches depend on (seed, epoch) only, never on the number of ranks: the epoch's permutation is cut
     into batches, and rank r of w takes the r-th of w slices of each. So a run may go on with other workers, at any
-    ``first_step``, and see the batches it would have seen. All ranks get the same number of slices.
+    ``first_step``, and see the batches it would have seen. All ranks get the same number of slices; but where the
+    batches are cut into a fixed number of chunks instead, a rank gets each of its chunks by itself.
     """
 
     def __init__(
@@ -50,25 +56,27 @@ class ShardedBatchSampler(Sampler[Slice]):
         rank: int = 0,
         world_size: int = 1,
         first_step: int = 0,
+        num_chunks: int | None = None,
     ) -> None:
         self.num_examples = num_examples
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = epoch
-        self.rank = rank
-        self.world_size = world_size
         self.first_step = first_step
+        self.num_slices = num_chunks or world_size
+        self.own = own_chunks(self.num_slices, rank, world_size)
 
     def __len__(self) -> int:
-        return math.ceil(self.num_examples / self.batch_size) - self.first_step
+        return (math.ceil(self.num_examples / self.batch_size) - self.first_step) * len(self.own)
 
     def __iter__(self) -> Iterator[Slice]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_examples)
         for start in range(self.first_step * self.batch_size, self.num_examples, self.batch_size):
             batch = order[start : start + self.batch_size]
-            first = len(batch) * self.rank // self.world_size
-            last = len(batch) * (self.rank + 1) // self.world_size
-            yield batch[first:last], len(batch)
+            for number in self.own:
+                first = len(batch) * number // self.num_slices
+                last = len(batch) * (number + 1) // self.num_slices
+                yield batch[first:last], len(batch)
 
 
 class ArrayBatches(Dataset):
@@ -111,8 +119,9 @@ class ExampleBatches(Dataset):
     def __getitem__(self, chosen: Slice) -> Batch:
         indices, global_size = chosen
         if isinstance(self.part.examples, Arrays):
-            inputs, targets = self.part.rows(indices)
-            return Batch(_tensor(inputs), _tensor(targets), global_size)
+            # Copied into memory of torch's own, whose alignment never differs: the bits of a sum may depend on it.
+            inputs, targets = (_tensor(rows).clone() for rows in self.part.rows(indices))
+            return Batch(inputs, targets, global_size)
         # An empty slice has the shapes of one example.
         examples = [self._example(index) for index in indices.tolist() or [0]]
         try:

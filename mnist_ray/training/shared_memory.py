@@ -13,6 +13,7 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,15 +35,15 @@ def use_where_possible(model: DistributedDataParallel) -> bool:
     """
     if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
         return False
-    size = sum(parameter.numel() for parameter in model.parameters())
-    memory = _open_together(size)
+    size, num_rows = sum(parameter.numel() for parameter in model.parameters()), [1] * dist.get_world_size()
+    memory = open_together(num_rows, size)
     if memory is None:
         return False
-    summed = SummedInMemory(memory, dist.get_rank(), dist.get_world_size(), size)
+    exchanged = Exchanged(memory, dist.get_rank(), num_rows, size)
 
     def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP reads annotations, and not those of the future
         gradients = bucket.buffer()
-        summed(gradients.div_(dist.get_world_size()))
+        torch.sum(exchanged(gradients.div_(dist.get_world_size())[None]), 0, out=gradients)
         done: torch.futures.Future[Tensor] = torch.futures.Future()
         done.set_result(gradients)
         return done
@@ -56,31 +57,35 @@ def is_supported() -> bool:
     return sys.platform == "linux" and platform.machine() == "x86_64"
 
 
-def num_bytes(size: int, world_size: int) -> int:
-    """Return the memory for vectors of up to ``size`` float32: a counter a rank, and two places for each rank's."""
-    return world_size * (_CACHE_LINE + 2 * size * 4)
+def num_bytes(num_rows: Sequence[int], size: int) -> int:
+    """Return the memory for rows of up to ``size`` float32: a counter a rank, and two places for each row.
+
+    ``num_rows`` tells how many rows each rank brings.
+    """
+    return len(num_rows) * _CACHE_LINE + 2 * sum(num_rows) * size * 4
 
 
-class SummedInMemory:
-    """Adds up vectors over all ranks, in place. Every rank calls it with vectors of the same length, in one order."""
+class Exchanged:
+    """Shows every rank the rows of all. Every rank calls it with rows of the same length, in one order."""
 
-    def __init__(self, memory: mmap.mmap, rank: int, world_size: int, size: int) -> None:
-        counters = np.frombuffer(memory, np.int64, world_size * _CACHE_LINE // 8)
-        self._counters = counters.reshape(world_size, -1)[:, 0]
-        vectors = np.frombuffer(memory, np.float32, 2 * world_size * size, offset=counters.nbytes)
-        self._vectors = torch.from_numpy(vectors).view(2, world_size, size)
+    def __init__(self, memory: mmap.mmap, rank: int, num_rows: Sequence[int], size: int) -> None:
+        counters = np.frombuffer(memory, np.int64, len(num_rows) * _CACHE_LINE // 8)
+        self._counters = counters.reshape(len(num_rows), -1)[:, 0]
+        rows = np.frombuffer(memory, np.float32, 2 * sum(num_rows) * size, offset=counters.nbytes)
+        self._rows = torch.from_numpy(rows).view(2, sum(num_rows), size)
+        self._own = slice(sum(num_rows[:rank]), sum(num_rows[: rank + 1]))
         self._rank = rank
         self._calls = 0
 
-    def __call__(self, vector: Tensor) -> None:
-        """Replace this rank's vector by the sum over the ranks; the same bits on each."""
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return the rows of all ranks, in the ranks' order, to be read before the next call."""
         self._calls += 1
         # Two places in turn: who is a call ahead writes where nobody reads any more. Further ahead no rank can be.
-        places = self._vectors[self._calls % 2, :, : len(vector)]
-        places[self._rank].copy_(vector)
+        places = self._rows[self._calls % 2, :, : rows.shape[1]]
+        places[self._own].copy_(rows)
         self._counters[self._rank] = self._calls
         self._wait()
-        torch.sum(places, 0, out=vector)
+        return places
 
     def _wait(self) -> None:
         start = time.perf_counter()
@@ -88,9 +93,12 @@ class SummedInMemory:
             time.sleep(0 if time.perf_counter() - start < _PATIENT_AFTER_S else 5e-5)
 
 
-def _open_together(size: int) -> mmap.mmap | None:
-    """Return memory that all ranks share, zeroed; None on every rank where one of them cannot have it."""
-    length = num_bytes(size, dist.get_world_size())
+def open_together(num_rows: Sequence[int], size: int) -> mmap.mmap | None:
+    """Return memory that all ranks share, zeroed; None on every rank where one of them cannot have it.
+
+    All ranks must call it.
+    """
+    length = num_bytes(num_rows, size)
     created = _create(length) if dist.get_rank() == 0 and length <= _MOST_BYTES and is_supported() else None
     try:
         names = [created and created.name]
