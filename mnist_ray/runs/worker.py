@@ -196,8 +196,8 @@ class _Reporter:
             checkpoint = None
             if self._is_first:
                 about = self._spec.about | {"metrics": metrics, "versions": versions()}
-            if self._spec.config.reproducible:
-                about["arithmetic"] = arithmetic()
+                if self._spec.config.reproducible:
+                    about["arithmetic"] = arithmetic()
                 checkpoints.save_checkpoint(Path(folder), state, about)
                 checkpoint = Checkpoint.from_directory(folder)
                 checkpoint.set_metadata({"epoch": state.epoch})
