@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import os
 import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from ray.cluster_utils import Cluster
 
 ROOT = Path(__file__).parent.parent
 BEFORE = "8619d03"
@@ -154,12 +154,32 @@ def seconds_to_sweep(root: Path, storage: Path, flags: Sequence[object]) -> floa
 
     On a cluster of its own: on a local Ray the earlier version never starts the second trial of several workers.
     """
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-    try:
+    with cluster() as address:
         trials = ("--num-trials", 16, "--num-epochs", 1, "--num-workers", 2)
-        return watch(root, "jobs/tune.py", *trials, "--storage-path", storage, *flags, address=cluster.address).seconds
+        return watch(root, "jobs/tune.py", *trials, "--storage-path", storage, *flags, address=address).seconds
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[str]:
+    """Run a ``ray start --head`` of two CPUs, with the dashboard that only an installed ray[default] has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ("--head", "--block", "--num-cpus=2", f"--port={port}", "--disable-usage-stats")
+    ray_start = [sys.executable, "-m", "ray.scripts.scripts", "start", *options]
+    process = subprocess.Popen(
+        ray_start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        assert process.stdout is not None
+        if not any("will now block" in line for line in process.stdout):
+            raise RuntimeError("ray start --head has ended")
+        yield f"127.0.0.1:{port}"
     finally:
-        cluster.shutdown()
+        for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                each.kill()
+        process.wait()
 
 
 def one_version(root: Path, storage: Path, flags: Sequence[object], parts: Sequence[str]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from mnist_ray.cluster.plan import plan_workers
 from mnist_ray.forking.local import prepare_forking
 from mnist_ray.runs.clock import Clock
 from mnist_ray.runs.header import announced
-from mnist_ray.runs.job import load_data, read_job
+from mnist_ray.runs.job import load_data, owning, read_job
 from mnist_ray.runs.rehearsal import rehearsal
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     job.run.check_writable()
     clock.mark("data")
 
-    with announced(job, data) as console:
+    with announced(job, data) as console, owning(job, console.waiting):
         from mnist_ray.cluster.connection import connect  # imports Ray, once the header is on the screen
 
         rehearse = rehearsal(job, data)

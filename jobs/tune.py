@@ -11,6 +11,7 @@ python jobs/tune.py --resume --run-name NAME
 
 from mnist_ray import cli, environment
 from mnist_ray.forking.local import prepare_forking
+from mnist_ray.runs.job import owning
 from mnist_ray.runs.rehearsal import rehearsal
 from mnist_ray.sweeps.console import announced
 from mnist_ray.sweeps.job import load_data, read_sweep
@@ -24,7 +25,7 @@ def main() -> None:
     sweep, data = load_data(sweep)
     sweep.job.run.check_writable()
 
-    with announced(sweep, data) as console:
+    with announced(sweep, data) as console, owning(sweep.job, console.waiting):
         from mnist_ray.cluster.connection import connect  # imports Ray, once the header is on the screen
 
         rehearse = rehearsal(sweep.job, data, sweep.batch_sizes)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, get_type_hints
 
-from mnist_ray.environment import take_sigterm_as_interrupt
+from mnist_ray import guard
 from mnist_ray.errors import JobError, UsageError
+from mnist_ray.interrupts import take_signals
 from mnist_ray.settings import build, flag, item_type, parse_text, value_type
 
 UNSET = argparse.SUPPRESS
@@ -113,8 +115,8 @@ def _worker_range(text: str) -> int | tuple[int, ...]:
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a job's main and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted; a bug keeps its traceback."""
-    take_sigterm_as_interrupt()
-    status = _status_of(main)
+    take_signals()
+    status = guard.run(functools.partial(_status_of, main))
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
     sys.stderr.flush()

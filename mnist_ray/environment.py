@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import os
-import signal
-import threading
 
 _SETTINGS = {
     # Train's controller looks at its workers this often. The default of 2 s is waited for at the end of every run.
@@ -55,12 +53,6 @@ def for_evaluation() -> dict[str, str]:
     Train starts, and its evaluation, which the driver starts.
     """
     return {**for_workers(), "OMP_NUM_THREADS": "1"}
-
-
-def take_sigterm_as_interrupt() -> None:
-    """Let SIGTERM, which ``ray job stop`` and schedulers send, do what Ctrl-C does; ``ray.init`` sets a handler too."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def keep_freed_memory() -> None:

@@ -51,6 +51,7 @@ NAMES = {
     ),
     "state": ("ray._private.state", "its accessor tells which placement groups have lost the actor that made them"),
     "PlacementGroupTableData": ("ray.core.generated.gcs_pb2", "what the accessor returns, serialized"),
+    "ControllerCallback": ("ray.train.v2._internal.execution.callback", "tells who looks after a run's workers"),
     "DatasetsCallback": ("ray.train.v2._internal.callbacks", "starts an actor also where there are no Ray Datasets"),
     "PlacementGroupCleanerCallback": (
         "ray.train.v2._internal.callbacks.placement_group_callback",

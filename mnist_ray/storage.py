@@ -69,6 +69,12 @@ class RunFolder:
         found = self.filesystem.get_file_info(selector)
         return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
 
+    def files(self) -> list[str]:
+        """Return the names of the files in it, sorted; none where it is not there."""
+        selector = fs.FileSelector(self.path, allow_not_found=True)
+        found = self.filesystem.get_file_info(selector)
+        return sorted(info.base_name for info in found if info.type == fs.FileType.File)
+
     def modified_ns(self, file_name: str) -> int:
         """Return when a file was last written, in nanoseconds since 1970; 0 where it is not there."""
         return self.filesystem.get_file_info(posixpath.join(self.path, file_name)).mtime_ns or 0

@@ -20,11 +20,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mnist_ray import private
 from mnist_ray.cluster.local import start_local
 from mnist_ray.cluster.plan import Cluster, Node, local_cpus, node_of
+from mnist_ray.cluster.watch import watched
 from mnist_ray.config import WorkerConfig
-from mnist_ray.environment import take_sigterm_as_interrupt
 from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.forking.cluster import runtime_env_to_fork
 from mnist_ray.forking.local import Forking
+from mnist_ray.interrupts import take_signals
 
 _WORKER_START_TIMEOUT_S = 50.0
 
@@ -71,10 +72,10 @@ def connect(
             if forking is not None:
                 options["runtime_env"] = runtime_env_to_fork(forking)
             _init(address, options)
-        take_sigterm_as_interrupt()
+        take_signals()
         cluster = _describe(is_local=address is None, leave=threading.Thread(target=ray.shutdown).start)
         check_workers_start(cluster)
-        with errors_in_one_line(cluster):
+        with errors_in_one_line(cluster), watched(_start_here):
             yield cluster
 
 
@@ -84,12 +85,17 @@ def check_workers_start(cluster: Cluster) -> None:
     Where worker processes die at once, Ray tries five times, and waits for a minute each time.
     """
     try:
-        ray.get(_start.options(scheduling_strategy=this_node()).remote(), timeout=_WORKER_START_TIMEOUT_S)
+        ray.get(_start_here(), timeout=_WORKER_START_TIMEOUT_S)
     except ray.exceptions.GetTimeoutError as error:
         log = Path(cluster.log_folder) / "raylet.err"
         lines = [line for line in log.read_text(errors="replace").splitlines() if line and not line.startswith("[")]
         said = f"; the last that one wrote: {lines[-1]}" if lines else ""
         raise JobError(f"Ray's worker processes do not start{said} (log: {log})") from error
+
+
+def _start_here() -> ray.ObjectRef:
+    """Start a task on this node that does nothing."""
+    return _start.options(scheduling_strategy=this_node()).remote()
 
 
 @ray.remote(num_cpus=0)

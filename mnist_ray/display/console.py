@@ -11,7 +11,16 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from mnist_ray.training.events import EpochFinished, Event, NodeLeaving, Progress, Started, Validated, WorkersLost
+from mnist_ray.training.events import (
+    EpochFinished,
+    Event,
+    NodeLeaving,
+    Progress,
+    Started,
+    Stopping,
+    Validated,
+    WorkersLost,
+)
 from mnist_ray.wording import clock_time, count
 from mnist_ray.workload.interface import Workload
 
@@ -79,6 +88,8 @@ class RunConsole:
                 self.say("lost", f"{event.reason}; replacing the workers …")
             case NodeLeaving():
                 self.say("note", "a worker's node is about to be taken away; saving a checkpoint")
+            case Stopping():
+                self.say("note", "interrupted; saving a checkpoint (once more: end at once)")
             case Progress():
                 self._progress(event)
             case EpochFinished():

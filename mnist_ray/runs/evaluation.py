@@ -12,7 +12,6 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 from ray.train import Checkpoint
-from ray.util.queue import Queue
 
 from mnist_ray.cluster.sharing import SharedPart, share
 from mnist_ray.environment import for_evaluation
@@ -78,12 +77,12 @@ def _evaluate_part(
     return _evaluate_here(checkpoint, shared.workload, shared.open().between(start, stop), loader_workers)
 
 
-def validate(checkpoint: Checkpoint, part: SharedPart, events: Queue, loader_workers: int) -> dict[str, float]:
+def validate(checkpoint: Checkpoint, part: SharedPart, mailbox: Any, loader_workers: int) -> dict[str, float]:
     """Evaluate an epoch's checkpoint on the validation set; Ray Train runs this as a task beside the training."""
     start, workload = time.perf_counter(), part.workload
     figures = _evaluate_here(checkpoint, workload, part.open(), loader_workers).figures(workload)
     epoch = int(checkpoint.get_metadata()["epoch"])
-    events.put(Validated(epoch, figures, time.perf_counter() - start))
+    ray.get(mailbox.put.remote(Validated(epoch, figures, time.perf_counter() - start)))
     return validation_metrics(workload, figures)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from ray.exceptions import RayActorError, RayError
 from ray.train import UserCallback
-from ray.util.queue import Queue
 
 from mnist_ray import private
 from mnist_ray.errors import JobError, first_line
@@ -37,8 +37,8 @@ class CodeFailedError(Exception):
 class FailureReporter(UserCallback):
     """Tells the driver why workers are being replaced; where that cannot help, ends the run."""
 
-    def __init__(self, events: Queue) -> None:
-        self._events = events
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         """Do it, for the exceptions of each rank that failed."""
@@ -46,7 +46,7 @@ class FailureReporter(UserCallback):
             if isinstance(error, CodeFailedError):
                 # Raised here, Ray takes it for a failure of its own controller, after which it does not try again.
                 raise TrainingStoppedError(str(error))
-        self._events.actor.put_nowait.remote(WorkersLost(describe(worker_exceptions)))
+        self._mailbox.put.remote(WorkersLost(describe(worker_exceptions)))
 
 
 def is_of_gloo(error: BaseException) -> bool:

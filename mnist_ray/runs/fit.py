@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -12,25 +14,27 @@ from typing import Any
 import ray.train
 from ray.exceptions import RayError
 from ray.train import Checkpoint, ValidationConfig
-from ray.util.queue import Queue
 
 from mnist_ray import private
-from mnist_ray.cluster.connection import this_node
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.sharing import share
+from mnist_ray.cluster.watch import LONGEST_SILENCE_S, Ping, Watch, no_answer_from
 from mnist_ray.errors import JobError
+from mnist_ray.interrupts import first_only_noted
 from mnist_ray.runs import evaluation
 from mnist_ray.runs.failures import FailureReporter, TrainingStoppedError, reason_of
 from mnist_ray.runs.job import Job, about
 from mnist_ray.runs.lookup import best_of
+from mnist_ray.runs.mailbox import open_mailbox
 from mnist_ray.runs.trainer import create_trainer
 from mnist_ray.runs.worker import LoopSpec
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder, with_retries
 from mnist_ray.training.checkpoint import checkpoint_names
-from mnist_ray.training.events import Event, Started, WorkersLost
+from mnist_ray.training.events import ControllerStarted, Event, Started, Stopping, WorkersLost
 from mnist_ray.workload.data import Parts
 
 _POLL_INTERVAL_S = 0.5  # at which the driver asks for events, as often as workers send their progress
+_SAVED_WITHIN_S = 30.0  # after Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ def fit(job: Job, data: Parts, plan: WorkerPlan, on_event: Callable[[Event], Non
 
     Raises TrainingStoppedError where it would end the same way again, JobError where training failed otherwise.
     """
-    workload, workers, events = job.workload, job.workers, Queue(actor_options=_beside_the_driver())
+    workload, workers, mailbox = job.workload, job.workers, open_mailbox()
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(workers.hang_timeout_s))
     if plan.min_workers is not None:  # so long Ray waits in vain for as many as before, when a node has gone
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
@@ -56,7 +60,7 @@ def fit(job: Job, data: Parts, plan: WorkerPlan, on_event: Callable[[Event], Non
     if len(data.validation):
         part = share(workload, data.validation)
         validate = functools.partial(
-            evaluation.validate, part=part, events=events, loader_workers=workers.loader_workers
+            evaluation.validate, part=part, mailbox=mailbox, loader_workers=workers.loader_workers
         )
         # Without CPUs of its own, validation starts also while the workers hold all of them.
         options = {"num_cpus": 0, **evaluation.process_options()}
@@ -67,7 +71,7 @@ def fit(job: Job, data: Parts, plan: WorkerPlan, on_event: Callable[[Event], Non
         job.train,
         share(workload, data.train),
         job.run,
-        events,
+        mailbox,
         about(job),
         workers.hang_timeout_s,
         workers.loader_workers,
@@ -83,30 +87,26 @@ def fit(job: Job, data: Parts, plan: WorkerPlan, on_event: Callable[[Event], Non
 
     def attempt() -> ray.train.Result:
         drop_damaged_snapshot(job.run)
-        reporter = FailureReporter(events)
+        reporter = FailureReporter(mailbox)
         return create_trainer(spec, plan, workers.max_failures, validation_config, [reporter]).fit()
 
-    result = _with_storage_failures(attempt, workers.max_failures, job.run, events, on_event_here)
+    result = _with_storage_failures(attempt, workers.max_failures, job.run, mailbox, on_event_here)
     if result.return_value is not None:
         raise TrainingStoppedError(result.return_value)
     return Fitted(*best_of(result, damaged))
-
-
-def _beside_the_driver() -> dict[str, Any]:
-    return {"num_cpus": 0, "scheduling_strategy": this_node()}
 
 
 def _with_storage_failures(
     attempt: Callable[[], ray.train.Result],
     max_failures: int,
     run: RunFolder,
-    events: Queue,
+    mailbox: Any,
     on_event: Callable[[Event], None],
 ) -> ray.train.Result:
     """Return an attempt's result; where Ray's own bookkeeping fails on storage, which it does not retry, try again."""
     for failures_left in range(max_failures, -1, -1):
         try:
-            return _listening(attempt, events, on_event)
+            return _listening(attempt, mailbox, on_event)
         except (ray.train.TrainingFailedError, RayError, *STORAGE_ERRORS) as error:
             cause = getattr(error, "controller_failure", error)
             if isinstance(cause, TrainingStoppedError):
@@ -119,24 +119,55 @@ def _with_storage_failures(
 
 
 def _listening(
-    work: Callable[[], ray.train.Result], events: Queue, on_event: Callable[[Event], None]
+    work: Callable[[], ray.train.Result], mailbox: Any, on_event: Callable[[Event], None]
 ) -> ray.train.Result:
-    """Return what ``work`` returns, done in a thread, so that this one hands on events and takes Ctrl-C."""
+    """Return what ``work`` returns, done in a thread, so that this one hands on events and takes Ctrl-C.
+
+    The first Ctrl-C lets the workers save what they have, where they are training. Raises KeyboardInterrupt then, too.
+    """
     pool = ThreadPoolExecutor(1)
+    is_training, end_at = False, math.inf
+    pings: dict[str, Ping] = {}
+    watch = Watch(pings)
     try:
-        result: Future[ray.train.Result] = pool.submit(work)
-        is_running = True
-        while is_running:
-            is_running = bool(
-                wait([result], _POLL_INTERVAL_S).not_done
-            )  # seen first: the last events are handed on too
-            # Not get() with a timeout: it says by an exception that nothing came, and Ray logs one that Ctrl-C left.
-            if num_events := events.qsize():
-                for event in events.get_nowait_batch(num_events):
+        with first_only_noted() as interrupted:
+            result: Future[ray.train.Result] = pool.submit(work)
+            is_running = True
+            while is_running:
+                is_running = bool(wait([result], _POLL_INTERVAL_S).not_done)  # seen first: the last events come too
+                for event in _taken(mailbox):
+                    if isinstance(event, ControllerStarted):
+                        pings["Ray Train's controller"] = functools.partial(_ping, event.actor)
+                    is_training = isinstance(event, Started) or (is_training and not isinstance(event, WorkersLost))
                     on_event(event)
+                if interrupted.is_set() and end_at == math.inf:
+                    end_at = time.monotonic() + (_SAVED_WITHIN_S if is_training else 0)
+                    if is_training:
+                        mailbox.want_stop.remote()
+                        on_event(Stopping())
+                if silent := watch.silent():
+                    raise JobError(no_answer_from(silent))
+                if time.monotonic() > end_at:
+                    break
+            if interrupted.is_set():
+                raise KeyboardInterrupt
         return result.result()
     finally:
         pool.shutdown(wait=False)
+
+
+def _ping(controller: Any) -> Future[object]:
+    answer: Future[object] = controller.get_state.remote().future()
+    return answer
+
+
+def _taken(mailbox: Any) -> list[Event]:
+    """Return the events that have come. Raises JobError where the mailbox does not answer."""
+    answer = mailbox.take.remote()
+    if not ray.wait([answer], timeout=LONGEST_SILENCE_S)[0]:
+        raise JobError(no_answer_from("the mailbox of its workers"))
+    events: list[Event] = ray.get(answer)
+    return events
 
 
 def drop_damaged_snapshot(run: RunFolder) -> None:

@@ -5,7 +5,9 @@ Nothing here imports torch or Ray, so that a mistake is answered at once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import secrets
@@ -17,6 +19,7 @@ from typing import Any
 from mnist_ray import cli, settings
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError
+from mnist_ray.lease import owned
 from mnist_ray.settings import flag
 from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, RunFolder, locate
 from mnist_ray.wording import count
@@ -131,8 +134,7 @@ def read_command_line(
     output = settings.build(OutputConfig, asked)
     _check_output(output)
     if not saved:
-        if run.exists():
-            raise UsageError(f"run {run.uri} exists already; add --resume to go on with it, or give another --run-name")
+        check_free(run, resume=False)
         return CommandLine(kind, workload_class, asked, run, ())
     values = merged(kept, saved, asked)
     _check_unchanged(run, kept, saved, values)
@@ -165,9 +167,21 @@ def _find_run(peeked: Mapping[str, Any], kind: str, config_file: str) -> tuple[R
     text = run.read_text(config_file)
     if text is None:
         raise UsageError(f"--resume: there is no run to go on with in {run.uri}: no {config_file}")
-    if run.exists(RESULT_FILE):
-        raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.inside(RESULT_FILE).uri}")
+    check_free(run, resume=True)
     return run, settings.parse_config(text, run.inside(config_file).uri)
+
+
+def check_free(run: RunFolder, *, resume: bool) -> None:
+    """Raise UsageError where a run is there already, or is finished where it is to be resumed."""
+    if resume and run.exists(RESULT_FILE):
+        raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.inside(RESULT_FILE).uri}")
+    if not resume and run.exists():
+        raise UsageError(f"run {run.uri} exists already; add --resume to go on with it, or give another --run-name")
+
+
+def owning(job: Job, waiting: Callable[[str], None]) -> contextlib.AbstractContextManager[None]:
+    """Return what keeps a job's run from others meanwhile. Raises as ``owned`` and ``check_free`` do."""
+    return owned(job.run, functools.partial(check_free, job.run, resume=job.output.resume), waiting)
 
 
 def _new_name(kind: str) -> str:

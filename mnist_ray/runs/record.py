@@ -17,6 +17,7 @@ from mnist_ray.display.console import RunConsole
 from mnist_ray.display.history import History, write_predictions
 from mnist_ray.display.tracking import Ending
 from mnist_ray.errors import JobError, with_place
+from mnist_ray.guard import if_ended
 from mnist_ray.provenance import origin
 from mnist_ray.runs.clock import Clock
 from mnist_ray.runs.failures import TrainingStoppedError
@@ -52,6 +53,7 @@ def recorded(
     record = Record(job, data, clock, console, sections)
     say_plan(console, job, cluster, plan)
     record.begin()
+    if_ended(f"; to go on: {job.resume_with}")
     try:
         yield record
     except KeyboardInterrupt as interrupt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback, ValidationConfig
 from ray.train.torch import TorchTrainer
 
@@ -12,6 +13,7 @@ from mnist_ray import private
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.rendezvous import WorkerGroupConfig
 from mnist_ray.runs.worker import LoopSpec, train_loop_per_worker
+from mnist_ray.training.events import ControllerStarted
 
 _RESIZE_INTERVAL_S = 15.0  # how often an elastic run looks whether the cluster holds more workers
 _VALIDATION_POLL_INTERVAL_S = 0.1
@@ -59,7 +61,19 @@ class _Trainer(TorchTrainer):
         unneeded: tuple[type, ...] = (private.DatasetsCallback,)  # hands out Ray Datasets; there are none
         if is_local:  # what it cleans up behind a killed controller is gone with the job's own Ray
             unneeded += (private.PlacementGroupCleanerCallback,)
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unneeded)]
+        callbacks = [some for some in super()._create_default_callbacks() if not isinstance(some, unneeded)]
+        mailbox = self.train_loop_config["spec"].mailbox
+        return callbacks if mailbox is None else [*callbacks, _TellsController(mailbox)]
+
+
+class _TellsController(private.ControllerCallback):
+    """Tells the driver who looks after the workers, so that it can ask whether that still answers."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+
+    def after_controller_start(self, train_run_context: object) -> None:
+        self._mailbox.put.remote(ControllerStarted(ray.get_runtime_context().current_actor))
 
 
 class _EndsSoon(UserCallback):

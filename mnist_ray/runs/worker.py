@@ -14,7 +14,6 @@ import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
-from ray.util.queue import Queue
 
 from mnist_ray.cluster.plan import threads_per_worker, usable_cores
 from mnist_ray.cluster.sharing import SharedPart
@@ -42,8 +41,8 @@ class LoopSpec:
     train: SharedPart
     run: RunFolder
     """Where the checkpoints are."""
-    events: Queue | None
-    """Where rank 0 tells how it goes; None where nobody listens."""
+    mailbox: Any
+    """The actor that rank 0 tells how it goes; None where nobody listens."""
     about: dict[str, Any]
     """Written into every checkpoint."""
     hang_timeout_s: float
@@ -59,13 +58,16 @@ class LoopSpec:
 def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
     """Train on one worker; every rank runs this. Return why training stopped early, or None where it is done.
 
-    Raises CodeFailedError where the code failed, and what else failed as it is.
+    Where it was asked to stop, that is empty. Raises CodeFailedError where the code failed, and what else failed as it
+    is.
     """
     spec = loop_config["spec"]
     try:
         _train(spec)
     except (checkpoints.OtherModelError, engine.TrainingDivergedError, OtherArithmeticError) as error:
         return str(error)  # not raised: Ray would take it for a lost worker and try again
+    except engine.StopWantedError:
+        return ""
     except PASSING:
         raise
     except Exception as error:
@@ -110,7 +112,7 @@ def _train(spec: LoopSpec) -> None:
         )
     )
     reporter.report_restored(state)
-    hooks = engine.Hooks(reporter.progress, reporter.checkpoint, reporter.wants_checkpoint)
+    hooks = engine.Hooks(reporter.progress, reporter.checkpoint, reporter.wants_checkpoint, reporter.wants_stop)
     try:
         engine.train(spec.workload, state, part, config, group, hooks, spec.loader_workers)
     finally:
@@ -142,6 +144,7 @@ class _Reporter:
         self._is_first = group.rank == 0
         self._validation = spec.validation.open() if spec.validation and self._is_first else None
         self._saved_for_preemption = False
+        self._answers: list[Any] = []
         current = ray.train.get_checkpoint()
         self._known = current.path.rsplit("/", 1)[-1] if current else ""
         # Ray knows a damaged checkpoint by its name still; what takes its place needs another one.
@@ -150,8 +153,8 @@ class _Reporter:
 
     def send(self, event: Event) -> None:
         """Tell the driver, on rank 0."""
-        if self._is_first and self._spec.events is not None:  # a Queue with nothing in it is false
-            self._spec.events.actor.put_nowait.remote(event)
+        if self._is_first and self._spec.mailbox is not None:
+            self._answers.append(self._spec.mailbox.put.remote(event))
 
     def progress(self, progress: Progress) -> None:
         """Note that training goes on."""
@@ -165,6 +168,11 @@ class _Reporter:
         self._saved_for_preemption = True
         self.send(NodeLeaving())
         return True
+
+    def wants_stop(self) -> bool:
+        """Tell whether the driver wants the training to stop, as far as it has answered; asked on rank 0."""
+        answered, self._answers = ray.wait(self._answers, num_returns=len(self._answers), timeout=0)
+        return any(ray.get(answered))
 
     def report_restored(self, state: engine.TrainingState) -> None:
         """Report the checkpoint that this run goes on from, where a kill came between its upload and Ray's noting it.

@@ -14,6 +14,7 @@ from mnist_ray.cluster.leftovers import leftovers_removed
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, plan_workers
 from mnist_ray.cluster.sharing import share
 from mnist_ray.errors import JobError
+from mnist_ray.guard import if_ended
 from mnist_ray.runs.clock import Clock
 from mnist_ray.runs.evaluation import evaluate
 from mnist_ray.runs.fit import fit
@@ -58,6 +59,7 @@ def search(console: SweepConsole, sweep: Sweep, data: Parts, cluster: Cluster) -
         plan,
         run.inside(TRIALS_FOLDER),
     )
+    if_ended(f"; to go on: {job.resume_with}")
     try:
         _say_plan(console, sweep, plan, cluster)
         concurrent = _trials_at_a_time(sweep, plan, cluster)

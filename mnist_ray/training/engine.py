@@ -43,6 +43,10 @@ class TrainingDivergedError(Exception):
         return f"loss or weights are not finite at step {self.step} of epoch {self.epoch}; try a lower --learning-rate"
 
 
+class StopWantedError(Exception):
+    """Training has stopped because it was asked to, with a checkpoint saved. Raised on every rank alike."""
+
+
 @dataclass(frozen=True)
 class Group:
     """This process among those that train together; ``torch.distributed`` joins them where there are several."""
@@ -80,6 +84,8 @@ class Hooks:
     """Save ``state``; where an epoch has just ended, its step is 0 and ``progress`` the epoch's last."""
     wants_checkpoint: Callable[[], bool] = lambda: False
     """Whether to save now, besides the regular times; asked after ``progress``, and the same on every rank."""
+    wants_stop: Callable[[], bool] = lambda: False
+    """Whether to save now and stop; asked before ``progress``, and what rank 0 answers counts."""
 
 
 def create_state(workload: Workload, config: TrainConfig, num_examples: int, device: torch.device) -> TrainingState:
@@ -110,7 +116,7 @@ def train(
     """Train ``state`` from where it stands to the last epoch's end, on this rank's slices of ``part``.
 
     ``config.precision`` is resolved (see ``resolve_precision``). Raises TrainingDivergedError on every rank, before
-    weights that are no finite numbers could get into a checkpoint.
+    weights that are no finite numbers could get into a checkpoint; and StopWantedError.
     """
     assert config.precision != "auto"
     model = state.model if config.reproducible else _distributed(state.model, group)
@@ -141,7 +147,7 @@ class _Epochs:
         """Train to the end of the current epoch, reporting every half second; return its last progress."""
         state, config, hooks = self.state, self.config, self.hooks
         last_step = config.num_steps(len(self.part))
-        window = _Window(self.workload, self.group, interval_steps=10)
+        window = _Window(self.workload, self.group, hooks.wants_stop, interval_steps=10)
         progress = None
         for sums, global_size in self._reproducible_steps() if config.reproducible else self._steps():
             state.scheduler.step()
@@ -151,9 +157,11 @@ class _Epochs:
             if window.is_full or checkpoint_due or state.step == last_step:
                 progress = window.close(state, last_step)
                 hooks.progress(progress)
-                if (hooks.wants_checkpoint() or checkpoint_due) and state.step < last_step:
+                if (hooks.wants_checkpoint() or checkpoint_due or window.stops) and state.step < last_step:
                     _check_weights(state)
                     hooks.checkpoint(state, progress)
+                    if window.stops:
+                        raise StopWantedError
                     window.restart_clock()
         assert progress is not None, "an epoch has at least one step"
         return progress
@@ -271,9 +279,12 @@ class _Window:
     how many steps the next one closes, so that every rank closes at the same step.
     """
 
-    def __init__(self, workload: Workload, group: Group, interval_steps: int) -> None:
+    def __init__(self, workload: Workload, group: Group, wants_stop: Callable[[], bool], interval_steps: int) -> None:
         self._workload = workload
         self._group = group
+        self._wants_stop = wants_stop
+        self.stops = False
+        """Whether rank 0 has been asked to stop, when the window was closed last."""
         self._reset(interval_steps)
 
     def _reset(self, interval_steps: int) -> None:
@@ -322,10 +333,12 @@ class _Window:
         next_interval = max(1, round(len(self._sizes) * _REPORT_INTERVAL_S / max(elapsed_s, 1e-3)))
         names = list(self._steps[0])
         sums = torch.stack([step[name] for step in self._steps for name in names]).double()
-        values = torch.cat([sums, sums.new_tensor([next_interval if self._group.rank == 0 else 0])])
+        settled = [next_interval, self._wants_stop()] if self._group.rank == 0 else [0, 0]
+        values = torch.cat([sums, sums.new_tensor(settled)])
         if self._group.world_size > 1:
             dist.all_reduce(values)
-        of_steps, interval_steps = values[:-1].view(-1, len(names)).tolist(), int(values[-1])
+        of_steps = values[:-2].view(-1, len(names)).tolist()
+        interval_steps, self.stops = int(values[-2]), bool(values[-1])
         steps = [
             MetricSums(dict(zip(names, of_step, strict=True)), size)
             for of_step, size in zip(of_steps, self._sizes, strict=True)

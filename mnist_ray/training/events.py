@@ -1,10 +1,19 @@
-"""What workers and tasks tell the driver while a run goes on. Light: the queue's own process imports it too."""
+"""What is told while a run goes on, mostly by workers and tasks. Light: the mailbox's own process imports it too."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ControllerStarted:
+    """Ray Train has begun to look after the workers."""
+
+    actor: Any
+    """What does; it can be asked whether it is there."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,11 @@ class WorkersLost:
 @dataclass(frozen=True)
 class NodeLeaving:
     """A worker's node is about to be taken away; a checkpoint is being saved before that."""
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """The user has asked for the end; a checkpoint is being saved before that."""
 
 
 @dataclass(frozen=True)
@@ -100,4 +114,4 @@ class Validated:
     seconds: float
 
 
-Event = Started | WorkersLost | NodeLeaving | Progress | EpochFinished | Validated
+Event = ControllerStarted | Started | WorkersLost | NodeLeaving | Stopping | Progress | EpochFinished | Validated

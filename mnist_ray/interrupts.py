@@ -1,0 +1,72 @@
+"""What ends a job before its time: Ctrl-C, SIGTERM, or what a thread has found out. The main thread hears of all."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+
+FORWARDED = getattr(signal, "SIGUSR1", None)
+"""What ``guard`` sends for a signal that it was sent: that may have reached this process as well."""
+
+
+@dataclass
+class _Heard:
+    """So far; there is one of it, as a process has one set of signal handlers."""
+
+    directly: int = 0
+    forwarded: int = 0
+    first: threading.Event | None = None
+    """To be set by the first interrupt, where it is only to be noted."""
+    error: Exception | None = None
+    """What a thread ends the job with."""
+
+
+_heard = _Heard()
+
+
+def take_signals() -> None:
+    """Let Ctrl-C and SIGTERM, which ``ray job stop`` and schedulers send, raise KeyboardInterrupt.
+
+    To be called again after ``ray.init``, which sets a handler of its own.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, FORWARDED):
+            if number is not None:
+                signal.signal(number, _hear)
+
+
+def _hear(number: int, frame: FrameType | None) -> None:
+    if (error := _heard.error) is not None:
+        _heard.error = None
+        raise error
+    before = max(_heard.directly, _heard.forwarded)
+    if number == FORWARDED:
+        _heard.forwarded += 1
+    else:
+        _heard.directly += 1
+    if max(_heard.directly, _heard.forwarded) == before:
+        return  # the same one, heard on the other way
+    if _heard.first is not None and not _heard.first.is_set():
+        _heard.first.set()
+    else:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def first_only_noted() -> Iterator[threading.Event]:
+    """Give an event that the first interrupt meanwhile sets, where signals are taken; the second raises."""
+    _heard.first = threading.Event()
+    try:
+        yield _heard.first
+    finally:
+        _heard.first = None
+
+
+def end_with(error: Exception) -> None:
+    """Raise an error in the main thread, where signals are taken; for other threads."""
+    _heard.error = error
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
