@@ -35,7 +35,7 @@ class CodeFailedError(Exception):
 
 
 class FailureReporter(UserCallback):
-    """Tells the driver why workers are being replaced; where that cannot help, ends the run."""
+    """Tells the driver, where it has a mailbox, why workers are replaced; where that cannot help, ends the run."""
 
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
@@ -46,7 +46,8 @@ class FailureReporter(UserCallback):
             if isinstance(error, CodeFailedError):
                 # Raised here, Ray takes it for a failure of its own controller, after which it does not try again.
                 raise TrainingStoppedError(str(error))
-        self._mailbox.put.remote(WorkersLost(describe(worker_exceptions)))
+        if self._mailbox is not None:
+            self._mailbox.put.remote(WorkersLost(describe(worker_exceptions)))
 
 
 def is_of_gloo(error: BaseException) -> bool:

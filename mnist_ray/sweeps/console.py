@@ -14,7 +14,7 @@ from mnist_ray.display.console import RunConsole
 from mnist_ray.runs.header import say_data
 from mnist_ray.sweeps.job import Sweep
 from mnist_ray.sweeps.space import described
-from mnist_ray.sweeps.trials import DONE, FAILED, STOPPED, TrialRecord, TrialTable
+from mnist_ray.sweeps.trials import DONE, ENDED, FAILED, LOST, STOPPED, TrialRecord, TrialTable
 from mnist_ray.wording import clock_time, count
 from mnist_ray.workload.data import Parts
 from mnist_ray.workload.interface import Workload
@@ -33,7 +33,7 @@ class SweepConsole(RunConsole):
     def show_table(self, table: TrialTable) -> None:
         """Show how the sweep stands."""
         if self._finished_before is None:
-            self._finished_before = table.count(DONE, STOPPED, FAILED)
+            self._finished_before = table.count(*ENDED)
             self._printed = {record.trial for record in table.by_point.values() if record.is_finished}
         if self._live.is_started:
             self._live.update(Group(_table(table, self._num_epochs), Text(self._summary(table))), refresh=True)
@@ -44,7 +44,11 @@ class SweepConsole(RunConsole):
                 self.say(f"trial {record.trial}", f"{_line(table, record, self._num_epochs)} · {self._summary(table)}")
 
     def _summary(self, table: TrialTable) -> str:
-        counts = [f"{table.count(DONE)} done", f"{table.count(STOPPED)} stopped early", f"{table.count(FAILED)} failed"]
+        counts = [
+            f"{table.count(DONE)} done",
+            f"{table.count(STOPPED)} stopped early",
+            f"{table.count(FAILED, LOST)} failed",
+        ]
         best = "none validated yet"
         if table.best:
             best = f"best {self._workload.criterion.shown(table.best.val_criterion)} ({table.best.shown_seeds})"
@@ -55,10 +59,10 @@ class SweepConsole(RunConsole):
 
     def _seconds_left(self, table: TrialTable) -> float | None:
         """Estimate the seconds left from those that a trial of this process took, on average."""
-        finished = table.count(DONE, STOPPED, FAILED) - (self._finished_before or 0)
+        finished = table.count(*ENDED) - (self._finished_before or 0)
         if finished <= 0:
             return None
-        left = table.num_planned - table.count(DONE, STOPPED, FAILED)
+        left = table.num_planned - table.count(*ENDED)
         estimate = (time.monotonic() - self._start) / finished * left
         if self._time_budget_s is None:
             return estimate

@@ -24,7 +24,7 @@ from mnist_ray.settings import Choice
 from mnist_ray.storage import TRIALS_FILE, RunFolder, with_retries
 from mnist_ray.sweeps.space import Point, Space, propose
 from mnist_ray.sweeps.trial import TrialSpec, run_trial
-from mnist_ray.sweeps.trials import DONE, FAILED, STOPPED, TrialTable
+from mnist_ray.sweeps.trials import DONE, FAILED, LOST, STOPPED, TrialTable
 
 TRIALS_FOLDER = "trials"
 _TUNE_FOLDER = "tune"
@@ -84,7 +84,8 @@ def run_sweep(
     run_stage(table.confirmations(sweep, config.seed), FIFOScheduler())
     if table.best is None:
         reasons = [record.reason for record in table.by_point.values() if record.reason]
-        raise JobError(f"every trial failed; the first one: {reasons[0] if reasons else 'the time was up'}")
+        again = f"; to try again those that were lost: {spec.job.resume_with}" if table.count(LOST) else ""
+        raise JobError(f"every trial failed; the first one: {reasons[0] if reasons else 'the time was up'}{again}")
     _drop_checkpoints(run, table, kept={table.rank(table.best.records)[0].point})
     return table
 
@@ -117,7 +118,7 @@ def _run_trials(
             name=_TUNE_FOLDER,
             storage_path=run.uri,
             callbacks=[watcher],
-            failure_config=tune.FailureConfig(max_failures=1),
+            failure_config=tune.FailureConfig(max_failures=spec.job.workers.max_failures),
             verbose=0,
         ),
     )
@@ -223,13 +224,14 @@ class _Watcher(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Note a trial that ended, by itself or stopped."""
         record = self._table.by_point[self._point(trial)]
-        record.state = DONE if record.epochs >= self._num_epochs else STOPPED
+        ended = DONE if record.epochs >= self._num_epochs else STOPPED
+        record.state = FAILED if record.reason else ended
         self._finished()
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Note a trial that failed for good."""
-        record = self._table.start(self._point(trial))  # one that failed before it started has no record yet
-        record.state, record.reason = FAILED, _reason(trial)
+        """Note a trial whose processes have died too often."""
+        record = self._table.start(self._point(trial))  # one that died before it started has no record yet
+        record.state, record.reason = LOST, _reason(trial)
         self._finished()
 
     def _point(self, trial: Trial) -> Point:

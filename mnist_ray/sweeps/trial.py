@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray.train
 import torch
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -16,7 +18,8 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from mnist_ray.cluster.plan import WorkerPlan, threads_per_worker, usable_cores
 from mnist_ray.cluster.sharing import SharedPart
 from mnist_ray.environment import end_if_hung, keep_freed_memory
-from mnist_ray.errors import JobError
+from mnist_ray.errors import JobError, with_place
+from mnist_ray.runs.failures import PASSING, FailureReporter, TrainingStoppedError, reason_of
 from mnist_ray.runs.fit import drop_damaged_snapshot
 from mnist_ray.runs.job import Job, about
 from mnist_ray.runs.trainer import create_trainer
@@ -47,14 +50,30 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
 
     With several workers it is a ``TorchTrainer`` run; with one it is the same engine in this process, which Tune
     keeps warm from trial to trial: starting workers costs more than such a trial's training.
+
+    Where the configuration or the code is at fault, that is reported as well: to do it again would end the same way.
+    What may go well at the next attempt is raised, and Tune makes it.
     """
     point = Point(tuple((name, value) for name, value in tune_config.items() if name != "seed"), tune_config["seed"])
     job = spec.job.with_values({**point.values, "seed": point.seed})
     job = dataclasses.replace(job, run=spec.folder.inside(point.name))
-    if spec.plan.num_workers > 1:
-        train_on_workers(job, spec)
-    else:
-        _train_here(job, spec)
+    try:
+        if spec.plan.num_workers > 1:
+            train_on_workers(job, spec)
+        else:
+            _train_here(job, spec)
+    except (TrainingStoppedError, engine.TrainingDivergedError, checkpoints.OtherModelError) as error:
+        _report_failure(job, f"{type(error).__name__}: {error}")
+    except PASSING:
+        raise
+    except Exception as error:
+        assert job.workload.source is not None
+        _report_failure(job, with_place(error, job.workload.source.folder))
+
+
+def _report_failure(job: Job, reason: str) -> None:
+    """Tell Tune that a trial has failed, which its scheduler takes for the worst."""
+    tune.report({f"val_{job.workload.criterion.name}": math.nan, "reason": reason})
 
 
 def train_on_workers(job: Job, spec: TrialSpec) -> None:
@@ -71,9 +90,14 @@ def train_on_workers(job: Job, spec: TrialSpec) -> None:
         validation=spec.validation,
     )
     drop_damaged_snapshot(job.run)
-    result = create_trainer(loop_spec, spec.plan, max_failures=0, callbacks=[TuneReportCallback()]).fit()
+    callbacks = [TuneReportCallback(), FailureReporter(None)]
+    try:
+        result = create_trainer(loop_spec, spec.plan, max_failures=0, callbacks=callbacks).fit()
+    except ray.train.TrainingFailedError as error:
+        cause = getattr(error, "controller_failure", error)
+        raise (cause if isinstance(cause, TrainingStoppedError) else JobError(reason_of(error))) from error
     if result.return_value is not None:
-        raise JobError(result.return_value)
+        raise TrainingStoppedError(result.return_value)
 
 
 def _train_here(job: Job, spec: TrialSpec) -> None:

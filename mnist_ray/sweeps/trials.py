@@ -17,7 +17,9 @@ from mnist_ray.sweeps.space import Point, Space, shown
 from mnist_ray.wording import spoken
 from mnist_ray.workload.interface import Workload
 
-DONE, STOPPED, FAILED, RUNNING = "done", "stopped early", "failed", "running"
+DONE, STOPPED, FAILED, LOST, RUNNING = "done", "stopped early", "failed", "lost", "running"
+ENDED = (DONE, STOPPED, FAILED)
+"""What a resumed sweep leaves alone; the others go on, from their checkpoints."""
 
 
 @dataclass
@@ -39,17 +41,17 @@ class TrialRecord:
     train_s: float = 0.0
     """Seconds of training, without validation."""
     reason: str = ""
-    """Why it failed."""
+    """Why it failed, or was lost: its processes have died too often."""
 
     @property
     def is_finished(self) -> bool:
         """Whether a resumed sweep leaves it alone."""
-        return self.state != RUNNING
+        return self.state in ENDED
 
     @property
     def is_validated(self) -> bool:
         """Whether it can be compared with others."""
-        return not math.isnan(self.val_criterion) and self.state != FAILED
+        return not math.isnan(self.val_criterion) and self.state not in (FAILED, LOST)
 
 
 @dataclass(frozen=True)

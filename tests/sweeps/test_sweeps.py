@@ -180,7 +180,7 @@ def test_asha_stops_a_hopeless_trial_before_its_last_epoch(
     assert sum(row["state"] == "done" for row in rows(tmp_path / "asha")) >= 1
 
 
-def test_a_trial_that_fails_is_tried_twice_and_the_sweep_goes_on(
+def test_a_trial_that_fails_keeps_its_reason_and_the_sweep_goes_on(
     trials_only: None, ray_address: str, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     points = [point(50, 1e20), point(50, 3e-3)]
