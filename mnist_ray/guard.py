@@ -38,9 +38,10 @@ def run(work: Callable[[], int]) -> int:
         os.close(told)
         os.close(alive)
         _be_guarded(to_guard, from_guard)
-        status = work()
-        if_ended(_DONE)
-        return status
+        try:
+            return work()
+        finally:
+            if_ended(_DONE)
     os.close(to_guard)
     os.close(from_guard)
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -97,12 +97,12 @@ class _Claims:
             text = self._folder.read_text(name) if name.startswith(self._prefix) and name != self._name else None
             if text is None or name.endswith(".tmp"):
                 continue
-            before, since, _ = self._seen.get(name, ("", 0.0, False))
-            if text != before:
-                since = time.monotonic()
-                self._seen[name] = text, since, before != ""
+            known = self._seen.get(name)
+            if known is None or known[0] != text:
+                self._seen[name] = text, time.monotonic(), known is not None
             claim = _parsed(text)
-            if (claim is not None and claim.is_known_dead) or time.monotonic() - since > EXPIRES_AFTER_S:
+            silent_s = time.monotonic() - self._seen[name][1]
+            if (claim is not None and claim.is_known_dead) or silent_s > EXPIRES_AFTER_S:
                 with contextlib.suppress(*STORAGE_ERRORS):
                     self._folder.delete_file(name)
             else:
