@@ -1,0 +1,136 @@
+"""Whether the bits depend on the workers: python benchmarks/bits.py
+
+Trains the same run with ``--reproducible`` on other numbers of workers, through shared memory and through gloo, on
+hosts of their own, with workers killed, on a cluster that shrinks and grows, and resumed with fewer workers. Prints a
+row for each: how many of its runs ended with the weights that one worker has, to the last bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import chaos
+from chaos import Driver, Raylets
+from hosts import Hosts, can_be_made
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "shapes.py"
+RECIPES: dict[str, list[str]] = {
+    "default recipe": [],
+    "notebook recipe, one epoch": ["--recipe", "notebook", "--num-epochs", "1"],
+    "shapes.py, one epoch": ["--workload", str(EXAMPLE), "--num-epochs", "1"],
+}
+NUM_KILLS = 10
+
+
+class Local:
+    """This machine, with a Ray of each job's own."""
+
+    address, driver_prefix = "local", []  # type: ignore[var-annotated]
+
+    def revive(self) -> None:
+        """Replace nodes that have gone: there are none."""
+
+
+def run(nodes: Local | Raylets | Hosts, folder: Path, *flags: str, do: Callable[[Driver], object] | None = None) -> str:
+    """Return the digest of the weights at a run's end; ``do`` something once its workers train."""
+    storage = Path(tempfile.mkdtemp(dir=folder))
+    driver = Driver(storage, "run", nodes, *flags)
+    if do is not None:
+        while not driver.started.wait(0.2):
+            nodes.revive()
+        do(driver)
+    status = driver.wait(nodes)
+    if not (storage / "run" / "result.json").exists():  # killed, or it could not: go on with what ``flags`` say last
+        driver = Driver(storage, "run", nodes, "--resume", "--num-workers", "1")
+        status = driver.wait(nodes)
+    if status:
+        raise RuntimeError("\n".join(driver.lines[-5:]))
+    return chaos.weights(storage / "run")
+
+
+def later(rng: random.Random, action: Callable[[], object]) -> Callable[[Driver], None]:
+    """Return what does something at a random moment of a run."""
+
+    def act(driver: Driver) -> None:
+        time.sleep(rng.uniform(0.2, 8))
+        action()
+
+    return act
+
+
+def shrink_and_grow(nodes: Raylets) -> Callable[[Driver], None]:
+    """Return what takes a node from a run, and gives it another once it goes on without."""
+
+    def act(driver: Driver) -> None:
+        time.sleep(3)
+        nodes.remove_a_node(random.Random(0))
+        while not any(line.startswith("restarted  1 ×") for line in driver.lines):
+            time.sleep(0.2)
+        nodes.add_node()
+        while not any(line.startswith("restarted  2 ×") for line in driver.lines) and driver.process.poll() is None:
+            time.sleep(0.2)
+
+    return act
+
+
+@contextlib.contextmanager
+def started(start: Callable[[], Raylets | Hosts], num_nodes: int) -> Iterator[Raylets | Hosts]:
+    """Give a cluster, ended in the end."""
+    nodes = start()
+    try:
+        for _ in range(num_nodes):
+            nodes.add_node()
+        yield nodes
+    finally:
+        nodes.shutdown()
+
+
+def rows(folder: Path, rng: random.Random) -> Iterator[tuple[str, str, Sequence[bool]]]:
+    """Yield what was run, with which flags, and whether each run's bits were those of one worker."""
+    local, expected = Local(), {}
+    for recipe, flags in RECIPES.items():
+        expected[recipe] = run(local, folder, "--num-workers", "1", *flags)
+        print(f"{recipe}: {expected[recipe]}", flush=True)
+        for number in (2, 3, 4):
+            same = run(local, folder, "--num-workers", str(number), *flags) == expected[recipe]
+            yield f"{recipe}, shared memory", f"--num-workers {number}", [same]
+    wanted = expected["default recipe"]
+    with started(Raylets, 2) as nodes:
+        kill = later(rng, lambda: chaos.kill_a_worker(nodes, rng))
+        runs = [run(nodes, folder, "--num-workers", "2", do=kill) == wanted for _ in range(NUM_KILLS)]
+        yield "a worker killed at a random moment", "--num-workers 2", runs
+        assert isinstance(nodes, Raylets)
+        elastic = run(nodes, folder, "--num-workers", "1:2", "--num-epochs", "2", do=shrink_and_grow(nodes))
+        yield "2 workers, then 1, then 2", "--num-workers 1:2", [elastic == wanted]
+
+    def kill_driver(driver: Driver) -> None:
+        time.sleep(rng.uniform(2, 5))
+        driver.process.kill()
+
+    resumed = run(local, folder, "--num-workers", "3", do=kill_driver)
+    yield "driver killed, resumed with 1 worker", "--num-workers 3", [resumed == wanted]
+    if can_be_made():
+        with started(Hosts, 2) as nodes:
+            yield "two hosts, gloo", "--num-workers 2", [run(nodes, folder, "--num-workers", "2") == wanted]
+
+
+def main() -> None:
+    """Run everything and print the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # Cluster, unlike `ray start`, never asks for a token
+    chaos.FLAGS[:] = ["--reproducible", "--checkpoint-every", "50", "--max-failures", "3"]
+    print("| what | flags | runs | same bits |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for what, flags, same in rows(Path(folder), random.Random(0)):
+            print(f"| {what} | `{flags}` | {len(same)} | {sum(same)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
