@@ -8,12 +8,14 @@ import dataclasses
 import functools
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, get_type_hints
 
 from mnist_ray import guard
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.interrupts import take_signals
+from mnist_ray.screen import print_whatever_it_is, say, shown
 from mnist_ray.settings import build, flag, item_type, parse_text, value_type
 
 UNSET = argparse.SUPPRESS
@@ -66,7 +68,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line, not the whole usage, and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+        self.exit(2, f"{self.prog}: error: {shown(message)}; see --help\n")
 
 
 def _item_parser(kind: type[Any]) -> Callable[[str], Any]:
@@ -116,6 +118,7 @@ def _worker_range(text: str) -> int | tuple[int, ...]:
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a job's main and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted; a bug keeps its traceback."""
     take_signals()
+    print_whatever_it_is()
     status = guard.run(functools.partial(_status_of, main))
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
@@ -128,12 +131,16 @@ def _status_of(main: Callable[[], None]) -> int:
         main()
         sys.stdout.flush()
     except (UsageError, JobError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt as interrupt:
-        print(_text_of(interrupt), file=sys.stderr)
+        say(_text_of(interrupt), file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as in `… | head`
+        return 1
+    except Exception:
+        for line in traceback.format_exc().splitlines():
+            say(line, file=sys.stderr)
         return 1
     return 0
 

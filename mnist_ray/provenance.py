@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mnist_ray
+from mnist_ray.screen import masked
 
 
 def versions() -> dict[str, str]:
@@ -45,8 +46,8 @@ def arithmetic() -> dict[str, list[str]]:
 
 
 def command_line() -> str:
-    """Return the command that started this process, as one would type it."""
-    return shlex.join(["python", *sys.argv])
+    """Return the command that started this process, as one would type it, without secrets."""
+    return shlex.join(["python", *map(masked, sys.argv)])
 
 
 def origin() -> dict[str, Any]:

@@ -16,6 +16,7 @@ import tenacity
 from pyarrow import fs
 
 from mnist_ray.errors import JobError, UsageError, first_line
+from mnist_ray.screen import without_user
 
 T = TypeVar("T")
 CONFIG_FILE, ORIGIN_FILE, RESULT_FILE = "config.json", "origin.json", "result.json"
@@ -121,8 +122,8 @@ class RunFolder:
         self.storage.delete_file(name)
 
     def write_text(self, file_name: str, text: str) -> None:
-        """Write a text file as ``write_bytes`` does."""
-        self.write_bytes(file_name, text.encode("utf-8"))
+        """Write a text file as ``write_bytes`` does; what UTF-8 lacks, as in names of files that are none, escaped."""
+        self.write_bytes(file_name, text.encode("utf-8", "backslashreplace"))
 
     def write_bytes(self, file_name: str, content: bytes) -> None:
         """Write a file in one move, so that it is never seen half-written, with retries. Raises JobError."""
@@ -143,9 +144,17 @@ class RunFolder:
             raise
 
     def resume_command(self, command: str, mlflow: str | None = None) -> str:
-        """Return ``command`` with the flags that go on with it, as one would type it."""
-        flags = ["--resume", "--run-name", self.name, "--storage-path", self.storage_path]
-        return f"{command} {shlex.join(flags + (['--mlflow', mlflow] if mlflow else []))}"
+        """Return ``command`` with the flags that go on with it, as one would type it.
+
+        What names users and has passwords is left out of URIs; the variables that do instead are named.
+        """
+        uris = {"--storage-path": self.storage_path, **({"--mlflow": mlflow} if mlflow else {})}
+        flags, variables = ["--resume", "--run-name", self.name], list[str]()
+        for flag, uri in uris.items():
+            shown, instead = without_user(uri)
+            flags += [flag, shown]
+            variables += instead
+        return f"{command} {shlex.join(flags)}" + (f" (with {', '.join(variables)} set)" if variables else "")
 
     def upload(self, local: str) -> None:
         """Copy a local folder's files into it, with retries. Raises what the file system does."""

@@ -126,3 +126,19 @@ def test_the_newest_run_is_the_last_begun_that_has_a_checkpoint(tmp_path: Path) 
     assert find_run(None, str(tmp_path)).name == "a_new"
     with pytest.raises(UsageError, match=r"no run in .* has a checkpoint"):
         find_run(None, str(tmp_path / "c_empty"))
+
+
+def test_the_command_that_resumes_has_no_secrets_and_names_what_does_instead() -> None:
+    run = RunFolder("run", "s3://KEY:SEC%2FRET@bucket/runs?region=us", fs.LocalFileSystem(), "bucket/runs/run")
+    assert run.resume_command("train", "http://user:password@host:5000") == (
+        "train --resume --run-name run --storage-path 's3://bucket/runs?region=us' --mlflow http://host:5000 "
+        "(with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD set)"
+    )
+    assert locate("/runs", "run").resume_command("train", "postgresql://user:password@host") == (
+        "train --resume --run-name run --storage-path /runs --mlflow 'postgresql://***@host'"
+    )
+
+
+def test_a_text_with_a_name_that_is_no_utf8_can_be_written(tmp_path: Path) -> None:
+    locate(str(tmp_path), "run").write_text("a.txt", "photo\udcff.png")
+    assert (tmp_path / "run" / "a.txt").read_text() == r"photo\udcff.png"

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from mnist_ray.screen import shown
 from mnist_ray.training.events import (
     EpochFinished,
     Event,
@@ -42,7 +43,8 @@ class RunConsole:
         self._num_epochs = num_epochs
         self._quiet = quiet
         # A table in a log is as wide as it needs to be.
-        self._console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _LOG_WIDTH)
+        width = None if sys.stdout.isatty() else _LOG_WIDTH
+        self._console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
         self._live = Live(console=self._console, transient=True, auto_refresh=False)
         self._last_plain = 0.0
         self._attempts = 0
@@ -61,14 +63,14 @@ class RunConsole:
     def say(self, label: str, text: str) -> None:
         """Print a line, its label in a column of its own."""
         if not self._quiet:
-            line = Text.assemble((_column(label), "bold"), text)
+            line = _line(label, text)
             line.rstrip()
             self._console.print(line)
 
     def waiting(self, text: str) -> None:
         """Show what is waited for until the next event, on the live line only."""
         if self._live.is_started:
-            self._live.update(Text(_column("") + text, style="dim"), refresh=True)
+            self._live.update(Text(_column("") + shown(text), style="dim"), refresh=True)
 
     def rest(self) -> None:
         """Take the live line away for good."""
@@ -77,7 +79,7 @@ class RunConsole:
     def result(self, label: str, text: str) -> None:
         """Print a line that ``--quiet`` leaves standing."""
         self.rest()
-        self._console.print(Text.assemble((_column(label), "bold"), text))
+        self._console.print(_line(label, text))
 
     def show(self, event: Event) -> None:
         """Print what an event says, where it says something new."""
@@ -141,7 +143,7 @@ class RunConsole:
         )
         label = f"epoch {event.epoch}/{self._num_epochs}"
         if self._live.is_started:
-            self._live.update(Text(_column(label) + line), refresh=True)
+            self._live.update(Text(_column(label) + shown(line)), refresh=True)
         elif time.monotonic() - self._last_plain >= _PLAIN_INTERVAL_S:
             self._last_plain = time.monotonic()
             self.say(label, line)
@@ -156,6 +158,10 @@ class RunConsole:
             f"finished in {last.epoch_s:.2f} s ({last.examples_per_s:,.0f} {self._workload.nouns}/s): "
             f"{self._workload.said(last.so_far)} on the training {self._workload.nouns}",
         )
+
+
+def _line(label: str, text: str) -> Text:
+    return Text.assemble((_column(shown(label)), "bold"), shown(text))
 
 
 def _column(label: str) -> str:

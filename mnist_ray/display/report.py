@@ -16,6 +16,7 @@ from mnist_ray.display.history import METRICS_FILE, PREDICTIONS_FILE, STEPS_FILE
 from mnist_ray.display.pictures import Curve
 from mnist_ray.drawing import MARKERS, Picture, Table
 from mnist_ray.errors import UsageError
+from mnist_ray.screen import masked
 from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE, RunFolder
 from mnist_ray.workload.data import Part
 from mnist_ray.workload.interface import Metric, Workload
@@ -97,8 +98,14 @@ class Page:
     def to_html(self) -> str:
         """Return the page: one file that needs no other and no network."""
         loader = jinja2.PackageLoader("mnist_ray.display")
-        environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+        environment = jinja2.Environment(
+            loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, finalize=_without_secrets
+        )
         return environment.get_template("report.html.jinja").render(page=self)
+
+
+def _without_secrets(value: object) -> object:
+    return masked(value) if isinstance(value, str) else value
 
 
 def read_config(run: RunFolder) -> dict[str, Any]:

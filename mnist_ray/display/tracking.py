@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import io
 import logging
+import os
 import queue
 import tempfile
 import threading
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import numpy as np
 from PIL import Image
@@ -21,6 +23,7 @@ from pyarrow import fs
 from ray.train import Checkpoint
 
 from mnist_ray.errors import first_line
+from mnist_ray.screen import MLFLOW_USER, shown, without_user
 from mnist_ray.storage import RunFolder
 from mnist_ray.training.checkpoint import fetch
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
@@ -101,7 +104,7 @@ def start(
     warn: Callable[[str], None],
 ) -> Trackers:
     """Track a run in TensorBoard, where that is installed, and in MLflow, where a URI is given."""
-    plain = {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in settings.items()}
+    plain = {name: value if isinstance(value, (bool, int, float)) else shown(value) for name, value in settings.items()}
     trackers: dict[str, Callable[[], Tracker]] = {}
     if importlib.util.find_spec("tensorboard") is not None:
         trackers["TensorBoard"] = lambda: _TensorBoard(run, workload, plain)
@@ -189,6 +192,15 @@ def _mute_writer_thread() -> None:
     threading.excepthook = show_others
 
 
+def _with_user_in_variables(uri: str) -> str:
+    """Return a server's URI without its user information, which MLflow would print; it is where MLflow asks for it."""
+    server, (user, password) = urlsplit(uri), MLFLOW_USER
+    if server.scheme not in ("http", "https") or not (server.username and server.password):
+        return uri
+    os.environ[user], os.environ[password] = unquote(server.username), unquote(server.password)
+    return urlunsplit(server._replace(netloc=server.netloc.rpartition("@")[2]))
+
+
 class _MLflow:
     """A run in the experiment ``mnist_ray``; a resumed run goes on in the one that it has there."""
 
@@ -198,15 +210,16 @@ class _MLflow:
         self._workload = workload
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
-        mlflow.set_tracking_uri(uri)
+        mlflow.set_tracking_uri(_with_user_in_variables(uri))
+        shown_uri, _ = without_user(run.uri)  # the same where a resumed run has the keys from variables
         experiment = mlflow.set_experiment("mnist_ray")
-        known = mlflow.search_runs(filter_string=f"tags.`mnist_ray.run` = '{run.uri}'", output_format="list")
+        known = mlflow.search_runs(filter_string=f"tags.`mnist_ray.run` = '{shown_uri}'", output_format="list")
         self._client = mlflow.MlflowClient()
         if known:
             self._id = known[0].info.run_id
             self._client.set_terminated(self._id, "RUNNING")
         else:
-            tags = {"mnist_ray.run": run.uri}
+            tags = {"mnist_ray.run": shown_uri}
             created = self._client.create_run(experiment.experiment_id, run_name=run.name, tags=tags)
             self._id = created.info.run_id
             for name, value in settings.items():

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from mnist_ray.display.console import RunConsole
 from mnist_ray.runs.header import say_data
+from mnist_ray.screen import shown
 from mnist_ray.sweeps.job import Sweep
 from mnist_ray.sweeps.space import described
 from mnist_ray.sweeps.trials import DONE, ENDED, FAILED, LOST, STOPPED, TrialRecord, TrialTable
@@ -88,7 +89,7 @@ def _table(table: TrialTable, num_epochs: int) -> Table:
     for column in table.shown_columns:
         view.add_column(column, justify="left" if column == "state" else "right", no_wrap=column != "state")
     for record in table.ranked:
-        view.add_row(*table.shown_row(record, num_epochs))
+        view.add_row(*map(shown, table.shown_row(record, num_epochs)))
     return view
 
 

@@ -20,6 +20,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from mnist_ray.cluster.plan import Cluster, WorkerPlan
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError
+from mnist_ray.screen import masked
 from mnist_ray.settings import Choice
 from mnist_ray.storage import TRIALS_FILE, RunFolder, with_retries
 from mnist_ray.sweeps.space import Point, Space, propose
@@ -231,7 +232,7 @@ class _Watcher(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Note a trial whose processes have died too often."""
         record = self._table.start(self._point(trial))  # one that died before it started has no record yet
-        record.state, record.reason = LOST, _reason(trial)
+        record.state, record.reason = LOST, reason_of(trial)
         self._finished()
 
     def _point(self, trial: Trial) -> Point:
@@ -255,8 +256,8 @@ def _drop_checkpoints(run: RunFolder, table: TrialTable, kept: Container[Point])
         trials.inside(name).delete()
 
 
-def _reason(trial: Trial) -> str:
-    """Return the last line of a failed trial's error text: the exception and its message."""
+def reason_of(trial: Trial) -> str:
+    """Return the last line of a failed trial's error text, without secrets: the exception and its message."""
     text = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
     last_line = text.strip().rpartition("\n")[2].strip()
-    return re.sub(r"^([a-z_]\w*\.)+", "", last_line) or "it gave no reason"
+    return masked(re.sub(r"^([a-z_]\w*\.)+", "", last_line)) or "it gave no reason"

@@ -18,6 +18,7 @@ from mnist_ray.cluster.connection import quiet_ray
 from mnist_ray.config import ExportConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.runs import lookup
+from mnist_ray.screen import say
 from mnist_ray.storage import write_file
 from mnist_ray.training.sharding import batches_of
 from mnist_ray.workload.data import Part
@@ -53,12 +54,10 @@ def export(found: lookup.Found, config: ExportConfig) -> None:
     with torch.inference_mode():
         result = ", ".join(map(str, model(example).shape[1:]))
     for note in found.notes:
-        print(f"note       {note}")
-    print(f"checkpoint {found.checkpoint.path}")
-    print(
-        f"{config.format:<10} {path}: {workload.nouns} (N, {shape}) {kind} to {outputs} (N{result and ', ' + result})"
-    )
-    print(f"checked    on {number:,} {name}: {outputs} differ by at most {difference:.1e}")
+        say(f"note       {note}")
+    say(f"checkpoint {found.checkpoint.path}")
+    say(f"{config.format:<10} {path}: {workload.nouns} (N, {shape}) {kind} to {outputs} (N{result and ', ' + result})")
+    say(f"checked    on {number:,} {name}: {outputs} differ by at most {difference:.1e}")
 
 
 def _inputs_to_check_on(workload: Workload) -> tuple[str, Iterator[Tensor]]:

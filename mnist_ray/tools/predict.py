@@ -26,6 +26,7 @@ from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import PredictionConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError, with_place
 from mnist_ray.runs import lookup
+from mnist_ray.screen import say
 from mnist_ray.storage import RunFolder, write_file
 from mnist_ray.tools.flags import reference_of
 from mnist_ray.workload import source
@@ -73,8 +74,8 @@ def predict(given: Sequence[str], found: lookup.Found, config: PredictionConfig)
     model, files = found.load_model(), list(find_files(given))
     if not config.json:
         for note in found.notes:
-            print(f"note {note}")
-        print(f"checkpoint {found.checkpoint.path} ({found.described})")
+            say(f"note {note}")
+        say(f"checkpoint {found.checkpoint.path} ({found.described})")
     answers = []
     for answer in answer_all(workload, model, files, as_is=config.as_is):
         answers.append(answer)
@@ -212,14 +213,14 @@ def read_image(content: bytes) -> Image.Image:
 
 def _print(answer: Answer, workload: Workload, config: PredictionConfig) -> None:
     if config.json:
-        print(json.dumps(answer.to_dict(workload.answer_noun, config.threshold)))
+        print(json.dumps(answer.to_dict(workload.answer_noun, config.threshold)))  # noqa: T201
     elif answer.error is not None:
-        print(f"{answer.file}: {answer.error}")
+        say(f"{answer.file}: {answer.error}")
     else:
         best, *others = answer.answers
         then = ", ".join(f"{other} {probability:.1%}" for other, probability in others)
         unsure = "" if answer.is_sure(config.threshold) else "  unsure"
-        print(f"{answer.file}: {best[0]}  {best[1]:.1%}" + (f" (then {then})" if then else "") + unsure)
+        say(f"{answer.file}: {best[0]}  {best[1]:.1%}" + (f" (then {then})" if then else "") + unsure)
 
 
 def _draw(answers: Sequence[Answer], workload: Workload, config: PredictionConfig) -> None:

@@ -8,6 +8,7 @@ from mnist_ray import settings
 from mnist_ray.display import report
 from mnist_ray.display.report import RunRecord
 from mnist_ray.errors import JobError, UsageError
+from mnist_ray.screen import say
 from mnist_ray.storage import ORIGIN_FILE, REPORT_FILE, TRIALS_FILE, RunFolder, write_file
 from mnist_ray.sweeps.report import sections
 from mnist_ray.training.checkpoint import FACTS_BEFORE_WORKLOADS
@@ -31,15 +32,15 @@ def write_again(run: RunFolder, reference: str | None) -> None:
     try:
         test = Part(load_data(workload).test, origin="test")
     except (UsageError, JobError) as error:
-        print(f"no pictures of predictions: {error}")
+        say(f"no pictures of predictions: {error}")
     job = "train" if run.read_text(TRIALS_FILE) is None else "tune"
     resume_with = run.resume_command(f"python jobs/{job}.py")
     report.write(run, workload, resume_with, test, sections(run, type(workload)))
-    print(f"report {run.inside(REPORT_FILE).uri}")
+    say(f"report {run.inside(REPORT_FILE).uri}")
 
 
 def compare(runs: list[RunFolder], reference: str | None, output: str) -> None:
     """Write a page of several runs side by side. Raises UsageError and JobError."""
     records = [RunRecord.read(run, workload_of(run, reference)) for run in runs]
     write_file(output, report.compare(records).encode("utf-8"))
-    print(f"report {output}")
+    say(f"report {output}")

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from mnist_ray.config import ViewConfig
 from mnist_ray.errors import UsageError
+from mnist_ray.screen import say, shown
 from mnist_ray.storage import write_file
 from mnist_ray.wording import count
 from mnist_ray.workload.classification import Classification
@@ -28,9 +29,9 @@ def view(workload: Workload, config: ViewConfig) -> None:
     """Print what the data set has, and draw the examples that are asked for. Raises UsageError and JobError."""
     data = load_data(workload)
     parts = {"train": Part(data.train), "test": Part(data.test)}
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     for name, part in parts.items():
-        console.print(f"{name:<7} {count(len(part), workload.noun)}")
+        say(f"{name:<7} {count(len(part), workload.noun)}")
     if config.stats:
         console.print(_stats(workload, parts))
         return
@@ -40,12 +41,12 @@ def view(workload: Workload, config: ViewConfig) -> None:
     if len(indices) == 1:
         _print_one(console, workload, part, config, int(indices[0]), images[0])
     else:
-        console.print(f"{workload.nouns:<7} {config.split} {indices[0]:,} to {indices[-1]:,}: {len(indices)} of them")
+        say(f"{workload.nouns:<7} {config.split} {indices[0]:,} to {indices[-1]:,}: {len(indices)} of them")
     if any(image is None for image in images):
-        console.print(f"picture none: {type(workload).__name__} has no as_picture")
+        say(f"picture none: {type(workload).__name__} has no as_picture")
         return
     write_file(config.output, _draw(workload, part, indices, images))  # type: ignore[arg-type]
-    console.print(f"picture {config.output}")
+    say(f"picture {config.output}")
 
 
 def _draw(workload: Workload, part: Part, indices: np.ndarray, images: list[np.ndarray]) -> bytes:
@@ -63,7 +64,7 @@ def _print_one(
     inputs, target = part[index]
     what = "label" if isinstance(workload, Classification) else "target"
     size = f"size {image.shape[1]}×{image.shape[0]}" if image is not None else f"inputs {_short(inputs)}"
-    console.print(f"{workload.noun:<7} {config.split} {index:,}: {what} {_label(workload, target)}, {size}")
+    say(f"{workload.noun:<7} {config.split} {index:,}: {what} {_label(workload, target)}, {size}")
     if image is not None and console.is_terminal:
         console.print(blocks(image))
 
@@ -114,7 +115,7 @@ def _stats(workload: Workload, parts: Mapping[str, Part]) -> Table:
         names = workload.class_names
         counts = [np.bincount(some, minlength=len(names)) for some in targets]
         for name, row in zip(names, zip(*counts, strict=True), strict=True):
-            table.add_row(str(name), *(f"{number:,}" for number in row))
+            table.add_row(shown(name), *(f"{number:,}" for number in row))
     else:
         for name, function in (("target mean", np.mean), ("target std", np.std), ("least", np.min), ("most", np.max)):
             table.add_row(name, *(f"{function(some):.4f}" for some in targets))

@@ -77,3 +77,15 @@ def test_the_confusion_table_fits_a_terminal_and_shows_every_count() -> None:
 @pytest.mark.parametrize(("seconds", "shown"), [(4.6, "0:05"), (65, "1:05"), (3600, "1:00:00"), (7384, "2:03:04")])
 def test_durations_read_like_a_clock(seconds: float, shown: str) -> None:
     assert clock_time(seconds) == shown
+
+
+def test_what_comes_from_outside_drives_no_terminal_and_shows_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    with RunConsole(mnist(), 2, quiet=False) as printer:
+        printer.say("note", "a\x1b[31m\n[red]:smile: s3://KEY:SECRET@bucket")
+        printer.result("no\nte", "b\x1b[31m")
+        printer.show(WorkersLost("c\r"))
+    assert capsys.readouterr().out.splitlines() == [
+        r"note       a\x1b[31m\n[red]:smile: s3://***@bucket",
+        r"no\nte     b\x1b[31m",
+        r"lost       c\r; replacing the workers …",
+    ]

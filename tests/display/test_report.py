@@ -16,6 +16,7 @@ from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.display import report
 from mnist_ray.display.history import read_csv
 from mnist_ray.display.report import RunRecord
+from mnist_ray.drawing import Table
 from mnist_ray.errors import UsageError
 from mnist_ray.settings import json_lines, values_of
 from mnist_ray.storage import RunFolder, locate
@@ -258,3 +259,10 @@ def test_a_browser_shows_the_page_without_overflow_or_errors(
 
 def _brightness(colour: str) -> int:
     return sum(map(int, re.findall(r"\d+", colour)[:3]))
+
+
+def test_a_page_shows_no_secrets() -> None:
+    origin = Table("Origin", (), [("command_line", "train --mlflow http://user:password@host")])
+    html = report.Page("a run", "go on with s3://KEY:SECRET@bucket?token=SECRET&region=us", {}, [], [origin]).to_html()
+    assert "train --mlflow http://***@host<" in html
+    assert "go on with s3://***@bucket?token=***&amp;region=us<" in html

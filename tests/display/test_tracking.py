@@ -1,5 +1,8 @@
+import base64
 import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import ClassVar
 from unittest.mock import Mock
 
 import mlflow
@@ -14,6 +17,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.display import pictures, tracking
 from mnist_ray.display.tracking import Ending, Trackers
 from mnist_ray.runs.lookup import find
+from mnist_ray.screen import MLFLOW_USER
 from mnist_ray.settings import values_of
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
@@ -189,3 +193,44 @@ def test_a_tracker_that_cannot_start_warns_once() -> None:
     trackers.log(EPOCH[0])
     trackers.close(Ending(None, {}, None))
     assert warnings == ["MLflow has failed and is left out from here on: division by zero"]
+
+
+def test_mlflow_is_told_of_no_secrets_and_knows_a_run_with_other_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    uri, settings = f"sqlite:///{tmp_path}/mlflow.db", {"database": "postgresql://user:password@host/examples"}
+    for path in ("s3://KEY:SECRET@bucket", "s3://bucket"):
+        run = RunFolder("run", path, fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), "run")
+        trackers = tracking.start(run, mnist(), settings, uri, pytest.fail)
+        trackers.close(Ending(None, {}, None))
+    (found,) = mlflow.search_runs(experiment_names=["mnist_ray"], output_format="list")
+    assert found.data.tags["mnist_ray.run"] == "s3://bucket/run"
+    assert found.data.params == {"database": "postgresql://***@host/examples"}
+
+
+class Server(BaseHTTPRequestHandler):
+    """A server that knows nothing, and notes who asks."""
+
+    asked_by: ClassVar[list[str | None]] = []
+
+    def do_GET(self) -> None:
+        self.asked_by.append(self.headers["Authorization"])
+        self.send_error(404)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_mlflow_shows_a_server_who_asks_and_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in MLFLOW_USER:
+        monkeypatch.setenv(variable, "")  # and so taken back after the test
+    with HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://user:pass%40word@127.0.0.1:{server.server_port}"
+        (warning,) = follow(locate(str(tmp_path), "run"), [], Ending(None, {}, None), uri)
+        server.shutdown()
+    assert warning.startswith("MLflow has failed")
+    assert "word" not in warning
+    assert mlflow.get_tracking_uri() == f"http://127.0.0.1:{server.server_port}"
+    assert Server.asked_by == ["Basic " + base64.b64encode(b"user:pass@word").decode()]

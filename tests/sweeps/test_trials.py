@@ -1,5 +1,7 @@
 import math
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -7,6 +9,7 @@ from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan
 from mnist_ray.config import SweepConfig, TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.sweeps import sweep
+from mnist_ray.sweeps.console import SweepConsole
 from mnist_ray.sweeps.space import space_of
 from mnist_ray.sweeps.trials import DONE, FAILED, RUNNING, STOPPED, TrialRecord, TrialTable
 from mnist_ray.workload import Regression
@@ -150,3 +153,15 @@ def test_less_is_better_where_the_workload_says_so() -> None:
     assert table.to_csv().startswith(
         "trial,batch_size,learning_rate,seed,state,epochs,val_rmse,val_loss,train_loss,examples_per_s,train_s,reason\n"
     )
+
+
+def test_why_a_trial_failed_is_kept_without_secrets_and_shown_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "error.txt").write_text("Traceback …\npyarrow.lib.ArrowInvalid: s3://KEY:SECRET@bucket [red]\x1b[31m\n")
+    failed = record(1, FAILED, math.nan)
+    failed.reason = sweep.reason_of(Mock(error_file=str(tmp_path / "error.txt")))
+    assert failed.reason == "ArrowInvalid: s3://***@bucket [red]\x1b[31m"
+    with SweepConsole(mnist(), 2, None, quiet=False) as console:
+        console.result_table(table_with(failed))
+    assert r"failed: ArrowInvalid: s3://***@bucket [red]\x1b[31m" in capsys.readouterr().out

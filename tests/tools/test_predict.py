@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mnist_ray.config import PredictionConfig
 from mnist_ray.runs.lookup import find
 from mnist_ray.tools import predict
 from mnist_ray.workload.data import Arrays
@@ -114,3 +115,12 @@ def test_without_any_run_one_line_says_what_makes_one(pictures: Path, tmp_path: 
         2,
         f"error: no run in {tmp_path} has a checkpoint; python jobs/train.py makes one\n",
     )
+
+
+def test_names_are_printed_in_one_line(
+    few_images: Arrays, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(few_images.inputs[0]).save(tmp_path / "a\x1b[31m\nb.png")
+    predict.predict([str(tmp_path)], find(str(finished_run), ""), PredictionConfig(as_is=True))
+    _, line = capsys.readouterr().out.splitlines()
+    assert line.startswith(rf"{tmp_path}/a\x1b[31m\nb.png: ")

@@ -81,3 +81,16 @@ def test_stats_count_the_classes_and_measure_the_pixels(small_data: Path, mnist_
     assert rows["mean"][0] == f"{train.inputs.mean() / 255:.4f}"
     assert rows["std"][0] == f"{train.inputs.std() / 255:.4f}"
     assert not picture.exists()
+
+
+def test_a_name_is_printed_as_it_is_and_in_any_encoding(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    picture = tmp_path / "[red]\x1b[31m.png"
+    done = run_job("view.py", "--output", str(picture), "--data-dir", str(small_data))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[2:] == [
+        r"image   train 0: label 7, size 28\xd728",
+        rf"picture {tmp_path}/[red]\x1b[31m.png",
+    ]

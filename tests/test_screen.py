@@ -1,0 +1,78 @@
+import io
+import subprocess
+import sys
+
+import pytest
+
+from mnist_ray import provenance
+from mnist_ray.cli import Parser
+from mnist_ray.config import LookupConfig
+from mnist_ray.screen import masked, print_whatever_it_is, say, shown
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("s3://KEY:SECRET@bucket/runs?region=us", "s3://***@bucket/runs?region=us"),
+        ("s3://KEY:SEC/RE/T@bucket/runs", "s3://***@bucket/runs"),
+        ("http://user:pa@ss#w?rd@host:5000/", "http://***@host:5000/"),
+        ("https://token@host", "https://***@host"),
+        ("http:/user:password@host", "http:/***@host"),
+        ("s3://b?token=a&region=us&secret_key=b", "s3://b?token=***&region=us&secret_key=***"),
+        ("x?Password=a&access_key=b&session_token=c", "x?Password=***&access_key=***&session_token=***"),
+        ("s3://b?endpoint_override=http://u:p@minio:9000", "s3://b?endpoint_override=http://***@minio:9000"),
+        ("cannot read 's3://b?token=a': gone", "cannot read 's3://b?token=***': gone"),
+        ("http://host:5000/x@y and s3://bucket/me@example.com", "http://host:5000/x@y and s3://bucket/me@example.com"),
+        ("sqlite:///mlflow.db and ~/runs?key", "sqlite:///mlflow.db and ~/runs?key"),
+    ],
+)
+def test_users_and_secrets_of_uris_are_masked_and_nothing_else(text: str, left: str) -> None:
+    assert masked(text) == left
+
+
+def test_what_drives_a_terminal_is_shown_as_an_escape() -> None:
+    assert shown("a\x1b[31m\r\nb\x9b\x7f \u202e\udcff") == r"a\x1b[31m\r\nb\x9b\x7f \u202e\udcff"
+    assert shown("7 × 8 → naïve, 日本 …") == "7 × 8 → naïve, 日本 …"
+
+
+def test_what_the_encoding_lacks_is_printed_as_an_escape(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(content, encoding="ascii"))
+    print_whatever_it_is()
+    say("28×28 …")
+    sys.stdout.flush()
+    assert content.getvalue() == b"28\\xd728 \\u2026\n"
+
+
+def test_the_command_line_that_is_kept_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", "--mlflow", "http://user:password@host", "--quiet"])
+    assert provenance.origin()["command_line"] == "python train.py --mlflow 'http://***@host' --quiet"
+
+
+def test_a_wrong_flag_is_answered_without_secrets_and_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        Parser("It does something.", LookupConfig).read_flags(["--mlfow=http://user:password@host", "\x1b[31m\n"])
+    error = capsys.readouterr().err
+    assert r"unrecognized arguments: --mlfow=http://***@host \x1b[31m\n; see --help" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "last_line"),
+    [
+        ("UsageError", 2, r"error: s3://***@bucket \x1b[31m\n"),
+        ("JobError", 1, r"error: s3://***@bucket \x1b[31m\n"),
+        ("KeyboardInterrupt", 130, r"s3://***@bucket \x1b[31m\n"),
+        ("OSError", 1, r"OSError: s3://***@bucket \x1b[31m"),
+    ],
+)
+def test_errors_leave_a_job_without_secrets(error: str, status: int, last_line: str) -> None:
+    code = f"""
+from mnist_ray.cli import run
+from mnist_ray.errors import JobError, UsageError
+def main():
+    raise {error}("s3://KEY:SECRET" + chr(64) + "bucket " + chr(27) + "[31m" + chr(10))
+run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.rstrip("\n").splitlines()[-1]) == (status, last_line)
