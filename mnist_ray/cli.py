@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from mnist_ray import guard
@@ -49,6 +50,8 @@ class Parser(argparse.ArgumentParser):
                 kind = {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
             elif plain is tuple:
                 kind = {"type": _item_parser(item_type(hints[field.name])), "nargs": "+"}
+            elif plain is Path:
+                kind = {"type": str}  # an empty one would become the current folder
             elif field.name == "num_workers":
                 kind = {"type": _worker_range}
             shown = field.metadata.get("help", "")

@@ -119,7 +119,12 @@ class OutputConfig:
         must="must be letters, digits, '.', '_' or '-'",
     )
     resume: bool = setting(False, "go on with --run-name from its last checkpoint")
-    mlflow: str | None = setting(None, "URI of an MLflow server or store to track the run in, as sqlite:///mlflow.db")
+    mlflow: str | None = setting(
+        None,
+        "URI of an MLflow server or store to track the run in, as sqlite:///mlflow.db",
+        check=lambda uri: uri is None or uri.strip(),
+        must="must be a URI",
+    )
     check: bool = setting(False, "train nothing: say how the job would run, and whether every node could take part")
     quiet: bool = setting(False, "print only the result")
     verbose: bool = setting(False, "print Ray's own log as well")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ def _checked(field: dataclasses.Field[Any], annotation: Any, value: Any) -> Any:
         is_float = item_type(annotation) is float
         value = tuple(float(item) if is_float and type(item) is int else item for item in value)
     if plain is Path and isinstance(value, (str, Path)):  # it is saved with the run, and read again from anywhere
-        value = Path(value).expanduser().absolute()
+        value = path_of(value, shown).absolute()
     is_of_type = isinstance(value, Path) if plain is Path else type(value) is plain
     if not is_of_type or (plain is tuple and any(type(item) is not item_type(annotation) for item in value)):
         raise UsageError(f"{shown} must be of type {plain.__name__}, not {value!r}")
@@ -144,6 +145,22 @@ def _checked(field: dataclasses.Field[Any], annotation: Any, value: Any) -> Any:
     if check and not check(value):
         raise UsageError(f"{shown} {field.metadata['must']}, not {value!r}")
     return value
+
+
+def path_of(text: str | Path, named: str) -> Path:
+    """Return the path that a user has typed as ``named``, without ``~``. Raises UsageError where there can be none."""
+    if not str(text).strip():
+        raise UsageError(f"{named} is empty; name a file or a folder")
+    try:
+        path = Path(text).expanduser()
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):  # whoever uses it says so
+        pass
+    except RuntimeError as error:
+        raise UsageError(f"{named} {text}: there is no such user, or no home folder") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{named} {text}: {_reason(error)}") from error
+    return path
 
 
 def names_of(config_classes: Iterable[type]) -> set[str]:
@@ -163,7 +180,7 @@ def values_of(*configs: Any) -> dict[str, Any]:
 def read_config_file(path: str) -> dict[str, Any]:
     """Read the settings in a JSON file. Raises UsageError where it is no JSON object."""
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = path_of(path, "--config").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the config file {path}: {_reason(error)}") from error
     return parse_config(text, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import posixpath
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pyarrow import fs
 
 from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.screen import without_user
+from mnist_ray.settings import path_of
 
 T = TypeVar("T")
 CONFIG_FILE, ORIGIN_FILE, RESULT_FILE = "config.json", "origin.json", "result.json"
@@ -24,6 +26,7 @@ REPORT_FILE, TRIALS_FILE, WORKLOAD_FILE = "report.html", "sweep.csv", "workload.
 
 STORAGE_ERRORS = (OSError, pyarrow.ArrowException)
 """What a file system raises."""
+_A_RUN = "the run in"
 _RETRIED_FOR_S = 30.0
 _PROBE_BYTES = 2**20  # more than a checkpoint has, so that a full disk is seen
 
@@ -166,18 +169,21 @@ class RunFolder:
         with_retries(copy)
 
 
-def locate(storage_path: str, name: str) -> RunFolder:
-    """Return the folder ``name`` under a path or URI, which need not exist. Raises UsageError for a bad URI."""
+def locate(storage_path: str, name: str, given_as: str = "--storage-path") -> RunFolder:
+    """Return the folder ``name`` under a path or URI, which need not exist. Raises UsageError for a bad one."""
+    if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]*:(?!//)", storage_path):
+        start = scheme[0]  # no more of it, which may be a secret
+        raise UsageError(f"{start}… is neither a folder nor a URI; write {start}//… or ./{start}…")
     try:
         if "://" in storage_path:
             filesystem, path = fs.FileSystem.from_uri(storage_path)
         else:
-            storage_path = str(Path(storage_path).expanduser().absolute())
+            storage_path = str(path_of(storage_path, given_as).absolute())
             filesystem, path = fs.LocalFileSystem(), storage_path
         run = RunFolder(name, storage_path, filesystem, posixpath.join(path, name))
         run.exists()
-    except STORAGE_ERRORS as error:
-        raise UsageError(f"--storage-path {storage_path} cannot be used: {first_line(error)}") from error
+    except (*STORAGE_ERRORS, ValueError) as error:  # ValueError: a name that is no UTF-8
+        raise UsageError(f"{given_as} {storage_path} cannot be used: {first_line(error)}") from error
     return run
 
 
@@ -193,11 +199,13 @@ def find_run(
             return _newest_run(locate(storage_path, ""), is_wanted)
         except STORAGE_ERRORS as error:
             raise UsageError(f"--storage-path {storage_path} cannot be read: {first_line(error)}") from error
+    if not given.strip():
+        raise UsageError("the run's name is empty; leave it out for the newest")
     if "/" in given:
         base, query = _split_query(given)
         parent, _, name = base.rstrip("/").rpartition("/")
-        return locate((parent or "/") + query, name)
-    here = locate(".", given)
+        return locate((parent or "/") + query, name, _A_RUN)
+    here = locate(".", given, _A_RUN)
     return here if here.exists() else locate(storage_path, given)
 
 
@@ -217,9 +225,9 @@ def _newest_run(storage: RunFolder, is_wanted: Callable[[RunFolder], bool]) -> R
     raise UsageError(f"no run in {storage.storage_path} has a checkpoint; python jobs/train.py makes one")
 
 
-def write_file(path: str, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Write a file where the user wants it. Raises JobError."""
     try:
-        Path(path).expanduser().write_bytes(content)
+        path.write_bytes(content)
     except OSError as error:
         raise JobError(f"cannot write {path}: {error.strerror}") from error

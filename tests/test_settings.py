@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
+from mnist_ray.cli import Parser
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.runs.job import merged
@@ -19,6 +20,7 @@ from mnist_ray.settings import (
     item_type,
     names_of,
     positive,
+    read_config_file,
     setting,
     value_type,
     values_of,
@@ -278,3 +280,23 @@ def test_another_number_of_workers_leaves_the_fewest_of_a_config_file() -> None:
     file = {"num_workers": 4, "min_workers": 2}
     assert merged((WorkerConfig,), file, {"num_workers": 3}) == {"num_workers": 3}
     assert merged((WorkerConfig,), file, {"num_workers": 3, "min_workers": 1}) == {"num_workers": 3, "min_workers": 1}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("", "--recipe is empty; name a file or a folder"),
+        ("~nosuchuser/x", "--recipe ~nosuchuser/x: there is no such user, or no home folder"),
+        ("a" * 300, f"--recipe {'a' * 300}: File name too long"),
+        ("a\0b", "embedded null byte"),
+    ],
+)
+def test_a_path_that_there_cannot_be_is_refused(given: str, message: str) -> None:
+    assert message in message_of(recipe=given)
+    with pytest.raises(UsageError, match=r"^--config"):
+        read_config_file(given)
+
+
+def test_an_empty_path_is_refused_as_a_flag() -> None:
+    with pytest.raises(UsageError, match="--recipe is empty"):
+        Parser("It bakes.", Oven).read_flags(["--recipe", ""])

@@ -37,7 +37,7 @@ def test_the_options_of_a_uri_stay_at_its_end() -> None:
 
 def test_a_uri_with_options_is_taken_apart_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
-    monkeypatch.setattr(storage, "locate", lambda path, name: asked.append((path, name)))
+    monkeypatch.setattr(storage, "locate", lambda path, name, given_as: asked.append((path, name)))
     find_run("s3://b/runs/one?region=a/b", "")
     assert asked == [("s3://b/runs?region=a/b", "one")]
 
@@ -137,6 +137,41 @@ def test_the_command_that_resumes_has_no_secrets_and_names_what_does_instead() -
     assert locate("/runs", "run").resume_command("train", "postgresql://user:password@host") == (
         "train --resume --run-name run --storage-path /runs --mlflow 'postgresql://***@host'"
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("", "--storage-path is empty; name a file or a folder"),
+        ("s3:/KEY:SECRET@bucket", "s3:… is neither a folder nor a URI; write s3://… or ./s3:…"),
+        ("s3:bucket", "s3:… is neither a folder nor a URI; write s3://… or ./s3:…"),
+        ("~nosuchuser/x", "--storage-path ~nosuchuser/x: there is no such user, or no home folder"),
+        ("a" * 300, f"--storage-path {'a' * 300}: File name too long"),
+        ("runs\udcff", "cannot be used: 'utf-8' codec can't encode"),
+    ],
+)
+def test_a_path_that_cannot_be_meant_is_refused(path: str, message: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        locate(path, "run")
+    assert message in str(raised.value)
+
+
+def test_a_folder_may_be_named_like_a_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert locate("./s3:", "run").path == f"{tmp_path}/s3:/run"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("", "the run's name is empty; leave it out for the newest"),
+        ("~nosuchuser/x", "the run in ~nosuchuser: there is no such user"),
+        ("s3:/bucket/run", "s3:… is neither a folder nor a URI"),
+    ],
+)
+def test_a_run_that_cannot_be_meant_is_refused(given: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        find_run(given, "elsewhere")
 
 
 def test_a_text_with_a_name_that_is_no_utf8_can_be_written(tmp_path: Path) -> None:

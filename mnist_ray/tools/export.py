@@ -19,6 +19,7 @@ from mnist_ray.config import ExportConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.runs import lookup
 from mnist_ray.screen import say
+from mnist_ray.settings import path_of
 from mnist_ray.storage import write_file
 from mnist_ray.training.sharding import batches_of
 from mnist_ray.workload.data import Part
@@ -37,12 +38,12 @@ def export(found: lookup.Found, config: ExportConfig) -> None:
     quiet_ray()
     if config.format == "onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
         raise UsageError("--format onnx needs more packages: pip install -e '.[onnx]'")
-    path = Path(config.output or _FILES[config.format]).expanduser()
+    path = path_of(_FILES[config.format] if config.output is None else config.output, "--output")
     if path.suffix != Path(_FILES[config.format]).suffix:
         raise UsageError(f"--output {config.output} must end in {Path(_FILES[config.format]).suffix}")
     workload, model = found.workload, found.load_model()
     to_bytes, load = {"torch": (torch_program, _load_torch), "onnx": (onnx_program, _load_onnx)}[config.format]
-    write_file(str(path), to_bytes(workload, model))
+    write_file(path, to_bytes(workload, model))
     name, inputs = _inputs_to_check_on(workload)
     number, difference = largest_difference(model, load(path), inputs)
     outputs = workload.output_noun

@@ -27,6 +27,7 @@ from mnist_ray.config import PredictionConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError, with_place
 from mnist_ray.runs import lookup
 from mnist_ray.screen import say
+from mnist_ray.settings import path_of
 from mnist_ray.storage import RunFolder, write_file
 from mnist_ray.tools.flags import reference_of
 from mnist_ray.workload import source
@@ -238,4 +239,4 @@ def _draw(answers: Sequence[Answer], workload: Workload, config: PredictionConfi
         has_none = any(answer.inputs is not None for answer in answers)
         reason = f": {type(workload).__name__} has no as_picture" if has_none else ""
         raise JobError(f"no picture to draw in {config.grid}{reason}")
-    write_file(config.grid, image_grid(images[:_MOST_DRAWN], captions[:_MOST_DRAWN]))
+    write_file(path_of(config.grid, "--grid"), image_grid(images[:_MOST_DRAWN], captions[:_MOST_DRAWN]))

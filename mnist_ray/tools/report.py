@@ -42,5 +42,5 @@ def write_again(run: RunFolder, reference: str | None) -> None:
 def compare(runs: list[RunFolder], reference: str | None, output: str) -> None:
     """Write a page of several runs side by side. Raises UsageError and JobError."""
     records = [RunRecord.read(run, workload_of(run, reference)) for run in runs]
-    write_file(output, report.compare(records).encode("utf-8"))
+    write_file(settings.path_of(output, "--output"), report.compare(records).encode("utf-8"))
     say(f"report {output}")

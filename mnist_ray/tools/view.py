@@ -15,6 +15,7 @@ from rich.text import Text
 from mnist_ray.config import ViewConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.screen import say, shown
+from mnist_ray.settings import path_of
 from mnist_ray.storage import write_file
 from mnist_ray.wording import count
 from mnist_ray.workload.classification import Classification
@@ -45,7 +46,7 @@ def view(workload: Workload, config: ViewConfig) -> None:
     if any(image is None for image in images):
         say(f"picture none: {type(workload).__name__} has no as_picture")
         return
-    write_file(config.output, _draw(workload, part, indices, images))  # type: ignore[arg-type]
+    write_file(path_of(config.output, "--output"), _draw(workload, part, indices, images))  # type: ignore[arg-type]
     say(f"picture {config.output}")
 
 

@@ -19,7 +19,7 @@ from typing import Any, get_type_hints
 
 from mnist_ray import config
 from mnist_ray.errors import UsageError, with_place
-from mnist_ray.settings import bound_names, build, check_known, flag, names_of, values_of
+from mnist_ray.settings import bound_names, build, check_known, flag, names_of, path_of, values_of
 from mnist_ray.workload.interface import Source, Workload
 
 DEFAULT = "mnist_ray.workload.mnist"
@@ -31,12 +31,14 @@ def load(reference: str) -> type[Workload]:
 
     Raises UsageError where there is none, or its code fails.
     """
+    if not reference.strip():
+        raise UsageError("--workload is empty; name a FILE.py or a module")
     place, name = _split(reference)
     if not place.endswith(".py"):
         module = _import_module(place)
         path = inspect.getsourcefile(_pick(module, name, reference)) or ""
         return _load(Source(reference, path, Path(path).read_text(encoding="utf-8")))
-    path = str(Path(place).expanduser().resolve())
+    path = str(path_of(place, "--workload").resolve())
     if _is_another(_module_name(path), path):
         raise UsageError(
             f"--workload {place}: Python has another module {Path(place).stem}; give the file another name"

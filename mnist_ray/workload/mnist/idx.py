@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mnist_ray.errors import JobError, UsageError, first_line
+from mnist_ray.settings import path_of
 from mnist_ray.workload.data import Arrays
 
 IMAGE_SHAPE = (28, 28)
@@ -68,7 +69,7 @@ def find(dataset: str, data_dir: Path | None) -> Source:
     Raises UsageError where ``data_dir`` holds no data set, JobError where a download fails.
     """
     if data_dir is not None:
-        return Source(str(data_dir), _idx_folder(data_dir.expanduser()), sha256={})
+        return Source(str(data_dir), _idx_folder(path_of(data_dir, "--data-dir")), sha256={})
     if dataset in _TORCHVISION_CLASSES:
         return Source(dataset, _download(_TORCHVISION_CLASSES[dataset]), sha256={})
     return Source("mnist", Path(str(resources.files("mnist_ray.workload.mnist") / "data")), _MNIST_SHA256)
@@ -109,7 +110,7 @@ def _download(torchvision_class: str) -> Path:
     """Fetch a data set into the cache, if it is not there yet; return its folder of IDX files."""
     from torchvision import datasets
 
-    root = _CACHE.expanduser()
+    root = path_of(_CACHE, "the cache in")
     try:
         data_set = getattr(datasets, torchvision_class)(root, download=True)
     except (OSError, RuntimeError) as error:
