@@ -7,6 +7,8 @@ import dataclasses
 import io
 import itertools
 import json
+import os
+import stat
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,9 +37,12 @@ from mnist_ray.workload.interface import Workload
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 """Of the files that are taken from a folder."""
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What is read, as Pillow names it. For others it would start programs, as Ghostscript for PostScript."""
 _BATCH_SIZE = 64
 _MOST_HERE = 256  # more pictures than this are worth starting Ray
 _MOST_DRAWN = 240
+_MOST_BYTES = 100_000_000
 _MOST_PIXELS = 200_000_000  # the largest cameras' pictures; what unpacks to more is an attack or a mistake
 _DRAFT_SIZE = 512  # pixels: a JPEG of more than twice as many is decoded smaller, and faster
 
@@ -99,9 +104,9 @@ def answers_pictures(run: RunFolder) -> bool:
 def find_files(given: Iterable[str]) -> Iterator[Path]:
     """Yield the files that were given, and of folders the pictures in them at any depth, sorted."""
     for name in given:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        path = Path(os.path.expanduser(name))
+        if os.path.isdir(path):  # not Path.is_dir(), which raises where a name is too long or a folder is closed
+            found = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and os.path.isfile(f))
             yield from found or [path]  # a folder without pictures is answered as a file that cannot be read
         else:
             yield path
@@ -148,12 +153,18 @@ def _answer_task(
 
 def _read(file: Path) -> bytes | str:
     """Return a file's content, or as text why it cannot be read."""
-    if file.is_dir():
+    if os.path.isdir(file):
         return "is a folder without pictures"
     try:
-        return file.read_bytes()
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
+        about = file.stat()
+        if not stat.S_ISREG(about.st_mode):  # else reading may wait for ever, or never end
+            return "is no regular file"
+        if about.st_size > _MOST_BYTES:
+            return f"is too large: {about.st_size / 1e6:,.0f} MB, and at most {_MOST_BYTES / 1e6:.0f}"
+        with file.open("rb") as stream:
+            return stream.read(_MOST_BYTES)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        return f"cannot be read: {getattr(error, 'strerror', error)}"
 
 
 def answer_batch(
@@ -198,18 +209,26 @@ def read_image(content: bytes) -> Image.Image:
         raise UsageError("is empty")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is ours
-            image = Image.open(io.BytesIO(content))
-            if image.width * image.height > _MOST_PIXELS:
-                raise UsageError(f"is too large: {image.width:,}×{image.height:,} pixels")
-            image.draft(None, (_DRAFT_SIZE, _DRAFT_SIZE))
-            return ImageOps.exif_transpose(image)
+            warnings.simplefilter("ignore")  # of huge pictures, which are refused here, and of damage that does no harm
+            file = Image.open(io.BytesIO(content), formats=FORMATS)
+            if file.width * file.height > _MOST_PIXELS:
+                raise UsageError(f"is too large: {file.width:,}×{file.height:,} pixels")
+            file.draft(None, (_DRAFT_SIZE, _DRAFT_SIZE))
+            image = ImageOps.exif_transpose(file)
     except Image.DecompressionBombError as error:
         raise UsageError("is too large: it would unpack to a huge picture") from error
     except UnidentifiedImageError as error:
         raise UsageError("is no picture of a known format") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise
         raise UsageError(f"is damaged: {error}") from error
+    if image.mode == "F" and not _is_finite(np.asarray(image)):
+        raise UsageError("has pixels that are infinite or no numbers")
+    return image
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(values.max() - values.min()))
 
 
 def _print(answer: Answer, workload: Workload, config: PredictionConfig) -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,57 @@ def test_without_any_run_one_line_says_what_makes_one(pictures: Path, tmp_path: 
         2,
         f"error: no run in {tmp_path} has a checkpoint; python jobs/train.py makes one\n",
     )
+
+
+def answers_to(*given: Path | str) -> list[str]:
+    """Return why there is no answer to files, or the best answer, of a model that has learned nothing."""
+    files = list(predict.find_files(map(str, given)))
+    answers = predict.answer_all(mnist(), mnist().create_model().eval(), files, as_is=True)
+    return [answer.error or str(answer.answers[0][0]) for answer in answers]
+
+
+def test_files_that_are_no_pictures_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.png")
+    with (tmp_path / "sparse.png").open("wb") as file:
+        file.truncate(20 * 10**9)
+    assert answers_to(tmp_path / "fifo.png", "/dev/zero", tmp_path / "sparse.png") == [
+        "is no regular file",
+        "is no regular file",
+        "is too large: 20,000 MB, and at most 100",
+    ]
+
+
+def test_names_that_no_file_has_are_answered(tmp_path: Path) -> None:
+    assert answers_to("~nosuchuser/x.png", tmp_path / ("a" * 300), "a\0b") == [
+        "cannot be read: No such file or directory",
+        "cannot be read: File name too long",
+        "cannot be read: embedded null byte",
+    ]
+
+
+def test_only_the_formats_that_are_named_are_read(few_images: Arrays, tmp_path: Path) -> None:
+    image = Image.fromarray(few_images.inputs[0])
+    for number, name in enumerate((*predict.FORMATS, "EPS", "PCX")):
+        image.save(tmp_path / f"{number}.png", name)
+    *read, postscript, other = answers_to(tmp_path)
+    assert all(answer.isdigit() for answer in read)
+    assert (postscript, other) == ("is no picture of a known format",) * 2
+
+
+@pytest.mark.parametrize(("value", "is_answered"), [(np.nan, False), (np.inf, False), (3e38, True), (1.0, True)])
+def test_pixels_that_are_no_numbers_are_refused(tmp_path: Path, value: float, is_answered: bool) -> None:
+    pixels = np.zeros((40, 40), np.float32)
+    pixels[10:30, 20:23] = value
+    Image.fromarray(pixels).save(tmp_path / "a.tiff")
+    (answer,) = answers_to(tmp_path)
+    assert answer.isdigit() if is_answered else answer == "has pixels that are infinite or no numbers"
+
+
+def test_harmless_damage_is_not_spoken_of(few_images: Arrays, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0"  # says that five entries follow
+    Image.fromarray(few_images.inputs[0]).save(tmp_path / "a.jpg", exif=exif)
+    assert answers_to(tmp_path)[0].isdigit()
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_names_are_printed_in_one_line(

@@ -46,7 +46,7 @@ def _to_grey(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel, of unknown range
         values = np.asarray(image, np.float32)
         low, high = values.min(), values.max()
-        image = Image.fromarray(np.uint8(255 * (values - low) / max(high - low, 1e-6)))
+        image = Image.fromarray(np.uint8(255 * ((values - low) / max(high - low, 1e-6))))
     if image.mode == "LAB":
         image = image.getchannel("L")  # Pillow converts it into nothing else
     if image.has_transparency_data:
