@@ -123,7 +123,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     take_signals()
     print_whatever_it_is()
     status = guard.run(functools.partial(_status_of, main))
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):  # the reader has gone, or a disk is full: said already
         sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # all is written and closed; to take torch and Ray apart would take most of a second

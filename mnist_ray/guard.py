@@ -13,6 +13,8 @@ import sys
 import threading
 from collections.abc import Callable
 
+from mnist_ray.screen import say
+
 _DONE = "\0"
 _to_guard: int | None = None
 
@@ -52,7 +54,7 @@ def run(work: Callable[[], int]) -> int:
         ]  # at the end of the child, and of nobody else: others do not inherit it
     _, state = os.waitpid(child, 0)
     if advice[-1] != _DONE:
-        print(_said(state, advice[-1]), file=sys.stderr)
+        say(_said(state, advice[-1]), file=sys.stderr)
         return 1
     return os.waitstatus_to_exitcode(state)
 

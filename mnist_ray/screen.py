@@ -5,6 +5,7 @@ Standard library only: it runs before a wrong flag is answered.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from typing import TextIO
@@ -58,7 +59,8 @@ def without_user(uri: str) -> tuple[str, tuple[str, ...]]:
 
 
 def print_whatever_it_is() -> None:
-    """Let the standard streams write what their encoding lacks as escapes, instead of failing."""
+    """Let the standard streams write what their encoding lacks as escapes, and nowhere where they are closed."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -57,6 +57,12 @@ def test_a_wrong_flag_is_answered_without_secrets_and_in_one_line(capsys: pytest
     assert error.count("\n") == 1
 
 
+def test_a_job_whose_output_is_closed_does_its_work() -> None:
+    code = "from mnist_ray.cli import run; from mnist_ray.screen import say; run(lambda: say('done'))"
+    done = subprocess.run(f'"{sys.executable}" -c "{code}" >&-', shell=True, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize(
     ("error", "status", "last_line"),
     [
