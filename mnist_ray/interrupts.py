@@ -42,7 +42,8 @@ def take_signals() -> None:
 def _hear(number: int, frame: FrameType | None) -> None:
     if (error := _heard.error) is not None:
         _heard.error = None
-        raise error
+        is_ending = _heard.first is not None and _heard.first.is_set()  # then Ray may have been sent SIGTERM, too
+        raise KeyboardInterrupt if is_ending else error
     before = max(_heard.directly, _heard.forwarded)
     if number == FORWARDED:
         _heard.forwarded += 1
