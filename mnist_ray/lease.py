@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
+from pyarrow import fs
 
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.interrupts import end_with
@@ -86,9 +87,11 @@ class _Claims:
         self._folder.write_text(self._name, json.dumps(asdict(claim)))
 
     def withdraw(self) -> None:
-        """Remove the own claim, as far as the storage lets."""
+        """Remove the own claim, as far as the storage lets, and on a disk the folder where it was the last."""
         with contextlib.suppress(*STORAGE_ERRORS):
             self._folder.delete_file(self._name)
+            if isinstance(self._folder.filesystem, fs.LocalFileSystem):
+                os.rmdir(self._folder.path)  # fails where another has put a claim meanwhile
 
     def others(self) -> dict[str, Claim]:
         """Return the others' claims, by their names, but those of the dead, which are removed."""

@@ -141,12 +141,36 @@ def test_a_terminated_run_ends_like_an_interrupted_one(small_data: Path, tmp_pat
     assert errors == f"interrupted; to go on: python jobs/train.py --resume --run-name term --storage-path {tmp_path}\n"
 
 
+def test_an_interrupt_saves_the_steps_since_the_last_checkpoint(
+    small_data: Path, tmp_path: Path, ray_address: str
+) -> None:
+    flags = {**QUICK, "num_workers": 2, "num_epochs": 500, "checkpoint_every": 10**6, "batch_size": 2}
+    flags |= {"data_dir": small_data, "storage_path": tmp_path, "run_name": "save"}
+    status, errors = interrupt_after("started", signal.SIGINT, flags, ray_address)
+    assert status == 130, errors
+    (saved,) = (tmp_path / "save").glob("checkpoint_epoch*")
+    assert saved.name.startswith("checkpoint_epoch-000_step-")
+    assert saved.name != "checkpoint_epoch-000_step-000000"
+
+
+def test_a_run_that_another_job_has_is_refused(small_data: Path, tmp_path: Path, ray_address: str) -> None:
+    flags = {**QUICK, "num_epochs": 500, "data_dir": small_data, "storage_path": tmp_path, "run_name": "both"}
+
+    def want_too(job: psutil.Process) -> None:
+        where = ["--storage-path", str(tmp_path), "--run-name", "both"]
+        second = run_job("train.py", *where, "--resume", address=ray_address)
+        assert_one_line_error(second, 2, "both is in use by another job: process")
+        job.terminate()
+
+    _, errors = run_and_act(want_too, "started", *as_flags(flags), address=ray_address, status=130)
+    assert errors.startswith("interrupted; to go on")
+
+
 def test_an_interrupted_run_says_how_to_resume_and_goes_on(small_data: Path, tmp_path: Path, ray_address: str) -> None:
     flags = {"data_dir": small_data, "storage_path": tmp_path, "run_name": "int", **QUICK, "num_epochs": 500}
     command = f"python jobs/train.py --resume --run-name int --storage-path {tmp_path}"
     status, errors = interrupt_after("epoch 2/500", signal.SIGINT, flags, ray_address)
     assert (status, errors) == (130, f"interrupted; to go on: {command}\n")
-
     refused = run_job("train.py", *command.split()[2:], "--batch-size", "51", address=ray_address)
     assert_one_line_error(refused, 2, "run int was started with --batch-size 50, not 51")
     config = tmp_path / "int" / "config.json"
