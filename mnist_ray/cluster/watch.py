@@ -54,11 +54,11 @@ def watched(answers_here: Callable[[], ray.ObjectRef]) -> Iterator[None]:
 
     ``answers_here`` starts a task on this node that does nothing.
     """
-    pool, is_over = ThreadPoolExecutor(1), threading.Event()
+    pool, is_over = ThreadPoolExecutor(2), threading.Event()  # also to ask may wait
     watch = Watch(
         {
             "Ray's GCS": lambda: pool.submit(ray.nodes),
-            "this node's raylet": lambda: answers_here().future(),
+            "this node's raylet": lambda: pool.submit(lambda: ray.get(answers_here())),
         }
     )
 
