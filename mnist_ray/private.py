@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,10 +43,6 @@ NAMES = {
     "WorkerHealthCheckFailedError": (
         "ray.train.v2._internal.exceptions",
         "a worker that does not answer; UserCallback.after_exception is handed it",
-    ),
-    "CheckpointManagerInitializationError": (
-        "ray.train.v2._internal.exceptions",
-        "Result.from_path raises it where a kill has cut off the list of checkpoints",
     ),
     "state": ("ray._private.state", "its accessor tells which placement groups have lost the actor that made them"),
     "PlacementGroupTableData": ("ray.core.generated.gcs_pb2", "what the accessor returns, serialized"),
@@ -89,8 +84,3 @@ def replaced(owner: Any, name: str, value: object) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
-
-
-def checkpoints_in_snapshot(text: str) -> list[str]:
-    """Return the folders that ``SNAPSHOT_FILE`` names. Raises ValueError, KeyError or TypeError for a damaged one."""
-    return [result["checkpoint_dir_name"] for result in json.loads(text)["checkpoint_results"]]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import posixpath
 import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import pyarrow
@@ -23,12 +24,17 @@ from mnist_ray.settings import path_of
 T = TypeVar("T")
 CONFIG_FILE, ORIGIN_FILE, RESULT_FILE = "config.json", "origin.json", "result.json"
 REPORT_FILE, TRIALS_FILE, WORKLOAD_FILE = "report.html", "sweep.csv", "workload.py"
+_CHECKPOINT_NAME = re.compile(r"checkpoint_epoch-(\d+)_step-(\d+)b*", re.ASCII)  # a b: it takes a damaged one's place
 
 STORAGE_ERRORS = (OSError, pyarrow.ArrowException)
 """What a file system raises."""
 _A_RUN = "the run in"
 _RETRIED_FOR_S = 30.0
 _PROBE_BYTES = 2**20  # more than a checkpoint has, so that a full disk is seen
+
+
+class DamagedFileError(JobError):
+    """A file of a run is not what was written: cut off by a kill, or changed since."""
 
 
 def with_retries(action: Callable[[], T]) -> T:
@@ -105,12 +111,45 @@ class RunFolder:
         """Remove a file that is there."""
         self.filesystem.delete_file(posixpath.join(self.path, file_name))
 
-    def read_text(self, file_name: str) -> str | None:
-        """Return a file's text, or None where there is no such file."""
+    def checkpoint_names(self) -> list[str]:
+        """Return the folders of its checkpoints, the newest last."""
+        names = [name for name in self.subfolders() if position_of(name)]
+        return sorted(names, key=lambda name: (position_of(name), name))
+
+    def read_bytes(self, file_name: str) -> bytes | None:
+        """Return a file's content, or None where there is no such file. Raises what the file system does."""
         if not self.exists(file_name):
             return None
         with self.filesystem.open_input_stream(posixpath.join(self.path, file_name)) as stream:
-            return str(stream.read().decode("utf-8"))
+            return bytes(stream.read())
+
+    def read_text(self, file_name: str) -> str | None:
+        """Return a file's text, or None where there is no such file. Raises DamagedFileError, JobError for storage."""
+        try:
+            content = self.read_bytes(file_name)
+            return None if content is None else content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.damaged(file_name, error) from error
+        except STORAGE_ERRORS as error:
+            raise JobError(f"cannot read {self.inside(file_name).uri}: {first_line(error)}") from error
+
+    def read_json(self, file_name: str) -> dict[str, Any] | None:
+        """Return the JSON object that a file holds, or None where there is no such file. Raises as ``read_text``."""
+        text = self.read_text(file_name)
+        if text is None:
+            return None
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise self.damaged(file_name, error) from error
+        if not isinstance(values, dict):
+            raise self.damaged(file_name, "it holds no JSON object")
+        return values
+
+    def damaged(self, file_name: str, reason: object) -> DamagedFileError:
+        """Return what is raised where a file is not what was written."""
+        said = first_line(reason) if isinstance(reason, BaseException) else reason
+        return DamagedFileError(f"{self.inside(file_name).uri} is damaged: {said}")
 
     def check_writable(self, *, retry: bool = False) -> None:
         """See whether files can be written beside it: at once, or with retries. Raises JobError."""
@@ -187,6 +226,58 @@ def locate(storage_path: str, name: str, given_as: str = "--storage-path") -> Ru
     return run
 
 
+def unless_damaged(read: Callable[[], T | None], warn: Callable[[str], None]) -> T | None:
+    """Return what is read of a file that can be done without; where that is damaged, say so and return None."""
+    try:
+        return read()
+    except DamagedFileError as error:
+        warn(f"{error}; going on without it")
+        return None
+
+
+def checkpoint_name(epoch: int, step: int) -> str:
+    """Return the name of a checkpoint's folder."""
+    return f"checkpoint_epoch-{epoch:03d}_step-{step:06d}"
+
+
+def position_of(name: str) -> tuple[int, ...]:
+    """Return the epoch and step of a checkpoint's folder: positions sort, names do so only for a time.
+
+    Of any other name, nothing, which is before all positions.
+    """
+    found = _CHECKPOINT_NAME.fullmatch(name)
+    return tuple(map(int, found.groups())) if found else ()
+
+
+def read_config(run: RunFolder, file_name: str = CONFIG_FILE) -> dict[str, Any] | None:
+    """Return the settings that a run was started with, or None where there are none. Raises DamagedFileError."""
+    try:
+        values = run.read_json(file_name)
+        if values is None:
+            return None
+        if type(values.get("num_epochs")) is not int or not isinstance(values.get("workload", ""), str):
+            raise run.damaged(file_name, "it holds no run's settings")
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error}; put it back, or start another run") from error
+    return values
+
+
+def read_origin(run: RunFolder) -> dict[str, Any] | None:
+    """Return what a run has kept of how it began, or None where it has kept nothing. Raises DamagedFileError."""
+    origin = run.read_json(ORIGIN_FILE)
+    if origin is not None and not all(isinstance(origin.get(key, {}), dict) for key in ("versions", "facts", "data")):
+        raise run.damaged(ORIGIN_FILE, "it does not say where a run comes from")
+    return origin
+
+
+def read_result(run: RunFolder) -> dict[str, Any] | None:
+    """Return what came out of a run, or None where it has not finished. Raises DamagedFileError."""
+    result = run.read_json(RESULT_FILE)
+    if result is not None and not position_of(str(result.get("checkpoint"))):
+        raise run.damaged(RESULT_FILE, "it names no checkpoint")
+    return result
+
+
 def find_run(
     given: str | None, storage_path: str, is_wanted: Callable[[RunFolder], bool] = lambda run: True
 ) -> RunFolder:
@@ -219,8 +310,7 @@ def _newest_run(storage: RunFolder, is_wanted: Callable[[RunFolder], bool]) -> R
     """Return the run with a checkpoint whose settings were written last, of those that are wanted."""
     runs = [locate(storage.storage_path, name) for name in storage.subfolders()]
     for run in sorted(runs, key=lambda run: run.modified_ns(CONFIG_FILE), reverse=True):
-        has_checkpoint = any(name.startswith("checkpoint_") for name in run.subfolders())
-        if run.exists(CONFIG_FILE) and has_checkpoint and is_wanted(run):
+        if run.exists(CONFIG_FILE) and run.checkpoint_names() and is_wanted(run):
             return run
     raise UsageError(f"no run in {storage.storage_path} has a checkpoint; python jobs/train.py makes one")
 

@@ -6,7 +6,18 @@ from pyarrow import fs
 
 from mnist_ray import storage
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.storage import RunFolder, find_run, locate
+from mnist_ray.storage import (
+    DamagedFileError,
+    RunFolder,
+    checkpoint_name,
+    find_run,
+    locate,
+    position_of,
+    read_config,
+    read_origin,
+    read_result,
+    unless_damaged,
+)
 
 
 def test_a_file_is_read_back_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -68,6 +79,72 @@ def test_an_unwritable_path_is_refused_at_once_in_one_line(tmp_path: Path) -> No
     with pytest.raises(JobError, match=r"cannot write to .*file: ") as raised:
         locate(str(tmp_path / "file"), "run").check_writable()
     assert "\n" not in str(raised.value)
+
+
+DAMAGED = {
+    "empty": b"",
+    "no UTF-8": b"{\xff}",
+    "cut off": b'{"epoch": 1, "st',
+    "a list": b"[1]",
+    "NUL bytes": bytes(20),
+    "too deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED.keys())
+def test_a_file_that_is_not_the_json_that_was_written_is_named_in_one_line(tmp_path: Path, content: bytes) -> None:
+    run = locate(str(tmp_path), "run")
+    run.write_bytes("origin.json", content)
+    with pytest.raises(DamagedFileError, match=r"run/origin\.json is damaged: ") as raised:
+        run.read_json("origin.json")
+    assert "\n" not in str(raised.value)
+
+
+def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run" / "origin.json").mkdir(parents=True)
+    with pytest.raises(JobError, match=r"^cannot read .*/run/origin\.json: ") as raised:
+        locate(str(tmp_path), "run").read_json("origin.json")
+    assert "\n" not in str(raised.value)
+
+
+def test_settings_and_results_are_damaged_where_they_are_others(tmp_path: Path) -> None:
+    run = locate(str(tmp_path), "run")
+    assert (read_config(run), read_origin(run), read_result(run)) == (None, None, None)
+    run.write_text("config.json", '{"num_epochs": "two"}')
+    run.write_text("origin.json", '{"facts": []}')
+    run.write_text("result.json", '{"checkpoint": "../elsewhere"}')
+    with pytest.raises(DamagedFileError, match=r"config\.json is damaged: .*; put it back, or start another run"):
+        read_config(run)
+    for read in (read_origin, read_result):
+        with pytest.raises(DamagedFileError):
+            read(run)
+    notes: list[str] = []
+    assert unless_damaged(lambda: read_result(run), notes.append) is None
+    assert notes == [f"{tmp_path}/run/result.json is damaged: it names no checkpoint; going on without it"]
+
+
+@pytest.mark.parametrize(
+    "stray",
+    [
+        "checkpoint_old",
+        "checkpoint_epoch-009_step-000000.bak",
+        "copy of checkpoint_epoch-009_step-000000",
+        "checkpoint_epoch-009",
+        "checkpoint_epoch-٠٠٩_step-000000",
+        "checkpoint_manager",
+    ],
+)
+def test_a_stray_folder_is_no_checkpoint(tmp_path: Path, stray: str) -> None:
+    run = locate(str(tmp_path), "run")
+    run.write_text("config.json", "{}")
+    (tmp_path / "run" / stray).mkdir()
+    assert position_of(stray) == ()
+    with pytest.raises(UsageError, match="has a checkpoint"):
+        find_run(None, str(tmp_path))
+    names = [checkpoint_name(0, 20), checkpoint_name(1, 0), checkpoint_name(1, 0) + "b", checkpoint_name(1000, 0)]
+    for name in names:
+        (tmp_path / "run" / name).mkdir()
+    assert run.checkpoint_names() == names
 
 
 class Storage:

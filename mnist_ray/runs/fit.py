@@ -24,12 +24,11 @@ from mnist_ray.interrupts import first_only_noted
 from mnist_ray.runs import evaluation
 from mnist_ray.runs.failures import FailureReporter, TrainingStoppedError, reason_of
 from mnist_ray.runs.job import Job, about
-from mnist_ray.runs.lookup import best_of
+from mnist_ray.runs.lookup import best_of, snapshot_of
 from mnist_ray.runs.mailbox import open_mailbox
 from mnist_ray.runs.trainer import create_trainer
 from mnist_ray.runs.worker import LoopSpec
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder, with_retries
-from mnist_ray.training.checkpoint import checkpoint_names
 from mnist_ray.training.events import ControllerStarted, Event, Started, Stopping, WorkersLost
 from mnist_ray.workload.data import Parts
 
@@ -174,14 +173,7 @@ def drop_damaged_snapshot(run: RunFolder) -> None:
     """Remove Ray's list of a run's checkpoints where a kill has cut it off; workers look for checkpoints themselves."""
 
     def drop() -> None:
-        text = run.read_text(private.SNAPSHOT_FILE)
-        if text is None:
-            return
-        try:
-            is_whole = all(map(run.exists, private.checkpoints_in_snapshot(text)))
-        except (ValueError, KeyError, TypeError):
-            is_whole = False
-        if not is_whole:
+        if run.exists(private.SNAPSHOT_FILE) and snapshot_of(run) is None:
             run.delete_file(private.SNAPSHOT_FILE)
 
     with_retries(drop)
@@ -189,7 +181,7 @@ def drop_damaged_snapshot(run: RunFolder) -> None:
 
 def _saved(run: RunFolder) -> str:
     try:
-        names = checkpoint_names(run)
+        names = run.checkpoint_names()
     except STORAGE_ERRORS:
         return ""
     return f"; last saved: {names[-1]}" if names else "; nothing was saved"

@@ -22,7 +22,7 @@ from mnist_ray.environment import end_if_hung, keep_freed_memory
 from mnist_ray.errors import JobError, with_place
 from mnist_ray.provenance import arithmetic, versions
 from mnist_ray.runs.failures import PASSING, CodeFailedError, is_of_gloo
-from mnist_ray.storage import RunFolder
+from mnist_ray.storage import RunFolder, checkpoint_name, position_of
 from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training import engine
 from mnist_ray.training.chunks import OtherArithmeticError, check_arithmetic
@@ -147,8 +147,9 @@ class _Reporter:
         self._answers: list[Any] = []
         current = ray.train.get_checkpoint()
         self._known = current.path.rsplit("/", 1)[-1] if current else ""
-        # Ray knows a damaged checkpoint by its name still; what takes its place needs another one.
-        self._suffix = "b" if self._known in restored.damaged else ""
+        # Ray knows a damaged checkpoint by its name still; what takes its place needs another one: with one b more.
+        known_bs = len(self._known) - len(self._known.rstrip("b"))
+        self._suffix = "b" * (known_bs + 1) if self._known in restored.damaged else ""
         end_if_hung(spec.hang_timeout_s)
 
     def send(self, event: Event) -> None:
@@ -180,7 +181,7 @@ class _Reporter:
         Else a run whose last checkpoint it is would end without it.
         """
         name = self._restored.name
-        if checkpoints.position_of(name) <= checkpoints.position_of(self._known):
+        if position_of(name) <= position_of(self._known):
             return
         saved = self._spec.run.inside(name)
         ray.train.report(
@@ -212,7 +213,7 @@ class _Reporter:
             ray.train.report(
                 metrics,
                 checkpoint=checkpoint,
-                checkpoint_dir_name=checkpoints.checkpoint_name(state) + self._suffix,
+                checkpoint_dir_name=checkpoint_name(state.epoch, state.step) + self._suffix,
                 checkpoint_upload_fn=self._upload,
                 validation=self._is_to_be_validated(state),
             )

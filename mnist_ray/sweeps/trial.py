@@ -24,7 +24,7 @@ from mnist_ray.runs.fit import drop_damaged_snapshot
 from mnist_ray.runs.job import Job, about
 from mnist_ray.runs.trainer import create_trainer
 from mnist_ray.runs.worker import LoopSpec, report_metrics
-from mnist_ray.storage import RunFolder
+from mnist_ray.storage import RunFolder, checkpoint_name, position_of
 from mnist_ray.sweeps.space import Point
 from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training import engine
@@ -129,10 +129,10 @@ def _train_here(job: Job, spec: TrialSpec) -> None:
 
 def _save(folder: RunFolder, state: TrainingState, about: dict[str, Any]) -> None:
     """Write a trial's checkpoint, then remove those before it: at any time a whole one is there."""
-    target = folder.inside(checkpoints.checkpoint_name(state))
+    target = folder.inside(checkpoint_name(state.epoch, state.step))
     with tempfile.TemporaryDirectory() as local:
         checkpoints.save_checkpoint(Path(local), state, about)
         target.upload(local)
-    for name in checkpoints.checkpoint_names(folder):
-        if checkpoints.position_of(name) < checkpoints.position_of(target.name):
+    for name in folder.checkpoint_names():
+        if position_of(name) < position_of(target.name):
             folder.inside(name).delete()

@@ -2,17 +2,18 @@
 
 model.safetensors       the model's weights
 optimizer.safetensors   the tensors of the optimizer's state
-state.json              position, metrics, scheduler, config, workload, versions, and SHA-256 of the other two
+state.json              position, metrics, scheduler, config, workload, versions; SHA-256 of the other two and itself
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
 import json
-import re
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,10 +34,21 @@ from mnist_ray.training.metrics import MetricSums
 from mnist_ray.workload import source
 from mnist_ray.workload.interface import Workload
 
-STATE_FILE, FOLDER_PREFIX = "state.json", "checkpoint_"
+STATE_FILE = "state.json"
 FACTS_BEFORE_WORKLOADS = {"class_names": [*range(10)], "model_input": {"shape": [1, 28, 28], "dtype": "float32"}}
 """Of the data of runs that were made when all was MNIST's."""
-_ENTRIES = {"epoch", "step", "sums", "epoch_s", "finished_s", "optimizer", "scheduler", "sha256"}
+_ENTRIES = {
+    "epoch": int,
+    "step": int,
+    "sums": dict,
+    "epoch_s": float,
+    "finished_s": float,
+    "optimizer": dict,
+    "scheduler": dict,
+    "sha256": dict,
+}
+_MORE_ENTRIES = {"workload": dict, "metrics": dict, "data": dict}
+_NO_WORKLOAD: dict[str, Any] = {"reference": "", "sha256": "", "settings": {}, "facts": {}}
 _MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 
@@ -45,7 +57,7 @@ class DamagedCheckpointError(JobError):
 
 
 class OtherModelError(JobError):
-    """A checkpoint does not fit the model: the workload makes another one now."""
+    """A checkpoint does not fit the model or its optimizer: the workload makes another one now."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,15 @@ def save_checkpoint(folder: Path, state: TrainingState, about: dict[str, Any]) -
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         **about,
     }
+    document["sha256"][STATE_FILE] = _digest(document)
     (folder / STATE_FILE).write_text(json_lines(document), encoding="utf-8")
+
+
+def _digest(document: dict[str, Any]) -> str:
+    """Return the SHA-256 of a state.json but for this digest itself, however it is written."""
+    document = {**document, "sha256": {name: value for name, value in document["sha256"].items() if name != STATE_FILE}}
+    as_read = json.loads(json.dumps(document))  # whose keys are texts: numbers would be sorted in another order
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def load_model(folder: Path, workload: Workload) -> nn.Module:
@@ -107,8 +127,11 @@ def fetch_state(filesystem: fs.FileSystem, path: str) -> dict[str, Any]:
 
 
 def weights_sha256(checkpoint: RunFolder) -> str:
-    """Return the digest of a checkpoint's weights."""
-    return str(json.loads(checkpoint.read_text(STATE_FILE) or "")["sha256"][_MODEL])
+    """Return the digest of a checkpoint's weights. Raises JobError where it is not there."""
+    document = checkpoint.read_json(STATE_FILE)
+    if document is None:
+        raise JobError(f"checkpoint {checkpoint.uri} is gone")
+    return str(document["sha256"][_MODEL])
 
 
 def workload_of(document: dict[str, Any], reference: str | None, changes: dict[str, Any]) -> Workload:
@@ -140,9 +163,35 @@ def _fetched(filesystem: fs.FileSystem, path: str) -> Iterator[Path]:
 def restore(folder: Path, state: TrainingState) -> None:
     """Put a checkpoint's content into a freshly created ``state``.
 
-    Raises as ``load_model`` does; where it is damaged, ``state`` is left as it was.
+    Raises as ``load_model`` does, and OtherModelError; ``state`` is left as it was then.
     """
     document = read_state(folder)
+    parts: tuple[Any, ...] = (state.model, state.optimizer, state.scheduler)
+    before = copy.deepcopy([part.state_dict() for part in parts])
+    try:
+        _put(folder, document, state)
+    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        for part, values in zip(parts, before, strict=True):
+            part.load_state_dict(values)
+        if isinstance(error, (JobError, UsageError)):
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        if STATE_FILE in document["sha256"]:  # what was written is there, so it is the code that does not take it
+            raise OtherModelError(f"checkpoint {folder} is of another optimizer or schedule: {reason}") from error
+        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE}: {reason}") from error
+
+
+def _put(folder: Path, document: dict[str, Any], state: TrainingState) -> None:
+    epoch, step, epoch_s, finished_s = (document[name] for name in ("epoch", "step", "epoch_s", "finished_s"))
+    if not (0 <= epoch <= state.last_epoch and 0 <= step < (state.last_step if epoch < state.last_epoch else 1)):
+        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: there is no step {step} after epoch {epoch}")
+    sums = MetricSums() + MetricSums(**document["sums"])  # only numbers can be added
+    if not all(map(math.isfinite, (epoch_s, finished_s, sums.num_examples and sums.sums["loss"]))):
+        raise ValueError("a figure is no finite number")
+    if state.scheduler.state_dict() and not document["scheduler"]:
+        raise ValueError("it has no state of the scheduler")
     tensors = _read_tensors(folder, _OPTIMIZER, document)
     _load_weights(folder, document, state.model)
     per_parameter: dict[int, dict[str, Any]] = {}
@@ -154,8 +203,7 @@ def restore(folder: Path, state: TrainingState) -> None:
         per_parameter.setdefault(int(index), {}).update(values)
     state.optimizer.load_state_dict({"state": per_parameter, "param_groups": document["optimizer"]["param_groups"]})
     state.scheduler.load_state_dict(document["scheduler"])
-    state.epoch, state.step, state.epoch_s = document["epoch"], document["step"], document["epoch_s"]
-    state.sums, state.finished_s = MetricSums(**document["sums"]), document["finished_s"]
+    state.epoch, state.step, state.sums, state.epoch_s, state.finished_s = epoch, step, sums, epoch_s, finished_s
 
 
 def restore_newest(run: RunFolder, state: TrainingState) -> Restored:
@@ -164,7 +212,7 @@ def restore_newest(run: RunFolder, state: TrainingState) -> Restored:
     Raises OtherModelError where the checkpoint is of another model.
     """
     damaged: list[str] = []
-    for name in reversed(checkpoint_names(run)):
+    for name in reversed(run.checkpoint_names()):
         saved = run.inside(name)
         try:
             with _fetched(saved.filesystem, saved.path) as folder:
@@ -174,22 +222,6 @@ def restore_newest(run: RunFolder, state: TrainingState) -> Restored:
         except (DamagedCheckpointError, UsageError):
             damaged.append(name)
     return Restored(damaged=tuple(damaged))
-
-
-def checkpoint_name(state: TrainingState) -> str:
-    """Return the name of a checkpoint's folder."""
-    return f"{FOLDER_PREFIX}epoch-{state.epoch:03d}_step-{state.step:06d}"
-
-
-def position_of(name: str) -> tuple[int, ...]:
-    """Return where in the training a checkpoint of that name was made: positions sort, names do so only for a time."""
-    return tuple(map(int, re.findall(r"\d+", name)))
-
-
-def checkpoint_names(run: RunFolder) -> list[str]:
-    """Return the folders of a run's checkpoints, the newest last."""
-    names = [name for name in run.subfolders() if name.startswith(FOLDER_PREFIX)]
-    return sorted(names, key=lambda name: (position_of(name), name))
 
 
 def _with_layout_of(parameter: Tensor, tensor: Tensor) -> Tensor:
@@ -227,12 +259,28 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder} is not a checkpoint: it has no {STATE_FILE}")
     try:
         document = json.loads(path.read_bytes())
-        missing = _ENTRIES - document.keys()
-    except (OSError, ValueError, AttributeError) as error:
-        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE}: {error}") from error
+        _check_state(document)
+        return document if "workload" in document else _from_before_workloads(document)
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE}: {first_line(error)}") from error
+
+
+def _check_state(document: Any) -> None:
+    """Raise ValueError where a state.json is not what was written, as far as it can be told."""
+    if not isinstance(document, dict):
+        raise ValueError("it holds no JSON object")
+    missing = _ENTRIES.keys() - document.keys()
     if missing:
-        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE} lacks {', '.join(sorted(missing))}")
-    return document if "workload" in document else _from_before_workloads(document)
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    for name, kind in {**_ENTRIES, **_MORE_ENTRIES}.items():
+        value = document.get(name, kind())
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"{name} is {value!r:.40}")
+    workload = document.get("workload", _NO_WORKLOAD)
+    if any(type(workload.get(name)) is not type(value) for name, value in _NO_WORKLOAD.items()):
+        raise ValueError("it does not say which workload it is of")
+    if STATE_FILE in document["sha256"] and document["sha256"][STATE_FILE] != _digest(document):
+        raise ValueError("it is not what was written")
 
 
 def _from_before_workloads(document: dict[str, Any]) -> dict[str, Any]:

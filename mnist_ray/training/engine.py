@@ -73,6 +73,10 @@ class TrainingState:
     """Seconds of training in the current epoch so far, without validation and checkpoints."""
     finished_s: float = 0.0
     """Seconds spent so in the epochs before."""
+    last_epoch: float = math.inf
+    """Where the training ends."""
+    last_step: float = math.inf
+    """Where an epoch ends."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,9 @@ def create_state(workload: Workload, config: TrainConfig, num_examples: int, dev
     torch.manual_seed(config.seed)
     model = with_fast_layout(workload.create_model().to(device))
     optimizer = workload.create_optimizer(model, config)
-    total_steps = config.num_epochs * config.num_steps(num_examples)
-    return TrainingState(model, optimizer, workload.create_scheduler(optimizer, config, total_steps))
+    num_epochs, num_steps = config.num_epochs, config.num_steps(num_examples)
+    scheduler = workload.create_scheduler(optimizer, config, num_epochs * num_steps)
+    return TrainingState(model, optimizer, scheduler, last_epoch=num_epochs, last_step=num_steps)
 
 
 def with_fast_layout(model: nn.Module) -> nn.Module:

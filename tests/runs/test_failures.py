@@ -17,6 +17,7 @@ import torch
 from ray.cluster_utils import Cluster
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState, _TrainingResultState
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
@@ -131,7 +132,7 @@ def test_a_preempted_node_is_left_with_a_checkpoint_just_in_time(
 def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(tmp_path: Path) -> None:
     config = TrainConfig(precision="fp32")
     state = create_state(mnist(), config, 600, torch.device("cpu"))
-    for step in (10, 20, 30, 40):
+    for step in (1, 2, 3, 4):
         folder = tmp_path / "run" / f"checkpoint_epoch-000_step-{step:06d}"
         folder.mkdir(parents=True)
         state.step = step
@@ -146,7 +147,7 @@ def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(tmp_
     empty.mkdir()
     restored = create_state(mnist(), config, 600, torch.device("cpu"))
     found = restore_newest(locate(str(tmp_path), "run"), restored)
-    assert restored.step == 10
+    assert restored.step == 1
     assert found.damaged == (empty.name, cut.name, corrupt.name)
     assert (found.name, found.metrics) == (whole.name, {"train_loss": 0.5})
 
@@ -158,23 +159,78 @@ def test_a_run_whose_list_of_checkpoints_was_cut_off_is_read_by_its_last_checkpo
         saved, create_state(mnist(), TrainConfig(), 600, torch.device("cpu")), {"workload": mnist().identity}
     )
     run = locate(str(tmp_path), "run")
+    run.write_text("config.json", "{}")
     run.write_text("checkpoint_manager_snapshot.json", '{"checkpoint_results": [{"checkpoint_dir')
     with pytest.raises(UsageError, match="has no checkpoint yet"):
         find(run.uri, "")
     for name in ("checkpoint_epoch-001_step-000000", "checkpoint_epoch-002_step-000000"):
         shutil.copytree(saved, run.inside(name).path)
     assert find(run.uri, "").checkpoint.path.endswith("/run/checkpoint_epoch-002_step-000000")
+    run.write_text("result.json", "")
+    found = find(run.uri, "")
+    assert found.checkpoint.path.endswith("/run/checkpoint_epoch-002_step-000000")
+    assert [note.partition("result.json is damaged: ")[2] for note in found.notes] == [
+        "Expecting value: line 1 column 1 (char 0); the run counts as not finished"
+    ]
+
+
+def snapshot(*names: str) -> str:
+    """Return what Ray itself writes of a run's checkpoints."""
+    results = [
+        _TrainingResultState(checkpoint_dir_name=name, metrics={"val_loss": 0.5, "val_score": 0.5}) for name in names
+    ]
+    state = _CheckpointManagerState(
+        checkpoint_results=results,
+        checkpoint_report_indices=list(range(len(names))),
+        latest_checkpoint_result=results[-1] if results else None,
+        pending_training_results=[],
+        pending_validation_specs=[],
+        current_report_index=len(names),
+        validated_checkpoint_dir_names=[],
+        timed_out_validation_checkpoint_dir_names=[],
+        failed_validation_checkpoint_dir_names=[],
+    )
+    text: str = state.model_dump_json()
+    return text
+
+
+FIRST, SECOND = "checkpoint_epoch-001_step-000000", "checkpoint_epoch-002_step-000000"
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", '{"checkpoint_results": [{"checkpoint_dir', '{"checkpoint_results": [{"checkpoint_dir_name": "gone"}]}', "{}"],
+    [
+        "",
+        snapshot(FIRST)[:40],
+        "{}",
+        "[]",
+        "null",
+        "\0",
+        '{"checkpoint_results": null}',
+        '{"checkpoint_results": [{}]}',
+        snapshot("checkpoint_epoch-009_step-000000"),
+        snapshot("checkpoint_old"),
+        snapshot(FIRST).replace("0.5", '"x"'),
+        snapshot(FIRST).replace('"val_score"', '"val_points"'),
+    ],
 )
-def test_rays_list_of_checkpoints_is_dropped_where_a_kill_has_cut_it_off(text: str, tmp_path: Path) -> None:
+def test_rays_list_of_checkpoints_is_dropped_where_it_is_damaged(text: str, tmp_path: Path) -> None:
     run = locate(str(tmp_path), "run")
+    for name in (FIRST, "checkpoint_old"):
+        (tmp_path / "run" / name).mkdir(parents=True)
     run.write_text("checkpoint_manager_snapshot.json", text)
     fit.drop_damaged_snapshot(run)
     assert not run.exists("checkpoint_manager_snapshot.json")
+
+
+@pytest.mark.parametrize("names", [[], [FIRST], [SECOND, FIRST]])
+def test_rays_list_of_checkpoints_is_kept_where_it_is_whole(names: list[str], tmp_path: Path) -> None:
+    run = locate(str(tmp_path), "run")
+    for name in (FIRST, SECOND):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    run.write_text("checkpoint_manager_snapshot.json", snapshot(*names))
+    fit.drop_damaged_snapshot(run)
+    assert run.read_text("checkpoint_manager_snapshot.json") == snapshot(*names)
 
 
 def test_a_resumed_run_passes_over_a_damaged_checkpoint(

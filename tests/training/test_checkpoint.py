@@ -1,8 +1,10 @@
+import copy
 import hashlib
 import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -137,8 +139,81 @@ def test_a_damaged_checkpoint_is_refused(saved: Path, tmp_path: Path, name: str,
 def test_a_state_file_without_its_entries_is_refused(saved: Path, tmp_path: Path) -> None:
     folder = copy_of(saved / "1-0", tmp_path / "copy")
     (folder / "state.json").write_text(json.dumps({"epoch": 1}))
-    with pytest.raises(JobError, match=r"state\.json lacks epoch_s, finished_s, optimizer"):
+    with pytest.raises(JobError, match=r"state\.json: it lacks epoch_s, finished_s, optimizer"):
         checkpoint.load_model(folder, mnist())
+
+
+def changed(folder: Path, changes: dict[str, Any], *, has_own_digest: bool) -> Path:
+    """Change entries of a checkpoint's state.json, which may be of before it had a digest of itself."""
+    state = json.loads((folder / "state.json").read_text())
+    if not has_own_digest:
+        del state["sha256"]["state.json"]
+    (folder / "state.json").write_text(json.dumps(state | changes))
+    return folder
+
+
+@pytest.mark.parametrize("changes", [{"epoch_s": 2.5}, {"note": "hallo"}, {"sums": {"sums": {}, "num_examples": 0}}])
+def test_a_state_file_is_damaged_where_it_says_something_else_than_was_written(
+    saved: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    folder = changed(copy_of(saved / "1-14", tmp_path / "copy"), changes, has_own_digest=True)
+    with pytest.raises(DamagedCheckpointError, match=r"state\.json: it is not what was written$"):
+        checkpoint.load_model(folder, mnist())
+
+
+def test_a_state_file_may_be_written_in_another_way(saved: Path, tmp_path: Path) -> None:
+    folder = copy_of(saved / "1-0", tmp_path / "copy")
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state, indent=4, sort_keys=True))
+    assert checkpoint.read_state(folder) == state
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scheduler": None},
+        {"scheduler": {}},
+        {"optimizer": {}},
+        {"optimizer": {"values": {}, "param_groups": []}},
+        {"optimizer": {"values": {"x": {}}, "param_groups": []}},
+        {"sums": {"sums": {"loss": "x"}, "num_examples": 3}},
+        {"sums": {"sums": {}, "num_examples": 3}},
+        {"sums": {"loss": 3}},
+        {"step": -1},
+        {"step": 30},
+        {"step": 3.5},
+        {"epoch": -1},
+        {"epoch": 3, "step": 0},
+        {"epoch": 2, "step": 1},
+        {"epoch_s": "long"},
+        {"sha256": []},
+        {"workload": {}},
+        {"metrics": []},
+    ],
+)
+def test_a_state_file_without_a_digest_of_itself_is_read_and_damaged_where_it_cannot_be(
+    saved: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    state = engine.create_state(mnist(), CONFIG, 600, CPU)
+    before = copy.deepcopy([part.state_dict() for part in (state.model, state.optimizer, state.scheduler)])
+    folder = changed(copy_of(saved / "1-14", tmp_path / "copy"), changes, has_own_digest=False)
+    with pytest.raises(DamagedCheckpointError) as raised:
+        checkpoint.restore(folder, state)
+    assert "\n" not in str(raised.value)
+    after = [part.state_dict() for part in (state.model, state.optimizer, state.scheduler)]
+    assert str(after) == str(before)
+    assert (state.epoch, state.step) == (0, 0)
+    whole = changed(copy_of(saved / "1-14", tmp_path / "whole"), {}, has_own_digest=False)
+    checkpoint.restore(whole, state)
+    assert (state.epoch, state.step) == (1, 14)
+
+
+def test_a_checkpoint_of_another_optimizer_is_no_damaged_one(saved: Path) -> None:
+    state = engine.create_state(mnist(), CONFIG, 600, CPU)
+    halves = [{"params": [parameter]} for parameter in state.model.parameters()]
+    state.optimizer = torch.optim.Adam(halves)
+    with pytest.raises(OtherModelError, match=r"1-0 is of another optimizer or schedule: ValueError: "):
+        checkpoint.restore(saved / "1-0", state)
 
 
 def test_a_checkpoint_of_another_model_is_refused(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +243,7 @@ def test_a_pickle_in_place_of_the_weights_is_refused_and_not_run(saved: Path, tm
         torch.save({"weights": Marker(marker)}, folder / "model.safetensors")
         content = (folder / "model.safetensors").read_bytes()
     state = json.loads((folder / "state.json").read_text())
-    state["sha256"]["model.safetensors"] = hashlib.sha256(content).hexdigest()
+    state["sha256"] = {"model.safetensors": hashlib.sha256(content).hexdigest()}
     (folder / "state.json").write_text(json.dumps(state))
     with pytest.raises(JobError, match=r"is damaged: model\.safetensors"):
         checkpoint.load_model(folder, mnist())
@@ -204,10 +279,10 @@ def test_a_checkpoint_of_another_model_is_no_damaged_one(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "run").mkdir()
-    copy_of(saved / "1-0", tmp_path / "run" / "checkpoint_1")
+    copy_of(saved / "1-0", tmp_path / "run" / "checkpoint_epoch-001_step-000000")
     monkeypatch.setattr(MNIST, "create_model", lambda workload: nn.Linear(784, 10))
     state = engine.create_state(mnist(), CONFIG, 600, CPU)
-    with pytest.raises(OtherModelError, match=r"run/checkpoint_1 is of another model: .*conv1\.weight"):
+    with pytest.raises(OtherModelError, match=r"_step-000000 is of another model: .*conv1\.weight"):
         checkpoint.restore_newest(locate(str(tmp_path), "run"), state)
 
 
