@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -17,6 +20,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and arrays can be read witho
 _HOLD_OUT_SEED = 28
 _MOST_HELD_OUT = 5000  # by default; more would only make validation slower
 _NUM_HASHED = 16  # examples of a Dataset, which is not read as a whole to be compared
+_MOST_FILES_ASKED = 1000  # for their size and time; of more, so many evenly spaced: a server may need long for each
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Data:
     """Shown to people; by default that of the workload."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What the model must know of the data, as JSON: kept in every checkpoint, and everywhere ``self.facts``."""
+    files: Sequence[str | Path] = ()
+    """What a ``Dataset`` reads its examples from: a run does not go on where these have changed."""
 
 
 Origin = Literal["train", "validation", "test"]
@@ -119,13 +125,47 @@ class Part:
     def fingerprint(self) -> str:
         """Return a digest of the examples: of all in arrays in memory, else of their number and a few of them."""
         if self.arrays is not None:
-            digest = hashlib.sha256(np.ascontiguousarray(self.arrays.inputs).data)
-            digest.update(np.ascontiguousarray(self.arrays.targets).data)
-            return digest.hexdigest()
+            return _sha256(self.arrays.inputs, self.arrays.targets)
         digest = hashlib.sha256(str(len(self)).encode())
         for index in np.linspace(0, len(self) - 1, min(_NUM_HASHED, len(self)), dtype=int).tolist():
             digest.update(np.asarray(self[index][1]).tobytes())
         return digest.hexdigest()
+
+    def digest(self) -> str | None:
+        """Return by what it is told from other data: of arrays in memory, the fingerprint, else the state of its files.
+
+        None where they are not known: of a ``Dataset`` that does not say what it reads.
+        """
+        if self.arrays is not None:
+            return self.fingerprint()
+        try:
+            if isinstance(self.examples, Arrays):
+                arrays = self.examples.inputs, self.examples.targets
+                return " ".join(
+                    digest_of_files([str(a.filename)]) if isinstance(a, np.memmap) else _sha256(a) for a in arrays
+                )
+            # torchvision's folders have pairs of a file and its class
+            return digest_of_files([path for path, _ in self.examples.samples])
+        except (AttributeError, TypeError, ValueError, OSError):
+            return None
+
+
+def _sha256(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def digest_of_files(paths: Iterable[str | Path]) -> str:
+    """Return a digest of files by their names, sizes and times. Raises OSError where one is not there."""
+    files = [os.fspath(path) for path in paths]
+    folder = os.path.commonpath(map(os.path.dirname, files)) if files else ""
+    digest = hashlib.sha256("\n".join(file[len(folder) :] for file in files).encode())
+    for index in np.linspace(0, len(files) - 1, min(_MOST_FILES_ASKED, len(files)), dtype=int):
+        stat = os.stat(files[index])
+        digest.update(f"{stat.st_size} {int(stat.st_mtime)} ".encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -137,6 +177,18 @@ class Parts:
     validation: Part
     """Empty where nothing is held out."""
     test: Part
+    files: Sequence[str | Path] = ()
+    """What the examples are read from, where the workload says so."""
+
+    @cached_property
+    def digests(self) -> dict[str, str | None]:
+        """By what the data are told from others: a digest of each part, and of the files; None where it has none."""
+        digests: dict[str, str | None] = {}
+        for name, part in (("training", self.train), ("validation", self.validation), ("test", self.test)):
+            digest = part.digest()
+            if digest is not None or not self.files:
+                digests[name] = digest
+        return digests | ({"files": digest_of_files(self.files)} if self.files else {})
 
 
 def hold_out(part: Part, num_validation: int) -> tuple[Part, Part]:
@@ -159,12 +211,12 @@ def parts_of(data: Data, validation_size: int | None) -> Parts:
     """Make the parts of a run of a workload's data. Raises UsageError where ``validation_size`` does not fit."""
     train, test = Part(data.train), Part(data.test, origin="test")
     if validation_size == 0:
-        return Parts(data.name, train, train.between(0, 0), test)
+        return Parts(data.name, train, train.between(0, 0), test, data.files)
     if data.validation is not None and validation_size is None:
-        return Parts(data.name, train, Part(data.validation, origin="validation"), test)
+        return Parts(data.name, train, Part(data.validation, origin="validation"), test, data.files)
     size = default_validation_size(len(train)) if validation_size is None else validation_size
     if size >= len(train):
         raise UsageError(
             f"--validation-size {size:,} leaves nothing to train on: the data has {len(train):,} training examples"
         )
-    return Parts(data.name, *hold_out(train, size), test)
+    return Parts(data.name, *hold_out(train, size), test, data.files)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mnist_ray.errors import JobError, UsageError, with_place
-from mnist_ray.workload.data import Arrays, Data
+from mnist_ray.errors import JobError, UsageError, first_line, with_place
+from mnist_ray.workload.data import Arrays, Data, digest_of_files
 from mnist_ray.workload.interface import Workload
 
 
@@ -76,6 +76,11 @@ def _checked(workload: Workload, data: object) -> Data:
             _check_arrays(f"{name}.load_data: {part}", examples)
         if len(examples) == 0:
             raise UsageError(f"{name}.load_data: {part} holds no examples")
+    try:
+        data = dataclasses.replace(data, files=tuple(data.files))
+        digest_of_files(data.files)
+    except (OSError, TypeError, ValueError) as error:
+        raise UsageError(f"{name}.load_data: files are to be paths of files: {first_line(error)}") from error
     return data if data.name else dataclasses.replace(data, name=name)
 
 

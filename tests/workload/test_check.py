@@ -434,6 +434,12 @@ def test_an_error_in_one_line_is_handed_on_as_it_is(write: Write, error: str) ->
          ": train: inputs are to be numbers, not of dtype complex128"),
         ("Data(Arrays(np.zeros(3, 'datetime64[s]'), np.arange(3)), examples(3))",
          ": train: inputs are to be numbers, not of dtype datetime64[s]"),
+        ("Data(examples(3), examples(3), files=['/gone.jpg'])",
+         ": files are to be paths of files: [Errno 2] No such file or directory: '/gone.jpg'"),
+        ("Data(examples(3), examples(3), files=[3])",
+         ": files are to be paths of files: expected str, bytes or os.PathLike object, not int"),
+        ("Data(examples(3), examples(3), files=3)",
+         ": files are to be paths of files: 'int' object is not iterable"),
     ],
 )  # fmt: skip
 def test_data_that_are_none_are_refused(write: Write, returned: str, expected: str) -> None:

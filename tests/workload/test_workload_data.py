@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch.utils.data import Dataset
 from mnist_ray.cluster.sharing import share
 from mnist_ray.errors import UsageError
 from mnist_ray.workload import Arrays, Data, Workload
-from mnist_ray.workload.data import Part, default_validation_size, hold_out, parts_of
+from mnist_ray.workload.data import Part, default_validation_size, digest_of_files, hold_out, parts_of
 
 
 class Squares(Dataset):
@@ -270,3 +271,45 @@ def test_views_and_targets_as_tensors_have_fingerprints() -> None:
 
 def test_no_examples_have_a_fingerprint(ten: Any) -> None:
     assert Part(ten).between(0, 0).fingerprint() != Part(ten).fingerprint()
+
+
+def test_no_examples_have_a_digest(ten: Any) -> None:
+    assert Part(ten).between(0, 0).digest() == Part(ten).between(0, 0).digest()
+
+
+def test_files_are_told_from_others_by_names_sizes_and_times(tmp_path: Path) -> None:
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "dogs").mkdir()
+    files = [tmp_path / "cats" / "1.jpg", tmp_path / "dogs" / "1.jpg"]
+
+    def written(content: str = "one", time: int = 100) -> list[Path]:
+        for file in files:
+            file.write_text(content)
+            os.utime(file, (time, time))
+        return files
+
+    digest = digest_of_files(written())
+    assert digest_of_files(written()) == digest
+    others = [digest_of_files(written("three")), digest_of_files(written(time=101))]
+    others += [digest_of_files(written()[::-1]), digest_of_files(written()[:1])]
+    assert len({digest, *others}) == 5
+    written()
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for folder in ("cats", "dogs"):
+        (tmp_path / folder).rename(moved / folder)
+    assert digest_of_files(moved / folder / "1.jpg" for folder in ("cats", "dogs")) == digest
+    assert digest_of_files([]) != digest
+
+
+def test_data_are_told_from_others_by_the_files_that_they_name(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_text("one")
+    folder = Squares(10)
+    folder.samples = [(str(tmp_path / "a.bin"), 0)]  # type: ignore[attr-defined]
+    assert Part(folder).digest() == digest_of_files([tmp_path / "a.bin"])
+    assert Part(Squares(10)).digest() is None
+    assert Part(mapped(tmp_path, 10)).digest() not in (None, Part(mapped(tmp_path, 11)).digest())
+    unnamed = parts_of(Data(Squares(10), arrays(10)), 1)
+    assert (unnamed.digests["training"], unnamed.digests["test"]) == (None, Part(arrays(10)).digest())
+    named = parts_of(Data(Squares(10), arrays(10), files=[tmp_path / "a.bin"]), 1)
+    assert named.digests.keys() == {"test", "files"}
