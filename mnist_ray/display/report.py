@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 
-from mnist_ray import settings
 from mnist_ray.display import pictures
-from mnist_ray.display.history import METRICS_FILE, PREDICTIONS_FILE, STEPS_FILE, read_csv
+from mnist_ray.display.history import (
+    METRICS_FILE,
+    PREDICTIONS_FILE,
+    STEPS_FILE,
+    numbers_of,
+    read_csv,
+    read_figures,
+)
 from mnist_ray.display.pictures import Curve
 from mnist_ray.drawing import MARKERS, Picture, Table
-from mnist_ray.errors import UsageError
+from mnist_ray.errors import UsageError, with_place
 from mnist_ray.screen import masked
-from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE, RunFolder
+from mnist_ray.storage import (
+    CONFIG_FILE,
+    REPORT_FILE,
+    RESULT_FILE,
+    RunFolder,
+    read_config,
+    read_origin,
+    read_result,
+    unless_damaged,
+)
 from mnist_ray.workload.data import Part
 from mnist_ray.workload.interface import Metric, Workload
 
+T = TypeVar("T", Picture, Table)
 PICTURES_FOLDER = "pictures"
 
 
@@ -30,6 +46,8 @@ class Sections:
 
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
+    notes: Sequence[str] = ()
+    """What the user is to know of them."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +67,25 @@ class RunRecord:
     """None where the run has not finished."""
     predictions: list[dict[str, str]]
     """Rows of predictions.csv; none where the run has not finished."""
+    notes: Sequence[str] = ()
+    """Which of the files are damaged, and so left out."""
 
     @classmethod
     def read(cls, run: RunFolder, workload: Workload) -> RunRecord:
-        """Read a run's files. Raises UsageError where they are not there or damaged."""
-        config, result = read_config(run), run.read_text(RESULT_FILE)
-        try:
-            return cls(
-                run,
-                workload,
-                config,
-                json.loads(run.read_text(ORIGIN_FILE) or "{}"),
-                _numbers(read_csv(run, METRICS_FILE)),
-                _numbers(read_csv(run, STEPS_FILE)),
-                None if result is None else json.loads(result),
-                read_csv(run, PREDICTIONS_FILE),
-            )
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"run {run.uri} has a damaged file: {error}") from error
+        """Read a run's files. Raises UsageError where it has no settings, JobError where these are damaged."""
+        config, notes = settings_of(run), list[str]()
+        result = unless_damaged(lambda: _checked_result(run, workload), notes.append)
+        return cls(
+            run,
+            workload,
+            config,
+            unless_damaged(lambda: read_origin(run), notes.append) or {},
+            numbers_of(unless_damaged(lambda: read_figures(run, METRICS_FILE, "epoch"), notes.append) or []),
+            numbers_of(unless_damaged(lambda: read_figures(run, STEPS_FILE, "step", "epoch"), notes.append) or []),
+            result,
+            unless_damaged(lambda: _checked_predictions(run, workload, result), notes.append) or [],
+            notes,
+        )
 
     def figures(self, name: str) -> list[float]:
         """Return a column of metrics.csv; NaN where it has none of that name."""
@@ -92,6 +111,7 @@ class Page:
     title: str
     status: str
     facts: Mapping[str, str]
+    notes: Sequence[str] = ()
     pictures: Sequence[Picture] = field(default_factory=list)
     tables: Sequence[Table] = field(default_factory=list)
 
@@ -108,35 +128,87 @@ def _without_secrets(value: object) -> object:
     return masked(value) if isinstance(value, str) else value
 
 
-def read_config(run: RunFolder) -> dict[str, Any]:
-    """Return the settings of a run. Raises UsageError where it has none."""
-    config = run.read_text(CONFIG_FILE)
+def settings_of(run: RunFolder) -> dict[str, Any]:
+    """Return the settings of a run. Raises UsageError where it has none, JobError where they are damaged."""
+    config = read_config(run)
     if config is None:
         raise UsageError(f"{run.uri} is no run: it has no {CONFIG_FILE}")
-    return settings.parse_config(config, run.inside(CONFIG_FILE).uri)
+    return config
 
 
-def _numbers(rows: Sequence[Mapping[str, str]]) -> list[dict[str, float]]:
-    return [{name: float(value) if value else math.nan for name, value in row.items()} for row in rows]
+def _checked_result(run: RunFolder, workload: Workload) -> dict[str, Any] | None:
+    """Return what came out of a run, of which the figures that the page shows are numbers where they are there."""
+    result = read_result(run)
+    if result is None:
+        return None
+    names = [f"test_{metric.name}" for metric in workload.figures] + [f"num_test_{workload.nouns}", workload.rate]
+    seconds = result.get("seconds")
+    if not isinstance(seconds, dict) or "total" not in seconds:
+        raise run.damaged(RESULT_FILE, "it has no seconds")
+    for value in (*seconds.values(), *(result[name] for name in names if result.get(name) is not None)):
+        if not isinstance(value, (int, float)):
+            raise run.damaged(RESULT_FILE, f"{value!r:.40} is no number")
+    return result
+
+
+def _checked_predictions(run: RunFolder, workload: Workload, result: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """Return the predictions that a run's result was made of."""
+    if result is None or not run.exists(PREDICTIONS_FILE):
+        return []
+    rows, number = read_csv(run, PREDICTIONS_FILE), result.get(f"num_test_{workload.nouns}")
+    if len(rows) != number:
+        raise run.damaged(PREDICTIONS_FILE, f"it has {len(rows):,} rows, and the test set {number} {workload.nouns}")
+    return rows
 
 
 def write(
-    run: RunFolder, workload: Workload, resume_with: str, test: Part | None, sections: Sections | None = None
+    run: RunFolder,
+    workload: Workload,
+    resume_with: str,
+    test: Part | None,
+    sections: Sections | None = None,
+    warn: Callable[[str], None] = lambda note: None,
 ) -> dict[str, bytes]:
     """Write a run's report.html and its pictures as PNGs; return these by name. Raises UsageError and JobError.
 
-    ``test`` are the examples that predictions.csv is about; without them there are no pictures of predictions.
+    ``test`` are the examples that predictions.csv is about; without them there are no pictures of predictions. What
+    cannot be drawn is left out, and ``warn`` told of it.
     """
     record, more = RunRecord.read(run, workload), sections or Sections()
-    shown = [*_curves(record), *more.pictures]
+    notes = [*record.notes, *more.notes]
+
+    def drawn(what: str, draw: Callable[[], Sequence[T]]) -> Sequence[T]:
+        return unless_failing(what, draw, workload, notes)
+
+    shown: list[Picture] = []
+    for metric in workload.figures:
+        shown += drawn(f"curve of {metric.name}", functools.partial(_curves, record, metric))
+    shown += more.pictures
     if record.result:
-        shown += workload.pictures(record.result, record.predictions, test)
-    shown.append(_seconds(record))
+        result = record.result
+        shown += drawn("pictures of the test", lambda: workload.pictures(result, record.predictions, test))
+    shown += drawn("picture of the seconds", lambda: [_seconds(record)])
     for picture in shown:
         run.inside(PICTURES_FOLDER).write_bytes(f"{picture.name}.png", picture.png)
     tables = [_epochs(record), *more.tables, *_settings(record)]
-    run.write_text(REPORT_FILE, Page(run.name, _status(record, resume_with), facts(record), shown, tables).to_html())
+    page = Page(run.name, _status(record, resume_with), facts(record), notes, shown, tables)
+    run.write_text(REPORT_FILE, page.to_html())
+    for note in notes:
+        warn(note)
     return {picture.name: picture.png for picture in shown}
+
+
+def unless_failing(what: str, draw: Callable[[], Sequence[T]], workload: Workload, notes: list[str]) -> Sequence[T]:
+    """Return parts of a page as ``draw`` returns them; where it fails, a note says so, and there are none."""
+    assert workload.source is not None
+    try:
+        parts = list(draw())
+        if wrong := [part for part in parts if not isinstance(part, (Picture, Table))]:
+            raise TypeError(f"{type(wrong[0]).__name__} is no mnist_ray.drawing.Picture")
+    except Exception as error:  # files may hold anything, and pictures are drawn by anybody's code
+        notes.append(f"no {what}: {with_place(error, workload.source.folder)}")
+        return []
+    return parts
 
 
 def _status(record: RunRecord, resume_with: str) -> str:
@@ -144,7 +216,7 @@ def _status(record: RunRecord, resume_with: str) -> str:
     if record.result is None:
         return f"not finished: {epochs} done, and not tested yet. To go on: {resume_with}"
     nouns = record.workload.nouns
-    return f"finished: {epochs}, tested on {record.result[f'num_test_{nouns}']:,} {nouns}"
+    return f"finished: {epochs}, tested on {record.result.get(f'num_test_{nouns}') or 0:,} {nouns}"
 
 
 def facts(record: RunRecord) -> dict[str, str]:
@@ -153,32 +225,30 @@ def facts(record: RunRecord) -> dict[str, str]:
     shown = {}
     if result:
         for metric in (*workload.metrics, *workload.figures[:1]):
-            shown[f"test {metric.name}"] = _metric(metric, result[f"test_{metric.name}"])
+            shown[f"test {metric.name}"] = _metric(metric, result.get(f"test_{metric.name}"))
     if not math.isnan(record.best_validation):
         shown[f"best validation {workload.criterion.name}"] = workload.criterion.shown(record.best_validation)
     if result:
-        shown[f"{workload.nouns}/s in training"] = f"{result[workload.rate]:,.0f}"
+        shown[f"{workload.nouns}/s in training"] = _number(result.get(workload.rate) or math.nan, ",.0f")
         shown["seconds until tested"] = f"{result['seconds']['total']:.1f}"
-        shown["workers"] = str(result["num_workers"])
+        shown["workers"] = str(result.get("num_workers", "-"))
     return shown
 
 
-def _curves(record: RunRecord) -> list[Picture]:
+def _curves(record: RunRecord, metric: Metric) -> list[Picture]:
     per_epoch, total = record.steps_per_epoch, (record.steps[-1]["step"] if record.steps else 0)
-    shown = []
-    for metric in record.workload.figures:
-        curves = _training_curves(record, metric.name)
-        last = {curve.label: curve.values[-1] for curve in curves if len(curve.values)}
-        ends = "; ".join(f"{label} ends at {metric.shown(value)}" for label, value in last.items())
-        title = metric.name.capitalize()
-        png = pictures.curves_of(metric, curves, per_epoch)
-        shown.append(Picture(metric.name, title, f"{title} over {total:,.0f} steps. {ends}", png))
-    return shown
+    curves = _training_curves(record, metric.name)
+    last = {curve.label: curve.values[-1] for curve in curves if len(curve.values)}
+    ends = "; ".join(f"{label} ends at {metric.shown(value)}" for label, value in last.items())
+    title = metric.name.capitalize()
+    png = pictures.curves_of(metric, curves, per_epoch)
+    return [Picture(metric.name, title, f"{title} over {total:,.0f} steps. {ends}", png)]
 
 
 def _training_curves(record: RunRecord, name: str) -> list[Curve]:
     ends = [row["epoch"] * record.steps_per_epoch for row in record.epochs]
-    steps, values = [row["step"] for row in record.steps], [row[f"train_{name}"] for row in record.steps]
+    steps = [row["step"] for row in record.steps]
+    values = [row.get(f"train_{name}", math.nan) for row in record.steps]
     return [
         Curve("training", steps, values, {"color": "C0", "linewidth": 1}),
         Curve(
@@ -210,9 +280,9 @@ def _epochs(record: RunRecord) -> Table:
     rows = [
         (
             f"{row['epoch']:.0f}",
-            *(metric.shown(row[f"{part}_{metric.name}"]) for part in parts for metric in figures),
-            f"{row['epoch_s']:.2f}",
-            f"{row[rate]:,.0f}",
+            *(metric.shown(row.get(f"{part}_{metric.name}", math.nan)) for part in parts for metric in figures),
+            _number(row.get("epoch_s", math.nan), ".2f"),
+            _number(row.get(rate, math.nan), ",.0f"),
         )
         for row in record.epochs
     ]
@@ -224,7 +294,9 @@ def _settings(record: RunRecord) -> list[Table]:
     return [
         Table("Settings", (), [(name, _value(value)) for name, value in record.config.items()]),
         Table(
-            "Origin", (), [(name, str(value)) for name, value in origin.items() if name not in ("versions", "facts")]
+            "Origin",
+            (),
+            [(name, str(value)) for name, value in origin.items() if name not in ("versions", "facts", "data")],
         ),
     ]
 
@@ -242,7 +314,9 @@ def compare(records: Sequence[RunRecord]) -> str:
     if differing:
         rows = [(key, *(_value(record.config.get(key)) for record in records)) for key in differing]
         tables.append(Table("Settings that differ", ("setting", *names), rows))
-    tables += _per_class([record for record in records if record.result])
+    notes = [f"{record.run.name}: {note}" for record in records for note in record.notes]
+    tested = [record for record in records if record.result]
+    tables += unless_failing("accuracy per class", lambda: _per_class(tested), records[0].workload, notes)
     common = [m for m in records[0].workload.figures if all(m in record.workload.figures for record in records)]
     pages = [Picture("loss", "Loss in training", f"Training loss of {', '.join(names)}; the table has the ends",
                      pictures.curves_of(common[0], _curves_over(records, "train_loss"), None))]  # fmt: skip
@@ -250,7 +324,7 @@ def compare(records: Sequence[RunRecord]) -> str:
         title = f"Validation {metric.name}"
         png = pictures.curves_of(metric, _curves_over(records, f"val_{metric.name}"), None)
         pages.append(Picture(metric.name, title, f"{title} of {', '.join(names)}; the table has the best", png))
-    return Page(f"{len(records)} runs", "side by side", {}, pages, tables).to_html()
+    return Page(f"{len(records)} runs", "side by side", {}, notes, pages, tables).to_html()
 
 
 def _per_class(tested: Sequence[RunRecord]) -> list[Table]:
@@ -283,6 +357,10 @@ def _curves_over(records: Sequence[RunRecord], name: str) -> list[Curve]:
 
 def _metric(metric: Metric, value: float | None) -> str:
     return "-" if value is None else metric.shown(value)
+
+
+def _number(value: float, how: str) -> str:
+    return "-" if math.isnan(value) else format(value, how)
 
 
 def _value(value: object) -> str:

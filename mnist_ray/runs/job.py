@@ -9,19 +9,29 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from mnist_ray import cli, settings
+from mnist_ray import cli, private, settings
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.lease import owned
 from mnist_ray.settings import flag
-from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, RunFolder, locate
+from mnist_ray.storage import (
+    CONFIG_FILE,
+    RESULT_FILE,
+    TRIALS_FILE,
+    DamagedFileError,
+    RunFolder,
+    locate,
+    read_config,
+    read_origin,
+    read_result,
+    unless_damaged,
+)
 from mnist_ray.wording import count
 from mnist_ray.workload import source
 from mnist_ray.workload.data import Parts, parts_of
@@ -42,6 +52,8 @@ class Job:
     """The command that goes on with it, as one would type it."""
     notes: tuple[str, ...] = ()
     """What the user is to know before it begins."""
+    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Of a run that goes on, what it has kept of how it began."""
 
     @property
     def values(self) -> dict[str, Any]:
@@ -66,7 +78,8 @@ class CommandLine:
     workload_class: type[Workload]
     values: Mapping[str, Any]
     run: RunFolder
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_job(self) -> Job:
         """Return the training job that it asks for. Raises UsageError."""
@@ -81,6 +94,7 @@ class CommandLine:
             self.run,
             self.run.resume_command(f"python jobs/{self.kind}.py", output.mlflow),
             self.notes,
+            self.origin,
         )
 
 
@@ -128,6 +142,7 @@ def read_command_line(
         of_another = "workload" in peeked and values.get("workload", peeked["workload"]) != peeked["workload"]
         shown = f"{file}, of the workload {values['workload']}," if of_another else file
         settings.check_known(values, settings.names_of(kept) | {"workload"}, shown)
+        _check_values(values, kept, shown)
     recipe = flags.get("recipe", "default")
     values = {**defaults, **recipes.get(recipe, {})} if not saved or "recipe" in flags else {}
     asked = merged(kept, values, from_file, {n: v for n, v in flags.items() if n not in ("recipe", "config")})
@@ -135,10 +150,19 @@ def read_command_line(
     _check_output(output)
     if not saved:
         check_free(run, resume=False)
-        return CommandLine(kind, workload_class, asked, run, ())
+        return CommandLine(kind, workload_class, asked, run)
     values = merged(kept, saved, asked)
     _check_unchanged(run, kept, saved, values)
-    return CommandLine(kind, workload_class, values, run, changes_since(run, workload_class))
+    origin, notes = _left_by(run, kind)
+    return CommandLine(kind, workload_class, values, run, (*notes, *_changes_since(origin, workload_class)), origin)
+
+
+def _check_values(values: Mapping[str, Any], config_classes: Sequence[type], source: str) -> None:
+    try:
+        for config_class in config_classes:
+            settings.build(config_class, values)
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from error
 
 
 def merged(config_classes: Sequence[type], *layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,17 +188,29 @@ def _find_run(peeked: Mapping[str, Any], kind: str, config_file: str) -> tuple[R
     run = locate(peeked.get("storage_path", default.storage_path), name or _new_name(kind))
     if not peeked.get("resume"):
         return run, {}
-    text = run.read_text(config_file)
-    if text is None:
+    values = read_config(run, config_file)
+    if values is None:
         raise UsageError(f"--resume: there is no run to go on with in {run.uri}: no {config_file}")
     check_free(run, resume=True)
-    return run, settings.parse_config(text, run.inside(config_file).uri)
+    return run, values
+
+
+def _left_by(run: RunFolder, kind: str) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """Return what a run that goes on has kept of how it began, and what the user is to know of its files."""
+    notes: list[str] = []
+    origin = unless_damaged(lambda: read_origin(run), notes.append)
+    unless_damaged(lambda: read_result(run), notes.append)
+    unless_damaged(lambda: run.read_json(private.SNAPSHOT_FILE), notes.append)
+    if not (run.exists(TRIALS_FILE) if kind == "tune" else run.checkpoint_names()):
+        notes.append(f"run {run.name} has saved nothing: it begins anew")
+    return origin or {}, tuple(notes)
 
 
 def check_free(run: RunFolder, *, resume: bool) -> None:
     """Raise UsageError where a run is there already, or is finished where it is to be resumed."""
-    if resume and run.exists(RESULT_FILE):
-        raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.inside(RESULT_FILE).uri}")
+    with contextlib.suppress(DamagedFileError):  # it is made again
+        if resume and read_result(run) is not None:
+            raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.inside(RESULT_FILE).uri}")
     if not resume and run.exists():
         raise UsageError(f"run {run.uri} exists already; add --resume to go on with it, or give another --run-name")
 
@@ -225,14 +261,10 @@ def _check_unchanged(
                 )
 
 
-def changes_since(run: RunFolder, workload_class: type[Workload]) -> tuple[str, ...]:
+def _changes_since(origin: Mapping[str, Any], workload_class: type[Workload]) -> tuple[str, ...]:
     """Say where a run's workload has other code than when the run began."""
-    try:
-        then = json.loads(run.read_text(ORIGIN_FILE) or "{}").get("workload_sha256")
-    except ValueError:  # cut off by a kill
-        return ()
     assert workload_class.source is not None
-    if then in (None, workload_class.source.sha256):
+    if origin.get("workload_sha256") in (None, workload_class.source.sha256):
         return ()
     return (f"the workload has changed since the run began: {workload_class.source.reference}",)
 
@@ -240,10 +272,12 @@ def changes_since(run: RunFolder, workload_class: type[Workload]) -> tuple[str, 
 def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Parts]:
     """Return a job's data, and the job as it is with them: it knows the facts and the number of examples held out.
 
-    ``batch_sizes`` are those that a sweep tries. Raises UsageError and JobError.
+    ``batch_sizes`` are those that a sweep tries. Raises UsageError and JobError, UsageError also where a run that goes
+    on has begun with other data.
     """
     data = load_data_of(job.workload)
     parts = parts_of(data, job.train.validation_size)
+    notes = _check_same_data(job, parts)
     for size in batch_sizes or [job.train.batch_size]:
         if size > len(parts.train):
             name, noun = "--batch-sizes:" if batch_sizes else "--batch-size", job.workload.nouns
@@ -251,7 +285,24 @@ def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Parts]:
     train = job.train
     if data.validation is None:  # else no number stands for it
         train = dataclasses.replace(train, validation_size=len(parts.validation))
-    return dataclasses.replace(job, train=train), parts
+    return dataclasses.replace(job, train=train, notes=(*job.notes, *notes)), parts
+
+
+def _check_same_data(job: Job, parts: Parts) -> tuple[str, ...]:
+    """Raise UsageError where a run goes on with other data; return what the user is to know where that is not known."""
+    then = job.origin.get("data")
+    if then is None:  # it begins, or has begun before digests were kept
+        return ()
+    now = parts.digests
+    differing = [part for part in then if None not in (then[part], now.get(part)) and then[part] != now[part]]
+    if differing:
+        raise UsageError(
+            f"--resume: run {job.run.name} has begun with other data than {parts.name} holds now "
+            f"({', '.join(differing)}); bring them back, or start another run"
+        )
+    if None in now.values():
+        return ("whether the data are those that the run began with is not known: they name no files",)
+    return ()
 
 
 def about(job: Job) -> dict[str, Any]:

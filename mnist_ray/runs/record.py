@@ -25,7 +25,16 @@ from mnist_ray.runs.fit import Fitted
 from mnist_ray.runs.header import say_plan
 from mnist_ray.runs.job import Job
 from mnist_ray.settings import json_lines
-from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE, WORKLOAD_FILE, RunFolder
+from mnist_ray.storage import (
+    CONFIG_FILE,
+    ORIGIN_FILE,
+    REPORT_FILE,
+    RESULT_FILE,
+    WORKLOAD_FILE,
+    RunFolder,
+    read_origin,
+    unless_damaged,
+)
 from mnist_ray.training.checkpoint import weights_sha256
 from mnist_ray.training.events import EpochFinished, Event
 from mnist_ray.training.metrics import Evaluation
@@ -80,15 +89,11 @@ class Record:
     def begin(self) -> None:
         """Write what is known before the first step. Raises JobError where the storage cannot be used."""
         run, workload = self._job.run, self._job.workload
-        assert workload.source is not None
         preflight.check_storage(run)
         run.write_text(CONFIG_FILE, json_lines(self._job.values))
-        if not run.exists(ORIGIN_FILE):  # else a run goes on that has begun with these, whatever the code is now
-            about = {"workload_sha256": workload.source.sha256, "facts": workload.facts}
-            run.write_text(ORIGIN_FILE, json_lines({**origin(), **about}))
-            run.write_text(WORKLOAD_FILE, workload.source.text)  # to be read by people; it is never loaded from there
-        self._history = History(run, workload)
+        write_origin(self._job, self._data)
         warn = functools.partial(self._console.say, "note")
+        self._history = History(run, workload, warn)
         self._trackers = tracking.start(run, workload, self._job.values, self._job.output.mlflow, warn)
 
     def on_event(self, event: Event) -> None:
@@ -136,11 +141,13 @@ class Record:
         try:
             self._history.flush()
             sections = self._sections(self._job.run) if self._sections else None
-            pictures = report.write(self._job.run, workload, self._job.resume_with, self._data.test, sections)
+            warn = functools.partial(self._console.say, "note")
+            pictures = report.write(self._job.run, workload, self._job.resume_with, self._data.test, sections, warn)
             self._has_report = True
             return pictures
         except Exception as error:  # the run's own exception, if there is one, is not to be hidden by another
-            self._console.say("note", f"no report: {with_place(error, workload.source.folder)}")
+            said = str(error) if isinstance(error, JobError) else with_place(error, workload.source.folder)
+            self._console.say("note", f"no report: {said}")
             return {}
 
     def print_files(self) -> None:
@@ -156,6 +163,19 @@ class Record:
         console.result("result", run.inside(RESULT_FILE).uri)
         if self._has_report:
             console.result("report", run.inside(REPORT_FILE).uri)
+
+
+def write_origin(job: Job, data: Parts) -> None:
+    """Write how a run begins; one that goes on has begun with what is there, whatever code and data are now.
+
+    Raises JobError where the storage cannot be used.
+    """
+    workload = job.workload
+    assert workload.source is not None
+    if unless_damaged(lambda: read_origin(job.run), lambda note: None) is None:
+        about = {"workload_sha256": workload.source.sha256, "facts": workload.facts, "data": data.digests}
+        job.run.write_text(ORIGIN_FILE, json_lines({**origin(), **about}))
+        job.run.write_text(WORKLOAD_FILE, workload.source.text)  # to be read by people; it is never loaded from there
 
 
 def console_of(workload: Workload) -> RunConsole:

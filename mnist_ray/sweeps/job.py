@@ -15,7 +15,9 @@ from mnist_ray.errors import UsageError
 from mnist_ray.runs import job as runs
 from mnist_ray.runs.job import Job
 from mnist_ray.settings import Choice
+from mnist_ray.storage import DamagedFileError
 from mnist_ray.sweeps.space import Space, propose, searched, space_config, space_of
+from mnist_ray.sweeps.trials import TrialTable
 from mnist_ray.workload.data import Parts
 
 SWEEP_FILE = "sweep.json"
@@ -52,7 +54,7 @@ class Sweep:
 
 
 def read_sweep() -> Sweep:
-    """Read the command line of ``jobs/tune.py``. Raises UsageError."""
+    """Read the command line of ``jobs/tune.py``. Raises UsageError, JobError where a sweep's trials are damaged."""
     line = runs.read_command_line(
         "Search the settings that have a search space with Ray Tune, train the best and evaluate it once on the test "
         "set. A trial has one worker with one CPU, unless --num-workers and --cpus-per-worker say otherwise.",
@@ -68,6 +70,10 @@ def read_sweep() -> Sweep:
         propose(space, config, job.train.seed)
     if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UsageError("--search optuna needs Optuna: pip install -e '.[optuna]'")
+    try:
+        TrialTable(line.workload_class, space).read(line.run)  # of a sweep that goes on: seen before Ray starts
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error}; remove it, and the trials are run again") from error
     return Sweep(config, space, bounds, job)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from typing import Any
 
 from mnist_ray import settings
@@ -20,9 +19,9 @@ from mnist_ray.runs.evaluation import evaluate
 from mnist_ray.runs.fit import fit
 from mnist_ray.runs.header import announced
 from mnist_ray.runs.job import Job
-from mnist_ray.runs.record import check_nodes, recorded
+from mnist_ray.runs.record import check_nodes, recorded, write_origin
 from mnist_ray.settings import json_lines
-from mnist_ray.storage import RESULT_FILE, TRIALS_FILE, RunFolder
+from mnist_ray.storage import TRIALS_FILE, RunFolder, read_result, unless_damaged
 from mnist_ray.sweeps.console import SweepConsole
 from mnist_ray.sweeps.job import SWEEP_FILE, Sweep
 from mnist_ray.sweeps.space import described
@@ -51,6 +50,7 @@ def search(console: SweepConsole, sweep: Sweep, data: Parts, cluster: Cluster) -
     job = sweep.job
     plan, run = plan_workers(sweep.workers, cluster, sweep.job.train.chunks), job.run
     preflight.check_storage(run)
+    write_origin(job, data)
     run.write_text(SWEEP_FILE, json_lines({**settings.values_of(sweep.config), **sweep.bounds, **job.values}))
     spec = TrialSpec(
         job,
@@ -81,7 +81,8 @@ def chosen_before(sweep: Sweep) -> TrialTable | None:
     run = sweep.job.run
     if not run.exists(BEST_FILE):
         return None
-    return TrialTable(type(sweep.job.workload), sweep.space).read(run.read_text(TRIALS_FILE) or "")
+    table = TrialTable(type(sweep.job.workload), sweep.space).read(run)
+    return table if table.best is not None else None  # the choice is there, but not what it was made from
 
 
 def _write_choice(console: SweepConsole, sweep: Sweep, table: TrialTable) -> None:
@@ -154,8 +155,9 @@ def _train_and_test(job: Job, data: Parts, cluster: Cluster, *, is_last: bool) -
 
 def _known_result(job: Job) -> float | None:
     """Return what came out of a run that an interrupted sweep has finished already."""
-    text = job.run.read_text(RESULT_FILE)
-    return None if text is None else float(json.loads(text)[f"test_{job.workload.criterion.name}"])
+    result = unless_damaged(lambda: read_result(job.run), lambda note: None)
+    value = (result or {}).get(f"test_{job.workload.criterion.name}")
+    return value if isinstance(value, float) else None
 
 
 def _sections(run: RunFolder, workload: Workload) -> Any:

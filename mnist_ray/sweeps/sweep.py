@@ -64,7 +64,7 @@ def run_sweep(
     ``on_change`` gets the table whenever it has changed. Raises JobError where every trial failed.
     """
     os.environ.update(_SETTINGS)
-    table = TrialTable(type(spec.job.workload), space).read(run.read_text(TRIALS_FILE) or "")
+    table = TrialTable(type(spec.job.workload), space).read(run)
     config = spec.job.train
     watcher = _Watcher(sweep, config.seed, config.num_epochs, table, run, on_change)
     deadline = time.monotonic() + (sweep.time_budget_s or math.inf)

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mnist_ray.config import SweepConfig
-from mnist_ray.errors import UsageError
+from mnist_ray.display.history import read_csv
+from mnist_ray.settings import Choice
+from mnist_ray.storage import TRIALS_FILE, RunFolder
 from mnist_ray.sweeps.space import Point, Space, shown
 from mnist_ray.wording import spoken
 from mnist_ray.workload.interface import Workload
@@ -185,12 +187,13 @@ class TrialTable:
             writer.writerow([record.trial, *record.point.values.values(), record.point.seed, *figures])
         return text.getvalue()
 
-    def read(self, text: str) -> TrialTable:
-        """Return a table of what ``to_csv`` wrote. Raises UsageError where it is something else."""
+    def read(self, run: RunFolder) -> TrialTable:
+        """Return the table that a sweep has written, an empty one where it has not. Raises DamagedFileError."""
         try:
-            records = [self._record(row) for row in csv.DictReader(io.StringIO(text))]
-        except (KeyError, ValueError, TypeError) as error:
-            raise UsageError(f"sweep.csv is damaged: {error}") from error
+            columns = ["trial", *self.space.spaces, "seed", *self.columns]
+            records = [self._record(row) for row in read_csv(run, TRIALS_FILE, columns)]
+        except (ValueError, TypeError) as error:
+            raise run.damaged(TRIALS_FILE, error) from error
         return TrialTable(type(self.workload), self.space, records)
 
     def _record(self, row: dict[str, str]) -> TrialRecord:
@@ -198,7 +201,13 @@ class TrialTable:
             name: row[column] if name in ("state", "reason") else float(row[column])
             for column, name in self.columns.items()
         }
-        return TrialRecord(int(row["trial"]), self.space.point(row, int(row["seed"])), **values)
+        point = self.space.point(row, int(row["seed"]))
+        for name, space in self.space.spaces.items():
+            if isinstance(space, Choice) and point.values[name] not in space.options:
+                raise ValueError(f"{spoken(name)} {point.values[name]} is none of the sweep's")
+        if values["state"] not in (DONE, STOPPED, FAILED, RUNNING):
+            raise ValueError(f"{values['state']!r:.40} is no state of a trial")
+        return TrialRecord(int(row["trial"]), point, **values)
 
     @property
     def shown_columns(self) -> tuple[str, ...]:

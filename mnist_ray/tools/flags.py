@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from typing import Any
 
 from mnist_ray import cli
 from mnist_ray.config import LookupConfig
-from mnist_ray.errors import UsageError
+from mnist_ray.errors import JobError, UsageError
 from mnist_ray.storage import CONFIG_FILE, RunFolder, find_run
 from mnist_ray.workload import source
 from mnist_ray.workload.interface import Workload
@@ -49,8 +48,8 @@ def workload_class() -> type[Workload]:
 def reference_of(run: RunFolder) -> str:
     """Return where a run's workload, or that of the run that a checkpoint lies in, was loaded from."""
     for folder in (run, run.storage):
-        with contextlib.suppress(ValueError, TypeError):
-            reference = json.loads(folder.read_text(CONFIG_FILE) or "{}").get("workload")
-            if reference is not None:
-                return str(reference)
+        with contextlib.suppress(JobError):  # the checkpoint says it too
+            reference = (folder.read_json(CONFIG_FILE) or {}).get("workload")
+            if isinstance(reference, str):
+                return reference
     return source.DEFAULT

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import json
+from typing import Any
 
 from mnist_ray import settings
 from mnist_ray.display import report
 from mnist_ray.display.report import RunRecord
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.screen import say
-from mnist_ray.storage import ORIGIN_FILE, REPORT_FILE, TRIALS_FILE, RunFolder, write_file
+from mnist_ray.storage import (
+    CONFIG_FILE,
+    REPORT_FILE,
+    TRIALS_FILE,
+    DamagedFileError,
+    RunFolder,
+    read_origin,
+    write_file,
+)
 from mnist_ray.sweeps.report import sections
-from mnist_ray.training.checkpoint import FACTS_BEFORE_WORKLOADS
+from mnist_ray.training.checkpoint import FACTS_BEFORE_WORKLOADS, fetch_state
 from mnist_ray.workload import source
 from mnist_ray.workload.data import Part
 from mnist_ray.workload.interface import Workload
@@ -19,11 +27,30 @@ from mnist_ray.workload.loading import load_data
 
 
 def workload_of(run: RunFolder, reference: str | None) -> Workload:
-    """Return the workload of a run, of which the code comes from ``reference``, else from where it was."""
-    values = report.read_config(run)
+    """Return the workload of a run, of which the code comes from ``reference``, else from where it was.
+
+    Raises UsageError and JobError.
+    """
+    values = report.settings_of(run)
     workload_class = source.load_again(values.get("workload", source.DEFAULT), reference)
-    origin = json.loads(run.read_text(ORIGIN_FILE) or "{}")
-    return workload_class(settings.build(workload_class.Settings, values), origin.get("facts", FACTS_BEFORE_WORKLOADS))
+    try:
+        own: Any = settings.build(workload_class.Settings, values)
+    except UsageError as error:
+        raise UsageError(f"{run.inside(CONFIG_FILE).uri}: {error}") from error
+    return workload_class(own, _facts_of(run))
+
+
+def _facts_of(run: RunFolder) -> dict[str, Any]:
+    """Return what a run's model knows of its data; where the file that says so is damaged, from a checkpoint."""
+    try:
+        facts: dict[str, Any] = (read_origin(run) or {}).get("facts", FACTS_BEFORE_WORKLOADS)
+    except DamagedFileError:
+        names = run.checkpoint_names()
+        if not names:
+            raise
+        saved = run.inside(names[-1])
+        facts = fetch_state(saved.filesystem, saved.path)["workload"]["facts"]
+    return facts
 
 
 def write_again(run: RunFolder, reference: str | None) -> None:
@@ -33,14 +60,20 @@ def write_again(run: RunFolder, reference: str | None) -> None:
         test = Part(load_data(workload).test, origin="test")
     except (UsageError, JobError) as error:
         say(f"no pictures of predictions: {error}")
-    job = "train" if run.read_text(TRIALS_FILE) is None else "tune"
+    job = "tune" if run.exists(TRIALS_FILE) else "train"
     resume_with = run.resume_command(f"python jobs/{job}.py")
-    report.write(run, workload, resume_with, test, sections(run, type(workload)))
+    report.write(run, workload, resume_with, test, sections(run, type(workload)), warn=_warn)
     say(f"report {run.inside(REPORT_FILE).uri}")
 
 
 def compare(runs: list[RunFolder], reference: str | None, output: str) -> None:
     """Write a page of several runs side by side. Raises UsageError and JobError."""
     records = [RunRecord.read(run, workload_of(run, reference)) for run in runs]
+    for note in (note for record in records for note in record.notes):
+        _warn(note)
     write_file(settings.path_of(output, "--output"), report.compare(records).encode("utf-8"))
     say(f"report {output}")
+
+
+def _warn(note: str) -> None:
+    say(f"note {note}")

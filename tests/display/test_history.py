@@ -2,6 +2,8 @@ import csv
 import dataclasses
 from pathlib import Path
 
+import pytest
+
 from mnist_ray.display.history import History
 from mnist_ray.storage import locate
 from mnist_ray.training.events import EpochFinished, Progress, Started, Validated
@@ -44,6 +46,39 @@ def test_a_resumed_run_keeps_the_epochs_that_it_does_not_repeat(tmp_path: Path) 
     again.add(finished(2))
     assert [(row["epoch"], row["val_loss"]) for row in rows(tmp_path)] == [("1", "0.25"), ("2", "")]
     assert again.unvalidated == History(locate(str(tmp_path), "run"), mnist()).unvalidated == [2]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "epoch\n1,2\n",
+        "epoch,train_loss\n1\n",
+        "epoch,train_loss\n1,x\n",
+        "epoch,train_loss\n0,1\n",
+        "epoch,train_loss\n1.5,1\n",
+        "epoch,train_loss\nnan,1\n",
+        "epoch,train_loss\n1,\0\n",
+        "train_loss\n1\n",
+        'epoch,train_loss\n1,"2',
+    ],
+)
+def test_damaged_figures_are_told_of_and_begun_anew(tmp_path: Path, content: str) -> None:
+    run, notes = locate(str(tmp_path), "run"), list[str]()
+    run.write_text("metrics.csv", content)
+    history = History(run, mnist(), notes.append)
+    assert [note.partition("damaged: ")[0] for note in notes] == [f"{tmp_path}/run/metrics.csv is "]
+    history.add(finished(1))
+    assert [row["train_loss"] for row in rows(tmp_path)] == ["0.5"]
+
+
+def test_a_run_goes_on_whose_workload_has_other_metrics_now(tmp_path: Path) -> None:
+    run = locate(str(tmp_path), "run")
+    run.write_text("metrics.csv", "epoch,train_loss,train_f1,epoch_s\n1,0.25,0.5,2.0\n")
+    history = History(run, mnist())
+    history.add(finished(2))
+    assert [(row["train_loss"], row["train_accuracy"]) for row in rows(tmp_path)] == [("0.25", ""), ("0.5", "0.9")]
+    assert history.mean_rate() == 50.0
 
 
 def test_the_number_of_workers_is_the_last_attempts(tmp_path: Path) -> None:

@@ -2,11 +2,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from mnist_ray.errors import UsageError
+from mnist_ray.errors import JobError, UsageError
 from mnist_ray.runs.job import Job, load_data, read_job
+from mnist_ray.runs.record import write_origin
 from mnist_ray.settings import json_lines
+from mnist_ray.workload.data import Arrays
 from tests.conftest import ROOT, write_data_set
 
 
@@ -142,3 +145,87 @@ def test_a_config_of_another_workload_is_refused_by_its_name(read: Any, tmp_path
     file.write_text(json.dumps({"workload": "mnist_ray.workload.mnist", "data_dir": "/x"}))
     with pytest.raises(UsageError, match=r"of the workload mnist_ray\.workload\.mnist, has unknown settings: data_dir"):
         read("--config", str(file), "--workload", str(ROOT / "examples" / "shapes.py"))
+
+
+@pytest.fixture
+def begun(read: Any, tmp_path: Path, few_images: Any) -> Path:
+    """The folder of a run that has begun, on data in ``data``, and saved nothing yet."""
+    write_data_set(tmp_path / "data", few_images, few_images)
+    job, data = load_data(read("--run-name", "run", "--data-dir", str(tmp_path / "data")))
+    job.run.write_text("config.json", json_lines(job.values))
+    write_origin(job, data)
+    return tmp_path / "runs" / "run"
+
+
+def test_a_run_that_has_saved_nothing_says_that_it_begins_anew(read: Any, begun: Path) -> None:
+    (begun / "checkpoint_old").mkdir()
+    assert read("--resume", "--run-name", "run").notes == ("run run has saved nothing: it begins anew",)
+    (begun / "checkpoint_epoch-001_step-000000").mkdir()
+    assert read("--resume", "--run-name", "run").notes == ()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"checkpoint": 3}'])
+def test_a_run_with_a_damaged_result_goes_on(read: Any, begun: Path, content: str) -> None:
+    (begun / "checkpoint_epoch-001_step-000000").mkdir()
+    (begun / "result.json").write_text(content)
+    (note,) = read("--resume", "--run-name", "run").notes
+    assert note.startswith(f"{begun}/result.json is damaged: ")
+    (begun / "result.json").write_text('{"checkpoint": "checkpoint_epoch-001_step-000000"}')
+    with pytest.raises(UsageError, match="run run is finished"):
+        read("--resume", "--run-name", "run")
+
+
+@pytest.mark.parametrize("name", ["origin.json", "checkpoint_manager_snapshot.json"])
+def test_a_run_goes_on_without_what_is_damaged_and_says_so(read: Any, begun: Path, name: str) -> None:
+    (begun / "checkpoint_epoch-001_step-000000").mkdir()
+    (begun / name).write_bytes(b"\xff")
+    job, _ = load_data(read("--resume", "--run-name", "run"))
+    assert [note.partition(" is damaged: ")[0] for note in job.notes] == [str(begun / name)]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[1]", b"{}", b'{"num_epochs": 2, "workload": 3}'])
+def test_a_run_whose_settings_are_damaged_is_one_line_with_the_remedy(read: Any, begun: Path, content: bytes) -> None:
+    (begun / "config.json").write_bytes(content)
+    with pytest.raises(JobError, match=r"run/config\.json is damaged: .*; put it back, or start another run$"):
+        read("--resume", "--run-name", "run")
+
+
+def test_a_saved_setting_that_cannot_be_is_named_with_its_file(read: Any, begun: Path) -> None:
+    config = json.loads((begun / "config.json").read_text())
+    (begun / "config.json").write_text(json.dumps(config | {"batch_size": "many"}))
+    with pytest.raises(UsageError, match=r"run/config\.json: --batch-size must be of type int, not 'many'"):
+        read("--resume", "--run-name", "run")
+
+
+def test_a_run_does_not_go_on_with_other_data(read: Any, begun: Path, tmp_path: Path, few_images: Any) -> None:
+    _, data = load_data(read("--resume", "--run-name", "run"))
+    other = Arrays(few_images.inputs, np.roll(few_images.targets, 1))
+    write_data_set(tmp_path / "data", few_images, other)
+    with pytest.raises(UsageError, match=r"run run has begun with other data than .*/data holds now \(test\); bring"):
+        load_data(read("--resume", "--run-name", "run"))
+    origin = json.loads((begun / "origin.json").read_text())
+    assert origin.pop("data") == data.digests
+    (begun / "origin.json").write_text(json.dumps(origin))  # as runs had it before
+    job, _ = load_data(read("--resume", "--run-name", "run"))
+    assert job.notes == ("run run has saved nothing: it begins anew",)
+
+
+UNNAMED = """
+from mnist_ray.workload import Data
+from mnist_ray.workload.mnist import MNIST
+
+class Unnamed(MNIST):
+    def load_data(self):
+        images = [(image, 0) for image in super().load_data().test.inputs[:200]]
+        return Data(images, images, facts={"class_names": [0]})
+"""
+
+
+def test_a_run_says_that_data_cannot_be_told_from_others(read: Any, tmp_path: Path) -> None:
+    (tmp_path / "unnamed.py").write_text(UNNAMED)
+    job, data = load_data(read("--run-name", "run", "--workload", str(tmp_path / "unnamed.py")))
+    assert job.notes == ()
+    job.run.write_text("config.json", json_lines(job.values))
+    write_origin(job, data)
+    job, _ = load_data(read("--resume", "--run-name", "run"))
+    assert job.notes[1:] == ("whether the data are those that the run began with is not known: they name no files",)

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -7,7 +8,7 @@ import pytest
 
 from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan
 from mnist_ray.config import SweepConfig, TrainConfig
-from mnist_ray.errors import UsageError
+from mnist_ray.storage import DamagedFileError, locate
 from mnist_ray.sweeps import sweep
 from mnist_ray.sweeps.console import SweepConsole
 from mnist_ray.sweeps.space import space_of
@@ -45,17 +46,32 @@ def test_a_table_without_a_validated_trial_has_no_best() -> None:
     assert table_with(record(1, FAILED, math.nan), record(2, RUNNING, math.nan)).best is None
 
 
-def test_a_written_table_is_read_back() -> None:
+def test_a_written_table_is_read_back(tmp_path: Path) -> None:
     table = table_with(record(1, FAILED, math.nan), record(2, DONE, 0.1 + 0.2))
     table.by_point[point(32, 0.01)].reason = 'OSError: "no, space"\n'
-    again = table_with().read(table.to_csv())
+    run = locate(str(tmp_path), "sweep")
+    assert list(table_with().read(run).by_point) == []
+    run.write_text("sweep.csv", table.to_csv())
+    again = table_with().read(run)
     assert repr(list(again.by_point.values())) == repr(list(table.by_point.values()))
-    assert list(table_with().read("").by_point) == []
 
 
-def test_a_damaged_table_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"sweep\.csv is damaged"):
-        table_with().read("trial,batch_size\n1,2\n")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: "trial,batch_size\n1,2\n",
+        lambda text: text[:-9],
+        lambda text: text.replace("done", "gone"),
+        lambda text: text.replace(",32,", ",33,"),
+        lambda text: text.replace(",32,", ",\0,"),
+    ],
+)
+def test_a_damaged_table_is_refused(tmp_path: Path, damage: Callable[[str], str]) -> None:
+    run = locate(str(tmp_path), "sweep")
+    run.write_text("sweep.csv", damage(table_with(record(1, DONE, 0.5)).to_csv()))
+    with pytest.raises(DamagedFileError, match=r"sweep/sweep\.csv is damaged"):
+        table_with().read(run)
 
 
 def test_a_trial_that_starts_again_keeps_its_number() -> None:
