@@ -115,7 +115,7 @@ def read_csv(run: RunFolder, file_name: str, columns: Iterable[str] = ()) -> lis
         raise run.damaged(file_name, error) from error
     lacking = [name for name in columns if name not in (reader.fieldnames or ())]
     if lacking or not reader.fieldnames:
-        raise run.damaged(file_name, f"it has no column {', '.join(lacking)}" if lacking else "it is empty")
+        raise run.damaged(file_name, f"it has no column {lacking[0]}" if lacking else "it is empty")
     for row in rows:
         if None in row or None in row.values():  # of a row with more values than columns, or fewer
             raise run.damaged(file_name, f"a row has not {len(reader.fieldnames)} values")

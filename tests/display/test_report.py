@@ -10,19 +10,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.display import report
-from mnist_ray.display.history import read_csv
+from mnist_ray.display.history import History, read_csv, write_predictions
 from mnist_ray.display.report import RunRecord
 from mnist_ray.drawing import Table
-from mnist_ray.errors import UsageError
+from mnist_ray.errors import JobError, UsageError
 from mnist_ray.settings import json_lines, values_of
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.sweeps.report import sections
 from mnist_ray.sweeps.space import Point, space_of
 from mnist_ray.sweeps.trials import DONE, TrialRecord, TrialTable
+from mnist_ray.tools.report import workload_of
+from mnist_ray.training.checkpoint import FACTS_BEFORE_WORKLOADS, save_checkpoint
+from mnist_ray.training.engine import create_state
+from mnist_ray.training.events import EpochFinished, Progress, Validated
+from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.data import Part
 from mnist_ray.workload.mnist import idx
 from tests.conftest import mnist, run_job
@@ -227,8 +233,100 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         RunRecord.read(locate(str(tmp_path), "nothing"), mnist())
     run = locate(str(tmp_path), "run")
     run.write_text("config.json", "{")
-    with pytest.raises(UsageError, match=r"config\.json is not JSON"):
+    with pytest.raises(JobError, match=r"config\.json is damaged: .*; put it back, or start another run"):
         RunRecord.read(run, mnist())
+
+
+@pytest.fixture
+def tested_run(tmp_path: Path) -> RunFolder:
+    """The files of a run of one epoch, tested on two images."""
+    run, workload = locate(str(tmp_path), "run"), mnist()
+    figures = {"loss": 0.5, "accuracy": 0.5}
+    history = History(run, workload)
+    progress = Progress(1, 9, 9, [0.5], figures, figures, 100, epoch_s=2.0)
+    for event in (progress, EpochFinished(progress), Validated(1, figures, 1.0)):
+        history.add(event)
+    history.flush()
+    columns = {name: np.array([1, 2]) for name in ("label", "prediction")} | {"probability": np.array([0.5, 1.0])}
+    tested = Evaluation(({"loss": 1.0, "accuracy": 2.0},), 2, columns)
+    write_predictions(run, workload, tested)
+    result = {"checkpoint": "checkpoint_epoch-001_step-000000", "seconds": {"total": 3.0}, "num_workers": 1}
+    run.write_text("result.json", json_lines({**tested.to_dict(workload), **result, workload.rate: 50.0}))
+    run.write_text("config.json", json_lines(values_of(TrainConfig(), WorkerConfig())))
+    run.write_text("origin.json", json_lines({"versions": {}, "facts": workload.facts}))
+    run.write_text("sweep.csv", trials(TrialRecord(1, point(0.01), DONE, 2.0, 0.9, 0.1)))
+    return run
+
+
+DAMAGED = {"empty": b"", "no UTF-8": b"\xff\xfe", "a list": b"[1, 2]", "NUL bytes": bytes(20), "another": b"a,b\nx\n"}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED.keys())
+@pytest.mark.parametrize(
+    "name", ["metrics.csv", "steps.csv", "predictions.csv", "origin.json", "result.json", "sweep.csv"]
+)
+def test_a_damaged_file_of_a_run_is_left_out_and_named(tested_run: RunFolder, name: str, content: bytes) -> None:
+    assert RunRecord.read(tested_run, mnist()).notes == []
+    tested_run.write_bytes(name, content)
+    if name == "sweep.csv":
+        shown = sections(tested_run, type(mnist()))
+        assert (shown.pictures, shown.tables) == ((), ())
+    notes = shown.notes if name == "sweep.csv" else RunRecord.read(tested_run, mnist()).notes
+    assert [note.partition(" is damaged: ")[0] for note in notes] == [tested_run.inside(name).uri]
+
+
+def test_a_report_of_damaged_files_says_so(tested_run: RunFolder) -> None:
+    notes: list[str] = []
+    for name in ("result.json", "sweep.csv"):
+        tested_run.write_text(name, "")
+    shown = report.write(tested_run, mnist(), "", None, sections(tested_run, type(mnist())), notes.append)
+    assert list(shown) == ["loss", "accuracy", "seconds"]
+    html = tested_run.read_text("report.html") or ""
+    assert "not finished" in html
+    assert len(notes) == 2
+    assert all(note in html for note in notes)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seconds": None}, {"test_accuracy": "good"}, {"images_per_s": []}, {"checkpoint": None}]
+)
+def test_a_result_of_another_shape_counts_as_none(tested_run: RunFolder, changes: dict[str, Any]) -> None:
+    result = tested_run.read_json("result.json")
+    tested_run.write_text("result.json", json_lines({**(result or {}), **changes}))
+    record = RunRecord.read(tested_run, mnist())
+    assert record.result is None
+    assert len(record.notes) == 1
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_note_and_the_others_are_drawn(
+    tested_run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any) -> None:
+        raise ValueError("no such colour")
+
+    notes: list[str] = []
+    monkeypatch.setattr(type(mnist()), "pictures", fail)
+    shown = report.write(tested_run, mnist(), "", None, None, notes.append)
+    assert list(shown) == ["loss", "accuracy", "seconds"]
+    assert [note.partition(" (")[0] for note in notes] == ["no pictures of the test: ValueError: no such colour"]
+    monkeypatch.setattr(type(mnist()), "pictures", lambda *given: [b"png"])
+    report.write(tested_run, mnist(), "", None, None, notes.append)
+    assert "no pictures of the test: TypeError: bytes is no mnist_ray.drawing.Picture" in notes[1]
+    assert "no such colour" not in (tested_run.read_text("report.html") or "")
+
+
+def test_what_a_damaged_origin_does_not_say_comes_from_a_checkpoint(tested_run: RunFolder) -> None:
+    facts = {**FACTS_BEFORE_WORKLOADS, "class_names": list("abcdefghij")}
+    workload = type(mnist())(None, facts)
+    folder = Path(tested_run.path) / "checkpoint_epoch-001_step-000000"
+    tested_run.write_text("origin.json", "{")
+    with pytest.raises(JobError, match=r"origin\.json is damaged"):
+        workload_of(tested_run, None)
+    folder.mkdir()
+    save_checkpoint(
+        folder, create_state(workload, TrainConfig(), 600, torch.device("cpu")), {"workload": workload.identity}
+    )
+    assert workload_of(tested_run, None).facts == facts
 
 
 @pytest.mark.browser
