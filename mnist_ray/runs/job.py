@@ -297,8 +297,8 @@ def _check_same_data(job: Job, parts: Parts) -> tuple[str, ...]:
     differing = [part for part in then if None not in (then[part], now.get(part)) and then[part] != now[part]]
     if differing:
         raise UsageError(
-            f"--resume: run {job.run.name} has begun with other data than {parts.name} holds now "
-            f"({', '.join(differing)}); bring them back, or start another run"
+            f"--resume: run {job.run.name} began with other data than {parts.name} ({', '.join(differing)}); "
+            "bring them back, or start another run"
         )
     if None in now.values():
         return ("whether the data are those that the run began with is not known: they name no files",)

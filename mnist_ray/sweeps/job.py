@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 from mnist_ray import settings
 from mnist_ray.config import SweepConfig, WorkerConfig
-from mnist_ray.errors import UsageError
+from mnist_ray.errors import JobError, UsageError
 from mnist_ray.runs import job as runs
 from mnist_ray.runs.job import Job
 from mnist_ray.settings import Choice
-from mnist_ray.storage import DamagedFileError
+from mnist_ray.storage import TRIALS_FILE, DamagedFileError, RunFolder
 from mnist_ray.sweeps.space import Space, propose, searched, space_config, space_of
 from mnist_ray.sweeps.trials import TrialTable
 from mnist_ray.workload.data import Parts
 
-SWEEP_FILE = "sweep.json"
+SWEEP_FILE, BEST_FILE = "sweep.json", "best.json"
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,25 @@ def read_sweep() -> Sweep:
         propose(space, config, job.train.seed)
     if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UsageError("--search optuna needs Optuna: pip install -e '.[optuna]'")
-    try:
-        TrialTable(line.workload_class, space).read(line.run)  # of a sweep that goes on: seen before Ray starts
-    except DamagedFileError as error:
-        raise DamagedFileError(f"{error}; remove it, and the trials are run again") from error
+    _check_trials(line.run, TrialTable(line.workload_class, space))
     return Sweep(config, space, bounds, job)
+
+
+def _check_trials(run: RunFolder, table: TrialTable) -> None:
+    """Raise JobError where a sweep that goes on has lost what it has tried.
+
+    Once it has chosen, the trials are not run again: they might choose another, and its training go on from the first.
+    """
+    has_chosen, remedy = run.exists(BEST_FILE), "remove it, and the trials are run again"
+    if has_chosen:
+        best = run.inside(BEST_FILE).uri
+        remedy = f"train what was chosen with python jobs/train.py --config {best}, or start another sweep"
+    try:
+        is_lost = table.read(run).best is None
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error}; {remedy}") from error
+    if has_chosen and is_lost:
+        raise JobError(f"{run.inside(TRIALS_FILE).uri} has lost its trials; {remedy}")
 
 
 def load_data(sweep: Sweep) -> tuple[Sweep, Parts]:

@@ -23,7 +23,7 @@ from mnist_ray.runs.record import check_nodes, recorded, write_origin
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import TRIALS_FILE, RunFolder, read_result, unless_damaged
 from mnist_ray.sweeps.console import SweepConsole
-from mnist_ray.sweeps.job import SWEEP_FILE, Sweep
+from mnist_ray.sweeps.job import BEST_FILE, SWEEP_FILE, Sweep
 from mnist_ray.sweeps.space import described
 from mnist_ray.sweeps.sweep import TRIALS_FOLDER, run_sweep, trials_at_a_time
 from mnist_ray.sweeps.trial import TrialSpec
@@ -32,7 +32,7 @@ from mnist_ray.wording import count
 from mnist_ray.workload.data import Parts
 from mnist_ray.workload.interface import Workload
 
-BEST_FILE, PICTURE_FILE, DEFAULT_FOLDER = "best.json", "sweep.png", "default"
+PICTURE_FILE, DEFAULT_FOLDER = "sweep.png", "default"
 
 
 def check(console: SweepConsole, sweep: Sweep, data: Parts, cluster: Cluster) -> None:
@@ -81,8 +81,7 @@ def chosen_before(sweep: Sweep) -> TrialTable | None:
     run = sweep.job.run
     if not run.exists(BEST_FILE):
         return None
-    table = TrialTable(type(sweep.job.workload), sweep.space).read(run)
-    return table if table.best is not None else None  # the choice is there, but not what it was made from
+    return TrialTable(type(sweep.job.workload), sweep.space).read(run)
 
 
 def _write_choice(console: SweepConsole, sweep: Sweep, table: TrialTable) -> None:
@@ -108,7 +107,8 @@ def _worker_settings(job: Job) -> set[str]:
 
 def _best_job(sweep: Sweep, table: TrialTable) -> Job:
     assert table.best is not None
-    return sweep.job.with_values(dict(table.best.configuration))
+    job = sweep.job.with_values(dict(table.best.configuration))
+    return dataclasses.replace(job, notes=())  # they were shown as the sweep began
 
 
 def train_chosen(console: SweepConsole, sweep: Sweep, table: TrialTable, data: Parts, cluster: Cluster) -> None:

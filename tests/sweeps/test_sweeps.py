@@ -126,6 +126,25 @@ def test_a_sweep_that_has_chosen_tries_nothing_more_when_it_is_resumed(
     assert chosen_before(sweep) is None
 
 
+def test_a_sweep_that_has_lost_its_trials_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = locate(str(tmp_path), "lost")
+    run.write_text("sweep.json", '{"num_epochs": 1}')
+    assert sweep_of(tmp_path / "lost", monkeypatch).job.notes == ("run lost has saved nothing: it begins anew",)
+    run.write_text("sweep.csv", "trial\n1\n")
+    with pytest.raises(JobError, match=r"sweep\.csv is damaged: .*; remove it, and the trials are run again"):
+        sweep_of(tmp_path / "lost", monkeypatch)
+    run.write_text("best.json", "{}")
+    chosen = r"train what was chosen with python jobs/train\.py --config .*/lost/best\.json, or start another sweep"
+    with pytest.raises(JobError, match=r"sweep\.csv is damaged: .*; " + chosen):
+        sweep_of(tmp_path / "lost", monkeypatch)
+    run.delete_file("sweep.csv")
+    with pytest.raises(JobError, match=r"sweep\.csv has lost its trials; " + chosen):
+        sweep_of(tmp_path / "lost", monkeypatch)
+    run.write_text("sweep.json", "[]")
+    with pytest.raises(JobError, match=r"sweep\.json is damaged: .*; put it back, or start another run"):
+        sweep_of(tmp_path / "lost", monkeypatch)
+
+
 def test_the_training_job_reproduces_the_best_trial(finished_sweep: Path, ray_address: str, tmp_path: Path) -> None:
     flags = ["--config", str(finished_sweep / "best.json"), "--storage-path", str(tmp_path), "--run-name", "again"]
     done = run_job("train.py", *flags, "--num-workers", "1", "--cpus-per-worker", "1", address=ray_address)
@@ -210,6 +229,8 @@ def test_a_killed_sweep_goes_on_without_repeating_finished_trials(
     job.wait()
     before = [row for row in rows(tmp_path / "kill") if row["state"] == "done"]
     assert len(before) >= 2
+    began_with = json.loads((tmp_path / "kill" / "origin.json").read_text())["data"]
+    assert began_with.keys() == {"training", "validation", "test"}
 
     command = ["--resume", "--run-name", "kill", "--storage-path", str(tmp_path)]
     refused = run_job("tune.py", *command, "--num-trials", "6", address=ray_address)
