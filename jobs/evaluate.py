@@ -22,14 +22,13 @@ def main() -> None:
     environment.prepare(verbose=False)
     forking = prepare_forking(WorkerConfig(), "mnist_ray.runs.evaluation")
 
-    from mnist_ray.cluster.connection import connect, quiet_ray  # imports Ray, after the flags are known to be right
+    from mnist_ray.cluster.connection import connect  # imports Ray, after the flags are known to be right
     from mnist_ray.runs.evaluation import evaluate
     from mnist_ray.runs.lookup import find
     from mnist_ray.runs.record import console_of, print_evaluation
     from mnist_ray.workload.data import Part
     from mnist_ray.workload.loading import load_data
 
-    quiet_ray()
     config = build(EvaluationConfig, given)
     changes = {name: given[name] for name in names_of([workload_class.Settings]) if name in given}
     found = find(given["checkpoint"], build(LookupConfig, given).storage_path, given.get("workload"), changes)

@@ -10,6 +10,7 @@ from typing import Any
 import ray.train
 from ray.train import Checkpoint
 
+from mnist_ray.cluster.connection import quiet_ray
 from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.settings import values_of
 from mnist_ray.storage import (
@@ -62,6 +63,7 @@ def find(
     ``reference`` is where the workload's code is, where not where it was; ``changes`` are settings that take the place
     of its own. Raises UsageError where there is none, JobError where it is damaged.
     """
+    quiet_ray()  # it tells of each list of checkpoints that it reads
     run = find_run(given, storage_path, is_wanted)
     try:
         checkpoint, notes = _checkpoint_of(run, given)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mnist_ray.cluster.connection import quiet_ray
 from mnist_ray.config import ExportConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.runs import lookup
@@ -35,7 +34,6 @@ _MOST_COMPARED = 10_000
 
 def export(found: lookup.Found, config: ExportConfig) -> None:
     """Write a checkpoint's model as a program, and check that it does the same. Raises UsageError and JobError."""
-    quiet_ray()
     if config.format == "onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
         raise UsageError("--format onnx needs more packages: pip install -e '.[onnx]'")
     path = path_of(_FILES[config.format] if config.output is None else config.output, "--output")

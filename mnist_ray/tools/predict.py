@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from mnist_ray.cluster.connection import connect, quiet_ray
+from mnist_ray.cluster.connection import connect
 from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import PredictionConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError, with_place
@@ -73,7 +73,6 @@ class Answer:
 
 def predict(given: Sequence[str], found: lookup.Found, config: PredictionConfig) -> None:
     """Print the model's answer to each picture. Raises JobError at the end where there were files without one."""
-    quiet_ray()
     workload = found.workload
     if not workload.answers_pictures:
         raise UsageError(f"{type(workload).__name__} does not answer pictures: it has no read_picture")
