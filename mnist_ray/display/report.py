@@ -185,8 +185,7 @@ def write(
         shown += drawn(f"curve of {metric.name}", functools.partial(_curves, record, metric))
     shown += more.pictures
     if record.result:
-        result = record.result
-        shown += drawn("pictures of the test", lambda: workload.pictures(result, record.predictions, test))
+        shown += _of_test(record, record.result, test, drawn)
     shown += drawn("picture of the seconds", lambda: [_seconds(record)])
     for picture in shown:
         run.inside(PICTURES_FOLDER).write_bytes(f"{picture.name}.png", picture.png)
@@ -196,6 +195,18 @@ def write(
     for note in notes:
         warn(note)
     return {picture.name: picture.png for picture in shown}
+
+
+def _of_test(
+    record: RunRecord,
+    result: Mapping[str, Any],
+    test: Part | None,
+    drawn: Callable[[str, Callable[[], Sequence[Picture]]], Sequence[Picture]],
+) -> Sequence[Picture]:
+    """Return the workload's pictures; where those of the predictions cannot be drawn, the others."""
+    draw, rows = record.workload.pictures, record.predictions
+    of_all = drawn("pictures of the predictions", lambda: draw(result, rows, test)) if rows else []
+    return of_all or drawn("pictures of the test", lambda: draw(result, [], None))
 
 
 def unless_failing(what: str, draw: Callable[[], Sequence[T]], workload: Workload, notes: list[str]) -> Sequence[T]:

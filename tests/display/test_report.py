@@ -29,7 +29,7 @@ from mnist_ray.training.checkpoint import FACTS_BEFORE_WORKLOADS, save_checkpoin
 from mnist_ray.training.engine import create_state
 from mnist_ray.training.events import EpochFinished, Progress, Validated
 from mnist_ray.training.metrics import Evaluation
-from mnist_ray.workload.data import Part
+from mnist_ray.workload.data import Arrays, Part
 from mnist_ray.workload.mnist import idx
 from tests.conftest import mnist, run_job
 
@@ -299,20 +299,21 @@ def test_a_result_of_another_shape_counts_as_none(tested_run: RunFolder, changes
 
 
 def test_a_picture_that_cannot_be_drawn_is_a_note_and_the_others_are_drawn(
-    tested_run: RunFolder, monkeypatch: pytest.MonkeyPatch
+    tested_run: RunFolder, few_images: Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*given: Any) -> None:
         raise ValueError("no such colour")
 
     notes: list[str] = []
-    monkeypatch.setattr(type(mnist()), "pictures", fail)
-    shown = report.write(tested_run, mnist(), "", None, None, notes.append)
-    assert list(shown) == ["loss", "accuracy", "seconds"]
-    assert [note.partition(" (")[0] for note in notes] == ["no pictures of the test: ValueError: no such colour"]
+    monkeypatch.setattr(type(mnist()), "as_picture", fail)
+    test = Part(Arrays(few_images.inputs[:2], few_images.targets[:2]))
+    shown = report.write(tested_run, mnist(), "", test, None, notes.append)
+    assert list(shown) == ["loss", "accuracy", "confusion", "classes", "seconds"]
+    assert [note.partition(" (")[0] for note in notes] == ["no pictures of the predictions: ValueError: no such colour"]
+    assert "no such colour" in (tested_run.read_text("report.html") or "")
     monkeypatch.setattr(type(mnist()), "pictures", lambda *given: [b"png"])
-    report.write(tested_run, mnist(), "", None, None, notes.append)
-    assert "no pictures of the test: TypeError: bytes is no mnist_ray.drawing.Picture" in notes[1]
-    assert "no such colour" not in (tested_run.read_text("report.html") or "")
+    assert list(report.write(tested_run, mnist(), "", test, None, notes.append)) == ["loss", "accuracy", "seconds"]
+    assert "no pictures of the test: TypeError: bytes is no mnist_ray.drawing.Picture" in notes[-1]
 
 
 def test_what_a_damaged_origin_does_not_say_comes_from_a_checkpoint(tested_run: RunFolder) -> None:
