@@ -362,6 +362,8 @@ def _brightness(colour: str) -> int:
 
 def test_a_page_shows_no_secrets() -> None:
     origin = Table("Origin", (), [("command_line", "train --mlflow http://user:password@host")])
-    html = report.Page("a run", "go on with s3://KEY:SECRET@bucket?token=SECRET&region=us", {}, [], [origin]).to_html()
+    html = report.Page(
+        "a run", "go on with s3://KEY:SECRET@bucket?token=SECRET&region=us", {}, tables=[origin]
+    ).to_html()
     assert "train --mlflow http://***@host<" in html
     assert "go on with s3://***@bucket?token=***&amp;region=us<" in html
