@@ -5,6 +5,7 @@ import traceback
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
+_ESCAPE_CODES = re.compile(r"\x1b\[[0-9;]*m")  # colours, which Ray has in its texts
 _IN_ANOTHER_PROCESS = "\nOriginal Traceback "  # by which torch's DataLoader tells of an error in one of its processes
 
 
@@ -18,7 +19,7 @@ class JobError(Exception):
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text; its type where it has none."""
-    text = str(error).strip() or type(error).__name__
+    text = _ESCAPE_CODES.sub("", str(error)).strip() or type(error).__name__
     if _IN_ANOTHER_PROCESS in text:
         return text.splitlines()[-1].partition(": ")[2]
     return text.splitlines()[0]

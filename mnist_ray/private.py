@@ -18,7 +18,7 @@ NAMES = {
     "RayParams": (
         "ray._private.parameter",
         "setup_worker_path is what starts each worker: runtime_env's py_executable costs an import of Ray before it; "
-        "no_monitor and include_log_monitor spare two processes",
+        "no_monitor and include_log_monitor spare two processes; session_name tells where the logs are if it fails",
     ),
     "Node": ("ray._private.node", "start_api_server starts a process also for no dashboard, and waits for it"),
     "ActorClassID": (
@@ -37,6 +37,14 @@ NAMES = {
     "read_ray_address": (
         "ray._private.utils",
         "the address that `ray start` has left; ray.init(address='auto') also joins the local Ray of another job",
+    ),
+    "InnerGcsClient": (
+        "ray._raylet",
+        "sees in seconds whether a Ray answers at an address; ray.init tries for minutes",
+    ),
+    "get_default_ray_temp_dir": (
+        "ray._common.utils",
+        "where a local Ray keeps its files, which are to go with it",
     ),
     "global_worker": ("ray._private.worker", "knows the folder where this node's Ray keeps its files and logs"),
     "RayTrainError": ("ray.train.v2._internal.exceptions", "what Ray Train itself raises in a worker"),

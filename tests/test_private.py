@@ -28,7 +28,7 @@ def test_a_local_ray_can_be_told_to_listen_on_loopback_only() -> None:
 
 def test_a_local_ray_takes_the_parameters_that_make_it_small_and_fork() -> None:
     known = inspect.signature(private.RayParams.__init__).parameters
-    assert {"no_monitor", "include_log_monitor", "setup_worker_path"} <= known.keys()
+    assert {"no_monitor", "include_log_monitor", "session_name", "setup_worker_path"} <= known.keys()
     assert callable(private.Node.start_api_server)
 
 

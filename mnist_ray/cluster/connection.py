@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import socket
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,16 +19,25 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_ray import private
-from mnist_ray.cluster.local import start_local
+from mnist_ray.cluster.local import (
+    check_folder,
+    check_open_files,
+    last_error,
+    new_session,
+    removed_unless_failed,
+    start_local,
+)
 from mnist_ray.cluster.plan import Cluster, Node, local_cpus, node_of
 from mnist_ray.cluster.watch import watched
 from mnist_ray.config import WorkerConfig
+from mnist_ray.environment import users_variables
 from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.forking.cluster import runtime_env_to_fork
 from mnist_ray.forking.local import Forking
 from mnist_ray.interrupts import take_signals
 
 _WORKER_START_TIMEOUT_S = 50.0
+_CONNECT_TIMEOUT_S = 4.0
 
 
 @contextlib.contextmanager
@@ -42,7 +52,8 @@ def connect(
 
     A connection that this process has already is used and left open.
     A local Ray counts at least the CPUs asked for, so that more workers than cores can run. On leaving, the
-    connection is closed and a local Ray ended. Raises JobError where the named cluster does not answer.
+    connection is closed, and a local Ray ended; its files go too, unless something has failed.
+    Raises JobError where the named cluster does not answer, or a local Ray does not start; UsageError where it cannot.
 
     ``meanwhile`` is done while a local Ray starts, which is mostly waiting, or else before; what it raises is raised.
     ``forking`` tells how the workers are forked, if they are; its server is ended in the end.
@@ -56,16 +67,23 @@ def connect(
             return
         options: dict[str, Any] = {
             "log_to_driver": verbose,
-            "logging_level": logging.INFO if verbose else logging.ERROR,
+            "logging_level": logging.INFO if verbose else logging.CRITICAL,
         }
         if not verbose:
             quiet_ray()
+        if forking is None or not forking.is_wanted:
+            check_folder()
         address = _find_cluster()
-        at_the_end.callback(ray.shutdown)
+        leaving = threading.Thread(target=ray.shutdown)
         if address is None:
-            with _beside(meanwhile):
-                start_local(local_cpus(config), forking, **options)
+            check_open_files()
+            num_cpus, session = local_cpus(config), new_session()
+            at_the_end.enter_context(removed_unless_failed(session))
+            at_the_end.callback(_leave, leaving)
+            with _beside(meanwhile), _start_in_one_line(session):
+                start_local(num_cpus, forking, session, **options)
         else:
+            at_the_end.callback(_leave, leaving)
             # Not meanwhile: as a job connects, a second node on this machine may lay the job's working directory
             # anew, and without a current directory torch cannot be imported.
             meanwhile()
@@ -73,10 +91,19 @@ def connect(
                 options["runtime_env"] = runtime_env_to_fork(forking)
             _init(address, options)
         take_signals()
-        cluster = _describe(is_local=address is None, leave=threading.Thread(target=ray.shutdown).start)
-        check_workers_start(cluster)
-        with errors_in_one_line(cluster), watched(_start_here):
-            yield cluster
+        with errors_in_one_line():
+            cluster = _describe(is_local=address is None, leave=leaving.start)
+            check_workers_start(cluster)
+            with watched(_start_here):
+                yield cluster
+
+
+def _leave(leaving: threading.Thread) -> None:
+    """Disconnect, or wait until it is done where it has begun."""
+    if leaving.ident is None:
+        ray.shutdown()
+    else:
+        leaving.join()
 
 
 def check_workers_start(cluster: Cluster) -> None:
@@ -104,15 +131,30 @@ def _start() -> None:
 
 
 @contextlib.contextmanager
-def errors_in_one_line(cluster: Cluster) -> Iterator[None]:
+def errors_in_one_line() -> Iterator[None]:
     """Say in one line what Ray itself has failed at meanwhile; an error of a task's own code stays what it is."""
+    logs = session_folder() / "logs"
     try:
         yield
     except ray.exceptions.RayTaskError:
         raise
     except ray.exceptions.RayError as error:
-        said = f"{type(error).__name__}: {first_line(error)}"
-        raise JobError(f"Ray failed: {said} (logs: {cluster.log_folder})") from error
+        raise JobError(f"Ray failed: {type(error).__name__}: {first_line(error)} (logs: {logs})") from error
+
+
+@contextlib.contextmanager
+def _start_in_one_line(session: Path) -> Iterator[None]:
+    """Say in one line why a local Ray does not start, which may raise anything: as its logs tell it, or it itself.
+
+    The variables for Ray that the user has set are named, too: one of them may be the reason.
+    """
+    names = users_variables()
+    try:
+        yield
+    except Exception as error:
+        reason = last_error(session) or first_line(error)
+        variables = f"; set are {', '.join(names)}" if names else ""
+        raise JobError(f"a local Ray cannot start: {reason} (logs: {session / 'logs'}{variables})") from error
 
 
 @contextlib.contextmanager
@@ -130,16 +172,13 @@ def this_node() -> NodeAffinitySchedulingStrategy:
 
 
 def quiet_ray() -> None:
-    """Keep Ray's own log off the console; it stays in its files."""
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's traceback; the reason is shown
+    """Keep Ray's own log off the console; it stays in its files, and whatever fails is raised as well."""
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"ray\.")
 
 
 def _init(address: str, options: dict[str, Any]) -> None:
     """Connect to a cluster. Raises JobError where it does not let us in."""
-    # Where there is a token, `ray start` makes the cluster ask for it; so has a client to be told to show it.
-    private.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
@@ -167,12 +206,34 @@ def _find_cluster() -> str | None:
 
 
 def _answers(address: str) -> bool:
+    """Tell whether a Ray answers at an address, not something else that listens there. Raises JobError at its no."""
+    # Where there is a token, `ray start` makes the cluster ask for it; so has a client to be told to show it.
+    private.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except (OSError, ValueError):
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+        with _without_standard_error():  # to which it logs each of its three attempts
+            private.InnerGcsClient.standalone(address, None, int(_CONNECT_TIMEOUT_S * 1000))
+    except ray.exceptions.AuthenticationError as error:
+        advice = "give it the one of the head's ~/.ray/auth_token, in that file or RAY_AUTH_TOKEN"
+        raise JobError(f"the Ray cluster at {address} asks for another token; {advice}") from error
+    except (OSError, ValueError, OverflowError, ray.exceptions.RayError):
         return False
     return True
+
+
+@contextlib.contextmanager
+def _without_standard_error() -> Iterator[None]:
+    """Drop what this process, its C++ parts included, writes to its standard error meanwhile."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _describe(is_local: bool, leave: Callable[[], None] = lambda: None) -> Cluster:

@@ -5,38 +5,118 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
+import re
+import resource
+import shutil
+import sys
 from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from mnist_ray import private
 from mnist_ray.environment import for_workers, prepare_local
+from mnist_ray.errors import UsageError
 from mnist_ray.forking.local import SHIM, Forking
 
+_MOST_BYTES_OF_A_SOCKET = 103 if sys.platform == "darwin" else 107
+_LEAST_OPEN_FILES = 512
+_ERROR = re.compile(r"^\[.+? E .+?\] (?:\(\w+\) )?\S+: (\w.*)$", re.MULTILINE)
+"""A line of a Ray process's log that tells of an error."""
 
-def start_local(num_cpus: int, forking: Forking | None, *, log_to_driver: bool, **options: Any) -> None:
-    """Start a Ray that listens on loopback only and connect to it."""
+
+def start_local(num_cpus: int, forking: Forking | None, session: Path, *, log_to_driver: bool, **options: Any) -> None:
+    """Start a Ray that listens on loopback only, and keeps its files in a new session's folder, and connect to it."""
     prepare_local()
-    with _on_loopback(), for_one_job(forking, log_to_driver=log_to_driver):
+    with _on_loopback(), for_one_job(forking, log_to_driver=log_to_driver, session_name=session.name):
         ray.init(
             address="local",
             num_cpus=num_cpus,
             include_dashboard=False,
             log_to_driver=log_to_driver,
             runtime_env={"env_vars": for_workers()},
+            _temp_dir=str(session.parent),
             **options,
         )
 
 
+def new_session() -> Path:
+    """Return the folder where a local Ray of this process can keep its files, named as Ray does it.
+
+    Raises UsageError where it could not.
+    """
+    name = f"session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
+    session = Path(private.get_default_ray_temp_dir(), name).absolute()
+    advice = "set RAY_TMPDIR to another folder"
+    if len(os.fsencode(session / "sockets" / "plasma_store")) > _MOST_BYTES_OF_A_SOCKET:
+        raise UsageError(f"{session.parent} is too long a path for the sockets of a local Ray; {advice}")
+    try:
+        session.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"a local Ray cannot keep files in {session.parent}: {error.strerror}; {advice}") from error
+    return session
+
+
+def check_open_files() -> None:
+    """Raise UsageError where Ray's processes, of which some serve all others, may open too few files."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most < _LEAST_OPEN_FILES:
+        raise UsageError(f"a process may open {most} files only, too few for a local Ray; try ulimit -n 4096")
+
+
+def check_folder() -> None:
+    """Raise UsageError where workers would import a file of the current folder in place of a library.
+
+    Ray puts that folder first on their path. Those that are forked have imported the libraries before.
+    """
+    for name in ("numpy", "torch"):
+        for path in (Path(f"{name}.py"), Path(name, "__init__.py")):
+            if path.exists():
+                advice = "rename it, or start the job in another folder"
+                raise UsageError(f"{path.absolute()} would hide {name} from Ray's workers; {advice}")
+
+
+def last_error(session: Path) -> str | None:
+    """Return the last error in the logs of a Ray that could not start, where they tell of one."""
+    for log in ("raylet.out", "raylet.err", "gcs_server.out", "gcs_server.err"):
+        with contextlib.suppress(OSError):
+            if errors := _ERROR.findall((session / "logs" / log).read_text(errors="replace")):
+                return str(errors[-1])
+    return None
+
+
 @contextlib.contextmanager
-def for_one_job(forking: Forking | None, *, log_to_driver: bool) -> Iterator[None]:
+def removed_unless_failed(session: Path) -> Iterator[None]:
+    """Remove a local Ray's files in the end, which is after Ray's; but not where something failed, for its logs."""
+    try:
+        yield
+    except (UsageError, KeyboardInterrupt):
+        _remove(session)
+        raise
+    _remove(session)
+
+
+def _remove(session: Path) -> None:
+    shutil.rmtree(session, ignore_errors=True)
+    latest = session.with_name("session_latest")
+    with contextlib.suppress(OSError):  # another Ray may have started since, or there is none
+        if os.readlink(latest) == str(session):
+            latest.unlink()
+
+
+@contextlib.contextmanager
+def for_one_job(forking: Forking | None, *, log_to_driver: bool, session_name: str | None = None) -> Iterator[None]:
     """Let a Ray that is started meanwhile fork its workers, and do without what only a cluster needs.
 
     Such are the autoscaler, the log monitor where no log is shown, and the process that serves the dashboard, which
     Ray would start for no dashboard, too, and wait for.
     """
     parameters: dict[str, Any] = {"no_monitor": True, "include_log_monitor": log_to_driver}
+    if session_name is not None:
+        parameters["session_name"] = session_name
     if forking is not None and forking.server is not None:
         parameters["setup_worker_path"] = str(SHIM)
     create = private.RayParams.__init__

@@ -55,12 +55,18 @@ def prepare_forking(config: WorkerConfig, module: str) -> Forking:
     return Forking(is_wanted, modules, start_fork_server(modules) if is_wanted and may_be_local else None)
 
 
-def start_fork_server(modules: tuple[str, ...]) -> ForkServer:
-    """Start a fork server for the local Ray that this process will start; the variables of this process tell of it."""
-    folder = Path(tempfile.mkdtemp(prefix="mnist_ray-"))
-    address = folder / "fork"
+def start_fork_server(modules: tuple[str, ...]) -> ForkServer | None:
+    """Start a fork server for the local Ray that this process will start; the variables of this process tell of it.
+
+    Return None where it cannot be started: then Ray starts the workers its own way.
+    """
     # Read when Ray is imported. A local Ray's first job is this one; a worker that sees this process end, ends too.
     of_workers = {"RAY_JOB_ID": _FIRST_JOB, "RAY_RAYLET_PID": str(os.getpid())}
-    process = launch(str(address), modules, {**os.environ, **of_workers}, stdin=subprocess.PIPE)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="mnist_ray-"))
+        address = folder / "fork"
+        process = launch(str(address), modules, {**os.environ, **of_workers}, stdin=subprocess.PIPE)
+    except OSError:
+        return None
     os.environ[SOCKET_VARIABLE] = str(address)
     return ForkServer(process, folder)

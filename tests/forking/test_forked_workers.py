@@ -60,13 +60,13 @@ with connect(config, forking):
         signal.pause()
 """
 SPILLING = """\
-from mnist_ray.cluster.local import start_local
+from mnist_ray.cluster.local import new_session, start_local
 from mnist_ray.config import WorkerConfig
 from mnist_ray.forking.local import prepare_forking
 
 forking = prepare_forking(WorkerConfig(), "ray")
 import numpy, ray
-start_local(1, forking, log_to_driver=False, object_store_memory=80 * 2**20)
+start_local(1, forking, new_session(), log_to_driver=False, object_store_memory=80 * 2**20)
 kept = [ray.put(numpy.full(30 * 2**20, number, numpy.uint8)) for number in range(5)]
 print([int(ray.get(one)[-1]) for one in kept])
 ray.shutdown()
