@@ -46,13 +46,16 @@ NAMES = {
         "ray._common.utils",
         "where a local Ray keeps its files, which are to go with it",
     ),
-    "global_worker": ("ray._private.worker", "knows the folder where this node's Ray keeps its files and logs"),
+    "global_worker": ("ray._private.worker", "knows this node's folder of files and logs, and kills actors by id"),
     "RayTrainError": ("ray.train.v2._internal.exceptions", "what Ray Train itself raises in a worker"),
     "WorkerHealthCheckFailedError": (
         "ray.train.v2._internal.exceptions",
         "a worker that does not answer; UserCallback.after_exception is handed it",
     ),
-    "state": ("ray._private.state", "its accessor tells which placement groups have lost the actor that made them"),
+    "state": (
+        "ray._private.state",
+        "tells which actors there are, and which placement groups have lost theirs",
+    ),
     "PlacementGroupTableData": ("ray.core.generated.gcs_pb2", "what the accessor returns, serialized"),
     "ControllerCallback": ("ray.train.v2._internal.execution.callback", "tells who looks after a run's workers"),
     "DatasetsCallback": ("ray.train.v2._internal.callbacks", "starts an actor also where there are no Ray Datasets"),

@@ -28,7 +28,7 @@ from mnist_ray.cluster.local import (
     start_local,
 )
 from mnist_ray.cluster.plan import Cluster, Node, local_cpus, node_of
-from mnist_ray.cluster.watch import watched
+from mnist_ray.cluster.watch import RaySilentError, watched
 from mnist_ray.config import WorkerConfig
 from mnist_ray.environment import users_variables
 from mnist_ray.errors import JobError, UsageError, first_line
@@ -79,11 +79,11 @@ def connect(
             check_open_files()
             num_cpus, session = local_cpus(config), new_session()
             at_the_end.enter_context(removed_unless_failed(session))
-            at_the_end.callback(_leave, leaving)
+            at_the_end.enter_context(_left(leaving))
             with _beside(meanwhile), _start_in_one_line(session):
                 start_local(num_cpus, forking, session, **options)
         else:
-            at_the_end.callback(_leave, leaving)
+            at_the_end.enter_context(_left(leaving))
             # Not meanwhile: as a job connects, a second node on this machine may lay the job's working directory
             # anew, and without a current directory torch cannot be imported.
             meanwhile()
@@ -91,19 +91,34 @@ def connect(
                 options["runtime_env"] = runtime_env_to_fork(forking)
             _init(address, options)
         take_signals()
-        with errors_in_one_line():
-            cluster = _describe(is_local=address is None, leave=leaving.start)
+        with errors_in_one_line(), contextlib.ExitStack() as watching:
+            cluster = _describe(is_local=address is None)
             check_workers_start(cluster)
-            with watched(_start_here):
-                yield cluster
+            stop_watching = watching.enter_context(watched(_start_here))
+
+            def leave() -> None:
+                stop_watching()
+                leaving.start()
+
+            yield dataclasses.replace(cluster, leave=leave)
 
 
-def _leave(leaving: threading.Thread) -> None:
-    """Disconnect, or wait until it is done where it has begun."""
-    if leaving.ident is None:
-        ray.shutdown()
-    else:
-        leaving.join()
+@contextlib.contextmanager
+def _left(leaving: threading.Thread) -> Iterator[None]:
+    """Disconnect at the end, or wait until that is done where ``leaving`` has begun it."""
+    is_silent = False
+    try:
+        yield
+    except RaySilentError:
+        is_silent = True
+        raise
+    finally:
+        if is_silent and private.global_worker.node is not None:  # ray.shutdown would wait for an answer, too
+            private.global_worker.node.kill_all_processes(check_alive=False, allow_graceful=False)
+        elif leaving.ident is None:
+            ray.shutdown()
+        else:
+            leaving.join()
 
 
 def check_workers_start(cluster: Cluster) -> None:

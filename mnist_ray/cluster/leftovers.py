@@ -1,4 +1,4 @@
-"""What Ray leaves of a run whose controller was ended while Ray goes on, as that of a trial that was stopped."""
+"""Ray Train's controllers that are ended before their end, as that of a trial, and what Ray leaves of them."""
 
 from __future__ import annotations
 
@@ -48,3 +48,14 @@ def remove_leftover_placement_groups() -> None:
         is_drivers = group.creator_actor_id.startswith(_NO_ACTOR)
         if is_there and group.creator_actor_dead and not is_drivers and group.creator_job_id == job_id:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+
+
+def end_controllers() -> None:
+    """End this job's controllers of Ray Train, so that threads of this process that wait for them go on.
+
+    Ray is not to be shut down before: that may end this process by a SIGSEGV.
+    """
+    job_id = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    for actor_id, actor in private.state.actor_table(None, job_id).items():
+        if actor["ActorClassName"] == "TrainController" and actor["State"] != "DEAD":
+            private.global_worker.core_worker.kill_actor(ray.ActorID.from_hex(actor_id), True)

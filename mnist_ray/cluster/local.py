@@ -24,8 +24,8 @@ from mnist_ray.forking.local import SHIM, Forking
 
 _MOST_BYTES_OF_A_SOCKET = 103 if sys.platform == "darwin" else 107
 _LEAST_OPEN_FILES = 512
-_ERROR = re.compile(r"^\[.+? E .+?\] (?:\(\w+\) )?\S+: (\w.*)$", re.MULTILINE)
-"""A line of a Ray process's log that tells of an error."""
+_ERROR = re.compile(r"^\[.+? [CE] .+?\] (?:\(\w+\) )?\S+: +(?!An unexpected system state)(\w.*)$", re.MULTILINE)
+"""A line of a Ray process's log that tells of an error, not only that a check has failed."""
 
 
 def start_local(num_cpus: int, forking: Forking | None, session: Path, *, log_to_driver: bool, **options: Any) -> None:

@@ -22,6 +22,16 @@ _PING_INTERVAL_S = 5.0
 LONGEST_SILENCE_S = 50.0  # a machine may be very busy; after 60 s without its GCS, Ray ends the process without a word
 
 
+class RaySilentError(JobError):
+    """A part of Ray has died or hangs; whatever else it is asked, it may not answer."""
+
+    @classmethod
+    def of(cls, name: str, *, has_died: bool = False) -> RaySilentError:
+        """Return the error for a part of that name."""
+        silence = "has died" if has_died else f"has not answered for {LONGEST_SILENCE_S:.0f} s"
+        return cls(f"Ray has failed: {name} {silence}")
+
+
 class Watch:
     """Pings in turns, and finds who has not answered for long."""
 
@@ -43,14 +53,9 @@ class Watch:
         return None
 
 
-def no_answer_from(name: str) -> str:
-    """Say that somebody has been silent for too long."""
-    return f"Ray has failed: {name} has not answered for {LONGEST_SILENCE_S:.0f} s"
-
-
 @contextlib.contextmanager
-def watched(answers_here: Callable[[], ray.ObjectRef]) -> Iterator[None]:
-    """End the job with a JobError where Ray dies or hangs meanwhile.
+def watched(answers_here: Callable[[], ray.ObjectRef]) -> Iterator[Callable[[], None]]:
+    """End the job with a RaySilentError where Ray dies or hangs meanwhile; give what ends the watch before.
 
     ``answers_here`` starts a task on this node that does nothing.
     """
@@ -64,17 +69,21 @@ def watched(answers_here: Callable[[], ray.ObjectRef]) -> Iterator[None]:
 
     def look() -> None:
         while not is_over.wait(_INTERVAL_S):
-            if dead := private.global_worker.node.dead_processes():  # of a local Ray; those of a cluster are not ours
-                end_with(JobError(f"Ray has failed: its {dead[0][0]} has died"))
-                return
-            if name := watch.silent():
-                end_with(JobError(no_answer_from(name)))
+            dead = private.global_worker.node.dead_processes()  # of a local Ray; those of a cluster are not ours
+            silent = watch.silent()
+            if dead or silent:
+                end_with(RaySilentError.of(silent or f"its {dead[0][0]}", has_died=bool(dead)))
                 return
 
     thread = threading.Thread(target=look, daemon=True)
+
+    def stop() -> None:
+        is_over.set()
+        thread.join()
+        pool.shutdown(wait=False, cancel_futures=True)
+
     thread.start()
     try:
-        yield
+        yield stop
     finally:
-        is_over.set()
-        pool.shutdown(wait=False, cancel_futures=True)
+        stop()

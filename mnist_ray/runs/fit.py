@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -16,9 +18,10 @@ from ray.exceptions import RayError
 from ray.train import Checkpoint, ValidationConfig
 
 from mnist_ray import private
+from mnist_ray.cluster.leftovers import end_controllers
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.sharing import share
-from mnist_ray.cluster.watch import LONGEST_SILENCE_S, Ping, Watch, no_answer_from
+from mnist_ray.cluster.watch import LONGEST_SILENCE_S, Ping, RaySilentError, Watch
 from mnist_ray.errors import JobError
 from mnist_ray.interrupts import first_only_noted
 from mnist_ray.runs import evaluation
@@ -34,6 +37,7 @@ from mnist_ray.workload.data import Parts
 
 _POLL_INTERVAL_S = 0.5  # at which the driver asks for events, as often as workers send their progress
 _SAVED_WITHIN_S = 30.0  # after Ctrl-C
+_END_TIMEOUT_S = 5.0  # for which the end of Ray Train's controller is waited for where the run ends before
 
 
 @dataclass(frozen=True)
@@ -125,34 +129,47 @@ def _listening(
     The first Ctrl-C lets the workers save what they have, where they are training. Raises KeyboardInterrupt then, too.
     """
     pool = ThreadPoolExecutor(1)
+    result: Future[ray.train.Result] = pool.submit(work)
+    try:
+        with first_only_noted() as interrupted:
+            _hand_on(result, mailbox, on_event, interrupted)
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        return result.result()
+    except RaySilentError:
+        raise
+    except BaseException:
+        if not result.done():  # Ray must not be left while a thread waits for it
+            with contextlib.suppress(RayError):
+                end_controllers()
+            wait([result], _END_TIMEOUT_S)
+        raise
+    finally:
+        pool.shutdown(wait=False)
+
+
+def _hand_on(
+    result: Future[ray.train.Result], mailbox: Any, on_event: Callable[[Event], None], interrupted: threading.Event
+) -> None:
+    """Hand on events until there is a result, or for so long as the workers may take to save what they have."""
     is_training, end_at = False, math.inf
     pings: dict[str, Ping] = {}
     watch = Watch(pings)
-    try:
-        with first_only_noted() as interrupted:
-            result: Future[ray.train.Result] = pool.submit(work)
-            is_running = True
-            while is_running:
-                is_running = bool(wait([result], _POLL_INTERVAL_S).not_done)  # seen first: the last events come too
-                for event in _taken(mailbox):
-                    if isinstance(event, ControllerStarted):
-                        pings["Ray Train's controller"] = functools.partial(_ping, event.actor)
-                    is_training = isinstance(event, Started) or (is_training and not isinstance(event, WorkersLost))
-                    on_event(event)
-                if interrupted.is_set() and end_at == math.inf:
-                    end_at = time.monotonic() + (_SAVED_WITHIN_S if is_training else 0)
-                    if is_training:
-                        mailbox.want_stop.remote()
-                        on_event(Stopping())
-                if silent := watch.silent():
-                    raise JobError(no_answer_from(silent))
-                if time.monotonic() > end_at:
-                    break
-            if interrupted.is_set():
-                raise KeyboardInterrupt
-        return result.result()
-    finally:
-        pool.shutdown(wait=False)
+    is_running = True
+    while is_running and time.monotonic() < end_at:
+        is_running = bool(wait([result], _POLL_INTERVAL_S).not_done)  # seen first: the last events are handed on too
+        for event in _taken(mailbox):
+            if isinstance(event, ControllerStarted):
+                pings["Ray Train's controller"] = functools.partial(_ping, event.actor)
+            is_training = isinstance(event, Started) or (is_training and not isinstance(event, WorkersLost))
+            on_event(event)
+        if interrupted.is_set() and end_at == math.inf:
+            end_at = time.monotonic() + (_SAVED_WITHIN_S if is_training else 0)
+            if is_training:
+                mailbox.want_stop.remote()
+                on_event(Stopping())
+        if silent := watch.silent():
+            raise RaySilentError.of(silent)
 
 
 def _ping(controller: Any) -> Future[object]:
@@ -161,10 +178,10 @@ def _ping(controller: Any) -> Future[object]:
 
 
 def _taken(mailbox: Any) -> list[Event]:
-    """Return the events that have come. Raises JobError where the mailbox does not answer."""
+    """Return the events that have come. Raises RaySilentError where the mailbox does not answer."""
     answer = mailbox.take.remote()
     if not ray.wait([answer], timeout=LONGEST_SILENCE_S)[0]:
-        raise JobError(no_answer_from("the mailbox of its workers"))
+        raise RaySilentError.of("the mailbox of its workers")
     events: list[Event] = ray.get(answer)
     return events
 

@@ -70,7 +70,7 @@ def recorded(
     except TrainingStoppedError as error:
         raise JobError(f"{error} (logs: {cluster.log_folder})") from error
     except JobError as error:
-        raise JobError(f"{error} (logs: {cluster.log_folder}; to go on: {job.resume_with})") from error
+        raise type(error)(f"{error} (logs: {cluster.log_folder}; to go on: {job.resume_with})") from error
     finally:
         record.close()
     clock.mark("report")

@@ -1,10 +1,12 @@
 import time
 
+import pytest
 import ray
+from ray.exceptions import RayActorError
 from ray.util import placement_group, placement_group_table
 from ray.util.placement_group import PlacementGroup
 
-from mnist_ray.cluster.leftovers import leftovers_removed
+from mnist_ray.cluster.leftovers import end_controllers, leftovers_removed
 
 
 class Controller:
@@ -14,6 +16,13 @@ class Controller:
         group = placement_group([{"CPU": 1}])
         ray.get(group.ready())
         return group
+
+
+class TrainController:
+    """Named as Ray Train's."""
+
+    def run(self) -> None:
+        time.sleep(1000)
 
 
 def is_there(group: PlacementGroup) -> bool:
@@ -36,3 +45,14 @@ def test_only_what_a_dead_actor_has_reserved_is_freed(ray_address: str) -> None:
     for group in (kept, own):
         ray.util.remove_placement_group(group)
     ray.kill(alive)
+
+
+def test_what_waits_for_a_controller_goes_on_when_it_is_ended(ray_address: str) -> None:
+    controller, other = ray.remote(num_cpus=0)(TrainController).remote(), ray.remote(num_cpus=0)(Controller).remote()
+    ended = controller.run.remote()
+    end_controllers()
+    with pytest.raises(RayActorError):
+        ray.get(ended, timeout=60)
+    group = ray.get(other.reserve.remote(), timeout=60)
+    ray.util.remove_placement_group(group)
+    ray.kill(other)

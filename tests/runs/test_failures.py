@@ -32,8 +32,6 @@ from mnist_ray.training.events import WorkersLost
 from mnist_ray.workload.data import Arrays, Part
 from tests.conftest import LONGER, as_flags, mnist, run_and_act, run_job
 
-WORKING = "RayTrainWorker", "ALIVE"
-
 
 def weights(run: Path) -> str:
     """Return the digest of a finished run's last weights."""
@@ -52,6 +50,17 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     cluster.shutdown()
 
 
+def killing(class_name: str) -> Callable[[psutil.Process], None]:
+    """Return what kills the newest actor of a class, of the Ray that this process is connected to."""
+
+    def kill(job: psutil.Process) -> None:
+        actors = ray._private.state.actors().values()  # type: ignore[attr-defined]
+        alive = [actor["Pid"] for actor in actors if (actor["ActorClassName"], actor["State"]) == (class_name, "ALIVE")]
+        psutil.Process(max(alive)).kill()
+
+    return kill
+
+
 def test_a_run_that_loses_a_node_goes_on_and_ends_with_the_same_weights(
     nodes: Cluster, undisturbed: Path, small_data: Path, tmp_path: Path
 ) -> None:
@@ -67,16 +76,21 @@ def test_a_run_that_loses_a_node_goes_on_and_ends_with_the_same_weights(
     assert weights(tmp_path / "run") == weights(undisturbed)
 
 
+def test_a_run_whose_queue_of_events_dies_ends_in_one_line_that_says_how_to_go_on(
+    ray_address: str, small_data: Path, tmp_path: Path
+) -> None:
+    flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_epochs": 500})
+    _, complained = run_and_act(killing("_QueueActor"), "epoch 1/500", *flags, address=ray_address, status=1)
+    assert complained.startswith("error: Ray Train failed: ActorDiedError: The actor died unexpectedly")
+    assert complained.endswith(f"to go on: python jobs/train.py --resume --run-name run --storage-path {tmp_path})\n")
+    assert complained.count("\n") == 1
+
+
 def test_a_run_that_loses_a_worker_goes_on_and_ends_with_the_same_weights(
     ray_address: str, undisturbed: Path, small_data: Path, tmp_path: Path
 ) -> None:
-    def kill_a_worker(job: psutil.Process) -> None:
-        actors = ray._private.state.actors().values()  # type: ignore[attr-defined]
-        alive = [actor["Pid"] for actor in actors if (actor["ActorClassName"], actor["State"]) == WORKING]
-        psutil.Process(alive[0]).kill()
-
     flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2})
-    printed, _ = run_and_act(kill_a_worker, "epoch 2/8  finished", *flags, address=ray_address)
+    printed, _ = run_and_act(killing("RayTrainWorker"), "epoch 2/8  finished", *flags, address=ray_address)
     assert printed.count("\nlost ") == 1
     assert len(printed.splitlines()) < 60  # none of the hundreds that Ray says then
     assert weights(tmp_path / "run") == weights(undisturbed)
