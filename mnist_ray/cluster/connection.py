@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mnist_ray import private
 from mnist_ray.cluster.local import (
     check_folder,
-    check_open_files,
+    check_limits,
     last_error,
     new_session,
     removed_unless_failed,
@@ -76,7 +76,7 @@ def connect(
         address = _find_cluster()
         leaving = threading.Thread(target=ray.shutdown)
         if address is None:
-            check_open_files()
+            check_limits()
             num_cpus, session = local_cpus(config), new_session()
             at_the_end.enter_context(removed_unless_failed(session))
             at_the_end.enter_context(_left(leaving))

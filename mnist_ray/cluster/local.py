@@ -23,7 +23,7 @@ from mnist_ray.errors import UsageError
 from mnist_ray.forking.local import SHIM, Forking
 
 _MOST_BYTES_OF_A_SOCKET = 103 if sys.platform == "darwin" else 107
-_LEAST_OPEN_FILES = 512
+_LEAST_LIMIT = 512  # a run of one worker has some 400 threads, and a raylet some 100 files
 _ERROR = re.compile(r"^\[.+? [CE] .+?\] (?:\(\w+\) )?\S+: +(?!An unexpected system state)(\w.*)$", re.MULTILINE)
 """A line of a Ray process's log that tells of an error, not only that a check has failed."""
 
@@ -60,11 +60,15 @@ def new_session() -> Path:
     return session
 
 
-def check_open_files() -> None:
-    """Raise UsageError where Ray's processes, of which some serve all others, may open too few files."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if most != resource.RLIM_INFINITY and most < _LEAST_OPEN_FILES:
-        raise UsageError(f"a process may open {most} files only, too few for a local Ray; try ulimit -n 4096")
+def check_limits() -> None:
+    """Raise UsageError where too few files may be open, or too few processes be there, threads included."""
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)  # the hard limit, to which Ray raises the other
+    processes, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    if os.geteuid() == 0:  # root has as many as it likes
+        processes = resource.RLIM_INFINITY
+    for most, what, flag in ((files, "open files", "-n"), (processes, "processes", "-u")):
+        if most != resource.RLIM_INFINITY and most < _LEAST_LIMIT:
+            raise UsageError(f"a limit of {most} {what} is too low for a local Ray; try ulimit {flag} 4096")
 
 
 def check_folder() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mnist_ray.cluster import local
-from mnist_ray.cluster.local import check_folder, check_open_files, last_error, new_session, removed_unless_failed
+from mnist_ray.cluster.local import check_folder, check_limits, last_error, new_session, removed_unless_failed
 from mnist_ray.errors import JobError, UsageError
 
 LOG = """\
@@ -52,12 +52,21 @@ def test_a_folder_that_ray_could_not_use_is_named(folder: str, reason: str, monk
     assert not Path("/tmp", "x" * 80).exists()
 
 
-def test_too_few_open_files_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resource, "getrlimit", lambda which: (64, 64))
-    with pytest.raises(UsageError, match="a process may open 64 files only, too few for a local Ray; try ulimit -n"):
-        check_open_files()
-    monkeypatch.setattr(resource, "getrlimit", lambda which: (64, resource.RLIM_INFINITY))
-    check_open_files()
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        (resource.RLIMIT_NOFILE, "a limit of 64 open files is too low for a local Ray; try ulimit -n 4096"),
+        (resource.RLIMIT_NPROC, "a limit of 64 processes is too low for a local Ray; try ulimit -u 4096"),
+    ],
+)
+def test_a_limit_that_is_too_low_is_named(limit: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {resource.RLIMIT_NOFILE: (64, 4096), resource.RLIMIT_NPROC: (resource.RLIM_INFINITY,) * 2}
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(resource, "getrlimit", limits.get)
+    check_limits()
+    limits[limit] = (64, 64)
+    with pytest.raises(UsageError, match=message):
+        check_limits()
 
 
 @pytest.mark.parametrize("name", ["torch.py", "numpy/__init__.py"])
