@@ -80,7 +80,7 @@ def test_a_run_whose_queue_of_events_dies_ends_in_one_line_that_says_how_to_go_o
     ray_address: str, small_data: Path, tmp_path: Path
 ) -> None:
     flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_epochs": 500})
-    _, complained = run_and_act(killing("_QueueActor"), "epoch 1/500", *flags, address=ray_address, status=1)
+    _, complained = run_and_act(killing("Mailbox"), "epoch 1/500", *flags, address=ray_address, status=1)
     assert complained.startswith("error: Ray Train failed: ActorDiedError: The actor died unexpectedly")
     assert complained.endswith(f"to go on: python jobs/train.py --resume --run-name run --storage-path {tmp_path})\n")
     assert complained.count("\n") == 1
