@@ -1,7 +1,7 @@
 """Search a workload's settings with Ray Tune, train the best and evaluate it once on the test set.
 
 Whatever has a search space is searched: batch size and learning rate, and the workload's own settings. A trial has one
-worker with one CPU unless --num-workers and --cpus-per-worker say otherwise; one that fails is tried once more.
+worker with one CPU unless --num-workers and --cpus-per-worker say otherwise.
 
 python jobs/tune.py --num-trials 16
 python jobs/tune.py --search optuna --num-epochs 3 --batch-sizes 64 128 256
