@@ -94,7 +94,7 @@ def connect(
         with errors_in_one_line(), contextlib.ExitStack() as watching:
             cluster = _describe(is_local=address is None)
             check_workers_start(cluster)
-            stop_watching = watching.enter_context(watched(_start_here))
+            stop_watching = watching.enter_context(watched())
 
             def leave() -> None:
                 stop_watching()
@@ -127,17 +127,12 @@ def check_workers_start(cluster: Cluster) -> None:
     Where worker processes die at once, Ray tries five times, and waits for a minute each time.
     """
     try:
-        ray.get(_start_here(), timeout=_WORKER_START_TIMEOUT_S)
+        ray.get(_start.options(scheduling_strategy=this_node()).remote(), timeout=_WORKER_START_TIMEOUT_S)
     except ray.exceptions.GetTimeoutError as error:
         log = Path(cluster.log_folder) / "raylet.err"
         lines = [line for line in log.read_text(errors="replace").splitlines() if line and not line.startswith("[")]
         said = f"; the last that one wrote: {lines[-1]}" if lines else ""
         raise JobError(f"Ray's worker processes do not start{said} (log: {log})") from error
-
-
-def _start_here() -> ray.ObjectRef:
-    """Start a task on this node that does nothing."""
-    return _start.options(scheduling_strategy=this_node()).remote()
 
 
 @ray.remote(num_cpus=0)

@@ -13,6 +13,7 @@ from ray.util.placement_group import PlacementGroup
 from mnist_ray import private
 
 _INTERVAL_S = 0.5
+_PATIENCE_S = 5.0  # with a Ray that may not answer any more
 _NO_ACTOR = b"\xff" * 12
 """How the id of an actor begins that is none; the rest is the job's."""
 
@@ -32,7 +33,7 @@ def leftovers_removed() -> Iterator[None]:
         yield
     finally:
         is_over.set()
-        thread.join()
+        thread.join(_PATIENCE_S)
 
 
 def remove_leftover_placement_groups() -> None:

@@ -19,6 +19,7 @@ Ping = Callable[[], "Future[object]"]
 
 _INTERVAL_S = 1.0
 _PING_INTERVAL_S = 5.0
+_STORED_BYTES = 2**18  # so many that an object goes to the store, which is the raylet's
 LONGEST_SILENCE_S = 50.0  # a machine may be very busy; after 60 s without its GCS, Ray ends the process without a word
 
 
@@ -54,16 +55,13 @@ class Watch:
 
 
 @contextlib.contextmanager
-def watched(answers_here: Callable[[], ray.ObjectRef]) -> Iterator[Callable[[], None]]:
-    """End the job with a RaySilentError where Ray dies or hangs meanwhile; give what ends the watch before.
-
-    ``answers_here`` starts a task on this node that does nothing.
-    """
-    pool, is_over = ThreadPoolExecutor(2), threading.Event()  # also to ask may wait
+def watched() -> Iterator[Callable[[], None]]:
+    """End the job with a RaySilentError where Ray dies or hangs meanwhile; give what ends the watch before."""
+    pool, is_over, is_silent = ThreadPoolExecutor(2), threading.Event(), threading.Event()
     watch = Watch(
         {
             "Ray's GCS": lambda: pool.submit(ray.nodes),
-            "this node's raylet": lambda: pool.submit(lambda: ray.get(answers_here())),
+            "this node's raylet": lambda: pool.submit(ray.put, bytes(_STORED_BYTES)),
         }
     )
 
@@ -72,6 +70,7 @@ def watched(answers_here: Callable[[], ray.ObjectRef]) -> Iterator[Callable[[], 
             dead = private.global_worker.node.dead_processes()  # of a local Ray; those of a cluster are not ours
             silent = watch.silent()
             if dead or silent:
+                is_silent.set()
                 end_with(RaySilentError.of(silent or f"its {dead[0][0]}", has_died=bool(dead)))
                 return
 
@@ -80,7 +79,7 @@ def watched(answers_here: Callable[[], ray.ObjectRef]) -> Iterator[Callable[[], 
     def stop() -> None:
         is_over.set()
         thread.join()
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=not is_silent.is_set())  # Ray must not be left while a thread asks it
 
     thread.start()
     try:
