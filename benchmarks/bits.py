@@ -1,8 +1,9 @@
-"""Whether the bits depend on the workers: python benchmarks/bits.py
+"""Whether the bits depend on the workers, and what that costs: python benchmarks/bits.py; … --cost
 
 Trains the same run with ``--reproducible`` on other numbers of workers, through shared memory and through gloo, on
 hosts of their own, with workers killed, on a cluster that shrinks and grows, and resumed with fewer workers. Prints a
-row for each: how many of its runs ended with the weights that one worker has, to the last bit.
+row for each: how many of its runs ended with the weights that one worker has, to the last bit. With ``--cost``: the
+images/s of an epoch with ``--reproducible``, divided by those without, in turns.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import argparse
 import contextlib
 import os
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import chaos
+from before import ROOT, watch
 from chaos import Driver, Raylets
 from hosts import Hosts, can_be_made
 
@@ -121,9 +124,32 @@ def rows(folder: Path, rng: random.Random) -> Iterator[tuple[str, str, Sequence[
             yield "two hosts, gloo", "--num-workers 2", [run(nodes, folder, "--num-workers", "2") == wanted]
 
 
+def cost(folder: Path, rounds: int) -> None:
+    """Print what an epoch's rate is divided by where it is reproducible."""
+    print("| workers | chunks | images/s | of those without |\n|---|---|---|---|")
+    for workers, chunks in ((1, 8), (2, 8), (4, 8), (1, 4), (2, 4)):
+        pairs = []
+        flags = ["--num-workers", workers, "--cpus-per-worker", 1, "--num-epochs", 1, "--storage-path", folder]
+        for _ in range(rounds):
+            ordinary = watch(ROOT, "jobs/train.py", *flags, num_epochs=1).rate()
+            bound = ["--reproducible", "--num-chunks", chunks]
+            pairs.append((watch(ROOT, "jobs/train.py", *flags, *bound, num_epochs=1).rate(), ordinary))
+        rate = statistics.median(rate for rate, _ in pairs)
+        ratios = sorted(rate / ordinary for rate, ordinary in pairs)
+        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        print(f"| {workers} | {chunks} | {rate:,.0f} | {spread} |", flush=True)
+
+
 def main() -> None:
     """Run everything and print the table."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    if args.cost:
+        with tempfile.TemporaryDirectory() as folder:
+            cost(Path(folder), args.rounds)
+        return
     os.environ["RAY_AUTH_MODE"] = "disabled"  # Cluster, unlike `ray start`, never asks for a token
     chaos.FLAGS[:] = ["--reproducible", "--checkpoint-every", "50", "--max-failures", "3"]
     print("| what | flags | runs | same bits |\n|---|---|---|---|")
