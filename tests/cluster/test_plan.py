@@ -37,6 +37,24 @@ def test_workers_are_planned_on_what_is_there(config: WorkerConfig, nodes: list[
     assert plan.plan_workers(config, cluster_of(*nodes)) == expected
 
 
+@pytest.mark.parametrize(
+    ("config", "nodes", "expected"),
+    [
+        # as many workers as there are CPUs, or chunks
+        (WorkerConfig(), [SMALL], WorkerPlan(2, 1, False, False)),
+        (WorkerConfig(), [HEAD, LARGE, LARGE], WorkerPlan(4, 1, False, False)),
+        (WorkerConfig(num_workers=3), [LARGE], WorkerPlan(3, 1, False, False)),
+        (WorkerConfig(cpus_per_worker=4), [LARGE], WorkerPlan(2, 4, False, False)),
+        # no GPUs, whose bits were never compared
+        (WorkerConfig(), [GPU], WorkerPlan(4, 1, False, False)),
+    ],
+)
+def test_workers_whose_number_does_not_matter_are_planned_on_all_cpus(
+    config: WorkerConfig, nodes: list[Node], expected: WorkerPlan
+) -> None:
+    assert plan.plan_workers(config, cluster_of(*nodes), num_chunks=4) == expected
+
+
 def test_nodes_that_are_not_there_yet_are_waited_for_where_the_user_says_that_they_come() -> None:
     config = WorkerConfig(num_workers=4, cpus_per_worker=8, autoscaling=True)
     assert plan.plan_workers(config, cluster_of(HEAD, SMALL)) == WorkerPlan(4, 8, False, True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState, _TrainingResultState
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.display.history import read_csv
 from mnist_ray.errors import UsageError
 from mnist_ray.runs import failures, fit, worker
 from mnist_ray.runs.failures import describe
@@ -106,6 +108,27 @@ def test_a_run_whose_driver_was_killed_is_resumed_and_ends_with_the_same_weights
     assert done.returncode == 0, done.stderr
     assert "going on in epoch" in done.stdout
     assert weights(tmp_path / "run") == weights(undisturbed)
+
+
+def test_a_reproducible_run_has_the_same_bits_killed_and_resumed_with_other_workers(
+    ray_address: str, small_data: Path, tmp_path: Path
+) -> None:
+    flags = [*as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path}), "--reproducible"]
+    alone = run_job("train.py", *flags, "--run-name", "alone", "--num-workers", "1", address=ray_address)
+    assert alone.returncode == 0, alone.stderr
+    more = ["--run-name", "more", "--num-workers", "2"]
+    run_and_act(psutil.Process.kill, "epoch 3/8  finished", *flags, *more, address=ray_address, status=-9)
+    resumed = run_job("train.py", *flags, "--run-name", "more", "--num-workers", "1", "--resume", address=ray_address)
+    assert resumed.returncode == 0, resumed.stderr
+    digests = [re.findall("^weights    SHA-256 ([0-9a-f]{64})$", job.stdout, re.M) for job in (alone, resumed)]
+    assert len(digests[0]) == 1
+    assert digests[0] == digests[1]
+    assert weights(tmp_path / "alone") == weights(tmp_path / "more")
+    epochs, others = (read_csv(locate(str(tmp_path), name), "metrics.csv") for name in ("alone", "more"))
+    assert len(epochs) == 8
+    for epoch, other in zip(epochs, others, strict=True):  # of the one at the kill, nobody may have told the figures
+        assert other["train_loss"] in ("", epoch["train_loss"])
+        assert other["val_loss"] == epoch["val_loss"]
 
 
 @pytest.mark.long

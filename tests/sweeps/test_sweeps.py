@@ -211,6 +211,44 @@ def test_a_trial_that_fails_keeps_its_reason_and_the_sweep_goes_on(
     assert "loss or weights are not finite at step 2 of epoch 1" in failed["reason"]
 
 
+DYING = """
+import os, pathlib, signal, sys
+import numpy as np
+from torch import nn
+from mnist_ray.workload import Arrays, Data, Regression
+
+class Dying(Regression):
+    def load_data(self):
+        inputs = np.random.default_rng(0).random((400, 3), dtype=np.float32)
+        data = Arrays(inputs, inputs.sum(1))
+        return Data(data, data)
+
+    def create_model(self):
+        if pathlib.Path(__file__).with_name("deadly").exists() and "tune.py" not in sys.argv[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return nn.Linear(3, 1)
+"""
+
+
+def test_a_trial_whose_process_dies_is_lost_and_tried_again_by_a_resumed_sweep(
+    ray_address: str, tmp_path: Path
+) -> None:
+    (tmp_path / "dying.py").write_text(DYING)
+    (tmp_path / "deadly").touch()
+    flags = {**QUICK, "validation_size": 100, "num_trials": 1, "num_epochs": 1, "max_failures": 1}
+    flags |= {"workload": tmp_path / "dying.py", "storage_path": tmp_path, "run_name": "lost"}
+    failed = run_job("tune.py", *flags_of(flags), address=ray_address)
+    assert_one_line_error(
+        failed, 1, "; to try again those that were lost: python jobs/tune.py --resume --run-name lost"
+    )
+    assert [row["state"] for row in rows(tmp_path / "lost")] == ["lost"]
+    (tmp_path / "deadly").unlink()
+    where = ["--resume", "--run-name", "lost", "--storage-path", str(tmp_path)]
+    done = run_job("tune.py", *where, address=ray_address)
+    assert done.returncode == 0, done.stderr
+    assert [row["state"] for row in rows(tmp_path / "lost")] == ["done"]
+
+
 def test_a_killed_sweep_goes_on_without_repeating_finished_trials(
     trials_only: None, ray_address: str, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch.multiprocessing.spawn import spawn
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.training import engine, shared_memory
-from mnist_ray.training.chunks import Subtree, added_up
+from mnist_ray.training.chunks import OtherArithmeticError, Subtree, added_up, check_arithmetic
 from mnist_ray.training.engine import Group, Hooks
 from mnist_ray.training.sharding import own_chunks
 from mnist_ray.workload.data import Arrays, Part
@@ -123,6 +124,22 @@ def test_buffers_change_by_the_mean_of_what_chunks_change(few_images: Arrays) ->
     assert after["2.num_batches_tracked"] == 1
     assert torch.equal(after["constant"], before["constant"])
     assert not torch.equal(after["2.running_mean"], before["2.running_mean"])
+
+
+def test_machines_that_compute_otherwise_are_refused_and_the_difference_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    others = [("first", {"processor": ["x86_64", "avx2"]}), ("second", {"processor": ["x86_64", "avx2", "avx512f"]})]
+
+    def gather(into: list[Any], own: object) -> None:
+        into[:] = others
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    with pytest.raises(OtherArithmeticError, match="first has less, second has avx512f"):
+        check_arithmetic(2)
+    others[1] = others[0]
+    check_arithmetic(2)
+    check_arithmetic(1)
 
 
 @pytest.mark.parametrize("num_chunks", [1, 2, 3, 5, 6, 8, 12, 16])
