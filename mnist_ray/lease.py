@@ -25,7 +25,7 @@ from pyarrow import fs
 
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.interrupts import end_with
-from mnist_ray.storage import STORAGE_ERRORS, RunFolder
+from mnist_ray.storage import STORAGE_ERRORS, DamagedFileError, RunFolder
 
 FOLDER = ".owners"
 RENEWED_EVERY_S = 5.0
@@ -97,8 +97,13 @@ class _Claims:
         """Return the others' claims, by their names, but those of the dead, which are removed."""
         alive = {}
         for name in self._folder.files():
-            text = self._folder.read_text(name) if name.startswith(self._prefix) and name != self._name else None
-            if text is None or name.endswith(".tmp"):
+            if not name.startswith(self._prefix) or name.endswith(".tmp") or name == self._name:
+                continue
+            try:
+                text = self._folder.read_text(name)
+            except DamagedFileError:
+                text = ""
+            if text is None:
                 continue
             known = self._seen.get(name)
             if known is None or known[0] != text:

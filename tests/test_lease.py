@@ -67,13 +67,13 @@ def test_the_claim_of_a_process_whose_id_another_has_now_is_taken_at_once(run: R
         assert not left.exists()
 
 
-@pytest.mark.parametrize("content", [json.dumps(asdict(ELSEWHERE)), "", "[]", '{"host": 1}'])
+@pytest.mark.parametrize("content", [json.dumps(asdict(ELSEWHERE)).encode(), b"", b"[]", b'{"host": 1}', b"\xff"])
 def test_a_claim_from_elsewhere_that_does_not_change_is_taken_after_a_time(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch, content: str
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
     monkeypatch.setattr(lease, "EXPIRES_AFTER_S", 0.5)
     left = claim_of(run, ELSEWHERE)
-    left.write_text(content)
+    left.write_bytes(content)
     waited: list[str] = []
     with owned(run, waiting=waited.append):
         assert not left.exists()

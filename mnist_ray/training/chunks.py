@@ -86,7 +86,7 @@ class Chunks:
         self._num_chunks, self._rank, self._world_size = num_chunks, rank, world_size
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._buffers = list(model.buffers())
-        self._before = [buffer.double() for buffer in self._buffers]  # copies, exact also for counters
+        self._before = self._copied_buffers()
         self._dtype = functools.reduce(torch.promote_types, (p.dtype for p in self._parameters), torch.float32)
         self._nodes: list[Subtree] = []
 
@@ -120,9 +120,12 @@ class Chunks:
                 for before, change in zip(self._before, changes, strict=False)
             ]
         )
-        self._before = [buffer.double() for buffer in self._buffers]
+        self._before = self._copied_buffers()
         sums = values[len(values) - len(self._names) :] if self._rank == 0 else [torch.zeros(1)] * len(self._names)
         return {name: value[0] for name, value in zip(self._names, sums, strict=True)}
+
+    def _copied_buffers(self) -> list[Tensor]:
+        return [buffer.to(torch.float64, copy=True) for buffer in self._buffers]  # exact, also for counters
 
     def _set_buffers(self, values: Sequence[Tensor]) -> None:
         for buffer, value in zip(self._buffers, values, strict=True):

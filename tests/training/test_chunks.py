@@ -32,7 +32,7 @@ class Noisy(MNIST):
         model = nn.Sequential(
             nn.Flatten(), nn.Linear(784, 30), nn.BatchNorm1d(30), nn.ReLU(), nn.Dropout(0.3), nn.Linear(30, 10)
         )
-        model.register_buffer("constant", torch.rand(7))
+        model.register_buffer("constant", torch.rand(7, dtype=torch.float64))
         return model
 
     def prepare(self, inputs: Tensor, generator: torch.Generator | None) -> Tensor:
