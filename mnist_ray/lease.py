@@ -60,7 +60,9 @@ class Claim:
         if self.machine != _machine() or not self.machine:
             return False
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) > 1
+            process = psutil.Process(self.pid)
+            is_zombie = process.status() == psutil.STATUS_ZOMBIE  # what has died, and nobody asked how
+            return is_zombie or abs(process.create_time() - self.started) > 1
         except psutil.NoSuchProcess:
             return True
 

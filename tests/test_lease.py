@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mnist_ray import lease
@@ -59,6 +61,17 @@ def test_the_claim_of_a_process_that_has_died_here_is_taken_at_once(run: RunFold
     left = claim_of(run, replace(Claim.own(), pid=dead.pid, holds=True))
     with owned(run):
         assert not left.exists()
+
+
+def test_the_claim_of_a_process_that_has_died_here_and_was_not_waited_for_is_taken_at_once(run: RunFolder) -> None:
+    with psutil.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as dead:
+        left = claim_of(run, replace(Claim.own(), pid=dead.pid, started=dead.create_time(), holds=True))
+        with pytest.raises(UsageError, match="in use"), owned(run):
+            pass
+        dead.kill()
+        os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+        with owned(run):
+            assert not left.exists()
 
 
 def test_the_claim_of_a_process_whose_id_another_has_now_is_taken_at_once(run: RunFolder) -> None:
