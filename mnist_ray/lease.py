@@ -105,6 +105,10 @@ class _Claims:
                 text = self._folder.read_text(name)
             except DamagedFileError:
                 text = ""
+            except JobError:
+                if self._folder.exists(name):
+                    raise
+                continue  # withdrawn just now
             if text is None:
                 continue
             known = self._seen.get(name)
