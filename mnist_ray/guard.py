@@ -72,7 +72,7 @@ def _be_guarded(to_guard: int, from_guard: int) -> None:
 
 def _said(state: int, advice: str) -> str:
     if not os.WIFSIGNALED(state):
-        return f"error: Ray has ended this job's process; its own reason stands above{advice}"
+        return f"error: Ray has ended this job's process; what it said, if anything, stands above{advice}"
     name = signal.Signals(os.WTERMSIG(state)).name
     reason = ", as the system does where memory runs out" if name == "SIGKILL" else ""
     return f"error: this job's process was ended by {name}{reason}{advice}"

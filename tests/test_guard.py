@@ -71,7 +71,7 @@ def test_an_error_in_the_work_keeps_its_traceback_and_nothing_is_added(start: St
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL, as the system does where memory runs out"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", "was ended by SIGSEGV"),
-        ("os._exit(1)", "Ray has ended this job's process; its own reason stands above"),
+        ("os._exit(1)", "Ray has ended this job's process; what it said, if anything, stands above"),
     ],
 )
 def test_where_the_process_is_ended_one_line_says_so_and_how_to_go_on(start: Starter, end: str, message: str) -> None:

@@ -106,19 +106,17 @@ def connect(
 @contextlib.contextmanager
 def _left(leaving: threading.Thread) -> Iterator[None]:
     """Disconnect at the end, or wait until that is done where ``leaving`` has begun it."""
-    is_silent = False
+    has_answered = True
     try:
         yield
     except RaySilentError:
-        is_silent = True
+        has_answered = False  # ray.shutdown would wait for an answer, too; a local Ray ends with this process
         raise
     finally:
-        if is_silent and private.global_worker.node is not None:  # ray.shutdown would wait for an answer, too
-            private.global_worker.node.kill_all_processes(check_alive=False, allow_graceful=False)
-        elif leaving.ident is None:
-            ray.shutdown()
-        else:
+        if leaving.ident is not None:
             leaving.join()
+        elif has_answered:
+            ray.shutdown()
 
 
 def check_workers_start(cluster: Cluster) -> None:
