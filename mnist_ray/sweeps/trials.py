@@ -205,7 +205,7 @@ class TrialTable:
         for name, space in self.space.spaces.items():
             if isinstance(space, Choice) and point.values[name] not in space.options:
                 raise ValueError(f"{spoken(name)} {point.values[name]} is none of the sweep's")
-        if values["state"] not in (DONE, STOPPED, FAILED, RUNNING):
+        if values["state"] not in (*ENDED, LOST, RUNNING):
             raise ValueError(f"{values['state']!r:.40} is no state of a trial")
         return TrialRecord(int(row["trial"]), point, **values)
 

@@ -5,6 +5,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,13 @@ def test_a_worker_has_its_own_three_descriptors_and_none_of_the_server(server: S
 
 
 def test_a_worker_handles_signals_as_a_new_python_does(seen: dict[str, Any]) -> None:
-    assert seen["SIGINT"] == str(signal.default_int_handler)
+    handler = subprocess.run(
+        [sys.executable, "-c", "import signal; print(signal.getsignal(signal.SIGINT))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert seen["SIGINT"] == handler.stdout.strip()
     assert seen["SIGCHLD"] == str(signal.SIG_DFL)
 
 

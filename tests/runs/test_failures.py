@@ -384,6 +384,6 @@ def test_code_that_fails_ends_a_run_and_other_failures_are_told() -> None:
     reporter = failures.FailureReporter(told)
     with pytest.raises(failures.TrainingStoppedError, match=r"^ValueError: bad \(model\.py, line 55\)$"):
         reporter.after_exception(None, {0: failures.CodeFailedError("ValueError: bad (model.py, line 55)")})
-    told.actor.put_nowait.remote.assert_not_called()
+    told.put.remote.assert_not_called()
     reporter.after_exception(None, {1: RayActorError(error_msg="The actor died unexpectedly")})
-    told.actor.put_nowait.remote.assert_called_once_with(WorkersLost("worker 1 died"))
+    told.put.remote.assert_called_once_with(WorkersLost("worker 1 died"))
