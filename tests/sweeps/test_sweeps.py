@@ -212,7 +212,7 @@ def test_a_trial_that_fails_keeps_its_reason_and_the_sweep_goes_on(
 
 
 DYING = """
-import os, pathlib, signal, sys
+import os, pathlib, signal
 import numpy as np
 from torch import nn
 from mnist_ray.workload import Arrays, Data, Regression
@@ -224,28 +224,24 @@ class Dying(Regression):
         return Data(data, data)
 
     def create_model(self):
-        if pathlib.Path(__file__).with_name("deadly").exists() and "tune.py" not in sys.argv[0]:
+        if pathlib.Path(__file__).with_name("deadly").exists() and "RAY_RAYLET_PID" in os.environ:  # not in the driver
             os.kill(os.getpid(), signal.SIGKILL)
         return nn.Linear(3, 1)
 """
 
 
 def test_a_trial_whose_process_dies_is_lost_and_tried_again_by_a_resumed_sweep(
-    ray_address: str, tmp_path: Path
+    trials_only: None, ray_address: str, tmp_path: Path
 ) -> None:
     (tmp_path / "dying.py").write_text(DYING)
     (tmp_path / "deadly").touch()
     flags = {**QUICK, "validation_size": 100, "num_trials": 1, "num_epochs": 1, "max_failures": 1}
     flags |= {"workload": tmp_path / "dying.py", "storage_path": tmp_path, "run_name": "lost"}
-    failed = run_job("tune.py", *flags_of(flags), address=ray_address)
-    assert_one_line_error(
-        failed, 1, "; to try again those that were lost: python jobs/tune.py --resume --run-name lost"
-    )
+    with pytest.raises(JobError, match="; to try again those that were lost: python jobs/tune.py --resume"):
+        tune(flags)
     assert [row["state"] for row in rows(tmp_path / "lost")] == ["lost"]
     (tmp_path / "deadly").unlink()
-    where = ["--resume", "--run-name", "lost", "--storage-path", str(tmp_path)]
-    done = run_job("tune.py", *where, address=ray_address)
-    assert done.returncode == 0, done.stderr
+    run_main("tune", "--resume", "--run-name", "lost", "--storage-path", str(tmp_path))
     assert [row["state"] for row in rows(tmp_path / "lost")] == ["done"]
 
 
