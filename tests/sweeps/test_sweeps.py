@@ -237,7 +237,7 @@ def test_a_trial_whose_process_dies_is_lost_and_tried_again_by_a_resumed_sweep(
     (tmp_path / "deadly").touch()
     flags = {**QUICK, "validation_size": 100, "num_trials": 1, "num_epochs": 1, "max_failures": 1}
     flags |= {"workload": tmp_path / "dying.py", "storage_path": tmp_path, "run_name": "lost"}
-    with pytest.raises(JobError, match="; to try again those that were lost: python jobs/tune.py --resume"):
+    with pytest.raises(JobError, match=r"; to try again those that were lost: python jobs/tune\.py --resume"):
         tune(flags)
     assert [row["state"] for row in rows(tmp_path / "lost")] == ["lost"]
     (tmp_path / "deadly").unlink()
