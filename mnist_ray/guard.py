@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 
+from mnist_ray.interrupts import FORWARDED
 from mnist_ray.screen import say
 
 _DONE = "\0"
@@ -31,12 +32,15 @@ def run(work: Callable[[], int]) -> int:
 
     The child ends with this process.
     """
-    if not hasattr(os, "fork"):
+    if FORWARDED is None or not hasattr(os, "fork"):
         return work()
     told, to_guard = os.pipe()
     from_guard, alive = os.pipe()
+    forwarded = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, forwarded)  # until each of the two does with them what it is to do
     child = os.fork()
     if child == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)
         os.close(told)
         os.close(alive)
         _be_guarded(to_guard, from_guard)
@@ -46,15 +50,14 @@ def run(work: Callable[[], int]) -> int:
             if_ended(_DONE)
     os.close(to_guard)
     os.close(from_guard)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: os.kill(child, signal.SIGUSR1))
+    for number in forwarded:
+        signal.signal(number, lambda number, frame: os.kill(child, FORWARDED))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)
     with open(told, encoding="utf-8", errors="replace") as lines:
-        advice = lines.read().splitlines() or [
-            ""
-        ]  # at the end of the child, and of nobody else: others do not inherit it
+        advice = ["", *lines.read().splitlines()][-1]  # read until the child has gone: no program inherits its end
     _, state = os.waitpid(child, 0)
-    if advice[-1] != _DONE:
-        say(_said(state, advice[-1]), file=sys.stderr)
+    if advice != _DONE:
+        say(_said(state, advice), file=sys.stderr)
         return 1
     return os.waitstatus_to_exitcode(state)
 

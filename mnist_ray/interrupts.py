@@ -9,8 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
-FORWARDED = getattr(signal, "SIGUSR1", None)
+FORWARDED: signal.Signals | None = getattr(signal, "SIGUSR1", None)
 """What ``guard`` sends for a signal that it was sent: that may have reached this process as well."""
+
+
+@dataclass
+class Noted:
+    """Whether an interrupt has come. No ``threading.Event``: a handler that sets one may wait for a lock of its own."""
+
+    is_set: bool = False
 
 
 @dataclass
@@ -19,7 +26,7 @@ class _Heard:
 
     directly: int = 0
     forwarded: int = 0
-    first: threading.Event | None = None
+    first: Noted | None = None
     """To be set by the first interrupt, where it is only to be noted."""
     error: Exception | None = None
     """What a thread ends the job with."""
@@ -42,7 +49,7 @@ def take_signals() -> None:
 def _hear(number: int, frame: FrameType | None) -> None:
     if (error := _heard.error) is not None:
         _heard.error = None
-        is_ending = _heard.first is not None and _heard.first.is_set()  # then Ray may have been sent SIGTERM, too
+        is_ending = _heard.first is not None and _heard.first.is_set  # then Ray may have been sent SIGTERM, too
         raise KeyboardInterrupt if is_ending else error
     before = max(_heard.directly, _heard.forwarded)
     if number == FORWARDED:
@@ -51,16 +58,16 @@ def _hear(number: int, frame: FrameType | None) -> None:
         _heard.directly += 1
     if max(_heard.directly, _heard.forwarded) == before:
         return  # the same one, heard on the other way
-    if _heard.first is not None and not _heard.first.is_set():
-        _heard.first.set()
+    if _heard.first is not None and not _heard.first.is_set:
+        _heard.first.is_set = True
     else:
         raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
-def first_only_noted() -> Iterator[threading.Event]:
-    """Give an event that the first interrupt meanwhile sets, where signals are taken; the second raises."""
-    _heard.first = threading.Event()
+def first_only_noted() -> Iterator[Noted]:
+    """Give what tells of the first interrupt meanwhile, where signals are taken; the second raises."""
+    _heard.first = Noted()
     try:
         yield _heard.first
     finally:

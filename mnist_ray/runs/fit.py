@@ -6,7 +6,6 @@ import contextlib
 import functools
 import math
 import os
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -23,7 +22,7 @@ from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.sharing import share
 from mnist_ray.cluster.watch import LONGEST_SILENCE_S, Ping, RaySilentError, Watch
 from mnist_ray.errors import JobError
-from mnist_ray.interrupts import first_only_noted
+from mnist_ray.interrupts import Noted, first_only_noted
 from mnist_ray.runs import evaluation
 from mnist_ray.runs.failures import FailureReporter, TrainingStoppedError, reason_of
 from mnist_ray.runs.job import Job, about
@@ -133,7 +132,7 @@ def _listening(
     try:
         with first_only_noted() as interrupted:
             _hand_on(result, mailbox, on_event, interrupted)
-        if interrupted.is_set():
+        if interrupted.is_set:
             raise KeyboardInterrupt
         return result.result()
     except RaySilentError:
@@ -149,7 +148,7 @@ def _listening(
 
 
 def _hand_on(
-    result: Future[ray.train.Result], mailbox: Any, on_event: Callable[[Event], None], interrupted: threading.Event
+    result: Future[ray.train.Result], mailbox: Any, on_event: Callable[[Event], None], interrupted: Noted
 ) -> None:
     """Hand on events until there is a result, or for so long as the workers may take to save what they have."""
     is_training, end_at = False, math.inf
@@ -163,7 +162,7 @@ def _hand_on(
                 pings["Ray Train's controller"] = functools.partial(_ping, event.actor)
             is_training = isinstance(event, Started) or (is_training and not isinstance(event, WorkersLost))
             on_event(event)
-        if interrupted.is_set() and end_at == math.inf:
+        if interrupted.is_set and end_at == math.inf:
             end_at = time.monotonic() + (_SAVED_WITHIN_S if is_training else 0)
             if is_training:
                 mailbox.want_stop.remote()

@@ -18,7 +18,6 @@ from typing import Any
 from mnist_ray import cli, private, settings
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError
-from mnist_ray.lease import owned
 from mnist_ray.settings import flag
 from mnist_ray.storage import (
     CONFIG_FILE,
@@ -217,6 +216,8 @@ def check_free(run: RunFolder, *, resume: bool) -> None:
 
 def owning(job: Job, waiting: Callable[[str], None]) -> contextlib.AbstractContextManager[None]:
     """Return what keeps a job's run from others meanwhile. Raises as ``owned`` and ``check_free`` do."""
+    from mnist_ray.lease import owned  # imports psutil, which the header need not wait for
+
     return owned(job.run, functools.partial(check_free, job.run, resume=job.output.resume), waiting)
 
 
