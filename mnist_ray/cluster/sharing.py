@@ -9,6 +9,7 @@ import ray
 
 from mnist_ray.workload.data import Origin, Part
 from mnist_ray.workload.interface import Workload
+from mnist_ray.workload.shuffle import AllBut
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class SharedPart:
     size: int
     stored: ray.ObjectRef | None
     """Arrays in Ray's object store, of which all processes on a node see one copy."""
-    indices: np.ndarray | None
+    indices: np.ndarray | AllBut | None
     """Where it is not stored: which examples it has; None: all."""
 
     def __len__(self) -> int:

@@ -36,6 +36,7 @@ from mnist_ray.workload import source
 from mnist_ray.workload.data import Parts, parts_of
 from mnist_ray.workload.interface import Workload
 from mnist_ray.workload.loading import load_data as load_data_of
+from mnist_ray.workload.shuffle import KIND, LARGEST_IN_MEMORY
 
 
 @dataclass(frozen=True)
@@ -291,17 +292,21 @@ def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Parts]:
 
 def _check_same_data(job: Job, parts: Parts) -> tuple[str, ...]:
     """Raise UsageError where a run goes on with other data; return what the user is to know where that is not known."""
-    then = job.origin.get("data")
-    if then is None:  # it begins, or has begun before digests were kept
+    if not job.origin:
         return ()
-    now = parts.digests
+    then, now = job.origin.get("data", {}), parts.digests  # it may have begun before digests were kept
     differing = [part for part in then if None not in (then[part], now.get(part)) and then[part] != now[part]]
     if differing:
         raise UsageError(
             f"--resume: run {job.run.name} began with other data than {parts.name} ({', '.join(differing)}); "
             "bring them back, or start another run"
         )
-    if None in now.values():
+    if job.origin.get("order") != KIND and len(parts.train) + len(parts.validation) > LARGEST_IN_MEMORY:
+        raise UsageError(
+            f"--resume: run {job.run.name} began when the order of so many {job.workload.nouns} was drawn in another "
+            "way; start another run"
+        )
+    if then and None in now.values():
         return ("whether the data are those that the run began with is not known: they name no files",)
     return ()
 

@@ -40,6 +40,7 @@ from mnist_ray.training.events import EpochFinished, Event
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.data import Parts
 from mnist_ray.workload.interface import Workload
+from mnist_ray.workload.shuffle import KIND
 
 Sections = Callable[[RunFolder], Any]
 """What a report shows besides, made of a run's folder: a sweep's trials."""
@@ -173,7 +174,12 @@ def write_origin(job: Job, data: Parts) -> None:
     workload = job.workload
     assert workload.source is not None
     if unless_damaged(lambda: read_origin(job.run), lambda note: None) is None:
-        about = {"workload_sha256": workload.source.sha256, "facts": workload.facts, "data": data.digests}
+        about = {
+            "workload_sha256": workload.source.sha256,
+            "facts": workload.facts,
+            "data": data.digests,
+            "order": KIND,
+        }
         job.run.write_text(ORIGIN_FILE, json_lines({**origin(), **about}))
         job.run.write_text(WORKLOAD_FILE, workload.source.text)  # to be read by people; it is never loaded from there
 

@@ -15,6 +15,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from mnist_ray.errors import first_line
 from mnist_ray.workload.data import Arrays, Part
+from mnist_ray.workload.shuffle import Shuffled
+
+_DRAWN_AT_ONCE = 2**13  # examples of an epoch's order: each by itself would take a hundred times as long
 
 
 class Batch(NamedTuple):
@@ -40,8 +43,8 @@ def own_chunks(num_chunks: int, rank: int, world_size: int) -> range:
 class ShardedBatchSampler(Sampler[Slice]):
     """One rank's slices of an epoch's global batches: (indices of the slice, size of the global batch).
 
-    The global batches depend on (seed, epoch) only, never on the number of ranks: the epoch's permutation is cut
-    into batches, and rank r of w takes the r-th of w slices of each. So a run may go on with other workers, at any
+    The global batches depend on (seed, epoch) only, never on the number of ranks: the epoch's order is cut into
+    batches, and rank r of w takes the r-th of w slices of each. So a run may go on with other workers, at any
     ``first_step``, and see the batches it would have seen. All ranks get the same number of slices; but where the
     batches are cut into a fixed number of chunks instead, a rank gets each of its chunks by itself.
     """
@@ -70,13 +73,19 @@ class ShardedBatchSampler(Sampler[Slice]):
         return (math.ceil(self.num_examples / self.batch_size) - self.first_step) * len(self.own)
 
     def __iter__(self) -> Iterator[Slice]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_examples)
-        for start in range(self.first_step * self.batch_size, self.num_examples, self.batch_size):
-            batch = order[start : start + self.batch_size]
+        for batch in self._batches():
             for number in self.own:
                 first = len(batch) * number // self.num_slices
                 last = len(batch) * (number + 1) // self.num_slices
                 yield batch[first:last], len(batch)
+
+    def _batches(self) -> Iterator[np.ndarray]:
+        order = Shuffled(self.num_examples, [self.seed, self.epoch])
+        length = math.ceil(_DRAWN_AT_ONCE / self.batch_size) * self.batch_size
+        for start in range(self.first_step * self.batch_size, self.num_examples, length):
+            drawn = order[start : start + length]
+            for first in range(0, len(drawn), self.batch_size):
+                yield drawn[first : first + self.batch_size]
 
 
 class ArrayBatches(Dataset):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from mnist_ray.errors import UsageError
+from mnist_ray.workload.shuffle import AllBut, Shuffled
 
 if TYPE_CHECKING:  # torch takes seconds to import, and arrays can be read without it
     from torch.utils.data import Dataset
@@ -68,7 +69,7 @@ Origin = Literal["train", "validation", "test"]
 class Part:
     """Some of the examples of ``Arrays`` or of a ``Dataset``, in an order of their own."""
 
-    def __init__(self, examples: Any, indices: np.ndarray | None = None, origin: Origin = "train") -> None:
+    def __init__(self, examples: Any, indices: np.ndarray | AllBut | None = None, origin: Origin = "train") -> None:
         self.examples = examples
         self.origin = origin
         """Which of a workload's ``Data`` the examples are."""
@@ -101,7 +102,7 @@ class Part:
         """The whole as arrays in memory, where they are."""
         return self.examples if self.is_in_memory and self.indices is None else None
 
-    def take(self, indices: np.ndarray) -> Part:
+    def take(self, indices: np.ndarray | AllBut) -> Part:
         """Return some of its examples; of arrays in memory, a copy."""
         if self.indices is not None:
             indices = self.indices[indices]
@@ -197,9 +198,8 @@ def hold_out(part: Part, num_validation: int) -> tuple[Part, Part]:
     The choice is random, so that files sorted by label do no harm, and the same for every run and seed, so that runs
     compare on the same examples.
     """
-    order = np.random.default_rng(_HOLD_OUT_SEED).permutation(len(part))
-    validation, train = np.sort(order[:num_validation]), np.sort(order[num_validation:])
-    return part.take(train), part.take(validation)
+    validation = np.sort(Shuffled(len(part), [_HOLD_OUT_SEED])[:num_validation])
+    return part.take(AllBut(len(part), validation)), part.take(validation)
 
 
 def default_validation_size(num_train: int) -> int:

@@ -1,0 +1,93 @@
+"""What the order of an epoch's examples costs as they grow, and whether it is as good: python benchmarks/shuffling.py
+
+For each number of examples: milliseconds to the first batch of 128, nanoseconds for each example of those after it, and
+memory; beside a permutation of all of them. With --accuracy: the test accuracy of the default recipe's network in
+this process, with an order drawn as for many examples and as for few.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+import tracemalloc
+from collections.abc import Sequence
+
+import numpy as np
+
+from mnist_ray.config import TrainConfig
+from mnist_ray.environment import keep_freed_memory
+from mnist_ray.training import engine, sharding
+from mnist_ray.workload import source
+from mnist_ray.workload.data import parts_of
+from mnist_ray.workload.loading import load_data
+from mnist_ray.workload.shuffle import Shuffled
+
+BATCH_SIZE = 128
+NUM_BATCHES = 2000
+
+
+def measure(number: int, order: str) -> str:
+    """Return a row of the table."""
+    first_ms, each_ns = seconds_to_draw(number, order)
+    tracemalloc.start()
+    seconds_to_draw(number, order)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return f"| {number:,} | {order} | {first_ms * 1e3:,.2f} | {each_ns * 1e9:,.0f} | {peak / 2**20:,.1f} |"
+
+
+def seconds_to_draw(number: int, order: str) -> tuple[float, float]:
+    """Return the seconds to an epoch's first batch, and those for each example of the next."""
+    start = time.perf_counter()
+    batches = iter(sharding.ShardedBatchSampler(number, BATCH_SIZE, seed=0, epoch=0))
+    if order == "as a whole":
+        whole = np.random.default_rng((0, 0)).permutation(number)
+        batches = ((whole[first : first + BATCH_SIZE], BATCH_SIZE) for first in range(0, number, BATCH_SIZE))
+    next(batches)
+    first = time.perf_counter()
+    drawn = sum(len(indices) for _, (indices, _) in zip(range(NUM_BATCHES), batches, strict=False))
+    return first - start, (time.perf_counter() - first) / drawn
+
+
+def test_accuracy(seed: int) -> float:
+    """Train by the default recipe in this process; return the last weights' accuracy on the test set."""
+    workload = source.load(source.DEFAULT)()
+    data = parts_of(load_data(workload), None)
+    group = engine.Group()
+    config = TrainConfig(seed=seed, precision=engine.resolve_precision("auto", group))
+    state = engine.create_state(workload, config, len(data.train), group.device)
+    engine.train(workload, state, data.train, config, group, engine.Hooks())
+    return engine.evaluate(workload, state.model, data.test).figures(workload)["accuracy"]
+
+
+def print_accuracies(seeds: Sequence[int]) -> None:
+    """Print each seed's accuracy with both orders, one after the other."""
+    keep_freed_memory()
+    usual = sharding.Shuffled
+    for name, order in (("in memory", usual), ("by place", functools.partial(Shuffled, in_memory=0))):
+        sharding.Shuffled = order  # type: ignore[misc,assignment]
+        accuracies = [test_accuracy(seed) for seed in seeds]
+        each = ", ".join(f"{accuracy:.2%}" for accuracy in accuracies)
+        print(f"| {name} | {statistics.mean(accuracies):.2%} | {each} |", flush=True)
+
+
+def main() -> None:
+    """Read the flags and print the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--accuracy", action="store_true")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
+    args = parser.parse_args()
+    if args.accuracy:
+        print_accuracies(args.seeds)
+        return
+    print("| examples | drawn | first batch, ms | each example after it, ns | MiB |\n|---|---|---|---|---|")
+    for exponent in range(6, 10):
+        print(measure(10**exponent, "by place"), flush=True)
+        if exponent < 9:  # which would take 8 GiB
+            print(measure(10**exponent, "as a whole"), flush=True)
+
+
+if __name__ == "__main__":
+    main()
