@@ -44,7 +44,9 @@ def profile_steps(batch_size: int, precision: str, num_threads: int, num_steps: 
 
     def train(steps: int) -> None:
         for _ in range(steps):
-            engine.train_step(workload, state.model, next(batches), state.optimizer, group, autocast_dtype=dtype)
+            engine.backward(workload, state.model, next(batches), 1 / batch_size, autocast_dtype=dtype)
+            state.optimizer.step()
+            state.optimizer.zero_grad()
             state.scheduler.step()
 
     train(10)

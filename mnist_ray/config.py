@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from mnist_ray.settings import Choice, Range, at_least, fraction, positive, setting
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def _png() -> dict[str, Any]:
@@ -37,7 +37,8 @@ class TrainConfig:
     beta1: float = setting(0.7, "Adam's decay of the gradient's mean", **fraction(with_one=False))
     beta2: float = setting(0.9, "Adam's decay of the gradient's square", **fraction(with_one=False))
     precision: Precision = setting(
-        "auto", "arithmetic of the forward and backward pass; auto: bf16 on CPUs that have it in hardware"
+        "auto",
+        "arithmetic of the forward and backward pass; auto: bf16 where the hardware has it; fp16: with a scaled loss",
     )
     validation_size: int | None = setting(
         None,
@@ -51,6 +52,15 @@ class TrainConfig:
         check=lambda seed: 0 <= seed < 2**31,
         must="must be at least 0, and below 2,147,483,648",
     )
+    clip_grad_norm: float | None = setting(
+        None, "largest norm of all gradients of a step; larger ones are scaled down to it", **positive()
+    )
+    micro_batch_size: int | None = setting(
+        None,
+        "examples whose gradients a worker computes at a time, where its share of a batch does not fit into memory",
+        **at_least(1),
+    )
+    compile: bool = setting(False, "compile the model by torch.compile, which takes a C++ compiler and a minute")
     checkpoint_every: int = setting(1000, "steps between checkpoints within an epoch", **at_least(1))
     reproducible: bool = setting(
         False, "the same weights to the last bit on any number of workers, one thread each, on CPUs; slower"

@@ -67,7 +67,10 @@ def at_least(minimum: float) -> dict[str, Any]:
 
 def positive() -> dict[str, Any]:
     """Return what ``setting`` takes for a positive number."""
-    return {"check": lambda value: math.isfinite(value) and value > 0, "must": "must be a positive number"}
+    return {
+        "check": lambda value: value is None or (math.isfinite(value) and value > 0),
+        "must": "must be a positive number",
+    }
 
 
 def fraction(*, with_one: bool = True) -> dict[str, Any]:

@@ -213,6 +213,9 @@ def test_a_loss_that_becomes_nan_ends_the_run_in_one_line(small_data: Path, tmp_
         (["--reproducible", "--num-workers", "9"], "--reproducible: 9 workers cannot share 8 chunks of a batch"),
         (["--reproducible", "--num-chunks", "1", "--num-workers", "1:2"], "2 workers cannot share 1 chunk of a batch"),
         (["--reproducible", "--use-gpu", "yes"], "--reproducible computes on CPUs only; leave --use-gpu out"),
+        (["--reproducible", "--micro-batch-size", "8"], "take more --num-chunks, not --micro-batch-size"),
+        (["--reproducible", "--compile"], "--reproducible does not go with --compile"),
+        (["--clip-grad-norm", "0"], "--clip-grad-norm must be a positive number, not 0.0"),
         (["--validation-size", "60000"], "--validation-size 60,000 leaves nothing to train on"),
     ],
 )

@@ -237,6 +237,10 @@ def _check_reproducible(train: TrainConfig, workers: WorkerConfig) -> None:
         )
     if workers.use_gpu == "yes":
         raise UsageError("--reproducible computes on CPUs only; leave --use-gpu out")
+    if train.micro_batch_size is not None:
+        raise UsageError("--reproducible computes a chunk at a time; take more --num-chunks, not --micro-batch-size")
+    if train.compile:
+        raise UsageError("--reproducible does not go with --compile, whose kernels' bits are not known to be the same")
 
 
 def _check_output(output: OutputConfig) -> None:

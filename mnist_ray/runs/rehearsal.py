@@ -27,12 +27,12 @@ def rehearsal(job: Job, data: Parts, batch_sizes: Sequence[int] = ()) -> Callabl
         import numpy as np  # torch too, by the two below: this is where it is first needed
         import torch
 
-        from mnist_ray.training.sharding import batches_of
+        from mnist_ray.training.sharding import Slice, batches_of
         from mnist_ray.workload.check import NUM_EXAMPLES, check_batch, check_smallest
 
         def first(number: int) -> Batch:
             with placed(job.workload, "an example"):
-                return batches_of(data.train, torch.device("cpu"))[np.arange(number), number]
+                return batches_of(data.train, torch.device("cpu"))[Slice(np.arange(number))]
 
         with placed(job.workload, "an example"):
             inputs, _ = data.train[0]

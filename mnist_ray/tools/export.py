@@ -20,7 +20,7 @@ from mnist_ray.runs import lookup
 from mnist_ray.screen import say
 from mnist_ray.settings import path_of
 from mnist_ray.storage import write_file
-from mnist_ray.training.sharding import batches_of
+from mnist_ray.training.sharding import Slice, batches_of
 from mnist_ray.workload.data import Part
 from mnist_ray.workload.interface import Workload
 from mnist_ray.workload.loading import load_data
@@ -69,7 +69,7 @@ def _inputs_to_check_on(workload: Workload) -> tuple[str, Iterator[Tensor]]:
         return f"{workload.nouns} of noise", iter(noise[start:stop] for start, stop in _bounds(len(noise)))
     batches = batches_of(part, torch.device("cpu"))
     return f"test {workload.nouns}", (
-        workload.prepare(batches[np.arange(start, stop), 0].inputs, None)
+        workload.prepare(batches[Slice(np.arange(start, stop))].inputs, None)
         for start, stop in _bounds(min(_MOST_COMPARED, len(part)))
     )
 

@@ -47,7 +47,7 @@ _ENTRIES = {
     "scheduler": dict,
     "sha256": dict,
 }
-_MORE_ENTRIES = {"workload": dict, "metrics": dict, "data": dict}
+_MORE_ENTRIES = {"scaler": dict, "workload": dict, "metrics": dict, "data": dict}
 _NO_WORKLOAD: dict[str, Any] = {"reference": "", "sha256": "", "settings": {}, "facts": {}}
 _MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
@@ -89,6 +89,7 @@ def save_checkpoint(folder: Path, state: TrainingState, about: dict[str, Any]) -
         "finished_s": state.finished_s,
         "optimizer": {"values": optimizer_values, "param_groups": optimizer["param_groups"]},
         "scheduler": state.scheduler.state_dict(),
+        "scaler": state.scaler.state_dict(),
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         **about,
     }
@@ -203,6 +204,7 @@ def _put(folder: Path, document: dict[str, Any], state: TrainingState) -> None:
         per_parameter.setdefault(int(index), {}).update(values)
     state.optimizer.load_state_dict({"state": per_parameter, "param_groups": document["optimizer"]["param_groups"]})
     state.scheduler.load_state_dict(document["scheduler"])
+    state.scaler.load_state_dict(document.get("scaler", {}))
     state.epoch, state.step, state.sums, state.epoch_s, state.finished_s = epoch, step, sums, epoch_s, finished_s
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -22,7 +25,16 @@ from mnist_ray.training import shared_memory
 from mnist_ray.training.chunks import Chunks
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import Evaluation, MetricSums
-from mnist_ray.training.sharding import Batch, ShardedBatchSampler, batch_loader, batches_of, to_device
+from mnist_ray.training.sharding import (
+    ArrayBatches,
+    Batch,
+    ExampleBatches,
+    ShardedBatchSampler,
+    Slice,
+    batch_loader,
+    batches_of,
+    to_device,
+)
 from mnist_ray.workload.check import as_fp32
 from mnist_ray.workload.data import Part
 from mnist_ray.workload.interface import Workload
@@ -73,6 +85,8 @@ class TrainingState:
     """Seconds of training in the current epoch so far, without validation and checkpoints."""
     finished_s: float = 0.0
     """Seconds spent so in the epochs before."""
+    scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))
+    """Scales the loss, so that fp16 can hold its gradients; of other precisions it does nothing."""
     last_epoch: float = math.inf
     """Where the training ends."""
     last_step: float = math.inf
@@ -99,7 +113,8 @@ def create_state(workload: Workload, config: TrainConfig, num_examples: int, dev
     optimizer = workload.create_optimizer(model, config)
     num_epochs, num_steps = config.num_epochs, config.num_steps(num_examples)
     scheduler = workload.create_scheduler(optimizer, config, num_epochs * num_steps)
-    return TrainingState(model, optimizer, scheduler, last_epoch=num_epochs, last_step=num_steps)
+    scaler = GradScaler(device.type, enabled=config.precision == "fp16")
+    return TrainingState(model, optimizer, scheduler, scaler=scaler, last_epoch=num_epochs, last_step=num_steps)
 
 
 def with_fast_layout(model: nn.Module) -> nn.Module:
@@ -124,6 +139,9 @@ def train(
     weights that are no finite numbers could get into a checkpoint; and StopWantedError.
     """
     assert config.precision != "auto"
+    if config.compile:
+        # Each shape by itself: the kernels for a batch do not depend on which came before it, as in a resumed run.
+        state.model.compile(dynamic=False)
     model = state.model if config.reproducible else _distributed(state.model, group)
     model.train()
     epochs = _Epochs(workload, state, model, part, config, group, hooks, num_loader_processes)
@@ -155,7 +173,7 @@ class _Epochs:
         window = _Window(self.workload, self.group, hooks.wants_stop, interval_steps=10)
         progress = None
         for sums, global_size in self._reproducible_steps() if config.reproducible else self._steps():
-            state.scheduler.step()
+            self._update()
             state.step += 1
             window.add(sums, global_size)
             checkpoint_due = state.step % config.checkpoint_every == 0
@@ -172,31 +190,53 @@ class _Epochs:
         return progress
 
     def _steps(self) -> Iterator[tuple[dict[str, Tensor], int]]:
-        """Make the optimizer steps left in the epoch; yield each one's sums and the size of its global batch."""
+        """Leave each step's gradients in the model; yield the step's sums and the size of its global batch."""
         generator, seed = _generator(self.group.device), _seed(self.config.seed, self.state.epoch, self.group.rank)
+        total: dict[str, Tensor] = {}
         for batch in self._batches():
-            generator.manual_seed(seed + self.state.step)  # of augmentation and dropout: the same in a resumed run
-            optimizer, dtype = self.state.optimizer, _autocast_dtype(self.config)
-            sums = train_step(self.workload, self.model, batch, optimizer, self.group, generator, dtype)
-            yield sums, batch.global_size
+            if not total:
+                generator.manual_seed(seed + self.state.step)  # of augmentation and dropout: the same in a resumed run
+            # DDP takes the mean of the ranks' gradients, with the last piece of each slice.
+            weight = self.group.world_size / batch.global_size
+            with contextlib.nullcontext() if batch.ends_step else _without_exchange(self.model):
+                sums = self._backward(batch, generator, weight)
+            total = {name: total[name] + value for name, value in sums.items()} if total else sums
+            if batch.ends_step:
+                yield total, batch.global_size
+                total = {}
 
     def _reproducible_steps(self) -> Iterator[tuple[dict[str, Tensor], int]]:
         """Do the same, with the same bits on any number of ranks."""
-        state, group, dtype = self.state, self.group, _autocast_dtype(self.config)
-        generator = _generator(group.device)
-        chunks = Chunks(self.model, self.config.num_chunks, group.rank, group.world_size)
-        seeds = [_seed(self.config.seed, state.epoch, chunk) for chunk in chunks.own]
-        batches = self._batches()
-        while of_step := list(itertools.islice(batches, len(chunks.own))):
-            for chunk, seed, batch in zip(chunks.own, seeds, of_step, strict=True):
-                generator.manual_seed(seed + state.step)
-                loss_sum, sums = forward(self.workload, self.model, batch, generator, dtype)
-                (loss_sum / batch.global_size).backward()  # type: ignore[no-untyped-call]
-                chunks.take(chunk, sums)
-            sums = chunks.give()
-            state.optimizer.step()
-            state.optimizer.zero_grad()
-            yield sums, of_step[0].global_size
+        generator, chunks = _generator(self.group.device), self._chunks
+        seeds = {chunk: _seed(self.config.seed, self.state.epoch, chunk) for chunk in chunks.own}
+        for chunk, batch in zip(itertools.cycle(chunks.own), self._batches(), strict=False):
+            generator.manual_seed(seeds[chunk] + self.state.step)
+            chunks.take(chunk, self._backward(batch, generator, 1 / batch.global_size))
+            if batch.ends_step:
+                yield chunks.give(), batch.global_size
+
+    def _backward(self, batch: Batch, generator: torch.Generator, weight: float) -> dict[str, Tensor]:
+        dtype = _autocast_dtype(self.config)
+        return backward(self.workload, self.model, batch, weight, generator, dtype, self.state.scaler)
+
+    def _update(self) -> None:
+        """Make an optimizer step of the gradients in the model, and one of the schedule."""
+        state, largest_norm = self.state, self.config.clip_grad_norm
+        if largest_norm is not None:
+            state.scaler.unscale_(state.optimizer)
+            nn.utils.clip_grad_norm_(state.model.parameters(), largest_norm)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad()
+        state.scheduler.step()
+
+    @cached_property
+    def _arrays(self) -> ArrayBatches | ExampleBatches | None:
+        return None if self.part.arrays is None else ArrayBatches(self.part.arrays, self.group.device)
+
+    @cached_property
+    def _chunks(self) -> Chunks:
+        return Chunks(self.model, self.config.num_chunks, self.group.rank, self.group.world_size)
 
     def _batches(self) -> Iterator[Batch]:
         """Yield this rank's slices of what is left of the current epoch, on the device."""
@@ -209,9 +249,12 @@ class _Epochs:
             world_size=self.group.world_size,
             first_step=self.state.step,
             num_chunks=self.config.chunks,
+            piece_size=self.config.micro_batch_size,
         )
-        dataset = batches_of(self.part, self.group.device, _seed(self.config.seed, self.state.epoch, 0))
-        for batch in batch_loader(dataset, sampler, self.num_loader_processes):
+        examples = self._arrays
+        if examples is None:
+            examples = ExampleBatches(self.part, _seed(self.config.seed, self.state.epoch, 0))
+        for batch in batch_loader(examples, sampler, self.num_loader_processes):
             yield to_device(batch, self.group.device)
 
 
@@ -226,7 +269,12 @@ def _generator(device: torch.device) -> torch.Generator:
 
 
 def _autocast_dtype(config: TrainConfig) -> torch.dtype | None:
-    return torch.bfloat16 if config.precision == "bf16" else None
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+
+
+def _without_exchange(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Return what keeps gradients on this rank meanwhile."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 
 def _check_weights(state: TrainingState) -> None:
@@ -235,40 +283,27 @@ def _check_weights(state: TrainingState) -> None:
         raise TrainingDivergedError(state.epoch + 1, state.step)
 
 
-def train_step(
+def backward(
     workload: Workload,
     model: nn.Module,
     batch: Batch,
-    optimizer: torch.optim.Optimizer,
-    group: Group,
+    weight: float,
     generator: torch.Generator | None = None,
     autocast_dtype: torch.dtype | None = None,
+    scaler: GradScaler | None = None,
 ) -> dict[str, Tensor]:
-    """Make one optimizer step; return this rank's sums of the loss and of what the workload measures, on the device.
+    """Add to the model's gradients those of ``weight`` × the sum of a batch's losses, as ``scaler`` scales them.
 
-    Each rank's loss is its sum of losses × world size / global batch size. DDP takes the mean of the ranks'
-    gradients, so the step follows the true mean over the global batch, also where slices are uneven or empty.
+    Returns the sums of the loss and of what the workload measures, on the device. Weighed by the size of the global
+    batch, the gradients of slices add up to those of its mean loss, also where slices are uneven or empty.
     """
-    loss_sum, sums = forward(workload, model, batch, generator, autocast_dtype)
-    optimizer.zero_grad()
-    (loss_sum * (group.world_size / batch.global_size)).backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    return sums
-
-
-def forward(
-    workload: Workload,
-    model: nn.Module,
-    batch: Batch,
-    generator: torch.Generator | None,
-    autocast_dtype: torch.dtype | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the sum of a batch's losses, to go backward from, and the sums of the loss and of what is measured."""
     device = next(model.parameters()).device
     with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
         outputs = as_fp32(model(workload.prepare(batch.inputs, generator)))
     loss_sum = workload.loss(outputs, batch.targets).sum()
-    return loss_sum, {"loss": loss_sum.detach(), **measured_sums(workload, outputs, batch.targets)}
+    loss = loss_sum * weight
+    (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+    return {"loss": loss_sum.detach(), **measured_sums(workload, outputs, batch.targets)}
 
 
 def measured_sums(workload: Workload, outputs: Any, targets: Any) -> dict[str, Tensor]:
@@ -363,14 +398,15 @@ def _distributed(model: nn.Module, group: Group) -> nn.Module:
 
 
 def resolve_precision(precision: Precision, group: Group) -> Precision:
-    """Return ``"fp32"`` or ``"bf16"`` for a setting that may be ``"auto"``, the same on every rank.
+    """Return the precision for a setting that may be ``"auto"``, the same on every rank.
 
-    Auto is bf16 on CPUs with bf16 instructions, where it was measured to be faster on this network; on a GPU it was
-    not measured, and stays fp32.
+    Auto is bf16 where the ranks' processors or GPUs have it in hardware, else fp32.
     """
     if precision != "auto":
         return precision
-    supported = torch.tensor(int(group.device.type == "cpu" and cpu_has_bf16()), device=group.device)
+    on_gpu = group.device.type == "cuda"
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_has_bf16()
+    supported = torch.tensor(int(has_bf16), device=group.device)
     if group.world_size > 1:
         dist.all_reduce(supported, dist.ReduceOp.MIN)
     return "bf16" if supported.item() else "fp32"
@@ -388,10 +424,10 @@ def evaluate(workload: Workload, model: nn.Module, part: Part, num_loader_proces
     was_training = model.training
     model.eval()
     starts = range(0, len(part), EVALUATION_BATCH_SIZE)
-    slices = [(np.arange(start, min(start + EVALUATION_BATCH_SIZE, len(part))), 0) for start in starts]
+    slices = [Slice(np.arange(start, min(start + EVALUATION_BATCH_SIZE, len(part))), 0) for start in starts]
     batch_sums: list[dict[str, float]] = []
     columns: list[dict[str, np.ndarray]] = []
-    for batch in batch_loader(batches_of(part, device), slices, num_loader_processes):  # type: ignore[arg-type]
+    for batch in batch_loader(batches_of(part, device), slices, num_loader_processes):
         batch = to_device(batch, device)
         outputs = as_fp32(model(workload.prepare(batch.inputs, None)))
         sums = {"loss": workload.loss(outputs, batch.targets).sum(), **measured_sums(workload, outputs, batch.targets)}

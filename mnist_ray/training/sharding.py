@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,22 +18,31 @@ from mnist_ray.errors import first_line
 from mnist_ray.workload.data import Arrays, Part
 from mnist_ray.workload.shuffle import Shuffled
 
+_MOST_OF_GPU = 0.4  # of the memory that is free, which activations and a second worker may want too
 _DRAWN_AT_ONCE = 2**13  # examples of an epoch's order: each by itself would take a hundred times as long
 
 
 class Batch(NamedTuple):
-    """One rank's slice of a global batch."""
+    """One rank's slice of a global batch, or a piece of it."""
 
     inputs: Any
-    """As the workload's data have them, (local batch size, ...); the slice may be empty."""
+    """As the workload's data have them, (examples, ...); there may be none."""
     targets: Any
-    """(local batch size, ...)."""
+    """(examples, ...)."""
     global_size: int
     """Examples of the whole batch over all ranks."""
+    ends_step: bool = True
+    """Whether no other piece of the same batch follows on this rank."""
 
 
-Slice = tuple[np.ndarray, int]
-"""What the loader asks a data set for: the indices of a slice, and the size of its global batch."""
+class Slice(NamedTuple):
+    """What the loader asks a data set for."""
+
+    indices: np.ndarray
+    global_size: int = 0
+    """As ``Batch`` has it; 0 where there is no step to make."""
+    ends_step: bool = True
+    """As ``Batch`` has it."""
 
 
 def own_chunks(num_chunks: int, rank: int, world_size: int) -> range:
@@ -41,12 +51,13 @@ def own_chunks(num_chunks: int, rank: int, world_size: int) -> range:
 
 
 class ShardedBatchSampler(Sampler[Slice]):
-    """One rank's slices of an epoch's global batches: (indices of the slice, size of the global batch).
+    """One rank's slices of an epoch's global batches.
 
     The global batches depend on (seed, epoch) only, never on the number of ranks: the epoch's order is cut into
     batches, and rank r of w takes the r-th of w slices of each. So a run may go on with other workers, at any
-    ``first_step``, and see the batches it would have seen. All ranks get the same number of slices; but where the
-    batches are cut into a fixed number of chunks instead, a rank gets each of its chunks by itself.
+    ``first_step``, and see the batches it would have seen. All ranks get the same number of slices; but a slice comes
+    in pieces where it has more than ``piece_size`` examples, or where the batches are cut into ``num_chunks``, of which
+    a rank gets each of its own by itself.
     """
 
     def __init__(
@@ -60,24 +71,28 @@ class ShardedBatchSampler(Sampler[Slice]):
         world_size: int = 1,
         first_step: int = 0,
         num_chunks: int | None = None,
+        piece_size: int | None = None,
     ) -> None:
         self.num_examples = num_examples
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = epoch
         self.first_step = first_step
+        self.piece_size = piece_size or batch_size
         self.num_slices = num_chunks or world_size
         self.own = own_chunks(self.num_slices, rank, world_size)
 
-    def __len__(self) -> int:
-        return (math.ceil(self.num_examples / self.batch_size) - self.first_step) * len(self.own)
-
     def __iter__(self) -> Iterator[Slice]:
         for batch in self._batches():
-            for number in self.own:
-                first = len(batch) * number // self.num_slices
-                last = len(batch) * (number + 1) // self.num_slices
-                yield batch[first:last], len(batch)
+            bounds = [len(batch) * number // self.num_slices for number in (*self.own, self.own.stop)]
+            pieces = [piece for first, last in pairwise(bounds) for piece in self._cut(batch[first:last])]
+            for piece in pieces:
+                yield Slice(piece, len(batch), ends_step=piece is pieces[-1])
+
+    def _cut(self, indices: np.ndarray) -> list[np.ndarray]:
+        if len(indices) <= self.piece_size:
+            return [indices]
+        return np.array_split(indices, math.ceil(len(indices) / self.piece_size))
 
     def _batches(self) -> Iterator[np.ndarray]:
         order = Shuffled(self.num_examples, [self.seed, self.epoch])
@@ -89,22 +104,32 @@ class ShardedBatchSampler(Sampler[Slice]):
 
 
 class ArrayBatches(Dataset):
-    """Arrays that are indexed by whole slices, on the device where they are trained on.
+    """Arrays that are indexed by whole slices, where they lie.
 
-    On the CPU the tensors are views of the given arrays; on a GPU arrays in memory are copied there once.
+    On the CPU the tensors are views of the given arrays. A GPU with room for all of them gets a copy, once.
     """
 
     def __init__(self, arrays: Arrays, device: torch.device) -> None:
-        self.inputs = _tensor(arrays.inputs).to(device)
-        self.targets = _tensor(arrays.targets).to(device)
+        place = device if _fit(arrays, device) else torch.device("cpu")
+        self.inputs = _tensor(arrays.inputs).to(place)
+        self.targets = _tensor(arrays.targets).to(place)
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, chosen: Slice) -> Batch:
-        indices, global_size = chosen
-        on_device = torch.from_numpy(indices).to(self.inputs.device)
-        return Batch(self.inputs[on_device], self.targets[on_device], global_size)
+        indices = torch.from_numpy(chosen.indices)
+        if self.inputs.is_cuda:
+            indices = indices.pin_memory().to(self.inputs.device, non_blocking=True)
+        return Batch(self.inputs[indices], self.targets[indices], *chosen[1:])
+
+
+def _fit(arrays: Arrays, device: torch.device) -> bool:
+    """Tell whether a device has room for arrays beside the model's own needs."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return arrays.inputs.nbytes + arrays.targets.nbytes <= _MOST_OF_GPU * free
 
 
 class ExampleError(Exception):
@@ -126,11 +151,11 @@ class ExampleBatches(Dataset):
         return len(self.part)
 
     def __getitem__(self, chosen: Slice) -> Batch:
-        indices, global_size = chosen
+        indices = chosen.indices
         if isinstance(self.part.examples, Arrays):
             # Copied into memory of torch's own, whose alignment never differs: the bits of a sum may depend on it.
             inputs, targets = (_tensor(rows).clone() for rows in self.part.rows(indices))
-            return Batch(inputs, targets, global_size)
+            return Batch(inputs, targets, *chosen[1:])
         # An empty slice has the shapes of one example.
         examples = [self._example(index) for index in indices.tolist() or [0]]
         try:
@@ -141,7 +166,7 @@ class ExampleBatches(Dataset):
             ) from error
         if len(indices) == 0:
             inputs, targets = _emptied(inputs), _emptied(targets)
-        return Batch(inputs, targets, global_size)
+        return Batch(inputs, targets, *chosen[1:])
 
     def _example(self, index: int) -> tuple[Any, Any]:
         seed = (self.seed * 2_147_483_647 + index) % 2**63
@@ -202,22 +227,21 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         return batch
     inputs = _map(lambda tensor: tensor.to(device, non_blocking=True), batch.inputs)
     targets = _map(lambda tensor: tensor.to(device, non_blocking=True), batch.targets)
-    return Batch(inputs, targets, batch.global_size)
+    return batch._replace(inputs=inputs, targets=targets)
 
 
-def batch_loader(
-    dataset: ArrayBatches | ExampleBatches, slices: Sampler[Slice] | list[Slice], num_processes: int = 0
-) -> DataLoader:
+def batch_loader(dataset: ArrayBatches | ExampleBatches, slices: Iterable[Slice], num_processes: int = 0) -> DataLoader:
     """Return a loader of slices; ``num_processes`` read a ``Dataset`` ahead, arrays need none.
 
     ``batch_size=None`` makes the DataLoader hand each of the sampler's items to the data set as it is: of arrays one
     indexing operation a batch, where the usual loader makes one an example and then stacks them.
     """
+    is_on_gpu = isinstance(dataset, ArrayBatches) and dataset.inputs.is_cuda
     num_workers = num_processes if isinstance(dataset, ExampleBatches) else 0
     return DataLoader(
         dataset,
         sampler=slices,
         batch_size=None,
         num_workers=num_workers,
-        pin_memory=num_workers > 0 and torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available() and not is_on_gpu,
     )

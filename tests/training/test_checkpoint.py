@@ -72,6 +72,33 @@ def test_a_run_resumed_anywhere_ends_bit_identical(
     assert {path.name for path in tmp_path.iterdir()} == expected
 
 
+class Steep(MNIST):
+    """Whose gradients fp16 cannot hold at first. On CPUs, its convolutions would take minutes."""
+
+    def create_model(self) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return 100 * super().loss(outputs, targets)
+
+
+Steep.source = MNIST.source
+
+
+def test_a_run_with_a_scaled_loss_in_pieces_goes_on_bit_identical(tmp_path: Path, few_images: Arrays) -> None:
+    config = replace(CONFIG, num_epochs=1, precision="fp16", micro_batch_size=7, clip_grad_norm=0.5)
+    for name in ("whole", "resumed"):
+        (tmp_path / name).mkdir()
+    state = train_and_save(tmp_path / "whole", few_images, config, workload=Steep())
+    assert state.scaler.get_scale() < 65536
+    train_and_save(tmp_path / "resumed", few_images, config, tmp_path / "whole" / "0-14", Steep())
+    whole, resumed = (tmp_path / name / "1-0" for name in ("whole", "resumed"))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+    scalers = [checkpoint.read_state(folder)["scaler"] for folder in (whole, resumed)]
+    assert scalers[0] == scalers[1]
+
+
 def as_numbers(position: str) -> list[int]:
     return [int(number) for number in position.split("-")]
 

@@ -15,6 +15,7 @@ from mnist_ray.training.sharding import (
     ExampleBatches,
     ExampleError,
     ShardedBatchSampler,
+    Slice,
     batch_loader,
     batches_of,
     to_device,
@@ -105,7 +106,7 @@ def test_all_ranks_slices_are_together_the_batches_of_one(dataset: Dataset, worl
 def test_every_example_is_loaded_once_an_epoch_in_the_samplers_order() -> None:
     batches = slices_of(ExampleBatches(Part(Rows()), 0), 0, 1)
     order = [
-        index for indices, _ in ShardedBatchSampler(NUM_EXAMPLES, BATCH_SIZE, seed=3, epoch=0) for index in indices
+        index for indices, *_ in ShardedBatchSampler(NUM_EXAMPLES, BATCH_SIZE, seed=3, epoch=0) for index in indices
     ]
     assert torch.cat([batch.targets for batch in batches]).tolist() == order
     assert torch.cat([batch.inputs for batch in batches]).equal(torch.tensor(order).float()[:, None].expand(-1, 3))
@@ -127,18 +128,18 @@ def test_an_empty_slice_has_the_shapes_and_dtypes_of_the_others() -> None:
 
 
 def test_an_empty_slice_has_no_texts() -> None:
-    batch = ExampleBatches(Part(Texts()), 0)[np.array([], int), 2]
+    batch = ExampleBatches(Part(Texts()), 0)[Slice(np.array([], int))]
     assert (len(batch.targets), len(batch.inputs["text"])) == (0, 0)
 
 
 def test_an_empty_slice_of_inputs_with_an_empty_list_is_no_traceback() -> None:
-    batch = ExampleBatches(Part([({"boxes": []}, 0)]), 0)[np.array([], int), 2]
+    batch = ExampleBatches(Part([({"boxes": []}, 0)]), 0)[Slice(np.array([], int))]
     assert (len(batch.targets), batch.inputs) == (0, {"boxes": []})
 
 
 def test_dicts_keep_their_keys() -> None:
     for chosen in (np.array([4, 2]), np.array([], int)):
-        batch = ExampleBatches(Part(Tables()), 0)[chosen, 2]
+        batch = ExampleBatches(Part(Tables()), 0)[Slice(chosen)]
         assert list(batch.inputs) == ["size", "image"]
         assert batch.inputs["size"].tolist() == chosen.tolist()
         image, half = batch.inputs["image"]
@@ -147,7 +148,7 @@ def test_dicts_keep_their_keys() -> None:
 
 
 def test_a_batch_is_moved_to_a_device_with_all_that_it_holds() -> None:
-    batch = ExampleBatches(Part(Tables()), 0)[np.array([4, 2]), 2]
+    batch = ExampleBatches(Part(Tables()), 0)[Slice(np.array([4, 2]), 2)]
     assert to_device(batch, CPU) is batch
     moved = to_device(batch, torch.device("meta"))
     assert {leaf.device.type for leaf in [*leaves(moved.inputs), *leaves(moved.targets)]} == {"meta"}
@@ -157,7 +158,7 @@ def test_a_batch_is_moved_to_a_device_with_all_that_it_holds() -> None:
 
 def test_a_part_of_a_data_set_is_loaded_by_its_own_indices() -> None:
     part = Part(Rows()).take(np.array([9, 5, 7]))
-    batch = ExampleBatches(part, 0)[np.array([2, 0]), 2]
+    batch = ExampleBatches(part, 0)[Slice(np.array([2, 0]))]
     assert batch.targets.tolist() == [7, 9]
 
 
@@ -213,9 +214,21 @@ def test_mapped_arrays_are_loaded_as_those_in_memory_are(tmp_path: Path) -> None
 
 def test_held_out_examples_of_arrays_are_loaded_by_whole_slices() -> None:
     part = Part(Arrays(np.arange(10), np.arange(10))).take(np.array([8, 3, 5]))
-    batch = batches_of(part, CPU)[np.array([2, 0]), 2]
+    batch = batches_of(part, CPU)[Slice(np.array([2, 0]))]
     assert isinstance(batches_of(part, CPU), ArrayBatches)
     assert batch.targets.tolist() == [5, 8]
+
+
+def test_arrays_stay_in_main_memory_where_a_gpu_has_no_room_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = Arrays(np.zeros((100, 28, 28), np.uint8), np.zeros(100, np.uint8))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (100 * 785 * 2, 10**9))
+    assert ArrayBatches(arrays, torch.device("cuda")).inputs.device == CPU
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (100 * 785 * 3, 10**9))
+    if torch.cuda.is_available():
+        assert ArrayBatches(arrays, torch.device("cuda")).inputs.is_cuda
+    else:
+        with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):  # there is none to copy them to
+            ArrayBatches(arrays, torch.device("cuda"))
 
 
 def test_arrays_are_never_read_by_loader_processes() -> None:
@@ -233,7 +246,7 @@ class Failing(Rows):
 
 @pytest.mark.parametrize("num_processes", [0, 1])
 def test_an_error_of_a_data_set_is_said_with_its_place_wherever_it_is_read(num_processes: int) -> None:
-    loader = batch_loader(batches_of(Part(Failing()), CPU), [(np.arange(2), 2)], num_processes)
+    loader = batch_loader(batches_of(Part(Failing()), CPU), [Slice(np.arange(2))], num_processes)
     with pytest.raises(KeyError) as raised:
         next(iter(loader))
     line = next(number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "# here" in text)
@@ -257,7 +270,7 @@ class OfAnotherSize(Rows):
 
 def test_an_example_that_cannot_be_read_is_named() -> None:
     with pytest.raises(ExampleError, match=r"^train example 1 cannot be read: image file is truncated$"):
-        batches_of(Part(Truncated()), CPU)[np.array([1]), 1]
+        batches_of(Part(Truncated()), CPU)[Slice(np.array([1]))]
 
 
 def test_an_example_that_does_not_fit_the_others_is_named() -> None:
@@ -265,4 +278,4 @@ def test_an_example_that_does_not_fit_the_others_is_named() -> None:
         r"^train examples do not fit together: example 2 has shapes \(\(4,\), \(\)\), example 1 has \(\(3,\), \(\)\)$"
     )
     with pytest.raises(ExampleError, match=message):
-        batches_of(Part(OfAnotherSize()), CPU)[np.arange(1, 3), 2]
+        batches_of(Part(OfAnotherSize()), CPU)[Slice(np.arange(1, 3))]

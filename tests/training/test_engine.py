@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
@@ -16,7 +18,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.training import engine, shared_memory
 from mnist_ray.training.engine import Group, Hooks, TrainingDivergedError, TrainingState
 from mnist_ray.training.events import Progress
-from mnist_ray.training.sharding import Batch
+from mnist_ray.training.sharding import Batch, ShardedBatchSampler
 from mnist_ray.workload.data import Arrays, Part
 from tests.conftest import mnist
 
@@ -44,8 +46,20 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3, eps=1e-4),
 }
 WORLD_SIZES = (1, 2, 3, 4)
-# 30 steps each: even slices; slices of 2 and 3 images; some ranks with no image at all; a smaller last batch.
-BATCHES = {"even": (480, 16), "uneven": (240, 8), "empty": (60, 2), "last": (470, 16)}
+# Images and settings of 30 steps each: even slices; slices of 2 and 3 images; some ranks with no image at all; a
+# smaller last batch; slices in pieces, of which some ranks have one more than others; gradients that are all cut down.
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "even": (480, {"batch_size": 16}),
+    "uneven": (240, {"batch_size": 8}),
+    "empty": (60, {"batch_size": 2}),
+    "last": (470, {"batch_size": 16}),
+    "pieces": (470, {"batch_size": 16, "micro_batch_size": 3}),
+    "clipped": (470, {"batch_size": 16, "micro_batch_size": 5, "clip_grad_norm": 0.2}),
+}
+
+
+def config_of(case: str) -> TrainConfig:
+    return replace(CONFIG, schedule="constant", **CASES[case][1])
 
 
 def train_on_gloo(rank: int, folder: Path, images: np.ndarray, labels: np.ndarray, through_memory: bool) -> None:
@@ -62,8 +76,8 @@ def train_on_gloo(rank: int, folder: Path, images: np.ndarray, labels: np.ndarra
         store = f"file://{folder}/store-{world_size}"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
         for optimizer, create in OPTIMIZERS.items():
-            for case, (num_images, batch_size) in BATCHES.items():
-                config = replace(CONFIG, batch_size=batch_size, schedule="constant")
+            for case, (num_images, _) in CASES.items():
+                config = config_of(case)
                 state = engine.create_state(mnist(), config, num_images, CPU)
                 state.optimizer = create(state.model.parameters())
                 split = Arrays(images[:num_images], labels[:num_images])
@@ -83,7 +97,7 @@ def gloo_weights(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
-@pytest.mark.parametrize("case", BATCHES)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
     ("optimizer", "tolerance"),
     [
@@ -98,6 +112,33 @@ def test_any_number_of_processes_ends_with_the_same_weights(
     alone = load_file(gloo_weights / f"{optimizer}-{case}-1")
     together = load_file(gloo_weights / f"{optimizer}-{case}-{world_size}")
     assert largest_difference(together, alone) < tolerance
+
+
+def train_plainly(case: str, optimizer: str, few_images: Arrays) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Return the weights after whole batches in a loop of plain PyTorch, and the norm of each step's gradient."""
+    config, (num_images, _) = config_of(case), CASES[case]
+    model = engine.create_state(mnist(), config, num_images, CPU).model
+    steps, norms = OPTIMIZERS[optimizer](model.parameters()), []
+    images, labels = torch.tensor(few_images.inputs), torch.tensor(few_images.targets)
+    for indices, *_ in ShardedBatchSampler(num_images, config.batch_size, seed=config.seed, epoch=0):
+        chosen = torch.from_numpy(indices)
+        loss = F.cross_entropy(model(mnist().prepare(images[chosen], None)), labels[chosen].long())
+        steps.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or math.inf).item())
+        steps.step()
+    return model.state_dict(), norms
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("case", ["pieces", "clipped"])
+def test_pieces_and_clipping_are_what_a_plain_loop_does(
+    gloo_weights: Path, case: str, world_size: int, few_images: Arrays
+) -> None:
+    expected, norms = train_plainly(case, "sgd", few_images)
+    assert largest_difference(load_file(gloo_weights / f"sgd-{case}-{world_size}"), expected) < 1e-5
+    if case == "clipped":
+        assert min(norms) > 0.2, "each step is cut down"
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -115,9 +156,8 @@ def test_a_slices_gradient_is_its_part_of_the_true_mean(few_images: Arrays) -> N
 
     def gradient(first: int, last: int, world_size: int) -> torch.Tensor:
         state = engine.create_state(mnist(), CONFIG, 8, CPU)
-        no_step = torch.optim.SGD(state.model.parameters(), lr=0.0)
         batch = Batch(images[first:last], labels[first:last], global_size=8)
-        engine.train_step(mnist(), state.model, batch, no_step, Group(0, world_size))
+        engine.backward(mnist(), state.model, batch, world_size / 8)
         return torch.cat([parameter.grad.flatten() for parameter in state.model.parameters()])  # type: ignore[union-attr]
 
     torch.testing.assert_close((gradient(0, 3, 2) + gradient(3, 8, 2)) / 2, gradient(0, 8, 1))
@@ -140,6 +180,12 @@ def test_bf16_learns_too(few_images: Arrays) -> None:
     hooks = Hooks(progress=lambda progress: losses.extend(progress.losses))
     weights_after(config, Arrays(few_images.inputs[:30], few_images.targets[:30]), hooks=hooks)
     assert losses[-1] < 0.5
+
+
+@pytest.mark.long
+def test_a_compiled_model_learns_the_same(few_images: Arrays) -> None:
+    compiled = weights_after(replace(CONFIG, compile=True), few_images)
+    assert largest_difference(compiled, weights_after(CONFIG, few_images)) < 1e-3
 
 
 def test_progress_agrees_with_a_plain_computation(few_images: Arrays) -> None:

@@ -37,14 +37,14 @@ def test_shards_partition_every_epoch_into_the_same_global_batches(
         by_rank = shards(num_examples, batch_size, world_size, epoch)
         assert {len(slices) for slices in by_rank} == {math.ceil(num_examples / batch_size)}
         steps = list(zip(*by_rank, strict=True))
-        batches = [np.concatenate([indices for indices, _ in step]) for step in steps]
+        batches = [np.concatenate([piece.indices for piece in step]) for step in steps]
         assert sorted(np.concatenate(batches)) == list(range(num_examples))
         for step, batch in zip(steps, batches, strict=True):
-            assert {size for _, size in step} == {len(batch)}
-            lengths = [len(indices) for indices, _ in step]
+            assert {piece.global_size for piece in step} == {len(batch)}
+            lengths = [len(piece.indices) for piece in step]
             assert max(lengths) - min(lengths) <= 1
         if epoch == 0:
-            for batch, (expected, _) in zip(batches, alone, strict=True):
+            for batch, (expected, *_) in zip(batches, alone, strict=True):
                 np.testing.assert_array_equal(batch, expected)
 
 
@@ -60,7 +60,7 @@ def test_a_sampler_goes_on_at_any_step() -> None:
     whole = shards(100, 8, 2)[1]
     rest = shards(100, 8, 2, first_step=5)[1]
     assert len(rest) == len(whole) - 5
-    for (indices, _), (expected, _) in zip(rest, whole[5:], strict=True):
+    for (indices, *_), (expected, *_) in zip(rest, whole[5:], strict=True):
         np.testing.assert_array_equal(indices, expected)
 
 
@@ -72,8 +72,7 @@ def test_the_loader_gives_the_sampled_examples_in_whole_batches() -> None:
     loader = batch_loader(ArrayBatches(arrays, torch.device("cpu")), sampler)
     batches = list(loader)
     assert [batch.global_size for batch in batches] == [4, 4, 2]
-    for batch, (indices, _) in zip(batches, sampler, strict=True):
+    for batch, (indices, *_) in zip(batches, sampler, strict=True):
         assert isinstance(batch, Batch)
         assert batch.targets.tolist() == indices.tolist()
         np.testing.assert_array_equal(batch.inputs.numpy(), arrays.inputs[indices])
-    assert len(loader) == 3

@@ -8,7 +8,7 @@ import torch
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.training.sharding import batches_of
+from mnist_ray.training.sharding import Slice, batches_of
 from mnist_ray.workload.check import NUM_EXAMPLES, as_fp32, check_batch
 from mnist_ray.workload.data import parts_of
 from mnist_ray.workload.loading import load_data
@@ -53,8 +53,7 @@ def rehearsed(write: Write, body: str, base: str = "Right") -> dict[str, Any] | 
     """Load what ``Wrong``, a workload derived from ``base``, says is its data, and let a batch go through it."""
     workload = load(f"{write(f'{RIGHT}class Wrong({base}):{body}')}:Wrong")()
     train = parts_of(load_data(workload), 0).train
-    indices = np.arange(min(NUM_EXAMPLES, len(train)))
-    batch = batches_of(train, torch.device("cpu"))[indices, len(indices)]
+    batch = batches_of(train, torch.device("cpu"))[Slice(np.arange(min(NUM_EXAMPLES, len(train))))]
     return check_batch(workload, batch.inputs, batch.targets, TrainConfig())
 
 
