@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -148,6 +148,14 @@ def run_and_act(
 
     That is its standard output, and its standard error.
     """
+    return run_and_act_twice({when: act}, *flags, address=address, status=status)
+
+
+def run_and_act_twice(
+    acts: Mapping[str, Callable[[psutil.Process], None]], *flags: str, address: str, status: int = 0
+) -> tuple[str, str]:
+    """Do the same with several things to do, each at the first line that starts so."""
+    to_do = dict(acts)
     with tempfile.TemporaryFile("w+") as errors:
         job = psutil.Popen(
             [sys.executable, "-u", str(ROOT / "jobs" / "train.py"), *flags, *_how_workers_start("train.py")],
@@ -157,12 +165,11 @@ def run_and_act(
             env={**os.environ, "RAY_ADDRESS": address},
         )
         try:
-            lines, acted = [], False
+            lines = []
             for line in job.stdout:
                 lines.append(line)
-                if line.startswith(when) and not acted:
-                    acted = True
-                    act(job)
+                for when in [when for when in to_do if line.startswith(when)]:
+                    to_do.pop(when)(job)
             returned = job.wait()
         finally:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -170,7 +177,7 @@ def run_and_act(
         errors.seek(0)
         printed, complained = "".join(lines), errors.read()
     assert returned == status, printed + complained
-    assert acted, printed + complained
+    assert not to_do, printed + complained
     return printed, complained
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import socket
 import tempfile
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,8 @@ class _Reporter:
         self._is_first = group.rank == 0
         self._validation = spec.validation.open() if spec.validation and self._is_first else None
         self._saved_for_preemption = False
+        self._uploaded = threading.Event()
+        self._uploaded.set()
         self._answers: list[Any] = []
         current = ray.train.get_checkpoint()
         self._known = current.path.rsplit("/", 1)[-1] if current else ""
@@ -197,31 +201,41 @@ class _Reporter:
         return self._is_first and state.step == 0 and self._spec.validates_in_tasks
 
     def checkpoint(self, state: engine.TrainingState, progress: Progress) -> None:
-        """Hand a checkpoint to Ray Train, on all ranks at once; rank 0 writes it. An epoch's last is validated."""
+        """Hand a checkpoint to Ray Train, on all ranks at once. An epoch's last is validated.
+
+        Rank 0 copies the state; a thread of Ray's writes and uploads it while the training goes on. Only one upload is
+        under way at a time: what comes next waits for it.
+        """
         if state.step == 0:
             self.send(EpochFinished(progress))
         metrics = report_metrics(self._spec.workload, state, progress, self._validation, self._spec.loader_workers)
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = None
-            if self._is_first:
-                about = self._spec.about | {"metrics": metrics, "versions": versions()}
-                if self._spec.config.reproducible:
-                    about["arithmetic"] = arithmetic()
-                checkpoints.save_checkpoint(Path(folder), state, about)
-                checkpoint = Checkpoint.from_directory(folder)
-                checkpoint.set_metadata({"epoch": state.epoch})
-            ray.train.report(
-                metrics,
-                checkpoint=checkpoint,
-                checkpoint_dir_name=checkpoint_name(state.epoch, state.step) + self._suffix,
-                checkpoint_upload_fn=self._upload,
-                validation=self._is_to_be_validated(state),
-            )
+        checkpoint, upload = None, None
+        if self._is_first:
+            self._uploaded.wait()
+            about = self._spec.about | {"metrics": metrics, "versions": versions()}
+            if self._spec.config.reproducible:
+                about["arithmetic"] = arithmetic()
+            checkpoint = Checkpoint.from_directory(tempfile.mkdtemp())
+            upload = functools.partial(self._upload, checkpoints.snapshot(state, about))
+            self._uploaded.clear()
+        ray.train.report(
+            metrics,
+            checkpoint=checkpoint,
+            checkpoint_dir_name=checkpoint_name(state.epoch, state.step) + self._suffix,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=upload,
+            validation=self._is_to_be_validated(state),
+        )
         end_if_hung(self._spec.hang_timeout_s)
 
-    def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
+    def _upload(self, snapshot: checkpoints.Snapshot, checkpoint: Checkpoint, name: str) -> Checkpoint:
         target = self._spec.run.inside(name)
-        target.upload(checkpoint.path)
+        try:
+            snapshot.write(Path(checkpoint.path))
+            checkpoint.set_metadata({"epoch": snapshot.document["epoch"]})
+            target.upload(checkpoint.path)
+        finally:
+            self._uploaded.set()
         return Checkpoint(target.path, filesystem=target.filesystem)
 
 

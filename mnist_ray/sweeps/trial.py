@@ -131,7 +131,7 @@ def _save(folder: RunFolder, state: TrainingState, about: dict[str, Any]) -> Non
     """Write a trial's checkpoint, then remove those before it: at any time a whole one is there."""
     target = folder.inside(checkpoint_name(state.epoch, state.step))
     with tempfile.TemporaryDirectory() as local:
-        checkpoints.save_checkpoint(Path(local), state, about)
+        checkpoints.snapshot(state, about).write(Path(local))
         target.upload(local)
     for name in folder.checkpoint_names():
         if position_of(name) < position_of(target.name):

@@ -74,13 +74,32 @@ class Restored:
     """Newer ones that were passed over: a kill has cut them off, or something has changed them."""
 
 
-def save_checkpoint(folder: Path, state: TrainingState, about: dict[str, Any]) -> None:
-    """Write ``state`` into an existing folder, with ``about`` (config, versions) for whoever reads it later."""
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of a training's state at one step, to be written while the training goes on."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    """Of each file."""
+    document: dict[str, Any]
+    """What state.json says, but for the digests."""
+
+    def write(self, folder: Path) -> None:
+        """Write a checkpoint into an existing folder."""
+        digests = {}
+        for name, tensors in self.tensors.items():
+            content = save(tensors)
+            (folder / name).write_bytes(content)
+            digests[name] = hashlib.sha256(content).hexdigest()
+        document = {**self.document, "sha256": digests}
+        digests[STATE_FILE] = _digest(document)
+        (folder / STATE_FILE).write_text(json_lines(document), encoding="utf-8")
+
+
+def snapshot(state: TrainingState, about: dict[str, Any]) -> Snapshot:
+    """Return a copy of ``state``, with ``about`` (config, versions) for whoever reads it later."""
     optimizer = state.optimizer.state_dict()
     optimizer_tensors, optimizer_values = _separate_tensors(optimizer["state"])
-    files = {_MODEL: _to_bytes(state.model.state_dict()), _OPTIMIZER: _to_bytes(optimizer_tensors)}
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
+    tensors = {_MODEL: _copied(state.model.state_dict()), _OPTIMIZER: _copied(optimizer_tensors)}
     document = {
         "epoch": state.epoch,
         "step": state.step,
@@ -90,11 +109,9 @@ def save_checkpoint(folder: Path, state: TrainingState, about: dict[str, Any]) -
         "optimizer": {"values": optimizer_values, "param_groups": optimizer["param_groups"]},
         "scheduler": state.scheduler.state_dict(),
         "scaler": state.scaler.state_dict(),
-        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         **about,
     }
-    document["sha256"][STATE_FILE] = _digest(document)
-    (folder / STATE_FILE).write_text(json_lines(document), encoding="utf-8")
+    return Snapshot(tensors, copy.deepcopy(document))
 
 
 def _digest(document: dict[str, Any]) -> str:
@@ -246,12 +263,11 @@ def _separate_tensors(state: dict[int, dict[str, Any]]) -> tuple[dict[str, Tenso
     return tensors, values
 
 
-def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
-    # Copies: safetensors refuses tensors that share memory, as a model's tied weights do.
-    copies = {
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies in main memory, of which none share any: safetensors refuses a model's tied weights else."""
+    return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    return save(copies)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

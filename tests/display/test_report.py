@@ -25,7 +25,7 @@ from mnist_ray.sweeps.report import sections
 from mnist_ray.sweeps.space import Point, space_of
 from mnist_ray.sweeps.trials import DONE, TrialRecord, TrialTable
 from mnist_ray.tools.report import workload_of
-from mnist_ray.training.checkpoint import FACTS_BEFORE_WORKLOADS, save_checkpoint
+from mnist_ray.training.checkpoint import FACTS_BEFORE_WORKLOADS, snapshot
 from mnist_ray.training.engine import create_state
 from mnist_ray.training.events import EpochFinished, Progress, Validated
 from mnist_ray.training.metrics import Evaluation
@@ -324,9 +324,8 @@ def test_what_a_damaged_origin_does_not_say_comes_from_a_checkpoint(tested_run: 
     with pytest.raises(JobError, match=r"origin\.json is damaged"):
         workload_of(tested_run, None)
     folder.mkdir()
-    save_checkpoint(
-        folder, create_state(workload, TrainConfig(), 600, torch.device("cpu")), {"workload": workload.identity}
-    )
+    state = create_state(workload, TrainConfig(), 600, torch.device("cpu"))
+    snapshot(state, {"workload": workload.identity}).write(folder)
     assert workload_of(tested_run, None).facts == facts
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -27,12 +28,12 @@ from mnist_ray.runs import failures, fit, worker
 from mnist_ray.runs.failures import describe
 from mnist_ray.runs.lookup import find
 from mnist_ray.storage import locate
-from mnist_ray.training import engine
-from mnist_ray.training.checkpoint import restore_newest, save_checkpoint
+from mnist_ray.training import checkpoint, engine
+from mnist_ray.training.checkpoint import restore_newest
 from mnist_ray.training.engine import create_state
 from mnist_ray.training.events import WorkersLost
 from mnist_ray.workload.data import Arrays, Part
-from tests.conftest import LONGER, as_flags, mnist, run_and_act, run_job
+from tests.conftest import LONGER, QUICK, as_flags, mnist, run_and_act, run_and_act_twice, run_job
 
 
 def weights(run: Path) -> str:
@@ -110,6 +111,30 @@ def test_a_run_whose_driver_was_killed_is_resumed_and_ends_with_the_same_weights
     assert weights(tmp_path / "run") == weights(undisturbed)
 
 
+def test_steps_go_on_while_a_checkpoint_is_being_written_but_no_second_one_begins(
+    ray_address: str, small_data: Path, tmp_path: Path
+) -> None:
+    first, second = (tmp_path / "run" / f"checkpoint_epoch-00{epoch}_step-000000" for epoch in (1, 2))
+    written = first / "model.safetensors"
+    seen: list[str] = []
+
+    def block(job: psutil.Process) -> None:
+        first.mkdir()
+        os.mkfifo(written)  # whoever opens it for writing waits for a reader
+
+    def let_go(job: psutil.Process) -> None:
+        seen.extend(path.name for path in (first, second) if path.exists())
+        written.read_bytes()
+
+    flags = {**QUICK, "num_epochs": 3, "batch_size": 2, "validation_size": 0, "checkpoint_every": 10**6}
+    flags |= {"data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2}
+    acts = {"started": block, "epoch 2/3  finished": let_go}
+    run_and_act_twice(acts, *as_flags(flags), address=ray_address)
+    assert seen == [first.name]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["checkpoint"] == "checkpoint_epoch-003_step-000000"
+
+
 def test_a_reproducible_run_has_the_same_bits_killed_and_resumed_with_other_workers(
     ray_address: str, small_data: Path, tmp_path: Path
 ) -> None:
@@ -161,7 +186,7 @@ def test_a_preempted_node_is_left_with_a_checkpoint_just_in_time(
         )
 
     flags = {**LONGER, "num_epochs": 30, "checkpoint_every": 1000, "num_workers": 2, "run_name": "run"}
-    flags |= {"data_dir": small_data, "storage_path": tmp_path}
+    flags |= {"data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2}
     printed, _ = run_and_act(announce, "epoch 1/30", *as_flags(flags), address=nodes.address)
     assert printed.count("note       a worker's node is about to be taken away; saving a checkpoint\n") == 1
     assert "lost " not in printed
@@ -174,7 +199,7 @@ def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(tmp_
         folder = tmp_path / "run" / f"checkpoint_epoch-000_step-{step:06d}"
         folder.mkdir(parents=True)
         state.step = step
-        save_checkpoint(folder, state, {"metrics": {"train_loss": 0.5}, "workload": mnist().identity})
+        checkpoint.snapshot(state, {"metrics": {"train_loss": 0.5}, "workload": mnist().identity}).write(folder)
     whole, corrupt, cut, empty = sorted((tmp_path / "run").iterdir())
     content = bytearray((corrupt / "model.safetensors").read_bytes())
     content[-1] ^= 1
@@ -193,9 +218,8 @@ def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(tmp_
 def test_a_run_whose_list_of_checkpoints_was_cut_off_is_read_by_its_last_checkpoint(tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     saved.mkdir()
-    save_checkpoint(
-        saved, create_state(mnist(), TrainConfig(), 600, torch.device("cpu")), {"workload": mnist().identity}
-    )
+    state = create_state(mnist(), TrainConfig(), 600, torch.device("cpu"))
+    checkpoint.snapshot(state, {"workload": mnist().identity}).write(saved)
     run = locate(str(tmp_path), "run")
     run.write_text("config.json", "{}")
     run.write_text("checkpoint_manager_snapshot.json", '{"checkpoint_results": [{"checkpoint_dir')

@@ -9,7 +9,7 @@ import torch
 from mnist_ray.config import TrainConfig
 from mnist_ray.runs.lookup import find
 from mnist_ray.tools import export
-from mnist_ray.training.checkpoint import save_checkpoint
+from mnist_ray.training.checkpoint import snapshot
 from mnist_ray.training.engine import create_state
 from mnist_ray.workload.data import Arrays
 from mnist_ray.workload.mnist.cnn import CNN
@@ -65,7 +65,7 @@ def test_the_check_sees_another_model(model: torch.nn.Module, few_images: Arrays
 def test_a_checkpoint_whose_data_are_elsewhere_is_checked_on_noise(tmp_path: Path) -> None:
     workload = mnist(data_dir=Path("/nowhere"))
     state = create_state(workload, TrainConfig(), 600, torch.device("cpu"))
-    save_checkpoint(tmp_path, state, {"workload": workload.identity})
+    snapshot(state, {"workload": workload.identity}).write(tmp_path)
     done = run_job("export.py", str(tmp_path), "--output", str(tmp_path / "digits.pt2"))
     assert done.returncode == 0, done.stderr
     assert "checked    on 1,000 images of noise" in done.stdout
