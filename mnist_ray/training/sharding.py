@@ -152,9 +152,9 @@ class ExampleBatches(Dataset):
 
     def __getitem__(self, chosen: Slice) -> Batch:
         indices = chosen.indices
-        if isinstance(self.part.examples, Arrays):
-            # Copied into memory of torch's own, whose alignment never differs: the bits of a sum may depend on it.
-            inputs, targets = (_tensor(rows).clone() for rows in self.part.rows(indices))
+        if isinstance(arrays := self.part.examples, Arrays):
+            places = self.part.places(indices)
+            inputs, targets = (_rows(array, places) for array in (arrays.inputs, arrays.targets))
             return Batch(inputs, targets, *chosen[1:])
         # An empty slice has the shapes of one example.
         examples = [self._example(index) for index in indices.tolist() or [0]]
@@ -199,6 +199,13 @@ def _tensor(array: np.ndarray) -> Tensor:
     with warnings.catch_warnings():  # read-only arrays from the object store; nothing here writes to them
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _rows(array: np.ndarray, places: np.ndarray) -> Tensor:
+    """Copy some rows into memory of torch's own, whose alignment never differs: the bits of a sum may depend on it."""
+    rows = torch.empty((len(places), *array.shape[1:]), dtype=_tensor(array[:0]).dtype)
+    np.take(array, places, axis=0, out=rows.numpy(), mode="clip")  # the default mode would copy them once more
+    return rows
 
 
 def _map(function: Any, value: Any) -> Any:

@@ -87,10 +87,9 @@ class Part:
         example: tuple[Any, Any] = self.examples[place]
         return example
 
-    def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the inputs and targets of some examples of arrays, copied into memory."""
-        places = indices if self.indices is None else self.indices[indices]
-        return np.array(self.examples.inputs[places]), np.array(self.examples.targets[places])
+    def places(self, indices: np.ndarray) -> np.ndarray:
+        """Return which of ``examples`` some of its own are."""
+        return indices if self.indices is None else self.indices[indices]
 
     @property
     def is_in_memory(self) -> bool:
