@@ -108,9 +108,8 @@ def main() -> None:
     parser.add_argument("--raylets", nargs="+", type=int, default=[1, 8])
     args = parser.parse_args()
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    print(
-        "| raylets | workers | start, s | checkpoint, ms | restart, s | events/s | bytes/s |\n|---|---|---|---|---|---|---|"
-    )
+    print("| raylets | workers | start, s | checkpoint, ms | restart, s | events/s | bytes/s |")
+    print("|---|---|---|---|---|---|---|")
     for num_raylets in args.raylets:
         for num_workers in args.workers:
             row = measured(num_workers, num_raylets)
