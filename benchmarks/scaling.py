@@ -1,0 +1,340 @@
+"""How fast training would be on many workers, predicted from a few constants: python benchmarks/scaling.py
+
+Measures on this machine what a step costs one worker, and what a sum over workers costs through shared memory and
+through a link. With these it predicts the step of 1, 2 and 4 workers at several batch sizes, and of two hosts (network
+namespaces; needs root and iproute2) whose link is slowed by netem; then it measures them. After that it prints tables
+for up to 1,000 workers, of the default recipe's network and of one of 100 million parameters. --quick measures few
+steps, to see that all of it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mnist_ray.config import TrainConfig
+from mnist_ray.environment import keep_freed_memory
+from mnist_ray.training import engine
+from mnist_ray.training.events import Progress
+from mnist_ray.workload import source
+from mnist_ray.workload.data import Part
+from mnist_ray.workload.loading import load_data
+
+HOSTS = ("mnistray-a", "mnistray-b")
+ADDRESSES = ("10.97.0.1", "10.97.0.2")
+PORT = 29_411
+TOLERANCE = 0.15
+
+
+@dataclass(frozen=True)
+class Link:
+    """What joins two hosts."""
+
+    megabit_s: float
+    delay_ms: float
+    """One way."""
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Payload; a twentieth is headers."""
+        return self.megabit_s * 1e6 / 8 * 0.95
+
+
+@dataclass(frozen=True)
+class Model:
+    """What training a model costs one worker of one core."""
+
+    num_bytes: float
+    """Of its gradients."""
+    image_s: float
+    """Of forward and backward pass, each image."""
+    step_s: float
+    """What a step costs besides, however many images it has."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on several workers."""
+
+    num_workers: int
+    num_hosts: int = 1
+    cores: int = 2
+    """Of each host."""
+    link: Link | None = None
+    """None: there is one host."""
+    memory_step_s: float = 0.0
+    """Of a sum over two workers through shared memory: waiting for each other."""
+    memory_byte_s: float = 0.0
+    """Each byte of each worker."""
+    message_s: float = 0.0
+    """Of a message through the process group, beside the link's delay."""
+
+
+def step_s(model: Model, plan: Plan, batch_size: int) -> float:
+    """Predict the seconds of a step.
+
+    The slowest worker has the largest slice; workers beyond the cores take turns. Through shared memory each worker
+    adds up the gradients of all. Between hosts they go around a ring: 2 (W - 1) messages of a W-th of them (Patarasu
+    and Yuan, 2009). Nothing overlaps: this project's small models have one bucket of gradients.
+    """
+    turns = max(1.0, plan.num_workers / plan.num_hosts / plan.cores)
+    compute = (model.step_s + model.image_s * math.ceil(batch_size / plan.num_workers)) * turns
+    if plan.num_workers == 1:
+        return compute
+    if plan.link is None:
+        return compute + (plan.memory_step_s + plan.memory_byte_s * model.num_bytes * plan.num_workers) * turns
+    messages = 2 * (plan.num_workers - 1)
+    size = model.num_bytes / plan.num_workers
+    return compute + messages * (plan.link.delay_ms / 1e3 + plan.message_s + size / plan.link.bytes_per_s)
+
+
+def hierarchical_step_s(model: Model, plan: Plan, batch_size: int) -> float:
+    """Predict the same where workers of a host add up through shared memory first, and only hosts exchange."""
+    within = replace(plan, num_workers=max(1, plan.num_workers // plan.num_hosts), num_hosts=1, link=None)
+    alone = step_s(model, within, math.ceil(batch_size / plan.num_hosts))
+    assert plan.link is not None
+    messages, size = 2 * (plan.num_hosts - 1), model.num_bytes / plan.num_hosts
+    return alone + messages * (plan.link.delay_ms / 1e3 + plan.message_s + size / plan.link.bytes_per_s)
+
+
+def checkpoint_interval_s(checkpoint_s: float, hours_between_failures: float, num_hosts: int) -> float:
+    """Return how often to checkpoint, so that writing and repeating cost least: sqrt(2 C M) (Young, 1974).
+
+    ``hours_between_failures`` is that of one host.
+    """
+    return math.sqrt(2 * checkpoint_s * hours_between_failures * 3600 / num_hosts)
+
+
+def lost_to_failures(checkpoint_s: float, restart_s: float, hours_between_failures: float, num_hosts: int) -> float:
+    """Return the part of the time that goes into checkpoints, repeated steps and restarts, at that interval."""
+    between_s, every_s = (
+        hours_between_failures * 3600 / num_hosts,
+        checkpoint_interval_s(checkpoint_s, hours_between_failures, num_hosts),
+    )
+    return min(1.0, checkpoint_s / every_s + (every_s / 2 + restart_s) / between_s)
+
+
+# --- measuring
+
+
+def train_steps(group: engine.Group, batch_size: int, num_steps: int) -> float:
+    """Train in this process, one rank; return the seconds of a step after the first tenth of them."""
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    workload = source.load(source.DEFAULT)()
+    part = Part(load_data(workload).train)
+    config = TrainConfig(precision="fp32", batch_size=batch_size, schedule="constant", num_epochs=1000)
+    config = replace(config, checkpoint_every=10**9)
+    state = engine.create_state(workload, config, len(part), group.device)
+    marks: list[tuple[int, float]] = []
+
+    def note(progress: Progress) -> None:
+        marks.append((progress.total_step, time.perf_counter()))
+
+    hooks = engine.Hooks(progress=note, wants_stop=lambda: bool(marks) and marks[-1][0] >= num_steps)
+    with contextlib.suppress(engine.StopWantedError):
+        engine.train(workload, state, part, config, group, hooks)
+    first = next(mark for mark in marks if mark[0] >= num_steps / 10)
+    return (marks[-1][1] - first[1]) / (marks[-1][0] - first[0])
+
+
+def run_rank(rank: int, num_workers: int, batch_size: int, num_steps: int, meeting: str) -> None:
+    """Train as one of several ranks; rank 0 prints the seconds of a step."""
+    group = engine.Group(rank, num_workers)
+    if num_workers > 1:
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_workers)
+    seconds = train_steps(group, batch_size, num_steps)
+    if rank == 0:
+        print(json.dumps(seconds), flush=True)
+    os._exit(0)  # without a word to the others, who may have gone
+
+
+def measured_step_s(num_workers: int, batch_size: int, num_steps: int, hosts: bool = False) -> float:
+    """Measure the seconds of a step of workers on this machine, or of one on each host."""
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = f"tcp://{ADDRESSES[0]}:{PORT}" if hosts else f"file://{folder}/store"
+        processes = []
+        for rank in range(num_workers):
+            # Each host has a core, and memory, of its own.
+            prefix = ["ip", "netns", "exec", HOSTS[rank], *OWN_MEMORY] if hosts else []
+            interface = {"GLOO_SOCKET_IFNAME": "eth0" if hosts else "lo"}
+            arguments = [str(value) for value in (rank, num_workers, batch_size, num_steps)]
+            command = [*prefix, sys.executable, __file__, "--rank", *arguments, meeting]
+            processes.append(
+                subprocess.Popen(command, env={**os.environ, **interface}, stdout=subprocess.PIPE, text=True)
+            )
+        printed = [process.communicate()[0] for process in processes]
+    return float(json.loads(printed[0].splitlines()[-1]))
+
+
+OWN_MEMORY = ["sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh"]
+
+
+@contextlib.contextmanager
+def linked(link: Link) -> Iterator[None]:
+    """Make two network namespaces that a slowed link joins."""
+    _ip("link add mnistray-a0 type veth peer name mnistray-b0")
+    try:
+        for host, address in zip(HOSTS, ADDRESSES, strict=True):
+            _ip(f"netns add {host}")
+            _ip(f"link set {host}0 netns {host} name eth0")
+            for command in ("link set lo up", f"addr add {address}/24 dev eth0", "link set eth0 up"):
+                _ip(f"-n {host} {command}")
+            slow = f"qdisc add dev eth0 root netem rate {link.megabit_s}mbit delay {link.delay_ms}ms limit 10000"
+            subprocess.run(["ip", "netns", "exec", host, "tc", *slow.split()], check=True)
+        yield
+    finally:
+        for host in HOSTS:
+            subprocess.run(["ip", "netns", "delete", host], check=False, stderr=subprocess.DEVNULL)
+
+
+def _ip(command: str) -> None:
+    subprocess.run(["ip", *command.split()], check=True)
+
+
+def large_model(num_steps: int) -> Model:
+    """Measure a model of 100 million parameters in four layers, on one thread."""
+    torch.set_num_threads(1)
+    model = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(5000, 5000), nn.ReLU())))
+    seconds = {}
+    for batch_size in (16, 64):
+        inputs, times = torch.randn(batch_size, 5000), []
+        for _ in range(num_steps):
+            start = time.perf_counter()
+            model.zero_grad()
+            model(inputs).square().mean().backward()
+            times.append(time.perf_counter() - start)
+        seconds[batch_size] = statistics.median(times)
+    image_s = (seconds[64] - seconds[16]) / 48
+    return Model(4 * 100e6, image_s, max(0.0, seconds[16] - 16 * image_s))
+
+
+def checked(what: str, predicted: float, measured: float) -> bool:
+    """Print a row; return whether the prediction is near enough."""
+    error = predicted / measured - 1
+    is_near = abs(error) <= TOLERANCE
+    print(f"| {what} | {predicted * 1e3:.2f} | {measured * 1e3:.2f} | {error:+.0%} |", flush=True)
+    return is_near
+
+
+def calibrated(num_steps: int) -> tuple[Model, Plan]:
+    """Measure the constants of the default recipe's network on this machine."""
+    at = {size: measured_step_s(1, size, num_steps) for size in (32, 256)}
+    image_s = (at[256] - at[32]) / 224
+    model = Model(4 * 49_770, image_s, at[32] - 32 * image_s)
+    cores = len(os.sched_getaffinity(0))
+    two = measured_step_s(2, 64, num_steps) - (model.step_s + 32 * image_s)
+    return model, Plan(2, 1, cores, memory_step_s=max(0.0, two))
+
+
+def check(model: Model, plan: Plan, num_steps: int, has_hosts: bool) -> bool:
+    """Predict and measure; return whether all predictions are near enough."""
+    print("| | predicted, ms | measured, ms | error |\n|---|---|---|---|")
+    near = []
+    for num_workers in (1, 2, 4):
+        for batch_size in (64, 128, 512):
+            predicted = step_s(model, replace(plan, num_workers=num_workers), batch_size)
+            measured = measured_step_s(num_workers, batch_size, num_steps)
+            near.append(checked(f"{num_workers} workers, batch {batch_size}", predicted, measured))
+    for link in (Link(1000, 0.1), Link(100, 1), Link(20, 5)) if has_hosts else ():
+        with linked(link):
+            hosts = replace(plan, num_hosts=2, cores=1, link=link)
+            for batch_size in (64, 256):
+                what = f"2 hosts, {link.megabit_s:g} Mbit/s, {link.delay_ms:g} ms, batch {batch_size}"
+                measured = measured_step_s(2, batch_size, max(20, num_steps // 5), hosts=True)
+                near.append(checked(what, step_s(model, hosts, batch_size), measured))
+    print(f"{sum(near)} of {len(near)} within {TOLERANCE:.0%}")
+    return all(near)
+
+
+def print_plans(name: str, model: Model, plan: Plan, workers_a_host: int, batch_sizes: Sequence[int]) -> None:
+    """Print what more workers bring, and what other designs would."""
+    print(f"\n{name}, {workers_a_host} workers a host of as many cores\n")
+    print("| workers | batch | images/s | of ideal | hierarchical | of 1 byte a gradient | a sum every 8 steps |")
+    print("|---|---|---|---|---|---|---|")
+    for num_workers in (1, 10, 100, 1000):
+        for batch_size in batch_sizes:
+            if batch_size < num_workers:
+                continue
+            num_hosts = max(1, math.ceil(num_workers / workers_a_host))
+            some = replace(plan, num_workers=num_workers, num_hosts=num_hosts, cores=workers_a_host)
+            some = some if num_hosts > 1 else replace(some, link=None)
+            seconds = step_s(model, some, batch_size)
+            alone = step_s(model, replace(some, num_workers=1, num_hosts=1, link=None), batch_size)
+            small = replace(model, num_bytes=model.num_bytes / 4)
+            local = step_s(model, replace(some, num_workers=1), math.ceil(batch_size / num_workers))
+            others = [
+                hierarchical_step_s(model, some, batch_size) if num_hosts > 1 else seconds,
+                step_s(small, some, batch_size),
+                local + (seconds - local) / 8,
+            ]
+            rates = " | ".join(f"{batch_size / other:,.0f}" for other in others)
+            ideal = alone / num_workers / seconds
+            print(f"| {num_workers:,} | {batch_size:,} | {batch_size / seconds:,.0f} | {ideal:.0%} | {rates} |")
+
+
+def print_checkpoints(name: str, num_bytes: float, restart_s: float) -> None:
+    """Print how often to checkpoint where a host fails once in so many hours, and what that costs."""
+    print(f"\n{name}: a checkpoint of {3 * num_bytes / 1e6:,.1f} MB; a restart takes {restart_s:.0f} s\n")
+    print("| hosts | a host fails every | written at once, 100 MB/s: every, lost | beside the training: every, lost |")
+    print("|---|---|---|---|")
+    for num_hosts in (2, 13, 125):
+        for hours in (24, 720):
+            cells = []
+            for checkpoint_s in (3 * num_bytes / 100e6 + 0.05, 3 * num_bytes / 2e9 + 0.01):
+                every_s = checkpoint_interval_s(checkpoint_s, hours, num_hosts)
+                lost = lost_to_failures(checkpoint_s, restart_s, hours, num_hosts)
+                cells.append(f"{every_s:,.0f} s, {lost:.2%}")
+            print(f"| {num_hosts} | {hours} h | {cells[0]} | {cells[1]} |")
+
+
+def main() -> None:
+    """Measure, predict, check, and print the tables."""
+    if sys.argv[1:2] == ["--rank"]:
+        rank, num_workers, batch_size, num_steps = map(int, sys.argv[2:6])
+        run_rank(rank, num_workers, batch_size, num_steps, sys.argv[6])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--restart-s", type=float, default=3.0, help="seconds from a worker's loss to the next step")
+    args = parser.parse_args()
+    num_steps = 60 if args.quick else 600
+    model, plan = calibrated(num_steps)
+    has_hosts = os.geteuid() == 0 and shutil.which("tc") is not None
+    if has_hosts:
+        plan = replace(plan, message_s=measured_message_s(model, num_steps))
+    print(f"{model}\n{plan}\n")
+    is_near = check(model, plan, num_steps, has_hosts)
+    wide = replace(plan, link=Link(10_000, 0.05))
+    print_plans("49,770 parameters, 10 Gbit/s", model, wide, 8, (128, 4096, 65_536))
+    large = large_model(3 if args.quick else 10)
+    print_plans("100 million parameters, 10 Gbit/s", large, wide, 8, (128, 4096, 65_536))
+    print_checkpoints("49,770 parameters", model.num_bytes, args.restart_s)
+    print_checkpoints("100 million parameters", large.num_bytes, args.restart_s)
+    sys.exit(0 if is_near or args.quick else 1)
+
+
+def measured_message_s(model: Model, num_steps: int) -> float:
+    """Measure what a message through the process group costs, on a link that does not slow it down."""
+    link = Link(10_000, 0.0)
+    with linked(link):
+        seconds = measured_step_s(2, 64, num_steps, hosts=True)
+    return max(0.0, (seconds - model.step_s - 32 * model.image_s) / 2 - model.num_bytes / 2 / link.bytes_per_s)
+
+
+if __name__ == "__main__":
+    main()
