@@ -198,7 +198,7 @@ class _Epochs:
                 generator.manual_seed(seed + self.state.step)  # of augmentation and dropout: the same in a resumed run
             # DDP takes the mean of the ranks' gradients, with the last piece of each slice.
             weight = self.group.world_size / batch.global_size
-            with contextlib.nullcontext() if batch.ends_step else _without_exchange(self.model):
+            with _exchanging(self.model, batch.ends_step):
                 sums = self._backward(batch, generator, weight)
             total = {name: total[name] + value for name, value in sums.items()} if total else sums
             if batch.ends_step:
@@ -272,9 +272,11 @@ def _autocast_dtype(config: TrainConfig) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
 
 
-def _without_exchange(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Return what keeps gradients on this rank meanwhile."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+def _exchanging(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[None]:
+    """Return what keeps gradients on this rank meanwhile, unless they are to be exchanged."""
+    if isinstance(model, DistributedDataParallel) and not wanted:
+        return model.no_sync()
+    return contextlib.nullcontext()
 
 
 def _check_weights(state: TrainingState) -> None:
