@@ -24,8 +24,12 @@ from mnist_ray.forking.local import SHIM, Forking
 
 _MOST_BYTES_OF_A_SOCKET = 103 if sys.platform == "darwin" else 107
 _LEAST_LIMIT = 512  # a run of one worker has some 400 threads, and a raylet some 100 files
-_ERROR = re.compile(r"^\[.+? [CE] .+?\] (?:\(\w+\) )?\S+: +(?!An unexpected system state)(\w.*)$", re.MULTILINE)
-"""A line of a Ray process's log that tells of an error, not only that a check has failed."""
+_ERROR = re.compile(
+    r"^\[.+? [CE] .+?\] (?:\(\w+\) )?\S+: +(?:Unhandled exception: .+? what\(\): )?"
+    r"(?!An unexpected system state|Stack trace|PC: )(\w.*?)(?: /\S+\(\+0x.*)?$",
+    re.MULTILINE,
+)
+"""A line of a Ray process's log that tells of an error, not only that a check has failed or where it was."""
 
 
 def start_local(num_cpus: int, forking: Forking | None, session: Path, *, log_to_driver: bool, **options: Any) -> None:

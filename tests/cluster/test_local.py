@@ -85,6 +85,23 @@ def test_the_last_error_in_the_logs_is_told(session: Path) -> None:
     assert last_error(session) == "mmap failed with error: Cannot allocate memory"
 
 
+CRASH = """\
+[2026-11-26 08:03:41,877 E 17464 17464] (gcs_server) logging.cc:118: Unhandled exception: St12system_error. what(): \
+Resource temporarily unavailable /lib/python3.11/site-packages/ray/core/src/ray/gcs/gcs_server(+0x14c484c) [0x5574]
+/lib/x86_64-linux-gnu/libstdc++.so.6(+0xb344a) [0x7f468c2b344a]
+[2026-11-26 08:03:41,880 E 17464 17464] (gcs_server) logging.cc:125: Stack trace:
+ /lib/x86_64-linux-gnu/libstdc++.so.6(+0xb344a) [0x7f468c2b344a]
+[2026-11-26 08:03:41,883 E 17464 17464] (gcs_server) logging.cc:474: *** SIGABRT received at time=1795680221 ***
+[2026-11-26 08:03:41,883 E 17464 17464] (gcs_server) logging.cc:474: PC: @     0x7f468c0a06dc  (unknown)  (unknown)
+[2026-11-26 08:03:41,883 E 17464 17464] (gcs_server) logging.cc:474:     @     0x7f468c04bd70  (unknown)  (unknown)
+"""
+
+
+def test_of_a_crash_the_reason_is_told_and_not_the_place(session: Path) -> None:
+    (session / "logs" / "gcs_server.out").write_text(CRASH)
+    assert last_error(session) == "Resource temporarily unavailable"
+
+
 @pytest.mark.parametrize("ending", [None, KeyboardInterrupt, UsageError])
 def test_nothing_is_left_of_a_session_without_failures(ending: type[BaseException] | None, session: Path) -> None:
     with contextlib.suppress(KeyboardInterrupt, UsageError), removed_unless_failed(session):
