@@ -76,7 +76,9 @@ def test_cluster_yaml_with_its_gpu_worker_fits_too() -> None:
     assert config["available_node_types"]["gpu_worker"]["resources"]["GPU"] == 1
 
 
-@pytest.mark.parametrize("name", ["cluster.yaml", *(f"deploy/{name}" for name in (*MANIFESTS, "Dockerfile"))])
+@pytest.mark.parametrize(
+    "name", ["cluster.yaml", *(f"deploy/{name}" for name in (*MANIFESTS, "Dockerfile", "slurm.sh"))]
+)
 def test_no_credentials_are_shipped_and_the_dashboard_is_not_opened(name: str) -> None:
     text = (ROOT / name).read_text()
     assert not re.search(r"(?i)secret|password|access_key|auth_token|AKIA", text)
@@ -127,6 +129,30 @@ def test_the_image_runs_as_an_ordinary_user_and_copies_what_is_there() -> None:
     copied = [source for words in instructions if words[0] == "COPY" for source in words[1:-1]]
     assert all((ROOT / source).exists() for source in copied)
     assert any(words[0] == "ARG" and words[1].startswith("TORCH_INDEX=") for words in instructions)
+
+
+def test_on_slurm_a_ray_spans_the_nodes_and_the_job_gets_the_scripts_arguments(tmp_path: Path) -> None:
+    for name, body in {
+        "bin/scontrol": "printf 'node-7\\nnode-8\\n'",
+        "bin/srun": 'case "$*" in *hostname*) echo "10.0.0.7 fe80::1";; *) printf "%s|" "$@";; esac',
+        ".venv/bin/activate": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    allotted = {"SLURM_JOB_NODELIST": "node-[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "8"}
+    done = subprocess.run(
+        [ROOT / "deploy" / "slurm.sh", "--num-workers", "4", "--run-name", "a b"],
+        cwd=tmp_path,
+        env={**os.environ, **allotted, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split("|")[:-1] == [
+        *("ray", "symmetric-run", "--address", "10.0.0.7:6379", "--min-nodes", "2", "--num-cpus", "8"),
+        *("--", "python", "jobs/train.py", "--num-workers", "4", "--run-name", "a b"),
+    ]
 
 
 def test_the_runtime_environment_has_all_that_the_package_needs() -> None:
