@@ -29,7 +29,7 @@ def test_the_notebook_recipe_names_only_settings_that_exist() -> None:
         ({"learning_rate": float("inf")}, "--learning-rate must be a positive number"),
         ({"validation_size": -1}, "--validation-size must be at least 0"),
         ({"beta1": 1.0}, "--beta1 must be in"),
-        ({"precision": "fp16"}, "--precision must be one of auto, fp32, bf16"),
+        ({"precision": "fp8"}, "--precision must be one of auto, fp32, bf16, fp16"),
         ({"batch_size": "64"}, "--batch-size must be of type int"),
         ({"batch_size": True}, "--batch-size must be of type int"),
         ({"seed": None}, "--seed must be of type int"),
