@@ -29,6 +29,7 @@ test-long: .venv/installed-dev  ## run what takes minutes
 
 bench: .venv/installed-dev  ## measure the speed beside other programs' and an earlier version's: an hour
 	$(BIN)/python benchmarks/bench.py $(ARGS)
+	$(BIN)/python benchmarks/scaling.py
 
 bench-quick: .venv/installed-dev  ## see in four minutes that all of the benchmark works
 	$(BIN)/python benchmarks/bench.py --quick $(ARGS)
