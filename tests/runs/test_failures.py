@@ -135,6 +135,16 @@ def test_steps_go_on_while_a_checkpoint_is_being_written_but_no_second_one_begin
     assert result["checkpoint"] == "checkpoint_epoch-003_step-000000"
 
 
+def test_a_report_that_cannot_be_written_is_a_note_and_no_path(
+    ray_address: str, small_data: Path, tmp_path: Path
+) -> None:
+    flags = as_flags({**QUICK, "num_epochs": 1, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"})
+    in_its_place = tmp_path / "run" / "report.html"
+    printed, _ = run_and_act(lambda job: in_its_place.mkdir(), "started", *flags, address=ray_address)
+    assert "note       no report: " in printed
+    assert printed.splitlines()[-1] == f"result     {tmp_path / 'run' / 'result.json'}"
+
+
 def test_a_reproducible_run_has_the_same_bits_killed_and_resumed_with_other_workers(
     ray_address: str, small_data: Path, tmp_path: Path
 ) -> None:
