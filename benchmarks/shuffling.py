@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import statistics
 import time
 import tracemalloc
@@ -41,13 +42,13 @@ def measure(number: int, order: str) -> str:
 def seconds_to_draw(number: int, order: str) -> tuple[float, float]:
     """Return the seconds to an epoch's first batch, and those for each example of the next."""
     start = time.perf_counter()
-    batches = iter(sharding.ShardedBatchSampler(number, BATCH_SIZE, seed=0, epoch=0))
+    batches = (slice_.indices for slice_ in sharding.ShardedBatchSampler(number, BATCH_SIZE, seed=0, epoch=0))
     if order == "as a whole":
         whole = np.random.default_rng((0, 0)).permutation(number)
-        batches = ((whole[first : first + BATCH_SIZE], BATCH_SIZE) for first in range(0, number, BATCH_SIZE))
+        batches = (whole[first : first + BATCH_SIZE] for first in range(0, number, BATCH_SIZE))
     next(batches)
     first = time.perf_counter()
-    drawn = sum(len(indices) for _, (indices, _) in zip(range(NUM_BATCHES), batches, strict=False))
+    drawn = sum(len(indices) for indices in itertools.islice(batches, NUM_BATCHES))
     return first - start, (time.perf_counter() - first) / drawn
 
 
