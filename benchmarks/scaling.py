@@ -2,7 +2,7 @@
 
 Measures on this machine what a step costs one worker, and what a sum over workers costs through shared memory and
 through a link. With these it predicts the step of 1, 2 and 4 workers at several batch sizes, and of two hosts (network
-namespaces; needs root and iproute2) whose link is slowed by netem; then it measures them. After that it prints tables
+namespaces; needs root and iproute2) whose link is slowed down; then it measures them. After that it prints tables
 for up to 1,000 workers, of the default recipe's network and of one of 100 million parameters. --quick measures few
 steps, to see that all of it works.
 """
@@ -46,7 +46,7 @@ class Link:
     """What joins two hosts."""
 
     megabit_s: float
-    delay_ms: float
+    delay_s: float = 0.0
     """One way."""
 
     @property
@@ -100,7 +100,7 @@ def step_s(model: Model, plan: Plan, batch_size: int) -> float:
         return compute + (plan.memory_step_s + plan.memory_byte_s * model.num_bytes * plan.num_workers) * turns
     messages = 2 * (plan.num_workers - 1)
     size = model.num_bytes / plan.num_workers
-    return compute + messages * (plan.link.delay_ms / 1e3 + plan.message_s + size / plan.link.bytes_per_s)
+    return compute + messages * (plan.link.delay_s + plan.message_s + size / plan.link.bytes_per_s)
 
 
 def hierarchical_step_s(model: Model, plan: Plan, batch_size: int) -> float:
@@ -109,7 +109,7 @@ def hierarchical_step_s(model: Model, plan: Plan, batch_size: int) -> float:
     alone = step_s(model, within, math.ceil(batch_size / plan.num_hosts))
     assert plan.link is not None
     messages, size = 2 * (plan.num_hosts - 1), model.num_bytes / plan.num_hosts
-    return alone + messages * (plan.link.delay_ms / 1e3 + plan.message_s + size / plan.link.bytes_per_s)
+    return alone + messages * (plan.link.delay_s + plan.message_s + size / plan.link.bytes_per_s)
 
 
 def checkpoint_interval_s(checkpoint_s: float, hours_between_failures: float, num_hosts: int) -> float:
@@ -186,8 +186,8 @@ OWN_MEMORY = ["sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh"]
 
 
 @contextlib.contextmanager
-def linked(link: Link) -> Iterator[None]:
-    """Make two network namespaces that a slowed link joins."""
+def linked(link: Link | None) -> Iterator[None]:
+    """Make two network namespaces that a link joins, slowed down if it is told how much."""
     _ip("link add mnistray-a0 type veth peer name mnistray-b0")
     try:
         for host, address in zip(HOSTS, ADDRESSES, strict=True):
@@ -195,8 +195,9 @@ def linked(link: Link) -> Iterator[None]:
             _ip(f"link set {host}0 netns {host} name eth0")
             for command in ("link set lo up", f"addr add {address}/24 dev eth0", "link set eth0 up"):
                 _ip(f"-n {host} {command}")
-            slow = f"qdisc add dev eth0 root netem rate {link.megabit_s}mbit delay {link.delay_ms}ms limit 10000"
-            subprocess.run(["ip", "netns", "exec", host, "tc", *slow.split()], check=True)
+            if link is not None:
+                slow = f"qdisc add dev eth0 root tbf rate {link.megabit_s}mbit burst 16kb latency 1s"
+                subprocess.run(["ip", "netns", "exec", host, "tc", *slow.split()], check=True)
         yield
     finally:
         for host in HOSTS:
@@ -251,11 +252,11 @@ def check(model: Model, plan: Plan, num_steps: int, has_hosts: bool) -> bool:
             predicted = step_s(model, replace(plan, num_workers=num_workers), batch_size)
             measured = measured_step_s(num_workers, batch_size, num_steps)
             near.append(checked(f"{num_workers} workers, batch {batch_size}", predicted, measured))
-    for link in (Link(1000, 0.1), Link(100, 1), Link(20, 5)) if has_hosts else ():
+    for link in (Link(200), Link(50), Link(10)) if has_hosts else ():
         with linked(link):
             hosts = replace(plan, num_hosts=2, cores=1, link=link)
             for batch_size in (64, 256):
-                what = f"2 hosts, {link.megabit_s:g} Mbit/s, {link.delay_ms:g} ms, batch {batch_size}"
+                what = f"2 hosts, {link.megabit_s:g} Mbit/s, batch {batch_size}"
                 measured = measured_step_s(2, batch_size, max(20, num_steps // 5), hosts=True)
                 near.append(checked(what, step_s(model, hosts, batch_size), measured))
     print(f"{sum(near)} of {len(near)} within {TOLERANCE:.0%}")
@@ -319,7 +320,7 @@ def main() -> None:
         plan = replace(plan, message_s=measured_message_s(model, num_steps))
     print(f"{model}\n{plan}\n")
     is_near = check(model, plan, num_steps, has_hosts)
-    wide = replace(plan, link=Link(10_000, 0.05))
+    wide = replace(plan, link=Link(10_000, 50e-6))
     print_plans("49,770 parameters, 10 Gbit/s", model, wide, 8, (128, 4096, 65_536))
     large = large_model(3 if args.quick else 10)
     print_plans("100 million parameters, 10 Gbit/s", large, wide, 8, (128, 4096, 65_536))
@@ -330,10 +331,9 @@ def main() -> None:
 
 def measured_message_s(model: Model, num_steps: int) -> float:
     """Measure what a message through the process group costs, on a link that does not slow it down."""
-    link = Link(10_000, 0.0)
-    with linked(link):
+    with linked(None):
         seconds = measured_step_s(2, 64, num_steps, hosts=True)
-    return max(0.0, (seconds - model.step_s - 32 * model.image_s) / 2 - model.num_bytes / 2 / link.bytes_per_s)
+    return max(0.0, (seconds - model.step_s - 32 * model.image_s) / 2)
 
 
 if __name__ == "__main__":
