@@ -33,9 +33,12 @@ BATCH_SIZE = 128
 
 
 def make(folder: Path, gib: float) -> None:
-    """Write images that take no room on the disk, and labels that do."""
+    """Write images that take no room on the disk, and labels; read them into the page cache as far as it goes."""
     number = int(gib * 2**30 / np.prod(SHAPE))
     np.lib.format.open_memmap(folder / "inputs.npy", "w+", np.uint8, (number, *SHAPE))
+    with (folder / "inputs.npy").open("rb", buffering=0) as file:
+        while file.read(2**24):
+            pass
     np.save(folder / "targets.npy", np.random.default_rng(0).integers(10, size=number, dtype=np.uint8))
 
 
