@@ -32,12 +32,12 @@ NUM_IN_MEMORY = 60_000
 BATCH_SIZE = 128
 
 
-def make(folder: Path, gib: float) -> None:
-    """Write images that take no room on the disk, and labels; read them into the page cache as far as it goes."""
+def make(folder: Path, gib: float, is_cold: bool) -> None:
+    """Write images that take no room on the disk, and labels; read them into the page cache, unless it is cold."""
     number = int(gib * 2**30 / np.prod(SHAPE))
     np.lib.format.open_memmap(folder / "inputs.npy", "w+", np.uint8, (number, *SHAPE))
     with (folder / "inputs.npy").open("rb", buffering=0) as file:
-        while file.read(2**24):
+        while not is_cold and file.read(2**24):
             pass
     np.save(folder / "targets.npy", np.random.default_rng(0).integers(10, size=number, dtype=np.uint8))
 
@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--loaders", type=int, default=1)
+    parser.add_argument("--cold", action="store_true", help="read nothing into the page cache before")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--train-on", type=Path, help=argparse.SUPPRESS)
@@ -108,7 +109,7 @@ def main() -> None:
         print(json.dumps(train(args.train_on, args.steps, args.loaders)))
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        make(Path(folder), args.gib)
+        make(Path(folder), args.gib, args.cold)
         rounds = [(measured(Path(folder), args), measured(None, args)) for _ in range(args.rounds)]
     ratios = sorted(mapped["rate"] / memory["rate"] for mapped, memory in rounds)
     print(f"images/s mapped / in memory: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
