@@ -12,8 +12,9 @@
 set -euo pipefail
 source .venv/bin/activate
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address=$(srun --nodes 1 --ntasks 1 --nodelist "$head" hostname --ip-address | cut -d ' ' -f 1)
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+addresses=$(srun --nodes 1 --ntasks 1 --nodelist "${hosts[0]}" hostname --ip-address)
+address=${addresses%% *}
 
 # Starts Ray everywhere, waits for all nodes, runs the job on the first and stops Ray again.
 srun ray symmetric-run --address "$address:6379" --min-nodes "$SLURM_JOB_NUM_NODES" \
