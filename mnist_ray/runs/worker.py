@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import functools
+import shutil
 import socket
 import tempfile
 import threading
@@ -224,6 +225,7 @@ class _Reporter:
             checkpoint_dir_name=checkpoint_name(state.epoch, state.step) + self._suffix,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=upload,
+            delete_local_checkpoint_after_upload=False,  # it is deleted however its upload ends
             validation=self._is_to_be_validated(state),
         )
         end_if_hung(self._spec.hang_timeout_s)
@@ -235,6 +237,7 @@ class _Reporter:
             checkpoint.set_metadata({"epoch": snapshot.document["epoch"]})
             target.upload(checkpoint.path)
         finally:
+            shutil.rmtree(checkpoint.path, ignore_errors=True)
             self._uploaded.set()
         return Checkpoint(target.path, filesystem=target.filesystem)
 
