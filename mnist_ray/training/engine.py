@@ -231,8 +231,8 @@ class _Epochs:
         state.scheduler.step()
 
     @cached_property
-    def _arrays(self) -> ArrayBatches | ExampleBatches | None:
-        return None if self.part.arrays is None else ArrayBatches(self.part.arrays, self.group.device)
+    def _examples(self) -> ArrayBatches | ExampleBatches:
+        return batches_of(self.part, self.group.device)
 
     @cached_property
     def _chunks(self) -> Chunks:
@@ -251,10 +251,9 @@ class _Epochs:
             num_chunks=self.config.chunks,
             piece_size=self.config.micro_batch_size,
         )
-        examples = self._arrays
-        if examples is None:
-            examples = ExampleBatches(self.part, _seed(self.config.seed, self.state.epoch, 0))
-        for batch in batch_loader(examples, sampler, self.num_loader_processes):
+        if isinstance(self._examples, ExampleBatches):
+            self._examples.seed = _seed(self.config.seed, self.state.epoch, 0)
+        for batch in batch_loader(self._examples, sampler, self.num_loader_processes):
             yield to_device(batch, self.group.device)
 
 

@@ -143,7 +143,7 @@ class ExampleBatches(Dataset):
     the same for any number of ranks and loader processes, and in a resumed run as in one without a break.
     """
 
-    def __init__(self, part: Part, seed: int) -> None:
+    def __init__(self, part: Part, seed: int = 0) -> None:
         self.part = part
         self.seed = seed
 
@@ -190,9 +190,9 @@ def _odd_one(indices: np.ndarray, examples: list[tuple[Any, Any]], error: Except
     return first_line(error)
 
 
-def batches_of(part: Part, device: torch.device, seed: int = 0) -> ArrayBatches | ExampleBatches:
+def batches_of(part: Part, device: torch.device) -> ArrayBatches | ExampleBatches:
     """Return what a loader reads a part of the data by."""
-    return ArrayBatches(part.arrays, device) if part.arrays is not None else ExampleBatches(part, seed)
+    return ArrayBatches(part.arrays, device) if part.arrays is not None else ExampleBatches(part)
 
 
 def _tensor(array: np.ndarray) -> Tensor:
