@@ -196,7 +196,7 @@ def test_a_preempted_node_is_left_with_a_checkpoint_just_in_time(
         )
 
     flags = {**LONGER, "num_epochs": 30, "checkpoint_every": 1000, "num_workers": 2, "run_name": "run"}
-    flags |= {"data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2}
+    flags |= {"data_dir": small_data, "storage_path": tmp_path}
     printed, _ = run_and_act(announce, "epoch 1/30", *as_flags(flags), address=nodes.address)
     assert printed.count("note       a worker's node is about to be taken away; saving a checkpoint\n") == 1
     assert "lost " not in printed
