@@ -8,22 +8,19 @@ process and the processes that read for it hold of their own, after a tenth of t
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import psutil
+from loop import timed_steps
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.environment import keep_freed_memory
 from mnist_ray.training import engine
-from mnist_ray.training.events import Progress
 from mnist_ray.workload import source
 from mnist_ray.workload.data import Arrays, Part
 
@@ -53,9 +50,7 @@ def own_mib() -> float:
 
 def train(folder: Path | None, num_steps: int, num_loaders: int) -> dict[str, float]:
     """Train on the mapped images of a folder, or on some in memory; return the rate and the memory."""
-    keep_freed_memory()
     workload, group = source.load(source.DEFAULT)(facts={"class_names": [*range(10)]}), engine.Group()
-    arrays, num_images = arrays_of(folder), num_steps * BATCH_SIZE
     config = TrainConfig(
         precision=engine.resolve_precision("auto", group),
         batch_size=BATCH_SIZE,
@@ -63,17 +58,8 @@ def train(folder: Path | None, num_steps: int, num_loaders: int) -> dict[str, fl
         num_epochs=1000,
         checkpoint_every=10**9,
     )
-    state = engine.create_state(workload, config, len(arrays), group.device)
-    marks: list[tuple[int, float, float]] = []  # images, seconds, MiB
-
-    def note(progress: Progress) -> None:
-        marks.append((state.epoch * len(arrays) + progress.num_examples, time.perf_counter(), own_mib()))
-
-    hooks = engine.Hooks(progress=note, wants_stop=lambda: bool(marks) and marks[-1][0] >= num_images)
-    with contextlib.suppress(engine.StopWantedError):
-        engine.train(workload, state, Part(arrays), config, group, hooks, num_loaders)
-    first, last = next(mark for mark in marks if mark[0] >= num_images / 10), marks[-1]
-    return {"rate": (last[0] - first[0]) / (last[1] - first[1]), "mib_before": first[2], "mib_after": last[2]}
+    timed = timed_steps(workload, Part(arrays_of(folder)), config, group, num_steps, num_loaders, own_mib)
+    return {"rate": BATCH_SIZE / timed.step_s, "mib_before": timed.early, "mib_after": timed.late}
 
 
 def arrays_of(folder: Path | None) -> Arrays:

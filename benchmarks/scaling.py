@@ -25,12 +25,12 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from hosts import OWN_MEMORY
+from loop import timed_steps
 from torch import nn
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.environment import keep_freed_memory
 from mnist_ray.training import engine
-from mnist_ray.training.events import Progress
 from mnist_ray.workload import source
 from mnist_ray.workload.data import Part
 from mnist_ray.workload.loading import load_data
@@ -98,9 +98,12 @@ def step_s(model: Model, plan: Plan, batch_size: int) -> float:
         return compute
     if plan.link is None:
         return compute + (plan.memory_step_s + plan.memory_byte_s * model.num_bytes * plan.num_workers) * turns
-    messages = 2 * (plan.num_workers - 1)
-    size = model.num_bytes / plan.num_workers
-    return compute + messages * (plan.link.delay_s + plan.message_s + size / plan.link.bytes_per_s)
+    return compute + ring_s(model, plan.num_workers, plan.link, plan.message_s)
+
+
+def ring_s(model: Model, number: int, link: Link, message_s: float) -> float:
+    """Predict the seconds of a sum of gradients over so many processes with a link between each two neighbours."""
+    return 2 * (number - 1) * (link.delay_s + message_s + model.num_bytes / number / link.bytes_per_s)
 
 
 def hierarchical_step_s(model: Model, plan: Plan, batch_size: int) -> float:
@@ -108,8 +111,7 @@ def hierarchical_step_s(model: Model, plan: Plan, batch_size: int) -> float:
     within = replace(plan, num_workers=max(1, plan.num_workers // plan.num_hosts), num_hosts=1, link=None)
     alone = step_s(model, within, math.ceil(batch_size / plan.num_hosts))
     assert plan.link is not None
-    messages, size = 2 * (plan.num_hosts - 1), model.num_bytes / plan.num_hosts
-    return alone + messages * (plan.link.delay_s + plan.message_s + size / plan.link.bytes_per_s)
+    return alone + ring_s(model, plan.num_hosts, plan.link, plan.message_s)
 
 
 def checkpoint_interval_s(checkpoint_s: float, hours_between_failures: float, num_hosts: int) -> float:
@@ -122,10 +124,8 @@ def checkpoint_interval_s(checkpoint_s: float, hours_between_failures: float, nu
 
 def lost_to_failures(checkpoint_s: float, restart_s: float, hours_between_failures: float, num_hosts: int) -> float:
     """Return the part of the time that goes into checkpoints, repeated steps and restarts, at that interval."""
-    between_s, every_s = (
-        hours_between_failures * 3600 / num_hosts,
-        checkpoint_interval_s(checkpoint_s, hours_between_failures, num_hosts),
-    )
+    between_s = hours_between_failures * 3600 / num_hosts
+    every_s = checkpoint_interval_s(checkpoint_s, hours_between_failures, num_hosts)
     return min(1.0, checkpoint_s / every_s + (every_s / 2 + restart_s) / between_s)
 
 
@@ -134,23 +134,13 @@ def lost_to_failures(checkpoint_s: float, restart_s: float, hours_between_failur
 
 def train_steps(group: engine.Group, batch_size: int, num_steps: int) -> float:
     """Train in this process, one rank; return the seconds of a step after the first tenth of them."""
-    keep_freed_memory()
     torch.set_num_threads(1)
     workload = source.load(source.DEFAULT)()
     part = Part(load_data(workload).train)
-    config = TrainConfig(precision="fp32", batch_size=batch_size, schedule="constant", num_epochs=1000)
-    config = replace(config, checkpoint_every=10**9)
-    state = engine.create_state(workload, config, len(part), group.device)
-    marks: list[tuple[int, float]] = []
-
-    def note(progress: Progress) -> None:
-        marks.append((progress.total_step, time.perf_counter()))
-
-    hooks = engine.Hooks(progress=note, wants_stop=lambda: bool(marks) and marks[-1][0] >= num_steps)
-    with contextlib.suppress(engine.StopWantedError):
-        engine.train(workload, state, part, config, group, hooks)
-    first = next(mark for mark in marks if mark[0] >= num_steps / 10)
-    return (marks[-1][1] - first[1]) / (marks[-1][0] - first[0])
+    config = TrainConfig(
+        precision="fp32", batch_size=batch_size, schedule="constant", num_epochs=1000, checkpoint_every=10**9
+    )
+    return timed_steps(workload, part, config, group, num_steps).step_s
 
 
 def run_rank(rank: int, num_workers: int, batch_size: int, num_steps: int, meeting: str) -> None:
@@ -180,9 +170,6 @@ def measured_step_s(num_workers: int, batch_size: int, num_steps: int, hosts: bo
             )
         printed = [process.communicate()[0] for process in processes]
     return float(json.loads(printed[0].splitlines()[-1]))
-
-
-OWN_MEMORY = ["sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh"]
 
 
 @contextlib.contextmanager

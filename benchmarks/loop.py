@@ -1,0 +1,50 @@
+"""So many steps of the project's engine, timed; what other benchmarks do with it, they say."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mnist_ray.config import TrainConfig
+from mnist_ray.environment import keep_freed_memory
+from mnist_ray.training import engine
+from mnist_ray.training.events import Progress
+from mnist_ray.workload.data import Part
+from mnist_ray.workload.interface import Workload
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What was seen after a tenth of the steps, and at the end."""
+
+    step_s: float
+    """Seconds of a step in between."""
+    early: float
+    """What ``look`` returned."""
+    late: float
+
+
+def timed_steps(
+    workload: Workload,
+    part: Part,
+    config: TrainConfig,
+    group: engine.Group,
+    num_steps: int,
+    num_loaders: int = 0,
+    look: Callable[[], float] = lambda: 0.0,
+) -> Timed:
+    """Train so many steps in this process, as one of the ranks of ``group``."""
+    keep_freed_memory()
+    state = engine.create_state(workload, config, len(part), group.device)
+    marks: list[tuple[int, float, float]] = []
+
+    def note(progress: Progress) -> None:
+        marks.append((progress.total_step, time.perf_counter(), look()))
+
+    hooks = engine.Hooks(progress=note, wants_stop=lambda: bool(marks) and marks[-1][0] >= num_steps)
+    with contextlib.suppress(engine.StopWantedError):
+        engine.train(workload, state, part, config, group, hooks, num_loaders)
+    first, last = next(mark for mark in marks if mark[0] >= num_steps / 10), marks[-1]
+    return Timed((last[1] - first[1]) / (last[0] - first[0]), first[2], last[2])
