@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import functools
 import os
 import sys
@@ -62,12 +63,25 @@ class Parser(argparse.ArgumentParser):
 
     def read_flags(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:
         """Return the flags that were given, checked one by one. Raises UsageError."""
-        flags = vars(self.parse_intermixed_args(arguments))
+        found, unknown = self.parse_known_intermixed_args(arguments)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown)}")
+        flags = vars(found)
         if isinstance(flags.get("num_workers"), tuple):
             flags["min_workers"], flags["num_workers"] = flags["num_workers"]
         for config_class in self._config_classes:
             build(config_class, flags)
         return flags
+
+    def _meant(self, unknown: Sequence[str]) -> str:
+        """Return which flag the first of some that are not known may stand for: a close one, or one's initials."""
+        wrong = next((text.partition("=")[0] for text in unknown if text.startswith("--")), None)
+        if wrong is None:
+            return ""
+        flags = [text for action in self._actions for text in action.option_strings if text.startswith("--")]
+        by_initials = {"--" + "".join(word[0] for word in text[2:].split("-")): text for text in flags}
+        close = [by_initials[wrong]] if wrong in by_initials else difflib.get_close_matches(wrong, flags, 1)
+        return f"; did you mean {close[0]}?" if close else ""
 
     def error(self, message: str) -> NoReturn:
         """Print one line, not the whole usage, and exit with status 2."""
