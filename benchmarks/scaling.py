@@ -1,15 +1,17 @@
 """How fast training would be on many workers, predicted from a few constants: python benchmarks/scaling.py
 
-Measures on this machine what a step costs one worker, and what a sum over workers costs through shared memory and
-through a link. With these it predicts the step of 1, 2 and 4 workers at several batch sizes, and of two hosts (network
-namespaces; needs root and iproute2) whose link is slowed down; then it measures them. After that it prints tables
-for up to 1,000 workers, of the default recipe's network and of one of 100 million parameters. --quick measures few
-steps, to see that all of it works.
+Measures on this machine what a step costs one worker, what a sum over workers costs through shared memory and through
+a link, and what workers beyond the cores cost each other. With these it predicts the step of 1, 2 and 4 workers at
+several batch sizes, and of two hosts (network namespaces; needs root and iproute2) whose link is slowed down, and
+measures those too: all in turns, in several rounds, since a machine is faster at one time than at another. After that
+it prints tables for up to 1,000 workers, of the default recipe's network and of one of 100 million parameters. --quick
+measures few steps, to see that all of it works.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import json
 import math
@@ -61,10 +63,16 @@ class Model:
 
     num_bytes: float
     """Of its gradients."""
-    image_s: float
-    """Of forward and backward pass, each image."""
-    step_s: float
-    """What a step costs besides, however many images it has."""
+    slices: tuple[int, ...]
+    """Numbers of images of which a step was measured."""
+    seconds: tuple[float, ...]
+    """What each took. An image costs more where there are too many for the processor's cache."""
+
+    def compute_s(self, size: int) -> float:
+        """Return the seconds of a step of so many images, on a line through the two measured ones around it."""
+        place = min(max(bisect.bisect(self.slices, size), 1), len(self.slices) - 1)
+        (low, high), (before, after) = self.slices[place - 1 : place + 1], self.seconds[place - 1 : place + 1]
+        return max(0.0, before + (after - before) * (size - low) / (high - low))
 
 
 @dataclass(frozen=True)
@@ -77,12 +85,16 @@ class Plan:
     """Of each host."""
     link: Link | None = None
     """None: there is one host."""
+    sharing: float = 1.0
+    """How much longer each of two workers computes: they share the processor's caches, and wait for the slower."""
     memory_step_s: float = 0.0
-    """Of a sum over two workers through shared memory: waiting for each other."""
+    """Of a sum over two workers through shared memory."""
     memory_byte_s: float = 0.0
     """Each byte of each worker."""
     message_s: float = 0.0
     """Of a message through the process group, beside the link's delay."""
+    waiting: float = 1.0
+    """How much longer workers beyond the cores take than their turns: they wait for who has none."""
 
 
 def step_s(model: Model, plan: Plan, batch_size: int) -> float:
@@ -93,7 +105,9 @@ def step_s(model: Model, plan: Plan, batch_size: int) -> float:
     and Yuan, 2009). Nothing overlaps: this project's small models have one bucket of gradients.
     """
     turns = max(1.0, plan.num_workers / plan.num_hosts / plan.cores)
-    compute = (model.step_s + model.image_s * math.ceil(batch_size / plan.num_workers)) * turns
+    turns *= plan.waiting if turns > 1 else 1.0
+    compute = model.compute_s(math.ceil(batch_size / plan.num_workers)) * turns
+    compute *= plan.sharing if plan.num_workers > plan.num_hosts else 1.0
     if plan.num_workers == 1:
         return compute
     if plan.link is None:
@@ -208,45 +222,77 @@ def large_model(num_steps: int) -> Model:
             model(inputs).square().mean().backward()
             times.append(time.perf_counter() - start)
         seconds[batch_size] = statistics.median(times)
-    image_s = (seconds[64] - seconds[16]) / 48
-    return Model(4 * 100e6, image_s, max(0.0, seconds[16] - 16 * image_s))
+    return Model(4 * 100e6, tuple(seconds), tuple(seconds.values()))
 
 
-def checked(what: str, predicted: float, measured: float) -> bool:
-    """Print a row; return whether the prediction is near enough."""
-    error = predicted / measured - 1
-    is_near = abs(error) <= TOLERANCE
-    print(f"| {what} | {predicted * 1e3:.2f} | {measured * 1e3:.2f} | {error:+.0%} |", flush=True)
-    return is_near
+@dataclass(frozen=True)
+class Point:
+    """What is measured: so many workers on this machine, or one on each of two hosts."""
+
+    num_workers: int
+    batch_size: int
+    megabit_s: float | None = None
+    """Of the link between two hosts; infinite where nothing slows it down, None where there is one host."""
+
+    def __str__(self) -> str:
+        if self.megabit_s is None:
+            return f"{self.num_workers} worker{'s' * (self.num_workers > 1)}, batch {self.batch_size}"
+        return f"2 hosts, {self.megabit_s:g} Mbit/s, batch {self.batch_size}"
 
 
-def calibrated(num_steps: int) -> tuple[Model, Plan]:
-    """Measure the constants of the default recipe's network on this machine."""
-    at = {size: measured_step_s(1, size, num_steps) for size in (32, 256)}
-    image_s = (at[256] - at[32]) / 224
-    model = Model(4 * 49_770, image_s, at[32] - 32 * image_s)
-    cores = len(os.sched_getaffinity(0))
-    two = measured_step_s(2, 64, num_steps) - (model.step_s + 32 * image_s)
-    return model, Plan(2, 1, cores, memory_step_s=max(0.0, two))
+# The constants come from points that are not predicted.
+ALONE = [Point(1, size) for size in (16, 48, 96, 192, 384)]
+TWO = [Point(2, 32), Point(2, 256)]
+FOUR = [Point(4, 32), Point(4, 96), Point(4, 256)]
+TWO_HOSTS = Point(2, 128, math.inf)
+PREDICTED = [Point(num_workers, batch_size) for num_workers in (1, 2, 4) for batch_size in (64, 128, 512)]
+PREDICTED_HOSTS = [Point(2, batch_size, megabit_s) for megabit_s in (200, 50, 10) for batch_size in (64, 256)]
 
 
-def check(model: Model, plan: Plan, num_steps: int, has_hosts: bool) -> None:
-    """Predict and measure; print how many of the predictions are near enough."""
+def measured_points(points: Sequence[Point], num_images: int, num_rounds: int) -> dict[Point, float]:
+    """Measure seconds of a step at each point, of so many images in all, in turns; return the medians of the rounds."""
+    seconds: dict[Point, list[float]] = {point: [] for point in points}
+    for _ in range(num_rounds):
+        for point, times in seconds.items():
+            num_steps = max(30, num_images // point.batch_size)
+            if point.megabit_s is None:
+                times.append(measured_step_s(point.num_workers, point.batch_size, num_steps))
+                continue
+            with linked(None if math.isinf(point.megabit_s) else Link(point.megabit_s)):
+                times.append(measured_step_s(2, point.batch_size, max(30, num_steps // 5), hosts=True))
+    return {point: statistics.median(times) for point, times in seconds.items()}
+
+
+def calibrated(measured: dict[Point, float]) -> tuple[Model, Plan]:
+    """Return the constants of the default recipe's network on this machine."""
+    model = Model(4 * 49_770, tuple(p.batch_size for p in ALONE), tuple(measured[p] for p in ALONE))
+    plan = Plan(2, 1, len(os.sched_getaffinity(0)))
+    few, many = ((model.compute_s(point.batch_size // 2), measured[point]) for point in TWO)
+    sharing = max(1.0, (many[1] - few[1]) / (many[0] - few[0]))
+    plan = replace(plan, sharing=sharing, memory_step_s=max(0.0, few[1] - sharing * few[0]))
+    if plan.cores < 4:
+        longer = [measured[p] / step_s(model, replace(plan, num_workers=4), p.batch_size) for p in FOUR]
+        plan = replace(plan, waiting=statistics.median(longer))
+    if TWO_HOSTS in measured:
+        alone = step_s(model, replace(plan, num_workers=1), TWO_HOSTS.batch_size // 2)
+        plan = replace(plan, message_s=max(0.0, (measured[TWO_HOSTS] - alone) / 2))
+    return model, plan
+
+
+def check(model: Model, plan: Plan, measured: dict[Point, float]) -> None:
+    """Print what is predicted beside what was measured, and how many of the predictions are near enough."""
     print("| | predicted, ms | measured, ms | error |\n|---|---|---|---|")
-    near = []
-    for num_workers in (1, 2, 4):
-        for batch_size in (64, 128, 512):
-            predicted = step_s(model, replace(plan, num_workers=num_workers), batch_size)
-            measured = measured_step_s(num_workers, batch_size, num_steps)
-            near.append(checked(f"{num_workers} workers, batch {batch_size}", predicted, measured))
-    for link in (Link(200), Link(50), Link(10)) if has_hosts else ():
-        with linked(link):
-            hosts = replace(plan, num_hosts=2, cores=1, link=link)
-            for batch_size in (64, 256):
-                what = f"2 hosts, {link.megabit_s:g} Mbit/s, batch {batch_size}"
-                measured = measured_step_s(2, batch_size, max(20, num_steps // 5), hosts=True)
-                near.append(checked(what, step_s(model, hosts, batch_size), measured))
-    print(f"{sum(near)} of {len(near)} within {TOLERANCE:.0%}")
+    num_near = 0
+    points = [point for point in PREDICTED + PREDICTED_HOSTS if point in measured]
+    for point in points:
+        here = replace(plan, num_workers=point.num_workers)
+        if point.megabit_s is not None:
+            here = replace(here, num_hosts=2, cores=1, link=Link(point.megabit_s))
+        predicted = step_s(model, here, point.batch_size)
+        error = predicted / measured[point] - 1
+        num_near += abs(error) <= TOLERANCE
+        print(f"| {point} | {predicted * 1e3:.2f} | {measured[point] * 1e3:.2f} | {error:+.0%} |")
+    print(f"{num_near} of {len(points)} within {TOLERANCE:.0%}")
 
 
 def print_plans(name: str, model: Model, plan: Plan, workers_a_host: int, batch_sizes: Sequence[int]) -> None:
@@ -299,26 +345,20 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--restart-s", type=float, default=3.0, help="seconds from a worker's loss to the next step")
     args = parser.parse_args()
-    num_steps = 60 if args.quick else 600
-    model, plan = calibrated(num_steps)
-    has_hosts = os.geteuid() == 0 and shutil.which("tc") is not None
-    if has_hosts:
-        plan = replace(plan, message_s=measured_message_s(model, num_steps))
+    num_images, num_rounds = (5_000, 1) if args.quick else (25_000, 3)
+    points = [*ALONE, *TWO, *FOUR, *PREDICTED]
+    if os.geteuid() == 0 and shutil.which("tc") is not None:
+        points += [TWO_HOSTS, *PREDICTED_HOSTS]
+    measured = measured_points(points, num_images, num_rounds)
+    model, plan = calibrated(measured)
     print(f"{model}\n{plan}\n")
-    check(model, plan, num_steps, has_hosts)
+    check(model, plan, measured)
     wide = replace(plan, link=Link(10_000, 50e-6))
     print_plans("49,770 parameters, 10 Gbit/s", model, wide, 8, (128, 4096, 65_536))
     large = large_model(3 if args.quick else 10)
     print_plans("100 million parameters, 10 Gbit/s", large, wide, 8, (128, 4096, 65_536))
     print_checkpoints("49,770 parameters", model.num_bytes, args.restart_s)
     print_checkpoints("100 million parameters", large.num_bytes, args.restart_s)
-
-
-def measured_message_s(model: Model, num_steps: int) -> float:
-    """Measure what a message through the process group costs, on a link that does not slow it down."""
-    with linked(None):
-        seconds = measured_step_s(2, 64, num_steps, hosts=True)
-    return max(0.0, (seconds - model.step_s - 32 * model.image_s) / 2)
 
 
 if __name__ == "__main__":
