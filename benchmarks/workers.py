@@ -18,6 +18,9 @@ import time
 from pathlib import Path
 
 import psutil
+from events import run_job
+
+from mnist_ray.training.events import EpochFinished, Event, Started
 
 TINY = Path(__file__).parent / "peers" / "tiny.py"
 NUM_EPOCHS = 4
@@ -25,8 +28,7 @@ CHECKPOINT_EVERY = 5  # of 50 steps an epoch
 
 
 def train(num_workers: int, storage: str) -> dict[str, float]:
-    """Run a job but for its console, files and evaluation; return what came through the driver, and when."""
-    begun = time.monotonic()
+    """Train, killing a worker after the second epoch; return what it took."""
     flags = {
         "workload": TINY,
         "num_workers": num_workers,
@@ -38,44 +40,24 @@ def train(num_workers: int, storage: str) -> dict[str, float]:
         "storage_path": storage,
         "run_name": "run",
     }
-    sys.argv[1:] = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    from mnist_ray import environment
-    from mnist_ray.forking.local import prepare_forking
-    from mnist_ray.runs.job import load_data, read_job
+    begun, killed = time.monotonic(), list[float]()
 
-    job = read_job()
-    environment.prepare(verbose=False)
-    forking = prepare_forking(job.workers, "mnist_ray.runs.fit")
-    job, data = load_data(job)
-    from mnist_ray.cluster.connection import connect
+    def kill_once(event: Event) -> None:
+        if isinstance(event, EpochFinished) and event.last.epoch == 2 and not killed:
+            workers = [process for process in psutil.process_iter() if process.name().startswith("ray::RayTrainWo")]
+            workers[-1].kill()
+            killed.append(time.monotonic() - begun)
 
-    with connect(job.workers, forking) as cluster:
-        from mnist_ray.cluster.plan import plan_workers
-        from mnist_ray.runs.fit import fit
-        from mnist_ray.training.events import EpochFinished, Event, Started
-
-        seen: list[tuple[float, Event]] = []
-        killed: list[float] = []
-
-        def on_event(event: Event) -> None:
-            seen.append((time.monotonic(), event))
-            if isinstance(event, EpochFinished) and event.last.epoch == 2 and not killed:
-                workers = [process for process in psutil.process_iter() if process.name().startswith("ray::RayTrainWo")]
-                workers[-1].kill()
-                killed.append(time.monotonic())
-
-        fit(job, data, plan_workers(job.workers, cluster), on_event)
-    started = [when for when, event in seen if isinstance(event, Started)]
-    first = next(event for when, event in seen if isinstance(event, EpochFinished))
-    first_end = next(when for when, event in seen if isinstance(event, EpochFinished))
-    trained = [(when, event) for when, event in seen if started[0] <= when <= first_end]
-    num_checkpoints = first.last.num_steps // CHECKPOINT_EVERY - 1
+    heard = run_job(flags, kill_once)
+    first, started, first_end = heard.epochs[0].last, heard.times(Started), heard.times(EpochFinished)[0]
+    trained = [event for when, event in heard.events if started[0] <= when <= first_end]
+    num_checkpoints = first.num_steps // CHECKPOINT_EVERY - 1
     return {
-        "start_s": started[0] - begun,
-        "checkpoint_ms": (first_end - started[0] - first.last.epoch_s) / num_checkpoints * 1e3,
+        "start_s": started[0],
+        "checkpoint_ms": (first_end - started[0] - first.epoch_s) / num_checkpoints * 1e3,
         "restart_s": started[1] - killed[0],
         "events_per_s": len(trained) / (first_end - started[0]),
-        "bytes_per_s": sum(len(pickle.dumps(event)) for _, event in trained) / (first_end - started[0]),
+        "bytes_per_s": sum(len(pickle.dumps(event)) for event in trained) / (first_end - started[0]),
     }
 
 

@@ -1,0 +1,64 @@
+"""A job but for its console, files and evaluation: what comes through the driver, and when."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mnist_ray.training.events import EpochFinished, Event, Started
+
+
+@dataclass(frozen=True)
+class Heard:
+    """All that a run has told."""
+
+    events: list[tuple[float, Event]]
+    """With the seconds since the beginning of the job."""
+    end_s: float
+    """When the last checkpoint was safe."""
+
+    def times(self, kind: type[Event]) -> list[float]:
+        """Return when events of a kind have come."""
+        return [when for when, event in self.events if isinstance(event, kind)]
+
+    @property
+    def epochs(self) -> list[EpochFinished]:
+        """The ends of all epochs."""
+        return [event for _, event in self.events if isinstance(event, EpochFinished)]
+
+    @property
+    def stopped_s(self) -> float:
+        """Seconds from the first attempt's start to the last epoch's end in which nothing was trained."""
+        trained_s = sum(epoch.last.epoch_s for epoch in self.epochs)
+        return self.times(EpochFinished)[-1] - self.times(Started)[0] - trained_s
+
+
+def run_job(flags: Mapping[str, object], on_event: Callable[[Event], None] = lambda event: None) -> Heard:
+    """Train as ``jobs/train.py`` would with these flags."""
+    begun = time.monotonic()
+    sys.argv[1:] = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    from mnist_ray import environment
+    from mnist_ray.forking.local import prepare_forking
+    from mnist_ray.runs.job import load_data, read_job
+
+    job = read_job()
+    environment.prepare(verbose=False)
+    forking = prepare_forking(job.workers, "mnist_ray.runs.fit")
+    job, data = load_data(job)
+    from mnist_ray.cluster.connection import connect
+
+    with connect(job.workers, forking) as cluster:
+        from mnist_ray.cluster.plan import plan_workers
+        from mnist_ray.runs.fit import fit
+
+        seen: list[tuple[float, Any]] = []
+
+        def note(event: Event) -> None:
+            seen.append((time.monotonic() - begun, event))
+            on_event(event)
+
+        fit(job, data, plan_workers(job.workers, cluster), note)
+        return Heard(seen, time.monotonic() - begun)
