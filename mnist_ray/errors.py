@@ -25,8 +25,8 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0]
 
 
-def with_place(error: BaseException, folder: Path, *, or_here: bool = True) -> str:
-    """Return an error in one line, with the last place in ``folder`` that it came through.
+def with_place(error: BaseException, *folders: Path, or_here: bool = True) -> str:
+    """Return an error in one line, with the last place that it came through in the first of ``folders`` with one.
 
     ``or_here`` tells whether a place in this package will do where there is none.
     """
@@ -36,7 +36,7 @@ def with_place(error: BaseException, folder: Path, *, or_here: bool = True) -> s
     if _IN_ANOTHER_PROCESS in str(error):
         told = re.findall(r'File "(.+)", line (\d+), in (.+)', str(error))
         frames = traceback.StackSummary.from_list([(file, int(line), name, None) for file, line, name in told])
-    places = [_in(folder, frames), _in(_PACKAGE, frames) if or_here else []]
+    places = [*(_in(folder, frames) for folder in folders), _in(_PACKAGE, frames) if or_here else []]
     place = next((f" ({Path(found[-1].filename).name}, line {found[-1].lineno})" for found in places if found), "")
     return said + place
 

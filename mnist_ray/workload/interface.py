@@ -6,17 +6,16 @@ does not say has a default. Torch is imported where it is used: what only needs 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
 from mnist_ray.errors import UsageError
 from mnist_ray.settings import SearchSpace, values_of
+from mnist_ray.user_code import Source
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,33 +65,6 @@ class NoSettings:
         if name.startswith("__"):
             raise AttributeError(name)
         raise AttributeError(f"no setting {name}: write Settings = ... in the workload's class")
-
-
-@dataclass(frozen=True)
-class Source:
-    """The code of a workload as it was when the job began; other processes run just that."""
-
-    reference: str
-    """What ``--workload`` takes: an absolute path or a module's name, with ``:NAME`` where it was given."""
-    path: str
-    """The file."""
-    text: str
-    """The file's content."""
-
-    @property
-    def is_file(self) -> bool:
-        """Whether it is loaded as a file: it travels with the job, and need not be importable anywhere."""
-        return self.reference.endswith(".py") or ".py:" in self.reference
-
-    @property
-    def folder(self) -> Path:
-        """The folder that the file lies in."""
-        return Path(self.path).parent
-
-    @property
-    def sha256(self) -> str:
-        """The digest of the file's content."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 class Workload:
@@ -155,6 +127,12 @@ class Workload:
         """Return the loss of each example, (N,). Outputs are fp32, whatever the model has computed in."""
         raise NotImplementedError
 
+    def training_loss(self, outputs: Any, targets: Any, config: TrainConfig) -> Tensor | None:
+        """Return what training minimizes of each example, (N,), in place of the loss that is reported; None: that."""
+        if config.label_smoothing:
+            raise UsageError("--label-smoothing is for a Classification that has no loss of its own")
+        return None
+
     def measure(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
         """Return figures of each example, (N,) each, of which the metrics are made."""
         return {}
@@ -164,11 +142,14 @@ class Workload:
         return dict(means)
 
     def create_optimizer(self, model: nn.Module, config: TrainConfig) -> Optimizer:
-        """Return the optimizer: Adam."""
-        import torch
+        """Return the optimizer that ``config`` names."""
+        from torch import optim
 
-        betas = (config.beta1, config.beta2)
-        return torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=betas, fused=True)
+        options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+        if config.optimizer == "sgd":
+            return optim.SGD(model.parameters(), momentum=config.momentum, **options)
+        kind = optim.AdamW if config.optimizer == "adamw" else optim.Adam
+        return kind(model.parameters(), betas=(config.beta1, config.beta2), **options)
 
     def create_scheduler(self, optimizer: Optimizer, config: TrainConfig, total_steps: int) -> LRScheduler:
         """Return the schedule of the learning rate, stepped after each of ``total_steps`` steps."""
@@ -176,7 +157,7 @@ class Workload:
 
         if config.schedule == "constant":
             return ConstantLR(optimizer, factor=1.0)
-        # One-cycle: https://arxiv.org/abs/1708.07120. Adam's betas stay as configured.
+        # One-cycle: https://arxiv.org/abs/1708.07120. Betas and momentum stay as configured.
         return OneCycleLR(optimizer, config.learning_rate, total_steps, cycle_momentum=False)
 
     # --- what is shown
@@ -245,6 +226,22 @@ class Workload:
             "settings": values_of(self.settings),
             "facts": self.facts,
         }
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The training's settings and its own where nobody says anything."""
+        from mnist_ray.config import TrainConfig
+
+        return {**values_of(TrainConfig(), self.Settings()), **self.recipes.get("default", {})}
+
+    def changed(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of some settings that are not the default, but for how many examples are held out.
+
+        That is a number of the data's once these are there.
+        """
+        defaults = self.defaults
+        defaults.pop("validation_size")
+        return {name: value for name, value in values.items() if name in defaults and value != defaults[name]}
 
     @property
     def nouns(self) -> str:
