@@ -50,8 +50,8 @@ def new_figure(height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def png_of(figure: Figure) -> bytes:
+def png_of(figure: Figure, *, is_transparent: bool = False) -> bytes:
     """Return a figure as the bytes of a PNG."""
     content = io.BytesIO()
-    figure.savefig(content, format="png")
+    figure.savefig(content, format="png", transparent=is_transparent)
     return content.getvalue()

@@ -25,6 +25,7 @@ from mnist_ray.errors import UsageError, with_place
 from mnist_ray.screen import masked
 from mnist_ray.storage import (
     CONFIG_FILE,
+    OPERATORS_FILE,
     REPORT_FILE,
     RESULT_FILE,
     RunFolder,
@@ -33,11 +34,13 @@ from mnist_ray.storage import (
     read_result,
     unless_damaged,
 )
+from mnist_ray.wording import count
 from mnist_ray.workload.data import Part
 from mnist_ray.workload.interface import Metric, Workload
 
 T = TypeVar("T", Picture, Table)
 PICTURES_FOLDER = "pictures"
+_REFRESH_S = 10
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ class Page:
     notes: Sequence[str] = ()
     pictures: Sequence[Picture] = field(default_factory=list)
     tables: Sequence[Table] = field(default_factory=list)
+    refresh_s: int = 0
+    """After so many seconds a browser loads it again; 0: never."""
 
     def to_html(self) -> str:
         """Return the page: one file that needs no other and no network."""
@@ -168,11 +173,14 @@ def write(
     test: Part | None,
     sections: Sections | None = None,
     warn: Callable[[str], None] = lambda note: None,
+    *,
+    is_running: bool = False,
 ) -> dict[str, bytes]:
     """Write a run's report.html and its pictures as PNGs; return these by name. Raises UsageError and JobError.
 
     ``test`` are the examples that predictions.csv is about; without them there are no pictures of predictions. What
-    cannot be drawn is left out, and ``warn`` told of it.
+    cannot be drawn is left out, and ``warn`` told of it. The page of a run that is running is one that a browser loads
+    again by itself.
     """
     record, more = RunRecord.read(run, workload), sections or Sections()
     notes = [*record.notes, *more.notes]
@@ -189,8 +197,10 @@ def write(
     shown += drawn("picture of the seconds", lambda: [_seconds(record)])
     for picture in shown:
         run.inside(PICTURES_FOLDER).write_bytes(f"{picture.name}.png", picture.png)
-    tables = [_epochs(record), *more.tables, *_settings(record)]
-    page = Page(run.name, _status(record, resume_with), facts(record), notes, shown, tables)
+    operators = drawn("table of operators", functools.partial(_operators, run))
+    tables = [_epochs(record), *more.tables, *operators, *_settings(record)]
+    status = f"running: {_epochs_done(record)}" if is_running else _status(record, resume_with)
+    page = Page(run.name, status, facts(record), notes, shown, tables, _REFRESH_S if is_running else 0)
     run.write_text(REPORT_FILE, page.to_html())
     for note in notes:
         warn(note)
@@ -222,8 +232,12 @@ def unless_failing(what: str, draw: Callable[[], Sequence[T]], workload: Workloa
     return parts
 
 
+def _epochs_done(record: RunRecord) -> str:
+    return f"{len(record.epochs)} of {record.config['num_epochs']} epochs"
+
+
 def _status(record: RunRecord, resume_with: str) -> str:
-    epochs = f"{len(record.epochs)} of {record.config['num_epochs']} epochs"
+    epochs = _epochs_done(record)
     if record.result is None:
         return f"not finished: {epochs} done, and not tested yet. To go on: {resume_with}"
     nouns = record.workload.nouns
@@ -262,12 +276,6 @@ def _training_curves(record: RunRecord, name: str) -> list[Curve]:
     values = [row.get(f"train_{name}", math.nan) for row in record.steps]
     return [
         Curve("training", steps, values, {"color": "C0", "linewidth": 1}),
-        Curve(
-            "training, mean of epoch",
-            ends,
-            record.figures(f"train_{name}"),
-            {"color": "C0", "marker": "s", "linestyle": "none"},
-        ),
         Curve("validation", ends, record.figures(f"val_{name}"), {"color": "C1", "marker": "o", "linestyle": "--"}),
     ]
 
@@ -300,10 +308,27 @@ def _epochs(record: RunRecord) -> Table:
     return Table("Epochs", [*columns, "seconds", f"{record.workload.nouns}/s"], rows)
 
 
+def _operators(run: RunFolder) -> list[Table]:
+    """Return what a profile has found, where one was made."""
+    found = run.read_json(OPERATORS_FILE)
+    if found is None:
+        return []
+    rows = [
+        (each["operator"], f"{each['ms'] / found['steps']:.3f}", f"{each['part']:.1%}", f"{each['calls']:,}")
+        for each in found["operators"]
+    ]
+    title = f"The dearest operators in {count(found['steps'], 'step')} of the first worker"
+    return [Table(title, ("operator", "ms a step, itself", "of all", "calls"), rows)]
+
+
 def _settings(record: RunRecord) -> list[Table]:
     origin = {**record.origin, **record.origin.get("versions", {})}
+    changed = record.workload.changed(record.config)
+    defaults = record.workload.defaults
+    rows = [(name, _value(value), _value(defaults[name])) for name, value in changed.items()]
     return [
-        Table("Settings", (), [(name, _value(value)) for name, value in record.config.items()]),
+        *([Table("Settings that are not the default", ("setting", "here", "default"), rows)] if rows else []),
+        Table("All settings", (), [(name, _value(value)) for name, value in record.config.items()]),
         Table(
             "Origin",
             (),

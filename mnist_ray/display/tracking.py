@@ -173,7 +173,8 @@ class _TensorBoard:
         for name, value in _final(ending, self._workload).items():
             self._writer.add_scalar(name, value)
         for name, png in ending.pictures.items():
-            image = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+            picture = Image.open(io.BytesIO(png)).convert("RGBA")
+            image = np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"))
             self._writer.add_image(name, image, dataformats="HWC")
         self._writer.close()
         if self._elsewhere:

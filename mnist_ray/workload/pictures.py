@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from mnist_ray.workload.data import Part
     from mnist_ray.workload.interface import Rows, Workload
 
-_RIGHT, _WRONG = "#2a6f3c", "#c62828"
+_RIGHT, _WRONG = "#2e8b57", "#e0483f"  # which can be read on white and on black
+_CAPTION = "#777777"
 _ENLARGED = 336  # pixels, at the least, of the longer side of an image that is drawn alone
 _MARGIN = 3  # pixels of room around an image of 28 pixels in a grid
 _NUM_RANDOM, _NUM_WRONG, _NUM_MISTAKES = 24, 6, 30
@@ -190,20 +191,23 @@ def _name_ticks(axis: Any, names: Sequence[str]) -> None:
 
 
 def accuracy_per_class(accuracies: Sequence[float], names: Sequence[str]) -> bytes:
-    """Draw a bar of each class's accuracy (a fraction; NaN where the class has no examples)."""
+    """Draw a dot for each class's accuracy (a fraction; NaN where the class has no examples)."""
     figure, axes = new_figure(max(4.6, min(0.25 * len(names), 12)))
     known = {label: 100 * accuracy for label, accuracy in enumerate(accuracies) if not math.isnan(accuracy)}
-    low = min(known.values(), default=0.0)
-    floor = max(0.0, low - max(1.0, 0.3 * (100 - low)))
-    bars = axes.barh(list(known), [accuracy - floor for accuracy in known.values()], left=floor, color="C0")
+    axes.plot(list(known.values()), list(known), "o", color="C0")
     if len(names) <= 2 * _MOST_COUNTED:
-        axes.bar_label(bars, [f"{accuracy:.2f} %" for accuracy in known.values()], fontsize="small", padding=2)
-    axes.set_xlim(floor, floor + (100 - floor) * 1.25)
-    axes.xaxis.set_major_locator(ticker.FixedLocator([tick for tick in axes.get_xticks() if floor <= tick <= 100]))
+        for label, accuracy in known.items():
+            place: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(f"{accuracy:.2f} %", (accuracy, label), fontsize="small", **place)
+    low = min(known.values(), default=0.0)
+    axes.set_xlim(low - 0.05 * (100 - low) - 0.1, 100 + 0.3 * (100 - low) + 0.1)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda tick, _: f"{tick:g}" if tick <= 100 else ""))
     _name_ticks(axes.yaxis, names)
     axes.invert_yaxis()
     axes.set_ylabel("class")
     axes.set_xlabel("accuracy (%)")
+    axes.grid(alpha=0.3)
     return png_of(figure)
 
 
@@ -237,7 +241,7 @@ def image_grid(
     line_height = 1.45 * fontsize / 72 / inches  # pixels
     num_lines = max(caption.count("\n") + 1 for caption in captions)
     tile = (height + 2 * margin + round(4 * unit) + math.ceil(num_lines * line_height), tile_width)
-    canvas = np.full((num_rows * tile[0], num_columns * tile[1], 3), 255, np.uint8)
+    canvas = np.zeros((num_rows * tile[0], num_columns * tile[1], 4), np.uint8)
     figure = Figure(figsize=(canvas.shape[1] * inches, canvas.shape[0] * inches), dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -246,8 +250,9 @@ def image_grid(
         row, column = divmod(number, num_columns)
         top, left = row * tile[0] + margin, column * tile[1] + margin
         size_y, size_x = image.shape[:2]
-        canvas[top : top + size_y, left : left + size_x] = image if image.ndim == 3 else image[..., None]
-        style: dict[str, Any] = {"color": "black"}
+        canvas[top : top + size_y, left : left + size_x, :3] = image if image.ndim == 3 else image[..., None]
+        canvas[top : top + size_y, left : left + size_x, 3] = 255
+        style: dict[str, Any] = {"color": _CAPTION}
         if is_right is not None:
             style = {"color": _RIGHT if is_right[number] else _WRONG}
             caption = f"{'✓' if is_right[number] else '✗'} {caption}"
@@ -258,4 +263,4 @@ def image_grid(
         place = (left + size_x / 2, top + height + 2 * unit)
         axes.text(*place, caption, ha="center", va="top", fontsize=fontsize, **style)
     axes.imshow(canvas, interpolation="nearest", aspect="auto")
-    return png_of(figure)
+    return png_of(figure, is_transparent=True)
