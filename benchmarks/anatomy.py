@@ -36,15 +36,15 @@ def profile_steps(batch_size: int, precision: str, num_threads: int, num_steps: 
     workload = source.load(source.DEFAULT)()
     part = Part(load_data(workload).train)
     group = engine.Group()
-    state = engine.create_state(workload, TrainConfig(batch_size=batch_size), len(part), group.device)
+    config = TrainConfig(batch_size=batch_size, precision="bf16" if precision == "bf16" else "fp32")
+    state = engine.create_state(workload, config, len(part), group.device)
     dataset = batches_of(part, group.device)
     samplers = (ShardedBatchSampler(len(part), batch_size, seed=0, epoch=epoch) for epoch in itertools.count())
     batches = itertools.chain.from_iterable(batch_loader(dataset, sampler) for sampler in samplers)
-    dtype = torch.bfloat16 if precision == "bf16" else None
 
     def train(steps: int) -> None:
         for _ in range(steps):
-            engine.backward(workload, state.model, next(batches), 1 / batch_size, autocast_dtype=dtype)
+            engine.backward(workload, state.model, next(batches), config, 1 / batch_size)
             state.optimizer.step()
             state.optimizer.zero_grad()
             state.scheduler.step()

@@ -34,8 +34,23 @@ class TrainConfig:
         **positive(),
     )
     schedule: Literal["one-cycle", "constant"] = setting("one-cycle", "how the learning rate moves over the run")
+    optimizer: Literal["adam", "adamw", "sgd"] = setting("adam", "what makes steps of the gradients")
     beta1: float = setting(0.7, "Adam's decay of the gradient's mean", **fraction(with_one=False))
     beta2: float = setting(0.9, "Adam's decay of the gradient's square", **fraction(with_one=False))
+    momentum: float = setting(0.9, "SGD's", **fraction(with_one=False))
+    weight_decay: float = setting(0.0, "how much a step pulls the weights to zero; AdamW is made for it", **at_least(0))
+    label_smoothing: float = setting(
+        0.0, "of a classification's training: how much of each target is spread over all classes", **fraction()
+    )
+    ema_decay: float | None = setting(
+        None,
+        "evaluate and keep a moving average of the weights, of which a step leaves so much, as 0.99",
+        check=lambda decay: decay is None or 0 <= decay < 1,
+        must="must be in [0, 1)",
+    )
+    early_stop: int | None = setting(
+        None, "stop where the validation has not been better for so many epochs", **at_least(1)
+    )
     precision: Precision = setting(
         "auto",
         "arithmetic of the forward and backward pass; auto: bf16 where the hardware has it; fp16: with a scaled loss",
@@ -61,6 +76,20 @@ class TrainConfig:
         **at_least(1),
     )
     compile: bool = setting(False, "compile the model by torch.compile, which takes a C++ compiler and a minute")
+    callback: str | None = setting(
+        None, "code of yours in the training loop: FILE.py or package.module, or one's :NAME"
+    )
+    limit: float = setting(
+        1.0,
+        "part of all data that is used, drawn at random: to try things out",
+        check=lambda part: 0 < part <= 1,
+        must="must be above 0, and at most 1",
+    )
+    overfit_batches: int | None = setting(
+        None,
+        "train on the examples of so many batches over and over, and test on them: a model that works learns them",
+        **at_least(1),
+    )
     checkpoint_every: int = setting(1000, "steps between checkpoints within an epoch", **at_least(1))
     reproducible: bool = setting(
         False, "the same weights to the last bit on any number of workers, one thread each, on CPUs; slower"
@@ -135,6 +164,10 @@ class OutputConfig:
         check=lambda uri: uri is None or uri.strip(),
         must="must be a URI",
     )
+    profile: int | None = setting(
+        None, "steps of the first worker to profile: a trace for Perfetto, and the dearest operators", **at_least(1)
+    )
+    detect_anomaly: bool = setting(False, "find the operation whose gradient is no number first; slow")
     check: bool = setting(False, "train nothing: say how the job would run, and whether every node could take part")
     quiet: bool = setting(False, "print only the result")
     verbose: bool = setting(False, "print Ray's own log as well")
@@ -195,6 +228,11 @@ class EvaluationConfig:
 class SweepConfig:
     """How a sweep searches."""
 
+    sweep: tuple[str, ...] | None = setting(
+        None,
+        "what is searched, each as NAME=A,B,C, NAME=LOW:HIGH or NAME=log:LOW:HIGH; default: all that has a search "
+        "space and no flag here",
+    )
     num_trials: int = setting(16, "configurations to try", **at_least(1))
     search: Literal["random", "optuna", "grid"] = setting("random", "how configurations are proposed")
     scheduler: Literal["asha", "none"] = setting("asha", "asha stops trials early that fall behind")

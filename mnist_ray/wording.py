@@ -1,9 +1,14 @@
-"""How numbers are said to people."""
+"""How numbers and settings are said to people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 
-def count(number: int, noun: str) -> str:
+def count(number: int, noun: str, plural: str = "") -> str:
     """Return a number with its noun, in the plural where it is one."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def clock_time(seconds: float) -> str:
@@ -17,3 +22,13 @@ def clock_time(seconds: float) -> str:
 def spoken(name: str) -> str:
     """Return a setting's name as people say it: ``batch_size`` is ``batch size``."""
     return name.replace("_", " ")
+
+
+def described(values: Mapping[str, Any]) -> str:
+    """Return settings with their values as people read them."""
+    return ", ".join(f"{spoken(name)} {shown(value)}" for name, value in values.items())
+
+
+def shown(value: Any) -> str:
+    """Return a setting's value as people read it."""
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -18,6 +18,7 @@ from mnist_ray.training.events import (
     NodeLeaving,
     Progress,
     Started,
+    StoppedEarly,
     Stopping,
     Validated,
     WorkersLost,
@@ -100,8 +101,10 @@ class RunConsole:
                 self.say(
                     "",
                     f"validation after epoch {event.epoch}: {self._workload.said(event.figures)} "
-                    f"({event.seconds:.1f} s, beside the training)",
+                    f"({event.seconds:.1f} s{', beside the training' if event.is_beside else ''})",
                 )
+            case StoppedEarly(epoch, best_epoch):
+                self.say("stopped", f"after epoch {epoch}: validation was best after epoch {best_epoch}")
 
     def _started(self, event: Started) -> None:
         self._last_plain = time.monotonic()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import itertools
-import math
 import time
 from typing import Any
 
@@ -35,7 +33,7 @@ def evaluate(
     """
     shared = share(workload, test)
     task = _evaluate_part.options(**process_options())
-    bounds = part_bounds(len(test), num_tasks)
+    bounds = engine.part_bounds(len(test), num_tasks)
     parts = [task.remote(checkpoint, shared, start, stop, loader_workers) for start, stop in bounds]
     try:
         return Evaluation.merge(ray.get(parts))
@@ -59,15 +57,6 @@ def start_process() -> None:
 @ray.remote(num_cpus=0)
 def _import_engine() -> None:
     importlib.import_module(__name__)
-
-
-def part_bounds(num_examples: int, num_tasks: int) -> list[tuple[int, int]]:
-    """Cut ``num_examples`` into at most ``num_tasks`` ranges of whole evaluation batches."""
-    size = engine.EVALUATION_BATCH_SIZE
-    num_batches = math.ceil(num_examples / size)
-    num_parts = min(num_tasks, num_batches)
-    cuts = [num_batches * part // num_parts * size for part in range(num_parts)] + [num_examples]
-    return list(itertools.pairwise(cuts))
 
 
 @ray.remote(num_cpus=1)

@@ -58,8 +58,10 @@ def fit(job: Job, data: Parts, plan: WorkerPlan, on_event: Callable[[Event], Non
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(workers.hang_timeout_s))
     if plan.min_workers is not None:  # so long Ray waits in vain for as many as before, when a node has gone
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
-    validation_config = None
-    if len(data.validation):
+    validation_config, validation = None, None
+    if job.train.early_stop is not None:
+        validation = share(workload, data.validation)
+    elif len(data.validation):
         part = share(workload, data.validation)
         validate = functools.partial(
             evaluation.validate, part=part, mailbox=mailbox, loader_workers=workers.loader_workers
@@ -78,6 +80,10 @@ def fit(job: Job, data: Parts, plan: WorkerPlan, on_event: Callable[[Event], Non
         workers.hang_timeout_s,
         workers.loader_workers,
         validates_in_tasks=validation_config is not None,
+        validation=validation,
+        callback=job.callback,
+        profile=job.output.profile,
+        detect_anomaly=job.output.detect_anomaly,
     )
 
     damaged: set[str] = set()

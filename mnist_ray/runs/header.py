@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, usable_cores
 from mnist_ray.display.console import RunConsole
 from mnist_ray.runs.job import Job
-from mnist_ray.wording import count
+from mnist_ray.wording import count, described
 from mnist_ray.workload.data import Parts
 
 
@@ -24,6 +24,10 @@ def announced(job: Job, data: Parts) -> Iterator[RunConsole]:
             f"{count(config.num_epochs, 'epoch')} of {steps}, batch size {config.batch_size}, "
             f"{config.schedule} learning rate {config.learning_rate:g}, precision {config.precision}",
         )
+        said = ("num_epochs", "batch_size", "schedule", "learning_rate", "precision")
+        changed = {name: value for name, value in job.workload.changed(job.values).items() if name not in said}
+        if changed:
+            console.say("settings", described(changed))
         console.say("results", job.run.uri)
         console.waiting("starting Ray …")
         yield console

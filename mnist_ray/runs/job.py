@@ -10,12 +10,13 @@ import dataclasses
 import functools
 import importlib.util
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from mnist_ray import cli, private, settings
+from mnist_ray import cli, private, settings, user_code
+from mnist_ray.callback import Callback
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.settings import flag
@@ -31,9 +32,11 @@ from mnist_ray.storage import (
     read_result,
     unless_damaged,
 )
+from mnist_ray.user_code import Source
 from mnist_ray.wording import count
 from mnist_ray.workload import source
 from mnist_ray.workload.data import Parts, parts_of
+from mnist_ray.workload.fewer import fewer
 from mnist_ray.workload.interface import Workload
 from mnist_ray.workload.loading import load_data as load_data_of
 from mnist_ray.workload.shuffle import KIND, LARGEST_IN_MEMORY
@@ -54,6 +57,8 @@ class Job:
     """What the user is to know before it begins."""
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Of a run that goes on, what it has kept of how it began."""
+    callback: Source | None = None
+    """The user's code in the training loop."""
 
     @property
     def values(self) -> dict[str, Any]:
@@ -80,12 +85,18 @@ class CommandLine:
     run: RunFolder
     notes: tuple[str, ...] = ()
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    given: Collection[str] = ()
+    """What was said in this command, and not by a recipe or a file."""
 
     def to_job(self) -> Job:
         """Return the training job that it asks for. Raises UsageError."""
         output = settings.build(OutputConfig, self.values)
         train, workers = settings.build(TrainConfig, self.values), settings.build(WorkerConfig, self.values)
         _check_reproducible(train, workers)
+        callback = None
+        if train.callback is not None:
+            _, callback = user_code.find(train.callback, Callback)
+            train = dataclasses.replace(train, callback=callback.reference)
         return Job(
             self.workload_class(settings.build(self.workload_class.Settings, self.values)),
             train,
@@ -95,6 +106,7 @@ class CommandLine:
             self.run.resume_command(f"python jobs/{self.kind}.py", output.mlflow),
             self.notes,
             self.origin,
+            callback,
         )
 
 
@@ -108,13 +120,12 @@ def read_command_line(
     description: str,
     kind: str,
     config_file: str = CONFIG_FILE,
-    more_settings: Callable[[type[Workload]], Sequence[type]] = lambda workload_class: (),
-    without: Callable[[type[Workload]], Sequence[str]] = lambda workload_class: (),
+    more_settings: Sequence[type] = (),
 ) -> CommandLine:
     """Read the command line of a job that trains. Raises UsageError.
 
-    ``kind`` is ``train`` or ``tune``. It has flags for ``more_settings`` and those of a training run, of which
-    those of ``without`` are left out; the run keeps all of them in ``config_file``.
+    ``kind`` is ``train`` or ``tune``. It has flags for ``more_settings`` and those of a training run; the run keeps all
+    of them in ``config_file``.
     """
     peeked = cli.peek("workload", "config", "resume", "run_name", "storage_path")
     from_file = settings.read_config_file(peeked["config"]) if "config" in peeked else {}
@@ -122,10 +133,10 @@ def read_command_line(
     known = from_file.get("workload") or saved.get("workload") or source.DEFAULT
     workload_class = source.load_again(known, peeked.get("workload"))
 
-    kept = (*more_settings(workload_class), TrainConfig, workload_class.Settings, WorkerConfig)
+    kept = (*more_settings, TrainConfig, workload_class.Settings, WorkerConfig)
     recipes = workload_class.recipes
     defaults = recipes.get("default", {})
-    parser = cli.Parser(description, *kept, OutputConfig, without=without(workload_class), defaults=defaults)
+    parser = cli.Parser(description, *kept, OutputConfig, defaults=defaults)
     parser.add_argument(
         "--workload",
         metavar="FILE.py",
@@ -150,11 +161,12 @@ def read_command_line(
     _check_output(output)
     if not saved:
         check_free(run, resume=False)
-        return CommandLine(kind, workload_class, asked, run)
+        return CommandLine(kind, workload_class, asked, run, given=flags.keys())
     values = merged(kept, saved, asked)
     _check_unchanged(run, kept, saved, values)
     origin, notes = _left_by(run, kind)
-    return CommandLine(kind, workload_class, values, run, (*notes, *_changes_since(origin, workload_class)), origin)
+    notes = (*notes, *_changes_since(origin, workload_class))
+    return CommandLine(kind, workload_class, values, run, notes, origin, flags.keys())
 
 
 def _check_values(values: Mapping[str, Any], config_classes: Sequence[type], source: str) -> None:
@@ -282,13 +294,15 @@ def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Parts]:
     on has begun with other data.
     """
     data = load_data_of(job.workload)
-    parts = parts_of(data, job.train.validation_size)
-    notes = _check_same_data(job, parts)
+    parts = fewer(parts_of(data, job.train.validation_size), job.train)
+    notes = [*_check_same_data(job, parts), *_on_schedule(job)]
     for size in batch_sizes or [job.train.batch_size]:
         if size > len(parts.train):
-            name, noun = "--batch-sizes:" if batch_sizes else "--batch-size", job.workload.nouns
+            name, noun = "--sweep: batch size" if batch_sizes else "--batch-size", job.workload.nouns
             raise UsageError(f"{name} {size:,} is larger than the {len(parts.train):,} {noun} to train on")
     train = job.train
+    if train.early_stop is not None and len(parts.validation) == 0:
+        raise UsageError("--early-stop watches the validation; hold some examples out by --validation-size")
     if data.validation is None:  # else no number stands for it
         train = dataclasses.replace(train, validation_size=len(parts.validation))
     return dataclasses.replace(job, train=train, notes=(*job.notes, *notes)), parts
@@ -313,6 +327,15 @@ def _check_same_data(job: Job, parts: Parts) -> tuple[str, ...]:
     if then and None in now.values():
         return ("whether the data are those that the run began with is not known: they name no files",)
     return ()
+
+
+def _on_schedule(job: Job) -> Iterator[str]:
+    """Say what a user may not expect of a training that may stop early."""
+    if job.train.early_stop is not None and job.train.schedule == "one-cycle":
+        yield (
+            f"the one-cycle schedule is {count(job.train.num_epochs, 'epoch')} long: where training stops early, the "
+            "learning rate has not come down; --schedule constant has no such end"
+        )
 
 
 def about(job: Job) -> dict[str, Any]:

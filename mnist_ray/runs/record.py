@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from mnist_ray.cluster.sharing import share
 from mnist_ray.display import tracking
 from mnist_ray.display.console import RunConsole
 from mnist_ray.display.history import History, write_predictions
+from mnist_ray.display.live import LiveReport
 from mnist_ray.display.tracking import Ending
 from mnist_ray.errors import JobError, with_place
 from mnist_ray.guard import if_ended
@@ -30,15 +32,17 @@ from mnist_ray.storage import (
     ORIGIN_FILE,
     REPORT_FILE,
     RESULT_FILE,
+    TRACE_FILE,
     WORKLOAD_FILE,
     RunFolder,
     read_origin,
     unless_damaged,
 )
 from mnist_ray.training.checkpoint import weights_sha256
-from mnist_ray.training.events import EpochFinished, Event
+from mnist_ray.training.events import EpochFinished, Event, Progress, Validated
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.data import Parts
+from mnist_ray.workload.fewer import verdict
 from mnist_ray.workload.interface import Workload
 from mnist_ray.workload.shuffle import KIND
 
@@ -86,6 +90,8 @@ class Record:
         self._result: dict[str, Any] | None = None
         self._fitted: Fitted | None = None
         self._has_report = False
+        self._live_report = LiveReport(functools.partial(self._draw_report, is_running=True))
+        self._first_loss = math.nan
 
     def begin(self) -> None:
         """Write what is known before the first step. Raises JobError where the storage cannot be used."""
@@ -102,10 +108,14 @@ class Record:
         if isinstance(event, EpochFinished) and event.last.epoch == self._job.train.num_epochs:
             # Imports matplotlib, while the last validation and the workers' end are waited for.
             threading.Thread(target=importlib.import_module, args=["mnist_ray.display.report"], daemon=True).start()
+        if isinstance(event, Progress) and event.total_step == len(event.losses):
+            self._first_loss = event.losses[0]
         self._clock.note(event)
         self._history.add(event)
         self._console.show(event)
         self._trackers.log(event)
+        if isinstance(event, (EpochFinished, Validated)):
+            self._live_report.refresh()
 
     def finish(self, fitted: Fitted, tested: Evaluation) -> float:
         """Show and write what came out; return the workload's criterion on the test set."""
@@ -126,6 +136,8 @@ class Record:
         write_predictions(job.run, workload, tested)
         job.run.write_text(RESULT_FILE, json_lines(result))
         print_evaluation(self._console, workload, tested)
+        if job.train.overfit_batches is not None:
+            self._console.result("overfit", verdict(self._first_loss, result["test_loss"]))
         self._fitted, self._result = fitted, result
         return float(result[f"test_{workload.criterion.name}"])
 
@@ -134,16 +146,20 @@ class Record:
         pictures = self._write_report()
         self._trackers.close(Ending(self._result, pictures, self._fitted.checkpoint if self._fitted else None))
 
-    def _write_report(self) -> Mapping[str, bytes]:
-        from mnist_ray.display import report
+    def _draw_report(self, *, is_running: bool = False, warn: Callable[[str], None] = lambda note: None) -> Any:
+        from mnist_ray.display import report  # imports matplotlib
 
+        job, sections = self._job, self._sections(self._job.run) if self._sections else None
+        test = self._data.test
+        return report.write(job.run, job.workload, job.resume_with, test, sections, warn, is_running=is_running)
+
+    def _write_report(self) -> Mapping[str, bytes]:
         workload = self._job.workload
         assert workload.source is not None
+        self._live_report.close()
         try:
             self._history.flush()
-            sections = self._sections(self._job.run) if self._sections else None
-            warn = functools.partial(self._console.say, "note")
-            pictures = report.write(self._job.run, workload, self._job.resume_with, self._data.test, sections, warn)
+            pictures: Mapping[str, bytes] = self._draw_report(warn=functools.partial(self._console.say, "note"))
             self._has_report = True
             return pictures
         except Exception as error:  # the run's own exception, if there is one, is not to be hidden by another
@@ -155,13 +171,15 @@ class Record:
         """Say where the seconds went, and where the files are."""
         assert self._result is not None
         console, run, parts = self._console, self._job.run, self._clock.seconds()
-        total = parts.pop("total")
+        total, tested = parts.pop("total"), self._result["seconds"]["total"]
         each = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
-        console.say("seconds", f"{total:.1f} in all: {each}")
+        console.say("seconds", f"{tested:.1f} until tested, {total:.1f} in all: {each}")
         if self._job.train.reproducible:
             console.say("weights", f"SHA-256 {self._result['weights_sha256']}")
         console.result("checkpoint", run.inside(self._result["checkpoint"]).uri)
         console.result("result", run.inside(RESULT_FILE).uri)
+        if run.exists(TRACE_FILE):
+            console.result("profile", f"{run.inside(TRACE_FILE).uri}, for ui.perfetto.dev")
         if self._has_report:
             console.result("report", run.inside(REPORT_FILE).uri)
 

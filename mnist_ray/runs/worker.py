@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import functools
 import shutil
 import socket
 import tempfile
 import threading
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
 
+from mnist_ray import user_code
+from mnist_ray.callback import Callback
 from mnist_ray.cluster.plan import threads_per_worker, usable_cores
 from mnist_ray.cluster.sharing import SharedPart
 from mnist_ray.config import TrainConfig
@@ -25,12 +29,22 @@ from mnist_ray.environment import end_if_hung, keep_freed_memory
 from mnist_ray.errors import JobError, with_place
 from mnist_ray.provenance import arithmetic, versions
 from mnist_ray.runs.failures import PASSING, CodeFailedError, is_of_gloo
+from mnist_ray.runs.finding import Profiler, anomalies_found
 from mnist_ray.storage import RunFolder, checkpoint_name, position_of
 from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training import engine
 from mnist_ray.training.chunks import OtherArithmeticError, check_arithmetic
-from mnist_ray.training.events import EpochFinished, Event, NodeLeaving, Progress, Started
+from mnist_ray.training.events import (
+    EpochFinished,
+    Event,
+    NodeLeaving,
+    Progress,
+    Started,
+    StoppedEarly,
+    Validated,
+)
 from mnist_ray.training.metrics import score
+from mnist_ray.user_code import Source
 from mnist_ray.workload.data import Part
 from mnist_ray.workload.interface import Workload
 
@@ -55,7 +69,18 @@ class LoopSpec:
     validates_in_tasks: bool = False
     """Whether each epoch's checkpoint is validated by a task beside the training."""
     validation: SharedPart | None = None
-    """Examples that rank 0 evaluates itself before it reports, as a trial of a sweep needs it."""
+    """Examples that the workers evaluate themselves before they report: whether they go on depends on it."""
+    callback: Source | None = None
+    """The user's code in the training loop."""
+    profile: int | None = None
+    """Steps to profile."""
+    detect_anomaly: bool = False
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where the user's code is."""
+        assert self.workload.source is not None
+        return [source.folder for source in (self.callback, self.workload.source) if source is not None]
 
 
 def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
@@ -71,13 +96,12 @@ def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
         return str(error)  # not raised: Ray would take it for a lost worker and try again
     except engine.StopWantedError:
         return ""
-    except PASSING:
+    except (CodeFailedError, *PASSING):
         raise
     except Exception as error:
         if is_of_gloo(error):
             raise
-        assert spec.workload.source is not None
-        raise CodeFailedError(with_place(error, spec.workload.source.folder)) from error
+        raise CodeFailedError(with_place(error, *spec.folders)) from error
     return None
 
 
@@ -91,7 +115,7 @@ def _train(spec: LoopSpec) -> None:
     torch.set_num_threads(1 if spec.config.reproducible else threads)
     part = spec.train.open()
 
-    state = engine.create_state(spec.workload, spec.config, len(part), group.device)
+    state = engine.create_state(spec.workload, spec.config, len(part), group.device, _callbacks(spec))
     restored = checkpoints.restore_newest(spec.run, state)
     if not restored.name and not restored.damaged and ray.train.get_checkpoint():
         raise JobError(f"{spec.run.uri} does not show the checkpoints that were written there")  # and so try again
@@ -117,9 +141,24 @@ def _train(spec: LoopSpec) -> None:
     reporter.report_restored(state)
     hooks = engine.Hooks(reporter.progress, reporter.checkpoint, reporter.wants_checkpoint, reporter.wants_stop)
     try:
-        engine.train(spec.workload, state, part, config, group, hooks, spec.loader_workers)
+        with anomalies_found(*spec.folders) if spec.detect_anomaly else contextlib.nullcontext():
+            engine.train(spec.workload, state, part, config, group, hooks, spec.loader_workers)
     finally:
         faulthandler.cancel_dump_traceback_later()
+    if state.epoch < config.num_epochs:
+        reporter.send(StoppedEarly(state.epoch, engine.best_epoch(state.scores)))
+
+
+def _callbacks(spec: LoopSpec) -> list[Callback]:
+    """Return the user's, which a checkpoint knows by its place, and then our own."""
+    callbacks = [callback_of(spec.callback)] if spec.callback else []
+    return [*callbacks, Profiler(spec.profile, spec.run)] if spec.profile else callbacks
+
+
+def callback_of(source: Source) -> Callback:
+    """Return a new one of a user's callbacks."""
+    callback: Callback = user_code.load(source, Callback)()
+    return callback
 
 
 def _hosts(group: engine.Group) -> tuple[str, ...]:
@@ -144,8 +183,9 @@ class _Reporter:
     def __init__(self, spec: LoopSpec, group: engine.Group, restored: checkpoints.Restored) -> None:
         self._spec = spec
         self._restored = restored
+        self._group = group
         self._is_first = group.rank == 0
-        self._validation = spec.validation.open() if spec.validation and self._is_first else None
+        self._validation = spec.validation.open() if spec.validation else None
         self._saved_for_preemption = False
         self._uploaded = threading.Event()
         self._uploaded.set()
@@ -209,7 +249,9 @@ class _Reporter:
         """
         if state.step == 0:
             self.send(EpochFinished(progress))
-        metrics = report_metrics(self._spec.workload, state, progress, self._validation, self._spec.loader_workers)
+        metrics = report_metrics(self._spec.workload, state, progress)
+        if self._validation is not None:
+            metrics |= self._validated(state, self._validation)
         checkpoint, upload = None, None
         if self._is_first:
             self._uploaded.wait()
@@ -230,6 +272,13 @@ class _Reporter:
         )
         end_if_hung(self._spec.hang_timeout_s)
 
+    def _validated(self, state: engine.TrainingState, part: Part) -> dict[str, float]:
+        start, workload = time.perf_counter(), self._spec.workload
+        figures = validate(workload, state, part, self._group, self._spec.loader_workers)
+        if state.step == 0:
+            self.send(Validated(state.epoch, figures, time.perf_counter() - start, is_beside=False))
+        return validation_metrics(workload, figures) | {"is_over": engine.is_over(state, self._spec.config)}
+
     def _upload(self, snapshot: checkpoints.Snapshot, checkpoint: Checkpoint, name: str) -> Checkpoint:
         target = self._spec.run.inside(name)
         try:
@@ -242,15 +291,9 @@ class _Reporter:
         return Checkpoint(target.path, filesystem=target.filesystem)
 
 
-def report_metrics(
-    workload: Workload,
-    state: engine.TrainingState,
-    progress: Progress,
-    validation: Part | None = None,
-    loader_workers: int = 0,
-) -> dict[str, float]:
-    """Return what is reported with a checkpoint; with examples given, it is validated here and now."""
-    metrics: dict[str, float] = {
+def report_metrics(workload: Workload, state: engine.TrainingState, progress: Progress) -> dict[str, float]:
+    """Return what is reported with a checkpoint."""
+    return {
         "epoch": state.epoch,
         "step": state.step,
         "epochs": state.epoch + state.step / progress.num_steps,
@@ -258,10 +301,19 @@ def report_metrics(
         workload.rate: progress.examples_per_s,
         "train_s": state.finished_s + state.epoch_s,
     }
-    if validation is None:
-        return metrics
-    figures = engine.evaluate(workload, state.model, validation, loader_workers).figures(workload)
-    return metrics | validation_metrics(workload, figures)
+
+
+def validate(
+    workload: Workload, state: engine.TrainingState, part: Part, group: engine.Group, loader_workers: int = 0
+) -> dict[str, float]:
+    """Return loss and metrics of what has been trained so far, on all ranks at once; ``state`` notes an epoch's score.
+
+    Raises what ``engine.evaluate`` does.
+    """
+    figures = engine.evaluate_together(workload, state.result, part, group, loader_workers).figures(workload)
+    if state.step == 0:
+        state.scores.append(score(workload, figures))
+    return figures
 
 
 def validation_metrics(workload: Workload, figures: dict[str, float]) -> dict[str, float]:

@@ -23,7 +23,7 @@ from mnist_ray.runs.failures import PASSING, FailureReporter, TrainingStoppedErr
 from mnist_ray.runs.fit import drop_damaged_snapshot
 from mnist_ray.runs.job import Job, about
 from mnist_ray.runs.trainer import create_trainer
-from mnist_ray.runs.worker import LoopSpec, report_metrics
+from mnist_ray.runs.worker import LoopSpec, callback_of, report_metrics, validate, validation_metrics
 from mnist_ray.storage import RunFolder, checkpoint_name, position_of
 from mnist_ray.sweeps.space import Point
 from mnist_ray.training import checkpoint as checkpoints
@@ -68,7 +68,8 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
         raise
     except Exception as error:
         assert job.workload.source is not None
-        _report_failure(job, with_place(error, job.workload.source.folder))
+        folders = [source.folder for source in (job.callback, job.workload.source) if source is not None]
+        _report_failure(job, with_place(error, *folders))
 
 
 def _report_failure(job: Job, reason: str) -> None:
@@ -88,6 +89,7 @@ def train_on_workers(job: Job, spec: TrialSpec) -> None:
         job.workers.hang_timeout_s,
         job.workers.loader_workers,
         validation=spec.validation,
+        callback=job.callback,
     )
     drop_damaged_snapshot(job.run)
     callbacks = [TuneReportCallback(), FailureReporter(None)]
@@ -108,14 +110,17 @@ def _train_here(job: Job, spec: TrialSpec) -> None:
     group = Group(device=torch.device("cuda" if spec.plan.use_gpu else "cpu"))
     config = dataclasses.replace(job.train, precision=engine.resolve_precision(job.train.precision, group))
     part, validation = spec.train.open(), spec.validation.open()
-    state = engine.create_state(workload, config, len(part), group.device)
+    callbacks = [callback_of(job.callback)] if job.callback else []
+    state = engine.create_state(workload, config, len(part), group.device, callbacks)
     restored = checkpoints.restore_newest(job.run, state)
-    if state.epoch == config.num_epochs:  # killed after its last checkpoint, before the sweep had noted it
+    if engine.is_over(state, config):  # killed after its last checkpoint, before the sweep had noted it
         tune.report(restored.metrics)
 
     def report(state: TrainingState, progress: Progress) -> None:
         faulthandler.cancel_dump_traceback_later()  # what Tune takes its time for is no hang
-        metrics = report_metrics(workload, state, progress, validation, loader_workers)
+        figures = validate(workload, state, validation, group, loader_workers)
+        metrics = report_metrics(workload, state, progress) | validation_metrics(workload, figures)
+        metrics["is_over"] = engine.is_over(state, config)
         _save(job.run, state, about(job) | {"metrics": metrics})
         tune.report(metrics)
 

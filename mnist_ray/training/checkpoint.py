@@ -1,8 +1,9 @@
 """Checkpoints: a folder with weights and optimizer state as safetensors, and the rest as JSON. Nothing is pickled.
 
-model.safetensors       the model's weights
+model.safetensors       the model's weights; with --ema-decay, their average
 optimizer.safetensors   the tensors of the optimizer's state
-state.json              position, metrics, scheduler, config, workload, versions; SHA-256 of the other two and itself
+trained.safetensors     with --ema-decay, the weights as they are trained
+state.json              position, metrics, scheduler, config, workload, versions; SHA-256 of the others and itself
 """
 
 from __future__ import annotations
@@ -47,9 +48,17 @@ _ENTRIES = {
     "scheduler": dict,
     "sha256": dict,
 }
-_MORE_ENTRIES = {"scaler": dict, "workload": dict, "metrics": dict, "data": dict}
+_MORE_ENTRIES = {
+    "scaler": dict,
+    "scores": list,
+    "ends": bool,
+    "callbacks": list,
+    "workload": dict,
+    "metrics": dict,
+    "data": dict,
+}
 _NO_WORKLOAD: dict[str, Any] = {"reference": "", "sha256": "", "settings": {}, "facts": {}}
-_MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+_MODEL, _OPTIMIZER, _TRAINED = "model.safetensors", "optimizer.safetensors", "trained.safetensors"
 
 
 class DamagedCheckpointError(JobError):
@@ -99,7 +108,9 @@ def snapshot(state: TrainingState, about: dict[str, Any]) -> Snapshot:
     """Return a copy of ``state``, with ``about`` (config, versions) for whoever reads it later."""
     optimizer = state.optimizer.state_dict()
     optimizer_tensors, optimizer_values = _separate_tensors(optimizer["state"])
-    tensors = {_MODEL: _copied(state.model.state_dict()), _OPTIMIZER: _copied(optimizer_tensors)}
+    tensors = {_MODEL: _copied(state.result.state_dict()), _OPTIMIZER: _copied(optimizer_tensors)}
+    if state.average is not None:
+        tensors[_TRAINED] = _copied(state.model.state_dict())
     document = {
         "epoch": state.epoch,
         "step": state.step,
@@ -109,6 +120,9 @@ def snapshot(state: TrainingState, about: dict[str, Any]) -> Snapshot:
         "optimizer": {"values": optimizer_values, "param_groups": optimizer["param_groups"]},
         "scheduler": state.scheduler.state_dict(),
         "scaler": state.scaler.state_dict(),
+        "scores": state.scores,
+        "ends": state.ends,
+        "callbacks": [callback.state_dict() for callback in state.callbacks],
         **about,
     }
     return Snapshot(tensors, copy.deepcopy(document))
@@ -128,7 +142,7 @@ def load_model(folder: Path, workload: Workload) -> nn.Module:
     """
     document = read_state(folder)
     model = workload.create_model()
-    _load_weights(folder, document, model)
+    _load_weights(folder, document, _MODEL, model)
     return model.eval()
 
 
@@ -184,7 +198,8 @@ def restore(folder: Path, state: TrainingState) -> None:
     Raises as ``load_model`` does, and OtherModelError; ``state`` is left as it was then.
     """
     document = read_state(folder)
-    parts: tuple[Any, ...] = (state.model, state.optimizer, state.scheduler)
+    parts: list[Any] = [state.model, state.optimizer, state.scheduler]
+    parts += [] if state.average is None else [state.average]
     before = copy.deepcopy([part.state_dict() for part in parts])
     try:
         _put(folder, document, state)
@@ -211,7 +226,10 @@ def _put(folder: Path, document: dict[str, Any], state: TrainingState) -> None:
     if state.scheduler.state_dict() and not document["scheduler"]:
         raise ValueError("it has no state of the scheduler")
     tensors = _read_tensors(folder, _OPTIMIZER, document)
-    _load_weights(folder, document, state.model)
+    _load_weights(folder, document, _MODEL, state.result)
+    if state.average is not None:
+        _load_weights(folder, document, _TRAINED, state.model)
+        state.average.n_averaged.fill_(1)  # else the next step would begin a new average
     per_parameter: dict[int, dict[str, Any]] = {}
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     for key, tensor in tensors.items():
@@ -222,6 +240,9 @@ def _put(folder: Path, document: dict[str, Any], state: TrainingState) -> None:
     state.optimizer.load_state_dict({"state": per_parameter, "param_groups": document["optimizer"]["param_groups"]})
     state.scheduler.load_state_dict(document["scheduler"])
     state.scaler.load_state_dict(document.get("scaler", {}))
+    state.scores, state.ends = [float(score) for score in document.get("scores", [])], document.get("ends", False)
+    for callback, values in zip(state.callbacks, document.get("callbacks", []), strict=False):
+        callback.load_state_dict(values)
     state.epoch, state.step, state.sums, state.epoch_s, state.finished_s = epoch, step, sums, epoch_s, finished_s
 
 
@@ -321,8 +342,8 @@ def _read_tensors(folder: Path, name: str, document: dict[str, Any]) -> dict[str
         raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {name}: {error}") from error
 
 
-def _load_weights(folder: Path, document: dict[str, Any], model: nn.Module) -> None:
-    weights = _read_tensors(folder, _MODEL, document)
+def _load_weights(folder: Path, document: dict[str, Any], name: str, model: nn.Module) -> None:
+    weights = _read_tensors(folder, name, document)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

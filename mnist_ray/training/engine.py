@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from mnist_ray.callback import Callback
 from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.provenance import processor_features
 from mnist_ray.training import shared_memory
@@ -82,15 +84,30 @@ class TrainingState:
     sums: MetricSums = field(default_factory=MetricSums)
     """Over the current epoch so far and all ranks."""
     epoch_s: float = 0.0
-    """Seconds of training in the current epoch so far, without validation and checkpoints."""
+    """Seconds of training in the current epoch so far, without validation and checkpoints, by rank 0's clock."""
     finished_s: float = 0.0
     """Seconds spent so in the epochs before."""
     scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))
     """Scales the loss, so that fp16 can hold its gradients; of other precisions it does nothing."""
+    average: AveragedModel | None = None
+    """Holds a moving average of the model's weights, where that is what counts."""
+    scores: list[float] = field(default_factory=list)
+    """Of each finished epoch's validation, where the training waits for it; more is better."""
+    callbacks: Sequence[Callback] = ()
+    ends: bool = False
+    """Whether a callback has ended the training, with the epochs that are finished."""
     last_epoch: float = math.inf
     """Where the training ends."""
     last_step: float = math.inf
     """Where an epoch ends."""
+
+    @property
+    def result(self) -> nn.Module:
+        """What is evaluated and kept: the model, or its average."""
+        if self.average is None:
+            return self.model
+        averaged: nn.Module = self.average.module
+        return averaged
 
 
 @dataclass(frozen=True)
@@ -99,14 +116,23 @@ class Hooks:
 
     progress: Callable[[Progress], None] = lambda progress: None
     checkpoint: Callable[[TrainingState, Progress], None] = lambda state, progress: None
-    """Save ``state``; where an epoch has just ended, its step is 0 and ``progress`` the epoch's last."""
+    """Save ``state``; where an epoch has just ended, its step is 0 and ``progress`` the epoch's last.
+
+    Where that waits for a validation, it notes the score in ``state`` first.
+    """
     wants_checkpoint: Callable[[], bool] = lambda: False
     """Whether to save now, besides the regular times; asked after ``progress``, and the same on every rank."""
     wants_stop: Callable[[], bool] = lambda: False
     """Whether to save now and stop; asked before ``progress``, and what rank 0 answers counts."""
 
 
-def create_state(workload: Workload, config: TrainConfig, num_examples: int, device: torch.device) -> TrainingState:
+def create_state(
+    workload: Workload,
+    config: TrainConfig,
+    num_examples: int,
+    device: torch.device,
+    callbacks: Sequence[Callback] = (),
+) -> TrainingState:
     """Return the state before the first step, for ``num_examples`` to train on; the same on every rank."""
     torch.manual_seed(config.seed)
     model = with_fast_layout(workload.create_model().to(device))
@@ -114,7 +140,13 @@ def create_state(workload: Workload, config: TrainConfig, num_examples: int, dev
     num_epochs, num_steps = config.num_epochs, config.num_steps(num_examples)
     scheduler = workload.create_scheduler(optimizer, config, num_epochs * num_steps)
     scaler = GradScaler(device.type, enabled=config.precision == "fp16")
-    return TrainingState(model, optimizer, scheduler, scaler=scaler, last_epoch=num_epochs, last_step=num_steps)
+    average = None
+    if config.ema_decay is not None:
+        averaging = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
+        average = AveragedModel(model, multi_avg_fn=averaging)
+    state = TrainingState(model, optimizer, scheduler, scaler=scaler, average=average, callbacks=callbacks)
+    state.last_epoch, state.last_step = num_epochs, num_steps
+    return state
 
 
 def with_fast_layout(model: nn.Module) -> nn.Module:
@@ -144,13 +176,29 @@ def train(
         state.model.compile(dynamic=False)
     model = state.model if config.reproducible else _distributed(state.model, group)
     model.train()
+    for callback in state.callbacks:
+        callback.on_start(state, group)
     epochs = _Epochs(workload, state, model, part, config, group, hooks, num_loader_processes)
-    while state.epoch < config.num_epochs:
+    while not is_over(state, config):
         finished = epochs.train_next()
         _check_weights(state)
         state.finished_s += state.epoch_s
         state.epoch, state.step, state.sums, state.epoch_s = state.epoch + 1, 0, MetricSums(), 0.0
+        for callback in state.callbacks:
+            callback.on_epoch(state, finished)
         hooks.checkpoint(state, finished)
+
+
+def is_over(state: TrainingState, config: TrainConfig) -> bool:
+    """Tell whether all epochs are trained, or no more are wanted: validation has not been better for long enough."""
+    scores, patience = state.scores, config.early_stop
+    has_stalled = bool(scores) and patience is not None and len(scores) - best_epoch(scores) >= patience
+    return state.epoch >= config.num_epochs or has_stalled or state.ends
+
+
+def best_epoch(scores: Sequence[float]) -> int:
+    """Return which epoch, counted from 1, has the best score, of several the first."""
+    return scores.index(max(scores)) + 1
 
 
 @dataclass(frozen=True)
@@ -175,11 +223,15 @@ class _Epochs:
         for sums, global_size in self._reproducible_steps() if config.reproducible else self._steps():
             self._update()
             state.step += 1
+            for callback in state.callbacks:
+                callback.on_step(state)
             window.add(sums, global_size)
             checkpoint_due = state.step % config.checkpoint_every == 0
-            if window.is_full or checkpoint_due or state.step == last_step:
+            if window.is_full(last_step - state.step) or checkpoint_due:
                 progress = window.close(state, last_step)
                 hooks.progress(progress)
+                for callback in state.callbacks:
+                    callback.on_progress(state, progress)
                 if (hooks.wants_checkpoint() or checkpoint_due or window.stops) and state.step < last_step:
                     _check_weights(state)
                     hooks.checkpoint(state, progress)
@@ -216,19 +268,23 @@ class _Epochs:
                 yield chunks.give(), batch.global_size
 
     def _backward(self, batch: Batch, generator: torch.Generator, weight: float) -> dict[str, Tensor]:
-        dtype = _autocast_dtype(self.config)
-        return backward(self.workload, self.model, batch, weight, generator, dtype, self.state.scaler)
+        return backward(self.workload, self.model, batch, self.config, weight, generator, self.state.scaler)
 
     def _update(self) -> None:
         """Make an optimizer step of the gradients in the model, and one of the schedule."""
         state, largest_norm = self.state, self.config.clip_grad_norm
-        if largest_norm is not None:
+        if largest_norm is not None or state.callbacks:
             state.scaler.unscale_(state.optimizer)
+        for callback in state.callbacks:
+            callback.on_gradients(state)
+        if largest_norm is not None:
             nn.utils.clip_grad_norm_(state.model.parameters(), largest_norm)
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad()
         state.scheduler.step()
+        if state.average is not None:
+            state.average.update_parameters(state.model)
 
     @cached_property
     def _examples(self) -> ArrayBatches | ExampleBatches:
@@ -288,21 +344,23 @@ def backward(
     workload: Workload,
     model: nn.Module,
     batch: Batch,
+    config: TrainConfig,
     weight: float,
     generator: torch.Generator | None = None,
-    autocast_dtype: torch.dtype | None = None,
     scaler: GradScaler | None = None,
 ) -> dict[str, Tensor]:
     """Add to the model's gradients those of ``weight`` × the sum of a batch's losses, as ``scaler`` scales them.
 
-    Returns the sums of the loss and of what the workload measures, on the device. Weighed by the size of the global
-    batch, the gradients of slices add up to those of its mean loss, also where slices are uneven or empty.
+    ``config.precision`` is resolved. Returns the sums of the loss and of what the workload measures, on the device.
+    Weighed by the size of the global batch, the gradients of slices add up to those of its mean loss, also where slices
+    are uneven or empty.
     """
-    device = next(model.parameters()).device
-    with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+    device, dtype = next(model.parameters()).device, _autocast_dtype(config)
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
         outputs = as_fp32(model(workload.prepare(batch.inputs, generator)))
     loss_sum = workload.loss(outputs, batch.targets).sum()
-    loss = loss_sum * weight
+    minimized = workload.training_loss(outputs, batch.targets, config)
+    loss = (loss_sum if minimized is None else minimized.sum()) * weight
     (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
     return {"loss": loss_sum.detach(), **measured_sums(workload, outputs, batch.targets)}
 
@@ -327,12 +385,12 @@ class _Window:
         self.stops = False
         """Whether rank 0 has been asked to stop, when the window was closed last."""
         self._reset(interval_steps)
+        self.restart_clock()
 
     def _reset(self, interval_steps: int) -> None:
         self._interval_steps = interval_steps
         self._steps: list[dict[str, Tensor]] = []
         self._sizes: list[int] = []
-        self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leave out of the epoch's seconds what was done since the window opened."""
@@ -342,20 +400,20 @@ class _Window:
         self._steps.append(sums)
         self._sizes.append(global_size)
 
-    @property
-    def is_full(self) -> bool:
-        return len(self._sizes) >= self._interval_steps
+    def is_full(self, steps_left: int) -> bool:
+        """Tell whether to close it: an epoch's last steps, too few for a window of their own, belong to this one."""
+        return steps_left == 0 or (len(self._sizes) >= self._interval_steps and 2 * steps_left >= self._interval_steps)
 
     def close(self, state: TrainingState, last_step: int) -> Progress:
         """Reduce the window over all ranks into ``state`` and empty it. Raises TrainingDivergedError."""
-        steps, interval_steps = self._reduce()
+        steps, interval_steps, elapsed_s = self._reduce()
         window = MetricSums()
         for offset, step in enumerate(steps):
             if not math.isfinite(step.sums["loss"]):
                 raise TrainingDivergedError(state.epoch + 1, state.step - len(steps) + offset + 1)
             window += step
             state.sums += step  # one by one: its bits do not depend on when windows close
-        state.epoch_s += time.perf_counter() - self._start
+        state.epoch_s += elapsed_s
         self._reset(interval_steps)
         return Progress(
             state.epoch + 1,
@@ -368,23 +426,26 @@ class _Window:
             state.epoch_s,
         )
 
-    def _reduce(self) -> tuple[list[MetricSums], int]:
-        """Return the sums of each step over all ranks, and the steps of the next window."""
-        elapsed_s = time.perf_counter() - self._start
-        next_interval = max(1, round(len(self._sizes) * _REPORT_INTERVAL_S / max(elapsed_s, 1e-3)))
+    def _reduce(self) -> tuple[list[MetricSums], int, float]:
+        """Return the sums of each step over all ranks, the steps of the next window, and the seconds of this one."""
         names = list(self._steps[0])
         sums = torch.stack([step[name] for step in self._steps for name in names]).double()
-        settled = [next_interval, self._wants_stop()] if self._group.rank == 0 else [0, 0]
+        if sums.is_cuda:
+            torch.cuda.synchronize()  # else the last steps' time would be the next window's
+        now = time.perf_counter()
+        elapsed_s, self._start = now - self._start, now
+        next_interval = max(1, round(len(self._sizes) * _REPORT_INTERVAL_S / max(elapsed_s, 1e-3)))
+        settled = [next_interval, self._wants_stop(), elapsed_s] if self._group.rank == 0 else [0, 0, 0]
         values = torch.cat([sums, sums.new_tensor(settled)])
         if self._group.world_size > 1:
             dist.all_reduce(values)
-        of_steps = values[:-2].view(-1, len(names)).tolist()
-        interval_steps, self.stops = int(values[-2]), bool(values[-1])
+        of_steps = values[: -len(settled)].view(-1, len(names)).tolist()
+        interval_steps, self.stops, elapsed_s = int(values[-3]), bool(values[-2]), float(values[-1])
         steps = [
             MetricSums(dict(zip(names, of_step, strict=True)), size)
             for of_step, size in zip(of_steps, self._sizes, strict=True)
         ]
-        return steps, interval_steps
+        return steps, interval_steps, elapsed_s
 
 
 def _distributed(model: nn.Module, group: Group) -> nn.Module:
@@ -416,6 +477,33 @@ def resolve_precision(precision: Precision, group: Group) -> Precision:
 def cpu_has_bf16() -> bool:
     """Tell whether the processor computes in bf16, by Linux's list of its features; elsewhere assume not."""
     return not processor_features().isdisjoint({"avx512_bf16", "amx_bf16"})
+
+
+def part_bounds(num_examples: int, num_parts: int) -> list[tuple[int, int]]:
+    """Cut ``num_examples`` into at most ``num_parts`` ranges of whole evaluation batches."""
+    num_batches = math.ceil(num_examples / EVALUATION_BATCH_SIZE)
+    num_parts = min(num_parts, num_batches)
+    cuts = [num_batches * part // num_parts * EVALUATION_BATCH_SIZE for part in range(num_parts)] + [num_examples]
+    return list(itertools.pairwise(cuts))
+
+
+def evaluate_together(
+    workload: Workload, model: nn.Module, part: Part, group: Group, num_loader_processes: int = 0
+) -> Evaluation:
+    """Evaluate a model as ``evaluate`` does, each rank on some of the examples; without columns.
+
+    The result is the same on every rank, and for any number of them.
+    """
+    if group.world_size == 1:
+        return evaluate(workload, model, part, num_loader_processes)
+    for buffer in model.buffers():  # as of batch normalization: those of rank 0 are kept
+        dist.broadcast(buffer, 0)
+    bounds = part_bounds(len(part), group.world_size)
+    start, stop = bounds[group.rank] if group.rank < len(bounds) else (0, 0)
+    own = evaluate(workload, model, part.between(start, stop), num_loader_processes)
+    batch_sums: list[Any] = [None] * group.world_size
+    dist.all_gather_object(batch_sums, own.batch_sums)
+    return Evaluation(tuple(itertools.chain(*batch_sums)), len(part), {})
 
 
 @torch.inference_mode()

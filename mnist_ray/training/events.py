@@ -105,13 +105,34 @@ class EpochFinished:
 
 @dataclass(frozen=True)
 class Validated:
-    """A task has evaluated an epoch's checkpoint on the validation set."""
+    """An epoch's checkpoint was evaluated on the validation set, by a task or by the workers."""
 
     epoch: int
     """Counted from 1."""
     figures: Mapping[str, float]
     """Loss and metrics."""
     seconds: float
+    is_beside: bool = True
+    """Whether the training went on meanwhile."""
 
 
-Event = ControllerStarted | Started | WorkersLost | NodeLeaving | Stopping | Progress | EpochFinished | Validated
+@dataclass(frozen=True)
+class StoppedEarly:
+    """The training is over before its last epoch, since validation has not been better for long enough."""
+
+    epoch: int
+    """The last, counted from 1."""
+    best_epoch: int
+
+
+Event = (
+    ControllerStarted
+    | Started
+    | WorkersLost
+    | NodeLeaving
+    | Stopping
+    | Progress
+    | EpochFinished
+    | Validated
+    | StoppedEarly
+)

@@ -42,6 +42,10 @@ def check_batch(workload: Workload, inputs: Any, targets: Any, config: TrainConf
     with placed(workload, "loss"):
         losses = workload.loss(outputs, targets)
     _check_numbers(f"{name}.loss", losses, number)
+    with placed(workload, "training_loss"):
+        minimized = workload.training_loss(outputs, targets, config)
+    if minimized is not None:
+        _check_numbers(f"{name}.training_loss", minimized, number)
     if not losses.isfinite().all():
         raise UsageError(f"{name}.loss is not finite on the first {number} examples, with the initial weights")
     with placed(workload, "measure"):
@@ -55,7 +59,7 @@ def check_batch(workload: Workload, inputs: Any, targets: Any, config: TrainConf
     if sorted(summary) != sorted(metric.name for metric in workload.metrics):
         told = f"{name}.metrics names {', '.join(metric.name for metric in workload.metrics) or 'none'}"
         raise UsageError(f"{name}.summarize returns {', '.join(summary) or 'nothing'}, but {told}")
-    _check_gradients(workload, model, losses)
+    _check_gradients(workload, model, losses if minimized is None else minimized)
     with placed(workload, "predictions"):
         model.eval()
         with torch.no_grad():

@@ -15,6 +15,7 @@ from mnist_ray.workload.interface import Metric, Rows, Workload
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mnist_ray.config import TrainConfig
     from mnist_ray.drawing import Picture
 
 _NUM_ANSWERS = 3
@@ -55,6 +56,14 @@ class Classification(Workload):
         from torch.nn import functional as F
 
         return F.cross_entropy(outputs, targets.long(), reduction="none")
+
+    def training_loss(self, outputs: Tensor, targets: Tensor, config: TrainConfig) -> Tensor | None:
+        """Return the cross entropy with smoothed targets (https://arxiv.org/abs/1512.00567), where it is asked for."""
+        from torch.nn import functional as F
+
+        if not config.label_smoothing or type(self).loss is not Classification.loss:
+            return super().training_loss(outputs, targets, config)
+        return F.cross_entropy(outputs, targets.long(), reduction="none", label_smoothing=config.label_smoothing)
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return which examples are right."""

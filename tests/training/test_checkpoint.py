@@ -2,6 +2,8 @@ import copy
 import hashlib
 import json
 import pickle
+import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from pyarrow import fs
 from torch import nn
 
+from mnist_ray.callback import Callback
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.storage import locate
@@ -36,7 +39,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory, few_images: Arrays) -> Path:
 
 
 def train_and_save(
-    root: Path, arrays: Arrays, config: TrainConfig, resume: Path | None = None, workload: Workload | None = None
+    root: Path,
+    arrays: Arrays,
+    config: TrainConfig,
+    resume: Path | None = None,
+    workload: Workload | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainingState:
     workload = workload or mnist()
     torch.set_num_threads(1)
@@ -44,9 +52,11 @@ def train_and_save(
     def save(state: TrainingState, progress: Progress) -> None:
         folder = root / f"{state.epoch}-{state.step}"
         folder.mkdir()
+        if state.step == 0:
+            state.scores.append(1 / state.epoch)
         checkpoint.snapshot(state, {"note": "hello", "workload": mnist().identity}).write(folder)
 
-    state = engine.create_state(workload, config, len(arrays), CPU)
+    state = engine.create_state(workload, config, len(arrays), CPU, callbacks)
     if resume:
         checkpoint.restore(resume, state)
     engine.train(workload, state, Part(arrays), config, Group(), Hooks(checkpoint=save))
@@ -97,6 +107,45 @@ def test_a_run_with_a_scaled_loss_in_pieces_goes_on_bit_identical(tmp_path: Path
         assert (resumed / name).read_bytes() == (whole / name).read_bytes()
     scalers = [checkpoint.read_state(folder)["scaler"] for folder in (whole, resumed)]
     assert scalers[0] == scalers[1]
+
+
+class Counts(Callback):
+    """Scales the gradients by the number of steps that it has seen, which a checkpoint keeps."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_gradients(self, state: TrainingState) -> None:
+        self.count += 1
+        for parameter in state.model.parameters():
+            assert parameter.grad is not None
+            parameter.grad *= 1 + 1 / self.count
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        self.count = values["count"]
+
+
+def test_an_average_a_callback_and_scores_go_on_bit_identical(tmp_path: Path, few_images: Arrays) -> None:
+    config = replace(CONFIG, ema_decay=0.9, optimizer="sgd", early_stop=2, label_smoothing=0.1)
+    for name in ("whole", "resumed"):
+        (tmp_path / name).mkdir()
+    train_and_save(tmp_path / "whole", few_images, config, callbacks=[Counts()])
+    for position in ("0-14", "1-7"):
+        shutil.rmtree(tmp_path / "resumed")
+        (tmp_path / "resumed").mkdir()
+        state = train_and_save(
+            tmp_path / "resumed", few_images, config, tmp_path / "whole" / position, callbacks=[Counts()]
+        )
+        whole, resumed = (tmp_path / name / "2-0" for name in ("whole", "resumed"))
+        for name in ("model.safetensors", "optimizer.safetensors", "trained.safetensors"):
+            assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+        assert state.scores == [1.0, 0.5]
+    averaged = checkpoint.load_model(whole, mnist()).state_dict()
+    assert any(not torch.equal(averaged[name], value) for name, value in state.model.state_dict().items())
+    assert all(torch.equal(averaged[name], value) for name, value in state.result.state_dict().items())
 
 
 def as_numbers(position: str) -> list[int]:

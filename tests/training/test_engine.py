@@ -14,6 +14,7 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
+from mnist_ray.callback import Callback
 from mnist_ray.config import TrainConfig
 from mnist_ray.training import engine, shared_memory
 from mnist_ray.training.engine import Group, Hooks, TrainingDivergedError, TrainingState
@@ -47,7 +48,8 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 WORLD_SIZES = (1, 2, 3, 4)
 # Images and settings of 30 steps each: even slices; slices of 2 and 3 images; some ranks with no image at all; a
-# smaller last batch; slices in pieces, of which some ranks have one more than others; gradients that are all cut down.
+# smaller last batch; slices in pieces, of which some ranks have one more than others; gradients that are all cut down;
+# smoothed targets, with an average of the weights; a callback that changes the gradients.
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "even": (480, {"batch_size": 16}),
     "uneven": (240, {"batch_size": 8}),
@@ -55,7 +57,26 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "last": (470, {"batch_size": 16}),
     "pieces": (470, {"batch_size": 16, "micro_batch_size": 3}),
     "clipped": (470, {"batch_size": 16, "micro_batch_size": 5, "clip_grad_norm": 0.2}),
+    "averaged": (470, {"batch_size": 16, "label_smoothing": 0.2, "ema_decay": 0.8}),
+    "called": (470, {"batch_size": 16}),
 }
+
+
+class Decays(Callback):
+    """Pulls the weights to zero."""
+
+    def on_gradients(self, state: TrainingState) -> None:
+        add_weights_to_gradients(state.model)
+
+
+def add_weights_to_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parameter.grad += 0.1 * parameter.detach()
+
+
+def callbacks_of(case: str) -> list[Callback]:
+    return [Decays()] if case == "called" else []
 
 
 def config_of(case: str) -> TrainConfig:
@@ -78,12 +99,14 @@ def train_on_gloo(rank: int, folder: Path, images: np.ndarray, labels: np.ndarra
         for optimizer, create in OPTIMIZERS.items():
             for case, (num_images, _) in CASES.items():
                 config = config_of(case)
-                state = engine.create_state(mnist(), config, num_images, CPU)
+                state = engine.create_state(mnist(), config, num_images, CPU, callbacks_of(case))
                 state.optimizer = create(state.model.parameters())
                 split = Arrays(images[:num_images], labels[:num_images])
                 engine.train(mnist(), state, Part(split), config, Group(rank, world_size), Hooks())
+                together = engine.evaluate_together(mnist(), state.result, Part(split), Group(rank, world_size))
+                assert together.batch_sums == engine.evaluate(mnist(), state.result, Part(split)).batch_sums
                 if rank == 0:
-                    weights = {name: value.contiguous() for name, value in state.model.state_dict().items()}
+                    weights = {name: value.contiguous() for name, value in state.result.state_dict().items()}
                     save_file(weights, folder / f"{optimizer}-{case}-{world_size}")
         dist.destroy_process_group()
 
@@ -118,21 +141,30 @@ def train_plainly(case: str, optimizer: str, few_images: Arrays) -> tuple[dict[s
     """Return the weights after whole batches in a loop of plain PyTorch, and the norm of each step's gradient."""
     config, (num_images, _) = config_of(case), CASES[case]
     model = engine.create_state(mnist(), config, num_images, CPU).model
+    average: dict[str, torch.Tensor] = {}
     steps, norms = OPTIMIZERS[optimizer](model.parameters()), []
     images, labels = torch.tensor(few_images.inputs), torch.tensor(few_images.targets)
     for indices, *_ in ShardedBatchSampler(num_images, config.batch_size, seed=config.seed, epoch=0):
         chosen = torch.from_numpy(indices)
-        loss = F.cross_entropy(model(mnist().prepare(images[chosen], None)), labels[chosen].long())
+        logits = model(mnist().prepare(images[chosen], None))
+        loss = F.cross_entropy(logits, labels[chosen].long(), label_smoothing=config.label_smoothing)
         steps.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        if case == "called":
+            add_weights_to_gradients(model)
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or math.inf).item())
         steps.step()
-    return model.state_dict(), norms
+        decay = config.ema_decay if average else 0.0
+        if decay is None:
+            continue
+        for name, value in model.state_dict().items():
+            average[name] = decay * average.get(name, 0) + (1 - decay) * value
+    return average if config.ema_decay else model.state_dict(), norms
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("case", ["pieces", "clipped"])
-def test_pieces_and_clipping_are_what_a_plain_loop_does(
+@pytest.mark.parametrize("case", ["pieces", "clipped", "averaged", "called"])
+def test_what_a_case_asks_for_is_what_a_plain_loop_does(
     gloo_weights: Path, case: str, world_size: int, few_images: Arrays
 ) -> None:
     expected, norms = train_plainly(case, "sgd", few_images)
@@ -157,7 +189,7 @@ def test_a_slices_gradient_is_its_part_of_the_true_mean(few_images: Arrays) -> N
     def gradient(first: int, last: int, world_size: int) -> torch.Tensor:
         state = engine.create_state(mnist(), CONFIG, 8, CPU)
         batch = Batch(images[first:last], labels[first:last], global_size=8)
-        engine.backward(mnist(), state.model, batch, world_size / 8)
+        engine.backward(mnist(), state.model, batch, CONFIG, world_size / 8)
         return torch.cat([parameter.grad.flatten() for parameter in state.model.parameters()])  # type: ignore[union-attr]
 
     torch.testing.assert_close((gradient(0, 3, 2) + gradient(3, 8, 2)) / 2, gradient(0, 8, 1))
@@ -244,6 +276,77 @@ def test_the_learning_rate_follows_its_schedule(schedule: str, few_images: Array
         assert all(a < b for a, b in pairwise(rates[: peak + 1]))
         assert all(a > b for a, b in pairwise(rates[peak:]))
         assert rates[-1] < rates[0] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "options"),
+    [
+        (CONFIG, torch.optim.Adam, {"lr": 2e-3, "betas": (0.7, 0.9), "weight_decay": 0.0}),
+        (replace(CONFIG, optimizer="adamw", weight_decay=0.1), torch.optim.AdamW, {"lr": 2e-3, "weight_decay": 0.1}),
+        (replace(CONFIG, optimizer="sgd", momentum=0.8), torch.optim.SGD, {"lr": 2e-3, "momentum": 0.8}),
+    ],
+)
+def test_the_optimizer_is_the_one_of_that_name(config: TrainConfig, kind: type, options: dict[str, Any]) -> None:
+    optimizer = engine.create_state(mnist(), replace(config, schedule="constant"), 600, CPU).optimizer
+    assert type(optimizer) is kind
+    assert {name: optimizer.param_groups[0][name] for name in options} == options
+
+
+@pytest.mark.parametrize(
+    ("scores", "patience", "epochs"),
+    [
+        ([0.5, 0.7, 0.6, 0.8, 0.8, 0.7, 0.9], 2, 6),  # as good as the best is not better
+        ([0.5, 0.7, 0.6, 0.8, 0.8, 0.7, 0.9], 1, 3),
+        ([0.5, 0.7, 0.6, 0.8, 0.8, 0.7, 0.9], 3, 7),
+        ([0.5, 0.4, 0.3], None, 3),
+        ([-math.inf, -math.inf, 0.5], 2, 3),
+    ],
+)
+def test_training_stops_where_validation_is_not_better_for_so_many_epochs(
+    few_images: Arrays, scores: list[float], patience: int | None, epochs: int
+) -> None:
+    config = replace(CONFIG, batch_size=600, num_epochs=len(scores), early_stop=patience)
+    state = engine.create_state(mnist(), config, len(few_images), CPU)
+    hooks = Hooks(checkpoint=lambda state, progress: state.scores.append(scores[state.epoch - 1]))
+    engine.train(mnist(), state, Part(few_images), config, Group(), hooks)
+    assert state.epoch == epochs
+    engine.train(mnist(), state, Part(few_images), config, Group(), hooks)  # as a resumed run does
+    assert state.epoch == epochs
+
+
+def test_a_callback_is_told_of_each_step_and_epoch_and_may_end_the_training(few_images: Arrays) -> None:
+    told: list[str] = []
+
+    class Tells(Callback):
+        def on_start(self, state: TrainingState, group: Group) -> None:
+            told.append(f"start of {group.world_size}")
+
+        def on_gradients(self, state: TrainingState) -> None:
+            told.append(f"gradients after {state.epoch}/{state.step}")
+
+        def on_step(self, state: TrainingState) -> None:
+            told.append(f"step {state.epoch}/{state.step}")
+
+        def on_progress(self, state: TrainingState, progress: Progress) -> None:
+            told.append(f"progress {progress.epoch}/{progress.step}")
+
+        def on_epoch(self, state: TrainingState, progress: Progress) -> None:
+            told.append(f"epoch {state.epoch}, loss {progress.so_far['loss'] > 0}")
+            state.ends = state.epoch == 2
+
+    config = replace(CONFIG, batch_size=600, num_epochs=9)
+    state = engine.create_state(mnist(), config, len(few_images), CPU, [Tells()])
+    engine.train(mnist(), state, Part(few_images), config, Group(), Hooks())
+    each = ["gradients after {0}/0", "step {0}/1", "progress {1}/1", "epoch {1}, loss True"]
+    assert told == ["start of 1", *(line.format(epoch, epoch + 1) for epoch in (0, 1) for line in each)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_parts_of_an_evaluation_are_whole_batches_and_all_of_them(world_size: int) -> None:
+    bounds = engine.part_bounds(550, world_size)
+    assert [start for start, _ in bounds] + [550] == [0] + [stop for _, stop in bounds]
+    assert all(start % engine.EVALUATION_BATCH_SIZE == 0 for start, _ in bounds)
+    assert len(bounds) == min(world_size, 6)
 
 
 @pytest.mark.parametrize(("num_images", "batch_size"), [(1, 1), (2, 2), (3, 1), (10, 3)])
