@@ -4,7 +4,7 @@ Whatever has a search space is searched: batch size and learning rate, and the w
 worker with one CPU unless --num-workers and --cpus-per-worker say otherwise.
 
 python jobs/tune.py --num-trials 16
-python jobs/tune.py --search optuna --num-epochs 3 --batch-sizes 64 128 256
+python jobs/tune.py --search optuna --num-epochs 3 --sweep learning_rate=log:1e-3:1e-1 batch_size=64,128,256
 python jobs/tune.py --workload my_problem.py
 python jobs/tune.py --resume --run-name NAME
 """

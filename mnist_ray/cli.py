@@ -31,26 +31,24 @@ class Parser(argparse.ArgumentParser):
         self,
         description: str,
         *config_classes: type,
-        without: Sequence[str] = (),
         defaults: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(description=description, allow_abbrev=False)
         self._config_classes = config_classes
         self._shown_defaults = defaults or {}  # shown in place of the settings' own
         for config_class in config_classes:
-            self._add_settings(config_class, without)
+            self._add_settings(config_class)
 
-    def _add_settings(self, config_class: type, without: Sequence[str]) -> None:
-        fields = [field for field in dataclasses.fields(config_class) if field.name not in without]
+    def _add_settings(self, config_class: type) -> None:
         group = self.add_argument_group((config_class.__doc__ or "").split(":")[0].strip().rstrip("."))
         hints = get_type_hints(config_class)
-        for field in fields:
+        for field in dataclasses.fields(config_class):
             plain, choices = value_type(hints[field.name])
             kind: dict[str, Any] = {"type": plain, "choices": choices}
             if plain is bool:
                 kind = {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
             elif plain is tuple:
-                kind = {"type": _item_parser(item_type(hints[field.name])), "nargs": "+"}
+                kind = {"type": _item_parser(item_type(hints[field.name])), "nargs": "+", "action": "extend"}
             elif plain is Path:
                 kind = {"type": str}  # an empty one would become the current folder
             elif field.name == "num_workers":

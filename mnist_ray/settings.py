@@ -200,11 +200,6 @@ def parse_config(text: str, source: str) -> dict[str, Any]:
     return values
 
 
-def bound_names(name: str, space: SearchSpace) -> tuple[str, ...]:
-    """Return the settings that bound the search of a setting: ``batch_sizes``, or ``X_min`` and ``X_max``."""
-    return (f"{name}s",) if isinstance(space, Choice) else (f"{name}_min", f"{name}_max")
-
-
 def check_known(values: Iterable[str], known: set[str], source: str) -> None:
     """Raise UsageError where there are settings in a file that nothing knows."""
     unknown = sorted(set(values) - known)

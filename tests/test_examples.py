@@ -88,11 +88,9 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(
 def test_it_is_swept_over_a_setting_of_its_own_and_the_best_is_trained(
     example: str, ray_address: str, tmp_path: Path
 ) -> None:
-    small = {
-        name: value for name, value in SMALL[example].items() if name not in ("width", "batch_size", "learning_rate")
-    }
+    small = {name: value for name, value in SMALL[example].items() if name not in ("width", "learning_rate")}
     flags = as_flags({**small, "num_epochs": 1, "precision": "fp32", "storage_path": tmp_path, "run_name": "sweep"})
-    space = ["--widths", "2", "4", "--batch-sizes", "20", "--num-trials", "3", "--num-confirmed", "0"]
+    space = ["--sweep", "width=2,4", "learning_rate=log:1e-3:1e-2", "--num-trials", "3", "--num-confirmed", "0"]
     run_main("tune", "--workload", str(ROOT / "examples" / f"{example}.py"), *flags, *space)
     with (tmp_path / "sweep" / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -14,9 +14,8 @@ from mnist_ray.display.console import RunConsole
 from mnist_ray.runs.header import say_data
 from mnist_ray.screen import shown
 from mnist_ray.sweeps.job import Sweep
-from mnist_ray.sweeps.space import described
 from mnist_ray.sweeps.trials import DONE, ENDED, FAILED, LOST, STOPPED, TrialRecord, TrialTable
-from mnist_ray.wording import clock_time, count
+from mnist_ray.wording import clock_time, count, described
 from mnist_ray.workload.data import Parts
 from mnist_ray.workload.interface import Workload
 

@@ -16,7 +16,7 @@ from mnist_ray.runs import job as runs
 from mnist_ray.runs.job import Job
 from mnist_ray.settings import Choice
 from mnist_ray.storage import TRIALS_FILE, DamagedFileError, RunFolder
-from mnist_ray.sweeps.space import Space, propose, searched, space_config, space_of
+from mnist_ray.sweeps.space import Space, propose, space_of, texts_of
 from mnist_ray.sweeps.trials import TrialTable
 from mnist_ray.workload.data import Parts
 
@@ -29,8 +29,6 @@ class Sweep:
 
     config: SweepConfig
     space: Space
-    bounds: dict[str, object]
-    """The settings that bound the space, as sweep.json has them."""
     job: Job
     """What holds for all trials, and for the trainings at the end."""
 
@@ -60,18 +58,17 @@ def read_sweep() -> Sweep:
         "set. A trial has one worker with one CPU, unless --num-workers and --cpus-per-worker say otherwise.",
         "tune",
         SWEEP_FILE,
-        more_settings=lambda workload_class: (SweepConfig, space_config(workload_class)),
-        without=lambda workload_class: tuple(searched(workload_class)),
+        more_settings=[SweepConfig],
     )
-    bounds = settings.values_of(settings.build(space_config(line.workload_class), line.values))
-    space, job = space_of(line.workload_class, line.values), line.to_job()
-    config = settings.build(SweepConfig, line.values)
+    config, job = settings.build(SweepConfig, line.values), line.to_job()
+    space = space_of(line.workload_class, line.values, fixed=line.given)
+    config = dataclasses.replace(config, sweep=config.sweep or texts_of(space))
     if config.search == "grid":
         propose(space, config, job.train.seed)
     if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UsageError("--search optuna needs Optuna: pip install -e '.[optuna]'")
     _check_trials(line.run, TrialTable(line.workload_class, space))
-    return Sweep(config, space, bounds, job)
+    return Sweep(config, space, job)
 
 
 def _check_trials(run: RunFolder, table: TrialTable) -> None:

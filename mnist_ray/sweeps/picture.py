@@ -13,9 +13,11 @@ from matplotlib.figure import Figure
 from mnist_ray.display.pictures import placed, scale_axis
 from mnist_ray.drawing import MARKERS, png_of
 from mnist_ray.settings import Choice, Range, SearchSpace
-from mnist_ray.sweeps.space import described, shown
 from mnist_ray.sweeps.trials import RUNNING, STOPPED, TrialRecord, TrialTable
-from mnist_ray.wording import spoken
+from mnist_ray.wording import count, described, shown, spoken
+
+_LEAST_PARALLEL = 3
+_BESIDE: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": "small"}
 
 
 def draw(table: TrialTable, num_epochs: int) -> bytes:
@@ -24,10 +26,8 @@ def draw(table: TrialTable, num_epochs: int) -> bytes:
     The first choice among the settings has a colour and marker for each value, where another is there to draw it over.
     Trials that were stopped early are hollow, the best configuration's are ringed, failed ones are left out.
     """
-    records = [record for record in table.by_point.values() if record.is_validated and record.state != RUNNING]
-    tried = {name: {record.point.values[name] for record in records} for name in table.space.spaces}
-    spaces = {name: space for name, space in table.space.spaces.items() if len(tried[name]) > 1}
-    spaces = spaces or dict(table.space.spaces)  # where nothing varies, all of it
+    records = _shown(table)
+    spaces = _varied(table, records) or dict(table.space.spaces)  # where nothing varies, all of it
     coloured = next((name for name, space in spaces.items() if isinstance(space, Choice)), None)
     over = [name for name in spaces if name != coloured] or list(spaces)
     figure = Figure(figsize=(8, 5 * len(over)), dpi=150, layout="constrained")
@@ -39,6 +39,59 @@ def draw(table: TrialTable, num_epochs: int) -> bytes:
     handles, labels = plots[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize="small")
     return png_of(figure)
+
+
+def _shown(table: TrialTable) -> list[TrialRecord]:
+    return [record for record in table.by_point.values() if record.is_validated and record.state != RUNNING]
+
+
+def _varied(table: TrialTable, records: list[TrialRecord]) -> dict[str, SearchSpace]:
+    """Return the spaces of which the trials have more than one value."""
+    tried = {name: {record.point.values[name] for record in records} for name in table.space.spaces}
+    return {name: space for name, space in table.space.spaces.items() if len(tried[name]) > 1}
+
+
+def draw_parallel(table: TrialTable) -> bytes | None:
+    """Draw each trial as a line through all its settings to what came out; None where fewer than three vary.
+
+    Parallel coordinates (Inselberg, 1985): the better a trial, the darker its line; the best configuration's is red.
+    """
+    records = _shown(table)
+    spaces, metric = _varied(table, records), table.workload.criterion
+    if len(spaces) < _LEAST_PARALLEL:
+        return None
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    worst_first = table.rank(records)[::-1]
+    best = table.best.configuration if table.best else None
+    for number, record in enumerate(worst_first):
+        heights = [_height(space, record.point.values[name]) for name, space in spaces.items()]
+        heights.append(number / max(1, len(worst_first) - 1))
+        is_best = record.point.configuration == best
+        shade = 0.15 + 0.85 * number / len(worst_first)
+        style: dict[str, Any] = {"color": "C3", "linewidth": 2.5} if is_best else {"color": "C0", "alpha": shade}
+        axes.plot(range(len(heights)), heights, **style)
+    for place, space in enumerate(spaces.values()):
+        options = space.options if isinstance(space, Choice) else (space.low, space.high)
+        for option in options:
+            axes.annotate(shown(option), (place, _height(space, option)), **_BESIDE)
+    for record, height in ((worst_first[0], 0.0), (worst_first[-1], 1.0)):
+        axes.annotate(metric.shown(record.val_criterion), (len(spaces), height), **_BESIDE)
+    axes.set_xticks(range(len(spaces) + 1), [*map(spoken, spaces), f"rank by\nvalidation {metric.name}"])
+    axes.set_yticks([])
+    axes.set_xlim(-0.1, len(spaces) + 0.6)
+    axes.grid(axis="x", color="black", alpha=0.5)
+    axes.spines[:].set_visible(False)
+    return png_of(figure)
+
+
+def _height(space: SearchSpace, value: Any) -> float:
+    """Return where a value stands on its axis, from 0 to 1."""
+    if isinstance(space, Choice):
+        return space.options.index(value) / max(1, len(space.options) - 1)
+    low, high = (space.low, space.high) if not space.log else (math.log(space.low), math.log(space.high))
+    return ((math.log(value) if space.log else value) - low) / ((high - low) or 1)
 
 
 def _draw_over(
@@ -55,13 +108,18 @@ def _draw_over(
     def value_of(record: TrialRecord) -> Any:
         return record.point.values[coloured] if coloured else None
 
-    values = sorted({value_of(record) for record in records}) if coloured else [None]
+    values: list[Any] = [None]
+    if coloured:
+        tried = {value_of(record) for record in records}
+        colours = table.space.spaces[coloured]
+        assert isinstance(colours, Choice)
+        values = [option for option in colours.options if option in tried]
     for number, value in enumerate(values):
         style: dict[str, Any] = {"color": f"C{number % 10}", "marker": MARKERS[number % 8], "linestyle": "none"}
         for record in records:
             if value_of(record) == value:
                 fill: dict[str, Any] = {"markerfacecolor": "none"} if record.state == STOPPED else {}
-                axes.plot(*place(record), markersize=8, **style, **fill)
+                axes.plot(*place(record), markersize=8, alpha=0.7, **style, **fill)
         if coloured:
             axes.plot([], [], label=f"{spoken(coloured)} {shown(value)}", **style)
     if any(record.state == STOPPED for record in records):
@@ -83,7 +141,7 @@ def _draw_over(
 
 
 def _title(table: TrialTable, number: int, num_epochs: int) -> str:
-    title, best = f"{number} trials of at most {num_epochs} epochs", table.best
+    title, best = f"{count(number, 'trial')} of at most {count(num_epochs, 'epoch')}", table.best
     if best is None or math.isnan(best.val_criterion):
         return title
     said = table.workload.criterion.shown(best.val_criterion)

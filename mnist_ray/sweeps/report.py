@@ -6,9 +6,9 @@ from mnist_ray import drawing
 from mnist_ray.display.report import Sections, unless_failing
 from mnist_ray.storage import TRIALS_FILE, DamagedFileError, RunFolder, read_config
 from mnist_ray.sweeps.job import SWEEP_FILE
-from mnist_ray.sweeps.picture import draw
+from mnist_ray.sweeps.picture import draw, draw_parallel
 from mnist_ray.sweeps.space import space_of
-from mnist_ray.sweeps.trials import TrialTable
+from mnist_ray.sweeps.trials import STOPPED, TrialTable
 from mnist_ray.workload.interface import Workload
 
 
@@ -26,16 +26,20 @@ def sections(run: RunFolder, workload: type[Workload]) -> Sections:
         return Sections(notes=[str(error)])
     criterion = table.workload.criterion.name
     alt = f"Validation {criterion} of {len(table.by_point)} trials; the table has all figures"
-    caption = "Hollow: stopped early. Ringed: the best configuration."
+    caption = ("Hollow: stopped early. " if table.count(STOPPED) else "") + "Ringed: the best configuration."
     rows = [table.shown_row(record, num_epochs) for record in table.ranked]
     notes: list[str] = []
+
+    def pictures() -> list[drawing.Picture]:
+        drawn = [drawing.Picture("sweep", "Trials", alt, draw(table, num_epochs), caption)]
+        parallel = draw_parallel(table)
+        if parallel is not None:
+            caption_of_lines = "A line is a trial: the darker, the better. Red: the best configuration."
+            drawn.append(drawing.Picture("settings", "Trials by their settings", alt, parallel, caption_of_lines))
+        return drawn
+
     return Sections(
-        unless_failing(
-            "picture of the trials",
-            lambda: [drawing.Picture("sweep", "Trials", alt, draw(table, num_epochs), caption)],
-            table.workload,
-            notes,
-        ),
+        unless_failing("picture of the trials", pictures, table.workload, notes),
         [drawing.Table("Trials, best first", table.shown_columns, rows)],
         notes,
     )

@@ -24,11 +24,10 @@ from mnist_ray.settings import json_lines
 from mnist_ray.storage import TRIALS_FILE, RunFolder, read_result, unless_damaged
 from mnist_ray.sweeps.console import SweepConsole
 from mnist_ray.sweeps.job import BEST_FILE, SWEEP_FILE, Sweep
-from mnist_ray.sweeps.space import described
 from mnist_ray.sweeps.sweep import TRIALS_FOLDER, run_sweep, trials_at_a_time
 from mnist_ray.sweeps.trial import TrialSpec
 from mnist_ray.sweeps.trials import TrialTable
-from mnist_ray.wording import count
+from mnist_ray.wording import count, described
 from mnist_ray.workload.data import Parts
 from mnist_ray.workload.interface import Workload
 
@@ -51,7 +50,7 @@ def search(console: SweepConsole, sweep: Sweep, data: Parts, cluster: Cluster) -
     plan, run = plan_workers(sweep.workers, cluster, sweep.job.train.chunks), job.run
     preflight.check_storage(run)
     write_origin(job, data)
-    run.write_text(SWEEP_FILE, json_lines({**settings.values_of(sweep.config), **sweep.bounds, **job.values}))
+    run.write_text(SWEEP_FILE, json_lines({**settings.values_of(sweep.config), **job.values}))
     spec = TrialSpec(
         job,
         share(job.workload, data.train),

@@ -1,22 +1,29 @@
-"""What a sweep searches: any settings of the training or the workload that declare a search space."""
+"""What a sweep searches: any settings of the training or the workload, over values or ranges."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import hashlib
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
 from mnist_ray import settings
 from mnist_ray.config import SweepConfig, TrainConfig
 from mnist_ray.errors import UsageError
-from mnist_ray.settings import Choice, Range, SearchSpace, bound_names, flag, parse_text, setting, value_type
+from mnist_ray.settings import Choice, Range, SearchSpace, parse_text, value_type
 from mnist_ray.wording import spoken
 from mnist_ray.workload.interface import Workload
+
+_NONE = "none"
+_OF_ALL_TRIALS = ("seed", "validation_size", "limit", "overfit_batches", "callback")
+"""What --sweep does not take: the data are the same for all trials, and each configuration has its seeds."""
+_LONGEST_NAME = 180  # of a trial's folder; file systems take 255 bytes
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,10 @@ class Point:
     def name(self) -> str:
         """The trial's folder."""
         parts = [f"{name}-{value}".replace("/", "_") for name, value in (*self.configuration, ("seed", self.seed))]
-        return "_".join(parts)
+        name = "_".join(parts)
+        if len(name.encode()) <= _LONGEST_NAME:
+            return name
+        return f"trial-{hashlib.sha256(name.encode()).hexdigest()[:16]}_seed-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,13 @@ class Space:
         """Return the default configuration where the space holds it: what the others have to beat."""
         inside = all(_contains(space, self.defaults[name]) for name, space in self.spaces.items())
         return [self.point(self.defaults, seed)] if inside else []
+
+    def largest(self, name: str, otherwise: int) -> int:
+        """Return the largest value that it has of a number, or the one that holds where it does not search it."""
+        space = self.spaces.get(name)
+        if space is None:
+            return otherwise
+        return max(space.options) if isinstance(space, Choice) else int(space.high)
 
     def described(self) -> str:
         """Return the space as people read it."""
@@ -77,81 +94,109 @@ def _as(kind: type, value: Any) -> Any:
     return parse_text(kind, value) if isinstance(value, str) else kind(value)
 
 
-def described(values: Mapping[str, Any]) -> str:
-    """Return settings with their values as people read them."""
-    return ", ".join(f"{spoken(name)} {shown(value)}" for name, value in values.items())
-
-
-def shown(value: Any) -> str:
-    """Return a setting's value as people read it."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def _contains(space: SearchSpace, value: Any) -> bool:
-    return value in space.options if isinstance(space, Choice) else bool(space.low <= value <= space.high)
+    if isinstance(space, Choice):
+        return value in space.options
+    return value is not None and bool(space.low <= value <= space.high)
 
 
-def searched(workload_class: type[Workload]) -> dict[str, tuple[SearchSpace, dataclasses.Field[Any], Any]]:
-    """Return the search space, the field and the annotation of each setting that is searched."""
-    found = {}
-    for config_class in (TrainConfig, workload_class.Settings):
-        hints = get_type_hints(config_class)
-        for field in dataclasses.fields(config_class):
-            space = workload_class.search.get(field.name, field.metadata.get("search"))
-            if space is not None:
-                found[field.name] = (space, field, hints[field.name])
-    return found
+def space_of(workload_class: type[Workload], values: Mapping[str, Any], fixed: Collection[str] = ()) -> Space:
+    """Return what ``values["sweep"]`` says is searched; without it, all that has a search space, but ``fixed``.
 
-
-def space_config(workload_class: type[Workload]) -> type:
-    """Return a settings class that bounds the search: values to choose from as ``--batch-sizes``, ends as ``--X-min``.
-
-    Its fields are made of the settings that are searched, and checked as these are.
+    Raises UsageError where there is nothing to search, or that is no space.
     """
-    fields: list[tuple[str, Any, Any]] = []
-    for name, (space, field, annotation) in searched(workload_class).items():
-        plain, _ = value_type(annotation)
-        rule = {"check": field.metadata.get("check"), "must": field.metadata.get("must", "")}
-        if isinstance(space, Choice):
-            (bound,) = bound_names(name, space)
-            fields.append((bound, tuple[plain, ...], _choices(space, name, **rule)))  # type: ignore[valid-type]
-            continue
-        ends = zip(bound_names(name, space), (space.low, space.high), ("smallest", "largest"), strict=True)
-        for bound, default, which in ends:
-            fields.append((bound, plain, setting(plain(default), f"{which} {spoken(name)}", **rule)))
-    made = dataclasses.make_dataclass("SpaceConfig", fields, frozen=True, kw_only=True)
-    made.__doc__ = "Where the sweep searches."
-    return made
-
-
-def _choices(space: Choice, name: str, check: Any, must: str) -> Any:
-    def is_good(options: tuple[Any, ...]) -> bool:
-        return len(options) == len(set(options)) > 0 and all(check is None or check(option) for option in options)
-
-    rule = "must be different values" + (f", each of which {must}" if must else "")
-    return setting(space.options, f"values of {spoken(name)} to choose from", check=is_good, must=rule)
-
-
-def space_of(workload_class: type[Workload], values: Mapping[str, Any]) -> Space:
-    """Return the space within the bounds that ``values``, those of ``space_config``, set. Raises UsageError."""
-    bounds = settings.values_of(settings.build(space_config(workload_class), values))
-    spaces: dict[str, SearchSpace] = {}
-    types, defaults = {}, {}
-    for name, (space, field, annotation) in searched(workload_class).items():
-        types[name] = value_type(annotation)[0]
-        defaults[name] = workload_class.recipes.get("default", {}).get(name, field.default)
-        if isinstance(space, Choice):
-            (bound,) = bound_names(name, space)
-            spaces[name] = Choice(tuple(bounds[bound]))
-            continue
-        least, most = bound_names(name, space)
-        low, high = bounds[least], bounds[most]
-        if low > high:
-            raise UsageError(f"{flag(least)} {low:g} must not be above {flag(most)} {high:g}")
-        spaces[name] = Range(low, high, space.log)
+    known = _fields_of(workload_class)
+    if texts := values.get("sweep"):
+        named = [_parsed(text, known) for text in texts]
+        spaces = dict(named)
+        twice = [name for name, _ in named if sum(name == other for other, _ in named) > 1]
+        if both := [*twice, *(name for name in spaces if name in fixed)]:
+            raise UsageError(f"--sweep searches {both[0]}: say once how, and leave out {settings.flag(both[0])}")
+    else:
+        of_class = {
+            name: workload_class.search.get(name, some.field.metadata.get("search")) for name, some in known.items()
+        }
+        spaces = {name: space for name, space in of_class.items() if space is not None and name not in fixed}
     if not spaces:
-        raise UsageError(f"nothing to search: no setting of {workload_class.__name__} has a search space")
-    return Space(spaces, types, defaults)
+        raise UsageError(f"nothing to search: name settings of {workload_class.__name__} by --sweep NAME=A,B,C")
+    defaults = workload_class().defaults
+    return Space(spaces, {name: known[name].type for name in spaces}, {name: defaults[name] for name in spaces})
+
+
+@dataclass(frozen=True)
+class _Field:
+    """A setting that may be searched."""
+
+    config_class: type
+    field: dataclasses.Field[Any]
+    annotation: Any
+
+    @property
+    def type(self) -> type:
+        return value_type(self.annotation)[0]
+
+
+def _fields_of(workload_class: type[Workload]) -> dict[str, _Field]:
+    return {
+        field.name: _Field(config_class, field, hints[field.name])
+        for config_class in (TrainConfig, workload_class.Settings)
+        for hints in [get_type_hints(config_class)]
+        for field in dataclasses.fields(config_class)
+    }
+
+
+def _parsed(text: str, known: Mapping[str, _Field]) -> tuple[str, SearchSpace]:
+    """Return the setting and the space that a text of ``--sweep`` stands for. Raises UsageError."""
+    name, _, given = (part.strip() for part in text.partition("="))
+    name = name.replace("-", "_")
+    if not name or not given:
+        raise UsageError(f"--sweep {text}: write NAME=A,B,C, NAME=LOW:HIGH or NAME=log:LOW:HIGH")
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        raise UsageError(
+            f"--sweep {text}: there is no setting {name}" + (f"; did you mean {close[0]}?" if close else "")
+        )
+    some = known[name]
+    if name in _OF_ALL_TRIALS or some.type is tuple:
+        raise UsageError(f"--sweep {text}: {name} is the same for all trials")
+    if ":" in given and some.type in (int, float):
+        return name, _range_of(name, text, given, some)
+    options = tuple(_value_of(name, text, option, some) for option in given.split(","))
+    if len(set(options)) < len(options):
+        raise UsageError(f"--sweep {text}: values must differ")
+    return name, Choice(options)
+
+
+def _range_of(name: str, text: str, given: str, some: _Field) -> Range:
+    log, _, ends = given.rpartition("log:")
+    low, high = (_value_of(name, text, end, some) for end in f"{ends}:".split(":")[:2])
+    if ends.count(":") != 1 or log or low > high or (given != ends and low <= 0):
+        raise UsageError(f"--sweep {text}: a range is LOW:HIGH or log:LOW:HIGH, the latter of positive numbers")
+    return Range(low, high, log=given != ends)
+
+
+def _value_of(name: str, text: str, value: str, some: _Field) -> Any:
+    """Return the value of a setting that a text stands for, checked. Raises UsageError."""
+    is_none = value == _NONE and type(None) in get_args(some.annotation)
+    try:
+        parsed = None if is_none else parse_text(some.type, value.strip())
+    except ValueError as error:
+        raise UsageError(f"--sweep {text}: {value!r} is no {some.type.__name__}") from error
+    try:
+        return getattr(settings.build(some.config_class, {name: parsed}), name)
+    except UsageError as error:
+        raise UsageError(f"--sweep {text}: {error}") from error
+
+
+def texts_of(space: Space) -> tuple[str, ...]:
+    """Return what ``--sweep`` takes for a space."""
+
+    def text_of(some: SearchSpace) -> str:
+        if isinstance(some, Range):
+            return f"{'log:' * some.log}{some.low}:{some.high}"
+        return ",".join(_NONE if option is None else str(option) for option in some.options)
+
+    return tuple(f"{name}={text_of(some)}" for name, some in space.spaces.items())
 
 
 def propose(space: Space, sweep: SweepConfig, seed: int) -> list[Point]:

@@ -7,8 +7,9 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ray import tune
@@ -66,7 +67,8 @@ def run_sweep(
     os.environ.update(_SETTINGS)
     table = TrialTable(type(spec.job.workload), space).read(run)
     config = spec.job.train
-    watcher = _Watcher(sweep, config.seed, config.num_epochs, table, run, on_change)
+    watcher = _Watcher(sweep, config.seed, table, run, on_change)
+    num_epochs = space.largest("num_epochs", config.num_epochs)
     deadline = time.monotonic() + (sweep.time_budget_s or math.inf)
 
     def run_stage(points: list[Point], scheduler: TrialScheduler, search: dict[str, Any] | None = None) -> None:
@@ -79,9 +81,9 @@ def run_sweep(
 
     if sweep.search == "optuna":
         table.num_planned = sweep.num_trials
-        run_stage([], _scheduler(sweep, config.num_epochs), _optuna(sweep, config.seed, table, concurrent))
+        run_stage([], _scheduler(sweep, num_epochs, table), _optuna(sweep, config.seed, table, concurrent))
     else:
-        run_stage(propose(space, sweep, config.seed), _scheduler(sweep, config.num_epochs))
+        run_stage(propose(space, sweep, config.seed), _scheduler(sweep, num_epochs, table))
     run_stage(table.confirmations(sweep, config.seed), FIFOScheduler())
     if table.best is None:
         reasons = [record.reason for record in table.by_point.values() if record.reason]
@@ -134,11 +136,31 @@ def _resources(plan: WorkerPlan) -> tune.PlacementGroupFactory:
     return tune.PlacementGroupFactory([{"CPU": plan.cpus_per_worker, **({"GPU": 1} if plan.use_gpu else {})}])
 
 
-def _scheduler(sweep: SweepConfig, num_epochs: int) -> TrialScheduler:
+def _scheduler(sweep: SweepConfig, num_epochs: int, table: TrialTable) -> TrialScheduler:
     """ASHA (https://arxiv.org/abs/1810.05934): at each rung the worse half of the trials so far stops."""
     if sweep.scheduler == "none":
         return FIFOScheduler()
-    return ASHAScheduler(time_attr="epochs", max_t=num_epochs, grace_period=min(1, num_epochs / 4), reduction_factor=2)
+    finished = [record for record in table.by_point.values() if record.is_finished and record.state != FAILED]
+    return _ResumedASHA([record.reported for record in finished], num_epochs)
+
+
+class _ResumedASHA(ASHAScheduler):
+    """Knows what the trials have reported that a sweep had finished before it was interrupted."""
+
+    def __init__(self, reported: Sequence[Sequence[tuple[float, float]]], num_epochs: int) -> None:
+        first = min(1, num_epochs / 4)
+        super().__init__(time_attr="epochs", max_t=num_epochs, grace_period=first, reduction_factor=2)
+        self._reported = reported
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        """Take what is compared, and compare what was reported before."""
+        is_taken = super().set_search_properties(metric, mode, **spec)
+        for number, reports in enumerate(self._reported):
+            trial = SimpleNamespace(trial_id=f"before-{number}")
+            self.on_trial_add(None, trial)
+            for epochs, criterion in reports:
+                self.on_trial_result(None, trial, {"epochs": epochs, metric: criterion})
+        return is_taken
 
 
 def _in_order(points: list[Point], concurrent: int) -> dict[str, Any]:
@@ -191,14 +213,12 @@ class _Watcher(tune.Callback):
         self,
         sweep: SweepConfig,
         seed: int,
-        num_epochs: int,
         table: TrialTable,
         run: RunFolder,
         on_change: Callable[[TrialTable], None],
     ) -> None:
         self._sweep = sweep
         self._seed = seed
-        self._num_epochs = num_epochs
         self._table = table
         self._run = run
         self._on_change = on_change
@@ -220,12 +240,14 @@ class _Watcher(tune.Callback):
         for column, name in self._table.columns.items():
             if column in result:
                 setattr(record, name, result[column])
+        if "epochs" in result:
+            record.report(result["epochs"], record.val_criterion)
         self._changed()
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Note a trial that ended, by itself or stopped."""
         record = self._table.by_point[self._point(trial)]
-        ended = DONE if record.epochs >= self._num_epochs else STOPPED
+        ended = DONE if (trial.last_result or {}).get("is_over") else STOPPED  # by the scheduler, or the time's end
         record.state = FAILED if record.reason else ended
         self._finished()
 

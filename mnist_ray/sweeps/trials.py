@@ -15,8 +15,8 @@ from mnist_ray.config import SweepConfig
 from mnist_ray.display.history import read_csv
 from mnist_ray.settings import Choice
 from mnist_ray.storage import TRIALS_FILE, RunFolder
-from mnist_ray.sweeps.space import Point, Space, shown
-from mnist_ray.wording import spoken
+from mnist_ray.sweeps.space import Point, Space
+from mnist_ray.wording import shown, spoken
 from mnist_ray.workload.interface import Workload
 
 DONE, STOPPED, FAILED, LOST, RUNNING = "done", "stopped early", "failed", "lost", "running"
@@ -42,8 +42,21 @@ class TrialRecord:
     """Examples per second of training."""
     train_s: float = 0.0
     """Seconds of training, without validation."""
+    reports: str = ""
+    """What it has reported, as ``EPOCHS:CRITERION`` each: a scheduler compares trials by it."""
     reason: str = ""
     """Why it failed, or was lost: its processes have died too often."""
+
+    def report(self, epochs: float, criterion: float) -> None:
+        """Note what it has reported; of a trial that goes on from its checkpoint, what it reports again replaces it."""
+        known = [pair for pair in self.reported if pair[0] < epochs]
+        self.reports = " ".join(f"{at:g}:{value:.9g}" for at, value in [*known, (epochs, criterion)])
+
+    @property
+    def reported(self) -> list[tuple[float, float]]:
+        """What it has reported: epochs, and the criterion then. Raises ValueError where that is damaged."""
+        pairs = [pair.split(":") for pair in self.reports.split()]
+        return [(float(epochs), float(criterion)) for epochs, criterion in pairs]
 
     @property
     def is_finished(self) -> bool:
@@ -174,6 +187,7 @@ class TrialTable:
             "train_loss": "train_loss",
             self.workload.rate: "rate",
             "train_s": "train_s",
+            "reports": "reports",
             "reason": "reason",
         }
 
@@ -190,7 +204,8 @@ class TrialTable:
     def read(self, run: RunFolder) -> TrialTable:
         """Return the table that a sweep has written, an empty one where it has not. Raises DamagedFileError."""
         try:
-            columns = ["trial", *self.space.spaces, "seed", *self.columns]
+            needed = [column for column in self.columns if column != "reports"]  # which sweeps of before have not
+            columns = ["trial", *self.space.spaces, "seed", *needed]
             records = [self._record(row) for row in read_csv(run, TRIALS_FILE, columns)]
         except (ValueError, TypeError) as error:
             raise run.damaged(TRIALS_FILE, error) from error
@@ -198,7 +213,7 @@ class TrialTable:
 
     def _record(self, row: dict[str, str]) -> TrialRecord:
         values: dict[str, Any] = {
-            name: row[column] if name in ("state", "reason") else float(row[column])
+            name: row.get(column, "") if name in ("state", "reports", "reason") else float(row[column])
             for column, name in self.columns.items()
         }
         point = self.space.point(row, int(row["seed"]))
@@ -207,7 +222,9 @@ class TrialTable:
                 raise ValueError(f"{spoken(name)} {point.values[name]} is none of the sweep's")
         if values["state"] not in (*ENDED, LOST, RUNNING):
             raise ValueError(f"{values['state']!r:.40} is no state of a trial")
-        return TrialRecord(int(row["trial"]), point, **values)
+        record = TrialRecord(int(row["trial"]), point, **values)
+        _ = record.reported  # else a damaged one would only fail later
+        return record
 
     @property
     def shown_columns(self) -> tuple[str, ...]:
@@ -221,7 +238,7 @@ class TrialTable:
             str(record.trial),
             *map(shown, record.point.values.values()),
             str(record.point.seed),
-            f"{record.epochs:.3g}/{num_epochs}",
+            f"{record.epochs:.3g}/{record.point.values.get('num_epochs', num_epochs)}",
             self.workload.criterion.shown(record.val_criterion),
             "-" if math.isnan(record.rate) else f"{record.rate:,.0f}",
             record.state + (f": {record.reason}" if record.reason else ""),

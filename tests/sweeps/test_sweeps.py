@@ -32,7 +32,7 @@ from tests.test_jobs import assert_one_line_error
 QUICK: dict[str, Any] = {
     "precision": "fp32",
     "validation_size": 600,
-    "batch_sizes": [32, 64],
+    "sweep": ["batch_size=32,64", "learning_rate=log:5e-4:2e-2"],
     "scheduler": "none",
     "num_confirmed": 0,
 }
@@ -190,9 +190,13 @@ def test_asha_stops_a_hopeless_trial_before_its_last_epoch(
     trials_only: None, ray_address: str, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     points = [point(50, 3e-3), point(50, 2e-3), point(50, 10.0)]
-    propose_only(monkeypatch, *points)
+    propose_only(monkeypatch, *points[:2])
     where = {"data_dir": str(small_data), "storage_path": str(tmp_path), "run_name": "asha"}
     tune({**QUICK, **where, "scheduler": "asha", "num_epochs": 4, "max_concurrent_trials": 1})
+    # As if it had been interrupted before the third trial: the first two are what that one is compared with.
+    (tmp_path / "asha" / "best.json").unlink()
+    propose_only(monkeypatch, *points)
+    run_main("tune", "--resume", "--run-name", "asha", "--storage-path", str(tmp_path))
     hopeless = next(row for row in rows(tmp_path / "asha") if row["learning_rate"] == "10.0")
     assert hopeless["state"] == "stopped early"
     assert float(hopeless["epochs"]) < 4
@@ -287,7 +291,7 @@ def test_optuna_proposes(trials_only: None, ray_address: str, small_data: Path, 
 def test_every_trial_failing_ends_the_job_with_the_first_reason(
     ray_address: str, small_data: Path, tmp_path: Path
 ) -> None:
-    hopeless = {"num_trials": 1, "learning_rate_min": 1e19, "learning_rate_max": 1e20}
+    hopeless = {"num_trials": 1, "sweep": ["learning_rate=1e19:1e20"]}
     flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, **hopeless}
     failed = run_job("tune.py", *flags_of(flags), address=ray_address)
     assert_one_line_error(failed, 1, "every trial failed; the first one: TrainingDivergedError: loss or weights")
@@ -296,13 +300,11 @@ def test_every_trial_failing_ends_the_job_with_the_first_reason(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--batch-sizes"], "argument --batch-sizes: expected at least one argument"),
-        (["--batch-sizes", "0"], "--batch-sizes must be different values, each of which must be at least 1"),
-        (["--batch-sizes", "60000"], "--batch-sizes: 60,000 is larger than the 55,000 images to train on"),
+        (["--sweep"], "argument --sweep: expected at least one argument"),
+        (["--sweep", "batch_size=60000"], "--sweep: batch size 60,000 is larger than the 55,000 images to train on"),
+        (["--sweep", "batch_size=8", "--batch-size", "9"], "--sweep searches batch_size: say once how"),
         (["--num-trials", "0"], "--num-trials must be at least 1, not 0"),
-        (["--learning-rate-min", "0.1"], "--learning-rate-min 0.1 must not be above --learning-rate-max 0.02"),
-        (["--learning-rate-min", "nan"], "--learning-rate-min must be a positive number"),
-        (["--batch-size", "8"], "unrecognized arguments: --batch-size 8"),
+        (["--batch-size", "8", "--learning-rate", "0.1"], "nothing to search: name settings of MNIST by --sweep"),
         (["--validation-size", "0"], "a sweep chooses by validation accuracy"),
         (
             ["--search", "grid", "--num-trials", "2"],
@@ -328,7 +330,7 @@ def test_fewer_images_than_the_defaults_batch_can_be_searched(
     tiny = Arrays(few_images.inputs[:100], few_images.targets[:100])
     flags = {"data_dir": str(write_data_set(tmp_path / "tiny", tiny, tiny)), "storage_path": str(tmp_path)}
     with pytest.raises(BegunError):
-        tune({**flags, "validation_size": 20, "batch_sizes": [8, 16]})
+        tune({**flags, "validation_size": 20, "sweep": ["batch_size=8,16"]})
 
 
 def test_a_time_budget_ends_a_sweep_that_would_go_on(

@@ -167,7 +167,8 @@ def test_less_is_better_where_the_workload_says_so() -> None:
     table = table_with(record(1, DONE, 12.0), record(2, DONE, 11.0), record(3, DONE, 11.0, loss=0.5), workload=Prices)
     assert [row.trial for row in table.ranked] == [3, 2, 1]
     assert table.to_csv().startswith(
-        "trial,batch_size,learning_rate,seed,state,epochs,val_rmse,val_loss,train_loss,examples_per_s,train_s,reason\n"
+        "trial,batch_size,learning_rate,seed,state,epochs,val_rmse,val_loss,train_loss,examples_per_s,train_s,"
+        "reports,reason\n"
     )
 
 
