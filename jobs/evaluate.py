@@ -4,43 +4,8 @@ python jobs/evaluate.py train_2026-01-31_12-00-00_5e1f
 python jobs/evaluate.py ~/ray_results/my_run/checkpoint_epoch-002_step-000000 --num-tasks 4
 """
 
-from mnist_ray import cli, environment
-from mnist_ray.config import EvaluationConfig, LookupConfig, WorkerConfig
-from mnist_ray.forking.local import prepare_forking
-from mnist_ray.settings import build, names_of
-from mnist_ray.tools import flags
-
-
-def main() -> None:
-    """Read the flags, then evaluate."""
-    workload_class = flags.workload_class()
-    parser = cli.Parser(
-        "Evaluate a checkpoint on the test set.", EvaluationConfig, workload_class.Settings, LookupConfig
-    )
-    flags.add_run(parser, "checkpoint")
-    given = parser.read_flags()
-    environment.prepare(verbose=False)
-    forking = prepare_forking(WorkerConfig(), "mnist_ray.runs.evaluation")
-
-    from mnist_ray.cluster.connection import connect  # imports Ray, after the flags are known to be right
-    from mnist_ray.runs.evaluation import evaluate
-    from mnist_ray.runs.lookup import find
-    from mnist_ray.runs.record import console_of, print_evaluation
-    from mnist_ray.workload.data import Part
-    from mnist_ray.workload.loading import load_data
-
-    config = build(EvaluationConfig, given)
-    changes = {name: given[name] for name in names_of([workload_class.Settings]) if name in given}
-    found = find(given["checkpoint"], build(LookupConfig, given).storage_path, given.get("workload"), changes)
-    workload, data = found.workload, load_data(found.workload)
-    test = Part(data.test, origin="test")
-    with connect(WorkerConfig(), forking), console_of(workload) as console:
-        for note in found.notes:
-            console.say("note", note)
-        console.say("checkpoint", found.checkpoint.path)
-        console.say("data", f"{data.name}: {len(test):,} test {workload.nouns}")
-        print_evaluation(console, workload, evaluate(workload, found.checkpoint, test, config.num_tasks))
-
+from mnist_ray import cli
+from mnist_ray.commands.evaluate import main
 
 if __name__ == "__main__":
     cli.run(main)

@@ -5,27 +5,8 @@ python jobs/predict.py scans/ --run my_run --grid seen.png
 python jobs/predict.py scans/ --json
 """
 
-from mnist_ray import cli, environment
-from mnist_ray.config import LookupConfig, PredictionConfig
-from mnist_ray.settings import build
-from mnist_ray.tools import flags
-
-
-def main() -> None:
-    """Read the flags, then answer."""
-    parser = cli.Parser("Let a trained model answer your own pictures.", PredictionConfig, LookupConfig)
-    parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="pictures, or folders of them")
-    flags.add_run(parser, "--run")
-    given = parser.read_flags()
-    environment.prepare(verbose=False)
-
-    from mnist_ray.runs.lookup import find  # imports torch and Ray, after the flags are known to be right
-    from mnist_ray.tools.predict import answers_pictures, predict
-
-    storage_path = build(LookupConfig, given).storage_path
-    found = find(given.get("run"), storage_path, given.get("workload"), is_wanted=answers_pictures)
-    predict(given["images"], found, build(PredictionConfig, given))
-
+from mnist_ray import cli
+from mnist_ray.commands.predict import main
 
 if __name__ == "__main__":
     cli.run(main)

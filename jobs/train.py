@@ -6,47 +6,8 @@ python jobs/train.py --workload my_problem.py
 ray job submit --working-dir . -- python jobs/train.py --num-workers 4
 """
 
-from mnist_ray import cli, environment
-from mnist_ray.cluster.plan import plan_workers
-from mnist_ray.forking.local import prepare_forking
-from mnist_ray.runs.clock import Clock
-from mnist_ray.runs.header import announced
-from mnist_ray.runs.job import load_data, owning, read_job
-from mnist_ray.runs.rehearsal import rehearsal
-
-
-def main() -> None:
-    """Settings, data, connect, fit, evaluate, report."""
-    clock = Clock()
-    job = read_job()
-    environment.prepare(verbose=job.output.verbose)
-    forking = prepare_forking(job.workers, "mnist_ray.runs.fit")
-    clock.mark("start")
-    job, data = load_data(job)
-    job.run.check_writable()
-    clock.mark("data")
-
-    with announced(job, data) as console, owning(job, console.waiting):
-        from mnist_ray.cluster.connection import connect  # imports Ray, once the header is on the screen
-
-        rehearse = rehearsal(job, data)
-        with connect(job.workers, forking, verbose=job.output.verbose, meanwhile=rehearse) as cluster:
-            from mnist_ray.runs.evaluation import evaluate  # imports torch, which is there by now
-            from mnist_ray.runs.fit import fit
-            from mnist_ray.runs.record import check, recorded
-
-            plan = plan_workers(job.workers, cluster, job.train.chunks)
-            if job.output.check:
-                check(console, job, data, cluster, plan)
-                return
-            with recorded(console, job, data, cluster, plan, clock) as record:  # writes a report however the run ends
-                fitted = fit(job, data, plan, record.on_event)
-                clock.mark("validation")
-                tested = evaluate(job.workload, fitted.checkpoint, data.test, loader_workers=job.workers.loader_workers)
-                clock.mark("evaluation")
-                cluster.leave()
-                record.finish(fitted, tested)
-
+from mnist_ray import cli
+from mnist_ray.commands.train import main
 
 if __name__ == "__main__":
     cli.run(main)

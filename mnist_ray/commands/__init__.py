@@ -1,0 +1,1 @@
+"""The story of each command: what ``jobs/`` and ``mnist-ray`` run."""

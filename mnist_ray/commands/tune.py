@@ -1,0 +1,34 @@
+"""Search a workload's settings with Ray Tune, train the best and evaluate it once on the test set.
+
+Whatever has a search space is searched: batch size and learning rate, and the workload's own settings. A trial has one
+worker with one CPU unless --num-workers and --cpus-per-worker say otherwise.
+"""
+
+from mnist_ray import environment
+from mnist_ray.forking.local import prepare_forking
+from mnist_ray.runs.job import owning
+from mnist_ray.runs.rehearsal import rehearsal
+from mnist_ray.sweeps.console import announced
+from mnist_ray.sweeps.job import load_data, read_sweep
+
+
+def main() -> None:
+    """Settings, data, connect, search, then fit, evaluate and report the best."""
+    sweep = read_sweep()
+    environment.prepare(verbose=sweep.job.output.verbose)
+    forking = prepare_forking(sweep.workers, "mnist_ray.sweeps.sweep")
+    sweep, data = load_data(sweep)
+    sweep.job.run.check_writable()
+
+    with announced(sweep, data) as console, owning(sweep.job, console.waiting):
+        from mnist_ray.cluster.connection import connect  # imports Ray, once the header is on the screen
+
+        rehearse = rehearsal(sweep.job, data, sweep.batch_sizes)
+        with connect(sweep.workers, forking, verbose=sweep.job.output.verbose, meanwhile=rehearse) as cluster:
+            from mnist_ray.sweeps.search import check, search, train_chosen  # imports torch, which is there by now
+
+            if sweep.job.output.check:
+                check(console, sweep, data, cluster)
+                return
+            table = search(console, sweep, data, cluster)
+            train_chosen(console, sweep, table, data, cluster)
