@@ -18,7 +18,6 @@ tensorboard: .venv/installed  ## follow runs at http://localhost:6006
 	$(BIN)/tensorboard --logdir ~/ray_results $(ARGS)
 
 submit: .venv/installed  ## run a job on a cluster: make submit ADDRESS=http://HEAD:8265 JOB=tune ARGS='--num-trials 16'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cluster]'
 	RAY_AUTH_MODE=$(AUTH) $(BIN)/ray job submit --address $(ADDRESS) --working-dir . $(SUBMIT_ARGS) -- python jobs/$(JOB).py $(ARGS)
 
 test: .venv/installed-dev  ## run the tests
@@ -54,7 +53,7 @@ format: .venv/installed-dev  ## let the linter and the formatter mend what they 
 .venv/installed: pyproject.toml
 	@echo "installing into .venv, which takes a minute or two …"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[tensorboard]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cluster,tensorboard]'
 	touch $@
 
 # What checks and tests need besides.

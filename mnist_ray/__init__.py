@@ -1,3 +1,18 @@
-"""A distributed batch training job on Ray: train, tune and evaluate an image classifier."""
+"""Distributed training on Ray to make your own: train, tune and evaluate any PyTorch model."""
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__all__ = ["Run", "evaluate", "predict", "train", "tune"]
+
+if TYPE_CHECKING:
+    from mnist_ray.api import Run, evaluate, predict, train, tune
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: the jobs begin without it."""
+    if name in __all__:
+        from mnist_ray import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

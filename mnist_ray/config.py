@@ -168,6 +168,7 @@ class OutputConfig:
         None, "steps of the first worker to profile: a trace for Perfetto, and the dearest operators", **at_least(1)
     )
     detect_anomaly: bool = setting(False, "find the operation whose gradient is no number first; slow")
+    dashboard: bool = setting(False, "start Ray's dashboard for a local run, which goes with it")
     check: bool = setting(False, "train nothing: say how the job would run, and whether every node could take part")
     quiet: bool = setting(False, "print only the result")
     verbose: bool = setting(False, "print Ray's own log as well")

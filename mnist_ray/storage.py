@@ -20,6 +20,7 @@ from pyarrow import fs
 from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.screen import without_user
 from mnist_ray.settings import path_of
+from mnist_ray.wording import command
 
 T = TypeVar("T")
 CONFIG_FILE, ORIGIN_FILE, RESULT_FILE = "config.json", "origin.json", "result.json"
@@ -186,8 +187,8 @@ class RunFolder:
                 self.filesystem.delete_file(target + ".tmp")
             raise
 
-    def resume_command(self, command: str, mlflow: str | None = None) -> str:
-        """Return ``command`` with the flags that go on with it, as one would type it.
+    def resume_command(self, job: str, mlflow: str | None = None) -> str:
+        """Return the command of ``job``, train or tune, with the flags that go on with it, as one would type it.
 
         What names users and has passwords is left out of URIs; the variables that do instead are named.
         """
@@ -197,7 +198,7 @@ class RunFolder:
             shown, instead = without_user(uri)
             flags += [flag, shown]
             variables += instead
-        return f"{command} {shlex.join(flags)}" + (f" (with {', '.join(variables)} set)" if variables else "")
+        return f"{command(job)} {shlex.join(flags)}" + (f" (with {', '.join(variables)} set)" if variables else "")
 
     def upload(self, local: str) -> None:
         """Copy a local folder's files into it, with retries. Raises what the file system does."""
@@ -314,7 +315,7 @@ def _newest_run(storage: RunFolder, is_wanted: Callable[[RunFolder], bool]) -> R
     for run in sorted(runs, key=lambda run: run.modified_ns(CONFIG_FILE), reverse=True):
         if run.exists(CONFIG_FILE) and run.checkpoint_names() and is_wanted(run):
             return run
-    raise UsageError(f"no run in {storage.storage_path} has a checkpoint; python jobs/train.py makes one")
+    raise UsageError(f"no run in {storage.storage_path} has a checkpoint; {command('train')} makes one")
 
 
 def write_file(path: Path, content: bytes) -> None:

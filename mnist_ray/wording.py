@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+PROGRAM = "mnist-ray"
 
 
 def count(number: int, noun: str, plural: str = "") -> str:
@@ -32,3 +36,8 @@ def described(values: Mapping[str, Any]) -> str:
 def shown(value: Any) -> str:
     """Return a setting's value as people read it."""
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def command(name: str) -> str:
+    """Return how a command is called, as the running one was: by the installed program, or from a checkout."""
+    return f"{PROGRAM} {name}" if Path(sys.argv[0]).name.startswith(PROGRAM) else f"python jobs/{name}.py"

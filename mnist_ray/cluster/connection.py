@@ -46,6 +46,7 @@ def connect(
     forking: Forking | None = None,
     *,
     verbose: bool = False,
+    dashboard: bool = False,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> Iterator[Cluster]:
     """Connect to the cluster of ``RAY_ADDRESS`` or of this machine's ``ray start``, else start a local Ray.
@@ -55,8 +56,9 @@ def connect(
     connection is closed, and a local Ray ended; its files go too, unless something has failed.
     Raises JobError where the named cluster does not answer, or a local Ray does not start; UsageError where it cannot.
 
-    ``meanwhile`` is done while a local Ray starts, which is mostly waiting, or else before; what it raises is raised.
-    ``forking`` tells how the workers are forked, if they are; its server is ended in the end.
+    ``dashboard``: a local Ray serves its own. ``meanwhile`` is done while a local Ray starts, which is mostly waiting,
+    or else before; what it raises is raised. ``forking`` tells how the workers are forked, if they are; its server is
+    ended in the end.
     """
     with contextlib.ExitStack() as at_the_end:
         if forking is not None and forking.server is not None:
@@ -81,7 +83,7 @@ def connect(
             at_the_end.enter_context(removed_unless_failed(session))
             at_the_end.enter_context(_left(leaving))
             with _beside(meanwhile), _start_in_one_line(session):
-                start_local(num_cpus, forking, session, **options)
+                start_local(num_cpus, forking, session, has_dashboard=dashboard, **options)
         else:
             at_the_end.enter_context(_left(leaving))
             # Not meanwhile: as a job connects, a second node on this machine may lay the job's working directory
@@ -245,7 +247,8 @@ def _without_standard_error() -> Iterator[None]:
 
 
 def _describe(is_local: bool, leave: Callable[[], None] = lambda: None) -> Cluster:
-    return Cluster(is_local, _nodes(), str(session_folder() / "logs"), leave)
+    dashboard = private.global_worker.node.webui_url
+    return Cluster(is_local, _nodes(), str(session_folder() / "logs"), leave, dashboard or "")
 
 
 def _nodes() -> tuple[Node, ...]:

@@ -32,14 +32,23 @@ _ERROR = re.compile(
 """A line of a Ray process's log that tells of an error, not only that a check has failed or where it was."""
 
 
-def start_local(num_cpus: int, forking: Forking | None, session: Path, *, log_to_driver: bool, **options: Any) -> None:
+def start_local(
+    num_cpus: int,
+    forking: Forking | None,
+    session: Path,
+    *,
+    log_to_driver: bool,
+    has_dashboard: bool = False,
+    **options: Any,
+) -> None:
     """Start a Ray that listens on loopback only, and keeps its files in a new session's folder, and connect to it."""
     prepare_local()
-    with _on_loopback(), for_one_job(forking, log_to_driver=log_to_driver, session_name=session.name):
+    for_job = for_one_job(forking, log_to_driver=log_to_driver, session_name=session.name, has_dashboard=has_dashboard)
+    with _on_loopback(), for_job:
         ray.init(
             address="local",
             num_cpus=num_cpus,
-            include_dashboard=False,
+            include_dashboard=has_dashboard,
             log_to_driver=log_to_driver,
             runtime_env={"env_vars": for_workers()},
             _temp_dir=str(session.parent),
@@ -116,13 +125,16 @@ def _remove(session: Path) -> None:
 
 
 @contextlib.contextmanager
-def for_one_job(forking: Forking | None, *, log_to_driver: bool, session_name: str | None = None) -> Iterator[None]:
+def for_one_job(
+    forking: Forking | None, *, log_to_driver: bool, session_name: str | None = None, has_dashboard: bool = False
+) -> Iterator[None]:
     """Let a Ray that is started meanwhile fork its workers, and do without what only a cluster needs.
 
     Such are the autoscaler, the log monitor where no log is shown, and the process that serves the dashboard, which
     Ray would start for no dashboard, too, and wait for.
     """
     parameters: dict[str, Any] = {"no_monitor": True, "include_log_monitor": log_to_driver}
+    serves_nothing = private.replaced(private.Node, "start_api_server", lambda node, **options: None)
     if session_name is not None:
         parameters["session_name"] = session_name
     if forking is not None and forking.server is not None:
@@ -131,7 +143,7 @@ def for_one_job(forking: Forking | None, *, log_to_driver: bool, session_name: s
     known = {name: value for name, value in parameters.items() if name in inspect.signature(create).parameters}
     with (
         private.replaced(private.RayParams, "__init__", functools.partialmethod(create, **known)),
-        private.replaced(private.Node, "start_api_server", lambda node, **options: None),
+        contextlib.nullcontext() if has_dashboard else serves_nothing,
     ):
         yield
 

@@ -38,6 +38,8 @@ class Cluster:
     log_folder: str
     leave: Callable[[], None] = lambda: None
     """Begin to disconnect, and to end a local Ray, while the caller does what needs no Ray any more."""
+    dashboard: str = ""
+    """HOST:PORT where Ray's own is served, where it is."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,20 @@
 """Evaluate a checkpoint on the test set, as Ray tasks."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from mnist_ray import cli, environment
 from mnist_ray.config import EvaluationConfig, LookupConfig, WorkerConfig
 from mnist_ray.forking.local import prepare_forking
 from mnist_ray.settings import build, names_of
 from mnist_ray.tools import flags
+from mnist_ray.workload.data import Part
+from mnist_ray.workload.loading import load_data
+
+if TYPE_CHECKING:
+    from mnist_ray.runs.lookup import Found
+    from mnist_ray.training.metrics import Evaluation
 
 
 def main() -> None:
@@ -16,18 +26,22 @@ def main() -> None:
     flags.add_run(parser, "checkpoint")
     given = parser.read_flags()
     environment.prepare(verbose=False)
-    forking = prepare_forking(WorkerConfig(), "mnist_ray.runs.evaluation")
 
-    from mnist_ray.cluster.connection import connect  # imports Ray, after the flags are known to be right
-    from mnist_ray.runs.evaluation import evaluate
-    from mnist_ray.runs.lookup import find
-    from mnist_ray.runs.record import console_of, print_evaluation
-    from mnist_ray.workload.data import Part
-    from mnist_ray.workload.loading import load_data
+    from mnist_ray.runs.lookup import find  # imports torch and Ray, after the flags are known to be right
 
-    config = build(EvaluationConfig, given)
     changes = {name: given[name] for name in names_of([workload_class.Settings]) if name in given}
     found = find(given["checkpoint"], build(LookupConfig, given).storage_path, given.get("workload"), changes)
+    evaluate(found, build(EvaluationConfig, given))
+
+
+def evaluate(found: Found, config: EvaluationConfig) -> Evaluation:
+    """Connect, evaluate, print what came out, and return it. Raises as ``train`` does."""
+    forking = prepare_forking(WorkerConfig(), "mnist_ray.runs.evaluation")
+
+    from mnist_ray.cluster.connection import connect
+    from mnist_ray.runs import evaluation
+    from mnist_ray.runs.record import console_of, print_evaluation
+
     workload, data = found.workload, load_data(found.workload)
     test = Part(data.test, origin="test")
     with connect(WorkerConfig(), forking), console_of(workload) as console:
@@ -35,4 +49,6 @@ def main() -> None:
             console.say("note", note)
         console.say("checkpoint", found.checkpoint.path)
         console.say("data", f"{data.name}: {len(test):,} test {workload.nouns}")
-        print_evaluation(console, workload, evaluate(workload, found.checkpoint, test, config.num_tasks))
+        tested = evaluation.evaluate(workload, found.checkpoint, test, config.num_tasks)
+        print_evaluation(console, workload, tested)
+        return tested

@@ -5,14 +5,18 @@ from mnist_ray.cluster.plan import plan_workers
 from mnist_ray.forking.local import prepare_forking
 from mnist_ray.runs.clock import Clock
 from mnist_ray.runs.header import announced
-from mnist_ray.runs.job import load_data, owning, read_job
+from mnist_ray.runs.job import Job, load_data, owning, read_job
 from mnist_ray.runs.rehearsal import rehearsal
 
 
 def main() -> None:
-    """Settings, data, connect, fit, evaluate, report."""
+    """Read the flags, then train."""
+    train(read_job())
+
+
+def train(job: Job) -> None:
+    """Data, connect, fit, evaluate, report. Raises UsageError, JobError and KeyboardInterrupt, each in one line."""
     clock = Clock()
-    job = read_job()
     environment.prepare(verbose=job.output.verbose)
     forking = prepare_forking(job.workers, "mnist_ray.runs.fit")
     clock.mark("start")
@@ -24,7 +28,8 @@ def main() -> None:
         from mnist_ray.cluster.connection import connect  # imports Ray, once the header is on the screen
 
         rehearse = rehearsal(job, data)
-        with connect(job.workers, forking, verbose=job.output.verbose, meanwhile=rehearse) as cluster:
+        shown = {"verbose": job.output.verbose, "dashboard": job.output.dashboard}
+        with connect(job.workers, forking, **shown, meanwhile=rehearse) as cluster:
             from mnist_ray.runs.evaluation import evaluate  # imports torch, which is there by now
             from mnist_ray.runs.fit import fit
             from mnist_ray.runs.record import check, recorded

@@ -9,12 +9,16 @@ from mnist_ray.forking.local import prepare_forking
 from mnist_ray.runs.job import owning
 from mnist_ray.runs.rehearsal import rehearsal
 from mnist_ray.sweeps.console import announced
-from mnist_ray.sweeps.job import load_data, read_sweep
+from mnist_ray.sweeps.job import Sweep, load_data, read_sweep
 
 
 def main() -> None:
-    """Settings, data, connect, search, then fit, evaluate and report the best."""
-    sweep = read_sweep()
+    """Read the flags, then search."""
+    tune(read_sweep())
+
+
+def tune(sweep: Sweep) -> None:
+    """Data, connect, search, then fit, evaluate and report the best. Raises as ``train`` does."""
     environment.prepare(verbose=sweep.job.output.verbose)
     forking = prepare_forking(sweep.workers, "mnist_ray.sweeps.sweep")
     sweep, data = load_data(sweep)
@@ -24,7 +28,8 @@ def main() -> None:
         from mnist_ray.cluster.connection import connect  # imports Ray, once the header is on the screen
 
         rehearse = rehearsal(sweep.job, data, sweep.batch_sizes)
-        with connect(sweep.workers, forking, verbose=sweep.job.output.verbose, meanwhile=rehearse) as cluster:
+        shown = {"verbose": sweep.job.output.verbose, "dashboard": sweep.job.output.dashboard}
+        with connect(sweep.workers, forking, **shown, meanwhile=rehearse) as cluster:
             from mnist_ray.sweeps.search import check, search, train_chosen  # imports torch, which is there by now
 
             if sweep.job.output.check:

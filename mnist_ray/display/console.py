@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.live import Live
@@ -26,7 +26,7 @@ from mnist_ray.training.events import (
 from mnist_ray.wording import clock_time, count
 from mnist_ray.workload.interface import Workload
 
-_PLAIN_INTERVAL_S = 10.0
+_PLAIN_INTERVAL_S, _NOTEBOOK_INTERVAL_S = 10.0, 2.0
 _LOG_WIDTH = 240
 
 
@@ -36,7 +36,8 @@ Self = TypeVar("Self", bound="RunConsole")
 class RunConsole:
     """Prints a run's events; use it as a context, so that the live line is gone when it ends.
 
-    On a terminal one line is redrawn in place; elsewhere a plain line is printed every ten seconds.
+    On a terminal one line is redrawn in place; elsewhere a plain line is printed every ten seconds, in a notebook every
+    two.
     """
 
     def __init__(self, workload: Workload, num_epochs: int, *, quiet: bool) -> None:
@@ -45,7 +46,9 @@ class RunConsole:
         self._quiet = quiet
         # A table in a log is as wide as it needs to be.
         width = None if sys.stdout.isatty() else _LOG_WIDTH
-        self._console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
+        style: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
+        self._console = Console(**style, width=width, force_jupyter=False)
+        self._plain_interval_s = _NOTEBOOK_INTERVAL_S if "ipykernel" in sys.modules else _PLAIN_INTERVAL_S
         self._live = Live(console=self._console, transient=True, auto_refresh=False)
         self._last_plain = 0.0
         self._attempts = 0
@@ -147,7 +150,7 @@ class RunConsole:
         label = f"epoch {event.epoch}/{self._num_epochs}"
         if self._live.is_started:
             self._live.update(Text(_column(label) + shown(line)), refresh=True)
-        elif time.monotonic() - self._last_plain >= _PLAIN_INTERVAL_S:
+        elif time.monotonic() - self._last_plain >= self._plain_interval_s:
             self._last_plain = time.monotonic()
             self.say(label, line)
 

@@ -41,6 +41,11 @@ def say_data(console: RunConsole, job: Job, data: Parts) -> None:
     console.say("data", f"{data.name}: {counts}, {len(data.test):,} to test")
 
 
+def say_dashboard(console: RunConsole, cluster: Cluster) -> None:
+    """Say where Ray's dashboard is, for as long as the job runs."""
+    console.say("dashboard", f"http://{cluster.dashboard}" if cluster.dashboard else "this cluster has none")
+
+
 def say_plan(console: RunConsole, job: Job, cluster: Cluster, plan: WorkerPlan) -> None:
     """Say what trains, on what, once that is known, and show what is waited for."""
     model = job.workload.create_model()
@@ -49,6 +54,8 @@ def say_plan(console: RunConsole, job: Job, cluster: Cluster, plan: WorkerPlan) 
     gpu = " and 1 GPU" if plan.use_gpu else ""
     where = "a local Ray" if cluster.is_local else f"a Ray cluster of {count(len(cluster.nodes), 'node')}"
     cpus = count(plan.cpus_per_worker, "CPU")
+    if job.output.dashboard:
+        say_dashboard(console, cluster)
     console.say("workers", f"{plan.num_workers}, each with {cpus}{gpu}, on {where}")
     cores = usable_cores()
     if cluster.is_local and not plan.use_gpu and plan.num_workers > cores:

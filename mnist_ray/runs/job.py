@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import importlib.util
 import secrets
@@ -40,6 +41,9 @@ from mnist_ray.workload.fewer import fewer
 from mnist_ray.workload.interface import Workload
 from mnist_ray.workload.loading import load_data as load_data_of
 from mnist_ray.workload.shuffle import KIND, LARGEST_IN_MEMORY
+
+Given = Mapping[str, Any]
+"""Settings by their names, beside ``workload``, ``recipe`` and ``config``: what a command line says, too."""
 
 
 @dataclass(frozen=True)
@@ -103,17 +107,17 @@ class CommandLine:
             workers,
             output,
             self.run,
-            self.run.resume_command(f"python jobs/{self.kind}.py", output.mlflow),
+            self.run.resume_command(self.kind, output.mlflow),
             self.notes,
             self.origin,
             callback,
         )
 
 
-def read_job() -> Job:
-    """Read the command line of ``jobs/train.py``. Raises UsageError."""
+def read_job(given: Given | None = None) -> Job:
+    """Read the command line of ``jobs/train.py``, or what is ``given`` in its place. Raises UsageError."""
     description = "Train a workload on Ray, evaluate it on the test set, and write the run's files."
-    return read_command_line(description, "train").to_job()
+    return read_command_line(description, "train", given=given).to_job()
 
 
 def read_command_line(
@@ -121,13 +125,14 @@ def read_command_line(
     kind: str,
     config_file: str = CONFIG_FILE,
     more_settings: Sequence[type] = (),
+    given: Given | None = None,
 ) -> CommandLine:
-    """Read the command line of a job that trains. Raises UsageError.
+    """Read the command line of a job that trains, or what is ``given`` in its place. Raises UsageError.
 
     ``kind`` is ``train`` or ``tune``. It has flags for ``more_settings`` and those of a training run; the run keeps all
     of them in ``config_file``.
     """
-    peeked = cli.peek("workload", "config", "resume", "run_name", "storage_path")
+    peeked = cli.peek("workload", "config", "resume", "run_name", "storage_path") if given is None else given
     from_file = settings.read_config_file(peeked["config"]) if "config" in peeked else {}
     run, saved = _find_run(peeked, kind, config_file)
     known = from_file.get("workload") or saved.get("workload") or source.DEFAULT
@@ -136,18 +141,8 @@ def read_command_line(
     kept = (*more_settings, TrainConfig, workload_class.Settings, WorkerConfig)
     recipes = workload_class.recipes
     defaults = recipes.get("default", {})
-    parser = cli.Parser(description, *kept, OutputConfig, defaults=defaults)
-    parser.add_argument(
-        "--workload",
-        metavar="FILE.py",
-        default=cli.UNSET,
-        help="what is learned: FILE.py or package.module, with :NAME where it holds several; default: MNIST",
-    )
-    parser.add_argument(
-        "--recipe", choices=recipes or ["default"], default=cli.UNSET, help="named settings; flags override"
-    )
-    parser.add_argument("--config", metavar="FILE", default=cli.UNSET, help="settings from a run's config.json")
-    flags = parser.read_flags()
+    classes = (*kept, OutputConfig)
+    flags = _read_flags(description, classes, recipes) if given is None else checked(given, classes, recipes)
 
     for file, values in ((peeked.get("config", ""), from_file), (run.inside(config_file).uri, saved)):
         of_another = "workload" in peeked and values.get("workload", peeked["workload"]) != peeked["workload"]
@@ -167,6 +162,37 @@ def read_command_line(
     origin, notes = _left_by(run, kind)
     notes = (*notes, *_changes_since(origin, workload_class))
     return CommandLine(kind, workload_class, values, run, notes, origin, flags.keys())
+
+
+def _read_flags(
+    description: str, config_classes: Sequence[type], recipes: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    parser = cli.Parser(description, *config_classes, defaults=recipes.get("default", {}))
+    parser.add_argument(
+        "--workload",
+        metavar="FILE.py",
+        default=cli.UNSET,
+        help="what is learned: FILE.py or package.module, with :NAME where it holds several; default: MNIST",
+    )
+    parser.add_argument(
+        "--recipe", choices=recipes or ["default"], default=cli.UNSET, help="named settings; flags override"
+    )
+    parser.add_argument("--config", metavar="FILE", default=cli.UNSET, help="settings from a run's config.json")
+    return parser.read_flags()
+
+
+def checked(given: Given, config_classes: Sequence[type], recipes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was given in place of a command line. Raises UsageError where that cannot be."""
+    known = settings.names_of(config_classes) | {"workload", "recipe", "config"}
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            raise UsageError(f"there is no setting {name}" + (f"; did you mean {close[0]}?" if close else ""))
+    if given.get("recipe", "default") not in (*recipes, "default"):
+        raise UsageError(f"there is no recipe {given['recipe']}; there is {', '.join(recipes) or 'none'}")
+    for config_class in config_classes:
+        settings.build(config_class, given)
+    return dict(given)
 
 
 def _check_values(values: Mapping[str, Any], config_classes: Sequence[type], source: str) -> None:
@@ -256,6 +282,8 @@ def _check_reproducible(train: TrainConfig, workers: WorkerConfig) -> None:
 
 
 def _check_output(output: OutputConfig) -> None:
+    if output.dashboard and importlib.util.find_spec("aiohttp_cors") is None:
+        raise UsageError("--dashboard needs more of Ray: pip install 'ray[default]'")
     if output.mlflow is not None and importlib.util.find_spec("mlflow") is None:
         raise UsageError("--mlflow needs MLflow: pip install -e '.[mlflow]'")
 

@@ -13,14 +13,15 @@ from mnist_ray import settings
 from mnist_ray.config import SweepConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.runs import job as runs
-from mnist_ray.runs.job import Job
+from mnist_ray.runs.job import Given, Job
 from mnist_ray.settings import Choice
 from mnist_ray.storage import TRIALS_FILE, DamagedFileError, RunFolder
 from mnist_ray.sweeps.space import Space, propose, space_of, texts_of
 from mnist_ray.sweeps.trials import TrialTable
+from mnist_ray.wording import command
 from mnist_ray.workload.data import Parts
 
-SWEEP_FILE, BEST_FILE = "sweep.json", "best.json"
+SWEEP_FILE, BEST_FILE, DEFAULT_FOLDER = "sweep.json", "best.json", "default"
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,18 @@ class Sweep:
         return list(space.options) if isinstance(space, Choice) else [int(space.low), int(space.high)]
 
 
-def read_sweep() -> Sweep:
-    """Read the command line of ``jobs/tune.py``. Raises UsageError, JobError where a sweep's trials are damaged."""
+def read_sweep(given: Given | None = None) -> Sweep:
+    """Read the command line of ``jobs/tune.py``, or what is ``given`` in its place.
+
+    Raises UsageError, and JobError where a sweep's trials are damaged.
+    """
     line = runs.read_command_line(
         "Search the settings that have a search space with Ray Tune, train the best and evaluate it once on the test "
         "set. A trial has one worker with one CPU, unless --num-workers and --cpus-per-worker say otherwise.",
         "tune",
         SWEEP_FILE,
         more_settings=[SweepConfig],
+        given=given,
     )
     config, job = settings.build(SweepConfig, line.values), line.to_job()
     space = space_of(line.workload_class, line.values, fixed=line.given)
@@ -79,7 +84,7 @@ def _check_trials(run: RunFolder, table: TrialTable) -> None:
     has_chosen, remedy = run.exists(BEST_FILE), "remove it, and the trials are run again"
     if has_chosen:
         best = run.inside(BEST_FILE).uri
-        remedy = f"train what was chosen with python jobs/train.py --config {best}, or start another sweep"
+        remedy = f"train what was chosen with {command('train')} --config {best}, or start another sweep"
     try:
         is_lost = table.read(run).best is None
     except DamagedFileError as error:

@@ -17,13 +17,13 @@ from mnist_ray.guard import if_ended
 from mnist_ray.runs.clock import Clock
 from mnist_ray.runs.evaluation import evaluate
 from mnist_ray.runs.fit import fit
-from mnist_ray.runs.header import announced
+from mnist_ray.runs.header import announced, say_dashboard
 from mnist_ray.runs.job import Job
 from mnist_ray.runs.record import check_nodes, recorded, write_origin
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import TRIALS_FILE, RunFolder, read_result, unless_damaged
 from mnist_ray.sweeps.console import SweepConsole
-from mnist_ray.sweeps.job import BEST_FILE, SWEEP_FILE, Sweep
+from mnist_ray.sweeps.job import BEST_FILE, DEFAULT_FOLDER, SWEEP_FILE, Sweep
 from mnist_ray.sweeps.sweep import TRIALS_FOLDER, run_sweep, trials_at_a_time
 from mnist_ray.sweeps.trial import TrialSpec
 from mnist_ray.sweeps.trials import TrialTable
@@ -31,7 +31,7 @@ from mnist_ray.wording import count, described
 from mnist_ray.workload.data import Parts
 from mnist_ray.workload.interface import Workload
 
-PICTURE_FILE, DEFAULT_FOLDER = "sweep.png", "default"
+PICTURE_FILE = "sweep.png"
 
 
 def check(console: SweepConsole, sweep: Sweep, data: Parts, cluster: Cluster) -> None:
@@ -172,5 +172,7 @@ def _trials_at_a_time(sweep: Sweep, plan: WorkerPlan, cluster: Cluster) -> int:
 def _say_plan(console: SweepConsole, sweep: Sweep, plan: WorkerPlan, cluster: Cluster) -> None:
     each = f"{count(plan.num_workers, 'worker')} with {count(plan.cpus_per_worker, 'CPU')}"
     concurrent = _trials_at_a_time(sweep, plan, cluster)
+    if sweep.job.output.dashboard:
+        say_dashboard(console, cluster)
     console.say("trials", f"{concurrent} at a time, each {each}{' and 1 GPU' if plan.use_gpu else ''}")
     console.waiting("starting trials …")

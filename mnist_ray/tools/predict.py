@@ -174,17 +174,22 @@ def answer_batch(
     inputs = [answer.inputs for answer in seen if answer.inputs is not None]
     if not inputs:
         return seen
-    prepared = workload.prepare(torch.from_numpy(np.stack(inputs)), None)
+    best = iter(answer_inputs(workload, model, np.stack(inputs)))
+    return [
+        answer if answer.inputs is None else dataclasses.replace(answer, answers=next(best).answers) for answer in seen
+    ]
+
+
+def answer_inputs(workload: Workload, model: nn.Module, inputs: np.ndarray) -> list[Answer]:
+    """Answer inputs (N, ...) as the workload's data have them."""
+    prepared = workload.prepare(torch.from_numpy(inputs), None)
     wanted = workload.facts.get("model_input")
     if wanted is not None and list(prepared.shape[1:]) != wanted["shape"]:
         got = f"{tuple(prepared.shape[1:])}, not {tuple(wanted['shape'])}"
         raise UsageError(f"{type(workload).__name__}.read_picture gives what becomes {got}, as the model takes it")
     with torch.inference_mode():
-        outputs = model(prepared)
-        best = iter(workload.answers(outputs))
-    return [
-        answer if answer.inputs is None else dataclasses.replace(answer, answers=tuple(next(best))) for answer in seen
-    ]
+        said = workload.answers(model(prepared))
+    return [Answer("", each, tuple(answers)) for each, answers in zip(inputs, said, strict=True)]
 
 
 def _see(workload: Workload, file: str, content: bytes | str, as_is: bool) -> Answer:

@@ -61,7 +61,7 @@ def write_again(run: RunFolder, reference: str | None) -> None:
     except (UsageError, JobError) as error:
         say(f"no pictures of predictions: {error}")
     job = "tune" if run.exists(TRIALS_FILE) else "train"
-    resume_with = run.resume_command(f"python jobs/{job}.py")
+    resume_with = run.resume_command(job)
     report.write(run, workload, resume_with, test, sections(run, type(workload)), warn=_warn)
     say(f"report {run.inside(REPORT_FILE).uri}")
 

@@ -1,0 +1,235 @@
+"""The commands as functions, for scripts and notebooks: ``from mnist_ray import train, tune, evaluate, predict``.
+
+Settings are keyword arguments, named and checked as the commands' flags are: ``train(num_workers=2, width=64)``.
+What is wrong is raised as UsageError or JobError, whose text is the line that a command would print.
+"""
+
+from __future__ import annotations
+
+import html
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from mnist_ray import environment
+from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig, OutputConfig
+from mnist_ray.errors import JobError, UsageError
+from mnist_ray.runs.job import Job, checked, read_job
+from mnist_ray.storage import REPORT_FILE, TRIALS_FILE, RunFolder, read_result
+from mnist_ray.workload.interface import Workload
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import nn
+
+    from mnist_ray.runs.lookup import Found
+    from mnist_ray.tools.predict import Answer
+
+_REPORT_HEIGHT = 600  # pixels, in a notebook
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that was trained and tested. In a notebook it shows its report."""
+
+    folder: RunFolder
+    workload: Workload
+    result: dict[str, Any]
+    """What its result.json holds."""
+
+    @property
+    def name(self) -> str:
+        """What other commands know it by."""
+        return self.folder.name
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Loss and metrics on the test set."""
+        return {metric.name: self.result[f"test_{metric.name}"] for metric in self.workload.figures}
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """A row for each epoch, as metrics.csv has them; NaN where a figure is not there."""
+        from mnist_ray.display.history import METRICS_FILE, numbers_of, read_figures
+
+        return numbers_of(read_figures(self.folder, METRICS_FILE, "epoch"))
+
+    @property
+    def steps(self) -> list[dict[str, float]]:
+        """A row for about each half second of training, as steps.csv has them."""
+        from mnist_ray.display.history import STEPS_FILE, numbers_of, read_figures
+
+        return numbers_of(read_figures(self.folder, STEPS_FILE, "step", "epoch"))
+
+    @property
+    def checkpoint(self) -> str:
+        """Path or URI of the checkpoint that was tested."""
+        return self.folder.inside(self.result["checkpoint"]).uri
+
+    @property
+    def report(self) -> str:
+        """Path or URI of the report."""
+        return self.folder.inside(REPORT_FILE).uri
+
+    def load_model(self) -> nn.Module:
+        """Return the trained model, in evaluation mode, on the CPU. Raises JobError where it is damaged."""
+        model: nn.Module = _found(self, None).load_model()
+        return model
+
+    def export(self, output: str | Path) -> None:
+        """Write the model for other programs, as ``jobs/export.py`` does: ``.pt2`` for torch, ``.onnx`` for ONNX.
+
+        Raises UsageError and JobError.
+        """
+        from mnist_ray.tools.export import export
+
+        kind: Literal["torch", "onnx"] = "onnx" if Path(output).suffix == ".onnx" else "torch"
+        export(_found(self, None), ExportConfig(format=kind, output=os.fspath(output)))
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.workload.said(self.figures)} on the test set"
+
+    def _repr_html_(self) -> str:
+        page = self.folder.read_text(REPORT_FILE)
+        if page is None:
+            return html.escape(str(self))
+        frame = f'width="100%" height="{_REPORT_HEIGHT}" frameborder="0"'
+        return f'<iframe srcdoc="{html.escape(page)}" {frame}></iframe>'
+
+
+@dataclass(frozen=True)
+class SweptRun(Run):
+    """The training of a sweep's best configuration."""
+
+    best: dict[str, Any]
+    """The settings that were searched, as the best configuration has them."""
+    trials: list[dict[str, str]]
+    """A row for each trial, as sweep.csv has them."""
+    default: Run | None
+    """The training of the default configuration, where that is another one."""
+
+
+def train(workload: type[Workload] | str | Path | None = None, **settings: Any) -> Run:
+    """Train, evaluate and report as ``jobs/train.py`` does; return the run.
+
+    ``workload`` is a class, or what ``--workload`` takes; without it, MNIST. Raises UsageError, JobError, and
+    KeyboardInterrupt where it was interrupted.
+    """
+    from mnist_ray.commands import train as command
+
+    job = read_job(_with_workload(workload, settings))
+    command.train(job)
+    return _run(job)
+
+
+def tune(workload: type[Workload] | str | Path | None = None, **settings: Any) -> SweptRun:
+    """Search, then train and evaluate the best, as ``jobs/tune.py`` does; return that run. Raises as ``train``."""
+    from mnist_ray.commands import tune as command
+    from mnist_ray.display.history import read_csv
+    from mnist_ray.sweeps.job import BEST_FILE, DEFAULT_FOLDER, read_sweep
+
+    sweep = read_sweep(_with_workload(workload, settings))
+    command.tune(sweep)
+    job, best = sweep.job, sweep.job.run.read_json(BEST_FILE) or {}
+    default = job.run.inside(DEFAULT_FOLDER)
+    return SweptRun(
+        **vars(_run(job)),
+        best={name: best[name] for name in sweep.space.spaces},
+        trials=read_csv(job.run, TRIALS_FILE),
+        default=Run(default, job.workload, result) if (result := read_result(default)) else None,
+    )
+
+
+def evaluate(
+    run: Run | str | None = None, *, workload: type[Workload] | str | Path | None = None, **settings: Any
+) -> dict[str, float]:
+    """Evaluate a run's checkpoint on the test set, as ``jobs/evaluate.py`` does; return loss and metrics.
+
+    ``run`` is a run, its name, or a checkpoint's path; without it, the newest run's. ``settings`` are ``num_tasks``,
+    ``storage_path`` and those of the workload, as for other data. Raises UsageError and JobError.
+    """
+    from mnist_ray.commands import evaluate as command
+    from mnist_ray.settings import build, names_of
+
+    found = _found(run, workload, settings)
+    own = names_of([type(found.workload).Settings])
+    checked({name: value for name, value in settings.items() if name not in own}, [EvaluationConfig, LookupConfig], {})
+    tested = command.evaluate(found, build(EvaluationConfig, settings))
+    return tested.figures(found.workload)
+
+
+def predict(
+    pictures: Any,
+    run: Run | str | None = None,
+    *,
+    workload: type[Workload] | str | Path | None = None,
+    storage_path: str = LookupConfig().storage_path,
+    as_is: bool = False,
+) -> list[Answer]:
+    """Return a trained model's answers, as ``jobs/predict.py`` prints them.
+
+    ``pictures`` are paths of pictures or of folders, Pillow images, or an array of inputs as the data have them,
+    (N, ...); or one of the first two. ``as_is``: scale pictures and no more. Raises UsageError and JobError.
+    """
+    from mnist_ray.tools import predict as tool
+
+    found = _found(run, workload, {"storage_path": storage_path})
+    model = found.load_model()
+    if isinstance(pictures, np.ndarray):
+        return tool.answer_inputs(found.workload, model, pictures)
+    some: Sequence[str | Path | Image] = pictures if isinstance(pictures, (list, tuple)) else [pictures]
+    if all(isinstance(picture, (str, os.PathLike)) for picture in some):
+        return list(tool.answer_all(found.workload, model, list(tool.find_files(map(str, some))), as_is=as_is))
+    inputs = [found.workload.read_picture(picture, as_is=as_is) for picture in some]  # type: ignore[arg-type]
+    return tool.answer_inputs(found.workload, model, np.stack(inputs))
+
+
+def _run(job: Job) -> Run:
+    result = read_result(job.run)
+    if result is None:
+        raise JobError(f"run {job.run.name} has no result: with check=True, nothing is trained")
+    workload = job.workload
+    return Run(job.run, type(workload)(workload.settings, workload.facts), result)
+
+
+def _with_workload(workload: type[Workload] | str | Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+    given = {"storage_path": OutputConfig().storage_path} | settings
+    given["storage_path"] = os.fspath(given["storage_path"])
+    return given if workload is None else given | {"workload": reference_of(workload)}
+
+
+def reference_of(workload: type[Workload] | str | Path) -> str:
+    """Return what ``--workload`` takes for a workload: for a class, where its code is. Raises UsageError."""
+    if not isinstance(workload, type):
+        return os.fspath(workload)
+    if workload.source is not None and "source" in vars(workload):
+        return workload.source.reference
+    module = sys.modules[workload.__module__]
+    file = getattr(module, "__file__", None)
+    if file is None:
+        raise UsageError(
+            f"{workload.__name__} is in a notebook's cell, where other processes cannot find it: write the cell into a "
+            f"file, with %%writefile {workload.__name__.lower()}.py as its first line, and give the file's name"
+        )
+    if "." in workload.__module__:
+        return f"{workload.__module__}:{workload.__qualname__}"
+    return f"{Path(inspect.getfile(workload)).resolve()}:{workload.__qualname__}"
+
+
+def _found(
+    run: Run | str | None, workload: type[Workload] | str | Path | None, settings: dict[str, Any] | None = None
+) -> Found:
+    from mnist_ray.runs.lookup import find
+
+    environment.prepare(verbose=False)
+    changes = dict(settings or {})
+    storage_path = os.fspath(changes.pop("storage_path", LookupConfig().storage_path))
+    changes.pop("num_tasks", None)
+    given = run.checkpoint if isinstance(run, Run) else run
+    return find(given, storage_path, None if workload is None else reference_of(workload), changes)

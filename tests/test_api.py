@@ -1,0 +1,152 @@
+"""The commands as functions: in this process, in a new one, and from a notebook."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mnist_ray
+from mnist_ray import Run
+from mnist_ray.api import reference_of
+from mnist_ray.errors import UsageError
+from mnist_ray.workload.data import Arrays
+from mnist_ray.workload.mnist import MNIST
+from tests.conftest import QUICK, ROOT
+
+
+@pytest.fixture(scope="module")
+def run(ray_address: str, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    settings: dict[str, Any] = {**QUICK, "data_dir": small_data, "num_epochs": 2}
+    return mnist_ray.train(**settings, storage_path=tmp_path_factory.mktemp("api"), run_name="one")
+
+
+def test_training_returns_the_run_with_all_that_it_has_left(run: Run) -> None:
+    assert str(run).startswith("one: loss ")
+    assert run.figures["accuracy"] == run.result["test_accuracy"] > 0.5
+    assert [row["epoch"] for row in run.history] == [1, 2]
+    assert run.steps[-1]["epoch"] == 2
+    assert (Path(run.checkpoint) / "model.safetensors").exists()
+    assert Path(run.report).name == "report.html"
+    assert run._repr_html_().startswith('<iframe srcdoc="&lt;!doctype html&gt;')
+    assert sum(parameter.numel() for parameter in run.load_model().parameters()) == 49_770
+
+
+def test_evaluation_is_that_of_the_run_by_itself_or_its_name(run: Run) -> None:
+    assert mnist_ray.evaluate(run, num_tasks=2) == run.figures
+    assert mnist_ray.evaluate("one", storage_path=run.folder.storage_path) == run.figures
+
+
+def test_predictions_are_for_arrays_pictures_and_files(run: Run, mnist_test: Arrays, tmp_path: Path) -> None:
+    images = mnist_test.inputs[:40]
+    answers = mnist_ray.predict(images, run)
+    digits = np.array([answer.answers[0][0] for answer in answers])
+    assert (digits == mnist_test.targets[:40]).mean() > 0.5
+    pictures = [Image.fromarray(image) for image in images[:2]]
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{number}.png")
+    as_files = mnist_ray.predict(tmp_path, run, as_is=True)
+    assert [Path(answer.file).name for answer in as_files] == ["0.png", "1.png"]
+    assert [answer.answers for answer in as_files] == [a.answers for a in mnist_ray.predict(pictures, run, as_is=True)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_epoch": 3}, "there is no setting num_epoch; did you mean num_epochs?"),
+        ({"batch_size": "many"}, "--batch-size must be of type int, not 'many'"),
+        ({"recipe": "cake"}, "there is no recipe cake; there is default, notebook"),
+        ({"resume": True}, "--resume needs --run-name NAME"),
+        ({"data_dir": "/nowhere"}, "--data-dir /nowhere is not a folder"),
+    ],
+)
+def test_a_mistake_is_raised_with_the_line_that_a_command_prints(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError) as raised:
+        mnist_ray.train(storage_path=tmp_path, **settings)
+    assert str(raised.value) == message
+
+
+class Mine(MNIST):
+    pass
+
+
+def test_a_class_is_named_by_where_its_code_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert reference_of("wine.py") == "wine.py"
+    assert reference_of(Mine) == "tests.test_api:Mine"
+    monkeypatch.setattr(Mine, "__module__", "test_api")
+    monkeypatch.setitem(sys.modules, "test_api", sys.modules[__name__])
+    assert reference_of(Mine) == f"{ROOT / 'tests' / 'test_api.py'}:Mine"
+
+
+SCRIPT = """
+import numpy as np
+from torch import nn
+
+import mnist_ray
+from mnist_ray.workload import Arrays, Classification, Data
+
+
+class Signs(Classification):
+    def load_data(self):
+        inputs = np.random.default_rng(0).normal(size=(600, 2)).astype(np.float32)
+        arrays = Arrays(inputs, (inputs[:, 0] > 0).astype(np.int64))
+        return Data(arrays, arrays, name="signs")
+
+    def create_model(self):
+        return nn.Linear(2, 2)
+
+
+if __name__ == "__main__":
+    for seed in (1, 2):
+        run = mnist_ray.train(Signs, seed=seed, batch_size=50, storage_path="runs", quiet=True)
+        print("figures", sorted(run.figures))
+"""
+
+
+def test_a_script_trains_its_own_class_twice_on_a_ray_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "signs.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, "signs.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("figures ['accuracy', 'loss']\n") == 2
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_the_tour_runs_from_its_first_cell_to_its_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tour = nbformat.read(ROOT / "examples" / "tour.ipynb", as_version=4)
+    nbclient.NotebookClient(tour, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    said = json.dumps([cell.get("outputs") for cell in tour.cells])
+    assert "label: 3, images: 60,000 to train on, 10,000 to test" in said
+    assert "<iframe srcdoc=" in said
+    assert said.count("image/png") >= 3
+    assert (tmp_path / "circle.pt2").exists()
+
+
+def test_a_class_of_a_notebooks_cell_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Mine, "__module__", "__main__")
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
+    with pytest.raises(UsageError, match=r"with %%writefile mine\.py as its first line, and give the file's name"):
+        reference_of(Mine)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--help"], 0, "usage: mnist-ray {train,tune,"),
+        (["cake"], 2, "mnist-ray: error: there is no command cake\n"),
+        (["train", "--epochs", "3"], 2, "mnist-ray train: error: unrecognized arguments: --epochs 3; did you mean"),
+    ],
+)
+def test_the_installed_program_runs_the_commands(arguments: list[str], status: int, said: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "mnist_ray", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert (done.stdout + done.stderr).startswith(said)
