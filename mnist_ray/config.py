@@ -164,6 +164,13 @@ class OutputConfig:
         check=lambda uri: uri is None or uri.strip(),
         must="must be a URI",
     )
+    wandb: str | None = setting(
+        None,
+        "project of Weights & Biases to track the run in",
+        check=lambda project: project is None or project.strip(),
+        must="must be a project's name",
+    )
+    tracker: str | None = setting(None, "code of yours that follows the run: FILE.py or package.module, or its :NAME")
     profile: int | None = setting(
         None, "steps of the first worker to profile: a trace for Perfetto, and the dearest operators", **at_least(1)
     )

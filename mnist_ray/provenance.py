@@ -13,6 +13,7 @@ from typing import Any
 
 import mnist_ray
 from mnist_ray.screen import masked
+from mnist_ray.wording import PROGRAM
 
 
 def versions() -> dict[str, str]:
@@ -47,7 +48,9 @@ def arithmetic() -> dict[str, list[str]]:
 
 def command_line() -> str:
     """Return the command that started this process, as one would type it, without secrets."""
-    return shlex.join(["python", *map(masked, sys.argv)])
+    program, *flags = map(masked, sys.argv)
+    words = program.split() if program.startswith(PROGRAM) else ["python", program]
+    return shlex.join([*words, *flags])
 
 
 def origin() -> dict[str, Any]:

@@ -198,7 +198,7 @@ def write(
     for picture in shown:
         run.inside(PICTURES_FOLDER).write_bytes(f"{picture.name}.png", picture.png)
     operators = drawn("table of operators", functools.partial(_operators, run))
-    tables = [_epochs(record), *more.tables, *operators, *_settings(record)]
+    tables = [*_changed(record), _epochs(record), *more.tables, *operators, *_settings(record)]
     status = f"running: {_epochs_done(record)}" if is_running else _status(record, resume_with)
     page = Page(run.name, status, facts(record), notes, shown, tables, _REFRESH_S if is_running else 0)
     run.write_text(REPORT_FILE, page.to_html())
@@ -321,13 +321,16 @@ def _operators(run: RunFolder) -> list[Table]:
     return [Table(title, ("operator", "ms a step, itself", "of all", "calls"), rows)]
 
 
+def _changed(record: RunRecord) -> list[Table]:
+    """Return what was not left as it is where nobody says anything."""
+    changed, defaults = record.workload.changed(record.config), record.workload.defaults
+    rows = [(name, str(value), str(defaults[name])) for name, value in changed.items()]
+    return [Table("Settings that are not the default", ("setting", "here", "default"), rows)] if rows else []
+
+
 def _settings(record: RunRecord) -> list[Table]:
     origin = {**record.origin, **record.origin.get("versions", {})}
-    changed = record.workload.changed(record.config)
-    defaults = record.workload.defaults
-    rows = [(name, _value(value), _value(defaults[name])) for name, value in changed.items()]
     return [
-        *([Table("Settings that are not the default", ("setting", "here", "default"), rows)] if rows else []),
         Table("All settings", (), [(name, _value(value)) for name, value in record.config.items()]),
         Table(
             "Origin",

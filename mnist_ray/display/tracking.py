@@ -1,4 +1,4 @@
-"""Runs in TensorBoard and MLflow, through their own writers. A tracker that fails warns once; training goes on."""
+"""Who follows a run, and TensorBoard and MLflow among them. One that fails warns once; training goes on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import numpy as np
@@ -22,35 +21,17 @@ from PIL import Image
 from pyarrow import fs
 from ray.train import Checkpoint
 
+from mnist_ray import user_code
+from mnist_ray.config import OutputConfig
 from mnist_ray.errors import first_line
 from mnist_ray.screen import MLFLOW_USER, shown, without_user
 from mnist_ray.storage import RunFolder
+from mnist_ray.tracker import Ending, Tracker
 from mnist_ray.training.checkpoint import fetch
-from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
+from mnist_ray.training.events import Event, Started
 from mnist_ray.workload.interface import Workload
 
 _CLOSE_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a run ended."""
-
-    result: dict[str, Any] | None
-    """Its result.json; None where it has not finished."""
-    pictures: Mapping[str, bytes]
-    """The PNGs of its report, by name."""
-    checkpoint: Checkpoint | None
-
-
-class Tracker(Protocol):
-    """Where a run is followed. It may raise whatever it likes."""
-
-    def log(self, event: Event) -> None:
-        """Write an event's figures."""
-
-    def close(self, ending: Ending) -> None:
-        """Write how the run ended."""
 
 
 class Trackers:
@@ -100,49 +81,31 @@ def start(
     run: RunFolder,
     workload: Workload,
     settings: Mapping[str, Any],
-    mlflow_uri: str | None,
+    output: OutputConfig,
     warn: Callable[[str], None],
 ) -> Trackers:
-    """Track a run in TensorBoard, where that is installed, and in MLflow, where a URI is given."""
+    """Track a run in TensorBoard, where that is installed, and where ``output`` says."""
     plain = {name: value if isinstance(value, (bool, int, float)) else shown(value) for name, value in settings.items()}
     trackers: dict[str, Callable[[], Tracker]] = {}
     if importlib.util.find_spec("tensorboard") is not None:
         trackers["TensorBoard"] = lambda: _TensorBoard(run, workload, plain)
-    if mlflow_uri is not None:
+    if (mlflow_uri := output.mlflow) is not None:
         trackers["MLflow"] = lambda: _MLflow(run, workload, plain, mlflow_uri)
+    if (project := output.wandb) is not None:
+        from mnist_ray.display.wandb import WandB
+
+        trackers["Weights & Biases"] = lambda: WandB(run, workload, plain, project)
+    if output.tracker is not None:
+        own, _ = user_code.find(output.tracker, Tracker)
+        trackers[own.__name__] = lambda: own(run, workload, plain)
     return Trackers(trackers, warn)
 
 
-def scalars(event: Event, workload: Workload) -> list[tuple[str, float, int]]:
-    """Return an event's figures as (name, value, step): by step of training, or by epoch."""
-    match event:
-        case Progress():
-            first = event.total_step - len(event.losses) + 1
-            by_step = [("step/train_loss", loss, first + number) for number, loss in enumerate(event.losses)]
-            others = [(f"step/train_{m.name}", event.window[m.name], event.total_step) for m in workload.metrics]
-            return [*by_step, *others]
-        case EpochFinished(last):
-            figures = {f"train_{name}": value for name, value in last.so_far.items()}
-            figures |= {workload.rate: last.examples_per_s, "epoch_s": last.epoch_s}
-            return [(f"epoch/{name}", value, last.epoch) for name, value in figures.items()]
-        case Validated():
-            figures = {f"val_{name}": value for name, value in event.figures.items()} | {"val_s": event.seconds}
-            return [(f"epoch/{name}", value, event.epoch) for name, value in figures.items()]
-    return []
-
-
-def _final(ending: Ending, workload: Workload) -> dict[str, float]:
-    if ending.result is None:
-        return {}
-    names = [*(f"test_{metric.name}" for metric in workload.figures), workload.rate]
-    return {f"final/{name}": ending.result[name] for name in names if ending.result[name] is not None}
-
-
-class _TensorBoard:
+class _TensorBoard(Tracker):
     """Event files in the run's folder; on storage that is no local disk they are put there at the end."""
 
     def __init__(self, run: RunFolder, workload: Workload, settings: Mapping[str, Any]) -> None:
-        self._run, self._workload, self._settings = run, workload, settings
+        super().__init__(run, workload, settings)
         is_local = isinstance(run.filesystem, fs.LocalFileSystem)
         self._elsewhere = None if is_local else tempfile.TemporaryDirectory()
         self._folder = self._elsewhere.name if self._elsewhere else run.path
@@ -159,7 +122,7 @@ class _TensorBoard:
             # What an earlier attempt has logged of the steps that are done again now is not shown.
             purged = event.total_step + 1 if isinstance(event, Started) else None
             self._writer = SummaryWriter(self._folder, purge_step=purged)
-        for name, value, step in scalars(event, self._workload):
+        for name, value, step in self.scalars(event):
             self._writer.add_scalar(name, value, step)
 
     def close(self, ending: Ending) -> None:
@@ -168,9 +131,9 @@ class _TensorBoard:
         if self._writer is None:
             return
         # Not add_hparams(): that makes a second run of them.
-        for summary in hparams(dict(self._settings), _final(ending, self._workload)):  # type: ignore[no-untyped-call]
+        for summary in hparams(dict(self.settings), self.final(ending)):  # type: ignore[no-untyped-call]
             self._writer.file_writer.add_summary(summary)
-        for name, value in _final(ending, self._workload).items():
+        for name, value in self.final(ending).items():
             self._writer.add_scalar(name, value)
         for name, png in ending.pictures.items():
             picture = Image.open(io.BytesIO(png)).convert("RGBA")
@@ -178,7 +141,7 @@ class _TensorBoard:
             self._writer.add_image(name, image, dataformats="HWC")
         self._writer.close()
         if self._elsewhere:
-            self._run.upload(self._folder)
+            self.run.upload(self._folder)
             self._elsewhere.cleanup()
 
 
@@ -202,13 +165,12 @@ def _with_user_in_variables(uri: str) -> str:
     return urlunsplit(server._replace(netloc=server.netloc.rpartition("@")[2]))
 
 
-class _MLflow:
+class _MLflow(Tracker):
     """A run in the experiment ``mnist_ray``; a resumed run goes on in the one that it has there."""
 
     def __init__(self, run: RunFolder, workload: Workload, settings: Mapping[str, Any], uri: str) -> None:
+        super().__init__(run, workload, settings)
         import mlflow
-
-        self._workload = workload
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         mlflow.set_tracking_uri(_with_user_in_variables(uri))
@@ -230,12 +192,12 @@ class _MLflow:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        metrics = [Metric(name, value, now, step) for name, value, step in scalars(event, self._workload)]
+        metrics = [Metric(name, value, now, step) for name, value, step in self.scalars(event)]
         for start in range(0, len(metrics), 1000):  # the most that a server takes at once
             self._client.log_batch(self._id, metrics=metrics[start : start + 1000])
 
     def close(self, ending: Ending) -> None:
-        for name, value in _final(ending, self._workload).items():
+        for name, value in self.final(ending).items():
             self._client.log_metric(self._id, name, value)
         with tempfile.TemporaryDirectory() as folder:
             for name, png in ending.pictures.items():
@@ -248,8 +210,8 @@ class _MLflow:
     def _log_model(self, checkpoint: Checkpoint) -> None:
         import mlflow
 
-        model = fetch(checkpoint.filesystem, checkpoint.path, self._workload)
-        shape = self._workload.facts.get("model_input")
+        model = fetch(checkpoint.filesystem, checkpoint.path, self.workload)
+        shape = self.workload.facts.get("model_input")
         if shape is None:  # MLflow asks for an example, and the model's is no tensor
             return
         example = np.zeros((2, *shape["shape"]), shape["dtype"])

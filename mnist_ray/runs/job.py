@@ -33,6 +33,7 @@ from mnist_ray.storage import (
     read_result,
     unless_damaged,
 )
+from mnist_ray.tracker import Tracker
 from mnist_ray.user_code import Source
 from mnist_ray.wording import count
 from mnist_ray.workload import source
@@ -286,6 +287,10 @@ def _check_output(output: OutputConfig) -> None:
         raise UsageError("--dashboard needs more of Ray: pip install 'ray[default]'")
     if output.mlflow is not None and importlib.util.find_spec("mlflow") is None:
         raise UsageError("--mlflow needs MLflow: pip install -e '.[mlflow]'")
+    if output.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise UsageError("--wandb needs Weights & Biases: pip install wandb")
+    if output.tracker is not None:
+        user_code.find(output.tracker, Tracker)
 
 
 def _check_unchanged(

@@ -17,7 +17,6 @@ from mnist_ray.display import tracking
 from mnist_ray.display.console import RunConsole
 from mnist_ray.display.history import History, write_predictions
 from mnist_ray.display.live import LiveReport
-from mnist_ray.display.tracking import Ending
 from mnist_ray.errors import JobError, with_place
 from mnist_ray.guard import if_ended
 from mnist_ray.provenance import origin
@@ -38,6 +37,7 @@ from mnist_ray.storage import (
     read_origin,
     unless_damaged,
 )
+from mnist_ray.tracker import Ending
 from mnist_ray.training.checkpoint import weights_sha256
 from mnist_ray.training.events import EpochFinished, Event, Progress, Validated
 from mnist_ray.training.metrics import Evaluation
@@ -101,7 +101,7 @@ class Record:
         write_origin(self._job, self._data)
         warn = functools.partial(self._console.say, "note")
         self._history = History(run, workload, warn)
-        self._trackers = tracking.start(run, workload, self._job.values, self._job.output.mlflow, warn)
+        self._trackers = tracking.start(run, workload, self._job.values, self._job.output, warn)
 
     def on_event(self, event: Event) -> None:
         """Take what workers and tasks tell."""

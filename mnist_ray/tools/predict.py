@@ -182,7 +182,7 @@ def answer_batch(
 
 def answer_inputs(workload: Workload, model: nn.Module, inputs: np.ndarray) -> list[Answer]:
     """Answer inputs (N, ...) as the workload's data have them."""
-    prepared = workload.prepare(torch.from_numpy(inputs), None)
+    prepared = workload.prepare(torch.tensor(inputs), None)
     wanted = workload.facts.get("model_input")
     if wanted is not None and list(prepared.shape[1:]) != wanted["shape"]:
         got = f"{tuple(prepared.shape[1:])}, not {tuple(wanted['shape'])}"

@@ -218,8 +218,8 @@ class _Epochs:
         """Train to the end of the current epoch, reporting every half second; return its last progress."""
         state, config, hooks = self.state, self.config, self.hooks
         last_step = config.num_steps(len(self.part))
-        window = _Window(self.workload, self.group, hooks.wants_stop, interval_steps=10)
-        progress = None
+        window, progress = self._window, None
+        window.restart_clock()
         for sums, global_size in self._reproducible_steps() if config.reproducible else self._steps():
             self._update()
             state.step += 1
@@ -285,6 +285,10 @@ class _Epochs:
         state.scheduler.step()
         if state.average is not None:
             state.average.update_parameters(state.model)
+
+    @cached_property
+    def _window(self) -> _Window:
+        return _Window(self.workload, self.group, self.hooks.wants_stop, interval_steps=10)
 
     @cached_property
     def _examples(self) -> ArrayBatches | ExampleBatches:

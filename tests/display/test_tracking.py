@@ -13,13 +13,14 @@ from PIL import Image
 from pyarrow import fs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mnist_ray.config import TrainConfig
+from mnist_ray.config import OutputConfig, TrainConfig
 from mnist_ray.display import pictures, tracking
-from mnist_ray.display.tracking import Ending, Trackers
+from mnist_ray.display.tracking import Trackers
 from mnist_ray.runs.lookup import find
 from mnist_ray.screen import MLFLOW_USER
 from mnist_ray.settings import values_of
 from mnist_ray.storage import RunFolder, locate
+from mnist_ray.tracker import Ending, Tracker
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
 from tests.conftest import mnist
 
@@ -44,10 +45,13 @@ EPOCH: list[Event] = [
 ]
 
 
-def follow(run: RunFolder, events: list[Event], ending: Ending, mlflow_uri: str | None = None) -> list[str]:
+def follow(
+    run: RunFolder, events: list[Event], ending: Ending, mlflow_uri: str | None = None, **output: str
+) -> list[str]:
     """Track a run to its end; return the warnings."""
     warnings: list[str] = []
-    trackers = tracking.start(run, mnist(), values_of(TrainConfig()), mlflow_uri, warnings.append)
+    config = OutputConfig(mlflow=mlflow_uri, **output)  # type: ignore[arg-type]
+    trackers = tracking.start(run, mnist(), values_of(TrainConfig()), config, warnings.append)
     for event in events:
         trackers.log(event)
     trackers.close(ending)
@@ -149,8 +153,10 @@ def test_mlflow_has_parameters_metrics_pictures_and_the_model(
     assert model(torch.from_numpy(np.zeros((5, 1, 28, 28), np.float32))).shape == (5, 10)
 
 
-class Broken:
+class Broken(Tracker):
     """A tracker that fails at every event."""
+
+    def __init__(self) -> None: ...
 
     def log(self, event: Event) -> None:
         raise ConnectionError("the server is gone\nand this is its traceback")
@@ -159,7 +165,7 @@ class Broken:
         raise AssertionError("a tracker that has failed is not asked again")
 
 
-class Recorder:
+class Recorder(Tracker):
     """A tracker that keeps what it gets."""
 
     def __init__(self) -> None:
@@ -202,7 +208,7 @@ def test_mlflow_is_told_of_no_secrets_and_knows_a_run_with_other_keys(
     uri, settings = f"sqlite:///{tmp_path}/mlflow.db", {"database": "postgresql://user:password@host/examples"}
     for path in ("s3://KEY:SECRET@bucket", "s3://bucket"):
         run = RunFolder("run", path, fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), "run")
-        trackers = tracking.start(run, mnist(), settings, uri, pytest.fail)
+        trackers = tracking.start(run, mnist(), settings, OutputConfig(mlflow=uri), pytest.fail)
         trackers.close(Ending(None, {}, None))
     (found,) = mlflow.search_runs(experiment_names=["mnist_ray"], output_format="list")
     assert found.data.tags["mnist_ray.run"] == "s3://bucket/run"
@@ -234,3 +240,43 @@ def test_mlflow_shows_a_server_who_asks_and_nobody_else(tmp_path: Path, monkeypa
     assert "word" not in warning
     assert mlflow.get_tracking_uri() == f"http://127.0.0.1:{server.server_port}"
     assert Server.asked_by == ["Basic " + base64.b64encode(b"user:pass@word").decode()]
+
+
+OWN = """
+from mnist_ray.tracker import Tracker
+
+
+class Lines(Tracker):
+    def log(self, event):
+        with open(self.run.path + "/lines.txt", "a") as file:
+            for name, value, step in self.scalars(event):
+                print(f"{name} {step} {value:g}", file=file)
+
+    def close(self, ending):
+        with open(self.run.path + "/lines.txt", "a") as file:
+            print(sorted(self.final(ending)), self.settings["batch_size"], file=file)
+"""
+
+
+def test_a_tracker_of_the_users_gets_all_figures(tmp_path: Path) -> None:
+    (tmp_path / "lines.py").write_text(OWN)
+    (tmp_path / "run").mkdir()
+    assert (
+        follow(locate(str(tmp_path), "run"), EPOCH, Ending(RESULT, {}, None), tracker=str(tmp_path / "lines.py")) == []
+    )
+    lines = (tmp_path / "run" / "lines.txt").read_text().splitlines()
+    assert lines[:3] == ["step/train_loss 1 4", "step/train_loss 2 3", "step/train_accuracy 2 0.75"]
+    assert "epoch/val_loss 1 0.25" in lines
+    assert lines[-1] == "['final/images_per_s', 'final/test_accuracy', 'final/test_loss'] 128"
+
+
+def test_weights_and_biases_has_the_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "run").mkdir()
+    ending = Ending(RESULT, {"seconds": PICTURE}, None)
+    assert follow(locate(str(tmp_path), "run"), EPOCH, ending, wandb="digits") == []
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    content = file.read_bytes()
+    for text in (b"step/train_loss", b"epoch/val_accuracy", b"final/test_accuracy", b"pictures/seconds", b"batch_size"):
+        assert text in content
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/pictures/seconds*.png"))
