@@ -15,6 +15,7 @@ import numpy as np
 from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.settings import path_of
 from mnist_ray.workload.data import Arrays
+from mnist_ray.workload.sources import EXPECTED
 
 IMAGE_SHAPE = (28, 28)
 _MOST_CLASSES = 10
@@ -85,7 +86,8 @@ def _idx_folder(root: Path) -> Path:
         if not found:
             missing = [path.name for path in _paths(root) if not _exists(path)]
             raise UsageError(
-                f"--data-dir {root} lacks {', '.join(missing)} (gzipped or not; also looked in raw/ and */raw/)"
+                f"--data-dir {root} lacks {', '.join(missing)} (gzipped or not; also looked in raw/ and */raw/); nor "
+                f"does it hold what else is known: {EXPECTED}"
             )
     except OSError as error:
         raise UsageError(f"--data-dir {root} cannot be read: {error.strerror}") from error

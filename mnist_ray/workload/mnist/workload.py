@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from mnist_ray.settings import setting
+from mnist_ray.workload import sources
 from mnist_ray.workload.classification import Classification
 from mnist_ray.workload.data import Data
-from mnist_ray.workload.mnist import idx
+from mnist_ray.workload.mnist import idx, others
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,7 +28,9 @@ class Settings:
         "mnist ships with the package; the others are downloaded once by torchvision",
         resets=("data_dir",),
     )
-    data_dir: Path | None = setting(None, "a folder with four IDX files in MNIST's format, in place of --dataset")
+    data_dir: Path | None = setting(
+        None, "in place of --dataset: a folder with IDX files, pictures by class or NumPy files, or a table of pixels"
+    )
 
 
 class MNIST(Classification):
@@ -50,7 +53,13 @@ class MNIST(Classification):
     }
 
     def load_data(self) -> Data:
-        """Read the four IDX files. Raises UsageError where they are not there, JobError where they are damaged."""
+        """Read the four IDX files, or what else there is in ``data_dir``.
+
+        Raises UsageError where there is nothing that is known, JobError where it is damaged.
+        """
+        data_dir = self.settings.data_dir
+        if data_dir is not None and data_dir.exists() and sources.kind_of(data_dir) is not None:
+            return others.load(data_dir)
         source = idx.find(self.settings.dataset, self.settings.data_dir)
         return Data(source.load("train"), source.load("test"), name=source.name)
 
