@@ -213,6 +213,7 @@ class PredictionConfig:
 
     threshold: float = setting(0.8, "least probability of an answer that is not called unsure", **fraction())
     as_is: bool = setting(False, "scale the picture and no more: for a model of other images than the workload's own")
+    many: bool = setting(False, "answer each of several things in a picture, in the order of reading, with its place")
     json: bool = setting(False, "print a JSON object a line, for programs")
     grid: str | None = setting(None, "file of a picture to draw of what the network saw, with its answers", **_png())
 

@@ -57,6 +57,24 @@ Rows = Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)
+class Mark:
+    """One of the things in a user's picture that a workload answers by itself."""
+
+    inputs: np.ndarray
+    """As the workload's data have them."""
+    box: tuple[int, int, int, int] | None = None
+    """Where it is: left, top, right, bottom in pixels of the picture; None: it is the whole picture."""
+
+    @property
+    def size(self) -> int:
+        """The area of its box, in pixels; 0 where it has none."""
+        if self.box is None:
+            return 0
+        left, top, right, bottom = self.box
+        return (right - left) * (bottom - top)
+
+
+@dataclass(frozen=True)
 class NoSettings:
     """A workload without settings of its own."""
 
@@ -199,6 +217,10 @@ class Workload:
         Workloads that have it answer to ``jobs/predict.py``.
         """
         raise UsageError(f"{type(self).__name__} does not answer pictures: it has no read_picture")
+
+    def marks(self, picture: Image) -> list[Mark]:
+        """Return all that is to be answered in a user's own picture, in the order of reading. Raises UsageError."""
+        return [Mark(self.read_picture(picture, as_is=False))]
 
     def answers(self, outputs: Any) -> list[list[tuple[Any, float]]]:
         """Return what the model says to each input, the best first: answers with their probabilities."""

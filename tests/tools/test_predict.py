@@ -48,6 +48,7 @@ def test_answers_come_for_each_file_and_status_1_tells_of_those_without(
     assert [Path(line.split(": ")[0]).stem for line in lines[4:12]] == [str(index) for index in range(5000, 5008)]
     assert lines[12].endswith("missing.png: cannot be read: No such file or directory")
     assert lines[13].endswith("folder: is a folder without pictures")
+    assert lines[14] == "note skipped 1 file, of no known format: 1 .txt"
     assert Image.open(tmp_path / "grid.png").width == 6 * Image.open(tmp_path / "grid.png").width // 6
 
 
@@ -94,6 +95,31 @@ def test_a_picture_of_something_else_is_seen_as_it_is(few_images: Arrays, tmp_pa
     (answer,) = predict.answer_all(mnist(), mnist().create_model().eval(), files, as_is=True)
     assert answer.inputs is not None
     np.testing.assert_array_equal(answer.inputs, few_images.inputs[0])
+
+
+def test_several_digits_in_a_photo_are_said_or_answered_one_by_one(mnist_test: Arrays, tmp_path: Path) -> None:
+    canvas = np.full((2000, 3000), 235, np.uint8)
+    for index, left in ((0, 200), (2, 1500)):
+        canvas[600:1160, left : left + 560] -= np.kron(mnist_test.inputs[index] // 2, np.ones((20, 20), np.uint8))
+    Image.fromarray(canvas).save(tmp_path / "two.jpg")
+    files, model = [tmp_path / "two.jpg"], mnist().create_model().eval()
+    (largest,) = predict.answer_all(mnist(), model, files)
+    assert largest.num_marks == 2
+    assert not largest.is_sure(0.0)
+    each = list(predict.answer_all(mnist(), model, files, many=True))
+    assert [answer.num_marks for answer in each] == [1, 1]
+    for answer, left in zip(each, (200, 1500), strict=True):
+        assert answer.box is not None
+        assert left < answer.box[0] < answer.box[2] < left + 560, "in pixels of the file, which is decoded smaller"
+        assert answer.to_dict("digit", 0.8)["box"] == list(answer.box)
+
+
+def test_what_is_skipped_in_a_folder_is_counted_by_kind() -> None:
+    skipped = [Path(name) for name in ("a.heic", "b.HEIC", "c.pdf", "README")]
+    assert predict.skipped_ones(skipped) == (
+        "skipped 4 files, of no known format: 2 .heic, 1 .pdf, 1 no suffix; "
+        "HEIC is read by the package pillow-heif, which can save it as JPEG"
+    )
 
 
 def test_flags_may_stand_between_pictures(finished_run: Path, pictures: Path) -> None:

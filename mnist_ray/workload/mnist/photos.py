@@ -11,6 +11,7 @@ from PIL import Image
 from scipy import ndimage
 
 from mnist_ray.errors import UsageError
+from mnist_ray.workload.interface import Mark
 from mnist_ray.workload.mnist.idx import IMAGE_SHAPE
 
 _WORKING_SIZE = 256  # pixels of the longer side at which the digit is looked for
@@ -19,6 +20,8 @@ _LEAST_PIXELS = 40  # of a digit, at the working size
 _CLEAR_EDGE = 0.3  # less of the picture's edge than this is ink, unless the light is uneven
 _WIDEST_STROKE = 0.3  # of the longer side
 _LEAST_PART = 0.04  # of the largest piece's ink: smaller pieces are specks
+_LEAST_HEIGHT = 0.4  # of the tallest mark: lower ones are no digits, as a comma
+_LEAST_INNER = 0.15  # of the picture's longer side: a piece of such a size inside it makes those at its edge no digits
 _DIGIT_SIZE = 20  # pixels that MNIST's digits fill of 28
 _LEAST_STROKE = 2.5  # pixels, in that size
 # Of the threshold that parts ink from paper: faint strokes are ink too. And the percentile of a digit's ink from which
@@ -27,13 +30,26 @@ _FAINT_INK, _FULL_INK = 0.4, 25
 
 
 def to_mnist(image: Image.Image) -> np.ndarray:
-    """Return the digit in a picture as MNIST has it: (28, 28) uint8, bright on black.
+    """Return the digit in a picture as MNIST has it: (28, 28) uint8, bright on black; of several the largest.
 
     Raises UsageError where the picture is blank.
     """
+    return max(marks(image), key=lambda mark: mark.size).inputs
+
+
+def marks(image: Image.Image) -> list[Mark]:
+    """Return all that may be a digit in a picture, in the order of reading. Raises UsageError where it is blank."""
     factor = _WORKING_SIZE / max(image.size)
     size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
-    return _centred(_scaled(_digit(_ink(_to_grey(image, size)))))
+    ink, pieces = _pieces(_ink(_to_grey(image, size)))
+    found = []
+    for mask in _in_reading_order(_grouped(pieces)):
+        rows, columns = _box(mask)
+        left, top, right, bottom = (
+            round(edge / factor) for edge in (columns.start, rows.start, columns.stop, rows.stop)
+        )
+        found.append(Mark(_centred(_scaled(_digit(*ink, mask))), (left, top, right, bottom)))
+    return found
 
 
 def as_it_is(image: Image.Image) -> np.ndarray:
@@ -121,16 +137,59 @@ def _edge(values: np.ndarray) -> np.ndarray:
     return np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
 
 
-def _digit(ink: np.ndarray) -> np.ndarray:
-    """Return the ink of the digit alone: the largest piece, and others of some size that go with it."""
+def _pieces(ink: np.ndarray) -> tuple[tuple[np.ndarray, float], list[np.ndarray]]:
+    """Return the ink with the threshold that parts it from paper, and a mask of each piece that is not too small.
+
+    What touches the picture's edge is the table beside the paper, a finger or a shadow, where there is something of
+    some size that does not.
+    """
     threshold = _FAINT_INK * _otsu(ink)
-    pieces, num_pieces = ndimage.label(ink > threshold, np.ones((3, 3)))
-    amounts = ndimage.sum_labels(ink, pieces, range(1, num_pieces + 1))
-    is_inner = ~np.isin(range(1, num_pieces + 1), _edge(pieces))
-    # A piece at the edge is the table beside the paper, or a finger, where there is another of some size.
-    if amounts[is_inner].sum() > 0.2 * amounts.max():
+    labels, num_pieces = ndimage.label(ink > threshold, np.ones((3, 3)))
+    numbers = range(1, num_pieces + 1)
+    amounts = np.asarray(ndimage.sum_labels(ink, labels, numbers))
+    is_inner = ~np.isin(numbers, _edge(labels))
+    heights = np.array([max(side.stop - side.start for side in box) for box in ndimage.find_objects(labels)])
+    if (heights * is_inner).max() > _LEAST_INNER * max(ink.shape) or amounts[is_inner].sum() > 0.2 * amounts.max():
         amounts = amounts * is_inner
-    mask = np.isin(pieces, 1 + np.flatnonzero(amounts > _LEAST_PART * amounts.max()))
+    kept = 1 + np.flatnonzero(amounts > _LEAST_PART * amounts.max())
+    return (ink, threshold), [labels == number for number in kept]
+
+
+def _grouped(pieces: list[np.ndarray]) -> list[np.ndarray]:
+    """Return the masks of whole marks: pieces that stand over each other, and not far apart, belong to one."""
+    groups: list[np.ndarray] = []
+    for piece in sorted(pieces, key=np.count_nonzero, reverse=True):
+        group = next((number for number, other in enumerate(groups) if _belong_together(piece, other)), None)
+        if group is None:
+            groups.append(piece)
+        else:
+            groups[group] = groups[group] | piece
+    heights = [mask.any(axis=1).sum() for mask in groups]
+    return [mask for mask, height in zip(groups, heights, strict=True) if height >= _LEAST_HEIGHT * max(heights)]
+
+
+def _belong_together(piece: np.ndarray, other: np.ndarray) -> bool:
+    (rows, columns), (other_rows, other_columns) = _box(piece), _box(other)
+    shared = min(columns.stop, other_columns.stop) - max(columns.start, other_columns.start)
+    gap = max(rows.start, other_rows.start) - min(rows.stop, other_rows.stop)
+    narrower = min(columns.stop - columns.start, other_columns.stop - other_columns.start)
+    return shared > 0.3 * narrower and gap < 0.3 * (other_rows.stop - other_rows.start)
+
+
+def _in_reading_order(masks: list[np.ndarray]) -> list[np.ndarray]:
+    """Return marks from left to right, those of a lower line after those of a higher one."""
+    left, boxes = list(masks), {id(mask): _box(mask) for mask in masks}
+    ordered: list[np.ndarray] = []
+    while left:
+        end = min(boxes[id(mask)][0].stop for mask in left)  # of the highest mark: what begins above it is on its line
+        line = [mask for mask in left if (boxes[id(mask)][0].start + boxes[id(mask)][0].stop) / 2 <= end]
+        ordered += sorted(line, key=lambda mask: boxes[id(mask)][1].start)
+        left = [mask for mask in left if not any(mask is other for other in line)]
+    return ordered
+
+
+def _digit(ink: np.ndarray, threshold: float, mask: np.ndarray) -> np.ndarray:
+    """Return the ink of a mark alone."""
     full = float(np.percentile(ink[mask], _FULL_INK))
     near = ndimage.binary_dilation(mask, iterations=2)
     return np.where(near, np.clip((ink - threshold / 2) / (full - threshold / 2), 0, 1), 0)

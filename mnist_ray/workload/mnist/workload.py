@@ -12,6 +12,7 @@ from mnist_ray.settings import setting
 from mnist_ray.workload import sources
 from mnist_ray.workload.classification import Classification
 from mnist_ray.workload.data import Data
+from mnist_ray.workload.interface import Mark
 from mnist_ray.workload.mnist import idx, others
 
 if TYPE_CHECKING:
@@ -82,3 +83,9 @@ class MNIST(Classification):
         from mnist_ray.workload.mnist import photos
 
         return photos.as_it_is(picture) if as_is else photos.to_mnist(picture)
+
+    def marks(self, picture: Image) -> list[Mark]:
+        """Find all digits in a picture."""
+        from mnist_ray.workload.mnist import photos
+
+        return photos.marks(picture)

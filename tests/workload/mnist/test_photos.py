@@ -9,7 +9,7 @@ from scipy import ndimage
 from mnist_ray.errors import UsageError
 from mnist_ray.tools.predict import read_image
 from mnist_ray.workload.data import Arrays
-from mnist_ray.workload.mnist.photos import to_mnist
+from mnist_ray.workload.mnist.photos import marks, to_mnist
 
 EXIF_ORIENTATION = 0x0112
 
@@ -194,3 +194,43 @@ def test_what_cannot_be_read_is_refused_with_its_reason(content: bytes, reason: 
     with pytest.raises(UsageError, match=reason) as caught:
         to_mnist(read_image(content))
     assert "\n" not in str(caught.value)
+
+
+def page(*digits: tuple[np.ndarray, int, int], size: tuple[int, int] = (300, 700)) -> np.ndarray:
+    """Return a picture with digits of MNIST's, each at a place (top, left), in 0 to 1."""
+    canvas = np.zeros(size)
+    for image, top, left in digits:
+        canvas[top : top + 112, left : left + 112] += np.kron(image / 255, np.ones((4, 4)))
+    return canvas
+
+
+def test_several_digits_are_found_in_the_order_of_reading_each_with_its_place(mnist_test: Arrays) -> None:
+    first, second, third = (mnist_test.inputs[index] for index in (0, 2, 1))
+    places = ((first, 30, 60), (second, 20, 300), (third, 170, 150))
+    found = marks(on_paper(page(*places)))
+    assert len(found) == 3
+    for mark, (image, top, left) in zip(found, places, strict=True):
+        assert similarity(mark.inputs, image) > 0.85  # two different digits have 0.3 to 0.6
+        assert mark.box is not None
+        assert left <= mark.box[0] < mark.box[2] <= left + 112
+        assert top <= mark.box[1] < mark.box[3] <= top + 112
+
+
+def test_of_several_digits_the_largest_is_the_pictures(mnist_test: Arrays) -> None:
+    small = np.zeros((28, 28), np.uint8)
+    small[8:22, 8:22] = mnist_test.inputs[2][::2, ::2]
+    picture = on_paper(page((mnist_test.inputs[0], 30, 400), (small, 30, 60)))
+    assert similarity(to_mnist(picture), mnist_test.inputs[0]) > 0.85
+
+
+def test_a_shadow_at_the_edge_is_no_digit(digit: np.ndarray) -> None:
+    values = np.asarray(on_paper(page((digit, 100, 400))), np.float64)
+    values[:, :120] *= 0.4
+    (mark,) = marks(grey(values))
+    assert similarity(mark.inputs, digit) > 0.85
+
+
+def test_a_digit_of_two_pieces_is_one(mnist_test: Arrays) -> None:
+    five = mnist_test.inputs[8].copy()  # its bar stands above the rest
+    five[10:11] = 0
+    assert len(marks(on_paper(page((five, 90, 90))))) == 1
