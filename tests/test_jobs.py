@@ -105,8 +105,8 @@ def test_four_workers_run_on_two_cpus_and_nothing_listens_beyond_loopback(small_
     assert sum(name.startswith("ray::RayTrainWo") for name in listening) >= 4
     assert set(listening.values()) <= {"127.0.0.1", "::ffff:127.0.0.1"}, listening
     lines = [line.split("  ")[0].strip() for line in printed.splitlines()]
-    assert [label for label in lines if label][:7] == [
-        "run", "data", "training", "results", "model", "workers", "note",
+    assert [label for label in lines if label][:8] == [
+        "run", "data", "training", "settings", "results", "model", "workers", "note",
     ]  # fmt: skip
     if len(os.sched_getaffinity(0)) == 2:
         assert "4 workers share 2 cores: --num-workers 2 would be at least as fast" in printed

@@ -54,7 +54,7 @@ def test_a_uri_with_options_is_taken_apart_before_them(monkeypatch: pytest.Monke
 
 
 def test_the_command_that_resumes_is_quoted(tmp_path: Path) -> None:
-    command = locate(str(tmp_path / "my runs"), "one").resume_command("python jobs/tune.py", "sqlite:///m.db")
+    command = locate(str(tmp_path / "my runs"), "one").resume_command("tune", "sqlite:///m.db")
     assert command == (
         f"python jobs/tune.py --resume --run-name one --storage-path '{tmp_path}/my runs' --mlflow sqlite:///m.db"
     )
@@ -208,11 +208,12 @@ def test_the_newest_run_is_the_last_begun_that_has_a_checkpoint(tmp_path: Path) 
 def test_the_command_that_resumes_has_no_secrets_and_names_what_does_instead() -> None:
     run = RunFolder("run", "s3://KEY:SEC%2FRET@bucket/runs?region=us", fs.LocalFileSystem(), "bucket/runs/run")
     assert run.resume_command("train", "http://user:password@host:5000") == (
-        "train --resume --run-name run --storage-path 's3://bucket/runs?region=us' --mlflow http://host:5000 "
-        "(with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD set)"
+        "python jobs/train.py --resume --run-name run --storage-path 's3://bucket/runs?region=us' "
+        "--mlflow http://host:5000 (with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+        "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD set)"
     )
     assert locate("/runs", "run").resume_command("train", "postgresql://user:password@host") == (
-        "train --resume --run-name run --storage-path /runs --mlflow 'postgresql://***@host'"
+        "python jobs/train.py --resume --run-name run --storage-path /runs --mlflow 'postgresql://***@host'"
     )
 
 

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.settings import path_of
 from mnist_ray.workload.data import Arrays, Data
 from mnist_ray.workload.shuffle import Shuffled
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
 
 EXPECTED = (
     "pictures in a folder for each class, or train/ and test/ with these; train.csv and test.csv, or one table, also "
@@ -89,7 +92,7 @@ def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Dat
     try:
         if not (place / "train").is_dir():
             whole = open_folder(place)
-            train, test = (Subset(whole, part) for part in _parted(len(whole)))
+            train, test = (Subset(whole, part.tolist()) for part in _parted(len(whole)))
             files, classes = [file for file, _ in whole.samples], whole.classes
         else:
             parted = [open_folder(place / "train"), open_folder(_other_part(place))]
@@ -145,7 +148,8 @@ def table(place: str | Path, *, target: str | None = None) -> Data:
     if len(files) == 1:
         inputs, targets = ([values[0][part] for part in _parted(len(inputs[0]))] for values in (inputs, targets))
     shown = f"{place.name}, a table of {len(names) - 1} columns to learn {target} from"
-    return Data(*map(Arrays, inputs, targets), name=shown, facts=facts)
+    train, test = map(Arrays, inputs, targets)
+    return Data(train, test, name=shown, facts=facts)
 
 
 def _parts_of_table(place: Path) -> list[Path]:
@@ -247,7 +251,8 @@ def huggingface(place: str | Path, *, size: int = 64, is_grey: bool = False, tar
     if len(inputs) != 1:
         raise UsageError(f"{place} has the columns {', '.join(features)}; keep one beside {target}, by select_columns")
     facts = {"class_names": features[target].names} if target in labelled else {}
-    train, test = (_Rows(held[part], inputs[0], target, _Square(size, is_grey)) for part in ("train", other))
+    square = _Square(size, is_grey)
+    train, test = (cast("Dataset", _Rows(held[part], inputs[0], target, square)) for part in ("train", other))
     files = [file["filename"] for part in ("train", other) for file in held[part].cache_files]
     return Data(train, test, name=f"{place.name}, a Hugging Face dataset", facts=facts, files=files)
 

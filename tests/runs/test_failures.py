@@ -384,7 +384,7 @@ def test_the_reason_of_a_controllers_failure_is_its_own_text_and_not_a_traceback
 
 def train_on_a_worker(monkeypatch: pytest.MonkeyPatch, fail: Callable[[Any], None]) -> None:
     monkeypatch.setattr(worker, "_train", fail)
-    worker.train_loop_per_worker({"spec": Mock(workload=mnist())})
+    worker.train_loop_per_worker({"spec": Mock(workload=mnist(), folders=[])})
 
 
 def test_what_the_code_fails_with_is_one_line_with_its_place(

@@ -189,7 +189,7 @@ def test_trials_of_two_workers_report_to_the_sweep(
 def test_asha_stops_a_hopeless_trial_before_its_last_epoch(
     trials_only: None, ray_address: str, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    points = [point(50, 3e-3), point(50, 2e-3), point(50, 10.0)]
+    points = [point(32, 3e-3), point(32, 2e-3), point(32, 10.0)]
     propose_only(monkeypatch, *points[:2])
     where = {"data_dir": str(small_data), "storage_path": str(tmp_path), "run_name": "asha"}
     tune({**QUICK, **where, "scheduler": "asha", "num_epochs": 4, "max_concurrent_trials": 1})

@@ -32,6 +32,7 @@ class Settings:
     data_dir: Path | None = setting(
         None, "in place of --dataset: a folder with IDX files, pictures by class or NumPy files, or a table of pixels"
     )
+    augment: bool = setting(False, "train on digits as other hands would draw them: turned, scaled, sheared, moved")
 
 
 class MNIST(Classification):
@@ -51,6 +52,7 @@ class MNIST(Classification):
             "precision": "fp32",
             "validation_size": 0,
         },
+        "robust": {"num_epochs": 6, "augment": True, "ema_decay": 0.99},
     }
 
     def load_data(self) -> Data:
@@ -72,7 +74,12 @@ class MNIST(Classification):
 
     def prepare(self, inputs: Tensor, generator: Generator | None) -> Tensor:
         """Turn images (N, 28, 28) uint8 into (N, 1, 28, 28) in [0, 1], as ``ToTensor`` does."""
-        return inputs.unsqueeze(1).float().div_(255)
+        images = inputs.unsqueeze(1).float().div_(255)
+        if generator is None or not self.settings.augment:
+            return images
+        from mnist_ray.workload.mnist.augment import augmented
+
+        return augmented(images, generator)
 
     def as_picture(self, inputs: Any) -> np.ndarray:
         """Return the image."""
