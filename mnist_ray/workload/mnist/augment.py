@@ -11,7 +11,7 @@ from torch.nn import functional as F
 _TURN, _SHEAR = math.radians(15), 0.25
 _SCALE = (0.75, 1.15)
 _SHIFT = 0.12  # of the image's width
-_STROKES = 0.25  # of the images are drawn thinner, and as many thicker
+_STROKES = 0.25  # of the images are drawn thinner, as many thicker, and as many softer
 
 
 def augmented(images: Tensor, generator: Generator) -> Tensor:
@@ -34,8 +34,9 @@ def augmented(images: Tensor, generator: Generator) -> Tensor:
 
 
 def _with_other_strokes(images: Tensor, drawn: Tensor) -> Tensor:
-    """Thin the strokes of some images, and thicken those of others, by half of what a pixel on each side would be."""
+    """Thin the strokes of some images, thicken or soften those of others, by half of what a pixel around would do."""
     thick = (images + F.max_pool2d(images, 3, stride=1, padding=1)) / 2
     thin = (images - F.max_pool2d(-images, 3, stride=1, padding=1)) / 2
-    drawn = drawn[:, None, None, None]
-    return torch.where(drawn < _STROKES, thin, torch.where(drawn > 1 - _STROKES, thick, images))
+    soft = F.avg_pool2d(images, 3, stride=1, padding=1)
+    kind = (drawn[:, None, None, None] / _STROKES).int()
+    return torch.where(kind == 0, thin, torch.where(kind == 1, thick, torch.where(kind == 2, soft, images)))

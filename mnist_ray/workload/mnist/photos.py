@@ -21,7 +21,9 @@ _CLEAR_EDGE = 0.3  # less of the picture's edge than this is ink, unless the lig
 _WIDEST_STROKE = 0.3  # of the longer side
 _LEAST_PART = 0.04  # of the largest piece's ink: smaller pieces are specks
 _LEAST_HEIGHT = 0.4  # of the tallest mark: lower ones are no digits, as a comma
-_LEAST_INNER = 0.15  # of the picture's longer side: a piece of such a size inside it makes those at its edge no digits
+# Of the picture's longer side: a piece of such a size inside it makes those at its edge no digits; the smaller size,
+# those that take so much of its edge, as a shadow does.
+_LEAST_INNER, _LEAST_BESIDE_SHADOW, _SHADOWS_EDGE = 0.3, 0.1, 0.2
 _DIGIT_SIZE = 20  # pixels that MNIST's digits fill of 28
 _LEAST_STROKE = 2.5  # pixels, in that size
 # Of the threshold that parts ink from paper: faint strokes are ink too. And the percentile of a digit's ink from which
@@ -148,9 +150,13 @@ def _pieces(ink: np.ndarray) -> tuple[tuple[np.ndarray, float], list[np.ndarray]
     numbers = range(1, num_pieces + 1)
     amounts = np.asarray(ndimage.sum_labels(ink, labels, numbers))
     is_inner = ~np.isin(numbers, _edge(labels))
-    heights = np.array([max(side.stop - side.start for side in box) for box in ndimage.find_objects(labels)])
-    if (heights * is_inner).max() > _LEAST_INNER * max(ink.shape) or amounts[is_inner].sum() > 0.2 * amounts.max():
+    sizes = np.array([max(side.stop - side.start for side in box) for box in ndimage.find_objects(labels)])
+    largest_inner = (sizes * is_inner).max() / max(ink.shape)
+    if largest_inner > _LEAST_INNER or amounts[is_inner].sum() > 0.2 * amounts.max():
         amounts = amounts * is_inner
+    elif largest_inner > _LEAST_BESIDE_SHADOW:
+        edge = _edge(labels)
+        amounts = amounts * (np.bincount(edge, minlength=num_pieces + 1)[1:] < _SHADOWS_EDGE * len(edge))
     kept = 1 + np.flatnonzero(amounts > _LEAST_PART * amounts.max())
     return (ink, threshold), [labels == number for number in kept]
 
