@@ -42,10 +42,12 @@ class DamagedFileError(JobError):
 def with_retries(action: Callable[[], T]) -> T:
     """Do something with storage; where it fails, again every second: servers restart, links come back.
 
-    Raises what it raises where it still does after half a minute.
+    Raises what it raises where it still does after half a minute; at once where a folder is in a file's place, which
+    does not go away by itself.
     """
+    is_passing = tenacity.retry_if_exception_type(STORAGE_ERRORS)
     retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(STORAGE_ERRORS),
+        retry=tenacity.retry_all(is_passing, tenacity.retry_if_not_exception_type(IsADirectoryError)),
         wait=tenacity.wait_fixed(1),
         stop=tenacity.stop_after_delay(_RETRIED_FOR_S),
         reraise=True,

@@ -255,3 +255,12 @@ def test_a_run_that_cannot_be_meant_is_refused(given: str, message: str) -> None
 def test_a_text_with_a_name_that_is_no_utf8_can_be_written(tmp_path: Path) -> None:
     locate(str(tmp_path), "run").write_text("a.txt", "photo\udcff.png")
     assert (tmp_path / "run" / "a.txt").read_text() == r"photo\udcff.png"
+
+
+def test_a_folder_in_a_files_place_is_said_at_once_and_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run" / "report.html").mkdir(parents=True)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it is tried again"))
+    with pytest.raises(JobError, match=r"cannot write .*/run/report\.html: .*[Ii]s a directory"):
+        locate(str(tmp_path), "run").write_text("report.html", "page")
