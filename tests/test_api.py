@@ -109,6 +109,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 def test_a_script_trains_its_own_class_on_a_ray_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "signs.py").write_text(SCRIPT)
     done = subprocess.run([sys.executable, "signs.py"], cwd=tmp_path, capture_output=True, text=True, check=False)

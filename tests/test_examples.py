@@ -104,6 +104,7 @@ def test_it_is_swept_over_a_setting_of_its_own_and_the_best_is_trained(
     assert "pictures/sweep.png" in {str(path.relative_to(tmp_path / "sweep")) for path in tmp_path.rglob("*.png")}
 
 
+@ONE_OF_THEM
 def test_it_is_evaluated_reported_and_exported_by_its_runs_name_alone(
     run: Path, ray_address: str, tmp_path: Path
 ) -> None:
