@@ -70,7 +70,7 @@ def test_it_learns_and_leaves_its_files(run: Path, example: str) -> None:
     assert (Path(config["workload"]).name, "width" in config) == (f"{example}.py", True)
 
 
-@ONE_OF_THEM
+@pytest.mark.long
 def test_killed_and_resumed_it_ends_with_the_same_weights(
     run: Path, example: str, ray_address: str, tmp_path: Path
 ) -> None:

@@ -126,7 +126,7 @@ def test_steps_go_on_while_a_checkpoint_is_being_written_but_no_second_one_begin
         seen.extend(path.name for path in (first, second) if path.exists())
         written.read_bytes()
 
-    flags = {**QUICK, "num_epochs": 3, "batch_size": 2, "validation_size": 0, "checkpoint_every": 10**6}
+    flags = {**QUICK, "num_epochs": 3, "batch_size": 6, "validation_size": 0, "checkpoint_every": 10**6}
     flags |= {"data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2}
     acts = {"started": block, "epoch 2/3  finished": let_go}
     run_and_act_twice(acts, *as_flags(flags), address=ray_address)
@@ -145,6 +145,7 @@ def test_a_report_that_cannot_be_written_is_a_note_and_no_path(
     assert printed.splitlines()[-1] == f"result     {tmp_path / 'run' / 'result.json'}"
 
 
+@pytest.mark.long
 def test_a_reproducible_run_has_the_same_bits_killed_and_resumed_with_other_workers(
     ray_address: str, small_data: Path, tmp_path: Path
 ) -> None:
