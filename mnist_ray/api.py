@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from mnist_ray import environment
-from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig, OutputConfig
+from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
+from mnist_ray.forking.local import prepare_forking
 from mnist_ray.runs.job import Job, checked, read_job
 from mnist_ray.storage import REPORT_FILE, TRIALS_FILE, RunFolder, read_result
 from mnist_ray.workload.interface import Workload
@@ -160,7 +161,8 @@ def evaluate(
     found = _found(run, workload, settings)
     own = names_of([type(found.workload).Settings])
     checked({name: value for name, value in settings.items() if name not in own}, [EvaluationConfig, LookupConfig], {})
-    tested = command.evaluate(found, build(EvaluationConfig, settings))
+    config, forking = build(EvaluationConfig, settings), prepare_forking(WorkerConfig(), "mnist_ray.runs.evaluation")
+    tested = command.evaluate(found, config, forking)
     return tested.figures(found.workload)
 
 
@@ -199,9 +201,9 @@ def _run(job: Job) -> Run:
 
 
 def _with_workload(workload: type[Workload] | str | Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-    given = {"storage_path": OutputConfig().storage_path} | settings
-    given["storage_path"] = os.fspath(given["storage_path"])
-    return given if workload is None else given | {"workload": reference_of(workload)}
+    if "storage_path" in settings:
+        settings = settings | {"storage_path": os.fspath(settings["storage_path"])}
+    return settings if workload is None else settings | {"workload": reference_of(workload)}
 
 
 def reference_of(workload: type[Workload] | str | Path) -> str:

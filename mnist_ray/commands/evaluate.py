@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mnist_ray import cli, environment
 from mnist_ray.config import EvaluationConfig, LookupConfig, WorkerConfig
-from mnist_ray.forking.local import prepare_forking
+from mnist_ray.forking.local import Forking, prepare_forking
 from mnist_ray.settings import build, names_of
 from mnist_ray.tools import flags
 from mnist_ray.workload.data import Part
@@ -26,18 +26,17 @@ def main() -> None:
     flags.add_run(parser, "checkpoint")
     given = parser.read_flags()
     environment.prepare(verbose=False)
+    forking = prepare_forking(WorkerConfig(), "mnist_ray.runs.evaluation")
 
     from mnist_ray.runs.lookup import find  # imports torch and Ray, after the flags are known to be right
 
     changes = {name: given[name] for name in names_of([workload_class.Settings]) if name in given}
     found = find(given["checkpoint"], build(LookupConfig, given).storage_path, given.get("workload"), changes)
-    evaluate(found, build(EvaluationConfig, given))
+    evaluate(found, build(EvaluationConfig, given), forking)
 
 
-def evaluate(found: Found, config: EvaluationConfig) -> Evaluation:
+def evaluate(found: Found, config: EvaluationConfig, forking: Forking) -> Evaluation:
     """Connect, evaluate, print what came out, and return it. Raises as ``train`` does."""
-    forking = prepare_forking(WorkerConfig(), "mnist_ray.runs.evaluation")
-
     from mnist_ray.cluster.connection import connect
     from mnist_ray.runs import evaluation
     from mnist_ray.runs.record import console_of, print_evaluation
