@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import functools
 import os
 import sys
@@ -19,6 +18,7 @@ from mnist_ray.errors import JobError, UsageError
 from mnist_ray.interrupts import take_signals
 from mnist_ray.screen import print_whatever_it_is, say, shown
 from mnist_ray.settings import build, flag, item_type, parse_text, value_type
+from mnist_ray.wording import did_you_mean
 
 UNSET = argparse.SUPPRESS
 """The default of a flag that leaves nothing behind where it is not given."""
@@ -78,8 +78,7 @@ class Parser(argparse.ArgumentParser):
             return ""
         flags = [text for action in self._actions for text in action.option_strings if text.startswith("--")]
         by_initials = {"--" + "".join(word[0] for word in text[2:].split("-")): text for text in flags}
-        close = [by_initials[wrong]] if wrong in by_initials else difflib.get_close_matches(wrong, flags, 1)
-        return f"; did you mean {close[0]}?" if close else ""
+        return did_you_mean(by_initials.get(wrong, wrong), flags)
 
     def error(self, message: str) -> NoReturn:
         """Print one line, not the whole usage, and exit with status 2."""

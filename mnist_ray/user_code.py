@@ -45,6 +45,11 @@ class Source:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
+def folders_of(*sources: Source | None) -> list[Path]:
+    """Return where some code is, of those that are there."""
+    return [source.folder for source in sources if source is not None]
+
+
 def find(reference: str, base: type) -> tuple[type, Source]:
     """Return the class derived from ``base`` that ``FILE.py`` or ``package.module`` holds, by ``:NAME`` of several.
 

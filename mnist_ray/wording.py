@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ def described(values: Mapping[str, Any]) -> str:
 def shown(value: Any) -> str:
     """Return a setting's value as people read it."""
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a clause that names the one of ``known`` that is most like ``name``; nothing where none is."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def command(name: str) -> str:

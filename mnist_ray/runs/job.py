@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import importlib.util
 import secrets
@@ -35,7 +34,7 @@ from mnist_ray.storage import (
 )
 from mnist_ray.tracker import Tracker
 from mnist_ray.user_code import Source
-from mnist_ray.wording import count
+from mnist_ray.wording import count, did_you_mean
 from mnist_ray.workload import source
 from mnist_ray.workload.data import Parts, parts_of
 from mnist_ray.workload.fewer import fewer
@@ -187,8 +186,7 @@ def checked(given: Given, config_classes: Sequence[type], recipes: Mapping[str, 
     known = settings.names_of(config_classes) | {"workload", "recipe", "config"}
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            raise UsageError(f"there is no setting {name}" + (f"; did you mean {close[0]}?" if close else ""))
+            raise UsageError(f"there is no setting {name}{did_you_mean(name, known)}")
     if given.get("recipe", "default") not in (*recipes, "default"):
         raise UsageError(f"there is no recipe {given['recipe']}; there is {', '.join(recipes) or 'none'}")
     for config_class in config_classes:

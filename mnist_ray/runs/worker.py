@@ -79,8 +79,7 @@ class LoopSpec:
     @property
     def folders(self) -> list[Path]:
         """Where the user's code is."""
-        assert self.workload.source is not None
-        return [source.folder for source in (self.callback, self.workload.source) if source is not None]
+        return user_code.folders_of(self.callback, self.workload.source)
 
 
 def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import math
@@ -17,7 +16,7 @@ from mnist_ray import settings
 from mnist_ray.config import SweepConfig, TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.settings import Choice, Range, SearchSpace, parse_text, value_type
-from mnist_ray.wording import spoken
+from mnist_ray.wording import did_you_mean, spoken
 from mnist_ray.workload.interface import Workload
 
 _NONE = "none"
@@ -152,10 +151,7 @@ def _parsed(text: str, known: Mapping[str, _Field]) -> tuple[str, SearchSpace]:
     if not name or not given:
         raise UsageError(f"--sweep {text}: write NAME=A,B,C, NAME=LOW:HIGH or NAME=log:LOW:HIGH")
     if name not in known:
-        close = difflib.get_close_matches(name, known, 1)
-        raise UsageError(
-            f"--sweep {text}: there is no setting {name}" + (f"; did you mean {close[0]}?" if close else "")
-        )
+        raise UsageError(f"--sweep {text}: there is no setting {name}{did_you_mean(name, known)}")
     some = known[name]
     if name in _OF_ALL_TRIALS or some.type is tuple:
         raise UsageError(f"--sweep {text}: {name} is the same for all trials")

@@ -30,6 +30,7 @@ from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training import engine
 from mnist_ray.training.engine import Group, Hooks, TrainingState
 from mnist_ray.training.events import Progress
+from mnist_ray.user_code import folders_of
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,7 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
     except PASSING:
         raise
     except Exception as error:
-        assert job.workload.source is not None
-        folders = [source.folder for source in (job.callback, job.workload.source) if source is not None]
-        _report_failure(job, with_place(error, *folders))
+        _report_failure(job, with_place(error, *folders_of(job.callback, job.workload.source)))
 
 
 def _report_failure(job: Job, reason: str) -> None:

@@ -35,9 +35,8 @@ from mnist_ray.tools.flags import reference_of
 from mnist_ray.wording import count
 from mnist_ray.workload import source
 from mnist_ray.workload.interface import Workload
+from mnist_ray.workload.sources import PICTURES
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
-"""Of the files that are taken from a folder."""
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What is read, as Pillow names it. For others it would start programs, as Ghostscript for PostScript."""
 _BATCH_SIZE = 64
@@ -100,9 +99,9 @@ def predict(given: Sequence[str], found: lookup.Found, config: PredictionConfig)
         _draw(answers, workload, config)
     if skipped and not config.json:
         say(f"note {skipped_ones(skipped)}")
-    failed = {answer.file for answer in answers if answer.error is not None}
+    failed = sum(answer.error is not None for answer in answers)
     if failed:
-        raise JobError(f"no answer to {len(failed):,} of {len(files):,} files")
+        raise JobError(f"no answer to {failed:,} of {len(files):,} files")
 
 
 def answers_pictures(run: RunFolder) -> bool:
@@ -134,9 +133,9 @@ def find_files(given: Iterable[str], skipped: list[Path] | None = None) -> Itera
         path = Path(os.path.expanduser(name))
         if os.path.isdir(path):  # not Path.is_dir(), which raises where a name is too long or a folder is closed
             files = sorted(file for file in path.rglob("*") if os.path.isfile(file))
-            found = [file for file in files if file.suffix.lower() in SUFFIXES]
+            found = [file for file in files if file.suffix.lower() in PICTURES]
             if skipped is not None:
-                skipped += [file for file in files if file.suffix.lower() not in SUFFIXES]
+                skipped += [file for file in files if file.suffix.lower() not in PICTURES]
             yield from found or [path]  # a folder without pictures is answered as a file that cannot be read
         else:
             yield path

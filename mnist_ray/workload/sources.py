@@ -29,7 +29,8 @@ EXPECTED = (
 """What ``read`` knows."""
 TARGETS = ("label", "target", "class", "y")
 """Names of a table's column that is to be learned, where nobody says which it is; else it is the last."""
-_PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+"""How the names of pictures end that are taken from a folder."""
 _TABLES = frozenset({".csv", ".parquet"})
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 _TEST_PART, _TEST_SEED = 5, 53  # one of so many examples, drawn at random, is to test where the data are not parted
@@ -72,7 +73,7 @@ def kind_of(place: Path) -> str | None:
             return "arrays"
         roots = [place / "train"] if (place / "train").is_dir() else [place]
         classes = [folder for root in roots for folder in root.iterdir() if folder.is_dir()]
-        has_pictures = any(file.suffix.lower() in _PICTURES for folder in classes for file in folder.iterdir())
+        has_pictures = any(file.suffix.lower() in PICTURES for folder in classes for file in folder.iterdir())
         return "pictures" if has_pictures else None
     except OSError as error:
         raise UsageError(f"{place} cannot be read: {error.strerror}") from error
