@@ -30,10 +30,14 @@ class Heard:
         return [event for _, event in self.events if isinstance(event, EpochFinished)]
 
     @property
+    def trained_s(self) -> float:
+        """Seconds of training of all epochs."""
+        return sum(epoch.last.epoch_s for epoch in self.epochs)
+
+    @property
     def stopped_s(self) -> float:
         """Seconds from the first attempt's start to the last epoch's end in which nothing was trained."""
-        trained_s = sum(epoch.last.epoch_s for epoch in self.epochs)
-        return self.times(EpochFinished)[-1] - self.times(Started)[0] - trained_s
+        return self.times(EpochFinished)[-1] - self.times(Started)[0] - self.trained_s
 
 
 def run_job(flags: Mapping[str, object], on_event: Callable[[Event], None] = lambda event: None) -> Heard:

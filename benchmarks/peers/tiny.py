@@ -1,5 +1,7 @@
 """A workload whose steps cost nothing: what is measured with it is all around them."""
 
+from typing import ClassVar
+
 import numpy as np
 from torch import nn
 
@@ -7,11 +9,14 @@ from mnist_ray.workload import Arrays, Classification, Data
 
 
 class Tiny(Classification):
-    """Tell the sign of the first of eight numbers."""
+    """Tell the sign of the first of some numbers."""
+
+    shape: ClassVar[tuple[int, int]] = (6400, 8)
+    """Of the inputs."""
 
     def load_data(self) -> Data:
         """Return random numbers."""
-        inputs = np.random.default_rng(0).normal(size=(6400, 8)).astype(np.float32)
+        inputs = np.random.default_rng(0).normal(size=self.shape).astype(np.float32)
         arrays = Arrays(inputs, (inputs[:, 0] > 0).astype(np.int64))
         return Data(arrays, arrays, name="signs")
 
