@@ -178,7 +178,7 @@ class Record:
             console.say("weights", f"SHA-256 {self._result['weights_sha256']}")
         console.result("checkpoint", run.inside(self._result["checkpoint"]).uri)
         console.result("result", run.inside(RESULT_FILE).uri)
-        if run.exists(TRACE_FILE):
+        if self._job.output.profile is not None and run.exists(TRACE_FILE):
             console.result("profile", f"{run.inside(TRACE_FILE).uri}, for ui.perfetto.dev")
         if self._has_report:
             console.result("report", run.inside(REPORT_FILE).uri)

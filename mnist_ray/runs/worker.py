@@ -272,11 +272,11 @@ class _Reporter:
         end_if_hung(self._spec.hang_timeout_s)
 
     def _validated(self, state: engine.TrainingState, part: Part) -> dict[str, float]:
-        start, workload = time.perf_counter(), self._spec.workload
-        figures = validate(workload, state, part, self._group, self._spec.loader_workers)
+        start, spec = time.perf_counter(), self._spec
+        figures, metrics = validate(spec.workload, state, part, spec.config, self._group, spec.loader_workers)
         if state.step == 0:
             self.send(Validated(state.epoch, figures, time.perf_counter() - start, is_beside=False))
-        return validation_metrics(workload, figures) | {"is_over": engine.is_over(state, self._spec.config)}
+        return metrics
 
     def _upload(self, snapshot: checkpoints.Snapshot, checkpoint: Checkpoint, name: str) -> Checkpoint:
         target = self._spec.run.inside(name)
@@ -303,16 +303,22 @@ def report_metrics(workload: Workload, state: engine.TrainingState, progress: Pr
 
 
 def validate(
-    workload: Workload, state: engine.TrainingState, part: Part, group: engine.Group, loader_workers: int = 0
-) -> dict[str, float]:
-    """Return loss and metrics of what has been trained so far, on all ranks at once; ``state`` notes an epoch's score.
+    workload: Workload,
+    state: engine.TrainingState,
+    part: Part,
+    config: TrainConfig,
+    group: engine.Group,
+    loader_workers: int = 0,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Validate what has been trained so far, on all ranks at once; ``state`` notes an epoch's score.
 
-    Raises what ``engine.evaluate`` does.
+    Returns loss and metrics, and what is reported of them: also ``is_over``, whether the training is. Raises what
+    ``engine.evaluate`` does.
     """
     figures = engine.evaluate_together(workload, state.result, part, group, loader_workers).figures(workload)
     if state.step == 0:
         state.scores.append(score(workload, figures))
-    return figures
+    return figures, validation_metrics(workload, figures) | {"is_over": engine.is_over(state, config)}
 
 
 def validation_metrics(workload: Workload, figures: dict[str, float]) -> dict[str, float]:

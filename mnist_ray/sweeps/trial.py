@@ -23,7 +23,7 @@ from mnist_ray.runs.failures import PASSING, FailureReporter, TrainingStoppedErr
 from mnist_ray.runs.fit import drop_damaged_snapshot
 from mnist_ray.runs.job import Job, about
 from mnist_ray.runs.trainer import create_trainer
-from mnist_ray.runs.worker import LoopSpec, callback_of, report_metrics, validate, validation_metrics
+from mnist_ray.runs.worker import LoopSpec, callback_of, report_metrics, validate
 from mnist_ray.storage import RunFolder, checkpoint_name, position_of
 from mnist_ray.sweeps.space import Point
 from mnist_ray.training import checkpoint as checkpoints
@@ -117,9 +117,8 @@ def _train_here(job: Job, spec: TrialSpec) -> None:
 
     def report(state: TrainingState, progress: Progress) -> None:
         faulthandler.cancel_dump_traceback_later()  # what Tune takes its time for is no hang
-        figures = validate(workload, state, validation, group, loader_workers)
-        metrics = report_metrics(workload, state, progress) | validation_metrics(workload, figures)
-        metrics["is_over"] = engine.is_over(state, config)
+        _, validated = validate(workload, state, validation, config, group, loader_workers)
+        metrics = report_metrics(workload, state, progress) | validated
         _save(job.run, state, about(job) | {"metrics": metrics})
         tune.report(metrics)
 

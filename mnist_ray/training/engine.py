@@ -144,9 +144,16 @@ def create_state(
     if config.ema_decay is not None:
         averaging = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
         average = AveragedModel(model, multi_avg_fn=averaging)
-    state = TrainingState(model, optimizer, scheduler, scaler=scaler, average=average, callbacks=callbacks)
-    state.last_epoch, state.last_step = num_epochs, num_steps
-    return state
+    return TrainingState(
+        model,
+        optimizer,
+        scheduler,
+        scaler=scaler,
+        average=average,
+        callbacks=callbacks,
+        last_epoch=num_epochs,
+        last_step=num_steps,
+    )
 
 
 def with_fast_layout(model: nn.Module) -> nn.Module:

@@ -184,13 +184,12 @@ def _belong_together(piece: np.ndarray, other: np.ndarray) -> bool:
 
 def _in_reading_order(masks: list[np.ndarray]) -> list[np.ndarray]:
     """Return marks from left to right, those of a lower line after those of a higher one."""
-    left, boxes = list(masks), {id(mask): _box(mask) for mask in masks}
-    ordered: list[np.ndarray] = []
+    left, ordered = [(*_box(mask), mask) for mask in masks], list[np.ndarray]()
     while left:
-        end = min(boxes[id(mask)][0].stop for mask in left)  # of the highest mark: what begins above it is on its line
-        line = [mask for mask in left if (boxes[id(mask)][0].start + boxes[id(mask)][0].stop) / 2 <= end]
-        ordered += sorted(line, key=lambda mask: boxes[id(mask)][1].start)
-        left = [mask for mask in left if not any(mask is other for other in line)]
+        end = min(rows.stop for rows, _, _ in left)  # of the highest mark: what has its middle above it is on its line
+        line = [mark for mark in left if mark[0].start + mark[0].stop <= 2 * end]
+        left = [mark for mark in left if mark[0].start + mark[0].stop > 2 * end]
+        ordered += [mask for _, _, mask in sorted(line, key=lambda mark: mark[1].start)]
     return ordered
 
 
