@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import Any
 
 from matplotlib import ticker
@@ -17,6 +18,7 @@ from mnist_ray.sweeps.trials import RUNNING, STOPPED, TrialRecord, TrialTable
 from mnist_ray.wording import count, described, shown, spoken
 
 _LEAST_PARALLEL = 3
+_TITLE_WIDTH = 66  # characters
 _BESIDE: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": "small"}
 
 
@@ -145,4 +147,5 @@ def _title(table: TrialTable, number: int, num_epochs: int) -> str:
     if best is None or math.isnan(best.val_criterion):
         return title
     said = table.workload.criterion.shown(best.val_criterion)
-    return f"{title}\nbest: {described(dict(best.configuration))} ({said}, {best.shown_seeds})"
+    about_best = f"best: {described(dict(best.configuration))} ({said}, {best.shown_seeds})"
+    return "\n".join([title, *textwrap.wrap(about_best, _TITLE_WIDTH)])
