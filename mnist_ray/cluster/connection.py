@@ -32,7 +32,7 @@ from mnist_ray.cluster.watch import RaySilentError, watched
 from mnist_ray.config import WorkerConfig
 from mnist_ray.environment import users_variables
 from mnist_ray.errors import JobError, UsageError, first_line
-from mnist_ray.forking.cluster import runtime_env_to_fork
+from mnist_ray.forking.cluster import own_runtime_env, runtime_env_to_fork
 from mnist_ray.forking.local import Forking
 from mnist_ray.interrupts import take_signals
 
@@ -56,9 +56,9 @@ def connect(
     connection is closed, and a local Ray ended; its files go too, unless something has failed.
     Raises JobError where the named cluster does not answer, or a local Ray does not start; UsageError where it cannot.
 
-    ``dashboard``: a local Ray serves its own. ``meanwhile`` is done while a local Ray starts, which is mostly waiting,
-    or else before; what it raises is raised. ``forking`` tells how the workers are forked, if they are; its server is
-    ended in the end.
+    ``dashboard``: a local Ray serves its own. ``meanwhile`` is done while a local Ray starts, or the first worker on a
+    cluster, which is mostly waiting; what it raises is raised. ``forking`` tells how the workers are forked, if they
+    are; its server is ended in the end.
     """
     with contextlib.ExitStack() as at_the_end:
         if forking is not None and forking.server is not None:
@@ -84,18 +84,22 @@ def connect(
             at_the_end.enter_context(_left(leaving))
             with _beside(meanwhile), _start_in_one_line(session):
                 start_local(num_cpus, forking, session, has_dashboard=dashboard, **options)
+            meanwhile = _nothing
         else:
             at_the_end.enter_context(_left(leaving))
-            # Not meanwhile: as a job connects, a second node on this machine may lay the job's working directory
-            # anew, and without a current directory torch cannot be imported.
-            meanwhile()
+            if "working_dir" in own_runtime_env():
+                # As a job connects, a second node on this machine may lay its working directory anew, and without a
+                # current directory torch cannot be imported.
+                meanwhile()
+                meanwhile = _nothing
             if forking is not None:
                 options["runtime_env"] = runtime_env_to_fork(forking)
             _init(address, options)
         take_signals()
         with errors_in_one_line(), contextlib.ExitStack() as watching:
             cluster = _describe(is_local=address is None)
-            check_workers_start(cluster)
+            with _worker_starting(cluster):
+                meanwhile()
             stop_watching = watching.enter_context(watched())
 
             def leave() -> None:
@@ -121,13 +125,17 @@ def _left(leaving: threading.Thread) -> Iterator[None]:
             ray.shutdown()
 
 
-def check_workers_start(cluster: Cluster) -> None:
-    """Let a worker start beside this process; the first actor takes its place. Raises JobError where none does.
+@contextlib.contextmanager
+def _worker_starting(cluster: Cluster) -> Iterator[None]:
+    """Let a worker start beside this process meanwhile; the first actor takes its place.
 
-    Where worker processes die at once, Ray tries five times, and waits for a minute each time.
+    Raises JobError where none does. Where worker processes die at once, Ray tries five times, and waits for a minute
+    each time.
     """
+    started = _start.options(scheduling_strategy=this_node()).remote()
+    yield
     try:
-        ray.get(_start.options(scheduling_strategy=this_node()).remote(), timeout=_WORKER_START_TIMEOUT_S)
+        ray.get(started, timeout=_WORKER_START_TIMEOUT_S)
     except ray.exceptions.GetTimeoutError as error:
         log = Path(cluster.log_folder) / "raylet.err"
         lines = [line for line in log.read_text(errors="replace").splitlines() if line and not line.startswith("[")]
@@ -138,6 +146,10 @@ def check_workers_start(cluster: Cluster) -> None:
 @ray.remote(num_cpus=0)
 def _start() -> None:
     """Do nothing but be there."""
+
+
+def _nothing() -> None:
+    """Do nothing, where all is done."""
 
 
 @contextlib.contextmanager

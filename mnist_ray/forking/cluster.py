@@ -22,13 +22,19 @@ _START = (
 """A node that has its Python or this package elsewhere starts its workers with the Python beside its Ray."""
 
 
+def own_runtime_env() -> dict[str, Any]:
+    """Return the runtime environment that a job was submitted with; an empty one where it was not submitted."""
+    config: dict[str, Any] = json.loads(os.environ.get(private.RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
+    return config.get("runtime_env", {})
+
+
 def runtime_env_to_fork(forking: Forking) -> dict[str, Any]:
     """Return the runtime environment with which a job's workers are forked on a cluster; an empty one where not.
 
     It is Ray's public way to start workers by another program. For a local Ray there is one that is faster by what
     it takes to import Ray, since ``py_executable`` is run by a program of Ray's.
     """
-    own = json.loads(os.environ.get(private.RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")).get("runtime_env", {})
+    own = own_runtime_env()
     if not forking.is_wanted or not own.keys() <= _HARMLESS:
         return {}
     # Each node has the job's working directory in another place, and starts the workers there.
