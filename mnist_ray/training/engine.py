@@ -194,6 +194,8 @@ def train(
         for callback in state.callbacks:
             callback.on_epoch(state, finished)
         hooks.checkpoint(state, finished)
+        if epochs.window.stops and not is_over(state, config):
+            raise StopWantedError
 
 
 def is_over(state: TrainingState, config: TrainConfig) -> bool:
@@ -225,7 +227,7 @@ class _Epochs:
         """Train to the end of the current epoch, reporting every half second; return its last progress."""
         state, config, hooks = self.state, self.config, self.hooks
         last_step = config.num_steps(len(self.part))
-        window, progress = self._window, None
+        window, progress = self.window, None
         window.restart_clock()
         for sums, global_size in self._reproducible_steps() if config.reproducible else self._steps():
             self._update()
@@ -294,7 +296,8 @@ class _Epochs:
             state.average.update_parameters(state.model)
 
     @cached_property
-    def _window(self) -> _Window:
+    def window(self) -> _Window:
+        """The steps since the last progress."""
         return _Window(self.workload, self.group, self.hooks.wants_stop, interval_steps=10)
 
     @cached_property

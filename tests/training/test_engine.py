@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from mnist_ray.callback import Callback
 from mnist_ray.config import TrainConfig
 from mnist_ray.training import engine, shared_memory
-from mnist_ray.training.engine import Group, Hooks, TrainingDivergedError, TrainingState
+from mnist_ray.training.engine import Group, Hooks, StopWantedError, TrainingDivergedError, TrainingState
 from mnist_ray.training.events import Progress
 from mnist_ray.training.sharding import Batch, ShardedBatchSampler
 from mnist_ray.workload.data import Arrays, Part
@@ -354,6 +354,22 @@ def test_the_smallest_runs_work(few_images: Arrays, num_images: int, batch_size:
     split = Arrays(few_images.inputs[:num_images], few_images.targets[:num_images])
     weights = weights_after(replace(CONFIG, batch_size=batch_size, num_epochs=2), split)
     assert all(value.isfinite().all() for value in weights.values())
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "place"),
+    [(10, (0, 10)), (600, (1, 0))],  # an epoch of sixty steps is left within, one of a single step after its end
+)
+def test_training_that_is_asked_to_stop_saves_and_stops_at_the_next_report(
+    batch_size: int, place: tuple[int, int], few_images: Arrays
+) -> None:
+    config = replace(CONFIG, batch_size=batch_size, num_epochs=3)
+    state = engine.create_state(mnist(), config, len(few_images), CPU)
+    saved: list[tuple[int, int]] = []
+    hooks = Hooks(checkpoint=lambda state, progress: saved.append((state.epoch, state.step)), wants_stop=lambda: True)
+    with pytest.raises(StopWantedError):
+        engine.train(mnist(), state, Part(few_images), config, Group(), hooks)
+    assert saved == [place]
 
 
 def test_a_loss_that_is_no_number_stops_training_at_its_step(few_images: Arrays) -> None:
