@@ -211,6 +211,7 @@ def autoscaled_head(cluster_config: dict[str, Any], tmp_path: Path, monkeypatch:
     process.wait()
 
 
+@pytest.mark.long
 def test_cluster_yamls_nodes_come_for_a_job_and_go_when_they_idle(
     autoscaled_head: str, small_data: Path, tmp_path: Path
 ) -> None:

@@ -42,15 +42,23 @@ def weights(run: Path) -> str:
     return hashlib.sha256((last / "model.safetensors").read_bytes()).hexdigest()
 
 
-@pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """A cluster of three raylets: a head without CPUs, two nodes with one each."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # Cluster, unlike `ray start`, never asks for a token
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for _ in range(2):
-        cluster.add_node(num_cpus=1)
+@pytest.fixture(scope="module")
+def head() -> Iterator[Cluster]:
+    """A cluster of a head without CPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # Cluster, unlike `ray start`, never asks for a token
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     yield cluster
     cluster.shutdown()
+
+
+@pytest.fixture
+def nodes(head: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """A cluster of three raylets: a head without CPUs, two nodes with one each."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    while len(head.worker_nodes) < 2:
+        head.add_node(num_cpus=1)
+    return head
 
 
 def killing(class_name: str) -> Callable[[psutil.Process], None]:
@@ -199,6 +207,7 @@ def test_a_preempted_node_is_left_with_a_checkpoint_just_in_time(
     flags = {**LONGER, "num_epochs": 30, "checkpoint_every": 1000, "num_workers": 2, "run_name": "run"}
     flags |= {"data_dir": small_data, "storage_path": tmp_path}
     printed, _ = run_and_act(announce, "epoch 1/30", *as_flags(flags), address=nodes.address)
+    nodes.remove_node(doomed)
     assert printed.count("note       a worker's node is about to be taken away; saving a checkpoint\n") == 1
     assert "lost " not in printed
 
