@@ -15,15 +15,22 @@ import numpy as np
 from ray.train import Checkpoint
 
 from mnist_ray.screen import MLFLOW_USER, without_user
-from mnist_ray.storage import RunFolder
+from mnist_ray.storage import ORIGIN_FILE, RunFolder
 from mnist_ray.tracker import Ending, Tracker
 from mnist_ray.training.checkpoint import fetch
-from mnist_ray.training.events import Event
+from mnist_ray.training.events import Event, Started, TrialEnded
 from mnist_ray.workload.interface import Workload
+
+_FOLDER = "mnist_ray.run"  # the tag by which a run is found again
+_MOST_METRICS = 1000  # that a server takes at once
+_LONGEST_DIGEST = 36
 
 
 class MLflow(Tracker):
-    """A run in the experiment ``mnist_ray``; a resumed run goes on in the one that it has there."""
+    """A run in the experiment ``mnist_ray``; a resumed run goes on in the one that it has there.
+
+    A sweep's run has its trials, and its training with the defaults, as nested runs.
+    """
 
     def __init__(self, run: RunFolder, workload: Workload, settings: Mapping[str, Any], uri: str) -> None:
         super().__init__(run, workload, settings)
@@ -31,28 +38,74 @@ class MLflow(Tracker):
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         mlflow.set_tracking_uri(_with_user_in_variables(uri))
-        shown_uri, _ = without_user(run.uri)  # the same where a resumed run has the keys from variables
-        experiment = mlflow.set_experiment("mnist_ray")
-        known = mlflow.search_runs(filter_string=f"tags.`mnist_ray.run` = '{shown_uri}'", output_format="list")
+        self._experiment = mlflow.set_experiment("mnist_ray").experiment_id
         self._client = mlflow.MlflowClient()
-        if known:
-            self._id = known[0].info.run_id
-            self._client.set_terminated(self._id, "RUNNING")
+        folder, _ = without_user(run.uri)  # the same where a resumed run has the keys from variables
+        around, _ = without_user(run.storage_path)
+        parent = self._find(around)
+        self._id = self._open(folder, run.name, settings, parent.info.run_id if parent else None)
+        self._describe()
+
+    def _find(self, folder: str) -> Any:
+        filter_string = f"tags.`{_FOLDER}` = '{folder}'"
+        return next(iter(self._client.search_runs([self._experiment], filter_string, max_results=1)), None)
+
+    def _open(self, folder: str, name: str, settings: Mapping[str, Any], parent: str | None) -> str:
+        """Return the id of the run of a folder, a new one where it has none yet."""
+        from mlflow.entities import Param
+
+        run = self._find(folder)
+        if run is None:
+            tags = {_FOLDER: folder, **({"mlflow.parentRunId": parent} if parent else {})}
+            run = self._client.create_run(self._experiment, run_name=name, tags=tags)
         else:
-            tags = {"mnist_ray.run": shown_uri}
-            created = self._client.create_run(experiment.experiment_id, run_name=run.name, tags=tags)
-            self._id = created.info.run_id
-            for name, value in settings.items():
-                self._client.log_param(self._id, name, value)
+            self._client.set_terminated(run.info.run_id, "RUNNING")
+        # A sweep's run has its own settings first, then those that it has chosen.
+        new = [Param(key, str(value)) for key, value in settings.items() if key not in run.data.params]
+        self._client.log_batch(run.info.run_id, params=new)
+        return str(run.info.run_id)
+
+    def _describe(self) -> None:
+        """Say where the run comes from: the commit, the command, the data."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        origin = self.run.read_json(ORIGIN_FILE) or {}
+        tags = {"mlflow.source.name": "command_line", "mlflow.source.git.commit": "git_commit"}
+        for tag, key in tags.items():
+            if origin.get(key):
+                self._client.set_tag(self._id, tag, origin[key])
+        name = origin.get("data_name", "unknown")  # of runs of before
+        data = [
+            DatasetInput(
+                Dataset(name, (digest or "unknown")[:_LONGEST_DIGEST], "local", name),
+                [InputTag("mlflow.data.context", part)],
+            )
+            for part, digest in origin.get("data", {}).items()
+        ]
+        self._client.log_inputs(self._id, data)
 
     def log(self, event: Event) -> None:
-        """Write an event's figures."""
+        """Write an event's figures; of a sweep's trial, all that is known."""
         from mlflow.entities import Metric
 
+        if isinstance(event, TrialEnded):
+            self._log_trial(event)
+        if isinstance(event, Started):
+            self._client.set_tag(self._id, "workers", f"{event.num_workers} × {event.device}")
         now = int(time.time() * 1000)
         metrics = [Metric(name, value, now, step) for name, value, step in self.scalars(event)]
-        for start in range(0, len(metrics), 1000):  # the most that a server takes at once
-            self._client.log_batch(self._id, metrics=metrics[start : start + 1000])
+        for start in range(0, len(metrics), _MOST_METRICS):
+            self._client.log_batch(self._id, metrics=metrics[start : start + _MOST_METRICS])
+
+    def _log_trial(self, trial: TrialEnded) -> None:
+        from mlflow.entities import Metric, RunTag
+
+        folder, _ = without_user(self.run.uri)
+        run = self._open(f"{folder}#{trial.number}", f"trial {trial.number}", trial.settings, self._id)
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, value, now, 0) for name, value in trial.figures.items()]
+        self._client.log_batch(run, metrics=metrics, tags=[RunTag("state", trial.state)])
+        self._client.set_terminated(run, "FAILED" if trial.has_failed else "FINISHED")
 
     def close(self, ending: Ending) -> None:
         """Write the test's figures, the pictures and the model."""

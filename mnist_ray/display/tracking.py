@@ -78,7 +78,7 @@ def start(
     warn: Callable[[str], None],
 ) -> Trackers:
     """Track a run in TensorBoard, where that is installed, and where ``output`` says."""
-    plain = {name: value if isinstance(value, (bool, int, float)) else shown(value) for name, value in settings.items()}
+    plain = _plain(settings)
     trackers: dict[str, Callable[[], Tracker]] = {}
     if importlib.util.find_spec("tensorboard") is not None:
         trackers["TensorBoard"] = lambda: _TensorBoard(run, workload, plain)
@@ -94,6 +94,22 @@ def start(
         own, _ = user_code.find(output.tracker, Tracker)
         trackers[own.__name__] = lambda: own(run, workload, plain)
     return Trackers(trackers, warn)
+
+
+def start_trials(
+    run: RunFolder, workload: Workload, settings: Mapping[str, Any], output: OutputConfig, warn: Callable[[str], None]
+) -> Trackers:
+    """Track a sweep's trials where ``output`` says so: in MLflow, which shows them within the sweep's run."""
+    plain, trackers = _plain(settings), dict[str, Callable[[], Tracker]]()
+    if (uri := output.mlflow) is not None:
+        from mnist_ray.display.mlflow import MLflow
+
+        trackers["MLflow"] = lambda: MLflow(run, workload, plain, uri)
+    return Trackers(trackers, warn)
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value if isinstance(value, (bool, int, float)) else shown(value) for name, value in settings.items()}
 
 
 class _TensorBoard(Tracker):

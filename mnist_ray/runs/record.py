@@ -195,6 +195,7 @@ def write_origin(job: Job, data: Parts) -> None:
         about = {
             "workload_sha256": workload.source.sha256,
             "facts": workload.facts,
+            "data_name": data.name,
             "data": data.digests,
             "order": KIND,
         }

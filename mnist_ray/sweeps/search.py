@@ -25,6 +25,7 @@ from mnist_ray.storage import TRIALS_FILE, RunFolder, read_result, unless_damage
 from mnist_ray.sweeps.console import SweepConsole
 from mnist_ray.sweeps.job import BEST_FILE, DEFAULT_FOLDER, SWEEP_FILE, Sweep
 from mnist_ray.sweeps.sweep import TRIALS_FOLDER, run_sweep, trials_at_a_time
+from mnist_ray.sweeps.tracking import followed
 from mnist_ray.sweeps.trial import TrialSpec
 from mnist_ray.sweeps.trials import TrialTable
 from mnist_ray.wording import count, described
@@ -64,8 +65,9 @@ def search(console: SweepConsole, sweep: Sweep, data: Parts, cluster: Cluster) -
         concurrent = _trials_at_a_time(sweep, plan, cluster)
         table = chosen_before(sweep)
         if table is None:
-            with leftovers_removed():  # of trials that are stopped before their end
-                table = run_sweep(sweep.config, sweep.space, spec, run, concurrent, console.show_table)
+            # What is left over is of trials that are stopped before their end.
+            with leftovers_removed(), followed(sweep, console) as on_change:
+                table = run_sweep(sweep.config, sweep.space, spec, run, concurrent, on_change)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(f"interrupted; to go on: {job.resume_with}") from interrupt
     except JobError as error:

@@ -125,6 +125,20 @@ class StoppedEarly:
     best_epoch: int
 
 
+@dataclass(frozen=True)
+class TrialEnded:
+    """A trial of a sweep has ended."""
+
+    number: int
+    """Counted from 1."""
+    settings: Mapping[str, Any]
+    """Those that are searched, and the seed."""
+    state: str
+    has_failed: bool
+    figures: Mapping[str, float]
+    """Its figures in sweep.csv, as far as there are any."""
+
+
 Event = (
     ControllerStarted
     | Started
@@ -135,4 +149,5 @@ Event = (
     | EpochFinished
     | Validated
     | StoppedEarly
+    | TrialEnded
 )

@@ -1,8 +1,10 @@
 import base64
+import json
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from unittest.mock import Mock
 
 import mlflow
@@ -19,9 +21,9 @@ from mnist_ray.display.tracking import Trackers
 from mnist_ray.runs.lookup import find
 from mnist_ray.screen import MLFLOW_USER
 from mnist_ray.settings import values_of
-from mnist_ray.storage import RunFolder, locate
+from mnist_ray.storage import ORIGIN_FILE, RunFolder, locate
 from mnist_ray.tracker import Ending, Tracker
-from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
+from mnist_ray.training.events import EpochFinished, Event, Progress, Started, TrialEnded, Validated
 from tests.conftest import mnist
 
 PICTURE = pictures.seconds({"start": 1.0})
@@ -56,6 +58,21 @@ def follow(
         trackers.log(event)
     trackers.close(ending)
     return warnings
+
+
+@pytest.fixture(scope="module")
+def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A data base for all tests, since MLflow needs seconds to make one."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # where MLflow puts the files of a run whose figures are in a data base
+        yield f"sqlite:///{folder}/mlflow.db"
+
+
+def in_mlflow(run: RunFolder) -> list[Any]:
+    """Return the runs that MLflow has of a run's folder and what is in it."""
+    wanted = f"tags.`mnist_ray.run` LIKE '{run.uri}%'"
+    return list(mlflow.search_runs(experiment_names=["mnist_ray"], filter_string=wanted, output_format="list"))
 
 
 def read_events(folder: Path) -> EventAccumulator:
@@ -129,16 +146,14 @@ def test_storage_that_is_no_local_disk_gets_the_event_file_at_the_end(
 
 
 def test_mlflow_has_parameters_metrics_pictures_and_the_model(
-    tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, finished_run: Path, mlflow_uri: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # where MLflow puts the files of a run whose figures are in a data base
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
     run, checkpoint = locate(str(tmp_path), "run"), find(str(finished_run), "").checkpoint
-    assert follow(run, EPOCH[:3], Ending(None, {}, None), uri) == []
-    (found,) = mlflow.search_runs(experiment_names=["mnist_ray"], output_format="list")
+    assert follow(run, EPOCH[:3], Ending(None, {}, None), mlflow_uri) == []
+    (found,) = in_mlflow(run)
     assert (found.info.run_name, found.info.status) == ("run", "KILLED")
-    assert follow(run, EPOCH, Ending(RESULT, {"seconds": PICTURE}, checkpoint), uri) == []
-    (found,) = mlflow.search_runs(experiment_names=["mnist_ray"], output_format="list")
+    assert follow(run, EPOCH, Ending(RESULT, {"seconds": PICTURE}, checkpoint), mlflow_uri) == []
+    (found,) = in_mlflow(run)
     assert found.info.status == "FINISHED"
     assert (found.data.params["batch_size"], found.data.params["schedule"]) == ("128", "one-cycle")
     assert found.data.metrics["epoch/val_accuracy"] == 0.75
@@ -151,6 +166,37 @@ def test_mlflow_has_parameters_metrics_pictures_and_the_model(
     (logged,) = mlflow.search_logged_models(experiment_ids=[found.info.experiment_id], output_format="list")
     model = mlflow.pytorch.load_model(logged.model_uri)
     assert model(torch.from_numpy(np.zeros((5, 1, 28, 28), np.float32))).shape == (5, 10)
+
+
+def test_mlflow_says_which_data_workers_and_commit_a_run_had(tmp_path: Path, mlflow_uri: str) -> None:
+    run = locate(str(tmp_path), "run")
+    origin = {
+        "command_line": "python jobs/train.py",
+        "git_commit": "0123abcd",
+        "data_name": "MNIST",
+        "data": {"training": "a" * 64, "test": None},
+    }
+    run.write_text(ORIGIN_FILE, json.dumps(origin))
+    for _ in range(2):  # begun, and gone on with
+        assert follow(run, EPOCH, Ending(None, {}, None), mlflow_uri) == []
+    (found,) = in_mlflow(run)
+    tags = found.data.tags
+    assert (tags["mlflow.source.git.commit"], tags["mlflow.source.name"]) == ("0123abcd", "python jobs/train.py")
+    assert tags["workers"] == "1 × cpu"
+    data = {one.tags[0].value: (one.dataset.name, one.dataset.digest) for one in found.inputs.dataset_inputs}
+    assert data == {"training": ("MNIST", "a" * 36), "test": ("MNIST", "unknown")}
+
+
+def test_mlflow_has_a_trial_that_is_told_of_again_once(tmp_path: Path, mlflow_uri: str) -> None:
+    config, run = OutputConfig(mlflow=mlflow_uri), locate(str(tmp_path), "sweep")
+    for _ in range(2):
+        trackers = tracking.start_trials(run, mnist(), {"num_trials": 1}, config, pytest.fail)
+        trackers.log(TrialEnded(1, {"batch_size": 64}, "failed", has_failed=True, figures={"val_loss": 0.5}))
+        trackers.close(Ending(None, {}, None))
+    found = {run.info.run_name: run for run in in_mlflow(run)}
+    assert {name: run.info.status for name, run in found.items()} == {"sweep": "KILLED", "trial 1": "FAILED"}
+    assert found["trial 1"].data.params == {"batch_size": "64"}
+    assert found["trial 1"].data.metrics == {"val_loss": 0.5}
 
 
 class Broken(Tracker):
@@ -201,16 +247,13 @@ def test_a_tracker_that_cannot_start_warns_once() -> None:
     assert warnings == ["MLflow has failed and is left out from here on: division by zero"]
 
 
-def test_mlflow_is_told_of_no_secrets_and_knows_a_run_with_other_keys(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    uri, settings = f"sqlite:///{tmp_path}/mlflow.db", {"database": "postgresql://user:password@host/examples"}
+def test_mlflow_is_told_of_no_secrets_and_knows_a_run_with_other_keys(tmp_path: Path, mlflow_uri: str) -> None:
+    settings = {"database": "postgresql://user:password@host/examples"}
     for path in ("s3://KEY:SECRET@bucket", "s3://bucket"):
         run = RunFolder("run", path, fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), "run")
-        trackers = tracking.start(run, mnist(), settings, OutputConfig(mlflow=uri), pytest.fail)
+        trackers = tracking.start(run, mnist(), settings, OutputConfig(mlflow=mlflow_uri), pytest.fail)
         trackers.close(Ending(None, {}, None))
-    (found,) = mlflow.search_runs(experiment_names=["mnist_ray"], output_format="list")
+    (found,) = in_mlflow(run)
     assert found.data.tags["mnist_ray.run"] == "s3://bucket/run"
     assert found.data.params == {"database": "postgresql://***@host/examples"}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import mlflow
 import pytest
 
 from mnist_ray.cluster.plan import WorkerPlan
@@ -68,7 +69,9 @@ def finished_sweep(ray_address: str, small_data: Path, tmp_path_factory: pytest.
     """Four random trials of one worker and two epochs."""
     storage = tmp_path_factory.mktemp("sweeps")
     where = {"data_dir": str(small_data), "storage_path": str(storage), "run_name": "four"}
-    tune({**QUICK, **where, "num_trials": 4})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(storage)  # where MLflow puts files
+        tune({**QUICK, **where, "num_trials": 4, "mlflow": f"sqlite:///{storage}/mlflow.db"})
     return storage / "four"
 
 
@@ -84,6 +87,20 @@ def test_a_sweep_leaves_its_files(finished_sweep: Path) -> None:
     assert json.loads((finished_sweep / "config.json").read_text())["cpus_per_worker"] is None  # a trial's is 1
     assert (finished_sweep / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     assert not (finished_sweep / "tune").exists()
+
+
+def test_mlflow_has_a_sweeps_trials_within_its_run(finished_sweep: Path) -> None:
+    mlflow.set_tracking_uri(f"sqlite:///{finished_sweep.parent}/mlflow.db")
+    runs = {run.info.run_name: run for run in mlflow.search_runs(experiment_names=["mnist_ray"], output_format="list")}
+    sweep, trials = runs.pop("four"), rows(finished_sweep)
+    assert set(runs) - {"default"} == {f"trial {row['trial']}" for row in trials}  # no default where it is the best
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {sweep.info.run_id}
+    assert {run.info.status for run in [sweep, *runs.values()]} == {"FINISHED"}
+    assert (sweep.data.params["num_trials"], sweep.data.params["num_epochs"]) == ("4", "2")
+    for row in trials:
+        trial = runs[f"trial {row['trial']}"].data
+        assert (trial.params["learning_rate"], trial.tags["state"]) == (row["learning_rate"], "done")
+        assert trial.metrics["val_accuracy"] == float(row["val_accuracy"])
 
 
 def test_only_the_best_trials_checkpoint_is_kept(finished_sweep: Path) -> None:

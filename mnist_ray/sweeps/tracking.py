@@ -1,0 +1,43 @@
+"""Who follows a sweep's trials."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+from mnist_ray import settings
+from mnist_ray.display import tracking
+from mnist_ray.sweeps.console import SweepConsole
+from mnist_ray.sweeps.job import Sweep
+from mnist_ray.sweeps.trials import FAILED, TrialRecord, TrialTable
+from mnist_ray.tracker import Ending
+from mnist_ray.training.events import TrialEnded
+
+
+@contextlib.contextmanager
+def followed(sweep: Sweep, console: SweepConsole) -> Iterator[Callable[[TrialTable], None]]:
+    """Yield what is to be told of the trials whenever they have changed: it shows them, and tells the trackers."""
+    job, told = sweep.job, set[int]()
+    warn = functools.partial(console.say, "note")
+    trackers = tracking.start_trials(job.run, job.workload, settings.values_of(sweep.config), job.output, warn)
+
+    def on_change(table: TrialTable) -> None:
+        console.show_table(table)
+        for record in table.by_point.values():
+            if record.is_finished and record.trial not in told:
+                told.add(record.trial)
+                trackers.log(_ended(table, record))
+
+    try:
+        yield on_change
+    finally:
+        trackers.close(Ending(None, {}, None))
+
+
+def _ended(table: TrialTable, record: TrialRecord) -> TrialEnded:
+    values = {column: getattr(record, name) for column, name in table.columns.items()}
+    figures = {name: value for name, value in values.items() if isinstance(value, float) and not math.isnan(value)}
+    point = {**record.point.values, "seed": record.point.seed}
+    return TrialEnded(record.trial, point, record.state, record.state == FAILED, figures)
