@@ -17,6 +17,7 @@ from pyarrow import fs
 
 from mnist_ray import user_code
 from mnist_ray.config import OutputConfig
+from mnist_ray.display.prometheus import RayMetrics
 from mnist_ray.errors import first_line
 from mnist_ray.screen import shown
 from mnist_ray.storage import RunFolder
@@ -77,9 +78,9 @@ def start(
     output: OutputConfig,
     warn: Callable[[str], None],
 ) -> Trackers:
-    """Track a run in TensorBoard, where that is installed, and where ``output`` says."""
+    """Track a run in Ray's metrics, in TensorBoard, where that is installed, and where ``output`` says."""
     plain = _plain(settings)
-    trackers: dict[str, Callable[[], Tracker]] = {}
+    trackers: dict[str, Callable[[], Tracker]] = {"Ray's metrics": lambda: RayMetrics(run, workload, plain)}
     if importlib.util.find_spec("tensorboard") is not None:
         trackers["TensorBoard"] = lambda: _TensorBoard(run, workload, plain)
     if (mlflow_uri := output.mlflow) is not None:
