@@ -41,7 +41,8 @@ class Gauge:
         self.tags |= tags
 
     def set(self, value: float, tags: dict[str, str] | None = None) -> None:
-        self.kept[(self.name, *(self.tags | (tags or {})).values())] = value
+        labels = (self.name, *(self.tags | (tags or {})).values())
+        self.kept[labels] = value
 
 
 def test_gauges_have_a_runs_figures_and_the_board_shows_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
