@@ -18,10 +18,10 @@ import pytest
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.sharing import share
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
-from mnist_ray.errors import JobError
+from mnist_ray.errors import JobError, UsageError
 from mnist_ray.runs.job import Job
 from mnist_ray.storage import locate
-from mnist_ray.sweeps.job import Sweep, read_sweep
+from mnist_ray.sweeps.job import Sweep, load_data, read_sweep
 from mnist_ray.sweeps.search import chosen_before
 from mnist_ray.sweeps.space import Point
 from mnist_ray.sweeps.trial import TrialSpec, run_trial
@@ -358,3 +358,45 @@ def test_a_time_budget_ends_a_sweep_that_would_go_on(
         tune({**QUICK, **where, "num_trials": 2, "num_epochs": 1_000_000, "time_budget_s": 5.0})
     if (tmp_path / "budget" / "sweep.csv").exists():  # else it was too slow to start one
         assert all(float(row["epochs"]) < 1_000_000 for row in rows(tmp_path / "budget"))
+
+
+NOISY = """
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from mnist_ray.workload import Arrays, Classification, Data, setting
+
+
+@dataclass(frozen=True, slots={slots})
+class Settings:
+    noise: float = setting(0.0, "of the inputs")
+    width: int = setting(2, "of the network")
+
+
+class Noisy(Classification):
+    Settings = Settings
+
+    def load_data(self):
+        inputs = np.random.default_rng(0).normal(self.settings.noise, size=(600, 2)).astype(np.float32)
+        arrays = Arrays(inputs, (inputs[:, 0] > 0).astype(np.int64))
+        return Data(arrays, arrays)
+
+    def create_model(self):
+        return nn.Sequential(nn.Linear(2, self.settings.width), nn.Linear(self.settings.width, 2))
+"""
+
+
+@pytest.mark.parametrize("slots", [False, True])
+def test_a_setting_that_the_data_go_by_is_not_searched(
+    slots: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / f"noisy_{slots}.py"
+    file.write_text(NOISY.format(slots=slots))
+    monkeypatch.setattr("sys.argv", ["tune.py", "--workload", str(file), "--sweep", "width=2,4"])
+    sweep, _ = load_data(read_sweep())
+    assert type(sweep.job.workload.settings).__name__ == "Settings"
+    monkeypatch.setattr("sys.argv", [*sys.argv, "noise=0,1"])
+    with pytest.raises(UsageError, match=r"^--sweep noise: load_data goes by it, and all trials have the same data$"):
+        load_data(read_sweep())
