@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from sklearn.datasets import load_digits
 
 from mnist_ray.errors import UsageError
@@ -45,6 +45,20 @@ def enlarged_digits(is_development: bool) -> Iterator[Sample]:
     for image, label in zip(digits.images[chosen], digits.target[chosen], strict=True):
         picture = Image.fromarray(np.uint8(image * 255 / 16))
         yield "load_digits", int(label), picture.resize((160, 160), Image.Resampling.BICUBIC)
+
+
+def placed_digits(is_development: bool) -> Iterator[Sample]:
+    """Yield 300 of the same digits, dark on white, of 40 to 200 pixels, somewhere in a picture of up to 400."""
+    rng = np.random.default_rng(1)
+    samples = list(enlarged_digits(is_development))
+    for index in rng.choice(len(samples), 300, replace=False):
+        _, label, image = samples[index]
+        side = int(rng.integers(40, 201))
+        width, height = (int(rng.integers(side, 401)) for _ in range(2))
+        picture = Image.new("L", (width, height), 255)
+        digit = ImageOps.invert(image.resize((side, side), Image.Resampling.BICUBIC))
+        picture.paste(digit, (int(rng.integers(0, width - side + 1)), int(rng.integers(0, height - side + 1))))
+        yield "load_digits, placed", label, picture
 
 
 def rendered_digits(is_development: bool) -> Iterator[Sample]:
@@ -120,7 +134,8 @@ def main() -> None:
     arguments = parser.parse_args()
     found = find(arguments.run, arguments.storage_path)
     model = found.load_model()
-    samples = [*mnist_images(), *enlarged_digits(arguments.development), *rendered_digits(arguments.development)]
+    foreign = (enlarged_digits, placed_digits, rendered_digits)
+    samples = [*mnist_images(), *(sample for draw in foreign for sample in draw(arguments.development))]
     kinds = np.array([kind for kind, _, _ in samples])
     labels = np.array([label for _, label, _ in samples])
     answers = {}

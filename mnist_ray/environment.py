@@ -21,6 +21,8 @@ _SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # What Ray Train sets for its controller; set for all, one process can serve all evaluations (`for_evaluation`).
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+    # Under `uv run`, workers have the environment that uv has made, instead of each making one of its own.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 _LOCAL_SETTINGS = {
     # An evaluation's process is kept for the next one, instead of for a second: to start it costs more than it does.
