@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -32,11 +32,22 @@ class MLflow(Tracker):
     A sweep's run has its trials, and its training with the defaults, as nested runs.
     """
 
-    def __init__(self, run: RunFolder, workload: Workload, settings: Mapping[str, Any], uri: str) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        workload: Workload,
+        settings: Mapping[str, Any],
+        uri: str,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Begin to follow ``run``; ``say`` is told in the end where a server shows it."""
         super().__init__(run, workload, settings)
+        # Else MLflow says where a run is each time that its state changes.
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         import mlflow
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
+        self._say = say
         mlflow.set_tracking_uri(_with_user_in_variables(uri))
         self._experiment = mlflow.set_experiment("mnist_ray").experiment_id
         self._client = mlflow.MlflowClient()
@@ -118,6 +129,9 @@ class MLflow(Tracker):
         if ending.checkpoint is not None:
             self._log_model(ending.checkpoint)
         self._client.set_terminated(self._id, "KILLED" if ending.result is None else "FINISHED")
+        server = self._client.tracking_uri
+        if server.startswith("http"):
+            self._say(f"MLflow shows it at {server.rstrip('/')}/#/experiments/{self._experiment}/runs/{self._id}")
 
     def _log_model(self, checkpoint: Checkpoint) -> None:
         import mlflow

@@ -86,7 +86,7 @@ def start(
     if (mlflow_uri := output.mlflow) is not None:
         from mnist_ray.display.mlflow import MLflow
 
-        trackers["MLflow"] = lambda: MLflow(run, workload, plain, mlflow_uri)
+        trackers["MLflow"] = lambda: MLflow(run, workload, plain, mlflow_uri, warn)
     if (project := output.wandb) is not None:
         from mnist_ray.display.wandb import WandB
 

@@ -187,6 +187,17 @@ def test_mlflow_says_which_data_workers_and_commit_a_run_had(tmp_path: Path, mlf
     assert data == {"training": ("MNIST", "a" * 36), "test": ("MNIST", "unknown")}
 
 
+def test_where_a_server_of_mlflow_shows_a_run_is_said_once(
+    tmp_path: Path, mlflow_uri: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mlflow.MlflowClient, "tracking_uri", "http://host:5000/")
+    run = locate(str(tmp_path), "run")
+    (said,) = follow(run, EPOCH, Ending(RESULT, {}, None), mlflow_uri)
+    (found,) = in_mlflow(run)
+    assert said == f"MLflow shows it at http://host:5000/#/experiments/1/runs/{found.info.run_id}"
+    assert "http" not in capfd.readouterr().out
+
+
 def test_mlflow_has_a_trial_that_is_told_of_again_once(tmp_path: Path, mlflow_uri: str) -> None:
     config, run = OutputConfig(mlflow=mlflow_uri), locate(str(tmp_path), "sweep")
     for _ in range(2):
