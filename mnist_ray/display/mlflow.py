@@ -81,7 +81,7 @@ class MLflow(Tracker):
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         origin = self.run.read_json(ORIGIN_FILE) or {}
-        tags = {"mlflow.source.name": "command_line", "mlflow.source.git.commit": "git_commit"}
+        tags = {"command_line": "command_line", "mlflow.source.git.commit": "git_commit"}
         for tag, key in tags.items():
             if origin.get(key):
                 self._client.set_tag(self._id, tag, origin[key])

@@ -181,7 +181,7 @@ def test_mlflow_says_which_data_workers_and_commit_a_run_had(tmp_path: Path, mlf
         assert follow(run, EPOCH, Ending(None, {}, None), mlflow_uri) == []
     (found,) = in_mlflow(run)
     tags = found.data.tags
-    assert (tags["mlflow.source.git.commit"], tags["mlflow.source.name"]) == ("0123abcd", "python jobs/train.py")
+    assert (tags["mlflow.source.git.commit"], tags["command_line"]) == ("0123abcd", "python jobs/train.py")
     assert tags["workers"] == "1 × cpu"
     data = {one.tags[0].value: (one.dataset.name, one.dataset.digest) for one in found.inputs.dataset_inputs}
     assert data == {"training": ("MNIST", "a" * 36), "test": ("MNIST", "unknown")}
