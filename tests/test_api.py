@@ -156,6 +156,9 @@ def test_the_tour_runs_in_a_notebook_each_call_on_a_ray_of_its_own(
     nbclient.NotebookClient(tour, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     said = json.dumps([cell.get("outputs") for cell in tour.cells])
     assert "<iframe srcdoc=" in said
+    assert "search     random, 4 trials" in said
+    assert "\\u001b" not in said  # nothing that only a terminal understands
+    assert "Missing packages" not in said
     assert said.count("image/png") >= 3
     assert (tmp_path / "circle.pt2").exists()
 

@@ -47,10 +47,11 @@ class RunConsole:
         self._workload = workload
         self._num_epochs = num_epochs
         self._quiet = quiet
-        # A table in a log is as wide as it needs to be.
-        width = None if sys.stdout.isatty() else _LOG_WIDTH
+        # Whatever FORCE_COLOR says, which Jupyter sets, too. A table in a log is as wide as it needs to be.
+        is_terminal = sys.stdout.isatty()
+        width = None if is_terminal else _LOG_WIDTH
         style: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
-        self._console = Console(**style, width=width, force_jupyter=False)
+        self._console = Console(**style, width=width, force_terminal=is_terminal, force_jupyter=False)
         self._plain_interval_s = _NOTEBOOK_INTERVAL_S if "ipykernel" in sys.modules else _PLAIN_INTERVAL_S
         self._live = _Live(console=self._console, transient=True, auto_refresh=False)
         self._last_plain = 0.0

@@ -121,6 +121,7 @@ def _run_trials(
             name=_TUNE_FOLDER,
             storage_path=run.uri,
             callbacks=[watcher],
+            progress_reporter=_Silent(),
             failure_config=tune.FailureConfig(max_failures=spec.job.workers.max_failures),
             verbose=0,
         ),
@@ -204,6 +205,17 @@ def _optuna(sweep: SweepConfig, seed: int, table: TrialTable, concurrent: int) -
             search.add_evaluated_point(record.point.values, record.val_criterion)
     limited = ConcurrencyLimiter(search, concurrent)
     return {"search_alg": limited, "num_samples": sweep.num_trials - len(finished)}
+
+
+class _Silent(tune.ProgressReporter):
+    """Reports nothing: in a notebook, Tune's own would clear the cell's output, even where it has nothing to say."""
+
+    def should_report(self, trials: list[Trial], done: bool = False) -> bool:
+        """Return that there is nothing to report."""
+        return False
+
+    def report(self, trials: list[Trial], done: bool, *sys_info: dict) -> None:
+        """Report nothing."""
 
 
 class _Watcher(tune.Callback):

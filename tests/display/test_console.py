@@ -98,7 +98,6 @@ def drawn_after_a_change_of_width(
     """Return what is written for the second live line, drawn on a terminal that has got another width."""
     width = [before]
     monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setattr("rich.console.Console.size", property(lambda self: ConsoleDimensions(width[0], 25)))
     with RunConsole(mnist(), 2, quiet=False) as printer:
