@@ -10,7 +10,7 @@ import html
 import inspect
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +22,7 @@ from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig, Worke
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.forking.local import prepare_forking
 from mnist_ray.runs.job import Job, checked, read_job
-from mnist_ray.storage import REPORT_FILE, TRIALS_FILE, RunFolder, read_result
+from mnist_ray.storage import REPORT_FILE, RunFolder, read_result
 from mnist_ray.workload.interface import Workload
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _REPORT_HEIGHT = 600  # pixels, in a notebook
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A run that was trained and tested. In a notebook it shows its report."""
 
@@ -96,6 +96,9 @@ class Run:
     def __str__(self) -> str:
         return f"{self.name}: {self.workload.said(self.figures)} on the test set"
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self}>"
+
     def _repr_html_(self) -> str:
         page = self.folder.read_text(REPORT_FILE)
         if page is None:
@@ -104,16 +107,16 @@ class Run:
         return f'<iframe srcdoc="{html.escape(page)}" {frame}></iframe>'
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SweptRun(Run):
     """The training of a sweep's best configuration."""
 
     best: dict[str, Any]
     """The settings that were searched, as the best configuration has them."""
-    trials: list[dict[str, str]]
-    """A row for each trial, as sweep.csv has them."""
+    trials: list[dict[str, Any]]
+    """A row for each trial, with the columns of sweep.csv."""
     default: Run | None
-    """The training of the default configuration, where that is another one."""
+    """The training of the default configuration; None where the best is the default."""
 
 
 def train(workload: type[Workload] | str | Path | None = None, **settings: Any) -> Run:
@@ -130,11 +133,16 @@ def train(workload: type[Workload] | str | Path | None = None, **settings: Any) 
 
 
 def tune(workload: type[Workload] | str | Path | None = None, **settings: Any) -> SweptRun:
-    """Search, then train and evaluate the best, as ``jobs/tune.py`` does; return that run. Raises as ``train``."""
-    from mnist_ray.commands import tune as command
-    from mnist_ray.display.history import read_csv
-    from mnist_ray.sweeps.job import BEST_FILE, DEFAULT_FOLDER, read_sweep
+    """Search, then train and evaluate the best, as ``jobs/tune.py`` does; return that run. Raises as ``train``.
 
+    ``sweep`` may also be a dict: ``{"width": [8, 32], "learning_rate": "log:1e-3:1e-1"}``.
+    """
+    from mnist_ray.commands import tune as command
+    from mnist_ray.sweeps.job import BEST_FILE, DEFAULT_FOLDER, read_sweep
+    from mnist_ray.sweeps.trials import TrialTable
+
+    if isinstance(searched := settings.get("sweep"), Mapping):
+        settings["sweep"] = [f"{name}={_space_text(space)}" for name, space in searched.items()]
     sweep = read_sweep(_with_workload(workload, settings))
     command.tune(sweep)
     job, best = sweep.job, sweep.job.run.read_json(BEST_FILE) or {}
@@ -142,9 +150,13 @@ def tune(workload: type[Workload] | str | Path | None = None, **settings: Any) -
     return SweptRun(
         **vars(_run(job)),
         best={name: best[name] for name in sweep.space.spaces},
-        trials=read_csv(job.run, TRIALS_FILE),
+        trials=TrialTable(type(job.workload), sweep.space).read(job.run).rows,
         default=Run(default, job.workload, result) if (result := read_result(default)) else None,
     )
+
+
+def _space_text(space: Any) -> str:
+    return space if isinstance(space, str) else ",".join("none" if value is None else str(value) for value in space)
 
 
 def evaluate(

@@ -37,20 +37,18 @@ class TrainConfig:
     optimizer: Literal["adam", "adamw", "sgd"] = setting("adam", "what makes steps of the gradients")
     beta1: float = setting(0.7, "Adam's decay of the gradient's mean", **fraction(with_one=False))
     beta2: float = setting(0.9, "Adam's decay of the gradient's square", **fraction(with_one=False))
-    momentum: float = setting(0.9, "SGD's", **fraction(with_one=False))
+    momentum: float = setting(0.9, "momentum of SGD", **fraction(with_one=False))
     weight_decay: float = setting(0.0, "how much a step pulls the weights to zero; AdamW is made for it", **at_least(0))
     label_smoothing: float = setting(
         0.0, "of a classification's training: how much of each target is spread over all classes", **fraction()
     )
     ema_decay: float | None = setting(
         None,
-        "evaluate and keep a moving average of the weights, of which a step leaves so much, as 0.99",
+        "evaluate and keep a moving average of the weights: the part of it that a step leaves, as 0.99",
         check=lambda decay: decay is None or 0 <= decay < 1,
         must="must be in [0, 1)",
     )
-    early_stop: int | None = setting(
-        None, "stop where the validation has not been better for so many epochs", **at_least(1)
-    )
+    early_stop: int | None = setting(None, "stop after so many epochs without a better validation", **at_least(1))
     precision: Precision = setting(
         "auto",
         "arithmetic of the forward and backward pass; auto: bf16 where the hardware has it; fp16: with a scaled loss",
@@ -81,7 +79,7 @@ class TrainConfig:
     )
     limit: float = setting(
         1.0,
-        "part of all data that is used, drawn at random: to try things out",
+        "fraction of all data to use, drawn at random: to try things out",
         check=lambda part: 0 < part <= 1,
         must="must be above 0, and at most 1",
     )
@@ -239,8 +237,8 @@ class SweepConfig:
 
     sweep: tuple[str, ...] | None = setting(
         None,
-        "what is searched, each as NAME=A,B,C, NAME=LOW:HIGH or NAME=log:LOW:HIGH; default: all that has a search "
-        "space and no flag here",
+        "what is searched, each as NAME=A,B,C, NAME=LOW:HIGH or NAME=log:LOW:HIGH; default: every setting with "
+        "a search space that has no flag here",
     )
     num_trials: int = setting(16, "configurations to try", **at_least(1))
     search: Literal["random", "optuna", "grid"] = setting("random", "how configurations are proposed")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import logging
 import os
 import re
 import secrets
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,6 +46,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 def prepare(*, verbose: bool) -> None:
     """Set what is not set yet; whatever the user has set stays. Raises UsageError where Ray cannot read that."""
     _check_variables()
+    if not verbose:  # in a notebook, Ray says as it is imported that widgets are missing, which nothing here shows
+        logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", message="IProgress not found")
     for name, value in (_SETTINGS if verbose else _SETTINGS | _QUIET_SETTINGS).items():
         os.environ.setdefault(name, value)
 

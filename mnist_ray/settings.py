@@ -141,7 +141,8 @@ def _checked(field: dataclasses.Field[Any], annotation: Any, value: Any) -> Any:
         value = path_of(value, shown).absolute()
     is_of_type = isinstance(value, Path) if plain is Path else type(value) is plain
     if not is_of_type or (plain is tuple and any(type(item) is not item_type(annotation) for item in value)):
-        raise UsageError(f"{shown} must be of type {plain.__name__}, not {value!r}")
+        kind = f"a list of {item_type(annotation).__name__}" if plain is tuple else f"of type {plain.__name__}"
+        raise UsageError(f"{shown} must be {kind}, not {value!r}")
     if choices and value not in choices:
         raise UsageError(f"{shown} must be one of {', '.join(map(str, choices))}, not {value!r}")
     check: Check | None = field.metadata.get("check")

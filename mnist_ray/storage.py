@@ -202,6 +202,11 @@ class RunFolder:
             variables += instead
         return f"{command(job)} {shlex.join(flags)}" + (f" (with {', '.join(variables)} set)" if variables else "")
 
+    def resume_call(self, job: str) -> str:
+        """Return the call of ``job``, train or tune, that goes on with it."""
+        storage_path, _ = without_user(self.storage_path)
+        return f"{job}(resume=True, run_name={self.name!r}, storage_path={storage_path!r})"
+
     def upload(self, local: str) -> None:
         """Copy a local folder's files into it, with retries. Raises what the file system does."""
 

@@ -16,6 +16,7 @@ import mnist_ray
 from mnist_ray import Run
 from mnist_ray.api import reference_of
 from mnist_ray.errors import UsageError
+from mnist_ray.runs.job import read_job
 from mnist_ray.workload.data import Arrays
 from mnist_ray.workload.mnist import MNIST
 from tests.conftest import QUICK, ROOT
@@ -29,6 +30,7 @@ def run(ray_address: str, small_data: Path, tmp_path_factory: pytest.TempPathFac
 
 def test_training_returns_the_run_with_all_that_it_has_left(run: Run) -> None:
     assert str(run).startswith("one: loss ")
+    assert repr(run) == f"<Run {run}>"
     assert run.figures["accuracy"] == run.result["test_accuracy"] > 0.5
     assert [row["epoch"] for row in run.history] == [1, 2]
     assert run.steps[-1]["epoch"] == 2
@@ -71,6 +73,29 @@ def test_a_mistake_is_raised_with_the_line_that_a_command_prints(
     with pytest.raises(UsageError) as raised:
         mnist_ray.train(storage_path=tmp_path, **settings)
     assert str(raised.value) == message
+
+
+@pytest.mark.parametrize(
+    ("searched", "message"),
+    [
+        ({"batch_size": [16, "x"]}, "--sweep batch_size=16,x: 'x' is no int"),
+        ({"ema_decay": [None, 2]}, "--sweep ema_decay=none,2: --ema-decay must be in [0, 1), not 2.0"),
+        (
+            {"learning_rate": "log:0:1"},
+            "--sweep learning_rate=log:0:1: --learning-rate must be a positive number, not 0.0",
+        ),
+        ("batch_size=16,32", "--sweep must be a list of str, not 'batch_size=16,32'"),
+    ],
+)
+def test_what_is_searched_may_be_a_dict(searched: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as raised:
+        mnist_ray.tune(storage_path=tmp_path, sweep=searched)
+    assert str(raised.value) == message
+
+
+def test_a_call_is_gone_on_with_by_a_call(tmp_path: Path) -> None:
+    job = read_job({"storage_path": str(tmp_path), "run_name": "one"})
+    assert job.resume_with == f"train(resume=True, run_name='one', storage_path='{tmp_path}')"
 
 
 class Mine(MNIST):
@@ -140,6 +165,7 @@ def test_the_tours_cells_run_from_the_first_to_the_last(
     assert [answer.answers[0][0] for answer in names["answers"]].count(7) >= 1
     assert names["circle"].figures["accuracy"] > 0.8
     assert set(names["sweep"].best) == {"width", "learning_rate"}
+    assert {row["width"] for row in names["sweep"].trials} <= {8, 32}
     assert len(names["sweep"].trials) == 2
     assert (tmp_path / "circle.pt2").exists()
 

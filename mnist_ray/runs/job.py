@@ -56,7 +56,7 @@ class Job:
     output: OutputConfig
     run: RunFolder
     resume_with: str
-    """The command that goes on with it, as one would type it."""
+    """The command that goes on with it, as one would type it; or the call, where it was called."""
     notes: tuple[str, ...] = ()
     """What the user is to know before it begins."""
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -91,6 +91,8 @@ class CommandLine:
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     given: Collection[str] = ()
     """What was said in this command, and not by a recipe or a file."""
+    is_call: bool = False
+    """Whether it is a call from Python in place of a command."""
 
     def to_job(self) -> Job:
         """Return the training job that it asks for. Raises UsageError."""
@@ -107,7 +109,7 @@ class CommandLine:
             workers,
             output,
             self.run,
-            self.run.resume_command(self.kind, output.mlflow),
+            self.run.resume_call(self.kind) if self.is_call else self.run.resume_command(self.kind, output.mlflow),
             self.notes,
             self.origin,
             callback,
@@ -156,12 +158,12 @@ def read_command_line(
     _check_output(output)
     if not saved:
         check_free(run, resume=False)
-        return CommandLine(kind, workload_class, asked, run, given=flags.keys())
+        return CommandLine(kind, workload_class, asked, run, given=flags.keys(), is_call=given is not None)
     values = merged(kept, saved, asked)
     _check_unchanged(run, kept, saved, values)
     origin, notes = _left_by(run, kind)
     notes = (*notes, *_changes_since(origin, workload_class))
-    return CommandLine(kind, workload_class, values, run, notes, origin, flags.keys())
+    return CommandLine(kind, workload_class, values, run, notes, origin, flags.keys(), given is not None)
 
 
 def _read_flags(

@@ -49,7 +49,7 @@ class SweepConsole(RunConsole):
             f"{table.count(STOPPED)} stopped early",
             f"{table.count(FAILED, LOST)} failed",
         ]
-        best = "none validated yet"
+        best = "no result yet"
         if table.best:
             best = f"best {self._workload.criterion.shown(table.best.val_criterion)} ({table.best.shown_seeds})"
         left = self._seconds_left(table)
@@ -100,6 +100,8 @@ def announced(sweep: Sweep, data: Parts) -> Iterator[SweepConsole]:
         console.say("sweep", job.run.name)
         say_data(console, job, data)
         trials = f"{count(config.num_trials, 'trial')} of {count(job.train.num_epochs, 'epoch')}"
+        if config.num_confirmed:
+            trials += f", then the best {config.num_confirmed} with two more seeds each"
         console.say("search", f"{config.search}, {trials}: {sweep.space.described()}; scheduler {config.scheduler}")
         console.say("results", job.run.uri)
         console.waiting("starting Ray …")

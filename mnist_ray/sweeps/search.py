@@ -121,7 +121,8 @@ def train_chosen(console: SweepConsole, sweep: Sweep, table: TrialTable, data: P
     default = best.with_values(dict(sweep.space.defaults))
     default = dataclasses.replace(default, run=best.run.inside(DEFAULT_FOLDER))
     chosen = {"default": default, "best": best}
-    if default.values == best.values or default.train.batch_size > len(data.train):
+    is_default = default.values == best.values
+    if is_default or default.train.batch_size > len(data.train):
         del chosen["default"]
     came_out = {}
     for title, job in chosen.items():
@@ -133,7 +134,7 @@ def train_chosen(console: SweepConsole, sweep: Sweep, table: TrialTable, data: P
             value = _train_and_test(job, data, as_it_is_now(cluster), is_last=title == "best")
         shown = job.workload.criterion.shown(value)
         name = "" if job.workload.criterion.is_fraction else f"{job.workload.criterion.name} "
-        came_out[title] = f"{name}{shown} on the test set with {values}"
+        came_out[title] = f"{name}{shown} on the test set with {values}" + (", the default" if is_default else "")
     console.say("", "")
     for title, line in came_out.items():
         console.result(title, line)

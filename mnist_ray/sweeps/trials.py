@@ -191,14 +191,25 @@ class TrialTable:
             "reason": "reason",
         }
 
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """What sweep.csv holds: a row per trial in the order of starting."""
+        return [
+            {
+                "trial": record.trial,
+                **record.point.values,
+                "seed": record.point.seed,
+                **{column: getattr(record, name) for column, name in self.columns.items()},
+            }
+            for record in self.by_point.values()
+        ]
+
     def to_csv(self) -> str:
-        """Return sweep.csv: a row per trial in the order of starting."""
+        """Return sweep.csv."""
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["trial", *self.space.spaces, "seed", *self.columns])
-        for record in self.by_point.values():
-            figures = [getattr(record, name) for name in self.columns.values()]
-            writer.writerow([record.trial, *record.point.values.values(), record.point.seed, *figures])
+        writer = csv.DictWriter(text, ["trial", *self.space.spaces, "seed", *self.columns], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
         return text.getvalue()
 
     def read(self, run: RunFolder) -> TrialTable:

@@ -37,8 +37,8 @@ def export(found: lookup.Found, config: ExportConfig) -> None:
     if config.format == "onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
         raise UsageError("--format onnx needs more packages: pip install -e '.[onnx]'")
     path = path_of(_FILES[config.format] if config.output is None else config.output, "--output")
-    if path.suffix != Path(_FILES[config.format]).suffix:
-        raise UsageError(f"--output {config.output} must end in {Path(_FILES[config.format]).suffix}")
+    if path.suffix != (suffix := Path(_FILES[config.format]).suffix):
+        raise UsageError(f"--output {config.output} must end in {suffix} for --format {config.format}")
     workload, model = found.workload, found.load_model()
     to_bytes, load = {"torch": (torch_program, _load_torch), "onnx": (onnx_program, _load_onnx)}[config.format]
     write_file(path, to_bytes(workload, model))

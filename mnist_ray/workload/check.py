@@ -120,7 +120,7 @@ def _check_dict(place: str, value: object) -> None:
 def _check_numbers(place: str, values: object, number: int) -> None:
     if not isinstance(values, Tensor) or tuple(values.shape) != (number,):
         got = f"{tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise UsageError(f"{place} is to be one number an example, ({number},) here, not {got}")
+        raise UsageError(f"{place} is to be one number per example, ({number},) here, not {got}")
 
 
 def as_fp32(outputs: Any) -> Any:

@@ -100,7 +100,7 @@ class Classification(Workload):
             raise UsageError(f"{name}: the model gives a {type(outputs).__name__}, not a tensor of logits")
         if outputs.ndim != 2 or outputs.shape[1] != self.num_classes:
             raise UsageError(
-                f"{name}: the model gives {' × '.join(map(str, outputs.shape[1:])) or 'no'} logits an example, "
+                f"{name}: the model gives {' × '.join(map(str, outputs.shape[1:])) or 'no'} logits per example, "
                 f"but the data have {self.num_classes:,} classes"
             )
         if targets.ndim != 1 or targets.is_floating_point():

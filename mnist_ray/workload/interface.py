@@ -216,7 +216,7 @@ class Workload:
 
         Workloads that have it answer to ``jobs/predict.py``.
         """
-        raise UsageError(f"{type(self).__name__} does not answer pictures: it has no read_picture")
+        raise UsageError(f"{type(self).__name__} does not answer pictures: it defines no read_picture()")
 
     def marks(self, picture: Image) -> list[Mark]:
         """Return all that is to be answered in a user's own picture, in the order of reading. Raises UsageError."""
@@ -224,7 +224,7 @@ class Workload:
 
     def answers(self, outputs: Any) -> list[list[tuple[Any, float]]]:
         """Return what the model says to each input, the best first: answers with their probabilities."""
-        raise UsageError(f"{type(self).__name__} does not answer pictures: it has no answers")
+        raise UsageError(f"{type(self).__name__} defines no answers(): it cannot be asked, only evaluated and exported")
 
     # --- derived
 

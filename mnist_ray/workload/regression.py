@@ -51,7 +51,7 @@ class Regression(Workload):
         if targets.ndim != 1 or tuple(outputs.shape) not in ((len(targets),), (len(targets), 1)):
             raise UsageError(
                 f"{type(self).__name__}: the model gives {tuple(outputs.shape)} for targets {tuple(targets.shape)}; "
-                "both are to be one number an example"
+                "both are to be one number per example"
             )
 
     def predictions(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -73,7 +73,7 @@ def test_a_checkpoint_whose_data_are_elsewhere_is_checked_on_noise(tmp_path: Pat
 
 def test_a_file_is_not_given_the_others_ending(finished_run: Path) -> None:
     done = run_job("export.py", str(finished_run), "--output", "model.onnx")
-    assert (done.returncode, done.stderr) == (2, "error: --output model.onnx must end in .pt2\n")
+    assert (done.returncode, done.stderr) == (2, "error: --output model.onnx must end in .pt2 for --format torch\n")
 
 
 def test_a_file_that_cannot_be_written_is_one_line(finished_run: Path) -> None:

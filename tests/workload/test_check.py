@@ -157,33 +157,33 @@ def test_outputs_that_are_no_tensor_stay_as_they_are() -> None:
         ),
         (
             "create_model(self): return nn.Linear(4, 20)",
-            "Wrong: the model gives 20 logits an example, but the data have 10 classes",
+            "Wrong: the model gives 20 logits per example, but the data have 10 classes",
         ),
         (
             "create_model(self): return nn.Linear(4, 5)",
-            "Wrong: the model gives 5 logits an example, but the data have 10 classes",
+            "Wrong: the model gives 5 logits per example, but the data have 10 classes",
         ),
         (
             "create_model(self): return nn.Sequential(nn.Linear(4, 20), nn.Unflatten(1, (10, 2)))",
-            "Wrong: the model gives 10 × 2 logits an example, but the data have 10 classes",
+            "Wrong: the model gives 10 × 2 logits per example, but the data have 10 classes",
         ),
         (
             "create_model(self): return nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))",
-            "Wrong: the model gives no logits an example, but the data have 10 classes",
+            "Wrong: the model gives no logits per example, but the data have 10 classes",
         ),
         (
             "loss(self, outputs, targets): return F.cross_entropy(outputs, targets)",
-            "Wrong.loss is to be one number an example, (16,) here, not ()",
+            "Wrong.loss is to be one number per example, (16,) here, not ()",
         ),
         (
             "loss(self, outputs, targets): return outputs",
-            "Wrong.loss is to be one number an example, (16,) here, not (16, 10)",
+            "Wrong.loss is to be one number per example, (16,) here, not (16, 10)",
         ),
         (
             "loss(self, outputs, targets): return 0.5",
-            "Wrong.loss is to be one number an example, (16,) here, not float",
+            "Wrong.loss is to be one number per example, (16,) here, not float",
         ),
-        ("loss(self, outputs, targets): ...", "Wrong.loss is to be one number an example, (16,) here, not NoneType"),
+        ("loss(self, outputs, targets): ...", "Wrong.loss is to be one number per example, (16,) here, not NoneType"),
         (
             "loss(self, outputs, targets): return super().loss(outputs, targets) / (targets - 1)",
             "Wrong.loss is not finite on the first 16 examples, with the initial weights",
@@ -210,15 +210,15 @@ def test_outputs_that_are_no_tensor_stay_as_they_are() -> None:
         ),
         (
             'measure(self, outputs, targets): return {"accuracy": (outputs.argmax(1) == targets).float().mean()}',
-            "Wrong.measure: accuracy is to be one number an example, (16,) here, not ()",
+            "Wrong.measure: accuracy is to be one number per example, (16,) here, not ()",
         ),
         (
             'measure(self, outputs, targets): return {"accuracy": 0.5}',
-            "Wrong.measure: accuracy is to be one number an example, (16,) here, not float",
+            "Wrong.measure: accuracy is to be one number per example, (16,) here, not float",
         ),
         (
             'predictions(self, outputs, targets): return {"label": targets, "logits": outputs}',
-            "Wrong.predictions: logits is to be one number an example, (16,) here, not (16, 10)",
+            "Wrong.predictions: logits is to be one number per example, (16,) here, not (16, 10)",
         ),
     ],
 )
@@ -254,7 +254,7 @@ def test_metrics_that_are_not_those_that_are_summarized_are_named(write: Write, 
 )
 def test_a_regression_whose_model_gives_other_than_a_number_is_refused(write: Write, layer: str, shape: str) -> None:
     message = message_of(write, f"\n    def create_model(self): return {layer}\n", "Numbers")
-    assert message == f"Wrong: the model gives {shape} for targets (16,); both are to be one number an example"
+    assert message == f"Wrong: the model gives {shape} for targets (16,); both are to be one number per example"
 
 
 def test_a_regression_on_targets_in_a_column_is_refused(write: Write) -> None:
@@ -263,7 +263,7 @@ def test_a_regression_on_targets_in_a_column_is_refused(write: Write) -> None:
         part = Arrays(np.ones((20, 4), np.float32), np.ones((20, 1), np.float32))
         return Data(part, part)
 """
-    expected = "Wrong: the model gives (16, 1) for targets (16, 1); both are to be one number an example"
+    expected = "Wrong: the model gives (16, 1) for targets (16, 1); both are to be one number per example"
     assert message_of(write, body, "Numbers") == expected
 
 
