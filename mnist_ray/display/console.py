@@ -46,6 +46,7 @@ class RunConsole:
     def __init__(self, workload: Workload, num_epochs: int, *, quiet: bool) -> None:
         self._workload = workload
         self._num_epochs = num_epochs
+        self._label_width = max(10, len(f"epoch {num_epochs}/{num_epochs}"))
         self._quiet = quiet
         # Whatever FORCE_COLOR says, which Jupyter sets, too. A table in a log is as wide as it needs to be.
         is_terminal = sys.stdout.isatty()
@@ -71,14 +72,14 @@ class RunConsole:
     def say(self, label: str, text: str) -> None:
         """Print a line, its label in a column of its own."""
         if not self._quiet:
-            line = _line(label, text)
+            line = self._line(label, text)
             line.rstrip()
             self._console.print(line)
 
     def waiting(self, text: str) -> None:
         """Show what is waited for until the next event, on the live line only."""
         if self._live.is_started:
-            self._live.update(Text(_column("") + shown(text), style="dim"), refresh=True)
+            self._live.update(Text(self._column("") + shown(text), style="dim"), refresh=True)
 
     def rest(self) -> None:
         """Take the live line away for good."""
@@ -87,7 +88,7 @@ class RunConsole:
     def result(self, label: str, text: str) -> None:
         """Print a line that ``--quiet`` leaves standing."""
         self.rest()
-        self._console.print(_line(label, text))
+        self._console.print(self._line(label, text))
 
     def show(self, event: Event) -> None:
         """Print what an event says, where it says something new."""
@@ -153,7 +154,7 @@ class RunConsole:
         )
         label = f"epoch {event.epoch}/{self._num_epochs}"
         if self._live.is_started:
-            self._live.update(Text(_column(label) + shown(line)), refresh=True)
+            self._live.update(Text(self._column(label) + shown(line)), refresh=True)
         elif time.monotonic() - self._last_plain >= self._plain_interval_s:
             self._last_plain = time.monotonic()
             self.say(label, line)
@@ -168,6 +169,12 @@ class RunConsole:
             f"finished in {last.epoch_s:.2f} s ({last.examples_per_s:,.0f} {self._workload.nouns}/s): "
             f"{self._workload.said(last.so_far)} on the training {self._workload.nouns}",
         )
+
+    def _line(self, label: str, text: str) -> Text:
+        return Text.assemble((self._column(shown(label)), "bold"), shown(text))
+
+    def _column(self, label: str) -> str:
+        return f"{label:<{self._label_width}} "
 
 
 class _Live(Live):
@@ -184,11 +191,3 @@ class _Live(Live):
         self._lengths = tuple(map(Segment.get_line_length, lines))
         clear_row = ((ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1))
         return [Control(*clear_row * more), *super().process_renderables(renderables)]
-
-
-def _line(label: str, text: str) -> Text:
-    return Text.assemble((_column(shown(label)), "bold"), shown(text))
-
-
-def _column(label: str) -> str:
-    return f"{label:<10} "

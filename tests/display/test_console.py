@@ -41,15 +41,15 @@ def test_a_job_log_has_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_labels_that_fill_their_column_stand_apart_and_a_trained_run_says_so(
+def test_labels_of_many_epochs_have_a_wider_column_and_a_trained_run_says_so(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with RunConsole(mnist(), 100, quiet=False) as printer:
         printer.show(EpochFinished(dataclasses.replace(PROGRESS, epoch=60)))
         printer.show(Started(1, ("a",), 2, "cpu", "bf16", epoch=100, step=0, num_steps=40))
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("epoch 60/100 finished in 3.00 s")
-    assert second == "started    1 × cpu with 2 threads, bf16; all epochs are trained already"
+    assert first.startswith("epoch 60/100  finished in 3.00 s")
+    assert second == "started       1 × cpu with 2 threads, bf16; all epochs are trained already"
 
 
 def test_progress_is_a_plain_line_once_in_a_while(

@@ -208,7 +208,7 @@ def test_a_preempted_node_is_left_with_a_checkpoint_just_in_time(
     flags |= {"data_dir": small_data, "storage_path": tmp_path}
     printed, _ = run_and_act(announce, "epoch 1/30", *as_flags(flags), address=nodes.address)
     nodes.remove_node(doomed)
-    assert printed.count("note       a worker's node is about to be taken away; saving a checkpoint\n") == 1
+    assert printed.count("a worker's node is about to be taken away; saving a checkpoint\n") == 1
     assert "lost " not in printed
 
 
