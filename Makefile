@@ -45,7 +45,7 @@ check: .venv/installed-dev  ## run the linter, the formatter's check and the typ
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: .venv/installed-dev  ## let the linter and the formatter mend what they can
+format: .venv/installed-dev  ## let the linter and the formatter fix what they can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
