@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 
 FORWARDED: signal.Signals | None = getattr(signal, "SIGUSR1", None)
@@ -22,10 +23,15 @@ class Noted:
 
 @dataclass
 class _Heard:
-    """So far; there is one of it, as a process has one set of signal handlers."""
+    """So far; there is one of it, as a process has one set of signal handlers.
 
-    directly: int = 0
-    forwarded: int = 0
+    A handler may be interrupted by another one between any two of its steps, so each of its steps on these is atomic.
+    """
+
+    directly: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    forwarded: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    taken: dict[int, object] = field(default_factory=dict)
+    """By number, the interrupts that have been acted upon, whichever way they were heard on first."""
     first: Noted | None = None
     """To be set by the first interrupt, where it is only to be noted."""
     error: Exception | None = None
@@ -51,12 +57,8 @@ def _hear(number: int, frame: FrameType | None) -> None:
         _heard.error = None
         is_ending = _heard.first is not None and _heard.first.is_set  # then Ray may have been sent SIGTERM, too
         raise KeyboardInterrupt if is_ending else error
-    before = max(_heard.directly, _heard.forwarded)
-    if number == FORWARDED:
-        _heard.forwarded += 1
-    else:
-        _heard.directly += 1
-    if max(_heard.directly, _heard.forwarded) == before:
+    this, interrupt = object(), next(_heard.forwarded if number == FORWARDED else _heard.directly)
+    if _heard.taken.setdefault(interrupt, this) is not this:
         return  # the same one, heard on the other way
     if _heard.first is not None and not _heard.first.is_set:
         _heard.first.is_set = True

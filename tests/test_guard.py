@@ -22,7 +22,8 @@ def work():
             while not first.is_set:
                 time.sleep(0.01)
             print("saving", flush=True)
-            time.sleep(60)
+            while True:  # and not one long sleep: a signal that comes just before it would not end it
+                time.sleep(0.01)
     except KeyboardInterrupt:
         return 130
 sys.exit(guard.run(work))
