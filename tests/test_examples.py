@@ -15,10 +15,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "shapes": {"num_images": 3000, "noise": 0, "num_epochs": 3, "batch_size": 32, "learning_rate": 5e-3, "width": 8},
 }
 EXAMPLES = list(SMALL)
-# What takes many jobs is done to one of them each time, and to both by make test-long.
-ONE_OF_THEM = pytest.mark.parametrize(
-    "example", ["diabetes", pytest.param("shapes", marks=pytest.mark.long)], indirect=True
-)
 
 
 def flags_of(example: str, storage: Path, **more: Any) -> list[str]:
@@ -84,7 +80,7 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(
     assert weights_of(tmp_path / "kill") == weights_of(run)
 
 
-@ONE_OF_THEM
+@pytest.mark.long
 def test_it_is_swept_over_a_setting_of_its_own_and_the_best_is_trained(
     example: str, ray_address: str, tmp_path: Path
 ) -> None:
@@ -104,7 +100,7 @@ def test_it_is_swept_over_a_setting_of_its_own_and_the_best_is_trained(
     assert "pictures/sweep.png" in {str(path.relative_to(tmp_path / "sweep")) for path in tmp_path.rglob("*.png")}
 
 
-@ONE_OF_THEM
+@pytest.mark.long
 def test_it_is_evaluated_reported_and_exported_by_its_runs_name_alone(
     run: Path, ray_address: str, tmp_path: Path
 ) -> None:

@@ -50,6 +50,7 @@ def run(temporary: Path, *words: str, address: str = "local", **variables: str) 
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.long
 def test_what_listens_but_is_no_ray_ends_the_job_in_one_line(silent: str, temporary: Path) -> None:
     done = run(temporary, address=silent)
     assert done.returncode == 1

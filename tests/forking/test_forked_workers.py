@@ -163,6 +163,7 @@ def test_when_the_driver_is_killed_the_server_its_workers_and_its_folder_go() ->
     end(everything)  # Ray's agents take their time
 
 
+@pytest.mark.long
 def test_objects_that_do_not_fit_into_memory_are_spilled_and_read_again() -> None:
     environment = {**ENVIRONMENT, "RAY_ADDRESS": "local"}
     done = subprocess.run(

@@ -67,10 +67,14 @@ def train_here(case: str, split: Arrays, group: Group) -> tuple[dict[str, Tensor
     return {name: value.contiguous() for name, value in state.model.state_dict().items()}, figures
 
 
-def train_on_each_rank(rank: int, folder: Path, images: np.ndarray, labels: np.ndarray, through_memory: bool) -> None:
+def train_on_each_rank(rank: int, folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
     torch.set_num_threads(1)
-    if not through_memory:
-        shared_memory.open_together = lambda num_rows, size: None
+    train_cases(rank, folder / "memory", images, labels)
+    shared_memory.open_together = lambda num_rows, size: None
+    train_cases(rank, folder / "gloo", images, labels)
+
+
+def train_cases(rank: int, folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
     for world_size in WORLD_SIZES:
         if rank >= world_size:
             continue
@@ -83,12 +87,19 @@ def train_on_each_rank(rank: int, folder: Path, images: np.ndarray, labels: np.n
         dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["memory", "gloo"])
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, few_images: Arrays) -> Path:
+@pytest.fixture(scope="module")
+def trained_both_ways(tmp_path_factory: pytest.TempPathFactory, few_images: Arrays) -> Path:
     folder = tmp_path_factory.mktemp("chunks")
-    arguments = (folder, few_images.inputs[:120], few_images.targets[:120], request.param)
+    for way in ("memory", "gloo"):
+        (folder / way).mkdir()
+    arguments = (folder, few_images.inputs[:120], few_images.targets[:120])
     spawn(train_on_each_rank, arguments, nprocs=max(WORLD_SIZES))  # type: ignore[no-untyped-call]
     return folder
+
+
+@pytest.fixture(scope="module", params=["memory", "gloo"])
+def trained(request: pytest.FixtureRequest, trained_both_ways: Path) -> Path:
+    return trained_both_ways / request.param
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES[1:])

@@ -86,14 +86,18 @@ def config_of(case: str) -> TrainConfig:
     return replace(CONFIG, schedule="constant", **CASES[case][1])
 
 
-def train_on_gloo(rank: int, folder: Path, images: np.ndarray, labels: np.ndarray, through_memory: bool) -> None:
+def train_on_gloo(rank: int, folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
     """Train every case on each world size in one process of four; rank 0 saves the weights.
 
-    Gradients go through shared memory, as between ranks on one machine, or through gloo, as between machines.
+    Gradients go through shared memory, as between ranks on one machine, then through gloo, as between machines.
     """
     torch.set_num_threads(1)
-    if not through_memory:
-        shared_memory.use_where_possible = lambda model: False
+    train_cases(rank, folder / "memory", images, labels)
+    shared_memory.use_where_possible = lambda model: False
+    train_cases(rank, folder / "gloo", images, labels)
+
+
+def train_cases(rank: int, folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
     for world_size in WORLD_SIZES:
         if rank >= world_size:
             continue
@@ -113,12 +117,19 @@ def train_on_gloo(rank: int, folder: Path, images: np.ndarray, labels: np.ndarra
         dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["memory", "gloo"])
-def gloo_weights(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, few_images: Arrays) -> Path:
-    folder = tmp_path_factory.mktemp("gloo")
-    arguments = (folder, few_images.inputs, few_images.targets, request.param)
+@pytest.fixture(scope="module")
+def trained_both_ways(tmp_path_factory: pytest.TempPathFactory, few_images: Arrays) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    for way in ("memory", "gloo"):
+        (folder / way).mkdir()
+    arguments = (folder, few_images.inputs, few_images.targets)
     spawn(train_on_gloo, arguments, nprocs=max(WORLD_SIZES))  # type: ignore[no-untyped-call]
     return folder
+
+
+@pytest.fixture(scope="module", params=["memory", "gloo"])
+def gloo_weights(request: pytest.FixtureRequest, trained_both_ways: Path) -> Path:
+    return trained_both_ways / request.param
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
