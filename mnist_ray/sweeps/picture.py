@@ -18,7 +18,7 @@ from mnist_ray.sweeps.trials import RUNNING, STOPPED, TrialRecord, TrialTable
 from mnist_ray.wording import count, described, shown, spoken
 
 _LEAST_PARALLEL = 3
-_TITLE_WIDTH = 66  # characters
+_TITLE_WIDTH = 72  # characters
 _BESIDE: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": "small"}
 
 
