@@ -66,7 +66,7 @@ def test_evaluation_gives_the_same_for_any_number_of_tasks(
 
 
 def test_evaluation_refuses_what_is_no_checkpoint(tmp_path: Path, ray_address: str) -> None:
-    for given in (str(tmp_path), "no_such_run"):
+    for given in (str(tmp_path), "no_such_run", "/nowhere/at/all"):
         done = run_job("evaluate.py", given, address=ray_address)
         assert_one_line_error(done, 2, f"{given} is neither a checkpoint nor a run that holds one")
 
@@ -184,8 +184,9 @@ def test_an_interrupted_run_says_how_to_resume_and_goes_on(small_data: Path, tmp
 def test_a_loss_that_becomes_nan_ends_the_run_in_one_line(small_data: Path, tmp_path: Path) -> None:
     flags = {"data_dir": small_data, "storage_path": tmp_path, **QUICK, "learning_rate": 1e20}
     said = r"^loss or weights are not finite at step 2 of epoch 1; try a lower --learning-rate.*$"
-    with pytest.raises(JobError, match=said):
+    with pytest.raises(JobError, match=said) as raised:
         run_main("train", *as_flags(flags))
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

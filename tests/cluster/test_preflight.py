@@ -6,10 +6,10 @@ from mnist_ray import provenance
 from mnist_ray.cluster import preflight
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.sharing import share
-from mnist_ray.errors import JobError
+from mnist_ray.errors import JobError, UsageError
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.workload.data import Arrays, Part
-from tests.conftest import as_flags, mnist, run_job
+from tests.conftest import as_flags, mnist, run_job, run_main
 
 PLAN = WorkerPlan(2, 1, use_gpu=False, must_scale_up=False)
 
@@ -58,13 +58,16 @@ def test_storage_that_a_node_does_not_see_is_named(tmp_path: Path) -> None:
     )
 
 
-def test_check_trains_nothing_and_says_that_the_job_would_run(
+def test_check_trains_nothing_and_says_whether_the_job_would_run(
     ray_address: str, small_data: Path, tmp_path: Path
 ) -> None:
     flags = as_flags({"data_dir": small_data, "validation_size": 600, "batch_size": 50, "storage_path": tmp_path})
     done = run_job("train.py", *flags, "--check", "--num-workers", "2", address=ray_address)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("check      this job would run\n")
+    with pytest.raises(UsageError, match="the cluster cannot hold 3 workers of 1 CPU"):
+        run_main("train", *flags, "--check", "--num-workers", "3")
+    assert list(tmp_path.iterdir()) == []
     done = run_job(
         "tune.py", *[flag for flag in flags if flag not in ("--batch-size", "50")], "--check", address=ray_address
     )

@@ -204,12 +204,11 @@ def test_a_preempted_node_is_left_with_a_checkpoint_just_in_time(
             [*command, "--node-id", doomed.node_id, *reason, "--deadline-remaining-seconds", "3600"], check=True
         )
 
-    flags = {**LONGER, "num_epochs": 500, "checkpoint_every": 1000, "num_workers": 2, "run_name": "run"}
+    flags = {**LONGER, "num_epochs": 30, "checkpoint_every": 1000, "num_workers": 2, "run_name": "run"}
     flags |= {"data_dir": small_data, "storage_path": tmp_path}
-    acts = {"epoch 1/500": announce, "note": psutil.Process.terminate}
-    printed, _ = run_and_act_twice(acts, *as_flags(flags), address=nodes.address, status=130)
+    printed, _ = run_and_act(announce, "epoch 1/30", *as_flags(flags), address=nodes.address)
     nodes.remove_node(doomed)
-    assert printed.count("a worker's node is about to be taken away; saving a checkpoint\n") == 1
+    assert printed.count("note        a worker's node is about to be taken away; saving a checkpoint\n") == 1
     assert "lost " not in printed
 
 
