@@ -202,10 +202,11 @@ class RunFolder:
             variables += instead
         return f"{command(job)} {shlex.join(flags)}" + (f" (with {', '.join(variables)} set)" if variables else "")
 
-    def resume_call(self, job: str) -> str:
-        """Return the call of ``job``, train or tune, that goes on with it."""
-        storage_path, _ = without_user(self.storage_path)
-        return f"{job}(resume=True, run_name={self.name!r}, storage_path={storage_path!r})"
+    def resume_call(self, job: str, mlflow: str | None = None) -> str:
+        """Return the call of ``job``, train or tune, that goes on with it; without names and passwords, as well."""
+        uris = {"storage_path": self.storage_path, **({"mlflow": mlflow} if mlflow else {})}
+        shown = "".join(f", {name}={without_user(uri)[0]!r}" for name, uri in uris.items())
+        return f"{job}(resume=True, run_name={self.name!r}{shown})"
 
     def upload(self, local: str) -> None:
         """Copy a local folder's files into it, with retries. Raises what the file system does."""

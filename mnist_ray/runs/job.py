@@ -109,7 +109,7 @@ class CommandLine:
             workers,
             output,
             self.run,
-            self.run.resume_call(self.kind) if self.is_call else self.run.resume_command(self.kind, output.mlflow),
+            (self.run.resume_call if self.is_call else self.run.resume_command)(self.kind, output.mlflow),
             self.notes,
             self.origin,
             callback,

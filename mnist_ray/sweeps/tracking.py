@@ -37,7 +37,7 @@ def followed(sweep: Sweep, console: SweepConsole) -> Iterator[Callable[[TrialTab
 
 
 def _ended(table: TrialTable, record: TrialRecord) -> TrialEnded:
-    values = {column: getattr(record, name) for column, name in table.columns.items()}
-    figures = {name: value for name, value in values.items() if isinstance(value, float) and not math.isnan(value)}
+    outcome = table.outcome(record).items()
+    figures = {name: value for name, value in outcome if isinstance(value, float) and not math.isnan(value)}
     point = {**record.point.values, "seed": record.point.seed}
     return TrialEnded(record.trial, point, record.state, record.state == FAILED, figures)

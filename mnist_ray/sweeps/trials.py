@@ -195,14 +195,13 @@ class TrialTable:
     def rows(self) -> list[dict[str, Any]]:
         """What sweep.csv holds: a row per trial in the order of starting."""
         return [
-            {
-                "trial": record.trial,
-                **record.point.values,
-                "seed": record.point.seed,
-                **{column: getattr(record, name) for column, name in self.columns.items()},
-            }
+            {"trial": record.trial, **record.point.values, "seed": record.point.seed, **self.outcome(record)}
             for record in self.by_point.values()
         ]
+
+    def outcome(self, record: TrialRecord) -> dict[str, Any]:
+        """Return what has come of a trial, by the columns of sweep.csv."""
+        return {column: getattr(record, name) for column, name in self.columns.items()}
 
     def to_csv(self) -> str:
         """Return sweep.csv."""

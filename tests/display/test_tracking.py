@@ -173,6 +173,7 @@ def test_mlflow_says_which_data_workers_and_commit_a_run_had(tmp_path: Path, mlf
     origin = {
         "command_line": "python jobs/train.py",
         "git_commit": "0123abcd",
+        "versions": {},
         "data_name": "MNIST",
         "data": {"training": "a" * 64, "test": None},
     }
