@@ -321,24 +321,20 @@ def _changes_since(origin: Mapping[str, Any], workload_class: type[Workload]) ->
 
 
 def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Parts]:
-    """Return a job's data, and the job as it is with them: it knows the facts and the number of examples held out.
+    """Return a job's data, and the job with what the user should know of them; its workload knows their facts.
 
     ``batch_sizes`` are those that a sweep tries. Raises UsageError and JobError, UsageError also where a run that goes
     on has begun with other data.
     """
-    data = load_data_of(job.workload)
-    parts = fewer(parts_of(data, job.train.validation_size), job.train)
+    parts = fewer(parts_of(load_data_of(job.workload), job.train.validation_size), job.train)
     notes = [*_check_same_data(job, parts), *_on_schedule(job)]
     for size in batch_sizes or [job.train.batch_size]:
         if size > len(parts.train):
             name, noun = "--sweep: batch size" if batch_sizes else "--batch-size", job.workload.nouns
             raise UsageError(f"{name} {size:,} is larger than the {len(parts.train):,} {noun} to train on")
-    train = job.train
-    if train.early_stop is not None and len(parts.validation) == 0:
+    if job.train.early_stop is not None and len(parts.validation) == 0:
         raise UsageError("--early-stop watches the validation; hold some examples out by --validation-size")
-    if data.validation is None:  # else no number stands for it
-        train = dataclasses.replace(train, validation_size=len(parts.validation))
-    return dataclasses.replace(job, train=train, notes=(*job.notes, *notes)), parts
+    return dataclasses.replace(job, notes=(*job.notes, *notes)), parts
 
 
 def _check_same_data(job: Job, parts: Parts) -> tuple[str, ...]:

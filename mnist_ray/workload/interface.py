@@ -257,12 +257,8 @@ class Workload:
         return {**values_of(TrainConfig(), self.Settings()), **self.recipes.get("default", {})}
 
     def changed(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return those of some settings that are not the default, but for how many examples are held out.
-
-        That is a number of the data's once these are there.
-        """
+        """Return those of some settings that are not the default."""
         defaults = self.defaults
-        defaults.pop("validation_size")
         return {name: value for name, value in values.items() if name in defaults and value != defaults[name]}
 
     @property

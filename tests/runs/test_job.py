@@ -119,12 +119,23 @@ def test_settings_that_do_not_fit_the_data_are_refused(
         load_data(read("--data-dir", str(folder), *flags))
 
 
-def test_a_tenth_is_held_out_where_nobody_says_how_much_and_the_run_knows_it(
-    read: Any, tmp_path: Path, few_images: Any
+def test_a_tenth_is_held_out_where_nobody_says_how_much(read: Any, tmp_path: Path, few_images: Any) -> None:
+    folder = write_data_set(tmp_path / "data", few_images, few_images)
+    _, data = load_data(read("--data-dir", str(folder)))
+    assert (len(data.train), len(data.validation)) == (540, 60)
+
+
+@pytest.mark.parametrize("flags", [["--limit", "0.5"], ["--overfit-batches", "1"]], ids=["limit", "overfit"])
+def test_a_run_on_less_data_resumes_on_the_same_and_its_config_gives_the_same(
+    read: Any, tmp_path: Path, few_images: Any, flags: list[str]
 ) -> None:
     folder = write_data_set(tmp_path / "data", few_images, few_images)
-    job, data = load_data(read("--data-dir", str(folder)))
-    assert (len(data.train), len(data.validation), job.train.validation_size) == (540, 60, 60)
+    job, data = load_data(read("--data-dir", str(folder), "--batch-size", "10", "--run-name", "less", *flags))
+    job.run.write_text("config.json", json_lines(job.values))
+    write_origin(job, data)
+    _, resumed = load_data(read("--resume", "--run-name", "less"))
+    _, again = load_data(read("--config", str(tmp_path / "runs" / "less" / "config.json")))
+    assert resumed.digests == again.digests == data.digests
 
 
 def test_help_shows_the_defaults_of_the_workloads_recipe(read: Any, capsys: pytest.CaptureFixture[str]) -> None:
