@@ -36,7 +36,9 @@ _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 _TEST_PART, _TEST_SEED = 5, 53  # one of so many examples, drawn at random, is to test where the data are not parted
 
 
-def read(path: str | Path, *, size: int = 64, is_grey: bool = False, target: str | None = None) -> Data:
+def read(
+    path: str | Path, *, size: int = 64, is_grey: bool = False, target: str | None = None, as_classes: bool = False
+) -> Data:
     """Return the data at a path, of whichever kind they are; the others' arguments are as the functions below say.
 
     Raises UsageError where there are none, and JobError where they cannot be read.
@@ -46,7 +48,7 @@ def read(path: str | Path, *, size: int = 64, is_grey: bool = False, target: str
     if kind == "pictures":
         return pictures(place, size=size, is_grey=is_grey)
     if kind == "table":
-        return table(place, target=target)
+        return table(place, target=target, as_classes=as_classes)
     if kind == "arrays":
         return arrays(place)
     if kind == "huggingface":
@@ -129,12 +131,13 @@ class _Square:
         return pixels[None] if self.is_grey else pixels.transpose(2, 0, 1)
 
 
-def table(place: str | Path, *, target: str | None = None) -> Data:
+def table(place: str | Path, *, target: str | None = None, as_classes: bool = False) -> Data:
     """Return a table, CSV or Parquet: numbers of all columns but ``target`` are the inputs, (N, columns) float32.
 
-    ``target`` may be numbers with a fraction, (N,) float32, or anything else, which are classes, (N,) whole numbers
-    with ``class_names``. There may be train.* and test.*; else a fifth of the one table, drawn at random, is to test.
-    Raises UsageError where a column is no numbers, or has gaps.
+    The targets are the numbers of the column ``target``, (N,): whole ones, or float32. With ``as_classes`` its values,
+    texts or numbers, are names of classes: the targets are their places in sorted order, from 0 on, and
+    ``class_names`` is a fact. There may be train.* and test.*; else a fifth of the one table, drawn at random, is to
+    test. Raises UsageError if a column has gaps, or is not numbers.
     """
     place = path_of(place, "the data's path")
     files = _parts_of_table(place)
@@ -145,7 +148,15 @@ def table(place: str | Path, *, target: str | None = None) -> Data:
         if list(columns) != names or target not in names:
             raise UsageError(f"{file} has columns {', '.join(columns)}; expected are {', '.join(names)} with {target}")
     inputs = [_numbers(file, columns, target) for file, columns in zip(files, tables, strict=True)]
-    targets, facts = _targets([columns[target] for columns in tables], f"{place}: {target}")
+    targets, facts = [columns[target] for columns in tables], dict[str, Any]()
+    if as_classes:
+        targets, facts = _numbered(targets, f"{place}: {target}")
+    for values in targets:
+        if values.dtype.kind not in "biuf":
+            raise UsageError(f"{place}: {target} is no numbers; if these are classes, read it with as_classes=True")
+        if not np.isfinite(values).all():
+            raise UsageError(f"{place}: {target} has gaps, or values that are no numbers")
+    targets = [values.astype(np.float32) if values.dtype.kind == "f" else values for values in targets]
     if len(files) == 1:
         inputs, targets = ([values[0][part] for part in _parted(len(inputs[0]))] for values in (inputs, targets))
     shown = f"{place.name}, a table of {len(names) - 1} columns to learn {target} from"
@@ -191,13 +202,9 @@ def _numbers(file: Path, columns: Mapping[str, np.ndarray], target: str) -> np.n
     return np.stack(list(inputs.values()), axis=1).astype(np.float32)
 
 
-def _targets(parts: Sequence[np.ndarray], place: str) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """Return the targets of each part, and the names of the classes where they are some."""
-    if parts[0].dtype.kind == "f":
-        if not all(np.isfinite(part).all() for part in parts):
-            raise UsageError(f"{place} has gaps, or values that are no numbers")
-        return [part.astype(np.float32) for part in parts], {}
-    if any(value is None for part in parts for value in part.tolist()):
+def _numbered(parts: Sequence[np.ndarray], place: str) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """Return the classes of each part by their numbers, and their names as a fact."""
+    if any(value is None or value != value for part in parts for value in part.tolist()):  # NaN differs from itself
         raise UsageError(f"{place} has gaps")
     classes = sorted(set(parts[0].tolist()))
     numbers = {name: number for number, name in enumerate(classes)}

@@ -133,23 +133,29 @@ def test_mnists_data_dir_takes_digits_of_every_kind(
         assert sorted_images(data.test) == sorted_images(digits.test)
 
 
-def test_a_table_has_classes_by_name_or_numbers_to_learn(tmp_path: Path) -> None:
+def test_a_table_has_classes_where_the_workload_says_so(tmp_path: Path) -> None:
     (tmp_path / "cats.csv").write_text(
         "weight,height,kind\n" + "".join(f"{n},{n / 2},{'ab'[n % 2]}\n" for n in range(20))
     )
-    data = sources.read(tmp_path / "cats.csv")
+    data = sources.read(tmp_path / "cats.csv", as_classes=True)
     assert data.name == "cats.csv, a table of 2 columns to learn kind from"
     assert data.facts == {"class_names": ["a", "b"]}
     assert isinstance(data.train, Arrays)
     assert isinstance(data.test, Arrays)
     assert (data.train.inputs.shape, data.train.inputs.dtype.name, len(data.test)) == ((16, 2), "float32", 4)
     assert set(data.train.targets) == {0, 1}
-    (tmp_path / "prices.csv").write_text("rooms,price\n" + "".join(f"{n},{n * 1.5}\n" for n in range(20)))
+
+
+@pytest.mark.parametrize(("factor", "dtype"), [(1.5, "float32"), (1000, "int64")])
+def test_targets_of_a_table_are_its_numbers_also_where_they_are_whole(
+    factor: float, dtype: str, tmp_path: Path
+) -> None:
+    (tmp_path / "prices.csv").write_text("rooms,price\n" + "".join(f"{n},{n * factor}\n" for n in range(20)))
     prices = sources.read(tmp_path / "prices.csv")
     assert isinstance(prices.train, Arrays)
-    assert (prices.train.targets.dtype.name, dict(prices.facts)) == ("float32", {})
-    np.testing.assert_allclose(prices.train.targets, prices.train.inputs[:, 0] * 1.5)
-    rooms = sources.table(tmp_path / "prices.csv", target="rooms")
+    assert (prices.train.targets.dtype.name, dict(prices.facts)) == (dtype, {})
+    np.testing.assert_allclose(prices.train.targets, prices.train.inputs[:, 0] * factor)
+    rooms = sources.table(tmp_path / "prices.csv", target="rooms", as_classes=True)
     assert rooms.facts == {"class_names": list(range(20))}
 
 
@@ -162,7 +168,8 @@ def test_a_table_has_classes_by_name_or_numbers_to_learn(tmp_path: Path) -> None
         ({"a.csv": "x,label\nred,2\n"}, "column x is no numbers; leave it out, or turn it into numbers"),
         ({"a.csv": "x,label\n,2\n1,1\n"}, "column x has gaps, or values that are no numbers"),
         ({"a.csv": "label\n2\n"}, "has no column but label"),
-        ({"train.csv": "x,label\n1,a\n", "test.csv": "x,label\n1,b\n"}, "the test has 'b', which the training has not"),
+        ({"a.csv": "x,label\n1,red\n"}, "label is no numbers; if these are classes, read it with as_classes=True"),
+        ({"a.csv": "x,label\n1,2\n1,\n"}, "label has gaps, or values that are no numbers"),
         ({"train.csv": "x,label\n1,a\n", "test.csv": "y,label\n1,a\n"}, "has columns y, label; expected are x, label"),
     ],
 )
@@ -173,6 +180,13 @@ def test_what_is_no_data_is_said_in_one_line(files: dict[str, str], message: str
         sources.read(tmp_path)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_class_of_the_test_alone_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("x,label\n1,a\n")
+    (tmp_path / "test.csv").write_text("x,label\n1,b\n")
+    with pytest.raises(UsageError, match="the test has 'b', which the training has not"):
+        sources.read(tmp_path, as_classes=True)
 
 
 def test_damaged_files_are_said_in_one_line(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def load(place: Path) -> Data:
 
     Raises UsageError where the images are of another size, and what ``sources.read`` does.
     """
-    data = sources.read(place, size=IMAGE_SHAPE[0], is_grey=True)
+    data = sources.read(place, size=IMAGE_SHAPE[0], is_grey=True, as_classes=True)
     return dataclasses.replace(data, train=_digits(data.train, place), test=_digits(data.test, place), validation=None)
 
 
