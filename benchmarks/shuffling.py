@@ -57,7 +57,7 @@ def test_accuracy(seed: int) -> float:
     workload = source.load(source.DEFAULT)()
     data = parts_of(load_data(workload), None)
     group = engine.Group()
-    config = TrainConfig(seed=seed, precision=engine.resolve_precision("auto", group))
+    config = TrainConfig(**workload.recipes["default"], seed=seed, precision=engine.resolve_precision("auto", group))
     state = engine.create_state(workload, config, len(data.train), group.device)
     engine.train(workload, state, data.train, config, group, engine.Hooks())
     return engine.evaluate(workload, state.model, data.test).figures(workload)["accuracy"]

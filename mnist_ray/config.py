@@ -35,8 +35,8 @@ class TrainConfig:
     )
     schedule: Literal["one-cycle", "constant"] = setting("one-cycle", "how the learning rate moves over the run")
     optimizer: Literal["adam", "adamw", "sgd"] = setting("adam", "what makes steps of the gradients")
-    beta1: float = setting(0.7, "Adam's decay of the gradient's mean", **fraction(with_one=False))
-    beta2: float = setting(0.9, "Adam's decay of the gradient's square", **fraction(with_one=False))
+    beta1: float = setting(0.9, "Adam's decay of the gradient's mean", **fraction(with_one=False))
+    beta2: float = setting(0.999, "Adam's decay of the gradient's square", **fraction(with_one=False))
     momentum: float = setting(0.9, "momentum of SGD", **fraction(with_one=False))
     weight_decay: float = setting(0.0, "how much a step pulls the weights to zero; AdamW is made for it", **at_least(0))
     label_smoothing: float = setting(

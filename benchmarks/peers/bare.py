@@ -33,9 +33,9 @@ def work(rank: int, args: argparse.Namespace, folder: str, workload: Workload, d
         dist.init_process_group("gloo", init_method=f"file://{folder}/s", rank=rank, world_size=args.num_workers)
     if args.plain:
         shared_memory.use_where_possible = lambda model: False
-    config = TrainConfig(num_epochs=args.num_epochs)
+    settings = {**workload.recipes["default"], "num_epochs": args.num_epochs}
+    config = TrainConfig(**settings, precision=engine.resolve_precision("auto", group))
     state = engine.create_state(workload, config, len(data.train), group.device)
-    config = TrainConfig(num_epochs=args.num_epochs, precision=engine.resolve_precision("auto", group))
     rates: list[float] = []
     hooks = engine.Hooks(checkpoint=lambda state, progress: rates.append(progress.examples_per_s))
     engine.train(workload, state, data.train, config, group, hooks)

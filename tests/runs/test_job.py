@@ -12,6 +12,8 @@ from mnist_ray.settings import json_lines
 from mnist_ray.workload.data import Arrays
 from tests.conftest import ROOT, write_data_set
 
+DIABETES = str(ROOT / "examples" / "diabetes.py")
+
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
@@ -136,6 +138,12 @@ def test_a_run_on_less_data_resumes_on_the_same_and_its_config_gives_the_same(
     _, resumed = load_data(read("--resume", "--run-name", "less"))
     _, again = load_data(read("--config", str(tmp_path / "runs" / "less" / "config.json")))
     assert resumed.digests == again.digests == data.digests
+
+
+@pytest.mark.parametrize(("flags", "betas"), [([], (0.7, 0.9)), (["--workload", DIABETES], (0.9, 0.999))])
+def test_adams_betas_are_the_usual_ones_but_for_mnist(read: Any, flags: list[str], betas: tuple[float, float]) -> None:
+    train = read(*flags).train
+    assert (train.beta1, train.beta2) == betas
 
 
 def test_help_shows_the_defaults_of_the_workloads_recipe(read: Any, capsys: pytest.CaptureFixture[str]) -> None:

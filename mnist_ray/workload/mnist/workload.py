@@ -41,7 +41,7 @@ class MNIST(Classification):
     Settings = Settings
     noun, answer_noun = "image", "digit"
     recipes = {
-        "default": {},
+        "default": {"beta1": 0.7, "beta2": 0.9},  # a run of two epochs is too short for longer memories
         "notebook": {
             "num_epochs": 2,
             "batch_size": 8,
