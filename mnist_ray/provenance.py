@@ -46,6 +46,11 @@ def arithmetic() -> dict[str, list[str]]:
     }
 
 
+def cpu_has_bf16() -> bool:
+    """Tell whether the processor computes in bf16, by Linux's list of its features; elsewhere assume not."""
+    return not processor_features().isdisjoint({"avx512_bf16", "amx_bf16"})
+
+
 def command_line() -> str:
     """Return the command that started this process, as one would type it, without secrets."""
     program, *flags = map(masked, sys.argv)

@@ -14,9 +14,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_ray.cluster.plan import WorkerPlan, node_of, usable_cores
 from mnist_ray.errors import JobError, first_line
-from mnist_ray.provenance import versions
+from mnist_ray.provenance import cpu_has_bf16, versions
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder
-from mnist_ray.training import engine
 from mnist_ray.wording import count
 
 _PROBE_TIMEOUT_S = 60.0
@@ -122,7 +121,7 @@ def _read_probe(run: RunFolder, name: str) -> tuple[str, str | None]:
 
 def _report(run: RunFolder, name: str, data: Any) -> NodeReport:
     host, storage_error = _read_probe(run, name)
-    return NodeReport(host, versions(), data.open().fingerprint(), storage_error, usable_cores(), engine.cpu_has_bf16())
+    return NodeReport(host, versions(), data.open().fingerprint(), storage_error, usable_cores(), cpu_has_bf16())
 
 
 def _unseen(host: str, run: RunFolder, problem: str) -> str:

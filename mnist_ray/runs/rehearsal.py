@@ -42,15 +42,15 @@ def rehearsal(job: Job, data: Parts, batch_sizes: Sequence[int] = ()) -> Callabl
         for size in batch_sizes or [job.train.batch_size]:
             last = len(data.train) % size or size
             smallest = max(1, last // (job.train.chunks or job.workers.num_workers or 1))
-            check_smallest(job.workload, first(smallest).inputs, smallest, size)
+            check_smallest(job.workload, first(smallest).inputs, smallest, size, job.train)
 
-    is_tried_already = not is_shipped(type(job.workload))
-    if is_tried_already:
+    is_tried_now = not is_shipped(type(job.workload))
+    if is_tried_now:
         rehearse()
 
     def meanwhile() -> None:
         importlib.import_module("mnist_ray.runs.fit")  # and Ray Train, of which ray.init imports nothing meanwhile
-        if not is_tried_already:
+        if not is_tried_now:
             rehearse()
 
     return meanwhile

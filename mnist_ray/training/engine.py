@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_ray.callback import Callback
 from mnist_ray.config import Precision, TrainConfig
-from mnist_ray.provenance import processor_features
+from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.training import shared_memory
 from mnist_ray.training.chunks import Chunks
 from mnist_ray.training.events import Progress
@@ -37,9 +37,9 @@ from mnist_ray.training.sharding import (
     batches_of,
     to_device,
 )
-from mnist_ray.workload.check import as_fp32
 from mnist_ray.workload.data import Part
 from mnist_ray.workload.interface import Workload
+from mnist_ray.workload.tensors import as_fp32, autocast, detached
 
 EVALUATION_BATCH_SIZE = 100  # so few that the activations stay in the processor's cache
 _REPORT_INTERVAL_S = 0.5
@@ -188,11 +188,11 @@ def train(
     epochs = _Epochs(workload, state, model, part, config, group, hooks, num_loader_processes)
     while not is_over(state, config):
         finished = epochs.train_next()
-        _check_weights(state)
         state.finished_s += state.epoch_s
         state.epoch, state.step, state.sums, state.epoch_s = state.epoch + 1, 0, MetricSums(), 0.0
         for callback in state.callbacks:
             callback.on_epoch(state, finished)
+        _check_weights(state, finished)
         hooks.checkpoint(state, finished)
         if epochs.window.stops and not is_over(state, config):
             raise StopWantedError
@@ -242,7 +242,7 @@ class _Epochs:
                 for callback in state.callbacks:
                     callback.on_progress(state, progress)
                 if (hooks.wants_checkpoint() or checkpoint_due or window.stops) and state.step < last_step:
-                    _check_weights(state)
+                    _check_weights(state, progress)
                     hooks.checkpoint(state, progress)
                     if window.stops:
                         raise StopWantedError
@@ -337,10 +337,6 @@ def _generator(device: torch.device) -> torch.Generator:
     return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
 
 
-def _autocast_dtype(config: TrainConfig) -> torch.dtype | None:
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
-
-
 def _exchanging(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[None]:
     """Return what keeps gradients on this rank meanwhile, unless they are to be exchanged."""
     if isinstance(model, DistributedDataParallel) and not wanted:
@@ -348,10 +344,10 @@ def _exchanging(model: nn.Module, wanted: bool) -> contextlib.AbstractContextMan
     return contextlib.nullcontext()
 
 
-def _check_weights(state: TrainingState) -> None:
-    """Raise TrainingDivergedError where the last step, whose loss was finite, has led to weights that are not."""
-    if not all(parameter.isfinite().all() for parameter in state.model.parameters()):
-        raise TrainingDivergedError(state.epoch + 1, state.step)
+def _check_weights(state: TrainingState, progress: Progress) -> None:
+    """Raise TrainingDivergedError if a step, whose loss was finite, or a callback has made weights that are not."""
+    if not all(weights.isfinite().all() for model in {state.model, state.result} for weights in model.parameters()):
+        raise TrainingDivergedError(progress.epoch, progress.step)
 
 
 def backward(
@@ -369,8 +365,7 @@ def backward(
     Weighed by the size of the global batch, the gradients of slices add up to those of its mean loss, also where slices
     are uneven or empty.
     """
-    device, dtype = next(model.parameters()).device, _autocast_dtype(config)
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+    with autocast(next(model.parameters()).device, config.precision):
         outputs = as_fp32(model(workload.prepare(batch.inputs, generator)))
     loss_sum = workload.loss(outputs, batch.targets).sum()
     minimized = workload.training_loss(outputs, batch.targets, config)
@@ -381,8 +376,7 @@ def backward(
 
 def measured_sums(workload: Workload, outputs: Any, targets: Any) -> dict[str, Tensor]:
     """Return the sums of what a workload measures of a batch."""
-    outputs = outputs.detach() if isinstance(outputs, Tensor) else outputs
-    return {name: values.sum() for name, values in workload.measure(outputs, targets).items()}
+    return {name: values.sum() for name, values in workload.measure(detached(outputs), targets).items()}
 
 
 class _Window:
@@ -486,11 +480,6 @@ def resolve_precision(precision: Precision, group: Group) -> Precision:
     if group.world_size > 1:
         dist.all_reduce(supported, dist.ReduceOp.MIN)
     return "bf16" if supported.item() else "fp32"
-
-
-def cpu_has_bf16() -> bool:
-    """Tell whether the processor computes in bf16, by Linux's list of its features; elsewhere assume not."""
-    return not processor_features().isdisjoint({"avx512_bf16", "amx_bf16"})
 
 
 def part_bounds(num_examples: int, num_parts: int) -> list[tuple[int, int]]:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from mnist_ray.errors import first_line
 from mnist_ray.workload.data import Arrays, Part
 from mnist_ray.workload.shuffle import Shuffled
+from mnist_ray.workload.tensors import map_tensors
 
 _MOST_OF_GPU = 0.4  # of the memory that is free, which activations and a second worker may want too
 _DRAWN_AT_ONCE = 2**13  # examples of an epoch's order: each by itself would take a hundred times as long
@@ -208,17 +209,6 @@ def _rows(array: np.ndarray, places: np.ndarray) -> Tensor:
     return rows
 
 
-def _map(function: Any, value: Any) -> Any:
-    """Apply a function to each tensor of a batch, which may be a tensor or hold some in lists and dicts."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: _map(function, item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_map(function, item) for item in value]
-    return value
-
-
 def _emptied(value: Any) -> Any:
     """Return a batch of no examples like that of one."""
     if isinstance(value, dict):
@@ -232,9 +222,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """Return a batch on a device."""
     if device.type == "cpu":
         return batch
-    inputs = _map(lambda tensor: tensor.to(device, non_blocking=True), batch.inputs)
-    targets = _map(lambda tensor: tensor.to(device, non_blocking=True), batch.targets)
-    return batch._replace(inputs=inputs, targets=targets)
+    moved: Batch = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
+    return moved
 
 
 def batch_loader(dataset: ArrayBatches | ExampleBatches, slices: Iterable[Slice], num_processes: int = 0) -> DataLoader:

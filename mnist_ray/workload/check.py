@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mnist_ray.config import TrainConfig
+from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.errors import UsageError, first_line
+from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.wording import count
 from mnist_ray.workload.interface import Workload
 from mnist_ray.workload.loading import placed
+from mnist_ray.workload.tensors import as_fp32, autocast, detached
 
 NUM_EXAMPLES = 16  # of the batch that is tried
 
@@ -36,7 +39,8 @@ def check_batch(workload: Workload, inputs: Any, targets: Any, config: TrainConf
         raise UsageError(f"{name}.create_model: a lazy layer has no shape yet; call the model once on an example there")
     with placed(workload, "the model"):
         model.train()
-        outputs = as_fp32(model(prepared[0]))
+        with _autocast(config):
+            outputs = as_fp32(model(prepared[0]))
     with placed(workload, "check_outputs"):
         workload.check_outputs(outputs, targets)
     with placed(workload, "loss"):
@@ -49,7 +53,7 @@ def check_batch(workload: Workload, inputs: Any, targets: Any, config: TrainConf
     if not losses.isfinite().all():
         raise UsageError(f"{name}.loss is not finite on the first {number} examples, with the initial weights")
     with placed(workload, "measure"):
-        measured = workload.measure(outputs.detach() if isinstance(outputs, Tensor) else outputs, targets)
+        measured = workload.measure(detached(outputs), targets)
     _check_dict(f"{name}.measure", measured)
     for key, values in measured.items():
         _check_numbers(f"{name}.measure: {key}", values, number)
@@ -67,6 +71,10 @@ def check_batch(workload: Workload, inputs: Any, targets: Any, config: TrainConf
     _check_dict(f"{name}.predictions", columns)
     for key, values in columns.items():
         _check_numbers(f"{name}.predictions: {key}", values, number)
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            told = f"{name}: the model's state_dict holds {key}, of type {type(value).__name__}"
+            raise UsageError(f"{told}; a checkpoint keeps tensors: make it a buffer, or a setting")
     _check_optimizer(workload, model, config)
     if not isinstance(prepared[1], Tensor):
         return None
@@ -74,24 +82,40 @@ def check_batch(workload: Workload, inputs: Any, targets: Any, config: TrainConf
 
 
 def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig) -> None:
-    """Let a workload's own optimizer and schedule be made; the usual ones would take PyTorch most of a second."""
+    """Let a workload's own optimizer and schedule make a step; the usual ones would take PyTorch most of a second."""
     methods = ("create_optimizer", "create_scheduler")
     if all(getattr(type(workload), method) is getattr(Workload, method) for method in methods):
         return
     with placed(workload, "create_optimizer"):
         optimizer = workload.create_optimizer(model, config)
     with placed(workload, "create_scheduler"):
-        workload.create_scheduler(optimizer, config, total_steps=10)
+        scheduler = workload.create_scheduler(optimizer, config, total_steps=10)
+    with placed(workload, "a step of the optimizer, and one of the schedule, without a metric, after it"):
+        optimizer.step()
+        scheduler.step()
+    for method, state in zip(methods, (optimizer.state_dict()["param_groups"], scheduler.state_dict()), strict=True):
+        try:
+            json.dumps(state)
+        except (TypeError, ValueError) as error:
+            place = f"{type(workload).__name__}.{method}"
+            raise UsageError(f"{place}: a checkpoint cannot hold its state as JSON: {first_line(error)}") from error
 
 
-def check_smallest(workload: Workload, inputs: Any, number: int, batch_size: int) -> None:
+def _autocast(config: TrainConfig) -> torch.autocast:
+    """Return the context of a forward pass in the precision that the training will use on this machine."""
+    usual: Precision = "bf16" if cpu_has_bf16() else "fp32"
+    return autocast(torch.device("cpu"), usual if config.precision == "auto" else config.precision)
+
+
+def check_smallest(workload: Workload, inputs: Any, number: int, batch_size: int, config: TrainConfig) -> None:
     """Let as few examples as a rank's slice may have go through a new model: batch normalization may want more.
 
     Raises UsageError.
     """
     model = workload.create_model().train()
     try:
-        model(workload.prepare(inputs, torch.default_generator))
+        with _autocast(config):
+            model(workload.prepare(inputs, torch.default_generator))
     except ValueError as error:
         raise UsageError(
             f"{type(workload).__name__}: an epoch's last batch leaves a worker {count(number, 'example')}, too few "
@@ -121,8 +145,3 @@ def _check_numbers(place: str, values: object, number: int) -> None:
     if not isinstance(values, Tensor) or tuple(values.shape) != (number,):
         got = f"{tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise UsageError(f"{place} is to be one number per example, ({number},) here, not {got}")
-
-
-def as_fp32(outputs: Any) -> Any:
-    """Return a model's outputs as the loss wants them, whatever the model has computed in."""
-    return outputs.float() if isinstance(outputs, Tensor) and outputs.is_floating_point() else outputs

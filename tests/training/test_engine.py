@@ -287,7 +287,7 @@ def test_the_learning_rate_follows_its_schedule(schedule: str, few_images: Array
 @pytest.mark.parametrize(
     ("config", "kind", "options"),
     [
-        (CONFIG, torch.optim.Adam, {"lr": 2e-3, "betas": (0.7, 0.9), "weight_decay": 0.0}),
+        (CONFIG, torch.optim.Adam, {"lr": 2e-3, "betas": (0.9, 0.999), "weight_decay": 0.0}),
         (replace(CONFIG, optimizer="adamw", weight_decay=0.1), torch.optim.AdamW, {"lr": 2e-3, "weight_decay": 0.1}),
         (replace(CONFIG, optimizer="sgd", momentum=0.8), torch.optim.SGD, {"lr": 2e-3, "momentum": 0.8}),
     ],
@@ -400,6 +400,43 @@ def test_weights_that_are_not_finite_get_into_no_checkpoint(few_images: Arrays) 
     with pytest.raises(TrainingDivergedError, match="not finite at step 1 of epoch 1"):
         weights_after(config, few_images, hooks=hooks)
     assert saved == []
+
+
+def test_weights_that_a_callback_makes_infinite_at_an_epochs_end_get_into_no_checkpoint(few_images: Arrays) -> None:
+    class Spoils(Callback):
+        def on_epoch(self, state: TrainingState, progress: Progress) -> None:
+            next(state.model.parameters()).data.fill_(math.inf)
+
+    saved: list[int] = []
+    state = engine.create_state(mnist(), CONFIG, len(few_images), CPU, [Spoils()])
+    hooks = Hooks(checkpoint=lambda state, progress: saved.append(state.epoch))
+    with pytest.raises(TrainingDivergedError, match="not finite at step 30 of epoch 1"):
+        engine.train(mnist(), state, Part(few_images), CONFIG, Group(), hooks)
+    assert saved == []
+
+
+class InDict(type(mnist())):  # type: ignore[misc]
+    """MNIST, whose model has its logits in a dict."""
+
+    def create_model(self) -> nn.Module:
+        model = super().create_model()
+        model.register_forward_hook(lambda module, inputs, logits: {"logits": logits})
+        return model
+
+    def loss(self, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+        assert outputs["logits"].dtype is torch.float32
+        return super().loss(outputs["logits"], targets)
+
+    def measure(self, outputs: Any, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        assert outputs["logits"].grad_fn is None, "it would keep the memory of all steps of a window"
+        return super().measure(outputs["logits"], targets)
+
+
+def test_outputs_in_a_dict_reach_the_loss_in_fp32_and_measure_without_a_graph(few_images: Arrays) -> None:
+    config, workload = replace(CONFIG, precision="bf16"), InDict(mnist().settings, mnist().facts)
+    state = engine.create_state(workload, config, len(few_images), CPU)
+    engine.train(workload, state, Part(few_images), config, Group(), Hooks())
+    assert state.epoch == 1
 
 
 def test_auto_precision_is_bf16_just_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from mnist_ray.config import TrainConfig
+from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.training.sharding import Slice, batches_of
-from mnist_ray.workload.check import NUM_EXAMPLES, as_fp32, check_batch
+from mnist_ray.workload.check import NUM_EXAMPLES, check_batch
 from mnist_ray.workload.data import parts_of
 from mnist_ray.workload.loading import load_data
 from mnist_ray.workload.source import load
 
 Write = Callable[..., Path]
+FP32 = TrainConfig(precision="fp32")
 
 RIGHT = """
 import math
@@ -49,18 +50,18 @@ class Spare(nn.Linear):
 """
 
 
-def rehearsed(write: Write, body: str, base: str = "Right") -> dict[str, Any] | None:
+def rehearsed(write: Write, body: str, base: str = "Right", config: TrainConfig = FP32) -> dict[str, Any] | None:
     """Load what ``Wrong``, a workload derived from ``base``, says is its data, and let a batch go through it."""
     workload = load(f"{write(f'{RIGHT}class Wrong({base}):{body}')}:Wrong")()
     train = parts_of(load_data(workload), 0).train
     batch = batches_of(train, torch.device("cpu"))[Slice(np.arange(min(NUM_EXAMPLES, len(train))))]
-    return check_batch(workload, batch.inputs, batch.targets, TrainConfig())
+    return check_batch(workload, batch.inputs, batch.targets, config)
 
 
-def message_of(write: Write, body: str, base: str = "Right") -> str:
+def message_of(write: Write, body: str, base: str = "Right", config: TrainConfig = FP32) -> str:
     """Return what is said of a workload that does not fit."""
     with pytest.raises(UsageError) as raised:
-        rehearsed(write, body, base)
+        rehearsed(write, body, base, config)
     return str(raised.value)
 
 
@@ -127,20 +128,49 @@ def test_a_data_set_of_pairs_is_enough(write: Write) -> None:
 
 
 @pytest.mark.parametrize(
-    ("outputs", "dtype"),
-    [
-        (torch.ones(2, dtype=torch.bfloat16), torch.float32),
-        (torch.ones(2, dtype=torch.float64), torch.float32),
-        (torch.ones(2, dtype=torch.int64), torch.int64),
-    ],
+    ("precision", "dtype"), [("fp32", "torch.float32"), ("bf16", "torch.bfloat16"), ("fp16", "torch.float16")]
 )
-def test_outputs_that_are_fractions_become_fp32(outputs: torch.Tensor, dtype: torch.dtype) -> None:
-    assert as_fp32(outputs).dtype is dtype
+def test_the_model_is_tried_in_the_precision_of_the_training(write: Write, precision: Precision, dtype: str) -> None:
+    body = """
+    def create_model(self):
+        class Model(nn.Linear):
+            def forward(self, inputs):
+                outputs = super().forward(inputs)
+                if self.training: raise ValueError(outputs.dtype)
+                return outputs
+        return Model(4, 10)
+"""
+    assert f"ValueError: {dtype}" in message_of(write, body, config=TrainConfig(precision=precision))
 
 
-def test_outputs_that_are_no_tensor_stay_as_they_are() -> None:
-    outputs = {"boxes": torch.ones(2, dtype=torch.bfloat16)}
-    assert as_fp32(outputs) is outputs
+def test_the_loss_gets_fp32_and_measure_no_graph_whatever_holds_the_outputs(write: Write) -> None:
+    body = """
+    def create_model(self):
+        class Model(nn.Linear):
+            def forward(self, inputs): return {"logits": super().forward(inputs)}
+        return Model(4, 10)
+    def check_outputs(self, outputs, targets): ...
+    def loss(self, outputs, targets):
+        assert outputs["logits"].dtype is torch.float32
+        return super().loss(outputs["logits"], targets)
+    def measure(self, outputs, targets):
+        assert outputs["logits"].grad_fn is None
+        return super().measure(outputs["logits"], targets)
+    def predictions(self, outputs, targets): return super().predictions(outputs["logits"], targets)
+"""
+    rehearsed(write, body, config=TrainConfig(precision="bf16"))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("schedule", ["StepLR(optimizer, 1)", "OneCycleLR(optimizer, 0.1, total_steps)"])
+def test_a_schedule_of_ones_own_is_tried_without_a_warning(write: Write, schedule: str) -> None:
+    rehearsed(
+        write,
+        f"""
+    def create_scheduler(self, optimizer, config, total_steps):
+        return torch.optim.lr_scheduler.{schedule}
+""",
+    )
 
 
 # --- models and losses that do not fit
@@ -338,6 +368,49 @@ def test_outputs_that_are_no_tensor_are_named_where_one_is_wanted(write: Write, 
         return Model(4, 10)
 """
     assert message_of(write, body, base) == f"Wrong: the model gives a tuple, not {expected}"
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (
+            """
+    def create_scheduler(self, optimizer, config, total_steps):
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+""",
+            "Wrong, a step of the optimizer, and one of the schedule, without a metric, after it: TypeError: "
+            "ReduceLROnPlateau.step() missing 1 required positional argument: 'metrics'",
+        ),
+        (
+            """
+    def create_optimizer(self, model, config): return torch.optim.LBFGS(model.parameters())
+""",
+            "Wrong, a step of the optimizer, and one of the schedule, without a metric, after it: TypeError: "
+            "LBFGS.step() missing 1 required positional argument: 'closure'",
+        ),
+        (
+            """
+    def create_optimizer(self, model, config): return torch.optim.Adam(model.parameters(), lr=torch.tensor(1e-3))
+    def create_scheduler(self, optimizer, config, total_steps): return torch.optim.lr_scheduler.ConstantLR(optimizer)
+""",
+            "Wrong.create_optimizer: a checkpoint cannot hold its state as JSON: Object of type Tensor is not",
+        ),
+        (
+            """
+    def create_model(self):
+        class Model(nn.Linear):
+            def get_extra_state(self): return {"calls": 3}
+            def set_extra_state(self, state): ...
+        return Model(4, 10)
+""",
+            "Wrong: the model's state_dict holds _extra_state, of type dict; a checkpoint keeps tensors: make it a "
+            "buffer, or a setting",
+        ),
+    ],
+    ids=["a schedule that wants a metric", "an optimizer that wants a closure", "a tensor as rate", "extra state"],
+)
+def test_what_would_fail_at_a_step_or_a_checkpoint_is_said_before(write: Write, body: str, expected: str) -> None:
+    assert message_of(write, body).startswith(expected)
 
 
 # --- code that fails

@@ -1,0 +1,46 @@
+"""A model's outputs, whatever holds them, and the precision that they are computed in."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mnist_ray.config import Precision
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Apply a function to each tensor in dicts, lists, tuples and dataclasses of any nesting; all else stays."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [field.name for field in dataclasses.fields(value) if field.init]
+        return dataclasses.replace(value, **{name: map_tensors(function, getattr(value, name)) for name in fields})
+    if isinstance(value, dict):
+        mapped = copy.copy(value)  # of the same class
+        mapped.update((key, map_tensors(function, item)) for key, item in value.items())
+        return mapped
+    if isinstance(value, (list, tuple)):
+        items = [map_tensors(function, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def as_fp32(outputs: Any) -> Any:
+    """Return a model's outputs with floating-point tensors in fp32, as the loss takes them."""
+    return map_tensors(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, outputs)
+
+
+def detached(outputs: Any) -> Any:
+    """Return a model's outputs without the graph that made them, which would keep its memory."""
+    return map_tensors(Tensor.detach, outputs)
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Return the context in which a forward pass computes in a resolved precision."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
