@@ -67,6 +67,10 @@ class Claim:
             return True
 
 
+_NOBODY = Claim("a machine that cannot be told", "", 0, 0.0)
+"""Stands for a file that holds no claim: one that does not change is removed like that of a dead owner."""
+
+
 def _machine() -> str:
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -120,7 +124,7 @@ class _Claims:
                 with contextlib.suppress(*STORAGE_ERRORS):
                     self._folder.delete_file(name)
             else:
-                alive[name] = claim or Claim("a machine that cannot be told", "", 0, 0.0, holds=True)
+                alive[name] = claim or _NOBODY
         return alive
 
     def goes_before(self, name: str) -> bool:
@@ -133,10 +137,13 @@ class _Claims:
 
 
 def _parsed(text: str) -> Claim | None:
+    """Return the claim that a file holds; None if it is cut off, or of another shape."""
     try:
-        return Claim(**json.loads(text))
-    except (ValueError, TypeError):
+        claim = Claim(**json.loads(text))
+    except (ValueError, TypeError, RecursionError):
         return None
+    is_whole = [type(value) for value in vars(claim).values()] == [type(value) for value in vars(_NOBODY).values()]
+    return claim if is_whole and 0 < claim.pid < 2**31 else None
 
 
 @contextlib.contextmanager

@@ -80,7 +80,16 @@ def test_the_claim_of_a_process_whose_id_another_has_now_is_taken_at_once(run: R
         assert not left.exists()
 
 
-@pytest.mark.parametrize("content", [json.dumps(asdict(ELSEWHERE)).encode(), b"", b"[]", b'{"host": 1}', b"\xff"])
+OF_ANOTHER_SHAPE = [
+    json.dumps(asdict(Claim.own()) | wrong).encode()
+    for wrong in ({"pid": "4711"}, {"pid": -1}, {"pid": 10**30}, {"started": "noon"}, {"holds": None}, {"host": 5})
+]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [json.dumps(asdict(ELSEWHERE)).encode(), b"", b"[]", b'{"host": 1}', b"\xff", b"[" * 100_000, *OF_ANOTHER_SHAPE],
+)
 def test_a_claim_from_elsewhere_that_does_not_change_is_taken_after_a_time(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
@@ -130,6 +139,21 @@ def test_an_owner_that_finds_another_in_its_place_ends(run: RunFolder, monkeypat
         assert has_ended.wait(30)
     assert isinstance(ended[0], JobError)
     assert "was taken over by process 7 on other-host" in str(ended[0])
+
+
+@pytest.mark.parametrize("content", OF_ANOTHER_SHAPE)
+def test_an_owner_goes_on_renewing_beside_a_claim_of_another_shape(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.05)
+    monkeypatch.setattr(lease, "end_with", pytest.fail)
+    with owned(run):
+        (own,) = claims(run)
+        claim_of(run, ELSEWHERE).write_bytes(content)
+        before, deadline = own.read_text(), time.monotonic() + 30
+        while own.read_text() == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_what_is_checked_once_a_run_is_owned_may_refuse_it_and_frees_it(run: RunFolder) -> None:
