@@ -25,6 +25,14 @@ def test_images_are_changed_by_the_generator_alone_and_stay_images(few_images: A
     assert len(augmented(images[:0], seeded(0))) == 0
 
 
+def test_a_quarter_of_the_batches_is_blurred_as_a_whole() -> None:
+    grey = torch.full((8, 1, 28, 28), 0.5)
+    centres = [augmented(grey, seeded(seed))[:, 0, 14, 14] for seed in range(200)]
+    blurred = [centre for centre in centres if centre.allclose(torch.tensor(0.75))]
+    assert all(centre.allclose(torch.tensor(0.5)) for centre in centres if not any(centre is some for some in blurred))
+    assert 0.2 < len(blurred) / len(centres) < 0.3
+
+
 def test_only_training_sees_changed_images_and_only_where_that_is_asked_for(few_images: Arrays) -> None:
     inputs = torch.tensor(few_images.inputs[:50])
     plain, robust = MNIST(), MNIST(MNIST.Settings(augment=True))
