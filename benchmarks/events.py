@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -45,16 +46,17 @@ def run_job(flags: Mapping[str, object], on_event: Callable[[Event], None] = lam
     begun = time.monotonic()
     sys.argv[1:] = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     from mnist_ray import environment
-    from mnist_ray.forking.local import prepare_forking
+    from mnist_ray.forking.local import prepared_forking
     from mnist_ray.runs.job import load_data, read_job
 
     job = read_job()
     environment.prepare(verbose=False)
-    forking = prepare_forking(job.workers, "mnist_ray.runs.fit")
-    job, data = load_data(job)
-    from mnist_ray.cluster.connection import connect
+    with contextlib.ExitStack() as job_ends:
+        forking = job_ends.enter_context(prepared_forking(job.workers, "mnist_ray.runs.fit"))
+        job, data = load_data(job)
+        from mnist_ray.cluster.connection import connect
 
-    with connect(job.workers, forking) as cluster:
+        cluster = job_ends.enter_context(connect(job.workers, forking))
         from mnist_ray.cluster.plan import plan_workers
         from mnist_ray.runs.fit import fit
 

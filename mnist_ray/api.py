@@ -20,7 +20,7 @@ import numpy as np
 from mnist_ray import environment
 from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.forking.local import prepare_forking
+from mnist_ray.forking.local import prepared_forking
 from mnist_ray.runs.job import Job, checked, read_job
 from mnist_ray.storage import REPORT_FILE, RunFolder, read_result
 from mnist_ray.workload.interface import Workload
@@ -173,8 +173,8 @@ def evaluate(
     found = _found(run, workload, settings)
     own = names_of([type(found.workload).Settings])
     checked({name: value for name, value in settings.items() if name not in own}, [EvaluationConfig, LookupConfig], {})
-    config, forking = build(EvaluationConfig, settings), prepare_forking(WorkerConfig(), "mnist_ray.runs.evaluation")
-    tested = command.evaluate(found, config, forking)
+    with prepared_forking(WorkerConfig(), "mnist_ray.runs.evaluation") as forking:
+        tested = command.evaluate(found, build(EvaluationConfig, settings), forking)
     return tested.figures(found.workload)
 
 

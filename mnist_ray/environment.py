@@ -23,6 +23,8 @@ _SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # What Ray Train sets for its controller; set for all, one process can serve all evaluations (`for_evaluation`).
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+    # Ray's own handler of SIGTERM prints a stack and may end the process, where the job's saves a checkpoint.
+    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
     # Under `uv run`, workers have the environment that uv has made, instead of each making one of its own.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-from mnist_ray.interrupts import FORWARDED
+from mnist_ray.interrupts import leave_closed_terminal, signals
 from mnist_ray.screen import say
 
 _DONE = "\0"
@@ -32,11 +32,11 @@ def run(work: Callable[[], int]) -> int:
 
     The child ends with this process.
     """
-    if FORWARDED is None or not hasattr(os, "fork"):
+    if not hasattr(os, "fork"):
         return work()
     told, to_guard = os.pipe()
     from_guard, alive = os.pipe()
-    forwarded = {signal.SIGINT, signal.SIGTERM}
+    forwarded = signals()
     signal.pthread_sigmask(signal.SIG_BLOCK, forwarded)  # until each of the two does with them what it is to do
     child = os.fork()
     if child == 0:
@@ -51,11 +51,12 @@ def run(work: Callable[[], int]) -> int:
     os.close(to_guard)
     os.close(from_guard)
     for number in forwarded:
-        signal.signal(number, lambda number, frame: os.kill(child, FORWARDED))
+        signal.signal(number, lambda number, frame: os.kill(child, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)
     with open(told, encoding="utf-8", errors="replace") as lines:
         advice = ["", *lines.read().splitlines()][-1]  # read until the child has gone: no program inherits its end
     _, state = os.waitpid(child, 0)
+    leave_closed_terminal()
     if advice != _DONE:
         say(_said(state, advice), file=sys.stderr)
         return 1

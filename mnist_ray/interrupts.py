@@ -1,17 +1,20 @@
-"""What ends a job before its time: Ctrl-C, SIGTERM, or what a thread has found out. The main thread hears of all."""
+"""What ends a job early: Ctrl-C, SIGTERM, SIGHUP, or what a thread has found out. The main thread hears of all."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import math
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 
-FORWARDED: signal.Signals | None = getattr(signal, "SIGUSR1", None)
-"""What ``guard`` sends for a signal that it was sent: that may have reached this process as well."""
+SAME_WITHIN_S = 0.5
+"""Signals that come so soon after an interrupt belong to it: a terminal or a scheduler signals every process of a job,
+``timeout`` one of them twice, and ``guard`` passes on what it gets."""
 
 
 @dataclass
@@ -28,10 +31,8 @@ class _Heard:
     A handler may be interrupted by another one between any two of its steps, so each of its steps on these is atomic.
     """
 
-    directly: Iterator[int] = field(default_factory=lambda: itertools.count(1))
-    forwarded: Iterator[int] = field(default_factory=lambda: itertools.count(1))
-    taken: dict[int, object] = field(default_factory=dict)
-    """By number, the interrupts that have been acted upon, whichever way they were heard on first."""
+    taken: dict[int, float] = field(default_factory=dict)
+    """By number, when each interrupt was acted upon: seconds of the monotonic clock."""
     first: Noted | None = None
     """To be set by the first interrupt, where it is only to be noted."""
     error: Exception | None = None
@@ -41,15 +42,30 @@ class _Heard:
 _heard = _Heard()
 
 
-def take_signals() -> None:
-    """Let Ctrl-C and SIGTERM, which ``ray job stop`` and schedulers send, raise KeyboardInterrupt.
+def signals() -> set[signal.Signals]:
+    """Return those that end a job: Ctrl-C, what ``ray job stop`` and schedulers send, and a closed terminal's.
 
-    To be called again after ``ray.init``, which sets a handler of its own.
+    The last only where it is not ignored, as under ``nohup``.
     """
+    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
+    hears_hangup = signal.getsignal(hangup) is not signal.SIG_IGN
+    return {signal.SIGINT, signal.SIGTERM} | ({hangup} if hears_hangup else set())
+
+
+def take_signals() -> None:
+    """Let these signals raise KeyboardInterrupt."""
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, FORWARDED):
-            if number is not None:
-                signal.signal(number, _hear)
+        for number in signals():
+            signal.signal(number, _hear)
+
+
+def leave_closed_terminal() -> None:
+    """Let what this process prints go nowhere if its terminal was closed: else each line would raise an OSError."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _hear(number: int, frame: FrameType | None) -> None:
@@ -57,9 +73,18 @@ def _hear(number: int, frame: FrameType | None) -> None:
         _heard.error = None
         is_ending = _heard.first is not None and _heard.first.is_set  # then Ray may have been sent SIGTERM, too
         raise KeyboardInterrupt if is_ending else error
-    this, interrupt = object(), next(_heard.forwarded if number == FORWARDED else _heard.directly)
-    if _heard.taken.setdefault(interrupt, this) is not this:
-        return  # the same one, heard on the other way
+    if (
+        frame is not None
+        and frame.f_code.co_filename == "<frozen importlib._bootstrap>"
+        and frame.f_code.co_name == "cb"
+    ):
+        signal.raise_signal(number)  # once more, as Python drops what is raised in this callback of its imports
+        return
+    leave_closed_terminal()
+    interrupt, now = len(_heard.taken), time.monotonic()
+    is_same = now - _heard.taken.get(interrupt - 1, -math.inf) < SAME_WITHIN_S
+    if is_same or _heard.taken.setdefault(interrupt, now) is not now:
+        return
     if _heard.first is not None and not _heard.first.is_set:
         _heard.first.is_set = True
     else:

@@ -20,6 +20,11 @@ NAMES = {
         "setup_worker_path is what starts each worker: runtime_env's py_executable costs an import of Ray before it; "
         "no_monitor and include_log_monitor spare two processes; session_name tells where the logs are if it fails",
     ),
+    "services": (
+        "ray._private",
+        "ConsolePopen starts Ray's processes, in the job's own session and process group, and so for its signals too",
+    ),
+    "utils": ("ray._private", "set_sigterm_handler puts a handler that exits at once in place of the job's own"),
     "Node": ("ray._private.node", "start_api_server starts a process also for no dashboard, and waits for it"),
     "ActorClassID": (
         "ray.actor",

@@ -18,7 +18,7 @@ import torch
 from mnist_ray import environment
 from mnist_ray.cluster.local import for_one_job
 from mnist_ray.config import WorkerConfig
-from mnist_ray.forking.local import prepare_forking
+from mnist_ray.forking.local import prepared_forking
 from mnist_ray.training.checkpoint import FACTS_BEFORE_WORKLOADS
 from mnist_ray.workload import source
 from mnist_ray.workload.data import Arrays
@@ -112,16 +112,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def ray_address() -> Iterator[str]:
     """A Ray of two CPUs that all tests share; the address is for processes that connect to it."""
     environment.prepare(verbose=False)
-    forking = prepare_forking(WorkerConfig(fork_workers=_fork_workers), "mnist_ray.runs.fit")
-    with pytest.MonkeyPatch.context() as patch, for_one_job(forking, log_to_driver=False):
-        # Handed on to what the Ray starts. Ray Train's cleaner asks a dashboard: here none answers, and so at once.
-        # Else it is looked for at an address that `ray start` has left long ago.
-        patch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
-    if forking.server is not None:
-        forking.server.stop()
+    with prepared_forking(WorkerConfig(fork_workers=_fork_workers), "mnist_ray.runs.fit") as forking:
+        with pytest.MonkeyPatch.context() as patch, for_one_job(forking, log_to_driver=False):
+            # Handed on to what the Ray starts. Ray Train's cleaner asks a dashboard: here none answers, and so at once.
+            # Else it is looked for at an address that `ray start` has left long ago.
+            patch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+            ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield ray.get_runtime_context().gcs_address
+        ray.shutdown()
 
 
 def _how_workers_start(job: str) -> list[str]:
@@ -163,6 +161,7 @@ def run_and_act_twice(
             stderr=errors,
             text=True,
             env={**os.environ, "RAY_ADDRESS": address},
+            start_new_session=True,
         )
         try:
             lines = []

@@ -3,11 +3,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+
+from mnist_ray import interrupts
 
 PREPARED = """
 import os, signal, sys, time
@@ -86,20 +88,36 @@ def test_where_the_process_is_ended_one_line_says_so_and_how_to_go_on(start: Sta
     assert errors.endswith("; to go on: this\n")
 
 
-@pytest.mark.parametrize("to_all", [False, True], ids=["to the guard", "to the whole group"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_counts_once_whether_the_guard_or_all_get_it(
-    start: Starter, number: signal.Signals, to_all: bool
+@pytest.mark.parametrize(
+    "sends",
+    [[os.kill], [os.killpg], [os.kill, os.killpg]],
+    ids=["to the guard", "to the whole group", "to the guard and to the whole group, as timeout does"],
+)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_counts_once_whoever_gets_it(
+    start: Starter, number: signal.Signals, sends: list[Callable[[int, int], None]]
 ) -> None:
     """The first is noted, the second ends."""
     process = start(SAVING)
     assert process.stdout
-    send = os.killpg if to_all else os.kill
     for expected in ("here\n", "saving\n"):
         assert process.stdout.readline() == expected
         assert process.poll() is None
-        send(process.pid, number)
+        for send in sends:
+            send(process.pid, number)
+        time.sleep(interrupts.SAME_WITHIN_S + 0.1)
     assert said(process) == (130, "")
+
+
+def test_a_closed_terminal_counts_for_nothing_under_nohup(start: Starter) -> None:
+    process = start(f"signal.signal(signal.SIGHUP, signal.SIG_IGN)\ninterrupts.take_signals()\n{SAVING}")
+    assert process.stdout
+    assert process.stdout.readline() == "here\n"
+    os.killpg(process.pid, signal.SIGHUP)
+    time.sleep(interrupts.SAME_WITHIN_S + 0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.stdout.readline() == "saving\n"
+    assert process.poll() is None
 
 
 def test_where_the_guard_is_killed_the_work_ends_with_it(start: Starter) -> None:

@@ -58,11 +58,9 @@ def connect(
 
     ``dashboard``: a local Ray serves its own. ``meanwhile`` is done while a local Ray starts, or the first worker on a
     cluster, which is mostly waiting; what it raises is raised. ``forking`` tells how the workers are forked, if they
-    are; its server is ended in the end.
+    are.
     """
     with contextlib.ExitStack() as at_the_end:
-        if forking is not None and forking.server is not None:
-            at_the_end.callback(forking.server.stop)
         if ray.is_initialized():
             meanwhile()
             yield _describe(is_local=False)
@@ -77,6 +75,8 @@ def connect(
             check_folder()
         address = _find_cluster()
         leaving = threading.Thread(target=ray.shutdown)
+        take_signals()
+        at_the_end.enter_context(private.replaced(private.utils, "set_sigterm_handler", lambda handler: None))
         if address is None:
             check_limits()
             num_cpus, session = local_cpus(config), new_session()
@@ -95,7 +95,6 @@ def connect(
             if forking is not None:
                 options["runtime_env"] = runtime_env_to_fork(forking)
             _init(address, options)
-        take_signals()
         with errors_in_one_line(), contextlib.ExitStack() as watching:
             cluster = _describe(is_local=address is None)
             with _worker_starting(cluster):

@@ -131,7 +131,8 @@ def for_one_job(
     """Let a Ray that is started meanwhile fork its workers, and do without what only a cluster needs.
 
     Such are the autoscaler, the log monitor where no log is shown, and the process that serves the dashboard, which
-    Ray would start for no dashboard, too, and wait for.
+    Ray would start for no dashboard, too, and wait for. Its processes have sessions of their own, so that a signal to
+    all processes of the job leaves them to save a checkpoint with; on Linux, the kernel ends them with the job.
     """
     parameters: dict[str, Any] = {"no_monitor": True, "include_log_monitor": log_to_driver}
     serves_nothing = private.replaced(private.Node, "start_api_server", lambda node, **options: None)
@@ -141,7 +142,9 @@ def for_one_job(
         parameters["setup_worker_path"] = str(SHIM)
     create = private.RayParams.__init__
     known = {name: value for name, value in parameters.items() if name in inspect.signature(create).parameters}
+    start, is_linux = private.services.ConsolePopen, sys.platform.startswith("linux")
     with (
+        private.replaced(private.services, "ConsolePopen", functools.partial(start, start_new_session=is_linux)),
         private.replaced(private.RayParams, "__init__", functools.partialmethod(create, **known)),
         contextlib.nullcontext() if has_dashboard else serves_nothing,
     ):

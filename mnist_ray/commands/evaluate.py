@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mnist_ray import cli, environment
 from mnist_ray.config import EvaluationConfig, LookupConfig, WorkerConfig
-from mnist_ray.forking.local import Forking, prepare_forking
+from mnist_ray.forking.local import Forking, prepared_forking
 from mnist_ray.settings import build, names_of
 from mnist_ray.tools import flags
 from mnist_ray.workload.data import Part
@@ -26,13 +26,12 @@ def main() -> None:
     flags.add_run(parser, "checkpoint")
     given = parser.read_flags()
     environment.prepare(verbose=False)
-    forking = prepare_forking(WorkerConfig(), "mnist_ray.runs.evaluation")
+    with prepared_forking(WorkerConfig(), "mnist_ray.runs.evaluation") as forking:
+        from mnist_ray.runs.lookup import find  # imports torch and Ray, after the flags are known to be right
 
-    from mnist_ray.runs.lookup import find  # imports torch and Ray, after the flags are known to be right
-
-    changes = {name: given[name] for name in names_of([workload_class.Settings]) if name in given}
-    found = find(given["checkpoint"], build(LookupConfig, given).storage_path, given.get("workload"), changes)
-    evaluate(found, build(EvaluationConfig, given), forking)
+        changes = {name: given[name] for name in names_of([workload_class.Settings]) if name in given}
+        found = find(given["checkpoint"], build(LookupConfig, given).storage_path, given.get("workload"), changes)
+        evaluate(found, build(EvaluationConfig, given), forking)
 
 
 def evaluate(found: Found, config: EvaluationConfig, forking: Forking) -> Evaluation:

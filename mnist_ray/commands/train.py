@@ -1,8 +1,10 @@
 """Train a workload on Ray, evaluate it on the test set, and write the run's files."""
 
+import contextlib
+
 from mnist_ray import environment
 from mnist_ray.cluster.plan import plan_workers
-from mnist_ray.forking.local import prepare_forking
+from mnist_ray.forking.local import prepared_forking
 from mnist_ray.runs.clock import Clock
 from mnist_ray.runs.header import announced
 from mnist_ray.runs.job import Job, load_data, owning, read_job
@@ -18,13 +20,15 @@ def train(job: Job) -> None:
     """Data, connect, fit, evaluate, report. Raises UsageError, JobError and KeyboardInterrupt, each in one line."""
     clock = Clock()
     environment.prepare(verbose=job.output.verbose)
-    forking = prepare_forking(job.workers, "mnist_ray.runs.fit")
-    clock.mark("start")
-    job, data = load_data(job)
-    job.run.check_writable()
-    clock.mark("data")
+    with contextlib.ExitStack() as job_ends:
+        forking = job_ends.enter_context(prepared_forking(job.workers, "mnist_ray.runs.fit"))
+        clock.mark("start")
+        job, data = load_data(job)
+        job.run.check_writable()
+        clock.mark("data")
+        console = job_ends.enter_context(announced(job, data))
+        job_ends.enter_context(owning(job, console.waiting))
 
-    with announced(job, data) as console, owning(job, console.waiting):
         from mnist_ray.cluster.connection import connect  # imports Ray, once the header is on the screen
 
         rehearse = rehearsal(job, data)

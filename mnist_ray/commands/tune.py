@@ -4,8 +4,10 @@ Whatever has a search space is searched: batch size and learning rate, and the w
 worker with one CPU unless --num-workers and --cpus-per-worker say otherwise.
 """
 
+import contextlib
+
 from mnist_ray import environment
-from mnist_ray.forking.local import prepare_forking
+from mnist_ray.forking.local import prepared_forking
 from mnist_ray.runs.job import owning
 from mnist_ray.runs.rehearsal import rehearsal
 from mnist_ray.sweeps.console import announced
@@ -20,11 +22,13 @@ def main() -> None:
 def tune(sweep: Sweep) -> None:
     """Data, connect, search, then fit, evaluate and report the best. Raises as ``train`` does."""
     environment.prepare(verbose=sweep.job.output.verbose)
-    forking = prepare_forking(sweep.workers, "mnist_ray.sweeps.sweep")
-    sweep, data = load_data(sweep)
-    sweep.job.run.check_writable()
+    with contextlib.ExitStack() as sweep_ends:
+        forking = sweep_ends.enter_context(prepared_forking(sweep.workers, "mnist_ray.sweeps.sweep"))
+        sweep, data = load_data(sweep)
+        sweep.job.run.check_writable()
+        console = sweep_ends.enter_context(announced(sweep, data))
+        sweep_ends.enter_context(owning(sweep.job, console.waiting))
 
-    with announced(sweep, data) as console, owning(sweep.job, console.waiting):
         from mnist_ray.cluster.connection import connect  # imports Ray, once the header is on the screen
 
         rehearse = rehearsal(sweep.job, data, sweep.batch_sizes)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +30,11 @@ class ForkServer:
     """Where its socket is."""
 
     def stop(self) -> None:
-        """End it; the workers that it has forked go on."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """End it, whatever it does; the workers that it has forked go on."""
         os.environ.pop(SOCKET_VARIABLE, None)
+        self.process.kill()
+        self.process.communicate()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,19 @@ class Forking:
     """For a local Ray, where one can be expected."""
 
 
-def prepare_forking(config: WorkerConfig, module: str) -> Forking:
-    """Start a fork server, if the workers of a job are to be forked and it is likely to have its own Ray."""
+@contextlib.contextmanager
+def prepared_forking(config: WorkerConfig, module: str) -> Iterator[Forking]:
+    """Have a fork server meanwhile, if the workers of a job are to be forked and it is likely to start its own Ray."""
     is_wanted = config.fork_workers == "auto" and sys.platform.startswith("linux")
     modules = (module, *_IMPORTED_LATE)
-    may_be_local = os.environ.get("RAY_ADDRESS", "") in ("", "auto", "local")
-    return Forking(is_wanted, modules, start_fork_server(modules) if is_wanted and may_be_local else None)
+    is_connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    may_be_local = not is_connected and os.environ.get("RAY_ADDRESS", "") in ("", "auto", "local")
+    server = start_fork_server(modules) if is_wanted and may_be_local else None
+    try:
+        yield Forking(is_wanted, modules, server)
+    finally:
+        if server is not None:
+            server.stop()
 
 
 def start_fork_server(modules: tuple[str, ...]) -> ForkServer | None:

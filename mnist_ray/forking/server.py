@@ -12,6 +12,7 @@ python -m mnist_ray.forking.server SOCKET MODULE...
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
@@ -63,8 +64,8 @@ class Request:
 def main() -> None:
     """Import modules, then fork workers until none can be wanted any more."""
     path, modules, environment = Path(sys.argv[1]), sys.argv[2:], dict(os.environ)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner; this process ends when that does
     with listening(path) as listener:
+        _end_with_owner()
         refusal = load(modules)
         request = serve(listener, environment, refusal)
     if request is not None:
@@ -80,16 +81,29 @@ def listening(path: Path) -> Iterator[socket.socket]:
     Before anything is imported, so that workers can wait for it.
     """
     server, umask = os.getpid(), os.umask(0o177)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        os.umask(umask)
-        listener.listen(128)
-        yield listener
-    if os.getpid() == server:
-        for some in (path, Path(f"{path}.lock")):
-            some.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # Ray's own folder, where others are in it
-            path.parent.rmdir()
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            os.umask(umask)
+            listener.listen(128)
+            yield listener
+    finally:
+        if os.getpid() == server:
+            for some in (path, Path(f"{path}.lock")):
+                some.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # Ray's own folder, where others are in it
+                path.parent.rmdir()
+
+
+def _end_with_owner() -> None:
+    """Let this process end as soon as nothing holds the other end of its standard input, also while it imports."""
+    if not _owner():
+        return
+    signal.signal(signal.SIGIO, lambda number, frame: sys.exit())
+    fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select(_owner(), [], [], 0)[0]:  # it had gone before
+        sys.exit()
 
 
 def load(modules: Sequence[str]) -> str:
@@ -192,13 +206,18 @@ def serve(listener: socket.socket, environment: dict[str, str], refusal: str) ->
 
 def _is_wanted(listener: socket.socket, workers: set[int]) -> bool:
     """Wait for a request; return False where none can come any more."""
-    owner = [sys.stdin.fileno()] if stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode) else []
+    owner = _owner()
     while True:
-        ready, _, _ = select.select([listener, *owner], [], [], None if owner else _IDLE_S)
+        ready, _, _ = select.select([listener.fileno(), *owner], [], [], None if owner else _IDLE_S)
         if ready:
-            return ready == [listener]
+            return ready == [listener.fileno()]
         if all(map(_outlives_job, tuple(workers))):  # a copy: some may end meanwhile
             return False
+
+
+def _owner() -> list[int]:
+    """Return the standard input if it is a pipe, whose other end the owner holds."""
+    return [0] if stat.S_ISFIFO(os.fstat(0).st_mode) else []
 
 
 def _outlives_job(pid: int) -> bool:
@@ -259,7 +278,8 @@ def become(request: Request) -> None:
     for number, descriptor in enumerate(request.descriptors):
         os.dup2(descriptor, number)
         os.close(descriptor)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number in (signal.SIGCHLD, signal.SIGIO):
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN if request.ignores_interrupt else signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, request.blocked_signals)
     if request.is_group_leader:

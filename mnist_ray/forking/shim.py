@@ -119,7 +119,7 @@ def start_server(address: str, environment: dict[str, str]) -> None:
         if os.path.exists(address):  # of a server that was killed
             os.unlink(address)
         modules = environment[MODULES_VARIABLE].split()
-        server = launch(address, modules, environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        server = launch(address, modules, environment, stdin=subprocess.DEVNULL)
         end = time.monotonic() + _TIMEOUT_S
         while not _answers(address):
             if server.poll() is not None or time.monotonic() > end:
@@ -138,6 +138,7 @@ def launch(
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,  # a signal to all processes of the job is for those that save a checkpoint then
         **options,
     )
 

@@ -70,8 +70,6 @@ def recorded(
     if_ended(f"; to go on: {job.resume_with}")
     try:
         yield record
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(f"interrupted; to go on: {job.resume_with}") from interrupt
     except TrainingStoppedError as error:
         raise JobError(f"{error} (logs: {cluster.log_folder})") from error
     except JobError as error:

@@ -68,8 +68,6 @@ def search(console: SweepConsole, sweep: Sweep, data: Parts, cluster: Cluster) -
             # What is left over is of trials that are stopped before their end.
             with leftovers_removed(), followed(sweep, console) as on_change:
                 table = run_sweep(sweep.config, sweep.space, spec, run, concurrent, on_change)
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(f"interrupted; to go on: {job.resume_with}") from interrupt
     except JobError as error:
         raise JobError(f"{error} (logs: {cluster.log_folder})") from error
     _write_choice(console, sweep, table)

@@ -17,7 +17,7 @@ DRIVER = """\
 import json, os, resource, signal, sys
 from mnist_ray.cluster.connection import connect
 from mnist_ray.config import WorkerConfig
-from mnist_ray.forking.local import prepare_forking
+from mnist_ray.forking.local import prepared_forking
 
 def look():
     import ray
@@ -44,8 +44,7 @@ def start_actor(**variables):
 
 fork_workers, then = sys.argv[1:]
 config = WorkerConfig(fork_workers=fork_workers)
-forking = prepare_forking(config, "ray")
-with connect(config, forking):
+with prepared_forking(config, "ray") as forking, connect(config, forking):
     import ray
     one, another = start_actor(), start_actor()
     told = {"workers": ray.get([ray.remote(look).remote(), one.look.remote(), another.look.remote()])}
@@ -64,15 +63,14 @@ with connect(config, forking):
 SPILLING = """\
 from mnist_ray.cluster.local import new_session, start_local
 from mnist_ray.config import WorkerConfig
-from mnist_ray.forking.local import prepare_forking
+from mnist_ray.forking.local import prepared_forking
 
-forking = prepare_forking(WorkerConfig(), "ray")
 import numpy, ray
-start_local(1, forking, new_session(), log_to_driver=False, object_store_memory=80 * 2**20)
-kept = [ray.put(numpy.full(30 * 2**20, number, numpy.uint8)) for number in range(5)]
-print([int(ray.get(one)[-1]) for one in kept])
-ray.shutdown()
-forking.server.stop()
+with prepared_forking(WorkerConfig(), "mnist_ray") as forking:
+    start_local(1, forking, new_session(), log_to_driver=False, object_store_memory=80 * 2**20)
+    kept = [ray.put(numpy.full(30 * 2**20, number, numpy.uint8)) for number in range(5)]
+    print([int(ray.get(one)[-1]) for one in kept])
+    ray.shutdown()
 """
 
 

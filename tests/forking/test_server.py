@@ -241,11 +241,6 @@ def test_a_killed_worker_leaves_no_zombie(server: Server, tmp_path: Path) -> Non
     wait_for(lambda: not psutil.pid_exists(worker["pid"]))
 
 
-def test_ctrl_c_does_not_end_the_server(server: Server, tmp_path: Path) -> None:
-    server.process.send_signal(signal.SIGINT)
-    assert fork(tmp_path, env=server.environment)["parent"] == server.process.pid
-
-
 def test_a_server_ends_with_its_owner_and_leaves_its_workers_but_no_file(tmp_path: Path) -> None:
     with serving(tmp_path, "torch") as running:
         worker = psutil.Process(fork(tmp_path, "stay", env=running.environment)["pid"])
@@ -258,6 +253,16 @@ def test_a_server_ends_with_its_owner_and_leaves_its_workers_but_no_file(tmp_pat
         finally:
             worker.kill()
         wait_for(lambda: has_ended(worker))
+
+
+def test_a_server_sees_its_owners_end_while_it_imports(tmp_path: Path) -> None:
+    endless = f"import pathlib, time\npathlib.Path({str(tmp_path / 'importing')!r}).touch()\nwhile True: time.sleep(1)"
+    with serving(tmp_path, endless=endless) as running:
+        wait_for((tmp_path / "importing").exists)
+        assert running.process.stdin is not None
+        running.process.stdin.close()
+        assert running.process.wait(60) == 0
+        assert not running.address.parent.exists()
 
 
 @pytest.mark.long
