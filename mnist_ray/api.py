@@ -245,5 +245,6 @@ def _found(
     changes = dict(settings or {})
     storage_path = os.fspath(changes.pop("storage_path", LookupConfig().storage_path))
     changes.pop("num_tasks", None)
-    given = run.checkpoint if isinstance(run, Run) else run
-    return find(given, storage_path, None if workload is None else reference_of(workload), changes)
+    if isinstance(run, Run):
+        workload, run = workload or type(run.workload), run.checkpoint
+    return find(run, storage_path, None if workload is None else reference_of(workload), changes)

@@ -7,7 +7,7 @@ import json
 import posixpath
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -189,10 +189,11 @@ class RunFolder:
                 self.filesystem.delete_file(target + ".tmp")
             raise
 
-    def resume_command(self, job: str, mlflow: str | None = None) -> str:
+    def resume_command(self, job: str, mlflow: str | None = None, code: Mapping[str, str] | None = None) -> str:
         """Return the command of ``job``, train or tune, with the flags that go on with it, as one would type it.
 
-        What names users and has passwords is left out of URIs; the variables that do instead are named.
+        ``code`` has references, by setting, that the run's own file is not trusted with. What names users and has
+        passwords is left out of URIs; the variables that do instead are named.
         """
         uris = {"--storage-path": self.storage_path, **({"--mlflow": mlflow} if mlflow else {})}
         flags, variables = ["--resume", "--run-name", self.name], list[str]()
@@ -200,11 +201,13 @@ class RunFolder:
             shown, instead = without_user(uri)
             flags += [flag, shown]
             variables += instead
+        for name, reference in (code or {}).items():
+            flags += [f"--{name}", reference]
         return f"{command(job)} {shlex.join(flags)}" + (f" (with {', '.join(variables)} set)" if variables else "")
 
-    def resume_call(self, job: str, mlflow: str | None = None) -> str:
+    def resume_call(self, job: str, mlflow: str | None = None, code: Mapping[str, str] | None = None) -> str:
         """Return the call of ``job``, train or tune, that goes on with it; without names and passwords, as well."""
-        uris = {"storage_path": self.storage_path, **({"mlflow": mlflow} if mlflow else {})}
+        uris = {"storage_path": self.storage_path, **({"mlflow": mlflow} if mlflow else {}), **(code or {})}
         shown = "".join(f", {name}={without_user(uri)[0]!r}" for name, uri in uris.items())
         return f"{job}(resume=True, run_name={self.name!r}{shown})"
 
@@ -234,6 +237,18 @@ def locate(storage_path: str, name: str, given_as: str = "--storage-path") -> Ru
     except (*STORAGE_ERRORS, ValueError) as error:  # ValueError: a name that is no UTF-8
         raise UsageError(f"{given_as} {storage_path} cannot be used: {first_line(error)}") from error
     return run
+
+
+def untrusted_folders(run: RunFolder, storage_path: str) -> list[Path]:
+    """Return the folders on this machine's disks where code may have come with a run, or lie in the storage of runs.
+
+    ``run`` may be a checkpoint's folder, or one that a sweep has within its own.
+    """
+    outermost = run
+    while outermost.storage.exists(CONFIG_FILE):
+        outermost = outermost.storage
+    own = [Path(outermost.path)] if isinstance(run.filesystem, fs.LocalFileSystem) else []
+    return own if "://" in storage_path else [*own, path_of(storage_path, "--storage-path")]
 
 
 def unless_damaged(read: Callable[[], T | None], warn: Callable[[str], None]) -> T | None:
@@ -323,7 +338,7 @@ def _newest_run(storage: RunFolder, is_wanted: Callable[[RunFolder], bool]) -> R
     for run in sorted(runs, key=lambda run: run.modified_ns(CONFIG_FILE), reverse=True):
         if run.exists(CONFIG_FILE) and run.checkpoint_names() and is_wanted(run):
             return run
-    raise UsageError(f"no run in {storage.storage_path} has a checkpoint; {command('train')} makes one")
+    raise UsageError(f"no run in {storage.storage_path} has a checkpoint to use; {command('train')} makes one")
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import types
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +75,41 @@ def find(reference: str, base: type) -> tuple[type, Source]:
     return load(source, base), source
 
 
+def check_trusted(reference: str, base: type, file: str, folders: Iterable[Path]) -> None:
+    """Raise UsageError if a reference, which ``file`` holds, may lead to code that came with that file."""
+    if reason := why_untrusted(reference, folders):
+        raise UsageError(
+            f"{file} names {_flag(base)} {reference}, {reason}: code that may have come with a run is loaded only "
+            f"where {_flag(base)} says so on the command line"
+        )
+
+
+def why_untrusted(reference: str, folders: Iterable[Path]) -> str:
+    """Say why code may have come with a run: it is at a relative path, or in one of ``folders``. Empty where neither.
+
+    These are the run's, and the storage of runs, where others may write.
+    """
+    place, _ = _split(reference)
+    if place.endswith(".py") and not Path(place).is_absolute():
+        return "a relative path"
+    paths = [Path(place)] if place.endswith(".py") else _paths_of_module(place)
+    resolved = {folder.resolve() for folder in folders}
+    is_inside = any(not resolved.isdisjoint(path.resolve().parents) for path in paths)
+    return "in a folder of runs" if is_inside else ""
+
+
+def _paths_of_module(name: str) -> list[Path]:
+    """Return where Python would import a module's package from; nowhere where there is none."""
+    _add_current_folder()
+    try:
+        found = importlib.util.find_spec(name.partition(".")[0])
+    except (ImportError, ValueError):
+        found = None
+    return (
+        [Path(place) for place in (found.origin, *(found.submodule_search_locations or ())) if place] if found else []
+    )
+
+
 @functools.cache
 def load(source: Source, base: type) -> type:
     """Return a class as another process had it. Raises as ``find``."""
@@ -123,9 +159,14 @@ def _is_another(name: str, path: str) -> bool:
     return found is not None and found.origin is not None and os.path.realpath(found.origin) != path
 
 
-def _import_module(name: str, flag: str) -> types.ModuleType:
-    if str(Path.cwd()) not in sys.path:  # as `python -m` has it
+def _add_current_folder() -> None:
+    """Let modules be found in the current folder, as `python -m` has it."""
+    if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
+
+
+def _import_module(name: str, flag: str) -> types.ModuleType:
+    _add_current_folder()
     try:
         return importlib.import_module(name)
     except ImportError as error:

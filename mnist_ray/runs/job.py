@@ -31,6 +31,7 @@ from mnist_ray.storage import (
     read_origin,
     read_result,
     unless_damaged,
+    untrusted_folders,
 )
 from mnist_ray.tracker import Tracker
 from mnist_ray.user_code import Source
@@ -103,13 +104,21 @@ class CommandLine:
         if train.callback is not None:
             _, callback = user_code.find(train.callback, Callback)
             train = dataclasses.replace(train, callback=callback.reference)
+        assert self.workload_class.source is not None
+        code = {
+            "workload": self.workload_class.source.reference,
+            **({"callback": callback.reference} if callback else {}),
+        }
+        folders = untrusted_folders(self.run, self.run.storage_path)
+        to_name = {name: place for name, place in code.items() if user_code.why_untrusted(place, folders)}
+        resume = self.run.resume_call if self.is_call else self.run.resume_command
         return Job(
             self.workload_class(settings.build(self.workload_class.Settings, self.values)),
             train,
             workers,
             output,
             self.run,
-            (self.run.resume_call if self.is_call else self.run.resume_command)(self.kind, output.mlflow),
+            resume(self.kind, output.mlflow, to_name),
             self.notes,
             self.origin,
             callback,
@@ -137,8 +146,13 @@ def read_command_line(
     peeked = cli.peek("workload", "config", "resume", "run_name", "storage_path") if given is None else given
     from_file = settings.read_config_file(peeked["config"]) if "config" in peeked else {}
     run, saved = _find_run(peeked, kind, config_file)
-    known = from_file.get("workload") or saved.get("workload") or source.DEFAULT
-    workload_class = source.load_again(known, peeked.get("workload"))
+    held = {**saved, **from_file}  # with references to code, and where that may have come from somebody else
+    file = peeked["config"] if "config" in peeked else run.inside(config_file).uri
+    untrusted = untrusted_folders(run, run.storage_path)
+    if "config" in peeked:
+        folder = settings.path_of(peeked["config"], "--config").absolute().parent
+        untrusted += untrusted_folders(locate(str(folder.parent), folder.name), run.storage_path)
+    workload_class = source.load_again(held.get("workload", source.DEFAULT), peeked.get("workload"), file, untrusted)
 
     kept = (*more_settings, TrainConfig, workload_class.Settings, WorkerConfig)
     recipes = workload_class.recipes
@@ -151,6 +165,8 @@ def read_command_line(
         shown = f"{file}, of the workload {values['workload']}," if of_another else file
         settings.check_known(values, settings.names_of(kept) | {"workload"}, shown)
         _check_values(values, kept, shown)
+    if held.get("callback") is not None and "callback" not in flags:
+        user_code.check_trusted(held["callback"], Callback, file, untrusted)
     recipe = flags.get("recipe", "default")
     values = {**defaults, **recipes.get(recipe, {})} if not saved or "recipe" in flags else {}
     asked = merged(kept, values, from_file, {n: v for n, v in flags.items() if n not in ("recipe", "config")})

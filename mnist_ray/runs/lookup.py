@@ -21,6 +21,7 @@ from mnist_ray.storage import (
     find_run,
     position_of,
     read_result,
+    untrusted_folders,
 )
 from mnist_ray.training.checkpoint import STATE_FILE, fetch, fetch_state, workload_of
 from mnist_ray.wording import spoken
@@ -70,7 +71,7 @@ def find(
     except STORAGE_ERRORS as error:
         raise JobError(f"cannot read {run.uri}: {first_line(error)}") from error
     document = fetch_state(checkpoint.filesystem, checkpoint.path)
-    workload = workload_of(document, reference, dict(changes or {}))
+    workload = workload_of(document, reference, dict(changes or {}), untrusted_folders(run, storage_path))
     assert workload.source is not None
     if document["workload"]["sha256"] not in ("", workload.source.sha256):
         notes += (f"the workload has changed since the checkpoint was made: {workload.source.reference}",)

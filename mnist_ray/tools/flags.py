@@ -8,7 +8,7 @@ from typing import Any
 from mnist_ray import cli
 from mnist_ray.config import LookupConfig
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.storage import CONFIG_FILE, RunFolder, find_run
+from mnist_ray.storage import CONFIG_FILE, RunFolder, find_run, untrusted_folders
 from mnist_ray.workload import source
 from mnist_ray.workload.interface import Workload
 
@@ -40,16 +40,17 @@ def workload_class() -> type[Workload]:
     if "workload" in peeked:
         return source.load(peeked["workload"])
     with contextlib.suppress(UsageError):  # said when all flags are known
-        run = find_run(peeked.get("run"), peeked.get("storage_path", LookupConfig().storage_path))
-        return source.load(reference_of(run))
+        storage_path = peeked.get("storage_path", LookupConfig().storage_path)
+        return class_of(find_run(peeked.get("run"), storage_path), storage_path)
     return source.load(source.DEFAULT)
 
 
-def reference_of(run: RunFolder) -> str:
-    """Return where a run's workload, or that of the run that a checkpoint lies in, was loaded from."""
+def class_of(run: RunFolder, storage_path: str) -> type[Workload]:
+    """Return the workload of a run, or of the run that a checkpoint lies in. Raises UsageError as ``load_again``."""
+    untrusted = untrusted_folders(run, storage_path)
     for folder in (run, run.storage):
         with contextlib.suppress(JobError):  # the checkpoint says it too
             reference = (folder.read_json(CONFIG_FILE) or {}).get("workload")
             if isinstance(reference, str):
-                return reference
-    return source.DEFAULT
+                return source.load_again(reference, None, folder.inside(CONFIG_FILE).uri, untrusted)
+    return source.load(source.DEFAULT)

@@ -31,9 +31,8 @@ from mnist_ray.runs import lookup
 from mnist_ray.screen import say
 from mnist_ray.settings import path_of
 from mnist_ray.storage import RunFolder, write_file
-from mnist_ray.tools.flags import reference_of
+from mnist_ray.tools.flags import class_of
 from mnist_ray.wording import count
-from mnist_ray.workload import source
 from mnist_ray.workload.interface import Workload
 from mnist_ray.workload.sources import PICTURES
 
@@ -107,7 +106,7 @@ def predict(given: Sequence[str], found: lookup.Found, config: PredictionConfig)
 def answers_pictures(run: RunFolder) -> bool:
     """Tell whether a run's workload answers pictures; not where its code cannot be had."""
     try:
-        return source.load(reference_of(run))(None).answers_pictures
+        return class_of(run, run.storage_path)(None).answers_pictures
     except UsageError:
         return False
 

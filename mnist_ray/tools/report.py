@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mnist_ray import settings
+from mnist_ray.config import LookupConfig
 from mnist_ray.display import report
 from mnist_ray.display.report import RunRecord
 from mnist_ray.errors import JobError, UsageError
@@ -16,6 +17,7 @@ from mnist_ray.storage import (
     DamagedFileError,
     RunFolder,
     read_origin,
+    untrusted_folders,
     write_file,
 )
 from mnist_ray.sweeps.report import sections
@@ -32,7 +34,8 @@ def workload_of(run: RunFolder, reference: str | None) -> Workload:
     Raises UsageError and JobError.
     """
     values = report.settings_of(run)
-    workload_class = source.load_again(values.get("workload", source.DEFAULT), reference)
+    held, untrusted = values.get("workload", source.DEFAULT), untrusted_folders(run, LookupConfig().storage_path)
+    workload_class = source.load_again(held, reference, run.inside(CONFIG_FILE).uri, untrusted)
     try:
         own: Any = settings.build(workload_class.Settings, values)
     except UsageError as error:

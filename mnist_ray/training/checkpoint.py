@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,16 +166,20 @@ def weights_sha256(checkpoint: RunFolder) -> str:
     return str(document["sha256"][_MODEL])
 
 
-def workload_of(document: dict[str, Any], reference: str | None, changes: dict[str, Any]) -> Workload:
+def workload_of(
+    document: dict[str, Any], reference: str | None, changes: dict[str, Any], untrusted: Iterable[Path]
+) -> Workload:
     """Return the workload of a checkpoint, of which ``document`` is the state.json.
 
     Its code comes from ``reference`` where that is given, else from where it was; ``changes`` are settings that take
-    the place of its own. Raises UsageError where the code cannot be had or has no such settings any more.
+    the place of its own. Raises UsageError where the code cannot be had, lies in one of the ``untrusted`` folders or
+    has no such settings any more.
     """
     saved = document["workload"]
-    workload_class = source.load_again(saved["reference"], reference)
+    named = f"the checkpoint of {saved['reference']}"
+    workload_class = source.load_again(saved["reference"], reference, named, untrusted)
     settings_class = workload_class.Settings
-    check_known(saved["settings"], names_of([settings_class]), f"the checkpoint of {saved['reference']}")
+    check_known(saved["settings"], names_of([settings_class]), named)
     return workload_class(build(settings_class, {**saved["settings"], **changes}), saved["facts"])
 
 

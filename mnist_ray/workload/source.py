@@ -6,7 +6,8 @@ import copyreg
 import dataclasses
 import difflib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from mnist_ray import config, user_code
@@ -28,10 +29,14 @@ def load(reference: str) -> type[Workload]:
     return _load(source)
 
 
-def load_again(saved: str, given: str | None) -> type[Workload]:
-    """Return the workload that is ``given``, else the one that was ``saved`` with a run. Raises UsageError."""
+def load_again(saved: str, given: str | None, file: str, folders: Iterable[Path]) -> type[Workload]:
+    """Return the workload that is ``given``, else the one that ``file`` has ``saved`` with a run. Raises UsageError.
+
+    It does so too for code in ``folders``: see ``user_code.check_trusted``.
+    """
     if given is not None:
         return load(given)
+    user_code.check_trusted(saved, Workload, file, folders)
     try:
         return load(saved)
     except UsageError as error:

@@ -148,7 +148,7 @@ def test_storage_that_is_no_local_disk_gets_the_event_file_at_the_end(
 def test_mlflow_has_parameters_metrics_pictures_and_the_model(
     tmp_path: Path, finished_run: Path, mlflow_uri: str
 ) -> None:
-    run, checkpoint = locate(str(tmp_path), "run"), find(str(finished_run), "").checkpoint
+    run, checkpoint = locate(str(tmp_path), "run"), find(str(finished_run), "~/ray_results").checkpoint
     assert follow(run, EPOCH[:3], Ending(None, {}, None), mlflow_uri) == []
     (found,) = in_mlflow(run)
     assert (found.info.run_name, found.info.status) == ("run", "KILLED")

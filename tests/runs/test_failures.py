@@ -244,12 +244,12 @@ def test_a_run_whose_list_of_checkpoints_was_cut_off_is_read_by_its_last_checkpo
     run.write_text("config.json", "{}")
     run.write_text("checkpoint_manager_snapshot.json", '{"checkpoint_results": [{"checkpoint_dir')
     with pytest.raises(UsageError, match="has no checkpoint yet"):
-        find(run.uri, "")
+        find(run.uri, "~/ray_results")
     for name in ("checkpoint_epoch-001_step-000000", "checkpoint_epoch-002_step-000000"):
         shutil.copytree(saved, run.inside(name).path)
-    assert find(run.uri, "").checkpoint.path.endswith("/run/checkpoint_epoch-002_step-000000")
+    assert find(run.uri, "~/ray_results").checkpoint.path.endswith("/run/checkpoint_epoch-002_step-000000")
     run.write_text("result.json", "")
-    found = find(run.uri, "")
+    found = find(run.uri, "~/ray_results")
     assert found.checkpoint.path.endswith("/run/checkpoint_epoch-002_step-000000")
     assert [note.partition("result.json is damaged: ")[2] for note in found.notes] == [
         "Expecting value: line 1 column 1 (char 0); the run counts as not finished"

@@ -55,14 +55,57 @@ def test_a_config_from_before_there_were_workloads_is_mnists(read: Any, tmp_path
 
 
 def test_a_config_file_names_its_workload_and_a_flag_another(read: Any, tmp_path: Path) -> None:
-    (tmp_path / "other_problem.py").write_text(
-        "from mnist_ray.workload.mnist.workload import MNIST\nclass Other(MNIST): pass\n"
-    )
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps({"workload": str(tmp_path / "other_problem.py")}))
+    code, file = tmp_path / "code" / "other_problem.py", tmp_path / "config" / "config.json"
+    for path in (code, file):
+        path.parent.mkdir()
+    code.write_text("from mnist_ray.workload.mnist.workload import MNIST\nclass Other(MNIST): pass\n")
+    file.write_text(json.dumps({"workload": str(code)}))
     assert type(read("--config", str(file)).workload).__name__ == "Other"
     given = read("--config", str(file), "--workload", "mnist_ray.workload.mnist")
     assert type(given.workload).__name__ == "MNIST"
+
+
+STEALS = """
+from pathlib import Path
+from mnist_ray.workload.mnist.workload import MNIST
+Path(__file__).with_name("it_ran").touch()
+class Steals(MNIST): pass
+"""
+
+
+@pytest.fixture
+def sent(tmp_path: Path) -> Path:
+    """A run's folder, in the storage, with code in it and no settings yet."""
+    folder = tmp_path / "runs" / "sent"
+    folder.mkdir(parents=True)
+    (folder / "steals.py").write_text(STEALS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "place", ["steals.py", "sent/steals.py", "{sent}/steals.py", "{sent}/../elsewhere.py", "sent.steals"]
+)
+@pytest.mark.parametrize("flags", [["--resume", "--run-name", "sent"], ["--config", "{sent}/config.json"]])
+@pytest.mark.parametrize("name", ["workload", "callback"])
+def test_code_that_may_have_come_with_a_run_is_not_loaded(
+    read: Any, sent: Path, monkeypatch: pytest.MonkeyPatch, place: str, flags: list[str], name: str
+) -> None:
+    (sent.parent / "elsewhere.py").write_text(STEALS)
+    monkeypatch.chdir(sent.parent)
+    (sent / "config.json").write_text(json.dumps({"num_epochs": 3, name: place.format(sent=sent)}))
+    with pytest.raises(
+        UsageError, match=rf"config\.json names --{name} .*: code that may have come with a run is loaded"
+    ):
+        read(*(flag.format(sent=sent) for flag in flags))
+    assert not list(sent.parent.rglob("it_ran"))
+
+
+def test_code_in_a_run_is_loaded_where_a_flag_names_it_and_the_way_on_names_it_too(read: Any, sent: Path) -> None:
+    code = str(sent / "steals.py")
+    (sent / "config.json").write_text(json.dumps({"num_epochs": 3, "workload": code}))
+    job = read("--resume", "--run-name", "sent", "--workload", code)
+    assert type(job.workload).__name__ == "Steals"
+    assert job.resume_with.endswith(f" --workload {code}")
 
 
 def test_a_data_folder_is_kept_as_it_can_be_read_from_anywhere(

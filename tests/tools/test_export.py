@@ -23,7 +23,7 @@ def prepared(images: Arrays, number: int) -> torch.Tensor:
 
 @pytest.fixture
 def model(finished_run: Path) -> torch.nn.Module:
-    model: torch.nn.Module = find(str(finished_run), "").load_model()
+    model: torch.nn.Module = find(str(finished_run), "~/ray_results").load_model()
     return model
 
 

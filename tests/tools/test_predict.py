@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from mnist_ray.config import PredictionConfig
+from mnist_ray.errors import UsageError
 from mnist_ray.runs.lookup import find
 from mnist_ray.tools import predict
 from mnist_ray.workload.data import Arrays
@@ -75,7 +77,7 @@ def test_unsure_is_what_stays_below_the_threshold() -> None:
 def test_many_files_are_answered_on_ray_as_they_are_here(
     finished_run: Path, pictures: Path, ray_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = find(str(finished_run), "")
+    found = find(str(finished_run), "~/ray_results")
     model = found.load_model()
     files = list(predict.find_files([str(pictures), "nowhere.png"]))
     monkeypatch.setattr(predict, "_BATCH_SIZE", 2)
@@ -136,11 +138,27 @@ def test_the_newest_run_is_the_default(finished_run: Path, pictures: Path) -> No
     assert "(MNIST, data dir " in first
 
 
+@pytest.mark.parametrize("given", ["sent", None])
+def test_code_that_has_come_with_a_run_is_not_loaded(finished_run: Path, tmp_path: Path, given: str | None) -> None:
+    sent = tmp_path / "sent"
+    shutil.copytree(finished_run, sent)
+    code = sent / "steals.py"
+    code.write_text("from pathlib import Path\nPath(__file__).with_name('it_ran').touch()\n")
+    for file in (sent / "config.json", *sent.glob("checkpoint_*/state.json")):
+        values = json.loads(file.read_text())
+        values.get("sha256", {}).pop("state.json", None)
+        values["workload"] = str(code) if file.parent == sent else {**values["workload"], "reference": str(code)}
+        file.write_text(json.dumps(values))
+    with pytest.raises(UsageError, match=r"code that may have come with a run|has a checkpoint to use"):
+        find(given, str(tmp_path), is_wanted=predict.answers_pictures)
+    assert not (sent / "it_ran").exists()
+
+
 def test_without_any_run_one_line_says_what_makes_one(pictures: Path, tmp_path: Path) -> None:
     done = run_job("predict.py", str(pictures), "--storage-path", str(tmp_path))
     assert (done.returncode, done.stderr) == (
         2,
-        f"error: no run in {tmp_path} has a checkpoint; python jobs/train.py makes one\n",
+        f"error: no run in {tmp_path} has a checkpoint to use; python jobs/train.py makes one\n",
     )
 
 
@@ -199,6 +217,6 @@ def test_names_are_printed_in_one_line(
     few_images: Arrays, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.fromarray(few_images.inputs[0]).save(tmp_path / "a\x1b[31m\nb.png")
-    predict.predict([str(tmp_path)], find(str(finished_run), ""), PredictionConfig(as_is=True))
+    predict.predict([str(tmp_path)], find(str(finished_run), "~/ray_results"), PredictionConfig(as_is=True))
     _, line = capsys.readouterr().out.splitlines()
     assert line.startswith(rf"{tmp_path}/a\x1b[31m\nb.png: ")
