@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import sys
 import traceback
@@ -100,22 +101,31 @@ def _shown(default: object) -> str:
 
 
 def peek(*names: str) -> dict[str, Any]:
-    """Return those of some flags that the command line gives, before all flags are known.
-
-    ``run`` is the argument that stands first, where one does: a run's or a checkpoint's name.
-    """
+    """Return those of some flags that the command line gives, before all flags are known."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in names:
         if name == "resume":
             parser.add_argument("--resume", action="store_true", default=UNSET)
-        elif name != "run":
+        else:
             parser.add_argument(flag(name), default=UNSET)
-    found: dict[str, Any] = {}
     with contextlib.suppress(argparse.ArgumentError):  # said when all flags are read
-        found = vars(parser.parse_known_args()[0])
-    if "run" in names and len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-        found["run"] = sys.argv[1]
-    return found
+        return vars(parser.parse_known_args()[0])
+    return {}
+
+
+def peek_word(*names: str) -> str | None:
+    """Return the word of the command line that is no flag, before all flags are known: a run's or a checkpoint's name.
+
+    ``names`` are settings whose flags take a value. The word after another flag may be that flag's value, so any other
+    word goes before it.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in names:
+        parser.add_argument(flag(name))
+    rest = parser.parse_known_args()[1]
+    pairs = [(before, word) for before, word in itertools.pairwise(["", *rest]) if not word.startswith("-")]
+    words = sorted(pairs, key=lambda pair: pair[0].startswith("-") and "=" not in pair[0])
+    return words[0][1] if words else None
 
 
 def _worker_range(text: str) -> int | tuple[int, ...]:

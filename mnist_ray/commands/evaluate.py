@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Read the flags, then evaluate."""
-    workload_class = flags.workload_class()
+    workload_class = flags.workload_class(EvaluationConfig, LookupConfig)
     parser = cli.Parser(
         "Evaluate a checkpoint on the test set.", EvaluationConfig, workload_class.Settings, LookupConfig
     )

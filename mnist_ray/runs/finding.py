@@ -75,11 +75,14 @@ def _dearest(seen: profile) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def anomalies_found(*folders: Path) -> Iterator[None]:
-    """Let PyTorch find the operation whose gradient is no number first. Raises CodeFailedError with its place.
+def anomalies_found(is_wanted: bool, *folders: Path) -> Iterator[None]:
+    """Let PyTorch find the operation whose gradient is NaN first, if wanted. Raises CodeFailedError with its place.
 
-    That is the last one in ``folders``, where it comes through these.
+    That is the last one in ``folders``, if it comes through these.
     """
+    if not is_wanted:
+        yield
+        return
     with torch.autograd.set_detect_anomaly(True), warnings.catch_warnings(record=True) as told:
         warnings.filterwarnings("ignore", message="Anomaly Detection has been enabled")
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import functools
 import shutil
@@ -114,7 +113,8 @@ def _train(spec: LoopSpec) -> None:
     torch.set_num_threads(1 if spec.config.reproducible else threads)
     part = spec.train.open()
 
-    state = engine.create_state(spec.workload, spec.config, len(part), group.device, _callbacks(spec))
+    callbacks = callbacks_of(spec.callback, spec.profile, spec.run)
+    state = engine.create_state(spec.workload, spec.config, len(part), group.device, callbacks)
     restored = checkpoints.restore_newest(spec.run, state)
     if not restored.name and not restored.damaged and ray.train.get_checkpoint():
         raise JobError(f"{spec.run.uri} does not show the checkpoints that were written there")  # and so try again
@@ -140,7 +140,7 @@ def _train(spec: LoopSpec) -> None:
     reporter.report_restored(state)
     hooks = engine.Hooks(reporter.progress, reporter.checkpoint, reporter.wants_checkpoint, reporter.wants_stop)
     try:
-        with anomalies_found(*spec.folders) if spec.detect_anomaly else contextlib.nullcontext():
+        with anomalies_found(spec.detect_anomaly, *spec.folders):
             engine.train(spec.workload, state, part, config, group, hooks, spec.loader_workers)
     finally:
         faulthandler.cancel_dump_traceback_later()
@@ -148,16 +148,10 @@ def _train(spec: LoopSpec) -> None:
         reporter.send(StoppedEarly(state.epoch, engine.best_epoch(state.scores)))
 
 
-def _callbacks(spec: LoopSpec) -> list[Callback]:
-    """Return the user's, which a checkpoint knows by its place, and then our own."""
-    callbacks = [callback_of(spec.callback)] if spec.callback else []
-    return [*callbacks, Profiler(spec.profile, spec.run)] if spec.profile else callbacks
-
-
-def callback_of(source: Source) -> Callback:
-    """Return a new one of a user's callbacks."""
-    callback: Callback = user_code.load(source, Callback)()
-    return callback
+def callbacks_of(source: Source | None, profile: int | None, run: RunFolder) -> list[Callback]:
+    """Return the user's callback, which a checkpoint knows by its place, and then our own for ``profile`` steps."""
+    callbacks: list[Callback] = [user_code.load(source, Callback)()] if source else []
+    return [*callbacks, Profiler(profile, run)] if profile else callbacks
 
 
 def _hosts(group: engine.Group) -> tuple[str, ...]:

@@ -19,11 +19,12 @@ from mnist_ray.cluster.plan import WorkerPlan, threads_per_worker, usable_cores
 from mnist_ray.cluster.sharing import SharedPart
 from mnist_ray.environment import end_if_hung, keep_freed_memory
 from mnist_ray.errors import JobError, with_place
-from mnist_ray.runs.failures import PASSING, FailureReporter, TrainingStoppedError, reason_of
+from mnist_ray.runs.failures import PASSING, CodeFailedError, FailureReporter, TrainingStoppedError, reason_of
+from mnist_ray.runs.finding import anomalies_found
 from mnist_ray.runs.fit import drop_damaged_snapshot
 from mnist_ray.runs.job import Job, about
 from mnist_ray.runs.trainer import create_trainer
-from mnist_ray.runs.worker import LoopSpec, callback_of, report_metrics, validate
+from mnist_ray.runs.worker import LoopSpec, callbacks_of, report_metrics, validate
 from mnist_ray.storage import RunFolder, checkpoint_name, position_of
 from mnist_ray.sweeps.space import Point
 from mnist_ray.training import checkpoint as checkpoints
@@ -63,7 +64,7 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
             train_on_workers(job, spec)
         else:
             _train_here(job, spec)
-    except (TrainingStoppedError, engine.TrainingDivergedError, checkpoints.OtherModelError) as error:
+    except (CodeFailedError, TrainingStoppedError, engine.TrainingDivergedError, checkpoints.OtherModelError) as error:
         _report_failure(job, f"{type(error).__name__}: {error}")
     except PASSING:
         raise
@@ -89,6 +90,8 @@ def train_on_workers(job: Job, spec: TrialSpec) -> None:
         job.workers.loader_workers,
         validation=spec.validation,
         callback=job.callback,
+        profile=job.output.profile,
+        detect_anomaly=job.output.detect_anomaly,
     )
     drop_damaged_snapshot(job.run)
     callbacks = [TuneReportCallback(), FailureReporter(None)]
@@ -109,7 +112,7 @@ def _train_here(job: Job, spec: TrialSpec) -> None:
     group = Group(device=torch.device("cuda" if spec.plan.use_gpu else "cpu"))
     config = dataclasses.replace(job.train, precision=engine.resolve_precision(job.train.precision, group))
     part, validation = spec.train.open(), spec.validation.open()
-    callbacks = [callback_of(job.callback)] if job.callback else []
+    callbacks = callbacks_of(job.callback, job.output.profile, job.run)
     state = engine.create_state(workload, config, len(part), group.device, callbacks)
     restored = checkpoints.restore_newest(job.run, state)
     if engine.is_over(state, config):  # killed after its last checkpoint, before the sweep had noted it
@@ -125,7 +128,8 @@ def _train_here(job: Job, spec: TrialSpec) -> None:
     hooks = Hooks(progress=lambda progress: end_if_hung(timeout_s), checkpoint=report)
     end_if_hung(timeout_s)
     try:
-        engine.train(workload, state, part, config, group, hooks, loader_workers)
+        with anomalies_found(job.output.detect_anomaly, *folders_of(job.callback, workload.source)):
+            engine.train(workload, state, part, config, group, hooks, loader_workers)
     finally:
         faulthandler.cancel_dump_traceback_later()
 

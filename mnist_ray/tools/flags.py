@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 from typing import Any
 
 from mnist_ray import cli
 from mnist_ray.config import LookupConfig
 from mnist_ray.errors import JobError, UsageError
+from mnist_ray.settings import names_of
 from mnist_ray.storage import CONFIG_FILE, RunFolder, find_run, untrusted_folders
 from mnist_ray.workload import source
 from mnist_ray.workload.interface import Workload
@@ -31,17 +33,19 @@ def add_run(parser: cli.Parser, name: str) -> None:
     add_workload(parser)
 
 
-def workload_class() -> type[Workload]:
-    """Return the workload of the run that the command line begins with, else of the newest; MNIST where none is known.
+def workload_class(*config_classes: type) -> type[Workload]:
+    """Return the workload of the run that the command line names, else of the newest; MNIST where none is known.
 
-    Its settings are to become flags, so it has to be known before the other flags are. Raises UsageError.
+    Its settings are to become flags beside those of ``config_classes``, so it has to be known before all flags are.
+    Raises UsageError.
     """
-    peeked = cli.peek("workload", "storage_path", "run")
+    peeked = cli.peek("workload", "storage_path")
     if "workload" in peeked:
         return source.load(peeked["workload"])
-    with contextlib.suppress(UsageError):  # said when all flags are known
+    with contextlib.suppress(UsageError, argparse.ArgumentError):  # said when all flags are known
+        run = cli.peek_word("workload", *names_of(config_classes))
         storage_path = peeked.get("storage_path", LookupConfig().storage_path)
-        return class_of(find_run(peeked.get("run"), storage_path), storage_path)
+        return class_of(find_run(run, storage_path), storage_path)
     return source.load(source.DEFAULT)
 
 

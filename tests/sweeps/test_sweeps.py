@@ -25,8 +25,11 @@ from mnist_ray.sweeps.job import Sweep, load_data, read_sweep
 from mnist_ray.sweeps.search import chosen_before
 from mnist_ray.sweeps.space import Point
 from mnist_ray.sweeps.trial import TrialSpec, run_trial
+from mnist_ray.workload import source
 from mnist_ray.workload.data import Arrays, Part
+from mnist_ray.workload.interface import Workload
 from tests.conftest import ROOT, as_flags, mnist, run_job, run_main, write_data_set
+from tests.runs.test_finding import BROKEN
 from tests.sweeps.test_space import point
 from tests.test_jobs import assert_one_line_error
 
@@ -191,6 +194,39 @@ def test_a_trial_killed_after_its_last_checkpoint_reports_it_again(
     assert reported[2] == reported[1]
     assert watch.call_count > 2  # where each run begins, and as it goes
     assert {call.args for call in watch.call_args_list} == {(60,)}
+
+
+def reported_by_a_trial(
+    workload: Workload, output: OutputConfig, examples: Arrays, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[dict[str, Any]]:
+    """Return what a trial of one worker reports, which is done in this process."""
+    reported: list[dict[str, Any]] = []
+    monkeypatch.setattr("ray.tune.report", reported.append)
+    plan, folder = WorkerPlan(1, 1, use_gpu=False, must_scale_up=False), locate(str(storage), "trials")
+    job = Job(workload, TrainConfig(precision="fp32"), WorkerConfig(), output, folder, "")
+    part = share(workload, Part(examples))
+    run_trial({"batch_size": 60, "learning_rate": 1e-3, "seed": 0}, TrialSpec(job, part, part, plan, folder))
+    return reported
+
+
+def test_a_trial_is_profiled(
+    ray_address: str, few_images: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(reported_by_a_trial(mnist(), OutputConfig(profile=3), few_images, tmp_path, monkeypatch)) == 2
+    (operators,) = tmp_path.rglob("operators.json")
+    assert json.loads(operators.read_text())["steps"] == 3
+
+
+def test_a_trial_names_the_line_of_its_first_anomaly(
+    ray_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_trial.py").write_text(BROKEN)
+    workload = source.load(str(tmp_path / "broken_trial.py"))(facts={"class_names": [0, 1]})
+    examples, output = workload.load_data().train, OutputConfig(detect_anomaly=True)
+    assert isinstance(examples, Arrays)
+    (report,) = reported_by_a_trial(workload, output, examples, tmp_path, monkeypatch)
+    assert "MulBackward0" in report["reason"]
+    assert "broken_trial.py, line 16" in report["reason"]
 
 
 def test_trials_of_two_workers_report_to_the_sweep(
