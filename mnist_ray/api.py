@@ -64,9 +64,9 @@ class Run:
     @property
     def steps(self) -> list[dict[str, float]]:
         """A row for about each half second of training, as steps.csv has them."""
-        from mnist_ray.display.history import STEPS_FILE, numbers_of, read_figures
+        from mnist_ray.display.history import numbers_of, read_steps
 
-        return numbers_of(read_figures(self.folder, STEPS_FILE, "step", "epoch"))
+        return numbers_of(read_steps(self.folder))
 
     @property
     def checkpoint(self) -> str:

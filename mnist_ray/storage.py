@@ -178,6 +178,19 @@ class RunFolder:
         except STORAGE_ERRORS as error:
             raise JobError(f"cannot write {self.uri}/{file_name}: {first_line(error)}") from error
 
+    @property
+    def takes_appends(self) -> bool:
+        """Whether files in it can be added to: not on object stores."""
+        return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    def append_text(self, file_name: str, text: str) -> None:
+        """Add to a text file, once: after a failure, it is not known how much of the text is there. Raises JobError."""
+        try:
+            with self.filesystem.open_append_stream(posixpath.join(self.path, file_name)) as stream:
+                stream.write(text.encode())
+        except STORAGE_ERRORS as error:
+            raise JobError(f"cannot write {self.uri}/{file_name}: {first_line(error)}") from error
+
     def _write(self, target: str, content: bytes) -> None:
         try:
             self.filesystem.create_dir(posixpath.dirname(target))

@@ -12,6 +12,7 @@ import io
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from mnist_ray.storage import RunFolder, unless_damaged
@@ -20,7 +21,8 @@ from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.interface import Workload
 
 METRICS_FILE, STEPS_FILE, PREDICTIONS_FILE = "metrics.csv", "steps.csv", "predictions.csv"
-_STEPS_INTERVAL_S = 10.0
+WRITTEN_EVERY_S = 10.0  # steps.csv, at the most
+_GROWN_BY = 1.1  # before it is written as a whole once more
 
 
 class History:
@@ -34,12 +36,10 @@ class History:
         self._workload = workload
         train, val = ([f"{part}_{metric.name}" for metric in workload.figures] for part in ("train", "val"))
         self._columns = ("epoch", *train, *val, "epoch_s", workload.rate, "val_s")
-        self._step_columns = ("step", "epoch", *train)
         epochs = unless_damaged(lambda: read_figures(run, METRICS_FILE, "epoch"), warn) or []
-        steps = unless_damaged(lambda: read_figures(run, STEPS_FILE, "step", "epoch"), warn) or []
+        steps = unless_damaged(lambda: read_steps(run), warn) or []
         self.rows: dict[int, dict[str, Any]] = {int(float(row["epoch"])): dict(row) for row in epochs}
-        self._steps: list[Mapping[str, Any]] = list(steps)
-        self._steps_written = time.monotonic()
+        self._steps = _Steps(run, ("step", "epoch", *train), steps)
         self.num_workers = 0
         """Of the last attempt; an elastic run's changes."""
 
@@ -49,7 +49,7 @@ class History:
             case Started():
                 self.num_workers = event.num_workers
                 self.rows = {epoch: row for epoch, row in self.rows.items() if epoch <= event.epoch}
-                self._steps = [row for row in self._steps if int(float(row["step"])) <= event.total_step]
+                self._steps.drop_after(event.total_step)
             case Progress():
                 self._add_step(event)
             case EpochFinished(last):
@@ -90,24 +90,89 @@ class History:
     def _add_step(self, progress: Progress) -> None:
         epochs = round(progress.epoch - 1 + progress.step / progress.num_steps, 5)
         figures = {f"train_{name}": value for name, value in progress.window.items()}
-        self._steps.append({"step": progress.total_step, "epoch": epochs, **figures})
-        if time.monotonic() - self._steps_written > _STEPS_INTERVAL_S:
-            self.flush()
+        self._steps.add({"step": progress.total_step, "epoch": epochs, **figures})
 
     def flush(self) -> None:
-        """Write what is not written yet. Raises JobError."""
-        write_csv(self._run, STEPS_FILE, self._step_columns, self._steps)
-        self._steps_written = time.monotonic()
+        """Write what is not written yet; nothing is added any more. Raises JobError."""
+        self._steps.close()
 
 
-def read_csv(run: RunFolder, file_name: str, columns: Iterable[str] = ()) -> list[dict[str, str]]:
+class _Steps:
+    """The rows of steps.csv, which a thread writes: storage that is away for a while holds nothing else up.
+
+    Rows are appended where the storage takes that. Elsewhere the file is written as a whole, whenever a tenth has come
+    to it: ever more seldom.
+    """
+
+    def __init__(self, run: RunFolder, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+        self._run, self._columns = run, columns
+        self._lines = [(int(float(row["step"])), csv_text(columns, [row])) for row in rows]
+        self._num_written = 0
+        """Lines that the file has; 0 where it is to be written as a whole."""
+        self._began = time.monotonic()
+        self._writing: Future[int] | None = None
+        self._pool = ThreadPoolExecutor(1)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add a row, to be written some seconds later."""
+        self._lines.append((row["step"], csv_text(self._columns, [row])))
+        self._end_writing(wait=False)
+        is_due = time.monotonic() - self._began > WRITTEN_EVERY_S
+        has_grown = self._run.takes_appends or len(self._lines) >= _GROWN_BY * self._num_written
+        if is_due and has_grown and self._writing is None:
+            self._writing = self._pool.submit(self._write, self._lines[self._num_written :], self._num_written)
+            self._began = time.monotonic()
+
+    def drop_after(self, step: int) -> None:
+        """Drop the rows of later steps, which will be done again."""
+        left = [line for line in self._lines if line[0] <= step]
+        if len(left) < len(self._lines):
+            self._end_writing(wait=True)
+            self._lines, self._num_written = left, 0
+
+    def close(self) -> None:
+        """Write what is left. Raises JobError."""
+        self._end_writing(wait=True)
+        self._pool.shutdown()
+        self._num_written = self._write(self._lines[self._num_written :], self._num_written)
+
+    def _end_writing(self, *, wait: bool) -> None:
+        if self._writing is not None and (wait or self._writing.done()):
+            self._num_written = 0 if self._writing.exception() else self._writing.result()
+            self._writing = None
+
+    def _write(self, lines: Sequence[tuple[int, str]], num_written: int) -> int:
+        """Write the lines after the first ``num_written``; return how many there are then. Raises JobError."""
+        text = "".join(line for _, line in lines)
+        if num_written and self._run.takes_appends:
+            self._run.append_text(STEPS_FILE, text)
+        else:
+            before = "".join(line for _, line in self._lines[:num_written])
+            self._run.write_text(STEPS_FILE, csv_text(self._columns, [], has_header=True) + before + text)
+        return num_written + len(lines)
+
+
+def read_steps(run: RunFolder) -> list[dict[str, str]]:
+    """Return the rows of steps.csv, without one at its end that is not whole: one is being written, or a kill came.
+
+    Raises DamagedFileError.
+    """
+    return read_figures(run, STEPS_FILE, "step", "epoch", is_appended=True)
+
+
+def read_csv(
+    run: RunFolder, file_name: str, columns: Iterable[str] = (), *, is_appended: bool = False
+) -> list[dict[str, str]]:
     """Return the rows of a file in a run's folder; none where there is no such file.
 
-    Raises DamagedFileError where it is no CSV, or has none of the columns that it must have.
+    ``is_appended``: its last line may not be whole, and is left out then. Raises DamagedFileError where it is no CSV,
+    or has none of the columns that it must have.
     """
     text = run.read_text(file_name)
     if text is None:
         return []
+    if is_appended:
+        text = text[: text.rfind("\n") + 1]
     reader = csv.DictReader(io.StringIO(text), strict=True)
     try:
         rows = list(reader)
@@ -122,12 +187,12 @@ def read_csv(run: RunFolder, file_name: str, columns: Iterable[str] = ()) -> lis
     return rows
 
 
-def read_figures(run: RunFolder, file_name: str, *places: str) -> list[dict[str, str]]:
+def read_figures(run: RunFolder, file_name: str, *places: str, is_appended: bool = False) -> list[dict[str, str]]:
     """Return the rows of a file of numbers, of which some may not be there.
 
     ``places`` are columns that say where in the training a row belongs; the first counts. Raises DamagedFileError.
     """
-    rows = read_csv(run, file_name, places)
+    rows = read_csv(run, file_name, places, is_appended=is_appended)
     try:
         for row in numbers_of(rows):
             if not (row[places[0]].is_integer() and all(0 < row[place] < math.inf for place in places)):
@@ -144,11 +209,17 @@ def numbers_of(rows: Iterable[Mapping[str, str]]) -> list[dict[str, float]]:
 
 def write_csv(run: RunFolder, file_name: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows into a file of a run's folder, as a whole. Raises JobError."""
+    run.write_text(file_name, csv_text(columns, rows, has_header=True))
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, has_header: bool = False) -> str:
+    """Return rows as lines of a CSV file, without what they have besides ``columns``: metrics that there were."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")  # of metrics that there were
-    writer.writeheader()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    if has_header:
+        writer.writeheader()
     writer.writerows(rows)
-    run.write_text(file_name, text.getvalue())
+    return text.getvalue()
 
 
 def write_predictions(run: RunFolder, workload: Workload, evaluation: Evaluation) -> None:

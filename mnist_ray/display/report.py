@@ -14,10 +14,10 @@ from mnist_ray.display import pictures
 from mnist_ray.display.history import (
     METRICS_FILE,
     PREDICTIONS_FILE,
-    STEPS_FILE,
     numbers_of,
     read_csv,
     read_figures,
+    read_steps,
 )
 from mnist_ray.display.pictures import Curve
 from mnist_ray.drawing import MARKERS, Picture, Table
@@ -84,7 +84,7 @@ class RunRecord:
             config,
             unless_damaged(lambda: read_origin(run), notes.append) or {},
             numbers_of(unless_damaged(lambda: read_figures(run, METRICS_FILE, "epoch"), notes.append) or []),
-            numbers_of(unless_damaged(lambda: read_figures(run, STEPS_FILE, "step", "epoch"), notes.append) or []),
+            numbers_of(unless_damaged(lambda: read_steps(run), notes.append) or []),
             result,
             unless_damaged(lambda: _checked_predictions(run, workload, result), notes.append) or [],
             notes,

@@ -1,11 +1,18 @@
 import csv
 import dataclasses
+import threading
+import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pyarrow import fs
 
-from mnist_ray.display.history import History
-from mnist_ray.storage import locate
+from mnist_ray.display import history as histories
+from mnist_ray.display.history import History, read_steps
+from mnist_ray.errors import JobError
+from mnist_ray.storage import RunFolder, locate
 from mnist_ray.training.events import EpochFinished, Progress, Started, Validated
 from tests.conftest import mnist
 
@@ -95,3 +102,120 @@ def test_the_mean_rate_is_of_the_epochs_that_were_told_of_before_a_kill(tmp_path
     history.add(finished(2))
     again = History(locate(str(tmp_path), "run"), mnist())
     assert again.mean_rate() == 50.0
+
+
+# --- steps.csv
+
+
+def progress(step: int) -> Progress:
+    window = {"loss": 1 / step, "accuracy": 0.5}
+    return Progress(1, step, 1000, [0.1], window, window, 100, epoch_s=2.0)
+
+
+def steps_of(run: RunFolder) -> list[int]:
+    return [int(row["step"]) for row in read_steps(run)]
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often steps.csv was written as a whole, and how often it was added to; at each row, if it can."""
+    counts = Counter[str]()
+
+    def count(method: str) -> None:
+        do: Any = getattr(RunFolder, method)
+
+        def counted(run: RunFolder, file_name: str, text: str) -> None:
+            counts[method] += file_name == "steps.csv"
+            do(run, file_name, text)
+
+        monkeypatch.setattr(RunFolder, method, counted)
+
+    count("write_text")
+    count("append_text")
+    monkeypatch.setattr(histories, "WRITTEN_EVERY_S", 0)
+    return counts
+
+
+def test_steps_are_appended_to_what_is_there(tmp_path: Path, written: Counter[str]) -> None:
+    run, deadline = locate(str(tmp_path), "run"), time.monotonic() + 60
+    history = History(run, mnist())
+    history.add(progress(1))
+    while not run.exists("steps.csv"):
+        assert time.monotonic() < deadline
+    for step in range(2, 21):
+        history.add(progress(step))
+    history.flush()
+    assert steps_of(run) == list(range(1, 21))
+    assert written["write_text"] == 1
+    assert 1 <= written["append_text"] <= 19
+
+
+def test_where_nothing_can_be_appended_steps_are_written_ever_more_seldom(
+    tmp_path: Path, written: Counter[str]
+) -> None:
+    storage = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+    run = RunFolder("run", str(tmp_path), storage, "run")
+    history = History(run, mnist())
+    for step in range(1, 401):
+        history.add(progress(step))
+    history.flush()
+    assert steps_of(run) == list(range(1, 401))
+    assert written["append_text"] == 0
+    assert 2 <= written["write_text"] < 80
+
+
+def test_steps_are_written_by_a_thread_that_holds_up_no_event(
+    tmp_path: Path, written: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, is_back = locate(str(tmp_path), "run"), threading.Event()
+    write = RunFolder.write_text
+
+    def write_later(run: RunFolder, file_name: str, text: str) -> None:
+        assert threading.current_thread() is not threading.main_thread() or is_back.is_set()
+        is_back.wait()
+        write(run, file_name, text)
+
+    monkeypatch.setattr(RunFolder, "write_text", write_later)
+    history = History(run, mnist())
+    for step in range(1, 4):
+        history.add(progress(step))
+    assert not run.exists("steps.csv")
+    is_back.set()
+    history.flush()
+    assert steps_of(run) == [1, 2, 3]
+
+
+def test_steps_that_could_not_be_appended_are_written_with_the_next(
+    tmp_path: Path, written: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, deadline = locate(str(tmp_path), "run"), time.monotonic() + 60
+    history = History(run, mnist())
+    history.add(progress(1))
+    while not run.exists("steps.csv"):
+        assert time.monotonic() < deadline
+
+    def write_a_part(run: RunFolder, file_name: str, text: str) -> None:
+        with (tmp_path / "run" / file_name).open("a") as file:
+            file.write(text[:3])
+        raise JobError("the disk is full")
+
+    monkeypatch.setattr(RunFolder, "append_text", write_a_part)
+    for step in range(2, 5):
+        history.add(progress(step))
+    history.flush()
+    assert steps_of(run) == [1, 2, 3, 4]
+
+
+def test_a_resumed_run_keeps_the_steps_that_it_does_not_repeat(tmp_path: Path) -> None:
+    run = locate(str(tmp_path), "run")
+    first = History(run, mnist())
+    for step in (2, 5, 9, 13):
+        first.add(progress(step))
+    first.flush()
+    with (tmp_path / "run" / "steps.csv").open("a") as file:
+        file.write("17,0.0")  # a kill has cut the last line off
+    again = History(run, mnist(), pytest.fail)
+    again.add(started(1))
+    again.add(progress(11))
+    again.flush()
+    assert steps_of(run) == [2, 5, 9, 11]
