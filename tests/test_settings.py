@@ -288,7 +288,7 @@ def test_another_number_of_workers_leaves_the_fewest_of_a_config_file() -> None:
         ("", "--recipe is empty; name a file or a folder"),
         ("~nosuchuser/x", "--recipe ~nosuchuser/x: there is no such user, or no home folder"),
         ("a" * 300, f"--recipe {'a' * 300}: File name too long"),
-        ("a\0b", "embedded null byte"),
+        ("a\0b", "embedded null"),
     ],
 )
 def test_a_path_that_there_cannot_be_is_refused(given: str, message: str) -> None:

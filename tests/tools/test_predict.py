@@ -181,11 +181,10 @@ def test_files_that_are_no_pictures_are_not_read(tmp_path: Path) -> None:
 
 
 def test_names_that_no_file_has_are_answered(tmp_path: Path) -> None:
-    assert answers_to("~nosuchuser/x.png", tmp_path / ("a" * 300), "a\0b") == [
-        "cannot be read: No such file or directory",
-        "cannot be read: File name too long",
-        "cannot be read: embedded null byte",
-    ]
+    *others, with_null = answers_to("~nosuchuser/x.png", tmp_path / ("a" * 300), "a\0b")
+    assert others == ["cannot be read: No such file or directory", "cannot be read: File name too long"]
+    assert with_null.startswith("cannot be read: ")
+    assert "embedded null" in with_null  # the rest is Python's
 
 
 def test_only_the_formats_that_are_named_are_read(few_images: Arrays, tmp_path: Path) -> None:

@@ -449,14 +449,15 @@ def test_a_model_that_fails_is_named_with_its_line(write: Write) -> None:
                 return hidden @ torch.ones(7, 10)  # here
         return Model(4, 10)
 """
-    expected = f"mat1 and mat2 shapes cannot be multiplied (16x10 and 7x10) (problem.py, line {line_of(body)})"
-    assert message_of(write, body) == f"Wrong, the model: RuntimeError: {expected}"
+    message = message_of(write, body)
+    assert message.startswith("Wrong, the model: RuntimeError: ")
+    assert message.endswith(f"(16x10 and 7x10) (problem.py, line {line_of(body)})")
 
 
 def test_a_model_that_fails_outside_the_file_is_named_with_what_failed(write: Write) -> None:
     message = message_of(write, "\n    def create_model(self): return nn.Linear(5, 10)\n")
-    expected = "Wrong, the model: RuntimeError: mat1 and mat2 shapes cannot be multiplied (16x4 and 5x10)"
-    assert message.startswith(expected)
+    assert message.startswith("Wrong, the model: RuntimeError: ")
+    assert "(16x4 and 5x10)" in message
 
 
 @pytest.mark.parametrize("error", ["JobError", "UsageError"])
