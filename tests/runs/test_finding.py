@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +68,8 @@ def test_a_run_stops_early_and_has_kept_the_average_and_a_profile(
     assert "settings   optimizer sgd, label smoothing 0.1, ema decay 0.9, early stop 1, limit 0.5" in said
     assert "data       0.5 of " in said
     assert "1,200 images to train on, 300 for validation, 550 to test" in said
-    assert re.search(r"validation after epoch 1: .* \(\d+\.\d s\)\n", said), (
-        "by the worker itself, not beside the training"
-    )
+    assert "validation after epoch 1: " in said
+    assert "beside the training" not in said, "validated by the worker itself"
     with (tmp_path / "run" / "metrics.csv").open() as file:
         assert [row["epoch"] for row in csv.DictReader(file) if row["val_loss"]] == ["1", "2"]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
