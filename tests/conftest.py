@@ -19,7 +19,6 @@ from mnist_ray import environment
 from mnist_ray.cluster.local import for_one_job
 from mnist_ray.config import WorkerConfig
 from mnist_ray.forking.local import prepared_forking
-from mnist_ray.training.checkpoint import FACTS_BEFORE_WORKLOADS
 from mnist_ray.workload import source
 from mnist_ray.workload.data import Arrays
 from mnist_ray.workload.interface import Workload
@@ -31,6 +30,8 @@ FILES = (
     ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 )
 
+FACTS = {"class_names": [*range(10)], "model_input": {"shape": [1, 28, 28], "dtype": "float32"}}
+"""What MNIST's model knows of the data."""
 QUICK = {"batch_size": 50, "validation_size": 600, "learning_rate": 3e-3, "precision": "fp32"}
 LONGER = {**QUICK, "num_epochs": 8, "checkpoint_every": 20}
 
@@ -42,7 +43,7 @@ def as_flags(values: dict[str, Any]) -> list[str]:
 def mnist(**settings: Any) -> Workload:
     """Return the workload that ships, as it is once its data are loaded."""
     workload_class = source.load(source.DEFAULT)
-    return workload_class(workload_class.Settings(**settings), FACTS_BEFORE_WORKLOADS)
+    return workload_class(workload_class.Settings(**settings), FACTS)
 
 
 def run_main(job: str, *flags: str) -> None:

@@ -85,7 +85,7 @@ class MLflow(Tracker):
         for tag, key in tags.items():
             if origin.get(key):
                 self._client.set_tag(self._id, tag, origin[key])
-        name = origin.get("data_name", "unknown")  # of runs of before
+        name = origin.get("data_name", "unknown")
         data = [
             DatasetInput(
                 Dataset(name, (digest or "unknown")[:_LONGEST_DIGEST], "local", name),

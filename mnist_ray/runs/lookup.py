@@ -140,5 +140,4 @@ def _name_of(checkpoint: Checkpoint) -> str:
 
 
 def _score(metrics: Mapping[str, float]) -> float:
-    """Return the score of a validation; runs from before there were scores chose by accuracy."""
-    return metrics["val_score"] if "val_score" in metrics else metrics["val_accuracy"]
+    return metrics["val_score"]

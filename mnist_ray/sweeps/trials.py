@@ -214,8 +214,7 @@ class TrialTable:
     def read(self, run: RunFolder) -> TrialTable:
         """Return the table that a sweep has written, an empty one where it has not. Raises DamagedFileError."""
         try:
-            needed = [column for column in self.columns if column != "reports"]  # which sweeps of before have not
-            columns = ["trial", *self.space.spaces, "seed", *needed]
+            columns = ["trial", *self.space.spaces, "seed", *self.columns]
             records = [self._record(row) for row in read_csv(run, TRIALS_FILE, columns)]
         except (ValueError, TypeError) as error:
             raise run.damaged(TRIALS_FILE, error) from error

@@ -21,7 +21,7 @@ from mnist_ray.storage import (
     write_file,
 )
 from mnist_ray.sweeps.report import sections
-from mnist_ray.training.checkpoint import FACTS_BEFORE_WORKLOADS, fetch_state
+from mnist_ray.training.checkpoint import fetch_state
 from mnist_ray.workload import source
 from mnist_ray.workload.data import Part
 from mnist_ray.workload.interface import Workload
@@ -46,7 +46,7 @@ def workload_of(run: RunFolder, reference: str | None) -> Workload:
 def _facts_of(run: RunFolder) -> dict[str, Any]:
     """Return what a run's model knows of its data; where the file that says so is damaged, from a checkpoint."""
     try:
-        facts: dict[str, Any] = (read_origin(run) or {}).get("facts", FACTS_BEFORE_WORKLOADS)
+        facts: dict[str, Any] = (read_origin(run) or {}).get("facts", {})
     except DamagedFileError:
         names = run.checkpoint_names()
         if not names:

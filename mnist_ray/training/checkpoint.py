@@ -36,8 +36,6 @@ from mnist_ray.workload import source
 from mnist_ray.workload.interface import Workload
 
 STATE_FILE = "state.json"
-FACTS_BEFORE_WORKLOADS = {"class_names": [*range(10)], "model_input": {"shape": [1, 28, 28], "dtype": "float32"}}
-"""Of the data of runs that were made when all was MNIST's."""
 _ENTRIES = {
     "epoch": int,
     "step": int,
@@ -47,15 +45,14 @@ _ENTRIES = {
     "optimizer": dict,
     "scheduler": dict,
     "sha256": dict,
+    "workload": dict,
 }
 _MORE_ENTRIES = {
     "scaler": dict,
     "scores": list,
     "ends": bool,
     "callbacks": list,
-    "workload": dict,
     "metrics": dict,
-    "data": dict,
 }
 _NO_WORKLOAD: dict[str, Any] = {"reference": "", "sha256": "", "settings": {}, "facts": {}}
 _MODEL, _OPTIMIZER, _TRAINED = "model.safetensors", "optimizer.safetensors", "trained.safetensors"
@@ -303,7 +300,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
         _check_state(document)
-        return document if "workload" in document else _from_before_workloads(document)
+        return document
     except (OSError, ValueError, KeyError, RecursionError) as error:
         raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE}: {first_line(error)}") from error
 
@@ -319,21 +316,10 @@ def _check_state(document: Any) -> None:
         value = document.get(name, kind())
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise ValueError(f"{name} is {value!r:.40}")
-    workload = document.get("workload", _NO_WORKLOAD)
-    if any(type(workload.get(name)) is not type(value) for name, value in _NO_WORKLOAD.items()):
+    if any(type(document["workload"].get(name)) is not type(value) for name, value in _NO_WORKLOAD.items()):
         raise ValueError("it does not say which workload it is of")
     if STATE_FILE in document["sha256"] and document["sha256"][STATE_FILE] != _digest(document):
         raise ValueError("it is not what was written")
-
-
-def _from_before_workloads(document: dict[str, Any]) -> dict[str, Any]:
-    """Return a state.json as it would be now: before there were workloads, all was MNIST's."""
-    settings, sums = document.get("data", {}), document["sums"]
-    workload = {"reference": source.DEFAULT, "sha256": "", "settings": settings, "facts": FACTS_BEFORE_WORKLOADS}
-    if "loss_sum" in sums:
-        totals = {"loss": sums["loss_sum"], "accuracy": sums["num_correct"]}
-        sums = {"sums": totals, "num_examples": sums["num_images"]}
-    return {**document, "workload": workload, "sums": sums}
 
 
 def _read_tensors(folder: Path, name: str, document: dict[str, Any]) -> dict[str, Tensor]:

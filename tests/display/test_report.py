@@ -25,13 +25,13 @@ from mnist_ray.sweeps.report import sections
 from mnist_ray.sweeps.space import Point, space_of
 from mnist_ray.sweeps.trials import DONE, TrialRecord, TrialTable
 from mnist_ray.tools.report import workload_of
-from mnist_ray.training.checkpoint import FACTS_BEFORE_WORKLOADS, snapshot
+from mnist_ray.training.checkpoint import snapshot
 from mnist_ray.training.engine import create_state
 from mnist_ray.training.events import EpochFinished, Progress, Validated
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.data import Arrays, Part
 from mnist_ray.workload.mnist import idx
-from tests.conftest import mnist, run_job
+from tests.conftest import FACTS, mnist, run_job
 
 RUN_PICTURES = ["loss", "accuracy", "confusion", "classes", "predictions", "mistakes", "seconds"]
 
@@ -317,7 +317,7 @@ def test_a_picture_that_cannot_be_drawn_is_a_note_and_the_others_are_drawn(
 
 
 def test_what_a_damaged_origin_does_not_say_comes_from_a_checkpoint(tested_run: RunFolder) -> None:
-    facts = {**FACTS_BEFORE_WORKLOADS, "class_names": list("abcdefghij")}
+    facts = {**FACTS, "class_names": list("abcdefghij")}
     workload = type(mnist())(None, facts)
     folder = Path(tested_run.path) / "checkpoint_epoch-001_step-000000"
     tested_run.write_text("origin.json", "{")

@@ -65,7 +65,10 @@ def test_a_run_stops_early_and_has_kept_the_average_and_a_profile(
     run_main("train", *flags(small_data, tmp_path, **more))
     said = capsys.readouterr().out
     assert "stopped    after epoch 2: validation was best after epoch 1" in said
-    assert "settings   optimizer sgd, label smoothing 0.1, ema decay 0.9, early stop 1, validation size 600, limit 0.5" in said
+    assert (
+        "settings   optimizer sgd, label smoothing 0.1, ema decay 0.9, early stop 1, validation size 600, limit 0.5"
+        in said
+    )
     assert "data       0.5 of " in said
     assert "1,200 images to train on, 300 for validation, 550 to test" in said
     assert "validation after epoch 1: " in said
