@@ -6,15 +6,9 @@ import ctypes
 import faulthandler
 import logging
 import os
-import re
 import secrets
-import subprocess
-import sys
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-
-from mnist_ray.errors import UsageError
 
 _SETTINGS = {
     # Train's controller looks at its workers this often. The default of 2 s is waited for at the end of every run.
@@ -40,37 +34,16 @@ _QUIET_SETTINGS = {
     # Raylets send errors to the driver's console apart from logs; they are in the log files as well.
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
 }
-_OF_RAYS_CORE = re.compile("RAY_[a-z]")
-"""How the variables begin that Ray's core reads as it is loaded."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def prepare(*, verbose: bool) -> None:
-    """Set what is not set yet; whatever the user has set stays. Raises UsageError where Ray cannot read that."""
-    _check_variables()
+    """Set what is not set yet; whatever the user has set stays."""
     if not verbose:  # in a notebook, Ray says as it is imported that widgets are missing, which nothing here shows
         logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", message="IProgress not found")
     for name, value in (_SETTINGS if verbose else _SETTINGS | _QUIET_SETTINGS).items():
         os.environ.setdefault(name, value)
-
-
-def _check_variables() -> None:
-    """Raise UsageError where a variable is set that Ray's core cannot read: it would end this process without a word.
-
-    So Ray is loaded in another process first, where there are such variables at all.
-    """
-    names = [name for name in os.environ if _OF_RAYS_CORE.match(name)]
-    others = {name: value for name, value in os.environ.items() if name not in names}
-    if names and not _can_load_ray(os.environ):
-        wrong = [name for name in names if not _can_load_ray({**others, name: os.environ[name]})]
-        shown = ", ".join(f"{name}={os.environ[name]}" for name in wrong or names)
-        raise UsageError(f"Ray cannot read {shown}; set another value, or none")
-
-
-def _can_load_ray(variables: Mapping[str, str]) -> bool:
-    done = subprocess.run([sys.executable, "-c", "import ray"], env=variables, capture_output=True, check=False)
-    return done.returncode == 0
 
 
 def users_variables() -> list[str]:

@@ -20,9 +20,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_ray import private
 from mnist_ray.cluster.local import (
-    check_folder,
-    check_limits,
-    last_error,
     new_session,
     removed_unless_failed,
     start_local,
@@ -71,14 +68,11 @@ def connect(
         }
         if not verbose:
             quiet_ray()
-        if forking is None or not forking.is_wanted:
-            check_folder()
         address = _find_cluster()
         leaving = threading.Thread(target=ray.shutdown)
         take_signals()
         at_the_end.enter_context(private.replaced(private.utils, "set_sigterm_handler", lambda handler: None))
         if address is None:
-            check_limits()
             num_cpus, session = local_cpus(config), new_session()
             at_the_end.enter_context(removed_unless_failed(session))
             at_the_end.enter_context(_left(leaving))
@@ -165,7 +159,7 @@ def errors_in_one_line() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _start_in_one_line(session: Path) -> Iterator[None]:
-    """Say in one line why a local Ray does not start, which may raise anything: as its logs tell it, or it itself.
+    """Say in one line why a local Ray does not start, which may raise anything, and where its logs are.
 
     The variables for Ray that the user has set are named, too: one of them may be the reason.
     """
@@ -173,9 +167,10 @@ def _start_in_one_line(session: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = last_error(session) or first_line(error)
         variables = f"; set are {', '.join(names)}" if names else ""
-        raise JobError(f"a local Ray cannot start: {reason} (logs: {session / 'logs'}{variables})") from error
+        raise JobError(
+            f"a local Ray cannot start: {first_line(error)} (logs: {session / 'logs'}{variables})"
+        ) from error
 
 
 @contextlib.contextmanager

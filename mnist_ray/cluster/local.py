@@ -6,8 +6,6 @@ import contextlib
 import functools
 import inspect
 import os
-import re
-import resource
 import shutil
 import sys
 from collections.abc import Iterator
@@ -23,13 +21,6 @@ from mnist_ray.errors import UsageError
 from mnist_ray.forking.local import SHIM, Forking
 
 _MOST_BYTES_OF_A_SOCKET = 103 if sys.platform == "darwin" else 107
-_LEAST_LIMIT = 512  # a run of one worker has some 400 threads, and a raylet some 100 files
-_ERROR = re.compile(
-    r"^\[.+? [CE] .+?\] (?:\(\w+\) )?\S+: +(?:Unhandled exception: .+? what\(\): )?"
-    r"(?!An unexpected system state|Stack trace|PC: )(\w.*?)(?: /\S+\(\+0x.*)?$",
-    re.MULTILINE,
-)
-"""A line of a Ray process's log that tells of an error, not only that a check has failed or where it was."""
 
 
 def start_local(
@@ -71,38 +62,6 @@ def new_session() -> Path:
     except OSError as error:
         raise UsageError(f"a local Ray cannot keep files in {session.parent}: {error.strerror}; {advice}") from error
     return session
-
-
-def check_limits() -> None:
-    """Raise UsageError where too few files may be open, or too few processes be there, threads included."""
-    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)  # the hard limit, to which Ray raises the other
-    processes, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-    if os.geteuid() == 0:  # root has as many as it likes
-        processes = resource.RLIM_INFINITY
-    for most, what, flag in ((files, "open files", "-n"), (processes, "processes", "-u")):
-        if most != resource.RLIM_INFINITY and most < _LEAST_LIMIT:
-            raise UsageError(f"a limit of {most} {what} is too low for a local Ray; try ulimit {flag} 4096")
-
-
-def check_folder() -> None:
-    """Raise UsageError where workers would import a file of the current folder in place of a library.
-
-    Ray puts that folder first on their path. Those that are forked have imported the libraries before.
-    """
-    for name in ("numpy", "torch"):
-        for path in (Path(f"{name}.py"), Path(name, "__init__.py")):
-            if path.exists():
-                advice = "rename it, or start the job in another folder"
-                raise UsageError(f"{path.absolute()} would hide {name} from Ray's workers; {advice}")
-
-
-def last_error(session: Path) -> str | None:
-    """Return the last error in the logs of a Ray that could not start, where they tell of one."""
-    for log in ("raylet.out", "raylet.err", "gcs_server.out", "gcs_server.err"):
-        with contextlib.suppress(OSError):
-            if errors := _ERROR.findall((session / "logs" / log).read_text(errors="replace")):
-                return str(errors[-1])
-    return None
 
 
 @contextlib.contextmanager

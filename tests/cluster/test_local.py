@@ -1,22 +1,13 @@
 import contextlib
 import os
 import re
-import resource
 from pathlib import Path
 
 import pytest
 
 from mnist_ray.cluster import local
-from mnist_ray.cluster.local import check_folder, check_limits, last_error, new_session, removed_unless_failed
+from mnist_ray.cluster.local import new_session, removed_unless_failed
 from mnist_ray.errors import JobError, UsageError
-
-LOG = """\
-[2026-11-26 03:45:56,101 I 98 98] (raylet) main.cc:290: Setting cluster ID to: 8c4a
-[2026-11-26 03:45:56,169 E 98 99] (raylet) dlmalloc.cc:215: mmap failed with error: Cannot allocate memory
-[2026-11-26 03:45:56,179 C 98 99] (raylet) plasma_allocator.cc:79:  An unexpected system state has occurred. You ha
-[2026-11-26 03:45:56,188 E 98 99] (raylet) logging.cc:125:     @ 0x4810c08348001aa0  (unknown)  (unknown)
-*** StackTrace Information ***
-"""
 
 
 @pytest.fixture
@@ -50,56 +41,6 @@ def test_a_folder_that_ray_could_not_use_is_named(folder: str, reason: str, monk
         new_session()
     assert str(caught.value) == f"{reason}; set RAY_TMPDIR to another folder"
     assert not Path("/tmp", "x" * 80).exists()
-
-
-@pytest.mark.parametrize(
-    ("limit", "message"),
-    [
-        (resource.RLIMIT_NOFILE, "a limit of 64 open files is too low for a local Ray; try ulimit -n 4096"),
-        (resource.RLIMIT_NPROC, "a limit of 64 processes is too low for a local Ray; try ulimit -u 4096"),
-    ],
-)
-def test_a_limit_that_is_too_low_is_named(limit: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = {resource.RLIMIT_NOFILE: (64, 4096), resource.RLIMIT_NPROC: (resource.RLIM_INFINITY,) * 2}
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    monkeypatch.setattr(resource, "getrlimit", limits.get)
-    check_limits()
-    limits[limit] = (64, 64)
-    with pytest.raises(UsageError, match=message):
-        check_limits()
-
-
-@pytest.mark.parametrize("name", ["torch.py", "numpy/__init__.py"])
-def test_a_file_that_would_hide_a_library_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    check_folder()
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).touch()
-    with pytest.raises(UsageError, match=f"{name} would hide (torch|numpy) from Ray's workers; rename it"):
-        check_folder()
-
-
-def test_the_last_error_in_the_logs_is_told(session: Path) -> None:
-    assert last_error(session) is None
-    (session / "logs" / "raylet.out").write_text(LOG)
-    assert last_error(session) == "mmap failed with error: Cannot allocate memory"
-
-
-CRASH = """\
-[2026-11-26 08:03:41,877 E 17464 17464] (gcs_server) logging.cc:118: Unhandled exception: St12system_error. what(): \
-Resource temporarily unavailable /lib/python3.11/site-packages/ray/core/src/ray/gcs/gcs_server(+0x14c484c) [0x5574]
-/lib/x86_64-linux-gnu/libstdc++.so.6(+0xb344a) [0x7f468c2b344a]
-[2026-11-26 08:03:41,880 E 17464 17464] (gcs_server) logging.cc:125: Stack trace:
- /lib/x86_64-linux-gnu/libstdc++.so.6(+0xb344a) [0x7f468c2b344a]
-[2026-11-26 08:03:41,883 E 17464 17464] (gcs_server) logging.cc:474: *** SIGABRT received at time=1795680221 ***
-[2026-11-26 08:03:41,883 E 17464 17464] (gcs_server) logging.cc:474: PC: @     0x7f468c0a06dc  (unknown)  (unknown)
-[2026-11-26 08:03:41,883 E 17464 17464] (gcs_server) logging.cc:474:     @     0x7f468c04bd70  (unknown)  (unknown)
-"""
-
-
-def test_of_a_crash_the_reason_is_told_and_not_the_place(session: Path) -> None:
-    (session / "logs" / "gcs_server.out").write_text(CRASH)
-    assert last_error(session) == "Resource temporarily unavailable"
 
 
 @pytest.mark.parametrize("ending", [None, KeyboardInterrupt, UsageError])
