@@ -73,13 +73,12 @@ class Parser(argparse.ArgumentParser):
         return flags
 
     def _meant(self, unknown: Sequence[str]) -> str:
-        """Return which flag the first of some that are not known may stand for: a close one, or one's initials."""
+        """Return which flag the first of some that are not known may stand for."""
         wrong = next((text.partition("=")[0] for text in unknown if text.startswith("--")), None)
         if wrong is None:
             return ""
         flags = [text for action in self._actions for text in action.option_strings if text.startswith("--")]
-        by_initials = {"--" + "".join(word[0] for word in text[2:].split("-")): text for text in flags}
-        return did_you_mean(by_initials.get(wrong, wrong), flags)
+        return did_you_mean(wrong, flags)
 
     def error(self, message: str) -> NoReturn:
         """Print one line, not the whole usage, and exit with status 2."""

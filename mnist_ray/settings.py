@@ -49,15 +49,17 @@ def setting(
     must: str = "",
     search: SearchSpace | None = None,
     resets: tuple[str, ...] = (),
+    decides_data: bool = False,
 ) -> T:
     """Declare a field of a settings class.
 
     ``help`` has its unit and scope. A value for which ``check`` is false is refused with ``must``; ``at_least`` and
     ``positive`` give both. ``search`` is where ``jobs/tune.py`` looks for the best value. ``resets`` names settings
     that go back to their defaults where the flag of this one is given, whatever a file says of them.
+    ``decides_data``: ``load_data`` goes by it, so it cannot be searched, as all trials have the same data.
     """
-    metadata = {"help": help, "check": check, "must": must, "search": search, "resets": resets}
-    return dataclasses.field(default=default, metadata=metadata)
+    metadata: dict[str, Any] = {"help": help, "check": check, "must": must, "search": search, "resets": resets}
+    return dataclasses.field(default=default, metadata=metadata | {"decides_data": decides_data})
 
 
 def at_least(minimum: float) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
         (["--epochs", "3"], "--num-epochs"),
         (["--num-epoch=3"], "--num-epochs"),
         (["--lr", "0.1"], "--learning-rate"),
-        (["--bs", "64"], "--batch-size"),
         (["--learning_rate", "0.1"], "--learning-rate"),
         (["--quiet", "--workers", "2"], "--num-workers"),
     ],

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from types import TracebackType
 from typing import Any, TypeVar
 
-from rich.console import Console, ConsoleRenderable
-from rich.control import Control
+from rich.console import Console
 from rich.live import Live
-from rich.segment import ControlType, Segment
 from rich.text import Text
 
 from mnist_ray.screen import shown
@@ -54,7 +51,7 @@ class RunConsole:
         style: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
         self._console = Console(**style, width=width, force_terminal=is_terminal, force_jupyter=False)
         self._plain_interval_s = _NOTEBOOK_INTERVAL_S if "ipykernel" in sys.modules else _PLAIN_INTERVAL_S
-        self._live = _Live(console=self._console, transient=True, auto_refresh=False)
+        self._live = Live(console=self._console, transient=True, auto_refresh=False)
         self._last_plain = 0.0
         self._attempts = 0
         self._last_progress: Progress | None = None
@@ -175,19 +172,3 @@ class RunConsole:
 
     def _column(self, label: str) -> str:
         return f"{label:<{self._label_width}} "
-
-
-class _Live(Live):
-    """Lines that are drawn anew in place, also where the terminal has become narrower since, and has wrapped them."""
-
-    _lengths: tuple[int, ...] = ()
-    """Of the lines as they were drawn, in columns."""
-
-    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
-        """Put before what is printed what clears the lines on the screen, and after it the lines."""
-        console, wraps = self.console, "XTERM_VERSION" not in os.environ  # it alone cuts lines off
-        more = sum((length - 1) // console.width for length in self._lengths if length) if wraps else 0
-        lines = console.render_lines(self.get_renderable(), pad=False)
-        self._lengths = tuple(map(Segment.get_line_length, lines))
-        clear_row = ((ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1))
-        return [Control(*clear_row * more), *super().process_renderables(renderables)]

@@ -354,8 +354,6 @@ def compare(records: Sequence[RunRecord]) -> str:
         rows = [(key, *(_value(record.config.get(key)) for record in records)) for key in differing]
         tables.append(Table("Settings that differ", ("setting", *names), rows))
     notes = [f"{record.run.name}: {note}" for record in records for note in record.notes]
-    tested = [record for record in records if record.result]
-    tables += unless_failing("accuracy per class", lambda: _per_class(tested), records[0].workload, notes)
     common = [m for m in records[0].workload.figures if all(m in record.workload.figures for record in records)]
     pages = [Picture("loss", "Loss in training", f"Training loss of {', '.join(names)}; the table has the ends",
                      pictures.curves_of(common[0], _curves_over(records, "train_loss"), None))]  # fmt: skip
@@ -364,22 +362,6 @@ def compare(records: Sequence[RunRecord]) -> str:
         png = pictures.curves_of(metric, _curves_over(records, f"val_{metric.name}"), None)
         pages.append(Picture(metric.name, title, f"{title} of {', '.join(names)}; the table has the best", png))
     return Page(f"{len(records)} runs", "side by side", {}, notes, pages, tables).to_html()
-
-
-def _per_class(tested: Sequence[RunRecord]) -> list[Table]:
-    """Return the accuracies of each class, where the runs have the same classes."""
-    accuracies = [record.result.get("test_accuracy_per_class", []) for record in tested if record.result]
-    classes = [
-        record.workload.facts.get("class_names", range(len(a))) for record, a in zip(tested, accuracies, strict=True)
-    ]
-    if not tested or not accuracies[0] or any(list(names) != list(classes[0]) for names in classes):
-        return []
-    metric = tested[0].workload.criterion
-    rows = [
-        (name, *(_metric(metric, a) for a in row))
-        for name, row in zip(classes[0], zip(*accuracies, strict=True), strict=True)
-    ]
-    return [Table("Accuracy per class", ("class", *(record.run.name for record in tested)), rows)]
 
 
 def _curves_over(records: Sequence[RunRecord], name: str) -> list[Curve]:

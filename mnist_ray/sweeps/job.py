@@ -5,12 +5,9 @@ Nothing here imports torch or Ray, so that a mistake is answered at once.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from mnist_ray import settings
 from mnist_ray.config import SweepConfig, WorkerConfig
@@ -23,7 +20,6 @@ from mnist_ray.sweeps.space import Space, propose, space_of, texts_of
 from mnist_ray.sweeps.trials import TrialTable
 from mnist_ray.wording import command
 from mnist_ray.workload.data import Parts
-from mnist_ray.workload.interface import Workload
 
 SWEEP_FILE, BEST_FILE, DEFAULT_FOLDER = "sweep.json", "best.json", "default"
 
@@ -102,35 +98,12 @@ def load_data(sweep: Sweep) -> tuple[Sweep, Parts]:
 
     Raises UsageError and JobError, UsageError also where the data go by what is searched.
     """
-    with _settings_read(sweep.job.workload) as read:
-        job, data = runs.load_data(sweep.job, sweep.batch_sizes)
-    for name in sweep.space.spaces:
-        if name in read:
-            raise UsageError(f"--sweep {name}: load_data goes by it, and all trials have the same data")
+    job, data = runs.load_data(sweep.job, sweep.batch_sizes)
+    for field in dataclasses.fields(job.workload.settings):
+        if field.name in sweep.space.spaces and field.metadata.get("decides_data"):
+            raise UsageError(f"--sweep {field.name}: load_data goes by it, and all trials have the same data")
     if len(data.validation) == 0:
         raise UsageError(
             f"--validation-size 0: a sweep chooses by validation {job.workload.criterion.name}; hold some examples out"
         )
     return dataclasses.replace(sweep, job=job), data
-
-
-@contextlib.contextmanager
-def _settings_read(workload: Workload) -> Iterator[set[str]]:
-    """Yield the names of a workload's own settings, as they are read meanwhile."""
-    read: set[str] = set()
-    kind: Any = type(workload.settings)
-    names = {field.name for field in dataclasses.fields(kind)}
-
-    class Noting(kind):
-        __slots__ = ()
-
-        def __getattribute__(self, name: str) -> Any:
-            if name in names:
-                read.add(name)
-            return super().__getattribute__(name)
-
-    object.__setattr__(workload.settings, "__class__", Noting)  # in place, since the data may keep the settings
-    try:
-        yield read
-    finally:
-        object.__setattr__(workload.settings, "__class__", kind)

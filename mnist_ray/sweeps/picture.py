@@ -17,9 +17,7 @@ from mnist_ray.settings import Choice, Range, SearchSpace
 from mnist_ray.sweeps.trials import RUNNING, STOPPED, TrialRecord, TrialTable
 from mnist_ray.wording import count, described, shown, spoken
 
-_LEAST_PARALLEL = 3
 _TITLE_WIDTH = 72  # characters
-_BESIDE: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": "small"}
 
 
 def draw(table: TrialTable, num_epochs: int) -> bytes:
@@ -51,49 +49,6 @@ def _varied(table: TrialTable, records: list[TrialRecord]) -> dict[str, SearchSp
     """Return the spaces of which the trials have more than one value."""
     tried = {name: {record.point.values[name] for record in records} for name in table.space.spaces}
     return {name: space for name, space in table.space.spaces.items() if len(tried[name]) > 1}
-
-
-def draw_parallel(table: TrialTable) -> bytes | None:
-    """Draw each trial as a line through all its settings to what came out; None where fewer than three vary.
-
-    Parallel coordinates (Inselberg, 1985): the better a trial, the darker its line; the best configuration's is red.
-    """
-    records = _shown(table)
-    spaces, metric = _varied(table, records), table.workload.criterion
-    if len(spaces) < _LEAST_PARALLEL:
-        return None
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    worst_first = table.rank(records)[::-1]
-    best = table.best.configuration if table.best else None
-    for number, record in enumerate(worst_first):
-        heights = [_height(space, record.point.values[name]) for name, space in spaces.items()]
-        heights.append(number / max(1, len(worst_first) - 1))
-        is_best = record.point.configuration == best
-        shade = 0.15 + 0.85 * number / len(worst_first)
-        style: dict[str, Any] = {"color": "C3", "linewidth": 2.5} if is_best else {"color": "C0", "alpha": shade}
-        axes.plot(range(len(heights)), heights, **style)
-    for place, space in enumerate(spaces.values()):
-        options = space.options if isinstance(space, Choice) else (space.low, space.high)
-        for option in options:
-            axes.annotate(shown(option), (place, _height(space, option)), **_BESIDE)
-    for record, height in ((worst_first[0], 0.0), (worst_first[-1], 1.0)):
-        axes.annotate(metric.shown(record.val_criterion), (len(spaces), height), **_BESIDE)
-    axes.set_xticks(range(len(spaces) + 1), [*map(spoken, spaces), f"rank by\nvalidation {metric.name}"])
-    axes.set_yticks([])
-    axes.set_xlim(-0.1, len(spaces) + 0.6)
-    axes.grid(axis="x", color="black", alpha=0.5)
-    axes.spines[:].set_visible(False)
-    return png_of(figure)
-
-
-def _height(space: SearchSpace, value: Any) -> float:
-    """Return where a value stands on its axis, from 0 to 1."""
-    if isinstance(space, Choice):
-        return space.options.index(value) / max(1, len(space.options) - 1)
-    low, high = (space.low, space.high) if not space.log else (math.log(space.low), math.log(space.high))
-    return ((math.log(value) if space.log else value) - low) / ((high - low) or 1)
 
 
 def _draw_over(

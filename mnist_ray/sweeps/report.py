@@ -6,7 +6,7 @@ from mnist_ray import drawing
 from mnist_ray.display.report import Sections, unless_failing
 from mnist_ray.storage import TRIALS_FILE, DamagedFileError, RunFolder, read_config
 from mnist_ray.sweeps.job import SWEEP_FILE
-from mnist_ray.sweeps.picture import draw, draw_parallel
+from mnist_ray.sweeps.picture import draw
 from mnist_ray.sweeps.space import space_of
 from mnist_ray.sweeps.trials import STOPPED, TrialTable
 from mnist_ray.workload.interface import Workload
@@ -31,12 +31,7 @@ def sections(run: RunFolder, workload: type[Workload]) -> Sections:
     notes: list[str] = []
 
     def pictures() -> list[drawing.Picture]:
-        drawn = [drawing.Picture("sweep", "Trials", alt, draw(table, num_epochs), caption)]
-        parallel = draw_parallel(table)
-        if parallel is not None:
-            caption_of_lines = "A line is a trial: the darker, the better. Red: the best configuration."
-            drawn.append(drawing.Picture("settings", "Trials by their settings", alt, parallel, caption_of_lines))
-        return drawn
+        return [drawing.Picture("sweep", "Trials", alt, draw(table, num_epochs), caption)]
 
     return Sections(
         unless_failing("picture of the trials", pictures, table.workload, notes),

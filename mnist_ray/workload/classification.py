@@ -131,7 +131,9 @@ class Classification(Workload):
         return {"test_accuracy_per_class": per_class, "confusion_matrix": counts.tolist()}
 
     def lines(self, columns: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
-        """Return the confusion matrix with each class's accuracy."""
+        """Return the confusion matrix with each class's accuracy; nothing of more classes than a terminal is wide."""
+        if self.num_classes > _MOST_COLUMNS:
+            return []
         table = confusion_table(confusion(columns, self.num_classes), self.class_names)
         return [("" if number else "confusion", line) for number, line in enumerate(table)]
 
@@ -173,24 +175,10 @@ def accuracy_per_class(counts: np.ndarray) -> list[float]:
 
 
 def confusion_table(counts: np.ndarray, names: Sequence[Any]) -> list[str]:
-    """Return the confusion matrix as lines: a row per label, a column per prediction, the label's accuracy last.
-
-    With more than twelve classes, which no terminal's width would hold, the columns are the three most frequent
-    mistakes of each label.
-    """
+    """Return the confusion matrix as lines: a row per label, a column per prediction, the label's accuracy last."""
     shown = [str(name) for name in names]
     width = max(5, *map(len, shown))
     accuracies = ["-" if math.isnan(a) else f"{a:.2%}" for a in accuracy_per_class(counts)]
-    if len(shown) > _MOST_COLUMNS:
-        lines = [f"{'label':>{width}}  accuracy  taken for"]
-        for label, accuracy in enumerate(accuracies):
-            mistakes = [
-                f"{shown[other]} {counts[label, other]}"
-                for other in np.argsort(-counts[label], kind="stable")
-                if other != label and counts[label, other]
-            ]
-            lines.append(f"{shown[label]:>{width}}{accuracy:>10}  {', '.join(mistakes[:3])}".rstrip())
-        return lines
     cell = max(6, 1 + len(str(counts.max())), *(len(name) + 1 for name in shown))
     lines = ["label".rjust(width) + "".join(f"{name:>{cell}}" for name in shown) + "  accuracy"]
     for label, accuracy in enumerate(accuracies):

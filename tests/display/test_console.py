@@ -2,7 +2,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-from rich.console import ConsoleDimensions
 
 from mnist_ray.display import console
 from mnist_ray.display.console import RunConsole
@@ -90,35 +89,3 @@ def test_what_comes_from_outside_drives_no_terminal_and_shows_no_secret(capsys: 
         r"no\nte     b\x1b[31m",
         r"lost       c\r; replacing the workers …",
     ]
-
-
-def drawn_after_a_change_of_width(
-    before: int, after: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> str:
-    """Return what is written for the second live line, drawn on a terminal that has got another width."""
-    width = [before]
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    monkeypatch.setattr("rich.console.Console.size", property(lambda self: ConsoleDimensions(width[0], 25)))
-    with RunConsole(mnist(), 2, quiet=False) as printer:
-        printer.show(PROGRESS)  # 70 columns
-        capsys.readouterr()
-        width[0] = after
-        printer.show(PROGRESS)
-        return capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("before", "after", "rows"), [(80, 80, 1), (80, 60, 2), (80, 30, 3), (60, 80, 1)])
-def test_a_live_line_that_a_narrower_terminal_has_wrapped_is_cleared_whole(
-    before: int, after: int, rows: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("XTERM_VERSION", raising=False)
-    written = drawn_after_a_change_of_width(before, after, capsys, monkeypatch)
-    assert (written.count("\x1b[2K"), written.count("\x1b[1A")) == (rows, rows - 1)
-
-
-def test_xterm_which_cuts_lines_off_loses_no_line_above(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XTERM_VERSION", "XTerm(390)")
-    assert "\x1b[1A" not in drawn_after_a_change_of_width(80, 30, capsys, monkeypatch)

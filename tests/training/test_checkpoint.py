@@ -177,7 +177,7 @@ def test_the_optimizer_of_another_kind_is_restored_too(tmp_path: Path, few_image
 
     state, restored = with_sgd(), with_sgd()
     engine.train(mnist(), state, Part(few_images), replace(CONFIG, num_epochs=1, schedule="constant"), Group(), Hooks())
-    checkpoint.snapshot(state, {}).write(tmp_path)
+    checkpoint.snapshot(state, {"workload": mnist().identity}).write(tmp_path)
     checkpoint.restore(tmp_path, restored)
     for parameter, same in zip(state.model.parameters(), restored.model.parameters(), strict=True):
         momentum = state.optimizer.state[parameter]["momentum_buffer"]
@@ -385,7 +385,7 @@ def test_tied_weights_are_saved_and_restored(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(MNIST, "create_model", tied)
     state, restored = (engine.create_state(mnist(), replace(CONFIG, seed=seed), 600, CPU) for seed in (0, 1))
-    checkpoint.snapshot(state, {}).write(tmp_path)
+    checkpoint.snapshot(state, {"workload": mnist().identity}).write(tmp_path)
     checkpoint.restore(tmp_path, restored)
     weights = restored.model.state_dict()
     assert torch.equal(weights["2.weight"], state.model.state_dict()["1.weight"])

@@ -28,9 +28,12 @@ class Settings:
         "mnist",
         "mnist ships with the package; the others are downloaded once by torchvision",
         resets=("data_dir",),
+        decides_data=True,
     )
     data_dir: Path | None = setting(
-        None, "in place of --dataset: a folder with IDX files, pictures by class or NumPy files, or a table of pixels"
+        None,
+        "in place of --dataset: a folder with IDX files, pictures by class or NumPy files, or a table of pixels",
+        decides_data=True,
     )
     augment: bool = setting(False, "train on digits as other hands would draw them: turned, scaled, sheared, moved")
 
