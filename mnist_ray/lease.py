@@ -137,7 +137,6 @@ class _Claims:
 
 
 def _parsed(text: str) -> Claim | None:
-    """Return the claim that a file holds; None if it is cut off, or of another shape."""
     try:
         claim = Claim(**json.loads(text))
     except (ValueError, TypeError, RecursionError):

@@ -21,9 +21,6 @@ _OPTION = re.compile(
     re.IGNORECASE,
 )
 _UNPRINTABLE = re.compile(r"[^ -~]")  # or not ASCII: looked at one by one
-_AWS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-MLFLOW_USER = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
-_VARIABLES = {"s3": _AWS, "http": MLFLOW_USER, "https": MLFLOW_USER}
 
 
 def masked(text: str) -> str:
@@ -46,16 +43,10 @@ def say(text: object, file: TextIO | None = None) -> None:
     print(shown(text), file=file)
 
 
-def without_user(uri: str) -> tuple[str, tuple[str, ...]]:
-    """Return a masked URI, and the environment variables that take the place of its user information.
-
-    Where there are none, the mask stays in it.
-    """
+def without_user(uri: str) -> str:
+    """Return a masked URI; of those for which variables can take its place, without the user information."""
     uri = masked(uri)
-    scheme, user = uri.partition("://")[0], f"://{MASK}@"
-    if user not in uri or scheme not in _VARIABLES:
-        return uri, ()
-    return uri.replace(user, "://", 1), _VARIABLES[scheme]
+    return uri.replace(f"://{MASK}@", "://", 1) if uri.startswith(("s3:", "http:", "https:")) else uri
 
 
 def print_whatever_it_is() -> None:

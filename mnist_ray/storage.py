@@ -19,7 +19,7 @@ from pyarrow import fs
 
 from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.screen import without_user
-from mnist_ray.settings import path_of
+from mnist_ray.settings import flag, path_of
 from mnist_ray.wording import command
 
 T = TypeVar("T")
@@ -178,11 +178,6 @@ class RunFolder:
         except STORAGE_ERRORS as error:
             raise JobError(f"cannot write {self.uri}/{file_name}: {first_line(error)}") from error
 
-    @property
-    def takes_appends(self) -> bool:
-        """Whether files in it can be added to: not on object stores."""
-        return isinstance(self.filesystem, fs.LocalFileSystem)
-
     def append_text(self, file_name: str, text: str) -> None:
         """Add to a text file, once: after a failure, it is not known how much of the text is there. Raises JobError."""
         try:
@@ -206,23 +201,21 @@ class RunFolder:
         """Return the command of ``job``, train or tune, with the flags that go on with it, as one would type it.
 
         ``code`` has references, by setting, that the run's own file is not trusted with. What names users and has
-        passwords is left out of URIs; the variables that do instead are named.
+        passwords is left out of URIs.
         """
-        uris = {"--storage-path": self.storage_path, **({"--mlflow": mlflow} if mlflow else {})}
-        flags, variables = ["--resume", "--run-name", self.name], list[str]()
-        for flag, uri in uris.items():
-            shown, instead = without_user(uri)
-            flags += [flag, shown]
-            variables += instead
-        for name, reference in (code or {}).items():
-            flags += [f"--{name}", reference]
-        return f"{command(job)} {shlex.join(flags)}" + (f" (with {', '.join(variables)} set)" if variables else "")
+        flags = ["--resume", "--run-name", self.name]
+        for name, value in self._where(mlflow, code).items():
+            flags += [flag(name), value]
+        return f"{command(job)} {shlex.join(flags)}"
 
     def resume_call(self, job: str, mlflow: str | None = None, code: Mapping[str, str] | None = None) -> str:
         """Return the call of ``job``, train or tune, that goes on with it; without names and passwords, as well."""
-        uris = {"storage_path": self.storage_path, **({"mlflow": mlflow} if mlflow else {}), **(code or {})}
-        shown = "".join(f", {name}={without_user(uri)[0]!r}" for name, uri in uris.items())
-        return f"{job}(resume=True, run_name={self.name!r}{shown})"
+        more = "".join(f", {name}={value!r}" for name, value in self._where(mlflow, code).items())
+        return f"{job}(resume=True, run_name={self.name!r}{more})"
+
+    def _where(self, mlflow: str | None, code: Mapping[str, str] | None) -> dict[str, str]:
+        uris = {"storage_path": self.storage_path, **({"mlflow": mlflow} if mlflow else {})}
+        return {name: without_user(uri) for name, uri in uris.items()} | dict(code or {})
 
     def upload(self, local: str) -> None:
         """Copy a local folder's files into it, with retries. Raises what the file system does."""

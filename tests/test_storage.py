@@ -205,12 +205,11 @@ def test_the_newest_run_is_the_last_begun_that_has_a_checkpoint(tmp_path: Path) 
         find_run(None, str(tmp_path / "c_empty"))
 
 
-def test_the_command_that_resumes_has_no_secrets_and_names_what_does_instead() -> None:
+def test_the_command_that_resumes_has_no_secrets() -> None:
     run = RunFolder("run", "s3://KEY:SEC%2FRET@bucket/runs?region=us", fs.LocalFileSystem(), "bucket/runs/run")
     assert run.resume_command("train", "http://user:password@host:5000") == (
         "python jobs/train.py --resume --run-name run --storage-path 's3://bucket/runs?region=us' "
-        "--mlflow http://host:5000 (with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
-        "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD set)"
+        "--mlflow http://host:5000"
     )
     assert locate("/runs", "run").resume_command("train", "postgresql://user:password@host") == (
         "python jobs/train.py --resume --run-name run --storage-path /runs --mlflow 'postgresql://***@host'"

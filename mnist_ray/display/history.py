@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from pyarrow import fs
+
 from mnist_ray.storage import RunFolder, unless_damaged
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
 from mnist_ray.training.metrics import Evaluation
@@ -105,7 +107,7 @@ class _Steps:
     """
 
     def __init__(self, run: RunFolder, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-        self._run, self._columns = run, columns
+        self._run, self._columns, self._appends = run, columns, isinstance(run.filesystem, fs.LocalFileSystem)
         self._lines = [(int(float(row["step"])), csv_text(columns, [row])) for row in rows]
         self._num_written = 0
         """Lines that the file has; 0 where it is to be written as a whole."""
@@ -118,7 +120,7 @@ class _Steps:
         self._lines.append((row["step"], csv_text(self._columns, [row])))
         self._end_writing(wait=False)
         is_due = time.monotonic() - self._began > WRITTEN_EVERY_S
-        has_grown = self._run.takes_appends or len(self._lines) >= _GROWN_BY * self._num_written
+        has_grown = self._appends or len(self._lines) >= _GROWN_BY * self._num_written
         if is_due and has_grown and self._writing is None:
             self._writing = self._pool.submit(self._write, self._lines[self._num_written :], self._num_written)
             self._began = time.monotonic()
@@ -144,7 +146,7 @@ class _Steps:
     def _write(self, lines: Sequence[tuple[int, str]], num_written: int) -> int:
         """Write the lines after the first ``num_written``; return how many there are then. Raises JobError."""
         text = "".join(line for _, line in lines)
-        if num_written and self._run.takes_appends:
+        if num_written and self._appends:
             self._run.append_text(STEPS_FILE, text)
         else:
             before = "".join(line for _, line in self._lines[:num_written])

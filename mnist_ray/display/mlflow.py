@@ -14,13 +14,14 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import numpy as np
 from ray.train import Checkpoint
 
-from mnist_ray.screen import MLFLOW_USER, without_user
+from mnist_ray.screen import without_user
 from mnist_ray.storage import RunFolder, read_origin
 from mnist_ray.tracker import Ending, Tracker
 from mnist_ray.training.checkpoint import fetch
 from mnist_ray.training.events import Event, Started, TrialEnded
 from mnist_ray.workload.interface import Workload
 
+MLFLOW_USER = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 _FOLDER = "mnist_ray.run"  # the tag by which a run is found again
 _MOST_METRICS = 1000  # that a server takes at once
 _LONGEST_DIGEST = 36
@@ -51,8 +52,8 @@ class MLflow(Tracker):
         mlflow.set_tracking_uri(_with_user_in_variables(uri))
         self._experiment = mlflow.set_experiment("mnist_ray").experiment_id
         self._client = mlflow.MlflowClient()
-        folder, _ = without_user(run.uri)  # the same where a resumed run has the keys from variables
-        around, _ = without_user(run.storage_path)
+        folder = without_user(run.uri)  # the same where a resumed run has the keys from variables
+        around = without_user(run.storage_path)
         parent = self._find(around)
         self._id = self._open(folder, run.name, settings, parent.info.run_id if parent else None)
         self._describe()
@@ -111,7 +112,7 @@ class MLflow(Tracker):
     def _log_trial(self, trial: TrialEnded) -> None:
         from mlflow.entities import Metric, RunTag
 
-        folder, _ = without_user(self.run.uri)
+        folder = without_user(self.run.uri)
         run = self._open(f"{folder}#{trial.number}", f"trial {trial.number}", trial.settings, self._id)
         now = int(time.time() * 1000)
         metrics = [Metric(name, value, now, 0) for name, value in trial.figures.items()]

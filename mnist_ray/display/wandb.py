@@ -25,7 +25,7 @@ class WandB(Tracker):
         super().__init__(run, workload, settings)
         import wandb
 
-        uri, _ = without_user(run.uri)
+        uri = without_user(run.uri)
         self._run = wandb.init(
             project=project,
             name=run.name,

@@ -114,7 +114,7 @@ def snapshot_of(run: RunFolder) -> ray.train.Result | None:
     try:
         result = ray.train.Result.from_path(run.path, storage_filesystem=run.filesystem)
         is_whole = all(position_of(_name_of(checkpoint)) for checkpoint, _ in result.best_checkpoints)
-        math.fsum(_score(metrics) for _, metrics in result.best_checkpoints if "val_loss" in metrics)
+        math.fsum(metrics["val_score"] for _, metrics in result.best_checkpoints if "val_loss" in metrics)
     except STORAGE_ERRORS:
         raise
     except Exception:  # Ray takes the list for what it has written; what is another can fail anywhere
@@ -131,13 +131,9 @@ def best_of(result: ray.train.Result, damaged: Container[str] = ()) -> tuple[Che
     validated = [pair for pair in whole if "val_loss" in pair[1]]
     if not validated:
         return result.checkpoint, result.metrics
-    best: tuple[Checkpoint, dict[str, Any]] = max(validated, key=lambda pair: _score(pair[1]))
+    best: tuple[Checkpoint, dict[str, Any]] = max(validated, key=lambda pair: pair[1]["val_score"])
     return best
 
 
 def _name_of(checkpoint: Checkpoint) -> str:
     return str(checkpoint.path.rsplit("/", 1)[-1])
-
-
-def _score(metrics: Mapping[str, float]) -> float:
-    return metrics["val_score"]

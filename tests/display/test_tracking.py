@@ -17,9 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mnist_ray.config import OutputConfig, TrainConfig
 from mnist_ray.display import pictures, tracking
+from mnist_ray.display.mlflow import MLFLOW_USER
 from mnist_ray.display.tracking import Trackers
 from mnist_ray.runs.lookup import find
-from mnist_ray.screen import MLFLOW_USER
 from mnist_ray.settings import values_of
 from mnist_ray.storage import ORIGIN_FILE, RunFolder, locate
 from mnist_ray.tracker import Ending, Tracker
