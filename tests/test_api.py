@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
 import mnist_ray
 from mnist_ray import Run
 from mnist_ray.api import reference_of
+from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError
-from mnist_ray.runs.job import read_job
+from mnist_ray.forking.local import prepared_forking
+from mnist_ray.forking.shim import SOCKET_VARIABLE
+from mnist_ray.runs.job import load_data, read_job
 from mnist_ray.workload.data import Arrays
 from mnist_ray.workload.mnist import MNIST
 from tests.conftest import QUICK, ROOT
@@ -26,6 +31,43 @@ from tests.conftest import QUICK, ROOT
 def run(ray_address: str, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     settings: dict[str, Any] = {**QUICK, "data_dir": small_data, "num_epochs": 2}
     return mnist_ray.train(**settings, storage_path=tmp_path_factory.mktemp("api"), run_name="one")
+
+
+def fork_servers() -> set[int]:
+    return {child.pid for child in psutil.Process().children() if "mnist_ray.forking.server" in child.cmdline()}
+
+
+@pytest.fixture
+def unconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process look as if it were connected to no Ray."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setenv(SOCKET_VARIABLE, "")  # put back afterwards
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers are forked on Linux only")
+def test_a_call_that_fails_leaves_no_fork_server_and_no_variable(
+    small_data: Path, tmp_path: Path, unconnected: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, started = fork_servers(), list[set[int]]()
+
+    def look(job: Any) -> Any:
+        started.append(fork_servers() - before)
+        return load_data(job)
+
+    monkeypatch.setattr("mnist_ray.commands.train.load_data", look)
+    with pytest.raises(UsageError, match="--batch-size 10,000 is larger than"):
+        mnist_ray.train(data_dir=small_data, storage_path=tmp_path, batch_size=10_000)
+    assert [len(servers) for servers in started] == [1]
+    assert fork_servers() == before
+    assert SOCKET_VARIABLE not in os.environ
+
+
+def test_no_fork_server_is_started_where_ray_is_connected(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    before = fork_servers()
+    with prepared_forking(WorkerConfig(), "mnist_ray.runs.fit") as forking:
+        assert (forking.server, fork_servers()) == (None, before)
 
 
 def test_training_returns_the_run_with_all_that_it_has_left(run: Run) -> None:

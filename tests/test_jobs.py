@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,52 @@ def test_a_run_that_another_job_has_is_refused_and_terminated_it_ends_like_an_in
 
     _, errors = run_and_act(want_too, "started", *as_flags(flags), address=ray_address, status=130)
     assert errors == f"interrupted; to go on: python jobs/train.py --resume --run-name both --storage-path {tmp_path}\n"
+
+
+@pytest.fixture
+def own_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for all that a local Ray and a job keep outside of their run; its path is short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp") as folder:
+        for name in ("RAY_TMPDIR", "TMPDIR"):
+            monkeypatch.setenv(name, folder)
+        yield Path(folder)
+
+
+def processes_in(folder: Path) -> list[psutil.Process]:
+    """Return the processes that were started to keep their files in a folder."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get("RAY_TMPDIR") == str(folder):
+                found.append(process)
+    return found
+
+
+STARTING, TRAINING = "results", "started"
+
+
+@pytest.mark.parametrize(
+    ("number", "when"),
+    [
+        (signal.SIGTERM, TRAINING),
+        (signal.SIGHUP, STARTING),
+        pytest.param(signal.SIGHUP, TRAINING, marks=pytest.mark.long),
+        pytest.param(signal.SIGTERM, STARTING, marks=pytest.mark.long),
+    ],
+)
+def test_a_signal_to_all_processes_of_a_job_ends_it_like_an_interrupt_and_leaves_nothing(
+    number: signal.Signals, when: str, small_data: Path, tmp_path: Path, own_folder: Path
+) -> None:
+    flags = {**QUICK, "num_epochs": 500, "data_dir": small_data, "storage_path": tmp_path, "run_name": "all"}
+    _, errors = run_and_act(lambda job: os.killpg(job.pid, number), when, *as_flags(flags), address="local", status=130)
+    way_on = f"to go on: python jobs/train.py --resume --run-name all --storage-path {tmp_path}"
+    assert errors == f"interrupted; {way_on if when == TRAINING else 'nothing is saved yet: start it again'}\n"
+    assert bool(list(tmp_path.glob("all/checkpoint_epoch-*"))) == (when == TRAINING)
+    assert not (tmp_path / ".owners").exists()
+    psutil.wait_procs(processes_in(own_folder), timeout=30)
+    assert processes_in(own_folder) == []
+    assert not list(own_folder.glob("ray/*"))
+    assert not list(own_folder.glob("mnist_ray-*"))
 
 
 def test_an_interrupted_run_says_how_to_resume_and_goes_on(small_data: Path, tmp_path: Path, ray_address: str) -> None:

@@ -7,7 +7,7 @@ from mnist_ray.cluster.plan import plan_workers
 from mnist_ray.forking.local import prepared_forking
 from mnist_ray.runs.clock import Clock
 from mnist_ray.runs.header import announced
-from mnist_ray.runs.job import Job, load_data, owning, read_job
+from mnist_ray.runs.job import Job, load_data, owning, read_job, saying_the_way_on
 from mnist_ray.runs.rehearsal import rehearsal
 
 
@@ -20,7 +20,7 @@ def train(job: Job) -> None:
     """Data, connect, fit, evaluate, report. Raises UsageError, JobError and KeyboardInterrupt, each in one line."""
     clock = Clock()
     environment.prepare(verbose=job.output.verbose)
-    with contextlib.ExitStack() as job_ends:
+    with saying_the_way_on(job), contextlib.ExitStack() as job_ends:
         forking = job_ends.enter_context(prepared_forking(job.workers, "mnist_ray.runs.fit"))
         clock.mark("start")
         job, data = load_data(job)

@@ -8,7 +8,7 @@ import contextlib
 
 from mnist_ray import environment
 from mnist_ray.forking.local import prepared_forking
-from mnist_ray.runs.job import owning
+from mnist_ray.runs.job import owning, saying_the_way_on
 from mnist_ray.runs.rehearsal import rehearsal
 from mnist_ray.sweeps.console import announced
 from mnist_ray.sweeps.job import Sweep, load_data, read_sweep
@@ -22,7 +22,7 @@ def main() -> None:
 def tune(sweep: Sweep) -> None:
     """Data, connect, search, then fit, evaluate and report the best. Raises as ``train`` does."""
     environment.prepare(verbose=sweep.job.output.verbose)
-    with contextlib.ExitStack() as sweep_ends:
+    with saying_the_way_on(sweep.job), contextlib.ExitStack() as sweep_ends:
         forking = sweep_ends.enter_context(prepared_forking(sweep.workers, "mnist_ray.sweeps.sweep"))
         sweep, data = load_data(sweep)
         sweep.job.run.check_writable()

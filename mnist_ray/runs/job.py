@@ -270,20 +270,19 @@ def check_free(run: RunFolder, *, resume: bool) -> None:
         raise UsageError(f"run {run.uri} exists already; add --resume to go on with it, or give another --run-name")
 
 
-@contextlib.contextmanager
-def owning(job: Job, waiting: Callable[[str], None]) -> Iterator[None]:
-    """Keep a job's run from others meanwhile. Raises as ``owned`` and ``check_free`` do.
-
-    An interrupt that does not say how to go on is raised with that.
-    """
+def owning(job: Job, waiting: Callable[[str], None]) -> contextlib.AbstractContextManager[None]:
+    """Return what keeps a job's run from others meanwhile. Raises as ``owned`` and ``check_free`` do."""
     from mnist_ray.lease import owned  # imports psutil, which the header need not wait for
 
+    return owned(job.run, functools.partial(check_free, job.run, resume=job.output.resume), waiting)
+
+
+@contextlib.contextmanager
+def saying_the_way_on(job: Job) -> Iterator[None]:
+    """Raise an interrupt with how to go on after it."""
     try:
-        with owned(job.run, functools.partial(check_free, job.run, resume=job.output.resume), waiting):
-            yield
+        yield
     except KeyboardInterrupt as interrupt:
-        if str(interrupt):
-            raise
         advice = f"to go on: {job.resume_with}" if job.run.exists() else "nothing is saved yet: start it again"
         raise KeyboardInterrupt(f"interrupted; {advice}") from interrupt
 
