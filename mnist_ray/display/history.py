@@ -133,10 +133,10 @@ class _Steps:
             self._lines, self._num_written = left, 0
 
     def close(self) -> None:
-        """Write what is left. Raises JobError."""
+        """Write the file as a whole. Raises JobError."""
         self._end_writing(wait=True)
         self._pool.shutdown()
-        self._num_written = self._write(self._lines[self._num_written :], self._num_written)
+        self._write(self._lines, 0)
 
     def _end_writing(self, *, wait: bool) -> None:
         if self._writing is not None and (wait or self._writing.done()):
