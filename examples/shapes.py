@@ -78,7 +78,8 @@ class Block(nn.Module):
         self.norm1 = nn.BatchNorm2d(num_outputs)
         self.conv2 = nn.Conv2d(num_outputs, num_outputs, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(num_outputs)
-        self.shortcut = nn.Conv2d(num_inputs, num_outputs, 1, stride=2, bias=False)
+        # Pooled first (https://arxiv.org/abs/1812.01187): see "Layouts" in docs/workloads.md.
+        self.shortcut = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(num_inputs, num_outputs, 1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """Halve height and width."""

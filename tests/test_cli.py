@@ -11,7 +11,6 @@ from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
     [
         (["--epochs", "3"], "--num-epochs"),
         (["--num-epoch=3"], "--num-epochs"),
-        (["--lr", "0.1"], "--learning-rate"),
         (["--learning_rate", "0.1"], "--learning-rate"),
         (["--quiet", "--workers", "2"], "--num-workers"),
     ],

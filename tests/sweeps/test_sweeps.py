@@ -293,13 +293,13 @@ def test_a_trial_whose_process_dies_is_lost_and_tried_again_by_a_resumed_sweep(
     (tmp_path / "dying.py").write_text(DYING)
     (tmp_path / "deadly").touch()
     flags = {**QUICK, "validation_size": 100, "num_trials": 1, "num_epochs": 1, "max_failures": 1}
-    flags |= {"workload": tmp_path / "dying.py", "storage_path": tmp_path, "run_name": "lost"}
+    flags |= {"workload": tmp_path / "dying.py", "storage_path": tmp_path / "runs", "run_name": "lost"}
     with pytest.raises(JobError, match=r"; to try again those that were lost: python jobs/tune\.py --resume"):
         tune(flags)
-    assert [row["state"] for row in rows(tmp_path / "lost")] == ["lost"]
+    assert [row["state"] for row in rows(tmp_path / "runs" / "lost")] == ["lost"]
     (tmp_path / "deadly").unlink()
-    run_main("tune", "--resume", "--run-name", "lost", "--storage-path", str(tmp_path))
-    assert [row["state"] for row in rows(tmp_path / "lost")] == ["done"]
+    run_main("tune", "--resume", "--run-name", "lost", "--storage-path", str(tmp_path / "runs"))
+    assert [row["state"] for row in rows(tmp_path / "runs" / "lost")] == ["done"]
 
 
 def test_a_killed_sweep_goes_on_without_repeating_finished_trials(
