@@ -2,6 +2,7 @@ import contextlib
 import gzip
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -163,6 +164,8 @@ def run_and_act_twice(
             text=True,
             env={**os.environ, "RAY_ADDRESS": address},
             start_new_session=True,
+            # A terminal's end may be ignored where the tests run, as under nohup.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
         try:
             lines = []

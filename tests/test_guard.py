@@ -14,6 +14,7 @@ from mnist_ray import interrupts
 PREPARED = """
 import os, signal, sys, time
 from mnist_ray import guard, interrupts
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which may be ignored where these tests run, as under nohup
 interrupts.take_signals()
 """
 SAVING = """
