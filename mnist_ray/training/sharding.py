@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import random
 import warnings
@@ -227,38 +226,18 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return moved
 
 
-def batch_loader(
-    dataset: ArrayBatches | ExampleBatches, slices: Iterable[Slice], num_processes: int = 0
-) -> Iterator[Batch]:
-    """Yield the batches of slices; ``num_processes`` read a ``Dataset`` ahead, arrays need none.
+def batch_loader(dataset: ArrayBatches | ExampleBatches, slices: Iterable[Slice], num_processes: int = 0) -> DataLoader:
+    """Return a loader of slices; ``num_processes`` read a ``Dataset`` ahead, arrays need none.
 
     ``batch_size=None`` makes the DataLoader hand each of the sampler's items to the data set as it is: of arrays one
     indexing operation a batch, where the usual loader makes one an example and then stacks them.
     """
     is_on_gpu = isinstance(dataset, ArrayBatches) and dataset.inputs.is_cuda
     num_workers = num_processes if isinstance(dataset, ExampleBatches) else 0
-    loader = DataLoader(
+    return DataLoader(
         dataset,
         sampler=slices,
         batch_size=None,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available() and not is_on_gpu,
-        worker_init_fn=_collect_own_garbage,
     )
-    is_collecting = gc.isenabled()
-    gc.disable()  # while processes are forked
-    try:
-        batches: Iterator[Batch] = iter(loader)
-    finally:
-        if is_collecting:
-            gc.enable()
-    yield from batches
-
-
-def _collect_own_garbage(number: int) -> None:
-    """Let a loader process, which was just forked, collect none of the objects that it has from its parent.
-
-    Destroyed in a fork, a Ray client among that garbage waits for threads that are not there, or ends the process.
-    """
-    gc.freeze()
-    gc.enable()
