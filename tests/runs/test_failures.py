@@ -1,5 +1,6 @@
 """Runs that lose workers, nodes, checkpoints and storage."""
 
+import gc
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState, _TrainingResultState
 
+from mnist_ray import private
 from mnist_ray.config import TrainConfig
 from mnist_ray.display.history import read_csv
 from mnist_ray.errors import UsageError
@@ -50,6 +52,11 @@ def head() -> Iterator[Cluster]:
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     yield cluster
     cluster.shutdown()
+    # An atexit handler of each node holds its client. From Python 3.13 on, multiprocessing clears these in a fork, where
+    # the client's end without its threads would be the process's.
+    for node in gc.get_objects():
+        if isinstance(node, private.Node) and node is not private.global_worker.node:
+            node._gcs_client = None
 
 
 @pytest.fixture
