@@ -52,8 +52,8 @@ def head() -> Iterator[Cluster]:
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     yield cluster
     cluster.shutdown()
-    # An atexit handler of each node holds its client. From Python 3.13 on, multiprocessing clears these in a fork, where
-    # the client's end without its threads would be the process's.
+    # An atexit handler of each node holds its client. From Python 3.13 on, multiprocessing clears these handlers in a
+    # fork, where the end of a client without its threads would be that of the process.
     for node in gc.get_objects():
         if isinstance(node, private.Node) and node is not private.global_worker.node:
             node._gcs_client = None
