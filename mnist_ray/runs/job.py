@@ -23,6 +23,7 @@ from mnist_ray.settings import flag
 from mnist_ray.storage import (
     CONFIG_FILE,
     RESULT_FILE,
+    STORAGE_ERRORS,
     TRIALS_FILE,
     DamagedFileError,
     RunFolder,
@@ -283,7 +284,10 @@ def saying_the_way_on(job: Job) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        advice = f"to go on: {job.resume_with}" if job.run.exists() else "nothing is saved yet: start it again"
+        has_begun = True
+        with contextlib.suppress(*STORAGE_ERRORS):  # storage that is away now may hold something
+            has_begun = job.run.exists()
+        advice = f"to go on: {job.resume_with}" if has_begun else "nothing is saved yet: start it again"
         raise KeyboardInterrupt(f"interrupted; {advice}") from interrupt
 
 

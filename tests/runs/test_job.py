@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.runs.job import Job, load_data, read_job
+from mnist_ray.runs.job import Job, load_data, read_job, saying_the_way_on
 from mnist_ray.runs.record import write_origin
 from mnist_ray.settings import json_lines
+from mnist_ray.storage import RunFolder
 from mnist_ray.workload.data import Arrays
 from tests.conftest import ROOT, write_data_set
 
@@ -106,6 +107,18 @@ def test_code_in_a_run_is_loaded_where_a_flag_names_it_and_the_way_on_names_it_t
     job = read("--resume", "--run-name", "sent", "--workload", code)
     assert type(job.workload).__name__ == "Steals"
     assert job.resume_with.endswith(f" --workload {code}")
+
+
+def test_an_interrupt_says_the_way_on_also_where_the_storage_is_away(
+    read: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(run: RunFolder, file_name: str = "") -> bool:
+        raise OSError("gone")
+
+    job = read("--run-name", "a")
+    monkeypatch.setattr(RunFolder, "exists", fail)
+    with pytest.raises(KeyboardInterrupt, match=r"^interrupted; to go on: python jobs/train"), saying_the_way_on(job):
+        raise KeyboardInterrupt
 
 
 def test_a_data_folder_is_kept_as_it_can_be_read_from_anywhere(
