@@ -24,8 +24,8 @@ def main() -> None:
     from mnist_ray.tools import report  # imports matplotlib, after the flags are known to be right
 
     if len(runs) > 1:
-        report.compare(runs, reference, given.get("output", "comparison.html"))
+        report.compare(runs, reference, storage_path, given.get("output", "comparison.html"))
     elif "output" in given:
         raise UsageError("--output is for the page of several runs; that of one is in the run's folder")
     else:
-        report.write_again(runs[0], reference)
+        report.write_again(runs[0], reference, storage_path)

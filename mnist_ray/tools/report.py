@@ -28,13 +28,13 @@ from mnist_ray.workload.interface import Workload
 from mnist_ray.workload.loading import load_data
 
 
-def workload_of(run: RunFolder, reference: str | None) -> Workload:
+def workload_of(run: RunFolder, reference: str | None, storage_path: str = LookupConfig().storage_path) -> Workload:
     """Return the workload of a run, of which the code comes from ``reference``, else from where it was.
 
     Raises UsageError and JobError.
     """
     values = report.settings_of(run)
-    held, untrusted = values.get("workload", source.DEFAULT), untrusted_folders(run, LookupConfig().storage_path)
+    held, untrusted = values.get("workload", source.DEFAULT), untrusted_folders(run, storage_path)
     workload_class = source.load_again(held, reference, run.inside(CONFIG_FILE).uri, untrusted)
     try:
         own: Any = settings.build(workload_class.Settings, values)
@@ -56,9 +56,9 @@ def _facts_of(run: RunFolder) -> dict[str, Any]:
     return facts
 
 
-def write_again(run: RunFolder, reference: str | None) -> None:
+def write_again(run: RunFolder, reference: str | None, storage_path: str) -> None:
     """Make the report of one run again. Raises UsageError and JobError."""
-    workload, test = workload_of(run, reference), None
+    workload, test = workload_of(run, reference, storage_path), None
     try:
         test = Part(load_data(workload).test, origin="test")
     except (UsageError, JobError) as error:
@@ -69,9 +69,9 @@ def write_again(run: RunFolder, reference: str | None) -> None:
     say(f"report {run.inside(REPORT_FILE).uri}")
 
 
-def compare(runs: list[RunFolder], reference: str | None, output: str) -> None:
+def compare(runs: list[RunFolder], reference: str | None, storage_path: str, output: str) -> None:
     """Write a page of several runs side by side. Raises UsageError and JobError."""
-    records = [RunRecord.read(run, workload_of(run, reference)) for run in runs]
+    records = [RunRecord.read(run, workload_of(run, reference, storage_path)) for run in runs]
     for note in (note for record in records for note in record.notes):
         _warn(note)
     write_file(settings.path_of(output, "--output"), report.compare(records).encode("utf-8"))

@@ -228,6 +228,13 @@ def test_names_cannot_put_markup_into_the_page(finished_run: Path) -> None:
     assert re.search(r"&lt;script&gt;alert\(1\)&lt;/script&gt;", html)
 
 
+def test_code_in_the_storage_that_is_looked_in_is_not_loaded(tmp_path: Path) -> None:
+    run = locate(str(tmp_path), "run")
+    run.write_text("config.json", json_lines({"num_epochs": 1, "workload": str(tmp_path / "steals.py")}))
+    with pytest.raises(UsageError, match="code that may have come with a run"):
+        workload_of(run, None, str(tmp_path))
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"is no run: it has no config\.json"):
         RunRecord.read(locate(str(tmp_path), "nothing"), mnist())
