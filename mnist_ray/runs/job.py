@@ -42,7 +42,6 @@ from mnist_ray.workload.data import Parts, parts_of
 from mnist_ray.workload.fewer import fewer
 from mnist_ray.workload.interface import Workload
 from mnist_ray.workload.loading import load_data as load_data_of
-from mnist_ray.workload.shuffle import KIND, LARGEST_IN_MEMORY
 
 Given = Mapping[str, Any]
 """Settings by their names, beside ``workload``, ``recipe`` and ``config``: what a command line says, too."""
@@ -377,11 +376,6 @@ def _check_same_data(job: Job, parts: Parts) -> tuple[str, ...]:
         raise UsageError(
             f"--resume: run {job.run.name} began with other data than {parts.name} ({', '.join(differing)}); "
             "bring them back, or start another run"
-        )
-    if job.origin.get("order") != KIND and len(parts.train) + len(parts.validation) > LARGEST_IN_MEMORY:
-        raise UsageError(
-            f"--resume: run {job.run.name} began when the order of so many {job.workload.nouns} was drawn in another "
-            "way; start another run"
         )
     if then and None in now.values():
         return ("whether the data are those that the run began with is not known: they name no files",)

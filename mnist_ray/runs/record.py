@@ -44,7 +44,6 @@ from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.data import Parts
 from mnist_ray.workload.fewer import verdict
 from mnist_ray.workload.interface import Workload
-from mnist_ray.workload.shuffle import KIND
 
 Sections = Callable[[RunFolder], Any]
 """What a report shows besides, made of a run's folder: a sweep's trials."""
@@ -195,7 +194,6 @@ def write_origin(job: Job, data: Parts) -> None:
             "facts": workload.facts,
             "data_name": data.name,
             "data": data.digests,
-            "order": KIND,
         }
         job.run.write_text(ORIGIN_FILE, json_lines({**origin(), **about}))
         job.run.write_text(WORKLOAD_FILE, workload.source.text)  # to be read by people; it is never loaded from there

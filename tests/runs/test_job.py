@@ -285,29 +285,6 @@ def test_a_run_does_not_go_on_with_other_data(read: Any, begun: Path, tmp_path: 
     assert job.notes == ("run run has saved nothing: it begins anew",)
 
 
-MANY = """
-from mnist_ray.workload import Data
-from mnist_ray.workload.mnist import MNIST
-
-class Many(MNIST):
-    def load_data(self):
-        images = [(image, 0) for image in super().load_data().test.inputs[:10]]
-        return Data(images * 14_000, images, facts={"class_names": [0]})
-"""
-
-
-def test_many_examples_are_not_gone_on_with_in_another_order(read: Any, tmp_path: Path) -> None:
-    (tmp_path / "many.py").write_text(MANY)
-    job, data = load_data(read("--run-name", "run", "--workload", str(tmp_path / "many.py")))
-    job.run.write_text("config.json", json_lines(job.values))
-    write_origin(job, data)
-    load_data(read("--resume", "--run-name", "run"))
-    origin = json.loads((tmp_path / "runs" / "run" / "origin.json").read_text())
-    job.run.write_text("origin.json", json_lines({**origin, "order": "another"}))
-    with pytest.raises(UsageError, match=r"run run began when the order of so many images was drawn in another way"):
-        load_data(read("--resume", "--run-name", "run"))
-
-
 UNNAMED = """
 from mnist_ray.workload import Data
 from mnist_ray.workload.mnist import MNIST
