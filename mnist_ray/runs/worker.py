@@ -146,6 +146,7 @@ def _train(spec: LoopSpec) -> None:
         faulthandler.cancel_dump_traceback_later()
     if state.epoch < config.num_epochs:
         reporter.send(StoppedEarly(state.epoch, engine.best_epoch(state.scores)))
+    reporter.wait_for_driver()
 
 
 def callbacks_of(source: Source | None, profile: int | None, run: RunFolder) -> list[Callback]:
@@ -195,6 +196,14 @@ class _Reporter:
         if self._is_first and self._spec.mailbox is not None:
             self._answers.append(self._spec.mailbox.put.remote(event))
 
+    def wait_for_driver(self) -> None:
+        """Wait until all events are in the mailbox, whose process may start more slowly than a short training ends.
+
+        Done before each checkpoint, too: else its validation, by a task, could be told before the epoch is.
+        """
+        if self._answers:
+            ray.wait(self._answers, num_returns=len(self._answers))
+
     def progress(self, progress: Progress) -> None:
         """Note that training goes on."""
         end_if_hung(self._spec.hang_timeout_s)
@@ -222,6 +231,7 @@ class _Reporter:
         if position_of(name) <= position_of(self._known):
             return
         saved = self._spec.run.inside(name)
+        self.wait_for_driver()
         ray.train.report(
             self._restored.metrics,
             checkpoint=Checkpoint(saved.path, filesystem=saved.filesystem) if self._is_first else None,
@@ -254,6 +264,7 @@ class _Reporter:
             checkpoint = Checkpoint.from_directory(tempfile.mkdtemp())
             upload = functools.partial(self._upload, checkpoints.snapshot(state, about))
             self._uploaded.clear()
+        self.wait_for_driver()
         ray.train.report(
             metrics,
             checkpoint=checkpoint,

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,14 @@ from mnist_ray.errors import UsageError
 from mnist_ray.runs import failures, fit, worker
 from mnist_ray.runs.failures import describe
 from mnist_ray.runs.lookup import find
+from mnist_ray.runs.mailbox import Mailbox
 from mnist_ray.storage import locate
 from mnist_ray.training import checkpoint, engine
 from mnist_ray.training.checkpoint import restore_newest
 from mnist_ray.training.engine import create_state
 from mnist_ray.training.events import WorkersLost
 from mnist_ray.workload.data import Arrays, Part
-from tests.conftest import LONGER, QUICK, as_flags, mnist, run_and_act, run_and_act_twice, run_job
+from tests.conftest import LONGER, QUICK, as_flags, mnist, run_and_act, run_and_act_twice, run_job, run_main
 
 
 def weights(run: Path) -> str:
@@ -102,6 +104,23 @@ def test_a_run_whose_queue_of_events_dies_ends_in_one_line_that_says_how_to_go_o
     assert complained.startswith("error: Ray Train failed: ActorDiedError: The actor died unexpectedly")
     assert complained.endswith(f"to go on: python jobs/train.py --resume --run-name run --storage-path {tmp_path})\n")
     assert complained.count("\n") == 1
+
+
+def test_a_training_that_ends_before_its_queue_of_events_has_started_loses_none(
+    ray_address: str, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LateMailbox(Mailbox):
+        def __init__(self) -> None:
+            time.sleep(8)  # a training of these data takes two
+            super().__init__()
+
+    monkeypatch.setattr(fit, "open_mailbox", lambda: ray.remote(num_cpus=0)(LateMailbox).remote())
+    run_main("train", *as_flags({**QUICK, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"}))
+    run = locate(str(tmp_path), "run")
+    assert read_csv(run, "steps.csv")[-1]["step"] == "96"
+    epochs = read_csv(run, "metrics.csv")
+    assert [row["epoch"] for row in epochs] == ["1", "2"]
+    assert all(row["train_loss"] and row["val_loss"] for row in epochs)
 
 
 def test_a_run_that_loses_a_worker_goes_on_and_ends_with_the_same_weights(
