@@ -83,7 +83,9 @@ def callbacks_of(case: str) -> list[Callback]:
 
 
 def config_of(case: str) -> TrainConfig:
-    return replace(CONFIG, schedule="constant", **CASES[case][1])
+    # Not every order will do: with seed 0, an activation of step 26 is so close to a kink of ReLU or pooling that the
+    # rounding decides its side, and the weights differ by 1.2e-5 from there on, by 1.5e-8 before.
+    return replace(CONFIG, schedule="constant", seed=1, **CASES[case][1])
 
 
 def train_on_gloo(rank: int, folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
