@@ -18,10 +18,10 @@ import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from mnist_ray.cluster.environment import keep_freed_memory
 from mnist_ray.config import TrainConfig
-from mnist_ray.environment import keep_freed_memory
 from mnist_ray.training import engine
-from mnist_ray.training.sharding import ShardedBatchSampler, batch_loader, batches_of
+from mnist_ray.training.sampler import ShardedBatchSampler, batch_loader, batches_of
 from mnist_ray.workload import source
 from mnist_ray.workload.data import Part
 from mnist_ray.workload.loading import load_data

@@ -28,9 +28,9 @@ import psutil
 from before import PARTS, training_workers
 from before import one_round as compare_versions
 
+from mnist_ray.mnist import idx
 from mnist_ray.provenance import git_commit, versions
 from mnist_ray.workload import Arrays
-from mnist_ray.workload.mnist import idx
 
 HERE = Path(__file__).parent
 TRAIN = HERE.parent / "jobs" / "train.py"

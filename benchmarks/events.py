@@ -45,20 +45,20 @@ def run_job(flags: Mapping[str, object], on_event: Callable[[Event], None] = lam
     """Train as ``jobs/train.py`` would with these flags."""
     begun = time.monotonic()
     sys.argv[1:] = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    from mnist_ray import environment
-    from mnist_ray.forking.local import prepared_forking
-    from mnist_ray.runs.job import load_data, read_job
+    from mnist_ray.cluster import environment
+    from mnist_ray.cluster.forking.starting import prepared_forking
+    from mnist_ray.run.job import load_data, read_job
 
     job = read_job()
     environment.prepare(verbose=False)
     with contextlib.ExitStack() as job_ends:
-        forking = job_ends.enter_context(prepared_forking(job.workers, "mnist_ray.runs.fit"))
+        forking = job_ends.enter_context(prepared_forking(job.workers, "mnist_ray.run.fit"))
         job, data = load_data(job)
-        from mnist_ray.cluster.connection import connect
+        from mnist_ray.cluster.connect import connect
 
         cluster = job_ends.enter_context(connect(job.workers, forking))
         from mnist_ray.cluster.plan import plan_workers
-        from mnist_ray.runs.fit import fit
+        from mnist_ray.run.fit import fit
 
         seen: list[tuple[float, Any]] = []
 

@@ -15,10 +15,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from sklearn.datasets import load_digits
 
 from mnist_ray.errors import UsageError
-from mnist_ray.runs.lookup import find
+from mnist_ray.mnist import idx
+from mnist_ray.mnist.photo import to_mnist
+from mnist_ray.run.find import find
 from mnist_ray.tools.predict import read_image
-from mnist_ray.workload.mnist import idx
-from mnist_ray.workload.mnist.photos import to_mnist
 
 FONTS_FOLDER = Path("/usr/share/fonts")
 DEVELOPMENT_FONTS = (
@@ -149,7 +149,7 @@ def main() -> None:
         accuracy = {name: (answer == labels)[of_kind].mean() for name, answer in answers.items()}
         print(f"| {kind} | {of_kind.sum():,} | {accuracy['without']:.1%} | {accuracy['with']:.1%} |")
     if arguments.mistakes:
-        from mnist_ray.workload.pictures import image_grid
+        from mnist_ray.workload.figures import image_grid
 
         wrong = np.flatnonzero((answers["with"] != labels) & (kinds != "MNIST's test images"))
         wrong = np.random.default_rng(0).permutation(wrong)[:60]

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mnist_ray.cluster.environment import keep_freed_memory
 from mnist_ray.config import TrainConfig
-from mnist_ray.environment import keep_freed_memory
 from mnist_ray.training import engine
 from mnist_ray.training.events import Progress
+from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Part
-from mnist_ray.workload.interface import Workload
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mnist_ray.mnist import idx
 from mnist_ray.workload import Arrays
-from mnist_ray.workload.mnist import idx
 
 
 class Net(nn.Module):

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mnist_ray.cluster.environment import keep_freed_memory
 from mnist_ray.config import TrainConfig
-from mnist_ray.environment import keep_freed_memory
-from mnist_ray.training import engine, sharding
+from mnist_ray.training import engine, sampler
 from mnist_ray.workload import source
 from mnist_ray.workload.data import parts_of
 from mnist_ray.workload.loading import load_data
-from mnist_ray.workload.shuffle import Shuffled
+from mnist_ray.workload.order import Shuffled
 
 BATCH_SIZE = 128
 NUM_BATCHES = 2000
@@ -51,7 +51,7 @@ def measure(number: int, order: str) -> str:
 def seconds_to_draw(number: int, order: str) -> tuple[float, float]:
     """Return the seconds to an epoch's first batch, and those for each example of the next."""
     start = time.perf_counter()
-    batches = (slice_.indices for slice_ in sharding.ShardedBatchSampler(number, BATCH_SIZE, seed=0, epoch=0))
+    batches = (slice_.indices for slice_ in sampler.ShardedBatchSampler(number, BATCH_SIZE, seed=0, epoch=0))
     if order == "as a whole":
         whole = Permutation(number, (0, 0))
         batches = (whole[first : first + BATCH_SIZE] for first in range(0, number, BATCH_SIZE))
@@ -76,7 +76,7 @@ def print_accuracies(seeds: Sequence[int]) -> None:
     """Print each seed's accuracy with both orders, one after the other."""
     keep_freed_memory()
     for name, order in (("as a whole", Permutation), ("by place", Shuffled)):
-        sharding.Shuffled = order  # type: ignore[misc,assignment]
+        sampler.Shuffled = order  # type: ignore[misc,assignment]
         accuracies = [test_accuracy(seed) for seed in seeds]
         each = ", ".join(f"{accuracy:.2%}" for accuracy in accuracies)
         print(f"| {name} | {statistics.mean(accuracies):.2%} | {each} |", flush=True)

@@ -17,15 +17,15 @@ from unittest.mock import patch
 from ray import tune
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from mnist_ray import environment
-from mnist_ray.cluster.connection import connect
+from mnist_ray.cluster import environment
+from mnist_ray.cluster.connect import connect
 from mnist_ray.cluster.plan import plan_workers
-from mnist_ray.cluster.sharing import share
+from mnist_ray.cluster.remote_data import share
 from mnist_ray.storage import locate
-from mnist_ray.sweeps import sweep, trial
-from mnist_ray.sweeps.job import load_data, read_sweep
-from mnist_ray.sweeps.space import Point
-from mnist_ray.sweeps.trials import DONE
+from mnist_ray.sweep import trial, tuner
+from mnist_ray.sweep.options import load_data, read_sweep
+from mnist_ray.sweep.space import Point
+from mnist_ray.sweep.trials import DONE
 
 
 def naive_trial(tune_config: dict[str, Any], spec: trial.TrialSpec) -> None:
@@ -67,11 +67,11 @@ def main() -> None:
         job = asked.job
         with connect(asked.workers) as cluster:
             plan = plan_workers(asked.workers, cluster)
-            concurrent = sweep.trials_at_a_time(asked.config, plan, cluster, autoscaling=False)
+            concurrent = tuner.trials_at_a_time(asked.config, plan, cluster, autoscaling=False)
             shared = share(job.workload, data.train), share(job.workload, data.validation)
             spec = trial.TrialSpec(job, *shared, plan, job.run.inside("trials"))
             start = time.perf_counter()
-            table = sweep.run_sweep(asked.config, asked.space, spec, job.run, concurrent, lambda table: None)
+            table = tuner.run_sweep(asked.config, asked.space, spec, job.run, concurrent, lambda table: None)
             ours_s = time.perf_counter() - start
             bound_s = sum(record.train_s for record in table.by_point.values()) / concurrent
             assert table.count(DONE) == args.num_trials

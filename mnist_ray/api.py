@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mnist_ray import environment
+from mnist_ray.cluster import environment
+from mnist_ray.cluster.forking.starting import prepared_forking
 from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.forking.local import prepared_forking
-from mnist_ray.runs.job import Job, checked, read_job
+from mnist_ray.run.job import Job, checked, read_job
 from mnist_ray.storage import REPORT_FILE, RunFolder, read_result
-from mnist_ray.workload.interface import Workload
+from mnist_ray.workload.base import Workload
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import nn
 
-    from mnist_ray.runs.lookup import Found
+    from mnist_ray.run.find import Found
     from mnist_ray.tools.predict import Answer
 
 _REPORT_HEIGHT = 600  # pixels, in a notebook
@@ -57,14 +57,14 @@ class Run:
     @property
     def history(self) -> list[dict[str, float]]:
         """A row for each epoch, as metrics.csv has them; NaN where a figure is not there."""
-        from mnist_ray.display.history import METRICS_FILE, numbers_of, read_figures
+        from mnist_ray.report.csv_files import METRICS_FILE, numbers_of, read_figures
 
         return numbers_of(read_figures(self.folder, METRICS_FILE, "epoch"))
 
     @property
     def steps(self) -> list[dict[str, float]]:
         """A row for about each half second of training, as steps.csv has them."""
-        from mnist_ray.display.history import numbers_of, read_steps
+        from mnist_ray.report.csv_files import numbers_of, read_steps
 
         return numbers_of(read_steps(self.folder))
 
@@ -138,8 +138,8 @@ def tune(workload: type[Workload] | str | Path | None = None, **settings: Any) -
     ``sweep`` may also be a dict: ``{"width": [8, 32], "learning_rate": "log:1e-3:1e-1"}``.
     """
     from mnist_ray.commands import tune as command
-    from mnist_ray.sweeps.job import BEST_FILE, DEFAULT_FOLDER, read_sweep
-    from mnist_ray.sweeps.trials import TrialTable
+    from mnist_ray.sweep.options import BEST_FILE, DEFAULT_FOLDER, read_sweep
+    from mnist_ray.sweep.trials import TrialTable
 
     if isinstance(searched := settings.get("sweep"), Mapping):
         settings["sweep"] = [f"{name}={_space_text(space)}" for name, space in searched.items()]
@@ -173,7 +173,7 @@ def evaluate(
     found = _found(run, workload, settings)
     own = names_of([type(found.workload).Settings])
     checked({name: value for name, value in settings.items() if name not in own}, [EvaluationConfig, LookupConfig], {})
-    with prepared_forking(WorkerConfig(), "mnist_ray.runs.evaluation") as forking:
+    with prepared_forking(WorkerConfig(), "mnist_ray.run.evaluate") as forking:
         tested = command.evaluate(found, build(EvaluationConfig, settings), forking)
     return tested.figures(found.workload)
 
@@ -239,7 +239,7 @@ def reference_of(workload: type[Workload] | str | Path) -> str:
 def _found(
     run: Run | str | None, workload: type[Workload] | str | Path | None, settings: dict[str, Any] | None = None
 ) -> Found:
-    from mnist_ray.runs.lookup import find
+    from mnist_ray.run.find import find
 
     environment.prepare(verbose=False)
     changes = dict(settings or {})

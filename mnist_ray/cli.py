@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from mnist_ray import guard
+from mnist_ray import signals
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.interrupts import take_signals
 from mnist_ray.screen import print_whatever_it_is, say, shown
 from mnist_ray.settings import build, flag, item_type, parse_text, value_type
+from mnist_ray.signals import take_signals
 from mnist_ray.wording import did_you_mean
 
 UNSET = argparse.SUPPRESS
@@ -142,7 +142,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Run a job's main and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted; a bug keeps its traceback."""
     take_signals()
     print_whatever_it_is()
-    status = guard.run(functools.partial(_status_of, main))
+    status = signals.run(functools.partial(_status_of, main))
     with contextlib.suppress(OSError):  # the reader has gone, or a disk is full: said already
         sys.stdout.flush()
     sys.stderr.flush()

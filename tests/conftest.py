@@ -16,14 +16,14 @@ import pytest
 import ray
 import torch
 
-from mnist_ray import environment
-from mnist_ray.cluster.local import for_one_job
+from mnist_ray.cluster import environment
+from mnist_ray.cluster.forking.starting import prepared_forking
+from mnist_ray.cluster.local_ray import for_one_job
 from mnist_ray.config import WorkerConfig
-from mnist_ray.forking.local import prepared_forking
+from mnist_ray.mnist import idx
 from mnist_ray.workload import source
+from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Arrays
-from mnist_ray.workload.interface import Workload
-from mnist_ray.workload.mnist import idx
 
 ROOT = Path(__file__).parent.parent
 FILES = (
@@ -114,7 +114,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def ray_address() -> Iterator[str]:
     """A Ray of two CPUs that all tests share; the address is for processes that connect to it."""
     environment.prepare(verbose=False)
-    with prepared_forking(WorkerConfig(fork_workers=_fork_workers), "mnist_ray.runs.fit") as forking:
+    with prepared_forking(WorkerConfig(fork_workers=_fork_workers), "mnist_ray.run.fit") as forking:
         with pytest.MonkeyPatch.context() as patch, for_one_job(forking, log_to_driver=False):
             # Handed on to what the Ray starts. Ray Train's cleaner asks a dashboard: here none answers, and so at once.
             # Else it is looked for at an address that `ray start` has left long ago.

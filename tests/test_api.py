@@ -17,13 +17,13 @@ from PIL import Image
 import mnist_ray
 from mnist_ray import Run
 from mnist_ray.api import reference_of
+from mnist_ray.cluster.forking.shim import SOCKET_VARIABLE
+from mnist_ray.cluster.forking.starting import prepared_forking
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError
-from mnist_ray.forking.local import prepared_forking
-from mnist_ray.forking.shim import SOCKET_VARIABLE
-from mnist_ray.runs.job import load_data, read_job
+from mnist_ray.mnist import MNIST
+from mnist_ray.run.job import load_data, read_job
 from mnist_ray.workload.data import Arrays
-from mnist_ray.workload.mnist import MNIST
 from tests.conftest import QUICK, ROOT
 
 
@@ -34,7 +34,7 @@ def run(ray_address: str, small_data: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def fork_servers() -> set[int]:
-    return {child.pid for child in psutil.Process().children() if "mnist_ray.forking.server" in child.cmdline()}
+    return {child.pid for child in psutil.Process().children() if "mnist_ray.cluster.forking.server" in child.cmdline()}
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_a_call_that_fails_leaves_no_fork_server_and_no_variable(
 def test_no_fork_server_is_started_where_ray_is_connected(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "local")
     before = fork_servers()
-    with prepared_forking(WorkerConfig(), "mnist_ray.runs.fit") as forking:
+    with prepared_forking(WorkerConfig(), "mnist_ray.run.fit") as forking:
         assert (forking.server, fork_servers()) == (None, before)
 
 

@@ -5,8 +5,8 @@ import pytest
 from mnist_ray import cli
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError
+from mnist_ray.mnist import MNIST
 from mnist_ray.settings import build, names_of
-from mnist_ray.workload.mnist import MNIST
 
 
 def test_every_default_passes_its_own_check() -> None:

@@ -9,7 +9,8 @@ import pytest
 from mnist_ray.cli import Parser
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError
-from mnist_ray.runs.job import merged
+from mnist_ray.mnist.problem import Settings as MNISTSettings
+from mnist_ray.run.job import merged
 from mnist_ray.settings import (
     Choice,
     Range,
@@ -25,7 +26,6 @@ from mnist_ray.settings import (
     value_type,
     values_of,
 )
-from mnist_ray.workload.mnist.workload import Settings as MNISTSettings
 
 
 def _different() -> dict[str, Any]:

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from mnist_ray.cluster.environment import keep_freed_memory
 from mnist_ray.config import TrainConfig
-from mnist_ray.environment import keep_freed_memory
 from mnist_ray.training import engine, shared_memory
 from mnist_ray.workload import source
+from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Parts, parts_of
-from mnist_ray.workload.interface import Workload
 from mnist_ray.workload.loading import load_data
 
 

@@ -11,8 +11,8 @@ import psutil
 import ray
 from ray.train.torch import TorchConfig
 
-from mnist_ray import private
-from mnist_ray.cluster.connection import session_folder
+from mnist_ray.cluster import ray_internals
+from mnist_ray.cluster.connect import session_folder
 
 
 @dataclass
@@ -27,20 +27,20 @@ class WorkerGroupConfig(TorchConfig):
     is_local: bool = False
 
     @property
-    def backend_cls(self) -> type[private._TorchBackend]:
+    def backend_cls(self) -> type[ray_internals._TorchBackend]:
         """What sets the workers up, also whenever they were replaced."""
         return _LocalBackend if self.is_local else _ClusterBackend
 
 
-class _ClusterBackend(private._TorchBackend):
+class _ClusterBackend(ray_internals._TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         worker_group.execute(_use_nodes_interface)
         super().on_start(worker_group, backend_config)
 
 
-class _LocalBackend(private._TorchBackend):
+class _LocalBackend(ray_internals._TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        worker_group.execute(private._set_torch_distributed_env_vars)
+        worker_group.execute(ray_internals._set_torch_distributed_env_vars)
         world_size = len(worker_group)
         if world_size == 1:
             return
@@ -49,7 +49,7 @@ class _LocalBackend(private._TorchBackend):
         joining = [
             worker_group.execute_single_async(
                 rank,
-                private._setup_torch_process_group,
+                ray_internals._setup_torch_process_group,
                 backend=backend_config.backend,
                 world_rank=rank,
                 world_size=world_size,

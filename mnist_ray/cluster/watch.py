@@ -10,9 +10,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import ray
 
-from mnist_ray import private
+from mnist_ray.cluster import ray_internals
 from mnist_ray.errors import JobError
-from mnist_ray.interrupts import end_with
+from mnist_ray.signals import end_with
 
 Ping = Callable[[], "Future[object]"]
 """Asks for some sign of life; the future is done when it has come, be it an error."""
@@ -67,7 +67,7 @@ def watched() -> Iterator[Callable[[], None]]:
 
     def look() -> None:
         while not is_over.wait(_INTERVAL_S):
-            dead = private.global_worker.node.dead_processes()  # of a local Ray; those of a cluster are not ours
+            dead = ray_internals.global_worker.node.dead_processes()  # of a local Ray; those of a cluster are not ours
             silent = watch.silent()
             if dead or silent:
                 is_silent.set()

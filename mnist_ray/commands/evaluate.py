@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mnist_ray import cli, environment
+from mnist_ray import cli
+from mnist_ray.cluster import environment
+from mnist_ray.cluster.forking.starting import Forking, prepared_forking
 from mnist_ray.config import EvaluationConfig, LookupConfig, WorkerConfig
-from mnist_ray.forking.local import Forking, prepared_forking
 from mnist_ray.settings import build, names_of
 from mnist_ray.tools import flags
 from mnist_ray.workload.data import Part
 from mnist_ray.workload.loading import load_data
 
 if TYPE_CHECKING:
-    from mnist_ray.runs.lookup import Found
+    from mnist_ray.run.find import Found
     from mnist_ray.training.metrics import Evaluation
 
 
@@ -26,8 +27,8 @@ def main() -> None:
     flags.add_run(parser, "checkpoint")
     given = parser.read_flags()
     environment.prepare(verbose=False)
-    with prepared_forking(WorkerConfig(), "mnist_ray.runs.evaluation") as forking:
-        from mnist_ray.runs.lookup import find  # imports torch and Ray, after the flags are known to be right
+    with prepared_forking(WorkerConfig(), "mnist_ray.run.evaluate") as forking:
+        from mnist_ray.run.find import find  # imports torch and Ray, after the flags are known to be right
 
         changes = {name: given[name] for name in names_of([workload_class.Settings]) if name in given}
         found = find(given["checkpoint"], build(LookupConfig, given).storage_path, given.get("workload"), changes)
@@ -36,9 +37,9 @@ def main() -> None:
 
 def evaluate(found: Found, config: EvaluationConfig, forking: Forking) -> Evaluation:
     """Connect, evaluate, print what came out, and return it. Raises as ``train`` does."""
-    from mnist_ray.cluster.connection import connect
-    from mnist_ray.runs import evaluation
-    from mnist_ray.runs.record import console_of, print_evaluation
+    from mnist_ray.cluster.connect import connect
+    from mnist_ray.run import evaluate
+    from mnist_ray.run.session import console_of, print_evaluation
 
     workload, data = found.workload, load_data(found.workload)
     test = Part(data.test, origin="test")
@@ -47,6 +48,6 @@ def evaluate(found: Found, config: EvaluationConfig, forking: Forking) -> Evalua
             console.say("note", note)
         console.say("checkpoint", found.checkpoint.path)
         console.say("data", f"{data.name}: {len(test):,} test {workload.nouns}")
-        tested = evaluation.evaluate(workload, found.checkpoint, test, config.num_tasks)
+        tested = evaluate.evaluate(workload, found.checkpoint, test, config.num_tasks)
         print_evaluation(console, workload, tested)
         return tested

@@ -1,6 +1,7 @@
 """Let a trained model answer your own pictures."""
 
-from mnist_ray import cli, environment
+from mnist_ray import cli
+from mnist_ray.cluster import environment
 from mnist_ray.config import LookupConfig, PredictionConfig
 from mnist_ray.settings import build
 from mnist_ray.tools import flags
@@ -14,7 +15,7 @@ def main() -> None:
     given = parser.read_flags()
     environment.prepare(verbose=False)
 
-    from mnist_ray.runs.lookup import find  # imports torch and Ray, after the flags are known to be right
+    from mnist_ray.run.find import find  # imports torch and Ray, after the flags are known to be right
     from mnist_ray.tools.predict import answers_pictures, predict
 
     storage_path = build(LookupConfig, given).storage_path

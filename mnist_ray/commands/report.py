@@ -1,6 +1,7 @@
 """Make a run's report again, or compare several runs."""
 
-from mnist_ray import cli, environment
+from mnist_ray import cli
+from mnist_ray.cluster import environment
 from mnist_ray.config import LookupConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.settings import build
@@ -21,11 +22,11 @@ def main() -> None:
     storage_path, reference = build(LookupConfig, given).storage_path, given.get("workload")
     runs = [find_run(run, storage_path) for run in given["runs"] or [None]]
 
-    from mnist_ray.tools import report  # imports matplotlib, after the flags are known to be right
+    from mnist_ray.tools import pages  # imports matplotlib, after the flags are known to be right
 
     if len(runs) > 1:
-        report.compare(runs, reference, storage_path, given.get("output", "comparison.html"))
+        pages.compare(runs, reference, storage_path, given.get("output", "comparison.html"))
     elif "output" in given:
         raise UsageError("--output is for the page of several runs; that of one is in the run's folder")
     else:
-        report.write_again(runs[0], reference, storage_path)
+        pages.write_again(runs[0], reference, storage_path)

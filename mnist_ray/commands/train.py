@@ -2,13 +2,12 @@
 
 import contextlib
 
-from mnist_ray import environment
+from mnist_ray.cluster import environment
+from mnist_ray.cluster.forking.starting import prepared_forking
 from mnist_ray.cluster.plan import plan_workers
-from mnist_ray.forking.local import prepared_forking
-from mnist_ray.runs.clock import Clock
-from mnist_ray.runs.header import announced
-from mnist_ray.runs.job import Job, load_data, owning, read_job, saying_the_way_on
-from mnist_ray.runs.rehearsal import rehearsal
+from mnist_ray.run.dry_run import rehearsal
+from mnist_ray.run.header import Clock, announced
+from mnist_ray.run.job import Job, load_data, owning, read_job, saying_the_way_on
 
 
 def main() -> None:
@@ -21,7 +20,7 @@ def train(job: Job) -> None:
     clock = Clock()
     environment.prepare(verbose=job.output.verbose)
     with saying_the_way_on(job), contextlib.ExitStack() as job_ends:
-        forking = job_ends.enter_context(prepared_forking(job.workers, "mnist_ray.runs.fit"))
+        forking = job_ends.enter_context(prepared_forking(job.workers, "mnist_ray.run.fit"))
         clock.mark("start")
         job, data = load_data(job)
         job.run.check_writable()
@@ -29,14 +28,14 @@ def train(job: Job) -> None:
         console = job_ends.enter_context(announced(job, data))
         job_ends.enter_context(owning(job, console.waiting))
 
-        from mnist_ray.cluster.connection import connect  # imports Ray, once the header is on the screen
+        from mnist_ray.cluster.connect import connect  # imports Ray, once the header is on the screen
 
         rehearse = rehearsal(job, data)
         shown = {"verbose": job.output.verbose, "dashboard": job.output.dashboard}
         with connect(job.workers, forking, **shown, meanwhile=rehearse) as cluster:
-            from mnist_ray.runs.evaluation import evaluate  # imports torch, which is there by now
-            from mnist_ray.runs.fit import fit
-            from mnist_ray.runs.record import check, recorded
+            from mnist_ray.run.evaluate import evaluate  # imports torch, which is there by now
+            from mnist_ray.run.fit import fit
+            from mnist_ray.run.session import check, recorded
 
             plan = plan_workers(job.workers, cluster, job.train.chunks)
             if job.output.check:

@@ -6,12 +6,12 @@ worker with one CPU unless --num-workers and --cpus-per-worker say otherwise.
 
 import contextlib
 
-from mnist_ray import environment
-from mnist_ray.forking.local import prepared_forking
-from mnist_ray.runs.job import owning, saying_the_way_on
-from mnist_ray.runs.rehearsal import rehearsal
-from mnist_ray.sweeps.console import announced
-from mnist_ray.sweeps.job import Sweep, load_data, read_sweep
+from mnist_ray.cluster import environment
+from mnist_ray.cluster.forking.starting import prepared_forking
+from mnist_ray.run.dry_run import rehearsal
+from mnist_ray.run.job import owning, saying_the_way_on
+from mnist_ray.sweep.options import Sweep, load_data, read_sweep
+from mnist_ray.sweep.progress import announced
 
 
 def main() -> None:
@@ -23,18 +23,18 @@ def tune(sweep: Sweep) -> None:
     """Data, connect, search, then fit, evaluate and report the best. Raises as ``train`` does."""
     environment.prepare(verbose=sweep.job.output.verbose)
     with saying_the_way_on(sweep.job), contextlib.ExitStack() as sweep_ends:
-        forking = sweep_ends.enter_context(prepared_forking(sweep.workers, "mnist_ray.sweeps.sweep"))
+        forking = sweep_ends.enter_context(prepared_forking(sweep.workers, "mnist_ray.sweep.tuner"))
         sweep, data = load_data(sweep)
         sweep.job.run.check_writable()
         console = sweep_ends.enter_context(announced(sweep, data))
         sweep_ends.enter_context(owning(sweep.job, console.waiting))
 
-        from mnist_ray.cluster.connection import connect  # imports Ray, once the header is on the screen
+        from mnist_ray.cluster.connect import connect  # imports Ray, once the header is on the screen
 
         rehearse = rehearsal(sweep.job, data, sweep.batch_sizes)
         shown = {"verbose": sweep.job.output.verbose, "dashboard": sweep.job.output.dashboard}
         with connect(sweep.workers, forking, **shown, meanwhile=rehearse) as cluster:
-            from mnist_ray.sweeps.search import check, search, train_chosen  # imports torch, which is there by now
+            from mnist_ray.sweep.search import check, search, train_chosen  # imports torch, which is there by now
 
             if sweep.job.output.check:
                 check(console, sweep, data, cluster)

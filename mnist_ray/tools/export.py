@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from mnist_ray.config import ExportConfig
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.runs import lookup
+from mnist_ray.run import find
 from mnist_ray.screen import say
 from mnist_ray.settings import path_of
 from mnist_ray.storage import write_file
-from mnist_ray.training.sharding import Slice, batches_of
+from mnist_ray.training.sampler import Slice, batches_of
+from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Part
-from mnist_ray.workload.interface import Workload
 from mnist_ray.workload.loading import load_data
 
 Run = Callable[[Tensor], Tensor]
@@ -32,7 +32,7 @@ _BATCH_SIZES = (1, 7, 500)  # in turn: the batch is to be free
 _MOST_COMPARED = 10_000
 
 
-def export(found: lookup.Found, config: ExportConfig) -> None:
+def export(found: find.Found, config: ExportConfig) -> None:
     """Write a checkpoint's model as a program, and check that it does the same. Raises UsageError and JobError."""
     if config.format == "onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
         raise UsageError("--format onnx needs more packages: pip install -e '.[onnx]'")

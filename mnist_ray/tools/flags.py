@@ -12,7 +12,7 @@ from mnist_ray.errors import JobError, UsageError
 from mnist_ray.settings import names_of
 from mnist_ray.storage import CONFIG_FILE, RunFolder, find_run, untrusted_folders
 from mnist_ray.workload import source
-from mnist_ray.workload.interface import Workload
+from mnist_ray.workload.base import Workload
 
 
 def add_workload(parser: cli.Parser, default: str = "where it was") -> None:

@@ -23,17 +23,17 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from mnist_ray.cluster.connection import connect
+from mnist_ray.cluster.connect import connect
 from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import PredictionConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError, with_place
-from mnist_ray.runs import lookup
+from mnist_ray.run import find
 from mnist_ray.screen import say
 from mnist_ray.settings import path_of
 from mnist_ray.storage import RunFolder, write_file
 from mnist_ray.tools.flags import class_of
 from mnist_ray.wording import count
-from mnist_ray.workload.interface import Workload
+from mnist_ray.workload.base import Workload
 from mnist_ray.workload.sources import PICTURES
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -79,7 +79,7 @@ class Answer:
         return {"file": self.file, **place, **best, "unsure": not self.is_sure(threshold), **marks, "next": others}
 
 
-def predict(given: Sequence[str], found: lookup.Found, config: PredictionConfig) -> None:
+def predict(given: Sequence[str], found: find.Found, config: PredictionConfig) -> None:
     """Print the model's answer to each picture. Raises JobError at the end where there were files without one."""
     workload = found.workload
     if not workload.answers_pictures:
@@ -311,7 +311,7 @@ def _short_name(file: str) -> str:
 
 
 def _draw(answers: Sequence[Answer], workload: Workload, config: PredictionConfig) -> None:
-    from mnist_ray.workload.pictures import image_grid  # imports matplotlib, which answers need not wait for
+    from mnist_ray.workload.figures import image_grid  # imports matplotlib, which answers need not wait for
 
     assert config.grid is not None
     images, captions = [], []

@@ -18,9 +18,9 @@ from mnist_ray.screen import say, shown
 from mnist_ray.settings import path_of
 from mnist_ray.storage import write_file
 from mnist_ray.wording import count
+from mnist_ray.workload.base import Workload
 from mnist_ray.workload.classification import Classification
 from mnist_ray.workload.data import Arrays, Part
-from mnist_ray.workload.interface import Workload
 from mnist_ray.workload.loading import load_data, picture_of
 
 _GRID_COLUMNS = 8
@@ -51,12 +51,12 @@ def view(workload: Workload, config: ViewConfig) -> None:
 
 
 def _draw(workload: Workload, part: Part, indices: np.ndarray, images: list[np.ndarray]) -> bytes:
-    from mnist_ray.workload import pictures  # imports matplotlib
+    from mnist_ray.workload import figures  # imports matplotlib
 
     if len(indices) == 1:
-        return pictures.single_image(images[0])
+        return figures.single_image(images[0])
     captions = [f"{index}: {_label(workload, part[index][1])}" for index in indices.tolist()]
-    return pictures.image_grid(images, captions, num_columns=_GRID_COLUMNS)
+    return figures.image_grid(images, captions, num_columns=_GRID_COLUMNS)
 
 
 def _print_one(

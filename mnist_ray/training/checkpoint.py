@@ -33,7 +33,7 @@ from mnist_ray.storage import STORAGE_ERRORS, RunFolder, with_retries
 from mnist_ray.training.engine import TrainingState
 from mnist_ray.training.metrics import MetricSums
 from mnist_ray.workload import source
-from mnist_ray.workload.interface import Workload
+from mnist_ray.workload.base import Workload
 
 STATE_FILE = "state.json"
 _ENTRIES = {

@@ -20,14 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mnist_ray.callback import Callback
 from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.training import shared_memory
-from mnist_ray.training.chunks import Chunks
+from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import Evaluation, MetricSums
-from mnist_ray.training.sharding import (
+from mnist_ray.training.reproducible import Chunks
+from mnist_ray.training.sampler import (
     ArrayBatches,
     Batch,
     ExampleBatches,
@@ -37,8 +37,8 @@ from mnist_ray.training.sharding import (
     batches_of,
     to_device,
 )
+from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Part
-from mnist_ray.workload.interface import Workload
 from mnist_ray.workload.tensors import as_fp32, autocast, detached
 
 EVALUATION_BATCH_SIZE = 100  # so few that the activations stay in the processor's cache

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mnist_ray.workload.interface import Workload
+from mnist_ray.workload.base import Workload
 
 
 @dataclass(frozen=True)

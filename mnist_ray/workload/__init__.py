@@ -1,9 +1,9 @@
 """What is learned: import from here what a workload's file needs."""
 
 from mnist_ray.settings import Choice, Range, at_least, fraction, positive, setting
+from mnist_ray.workload.base import Metric, Workload
 from mnist_ray.workload.classification import Classification
 from mnist_ray.workload.data import Arrays, Data
-from mnist_ray.workload.interface import Metric, Workload
 from mnist_ray.workload.regression import Regression
 
 __all__ = [

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from mnist_ray.errors import UsageError
+from mnist_ray.workload.base import Metric, Rows, Workload
 from mnist_ray.workload.data import Arrays, Data, Part
-from mnist_ray.workload.interface import Metric, Rows, Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mnist_ray.config import TrainConfig
-    from mnist_ray.drawing import Picture
+    from mnist_ray.workload.drawing import Picture
 
 _NUM_ANSWERS = 3
 _MOST_COLUMNS = 12  # of classes in the console's confusion matrix
@@ -139,9 +139,9 @@ class Classification(Workload):
 
     def pictures(self, result: Mapping[str, Any], rows: Rows, test: Part | None) -> list[Picture]:
         """Return the confusion matrix, the accuracy of each class, and examples with their predictions."""
-        from mnist_ray.workload import pictures  # imports matplotlib
+        from mnist_ray.workload import figures  # imports matplotlib
 
-        return pictures.of_classification(self, self.class_names, result, rows, test)
+        return figures.of_classification(self, self.class_names, result, rows, test)
 
     def answers(self, outputs: Tensor) -> list[list[tuple[Any, float]]]:
         """Return the most probable classes of each example."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from mnist_ray.errors import UsageError
-from mnist_ray.workload.shuffle import AllBut, Shuffled
+from mnist_ray.workload.order import AllBut, Shuffled
 
 if TYPE_CHECKING:  # torch takes seconds to import, and arrays can be read without it
     from torch.utils.data import Dataset

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from mnist_ray.errors import JobError, UsageError, first_line, with_place
+from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Arrays, Data, digest_of_files
-from mnist_ray.workload.interface import Workload
 
 
 def load_data(workload: Workload) -> Data:

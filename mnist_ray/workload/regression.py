@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mnist_ray.errors import UsageError
+from mnist_ray.workload.base import Metric, Rows, Workload
 from mnist_ray.workload.data import Part
-from mnist_ray.workload.interface import Metric, Rows, Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mnist_ray.drawing import Picture
+    from mnist_ray.workload.drawing import Picture
 
 _ROUNDING = 1e-12  # of a mean of squares: less variance than this is none
 
@@ -60,9 +60,9 @@ class Regression(Workload):
 
     def pictures(self, result: Mapping[str, Any], rows: Rows, test: Part | None) -> list[Picture]:
         """Return predictions over targets, and the errors' distribution."""
-        from mnist_ray.workload import pictures  # imports matplotlib
+        from mnist_ray.workload import figures  # imports matplotlib
 
-        return pictures.of_regression(rows)
+        return figures.of_regression(rows)
 
 
 def _flat(outputs: Tensor) -> Tensor:

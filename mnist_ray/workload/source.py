@@ -10,13 +10,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from mnist_ray import config, user_code
+from mnist_ray import config
 from mnist_ray.errors import UsageError
 from mnist_ray.settings import build, check_known, flag, names_of, values_of
-from mnist_ray.user_code import Source
-from mnist_ray.workload.interface import Workload
+from mnist_ray.workload import user_code
+from mnist_ray.workload.base import Workload
+from mnist_ray.workload.user_code import Source
 
-DEFAULT = "mnist_ray.workload.mnist"
+DEFAULT = "mnist_ray.mnist"
 _INTERFACE = [name for name in dir(Workload) if not name.startswith("_")]
 
 

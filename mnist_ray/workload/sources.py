@@ -16,7 +16,7 @@ import numpy as np
 from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.settings import path_of
 from mnist_ray.workload.data import Arrays, Data
-from mnist_ray.workload.shuffle import Shuffled
+from mnist_ray.workload.order import Shuffled
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset

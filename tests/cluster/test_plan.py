@@ -2,7 +2,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from mnist_ray.cluster import connection, plan
+from mnist_ray.cluster import connect, plan
 from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError
@@ -130,11 +130,11 @@ def test_threads_follow_the_cpus_that_a_worker_really_has_and_its_images(
 
 def test_work_that_is_done_meanwhile_is_done_afterwards_and_its_error_is_raised() -> None:
     done: list[int] = []
-    with connection._beside(lambda: done.append(1)):
+    with connect._beside(lambda: done.append(1)):
         pass
     assert done == [1]
     with (
         pytest.raises(UsageError, match="it does not fit"),
-        connection._beside(Mock(side_effect=UsageError("it does not fit"))),
+        connect._beside(Mock(side_effect=UsageError("it does not fit"))),
     ):
         pass

@@ -5,7 +5,7 @@ import pytest
 from mnist_ray import provenance
 from mnist_ray.cluster import preflight
 from mnist_ray.cluster.plan import WorkerPlan
-from mnist_ray.cluster.sharing import share
+from mnist_ray.cluster.remote_data import share
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.workload.data import Arrays, Part

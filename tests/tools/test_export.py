@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.runs.lookup import find
+from mnist_ray.mnist.cnn import CNN
+from mnist_ray.run.find import find
 from mnist_ray.tools import export
 from mnist_ray.training.checkpoint import snapshot
 from mnist_ray.training.engine import create_state
 from mnist_ray.workload.data import Arrays
-from mnist_ray.workload.mnist.cnn import CNN
 from tests.conftest import mnist, run_job
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mnist_ray.config import PredictionConfig
 from mnist_ray.errors import UsageError
-from mnist_ray.runs.lookup import find
+from mnist_ray.run.find import find
 from mnist_ray.tools import predict
 from mnist_ray.workload.data import Arrays
 from tests.conftest import mnist, run_job

@@ -8,17 +8,17 @@ from PIL import Image
 
 from mnist_ray.config import ViewConfig
 from mnist_ray.errors import UsageError
+from mnist_ray.mnist.photo import to_mnist
 from mnist_ray.tools import view
 from mnist_ray.tools.predict import read_image
-from mnist_ray.workload import pictures
+from mnist_ray.workload import figures
 from mnist_ray.workload.data import Arrays, Part
-from mnist_ray.workload.mnist.photos import to_mnist
 from tests.conftest import mnist, run_job
 
 
 def raw_image(index: int) -> np.ndarray:
     """Return a training image by its place in the file: a header of 16 bytes, then 784 bytes an image."""
-    file = resources.files("mnist_ray.workload.mnist") / "data" / "train-images-idx3-ubyte.gz"
+    file = resources.files("mnist_ray.mnist") / "data" / "train-images-idx3-ubyte.gz"
     content = gzip.decompress(file.read_bytes())
     return np.frombuffer(content[16 + 784 * index :][:784], np.uint8).reshape(28, 28)
 
@@ -37,7 +37,7 @@ def test_digit_10_is_printed_and_drawn_as_it_is_in_the_file(tmp_path: Path) -> N
 
 
 def test_a_digit_that_was_drawn_can_be_read_as_a_picture_of_ones_own(mnist_test: Arrays) -> None:
-    drawn = to_mnist(read_image(pictures.single_image(mnist_test.inputs[0])))
+    drawn = to_mnist(read_image(figures.single_image(mnist_test.inputs[0])))
     assert np.abs(drawn.astype(float) - mnist_test.inputs[0]).mean() < 15
 
 

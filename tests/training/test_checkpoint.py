@@ -13,17 +13,17 @@ import torch
 from pyarrow import fs
 from torch import nn
 
-from mnist_ray.callback import Callback
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, UsageError
+from mnist_ray.mnist import MNIST
 from mnist_ray.storage import locate
 from mnist_ray.training import checkpoint, engine
+from mnist_ray.training.callback import Callback
 from mnist_ray.training.checkpoint import DamagedCheckpointError, OtherModelError
 from mnist_ray.training.engine import Group, Hooks, TrainingState
 from mnist_ray.training.events import Progress
 from mnist_ray.workload import Workload
 from mnist_ray.workload.data import Arrays, Part
-from mnist_ray.workload.mnist import MNIST
 from tests.conftest import mnist
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mnist_ray.errors import with_place
-from mnist_ray.training.sharding import (
+from mnist_ray.training.sampler import (
     ArrayBatches,
     Batch,
     ExampleBatches,

@@ -14,12 +14,12 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
-from mnist_ray.callback import Callback
 from mnist_ray.config import TrainConfig
 from mnist_ray.training import engine, shared_memory
+from mnist_ray.training.callback import Callback
 from mnist_ray.training.engine import Group, Hooks, StopWantedError, TrainingDivergedError, TrainingState
 from mnist_ray.training.events import Progress
-from mnist_ray.training.sharding import Batch, ShardedBatchSampler
+from mnist_ray.training.sampler import Batch, ShardedBatchSampler
 from mnist_ray.workload.data import Arrays, Part
 from tests.conftest import mnist
 

@@ -8,7 +8,7 @@ import torch
 
 from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.training.sharding import Slice, batches_of
+from mnist_ray.training.sampler import Slice, batches_of
 from mnist_ray.workload.check import NUM_EXAMPLES, check_batch
 from mnist_ray.workload.data import parts_of
 from mnist_ray.workload.loading import load_data

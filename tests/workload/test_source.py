@@ -9,9 +9,9 @@ from ray import cloudpickle
 
 from mnist_ray.errors import UsageError
 from mnist_ray.settings import build
-from mnist_ray.user_code import Source
 from mnist_ray.workload import Workload, source
 from mnist_ray.workload.source import create, is_shipped, load
+from mnist_ray.workload.user_code import Source
 
 Write = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
@@ -90,7 +90,7 @@ def test_a_workload_that_others_are_derived_from_is_had_by_its_name(write: Write
 
 
 def test_a_workload_that_is_only_imported_does_not_count(write: Write) -> None:
-    text = "from mnist_ray.workload.mnist import MNIST\nclass Mine(MNIST): ...\n"
+    text = "from mnist_ray.mnist import MNIST\nclass Mine(MNIST): ...\n"
     assert load(str(write(text))).__name__ == "Mine"
 
 

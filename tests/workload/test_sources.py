@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from mnist_ray.errors import JobError, UsageError
+from mnist_ray.mnist import MNIST
 from mnist_ray.workload import sources
 from mnist_ray.workload.data import Arrays, Data
 from mnist_ray.workload.loading import load_data
-from mnist_ray.workload.mnist import MNIST
 from tests.conftest import mnist
 
 NUM_TRAIN, NUM_TEST = 40, 10

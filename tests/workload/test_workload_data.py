@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from mnist_ray.cluster.sharing import share
+from mnist_ray.cluster.remote_data import share
 from mnist_ray.errors import UsageError
 from mnist_ray.workload import Arrays, Data, Workload
 from mnist_ray.workload.data import Part, default_validation_size, digest_of_files, hold_out, parts_of

@@ -1,0 +1,318 @@
+"""The fork server: a process that imports once what workers need, and then forks Ray's workers from itself.
+
+It has one thread, so that a fork copies all that there is of it. It draws from no generator, so that no two workers
+draw the same, and leaves CUDA untouched. Whatever cannot be so is answered with a refusal, and Ray starts the worker.
+
+It ends with its owner, when nothing holds the other end of its standard input any more; where that is no pipe, when it
+has had no workers for a while.
+
+python -m mnist_ray.cluster.forking.server SOCKET MODULE...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import importlib
+import json
+import os
+import resource
+import runpy
+import select
+import signal
+import socket
+import stat
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mnist_ray.cluster import ray_internals
+
+_READ_AT_IMPORT = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "LD_", "MALLOC_", "PYTHON")
+"""How variables begin that take effect when a library is loaded: with other ones a worker has to load it itself."""
+_TAKES_EFFECT_LATER = ("OMP_NUM_THREADS", "PYTHONBREAKPOINT")
+_WITHOUT_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+"""For NumPy, SciPy and PyArrow, which would start threads when they are loaded."""
+_WITHOUT_CUDA = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""Lets PyTorch look for GPUs without CUDA, which forks could not use afterwards."""
+
+_IDLE_S = 10.0
+_REQUEST_TIMEOUT_S = 5.0
+_OUTLIVING = ("ray::_Autoscali", "ray::PlacementG")
+"""Actors of Ray's that outlive a job or may, by the first characters of their names, as /proc has them."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A worker that is to be started, with what it has from its parent; see ``shim.request``."""
+
+    argv: list[str]
+    environment: dict[str, str]
+    folder: str
+    nice: int
+    oom_score_adj: str
+    open_files: tuple[int, int]
+    is_group_leader: bool
+    blocked_signals: list[int]
+    ignores_interrupt: bool
+    descriptors: list[int]
+    """Of the standard input, output and errors."""
+
+
+def main() -> None:
+    """Import modules, then fork workers until none can be wanted any more."""
+    path, modules, environment = Path(sys.argv[1]), sys.argv[2:], dict(os.environ)
+    with listening(path) as listener:
+        _end_with_owner()
+        refusal = load(modules)
+        request = serve(listener, environment, refusal)
+    if request is not None:
+        sys.argv[:] = request.argv
+        sys.path[0] = str(Path(request.argv[0]).parent)
+        runpy.run_path(request.argv[0], run_name="__main__")
+
+
+@contextlib.contextmanager
+def listening(path: Path) -> Iterator[socket.socket]:
+    """Listen at a path to which only this user may connect; the server, not its forks, removes it at the end.
+
+    Before anything is imported, so that workers can wait for it.
+    """
+    server, umask = os.getpid(), os.umask(0o177)
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            os.umask(umask)
+            listener.listen(128)
+            yield listener
+    finally:
+        if os.getpid() == server:
+            for some in (path, Path(f"{path}.lock")):
+                some.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # Ray's own folder, where others are in it
+                path.parent.rmdir()
+
+
+def _end_with_owner() -> None:
+    """Let this process end as soon as nothing holds the other end of its standard input, also while it imports."""
+    if not _owner():
+        return
+    signal.signal(signal.SIGIO, lambda number, frame: sys.exit())
+    fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select(_owner(), [], [], 0)[0]:  # it had gone before
+        sys.exit()
+
+
+def load(modules: Sequence[str]) -> str:
+    """Import modules so that processes can be forked afterwards; return why they cannot, if so."""
+    os.environ.update(_WITHOUT_THREADS | _WITHOUT_CUDA)
+    try:
+        with _ids_from_kernel():
+            for name in modules:
+                importlib.import_module(name)
+        if in_fork(_draw_id) == in_fork(_draw_id):
+            return "two forks would draw the same ids"
+        if in_fork(_is_cuda_lost) == b"True":
+            return "an import has used CUDA"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    gc.collect()
+    gc.freeze()  # the collector would write to all objects, and so copy the memory that workers share
+    return why_unsafe()
+
+
+@contextlib.contextmanager
+def _ids_from_kernel() -> Iterator[None]:
+    """Let actor classes that are defined meanwhile have ids of the kernel's generator.
+
+    Ray's own is seeded at its first use: once used here, all forks would go on with it, and draw the same.
+    """
+    import ray.actor
+
+    class FromKernel:
+        @staticmethod
+        def from_random() -> ray.ActorClassID:
+            return ray.ActorClassID(os.urandom(ray.ActorClassID.size()))
+
+    with ray_internals.replaced(ray.actor, "ActorClassID", FromKernel):
+        yield
+
+
+def in_fork(action: Callable[[], bytes]) -> bytes:
+    """Return what an action returns in a fork of this process."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(writer, action())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        returned = pipe.read()
+    os.waitpid(pid, 0)
+    return returned
+
+
+def _draw_id() -> bytes:
+    import ray
+
+    drawn: bytes = ray.NodeID.from_random().binary()
+    return drawn
+
+
+def _is_cuda_lost() -> bytes:
+    import torch
+
+    return str(torch.cuda._is_in_bad_fork()).encode()
+
+
+def why_unsafe() -> str:
+    """Say why this process must not be forked; nothing where it may."""
+    num_threads = len(os.listdir("/proc/self/task"))
+    if num_threads > 1:
+        return f"the fork server has {num_threads} threads"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return "the fork server uses CUDA"
+    return ""
+
+
+def serve(listener: socket.socket, environment: dict[str, str], refusal: str) -> Request | None:
+    """Fork a worker for each request. Return None when no more can come; in a worker, what it is to become."""
+    workers: set[int] = set()
+    signal.signal(signal.SIGCHLD, lambda number, frame: _reap(workers))
+    while _is_wanted(listener, workers):
+        connection, _ = listener.accept()
+        with connection:
+            request = receive(connection)
+            if request is None:
+                continue
+            answer = refusal or why_unsafe() or why_not(request, environment)
+            if not answer:
+                pid = os.fork()
+                if pid == 0:
+                    listener.close()
+                    become_or_end(request, connection)
+                    return request
+                workers.add(pid)
+            for descriptor in request.descriptors:
+                os.close(descriptor)
+            with contextlib.suppress(OSError):
+                connection.sendall(answer.encode())
+    return None
+
+
+def _is_wanted(listener: socket.socket, workers: set[int]) -> bool:
+    """Wait for a request; return False where none can come any more."""
+    owner = _owner()
+    while True:
+        ready, _, _ = select.select([listener.fileno(), *owner], [], [], None if owner else _IDLE_S)
+        if ready:
+            return ready == [listener.fileno()]
+        if all(map(_outlives_job, tuple(workers))):  # a copy: some may end meanwhile
+            return False
+
+
+def _owner() -> list[int]:
+    """Return the standard input if it is a pipe, whose other end the owner holds."""
+    return [0] if stat.S_ISFIFO(os.fstat(0).st_mode) else []
+
+
+def _outlives_job(pid: int) -> bool:
+    """Tell whether a worker is one that a job need not wait for."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip() in _OUTLIVING
+    return True  # it has just ended
+
+
+def _reap(workers: set[int]) -> None:
+    with contextlib.suppress(ChildProcessError):
+        while pid := os.waitpid(-1, os.WNOHANG)[0]:
+            workers.discard(pid)
+
+
+def receive(connection: socket.socket) -> Request | None:
+    """Return what a client asks for; None where it hangs, sends rubbish, or has gone and started its worker itself."""
+    connection.settimeout(_REQUEST_TIMEOUT_S)
+    descriptors: list[int] = []
+    try:
+        head, descriptors, _, _ = socket.recv_fds(connection, 4, 3)
+        size, content = int.from_bytes(head, "big"), bytearray()
+        while len(content) < size and (more := connection.recv(size - len(content))):
+            content += more
+        request = Request(**json.loads(content), descriptors=descriptors)
+        if not isinstance(request.environment, dict):
+            raise TypeError("the environment is no dict")
+        if select.select([connection], [], [], 0)[0]:  # it has nothing more to say: this is the end
+            raise ConnectionError("the client has gone")
+        return request
+    except (OSError, ValueError, TypeError, RecursionError):
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return None
+
+
+def why_not(request: Request, environment: dict[str, str]) -> str:
+    """Say which variable keeps a worker from being forked from a server that was started with an environment."""
+    for name in sorted(request.environment.keys() | environment.keys()):
+        is_early = name == "RAY_JOB_ID" or (name.startswith(_READ_AT_IMPORT) and name not in _TAKES_EFFECT_LATER)
+        if is_early and request.environment.get(name) != environment.get(name):
+            return f"{name} is another one than the fork server's"
+    return ""
+
+
+def become_or_end(request: Request, connection: socket.socket) -> None:
+    """Make this process a worker and tell the client so; where that fails, tell why, and end."""
+    try:
+        become(request)
+        connection.sendall(str(os.getpid()).encode())
+    except Exception as error:
+        connection.sendall(f"{type(error).__name__}: {error}".encode())
+        os._exit(1)
+
+
+def become(request: Request) -> None:
+    """Make this process, which was just forked, what Ray's own way would have made of it."""
+    for number, descriptor in enumerate(request.descriptors):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    for number in (signal.SIGCHLD, signal.SIGIO):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if request.ignores_interrupt else signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, request.blocked_signals)
+    if request.is_group_leader:
+        os.setpgid(0, 0)
+    os.setpriority(os.PRIO_PROCESS, 0, request.nice)
+    resource.setrlimit(resource.RLIMIT_NOFILE, request.open_files)
+    if request.oom_score_adj:
+        Path("/proc/self/oom_score_adj").write_text(request.oom_score_adj, encoding="ascii")
+    os.environ.clear()
+    os.environ.update(request.environment)
+    os.chdir(request.folder)
+    _draw_anew()
+    _read_settings_anew()
+
+
+def _draw_anew() -> None:
+    """Seed the generators that processes have by themselves; Python seeds its own, and Ray's is not seeded yet."""
+    import numpy as np
+    import torch
+
+    np.random.seed()
+    torch.seed()
+
+
+def _read_settings_anew() -> None:
+    """Let libraries have the settings of this process's environment that they read when they were loaded."""
+    import torch
+
+    ray_internals.Config.initialize("")
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if threads.isdigit() and int(threads) > 0:
+        torch.set_num_threads(int(threads))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""What Ray starts in place of a worker's Python: it has the worker forked by the fork server, and is gone.
+
+Ray runs it as a script, once for each worker, so it imports little and nothing of this package. A worker that is not
+forked becomes what Ray would have started; why is told in the raylet's log.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+SOCKET_VARIABLE = "MNIST_RAY_FORK_SERVER"
+"""Names the socket of a server that a job has started for its own Ray."""
+MODULES_VARIABLE = "MNIST_RAY_FORK_MODULES"
+"""Names the modules, with spaces between them, for a server that the first worker of a job starts on its node."""
+
+_CONTEXT_FLAG, _LANGUAGE_FLAG = "--serialized-runtime-env-context=", "--language="  # for Ray's setup_worker.py
+_TIMEOUT_S = 30.0  # the server may still be importing; Ray waits for a worker for 60 s
+
+
+def main() -> None:
+    """Have the worker forked that the arguments describe, or become it."""
+    asked = sys.argv[1:]
+    command = [word for word in asked if not word.startswith((_CONTEXT_FLAG, _LANGUAGE_FLAG))]
+    refusal = fork(asked, command)
+    if refusal:
+        print(f"a worker is started as usual, not forked: {refusal}", file=sys.stderr, flush=True)
+        setup = [os.path.join(os.path.dirname(command[0]), "setup_worker.py")] if command != asked else []
+        os.execv(sys.executable, [sys.executable, *setup, *asked])
+
+
+def fork(asked: list[str], command: list[str]) -> str:
+    """Have the worker of a command forked; return why it was not, if so."""
+    variables = variables_of(asked)
+    if variables is None:
+        return "its runtime environment holds more than variables"
+    environment = {**os.environ, **variables}
+    address = environment.get(SOCKET_VARIABLE, "")
+    try:
+        if MODULES_VARIABLE in environment:
+            address = node_address(command)
+            start_server(address, environment)
+        return ask(address, command, environment)
+    except KeyError as error:
+        return f"Ray does not say its {error}"
+    except OSError as error:
+        return f"the fork server does not answer: {error}"
+
+
+def variables_of(command: list[str]) -> dict[str, str] | None:
+    """Return the variables of a worker's runtime environment; None where it is not made of plain variables alone."""
+    contexts = [json.loads(word.removeprefix(_CONTEXT_FLAG)) for word in command if word.startswith(_CONTEXT_FLAG)]
+    variables: dict[str, str] = {}
+    for context in contexts:
+        variables |= context.pop("env_vars")
+        is_other_python = context.pop("py_executable") != sys.executable
+        if is_other_python or any(context.values()) or "$" in "".join(variables.values()):
+            return None
+    return variables
+
+
+def ask(address: str, command: list[str], environment: dict[str, str]) -> str:
+    """Ask the server at an address to fork a worker that is as this process is; return why it did not, if so.
+
+    Raises OSError where there is no server.
+    """
+    content = json.dumps(request(command, environment)).encode()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(_TIMEOUT_S)
+        connection.connect(address)
+        socket.send_fds(connection, [len(content).to_bytes(4, "big")], [0, 1, 2])
+        connection.sendall(content)
+        answer = connection.recv(1000).decode()
+    return "" if answer.isdigit() else answer or "the fork server has gone"
+
+
+def request(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    """Return what a worker has from its parent, besides its descriptors."""
+    return {
+        "argv": command,
+        "environment": environment,
+        "folder": os.getcwd(),
+        "nice": os.getpriority(os.PRIO_PROCESS, 0),
+        "oom_score_adj": _read("/proc/self/oom_score_adj"),
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE),
+        "is_group_leader": os.getpgid(0) == os.getpid(),
+        "ignores_interrupt": signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
+        "blocked_signals": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
+    }
+
+
+def node_address(command: list[str]) -> str:
+    """Return the socket of the server that a job has on this node, in the folder where Ray has its own."""
+    flags = dict(word[2:].split("=", 1) for word in command if word.startswith("--") and "=" in word)
+    name = f"fork-{os.environ['RAY_JOB_ID']}-{os.environ['RAY_RAYLET_PID']}"
+    return os.path.join(flags["temp-dir"], flags["session-name"], "sockets", name)
+
+
+def start_server(address: str, environment: dict[str, str]) -> None:
+    """See to it that a server listens at an address. Of several workers that begin at once, the first starts it.
+
+    Raises OSError where it cannot.
+    """
+    if _answers(address):
+        return
+    with open(f"{address}.lock", "w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _answers(address):
+            return
+        if os.path.exists(address):  # of a server that was killed
+            os.unlink(address)
+        modules = environment[MODULES_VARIABLE].split()
+        server = launch(address, modules, environment, stdin=subprocess.DEVNULL)
+        end = time.monotonic() + _TIMEOUT_S
+        while not _answers(address):
+            if server.poll() is not None or time.monotonic() > end:
+                raise ConnectionError("it did not start")
+            time.sleep(0.01)
+
+
+def launch(
+    address: str, modules: Sequence[str], environment: dict[str, str], **options: Any
+) -> subprocess.Popen[bytes]:
+    """Start a server, which listens at an address before it has imported anything."""
+    folder = os.path.abspath(os.path.join(os.path.dirname(__file__), *[os.pardir] * 3))
+    return subprocess.Popen(
+        [sys.executable, "-m", "mnist_ray.cluster.forking.server", address, *modules],
+        cwd=folder,  # from which the package is imported there too
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # a signal to all processes of the job is for those that save a checkpoint then
+        **options,
+    )
+
+
+def _answers(address: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as connection:
+        return connection.connect_ex(address) == 0
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+if __name__ == "__main__":
+    main()

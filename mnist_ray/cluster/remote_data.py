@@ -1,0 +1,41 @@
+"""How a part of the data gets to the processes that need it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+
+from mnist_ray.workload.base import Workload
+from mnist_ray.workload.data import Origin, Part
+from mnist_ray.workload.order import AllBut
+
+
+@dataclass(frozen=True)
+class SharedPart:
+    """A part that any process of the cluster can open."""
+
+    workload: Workload
+    origin: Origin
+    """Which of the workload's data it is made of."""
+    size: int
+    stored: ray.ObjectRef | None
+    """Arrays in Ray's object store, of which all processes on a node see one copy."""
+    indices: np.ndarray | AllBut | None
+    """Where it is not stored: which examples it has; None: all."""
+
+    def __len__(self) -> int:
+        return self.size
+
+    def open(self) -> Part:
+        """Return the part. Where it is not stored, this process loads the workload's data for itself."""
+        if self.stored is not None:
+            return Part(ray.get(self.stored), None, self.origin)
+        return Part(getattr(self.workload.load_data(), self.origin), self.indices, self.origin)
+
+
+def share(workload: Workload, part: Part) -> SharedPart:
+    """Share a part: arrays in memory are put into the object store."""
+    stored = None if part.arrays is None else ray.put(part.arrays)
+    return SharedPart(workload, part.origin, len(part), stored, part.indices)

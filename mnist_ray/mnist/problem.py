@@ -1,0 +1,101 @@
+"""Handwritten digits and the notebook's network: the workload that ships, and the model for your own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from mnist_ray.mnist import idx, others
+from mnist_ray.settings import setting
+from mnist_ray.workload import sources
+from mnist_ray.workload.base import Mark
+from mnist_ray.workload.classification import Classification
+from mnist_ray.workload.data import Data
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Generator, Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Which images to learn from."""
+
+    dataset: Literal["mnist", "fashion-mnist", "kmnist"] = setting(
+        "mnist",
+        "mnist ships with the package; the others are downloaded once by torchvision",
+        resets=("data_dir",),
+        decides_data=True,
+    )
+    data_dir: Path | None = setting(
+        None,
+        "in place of --dataset: a folder with IDX files, pictures by class or NumPy files, or a table of pixels",
+        decides_data=True,
+    )
+    augment: bool = setting(False, "train on digits as other hands would draw them: turned, scaled, sheared, moved")
+
+
+class MNIST(Classification):
+    """28×28 grey images of ten digits."""
+
+    Settings = Settings
+    noun, answer_noun = "image", "digit"
+    recipes = {
+        "default": {"beta1": 0.7, "beta2": 0.9},  # a run of two epochs is too short for longer memories
+        "notebook": {
+            "num_epochs": 2,
+            "batch_size": 8,
+            "learning_rate": 1e-3,
+            "schedule": "constant",
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "precision": "fp32",
+            "validation_size": 0,
+        },
+        "robust": {"num_epochs": 6, "augment": True, "ema_decay": 0.99},
+    }
+
+    def load_data(self) -> Data:
+        """Read the four IDX files, or what else there is in ``data_dir``.
+
+        Raises UsageError where there is nothing that is known, JobError where it is damaged.
+        """
+        data_dir = self.settings.data_dir
+        if data_dir is not None and data_dir.exists() and sources.kind_of(data_dir) is not None:
+            return others.load(data_dir)
+        source = idx.find(self.settings.dataset, self.settings.data_dir)
+        return Data(source.load("train"), source.load("test"), name=source.name)
+
+    def create_model(self) -> nn.Module:
+        """Return the notebook's network."""
+        from mnist_ray.mnist.cnn import CNN
+
+        return CNN(self.num_classes)
+
+    def prepare(self, inputs: Tensor, generator: Generator | None) -> Tensor:
+        """Turn images (N, 28, 28) uint8 into (N, 1, 28, 28) in [0, 1], as ``ToTensor`` does."""
+        images = inputs.unsqueeze(1).float().div_(255)
+        if generator is None or not self.settings.augment:
+            return images
+        from mnist_ray.mnist.augment import augmented
+
+        return augmented(images, generator)
+
+    def as_picture(self, inputs: Any) -> np.ndarray:
+        """Return the image."""
+        return np.asarray(inputs)
+
+    def read_picture(self, picture: Image, *, as_is: bool) -> np.ndarray:
+        """Find the digit in a picture, drawn or photographed."""
+        from mnist_ray.mnist import photo
+
+        return photo.as_it_is(picture) if as_is else photo.to_mnist(picture)
+
+    def marks(self, picture: Image) -> list[Mark]:
+        """Find all digits in a picture."""
+        from mnist_ray.mnist import photo
+
+        return photo.marks(picture)

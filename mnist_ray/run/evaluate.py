@@ -1,0 +1,81 @@
+"""Evaluation as Ray tasks, apart from training."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError, RayTaskError
+from ray.train import Checkpoint
+
+from mnist_ray.cluster.environment import for_evaluation
+from mnist_ray.cluster.remote_data import SharedPart, share
+from mnist_ray.errors import JobError, first_line
+from mnist_ray.run.worker import validation_metrics
+from mnist_ray.training import engine
+from mnist_ray.training.checkpoint import fetch
+from mnist_ray.training.events import Validated
+from mnist_ray.training.metrics import Evaluation
+from mnist_ray.workload.base import Workload
+from mnist_ray.workload.data import Part
+
+
+def evaluate(
+    workload: Workload, checkpoint: Checkpoint, test: Part, num_tasks: int = 1, loader_workers: int = 0
+) -> Evaluation:
+    """Evaluate a checkpoint on the test set, spread over tasks of one CPU each.
+
+    Tasks get whole batches, and batches are the same for any number of tasks, so the result is too. Raises what a
+    task raised, and JobError where its node or the storage has gone.
+    """
+    shared = share(workload, test)
+    task = _evaluate_part.options(**process_options())
+    bounds = engine.part_bounds(len(test), num_tasks)
+    parts = [task.remote(checkpoint, shared, start, stop, loader_workers) for start, stop in bounds]
+    try:
+        return Evaluation.merge(ray.get(parts))
+    except RayError as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, RayError):
+            raise JobError(f"the evaluation was lost: {first_line(cause)}") from error
+        raise cause from error  # the task's own exception, whose text is one line
+
+
+def process_options() -> dict[str, Any]:
+    """Return the options of tasks that evaluate, by which they share processes."""
+    return {"runtime_env": {"env_vars": for_evaluation()}}
+
+
+def start_process() -> None:
+    """Let a process for the first validation start and import torch while the workers start, not beside training."""
+    _import_engine.options(**process_options()).remote()
+
+
+@ray.remote(num_cpus=0)
+def _import_engine() -> None:
+    importlib.import_module(__name__)
+
+
+@ray.remote(num_cpus=1)
+def _evaluate_part(
+    checkpoint: Checkpoint, shared: SharedPart, start: int, stop: int, loader_workers: int
+) -> Evaluation:
+    return _evaluate_here(checkpoint, shared.workload, shared.open().between(start, stop), loader_workers)
+
+
+def validate(checkpoint: Checkpoint, part: SharedPart, mailbox: Any, loader_workers: int) -> dict[str, float]:
+    """Evaluate an epoch's checkpoint on the validation set; Ray Train runs this as a task beside the training."""
+    start, workload = time.perf_counter(), part.workload
+    figures = _evaluate_here(checkpoint, workload, part.open(), loader_workers).figures(workload)
+    epoch = int(checkpoint.get_metadata()["epoch"])
+    ray.get(mailbox.put.remote(Validated(epoch, figures, time.perf_counter() - start)))
+    return validation_metrics(workload, figures)
+
+
+def _evaluate_here(checkpoint: Checkpoint, workload: Workload, part: Part, loader_workers: int) -> Evaluation:
+    torch.set_num_threads(1)  # so that neither tasks side by side nor a training get in each other's way
+    model = engine.with_fast_layout(fetch(checkpoint.filesystem, checkpoint.path, workload))
+    return engine.evaluate(workload, model, part, loader_workers)

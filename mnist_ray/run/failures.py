@@ -1,0 +1,90 @@
+"""What went wrong in a worker: what may go well at the next attempt, what is a bug, and how both are said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from ray.exceptions import RayActorError, RayError
+from ray.train import UserCallback
+
+from mnist_ray.cluster import ray_internals
+from mnist_ray.errors import JobError, first_line
+from mnist_ray.storage import STORAGE_ERRORS
+from mnist_ray.training.events import WorkersLost
+
+PASSING = (
+    *STORAGE_ERRORS,
+    JobError,
+    MemoryError,
+    RayError,
+    ray_internals.RayTrainError,
+    torch.AcceleratorError,
+    torch.distributed.DistError,
+)
+"""What may go well at the next attempt; other errors of the training's own code are bugs."""
+
+
+class TrainingStoppedError(JobError):
+    """Training cannot go on with these settings: doing it again would end the same way."""
+
+
+class CodeFailedError(Exception):
+    """The code of the training has failed on a worker, a model's for instance, and would again."""
+
+
+class FailureReporter(UserCallback):
+    """Tells the driver, where it has a mailbox, why workers are replaced; where that cannot help, ends the run."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
+        """Do it, for the exceptions of each rank that failed."""
+        for error in worker_exceptions.values():
+            if isinstance(error, CodeFailedError):
+                # Raised here, Ray takes it for a failure of its own controller, after which it does not try again.
+                raise TrainingStoppedError(str(error))
+        if self._mailbox is not None:
+            self._mailbox.put.remote(WorkersLost(describe(worker_exceptions)))
+
+
+def is_of_gloo(error: BaseException) -> bool:
+    """Tell whether another worker has gone while this one waited for it: gloo raises a plain RuntimeError then."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
+
+
+def describe(worker_exceptions: Mapping[int, Exception]) -> str:
+    """Say in one line what happened to workers, by rank: a death, which makes the others fail too, before the rest."""
+    rank, error = min(worker_exceptions.items(), key=lambda item: (not isinstance(item[1], RayActorError), item[0]))
+    cause = getattr(error, "_base_exc", error)
+    if is_of_gloo(cause):
+        return f"worker {rank} has lost its connection to another, which has died or hangs"
+    if isinstance(error, ray_internals.WorkerHealthCheckFailedError):
+        return f"worker {rank} does not answer"
+    if not isinstance(error, RayActorError):
+        return f"worker {rank} failed: {_said(cause)}"
+    if error.preempted:
+        return f"worker {rank} was lost with its node, which was preempted"
+    if _tells_of_a_node(str(error)):
+        return f"worker {rank} was lost with its node"
+    return f"worker {rank} died"
+
+
+def _tells_of_a_node(text: str) -> bool:
+    """Tell whether Ray says that an actor's node has died, which it does in words only."""
+    return any("node" in line and ("died" in line or "dead" in line) for line in text.splitlines())
+
+
+def reason_of(error: Exception) -> str:
+    """Say in one line why training failed: a worker's own exception where there is one."""
+    if failures := getattr(error, "worker_failures", None):
+        return describe(failures)
+    cause = getattr(error, "controller_failure", error)
+    cause = getattr(cause, "cause", cause)  # of a RayTaskError, whose own text is a traceback
+    return f"Ray Train failed: {_said(cause)}"
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error) if str(error).strip() else 'no message'}"

@@ -1,0 +1,139 @@
+"""Finding a run's checkpoint, and the workload that it is of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray.train
+from ray.train import Checkpoint
+
+from mnist_ray.cluster.connect import quiet_ray
+from mnist_ray.errors import JobError, UsageError, first_line
+from mnist_ray.settings import values_of
+from mnist_ray.storage import (
+    CONFIG_FILE,
+    STORAGE_ERRORS,
+    DamagedFileError,
+    RunFolder,
+    find_run,
+    position_of,
+    read_result,
+    untrusted_folders,
+)
+from mnist_ray.training.checkpoint import STATE_FILE, fetch, fetch_state, workload_of
+from mnist_ray.wording import spoken
+from mnist_ray.workload.base import Workload
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint with the workload that it is of."""
+
+    checkpoint: Checkpoint
+    document: Mapping[str, Any]
+    """Its state.json."""
+    workload: Workload
+    notes: tuple[str, ...]
+    """What the user is to know."""
+
+    @property
+    def described(self) -> str:
+        """What it was trained on, as people read it."""
+        name = type(self.workload).__name__
+        own = values_of(self.workload.settings)
+        chosen = {key: value for key, value in own.items() if value != values_of(self.workload.Settings())[key]}
+        return name + "".join(f", {spoken(key)} {value}" for key, value in chosen.items())
+
+    def load_model(self) -> Any:
+        """Return its model, in evaluation mode. Raises JobError where it is damaged."""
+        return fetch(self.checkpoint.filesystem, self.checkpoint.path, self.workload)
+
+
+def find(
+    given: str | None,
+    storage_path: str,
+    reference: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    is_wanted: Callable[[RunFolder], bool] = lambda run: True,
+) -> Found:
+    """Return the checkpoint that a path, a URI or a run's name stands for; of None, that of the newest wanted run.
+
+    ``reference`` is where the workload's code is, where not where it was; ``changes`` are settings that take the place
+    of its own. Raises UsageError where there is none, JobError where it is damaged.
+    """
+    quiet_ray()  # it tells of each list of checkpoints that it reads
+    run = find_run(given, storage_path, is_wanted)
+    try:
+        checkpoint, notes = _checkpoint_of(run, given)
+    except STORAGE_ERRORS as error:
+        raise JobError(f"cannot read {run.uri}: {first_line(error)}") from error
+    document = fetch_state(checkpoint.filesystem, checkpoint.path)
+    workload = workload_of(document, reference, dict(changes or {}), untrusted_folders(run, storage_path))
+    assert workload.source is not None
+    if document["workload"]["sha256"] not in ("", workload.source.sha256):
+        notes += (f"the workload has changed since the checkpoint was made: {workload.source.reference}",)
+    return Found(checkpoint, document, workload, notes)
+
+
+def _checkpoint_of(run: RunFolder, given: str | None) -> tuple[Checkpoint, tuple[str, ...]]:
+    """Return a folder's checkpoint, itself or a run's choice, and what the user is to know of that choice.
+
+    A finished run has chosen by its result; of an interrupted one it is the best so far by validation, else the last.
+    """
+    if run.exists(STATE_FILE):
+        return Checkpoint(run.path, filesystem=run.filesystem), ()
+    notes: tuple[str, ...] = ()
+    try:
+        result = read_result(run)
+    except DamagedFileError as error:
+        result, notes = None, (f"{error}; the run counts as not finished",)
+    if result is not None:
+        chosen = run.inside(result["checkpoint"])
+        if not chosen.exists(STATE_FILE):
+            raise UsageError(f"run {run.uri} has lost its checkpoint {chosen.name}")
+        return Checkpoint(chosen.path, filesystem=run.filesystem), notes
+    names = run.checkpoint_names()
+    if not names:
+        if run.exists(CONFIG_FILE):
+            raise UsageError(f"run {run.uri} has no checkpoint yet")
+        raise UsageError(f"{given} is neither a checkpoint nor a run that holds one: {run.uri}")
+    known = snapshot_of(run)
+    if known is None or known.checkpoint is None:  # a kill has cut off Ray's list, or come before it
+        return Checkpoint(run.inside(names[-1]).path, filesystem=run.filesystem), notes
+    return best_of(known)[0], notes
+
+
+def snapshot_of(run: RunFolder) -> ray.train.Result | None:
+    """Return what Ray's list of a run's checkpoints says; None where there is none, or it is damaged.
+
+    Raises what the file system does.
+    """
+    try:
+        result = ray.train.Result.from_path(run.path, storage_filesystem=run.filesystem)
+        is_whole = all(position_of(_name_of(checkpoint)) for checkpoint, _ in result.best_checkpoints)
+        math.fsum(metrics["val_score"] for _, metrics in result.best_checkpoints if "val_loss" in metrics)
+    except STORAGE_ERRORS:
+        raise
+    except Exception:  # Ray takes the list for what it has written; what is another can fail anywhere
+        return None
+    return result if is_whole else None
+
+
+def best_of(result: ray.train.Result, damaged: Container[str] = ()) -> tuple[Checkpoint, dict[str, Any]]:
+    """Return the checkpoint with the best validation, of two that tie the one of less loss, and its metrics.
+
+    Where none was validated, the last. ``damaged`` names checkpoints that Ray knows still, and are not to be taken.
+    """
+    whole = [pair for pair in result.best_checkpoints if _name_of(pair[0]) not in damaged]
+    validated = [pair for pair in whole if "val_loss" in pair[1]]
+    if not validated:
+        return result.checkpoint, result.metrics
+    best: tuple[Checkpoint, dict[str, Any]] = max(validated, key=lambda pair: pair[1]["val_score"])
+    return best
+
+
+def _name_of(checkpoint: Checkpoint) -> str:
+    return str(checkpoint.path.rsplit("/", 1)[-1])

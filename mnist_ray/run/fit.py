@@ -1,0 +1,314 @@
+"""``fit``: one training run, by Ray Train's ``TorchTrainer``; and how workers tell the driver what happens."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+from ray.exceptions import RayError
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    UserCallback,
+    ValidationConfig,
+)
+from ray.train.torch import TorchTrainer
+
+from mnist_ray.cluster import ray_internals
+from mnist_ray.cluster.connect import this_node
+from mnist_ray.cluster.orphans import end_controllers
+from mnist_ray.cluster.plan import WorkerPlan
+from mnist_ray.cluster.remote_data import share
+from mnist_ray.cluster.rendezvous import WorkerGroupConfig
+from mnist_ray.cluster.watch import LONGEST_SILENCE_S, Ping, RaySilentError, Watch
+from mnist_ray.errors import JobError
+from mnist_ray.run import evaluate
+from mnist_ray.run.failures import FailureReporter, TrainingStoppedError, reason_of
+from mnist_ray.run.find import best_of, snapshot_of
+from mnist_ray.run.job import Job, about
+from mnist_ray.run.worker import LoopSpec, train_loop_per_worker
+from mnist_ray.signals import Noted, first_only_noted
+from mnist_ray.storage import STORAGE_ERRORS, RunFolder, with_retries
+from mnist_ray.training.events import ControllerStarted, Event, Started, Stopping, WorkersLost
+from mnist_ray.workload.data import Parts
+
+_POLL_INTERVAL_S = 0.5  # at which the driver asks for events, as often as workers send their progress
+_SAVED_WITHIN_S = 30.0  # after Ctrl-C
+_END_TIMEOUT_S = 5.0  # for which the end of Ray Train's controller is waited for where the run ends before
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a finished run has left."""
+
+    checkpoint: Checkpoint
+    """The best by validation; the last where nothing was held out."""
+    metrics: dict[str, Any]
+    """Those of ``checkpoint``."""
+
+
+def fit(job: Job, data: Parts, plan: WorkerPlan, on_event: Callable[[Event], None]) -> Fitted:
+    """Train on Ray, telling ``on_event`` how it goes; a run that ``job.run`` holds already goes on where it stood.
+
+    Raises TrainingStoppedError where it would end the same way again, JobError where training failed otherwise.
+    """
+    workload, workers, mailbox = job.workload, job.workers, open_mailbox()
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(workers.hang_timeout_s))
+    if plan.min_workers is not None:  # so long Ray waits in vain for as many as before, when a node has gone
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
+    validation_config, validation = None, None
+    if job.train.early_stop is not None:
+        validation = share(workload, data.validation)
+    elif len(data.validation):
+        part = share(workload, data.validation)
+        validate = functools.partial(
+            evaluate.validate, part=part, mailbox=mailbox, loader_workers=workers.loader_workers
+        )
+        # Without CPUs of its own, validation starts also while the workers hold all of them.
+        options = {"num_cpus": 0, **evaluate.process_options()}
+        validation_config = ValidationConfig(validate, ray_remote_kwargs=options)
+    evaluate.start_process()
+    spec = LoopSpec(
+        workload,
+        job.train,
+        share(workload, data.train),
+        job.run,
+        mailbox,
+        about(job),
+        workers.hang_timeout_s,
+        workers.loader_workers,
+        validates_in_tasks=validation_config is not None,
+        validation=validation,
+        callback=job.callback,
+        profile=job.output.profile,
+        detect_anomaly=job.output.detect_anomaly,
+    )
+
+    damaged: set[str] = set()
+
+    def on_event_here(event: Event) -> None:
+        if isinstance(event, Started):
+            damaged.update(event.damaged)
+        on_event(event)
+
+    def attempt() -> ray.train.Result:
+        drop_damaged_snapshot(job.run)
+        reporter = FailureReporter(mailbox)
+        return create_trainer(spec, plan, workers.max_failures, validation_config, [reporter]).fit()
+
+    result = _with_storage_failures(attempt, workers.max_failures, job.run, mailbox, on_event_here)
+    if result.return_value is not None:
+        raise TrainingStoppedError(result.return_value)
+    return Fitted(*best_of(result, damaged))
+
+
+def _with_storage_failures(
+    attempt: Callable[[], ray.train.Result],
+    max_failures: int,
+    run: RunFolder,
+    mailbox: Any,
+    on_event: Callable[[Event], None],
+) -> ray.train.Result:
+    """Return an attempt's result; where Ray's own bookkeeping fails on storage, which it does not retry, try again."""
+    for failures_left in range(max_failures, -1, -1):
+        try:
+            return _listening(attempt, mailbox, on_event)
+        except (ray.train.TrainingFailedError, RayError, *STORAGE_ERRORS) as error:
+            cause = getattr(error, "controller_failure", error)
+            if isinstance(cause, TrainingStoppedError):
+                raise cause from error
+            if failures_left == 0 or not isinstance(cause, STORAGE_ERRORS):
+                raise JobError(reason_of(error) + _saved(run)) from error
+            on_event(WorkersLost(reason_of(error)))
+            run.check_writable(retry=True)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _listening(
+    work: Callable[[], ray.train.Result], mailbox: Any, on_event: Callable[[Event], None]
+) -> ray.train.Result:
+    """Return what ``work`` returns, done in a thread, so that this one hands on events and takes Ctrl-C.
+
+    The first Ctrl-C lets the workers save what they have, where they are training. Raises KeyboardInterrupt then, too.
+    """
+    pool = ThreadPoolExecutor(1)
+    result: Future[ray.train.Result] = pool.submit(work)
+    try:
+        with first_only_noted() as interrupted:
+            _hand_on(result, mailbox, on_event, interrupted)
+        if interrupted.is_set:
+            raise KeyboardInterrupt
+        return result.result()
+    except RaySilentError:
+        raise
+    except BaseException:
+        if not result.done():  # Ray must not be left while a thread waits for it
+            with contextlib.suppress(RayError):
+                end_controllers()
+            wait([result], _END_TIMEOUT_S)
+        raise
+    finally:
+        pool.shutdown(wait=False)
+
+
+def _hand_on(
+    result: Future[ray.train.Result], mailbox: Any, on_event: Callable[[Event], None], interrupted: Noted
+) -> None:
+    """Hand on events until there is a result, or for so long as the workers may take to save what they have."""
+    is_training, end_at = False, math.inf
+    pings: dict[str, Ping] = {}
+    watch = Watch(pings)
+    is_running = True
+    while is_running and time.monotonic() < end_at:
+        is_running = bool(wait([result], _POLL_INTERVAL_S).not_done)  # seen first: the last events are handed on too
+        for event in _taken(mailbox):
+            if isinstance(event, ControllerStarted):
+                pings["Ray Train's controller"] = functools.partial(_ping, event.actor)
+            is_training = isinstance(event, Started) or (is_training and not isinstance(event, WorkersLost))
+            on_event(event)
+        if interrupted.is_set and end_at == math.inf:
+            end_at = time.monotonic() + (_SAVED_WITHIN_S if is_training else 0)
+            if is_training:
+                mailbox.want_stop.remote()
+                on_event(Stopping())
+        if silent := watch.silent():
+            raise RaySilentError.of(silent)
+
+
+def _ping(controller: Any) -> Future[object]:
+    answer: Future[object] = controller.get_state.remote().future()
+    return answer
+
+
+def _taken(mailbox: Any) -> list[Event]:
+    """Return the events that have come. Raises RaySilentError where the mailbox does not answer."""
+    answer = mailbox.take.remote()
+    if not ray.wait([answer], timeout=LONGEST_SILENCE_S)[0]:
+        raise RaySilentError.of("the mailbox of its workers")
+    events: list[Event] = ray.get(answer)
+    return events
+
+
+def drop_damaged_snapshot(run: RunFolder) -> None:
+    """Remove Ray's list of a run's checkpoints where a kill has cut it off; workers look for checkpoints themselves."""
+
+    def drop() -> None:
+        if run.exists(ray_internals.SNAPSHOT_FILE) and snapshot_of(run) is None:
+            run.delete_file(ray_internals.SNAPSHOT_FILE)
+
+    with_retries(drop)
+
+
+def _saved(run: RunFolder) -> str:
+    try:
+        names = run.checkpoint_names()
+    except STORAGE_ERRORS:
+        return ""
+    return f"; last saved: {names[-1]}" if names else "; nothing was saved"
+
+
+_RESIZE_INTERVAL_S = 15.0  # how often an elastic run looks whether the cluster holds more workers
+_VALIDATION_POLL_INTERVAL_S = 0.1
+
+
+def create_trainer(
+    spec: LoopSpec,
+    plan: WorkerPlan,
+    max_failures: int,
+    validation_config: ValidationConfig | None = None,
+    callbacks: Sequence[UserCallback] = (),
+) -> TorchTrainer:
+    """Return the trainer that runs ``spec`` on the planned workers and keeps the best and the last checkpoint."""
+    is_validated = spec.validates_in_tasks or spec.validation is not None
+    return _Trainer(
+        train_loop_per_worker,
+        train_loop_config={"spec": spec},
+        torch_config=WorkerGroupConfig(is_local=plan.is_local),
+        scaling_config=ScalingConfig(
+            num_workers=plan.num_workers if plan.min_workers is None else (plan.min_workers, plan.num_workers),
+            elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,
+            placement_strategy=plan.placement,
+            use_gpu=plan.use_gpu,
+            resources_per_worker={"CPU": plan.cpus_per_worker, **({"GPU": 1} if plan.use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=spec.run.name,
+            storage_path=spec.run.storage_path,
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=2,  # the best two, and Ray keeps the last besides: were that damaged, there is another
+                checkpoint_score_attribute="val_score" if is_validated else None,
+            ),
+            failure_config=FailureConfig(max_failures=max_failures),
+            callbacks=[*callbacks, _EndsSoon()],
+        ),
+        validation_config=validation_config,
+    )
+
+
+class _Trainer(TorchTrainer):
+    """Without the actors that help where there is no need: each of them is a process, and is waited for."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        is_local = self.backend_config.is_local
+        unneeded: tuple[type, ...] = (ray_internals.DatasetsCallback,)  # hands out Ray Datasets; there are none
+        if is_local:  # what it cleans up behind a killed controller is gone with the job's own Ray
+            unneeded += (ray_internals.PlacementGroupCleanerCallback,)
+        callbacks = [some for some in super()._create_default_callbacks() if not isinstance(some, unneeded)]
+        mailbox = self.train_loop_config["spec"].mailbox
+        return callbacks if mailbox is None else [*callbacks, _TellsController(mailbox)]
+
+
+class _TellsController(ray_internals.ControllerCallback):
+    """Tells the driver who looks after the workers, so that it can ask whether that still answers."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+
+    def after_controller_start(self, train_run_context: object) -> None:
+        self._mailbox.put.remote(ControllerStarted(ray.get_runtime_context().current_actor))
+
+
+class _EndsSoon(UserCallback):
+    """Lets Ray Train's controller look for the last validation more often than once a second."""
+
+    def after_report(self, run_context: object, metrics: object, checkpoint: object) -> None:
+        ray_internals.validation_manager.VALIDATION_TASK_POLL_INTERVAL_S = _VALIDATION_POLL_INTERVAL_S
+
+
+class Mailbox:
+    """Keeps events until the driver takes them; an actor of its own, so that nobody waits for anybody."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._is_stop_wanted = False
+
+    def put(self, event: Event) -> bool:
+        """Keep an event; return whether the training is to stop."""
+        self._events.append(event)
+        return self._is_stop_wanted
+
+    def take(self) -> list[Event]:
+        """Return the events since the last time."""
+        events, self._events = self._events, []
+        return events
+
+    def want_stop(self) -> None:
+        """Answer from now on that the training is to stop."""
+        self._is_stop_wanted = True
+
+
+def open_mailbox() -> Any:
+    """Return a new mailbox's actor; it is beside this process, so that it does not go with another node."""
+    return ray.remote(num_cpus=0, scheduling_strategy=this_node())(Mailbox).remote()

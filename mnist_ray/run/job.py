@@ -1,0 +1,397 @@
+"""What is settled before Ray: a job's settings, its folder and its data.
+
+Nothing here imports torch or Ray, so that a mistake is answered at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import secrets
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from mnist_ray import cli, settings
+from mnist_ray.cluster import ray_internals
+from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
+from mnist_ray.errors import UsageError
+from mnist_ray.settings import flag
+from mnist_ray.storage import (
+    CONFIG_FILE,
+    RESULT_FILE,
+    STORAGE_ERRORS,
+    TRIALS_FILE,
+    DamagedFileError,
+    RunFolder,
+    locate,
+    read_config,
+    read_origin,
+    read_result,
+    unless_damaged,
+    untrusted_folders,
+)
+from mnist_ray.trackers.base import Tracker
+from mnist_ray.training.callback import Callback
+from mnist_ray.wording import count, did_you_mean
+from mnist_ray.workload import source, user_code
+from mnist_ray.workload.base import Workload
+from mnist_ray.workload.data import Parts, parts_of
+from mnist_ray.workload.loading import load_data as load_data_of
+from mnist_ray.workload.subset import fewer
+from mnist_ray.workload.user_code import Source
+
+Given = Mapping[str, Any]
+"""Settings by their names, beside ``workload``, ``recipe`` and ``config``: what a command line says, too."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All settings of a training run."""
+
+    workload: Workload
+    train: TrainConfig
+    workers: WorkerConfig
+    output: OutputConfig
+    run: RunFolder
+    resume_with: str
+    """The command that goes on with it, as one would type it; or the call, where it was called."""
+    notes: tuple[str, ...] = ()
+    """What the user is to know before it begins."""
+    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Of a run that goes on, what it has kept of how it began."""
+    callback: Source | None = None
+    """The user's code in the training loop."""
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All that config.json holds."""
+        assert self.workload.source is not None
+        own = settings.values_of(self.train, self.workload.settings, self.workers)
+        return {"workload": self.workload.source.reference, **own}
+
+    def with_values(self, values: Mapping[str, Any]) -> Job:
+        """Return it with other values of the training's and the workload's settings."""
+        workload, all_values = self.workload, {**self.values, **values}
+        changed = type(workload)(settings.build(workload.Settings, all_values), workload.facts)
+        return dataclasses.replace(self, workload=changed, train=settings.build(TrainConfig, all_values))
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A job's command line, with what a recipe, a config file and a run that goes on add to it."""
+
+    kind: str
+    """``train`` or ``tune``: the job's file, and how its runs' names begin."""
+    workload_class: type[Workload]
+    values: Mapping[str, Any]
+    run: RunFolder
+    notes: tuple[str, ...] = ()
+    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    given: Collection[str] = ()
+    """What was said in this command, and not by a recipe or a file."""
+    is_call: bool = False
+    """Whether it is a call from Python in place of a command."""
+
+    def to_job(self) -> Job:
+        """Return the training job that it asks for. Raises UsageError."""
+        output = settings.build(OutputConfig, self.values)
+        train, workers = settings.build(TrainConfig, self.values), settings.build(WorkerConfig, self.values)
+        _check_reproducible(train, workers)
+        callback = None
+        if train.callback is not None:
+            _, callback = user_code.find(train.callback, Callback)
+            train = dataclasses.replace(train, callback=callback.reference)
+        assert self.workload_class.source is not None
+        code = {
+            "workload": self.workload_class.source.reference,
+            **({"callback": callback.reference} if callback else {}),
+        }
+        folders = untrusted_folders(self.run, self.run.storage_path)
+        to_name = {name: place for name, place in code.items() if user_code.why_untrusted(place, folders)}
+        resume = self.run.resume_call if self.is_call else self.run.resume_command
+        return Job(
+            self.workload_class(settings.build(self.workload_class.Settings, self.values)),
+            train,
+            workers,
+            output,
+            self.run,
+            resume(self.kind, output.mlflow, to_name),
+            self.notes,
+            self.origin,
+            callback,
+        )
+
+
+def read_job(given: Given | None = None) -> Job:
+    """Read the command line of ``jobs/train.py``, or what is ``given`` in its place. Raises UsageError."""
+    description = "Train a workload on Ray, evaluate it on the test set, and write the run's files."
+    return read_command_line(description, "train", given=given).to_job()
+
+
+def read_command_line(
+    description: str,
+    kind: str,
+    config_file: str = CONFIG_FILE,
+    more_settings: Sequence[type] = (),
+    given: Given | None = None,
+) -> CommandLine:
+    """Read the command line of a job that trains, or what is ``given`` in its place. Raises UsageError.
+
+    ``kind`` is ``train`` or ``tune``. It has flags for ``more_settings`` and those of a training run; the run keeps all
+    of them in ``config_file``.
+    """
+    peeked = cli.peek("workload", "config", "resume", "run_name", "storage_path") if given is None else given
+    from_file = settings.read_config_file(peeked["config"]) if "config" in peeked else {}
+    run, saved = _find_run(peeked, kind, config_file)
+    held = {**saved, **from_file}  # with references to code, and where that may have come from somebody else
+    file = peeked["config"] if "config" in peeked else run.inside(config_file).uri
+    untrusted = untrusted_folders(run, run.storage_path)
+    if "config" in peeked:
+        folder = settings.path_of(peeked["config"], "--config").absolute().parent
+        untrusted += untrusted_folders(locate(str(folder.parent), folder.name), run.storage_path)
+    workload_class = source.load_again(held.get("workload", source.DEFAULT), peeked.get("workload"), file, untrusted)
+
+    kept = (*more_settings, TrainConfig, workload_class.Settings, WorkerConfig)
+    recipes = workload_class.recipes
+    defaults = recipes.get("default", {})
+    classes = (*kept, OutputConfig)
+    flags = _read_flags(description, classes, recipes) if given is None else checked(given, classes, recipes)
+
+    for file, values in ((peeked.get("config", ""), from_file), (run.inside(config_file).uri, saved)):
+        of_another = "workload" in peeked and values.get("workload", peeked["workload"]) != peeked["workload"]
+        shown = f"{file}, of the workload {values['workload']}," if of_another else file
+        settings.check_known(values, settings.names_of(kept) | {"workload"}, shown)
+        _check_values(values, kept, shown)
+    if held.get("callback") is not None and "callback" not in flags:
+        user_code.check_trusted(held["callback"], Callback, file, untrusted)
+    recipe = flags.get("recipe", "default")
+    values = {**defaults, **recipes.get(recipe, {})} if not saved or "recipe" in flags else {}
+    asked = merged(kept, values, from_file, {n: v for n, v in flags.items() if n not in ("recipe", "config")})
+    output = settings.build(OutputConfig, asked)
+    _check_output(output)
+    if not saved:
+        check_free(run, resume=False)
+        return CommandLine(kind, workload_class, asked, run, given=flags.keys(), is_call=given is not None)
+    values = merged(kept, saved, asked)
+    _check_unchanged(run, kept, saved, values)
+    origin, notes = _left_by(run, kind)
+    notes = (*notes, *_changes_since(origin, workload_class))
+    return CommandLine(kind, workload_class, values, run, notes, origin, flags.keys(), given is not None)
+
+
+def _read_flags(
+    description: str, config_classes: Sequence[type], recipes: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    parser = cli.Parser(description, *config_classes, defaults=recipes.get("default", {}))
+    parser.add_argument(
+        "--workload",
+        metavar="FILE.py",
+        default=cli.UNSET,
+        help="what is learned: FILE.py or package.module, with :NAME where it holds several; default: MNIST",
+    )
+    parser.add_argument(
+        "--recipe", choices=recipes or ["default"], default=cli.UNSET, help="named settings; flags override"
+    )
+    parser.add_argument("--config", metavar="FILE", default=cli.UNSET, help="settings from a run's config.json")
+    return parser.read_flags()
+
+
+def checked(given: Given, config_classes: Sequence[type], recipes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was given in place of a command line. Raises UsageError where that cannot be."""
+    known = settings.names_of(config_classes) | {"workload", "recipe", "config"}
+    for name in given:
+        if name not in known:
+            raise UsageError(f"there is no setting {name}{did_you_mean(name, known)}")
+    if given.get("recipe", "default") not in (*recipes, "default"):
+        raise UsageError(f"there is no recipe {given['recipe']}; there is {', '.join(recipes) or 'none'}")
+    for config_class in config_classes:
+        settings.build(config_class, given)
+    return dict(given)
+
+
+def _check_values(values: Mapping[str, Any], config_classes: Sequence[type], source: str) -> None:
+    try:
+        for config_class in config_classes:
+            settings.build(config_class, values)
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from error
+
+
+def merged(config_classes: Sequence[type], *layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values of which those of a later layer take the place of earlier ones, and reset what they reset."""
+    resets = {
+        field.name: field.metadata.get("resets", ()) for some in config_classes for field in dataclasses.fields(some)
+    }
+    values: dict[str, Any] = {}
+    for layer in layers:
+        for name in layer:
+            for reset in resets.get(name, ()):
+                values.pop(reset, None)
+        values.update(layer)
+    return values
+
+
+def _find_run(peeked: Mapping[str, Any], kind: str, config_file: str) -> tuple[RunFolder, dict[str, Any]]:
+    """Return a job's folder, and what a run that goes on was started with. Raises UsageError."""
+    default = OutputConfig()
+    name = peeked.get("run_name")
+    if peeked.get("resume") and name is None:
+        raise UsageError("--resume needs --run-name NAME")
+    run = locate(peeked.get("storage_path", default.storage_path), name or _new_name(kind))
+    if not peeked.get("resume"):
+        return run, {}
+    values = read_config(run, config_file)
+    if values is None:
+        raise UsageError(f"--resume: there is no run to go on with in {run.uri}: no {config_file}")
+    check_free(run, resume=True)
+    return run, values
+
+
+def _left_by(run: RunFolder, kind: str) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """Return what a run that goes on has kept of how it began, and what the user is to know of its files."""
+    notes: list[str] = []
+    origin = unless_damaged(lambda: read_origin(run), notes.append)
+    unless_damaged(lambda: read_result(run), notes.append)
+    unless_damaged(lambda: run.read_json(ray_internals.SNAPSHOT_FILE), notes.append)
+    if not (run.exists(TRIALS_FILE) if kind == "tune" else run.checkpoint_names()):
+        notes.append(f"run {run.name} has saved nothing: it begins anew")
+    return origin or {}, tuple(notes)
+
+
+def check_free(run: RunFolder, *, resume: bool) -> None:
+    """Raise UsageError where a run is there already, or is finished where it is to be resumed."""
+    with contextlib.suppress(DamagedFileError):  # it is made again
+        if resume and read_result(run) is not None:
+            raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.inside(RESULT_FILE).uri}")
+    if not resume and run.exists():
+        raise UsageError(f"run {run.uri} exists already; add --resume to go on with it, or give another --run-name")
+
+
+def owning(job: Job, waiting: Callable[[str], None]) -> contextlib.AbstractContextManager[None]:
+    """Return what keeps a job's run from others meanwhile. Raises as ``owned`` and ``check_free`` do."""
+    from mnist_ray.run.lease import owned  # imports psutil, which the header need not wait for
+
+    return owned(job.run, functools.partial(check_free, job.run, resume=job.output.resume), waiting)
+
+
+@contextlib.contextmanager
+def saying_the_way_on(job: Job) -> Iterator[None]:
+    """Raise an interrupt with how to go on after it."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        has_begun = True
+        with contextlib.suppress(*STORAGE_ERRORS):  # storage that is away now may hold something
+            has_begun = job.run.exists()
+        advice = f"to go on: {job.resume_with}" if has_begun else "nothing is saved yet: start it again"
+        raise KeyboardInterrupt(f"interrupted; {advice}") from interrupt
+
+
+def _new_name(kind: str) -> str:
+    """Return a run's name when none is given: two jobs that begin in the same second have different ones."""
+    return f"{kind}_{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(2)}"
+
+
+def _check_reproducible(train: TrainConfig, workers: WorkerConfig) -> None:
+    if train.chunks is None:
+        return
+    if (workers.num_workers or 1) > train.chunks:
+        raise UsageError(
+            f"--reproducible: {workers.num_workers} workers cannot share {count(train.chunks, 'chunk')} of a batch; "
+            "lower --num-workers, or start a run with more --num-chunks"
+        )
+    if workers.use_gpu == "yes":
+        raise UsageError("--reproducible computes on CPUs only; leave --use-gpu out")
+    if train.micro_batch_size is not None:
+        raise UsageError("--reproducible computes a chunk at a time; take more --num-chunks, not --micro-batch-size")
+    if train.compile:
+        raise UsageError("--reproducible does not go with --compile, whose kernels' bits are not known to be the same")
+
+
+def _check_output(output: OutputConfig) -> None:
+    if output.dashboard and importlib.util.find_spec("aiohttp_cors") is None:
+        raise UsageError("--dashboard needs more of Ray: pip install 'ray[default]'")
+    if output.mlflow is not None and importlib.util.find_spec("mlflow") is None:
+        raise UsageError("--mlflow needs MLflow: pip install -e '.[mlflow]'")
+    if output.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise UsageError("--wandb needs Weights & Biases: pip install wandb")
+    if output.tracker is not None:
+        user_code.find(output.tracker, Tracker)
+
+
+def _check_unchanged(
+    run: RunFolder, config_classes: Sequence[type], then: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
+    """Raise UsageError where a run would go on with other settings than it was started with.
+
+    Those of the workers are free to change: the batches do not depend on them.
+    """
+    for config_class in config_classes:
+        if config_class is WorkerConfig:
+            continue
+        before, after = (settings.values_of(settings.build(config_class, values)) for values in (then, now))
+        for name, old in before.items():
+            if (new := after[name]) != old:
+                raise UsageError(
+                    f"--resume: run {run.name} was started with {flag(name)} {old}, not {new}; "
+                    "leave the flag out, or start another run"
+                )
+
+
+def _changes_since(origin: Mapping[str, Any], workload_class: type[Workload]) -> tuple[str, ...]:
+    """Say where a run's workload has other code than when the run began."""
+    assert workload_class.source is not None
+    if origin.get("workload_sha256") in (None, workload_class.source.sha256):
+        return ()
+    return (f"the workload has changed since the run began: {workload_class.source.reference}",)
+
+
+def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Parts]:
+    """Return a job's data, and the job with what the user should know of them; its workload knows their facts.
+
+    ``batch_sizes`` are those that a sweep tries. Raises UsageError and JobError, UsageError also where a run that goes
+    on has begun with other data.
+    """
+    parts = fewer(parts_of(load_data_of(job.workload), job.train.validation_size), job.train)
+    notes = [*_check_same_data(job, parts), *_on_schedule(job)]
+    for size in batch_sizes or [job.train.batch_size]:
+        if size > len(parts.train):
+            name, noun = "--sweep: batch size" if batch_sizes else "--batch-size", job.workload.nouns
+            raise UsageError(f"{name} {size:,} is larger than the {len(parts.train):,} {noun} to train on")
+    if job.train.early_stop is not None and len(parts.validation) == 0:
+        raise UsageError("--early-stop watches the validation; hold some examples out by --validation-size")
+    return dataclasses.replace(job, notes=(*job.notes, *notes)), parts
+
+
+def _check_same_data(job: Job, parts: Parts) -> tuple[str, ...]:
+    """Raise UsageError where a run goes on with other data; return what the user is to know where that is not known."""
+    if not job.origin:
+        return ()
+    then, now = job.origin.get("data", {}), parts.digests  # it may have begun before digests were kept
+    differing = [part for part in then if None not in (then[part], now.get(part)) and then[part] != now[part]]
+    if differing:
+        raise UsageError(
+            f"--resume: run {job.run.name} began with other data than {parts.name} ({', '.join(differing)}); "
+            "bring them back, or start another run"
+        )
+    if then and None in now.values():
+        return ("whether the data are those that the run began with is not known: they name no files",)
+    return ()
+
+
+def _on_schedule(job: Job) -> Iterator[str]:
+    """Say what a user may not expect of a training that may stop early."""
+    if job.train.early_stop is not None and job.train.schedule == "one-cycle":
+        yield (
+            f"the one-cycle schedule is {count(job.train.num_epochs, 'epoch')} long: where training stops early, the "
+            "learning rate has not come down; --schedule constant has no such end"
+        )
+
+
+def about(job: Job) -> dict[str, Any]:
+    """Return what a job's checkpoints say of where they come from."""
+    return {"config": dataclasses.asdict(job.train), "workload": job.workload.identity}

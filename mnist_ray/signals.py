@@ -1,0 +1,181 @@
+"""What ends a job early: Ctrl-C, SIGTERM, SIGHUP, or what a thread has found out. The main thread hears of all.
+
+Ray ends a driver's process without any exception where its raylet or its GCS has gone, and the kernel does where memory
+runs out. So ``run`` puts a process around the job that says so, and how to go on. Nothing heavy is imported here: the
+two processes part before anything is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+
+from mnist_ray.screen import say
+
+SAME_WITHIN_S = 0.5
+"""Signals that come so soon after an interrupt belong to it: a terminal or a scheduler signals every process of a job,
+``timeout`` one of them twice, and ``guard`` passes on what it gets."""
+
+
+@dataclass
+class Noted:
+    """Whether an interrupt has come. No ``threading.Event``: a handler that sets one may wait for a lock of its own."""
+
+    is_set: bool = False
+
+
+@dataclass
+class _Heard:
+    """So far; there is one of it, as a process has one set of signal handlers.
+
+    A handler may be interrupted by another one between any two of its steps, so each of its steps on these is atomic.
+    """
+
+    taken: dict[int, float] = field(default_factory=dict)
+    """By number, when each interrupt was acted upon: seconds of the monotonic clock."""
+    first: Noted | None = None
+    """To be set by the first interrupt, where it is only to be noted."""
+    error: Exception | None = None
+    """What a thread ends the job with."""
+
+
+_heard = _Heard()
+
+
+def signals() -> set[signal.Signals]:
+    """Return those that end a job: Ctrl-C, what ``ray job stop`` and schedulers send, and a closed terminal's.
+
+    The last only where it is not ignored, as under ``nohup``.
+    """
+    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
+    hears_hangup = signal.getsignal(hangup) is not signal.SIG_IGN
+    return {signal.SIGINT, signal.SIGTERM} | ({hangup} if hears_hangup else set())
+
+
+def take_signals() -> None:
+    """Let these signals raise KeyboardInterrupt."""
+    if threading.current_thread() is threading.main_thread():
+        for number in signals():
+            signal.signal(number, _hear)
+
+
+def leave_closed_terminal() -> None:
+    """Let what this process prints go nowhere if its terminal was closed: else each line would raise an OSError."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+def _hear(number: int, frame: FrameType | None) -> None:
+    if (error := _heard.error) is not None:
+        _heard.error = None
+        is_ending = _heard.first is not None and _heard.first.is_set  # then Ray may have been sent SIGTERM, too
+        raise KeyboardInterrupt if is_ending else error
+    if (
+        frame is not None
+        and frame.f_code.co_filename == "<frozen importlib._bootstrap>"
+        and frame.f_code.co_name == "cb"
+    ):
+        signal.raise_signal(number)  # once more, as Python drops what is raised in this callback of its imports
+        return
+    leave_closed_terminal()
+    interrupt, now = len(_heard.taken), time.monotonic()
+    is_same = now - _heard.taken.get(interrupt - 1, -math.inf) < SAME_WITHIN_S
+    if is_same or _heard.taken.setdefault(interrupt, now) is not now:
+        return
+    if _heard.first is not None and not _heard.first.is_set:
+        _heard.first.is_set = True
+    else:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def first_only_noted() -> Iterator[Noted]:
+    """Give what tells of the first interrupt meanwhile, where signals are taken; the second raises."""
+    _heard.first = Noted()
+    try:
+        yield _heard.first
+    finally:
+        _heard.first = None
+
+
+def end_with(error: Exception) -> None:
+    """Raise an error in the main thread, where signals are taken; for other threads."""
+    _heard.error = error
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
+_DONE = "\0"
+_to_guard: int | None = None
+
+
+def if_ended(advice: str) -> None:
+    """Let ``advice`` be what a person is told where this process is ended from outside, from here on."""
+    if _to_guard is not None:
+        with contextlib.suppress(OSError):
+            os.write(_to_guard, f"{advice}\n".encode())
+
+
+def run(work: Callable[[], int]) -> int:
+    """Return the exit status of ``work``, done in a child of this process, which passes on the signals that it gets.
+
+    The child ends with this process.
+    """
+    if not hasattr(os, "fork"):
+        return work()
+    told, to_guard = os.pipe()
+    from_guard, alive = os.pipe()
+    forwarded = signals()
+    signal.pthread_sigmask(signal.SIG_BLOCK, forwarded)  # until each of the two does with them what it is to do
+    child = os.fork()
+    if child == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)
+        os.close(told)
+        os.close(alive)
+        _be_guarded(to_guard, from_guard)
+        try:
+            return work()
+        finally:
+            if_ended(_DONE)
+    os.close(to_guard)
+    os.close(from_guard)
+    for number in forwarded:
+        signal.signal(number, lambda number, frame: os.kill(child, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)
+    with open(told, encoding="utf-8", errors="replace") as lines:
+        advice = ["", *lines.read().splitlines()][-1]  # read until the child has gone: no program inherits its end
+    _, state = os.waitpid(child, 0)
+    leave_closed_terminal()
+    if advice != _DONE:
+        say(_said(state, advice), file=sys.stderr)
+        return 1
+    return os.waitstatus_to_exitcode(state)
+
+
+def _be_guarded(to_guard: int, from_guard: int) -> None:
+    global _to_guard
+    _to_guard = to_guard
+
+    def end_with_guard() -> None:
+        os.read(from_guard, 1)  # returns when the guard has gone
+        os._exit(1)
+
+    threading.Thread(target=end_with_guard, daemon=True).start()
+
+
+def _said(state: int, advice: str) -> str:
+    if not os.WIFSIGNALED(state):
+        return f"error: Ray has ended this job's process; what it said, if anything, stands above{advice}"
+    name = signal.Signals(os.WTERMSIG(state)).name
+    reason = ", as the system does where memory runs out" if name == "SIGKILL" else ""
+    return f"error: this job's process was ended by {name}{reason}{advice}"

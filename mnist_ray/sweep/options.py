@@ -1,0 +1,109 @@
+"""What is settled before a sweep begins: its settings, its space and its data.
+
+Nothing here imports torch or Ray, so that a mistake is answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from dataclasses import dataclass
+
+from mnist_ray import settings
+from mnist_ray.config import SweepConfig, WorkerConfig
+from mnist_ray.errors import JobError, UsageError
+from mnist_ray.run import job as runs
+from mnist_ray.run.job import Given, Job
+from mnist_ray.settings import Choice
+from mnist_ray.storage import TRIALS_FILE, DamagedFileError, RunFolder
+from mnist_ray.sweep.space import Space, propose, space_of, texts_of
+from mnist_ray.sweep.trials import TrialTable
+from mnist_ray.wording import command
+from mnist_ray.workload.data import Parts
+
+SWEEP_FILE, BEST_FILE, DEFAULT_FOLDER = "sweep.json", "best.json", "default"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All settings of a sweep."""
+
+    config: SweepConfig
+    space: Space
+    job: Job
+    """What holds for all trials, and for the trainings at the end."""
+
+    @property
+    def workers(self) -> WorkerConfig:
+        """The workers of a trial."""
+        asked = self.job.workers
+        return dataclasses.replace(
+            asked,
+            num_workers=asked.num_workers or 1,
+            cpus_per_worker=asked.cpus_per_worker or 1,  # a core a trial: more trials at a time beat more threads
+        )
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """The batch sizes that it tries, of a range the ends; none where it does not search them."""
+        space = self.space.spaces.get("batch_size")
+        if space is None:
+            return []
+        return list(space.options) if isinstance(space, Choice) else [int(space.low), int(space.high)]
+
+
+def read_sweep(given: Given | None = None) -> Sweep:
+    """Read the command line of ``jobs/tune.py``, or what is ``given`` in its place.
+
+    Raises UsageError, and JobError where a sweep's trials are damaged.
+    """
+    line = runs.read_command_line(
+        "Search the settings that have a search space with Ray Tune, train the best and evaluate it once on the test "
+        "set. A trial has one worker with one CPU, unless --num-workers and --cpus-per-worker say otherwise.",
+        "tune",
+        SWEEP_FILE,
+        more_settings=[SweepConfig],
+        given=given,
+    )
+    config, job = settings.build(SweepConfig, line.values), line.to_job()
+    space = space_of(line.workload_class, line.values, fixed=line.given)
+    config = dataclasses.replace(config, sweep=config.sweep or texts_of(space))
+    if config.search == "grid":
+        propose(space, config, job.train.seed)
+    if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UsageError("--search optuna needs Optuna: pip install -e '.[optuna]'")
+    _check_trials(line.run, TrialTable(line.workload_class, space))
+    return Sweep(config, space, job)
+
+
+def _check_trials(run: RunFolder, table: TrialTable) -> None:
+    """Raise JobError where a sweep that goes on has lost what it has tried.
+
+    Once it has chosen, the trials are not run again: they might choose another, and its training go on from the first.
+    """
+    has_chosen, remedy = run.exists(BEST_FILE), "remove it, and the trials are run again"
+    if has_chosen:
+        best = run.inside(BEST_FILE).uri
+        remedy = f"train what was chosen with {command('train')} --config {best}, or start another sweep"
+    try:
+        is_lost = table.read(run).best is None
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error}; {remedy}") from error
+    if has_chosen and is_lost:
+        raise JobError(f"{run.inside(TRIALS_FILE).uri} has lost its trials; {remedy}")
+
+
+def load_data(sweep: Sweep) -> tuple[Sweep, Parts]:
+    """Return a sweep's data, and the sweep as it is with them.
+
+    Raises UsageError and JobError, UsageError also where the data go by what is searched.
+    """
+    job, data = runs.load_data(sweep.job, sweep.batch_sizes)
+    for field in dataclasses.fields(job.workload.settings):
+        if field.name in sweep.space.spaces and field.metadata.get("decides_data"):
+            raise UsageError(f"--sweep {field.name}: load_data goes by it, and all trials have the same data")
+    if len(data.validation) == 0:
+        raise UsageError(
+            f"--validation-size 0: a sweep chooses by validation {job.workload.criterion.name}; hold some examples out"
+        )
+    return dataclasses.replace(sweep, job=job), data

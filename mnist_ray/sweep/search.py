@@ -1,0 +1,178 @@
+"""A sweep on a connected Ray: the search, what it has chosen, and the training of that."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from mnist_ray import settings
+from mnist_ray.cluster import preflight
+from mnist_ray.cluster.connect import as_it_is_now
+from mnist_ray.cluster.orphans import leftovers_removed
+from mnist_ray.cluster.plan import Cluster, WorkerPlan, plan_workers
+from mnist_ray.cluster.remote_data import share
+from mnist_ray.errors import JobError
+from mnist_ray.run.evaluate import evaluate
+from mnist_ray.run.fit import fit
+from mnist_ray.run.header import Clock, announced, say_dashboard
+from mnist_ray.run.job import Job
+from mnist_ray.run.session import check_nodes, recorded, write_origin
+from mnist_ray.settings import json_lines
+from mnist_ray.signals import if_ended
+from mnist_ray.storage import TRIALS_FILE, RunFolder, read_result, unless_damaged
+from mnist_ray.sweep.options import BEST_FILE, DEFAULT_FOLDER, SWEEP_FILE, Sweep
+from mnist_ray.sweep.progress import SweepConsole
+from mnist_ray.sweep.tracking import followed
+from mnist_ray.sweep.trial import TrialSpec
+from mnist_ray.sweep.trials import TrialTable
+from mnist_ray.sweep.tuner import TRIALS_FOLDER, run_sweep, trials_at_a_time
+from mnist_ray.wording import count, described
+from mnist_ray.workload.base import Workload
+from mnist_ray.workload.data import Parts
+
+PICTURE_FILE = "sweep.png"
+
+
+def check(console: SweepConsole, sweep: Sweep, data: Parts, cluster: Cluster) -> None:
+    """Say how a sweep would run, and whether it would. Raises JobError where it would not."""
+    plan = plan_workers(sweep.workers, cluster, sweep.job.train.chunks)
+    _say_plan(console, sweep, plan, cluster)
+    check_nodes(console, sweep.job, data, plan)
+
+
+def search(console: SweepConsole, sweep: Sweep, data: Parts, cluster: Cluster) -> TrialTable:
+    """Run the trials, or those that an interrupted sweep has not run yet, and write what came of them.
+
+    A sweep that has chosen before tries nothing more: its choice is not to change. Raises JobError.
+    """
+    job = sweep.job
+    plan, run = plan_workers(sweep.workers, cluster, sweep.job.train.chunks), job.run
+    preflight.check_storage(run)
+    write_origin(job, data)
+    run.write_text(SWEEP_FILE, json_lines({**settings.values_of(sweep.config), **job.values}))
+    spec = TrialSpec(
+        job,
+        share(job.workload, data.train),
+        share(job.workload, data.validation),
+        plan,
+        run.inside(TRIALS_FOLDER),
+    )
+    if_ended(f"; to go on: {job.resume_with}")
+    try:
+        _say_plan(console, sweep, plan, cluster)
+        concurrent = _trials_at_a_time(sweep, plan, cluster)
+        table = chosen_before(sweep)
+        if table is None:
+            # What is left over is of trials that are stopped before their end.
+            with leftovers_removed(), followed(sweep, console) as on_change:
+                table = run_sweep(sweep.config, sweep.space, spec, run, concurrent, on_change)
+    except JobError as error:
+        raise JobError(f"{error} (logs: {cluster.log_folder})") from error
+    _write_choice(console, sweep, table)
+    console.rest()
+    return table
+
+
+def chosen_before(sweep: Sweep) -> TrialTable | None:
+    """Return the trials of a sweep that was interrupted after its choice."""
+    run = sweep.job.run
+    if not run.exists(BEST_FILE):
+        return None
+    return TrialTable(type(sweep.job.workload), sweep.space).read(run)
+
+
+def _write_choice(console: SweepConsole, sweep: Sweep, table: TrialTable) -> None:
+    """Write and print the best configuration, with all trials."""
+    from mnist_ray.sweep.picture import draw  # imports matplotlib, which the trials need not wait for
+
+    job, best = sweep.job, table.best
+    assert best is not None
+    chosen = {
+        name: value for name, value in _best_job(sweep, table).values.items() if name not in _worker_settings(job)
+    }
+    job.run.write_text(BEST_FILE, json_lines(chosen))
+    job.run.write_bytes(PICTURE_FILE, draw(table, job.train.num_epochs))
+    console.result_table(table)
+    console.say("files", f"{job.run.inside(TRIALS_FILE).uri}, {BEST_FILE}, {PICTURE_FILE}")
+    criterion = job.workload.criterion
+    console.say("best", f"{criterion.shown(best.val_criterion)} validation {criterion.name}, {best.shown_seeds}")
+
+
+def _worker_settings(job: Job) -> set[str]:
+    return settings.names_of([type(job.workers)])
+
+
+def _best_job(sweep: Sweep, table: TrialTable) -> Job:
+    assert table.best is not None
+    job = sweep.job.with_values(dict(table.best.configuration))
+    return dataclasses.replace(job, notes=())  # they were shown as the sweep began
+
+
+def train_chosen(console: SweepConsole, sweep: Sweep, table: TrialTable, data: Parts, cluster: Cluster) -> None:
+    """Train and evaluate the default configuration, where it is another one and fits the data, and the best.
+
+    What an interrupted sweep has trained already is not trained again.
+    """
+    best = _best_job(sweep, table)
+    default = best.with_values(dict(sweep.space.defaults))
+    default = dataclasses.replace(default, run=best.run.inside(DEFAULT_FOLDER))
+    chosen = {"default": default, "best": best}
+    is_default = default.values == best.values
+    if is_default or default.train.batch_size > len(data.train):
+        del chosen["default"]
+    came_out = {}
+    for title, job in chosen.items():
+        values = described({name: job.values[name] for name in sweep.space.spaces})
+        console.say("", "")
+        console.say(title, f"training with {values}")
+        value = _known_result(job)
+        if value is None:
+            value = _train_and_test(job, data, as_it_is_now(cluster), is_last=title == "best")
+        shown = job.workload.criterion.shown(value)
+        name = "" if job.workload.criterion.is_fraction else f"{job.workload.criterion.name} "
+        came_out[title] = f"{name}{shown} on the test set with {values}" + (", the default" if is_default else "")
+    console.say("", "")
+    for title, line in came_out.items():
+        console.result(title, line)
+
+
+def _train_and_test(job: Job, data: Parts, cluster: Cluster, *, is_last: bool) -> float:
+    """Do what ``jobs/train.py`` does; after the last run the cluster is left while the report is written."""
+    clock, plan = Clock(), plan_workers(job.workers, cluster, job.train.chunks)
+    sections = functools.partial(_sections, workload=job.workload)
+    with announced(job, data) as console, recorded(console, job, data, cluster, plan, clock, sections) as record:
+        with leftovers_removed():  # of the last trials
+            fitted = fit(job, data, plan, record.on_event)
+        clock.mark("validation")
+        tested = evaluate(job.workload, fitted.checkpoint, data.test, loader_workers=job.workers.loader_workers)
+        clock.mark("evaluation")
+        if is_last:
+            cluster.leave()
+        return record.finish(fitted, tested)
+
+
+def _known_result(job: Job) -> float | None:
+    """Return what came out of a run that an interrupted sweep has finished already."""
+    result = unless_damaged(lambda: read_result(job.run), lambda note: None)
+    value = (result or {}).get(f"test_{job.workload.criterion.name}")
+    return value if isinstance(value, float) else None
+
+
+def _sections(run: RunFolder, workload: Workload) -> Any:
+    from mnist_ray.sweep.picture import sections  # imports matplotlib, which the trials need not wait for
+
+    return sections(run, type(workload))
+
+
+def _trials_at_a_time(sweep: Sweep, plan: WorkerPlan, cluster: Cluster) -> int:
+    return trials_at_a_time(sweep.config, plan, cluster, autoscaling=sweep.job.workers.autoscaling)
+
+
+def _say_plan(console: SweepConsole, sweep: Sweep, plan: WorkerPlan, cluster: Cluster) -> None:
+    each = f"{count(plan.num_workers, 'worker')} with {count(plan.cpus_per_worker, 'CPU')}"
+    concurrent = _trials_at_a_time(sweep, plan, cluster)
+    if sweep.job.output.dashboard:
+        say_dashboard(console, cluster)
+    console.say("trials", f"{concurrent} at a time, each {each}{' and 1 GPU' if plan.use_gpu else ''}")
+    console.waiting("starting trials …")

@@ -1,0 +1,72 @@
+"""What follows a run: TensorBoard, MLflow, Weights & Biases, or one of the user's, ``--tracker FILE.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mnist_ray.training.events import EpochFinished, Event, Progress, Validated
+from mnist_ray.workload.base import Workload
+
+if TYPE_CHECKING:
+    from ray.train import Checkpoint
+
+    from mnist_ray.storage import RunFolder
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended."""
+
+    result: dict[str, Any] | None
+    """Its result.json; None where it has not finished."""
+    pictures: Mapping[str, bytes]
+    """The PNGs of its report, by name."""
+    checkpoint: Checkpoint | None
+    """The one that was tested."""
+
+
+class Tracker:
+    """Follows one run, in a thread of the driver. One that raises is left out from there on, with a warning.
+
+    A run that goes on after an interruption gets a new one, whose first event is ``Started`` with the step that it goes
+    on from.
+    """
+
+    def __init__(self, run: RunFolder, workload: Workload, settings: Mapping[str, Any]) -> None:
+        """Begin to follow ``run``; ``settings`` are those of its config.json, as numbers and texts."""
+        self.run, self.workload, self.settings = run, workload, settings
+
+    def log(self, event: Event) -> None:
+        """Take an event; ``scalars`` has its figures."""
+
+    def close(self, ending: Ending) -> None:
+        """Take how the run ended."""
+
+    def scalars(self, event: Event) -> list[tuple[str, float, int]]:
+        """Return an event's figures as (name, value, step): ``step/…`` by step of training, ``epoch/…`` by epoch."""
+        match event:
+            case Progress():
+                first = event.total_step - len(event.losses) + 1
+                by_step = [("step/train_loss", loss, first + number) for number, loss in enumerate(event.losses)]
+                metrics = self.workload.metrics
+                return [
+                    *by_step,
+                    *((f"step/train_{metric.name}", event.window[metric.name], event.total_step) for metric in metrics),
+                ]
+            case EpochFinished(last):
+                figures = {f"train_{name}": value for name, value in last.so_far.items()}
+                figures |= {self.workload.rate: last.examples_per_s, "epoch_s": last.epoch_s}
+                return [(f"epoch/{name}", value, last.epoch) for name, value in figures.items()]
+            case Validated():
+                figures = {f"val_{name}": value for name, value in event.figures.items()} | {"val_s": event.seconds}
+                return [(f"epoch/{name}", value, event.epoch) for name, value in figures.items()]
+        return []
+
+    def final(self, ending: Ending) -> dict[str, float]:
+        """Return the figures of the test set, as ``final/…``; none where the run has not finished."""
+        if ending.result is None:
+            return {}
+        names = [*(f"test_{metric.name}" for metric in self.workload.figures), self.workload.rate]
+        return {f"final/{name}": ending.result[name] for name in names if ending.result[name] is not None}

@@ -1,0 +1,55 @@
+"""A run in Ray's own metrics, which each of its nodes serves to Prometheus; Ray puts ``ray_`` before the names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ray.util.metrics import Gauge
+
+from mnist_ray.storage import RunFolder
+from mnist_ray.trackers.base import Tracker
+from mnist_ray.training.events import Event, Progress, Started, Validated
+from mnist_ray.workload.base import Workload
+
+
+class RayMetrics(Tracker):
+    """A run's gauges, as they are now. They end with this process."""
+
+    def __init__(self, run: RunFolder, workload: Workload, settings: Mapping[str, Any]) -> None:
+        super().__init__(run, workload, settings)
+
+        def gauge(name: str, description: str, *tag_keys: str) -> Gauge:
+            created = Gauge(f"mnist_ray_{name}", description, tag_keys=("run", *tag_keys))
+            created.set_default_tags({"run": run.name})
+            return created
+
+        self._workers = gauge("workers", "Workers that train")
+        self._epochs = gauge("epochs", "Epochs trained, with the part of the one under way")
+        self._rate = gauge("examples_per_second", "Examples trained a second, over all workers, in the epoch so far")
+        self._train = gauge("train", "Loss and metrics of training, since the last report", "metric")
+        self._val = gauge("val", "Loss and metrics on the validation set", "metric")
+        self._num_workers = 0
+        self._validated: Mapping[str, float] = {}
+
+    def log(self, event: Event) -> None:
+        """Set the gauges: all with each progress, since Ray leaves out those that are not set again and again."""
+        match event:
+            case Started():
+                self._num_workers = event.num_workers
+            case Validated():
+                self._validated = event.figures
+                _set(self._val, event.figures)
+            case Progress():
+                self._workers.set(self._num_workers)
+                self._epochs.set(event.epoch - 1 + event.step / event.num_steps)
+                self._rate.set(event.examples_per_s)
+                _set(self._train, event.window)
+                _set(self._val, self._validated)
+
+
+def _set(gauge: Gauge, figures: Mapping[str, float]) -> None:
+    for name, value in figures.items():
+        if not math.isnan(value):
+            gauge.set(value, {"metric": name})

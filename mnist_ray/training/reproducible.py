@@ -1,0 +1,173 @@
+"""Gradients whose bits do not depend on the number of workers: ``--reproducible``.
+
+The last bits of a sum depend on the order of its additions. Here a global batch is cut into a fixed number of chunks,
+whatever the number of ranks; the gradient of each is computed by itself, on one thread, and the gradients are added
+up along one fixed tree over the chunks. Each rank adds up what it can of its own chunks, and the rest is exchanged.
+The chunks are those of EasyScale (https://arxiv.org/abs/2208.14228) and VirtualFlow (https://arxiv.org/abs/2009.09523).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mnist_ray.errors import JobError
+from mnist_ray.provenance import arithmetic
+from mnist_ray.training import shared_memory
+from mnist_ray.training.sampler import own_chunks
+
+
+class OtherArithmeticError(JobError):
+    """The ranks' machines would not compute the same bits. Raised on every rank alike."""
+
+
+def check_arithmetic(world_size: int) -> None:
+    """See that all ranks compute alike. Raises OtherArithmeticError where the bits would depend on who does what."""
+    of_ranks: list[tuple[str, dict[str, list[str]]]] = [(socket.gethostname(), arithmetic())] * world_size
+    if world_size > 1:
+        dist.all_gather_object(of_ranks, of_ranks[0])
+    first_host, first = of_ranks[0]
+    for host, own in of_ranks:
+        for name, values in own.items():
+            if values != first[name]:
+                raise OtherArithmeticError(
+                    f"--reproducible needs machines that compute alike, by versions, processor and caches: "
+                    f"{first_host} has {_but(first[name], values)}, {host} has {_but(values, first[name])}"
+                )
+
+
+def _but(values: Sequence[str], others: Sequence[str]) -> str:
+    return " ".join(value for value in values if value not in others) or "less"
+
+
+Exchange = Callable[[Tensor], Tensor]
+"""Turns this rank's rows, one a subtree, into their sum with those of the other ranks; the same on each."""
+
+
+class Subtree(NamedTuple):
+    """The sum over 2^``level`` neighbouring chunks, those from ``number`` × 2^``level`` on."""
+
+    level: int
+    number: int
+    vector: Tensor
+
+
+def added_up(nodes: Iterable[Subtree]) -> list[Subtree]:
+    """Add neighbours up as far as they are the halves of one subtree.
+
+    ``nodes`` are those of neighbouring chunks, in order. Whatever was added up before, here or elsewhere, each sum that
+    is returned has the same bits.
+    """
+    grown: list[Subtree] = []
+    for node in nodes:
+        while node.number % 2 and grown and grown[-1][:2] == (node.level, node.number - 1):
+            node = Subtree(node.level + 1, node.number // 2, grown.pop().vector + node.vector)
+        grown.append(node)
+    return grown
+
+
+class Chunks:
+    """Takes the gradients of this rank's chunks one after the other, and makes those of the whole batch of them.
+
+    A model's buffers, as the running statistics of batch normalization, are the same at the beginning of each chunk of
+    a step; the step changes them by the mean of what its chunks would.
+    """
+
+    def __init__(self, model: nn.Module, num_chunks: int, rank: int, world_size: int) -> None:
+        self.own = own_chunks(num_chunks, rank, world_size)
+        self._num_chunks, self._rank, self._world_size = num_chunks, rank, world_size
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._buffers = list(model.buffers())
+        self._before = self._copied_buffers()
+        self._dtype = functools.reduce(torch.promote_types, (p.dtype for p in self._parameters), torch.float32)
+        self._nodes: list[Subtree] = []
+
+    def take(self, chunk: int, sums: Mapping[str, Tensor]) -> None:
+        """Take what a chunk's backward pass has left in the model, and ``sums`` over its examples."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        changes = [buffer.double() - before for buffer, before in zip(self._buffers, self._before, strict=True)]
+        vector = torch.cat([part.reshape(-1).to(self._dtype) for part in (*gradients, *changes, *sums.values())])
+        self._nodes = added_up([*self._nodes, Subtree(0, chunk, vector)])
+        self._names = list(sums)
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._set_buffers(self._before)
+
+    def give(self) -> dict[str, Tensor]:
+        """Give the model the gradients and buffers of the whole batch; return the sums over its examples.
+
+        They are returned on rank 0; on the others they are zero, so that whoever adds them up over the ranks has each
+        example once.
+        """
+        total = self._exchange(torch.stack([node.vector for node in self._nodes]))
+        self._nodes = []
+        parts = [*self._parameters, *self._buffers, *(torch.empty(()) for _ in self._names)]
+        values = torch.split(total, [part.numel() for part in parts])
+        for parameter, value in zip(self._parameters, values, strict=False):
+            parameter.grad = torch.empty_like(parameter).copy_(value.view_as(parameter))  # in the parameter's layout
+        changes = values[len(self._parameters) :]
+        self._set_buffers(
+            [
+                before + change.view_as(before).double() / self._num_chunks
+                for before, change in zip(self._before, changes, strict=False)
+            ]
+        )
+        self._before = self._copied_buffers()
+        sums = values[len(values) - len(self._names) :] if self._rank == 0 else [torch.zeros(1)] * len(self._names)
+        return {name: value[0] for name, value in zip(self._names, sums, strict=True)}
+
+    def _copied_buffers(self) -> list[Tensor]:
+        return [buffer.to(torch.float64, copy=True) for buffer in self._buffers]  # exact, also for counters
+
+    def _set_buffers(self, values: Sequence[Tensor]) -> None:
+        for buffer, value in zip(self._buffers, values, strict=True):
+            buffer.copy_(value)
+
+    @functools.cached_property
+    def _exchange(self) -> Exchange:
+        """How the ranks add up; settled at the first step, on all ranks at once, when the vectors' length is known."""
+        none = torch.empty(0)
+        of_ranks = [
+            added_up(Subtree(0, chunk, none) for chunk in own_chunks(self._num_chunks, rank, self._world_size))
+            for rank in range(self._world_size)
+        ]
+        places = [node[:2] for nodes in of_ranks for node in nodes]
+
+        def total(rows: Tensor) -> Tensor:
+            nodes = added_up(Subtree(*place, row) for place, row in zip(places, rows, strict=True))
+            return functools.reduce(operator.add, (node.vector for node in nodes))
+
+        if self._world_size == 1:
+            return total
+        size, num_rows = len(self._nodes[0].vector), [len(nodes) for nodes in of_ranks]
+        memory = shared_memory.open_together(num_rows, size) if self._dtype == torch.float32 else None
+        if memory is not None:
+            exchanged = shared_memory.Exchanged(memory, self._rank, num_rows, size)
+            return lambda rows: total(exchanged(rows))
+        return functools.partial(_total_by_slices, total, num_rows)
+
+
+def _total_by_slices(total: Exchange, num_rows: Sequence[int], rows: Tensor) -> Tensor:
+    """Add up through the process group: each rank a slice of all rows, then everybody gets all slices.
+
+    ``rows`` is (rows of this rank, size), ``num_rows`` tells how many each rank has.
+    """
+    world_size, (_, size) = len(num_rows), rows.shape
+    length = math.ceil(size / world_size)
+    padded = torch.nn.functional.pad(rows, (0, length * world_size - size))
+    for_each = padded.view(-1, world_size, length).transpose(0, 1).contiguous()
+    slices = rows.new_empty(sum(num_rows), length)
+    dist.all_to_all_single(
+        slices.view(-1), for_each.view(-1), [n * length for n in num_rows], [rows.shape[0] * length] * world_size
+    )
+    whole = rows.new_empty(world_size * length)
+    dist.all_gather_into_tensor(whole, total(slices))
+    return whole[:size]

@@ -1,0 +1,281 @@
+"""What a workload says: everything about one problem that the training, the sweep and the report need to know.
+
+A workload is a class in a file of its own. It says how the data are loaded and how the model is made; whatever else it
+does not say has a default. Torch is imported where it is used: what only needs settings need not wait for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from mnist_ray.errors import UsageError
+from mnist_ray.settings import SearchSpace, values_of
+from mnist_ray.workload.user_code import Source
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Generator, Tensor, nn
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from mnist_ray.config import TrainConfig
+    from mnist_ray.workload.data import Data, Part
+    from mnist_ray.workload.drawing import Picture
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure that tells how good a model is."""
+
+    name: str
+    mode: Literal["max", "min"]
+    """Whether more is better, or less."""
+    is_fraction: bool = False
+    """Whether it lies between 0 and 1 and is shown in percent."""
+
+    def shown(self, value: float, places: int = 2) -> str:
+        """Return a value as people read it, a fraction in percent with some decimal places; a dash for NaN."""
+        if math.isnan(value):
+            return "-"
+        return f"{value:.{places}%}" if self.is_fraction else _short(value)
+
+
+def _short(value: float) -> str:
+    if value and abs(value) < 1e-3:
+        return f"{value:.2e}"
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
+
+
+LOSS = Metric("loss", "min")
+Rows = Sequence[Mapping[str, str]]
+"""Of a CSV file: each by its columns."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One of the things in a user's picture that a workload answers by itself."""
+
+    inputs: np.ndarray
+    """As the workload's data have them."""
+    box: tuple[int, int, int, int] | None = None
+    """Where it is: left, top, right, bottom in pixels of the picture; None: it is the whole picture."""
+
+    @property
+    def size(self) -> int:
+        """The area of its box, in pixels; 0 where it has none."""
+        if self.box is None:
+            return 0
+        left, top, right, bottom = self.box
+        return (right - left) * (bottom - top)
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """A workload without settings of its own."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Say what is missing where a class has settings, and does not say so."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(f"no setting {name}: write Settings = ... in the workload's class")
+
+
+class Workload:
+    """One problem. Subclasses are made in every process that trains or evaluates; they keep no state.
+
+    N is the number of examples of a batch on one rank; on the last batch of an epoch it may be 0.
+    """
+
+    Settings: ClassVar[type] = NoSettings
+    """A frozen dataclass with the workload's own settings, declared by ``setting``; they become flags."""
+    metrics: ClassVar[tuple[Metric, ...]] = ()
+    """What is reported beside the loss. The first chooses the checkpoint; without any, the loss does."""
+    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Named values of settings, for ``--recipe``; those of ``default`` hold where no other is named."""
+    search: ClassVar[Mapping[str, SearchSpace | None]] = {}
+    """Other search spaces, as ``{"learning_rate": Range(1e-3, 1e-1, log=True)}``; None: it is not searched."""
+    noun: ClassVar[str] = "example"
+    """What one example is called."""
+    answer_noun: ClassVar[str] = "answer"
+    """What an answer to a picture is called."""
+    output_noun: ClassVar[str] = "outputs"
+    """What the model's outputs are called."""
+
+    source: Source | None = None
+    """Where its code comes from; set as it is loaded."""
+
+    def __init__(self, settings: Any = None, facts: Mapping[str, Any] | None = None) -> None:
+        self.settings: Any = self.Settings() if settings is None else settings
+        self.facts: dict[str, Any] = dict(facts or {})
+        """What the model must know of the data: see ``Data.facts``."""
+
+    # --- what is learned from
+
+    def load_data(self) -> Data:
+        """Return the data."""
+        raise NotImplementedError
+
+    def facts_of(self, data: Data) -> dict[str, Any]:
+        """Return what the model must know of the data."""
+        return dict(data.facts)
+
+    def check_data(self, data: Data) -> None:
+        """Raise UsageError where the data are not what the workload takes; asked once, before Ray starts."""
+
+    # --- what learns
+
+    def create_model(self) -> nn.Module:
+        """Return a new model, as ``self.settings`` and ``self.facts`` say; torch's generator is seeded before."""
+        raise NotImplementedError
+
+    def prepare(self, inputs: Any, generator: Generator | None) -> Any:
+        """Turn a batch of inputs, on the device, into what the model takes.
+
+        ``generator`` is there in training only, for augmentation: it is seeded by seed, epoch, step and rank, so a
+        resumed run draws what it would have drawn.
+        """
+        return inputs
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the loss of each example, (N,). Outputs are fp32, whatever the model has computed in."""
+        raise NotImplementedError
+
+    def training_loss(self, outputs: Any, targets: Any, config: TrainConfig) -> Tensor | None:
+        """Return what training minimizes of each example, (N,), in place of the loss that is reported; None: that."""
+        if config.label_smoothing:
+            raise UsageError("--label-smoothing is for a Classification that has no loss of its own")
+        return None
+
+    def measure(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
+        """Return figures of each example, (N,) each, of which the metrics are made."""
+        return {}
+
+    def summarize(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Return the ``metrics``, made of the means of what ``measure`` returns over all examples of all ranks."""
+        return dict(means)
+
+    def create_optimizer(self, model: nn.Module, config: TrainConfig) -> Optimizer:
+        """Return the optimizer that ``config`` names."""
+        from torch import optim
+
+        options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+        if config.optimizer == "sgd":
+            return optim.SGD(model.parameters(), momentum=config.momentum, **options)
+        kind = optim.AdamW if config.optimizer == "adamw" else optim.Adam
+        return kind(model.parameters(), betas=(config.beta1, config.beta2), **options)
+
+    def create_scheduler(self, optimizer: Optimizer, config: TrainConfig, total_steps: int) -> LRScheduler:
+        """Return the schedule of the learning rate, stepped after each of ``total_steps`` steps."""
+        from torch.optim.lr_scheduler import ConstantLR, OneCycleLR
+
+        if config.schedule == "constant":
+            return ConstantLR(optimizer, factor=1.0)
+        # One-cycle: https://arxiv.org/abs/1708.07120. Betas and momentum stay as configured.
+        return OneCycleLR(optimizer, config.learning_rate, total_steps, cycle_momentum=False)
+
+    # --- what is shown
+
+    def check_outputs(self, outputs: Any, targets: Any) -> None:
+        """Raise UsageError where a model's outputs cannot be what the data need; asked once, before Ray starts."""
+
+    def predictions(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
+        """Return columns of predictions.csv, (N,) each."""
+        return {}
+
+    def readable(self, columns: Mapping[str, np.ndarray]) -> dict[str, Sequence[Any]]:
+        """Return the columns of predictions.csv as they are written."""
+        return {name: values.tolist() for name, values in columns.items()}
+
+    def details(self, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Return what result.json holds of the test set beside the metrics."""
+        return {}
+
+    def lines(self, columns: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
+        """Return what the console shows of the test set before the metrics: (label, text) of each line."""
+        return []
+
+    def pictures(self, result: Mapping[str, Any], rows: Rows, test: Part | None) -> list[Picture]:
+        """Return the report's pictures of the test set.
+
+        ``result`` is what result.json holds, ``rows`` are those of predictions.csv (empty where there is none), and
+        ``test`` the examples that they are about, where they can be had.
+        """
+        return []
+
+    def as_picture(self, inputs: Any) -> np.ndarray | None:
+        """Return what one input looks like, (H, W) or (H, W, 3) uint8; None where it looks like nothing."""
+        return None
+
+    def read_picture(self, picture: Image, *, as_is: bool) -> np.ndarray:
+        """Make one input of a user's own picture; ``as_is``: scale it and no more. Raises UsageError.
+
+        Workloads that have it answer to ``jobs/predict.py``.
+        """
+        raise UsageError(f"{type(self).__name__} does not answer pictures: it defines no read_picture()")
+
+    def marks(self, picture: Image) -> list[Mark]:
+        """Return all that is to be answered in a user's own picture, in the order of reading. Raises UsageError."""
+        return [Mark(self.read_picture(picture, as_is=False))]
+
+    def answers(self, outputs: Any) -> list[list[tuple[Any, float]]]:
+        """Return what the model says to each input, the best first: answers with their probabilities."""
+        raise UsageError(f"{type(self).__name__} defines no answers(): it cannot be asked, only evaluated and exported")
+
+    # --- derived
+
+    @property
+    def criterion(self) -> Metric:
+        """What chooses the checkpoint."""
+        return self.metrics[0] if self.metrics else LOSS
+
+    @property
+    def figures(self) -> tuple[Metric, ...]:
+        """All that is reported: the loss, then the metrics."""
+        return (LOSS, *self.metrics)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint says of its workload: enough to make the same model again."""
+        assert self.source is not None
+        return {
+            "reference": self.source.reference,
+            "sha256": self.source.sha256,
+            "settings": values_of(self.settings),
+            "facts": self.facts,
+        }
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The training's settings and its own where nobody says anything."""
+        from mnist_ray.config import TrainConfig
+
+        return {**values_of(TrainConfig(), self.Settings()), **self.recipes.get("default", {})}
+
+    def changed(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of some settings that are not the default."""
+        defaults = self.defaults
+        return {name: value for name, value in values.items() if name in defaults and value != defaults[name]}
+
+    @property
+    def nouns(self) -> str:
+        """What examples are called."""
+        return f"{self.noun}s"
+
+    @property
+    def rate(self) -> str:
+        """The name of the figure of training speed: ``images_per_s`` where an example is an image."""
+        return f"{self.nouns}_per_s"
+
+    @property
+    def answers_pictures(self) -> bool:
+        """Whether ``jobs/predict.py`` can ask it."""
+        return type(self).read_picture is not Workload.read_picture
+
+    def said(self, figures: Mapping[str, float]) -> str:
+        """Return figures as people read them: ``loss 0.0371, accuracy 98.80%``."""
+        return ", ".join(f"{metric.name} {metric.shown(figures[metric.name])}" for metric in self.figures)

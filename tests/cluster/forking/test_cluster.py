@@ -1,0 +1,119 @@
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mnist_ray.cluster.forking import starting
+from mnist_ray.cluster.forking.shim import MODULES_VARIABLE
+from mnist_ray.cluster.forking.starting import Forking
+from tests.conftest import ROOT
+
+FORKING = Forking(is_wanted=True, modules=("torch", "ray.tune"), server=None)
+
+
+def of_job(monkeypatch: pytest.MonkeyPatch, **runtime_env: Any) -> None:
+    """Let this process be a job's that was submitted with a runtime environment."""
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": runtime_env}))
+
+
+def program(path: Path) -> Path:
+    """Write a program that prints how it was called, a word a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("""#!/bin/sh\nprintf '%s\\n' "$0" "$@"\n""")
+    path.chmod(0o755)
+    return path
+
+
+def test_the_modules_are_told_in_a_variable() -> None:
+    assert starting.runtime_env_to_fork(FORKING)["env_vars"] == {MODULES_VARIABLE: "torch ray.tune"}
+
+
+def test_nothing_is_asked_for_where_workers_are_not_to_be_forked() -> None:
+    assert starting.runtime_env_to_fork(Forking(is_wanted=False, modules=("torch",), server=None)) == {}
+
+
+@pytest.mark.parametrize(
+    "runtime_env",
+    [{"pip": ["wine"]}, {"conda": "wine"}, {"py_executable": "python -u"}, {"image_uri": "wine"}, {"uv": ["wine"]}],
+    ids=lambda runtime_env: next(iter(runtime_env)),
+)
+def test_a_job_with_a_python_of_its_own_keeps_it(runtime_env: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    of_job(monkeypatch, working_dir="gcs://some.zip", **runtime_env)
+    assert starting.runtime_env_to_fork(FORKING) == {}
+
+
+@pytest.fixture
+def drivers_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    python = program(tmp_path / "it's a venv" / "bin" / "python")
+    monkeypatch.setattr("sys.executable", str(python))
+    return python
+
+
+@pytest.fixture
+def shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = program(tmp_path / "a package" / "shim.py")
+    monkeypatch.setattr(starting, "SHIM", path)
+    return path
+
+
+def start_worker(folder: Path, site_packages: Path) -> list[str]:
+    """Start a worker as Ray does where it is installed, in a folder; return the program that runs, and its arguments.
+
+    The ``python3`` of this node is ``path/python3`` in that folder.
+    """
+    python3 = program(folder / "path" / "python3")
+    start = f"exec {starting.runtime_env_to_fork(FORKING)['py_executable']} {worker_in(site_packages)} --flag='1 2'"
+    variables = {"PATH": f"{python3.parent}:/usr/bin:/bin"}
+    done = subprocess.run(["bash", "-c", start], cwd=folder, env=variables, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def worker_in(site_packages: Path) -> str:
+    return f"{site_packages}/ray/_private/workers/default_worker.py"
+
+
+def test_workers_are_started_by_the_shim(tmp_path: Path, drivers_python: Path, shim: Path) -> None:
+    packages = tmp_path / "lib" / "python3.11" / "site-packages"
+    expected = [str(drivers_python), "-S", "-E", str(shim), worker_in(packages), "--flag=1 2"]
+    assert start_worker(tmp_path, packages) == expected
+
+
+def test_the_shim_is_looked_for_in_the_working_directory_that_a_node_has(
+    tmp_path: Path, drivers_python: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    of_job(monkeypatch, working_dir="gcs://some.zip", env_vars={"A": "1"})
+    program(tmp_path / "mnist_ray" / "cluster" / "forking" / "shim.py")
+    assert start_worker(tmp_path, tmp_path)[:4] == [
+        str(drivers_python),
+        "-S",
+        "-E",
+        "mnist_ray/cluster/forking/shim.py",
+    ]
+
+
+@pytest.mark.parametrize("missing", ["drivers_python", "shim"])
+@pytest.mark.parametrize(
+    "packages",
+    [
+        "lib/python3.11/site-packages",
+        "lib64/python3.11/site-packages",
+    ],
+)
+@pytest.mark.usefixtures("drivers_python", "shim")
+def test_a_node_that_has_them_elsewhere_starts_workers_with_the_python_beside_its_ray(
+    missing: str, packages: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue(missing).unlink()
+    python, packages_there = program(tmp_path / "nodes" / "bin" / "python"), tmp_path / "nodes" / packages
+    assert start_worker(tmp_path, packages_there) == [str(python), worker_in(packages_there), "--flag=1 2"]
+
+
+def test_where_no_python_is_beside_ray_workers_are_started_with_the_one_of_the_path(
+    tmp_path: Path, drivers_python: Path, shim: Path
+) -> None:
+    shim.unlink()
+    packages = tmp_path / "lib" / "python3" / "dist-packages"
+    assert start_worker(tmp_path, packages) == [str(tmp_path / "path" / "python3"), worker_in(packages), "--flag=1 2"]

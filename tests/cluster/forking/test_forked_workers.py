@@ -1,0 +1,198 @@
+import contextlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.cluster.forking.conftest import ENVIRONMENT, end, has_ended, wait_for
+from tests.conftest import ROOT
+
+DRIVER = """\
+import json, os, resource, signal, sys
+from mnist_ray.cluster.connect import connect
+from mnist_ray.config import WorkerConfig
+from mnist_ray.cluster.forking.starting import prepared_forking
+
+def look():
+    import ray
+    print("hello")
+    return {
+        "pid": os.getpid(),
+        "parent": os.getppid(),
+        "parent's title": open(f"/proc/{os.getppid()}/cmdline").read(),
+        "title": open("/proc/self/cmdline").read(),
+        "id": ray.NodeID.from_random().hex(),
+        "log": os.readlink("/proc/self/fd/1"),
+        "nice": os.getpriority(os.PRIO_PROCESS, 0),
+        "oom_score_adj": open("/proc/self/oom_score_adj").read(),
+        "open files": resource.getrlimit(resource.RLIMIT_NOFILE),
+        "blocked signals": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+        "leads a group": os.getpgid(0) == os.getpid(),
+    }
+
+class Actor:
+    look = staticmethod(look)
+
+def start_actor(**variables):
+    return ray.remote(Actor).options(num_cpus=0, runtime_env={"env_vars": variables}).remote()
+
+fork_workers, then = sys.argv[1:]
+config = WorkerConfig(fork_workers=fork_workers)
+with prepared_forking(config, "ray") as forking, connect(config, forking):
+    import ray
+    one, another = start_actor(), start_actor()
+    told = {"workers": ray.get([ray.remote(look).remote(), one.look.remote(), another.look.remote()])}
+    for worker in told["workers"]:
+        worker["printed"] = open(worker["log"]).read()
+    if forking.server is not None:
+        told |= {"server": forking.server.process.pid, "folder": str(forking.server.folder)}
+    if then == "kill the server":
+        forking.server.process.kill()
+        forking.server.process.wait()
+        told["later"] = ray.get([start_actor(LATER="1").look.remote(), one.look.remote()])
+    print(json.dumps(told), flush=True)
+    if then == "stay":
+        signal.pause()
+"""
+SPILLING = """\
+from mnist_ray.cluster.local_ray import new_session, start_local
+from mnist_ray.config import WorkerConfig
+from mnist_ray.cluster.forking.starting import prepared_forking
+
+import numpy, ray
+with prepared_forking(WorkerConfig(), "mnist_ray") as forking:
+    start_local(1, forking, new_session(), log_to_driver=False, object_store_memory=80 * 2**20)
+    kept = [ray.put(numpy.full(30 * 2**20, number, numpy.uint8)) for number in range(5)]
+    print([int(ray.get(one)[-1]) for one in kept])
+    ray.shutdown()
+"""
+
+
+@contextlib.contextmanager
+def driver(*words: str, address: str = "local") -> Iterator[tuple[psutil.Popen, dict[str, Any]]]:
+    """Run a driver whose workers look at themselves; it is there with what it has told."""
+    variables = {**ENVIRONMENT, "RAY_ADDRESS": address}
+    process = psutil.Popen([sys.executable, "-c", DRIVER, *words], cwd=ROOT, env=variables, stdout=subprocess.PIPE)
+    try:
+        yield process, json.loads(process.stdout.readline())
+    finally:
+        if process.is_running():
+            process.kill()
+        process.communicate()
+
+
+def told(*words: str, **options: str) -> dict[str, Any]:
+    """Return what a driver has told that has come to its end."""
+    with driver(*words, **options) as (process, content):
+        assert process.wait(60) == 0
+        return content
+
+
+@pytest.fixture(scope="module")
+def forked() -> dict[str, Any]:
+    return told("auto", "end")
+
+
+@pytest.fixture(scope="module")
+def usual() -> dict[str, Any]:
+    return told("no", "end")
+
+
+def test_tasks_and_actors_run_in_children_of_the_server(forked: dict[str, Any]) -> None:
+    assert {worker["parent"] for worker in forked["workers"]} == {forked["server"]}
+
+
+def test_workers_are_children_of_the_raylet_where_none_is_to_be_forked(usual: dict[str, Any]) -> None:
+    assert all("/raylet" in worker["parent's title"] for worker in usual["workers"])
+
+
+def test_two_workers_draw_different_ids(forked: dict[str, Any]) -> None:
+    drawn = [worker["id"] for worker in forked["workers"]]
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_workers_have_the_titles_that_ray_gives(forked: dict[str, Any], usual: dict[str, Any]) -> None:
+    for told_of in (forked, usual):
+        titles = [worker["title"].rstrip("\0") for worker in told_of["workers"]]
+        assert titles == ["ray::look", "ray::Actor.look", "ray::Actor.look"]
+
+
+@pytest.mark.parametrize("what", ["nice", "oom_score_adj", "open files", "blocked signals", "leads a group"])
+def test_a_forked_worker_has_what_one_of_rays_own_has(what: str, forked: dict[str, Any], usual: dict[str, Any]) -> None:
+    assert [worker[what] for worker in forked["workers"]] == [worker[what] for worker in usual["workers"]]
+
+
+def test_what_a_worker_prints_is_in_rays_log_of_it(forked: dict[str, Any], usual: dict[str, Any]) -> None:
+    for worker in (*forked["workers"], *usual["workers"]):
+        log = Path(worker["log"])
+        assert re.fullmatch(rf"worker-[0-9a-f]{{56}}-01000000-{worker['pid']}\.out", log.name)
+        assert log.parent.parent.name.startswith("session_")
+        assert "hello\n" in worker["printed"]
+
+
+def test_nothing_of_the_server_is_left(forked: dict[str, Any]) -> None:
+    assert not psutil.pid_exists(forked["server"])
+    assert not Path(forked["folder"]).exists()
+
+
+def test_when_the_server_is_killed_workers_live_on_and_later_ones_start_as_usual() -> None:
+    content = told("auto", "kill the server")
+    later, one = content["later"]
+    assert "/raylet" in later["parent's title"]
+    assert one["pid"] == content["workers"][1]["pid"]
+    assert not Path(content["folder"]).exists()
+
+
+def test_when_the_driver_is_killed_the_server_its_workers_and_its_folder_go() -> None:
+    with driver("auto", "stay") as (process, content):
+        everything, server = process.children(recursive=True), psutil.Process(content["server"])
+        forked = server.children()
+        assert {worker["pid"] for worker in content["workers"]} <= {one.pid for one in forked}
+        process.kill()
+        process.wait()
+        wait_for(lambda: all(map(has_ended, [server, *forked])))
+        assert not Path(content["folder"]).exists()
+    end(everything)  # Ray's agents take their time
+
+
+@pytest.mark.long
+def test_objects_that_do_not_fit_into_memory_are_spilled_and_read_again() -> None:
+    environment = {**ENVIRONMENT, "RAY_ADDRESS": "local"}
+    done = subprocess.run(
+        [sys.executable, "-c", SPILLING], cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True
+    )
+    assert done.stdout == b"[0, 1, 2, 3, 4]\n"
+
+
+def test_a_job_on_a_cluster_has_its_workers_forked_by_a_server_of_its_own(ray_address: str) -> None:
+    content = told("auto", "end", address=ray_address)
+    (server,) = {worker["parent"] for worker in content["workers"]}
+    end([psutil.Process(server)])
+    assert "/sockets/fork-" in content["workers"][0]["parent's title"]
+
+
+@pytest.mark.long
+def test_workers_that_die_at_once_end_a_job_with_one_line(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if any('default_worker.py' in word for word in sys.orig_argv):\n"
+        "    print('no room', file=sys.stderr, flush=True)\n"
+        "    os._exit(3)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / "train.py"), "--fork-workers", "no", "--storage-path", str(tmp_path)],
+        env={**ENVIRONMENT, "RAY_ADDRESS": "local", "PYTHONPATH": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    said = r"error: Ray's worker processes do not start; the last that one wrote: no room \(log: \S+/raylet\.err\)\n"
+    assert re.fullmatch(said, done.stderr)

@@ -1,0 +1,272 @@
+import json
+import os
+import resource
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mnist_ray.cluster.forking import shim
+from tests.cluster.forking.conftest import Server, fork, has_ended, run_shim, serving, wait_for
+
+AN_ACTOR = "import ray\n@ray.remote\nclass Actor: pass"
+A_THREAD = "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()"
+AN_ID = "import ray\nray.NodeID.from_random()"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One that forks."""
+    with serving(tmp_path_factory.mktemp("server"), "numpy.random", "pyarrow", "torch", actor=AN_ACTOR) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One that imports little and refuses whatever it is asked for."""
+    with serving(tmp_path_factory.mktemp("refusing"), "no_such_module") as running:
+        yield running
+
+
+@pytest.fixture
+def importing(tmp_path: Path) -> Iterator[Server]:
+    """One that imports until there is a file named go."""
+    gate = str(tmp_path / "go")
+    with serving(tmp_path, slow=f"import os, time\nwhile not os.path.exists({gate!r}): time.sleep(0.01)") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def seen(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a worker sees of itself."""
+    return fork(tmp_path_factory.mktemp("worker"), env=server.environment)
+
+
+def refusal(folder: Path, environment: dict[str, str]) -> str:
+    """Return why a worker was not forked; it was started all the same."""
+    script = folder / "usual.py"
+    script.write_text("print('as usual')")
+    printed, complained = run_shim(folder, script, env=environment)
+    assert printed == "as usual\n"
+    assert complained.startswith("a worker is started as usual, not forked: ")
+    return complained.removeprefix("a worker is started as usual, not forked: ").rstrip()
+
+
+def send(connection: socket.socket, server: Server, content: bytes, size: int | None = None, file: int = 1) -> None:
+    """Send as the shim does, but one descriptor for all three."""
+    connection.connect(str(server.address))
+    head = (len(content) if size is None else size).to_bytes(4, "big")
+    socket.send_fds(connection, [head], [file] * 3)
+    connection.sendall(content)
+
+
+def workers_of(server: Server) -> list[int]:
+    return [child.pid for child in psutil.Process(server.process.pid).children()]
+
+
+def request_of(folder: Path, server: Server) -> bytes:
+    """Return a request for a worker that stays."""
+    script = folder / "stays.py"
+    script.write_text("import signal; signal.pause()")
+    return json.dumps(shim.request([str(script)], server.environment)).encode()
+
+
+@pytest.mark.parametrize("generator", ["Python", "NumPy", "PyTorch", "Ray"])
+def test_two_workers_draw_different_numbers(
+    generator: str, server: Server, seen: dict[str, Any], tmp_path: Path
+) -> None:
+    another = fork(tmp_path, env=server.environment)
+    assert another[f"{generator}'s number"] != seen[f"{generator}'s number"]
+
+
+def test_a_worker_is_a_child_of_the_server(server: Server, seen: dict[str, Any]) -> None:
+    assert seen["parent"] == server.process.pid
+
+
+def test_a_worker_begins_with_one_thread_and_without_cuda(seen: dict[str, Any]) -> None:
+    assert (seen["threads"], seen["uses CUDA"]) == (1, False)
+
+
+def test_a_worker_has_the_variables_that_it_is_to_have_and_no_other(server: Server, tmp_path: Path) -> None:
+    environment = {**server.environment, "OF_THE_WORKER": "1"}
+    assert fork(tmp_path, env=environment)["environment"] == environment
+
+
+def test_a_worker_runs_its_script_as_python_would(server: Server, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    worker = fork(tmp_path, "some", "words", env=server.environment, cwd=elsewhere)
+    assert worker["argv"] == [str(tmp_path / "worker.py"), str(tmp_path / "seen.json"), "some", "words"]
+    assert worker["name"] == "__main__"
+    assert worker["folder"] == str(elsewhere)
+    assert worker["folder of imports"] == str(tmp_path)
+
+
+def test_a_worker_has_its_own_three_descriptors_and_none_of_the_server(server: Server, tmp_path: Path) -> None:
+    names = ("stdin", "stdout", "stderr")
+    expected = {str(number): str(tmp_path / name) for number, name in enumerate(names)}
+    assert fork(tmp_path, env=server.environment)["descriptors"] == expected
+
+
+def test_a_worker_handles_signals_as_a_new_python_does(seen: dict[str, Any]) -> None:
+    handler = subprocess.run(
+        [sys.executable, "-c", "import signal; print(signal.getsignal(signal.SIGINT))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert seen["SIGINT"] == handler.stdout.strip()
+    assert seen["SIGCHLD"] == str(signal.SIG_DFL)
+
+
+def test_a_worker_has_the_priority_limits_group_and_signals_of_who_asks(server: Server, tmp_path: Path) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def be_unusual() -> None:
+        os.nice(5)
+        os.setpgid(0, 0)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (500, most))
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+    worker = fork(tmp_path, env=server.environment, preexec_fn=be_unusual)
+    assert worker["nice"] == os.getpriority(os.PRIO_PROCESS, 0) + 5
+    assert worker["leads a group"]
+    assert worker["open files"] == [500, most]
+    assert worker["blocked signals"] == [signal.SIGINT]
+    assert worker["oom_score_adj"] == 1000
+
+
+def test_a_worker_of_no_group_of_its_own_is_in_the_servers(seen: dict[str, Any]) -> None:
+    assert not seen["leads a group"]
+
+
+@pytest.mark.parametrize("threads", ["1", "2", "3,1"])
+def test_pytorch_has_the_threads_that_a_workers_variables_say(threads: str, server: Server, tmp_path: Path) -> None:
+    worker = fork(tmp_path, env={**server.environment, "OMP_NUM_THREADS": threads})
+    assert worker["threads of PyTorch"] == int(threads[0])
+
+
+@pytest.mark.parametrize("name", ["MKL_NUM_THREADS", "OMP_SCHEDULE", "LD_LIBRARY_PATH", "PYTHONHASHSEED", "RAY_JOB_ID"])
+def test_another_value_of_what_a_library_has_read_by_now_is_refused(name: str, server: Server, tmp_path: Path) -> None:
+    said = refusal(tmp_path, {**server.environment, name: "1"})
+    assert said == f"{name} is another one than the fork server's"
+
+
+def test_a_worker_without_a_variable_that_a_library_has_read_is_refused(server: Server, tmp_path: Path) -> None:
+    environment = {name: value for name, value in server.environment.items() if name != "PYTHONPATH"}
+    assert refusal(tmp_path, environment) == "PYTHONPATH is another one than the fork server's"
+
+
+def test_a_worker_that_cannot_be_what_was_asked_for_is_refused(server: Server, tmp_path: Path) -> None:
+    request = json.loads(request_of(tmp_path, server)) | {"folder": str(tmp_path / "gone")}
+    with socket.socket(socket.AF_UNIX) as connection:
+        send(connection, server, json.dumps(request).encode())
+        assert connection.recv(1000).startswith(b"FileNotFoundError")
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        (A_THREAD, "the fork server has 2 threads"),
+        (AN_ID, "two forks would draw the same ids"),
+    ],
+    ids=["that cannot be imported", "that starts a thread", "that draws an id"],
+)
+def test_a_module_after_which_none_can_be_forked_is_refused(source: str, said: str, tmp_path: Path) -> None:
+    with serving(tmp_path, module=source) as running:
+        assert refusal(tmp_path, running.environment) == said
+
+
+def test_only_this_user_may_connect(server: Server) -> None:
+    assert stat.S_IMODE(server.address.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("content", "size"),
+    [
+        (b"", 0),
+        (b"", 5),
+        (b"{", 2**32 - 1),
+        (b"hello", 5),
+        (b"\xff", 1),
+        (b"null", 4),
+        (b"[]", 2),
+        (b"{}", 2),
+        (b"[" * 9999, 9999),
+    ],
+)
+def test_rubbish_does_not_end_the_server(content: bytes, size: int, refusing: Server, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as connection:
+        send(connection, refusing, content, size)
+    assert "no_such_module" in refusal(tmp_path, refusing.environment)
+
+
+def test_the_descriptors_of_a_client_that_hangs_up_are_closed(refusing: Server, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as connection, (tmp_path / "sent").open("w") as file:
+        send(connection, refusing, b"{", 100, file.fileno())
+    refusal(tmp_path, refusing.environment)  # now the server is done with the other one
+    assert file.name not in {os.readlink(link) for link in Path(f"/proc/{refusing.process.pid}/fd").iterdir()}
+
+
+def test_who_asks_while_modules_are_imported_is_answered_afterwards(importing: Server, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as connection:
+        send(connection, importing, request_of(tmp_path, importing))
+        (tmp_path / "go").touch()
+        answer = int(connection.recv(100))
+    assert workers_of(importing) == [answer]
+
+
+def test_who_has_hung_up_before_the_answer_has_no_worker(importing: Server, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as connection:
+        send(connection, importing, request_of(tmp_path, importing))
+    with socket.socket(socket.AF_UNIX) as connection:
+        send(connection, importing, request_of(tmp_path, importing))
+        (tmp_path / "go").touch()
+        answer = int(connection.recv(100))
+    assert workers_of(importing) == [answer]
+
+
+def test_a_killed_worker_leaves_no_zombie(server: Server, tmp_path: Path) -> None:
+    worker = fork(tmp_path, "stay", env=server.environment)
+    os.kill(worker["pid"], signal.SIGKILL)
+    wait_for(lambda: not psutil.pid_exists(worker["pid"]))
+
+
+def test_a_server_ends_with_its_owner_and_leaves_its_workers_but_no_file(tmp_path: Path) -> None:
+    with serving(tmp_path, "torch") as running:
+        worker = psutil.Process(fork(tmp_path, "stay", env=running.environment)["pid"])
+        try:
+            assert running.process.stdin is not None
+            running.process.stdin.close()
+            assert running.process.wait(60) == 0
+            assert not running.address.parent.exists()
+            assert not has_ended(worker)
+        finally:
+            worker.kill()
+        wait_for(lambda: has_ended(worker))
+
+
+def test_a_server_sees_its_owners_end_while_it_imports(tmp_path: Path) -> None:
+    endless = f"import pathlib, time\npathlib.Path({str(tmp_path / 'importing')!r}).touch()\nwhile True: time.sleep(1)"
+    with serving(tmp_path, endless=endless) as running:
+        wait_for((tmp_path / "importing").exists)
+        assert running.process.stdin is not None
+        running.process.stdin.close()
+        assert running.process.wait(60) == 0
+        assert not running.address.parent.exists()
+
+
+@pytest.mark.long
+def test_a_server_without_an_owner_ends_when_it_has_no_workers(tmp_path: Path) -> None:
+    with serving(tmp_path, stdin=subprocess.DEVNULL) as running:
+        assert running.process.wait(60) == 0
+        assert not running.address.parent.exists()

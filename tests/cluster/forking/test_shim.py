@@ -1,0 +1,139 @@
+import json
+import os
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ray._private.runtime_env.context import RuntimeEnvContext
+
+from mnist_ray.cluster.forking.shim import MODULES_VARIABLE, SOCKET_VARIABLE, node_address, variables_of
+from tests.cluster.forking.conftest import ENVIRONMENT, end, fork, run_shim, wait_for
+
+OF_JOB = {"RAY_JOB_ID": "07000000", "RAY_RAYLET_PID": str(os.getpid())}
+
+
+def flag(**context: Any) -> str:
+    """Return how Ray tells of a worker's runtime environment."""
+    return f"--serialized-runtime-env-context={RuntimeEnvContext(**context).serialize()}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables"),
+    [
+        ([], {}),
+        (["--language=PYTHON", flag()], {}),
+        ([flag(env_vars={"A": "1", "B": "two words"}), "--node-id=5"], {"A": "1", "B": "two words"}),
+    ],
+)
+def test_the_variables_of_a_runtime_environment_are_read(flags: list[str], variables: dict[str, str]) -> None:
+    assert variables_of(["default_worker.py", *flags]) == variables
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        {"command_prefix": ["source activate &&"]},
+        {"py_executable": "/usr/bin/env python"},
+        {"override_worker_entrypoint": "worker.py"},
+        {"java_jars": ["a.jar"]},
+        {"env_vars": {"PATH": "/opt:$PATH"}},
+    ],
+)
+def test_a_runtime_environment_of_more_than_plain_variables_is_left_to_ray(context: dict[str, Any]) -> None:
+    assert variables_of(["default_worker.py", flag(**context)]) is None
+
+
+def test_the_python_of_another_environment_is_left_to_ray(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.symlink_to(os.path.realpath(sys.executable))  # as in any venv
+    assert variables_of(["default_worker.py", flag(py_executable=str(python))]) is None
+
+
+def started(folder: Path, *flags: str, **variables: str) -> tuple[list[str], str]:
+    """Return the command that a shim becomes in place of a worker, and what it says."""
+    for name in ("default_worker.py", "setup_worker.py"):
+        (folder / name).write_text("import json, sys; print(json.dumps(sys.argv))")
+    printed, complained = run_shim(folder, folder / "default_worker.py", *flags, env={**ENVIRONMENT, **variables})
+    return json.loads(printed), complained
+
+
+@pytest.mark.parametrize("flags", [[], ["--node-id=5"]])
+def test_a_worker_is_started_where_there_is_no_server(flags: list[str], tmp_path: Path) -> None:
+    command, said = started(tmp_path, *flags, **{SOCKET_VARIABLE: str(tmp_path / "none")})
+    assert command == [str(tmp_path / "default_worker.py"), *flags]
+    assert said.startswith("a worker is started as usual, not forked: the fork server does not answer: [Errno 2]")
+
+
+@pytest.mark.parametrize("context", [{"env_vars": {"A": "1"}}, {"command_prefix": ["source activate &&"]}])
+def test_a_worker_with_a_runtime_environment_is_started_by_rays_own_script(
+    context: dict[str, Any], tmp_path: Path
+) -> None:
+    flags = ["--node-id=5", "--language=PYTHON", flag(**context)]
+    command, said = started(tmp_path, *flags)
+    assert command == [str(tmp_path / "setup_worker.py"), str(tmp_path / "default_worker.py"), *flags]
+    assert said.startswith("a worker is started as usual, not forked: ")
+
+
+@pytest.mark.parametrize(("answer", "said"), [(b"it is too cold", "it is too cold"), (b"", "the fork server has gone")])
+def test_a_worker_is_started_where_the_server_refuses(answer: bytes, said: str, tmp_path: Path) -> None:
+    def refuse() -> None:
+        connection, _ = listener.accept()
+        with connection, connection.makefile("rb") as content:
+            content.read(int.from_bytes(content.read(4), "big"))
+            connection.sendall(answer)
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "fork"))
+        listener.listen()
+        threading.Thread(target=refuse, daemon=True).start()
+        command, complained = started(tmp_path, **{SOCKET_VARIABLE: str(tmp_path / "fork")})
+    assert command == [str(tmp_path / "default_worker.py")]
+    assert complained == f"a worker is started as usual, not forked: {said}\n"
+
+
+@pytest.fixture
+def sockets() -> Iterator[Path]:
+    """The folder of a session's sockets; servers that come to listen there are ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        sockets = Path(folder, "session", "sockets")
+        sockets.mkdir(parents=True)
+        yield sockets
+        end(processes_of(sockets))
+
+
+def processes_of(sockets: Path) -> list[psutil.Process]:
+    """Return the servers that listen in a folder, and what they have forked."""
+    found = psutil.process_iter(["cmdline"])
+    return [one for one in found if f"{sockets}/" in " ".join(one.info["cmdline"] or ())]
+
+
+def start_workers(sockets: Path, count: int) -> list[dict[str, Any]]:
+    """Start workers of a job on a cluster at once, and return what they see of themselves."""
+    session, variables = sockets.parent, {MODULES_VARIABLE: "numpy torch", **OF_JOB}
+    folders = [session / str(number) for number in range(count)]
+    flags = [f"--temp-dir={session.parent}", f"--session-name={session.name}"]
+    for folder in folders:
+        folder.mkdir()
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(lambda folder: fork(folder, *flags, env={**ENVIRONMENT, **variables}), folders))
+
+
+def test_of_workers_that_begin_at_once_one_starts_the_server_for_all(sockets: Path) -> None:
+    (server,) = {worker["parent"] for worker in start_workers(sockets, 4)}
+    wait_for(lambda: [one.pid for one in processes_of(sockets)] == [server])  # once the workers have ended
+
+
+def test_the_socket_of_a_killed_server_does_not_hinder_the_next(sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in OF_JOB.items():
+        monkeypatch.setenv(name, value)
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(node_address([f"--temp-dir={sockets.parents[1]}", f"--session-name={sockets.parent.name}"]))
+    (worker,) = start_workers(sockets, 1)
+    assert worker["parent"] in [one.pid for one in processes_of(sockets)]

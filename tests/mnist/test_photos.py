@@ -1,0 +1,236 @@
+import io
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+from mnist_ray.errors import UsageError
+from mnist_ray.mnist.photo import marks, to_mnist
+from mnist_ray.tools.predict import read_image
+from mnist_ray.workload.data import Arrays
+
+EXIF_ORIENTATION = 0x0112
+
+
+def ink(image: np.ndarray, size: tuple[int, int] = (300, 240), at: tuple[int, int] = (120, 30)) -> np.ndarray:
+    """Return a larger picture (H, W) in 0 to 1 with one of MNIST's digits somewhere in it."""
+    canvas = np.zeros(size)
+    canvas[at[0] : at[0] + 112, at[1] : at[1] + 112] = np.kron(image / 255, np.ones((4, 4)))
+    return canvas
+
+
+def grey(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.uint8(np.clip(values, 0, 255)))
+
+
+def encoded(image: Image.Image, form: str, **options: object) -> bytes:
+    content = io.BytesIO()
+    image.save(content, form, **options)
+    return content.getvalue()
+
+
+@pytest.fixture(params=[0, 4, 7, 18, 61], ids=lambda index: f"image{index}")
+def digit(request: pytest.FixtureRequest, mnist_test: Arrays) -> np.ndarray:
+    return mnist_test.inputs[request.param]
+
+
+def similarity(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the cosine of two images."""
+    return float((a.astype(float) * b).sum() / np.linalg.norm(a.astype(float)) / np.linalg.norm(b.astype(float)))
+
+
+def on_paper(values: np.ndarray) -> Image.Image:
+    return grey(230 - 200 * values)
+
+
+def on_a_blackboard(values: np.ndarray) -> Image.Image:
+    return grey(30 + 180 * values)
+
+
+def in_colour(values: np.ndarray) -> Image.Image:
+    paper, pen = np.array([250, 235, 180]), np.array([20, 40, 160])
+    return Image.fromarray(np.uint8(paper + (pen - paper) * values[..., None]))
+
+
+def black_on_nothing(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.uint8(np.stack([0 * values] * 3 + [255 * values], axis=-1)))
+
+
+def white_on_nothing(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.uint8(255 * np.stack([1 + 0 * values] * 3 + [values], axis=-1)))
+
+
+def with_transparent_corners(values: np.ndarray) -> Image.Image:
+    image = on_paper(values).convert("RGBA")
+    image.paste((0, 0, 0, 0), (0, 0, 30, 30))
+    return image
+
+
+def in_uneven_light(values: np.ndarray) -> Image.Image:
+    slope = np.linspace(1, 0.5, values.shape[1]) * np.linspace(1, 0.8, values.shape[0])[:, None]
+    noise = np.random.default_rng(0).normal(0, 4, values.shape)
+    return grey((230 - 180 * values) * slope + noise)
+
+
+def with_a_shadow(values: np.ndarray) -> Image.Image:
+    return grey((230 - 180 * values) * np.where(np.arange(values.shape[1]) < 90, 0.7, 1.0))
+
+
+def with_specks(values: np.ndarray) -> Image.Image:
+    values = values.copy()
+    values[10:13, 200:203] = values[280:283, 15:18] = 1
+    return on_paper(values)
+
+
+def beside_the_table(values: np.ndarray) -> Image.Image:
+    values = values.copy()
+    values[:, 220:] = 0.9
+    return on_paper(values)
+
+
+def of_16_bits(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.uint16(40_000 * values))
+
+
+def of_1_bit(values: np.ndarray) -> Image.Image:
+    return grey(255 * values).convert("1")
+
+
+def with_a_palette(values: np.ndarray) -> Image.Image:
+    return in_colour(values).convert("P")
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        on_paper,
+        on_a_blackboard,
+        in_colour,
+        black_on_nothing,
+        white_on_nothing,
+        with_transparent_corners,
+        in_uneven_light,
+        with_a_shadow,
+        with_specks,
+        beside_the_table,
+        of_16_bits,
+        of_1_bit,
+        with_a_palette,
+    ],
+)
+def test_a_digit_comes_out_as_mnist_has_it(draw: Callable[[np.ndarray], Image.Image], digit: np.ndarray) -> None:
+    seen = to_mnist(draw(ink(digit)))
+    assert seen.dtype == np.uint8
+    assert similarity(seen, digit) > 0.8
+
+
+def test_the_centre_of_mass_is_in_the_middle_and_the_digit_fills_twenty_pixels(digit: np.ndarray) -> None:
+    seen = to_mnist(on_paper(ink(digit)))
+    assert ndimage.center_of_mass(seen) == pytest.approx((14, 14), abs=0.3)
+    sides = [np.ptp(np.flatnonzero(seen.max(axis=axis) > 60)) + 1 for axis in (0, 1)]
+    assert 19 <= max(sides) <= 22
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
+@pytest.mark.parametrize("size", [(80, 100), (900, 1200)])
+def test_every_format_and_size_gives_the_same_digit(form: str, size: tuple[int, int], mnist_test: Arrays) -> None:
+    image = on_paper(ink(mnist_test.inputs[18])).resize(size)
+    assert similarity(to_mnist(read_image(encoded(image, form))), mnist_test.inputs[18]) > 0.8
+
+
+def test_mnists_own_images_stay_as_they_are(mnist_test: Arrays) -> None:
+    like = [similarity(to_mnist(grey(image)), image) for image in mnist_test.inputs[:100]]
+    assert np.median(like) > 0.93
+    assert min(like) > 0.8
+
+
+def test_a_tiny_picture_is_read(mnist_test: Arrays) -> None:
+    tiny = on_paper(ink(mnist_test.inputs[61], size=(112, 112), at=(0, 0))).resize((14, 14))
+    assert similarity(to_mnist(tiny), mnist_test.inputs[61]) > 0.8
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_a_photo_is_turned_as_its_exif_data_say(orientation: int, mnist_test: Arrays) -> None:
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    upright = on_paper(ink(mnist_test.inputs[18]))
+    turned = upright.rotate({3: 180, 6: 90, 8: 270}[orientation], expand=True)
+    seen = to_mnist(read_image(encoded(turned, "JPEG", exif=exif)))
+    assert similarity(seen, to_mnist(upright)) > 0.95
+
+
+def test_a_picture_in_lab_colours_is_read(mnist_test: Arrays) -> None:
+    grey = Image.fromarray(mnist_test.inputs[0]).resize((280, 280))
+    lab = Image.merge("LAB", (grey, Image.new("L", grey.size, 128), Image.new("L", grey.size, 128)))
+    np.testing.assert_array_equal(to_mnist(lab), to_mnist(grey))
+
+
+@pytest.mark.parametrize("image", [Image.new("L", (50, 50), 200), Image.new("RGBA", (9, 9)), Image.new("RGB", (1, 1))])
+def test_a_blank_picture_is_refused(image: Image.Image) -> None:
+    with pytest.raises(UsageError, match="shows no digit"):
+        to_mnist(image)
+
+
+def test_noise_alone_is_refused() -> None:
+    noise = np.random.default_rng(0).normal(200, 2, (200, 200))
+    with pytest.raises(UsageError, match="shows no digit"):
+        to_mnist(grey(noise))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is empty"),
+        (b"not a picture", "no picture of a known format"),
+        (encoded(Image.effect_noise((90, 90), 99), "PNG")[:900], "is damaged"),
+        (encoded(Image.new("1", (15_000, 14_000)), "PNG"), "is too large"),
+        (encoded(Image.new("1", (20_000, 20_000)), "PNG"), "is too large"),
+    ],
+    ids=["empty", "text", "cut off", "large", "bomb"],
+)
+def test_what_cannot_be_read_is_refused_with_its_reason(content: bytes, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason) as caught:
+        to_mnist(read_image(content))
+    assert "\n" not in str(caught.value)
+
+
+def page(*digits: tuple[np.ndarray, int, int], size: tuple[int, int] = (300, 700)) -> np.ndarray:
+    """Return a picture with digits of MNIST's, each at a place (top, left), in 0 to 1."""
+    canvas = np.zeros(size)
+    for image, top, left in digits:
+        canvas[top : top + 112, left : left + 112] += np.kron(image / 255, np.ones((4, 4)))
+    return canvas
+
+
+def test_several_digits_are_found_in_the_order_of_reading_each_with_its_place(mnist_test: Arrays) -> None:
+    first, second, third = (mnist_test.inputs[index] for index in (0, 2, 1))
+    places = ((first, 30, 60), (second, 20, 300), (third, 170, 150))
+    found = marks(on_paper(page(*places)))
+    assert len(found) == 3
+    for mark, (image, top, left) in zip(found, places, strict=True):
+        assert similarity(mark.inputs, image) > 0.85  # two different digits have 0.3 to 0.6
+        assert mark.box is not None
+        assert left <= mark.box[0] < mark.box[2] <= left + 112
+        assert top <= mark.box[1] < mark.box[3] <= top + 112
+
+
+def test_of_several_digits_the_largest_is_the_pictures(mnist_test: Arrays) -> None:
+    small = np.zeros((28, 28), np.uint8)
+    small[8:22, 8:22] = mnist_test.inputs[2][::2, ::2]
+    picture = on_paper(page((mnist_test.inputs[0], 30, 400), (small, 30, 60)))
+    assert similarity(to_mnist(picture), mnist_test.inputs[0]) > 0.85
+
+
+def test_a_shadow_at_the_edge_is_no_digit(digit: np.ndarray) -> None:
+    values = np.asarray(on_paper(page((digit, 100, 400))), np.float64)
+    values[:, :120] *= 0.4
+    (mark,) = marks(grey(values))
+    assert similarity(mark.inputs, digit) > 0.85
+
+
+def test_a_digit_of_two_pieces_is_one(mnist_test: Arrays) -> None:
+    five = mnist_test.inputs[8].copy()  # its bar stands above the rest
+    five[10:11] = 0
+    assert len(marks(on_paper(page((five, 90, 90))))) == 1

@@ -1,0 +1,374 @@
+import base64
+import dataclasses
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mnist_ray.config import TrainConfig, WorkerConfig
+from mnist_ray.errors import JobError, UsageError
+from mnist_ray.mnist import idx
+from mnist_ray.report import page
+from mnist_ray.report.csv_files import read_csv
+from mnist_ray.report.page import RunRecord
+from mnist_ray.run.history import History, write_predictions
+from mnist_ray.settings import json_lines, values_of
+from mnist_ray.storage import RunFolder, locate
+from mnist_ray.sweep.picture import sections
+from mnist_ray.sweep.space import Point, space_of
+from mnist_ray.sweep.trials import DONE, TrialRecord, TrialTable
+from mnist_ray.tools.pages import workload_of
+from mnist_ray.training.checkpoint import snapshot
+from mnist_ray.training.engine import create_state
+from mnist_ray.training.events import EpochFinished, Progress, Validated
+from mnist_ray.training.metrics import Evaluation
+from mnist_ray.workload.data import Arrays, Part
+from mnist_ray.workload.drawing import Table
+from tests.conftest import FACTS, mnist, run_job
+
+RUN_PICTURES = ["loss", "accuracy", "confusion", "classes", "predictions", "mistakes", "seconds"]
+
+
+class Page(HTMLParser):
+    """What a page shows: its images, its table rows, and whatever it would fetch."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.images: list[dict[str, str | None]] = []
+        self.rows: list[list[str]] = []
+        self.fetched: list[str] = []
+        self._in_cell = False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag == "img":
+            self.images.append(values)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._in_cell = True
+        links = [value for name in ("src", "href") if (value := values.get(name)) and not value.startswith("data:")]
+        self.fetched += links
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self._in_cell = False
+
+    def handle_data(self, data: str) -> None:
+        if self._in_cell:
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture
+def unfinished_run(finished_run: Path, tmp_path: Path) -> Path:
+    """What the finished run would have left, had it been interrupted in its second epoch."""
+    folder = tmp_path / "unfinished"
+    folder.mkdir()
+    shutil.copy(finished_run / "config.json", folder)
+    for name, kept in (("metrics.csv", 2), ("steps.csv", 4)):
+        lines = (finished_run / name).read_text().splitlines(keepends=True)
+        (folder / name).write_text("".join(lines[:kept]))
+    return folder
+
+
+@pytest.fixture
+def test_images(small_data: Path) -> Part:
+    return Part(idx.find("mnist", small_data).load("test"))
+
+
+def write(run: RunFolder, test: Part | None = None) -> dict[str, bytes]:
+    return page.write(run, mnist(), "python jobs/train.py --resume", test, sections(run, type(mnist())))
+
+
+def trials(*records: TrialRecord) -> str:
+    workload = type(mnist())
+    return TrialTable(workload, space_of(workload, {}), records).to_csv()
+
+
+def point(learning_rate: float) -> Point:
+    return Point((("batch_size", 32), ("learning_rate", learning_rate)), 0)
+
+
+def test_a_run_leaves_one_page_with_all_its_pictures(finished_run: Path) -> None:
+    html = (finished_run / "report.html").read_text()
+    page = Page(html)
+    assert page.fetched == []
+    assert "@import" not in html
+    assert "url(" not in html
+    assert len(page.images) == len(RUN_PICTURES)
+    for name, image in zip(RUN_PICTURES, page.images, strict=True):
+        content = base64.b64decode((image["src"] or "").removeprefix("data:image/png;base64,"))
+        assert content == (finished_run / "pictures" / f"{name}.png").read_bytes()
+        assert Image.open(io.BytesIO(content)).width > 500
+        assert len(image["alt"] or "") > 15
+    result = json.loads((finished_run / "result.json").read_text())
+    assert f"{result['test_accuracy']:.2%}" in html
+    assert ["command_line", result["command_line"]] in page.rows
+    assert ["batch_size", "50"] in page.rows
+    assert ["ray", result["versions"]["ray"]] in page.rows
+
+
+def test_predictions_are_those_that_the_result_counts(finished_run: Path, test_images: Part) -> None:
+    rows = read_csv(locate(str(finished_run.parent), finished_run.name), "predictions.csv")
+    labels, predicted, probabilities = (
+        np.array([float(row[name]) for row in rows]) for name in ("label", "prediction", "probability")
+    )
+    np.testing.assert_array_equal(labels, test_images.targets())
+    result = json.loads((finished_run / "result.json").read_text())
+    assert (labels == predicted).mean() == pytest.approx(result["test_accuracy"])
+    assert probabilities.min() >= 0.1
+    assert probabilities.max() <= 1
+
+
+def test_steps_lead_up_to_the_last_step_of_all_epochs(finished_run: Path) -> None:
+    record = RunRecord.read(locate(str(finished_run.parent), finished_run.name), mnist())
+    assert [row["epoch"] for row in record.steps][-1] == 2
+    assert record.steps[-1]["step"] == 96
+    assert record.steps_per_epoch == 48
+    assert record.steps[0]["train_loss"] > record.steps[-1]["train_loss"]
+
+
+def test_an_interrupted_run_has_a_report_of_what_there_is(unfinished_run: Path, test_images: Part) -> None:
+    shown = write(locate(str(unfinished_run.parent), unfinished_run.name), test_images)
+    assert list(shown) == ["loss", "accuracy", "seconds"]
+    html = (unfinished_run / "report.html").read_text()
+    assert "not finished: 1 of 2 epochs" in html
+    page = Page(html)
+    texts = [cell for row in page.rows for cell in row] + [image["alt"] or "" for image in page.images]
+    assert not [text for text in texts if "nan" in text]
+
+
+def test_an_interrupted_sweeps_report_says_how_to_go_on_with_the_sweep(unfinished_run: Path) -> None:
+    (unfinished_run / "sweep.csv").write_text(trials(TrialRecord(1, point(1e-3), DONE, 1.0, 0.9, 0.3)))
+    done = run_job("report.py", str(unfinished_run))
+    assert done.returncode == 0, done.stderr
+    assert "python jobs/tune.py --resume --run-name unfinished" in (unfinished_run / "report.html").read_text()
+
+
+def test_a_run_interrupted_before_its_first_step_has_a_report(tmp_path: Path) -> None:
+    run = locate(str(tmp_path), "run")
+    run.write_text("config.json", json_lines(values_of(TrainConfig(), WorkerConfig())))
+    assert list(write(run)) == ["loss", "accuracy", "seconds"]
+    assert "not finished: 0 of 2 epochs" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_run_of_one_epoch_has_a_report(finished_run: Path, tmp_path: Path, test_images: Part) -> None:
+    folder = tmp_path / "one"
+    shutil.copytree(finished_run, folder)
+    for name in ("metrics.csv", "steps.csv"):
+        lines = (folder / name).read_text().splitlines(keepends=True)
+        kept = [line for line in lines if name == "metrics.csv" or "e" in line or float(line.split(",")[1]) <= 1]
+        (folder / name).write_text("".join(kept[:2] if name == "metrics.csv" else kept))
+    shown = write(locate(str(tmp_path), "one"), test_images)
+    assert list(shown) == RUN_PICTURES
+    assert "finished: 1 of 2 epochs" in (folder / "report.html").read_text()
+
+
+def test_the_job_makes_the_same_report_again(finished_run: Path) -> None:
+    before = (finished_run / "report.html").read_text()
+    done = run_job("report.py", str(finished_run))
+    assert (done.returncode, done.stdout) == (0, f"report {finished_run}/report.html\n"), done.stderr
+    assert (finished_run / "report.html").read_text() == before
+
+
+def test_a_report_without_the_data_says_so(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run, tmp_path / "moved")
+    config = json.loads((tmp_path / "moved" / "config.json").read_text())
+    (tmp_path / "moved" / "config.json").write_text(json.dumps(config | {"data_dir": str(tmp_path / "gone")}))
+    done = run_job("report.py", str(tmp_path / "moved"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"no pictures of predictions: --data-dir {tmp_path}/gone is not a folder")
+
+
+def test_several_runs_are_compared_side_by_side(finished_run: Path, unfinished_run: Path, tmp_path: Path) -> None:
+    config = json.loads((unfinished_run / "config.json").read_text())
+    (unfinished_run / "config.json").write_text(json.dumps(config | {"batch_size": 25}))
+    output = tmp_path / "both.html"
+    done = run_job("report.py", str(finished_run), str(unfinished_run), "--output", str(output))
+    assert (done.returncode, done.stdout) == (0, f"report {output}\n"), done.stderr
+    page = Page(output.read_text())
+    assert [image["alt"] for image in page.images] == [
+        "Training loss of two, unfinished; the table has the ends",
+        "Validation accuracy of two, unfinished; the table has the best",
+    ]
+    result = json.loads((finished_run / "result.json").read_text())
+    rows = {row[0]: row[1:] for row in page.rows}
+    assert rows["two"][0] == f"{result['test_accuracy']:.2%}"
+    assert rows["unfinished"][0] == "-"
+    assert rows["batch_size"] == ["50", "25"]
+    assert "num_epochs" not in rows
+
+
+def test_a_sweeps_report_has_its_trials_best_first(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run, tmp_path / "sweep")
+    run = locate(str(tmp_path), "sweep")
+    done = [TrialRecord(n, point(0.001 * n), DONE, 2.0, 0.9 + n / 100, 0.1, 0.1, 9.0, 1.0) for n in (1, 2)]
+    run.write_text("sweep.csv", trials(*done))
+    assert "sweep" in write(run)
+    rows = Page((tmp_path / "sweep" / "report.html").read_text()).rows
+    places = [row[0] for row in rows if len(row) == 8 and row[-1] == "done"]
+    assert places == ["2", "1"]
+
+
+def test_names_cannot_put_markup_into_the_page(finished_run: Path) -> None:
+    record = RunRecord.read(locate(str(finished_run.parent), finished_run.name), mnist())
+    config: dict[str, Any] = record.config | {"data_dir": "<script>alert(1)</script>"}
+    other = dataclasses.replace(record, config=config)
+    html = page.compare([record, other])
+    assert "<script" not in html
+    assert re.search(r"&lt;script&gt;alert\(1\)&lt;/script&gt;", html)
+
+
+def test_code_in_the_storage_that_is_looked_in_is_not_loaded(tmp_path: Path) -> None:
+    run = locate(str(tmp_path), "run")
+    run.write_text("config.json", json_lines({"num_epochs": 1, "workload": str(tmp_path / "steals.py")}))
+    with pytest.raises(UsageError, match="code that may have come with a run"):
+        workload_of(run, None, str(tmp_path))
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"is no run: it has no config\.json"):
+        RunRecord.read(locate(str(tmp_path), "nothing"), mnist())
+    run = locate(str(tmp_path), "run")
+    run.write_text("config.json", "{")
+    with pytest.raises(JobError, match=r"config\.json is damaged: .*; put it back, or start another run"):
+        RunRecord.read(run, mnist())
+
+
+@pytest.fixture
+def tested_run(tmp_path: Path) -> RunFolder:
+    """The files of a run of one epoch, tested on two images."""
+    run, workload = locate(str(tmp_path), "run"), mnist()
+    figures = {"loss": 0.5, "accuracy": 0.5}
+    history = History(run, workload)
+    progress = Progress(1, 9, 9, [0.5], figures, figures, 100, epoch_s=2.0)
+    for event in (progress, EpochFinished(progress), Validated(1, figures, 1.0)):
+        history.add(event)
+    history.flush()
+    columns = {name: np.array([1, 2]) for name in ("label", "prediction")} | {"probability": np.array([0.5, 1.0])}
+    tested = Evaluation(({"loss": 1.0, "accuracy": 2.0},), 2, columns)
+    write_predictions(run, workload, tested)
+    result = {"checkpoint": "checkpoint_epoch-001_step-000000", "seconds": {"total": 3.0}, "num_workers": 1}
+    run.write_text("result.json", json_lines({**tested.to_dict(workload), **result, workload.rate: 50.0}))
+    run.write_text("config.json", json_lines(values_of(TrainConfig(), WorkerConfig())))
+    run.write_text("origin.json", json_lines({"versions": {}, "facts": workload.facts}))
+    run.write_text("sweep.csv", trials(TrialRecord(1, point(0.01), DONE, 2.0, 0.9, 0.1)))
+    return run
+
+
+DAMAGED = {"empty": b"", "no UTF-8": b"\xff\xfe", "a list": b"[1, 2]", "NUL bytes": bytes(20), "another": b"a,b\nx\n"}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED.keys())
+@pytest.mark.parametrize(
+    "name", ["metrics.csv", "steps.csv", "predictions.csv", "origin.json", "result.json", "sweep.csv"]
+)
+def test_a_damaged_file_of_a_run_is_left_out_and_named(tested_run: RunFolder, name: str, content: bytes) -> None:
+    assert RunRecord.read(tested_run, mnist()).notes == []
+    tested_run.write_bytes(name, content)
+    if name == "sweep.csv":
+        shown = sections(tested_run, type(mnist()))
+        assert (shown.pictures, shown.tables) == ((), ())
+    notes = shown.notes if name == "sweep.csv" else RunRecord.read(tested_run, mnist()).notes
+    assert [note.partition(" is damaged: ")[0] for note in notes] == [tested_run.inside(name).uri]
+
+
+def test_a_report_of_damaged_files_says_so(tested_run: RunFolder) -> None:
+    notes: list[str] = []
+    for name in ("result.json", "sweep.csv"):
+        tested_run.write_text(name, "")
+    shown = page.write(tested_run, mnist(), "", None, sections(tested_run, type(mnist())), notes.append)
+    assert list(shown) == ["loss", "accuracy", "seconds"]
+    html = tested_run.read_text("report.html") or ""
+    assert "not finished" in html
+    assert len(notes) == 2
+    assert all(note in html for note in notes)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seconds": None}, {"test_accuracy": "good"}, {"images_per_s": []}, {"checkpoint": None}]
+)
+def test_a_result_of_another_shape_counts_as_none(tested_run: RunFolder, changes: dict[str, Any]) -> None:
+    result = tested_run.read_json("result.json")
+    tested_run.write_text("result.json", json_lines({**(result or {}), **changes}))
+    record = RunRecord.read(tested_run, mnist())
+    assert record.result is None
+    assert len(record.notes) == 1
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_note_and_the_others_are_drawn(
+    tested_run: RunFolder, few_images: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any) -> None:
+        raise ValueError("no such colour")
+
+    notes: list[str] = []
+    monkeypatch.setattr(type(mnist()), "as_picture", fail)
+    test = Part(Arrays(few_images.inputs[:2], few_images.targets[:2]))
+    shown = page.write(tested_run, mnist(), "", test, None, notes.append)
+    assert list(shown) == ["loss", "accuracy", "confusion", "classes", "seconds"]
+    assert [note.partition(" (")[0] for note in notes] == ["no pictures of the predictions: ValueError: no such colour"]
+    assert "no such colour" in (tested_run.read_text("report.html") or "")
+    monkeypatch.setattr(type(mnist()), "pictures", lambda *given: [b"png"])
+    assert list(page.write(tested_run, mnist(), "", test, None, notes.append)) == ["loss", "accuracy", "seconds"]
+    assert "no pictures of the test: TypeError: bytes is no mnist_ray.workload.drawing.Picture" in notes[-1]
+
+
+def test_what_a_damaged_origin_does_not_say_comes_from_a_checkpoint(tested_run: RunFolder) -> None:
+    facts = {**FACTS, "class_names": list("abcdefghij")}
+    workload = type(mnist())(None, facts)
+    folder = Path(tested_run.path) / "checkpoint_epoch-001_step-000000"
+    tested_run.write_text("origin.json", "{")
+    with pytest.raises(JobError, match=r"origin\.json is damaged"):
+        workload_of(tested_run, None)
+    folder.mkdir()
+    state = create_state(workload, TrainConfig(), 600, torch.device("cpu"))
+    snapshot(state, {"workload": workload.identity}).write(folder)
+    assert workload_of(tested_run, None).facts == facts
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("colour_scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_browser_shows_the_page_without_overflow_or_errors(
+    finished_run: Path, width: int, colour_scheme: Any
+) -> None:
+    from playwright.sync_api import sync_playwright
+
+    problems: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=colour_scheme)
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(f"file://{finished_run}/report.html")
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        loaded = page.evaluate("[...document.images].map(image => image.complete && image.naturalWidth > 0)")
+        assert loaded == [True] * len(RUN_PICTURES)
+        text, back = page.evaluate(
+            "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+        )
+        assert (_brightness(text) > _brightness(back)) == (colour_scheme == "dark")
+        browser.close()
+    assert problems == []
+
+
+def _brightness(colour: str) -> int:
+    return sum(map(int, re.findall(r"\d+", colour)[:3]))
+
+
+def test_a_page_shows_no_secrets() -> None:
+    origin = Table("Origin", (), [("command_line", "train --mlflow http://user:password@host")])
+    html = page.Page("a run", "go on with s3://KEY:SECRET@bucket?token=SECRET&region=us", {}, tables=[origin]).to_html()
+    assert "train --mlflow http://***@host<" in html
+    assert "go on with s3://***@bucket?token=***&amp;region=us<" in html

@@ -1,0 +1,91 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from mnist_ray.run import console
+from mnist_ray.run.console import RunConsole
+from mnist_ray.training.events import EpochFinished, Progress, Started, Validated, WorkersLost
+from mnist_ray.wording import clock_time
+from mnist_ray.workload.classification import confusion_table
+from tests.conftest import mnist
+
+FIGURES = {"loss": 0.5, "accuracy": 0.75}
+PROGRESS = Progress(1, 30, 40, [0.5, 0.25], FIGURES, FIGURES, 60, epoch_s=3.0)
+
+
+def show_a_run(quiet: bool) -> None:
+    with RunConsole(mnist(), 2, quiet=quiet) as printer:
+        printer.say("data", "some")
+        printer.show(Started(2, ("a", "b"), 1, "cpu", "bf16", epoch=0, step=0, num_steps=40))
+        printer.show(PROGRESS)
+        printer.show(EpochFinished(PROGRESS))
+        printer.show(Validated(1, {"loss": 0.5, "accuracy": 0.875}, 1.0))
+        printer.show(WorkersLost("worker 1 died"))
+        printer.show(Started(2, ("a", "a"), 1, "cpu", "bf16", 0, 20, num_steps=40, damaged=("checkpoint_b",)))
+        printer.result("test", "done")
+
+
+def test_a_job_log_has_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    show_a_run(quiet=False)
+    assert capsys.readouterr().out.splitlines() == [
+        "data       some",
+        "started    2 × cpu with 1 thread on 2 nodes, bf16",
+        "epoch 1/2  finished in 3.00 s (20 images/s): loss 0.5000, accuracy 75.00% on the training images",
+        "           validation after epoch 1: loss 0.5000, accuracy 87.50% (1.0 s, beside the training)",
+        "lost       worker 1 died; replacing the workers …",
+        "note       checkpoint_b is damaged or was cut off; the one before it is used",
+        "restarted  2 × cpu with 1 thread, bf16; going on in epoch 1 after step 20; 1.0 s of work lost (10 steps)",
+        "test       done",
+    ]
+
+
+def test_labels_of_many_epochs_have_a_wider_column_and_a_trained_run_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with RunConsole(mnist(), 100, quiet=False) as printer:
+        printer.show(EpochFinished(dataclasses.replace(PROGRESS, epoch=60)))
+        printer.show(Started(1, ("a",), 2, "cpu", "bf16", epoch=100, step=0, num_steps=40))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("epoch 60/100  finished in 3.00 s")
+    assert second == "started       1 × cpu with 2 threads, bf16; all epochs are trained already"
+
+
+def test_progress_is_a_plain_line_once_in_a_while(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_PLAIN_INTERVAL_S", 0.0)
+    with RunConsole(mnist(), 2, quiet=False) as printer:
+        printer.show(PROGRESS)
+    assert capsys.readouterr().out == "epoch 1/2  30/40  loss 0.3750  accuracy 75.0%  20 images/s  0:05 left\n"
+
+
+def test_quiet_leaves_the_result(capsys: pytest.CaptureFixture[str]) -> None:
+    show_a_run(quiet=True)
+    assert capsys.readouterr().out == "test       done\n"
+
+
+def test_the_confusion_table_fits_a_terminal_and_shows_every_count() -> None:
+    counts = np.arange(100).reshape(10, 10)
+    counts[3] = 0
+    lines = confusion_table(counts, range(10))
+    assert max(map(len, lines)) <= 80
+    assert lines[1].split() == ["0", "·", *map(str, range(1, 10)), "0.00%"]
+    assert lines[4].split() == ["3", *["·"] * 10, "-"]
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(4.6, "0:05"), (65, "1:05"), (3600, "1:00:00"), (7384, "2:03:04")])
+def test_durations_read_like_a_clock(seconds: float, shown: str) -> None:
+    assert clock_time(seconds) == shown
+
+
+def test_what_comes_from_outside_drives_no_terminal_and_shows_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    with RunConsole(mnist(), 2, quiet=False) as printer:
+        printer.say("note", "a\x1b[31m\n[red]:smile: s3://KEY:SECRET@bucket")
+        printer.result("no\nte", "b\x1b[31m")
+        printer.show(WorkersLost("c\r"))
+    assert capsys.readouterr().out.splitlines() == [
+        r"note       a\x1b[31m\n[red]:smile: s3://***@bucket",
+        r"no\nte     b\x1b[31m",
+        r"lost       c\r; replacing the workers …",
+    ]

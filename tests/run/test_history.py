@@ -1,0 +1,224 @@
+import csv
+import dataclasses
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import fs
+
+from mnist_ray.errors import JobError
+from mnist_ray.report.csv_files import read_steps
+from mnist_ray.run import history as histories
+from mnist_ray.run.history import History
+from mnist_ray.storage import RunFolder, locate
+from mnist_ray.training.events import EpochFinished, Progress, Started, Validated
+from tests.conftest import mnist
+
+
+def finished(epoch: int) -> EpochFinished:
+    window, so_far = {"loss": 0.1, "accuracy": 0.5}, {"loss": 0.5, "accuracy": 0.9}
+    return EpochFinished(Progress(epoch, 9, 9, [0.1], window, so_far, 100, epoch_s=2.0))
+
+
+def validated(epoch: int, loss: float, accuracy: float) -> Validated:
+    return Validated(epoch, {"loss": loss, "accuracy": accuracy}, 1.0)
+
+
+def started(epoch: int) -> Started:
+    return Started(1, ("host",), 1, "cpu", "fp32", epoch=epoch, step=0, num_steps=9)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "run" / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_an_epoch_gets_one_row_whatever_comes_first(tmp_path: Path) -> None:
+    history = History(locate(str(tmp_path), "run"), mnist())
+    for event in (started(0), finished(1), finished(2), validated(1, 0.25, 0.5), validated(2, 0.125, 0.75)):
+        history.add(event)
+    found = [(row["epoch"], row["train_loss"], row["val_accuracy"], row["images_per_s"]) for row in rows(tmp_path)]
+    assert found == [("1", "0.5", "0.5", "50.0"), ("2", "0.5", "0.75", "50.0")]
+
+
+def test_a_resumed_run_keeps_the_epochs_that_it_does_not_repeat(tmp_path: Path) -> None:
+    first = History(locate(str(tmp_path), "run"), mnist())
+    for event in (started(0), finished(1), validated(1, 0.25, 0.5), finished(2)):
+        first.add(event)
+    again = History(locate(str(tmp_path), "run"), mnist())
+    again.add(started(1))
+    assert [row["epoch"] for row in again.rows.values()] == ["1"]
+    again.add(finished(2))
+    assert [(row["epoch"], row["val_loss"]) for row in rows(tmp_path)] == [("1", "0.25"), ("2", "")]
+    assert again.unvalidated == History(locate(str(tmp_path), "run"), mnist()).unvalidated == [2]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "epoch\n1,2\n",
+        "epoch,train_loss\n1\n",
+        "epoch,train_loss\n1,x\n",
+        "epoch,train_loss\n0,1\n",
+        "epoch,train_loss\n1.5,1\n",
+        "epoch,train_loss\nnan,1\n",
+        "epoch,train_loss\n1,\0\n",
+        "train_loss\n1\n",
+        'epoch,train_loss\n1,"2',
+    ],
+)
+def test_damaged_figures_are_told_of_and_begun_anew(tmp_path: Path, content: str) -> None:
+    run, notes = locate(str(tmp_path), "run"), list[str]()
+    run.write_text("metrics.csv", content)
+    history = History(run, mnist(), notes.append)
+    assert [note.partition("damaged: ")[0] for note in notes] == [f"{tmp_path}/run/metrics.csv is "]
+    history.add(finished(1))
+    assert [row["train_loss"] for row in rows(tmp_path)] == ["0.5"]
+
+
+def test_a_run_goes_on_whose_workload_has_other_metrics_now(tmp_path: Path) -> None:
+    run = locate(str(tmp_path), "run")
+    run.write_text("metrics.csv", "epoch,train_loss,train_f1,epoch_s\n1,0.25,0.5,2.0\n")
+    history = History(run, mnist())
+    history.add(finished(2))
+    assert [(row["train_loss"], row["train_accuracy"]) for row in rows(tmp_path)] == [("0.25", ""), ("0.5", "0.9")]
+    assert history.mean_rate() == 50.0
+
+
+def test_the_number_of_workers_is_the_last_attempts(tmp_path: Path) -> None:
+    history = History(locate(str(tmp_path), "run"), mnist())
+    for num_workers in (4, 3):
+        history.add(dataclasses.replace(started(0), num_workers=num_workers))
+    assert history.num_workers == 3
+
+
+def test_the_mean_rate_is_of_the_epochs_that_were_told_of_before_a_kill(tmp_path: Path) -> None:
+    history = History(locate(str(tmp_path), "run"), mnist())
+    history.add(validated(1, 0.25, 0.5))
+    assert history.mean_rate() is None
+    history.add(finished(2))
+    again = History(locate(str(tmp_path), "run"), mnist())
+    assert again.mean_rate() == 50.0
+
+
+# --- steps.csv
+
+
+def progress(step: int) -> Progress:
+    window = {"loss": 1 / step, "accuracy": 0.5}
+    return Progress(1, step, 1000, [0.1], window, window, 100, epoch_s=2.0)
+
+
+def steps_of(run: RunFolder) -> list[int]:
+    return [int(row["step"]) for row in read_steps(run)]
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often steps.csv was written as a whole, and how often it was added to; at each row, if it can."""
+    counts = Counter[str]()
+
+    def count(method: str) -> None:
+        do: Any = getattr(RunFolder, method)
+
+        def counted(run: RunFolder, file_name: str, text: str) -> None:
+            counts[method] += file_name == "steps.csv"
+            do(run, file_name, text)
+
+        monkeypatch.setattr(RunFolder, method, counted)
+
+    count("write_text")
+    count("append_text")
+    monkeypatch.setattr(histories, "WRITTEN_EVERY_S", 0)
+    return counts
+
+
+def test_steps_are_appended_to_what_is_there(tmp_path: Path, written: Counter[str]) -> None:
+    run, deadline = locate(str(tmp_path), "run"), time.monotonic() + 60
+    history, step = History(run, mnist()), 0
+    while written["append_text"] < 3:
+        assert time.monotonic() < deadline
+        step += 1
+        history.add(progress(step))
+        time.sleep(0.001)
+    assert written["write_text"] == 1
+    history.flush()
+    assert steps_of(run) == list(range(1, step + 1))
+    assert written["write_text"] == 2
+
+
+def test_where_nothing_can_be_appended_steps_are_written_ever_more_seldom(
+    tmp_path: Path, written: Counter[str]
+) -> None:
+    storage = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+    run = RunFolder("run", str(tmp_path), storage, "run")
+    history = History(run, mnist())
+    for step in range(1, 401):
+        history.add(progress(step))
+    history.flush()
+    assert steps_of(run) == list(range(1, 401))
+    assert written["append_text"] == 0
+    assert 2 <= written["write_text"] < 80
+
+
+def test_steps_are_written_by_a_thread_that_holds_up_no_event(
+    tmp_path: Path, written: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, is_back = locate(str(tmp_path), "run"), threading.Event()
+    write = RunFolder.write_text
+
+    def write_later(run: RunFolder, file_name: str, text: str) -> None:
+        assert threading.current_thread() is not threading.main_thread() or is_back.is_set()
+        is_back.wait()
+        write(run, file_name, text)
+
+    monkeypatch.setattr(RunFolder, "write_text", write_later)
+    history = History(run, mnist())
+    for step in range(1, 4):
+        history.add(progress(step))
+    assert not run.exists("steps.csv")
+    is_back.set()
+    history.flush()
+    assert steps_of(run) == [1, 2, 3]
+
+
+def test_steps_that_could_not_be_appended_are_written_with_the_next(
+    tmp_path: Path, written: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, deadline = locate(str(tmp_path), "run"), time.monotonic() + 60
+    history = History(run, mnist())
+    history.add(progress(1))
+    while not run.exists("steps.csv"):
+        assert time.monotonic() < deadline
+
+    def write_a_part(run: RunFolder, file_name: str, text: str) -> None:
+        with (tmp_path / "run" / file_name).open("a") as file:
+            file.write(text[:3])
+        raise JobError("the disk is full")
+
+    monkeypatch.setattr(RunFolder, "append_text", write_a_part)
+    step = 1
+    while steps_of(run)[:4] != [1, 2, 3, 4]:
+        assert time.monotonic() < deadline
+        step += 1
+        history.add(progress(step))
+        time.sleep(0.001)
+
+
+def test_a_resumed_run_keeps_the_steps_that_it_does_not_repeat(tmp_path: Path) -> None:
+    run = locate(str(tmp_path), "run")
+    first = History(run, mnist())
+    for step in (2, 5, 9, 13):
+        first.add(progress(step))
+    first.flush()
+    with (tmp_path / "run" / "steps.csv").open("a") as file:
+        file.write("17,0.0")  # a kill has cut the last line off
+    again = History(run, mnist(), pytest.fail)
+    again.add(started(1))
+    again.add(progress(11))
+    again.flush()
+    assert steps_of(run) == [2, 5, 9, 11]

@@ -1,0 +1,306 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mnist_ray.errors import JobError, UsageError
+from mnist_ray.run.job import Job, load_data, read_job, saying_the_way_on
+from mnist_ray.run.session import write_origin
+from mnist_ray.settings import json_lines
+from mnist_ray.storage import RunFolder
+from mnist_ray.workload.data import Arrays
+from tests.conftest import ROOT, write_data_set
+
+DIABETES = str(ROOT / "examples" / "diabetes.py")
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A function that returns the job of a command line, which writes nothing."""
+
+    def read(*flags: str) -> Job:
+        monkeypatch.setattr("sys.argv", ["jobs/train.py", "--storage-path", str(tmp_path / "runs"), *flags])
+        return read_job()
+
+    return read
+
+
+def test_runs_without_a_name_that_begin_in_the_same_second_have_folders_of_their_own(read: Any, tmp_path: Path) -> None:
+    names = {read().run.name for _ in range(5)}
+    assert len(names) > len({name.rpartition("_")[0] for name in names})
+    assert not any(tmp_path.iterdir())
+
+
+def test_flags_override_the_config_file_which_overrides_the_recipe(read: Any, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"batch_size": 16, "learning_rate": 0.5}))
+    job = read("--recipe", "notebook", "--config", str(file), "--learning-rate", "0.25")
+    assert (job.train.batch_size, job.train.learning_rate, job.train.precision) == (16, 0.25, "fp32")
+
+
+def test_a_written_config_is_accepted_back(read: Any, tmp_path: Path) -> None:
+    job = read("--batch-size", "7", "--learning-rate", str(0.1 + 0.2), "--data-dir", "/x", "--num-workers", "3")
+    file = tmp_path / "config.json"
+    file.write_text(json_lines(job.values))
+    assert read("--config", str(file)).values == job.values
+
+
+def test_a_config_from_before_there_were_workloads_is_mnists(read: Any, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"num_epochs": 3, "dataset": "kmnist", "data_dir": None, "num_workers": None}))
+    job = read("--config", str(file))
+    assert type(job.workload).__name__ == "MNIST"
+    assert (job.workload.settings.dataset, job.train.num_epochs) == ("kmnist", 3)
+
+
+def test_a_config_file_names_its_workload_and_a_flag_another(read: Any, tmp_path: Path) -> None:
+    code, file = tmp_path / "code" / "other_problem.py", tmp_path / "config" / "config.json"
+    for path in (code, file):
+        path.parent.mkdir()
+    code.write_text("from mnist_ray.mnist.problem import MNIST\nclass Other(MNIST): pass\n")
+    file.write_text(json.dumps({"workload": str(code)}))
+    assert type(read("--config", str(file)).workload).__name__ == "Other"
+    given = read("--config", str(file), "--workload", "mnist_ray.mnist")
+    assert type(given.workload).__name__ == "MNIST"
+
+
+STEALS = """
+from pathlib import Path
+from mnist_ray.mnist.problem import MNIST
+Path(__file__).with_name("it_ran").touch()
+class Steals(MNIST): pass
+"""
+
+
+@pytest.fixture
+def sent(tmp_path: Path) -> Path:
+    """A run's folder, in the storage, with code in it and no settings yet."""
+    folder = tmp_path / "runs" / "sent"
+    folder.mkdir(parents=True)
+    (folder / "steals.py").write_text(STEALS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "place", ["steals.py", "sent/steals.py", "{sent}/steals.py", "{sent}/../elsewhere.py", "sent.steals"]
+)
+@pytest.mark.parametrize("flags", [["--resume", "--run-name", "sent"], ["--config", "{sent}/config.json"]])
+@pytest.mark.parametrize("name", ["workload", "callback"])
+def test_code_that_may_have_come_with_a_run_is_not_loaded(
+    read: Any, sent: Path, monkeypatch: pytest.MonkeyPatch, place: str, flags: list[str], name: str
+) -> None:
+    (sent.parent / "elsewhere.py").write_text(STEALS)
+    monkeypatch.chdir(sent.parent)
+    (sent / "config.json").write_text(json.dumps({"num_epochs": 3, name: place.format(sent=sent)}))
+    with pytest.raises(
+        UsageError, match=rf"config\.json names --{name} .*: code that may have come with a run is loaded"
+    ):
+        read(*(flag.format(sent=sent) for flag in flags))
+    assert not list(sent.parent.rglob("it_ran"))
+
+
+def test_code_in_a_run_is_loaded_where_a_flag_names_it_and_the_way_on_names_it_too(read: Any, sent: Path) -> None:
+    code = str(sent / "steals.py")
+    (sent / "config.json").write_text(json.dumps({"num_epochs": 3, "workload": code}))
+    job = read("--resume", "--run-name", "sent", "--workload", code)
+    assert type(job.workload).__name__ == "Steals"
+    assert job.resume_with.endswith(f" --workload {code}")
+
+
+def test_an_interrupt_says_the_way_on_also_where_the_storage_is_away(
+    read: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(run: RunFolder, file_name: str = "") -> bool:
+        raise OSError("gone")
+
+    job = read("--run-name", "a")
+    monkeypatch.setattr(RunFolder, "exists", fail)
+    with pytest.raises(KeyboardInterrupt, match=r"^interrupted; to go on: python jobs/train"), saying_the_way_on(job):
+        raise KeyboardInterrupt
+
+
+def test_a_data_folder_is_kept_as_it_can_be_read_from_anywhere(
+    read: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read("--data-dir", "mine").values["data_dir"] == str(tmp_path / "mine")
+
+
+def test_a_data_set_by_name_takes_the_place_of_a_saved_folder(read: Any, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json_lines(read("--data-dir", "/x", "--num-workers", "2:4").values))
+    values = read("--config", str(file), "--dataset", "kmnist").values
+    assert (values["dataset"], values["data_dir"], values["min_workers"]) == ("kmnist", None, 2)
+
+
+def test_a_number_of_workers_takes_the_place_of_a_saved_range(read: Any, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json_lines(read("--num-workers", "2:4").values))
+    job = read("--config", str(file), "--num-workers", "1")
+    assert (job.workers.num_workers, job.workers.min_workers) == (1, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "must hold a JSON object"),
+        ('{"batchsize": 1, "lr": 2}', "unknown settings: batchsize, lr"),
+        ('{"run_name": "x"}', "unknown settings: run_name"),
+        ('{"batch_size": "64"}', "--batch-size must be of type int, not '64'"),
+    ],
+)
+def test_a_bad_config_file_is_refused(read: Any, tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "bad.json"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        read("--config", str(file))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--validation-size", "600"], "--validation-size 600 leaves nothing to train on: the data has 600 training"),
+        (
+            ["--validation-size", "560", "--batch-size", "41"],
+            "--batch-size 41 is larger than the 40 images",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_the_data_are_refused(
+    read: Any, tmp_path: Path, few_images: Any, flags: list[str], message: str
+) -> None:
+    folder = write_data_set(tmp_path / "data", few_images, few_images)
+    with pytest.raises(UsageError, match=message):
+        load_data(read("--data-dir", str(folder), *flags))
+
+
+def test_a_tenth_is_held_out_where_nobody_says_how_much(read: Any, tmp_path: Path, few_images: Any) -> None:
+    folder = write_data_set(tmp_path / "data", few_images, few_images)
+    _, data = load_data(read("--data-dir", str(folder)))
+    assert (len(data.train), len(data.validation)) == (540, 60)
+
+
+@pytest.mark.parametrize("flags", [["--limit", "0.5"], ["--overfit-batches", "1"]], ids=["limit", "overfit"])
+def test_a_run_on_less_data_resumes_on_the_same_and_its_config_gives_the_same(
+    read: Any, tmp_path: Path, few_images: Any, flags: list[str]
+) -> None:
+    folder = write_data_set(tmp_path / "data", few_images, few_images)
+    job, data = load_data(read("--data-dir", str(folder), "--batch-size", "10", "--run-name", "less", *flags))
+    job.run.write_text("config.json", json_lines(job.values))
+    write_origin(job, data)
+    _, resumed = load_data(read("--resume", "--run-name", "less"))
+    _, again = load_data(read("--config", str(tmp_path / "runs" / "less" / "config.json")))
+    assert resumed.digests == again.digests == data.digests
+
+
+@pytest.mark.parametrize(("flags", "betas"), [([], (0.7, 0.9)), (["--workload", DIABETES], (0.9, 0.999))])
+def test_adams_betas_are_the_usual_ones_but_for_mnist(read: Any, flags: list[str], betas: tuple[float, float]) -> None:
+    train = read(*flags).train
+    assert (train.beta1, train.beta2) == betas
+
+
+def test_help_shows_the_defaults_of_the_workloads_recipe(read: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read("--workload", str(ROOT / "examples" / "shapes.py"), "--help")
+    assert "passes over the training set (default: 8)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_workload_that_is_gone_is_asked_for(read: Any, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"workload": "/gone/problem.py"}))
+    with pytest.raises(UsageError, match=r"No such file .*; if the workload is elsewhere now, say where"):
+        read("--config", str(file))
+
+
+def test_a_config_of_another_workload_is_refused_by_its_name(read: Any, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"workload": "mnist_ray.mnist", "data_dir": "/x"}))
+    with pytest.raises(UsageError, match=r"of the workload mnist_ray\.mnist, has unknown settings: data_dir"):
+        read("--config", str(file), "--workload", str(ROOT / "examples" / "shapes.py"))
+
+
+@pytest.fixture
+def begun(read: Any, tmp_path: Path, few_images: Any) -> Path:
+    """The folder of a run that has begun, on data in ``data``, and saved nothing yet."""
+    write_data_set(tmp_path / "data", few_images, few_images)
+    job, data = load_data(read("--run-name", "run", "--data-dir", str(tmp_path / "data")))
+    job.run.write_text("config.json", json_lines(job.values))
+    write_origin(job, data)
+    return tmp_path / "runs" / "run"
+
+
+def test_a_run_that_has_saved_nothing_says_that_it_begins_anew(read: Any, begun: Path) -> None:
+    (begun / "checkpoint_old").mkdir()
+    assert read("--resume", "--run-name", "run").notes == ("run run has saved nothing: it begins anew",)
+    (begun / "checkpoint_epoch-001_step-000000").mkdir()
+    assert read("--resume", "--run-name", "run").notes == ()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"checkpoint": 3}'])
+def test_a_run_with_a_damaged_result_goes_on(read: Any, begun: Path, content: str) -> None:
+    (begun / "checkpoint_epoch-001_step-000000").mkdir()
+    (begun / "result.json").write_text(content)
+    (note,) = read("--resume", "--run-name", "run").notes
+    assert note.startswith(f"{begun}/result.json is damaged: ")
+    (begun / "result.json").write_text('{"checkpoint": "checkpoint_epoch-001_step-000000"}')
+    with pytest.raises(UsageError, match="run run is finished"):
+        read("--resume", "--run-name", "run")
+
+
+@pytest.mark.parametrize("name", ["origin.json", "checkpoint_manager_snapshot.json"])
+def test_a_run_goes_on_without_what_is_damaged_and_says_so(read: Any, begun: Path, name: str) -> None:
+    (begun / "checkpoint_epoch-001_step-000000").mkdir()
+    (begun / name).write_bytes(b"\xff")
+    job, _ = load_data(read("--resume", "--run-name", "run"))
+    assert [note.partition(" is damaged: ")[0] for note in job.notes] == [str(begun / name)]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[1]", b"{}", b'{"num_epochs": 2, "workload": 3}'])
+def test_a_run_whose_settings_are_damaged_is_one_line_with_the_remedy(read: Any, begun: Path, content: bytes) -> None:
+    (begun / "config.json").write_bytes(content)
+    with pytest.raises(JobError, match=r"run/config\.json is damaged: .*; put it back, or start another run$"):
+        read("--resume", "--run-name", "run")
+
+
+def test_a_saved_setting_that_cannot_be_is_named_with_its_file(read: Any, begun: Path) -> None:
+    config = json.loads((begun / "config.json").read_text())
+    (begun / "config.json").write_text(json.dumps(config | {"batch_size": "many"}))
+    with pytest.raises(UsageError, match=r"run/config\.json: --batch-size must be of type int, not 'many'"):
+        read("--resume", "--run-name", "run")
+
+
+def test_a_run_does_not_go_on_with_other_data(read: Any, begun: Path, tmp_path: Path, few_images: Any) -> None:
+    _, data = load_data(read("--resume", "--run-name", "run"))
+    other = Arrays(few_images.inputs, np.roll(few_images.targets, 1))
+    write_data_set(tmp_path / "data", few_images, other)
+    with pytest.raises(UsageError, match=r"run run began with other data than .*/data \(test\); bring"):
+        load_data(read("--resume", "--run-name", "run"))
+    origin = json.loads((begun / "origin.json").read_text())
+    assert origin.pop("data") == data.digests
+    (begun / "origin.json").write_text(json.dumps(origin))  # as runs had it before
+    job, _ = load_data(read("--resume", "--run-name", "run"))
+    assert job.notes == ("run run has saved nothing: it begins anew",)
+
+
+UNNAMED = """
+from mnist_ray.workload import Data
+from mnist_ray.mnist import MNIST
+
+class Unnamed(MNIST):
+    def load_data(self):
+        images = [(image, 0) for image in super().load_data().test.inputs[:200]]
+        return Data(images, images, facts={"class_names": [0]})
+"""
+
+
+def test_a_run_says_that_data_cannot_be_told_from_others(read: Any, tmp_path: Path) -> None:
+    (tmp_path / "unnamed.py").write_text(UNNAMED)
+    job, data = load_data(read("--run-name", "run", "--workload", str(tmp_path / "unnamed.py")))
+    assert job.notes == ()
+    job.run.write_text("config.json", json_lines(job.values))
+    write_origin(job, data)
+    job, _ = load_data(read("--resume", "--run-name", "run"))
+    assert job.notes[1:] == ("whether the data are those that the run began with is not known: they name no files",)

@@ -1,0 +1,191 @@
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+from itertools import pairwise
+from multiprocessing import get_context
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mnist_ray.errors import JobError, UsageError
+from mnist_ray.run import lease
+from mnist_ray.run.lease import Claim, owned
+from mnist_ray.storage import RunFolder, locate
+
+ELSEWHERE = Claim("other-host", "another boot", 7, 0.0, holds=True)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return locate(str(tmp_path), "a-run")
+
+
+def claim_of(run: RunFolder, claim: Claim, name: str = "0") -> Path:
+    """Put another's claim beside a run; by its name it goes before every other."""
+    path = Path(run.storage_path) / lease.FOLDER / f"{run.name}~{name}"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(asdict(claim)))
+    return path
+
+
+def claims(run: RunFolder) -> list[Path]:
+    return list((Path(run.storage_path) / lease.FOLDER).glob("*"))
+
+
+def test_a_run_that_another_job_owns_is_refused_and_free_again_afterwards(run: RunFolder) -> None:
+    with (
+        owned(run),
+        pytest.raises(UsageError, match=r"a-run is in use by another job: process \d+ on this machine"),
+        owned(run),
+    ):
+        pass
+    with owned(run):
+        assert len(claims(run)) == 1
+    assert not any(Path(run.storage_path).iterdir())
+
+
+def test_runs_of_other_names_are_free(run: RunFolder, tmp_path: Path) -> None:
+    with owned(run), owned(locate(str(tmp_path), "a-run2")), owned(locate(str(tmp_path), "a")):
+        assert len(claims(run)) == 3
+
+
+def test_the_claim_of_a_process_that_has_died_here_is_taken_at_once(run: RunFolder) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = claim_of(run, replace(Claim.own(), pid=dead.pid, holds=True))
+    with owned(run):
+        assert not left.exists()
+
+
+def test_the_claim_of_a_process_that_has_died_here_and_was_not_waited_for_is_taken_at_once(run: RunFolder) -> None:
+    with psutil.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as dead:
+        left = claim_of(run, replace(Claim.own(), pid=dead.pid, started=dead.create_time(), holds=True))
+        with pytest.raises(UsageError, match="in use"), owned(run):
+            pass
+        dead.kill()
+        os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+        with owned(run):
+            assert not left.exists()
+
+
+def test_the_claim_of_a_process_whose_id_another_has_now_is_taken_at_once(run: RunFolder) -> None:
+    left = claim_of(run, replace(Claim.own(), started=1.0, holds=True))
+    with owned(run):
+        assert not left.exists()
+
+
+OF_ANOTHER_SHAPE = [
+    json.dumps(asdict(Claim.own()) | wrong).encode()
+    for wrong in ({"pid": "4711"}, {"pid": -1}, {"pid": 10**30}, {"started": "noon"}, {"holds": None}, {"host": 5})
+]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [json.dumps(asdict(ELSEWHERE)).encode(), b"", b"[]", b'{"host": 1}', b"\xff", b"[" * 100_000, *OF_ANOTHER_SHAPE],
+)
+def test_a_claim_from_elsewhere_that_does_not_change_is_taken_after_a_time(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    monkeypatch.setattr(lease, "EXPIRES_AFTER_S", 0.5)
+    left = claim_of(run, ELSEWHERE)
+    left.write_bytes(content)
+    waited: list[str] = []
+    with owned(run, waiting=waited.append):
+        assert not left.exists()
+    assert waited
+
+
+def test_a_claim_from_elsewhere_that_changes_is_respected_whatever_its_clock_says(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "EXPIRES_AFTER_S", 60)
+    stop, other = threading.Event(), claim_of(run, ELSEWHERE)
+
+    def renew() -> None:
+        number = 0
+        while not stop.wait(0.05):
+            number += 1
+            claim_of(run, replace(ELSEWHERE, renewed=number), "1").rename(other)
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        with pytest.raises(UsageError, match="in use by another job: process 7 on other-host"), owned(run):
+            pass
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_an_owner_that_finds_another_in_its_place_ends(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.05)
+    ended: list[Exception] = []
+    has_ended = threading.Event()
+
+    def end_with(error: Exception) -> None:
+        ended.append(error)
+        has_ended.set()
+
+    monkeypatch.setattr(lease, "end_with", end_with)
+    with owned(run):
+        claim_of(run, ELSEWHERE)
+        assert has_ended.wait(30)
+    assert isinstance(ended[0], JobError)
+    assert "was taken over by process 7 on other-host" in str(ended[0])
+
+
+@pytest.mark.parametrize("content", OF_ANOTHER_SHAPE)
+def test_an_owner_goes_on_renewing_beside_a_claim_of_another_shape(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.05)
+    monkeypatch.setattr(lease, "end_with", pytest.fail)
+    with owned(run):
+        (own,) = claims(run)
+        claim_of(run, ELSEWHERE).write_bytes(content)
+        before, deadline = own.read_text(), time.monotonic() + 30
+        while own.read_text() == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_what_is_checked_once_a_run_is_owned_may_refuse_it_and_frees_it(run: RunFolder) -> None:
+    def refuse() -> None:
+        raise UsageError("exists already")
+
+    with pytest.raises(UsageError, match="exists already"), owned(run, refuse):
+        pass
+    assert claims(run) == []
+
+
+def want(storage: str, start: Barrier, number: int) -> None:
+    """Want a run at the same moment as others; write down when it was owned."""
+    start.wait()
+    try:
+        with owned(locate(storage, "a-run")):
+            began = time.monotonic()
+            time.sleep(0.3)
+            Path(storage, f"owned-{number}").write_text(f"{began} {time.monotonic()}")
+    except UsageError:
+        Path(storage, f"refused-{number}").touch()
+
+
+def test_of_many_that_want_a_run_at_the_same_moment_one_gets_it(tmp_path: Path) -> None:
+    context, number = get_context("spawn"), 6
+    start = context.Barrier(number)
+    processes = [context.Process(target=want, args=(str(tmp_path), start, each)) for each in range(number)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    times = sorted(tuple(map(float, path.read_text().split())) for path in tmp_path.glob("owned-*"))
+    assert times
+    assert all(ended <= began for (_, ended), (began, _) in pairwise(times))
+    assert len(times) + len(list(tmp_path.glob("refused-*"))) == number

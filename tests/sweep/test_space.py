@@ -1,0 +1,172 @@
+import dataclasses
+import math
+
+import pytest
+
+from mnist_ray.config import SweepConfig, TrainConfig
+from mnist_ray.errors import UsageError
+from mnist_ray.settings import Choice, Range
+from mnist_ray.sweep import space
+from mnist_ray.sweep.space import Point, Space, space_of, texts_of
+from mnist_ray.workload import Workload, setting
+from tests.conftest import mnist
+
+WORKLOAD = type(mnist())
+
+
+def over(*texts: str) -> Space:
+    """Return the space of these texts; without any, the workload's own."""
+    return space_of(WORKLOAD, {"sweep": texts})
+
+
+def point(batch_size: int, learning_rate: float, seed: int = 0) -> Point:
+    return Point((("batch_size", batch_size), ("learning_rate", learning_rate)), seed)
+
+
+def propose(*texts: str, sweep: SweepConfig | None = None, seed: int = 0) -> list[Point]:
+    return space.propose(over(*texts), sweep or SweepConfig(), seed)
+
+
+DEFAULT = point(TrainConfig().batch_size, TrainConfig().learning_rate)
+
+
+def test_the_same_seed_gives_the_same_proposals_and_another_seed_others() -> None:
+    proposals = [propose(seed=seed) for seed in (0, 0, 1)]
+    assert proposals[0] == proposals[1]
+    assert proposals[0][1:] != proposals[2][1:]
+
+
+def test_random_proposals_stay_inside_and_start_with_the_default() -> None:
+    points = propose(sweep=SweepConfig(num_trials=200))
+    assert points[0] == DEFAULT
+    assert len(points) == 200
+    assert {point.values["batch_size"] for point in points} == {32, 64, 128, 256, 512}
+    rates = [point.values["learning_rate"] for point in points]
+    assert all(5e-4 <= rate <= 2e-2 for rate in rates)
+    below = sum(rate < math.sqrt(5e-4 * 2e-2) for rate in rates)
+    assert 70 < below < 130, "not log-uniform"
+
+
+def test_a_default_outside_the_space_is_not_tried() -> None:
+    rates = "learning_rate=log:5e-4:2e-2"
+    assert DEFAULT in propose("batch_size=64,128", rates)
+    assert DEFAULT not in propose("batch_size=32,64", rates)
+    assert DEFAULT not in propose("batch_size=64,128", "learning_rate=6e-3:2e-2")
+    assert propose("ema_decay=0.9:0.99")[0].values["ema_decay"] is not None
+
+
+def test_a_grid_covers_both_ends_for_every_batch_size() -> None:
+    some = ("batch_size=32,64", "learning_rate=log:5e-4:2e-2")
+    points = propose(*some, sweep=SweepConfig(search="grid", num_trials=7))
+    assert len(points) == len(set(points)) == 6
+    assert {point.values["learning_rate"] for point in points} == {5e-4, 3.162e-3, 2e-2}
+
+
+def test_a_grid_without_a_trial_for_each_choice_is_refused() -> None:
+    with pytest.raises(UsageError, match="--search grid needs a trial for each of the 5 choices of batch_size"):
+        propose(sweep=SweepConfig(search="grid", num_trials=4))
+
+
+class Searched(Workload):
+    """A workload with settings of its own to search, and another space for the learning rate."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Settings:
+        width: int = setting(16, "units", search=Choice((8, 16)))
+        depth: int = setting(2, "layers", search=Range(1, 5))
+        kind: str = setting("a", "kind", search=Choice(("a", "b")))
+        plain: int = setting(3, "not searched")
+
+    search = {"learning_rate": Range(0.1, 1.0)}
+    recipes = {"default": {"learning_rate": 0.5}}
+
+
+def test_a_workloads_own_settings_are_searched_beside_the_jobs() -> None:
+    found = space_of(Searched, {})
+    assert list(found.spaces) == ["batch_size", "learning_rate", "width", "depth", "kind"]
+    assert found.defaults == {"batch_size": 128, "learning_rate": 0.5, "width": 16, "depth": 2, "kind": "a"}
+    points = space.propose(found, SweepConfig(num_trials=100), seed=0)
+    assert {point.values["depth"] for point in points} == {1, 2, 3, 4, 5}
+    assert {point.values["kind"] for point in points} == {"a", "b"}
+    assert all(0.1 <= point.values["learning_rate"] <= 1.0 for point in points)
+
+
+def test_a_grid_takes_each_combination() -> None:
+    found = space_of(Searched, {}, fixed=["batch_size", "plain"])
+    grid = space.propose(found, SweepConfig(search="grid", num_trials=40), seed=0)
+    assert len(grid) == len(set(grid)) == 2 * 2 * 3 * 3
+    assert {point.values["depth"] for point in grid} == {1, 3, 5}
+
+
+def test_settings_that_are_named_are_searched_and_no_others() -> None:
+    found = space_of(Searched, {"sweep": ["plain=1:9", "clip-grad-norm=none,0.5", "kind=b,c"]})
+    assert found.spaces == {"plain": Range(1, 9), "clip_grad_norm": Choice((None, 0.5)), "kind": Choice(("b", "c"))}
+    assert found.defaults == {"plain": 3, "clip_grad_norm": None, "kind": "a"}
+    points = space.propose(found, SweepConfig(num_trials=60), seed=0)
+    assert {point.values["plain"] for point in points} == set(range(1, 10))
+    assert space_of(Searched, {"sweep": texts_of(found)}) == found
+
+
+def test_a_space_reads_back_from_its_texts() -> None:
+    assert texts_of(over()) == ("batch_size=32,64,128,256,512", "learning_rate=log:0.0005:0.02")
+    assert over(*texts_of(over())) == over()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batch_size", "write NAME=A,B,C, NAME=LOW:HIGH or NAME=log:LOW:HIGH"),
+        ("=3", "write NAME=A,B,C, NAME=LOW:HIGH or NAME=log:LOW:HIGH"),
+        ("lerning_rate=1:2", "there is no setting lerning_rate; did you mean learning_rate?"),
+        ("batch_size=32,32", "values must differ"),
+        ("batch_size=32,", "'' is no int"),
+        ("batch_size=0,1", "--batch-size must be at least 1, not 0"),
+        ("batch_size=1.5", "'1.5' is no int"),
+        ("optimizer=adam,lion", "--optimizer must be one of adam, adamw, sgd, not 'lion'"),
+        ("learning_rate=-1:1", "--learning-rate must be a positive number, not -1.0"),
+        ("learning_rate=0.1:0.01", "a range is LOW:HIGH or log:LOW:HIGH"),
+        ("learning_rate=0.1:0.2:0.3", "a range is LOW:HIGH or log:LOW:HIGH"),
+        ("learning_rate=exp:0.1:0.3", "'exp' is no float"),
+        ("weight_decay=log:0:1", "a range is LOW:HIGH or log:LOW:HIGH, the latter of positive numbers"),
+        ("seed=0,1", "seed is the same for all trials"),
+    ],
+)
+def test_what_is_no_space_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        over(text)
+    assert str(raised.value).startswith(f"--sweep {text}: {message}")
+
+
+def test_a_setting_is_searched_once_and_not_where_it_is_given() -> None:
+    with pytest.raises(UsageError, match="--sweep searches beta1: say once how, and leave out --beta1"):
+        over("beta1=0.5,0.6", "beta1=0.7,0.8")
+    with pytest.raises(UsageError, match="--sweep searches beta1"):
+        space_of(WORKLOAD, {"sweep": ["beta1=0.5,0.6"]}, fixed=["beta1"])
+    assert list(space_of(WORKLOAD, {}, fixed=["batch_size"]).spaces) == ["learning_rate"]
+
+
+def test_a_point_is_named_by_what_it_tries() -> None:
+    assert point(9, 0.5, 4).name == "batch_size-9_learning_rate-0.5_seed-4"
+
+
+def test_points_of_many_settings_have_names_that_file_systems_take() -> None:
+    names = {Point(tuple((f"a_long_name_{n}", n + more) for n in range(50)), 3).name for more in (0, 1)}
+    assert len(names) == 2
+    assert all(len(name) < 60 and name.endswith("_seed-3") for name in names)
+
+
+def test_a_range_may_be_one_value_and_a_choice_of_truths_or_nothing_is_read_back() -> None:
+    assert {p.values["learning_rate"] for p in propose("learning_rate=1e-3:1e-3")} == {1e-3}
+
+    class Odd(Searched):
+        @dataclasses.dataclass(frozen=True)
+        class Settings:
+            residual: bool = setting(True, "shortcuts", search=Choice((True, False)))
+            depth: int | None = setting(None, "layers", search=Choice((None, 8)))
+
+    found = space_of(Odd, {"sweep": ["residual=False", "depth=none,8"]})
+    drawn = space.propose(found, SweepConfig(num_trials=20), seed=0)
+    assert {point.values["residual"] for point in drawn} == {False}
+    assert {point.values["depth"] for point in drawn} == {None, 8}
+    as_text = {name: "" if value is None else str(value) for name, value in drawn[1].values.items()}
+    assert found.point(as_text, 0) == drawn[1]

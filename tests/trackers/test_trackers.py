@@ -1,0 +1,337 @@
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+from unittest.mock import Mock
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pyarrow import fs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mnist_ray.config import OutputConfig, TrainConfig
+from mnist_ray.report import curves
+from mnist_ray.run.find import find
+from mnist_ray.settings import values_of
+from mnist_ray.storage import ORIGIN_FILE, RunFolder, locate
+from mnist_ray.trackers import Ending, Tracker, start
+from mnist_ray.trackers.mlflow import MLFLOW_USER
+from mnist_ray.trackers.start import Trackers
+from mnist_ray.training.events import EpochFinished, Event, Progress, Started, TrialEnded, Validated
+from tests.conftest import mnist
+
+PICTURE = curves.seconds({"start": 1.0})
+RESULT = {"test_accuracy": 0.875, "test_loss": 0.5, "images_per_s": 100.0}
+
+
+def started(step: int = 0) -> Started:
+    return Started(1, ("host",), 1, "cpu", "fp32", epoch=0, step=step, num_steps=4)
+
+
+def progress(step: int, losses: list[float]) -> Progress:
+    return Progress(1, step, 4, losses, {"loss": 0.25, "accuracy": 0.75}, {"loss": 0.5, "accuracy": 0.75}, 16, 2.0)
+
+
+EPOCH: list[Event] = [
+    started(),
+    progress(2, [4.0, 3.0]),
+    progress(4, [2.0, 1.0]),
+    EpochFinished(progress(4, [2.0, 1.0])),
+    Validated(1, {"loss": 0.25, "accuracy": 0.75}, 1.0),
+]
+
+
+def follow(
+    run: RunFolder, events: list[Event], ending: Ending, mlflow_uri: str | None = None, **output: str
+) -> list[str]:
+    """Track a run to its end; return the warnings."""
+    warnings: list[str] = []
+    config = OutputConfig(mlflow=mlflow_uri, **output)  # type: ignore[arg-type]
+    trackers = start.start(run, mnist(), values_of(TrainConfig()), config, warnings.append)
+    for event in events:
+        trackers.log(event)
+    trackers.close(ending)
+    return warnings
+
+
+@pytest.fixture(scope="module")
+def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A data base for all tests, since MLflow needs seconds to make one."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # where MLflow puts the files of a run whose figures are in a data base
+        yield f"sqlite:///{folder}/mlflow.db"
+
+
+def in_mlflow(run: RunFolder) -> list[Any]:
+    """Return the runs that MLflow has of a run's folder and what is in it."""
+    wanted = f"tags.`mnist_ray.run` LIKE '{run.uri}%'"
+    return list(mlflow.search_runs(experiment_names=["mnist_ray"], filter_string=wanted, output_format="list"))
+
+
+def read_events(folder: Path) -> EventAccumulator:
+    reader = EventAccumulator(str(folder))
+    reader.Reload()
+    return reader
+
+
+def points(reader: EventAccumulator, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in reader.Scalars(tag)]
+
+
+def test_tensorboard_has_every_step_every_epoch_and_the_pictures(tmp_path: Path) -> None:
+    ending = Ending(RESULT, {"seconds": PICTURE}, None)
+    assert follow(locate(str(tmp_path), "run"), EPOCH, ending) == []
+    reader = read_events(tmp_path / "run")
+    assert points(reader, "step/train_loss") == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)]
+    assert points(reader, "step/train_accuracy") == [(2, 0.75), (4, 0.75)]
+    assert points(reader, "epoch/train_loss") == [(1, 0.5)]
+    assert points(reader, "epoch/val_accuracy") == [(1, 0.75)]
+    assert points(reader, "final/test_accuracy") == [(0, 0.875)]
+    assert "_hparams_/session_start_info" in reader.summary_metadata
+    image = reader.Images("seconds")[0]
+    assert (image.width, image.height) == Image.open(_file(tmp_path, PICTURE)).size
+
+
+def _file(folder: Path, content: bytes) -> Path:
+    (folder / "picture.png").write_bytes(content)
+    return folder / "picture.png"
+
+
+def test_tensorboard_shows_steps_that_are_done_again_once(tmp_path: Path) -> None:
+    run = locate(str(tmp_path), "run")
+    follow(run, EPOCH[:3], Ending(None, {}, None))
+    follow(run, [started(step=2), progress(4, [2.5, 1.5])], Ending(None, {}, None))
+    assert points(read_events(tmp_path / "run"), "step/train_loss") == [(1, 4.0), (2, 3.0), (3, 2.5), (4, 1.5)]
+
+
+def test_a_full_disk_is_one_warning_and_no_traceback_of_tensorboards_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", Mock(side_effect=full))
+    warnings = follow(locate(str(tmp_path), "run"), EPOCH, Ending(None, {}, None))
+    assert warnings == ["TensorBoard has failed and is left out from here on: [Errno 28] No space left on device"]
+    assert shown == []
+    other = threading.Thread(target=Mock(side_effect=full))
+    other.start()
+    other.join()
+    assert len(shown) == 1
+
+
+def test_an_epoch_that_is_validated_before_a_resumed_run_starts_is_shown_too(tmp_path: Path) -> None:
+    run = locate(str(tmp_path), "run")
+    follow(run, EPOCH[:-1], Ending(None, {}, None))
+    assert follow(run, [EPOCH[-1], started(step=2), progress(4, [2.5, 1.5])], Ending(None, {}, None)) == []
+    reader = read_events(tmp_path / "run")
+    assert points(reader, "epoch/val_accuracy") == [(1, 0.75)]
+    assert points(reader, "step/train_loss") == [(1, 4.0), (2, 3.0), (3, 2.5), (4, 1.5)]
+
+
+def test_storage_that_is_no_local_disk_gets_the_event_file_at_the_end(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "run").mkdir()
+    storage = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+    assert follow(RunFolder("run", "far://away", storage, "run"), EPOCH, Ending(None, {}, None)) == []
+    assert points(read_events(tmp_path / "run"), "epoch/train_loss") == [(1, 0.5)]
+
+
+def test_mlflow_has_parameters_metrics_pictures_and_the_model(
+    tmp_path: Path, finished_run: Path, mlflow_uri: str
+) -> None:
+    run, checkpoint = locate(str(tmp_path), "run"), find(str(finished_run), "~/ray_results").checkpoint
+    assert follow(run, EPOCH[:3], Ending(None, {}, None), mlflow_uri) == []
+    (found,) = in_mlflow(run)
+    assert (found.info.run_name, found.info.status) == ("run", "KILLED")
+    assert follow(run, EPOCH, Ending(RESULT, {"seconds": PICTURE}, checkpoint), mlflow_uri) == []
+    (found,) = in_mlflow(run)
+    assert found.info.status == "FINISHED"
+    assert (found.data.params["batch_size"], found.data.params["schedule"]) == ("128", "one-cycle")
+    assert found.data.metrics["epoch/val_accuracy"] == 0.75
+    assert found.data.metrics["final/test_accuracy"] == 0.875
+    history = mlflow.MlflowClient().get_metric_history(found.info.run_id, "step/train_loss")
+    assert {(metric.step, metric.value) for metric in history} == {(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)}
+    assert [file.path for file in mlflow.MlflowClient().list_artifacts(found.info.run_id, "pictures")] == [
+        "pictures/seconds.png"
+    ]
+    (logged,) = mlflow.search_logged_models(experiment_ids=[found.info.experiment_id], output_format="list")
+    model = mlflow.pytorch.load_model(logged.model_uri)
+    assert model(torch.from_numpy(np.zeros((5, 1, 28, 28), np.float32))).shape == (5, 10)
+
+
+def test_mlflow_says_which_data_workers_and_commit_a_run_had(tmp_path: Path, mlflow_uri: str) -> None:
+    run = locate(str(tmp_path), "run")
+    origin = {
+        "command_line": "python jobs/train.py",
+        "git_commit": "0123abcd",
+        "versions": {},
+        "data_name": "MNIST",
+        "data": {"training": "a" * 64, "test": None},
+    }
+    run.write_text(ORIGIN_FILE, json.dumps(origin))
+    for _ in range(2):  # begun, and gone on with
+        assert follow(run, EPOCH, Ending(None, {}, None), mlflow_uri) == []
+    (found,) = in_mlflow(run)
+    tags = found.data.tags
+    assert (tags["mlflow.source.git.commit"], tags["command_line"]) == ("0123abcd", "python jobs/train.py")
+    assert tags["workers"] == "1 × cpu"
+    data = {one.tags[0].value: (one.dataset.name, one.dataset.digest) for one in found.inputs.dataset_inputs}
+    assert data == {"training": ("MNIST", "a" * 36), "test": ("MNIST", "unknown")}
+
+
+def test_where_a_server_of_mlflow_shows_a_run_is_said_once(
+    tmp_path: Path, mlflow_uri: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mlflow.MlflowClient, "tracking_uri", "http://host:5000/")
+    run = locate(str(tmp_path), "run")
+    (said,) = follow(run, EPOCH, Ending(RESULT, {}, None), mlflow_uri)
+    (found,) = in_mlflow(run)
+    assert said == f"MLflow shows it at http://host:5000/#/experiments/1/runs/{found.info.run_id}"
+    assert "http" not in capfd.readouterr().out
+
+
+def test_mlflow_has_a_trial_that_is_told_of_again_once(tmp_path: Path, mlflow_uri: str) -> None:
+    config, run = OutputConfig(mlflow=mlflow_uri), locate(str(tmp_path), "sweep")
+    for _ in range(2):
+        trackers = start.start_trials(run, mnist(), {"num_trials": 1}, config, pytest.fail)
+        trackers.log(TrialEnded(1, {"batch_size": 64}, "failed", has_failed=True, figures={"val_loss": 0.5}))
+        trackers.close(Ending(None, {}, None))
+    found = {run.info.run_name: run for run in in_mlflow(run)}
+    assert {name: run.info.status for name, run in found.items()} == {"sweep": "KILLED", "trial 1": "FAILED"}
+    assert found["trial 1"].data.params == {"batch_size": "64"}
+    assert found["trial 1"].data.metrics == {"val_loss": 0.5}
+
+
+class Broken(Tracker):
+    """A tracker that fails at every event."""
+
+    def __init__(self) -> None: ...
+
+    def log(self, event: Event) -> None:
+        raise ConnectionError("the server is gone\nand this is its traceback")
+
+    def close(self, ending: Ending) -> None:
+        raise AssertionError("a tracker that has failed is not asked again")
+
+
+class Recorder(Tracker):
+    """A tracker that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.seen: list[object] = []
+
+    def log(self, event: Event) -> None:
+        self.seen.append(event)
+
+    def close(self, ending: Ending) -> None:
+        self.seen.append(ending)
+
+
+def test_a_tracker_that_fails_warns_once_and_the_others_go_on() -> None:
+    recorder, warnings = Recorder(), list[str]()
+    trackers = Trackers({"broken": Broken, "recorder": lambda: recorder}, warnings.append)
+    for event in EPOCH:
+        trackers.log(event)
+    ending = Ending(None, {}, None)
+    trackers.close(ending)
+    assert warnings == ["broken has failed and is left out from here on: the server is gone"]
+    assert recorder.seen == [*EPOCH, ending]
+
+
+def _cannot_start() -> Recorder:
+    raise ZeroDivisionError("division by zero")
+
+
+def test_a_tracker_that_cannot_start_warns_once() -> None:
+    warnings: list[str] = []
+    trackers = Trackers({"MLflow": _cannot_start}, warnings.append)
+    trackers.log(EPOCH[0])
+    trackers.close(Ending(None, {}, None))
+    assert warnings == ["MLflow has failed and is left out from here on: division by zero"]
+
+
+def test_mlflow_is_told_of_no_secrets_and_knows_a_run_with_other_keys(tmp_path: Path, mlflow_uri: str) -> None:
+    settings = {"database": "postgresql://user:password@host/examples"}
+    for path in ("s3://KEY:SECRET@bucket", "s3://bucket"):
+        run = RunFolder("run", path, fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), "run")
+        trackers = start.start(run, mnist(), settings, OutputConfig(mlflow=mlflow_uri), pytest.fail)
+        trackers.close(Ending(None, {}, None))
+    (found,) = in_mlflow(run)
+    assert found.data.tags["mnist_ray.run"] == "s3://bucket/run"
+    assert found.data.params == {"database": "postgresql://***@host/examples"}
+
+
+class Server(BaseHTTPRequestHandler):
+    """A server that knows nothing, and notes who asks."""
+
+    asked_by: ClassVar[list[str | None]] = []
+
+    def do_GET(self) -> None:
+        self.asked_by.append(self.headers["Authorization"])
+        self.send_error(404)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_mlflow_shows_a_server_who_asks_and_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in MLFLOW_USER:
+        monkeypatch.setenv(variable, "")  # and so taken back after the test
+    with HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://user:pass%40word@127.0.0.1:{server.server_port}"
+        (warning,) = follow(locate(str(tmp_path), "run"), [], Ending(None, {}, None), uri)
+        server.shutdown()
+    assert warning.startswith("MLflow has failed")
+    assert "word" not in warning
+    assert mlflow.get_tracking_uri() == f"http://127.0.0.1:{server.server_port}"
+    assert Server.asked_by == ["Basic " + base64.b64encode(b"user:pass@word").decode()]
+
+
+OWN = """
+from mnist_ray.trackers import Tracker
+
+
+class Lines(Tracker):
+    def log(self, event):
+        with open(self.run.path + "/lines.txt", "a") as file:
+            for name, value, step in self.scalars(event):
+                print(f"{name} {step} {value:g}", file=file)
+
+    def close(self, ending):
+        with open(self.run.path + "/lines.txt", "a") as file:
+            print(sorted(self.final(ending)), self.settings["batch_size"], file=file)
+"""
+
+
+def test_a_tracker_of_the_users_gets_all_figures(tmp_path: Path) -> None:
+    (tmp_path / "lines.py").write_text(OWN)
+    (tmp_path / "run").mkdir()
+    assert (
+        follow(locate(str(tmp_path), "run"), EPOCH, Ending(RESULT, {}, None), tracker=str(tmp_path / "lines.py")) == []
+    )
+    lines = (tmp_path / "run" / "lines.txt").read_text().splitlines()
+    assert lines[:3] == ["step/train_loss 1 4", "step/train_loss 2 3", "step/train_accuracy 2 0.75"]
+    assert "epoch/val_loss 1 0.25" in lines
+    assert lines[-1] == "['final/images_per_s', 'final/test_accuracy', 'final/test_loss'] 128"
+
+
+def test_weights_and_biases_has_the_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "run").mkdir()
+    ending = Ending(RESULT, {"seconds": PICTURE}, None)
+    assert follow(locate(str(tmp_path), "run"), EPOCH, ending, wandb="digits") == []
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    content = file.read_bytes()
+    for text in (b"step/train_loss", b"epoch/val_accuracy", b"final/test_accuracy", b"pictures/seconds", b"batch_size"):
+        assert text in content
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/pictures/seconds*.png"))

@@ -1,0 +1,120 @@
+"""Runs that find out what is wrong, or are trained in ways of the user's."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mnist_ray.errors import JobError
+from tests.conftest import QUICK, as_flags, run_main
+
+CALLBACK = """
+from mnist_ray.training.callback import Callback
+
+
+class Ends(Callback):
+    def on_epoch(self, state, progress):
+        state.ends = state.epoch == 3
+"""
+BROKEN = """
+import numpy as np
+import torch
+from torch import nn
+
+from mnist_ray.workload import Arrays, Classification, Data
+
+
+class Root(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, inputs):
+        parts = self.layer(inputs)
+        return parts * (parts[:, :1].abs() * inputs[:, :1]).sqrt()
+
+
+class Broken(Classification):
+    def load_data(self):
+        inputs = np.abs(np.random.default_rng(0).normal(size=(600, 4))).astype(np.float32)
+        inputs[300:, 0] = 0
+        arrays = Arrays(inputs, np.arange(600) % 2)
+        return Data(arrays, arrays, name="broken")
+
+    def create_model(self):
+        return Root()
+"""
+
+
+def flags(small_data: Path, folder: Path, **more: Any) -> list[str]:
+    return as_flags({"data_dir": small_data, "storage_path": folder, "run_name": "run", **QUICK, **more})
+
+
+@pytest.mark.usefixtures("ray_address")
+def test_a_run_stops_early_and_has_kept_the_average_and_a_profile(
+    small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {"num_epochs": 9, "early_stop": 1, "ema_decay": 0.9, "optimizer": "sgd", "label_smoothing": 0.1}
+    # At this rate the second epoch cannot be better than the first.
+    more |= {"learning_rate": 1e-9, "profile": 5, "limit": 0.5, "schedule": "constant"}
+    run_main("train", *flags(small_data, tmp_path, **more))
+    said = capsys.readouterr().out
+    assert "stopped    after epoch 2: validation was best after epoch 1" in said
+    assert (
+        "settings   optimizer sgd, label smoothing 0.1, ema decay 0.9, early stop 1, validation size 600, limit 0.5"
+        in said
+    )
+    assert "data       0.5 of " in said
+    assert "1,200 images to train on, 300 for validation, 550 to test" in said
+    assert "validation after epoch 1: " in said
+    assert "beside the training" not in said, "validated by the worker itself"
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file) if row["val_loss"]] == ["1", "2"]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (tmp_path / "run" / result["checkpoint"] / "trained.safetensors").exists()
+    trace = json.loads(gzip.decompress((tmp_path / "run" / "trace.json.gz").read_bytes()))
+    assert any("conv" in str(event.get("name")) for event in trace["traceEvents"])
+    operators = json.loads((tmp_path / "run" / "operators.json").read_text())
+    assert operators["steps"] == 5
+    assert len(operators["operators"]) == 10
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "The dearest operators in 5 steps of the first worker" in page
+    assert "<td>early_stop</td><td>1</td><td>None</td>" in page
+
+
+@pytest.mark.usefixtures("ray_address")
+def test_a_callback_that_a_flag_names_ends_a_run_of_two_workers(
+    small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ends.py").write_text(CALLBACK)
+    more = {"num_epochs": 9, "callback": tmp_path / "ends.py", "num_workers": 2, "early_stop": 9}
+    run_main("train", *flags(small_data, tmp_path, **more))
+    assert "epoch 3/9" in capsys.readouterr().out
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3"]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["callback"] == str(tmp_path / "ends.py")
+
+
+@pytest.mark.usefixtures("ray_address")
+def test_batches_to_overfit_end_with_a_verdict(
+    small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_main("train", *flags(small_data, tmp_path, num_epochs=4, overfit_batches=1))
+    said = capsys.readouterr().out
+    assert "data       1 batch of " in said
+    assert "the model can learn these examples" in said.partition("overfit    the loss went from 2.")[2]
+
+
+@pytest.mark.usefixtures("ray_address")
+def test_an_anomaly_is_named_with_the_line_of_the_model(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(BROKEN)
+    given = {"workload": tmp_path / "broken.py", "storage_path": tmp_path, "precision": "fp32"}
+    with pytest.raises(JobError) as raised:
+        run_main("train", *as_flags(given), "--detect-anomaly")
+    said = "Function 'MulBackward0' returned nan values in its 0th output. It is of what was called here: broken.py, "
+    assert str(raised.value).startswith(said + "line 16")

@@ -1,0 +1,171 @@
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+
+from mnist_ray.config import TrainConfig
+from mnist_ray.mnist import MNIST
+from mnist_ray.training import engine, shared_memory
+from mnist_ray.training.engine import Group, Hooks
+from mnist_ray.training.reproducible import OtherArithmeticError, Subtree, added_up, check_arithmetic
+from mnist_ray.training.sampler import own_chunks
+from mnist_ray.workload.base import Workload
+from mnist_ray.workload.data import Arrays, Part
+from tests.conftest import mnist
+
+CPU = torch.device("cpu")
+WORLD_SIZES = (1, 2, 3, 4)
+
+
+class Noisy(MNIST):
+    """With all that could tell ranks apart: dropout, augmentation, batch normalization, a buffer that never changes."""
+
+    def create_model(self) -> nn.Module:
+        model = nn.Sequential(
+            nn.Flatten(), nn.Linear(784, 30), nn.BatchNorm1d(30), nn.ReLU(), nn.Dropout(0.3), nn.Linear(30, 10)
+        )
+        model.register_buffer("constant", torch.rand(7, dtype=torch.float64))
+        return model
+
+    def prepare(self, inputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        prepared = super().prepare(inputs, generator)
+        return prepared if generator is None else prepared + 0.1 * torch.rand(prepared.shape, generator=generator)
+
+
+Noisy.source = MNIST.source
+CONFIG = TrainConfig(
+    precision="fp32", num_epochs=2, batch_size=50, learning_rate=2e-3, validation_size=0, reproducible=True
+)
+# 120 examples: the last batch of each epoch has 20, in chunks of 2 and 3, or of 3 and 4.
+CASES: dict[str, tuple[Callable[[], Workload], TrainConfig]] = {
+    "cnn": (mnist, CONFIG),
+    "bf16": (mnist, replace(CONFIG, precision="bf16")),
+    "noisy": (Noisy, CONFIG),
+    "six chunks": (mnist, replace(CONFIG, num_chunks=6)),
+    "fewer examples than chunks": (mnist, replace(CONFIG, batch_size=7)),
+}
+
+
+def train_here(case: str, split: Arrays, group: Group) -> tuple[dict[str, Tensor], list[float]]:
+    """Return the weights and buffers after a case's training, and each step's loss with the epochs' last figures."""
+    create, config = CASES[case]
+    state = engine.create_state(create(), config, len(split), CPU)
+    figures: list[float] = []
+    hooks = Hooks(
+        progress=lambda progress: figures.extend(progress.losses),
+        checkpoint=lambda state, progress: figures.extend(progress.so_far.values()),
+    )
+    engine.train(create(), state, Part(split), config, group, hooks)
+    return {name: value.contiguous() for name, value in state.model.state_dict().items()}, figures
+
+
+def train_on_each_rank(rank: int, folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    torch.set_num_threads(1)
+    train_cases(rank, folder / "memory", images, labels)
+    shared_memory.open_together = lambda num_rows, size: None
+    train_cases(rank, folder / "gloo", images, labels)
+
+
+def train_cases(rank: int, folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    for world_size in WORLD_SIZES:
+        if rank >= world_size:
+            continue
+        store = f"file://{folder}/store-{world_size}"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+        for case in CASES:
+            weights, figures = train_here(case, Arrays(images, labels), Group(rank, world_size))
+            kept = {**weights, "figures": torch.tensor(figures, dtype=torch.float64)}
+            save_file(kept, folder / f"{case}-{world_size}-{rank}")
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def trained_both_ways(tmp_path_factory: pytest.TempPathFactory, few_images: Arrays) -> Path:
+    folder = tmp_path_factory.mktemp("chunks")
+    for way in ("memory", "gloo"):
+        (folder / way).mkdir()
+    arguments = (folder, few_images.inputs[:120], few_images.targets[:120])
+    spawn(train_on_each_rank, arguments, nprocs=max(WORLD_SIZES))  # type: ignore[no-untyped-call]
+    return folder
+
+
+@pytest.fixture(scope="module", params=["memory", "gloo"])
+def trained(request: pytest.FixtureRequest, trained_both_ways: Path) -> Path:
+    return trained_both_ways / request.param
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
+@pytest.mark.parametrize("case", CASES)
+def test_weights_buffers_and_figures_are_the_same_to_the_bit_on_any_number_of_ranks(
+    trained: Path, case: str, world_size: int
+) -> None:
+    alone = load_file(trained / f"{case}-1-0")
+    for rank in range(world_size):
+        together = load_file(trained / f"{case}-{world_size}-{rank}")
+        for name, value in alone.items():
+            assert torch.equal(together[name], value), (rank, name)
+
+
+def test_bits_differ_without_it(few_images: Arrays) -> None:
+    """Else the tests above would tell nothing: another cut of the batches gives other bits."""
+    CASES["one chunk"] = mnist, replace(CONFIG, num_chunks=1)
+    split = Arrays(few_images.inputs[:120], few_images.targets[:120])
+    one, eight = (train_here(case, split, Group())[0] for case in ("one chunk", "cnn"))
+    del CASES["one chunk"]
+    assert any(not torch.equal(one[name], eight[name]) for name in one)
+    for name in one:
+        torch.testing.assert_close(one[name], eight[name], atol=2e-3, rtol=0)
+
+
+def test_buffers_change_by_the_mean_of_what_chunks_change(few_images: Arrays) -> None:
+    create, config = CASES["noisy"]
+    split = Arrays(few_images.inputs[:50], few_images.targets[:50])
+    state = engine.create_state(create(), replace(config, num_epochs=1), 50, CPU)
+    before = {name: value.clone() for name, value in state.model.named_buffers()}
+    engine.train(create(), state, Part(split), replace(config, num_epochs=1), Group(), Hooks())
+    after = dict(state.model.named_buffers())
+    assert after["2.num_batches_tracked"] == 1
+    assert torch.equal(after["constant"], before["constant"])
+    assert not torch.equal(after["2.running_mean"], before["2.running_mean"])
+
+
+def test_machines_that_compute_otherwise_are_refused_and_the_difference_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    others = [("first", {"processor": ["x86_64", "avx2"]}), ("second", {"processor": ["x86_64", "avx2", "avx512f"]})]
+
+    def gather(into: list[Any], own: object) -> None:
+        into[:] = others
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    with pytest.raises(OtherArithmeticError, match="first has less, second has avx512f"):
+        check_arithmetic(2)
+    others[1] = others[0]
+    check_arithmetic(2)
+    check_arithmetic(1)
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 3, 5, 6, 8, 12, 16])
+def test_partial_sums_of_any_ranks_add_up_to_the_same_bits(num_chunks: int) -> None:
+    vectors = torch.from_numpy(np.random.default_rng(num_chunks).standard_normal((num_chunks, 1000), np.float32))
+
+    def of(chunks: Sequence[int]) -> list[Subtree]:
+        return added_up(Subtree(0, chunk, vectors[chunk]) for chunk in chunks)
+
+    whole = of(range(num_chunks))
+    for world_size in range(1, num_chunks + 1):
+        ranks = [of(own_chunks(num_chunks, rank, world_size)) for rank in range(world_size)]
+        together = added_up(node for nodes in ranks for node in nodes)
+        assert [node[:2] for node in together] == [node[:2] for node in whole]
+        for node, other in zip(together, whole, strict=True):
+            assert torch.equal(node.vector, other.vector)
+    assert len(whole) == num_chunks.bit_count()
+    torch.testing.assert_close(sum(node.vector for node in whole), vectors.sum(0))

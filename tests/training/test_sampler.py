@@ -1,0 +1,78 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mnist_ray.training.sampler import ArrayBatches, Batch, ShardedBatchSampler, batch_loader
+from mnist_ray.workload.data import Arrays
+
+
+def shards(num_examples: int, batch_size: int, world_size: int, epoch: int = 0, first_step: int = 0) -> list[list]:
+    """Return each rank's slices of an epoch."""
+    return [
+        list(
+            ShardedBatchSampler(
+                num_examples,
+                batch_size,
+                seed=3,
+                epoch=epoch,
+                rank=rank,
+                world_size=world_size,
+                first_step=first_step,
+            )
+        )
+        for rank in range(world_size)
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("batch_size", [1, 2, 8, 33, 100])
+@pytest.mark.parametrize("num_examples", [1, 7, 100, 101])
+def test_shards_partition_every_epoch_into_the_same_global_batches(
+    num_examples: int, batch_size: int, world_size: int
+) -> None:
+    alone = shards(num_examples, batch_size, 1)[0]
+    for epoch in range(2):
+        by_rank = shards(num_examples, batch_size, world_size, epoch)
+        assert {len(slices) for slices in by_rank} == {math.ceil(num_examples / batch_size)}
+        steps = list(zip(*by_rank, strict=True))
+        batches = [np.concatenate([piece.indices for piece in step]) for step in steps]
+        assert sorted(np.concatenate(batches)) == list(range(num_examples))
+        for step, batch in zip(steps, batches, strict=True):
+            assert {piece.global_size for piece in step} == {len(batch)}
+            lengths = [len(piece.indices) for piece in step]
+            assert max(lengths) - min(lengths) <= 1
+        if epoch == 0:
+            for batch, (expected, *_) in zip(batches, alone, strict=True):
+                np.testing.assert_array_equal(batch, expected)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    orders = [
+        next(iter(ShardedBatchSampler(500, 500, seed=seed, epoch=epoch)))[0].tolist()
+        for seed, epoch in [(0, 0), (0, 1), (1, 0), (1, 1)]
+    ]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_a_sampler_goes_on_at_any_step() -> None:
+    whole = shards(100, 8, 2)[1]
+    rest = shards(100, 8, 2, first_step=5)[1]
+    assert len(rest) == len(whole) - 5
+    for (indices, *_), (expected, *_) in zip(rest, whole[5:], strict=True):
+        np.testing.assert_array_equal(indices, expected)
+
+
+def test_the_loader_gives_the_sampled_examples_in_whole_batches() -> None:
+    images = np.arange(10 * 28 * 28, dtype=np.uint8).reshape(10, 28, 28)
+    arrays = Arrays(images, np.arange(10, dtype=np.uint8))
+    arrays.inputs.setflags(write=False)
+    sampler = ShardedBatchSampler(10, 4, seed=0, epoch=0)
+    loader = batch_loader(ArrayBatches(arrays, torch.device("cpu")), sampler)
+    batches = list(loader)
+    assert [batch.global_size for batch in batches] == [4, 4, 2]
+    for batch, (indices, *_) in zip(batches, sampler, strict=True):
+        assert isinstance(batch, Batch)
+        assert batch.targets.tolist() == indices.tolist()
+        np.testing.assert_array_equal(batch.inputs.numpy(), arrays.inputs[indices])
