@@ -23,7 +23,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.training import engine
 from mnist_ray.training.sampler import ShardedBatchSampler, batch_loader, batches_of
 from mnist_ray.workload import source
-from mnist_ray.workload.data import Part
+from mnist_ray.workload.data import Split
 from mnist_ray.workload.loading import load_data
 
 TRAIN = Path(__file__).parent.parent / "jobs" / "train.py"
@@ -34,12 +34,12 @@ def profile_steps(batch_size: int, precision: str, num_threads: int, num_steps: 
     keep_freed_memory()
     torch.set_num_threads(num_threads)
     workload = source.load(source.DEFAULT)()
-    part = Part(load_data(workload).train)
+    split = Split(load_data(workload).train)
     group = engine.Group()
     config = TrainConfig(batch_size=batch_size, precision="bf16" if precision == "bf16" else "fp32")
-    state = engine.create_state(workload, config, len(part), group.device)
-    dataset = batches_of(part, group.device)
-    samplers = (ShardedBatchSampler(len(part), batch_size, seed=0, epoch=epoch) for epoch in itertools.count())
+    state = engine.create_state(workload, config, len(split), group.device)
+    dataset = batches_of(split, group.device)
+    samplers = (ShardedBatchSampler(len(split), batch_size, seed=0, epoch=epoch) for epoch in itertools.count())
     batches = itertools.chain.from_iterable(batch_loader(dataset, sampler) for sampler in samplers)
 
     def train(steps: int) -> None:

@@ -28,7 +28,7 @@ PARTS = {
     "raylet": "raylet",
     "agent of the node": "ray::DashboardA",
     "controller": "ray::TrainContr",
-    "mailbox": "ray::Mailbox",
+    "event queue": "ray::EventQueue",
 }
 LONGEST_S = 90.0
 

@@ -12,7 +12,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.training import engine
 from mnist_ray.training.events import Progress
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Part
+from mnist_ray.workload.data import Split
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Timed:
 
 def timed_steps(
     workload: Workload,
-    part: Part,
+    split: Split,
     config: TrainConfig,
     group: engine.Group,
     num_steps: int,
@@ -37,7 +37,7 @@ def timed_steps(
 ) -> Timed:
     """Train so many steps in this process, as one of the ranks of ``group``."""
     keep_freed_memory()
-    state = engine.create_state(workload, config, len(part), group.device)
+    state = engine.create_state(workload, config, len(split), group.device)
     marks: list[tuple[int, float, float]] = []
 
     def note(progress: Progress) -> None:
@@ -45,6 +45,6 @@ def timed_steps(
 
     hooks = engine.Hooks(progress=note, wants_stop=lambda: bool(marks) and marks[-1][0] >= num_steps)
     with contextlib.suppress(engine.StopWantedError):
-        engine.train(workload, state, part, config, group, hooks, num_loaders)
+        engine.train(workload, state, split, config, group, hooks, num_loaders)
     first, last = next(mark for mark in marks if mark[0] >= num_steps / 10), marks[-1]
     return Timed((last[1] - first[1]) / (last[0] - first[0]), first[2], last[2])

@@ -22,7 +22,7 @@ from loop import timed_steps
 from mnist_ray.config import TrainConfig
 from mnist_ray.training import engine
 from mnist_ray.workload import source
-from mnist_ray.workload.data import Arrays, Part
+from mnist_ray.workload.data import Arrays, Split
 
 SHAPE = (28, 28)
 NUM_IN_MEMORY = 60_000
@@ -50,7 +50,7 @@ def own_mib() -> float:
 
 def train(folder: Path | None, num_steps: int, num_loaders: int) -> dict[str, float]:
     """Train on the mapped images of a folder, or on some in memory; return the rate and the memory."""
-    workload, group = source.load(source.DEFAULT)(facts={"class_names": [*range(10)]}), engine.Group()
+    workload, group = source.load(source.DEFAULT)(metadata={"class_names": [*range(10)]}), engine.Group()
     config = TrainConfig(
         precision=engine.resolve_precision("auto", group),
         batch_size=BATCH_SIZE,
@@ -58,7 +58,7 @@ def train(folder: Path | None, num_steps: int, num_loaders: int) -> dict[str, fl
         num_epochs=1000,
         checkpoint_every=10**9,
     )
-    timed = timed_steps(workload, Part(arrays_of(folder)), config, group, num_steps, num_loaders, own_mib)
+    timed = timed_steps(workload, Split(arrays_of(folder)), config, group, num_steps, num_loaders, own_mib)
     return {"rate": BATCH_SIZE / timed.step_s, "mib_before": timed.early, "mib_after": timed.late}
 
 

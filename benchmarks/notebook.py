@@ -53,7 +53,7 @@ def test_accuracy(seed: int, train: tuple[Tensor, Tensor], test: tuple[Tensor, T
             loss.backward()
             optimizer.step()
     with torch.no_grad():
-        predicted = torch.cat([model(part).argmax(1) for part in torch.chunk(test[0], 10)])
+        predicted = torch.cat([model(split).argmax(1) for split in torch.chunk(test[0], 10)])
     return (predicted == test[1]).double().mean().item()
 
 

@@ -34,7 +34,7 @@ from torch import nn
 from mnist_ray.config import TrainConfig
 from mnist_ray.training import engine
 from mnist_ray.workload import source
-from mnist_ray.workload.data import Part
+from mnist_ray.workload.data import Split
 from mnist_ray.workload.loading import load_data
 
 HOSTS = ("mnistray-a", "mnistray-b")
@@ -150,11 +150,11 @@ def train_steps(group: engine.Group, batch_size: int, num_steps: int) -> float:
     """Train in this process, one rank; return the seconds of a step after the first tenth of them."""
     torch.set_num_threads(1)
     workload = source.load(source.DEFAULT)()
-    part = Part(load_data(workload).train)
+    split = Split(load_data(workload).train)
     config = TrainConfig(
         precision="fp32", batch_size=batch_size, schedule="constant", num_epochs=1000, checkpoint_every=10**9
     )
-    return timed_steps(workload, part, config, group, num_steps).step_s
+    return timed_steps(workload, split, config, group, num_steps).step_s
 
 
 def run_rank(rank: int, num_workers: int, batch_size: int, num_steps: int, meeting: str) -> None:

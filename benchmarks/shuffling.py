@@ -20,7 +20,7 @@ from mnist_ray.cluster.environment import keep_freed_memory
 from mnist_ray.config import TrainConfig
 from mnist_ray.training import engine, sampler
 from mnist_ray.workload import source
-from mnist_ray.workload.data import parts_of
+from mnist_ray.workload.data import splits_of
 from mnist_ray.workload.loading import load_data
 from mnist_ray.workload.order import Shuffled
 
@@ -64,12 +64,12 @@ def seconds_to_draw(number: int, order: str) -> tuple[float, float]:
 def test_accuracy(seed: int) -> float:
     """Train by the default recipe in this process; return the last weights' accuracy on the test set."""
     workload = source.load(source.DEFAULT)()
-    data = parts_of(load_data(workload), None)
+    data = splits_of(load_data(workload), None)
     group = engine.Group()
     config = TrainConfig(**workload.recipes["default"], seed=seed, precision=engine.resolve_precision("auto", group))
     state = engine.create_state(workload, config, len(data.train), group.device)
     engine.train(workload, state, data.train, config, group, engine.Hooks())
-    return engine.evaluate(workload, state.model, data.test).figures(workload)["accuracy"]
+    return engine.evaluate(workload, state.model, data.test).values(workload)["accuracy"]
 
 
 def print_accuracies(seeds: Sequence[int]) -> None:

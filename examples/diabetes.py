@@ -39,20 +39,26 @@ class Diabetes(Regression):
         order = np.random.default_rng(0).permutation(len(targets))
         test, train = order[:NUM_TEST], order[NUM_TEST:]
         known = inputs[train]
-        facts = {"means": known.mean(0).tolist(), "stds": known.std(0).tolist(), "target": float(targets[train].mean())}
-        return Data(Arrays(known, targets[train]), Arrays(inputs[test], targets[test]), name="diabetes", facts=facts)
+        metadata = {
+            "means": known.mean(0).tolist(),
+            "stds": known.std(0).tolist(),
+            "target": float(targets[train].mean()),
+        }
+        return Data(
+            Arrays(known, targets[train]), Arrays(inputs[test], targets[test]), name="diabetes", metadata=metadata
+        )
 
     def create_model(self) -> nn.Module:
         """Return two hidden layers that start at the mean target."""
         width, dropout = self.settings.width, self.settings.dropout
         last = nn.Linear(width, 1)
-        nn.init.constant_(last.bias, self.facts["target"])
+        nn.init.constant_(last.bias, self.metadata["target"])
         hidden = (nn.Linear(10, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, width), nn.ReLU())
         return nn.Sequential(*hidden, last)
 
     def prepare(self, inputs: Tensor, generator: Generator | None) -> Tensor:
         """Bring each column to mean 0 and standard deviation 1, as the training set has them."""
-        means, stds = (inputs.new_tensor(self.facts[name]) for name in ("means", "stds"))
+        means, stds = (inputs.new_tensor(self.metadata[name]) for name in ("means", "stds"))
         return ((inputs - means) / stds).float()
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class Shapes(Classification):
         """Draw the images; the same for the same settings."""
         rng = np.random.default_rng(0)
         train, test = (self.draw(number, rng) for number in (self.settings.num_images, self.settings.num_images // 5))
-        return Data(train, test, name="shapes", facts={"class_names": list(SHAPES)})
+        return Data(train, test, name="shapes", metadata={"class_names": list(SHAPES)})
 
     def draw(self, number: int, rng: np.random.Generator) -> Arrays:
         """Return images (N, 32, 32, 3) uint8 and which shape each shows, (N,)."""

@@ -50,9 +50,9 @@ class Run:
         return self.folder.name
 
     @property
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Loss and metrics on the test set."""
-        return {metric.name: self.result[f"test_{metric.name}"] for metric in self.workload.figures}
+        return {metric.name: self.result[f"test_{metric.name}"] for metric in self.workload.all_metrics}
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -94,7 +94,7 @@ class Run:
         export(_found(self, None), ExportConfig(format=kind, output=os.fspath(output)))
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.workload.said(self.figures)} on the test set"
+        return f"{self.name}: {self.workload.format(self.metrics)} on the test set"
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self}>"
@@ -175,7 +175,7 @@ def evaluate(
     checked({name: value for name, value in settings.items() if name not in own}, [EvaluationConfig, LookupConfig], {})
     with prepared_forking(WorkerConfig(), "mnist_ray.run.evaluate") as forking:
         tested = command.evaluate(found, build(EvaluationConfig, settings), forking)
-    return tested.figures(found.workload)
+    return tested.values(found.workload)
 
 
 def predict(
@@ -209,7 +209,7 @@ def _run(job: Job) -> Run:
     if result is None:
         raise JobError(f"run {job.run.name} has no result: with check=True, nothing is trained")
     workload = job.workload
-    return Run(job.run, type(workload)(workload.settings, workload.facts), result)
+    return Run(job.run, type(workload)(workload.settings, workload.metadata), result)
 
 
 def _with_workload(workload: type[Workload] | str | Path | None, settings: dict[str, Any]) -> dict[str, Any]:

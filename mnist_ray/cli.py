@@ -16,7 +16,7 @@ from typing import Any, NoReturn, get_type_hints
 
 from mnist_ray import signals
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.screen import print_whatever_it_is, say, shown
+from mnist_ray.screen import print_whatever_it_is, redact, say
 from mnist_ray.settings import build, flag, item_type, parse_text, value_type
 from mnist_ray.signals import take_signals
 from mnist_ray.wording import did_you_mean
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
     ) -> None:
         super().__init__(description=description, allow_abbrev=False)
         self._config_classes = config_classes
-        self._shown_defaults = defaults or {}  # shown in place of the settings' own
+        self._setting_defaults = defaults or {}  # shown in place of the settings' own
         for config_class in config_classes:
             self._add_settings(config_class)
 
@@ -54,11 +54,11 @@ class Parser(argparse.ArgumentParser):
                 kind = {"type": str}  # an empty one would become the current folder
             elif field.name == "num_workers":
                 kind = {"type": _worker_range}
-            shown = field.metadata.get("help", "")
-            default = self._shown_defaults.get(field.name, field.default)
+            help_text = field.metadata.get("help", "")
+            default = self._setting_defaults.get(field.name, field.default)
             if plain is not bool and default is not None:
-                shown += f" (default: {_shown(default)})"
-            group.add_argument(flag(field.name), default=UNSET, help=shown.replace("%", "%%"), **kind)
+                help_text += f" (default: {_default_text(default)})"
+            group.add_argument(flag(field.name), default=UNSET, help=help_text.replace("%", "%%"), **kind)
 
     def read_flags(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:
         """Return the flags that were given, checked one by one. Raises UsageError."""
@@ -82,7 +82,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line, not the whole usage, and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {shown(message)}; see --help\n")
+        self.exit(2, f"{self.prog}: error: {redact(message)}; see --help\n")
 
 
 def _item_parser(kind: type[Any]) -> Callable[[str], Any]:
@@ -95,7 +95,7 @@ def _item_parser(kind: type[Any]) -> Callable[[str], Any]:
     return parse
 
 
-def _shown(default: object) -> str:
+def _default_text(default: object) -> str:
     return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
@@ -142,7 +142,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Run a job's main and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted; a bug keeps its traceback."""
     take_signals()
     print_whatever_it_is()
-    status = signals.run(functools.partial(_status_of, main))
+    status = signals.supervise(functools.partial(_status_of, main))
     with contextlib.suppress(OSError):  # the reader has gone, or a disk is full: said already
         sys.stdout.flush()
     sys.stderr.flush()

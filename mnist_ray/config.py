@@ -170,7 +170,9 @@ class OutputConfig:
     )
     tracker: str | None = setting(None, "code of yours that follows the run: FILE.py or package.module, or its :NAME")
     profile: int | None = setting(
-        None, "steps of the first worker to profile: a trace for Perfetto, and the dearest operators", **at_least(1)
+        None,
+        "steps of the first worker to profile: a trace for Perfetto, and the most expensive operators",
+        **at_least(1),
     )
     detect_anomaly: bool = setting(False, "find the operation whose gradient is no number first; slow")
     dashboard: bool = setting(False, "start Ray's dashboard for a local run, which goes with it")

@@ -34,8 +34,10 @@ def with_place(error: BaseException, *folders: Path, or_here: bool = True) -> st
         return f"{type(error).__name__}: {error.msg} ({Path(error.filename).name}, line {error.lineno})"
     said, frames = f"{type(error).__name__}: {first_line(error)}", traceback.extract_tb(error.__traceback__)
     if _IN_ANOTHER_PROCESS in str(error):
-        told = re.findall(r'File "(.+)", line (\d+), in (.+)', str(error))
-        frames = traceback.StackSummary.from_list([(file, int(line), name, None) for file, line, name in told])
+        found_in_text = re.findall(r'File "(.+)", line (\d+), in (.+)', str(error))
+        frames = traceback.StackSummary.from_list(
+            [(file, int(line), name, None) for file, line, name in found_in_text]
+        )
     places = [*(_in(folder, frames) for folder in folders), _in(_PACKAGE, frames) if or_here else []]
     place = next((f" ({Path(found[-1].filename).name}, line {found[-1].lineno})" for found in places if found), "")
     return said + place

@@ -28,7 +28,7 @@ def masked(text: str) -> str:
     return _OPTION.sub(rf"\1{MASK}", _USER.sub(rf"\1{MASK}@", text))
 
 
-def shown(text: object) -> str:
+def redact(text: object) -> str:
     """Return a text in one line without secrets, in which what is not printed is written as Python writes it."""
     return _UNPRINTABLE.sub(_escaped, masked(str(text)))
 
@@ -40,7 +40,7 @@ def _escaped(found: re.Match[str]) -> str:
 
 def say(text: object, file: TextIO | None = None) -> None:
     """Print a line: every text of the jobs goes through here, through ``RunConsole``, or is JSON."""
-    print(shown(text), file=file)
+    print(redact(text), file=file)
 
 
 def without_user(uri: str) -> str:

@@ -1,8 +1,8 @@
 """What ends a job early: Ctrl-C, SIGTERM, SIGHUP, or what a thread has found out. The main thread hears of all.
 
 Ray ends a driver's process without any exception where its raylet or its GCS has gone, and the kernel does where memory
-runs out. So ``run`` puts a process around the job that says so, and how to go on. Nothing heavy is imported here: the
-two processes part before anything is.
+runs out. So ``supervise`` puts a process around the job that says so, and how to go on. Nothing heavy is imported here: the two
+processes part before anything is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mnist_ray.screen import say
 
 SAME_WITHIN_S = 0.5
 """Signals that come so soon after an interrupt belong to it: a terminal or a scheduler signals every process of a job,
-``timeout`` one of them twice, and ``guard`` passes on what it gets."""
+``timeout`` one of them twice, and the supervisor passes on what it gets."""
 
 
 @dataclass
@@ -116,64 +116,64 @@ def end_with(error: Exception) -> None:
 
 
 _DONE = "\0"
-_to_guard: int | None = None
+_to_supervisor: int | None = None
 
 
 def if_ended(advice: str) -> None:
     """Let ``advice`` be what a person is told where this process is ended from outside, from here on."""
-    if _to_guard is not None:
+    if _to_supervisor is not None:
         with contextlib.suppress(OSError):
-            os.write(_to_guard, f"{advice}\n".encode())
+            os.write(_to_supervisor, f"{advice}\n".encode())
 
 
-def run(work: Callable[[], int]) -> int:
+def supervise(work: Callable[[], int]) -> int:
     """Return the exit status of ``work``, done in a child of this process, which passes on the signals that it gets.
 
     The child ends with this process.
     """
     if not hasattr(os, "fork"):
         return work()
-    told, to_guard = os.pipe()
-    from_guard, alive = os.pipe()
+    from_job, to_supervisor = os.pipe()
+    from_supervisor, alive = os.pipe()
     forwarded = signals()
     signal.pthread_sigmask(signal.SIG_BLOCK, forwarded)  # until each of the two does with them what it is to do
     child = os.fork()
     if child == 0:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)
-        os.close(told)
+        os.close(from_job)
         os.close(alive)
-        _be_guarded(to_guard, from_guard)
+        _be_supervised(to_supervisor, from_supervisor)
         try:
             return work()
         finally:
             if_ended(_DONE)
-    os.close(to_guard)
-    os.close(from_guard)
+    os.close(to_supervisor)
+    os.close(from_supervisor)
     for number in forwarded:
         signal.signal(number, lambda number, frame: os.kill(child, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)
-    with open(told, encoding="utf-8", errors="replace") as lines:
+    with open(from_job, encoding="utf-8", errors="replace") as lines:
         advice = ["", *lines.read().splitlines()][-1]  # read until the child has gone: no program inherits its end
     _, state = os.waitpid(child, 0)
     leave_closed_terminal()
     if advice != _DONE:
-        say(_said(state, advice), file=sys.stderr)
+        say(_ending(state, advice), file=sys.stderr)
         return 1
     return os.waitstatus_to_exitcode(state)
 
 
-def _be_guarded(to_guard: int, from_guard: int) -> None:
-    global _to_guard
-    _to_guard = to_guard
+def _be_supervised(to_supervisor: int, from_supervisor: int) -> None:
+    global _to_supervisor
+    _to_supervisor = to_supervisor
 
-    def end_with_guard() -> None:
-        os.read(from_guard, 1)  # returns when the guard has gone
+    def end_with_supervisor() -> None:
+        os.read(from_supervisor, 1)  # returns when the supervisor has gone
         os._exit(1)
 
-    threading.Thread(target=end_with_guard, daemon=True).start()
+    threading.Thread(target=end_with_supervisor, daemon=True).start()
 
 
-def _said(state: int, advice: str) -> str:
+def _ending(state: int, advice: str) -> str:
     if not os.WIFSIGNALED(state):
         return f"error: Ray has ended this job's process; what it said, if anything, stands above{advice}"
     name = signal.Signals(os.WTERMSIG(state)).name

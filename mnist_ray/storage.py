@@ -296,7 +296,7 @@ def read_config(run: RunFolder, file_name: str = CONFIG_FILE) -> dict[str, Any] 
 def read_origin(run: RunFolder) -> dict[str, Any] | None:
     """Return what a run has kept of how it began, or None where it has kept nothing. Raises DamagedFileError."""
     origin = run.read_json(ORIGIN_FILE)
-    known: dict[str, Any] = {"versions": None, "facts": {}, "data": {}}
+    known: dict[str, Any] = {"versions": None, "metadata": {}, "data": {}}
     if origin is not None and not all(isinstance(origin.get(key, known[key]), dict) for key in known):
         raise run.damaged(ORIGIN_FILE, "it does not say where a run comes from")
     return origin

@@ -24,17 +24,17 @@ def clock_time(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
-def spoken(name: str) -> str:
+def in_words(name: str) -> str:
     """Return a setting's name as people say it: ``batch_size`` is ``batch size``."""
     return name.replace("_", " ")
 
 
-def described(values: Mapping[str, Any]) -> str:
+def format_settings(values: Mapping[str, Any]) -> str:
     """Return settings with their values as people read them."""
-    return ", ".join(f"{spoken(name)} {shown(value)}" for name, value in values.items())
+    return ", ".join(f"{in_words(name)} {format_value(value)}" for name, value in values.items())
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return a setting's value as people read it."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 

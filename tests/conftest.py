@@ -31,7 +31,7 @@ FILES = (
     ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 )
 
-FACTS = {"class_names": [*range(10)], "model_input": {"shape": [1, 28, 28], "dtype": "float32"}}
+METADATA = {"class_names": [*range(10)], "model_input": {"shape": [1, 28, 28], "dtype": "float32"}}
 """What MNIST's model knows of the data."""
 QUICK = {"batch_size": 50, "validation_size": 600, "learning_rate": 3e-3, "precision": "fp32"}
 LONGER = {**QUICK, "num_epochs": 8, "checkpoint_every": 20}
@@ -44,7 +44,7 @@ def as_flags(values: dict[str, Any]) -> list[str]:
 def mnist(**settings: Any) -> Workload:
     """Return the workload that ships, as it is once its data are loaded."""
     workload_class = source.load(source.DEFAULT)
-    return workload_class(workload_class.Settings(**settings), FACTS)
+    return workload_class(workload_class.Settings(**settings), METADATA)
 
 
 def run_main(job: str, *flags: str) -> None:

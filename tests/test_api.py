@@ -73,7 +73,7 @@ def test_no_fork_server_is_started_where_ray_is_connected(ray_address: str, monk
 def test_training_returns_the_run_with_all_that_it_has_left(run: Run) -> None:
     assert str(run).startswith("one: loss ")
     assert repr(run) == f"<Run {run}>"
-    assert run.figures["accuracy"] == run.result["test_accuracy"] > 0.5
+    assert run.metrics["accuracy"] == run.result["test_accuracy"] > 0.5
     assert [row["epoch"] for row in run.history] == [1, 2]
     assert run.steps[-1]["epoch"] == 2
     assert (Path(run.checkpoint) / "model.safetensors").exists()
@@ -83,7 +83,7 @@ def test_training_returns_the_run_with_all_that_it_has_left(run: Run) -> None:
 
 
 def test_evaluation_by_a_runs_name_gives_what_the_run_has(run: Run) -> None:
-    assert mnist_ray.evaluate("one", storage_path=run.folder.storage_path, num_tasks=2) == run.figures
+    assert mnist_ray.evaluate("one", storage_path=run.folder.storage_path, num_tasks=2) == run.metrics
 
 
 def test_predictions_are_for_arrays_pictures_and_files(run: Run, mnist_test: Arrays, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ class Signs(Classification):
 
 if __name__ == "__main__":
     run = mnist_ray.train(Signs, batch_size=50, storage_path="runs", quiet=True)
-    print("figures", sorted(run.figures))
+    print("figures", sorted(run.metrics))
 """
 
 
@@ -207,7 +207,7 @@ def test_the_tours_cells_run_from_the_first_to_the_last(
     said = capsys.readouterr().out
     assert "label: 3, images: 60,000 to train on, 10,000 to test" in said
     assert [answer.answers[0][0] for answer in names["answers"]].count(7) >= 1
-    assert names["circle"].figures["accuracy"] > 0.8
+    assert names["circle"].metrics["accuracy"] > 0.8
     assert set(names["sweep"].best) == {"width", "learning_rate"}
     assert {row["width"] for row in names["sweep"].trials} <= {8, 32}
     assert len(names["sweep"].trials) == 2

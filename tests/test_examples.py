@@ -106,9 +106,9 @@ def test_it_is_evaluated_reported_and_exported_by_its_runs_name_alone(
 ) -> None:
     shown = run_job("evaluate.py", str(run), address=ray_address)
     assert shown.returncode == 0, shown.stderr
-    criterion = next(name for name in ("test_accuracy", "test_rmse") if name in result_of(run))
-    value = result_of(run)[criterion]
-    assert (f"{value:.2%}" if criterion == "test_accuracy" else f"{value:.4f}") in shown.stdout.splitlines()[-1]
+    monitor = next(name for name in ("test_accuracy", "test_rmse") if name in result_of(run))
+    value = result_of(run)[monitor]
+    assert (f"{value:.2%}" if monitor == "test_accuracy" else f"{value:.4f}") in shown.stdout.splitlines()[-1]
     before = (run / "report.html").read_text()
     again = run_job("report.py", str(run))
     assert again.returncode == 0, again.stderr

@@ -7,7 +7,7 @@ import pytest
 from mnist_ray import provenance
 from mnist_ray.cli import Parser
 from mnist_ray.config import LookupConfig
-from mnist_ray.screen import masked, print_whatever_it_is, say, shown
+from mnist_ray.screen import masked, print_whatever_it_is, redact, say
 
 
 @pytest.mark.parametrize(
@@ -31,8 +31,8 @@ def test_users_and_secrets_of_uris_are_masked_and_nothing_else(text: str, left: 
 
 
 def test_what_drives_a_terminal_is_shown_as_an_escape() -> None:
-    assert shown("a\x1b[31m\r\nb\x9b\x7f \u202e\udcff") == r"a\x1b[31m\r\nb\x9b\x7f \u202e\udcff"
-    assert shown("7 × 8 → naïve, 日本 …") == "7 × 8 → naïve, 日本 …"
+    assert redact("a\x1b[31m\r\nb\x9b\x7f \u202e\udcff") == r"a\x1b[31m\r\nb\x9b\x7f \u202e\udcff"
+    assert redact("7 × 8 → naïve, 日本 …") == "7 × 8 → naïve, 日本 …"
 
 
 def test_what_the_encoding_lacks_is_printed_as_an_escape(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from mnist_ray import signals
 
 PREPARED = """
 import os, signal, sys, time
-from mnist_ray import guard, interrupts
+from mnist_ray import signals
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which may be ignored where these tests run, as under nohup
 signals.take_signals()
 """
@@ -29,7 +29,7 @@ def work():
                 time.sleep(0.01)
     except KeyboardInterrupt:
         return 130
-sys.exit(guard.run(work))
+sys.exit(signals.supervise(work))
 """
 
 
@@ -64,11 +64,11 @@ def said(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def test_the_status_is_that_of_the_work(start: Starter) -> None:
-    assert said(start("sys.exit(guard.run(lambda: 3))")) == (3, "")
+    assert said(start("sys.exit(signals.supervise(lambda: 3))")) == (3, "")
 
 
 def test_an_error_in_the_work_keeps_its_traceback_and_nothing_is_added(start: Starter) -> None:
-    status, errors = said(start("sys.exit(guard.run(lambda: 1 / 0))"))
+    status, errors = said(start("sys.exit(signals.supervise(lambda: 1 / 0))"))
     assert (status, errors.splitlines()[-1]) == (1, "ZeroDivisionError: division by zero")
 
 
@@ -81,8 +81,8 @@ def test_an_error_in_the_work_keeps_its_traceback_and_nothing_is_added(start: St
     ],
 )
 def test_where_the_process_is_ended_one_line_says_so_and_how_to_go_on(start: Starter, end: str, message: str) -> None:
-    code = f"guard.run_ = lambda: (guard.if_ended('; early'), guard.if_ended('; to go on: this'), {end})"
-    status, errors = said(start(f"{code}\nsys.exit(guard.run(guard.run_))"))
+    code = f"signals.work = lambda: (signals.if_ended('; early'), signals.if_ended('; to go on: this'), {end})"
+    status, errors = said(start(f"{code}\nsys.exit(signals.supervise(signals.work))"))
     assert status == 1
     assert errors.count("\n") == 1
     assert message in errors
@@ -92,7 +92,7 @@ def test_where_the_process_is_ended_one_line_says_so_and_how_to_go_on(start: Sta
 @pytest.mark.parametrize(
     "sends",
     [[os.kill], [os.killpg], [os.kill, os.killpg]],
-    ids=["to the guard", "to the whole group", "to the guard and to the whole group, as timeout does"],
+    ids=["to the supervisor", "to the whole group", "to the supervisor and to the whole group, as timeout does"],
 )
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_counts_once_whoever_gets_it(
@@ -121,7 +121,7 @@ def test_a_closed_terminal_counts_for_nothing_under_nohup(start: Starter) -> Non
     assert process.poll() is None
 
 
-def test_where_the_guard_is_killed_the_work_ends_with_it(start: Starter) -> None:
+def test_where_the_supervisor_is_killed_the_work_ends_with_it(start: Starter) -> None:
     process = start(SAVING)
     assert process.stdout
     process.stdout.readline()

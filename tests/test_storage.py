@@ -111,7 +111,7 @@ def test_settings_and_results_are_damaged_where_they_are_others(tmp_path: Path) 
     run = locate(str(tmp_path), "run")
     assert (read_config(run), read_origin(run), read_result(run)) == (None, None, None)
     run.write_text("config.json", '{"num_epochs": "two"}')
-    run.write_text("origin.json", '{"facts": []}')
+    run.write_text("origin.json", '{"metadata": []}')
     run.write_text("result.json", '{"checkpoint": "../elsewhere"}')
     with pytest.raises(DamagedFileError, match=r"config\.json is damaged: .*; put it back, or start another run"):
         read_config(run)

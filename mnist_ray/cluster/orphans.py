@@ -19,13 +19,13 @@ _NO_ACTOR = b"\xff" * 12
 
 
 @contextlib.contextmanager
-def leftovers_removed() -> Iterator[None]:
+def orphans_removed() -> Iterator[None]:
     """Free meanwhile, twice a second, what dead actors of this job have reserved."""
     is_over = threading.Event()
 
     def remove_again_and_again() -> None:
         while not is_over.wait(_INTERVAL_S):
-            remove_leftover_placement_groups()
+            remove_orphaned_placement_groups()
 
     thread = threading.Thread(target=remove_again_and_again, daemon=True)
     thread.start()
@@ -36,7 +36,7 @@ def leftovers_removed() -> Iterator[None]:
         thread.join(_PATIENCE_S)
 
 
-def remove_leftover_placement_groups() -> None:
+def remove_orphaned_placement_groups() -> None:
     """Free what dead actors of this job have reserved for their workers.
 
     Ray keeps a placement group until the actor that made it *and* its job have ended. Ray Train has an actor clean up

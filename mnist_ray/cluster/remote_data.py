@@ -8,12 +8,12 @@ import numpy as np
 import ray
 
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Origin, Part
+from mnist_ray.workload.data import Origin, Split
 from mnist_ray.workload.order import AllBut
 
 
 @dataclass(frozen=True)
-class SharedPart:
+class RemoteSplit:
     """A part that any process of the cluster can open."""
 
     workload: Workload
@@ -28,14 +28,14 @@ class SharedPart:
     def __len__(self) -> int:
         return self.size
 
-    def open(self) -> Part:
+    def open(self) -> Split:
         """Return the part. Where it is not stored, this process loads the workload's data for itself."""
         if self.stored is not None:
-            return Part(ray.get(self.stored), None, self.origin)
-        return Part(getattr(self.workload.load_data(), self.origin), self.indices, self.origin)
+            return Split(ray.get(self.stored), None, self.origin)
+        return Split(getattr(self.workload.load_data(), self.origin), self.indices, self.origin)
 
 
-def share(workload: Workload, part: Part) -> SharedPart:
+def share(workload: Workload, split: Split) -> RemoteSplit:
     """Share a part: arrays in memory are put into the object store."""
-    stored = None if part.arrays is None else ray.put(part.arrays)
-    return SharedPart(workload, part.origin, len(part), stored, part.indices)
+    stored = None if split.arrays is None else ray.put(split.arrays)
+    return RemoteSplit(workload, split.origin, len(split), stored, split.indices)

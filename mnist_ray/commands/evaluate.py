@@ -10,7 +10,7 @@ from mnist_ray.cluster.forking.starting import Forking, prepared_forking
 from mnist_ray.config import EvaluationConfig, LookupConfig, WorkerConfig
 from mnist_ray.settings import build, names_of
 from mnist_ray.tools import flags
-from mnist_ray.workload.data import Part
+from mnist_ray.workload.data import Split
 from mnist_ray.workload.loading import load_data
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def evaluate(found: Found, config: EvaluationConfig, forking: Forking) -> Evalua
     from mnist_ray.run.session import console_of, print_evaluation
 
     workload, data = found.workload, load_data(found.workload)
-    test = Part(data.test, origin="test")
+    test = Split(data.test, origin="test")
     with connect(WorkerConfig(), forking), console_of(workload) as console:
         for note in found.notes:
             console.say("note", note)

@@ -5,7 +5,7 @@ import contextlib
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.forking.starting import prepared_forking
 from mnist_ray.cluster.plan import plan_workers
-from mnist_ray.run.dry_run import rehearsal
+from mnist_ray.run.dry_run import dry_run
 from mnist_ray.run.header import Clock, announced
 from mnist_ray.run.job import Job, load_data, owning, read_job, saying_the_way_on
 
@@ -30,9 +30,9 @@ def train(job: Job) -> None:
 
         from mnist_ray.cluster.connect import connect  # imports Ray, once the header is on the screen
 
-        rehearse = rehearsal(job, data)
-        shown = {"verbose": job.output.verbose, "dashboard": job.output.dashboard}
-        with connect(job.workers, forking, **shown, meanwhile=rehearse) as cluster:
+        try_batch = dry_run(job, data)
+        output = {"verbose": job.output.verbose, "dashboard": job.output.dashboard}
+        with connect(job.workers, forking, **output, meanwhile=try_batch) as cluster:
             from mnist_ray.run.evaluate import evaluate  # imports torch, which is there by now
             from mnist_ray.run.fit import fit
             from mnist_ray.run.session import check, recorded

@@ -8,7 +8,7 @@ import contextlib
 
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.forking.starting import prepared_forking
-from mnist_ray.run.dry_run import rehearsal
+from mnist_ray.run.dry_run import dry_run
 from mnist_ray.run.job import owning, saying_the_way_on
 from mnist_ray.sweep.options import Sweep, load_data, read_sweep
 from mnist_ray.sweep.progress import announced
@@ -31,9 +31,9 @@ def tune(sweep: Sweep) -> None:
 
         from mnist_ray.cluster.connect import connect  # imports Ray, once the header is on the screen
 
-        rehearse = rehearsal(sweep.job, data, sweep.batch_sizes)
-        shown = {"verbose": sweep.job.output.verbose, "dashboard": sweep.job.output.dashboard}
-        with connect(sweep.workers, forking, **shown, meanwhile=rehearse) as cluster:
+        try_batch = dry_run(sweep.job, data, sweep.batch_sizes)
+        output = {"verbose": sweep.job.output.verbose, "dashboard": sweep.job.output.dashboard}
+        with connect(sweep.workers, forking, **output, meanwhile=try_batch) as cluster:
             from mnist_ray.sweep.search import check, search, train_chosen  # imports torch, which is there by now
 
             if sweep.job.output.check:

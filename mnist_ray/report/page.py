@@ -28,7 +28,7 @@ from mnist_ray.storage import (
 )
 from mnist_ray.wording import count
 from mnist_ray.workload.base import Metric, Workload
-from mnist_ray.workload.data import Part
+from mnist_ray.workload.data import Split
 from mnist_ray.workload.drawing import MARKERS, Picture, Table
 
 T = TypeVar("T", Picture, Table)
@@ -83,7 +83,7 @@ class RunRecord:
             notes,
         )
 
-    def figures(self, name: str) -> list[float]:
+    def column(self, name: str) -> list[float]:
         """Return a column of metrics.csv; NaN where it has none of that name."""
         return [row.get(name, math.nan) for row in self.epochs]
 
@@ -94,10 +94,10 @@ class RunRecord:
 
     @property
     def best_validation(self) -> float:
-        """Of the workload's criterion; NaN where nothing was validated."""
-        criterion = self.workload.criterion
-        known = [value for value in self.figures(f"val_{criterion.name}") if not math.isnan(value)]
-        return (max if criterion.mode == "max" else min)(known, default=math.nan)
+        """Of the workload's monitor; NaN where nothing was validated."""
+        monitor = self.workload.monitor
+        known = [value for value in self.column(f"val_{monitor.name}") if not math.isnan(value)]
+        return (max if monitor.mode == "max" else min)(known, default=math.nan)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Page:
 
     title: str
     status: str
-    facts: Mapping[str, str]
+    headlines: Mapping[str, str]
     notes: Sequence[str] = ()
     pictures: Sequence[Picture] = field(default_factory=list)
     tables: Sequence[Table] = field(default_factory=list)
@@ -139,7 +139,7 @@ def _checked_result(run: RunFolder, workload: Workload) -> dict[str, Any] | None
     result = read_result(run)
     if result is None:
         return None
-    names = [f"test_{metric.name}" for metric in workload.figures] + [f"num_test_{workload.nouns}", workload.rate]
+    names = [f"test_{metric.name}" for metric in workload.all_metrics] + [f"num_test_{workload.nouns}", workload.rate]
     seconds = result.get("seconds")
     if not isinstance(seconds, dict) or "total" not in seconds:
         raise run.damaged(RESULT_FILE, "it has no seconds")
@@ -163,7 +163,7 @@ def write(
     run: RunFolder,
     workload: Workload,
     resume_with: str,
-    test: Part | None,
+    test: Split | None,
     sections: Sections | None = None,
     warn: Callable[[str], None] = lambda note: None,
     *,
@@ -182,7 +182,7 @@ def write(
         return unless_failing(what, draw, workload, notes)
 
     shown: list[Picture] = []
-    for metric in workload.figures:
+    for metric in workload.all_metrics:
         shown += drawn(f"curve of {metric.name}", functools.partial(_curves, record, metric))
     shown += more.pictures
     if record.result:
@@ -193,7 +193,7 @@ def write(
     operators = drawn("table of operators", functools.partial(_operators, run))
     tables = [*_changed(record), _epochs(record), *more.tables, *operators, *_settings(record)]
     status = f"running: {_epochs_done(record)}" if is_running else _status(record, resume_with)
-    page = Page(run.name, status, facts(record), notes, shown, tables, _REFRESH_S if is_running else 0)
+    page = Page(run.name, status, headlines(record), notes, shown, tables, _REFRESH_S if is_running else 0)
     run.write_text(REPORT_FILE, page.to_html())
     for note in notes:
         warn(note)
@@ -203,7 +203,7 @@ def write(
 def _of_test(
     record: RunRecord,
     result: Mapping[str, Any],
-    test: Part | None,
+    test: Split | None,
     drawn: Callable[[str, Callable[[], Sequence[Picture]]], Sequence[Picture]],
 ) -> Sequence[Picture]:
     """Return the workload's pictures; where those of the predictions cannot be drawn, the others."""
@@ -237,15 +237,15 @@ def _status(record: RunRecord, resume_with: str) -> str:
     return f"finished: {epochs}, tested on {record.result.get(f'num_test_{nouns}') or 0:,} {nouns}"
 
 
-def facts(record: RunRecord) -> dict[str, str]:
+def headlines(record: RunRecord) -> dict[str, str]:
     """Return the most important figures of a run, as people read them."""
     workload, result = record.workload, record.result
     shown = {}
     if result:
-        for metric in (*workload.metrics, *workload.figures[:1]):
+        for metric in (*workload.metrics, *workload.all_metrics[:1]):
             shown[f"test {metric.name}"] = _metric(metric, result.get(f"test_{metric.name}"))
     if not math.isnan(record.best_validation):
-        shown[f"best validation {workload.criterion.name}"] = workload.criterion.shown(record.best_validation)
+        shown[f"best validation {workload.monitor.name}"] = workload.monitor.format(record.best_validation)
     if result:
         shown[f"{workload.nouns}/s in training"] = _number(result.get(workload.rate) or math.nan, ",.0f")
         shown["seconds until tested"] = f"{result['seconds']['total']:.1f}"
@@ -257,7 +257,7 @@ def _curves(record: RunRecord, metric: Metric) -> list[Picture]:
     per_epoch, total = record.steps_per_epoch, (record.steps[-1]["step"] if record.steps else 0)
     drawn = _training_curves(record, metric.name)
     last = {curve.label: curve.values[-1] for curve in drawn if len(curve.values)}
-    ends = "; ".join(f"{label} ends at {metric.shown(value)}" for label, value in last.items())
+    ends = "; ".join(f"{label} ends at {metric.format(value)}" for label, value in last.items())
     title = metric.name.capitalize()
     png = curves.curves_of(metric, drawn, per_epoch)
     return [Picture(metric.name, title, f"{title} over {total:,.0f} steps. {ends}", png)]
@@ -269,7 +269,7 @@ def _training_curves(record: RunRecord, name: str) -> list[Curve]:
     values = [row.get(f"train_{name}", math.nan) for row in record.steps]
     return [
         Curve("training", steps, values, {"color": "C0", "linewidth": 1}),
-        Curve("validation", ends, record.figures(f"val_{name}"), {"color": "C1", "marker": "o", "linestyle": "--"}),
+        Curve("validation", ends, record.column(f"val_{name}"), {"color": "C1", "marker": "o", "linestyle": "--"}),
     ]
 
 
@@ -279,20 +279,20 @@ def _seconds(record: RunRecord) -> Picture:
         caption = "Validation: what was waited for after the last epoch; the rest ran beside the training."
     else:
         columns = {"training": "epoch_s", "validation": "val_s"}
-        parts = {name: math.fsum(s for s in record.figures(c) if not math.isnan(s)) for name, c in columns.items()}
+        parts = {name: math.fsum(s for s in record.column(c) if not math.isnan(s)) for name, c in columns.items()}
         caption = "Of the epochs that were finished; validation runs beside the training."
     alt = "Seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
     return Picture("seconds", "Where the seconds went", alt, curves.seconds(parts), caption)
 
 
 def _epochs(record: RunRecord) -> Table:
-    figures, rate = record.workload.figures, record.workload.rate
+    metrics, rate = record.workload.all_metrics, record.workload.rate
     parts = {"train": "training", "val": "validation"}
-    columns = ["epoch", *(f"{shown} {metric.name}" for shown in parts.values() for metric in figures)]
+    columns = ["epoch", *(f"{shown} {metric.name}" for shown in parts.values() for metric in metrics)]
     rows = [
         (
             f"{row['epoch']:.0f}",
-            *(metric.shown(row.get(f"{part}_{metric.name}", math.nan)) for part in parts for metric in figures),
+            *(metric.format(row.get(f"{part}_{metric.name}", math.nan)) for part in parts for metric in metrics),
             _number(row.get("epoch_s", math.nan), ".2f"),
             _number(row.get(rate, math.nan), ",.0f"),
         )
@@ -310,7 +310,7 @@ def _operators(run: RunFolder) -> list[Table]:
         (each["operator"], f"{each['ms'] / found['steps']:.3f}", f"{each['part']:.1%}", f"{each['calls']:,}")
         for each in found["operators"]
     ]
-    title = f"The dearest operators in {count(found['steps'], 'step')} of the first worker"
+    title = f"The most expensive operators in {count(found['steps'], 'step')} of the first worker"
     return [Table(title, ("operator", "ms a step, itself", "of all", "calls"), rows)]
 
 
@@ -328,17 +328,17 @@ def _settings(record: RunRecord) -> list[Table]:
         Table(
             "Origin",
             (),
-            [(name, str(value)) for name, value in origin.items() if name not in ("versions", "facts", "data")],
+            [(name, str(value)) for name, value in origin.items() if name not in ("versions", "metadata", "data")],
         ),
     ]
 
 
 def compare(records: Sequence[RunRecord]) -> str:
     """Return a page that shows several runs side by side."""
-    names, shown_facts = [record.run.name for record in records], [facts(record) for record in records]
-    columns = list(dict.fromkeys(name for some in shown_facts for name in some))
+    names, all_headlines = [record.run.name for record in records], [headlines(record) for record in records]
+    columns = list(dict.fromkeys(name for some in all_headlines for name in some))
     rows = [
-        (name, *(some.get(column, "-") for column in columns)) for name, some in zip(names, shown_facts, strict=True)
+        (name, *(some.get(column, "-") for column in columns)) for name, some in zip(names, all_headlines, strict=True)
     ]
     tables = [Table("Runs", ("run", *columns), rows)]
     keys = list(dict.fromkeys(key for record in records for key in record.config))
@@ -347,7 +347,7 @@ def compare(records: Sequence[RunRecord]) -> str:
         rows = [(key, *(_value(record.config.get(key)) for record in records)) for key in differing]
         tables.append(Table("Settings that differ", ("setting", *names), rows))
     notes = [f"{record.run.name}: {note}" for record in records for note in record.notes]
-    common = [m for m in records[0].workload.figures if all(m in record.workload.figures for record in records)]
+    common = [m for m in records[0].workload.all_metrics if all(m in record.workload.all_metrics for record in records)]
     pages = [Picture("loss", "Loss in training", f"Training loss of {', '.join(names)}; the table has the ends",
                      curves.curves_of(common[0], _curves_over(records, "train_loss"), None))]  # fmt: skip
     for metric in common[1:]:
@@ -365,12 +365,12 @@ def _curves_over(records: Sequence[RunRecord], name: str) -> list[Curve]:
             "marker": MARKERS[number % 8],
             "linestyle": ("-", "--", ":")[number % 3],
         }
-        curves.append(Curve(record.run.name, record.figures("epoch"), record.figures(name), style))
+        curves.append(Curve(record.run.name, record.column("epoch"), record.column(name), style))
     return curves
 
 
 def _metric(metric: Metric, value: float | None) -> str:
-    return "-" if value is None else metric.shown(value)
+    return "-" if value is None else metric.format(value)
 
 
 def _number(value: float, how: str) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from mnist_ray.screen import shown
+from mnist_ray.screen import redact
 from mnist_ray.training.events import (
     EpochFinished,
     Event,
@@ -76,7 +76,7 @@ class RunConsole:
     def waiting(self, text: str) -> None:
         """Show what is waited for until the next event, on the live line only."""
         if self._live.is_started:
-            self._live.update(Text(self._column("") + shown(text), style="dim"), refresh=True)
+            self._live.update(Text(self._column("") + redact(text), style="dim"), refresh=True)
 
     def rest(self) -> None:
         """Take the live line away for good."""
@@ -105,7 +105,7 @@ class RunConsole:
             case Validated():
                 self.say(
                     "",
-                    f"validation after epoch {event.epoch}: {self._workload.said(event.figures)} "
+                    f"validation after epoch {event.epoch}: {self._workload.format(event.values)} "
                     f"({event.seconds:.1f} s{', beside the training' if event.is_beside else ''})",
                 )
             case StoppedEarly(epoch, best_epoch):
@@ -144,14 +144,14 @@ class RunConsole:
 
     def _progress(self, event: Progress) -> None:
         self._last_progress = event
-        metrics = "".join(f"  {m.name} {m.shown(event.so_far[m.name], 1)}" for m in self._workload.metrics)
+        metrics = "".join(f"  {m.name} {m.format(event.so_far[m.name], 1)}" for m in self._workload.metrics)
         line = (
             f"{event.step:,}/{event.num_steps:,}  loss {event.loss:.4f}{metrics}  "
             f"{event.examples_per_s:,.0f} {self._workload.nouns}/s  {clock_time(self._left_s(event))} left"
         )
         label = f"epoch {event.epoch}/{self._num_epochs}"
         if self._live.is_started:
-            self._live.update(Text(self._column(label) + shown(line)), refresh=True)
+            self._live.update(Text(self._column(label) + redact(line)), refresh=True)
         elif time.monotonic() - self._last_plain >= self._plain_interval_s:
             self._last_plain = time.monotonic()
             self.say(label, line)
@@ -164,11 +164,11 @@ class RunConsole:
         self.say(
             f"epoch {last.epoch}/{self._num_epochs}",
             f"finished in {last.epoch_s:.2f} s ({last.examples_per_s:,.0f} {self._workload.nouns}/s): "
-            f"{self._workload.said(last.so_far)} on the training {self._workload.nouns}",
+            f"{self._workload.format(last.so_far)} on the training {self._workload.nouns}",
         )
 
     def _line(self, label: str, text: str) -> Text:
-        return Text.assemble((self._column(shown(label)), "bold"), shown(text))
+        return Text.assemble((self._column(redact(label)), "bold"), redact(text))
 
     def _column(self, label: str) -> str:
         return f"{label:<{self._label_width}} "

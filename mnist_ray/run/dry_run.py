@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from mnist_ray.run.job import Job
-from mnist_ray.workload.data import Parts
+from mnist_ray.workload.data import Splits
 from mnist_ray.workload.loading import picture_of, placed
 from mnist_ray.workload.source import is_shipped
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mnist_ray.training.sampler import Batch
 
 
-def rehearsal(job: Job, data: Parts, batch_sizes: Sequence[int] = ()) -> Callable[[], None]:
+def dry_run(job: Job, data: Splits, batch_sizes: Sequence[int] = ()) -> Callable[[], None]:
     """Let one batch go through a job's workload; return what is left to do while Ray starts: that, and imports.
 
     A user's own workload is tried here and now, so that a mistake is said before anything is started. That of this
@@ -23,7 +23,7 @@ def rehearsal(job: Job, data: Parts, batch_sizes: Sequence[int] = ()) -> Callabl
     UsageError.
     """
 
-    def rehearse() -> None:
+    def try_batch() -> None:
         import numpy as np  # torch too, by the two below: this is where it is first needed
         import torch
 
@@ -38,7 +38,7 @@ def rehearsal(job: Job, data: Parts, batch_sizes: Sequence[int] = ()) -> Callabl
             inputs, _ = data.train[0]
         picture_of(job.workload, inputs)
         batch = first(min(NUM_EXAMPLES, len(data.train)))
-        job.workload.facts["model_input"] = check_batch(job.workload, batch.inputs, batch.targets, job.train)
+        job.workload.metadata["model_input"] = check_batch(job.workload, batch.inputs, batch.targets, job.train)
         for size in batch_sizes or [job.train.batch_size]:
             last = len(data.train) % size or size
             smallest = max(1, last // (job.train.chunks or job.workers.num_workers or 1))
@@ -46,11 +46,11 @@ def rehearsal(job: Job, data: Parts, batch_sizes: Sequence[int] = ()) -> Callabl
 
     is_tried_now = not is_shipped(type(job.workload))
     if is_tried_now:
-        rehearse()
+        try_batch()
 
     def meanwhile() -> None:
         importlib.import_module("mnist_ray.run.fit")  # and Ray Train, of which ray.init imports nothing meanwhile
         if not is_tried_now:
-            rehearse()
+            try_batch()
 
     return meanwhile

@@ -12,7 +12,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.train import Checkpoint
 
 from mnist_ray.cluster.environment import for_evaluation
-from mnist_ray.cluster.remote_data import SharedPart, share
+from mnist_ray.cluster.remote_data import RemoteSplit, share
 from mnist_ray.errors import JobError, first_line
 from mnist_ray.run.worker import validation_metrics
 from mnist_ray.training import engine
@@ -20,11 +20,11 @@ from mnist_ray.training.checkpoint import fetch
 from mnist_ray.training.events import Validated
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Part
+from mnist_ray.workload.data import Split
 
 
 def evaluate(
-    workload: Workload, checkpoint: Checkpoint, test: Part, num_tasks: int = 1, loader_workers: int = 0
+    workload: Workload, checkpoint: Checkpoint, test: Split, num_tasks: int = 1, loader_workers: int = 0
 ) -> Evaluation:
     """Evaluate a checkpoint on the test set, spread over tasks of one CPU each.
 
@@ -32,11 +32,11 @@ def evaluate(
     task raised, and JobError where its node or the storage has gone.
     """
     shared = share(workload, test)
-    task = _evaluate_part.options(**process_options())
-    bounds = engine.part_bounds(len(test), num_tasks)
-    parts = [task.remote(checkpoint, shared, start, stop, loader_workers) for start, stop in bounds]
+    task = _evaluate_split.options(**process_options())
+    bounds = engine.split_bounds(len(test), num_tasks)
+    splits = [task.remote(checkpoint, shared, start, stop, loader_workers) for start, stop in bounds]
     try:
-        return Evaluation.merge(ray.get(parts))
+        return Evaluation.merge(ray.get(splits))
     except RayError as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(cause, RayError):
@@ -60,22 +60,22 @@ def _import_engine() -> None:
 
 
 @ray.remote(num_cpus=1)
-def _evaluate_part(
-    checkpoint: Checkpoint, shared: SharedPart, start: int, stop: int, loader_workers: int
+def _evaluate_split(
+    checkpoint: Checkpoint, shared: RemoteSplit, start: int, stop: int, loader_workers: int
 ) -> Evaluation:
     return _evaluate_here(checkpoint, shared.workload, shared.open().between(start, stop), loader_workers)
 
 
-def validate(checkpoint: Checkpoint, part: SharedPart, mailbox: Any, loader_workers: int) -> dict[str, float]:
+def validate(checkpoint: Checkpoint, split: RemoteSplit, event_queue: Any, loader_workers: int) -> dict[str, float]:
     """Evaluate an epoch's checkpoint on the validation set; Ray Train runs this as a task beside the training."""
-    start, workload = time.perf_counter(), part.workload
-    figures = _evaluate_here(checkpoint, workload, part.open(), loader_workers).figures(workload)
+    start, workload = time.perf_counter(), split.workload
+    values = _evaluate_here(checkpoint, workload, split.open(), loader_workers).values(workload)
     epoch = int(checkpoint.get_metadata()["epoch"])
-    ray.get(mailbox.put.remote(Validated(epoch, figures, time.perf_counter() - start)))
-    return validation_metrics(workload, figures)
+    ray.get(event_queue.put.remote(Validated(epoch, values, time.perf_counter() - start)))
+    return validation_metrics(workload, values)
 
 
-def _evaluate_here(checkpoint: Checkpoint, workload: Workload, part: Part, loader_workers: int) -> Evaluation:
+def _evaluate_here(checkpoint: Checkpoint, workload: Workload, split: Split, loader_workers: int) -> Evaluation:
     torch.set_num_threads(1)  # so that neither tasks side by side nor a training get in each other's way
     model = engine.with_fast_layout(fetch(checkpoint.filesystem, checkpoint.path, workload))
-    return engine.evaluate(workload, model, part, loader_workers)
+    return engine.evaluate(workload, model, split, loader_workers)

@@ -35,10 +35,10 @@ class CodeFailedError(Exception):
 
 
 class FailureReporter(UserCallback):
-    """Tells the driver, where it has a mailbox, why workers are replaced; where that cannot help, ends the run."""
+    """Tells the driver, where it has an event queue, why workers are replaced; where that cannot help, ends the run."""
 
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox = mailbox
+    def __init__(self, event_queue: Any) -> None:
+        self._event_queue = event_queue
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         """Do it, for the exceptions of each rank that failed."""
@@ -46,8 +46,8 @@ class FailureReporter(UserCallback):
             if isinstance(error, CodeFailedError):
                 # Raised here, Ray takes it for a failure of its own controller, after which it does not try again.
                 raise TrainingStoppedError(str(error))
-        if self._mailbox is not None:
-            self._mailbox.put.remote(WorkersLost(describe(worker_exceptions)))
+        if self._event_queue is not None:
+            self._event_queue.put.remote(WorkersLost(describe(worker_exceptions)))
 
 
 def is_of_gloo(error: BaseException) -> bool:

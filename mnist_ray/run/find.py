@@ -24,7 +24,7 @@ from mnist_ray.storage import (
     untrusted_folders,
 )
 from mnist_ray.training.checkpoint import STATE_FILE, fetch, fetch_state, workload_of
-from mnist_ray.wording import spoken
+from mnist_ray.wording import in_words
 from mnist_ray.workload.base import Workload
 
 
@@ -40,12 +40,12 @@ class Found:
     """What the user is to know."""
 
     @property
-    def described(self) -> str:
+    def description(self) -> str:
         """What it was trained on, as people read it."""
         name = type(self.workload).__name__
         own = values_of(self.workload.settings)
         chosen = {key: value for key, value in own.items() if value != values_of(self.workload.Settings())[key]}
-        return name + "".join(f", {spoken(key)} {value}" for key, value in chosen.items())
+        return name + "".join(f", {in_words(key)} {value}" for key, value in chosen.items())
 
     def load_model(self) -> Any:
         """Return its model, in evaluation mode. Raises JobError where it is damaged."""

@@ -42,7 +42,7 @@ from mnist_ray.run.worker import LoopSpec, train_loop_per_worker
 from mnist_ray.signals import Noted, first_only_noted
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder, with_retries
 from mnist_ray.training.events import ControllerStarted, Event, Started, Stopping, WorkersLost
-from mnist_ray.workload.data import Parts
+from mnist_ray.workload.data import Splits
 
 _POLL_INTERVAL_S = 0.5  # at which the driver asks for events, as often as workers send their progress
 _SAVED_WITHIN_S = 30.0  # after Ctrl-C
@@ -59,12 +59,12 @@ class Fitted:
     """Those of ``checkpoint``."""
 
 
-def fit(job: Job, data: Parts, plan: WorkerPlan, on_event: Callable[[Event], None]) -> Fitted:
+def fit(job: Job, data: Splits, plan: WorkerPlan, on_event: Callable[[Event], None]) -> Fitted:
     """Train on Ray, telling ``on_event`` how it goes; a run that ``job.run`` holds already goes on where it stood.
 
     Raises TrainingStoppedError where it would end the same way again, JobError where training failed otherwise.
     """
-    workload, workers, mailbox = job.workload, job.workers, open_mailbox()
+    workload, workers, event_queue = job.workload, job.workers, open_event_queue()
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(workers.hang_timeout_s))
     if plan.min_workers is not None:  # so long Ray waits in vain for as many as before, when a node has gone
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
@@ -72,9 +72,9 @@ def fit(job: Job, data: Parts, plan: WorkerPlan, on_event: Callable[[Event], Non
     if job.train.early_stop is not None:
         validation = share(workload, data.validation)
     elif len(data.validation):
-        part = share(workload, data.validation)
+        split = share(workload, data.validation)
         validate = functools.partial(
-            evaluate.validate, part=part, mailbox=mailbox, loader_workers=workers.loader_workers
+            evaluate.validate, split=split, event_queue=event_queue, loader_workers=workers.loader_workers
         )
         # Without CPUs of its own, validation starts also while the workers hold all of them.
         options = {"num_cpus": 0, **evaluate.process_options()}
@@ -85,7 +85,7 @@ def fit(job: Job, data: Parts, plan: WorkerPlan, on_event: Callable[[Event], Non
         job.train,
         share(workload, data.train),
         job.run,
-        mailbox,
+        event_queue,
         about(job),
         workers.hang_timeout_s,
         workers.loader_workers,
@@ -105,10 +105,10 @@ def fit(job: Job, data: Parts, plan: WorkerPlan, on_event: Callable[[Event], Non
 
     def attempt() -> ray.train.Result:
         drop_damaged_snapshot(job.run)
-        reporter = FailureReporter(mailbox)
+        reporter = FailureReporter(event_queue)
         return create_trainer(spec, plan, workers.max_failures, validation_config, [reporter]).fit()
 
-    result = _with_storage_failures(attempt, workers.max_failures, job.run, mailbox, on_event_here)
+    result = _with_storage_failures(attempt, workers.max_failures, job.run, event_queue, on_event_here)
     if result.return_value is not None:
         raise TrainingStoppedError(result.return_value)
     return Fitted(*best_of(result, damaged))
@@ -118,13 +118,13 @@ def _with_storage_failures(
     attempt: Callable[[], ray.train.Result],
     max_failures: int,
     run: RunFolder,
-    mailbox: Any,
+    event_queue: Any,
     on_event: Callable[[Event], None],
 ) -> ray.train.Result:
     """Return an attempt's result; where Ray's own bookkeeping fails on storage, which it does not retry, try again."""
     for failures_left in range(max_failures, -1, -1):
         try:
-            return _listening(attempt, mailbox, on_event)
+            return _listening(attempt, event_queue, on_event)
         except (ray.train.TrainingFailedError, RayError, *STORAGE_ERRORS) as error:
             cause = getattr(error, "controller_failure", error)
             if isinstance(cause, TrainingStoppedError):
@@ -137,7 +137,7 @@ def _with_storage_failures(
 
 
 def _listening(
-    work: Callable[[], ray.train.Result], mailbox: Any, on_event: Callable[[Event], None]
+    work: Callable[[], ray.train.Result], event_queue: Any, on_event: Callable[[Event], None]
 ) -> ray.train.Result:
     """Return what ``work`` returns, done in a thread, so that this one hands on events and takes Ctrl-C.
 
@@ -147,7 +147,7 @@ def _listening(
     result: Future[ray.train.Result] = pool.submit(work)
     try:
         with first_only_noted() as interrupted:
-            _hand_on(result, mailbox, on_event, interrupted)
+            _hand_on(result, event_queue, on_event, interrupted)
         if interrupted.is_set:
             raise KeyboardInterrupt
         return result.result()
@@ -164,7 +164,7 @@ def _listening(
 
 
 def _hand_on(
-    result: Future[ray.train.Result], mailbox: Any, on_event: Callable[[Event], None], interrupted: Noted
+    result: Future[ray.train.Result], event_queue: Any, on_event: Callable[[Event], None], interrupted: Noted
 ) -> None:
     """Hand on events until there is a result, or for so long as the workers may take to save what they have."""
     is_training, end_at = False, math.inf
@@ -173,7 +173,7 @@ def _hand_on(
     is_running = True
     while is_running and time.monotonic() < end_at:
         is_running = bool(wait([result], _POLL_INTERVAL_S).not_done)  # seen first: the last events are handed on too
-        for event in _taken(mailbox):
+        for event in _taken(event_queue):
             if isinstance(event, ControllerStarted):
                 pings["Ray Train's controller"] = functools.partial(_ping, event.actor)
             is_training = isinstance(event, Started) or (is_training and not isinstance(event, WorkersLost))
@@ -181,7 +181,7 @@ def _hand_on(
         if interrupted.is_set and end_at == math.inf:
             end_at = time.monotonic() + (_SAVED_WITHIN_S if is_training else 0)
             if is_training:
-                mailbox.want_stop.remote()
+                event_queue.want_stop.remote()
                 on_event(Stopping())
         if silent := watch.silent():
             raise RaySilentError.of(silent)
@@ -192,11 +192,11 @@ def _ping(controller: Any) -> Future[object]:
     return answer
 
 
-def _taken(mailbox: Any) -> list[Event]:
-    """Return the events that have come. Raises RaySilentError where the mailbox does not answer."""
-    answer = mailbox.take.remote()
+def _taken(event_queue: Any) -> list[Event]:
+    """Return the events that have come. Raises RaySilentError where the event queue does not answer."""
+    answer = event_queue.take.remote()
     if not ray.wait([answer], timeout=LONGEST_SILENCE_S)[0]:
-        raise RaySilentError.of("the mailbox of its workers")
+        raise RaySilentError.of("the event queue of its workers")
     events: list[Event] = ray.get(answer)
     return events
 
@@ -266,18 +266,18 @@ class _Trainer(TorchTrainer):
         if is_local:  # what it cleans up behind a killed controller is gone with the job's own Ray
             unneeded += (ray_internals.PlacementGroupCleanerCallback,)
         callbacks = [some for some in super()._create_default_callbacks() if not isinstance(some, unneeded)]
-        mailbox = self.train_loop_config["spec"].mailbox
-        return callbacks if mailbox is None else [*callbacks, _TellsController(mailbox)]
+        event_queue = self.train_loop_config["spec"].event_queue
+        return callbacks if event_queue is None else [*callbacks, _TellsController(event_queue)]
 
 
 class _TellsController(ray_internals.ControllerCallback):
     """Tells the driver who looks after the workers, so that it can ask whether that still answers."""
 
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox = mailbox
+    def __init__(self, event_queue: Any) -> None:
+        self._event_queue = event_queue
 
     def after_controller_start(self, train_run_context: object) -> None:
-        self._mailbox.put.remote(ControllerStarted(ray.get_runtime_context().current_actor))
+        self._event_queue.put.remote(ControllerStarted(ray.get_runtime_context().current_actor))
 
 
 class _EndsSoon(UserCallback):
@@ -287,7 +287,7 @@ class _EndsSoon(UserCallback):
         ray_internals.validation_manager.VALIDATION_TASK_POLL_INTERVAL_S = _VALIDATION_POLL_INTERVAL_S
 
 
-class Mailbox:
+class EventQueue:
     """Keeps events until the driver takes them; an actor of its own, so that nobody waits for anybody."""
 
     def __init__(self) -> None:
@@ -309,6 +309,6 @@ class Mailbox:
         self._is_stop_wanted = True
 
 
-def open_mailbox() -> Any:
-    """Return a new mailbox's actor; it is beside this process, so that it does not go with another node."""
-    return ray.remote(num_cpus=0, scheduling_strategy=this_node())(Mailbox).remote()
+def open_event_queue() -> Any:
+    """Return a new event queue's actor; it is beside this process, so that it does not go with another node."""
+    return ray.remote(num_cpus=0, scheduling_strategy=this_node())(EventQueue).remote()

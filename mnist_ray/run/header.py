@@ -10,12 +10,12 @@ from mnist_ray.cluster.plan import Cluster, WorkerPlan, usable_cores
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.job import Job
 from mnist_ray.training.events import EpochFinished, Event, Started
-from mnist_ray.wording import count, described
-from mnist_ray.workload.data import Parts
+from mnist_ray.wording import count, format_settings
+from mnist_ray.workload.data import Splits
 
 
 @contextlib.contextmanager
-def announced(job: Job, data: Parts) -> Iterator[RunConsole]:
+def announced(job: Job, data: Splits) -> Iterator[RunConsole]:
     """Say what is going to be trained, and show what is waited for."""
     with RunConsole(job.workload, job.train.num_epochs, quiet=job.output.quiet) as console:
         config, steps = job.train, count(job.train.num_steps(len(data.train)), "step")
@@ -29,13 +29,13 @@ def announced(job: Job, data: Parts) -> Iterator[RunConsole]:
         said = ("num_epochs", "batch_size", "schedule", "learning_rate", "precision")
         changed = {name: value for name, value in job.workload.changed(job.values).items() if name not in said}
         if changed:
-            console.say("settings", described(changed))
+            console.say("settings", format_settings(changed))
         console.say("results", job.run.uri)
         console.waiting("starting Ray …")
         yield console
 
 
-def say_data(console: RunConsole, job: Job, data: Parts) -> None:
+def say_data(console: RunConsole, job: Job, data: Splits) -> None:
     """Print the line of the header that tells of the data, after what the user is to know before."""
     for note in job.notes:
         console.say("note", note)

@@ -41,7 +41,7 @@ class History:
     def __init__(self, run: RunFolder, workload: Workload, warn: Callable[[str], None] = lambda note: None) -> None:
         self._run = run
         self._workload = workload
-        train, val = ([f"{part}_{metric.name}" for metric in workload.figures] for part in ("train", "val"))
+        train, val = ([f"{part}_{metric.name}" for metric in workload.all_metrics] for part in ("train", "val"))
         self._columns = ("epoch", *train, *val, "epoch_s", workload.rate, "val_s")
         epochs = unless_damaged(lambda: read_figures(run, METRICS_FILE, "epoch"), warn) or []
         steps = unless_damaged(lambda: read_steps(run), warn) or []
@@ -67,7 +67,7 @@ class History:
                 }
                 self._write()
             case Validated():
-                self._update(event.epoch, "val", event.figures)
+                self._update(event.epoch, "val", event.values)
                 self.rows[event.epoch] |= {"val_s": round(event.seconds, 3)}
                 self._write()
 
@@ -81,23 +81,23 @@ class History:
 
         Of the epochs before a kill, the last may not have been.
         """
-        told = [row for row in self.rows.values() if row.get("epoch_s") and row.get(self._workload.rate)]
-        rates = [(float(row[self._workload.rate]), float(row["epoch_s"])) for row in told]
+        rated = [row for row in self.rows.values() if row.get("epoch_s") and row.get(self._workload.rate)]
+        rates = [(float(row[self._workload.rate]), float(row["epoch_s"])) for row in rated]
         if not rates:
             return None
         return round(sum(rate * seconds for rate, seconds in rates) / sum(seconds for _, seconds in rates), 1)
 
-    def _update(self, epoch: int, part: str, figures: Mapping[str, float]) -> None:
+    def _update(self, epoch: int, part: str, values: Mapping[str, float]) -> None:
         row = self.rows.setdefault(epoch, {"epoch": epoch})
-        row.update({f"{part}_{name}": value for name, value in figures.items()})
+        row.update({f"{part}_{name}": value for name, value in values.items()})
 
     def _write(self) -> None:
         write_csv(self._run, METRICS_FILE, self._columns, (self.rows[epoch] for epoch in sorted(self.rows)))
 
     def _add_step(self, progress: Progress) -> None:
         epochs = round(progress.epoch - 1 + progress.step / progress.num_steps, 5)
-        figures = {f"train_{name}": value for name, value in progress.window.items()}
-        self._steps.add({"step": progress.total_step, "epoch": epochs, **figures})
+        values = {f"train_{name}": value for name, value in progress.window.items()}
+        self._steps.add({"step": progress.total_step, "epoch": epochs, **values})
 
     def flush(self) -> None:
         """Write what is not written yet; nothing is added any more. Raises JobError."""

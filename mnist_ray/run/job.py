@@ -39,9 +39,9 @@ from mnist_ray.training.callback import Callback
 from mnist_ray.wording import count, did_you_mean
 from mnist_ray.workload import source, user_code
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Parts, parts_of
+from mnist_ray.workload.data import Splits, splits_of
 from mnist_ray.workload.loading import load_data as load_data_of
-from mnist_ray.workload.subset import fewer
+from mnist_ray.workload.subset import subset
 from mnist_ray.workload.user_code import Source
 
 Given = Mapping[str, Any]
@@ -76,7 +76,7 @@ class Job:
     def with_values(self, values: Mapping[str, Any]) -> Job:
         """Return it with other values of the training's and the workload's settings."""
         workload, all_values = self.workload, {**self.values, **values}
-        changed = type(workload)(settings.build(workload.Settings, all_values), workload.facts)
+        changed = type(workload)(settings.build(workload.Settings, all_values), workload.metadata)
         return dataclasses.replace(self, workload=changed, train=settings.build(TrainConfig, all_values))
 
 
@@ -350,32 +350,32 @@ def _changes_since(origin: Mapping[str, Any], workload_class: type[Workload]) ->
     return (f"the workload has changed since the run began: {workload_class.source.reference}",)
 
 
-def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Parts]:
-    """Return a job's data, and the job with what the user should know of them; its workload knows their facts.
+def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Splits]:
+    """Return a job's data, and the job with what the user should know of them; its workload knows their metadata.
 
     ``batch_sizes`` are those that a sweep tries. Raises UsageError and JobError, UsageError also where a run that goes
     on has begun with other data.
     """
-    parts = fewer(parts_of(load_data_of(job.workload), job.train.validation_size), job.train)
-    notes = [*_check_same_data(job, parts), *_on_schedule(job)]
+    splits = subset(splits_of(load_data_of(job.workload), job.train.validation_size), job.train)
+    notes = [*_check_same_data(job, splits), *_on_schedule(job)]
     for size in batch_sizes or [job.train.batch_size]:
-        if size > len(parts.train):
+        if size > len(splits.train):
             name, noun = "--sweep: batch size" if batch_sizes else "--batch-size", job.workload.nouns
-            raise UsageError(f"{name} {size:,} is larger than the {len(parts.train):,} {noun} to train on")
-    if job.train.early_stop is not None and len(parts.validation) == 0:
+            raise UsageError(f"{name} {size:,} is larger than the {len(splits.train):,} {noun} to train on")
+    if job.train.early_stop is not None and len(splits.validation) == 0:
         raise UsageError("--early-stop watches the validation; hold some examples out by --validation-size")
-    return dataclasses.replace(job, notes=(*job.notes, *notes)), parts
+    return dataclasses.replace(job, notes=(*job.notes, *notes)), splits
 
 
-def _check_same_data(job: Job, parts: Parts) -> tuple[str, ...]:
+def _check_same_data(job: Job, splits: Splits) -> tuple[str, ...]:
     """Raise UsageError where a run goes on with other data; return what the user is to know where that is not known."""
     if not job.origin:
         return ()
-    then, now = job.origin.get("data", {}), parts.digests  # it may have begun before digests were kept
+    then, now = job.origin.get("data", {}), splits.digests  # it may have begun before digests were kept
     differing = [part for part in then if None not in (then[part], now.get(part)) and then[part] != now[part]]
     if differing:
         raise UsageError(
-            f"--resume: run {job.run.name} began with other data than {parts.name} ({', '.join(differing)}); "
+            f"--resume: run {job.run.name} began with other data than {splits.name} ({', '.join(differing)}); "
             "bring them back, or start another run"
         )
     if then and None in now.values():

@@ -41,7 +41,7 @@ from mnist_ray.training.checkpoint import weights_sha256
 from mnist_ray.training.events import EpochFinished, Event, Progress, Validated
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Parts
+from mnist_ray.workload.data import Splits
 from mnist_ray.workload.subset import verdict
 
 Sections = Callable[[RunFolder], Any]
@@ -52,7 +52,7 @@ Sections = Callable[[RunFolder], Any]
 def recorded(
     console: RunConsole,
     job: Job,
-    data: Parts,
+    data: Splits,
     cluster: Cluster,
     plan: WorkerPlan,
     clock: Clock,
@@ -81,7 +81,7 @@ def recorded(
 class Record:
     """One run as it goes. ``on_event`` is what ``fit`` tells."""
 
-    def __init__(self, job: Job, data: Parts, clock: Clock, console: RunConsole, sections: Sections | None) -> None:
+    def __init__(self, job: Job, data: Splits, clock: Clock, console: RunConsole, sections: Sections | None) -> None:
         self._job, self._data, self._clock, self._console, self._sections = job, data, clock, console, sections
         self._result: dict[str, Any] | None = None
         self._fitted: Fitted | None = None
@@ -114,7 +114,7 @@ class Record:
             self._live_report.refresh()
 
     def finish(self, fitted: Fitted, tested: Evaluation) -> float:
-        """Show and write what came out; return the workload's criterion on the test set."""
+        """Show and write what came out; return the workload's monitor on the test set."""
         job, workload = self._job, self._job.workload
         if len(self._data.validation) and (epochs := self._history.unvalidated):
             shown = ", ".join(map(str, epochs))
@@ -135,7 +135,7 @@ class Record:
         if job.train.overfit_batches is not None:
             self._console.result("overfit", verdict(self._first_loss, result["test_loss"]))
         self._fitted, self._result = fitted, result
-        return float(result[f"test_{workload.criterion.name}"])
+        return float(result[f"test_{workload.monitor.name}"])
 
     def close(self) -> None:
         """Write the report and tell the trackers; where that fails, say so: the run is not lost for it."""
@@ -180,7 +180,7 @@ class Record:
             console.result("report", run.inside(REPORT_FILE).uri)
 
 
-def write_origin(job: Job, data: Parts) -> None:
+def write_origin(job: Job, data: Splits) -> None:
     """Write how a run begins; one that goes on has begun with what is there, whatever code and data are now.
 
     Raises JobError where the storage cannot be used.
@@ -190,7 +190,7 @@ def write_origin(job: Job, data: Parts) -> None:
     if unless_damaged(lambda: read_origin(job.run), lambda note: None) is None:
         about = {
             "workload_sha256": workload.source.sha256,
-            "facts": workload.facts,
+            "metadata": workload.metadata,
             "data_name": data.name,
             "data": data.digests,
         }
@@ -207,19 +207,19 @@ def print_evaluation(console: RunConsole, workload: Workload, tested: Evaluation
     """Print what came out on the test set."""
     for label, line in workload.lines(tested.columns):
         console.say(label, line)
-    figures = tested.figures(workload)
-    shown = [*workload.metrics, *(metric for metric in workload.figures if metric not in workload.metrics)]
-    said = ", ".join(f"{metric.name} {metric.shown(figures[metric.name])}" for metric in shown)
+    values = tested.values(workload)
+    shown = [*workload.metrics, *(metric for metric in workload.all_metrics if metric not in workload.metrics)]
+    said = ", ".join(f"{metric.name} {metric.format(values[metric.name])}" for metric in shown)
     console.result("test", f"{said} on {tested.num_examples:,} {workload.nouns}")
 
 
-def check(console: RunConsole, job: Job, data: Parts, cluster: Cluster, plan: WorkerPlan) -> None:
+def check(console: RunConsole, job: Job, data: Splits, cluster: Cluster, plan: WorkerPlan) -> None:
     """Say how a job would run, and whether it would. Raises JobError where it would not."""
     say_plan(console, job, cluster, plan)
     check_nodes(console, job, data, plan)
 
 
-def check_nodes(console: RunConsole, job: Job, data: Parts, plan: WorkerPlan) -> None:
+def check_nodes(console: RunConsole, job: Job, data: Splits, plan: WorkerPlan) -> None:
     """Let every node prove that it can take part."""
     shared, fingerprint = share(job.workload, data.train), data.train.fingerprint()
     preflight.check_nodes(job.run, shared, fingerprint, job.workload.noun, job.train.batch_size, plan, console.say)

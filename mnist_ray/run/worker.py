@@ -21,7 +21,7 @@ from ray.train.torch import get_device
 
 from mnist_ray.cluster.environment import end_if_hung, keep_freed_memory
 from mnist_ray.cluster.plan import threads_per_worker, usable_cores
-from mnist_ray.cluster.remote_data import SharedPart
+from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, with_place
 from mnist_ray.provenance import arithmetic, versions
@@ -36,7 +36,7 @@ from mnist_ray.training.metrics import score
 from mnist_ray.training.reproducible import OtherArithmeticError, check_arithmetic
 from mnist_ray.workload import user_code
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Part
+from mnist_ray.workload.data import Split
 from mnist_ray.workload.user_code import Source
 
 
@@ -46,10 +46,10 @@ class LoopSpec:
 
     workload: Workload
     config: TrainConfig
-    train: SharedPart
+    train: RemoteSplit
     run: RunFolder
     """Where the checkpoints are."""
-    mailbox: Any
+    event_queue: Any
     """The actor that rank 0 tells how it goes; None where nobody listens."""
     about: dict[str, Any]
     """Written into every checkpoint."""
@@ -59,7 +59,7 @@ class LoopSpec:
     """Processes that read a ``Dataset``."""
     validates_in_tasks: bool = False
     """Whether each epoch's checkpoint is validated by a task beside the training."""
-    validation: SharedPart | None = None
+    validation: RemoteSplit | None = None
     """Examples that the workers evaluate themselves before they report: whether they go on depends on it."""
     callback: Source | None = None
     """The user's code in the training loop."""
@@ -103,10 +103,10 @@ def _train(spec: LoopSpec) -> None:
     batch_size = spec.config.batch_size // group.world_size
     threads = threads_per_worker(assigned_cpus, usable_cores(), context.get_local_world_size(), batch_size)
     torch.set_num_threads(1 if spec.config.reproducible else threads)
-    part = spec.train.open()
+    split = spec.train.open()
 
     callbacks = callbacks_of(spec.callback, spec.profile, spec.run)
-    state = engine.create_state(spec.workload, spec.config, len(part), group.device, callbacks)
+    state = engine.create_state(spec.workload, spec.config, len(split), group.device, callbacks)
     restored = checkpoints.restore_newest(spec.run, state)
     if not restored.name and not restored.damaged and ray.train.get_checkpoint():
         raise JobError(f"{spec.run.uri} does not show the checkpoints that were written there")  # and so try again
@@ -124,7 +124,7 @@ def _train(spec: LoopSpec) -> None:
             config.precision,
             state.epoch,
             state.step,
-            config.num_steps(len(part)),
+            config.num_steps(len(split)),
             restored.damaged,
             _notes(restored),
         )
@@ -133,7 +133,7 @@ def _train(spec: LoopSpec) -> None:
     hooks = engine.Hooks(reporter.progress, reporter.checkpoint, reporter.wants_checkpoint, reporter.wants_stop)
     try:
         with anomalies_found(spec.detect_anomaly, *spec.folders):
-            engine.train(spec.workload, state, part, config, group, hooks, spec.loader_workers)
+            engine.train(spec.workload, state, split, config, group, hooks, spec.loader_workers)
     finally:
         faulthandler.cancel_dump_traceback_later()
     if state.epoch < config.num_epochs:
@@ -185,11 +185,11 @@ class _Reporter:
 
     def send(self, event: Event) -> None:
         """Tell the driver, on rank 0."""
-        if self._is_first and self._spec.mailbox is not None:
-            self._answers.append(self._spec.mailbox.put.remote(event))
+        if self._is_first and self._spec.event_queue is not None:
+            self._answers.append(self._spec.event_queue.put.remote(event))
 
     def wait_for_driver(self) -> None:
-        """Wait until all events are in the mailbox, whose process may start more slowly than a short training ends.
+        """Wait until all events are in the event queue, whose process may start more slowly than a short training ends.
 
         Done before each checkpoint, too: else its validation, by a task, could be told before the epoch is.
         """
@@ -268,11 +268,11 @@ class _Reporter:
         )
         end_if_hung(self._spec.hang_timeout_s)
 
-    def _validated(self, state: engine.TrainingState, part: Part) -> dict[str, float]:
+    def _validated(self, state: engine.TrainingState, split: Split) -> dict[str, float]:
         start, spec = time.perf_counter(), self._spec
-        figures, metrics = validate(spec.workload, state, part, spec.config, self._group, spec.loader_workers)
+        values, metrics = validate(spec.workload, state, split, spec.config, self._group, spec.loader_workers)
         if state.step == 0:
-            self.send(Validated(state.epoch, figures, time.perf_counter() - start, is_beside=False))
+            self.send(Validated(state.epoch, values, time.perf_counter() - start, is_beside=False))
         return metrics
 
     def _upload(self, snapshot: checkpoints.Snapshot, checkpoint: Checkpoint, name: str) -> Checkpoint:
@@ -302,7 +302,7 @@ def report_metrics(workload: Workload, state: engine.TrainingState, progress: Pr
 def validate(
     workload: Workload,
     state: engine.TrainingState,
-    part: Part,
+    split: Split,
     config: TrainConfig,
     group: engine.Group,
     loader_workers: int = 0,
@@ -312,12 +312,12 @@ def validate(
     Returns loss and metrics, and what is reported of them: also ``is_over``, whether the training is. Raises what
     ``engine.evaluate`` does.
     """
-    figures = engine.evaluate_together(workload, state.result, part, group, loader_workers).figures(workload)
+    values = engine.evaluate_together(workload, state.result, split, group, loader_workers).values(workload)
     if state.step == 0:
-        state.scores.append(score(workload, figures))
-    return figures, validation_metrics(workload, figures) | {"is_over": engine.is_over(state, config)}
+        state.scores.append(score(workload, values))
+    return values, validation_metrics(workload, values) | {"is_over": engine.is_over(state, config)}
 
 
-def validation_metrics(workload: Workload, figures: dict[str, float]) -> dict[str, float]:
+def validation_metrics(workload: Workload, values: dict[str, float]) -> dict[str, float]:
     """Return what is reported of a validation: its figures, and the score by which Ray keeps the best checkpoints."""
-    return {f"val_{name}": value for name, value in figures.items()} | {"val_score": score(workload, figures)}
+    return {f"val_{name}": value for name, value in values.items()} | {"val_score": score(workload, values)}

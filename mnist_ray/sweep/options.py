@@ -19,7 +19,7 @@ from mnist_ray.storage import TRIALS_FILE, DamagedFileError, RunFolder
 from mnist_ray.sweep.space import Space, propose, space_of, texts_of
 from mnist_ray.sweep.trials import TrialTable
 from mnist_ray.wording import command
-from mnist_ray.workload.data import Parts
+from mnist_ray.workload.data import Splits
 
 SWEEP_FILE, BEST_FILE, DEFAULT_FOLDER = "sweep.json", "best.json", "default"
 
@@ -93,7 +93,7 @@ def _check_trials(run: RunFolder, table: TrialTable) -> None:
         raise JobError(f"{run.inside(TRIALS_FILE).uri} has lost its trials; {remedy}")
 
 
-def load_data(sweep: Sweep) -> tuple[Sweep, Parts]:
+def load_data(sweep: Sweep) -> tuple[Sweep, Splits]:
     """Return a sweep's data, and the sweep as it is with them.
 
     Raises UsageError and JobError, UsageError also where the data go by what is searched.
@@ -104,6 +104,6 @@ def load_data(sweep: Sweep) -> tuple[Sweep, Parts]:
             raise UsageError(f"--sweep {field.name}: load_data goes by it, and all trials have the same data")
     if len(data.validation) == 0:
         raise UsageError(
-            f"--validation-size 0: a sweep chooses by validation {job.workload.criterion.name}; hold some examples out"
+            f"--validation-size 0: a sweep chooses by validation {job.workload.monitor.name}; hold some examples out"
         )
     return dataclasses.replace(sweep, job=job), data

@@ -18,7 +18,7 @@ from mnist_ray.storage import TRIALS_FILE, DamagedFileError, RunFolder, read_con
 from mnist_ray.sweep.options import SWEEP_FILE
 from mnist_ray.sweep.space import space_of
 from mnist_ray.sweep.trials import RUNNING, STOPPED, TrialRecord, TrialTable
-from mnist_ray.wording import count, described, shown, spoken
+from mnist_ray.wording import count, format_settings, format_value, in_words
 from mnist_ray.workload import drawing
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.drawing import MARKERS, png_of
@@ -61,12 +61,12 @@ def _draw_over(
     axes: Axes, table: TrialTable, records: list[TrialRecord], name: str, space: SearchSpace, coloured: str | None
 ) -> None:
     """Draw all trials over one setting."""
-    metric = table.workload.criterion
+    metric = table.workload.monitor
 
     def place(record: TrialRecord) -> tuple[float, float]:
         value = record.point.values[name]
         x = space.options.index(value) if isinstance(space, Choice) else value
-        return x, placed(metric, record.val_criterion)
+        return x, placed(metric, record.val_monitor)
 
     def value_of(record: TrialRecord) -> Any:
         return record.point.values[coloured] if coloured else None
@@ -84,7 +84,7 @@ def _draw_over(
                 fill: dict[str, Any] = {"markerfacecolor": "none"} if record.state == STOPPED else {}
                 axes.plot(*place(record), markersize=8, alpha=0.7, **style, **fill)
         if coloured:
-            axes.plot([], [], label=f"{spoken(coloured)} {shown(value)}", **style)
+            axes.plot([], [], label=f"{in_words(coloured)} {format_value(value)}", **style)
     if any(record.state == STOPPED for record in records):
         axes.plot([], [], "o", color="grey", markerfacecolor="none", label="stopped early")
     if table.best is not None:
@@ -92,23 +92,23 @@ def _draw_over(
             axes.plot(*place(record), "o", color="black", markerfacecolor="none", markersize=15)
         axes.plot([], [], "o", color="black", markerfacecolor="none", markersize=12, label="best configuration")
     if isinstance(space, Choice):
-        axes.set_xticks(range(len(space.options)), list(map(shown, space.options)))
+        axes.set_xticks(range(len(space.options)), list(map(format_value, space.options)))
     elif isinstance(space, Range) and space.log:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axes.xaxis.set_minor_locator(ticker.NullLocator())
-    axes.set_xlabel(spoken(name))
+    axes.set_xlabel(in_words(name))
     scale_axis(axes, metric, f"validation {metric.name}")
     axes.grid(alpha=0.3)
 
 
 def _title(table: TrialTable, number: int, num_epochs: int) -> str:
     title, best = f"{count(number, 'trial')} of at most {count(num_epochs, 'epoch')}", table.best
-    if best is None or math.isnan(best.val_criterion):
+    if best is None or math.isnan(best.val_monitor):
         return title
-    said = table.workload.criterion.shown(best.val_criterion)
-    about_best = f"best: {described(dict(best.configuration))} ({said}, {best.shown_seeds})"
+    said = table.workload.monitor.format(best.val_monitor)
+    about_best = f"best: {format_settings(dict(best.configuration))} ({said}, {best.seeds_text})"
     return "\n".join([title, *textwrap.wrap(about_best, _TITLE_WIDTH)])
 
 
@@ -124,10 +124,10 @@ def sections(run: RunFolder, workload: type[Workload]) -> Sections:
         table = TrialTable(workload, space_of(workload, read_config(run, SWEEP_FILE) or {})).read(run)
     except DamagedFileError as error:
         return Sections(notes=[str(error)])
-    criterion = table.workload.criterion.name
-    alt = f"Validation {criterion} of {len(table.by_point)} trials; the table has all figures"
+    monitor = table.workload.monitor.name
+    alt = f"Validation {monitor} of {len(table.by_point)} trials; the table has all figures"
     caption = ("Hollow: stopped early. " if table.count(STOPPED) else "") + "Ringed: the best configuration."
-    rows = [table.shown_row(record, num_epochs) for record in table.ranked]
+    rows = [table.console_row(record, num_epochs) for record in table.ranked]
     notes: list[str] = []
 
     def pictures() -> list[drawing.Picture]:
@@ -135,6 +135,6 @@ def sections(run: RunFolder, workload: type[Workload]) -> Sections:
 
     return Sections(
         unless_failing("picture of the trials", pictures, table.workload, notes),
-        [drawing.Table("Trials, best first", table.shown_columns, rows)],
+        [drawing.Table("Trials, best first", table.console_columns, rows)],
         notes,
     )

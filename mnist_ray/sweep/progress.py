@@ -12,12 +12,12 @@ from rich.text import Text
 
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.header import say_data
-from mnist_ray.screen import shown
+from mnist_ray.screen import redact
 from mnist_ray.sweep.options import Sweep
 from mnist_ray.sweep.trials import DONE, ENDED, FAILED, LOST, STOPPED, TrialRecord, TrialTable
-from mnist_ray.wording import clock_time, count, described
+from mnist_ray.wording import clock_time, count, format_settings
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Parts
+from mnist_ray.workload.data import Splits
 
 
 class SweepConsole(RunConsole):
@@ -51,7 +51,7 @@ class SweepConsole(RunConsole):
         ]
         best = "no result yet"
         if table.best:
-            best = f"best {self._workload.criterion.shown(table.best.val_criterion)} ({table.best.shown_seeds})"
+            best = f"best {self._workload.monitor.format(table.best.val_monitor)} ({table.best.seeds_text})"
         left = self._seconds_left(table)
         return f"{', '.join(counts)} of {table.num_planned}; {best}" + (
             "" if left is None else f"; about {clock_time(left)} left"
@@ -79,21 +79,21 @@ class SweepConsole(RunConsole):
 
 
 def _line(table: TrialTable, record: TrialRecord, num_epochs: int) -> str:
-    *_, epochs, criterion, _, state = table.shown_row(record, num_epochs)
-    return f"{described(record.point.values)}, seed {record.point.seed}: {criterion} after {epochs} epochs, {state}"
+    *_, epochs, monitor, _, state = table.console_row(record, num_epochs)
+    return f"{format_settings(record.point.values)}, seed {record.point.seed}: {monitor} after {epochs} epochs, {state}"
 
 
 def _table(table: TrialTable, num_epochs: int) -> Table:
     view = Table(box=None, padding=(0, 1, 0, 0))
-    for column in table.shown_columns:
+    for column in table.console_columns:
         view.add_column(column, justify="left" if column == "state" else "right", no_wrap=column != "state")
     for record in table.ranked:
-        view.add_row(*map(shown, table.shown_row(record, num_epochs)))
+        view.add_row(*map(redact, table.console_row(record, num_epochs)))
     return view
 
 
 @contextlib.contextmanager
-def announced(sweep: Sweep, data: Parts) -> Iterator[SweepConsole]:
+def announced(sweep: Sweep, data: Splits) -> Iterator[SweepConsole]:
     """Say what is going to be searched, and show what is waited for."""
     job, config = sweep.job, sweep.config
     with SweepConsole(job.workload, job.train.num_epochs, config.time_budget_s, quiet=job.output.quiet) as console:
@@ -102,7 +102,7 @@ def announced(sweep: Sweep, data: Parts) -> Iterator[SweepConsole]:
         trials = f"{count(config.num_trials, 'trial')} of {count(job.train.num_epochs, 'epoch')}"
         if config.num_confirmed:
             trials += f", then the best {config.num_confirmed} with two more seeds each"
-        console.say("search", f"{config.search}, {trials}: {sweep.space.described()}; scheduler {config.scheduler}")
+        console.say("search", f"{config.search}, {trials}: {sweep.space.describe()}; scheduler {config.scheduler}")
         console.say("results", job.run.uri)
         console.waiting("starting Ray …")
         yield console

@@ -9,7 +9,7 @@ from typing import Any
 from mnist_ray import settings
 from mnist_ray.cluster import preflight
 from mnist_ray.cluster.connect import as_it_is_now
-from mnist_ray.cluster.orphans import leftovers_removed
+from mnist_ray.cluster.orphans import orphans_removed
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, plan_workers
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.errors import JobError
@@ -27,21 +27,21 @@ from mnist_ray.sweep.tracking import followed
 from mnist_ray.sweep.trial import TrialSpec
 from mnist_ray.sweep.trials import TrialTable
 from mnist_ray.sweep.tuner import TRIALS_FOLDER, run_sweep, trials_at_a_time
-from mnist_ray.wording import count, described
+from mnist_ray.wording import count, format_settings
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Parts
+from mnist_ray.workload.data import Splits
 
 PICTURE_FILE = "sweep.png"
 
 
-def check(console: SweepConsole, sweep: Sweep, data: Parts, cluster: Cluster) -> None:
+def check(console: SweepConsole, sweep: Sweep, data: Splits, cluster: Cluster) -> None:
     """Say how a sweep would run, and whether it would. Raises JobError where it would not."""
     plan = plan_workers(sweep.workers, cluster, sweep.job.train.chunks)
     _say_plan(console, sweep, plan, cluster)
     check_nodes(console, sweep.job, data, plan)
 
 
-def search(console: SweepConsole, sweep: Sweep, data: Parts, cluster: Cluster) -> TrialTable:
+def search(console: SweepConsole, sweep: Sweep, data: Splits, cluster: Cluster) -> TrialTable:
     """Run the trials, or those that an interrupted sweep has not run yet, and write what came of them.
 
     A sweep that has chosen before tries nothing more: its choice is not to change. Raises JobError.
@@ -65,7 +65,7 @@ def search(console: SweepConsole, sweep: Sweep, data: Parts, cluster: Cluster) -
         table = chosen_before(sweep)
         if table is None:
             # What is left over is of trials that are stopped before their end.
-            with leftovers_removed(), followed(sweep, console) as on_change:
+            with orphans_removed(), followed(sweep, console) as on_change:
                 table = run_sweep(sweep.config, sweep.space, spec, run, concurrent, on_change)
     except JobError as error:
         raise JobError(f"{error} (logs: {cluster.log_folder})") from error
@@ -95,8 +95,8 @@ def _write_choice(console: SweepConsole, sweep: Sweep, table: TrialTable) -> Non
     job.run.write_bytes(PICTURE_FILE, draw(table, job.train.num_epochs))
     console.result_table(table)
     console.say("files", f"{job.run.inside(TRIALS_FILE).uri}, {BEST_FILE}, {PICTURE_FILE}")
-    criterion = job.workload.criterion
-    console.say("best", f"{criterion.shown(best.val_criterion)} validation {criterion.name}, {best.shown_seeds}")
+    monitor = job.workload.monitor
+    console.say("best", f"{monitor.format(best.val_monitor)} validation {monitor.name}, {best.seeds_text}")
 
 
 def _worker_settings(job: Job) -> set[str]:
@@ -109,7 +109,7 @@ def _best_job(sweep: Sweep, table: TrialTable) -> Job:
     return dataclasses.replace(job, notes=())  # they were shown as the sweep began
 
 
-def train_chosen(console: SweepConsole, sweep: Sweep, table: TrialTable, data: Parts, cluster: Cluster) -> None:
+def train_chosen(console: SweepConsole, sweep: Sweep, table: TrialTable, data: Splits, cluster: Cluster) -> None:
     """Train and evaluate the default configuration, where it is another one and fits the data, and the best.
 
     What an interrupted sweep has trained already is not trained again.
@@ -123,26 +123,26 @@ def train_chosen(console: SweepConsole, sweep: Sweep, table: TrialTable, data: P
         del chosen["default"]
     came_out = {}
     for title, job in chosen.items():
-        values = described({name: job.values[name] for name in sweep.space.spaces})
+        values = format_settings({name: job.values[name] for name in sweep.space.spaces})
         console.say("", "")
         console.say(title, f"training with {values}")
         value = _known_result(job)
         if value is None:
             value = _train_and_test(job, data, as_it_is_now(cluster), is_last=title == "best")
-        shown = job.workload.criterion.shown(value)
-        name = "" if job.workload.criterion.is_fraction else f"{job.workload.criterion.name} "
+        shown = job.workload.monitor.format(value)
+        name = "" if job.workload.monitor.is_fraction else f"{job.workload.monitor.name} "
         came_out[title] = f"{name}{shown} on the test set with {values}" + (", the default" if is_default else "")
     console.say("", "")
     for title, line in came_out.items():
         console.result(title, line)
 
 
-def _train_and_test(job: Job, data: Parts, cluster: Cluster, *, is_last: bool) -> float:
+def _train_and_test(job: Job, data: Splits, cluster: Cluster, *, is_last: bool) -> float:
     """Do what ``jobs/train.py`` does; after the last run the cluster is left while the report is written."""
     clock, plan = Clock(), plan_workers(job.workers, cluster, job.train.chunks)
     sections = functools.partial(_sections, workload=job.workload)
     with announced(job, data) as console, recorded(console, job, data, cluster, plan, clock, sections) as record:
-        with leftovers_removed():  # of the last trials
+        with orphans_removed():  # of the last trials
             fitted = fit(job, data, plan, record.on_event)
         clock.mark("validation")
         tested = evaluate(job.workload, fitted.checkpoint, data.test, loader_workers=job.workers.loader_workers)
@@ -155,7 +155,7 @@ def _train_and_test(job: Job, data: Parts, cluster: Cluster, *, is_last: bool) -
 def _known_result(job: Job) -> float | None:
     """Return what came out of a run that an interrupted sweep has finished already."""
     result = unless_damaged(lambda: read_result(job.run), lambda note: None)
-    value = (result or {}).get(f"test_{job.workload.criterion.name}")
+    value = (result or {}).get(f"test_{job.workload.monitor.name}")
     return value if isinstance(value, float) else None
 
 

@@ -16,7 +16,7 @@ from mnist_ray import settings
 from mnist_ray.config import SweepConfig, TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.settings import Choice, Range, SearchSpace, parse_text, value_type
-from mnist_ray.wording import did_you_mean, spoken
+from mnist_ray.wording import did_you_mean, in_words
 from mnist_ray.workload.base import Workload
 
 _NONE = "none"
@@ -73,16 +73,16 @@ class Space:
             return otherwise
         return max(space.options) if isinstance(space, Choice) else int(space.high)
 
-    def described(self) -> str:
+    def describe(self) -> str:
         """Return the space as people read it."""
         parts = []
         for name, space in self.spaces.items():
             if isinstance(space, Choice):
-                parts.append(f"{spoken(name)} from {', '.join(map(str, space.options))}")
+                parts.append(f"{in_words(name)} from {', '.join(map(str, space.options))}")
             elif space.low == space.high:
-                parts.append(f"{spoken(name)} {space.low:g}")
+                parts.append(f"{in_words(name)} {space.low:g}")
             else:
-                parts.append(f"{spoken(name)} {space.low:g} to {space.high:g}")
+                parts.append(f"{in_words(name)} {space.low:g} to {space.high:g}")
         return "; ".join(parts)
 
 

@@ -19,15 +19,15 @@ from mnist_ray.training.events import TrialEnded
 @contextlib.contextmanager
 def followed(sweep: Sweep, console: SweepConsole) -> Iterator[Callable[[TrialTable], None]]:
     """Yield what is to be told of the trials whenever they have changed: it shows them, and tells the trackers."""
-    job, told = sweep.job, set[int]()
+    job, reported = sweep.job, set[int]()
     warn = functools.partial(console.say, "note")
     trackers = start.start_trials(job.run, job.workload, settings.values_of(sweep.config), job.output, warn)
 
     def on_change(table: TrialTable) -> None:
         console.show_table(table)
         for record in table.by_point.values():
-            if record.is_finished and record.trial not in told:
-                told.add(record.trial)
+            if record.is_finished and record.trial not in reported:
+                reported.add(record.trial)
                 trackers.log(_ended(table, record))
 
     try:
@@ -38,6 +38,6 @@ def followed(sweep: Sweep, console: SweepConsole) -> Iterator[Callable[[TrialTab
 
 def _ended(table: TrialTable, record: TrialRecord) -> TrialEnded:
     outcome = table.outcome(record).items()
-    figures = {name: value for name, value in outcome if isinstance(value, float) and not math.isnan(value)}
+    values = {name: value for name, value in outcome if isinstance(value, float) and not math.isnan(value)}
     point = {**record.point.values, "seed": record.point.seed}
-    return TrialEnded(record.trial, point, record.state, record.state == FAILED, figures)
+    return TrialEnded(record.trial, point, record.state, record.state == FAILED, values)

@@ -17,7 +17,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from mnist_ray.cluster.environment import end_if_hung, keep_freed_memory
 from mnist_ray.cluster.plan import WorkerPlan, threads_per_worker, usable_cores
-from mnist_ray.cluster.remote_data import SharedPart
+from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.errors import JobError, with_place
 from mnist_ray.run.failures import PASSING, CodeFailedError, FailureReporter, TrainingStoppedError, reason_of
 from mnist_ray.run.fit import create_trainer, drop_damaged_snapshot
@@ -39,8 +39,8 @@ class TrialSpec:
 
     job: Job
     """Of the sweep: a trial replaces what is searched."""
-    train: SharedPart
-    validation: SharedPart
+    train: RemoteSplit
+    validation: RemoteSplit
     plan: WorkerPlan
     folder: RunFolder
     """Where the trials' folders are."""
@@ -73,7 +73,7 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
 
 def _report_failure(job: Job, reason: str) -> None:
     """Tell Tune that a trial has failed, which its scheduler takes for the worst."""
-    tune.report({f"val_{job.workload.criterion.name}": math.nan, "reason": reason})
+    tune.report({f"val_{job.workload.monitor.name}": math.nan, "reason": reason})
 
 
 def train_on_workers(job: Job, spec: TrialSpec) -> None:
@@ -110,9 +110,9 @@ def _train_here(job: Job, spec: TrialSpec) -> None:
     torch.set_num_threads(1 if job.train.reproducible else threads)
     group = Group(device=torch.device("cuda" if spec.plan.use_gpu else "cpu"))
     config = dataclasses.replace(job.train, precision=engine.resolve_precision(job.train.precision, group))
-    part, validation = spec.train.open(), spec.validation.open()
+    split, validation = spec.train.open(), spec.validation.open()
     callbacks = callbacks_of(job.callback, job.output.profile, job.run)
-    state = engine.create_state(workload, config, len(part), group.device, callbacks)
+    state = engine.create_state(workload, config, len(split), group.device, callbacks)
     restored = checkpoints.restore_newest(job.run, state)
     if engine.is_over(state, config):  # killed after its last checkpoint, before the sweep had noted it
         tune.report(restored.metrics)
@@ -128,7 +128,7 @@ def _train_here(job: Job, spec: TrialSpec) -> None:
     end_if_hung(timeout_s)
     try:
         with anomalies_found(job.output.detect_anomaly, *folders_of(job.callback, workload.source)):
-            engine.train(workload, state, part, config, group, hooks, loader_workers)
+            engine.train(workload, state, split, config, group, hooks, loader_workers)
     finally:
         faulthandler.cancel_dump_traceback_later()
 

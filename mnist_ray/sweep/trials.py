@@ -16,7 +16,7 @@ from mnist_ray.report.csv_files import read_csv
 from mnist_ray.settings import Choice
 from mnist_ray.storage import TRIALS_FILE, RunFolder
 from mnist_ray.sweep.space import Point, Space
-from mnist_ray.wording import shown, spoken
+from mnist_ray.wording import format_value, in_words
 from mnist_ray.workload.base import Workload
 
 DONE, STOPPED, FAILED, LOST, RUNNING = "done", "stopped early", "failed", "lost", "running"
@@ -34,7 +34,7 @@ class TrialRecord:
     state: str = RUNNING
     epochs: float = 0.0
     """Epochs trained; a fraction within one."""
-    val_criterion: float = math.nan
+    val_monitor: float = math.nan
     """What the workload chooses by, on the validation set."""
     val_loss: float = math.nan
     train_loss: float = math.nan
@@ -47,16 +47,16 @@ class TrialRecord:
     reason: str = ""
     """Why it failed, or was lost: its processes have died too often."""
 
-    def report(self, epochs: float, criterion: float) -> None:
+    def report(self, epochs: float, monitor: float) -> None:
         """Note what it has reported; of a trial that goes on from its checkpoint, what it reports again replaces it."""
         known = [pair for pair in self.reported if pair[0] < epochs]
-        self.reports = " ".join(f"{at:g}:{value:.9g}" for at, value in [*known, (epochs, criterion)])
+        self.reports = " ".join(f"{at:g}:{value:.9g}" for at, value in [*known, (epochs, monitor)])
 
     @property
     def reported(self) -> list[tuple[float, float]]:
-        """What it has reported: epochs, and the criterion then. Raises ValueError where that is damaged."""
+        """What it has reported: epochs, and the monitor then. Raises ValueError where that is damaged."""
         pairs = [pair.split(":") for pair in self.reports.split()]
-        return [(float(epochs), float(criterion)) for epochs, criterion in pairs]
+        return [(float(epochs), float(monitor)) for epochs, monitor in pairs]
 
     @property
     def is_finished(self) -> bool:
@@ -66,7 +66,7 @@ class TrialRecord:
     @property
     def is_validated(self) -> bool:
         """Whether it can be compared with others."""
-        return not math.isnan(self.val_criterion) and self.state not in (FAILED, LOST)
+        return not math.isnan(self.val_monitor) and self.state not in (FAILED, LOST)
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class Best:
         return self.records[0].point.configuration
 
     @property
-    def val_criterion(self) -> float:
+    def val_monitor(self) -> float:
         """Mean over the seeds."""
-        return statistics.mean(record.val_criterion for record in self.records)
+        return statistics.mean(record.val_monitor for record in self.records)
 
     @property
     def val_loss(self) -> float:
@@ -91,7 +91,7 @@ class Best:
         return statistics.mean(record.val_loss for record in self.records)
 
     @property
-    def shown_seeds(self) -> str:
+    def seeds_text(self) -> str:
         """Of which seeds the means are, for people."""
         number = len(self.records)
         return f"mean of {number} seeds" if number > 1 else f"seed {self.records[0].point.seed}"
@@ -120,8 +120,8 @@ class TrialTable:
 
     def worth(self, trials: TrialRecord | Best) -> tuple[float, float]:
         """Return by what trials are ranked: what the workload chooses by, then loss; more is better."""
-        sign = 1 if self.workload.criterion.mode == "max" else -1
-        return sign * trials.val_criterion, -trials.val_loss
+        sign = 1 if self.workload.monitor.mode == "max" else -1
+        return sign * trials.val_monitor, -trials.val_loss
 
     def rank(self, records: Iterable[TrialRecord]) -> list[TrialRecord]:
         """Return records, the best first; those that were not validated, or failed, last."""
@@ -182,7 +182,7 @@ class TrialTable:
         return {
             "state": "state",
             "epochs": "epochs",
-            f"val_{self.workload.criterion.name}": "val_criterion",
+            f"val_{self.workload.monitor.name}": "val_monitor",
             "val_loss": "val_loss",
             "train_loss": "train_loss",
             self.workload.rate: "rate",
@@ -228,7 +228,7 @@ class TrialTable:
         point = self.space.point(row, int(row["seed"]))
         for name, space in self.space.spaces.items():
             if isinstance(space, Choice) and point.values[name] not in space.options:
-                raise ValueError(f"{spoken(name)} {point.values[name]} is none of the sweep's")
+                raise ValueError(f"{in_words(name)} {point.values[name]} is none of the sweep's")
         if values["state"] not in (*ENDED, LOST, RUNNING):
             raise ValueError(f"{values['state']!r:.40} is no state of a trial")
         record = TrialRecord(int(row["trial"]), point, **values)
@@ -236,19 +236,19 @@ class TrialTable:
         return record
 
     @property
-    def shown_columns(self) -> tuple[str, ...]:
+    def console_columns(self) -> tuple[str, ...]:
         """What people see of each trial."""
-        searched = map(spoken, self.space.spaces)
-        return ("trial", *searched, "seed", "epochs", self.workload.criterion.name, f"{self.workload.nouns}/s", "state")
+        searched = map(in_words, self.space.spaces)
+        return ("trial", *searched, "seed", "epochs", self.workload.monitor.name, f"{self.workload.nouns}/s", "state")
 
-    def shown_row(self, record: TrialRecord, num_epochs: int) -> tuple[str, ...]:
-        """Return what a person reads of a trial, in the order of ``shown_columns``."""
+    def console_row(self, record: TrialRecord, num_epochs: int) -> tuple[str, ...]:
+        """Return what a person reads of a trial, in the order of ``console_columns``."""
         return (
             str(record.trial),
-            *map(shown, record.point.values.values()),
+            *map(format_value, record.point.values.values()),
             str(record.point.seed),
             f"{record.epochs:.3g}/{record.point.values.get('num_epochs', num_epochs)}",
-            self.workload.criterion.shown(record.val_criterion),
+            self.workload.monitor.format(record.val_monitor),
             "-" if math.isnan(record.rate) else f"{record.rate:,.0f}",
             record.state + (f": {record.reason}" if record.reason else ""),
         )

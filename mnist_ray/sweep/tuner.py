@@ -103,15 +103,15 @@ def _run_trials(
     seconds: float,
 ) -> None:
     """Let Tune run the trials that ``search``, a part of ``TuneConfig``, proposes."""
-    tune_folder, criterion = run.inside(_TUNE_FOLDER), spec.job.workload.criterion
+    tune_folder, monitor = run.inside(_TUNE_FOLDER), spec.job.workload.monitor
     tune_folder.delete()  # of an interrupted sweep; it is never read
     tuner = tune.Tuner(
         tune.with_resources(functools.partial(run_trial, spec=spec), _resources(spec.plan)),
         # filled in by the search; the seed stays where the search proposes none
         param_space={**dict.fromkeys(space.spaces), "seed": spec.job.train.seed},
         tune_config=tune.TuneConfig(
-            metric=f"val_{criterion.name}",
-            mode=criterion.mode,
+            metric=f"val_{monitor.name}",
+            mode=monitor.mode,
             scheduler=scheduler,
             time_budget_s=None if math.isinf(seconds) else seconds,
             reuse_actors=spec.plan.num_workers == 1,
@@ -159,8 +159,8 @@ class _ResumedASHA(ASHAScheduler):
         for number, reports in enumerate(self._reported):
             trial = SimpleNamespace(trial_id=f"before-{number}")
             self.on_trial_add(None, trial)
-            for epochs, criterion in reports:
-                self.on_trial_result(None, trial, {"epochs": epochs, metric: criterion})
+            for epochs, monitor in reports:
+                self.on_trial_result(None, trial, {"epochs": epochs, metric: monitor})
         return is_taken
 
 
@@ -184,7 +184,7 @@ def _optuna(sweep: SweepConfig, seed: int, table: TrialTable, concurrent: int) -
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    criterion, first = table.workload.criterion, unfinished if table.by_point else table.space.default_points(seed)
+    monitor, first = table.workload.monitor, unfinished if table.by_point else table.space.default_points(seed)
     distributions: dict[str, Any] = {}
     for name, space in table.space.spaces.items():
         if isinstance(space, Choice):
@@ -195,14 +195,14 @@ def _optuna(sweep: SweepConfig, seed: int, table: TrialTable, concurrent: int) -
             distributions[name] = optuna.distributions.FloatDistribution(space.low, space.high, log=space.log)
     search = OptunaSearch(
         space=distributions,
-        metric=f"val_{criterion.name}",
-        mode=criterion.mode,
+        metric=f"val_{monitor.name}",
+        mode=monitor.mode,
         points_to_evaluate=[point.values for point in first],
         seed=seed + len(finished),  # a resumed search does not draw what it has drawn
     )
     for record in finished:
         if record.state != FAILED:
-            search.add_evaluated_point(record.point.values, record.val_criterion)
+            search.add_evaluated_point(record.point.values, record.val_monitor)
     limited = ConcurrencyLimiter(search, concurrent)
     return {"search_alg": limited, "num_samples": sweep.num_trials - len(finished)}
 
@@ -253,7 +253,7 @@ class _Watcher(tune.Callback):
             if column in result:
                 setattr(record, name, result[column])
         if "epochs" in result:
-            record.report(result["epochs"], record.val_criterion)
+            record.report(result["epochs"], record.val_monitor)
         self._changed()
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:

@@ -22,7 +22,7 @@ from mnist_ray.settings import path_of
 from mnist_ray.storage import write_file
 from mnist_ray.training.sampler import Slice, batches_of
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Part
+from mnist_ray.workload.data import Split
 from mnist_ray.workload.loading import load_data
 
 Run = Callable[[Tensor], Tensor]
@@ -62,15 +62,15 @@ def export(found: find.Found, config: ExportConfig) -> None:
 def _inputs_to_check_on(workload: Workload) -> tuple[str, Iterator[Tensor]]:
     """Return batches of test examples, prepared; where the data are not here, as many that are noise."""
     try:
-        part = Part(load_data(workload).test, origin="test")
+        split = Split(load_data(workload).test, origin="test")
     except (UsageError, JobError):
         example = _example(workload)
         noise = torch.rand((1000, *example.shape[1:]), generator=torch.Generator().manual_seed(0)).to(example.dtype)
         return f"{workload.nouns} of noise", iter(noise[start:stop] for start, stop in _bounds(len(noise)))
-    batches = batches_of(part, torch.device("cpu"))
+    batches = batches_of(split, torch.device("cpu"))
     return f"test {workload.nouns}", (
         workload.prepare(batches[Slice(np.arange(start, stop))].inputs, None)
-        for start, stop in _bounds(min(_MOST_COMPARED, len(part)))
+        for start, stop in _bounds(min(_MOST_COMPARED, len(split)))
     )
 
 
@@ -97,7 +97,7 @@ def largest_difference(model: nn.Module, run: Run, batches: Iterator[Tensor]) ->
 
 def _example(workload: Workload) -> Tensor:
     """Return inputs to trace a model with. Raises UsageError where the model takes more than a tensor."""
-    shape = workload.facts.get("model_input")
+    shape = workload.metadata.get("model_input")
     if shape is None:
         raise UsageError(f"{type(workload).__name__}: only models that take one tensor can be exported")
     return torch.zeros((2, *shape["shape"]), dtype=getattr(torch, shape["dtype"]))

@@ -24,7 +24,7 @@ from mnist_ray.sweep.picture import sections
 from mnist_ray.training.checkpoint import fetch_state
 from mnist_ray.workload import source
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Part
+from mnist_ray.workload.data import Split
 from mnist_ray.workload.loading import load_data
 
 
@@ -46,21 +46,21 @@ def workload_of(run: RunFolder, reference: str | None, storage_path: str = Looku
 def _facts_of(run: RunFolder) -> dict[str, Any]:
     """Return what a run's model knows of its data; where the file that says so is damaged, from a checkpoint."""
     try:
-        facts: dict[str, Any] = (read_origin(run) or {}).get("facts", {})
+        metadata: dict[str, Any] = (read_origin(run) or {}).get("metadata", {})
     except DamagedFileError:
         names = run.checkpoint_names()
         if not names:
             raise
         saved = run.inside(names[-1])
-        facts = fetch_state(saved.filesystem, saved.path)["workload"]["facts"]
-    return facts
+        metadata = fetch_state(saved.filesystem, saved.path)["workload"]["metadata"]
+    return metadata
 
 
 def write_again(run: RunFolder, reference: str | None, storage_path: str) -> None:
     """Make the report of one run again. Raises UsageError and JobError."""
     workload, test = workload_of(run, reference, storage_path), None
     try:
-        test = Part(load_data(workload).test, origin="test")
+        test = Split(load_data(workload).test, origin="test")
     except (UsageError, JobError) as error:
         say(f"no pictures of predictions: {error}")
     job = "tune" if run.exists(TRIALS_FILE) else "train"

@@ -89,7 +89,7 @@ def predict(given: Sequence[str], found: find.Found, config: PredictionConfig) -
     if not config.json:
         for note in found.notes:
             say(f"note {note}")
-        say(f"checkpoint {found.checkpoint.path} ({found.described})")
+        say(f"checkpoint {found.checkpoint.path} ({found.description})")
     answers = []
     for answer in answer_all(workload, model, files, as_is=config.as_is, many=config.many):
         answers.append(answer)
@@ -222,7 +222,7 @@ def answer_batch(
 def answer_inputs(workload: Workload, model: nn.Module, inputs: np.ndarray) -> list[Answer]:
     """Answer inputs (N, ...) as the workload's data have them."""
     prepared = workload.prepare(torch.tensor(inputs), None)
-    wanted = workload.facts.get("model_input")
+    wanted = workload.metadata.get("model_input")
     if wanted is not None and list(prepared.shape[1:]) != wanted["shape"]:
         got = f"{tuple(prepared.shape[1:])}, not {tuple(wanted['shape'])}"
         raise UsageError(f"{type(workload).__name__}.read_picture gives what becomes {got}, as the model takes it")

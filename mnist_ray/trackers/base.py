@@ -56,17 +56,17 @@ class Tracker:
                     *((f"step/train_{metric.name}", event.window[metric.name], event.total_step) for metric in metrics),
                 ]
             case EpochFinished(last):
-                figures = {f"train_{name}": value for name, value in last.so_far.items()}
-                figures |= {self.workload.rate: last.examples_per_s, "epoch_s": last.epoch_s}
-                return [(f"epoch/{name}", value, last.epoch) for name, value in figures.items()]
+                values = {f"train_{name}": value for name, value in last.so_far.items()}
+                values |= {self.workload.rate: last.examples_per_s, "epoch_s": last.epoch_s}
+                return [(f"epoch/{name}", value, last.epoch) for name, value in values.items()]
             case Validated():
-                figures = {f"val_{name}": value for name, value in event.figures.items()} | {"val_s": event.seconds}
-                return [(f"epoch/{name}", value, event.epoch) for name, value in figures.items()]
+                values = {f"val_{name}": value for name, value in event.values.items()} | {"val_s": event.seconds}
+                return [(f"epoch/{name}", value, event.epoch) for name, value in values.items()]
         return []
 
     def final(self, ending: Ending) -> dict[str, float]:
         """Return the figures of the test set, as ``final/…``; none where the run has not finished."""
         if ending.result is None:
             return {}
-        names = [*(f"test_{metric.name}" for metric in self.workload.figures), self.workload.rate]
+        names = [*(f"test_{metric.name}" for metric in self.workload.all_metrics), self.workload.rate]
         return {f"final/{name}": ending.result[name] for name in names if ending.result[name] is not None}

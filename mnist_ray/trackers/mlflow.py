@@ -115,7 +115,7 @@ class MLflow(Tracker):
         folder = without_user(self.run.uri)
         run = self._open(f"{folder}#{trial.number}", f"trial {trial.number}", trial.settings, self._id)
         now = int(time.time() * 1000)
-        metrics = [Metric(name, value, now, 0) for name, value in trial.figures.items()]
+        metrics = [Metric(name, value, now, 0) for name, value in trial.values.items()]
         self._client.log_batch(run, metrics=metrics, tags=[RunTag("state", trial.state)])
         self._client.set_terminated(run, "FAILED" if trial.has_failed else "FINISHED")
 
@@ -138,7 +138,7 @@ class MLflow(Tracker):
         import mlflow
 
         model = fetch(checkpoint.filesystem, checkpoint.path, self.workload)
-        shape = self.workload.facts.get("model_input")
+        shape = self.workload.metadata.get("model_input")
         if shape is None:  # MLflow asks for an example, and the model's is no tensor
             return
         example = np.zeros((2, *shape["shape"]), shape["dtype"])

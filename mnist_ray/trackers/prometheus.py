@@ -39,8 +39,8 @@ class RayMetrics(Tracker):
             case Started():
                 self._num_workers = event.num_workers
             case Validated():
-                self._validated = event.figures
-                _set(self._val, event.figures)
+                self._validated = event.values
+                _set(self._val, event.values)
             case Progress():
                 self._workers.set(self._num_workers)
                 self._epochs.set(event.epoch - 1 + event.step / event.num_steps)
@@ -49,7 +49,7 @@ class RayMetrics(Tracker):
                 _set(self._val, self._validated)
 
 
-def _set(gauge: Gauge, figures: Mapping[str, float]) -> None:
-    for name, value in figures.items():
+def _set(gauge: Gauge, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
         if not math.isnan(value):
             gauge.set(value, {"metric": name})

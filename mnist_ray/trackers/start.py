@@ -17,7 +17,7 @@ from pyarrow import fs
 
 from mnist_ray.config import OutputConfig
 from mnist_ray.errors import first_line
-from mnist_ray.screen import shown
+from mnist_ray.screen import redact
 from mnist_ray.storage import RunFolder
 from mnist_ray.trackers.base import Ending, Tracker
 from mnist_ray.trackers.prometheus import RayMetrics
@@ -110,7 +110,7 @@ def start_trials(
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value if isinstance(value, (bool, int, float)) else shown(value) for name, value in settings.items()}
+    return {name: value if isinstance(value, (bool, int, float)) else redact(value) for name, value in settings.items()}
 
 
 class _TensorBoard(Tracker):

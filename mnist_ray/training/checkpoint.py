@@ -54,7 +54,7 @@ _MORE_ENTRIES = {
     "callbacks": list,
     "metrics": dict,
 }
-_NO_WORKLOAD: dict[str, Any] = {"reference": "", "sha256": "", "settings": {}, "facts": {}}
+_NO_WORKLOAD: dict[str, Any] = {"reference": "", "sha256": "", "settings": {}, "metadata": {}}
 _MODEL, _OPTIMIZER, _TRAINED = "model.safetensors", "optimizer.safetensors", "trained.safetensors"
 
 
@@ -177,7 +177,7 @@ def workload_of(
     workload_class = source.load_again(saved["reference"], reference, named, untrusted)
     settings_class = workload_class.Settings
     check_known(saved["settings"], names_of([settings_class]), named)
-    return workload_class(build(settings_class, {**saved["settings"], **changes}), saved["facts"])
+    return workload_class(build(settings_class, {**saved["settings"], **changes}), saved["metadata"])
 
 
 @contextlib.contextmanager

@@ -55,10 +55,10 @@ class Profiler(Callback):
             trace = Path(folder) / "trace.json"
             seen.export_chrome_trace(str(trace))
             self._run.write_bytes(TRACE_FILE, gzip.compress(trace.read_bytes()))
-        self._run.write_text(OPERATORS_FILE, json_lines({"steps": self._num_steps, "operators": _dearest(seen)}))
+        self._run.write_text(OPERATORS_FILE, json_lines({"steps": self._num_steps, "operators": _most_expensive(seen)}))
 
 
-def _dearest(seen: profile) -> list[dict[str, Any]]:
+def _most_expensive(seen: profile) -> list[dict[str, Any]]:
     """Return the operators that took the most time themselves: milliseconds and calls of all steps."""
     events = seen.key_averages()
     on_device = any(event.self_device_time_total for event in events)
@@ -67,10 +67,10 @@ def _dearest(seen: profile) -> list[dict[str, Any]]:
         return float(event.self_device_time_total if on_device else event.self_cpu_time_total)
 
     total = sum(map(micros, events)) or 1.0
-    dearest = sorted(events, key=micros, reverse=True)[:_NUM_OPERATORS]
+    most_expensive = sorted(events, key=micros, reverse=True)[:_NUM_OPERATORS]
     return [
         {"operator": event.key, "calls": event.count, "ms": micros(event) / 1e3, "part": micros(event) / total}
-        for event in dearest
+        for event in most_expensive
     ]
 
 
@@ -83,14 +83,14 @@ def anomalies_found(is_wanted: bool, *folders: Path) -> Iterator[None]:
     if not is_wanted:
         yield
         return
-    with torch.autograd.set_detect_anomaly(True), warnings.catch_warnings(record=True) as told:
+    with torch.autograd.set_detect_anomaly(True), warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("ignore", message="Anomaly Detection has been enabled")
         try:
             yield
         except RuntimeError as error:
-            if "nan values" not in str(error) or not told:
+            if "nan values" not in str(error) or not caught:
                 raise
-            raise CodeFailedError(f"{first_line(error)} {_called(str(told[-1].message), folders)}") from error
+            raise CodeFailedError(f"{first_line(error)} {_called(str(caught[-1].message), folders)}") from error
 
 
 def _called(forward: str, folders: Sequence[Path]) -> str:

@@ -38,7 +38,7 @@ from mnist_ray.training.sampler import (
     to_device,
 )
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Part
+from mnist_ray.workload.data import Split
 from mnist_ray.workload.tensors import as_fp32, autocast, detached
 
 EVALUATION_BATCH_SIZE = 100  # so few that the activations stay in the processor's cache
@@ -166,13 +166,13 @@ def with_fast_layout(model: nn.Module) -> nn.Module:
 def train(
     workload: Workload,
     state: TrainingState,
-    part: Part,
+    split: Split,
     config: TrainConfig,
     group: Group,
     hooks: Hooks,
     num_loader_processes: int = 0,
 ) -> None:
-    """Train ``state`` from where it stands to the last epoch's end, on this rank's slices of ``part``.
+    """Train ``state`` from where it stands to the last epoch's end, on this rank's slices of ``split``.
 
     ``config.precision`` is resolved (see ``resolve_precision``). Raises TrainingDivergedError on every rank, before
     weights that are no finite numbers could get into a checkpoint; and StopWantedError.
@@ -185,7 +185,7 @@ def train(
     model.train()
     for callback in state.callbacks:
         callback.on_start(state, group)
-    epochs = _Epochs(workload, state, model, part, config, group, hooks, num_loader_processes)
+    epochs = _Epochs(workload, state, model, split, config, group, hooks, num_loader_processes)
     while not is_over(state, config):
         finished = epochs.train_next()
         state.finished_s += state.epoch_s
@@ -217,7 +217,7 @@ class _Epochs:
     workload: Workload
     state: TrainingState
     model: nn.Module
-    part: Part
+    split: Split
     config: TrainConfig
     group: Group
     hooks: Hooks
@@ -226,7 +226,7 @@ class _Epochs:
     def train_next(self) -> Progress:
         """Train to the end of the current epoch, reporting every half second; return its last progress."""
         state, config, hooks = self.state, self.config, self.hooks
-        last_step = config.num_steps(len(self.part))
+        last_step = config.num_steps(len(self.split))
         window, progress = self.window, None
         window.restart_clock()
         for sums, global_size in self._reproducible_steps() if config.reproducible else self._steps():
@@ -296,13 +296,13 @@ class _Epochs:
             state.average.update_parameters(state.model)
 
     @cached_property
-    def window(self) -> _Window:
+    def window(self) -> _LoggingWindow:
         """The steps since the last progress."""
-        return _Window(self.workload, self.group, self.hooks.wants_stop, interval_steps=10)
+        return _LoggingWindow(self.workload, self.group, self.hooks.wants_stop, interval_steps=10)
 
     @cached_property
     def _examples(self) -> ArrayBatches | ExampleBatches:
-        return batches_of(self.part, self.group.device)
+        return batches_of(self.split, self.group.device)
 
     @cached_property
     def _chunks(self) -> Chunks:
@@ -311,7 +311,7 @@ class _Epochs:
     def _batches(self) -> Iterator[Batch]:
         """Yield this rank's slices of what is left of the current epoch, on the device."""
         sampler = ShardedBatchSampler(
-            len(self.part),
+            len(self.split),
             self.config.batch_size,
             seed=self.config.seed,
             epoch=self.state.epoch,
@@ -379,7 +379,7 @@ def measured_sums(workload: Workload, outputs: Any, targets: Any) -> dict[str, T
     return {name: values.sum() for name, values in workload.measure(detached(outputs), targets).items()}
 
 
-class _Window:
+class _LoggingWindow:
     """The steps since the last progress: their figures stay on the device until the window is closed.
 
     Closing it is the only time at which ranks talk besides the gradients. Rank 0's clock decides for all ranks after
@@ -428,8 +428,8 @@ class _Window:
             state.step,
             last_step,
             [step.sums["loss"] / step.num_examples for step in steps],
-            window.figures(self._workload),
-            state.sums.figures(self._workload),
+            window.values(self._workload),
+            state.sums.values(self._workload),
             state.sums.num_examples,
             state.epoch_s,
         )
@@ -482,7 +482,7 @@ def resolve_precision(precision: Precision, group: Group) -> Precision:
     return "bf16" if supported.item() else "fp32"
 
 
-def part_bounds(num_examples: int, num_parts: int) -> list[tuple[int, int]]:
+def split_bounds(num_examples: int, num_parts: int) -> list[tuple[int, int]]:
     """Cut ``num_examples`` into at most ``num_parts`` ranges of whole evaluation batches."""
     num_batches = math.ceil(num_examples / EVALUATION_BATCH_SIZE)
     num_parts = min(num_parts, num_batches)
@@ -491,35 +491,35 @@ def part_bounds(num_examples: int, num_parts: int) -> list[tuple[int, int]]:
 
 
 def evaluate_together(
-    workload: Workload, model: nn.Module, part: Part, group: Group, num_loader_processes: int = 0
+    workload: Workload, model: nn.Module, split: Split, group: Group, num_loader_processes: int = 0
 ) -> Evaluation:
     """Evaluate a model as ``evaluate`` does, each rank on some of the examples; without columns.
 
     The result is the same on every rank, and for any number of them.
     """
     if group.world_size == 1:
-        return evaluate(workload, model, part, num_loader_processes)
+        return evaluate(workload, model, split, num_loader_processes)
     for buffer in model.buffers():  # as of batch normalization: those of rank 0 are kept
         dist.broadcast(buffer, 0)
-    bounds = part_bounds(len(part), group.world_size)
+    bounds = split_bounds(len(split), group.world_size)
     start, stop = bounds[group.rank] if group.rank < len(bounds) else (0, 0)
-    own = evaluate(workload, model, part.between(start, stop), num_loader_processes)
+    own = evaluate(workload, model, split.between(start, stop), num_loader_processes)
     batch_sums: list[Any] = [None] * group.world_size
     dist.all_gather_object(batch_sums, own.batch_sums)
-    return Evaluation(tuple(itertools.chain(*batch_sums)), len(part), {})
+    return Evaluation(tuple(itertools.chain(*batch_sums)), len(split), {})
 
 
 @torch.inference_mode()
-def evaluate(workload: Workload, model: nn.Module, part: Part, num_loader_processes: int = 0) -> Evaluation:
+def evaluate(workload: Workload, model: nn.Module, split: Split, num_loader_processes: int = 0) -> Evaluation:
     """Evaluate a model on all examples of a part, in fp32 and fixed batches, where the model's weights are."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     was_training = model.training
     model.eval()
-    starts = range(0, len(part), EVALUATION_BATCH_SIZE)
-    slices = [Slice(np.arange(start, min(start + EVALUATION_BATCH_SIZE, len(part))), 0) for start in starts]
+    starts = range(0, len(split), EVALUATION_BATCH_SIZE)
+    slices = [Slice(np.arange(start, min(start + EVALUATION_BATCH_SIZE, len(split))), 0) for start in starts]
     batch_sums: list[dict[str, float]] = []
     columns: list[dict[str, np.ndarray]] = []
-    for batch in batch_loader(batches_of(part, device), slices, num_loader_processes):
+    for batch in batch_loader(batches_of(split, device), slices, num_loader_processes):
         batch = to_device(batch, device)
         outputs = as_fp32(model(workload.prepare(batch.inputs, None)))
         sums = {"loss": workload.loss(outputs, batch.targets).sum(), **measured_sums(workload, outputs, batch.targets)}
@@ -528,4 +528,4 @@ def evaluate(workload: Workload, model: nn.Module, part: Part, num_loader_proces
         columns.append({name: values.cpu().numpy() for name, values in predictions.items()})
     model.train(was_training)
     joined = {name: np.concatenate([part[name] for part in columns]) for name in (columns[0] if columns else {})}
-    return Evaluation(tuple(batch_sums), len(part), joined)
+    return Evaluation(tuple(batch_sums), len(split), joined)

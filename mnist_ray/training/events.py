@@ -1,4 +1,4 @@
-"""What is told while a run goes on, mostly by workers and tasks. Light: the mailbox's own process imports it too."""
+"""What workers and tasks, mostly, report while a run goes on. Light: the event queue's process imports it too."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Validated:
 
     epoch: int
     """Counted from 1."""
-    figures: Mapping[str, float]
+    values: Mapping[str, float]
     """Loss and metrics."""
     seconds: float
     is_beside: bool = True
@@ -135,7 +135,7 @@ class TrialEnded:
     """Those that are searched, and the seed."""
     state: str
     has_failed: bool
-    figures: Mapping[str, float]
+    values: Mapping[str, float]
     """Its figures in sweep.csv, as far as there are any."""
 
 

@@ -25,10 +25,10 @@ class MetricSums:
         added = {name: self.sums.get(name, 0.0) + other.sums.get(name, 0.0) for name in names}
         return MetricSums(added, self.num_examples + other.num_examples)
 
-    def figures(self, workload: Workload) -> dict[str, float]:
+    def values(self, workload: Workload) -> dict[str, float]:
         """Return the mean loss and the workload's metrics; NaN over no examples."""
         if self.num_examples == 0:
-            return {metric.name: math.nan for metric in workload.figures}
+            return {metric.name: math.nan for metric in workload.all_metrics}
         means = {name: value / self.num_examples for name, value in self.sums.items()}
         return {"loss": means.pop("loss"), **workload.summarize(means)}
 
@@ -53,29 +53,29 @@ class Evaluation:
             {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns},
         )
 
-    def figures(self, workload: Workload) -> dict[str, float]:
+    def values(self, workload: Workload) -> dict[str, float]:
         """Return loss and metrics; ``fsum`` makes them the same however the batches were spread over tasks."""
         names = self.batch_sums[0] if self.batch_sums else {}
         sums = {name: math.fsum(batch[name] for batch in self.batch_sums) for name in names}
-        return MetricSums(sums, self.num_examples).figures(workload)
+        return MetricSums(sums, self.num_examples).values(workload)
 
     def to_dict(self, workload: Workload) -> dict[str, Any]:
         """Return what result.json holds of it."""
-        figures = {f"test_{name}": _json(value) for name, value in self.figures(workload).items()}
-        return {**figures, f"num_test_{workload.nouns}": self.num_examples, **workload.details(self.columns)}
+        values = {f"test_{name}": _json(value) for name, value in self.values(workload).items()}
+        return {**values, f"num_test_{workload.nouns}": self.num_examples, **workload.details(self.columns)}
 
 
 def _json(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def score(workload: Workload, figures: Mapping[str, float]) -> float:
-    """Return a number that grows with a model's worth: its criterion's, and of two that tie, the one of less loss.
+def score(workload: Workload, values: Mapping[str, float]) -> float:
+    """Return a number that grows with a model's worth: its monitor's, and of two that tie, the one of less loss.
 
-    ``figures`` are those of the validation. The loss weighs too little to matter where the criterion differs.
+    ``values`` are those of the validation. The loss weighs too little to matter where the monitor differs.
     """
-    value = figures[workload.criterion.name]
+    value = values[workload.monitor.name]
     if math.isnan(value):
         return -math.inf
-    signed = value if workload.criterion.mode == "max" else -value
-    return signed - 1e-9 * min(figures["loss"], 1e3)
+    signed = value if workload.monitor.mode == "max" else -value
+    return signed - 1e-9 * min(values["loss"], 1e3)

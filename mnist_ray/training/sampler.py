@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from mnist_ray.errors import first_line
-from mnist_ray.workload.data import Arrays, Part
+from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.order import Shuffled
 from mnist_ray.workload.tensors import map_tensors
 
@@ -144,17 +144,17 @@ class ExampleBatches(Dataset):
     the same for any number of ranks and loader processes, and in a resumed run as in one without a break.
     """
 
-    def __init__(self, part: Part, seed: int = 0) -> None:
-        self.part = part
+    def __init__(self, split: Split, seed: int = 0) -> None:
+        self.split = split
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.part)
+        return len(self.split)
 
     def __getitem__(self, chosen: Slice) -> Batch:
         indices = chosen.indices
-        if isinstance(arrays := self.part.examples, Arrays):
-            places = self.part.places(indices)
+        if isinstance(arrays := self.split.examples, Arrays):
+            places = self.split.places(indices)
             inputs, targets = (_rows(array, places) for array in (arrays.inputs, arrays.targets))
             return Batch(inputs, targets, *chosen[1:])
         # An empty slice has the shapes of one example.
@@ -163,7 +163,7 @@ class ExampleBatches(Dataset):
             inputs, targets = default_collate(examples)
         except (RuntimeError, TypeError) as error:
             raise ExampleError(
-                f"{self.part.origin} examples do not fit together: {_odd_one(indices, examples, error)}"
+                f"{self.split.origin} examples do not fit together: {_odd_one(indices, examples, error)}"
             ) from error
         if len(indices) == 0:
             inputs, targets = _emptied(inputs), _emptied(targets)
@@ -175,25 +175,25 @@ class ExampleBatches(Dataset):
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:
-            return self.part[index]
+            return self.split[index]
         except OSError as error:
             if error.errno is not None:  # of the storage, which may be back at the next attempt
                 raise
-            raise ExampleError(f"{self.part.origin} example {index} cannot be read: {first_line(error)}") from error
+            raise ExampleError(f"{self.split.origin} example {index} cannot be read: {first_line(error)}") from error
 
 
 def _odd_one(indices: np.ndarray, examples: list[tuple[Any, Any]], error: Exception) -> str:
     """Say which of some examples has another shape than the first."""
-    shapes = [tuple(np.shape(part) for part in example) for example in examples]
+    shapes = [tuple(np.shape(split) for split in example) for example in examples]
     for index, shape in zip(indices.tolist(), shapes, strict=False):
         if shape != shapes[0]:
             return f"example {index} has shapes {shape}, example {indices[0]} has {shapes[0]}"
     return first_line(error)
 
 
-def batches_of(part: Part, device: torch.device) -> ArrayBatches | ExampleBatches:
+def batches_of(split: Split, device: torch.device) -> ArrayBatches | ExampleBatches:
     """Return what a loader reads a part of the data by."""
-    return ArrayBatches(part.arrays, device) if part.arrays is not None else ExampleBatches(part)
+    return ArrayBatches(split.arrays, device) if split.arrays is not None else ExampleBatches(split)
 
 
 def _tensor(array: np.ndarray) -> Tensor:

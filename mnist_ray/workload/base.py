@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from mnist_ray.config import TrainConfig
-    from mnist_ray.workload.data import Data, Part
+    from mnist_ray.workload.data import Data, Split
     from mnist_ray.workload.drawing import Picture
 
 
@@ -38,7 +38,7 @@ class Metric:
     is_fraction: bool = False
     """Whether it lies between 0 and 1 and is shown in percent."""
 
-    def shown(self, value: float, places: int = 2) -> str:
+    def format(self, value: float, places: int = 2) -> str:
         """Return a value as people read it, a fraction in percent with some decimal places; a dash for NaN."""
         if math.isnan(value):
             return "-"
@@ -109,10 +109,10 @@ class Workload:
     source: Source | None = None
     """Where its code comes from; set as it is loaded."""
 
-    def __init__(self, settings: Any = None, facts: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, settings: Any = None, metadata: Mapping[str, Any] | None = None) -> None:
         self.settings: Any = self.Settings() if settings is None else settings
-        self.facts: dict[str, Any] = dict(facts or {})
-        """What the model must know of the data: see ``Data.facts``."""
+        self.metadata: dict[str, Any] = dict(metadata or {})
+        """What the model must know of the data: see ``Data.metadata``."""
 
     # --- what is learned from
 
@@ -120,9 +120,9 @@ class Workload:
         """Return the data."""
         raise NotImplementedError
 
-    def facts_of(self, data: Data) -> dict[str, Any]:
+    def metadata_of(self, data: Data) -> dict[str, Any]:
         """Return what the model must know of the data."""
-        return dict(data.facts)
+        return dict(data.metadata)
 
     def check_data(self, data: Data) -> None:
         """Raise UsageError where the data are not what the workload takes; asked once, before Ray starts."""
@@ -130,7 +130,7 @@ class Workload:
     # --- what learns
 
     def create_model(self) -> nn.Module:
-        """Return a new model, as ``self.settings`` and ``self.facts`` say; torch's generator is seeded before."""
+        """Return a new model, as ``self.settings`` and ``self.metadata`` say; torch's generator is seeded before."""
         raise NotImplementedError
 
     def prepare(self, inputs: Any, generator: Generator | None) -> Any:
@@ -199,7 +199,7 @@ class Workload:
         """Return what the console shows of the test set before the metrics: (label, text) of each line."""
         return []
 
-    def pictures(self, result: Mapping[str, Any], rows: Rows, test: Part | None) -> list[Picture]:
+    def pictures(self, result: Mapping[str, Any], rows: Rows, test: Split | None) -> list[Picture]:
         """Return the report's pictures of the test set.
 
         ``result`` is what result.json holds, ``rows`` are those of predictions.csv (empty where there is none), and
@@ -229,12 +229,12 @@ class Workload:
     # --- derived
 
     @property
-    def criterion(self) -> Metric:
+    def monitor(self) -> Metric:
         """What chooses the checkpoint."""
         return self.metrics[0] if self.metrics else LOSS
 
     @property
-    def figures(self) -> tuple[Metric, ...]:
+    def all_metrics(self) -> tuple[Metric, ...]:
         """All that is reported: the loss, then the metrics."""
         return (LOSS, *self.metrics)
 
@@ -246,7 +246,7 @@ class Workload:
             "reference": self.source.reference,
             "sha256": self.source.sha256,
             "settings": values_of(self.settings),
-            "facts": self.facts,
+            "metadata": self.metadata,
         }
 
     @property
@@ -276,6 +276,6 @@ class Workload:
         """Whether ``jobs/predict.py`` can ask it."""
         return type(self).read_picture is not Workload.read_picture
 
-    def said(self, figures: Mapping[str, float]) -> str:
+    def format(self, values: Mapping[str, float]) -> str:
         """Return figures as people read them: ``loss 0.0371, accuracy 98.80%``."""
-        return ", ".join(f"{metric.name} {metric.shown(figures[metric.name])}" for metric in self.figures)
+        return ", ".join(f"{metric.name} {metric.format(values[metric.name])}" for metric in self.all_metrics)

@@ -61,8 +61,8 @@ def check_batch(workload: Workload, inputs: Any, targets: Any, config: TrainConf
         summary = workload.summarize({key: float(values.double().mean()) for key, values in measured.items()})
     _check_dict(f"{name}.summarize", summary)
     if sorted(summary) != sorted(metric.name for metric in workload.metrics):
-        told = f"{name}.metrics names {', '.join(metric.name for metric in workload.metrics) or 'none'}"
-        raise UsageError(f"{name}.summarize returns {', '.join(summary) or 'nothing'}, but {told}")
+        named = f"{name}.metrics names {', '.join(metric.name for metric in workload.metrics) or 'none'}"
+        raise UsageError(f"{name}.summarize returns {', '.join(summary) or 'nothing'}, but {named}")
     _check_gradients(workload, model, losses if minimized is None else minimized)
     with placed(workload, "predictions"):
         model.eval()
@@ -73,8 +73,8 @@ def check_batch(workload: Workload, inputs: Any, targets: Any, config: TrainConf
         _check_numbers(f"{name}.predictions: {key}", values, number)
     for key, value in model.state_dict().items():
         if not isinstance(value, Tensor):
-            told = f"{name}: the model's state_dict holds {key}, of type {type(value).__name__}"
-            raise UsageError(f"{told}; a checkpoint keeps tensors: make it a buffer, or a setting")
+            found = f"{name}: the model's state_dict holds {key}, of type {type(value).__name__}"
+            raise UsageError(f"{found}; a checkpoint keeps tensors: make it a buffer, or a setting")
     _check_optimizer(workload, model, config)
     if not isinstance(prepared[1], Tensor):
         return None

@@ -10,7 +10,7 @@ import numpy as np
 
 from mnist_ray.errors import UsageError
 from mnist_ray.workload.base import Metric, Rows, Workload
-from mnist_ray.workload.data import Arrays, Data, Part
+from mnist_ray.workload.data import Arrays, Data, Split
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +25,8 @@ _MOST_COLUMNS = 12  # of classes in the console's confusion matrix
 class Classification(Workload):
     """A model's outputs are logits (N, classes), targets (N,) whole numbers from 0 on.
 
-    The number of classes comes from the data: ``facts={"class_names": [...]}``, else the attribute ``classes`` of the
-    ``Dataset`` to train on (torchvision's have it), else the largest target.
+    The number of classes comes from the data: ``metadata={"class_names": [...]}``, else the attribute ``classes`` of
+    the ``Dataset`` to train on (torchvision's have it), else the largest target.
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("accuracy", "max", is_fraction=True),)
@@ -36,7 +36,7 @@ class Classification(Workload):
     @property
     def class_names(self) -> list[Any]:
         """The names of the classes; numbers where the data have no names."""
-        names: list[Any] = self.facts["class_names"]
+        names: list[Any] = self.metadata["class_names"]
         return names
 
     @property
@@ -44,12 +44,12 @@ class Classification(Workload):
         """How many classes the data have."""
         return len(self.class_names)
 
-    def facts_of(self, data: Data) -> dict[str, Any]:
+    def metadata_of(self, data: Data) -> dict[str, Any]:
         """Return the names of the classes, beside what the data say themselves."""
-        facts = dict(data.facts)
-        if "class_names" not in facts:
-            facts["class_names"] = _class_names(data)
-        return facts
+        metadata = dict(data.metadata)
+        if "class_names" not in metadata:
+            metadata["class_names"] = _class_names(data)
+        return metadata
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the cross entropy of each example."""
@@ -71,22 +71,22 @@ class Classification(Workload):
 
     def check_data(self, data: Data) -> None:
         """Compare the targets of arrays with the classes."""
-        for part in ("train", "validation", "test"):
-            examples = getattr(data, part)
+        for split in ("train", "validation", "test"):
+            examples = getattr(data, split)
             if isinstance(examples, Arrays):
-                self._check_targets(part, examples.targets)
+                self._check_targets(split, examples.targets)
             elif hasattr(examples, "classes"):
-                self._check_classes(part, list(examples.classes))
+                self._check_classes(split, list(examples.classes))
 
-    def _check_classes(self, part: str, classes: list[Any]) -> None:
+    def _check_classes(self, split: str, classes: list[Any]) -> None:
         """Compare what a Dataset takes its targets for: one that lacks a class numbers those after it anew."""
         different = [str(name) for name in {*classes} ^ {*self.class_names}]
         if classes != self.class_names:
             shown = ", ".join(sorted(different)) or "their order"
-            raise UsageError(f"{type(self).__name__}.load_data: {part} has other classes than the model: {shown}")
+            raise UsageError(f"{type(self).__name__}.load_data: {split} has other classes than the model: {shown}")
 
-    def _check_targets(self, part: str, targets: np.ndarray) -> None:
-        name = f"{type(self).__name__}.load_data: {part}"
+    def _check_targets(self, split: str, targets: np.ndarray) -> None:
+        name = f"{type(self).__name__}.load_data: {split}"
         if targets.ndim != 1 or not np.issubdtype(targets.dtype, np.integer):
             raise UsageError(f"{name}: targets are to be whole numbers (N,), not {targets.dtype} {targets.shape}")
         wrong = targets[(targets < 0) | (targets >= self.num_classes)]
@@ -137,7 +137,7 @@ class Classification(Workload):
         table = confusion_table(confusion(columns, self.num_classes), self.class_names)
         return [("" if number else "confusion", line) for number, line in enumerate(table)]
 
-    def pictures(self, result: Mapping[str, Any], rows: Rows, test: Part | None) -> list[Picture]:
+    def pictures(self, result: Mapping[str, Any], rows: Rows, test: Split | None) -> list[Picture]:
         """Return the confusion matrix, the accuracy of each class, and examples with their predictions."""
         from mnist_ray.workload import figures  # imports matplotlib
 
@@ -157,9 +157,9 @@ def _class_names(data: Data) -> list[Any]:
     if names is not None:
         return list(names)
     if not isinstance(data.train, Arrays):
-        raise UsageError('the Dataset has no classes: return Data(..., facts={"class_names": [...]}) from load_data')
-    parts = [part for part in (data.train, data.validation, data.test) if isinstance(part, Arrays) and len(part)]
-    return list(range(1 + max(int(part.targets.max()) for part in parts)))
+        raise UsageError('the Dataset has no classes: return Data(..., metadata={"class_names": [...]}) from load_data')
+    splits = [split for split in (data.train, data.validation, data.test) if isinstance(split, Arrays) and len(split)]
+    return list(range(1 + max(int(split.targets.max()) for split in splits)))
 
 
 def confusion(columns: Mapping[str, np.ndarray], num_classes: int) -> np.ndarray:

@@ -57,8 +57,8 @@ class Data:
     """None: it is held out from ``train``."""
     name: str = ""
     """Shown to people; by default that of the workload."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """What the model must know of the data, as JSON: kept in every checkpoint, and everywhere ``self.facts``."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """What the model must know of the data, as JSON: kept in every checkpoint, and everywhere ``self.metadata``."""
     files: Sequence[str | Path] = ()
     """What a ``Dataset`` reads its examples from: a run does not go on where these have changed."""
 
@@ -66,7 +66,7 @@ class Data:
 Origin = Literal["train", "validation", "test"]
 
 
-class Part:
+class Split:
     """Some of the examples of ``Arrays`` or of a ``Dataset``, in an order of their own."""
 
     def __init__(self, examples: Any, indices: np.ndarray | AllBut | None = None, origin: Origin = "train") -> None:
@@ -101,18 +101,18 @@ class Part:
         """The whole as arrays in memory, where they are."""
         return self.examples if self.is_in_memory and self.indices is None else None
 
-    def take(self, indices: np.ndarray | AllBut) -> Part:
+    def take(self, indices: np.ndarray | AllBut) -> Split:
         """Return some of its examples; of arrays in memory, a copy."""
         if self.indices is not None:
             indices = self.indices[indices]
         if self.is_in_memory:
-            return Part(Arrays(self.examples.inputs[indices], self.examples.targets[indices]), None, self.origin)
-        return Part(self.examples, indices, self.origin)
+            return Split(Arrays(self.examples.inputs[indices], self.examples.targets[indices]), None, self.origin)
+        return Split(self.examples, indices, self.origin)
 
-    def between(self, start: int, stop: int) -> Part:
+    def between(self, start: int, stop: int) -> Split:
         """Return the examples from ``start`` up to ``stop``, which is not one of them; of arrays, a view."""
         if self.arrays is not None:
-            return Part(Arrays(self.arrays.inputs[start:stop], self.arrays.targets[start:stop]), None, self.origin)
+            return Split(Arrays(self.arrays.inputs[start:stop], self.arrays.targets[start:stop]), None, self.origin)
         return self.take(np.arange(start, min(stop, len(self))))
 
     def targets(self) -> np.ndarray:
@@ -169,14 +169,14 @@ def digest_of_files(paths: Iterable[str | Path]) -> str:
 
 
 @dataclass(frozen=True)
-class Parts:
+class Splits:
     """A workload's data, ready for a run."""
 
     name: str
-    train: Part
-    validation: Part
+    train: Split
+    validation: Split
     """Empty where nothing is held out."""
-    test: Part
+    test: Split
     files: Sequence[str | Path] = ()
     """What the examples are read from, where the workload says so."""
 
@@ -184,21 +184,21 @@ class Parts:
     def digests(self) -> dict[str, str | None]:
         """By what the data are told from others: a digest of each part, and of the files; None where it has none."""
         digests: dict[str, str | None] = {}
-        for name, part in (("training", self.train), ("validation", self.validation), ("test", self.test)):
-            digest = part.digest()
+        for name, split in (("training", self.train), ("validation", self.validation), ("test", self.test)):
+            digest = split.digest()
             if digest is not None or not self.files:
                 digests[name] = digest
         return digests | ({"files": digest_of_files(self.files)} if self.files else {})
 
 
-def hold_out(part: Part, num_validation: int) -> tuple[Part, Part]:
+def hold_out(split: Split, num_validation: int) -> tuple[Split, Split]:
     """Split into (training, validation) examples.
 
     The choice is random, so that files sorted by label do no harm, and the same for every run and seed, so that runs
     compare on the same examples.
     """
-    validation = np.sort(Shuffled(len(part), [_HOLD_OUT_SEED])[:num_validation])
-    return part.take(AllBut(len(part), validation)), part.take(validation)
+    validation = np.sort(Shuffled(len(split), [_HOLD_OUT_SEED])[:num_validation])
+    return split.take(AllBut(len(split), validation)), split.take(validation)
 
 
 def default_validation_size(num_train: int) -> int:
@@ -206,16 +206,16 @@ def default_validation_size(num_train: int) -> int:
     return min(_MOST_HELD_OUT, num_train // 10)
 
 
-def parts_of(data: Data, validation_size: int | None) -> Parts:
+def splits_of(data: Data, validation_size: int | None) -> Splits:
     """Make the parts of a run of a workload's data. Raises UsageError where ``validation_size`` does not fit."""
-    train, test = Part(data.train), Part(data.test, origin="test")
+    train, test = Split(data.train), Split(data.test, origin="test")
     if validation_size == 0:
-        return Parts(data.name, train, train.between(0, 0), test, data.files)
+        return Splits(data.name, train, train.between(0, 0), test, data.files)
     if data.validation is not None and validation_size is None:
-        return Parts(data.name, train, Part(data.validation, origin="validation"), test, data.files)
+        return Splits(data.name, train, Split(data.validation, origin="validation"), test, data.files)
     size = default_validation_size(len(train)) if validation_size is None else validation_size
     if size >= len(train):
         raise UsageError(
             f"--validation-size {size:,} leaves nothing to train on: the data has {len(train):,} training examples"
         )
-    return Parts(data.name, *hold_out(train, size), test, data.files)
+    return Splits(data.name, *hold_out(train, size), test, data.files)

@@ -18,7 +18,7 @@ from mnist_ray.workload.drawing import Picture, new_figure, png_of
 
 if TYPE_CHECKING:
     from mnist_ray.workload.base import Rows, Workload
-    from mnist_ray.workload.data import Part
+    from mnist_ray.workload.data import Split
 
 _RIGHT, _WRONG = "#2e8b57", "#e0483f"  # which can be read on white and on black
 _CAPTION = "#777777"
@@ -29,7 +29,7 @@ _MOST_COUNTED = 20  # classes whose counts are written into the confusion matrix
 
 
 def of_classification(
-    workload: Workload, classes: Sequence[Any], result: Mapping[str, Any], rows: Rows, test: Part | None
+    workload: Workload, classes: Sequence[Any], result: Mapping[str, Any], rows: Rows, test: Split | None
 ) -> list[Picture]:
     """Return the confusion matrix, the accuracy of each class and, where examples are pictures, some of them."""
     names = [str(name) for name in classes]
@@ -67,7 +67,7 @@ def _figures_of(result: Mapping[str, Any], names: Sequence[str]) -> list[Picture
     ]
 
 
-def _examples(workload: Workload, rows: Rows, test: Part) -> list[Picture]:
+def _examples(workload: Workload, rows: Rows, test: Split) -> list[Picture]:
     """Return test examples with their predictions, and the surest mistakes; none where examples have no picture."""
     labels, predicted = (np.array([row[name] for row in rows]) for name in ("label", "prediction"))
     probabilities, is_right = np.array([float(row["probability"]) for row in rows]), labels == predicted

@@ -22,9 +22,9 @@ def load_data(workload: Workload) -> Data:
     """
     with placed(workload, "load_data"):
         data = _checked(workload, workload.load_data())
-    if not workload.facts:
-        with placed(workload, "facts_of"):
-            workload.facts = _checked_facts(workload, workload.facts_of(data))
+    if not workload.metadata:
+        with placed(workload, "metadata_of"):
+            workload.metadata = _checked_metadata(workload, workload.metadata_of(data))
     with placed(workload, "check_data"):
         workload.check_data(data)
     return data
@@ -45,19 +45,19 @@ def picture_of(workload: Workload, inputs: Any) -> np.ndarray | None:
     return image
 
 
-def _checked_facts(workload: Workload, facts: object) -> dict[str, Any]:
-    """Return facts that come back from a checkpoint as they were."""
+def _checked_metadata(workload: Workload, metadata: object) -> dict[str, Any]:
+    """Return metadata that come back from a checkpoint as they were."""
     name = type(workload).__name__
-    if not isinstance(facts, dict):
-        raise UsageError(f"{name}.facts_of returned {type(facts).__name__}, not a dict")
-    for key, value in facts.items():
+    if not isinstance(metadata, dict):
+        raise UsageError(f"{name}.metadata_of returned {type(metadata).__name__}, not a dict")
+    for key, value in metadata.items():
         try:
             is_kept = isinstance(key, str) and json.loads(json.dumps(value)) == value
         except (TypeError, ValueError):
             is_kept = False
         if not is_kept:
             raise UsageError(f"{name}: fact {key!r} is no JSON: use numbers, texts, lists and dicts, as array.tolist()")
-    return facts
+    return metadata
 
 
 def _checked(workload: Workload, data: object) -> Data:
@@ -65,17 +65,17 @@ def _checked(workload: Workload, data: object) -> Data:
     name = type(workload).__name__
     if not isinstance(data, Data):
         raise UsageError(f"{name}.load_data returned {type(data).__name__}, not mnist_ray.workload.Data")
-    for part in ("train", "test", "validation"):
-        examples = getattr(data, part)
-        if examples is None and part == "validation":
+    for split in ("train", "test", "validation"):
+        examples = getattr(data, split)
+        if examples is None and split == "validation":
             continue
         if not isinstance(examples, Arrays) and not (hasattr(examples, "__getitem__") and hasattr(examples, "__len__")):
             kind = type(examples).__name__
-            raise UsageError(f"{name}.load_data: {part} is of type {kind}, neither Arrays nor a Dataset with a length")
+            raise UsageError(f"{name}.load_data: {split} is of type {kind}, neither Arrays nor a Dataset with a length")
         if isinstance(examples, Arrays):
-            _check_arrays(f"{name}.load_data: {part}", examples)
+            _check_arrays(f"{name}.load_data: {split}", examples)
         if len(examples) == 0:
-            raise UsageError(f"{name}.load_data: {part} holds no examples")
+            raise UsageError(f"{name}.load_data: {split} holds no examples")
     try:
         data = dataclasses.replace(data, files=tuple(data.files))
         digest_of_files(data.files)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mnist_ray.errors import UsageError
 from mnist_ray.workload.base import Metric, Rows, Workload
-from mnist_ray.workload.data import Part
+from mnist_ray.workload.data import Split
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ class Regression(Workload):
         """Return target and prediction."""
         return {"target": targets, "prediction": _flat(outputs)}
 
-    def pictures(self, result: Mapping[str, Any], rows: Rows, test: Part | None) -> list[Picture]:
+    def pictures(self, result: Mapping[str, Any], rows: Rows, test: Split | None) -> list[Picture]:
         """Return predictions over targets, and the errors' distribution."""
         from mnist_ray.workload import figures  # imports matplotlib
 

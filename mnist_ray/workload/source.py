@@ -44,10 +44,10 @@ def load_again(saved: str, given: str | None, file: str, folders: Iterable[Path]
         raise UsageError(f"{error}; if the workload is elsewhere now, say where with --workload") from error
 
 
-def create(source: Source, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Workload:
+def create(source: Source, settings: Mapping[str, Any], metadata: Mapping[str, Any]) -> Workload:
     """Return a workload as another process had it."""
     workload_class = _load(source)
-    return workload_class(build(workload_class.Settings, settings), facts)
+    return workload_class(build(workload_class.Settings, settings), metadata)
 
 
 def is_shipped(workload_class: type[Workload]) -> bool:
@@ -66,7 +66,7 @@ def _load(source: Source) -> type[Workload]:
 
 def _as_source(workload: Workload) -> tuple[Any, ...]:
     """Let a workload travel to other processes as source and values: they need not be able to import the class."""
-    return create, (workload.source, values_of(workload.settings), workload.facts)
+    return create, (workload.source, values_of(workload.settings), workload.metadata)
 
 
 def _check(workload_class: type[Workload]) -> None:

@@ -106,7 +106,7 @@ def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Dat
     except FileNotFoundError as error:
         raise UsageError(f"{place}: {first_line(error)}") from error
     name = f"{place.name}, pictures of {len(classes)} classes"
-    return Data(train, test, name=name, facts={"class_names": classes}, files=files)
+    return Data(train, test, name=name, metadata={"class_names": classes}, files=files)
 
 
 def _other_part(place: Path) -> Path:
@@ -148,9 +148,9 @@ def table(place: str | Path, *, target: str | None = None, as_classes: bool = Fa
         if list(columns) != names or target not in names:
             raise UsageError(f"{file} has columns {', '.join(columns)}; expected are {', '.join(names)} with {target}")
     inputs = [_numbers(file, columns, target) for file, columns in zip(files, tables, strict=True)]
-    targets, facts = [columns[target] for columns in tables], dict[str, Any]()
+    targets, metadata = [columns[target] for columns in tables], dict[str, Any]()
     if as_classes:
-        targets, facts = _numbered(targets, f"{place}: {target}")
+        targets, metadata = _numbered(targets, f"{place}: {target}")
     for values in targets:
         if values.dtype.kind not in "biuf":
             raise UsageError(f"{place}: {target} is no numbers; if these are classes, read it with as_classes=True")
@@ -161,7 +161,7 @@ def table(place: str | Path, *, target: str | None = None, as_classes: bool = Fa
         inputs, targets = ([values[0][part] for part in _parted(len(inputs[0]))] for values in (inputs, targets))
     shown = f"{place.name}, a table of {len(names) - 1} columns to learn {target} from"
     train, test = map(Arrays, inputs, targets)
-    return Data(train, test, name=shown, facts=facts)
+    return Data(train, test, name=shown, metadata=metadata)
 
 
 def _parts_of_table(place: Path) -> list[Path]:
@@ -258,11 +258,11 @@ def huggingface(place: str | Path, *, size: int = 64, is_grey: bool = False, tar
     inputs = [name for name in features if name != target]
     if len(inputs) != 1:
         raise UsageError(f"{place} has the columns {', '.join(features)}; keep one beside {target}, by select_columns")
-    facts = {"class_names": features[target].names} if target in labelled else {}
+    metadata = {"class_names": features[target].names} if target in labelled else {}
     square = _Square(size, is_grey)
     train, test = (cast("Dataset", _Rows(held[part], inputs[0], target, square)) for part in ("train", other))
     files = [file["filename"] for part in ("train", other) for file in held[part].cache_files]
-    return Data(train, test, name=f"{place.name}, a Hugging Face dataset", facts=facts, files=files)
+    return Data(train, test, name=f"{place.name}, a Hugging Face dataset", metadata=metadata, files=files)
 
 
 @dataclass(frozen=True)

@@ -8,36 +8,38 @@ import numpy as np
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.wording import count
-from mnist_ray.workload.data import Part, Parts
+from mnist_ray.workload.data import Split, Splits
 from mnist_ray.workload.order import Shuffled
 
 _SEED = 41
 _LEARNED = 0.1  # of the loss before
 
 
-def fewer(parts: Parts, config: TrainConfig) -> Parts:
+def subset(splits: Splits, config: TrainConfig) -> Splits:
     """Return what ``--limit`` and ``--overfit-batches`` leave of the data; the same for every run and seed."""
     if config.limit < 1:
-        shown = f"{config.limit:.3g} of {parts.name}"
-        train, validation, test = (_some(part, config.limit) for part in (parts.train, parts.validation, parts.test))
-        parts = dataclasses.replace(parts, name=shown, train=train, validation=validation, test=test)
+        shown = f"{config.limit:.3g} of {splits.name}"
+        train, validation, test = (
+            _some(split, config.limit) for split in (splits.train, splits.validation, splits.test)
+        )
+        splits = dataclasses.replace(splits, name=shown, train=train, validation=validation, test=test)
     if config.overfit_batches is None:
-        return parts
-    size = min(len(parts.train), config.overfit_batches * config.batch_size)
-    chosen = np.sort(Shuffled(len(parts.train), [_SEED])[:size])
-    few, times = parts.train.take(chosen), max(1, len(parts.train) // size)
+        return splits
+    size = min(len(splits.train), config.overfit_batches * config.batch_size)
+    chosen = np.sort(Shuffled(len(splits.train), [_SEED])[:size])
+    few, times = splits.train.take(chosen), max(1, len(splits.train) // size)
     return dataclasses.replace(
-        parts,
-        name=f"{count(config.overfit_batches, 'batch', 'batches')} of {parts.name}, {count(times, 'time')}",
+        splits,
+        name=f"{count(config.overfit_batches, 'batch', 'batches')} of {splits.name}, {count(times, 'time')}",
         train=few.take(np.tile(np.arange(size), times)),
         validation=few.between(0, 0),
         test=few,
     )
 
 
-def _some(part: Part, limit: float) -> Part:
-    size = min(len(part), max(1, round(limit * len(part))))
-    return part.take(np.sort(Shuffled(len(part), [_SEED])[:size])) if len(part) else part
+def _some(split: Split, limit: float) -> Split:
+    size = min(len(split), max(1, round(limit * len(split))))
+    return split.take(np.sort(Shuffled(len(split), [_SEED])[:size])) if len(split) else split
 
 
 def verdict(loss_before: float, loss_after: float) -> str:

@@ -6,7 +6,7 @@ from ray.exceptions import RayActorError
 from ray.util import placement_group, placement_group_table
 from ray.util.placement_group import PlacementGroup
 
-from mnist_ray.cluster.orphans import end_controllers, leftovers_removed
+from mnist_ray.cluster.orphans import end_controllers, orphans_removed
 
 
 class Controller:
@@ -36,7 +36,7 @@ def test_only_what_a_dead_actor_has_reserved_is_freed(ray_address: str) -> None:
     own = placement_group([{"CPU": 0.001}])
     ray.kill(dead)
     end = time.monotonic() + 30
-    with leftovers_removed():
+    with orphans_removed():
         while is_there(left):
             assert time.monotonic() < end, "still there after 30 s"
             time.sleep(0.05)

@@ -8,7 +8,7 @@ from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.storage import RunFolder, locate
-from mnist_ray.workload.data import Arrays, Part
+from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import as_flags, mnist, run_job, run_main
 
 PLAN = WorkerPlan(2, 1, use_gpu=False, must_scale_up=False)
@@ -21,7 +21,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 def check(run: RunFolder, images: Arrays, fingerprint: str | None = None) -> str:
     lines: list[str] = []
-    shared, own = share(mnist(), Part(images)), fingerprint or Part(images).fingerprint()
+    shared, own = share(mnist(), Split(images)), fingerprint or Split(images).fingerprint()
     preflight.check_nodes(run, shared, own, "image", 128, PLAN, lambda label, text: lines.append(f"{label} {text}"))
     return "\n".join(lines)
 

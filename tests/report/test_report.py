@@ -30,9 +30,9 @@ from mnist_ray.training.checkpoint import snapshot
 from mnist_ray.training.engine import create_state
 from mnist_ray.training.events import EpochFinished, Progress, Validated
 from mnist_ray.training.metrics import Evaluation
-from mnist_ray.workload.data import Arrays, Part
+from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.drawing import Table
-from tests.conftest import FACTS, mnist, run_job
+from tests.conftest import METADATA, mnist, run_job
 
 RUN_PICTURES = ["loss", "accuracy", "confusion", "classes", "predictions", "mistakes", "seconds"]
 
@@ -82,11 +82,11 @@ def unfinished_run(finished_run: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def test_images(small_data: Path) -> Part:
-    return Part(idx.find("mnist", small_data).load("test"))
+def test_images(small_data: Path) -> Split:
+    return Split(idx.find("mnist", small_data).load("test"))
 
 
-def write(run: RunFolder, test: Part | None = None) -> dict[str, bytes]:
+def write(run: RunFolder, test: Split | None = None) -> dict[str, bytes]:
     return page.write(run, mnist(), "python jobs/train.py --resume", test, sections(run, type(mnist())))
 
 
@@ -118,7 +118,7 @@ def test_a_run_leaves_one_page_with_all_its_pictures(finished_run: Path) -> None
     assert ["ray", result["versions"]["ray"]] in page.rows
 
 
-def test_predictions_are_those_that_the_result_counts(finished_run: Path, test_images: Part) -> None:
+def test_predictions_are_those_that_the_result_counts(finished_run: Path, test_images: Split) -> None:
     rows = read_csv(locate(str(finished_run.parent), finished_run.name), "predictions.csv")
     labels, predicted, probabilities = (
         np.array([float(row[name]) for row in rows]) for name in ("label", "prediction", "probability")
@@ -138,7 +138,7 @@ def test_steps_lead_up_to_the_last_step_of_all_epochs(finished_run: Path) -> Non
     assert record.steps[0]["train_loss"] > record.steps[-1]["train_loss"]
 
 
-def test_an_interrupted_run_has_a_report_of_what_there_is(unfinished_run: Path, test_images: Part) -> None:
+def test_an_interrupted_run_has_a_report_of_what_there_is(unfinished_run: Path, test_images: Split) -> None:
     shown = write(locate(str(unfinished_run.parent), unfinished_run.name), test_images)
     assert list(shown) == ["loss", "accuracy", "seconds"]
     html = (unfinished_run / "report.html").read_text()
@@ -162,7 +162,7 @@ def test_a_run_interrupted_before_its_first_step_has_a_report(tmp_path: Path) ->
     assert "not finished: 0 of 2 epochs" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_a_run_of_one_epoch_has_a_report(finished_run: Path, tmp_path: Path, test_images: Part) -> None:
+def test_a_run_of_one_epoch_has_a_report(finished_run: Path, tmp_path: Path, test_images: Split) -> None:
     folder = tmp_path / "one"
     shutil.copytree(finished_run, folder)
     for name in ("metrics.csv", "steps.csv"):
@@ -261,7 +261,7 @@ def tested_run(tmp_path: Path) -> RunFolder:
     result = {"checkpoint": "checkpoint_epoch-001_step-000000", "seconds": {"total": 3.0}, "num_workers": 1}
     run.write_text("result.json", json_lines({**tested.to_dict(workload), **result, workload.rate: 50.0}))
     run.write_text("config.json", json_lines(values_of(TrainConfig(), WorkerConfig())))
-    run.write_text("origin.json", json_lines({"versions": {}, "facts": workload.facts}))
+    run.write_text("origin.json", json_lines({"versions": {}, "metadata": workload.metadata}))
     run.write_text("sweep.csv", trials(TrialRecord(1, point(0.01), DONE, 2.0, 0.9, 0.1)))
     return run
 
@@ -314,7 +314,7 @@ def test_a_picture_that_cannot_be_drawn_is_a_note_and_the_others_are_drawn(
 
     notes: list[str] = []
     monkeypatch.setattr(type(mnist()), "as_picture", fail)
-    test = Part(Arrays(few_images.inputs[:2], few_images.targets[:2]))
+    test = Split(Arrays(few_images.inputs[:2], few_images.targets[:2]))
     shown = page.write(tested_run, mnist(), "", test, None, notes.append)
     assert list(shown) == ["loss", "accuracy", "confusion", "classes", "seconds"]
     assert [note.partition(" (")[0] for note in notes] == ["no pictures of the predictions: ValueError: no such colour"]
@@ -325,8 +325,8 @@ def test_a_picture_that_cannot_be_drawn_is_a_note_and_the_others_are_drawn(
 
 
 def test_what_a_damaged_origin_does_not_say_comes_from_a_checkpoint(tested_run: RunFolder) -> None:
-    facts = {**FACTS, "class_names": list("abcdefghij")}
-    workload = type(mnist())(None, facts)
+    metadata = {**METADATA, "class_names": list("abcdefghij")}
+    workload = type(mnist())(None, metadata)
     folder = Path(tested_run.path) / "checkpoint_epoch-001_step-000000"
     tested_run.write_text("origin.json", "{")
     with pytest.raises(JobError, match=r"origin\.json is damaged"):
@@ -334,7 +334,7 @@ def test_what_a_damaged_origin_does_not_say_comes_from_a_checkpoint(tested_run: 
     folder.mkdir()
     state = create_state(workload, TrainConfig(), 600, torch.device("cpu"))
     snapshot(state, {"workload": workload.identity}).write(folder)
-    assert workload_of(tested_run, None).facts == facts
+    assert workload_of(tested_run, None).metadata == metadata
 
 
 @pytest.mark.browser

@@ -30,13 +30,13 @@ from mnist_ray.report.csv_files import read_csv
 from mnist_ray.run import failures, fit, worker
 from mnist_ray.run.failures import describe
 from mnist_ray.run.find import find
-from mnist_ray.run.fit import Mailbox
+from mnist_ray.run.fit import EventQueue
 from mnist_ray.storage import locate
 from mnist_ray.training import checkpoint, engine
 from mnist_ray.training.checkpoint import restore_newest
 from mnist_ray.training.engine import create_state
 from mnist_ray.training.events import WorkersLost
-from mnist_ray.workload.data import Arrays, Part
+from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import LONGER, QUICK, as_flags, mnist, run_and_act, run_and_act_twice, run_job, run_main
 
 
@@ -100,7 +100,7 @@ def test_a_run_whose_queue_of_events_dies_ends_in_one_line_that_says_how_to_go_o
     ray_address: str, small_data: Path, tmp_path: Path
 ) -> None:
     flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_epochs": 500})
-    _, complained = run_and_act(killing("Mailbox"), "epoch 1/500", *flags, address=ray_address, status=1)
+    _, complained = run_and_act(killing("EventQueue"), "epoch 1/500", *flags, address=ray_address, status=1)
     assert complained.startswith("error: Ray Train failed: ActorDiedError: The actor died unexpectedly")
     assert complained.endswith(f"to go on: python jobs/train.py --resume --run-name run --storage-path {tmp_path})\n")
     assert complained.count("\n") == 1
@@ -109,12 +109,12 @@ def test_a_run_whose_queue_of_events_dies_ends_in_one_line_that_says_how_to_go_o
 def test_a_training_that_ends_before_its_queue_of_events_has_started_loses_none(
     ray_address: str, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class LateMailbox(Mailbox):
+    class LateQueue(EventQueue):
         def __init__(self) -> None:
             time.sleep(8)  # a training of these data takes two
             super().__init__()
 
-    monkeypatch.setattr(fit, "open_mailbox", lambda: ray.remote(num_cpus=0)(LateMailbox).remote())
+    monkeypatch.setattr(fit, "open_event_queue", lambda: ray.remote(num_cpus=0)(LateQueue).remote())
     run_main("train", *as_flags({**QUICK, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"}))
     run = locate(str(tmp_path), "run")
     assert read_csv(run, "steps.csv")[-1]["step"] == "96"
@@ -427,7 +427,7 @@ def test_what_the_code_fails_with_is_one_line_with_its_place(
     few_images: Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(spec: Any) -> None:
-        engine.evaluate(mnist(), torch.nn.Linear(3, 10), Part(few_images))
+        engine.evaluate(mnist(), torch.nn.Linear(3, 10), Split(few_images))
 
     with pytest.raises(failures.CodeFailedError, match=r"^RuntimeError: .*mat1 and mat2 .* \(engine\.py, line \d+\)$"):
         train_on_a_worker(monkeypatch, fail)

@@ -292,7 +292,7 @@ from mnist_ray.mnist import MNIST
 class Unnamed(MNIST):
     def load_data(self):
         images = [(image, 0) for image in super().load_data().test.inputs[:200]]
-        return Data(images, images, facts={"class_names": [0]})
+        return Data(images, images, metadata={"class_names": [0]})
 """
 
 

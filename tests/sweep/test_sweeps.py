@@ -27,7 +27,7 @@ from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trial import TrialSpec, run_trial
 from mnist_ray.workload import source
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Arrays, Part
+from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import ROOT, as_flags, mnist, run_job, run_main, write_data_set
 from tests.sweep.test_space import point
 from tests.test_jobs import assert_one_line_error
@@ -186,7 +186,7 @@ def test_a_trial_killed_after_its_last_checkpoint_reports_it_again(
     plan, folder = WorkerPlan(1, 1, use_gpu=False, must_scale_up=False), locate(str(tmp_path), "trials")
     config, workers = TrainConfig(precision="fp32"), WorkerConfig(hang_timeout_s=60)
     job = Job(mnist(), config, workers, OutputConfig(), folder, "")
-    part = Part(few_images)
+    part = Split(few_images)
     spec = TrialSpec(job, share(mnist(), part), share(mnist(), part), plan, folder)
     for _ in range(2):
         run_trial({"batch_size": 60, "learning_rate": 1e-3, "seed": 0}, spec)
@@ -204,7 +204,7 @@ def reported_by_a_trial(
     monkeypatch.setattr("ray.tune.report", reported.append)
     plan, folder = WorkerPlan(1, 1, use_gpu=False, must_scale_up=False), locate(str(storage), "trials")
     job = Job(workload, TrainConfig(precision="fp32"), WorkerConfig(), output, folder, "")
-    part = share(workload, Part(examples))
+    part = share(workload, Split(examples))
     run_trial({"batch_size": 60, "learning_rate": 1e-3, "seed": 0}, TrialSpec(job, part, part, plan, folder))
     return reported
 
@@ -221,7 +221,7 @@ def test_a_trial_names_the_line_of_its_first_anomaly(
     ray_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "broken_trial.py").write_text(BROKEN)
-    workload = source.load(str(tmp_path / "broken_trial.py"))(facts={"class_names": [0, 1]})
+    workload = source.load(str(tmp_path / "broken_trial.py"))(metadata={"class_names": [0, 1]})
     examples, output = workload.load_data().train, OutputConfig(detect_anomaly=True)
     assert isinstance(examples, Arrays)
     (report,) = reported_by_a_trial(workload, output, examples, tmp_path, monkeypatch)

@@ -144,7 +144,7 @@ def test_the_mean_over_seeds_chooses_among_those_that_were_confirmed() -> None:
     )  # fmt: skip
     assert table.best is not None
     assert {record.point.values["learning_rate"] for record in table.best.records} == {2e-3}
-    assert table.best.val_criterion == pytest.approx(0.985)
+    assert table.best.val_monitor == pytest.approx(0.985)
 
 
 def test_checkpoints_are_kept_of_what_may_come_out_as_the_best() -> None:

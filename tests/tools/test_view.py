@@ -12,7 +12,7 @@ from mnist_ray.mnist.photo import to_mnist
 from mnist_ray.tools import view
 from mnist_ray.tools.predict import read_image
 from mnist_ray.workload import figures
-from mnist_ray.workload.data import Arrays, Part
+from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import mnist, run_job
 
 
@@ -49,18 +49,18 @@ def test_several_images_are_drawn_in_rows_of_eight(small_data: Path, tmp_path: P
 
 
 def test_a_label_chooses_among_its_own_images(few_images: Arrays) -> None:
-    chosen = view.choose(mnist(), Part(few_images), ViewConfig(label="3", index=1, count=4))
+    chosen = view.choose(mnist(), Split(few_images), ViewConfig(label="3", index=1, count=4))
     np.testing.assert_array_equal(chosen, np.flatnonzero(few_images.targets == 3)[1:5])
 
 
 def test_an_index_out_of_range_says_the_range(few_images: Arrays) -> None:
     with pytest.raises(UsageError, match=r"--index 600 is out of range: train images are 0 to 599$"):
-        view.choose(mnist(), Part(few_images), ViewConfig(index=600))
+        view.choose(mnist(), Split(few_images), ViewConfig(index=600))
     threes = int((few_images.targets == 3).sum())
     with pytest.raises(UsageError, match=rf"images with label 3 are 0 to {threes - 1}$"):
-        view.choose(mnist(), Part(few_images), ViewConfig(index=threes, label="3"))
+        view.choose(mnist(), Split(few_images), ViewConfig(index=threes, label="3"))
     with pytest.raises(UsageError, match="no train image has it; the labels are 0 to 9"):
-        view.choose(mnist(), Part(few_images), ViewConfig(label="10"))
+        view.choose(mnist(), Split(few_images), ViewConfig(label="10"))
 
 
 def test_blocks_show_two_rows_of_pixels_a_line() -> None:

@@ -203,7 +203,7 @@ def test_mlflow_has_a_trial_that_is_told_of_again_once(tmp_path: Path, mlflow_ur
     config, run = OutputConfig(mlflow=mlflow_uri), locate(str(tmp_path), "sweep")
     for _ in range(2):
         trackers = start.start_trials(run, mnist(), {"num_trials": 1}, config, pytest.fail)
-        trackers.log(TrialEnded(1, {"batch_size": 64}, "failed", has_failed=True, figures={"val_loss": 0.5}))
+        trackers.log(TrialEnded(1, {"batch_size": 64}, "failed", has_failed=True, values={"val_loss": 0.5}))
         trackers.close(Ending(None, {}, None))
     found = {run.info.run_name: run for run in in_mlflow(run)}
     assert {name: run.info.status for name, run in found.items()} == {"sweep": "KILLED", "trial 1": "FAILED"}

@@ -23,7 +23,7 @@ from mnist_ray.training.checkpoint import DamagedCheckpointError, OtherModelErro
 from mnist_ray.training.engine import Group, Hooks, TrainingState
 from mnist_ray.training.events import Progress
 from mnist_ray.workload import Workload
-from mnist_ray.workload.data import Arrays, Part
+from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import mnist
 
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def train_and_save(
     state = engine.create_state(workload, config, len(arrays), CPU, callbacks)
     if resume:
         checkpoint.restore(resume, state)
-    engine.train(workload, state, Part(arrays), config, Group(), Hooks(checkpoint=save))
+    engine.train(workload, state, Split(arrays), config, Group(), Hooks(checkpoint=save))
     return state
 
 
@@ -156,7 +156,7 @@ def test_the_epochs_figures_survive_a_resume(saved: Path, few_images: Arrays) ->
     def last_of_first_epoch(state: TrainingState) -> Progress:
         seen: list[Progress] = []
         engine.train(
-            mnist(), state, Part(few_images), replace(CONFIG, num_epochs=1), Group(), Hooks(progress=seen.append)
+            mnist(), state, Split(few_images), replace(CONFIG, num_epochs=1), Group(), Hooks(progress=seen.append)
         )
         return seen[-1]
 
@@ -176,7 +176,9 @@ def test_the_optimizer_of_another_kind_is_restored_too(tmp_path: Path, few_image
         return state
 
     state, restored = with_sgd(), with_sgd()
-    engine.train(mnist(), state, Part(few_images), replace(CONFIG, num_epochs=1, schedule="constant"), Group(), Hooks())
+    engine.train(
+        mnist(), state, Split(few_images), replace(CONFIG, num_epochs=1, schedule="constant"), Group(), Hooks()
+    )
     checkpoint.snapshot(state, {"workload": mnist().identity}).write(tmp_path)
     checkpoint.restore(tmp_path, restored)
     for parameter, same in zip(state.model.parameters(), restored.model.parameters(), strict=True):

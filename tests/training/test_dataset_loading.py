@@ -21,7 +21,7 @@ from mnist_ray.training.sampler import (
     to_device,
 )
 from mnist_ray.workload import Arrays
-from mnist_ray.workload.data import Part
+from mnist_ray.workload.data import Split
 
 CPU = torch.device("cpu")
 NUM_EXAMPLES, BATCH_SIZE = 10, 4  # the last batch has two examples
@@ -75,7 +75,7 @@ def leaves(value: Any) -> list[Any]:
     return [leaf for item in value for leaf in leaves(item)] if isinstance(value, list) else [value]
 
 
-def global_batches(part: Part, world_size: int, num_processes: int = 0, seed: int = 7) -> list[list[Tensor]]:
+def global_batches(part: Split, world_size: int, num_processes: int = 0, seed: int = 7) -> list[list[Tensor]]:
     """Return the tensors of each global batch, put together of all ranks' slices: inputs, then targets."""
     of_ranks = [slices_of(ExampleBatches(part, seed), rank, world_size, num_processes) for rank in range(world_size)]
     batches = []
@@ -99,12 +99,12 @@ def assert_equal(batches: list[list[Tensor]], expected: list[list[Tensor]]) -> N
 @pytest.mark.parametrize("dataset", [Rows(), Tables(), Noisy()], ids=["rows", "dicts", "random"])
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_all_ranks_slices_are_together_the_batches_of_one(dataset: Dataset, world_size: int) -> None:
-    part = Part(dataset)
+    part = Split(dataset)
     assert_equal(global_batches(part, world_size), global_batches(part, 1))
 
 
 def test_every_example_is_loaded_once_an_epoch_in_the_samplers_order() -> None:
-    batches = slices_of(ExampleBatches(Part(Rows()), 0), 0, 1)
+    batches = slices_of(ExampleBatches(Split(Rows()), 0), 0, 1)
     order = [
         index for indices, *_ in ShardedBatchSampler(NUM_EXAMPLES, BATCH_SIZE, seed=3, epoch=0) for index in indices
     ]
@@ -114,7 +114,7 @@ def test_every_example_is_loaded_once_an_epoch_in_the_samplers_order() -> None:
 
 
 def test_an_empty_slice_has_the_shapes_and_dtypes_of_the_others() -> None:
-    last = [slices_of(ExampleBatches(Part(Tables()), 0), rank, 7)[-1] for rank in range(7)]
+    last = [slices_of(ExampleBatches(Split(Tables()), 0), rank, 7)[-1] for rank in range(7)]
     assert sorted(len(batch.targets) for batch in last) == [0, 0, 0, 0, 0, 1, 1]
     assert {batch.global_size for batch in last} == {2}
     described = {
@@ -128,18 +128,18 @@ def test_an_empty_slice_has_the_shapes_and_dtypes_of_the_others() -> None:
 
 
 def test_an_empty_slice_has_no_texts() -> None:
-    batch = ExampleBatches(Part(Texts()), 0)[Slice(np.array([], int))]
+    batch = ExampleBatches(Split(Texts()), 0)[Slice(np.array([], int))]
     assert (len(batch.targets), len(batch.inputs["text"])) == (0, 0)
 
 
 def test_an_empty_slice_of_inputs_with_an_empty_list_is_no_traceback() -> None:
-    batch = ExampleBatches(Part([({"boxes": []}, 0)]), 0)[Slice(np.array([], int))]
+    batch = ExampleBatches(Split([({"boxes": []}, 0)]), 0)[Slice(np.array([], int))]
     assert (len(batch.targets), batch.inputs) == (0, {"boxes": []})
 
 
 def test_dicts_keep_their_keys() -> None:
     for chosen in (np.array([4, 2]), np.array([], int)):
-        batch = ExampleBatches(Part(Tables()), 0)[Slice(chosen)]
+        batch = ExampleBatches(Split(Tables()), 0)[Slice(chosen)]
         assert list(batch.inputs) == ["size", "image"]
         assert batch.inputs["size"].tolist() == chosen.tolist()
         image, half = batch.inputs["image"]
@@ -148,7 +148,7 @@ def test_dicts_keep_their_keys() -> None:
 
 
 def test_a_batch_is_moved_to_a_device_with_all_that_it_holds() -> None:
-    batch = ExampleBatches(Part(Tables()), 0)[Slice(np.array([4, 2]), 2)]
+    batch = ExampleBatches(Split(Tables()), 0)[Slice(np.array([4, 2]), 2)]
     assert to_device(batch, CPU) is batch
     moved = to_device(batch, torch.device("meta"))
     assert {leaf.device.type for leaf in [*leaves(moved.inputs), *leaves(moved.targets)]} == {"meta"}
@@ -157,7 +157,7 @@ def test_a_batch_is_moved_to_a_device_with_all_that_it_holds() -> None:
 
 
 def test_a_part_of_a_data_set_is_loaded_by_its_own_indices() -> None:
-    part = Part(Rows()).take(np.array([9, 5, 7]))
+    part = Split(Rows()).take(np.array([9, 5, 7]))
     batch = ExampleBatches(part, 0)[Slice(np.array([2, 0]))]
     assert batch.targets.tolist() == [7, 9]
 
@@ -167,7 +167,7 @@ def test_a_part_of_a_data_set_is_loaded_by_its_own_indices() -> None:
 
 def draws(world_size: int = 1, num_processes: int = 0, seed: int = 7) -> dict[int, tuple[float, ...]]:
     """Return what was drawn for each example."""
-    batches = global_batches(Part(Noisy()), world_size, num_processes, seed)
+    batches = global_batches(Split(Noisy()), world_size, num_processes, seed)
     return {
         index: tuple(drawn)
         for inputs, targets in batches
@@ -181,7 +181,7 @@ def test_random_draws_do_not_depend_on_ranks_and_loader_processes(world_size: in
 
 
 def test_random_draws_are_the_same_where_a_run_goes_on() -> None:
-    dataset = ExampleBatches(Part(Noisy()), 7)
+    dataset = ExampleBatches(Split(Noisy()), 7)
     whole, rest = slices_of(dataset, 0, 1), slices_of(dataset, 0, 1, first_step=1)
     assert len(rest) == len(whole) - 1
     for batch, expected in zip(rest, whole[1:], strict=True):
@@ -202,8 +202,8 @@ def test_mapped_arrays_are_loaded_as_those_in_memory_are(tmp_path: Path) -> None
     inputs = np.arange(60, dtype=np.uint8).reshape(NUM_EXAMPLES, 2, 3)
     targets = np.arange(NUM_EXAMPLES, dtype=np.int32)
     np.save(tmp_path / "inputs.npy", inputs)
-    mapped = Part(Arrays(np.load(tmp_path / "inputs.npy", mmap_mode="r"), targets))
-    in_memory = batches_of(Part(Arrays(inputs, targets)), CPU)
+    mapped = Split(Arrays(np.load(tmp_path / "inputs.npy", mmap_mode="r"), targets))
+    in_memory = batches_of(Split(Arrays(inputs, targets)), CPU)
     in_files = batches_of(mapped, CPU)
     assert (type(in_memory), type(in_files)) == (ArrayBatches, ExampleBatches)
     for rank in range(3):
@@ -213,7 +213,7 @@ def test_mapped_arrays_are_loaded_as_those_in_memory_are(tmp_path: Path) -> None
 
 
 def test_held_out_examples_of_arrays_are_loaded_by_whole_slices() -> None:
-    part = Part(Arrays(np.arange(10), np.arange(10))).take(np.array([8, 3, 5]))
+    part = Split(Arrays(np.arange(10), np.arange(10))).take(np.array([8, 3, 5]))
     batch = batches_of(part, CPU)[Slice(np.array([2, 0]))]
     assert isinstance(batches_of(part, CPU), ArrayBatches)
     assert batch.targets.tolist() == [5, 8]
@@ -232,9 +232,9 @@ def test_arrays_stay_in_main_memory_where_a_gpu_has_no_room_for_them(monkeypatch
 
 
 def test_arrays_are_never_read_by_loader_processes() -> None:
-    arrays = batches_of(Part(Arrays(np.arange(10), np.arange(10))), CPU)
+    arrays = batches_of(Split(Arrays(np.arange(10), np.arange(10))), CPU)
     assert batch_loader(arrays, [], 2).num_workers == 0
-    assert batch_loader(ExampleBatches(Part(Rows()), 0), [], 2).num_workers == 2
+    assert batch_loader(ExampleBatches(Split(Rows()), 0), [], 2).num_workers == 2
 
 
 class Failing(Rows):
@@ -246,7 +246,7 @@ class Failing(Rows):
 
 @pytest.mark.parametrize("num_processes", [0, 1])
 def test_an_error_of_a_data_set_is_said_with_its_place_wherever_it_is_read(num_processes: int) -> None:
-    loader = batch_loader(batches_of(Part(Failing()), CPU), [Slice(np.arange(2))], num_processes)
+    loader = batch_loader(batches_of(Split(Failing()), CPU), [Slice(np.arange(2))], num_processes)
     with pytest.raises(KeyError) as raised:
         next(iter(loader))
     line = next(number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "# here" in text)
@@ -270,7 +270,7 @@ class OfAnotherSize(Rows):
 
 def test_an_example_that_cannot_be_read_is_named() -> None:
     with pytest.raises(ExampleError, match=r"^train example 1 cannot be read: image file is truncated$"):
-        batches_of(Part(Truncated()), CPU)[Slice(np.array([1]))]
+        batches_of(Split(Truncated()), CPU)[Slice(np.array([1]))]
 
 
 def test_an_example_that_does_not_fit_the_others_is_named() -> None:
@@ -278,4 +278,4 @@ def test_an_example_that_does_not_fit_the_others_is_named() -> None:
         r"^train examples do not fit together: example 2 has shapes \(\(4,\), \(\)\), example 1 has \(\(3,\), \(\)\)$"
     )
     with pytest.raises(ExampleError, match=message):
-        batches_of(Part(OfAnotherSize()), CPU)[Slice(np.arange(1, 3))]
+        batches_of(Split(OfAnotherSize()), CPU)[Slice(np.arange(1, 3))]

@@ -83,7 +83,7 @@ def test_a_run_stops_early_and_has_kept_the_average_and_a_profile(
     assert operators["steps"] == 5
     assert len(operators["operators"]) == 10
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "The dearest operators in 5 steps of the first worker" in page
+    assert "The most expensive operators in 5 steps of the first worker" in page
     assert "<td>early_stop</td><td>1</td><td>None</td>" in page
 
 

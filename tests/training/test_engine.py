@@ -20,7 +20,7 @@ from mnist_ray.training.callback import Callback
 from mnist_ray.training.engine import Group, Hooks, StopWantedError, TrainingDivergedError, TrainingState
 from mnist_ray.training.events import Progress
 from mnist_ray.training.sampler import Batch, ShardedBatchSampler
-from mnist_ray.workload.data import Arrays, Part
+from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import mnist
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ CONFIG = TrainConfig(precision="fp32", num_epochs=1, batch_size=20, learning_rat
 
 def weights_after(config: TrainConfig, split: Arrays, group: Group | None = None, hooks: Hooks | None = None) -> Any:
     state = engine.create_state(mnist(), config, len(split), CPU)
-    engine.train(mnist(), state, Part(split), config, group or Group(), hooks or Hooks())
+    engine.train(mnist(), state, Split(split), config, group or Group(), hooks or Hooks())
     return state.model.state_dict()
 
 
@@ -110,9 +110,9 @@ def train_cases(rank: int, folder: Path, images: np.ndarray, labels: np.ndarray)
             state = engine.create_state(mnist(), config, num_images, CPU, callbacks_of(case))
             state.optimizer = OPTIMIZERS[optimizer](state.model.parameters())
             split = Arrays(images[:num_images], labels[:num_images])
-            engine.train(mnist(), state, Part(split), config, Group(rank, world_size), Hooks())
-            together = engine.evaluate_together(mnist(), state.result, Part(split), Group(rank, world_size))
-            assert together.batch_sums == engine.evaluate(mnist(), state.result, Part(split)).batch_sums
+            engine.train(mnist(), state, Split(split), config, Group(rank, world_size), Hooks())
+            together = engine.evaluate_together(mnist(), state.result, Split(split), Group(rank, world_size))
+            assert together.batch_sums == engine.evaluate(mnist(), state.result, Split(split)).batch_sums
             if rank == 0:
                 weights = {name: value.contiguous() for name, value in state.result.state_dict().items()}
                 save_file(weights, folder / f"{optimizer}-{case}-{world_size}")
@@ -316,9 +316,9 @@ def test_training_stops_where_validation_is_not_better_for_so_many_epochs(
     config = replace(CONFIG, batch_size=600, num_epochs=len(scores), early_stop=patience)
     state = engine.create_state(mnist(), config, len(few_images), CPU)
     hooks = Hooks(checkpoint=lambda state, progress: state.scores.append(scores[state.epoch - 1]))
-    engine.train(mnist(), state, Part(few_images), config, Group(), hooks)
+    engine.train(mnist(), state, Split(few_images), config, Group(), hooks)
     assert state.epoch == epochs
-    engine.train(mnist(), state, Part(few_images), config, Group(), hooks)  # as a resumed run does
+    engine.train(mnist(), state, Split(few_images), config, Group(), hooks)  # as a resumed run does
     assert state.epoch == epochs
 
 
@@ -344,14 +344,14 @@ def test_a_callback_is_told_of_each_step_and_epoch_and_may_end_the_training(few_
 
     config = replace(CONFIG, batch_size=600, num_epochs=9)
     state = engine.create_state(mnist(), config, len(few_images), CPU, [Tells()])
-    engine.train(mnist(), state, Part(few_images), config, Group(), Hooks())
+    engine.train(mnist(), state, Split(few_images), config, Group(), Hooks())
     each = ["gradients after {0}/0", "step {0}/1", "progress {1}/1", "epoch {1}, loss True"]
     assert told == ["start of 1", *(line.format(epoch, epoch + 1) for epoch in (0, 1) for line in each)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_parts_of_an_evaluation_are_whole_batches_and_all_of_them(world_size: int) -> None:
-    bounds = engine.part_bounds(550, world_size)
+    bounds = engine.split_bounds(550, world_size)
     assert [start for start, _ in bounds] + [550] == [0] + [stop for _, stop in bounds]
     assert all(start % engine.EVALUATION_BATCH_SIZE == 0 for start, _ in bounds)
     assert len(bounds) == min(world_size, 6)
@@ -376,7 +376,7 @@ def test_training_that_is_asked_to_stop_saves_and_stops_at_the_next_report(
     saved: list[tuple[int, int]] = []
     hooks = Hooks(checkpoint=lambda state, progress: saved.append((state.epoch, state.step)), wants_stop=lambda: True)
     with pytest.raises(StopWantedError):
-        engine.train(mnist(), state, Part(few_images), config, Group(), hooks)
+        engine.train(mnist(), state, Split(few_images), config, Group(), hooks)
     assert saved == [place]
 
 
@@ -391,7 +391,7 @@ def test_a_loss_that_is_no_number_stops_training_at_its_step(few_images: Arrays)
             next(state.model.parameters()).data.fill_(float("nan"))
 
     with pytest.raises(TrainingDivergedError, match="not finite at step 8 of epoch 1; try a lower"):
-        engine.train(mnist(), state, Part(few_images), config, Group(), Hooks(checkpoint=poison))
+        engine.train(mnist(), state, Split(few_images), config, Group(), Hooks(checkpoint=poison))
     assert saved == [1, 2, 3, 4, 5, 6, 7]
 
 
@@ -413,7 +413,7 @@ def test_weights_that_a_callback_makes_infinite_at_an_epochs_end_get_into_no_che
     state = engine.create_state(mnist(), CONFIG, len(few_images), CPU, [Spoils()])
     hooks = Hooks(checkpoint=lambda state, progress: saved.append(state.epoch))
     with pytest.raises(TrainingDivergedError, match="not finite at step 30 of epoch 1"):
-        engine.train(mnist(), state, Part(few_images), CONFIG, Group(), hooks)
+        engine.train(mnist(), state, Split(few_images), CONFIG, Group(), hooks)
     assert saved == []
 
 
@@ -435,9 +435,9 @@ class InDict(type(mnist())):  # type: ignore[misc]
 
 
 def test_outputs_in_a_dict_reach_the_loss_in_fp32_and_measure_without_a_graph(few_images: Arrays) -> None:
-    config, workload = replace(CONFIG, precision="bf16"), InDict(mnist().settings, mnist().facts)
+    config, workload = replace(CONFIG, precision="bf16"), InDict(mnist().settings, mnist().metadata)
     state = engine.create_state(workload, config, len(few_images), CPU)
-    engine.train(workload, state, Part(few_images), config, Group(), Hooks())
+    engine.train(workload, state, Split(few_images), config, Group(), Hooks())
     assert state.epoch == 1
 
 
@@ -450,10 +450,10 @@ def test_auto_precision_is_bf16_just_where_the_processor_has_it(monkeypatch: pyt
 
 def test_evaluation_agrees_with_a_plain_computation(few_images: Arrays) -> None:
     model = engine.create_state(mnist(), CONFIG, 600, CPU).model
-    evaluation = engine.evaluate(mnist(), model, Part(few_images))
+    evaluation = engine.evaluate(mnist(), model, Split(few_images))
     logits = model(mnist().prepare(torch.tensor(few_images.inputs), None))
     labels = torch.tensor(few_images.targets).long()
-    assert evaluation.figures(mnist())["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert evaluation.values(mnist())["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     expected = np.zeros((10, 10), int)
     np.add.at(expected, (few_images.targets, logits.argmax(1).numpy()), 1)
     assert mnist().details(evaluation.columns)["confusion_matrix"] == expected.tolist()

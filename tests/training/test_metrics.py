@@ -15,11 +15,11 @@ def sums_of(loss: float, right: int, number: int) -> MetricSums:
 
 def test_sums_add_up_and_are_divided_last() -> None:
     sums = MetricSums() + sums_of(3.0, 1, 2) + sums_of(1.0, 3, 6)
-    assert sums.figures(mnist()) == {"loss": 0.5, "accuracy": 0.5}
+    assert sums.values(mnist()) == {"loss": 0.5, "accuracy": 0.5}
 
 
 def test_no_examples_have_no_mean() -> None:
-    figures = MetricSums().figures(mnist())
+    figures = MetricSums().values(mnist())
     assert figures.keys() == {"loss", "accuracy"}
     assert all(map(math.isnan, figures.values()))
 
@@ -34,7 +34,7 @@ def test_merged_parts_give_what_the_whole_gives() -> None:
         Evaluation(batches[3:], 8, {name: values[6:] for name, values in columns.items()}),
     ]
     merged = Evaluation.merge(parts)
-    assert merged.figures(mnist()) == whole.figures(mnist())
+    assert merged.values(mnist()) == whole.values(mnist())
     assert merged.to_dict(mnist()) == whole.to_dict(mnist())
     for name, values in columns.items():
         np.testing.assert_array_equal(merged.columns[name], values)

@@ -10,7 +10,7 @@ from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.training.sampler import Slice, batches_of
 from mnist_ray.workload.check import NUM_EXAMPLES, check_batch
-from mnist_ray.workload.data import parts_of
+from mnist_ray.workload.data import splits_of
 from mnist_ray.workload.loading import load_data
 from mnist_ray.workload.source import load
 
@@ -50,10 +50,10 @@ class Spare(nn.Linear):
 """
 
 
-def rehearsed(write: Write, body: str, base: str = "Right", config: TrainConfig = FP32) -> dict[str, Any] | None:
+def dry_run_of(write: Write, body: str, base: str = "Right", config: TrainConfig = FP32) -> dict[str, Any] | None:
     """Load what ``Wrong``, a workload derived from ``base``, says is its data, and let a batch go through it."""
     workload = load(f"{write(f'{RIGHT}class Wrong({base}):{body}')}:Wrong")()
-    train = parts_of(load_data(workload), 0).train
+    train = splits_of(load_data(workload), 0).train
     batch = batches_of(train, torch.device("cpu"))[Slice(np.arange(min(NUM_EXAMPLES, len(train))))]
     return check_batch(workload, batch.inputs, batch.targets, config)
 
@@ -61,7 +61,7 @@ def rehearsed(write: Write, body: str, base: str = "Right", config: TrainConfig 
 def message_of(write: Write, body: str, base: str = "Right", config: TrainConfig = FP32) -> str:
     """Return what is said of a workload that does not fit."""
     with pytest.raises(UsageError) as raised:
-        rehearsed(write, body, base, config)
+        dry_run_of(write, body, base, config)
     return str(raised.value)
 
 
@@ -75,7 +75,7 @@ def line_of(body: str) -> int:
 
 @pytest.mark.parametrize("base", ["Right", "Numbers"])
 def test_a_workload_that_fits_is_told_what_its_model_takes(write: Write, base: str) -> None:
-    assert rehearsed(write, " ...", base) == {"shape": [4], "dtype": "float32"}
+    assert dry_run_of(write, " ...", base) == {"shape": [4], "dtype": "float32"}
 
 
 def test_the_model_takes_what_prepare_makes_of_the_inputs(write: Write) -> None:
@@ -83,7 +83,7 @@ def test_the_model_takes_what_prepare_makes_of_the_inputs(write: Write) -> None:
     def create_model(self): return nn.Sequential(nn.Flatten(), nn.Linear(4, 10, dtype=torch.float64))
     def prepare(self, inputs, generator): return inputs.reshape(-1, 2, 2).double()
 """
-    assert rehearsed(write, body) == {"shape": [2, 2], "dtype": "float64"}
+    assert dry_run_of(write, body) == {"shape": [2, 2], "dtype": "float64"}
 
 
 def test_what_is_no_tensor_has_no_shape(write: Write) -> None:
@@ -94,37 +94,39 @@ def test_what_is_no_tensor_has_no_shape(write: Write) -> None:
         return Model(4, 10)
     def prepare(self, inputs, generator): return {"x": inputs}
 """
-    assert rehearsed(write, body) is None
+    assert dry_run_of(write, body) is None
 
 
 def test_augmentation_has_a_generator_in_training_only(write: Write) -> None:
     body = """
     def prepare(self, inputs, generator):
-        self.facts.setdefault("has_generator", []).append(generator is not None)
+        self.metadata.setdefault("has_generator", []).append(generator is not None)
         return inputs
     def predictions(self, outputs, targets):
-        assert self.facts["has_generator"] == [True, False]
+        assert self.metadata["has_generator"] == [True, False]
         return super().predictions(outputs, targets)
 """
-    rehearsed(write, body)
+    dry_run_of(write, body)
 
 
 def test_a_parameter_that_is_frozen_need_not_take_part(write: Write) -> None:
-    rehearsed(write, '\n    def create_model(self): model = Spare("a"); model.a.requires_grad = False; return model\n')
+    dry_run_of(write, '\n    def create_model(self): model = Spare("a"); model.a.requires_grad = False; return model\n')
 
 
 def test_fewer_examples_than_a_batch_are_enough(write: Write) -> None:
-    body = '\n    def load_data(self): return Data(examples(3), examples(3), facts={"class_names": list(range(10))})\n'
-    rehearsed(write, body)
+    body = (
+        '\n    def load_data(self): return Data(examples(3), examples(3), metadata={"class_names": list(range(10))})\n'
+    )
+    dry_run_of(write, body)
 
 
 def test_a_data_set_of_pairs_is_enough(write: Write) -> None:
     body = """
     def load_data(self):
         pairs = [(np.ones(4, np.float32), i % 10) for i in range(20)]
-        return Data(pairs, pairs, facts={"class_names": list("abcdefghij")})
+        return Data(pairs, pairs, metadata={"class_names": list("abcdefghij")})
 """
-    rehearsed(write, body)
+    dry_run_of(write, body)
 
 
 @pytest.mark.parametrize(
@@ -158,13 +160,13 @@ def test_the_loss_gets_fp32_and_measure_no_graph_whatever_holds_the_outputs(writ
         return super().measure(outputs["logits"], targets)
     def predictions(self, outputs, targets): return super().predictions(outputs["logits"], targets)
 """
-    rehearsed(write, body, config=TrainConfig(precision="bf16"))
+    dry_run_of(write, body, config=TrainConfig(precision="bf16"))
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("schedule", ["StepLR(optimizer, 1)", "OneCycleLR(optimizer, 0.1, total_steps)"])
 def test_a_schedule_of_ones_own_is_tried_without_a_warning(write: Write, schedule: str) -> None:
-    rehearsed(
+    dry_run_of(
         write,
         f"""
     def create_scheduler(self, optimizer, config, total_steps):
@@ -311,7 +313,7 @@ def test_targets_that_are_no_classes_are_refused(write: Write, targets: str, exp
     body = f"""
     def load_data(self):
         part = Arrays(np.ones((20, 4), np.float32), {targets})
-        return Data(part, part, facts={{"class_names": ["a", "b", "c"]}})
+        return Data(part, part, metadata={{"class_names": ["a", "b", "c"]}})
 """
     assert message_of(write, body) == f"Wrong.load_data: train{expected}"
 
@@ -331,7 +333,7 @@ def test_targets_of_a_data_set_that_are_no_classes_are_found_in_the_batch(
     body = f"""
     def load_data(self):
         pairs = list(zip(np.ones((20, 4), np.float32), {targets}))
-        return Data(pairs, pairs, facts={{"class_names": ["a", "b", "c"]}})
+        return Data(pairs, pairs, metadata={{"class_names": ["a", "b", "c"]}})
     def create_model(self):
         return nn.Linear(4, 3)
 """
@@ -346,7 +348,7 @@ def test_a_target_that_is_no_class_is_found_wherever_it_stands(write: Write, par
         part.targets[:] %= 3
         wrong = Arrays(part.inputs, part.targets.copy())
         wrong.targets[-1] = 3
-        return Data(**{{"train": part, "test": part, "{part}": wrong}}, facts={{"class_names": ["a", "b", "c"]}})
+        return Data(**{{"train": part, "test": part, "{part}": wrong}}, metadata={{"class_names": ["a", "b", "c"]}})
 """
     assert message_of(write, body) == f"Wrong.load_data: {part} has a target 3, but the classes are 0 to 2"
 
@@ -420,7 +422,7 @@ def test_what_would_fail_at_a_step_or_a_checkpoint_is_said_before(write: Write, 
     ("body", "what"),
     [
         ("def load_data(self): raise ValueError('oops')  # here", "load_data"),
-        ("def facts_of(self, data): raise ValueError('oops')  # here", "facts_of"),
+        ("def metadata_of(self, data): raise ValueError('oops')  # here", "metadata_of"),
         ("def create_model(self): raise ValueError('oops')  # here", "create_model"),
         ("def prepare(self, inputs, generator): raise ValueError('oops')  # here", "prepare"),
         ("def check_outputs(self, outputs, targets): raise ValueError('oops')  # here", "check_outputs"),
@@ -468,7 +470,7 @@ def test_an_error_in_one_line_is_handed_on_as_it_is(write: Write, error: str) ->
         raise {error}("the file is damaged")
 """
     with pytest.raises((JobError, UsageError), match=r"^the file is damaged$") as raised:
-        rehearsed(write, body)
+        dry_run_of(write, body)
     assert raised.type.__name__ == error
 
 
@@ -523,11 +525,11 @@ def test_data_that_are_none_are_refused(write: Write, returned: str, expected: s
 
 @pytest.mark.parametrize("fact", ["np.float32(1)", "np.ones(3)", "{1, 2}", "(1, 2)", "{1: 2}", "math.nan"])
 def test_facts_that_are_no_json_are_refused(write: Write, fact: str) -> None:
-    body = f"\n    def load_data(self): return Data(examples(20), examples(20), facts={{'mean': {fact}}})\n"
+    body = f"\n    def load_data(self): return Data(examples(20), examples(20), metadata={{'mean': {fact}}})\n"
     expected = "Wrong: fact 'mean' is no JSON: use numbers, texts, lists and dicts, as array.tolist()"
     assert message_of(write, body) == expected
 
 
 def test_facts_that_are_nothing_are_refused(write: Write) -> None:
-    body = "\n    def facts_of(self, data): ...\n    def create_model(self): return nn.Linear(4, 1)\n"
-    assert message_of(write, body, "Numbers") == "Wrong.facts_of returned NoneType, not a dict"
+    body = "\n    def metadata_of(self, data): ...\n    def create_model(self): return nn.Linear(4, 1)\n"
+    assert message_of(write, body, "Numbers") == "Wrong.metadata_of returned NoneType, not a dict"

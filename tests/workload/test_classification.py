@@ -77,7 +77,7 @@ def test_the_accuracy_is_the_part_that_is_right_for_any_batches(batch_size: int)
         some = [torch.from_numpy(array[start : start + batch_size]) for array in (outputs, targets)]
         measured = measured_sums(workload(), *some)
         sums += MetricSums({"loss": 0.0, **{key: value.item() for key, value in measured.items()}}, len(some[0]))
-    assert sums.figures(workload())["accuracy"] == (outputs.argmax(1) == targets).mean()
+    assert sums.values(workload())["accuracy"] == (outputs.argmax(1) == targets).mean()
 
 
 def test_predictions_tell_label_prediction_and_its_probability() -> None:
@@ -117,20 +117,20 @@ def test_of_two_classes_there_are_two_answers() -> None:
 
 
 def test_names_of_classes_come_from_the_data_set() -> None:
-    assert workload().facts_of(Data(Pairs(["no", "yes"]), Pairs())) == {"class_names": ["no", "yes"]}
+    assert workload().metadata_of(Data(Pairs(["no", "yes"]), Pairs())) == {"class_names": ["no", "yes"]}
 
 
 def test_names_of_classes_in_the_facts_come_before_the_data_sets() -> None:
-    data = Data(Pairs(["no", "yes"]), Pairs(), facts={"class_names": ["false", "true"], "mean": 0.5})
-    assert workload().facts_of(data) == {"class_names": ["false", "true"], "mean": 0.5}
+    data = Data(Pairs(["no", "yes"]), Pairs(), metadata={"class_names": ["false", "true"], "mean": 0.5})
+    assert workload().metadata_of(data) == {"class_names": ["false", "true"], "mean": 0.5}
 
 
 def test_arrays_without_names_count_their_classes_in_all_parts() -> None:
     train, validation, test = (
         Arrays(np.zeros((3, 2)), np.array(targets)) for targets in ([0, 1, 1], [4, 0, 0], [2] * 3)
     )
-    assert workload().facts_of(Data(train, test, validation)) == {"class_names": [0, 1, 2, 3, 4]}
-    assert workload().facts_of(Data(train, test, facts={"mean": 1})) == {"mean": 1, "class_names": [0, 1, 2]}
+    assert workload().metadata_of(Data(train, test, validation)) == {"class_names": [0, 1, 2, 3, 4]}
+    assert workload().metadata_of(Data(train, test, metadata={"mean": 1})) == {"mean": 1, "class_names": [0, 1, 2]}
 
 
 def test_the_number_of_classes_is_that_of_their_names() -> None:
@@ -139,15 +139,15 @@ def test_the_number_of_classes_is_that_of_their_names() -> None:
 
 def test_names_are_no_facts_of_the_data_set_but_a_copy() -> None:
     dataset = Pairs(["no", "yes"])
-    workload().facts_of(Data(dataset, dataset))["class_names"].append("maybe")
+    workload().metadata_of(Data(dataset, dataset))["class_names"].append("maybe")
     assert dataset.classes == ["no", "yes"]
 
 
 def test_a_data_set_without_names_is_told_where_to_put_them() -> None:
     with pytest.raises(UsageError) as raised:
-        workload().facts_of(Data(Pairs(), Pairs()))
+        workload().metadata_of(Data(Pairs(), Pairs()))
     assert str(raised.value) == (
-        'the Dataset has no classes: return Data(..., facts={"class_names": [...]}) from load_data'
+        'the Dataset has no classes: return Data(..., metadata={"class_names": [...]}) from load_data'
     )
 
 

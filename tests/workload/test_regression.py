@@ -21,7 +21,7 @@ def figures_of(predictions: np.ndarray, targets: np.ndarray, cuts: Sequence[int]
         loss_sum = problem.loss(outputs, on_them).double().sum()
         measured = {"loss": loss_sum, **measured_sums(problem, outputs, on_them)}
         sums += MetricSums({name: value.item() for name, value in measured.items()}, len(some))
-    return sums.figures(problem)
+    return sums.values(problem)
 
 
 def expected_of(predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
@@ -102,8 +102,8 @@ def test_predictions_tell_target_and_prediction(shape: tuple[int, ...]) -> None:
 
 
 def test_the_least_rmse_chooses() -> None:
-    criterion = Regression().criterion
-    assert (criterion.name, criterion.mode) == ("rmse", "min")
+    monitor = Regression().monitor
+    assert (monitor.name, monitor.mode) == ("rmse", "min")
 
 
 def test_the_report_has_pictures_where_there_are_predictions() -> None:

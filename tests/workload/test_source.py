@@ -383,13 +383,13 @@ TRAVELLER = with_settings(
 UNPICKLE = """
 import pickle, sys
 workload = pickle.loads(open(sys.argv[1], "rb").read())
-print(type(workload).__name__, workload.noun, workload.settings.width, workload.settings.folder, workload.facts)
+print(type(workload).__name__, workload.noun, workload.settings.width, workload.settings.folder, workload.metadata)
 print(workload.source.sha256)
 """
 
 
 def travelling(file: Path) -> Workload:
-    """Return a workload with settings and facts of its own."""
+    """Return a workload with settings and metadata of its own."""
     workload_class = load(str(file))
     return workload_class(build(workload_class.Settings, {"width": 7, "folder": "/data"}), {"class_names": ["a"]})
 
@@ -419,16 +419,16 @@ def test_a_pickled_workload_is_of_the_same_class_in_the_same_process(write: Writ
     workload = travelling(write(TRAVELLER))
     again = pickle.loads(pickle.dumps(workload))
     assert type(again) is type(workload)
-    assert (again.settings, again.facts, again.identity) == (workload.settings, workload.facts, workload.identity)
+    assert (again.settings, again.metadata, again.identity) == (workload.settings, workload.metadata, workload.identity)
 
 
 def test_a_workload_is_created_from_its_source_and_values(write: Write) -> None:
     file = write(TRAVELLER)
-    facts = {"class_names": ["a", "b"]}
-    workload = create(Source(str(file), str(file), TRAVELLER), {"width": 9, "batch_size": 3}, facts)
-    assert (workload.settings.width, workload.facts) == (9, facts)
-    workload.facts["more"] = 1
-    assert "more" not in facts
+    metadata = {"class_names": ["a", "b"]}
+    workload = create(Source(str(file), str(file), TRAVELLER), {"width": 9, "batch_size": 3}, metadata)
+    assert (workload.settings.width, workload.metadata) == (9, metadata)
+    workload.metadata["more"] = 1
+    assert "more" not in metadata
 
 
 def test_a_workload_travels_to_where_python_knows_a_file_of_that_name(

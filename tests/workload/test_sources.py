@@ -116,7 +116,7 @@ def test_mnists_data_dir_takes_digits_of_every_kind(
     workload = MNIST(MNIST.Settings(data_dir=tmp_path))
     workload.source = mnist().source
     data = load_data(workload)
-    assert workload.facts["class_names"] == names
+    assert workload.metadata["class_names"] == names
     assert isinstance(data.train, Arrays)
     assert isinstance(data.test, Arrays)
     assert (len(data.train), len(data.test)) == (NUM_TRAIN, NUM_TEST)
@@ -139,7 +139,7 @@ def test_a_table_has_classes_where_the_workload_says_so(tmp_path: Path) -> None:
     )
     data = sources.read(tmp_path / "cats.csv", as_classes=True)
     assert data.name == "cats.csv, a table of 2 columns to learn kind from"
-    assert data.facts == {"class_names": ["a", "b"]}
+    assert data.metadata == {"class_names": ["a", "b"]}
     assert isinstance(data.train, Arrays)
     assert isinstance(data.test, Arrays)
     assert (data.train.inputs.shape, data.train.inputs.dtype.name, len(data.test)) == ((16, 2), "float32", 4)
@@ -153,10 +153,10 @@ def test_targets_of_a_table_are_its_numbers_also_where_they_are_whole(
     (tmp_path / "prices.csv").write_text("rooms,price\n" + "".join(f"{n},{n * factor}\n" for n in range(20)))
     prices = sources.read(tmp_path / "prices.csv")
     assert isinstance(prices.train, Arrays)
-    assert (prices.train.targets.dtype.name, dict(prices.facts)) == (dtype, {})
+    assert (prices.train.targets.dtype.name, dict(prices.metadata)) == (dtype, {})
     np.testing.assert_allclose(prices.train.targets, prices.train.inputs[:, 0] * factor)
     rooms = sources.table(tmp_path / "prices.csv", target="rooms", as_classes=True)
-    assert rooms.facts == {"class_names": list(range(20))}
+    assert rooms.metadata == {"class_names": list(range(20))}
 
 
 @pytest.mark.parametrize(

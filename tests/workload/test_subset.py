@@ -4,30 +4,30 @@ import numpy as np
 import pytest
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.workload.data import Arrays, Part, Parts
-from mnist_ray.workload.subset import fewer, verdict
+from mnist_ray.workload.data import Arrays, Split, Splits
+from mnist_ray.workload.subset import subset, verdict
 
 
-def parts(num_train: int = 1000) -> Parts:
+def parts(num_train: int = 1000) -> Splits:
     """Return parts whose examples are numbers, each of its own."""
 
-    def part(first: int, number: int) -> Part:
+    def part(first: int, number: int) -> Split:
         numbers = np.arange(first, first + number)
-        return Part(Arrays(numbers, numbers))
+        return Split(Arrays(numbers, numbers))
 
-    return Parts("numbers", part(0, num_train), part(5000, 100), part(6000, 201))
+    return Splits("numbers", part(0, num_train), part(5000, 100), part(6000, 201))
 
 
 def test_without_either_flag_the_data_stay_as_they_are() -> None:
     whole = parts()
-    assert fewer(whole, TrainConfig()) is whole
+    assert subset(whole, TrainConfig()) is whole
 
 
 def test_a_limit_leaves_the_same_part_of_each_part_for_any_seed() -> None:
-    some = fewer(parts(), TrainConfig(limit=0.1))
+    some = subset(parts(), TrainConfig(limit=0.1))
     assert [len(part) for part in (some.train, some.validation, some.test)] == [100, 10, 20]
     assert some.name == "0.1 of numbers"
-    again = fewer(parts(), TrainConfig(limit=0.1, seed=3))
+    again = subset(parts(), TrainConfig(limit=0.1, seed=3))
     np.testing.assert_array_equal(some.train.targets(), again.train.targets())
     assert len(np.unique(some.train.targets())) == 100
     assert some.train.targets().max() > 900, "from all over the data, not their beginning"
@@ -35,12 +35,12 @@ def test_a_limit_leaves_the_same_part_of_each_part_for_any_seed() -> None:
 
 def test_a_limit_leaves_one_example_at_the_least_and_nothing_of_nothing() -> None:
     whole = parts(3)
-    some = fewer(Parts("few", whole.train, whole.train.between(0, 0), whole.test), TrainConfig(limit=0.001))
+    some = subset(Splits("few", whole.train, whole.train.between(0, 0), whole.test), TrainConfig(limit=0.001))
     assert [len(part) for part in (some.train, some.validation, some.test)] == [1, 0, 1]
 
 
 def test_batches_to_overfit_are_repeated_and_tested_on_and_nothing_is_held_out() -> None:
-    few = fewer(parts(), TrainConfig(batch_size=16, overfit_batches=2))
+    few = subset(parts(), TrainConfig(batch_size=16, overfit_batches=2))
     values, counts = np.unique(few.train.targets(), return_counts=True)
     assert len(values) == 32
     assert set(counts) == {31}  # 1,000 // 32 times
@@ -50,7 +50,7 @@ def test_batches_to_overfit_are_repeated_and_tested_on_and_nothing_is_held_out()
 
 
 def test_more_batches_to_overfit_than_there_are_are_all() -> None:
-    few = fewer(parts(50), TrainConfig(batch_size=16, overfit_batches=100))
+    few = subset(parts(50), TrainConfig(batch_size=16, overfit_batches=100))
     assert sorted(few.train.targets()) == list(range(50))
 
 

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.errors import UsageError
 from mnist_ray.workload import Arrays, Data, Workload
-from mnist_ray.workload.data import Part, default_validation_size, digest_of_files, hold_out, parts_of
+from mnist_ray.workload.data import Split, default_validation_size, digest_of_files, hold_out, splits_of
 
 
 class Squares(Dataset):
@@ -50,7 +50,7 @@ def ten(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     return kinds[request.param]
 
 
-def inputs_of(part: Part) -> list[int]:
+def inputs_of(part: Split) -> list[int]:
     """Return the inputs of a part's examples, each of which is looked at as a whole."""
     examples = [part[index] for index in range(len(part))]
     assert all(target == number**2 for number, target in examples)
@@ -61,13 +61,13 @@ def inputs_of(part: Part) -> list[int]:
 
 
 def test_a_part_has_all_examples_in_their_order(ten: Any) -> None:
-    part = Part(ten)
+    part = Split(ten)
     assert len(part) == 10
     assert inputs_of(part) == list(range(10))
 
 
 def test_some_examples_of_a_part_are_a_part(ten: Any) -> None:
-    part = Part(ten).take(np.array([7, 2, 5]))
+    part = Split(ten).take(np.array([7, 2, 5]))
     assert inputs_of(part) == [7, 2, 5]
     assert inputs_of(part.take(np.array([2, 0]))) == [5, 7]
     assert part.targets().tolist() == [49, 4, 25]
@@ -77,17 +77,17 @@ def test_some_examples_of_a_part_are_a_part(ten: Any) -> None:
     ("start", "stop", "expected"), [(2, 5, [2, 3, 4]), (8, 12, [8, 9]), (0, 0, []), (0, 10, range(10))]
 )
 def test_examples_between_two_places_are_a_part(ten: Any, start: int, stop: int, expected: list[int]) -> None:
-    assert inputs_of(Part(ten).between(start, stop)) == list(expected)
+    assert inputs_of(Split(ten).between(start, stop)) == list(expected)
 
 
 @pytest.mark.parametrize(("start", "stop", "expected"), [(1, 3, [2, 5]), (2, 9, [5]), (0, 0, [])])
 def test_examples_between_two_places_of_a_part_are_a_part(ten: Any, start: int, stop: int, expected: list[int]) -> None:
-    part = Part(ten).take(np.array([7, 2, 5]))
+    part = Split(ten).take(np.array([7, 2, 5]))
     assert inputs_of(part.between(start, stop)) == expected
 
 
 def test_targets_are_those_of_all_examples(ten: Any) -> None:
-    targets = Part(ten).targets()
+    targets = Split(ten).targets()
     assert type(targets) is np.ndarray
     assert targets.tolist() == [number**2 for number in range(10)]
 
@@ -96,13 +96,13 @@ def test_only_arrays_in_memory_are_handed_to_other_processes(tmp_path: Path) -> 
     in_memory, in_files = arrays(10), mapped(tmp_path, 10)
     half_mapped = Arrays(in_files.inputs, in_memory.targets)
     examples = [in_memory, in_files, half_mapped, Squares(10)]
-    assert [Part(some).is_in_memory for some in examples] == [True, False, False, False]
-    assert [Part(some).arrays is not None for some in examples] == [True, False, False, False]
+    assert [Split(some).is_in_memory for some in examples] == [True, False, False, False]
+    assert [Split(some).arrays is not None for some in examples] == [True, False, False, False]
     assert [some.is_mapped for some in (in_memory, in_files, half_mapped)] == [False, True, True]
 
 
 def test_examples_taken_of_mapped_arrays_are_not_read_into_memory(tmp_path: Path) -> None:
-    part = Part(mapped(tmp_path, 10)).take(np.array([3, 1]))
+    part = Split(mapped(tmp_path, 10)).take(np.array([3, 1]))
     assert not part.is_in_memory
     assert part.arrays is None
     assert isinstance(part.examples.inputs, np.memmap)
@@ -110,14 +110,14 @@ def test_examples_taken_of_mapped_arrays_are_not_read_into_memory(tmp_path: Path
 
 def test_examples_taken_of_arrays_are_a_copy_and_those_between_two_places_a_view() -> None:
     whole = arrays(10)
-    taken, between = Part(whole).take(np.array([0, 1])), Part(whole).between(0, 2)
+    taken, between = Split(whole).take(np.array([0, 1])), Split(whole).between(0, 2)
     assert not np.shares_memory(taken.examples.inputs, whole.inputs)
     assert np.shares_memory(between.examples.inputs, whole.inputs)
 
 
 def test_a_data_set_is_not_read_to_be_parted() -> None:
     dataset = Squares(1000)
-    parts = parts_of(Data(dataset, dataset), None)
+    parts = splits_of(Data(dataset, dataset), None)
     assert (len(parts.train), len(parts.validation), dataset.num_read) == (900, 100, 0)
 
 
@@ -129,23 +129,23 @@ def test_arrays_are_as_long_as_their_targets() -> None:
 
 
 def test_held_out_examples_and_the_others_are_all_examples(ten: Any) -> None:
-    train, validation = map(inputs_of, hold_out(Part(ten), 4))
+    train, validation = map(inputs_of, hold_out(Split(ten), 4))
     assert len(validation) == 4
     assert sorted(train + validation) == list(range(10))
     assert (train, validation) == (sorted(train), sorted(validation))
 
 
 def test_the_same_examples_are_held_out_of_all_kinds_of_data(ten: Any) -> None:
-    assert inputs_of(hold_out(Part(ten), 4)[1]) == inputs_of(hold_out(Part(arrays(10)), 4)[1])
+    assert inputs_of(hold_out(Split(ten), 4)[1]) == inputs_of(hold_out(Split(arrays(10)), 4)[1])
 
 
 def test_held_out_examples_are_from_all_over_the_data() -> None:
-    validation = np.array(inputs_of(hold_out(Part(arrays(1000)), 100)[1]))
+    validation = np.array(inputs_of(hold_out(Split(arrays(1000)), 100)[1]))
     assert np.histogram(validation, 4, (0, 1000))[0].min() >= 10
 
 
 def test_more_are_held_out_besides_those_that_were() -> None:
-    few, more = (set(inputs_of(hold_out(Part(arrays(100)), number)[1])) for number in (10, 20))
+    few, more = (set(inputs_of(hold_out(Split(arrays(100)), number)[1])) for number in (10, 20))
     assert few < more
 
 
@@ -158,7 +158,7 @@ def test_a_tenth_is_held_out_by_default_and_never_more_than_5000(num_train: int,
 
 @pytest.mark.parametrize(("size", "expected"), [(None, 1), (0, 0), (3, 3), (9, 9)])
 def test_as_many_are_held_out_as_asked_for(ten: Any, size: int | None, expected: int) -> None:
-    parts = parts_of(Data(ten, Squares(4, 100), name="squares"), size)
+    parts = splits_of(Data(ten, Squares(4, 100), name="squares"), size)
     assert (len(parts.train), len(parts.validation), len(parts.test)) == (10 - expected, expected, 4)
     assert sorted(inputs_of(parts.train) + inputs_of(parts.validation)) == list(range(10))
     assert inputs_of(parts.test) == [100, 101, 102, 103]
@@ -168,34 +168,34 @@ def test_as_many_are_held_out_as_asked_for(ten: Any, size: int | None, expected:
 @pytest.mark.parametrize("size", [1200, 9999])
 def test_something_must_be_left_to_train_on(size: int) -> None:
     with pytest.raises(UsageError) as raised:
-        parts_of(Data(Squares(1200), Squares(4)), size)
+        splits_of(Data(Squares(1200), Squares(4)), size)
     assert str(raised.value) == (
         f"--validation-size {size:,} leaves nothing to train on: the data has 1,200 training examples"
     )
 
 
 def test_a_validation_set_of_the_datas_own_is_taken_where_no_size_is_given(ten: Any) -> None:
-    parts = parts_of(Data(ten, Squares(4), arrays(3, 50)), None)
+    parts = splits_of(Data(ten, Squares(4), arrays(3, 50)), None)
     assert inputs_of(parts.train) == list(range(10))
     assert inputs_of(parts.validation) == [50, 51, 52]
 
 
 def test_nothing_is_held_out_though_the_data_have_a_validation_set() -> None:
-    parts = parts_of(Data(arrays(10), arrays(4), arrays(3, 50)), 0)
+    parts = splits_of(Data(arrays(10), arrays(4), arrays(3, 50)), 0)
     assert (len(parts.train), len(parts.validation)) == (10, 0)
 
 
 def test_a_size_has_training_examples_held_out_though_the_data_have_a_validation_set() -> None:
-    parts = parts_of(Data(arrays(10), arrays(4), arrays(3, 50)), 2)
+    parts = splits_of(Data(arrays(10), arrays(4), arrays(3, 50)), 2)
     assert len(parts.validation) == 2
     assert sorted(inputs_of(parts.train) + inputs_of(parts.validation)) == list(range(10))
 
 
 class Shared(Workload):
-    """A workload whose data each process opens for itself; they are its facts here."""
+    """A workload whose data each process opens for itself; they are its metadata here."""
 
     def load_data(self) -> Data:
-        data: Data = self.facts["data"]
+        data: Data = self.metadata["data"]
         return data
 
 
@@ -211,7 +211,7 @@ class Shared(Workload):
 )
 def test_another_process_opens_the_parts_as_they_are_here(validation: Squares | None, size: int | None) -> None:
     data = Data(Squares(20), Squares(4, 100), validation)
-    parts = parts_of(data, size)
+    parts = splits_of(data, size)
     problem = Shared(None, {"data": data})
     assert inputs_of(share(problem, parts.train).open()) == inputs_of(parts.train)
     assert inputs_of(share(problem, parts.validation).open()) == inputs_of(parts.validation)
@@ -220,7 +220,7 @@ def test_another_process_opens_the_parts_as_they_are_here(validation: Squares | 
 
 def test_held_out_examples_of_mapped_arrays_are_opened_as_they_are_here(tmp_path: Path) -> None:
     data = Data(mapped(tmp_path, 20), arrays(4))
-    parts = parts_of(data, 3)
+    parts = splits_of(data, 3)
     problem = Shared(None, {"data": data})
     assert inputs_of(share(problem, parts.validation).open()) == inputs_of(parts.validation)
 
@@ -229,52 +229,52 @@ def test_held_out_examples_of_mapped_arrays_are_opened_as_they_are_here(tmp_path
 
 
 def test_equal_examples_have_equal_fingerprints(ten: Any) -> None:
-    assert Part(ten).fingerprint() == Part(ten).fingerprint()
-    assert Part(arrays(10)).fingerprint() == Part(arrays(10)).fingerprint()
-    assert Part(Squares(10)).fingerprint() == Part(Squares(10)).fingerprint()
+    assert Split(ten).fingerprint() == Split(ten).fingerprint()
+    assert Split(arrays(10)).fingerprint() == Split(arrays(10)).fingerprint()
+    assert Split(Squares(10)).fingerprint() == Split(Squares(10)).fingerprint()
 
 
 def test_every_number_of_arrays_counts_in_their_fingerprint() -> None:
-    whole = Part(arrays(10)).fingerprint()
+    whole = Split(arrays(10)).fingerprint()
     for name in ("inputs", "targets"):
         changed = arrays(10)
         getattr(changed, name)[9] += 1
-        assert Part(changed).fingerprint() != whole
+        assert Split(changed).fingerprint() != whole
 
 
 def test_the_order_of_examples_counts_in_their_fingerprint() -> None:
-    assert Part(arrays(3)).take(np.array([0, 2, 1])).fingerprint() != Part(arrays(3)).fingerprint()
+    assert Split(arrays(3)).take(np.array([0, 2, 1])).fingerprint() != Split(arrays(3)).fingerprint()
 
 
 def test_the_number_of_examples_counts_in_a_data_sets_fingerprint() -> None:
-    assert Part(Squares(100)).fingerprint() != Part(Squares(101)).fingerprint()
-    assert Part(Squares(100)).take(np.arange(99)).fingerprint() != Part(Squares(100)).fingerprint()
+    assert Split(Squares(100)).fingerprint() != Split(Squares(101)).fingerprint()
+    assert Split(Squares(100)).take(np.arange(99)).fingerprint() != Split(Squares(100)).fingerprint()
 
 
 def test_other_examples_of_a_data_set_have_another_fingerprint() -> None:
-    assert Part(Squares(100, 1)).fingerprint() != Part(Squares(100)).fingerprint()
+    assert Split(Squares(100, 1)).fingerprint() != Split(Squares(100)).fingerprint()
 
 
 def test_a_data_set_is_not_read_as_a_whole_for_its_fingerprint() -> None:
     dataset = Squares(10_000)
-    Part(dataset).fingerprint()
+    Split(dataset).fingerprint()
     assert dataset.num_read <= 16
 
 
 def test_views_and_targets_as_tensors_have_fingerprints() -> None:
     inputs = np.arange(24.0).reshape(6, 4)
-    strided = Part(Arrays(inputs[::2, ::-1], np.arange(6)[::2]))
-    assert strided.fingerprint() == Part(Arrays(inputs[::2, ::-1].copy(), np.array([0, 2, 4]))).fingerprint()
+    strided = Split(Arrays(inputs[::2, ::-1], np.arange(6)[::2]))
+    assert strided.fingerprint() == Split(Arrays(inputs[::2, ::-1].copy(), np.array([0, 2, 4]))).fingerprint()
     pairs = [(0, torch.tensor(1)), (1, torch.tensor(2))]
-    assert Part(pairs).fingerprint() == Part([(0, np.int64(1)), (1, np.int64(2))]).fingerprint()
+    assert Split(pairs).fingerprint() == Split([(0, np.int64(1)), (1, np.int64(2))]).fingerprint()
 
 
 def test_no_examples_have_a_fingerprint(ten: Any) -> None:
-    assert Part(ten).between(0, 0).fingerprint() != Part(ten).fingerprint()
+    assert Split(ten).between(0, 0).fingerprint() != Split(ten).fingerprint()
 
 
 def test_no_examples_have_a_digest(ten: Any) -> None:
-    assert Part(ten).between(0, 0).digest() == Part(ten).between(0, 0).digest()
+    assert Split(ten).between(0, 0).digest() == Split(ten).between(0, 0).digest()
 
 
 def test_files_are_told_from_others_by_names_sizes_and_times(tmp_path: Path) -> None:
@@ -306,10 +306,10 @@ def test_data_are_told_from_others_by_the_files_that_they_name(tmp_path: Path) -
     (tmp_path / "a.bin").write_text("one")
     folder = Squares(10)
     folder.samples = [(str(tmp_path / "a.bin"), 0)]  # type: ignore[attr-defined]
-    assert Part(folder).digest() == digest_of_files([tmp_path / "a.bin"])
-    assert Part(Squares(10)).digest() is None
-    assert Part(mapped(tmp_path, 10)).digest() not in (None, Part(mapped(tmp_path, 11)).digest())
-    unnamed = parts_of(Data(Squares(10), arrays(10)), 1)
-    assert (unnamed.digests["training"], unnamed.digests["test"]) == (None, Part(arrays(10)).digest())
-    named = parts_of(Data(Squares(10), arrays(10), files=[tmp_path / "a.bin"]), 1)
+    assert Split(folder).digest() == digest_of_files([tmp_path / "a.bin"])
+    assert Split(Squares(10)).digest() is None
+    assert Split(mapped(tmp_path, 10)).digest() not in (None, Split(mapped(tmp_path, 11)).digest())
+    unnamed = splits_of(Data(Squares(10), arrays(10)), 1)
+    assert (unnamed.digests["training"], unnamed.digests["test"]) == (None, Split(arrays(10)).digest())
+    named = splits_of(Data(Squares(10), arrays(10), files=[tmp_path / "a.bin"]), 1)
     assert named.digests.keys() == {"test", "files"}
