@@ -6,8 +6,7 @@ import importlib
 import sys
 
 from mnist_ray import cli
-from mnist_ray.screen import say
-from mnist_ray.wording import PROGRAM
+from mnist_ray.errors import PROGRAM, say
 
 _COMMANDS = ("train", "tune", "evaluate", "predict", "view", "report", "export")
 

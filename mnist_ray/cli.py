@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from mnist_ray import signals
-from mnist_ray.errors import JobError, UsageError
-from mnist_ray.screen import print_whatever_it_is, redact, say
+from mnist_ray.errors import JobError, UsageError, did_you_mean, print_whatever_it_is, redact, say
 from mnist_ray.settings import build, flag, item_type, parse_text, value_type
 from mnist_ray.signals import take_signals
-from mnist_ray.wording import did_you_mean
 
 UNSET = argparse.SUPPRESS
 """The default of a flag that leaves nothing behind where it is not given."""

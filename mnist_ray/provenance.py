@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mnist_ray
-from mnist_ray.screen import masked
-from mnist_ray.wording import PROGRAM
+from mnist_ray.errors import PROGRAM, masked
 
 
 def versions() -> dict[str, str]:

@@ -1,8 +1,8 @@
 """What ends a job early: Ctrl-C, SIGTERM, SIGHUP, or what a thread has found out. The main thread hears of all.
 
 Ray ends a driver's process without any exception where its raylet or its GCS has gone, and the kernel does where memory
-runs out. So ``supervise`` puts a process around the job that says so, and how to go on. Nothing heavy is imported here: the two
-processes part before anything is.
+runs out. So ``supervise`` puts a process around the job that says so, and how to go on. Nothing heavy is imported here:
+the two processes part before anything is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 
-from mnist_ray.screen import say
+from mnist_ray.errors import say
 
 SAME_WITHIN_S = 0.5
 """Signals that come so soon after an interrupt belong to it: a terminal or a scheduler signals every process of a job,

@@ -17,10 +17,8 @@ import pyarrow
 import tenacity
 from pyarrow import fs
 
-from mnist_ray.errors import JobError, UsageError, first_line
-from mnist_ray.screen import without_user
+from mnist_ray.errors import JobError, UsageError, command, first_line, without_user
 from mnist_ray.settings import flag, path_of
-from mnist_ray.wording import command
 
 T = TypeVar("T")
 CONFIG_FILE, ORIGIN_FILE, RESULT_FILE = "config.json", "origin.json", "result.json"

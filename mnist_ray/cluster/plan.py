@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_ray.config import WorkerConfig
-from mnist_ray.errors import UsageError
-from mnist_ray.wording import count
+from mnist_ray.errors import UsageError, count
 
 _MOST_WORKERS_A_CORE = 8  # each worker is a process of some 500 MiB
 _LEAST_EXAMPLES_PER_THREAD = 8  # two threads are 1.35 times as fast as one at batch 16, and slower, at times, at 8

@@ -13,10 +13,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_ray.cluster.plan import WorkerPlan, node_of, usable_cores
-from mnist_ray.errors import JobError, first_line
+from mnist_ray.errors import JobError, count, first_line
 from mnist_ray.provenance import cpu_has_bf16, versions
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder
-from mnist_ray.wording import count
 
 _PROBE_TIMEOUT_S = 60.0
 

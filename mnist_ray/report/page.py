@@ -10,11 +10,10 @@ from typing import Any, TypeVar
 
 import jinja2
 
-from mnist_ray.errors import UsageError, with_place
+from mnist_ray.errors import UsageError, count, masked, with_place
 from mnist_ray.report import curves
 from mnist_ray.report.csv_files import METRICS_FILE, PREDICTIONS_FILE, numbers_of, read_csv, read_figures, read_steps
 from mnist_ray.report.curves import Curve
-from mnist_ray.screen import masked
 from mnist_ray.storage import (
     CONFIG_FILE,
     OPERATORS_FILE,
@@ -26,7 +25,6 @@ from mnist_ray.storage import (
     read_result,
     unless_damaged,
 )
-from mnist_ray.wording import count
 from mnist_ray.workload.base import Metric, Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.drawing import MARKERS, Picture, Table

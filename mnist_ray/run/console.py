@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from mnist_ray.screen import redact
+from mnist_ray.errors import clock_time, count, redact
 from mnist_ray.training.events import (
     EpochFinished,
     Event,
@@ -23,7 +23,6 @@ from mnist_ray.training.events import (
     Validated,
     WorkersLost,
 )
-from mnist_ray.wording import clock_time, count
 from mnist_ray.workload.base import Workload
 
 _PLAIN_INTERVAL_S, _NOTEBOOK_INTERVAL_S = 10.0, 2.0

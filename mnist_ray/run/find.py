@@ -11,7 +11,7 @@ import ray.train
 from ray.train import Checkpoint
 
 from mnist_ray.cluster.connect import quiet_ray
-from mnist_ray.errors import JobError, UsageError, first_line
+from mnist_ray.errors import JobError, UsageError, first_line, in_words
 from mnist_ray.settings import values_of
 from mnist_ray.storage import (
     CONFIG_FILE,
@@ -24,7 +24,6 @@ from mnist_ray.storage import (
     untrusted_folders,
 )
 from mnist_ray.training.checkpoint import STATE_FILE, fetch, fetch_state, workload_of
-from mnist_ray.wording import in_words
 from mnist_ray.workload.base import Workload
 
 

@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator
 
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, usable_cores
+from mnist_ray.errors import count, format_settings
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.job import Job
 from mnist_ray.training.events import EpochFinished, Event, Started
-from mnist_ray.wording import count, format_settings
 from mnist_ray.workload.data import Splits
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from mnist_ray import cli, settings
 from mnist_ray.cluster import ray_internals
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
-from mnist_ray.errors import UsageError
+from mnist_ray.errors import UsageError, count, did_you_mean
 from mnist_ray.settings import flag
 from mnist_ray.storage import (
     CONFIG_FILE,
@@ -36,7 +36,6 @@ from mnist_ray.storage import (
 )
 from mnist_ray.trackers.base import Tracker
 from mnist_ray.training.callback import Callback
-from mnist_ray.wording import count, did_you_mean
 from mnist_ray.workload import source, user_code
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Splits, splits_of

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 from mnist_ray import settings
 from mnist_ray.config import SweepConfig, WorkerConfig
-from mnist_ray.errors import JobError, UsageError
+from mnist_ray.errors import JobError, UsageError, command
 from mnist_ray.run import job as runs
 from mnist_ray.run.job import Given, Job
 from mnist_ray.settings import Choice
 from mnist_ray.storage import TRIALS_FILE, DamagedFileError, RunFolder
 from mnist_ray.sweep.space import Space, propose, space_of, texts_of
 from mnist_ray.sweep.trials import TrialTable
-from mnist_ray.wording import command
 from mnist_ray.workload.data import Splits
 
 SWEEP_FILE, BEST_FILE, DEFAULT_FOLDER = "sweep.json", "best.json", "default"

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from mnist_ray.errors import count, format_settings, format_value, in_words
 from mnist_ray.report.curves import placed, scale_axis
 from mnist_ray.report.page import Sections, unless_failing
 from mnist_ray.settings import Choice, Range, SearchSpace
@@ -18,7 +19,6 @@ from mnist_ray.storage import TRIALS_FILE, DamagedFileError, RunFolder, read_con
 from mnist_ray.sweep.options import SWEEP_FILE
 from mnist_ray.sweep.space import space_of
 from mnist_ray.sweep.trials import RUNNING, STOPPED, TrialRecord, TrialTable
-from mnist_ray.wording import count, format_settings, format_value, in_words
 from mnist_ray.workload import drawing
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.drawing import MARKERS, png_of

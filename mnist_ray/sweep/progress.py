@@ -10,12 +10,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from mnist_ray.errors import clock_time, count, format_settings, redact
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.header import say_data
-from mnist_ray.screen import redact
 from mnist_ray.sweep.options import Sweep
 from mnist_ray.sweep.trials import DONE, ENDED, FAILED, LOST, STOPPED, TrialRecord, TrialTable
-from mnist_ray.wording import clock_time, count, format_settings
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Splits
 

@@ -12,7 +12,7 @@ from mnist_ray.cluster.connect import as_it_is_now
 from mnist_ray.cluster.orphans import orphans_removed
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, plan_workers
 from mnist_ray.cluster.remote_data import share
-from mnist_ray.errors import JobError
+from mnist_ray.errors import JobError, count, format_settings
 from mnist_ray.run.evaluate import evaluate
 from mnist_ray.run.fit import fit
 from mnist_ray.run.header import Clock, announced, say_dashboard
@@ -27,7 +27,6 @@ from mnist_ray.sweep.tracking import followed
 from mnist_ray.sweep.trial import TrialSpec
 from mnist_ray.sweep.trials import TrialTable
 from mnist_ray.sweep.tuner import TRIALS_FOLDER, run_sweep, trials_at_a_time
-from mnist_ray.wording import count, format_settings
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Splits
 

@@ -14,9 +14,8 @@ import numpy as np
 
 from mnist_ray import settings
 from mnist_ray.config import SweepConfig, TrainConfig
-from mnist_ray.errors import UsageError
+from mnist_ray.errors import UsageError, did_you_mean, in_words
 from mnist_ray.settings import Choice, Range, SearchSpace, parse_text, value_type
-from mnist_ray.wording import did_you_mean, in_words
 from mnist_ray.workload.base import Workload
 
 _NONE = "none"

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mnist_ray.config import SweepConfig
+from mnist_ray.errors import format_value, in_words
 from mnist_ray.report.csv_files import read_csv
 from mnist_ray.settings import Choice
 from mnist_ray.storage import TRIALS_FILE, RunFolder
 from mnist_ray.sweep.space import Point, Space
-from mnist_ray.wording import format_value, in_words
 from mnist_ray.workload.base import Workload
 
 DONE, STOPPED, FAILED, LOST, RUNNING = "done", "stopped early", "failed", "lost", "running"

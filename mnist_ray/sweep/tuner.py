@@ -20,8 +20,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from mnist_ray.cluster.plan import Cluster, WorkerPlan
 from mnist_ray.config import SweepConfig
-from mnist_ray.errors import JobError
-from mnist_ray.screen import masked
+from mnist_ray.errors import JobError, masked
 from mnist_ray.settings import Choice
 from mnist_ray.storage import TRIALS_FILE, RunFolder, with_retries
 from mnist_ray.sweep.space import Point, Space, propose

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mnist_ray.config import ExportConfig
-from mnist_ray.errors import JobError, UsageError
+from mnist_ray.errors import JobError, UsageError, say
 from mnist_ray.run import find
-from mnist_ray.screen import say
 from mnist_ray.settings import path_of
 from mnist_ray.storage import write_file
 from mnist_ray.training.sampler import Slice, batches_of

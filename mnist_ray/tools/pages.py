@@ -6,10 +6,9 @@ from typing import Any
 
 from mnist_ray import settings
 from mnist_ray.config import LookupConfig
-from mnist_ray.errors import JobError, UsageError
+from mnist_ray.errors import JobError, UsageError, say
 from mnist_ray.report import page
 from mnist_ray.report.page import RunRecord
-from mnist_ray.screen import say
 from mnist_ray.storage import (
     CONFIG_FILE,
     REPORT_FILE,

@@ -26,13 +26,11 @@ from torch import nn
 from mnist_ray.cluster.connect import connect
 from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import PredictionConfig, WorkerConfig
-from mnist_ray.errors import JobError, UsageError, with_place
+from mnist_ray.errors import JobError, UsageError, count, say, with_place
 from mnist_ray.run import find
-from mnist_ray.screen import say
 from mnist_ray.settings import path_of
 from mnist_ray.storage import RunFolder, write_file
 from mnist_ray.tools.flags import class_of
-from mnist_ray.wording import count
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.sources import PICTURES
 

@@ -13,11 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mnist_ray.config import ViewConfig
-from mnist_ray.errors import UsageError
-from mnist_ray.screen import redact, say
+from mnist_ray.errors import UsageError, count, redact, say
 from mnist_ray.settings import path_of
 from mnist_ray.storage import write_file
-from mnist_ray.wording import count
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.classification import Classification
 from mnist_ray.workload.data import Arrays, Split

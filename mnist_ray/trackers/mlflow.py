@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import numpy as np
 from ray.train import Checkpoint
 
-from mnist_ray.screen import without_user
+from mnist_ray.errors import without_user
 from mnist_ray.storage import RunFolder, read_origin
 from mnist_ray.trackers.base import Ending, Tracker
 from mnist_ray.training.checkpoint import fetch

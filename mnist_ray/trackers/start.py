@@ -16,8 +16,7 @@ from PIL import Image
 from pyarrow import fs
 
 from mnist_ray.config import OutputConfig
-from mnist_ray.errors import first_line
-from mnist_ray.screen import redact
+from mnist_ray.errors import first_line, redact
 from mnist_ray.storage import RunFolder
 from mnist_ray.trackers.base import Ending, Tracker
 from mnist_ray.trackers.prometheus import RayMetrics

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from mnist_ray.screen import without_user
+from mnist_ray.errors import without_user
 from mnist_ray.storage import RunFolder
 from mnist_ray.trackers.base import Ending, Tracker
 from mnist_ray.training.events import Event

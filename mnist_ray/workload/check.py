@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mnist_ray.config import Precision, TrainConfig
-from mnist_ray.errors import UsageError, first_line
+from mnist_ray.errors import UsageError, count, first_line
 from mnist_ray.provenance import cpu_has_bf16
-from mnist_ray.wording import count
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.loading import placed
 from mnist_ray.workload.tensors import as_fp32, autocast, detached

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.wording import count
+from mnist_ray.errors import count
 from mnist_ray.workload.data import Split, Splits
 from mnist_ray.workload.order import Shuffled
 

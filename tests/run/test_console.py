@@ -3,10 +3,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from mnist_ray.errors import clock_time
 from mnist_ray.run import console
 from mnist_ray.run.console import RunConsole
 from mnist_ray.training.events import EpochFinished, Progress, Started, Validated, WorkersLost
-from mnist_ray.wording import clock_time
 from mnist_ray.workload.classification import confusion_table
 from tests.conftest import mnist
 

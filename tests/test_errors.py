@@ -7,7 +7,7 @@ import pytest
 from mnist_ray import provenance
 from mnist_ray.cli import Parser
 from mnist_ray.config import LookupConfig
-from mnist_ray.screen import masked, print_whatever_it_is, redact, say
+from mnist_ray.errors import masked, print_whatever_it_is, redact, say
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_wrong_flag_is_answered_without_secrets_and_in_one_line(capsys: pytest
 
 
 def test_a_job_whose_output_is_closed_does_its_work() -> None:
-    code = "from mnist_ray.cli import run; from mnist_ray.screen import say; run(lambda: say('done'))"
+    code = "from mnist_ray.cli import run; from mnist_ray.errors import say; run(lambda: say('done'))"
     done = subprocess.run(f'"{sys.executable}" -c "{code}" >&-', shell=True, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
 
