@@ -29,7 +29,7 @@ def work():
                 time.sleep(0.01)
     except KeyboardInterrupt:
         return 130
-sys.exit(signals.supervise(work))
+os._exit(signals.supervise(work))  # as jobs end: Python itself would first give signals their defaults back
 """
 
 
@@ -111,7 +111,7 @@ def test_a_signal_counts_once_whoever_gets_it(
 
 
 def test_a_closed_terminal_counts_for_nothing_under_nohup(start: Starter) -> None:
-    process = start(f"signal.signal(signal.SIGHUP, signal.SIG_IGN)\ninterrupts.take_signals()\n{SAVING}")
+    process = start(f"signal.signal(signal.SIGHUP, signal.SIG_IGN)\nsignals.take_signals()\n{SAVING}")
     assert process.stdout
     assert process.stdout.readline() == "here\n"
     os.killpg(process.pid, signal.SIGHUP)

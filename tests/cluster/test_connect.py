@@ -12,7 +12,8 @@ from tests.conftest import ROOT
 
 JOB = """\
 import sys
-from mnist_ray import cli, environment
+from mnist_ray import cli
+from mnist_ray.cluster import environment
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import JobError
 
