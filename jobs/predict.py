@@ -1,4 +1,4 @@
-"""Let a trained model answer your own pictures.
+"""Print a trained model's predictions for your own pictures.
 
 python jobs/predict.py photo.jpg scans/
 python jobs/predict.py scans/ --run my_run --grid seen.png

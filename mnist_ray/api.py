@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mnist_ray.run.find import Found
-    from mnist_ray.tools.predict import Answer
+    from mnist_ray.tools.predict import Prediction
 
 _REPORT_HEIGHT = 600  # pixels, in a notebook
 
@@ -185,8 +185,8 @@ def predict(
     workload: type[Workload] | str | Path | None = None,
     storage_path: str = LookupConfig().storage_path,
     as_is: bool = False,
-) -> list[Answer]:
-    """Return a trained model's answers, as ``jobs/predict.py`` prints them.
+) -> list[Prediction]:
+    """Return a trained model's predictions, as ``jobs/predict.py`` prints them.
 
     ``pictures`` are paths of pictures or of folders, Pillow images, or an array of inputs as the data have them,
     (N, ...); or one of the first two. ``as_is``: scale pictures and no more. Raises UsageError and JobError.
@@ -196,12 +196,12 @@ def predict(
     found = _found(run, workload, {"storage_path": storage_path})
     model = found.load_model()
     if isinstance(pictures, np.ndarray):
-        return tool.answer_inputs(found.workload, model, pictures)
+        return tool.predict_inputs(found.workload, model, pictures)
     some: Sequence[str | Path | Image] = pictures if isinstance(pictures, (list, tuple)) else [pictures]
     if all(isinstance(picture, (str, os.PathLike)) for picture in some):
-        return list(tool.answer_all(found.workload, model, list(tool.find_files(map(str, some))), as_is=as_is))
+        return list(tool.predict_files(found.workload, model, list(tool.find_files(map(str, some))), as_is=as_is))
     inputs = [found.workload.read_picture(picture, as_is=as_is) for picture in some]  # type: ignore[arg-type]
-    return tool.answer_inputs(found.workload, model, np.stack(inputs))
+    return tool.predict_inputs(found.workload, model, np.stack(inputs))
 
 
 def _run(job: Job) -> Run:

@@ -209,13 +209,12 @@ class ViewConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictionConfig:
-    """How pictures are answered."""
+    """How predictions for pictures are printed."""
 
-    threshold: float = setting(0.8, "least probability of an answer that is not called unsure", **fraction())
+    threshold: float = setting(0.8, "least probability of a prediction that is not called unsure", **fraction())
     as_is: bool = setting(False, "scale the picture and no more: for a model of other images than the workload's own")
-    many: bool = setting(False, "answer each of several things in a picture, in the order of reading, with its place")
     json: bool = setting(False, "print a JSON object a line, for programs")
-    grid: str | None = setting(None, "file of a picture to draw of what the network saw, with its answers", **_png())
+    grid: str | None = setting(None, "file to draw what the network saw into, with its predictions", **_png())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

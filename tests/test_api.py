@@ -89,14 +89,14 @@ def test_evaluation_by_a_runs_name_gives_what_the_run_has(run: Run) -> None:
 def test_predictions_are_for_arrays_pictures_and_files(run: Run, mnist_test: Arrays, tmp_path: Path) -> None:
     images = mnist_test.inputs[:40]
     answers = mnist_ray.predict(images, run)
-    digits = np.array([answer.answers[0][0] for answer in answers])
+    digits = np.array([answer.top[0][0] for answer in answers])
     assert (digits == mnist_test.targets[:40]).mean() > 0.5
     pictures = [Image.fromarray(image) for image in images[:2]]
     for number, picture in enumerate(pictures):
         picture.save(tmp_path / f"{number}.png")
     as_files = mnist_ray.predict(tmp_path, run, as_is=True)
     assert [Path(answer.file).name for answer in as_files] == ["0.png", "1.png"]
-    assert [answer.answers for answer in as_files] == [a.answers for a in mnist_ray.predict(pictures, run, as_is=True)]
+    assert [answer.top for answer in as_files] == [a.top for a in mnist_ray.predict(pictures, run, as_is=True)]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_the_tours_cells_run_from_the_first_to_the_last(
             exec(cell.replace("num_epochs=1", "num_epochs=1, limit=0.05").replace("trials=4", "trials=2"), names)
     said = capsys.readouterr().out
     assert "label: 3, images: 60,000 to train on, 10,000 to test" in said
-    assert [answer.answers[0][0] for answer in names["answers"]].count(7) >= 1
+    assert [answer.top[0][0] for answer in names["answers"]].count(7) >= 1
     assert names["circle"].metrics["accuracy"] > 0.8
     assert set(names["sweep"].best) == {"width", "learning_rate"}
     assert {row["width"] for row in names["sweep"].trials} <= {8, 32}

@@ -12,7 +12,6 @@ from scipy import ndimage
 
 from mnist_ray.errors import UsageError
 from mnist_ray.mnist.idx import IMAGE_SHAPE
-from mnist_ray.workload.base import Mark
 
 _WORKING_SIZE = 256  # pixels of the longer side at which the digit is looked for
 _LEAST_CONTRAST = 20.0  # grey levels by which ink differs from paper
@@ -20,7 +19,6 @@ _LEAST_PIXELS = 40  # of a digit, at the working size
 _CLEAR_EDGE = 0.3  # less of the picture's edge than this is ink, unless the light is uneven
 _WIDEST_STROKE = 0.3  # of the longer side
 _LEAST_PART = 0.04  # of the largest piece's ink: smaller pieces are specks
-_LEAST_HEIGHT = 0.4  # of the tallest mark: lower ones are no digits, as a comma
 # Of the picture's longer side: a piece of such a size inside it makes those at its edge no digits; the smaller size,
 # those that take so much of its edge, as a shadow does.
 _LEAST_INNER, _LEAST_BESIDE_SHADOW, _SHADOWS_EDGE = 0.3, 0.1, 0.2
@@ -34,24 +32,14 @@ _FAINT_INK, _FULL_INK = 0.4, 25
 def to_mnist(image: Image.Image) -> np.ndarray:
     """Return the digit in a picture as MNIST has it: (28, 28) uint8, bright on black; of several the largest.
 
-    Raises UsageError where the picture is blank.
+    Raises UsageError if the picture is blank.
     """
-    return max(marks(image), key=lambda mark: mark.size).inputs
-
-
-def marks(image: Image.Image) -> list[Mark]:
-    """Return all that may be a digit in a picture, in the order of reading. Raises UsageError where it is blank."""
     factor = _WORKING_SIZE / max(image.size)
     size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
-    ink, pieces = _pieces(_ink(_to_grey(image, size)))
-    found = []
-    for mask in _in_reading_order(_grouped(pieces)):
-        rows, columns = _box(mask)
-        left, top, right, bottom = (
-            round(edge / factor) for edge in (columns.start, rows.start, columns.stop, rows.stop)
-        )
-        found.append(Mark(_centred(_scaled(_digit(*ink, mask))), (left, top, right, bottom)))
-    return found
+    ink = _ink(_to_grey(image, size))
+    threshold = _FAINT_INK * _otsu(ink)
+    digits = _grouped(_pieces(ink, threshold))
+    return _centred(_scaled(_alone(ink, threshold, max(digits, key=_area))))
 
 
 def as_it_is(image: Image.Image) -> np.ndarray:
@@ -139,13 +127,12 @@ def _edge(values: np.ndarray) -> np.ndarray:
     return np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
 
 
-def _pieces(ink: np.ndarray) -> tuple[tuple[np.ndarray, float], list[np.ndarray]]:
-    """Return the ink with the threshold that parts it from paper, and a mask of each piece that is not too small.
+def _pieces(ink: np.ndarray, threshold: float) -> list[np.ndarray]:
+    """Return a mask of each piece of ink that is not too small.
 
-    What touches the picture's edge is the table beside the paper, a finger or a shadow, where there is something of
-    some size that does not.
+    What touches the picture's edge is the table beside the paper, a finger or a shadow, if there is something of some
+    size that does not.
     """
-    threshold = _FAINT_INK * _otsu(ink)
     labels, num_pieces = ndimage.label(ink > threshold, np.ones((3, 3)))
     numbers = range(1, num_pieces + 1)
     amounts = np.asarray(ndimage.sum_labels(ink, labels, numbers))
@@ -158,11 +145,11 @@ def _pieces(ink: np.ndarray) -> tuple[tuple[np.ndarray, float], list[np.ndarray]
         edge = _edge(labels)
         amounts = amounts * (np.bincount(edge, minlength=num_pieces + 1)[1:] < _SHADOWS_EDGE * len(edge))
     kept = 1 + np.flatnonzero(amounts > _LEAST_PART * amounts.max())
-    return (ink, threshold), [labels == number for number in kept]
+    return [labels == number for number in kept]
 
 
 def _grouped(pieces: list[np.ndarray]) -> list[np.ndarray]:
-    """Return the masks of whole marks: pieces that stand over each other, and not far apart, belong to one."""
+    """Return the masks of whole digits: pieces that stand over each other, and not far apart, belong to one."""
     groups: list[np.ndarray] = []
     for piece in sorted(pieces, key=np.count_nonzero, reverse=True):
         group = next((number for number, other in enumerate(groups) if _belong_together(piece, other)), None)
@@ -170,8 +157,13 @@ def _grouped(pieces: list[np.ndarray]) -> list[np.ndarray]:
             groups.append(piece)
         else:
             groups[group] = groups[group] | piece
-    heights = [mask.any(axis=1).sum() for mask in groups]
-    return [mask for mask, height in zip(groups, heights, strict=True) if height >= _LEAST_HEIGHT * max(heights)]
+    return groups
+
+
+def _area(mask: np.ndarray) -> int:
+    """Return the area of a mask's box, in pixels."""
+    rows, columns = _box(mask)
+    return int((rows.stop - rows.start) * (columns.stop - columns.start))
 
 
 def _belong_together(piece: np.ndarray, other: np.ndarray) -> bool:
@@ -182,19 +174,8 @@ def _belong_together(piece: np.ndarray, other: np.ndarray) -> bool:
     return shared > 0.3 * narrower and gap < 0.3 * (other_rows.stop - other_rows.start)
 
 
-def _in_reading_order(masks: list[np.ndarray]) -> list[np.ndarray]:
-    """Return marks from left to right, those of a lower line after those of a higher one."""
-    left, ordered = [(*_box(mask), mask) for mask in masks], list[np.ndarray]()
-    while left:
-        end = min(rows.stop for rows, _, _ in left)  # of the highest mark: what has its middle above it is on its line
-        line = [mark for mark in left if mark[0].start + mark[0].stop <= 2 * end]
-        left = [mark for mark in left if mark[0].start + mark[0].stop > 2 * end]
-        ordered += [mask for _, _, mask in sorted(line, key=lambda mark: mark[1].start)]
-    return ordered
-
-
-def _digit(ink: np.ndarray, threshold: float, mask: np.ndarray) -> np.ndarray:
-    """Return the ink of a mark alone."""
+def _alone(ink: np.ndarray, threshold: float, mask: np.ndarray) -> np.ndarray:
+    """Return the ink of one digit."""
     full = float(np.percentile(ink[mask], _FULL_INK))
     near = ndimage.binary_dilation(mask, iterations=2)
     return np.where(near, np.clip((ink - threshold / 2) / (full - threshold / 2), 0, 1), 0)

@@ -11,7 +11,6 @@ import numpy as np
 from mnist_ray.mnist import idx, others
 from mnist_ray.settings import setting
 from mnist_ray.workload import sources
-from mnist_ray.workload.base import Mark
 from mnist_ray.workload.classification import Classification
 from mnist_ray.workload.data import Data
 
@@ -42,7 +41,7 @@ class MNIST(Classification):
     """28×28 grey images of ten digits."""
 
     Settings = Settings
-    noun, answer_noun = "image", "digit"
+    noun, prediction_noun = "image", "digit"
     recipes = {
         "default": {"beta1": 0.7, "beta2": 0.9},  # a run of two epochs is too short for longer memories
         "notebook": {
@@ -93,9 +92,3 @@ class MNIST(Classification):
         from mnist_ray.mnist import photo
 
         return photo.as_it_is(picture) if as_is else photo.to_mnist(picture)
-
-    def marks(self, picture: Image) -> list[Mark]:
-        """Find all digits in a picture."""
-        from mnist_ray.mnist import photo
-
-        return photo.marks(picture)

@@ -57,24 +57,6 @@ Rows = Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)
-class Mark:
-    """One of the things in a user's picture that a workload answers by itself."""
-
-    inputs: np.ndarray
-    """As the workload's data have them."""
-    box: tuple[int, int, int, int] | None = None
-    """Where it is: left, top, right, bottom in pixels of the picture; None: it is the whole picture."""
-
-    @property
-    def size(self) -> int:
-        """The area of its box, in pixels; 0 where it has none."""
-        if self.box is None:
-            return 0
-        left, top, right, bottom = self.box
-        return (right - left) * (bottom - top)
-
-
-@dataclass(frozen=True)
 class NoSettings:
     """A workload without settings of its own."""
 
@@ -101,8 +83,8 @@ class Workload:
     """Other search spaces, as ``{"learning_rate": Range(1e-3, 1e-1, log=True)}``; None: it is not searched."""
     noun: ClassVar[str] = "example"
     """What one example is called."""
-    answer_noun: ClassVar[str] = "answer"
-    """What an answer to a picture is called."""
+    prediction_noun: ClassVar[str] = "prediction"
+    """What a prediction for a picture is called."""
     output_noun: ClassVar[str] = "outputs"
     """What the model's outputs are called."""
 
@@ -214,17 +196,13 @@ class Workload:
     def read_picture(self, picture: Image, *, as_is: bool) -> np.ndarray:
         """Make one input of a user's own picture; ``as_is``: scale it and no more. Raises UsageError.
 
-        Workloads that have it answer to ``jobs/predict.py``.
+        Workloads that have it take pictures in ``jobs/predict.py``.
         """
-        raise UsageError(f"{type(self).__name__} does not answer pictures: it defines no read_picture()")
+        raise UsageError(f"{type(self).__name__} does not take pictures: it defines no read_picture()")
 
-    def marks(self, picture: Image) -> list[Mark]:
-        """Return all that is to be answered in a user's own picture, in the order of reading. Raises UsageError."""
-        return [Mark(self.read_picture(picture, as_is=False))]
-
-    def answers(self, outputs: Any) -> list[list[tuple[Any, float]]]:
-        """Return what the model says to each input, the best first: answers with their probabilities."""
-        raise UsageError(f"{type(self).__name__} defines no answers(): it cannot be asked, only evaluated and exported")
+    def top_predictions(self, outputs: Any) -> list[list[tuple[Any, float]]]:
+        """Return the best few predictions for each input with their probabilities, the best first."""
+        raise UsageError(f"{type(self).__name__} defines no top_predictions(): it can only be evaluated and exported")
 
     # --- derived
 
@@ -272,8 +250,8 @@ class Workload:
         return f"{self.nouns}_per_s"
 
     @property
-    def answers_pictures(self) -> bool:
-        """Whether ``jobs/predict.py`` can ask it."""
+    def takes_pictures(self) -> bool:
+        """Whether ``jobs/predict.py`` takes pictures for it."""
         return type(self).read_picture is not Workload.read_picture
 
     def format(self, values: Mapping[str, float]) -> str:

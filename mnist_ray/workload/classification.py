@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mnist_ray.config import TrainConfig
     from mnist_ray.workload.drawing import Picture
 
-_NUM_ANSWERS = 3
+_NUM_TOP = 3
 _MOST_COLUMNS = 12  # of classes in the console's confusion matrix
 
 
@@ -31,7 +31,7 @@ class Classification(Workload):
 
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("accuracy", "max", is_fraction=True),)
     output_noun = "logits"
-    answer_noun = "class"
+    prediction_noun = "class"
 
     @property
     def class_names(self) -> list[Any]:
@@ -143,9 +143,9 @@ class Classification(Workload):
 
         return figures.of_classification(self, self.class_names, result, rows, test)
 
-    def answers(self, outputs: Tensor) -> list[list[tuple[Any, float]]]:
+    def top_predictions(self, outputs: Tensor) -> list[list[tuple[Any, float]]]:
         """Return the most probable classes of each example."""
-        best = outputs.softmax(1).topk(min(_NUM_ANSWERS, outputs.shape[1]))
+        best = outputs.softmax(1).topk(min(_NUM_TOP, outputs.shape[1]))
         return [
             [(self.class_names[index], probability) for index, probability in zip(indices, probabilities, strict=True)]
             for indices, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)

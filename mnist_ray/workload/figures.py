@@ -1,4 +1,4 @@
-"""Pictures of what models say, drawn with matplotlib: confusion, predictions over targets, examples with answers."""
+"""Pictures of predictions, drawn with matplotlib: confusion, predictions over targets, examples with both."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from mnist_ray.config import PredictionConfig
@@ -28,7 +27,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, mnist_test: Arrays) -> Pa
     return folder
 
 
-def test_answers_come_for_each_file_and_status_1_tells_of_those_without(
+def test_predictions_come_for_each_file_and_status_1_tells_of_those_without(
     finished_run: Path, pictures: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "folder").mkdir()
@@ -39,7 +38,7 @@ def test_answers_come_for_each_file_and_status_1_tells_of_those_without(
     flags = (*map(str, given), "--run", str(finished_run))
     done = run_job("predict.py", *flags, "--grid", str(tmp_path / "grid.png"))
     assert done.returncode == 1
-    assert done.stderr == "error: no answer to 5 of 13 files\n"
+    assert done.stderr == "error: no prediction for 5 of 13 files\n"
     lines = done.stdout.splitlines()
     assert lines[0].startswith("checkpoint ")
     assert [line.split(": ", 1) for line in lines[1:4]] == [
@@ -50,7 +49,7 @@ def test_answers_come_for_each_file_and_status_1_tells_of_those_without(
     assert [Path(line.split(": ")[0]).stem for line in lines[4:12]] == [str(index) for index in range(5000, 5008)]
     assert lines[12].endswith("missing.png: cannot be read: No such file or directory")
     assert lines[13].endswith("folder: is a folder without pictures")
-    assert lines[14] == "note skipped 1 file, of no known format: 1 .txt"
+    assert len(lines) == 14
     assert Image.open(tmp_path / "grid.png").width == 6 * Image.open(tmp_path / "grid.png").width // 6
 
 
@@ -69,59 +68,17 @@ def test_json_gives_an_object_a_line(finished_run: Path, pictures: Path, mnist_t
 
 
 def test_unsure_is_what_stays_below_the_threshold() -> None:
-    answer = predict.Answer("a.png", np.zeros((28, 28), np.uint8), ((3, 0.7), (8, 0.2), (5, 0.05)))
+    answer = predict.Prediction("a.png", np.zeros((28, 28), np.uint8), ((3, 0.7), (8, 0.2), (5, 0.05)))
     assert answer.is_sure(0.7)
     assert not answer.is_sure(0.71)
-
-
-def test_many_files_are_answered_on_ray_as_they_are_here(
-    finished_run: Path, pictures: Path, ray_address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = find(str(finished_run), "~/ray_results")
-    model = found.load_model()
-    files = list(predict.find_files([str(pictures), "nowhere.png"]))
-    monkeypatch.setattr(predict, "_BATCH_SIZE", 2)
-    here = list(predict.answer_all(found.workload, model, files))
-    torch.set_num_threads(1)
-    monkeypatch.setattr(predict, "_MOST_HERE", 0)
-    on_ray = list(predict.answer_all(found.workload, model, files))
-    assert len(here) == 9
-    assert [(answer.file, [best for best, _ in answer.answers], answer.error) for answer in on_ray] == [
-        (answer.file, [best for best, _ in answer.answers], answer.error) for answer in here
-    ]
 
 
 def test_a_picture_of_something_else_is_seen_as_it_is(few_images: Arrays, tmp_path: Path) -> None:
     Image.fromarray(few_images.inputs[0]).save(tmp_path / "one.png")
     files = [tmp_path / "one.png"]
-    (answer,) = predict.answer_all(mnist(), mnist().create_model().eval(), files, as_is=True)
+    (answer,) = predict.predict_files(mnist(), mnist().create_model().eval(), files, as_is=True)
     assert answer.inputs is not None
     np.testing.assert_array_equal(answer.inputs, few_images.inputs[0])
-
-
-def test_several_digits_in_a_photo_are_said_or_answered_one_by_one(mnist_test: Arrays, tmp_path: Path) -> None:
-    canvas = np.full((2000, 3000), 235, np.uint8)
-    for index, left in ((0, 200), (2, 1500)):
-        canvas[600:1160, left : left + 560] -= np.kron(mnist_test.inputs[index] // 2, np.ones((20, 20), np.uint8))
-    Image.fromarray(canvas).save(tmp_path / "two.jpg")
-    files, model = [tmp_path / "two.jpg"], mnist().create_model().eval()
-    (largest,) = predict.answer_all(mnist(), model, files)
-    assert largest.num_marks == 2
-    assert not largest.is_sure(0.0)
-    each = list(predict.answer_all(mnist(), model, files, many=True))
-    assert [answer.num_marks for answer in each] == [1, 1]
-    for answer, left in zip(each, (200, 1500), strict=True):
-        assert answer.box is not None
-        assert left < answer.box[0] < answer.box[2] < left + 560, "in pixels of the file, which is decoded smaller"
-        assert answer.to_dict("digit", 0.8)["box"] == list(answer.box)
-
-
-def test_what_is_skipped_in_a_folder_is_counted_by_kind() -> None:
-    skipped = [Path(name) for name in ("a.heic", "b.HEIC", "c.pdf", "README")]
-    assert predict.skipped_ones(skipped) == (
-        "skipped 4 files, of no known format: 2 .heic, 1 .pdf, 1 no suffix; "
-        "HEIC is read by the package pillow-heif, which can save it as JPEG"
-    )
 
 
 def test_flags_may_stand_between_pictures(finished_run: Path, pictures: Path) -> None:
@@ -150,7 +107,7 @@ def test_code_that_has_come_with_a_run_is_not_loaded(finished_run: Path, tmp_pat
         values["workload"] = str(code) if file.parent == sent else {**values["workload"], "reference": str(code)}
         file.write_text(json.dumps(values))
     with pytest.raises(UsageError, match=r"code that may have come with a run|has a checkpoint to use"):
-        find(given, str(tmp_path), is_wanted=predict.answers_pictures)
+        find(given, str(tmp_path), is_wanted=predict.takes_pictures)
     assert not (sent / "it_ran").exists()
 
 
@@ -165,8 +122,8 @@ def test_without_any_run_one_line_says_what_makes_one(pictures: Path, tmp_path: 
 def answers_to(*given: Path | str) -> list[str]:
     """Return why there is no answer to files, or the best answer, of a model that has learned nothing."""
     files = list(predict.find_files(map(str, given)))
-    answers = predict.answer_all(mnist(), mnist().create_model().eval(), files, as_is=True)
-    return [answer.error or str(answer.answers[0][0]) for answer in answers]
+    answers = predict.predict_files(mnist(), mnist().create_model().eval(), files, as_is=True)
+    return [answer.error or str(answer.top[0][0]) for answer in answers]
 
 
 def test_files_that_are_no_pictures_are_not_read(tmp_path: Path) -> None:
@@ -202,7 +159,7 @@ def test_pixels_that_are_no_numbers_are_refused(tmp_path: Path, value: float, is
     pixels[10:30, 20:23] = value
     Image.fromarray(pixels).save(tmp_path / "a.tiff")
     (answer,) = answers_to(tmp_path)
-    assert answer.isdigit() if is_answered else answer == "has pixels that are infinite or no numbers"
+    assert answer.isdigit() if is_answered else answer == "has pixels that are infinite or NaN"
 
 
 def test_harmless_damage_is_not_spoken_of(few_images: Arrays, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:

@@ -102,14 +102,14 @@ def test_an_empty_slice_has_empty_figures() -> None:
 def test_answers_are_the_most_probable_classes_by_name() -> None:
     outputs, _ = outputs_and_targets(4)
     probabilities = softmax(outputs)
-    for answers, expected in zip(workload().answers(torch.from_numpy(outputs)), probabilities, strict=True):
+    for answers, expected in zip(workload().top_predictions(torch.from_numpy(outputs)), probabilities, strict=True):
         best = np.argsort(-expected)[:3]
         assert [name for name, _ in answers] == [NAMES[index] for index in best]
         assert [probability for _, probability in answers] == pytest.approx(expected[best], rel=1e-5)
 
 
 def test_of_two_classes_there_are_two_answers() -> None:
-    (answers,) = workload(["no", "yes"]).answers(torch.tensor([[0.0, 1.0]]))
+    (answers,) = workload(["no", "yes"]).top_predictions(torch.tensor([[0.0, 1.0]]))
     assert [name for name, _ in answers] == ["yes", "no"]
 
 
