@@ -110,8 +110,10 @@ def rows(folder: Path, rng: random.Random) -> Iterator[tuple[str, str, Sequence[
         runs = [run(nodes, folder, "--num-workers", "2", do=kill) == wanted for _ in range(NUM_KILLS)]
         yield "a worker killed at a random moment", "--num-workers 2", runs
         assert isinstance(nodes, Raylets)
-        elastic = run(nodes, folder, "--num-workers", "1:2", "--num-epochs", "2", do=shrink_and_grow(nodes))
-        yield "2 workers, then 1, then 2", "--num-workers 1:2", [elastic == wanted]
+        elastic = run(
+            nodes, folder, "--num-workers", "2", "--min-workers", "1", "--num-epochs", "2", do=shrink_and_grow(nodes)
+        )
+        yield "2 workers, then 1, then 2", "--num-workers 2 --min-workers 1", [elastic == wanted]
 
     def kill_driver(driver: Driver) -> None:
         time.sleep(rng.uniform(2, 5))

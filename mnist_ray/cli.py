@@ -50,8 +50,6 @@ class Parser(argparse.ArgumentParser):
                 kind = {"type": _item_parser(item_type(hints[field.name])), "nargs": "+", "action": "extend"}
             elif plain is Path:
                 kind = {"type": str}  # an empty one would become the current folder
-            elif field.name == "num_workers":
-                kind = {"type": _worker_range}
             help_text = field.metadata.get("help", "")
             default = self._setting_defaults.get(field.name, field.default)
             if plain is not bool and default is not None:
@@ -64,8 +62,6 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown)}")
         flags = vars(found)
-        if isinstance(flags.get("num_workers"), tuple):
-            flags["min_workers"], flags["num_workers"] = flags["num_workers"]
         for config_class in self._config_classes:
             build(config_class, flags)
         return flags
@@ -123,17 +119,6 @@ def peek_word(*names: str) -> str | None:
     pairs = [(before, word) for before, word in itertools.pairwise(["", *rest]) if not word.startswith("-")]
     words = sorted(pairs, key=lambda pair: pair[0].startswith("-") and "=" not in pair[0])
     return words[0][1] if words else None
-
-
-def _worker_range(text: str) -> int | tuple[int, ...]:
-    """Parse ``N``, or ``MIN:MAX`` into both."""
-    try:
-        numbers = tuple(map(int, text.split(":")))
-    except ValueError:
-        numbers = ()
-    if len(numbers) not in (1, 2):
-        raise argparse.ArgumentTypeError(f"must be N or MIN:MAX, not {text!r}")
-    return numbers if len(numbers) == 2 else numbers[0]
 
 
 def run(main: Callable[[], None]) -> NoReturn:

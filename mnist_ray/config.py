@@ -125,9 +125,7 @@ class WorkerConfig:
     loader_workers: int = setting(
         0, "processes of each worker that read a Dataset; 0: the worker itself; arrays need none", **at_least(0)
     )
-    min_workers: int | None = setting(
-        None, "go on with as few as this while the cluster holds no more; also as --num-workers MIN:MAX", **at_least(1)
-    )
+    min_workers: int | None = setting(None, "go on with as few as this while the cluster holds no more", **at_least(1))
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = setting(
         "PACK", "workers on few nodes or on many; STRICT: on one, or each on another, else not at all"
     )

@@ -49,7 +49,6 @@ def test_a_bad_value_is_refused_by_name(values: dict[str, object], message: str)
     ("flags", "expected"),
     [
         (["--num-workers", "1"], {"num_workers": 1}),
-        (["--num-workers", "2:4"], {"num_workers": 4, "min_workers": 2}),
         (["--num-workers", "4", "--min-workers", "3"], {"num_workers": 4, "min_workers": 3}),
         ([], {}),
     ],

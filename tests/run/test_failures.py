@@ -210,7 +210,9 @@ def test_an_elastic_run_goes_on_with_fewer_workers(nodes: Cluster, small_data: P
         "epoch 1/8  finished",
         *flags,
         "--num-workers",
-        "1:2",
+        "2",
+        "--min-workers",
+        "1",
         address=nodes.address,
     )
     assert "started    2 × cpu" in printed
