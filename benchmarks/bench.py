@@ -327,8 +327,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="only what is beside other programs; written nowhere")
     args = parser.parse_args()
     rounds, parts = (1, ["one"]) if args.quick else (args.rounds, PARTS)
-    source = idx.find("mnist", None)
-    full = source.load("train"), source.load("test")
+    full = idx.load("train"), idx.load("test")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         flags: list[object] = []

@@ -106,7 +106,7 @@ def photographed(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 def mnist_images() -> Iterator[Sample]:
     """Yield MNIST's own test images."""
-    split = idx.find("mnist", None).load("test")
+    split = idx.load("test")
     for image, label in zip(split.inputs[:2000], split.targets[:2000], strict=True):
         yield "MNIST's test images", int(label), Image.fromarray(image)
 

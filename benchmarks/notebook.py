@@ -63,8 +63,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(1, 25)))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    source = idx.find("mnist", None)
-    train, test = tensors(source.load("train")), tensors(source.load("test"))
+    train, test = tensors(idx.load("train")), tensors(idx.load("test"))
     accuracies = []
     for seed in args.seeds:
         accuracies.append(test_accuracy(seed, train, test))

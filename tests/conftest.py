@@ -76,7 +76,7 @@ def write_data_set(folder: Path, train: Arrays, test: Arrays, *, gzipped: bool =
 @pytest.fixture(scope="session")
 def mnist_test() -> Arrays:
     """The embedded test images."""
-    return idx.find("mnist", None).load("test")
+    return idx.load("test")
 
 
 @pytest.fixture(scope="session")

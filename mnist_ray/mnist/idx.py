@@ -6,16 +6,14 @@ import gzip
 import hashlib
 import math
 import zlib
-from dataclasses import dataclass
-from importlib import resources
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from mnist_ray.errors import JobError, UsageError, first_line
+from mnist_ray.errors import JobError, UsageError
 from mnist_ray.settings import path_of
 from mnist_ray.workload.data import Arrays
-from mnist_ray.workload.sources import EXPECTED
 
 IMAGE_SHAPE = (28, 28)
 _MOST_CLASSES = 10
@@ -29,51 +27,36 @@ _MNIST_SHA256 = {
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
-_TORCHVISION_CLASSES = {"fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
-_CACHE = Path("~/.cache/mnist_ray")
+SHIPPED = Path(__file__).with_name("data")
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a data set lies: a folder with its four IDX files, and their pinned digests if it is the embedded one."""
+def load(split: str, data_dir: Path | None = None) -> Arrays:
+    """Read ``"train"`` or ``"test"`` of MNIST, which comes with the package, or of another folder with its four files.
 
-    name: str
-    folder: Path
-    sha256: dict[str, str]
-
-    def load(self, split: str) -> Arrays:
-        """Read and check the ``"train"`` or ``"test"`` images and labels. Raises JobError for bad files."""
-        images_name, labels_name = FILES[split]
-        images = self._read(images_name, num_dims=3)
-        labels = self._read(labels_name, num_dims=1)
-        if images.shape[1:] != IMAGE_SHAPE:
-            raise JobError(f"{self.folder / images_name} has images of {images.shape[1]}×{images.shape[2]}, not 28×28")
-        if len(images) != len(labels):
-            raise JobError(f"{self.folder} has {len(images):,} {split} images but {len(labels):,} labels")
-        if len(labels) == 0:
-            raise JobError(f"{self.folder / images_name} holds no images")
-        if labels.max() >= _MOST_CLASSES:
-            raise JobError(f"{self.folder / labels_name} has label {labels.max()}; the classes are 0 to 9")
-        return Arrays(images, labels)
-
-    def _read(self, name: str, num_dims: int) -> np.ndarray:
-        content = _read_maybe_gzipped(self.folder / name)
-        expected = self.sha256.get(name)
-        if expected and hashlib.sha256(content).hexdigest() != expected:
-            raise JobError(f"{self.folder / name} is not the file that was shipped; reinstall mnist_ray")
-        return _parse_idx(content, num_dims, self.folder / name)
-
-
-def find(dataset: str, data_dir: Path | None) -> Source:
-    """Locate a data set, downloading it through torchvision if it is neither embedded nor cached.
-
-    Raises UsageError where ``data_dir`` holds no data set, JobError where a download fails.
+    Raises UsageError if the folder has no such files, JobError if they are damaged.
     """
+    folder, sha256 = SHIPPED, _MNIST_SHA256
     if data_dir is not None:
-        return Source(str(data_dir), _idx_folder(path_of(data_dir, "--data-dir")), sha256={})
-    if dataset in _TORCHVISION_CLASSES:
-        return Source(dataset, _download(_TORCHVISION_CLASSES[dataset]), sha256={})
-    return Source("mnist", Path(str(resources.files("mnist_ray.mnist") / "data")), _MNIST_SHA256)
+        folder, sha256 = _idx_folder(path_of(data_dir, "--data-dir")), {}
+    images_name, labels_name = FILES[split]
+    images = _read(folder / images_name, 3, sha256)
+    labels = _read(folder / labels_name, 1, sha256)
+    if images.shape[1:] != IMAGE_SHAPE:
+        raise JobError(f"{folder / images_name} has images of {images.shape[1]}×{images.shape[2]}, not 28×28")
+    if len(images) != len(labels):
+        raise JobError(f"{folder} has {len(images):,} {split} images but {len(labels):,} labels")
+    if len(labels) == 0:
+        raise JobError(f"{folder / images_name} holds no images")
+    if labels.max() >= _MOST_CLASSES:
+        raise JobError(f"{folder / labels_name} has label {labels.max()}; the classes are 0 to 9")
+    return Arrays(images, labels)
+
+
+def _read(path: Path, num_dims: int, sha256: Mapping[str, str]) -> np.ndarray:
+    content = _read_maybe_gzipped(path)
+    if path.name in sha256 and hashlib.sha256(content).hexdigest() != sha256[path.name]:
+        raise JobError(f"{path} is not the file that was shipped; reinstall mnist_ray")
+    return _parse_idx(content, num_dims, path)
 
 
 def _idx_folder(root: Path) -> Path:
@@ -86,8 +69,7 @@ def _idx_folder(root: Path) -> Path:
         if not found:
             missing = [path.name for path in _paths(root) if not _exists(path)]
             raise UsageError(
-                f"--data-dir {root} lacks {', '.join(missing)} (gzipped or not; also looked in raw/ and */raw/); nor "
-                f"does it hold what else is known: {EXPECTED}"
+                f"--data-dir {root} lacks {', '.join(missing)} (gzipped or not; also looked in raw/ and */raw/)"
             )
     except OSError as error:
         raise UsageError(f"--data-dir {root} cannot be read: {error.strerror}") from error
@@ -106,21 +88,6 @@ def _gzipped(path: Path) -> Path:
 
 def _exists(path: Path) -> bool:
     return path.is_file() or _gzipped(path).is_file()
-
-
-def _download(torchvision_class: str) -> Path:
-    """Fetch a data set into the cache, if it is not there yet; return its folder of IDX files."""
-    from torchvision import datasets
-
-    root = path_of(_CACHE, "the cache in")
-    try:
-        data_set = getattr(datasets, torchvision_class)(root, download=True)
-    except (OSError, RuntimeError) as error:
-        raise JobError(
-            f"cannot download {torchvision_class} into {root}: {first_line(error)}; "
-            "with the files at hand, use --data-dir"
-        ) from error
-    return Path(data_set.raw_folder)
 
 
 def _read_maybe_gzipped(path: Path) -> bytes:

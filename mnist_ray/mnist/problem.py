@@ -8,15 +8,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mnist_ray.mnist import idx, others
-from mnist_ray.settings import setting
-from mnist_ray.workload import sources
+from mnist_ray.errors import JobError, first_line
+from mnist_ray.mnist import idx
+from mnist_ray.settings import path_of, setting
 from mnist_ray.workload.classification import Classification
-from mnist_ray.workload.data import Data
+from mnist_ray.workload.data import Arrays, Data
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Generator, Tensor, nn
+
+
+_DOWNLOADED = {"fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
+"""The data sets that torchvision downloads, once, and its classes."""
+_CACHE = Path("~/.cache/mnist_ray")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +36,7 @@ class Settings:
     )
     data_dir: Path | None = setting(
         None,
-        "in place of --dataset: a folder with IDX files, pictures by class or NumPy files, or a table of pixels",
+        "in place of --dataset: a folder with four IDX files, gzipped or not",
         decides_data=True,
     )
     augment: bool = setting(False, "train on digits as other hands would draw them: turned, scaled, sheared, moved")
@@ -58,15 +63,11 @@ class MNIST(Classification):
     }
 
     def load_data(self) -> Data:
-        """Read the four IDX files, or what else there is in ``data_dir``.
-
-        Raises UsageError where there is nothing that is known, JobError where it is damaged.
-        """
-        data_dir = self.settings.data_dir
-        if data_dir is not None and data_dir.exists() and sources.kind_of(data_dir) is not None:
-            return others.load(data_dir)
-        source = idx.find(self.settings.dataset, self.settings.data_dir)
-        return Data(source.load("train"), source.load("test"), name=source.name)
+        """Read the four IDX files. Raises UsageError if there are none, JobError if they are damaged."""
+        if self.settings.dataset in _DOWNLOADED and self.settings.data_dir is None:
+            return _download(self.settings.dataset)
+        train, test = (idx.load(split, self.settings.data_dir) for split in ("train", "test"))
+        return Data(train, test, name=str(self.settings.data_dir or "mnist"))
 
     def create_model(self) -> nn.Module:
         """Return the notebook's network."""
@@ -92,3 +93,15 @@ class MNIST(Classification):
         from mnist_ray.mnist import photo
 
         return photo.as_it_is(picture) if as_is else photo.to_mnist(picture)
+
+
+def _download(dataset: str) -> Data:
+    from torchvision import datasets
+
+    kind, root = getattr(datasets, _DOWNLOADED[dataset]), path_of(_CACHE, "the cache in")
+    try:
+        parts = [kind(root, train=is_train, download=True) for is_train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise JobError(f"cannot download {dataset} into {root}: {first_line(error)}") from error
+    train, test = (Arrays(part.data.numpy(), part.targets.numpy()) for part in parts)
+    return Data(train, test, name=dataset)

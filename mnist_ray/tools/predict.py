@@ -26,10 +26,11 @@ from mnist_ray.settings import path_of
 from mnist_ray.storage import RunFolder, write_file
 from mnist_ray.tools.flags import class_of
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.sources import PICTURES
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What is read, as Pillow names it. For others it would start programs, as Ghostscript for PostScript."""
+_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+"""Of the files that are taken from folders."""
 _BATCH_SIZE = 64
 _MOST_DRAWN = 240
 _LONGEST_NAME = 14
@@ -97,7 +98,7 @@ def find_files(given: Iterable[str]) -> Iterator[Path]:
         if os.path.isdir(path):  # not Path.is_dir(), which raises if a name is too long or a folder is closed
             found = sorted(file for file in path.rglob("*") if os.path.isfile(file))
             # A folder without pictures is reported as a file that cannot be read.
-            yield from [file for file in found if file.suffix.lower() in PICTURES] or [path]
+            yield from [file for file in found if file.suffix.lower() in _SUFFIXES] or [path]
         else:
             yield path
 

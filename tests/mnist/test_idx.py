@@ -1,4 +1,5 @@
 import gzip
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,66 +22,47 @@ def assert_equal(split: Arrays, other: Arrays) -> None:
 
 
 def test_the_embedded_data_set_is_the_whole_of_mnist(mnist_test: Arrays) -> None:
-    train = idx.find("mnist", None).load("train")
+    train = idx.load("train")
     assert train.inputs.shape == (60_000, 28, 28)
     assert mnist_test.inputs.shape == (10_000, 28, 28)
     assert train.targets[:5].tolist() == [5, 0, 4, 1, 9]
     assert np.bincount(mnist_test.targets).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
 
-def test_a_tampered_embedded_file_is_refused(tmp_path: Path) -> None:
-    source = idx.find("mnist", None)
-    content = bytearray(gzip.decompress((source.folder / "t10k-labels-idx1-ubyte.gz").read_bytes()))
+def test_a_tampered_embedded_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(idx.SHIPPED, tmp_path, dirs_exist_ok=True)
+    labels = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    content = bytearray(gzip.decompress(labels.read_bytes()))
     content[8] ^= 1
-    for path in source.folder.glob("t10k-images*"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(content)))
+    labels.write_bytes(gzip.compress(bytes(content)))
+    monkeypatch.setattr(idx, "SHIPPED", tmp_path)
     with pytest.raises(JobError, match="is not the file that was shipped"):
-        idx.Source("mnist", tmp_path, source.sha256).load("test")
+        idx.load("test")
 
 
 @pytest.mark.parametrize("gzipped", [False, True])
 @pytest.mark.parametrize("below", ["", "raw", "FashionMNIST/raw"])
 def test_a_data_set_is_found_in_each_layout(tmp_path: Path, gzipped: bool, below: str) -> None:
     write_data_set(tmp_path / below, tiny(3), tiny(2), gzipped=gzipped)
-    source = idx.find("mnist", tmp_path)
-    assert_equal(source.load("train"), tiny(3))
-    assert_equal(source.load("test"), tiny(2))
-
-
-def test_a_downloaded_data_set_is_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(idx, "_CACHE", tmp_path)
-    write_data_set(tmp_path / "KMNIST" / "raw", tiny(3), tiny(2))
-    source = idx.find("kmnist", None)
-    assert source.name == "kmnist"
-    assert_equal(source.load("test"), tiny(2))
-
-
-def test_a_failed_download_is_one_line_that_names_another_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object, **options: object) -> None:
-        raise RuntimeError("Error downloading\nmore")
-
-    monkeypatch.setattr(idx, "_CACHE", tmp_path)
-    monkeypatch.setattr("torchvision.datasets.FashionMNIST", fail)
-    with pytest.raises(JobError, match=r"cannot download FashionMNIST into .*: Error downloading; .* --data-dir"):
-        idx.find("fashion-mnist", None)
+    assert_equal(idx.load("train", tmp_path), tiny(3))
+    assert_equal(idx.load("test", tmp_path), tiny(2))
 
 
 def test_a_folder_that_is_not_there_is_refused() -> None:
     with pytest.raises(UsageError, match="--data-dir /nowhere is not a folder"):
-        idx.find("mnist", Path("/nowhere"))
+        idx.load("train", Path("/nowhere"))
 
 
 def test_an_empty_folder_is_refused_with_the_names_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="lacks train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k"):
-        idx.find("mnist", tmp_path)
+        idx.load("train", tmp_path)
 
 
 def test_a_folder_with_two_data_sets_is_refused(tmp_path: Path) -> None:
     for name in ("MNIST", "KMNIST"):
         write_data_set(tmp_path / name / "raw", tiny(), tiny())
     with pytest.raises(UsageError, match="holds several data sets; name one"):
-        idx.find("mnist", tmp_path)
+        idx.load("train", tmp_path)
 
 
 def test_an_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +73,7 @@ def test_an_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(JobError, match="train-images-idx3-ubyte cannot be read: Permission denied"):
-        idx.find("mnist", tmp_path).load("train")
+        idx.load("train", tmp_path)
 
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
@@ -119,10 +101,10 @@ def test_a_bad_file_is_refused(tmp_path: Path, name: str, content: bytes, messag
     (tmp_path / name.removesuffix(".gz")).unlink()
     (tmp_path / name).write_bytes(content)
     with pytest.raises(JobError, match=message):
-        idx.find("mnist", tmp_path).load("train")
+        idx.load("train", tmp_path)
 
 
 def test_a_data_set_without_images_is_refused(tmp_path: Path) -> None:
     write_data_set(tmp_path, tiny(), tiny(0))
     with pytest.raises(JobError, match="holds no images"):
-        idx.find("mnist", tmp_path).load("test")
+        idx.load("test", tmp_path)

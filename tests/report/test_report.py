@@ -83,7 +83,7 @@ def unfinished_run(finished_run: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def test_images(small_data: Path) -> Split:
-    return Split(idx.find("mnist", small_data).load("test"))
+    return Split(idx.load("test", small_data))
 
 
 def write(run: RunFolder, test: Split | None = None) -> dict[str, bytes]:
