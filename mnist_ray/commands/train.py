@@ -39,7 +39,7 @@ def train(job: Job) -> None:
 
             plan = plan_workers(job.workers, cluster, job.train.chunks)
             if job.output.check:
-                check(console, job, data, cluster, plan)
+                check(console, job, cluster, plan)
                 return
             with recorded(console, job, data, cluster, plan, clock) as record:  # writes a report however the run ends
                 fitted = fit(job, data, plan, record.on_event)

@@ -37,7 +37,7 @@ def tune(sweep: Sweep) -> None:
             from mnist_ray.sweep.search import check, search, train_chosen  # imports torch, which is there by now
 
             if sweep.job.output.check:
-                check(console, sweep, data, cluster)
+                check(console, sweep, cluster)
                 return
             table = search(console, sweep, data, cluster)
             train_chosen(console, sweep, table, data, cluster)

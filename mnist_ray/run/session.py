@@ -12,9 +12,8 @@ from typing import Any
 
 from mnist_ray.cluster import preflight
 from mnist_ray.cluster.plan import Cluster, WorkerPlan
-from mnist_ray.cluster.remote_data import share
-from mnist_ray.errors import JobError, with_place
-from mnist_ray.provenance import origin
+from mnist_ray.errors import JobError, count, with_place
+from mnist_ray.provenance import origin, versions
 from mnist_ray.report.live import LiveReport
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.failures import TrainingStoppedError
@@ -213,13 +212,20 @@ def print_evaluation(console: RunConsole, workload: Workload, tested: Evaluation
     console.result("test", f"{said} on {tested.num_examples:,} {workload.nouns}")
 
 
-def check(console: RunConsole, job: Job, data: Splits, cluster: Cluster, plan: WorkerPlan) -> None:
+def check(console: RunConsole, job: Job, cluster: Cluster, plan: WorkerPlan) -> None:
     """Say how a job would run, and whether it would. Raises JobError where it would not."""
     say_plan(console, job, cluster, plan)
-    check_nodes(console, job, data, plan)
+    check_nodes(console, job, plan)
 
 
-def check_nodes(console: RunConsole, job: Job, data: Splits, plan: WorkerPlan) -> None:
-    """Let every node prove that it can take part."""
-    shared, fingerprint = share(job.workload, data.train), data.train.fingerprint()
-    preflight.check_nodes(job.run, shared, fingerprint, job.workload.noun, job.train.batch_size, plan, console.say)
+def check_nodes(console: RunConsole, job: Job, plan: WorkerPlan) -> None:
+    """Say how a step is cut, and let every node prove that it can take part. Raises JobError where one cannot."""
+    own_versions, batch_size, nouns = versions(), job.train.batch_size, job.workload.nouns
+    hosts = preflight.check_nodes(job.run, own_versions)
+    each = f"a step's {batch_size} {nouns} are {math.ceil(batch_size / plan.num_workers)} a worker"
+    console.say("plan", f"{count(plan.num_workers, 'worker')} ({plan.placement}); {each}")
+    console.say("storage", f"{job.run.storage_path}: read by {', '.join(hosts)}")
+    console.say("versions", ", ".join(f"{name} {version}" for name, version in own_versions.items()))
+    if plan.must_scale_up:
+        console.say("note", "whether the cluster can start nodes for these workers is only seen when it is asked to")
+    console.say("check", "this job would run")

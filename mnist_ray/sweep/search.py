@@ -33,11 +33,11 @@ from mnist_ray.workload.data import Splits
 PICTURE_FILE = "sweep.png"
 
 
-def check(console: SweepConsole, sweep: Sweep, data: Splits, cluster: Cluster) -> None:
+def check(console: SweepConsole, sweep: Sweep, cluster: Cluster) -> None:
     """Say how a sweep would run, and whether it would. Raises JobError where it would not."""
     plan = plan_workers(sweep.workers, cluster, sweep.job.train.chunks)
     _say_plan(console, sweep, plan, cluster)
-    check_nodes(console, sweep.job, data, plan)
+    check_nodes(console, sweep.job, plan)
 
 
 def search(console: SweepConsole, sweep: Sweep, data: Splits, cluster: Cluster) -> TrialTable:

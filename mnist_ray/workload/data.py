@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # torch takes seconds to import, and arrays can be read witho
 
 _HOLD_OUT_SEED = 28
 _MOST_HELD_OUT = 5000  # by default; more would only make validation slower
-_NUM_HASHED = 16  # examples of a Dataset, which is not read as a whole to be compared
 _MOST_FILES_ASKED = 1000  # for their size and time; of more, so many evenly spaced: a server may need long for each
 
 
@@ -122,22 +121,13 @@ class Split:
             return np.asarray(targets if self.indices is None else targets[self.indices])
         return np.array([np.asarray(self[index][1]) for index in range(len(self))])
 
-    def fingerprint(self) -> str:
-        """Return a digest of the examples: of all in arrays in memory, else of their number and a few of them."""
-        if self.arrays is not None:
-            return _sha256(self.arrays.inputs, self.arrays.targets)
-        digest = hashlib.sha256(str(len(self)).encode())
-        for index in np.linspace(0, len(self) - 1, min(_NUM_HASHED, len(self)), dtype=int).tolist():
-            digest.update(np.asarray(self[index][1]).tobytes())
-        return digest.hexdigest()
-
     def digest(self) -> str | None:
-        """Return by what it is told from other data: of arrays in memory, the fingerprint, else the state of its files.
+        """Return a digest that identifies the data: of arrays in memory their content, else the state of their files.
 
         None where they are not known: of a ``Dataset`` that does not say what it reads.
         """
         if self.arrays is not None:
-            return self.fingerprint()
+            return _sha256(self.arrays.inputs, self.arrays.targets)
         try:
             if isinstance(self.examples, Arrays):
                 arrays = self.examples.inputs, self.examples.targets
