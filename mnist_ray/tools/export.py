@@ -6,7 +6,7 @@ import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,7 @@ from mnist_ray.workload.loading import load_data
 Run = Callable[[Tensor], Tensor]
 _TOLERANCE = 1e-4
 _FILES = {"torch": "model.pt2", "onnx": "model.onnx"}
-_BATCH_SIZES = (1, 7, 500)  # in turn: the batch is to be free
-_MOST_COMPARED = 10_000
+_NUM_COMPARED = 512
 
 
 def export(found: find.Found, config: ExportConfig) -> None:
@@ -41,11 +40,7 @@ def export(found: find.Found, config: ExportConfig) -> None:
     workload, model = found.workload, found.load_model()
     to_bytes, load = {"torch": (torch_program, _load_torch), "onnx": (onnx_program, _load_onnx)}[config.format]
     write_file(path, to_bytes(workload, model))
-    name, inputs = _inputs_to_check_on(workload)
-    number, difference = largest_difference(model, load(path), inputs)
-    outputs = workload.output_noun
-    if not difference <= _TOLERANCE:  # nor where it is NaN
-        raise JobError(f"{path} does not do what the checkpoint does: its {outputs} differ by up to {difference:.1e}")
+    outputs, checked = workload.output_noun, _checked(workload, model, load(path), path)
     example = _example(workload)
     shape = ", ".join(map(str, example.shape[1:]))
     kind = str(example.dtype).removeprefix("torch.")
@@ -55,43 +50,33 @@ def export(found: find.Found, config: ExportConfig) -> None:
         say(f"note       {note}")
     say(f"checkpoint {found.checkpoint.path}")
     say(f"{config.format:<10} {path}: {workload.nouns} (N, {shape}) {kind} to {outputs} (N{result and ', ' + result})")
-    say(f"checked    on {number:,} {name}: {outputs} differ by at most {difference:.1e}")
+    say(f"checked    {checked}")
 
 
-def _inputs_to_check_on(workload: Workload) -> tuple[str, Iterator[Tensor]]:
-    """Return batches of test examples, prepared; where the data are not here, as many that are noise."""
+def _checked(workload: Workload, model: nn.Module, run: Run, path: Path) -> str:
+    """Compare a program with the model on test examples; return what came out. Raises JobError if they differ."""
     try:
-        split = Split(load_data(workload).test, origin="test")
-    except (UsageError, JobError):
-        example = _example(workload)
-        noise = torch.rand((1000, *example.shape[1:]), generator=torch.Generator().manual_seed(0)).to(example.dtype)
-        return f"{workload.nouns} of noise", iter(noise[start:stop] for start, stop in _bounds(len(noise)))
-    batches = batches_of(split, torch.device("cpu"))
-    return f"test {workload.nouns}", (
-        workload.prepare(batches[Slice(np.arange(start, stop))].inputs, None)
-        for start, stop in _bounds(min(_MOST_COMPARED, len(split)))
-    )
+        batches = _batches_to_compare_on(workload)
+    except (UsageError, JobError) as error:
+        return f"not: {error}"
+    difference, outputs = largest_difference(model, run, batches), workload.output_noun
+    if not difference <= _TOLERANCE:  # nor if it is NaN
+        raise JobError(f"{path} does not do what the checkpoint does: its {outputs} differ by up to {difference:.1e}")
+    return f"on {len(batches[-1]):,} test {workload.nouns}: {outputs} differ by at most {difference:.1e}"
 
 
-def _bounds(number: int) -> Iterator[tuple[int, int]]:
-    start, turn = 0, 0
-    while start < number:
-        stop = min(number, start + _BATCH_SIZES[turn % len(_BATCH_SIZES)])
-        yield start, stop
-        start, turn = stop, turn + 1
+def _batches_to_compare_on(workload: Workload) -> list[Tensor]:
+    """Return test examples, prepared, as a batch of one and a larger one: the batch's size is to be free."""
+    split = Split(load_data(workload).test, origin="test")
+    batches, number = batches_of(split, torch.device("cpu")), min(_NUM_COMPARED, len(split))
+    slices = [Slice(np.arange(1)), Slice(np.arange(number))]
+    return [workload.prepare(batches[chosen].inputs, None) for chosen in slices]
 
 
-def largest_difference(model: nn.Module, run: Run, batches: Iterator[Tensor]) -> tuple[int, float]:
-    """Return the number of examples, and the largest difference of two models' outputs over them.
-
-    NaN where an output is NaN.
-    """
-    number, differences = 0, []
+def largest_difference(model: nn.Module, run: Run, batches: Iterable[Tensor]) -> float:
+    """Return the largest difference of two models' outputs over all examples; NaN if an output is NaN."""
     with torch.inference_mode():
-        for batch in batches:
-            number += len(batch)
-            differences.append((model(batch) - run(batch)).abs().max())
-    return number, float(torch.stack(differences).max())
+        return float(torch.stack([(model(batch) - run(batch)).abs().max() for batch in batches]).max())
 
 
 def _example(workload: Workload) -> Tensor:
