@@ -12,13 +12,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run import lease
-from mnist_ray.run.lease import Claim, owned
+from mnist_ray.run.lease import Owner, owned, this_process
 from mnist_ray.storage import RunFolder, locate
 
-ELSEWHERE = Claim("other-host", "another boot", 7, 0.0, holds=True)
+ELSEWHERE = Owner("other-host", "another boot", 7, 0.0)
 
 
 @pytest.fixture
@@ -26,16 +27,15 @@ def run(tmp_path: Path) -> RunFolder:
     return locate(str(tmp_path), "a-run")
 
 
-def claim_of(run: RunFolder, claim: Claim, name: str = "0") -> Path:
-    """Put another's claim beside a run; by its name it goes before every other."""
-    path = Path(run.storage_path) / lease.FOLDER / f"{run.name}~{name}"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(asdict(claim)))
+def claim_of(run: RunFolder, owner: Owner) -> Path:
+    """Let another own a run."""
+    path = Path(run.storage_path) / lease.file_of(run)
+    path.write_text(json.dumps(asdict(owner)))
     return path
 
 
 def claims(run: RunFolder) -> list[Path]:
-    return list((Path(run.storage_path) / lease.FOLDER).glob("*"))
+    return list(Path(run.storage_path).glob(".*.owner"))
 
 
 def test_a_run_that_another_job_owns_is_refused_and_free_again_afterwards(run: RunFolder) -> None:
@@ -58,31 +58,31 @@ def test_runs_of_other_names_are_free(run: RunFolder, tmp_path: Path) -> None:
 def test_the_claim_of_a_process_that_has_died_here_is_taken_at_once(run: RunFolder) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    left = claim_of(run, replace(Claim.own(), pid=dead.pid, holds=True))
+    left = claim_of(run, replace(this_process(), pid=dead.pid))
     with owned(run):
-        assert not left.exists()
+        assert json.loads(left.read_text())["pid"] == os.getpid()
 
 
 def test_the_claim_of_a_process_that_has_died_here_and_was_not_waited_for_is_taken_at_once(run: RunFolder) -> None:
     with psutil.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as dead:
-        left = claim_of(run, replace(Claim.own(), pid=dead.pid, started=dead.create_time(), holds=True))
+        left = claim_of(run, replace(this_process(), pid=dead.pid, started=dead.create_time()))
         with pytest.raises(UsageError, match="in use"), owned(run):
             pass
         dead.kill()
         os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
         with owned(run):
-            assert not left.exists()
+            assert json.loads(left.read_text())["pid"] == os.getpid()
 
 
 def test_the_claim_of_a_process_whose_id_another_has_now_is_taken_at_once(run: RunFolder) -> None:
-    left = claim_of(run, replace(Claim.own(), started=1.0, holds=True))
+    left = claim_of(run, replace(this_process(), started=1.0))
     with owned(run):
-        assert not left.exists()
+        assert json.loads(left.read_text())["pid"] == os.getpid()
 
 
 OF_ANOTHER_SHAPE = [
-    json.dumps(asdict(Claim.own()) | wrong).encode()
-    for wrong in ({"pid": "4711"}, {"pid": -1}, {"pid": 10**30}, {"started": "noon"}, {"holds": None}, {"host": 5})
+    json.dumps(asdict(this_process()) | wrong).encode()
+    for wrong in ({"pid": "4711"}, {"pid": -1}, {"pid": 10**30}, {"started": "noon"}, {"host": 5})
 ]
 
 
@@ -98,7 +98,7 @@ def test_a_claim_from_elsewhere_that_does_not_change_is_taken_after_a_time(
     left.write_bytes(content)
     waited: list[str] = []
     with owned(run, waiting=waited.append):
-        assert not left.exists()
+        assert json.loads(left.read_text())["pid"] == os.getpid()
     assert waited
 
 
@@ -112,7 +112,9 @@ def test_a_claim_from_elsewhere_that_changes_is_respected_whatever_its_clock_say
         number = 0
         while not stop.wait(0.05):
             number += 1
-            claim_of(run, replace(ELSEWHERE, renewed=number), "1").rename(other)
+            changed = other.with_name("changed")
+            changed.write_text(json.dumps(asdict(replace(ELSEWHERE, renewed=number))))
+            changed.rename(other)
 
     thread = threading.Thread(target=renew)
     thread.start()
@@ -142,18 +144,33 @@ def test_an_owner_that_finds_another_in_its_place_ends(run: RunFolder, monkeypat
 
 
 @pytest.mark.parametrize("content", OF_ANOTHER_SHAPE)
-def test_an_owner_goes_on_renewing_beside_a_claim_of_another_shape(
+def test_an_owner_goes_on_renewing_over_a_file_of_another_shape(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
     monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.05)
     monkeypatch.setattr(lease, "end_with", pytest.fail)
     with owned(run):
         (own,) = claims(run)
-        claim_of(run, ELSEWHERE).write_bytes(content)
-        before, deadline = own.read_text(), time.monotonic() + 30
-        while own.read_text() == before:
+        own.write_bytes(content)
+        deadline = time.monotonic() + 30
+        while own.read_bytes() == content or not own.read_text().startswith('{"host": "' + this_process().host):
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+def test_on_an_object_store_the_job_that_has_written_last_owns_the_run(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SubTreeFileSystem("/", LocalFileSystem())
+    on_store = replace(run, filesystem=store, path=run.path.lstrip("/"))
+    monkeypatch.setattr("mnist_ray.run.lease.time.sleep", lambda seconds: claim_of(run, ELSEWHERE))
+    with pytest.raises(UsageError, match="in use by another job: process 7 on other-host"), owned(on_store):
+        pass
+    claim_of(run, ELSEWHERE).unlink()
+    monkeypatch.setattr("mnist_ray.run.lease.time.sleep", lambda seconds: None)
+    with owned(on_store):
+        assert len(claims(run)) == 1
+    assert claims(run) == []
 
 
 def test_what_is_checked_once_a_run_is_owned_may_refuse_it_and_frees_it(run: RunFolder) -> None:
