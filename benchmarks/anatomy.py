@@ -22,6 +22,7 @@ from mnist_ray.cluster.environment import keep_freed_memory
 from mnist_ray.config import TrainConfig
 from mnist_ray.training import engine
 from mnist_ray.training.sampler import ShardedBatchSampler, batch_loader, batches_of
+from mnist_ray.training.state import Group
 from mnist_ray.workload import source
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.loading import load_data
@@ -35,7 +36,7 @@ def profile_steps(batch_size: int, precision: str, num_threads: int, num_steps: 
     torch.set_num_threads(num_threads)
     workload = source.load(source.DEFAULT)()
     split = Split(load_data(workload).train)
-    group = engine.Group()
+    group = Group()
     config = TrainConfig(batch_size=batch_size, precision="bf16" if precision == "bf16" else "fp32")
     state = engine.create_state(workload, config, len(split), group.device)
     dataset = batches_of(split, group.device)

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from mnist_ray.cluster.environment import keep_freed_memory
 from mnist_ray.config import TrainConfig
 from mnist_ray.training import engine
+from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
+from mnist_ray.training.state import Group, StopWantedError, TrainingState
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
 
@@ -26,11 +28,27 @@ class Timed:
     late: float
 
 
+class _Timer(Callback):
+    """Notes the time, and what ``look`` returns, about every half second; stops after some steps."""
+
+    def __init__(self, num_steps: int, look: Callable[[], float]) -> None:
+        self._num_steps, self._look = num_steps, look
+        self.marks: list[tuple[int, float, float]] = []
+
+    def on_progress(self, state: TrainingState, progress: Progress) -> None:
+        """Note it."""
+        self.marks.append((progress.total_step, time.perf_counter(), self._look()))
+
+    def wants_stop(self) -> bool:
+        """Stop when there were enough."""
+        return bool(self.marks) and self.marks[-1][0] >= self._num_steps
+
+
 def timed_steps(
     workload: Workload,
     split: Split,
     config: TrainConfig,
-    group: engine.Group,
+    group: Group,
     num_steps: int,
     num_loaders: int = 0,
     look: Callable[[], float] = lambda: 0.0,
@@ -38,13 +56,9 @@ def timed_steps(
     """Train so many steps in this process, as one of the ranks of ``group``."""
     keep_freed_memory()
     state = engine.create_state(workload, config, len(split), group.device)
-    marks: list[tuple[int, float, float]] = []
-
-    def note(progress: Progress) -> None:
-        marks.append((progress.total_step, time.perf_counter(), look()))
-
-    hooks = engine.Hooks(progress=note, wants_stop=lambda: bool(marks) and marks[-1][0] >= num_steps)
-    with contextlib.suppress(engine.StopWantedError):
-        engine.train(workload, state, split, config, group, hooks, num_loaders)
+    timer = _Timer(num_steps, look)
+    with contextlib.suppress(StopWantedError):
+        engine.train(workload, state, split, config, group, [timer], num_loaders)
+    marks = timer.marks
     first, last = next(mark for mark in marks if mark[0] >= num_steps / 10), marks[-1]
     return Timed((last[1] - first[1]) / (last[0] - first[0]), first[2], last[2])

@@ -128,7 +128,8 @@ class Version:
         with (self._storage / "sweep" / "sweep.csv").open() as file:
             for row in csv.DictReader(file):
                 yield " ".join(f"{name}={value}" for name, value in row.items() if name not in TIMES)
-        yield from (self._storage / "sweep" / "best.json").read_text().splitlines()
+        best = json.loads((self._storage / "sweep" / "best.json").read_text())
+        yield json.dumps(best | {"workload": None})  # which names where its code lies
 
     def _keys(self) -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}

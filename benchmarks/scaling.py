@@ -32,7 +32,7 @@ from loop import timed_steps
 from torch import nn
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.training import engine
+from mnist_ray.training.state import Group
 from mnist_ray.workload import source
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.loading import load_data
@@ -146,7 +146,7 @@ def lost_to_failures(checkpoint_s: float, restart_s: float, hours_between_failur
 # --- measuring
 
 
-def train_steps(group: engine.Group, batch_size: int, num_steps: int) -> float:
+def train_steps(group: Group, batch_size: int, num_steps: int) -> float:
     """Train in this process, one rank; return the seconds of a step after the first tenth of them."""
     torch.set_num_threads(1)
     workload = source.load(source.DEFAULT)()
@@ -159,7 +159,7 @@ def train_steps(group: engine.Group, batch_size: int, num_steps: int) -> float:
 
 def run_rank(rank: int, num_workers: int, batch_size: int, num_steps: int, meeting: str) -> None:
     """Train as one of several ranks; rank 0 prints the seconds of a step."""
-    group = engine.Group(rank, num_workers)
+    group = Group(rank, num_workers)
     if num_workers > 1:
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_workers)
     seconds = train_steps(group, batch_size, num_steps)

@@ -19,6 +19,7 @@ import numpy as np
 from mnist_ray.cluster.environment import keep_freed_memory
 from mnist_ray.config import TrainConfig
 from mnist_ray.training import engine, sampler
+from mnist_ray.training.state import Group
 from mnist_ray.workload import source
 from mnist_ray.workload.data import splits_of
 from mnist_ray.workload.loading import load_data
@@ -65,10 +66,10 @@ def test_accuracy(seed: int) -> float:
     """Train by the default recipe in this process; return the last weights' accuracy on the test set."""
     workload = source.load(source.DEFAULT)()
     data = splits_of(load_data(workload), None)
-    group = engine.Group()
+    group = Group()
     config = TrainConfig(**workload.recipes["default"], seed=seed, precision=engine.resolve_precision("auto", group))
     state = engine.create_state(workload, config, len(data.train), group.device)
-    engine.train(workload, state, data.train, config, group, engine.Hooks())
+    engine.train(workload, state, data.train, config, group)
     return engine.evaluate(workload, state.model, data.test).values(workload)["accuracy"]
 
 

@@ -17,17 +17,31 @@ from torch.multiprocessing.spawn import spawn
 from mnist_ray.cluster.environment import keep_freed_memory
 from mnist_ray.config import TrainConfig
 from mnist_ray.training import engine, shared_memory
+from mnist_ray.training.callback import Callback
+from mnist_ray.training.events import Progress
+from mnist_ray.training.state import Group, TrainingState
 from mnist_ray.workload import source
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Parts, parts_of
 from mnist_ray.workload.loading import load_data
 
 
+class _Rates(Callback):
+    """Notes the images a second of each epoch."""
+
+    def __init__(self) -> None:
+        self.of_epochs: list[float] = []
+
+    def on_epoch(self, state: TrainingState, progress: Progress) -> None:
+        """Note it."""
+        self.of_epochs.append(progress.examples_per_s)
+
+
 def work(rank: int, args: argparse.Namespace, folder: str, workload: Workload, data: Parts) -> None:
     """Train on one rank; rank 0 writes down the rate of the first epoch."""
     keep_freed_memory()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // args.num_workers))
-    group = engine.Group(rank, args.num_workers)
+    group = Group(rank, args.num_workers)
     if args.num_workers > 1:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         dist.init_process_group("gloo", init_method=f"file://{folder}/s", rank=rank, world_size=args.num_workers)
@@ -36,11 +50,10 @@ def work(rank: int, args: argparse.Namespace, folder: str, workload: Workload, d
     settings = {**workload.recipes["default"], "num_epochs": args.num_epochs}
     config = TrainConfig(**settings, precision=engine.resolve_precision("auto", group))
     state = engine.create_state(workload, config, len(data.train), group.device)
-    rates: list[float] = []
-    hooks = engine.Hooks(checkpoint=lambda state, progress: rates.append(progress.examples_per_s))
-    engine.train(workload, state, data.train, config, group, hooks)
+    rates = _Rates()
+    engine.train(workload, state, data.train, config, group, [rates])
     if rank == 0:
-        (Path(folder) / "rate").write_text(str(rates[0]))
+        (Path(folder) / "rate").write_text(str(rates.of_epochs[0]))
     os._exit(0)
 
 

@@ -37,7 +37,7 @@ from mnist_ray.errors import JobError
 from mnist_ray.run import evaluate
 from mnist_ray.run.failures import FailureReporter, TrainingStoppedError, reason_of
 from mnist_ray.run.find import best_of, snapshot_of
-from mnist_ray.run.job import Job, about
+from mnist_ray.run.job import Job
 from mnist_ray.run.worker import LoopSpec, train_loop_per_worker
 from mnist_ray.signals import Noted, first_only_noted
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder, with_retries
@@ -80,22 +80,8 @@ def fit(job: Job, data: Splits, plan: WorkerPlan, on_event: Callable[[Event], No
         options = {"num_cpus": 0, **evaluate.process_options()}
         validation_config = ValidationConfig(validate, ray_remote_kwargs=options)
     evaluate.start_process()
-    spec = LoopSpec(
-        workload,
-        job.train,
-        share(workload, data.train),
-        job.run,
-        event_queue,
-        about(job),
-        workers.hang_timeout_s,
-        workers.loader_workers,
-        validates_in_tasks=validation_config is not None,
-        validation=validation,
-        callback=job.callback,
-        profile=job.output.profile,
-        detect_anomaly=job.output.detect_anomaly,
-    )
-
+    train, in_tasks = share(workload, data.train), validation_config is not None
+    spec = LoopSpec.of(job, train, validation, event_queue=event_queue, validates_in_tasks=in_tasks)
     damaged: set[str] = set()
 
     def on_event_here(event: Event) -> None:

@@ -1,4 +1,4 @@
-"""What each worker of a run does: the training loop of plain PyTorch, told to Ray Train."""
+"""What each worker does: one set-up for runs and trials, and the loop of plain PyTorch, reported to Ray Train."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, with_place
 from mnist_ray.provenance import arithmetic, versions
 from mnist_ray.run.failures import PASSING, CodeFailedError, is_of_gloo
+from mnist_ray.run.job import Job, about
 from mnist_ray.storage import RunFolder, checkpoint_name, position_of
 from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training import engine
@@ -34,13 +35,14 @@ from mnist_ray.training.debug import Profiler, anomalies_found
 from mnist_ray.training.events import EpochFinished, Event, NodeLeaving, Progress, Started, StoppedEarly, Validated
 from mnist_ray.training.metrics import score
 from mnist_ray.training.reproducible import OtherArithmeticError, check_arithmetic
+from mnist_ray.training.state import Group, StopWantedError, TrainingDivergedError, TrainingState, best_epoch, is_over
 from mnist_ray.workload import user_code
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.user_code import Source
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoopSpec:
     """What every worker is handed."""
 
@@ -49,12 +51,12 @@ class LoopSpec:
     train: RemoteSplit
     run: RunFolder
     """Where the checkpoints are."""
-    event_queue: Any
-    """The actor that rank 0 tells how it goes; None where nobody listens."""
     about: dict[str, Any]
     """Written into every checkpoint."""
     hang_timeout_s: float
     """A worker that takes no step for so long ends itself."""
+    event_queue: Any = None
+    """The actor that rank 0 tells how it goes; None if nobody listens."""
     loader_workers: int = 0
     """Processes that read a ``Dataset``."""
     validates_in_tasks: bool = False
@@ -67,6 +69,24 @@ class LoopSpec:
     """Steps to profile."""
     detect_anomaly: bool = False
 
+    @classmethod
+    def of(cls, job: Job, train: RemoteSplit, validation: RemoteSplit | None, **more: Any) -> LoopSpec:
+        """Return what the workers of a job are handed."""
+        return cls(
+            workload=job.workload,
+            config=job.train,
+            train=train,
+            run=job.run,
+            about=about(job),
+            hang_timeout_s=job.workers.hang_timeout_s,
+            loader_workers=job.workers.loader_workers,
+            validation=validation,
+            callback=job.callback,
+            profile=job.output.profile,
+            detect_anomaly=job.output.detect_anomaly,
+            **more,
+        )
+
     @property
     def folders(self) -> list[Path]:
         """Where the user's code is."""
@@ -74,17 +94,19 @@ class LoopSpec:
 
 
 def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
-    """Train on one worker; every rank runs this. Return why training stopped early, or None where it is done.
+    """Train on one worker of Ray Train; every rank runs this. Return why training stopped early; None if it is done.
 
-    Where it was asked to stop, that is empty. Raises CodeFailedError where the code failed, and what else failed as it
-    is.
+    If it was asked to stop, that is empty. Raises CodeFailedError if the code failed, and what else failed as it is.
     """
     spec = loop_config["spec"]
     try:
-        _train(spec)
-    except (checkpoints.OtherModelError, engine.TrainingDivergedError, OtherArithmeticError) as error:
+        context = ray.train.get_context()
+        group = Group(context.get_world_rank(), context.get_world_size(), get_device())
+        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+        train_worker(spec, group, TrainReporter(spec, group), cpus, context.get_local_world_size())
+    except (checkpoints.OtherModelError, TrainingDivergedError, OtherArithmeticError) as error:
         return str(error)  # not raised: Ray would take it for a lost worker and try again
-    except engine.StopWantedError:
+    except StopWantedError:
         return ""
     except (CodeFailedError, *PASSING):
         raise
@@ -95,114 +117,138 @@ def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
     return None
 
 
-def _train(spec: LoopSpec) -> None:
+def train_worker(spec: LoopSpec, group: Group, reporter: Reporter, cpus: float, workers_on_node: int = 1) -> None:
+    """Set a worker up, and train from its run's newest checkpoint, if there is one, to the end.
+
+    ``cpus`` are those of this worker. Raises what ``engine.train`` and ``restore_newest`` do.
+    """
     keep_freed_memory()
-    context = ray.train.get_context()
-    group = engine.Group(context.get_world_rank(), context.get_world_size(), get_device())
-    assigned_cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
-    batch_size = spec.config.batch_size // group.world_size
-    threads = threads_per_worker(assigned_cpus, usable_cores(), context.get_local_world_size(), batch_size)
+    threads = threads_per_worker(cpus, usable_cores(), workers_on_node, spec.config.batch_size // group.world_size)
     torch.set_num_threads(1 if spec.config.reproducible else threads)
     split = spec.train.open()
-
-    callbacks = callbacks_of(spec.callback, spec.profile, spec.run)
-    state = engine.create_state(spec.workload, spec.config, len(split), group.device, callbacks)
-    restored = checkpoints.restore_newest(spec.run, state)
-    if not restored.name and not restored.damaged and ray.train.get_checkpoint():
-        raise JobError(f"{spec.run.uri} does not show the checkpoints that were written there")  # and so try again
+    state = engine.create_state(spec.workload, spec.config, len(split), group.device)
+    restored = checkpoints.restore_newest(spec.run, state, reporter.callbacks)
     config = replace(spec.config, precision=engine.resolve_precision(spec.config.precision, group))
-    reporter = _Reporter(spec, group, restored)
-    hosts = _hosts(group)
-    if spec.config.reproducible:
+    if config.reproducible:
         check_arithmetic(group.world_size)
-    reporter.send(
-        Started(
-            group.world_size,
-            hosts,
-            torch.get_num_threads(),
-            group.device.type,
-            config.precision,
-            state.epoch,
-            state.step,
-            config.num_steps(len(split)),
-            restored.damaged,
-            _notes(restored),
-        )
-    )
-    reporter.report_restored(state)
-    hooks = engine.Hooks(reporter.progress, reporter.checkpoint, reporter.wants_checkpoint, reporter.wants_stop)
+    end_if_hung(spec.hang_timeout_s)
+    reporter.begin(state, restored, config)
     try:
         with anomalies_found(spec.detect_anomaly, *spec.folders):
-            engine.train(spec.workload, state, split, config, group, hooks, spec.loader_workers)
+            engine.train(
+                spec.workload, state, split, config, group, [*reporter.callbacks, reporter], spec.loader_workers
+            )
     finally:
         faulthandler.cancel_dump_traceback_later()
-    if state.epoch < config.num_epochs:
-        reporter.send(StoppedEarly(state.epoch, engine.best_epoch(state.scores)))
-    reporter.wait_for_driver()
+    reporter.end(state)
 
 
-def callbacks_of(source: Source | None, profile: int | None, run: RunFolder) -> list[Callback]:
-    """Return the user's callback, which a checkpoint knows by its place, and then our own for ``profile`` steps."""
-    callbacks: list[Callback] = [user_code.load(source, Callback)()] if source else []
-    return [*callbacks, Profiler(profile, run)] if profile else callbacks
+class Reporter(Callback):
+    """What a worker does besides training: it watches over itself, validates and saves; subclasses say to whom."""
 
-
-def _hosts(group: engine.Group) -> tuple[str, ...]:
-    """Return the node of each rank, in their order."""
-    hosts: list[str] = [""] * group.world_size
-    if group.world_size > 1:
-        torch.distributed.all_gather_object(hosts, socket.gethostname())
-        return tuple(hosts)
-    return (socket.gethostname(),)
-
-
-def _notes(restored: checkpoints.Restored) -> tuple[str, ...]:
-    """Return what the user is to know of the checkpoint that the run goes on from."""
-    if restored.arithmetic in (None, arithmetic()):
-        return ()
-    return ("other versions or another processor than before: from here on the bits are others",)
-
-
-class _Reporter:
-    """What a worker does besides training: tells the driver, checkpoints, and watches over itself and its node."""
-
-    def __init__(self, spec: LoopSpec, group: engine.Group, restored: checkpoints.Restored) -> None:
-        self._spec = spec
-        self._restored = restored
-        self._group = group
+    def __init__(self, spec: LoopSpec, group: Group) -> None:
+        self._spec, self._group = spec, group
         self._is_first = group.rank == 0
         self._validation = spec.validation.open() if spec.validation else None
+        self._config = spec.config
+        self.callbacks: list[Callback] = [user_code.load(spec.callback, Callback)()] if spec.callback else []
+        """The user's, and then our own: a checkpoint knows them by their places."""
+        if spec.profile is not None:
+            self.callbacks.append(Profiler(spec.profile, spec.run))
+
+    def begin(self, state: TrainingState, restored: checkpoints.Restored, config: TrainConfig) -> None:
+        """Training is about to begin with ``config``, from what was ``restored``."""
+        self._config = config
+
+    def end(self, state: TrainingState) -> None:
+        """Training is over."""
+
+    def on_progress(self, state: TrainingState, progress: Progress) -> None:
+        """Note that training goes on."""
+        end_if_hung(self._spec.hang_timeout_s)
+
+    def snapshot(self, state: TrainingState, metrics: dict[str, Any]) -> checkpoints.Snapshot:
+        """Return a copy of what a checkpoint holds."""
+        about = self._spec.about | {"metrics": metrics, "versions": versions()}
+        if self._config.reproducible:
+            about["arithmetic"] = arithmetic()
+        return checkpoints.snapshot(state, about, self.callbacks)
+
+    def validated(self, state: TrainingState, split: Split) -> tuple[dict[str, float], dict[str, Any]]:
+        """Validate what has been trained so far, on all ranks at once; ``state`` notes an epoch's score.
+
+        Returns loss and metrics, and what is reported of them: also ``is_over``, whether the training is.
+        """
+        spec, workload = self._spec, self._spec.workload
+        evaluation = engine.evaluate_together(workload, state.result, split, self._group, spec.loader_workers)
+        values = evaluation.values(workload)
+        if state.step == 0:
+            state.scores.append(score(workload, values))
+        return values, validation_metrics(workload, values) | {"is_over": is_over(state, self._config)}
+
+
+class TrainReporter(Reporter):
+    """Reports to the driver's event queue, and checkpoints to Ray Train; watches over its node."""
+
+    def __init__(self, spec: LoopSpec, group: Group) -> None:
+        super().__init__(spec, group)
         self._saved_for_preemption = False
         self._uploaded = threading.Event()
         self._uploaded.set()
         self._answers: list[Any] = []
         current = ray.train.get_checkpoint()
         self._known = current.path.rsplit("/", 1)[-1] if current else ""
+
+    def begin(self, state: TrainingState, restored: checkpoints.Restored, config: TrainConfig) -> None:
+        """Tell the driver. Raises JobError if the storage does not show the checkpoints that Ray knows."""
+        super().begin(state, restored, config)
+        if not restored.name and not restored.damaged and self._known:
+            raise JobError(f"{self._spec.run.uri} does not show the checkpoints that were written there")  # try again
         # Ray knows a damaged checkpoint by its name still; what takes its place needs another one: with one b more.
         known_bs = len(self._known) - len(self._known.rstrip("b"))
         self._suffix = "b" * (known_bs + 1) if self._known in restored.damaged else ""
-        end_if_hung(spec.hang_timeout_s)
+        self.send(
+            Started(
+                num_workers=self._group.world_size,
+                hosts=_hosts(self._group),
+                threads=torch.get_num_threads(),
+                device=self._group.device.type,
+                precision=config.precision,
+                epoch=state.epoch,
+                step=state.step,
+                num_steps=int(state.last_step),
+                damaged=restored.damaged,
+                notes=_notes(restored),
+            )
+        )
+        self._report_restored(state, restored)
+
+    def end(self, state: TrainingState) -> None:
+        """Tell of an early end, and wait until all that was sent has come."""
+        if state.epoch < self._config.num_epochs:
+            self.send(StoppedEarly(state.epoch, best_epoch(state.scores)))
+        self._wait_for_driver()
 
     def send(self, event: Event) -> None:
         """Tell the driver, on rank 0."""
         if self._is_first and self._spec.event_queue is not None:
             self._answers.append(self._spec.event_queue.put.remote(event))
 
-    def wait_for_driver(self) -> None:
-        """Wait until all events are in the event queue, whose process may start more slowly than a short training ends.
+    def _wait_for_driver(self) -> None:
+        """Wait until all events are in the queue, whose process may start more slowly than a short training ends.
 
-        Done before each checkpoint, too: else its validation, by a task, could be told before the epoch is.
+        Done before each checkpoint, too: else its validation, by a task, could be reported before the epoch is.
         """
         if self._answers:
             ray.wait(self._answers, num_returns=len(self._answers))
 
-    def progress(self, progress: Progress) -> None:
-        """Note that training goes on."""
-        end_if_hung(self._spec.hang_timeout_s)
+    def on_progress(self, state: TrainingState, progress: Progress) -> None:
+        """Send it."""
+        super().on_progress(state, progress)
         self.send(progress)
 
     def wants_checkpoint(self) -> bool:
-        """Return True once where a worker's node is about to be taken away."""
+        """Return True once if a worker's node is about to be taken away."""
         if self._saved_for_preemption or ray.train.get_preemption_info() is None:
             return False
         self._saved_for_preemption = True
@@ -210,33 +256,34 @@ class _Reporter:
         return True
 
     def wants_stop(self) -> bool:
-        """Tell whether the driver wants the training to stop, as far as it has answered; asked on rank 0."""
+        """Tell whether the driver wants the training to stop, as far as it has answered; it answers rank 0 only."""
+        if not self._answers:
+            return False
         answered, self._answers = ray.wait(self._answers, num_returns=len(self._answers), timeout=0)
         return any(ray.get(answered))
 
-    def report_restored(self, state: engine.TrainingState) -> None:
-        """Report the checkpoint that this run goes on from, where a kill came between its upload and Ray's noting it.
+    def _report_restored(self, state: TrainingState, restored: checkpoints.Restored) -> None:
+        """Report the checkpoint that this run goes on from, if a kill came between its upload and Ray's noting it.
 
         Else a run whose last checkpoint it is would end without it.
         """
-        name = self._restored.name
-        if position_of(name) <= position_of(self._known):
+        if position_of(restored.name) <= position_of(self._known):
             return
-        saved = self._spec.run.inside(name)
-        self.wait_for_driver()
+        saved = self._spec.run.inside(restored.name)
+        self._wait_for_driver()
         ray.train.report(
-            self._restored.metrics,
+            restored.metrics,
             checkpoint=Checkpoint(saved.path, filesystem=saved.filesystem) if self._is_first else None,
-            checkpoint_dir_name=name,
+            checkpoint_dir_name=restored.name,
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
             validation=self._is_to_be_validated(state),
         )
 
-    def _is_to_be_validated(self, state: engine.TrainingState) -> bool:
+    def _is_to_be_validated(self, state: TrainingState) -> bool:
         """Tell whether this rank asks for a validation: the one that brings the checkpoint, at an epoch's end."""
         return self._is_first and state.step == 0 and self._spec.validates_in_tasks
 
-    def checkpoint(self, state: engine.TrainingState, progress: Progress) -> None:
+    def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
         """Hand a checkpoint to Ray Train, on all ranks at once. An epoch's last is validated.
 
         Rank 0 copies the state; a thread of Ray's writes and uploads it while the training goes on. Only one upload is
@@ -246,17 +293,18 @@ class _Reporter:
             self.send(EpochFinished(progress))
         metrics = report_metrics(self._spec.workload, state, progress)
         if self._validation is not None:
-            metrics |= self._validated(state, self._validation)
+            start = time.perf_counter()
+            values, reported = self.validated(state, self._validation)
+            metrics |= reported
+            if state.step == 0:
+                self.send(Validated(state.epoch, values, time.perf_counter() - start, is_beside=False))
         checkpoint, upload = None, None
         if self._is_first:
             self._uploaded.wait()
-            about = self._spec.about | {"metrics": metrics, "versions": versions()}
-            if self._spec.config.reproducible:
-                about["arithmetic"] = arithmetic()
             checkpoint = Checkpoint.from_directory(tempfile.mkdtemp())
-            upload = functools.partial(self._upload, checkpoints.snapshot(state, about))
+            upload = functools.partial(self._upload, self.snapshot(state, metrics))
             self._uploaded.clear()
-        self.wait_for_driver()
+        self._wait_for_driver()
         ray.train.report(
             metrics,
             checkpoint=checkpoint,
@@ -267,13 +315,6 @@ class _Reporter:
             validation=self._is_to_be_validated(state),
         )
         end_if_hung(self._spec.hang_timeout_s)
-
-    def _validated(self, state: engine.TrainingState, split: Split) -> dict[str, float]:
-        start, spec = time.perf_counter(), self._spec
-        values, metrics = validate(spec.workload, state, split, spec.config, self._group, spec.loader_workers)
-        if state.step == 0:
-            self.send(Validated(state.epoch, values, time.perf_counter() - start, is_beside=False))
-        return metrics
 
     def _upload(self, snapshot: checkpoints.Snapshot, checkpoint: Checkpoint, name: str) -> Checkpoint:
         target = self._spec.run.inside(name)
@@ -287,7 +328,22 @@ class _Reporter:
         return Checkpoint(target.path, filesystem=target.filesystem)
 
 
-def report_metrics(workload: Workload, state: engine.TrainingState, progress: Progress) -> dict[str, float]:
+def _hosts(group: Group) -> tuple[str, ...]:
+    """Return the node of each rank, in their order."""
+    hosts: list[str] = [socket.gethostname()] * group.world_size
+    if group.world_size > 1:
+        torch.distributed.all_gather_object(hosts, socket.gethostname())
+    return tuple(hosts)
+
+
+def _notes(restored: checkpoints.Restored) -> tuple[str, ...]:
+    """Return what the user is to know of the checkpoint that the run goes on from."""
+    if restored.arithmetic in (None, arithmetic()):
+        return ()
+    return ("other versions or another processor than before: from here on the bits are others",)
+
+
+def report_metrics(workload: Workload, state: TrainingState, progress: Progress) -> dict[str, Any]:
     """Return what is reported with a checkpoint."""
     return {
         "epoch": state.epoch,
@@ -299,25 +355,6 @@ def report_metrics(workload: Workload, state: engine.TrainingState, progress: Pr
     }
 
 
-def validate(
-    workload: Workload,
-    state: engine.TrainingState,
-    split: Split,
-    config: TrainConfig,
-    group: engine.Group,
-    loader_workers: int = 0,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Validate what has been trained so far, on all ranks at once; ``state`` notes an epoch's score.
-
-    Returns loss and metrics, and what is reported of them: also ``is_over``, whether the training is. Raises what
-    ``engine.evaluate`` does.
-    """
-    values = engine.evaluate_together(workload, state.result, split, group, loader_workers).values(workload)
-    if state.step == 0:
-        state.scores.append(score(workload, values))
-    return values, validation_metrics(workload, values) | {"is_over": engine.is_over(state, config)}
-
-
 def validation_metrics(workload: Workload, values: dict[str, float]) -> dict[str, float]:
-    """Return what is reported of a validation: its figures, and the score by which Ray keeps the best checkpoints."""
+    """Return what is reported of a validation: its values, and the score by which Ray keeps the best checkpoints."""
     return {f"val_{name}": value for name, value in values.items()} | {"val_score": score(workload, values)}

@@ -15,21 +15,19 @@ import torch
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from mnist_ray.cluster.environment import end_if_hung, keep_freed_memory
-from mnist_ray.cluster.plan import WorkerPlan, threads_per_worker, usable_cores
+from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import RemoteSplit
+from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, with_place
 from mnist_ray.run.failures import PASSING, CodeFailedError, FailureReporter, TrainingStoppedError, reason_of
 from mnist_ray.run.fit import create_trainer, drop_damaged_snapshot
-from mnist_ray.run.job import Job, about
-from mnist_ray.run.worker import LoopSpec, callbacks_of, report_metrics, validate
+from mnist_ray.run.job import Job
+from mnist_ray.run.worker import LoopSpec, Reporter, report_metrics, train_worker
 from mnist_ray.storage import RunFolder, checkpoint_name, position_of
 from mnist_ray.sweep.space import Point
 from mnist_ray.training import checkpoint as checkpoints
-from mnist_ray.training import engine
-from mnist_ray.training.debug import anomalies_found
-from mnist_ray.training.engine import Group, Hooks, TrainingState
 from mnist_ray.training.events import Progress
+from mnist_ray.training.state import Group, TrainingDivergedError, TrainingState, is_over
 from mnist_ray.workload.user_code import folders_of
 
 
@@ -63,7 +61,7 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
             train_on_workers(job, spec)
         else:
             _train_here(job, spec)
-    except (CodeFailedError, TrainingStoppedError, engine.TrainingDivergedError, checkpoints.OtherModelError) as error:
+    except (CodeFailedError, TrainingStoppedError, TrainingDivergedError, checkpoints.OtherModelError) as error:
         _report_failure(job, f"{type(error).__name__}: {error}")
     except PASSING:
         raise
@@ -78,20 +76,7 @@ def _report_failure(job: Job, reason: str) -> None:
 
 def train_on_workers(job: Job, spec: TrialSpec) -> None:
     """Train a trial as a ``TorchTrainer`` run."""
-    loop_spec = LoopSpec(
-        job.workload,
-        job.train,
-        spec.train,
-        job.run,
-        None,
-        about(job),
-        job.workers.hang_timeout_s,
-        job.workers.loader_workers,
-        validation=spec.validation,
-        callback=job.callback,
-        profile=job.output.profile,
-        detect_anomaly=job.output.detect_anomaly,
-    )
+    loop_spec = LoopSpec.of(job, spec.train, spec.validation)
     drop_damaged_snapshot(job.run)
     callbacks = [TuneReportCallback(), FailureReporter(None)]
     try:
@@ -104,41 +89,30 @@ def train_on_workers(job: Job, spec: TrialSpec) -> None:
 
 
 def _train_here(job: Job, spec: TrialSpec) -> None:
-    workload, timeout_s, loader_workers = job.workload, job.workers.hang_timeout_s, job.workers.loader_workers
-    keep_freed_memory()
-    threads = threads_per_worker(spec.plan.cpus_per_worker, usable_cores(), 1, job.train.batch_size)
-    torch.set_num_threads(1 if job.train.reproducible else threads)
+    loop_spec = LoopSpec.of(job, spec.train, spec.validation)
     group = Group(device=torch.device("cuda" if spec.plan.use_gpu else "cpu"))
-    config = dataclasses.replace(job.train, precision=engine.resolve_precision(job.train.precision, group))
-    split, validation = spec.train.open(), spec.validation.open()
-    callbacks = callbacks_of(job.callback, job.output.profile, job.run)
-    state = engine.create_state(workload, config, len(split), group.device, callbacks)
-    restored = checkpoints.restore_newest(job.run, state)
-    if engine.is_over(state, config):  # killed after its last checkpoint, before the sweep had noted it
-        tune.report(restored.metrics)
+    train_worker(loop_spec, group, TuneReporter(loop_spec, group), spec.plan.cpus_per_worker)
 
-    def report(state: TrainingState, progress: Progress) -> None:
+
+class TuneReporter(Reporter):
+    """Saves and validates at every checkpoint, and reports to Tune, which may end the trial then."""
+
+    def begin(self, state: TrainingState, restored: checkpoints.Restored, config: TrainConfig) -> None:
+        """Report a trial that is over: it was killed after its last checkpoint, before the sweep had noted it."""
+        super().begin(state, restored, config)
+        if is_over(state, config):
+            tune.report(restored.metrics)
+
+    def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
+        """Write a checkpoint, then remove those before it, so that at any time a whole one is there; and report."""
+        assert self._validation is not None
         faulthandler.cancel_dump_traceback_later()  # what Tune takes its time for is no hang
-        _, validated = validate(workload, state, validation, config, group, loader_workers)
-        metrics = report_metrics(workload, state, progress) | validated
-        _save(job.run, state, about(job) | {"metrics": metrics})
+        metrics = report_metrics(self._spec.workload, state, progress) | self.validated(state, self._validation)[1]
+        run, name = self._spec.run, checkpoint_name(state.epoch, state.step)
+        with tempfile.TemporaryDirectory() as local:
+            self.snapshot(state, metrics).write(Path(local))
+            run.inside(name).upload(local)
+        for before in run.checkpoint_names():
+            if position_of(before) < position_of(name):
+                run.inside(before).delete()
         tune.report(metrics)
-
-    hooks = Hooks(progress=lambda progress: end_if_hung(timeout_s), checkpoint=report)
-    end_if_hung(timeout_s)
-    try:
-        with anomalies_found(job.output.detect_anomaly, *folders_of(job.callback, workload.source)):
-            engine.train(workload, state, split, config, group, hooks, loader_workers)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-
-
-def _save(folder: RunFolder, state: TrainingState, about: dict[str, Any]) -> None:
-    """Write a trial's checkpoint, then remove those before it: at any time a whole one is there."""
-    target = folder.inside(checkpoint_name(state.epoch, state.step))
-    with tempfile.TemporaryDirectory() as local:
-        checkpoints.snapshot(state, about).write(Path(local))
-        target.upload(local)
-    for name in folder.checkpoint_names():
-        if position_of(name) < position_of(target.name):
-            folder.inside(name).delete()

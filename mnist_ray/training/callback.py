@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mnist_ray.training.engine import Group, TrainingState
     from mnist_ray.training.events import Progress
+    from mnist_ray.training.state import Group, TrainingState
 
 
 class Callback:
@@ -30,6 +30,17 @@ class Callback:
 
     def on_epoch(self, state: TrainingState, progress: Progress) -> None:
         """An epoch is over, and its checkpoint about to be saved. ``state.ends = True`` ends the training with it."""
+
+    def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
+        """A checkpoint is to be saved, at an epoch's end (``state.step`` is 0 then) or within one."""
+
+    def wants_checkpoint(self) -> bool:
+        """Return whether to save one now, besides the regular times; asked after ``on_progress``, the same on all."""
+        return False
+
+    def wants_stop(self) -> bool:
+        """Return whether to save one now and end the training; asked before ``on_progress``, rank 0's answer counts."""
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint is to hold, as JSON."""

@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.settings import build, check_known, json_lines, names_of
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder, with_retries
-from mnist_ray.training.engine import TrainingState
+from mnist_ray.training.callback import Callback
 from mnist_ray.training.metrics import MetricSums
+from mnist_ray.training.state import TrainingState
 from mnist_ray.workload import source
 from mnist_ray.workload.base import Workload
 
@@ -101,7 +102,7 @@ class Snapshot:
         (folder / STATE_FILE).write_text(json_lines(document), encoding="utf-8")
 
 
-def snapshot(state: TrainingState, about: dict[str, Any]) -> Snapshot:
+def snapshot(state: TrainingState, about: dict[str, Any], callbacks: Sequence[Callback] = ()) -> Snapshot:
     """Return a copy of ``state``, with ``about`` (config, versions) for whoever reads it later."""
     optimizer = state.optimizer.state_dict()
     optimizer_tensors, optimizer_values = _separate_tensors(optimizer["state"])
@@ -119,7 +120,7 @@ def snapshot(state: TrainingState, about: dict[str, Any]) -> Snapshot:
         "scaler": state.scaler.state_dict(),
         "scores": state.scores,
         "ends": state.ends,
-        "callbacks": [callback.state_dict() for callback in state.callbacks],
+        "callbacks": [callback.state_dict() for callback in callbacks],
         **about,
     }
     return Snapshot(tensors, copy.deepcopy(document))
@@ -193,7 +194,7 @@ def _fetched(filesystem: fs.FileSystem, path: str) -> Iterator[Path]:
             raise type(error)(str(error).replace(local, path)) from error
 
 
-def restore(folder: Path, state: TrainingState) -> None:
+def restore(folder: Path, state: TrainingState, callbacks: Sequence[Callback] = ()) -> None:
     """Put a checkpoint's content into a freshly created ``state``.
 
     Raises as ``load_model`` does, and OtherModelError; ``state`` is left as it was then.
@@ -203,7 +204,7 @@ def restore(folder: Path, state: TrainingState) -> None:
     parts += [] if state.average is None else [state.average]
     before = copy.deepcopy([part.state_dict() for part in parts])
     try:
-        _put(folder, document, state)
+        _put(folder, document, state, callbacks)
     except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:
@@ -217,7 +218,7 @@ def restore(folder: Path, state: TrainingState) -> None:
         raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE}: {reason}") from error
 
 
-def _put(folder: Path, document: dict[str, Any], state: TrainingState) -> None:
+def _put(folder: Path, document: dict[str, Any], state: TrainingState, callbacks: Sequence[Callback]) -> None:
     epoch, step, epoch_s, finished_s = (document[name] for name in ("epoch", "step", "epoch_s", "finished_s"))
     if not (0 <= epoch <= state.last_epoch and 0 <= step < (state.last_step if epoch < state.last_epoch else 1)):
         raise DamagedCheckpointError(f"checkpoint {folder} is damaged: there is no step {step} after epoch {epoch}")
@@ -242,12 +243,12 @@ def _put(folder: Path, document: dict[str, Any], state: TrainingState) -> None:
     state.scheduler.load_state_dict(document["scheduler"])
     state.scaler.load_state_dict(document.get("scaler", {}))
     state.scores, state.ends = [float(score) for score in document.get("scores", [])], document.get("ends", False)
-    for callback, values in zip(state.callbacks, document.get("callbacks", []), strict=False):
+    for callback, values in zip(callbacks, document.get("callbacks", []), strict=False):
         callback.load_state_dict(values)
     state.epoch, state.step, state.sums, state.epoch_s, state.finished_s = epoch, step, sums, epoch_s, finished_s
 
 
-def restore_newest(run: RunFolder, state: TrainingState) -> Restored:
+def restore_newest(run: RunFolder, state: TrainingState, callbacks: Sequence[Callback] = ()) -> Restored:
     """Put the newest whole checkpoint in a run's folder into ``state``; without one, leave it as it is.
 
     Raises OtherModelError where the checkpoint is of another model.
@@ -257,7 +258,7 @@ def restore_newest(run: RunFolder, state: TrainingState) -> Restored:
         saved = run.inside(name)
         try:
             with _fetched(saved.filesystem, saved.path) as folder:
-                restore(folder, state)
+                restore(folder, state, callbacks)
                 document = read_state(folder)
                 return Restored(name, document.get("metrics", {}), document.get("arithmetic"), tuple(damaged))
         except (DamagedCheckpointError, UsageError):

@@ -20,11 +20,12 @@ from mnist_ray.storage import locate
 from mnist_ray.training import checkpoint, engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.checkpoint import DamagedCheckpointError, OtherModelError
-from mnist_ray.training.engine import Group, Hooks, TrainingState
 from mnist_ray.training.events import Progress
+from mnist_ray.training.state import Group, TrainingState
 from mnist_ray.workload import Workload
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import mnist
+from tests.training.hooks import Hooks
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(precision="fp32", num_epochs=2, batch_size=20, learning_rate=2e-3, checkpoint_every=7)
@@ -54,12 +55,12 @@ def train_and_save(
         folder.mkdir()
         if state.step == 0:
             state.scores.append(1 / state.epoch)
-        checkpoint.snapshot(state, {"note": "hello", "workload": mnist().identity}).write(folder)
+        checkpoint.snapshot(state, {"note": "hello", "workload": mnist().identity}, callbacks).write(folder)
 
-    state = engine.create_state(workload, config, len(arrays), CPU, callbacks)
+    state = engine.create_state(workload, config, len(arrays), CPU)
     if resume:
-        checkpoint.restore(resume, state)
-    engine.train(workload, state, Split(arrays), config, Group(), Hooks(checkpoint=save))
+        checkpoint.restore(resume, state, callbacks)
+    engine.train(workload, state, Split(arrays), config, Group(), [*callbacks, Hooks(checkpoint=save)])
     return state
 
 
@@ -156,7 +157,7 @@ def test_the_epochs_figures_survive_a_resume(saved: Path, few_images: Arrays) ->
     def last_of_first_epoch(state: TrainingState) -> Progress:
         seen: list[Progress] = []
         engine.train(
-            mnist(), state, Split(few_images), replace(CONFIG, num_epochs=1), Group(), Hooks(progress=seen.append)
+            mnist(), state, Split(few_images), replace(CONFIG, num_epochs=1), Group(), [Hooks(progress=seen.append)]
         )
         return seen[-1]
 
@@ -176,9 +177,7 @@ def test_the_optimizer_of_another_kind_is_restored_too(tmp_path: Path, few_image
         return state
 
     state, restored = with_sgd(), with_sgd()
-    engine.train(
-        mnist(), state, Split(few_images), replace(CONFIG, num_epochs=1, schedule="constant"), Group(), Hooks()
-    )
+    engine.train(mnist(), state, Split(few_images), replace(CONFIG, num_epochs=1, schedule="constant"), Group())
     checkpoint.snapshot(state, {"workload": mnist().identity}).write(tmp_path)
     checkpoint.restore(tmp_path, restored)
     for parameter, same in zip(state.model.parameters(), restored.model.parameters(), strict=True):

@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from mnist_ray.config import TrainConfig
 from mnist_ray.training import engine, shared_memory
 from mnist_ray.training.callback import Callback
-from mnist_ray.training.engine import Group, Hooks, StopWantedError, TrainingDivergedError, TrainingState
 from mnist_ray.training.events import Progress
 from mnist_ray.training.sampler import Batch, ShardedBatchSampler
+from mnist_ray.training.state import Group, StopWantedError, TrainingDivergedError, TrainingState
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import mnist
+from tests.training.hooks import Hooks
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(precision="fp32", num_epochs=1, batch_size=20, learning_rate=2e-3, validation_size=0)
@@ -29,7 +30,7 @@ CONFIG = TrainConfig(precision="fp32", num_epochs=1, batch_size=20, learning_rat
 
 def weights_after(config: TrainConfig, split: Arrays, group: Group | None = None, hooks: Hooks | None = None) -> Any:
     state = engine.create_state(mnist(), config, len(split), CPU)
-    engine.train(mnist(), state, Split(split), config, group or Group(), hooks or Hooks())
+    engine.train(mnist(), state, Split(split), config, group or Group(), [hooks] if hooks else [])
     return state.model.state_dict()
 
 
@@ -107,10 +108,10 @@ def train_cases(rank: int, folder: Path, images: np.ndarray, labels: np.ndarray)
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
         for optimizer, case in TRAINED:
             config, (num_images, _) = config_of(case), CASES[case]
-            state = engine.create_state(mnist(), config, num_images, CPU, callbacks_of(case))
+            state = engine.create_state(mnist(), config, num_images, CPU)
             state.optimizer = OPTIMIZERS[optimizer](state.model.parameters())
             split = Arrays(images[:num_images], labels[:num_images])
-            engine.train(mnist(), state, Split(split), config, Group(rank, world_size), Hooks())
+            engine.train(mnist(), state, Split(split), config, Group(rank, world_size), callbacks_of(case))
             together = engine.evaluate_together(mnist(), state.result, Split(split), Group(rank, world_size))
             assert together.batch_sums == engine.evaluate(mnist(), state.result, Split(split)).batch_sums
             if rank == 0:
@@ -316,9 +317,9 @@ def test_training_stops_where_validation_is_not_better_for_so_many_epochs(
     config = replace(CONFIG, batch_size=600, num_epochs=len(scores), early_stop=patience)
     state = engine.create_state(mnist(), config, len(few_images), CPU)
     hooks = Hooks(checkpoint=lambda state, progress: state.scores.append(scores[state.epoch - 1]))
-    engine.train(mnist(), state, Split(few_images), config, Group(), hooks)
+    engine.train(mnist(), state, Split(few_images), config, Group(), [hooks])
     assert state.epoch == epochs
-    engine.train(mnist(), state, Split(few_images), config, Group(), hooks)  # as a resumed run does
+    engine.train(mnist(), state, Split(few_images), config, Group(), [hooks])  # as a resumed run does
     assert state.epoch == epochs
 
 
@@ -343,8 +344,8 @@ def test_a_callback_is_told_of_each_step_and_epoch_and_may_end_the_training(few_
             state.ends = state.epoch == 2
 
     config = replace(CONFIG, batch_size=600, num_epochs=9)
-    state = engine.create_state(mnist(), config, len(few_images), CPU, [Tells()])
-    engine.train(mnist(), state, Split(few_images), config, Group(), Hooks())
+    state = engine.create_state(mnist(), config, len(few_images), CPU)
+    engine.train(mnist(), state, Split(few_images), config, Group(), [Tells()])
     each = ["gradients after {0}/0", "step {0}/1", "progress {1}/1", "epoch {1}, loss True"]
     assert told == ["start of 1", *(line.format(epoch, epoch + 1) for epoch in (0, 1) for line in each)]
 
@@ -376,7 +377,7 @@ def test_training_that_is_asked_to_stop_saves_and_stops_at_the_next_report(
     saved: list[tuple[int, int]] = []
     hooks = Hooks(checkpoint=lambda state, progress: saved.append((state.epoch, state.step)), wants_stop=lambda: True)
     with pytest.raises(StopWantedError):
-        engine.train(mnist(), state, Split(few_images), config, Group(), hooks)
+        engine.train(mnist(), state, Split(few_images), config, Group(), [hooks])
     assert saved == [place]
 
 
@@ -391,7 +392,7 @@ def test_a_loss_that_is_no_number_stops_training_at_its_step(few_images: Arrays)
             next(state.model.parameters()).data.fill_(float("nan"))
 
     with pytest.raises(TrainingDivergedError, match="not finite at step 8 of epoch 1; try a lower"):
-        engine.train(mnist(), state, Split(few_images), config, Group(), Hooks(checkpoint=poison))
+        engine.train(mnist(), state, Split(few_images), config, Group(), [Hooks(checkpoint=poison)])
     assert saved == [1, 2, 3, 4, 5, 6, 7]
 
 
@@ -410,10 +411,10 @@ def test_weights_that_a_callback_makes_infinite_at_an_epochs_end_get_into_no_che
             next(state.model.parameters()).data.fill_(math.inf)
 
     saved: list[int] = []
-    state = engine.create_state(mnist(), CONFIG, len(few_images), CPU, [Spoils()])
+    state = engine.create_state(mnist(), CONFIG, len(few_images), CPU)
     hooks = Hooks(checkpoint=lambda state, progress: saved.append(state.epoch))
     with pytest.raises(TrainingDivergedError, match="not finite at step 30 of epoch 1"):
-        engine.train(mnist(), state, Split(few_images), CONFIG, Group(), hooks)
+        engine.train(mnist(), state, Split(few_images), CONFIG, Group(), [Spoils(), hooks])
     assert saved == []
 
 
@@ -437,7 +438,7 @@ class InDict(type(mnist())):  # type: ignore[misc]
 def test_outputs_in_a_dict_reach_the_loss_in_fp32_and_measure_without_a_graph(few_images: Arrays) -> None:
     config, workload = replace(CONFIG, precision="bf16"), InDict(mnist().settings, mnist().metadata)
     state = engine.create_state(workload, config, len(few_images), CPU)
-    engine.train(workload, state, Split(few_images), config, Group(), Hooks())
+    engine.train(workload, state, Split(few_images), config, Group())
     assert state.epoch == 1
 
 

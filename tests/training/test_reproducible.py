@@ -14,12 +14,13 @@ from torch.multiprocessing.spawn import spawn
 from mnist_ray.config import TrainConfig
 from mnist_ray.mnist import MNIST
 from mnist_ray.training import engine, shared_memory
-from mnist_ray.training.engine import Group, Hooks
 from mnist_ray.training.reproducible import OtherArithmeticError, Subtree, added_up, check_arithmetic
 from mnist_ray.training.sampler import own_chunks
+from mnist_ray.training.state import Group
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import mnist
+from tests.training.hooks import Hooks
 
 CPU = torch.device("cpu")
 WORLD_SIZES = (1, 2, 3, 4)
@@ -63,7 +64,7 @@ def train_here(case: str, split: Arrays, group: Group) -> tuple[dict[str, Tensor
         progress=lambda progress: figures.extend(progress.losses),
         checkpoint=lambda state, progress: figures.extend(progress.so_far.values()),
     )
-    engine.train(create(), state, Split(split), config, group, hooks)
+    engine.train(create(), state, Split(split), config, group, [hooks])
     return {name: value.contiguous() for name, value in state.model.state_dict().items()}, figures
 
 
@@ -130,7 +131,7 @@ def test_buffers_change_by_the_mean_of_what_chunks_change(few_images: Arrays) ->
     split = Arrays(few_images.inputs[:50], few_images.targets[:50])
     state = engine.create_state(create(), replace(config, num_epochs=1), 50, CPU)
     before = {name: value.clone() for name, value in state.model.named_buffers()}
-    engine.train(create(), state, Split(split), replace(config, num_epochs=1), Group(), Hooks())
+    engine.train(create(), state, Split(split), replace(config, num_epochs=1), Group())
     after = dict(state.model.named_buffers())
     assert after["2.num_batches_tracked"] == 1
     assert torch.equal(after["constant"], before["constant"])
