@@ -5,7 +5,6 @@ python jobs/evaluate.py ~/ray_results/my_run/checkpoint_epoch-002_step-000000 --
 """
 
 from mnist_ray import cli
-from mnist_ray.commands.evaluate import main
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.main("evaluate")

@@ -5,7 +5,6 @@ python jobs/export.py my_run --format onnx --output digits.onnx
 """
 
 from mnist_ray import cli
-from mnist_ray.commands.export import main
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.main("export")

@@ -6,7 +6,6 @@ python jobs/predict.py scans/ --json
 """
 
 from mnist_ray import cli
-from mnist_ray.commands.predict import main
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.main("predict")

@@ -5,7 +5,6 @@ python jobs/report.py RUN RUN RUN --output comparison.html
 """
 
 from mnist_ray import cli
-from mnist_ray.commands.report import main
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.main("report")

@@ -7,7 +7,6 @@ ray job submit --working-dir . -- python jobs/train.py --num-workers 4
 """
 
 from mnist_ray import cli
-from mnist_ray.commands.train import main
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.main("train")

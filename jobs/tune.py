@@ -10,7 +10,6 @@ python jobs/tune.py --resume --run-name NAME
 """
 
 from mnist_ray import cli
-from mnist_ray.commands.tune import main
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.main("tune")

@@ -7,7 +7,6 @@ python jobs/view.py --workload my_problem.py
 """
 
 from mnist_ray import cli
-from mnist_ray.commands.view import main
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.main("view")

@@ -125,10 +125,10 @@ def train(workload: type[Workload] | str | Path | None = None, **settings: Any) 
     ``workload`` is a class, or what ``--workload`` takes; without it, MNIST. Raises UsageError, JobError, and
     KeyboardInterrupt where it was interrupted.
     """
-    from mnist_ray.commands import train as command
+    from mnist_ray.run.train import train as train_job
 
     job = read_job(_with_workload(workload, settings))
-    command.train(job)
+    train_job(job)
     return _run(job)
 
 
@@ -137,14 +137,14 @@ def tune(workload: type[Workload] | str | Path | None = None, **settings: Any) -
 
     ``sweep`` may also be a dict: ``{"width": [8, 32], "learning_rate": "log:1e-3:1e-1"}``.
     """
-    from mnist_ray.commands import tune as command
     from mnist_ray.sweep.options import BEST_FILE, DEFAULT_FOLDER, read_sweep
     from mnist_ray.sweep.trials import TrialTable
+    from mnist_ray.sweep.tune import tune as tune_sweep
 
     if isinstance(searched := settings.get("sweep"), Mapping):
         settings["sweep"] = [f"{name}={_space_text(space)}" for name, space in searched.items()]
     sweep = read_sweep(_with_workload(workload, settings))
-    command.tune(sweep)
+    tune_sweep(sweep)
     job, best = sweep.job, sweep.job.run.read_json(BEST_FILE) or {}
     default = job.run.inside(DEFAULT_FOLDER)
     return SweptRun(
@@ -167,14 +167,14 @@ def evaluate(
     ``run`` is a run, its name, or a checkpoint's path; without it, the newest run's. ``settings`` are ``num_tasks``,
     ``storage_path`` and those of the workload, as for other data. Raises UsageError and JobError.
     """
-    from mnist_ray.commands import evaluate as command
     from mnist_ray.settings import build, names_of
+    from mnist_ray.tools.evaluation import evaluate_found
 
     found = _found(run, workload, settings)
     own = names_of([type(found.workload).Settings])
     checked({name: value for name, value in settings.items() if name not in own}, [EvaluationConfig, LookupConfig], {})
     with prepared_forking(WorkerConfig(), "mnist_ray.run.evaluate") as forking:
-        tested = command.evaluate(found, build(EvaluationConfig, settings), forking)
+        tested = evaluate_found(found, build(EvaluationConfig, settings), forking)
     return tested.values(found.workload)
 
 

@@ -1,138 +1,170 @@
-"""The command line of the jobs: flags made from the settings, and exit statuses."""
+"""The commands: ``jobs/`` and ``mnist-ray`` run these. Each reads its flags, then imports what it needs.
+
+Nothing here imports torch or Ray, so that a wrong flag is answered at once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
-import itertools
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from mnist_ray import signals
-from mnist_ray.errors import JobError, UsageError, did_you_mean, print_whatever_it_is, redact, say
-from mnist_ray.settings import build, flag, item_type, parse_text, value_type
-from mnist_ray.signals import take_signals
-
-UNSET = argparse.SUPPRESS
-"""The default of a flag that leaves nothing behind where it is not given."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose flags come from settings classes and whose errors are one line."""
-
-    def __init__(
-        self,
-        description: str,
-        *config_classes: type,
-        defaults: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(description=description, allow_abbrev=False)
-        self._config_classes = config_classes
-        self._setting_defaults = defaults or {}  # shown in place of the settings' own
-        for config_class in config_classes:
-            self._add_settings(config_class)
-
-    def _add_settings(self, config_class: type) -> None:
-        group = self.add_argument_group((config_class.__doc__ or "").split(":")[0].strip().rstrip("."))
-        hints = get_type_hints(config_class)
-        for field in dataclasses.fields(config_class):
-            plain, choices = value_type(hints[field.name])
-            kind: dict[str, Any] = {"type": plain, "choices": choices}
-            if plain is bool:
-                kind = {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
-            elif plain is tuple:
-                kind = {"type": _item_parser(item_type(hints[field.name])), "nargs": "+", "action": "extend"}
-            elif plain is Path:
-                kind = {"type": str}  # an empty one would become the current folder
-            help_text = field.metadata.get("help", "")
-            default = self._setting_defaults.get(field.name, field.default)
-            if plain is not bool and default is not None:
-                help_text += f" (default: {_default_text(default)})"
-            group.add_argument(flag(field.name), default=UNSET, help=help_text.replace("%", "%%"), **kind)
-
-    def read_flags(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:
-        """Return the flags that were given, checked one by one. Raises UsageError."""
-        found, unknown = self.parse_known_intermixed_args(arguments)
-        if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown)}")
-        flags = vars(found)
-        for config_class in self._config_classes:
-            build(config_class, flags)
-        return flags
-
-    def _meant(self, unknown: Sequence[str]) -> str:
-        """Return which flag the first of some that are not known may stand for."""
-        wrong = next((text.partition("=")[0] for text in unknown if text.startswith("--")), None)
-        if wrong is None:
-            return ""
-        flags = [text for action in self._actions for text in action.option_strings if text.startswith("--")]
-        return did_you_mean(wrong, flags)
-
-    def error(self, message: str) -> NoReturn:
-        """Print one line, not the whole usage, and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {redact(message)}; see --help\n")
+from mnist_ray.cluster import environment
+from mnist_ray.cluster.forking.starting import prepared_forking
+from mnist_ray.config import (
+    EvaluationConfig,
+    ExportConfig,
+    LookupConfig,
+    PredictionConfig,
+    ViewConfig,
+    WorkerConfig,
+)
+from mnist_ray.errors import PROGRAM, JobError, UsageError, print_whatever_it_is, say
+from mnist_ray.flags import UNSET, Parser, peek, peek_word
+from mnist_ray.run.job import read_job
+from mnist_ray.run.lookup import class_of, find_run
+from mnist_ray.run.train import train as train_job
+from mnist_ray.settings import build, names_of
+from mnist_ray.sweep.options import read_sweep
+from mnist_ray.sweep.tune import tune as tune_sweep
+from mnist_ray.workload import source
+from mnist_ray.workload.base import Workload
 
 
-def _item_parser(kind: type[Any]) -> Callable[[str], Any]:
-    """Return what parses one of several values; named after the type, which argparse names in its errors."""
-
-    def parse(text: str) -> Any:
-        return parse_text(kind, text)
-
-    parse.__name__ = kind.__name__
-    return parse
+def train() -> None:
+    """Train a workload on Ray, evaluate it on the test set, and write the run's files."""
+    train_job(read_job())
 
 
-def _default_text(default: object) -> str:
-    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+def tune() -> None:
+    """Search the settings that have a search space with Ray Tune, train the best and evaluate it once."""
+    tune_sweep(read_sweep())
 
 
-def peek(*names: str) -> dict[str, Any]:
-    """Return those of some flags that the command line gives, before all flags are known."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in names:
-        if name == "resume":
-            parser.add_argument("--resume", action="store_true", default=UNSET)
-        else:
-            parser.add_argument(flag(name), default=UNSET)
-    with contextlib.suppress(argparse.ArgumentError):  # said when all flags are read
-        return vars(parser.parse_known_args()[0])
-    return {}
+def evaluate() -> None:
+    """Evaluate a checkpoint on the test set."""
+    workload_class = _workload_class(EvaluationConfig, LookupConfig)
+    parser = Parser(_about(evaluate), EvaluationConfig, workload_class.Settings, LookupConfig)
+    _add_run(parser, "checkpoint")
+    given = parser.read_flags()
+    environment.prepare(verbose=False)
+    with prepared_forking(WorkerConfig(), "mnist_ray.run.evaluate") as forking:
+        from mnist_ray.run.find import find
+        from mnist_ray.tools.evaluation import evaluate_found
+
+        changes = {name: given[name] for name in names_of([workload_class.Settings]) if name in given}
+        found = find(given["checkpoint"], build(LookupConfig, given).storage_path, given.get("workload"), changes)
+        evaluate_found(found, build(EvaluationConfig, given), forking)
 
 
-def peek_word(*names: str) -> str | None:
-    """Return the word of the command line that is no flag, before all flags are known: a run's or a checkpoint's name.
+def predict() -> None:
+    """Print a trained model's predictions for your own pictures."""
+    parser = Parser(_about(predict), PredictionConfig, LookupConfig)
+    parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="pictures, or folders of them")
+    _add_run(parser, "--run")
+    given = parser.read_flags()
+    environment.prepare(verbose=False)
 
-    ``names`` are settings whose flags take a value. The word after another flag may be that flag's value, so any other
-    word goes before it.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in names:
-        parser.add_argument(flag(name))
-    rest = parser.parse_known_args()[1]
-    pairs = [(before, word) for before, word in itertools.pairwise(["", *rest]) if not word.startswith("-")]
-    words = sorted(pairs, key=lambda pair: pair[0].startswith("-") and "=" not in pair[0])
-    return words[0][1] if words else None
+    from mnist_ray.run.find import find
+    from mnist_ray.tools.predict import predict as predict_pictures
+    from mnist_ray.tools.predict import takes_pictures
+
+    storage_path = build(LookupConfig, given).storage_path
+    found = find(given.get("run"), storage_path, given.get("workload"), is_wanted=takes_pictures)
+    predict_pictures(given["images"], found, build(PredictionConfig, given))
+
+
+def view() -> None:
+    """Look at the examples of a workload's data."""
+    workload_class = source.load(peek("workload").get("workload", source.DEFAULT))
+    parser = Parser(_about(view), ViewConfig, workload_class.Settings)
+    _add_workload(parser, default="MNIST")
+    given = parser.read_flags()
+
+    from mnist_ray.tools.view import view as view_examples
+
+    view_examples(workload_class(build(workload_class.Settings, given)), build(ViewConfig, given))
+
+
+def report() -> None:
+    """Make a run's report again, or compare several runs."""
+    parser = Parser(_about(report), LookupConfig)
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="*", help="a run's folder, URI or name, also a sweep's; default: the newest run"
+    )
+    parser.add_argument("--output", default=UNSET, help="the page of several runs (default: comparison.html)")
+    _add_workload(parser)
+    given = parser.read_flags()
+    environment.prepare(verbose=False)
+    storage_path, reference = build(LookupConfig, given).storage_path, given.get("workload")
+    runs = [find_run(run, storage_path) for run in given["runs"] or [None]]
+
+    from mnist_ray.tools import pages
+
+    if len(runs) > 1:
+        pages.compare(runs, reference, storage_path, given.get("output", "comparison.html"))
+    elif "output" in given:
+        raise UsageError("--output is for the page of several runs; that of one is in the run's folder")
+    else:
+        pages.write_again(runs[0], reference, storage_path)
+
+
+def export() -> None:
+    """Write a trained model as a program of torch.export or ONNX."""
+    parser = Parser(_about(export), ExportConfig, LookupConfig)
+    _add_run(parser, "run")
+    given = parser.read_flags()
+    environment.prepare(verbose=False)
+
+    from mnist_ray.run.find import find
+    from mnist_ray.tools.export import export as export_found
+
+    found = find(given["run"], build(LookupConfig, given).storage_path, given.get("workload"))
+    export_found(found, build(ExportConfig, given))
+
+
+COMMANDS: dict[str, Callable[[], None]] = {
+    command.__name__: command for command in (train, tune, evaluate, predict, view, report, export)
+}
+
+
+def main(command: str) -> NoReturn:
+    """Run a command with the arguments of ``sys.argv``, and exit."""
+    run(COMMANDS[command])
+
+
+def program() -> None:
+    """Run the command that the first argument names: ``mnist-ray train`` and so on."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in COMMANDS:
+        sys.argv[:2] = [f"{PROGRAM} {name}"]
+        main(name)
+    wanted = name in ("-h", "--help")
+    if not wanted:
+        say(f"{PROGRAM}: error: there is no command {name}", file=sys.stderr)
+    say(f"usage: {PROGRAM} {{{','.join(COMMANDS)}}} …; each has --help", file=sys.stdout if wanted else sys.stderr)
+    sys.exit(0 if wanted else 2)
 
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a job's main and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted; a bug keeps its traceback."""
-    take_signals()
+    signals.take_signals()
     print_whatever_it_is()
-    status = signals.supervise(functools.partial(_status_of, main))
+    status = signals.supervise(functools.partial(status_of, main))
     with contextlib.suppress(OSError):  # the reader has gone, or a disk is full: said already
         sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # all is written and closed; to take torch and Ray apart would take most of a second
 
 
-def _status_of(main: Callable[[], None]) -> int:
+def status_of(main: Callable[[], None]) -> int:
+    """Run a job's main; print its error, if there is one, and return the exit status."""
     try:
         main()
         sys.stdout.flush()
@@ -156,3 +188,40 @@ def _text_of(interrupt: BaseException) -> str:
     if not str(interrupt) and isinstance(interrupt.__context__, KeyboardInterrupt):
         return _text_of(interrupt.__context__)
     return str(interrupt) or "interrupted"
+
+
+def _about(command: Callable[[], None]) -> str:
+    return command.__doc__ or ""
+
+
+def _add_workload(parser: Parser, default: str = "where it was") -> None:
+    where = f"where the workload's code is; default: {default}"
+    parser.add_argument("--workload", metavar="FILE.py", default=UNSET, help=where)
+
+
+def _add_run(parser: Parser, name: str) -> None:
+    """Add the argument that names a run or a checkpoint, and ``--workload``."""
+    options: dict[str, Any] = {"default": UNSET} if name.startswith("--") else {"nargs": "?"}
+    parser.add_argument(
+        name,
+        metavar="CHECKPOINT_OR_RUN",
+        help="a checkpoint's or a run's folder or URI, or a run's name; default: the newest run",
+        **options,
+    )
+    _add_workload(parser)
+
+
+def _workload_class(*config_classes: type) -> type[Workload]:
+    """Return the workload of the run that the command line names, else of the newest; MNIST if none is known.
+
+    Its settings are to become flags beside those of ``config_classes``, so it has to be known before all flags are.
+    Raises UsageError.
+    """
+    peeked = peek("workload", "storage_path")
+    if "workload" in peeked:
+        return source.load(peeked["workload"])
+    with contextlib.suppress(UsageError, argparse.ArgumentError):  # said when all flags are known
+        run = peek_word("workload", *names_of(config_classes))
+        storage_path = peeked.get("storage_path", LookupConfig().storage_path)
+        return class_of(find_run(run, storage_path), storage_path)
+    return source.load(source.DEFAULT)

@@ -28,7 +28,6 @@ _CHECKPOINT_NAME = re.compile(r"checkpoint_epoch-(\d+)_step-(\d+)b*", re.ASCII) 
 
 STORAGE_ERRORS = (OSError, pyarrow.ArrowException)
 """What a file system raises."""
-_A_RUN = "the run in"
 _RETRIED_FOR_S = 30.0
 _PROBE_BYTES = 2**20  # more than a checkpoint has, so that a full disk is seen
 
@@ -67,7 +66,7 @@ class RunFolder:
     @property
     def uri(self) -> str:
         """The folder as a person would type it."""
-        base, query = _split_query(self.storage_path)
+        base, query = split_query(self.storage_path)
         return f"{base.rstrip('/')}/{self.name}{query}"
 
     def exists(self, file_name: str = "") -> bool:
@@ -308,41 +307,10 @@ def read_result(run: RunFolder) -> dict[str, Any] | None:
     return result
 
 
-def find_run(
-    given: str | None, storage_path: str, is_wanted: Callable[[RunFolder], bool] = lambda run: True
-) -> RunFolder:
-    """Return the folder that a path, a URI or a run's name stands for, which need not exist.
-
-    Of None, the newest run for which ``is_wanted`` holds. Raises UsageError where there is no run, or the URI is bad.
-    """
-    if given is None:
-        try:
-            return _newest_run(locate(storage_path, ""), is_wanted)
-        except STORAGE_ERRORS as error:
-            raise UsageError(f"--storage-path {storage_path} cannot be read: {first_line(error)}") from error
-    if not given.strip():
-        raise UsageError("the run's name is empty; leave it out for the newest")
-    if "/" in given:
-        base, query = _split_query(given)
-        parent, _, name = base.rstrip("/").rpartition("/")
-        return locate((parent or "/") + query, name, _A_RUN)
-    here = locate(".", given, _A_RUN)
-    return here if here.exists() else locate(storage_path, given)
-
-
-def _split_query(path: str) -> tuple[str, str]:
+def split_query(path: str) -> tuple[str, str]:
     """Split a URI before its ``?``: options of the file system, which follow the name of whatever lies in it."""
     base, mark, query = path.partition("?") if "://" in path else (path, "", "")
     return base, mark + query
-
-
-def _newest_run(storage: RunFolder, is_wanted: Callable[[RunFolder], bool]) -> RunFolder:
-    """Return the run with a checkpoint whose settings were written last, of those that are wanted."""
-    runs = [locate(storage.storage_path, name) for name in storage.subfolders()]
-    for run in sorted(runs, key=lambda run: run.modified_ns(CONFIG_FILE), reverse=True):
-        if run.exists(CONFIG_FILE) and run.checkpoint_names() and is_wanted(run):
-            return run
-    raise UsageError(f"no run in {storage.storage_path} has a checkpoint to use; {command('train')} makes one")
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -1,6 +1,5 @@
 import contextlib
 import gzip
-import importlib
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import pytest
 import ray
 import torch
 
+from mnist_ray import cli
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.forking.starting import prepared_forking
 from mnist_ray.cluster.local_ray import for_one_job
@@ -49,10 +49,9 @@ def mnist(**settings: Any) -> Workload:
 
 def run_main(job: str, *flags: str) -> None:
     """Do in this process, on the Ray that it is connected to, what a job does."""
-    module = importlib.import_module(f"jobs.{job}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [f"jobs/{job}.py", *flags])
-        module.main()
+        cli.COMMANDS[job]()
 
 
 def idx_bytes(array: np.ndarray) -> bytes:

@@ -55,7 +55,7 @@ def test_a_call_that_fails_leaves_no_fork_server_and_no_variable(
         started.append(fork_servers() - before)
         return load_data(job)
 
-    monkeypatch.setattr("mnist_ray.commands.train.load_data", look)
+    monkeypatch.setattr("mnist_ray.run.train.load_data", look)
     with pytest.raises(UsageError, match="--batch-size 10,000 is larger than"):
         mnist_ray.train(data_dir=small_data, storage_path=tmp_path, batch_size=10_000)
     assert [len(servers) for servers in started] == [1]
@@ -206,7 +206,7 @@ def test_the_tours_cells_run_from_the_first_to_the_last(
             exec(cell.replace("num_epochs=1", "num_epochs=1, limit=0.05").replace("trials=4", "trials=2"), names)
     said = capsys.readouterr().out
     assert "label: 3, images: 60,000 to train on, 10,000 to test" in said
-    assert [answer.top[0][0] for answer in names["answers"]].count(7) >= 1
+    assert [prediction.top[0][0] for prediction in names["predictions"]].count(7) >= 1
     assert names["circle"].metrics["accuracy"] > 0.8
     assert set(names["sweep"].best) == {"width", "learning_rate"}
     assert {row["width"] for row in names["sweep"].trials} <= {8, 32}
@@ -249,6 +249,8 @@ def test_a_class_of_a_notebooks_cell_is_refused_with_what_to_do(monkeypatch: pyt
     ],
 )
 def test_the_installed_program_runs_the_commands(arguments: list[str], status: int, said: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "mnist_ray", *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("mnist-ray"), *arguments], capture_output=True, text=True, check=False
+    )
     assert done.returncode == status
     assert (done.stdout + done.stderr).startswith(said)

@@ -5,6 +5,7 @@ import pytest
 from mnist_ray import cli
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError
+from mnist_ray.flags import Parser
 from mnist_ray.mnist import MNIST
 from mnist_ray.settings import build, names_of
 
@@ -57,7 +58,7 @@ def test_a_number_of_workers_may_be_a_range(
     flags: list[str], expected: dict[str, int | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.argv", ["train.py", *flags])
-    assert cli.Parser("", WorkerConfig).read_flags() == expected
+    assert Parser("", WorkerConfig).read_flags() == expected
 
 
 def test_a_second_ctrl_c_does_not_hide_what_the_first_had_to_say(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,5 +68,5 @@ def test_a_second_ctrl_c_does_not_hide_what_the_first_had_to_say(capsys: pytest.
         finally:
             raise KeyboardInterrupt
 
-    assert cli._status_of(main) == 130
+    assert cli.status_of(main) == 130
     assert capsys.readouterr().err == "interrupted; to go on: …\n"

@@ -5,9 +5,9 @@ import sys
 import pytest
 
 from mnist_ray import provenance
-from mnist_ray.cli import Parser
 from mnist_ray.config import LookupConfig
 from mnist_ray.errors import masked, print_whatever_it_is, redact, say
+from mnist_ray.flags import Parser
 
 
 @pytest.mark.parametrize(

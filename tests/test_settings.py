@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import pytest
 
-from mnist_ray.cli import Parser
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError
+from mnist_ray.flags import Parser
 from mnist_ray.mnist.problem import Settings as MNISTSettings
 from mnist_ray.run.job import merged
 from mnist_ray.settings import (

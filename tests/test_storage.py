@@ -6,11 +6,12 @@ from pyarrow import fs
 
 from mnist_ray import storage
 from mnist_ray.errors import JobError, UsageError
+from mnist_ray.run import lookup
+from mnist_ray.run.lookup import find_run
 from mnist_ray.storage import (
     DamagedFileError,
     RunFolder,
     checkpoint_name,
-    find_run,
     locate,
     position_of,
     read_config,
@@ -48,7 +49,7 @@ def test_the_options_of_a_uri_stay_at_its_end() -> None:
 
 def test_a_uri_with_options_is_taken_apart_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
-    monkeypatch.setattr(storage, "locate", lambda path, name, given_as: asked.append((path, name)))
+    monkeypatch.setattr(lookup, "locate", lambda path, name, given_as: asked.append((path, name)))
     find_run("s3://b/runs/one?region=a/b", "")
     assert asked == [("s3://b/runs?region=a/b", "one")]
 

@@ -12,13 +12,13 @@ from ray.train import Checkpoint
 
 from mnist_ray.cluster.connect import quiet_ray
 from mnist_ray.errors import JobError, UsageError, first_line, in_words
+from mnist_ray.run.lookup import find_run
 from mnist_ray.settings import values_of
 from mnist_ray.storage import (
     CONFIG_FILE,
     STORAGE_ERRORS,
     DamagedFileError,
     RunFolder,
-    find_run,
     position_of,
     read_result,
     untrusted_folders,

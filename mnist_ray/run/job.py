@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from mnist_ray import cli, settings
+from mnist_ray import settings
 from mnist_ray.cluster import ray_internals
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError, count, did_you_mean
+from mnist_ray.flags import UNSET, Parser, peek
 from mnist_ray.settings import flag
 from mnist_ray.storage import (
     CONFIG_FILE,
@@ -143,7 +144,7 @@ def read_command_line(
     ``kind`` is ``train`` or ``tune``. It has flags for ``more_settings`` and those of a training run; the run keeps all
     of them in ``config_file``.
     """
-    peeked = cli.peek("workload", "config", "resume", "run_name", "storage_path") if given is None else given
+    peeked = peek("workload", "config", "resume", "run_name", "storage_path") if given is None else given
     from_file = settings.read_config_file(peeked["config"]) if "config" in peeked else {}
     run, saved = _find_run(peeked, kind, config_file)
     held = {**saved, **from_file}  # with references to code, and where that may have come from somebody else
@@ -185,17 +186,17 @@ def read_command_line(
 def _read_flags(
     description: str, config_classes: Sequence[type], recipes: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    parser = cli.Parser(description, *config_classes, defaults=recipes.get("default", {}))
+    parser = Parser(description, *config_classes, defaults=recipes.get("default", {}))
     parser.add_argument(
         "--workload",
         metavar="FILE.py",
-        default=cli.UNSET,
+        default=UNSET,
         help="what is learned: FILE.py or package.module, with :NAME where it holds several; default: MNIST",
     )
     parser.add_argument(
-        "--recipe", choices=recipes or ["default"], default=cli.UNSET, help="named settings; flags override"
+        "--recipe", choices=recipes or ["default"], default=UNSET, help="named settings; flags override"
     )
-    parser.add_argument("--config", metavar="FILE", default=cli.UNSET, help="settings from a run's config.json")
+    parser.add_argument("--config", metavar="FILE", default=UNSET, help="settings from a run's config.json")
     return parser.read_flags()
 
 

@@ -22,9 +22,9 @@ from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import PredictionConfig
 from mnist_ray.errors import JobError, UsageError, say, with_place
 from mnist_ray.run import find
+from mnist_ray.run.lookup import class_of
 from mnist_ray.settings import path_of
 from mnist_ray.storage import RunFolder, write_file
-from mnist_ray.tools.flags import class_of
 from mnist_ray.workload.base import Workload
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")

@@ -1,4 +1,4 @@
-"""Train a workload on Ray, evaluate it on the test set, and write the run's files."""
+"""The story of a training run."""
 
 import contextlib
 
@@ -7,12 +7,7 @@ from mnist_ray.cluster.forking.starting import prepared_forking
 from mnist_ray.cluster.plan import plan_workers
 from mnist_ray.run.dry_run import dry_run
 from mnist_ray.run.header import Clock, announced
-from mnist_ray.run.job import Job, load_data, owning, read_job, saying_the_way_on
-
-
-def main() -> None:
-    """Read the flags, then train."""
-    train(read_job())
+from mnist_ray.run.job import Job, load_data, owning, saying_the_way_on
 
 
 def train(job: Job) -> None:

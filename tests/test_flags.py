@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from mnist_ray.cli import Parser, peek_word
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
+from mnist_ray.flags import Parser, peek_word
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,4 @@
-"""Search a workload's settings with Ray Tune, train the best and evaluate it once on the test set.
-
-Whatever has a search space is searched: batch size and learning rate, and the workload's own settings. A trial has one
-worker with one CPU unless --num-workers and --cpus-per-worker say otherwise.
-"""
+"""The story of a sweep."""
 
 import contextlib
 
@@ -10,13 +6,8 @@ from mnist_ray.cluster import environment
 from mnist_ray.cluster.forking.starting import prepared_forking
 from mnist_ray.run.dry_run import dry_run
 from mnist_ray.run.job import owning, saying_the_way_on
-from mnist_ray.sweep.options import Sweep, load_data, read_sweep
+from mnist_ray.sweep.options import Sweep, load_data
 from mnist_ray.sweep.progress import announced
-
-
-def main() -> None:
-    """Read the flags, then search."""
-    tune(read_sweep())
 
 
 def tune(sweep: Sweep) -> None:

@@ -1,1 +1,0 @@
-"""The story of each command: what ``jobs/`` and ``mnist-ray`` run."""
