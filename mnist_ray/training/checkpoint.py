@@ -1,9 +1,10 @@
-"""Checkpoints: a folder with weights and optimizer state as safetensors, and the rest as JSON. Nothing is pickled.
+"""Checkpoints: a folder with weights as safetensors, the rest of the training's state, and JSON that describes both.
 
-model.safetensors       the model's weights; with --ema-decay, their average
-optimizer.safetensors   the tensors of the optimizer's state
-trained.safetensors     with --ema-decay, the weights as they are trained
-state.json              position, metrics, scheduler, config, workload, versions; SHA-256 of the others and itself
+model.safetensors    the model's weights; with --ema-decay, their average
+training.pt          what a resumed training needs besides: position, optimizer, schedule, and weights that are averaged
+state.json           format, position, metrics, config, workload, versions; SHA-256 of the others and itself
+
+Nothing that is loaded can run code: ``training.pt`` is read with ``weights_only``.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import io
 import json
-import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,28 +36,11 @@ from mnist_ray.training.metrics import MetricSums
 from mnist_ray.training.state import TrainingState
 from mnist_ray.workload import source
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.tensors import map_tensors
 
 STATE_FILE = "state.json"
-_ENTRIES = {
-    "epoch": int,
-    "step": int,
-    "sums": dict,
-    "epoch_s": float,
-    "finished_s": float,
-    "optimizer": dict,
-    "scheduler": dict,
-    "sha256": dict,
-    "workload": dict,
-}
-_MORE_ENTRIES = {
-    "scaler": dict,
-    "scores": list,
-    "ends": bool,
-    "callbacks": list,
-    "metrics": dict,
-}
-_NO_WORKLOAD: dict[str, Any] = {"reference": "", "sha256": "", "settings": {}, "metadata": {}}
-_MODEL, _OPTIMIZER, _TRAINED = "model.safetensors", "optimizer.safetensors", "trained.safetensors"
+FORMAT = 1
+_MODEL, _TRAINING = "model.safetensors", "training.pt"
 
 
 class DamagedCheckpointError(JobError):
@@ -85,48 +69,53 @@ class Restored:
 class Snapshot:
     """A copy of a training's state at one step, to be written while the training goes on."""
 
-    tensors: dict[str, dict[str, Tensor]]
-    """Of each file."""
+    weights: dict[str, Tensor]
+    training: dict[str, Any]
+    """What training.pt holds."""
     document: dict[str, Any]
     """What state.json says, but for the digests."""
 
     def write(self, folder: Path) -> None:
         """Write a checkpoint into an existing folder."""
-        digests = {}
-        for name, tensors in self.tensors.items():
-            content = save(tensors)
+        training = io.BytesIO()
+        torch.save(self.training, training)
+        contents = {_MODEL: save(self.weights), _TRAINING: training.getvalue()}
+        for name, content in contents.items():
             (folder / name).write_bytes(content)
-            digests[name] = hashlib.sha256(content).hexdigest()
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
         document = {**self.document, "sha256": digests}
-        digests[STATE_FILE] = _digest(document)
+        digests[STATE_FILE] = digest_of(document)
         (folder / STATE_FILE).write_text(json_lines(document), encoding="utf-8")
 
 
 def snapshot(state: TrainingState, about: dict[str, Any], callbacks: Sequence[Callback] = ()) -> Snapshot:
-    """Return a copy of ``state``, with ``about`` (config, versions) for whoever reads it later."""
-    optimizer = state.optimizer.state_dict()
-    optimizer_tensors, optimizer_values = _separate_tensors(optimizer["state"])
-    tensors = {_MODEL: _copied(state.result.state_dict()), _OPTIMIZER: _copied(optimizer_tensors)}
-    if state.average is not None:
-        tensors[_TRAINED] = _copied(state.model.state_dict())
-    document = {
+    """Return a copy of ``state`` in main memory, with ``about`` (config, workload) for whoever reads it later."""
+    training = {
         "epoch": state.epoch,
         "step": state.step,
         "sums": dataclasses.asdict(state.sums),
         "epoch_s": state.epoch_s,
         "finished_s": state.finished_s,
-        "optimizer": {"values": optimizer_values, "param_groups": optimizer["param_groups"]},
-        "scheduler": state.scheduler.state_dict(),
-        "scaler": state.scaler.state_dict(),
         "scores": state.scores,
         "ends": state.ends,
+        "optimizer": state.optimizer.state_dict(),
+        "scheduler": state.scheduler.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "trained": None if state.average is None else state.model.state_dict(),
         "callbacks": [callback.state_dict() for callback in callbacks],
-        **about,
     }
-    return Snapshot(tensors, copy.deepcopy(document))
+    document = {"format": FORMAT, "epoch": state.epoch, "step": state.step, **about}
+    # Contiguous, and sharing no memory: else safetensors refuses a model's tied weights.
+    weights = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in state.result.state_dict().items()
+    }
+    return Snapshot(
+        weights, map_tensors(lambda tensor: tensor.detach().cpu().clone(), training), copy.deepcopy(document)
+    )
 
 
-def _digest(document: dict[str, Any]) -> str:
+def digest_of(document: dict[str, Any]) -> str:
     """Return the SHA-256 of a state.json but for this digest itself, however it is written."""
     document = {**document, "sha256": {name: value for name, value in document["sha256"].items() if name != STATE_FILE}}
     as_read = json.loads(json.dumps(document))  # whose keys are texts: numbers would be sorted in another order
@@ -140,7 +129,7 @@ def load_model(folder: Path, workload: Workload) -> nn.Module:
     """
     document = read_state(folder)
     model = workload.create_model()
-    _load_weights(folder, document, _MODEL, model)
+    _load_weights(model, _read_weights(folder, document), folder)
     return model.eval()
 
 
@@ -197,55 +186,39 @@ def _fetched(filesystem: fs.FileSystem, path: str) -> Iterator[Path]:
 def restore(folder: Path, state: TrainingState, callbacks: Sequence[Callback] = ()) -> None:
     """Put a checkpoint's content into a freshly created ``state``.
 
-    Raises as ``load_model`` does, and OtherModelError; ``state`` is left as it was then.
+    Raises as ``load_model`` does, before ``state`` is changed, and OtherModelError.
     """
     document = read_state(folder)
-    parts: list[Any] = [state.model, state.optimizer, state.scheduler]
-    parts += [] if state.average is None else [state.average]
-    before = copy.deepcopy([part.state_dict() for part in parts])
+    weights, content = _read_weights(folder, document), _read(folder, _TRAINING, document)
+    training = _unpickled(folder, content)
+    _load_weights(state.result, weights, folder)
     try:
-        _put(folder, document, state, callbacks)
+        if state.average is not None:
+            state.model.load_state_dict(training["trained"])
+            state.average.n_averaged.fill_(1)  # else the next step would begin a new average
+        state.optimizer.load_state_dict(training["optimizer"])
+        state.scheduler.load_state_dict(training["scheduler"])
+        state.scaler.load_state_dict(training["scaler"])
+        for callback, values in zip(callbacks, training["callbacks"], strict=False):
+            callback.load_state_dict(values)
     except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
-    except Exception as error:
-        for part, values in zip(parts, before, strict=True):
-            part.load_state_dict(values)
-        if isinstance(error, (JobError, UsageError)):
-            raise
+    except Exception as error:  # what was written is there, so it is the code that does not take it
         reason = f"{type(error).__name__}: {first_line(error)}"
-        if STATE_FILE in document["sha256"]:  # what was written is there, so it is the code that does not take it
-            raise OtherModelError(f"checkpoint {folder} is of another optimizer or schedule: {reason}") from error
-        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE}: {reason}") from error
+        raise OtherModelError(f"checkpoint {folder} is of another optimizer or schedule: {reason}") from error
+    state.sums = MetricSums(**training["sums"])
+    for name in ("epoch", "step", "epoch_s", "finished_s", "scores", "ends"):
+        setattr(state, name, training[name])
 
 
-def _put(folder: Path, document: dict[str, Any], state: TrainingState, callbacks: Sequence[Callback]) -> None:
-    epoch, step, epoch_s, finished_s = (document[name] for name in ("epoch", "step", "epoch_s", "finished_s"))
-    if not (0 <= epoch <= state.last_epoch and 0 <= step < (state.last_step if epoch < state.last_epoch else 1)):
-        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: there is no step {step} after epoch {epoch}")
-    sums = MetricSums() + MetricSums(**document["sums"])  # only numbers can be added
-    if not all(map(math.isfinite, (epoch_s, finished_s, sums.num_examples and sums.sums["loss"]))):
-        raise ValueError("a figure is no finite number")
-    if state.scheduler.state_dict() and not document["scheduler"]:
-        raise ValueError("it has no state of the scheduler")
-    tensors = _read_tensors(folder, _OPTIMIZER, document)
-    _load_weights(folder, document, _MODEL, state.result)
-    if state.average is not None:
-        _load_weights(folder, document, _TRAINED, state.model)
-        state.average.n_averaged.fill_(1)  # else the next step would begin a new average
-    per_parameter: dict[int, dict[str, Any]] = {}
-    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
-    for key, tensor in tensors.items():
-        index, name = key.split(".", 1)
-        per_parameter.setdefault(int(index), {})[name] = _with_layout_of(parameters[int(index)], tensor)
-    for index, values in document["optimizer"]["values"].items():
-        per_parameter.setdefault(int(index), {}).update(values)
-    state.optimizer.load_state_dict({"state": per_parameter, "param_groups": document["optimizer"]["param_groups"]})
-    state.scheduler.load_state_dict(document["scheduler"])
-    state.scaler.load_state_dict(document.get("scaler", {}))
-    state.scores, state.ends = [float(score) for score in document.get("scores", [])], document.get("ends", False)
-    for callback, values in zip(callbacks, document.get("callbacks", []), strict=False):
-        callback.load_state_dict(values)
-    state.epoch, state.step, state.sums, state.epoch_s, state.finished_s = epoch, step, sums, epoch_s, finished_s
+def _unpickled(folder: Path, content: bytes) -> dict[str, Any]:
+    try:
+        training: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return training
+    except MemoryError:
+        raise
+    except Exception as error:  # what a file that is another raises may be anything
+        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {_TRAINING}: {first_line(error)}") from error
 
 
 def restore_newest(run: RunFolder, state: TrainingState, callbacks: Sequence[Callback] = ()) -> Restored:
@@ -266,33 +239,6 @@ def restore_newest(run: RunFolder, state: TrainingState, callbacks: Sequence[Cal
     return Restored(damaged=tuple(damaged))
 
 
-def _with_layout_of(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """Give a parameter's moment the parameter's strides: fused optimizers pair them up by memory position."""
-    if tensor.shape != parameter.shape:
-        return tensor
-    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
-
-
-def _separate_tensors(state: dict[int, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[int, dict[str, Any]]]:
-    """Split an optimizer's state per parameter into tensors, keyed ``index.name``, and JSON values."""
-    tensors: dict[str, Tensor] = {}
-    values: dict[int, dict[str, Any]] = {}
-    for index, entries in state.items():
-        for name, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
-            else:
-                values.setdefault(index, {})[name] = value
-    return tensors, values
-
-
-def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies in main memory, of which none share any: safetensors refuses a model's tied weights else."""
-    return {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-
-
 def read_state(folder: Path) -> dict[str, Any]:
     """Return what a checkpoint's state.json says. Raises as ``load_model`` does."""
     path = folder / STATE_FILE
@@ -300,41 +246,34 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder} is not a checkpoint: it has no {STATE_FILE}")
     try:
         document = json.loads(path.read_bytes())
-        _check_state(document)
-        return document
-    except (OSError, ValueError, KeyError, RecursionError) as error:
+        if not isinstance(document, dict) or document["sha256"][STATE_FILE] != digest_of(document):
+            raise ValueError("it is not what was written")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE}: {first_line(error)}") from error
+    if document.get("format") != FORMAT:
+        raise UsageError(f"checkpoint {folder} is of another version of mnist_ray: format {document.get('format')}")
+    return document
 
 
-def _check_state(document: Any) -> None:
-    """Raise ValueError where a state.json is not what was written, as far as it can be told."""
-    if not isinstance(document, dict):
-        raise ValueError("it holds no JSON object")
-    missing = _ENTRIES.keys() - document.keys()
-    if missing:
-        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    for name, kind in {**_ENTRIES, **_MORE_ENTRIES}.items():
-        value = document.get(name, kind())
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise ValueError(f"{name} is {value!r:.40}")
-    if any(type(document["workload"].get(name)) is not type(value) for name, value in _NO_WORKLOAD.items()):
-        raise ValueError("it does not say which workload it is of")
-    if STATE_FILE in document["sha256"] and document["sha256"][STATE_FILE] != _digest(document):
-        raise ValueError("it is not what was written")
-
-
-def _read_tensors(folder: Path, name: str, document: dict[str, Any]) -> dict[str, Tensor]:
+def _read(folder: Path, name: str, document: dict[str, Any]) -> bytes:
+    """Return a file's content. Raises DamagedCheckpointError if it is not what was written."""
     try:
         content = (folder / name).read_bytes()
-        if hashlib.sha256(content).hexdigest() != document["sha256"].get(name):
-            raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {name} is not what was written")
-        return load(content)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {name}: {error}") from error
+    if hashlib.sha256(content).hexdigest() != document["sha256"].get(name):
+        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {name} is not what was written")
+    return content
 
 
-def _load_weights(folder: Path, document: dict[str, Any], name: str, model: nn.Module) -> None:
-    weights = _read_tensors(folder, name, document)
+def _read_weights(folder: Path, document: dict[str, Any]) -> dict[str, Tensor]:
+    try:
+        return load(_read(folder, _MODEL, document))
+    except SafetensorError as error:
+        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {_MODEL}: {error}") from error
+
+
+def _load_weights(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 from typing import Any
 
 import torch
@@ -92,12 +92,16 @@ def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig) 
     with placed(workload, "a step of the optimizer, and one of the schedule, without a metric, after it"):
         optimizer.step()
         scheduler.step()
-    for method, state in zip(methods, (optimizer.state_dict()["param_groups"], scheduler.state_dict()), strict=True):
+    for method, state in zip(methods, (optimizer.state_dict(), scheduler.state_dict()), strict=True):
         try:
-            json.dumps(state)
-        except (TypeError, ValueError) as error:
+            saved = io.BytesIO()
+            torch.save(state, saved)
+            torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
+        except Exception as error:  # what pickling a user's object raises may be anything
             place = f"{type(workload).__name__}.{method}"
-            raise UsageError(f"{place}: a checkpoint cannot hold its state as JSON: {first_line(error)}") from error
+            raise UsageError(
+                f"{place}: a checkpoint holds tensors, numbers and texts, but not its state: {first_line(error)}"
+            ) from error
 
 
 def _autocast(config: TrainConfig) -> torch.autocast:

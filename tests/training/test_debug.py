@@ -76,7 +76,7 @@ def test_a_run_stops_early_and_has_kept_the_average_and_a_profile(
     with (tmp_path / "run" / "metrics.csv").open() as file:
         assert [row["epoch"] for row in csv.DictReader(file) if row["val_loss"]] == ["1", "2"]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert (tmp_path / "run" / result["checkpoint"] / "trained.safetensors").exists()
+    assert (tmp_path / "run" / result["checkpoint"] / "training.pt").exists()
     trace = json.loads(gzip.decompress((tmp_path / "run" / "trace.json.gz").read_bytes()))
     assert any("conv" in str(event.get("name")) for event in trace["traceEvents"])
     operators = json.loads((tmp_path / "run" / "operators.json").read_text())

@@ -392,10 +392,12 @@ def test_outputs_that_are_no_tensor_are_named_where_one_is_wanted(write: Write, 
         ),
         (
             """
-    def create_optimizer(self, model, config): return torch.optim.Adam(model.parameters(), lr=torch.tensor(1e-3))
-    def create_scheduler(self, optimizer, config, total_steps): return torch.optim.lr_scheduler.ConstantLR(optimizer)
+    def create_scheduler(self, optimizer, config, total_steps):
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+        schedule.factor_of = lambda step: 1.0
+        return schedule
 """,
-            "Wrong.create_optimizer: a checkpoint cannot hold its state as JSON: Object of type Tensor is not",
+            "Wrong.create_scheduler: a checkpoint holds tensors, numbers and texts, but not its state: ",
         ),
         (
             """
@@ -409,7 +411,12 @@ def test_outputs_that_are_no_tensor_are_named_where_one_is_wanted(write: Write, 
             "buffer, or a setting",
         ),
     ],
-    ids=["a schedule that wants a metric", "an optimizer that wants a closure", "a tensor as rate", "extra state"],
+    ids=[
+        "a schedule that wants a metric",
+        "an optimizer that wants a closure",
+        "a function in the schedule",
+        "extra state",
+    ],
 )
 def test_what_would_fail_at_a_step_or_a_checkpoint_is_said_before(write: Write, body: str, expected: str) -> None:
     assert message_of(write, body).startswith(expected)
