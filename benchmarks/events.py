@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -45,26 +44,19 @@ def run_job(flags: Mapping[str, object], on_event: Callable[[Event], None] = lam
     """Train as ``jobs/train.py`` would with these flags."""
     begun = time.monotonic()
     sys.argv[1:] = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    from mnist_ray.cluster import environment
-    from mnist_ray.cluster.forking.starting import prepared_forking
     from mnist_ray.run.job import load_data, read_job
+    from mnist_ray.run.session import Session
 
-    job = read_job()
-    environment.prepare(verbose=False)
-    with contextlib.ExitStack() as job_ends:
-        forking = job_ends.enter_context(prepared_forking(job.workers, "mnist_ray.run.fit"))
-        job, data = load_data(job)
-        from mnist_ray.cluster.connect import connect
+    with Session(read_job()) as session:
+        session.job, session.data = load_data(session.job)
+        with session.ray(meanwhile=lambda: None):
+            from mnist_ray.run.fit import fit
 
-        cluster = job_ends.enter_context(connect(job.workers, forking))
-        from mnist_ray.cluster.plan import plan_workers
-        from mnist_ray.run.fit import fit
+            seen: list[tuple[float, Any]] = []
 
-        seen: list[tuple[float, Any]] = []
+            def note(event: Event) -> None:
+                seen.append((time.monotonic() - begun, event))
+                on_event(event)
 
-        def note(event: Event) -> None:
-            seen.append((time.monotonic() - begun, event))
-            on_event(event)
-
-        fit(job, data, plan_workers(job.workers, cluster), note)
-        return Heard(seen, time.monotonic() - begun)
+            fit(session, note)
+            return Heard(seen, time.monotonic() - begun)

@@ -37,12 +37,11 @@ from mnist_ray.errors import JobError
 from mnist_ray.run import evaluate
 from mnist_ray.run.failures import FailureReporter, TrainingStoppedError, reason_of
 from mnist_ray.run.find import best_of, snapshot_of
-from mnist_ray.run.job import Job
+from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec, train_loop_per_worker
 from mnist_ray.signals import Noted, first_only_noted
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder, with_retries
 from mnist_ray.training.events import ControllerStarted, Event, Started, Stopping, WorkersLost
-from mnist_ray.workload.data import Splits
 
 _POLL_INTERVAL_S = 0.5  # at which the driver asks for events, as often as workers send their progress
 _SAVED_WITHIN_S = 30.0  # after Ctrl-C
@@ -59,11 +58,12 @@ class Fitted:
     """Those of ``checkpoint``."""
 
 
-def fit(job: Job, data: Splits, plan: WorkerPlan, on_event: Callable[[Event], None]) -> Fitted:
-    """Train on Ray, telling ``on_event`` how it goes; a run that ``job.run`` holds already goes on where it stood.
+def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
+    """Train on Ray and pass events to ``on_event``. If the run has checkpoints, go on from the last.
 
     Raises TrainingStoppedError where it would end the same way again, JobError where training failed otherwise.
     """
+    job, data, plan = session.job, session.data, session.plan
     workload, workers, event_queue = job.workload, job.workers, open_event_queue()
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(workers.hang_timeout_s))
     if plan.min_workers is not None:  # so long Ray waits in vain for as many as before, when a node has gone

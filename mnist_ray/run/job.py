@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -24,7 +23,6 @@ from mnist_ray.settings import flag
 from mnist_ray.storage import (
     CONFIG_FILE,
     RESULT_FILE,
-    STORAGE_ERRORS,
     TRIALS_FILE,
     DamagedFileError,
     RunFolder,
@@ -269,26 +267,6 @@ def check_free(run: RunFolder, *, resume: bool) -> None:
             raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.inside(RESULT_FILE).uri}")
     if not resume and run.exists():
         raise UsageError(f"run {run.uri} exists already; add --resume to go on with it, or give another --run-name")
-
-
-def owning(job: Job, waiting: Callable[[str], None]) -> contextlib.AbstractContextManager[None]:
-    """Return what keeps a job's run from others meanwhile. Raises as ``owned`` and ``check_free`` do."""
-    from mnist_ray.run.lease import owned  # imports psutil, which the header need not wait for
-
-    return owned(job.run, functools.partial(check_free, job.run, resume=job.output.resume), waiting)
-
-
-@contextlib.contextmanager
-def saying_the_way_on(job: Job) -> Iterator[None]:
-    """Raise an interrupt with how to go on after it."""
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        has_begun = True
-        with contextlib.suppress(*STORAGE_ERRORS):  # storage that is away now may hold something
-            has_begun = job.run.exists()
-        advice = f"to go on: {job.resume_with}" if has_begun else "nothing is saved yet: start it again"
-        raise KeyboardInterrupt(f"interrupted; {advice}") from interrupt
 
 
 def _new_name(kind: str) -> str:

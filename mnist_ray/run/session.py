@@ -1,231 +1,181 @@
-"""What a run shows and keeps as it goes: its header, its files, its trackers and, however it ends, its page."""
+"""A job from its first line to its last. Light: the first lines are on the screen before Ray and torch are there."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
-import math
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import TypeVar
 
-from mnist_ray.cluster import preflight
-from mnist_ray.cluster.plan import Cluster, WorkerPlan
-from mnist_ray.errors import JobError, count, with_place
-from mnist_ray.provenance import origin, versions
-from mnist_ray.report.live import LiveReport
+from mnist_ray.cluster import environment
+from mnist_ray.cluster.forking.starting import prepared_forking
+from mnist_ray.cluster.plan import Cluster, WorkerPlan, plan_workers, usable_cores
+from mnist_ray.config import WorkerConfig
+from mnist_ray.errors import count, format_settings
 from mnist_ray.run.console import RunConsole
-from mnist_ray.run.failures import TrainingStoppedError
-from mnist_ray.run.fit import Fitted
-from mnist_ray.run.header import Clock, say_plan
-from mnist_ray.run.history import History, write_predictions
-from mnist_ray.run.job import Job
-from mnist_ray.settings import json_lines
-from mnist_ray.signals import if_ended
-from mnist_ray.storage import (
-    CONFIG_FILE,
-    ORIGIN_FILE,
-    REPORT_FILE,
-    RESULT_FILE,
-    TRACE_FILE,
-    WORKLOAD_FILE,
-    RunFolder,
-    read_origin,
-    unless_damaged,
-)
-from mnist_ray.trackers import start
-from mnist_ray.trackers.base import Ending
-from mnist_ray.training.checkpoint import weights_sha256
-from mnist_ray.training.events import EpochFinished, Event, Progress, Validated
-from mnist_ray.training.metrics import Evaluation
-from mnist_ray.workload.base import Workload
+from mnist_ray.run.job import Job, check_free
+from mnist_ray.storage import STORAGE_ERRORS
+from mnist_ray.training.events import EpochFinished, Event, Started
 from mnist_ray.workload.data import Splits
-from mnist_ray.workload.subset import verdict
 
-Sections = Callable[[RunFolder], Any]
-"""What a report shows besides, made of a run's folder: a sweep's trials."""
+Self = TypeVar("Self", bound="Session")
+
+
+class Session:
+    """What every step of a job's story needs. Use it as a context: an interrupt is raised with how to go on."""
+
+    data: Splits
+    console: RunConsole
+    cluster: Cluster
+    plan: WorkerPlan
+
+    def __init__(self, job: Job, workers: WorkerConfig | None = None, modules: str = "mnist_ray.run.fit") -> None:
+        self.job = job
+        self.workers = workers or job.workers
+        self.clock = Clock()
+        self._modules = modules
+        self._at_the_end = contextlib.ExitStack()
+
+    def __enter__(self: Self) -> Self:
+        environment.prepare(verbose=self.job.output.verbose)
+        self._at_the_end.enter_context(saying_the_way_on(self.job))
+        self._forking = self._at_the_end.enter_context(prepared_forking(self.workers, self._modules))
+        self.clock.mark("start")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return self._at_the_end.__exit__(kind, error, trace)
+
+    def begin(
+        self,
+        job: Job,
+        data: Splits,
+        console: RunConsole | None = None,
+        say_header: Callable[[Session], None] | None = None,
+    ) -> None:
+        """Print the header of a job whose data are loaded, and own its run until the end.
+
+        Raises JobError if the storage cannot be written, UsageError if the run is another job's.
+        """
+        from mnist_ray.run.lease import owned  # imports psutil, which the header need not wait for
+
+        self.job, self.data = job, data
+        job.run.check_writable()
+        self.clock.mark("data")
+        self.console = self._at_the_end.enter_context(console or console_of(job))
+        (say_header or say_run)(self)
+        is_free = functools.partial(check_free, job.run, resume=job.output.resume)
+        self._at_the_end.enter_context(owned(job.run, is_free, self.console.waiting))
+
+    @contextlib.contextmanager
+    def ray(self, meanwhile: Callable[[], None]) -> Iterator[None]:
+        """Connect to a cluster or start a local Ray, do ``meanwhile`` beside that, and plan the workers."""
+        from mnist_ray.cluster.connect import connect  # imports Ray, once the header is on the screen
+
+        output = {"verbose": self.job.output.verbose, "dashboard": self.job.output.dashboard}
+        with connect(self.workers, self._forking, **output, meanwhile=meanwhile) as self.cluster:
+            self.plan = plan_workers(self.workers, self.cluster, self.job.train.chunks)
+            yield
 
 
 @contextlib.contextmanager
-def recorded(
-    console: RunConsole,
-    job: Job,
-    data: Splits,
-    cluster: Cluster,
-    plan: WorkerPlan,
-    clock: Clock,
-    sections: Sections | None = None,
-) -> Iterator[Record]:
-    """Show and keep how a run goes. However it ends, its report is written and its trackers are told.
-
-    Raises what happens meanwhile, with what the user can do about it.
-    """
-    record = Record(job, data, clock, console, sections)
-    say_plan(console, job, cluster, plan)
-    record.begin()
-    if_ended(f"; to go on: {job.resume_with}")
+def saying_the_way_on(job: Job) -> Iterator[None]:
+    """Raise an interrupt with how to go on after it."""
     try:
-        yield record
-    except TrainingStoppedError as error:
-        raise JobError(f"{error} (logs: {cluster.log_folder})") from error
-    except JobError as error:
-        raise type(error)(f"{error} (logs: {cluster.log_folder}; to go on: {job.resume_with})") from error
-    finally:
-        record.close()
-    clock.mark("report")
-    record.print_files()
+        yield
+    except KeyboardInterrupt as interrupt:
+        has_begun = True
+        with contextlib.suppress(*STORAGE_ERRORS):  # storage that is away now may hold something
+            has_begun = job.run.exists()
+        advice = f"to go on: {job.resume_with}" if has_begun else "nothing is saved yet: start it again"
+        raise KeyboardInterrupt(f"interrupted; {advice}") from interrupt
 
 
-class Record:
-    """One run as it goes. ``on_event`` is what ``fit`` tells."""
-
-    def __init__(self, job: Job, data: Splits, clock: Clock, console: RunConsole, sections: Sections | None) -> None:
-        self._job, self._data, self._clock, self._console, self._sections = job, data, clock, console, sections
-        self._result: dict[str, Any] | None = None
-        self._fitted: Fitted | None = None
-        self._has_report = False
-        self._live_report = LiveReport(functools.partial(self._draw_report, is_running=True))
-        self._first_loss = math.nan
-
-    def begin(self) -> None:
-        """Write what is known before the first step. Raises JobError where the storage cannot be used."""
-        run, workload = self._job.run, self._job.workload
-        preflight.check_storage(run)
-        run.write_text(CONFIG_FILE, json_lines(self._job.values))
-        write_origin(self._job, self._data)
-        warn = functools.partial(self._console.say, "note")
-        self._history = History(run, workload, warn)
-        self._trackers = start.start(run, workload, self._job.values, self._job.output, warn)
-
-    def on_event(self, event: Event) -> None:
-        """Take what workers and tasks tell."""
-        if isinstance(event, EpochFinished) and event.last.epoch == self._job.train.num_epochs:
-            # Imports matplotlib, while the last validation and the workers' end are waited for.
-            threading.Thread(target=importlib.import_module, args=["mnist_ray.report.page"], daemon=True).start()
-        if isinstance(event, Progress) and event.total_step == len(event.losses):
-            self._first_loss = event.losses[0]
-        self._clock.note(event)
-        self._history.add(event)
-        self._console.show(event)
-        self._trackers.log(event)
-        if isinstance(event, (EpochFinished, Validated)):
-            self._live_report.refresh()
-
-    def finish(self, fitted: Fitted, tested: Evaluation) -> float:
-        """Show and write what came out; return the workload's monitor on the test set."""
-        job, workload = self._job, self._job.workload
-        if len(self._data.validation) and (epochs := self._history.unvalidated):
-            shown = ", ".join(map(str, epochs))
-            self._console.say("note", f"not validated, since the task failed or the run was interrupted: epoch {shown}")
-        name = fitted.checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
-        result = tested.to_dict(workload) | {
-            "checkpoint": name,
-            "weights_sha256": weights_sha256(job.run.inside(name)),
-            "checkpoint_metrics": fitted.metrics,
-            workload.rate: self._history.mean_rate() or fitted.metrics[workload.rate],
-            "seconds": self._clock.seconds(),
-            "num_workers": self._history.num_workers,
-            **origin(),
-        }
-        write_predictions(job.run, workload, tested)
-        job.run.write_text(RESULT_FILE, json_lines(result))
-        print_evaluation(self._console, workload, tested)
-        if job.train.overfit_batches is not None:
-            self._console.result("overfit", verdict(self._first_loss, result["test_loss"]))
-        self._fitted, self._result = fitted, result
-        return float(result[f"test_{workload.monitor.name}"])
-
-    def close(self) -> None:
-        """Write the report and tell the trackers; where that fails, say so: the run is not lost for it."""
-        pictures = self._write_report()
-        self._trackers.close(Ending(self._result, pictures, self._fitted.checkpoint if self._fitted else None))
-
-    def _draw_report(self, *, is_running: bool = False, warn: Callable[[str], None] = lambda note: None) -> Any:
-        from mnist_ray.report import page  # imports matplotlib
-
-        job, sections = self._job, self._sections(self._job.run) if self._sections else None
-        test = self._data.test
-        return page.write(job.run, job.workload, job.resume_with, test, sections, warn, is_running=is_running)
-
-    def _write_report(self) -> Mapping[str, bytes]:
-        workload = self._job.workload
-        assert workload.source is not None
-        self._live_report.close()
-        try:
-            self._history.flush()
-            pictures: Mapping[str, bytes] = self._draw_report(warn=functools.partial(self._console.say, "note"))
-            self._has_report = True
-            return pictures
-        except Exception as error:  # the run's own exception, if there is one, is not to be hidden by another
-            said = str(error) if isinstance(error, JobError) else with_place(error, workload.source.folder)
-            self._console.say("note", f"no report: {said}")
-            return {}
-
-    def print_files(self) -> None:
-        """Say where the seconds went, and where the files are."""
-        assert self._result is not None
-        console, run, parts = self._console, self._job.run, self._clock.seconds()
-        total, tested = parts.pop("total"), self._result["seconds"]["total"]
-        each = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
-        console.say("seconds", f"{tested:.1f} until tested, {total:.1f} in all: {each}")
-        if self._job.train.reproducible:
-            console.say("weights", f"SHA-256 {self._result['weights_sha256']}")
-        console.result("checkpoint", run.inside(self._result["checkpoint"]).uri)
-        console.result("result", run.inside(RESULT_FILE).uri)
-        if self._job.output.profile is not None and run.exists(TRACE_FILE):
-            console.result("profile", f"{run.inside(TRACE_FILE).uri}, for ui.perfetto.dev")
-        if self._has_report:
-            console.result("report", run.inside(REPORT_FILE).uri)
+def console_of(job: Job) -> RunConsole:
+    """Return a run's console."""
+    return RunConsole(job.workload, job.train.num_epochs, quiet=job.output.quiet)
 
 
-def write_origin(job: Job, data: Splits) -> None:
-    """Write how a run begins; one that goes on has begun with what is there, whatever code and data are now.
-
-    Raises JobError where the storage cannot be used.
-    """
-    workload = job.workload
-    assert workload.source is not None
-    if unless_damaged(lambda: read_origin(job.run), lambda note: None) is None:
-        about = {
-            "workload_sha256": workload.source.sha256,
-            "metadata": workload.metadata,
-            "data_name": data.name,
-            "data": data.digests,
-        }
-        job.run.write_text(ORIGIN_FILE, json_lines({**origin(), **about}))
-        job.run.write_text(WORKLOAD_FILE, workload.source.text)  # to be read by people; it is never loaded from there
-
-
-def console_of(workload: Workload) -> RunConsole:
-    """Return a console for what is no training."""
-    return RunConsole(workload, 0, quiet=False)
+def say_run(session: Session) -> None:
+    """Say what is going to be trained, and show what is waited for."""
+    job, console, config = session.job, session.console, session.job.train
+    console.say("run", job.run.name)
+    say_data(console, job, session.data)
+    steps = count(config.num_steps(len(session.data.train)), "step")
+    console.say(
+        "training",
+        f"{count(config.num_epochs, 'epoch')} of {steps}, batch size {config.batch_size}, "
+        f"{config.schedule} learning rate {config.learning_rate:g}, precision {config.precision}",
+    )
+    said = ("num_epochs", "batch_size", "schedule", "learning_rate", "precision")
+    changed = {name: value for name, value in job.workload.changed(job.values).items() if name not in said}
+    if changed:
+        console.say("settings", format_settings(changed))
+    console.say("results", job.run.uri)
+    console.waiting("starting Ray …")
 
 
-def print_evaluation(console: RunConsole, workload: Workload, tested: Evaluation) -> None:
-    """Print what came out on the test set."""
-    for label, line in workload.lines(tested.columns):
-        console.say(label, line)
-    values = tested.values(workload)
-    shown = [*workload.metrics, *(metric for metric in workload.all_metrics if metric not in workload.metrics)]
-    said = ", ".join(f"{metric.name} {metric.format(values[metric.name])}" for metric in shown)
-    console.result("test", f"{said} on {tested.num_examples:,} {workload.nouns}")
+def say_data(console: RunConsole, job: Job, data: Splits) -> None:
+    """Print the line of the header that tells of the data, after what the user is to know before."""
+    for note in job.notes:
+        console.say("note", note)
+    counts = f"{len(data.train):,} {job.workload.nouns} to train on, {len(data.validation):,} for validation"
+    console.say("data", f"{data.name}: {counts}, {len(data.test):,} to test")
 
 
-def check(console: RunConsole, job: Job, cluster: Cluster, plan: WorkerPlan) -> None:
-    """Say how a job would run, and whether it would. Raises JobError where it would not."""
-    say_plan(console, job, cluster, plan)
-    check_nodes(console, job, plan)
+def say_dashboard(console: RunConsole, cluster: Cluster) -> None:
+    """Say where Ray's dashboard is, for as long as the job runs."""
+    console.say("dashboard", f"http://{cluster.dashboard}" if cluster.dashboard else "this cluster has none")
 
 
-def check_nodes(console: RunConsole, job: Job, plan: WorkerPlan) -> None:
-    """Say how a step is cut, and let every node prove that it can take part. Raises JobError where one cannot."""
-    own_versions, batch_size, nouns = versions(), job.train.batch_size, job.workload.nouns
-    hosts = preflight.check_nodes(job.run, own_versions)
-    each = f"a step's {batch_size} {nouns} are {math.ceil(batch_size / plan.num_workers)} a worker"
-    console.say("plan", f"{count(plan.num_workers, 'worker')} ({plan.placement}); {each}")
-    console.say("storage", f"{job.run.storage_path}: read by {', '.join(hosts)}")
-    console.say("versions", ", ".join(f"{name} {version}" for name, version in own_versions.items()))
+def say_plan(session: Session) -> None:
+    """Say what trains, on what, once that is known, and show what is waited for."""
+    job, console, cluster, plan = session.job, session.console, session.cluster, session.plan
+    model = job.workload.create_model()
+    num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    console.say("model", f"{type(model).__name__}, {num_parameters:,} parameters")
+    gpu = " and 1 GPU" if plan.use_gpu else ""
+    where = "a local Ray" if cluster.is_local else f"a Ray cluster of {count(len(cluster.nodes), 'node')}"
+    cpus = count(plan.cpus_per_worker, "CPU")
+    if job.output.dashboard:
+        say_dashboard(console, cluster)
+    console.say("workers", f"{plan.num_workers}, each with {cpus}{gpu}, on {where}")
+    cores = usable_cores()
+    if cluster.is_local and not plan.use_gpu and plan.num_workers > cores:
+        shared = f"{plan.num_workers} workers share {cores} cores"
+        console.say("note", f"{shared}: --num-workers {cores} would be at least as fast")
     if plan.must_scale_up:
-        console.say("note", "whether the cluster can start nodes for these workers is only seen when it is asked to")
-    console.say("check", "this job would run")
+        console.say("note", "the cluster is too small now; waiting for it to start nodes")
+    console.waiting("starting workers …")
+
+
+class Clock:
+    """Counts the seconds of a job's parts, from its creation on."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._parts: dict[str, float] = {}
+        self._has_trained = False
+
+    def mark(self, name: str) -> None:
+        """Count the time since the last mark as that of ``name``."""
+        now = time.perf_counter()
+        self._parts[name] = self._parts.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def note(self, event: Event) -> None:
+        """Tell the start from the training, and that from the wait for the last validation."""
+        if isinstance(event, Started) and not self._has_trained:
+            self._has_trained = True
+            self.mark("start")
+        if isinstance(event, EpochFinished):
+            self.mark("training")
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of each part, and in all."""
+        parts = {name: round(seconds, 3) for name, seconds in self._parts.items()}
+        return {**parts, "total": round(self._last - self._start, 3)}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 
 from rich.console import Group
 from rich.table import Table
@@ -12,19 +10,18 @@ from rich.text import Text
 
 from mnist_ray.errors import clock_time, count, format_settings, redact
 from mnist_ray.run.console import RunConsole
-from mnist_ray.run.header import say_data
+from mnist_ray.run.session import Session, say_data
 from mnist_ray.sweep.options import Sweep
 from mnist_ray.sweep.trials import DONE, ENDED, FAILED, LOST, STOPPED, TrialRecord, TrialTable
-from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Splits
 
 
 class SweepConsole(RunConsole):
     """Prints a sweep; on a terminal its table is redrawn in place, elsewhere each trial gets a line as it ends."""
 
-    def __init__(self, workload: Workload, num_epochs: int, time_budget_s: float | None, *, quiet: bool) -> None:
-        super().__init__(workload, num_epochs, quiet=quiet)
-        self._time_budget_s = time_budget_s
+    def __init__(self, sweep: Sweep) -> None:
+        job = sweep.job
+        super().__init__(job.workload, job.train.num_epochs, quiet=job.output.quiet)
+        self._time_budget_s = sweep.config.time_budget_s
         self._start = time.monotonic()
         self._finished_before: int | None = None
         self._printed: set[int] = set()
@@ -91,17 +88,14 @@ def _table(table: TrialTable, num_epochs: int) -> Table:
     return view
 
 
-@contextlib.contextmanager
-def announced(sweep: Sweep, data: Splits) -> Iterator[SweepConsole]:
+def say_sweep(sweep: Sweep, session: Session) -> None:
     """Say what is going to be searched, and show what is waited for."""
-    job, config = sweep.job, sweep.config
-    with SweepConsole(job.workload, job.train.num_epochs, config.time_budget_s, quiet=job.output.quiet) as console:
-        console.say("sweep", job.run.name)
-        say_data(console, job, data)
-        trials = f"{count(config.num_trials, 'trial')} of {count(job.train.num_epochs, 'epoch')}"
-        if config.num_confirmed:
-            trials += f", then the best {config.num_confirmed} with two more seeds each"
-        console.say("search", f"{config.search}, {trials}: {sweep.space.describe()}; scheduler {config.scheduler}")
-        console.say("results", job.run.uri)
-        console.waiting("starting Ray …")
-        yield console
+    job, config, console = sweep.job, sweep.config, session.console
+    console.say("sweep", job.run.name)
+    say_data(console, job, session.data)
+    trials = f"{count(config.num_trials, 'trial')} of {count(job.train.num_epochs, 'epoch')}"
+    if config.num_confirmed:
+        trials += f", then the best {config.num_confirmed} with two more seeds each"
+    console.say("search", f"{config.search}, {trials}: {sweep.space.describe()}; scheduler {config.scheduler}")
+    console.say("results", job.run.uri)
+    console.waiting("starting Ray …")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from typing import Any
@@ -10,14 +11,14 @@ from mnist_ray import settings
 from mnist_ray.cluster import preflight
 from mnist_ray.cluster.connect import as_it_is_now
 from mnist_ray.cluster.orphans import orphans_removed
-from mnist_ray.cluster.plan import Cluster, WorkerPlan, plan_workers
+from mnist_ray.cluster.plan import plan_workers
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.errors import JobError, count, format_settings
-from mnist_ray.run.evaluate import evaluate
 from mnist_ray.run.fit import fit
-from mnist_ray.run.header import Clock, announced, say_dashboard
 from mnist_ray.run.job import Job
-from mnist_ray.run.session import check_nodes, recorded, write_origin
+from mnist_ray.run.record import check as check_run
+from mnist_ray.run.record import recorded, write_origin
+from mnist_ray.run.session import Clock, Session, console_of, say_dashboard, say_run
 from mnist_ray.settings import json_lines
 from mnist_ray.signals import if_ended
 from mnist_ray.storage import TRIALS_FILE, RunFolder, read_result, unless_damaged
@@ -28,25 +29,22 @@ from mnist_ray.sweep.trial import TrialSpec
 from mnist_ray.sweep.trials import TrialTable
 from mnist_ray.sweep.tuner import TRIALS_FOLDER, run_sweep, trials_at_a_time
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Splits
 
 PICTURE_FILE = "sweep.png"
 
 
-def check(console: SweepConsole, sweep: Sweep, cluster: Cluster) -> None:
+def check(session: Session, sweep: Sweep) -> None:
     """Say how a sweep would run, and whether it would. Raises JobError where it would not."""
-    plan = plan_workers(sweep.workers, cluster, sweep.job.train.chunks)
-    _say_plan(console, sweep, plan, cluster)
-    check_nodes(console, sweep.job, plan)
+    _say_plan(session, sweep)
+    check_run(session)
 
 
-def search(console: SweepConsole, sweep: Sweep, data: Splits, cluster: Cluster) -> TrialTable:
+def search(session: Session, sweep: Sweep, console: SweepConsole) -> TrialTable:
     """Run the trials, or those that an interrupted sweep has not run yet, and write what came of them.
 
     A sweep that has chosen before tries nothing more: its choice is not to change. Raises JobError.
     """
-    job = sweep.job
-    plan, run = plan_workers(sweep.workers, cluster, sweep.job.train.chunks), job.run
+    job, data, plan, run = sweep.job, session.data, session.plan, sweep.job.run
     preflight.check_storage(run)
     write_origin(job, data)
     run.write_text(SWEEP_FILE, json_lines({**settings.values_of(sweep.config), **job.values}))
@@ -59,15 +57,14 @@ def search(console: SweepConsole, sweep: Sweep, data: Splits, cluster: Cluster) 
     )
     if_ended(f"; to go on: {job.resume_with}")
     try:
-        _say_plan(console, sweep, plan, cluster)
-        concurrent = _trials_at_a_time(sweep, plan, cluster)
+        concurrent = _say_plan(session, sweep)
         table = chosen_before(sweep)
         if table is None:
             # What is left over is of trials that are stopped before their end.
             with orphans_removed(), followed(sweep, console) as on_change:
                 table = run_sweep(sweep.config, sweep.space, spec, run, concurrent, on_change)
     except JobError as error:
-        raise JobError(f"{error} (logs: {cluster.log_folder})") from error
+        raise JobError(f"{error} (logs: {session.cluster.log_folder})") from error
     _write_choice(console, sweep, table)
     console.rest()
     return table
@@ -108,17 +105,17 @@ def _best_job(sweep: Sweep, table: TrialTable) -> Job:
     return dataclasses.replace(job, notes=())  # they were shown as the sweep began
 
 
-def train_chosen(console: SweepConsole, sweep: Sweep, table: TrialTable, data: Splits, cluster: Cluster) -> None:
+def train_chosen(session: Session, sweep: Sweep, table: TrialTable) -> None:
     """Train and evaluate the default configuration, where it is another one and fits the data, and the best.
 
     What an interrupted sweep has trained already is not trained again.
     """
-    best = _best_job(sweep, table)
+    best, console = _best_job(sweep, table), session.console
     default = best.with_values(dict(sweep.space.defaults))
     default = dataclasses.replace(default, run=best.run.inside(DEFAULT_FOLDER))
     chosen = {"default": default, "best": best}
     is_default = default.values == best.values
-    if is_default or default.train.batch_size > len(data.train):
+    if is_default or default.train.batch_size > len(session.data.train):
         del chosen["default"]
     came_out = {}
     for title, job in chosen.items():
@@ -127,7 +124,7 @@ def train_chosen(console: SweepConsole, sweep: Sweep, table: TrialTable, data: S
         console.say(title, f"training with {values}")
         value = _known_result(job)
         if value is None:
-            value = _train_and_test(job, data, as_it_is_now(cluster), is_last=title == "best")
+            value = _train_and_test(session, job, is_last=title == "best")
         shown = job.workload.monitor.format(value)
         name = "" if job.workload.monitor.is_fraction else f"{job.workload.monitor.name} "
         came_out[title] = f"{name}{shown} on the test set with {values}" + (", the default" if is_default else "")
@@ -136,19 +133,18 @@ def train_chosen(console: SweepConsole, sweep: Sweep, table: TrialTable, data: S
         console.result(title, line)
 
 
-def _train_and_test(job: Job, data: Splits, cluster: Cluster, *, is_last: bool) -> float:
+def _train_and_test(session: Session, job: Job, *, is_last: bool) -> float:
     """Do what ``jobs/train.py`` does; after the last run the cluster is left while the report is written."""
-    clock, plan = Clock(), plan_workers(job.workers, cluster, job.train.chunks)
+    run = copy.copy(session)
+    run.job, run.clock, run.cluster = job, Clock(), as_it_is_now(session.cluster)
+    run.plan = plan_workers(job.workers, run.cluster, job.train.chunks)
     sections = functools.partial(_sections, workload=job.workload)
-    with announced(job, data) as console, recorded(console, job, data, cluster, plan, clock, sections) as record:
-        with orphans_removed():  # of the last trials
-            fitted = fit(job, data, plan, record.on_event)
-        clock.mark("validation")
-        tested = evaluate(job.workload, fitted.checkpoint, data.test, loader_workers=job.workers.loader_workers)
-        clock.mark("evaluation")
-        if is_last:
-            cluster.leave()
-        return record.finish(fitted, tested)
+    with console_of(job) as run.console:
+        say_run(run)
+        with recorded(run, sections) as record:
+            with orphans_removed():  # of the last trials
+                fitted = fit(run, record.on_event)
+            return record.test(fitted, is_last=is_last)
 
 
 def _known_result(job: Job) -> float | None:
@@ -164,14 +160,13 @@ def _sections(run: RunFolder, workload: Workload) -> Any:
     return sections(run, type(workload))
 
 
-def _trials_at_a_time(sweep: Sweep, plan: WorkerPlan, cluster: Cluster) -> int:
-    return trials_at_a_time(sweep.config, plan, cluster, autoscaling=sweep.job.workers.autoscaling)
-
-
-def _say_plan(console: SweepConsole, sweep: Sweep, plan: WorkerPlan, cluster: Cluster) -> None:
+def _say_plan(session: Session, sweep: Sweep) -> int:
+    """Say how many trials run at a time, and return it."""
+    console, plan, autoscaling = session.console, session.plan, sweep.job.workers.autoscaling
+    concurrent = trials_at_a_time(sweep.config, plan, session.cluster, autoscaling=autoscaling)
     each = f"{count(plan.num_workers, 'worker')} with {count(plan.cpus_per_worker, 'CPU')}"
-    concurrent = _trials_at_a_time(sweep, plan, cluster)
     if sweep.job.output.dashboard:
-        say_dashboard(console, cluster)
+        say_dashboard(console, session.cluster)
     console.say("trials", f"{concurrent} at a time, each {each}{' and 1 GPU' if plan.use_gpu else ''}")
     console.waiting("starting trials …")
+    return concurrent

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 
 from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan
-from mnist_ray.config import SweepConfig, TrainConfig
+from mnist_ray.config import OutputConfig, SweepConfig, TrainConfig
 from mnist_ray.storage import DamagedFileError, locate
 from mnist_ray.sweep import tuner
 from mnist_ray.sweep.progress import SweepConsole
@@ -179,6 +179,7 @@ def test_why_a_trial_failed_is_kept_without_secrets_and_shown_as_it_is(
     failed = record(1, FAILED, math.nan)
     failed.reason = tuner.reason_of(Mock(error_file=str(tmp_path / "error.txt")))
     assert failed.reason == "ArrowInvalid: s3://***@bucket [red]\x1b[31m"
-    with SweepConsole(mnist(), 2, None, quiet=False) as console:
+    job = Mock(workload=mnist(), train=TrainConfig(num_epochs=2), output=OutputConfig())
+    with SweepConsole(Mock(job=job, config=SweepConfig())) as console:
         console.result_table(table_with(failed))
     assert r"failed: ArrowInvalid: s3://***@bucket [red]\x1b[31m" in capsys.readouterr().out

@@ -1,0 +1,226 @@
+"""What a run shows and keeps as it goes: its header, its files, its trackers and, however it ends, its page."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from mnist_ray.cluster import preflight
+from mnist_ray.errors import JobError, count, with_place
+from mnist_ray.provenance import origin, versions
+from mnist_ray.report.live import LiveReport
+from mnist_ray.run.console import RunConsole
+from mnist_ray.run.evaluate import evaluate
+from mnist_ray.run.failures import TrainingStoppedError
+from mnist_ray.run.fit import Fitted
+from mnist_ray.run.history import History, write_predictions
+from mnist_ray.run.job import Job
+from mnist_ray.run.session import Session, say_plan
+from mnist_ray.settings import json_lines
+from mnist_ray.signals import if_ended
+from mnist_ray.storage import (
+    CONFIG_FILE,
+    ORIGIN_FILE,
+    REPORT_FILE,
+    RESULT_FILE,
+    TRACE_FILE,
+    WORKLOAD_FILE,
+    RunFolder,
+    read_origin,
+    unless_damaged,
+)
+from mnist_ray.trackers import start
+from mnist_ray.trackers.base import Ending
+from mnist_ray.training.checkpoint import weights_sha256
+from mnist_ray.training.events import EpochFinished, Event, Progress, Validated
+from mnist_ray.training.metrics import Evaluation
+from mnist_ray.workload.base import Workload
+from mnist_ray.workload.data import Splits
+from mnist_ray.workload.subset import verdict
+
+Sections = Callable[[RunFolder], Any]
+"""What a report shows besides, made of a run's folder: a sweep's trials."""
+
+
+@contextlib.contextmanager
+def recorded(session: Session, sections: Sections | None = None) -> Iterator[Record]:
+    """Show and keep how a run goes. However it ends, its report is written and its trackers are told.
+
+    Raises what happens meanwhile, with what the user can do about it.
+    """
+    record, job, logs = Record(session, sections), session.job, session.cluster.log_folder
+    say_plan(session)
+    record.begin()
+    if_ended(f"; to go on: {job.resume_with}")
+    try:
+        yield record
+    except TrainingStoppedError as error:
+        raise JobError(f"{error} (logs: {logs})") from error
+    except JobError as error:
+        raise type(error)(f"{error} (logs: {logs}; to go on: {job.resume_with})") from error
+    finally:
+        record.close()
+    session.clock.mark("report")
+    record.print_files()
+
+
+class Record:
+    """One run as it goes. ``on_event`` is what ``fit`` tells."""
+
+    def __init__(self, session: Session, sections: Sections | None) -> None:
+        self._session, self._sections = session, sections
+        self._job, self._clock, self._console = session.job, session.clock, session.console
+        self._result: dict[str, Any] | None = None
+        self._fitted: Fitted | None = None
+        self._has_report = False
+        self._live_report = LiveReport(functools.partial(self._draw_report, is_running=True))
+        self._first_loss = math.nan
+
+    def begin(self) -> None:
+        """Write what is known before the first step. Raises JobError where the storage cannot be used."""
+        run, workload = self._job.run, self._job.workload
+        preflight.check_storage(run)
+        run.write_text(CONFIG_FILE, json_lines(self._job.values))
+        write_origin(self._job, self._session.data)
+        warn = functools.partial(self._console.say, "note")
+        self._history = History(run, workload, warn)
+        self._trackers = start.start(run, workload, self._job.values, self._job.output, warn)
+
+    def on_event(self, event: Event) -> None:
+        """Take what workers and tasks tell."""
+        if isinstance(event, EpochFinished) and event.last.epoch == self._job.train.num_epochs:
+            # Imports matplotlib, while the last validation and the workers' end are waited for.
+            threading.Thread(target=importlib.import_module, args=["mnist_ray.report.page"], daemon=True).start()
+        if isinstance(event, Progress) and event.total_step == len(event.losses):
+            self._first_loss = event.losses[0]
+        self._clock.note(event)
+        self._history.add(event)
+        self._console.show(event)
+        self._trackers.log(event)
+        if isinstance(event, (EpochFinished, Validated)):
+            self._live_report.refresh()
+
+    def test(self, fitted: Fitted, *, is_last: bool = True) -> float:
+        """Evaluate what was fitted on the test set; show and write what came out. Return the monitor's value.
+
+        ``is_last``: the cluster is left then, while the report is written.
+        """
+        job, data = self._job, self._session.data
+        self._clock.mark("validation")
+        tested = evaluate(job.workload, fitted.checkpoint, data.test, loader_workers=job.workers.loader_workers)
+        self._clock.mark("evaluation")
+        if is_last:
+            self._session.cluster.leave()
+        return self._finish(fitted, tested)
+
+    def _finish(self, fitted: Fitted, tested: Evaluation) -> float:
+        job, workload = self._job, self._job.workload
+        if len(self._session.data.validation) and (epochs := self._history.unvalidated):
+            shown = ", ".join(map(str, epochs))
+            self._console.say("note", f"not validated, since the task failed or the run was interrupted: epoch {shown}")
+        name = fitted.checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
+        result = tested.to_dict(workload) | {
+            "checkpoint": name,
+            "weights_sha256": weights_sha256(job.run.inside(name)),
+            "checkpoint_metrics": fitted.metrics,
+            workload.rate: self._history.mean_rate() or fitted.metrics[workload.rate],
+            "seconds": self._clock.seconds(),
+            "num_workers": self._history.num_workers,
+            **origin(),
+        }
+        write_predictions(job.run, workload, tested)
+        job.run.write_text(RESULT_FILE, json_lines(result))
+        print_evaluation(self._console, workload, tested)
+        if job.train.overfit_batches is not None:
+            self._console.result("overfit", verdict(self._first_loss, result["test_loss"]))
+        self._fitted, self._result = fitted, result
+        return float(result[f"test_{workload.monitor.name}"])
+
+    def close(self) -> None:
+        """Write the report and tell the trackers; where that fails, say so: the run is not lost for it."""
+        pictures = self._write_report()
+        self._trackers.close(Ending(self._result, pictures, self._fitted.checkpoint if self._fitted else None))
+
+    def _draw_report(self, *, is_running: bool = False, warn: Callable[[str], None] = lambda note: None) -> Any:
+        from mnist_ray.report import page  # imports matplotlib
+
+        job, sections = self._job, self._sections(self._job.run) if self._sections else None
+        test = self._session.data.test
+        return page.write(job.run, job.workload, job.resume_with, test, sections, warn, is_running=is_running)
+
+    def _write_report(self) -> Mapping[str, bytes]:
+        workload = self._job.workload
+        assert workload.source is not None
+        self._live_report.close()
+        try:
+            self._history.flush()
+            pictures: Mapping[str, bytes] = self._draw_report(warn=functools.partial(self._console.say, "note"))
+            self._has_report = True
+            return pictures
+        except Exception as error:  # the run's own exception, if there is one, is not to be hidden by another
+            said = str(error) if isinstance(error, JobError) else with_place(error, workload.source.folder)
+            self._console.say("note", f"no report: {said}")
+            return {}
+
+    def print_files(self) -> None:
+        """Say where the seconds went, and where the files are."""
+        assert self._result is not None
+        console, run, parts = self._console, self._job.run, self._clock.seconds()
+        total, tested = parts.pop("total"), self._result["seconds"]["total"]
+        each = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
+        console.say("seconds", f"{tested:.1f} until tested, {total:.1f} in all: {each}")
+        if self._job.train.reproducible:
+            console.say("weights", f"SHA-256 {self._result['weights_sha256']}")
+        console.result("checkpoint", run.inside(self._result["checkpoint"]).uri)
+        console.result("result", run.inside(RESULT_FILE).uri)
+        if self._job.output.profile is not None and run.exists(TRACE_FILE):
+            console.result("profile", f"{run.inside(TRACE_FILE).uri}, for ui.perfetto.dev")
+        if self._has_report:
+            console.result("report", run.inside(REPORT_FILE).uri)
+
+
+def write_origin(job: Job, data: Splits) -> None:
+    """Write how a run begins; one that goes on has begun with what is there, whatever code and data are now.
+
+    Raises JobError where the storage cannot be used.
+    """
+    workload = job.workload
+    assert workload.source is not None
+    if unless_damaged(lambda: read_origin(job.run), lambda note: None) is None:
+        about = {
+            "workload_sha256": workload.source.sha256,
+            "metadata": workload.metadata,
+            "data_name": data.name,
+            "data": data.digests,
+        }
+        job.run.write_text(ORIGIN_FILE, json_lines({**origin(), **about}))
+        job.run.write_text(WORKLOAD_FILE, workload.source.text)  # to be read by people; it is never loaded from there
+
+
+def print_evaluation(console: RunConsole, workload: Workload, tested: Evaluation) -> None:
+    """Print what came out on the test set."""
+    for label, line in workload.lines(tested.columns):
+        console.say(label, line)
+    values = tested.values(workload)
+    shown = [*workload.metrics, *(metric for metric in workload.all_metrics if metric not in workload.metrics)]
+    said = ", ".join(f"{metric.name} {metric.format(values[metric.name])}" for metric in shown)
+    console.result("test", f"{said} on {tested.num_examples:,} {workload.nouns}")
+
+
+def check(session: Session) -> None:
+    """Say how a job would run, and let every node prove that it can take part. Raises JobError if one cannot."""
+    job, console, plan = session.job, session.console, session.plan
+    own_versions, batch_size = versions(), job.train.batch_size
+    hosts = preflight.check_nodes(job.run, own_versions)
+    each = f"a step's {batch_size} {job.workload.nouns} are {math.ceil(batch_size / plan.num_workers)} a worker"
+    console.say("plan", f"{count(plan.num_workers, 'worker')} ({plan.placement}); {each}")
+    console.say("storage", f"{job.run.storage_path}: read by {', '.join(hosts)}")
+    console.say("versions", ", ".join(f"{name} {version}" for name, version in own_versions.items()))
+    if plan.must_scale_up:
+        console.say("note", "whether the cluster can start nodes for these workers is only seen when it is asked to")
+    console.say("check", "this job would run")
