@@ -44,8 +44,8 @@ def run_job(flags: Mapping[str, object], on_event: Callable[[Event], None] = lam
     """Train as ``jobs/train.py`` would with these flags."""
     begun = time.monotonic()
     sys.argv[1:] = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    from mnist_ray.run.job import load_data, read_job
-    from mnist_ray.run.session import Session
+    from mnist_ray.run.job import read_job
+    from mnist_ray.run.session import Session, load_data
 
     with Session(read_job()) as session:
         session.job, session.data = load_data(session.job)

@@ -22,7 +22,8 @@ from mnist_ray.cluster.forking.starting import prepared_forking
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.mnist import MNIST
-from mnist_ray.run.job import load_data, read_job
+from mnist_ray.run.job import read_job
+from mnist_ray.run.session import load_data
 from mnist_ray.workload.data import Arrays
 from tests.conftest import QUICK, ROOT
 

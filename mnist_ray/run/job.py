@@ -9,9 +9,10 @@ import contextlib
 import dataclasses
 import importlib.util
 import secrets
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from mnist_ray import settings
@@ -37,9 +38,6 @@ from mnist_ray.trackers.base import Tracker
 from mnist_ray.training.callback import Callback
 from mnist_ray.workload import source, user_code
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Splits, splits_of
-from mnist_ray.workload.loading import load_data as load_data_of
-from mnist_ray.workload.subset import subset
 from mnist_ray.workload.user_code import Source
 
 Given = Mapping[str, Any]
@@ -63,6 +61,10 @@ class Job:
     """Of a run that goes on, what it has kept of how it began."""
     callback: Source | None = None
     """The user's code in the training loop."""
+    asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """All settings, those of a sweep among them."""
+    given: Collection[str] = ()
+    """The settings that this command or call names, and not a recipe or a file."""
 
     @property
     def values(self) -> dict[str, Any]:
@@ -78,107 +80,108 @@ class Job:
         return dataclasses.replace(self, workload=changed, train=settings.build(TrainConfig, all_values))
 
 
-@dataclass(frozen=True)
-class CommandLine:
-    """A job's command line, with what a recipe, a config file and a run that goes on add to it."""
-
-    kind: str
-    """``train`` or ``tune``: the job's file, and how its runs' names begin."""
-    workload_class: type[Workload]
-    values: Mapping[str, Any]
-    run: RunFolder
-    notes: tuple[str, ...] = ()
-    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    given: Collection[str] = ()
-    """What was said in this command, and not by a recipe or a file."""
-    is_call: bool = False
-    """Whether it is a call from Python in place of a command."""
-
-    def to_job(self) -> Job:
-        """Return the training job that it asks for. Raises UsageError."""
-        output = settings.build(OutputConfig, self.values)
-        train, workers = settings.build(TrainConfig, self.values), settings.build(WorkerConfig, self.values)
-        _check_reproducible(train, workers)
-        callback = None
-        if train.callback is not None:
-            _, callback = user_code.find(train.callback, Callback)
-            train = dataclasses.replace(train, callback=callback.reference)
-        assert self.workload_class.source is not None
-        code = {
-            "workload": self.workload_class.source.reference,
-            **({"callback": callback.reference} if callback else {}),
-        }
-        folders = untrusted_folders(self.run, self.run.storage_path)
-        to_name = {name: place for name, place in code.items() if user_code.why_untrusted(place, folders)}
-        resume = self.run.resume_call if self.is_call else self.run.resume_command
-        return Job(
-            self.workload_class(settings.build(self.workload_class.Settings, self.values)),
-            train,
-            workers,
-            output,
-            self.run,
-            resume(self.kind, output.mlflow, to_name),
-            self.notes,
-            self.origin,
-            callback,
-        )
-
-
-def read_job(given: Given | None = None) -> Job:
-    """Read the command line of ``jobs/train.py``, or what is ``given`` in its place. Raises UsageError."""
-    description = "Train a workload on Ray, evaluate it on the test set, and write the run's files."
-    return read_command_line(description, "train", given=given).to_job()
-
-
-def read_command_line(
-    description: str,
-    kind: str,
+def read_job(
+    given: Given | None = None,
+    kind: str = "train",
+    description: str = "Train a workload on Ray, evaluate it on the test set, and write the run's files.",
     config_file: str = CONFIG_FILE,
     more_settings: Sequence[type] = (),
-    given: Given | None = None,
-) -> CommandLine:
+) -> Job:
     """Read the command line of a job that trains, or what is ``given`` in its place. Raises UsageError.
 
-    ``kind`` is ``train`` or ``tune``. It has flags for ``more_settings`` and those of a training run; the run keeps all
-    of them in ``config_file``.
+    ``kind`` is ``train`` or ``tune``. There are flags for ``more_settings`` and those of a training run; the run keeps
+    all of them in ``config_file``. Later layers win: recipe, config file, saved run, flags.
     """
     peeked = peek("workload", "config", "resume", "run_name", "storage_path") if given is None else given
     from_file = settings.read_config_file(peeked["config"]) if "config" in peeked else {}
     run, saved = _find_run(peeked, kind, config_file)
-    held = {**saved, **from_file}  # with references to code, and where that may have come from somebody else
-    file = peeked["config"] if "config" in peeked else run.inside(config_file).uri
-    untrusted = untrusted_folders(run, run.storage_path)
-    if "config" in peeked:
-        folder = settings.path_of(peeked["config"], "--config").absolute().parent
-        untrusted += untrusted_folders(locate(str(folder.parent), folder.name), run.storage_path)
-    workload_class = source.load_again(held.get("workload", source.DEFAULT), peeked.get("workload"), file, untrusted)
+    files = {run.inside(config_file).uri: saved, **({peeked["config"]: from_file} if "config" in peeked else {})}
+    untrusted = _untrusted_folders(peeked, run)
+    workload_class = _load_workload(files, peeked.get("workload"), untrusted)
 
     kept = (*more_settings, TrainConfig, workload_class.Settings, WorkerConfig)
-    recipes = workload_class.recipes
-    defaults = recipes.get("default", {})
-    classes = (*kept, OutputConfig)
+    classes, recipes = (*kept, OutputConfig), workload_class.recipes
     flags = _read_flags(description, classes, recipes) if given is None else checked(given, classes, recipes)
-
-    for file, values in ((peeked.get("config", ""), from_file), (run.inside(config_file).uri, saved)):
-        of_another = "workload" in peeked and values.get("workload", peeked["workload"]) != peeked["workload"]
-        shown = f"{file}, of the workload {values['workload']}," if of_another else file
-        settings.check_known(values, settings.names_of(kept) | {"workload"}, shown)
-        _check_values(values, kept, shown)
-    if held.get("callback") is not None and "callback" not in flags:
-        user_code.check_trusted(held["callback"], Callback, file, untrusted)
-    recipe = flags.get("recipe", "default")
-    values = {**defaults, **recipes.get(recipe, {})} if not saved or "recipe" in flags else {}
-    asked = merged(kept, values, from_file, {n: v for n, v in flags.items() if n not in ("recipe", "config")})
-    output = settings.build(OutputConfig, asked)
-    _check_output(output)
+    _check_files(files, kept, peeked, flags, untrusted)
+    recipe = {**recipes.get("default", {}), **recipes.get(flags.get("recipe", "default"), {})}
+    named = {name: value for name, value in flags.items() if name not in ("recipe", "config")}
+    asked = merged(kept, recipe if not saved or "recipe" in flags else {}, from_file, named)
+    _check_output(settings.build(OutputConfig, asked))
     if not saved:
         check_free(run, resume=False)
-        return CommandLine(kind, workload_class, asked, run, given=flags.keys(), is_call=given is not None)
+        return _job_of(kind, workload_class, asked, run, flags, is_call=given is not None)
     values = merged(kept, saved, asked)
     _check_unchanged(run, kept, saved, values)
+    job = _job_of(kind, workload_class, values, run, flags, is_call=given is not None)
     origin, notes = _left_by(run, kind)
-    notes = (*notes, *_changes_since(origin, workload_class))
-    return CommandLine(kind, workload_class, values, run, notes, origin, flags.keys(), given is not None)
+    return dataclasses.replace(job, origin=origin, notes=(*notes, *_changes_since(origin, workload_class)))
+
+
+def _job_of(
+    kind: str,
+    workload_class: type[Workload],
+    values: Mapping[str, Any],
+    run: RunFolder,
+    flags: Mapping[str, Any],
+    *,
+    is_call: bool,
+) -> Job:
+    """Return the job that some settings ask for. Raises UsageError."""
+    train, workers = settings.build(TrainConfig, values), settings.build(WorkerConfig, values)
+    output = settings.build(OutputConfig, values)
+    _check_reproducible(train, workers)
+    assert workload_class.source is not None
+    code, callback = {"workload": workload_class.source.reference}, None
+    if train.callback is not None:
+        _, callback = user_code.find(train.callback, Callback)
+        train = dataclasses.replace(train, callback=callback.reference)
+        code["callback"] = callback.reference
+    folders = untrusted_folders(run, run.storage_path)
+    to_name = {name: place for name, place in code.items() if user_code.why_untrusted(place, folders)}
+    resume_with = (run.resume_call if is_call else run.resume_command)(kind, output.mlflow, to_name)
+    workload = workload_class(settings.build(workload_class.Settings, values))
+    return Job(
+        workload, train, workers, output, run, resume_with, callback=callback, asked=values, given=frozenset(flags)
+    )
+
+
+def _untrusted_folders(peeked: Mapping[str, Any], run: RunFolder) -> list[Path]:
+    """Return where code may have come with a run: see ``untrusted_folders``."""
+    if "config" not in peeked:
+        return untrusted_folders(run, run.storage_path)
+    folder = settings.path_of(peeked["config"], "--config").absolute().parent
+    beside = untrusted_folders(locate(str(folder.parent), folder.name), run.storage_path)
+    return [*untrusted_folders(run, run.storage_path), *beside]
+
+
+def _load_workload(
+    files: Mapping[str, Mapping[str, Any]], reference: str | None, untrusted: Iterable[Path]
+) -> type[Workload]:
+    """Return the workload that is named by ``reference``, else by the last of some files that names one."""
+    naming = [(values["workload"], file) for file, values in files.items() if "workload" in values]
+    held, file = naming[-1] if naming else (source.DEFAULT, "")
+    return source.load_again(held, reference, file, untrusted)
+
+
+def _check_files(
+    files: Mapping[str, Mapping[str, Any]],
+    config_classes: Sequence[type],
+    peeked: Mapping[str, Any],
+    flags: Mapping[str, Any],
+    untrusted: Iterable[Path],
+) -> None:
+    """Raise UsageError if files have settings that are unknown or wrong, or name code that may have come with them."""
+    for file, values in files.items():
+        of_another = "workload" in peeked and values.get("workload", peeked["workload"]) != peeked["workload"]
+        named = f"{file}, of the workload {values['workload']}," if of_another else file
+        settings.check_known(values, settings.names_of(config_classes) | {"workload"}, named)
+        try:
+            for config_class in config_classes:
+                settings.build(config_class, values)
+        except UsageError as error:
+            raise UsageError(f"{named}: {error}") from error
+        if values.get("callback") is not None and "callback" not in flags:
+            user_code.check_trusted(values["callback"], Callback, file, untrusted)
 
 
 def _read_flags(
@@ -209,14 +212,6 @@ def checked(given: Given, config_classes: Sequence[type], recipes: Mapping[str, 
     for config_class in config_classes:
         settings.build(config_class, given)
     return dict(given)
-
-
-def _check_values(values: Mapping[str, Any], config_classes: Sequence[type], source: str) -> None:
-    try:
-        for config_class in config_classes:
-            settings.build(config_class, values)
-    except UsageError as error:
-        raise UsageError(f"{source}: {error}") from error
 
 
 def merged(config_classes: Sequence[type], *layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -326,48 +321,6 @@ def _changes_since(origin: Mapping[str, Any], workload_class: type[Workload]) ->
     if origin.get("workload_sha256") in (None, workload_class.source.sha256):
         return ()
     return (f"the workload has changed since the run began: {workload_class.source.reference}",)
-
-
-def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Splits]:
-    """Return a job's data, and the job with what the user should know of them; its workload knows their metadata.
-
-    ``batch_sizes`` are those that a sweep tries. Raises UsageError and JobError, UsageError also where a run that goes
-    on has begun with other data.
-    """
-    splits = subset(splits_of(load_data_of(job.workload), job.train.validation_size), job.train)
-    notes = [*_check_same_data(job, splits), *_on_schedule(job)]
-    for size in batch_sizes or [job.train.batch_size]:
-        if size > len(splits.train):
-            name, noun = "--sweep: batch size" if batch_sizes else "--batch-size", job.workload.nouns
-            raise UsageError(f"{name} {size:,} is larger than the {len(splits.train):,} {noun} to train on")
-    if job.train.early_stop is not None and len(splits.validation) == 0:
-        raise UsageError("--early-stop watches the validation; hold some examples out by --validation-size")
-    return dataclasses.replace(job, notes=(*job.notes, *notes)), splits
-
-
-def _check_same_data(job: Job, splits: Splits) -> tuple[str, ...]:
-    """Raise UsageError where a run goes on with other data; return what the user is to know where that is not known."""
-    if not job.origin:
-        return ()
-    then, now = job.origin.get("data", {}), splits.digests  # it may have begun before digests were kept
-    differing = [part for part in then if None not in (then[part], now.get(part)) and then[part] != now[part]]
-    if differing:
-        raise UsageError(
-            f"--resume: run {job.run.name} began with other data than {splits.name} ({', '.join(differing)}); "
-            "bring them back, or start another run"
-        )
-    if then and None in now.values():
-        return ("whether the data are those that the run began with is not known: they name no files",)
-    return ()
-
-
-def _on_schedule(job: Job) -> Iterator[str]:
-    """Say what a user may not expect of a training that may stop early."""
-    if job.train.early_stop is not None and job.train.schedule == "one-cycle":
-        yield (
-            f"the one-cycle schedule is {count(job.train.num_epochs, 'epoch')} long: where training stops early, the "
-            "learning rate has not come down; --schedule constant has no such end"
-        )
 
 
 def about(job: Job) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TypeVar
 
@@ -13,12 +14,14 @@ from mnist_ray.cluster import environment
 from mnist_ray.cluster.forking.starting import prepared_forking
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, plan_workers, usable_cores
 from mnist_ray.config import WorkerConfig
-from mnist_ray.errors import count, format_settings
+from mnist_ray.errors import UsageError, count, format_settings
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.job import Job, check_free
 from mnist_ray.storage import STORAGE_ERRORS
 from mnist_ray.training.events import EpochFinished, Event, Started
-from mnist_ray.workload.data import Splits
+from mnist_ray.workload.data import Splits, splits_of
+from mnist_ray.workload.loading import load_data as load_data_of
+from mnist_ray.workload.subset import subset
 
 Self = TypeVar("Self", bound="Session")
 
@@ -179,3 +182,45 @@ class Clock:
         """Return the seconds of each part, and in all."""
         parts = {name: round(seconds, 3) for name, seconds in self._parts.items()}
         return {**parts, "total": round(self._last - self._start, 3)}
+
+
+def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Splits]:
+    """Return a job's data, and the job with what the user should know of them; its workload knows their metadata.
+
+    ``batch_sizes`` are those that a sweep tries. Raises UsageError and JobError, UsageError also where a run that goes
+    on has begun with other data.
+    """
+    splits = subset(splits_of(load_data_of(job.workload), job.train.validation_size), job.train)
+    notes = [*_check_same_data(job, splits), *_on_schedule(job)]
+    for size in batch_sizes or [job.train.batch_size]:
+        if size > len(splits.train):
+            name, noun = "--sweep: batch size" if batch_sizes else "--batch-size", job.workload.nouns
+            raise UsageError(f"{name} {size:,} is larger than the {len(splits.train):,} {noun} to train on")
+    if job.train.early_stop is not None and len(splits.validation) == 0:
+        raise UsageError("--early-stop watches the validation; hold some examples out by --validation-size")
+    return dataclasses.replace(job, notes=(*job.notes, *notes)), splits
+
+
+def _check_same_data(job: Job, splits: Splits) -> tuple[str, ...]:
+    """Raise UsageError where a run goes on with other data; return what the user is to know where that is not known."""
+    if not job.origin:
+        return ()
+    then, now = job.origin.get("data", {}), splits.digests  # it may have begun before digests were kept
+    differing = [part for part in then if None not in (then[part], now.get(part)) and then[part] != now[part]]
+    if differing:
+        raise UsageError(
+            f"--resume: run {job.run.name} began with other data than {splits.name} ({', '.join(differing)}); "
+            "bring them back, or start another run"
+        )
+    if then and None in now.values():
+        return ("whether the data are those that the run began with is not known: they name no files",)
+    return ()
+
+
+def _on_schedule(job: Job) -> Iterator[str]:
+    """Say what a user may not expect of a training that may stop early."""
+    if job.train.early_stop is not None and job.train.schedule == "one-cycle":
+        yield (
+            f"the one-cycle schedule is {count(job.train.num_epochs, 'epoch')} long: where training stops early, the "
+            "learning rate has not come down; --schedule constant has no such end"
+        )

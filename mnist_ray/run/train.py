@@ -1,8 +1,8 @@
 """The story of a training run."""
 
 from mnist_ray.run.dry_run import dry_run
-from mnist_ray.run.job import Job, load_data
-from mnist_ray.run.session import Session, say_plan
+from mnist_ray.run.job import Job
+from mnist_ray.run.session import Session, load_data, say_plan
 
 
 def train(job: Job) -> None:

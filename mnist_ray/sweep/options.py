@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from mnist_ray import settings
 from mnist_ray.config import SweepConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError, command
-from mnist_ray.run import job as runs
-from mnist_ray.run.job import Given, Job
+from mnist_ray.run import session
+from mnist_ray.run.job import Given, Job, read_job
 from mnist_ray.settings import Choice
 from mnist_ray.storage import TRIALS_FILE, DamagedFileError, RunFolder
 from mnist_ray.sweep.space import Space, propose, space_of, texts_of
@@ -56,22 +56,22 @@ def read_sweep(given: Given | None = None) -> Sweep:
 
     Raises UsageError, and JobError where a sweep's trials are damaged.
     """
-    line = runs.read_command_line(
+    job = read_job(
+        given,
+        "tune",
         "Search the settings that have a search space with Ray Tune, train the best and evaluate it once on the test "
         "set. A trial has one worker with one CPU, unless --num-workers and --cpus-per-worker say otherwise.",
-        "tune",
         SWEEP_FILE,
         more_settings=[SweepConfig],
-        given=given,
     )
-    config, job = settings.build(SweepConfig, line.values), line.to_job()
-    space = space_of(line.workload_class, line.values, fixed=line.given)
+    config, workload_class = settings.build(SweepConfig, job.asked), type(job.workload)
+    space = space_of(workload_class, job.asked, fixed=job.given)
     config = dataclasses.replace(config, sweep=config.sweep or texts_of(space))
     if config.search == "grid":
         propose(space, config, job.train.seed)
     if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UsageError("--search optuna needs Optuna: pip install -e '.[optuna]'")
-    _check_trials(line.run, TrialTable(line.workload_class, space))
+    _check_trials(job.run, TrialTable(workload_class, space))
     return Sweep(config, space, job)
 
 
@@ -97,7 +97,7 @@ def load_data(sweep: Sweep) -> tuple[Sweep, Splits]:
 
     Raises UsageError and JobError, UsageError also where the data go by what is searched.
     """
-    job, data = runs.load_data(sweep.job, sweep.batch_sizes)
+    job, data = session.load_data(sweep.job, sweep.batch_sizes)
     for field in dataclasses.fields(job.workload.settings):
         if field.name in sweep.space.spaces and field.metadata.get("decides_data"):
             raise UsageError(f"--sweep {field.name}: load_data goes by it, and all trials have the same data")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.run.job import Job, load_data, read_job
+from mnist_ray.run.job import Job, read_job
 from mnist_ray.run.record import write_origin
-from mnist_ray.run.session import saying_the_way_on
+from mnist_ray.run.session import load_data, saying_the_way_on
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import RunFolder
 from mnist_ray.workload.data import Arrays
