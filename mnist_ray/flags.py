@@ -13,8 +13,7 @@ from typing import Any, NoReturn, get_type_hints
 from mnist_ray.errors import did_you_mean, redact
 from mnist_ray.settings import build, flag, item_type, parse_text, value_type
 
-UNSET = argparse.SUPPRESS
-"""The default of a flag that leaves nothing behind where it is not given."""
+UNSET = argparse.SUPPRESS  # the default of a flag that leaves nothing behind where it is not given
 
 
 class Parser(argparse.ArgumentParser):

@@ -41,10 +41,8 @@ class _Heard:
 
     taken: dict[int, float] = field(default_factory=dict)
     """By number, when each interrupt was acted upon: seconds of the monotonic clock."""
-    first: Noted | None = None
-    """To be set by the first interrupt, where it is only to be noted."""
-    error: Exception | None = None
-    """What a thread ends the job with."""
+    first: Noted | None = None  # to be set by the first interrupt, where it is only to be noted
+    error: Exception | None = None  # what a thread ends the job with
 
 
 _heard = _Heard()

@@ -26,8 +26,7 @@ REPORT_FILE, TRIALS_FILE, WORKLOAD_FILE = "report.html", "sweep.csv", "workload.
 TRACE_FILE, OPERATORS_FILE = "trace.json.gz", "operators.json"
 _CHECKPOINT_NAME = re.compile(r"checkpoint_epoch-(\d+)_step-(\d+)b*", re.ASCII)  # a b: it takes a damaged one's place
 
-STORAGE_ERRORS = (OSError, pyarrow.ArrowException)
-"""What a file system raises."""
+STORAGE_ERRORS = (OSError, pyarrow.ArrowException)  # what a file system raises
 _RETRIED_FOR_S = 30.0
 _PROBE_BYTES = 2**20  # more than a checkpoint has, so that a full disk is seen
 
@@ -57,11 +56,9 @@ class RunFolder:
     """The folder of one run under a storage path."""
 
     name: str
-    storage_path: str
-    """Absolute path or URI, as Ray takes it."""
+    storage_path: str  # absolute path or URI, as Ray takes it
     filesystem: fs.FileSystem
-    path: str
-    """The folder's path within ``filesystem``."""
+    path: str  # the folder's path within `filesystem`
 
     @property
     def uri(self) -> str:

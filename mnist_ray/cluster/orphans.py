@@ -14,8 +14,7 @@ from mnist_ray.cluster import ray_internals
 
 _INTERVAL_S = 0.5
 _PATIENCE_S = 5.0  # with a Ray that may not answer any more
-_NO_ACTOR = b"\xff" * 12
-"""How the id of an actor begins that is none; the rest is the job's."""
+_NO_ACTOR = b"\xff" * 12  # how the id of an actor begins that is none; the rest is the job's
 
 
 @contextlib.contextmanager

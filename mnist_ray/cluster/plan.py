@@ -31,14 +31,12 @@ class Node:
 class Cluster:
     """A running Ray."""
 
-    is_local: bool
-    """Started by this job, on this machine, and ended with it."""
+    is_local: bool  # started by this job, on this machine, and ended with it
     nodes: tuple[Node, ...]
     log_folder: str
     leave: Callable[[], None] = lambda: None
     """Begin to disconnect, and to end a local Ray, while the caller does what needs no Ray any more."""
-    dashboard: str = ""
-    """HOST:PORT where Ray's own is served, where it is."""
+    dashboard: str = ""  # HOST:PORT where Ray's own is served, where it is
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,10 @@ class WorkerPlan:
     num_workers: int
     cpus_per_worker: int
     use_gpu: bool
-    must_scale_up: bool
-    """The nodes that are there cannot hold them; the autoscaler has to start more."""
-    min_workers: int | None = None
-    """With how few it goes on while there are not enough nodes; None: with all or none."""
+    must_scale_up: bool  # the nodes that are there cannot hold them; the autoscaler has to start more
+    min_workers: int | None = None  # with how few it goes on while there are not enough nodes; None: with all or none
     placement: str = "PACK"
-    is_local: bool = False
-    """All workers are on this machine, and nothing of theirs is to be reached from another."""
+    is_local: bool = False  # all workers are on this machine, and nothing of theirs is to be reached from another
 
 
 def usable_cores() -> int:

@@ -17,13 +17,10 @@ class RemoteSplit:
     """A part that any process of the cluster can open."""
 
     workload: Workload
-    origin: Origin
-    """Which of the workload's data it is made of."""
+    origin: Origin  # which of the workload's data it is made of
     size: int
-    stored: ray.ObjectRef | None
-    """Arrays in Ray's object store, of which all processes on a node see one copy."""
-    indices: np.ndarray | AllBut | None
-    """Where it is not stored: which examples it has; None: all."""
+    stored: ray.ObjectRef | None  # arrays in Ray's object store, of which all processes on a node see one copy
+    indices: np.ndarray | AllBut | None  # where it is not stored: which examples it has; None: all
 
     def __len__(self) -> int:
         return self.size

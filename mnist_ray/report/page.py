@@ -40,8 +40,7 @@ class Sections:
 
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
-    notes: Sequence[str] = ()
-    """What the user is to know of them."""
+    notes: Sequence[str] = ()  # what the user is to know of them
 
 
 @dataclass(frozen=True)
@@ -51,18 +50,12 @@ class RunRecord:
     run: RunFolder
     workload: Workload
     config: dict[str, Any]
-    origin: dict[str, Any]
-    """Versions, command line, commit."""
-    epochs: list[dict[str, float]]
-    """Rows of metrics.csv; NaN where a figure is not there (yet)."""
-    steps: list[dict[str, float]]
-    """Rows of steps.csv."""
-    result: dict[str, Any] | None
-    """None where the run has not finished."""
-    predictions: list[dict[str, str]]
-    """Rows of predictions.csv; none where the run has not finished."""
-    notes: Sequence[str] = ()
-    """Which of the files are damaged, and so left out."""
+    origin: dict[str, Any]  # versions, command line, commit
+    epochs: list[dict[str, float]]  # rows of metrics.csv; NaN where a figure is not there (yet)
+    steps: list[dict[str, float]]  # rows of steps.csv
+    result: dict[str, Any] | None  # none where the run has not finished
+    predictions: list[dict[str, str]]  # rows of predictions.csv; none where the run has not finished
+    notes: Sequence[str] = ()  # which of the files are damaged, and so left out
 
     @classmethod
     def read(cls, run: RunFolder, workload: Workload) -> RunRecord:
@@ -108,8 +101,7 @@ class Page:
     notes: Sequence[str] = ()
     pictures: Sequence[Picture] = field(default_factory=list)
     tables: Sequence[Table] = field(default_factory=list)
-    refresh_s: int = 0
-    """After so many seconds a browser loads it again; 0: never."""
+    refresh_s: int = 0  # after so many seconds a browser loads it again; 0: never
 
     def to_html(self) -> str:
         """Return the page: one file that needs no other and no network."""

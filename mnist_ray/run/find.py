@@ -32,11 +32,9 @@ class Found:
     """A checkpoint with the workload that it is of."""
 
     checkpoint: Checkpoint
-    document: Mapping[str, Any]
-    """Its state.json."""
+    document: Mapping[str, Any]  # its state.json
     workload: Workload
-    notes: tuple[str, ...]
-    """What the user is to know."""
+    notes: tuple[str, ...]  # what the user is to know
 
     @property
     def description(self) -> str:

@@ -52,10 +52,8 @@ _END_TIMEOUT_S = 5.0  # for which the end of Ray Train's controller is waited fo
 class Fitted:
     """What a finished run has left."""
 
-    checkpoint: Checkpoint
-    """The best by validation; the last where nothing was held out."""
-    metrics: dict[str, Any]
-    """Those of ``checkpoint``."""
+    checkpoint: Checkpoint  # the best by validation; the last where nothing was held out
+    metrics: dict[str, Any]  # those of `checkpoint`
 
 
 def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:

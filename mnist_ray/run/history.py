@@ -47,8 +47,7 @@ class History:
         steps = unless_damaged(lambda: read_steps(run), warn) or []
         self.rows: dict[int, dict[str, Any]] = {int(float(row["epoch"])): dict(row) for row in epochs}
         self._steps = _Steps(run, ("step", "epoch", *train), steps)
-        self.num_workers = 0
-        """Of the last attempt; an elastic run's changes."""
+        self.num_workers = 0  # of the last attempt; an elastic run's changes
 
     def add(self, event: Event) -> None:
         """Put an event's figures in their place; when training starts again, drop what it will do again."""
@@ -114,8 +113,7 @@ class _Steps:
     def __init__(self, run: RunFolder, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
         self._run, self._columns, self._appends = run, columns, isinstance(run.filesystem, fs.LocalFileSystem)
         self._lines = [(int(float(row["step"])), csv_text(columns, [row])) for row in rows]
-        self._num_written = 0
-        """Lines that the file has; 0 where it is to be written as a whole."""
+        self._num_written = 0  # lines that the file has; 0 where it is to be written as a whole
         self._began = time.monotonic()
         self._writing: Future[int] | None = None
         self._pool = ThreadPoolExecutor(1)

@@ -53,18 +53,13 @@ class Job:
     workers: WorkerConfig
     output: OutputConfig
     run: RunFolder
-    resume_with: str
-    """The command that goes on with it, as one would type it; or the call, where it was called."""
-    notes: tuple[str, ...] = ()
-    """What the user is to know before it begins."""
+    resume_with: str  # the command that goes on with it, as one would type it; or the call, where it was called
+    notes: tuple[str, ...] = ()  # what the user is to know before it begins
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Of a run that goes on, what it has kept of how it began."""
-    callback: Source | None = None
-    """The user's code in the training loop."""
-    asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """All settings, those of a sweep among them."""
-    given: Collection[str] = ()
-    """The settings that this command or call names, and not a recipe or a file."""
+    callback: Source | None = None  # the user's code in the training loop
+    asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # all settings, those of a sweep among them
+    given: Collection[str] = ()  # the settings that this command or call names, and not a recipe or a file
 
     @property
     def values(self) -> dict[str, Any]:

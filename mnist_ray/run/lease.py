@@ -36,13 +36,10 @@ class Owner:
     """What the job that owns a run says of itself."""
 
     host: str
-    machine: str
-    """This boot of the machine, and its set of process ids: who has the same can see the process."""
+    machine: str  # this boot of the machine, and its set of process ids: who has the same can see the process
     pid: int
-    started: float
-    """When the process began, in seconds since 1970 of its machine."""
-    renewed: int = 0
-    """How many times."""
+    started: float  # when the process began, in seconds since 1970 of its machine
+    renewed: int = 0  # how many times
 
     @property
     def is_here(self) -> bool:

@@ -43,8 +43,7 @@ from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Splits
 from mnist_ray.workload.subset import verdict
 
-Sections = Callable[[RunFolder], Any]
-"""What a report shows besides, made of a run's folder: a sweep's trials."""
+Sections = Callable[[RunFolder], Any]  # what a report shows besides, made of a run's folder: a sweep's trials
 
 
 @contextlib.contextmanager

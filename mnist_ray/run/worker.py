@@ -49,24 +49,16 @@ class LoopSpec:
     workload: Workload
     config: TrainConfig
     train: RemoteSplit
-    run: RunFolder
-    """Where the checkpoints are."""
-    about: dict[str, Any]
-    """Written into every checkpoint."""
-    hang_timeout_s: float
-    """A worker that takes no step for so long ends itself."""
-    event_queue: Any = None
-    """The actor that rank 0 tells how it goes; None if nobody listens."""
-    loader_workers: int = 0
-    """Processes that read a ``Dataset``."""
-    validates_in_tasks: bool = False
-    """Whether each epoch's checkpoint is validated by a task beside the training."""
+    run: RunFolder  # where the checkpoints are
+    about: dict[str, Any]  # written into every checkpoint
+    hang_timeout_s: float  # A worker that takes no step for so long ends itself
+    event_queue: Any = None  # the actor that rank 0 tells how it goes; None if nobody listens
+    loader_workers: int = 0  # processes that read a `Dataset`
+    validates_in_tasks: bool = False  # whether each epoch's checkpoint is validated by a task beside the training
     validation: RemoteSplit | None = None
     """Examples that the workers evaluate themselves before they report: whether they go on depends on it."""
-    callback: Source | None = None
-    """The user's code in the training loop."""
-    profile: int | None = None
-    """Steps to profile."""
+    callback: Source | None = None  # the user's code in the training loop
+    profile: int | None = None  # steps to profile
     detect_anomaly: bool = False
 
     @classmethod

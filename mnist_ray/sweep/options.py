@@ -29,8 +29,7 @@ class Sweep:
 
     config: SweepConfig
     space: Space
-    job: Job
-    """What holds for all trials, and for the trainings at the end."""
+    job: Job  # what holds for all trials, and for the trainings at the end
 
     @property
     def workers(self) -> WorkerConfig:

@@ -28,8 +28,7 @@ _LONGEST_NAME = 180  # of a trial's folder; file systems take 255 bytes
 class Point:
     """What one trial tries: values of the settings that are searched, and the seed to train it with."""
 
-    configuration: tuple[tuple[str, Any], ...]
-    """What is the same for all seeds: (setting, value) pairs."""
+    configuration: tuple[tuple[str, Any], ...]  # what is the same for all seeds: (setting, value) pairs
     seed: int
 
     @property
@@ -53,8 +52,7 @@ class Space:
 
     spaces: Mapping[str, SearchSpace]
     types: Mapping[str, type]
-    defaults: Mapping[str, Any]
-    """What holds where nobody says anything else."""
+    defaults: Mapping[str, Any]  # what holds where nobody says anything else
 
     def point(self, values: Mapping[str, Any], seed: int) -> Point:
         """Return the point of some values, which may be others' numbers (NumPy's, Optuna's, text of a file)."""

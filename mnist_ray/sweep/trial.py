@@ -35,13 +35,11 @@ from mnist_ray.workload.user_code import folders_of
 class TrialSpec:
     """What every trial is handed."""
 
-    job: Job
-    """Of the sweep: a trial replaces what is searched."""
+    job: Job  # of the sweep: a trial replaces what is searched
     train: RemoteSplit
     validation: RemoteSplit
     plan: WorkerPlan
-    folder: RunFolder
-    """Where the trials' folders are."""
+    folder: RunFolder  # where the trials' folders are
 
 
 def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:

@@ -20,32 +20,24 @@ from mnist_ray.sweep.space import Point, Space
 from mnist_ray.workload.base import Workload
 
 DONE, STOPPED, FAILED, LOST, RUNNING = "done", "stopped early", "failed", "lost", "running"
-ENDED = (DONE, STOPPED, FAILED)
-"""What a resumed sweep leaves alone; the others go on, from their checkpoints."""
+ENDED = (DONE, STOPPED, FAILED)  # what a resumed sweep leaves alone; the others go on, from their checkpoints
 
 
 @dataclass
 class TrialRecord:
     """What is known of one trial; a row of sweep.csv."""
 
-    trial: int
-    """Counted from 1, in the order of starting."""
+    trial: int  # counted from 1, in the order of starting
     point: Point
     state: str = RUNNING
-    epochs: float = 0.0
-    """Epochs trained; a fraction within one."""
-    val_monitor: float = math.nan
-    """What the workload chooses by, on the validation set."""
+    epochs: float = 0.0  # epochs trained; a fraction within one
+    val_monitor: float = math.nan  # what the workload chooses by, on the validation set
     val_loss: float = math.nan
     train_loss: float = math.nan
-    rate: float = math.nan
-    """Examples per second of training."""
-    train_s: float = 0.0
-    """Seconds of training, without validation."""
-    reports: str = ""
-    """What it has reported, as ``EPOCHS:CRITERION`` each: a scheduler compares trials by it."""
-    reason: str = ""
-    """Why it failed, or was lost: its processes have died too often."""
+    rate: float = math.nan  # examples per second of training
+    train_s: float = 0.0  # seconds of training, without validation
+    reports: str = ""  # what it has reported, as `EPOCHS:CRITERION` each: a scheduler compares trials by it
+    reason: str = ""  # why it failed, or was lost: its processes have died too often
 
     def report(self, epochs: float, monitor: float) -> None:
         """Note what it has reported; of a trial that goes on from its checkpoint, what it reports again replaces it."""

@@ -43,12 +43,10 @@ class Prediction:
     """What the model says about one file, or one input."""
 
     file: str
-    inputs: np.ndarray | None = None
-    """What the model saw, as the workload's data have it."""
+    inputs: np.ndarray | None = None  # what the model saw, as the workload's data have it
     top: tuple[tuple[Any, float], ...] = ()
     """The best few with their probabilities, the best first; none if there is an error."""
-    error: str | None = None
-    """Why there is no prediction."""
+    error: str | None = None  # why there is no prediction
 
     def is_sure(self, threshold: float) -> bool:
         """Whether the best is at least that probable."""

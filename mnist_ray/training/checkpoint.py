@@ -55,10 +55,8 @@ class OtherModelError(JobError):
 class Restored:
     """What was found in a run's folder to go on from."""
 
-    name: str = ""
-    """The checkpoint's folder; empty where there was none."""
-    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What was reported with it."""
+    name: str = ""  # the checkpoint's folder; empty where there was none
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # what was reported with it
     arithmetic: dict[str, Any] | None = None
     """What its bits depend on, of a reproducible run: that of the machine that wrote it."""
     damaged: tuple[str, ...] = ()
@@ -70,10 +68,8 @@ class Snapshot:
     """A copy of a training's state at one step, to be written while the training goes on."""
 
     weights: dict[str, Tensor]
-    training: dict[str, Any]
-    """What training.pt holds."""
-    document: dict[str, Any]
-    """What state.json says, but for the digests."""
+    training: dict[str, Any]  # what training.pt holds
+    document: dict[str, Any]  # what state.json says, but for the digests
 
     def write(self, folder: Path) -> None:
         """Write a checkpoint into an existing folder."""

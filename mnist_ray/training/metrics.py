@@ -37,11 +37,9 @@ class MetricSums:
 class Evaluation:
     """What a model does on a set of examples."""
 
-    batch_sums: tuple[dict[str, float], ...]
-    """Sums of each batch, in the examples' order."""
+    batch_sums: tuple[dict[str, float], ...]  # sums of each batch, in the examples' order
     num_examples: int
-    columns: dict[str, np.ndarray]
-    """The workload's predictions, (N,) each, in the examples' order."""
+    columns: dict[str, np.ndarray]  # the workload's predictions, (N,) each, in the examples' order
 
     @classmethod
     def merge(cls, parts: Iterable[Evaluation]) -> Evaluation:

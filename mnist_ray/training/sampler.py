@@ -26,24 +26,18 @@ _DRAWN_AT_ONCE = 2**13  # examples of an epoch's order: each by itself would tak
 class Batch(NamedTuple):
     """One rank's slice of a global batch, or a piece of it."""
 
-    inputs: Any
-    """As the workload's data have them, (examples, ...); there may be none."""
-    targets: Any
-    """(examples, ...)."""
-    global_size: int
-    """Examples of the whole batch over all ranks."""
-    ends_step: bool = True
-    """Whether no other piece of the same batch follows on this rank."""
+    inputs: Any  # as the workload's data have them, (examples, ...); there may be none
+    targets: Any  # (examples, ...)
+    global_size: int  # examples of the whole batch over all ranks
+    ends_step: bool = True  # whether no other piece of the same batch follows on this rank
 
 
 class Slice(NamedTuple):
     """What the loader asks a data set for."""
 
     indices: np.ndarray
-    global_size: int = 0
-    """As ``Batch`` has it; 0 where there is no step to make."""
-    ends_step: bool = True
-    """As ``Batch`` has it."""
+    global_size: int = 0  # as `Batch` has it; 0 where there is no step to make
+    ends_step: bool = True  # as `Batch` has it
 
 
 def own_chunks(num_chunks: int, rank: int, world_size: int) -> range:

@@ -28,8 +28,7 @@ class LoggingWindow:
     def __init__(self, workload: Workload, group: Group) -> None:
         self._workload = workload
         self._group = group
-        self.stops = False
-        """Whether rank 0 wanted to stop when the window was closed last."""
+        self.stops = False  # whether rank 0 wanted to stop when the window was closed last
         self._reset(_FIRST_INTERVAL_STEPS)
         self.restart_clock()
 

@@ -19,14 +19,12 @@ _WIDTH = 4.8  # inches: narrow enough to be read on a phone
 class Picture:
     """A picture with what stands around it."""
 
-    name: str
-    """Its file, without the suffix."""
+    name: str  # its file, without the suffix
     title: str
     alt: str
     png: bytes
     caption: str = ""
-    is_photo: bool = False
-    """Shows images of the data, which dark mode is not to invert."""
+    is_photo: bool = False  # shows images of the data, which dark mode is not to invert
 
     @property
     def base64(self) -> str:

@@ -23,12 +23,9 @@ from mnist_ray.settings import path_of
 class Source:
     """The code of a class as it was when the job began; other processes run just that."""
 
-    reference: str
-    """What the flag takes: an absolute path or a module's name, with ``:NAME`` where it was given."""
-    path: str
-    """The file."""
-    text: str
-    """The file's content."""
+    reference: str  # what the flag takes: an absolute path or a module's name, with `:NAME` where it was given
+    path: str  # the file
+    text: str  # the file's content
 
     @property
     def is_file(self) -> bool:

@@ -57,8 +57,7 @@ class Request:
     is_group_leader: bool
     blocked_signals: list[int]
     ignores_interrupt: bool
-    descriptors: list[int]
-    """Of the standard input, output and errors."""
+    descriptors: list[int]  # of the standard input, output and errors
 
 
 def main() -> None:

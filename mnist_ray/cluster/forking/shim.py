@@ -18,8 +18,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-SOCKET_VARIABLE = "MNIST_RAY_FORK_SERVER"
-"""Names the socket of a server that a job has started for its own Ray."""
+SOCKET_VARIABLE = "MNIST_RAY_FORK_SERVER"  # names the socket of a server that a job has started for its own Ray
 MODULES_VARIABLE = "MNIST_RAY_FORK_MODULES"
 """Names the modules, with spaces between them, for a server that the first worker of a job starts on its node."""
 

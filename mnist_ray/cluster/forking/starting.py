@@ -30,8 +30,7 @@ class ForkServer:
     """A process that listens for workers to fork. It ends with this process, by itself."""
 
     process: subprocess.Popen[bytes]
-    folder: Path
-    """Where its socket is."""
+    folder: Path  # where its socket is
 
     def stop(self) -> None:
         """End it, whatever it does; the workers that it has forked go on."""
@@ -46,10 +45,8 @@ class Forking:
     """How a job's workers are forked."""
 
     is_wanted: bool
-    modules: tuple[str, ...]
-    """What they need imported."""
-    server: ForkServer | None
-    """For a local Ray, where one can be expected."""
+    modules: tuple[str, ...]  # what they need imported
+    server: ForkServer | None  # for a local Ray, where one can be expected
 
 
 @contextlib.contextmanager
