@@ -92,10 +92,7 @@ def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
     """
     spec = loop_config["spec"]
     try:
-        context = ray.train.get_context()
-        group = Group(context.get_world_rank(), context.get_world_size(), get_device())
-        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
-        train_worker(spec, group, TrainReporter(spec, group), cpus, context.get_local_world_size())
+        train_rank(spec)
     except (checkpoints.OtherModelError, TrainingDivergedError, OtherArithmeticError) as error:
         return str(error)  # not raised: Ray would take it for a lost worker and try again
     except StopWantedError:
@@ -107,6 +104,14 @@ def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
             raise
         raise CodeFailedError(with_place(error, *spec.folders)) from error
     return None
+
+
+def train_rank(spec: LoopSpec) -> None:
+    """Train as the rank that Ray Train says."""
+    context = ray.train.get_context()
+    group = Group(context.get_world_rank(), context.get_world_size(), get_device())
+    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+    train_worker(spec, group, TrainReporter(spec, group), cpus, context.get_local_world_size())
 
 
 def train_worker(spec: LoopSpec, group: Group, reporter: Reporter, cpus: float, workers_on_node: int = 1) -> None:

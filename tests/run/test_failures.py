@@ -421,7 +421,7 @@ def test_the_reason_of_a_controllers_failure_is_its_own_text_and_not_a_traceback
 
 
 def train_on_a_worker(monkeypatch: pytest.MonkeyPatch, fail: Callable[[Any], None]) -> None:
-    monkeypatch.setattr(worker, "_train", fail)
+    monkeypatch.setattr(worker, "train_rank", fail)
     worker.train_loop_per_worker({"spec": Mock(workload=mnist(), folders=[])})
 
 

@@ -182,7 +182,7 @@ def test_a_trial_killed_after_its_last_checkpoint_reports_it_again(
     reported: list[dict[str, float]] = []
     watch = Mock()
     monkeypatch.setattr("ray.tune.report", reported.append)
-    monkeypatch.setattr("mnist_ray.sweep.trial.end_if_hung", watch)
+    monkeypatch.setattr("mnist_ray.run.worker.end_if_hung", watch)
     plan, folder = WorkerPlan(1, 1, use_gpu=False, must_scale_up=False), locate(str(tmp_path), "trials")
     config, workers = TrainConfig(precision="fp32"), WorkerConfig(hang_timeout_s=60)
     job = Job(mnist(), config, workers, OutputConfig(), folder, "")
