@@ -46,7 +46,8 @@ def silent() -> Iterator[str]:
 
 def run(temporary: Path, *words: str, address: str = "local", **variables: str) -> subprocess.CompletedProcess:
     """Run a job that does nothing but connect, with Ray's files in a folder."""
-    environment = {**os.environ, "RAY_ADDRESS": address, "RAY_TMPDIR": str(temporary), **variables}
+    others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # Ray sets some itself
+    environment = {**others, "RAY_ADDRESS": address, "RAY_TMPDIR": str(temporary), **variables}
     command = [sys.executable, "-c", JOB, *words]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
