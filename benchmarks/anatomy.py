@@ -21,7 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 from mnist_ray.cluster.environment import keep_freed_memory
 from mnist_ray.config import TrainConfig
 from mnist_ray.training import engine
-from mnist_ray.training.sampler import ShardedBatchSampler, batch_loader, batches_of
+from mnist_ray.training.batches import batch_loader, batches_of
+from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.training.state import Group
 from mnist_ray.workload import source
 from mnist_ray.workload.data import Split

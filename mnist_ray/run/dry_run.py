@@ -12,7 +12,7 @@ from mnist_ray.workload.loading import picture_of, placed
 from mnist_ray.workload.source import is_shipped
 
 if TYPE_CHECKING:
-    from mnist_ray.training.sampler import Batch
+    from mnist_ray.training.batches import Batch
 
 
 def dry_run(job: Job, data: Splits, batch_sizes: Sequence[int] = ()) -> Callable[[], None]:
@@ -27,7 +27,8 @@ def dry_run(job: Job, data: Splits, batch_sizes: Sequence[int] = ()) -> Callable
         import numpy as np  # torch too, by the two below: this is where it is first needed
         import torch
 
-        from mnist_ray.training.sampler import Slice, batches_of
+        from mnist_ray.training.batches import batches_of
+        from mnist_ray.training.sampler import Slice
         from mnist_ray.workload.check import NUM_EXAMPLES, check_batch, check_smallest
 
         def first(number: int) -> Batch:

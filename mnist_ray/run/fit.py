@@ -37,8 +37,9 @@ from mnist_ray.errors import JobError
 from mnist_ray.run import evaluate
 from mnist_ray.run.failures import FailureReporter, TrainingStoppedError, reason_of
 from mnist_ray.run.find import best_of, snapshot_of
+from mnist_ray.run.reporter import train_loop_per_worker
 from mnist_ray.run.session import Session
-from mnist_ray.run.worker import LoopSpec, train_loop_per_worker
+from mnist_ray.run.worker import LoopSpec
 from mnist_ray.signals import Noted, first_only_noted
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder, with_retries
 from mnist_ray.training.events import ControllerStarted, Event, Started, Stopping, WorkersLost

@@ -19,7 +19,8 @@ from mnist_ray.errors import JobError, UsageError, say
 from mnist_ray.run import find
 from mnist_ray.settings import path_of
 from mnist_ray.storage import write_file
-from mnist_ray.training.sampler import Slice, batches_of
+from mnist_ray.training.batches import batches_of
+from mnist_ray.training.sampler import Slice
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.loading import load_data

@@ -20,20 +20,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.training import shared_memory
+from mnist_ray.training.batches import ArrayBatches, Batch, ExampleBatches, batch_loader, batches_of, to_device
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import Evaluation, MetricSums
 from mnist_ray.training.reproducible import Chunks
-from mnist_ray.training.sampler import (
-    ArrayBatches,
-    Batch,
-    ExampleBatches,
-    ShardedBatchSampler,
-    Slice,
-    batch_loader,
-    batches_of,
-    to_device,
-)
+from mnist_ray.training.sampler import ShardedBatchSampler, Slice
 from mnist_ray.training.state import Group, StopWantedError, TrainingDivergedError, TrainingState, is_over
 from mnist_ray.training.window import LoggingWindow
 from mnist_ray.workload.base import Workload

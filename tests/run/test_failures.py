@@ -27,7 +27,7 @@ from mnist_ray.cluster import ray_internals
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.report.csv_files import read_csv
-from mnist_ray.run import failures, fit, worker
+from mnist_ray.run import failures, fit, reporter
 from mnist_ray.run.failures import describe
 from mnist_ray.run.find import find
 from mnist_ray.run.fit import EventQueue
@@ -421,8 +421,8 @@ def test_the_reason_of_a_controllers_failure_is_its_own_text_and_not_a_traceback
 
 
 def train_on_a_worker(monkeypatch: pytest.MonkeyPatch, fail: Callable[[Any], None]) -> None:
-    monkeypatch.setattr(worker, "train_rank", fail)
-    worker.train_loop_per_worker({"spec": Mock(workload=mnist(), folders=[])})
+    monkeypatch.setattr(reporter, "train_rank", fail)
+    reporter.train_loop_per_worker({"spec": Mock(workload=mnist(), folders=[])})
 
 
 def test_what_the_code_fails_with_is_one_line_with_its_place(

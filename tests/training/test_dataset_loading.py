@@ -9,17 +9,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mnist_ray.errors import with_place
-from mnist_ray.training.sampler import (
+from mnist_ray.training.batches import (
     ArrayBatches,
     Batch,
     ExampleBatches,
     ExampleError,
-    ShardedBatchSampler,
-    Slice,
     batch_loader,
     batches_of,
     to_device,
 )
+from mnist_ray.training.sampler import ShardedBatchSampler, Slice
 from mnist_ray.workload import Arrays
 from mnist_ray.workload.data import Split
 

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.training import engine, shared_memory
+from mnist_ray.training.batches import Batch
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
-from mnist_ray.training.sampler import Batch, ShardedBatchSampler
+from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.training.state import Group, StopWantedError, TrainingDivergedError, TrainingState
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import mnist

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mnist_ray.training.sampler import ArrayBatches, Batch, ShardedBatchSampler, batch_loader
+from mnist_ray.training.batches import ArrayBatches, Batch, batch_loader
+from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.workload.data import Arrays
 
 

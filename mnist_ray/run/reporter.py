@@ -1,0 +1,215 @@
+"""A worker of Ray Train: what it tells the driver, and how its checkpoints get to Ray."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointUploadMode
+from ray.train.torch import get_device
+
+from mnist_ray.cluster.environment import end_if_hung
+from mnist_ray.config import TrainConfig
+from mnist_ray.errors import JobError, with_place
+from mnist_ray.provenance import arithmetic
+from mnist_ray.run.failures import PASSING, CodeFailedError, is_of_gloo
+from mnist_ray.run.worker import LoopSpec, Reporter, report_metrics, train_worker
+from mnist_ray.storage import checkpoint_name, position_of
+from mnist_ray.training import checkpoint as checkpoints
+from mnist_ray.training.events import EpochFinished, Event, NodeLeaving, Progress, Started, StoppedEarly, Validated
+from mnist_ray.training.reproducible import OtherArithmeticError
+from mnist_ray.training.state import Group, StopWantedError, TrainingDivergedError, TrainingState, best_epoch
+
+
+def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
+    """Train on one worker of Ray Train; every rank runs this. Return why training stopped early; None if it is done.
+
+    If it was asked to stop, that is empty. Raises CodeFailedError if the code failed, and what else failed as it is.
+    """
+    spec = loop_config["spec"]
+    try:
+        train_rank(spec)
+    except (checkpoints.OtherModelError, TrainingDivergedError, OtherArithmeticError) as error:
+        return str(error)  # not raised: Ray would take it for a lost worker and try again
+    except StopWantedError:
+        return ""
+    except (CodeFailedError, *PASSING):
+        raise
+    except Exception as error:
+        if is_of_gloo(error):
+            raise
+        raise CodeFailedError(with_place(error, *spec.folders)) from error
+    return None
+
+
+def train_rank(spec: LoopSpec) -> None:
+    """Train as the rank that Ray Train says."""
+    context = ray.train.get_context()
+    group = Group(context.get_world_rank(), context.get_world_size(), get_device())
+    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+    train_worker(spec, group, TrainReporter(spec, group), cpus, context.get_local_world_size())
+
+
+class TrainReporter(Reporter):
+    """Reports to the driver's event queue, and checkpoints to Ray Train; watches over its node."""
+
+    def __init__(self, spec: LoopSpec, group: Group) -> None:
+        super().__init__(spec, group)
+        self._saved_for_preemption = False
+        self._uploaded = threading.Event()
+        self._uploaded.set()
+        self._answers: list[Any] = []
+        current = ray.train.get_checkpoint()
+        self._known = current.path.rsplit("/", 1)[-1] if current else ""
+
+    def begin(self, state: TrainingState, restored: checkpoints.Restored, config: TrainConfig) -> None:
+        """Tell the driver. Raises JobError if the storage does not show the checkpoints that Ray knows."""
+        super().begin(state, restored, config)
+        if not restored.name and not restored.damaged and self._known:
+            raise JobError(f"{self._spec.run.uri} does not show the checkpoints that were written there")  # try again
+        # Ray knows a damaged checkpoint by its name still; what takes its place needs another one: with one b more.
+        known_bs = len(self._known) - len(self._known.rstrip("b"))
+        self._suffix = "b" * (known_bs + 1) if self._known in restored.damaged else ""
+        self.send(
+            Started(
+                num_workers=self._group.world_size,
+                hosts=_hosts(self._group),
+                threads=torch.get_num_threads(),
+                device=self._group.device.type,
+                precision=config.precision,
+                epoch=state.epoch,
+                step=state.step,
+                num_steps=int(state.last_step),
+                damaged=restored.damaged,
+                notes=_notes(restored),
+            )
+        )
+        self._report_restored(state, restored)
+
+    def end(self, state: TrainingState) -> None:
+        """Tell of an early end, and wait until all that was sent has come."""
+        if state.epoch < self._config.num_epochs:
+            self.send(StoppedEarly(state.epoch, best_epoch(state.scores)))
+        self._wait_for_driver()
+
+    def send(self, event: Event) -> None:
+        """Tell the driver, on rank 0."""
+        if self._is_first and self._spec.event_queue is not None:
+            self._answers.append(self._spec.event_queue.put.remote(event))
+
+    def _wait_for_driver(self) -> None:
+        """Wait until all events are in the queue, whose process may start more slowly than a short training ends.
+
+        Done before each checkpoint, too: else its validation, by a task, could be reported before the epoch is.
+        """
+        if self._answers:
+            ray.wait(self._answers, num_returns=len(self._answers))
+
+    def on_progress(self, state: TrainingState, progress: Progress) -> None:
+        """Send it."""
+        super().on_progress(state, progress)
+        self.send(progress)
+
+    def wants_checkpoint(self) -> bool:
+        """Return True once if a worker's node is about to be taken away."""
+        if self._saved_for_preemption or ray.train.get_preemption_info() is None:
+            return False
+        self._saved_for_preemption = True
+        self.send(NodeLeaving())
+        return True
+
+    def wants_stop(self) -> bool:
+        """Tell whether the driver wants the training to stop, as far as it has answered; it answers rank 0 only."""
+        if not self._answers:
+            return False
+        answered, self._answers = ray.wait(self._answers, num_returns=len(self._answers), timeout=0)
+        return any(ray.get(answered))
+
+    def _report_restored(self, state: TrainingState, restored: checkpoints.Restored) -> None:
+        """Report the checkpoint that this run goes on from, if a kill came between its upload and Ray's noting it.
+
+        Else a run whose last checkpoint it is would end without it.
+        """
+        if position_of(restored.name) <= position_of(self._known):
+            return
+        saved = self._spec.run.inside(restored.name)
+        self._wait_for_driver()
+        ray.train.report(
+            restored.metrics,
+            checkpoint=Checkpoint(saved.path, filesystem=saved.filesystem) if self._is_first else None,
+            checkpoint_dir_name=restored.name,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+            validation=self._is_to_be_validated(state),
+        )
+
+    def _is_to_be_validated(self, state: TrainingState) -> bool:
+        """Tell whether this rank asks for a validation: the one that brings the checkpoint, at an epoch's end."""
+        return self._is_first and state.step == 0 and self._spec.validates_in_tasks
+
+    def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
+        """Hand a checkpoint to Ray Train, on all ranks at once. An epoch's last is validated.
+
+        Rank 0 copies the state; a thread of Ray's writes and uploads it while the training goes on. Only one upload is
+        under way at a time: what comes next waits for it.
+        """
+        if state.step == 0:
+            self.send(EpochFinished(progress))
+        metrics = report_metrics(self._spec.workload, state, progress)
+        if self._validation is not None:
+            start = time.perf_counter()
+            values, reported = self.validated(state, self._validation)
+            metrics |= reported
+            if state.step == 0:
+                self.send(Validated(state.epoch, values, time.perf_counter() - start, is_beside=False))
+        checkpoint, upload = None, None
+        if self._is_first:
+            self._uploaded.wait()
+            checkpoint = Checkpoint.from_directory(tempfile.mkdtemp())
+            upload = functools.partial(self._upload, self.snapshot(state, metrics))
+            self._uploaded.clear()
+        self._wait_for_driver()
+        ray.train.report(
+            metrics,
+            checkpoint=checkpoint,
+            checkpoint_dir_name=checkpoint_name(state.epoch, state.step) + self._suffix,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=upload,
+            delete_local_checkpoint_after_upload=False,  # it is deleted however its upload ends
+            validation=self._is_to_be_validated(state),
+        )
+        end_if_hung(self._spec.hang_timeout_s)
+
+    def _upload(self, snapshot: checkpoints.Snapshot, checkpoint: Checkpoint, name: str) -> Checkpoint:
+        target = self._spec.run.inside(name)
+        try:
+            snapshot.write(Path(checkpoint.path))
+            checkpoint.set_metadata({"epoch": snapshot.document["epoch"]})
+            target.upload(checkpoint.path)
+        finally:
+            shutil.rmtree(checkpoint.path, ignore_errors=True)
+            self._uploaded.set()
+        return Checkpoint(target.path, filesystem=target.filesystem)
+
+
+def _hosts(group: Group) -> tuple[str, ...]:
+    """Return the node of each rank, in their order."""
+    hosts: list[str] = [socket.gethostname()] * group.world_size
+    if group.world_size > 1:
+        torch.distributed.all_gather_object(hosts, socket.gethostname())
+    return tuple(hosts)
+
+
+def _notes(restored: checkpoints.Restored) -> tuple[str, ...]:
+    """Return what the user is to know of the checkpoint that the run goes on from."""
+    if restored.arithmetic in (None, arithmetic()):
+        return ()
+    return ("other versions or another processor than before: from here on the bits are others",)

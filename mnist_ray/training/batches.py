@@ -1,0 +1,168 @@
+"""Loading: from slices of an epoch's order to batches of tensors on the device."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from mnist_ray.errors import first_line
+from mnist_ray.training.sampler import Slice
+from mnist_ray.workload.data import Arrays, Split
+from mnist_ray.workload.tensors import map_tensors
+
+_MOST_OF_GPU = 0.4  # of the memory that is free, which activations and a second worker may want too
+
+
+class Batch(NamedTuple):
+    """One rank's slice of a global batch, or a piece of it."""
+
+    inputs: Any  # as the workload's data have them, (examples, ...); there may be none
+    targets: Any  # (examples, ...)
+    global_size: int  # examples of the whole batch over all ranks
+    ends_step: bool = True  # whether no other piece of the same batch follows on this rank
+
+
+class ArrayBatches(Dataset):
+    """Arrays that are indexed by whole slices, where they lie.
+
+    On the CPU the tensors are views of the given arrays. A GPU with room for all of them gets a copy, once.
+    """
+
+    def __init__(self, arrays: Arrays, device: torch.device) -> None:
+        place = device if _fit(arrays, device) else torch.device("cpu")
+        self.inputs = _tensor(arrays.inputs).to(place)
+        self.targets = _tensor(arrays.targets).to(place)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, chosen: Slice) -> Batch:
+        indices = torch.from_numpy(chosen.indices)
+        if self.inputs.is_cuda:
+            indices = indices.pin_memory().to(self.inputs.device, non_blocking=True)
+        return Batch(self.inputs[indices], self.targets[indices], *chosen[1:])
+
+
+def _fit(arrays: Arrays, device: torch.device) -> bool:
+    """Tell whether a device has room for arrays beside the model's own needs."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return arrays.inputs.nbytes + arrays.targets.nbytes <= _MOST_OF_GPU * free
+
+
+class ExampleError(Exception):
+    """An example cannot be read, or does not fit the others: it would not at another attempt either."""
+
+
+class ExampleBatches(Dataset):
+    """A ``Dataset``, read example by example, or memory-mapped arrays; loader processes may do it.
+
+    Whatever a ``Dataset`` draws from Python's, NumPy's or torch's generator is drawn by the seed and the example:
+    the same for any number of ranks and loader processes, and in a resumed run as in one without a break.
+    """
+
+    def __init__(self, split: Split, seed: int = 0) -> None:
+        self.split = split
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, chosen: Slice) -> Batch:
+        indices = chosen.indices
+        if isinstance(arrays := self.split.examples, Arrays):
+            places = self.split.places(indices)
+            inputs, targets = (_rows(array, places) for array in (arrays.inputs, arrays.targets))
+            return Batch(inputs, targets, *chosen[1:])
+        # An empty slice has the shapes of one example.
+        examples = [self._example(index) for index in indices.tolist() or [0]]
+        try:
+            inputs, targets = default_collate(examples)
+        except (RuntimeError, TypeError) as error:
+            raise ExampleError(
+                f"{self.split.origin} examples do not fit together: {_odd_one(indices, examples, error)}"
+            ) from error
+        if len(indices) == 0:
+            inputs, targets = _emptied(inputs), _emptied(targets)
+        return Batch(inputs, targets, *chosen[1:])
+
+    def _example(self, index: int) -> tuple[Any, Any]:
+        seed = (self.seed * 2_147_483_647 + index) % 2**63
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            return self.split[index]
+        except OSError as error:
+            if error.errno is not None:  # of the storage, which may be back at the next attempt
+                raise
+            raise ExampleError(f"{self.split.origin} example {index} cannot be read: {first_line(error)}") from error
+
+
+def _odd_one(indices: np.ndarray, examples: list[tuple[Any, Any]], error: Exception) -> str:
+    """Say which of some examples has another shape than the first."""
+    shapes = [tuple(np.shape(split) for split in example) for example in examples]
+    for index, shape in zip(indices.tolist(), shapes, strict=False):
+        if shape != shapes[0]:
+            return f"example {index} has shapes {shape}, example {indices[0]} has {shapes[0]}"
+    return first_line(error)
+
+
+def batches_of(split: Split, device: torch.device) -> ArrayBatches | ExampleBatches:
+    """Return what a loader reads a part of the data by."""
+    return ArrayBatches(split.arrays, device) if split.arrays is not None else ExampleBatches(split)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    with warnings.catch_warnings():  # read-only arrays from the object store; nothing here writes to them
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _rows(array: np.ndarray, places: np.ndarray) -> Tensor:
+    """Copy some rows into memory of torch's own, whose alignment never differs: the bits of a sum may depend on it."""
+    rows = torch.empty((len(places), *array.shape[1:]), dtype=_tensor(array[:0]).dtype)
+    np.take(array, places, axis=0, out=rows.numpy(), mode="clip")  # the default mode would copy them once more
+    return rows
+
+
+def _emptied(value: Any) -> Any:
+    """Return a batch of no examples like that of one."""
+    if isinstance(value, dict):
+        return {key: _emptied(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and value and not isinstance(value[0], str):
+        return [_emptied(item) for item in value]
+    return value[:0]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch on a device."""
+    if device.type == "cpu":
+        return batch
+    moved: Batch = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
+    return moved
+
+
+def batch_loader(dataset: ArrayBatches | ExampleBatches, slices: Iterable[Slice], num_processes: int = 0) -> DataLoader:
+    """Return a loader of slices; ``num_processes`` read a ``Dataset`` ahead, arrays need none.
+
+    ``batch_size=None`` makes the DataLoader hand each of the sampler's items to the data set as it is: of arrays one
+    indexing operation a batch, where the usual loader makes one an example and then stacks them.
+    """
+    is_on_gpu = isinstance(dataset, ArrayBatches) and dataset.inputs.is_cuda
+    num_workers = num_processes if isinstance(dataset, ExampleBatches) else 0
+    return DataLoader(
+        dataset,
+        sampler=slices,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available() and not is_on_gpu,
+    )
