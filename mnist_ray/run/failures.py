@@ -13,6 +13,7 @@ from mnist_ray.cluster import ray_internals
 from mnist_ray.errors import JobError, first_line
 from mnist_ray.storage import STORAGE_ERRORS
 from mnist_ray.training.events import WorkersLost
+from mnist_ray.training.state import CodeFailedError
 
 PASSING = (
     *STORAGE_ERRORS,
@@ -28,10 +29,6 @@ PASSING = (
 
 class TrainingStoppedError(JobError):
     """Training cannot go on with these settings: doing it again would end the same way."""
-
-
-class CodeFailedError(Exception):
-    """The code of the training has failed on a worker, a model's for instance, and would again."""
 
 
 class FailureReporter(UserCallback):

@@ -21,13 +21,20 @@ from mnist_ray.cluster.environment import end_if_hung
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, with_place
 from mnist_ray.provenance import arithmetic
-from mnist_ray.run.failures import PASSING, CodeFailedError, is_of_gloo
+from mnist_ray.run.failures import PASSING, is_of_gloo
 from mnist_ray.run.worker import LoopSpec, Reporter, report_metrics, train_worker
 from mnist_ray.storage import checkpoint_name, position_of
 from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training.events import EpochFinished, Event, NodeLeaving, Progress, Started, StoppedEarly, Validated
 from mnist_ray.training.reproducible import OtherArithmeticError
-from mnist_ray.training.state import Group, StopWantedError, TrainingDivergedError, TrainingState, best_epoch
+from mnist_ray.training.state import (
+    CodeFailedError,
+    Group,
+    StopWantedError,
+    TrainingDivergedError,
+    TrainingState,
+    best_epoch,
+)
 
 
 def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:

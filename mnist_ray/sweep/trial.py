@@ -19,7 +19,7 @@ from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, with_place
-from mnist_ray.run.failures import PASSING, CodeFailedError, FailureReporter, TrainingStoppedError, reason_of
+from mnist_ray.run.failures import PASSING, FailureReporter, TrainingStoppedError, reason_of
 from mnist_ray.run.fit import create_trainer, drop_damaged_snapshot
 from mnist_ray.run.job import Job
 from mnist_ray.run.worker import LoopSpec, Reporter, report_metrics, train_worker
@@ -27,7 +27,7 @@ from mnist_ray.storage import RunFolder, checkpoint_name, position_of
 from mnist_ray.sweep.space import Point
 from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training.events import Progress
-from mnist_ray.training.state import Group, TrainingDivergedError, TrainingState, is_over
+from mnist_ray.training.state import CodeFailedError, Group, TrainingDivergedError, TrainingState, is_over
 from mnist_ray.workload.user_code import folders_of
 
 

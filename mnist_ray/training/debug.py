@@ -15,11 +15,10 @@ import torch
 from torch.profiler import profile
 
 from mnist_ray.errors import first_line
-from mnist_ray.run.failures import CodeFailedError
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import OPERATORS_FILE, TRACE_FILE, RunFolder
 from mnist_ray.training.callback import Callback
-from mnist_ray.training.state import Group, TrainingState
+from mnist_ray.training.state import CodeFailedError, Group, TrainingState
 
 _WARM_UP_STEPS = 10
 _NUM_OPERATORS = 10

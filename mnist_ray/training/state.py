@@ -28,6 +28,10 @@ class TrainingDivergedError(Exception):
         return f"loss or weights are not finite at step {self.step} of epoch {self.epoch}; try a lower --learning-rate"
 
 
+class CodeFailedError(Exception):
+    """The code of the training has failed on a worker, a model's for instance, and would again."""
+
+
 class StopWantedError(Exception):
     """Training has stopped because it was asked to, with a checkpoint saved. Raised on every rank alike."""
 

@@ -36,6 +36,7 @@ from mnist_ray.training import checkpoint, engine
 from mnist_ray.training.checkpoint import restore_newest
 from mnist_ray.training.engine import create_state
 from mnist_ray.training.events import WorkersLost
+from mnist_ray.training.state import CodeFailedError
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import LONGER, QUICK, as_flags, mnist, run_and_act, run_and_act_twice, run_job, run_main
 
@@ -431,7 +432,7 @@ def test_what_the_code_fails_with_is_one_line_with_its_place(
     def fail(spec: Any) -> None:
         engine.evaluate(mnist(), torch.nn.Linear(3, 10), Split(few_images))
 
-    with pytest.raises(failures.CodeFailedError, match=r"^RuntimeError: .*mat1 and mat2 .* \(engine\.py, line \d+\)$"):
+    with pytest.raises(CodeFailedError, match=r"^RuntimeError: .*mat1 and mat2 .* \(engine\.py, line \d+\)$"):
         train_on_a_worker(monkeypatch, fail)
 
 
@@ -456,7 +457,7 @@ def test_code_that_fails_ends_a_run_and_other_failures_are_told() -> None:
     told = Mock()
     reporter = failures.FailureReporter(told)
     with pytest.raises(failures.TrainingStoppedError, match=r"^ValueError: bad \(model\.py, line 55\)$"):
-        reporter.after_exception(None, {0: failures.CodeFailedError("ValueError: bad (model.py, line 55)")})
+        reporter.after_exception(None, {0: CodeFailedError("ValueError: bad (model.py, line 55)")})
     told.put.remote.assert_not_called()
     reporter.after_exception(None, {1: RayActorError(error_msg="The actor died unexpectedly")})
     told.put.remote.assert_called_once_with(WorkersLost("worker 1 died"))
