@@ -52,40 +52,27 @@ def connect(
     cluster, which is mostly waiting; what it raises is raised. ``forking`` tells how the workers are forked, if they
     are.
     """
+    if ray.is_initialized():
+        meanwhile()
+        yield _describe(is_local=False)
+        return
+    options: dict[str, Any] = {
+        "log_to_driver": verbose,
+        "logging_level": logging.INFO if verbose else logging.CRITICAL,
+    }
+    if not verbose:
+        quiet_ray()
+    address, leaving = _find_cluster(), threading.Thread(target=ray.shutdown)
+    take_signals()
     with contextlib.ExitStack() as at_the_end:
-        if ray.is_initialized():
-            meanwhile()
-            yield _describe(is_local=False)
-            return
-        options: dict[str, Any] = {
-            "log_to_driver": verbose,
-            "logging_level": logging.INFO if verbose else logging.CRITICAL,
-        }
-        if not verbose:
-            quiet_ray()
-        address = _find_cluster()
-        leaving = threading.Thread(target=ray.shutdown)
-        take_signals()
-        at_the_end.enter_context(
-            ray_internals.replaced(ray_internals.utils, "set_sigterm_handler", lambda handler: None)
-        )
+        no_handler = ray_internals.replaced(ray_internals.utils, "set_sigterm_handler", lambda handler: None)
+        at_the_end.enter_context(no_handler)
         if address is None:
-            num_cpus, session = local_cpus(config), new_session()
-            at_the_end.enter_context(removed_unless_failed(session))
-            at_the_end.enter_context(_left(leaving))
-            with _beside(meanwhile), _start_in_one_line(session):
-                start_local(num_cpus, forking, session, has_dashboard=dashboard, **options)
+            at_the_end.enter_context(_local_ray(config, forking, options, dashboard, meanwhile, leaving))
             meanwhile = _nothing
         else:
             at_the_end.enter_context(_left(leaving))
-            if "working_dir" in own_runtime_env():
-                # As a job connects, a second node on this machine may lay its working directory anew, and without a
-                # current directory torch cannot be imported.
-                meanwhile()
-                meanwhile = _nothing
-            if forking is not None:
-                options["runtime_env"] = runtime_env_to_fork(forking)
-            _init(address, options)
+            meanwhile = _join(address, forking, options, meanwhile)
         with errors_in_one_line(), contextlib.ExitStack() as watching:
             cluster = _describe(is_local=address is None)
             with _worker_starting(cluster):
@@ -97,6 +84,38 @@ def connect(
                 leaving.start()
 
             yield dataclasses.replace(cluster, leave=leave)
+
+
+@contextlib.contextmanager
+def _local_ray(
+    config: WorkerConfig,
+    forking: Forking | None,
+    options: dict[str, Any],
+    has_dashboard: bool,
+    meanwhile: Callable[[], None],
+    leaving: threading.Thread,
+) -> Iterator[None]:
+    """Start a local Ray, with ``meanwhile`` done beside that; in the end, leave it and remove its files."""
+    session = new_session()
+    with removed_unless_failed(session), _left(leaving):
+        with _beside(meanwhile), _start_in_one_line(session):
+            start_local(local_cpus(config), forking, session, has_dashboard=has_dashboard, **options)
+        yield
+
+
+def _join(
+    address: str, forking: Forking | None, options: dict[str, Any], meanwhile: Callable[[], None]
+) -> Callable[[], None]:
+    """Connect to a cluster; return what is left to be done while its first worker starts."""
+    if "working_dir" in own_runtime_env():
+        # As a job connects, a second node on this machine may lay its working directory anew, and without a current
+        # directory torch cannot be imported.
+        meanwhile()
+        meanwhile = _nothing
+    if forking is not None:
+        options["runtime_env"] = runtime_env_to_fork(forking)
+    _init(address, options)
+    return meanwhile
 
 
 @contextlib.contextmanager

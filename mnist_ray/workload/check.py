@@ -51,17 +51,7 @@ def check_batch(workload: Workload, inputs: Any, targets: Any, config: TrainConf
         _check_numbers(f"{name}.training_loss", minimized, number)
     if not losses.isfinite().all():
         raise UsageError(f"{name}.loss is not finite on the first {number} examples, with the initial weights")
-    with placed(workload, "measure"):
-        measured = workload.measure(detached(outputs), targets)
-    _check_dict(f"{name}.measure", measured)
-    for key, values in measured.items():
-        _check_numbers(f"{name}.measure: {key}", values, number)
-    with placed(workload, "summarize"):
-        summary = workload.summarize({key: float(values.double().mean()) for key, values in measured.items()})
-    _check_dict(f"{name}.summarize", summary)
-    if sorted(summary) != sorted(metric.name for metric in workload.metrics):
-        named = f"{name}.metrics names {', '.join(metric.name for metric in workload.metrics) or 'none'}"
-        raise UsageError(f"{name}.summarize returns {', '.join(summary) or 'nothing'}, but {named}")
+    _check_metrics(workload, detached(outputs), targets)
     _check_gradients(workload, model, losses if minimized is None else minimized)
     with placed(workload, "predictions"):
         model.eval()
@@ -78,6 +68,22 @@ def check_batch(workload: Workload, inputs: Any, targets: Any, config: TrainConf
     if not isinstance(prepared[1], Tensor):
         return None
     return {"shape": list(prepared[1].shape[1:]), "dtype": str(prepared[1].dtype).removeprefix("torch.")}
+
+
+def _check_metrics(workload: Workload, outputs: Any, targets: Any) -> None:
+    """Let a workload measure a batch, and summarize that."""
+    name, number = type(workload).__name__, len(targets)
+    with placed(workload, "measure"):
+        measured = workload.measure(outputs, targets)
+    _check_dict(f"{name}.measure", measured)
+    for key, values in measured.items():
+        _check_numbers(f"{name}.measure: {key}", values, number)
+    with placed(workload, "summarize"):
+        summary = workload.summarize({key: float(values.double().mean()) for key, values in measured.items()})
+    _check_dict(f"{name}.summarize", summary)
+    if sorted(summary) != sorted(metric.name for metric in workload.metrics):
+        named = f"{name}.metrics names {', '.join(metric.name for metric in workload.metrics) or 'none'}"
+        raise UsageError(f"{name}.summarize returns {', '.join(summary) or 'nothing'}, but {named}")
 
 
 def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig) -> None:
