@@ -27,7 +27,7 @@ from mnist_ray.storage import (
 )
 from mnist_ray.workload.base import Metric, Workload
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.drawing import MARKERS, Picture, Table
+from mnist_ray.workload.drawing import Picture, Table
 
 T = TypeVar("T", Picture, Table)
 PICTURES_FOLDER = "pictures"
@@ -314,49 +314,13 @@ def _changed(record: RunRecord) -> list[Table]:
 def _settings(record: RunRecord) -> list[Table]:
     origin = {**record.origin, **record.origin.get("versions", {})}
     return [
-        Table("All settings", (), [(name, _value(value)) for name, value in record.config.items()]),
+        Table("All settings", (), [(name, value_text(value)) for name, value in record.config.items()]),
         Table(
             "Origin",
             (),
             [(name, str(value)) for name, value in origin.items() if name not in ("versions", "metadata", "data")],
         ),
     ]
-
-
-def compare(records: Sequence[RunRecord]) -> str:
-    """Return a page that shows several runs side by side."""
-    names, all_headlines = [record.run.name for record in records], [headlines(record) for record in records]
-    columns = list(dict.fromkeys(name for some in all_headlines for name in some))
-    rows = [
-        (name, *(some.get(column, "-") for column in columns)) for name, some in zip(names, all_headlines, strict=True)
-    ]
-    tables = [Table("Runs", ("run", *columns), rows)]
-    keys = list(dict.fromkeys(key for record in records for key in record.config))
-    differing = [key for key in keys if len({_value(record.config.get(key)) for record in records}) > 1]
-    if differing:
-        rows = [(key, *(_value(record.config.get(key)) for record in records)) for key in differing]
-        tables.append(Table("Settings that differ", ("setting", *names), rows))
-    notes = [f"{record.run.name}: {note}" for record in records for note in record.notes]
-    common = [m for m in records[0].workload.all_metrics if all(m in record.workload.all_metrics for record in records)]
-    pages = [Picture("loss", "Loss in training", f"Training loss of {', '.join(names)}; the table has the ends",
-                     curves.curves_of(common[0], _curves_over(records, "train_loss"), None))]  # fmt: skip
-    for metric in common[1:]:
-        title = f"Validation {metric.name}"
-        png = curves.curves_of(metric, _curves_over(records, f"val_{metric.name}"), None)
-        pages.append(Picture(metric.name, title, f"{title} of {', '.join(names)}; the table has the best", png))
-    return Page(f"{len(records)} runs", "side by side", {}, notes, pages, tables).to_html()
-
-
-def _curves_over(records: Sequence[RunRecord], name: str) -> list[Curve]:
-    curves = []
-    for number, record in enumerate(records):
-        style = {
-            "color": f"C{number % 10}",
-            "marker": MARKERS[number % 8],
-            "linestyle": ("-", "--", ":")[number % 3],
-        }
-        curves.append(Curve(record.run.name, record.column("epoch"), record.column(name), style))
-    return curves
 
 
 def _metric(metric: Metric, value: float | None) -> str:
@@ -367,5 +331,6 @@ def _number(value: float, how: str) -> str:
     return "-" if math.isnan(value) else format(value, how)
 
 
-def _value(value: object) -> str:
+def value_text(value: object) -> str:
+    """Return a setting's value as people read it."""
     return "default" if value is None else str(value)

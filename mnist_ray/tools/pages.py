@@ -8,6 +8,7 @@ from mnist_ray import settings
 from mnist_ray.config import LookupConfig
 from mnist_ray.errors import JobError, UsageError, say
 from mnist_ray.report import page
+from mnist_ray.report.compare import compare as compare_runs
 from mnist_ray.report.page import RunRecord
 from mnist_ray.storage import (
     CONFIG_FILE,
@@ -73,7 +74,7 @@ def compare(runs: list[RunFolder], reference: str | None, storage_path: str, out
     records = [RunRecord.read(run, workload_of(run, reference, storage_path)) for run in runs]
     for note in (note for record in records for note in record.notes):
         _warn(note)
-    write_file(settings.path_of(output, "--output"), page.compare(records).encode("utf-8"))
+    write_file(settings.path_of(output, "--output"), compare_runs(records).encode("utf-8"))
     say(f"report {output}")
 
 

@@ -17,6 +17,7 @@ from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist import idx
 from mnist_ray.report import page
+from mnist_ray.report.compare import compare
 from mnist_ray.report.csv_files import read_csv
 from mnist_ray.report.page import RunRecord
 from mnist_ray.run.history import History, write_predictions
@@ -224,7 +225,7 @@ def test_names_cannot_put_markup_into_the_page(finished_run: Path) -> None:
     record = RunRecord.read(locate(str(finished_run.parent), finished_run.name), mnist())
     config: dict[str, Any] = record.config | {"data_dir": "<script>alert(1)</script>"}
     other = dataclasses.replace(record, config=config)
-    html = page.compare([record, other])
+    html = compare([record, other])
     assert "<script" not in html
     assert re.search(r"&lt;script&gt;alert\(1\)&lt;/script&gt;", html)
 
