@@ -24,6 +24,7 @@ from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run.job import Job, checked, read_job
 from mnist_ray.storage import REPORT_FILE, RunFolder, read_result
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.source import Reference
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -215,21 +216,29 @@ def _run(job: Job) -> Run:
 def _with_workload(workload: type[Workload] | str | Path | None, settings: dict[str, Any]) -> dict[str, Any]:
     if "storage_path" in settings:
         settings = settings | {"storage_path": os.fspath(settings["storage_path"])}
-    return settings if workload is None else settings | {"workload": reference_of(workload)}
+    if workload is None:
+        return settings
+    return settings | {"workload": reference_of(workload, is_here=settings.get("num_workers") == 0)}
 
 
-def reference_of(workload: type[Workload] | str | Path) -> str:
-    """Return what ``--workload`` takes for a workload: for a class, where its code is. Raises UsageError."""
+def reference_of(workload: type[Workload] | str | Path, *, is_here: bool = False) -> Reference:
+    """Return what names a workload: for a class, where its code is. Raises UsageError.
+
+    ``is_here``: a class that other processes cannot find, in a notebook's cell, will do.
+    """
     if not isinstance(workload, type):
         return os.fspath(workload)
     if workload.source is not None and "source" in vars(workload):
-        return workload.source.reference
-    module = sys.modules[workload.__module__]
-    file = getattr(module, "__file__", None)
-    if file is None:
+        return workload.source.reference if workload.source.path else workload
+    file = getattr(sys.modules[workload.__module__], "__file__", None)
+    is_in_file = file is not None and Path(file).is_file()  # else in a notebook's cell, or piped into Python
+    if not is_in_file and is_here:
+        return workload
+    if not is_in_file:
         raise UsageError(
             f"{workload.__name__} is in a notebook's cell, where other processes cannot find it: write the cell into a "
-            f"file, with %%writefile {workload.__name__.lower()}.py as its first line, and give the file's name"
+            f"file, with %%writefile {workload.__name__.lower()}.py as its first line, and give the file's name; or "
+            "train it in this process, with num_workers=0"
         )
     if "." in workload.__module__:
         return f"{workload.__module__}:{workload.__qualname__}"

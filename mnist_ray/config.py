@@ -112,9 +112,9 @@ class WorkerConfig:
 
     num_workers: int | None = setting(
         None,
-        "training processes; default: one per GPU, else one per node with all its cores",
+        "training processes; default: one per GPU, else one per node with all its cores; 0: this process, without Ray",
         resets=("min_workers",),
-        **at_least(1),
+        **at_least(0),
     )
     cpus_per_worker: int | None = setting(
         None,

@@ -40,12 +40,6 @@ def check_nodes(run: RunFolder, own_versions: dict[str, str] | None = None) -> l
     return [host for host, _, _ in found]
 
 
-def check_storage(run: RunFolder) -> None:
-    """Check that every node sees the storage, if there are several: else nobody but this machine writes."""
-    if sum(node["Alive"] for node in ray.nodes()) > 1:
-        check_nodes(run)
-
-
 def _on_node(node: str) -> ray.remote_function.RemoteFunction:
     strategy = NodeAffinitySchedulingStrategy(node, soft=False)
     return ray.remote(num_cpus=0, scheduling_strategy=strategy)(report)

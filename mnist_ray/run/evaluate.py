@@ -63,19 +63,20 @@ def _import_engine() -> None:
 def _evaluate_split(
     checkpoint: Checkpoint, shared: RemoteSplit, start: int, stop: int, loader_workers: int
 ) -> Evaluation:
-    return _evaluate_here(checkpoint, shared.workload, shared.open().between(start, stop), loader_workers)
+    return evaluate_here(checkpoint, shared.workload, shared.open().between(start, stop), loader_workers)
 
 
 def validate(checkpoint: Checkpoint, split: RemoteSplit, event_queue: Any, loader_workers: int) -> dict[str, float]:
     """Evaluate an epoch's checkpoint on the validation set; Ray Train runs this as a task beside the training."""
     start, workload = time.perf_counter(), split.workload
-    values = _evaluate_here(checkpoint, workload, split.open(), loader_workers).values(workload)
+    values = evaluate_here(checkpoint, workload, split.open(), loader_workers).values(workload)
     epoch = int(checkpoint.get_metadata()["epoch"])
     ray.get(event_queue.put.remote(Validated(epoch, values, time.perf_counter() - start)))
     return validation_metrics(workload, values)
 
 
-def _evaluate_here(checkpoint: Checkpoint, workload: Workload, split: Split, loader_workers: int) -> Evaluation:
+def evaluate_here(checkpoint: Checkpoint, workload: Workload, split: Split, loader_workers: int) -> Evaluation:
+    """Evaluate a checkpoint in this process, on one thread."""
     torch.set_num_threads(1)  # so that neither tasks side by side nor a training get in each other's way
     model = engine.with_fast_layout(fetch(checkpoint.filesystem, checkpoint.path, workload))
     return engine.evaluate(workload, model, split, loader_workers)

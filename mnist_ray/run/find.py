@@ -25,6 +25,7 @@ from mnist_ray.storage import (
 )
 from mnist_ray.training.checkpoint import STATE_FILE, fetch, fetch_state, workload_of
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.source import Reference
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Found:
 def find(
     given: str | None,
     storage_path: str,
-    reference: str | None = None,
+    reference: Reference | None = None,
     changes: Mapping[str, Any] | None = None,
     is_wanted: Callable[[RunFolder], bool] = lambda run: True,
 ) -> Found:

@@ -15,7 +15,7 @@ from mnist_ray.errors import JobError, count, with_place
 from mnist_ray.provenance import origin, versions
 from mnist_ray.report.live import LiveReport
 from mnist_ray.run.console import RunConsole
-from mnist_ray.run.evaluate import evaluate
+from mnist_ray.run.evaluate import evaluate, evaluate_here
 from mnist_ray.run.failures import TrainingStoppedError
 from mnist_ray.run.fit import Fitted
 from mnist_ray.run.history import History, write_predictions
@@ -83,7 +83,8 @@ class Record:
     def begin(self) -> None:
         """Write what is known before the first step. Raises JobError where the storage cannot be used."""
         run, workload = self._job.run, self._job.workload
-        preflight.check_storage(run)
+        if len(self._session.cluster.nodes) > 1:  # else nobody but this machine writes
+            preflight.check_nodes(run)
         run.write_text(CONFIG_FILE, json_lines(self._job.values))
         write_origin(self._job, self._session.data)
         warn = functools.partial(self._console.say, "note")
@@ -109,9 +110,12 @@ class Record:
 
         ``is_last``: the cluster is left then, while the report is written.
         """
-        job, data = self._job, self._session.data
+        workload, test, loader_workers = self._job.workload, self._session.data.test, self._job.workers.loader_workers
         self._clock.mark("validation")
-        tested = evaluate(job.workload, fitted.checkpoint, data.test, loader_workers=job.workers.loader_workers)
+        if self._session.is_here:
+            tested = evaluate_here(fitted.checkpoint, workload, test, loader_workers)
+        else:
+            tested = evaluate(workload, fitted.checkpoint, test, loader_workers=loader_workers)
         self._clock.mark("evaluation")
         if is_last:
             self._session.cluster.leave()
@@ -215,8 +219,8 @@ def check(session: Session) -> None:
     """Say how a job would run, and let every node prove that it can take part. Raises JobError if one cannot."""
     job, console, plan = session.job, session.console, session.plan
     own_versions, batch_size = versions(), job.train.batch_size
-    hosts = preflight.check_nodes(job.run, own_versions)
-    each = f"a step's {batch_size} {job.workload.nouns} are {math.ceil(batch_size / plan.num_workers)} a worker"
+    hosts = ["this process"] if session.is_here else preflight.check_nodes(job.run, own_versions)
+    each = f"a step's {batch_size} {job.workload.nouns} are {math.ceil(batch_size / max(1, plan.num_workers))} a worker"
     console.say("plan", f"{count(plan.num_workers, 'worker')} ({plan.placement}); {each}")
     console.say("storage", f"{job.run.storage_path}: read by {', '.join(hosts)}")
     console.say("versions", ", ".join(f"{name} {version}" for name, version in own_versions.items()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-import socket
 import tempfile
 import threading
 import time
@@ -13,19 +12,17 @@ from typing import Any
 
 import ray
 import ray.train
-import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
 
 from mnist_ray.cluster.environment import end_if_hung
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, with_place
-from mnist_ray.provenance import arithmetic
 from mnist_ray.run.failures import PASSING, is_of_gloo
 from mnist_ray.run.worker import LoopSpec, Reporter, report_metrics, train_worker
 from mnist_ray.storage import checkpoint_name, position_of
 from mnist_ray.training import checkpoint as checkpoints
-from mnist_ray.training.events import EpochFinished, Event, NodeLeaving, Progress, Started, StoppedEarly, Validated
+from mnist_ray.training.events import EpochFinished, Event, NodeLeaving, Progress, StoppedEarly, Validated
 from mnist_ray.training.reproducible import OtherArithmeticError
 from mnist_ray.training.state import (
     CodeFailedError,
@@ -86,20 +83,7 @@ class TrainReporter(Reporter):
         # Ray knows a damaged checkpoint by its name still; what takes its place needs another one: with one b more.
         known_bs = len(self._known) - len(self._known.rstrip("b"))
         self._suffix = "b" * (known_bs + 1) if self._known in restored.damaged else ""
-        self.send(
-            Started(
-                num_workers=self._group.world_size,
-                hosts=_hosts(self._group),
-                threads=torch.get_num_threads(),
-                device=self._group.device.type,
-                precision=config.precision,
-                epoch=state.epoch,
-                step=state.step,
-                num_steps=int(state.last_step),
-                damaged=restored.damaged,
-                notes=_notes(restored),
-            )
-        )
+        self.send(self.started(state, restored))
         self._report_restored(state, restored)
 
     def end(self, state: TrainingState) -> None:
@@ -205,18 +189,3 @@ class TrainReporter(Reporter):
             shutil.rmtree(checkpoint.path, ignore_errors=True)
             self._uploaded.set()
         return Checkpoint(target.path, filesystem=target.filesystem)
-
-
-def _hosts(group: Group) -> tuple[str, ...]:
-    """Return the node of each rank, in their order."""
-    hosts: list[str] = [socket.gethostname()] * group.world_size
-    if group.world_size > 1:
-        torch.distributed.all_gather_object(hosts, socket.gethostname())
-    return tuple(hosts)
-
-
-def _notes(restored: checkpoints.Restored) -> tuple[str, ...]:
-    """Return what the user is to know of the checkpoint that the run goes on from."""
-    if restored.arithmetic in (None, arithmetic()):
-        return ()
-    return ("other versions or another processor than before: from here on the bits are others",)

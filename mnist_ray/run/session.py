@@ -41,10 +41,16 @@ class Session:
         self._modules = modules
         self._at_the_end = contextlib.ExitStack()
 
+    @property
+    def is_here(self) -> bool:
+        """Whether all is done in this process, without Ray."""
+        return self.workers.num_workers == 0
+
     def __enter__(self: Self) -> Self:
         environment.prepare(verbose=self.job.output.verbose)
         self._at_the_end.enter_context(saying_the_way_on(self.job))
-        self._forking = self._at_the_end.enter_context(prepared_forking(self.workers, self._modules))
+        if not self.is_here:
+            self._forking = self._at_the_end.enter_context(prepared_forking(self.workers, self._modules))
         self.clock.mark("start")
         return self
 
@@ -76,7 +82,15 @@ class Session:
 
     @contextlib.contextmanager
     def ray(self, meanwhile: Callable[[], None]) -> Iterator[None]:
-        """Connect to a cluster or start a local Ray, do ``meanwhile`` beside that, and plan the workers."""
+        """Connect to a cluster or start a local Ray, do ``meanwhile`` beside that, and plan the workers.
+
+        With ``--num-workers 0`` there is no Ray: only ``meanwhile`` is done.
+        """
+        if self.is_here:
+            meanwhile()
+            self.cluster, self.plan = Cluster(is_local=True, nodes=(), log_folder=""), WorkerPlan(0, 0, False, False)
+            yield
+            return
         from mnist_ray.cluster.connect import connect  # imports Ray, once the header is on the screen
 
         output = {"verbose": self.job.output.verbose, "dashboard": self.job.output.dashboard}
@@ -146,6 +160,9 @@ def say_plan(session: Session) -> None:
     cpus = count(plan.cpus_per_worker, "CPU")
     if job.output.dashboard:
         say_dashboard(console, cluster)
+    if session.is_here:
+        console.say("workers", "none: this process trains, without Ray")
+        return
     console.say("workers", f"{plan.num_workers}, each with {cpus}{gpu}, on {where}")
     cores = usable_cores()
     if cluster.is_local and not plan.use_gpu and plan.num_workers > cores:

@@ -11,6 +11,7 @@ def train(job: Job) -> None:
         session.begin(*load_data(job))
         with session.ray(meanwhile=dry_run(session.job, session.data)):
             from mnist_ray.run.fit import fit  # imports torch, which is there by now
+            from mnist_ray.run.in_process import fit_here
             from mnist_ray.run.record import check, recorded
 
             if job.output.check:
@@ -18,4 +19,4 @@ def train(job: Job) -> None:
                 check(session)
                 return
             with recorded(session) as record:  # writes a report however the run ends
-                record.test(fit(session, record.on_event))
+                record.test((fit_here if session.is_here else fit)(session, record.on_event))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import faulthandler
+import socket
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,12 @@ from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.config import TrainConfig
 from mnist_ray.provenance import arithmetic, versions
 from mnist_ray.run.job import Job, about
-from mnist_ray.storage import RunFolder
+from mnist_ray.storage import RunFolder, checkpoint_name
 from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.debug import Profiler, anomalies_found
-from mnist_ray.training.events import Progress
+from mnist_ray.training.events import Progress, Started
 from mnist_ray.training.metrics import score
 from mnist_ray.training.reproducible import check_arithmetic
 from mnist_ray.training.state import Group, TrainingState, is_over
@@ -30,27 +32,40 @@ from mnist_ray.workload.data import Split
 from mnist_ray.workload.user_code import Source
 
 
+@dataclass(frozen=True)
+class LocalSplit:
+    """A split for a worker in the same process."""
+
+    split: Split
+
+    def open(self) -> Split:
+        """Return it."""
+        return self.split
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoopSpec:
     """What every worker is handed."""
 
     workload: Workload
     config: TrainConfig
-    train: RemoteSplit
+    train: RemoteSplit | LocalSplit
     run: RunFolder  # where the checkpoints are
     about: dict[str, Any]  # written into every checkpoint
     hang_timeout_s: float  # A worker that takes no step for so long ends itself
     event_queue: Any = None  # the actor that rank 0 tells how it goes; None if nobody listens
     loader_workers: int = 0  # processes that read a `Dataset`
     validates_in_tasks: bool = False  # whether each epoch's checkpoint is validated by a task beside the training
-    validation: RemoteSplit | None = None
+    validation: RemoteSplit | LocalSplit | None = None
     """Examples that the workers evaluate themselves before they report: whether they go on depends on it."""
     callback: Source | None = None  # the user's code in the training loop
     profile: int | None = None  # steps to profile
     detect_anomaly: bool = False
 
     @classmethod
-    def of(cls, job: Job, train: RemoteSplit, validation: RemoteSplit | None, **more: Any) -> LoopSpec:
+    def of(
+        cls, job: Job, train: RemoteSplit | LocalSplit, validation: RemoteSplit | LocalSplit | None, **more: Any
+    ) -> LoopSpec:
         """Return what the workers of a job are handed."""
         return cls(
             workload=job.workload,
@@ -123,6 +138,29 @@ class Reporter(Callback):
         """Note that training goes on."""
         end_if_hung(self._spec.hang_timeout_s)
 
+    def started(self, state: TrainingState, restored: checkpoints.Restored) -> Started:
+        """Return what the driver is told as training begins."""
+        return Started(
+            num_workers=self._group.world_size,
+            hosts=_hosts(self._group),
+            threads=torch.get_num_threads(),
+            device=self._group.device.type,
+            precision=self._config.precision,
+            epoch=state.epoch,
+            step=state.step,
+            num_steps=int(state.last_step),
+            damaged=restored.damaged,
+            notes=_notes(restored),
+        )
+
+    def save(self, state: TrainingState, metrics: dict[str, Any]) -> str:
+        """Write a checkpoint into the run's folder; return its name."""
+        name = checkpoint_name(state.epoch, state.step)
+        with tempfile.TemporaryDirectory() as local:
+            self.snapshot(state, metrics).write(Path(local))
+            self._spec.run.inside(name).upload(local)
+        return name
+
     def snapshot(self, state: TrainingState, metrics: dict[str, Any]) -> checkpoints.Snapshot:
         """Return a copy of what a checkpoint holds."""
         about = self._spec.about | {"metrics": metrics, "versions": versions()}
@@ -141,6 +179,21 @@ class Reporter(Callback):
         if state.step == 0:
             state.scores.append(score(workload, values))
         return values, validation_metrics(workload, values) | {"is_over": is_over(state, self._config)}
+
+
+def _hosts(group: Group) -> tuple[str, ...]:
+    """Return the node of each rank, in their order."""
+    hosts: list[str] = [socket.gethostname()] * group.world_size
+    if group.world_size > 1:
+        torch.distributed.all_gather_object(hosts, socket.gethostname())
+    return tuple(hosts)
+
+
+def _notes(restored: checkpoints.Restored) -> tuple[str, ...]:
+    """Return what the user is to know of the checkpoint that the run goes on from."""
+    if restored.arithmetic in (None, arithmetic()):
+        return ()
+    return ("other versions or another processor than before: from here on the bits are others",)
 
 
 def report_metrics(workload: Workload, state: TrainingState, progress: Progress) -> dict[str, Any]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import math
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -23,7 +21,7 @@ from mnist_ray.run.failures import PASSING, FailureReporter, TrainingStoppedErro
 from mnist_ray.run.fit import create_trainer, drop_damaged_snapshot
 from mnist_ray.run.job import Job
 from mnist_ray.run.worker import LoopSpec, Reporter, report_metrics, train_worker
-from mnist_ray.storage import RunFolder, checkpoint_name, position_of
+from mnist_ray.storage import RunFolder, position_of
 from mnist_ray.sweep.space import Point
 from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training.events import Progress
@@ -106,10 +104,7 @@ class TuneReporter(Reporter):
         assert self._validation is not None
         faulthandler.cancel_dump_traceback_later()  # what Tune takes its time for is no hang
         metrics = report_metrics(self._spec.workload, state, progress) | self.validated(state, self._validation)[1]
-        run, name = self._spec.run, checkpoint_name(state.epoch, state.step)
-        with tempfile.TemporaryDirectory() as local:
-            self.snapshot(state, metrics).write(Path(local))
-            run.inside(name).upload(local)
+        run, name = self._spec.run, self.save(state, metrics)
         for before in run.checkpoint_names():
             if position_of(before) < position_of(name):
                 run.inside(before).delete()

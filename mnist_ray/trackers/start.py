@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import ray
 from PIL import Image
 from pyarrow import fs
 
@@ -79,7 +80,9 @@ def start(
 ) -> Trackers:
     """Track a run in Ray's metrics, in TensorBoard, where that is installed, and where ``output`` says."""
     plain = _plain(settings)
-    trackers: dict[str, Callable[[], Tracker]] = {"Ray's metrics": lambda: RayMetrics(run, workload, plain)}
+    trackers: dict[str, Callable[[], Tracker]] = {}
+    if ray.is_initialized():
+        trackers["Ray's metrics"] = lambda: RayMetrics(run, workload, plain)
     if importlib.util.find_spec("tensorboard") is not None:
         trackers["TensorBoard"] = lambda: _TensorBoard(run, workload, plain)
     if (mlflow_uri := output.mlflow) is not None:

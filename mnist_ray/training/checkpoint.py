@@ -150,7 +150,7 @@ def weights_sha256(checkpoint: RunFolder) -> str:
 
 
 def workload_of(
-    document: dict[str, Any], reference: str | None, changes: dict[str, Any], untrusted: Iterable[Path]
+    document: dict[str, Any], reference: source.Reference | None, changes: dict[str, Any], untrusted: Iterable[Path]
 ) -> Workload:
     """Return the workload of a checkpoint, of which ``document`` is the state.json.
 

@@ -6,6 +6,7 @@ import copyreg
 import dataclasses
 import difflib
 import functools
+import inspect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -21,16 +22,22 @@ DEFAULT = "mnist_ray.mnist"
 _INTERFACE = [name for name in dir(Workload) if not name.startswith("_")]
 
 
-def load(reference: str) -> type[Workload]:
+Reference = str | type[Workload]  # what names a workload: as ``--workload`` takes it, or a class of this process
+
+
+def load(reference: Reference) -> type[Workload]:
     """Return the workload that ``FILE.py`` or ``package.module`` holds, by ``:NAME`` where it holds several.
 
-    Raises UsageError where there is none, or its code fails.
+    A class, as of a notebook's cell, is taken as it is; other processes cannot have it. Raises UsageError if there is
+    none, or its code fails.
     """
+    if isinstance(reference, type):
+        return _adopted(reference)
     _, source = user_code.find(reference, Workload)
     return _load(source)
 
 
-def load_again(saved: str, given: str | None, file: str, folders: Iterable[Path]) -> type[Workload]:
+def load_again(saved: str, given: Reference | None, file: str, folders: Iterable[Path]) -> type[Workload]:
     """Return the workload that is ``given``, else the one that ``file`` has ``saved`` with a run. Raises UsageError.
 
     It does so too for code in ``folders``: see ``user_code.check_trusted``.
@@ -42,6 +49,17 @@ def load_again(saved: str, given: str | None, file: str, folders: Iterable[Path]
         return load(saved)
     except UsageError as error:
         raise UsageError(f"{error}; if the workload is elsewhere now, say where with --workload") from error
+
+
+def _adopted(workload_class: type[Workload]) -> type[Workload]:
+    if "source" not in vars(workload_class):
+        try:
+            text = inspect.getsource(workload_class)
+        except (OSError, TypeError):  # it was made by exec
+            text = ""
+        workload_class.source = Source(f"{workload_class.__module__}:{workload_class.__qualname__}", "", text)
+        _check(workload_class)
+    return workload_class
 
 
 def create(source: Source, settings: Mapping[str, Any], metadata: Mapping[str, Any]) -> Workload:

@@ -1,0 +1,109 @@
+"""``--num-workers 0``: the same training in the job's own process, without Ray: for debuggers, profilers, notebooks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from ray.train import Checkpoint
+
+from mnist_ray.cluster.plan import usable_cores
+from mnist_ray.config import TrainConfig
+from mnist_ray.run.failures import TrainingStoppedError
+from mnist_ray.run.fit import Fitted
+from mnist_ray.run.session import Session
+from mnist_ray.run.worker import LocalSplit, LoopSpec, Reporter, report_metrics, train_worker
+from mnist_ray.signals import Noted, first_only_noted, take_signals
+from mnist_ray.storage import RunFolder, unless_damaged
+from mnist_ray.training import checkpoint as checkpoints
+from mnist_ray.training.events import EpochFinished, Event, Progress, StoppedEarly, Stopping, Validated
+from mnist_ray.training.reproducible import OtherArithmeticError
+from mnist_ray.training.state import Group, StopWantedError, TrainingDivergedError, TrainingState, best_epoch
+
+_NUM_KEPT = 2  # checkpoints, the best by validation, beside the last
+
+
+def fit_here(session: Session, on_event: Callable[[Event], None]) -> Fitted:
+    """Train in this process, as ``fit`` does on Ray; what the user's code raises is raised as it is."""
+    job, data = session.job, session.data
+    validation = LocalSplit(data.validation) if len(data.validation) else None
+    spec = LoopSpec.of(job, LocalSplit(data.train), validation)
+    uses_gpu = job.workers.use_gpu != "no" and torch.cuda.is_available()
+    group = Group(device=torch.device("cuda" if uses_gpu else "cpu"))
+    take_signals()
+    try:
+        with first_only_noted() as interrupted:
+            reporter = LocalReporter(spec, group, on_event, interrupted)
+            train_worker(spec, group, reporter, job.workers.cpus_per_worker or usable_cores())
+    except StopWantedError:
+        raise KeyboardInterrupt from None
+    except (checkpoints.OtherModelError, TrainingDivergedError, OtherArithmeticError) as error:
+        raise TrainingStoppedError(str(error)) from error
+    return reporter.fitted()
+
+
+class LocalReporter(Reporter):
+    """Hands events on at once, validates and saves at every checkpoint, and keeps the best two and the last."""
+
+    def __init__(self, spec: LoopSpec, group: Group, on_event: Callable[[Event], None], interrupted: Noted) -> None:
+        super().__init__(spec, group)
+        self._on_event, self._interrupted, self._is_stopping = on_event, interrupted, False
+
+    def begin(self, state: TrainingState, restored: checkpoints.Restored, config: TrainConfig) -> None:
+        """Hand it on."""
+        super().begin(state, restored, config)
+        self._on_event(self.started(state, restored))
+
+    def end(self, state: TrainingState) -> None:
+        """Tell of an early end."""
+        if state.epoch < self._config.num_epochs:
+            self._on_event(StoppedEarly(state.epoch, best_epoch(state.scores)))
+
+    def on_progress(self, state: TrainingState, progress: Progress) -> None:
+        """Hand it on. A debugger may hold the training for as long as it likes: nothing waits for the next step."""
+        self._on_event(progress)
+
+    def wants_stop(self) -> bool:
+        """Stop once Ctrl-C was pressed."""
+        if self._interrupted.is_set and not self._is_stopping:
+            self._is_stopping = True
+            self._on_event(Stopping())
+        return self._is_stopping
+
+    def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
+        """Validate, and save."""
+        if state.step == 0:
+            self._on_event(EpochFinished(progress))
+        metrics = report_metrics(self._spec.workload, state, progress)
+        if self._validation is not None:
+            start = time.perf_counter()
+            values, reported = self.validated(state, self._validation)
+            metrics |= reported
+            if state.step == 0:
+                self._on_event(Validated(state.epoch, values, time.perf_counter() - start, is_beside=False))
+        self.save(state, metrics)
+        run = self._spec.run
+        for name in set(run.checkpoint_names()[:-1]) - set(self._best()):
+            run.inside(name).delete()
+
+    def _best(self) -> list[str]:
+        """Return the names of the best checkpoints by validation, the best first; of those that tie the first."""
+        metrics = {name: _metrics_of(self._spec.run.inside(name)) for name in self._spec.run.checkpoint_names()}
+        validated = [name for name, values in metrics.items() if "val_score" in values]
+        return sorted(validated, key=lambda name: -metrics[name]["val_score"])[:_NUM_KEPT]
+
+    def fitted(self) -> Fitted:
+        """Return the best checkpoint by validation; the last if nothing was held out."""
+        run = self._spec.run
+        name = next(iter(self._best()), run.checkpoint_names()[-1])
+        saved = run.inside(name)
+        return Fitted(Checkpoint(saved.path, filesystem=saved.filesystem), _metrics_of(saved))
+
+
+def _metrics_of(checkpoint: RunFolder) -> dict[str, Any]:
+    """Return what was reported with a checkpoint; nothing if it is damaged."""
+    document = unless_damaged(lambda: checkpoint.read_json(checkpoints.STATE_FILE), lambda note: None)
+    metrics: dict[str, Any] = (document or {}).get("metrics", {})
+    return metrics

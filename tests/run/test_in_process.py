@@ -1,0 +1,115 @@
+"""Training in the job's own process, without Ray: ``--num-workers 0``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mnist_ray.report.csv_files import read_csv
+from mnist_ray.storage import locate
+from tests.conftest import QUICK, as_flags, run_and_act, run_job
+
+HERE = {**QUICK, "num_workers": 0, "cpus_per_worker": 1, "precision": "fp32"}
+
+
+def weights_of(run: Path) -> bytes:
+    *_, last = sorted(run.glob("checkpoint_*/model.safetensors"))
+    return last.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    storage = tmp_path_factory.mktemp("here")
+    done = run_job("train.py", *as_flags({**HERE, "data_dir": small_data, "storage_path": storage, "run_name": "run"}))
+    assert done.returncode == 0, done.stderr
+    assert "workers    none: this process trains, without Ray\n" in done.stdout
+    return storage / "run"
+
+
+def test_its_weights_are_those_of_one_worker_with_as_many_threads(
+    run: Path, ray_address: str, small_data: Path, tmp_path: Path
+) -> None:
+    flags = {**HERE, "num_workers": 1, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"}
+    done = run_job("train.py", *as_flags(flags), address=ray_address)
+    assert done.returncode == 0, done.stderr
+    assert weights_of(tmp_path / "run") == weights_of(run)
+
+
+def test_it_leaves_the_files_of_any_run(run: Path) -> None:
+    folder = locate(str(run.parent), run.name)
+    assert [row["val_loss"] != "" for row in read_csv(folder, "metrics.csv")] == [True, True]
+    assert read_csv(folder, "steps.csv")[-1]["step"] == "96"
+    assert {"result.json", "report.html", "predictions.csv"} <= set(folder.files())
+
+
+def test_interrupted_it_saves_and_goes_on_to_the_same_weights(run: Path, small_data: Path, tmp_path: Path) -> None:
+    flags = as_flags({**HERE, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"})
+    _, errors = run_and_act(lambda job: job.send_signal(2), "started", *flags, address="local", status=130)
+    assert errors.startswith("interrupted; to go on: python jobs/train.py --resume --run-name run")
+    assert list(tmp_path.glob("run/checkpoint_*"))
+    done = run_job("train.py", "--resume", "--run-name", "run", "--storage-path", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert weights_of(tmp_path / "run") == weights_of(run)
+
+
+def test_the_best_two_and_the_last_checkpoint_are_kept(small_data: Path, tmp_path: Path) -> None:
+    flags = {**HERE, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_epochs": 6}
+    assert run_job("train.py", *as_flags(flags)).returncode == 0
+    run = locate(str(tmp_path), "run")
+    epochs = read_csv(run, "metrics.csv")
+    ranked = sorted(epochs, key=lambda row: (-float(row["val_accuracy"]), float(row["val_loss"])))
+    best, second, *_ = (f"checkpoint_epoch-{int(row['epoch']):03d}_step-000000" for row in ranked)
+    assert set(run.checkpoint_names()) == {best, second, "checkpoint_epoch-006_step-000000"}
+    assert (run.read_json("result.json") or {})["checkpoint"] == best
+
+
+CELL = """
+import sys
+import numpy as np
+from torch import nn
+from mnist_ray import train
+from mnist_ray.workload import Arrays, Classification, Data
+
+class Signs(Classification):
+    def load_data(self):
+        inputs = np.random.default_rng(0).normal(size=(600, 2)).astype(np.float32)
+        some = Arrays(inputs, (inputs[:, 0] > 0).astype(np.int64))
+        return Data(some, some)
+
+    def create_model(self):
+        return nn.Linear(2, 2)
+
+settings = {"num_epochs": 5, "batch_size": 20, "learning_rate": 0.1, "quiet": True}
+run = train(Signs, num_workers=0, storage_path=sys.argv[1], run_name="cell", **settings)
+print(run.metrics["accuracy"] > 0.9, sum(p.numel() for p in run.load_model().parameters()))
+"""
+
+
+def run_text(text: str, storage: Path) -> subprocess.CompletedProcess:
+    """Run a text that is in no file, as a notebook's cell."""
+    command = [sys.executable, "-", str(storage)]
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_class_that_is_in_no_file_is_trained(tmp_path: Path) -> None:
+    done = run_text(CELL, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "True 6"
+
+
+LATE = """class Late(nn.Linear):
+    calls = 0
+    def forward(self, inputs):
+        Late.calls += 1
+        assert Late.calls < 9, "too late"
+        return super().forward(inputs)
+
+class Signs"""
+
+
+def test_what_the_users_code_raises_comes_as_it_is_for_a_debugger(tmp_path: Path) -> None:
+    done = run_text(CELL.replace("class Signs", LATE).replace("nn.Linear(2, 2)", "Late(2, 2)"), tmp_path)
+    assert done.stderr.splitlines()[-1] == "AssertionError: too late"
