@@ -17,14 +17,7 @@ from typing import Any, NoReturn
 from mnist_ray import signals
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.forking.starting import prepared_forking
-from mnist_ray.config import (
-    EvaluationConfig,
-    ExportConfig,
-    LookupConfig,
-    PredictionConfig,
-    ViewConfig,
-    WorkerConfig,
-)
+from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig, PredictionConfig, ViewConfig, WorkerConfig
 from mnist_ray.errors import PROGRAM, JobError, UsageError, print_whatever_it_is, say
 from mnist_ray.flags import UNSET, Parser, peek, peek_word
 from mnist_ray.run.job import read_job

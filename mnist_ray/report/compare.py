@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mnist_ray.report import curves
 from mnist_ray.report.curves import Curve
 from mnist_ray.report.page import Page, RunRecord, headlines, value_text
-from mnist_ray.workload.drawing import MARKERS, Picture, Table
+from mnist_ray.workload.figures import MARKERS, Picture, Table
 
 
 def compare(records: Sequence[RunRecord]) -> str:

@@ -12,7 +12,7 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 
 from mnist_ray.workload.base import Metric
-from mnist_ray.workload.drawing import new_figure, png_of
+from mnist_ray.workload.figures import new_figure, png_of
 
 _LEAST_ERROR = 0.01  # percent: what stands for none on a logarithmic axis
 _LINEAR_ABOVE = 10.0  # percent of mistakes: where the best has more, there are no tenths to be told apart

@@ -27,7 +27,7 @@ from mnist_ray.storage import (
 )
 from mnist_ray.workload.base import Metric, Workload
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.drawing import Picture, Table
+from mnist_ray.workload.figures import Picture, Table
 
 T = TypeVar("T", Picture, Table)
 PICTURES_FOLDER = "pictures"
@@ -208,7 +208,7 @@ def unless_failing(what: str, draw: Callable[[], Sequence[T]], workload: Workloa
     try:
         parts = list(draw())
         if wrong := [part for part in parts if not isinstance(part, (Picture, Table))]:
-            raise TypeError(f"{type(wrong[0]).__name__} is no mnist_ray.workload.drawing.Picture")
+            raise TypeError(f"{type(wrong[0]).__name__} is no mnist_ray.workload.figures.Picture")
     except Exception as error:  # files may hold anything, and pictures are drawn by anybody's code
         notes.append(f"no {what}: {with_place(error, workload.source.folder)}")
         return []

@@ -28,11 +28,10 @@ from ray.train.torch import TorchTrainer
 
 from mnist_ray.cluster import ray_internals
 from mnist_ray.cluster.connect import this_node
-from mnist_ray.cluster.orphans import end_controllers
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.cluster.rendezvous import WorkerGroupConfig
-from mnist_ray.cluster.watch import LONGEST_SILENCE_S, Ping, RaySilentError, Watch
+from mnist_ray.cluster.watch import LONGEST_SILENCE_S, Ping, RaySilentError, Watch, end_controllers
 from mnist_ray.errors import JobError
 from mnist_ray.run import evaluate
 from mnist_ray.run.failures import FailureReporter, TrainingStoppedError, reason_of

@@ -7,13 +7,13 @@ import functools
 import importlib
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mnist_ray.cluster import preflight
 from mnist_ray.errors import JobError, count, with_place
 from mnist_ray.provenance import origin, versions
-from mnist_ray.report.live import LiveReport
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.evaluate import evaluate, evaluate_here
 from mnist_ray.run.failures import TrainingStoppedError
@@ -40,8 +40,7 @@ from mnist_ray.training.checkpoint import weights_sha256
 from mnist_ray.training.events import EpochFinished, Event, Progress, Validated
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Splits
-from mnist_ray.workload.subset import verdict
+from mnist_ray.workload.data import Splits, verdict
 
 Sections = Callable[[RunFolder], Any]  # what a report shows besides, made of a run's folder: a sweep's trials
 
@@ -227,3 +226,32 @@ def check(session: Session) -> None:
     if plan.must_scale_up:
         console.say("note", "whether the cluster can start nodes for these workers is only seen when it is asked to")
     console.say("check", "this job would run")
+
+
+_EVERY_S = 30.0  # at the most
+
+
+class LiveReport:
+    """Writes a report in a thread of its own, whenever it is asked to, but not for half a minute after the last."""
+
+    def __init__(self, write: Callable[[], object]) -> None:
+        self._write = write
+        self._next = time.monotonic() + _EVERY_S
+        self._thread: threading.Thread | None = None
+
+    def refresh(self) -> None:
+        """Write it soon, unless it is being written or was so just now."""
+        if time.monotonic() > self._next and not (self._thread and self._thread.is_alive()):
+            self._thread = threading.Thread(target=self._work, daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Wait for what is being written; nothing is written any more."""
+        if self._thread is not None:
+            self._thread.join()
+        self._next = math.inf
+
+    def _work(self) -> None:
+        with contextlib.suppress(Exception):  # the last report, which the run ends with, says what is wrong
+            self._write()
+        self._next = time.monotonic() + _EVERY_S

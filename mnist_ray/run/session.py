@@ -19,9 +19,8 @@ from mnist_ray.run.console import RunConsole
 from mnist_ray.run.job import Job, check_free
 from mnist_ray.storage import STORAGE_ERRORS
 from mnist_ray.training.events import EpochFinished, Event, Started
-from mnist_ray.workload.data import Splits, splits_of
+from mnist_ray.workload.data import Splits, splits_of, subset
 from mnist_ray.workload.loading import load_data as load_data_of
-from mnist_ray.workload.subset import subset
 
 Self = TypeVar("Self", bound="Session")
 

@@ -19,9 +19,9 @@ from mnist_ray.storage import TRIALS_FILE, DamagedFileError, RunFolder, read_con
 from mnist_ray.sweep.options import SWEEP_FILE
 from mnist_ray.sweep.space import space_of
 from mnist_ray.sweep.trials import RUNNING, STOPPED, TrialRecord, TrialTable
-from mnist_ray.workload import drawing
+from mnist_ray.workload import figures
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.drawing import MARKERS, png_of
+from mnist_ray.workload.figures import MARKERS, png_of
 
 _TITLE_WIDTH = 72  # characters
 
@@ -130,11 +130,11 @@ def sections(run: RunFolder, workload: type[Workload]) -> Sections:
     rows = [table.console_row(record, num_epochs) for record in table.ranked]
     notes: list[str] = []
 
-    def pictures() -> list[drawing.Picture]:
-        return [drawing.Picture("sweep", "Trials", alt, draw(table, num_epochs), caption)]
+    def pictures() -> list[figures.Picture]:
+        return [figures.Picture("sweep", "Trials", alt, draw(table, num_epochs), caption)]
 
     return Sections(
         unless_failing("picture of the trials", pictures, table.workload, notes),
-        [drawing.Table("Trials, best first", table.console_columns, rows)],
+        [figures.Table("Trials, best first", table.console_columns, rows)],
         notes,
     )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mnist_ray import settings
 from mnist_ray.cluster import preflight
 from mnist_ray.cluster.connect import as_it_is_now
-from mnist_ray.cluster.orphans import orphans_removed
 from mnist_ray.cluster.plan import plan_workers
 from mnist_ray.cluster.remote_data import share
+from mnist_ray.cluster.watch import orphans_removed
 from mnist_ray.errors import JobError, count, format_settings
 from mnist_ray.run.fit import fit
 from mnist_ray.run.job import Job
@@ -24,10 +27,12 @@ from mnist_ray.signals import if_ended
 from mnist_ray.storage import TRIALS_FILE, RunFolder, read_result, unless_damaged
 from mnist_ray.sweep.options import BEST_FILE, DEFAULT_FOLDER, SWEEP_FILE, Sweep
 from mnist_ray.sweep.progress import SweepConsole
-from mnist_ray.sweep.tracking import followed
 from mnist_ray.sweep.trial import TrialSpec
-from mnist_ray.sweep.trials import TrialTable
+from mnist_ray.sweep.trials import FAILED, TrialRecord, TrialTable
 from mnist_ray.sweep.tuner import TRIALS_FOLDER, run_sweep, trials_at_a_time
+from mnist_ray.trackers import start
+from mnist_ray.trackers.base import Ending
+from mnist_ray.training.events import TrialEnded
 from mnist_ray.workload.base import Workload
 
 PICTURE_FILE = "sweep.png"
@@ -171,3 +176,30 @@ def _say_plan(session: Session, sweep: Sweep) -> int:
     console.say("trials", f"{concurrent} at a time, each {each}{' and 1 GPU' if plan.use_gpu else ''}")
     console.waiting("starting trials …")
     return concurrent
+
+
+@contextlib.contextmanager
+def followed(sweep: Sweep, console: SweepConsole) -> Iterator[Callable[[TrialTable], None]]:
+    """Yield what is to be told of the trials whenever they have changed: it shows them, and tells the trackers."""
+    job, reported = sweep.job, set[int]()
+    warn = functools.partial(console.say, "note")
+    trackers = start.start_trials(job.run, job.workload, settings.values_of(sweep.config), job.output, warn)
+
+    def on_change(table: TrialTable) -> None:
+        console.show_table(table)
+        for record in table.by_point.values():
+            if record.is_finished and record.trial not in reported:
+                reported.add(record.trial)
+                trackers.log(_ended(table, record))
+
+    try:
+        yield on_change
+    finally:
+        trackers.close(Ending(None, {}, None))
+
+
+def _ended(table: TrialTable, record: TrialRecord) -> TrialEnded:
+    outcome = table.outcome(record).items()
+    values = {name: value for name, value in outcome if isinstance(value, float) and not math.isnan(value)}
+    point = {**record.point.values, "seed": record.point.seed}
+    return TrialEnded(record.trial, point, record.state, record.state == FAILED, values)

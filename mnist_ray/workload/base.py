@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from mnist_ray.config import TrainConfig
     from mnist_ray.workload.data import Data, Split
-    from mnist_ray.workload.drawing import Picture
+    from mnist_ray.workload.figures import Picture
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mnist_ray.config import TrainConfig
-    from mnist_ray.workload.drawing import Picture
+    from mnist_ray.workload.figures import Picture
 
 _NUM_TOP = 3
 _MOST_COLUMNS = 12  # of classes in the console's confusion matrix

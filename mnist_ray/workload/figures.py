@@ -1,24 +1,70 @@
-"""Pictures of predictions, drawn with matplotlib: confusion, predictions over targets, examples with both."""
+"""Pictures drawn with matplotlib: what all that draw need; confusion, predictions over targets, examples with both."""
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import ticker
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from mnist_ray.workload.drawing import Picture, new_figure, png_of
-
 if TYPE_CHECKING:
     from mnist_ray.workload.base import Rows, Workload
     from mnist_ray.workload.data import Split
+
+
+MARKERS = "osD^vP*X"
+_WIDTH = 4.8  # inches: narrow enough to be read on a phone
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture with what stands around it."""
+
+    name: str  # its file, without the suffix
+    title: str
+    alt: str
+    png: bytes
+    caption: str = ""
+    is_photo: bool = False  # shows images of the data, which dark mode is not to invert
+
+    @property
+    def base64(self) -> str:
+        """The content as a ``data:`` URL takes it."""
+        return base64.b64encode(self.png).decode("ascii")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts; without columns it has no head."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+
+
+def new_figure(height: float) -> tuple[Figure, Axes]:
+    """Return a figure of ``height`` inches with one plot."""
+    figure = Figure(figsize=(_WIDTH, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def png_of(figure: Figure, *, is_transparent: bool = False) -> bytes:
+    """Return a figure as the bytes of a PNG."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", transparent=is_transparent)
+    return content.getvalue()
+
 
 _RIGHT, _WRONG = "#2e8b57", "#e0483f"  # which can be read on white and on black
 _CAPTION = "#777777"

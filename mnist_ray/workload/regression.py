@@ -13,7 +13,7 @@ from mnist_ray.workload.data import Split
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mnist_ray.workload.drawing import Picture
+    from mnist_ray.workload.figures import Picture
 
 _ROUNDING = 1e-12  # of a mean of squares: less variance than this is none
 

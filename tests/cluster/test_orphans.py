@@ -6,7 +6,7 @@ from ray.exceptions import RayActorError
 from ray.util import placement_group, placement_group_table
 from ray.util.placement_group import PlacementGroup
 
-from mnist_ray.cluster.orphans import end_controllers, orphans_removed
+from mnist_ray.cluster.watch import end_controllers, orphans_removed
 
 
 class Controller:

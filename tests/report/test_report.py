@@ -32,7 +32,7 @@ from mnist_ray.training.engine import create_state
 from mnist_ray.training.events import EpochFinished, Progress, Validated
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.data import Arrays, Split
-from mnist_ray.workload.drawing import Table
+from mnist_ray.workload.figures import Table
 from tests.conftest import METADATA, mnist, run_job
 
 RUN_PICTURES = ["loss", "accuracy", "confusion", "classes", "predictions", "mistakes", "seconds"]
@@ -322,7 +322,7 @@ def test_a_picture_that_cannot_be_drawn_is_a_note_and_the_others_are_drawn(
     assert "no such colour" in (tested_run.read_text("report.html") or "")
     monkeypatch.setattr(type(mnist()), "pictures", lambda *given: [b"png"])
     assert list(page.write(tested_run, mnist(), "", test, None, notes.append)) == ["loss", "accuracy", "seconds"]
-    assert "no pictures of the test: TypeError: bytes is no mnist_ray.workload.drawing.Picture" in notes[-1]
+    assert "no pictures of the test: TypeError: bytes is no mnist_ray.workload.figures.Picture" in notes[-1]
 
 
 def test_what_a_damaged_origin_does_not_say_comes_from_a_checkpoint(tested_run: RunFolder) -> None:

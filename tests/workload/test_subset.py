@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.workload.data import Arrays, Split, Splits
-from mnist_ray.workload.subset import subset, verdict
+from mnist_ray.workload.data import Arrays, Split, Splits, subset, verdict
 
 
 def parts(num_train: int = 1000) -> Splits:
