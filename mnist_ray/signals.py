@@ -43,6 +43,7 @@ class _Heard:
     """By number, when each interrupt was acted upon: seconds of the monotonic clock."""
     first: Noted | None = None  # to be set by the first interrupt, where it is only to be noted
     error: Exception | None = None  # what a thread ends the job with
+    to_supervisor: int | None = None  # the pipe by which this process says how to go on
 
 
 _heard = _Heard()
@@ -114,14 +115,13 @@ def end_with(error: Exception) -> None:
 
 
 _DONE = "\0"
-_to_supervisor: int | None = None
 
 
 def if_ended(advice: str) -> None:
     """Let ``advice`` be what a person is told where this process is ended from outside, from here on."""
-    if _to_supervisor is not None:
+    if _heard.to_supervisor is not None:
         with contextlib.suppress(OSError):
-            os.write(_to_supervisor, f"{advice}\n".encode())
+            os.write(_heard.to_supervisor, f"{advice}\n".encode())
 
 
 def supervise(work: Callable[[], int]) -> int:
@@ -161,8 +161,7 @@ def supervise(work: Callable[[], int]) -> int:
 
 
 def _be_supervised(to_supervisor: int, from_supervisor: int) -> None:
-    global _to_supervisor
-    _to_supervisor = to_supervisor
+    _heard.to_supervisor = to_supervisor
 
     def end_with_supervisor() -> None:
         os.read(from_supervisor, 1)  # returns when the supervisor has gone
