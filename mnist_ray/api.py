@@ -21,8 +21,14 @@ from mnist_ray.cluster import environment
 from mnist_ray.cluster.forking.starting import prepared_forking
 from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
+from mnist_ray.report.csv_files import METRICS_FILE, numbers_of, read_figures, read_steps
 from mnist_ray.run.job import Job, checked, read_job
+from mnist_ray.run.train import train as train_job
+from mnist_ray.settings import build, names_of
 from mnist_ray.storage import REPORT_FILE, RunFolder, read_result
+from mnist_ray.sweep.options import BEST_FILE, DEFAULT_FOLDER, read_sweep
+from mnist_ray.sweep.trials import TrialTable
+from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.source import Reference
 
@@ -58,15 +64,11 @@ class Run:
     @property
     def history(self) -> list[dict[str, float]]:
         """A row for each epoch, as metrics.csv has them; NaN where a figure is not there."""
-        from mnist_ray.report.csv_files import METRICS_FILE, numbers_of, read_figures
-
         return numbers_of(read_figures(self.folder, METRICS_FILE, "epoch"))
 
     @property
     def steps(self) -> list[dict[str, float]]:
         """A row for about each half second of training, as steps.csv has them."""
-        from mnist_ray.report.csv_files import numbers_of, read_steps
-
         return numbers_of(read_steps(self.folder))
 
     @property
@@ -126,8 +128,6 @@ def train(workload: type[Workload] | str | Path | None = None, **settings: Any) 
     ``workload`` is a class, or what ``--workload`` takes; without it, MNIST. Raises UsageError, JobError, and
     KeyboardInterrupt where it was interrupted.
     """
-    from mnist_ray.run.train import train as train_job
-
     job = read_job(_with_workload(workload, settings))
     train_job(job)
     return _run(job)
@@ -138,10 +138,6 @@ def tune(workload: type[Workload] | str | Path | None = None, **settings: Any) -
 
     ``sweep`` may also be a dict: ``{"width": [8, 32], "learning_rate": "log:1e-3:1e-1"}``.
     """
-    from mnist_ray.sweep.options import BEST_FILE, DEFAULT_FOLDER, read_sweep
-    from mnist_ray.sweep.trials import TrialTable
-    from mnist_ray.sweep.tune import tune as tune_sweep
-
     if isinstance(searched := settings.get("sweep"), Mapping):
         settings["sweep"] = [f"{name}={_space_text(space)}" for name, space in searched.items()]
     sweep = read_sweep(_with_workload(workload, settings))
@@ -168,7 +164,6 @@ def evaluate(
     ``run`` is a run, its name, or a checkpoint's path; without it, the newest run's. ``settings`` are ``num_tasks``,
     ``storage_path`` and those of the workload, as for other data. Raises UsageError and JobError.
     """
-    from mnist_ray.settings import build, names_of
     from mnist_ray.tools.evaluation import evaluate_found
 
     found = _found(run, workload, settings)

@@ -20,7 +20,9 @@ from mnist_ray.config import OutputConfig
 from mnist_ray.errors import first_line, redact
 from mnist_ray.storage import RunFolder
 from mnist_ray.trackers.base import Ending, Tracker
+from mnist_ray.trackers.mlflow import MLflow
 from mnist_ray.trackers.prometheus import RayMetrics
+from mnist_ray.trackers.wandb import WandB
 from mnist_ray.training.events import Event, Started
 from mnist_ray.workload import user_code
 from mnist_ray.workload.base import Workload
@@ -86,12 +88,8 @@ def start(
     if importlib.util.find_spec("tensorboard") is not None:
         trackers["TensorBoard"] = lambda: _TensorBoard(run, workload, plain)
     if (mlflow_uri := output.mlflow) is not None:
-        from mnist_ray.trackers.mlflow import MLflow
-
         trackers["MLflow"] = lambda: MLflow(run, workload, plain, mlflow_uri, warn)
     if (project := output.wandb) is not None:
-        from mnist_ray.trackers.wandb import WandB
-
         trackers["Weights & Biases"] = lambda: WandB(run, workload, plain, project)
     if output.tracker is not None:
         own, _ = user_code.find(output.tracker, Tracker)
@@ -105,8 +103,6 @@ def start_trials(
     """Track a sweep's trials where ``output`` says so: in MLflow, which shows them within the sweep's run."""
     plain, trackers = _plain(settings), dict[str, Callable[[], Tracker]]()
     if (uri := output.mlflow) is not None:
-        from mnist_ray.trackers.mlflow import MLflow
-
         trackers["MLflow"] = lambda: MLflow(run, workload, plain, uri)
     return Trackers(trackers, warn)
 
