@@ -22,7 +22,7 @@ def test_the_notebook_recipe_names_only_settings_that_exist() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"num_workers": 0}, "--num-workers must be at least 1, not 0"),
+        ({"num_workers": -1}, "--num-workers must be at least 0, not -1"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"num_epochs": -1}, "--num-epochs must be at least 1"),
         ({"learning_rate": -0.1}, "--learning-rate must be a positive number"),

@@ -244,7 +244,7 @@ def test_a_loss_that_becomes_nan_ends_the_run_in_one_line(small_data: Path, tmp_
         (["--batch", "8"], "unrecognized arguments: --batch 8"),
         (["--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
         (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
-        (["--num-workers", "0"], "--num-workers must be at least 1, not 0"),
+        (["--num-workers", "-1"], "--num-workers must be at least 0, not -1"),
         (["--num-epochs", "0"], "--num-epochs must be at least 1, not 0"),
         (["--learning-rate", "nan"], "--learning-rate must be a positive number, not nan"),
         (["--learning-rate", "-1"], "--learning-rate must be a positive number, not -1.0"),

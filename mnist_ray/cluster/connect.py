@@ -96,10 +96,10 @@ def _local_ray(
     leaving: threading.Thread,
 ) -> Iterator[None]:
     """Start a local Ray, with ``meanwhile`` done beside that; in the end, leave it and remove its files."""
-    session = new_session()
+    num_cpus, session = local_cpus(config), new_session()
     with removed_unless_failed(session), _left(leaving):
         with _beside(meanwhile), _start_in_one_line(session):
-            start_local(local_cpus(config), forking, session, has_dashboard=has_dashboard, **options)
+            start_local(num_cpus, forking, session, has_dashboard=has_dashboard, **options)
         yield
 
 
