@@ -211,12 +211,14 @@ def checked_out(commit: str) -> Iterator[Path | None]:
         yield Path(folder)
 
 
-def one_round(storage: Path, flags: Sequence[object] = (), parts: Sequence[str] = PARTS) -> dict[str, float]:
+def one_round(
+    storage: Path, flags: Sequence[object] = (), parts: Sequence[str] = PARTS, before: str = BEFORE
+) -> dict[str, float]:
     """Run both versions; return the figures of this one, and those of the earlier one as ``before_…``."""
     figures = one_version(ROOT, storage / "now", flags, parts)
-    with checked_out(BEFORE) as root:
-        before = one_version(root, storage / "before", flags, parts) if root is not None else {}
-    return {**figures, **{f"before_{name}": value for name, value in before.items()}}
+    with checked_out(before) as root:
+        earlier = one_version(root, storage / "before", flags, parts) if root is not None else {}
+    return {**figures, **{f"before_{name}": value for name, value in earlier.items()}}
 
 
 def main() -> None:
@@ -224,11 +226,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--before", default=BEFORE, help="the earlier version's commit")
     args = parser.parse_args()
     rounds = []
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:
-            rounds.append(one_round(Path(folder), parts=args.parts))
+            rounds.append(one_round(Path(folder), parts=args.parts, before=args.before))
     for name in rounds[0]:
         if f"before_{name}" in rounds[0]:
             pairs = [(some[name], some[f"before_{name}"]) for some in rounds]
