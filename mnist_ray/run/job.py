@@ -34,7 +34,7 @@ from mnist_ray.storage import (
     unless_damaged,
     untrusted_folders,
 )
-from mnist_ray.trackers.base import Tracker
+from mnist_ray.trackers.tracker import Tracker
 from mnist_ray.training.callback import Callback
 from mnist_ray.workload import source, user_code
 from mnist_ray.workload.base import Workload

@@ -35,7 +35,7 @@ from mnist_ray.storage import (
     unless_damaged,
 )
 from mnist_ray.trackers import start
-from mnist_ray.trackers.base import Ending
+from mnist_ray.trackers.tracker import Ending
 from mnist_ray.training.checkpoint import weights_sha256
 from mnist_ray.training.events import EpochFinished, Event, Progress, Validated
 from mnist_ray.training.metrics import Evaluation

@@ -31,7 +31,7 @@ from mnist_ray.sweep.trial import TrialSpec
 from mnist_ray.sweep.trials import FAILED, TrialRecord, TrialTable
 from mnist_ray.sweep.tuner import TRIALS_FOLDER, run_sweep, trials_at_a_time
 from mnist_ray.trackers import start
-from mnist_ray.trackers.base import Ending
+from mnist_ray.trackers.tracker import Ending
 from mnist_ray.training.events import TrialEnded
 from mnist_ray.workload.base import Workload
 

@@ -1,5 +1,5 @@
 """Who follows a run: TensorBoard, MLflow, Weights & Biases, Ray's metrics, and trackers of users'."""
 
-from mnist_ray.trackers.base import Ending, Tracker
+from mnist_ray.trackers.tracker import Ending, Tracker
 
 __all__ = ["Ending", "Tracker"]

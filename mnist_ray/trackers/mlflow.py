@@ -16,7 +16,7 @@ from ray.train import Checkpoint
 
 from mnist_ray.errors import without_user
 from mnist_ray.storage import RunFolder, read_origin
-from mnist_ray.trackers.base import Ending, Tracker
+from mnist_ray.trackers.tracker import Ending, Tracker
 from mnist_ray.training.checkpoint import fetch
 from mnist_ray.training.events import Event, Started, TrialEnded
 from mnist_ray.workload.base import Workload

@@ -9,7 +9,7 @@ from typing import Any
 from ray.util.metrics import Gauge
 
 from mnist_ray.storage import RunFolder
-from mnist_ray.trackers.base import Tracker
+from mnist_ray.trackers.tracker import Tracker
 from mnist_ray.training.events import Event, Progress, Started, Validated
 from mnist_ray.workload.base import Workload
 

@@ -19,9 +19,9 @@ from pyarrow import fs
 from mnist_ray.config import OutputConfig
 from mnist_ray.errors import first_line, redact
 from mnist_ray.storage import RunFolder
-from mnist_ray.trackers.base import Ending, Tracker
 from mnist_ray.trackers.mlflow import MLflow
 from mnist_ray.trackers.prometheus import RayMetrics
+from mnist_ray.trackers.tracker import Ending, Tracker
 from mnist_ray.trackers.wandb import WandB
 from mnist_ray.training.events import Event, Started
 from mnist_ray.workload import user_code

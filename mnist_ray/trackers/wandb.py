@@ -13,7 +13,7 @@ from PIL import Image
 
 from mnist_ray.errors import without_user
 from mnist_ray.storage import RunFolder
-from mnist_ray.trackers.base import Ending, Tracker
+from mnist_ray.trackers.tracker import Ending, Tracker
 from mnist_ray.training.events import Event
 from mnist_ray.workload.base import Workload
 
