@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.training import engine, shared_memory
+from mnist_ray.training import engine
 from mnist_ray.training.batches import Batch
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
@@ -24,6 +22,7 @@ from mnist_ray.training.state import Group, StopWantedError, TrainingDivergedErr
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import mnist
 from tests.training.hooks import Hooks
+from tests.training.ranks import WAYS, WORLD_SIZES, train_both_ways
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(precision="fp32", num_epochs=1, batch_size=20, learning_rate=2e-3, validation_size=0)
@@ -48,7 +47,6 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     # step's gradients agree to 3e-8). With eps well above the rounding, Adam's moments are tested, not its chaos.
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3, eps=1e-4),
 }
-WORLD_SIZES = (1, 2, 3, 4)
 # Images and settings of 30 steps each: even slices; slices of 2 and 3 images; some ranks with no image at all; a
 # smaller last batch; slices in pieces, of which some ranks have one more than others; gradients that are all cut down;
 # smoothed targets, with an average of the weights; a callback that changes the gradients.
@@ -90,48 +88,27 @@ def config_of(case: str) -> TrainConfig:
     return replace(CONFIG, schedule="constant", seed=1, **CASES[case][1])
 
 
-def train_on_gloo(rank: int, folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Train every case on each world size in one process of four; rank 0 saves the weights.
-
-    Gradients go through shared memory, as between ranks on one machine, then through gloo, as between machines.
-    """
-    torch.set_num_threads(1)
-    train_cases(rank, folder / "memory", images, labels)
-    shared_memory.use_where_possible = lambda model: False
-    train_cases(rank, folder / "gloo", images, labels)
-
-
-def train_cases(rank: int, folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    for world_size in WORLD_SIZES:
-        if rank >= world_size:
-            continue
-        store = f"file://{folder}/store-{world_size}"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-        for optimizer, case in TRAINED:
-            config, (num_images, _) = config_of(case), CASES[case]
-            state = engine.create_state(mnist(), config, num_images, CPU)
-            state.optimizer = OPTIMIZERS[optimizer](state.model.parameters())
-            split = Arrays(images[:num_images], labels[:num_images])
-            engine.train(mnist(), state, Split(split), config, Group(rank, world_size), callbacks_of(case))
-            together = engine.evaluate_together(mnist(), state.result, Split(split), Group(rank, world_size))
-            assert together.batch_sums == engine.evaluate(mnist(), state.result, Split(split)).batch_sums
-            if rank == 0:
-                weights = {name: value.contiguous() for name, value in state.result.state_dict().items()}
-                save_file(weights, folder / f"{optimizer}-{case}-{world_size}")
-        dist.destroy_process_group()
+def train_cases(group: Group, images: Arrays, folder: Path) -> None:
+    """Train every case; rank 0 saves the weights."""
+    for optimizer, case in TRAINED:
+        config, (num_images, _) = config_of(case), CASES[case]
+        state = engine.create_state(mnist(), config, num_images, CPU)
+        state.optimizer = OPTIMIZERS[optimizer](state.model.parameters())
+        split = Split(Arrays(images.inputs[:num_images], images.targets[:num_images]))
+        engine.train(mnist(), state, split, config, group, callbacks_of(case))
+        together = engine.evaluate_together(mnist(), state.result, split, group)
+        assert together.batch_sums == engine.evaluate(mnist(), state.result, split).batch_sums
+        if group.rank == 0:
+            weights = {name: value.contiguous() for name, value in state.result.state_dict().items()}
+            save_file(weights, folder / f"{optimizer}-{case}-{group.world_size}")
 
 
 @pytest.fixture(scope="module")
 def trained_both_ways(tmp_path_factory: pytest.TempPathFactory, few_images: Arrays) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    for way in ("memory", "gloo"):
-        (folder / way).mkdir()
-    arguments = (folder, few_images.inputs, few_images.targets)
-    spawn(train_on_gloo, arguments, nprocs=max(WORLD_SIZES))  # type: ignore[no-untyped-call]
-    return folder
+    return train_both_ways(train_cases, few_images, tmp_path_factory.mktemp("trained"))
 
 
-@pytest.fixture(scope="module", params=["memory", "gloo"])
+@pytest.fixture(scope="module", params=WAYS)
 def gloo_weights(request: pytest.FixtureRequest, trained_both_ways: Path) -> Path:
     return trained_both_ways / request.param
 

@@ -9,11 +9,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.mnist import MNIST
-from mnist_ray.training import engine, shared_memory
+from mnist_ray.training import engine
 from mnist_ray.training.reproducible import OtherArithmeticError, Subtree, added_up, check_arithmetic
 from mnist_ray.training.sampler import own_chunks
 from mnist_ray.training.state import Group
@@ -21,9 +20,9 @@ from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import mnist
 from tests.training.hooks import Hooks
+from tests.training.ranks import WAYS, WORLD_SIZES, train_both_ways
 
 CPU = torch.device("cpu")
-WORLD_SIZES = (1, 2, 3, 4)
 
 
 class Noisy(MNIST):
@@ -68,37 +67,20 @@ def train_here(case: str, split: Arrays, group: Group) -> tuple[dict[str, Tensor
     return {name: value.contiguous() for name, value in state.model.state_dict().items()}, figures
 
 
-def train_on_each_rank(rank: int, folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    torch.set_num_threads(1)
-    train_cases(rank, folder / "memory", images, labels)
-    shared_memory.open_together = lambda num_rows, size: None
-    train_cases(rank, folder / "gloo", images, labels)
-
-
-def train_cases(rank: int, folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    for world_size in WORLD_SIZES:
-        if rank >= world_size:
-            continue
-        store = f"file://{folder}/store-{world_size}"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-        for case in CASES:
-            weights, figures = train_here(case, Arrays(images, labels), Group(rank, world_size))
-            kept = {**weights, "figures": torch.tensor(figures, dtype=torch.float64)}
-            save_file(kept, folder / f"{case}-{world_size}-{rank}")
-        dist.destroy_process_group()
+def train_cases(group: Group, split: Arrays, folder: Path) -> None:
+    for case in CASES:
+        weights, figures = train_here(case, split, group)
+        kept = {**weights, "figures": torch.tensor(figures, dtype=torch.float64)}
+        save_file(kept, folder / f"{case}-{group.world_size}-{group.rank}")
 
 
 @pytest.fixture(scope="module")
 def trained_both_ways(tmp_path_factory: pytest.TempPathFactory, few_images: Arrays) -> Path:
-    folder = tmp_path_factory.mktemp("chunks")
-    for way in ("memory", "gloo"):
-        (folder / way).mkdir()
-    arguments = (folder, few_images.inputs[:120], few_images.targets[:120])
-    spawn(train_on_each_rank, arguments, nprocs=max(WORLD_SIZES))  # type: ignore[no-untyped-call]
-    return folder
+    split = Arrays(few_images.inputs[:120], few_images.targets[:120])
+    return train_both_ways(train_cases, split, tmp_path_factory.mktemp("chunks"))
 
 
-@pytest.fixture(scope="module", params=["memory", "gloo"])
+@pytest.fixture(scope="module", params=WAYS)
 def trained(request: pytest.FixtureRequest, trained_both_ways: Path) -> Path:
     return trained_both_ways / request.param
 
