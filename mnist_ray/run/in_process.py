@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +13,13 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.run.failures import TrainingStoppedError
 from mnist_ray.run.fit import Fitted
 from mnist_ray.run.session import Session
-from mnist_ray.run.worker import LocalSplit, LoopSpec, Reporter, report_metrics, train_worker
+from mnist_ray.run.worker import LocalSplit, LoopSpec, Reporter, train_worker
 from mnist_ray.signals import Noted, first_only_noted, take_signals
 from mnist_ray.storage import RunFolder, unless_damaged
 from mnist_ray.training import checkpoint as checkpoints
-from mnist_ray.training.events import EpochFinished, Event, Progress, StoppedEarly, Stopping, Validated
+from mnist_ray.training.events import Event, Progress, Stopping
 from mnist_ray.training.reproducible import OtherArithmeticError
-from mnist_ray.training.state import Group, StopWantedError, TrainingDivergedError, TrainingState, best_epoch
+from mnist_ray.training.state import Group, StopWantedError, TrainingDivergedError, TrainingState
 
 _NUM_KEPT = 2  # checkpoints, the best by validation, beside the last
 
@@ -54,36 +53,26 @@ class LocalReporter(Reporter):
     def begin(self, state: TrainingState, restored: checkpoints.Restored, config: TrainConfig) -> None:
         """Hand it on."""
         super().begin(state, restored, config)
-        self._on_event(self.started(state, restored))
+        self.send(self.started(state, restored))
 
-    def end(self, state: TrainingState) -> None:
-        """Tell of an early end."""
-        if state.epoch < self._config.num_epochs:
-            self._on_event(StoppedEarly(state.epoch, best_epoch(state.scores)))
+    def send(self, event: Event) -> None:
+        """Hand it on."""
+        self._on_event(event)
 
     def on_progress(self, state: TrainingState, progress: Progress) -> None:
         """Hand it on. A debugger may hold the training for as long as it likes: nothing waits for the next step."""
-        self._on_event(progress)
+        self.send(progress)
 
     def wants_stop(self) -> bool:
         """Stop once Ctrl-C was pressed."""
         if self._interrupted.is_set and not self._is_stopping:
             self._is_stopping = True
-            self._on_event(Stopping())
+            self.send(Stopping())
         return self._is_stopping
 
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
         """Validate, and save."""
-        if state.step == 0:
-            self._on_event(EpochFinished(progress))
-        metrics = report_metrics(self._spec.workload, state, progress)
-        if self._validation is not None:
-            start = time.perf_counter()
-            values, reported = self.validated(state, self._validation)
-            metrics |= reported
-            if state.step == 0:
-                self._on_event(Validated(state.epoch, values, time.perf_counter() - start, is_beside=False))
-        self.save(state, metrics)
+        self.save(state, self.measured(state, progress))
         run = self._spec.run
         for name in set(run.checkpoint_names()[:-1]) - set(self._best()):
             run.inside(name).delete()

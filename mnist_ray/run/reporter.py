@@ -6,7 +6,6 @@ import functools
 import shutil
 import tempfile
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from mnist_ray.cluster.environment import end_if_hung
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, with_place
 from mnist_ray.run.failures import PASSING, is_of_gloo
-from mnist_ray.run.worker import LoopSpec, Reporter, report_metrics, train_worker
+from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import checkpoint_name, position_of
 from mnist_ray.training import checkpoint as checkpoints
-from mnist_ray.training.events import EpochFinished, Event, NodeLeaving, Progress, StoppedEarly, Validated
+from mnist_ray.training.events import Event, NodeLeaving, Progress
 from mnist_ray.training.reproducible import OtherArithmeticError
 from mnist_ray.training.state import (
     CodeFailedError,
@@ -30,7 +29,6 @@ from mnist_ray.training.state import (
     StopWantedError,
     TrainingDivergedError,
     TrainingState,
-    best_epoch,
 )
 
 
@@ -88,8 +86,7 @@ class TrainReporter(Reporter):
 
     def end(self, state: TrainingState) -> None:
         """Tell of an early end, and wait until all that was sent has come."""
-        if state.epoch < self._config.num_epochs:
-            self.send(StoppedEarly(state.epoch, best_epoch(state.scores)))
+        super().end(state)
         self._wait_for_driver()
 
     def send(self, event: Event) -> None:
@@ -152,15 +149,7 @@ class TrainReporter(Reporter):
         Rank 0 copies the state; a thread of Ray's writes and uploads it while the training goes on. Only one upload is
         under way at a time: what comes next waits for it.
         """
-        if state.step == 0:
-            self.send(EpochFinished(progress))
-        metrics = report_metrics(self._spec.workload, state, progress)
-        if self._validation is not None:
-            start = time.perf_counter()
-            values, reported = self.validated(state, self._validation)
-            metrics |= reported
-            if state.step == 0:
-                self.send(Validated(state.epoch, values, time.perf_counter() - start, is_beside=False))
+        metrics = self.measured(state, progress)
         checkpoint, upload = None, None
         if self._is_first:
             self._uploaded.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import socket
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.debug import Profiler, anomalies_found
-from mnist_ray.training.events import Progress, Started
+from mnist_ray.training.events import EpochFinished, Event, Progress, Started, StoppedEarly, Validated
 from mnist_ray.training.metrics import score
 from mnist_ray.training.reproducible import check_arithmetic
-from mnist_ray.training.state import Group, TrainingState, is_over
+from mnist_ray.training.state import Group, TrainingState, best_epoch, is_over
 from mnist_ray.workload import user_code
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
@@ -132,7 +133,12 @@ class Reporter(Callback):
         self._config = config
 
     def end(self, state: TrainingState) -> None:
-        """Training is over."""
+        """Training is over; tell if that is early."""
+        if state.epoch < self._config.num_epochs:
+            self.send(StoppedEarly(state.epoch, best_epoch(state.scores)))
+
+    def send(self, event: Event) -> None:
+        """Tell how the training goes; a reporter that nobody listens to leaves it so."""
 
     def on_progress(self, state: TrainingState, progress: Progress) -> None:
         """Note that training goes on."""
@@ -168,17 +174,26 @@ class Reporter(Callback):
             about["arithmetic"] = arithmetic()
         return checkpoints.snapshot(state, about, self.callbacks)
 
-    def validated(self, state: TrainingState, split: Split) -> tuple[dict[str, float], dict[str, Any]]:
-        """Validate what has been trained so far, on all ranks at once; ``state`` notes an epoch's score.
+    def measured(self, state: TrainingState, progress: Progress) -> dict[str, Any]:
+        """Return what is reported with a checkpoint; validate first, on all ranks at once, if the workers do that.
 
-        Returns loss and metrics, and what is reported of them: also ``is_over``, whether the training is.
+        At an epoch's end, ``state`` notes its score, and how it went is told.
         """
-        spec, workload = self._spec, self._spec.workload
-        evaluation = engine.evaluate_together(workload, state.result, split, self._group, spec.loader_workers)
+        spec, workload, has_finished = self._spec, self._spec.workload, state.step == 0
+        if has_finished:
+            self.send(EpochFinished(progress))
+        metrics = report_metrics(workload, state, progress)
+        if self._validation is None:
+            return metrics
+        start = time.perf_counter()
+        evaluation = engine.evaluate_together(
+            workload, state.result, self._validation, self._group, spec.loader_workers
+        )
         values = evaluation.values(workload)
-        if state.step == 0:
+        if has_finished:
             state.scores.append(score(workload, values))
-        return values, validation_metrics(workload, values) | {"is_over": is_over(state, self._config)}
+            self.send(Validated(state.epoch, values, time.perf_counter() - start, is_beside=False))
+        return metrics | validation_metrics(workload, values) | {"is_over": is_over(state, self._config)}
 
 
 def _hosts(group: Group) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from mnist_ray.errors import JobError, with_place
 from mnist_ray.run.failures import PASSING, FailureReporter, TrainingStoppedError, reason_of
 from mnist_ray.run.fit import create_trainer, drop_damaged_snapshot
 from mnist_ray.run.job import Job
-from mnist_ray.run.worker import LoopSpec, Reporter, report_metrics, train_worker
+from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import RunFolder, position_of
 from mnist_ray.sweep.space import Point
 from mnist_ray.training import checkpoint as checkpoints
@@ -101,9 +101,8 @@ class TuneReporter(Reporter):
 
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
         """Write a checkpoint, then remove those before it, so that at any time a whole one is there; and report."""
-        assert self._validation is not None
         faulthandler.cancel_dump_traceback_later()  # what Tune takes its time for is no hang
-        metrics = report_metrics(self._spec.workload, state, progress) | self.validated(state, self._validation)[1]
+        metrics = self.measured(state, progress)
         run, name = self._spec.run, self.save(state, metrics)
         for before in run.checkpoint_names():
             if position_of(before) < position_of(name):
