@@ -152,8 +152,7 @@ def _batches(
 
 def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callback]) -> None:
     """Make an optimizer step of the gradients in the model, and one of the schedule."""
-    if config.clip_grad_norm is not None or callbacks:
-        state.scaler.unscale_(state.optimizer)
+    state.scaler.unscale_(state.optimizer)
     for callback in callbacks:
         callback.on_gradients(state)
     if config.clip_grad_norm is not None:
