@@ -184,7 +184,8 @@ def cluster() -> Iterator[str]:
 
 def one_version(root: Path, storage: Path, flags: Sequence[object], parts: Sequence[str]) -> dict[str, float]:
     """Run the jobs of one version; return their figures."""
-    where, figures = ["--storage-path", storage, *flags], {}
+    where = ["--storage-path", storage, *flags]
+    figures: dict[str, float] = {}
     if "one" in parts:
         one = watch(root, "jobs/train.py", *where)
         figures |= {"first_line_s": one.lines[0][0], "start_s": one.at("started"), "exit_s": one.seconds}

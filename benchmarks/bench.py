@@ -338,8 +338,8 @@ def main() -> None:
             flags = ["--data-dir", images / "MNIST", "--validation-size", 600]
         measured = repeat(rounds, "round", lambda storage: one_round(storage, images, flags, 1 if args.quick else 2))
         if args.peers:
-            rows = [case_row(case, measured, is_judged=True) for case in CASES]
-            print("\n".join(cases_as_markdown([row for row in rows if row is not None])))
+            judged = (case_row(case, measured, is_judged=True) for case in CASES)
+            print("\n".join(cases_as_markdown([row for row in judged if row is not None])))
             return
         measured += repeat(rounds, "before", lambda storage: compare_versions(storage, flags, parts))
         measured += repeat(rounds, "sweeps", lambda storage: sweep_round(2 if args.quick else 16))

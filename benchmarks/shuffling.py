@@ -77,7 +77,7 @@ def print_accuracies(seeds: Sequence[int]) -> None:
     """Print each seed's accuracy with both orders, one after the other."""
     keep_freed_memory()
     for name, order in (("as a whole", Permutation), ("by place", Shuffled)):
-        sampler.Shuffled = order  # type: ignore[misc,assignment]
+        sampler.Shuffled = order  # type: ignore[misc,assignment,attr-defined]
         accuracies = [test_accuracy(seed) for seed in seeds]
         each = ", ".join(f"{accuracy:.2%}" for accuracy in accuracies)
         print(f"| {name} | {statistics.mean(accuracies):.2%} | {each} |", flush=True)

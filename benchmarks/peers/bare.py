@@ -22,7 +22,7 @@ from mnist_ray.training.events import Progress
 from mnist_ray.training.state import Group, TrainingState
 from mnist_ray.workload import source
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Parts, parts_of
+from mnist_ray.workload.data import Splits, splits_of
 from mnist_ray.workload.loading import load_data
 
 
@@ -37,7 +37,7 @@ class _Rates(Callback):
         self.of_epochs.append(progress.examples_per_s)
 
 
-def work(rank: int, args: argparse.Namespace, folder: str, workload: Workload, data: Parts) -> None:
+def work(rank: int, args: argparse.Namespace, folder: str, workload: Workload, data: Splits) -> None:
     """Train on one rank; rank 0 writes down the rate of the first epoch."""
     keep_freed_memory()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // args.num_workers))
@@ -67,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
     workload_class = source.load(source.DEFAULT)
     workload = workload_class(workload_class.Settings(data_dir=args.data_dir and Path(args.data_dir)))
-    data = parts_of(load_data(workload), None)
+    data = splits_of(load_data(workload), None)
     with tempfile.TemporaryDirectory() as folder:
         spawn(work, (args, folder, workload, data), nprocs=args.num_workers)
         print(json.dumps({"images_per_s": float((Path(folder) / "rate").read_text())}))
