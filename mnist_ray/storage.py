@@ -211,14 +211,16 @@ class RunFolder:
         uris = {"storage_path": self.storage_path, **({"mlflow": mlflow} if mlflow else {})}
         return {name: without_user(uri) for name, uri in uris.items()} | dict(code or {})
 
-    def upload(self, local: str) -> None:
-        """Copy a local folder's files into it, with retries. Raises what the file system does."""
+    def write_files(self, contents: Mapping[str, bytes]) -> None:
+        """Write files into it, in their order, with retries. Raises what the file system does."""
 
-        def copy() -> None:
+        def write() -> None:
             self.filesystem.create_dir(self.path)
-            fs.copy_files(local, self.path, destination_filesystem=self.filesystem)
+            for file_name, content in contents.items():
+                with self.filesystem.open_output_stream(posixpath.join(self.path, file_name)) as stream:
+                    stream.write(content)
 
-        with_retries(copy)
+        with_retries(write)
 
 
 def locate(storage_path: str, name: str, given_as: str = "--storage-path") -> RunFolder:

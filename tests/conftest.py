@@ -21,6 +21,7 @@ from mnist_ray.cluster.forking.starting import prepared_forking
 from mnist_ray.cluster.local_ray import for_one_job
 from mnist_ray.config import WorkerConfig
 from mnist_ray.mnist import idx
+from mnist_ray.storage import RunFolder, locate
 from mnist_ray.workload import source
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Arrays
@@ -45,6 +46,11 @@ def mnist(**settings: Any) -> Workload:
     """Return the workload that ships, as it is once its data are loaded."""
     workload_class = source.load(source.DEFAULT)
     return workload_class(workload_class.Settings(**settings), METADATA)
+
+
+def folder_at(path: Path) -> RunFolder:
+    """Return a folder on this machine as the package takes it."""
+    return locate(str(path.parent), path.name)
 
 
 def run_main(job: str, *flags: str) -> None:

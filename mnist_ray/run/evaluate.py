@@ -14,9 +14,11 @@ from ray.train import Checkpoint
 from mnist_ray.cluster.environment import for_evaluation
 from mnist_ray.cluster.remote_data import RemoteSplit, share
 from mnist_ray.errors import JobError, first_line
+from mnist_ray.run.find import folder_of
 from mnist_ray.run.worker import validation_metrics
+from mnist_ray.storage import RunFolder, position_of
 from mnist_ray.training import engine
-from mnist_ray.training.checkpoint import fetch
+from mnist_ray.training.checkpoint import load_model
 from mnist_ray.training.events import Validated
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
@@ -24,7 +26,7 @@ from mnist_ray.workload.data import Split
 
 
 def evaluate(
-    workload: Workload, checkpoint: Checkpoint, test: Split, num_tasks: int = 1, loader_workers: int = 0
+    workload: Workload, checkpoint: RunFolder, test: Split, num_tasks: int = 1, loader_workers: int = 0
 ) -> Evaluation:
     """Evaluate a checkpoint on the test set, spread over tasks of one CPU each.
 
@@ -61,7 +63,7 @@ def _import_engine() -> None:
 
 @ray.remote(num_cpus=1)
 def _evaluate_split(
-    checkpoint: Checkpoint, shared: RemoteSplit, start: int, stop: int, loader_workers: int
+    checkpoint: RunFolder, shared: RemoteSplit, start: int, stop: int, loader_workers: int
 ) -> Evaluation:
     return evaluate_here(checkpoint, shared.workload, shared.open().between(start, stop), loader_workers)
 
@@ -69,14 +71,15 @@ def _evaluate_split(
 def validate(checkpoint: Checkpoint, split: RemoteSplit, event_queue: Any, loader_workers: int) -> dict[str, float]:
     """Evaluate an epoch's checkpoint on the validation set; Ray Train runs this as a task beside the training."""
     start, workload = time.perf_counter(), split.workload
-    values = evaluate_here(checkpoint, workload, split.open(), loader_workers).values(workload)
-    epoch = int(checkpoint.get_metadata()["epoch"])
+    folder = folder_of(checkpoint)
+    values = evaluate_here(folder, workload, split.open(), loader_workers).values(workload)
+    epoch, _ = position_of(folder.name)
     ray.get(event_queue.put.remote(Validated(epoch, values, time.perf_counter() - start)))
     return validation_metrics(workload, values)
 
 
-def evaluate_here(checkpoint: Checkpoint, workload: Workload, split: Split, loader_workers: int) -> Evaluation:
+def evaluate_here(checkpoint: RunFolder, workload: Workload, split: Split, loader_workers: int) -> Evaluation:
     """Evaluate a checkpoint in this process, on one thread."""
     torch.set_num_threads(1)  # so that neither tasks side by side nor a training get in each other's way
-    model = engine.with_fast_layout(fetch(checkpoint.filesystem, checkpoint.path, workload))
+    model = engine.with_fast_layout(load_model(checkpoint, workload))
     return engine.evaluate(workload, model, split, loader_workers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import posixpath
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from mnist_ray.storage import (
     read_result,
     untrusted_folders,
 )
-from mnist_ray.training.checkpoint import STATE_FILE, fetch, fetch_state, workload_of
+from mnist_ray.training.checkpoint import STATE_FILE, load_model, read_state, workload_of
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.source import Reference
 
@@ -32,7 +33,7 @@ from mnist_ray.workload.source import Reference
 class Found:
     """A checkpoint with the workload that it is of."""
 
-    checkpoint: Checkpoint
+    checkpoint: RunFolder
     document: Mapping[str, Any]  # its state.json
     workload: Workload
     notes: tuple[str, ...]  # what the user is to know
@@ -47,7 +48,7 @@ class Found:
 
     def load_model(self) -> Any:
         """Return its model, in evaluation mode. Raises JobError where it is damaged."""
-        return fetch(self.checkpoint.filesystem, self.checkpoint.path, self.workload)
+        return load_model(self.checkpoint, self.workload)
 
 
 def find(
@@ -68,7 +69,7 @@ def find(
         checkpoint, notes = _checkpoint_of(run, given)
     except STORAGE_ERRORS as error:
         raise JobError(f"cannot read {run.uri}: {first_line(error)}") from error
-    document = fetch_state(checkpoint.filesystem, checkpoint.path)
+    document = read_state(checkpoint)
     workload = workload_of(document, reference, dict(changes or {}), untrusted_folders(run, storage_path))
     assert workload.source is not None
     if document["workload"]["sha256"] not in ("", workload.source.sha256):
@@ -76,13 +77,13 @@ def find(
     return Found(checkpoint, document, workload, notes)
 
 
-def _checkpoint_of(run: RunFolder, given: str | None) -> tuple[Checkpoint, tuple[str, ...]]:
+def _checkpoint_of(run: RunFolder, given: str | None) -> tuple[RunFolder, tuple[str, ...]]:
     """Return a folder's checkpoint, itself or a run's choice, and what the user is to know of that choice.
 
     A finished run has chosen by its result; of an interrupted one it is the best so far by validation, else the last.
     """
     if run.exists(STATE_FILE):
-        return Checkpoint(run.path, filesystem=run.filesystem), ()
+        return run, ()
     notes: tuple[str, ...] = ()
     try:
         result = read_result(run)
@@ -92,7 +93,7 @@ def _checkpoint_of(run: RunFolder, given: str | None) -> tuple[Checkpoint, tuple
         chosen = run.inside(result["checkpoint"])
         if not chosen.exists(STATE_FILE):
             raise UsageError(f"run {run.uri} has lost its checkpoint {chosen.name}")
-        return Checkpoint(chosen.path, filesystem=run.filesystem), notes
+        return chosen, notes
     names = run.checkpoint_names()
     if not names:
         if run.exists(CONFIG_FILE):
@@ -100,8 +101,8 @@ def _checkpoint_of(run: RunFolder, given: str | None) -> tuple[Checkpoint, tuple
         raise UsageError(f"{given} is neither a checkpoint nor a run that holds one: {run.uri}")
     known = snapshot_of(run)
     if known is None or known.checkpoint is None:  # a kill has cut off Ray's list, or come before it
-        return Checkpoint(run.inside(names[-1]).path, filesystem=run.filesystem), notes
-    return best_of(known)[0], notes
+        return run.inside(names[-1]), notes
+    return folder_of(best_of(known)[0]), notes
 
 
 def snapshot_of(run: RunFolder) -> ray.train.Result | None:
@@ -111,7 +112,7 @@ def snapshot_of(run: RunFolder) -> ray.train.Result | None:
     """
     try:
         result = ray.train.Result.from_path(run.path, storage_filesystem=run.filesystem)
-        is_whole = all(position_of(_name_of(checkpoint)) for checkpoint, _ in result.best_checkpoints)
+        is_whole = all(position_of(folder_of(checkpoint).name) for checkpoint, _ in result.best_checkpoints)
         math.fsum(metrics["val_score"] for _, metrics in result.best_checkpoints if "val_loss" in metrics)
     except STORAGE_ERRORS:
         raise
@@ -125,7 +126,7 @@ def best_of(result: ray.train.Result, damaged: Container[str] = ()) -> tuple[Che
 
     Where none was validated, the last. ``damaged`` names checkpoints that Ray knows still, and are not to be taken.
     """
-    whole = [pair for pair in result.best_checkpoints if _name_of(pair[0]) not in damaged]
+    whole = [pair for pair in result.best_checkpoints if folder_of(pair[0]).name not in damaged]
     validated = [pair for pair in whole if "val_loss" in pair[1]]
     if not validated:
         return result.checkpoint, result.metrics
@@ -133,5 +134,7 @@ def best_of(result: ray.train.Result, damaged: Container[str] = ()) -> tuple[Che
     return best
 
 
-def _name_of(checkpoint: Checkpoint) -> str:
-    return str(checkpoint.path.rsplit("/", 1)[-1])
+def folder_of(checkpoint: Checkpoint) -> RunFolder:
+    """Return the folder of a checkpoint that Ray Train knows."""
+    storage_path, name = posixpath.split(checkpoint.path.rstrip("/"))
+    return RunFolder(name, storage_path, checkpoint.filesystem, posixpath.join(storage_path, name))

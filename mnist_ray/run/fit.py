@@ -16,7 +16,6 @@ import ray
 import ray.train
 from ray.exceptions import RayError
 from ray.train import (
-    Checkpoint,
     CheckpointConfig,
     FailureConfig,
     RunConfig,
@@ -35,7 +34,7 @@ from mnist_ray.cluster.watch import LONGEST_SILENCE_S, Ping, RaySilentError, Wat
 from mnist_ray.errors import JobError
 from mnist_ray.run import evaluate
 from mnist_ray.run.failures import FailureReporter, TrainingStoppedError, reason_of
-from mnist_ray.run.find import best_of, snapshot_of
+from mnist_ray.run.find import best_of, folder_of, snapshot_of
 from mnist_ray.run.reporter import train_loop_per_worker
 from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec
@@ -52,7 +51,7 @@ _END_TIMEOUT_S = 5.0  # for which the end of Ray Train's controller is waited fo
 class Fitted:
     """What a finished run has left."""
 
-    checkpoint: Checkpoint  # the best by validation; the last where nothing was held out
+    checkpoint: RunFolder  # the best by validation; the last if nothing was held out
     metrics: dict[str, Any]  # those of `checkpoint`
 
 
@@ -79,7 +78,7 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
         validation_config = ValidationConfig(validate, ray_remote_kwargs=options)
     evaluate.start_process()
     train, in_tasks = share(workload, data.train), validation_config is not None
-    spec = LoopSpec.of(job, train, validation, event_queue=event_queue, validates_in_tasks=in_tasks)
+    spec = LoopSpec(job=job, train=train, validation=validation, validates_in_tasks=in_tasks, event_queue=event_queue)
     damaged: set[str] = set()
 
     def on_event_here(event: Event) -> None:
@@ -95,7 +94,8 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
     result = _with_storage_failures(attempt, workers.max_failures, job.run, event_queue, on_event_here)
     if result.return_value is not None:
         raise TrainingStoppedError(result.return_value)
-    return Fitted(*best_of(result, damaged))
+    best, metrics = best_of(result, damaged)
+    return Fitted(folder_of(best), metrics)
 
 
 def _with_storage_failures(
@@ -228,8 +228,8 @@ def create_trainer(
             resources_per_worker={"CPU": plan.cpus_per_worker, **({"GPU": 1} if plan.use_gpu else {})},
         ),
         run_config=RunConfig(
-            name=spec.run.name,
-            storage_path=spec.run.storage_path,
+            name=spec.job.run.name,
+            storage_path=spec.job.run.storage_path,
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2,  # the best two, and Ray keeps the last besides: were that damaged, there is another
                 checkpoint_score_attribute="val_score" if is_validated else None,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from ray.train import Checkpoint
 
 from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import TrainConfig
 from mnist_ray.run.failures import TrainingStoppedError
 from mnist_ray.run.fit import Fitted
 from mnist_ray.run.session import Session
-from mnist_ray.run.worker import LocalSplit, LoopSpec, Reporter, train_worker
+from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.signals import Noted, first_only_noted, take_signals
 from mnist_ray.storage import RunFolder, unless_damaged
 from mnist_ray.training import checkpoint as checkpoints
@@ -27,32 +27,38 @@ _NUM_KEPT = 2  # checkpoints, the best by validation, beside the last
 def fit_here(session: Session, on_event: Callable[[Event], None]) -> Fitted:
     """Train in this process, as ``fit`` does on Ray; what the user's code raises is raised as it is."""
     job, data = session.job, session.data
-    validation = LocalSplit(data.validation) if len(data.validation) else None
-    spec = LoopSpec.of(job, LocalSplit(data.train), validation)
+    spec = LoopSpec(job=job, train=data.train, validation=data.validation if len(data.validation) else None)
     uses_gpu = job.workers.use_gpu != "no" and torch.cuda.is_available()
     group = Group(device=torch.device("cuda" if uses_gpu else "cpu"))
     take_signals()
     try:
         with first_only_noted() as interrupted:
-            reporter = LocalReporter(spec, group, on_event, interrupted)
-            train_worker(spec, group, reporter, job.workers.cpus_per_worker or usable_cores())
+            create_reporter = functools.partial(LocalReporter, on_event=on_event, interrupted=interrupted)
+            train_worker(spec, group, create_reporter, job.workers.cpus_per_worker or usable_cores())
     except StopWantedError:
         raise KeyboardInterrupt from None
     except (checkpoints.OtherModelError, TrainingDivergedError, OtherArithmeticError) as error:
         raise TrainingStoppedError(str(error)) from error
-    return reporter.fitted()
+    best = job.run.inside(next(iter(_best(job.run)), job.run.checkpoint_names()[-1]))
+    return Fitted(best, _metrics_of(best))
 
 
 class LocalReporter(Reporter):
     """Hands events on at once, validates and saves at every checkpoint, and keeps the best two and the last."""
 
-    def __init__(self, spec: LoopSpec, group: Group, on_event: Callable[[Event], None], interrupted: Noted) -> None:
-        super().__init__(spec, group)
+    def __init__(
+        self,
+        spec: LoopSpec,
+        group: Group,
+        config: TrainConfig,
+        on_event: Callable[[Event], None],
+        interrupted: Noted,
+    ) -> None:
+        super().__init__(spec, group, config)
         self._on_event, self._interrupted, self._is_stopping = on_event, interrupted, False
 
-    def begin(self, state: TrainingState, restored: checkpoints.Restored, config: TrainConfig) -> None:
+    def begin(self, state: TrainingState, restored: checkpoints.Restored) -> None:
         """Hand it on."""
-        super().begin(state, restored, config)
         self.send(self.started(state, restored))
 
     def send(self, event: Event) -> None:
@@ -73,26 +79,20 @@ class LocalReporter(Reporter):
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
         """Validate, and save."""
         self.save(state, self.measured(state, progress))
-        run = self._spec.run
-        for name in set(run.checkpoint_names()[:-1]) - set(self._best()):
+        run = self._job.run
+        for name in set(run.checkpoint_names()[:-1]) - set(_best(run)):
             run.inside(name).delete()
 
-    def _best(self) -> list[str]:
-        """Return the names of the best checkpoints by validation, the best first; of those that tie the first."""
-        metrics = {name: _metrics_of(self._spec.run.inside(name)) for name in self._spec.run.checkpoint_names()}
-        validated = [name for name, values in metrics.items() if "val_score" in values]
-        return sorted(validated, key=lambda name: -metrics[name]["val_score"])[:_NUM_KEPT]
 
-    def fitted(self) -> Fitted:
-        """Return the best checkpoint by validation; the last if nothing was held out."""
-        run = self._spec.run
-        name = next(iter(self._best()), run.checkpoint_names()[-1])
-        saved = run.inside(name)
-        return Fitted(Checkpoint(saved.path, filesystem=saved.filesystem), _metrics_of(saved))
+def _best(run: RunFolder) -> list[str]:
+    """Return the names of a run's best checkpoints by validation, the best first; of those that tie the first."""
+    metrics = {name: _metrics_of(run.inside(name)) for name in run.checkpoint_names()}
+    validated = [name for name, values in metrics.items() if "val_score" in values]
+    return sorted(validated, key=lambda name: -metrics[name]["val_score"])[:_NUM_KEPT]
 
 
 def _metrics_of(checkpoint: RunFolder) -> dict[str, Any]:
-    """Return what was reported with a checkpoint; nothing if it is damaged."""
+    """Return the metrics of a checkpoint; none if it is damaged."""
     document = unless_damaged(lambda: checkpoint.read_json(checkpoints.STATE_FILE), lambda note: None)
     metrics: dict[str, Any] = (document or {}).get("metrics", {})
     return metrics

@@ -36,7 +36,7 @@ from mnist_ray.storage import (
 )
 from mnist_ray.trackers import start
 from mnist_ray.trackers.tracker import Ending
-from mnist_ray.training.checkpoint import weights_sha256
+from mnist_ray.training.checkpoint import MODEL_FILE, read_state
 from mnist_ray.training.events import EpochFinished, Event, Progress, Validated
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
@@ -125,10 +125,9 @@ class Record:
         if len(self._session.data.validation) and (epochs := self._history.unvalidated):
             shown = ", ".join(map(str, epochs))
             self._console.say("note", f"not validated, since the task failed or the run was interrupted: epoch {shown}")
-        name = fitted.checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
         result = tested.to_dict(workload) | {
-            "checkpoint": name,
-            "weights_sha256": weights_sha256(job.run.inside(name)),
+            "checkpoint": fitted.checkpoint.name,
+            "weights_sha256": read_state(fitted.checkpoint)["sha256"][MODEL_FILE],
             "checkpoint_metrics": fitted.metrics,
             workload.rate: self._history.mean_rate() or fitted.metrics[workload.rate],
             "seconds": self._clock.seconds(),

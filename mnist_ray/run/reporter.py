@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import shutil
-import tempfile
 import threading
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -58,14 +55,14 @@ def train_rank(spec: LoopSpec) -> None:
     context = ray.train.get_context()
     group = Group(context.get_world_rank(), context.get_world_size(), get_device())
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
-    train_worker(spec, group, TrainReporter(spec, group), cpus, context.get_local_world_size())
+    train_worker(spec, group, TrainReporter, cpus, context.get_local_world_size())
 
 
 class TrainReporter(Reporter):
     """Reports to the driver's event queue, and checkpoints to Ray Train; watches over its node."""
 
-    def __init__(self, spec: LoopSpec, group: Group) -> None:
-        super().__init__(spec, group)
+    def __init__(self, spec: LoopSpec, group: Group, config: TrainConfig) -> None:
+        super().__init__(spec, group, config)
         self._saved_for_preemption = False
         self._uploaded = threading.Event()
         self._uploaded.set()
@@ -73,11 +70,10 @@ class TrainReporter(Reporter):
         current = ray.train.get_checkpoint()
         self._known = current.path.rsplit("/", 1)[-1] if current else ""
 
-    def begin(self, state: TrainingState, restored: checkpoints.Restored, config: TrainConfig) -> None:
-        """Tell the driver. Raises JobError if the storage does not show the checkpoints that Ray knows."""
-        super().begin(state, restored, config)
+    def begin(self, state: TrainingState, restored: checkpoints.Restored) -> None:
+        """Report it. Raises JobError if the storage does not show the checkpoints that Ray knows."""
         if not restored.name and not restored.damaged and self._known:
-            raise JobError(f"{self._spec.run.uri} does not show the checkpoints that were written there")  # try again
+            raise JobError(f"{self._job.run.uri} does not show the checkpoints that were written there")  # try again
         # Ray knows a damaged checkpoint by its name still; what takes its place needs another one: with one b more.
         known_bs = len(self._known) - len(self._known.rstrip("b"))
         self._suffix = "b" * (known_bs + 1) if self._known in restored.damaged else ""
@@ -129,15 +125,18 @@ class TrainReporter(Reporter):
         """
         if position_of(restored.name) <= position_of(self._known):
             return
-        saved = self._spec.run.inside(restored.name)
         self._wait_for_driver()
         ray.train.report(
             restored.metrics,
-            checkpoint=Checkpoint(saved.path, filesystem=saved.filesystem) if self._is_first else None,
+            checkpoint=self._checkpoint(restored.name) if self._is_first else None,
             checkpoint_dir_name=restored.name,
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
             validation=self._is_to_be_validated(state),
         )
+
+    def _checkpoint(self, name: str) -> Checkpoint:
+        folder = self._job.run.inside(name)
+        return Checkpoint(folder.path, filesystem=folder.filesystem)
 
     def _is_to_be_validated(self, state: TrainingState) -> bool:
         """Tell whether this rank asks for a validation: the one that brings the checkpoint, at an epoch's end."""
@@ -150,31 +149,26 @@ class TrainReporter(Reporter):
         under way at a time: what comes next waits for it.
         """
         metrics = self.measured(state, progress)
-        checkpoint, upload = None, None
+        name, upload = checkpoint_name(state.epoch, state.step) + self._suffix, None
         if self._is_first:
             self._uploaded.wait()
-            checkpoint = Checkpoint.from_directory(tempfile.mkdtemp())
             upload = functools.partial(self._upload, self.snapshot(state, metrics))
             self._uploaded.clear()
         self._wait_for_driver()
         ray.train.report(
             metrics,
-            checkpoint=checkpoint,
-            checkpoint_dir_name=checkpoint_name(state.epoch, state.step) + self._suffix,
+            checkpoint=self._checkpoint(name) if self._is_first else None,
+            checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=upload,
-            delete_local_checkpoint_after_upload=False,  # it is deleted however its upload ends
+            delete_local_checkpoint_after_upload=False,  # there is no local one
             validation=self._is_to_be_validated(state),
         )
-        end_if_hung(self._spec.hang_timeout_s)
+        end_if_hung(self._job.workers.hang_timeout_s)
 
     def _upload(self, snapshot: checkpoints.Snapshot, checkpoint: Checkpoint, name: str) -> Checkpoint:
-        target = self._spec.run.inside(name)
         try:
-            snapshot.write(Path(checkpoint.path))
-            checkpoint.set_metadata({"epoch": snapshot.document["epoch"]})
-            target.upload(checkpoint.path)
+            snapshot.write(self._job.run.inside(name))
         finally:
-            shutil.rmtree(checkpoint.path, ignore_errors=True)
             self._uploaded.set()
-        return Checkpoint(target.path, filesystem=target.filesystem)
+        return checkpoint

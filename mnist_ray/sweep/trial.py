@@ -15,7 +15,6 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import RemoteSplit
-from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, with_place
 from mnist_ray.run.failures import PASSING, FailureReporter, TrainingStoppedError, reason_of
 from mnist_ray.run.fit import create_trainer, drop_damaged_snapshot
@@ -72,7 +71,7 @@ def _report_failure(job: Job, reason: str) -> None:
 
 def train_on_workers(job: Job, spec: TrialSpec) -> None:
     """Train a trial as a ``TorchTrainer`` run."""
-    loop_spec = LoopSpec.of(job, spec.train, spec.validation)
+    loop_spec = LoopSpec(job=job, train=spec.train, validation=spec.validation)
     drop_damaged_snapshot(job.run)
     callbacks = [TuneReportCallback(), FailureReporter(None)]
     try:
@@ -85,25 +84,24 @@ def train_on_workers(job: Job, spec: TrialSpec) -> None:
 
 
 def _train_here(job: Job, spec: TrialSpec) -> None:
-    loop_spec = LoopSpec.of(job, spec.train, spec.validation)
+    loop_spec = LoopSpec(job=job, train=spec.train, validation=spec.validation)
     group = Group(device=torch.device("cuda" if spec.plan.use_gpu else "cpu"))
-    train_worker(loop_spec, group, TuneReporter(loop_spec, group), spec.plan.cpus_per_worker)
+    train_worker(loop_spec, group, TuneReporter, spec.plan.cpus_per_worker)
 
 
 class TuneReporter(Reporter):
     """Saves and validates at every checkpoint, and reports to Tune, which may end the trial then."""
 
-    def begin(self, state: TrainingState, restored: checkpoints.Restored, config: TrainConfig) -> None:
+    def begin(self, state: TrainingState, restored: checkpoints.Restored) -> None:
         """Report a trial that is over: it was killed after its last checkpoint, before the sweep had noted it."""
-        super().begin(state, restored, config)
-        if is_over(state, config):
+        if is_over(state, self._config):
             tune.report(restored.metrics)
 
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
         """Write a checkpoint, then remove those before it, so that at any time a whole one is there; and report."""
         faulthandler.cancel_dump_traceback_later()  # what Tune takes its time for is no hang
         metrics = self.measured(state, progress)
-        run, name = self._spec.run, self.save(state, metrics)
+        run, name = self._job.run, self.save(state, metrics)
         for before in run.checkpoint_names():
             if position_of(before) < position_of(name):
                 run.inside(before).delete()

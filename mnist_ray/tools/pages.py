@@ -21,7 +21,7 @@ from mnist_ray.storage import (
     write_file,
 )
 from mnist_ray.sweep.picture import sections
-from mnist_ray.training.checkpoint import fetch_state
+from mnist_ray.training.checkpoint import read_state
 from mnist_ray.workload import source
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
@@ -51,8 +51,7 @@ def _facts_of(run: RunFolder) -> dict[str, Any]:
         names = run.checkpoint_names()
         if not names:
             raise
-        saved = run.inside(names[-1])
-        metadata = fetch_state(saved.filesystem, saved.path)["workload"]["metadata"]
+        metadata = read_state(run.inside(names[-1]))["workload"]["metadata"]
     return metadata
 
 

@@ -12,12 +12,11 @@ from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import numpy as np
-from ray.train import Checkpoint
 
 from mnist_ray.errors import without_user
 from mnist_ray.storage import RunFolder, read_origin
 from mnist_ray.trackers.tracker import Ending, Tracker
-from mnist_ray.training.checkpoint import fetch
+from mnist_ray.training.checkpoint import load_model
 from mnist_ray.training.events import Event, Started, TrialEnded
 from mnist_ray.workload.base import Workload
 
@@ -134,10 +133,10 @@ class MLflow(Tracker):
         if server.startswith("http"):
             self._say(f"MLflow shows it at {server.rstrip('/')}/#/experiments/{self._experiment}/runs/{self._id}")
 
-    def _log_model(self, checkpoint: Checkpoint) -> None:
+    def _log_model(self, checkpoint: RunFolder) -> None:
         import mlflow
 
-        model = fetch(checkpoint.filesystem, checkpoint.path, self.workload)
+        model = load_model(checkpoint, self.workload)
         shape = self.workload.metadata.get("model_input")
         if shape is None:  # MLflow asks for an example, and the model's is no tensor
             return

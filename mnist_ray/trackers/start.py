@@ -9,6 +9,7 @@ import queue
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -151,7 +152,7 @@ class _TensorBoard(Tracker):
             self._writer.add_image(name, image, dataformats="HWC")
         self._writer.close()
         if self._elsewhere:
-            self.run.upload(self._folder)
+            self.run.write_files({path.name: path.read_bytes() for path in Path(self._folder).iterdir()})
             self._elsewhere.cleanup()
 
 

@@ -10,8 +10,6 @@ from mnist_ray.training.events import EpochFinished, Event, Progress, Validated
 from mnist_ray.workload.base import Workload
 
 if TYPE_CHECKING:
-    from ray.train import Checkpoint
-
     from mnist_ray.storage import RunFolder
 
 
@@ -23,7 +21,7 @@ class Ending:
     """Its result.json; None where it has not finished."""
     pictures: Mapping[str, bytes]
     """The PNGs of its report, by name."""
-    checkpoint: Checkpoint | None
+    checkpoint: RunFolder | None
     """The one that was tested."""
 
 

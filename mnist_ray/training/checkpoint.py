@@ -9,22 +9,18 @@ Nothing that is loaded can run code: ``training.pt`` is read with ``weights_only
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
 import hashlib
 import io
 import json
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from pyarrow import fs
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -38,9 +34,9 @@ from mnist_ray.workload import source
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.tensors import map_tensors
 
-STATE_FILE = "state.json"
+T = TypeVar("T")
+STATE_FILE, MODEL_FILE, TRAINING_FILE = "state.json", "model.safetensors", "training.pt"
 FORMAT = 1
-_MODEL, _TRAINING = "model.safetensors", "training.pt"
 
 
 class DamagedCheckpointError(JobError):
@@ -71,17 +67,15 @@ class Snapshot:
     training: dict[str, Any]  # what training.pt holds
     document: dict[str, Any]  # what state.json says, but for the digests
 
-    def write(self, folder: Path) -> None:
-        """Write a checkpoint into an existing folder."""
+    def write(self, folder: RunFolder) -> None:
+        """Write a checkpoint, its state.json last: without that it is none. Raises what the file system does."""
         training = io.BytesIO()
         torch.save(self.training, training)
-        contents = {_MODEL: save(self.weights), _TRAINING: training.getvalue()}
-        for name, content in contents.items():
-            (folder / name).write_bytes(content)
+        contents = {MODEL_FILE: save(self.weights), TRAINING_FILE: training.getvalue()}
         digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
         document = {**self.document, "sha256": digests}
         digests[STATE_FILE] = digest_of(document)
-        (folder / STATE_FILE).write_text(json_lines(document), encoding="utf-8")
+        folder.write_files({**contents, STATE_FILE: json_lines(document).encode()})
 
 
 def snapshot(state: TrainingState, about: dict[str, Any], callbacks: Sequence[Callback] = ()) -> Snapshot:
@@ -118,35 +112,15 @@ def digest_of(document: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
-def load_model(folder: Path, workload: Workload) -> nn.Module:
-    """Return the checkpoint's model, in evaluation mode.
+def load_model(folder: RunFolder, workload: Workload) -> nn.Module:
+    """Return a checkpoint's model, in evaluation mode.
 
-    Raises UsageError where there is none, JobError where it is damaged.
+    Raises UsageError if there is no checkpoint, JobError if it is damaged or the storage cannot be read.
     """
     document = read_state(folder)
     model = workload.create_model()
-    _load_weights(model, _read_weights(folder, document), folder)
+    _load_weights(model, _decoded(folder, MODEL_FILE, document, load), folder)
     return model.eval()
-
-
-def fetch(filesystem: fs.FileSystem, path: str, workload: Workload) -> nn.Module:
-    """Return a checkpoint's model, wherever it lies. Raises as ``load_model`` does, and JobError for storage."""
-    with _fetched(filesystem, path) as folder:
-        return load_model(folder, workload)
-
-
-def fetch_state(filesystem: fs.FileSystem, path: str) -> dict[str, Any]:
-    """Return a checkpoint's state.json, wherever it lies. Raises as ``fetch`` does."""
-    with _fetched(filesystem, path) as folder:
-        return read_state(folder)
-
-
-def weights_sha256(checkpoint: RunFolder) -> str:
-    """Return the digest of a checkpoint's weights. Raises JobError where it is not there."""
-    document = checkpoint.read_json(STATE_FILE)
-    if document is None:
-        raise JobError(f"checkpoint {checkpoint.uri} is gone")
-    return str(document["sha256"][_MODEL])
 
 
 def workload_of(
@@ -166,27 +140,14 @@ def workload_of(
     return workload_class(build(settings_class, {**saved["settings"], **changes}), saved["metadata"])
 
 
-@contextlib.contextmanager
-def _fetched(filesystem: fs.FileSystem, path: str) -> Iterator[Path]:
-    """Give a copy of a checkpoint on this machine's disk; errors about it name where it came from."""
-    with tempfile.TemporaryDirectory() as local:
-        try:
-            with_retries(functools.partial(fs.copy_files, path, local, source_filesystem=filesystem))
-            yield Path(local)
-        except STORAGE_ERRORS as error:
-            raise JobError(f"cannot read the checkpoint {path}: {first_line(error)}") from error
-        except (UsageError, JobError) as error:
-            raise type(error)(str(error).replace(local, path)) from error
-
-
-def restore(folder: Path, state: TrainingState, callbacks: Sequence[Callback] = ()) -> None:
-    """Put a checkpoint's content into a freshly created ``state``.
+def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+    """Put a checkpoint's content into a freshly created ``state``; return its state.json.
 
     Raises as ``load_model`` does, before ``state`` is changed, and OtherModelError.
     """
     document = read_state(folder)
-    weights, content = _read_weights(folder, document), _read(folder, _TRAINING, document)
-    training = _unpickled(folder, content)
+    weights = _decoded(folder, MODEL_FILE, document, load)
+    training = _decoded(folder, TRAINING_FILE, document, _unpickled)
     _load_weights(state.result, weights, folder)
     try:
         if state.average is not None:
@@ -199,79 +160,79 @@ def restore(folder: Path, state: TrainingState, callbacks: Sequence[Callback] = 
             callback.load_state_dict(values)
     except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
-    except Exception as error:  # what was written is there, so it is the code that does not take it
+    except Exception as error:  # the file is as it was written, so the code does not take it
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise OtherModelError(f"checkpoint {folder} is of another optimizer or schedule: {reason}") from error
+        raise OtherModelError(f"checkpoint {folder.uri} is of another optimizer or schedule: {reason}") from error
     state.sums = MetricSums(**training["sums"])
     for name in ("epoch", "step", "epoch_s", "finished_s", "scores", "ends"):
         setattr(state, name, training[name])
-
-
-def _unpickled(folder: Path, content: bytes) -> dict[str, Any]:
-    try:
-        training: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        return training
-    except MemoryError:
-        raise
-    except Exception as error:  # what a file that is another raises may be anything
-        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {_TRAINING}: {first_line(error)}") from error
+    return document
 
 
 def restore_newest(run: RunFolder, state: TrainingState, callbacks: Sequence[Callback] = ()) -> Restored:
     """Put the newest whole checkpoint in a run's folder into ``state``; without one, leave it as it is.
 
-    Raises OtherModelError where the checkpoint is of another model.
+    Raises OtherModelError if the checkpoint is of another model.
     """
     damaged: list[str] = []
     for name in reversed(run.checkpoint_names()):
-        saved = run.inside(name)
         try:
-            with _fetched(saved.filesystem, saved.path) as folder:
-                restore(folder, state, callbacks)
-                document = read_state(folder)
-                return Restored(name, document.get("metrics", {}), document.get("arithmetic"), tuple(damaged))
+            document = restore(run.inside(name), state, callbacks)
         except (DamagedCheckpointError, UsageError):
             damaged.append(name)
+            continue
+        return Restored(name, document.get("metrics", {}), document.get("arithmetic"), tuple(damaged))
     return Restored(damaged=tuple(damaged))
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: RunFolder) -> dict[str, Any]:
     """Return what a checkpoint's state.json says. Raises as ``load_model`` does."""
-    path = folder / STATE_FILE
-    if not path.is_file():
-        raise UsageError(f"{folder} is not a checkpoint: it has no {STATE_FILE}")
+    content = _read(folder, STATE_FILE)
+    if content is None:
+        raise UsageError(f"{folder.uri} is not a checkpoint: it has no {STATE_FILE}")
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(content)
         if not isinstance(document, dict) or document["sha256"][STATE_FILE] != digest_of(document):
             raise ValueError("it is not what was written")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE}: {first_line(error)}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(folder, STATE_FILE, first_line(error)) from error
     if document.get("format") != FORMAT:
-        raise UsageError(f"checkpoint {folder} is of another version of mnist_ray: format {document.get('format')}")
+        raise UsageError(f"checkpoint {folder.uri} is of another version of mnist_ray: format {document.get('format')}")
     return document
 
 
-def _read(folder: Path, name: str, document: dict[str, Any]) -> bytes:
-    """Return a file's content. Raises DamagedCheckpointError if it is not what was written."""
+def _read(folder: RunFolder, name: str) -> bytes | None:
     try:
-        content = (folder / name).read_bytes()
-    except OSError as error:
-        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {name}: {error}") from error
-    if hashlib.sha256(content).hexdigest() != document["sha256"].get(name):
-        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {name} is not what was written")
-    return content
+        return with_retries(functools.partial(folder.read_bytes, name))
+    except STORAGE_ERRORS as error:
+        raise JobError(f"cannot read the checkpoint {folder.uri}: {first_line(error)}") from error
 
 
-def _read_weights(folder: Path, document: dict[str, Any]) -> dict[str, Tensor]:
+def _decoded(folder: RunFolder, name: str, document: dict[str, Any], decode: Callable[[bytes], T]) -> T:
+    """Return what a file of a checkpoint holds. Raises DamagedCheckpointError if it is not what was written."""
+    content = _read(folder, name)
+    if content is None or hashlib.sha256(content).hexdigest() != document["sha256"].get(name):
+        raise _damaged(folder, name, "it is missing" if content is None else "it is not what was written")
     try:
-        return load(_read(folder, _MODEL, document))
-    except SafetensorError as error:
-        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {_MODEL}: {error}") from error
+        return decode(content)
+    except MemoryError:
+        raise
+    except Exception as error:  # a file that another program has written may raise anything
+        raise _damaged(folder, name, first_line(error)) from error
 
 
-def _load_weights(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
+def _damaged(folder: RunFolder, name: str, reason: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"checkpoint {folder.uri} is damaged: {name}: {reason}")
+
+
+def _unpickled(content: bytes) -> dict[str, Any]:
+    training: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return training
+
+
+def _load_weights(model: nn.Module, weights: dict[str, Tensor], folder: RunFolder) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         difference = str(error).splitlines()[-1].strip()
-        raise OtherModelError(f"checkpoint {folder} is of another model: {difference}") from error
+        raise OtherModelError(f"checkpoint {folder.uri} is of another model: {difference}") from error

@@ -33,7 +33,7 @@ from mnist_ray.training.events import EpochFinished, Progress, Validated
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.figures import Table
-from tests.conftest import METADATA, mnist, run_job
+from tests.conftest import METADATA, folder_at, mnist, run_job
 
 RUN_PICTURES = ["loss", "accuracy", "confusion", "classes", "predictions", "mistakes", "seconds"]
 
@@ -334,7 +334,7 @@ def test_what_a_damaged_origin_does_not_say_comes_from_a_checkpoint(tested_run: 
         workload_of(tested_run, None)
     folder.mkdir()
     state = create_state(workload, TrainConfig(), 600, torch.device("cpu"))
-    snapshot(state, {"workload": workload.identity}).write(folder)
+    snapshot(state, {"workload": workload.identity}).write(folder_at(folder))
     assert workload_of(tested_run, None).metadata == metadata
 
 

@@ -38,7 +38,7 @@ from mnist_ray.training.engine import create_state
 from mnist_ray.training.events import WorkersLost
 from mnist_ray.training.state import CodeFailedError
 from mnist_ray.workload.data import Arrays, Split
-from tests.conftest import LONGER, QUICK, as_flags, mnist, run_and_act, run_and_act_twice, run_job, run_main
+from tests.conftest import LONGER, QUICK, as_flags, folder_at, mnist, run_and_act, run_and_act_twice, run_job, run_main
 
 
 def weights(run: Path) -> str:
@@ -248,7 +248,9 @@ def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(tmp_
         folder = tmp_path / "run" / f"checkpoint_epoch-000_step-{step:06d}"
         folder.mkdir(parents=True)
         state.step = step
-        checkpoint.snapshot(state, {"metrics": {"train_loss": 0.5}, "workload": mnist().identity}).write(folder)
+        checkpoint.snapshot(state, {"metrics": {"train_loss": 0.5}, "workload": mnist().identity}).write(
+            folder_at(folder)
+        )
     whole, corrupt, cut, empty = sorted((tmp_path / "run").iterdir())
     content = bytearray((corrupt / "model.safetensors").read_bytes())
     content[-1] ^= 1
@@ -268,7 +270,7 @@ def test_a_run_whose_list_of_checkpoints_was_cut_off_is_read_by_its_last_checkpo
     saved = tmp_path / "saved"
     saved.mkdir()
     state = create_state(mnist(), TrainConfig(), 600, torch.device("cpu"))
-    checkpoint.snapshot(state, {"workload": mnist().identity}).write(saved)
+    checkpoint.snapshot(state, {"workload": mnist().identity}).write(folder_at(saved))
     run = locate(str(tmp_path), "run")
     run.write_text("config.json", "{}")
     run.write_text("checkpoint_manager_snapshot.json", '{"checkpoint_results": [{"checkpoint_dir')

@@ -13,7 +13,7 @@ from mnist_ray.tools import export
 from mnist_ray.training.checkpoint import snapshot
 from mnist_ray.training.engine import create_state
 from mnist_ray.workload.data import Arrays
-from tests.conftest import mnist, run_job
+from tests.conftest import folder_at, mnist, run_job
 
 
 def prepared(images: Arrays, number: int) -> torch.Tensor:
@@ -65,7 +65,7 @@ def test_the_check_sees_another_model(model: torch.nn.Module, few_images: Arrays
 def test_a_checkpoint_whose_data_are_elsewhere_is_exported_and_not_checked(tmp_path: Path) -> None:
     workload = mnist(data_dir=Path("/nowhere"))
     state = create_state(workload, TrainConfig(), 600, torch.device("cpu"))
-    snapshot(state, {"workload": workload.identity}).write(tmp_path)
+    snapshot(state, {"workload": workload.identity}).write(folder_at(tmp_path))
     done = run_job("export.py", str(tmp_path), "--output", str(tmp_path / "digits.pt2"))
     assert done.returncode == 0, done.stderr
     assert "checked    not: --data-dir /nowhere is not a folder" in done.stdout

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from pyarrow import fs
 from torch import nn
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist import MNIST
-from mnist_ray.storage import locate
+from mnist_ray.storage import RunFolder, locate
 from mnist_ray.training import checkpoint, engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.checkpoint import DamagedCheckpointError, OtherModelError
@@ -24,7 +23,7 @@ from mnist_ray.training.state import Group, TrainingState
 from mnist_ray.workload import Workload
 from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.tensors import map_tensors
-from tests.conftest import mnist
+from tests.conftest import folder_at, mnist
 from tests.training.hooks import Hooks
 
 CPU = torch.device("cpu")
@@ -52,14 +51,13 @@ def train_and_save(
 
     def save(state: TrainingState, progress: Progress) -> None:
         folder = root / f"{state.epoch}-{state.step}"
-        folder.mkdir()
         if state.step == 0:
             state.scores.append(1 / state.epoch)
-        checkpoint.snapshot(state, {"note": "hello", "workload": mnist().identity}, callbacks).write(folder)
+        checkpoint.snapshot(state, {"note": "hello", "workload": mnist().identity}, callbacks).write(folder_at(folder))
 
     state = engine.create_state(workload, config, len(arrays), CPU)
     if resume:
-        checkpoint.restore(resume, state, callbacks)
+        checkpoint.restore(folder_at(resume), state, callbacks)
     engine.train(workload, state, Split(arrays), config, Group(), [*callbacks, Hooks(checkpoint=save)])
     return state
 
@@ -148,7 +146,7 @@ def test_an_average_a_callback_and_scores_go_on_bit_identical(tmp_path: Path, fe
         whole, resumed = (tmp_path / name / "2-0" for name in ("whole", "resumed"))
         assert bits_of(resumed) == bits_of(whole)
         assert state.scores == [1.0, 0.5]
-    averaged = checkpoint.load_model(whole, mnist()).state_dict()
+    averaged = checkpoint.load_model(folder_at(whole), mnist()).state_dict()
     assert any(not torch.equal(averaged[name], value) for name, value in state.model.state_dict().items())
     assert all(torch.equal(averaged[name], value) for name, value in state.result.state_dict().items())
 
@@ -167,7 +165,7 @@ def test_the_epochs_figures_survive_a_resume(saved: Path, few_images: Arrays) ->
 
     whole = engine.create_state(mnist(), CONFIG, len(few_images), CPU)
     resumed = engine.create_state(mnist(), CONFIG, len(few_images), CPU)
-    checkpoint.restore(saved / "0-14", resumed)
+    checkpoint.restore(folder_at(saved / "0-14"), resumed)
     expected, found = last_of_first_epoch(whole), last_of_first_epoch(resumed)
     assert found.num_examples == expected.num_examples
     assert found.so_far == pytest.approx(expected.so_far, rel=1e-12)
@@ -182,21 +180,21 @@ def test_the_optimizer_of_another_kind_is_restored_too(tmp_path: Path, few_image
 
     state, restored = with_sgd(), with_sgd()
     engine.train(mnist(), state, Split(few_images), replace(CONFIG, num_epochs=1, schedule="constant"), Group())
-    checkpoint.snapshot(state, {"workload": mnist().identity}).write(tmp_path)
-    checkpoint.restore(tmp_path, restored)
+    checkpoint.snapshot(state, {"workload": mnist().identity}).write(folder_at(tmp_path))
+    checkpoint.restore(folder_at(tmp_path), restored)
     for parameter, same in zip(state.model.parameters(), restored.model.parameters(), strict=True):
         momentum = state.optimizer.state[parameter]["momentum_buffer"]
         assert torch.equal(momentum, restored.optimizer.state[same]["momentum_buffer"])
 
 
 def test_a_checkpoint_says_where_it_comes_from(saved: Path) -> None:
-    state = checkpoint.read_state(saved / "1-0")
+    state = checkpoint.read_state(folder_at(saved / "1-0"))
     assert (state["epoch"], state["step"], state["note"]) == (1, 0, "hello")
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"is not a checkpoint: it has no state\.json"):
-        checkpoint.load_model(tmp_path, mnist())
+        checkpoint.load_model(folder_at(tmp_path), mnist())
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "state.json"])
@@ -212,7 +210,7 @@ def test_a_damaged_checkpoint_is_refused(saved: Path, tmp_path: Path, name: str,
         (folder / name).write_bytes(content[:cut])
     state = engine.create_state(mnist(), CONFIG, 600, CPU)
     with pytest.raises((JobError, UsageError)) as raised:
-        checkpoint.restore(folder, state)
+        checkpoint.restore(folder_at(folder), state)
     assert str(folder) in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -236,21 +234,21 @@ def test_a_state_file_is_damaged_if_it_says_something_else_than_was_written(
 ) -> None:
     folder = changed(copy_of(saved / "1-14", tmp_path / "copy"), changes)
     with pytest.raises(DamagedCheckpointError, match=r"is damaged: state\.json: ") as raised:
-        checkpoint.load_model(folder, mnist())
+        checkpoint.load_model(folder_at(folder), mnist())
     assert "\n" not in str(raised.value)
 
 
 def test_a_checkpoint_of_another_version_is_refused_by_its_format(saved: Path, tmp_path: Path) -> None:
     folder = changed(copy_of(saved / "1-0", tmp_path / "copy"), {"format": 99}, is_signed=True)
     with pytest.raises(UsageError, match="is of another version of mnist_ray: format 99"):
-        checkpoint.load_model(folder, mnist())
+        checkpoint.load_model(folder_at(folder), mnist())
 
 
 def test_a_state_file_may_be_written_in_another_way(saved: Path, tmp_path: Path) -> None:
     folder = copy_of(saved / "1-0", tmp_path / "copy")
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state, indent=4, sort_keys=True))
-    assert checkpoint.read_state(folder) == state
+    assert checkpoint.read_state(folder_at(folder)) == state
 
 
 def test_a_checkpoint_of_another_optimizer_is_no_damaged_one(saved: Path) -> None:
@@ -258,13 +256,13 @@ def test_a_checkpoint_of_another_optimizer_is_no_damaged_one(saved: Path) -> Non
     halves = [{"params": [parameter]} for parameter in state.model.parameters()]
     state.optimizer = torch.optim.Adam(halves)
     with pytest.raises(OtherModelError, match=r"1-0 is of another optimizer or schedule: ValueError: "):
-        checkpoint.restore(saved / "1-0", state)
+        checkpoint.restore(folder_at(saved / "1-0"), state)
 
 
 def test_a_checkpoint_of_another_model_is_refused(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MNIST, "create_model", lambda workload: nn.Linear(784, 10))
     with pytest.raises(JobError, match=r"1-0 is of another model: .*conv1\.weight") as raised:
-        checkpoint.load_model(saved / "1-0", mnist())
+        checkpoint.load_model(folder_at(saved / "1-0"), mnist())
     assert "\n" not in str(raised.value)
 
 
@@ -291,35 +289,30 @@ def test_a_pickle_in_place_of_a_file_is_refused_and_not_run(
     changed(folder, {}, is_signed=True)
     state = engine.create_state(mnist(), CONFIG, 600, CPU)
     with pytest.raises(DamagedCheckpointError, match=rf"is damaged: {name}") as raised:
-        checkpoint.restore(folder, state)
+        checkpoint.restore(folder_at(folder), state)
     assert "\n" not in str(raised.value)
     assert not marker.exists()
     assert (state.epoch, state.step) == (0, 0)
 
 
 def test_a_checkpoint_whose_storage_is_away_for_a_moment_is_read_once_it_is_back(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    away, storage = tmp_path / "away", tmp_path / "storage"
-    away.mkdir()
-    copy_of(saved / "1-0", away / "1-0")
-    storage.touch()
+    attempts: list[str] = []
+    read = RunFolder.read_bytes
 
-    def come_back(seconds: float) -> None:
-        storage.unlink()
-        away.rename(storage)
+    def read_at_the_second_attempt(folder: RunFolder, name: str) -> bytes | None:
+        attempts.append(name)
+        if attempts.count(name) == 1:
+            raise OSError("connection reset")
+        return read(folder, name)
 
-    monkeypatch.setattr("time.sleep", come_back)
-    model = checkpoint.fetch(fs.LocalFileSystem(), str(storage / "1-0"), mnist())
-    expected = checkpoint.load_model(storage / "1-0", mnist()).state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-
-
-def test_an_error_of_a_fetched_checkpoint_names_where_it_lies(saved: Path, tmp_path: Path) -> None:
-    folder = copy_of(saved / "1-0", tmp_path / "copy")
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(DamagedCheckpointError, match=f"^checkpoint {folder} is damaged: model.safetensors: "):
-        checkpoint.fetch(fs.LocalFileSystem(), str(folder), mnist())
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(RunFolder, "read_bytes", read_at_the_second_attempt)
+    state = engine.create_state(mnist(), CONFIG, 600, CPU)
+    checkpoint.restore(folder_at(saved / "1-0"), state)
+    assert attempts == ["state.json"] * 2 + ["model.safetensors"] * 2 + ["training.pt"] * 2
+    assert state.epoch == 1
 
 
 def test_a_checkpoint_of_another_model_is_no_damaged_one(
@@ -356,8 +349,8 @@ def test_tied_weights_are_saved_and_restored(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(MNIST, "create_model", tied)
     state, restored = (engine.create_state(mnist(), replace(CONFIG, seed=seed), 600, CPU) for seed in (0, 1))
-    checkpoint.snapshot(state, {"workload": mnist().identity}).write(tmp_path)
-    checkpoint.restore(tmp_path, restored)
+    checkpoint.snapshot(state, {"workload": mnist().identity}).write(folder_at(tmp_path))
+    checkpoint.restore(folder_at(tmp_path), restored)
     weights = restored.model.state_dict()
     assert torch.equal(weights["2.weight"], state.model.state_dict()["1.weight"])
     assert torch.equal(weights["1.weight"], weights["2.weight"])
