@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -58,27 +58,14 @@ class Fitted:
 def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
     """Train on Ray and pass events to ``on_event``. If the run has checkpoints, go on from the last.
 
-    Raises TrainingStoppedError where it would end the same way again, JobError where training failed otherwise.
+    Raises TrainingStoppedError if it would end the same way again, JobError if training failed otherwise.
     """
-    job, data, plan = session.job, session.data, session.plan
-    workload, workers, event_queue = job.workload, job.workers, open_event_queue()
-    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(workers.hang_timeout_s))
+    job, plan, max_failures = session.job, session.plan, session.job.workers.max_failures
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(job.workers.hang_timeout_s))
     if plan.min_workers is not None:  # so long Ray waits in vain for as many as before, when a node has gone
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
-    validation_config, validation = None, None
-    if job.train.early_stop is not None:
-        validation = share(workload, data.validation)
-    elif len(data.validation):
-        split = share(workload, data.validation)
-        validate = functools.partial(
-            evaluate.validate, split=split, event_queue=event_queue, loader_workers=workers.loader_workers
-        )
-        # Without CPUs of its own, validation starts also while the workers hold all of them.
-        options = {"num_cpus": 0, **evaluate.process_options()}
-        validation_config = ValidationConfig(validate, ray_remote_kwargs=options)
-    evaluate.start_process()
-    train, in_tasks = share(workload, data.train), validation_config is not None
-    spec = LoopSpec(job=job, train=train, validation=validation, validates_in_tasks=in_tasks, event_queue=event_queue)
+    event_queue = open_event_queue()
+    spec, validation_config = _hand_out(session, event_queue)
     damaged: set[str] = set()
 
     def on_event_here(event: Event) -> None:
@@ -86,49 +73,51 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
             damaged.update(event.damaged)
         on_event(event)
 
-    def attempt() -> ray.train.Result:
-        drop_damaged_snapshot(job.run)
-        reporter = FailureReporter(event_queue)
-        return create_trainer(spec, plan, workers.max_failures, validation_config, [reporter]).fit()
-
-    result = _with_storage_failures(attempt, workers.max_failures, job.run, event_queue, on_event_here)
+    for failures_left in range(max_failures, -1, -1):
+        try:
+            drop_damaged_snapshot(job.run)
+            callbacks = [FailureReporter(event_queue)]
+            trainer = create_trainer(spec, plan, max_failures, validation_config, callbacks)
+            result = _fit_and_listen(trainer, event_queue, on_event_here)
+            break
+        except (ray.train.TrainingFailedError, RayError, *STORAGE_ERRORS) as error:
+            cause = getattr(error, "controller_failure", error)
+            if isinstance(cause, TrainingStoppedError):
+                raise cause from error
+            # Ray does not try again if its own bookkeeping fails on storage.
+            if failures_left == 0 or not isinstance(cause, STORAGE_ERRORS):
+                raise JobError(reason_of(error) + _saved(job.run)) from error
+            on_event(WorkersLost(reason_of(error)))
+            job.run.check_writable(retry=True)
     if result.return_value is not None:
         raise TrainingStoppedError(result.return_value)
     best, metrics = best_of(result, damaged)
     return Fitted(folder_of(best), metrics)
 
 
-def _with_storage_failures(
-    attempt: Callable[[], ray.train.Result],
-    max_failures: int,
-    run: RunFolder,
-    event_queue: Any,
-    on_event: Callable[[Event], None],
-) -> ray.train.Result:
-    """Return an attempt's result; where Ray's own bookkeeping fails on storage, which it does not retry, try again."""
-    for failures_left in range(max_failures, -1, -1):
-        try:
-            return _listening(attempt, event_queue, on_event)
-        except (ray.train.TrainingFailedError, RayError, *STORAGE_ERRORS) as error:
-            cause = getattr(error, "controller_failure", error)
-            if isinstance(cause, TrainingStoppedError):
-                raise cause from error
-            if failures_left == 0 or not isinstance(cause, STORAGE_ERRORS):
-                raise JobError(reason_of(error) + _saved(run)) from error
-            on_event(WorkersLost(reason_of(error)))
-            run.check_writable(retry=True)
-    raise AssertionError("the last attempt returns or raises")
+def _hand_out(session: Session, event_queue: Any) -> tuple[LoopSpec, ValidationConfig | None]:
+    """Share the data; return what the workers are handed, and how tasks validate, unless the workers do."""
+    job, data, loader_workers = session.job, session.data, session.job.workers.loader_workers
+    evaluate.start_process()
+    spec = LoopSpec(job=job, train=share(job.workload, data.train), event_queue=event_queue)
+    if len(data.validation) == 0:
+        return spec, None
+    split = share(job.workload, data.validation)
+    if job.train.early_stop is not None:  # the workers wait for the validation: whether they go on depends on it
+        return replace(spec, validation=split), None
+    validate = functools.partial(evaluate.validate, split=split, event_queue=event_queue, loader_workers=loader_workers)
+    # Without CPUs of its own, validation starts also while the workers hold all of them.
+    options = {"num_cpus": 0, **evaluate.process_options()}
+    return replace(spec, validates_in_tasks=True), ValidationConfig(validate, ray_remote_kwargs=options)
 
 
-def _listening(
-    work: Callable[[], ray.train.Result], event_queue: Any, on_event: Callable[[Event], None]
-) -> ray.train.Result:
-    """Return what ``work`` returns, done in a thread, so that this one hands on events and takes Ctrl-C.
+def _fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[[Event], None]) -> ray.train.Result:
+    """Fit in a thread, so that this one hands on events and takes Ctrl-C; return the result.
 
-    The first Ctrl-C lets the workers save what they have, where they are training. Raises KeyboardInterrupt then, too.
+    The first Ctrl-C lets the workers save what they have, if they are training. Raises KeyboardInterrupt then, too.
     """
     pool = ThreadPoolExecutor(1)
-    result: Future[ray.train.Result] = pool.submit(work)
+    result: Future[ray.train.Result] = pool.submit(trainer.fit)
     try:
         with first_only_noted() as interrupted:
             _hand_on(result, event_queue, on_event, interrupted)

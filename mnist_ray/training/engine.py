@@ -35,12 +35,7 @@ from mnist_ray.workload.tensors import as_fp32, autocast, detached
 EVALUATION_BATCH_SIZE = 100  # so few that the activations stay in the processor's cache
 
 
-def create_state(
-    workload: Workload,
-    config: TrainConfig,
-    num_examples: int,
-    device: torch.device,
-) -> TrainingState:
+def create_state(workload: Workload, config: TrainConfig, num_examples: int, device: torch.device) -> TrainingState:
     """Return the state before the first step, for ``num_examples`` to train on; the same on every rank."""
     torch.manual_seed(config.seed)
     model = with_fast_layout(workload.create_model().to(device))
@@ -95,15 +90,13 @@ def train(
     window = LoggingWindow(workload, group)
     while not is_over(state, config):
         window.restart_clock()
-        for batch in _batches(examples, state, config, group, num_loader_processes):
-            sums = gradients.add(batch)
-            if sums is None:  # there are more pieces of this step's slice
-                continue
+        for pieces in _steps(examples, state, config, group, num_loader_processes):
+            sums = gradients.compute(pieces)
             _update(state, config, callbacks)
             state.step += 1
             for callback in callbacks:
                 callback.on_step(state)
-            window.add(sums, batch.global_size)
+            window.add(sums, pieces[0].global_size)
             is_due = state.step % config.checkpoint_every == 0
             if not (window.is_full(num_steps - state.step) or is_due):
                 continue
@@ -125,14 +118,14 @@ def train(
             raise StopWantedError
 
 
-def _batches(
+def _steps(
     examples: ArrayBatches | ExampleBatches,
     state: TrainingState,
     config: TrainConfig,
     group: Group,
     num_loader_processes: int,
-) -> Iterator[Batch]:
-    """Yield this rank's slices of what is left of the current epoch, on the device."""
+) -> Iterator[list[Batch]]:
+    """Yield this rank's slice of each step that is left of the epoch, in one piece or several, on the device."""
     sampler = ShardedBatchSampler(
         len(examples),
         config.batch_size,
@@ -146,8 +139,12 @@ def _batches(
     )
     if isinstance(examples, ExampleBatches):
         examples.seed = seed_of(config.seed, state.epoch, 0)
-    for batch in batch_loader(examples, sampler, num_loader_processes):
-        yield to_device(batch, group.device)
+    pieces: list[Batch] = []
+    for piece in batch_loader(examples, sampler, num_loader_processes):
+        pieces.append(to_device(piece, group.device))
+        if piece.ends_step:
+            yield pieces
+            pieces = []
 
 
 def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callback]) -> None:
@@ -181,21 +178,19 @@ class Gradients:
         self._model = _distributed(state.model, group)
         self._model.train()
         self._generator = _generator(group.device)
-        self._total: dict[str, Tensor] = {}
 
-    def add(self, batch: Batch) -> dict[str, Tensor] | None:
-        """Add a piece of a slice; return the sums over the slice once the step's gradients are in the model."""
+    def compute(self, pieces: Sequence[Batch]) -> dict[str, Tensor]:
+        """Leave the gradients of a step in the model; return the sums over this rank's slice."""
         state = self._state
-        if not self._total:  # augmentation and dropout draw the same in a resumed run
-            self._generator.manual_seed(seed_of(self._config.seed, state.epoch, self._group.rank) + state.step)
-        # DDP takes the mean of the ranks' gradients, with the last piece of each slice.
-        weight = self._group.world_size / batch.global_size
-        with _exchanging(self._model, batch.ends_step):
-            sums = backward(self._workload, self._model, batch, self._config, weight, self._generator, state.scaler)
-        self._total = {name: self._total[name] + value for name, value in sums.items()} if self._total else sums
-        if not batch.ends_step:
-            return None
-        total, self._total = self._total, {}
+        total: dict[str, Tensor] = {}
+        # Augmentation and dropout draw the same in a resumed run.
+        self._generator.manual_seed(seed_of(self._config.seed, state.epoch, self._group.rank) + state.step)
+        for piece in pieces:
+            # DDP takes the mean of the ranks' gradients, with the last piece of each slice.
+            weight = self._group.world_size / piece.global_size
+            with _exchanging(self._model, piece.ends_step):
+                sums = backward(self._workload, self._model, piece, self._config, weight, self._generator, state.scaler)
+            total = {name: total[name] + value for name, value in sums.items()} if total else sums
         return total
 
 
@@ -207,16 +202,16 @@ class ReproducibleGradients:
         state.model.train()
         self._generator = _generator(group.device)
         self._chunks = Chunks(state.model, config.num_chunks, group.rank, group.world_size)
-        self._numbers = itertools.cycle(self._chunks.own)
 
-    def add(self, batch: Batch) -> dict[str, Tensor] | None:
-        """Add a chunk of the batch."""
-        chunk, state = next(self._numbers), self._state
-        self._generator.manual_seed(seed_of(self._config.seed, state.epoch, chunk) + state.step)
-        weight = 1 / batch.global_size
-        sums = backward(self._workload, state.model, batch, self._config, weight, self._generator, state.scaler)
-        self._chunks.take(chunk, sums)
-        return self._chunks.give() if batch.ends_step else None
+    def compute(self, pieces: Sequence[Batch]) -> dict[str, Tensor]:
+        """Leave the gradients of the whole batch in the model; each piece is one of this rank's chunks."""
+        state = self._state
+        for chunk, piece in zip(self._chunks.own, pieces, strict=True):
+            self._generator.manual_seed(seed_of(self._config.seed, state.epoch, chunk) + state.step)
+            weight = 1 / piece.global_size
+            sums = backward(self._workload, state.model, piece, self._config, weight, self._generator, state.scaler)
+            self._chunks.take(chunk, sums)
+        return self._chunks.give()
 
 
 @functools.lru_cache

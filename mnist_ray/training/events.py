@@ -12,8 +12,7 @@ from typing import Any
 class ControllerStarted:
     """Ray Train has begun to look after the workers."""
 
-    actor: Any
-    """What does; it can be asked whether it is there."""
+    actor: Any  # what does; it can be asked whether it is there
 
 
 @dataclass(frozen=True)
@@ -22,20 +21,14 @@ class Started:
 
     num_workers: int
     hosts: tuple[str, ...]
-    threads: int
-    """Of each worker."""
+    threads: int  # of each worker
     device: str
     precision: str
-    epoch: int
-    """Epochs that were finished before, in an earlier attempt."""
-    step: int
-    """Steps that were done before, in the current epoch."""
-    num_steps: int
-    """Steps of an epoch."""
-    damaged: tuple[str, ...] = ()
-    """Checkpoints that were passed over: cut off, or not what was written."""
-    notes: tuple[str, ...] = ()
-    """What else the user is to know."""
+    epoch: int  # epochs that were finished before, in an earlier attempt
+    step: int  # steps that were done before, in the current epoch
+    num_steps: int  # steps of an epoch
+    damaged: tuple[str, ...] = ()  # checkpoints that were passed over: cut off, or not what was written
+    notes: tuple[str, ...] = ()  # what else the user is to know
 
     @property
     def total_step(self) -> int:
@@ -47,8 +40,7 @@ class Started:
 class WorkersLost:
     """Workers have died or failed; those that are left are stopped, and the run goes on from its last checkpoint."""
 
-    reason: str
-    """One line."""
+    reason: str  # one line
 
 
 @dataclass(frozen=True)
@@ -65,20 +57,14 @@ class Stopping:
 class Progress:
     """Where an epoch stands, over all ranks."""
 
-    epoch: int
-    """Counted from 1."""
+    epoch: int  # counted from 1
     step: int
     num_steps: int
-    losses: list[float]
-    """Mean loss of each step since the last progress."""
-    window: Mapping[str, float]
-    """Loss and metrics over the steps since the last progress."""
-    so_far: Mapping[str, float]
-    """Loss and metrics over the epoch so far."""
-    num_examples: int
-    """Of the epoch so far."""
-    epoch_s: float
-    """Seconds of training in the epoch so far."""
+    losses: list[float]  # mean loss of each step since the last progress
+    window: Mapping[str, float]  # loss and metrics over the steps since the last progress
+    so_far: Mapping[str, float]  # loss and metrics over the epoch so far
+    num_examples: int  # of the epoch so far
+    epoch_s: float  # seconds of training in the epoch so far
 
     @property
     def total_step(self) -> int:
@@ -107,21 +93,17 @@ class EpochFinished:
 class Validated:
     """An epoch's checkpoint was evaluated on the validation set, by a task or by the workers."""
 
-    epoch: int
-    """Counted from 1."""
-    values: Mapping[str, float]
-    """Loss and metrics."""
+    epoch: int  # counted from 1
+    values: Mapping[str, float]  # loss and metrics
     seconds: float
-    is_beside: bool = True
-    """Whether the training went on meanwhile."""
+    is_beside: bool = True  # whether the training went on meanwhile
 
 
 @dataclass(frozen=True)
 class StoppedEarly:
     """The training is over before its last epoch, since validation has not been better for long enough."""
 
-    epoch: int
-    """The last, counted from 1."""
+    epoch: int  # the last, counted from 1
     best_epoch: int
 
 
@@ -129,14 +111,11 @@ class StoppedEarly:
 class TrialEnded:
     """A trial of a sweep has ended."""
 
-    number: int
-    """Counted from 1."""
-    settings: Mapping[str, Any]
-    """Those that are searched, and the seed."""
+    number: int  # counted from 1
+    settings: Mapping[str, Any]  # those that are searched, and the seed
     state: str
     has_failed: bool
-    values: Mapping[str, float]
-    """Its figures in sweep.csv, as far as there are any."""
+    values: Mapping[str, float]  # its figures in sweep.csv, as far as there are any
 
 
 Event = (

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import Sampler
 
 from mnist_ray.workload.order import Shuffled
 
@@ -28,47 +28,38 @@ def own_chunks(num_chunks: int, rank: int, world_size: int) -> range:
     return range(num_chunks * rank // world_size, num_chunks * (rank + 1) // world_size)
 
 
-class ShardedBatchSampler(Sampler[Slice]):
+@dataclass(frozen=True)
+class ShardedBatchSampler:
     """One rank's slices of an epoch's global batches.
 
     The global batches depend on (seed, epoch) only, never on the number of ranks: the epoch's order is cut into
     batches, and rank r of w takes the r-th of w slices of each. So a run may go on with other workers, at any
     ``first_step``, and see the batches it would have seen. All ranks get the same number of slices; but a slice comes
-    in pieces where it has more than ``piece_size`` examples, or where the batches are cut into ``num_chunks``, of which
-    a rank gets each of its own by itself.
+    in pieces if it has more than ``piece_size`` examples, or if the batches are cut into ``num_chunks``, of which a
+    rank gets each of its own by itself.
     """
 
-    def __init__(
-        self,
-        num_examples: int,
-        batch_size: int,
-        *,
-        seed: int,
-        epoch: int,
-        rank: int = 0,
-        world_size: int = 1,
-        first_step: int = 0,
-        num_chunks: int | None = None,
-        piece_size: int | None = None,
-    ) -> None:
-        self.num_examples = num_examples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = epoch
-        self.first_step = first_step
-        self.piece_size = piece_size or batch_size
-        self.num_slices = num_chunks or world_size
-        self.own = own_chunks(self.num_slices, rank, world_size)
+    num_examples: int
+    batch_size: int
+    seed: int
+    epoch: int
+    rank: int = 0
+    world_size: int = 1
+    first_step: int = 0
+    num_chunks: int | None = None
+    piece_size: int | None = None
 
     def __iter__(self) -> Iterator[Slice]:
+        num_slices = self.num_chunks or self.world_size
+        own = own_chunks(num_slices, self.rank, self.world_size)
         for batch in self._batches():
-            bounds = [len(batch) * number // self.num_slices for number in (*self.own, self.own.stop)]
+            bounds = [len(batch) * number // num_slices for number in (*own, own.stop)]
             pieces = [piece for first, last in pairwise(bounds) for piece in self._cut(batch[first:last])]
             for piece in pieces:
                 yield Slice(piece, len(batch), ends_step=piece is pieces[-1])
 
     def _cut(self, indices: np.ndarray) -> list[np.ndarray]:
-        if len(indices) <= self.piece_size:
+        if self.piece_size is None or len(indices) <= self.piece_size:
             return [indices]
         return np.array_split(indices, math.ceil(len(indices) / self.piece_size))
 

@@ -52,28 +52,20 @@ class TrainingState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
-    epoch: int = 0
-    """Epochs finished."""
-    step: int = 0
-    """Optimizer steps done in the current epoch."""
-    sums: MetricSums = field(default_factory=MetricSums)
-    """Over the current epoch so far and all ranks."""
+    epoch: int = 0  # epochs finished
+    step: int = 0  # optimizer steps done in the current epoch
+    sums: MetricSums = field(default_factory=MetricSums)  # over the current epoch so far and all ranks
     epoch_s: float = 0.0
     """Seconds of training in the current epoch so far, without validation and checkpoints, by rank 0's clock."""
-    finished_s: float = 0.0
-    """Seconds spent so in the epochs before."""
+    finished_s: float = 0.0  # seconds spent so in the epochs before
     scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))
     """Scales the loss, so that fp16 can hold its gradients; of other precisions it does nothing."""
-    average: AveragedModel | None = None
-    """Holds a moving average of the model's weights, where that is what counts."""
+    average: AveragedModel | None = None  # holds a moving average of the model's weights, where that is what counts
     scores: list[float] = field(default_factory=list)
     """Of each finished epoch's validation, where the training waits for it; more is better."""
-    ends: bool = False
-    """Whether a callback has ended the training, with the epochs that are finished."""
-    last_epoch: float = math.inf
-    """Where the training ends."""
-    last_step: float = math.inf
-    """Where an epoch ends."""
+    ends: bool = False  # whether a callback has ended the training, with the epochs that are finished
+    last_epoch: float = math.inf  # where the training ends
+    last_step: float = math.inf  # where an epoch ends
 
     @property
     def result(self) -> nn.Module:

@@ -19,31 +19,27 @@ _REPORT_INTERVAL_S = 0.5
 
 
 class LoggingWindow:
-    """The steps since the last progress: their figures stay on the device until the window is closed.
+    """The steps since the last progress: their sums stay on the device until the window is closed.
 
     Closing it is the only time at which ranks talk besides the gradients. Rank 0's clock decides for all ranks after
     how many steps the next one closes, so that every rank closes at the same step.
     """
 
     def __init__(self, workload: Workload, group: Group) -> None:
-        self._workload = workload
-        self._group = group
+        self._workload, self._group = workload, group
+        self._interval_steps = _FIRST_INTERVAL_STEPS
+        self._sums: list[dict[str, Tensor]] = []  # of each step, on this rank
+        self._sizes: list[int] = []  # of each step's global batch
         self.stops = False  # whether rank 0 wanted to stop when the window was closed last
-        self._reset(_FIRST_INTERVAL_STEPS)
         self.restart_clock()
 
-    def _reset(self, interval_steps: int) -> None:
-        self._interval_steps = interval_steps
-        self._steps: list[dict[str, Tensor]] = []
-        self._sizes: list[int] = []
-
     def restart_clock(self) -> None:
-        """Leave out of the epoch's seconds what was done since the window opened."""
+        """Leave the time since the window opened out of the epoch's seconds."""
         self._start = time.perf_counter()
 
     def add(self, sums: dict[str, Tensor], global_size: int) -> None:
         """Add a step: its sums on this rank, and the size of its global batch."""
-        self._steps.append(sums)
+        self._sums.append(sums)
         self._sizes.append(global_size)
 
     def is_full(self, steps_left: int) -> bool:
@@ -52,43 +48,36 @@ class LoggingWindow:
 
     def close(self, state: TrainingState, num_steps: int, *, stop_wanted: bool) -> Progress:
         """Reduce the window over all ranks into ``state`` and empty it. Raises TrainingDivergedError."""
-        steps, interval_steps, elapsed_s = self._reduce(stop_wanted)
+        names = list(self._sums[0])
+        sums = torch.stack([step[name] for step in self._sums for name in names]).double()
+        if sums.is_cuda:
+            torch.cuda.synchronize()  # else the last steps' time would be the next window's
+        now = time.perf_counter()
+        elapsed_s, self._start = now - self._start, now
+        next_interval = max(1, round(len(self._sizes) * _REPORT_INTERVAL_S / max(elapsed_s, 1e-3)))
+        agreed = sums.new_tensor([next_interval, stop_wanted, elapsed_s])
+        if self._group.world_size > 1:
+            dist.all_reduce(sums)
+            dist.broadcast(agreed, 0)
+        rows = sums.view(-1, len(names)).tolist()
+        of_steps = [dict(zip(names, row, strict=True)) for row in rows]
+        steps = [MetricSums(of_step, size) for of_step, size in zip(of_steps, self._sizes, strict=True)]
         window = MetricSums()
         for offset, step in enumerate(steps):
             if not math.isfinite(step.sums["loss"]):
                 raise TrainingDivergedError(state.epoch + 1, state.step - len(steps) + offset + 1)
             window += step
             state.sums += step  # one by one: its bits do not depend on when windows close
-        state.epoch_s += elapsed_s
-        self._reset(interval_steps)
+        self._sums, self._sizes = [], []
+        self._interval_steps, self.stops = int(agreed[0]), bool(agreed[1])
+        state.epoch_s += float(agreed[2])
         return Progress(
-            state.epoch + 1,
-            state.step,
-            num_steps,
-            [step.sums["loss"] / step.num_examples for step in steps],
-            window.values(self._workload),
-            state.sums.values(self._workload),
-            state.sums.num_examples,
-            state.epoch_s,
+            epoch=state.epoch + 1,
+            step=state.step,
+            num_steps=num_steps,
+            losses=[step.sums["loss"] / step.num_examples for step in steps],
+            window=window.values(self._workload),
+            so_far=state.sums.values(self._workload),
+            num_examples=state.sums.num_examples,
+            epoch_s=state.epoch_s,
         )
-
-    def _reduce(self, stop_wanted: bool) -> tuple[list[MetricSums], int, float]:
-        """Return the sums of each step over all ranks, the steps of the next window, and the seconds of this one."""
-        names = list(self._steps[0])
-        sums = torch.stack([step[name] for step in self._steps for name in names]).double()
-        if sums.is_cuda:
-            torch.cuda.synchronize()  # else the last steps' time would be the next window's
-        now = time.perf_counter()
-        elapsed_s, self._start = now - self._start, now
-        next_interval = max(1, round(len(self._sizes) * _REPORT_INTERVAL_S / max(elapsed_s, 1e-3)))
-        settled = [next_interval, stop_wanted, elapsed_s] if self._group.rank == 0 else [0, 0, 0]
-        values = torch.cat([sums, sums.new_tensor(settled)])
-        if self._group.world_size > 1:
-            dist.all_reduce(values)
-        of_steps = values[: -len(settled)].view(-1, len(names)).tolist()
-        interval_steps, self.stops, elapsed_s = int(values[-3]), bool(values[-2]), float(values[-1])
-        steps = [
-            MetricSums(dict(zip(names, of_step, strict=True)), size)
-            for of_step, size in zip(of_steps, self._sizes, strict=True)
-        ]
-        return steps, interval_steps, elapsed_s
