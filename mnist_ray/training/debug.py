@@ -1,4 +1,4 @@
-"""What helps to find out what is wrong with a training: a profile, and the first gradient that is no number."""
+"""Debugging aids: a profiler, and the operation that produced the first NaN gradient."""
 
 from __future__ import annotations
 
@@ -61,15 +61,11 @@ def _most_expensive(seen: profile) -> list[dict[str, Any]]:
     """Return the operators that took the most time themselves: milliseconds and calls of all steps."""
     events = seen.key_averages()
     on_device = any(event.self_device_time_total for event in events)
-
-    def micros(event: Any) -> float:
-        return float(event.self_device_time_total if on_device else event.self_cpu_time_total)
-
-    total = sum(map(micros, events)) or 1.0
-    most_expensive = sorted(events, key=micros, reverse=True)[:_NUM_OPERATORS]
+    micros = {event.key: event.self_device_time_total if on_device else event.self_cpu_time_total for event in events}
+    total = sum(micros.values()) or 1.0
     return [
-        {"operator": event.key, "calls": event.count, "ms": micros(event) / 1e3, "part": micros(event) / total}
-        for event in most_expensive
+        {"operator": event.key, "calls": event.count, "ms": micros[event.key] / 1e3, "part": micros[event.key] / total}
+        for event in sorted(events, key=lambda event: -micros[event.key])[:_NUM_OPERATORS]
     ]
 
 
