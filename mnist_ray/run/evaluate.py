@@ -31,7 +31,7 @@ def evaluate(
     """Evaluate a checkpoint on the test set, spread over tasks of one CPU each.
 
     Tasks get whole batches, and batches are the same for any number of tasks, so the result is too. Raises what a
-    task raised, and JobError where its node or the storage has gone.
+    task raised, and JobError if its node or the storage has gone.
     """
     shared = share(workload, test)
     task = _evaluate_split.options(**process_options())
@@ -47,7 +47,7 @@ def evaluate(
 
 
 def process_options() -> dict[str, Any]:
-    """Return the options of tasks that evaluate, by which they share processes."""
+    """Return the options that let tasks of evaluation share processes."""
     return {"runtime_env": {"env_vars": for_evaluation()}}
 
 

@@ -44,15 +44,15 @@ from mnist_ray.training.events import ControllerStarted, Event, Started, Stoppin
 
 _POLL_INTERVAL_S = 0.5  # at which the driver asks for events, as often as workers send their progress
 _SAVED_WITHIN_S = 30.0  # after Ctrl-C
-_END_TIMEOUT_S = 5.0  # for which the end of Ray Train's controller is waited for where the run ends before
+_END_TIMEOUT_S = 5.0  # to wait for the end of Ray Train's controller, if the run ends first
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a finished run has left."""
+    """The checkpoint of a finished run."""
 
     checkpoint: RunFolder  # the best by validation; the last if nothing was held out
-    metrics: dict[str, Any]  # those of `checkpoint`
+    metrics: dict[str, Any]  # of that checkpoint
 
 
 def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
@@ -166,7 +166,7 @@ def _ping(controller: Any) -> Future[object]:
 
 
 def _taken(event_queue: Any) -> list[Event]:
-    """Return the events that have come. Raises RaySilentError where the event queue does not answer."""
+    """Return the events that have come. Raises RaySilentError if the event queue does not answer."""
     answer = event_queue.take.remote()
     if not ray.wait([answer], timeout=LONGEST_SILENCE_S)[0]:
         raise RaySilentError.of("the event queue of its workers")
@@ -175,7 +175,7 @@ def _taken(event_queue: Any) -> list[Event]:
 
 
 def drop_damaged_snapshot(run: RunFolder) -> None:
-    """Remove Ray's list of a run's checkpoints where a kill has cut it off; workers look for checkpoints themselves."""
+    """Remove Ray's list of a run's checkpoints if a kill has cut it off; workers find checkpoints themselves."""
 
     def drop() -> None:
         if run.exists(ray_internals.SNAPSHOT_FILE) and snapshot_of(run) is None:
@@ -231,7 +231,7 @@ def create_trainer(
 
 
 class _Trainer(TorchTrainer):
-    """Without the actors that help where there is no need: each of them is a process, and is waited for."""
+    """Without actors that are not needed: each is a process, whose start and end take time."""
 
     def _create_default_callbacks(self) -> list[Any]:
         is_local = self.backend_config.is_local
@@ -244,7 +244,7 @@ class _Trainer(TorchTrainer):
 
 
 class _TellsController(ray_internals.ControllerCallback):
-    """Tells the driver who looks after the workers, so that it can ask whether that still answers."""
+    """Tells the driver which actor looks after the workers, so that it can check that it still answers."""
 
     def __init__(self, event_queue: Any) -> None:
         self._event_queue = event_queue

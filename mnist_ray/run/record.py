@@ -1,4 +1,4 @@
-"""What a run shows and keeps as it goes: its header, its files, its trackers and, however it ends, its page."""
+"""A run's files, trackers and console as it goes; and its report, however it ends."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Splits, verdict
 
-Sections = Callable[[RunFolder], Any]  # what a report shows besides, made of a run's folder: a sweep's trials
+Sections = Callable[[RunFolder], Any]  # builds more sections of a report, as of a sweep's trials
 
 
 @contextlib.contextmanager
 def recorded(session: Session, sections: Sections | None = None) -> Iterator[Record]:
-    """Show and keep how a run goes. However it ends, its report is written and its trackers are told.
+    """Show and keep how a run goes. However it ends, its report is written and its trackers are closed.
 
-    Raises what happens meanwhile, with what the user can do about it.
+    Adds to an exception that is raised meanwhile what the user can do about it.
     """
     record, job, logs = Record(session, sections), session.job, session.cluster.log_folder
     say_plan(session)
@@ -80,7 +80,7 @@ class Record:
         self._first_loss = math.nan
 
     def begin(self) -> None:
-        """Write what is known before the first step. Raises JobError where the storage cannot be used."""
+        """Write the files that are known before the first step. Raises JobError if the storage cannot be used."""
         run, workload = self._job.run, self._job.workload
         if len(self._session.cluster.nodes) > 1:  # else nobody but this machine writes
             preflight.check_nodes(run)
@@ -91,7 +91,7 @@ class Record:
         self._trackers = start.start(run, workload, self._job.values, self._job.output, warn)
 
     def on_event(self, event: Event) -> None:
-        """Take what workers and tasks tell."""
+        """Take an event of a worker or task."""
         if isinstance(event, EpochFinished) and event.last.epoch == self._job.train.num_epochs:
             # Imports matplotlib, while the last validation and the workers' end are waited for.
             threading.Thread(target=importlib.import_module, args=["mnist_ray.report.page"], daemon=True).start()
@@ -105,7 +105,7 @@ class Record:
             self._live_report.refresh()
 
     def test(self, fitted: Fitted, *, is_last: bool = True) -> float:
-        """Evaluate what was fitted on the test set; show and write what came out. Return the monitor's value.
+        """Evaluate the fitted checkpoint on the test set; show and write the result. Return the monitor's value.
 
         ``is_last``: the cluster is left then, while the report is written.
         """
@@ -143,7 +143,7 @@ class Record:
         return float(result[f"test_{workload.monitor.name}"])
 
     def close(self) -> None:
-        """Write the report and tell the trackers; where that fails, say so: the run is not lost for it."""
+        """Write the report and close the trackers. A failure of these is a note: the run is not lost for it."""
         pictures = self._write_report()
         self._trackers.close(Ending(self._result, pictures, self._fitted.checkpoint if self._fitted else None))
 
@@ -186,9 +186,9 @@ class Record:
 
 
 def write_origin(job: Job, data: Splits) -> None:
-    """Write how a run begins; one that goes on has begun with what is there, whatever code and data are now.
+    """Write how a run begins; a resumed run keeps the file that is there.
 
-    Raises JobError where the storage cannot be used.
+    Raises JobError if the storage cannot be used.
     """
     workload = job.workload
     assert workload.source is not None
@@ -204,7 +204,7 @@ def write_origin(job: Job, data: Splits) -> None:
 
 
 def print_evaluation(console: RunConsole, workload: Workload, tested: Evaluation) -> None:
-    """Print what came out on the test set."""
+    """Print the result on the test set."""
     for label, line in workload.lines(tested.columns):
         console.say(label, line)
     values = tested.values(workload)
@@ -214,7 +214,7 @@ def print_evaluation(console: RunConsole, workload: Workload, tested: Evaluation
 
 
 def check(session: Session) -> None:
-    """Say how a job would run, and let every node prove that it can take part. Raises JobError if one cannot."""
+    """Print how a job would run; every node proves that it can take part. Raises JobError if one cannot."""
     job, console, plan = session.job, session.console, session.plan
     own_versions, batch_size = versions(), job.train.batch_size
     hosts = ["this process"] if session.is_here else preflight.check_nodes(job.run, own_versions)
@@ -245,7 +245,7 @@ class LiveReport:
             self._thread.start()
 
     def close(self) -> None:
-        """Wait for what is being written; nothing is written any more."""
+        """Wait for a report that is being written; write none from now on."""
         if self._thread is not None:
             self._thread.join()
         self._next = math.inf

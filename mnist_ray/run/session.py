@@ -26,7 +26,7 @@ Self = TypeVar("Self", bound="Session")
 
 
 class Session:
-    """What every step of a job's story needs. Use it as a context: an interrupt is raised with how to go on."""
+    """The state that every step of a job's story needs. Use it as a context: it adds to an interrupt how to go on."""
 
     data: Splits
     console: RunConsole
@@ -42,7 +42,7 @@ class Session:
 
     @property
     def is_here(self) -> bool:
-        """Whether all is done in this process, without Ray."""
+        """Whether this process trains, without Ray."""
         return self.workers.num_workers == 0
 
     def __enter__(self: Self) -> Self:
@@ -100,7 +100,7 @@ class Session:
 
 @contextlib.contextmanager
 def saying_the_way_on(job: Job) -> Iterator[None]:
-    """Raise an interrupt with how to go on after it."""
+    """Add to an interrupt how to go on after it."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
@@ -117,7 +117,7 @@ def console_of(job: Job) -> RunConsole:
 
 
 def say_run(session: Session) -> None:
-    """Say what is going to be trained, and show what is waited for."""
+    """Print the header of a run: data, training, settings."""
     job, console, config = session.job, session.console, session.job.train
     console.say("run", job.run.name)
     say_data(console, job, session.data)
@@ -136,7 +136,7 @@ def say_run(session: Session) -> None:
 
 
 def say_data(console: RunConsole, job: Job, data: Splits) -> None:
-    """Print the line of the header that tells of the data, after what the user is to know before."""
+    """Print the notes of a job, and the line of its data."""
     for note in job.notes:
         console.say("note", note)
     counts = f"{len(data.train):,} {job.workload.nouns} to train on, {len(data.validation):,} for validation"
@@ -149,7 +149,7 @@ def say_dashboard(console: RunConsole, cluster: Cluster) -> None:
 
 
 def say_plan(session: Session) -> None:
-    """Say what trains, on what, once that is known, and show what is waited for."""
+    """Print the model and the workers that train it."""
     job, console, cluster, plan = session.job, session.console, session.cluster, session.plan
     model = job.workload.create_model()
     num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -201,10 +201,10 @@ class Clock:
 
 
 def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Splits]:
-    """Return a job's data, and the job with what the user should know of them; its workload knows their metadata.
+    """Return the job with notes about its data, and the data; its workload has their metadata from now on.
 
-    ``batch_sizes`` are those that a sweep tries. Raises UsageError and JobError, UsageError also where a run that goes
-    on has begun with other data.
+    ``batch_sizes`` are those that a sweep tries. Raises UsageError and JobError; UsageError also if a resumed run began
+    with other data.
     """
     splits = subset(splits_of(load_data_of(job.workload), job.train.validation_size), job.train)
     notes = [*_check_same_data(job, splits), *_on_schedule(job)]
@@ -218,7 +218,7 @@ def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Splits]:
 
 
 def _check_same_data(job: Job, splits: Splits) -> tuple[str, ...]:
-    """Raise UsageError where a run goes on with other data; return what the user is to know where that is not known."""
+    """Raise UsageError if a resumed run began with other data; return a note if that is not known."""
     if not job.origin:
         return ()
     then, now = job.origin.get("data", {}), splits.digests  # it may have begun before digests were kept
@@ -234,7 +234,7 @@ def _check_same_data(job: Job, splits: Splits) -> tuple[str, ...]:
 
 
 def _on_schedule(job: Job) -> Iterator[str]:
-    """Say what a user may not expect of a training that may stop early."""
+    """Yield a note if the schedule does not fit a training that may stop early."""
     if job.train.early_stop is not None and job.train.schedule == "one-cycle":
         yield (
             f"the one-cycle schedule is {count(job.train.num_epochs, 'epoch')} long: where training stops early, the "

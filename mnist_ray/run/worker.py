@@ -1,4 +1,4 @@
-"""What each worker does: one set-up for runs and trials, around the loop of plain PyTorch."""
+"""A worker: one set-up for runs and trials, around the loop of plain PyTorch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from mnist_ray.workload.data import Split
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSpec:
-    """What every worker is handed."""
+    """The job and its data, as every worker gets them."""
 
     job: Job
     train: RemoteSplit | Split
@@ -87,7 +87,7 @@ def opened(split: RemoteSplit | Split) -> Split:
 
 
 class Reporter(Callback):
-    """What a worker does besides training: it watches over itself, validates and saves; subclasses say to whom."""
+    """A worker's duties besides training: to validate, save and report; subclasses say to whom."""
 
     def __init__(self, spec: LoopSpec, group: Group, config: TrainConfig) -> None:
         self._spec, self._group, self._config = spec, group, config
@@ -115,7 +115,7 @@ class Reporter(Callback):
         end_if_hung(self._job.workers.hang_timeout_s)
 
     def started(self, state: TrainingState, restored: checkpoints.Restored) -> Started:
-        """Return what is reported as training begins."""
+        """Return the event for the beginning of training."""
         hosts: list[str] = [socket.gethostname()] * self._group.world_size
         if self._group.world_size > 1:
             torch.distributed.all_gather_object(hosts, hosts[0])
@@ -141,7 +141,7 @@ class Reporter(Callback):
         return name
 
     def snapshot(self, state: TrainingState, metrics: dict[str, Any]) -> checkpoints.Snapshot:
-        """Return a copy of what a checkpoint holds."""
+        """Return a copy of the state for a checkpoint."""
         described = about(self._job) | {"metrics": metrics, "versions": versions()}
         if self._config.reproducible:
             described["arithmetic"] = arithmetic()
@@ -175,5 +175,5 @@ class Reporter(Callback):
 
 
 def validation_metrics(workload: Workload, values: dict[str, float]) -> dict[str, float]:
-    """Return what is reported of a validation: its values, and the score by which Ray keeps the best checkpoints."""
+    """Return the metrics of a validation, with the score by which Ray keeps the best checkpoints."""
     return {f"val_{name}": value for name, value in values.items()} | {"val_score": score(workload, values)}

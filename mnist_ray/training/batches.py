@@ -30,7 +30,7 @@ class Batch(NamedTuple):
 
 
 class ArrayBatches(Dataset):
-    """Arrays that are indexed by whole slices, where they lie.
+    """Arrays, indexed by whole slices without being moved.
 
     On the CPU the tensors are views of the given arrays. A GPU with room for all of them gets a copy, once.
     """
@@ -51,7 +51,7 @@ class ArrayBatches(Dataset):
 
 
 def _fit(arrays: Arrays, device: torch.device) -> bool:
-    """Tell whether a device has room for arrays beside the model's own needs."""
+    """Tell whether a device has room for arrays beside the model."""
     if device.type != "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(device)
@@ -59,13 +59,13 @@ def _fit(arrays: Arrays, device: torch.device) -> bool:
 
 
 class ExampleError(Exception):
-    """An example cannot be read, or does not fit the others: it would not at another attempt either."""
+    """An example cannot be read, or does not fit the others; another attempt would fail too."""
 
 
 class ExampleBatches(Dataset):
     """A ``Dataset``, read example by example, or memory-mapped arrays; loader processes may do it.
 
-    Whatever a ``Dataset`` draws from Python's, NumPy's or torch's generator is drawn by the seed and the example:
+    The seed and the example's index decide what a ``Dataset`` draws from Python's, NumPy's and torch's generators:
     the same for any number of ranks and loader processes, and in a resumed run as in one without a break.
     """
 
@@ -117,7 +117,7 @@ def _odd_one(indices: np.ndarray, examples: list[tuple[Any, Any]], error: Except
 
 
 def batches_of(split: Split, device: torch.device) -> ArrayBatches | ExampleBatches:
-    """Return what a loader reads a part of the data by."""
+    """Return the data set by which a loader reads a split."""
     return ArrayBatches(split.arrays, device) if split.arrays is not None else ExampleBatches(split)
 
 
@@ -128,7 +128,7 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 def _rows(array: np.ndarray, places: np.ndarray) -> Tensor:
-    """Copy some rows into memory of torch's own, whose alignment never differs: the bits of a sum may depend on it."""
+    """Copy some rows into torch's own memory, which is always aligned alike: the bits of a sum may depend on that."""
     rows = torch.empty((len(places), *array.shape[1:]), dtype=_tensor(array[:0]).dtype)
     np.take(array, places, axis=0, out=rows.numpy(), mode="clip")  # the default mode would copy them once more
     return rows
@@ -154,8 +154,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def batch_loader(dataset: ArrayBatches | ExampleBatches, slices: Iterable[Slice], num_processes: int = 0) -> DataLoader:
     """Return a loader of slices; ``num_processes`` read a ``Dataset`` ahead, arrays need none.
 
-    ``batch_size=None`` makes the DataLoader hand each of the sampler's items to the data set as it is: of arrays one
-    indexing operation a batch, where the usual loader makes one an example and then stacks them.
+    ``batch_size=None`` makes the DataLoader pass each of the sampler's items to the data set as it is. Arrays are then
+    indexed once a batch; the usual loader indexes each example, and stacks them.
     """
     is_on_gpu = isinstance(dataset, ArrayBatches) and dataset.inputs.is_cuda
     num_workers = num_processes if isinstance(dataset, ExampleBatches) else 0

@@ -1,7 +1,7 @@
 """Checkpoints: a folder with weights as safetensors, the rest of the training's state, and JSON that describes both.
 
 model.safetensors    the model's weights; with --ema-decay, their average
-training.pt          what a resumed training needs besides: position, optimizer, schedule, and weights that are averaged
+training.pt          the rest of the state: position, optimizer, schedule; with --ema-decay, the trained weights
 state.json           format, position, metrics, config, workload, versions; SHA-256 of the others and itself
 
 Nothing that is loaded can run code: ``training.pt`` is read with ``weights_only``.
@@ -40,28 +40,26 @@ FORMAT = 1
 
 
 class DamagedCheckpointError(JobError):
-    """A checkpoint is not what was written: cut off by a kill, or changed since."""
+    """A checkpoint has been cut off by a kill, or changed since."""
 
 
 class OtherModelError(JobError):
-    """A checkpoint does not fit the model or its optimizer: the workload makes another one now."""
+    """A checkpoint does not fit the model or its optimizer: the workload now creates another one."""
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What was found in a run's folder to go on from."""
+    """The checkpoint that a run resumes from."""
 
-    name: str = ""  # the checkpoint's folder; empty where there was none
-    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # what was reported with it
-    arithmetic: dict[str, Any] | None = None
-    """What its bits depend on, of a reproducible run: that of the machine that wrote it."""
-    damaged: tuple[str, ...] = ()
-    """Newer ones that were passed over: a kill has cut them off, or something has changed them."""
+    name: str = ""  # the checkpoint's folder; empty if there was none
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # reported with it
+    arithmetic: dict[str, Any] | None = None  # of the machine that wrote it, if the run is reproducible
+    damaged: tuple[str, ...] = ()  # newer checkpoints, passed over
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of a training's state at one step, to be written while the training goes on."""
+    """A copy of the training's state at one step, written while the training goes on."""
 
     weights: dict[str, Tensor]
     training: dict[str, Any]  # what training.pt holds
@@ -79,7 +77,7 @@ class Snapshot:
 
 
 def snapshot(state: TrainingState, about: dict[str, Any], callbacks: Sequence[Callback] = ()) -> Snapshot:
-    """Return a copy of ``state`` in main memory, with ``about`` (config, workload) for whoever reads it later."""
+    """Return a copy of ``state`` in main memory, with ``about`` (config, workload) for state.json."""
     training = {
         "epoch": state.epoch,
         "step": state.step,
@@ -106,9 +104,9 @@ def snapshot(state: TrainingState, about: dict[str, Any], callbacks: Sequence[Ca
 
 
 def digest_of(document: dict[str, Any]) -> str:
-    """Return the SHA-256 of a state.json but for this digest itself, however it is written."""
+    """Return the SHA-256 of a state.json without this digest itself, however it is formatted."""
     document = {**document, "sha256": {name: value for name, value in document["sha256"].items() if name != STATE_FILE}}
-    as_read = json.loads(json.dumps(document))  # whose keys are texts: numbers would be sorted in another order
+    as_read = json.loads(json.dumps(document))  # its keys are strings: numbers would be sorted in another order
     return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
@@ -126,11 +124,10 @@ def load_model(folder: RunFolder, workload: Workload) -> nn.Module:
 def workload_of(
     document: dict[str, Any], reference: source.Reference | None, changes: dict[str, Any], untrusted: Iterable[Path]
 ) -> Workload:
-    """Return the workload of a checkpoint, of which ``document`` is the state.json.
+    """Return the workload of a checkpoint, whose state.json is ``document``.
 
-    Its code comes from ``reference`` where that is given, else from where it was; ``changes`` are settings that take
-    the place of its own. Raises UsageError where the code cannot be had, lies in one of the ``untrusted`` folders or
-    has no such settings any more.
+    ``reference``: where to load the code from, if it has moved; ``changes``: settings to override. Raises UsageError if
+    the code cannot be loaded, lies in one of the ``untrusted`` folders, or has no such settings any more.
     """
     saved = document["workload"]
     named = f"the checkpoint of {saved['reference']}"

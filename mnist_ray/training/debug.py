@@ -39,7 +39,7 @@ class Profiler(Callback):
             self._steps_left = _WARM_UP_STEPS + self._num_steps
 
     def on_step(self, state: TrainingState) -> None:
-        """Begin, or end and write what was seen."""
+        """Begin; or end, and write the profile."""
         self._steps_left -= 1
         if self._steps_left == self._num_steps:
             self._profile = profile()
@@ -89,7 +89,7 @@ def anomalies_found(is_wanted: bool, *folders: Path) -> Iterator[None]:
 
 
 def _called(forward: str, folders: Sequence[Path]) -> str:
-    """Return where an operation was called, by the traceback that PyTorch has kept of it."""
+    """Return the line that called an operation, from the traceback that PyTorch has kept."""
     places = [(Path(file), line) for file, line in re.findall(r'File "(.+)", line (\d+)', forward)]
     own = [place for place in places if any(folder in place[0].parents for folder in folders)]
     file, line = (own or places)[-1]

@@ -74,7 +74,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     num_loader_processes: int = 0,
 ) -> None:
-    """Train ``state`` from where it stands to the last epoch's end, on this rank's slices of ``split``.
+    """Train ``state`` from its position to the last epoch's end, on this rank's slices of ``split``.
 
     ``config.precision`` is resolved (see ``resolve_precision``). Raises TrainingDivergedError on every rank, before
     weights that are not finite could get into a checkpoint; and StopWantedError.
@@ -216,7 +216,7 @@ class ReproducibleGradients:
 
 @functools.lru_cache
 def seed_of(*numbers: int) -> int:
-    """Return a seed that depends on all of some numbers."""
+    """Return a seed that depends on all of the numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -226,7 +226,7 @@ def _generator(device: torch.device) -> torch.Generator:
 
 
 def _exchanging(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[None]:
-    """Return what keeps gradients on this rank meanwhile, unless they are to be exchanged."""
+    """Return a context that keeps gradients on this rank, unless they are to be exchanged."""
     if isinstance(model, DistributedDataParallel) and not wanted:
         return model.no_sync()
     return contextlib.nullcontext()
@@ -243,8 +243,8 @@ def backward(
 ) -> dict[str, Tensor]:
     """Add to the model's gradients those of ``weight`` × the sum of a batch's losses, as ``scaler`` scales them.
 
-    ``config.precision`` is resolved. Returns the sums of the loss and of what the workload measures, on the device.
-    Weighed by the size of the global batch, the gradients of slices add up to those of its mean loss, also where slices
+    ``config.precision`` is resolved. Returns the sums of the loss and of the workload's measures, on the device.
+    Weighed by the size of the global batch, the gradients of slices add up to those of its mean loss, also if slices
     are uneven or empty.
     """
     with autocast(next(model.parameters()).device, config.precision):
@@ -257,7 +257,7 @@ def backward(
 
 
 def measured_sums(workload: Workload, outputs: Any, targets: Any) -> dict[str, Tensor]:
-    """Return the sums of what a workload measures of a batch."""
+    """Return the sums of the workload's measures over a batch."""
     return {name: values.sum() for name, values in workload.measure(detached(outputs), targets).items()}
 
 
@@ -275,7 +275,7 @@ def _distributed(model: nn.Module, group: Group) -> nn.Module:
 def resolve_precision(precision: Precision, group: Group) -> Precision:
     """Return the precision for a setting that may be ``"auto"``, the same on every rank.
 
-    Auto is bf16 where the ranks' processors or GPUs have it in hardware, else fp32.
+    Auto is bf16 if the processors or GPUs of all ranks have it in hardware, else fp32.
     """
     if precision != "auto":
         return precision
@@ -316,7 +316,7 @@ def evaluate_together(
 
 @torch.inference_mode()
 def evaluate(workload: Workload, model: nn.Module, split: Split, num_loader_processes: int = 0) -> Evaluation:
-    """Evaluate a model on all examples of a part, in fp32 and fixed batches, where the model's weights are."""
+    """Evaluate a model on all examples of a split, in fp32 and fixed batches, on the device of its weights."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     was_training = model.training
     model.eval()

@@ -1,4 +1,4 @@
-"""What workers and tasks, mostly, report while a run goes on. Light: the event queue's process imports it too."""
+"""Events that workers and tasks report during a run. Light: the event queue's process imports it too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 class ControllerStarted:
     """Ray Train has begun to look after the workers."""
 
-    actor: Any  # what does; it can be asked whether it is there
+    actor: Any  # the controller; used to check that it is alive
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Started:
     epoch: int  # epochs that were finished before, in an earlier attempt
     step: int  # steps that were done before, in the current epoch
     num_steps: int  # steps of an epoch
-    damaged: tuple[str, ...] = ()  # checkpoints that were passed over: cut off, or not what was written
-    notes: tuple[str, ...] = ()  # what else the user is to know
+    damaged: tuple[str, ...] = ()  # checkpoints that were passed over
+    notes: tuple[str, ...] = ()  # printed for the user
 
     @property
     def total_step(self) -> int:

@@ -1,4 +1,4 @@
-"""Figures that travel as sums and counts and are divided last, so that every example weighs the same."""
+"""Metrics travel as sums and counts and are divided last, so that every example weighs the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class MetricSums:
     """Sums over some examples, of all ranks."""
 
     sums: Mapping[str, float] = field(default_factory=dict)
-    """Of the loss, as ``loss``, and of what the workload measures."""
+    """Of the loss, as ``loss``, and of the workload's measures."""
     num_examples: int = 0
 
     def __add__(self, other: MetricSums) -> MetricSums:
@@ -35,7 +35,7 @@ class MetricSums:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model does on a set of examples."""
+    """A model's results on a set of examples."""
 
     batch_sums: tuple[dict[str, float], ...]  # sums of each batch, in the examples' order
     num_examples: int
@@ -58,7 +58,7 @@ class Evaluation:
         return MetricSums(sums, self.num_examples).values(workload)
 
     def to_dict(self, workload: Workload) -> dict[str, Any]:
-        """Return what result.json holds of it."""
+        """Return its part of result.json."""
         values = {f"test_{name}": _json(value) for name, value in self.values(workload).items()}
         return {**values, f"num_test_{workload.nouns}": self.num_examples, **workload.details(self.columns)}
 
@@ -70,7 +70,7 @@ def _json(value: float) -> float | None:
 def score(workload: Workload, values: Mapping[str, float]) -> float:
     """Return a number that grows with a model's worth: its monitor's, and of two that tie, the one of less loss.
 
-    ``values`` are those of the validation. The loss weighs too little to matter where the monitor differs.
+    ``values`` are those of the validation. The loss weighs too little to matter if the monitor differs.
     """
     value = values[workload.monitor.name]
     if math.isnan(value):

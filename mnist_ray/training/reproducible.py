@@ -1,8 +1,8 @@
 """Gradients whose bits do not depend on the number of workers: ``--reproducible``.
 
-The last bits of a sum depend on the order of its additions. Here a global batch is cut into a fixed number of chunks,
-whatever the number of ranks; the gradient of each is computed by itself, on one thread, and the gradients are added
-up along one fixed tree over the chunks. Each rank adds up what it can of its own chunks, and the rest is exchanged.
+The last bits of a sum depend on the order of its additions. Here a global batch is cut into a fixed number of chunks
+for any number of ranks; the gradient of each is computed by itself, on one thread, and the gradients are added up
+along one fixed tree over the chunks. Each rank adds up what it can of its own chunks, and the rest is exchanged.
 The chunks are those of EasyScale (https://arxiv.org/abs/2208.14228) and VirtualFlow (https://arxiv.org/abs/2009.09523).
 """
 
@@ -30,7 +30,7 @@ class OtherArithmeticError(JobError):
 
 
 def check_arithmetic(world_size: int) -> None:
-    """See that all ranks compute alike. Raises OtherArithmeticError where the bits would depend on who does what."""
+    """Check that all ranks compute alike. Raises OtherArithmeticError if the bits would depend on who computes."""
     of_ranks: list[tuple[str, dict[str, list[str]]]] = [(socket.gethostname(), arithmetic())] * world_size
     if world_size > 1:
         dist.all_gather_object(of_ranks, of_ranks[0])
@@ -63,8 +63,8 @@ class Subtree(NamedTuple):
 def added_up(nodes: Iterable[Subtree]) -> list[Subtree]:
     """Add neighbours up as far as they are the halves of one subtree.
 
-    ``nodes`` are those of neighbouring chunks, in order. Whatever was added up before, here or elsewhere, each sum that
-    is returned has the same bits.
+    ``nodes`` are those of neighbouring chunks, in order. Each returned sum has the same bits, however many additions
+    were made before, here or elsewhere.
     """
     grown: list[Subtree] = []
     for node in nodes:
@@ -75,10 +75,10 @@ def added_up(nodes: Iterable[Subtree]) -> list[Subtree]:
 
 
 class Chunks:
-    """Takes the gradients of this rank's chunks one after the other, and makes those of the whole batch of them.
+    """Collects the gradients of this rank's chunks, and turns them into those of the whole batch.
 
     A model's buffers, as the running statistics of batch normalization, are the same at the beginning of each chunk of
-    a step; the step changes them by the mean of what its chunks would.
+    a step; the step changes them by the mean of its chunks' changes.
     """
 
     def __init__(self, model: nn.Module, num_chunks: int, rank: int, world_size: int) -> None:
@@ -91,7 +91,7 @@ class Chunks:
         self._nodes: list[Subtree] = []
 
     def take(self, chunk: int, sums: Mapping[str, Tensor]) -> None:
-        """Take what a chunk's backward pass has left in the model, and ``sums`` over its examples."""
+        """Take the gradients that a chunk's backward pass has left in the model, and ``sums`` over its examples."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         changes = [buffer.double() - before for buffer, before in zip(self._buffers, self._before, strict=True)]
         vector = torch.cat([part.reshape(-1).to(self._dtype) for part in (*gradients, *changes, *sums.values())])
@@ -104,8 +104,7 @@ class Chunks:
     def give(self) -> dict[str, Tensor]:
         """Give the model the gradients and buffers of the whole batch; return the sums over its examples.
 
-        They are returned on rank 0; on the others they are zero, so that whoever adds them up over the ranks has each
-        example once.
+        Rank 0 returns them; the others return zeros, so that a sum over the ranks counts each example once.
         """
         total = self._exchange(torch.stack([node.vector for node in self._nodes]))
         self._nodes = []

@@ -16,10 +16,10 @@ _DRAWN_AT_ONCE = 2**13  # examples of an epoch's order: each by itself would tak
 
 
 class Slice(NamedTuple):
-    """What the loader asks a data set for."""
+    """The indices that the loader requests from a data set."""
 
     indices: np.ndarray
-    global_size: int = 0  # as `Batch` has it; 0 where there is no step to make
+    global_size: int = 0  # as `Batch` has it; 0 in an evaluation
     ends_step: bool = True  # as `Batch` has it
 
 

@@ -1,8 +1,8 @@
-"""Gradients summed through shared memory, where all ranks are on one machine.
+"""Gradients summed through shared memory, if all ranks are on one machine.
 
 For a small network on few cores the sum over the ranks costs as much as the gradients themselves: gloo sends them over
-TCP and waits in the kernel. Here each rank writes its gradients into memory that all see, waits for the others by
-looking, and adds them up itself, in the order of the ranks. (`benchmarks/README.md` has what that brings.)
+TCP and waits in the kernel. Here each rank writes its gradients into memory that all see, polls the others' counters,
+and adds the gradients up itself, in the order of the ranks. (`benchmarks/README.md` measures the difference.)
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Exchanged:
     def __call__(self, rows: Tensor) -> Tensor:
         """Return the rows of all ranks, in the ranks' order, to be read before the next call."""
         self._calls += 1
-        # Two places in turn: who is a call ahead writes where nobody reads any more. Further ahead no rank can be.
+        # Two places in turn: a rank that is a call ahead writes where nobody reads any more; none can be further ahead.
         places = self._rows[self._calls % 2, :, : rows.shape[1]]
         places[self._own].copy_(rows)
         self._counters[self._rank] = self._calls
@@ -94,7 +94,7 @@ class Exchanged:
 
 
 def open_together(num_rows: Sequence[int], size: int) -> mmap.mmap | None:
-    """Return memory that all ranks share, zeroed; None on every rank where one of them cannot have it.
+    """Return memory that all ranks share, zeroed; None on every rank if one of them cannot have it.
 
     All ranks must call it.
     """

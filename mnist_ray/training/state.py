@@ -1,4 +1,4 @@
-"""What training changes, and which process does it."""
+"""The state that training changes, and the process's place among those that train."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mnist_ray.training.metrics import MetricSums
 
 
 class TrainingDivergedError(Exception):
-    """The loss is no finite number any more. Raised on every rank alike."""
+    """The loss or weights are not finite. Raised on every rank alike."""
 
     def __init__(self, epoch: int, step: int) -> None:
         super().__init__(epoch, step)
@@ -38,7 +38,7 @@ class StopWantedError(Exception):
 
 @dataclass(frozen=True)
 class Group:
-    """This process among those that train together; ``torch.distributed`` joins them where there are several."""
+    """This process among those that train together; ``torch.distributed`` joins them."""
 
     rank: int = 0
     world_size: int = 1
@@ -47,7 +47,7 @@ class Group:
 
 @dataclass
 class TrainingState:
-    """All that training changes; what a checkpoint holds."""
+    """All that training changes; a checkpoint holds it."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -59,17 +59,17 @@ class TrainingState:
     """Seconds of training in the current epoch so far, without validation and checkpoints, by rank 0's clock."""
     finished_s: float = 0.0  # seconds spent so in the epochs before
     scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))
-    """Scales the loss, so that fp16 can hold its gradients; of other precisions it does nothing."""
-    average: AveragedModel | None = None  # holds a moving average of the model's weights, where that is what counts
+    """Scales the loss, so that fp16 can hold its gradients; disabled for other precisions."""
+    average: AveragedModel | None = None  # moving average of the weights, with --ema-decay
     scores: list[float] = field(default_factory=list)
-    """Of each finished epoch's validation, where the training waits for it; more is better."""
+    """Of each finished epoch's validation, if the training waits for it; more is better."""
     ends: bool = False  # whether a callback has ended the training, with the epochs that are finished
-    last_epoch: float = math.inf  # where the training ends
-    last_step: float = math.inf  # where an epoch ends
+    last_epoch: float = math.inf  # of the training
+    last_step: float = math.inf  # of each epoch
 
     @property
     def result(self) -> nn.Module:
-        """What is evaluated and kept: the model, or its average."""
+        """The model that is evaluated and kept: the trained one, or its average."""
         if self.average is None:
             return self.model
         averaged: nn.Module = self.average.module
