@@ -144,7 +144,16 @@ class Record:
 
     def close(self) -> None:
         """Write the report and close the trackers. A failure of these is a note: the run is not lost for it."""
-        pictures = self._write_report()
+        pictures: Mapping[str, bytes] = {}
+        self._live_report.close()
+        try:
+            self._history.flush()
+            pictures = self._draw_report(warn=functools.partial(self._console.say, "note"))
+            self._has_report = True
+        except Exception as error:  # the run's own exception, if there is one, is not to be hidden by another
+            assert self._job.workload.source is not None
+            said = str(error) if isinstance(error, JobError) else with_place(error, self._job.workload.source.folder)
+            self._console.say("note", f"no report: {said}")
         self._trackers.close(Ending(self._result, pictures, self._fitted.checkpoint if self._fitted else None))
 
     def _draw_report(self, *, is_running: bool = False, warn: Callable[[str], None] = lambda note: None) -> Any:
@@ -153,20 +162,6 @@ class Record:
         job, sections = self._job, self._sections(self._job.run) if self._sections else None
         test = self._session.data.test
         return page.write(job.run, job.workload, job.resume_with, test, sections, warn, is_running=is_running)
-
-    def _write_report(self) -> Mapping[str, bytes]:
-        workload = self._job.workload
-        assert workload.source is not None
-        self._live_report.close()
-        try:
-            self._history.flush()
-            pictures: Mapping[str, bytes] = self._draw_report(warn=functools.partial(self._console.say, "note"))
-            self._has_report = True
-            return pictures
-        except Exception as error:  # the run's own exception, if there is one, is not to be hidden by another
-            said = str(error) if isinstance(error, JobError) else with_place(error, workload.source.folder)
-            self._console.say("note", f"no report: {said}")
-            return {}
 
     def print_files(self) -> None:
         """Say where the seconds went, and where the files are."""
