@@ -28,10 +28,14 @@ CPU = torch.device("cpu")
 CONFIG = TrainConfig(precision="fp32", num_epochs=1, batch_size=20, learning_rate=2e-3, validation_size=0)
 
 
-def weights_after(config: TrainConfig, split: Arrays, group: Group | None = None, hooks: Hooks | None = None) -> Any:
+def trained(config: TrainConfig, split: Arrays, *callbacks: Callback) -> TrainingState:
     state = engine.create_state(mnist(), config, len(split), CPU)
-    engine.train(mnist(), state, Split(split), config, group or Group(), [hooks] if hooks else [])
-    return state.model.state_dict()
+    engine.train(mnist(), state, Split(split), config, Group(), callbacks)
+    return state
+
+
+def weights_after(config: TrainConfig, split: Arrays, *callbacks: Callback) -> dict[str, torch.Tensor]:
+    return trained(config, split, *callbacks).model.state_dict()
 
 
 def largest_difference(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
@@ -183,21 +187,14 @@ def test_a_slices_gradient_is_its_part_of_the_true_mean(few_images: Arrays) -> N
     assert gradient(0, 0, 2).count_nonzero() == 0
 
 
-def test_the_loss_falls_on_one_batch(few_images: Arrays) -> None:
-    config = replace(CONFIG, num_epochs=40, batch_size=30)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_loss_falls_on_one_batch(few_images: Arrays, precision: Any) -> None:
+    config = replace(CONFIG, num_epochs=40, batch_size=30, precision=precision)
     losses: list[float] = []
     hooks = Hooks(progress=lambda progress: losses.extend(progress.losses))
-    weights_after(config, Arrays(few_images.inputs[:30], few_images.targets[:30]), hooks=hooks)
+    weights_after(config, Arrays(few_images.inputs[:30], few_images.targets[:30]), hooks)
     assert len(losses) == 40
     assert losses[0] > 2.2
-    assert losses[-1] < 0.5
-
-
-def test_bf16_learns_too(few_images: Arrays) -> None:
-    config = replace(CONFIG, num_epochs=40, batch_size=30, precision="bf16")
-    losses: list[float] = []
-    hooks = Hooks(progress=lambda progress: losses.extend(progress.losses))
-    weights_after(config, Arrays(few_images.inputs[:30], few_images.targets[:30]), hooks=hooks)
     assert losses[-1] < 0.5
 
 
@@ -211,7 +208,7 @@ def test_progress_agrees_with_a_plain_computation(few_images: Arrays) -> None:
     """Without learning, an epoch's sums are those of the initial weights over all images."""
     config = replace(CONFIG, batch_size=64, learning_rate=1e-30)
     seen: list[Progress] = []
-    weights_after(config, few_images, hooks=Hooks(progress=seen.append))
+    weights_after(config, few_images, Hooks(progress=seen.append))
     model = engine.create_state(mnist(), config, 600, CPU).model
     logits = model(mnist().prepare(torch.tensor(few_images.inputs), None))
     labels = torch.tensor(few_images.targets).long()
@@ -235,7 +232,7 @@ def test_checkpoints_come_every_so_many_steps_and_after_each_epoch(few_images: A
         seen.append((state.epoch, state.step, state.sums.num_examples, progress.num_examples))
 
     config = replace(CONFIG, num_epochs=2, checkpoint_every=10)  # 30 steps an epoch
-    weights_after(config, few_images, hooks=Hooks(checkpoint=checkpoint))
+    weights_after(config, few_images, Hooks(checkpoint=checkpoint))
     assert seen == [
         (0, 10, 200, 200),
         (0, 20, 400, 400),
@@ -293,9 +290,8 @@ def test_training_stops_where_validation_is_not_better_for_so_many_epochs(
     few_images: Arrays, scores: list[float], patience: int | None, epochs: int
 ) -> None:
     config = replace(CONFIG, batch_size=600, num_epochs=len(scores), early_stop=patience)
-    state = engine.create_state(mnist(), config, len(few_images), CPU)
     hooks = Hooks(checkpoint=lambda state, progress: state.scores.append(scores[state.epoch - 1]))
-    engine.train(mnist(), state, Split(few_images), config, Group(), [hooks])
+    state = trained(config, few_images, hooks)
     assert state.epoch == epochs
     engine.train(mnist(), state, Split(few_images), config, Group(), [hooks])  # as a resumed run does
     assert state.epoch == epochs
@@ -321,9 +317,7 @@ def test_a_callback_is_told_of_each_step_and_epoch_and_may_end_the_training(few_
             told.append(f"epoch {state.epoch}, loss {progress.so_far['loss'] > 0}")
             state.ends = state.epoch == 2
 
-    config = replace(CONFIG, batch_size=600, num_epochs=9)
-    state = engine.create_state(mnist(), config, len(few_images), CPU)
-    engine.train(mnist(), state, Split(few_images), config, Group(), [Tells()])
+    trained(replace(CONFIG, batch_size=600, num_epochs=9), few_images, Tells())
     each = ["gradients after {0}/0", "step {0}/1", "progress {1}/1", "epoch {1}, loss True"]
     assert told == ["start of 1", *(line.format(epoch, epoch + 1) for epoch in (0, 1) for line in each)]
 
@@ -350,18 +344,14 @@ def test_the_smallest_runs_work(few_images: Arrays, num_images: int, batch_size:
 def test_training_that_is_asked_to_stop_saves_and_stops_at_the_next_report(
     batch_size: int, place: tuple[int, int], few_images: Arrays
 ) -> None:
-    config = replace(CONFIG, batch_size=batch_size, num_epochs=3)
-    state = engine.create_state(mnist(), config, len(few_images), CPU)
     saved: list[tuple[int, int]] = []
     hooks = Hooks(checkpoint=lambda state, progress: saved.append((state.epoch, state.step)), wants_stop=lambda: True)
     with pytest.raises(StopWantedError):
-        engine.train(mnist(), state, Split(few_images), config, Group(), [hooks])
+        trained(replace(CONFIG, batch_size=batch_size, num_epochs=3), few_images, hooks)
     assert saved == [place]
 
 
-def test_a_loss_that_is_no_number_stops_training_at_its_step(few_images: Arrays) -> None:
-    config = replace(CONFIG, checkpoint_every=1)
-    state = engine.create_state(mnist(), config, len(few_images), CPU)
+def test_a_nan_loss_stops_training_at_its_step(few_images: Arrays) -> None:
     saved: list[int] = []
 
     def poison(state: TrainingState, progress: Progress) -> None:
@@ -370,29 +360,27 @@ def test_a_loss_that_is_no_number_stops_training_at_its_step(few_images: Arrays)
             next(state.model.parameters()).data.fill_(float("nan"))
 
     with pytest.raises(TrainingDivergedError, match="not finite at step 8 of epoch 1; try a lower"):
-        engine.train(mnist(), state, Split(few_images), config, Group(), [Hooks(checkpoint=poison)])
+        trained(replace(CONFIG, checkpoint_every=1), few_images, Hooks(checkpoint=poison))
     assert saved == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_weights_that_are_not_finite_get_into_no_checkpoint(few_images: Arrays) -> None:
-    config = replace(CONFIG, checkpoint_every=1, learning_rate=1e39, schedule="constant")
+class Spoils(Callback):
+    def on_epoch(self, state: TrainingState, progress: Progress) -> None:
+        next(state.model.parameters()).data.fill_(math.inf)
+
+
+@pytest.mark.parametrize(
+    ("changes", "callbacks", "step"),
+    [({"checkpoint_every": 1, "learning_rate": 1e39, "schedule": "constant"}, [], 1), ({}, [Spoils()], 30)],
+    ids=["by a step", "by a callback"],
+)
+def test_weights_that_are_not_finite_get_into_no_checkpoint(
+    few_images: Arrays, changes: dict[str, Any], callbacks: list[Callback], step: int
+) -> None:
     saved: list[int] = []
     hooks = Hooks(checkpoint=lambda state, progress: saved.append(state.step))
-    with pytest.raises(TrainingDivergedError, match="not finite at step 1 of epoch 1"):
-        weights_after(config, few_images, hooks=hooks)
-    assert saved == []
-
-
-def test_weights_that_a_callback_makes_infinite_at_an_epochs_end_get_into_no_checkpoint(few_images: Arrays) -> None:
-    class Spoils(Callback):
-        def on_epoch(self, state: TrainingState, progress: Progress) -> None:
-            next(state.model.parameters()).data.fill_(math.inf)
-
-    saved: list[int] = []
-    state = engine.create_state(mnist(), CONFIG, len(few_images), CPU)
-    hooks = Hooks(checkpoint=lambda state, progress: saved.append(state.epoch))
-    with pytest.raises(TrainingDivergedError, match="not finite at step 30 of epoch 1"):
-        engine.train(mnist(), state, Split(few_images), CONFIG, Group(), [Spoils(), hooks])
+    with pytest.raises(TrainingDivergedError, match=f"not finite at step {step} of epoch 1"):
+        trained(replace(CONFIG, **changes), few_images, *callbacks, hooks)
     assert saved == []
 
 
@@ -440,7 +428,7 @@ def test_evaluation_agrees_with_a_plain_computation(few_images: Arrays) -> None:
 
 def test_sums_over_windows_are_the_epochs(few_images: Arrays) -> None:
     seen: list[Progress] = []
-    weights_after(replace(CONFIG, batch_size=1), few_images, hooks=Hooks(progress=seen.append))
+    weights_after(replace(CONFIG, batch_size=1), few_images, Hooks(progress=seen.append))
     assert len(seen) > 1
     assert [progress.step for progress in seen] == np.cumsum([len(progress.losses) for progress in seen]).tolist()
     assert seen[-1].num_examples == 600
