@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from mnist_ray.training import shared_memory
 from mnist_ray.training.state import Group
@@ -19,23 +22,39 @@ WAYS = ("memory", "gloo")
 Training = Callable[[Group, Arrays, Path], None]
 
 
-def train_both_ways(training: Training, split: Arrays, folder: Path) -> Path:
+def call_on_ranks(pool: ProcessPoolExecutor, function: Callable[..., None], *args: Any) -> None:
+    """Call a function in as many processes at once as there may be ranks, each with its rank before ``args``."""
+    for future in [pool.submit(_called, function, rank, *args) for rank in range(max(WORLD_SIZES))]:
+        future.result()
+
+
+def _called(function: Callable[..., None], rank: int, *args: Any) -> None:
+    torch.set_num_threads(1)
+    try:
+        function(rank, *args)
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)  # the others wait for this rank: the pool ends them
+
+
+def train_both_ways(pool: ProcessPoolExecutor, training: Training, split: Arrays, folder: Path) -> Path:
     """Call ``training`` on each rank of each world size, with a folder for each way; return what holds these."""
     for way in WAYS:
         (folder / way).mkdir()
-    arguments = (training, split.inputs, split.targets, folder)
-    spawn(_train_as_rank, arguments, nprocs=max(WORLD_SIZES))  # type: ignore[no-untyped-call]
+    call_on_ranks(pool, _train_as_rank, training, split, folder)
     return folder
 
 
-def _train_as_rank(rank: int, training: Training, inputs: np.ndarray, targets: np.ndarray, folder: Path) -> None:
-    torch.set_num_threads(1)
-    for way in WAYS:
-        if way == "gloo":
-            shared_memory.open_together = lambda num_rows, size: None
-        for world_size in WORLD_SIZES:
-            if rank < world_size:
-                store = f"file://{folder}/{way}/store-{world_size}"
-                dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-                training(Group(rank, world_size), Arrays(inputs, targets), folder / way)
-                dist.destroy_process_group()
+def _train_as_rank(rank: int, training: Training, split: Arrays, folder: Path) -> None:
+    _train(rank, training, split, folder / "memory")
+    with mock.patch.object(shared_memory, "open_together", return_value=None):
+        _train(rank, training, split, folder / "gloo")
+
+
+def _train(rank: int, training: Training, split: Arrays, folder: Path) -> None:
+    for world_size in WORLD_SIZES:
+        if rank < world_size:
+            store = f"file://{folder}/store-{world_size}"
+            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+            training(Group(rank, world_size), split, folder)
+            dist.destroy_process_group()

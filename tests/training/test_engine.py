@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -108,8 +109,8 @@ def train_cases(group: Group, images: Arrays, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained_both_ways(tmp_path_factory: pytest.TempPathFactory, few_images: Arrays) -> Path:
-    return train_both_ways(train_cases, few_images, tmp_path_factory.mktemp("trained"))
+def trained_both_ways(ranks: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory, few_images: Arrays) -> Path:
+    return train_both_ways(ranks, train_cases, few_images, tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture(scope="module", params=WAYS)

@@ -1,4 +1,5 @@
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,9 @@ def train_cases(group: Group, split: Arrays, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained_both_ways(tmp_path_factory: pytest.TempPathFactory, few_images: Arrays) -> Path:
+def trained_both_ways(ranks: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory, few_images: Arrays) -> Path:
     split = Arrays(few_images.inputs[:120], few_images.targets[:120])
-    return train_both_ways(train_cases, split, tmp_path_factory.mktemp("chunks"))
+    return train_both_ways(ranks, train_cases, split, tmp_path_factory.mktemp("chunks"))
 
 
 @pytest.fixture(scope="module", params=WAYS)

@@ -1,16 +1,18 @@
 import gc
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from mnist_ray.training import shared_memory
+from tests.training.ranks import call_on_ranks
 
 WORLD_SIZE, SIZE, NUM_CALLS = 3, 1000, 60
 NUM_ROWS = [1, 3, 2]
@@ -24,7 +26,8 @@ def rows_of(rank: int, call: int) -> torch.Tensor:
 
 def exchange_on_each_rank(rank: int, folder: Path) -> None:
     """Exchange through memory, each rank late at other calls; then let DDP ask for memory that there is, and is not."""
-    torch.set_num_threads(1)
+    if rank >= WORLD_SIZE:
+        return
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
     memory = shared_memory.open_together(NUM_ROWS, SIZE)
     assert memory is not None
@@ -38,20 +41,20 @@ def exchange_on_each_rank(rank: int, folder: Path) -> None:
 
     models = [nn.Linear(3, 2), nn.Linear(3, 2).double()]
     used = [shared_memory.use_where_possible(DistributedDataParallel(model)) for model in models]
-    if rank == 1:
-        shared_memory._FOLDER = folder / "not-here"  # as on another machine
-    used.append(shared_memory.use_where_possible(DistributedDataParallel(nn.Linear(3, 2))))
+    place = folder / "not-here" if rank == 1 else shared_memory._FOLDER  # as on another machine
+    with mock.patch.object(shared_memory, "_FOLDER", place):
+        used.append(shared_memory.use_where_possible(DistributedDataParallel(nn.Linear(3, 2))))
     (folder / f"used-{rank}").write_text(str(used))
     gc.collect()  # models, in cycles of their own, hold the group, whose threads must end before the process does
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def exchanged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exchanged(ranks: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not shared_memory.is_supported():
         pytest.skip("not x86-64 Linux")
     folder = tmp_path_factory.mktemp("exchanged")
-    spawn(exchange_on_each_rank, (folder,), nprocs=WORLD_SIZE)  # type: ignore[no-untyped-call]
+    call_on_ranks(ranks, exchange_on_each_rank, folder)
     return folder
 
 
