@@ -1,8 +1,8 @@
-"""What ends a job early: Ctrl-C, SIGTERM, SIGHUP, or what a thread has found out. The main thread hears of all.
+"""What ends a job early: Ctrl-C, SIGTERM, SIGHUP, or an error that a thread has found. The main thread hears of all.
 
-Ray ends a driver's process without any exception where its raylet or its GCS has gone, and the kernel does where memory
-runs out. So ``supervise`` puts a process around the job that says so, and how to go on. Nothing heavy is imported here:
-the two processes part before anything is.
+Ray ends a driver's process without any exception if its raylet or its GCS has gone, and the kernel does if memory runs
+out. So ``supervise`` puts a process around the job that says so, and how to go on. Nothing heavy is imported here: the
+two processes part before anything is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 
 from mnist_ray.errors import say
@@ -23,6 +23,8 @@ from mnist_ray.errors import say
 SAME_WITHIN_S = 0.5
 """Signals that come so soon after an interrupt belong to it: a terminal or a scheduler signals every process of a job,
 ``timeout`` one of them twice, and the supervisor passes on what it gets."""
+
+_IMPORT_CALLBACK = ("<frozen importlib._bootstrap>", "cb")  # Python drops what is raised in it, as modules are imported
 
 
 @dataclass
@@ -34,14 +36,10 @@ class Noted:
 
 @dataclass
 class _Heard:
-    """So far; there is one of it, as a process has one set of signal handlers.
+    """So far; there is one of it, as a process has one set of signal handlers."""
 
-    A handler may be interrupted by another one between any two of its steps, so each of its steps on these is atomic.
-    """
-
-    taken: dict[int, float] = field(default_factory=dict)
-    """By number, when each interrupt was acted upon: seconds of the monotonic clock."""
-    first: Noted | None = None  # to be set by the first interrupt, where it is only to be noted
+    last: float = -math.inf  # when an interrupt was acted upon: seconds of the monotonic clock
+    first: Noted | None = None  # to be set by the first interrupt, if that is only to be noted
     error: Exception | None = None  # what a thread ends the job with
     to_supervisor: int | None = None  # the pipe by which this process says how to go on
 
@@ -52,7 +50,7 @@ _heard = _Heard()
 def signals() -> set[signal.Signals]:
     """Return those that end a job: Ctrl-C, what ``ray job stop`` and schedulers send, and a closed terminal's.
 
-    The last only where it is not ignored, as under ``nohup``.
+    The last only if it is not ignored, as under ``nohup``.
     """
     hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
     hears_hangup = signal.getsignal(hangup) is not signal.SIG_IGN
@@ -76,23 +74,19 @@ def leave_closed_terminal() -> None:
 
 
 def _hear(number: int, frame: FrameType | None) -> None:
-    if (error := _heard.error) is not None:
-        _heard.error = None
+    error, _heard.error = _heard.error, None
+    if error is not None:
         is_ending = _heard.first is not None and _heard.first.is_set  # then Ray may have been sent SIGTERM, too
         raise KeyboardInterrupt if is_ending else error
-    if (
-        frame is not None
-        and frame.f_code.co_filename == "<frozen importlib._bootstrap>"
-        and frame.f_code.co_name == "cb"
-    ):
-        signal.raise_signal(number)  # once more, as Python drops what is raised in this callback of its imports
+    if frame is not None and (frame.f_code.co_filename, frame.f_code.co_name) == _IMPORT_CALLBACK:
+        signal.raise_signal(number)  # once more
         return
     leave_closed_terminal()
-    interrupt, now = len(_heard.taken), time.monotonic()
-    is_same = now - _heard.taken.get(interrupt - 1, -math.inf) < SAME_WITHIN_S
-    if is_same or _heard.taken.setdefault(interrupt, now) is not now:
-        return
-    if _heard.first is not None and not _heard.first.is_set:
+    now = time.monotonic()
+    before, _heard.last = _heard.last, now  # in one step, as another signal may interrupt this handler
+    if now - before < SAME_WITHIN_S:
+        _heard.last = before
+    elif _heard.first is not None and not _heard.first.is_set:
         _heard.first.is_set = True
     else:
         raise KeyboardInterrupt
@@ -118,7 +112,7 @@ _DONE = "\0"
 
 
 def if_ended(advice: str) -> None:
-    """Let ``advice`` be what a person is told where this process is ended from outside, from here on."""
+    """Let ``advice`` be what a person reads if this process is ended from outside, from here on."""
     if _heard.to_supervisor is not None:
         with contextlib.suppress(OSError):
             os.write(_heard.to_supervisor, f"{advice}\n".encode())
@@ -140,7 +134,8 @@ def supervise(work: Callable[[], int]) -> int:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)
         os.close(from_job)
         os.close(alive)
-        _be_supervised(to_supervisor, from_supervisor)
+        _heard.to_supervisor = to_supervisor
+        threading.Thread(target=_end_with_supervisor, args=[from_supervisor], daemon=True).start()
         try:
             return work()
         finally:
@@ -154,25 +149,20 @@ def supervise(work: Callable[[], int]) -> int:
         advice = ["", *lines.read().splitlines()][-1]  # read until the child has gone: no program inherits its end
     _, state = os.waitpid(child, 0)
     leave_closed_terminal()
-    if advice != _DONE:
-        say(_ending(state, advice), file=sys.stderr)
-        return 1
-    return os.waitstatus_to_exitcode(state)
+    if advice == _DONE:
+        return os.waitstatus_to_exitcode(state)
+    say(f"error: {_ending(state)}{advice}", file=sys.stderr)
+    return 1
 
 
-def _be_supervised(to_supervisor: int, from_supervisor: int) -> None:
-    _heard.to_supervisor = to_supervisor
-
-    def end_with_supervisor() -> None:
-        os.read(from_supervisor, 1)  # returns when the supervisor has gone
-        os._exit(1)
-
-    threading.Thread(target=end_with_supervisor, daemon=True).start()
+def _end_with_supervisor(from_supervisor: int) -> None:
+    os.read(from_supervisor, 1)  # returns when the supervisor has gone
+    os._exit(1)
 
 
-def _ending(state: int, advice: str) -> str:
+def _ending(state: int) -> str:
     if not os.WIFSIGNALED(state):
-        return f"error: Ray has ended this job's process; what it said, if anything, stands above{advice}"
+        return "Ray has ended this job's process; what it said, if anything, stands above"
     name = signal.Signals(os.WTERMSIG(state)).name
     reason = ", as the system does where memory runs out" if name == "SIGKILL" else ""
-    return f"error: this job's process was ended by {name}{reason}{advice}"
+    return f"this job's process was ended by {name}{reason}"
