@@ -51,26 +51,25 @@ with prepared_forking(config, "ray") as forking, connect(config, forking):
     for worker in told["workers"]:
         worker["printed"] = open(worker["log"]).read()
     if forking.server is not None:
-        told |= {"server": forking.server.process.pid, "folder": str(forking.server.folder)}
+        told |= {"server": forking.server.pid, "folder": os.path.dirname(os.environ["MNIST_RAY_FORK_SERVER"])}
     if then == "kill the server":
-        forking.server.process.kill()
-        forking.server.process.wait()
+        forking.server.kill()
+        forking.server.wait()
         told["later"] = ray.get([start_actor(LATER="1").look.remote(), one.look.remote()])
     print(json.dumps(told), flush=True)
     if then == "stay":
         signal.pause()
 """
 SPILLING = """\
-from mnist_ray.cluster.local_ray import new_session, start_local
+import functools, numpy, ray
+from mnist_ray.cluster.connect import connect
 from mnist_ray.config import WorkerConfig
 from mnist_ray.cluster.forking.starting import prepared_forking
 
-import numpy, ray
-with prepared_forking(WorkerConfig(), "mnist_ray") as forking:
-    start_local(1, forking, new_session(), log_to_driver=False, object_store_memory=80 * 2**20)
+ray.init = functools.partial(ray.init, object_store_memory=80 * 2**20)
+with prepared_forking(WorkerConfig(), "mnist_ray") as forking, connect(WorkerConfig(), forking):
     kept = [ray.put(numpy.full(30 * 2**20, number, numpy.uint8)) for number in range(5)]
     print([int(ray.get(one)[-1]) for one in kept])
-    ray.shutdown()
 """
 
 
