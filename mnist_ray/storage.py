@@ -24,6 +24,7 @@ T = TypeVar("T")
 CONFIG_FILE, ORIGIN_FILE, RESULT_FILE = "config.json", "origin.json", "result.json"
 REPORT_FILE, TRIALS_FILE, WORKLOAD_FILE = "report.html", "sweep.csv", "workload.py"
 TRACE_FILE, OPERATORS_FILE = "trace.json.gz", "operators.json"
+SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"  # Ray's list of checkpoints; it is not written in one move
 _CHECKPOINT_NAME = re.compile(r"checkpoint_epoch-(\d+)_step-(\d+)b*", re.ASCII)  # a b: it takes a damaged one's place
 
 STORAGE_ERRORS = (OSError, pyarrow.ArrowException)  # what a file system raises

@@ -18,7 +18,7 @@ import torch
 from mnist_ray import cli
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.forking.starting import prepared_forking
-from mnist_ray.cluster.local_ray import for_one_job
+from mnist_ray.cluster.ray_internals import for_one_job
 from mnist_ray.config import WorkerConfig
 from mnist_ray.mnist import idx
 from mnist_ray.storage import RunFolder, locate

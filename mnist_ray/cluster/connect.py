@@ -1,4 +1,4 @@
-"""Ray: starting it or connecting to it."""
+"""Ray: joining a cluster, or starting one of this job's own on this machine, as small as one job needs it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import logging
 import os
+import shutil
 import socket
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_ray.cluster import ray_internals
-from mnist_ray.cluster.environment import users_variables
+from mnist_ray.cluster.environment import for_workers, prepare_local, users_variables
 from mnist_ray.cluster.forking.starting import Forking, own_runtime_env, runtime_env_to_fork
-from mnist_ray.cluster.local_ray import new_session, removed_unless_failed, start_local
 from mnist_ray.cluster.plan import Cluster, Node, local_cpus, node_of
 from mnist_ray.cluster.watch import RaySilentError, watched
 from mnist_ray.config import WorkerConfig
@@ -46,81 +46,113 @@ def connect(
     A connection that this process has already is used and left open.
     A local Ray counts at least the CPUs asked for, so that more workers than cores can run. On leaving, the
     connection is closed, and a local Ray ended; its files go too, unless something has failed.
-    Raises JobError where the named cluster does not answer, or a local Ray does not start; UsageError where it cannot.
+    Raises JobError if the named cluster does not answer, or a local Ray does not start; UsageError if it cannot.
 
-    ``dashboard``: a local Ray serves its own. ``meanwhile`` is done while a local Ray starts, or the first worker on a
-    cluster, which is mostly waiting; what it raises is raised. ``forking`` tells how the workers are forked, if they
-    are.
+    ``dashboard``: a local Ray serves its own. ``meanwhile`` is done in a thread while Ray and its first worker start,
+    which is mostly waiting; what it raises is raised. ``forking`` tells how the workers are forked, if they are.
     """
     if ray.is_initialized():
         meanwhile()
         yield _describe(is_local=False)
         return
-    options: dict[str, Any] = {
-        "log_to_driver": verbose,
-        "logging_level": logging.INFO if verbose else logging.CRITICAL,
-    }
+    options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.CRITICAL}
     if not verbose:
         quiet_ray()
     address, leaving = _find_cluster(), threading.Thread(target=ray.shutdown)
+    if address is None:
+        connection = _local_ray(local_cpus(config), forking, leaving, has_dashboard=dashboard, **options)
+    else:
+        connection = _joined(address, forking, leaving, **options)
     take_signals()
     with contextlib.ExitStack() as at_the_end:
-        no_handler = ray_internals.replaced(ray_internals.utils, "set_sigterm_handler", lambda handler: None)
-        at_the_end.enter_context(no_handler)
-        if address is None:
-            at_the_end.enter_context(_local_ray(config, forking, options, dashboard, meanwhile, leaving))
+        at_the_end.enter_context(ray_internals.without_sigterm_handler())
+        if "working_dir" in own_runtime_env():
+            # As a job connects, a second node on this machine may replace its working directory, and without a current
+            # directory torch cannot be imported.
+            meanwhile()
             meanwhile = _nothing
-        else:
-            at_the_end.enter_context(_left(leaving))
-            meanwhile = _join(address, forking, options, meanwhile)
-        with errors_in_one_line(), contextlib.ExitStack() as watching:
+        with _beside(meanwhile):
+            at_the_end.enter_context(connection)
+            at_the_end.enter_context(_errors_in_one_line())
             cluster = _describe(is_local=address is None)
-            with _worker_starting(cluster):
-                meanwhile()
-            stop_watching = watching.enter_context(watched())
+            _start_worker(cluster.log_folder)
+        stop_watching = at_the_end.enter_context(watched())
 
-            def leave() -> None:
-                stop_watching()
-                leaving.start()
+        def leave() -> None:
+            stop_watching()
+            leaving.start()
 
-            yield dataclasses.replace(cluster, leave=leave)
+        yield dataclasses.replace(cluster, leave=leave)
 
 
 @contextlib.contextmanager
 def _local_ray(
-    config: WorkerConfig,
-    forking: Forking | None,
-    options: dict[str, Any],
-    has_dashboard: bool,
-    meanwhile: Callable[[], None],
-    leaving: threading.Thread,
+    num_cpus: int, forking: Forking | None, leaving: threading.Thread, *, has_dashboard: bool, **options: Any
 ) -> Iterator[None]:
-    """Start a local Ray, with ``meanwhile`` done beside that; in the end, leave it and remove its files."""
-    num_cpus, session = local_cpus(config), new_session()
+    """Start a Ray that listens on loopback only; in the end, leave it and remove its files.
+
+    Whatever its start raises becomes one line that says where its logs are, and which variables for Ray the user has
+    set: one of them may be the reason.
+    """
+    session = ray_internals.default_folder() / f"session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
+    names = users_variables()
+    prepare_local()
+    small = ray_internals.for_one_job(
+        forking, log_to_driver=options["log_to_driver"], session_name=session.name, has_dashboard=has_dashboard
+    )
     with removed_unless_failed(session), _left(leaving):
-        with _beside(meanwhile), _start_in_one_line(session):
-            start_local(num_cpus, forking, session, has_dashboard=has_dashboard, **options)
+        try:
+            with ray_internals.on_loopback(), small:
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    include_dashboard=has_dashboard,
+                    runtime_env={"env_vars": for_workers()},
+                    _temp_dir=str(session.parent),
+                    **options,
+                )
+        except Exception as error:
+            variables = f"; set are {', '.join(names)}" if names else ""
+            said = f"a local Ray cannot start: {first_line(error)} (logs: {session / 'logs'}{variables})"
+            raise JobError(said) from error
         yield
 
 
-def _join(
-    address: str, forking: Forking | None, options: dict[str, Any], meanwhile: Callable[[], None]
-) -> Callable[[], None]:
-    """Connect to a cluster; return what is left to be done while its first worker starts."""
-    if "working_dir" in own_runtime_env():
-        # As a job connects, a second node on this machine may lay its working directory anew, and without a current
-        # directory torch cannot be imported.
-        meanwhile()
-        meanwhile = _nothing
+@contextlib.contextmanager
+def removed_unless_failed(session: Path) -> Iterator[None]:
+    """Remove a local Ray's files in the end, which is after Ray's; but not if something failed, for its logs."""
+    has_failed = False
+    try:
+        yield
+    except Exception as error:
+        has_failed = not isinstance(error, UsageError)
+        raise
+    finally:
+        if not has_failed:
+            shutil.rmtree(session, ignore_errors=True)
+            latest = session.with_name("session_latest")  # Ray makes it, but replaces none that leads nowhere
+            with contextlib.suppress(OSError):  # another Ray may have started since, or there is none
+                if os.readlink(latest) == str(session):
+                    latest.unlink()
+
+
+@contextlib.contextmanager
+def _joined(address: str, forking: Forking | None, leaving: threading.Thread, **options: Any) -> Iterator[None]:
+    """Connect to a cluster; in the end, leave it. Raises JobError if it does not let us in."""
     if forking is not None:
         options["runtime_env"] = runtime_env_to_fork(forking)
-    _init(address, options)
-    return meanwhile
+    with _left(leaving):
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[-1]
+            raise JobError(f"cannot connect to the Ray cluster at {address}: {reason}") from error
+        yield
 
 
 @contextlib.contextmanager
 def _left(leaving: threading.Thread) -> Iterator[None]:
-    """Disconnect at the end, or wait until that is done where ``leaving`` has begun it."""
+    """Disconnect at the end, or wait until that is done if ``leaving`` has begun it."""
     has_answered = True
     try:
         yield
@@ -134,59 +166,36 @@ def _left(leaving: threading.Thread) -> Iterator[None]:
             ray.shutdown()
 
 
-@contextlib.contextmanager
-def _worker_starting(cluster: Cluster) -> Iterator[None]:
-    """Let a worker start beside this process meanwhile; the first actor takes its place.
+def _start_worker(log_folder: str) -> None:
+    """Start a worker beside this process; the first actor takes its place.
 
-    Raises JobError where none does. Where worker processes die at once, Ray tries five times, and waits for a minute
-    each time.
+    Raises JobError if none starts. If worker processes die at once, Ray tries five times, and waits for a minute each
+    time.
     """
-    started = _start.options(scheduling_strategy=this_node()).remote()
-    yield
+    started = ray.remote(num_cpus=0, scheduling_strategy=this_node())(_nothing).remote()
     try:
         ray.get(started, timeout=_WORKER_START_TIMEOUT_S)
     except ray.exceptions.GetTimeoutError as error:
-        log = Path(cluster.log_folder) / "raylet.err"
+        log = Path(log_folder) / "raylet.err"
         lines = [line for line in log.read_text(errors="replace").splitlines() if line and not line.startswith("[")]
         said = f"; the last that one wrote: {lines[-1]}" if lines else ""
         raise JobError(f"Ray's worker processes do not start{said} (log: {log})") from error
 
 
-@ray.remote(num_cpus=0)
-def _start() -> None:
-    """Do nothing but be there."""
-
-
 def _nothing() -> None:
-    """Do nothing, where all is done."""
+    """Do nothing."""
 
 
 @contextlib.contextmanager
-def errors_in_one_line() -> Iterator[None]:
+def _errors_in_one_line() -> Iterator[None]:
     """Say in one line what Ray itself has failed at meanwhile; an error of a task's own code stays what it is."""
-    logs = session_folder() / "logs"
+    logs = ray_internals.session_folder() / "logs"
     try:
         yield
     except ray.exceptions.RayTaskError:
         raise
     except ray.exceptions.RayError as error:
         raise JobError(f"Ray failed: {type(error).__name__}: {first_line(error)} (logs: {logs})") from error
-
-
-@contextlib.contextmanager
-def _start_in_one_line(session: Path) -> Iterator[None]:
-    """Say in one line why a local Ray does not start, which may raise anything, and where its logs are.
-
-    The variables for Ray that the user has set are named, too: one of them may be the reason.
-    """
-    names = users_variables()
-    try:
-        yield
-    except Exception as error:
-        variables = f"; set are {', '.join(names)}" if names else ""
-        raise JobError(
-            f"a local Ray cannot start: {first_line(error)} (logs: {session / 'logs'}{variables})"
-        ) from error
 
 
 @contextlib.contextmanager
@@ -209,17 +218,8 @@ def quiet_ray() -> None:
     warnings.filterwarnings("ignore", module=r"ray\.")
 
 
-def _init(address: str, options: dict[str, Any]) -> None:
-    """Connect to a cluster. Raises JobError where it does not let us in."""
-    try:
-        ray.init(address=address, **options)
-    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[-1]
-        raise JobError(f"cannot connect to the Ray cluster at {address}: {reason}") from error
-
-
 def _find_cluster() -> str | None:
-    """Return the address of the cluster to connect to, or None where a local Ray is to be started.
+    """Return the address of the cluster to connect to, or None if a local Ray is to be started.
 
     Not ``ray.init(address="auto")``: that would also join the local Ray of any other job on this machine, and wait
     for minutes for a cluster that is gone.
@@ -228,7 +228,7 @@ def _find_cluster() -> str | None:
     if named == "local":
         return None
     if named == "auto":
-        started_here = ray_internals.read_ray_address()  # what ``ray start`` has left
+        started_here = ray_internals.address_of_ray_start()
         return started_here if started_here and _answers(started_here) else None
     if "://" in named:
         raise UsageError(f"RAY_ADDRESS={named} is no HOST:PORT; for a dashboard's address, use ray job submit")
@@ -239,13 +239,10 @@ def _find_cluster() -> str | None:
 
 def _answers(address: str) -> bool:
     """Tell whether a Ray answers at an address, not something else that listens there. Raises JobError at its no."""
-    # Where there is a token, `ray start` makes the cluster ask for it; so has a client to be told to show it.
-    ray_internals.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-        with _without_standard_error():  # to which it logs each of its three attempts
-            ray_internals.InnerGcsClient.standalone(address, None, int(_CONNECT_TIMEOUT_S * 1000))
+        ray_internals.ask(address, _CONNECT_TIMEOUT_S)
     except ray.exceptions.AuthenticationError as error:
         advice = "give it the one of the head's ~/.ray/auth_token, in that file or RAY_AUTH_TOKEN"
         raise JobError(f"the Ray cluster at {address} asks for another token; {advice}") from error
@@ -254,32 +251,13 @@ def _answers(address: str) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _without_standard_error() -> Iterator[None]:
-    """Drop what this process, its C++ parts included, writes to its standard error meanwhile."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def _describe(is_local: bool, leave: Callable[[], None] = lambda: None) -> Cluster:
-    dashboard = ray_internals.global_worker.node.webui_url
-    return Cluster(is_local, _nodes(), str(session_folder() / "logs"), leave, dashboard or "")
+def _describe(is_local: bool) -> Cluster:
+    logs = ray_internals.session_folder() / "logs"
+    return Cluster(is_local, _nodes(), str(logs), dashboard=ray_internals.dashboard_address())
 
 
 def _nodes() -> tuple[Node, ...]:
     return tuple(node_of(node["Resources"]) for node in ray.nodes() if node["Alive"])
-
-
-def session_folder() -> Path:
-    """Return where this node's Ray keeps its files while it runs."""
-    return Path(ray_internals.global_worker.node.get_session_dir_path())
 
 
 def as_it_is_now(cluster: Cluster) -> Cluster:

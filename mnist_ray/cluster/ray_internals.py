@@ -1,102 +1,162 @@
-"""Ray's private API, as far as there is no public way: each name with its module and the reason.
+"""Ray's private API, as far as there is no public way; that of Ray Train is in ``train_internals``.
 
-Names are looked up when they are first used, since some of the modules take seconds to import.
+Each function says what it needs it for, and a test fails if Ray changes what is used here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
+import functools
+import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-NAMES = {
-    "ray_constants": (
-        "ray._private",
-        "ENABLE_RAY_CLUSTER=False lets a local Ray listen on loopback only; its variable is read at import",
-    ),
-    "RayParams": (
-        "ray._private.parameter",
-        "setup_worker_path is what starts each worker: runtime_env's py_executable costs an import of Ray before it; "
-        "no_monitor and include_log_monitor spare two processes; session_name tells where the logs are if it fails",
-    ),
-    "services": (
-        "ray._private",
-        "ConsolePopen starts Ray's processes, in the job's own session and process group, and so for its signals too",
-    ),
-    "utils": ("ray._private", "set_sigterm_handler puts a handler that exits at once in place of the job's own"),
-    "Node": ("ray._private.node", "start_api_server starts a process also for no dashboard, and waits for it"),
-    "ActorClassID": (
-        "ray.actor",
-        "a class that becomes an actor at import draws its id from Ray's generator, which forks must not share",
-    ),
-    "Config": ("ray._raylet", "reads Ray's settings again, which are read when it is loaded, before a fork"),
-    "RAY_JOB_CONFIG_JSON_ENV_VAR": (
-        "ray._private.runtime_env.constants",
-        "the variable by which a submitted job knows its runtime environment",
-    ),
-    "maybe_enable_token_auth_if_token_available": (
-        "ray._private.authentication.authentication_token_setup",
-        "`ray start` asks for a token where there is one, and ray.init(address=...) does not show it by itself",
-    ),
-    "read_ray_address": (
-        "ray._private.utils",
-        "the address that `ray start` has left; ray.init(address='auto') also joins the local Ray of another job",
-    ),
-    "InnerGcsClient": (
-        "ray._raylet",
-        "sees in seconds whether a Ray answers at an address; ray.init tries for minutes",
-    ),
-    "get_default_ray_temp_dir": (
-        "ray._common.utils",
-        "where a local Ray keeps its files, which are to go with it",
-    ),
-    "global_worker": ("ray._private.worker", "knows this node's folder of files and logs, and kills actors by id"),
-    "RayTrainError": ("ray.train.v2._internal.exceptions", "what Ray Train itself raises in a worker"),
-    "WorkerHealthCheckFailedError": (
-        "ray.train.v2._internal.exceptions",
-        "a worker that does not answer; UserCallback.after_exception is handed it",
-    ),
-    "state": (
-        "ray._private.state",
-        "tells which actors there are, and which placement groups have lost theirs",
-    ),
-    "PlacementGroupTableData": ("ray.core.generated.gcs_pb2", "what the accessor returns, serialized"),
-    "ControllerCallback": ("ray.train.v2._internal.execution.callback", "tells who looks after a run's workers"),
-    "DatasetsCallback": ("ray.train.v2._internal.callbacks", "starts an actor also where there are no Ray Datasets"),
-    "PlacementGroupCleanerCallback": (
-        "ray.train.v2._internal.callbacks.placement_group_callback",
-        "starts an actor that the end of a run waits for, up to a second",
-    ),
-    "validation_manager": (
-        "ray.train.v2._internal.execution.checkpoint",
-        "looks for the last validation once a second, which is waited for at the end",
-    ),
-    "_TorchBackend": ("ray.train.torch.config", "what a TorchConfig's backend_cls is derived from"),
-    "_set_torch_distributed_env_vars": ("ray.train.torch.config", "what _TorchBackend.on_start does first"),
-    "_setup_torch_process_group": (
-        "ray.train.torch.config",
-        "joins the workers; with an init_method of ours it needs no open port",
-    ),
-}
+import ray
+import ray.actor
+from ray._common.utils import get_default_ray_temp_dir
+from ray._private import ray_constants, services, utils
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+from ray._private.state import state
+from ray._private.worker import global_worker
+from ray._raylet import Config, InnerGcsClient  # type: ignore[attr-defined]  # of Cython, some without stubs
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+from ray.util.placement_group import PlacementGroup
 
-SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
-"""Ray's list of a run's checkpoints, in the run's folder; it is not written in one move."""
+from mnist_ray.cluster.forking.starting import SHIM, Forking
 
-
-def __getattr__(name: str) -> Any:
-    if name not in NAMES:
-        raise AttributeError(name)
-    place = importlib.import_module(NAMES[name][0])
-    return getattr(place, name) if hasattr(place, name) else importlib.import_module(f"{NAMES[name][0]}.{name}")
+_NO_ACTOR = b"\xff" * 12  # how the id of an actor begins that is none; the rest is the job's
 
 
 @contextlib.contextmanager
-def replaced(owner: Any, name: str, value: object) -> Iterator[None]:
-    """Let an attribute have another value meanwhile."""
+def for_one_job(
+    forking: Forking | None, *, log_to_driver: bool, session_name: str | None = None, has_dashboard: bool = False
+) -> Iterator[None]:
+    """Let a Ray that is started meanwhile fork its workers, and do without what only a cluster needs.
+
+    Such are the autoscaler, the log monitor where no log is shown, and the process that serves the dashboard, which
+    Ray would start for no dashboard, too, and wait for. Its processes have sessions of their own, so that a signal to
+    all processes of the job leaves them to save a checkpoint with; on Linux, the kernel ends them with the job.
+    """
+    parameters = {"no_monitor": True, "include_log_monitor": log_to_driver, "session_name": session_name}
+    if forking is not None and forking.server is not None:
+        # What starts each worker. A runtime environment's py_executable costs an import of Ray before it.
+        parameters["setup_worker_path"] = str(SHIM)
+    with_parameters = functools.partialmethod(RayParams.__init__, **parameters)
+    is_linux = sys.platform.startswith("linux")
+    in_own_session = functools.partial(services.ConsolePopen, start_new_session=is_linux)
+    serves_nothing = _replaced(Node, "start_api_server", lambda node, **options: None)
+    with (
+        _replaced(services, "ConsolePopen", in_own_session),
+        _replaced(RayParams, "__init__", with_parameters),
+        contextlib.nullcontext() if has_dashboard else serves_nothing,
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def on_loopback() -> Iterator[None]:
+    """Let a Ray that is started meanwhile listen on loopback only, as on macOS; its variable is read at import."""
+    with _replaced(ray_constants, "ENABLE_RAY_CLUSTER", False):
+        yield
+
+
+@contextlib.contextmanager
+def without_sigterm_handler() -> Iterator[None]:
+    """Keep the job's own handler of SIGTERM meanwhile: Ray would put one in its place that exits at once."""
+    with _replaced(utils, "set_sigterm_handler", lambda handler: None):
+        yield
+
+
+@contextlib.contextmanager
+def actor_ids_from_kernel() -> Iterator[None]:
+    """Let actor classes that are defined meanwhile have ids of the kernel's generator.
+
+    Ray's own is seeded at its first use: once used before a fork, all forks would go on with it, and draw the same.
+    """
+
+    class FromKernel:
+        @staticmethod
+        def from_random() -> ray.ActorClassID:
+            return ray.ActorClassID(os.urandom(ray.ActorClassID.size()))
+
+    with _replaced(ray.actor, "ActorClassID", FromKernel):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
         yield
     finally:
         setattr(owner, name, before)
+
+
+def read_settings_again() -> None:
+    """Read the settings in Ray's variables, which it reads when it is loaded, for a process that was forked later."""
+    Config.initialize("")
+
+
+def default_folder() -> Path:
+    """Return where a local Ray keeps its sessions, so that one can be named before it starts, and removed with it."""
+    return Path(get_default_ray_temp_dir())
+
+
+def session_folder() -> Path:
+    """Return where this node's Ray keeps its files while it runs."""
+    return Path(global_worker.node.get_session_dir_path())
+
+
+def dashboard_address() -> str:
+    """Return HOST:PORT of the dashboard; nothing if there is none."""
+    return global_worker.node.webui_url or ""
+
+
+def dead_processes() -> list[str]:
+    """Return which processes of the Ray that this job has started have died; those of a cluster are not ours."""
+    return [name for name, _ in global_worker.node.dead_processes()]
+
+
+def address_of_ray_start() -> str | None:
+    """Return the address that ``ray start`` has left. "auto" would also join the local Ray of another job."""
+    return utils.read_ray_address()
+
+
+def ask(address: str, timeout_s: float) -> None:
+    """Return if a Ray answers at an address, else raise a RayError, in seconds; ``ray.init`` tries for minutes."""
+    # If there is a token, `ray start` makes the cluster ask for it; ray.init(address=...) does not show it by itself.
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)  # to which C++ logs each of its three attempts
+    try:
+        InnerGcsClient.standalone(address, None, int(timeout_s * 1000))
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def kill_actors(class_name: str) -> None:
+    """Kill this job's actors of a class, for which nobody here has handles."""
+    job_id = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    for actor_id, actor in state.actor_table(None, job_id).items():
+        if actor["ActorClassName"] == class_name and actor["State"] != "DEAD":
+            global_worker.core_worker.kill_actor(ray.ActorID.from_hex(actor_id), True)
+
+
+def orphaned_placement_groups() -> list[PlacementGroup]:
+    """Return what dead actors of this job have reserved; the public table does not tell who has."""
+    job_id, orphans = bytes.fromhex(ray.get_runtime_context().get_job_id()), []
+    for serialized in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(serialized)
+        is_there = group.state != PlacementGroupTableData.REMOVED
+        is_drivers = group.creator_actor_id.startswith(_NO_ACTOR)
+        if is_there and group.creator_actor_dead and not is_drivers and group.creator_job_id == job_id:
+            orphans.append(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+    return orphans

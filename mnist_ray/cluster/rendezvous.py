@@ -11,15 +11,19 @@ import psutil
 import ray
 from ray.train.torch import TorchConfig
 
-from mnist_ray.cluster import ray_internals
-from mnist_ray.cluster.connect import session_folder
+from mnist_ray.cluster.ray_internals import session_folder
+from mnist_ray.cluster.train_internals import (
+    _set_torch_distributed_env_vars,
+    _setup_torch_process_group,
+    _TorchBackend,
+)
 
 
 @dataclass
 class WorkerGroupConfig(TorchConfig):
     """Ray Train's own way of joining workers, but for two things.
 
-    Gloo binds to what the host's name resolves to, which on many a Linux is 127.0.1.1: here it is told the interface
+    Gloo binds to what the host's name resolves to, which on many a Linux is 127.0.1.1: here it is given the interface
     of the address by which Ray knows the node. And on a local Ray the workers meet through a file, where Ray Train
     opens a ``TCPStore``, which listens on all interfaces.
     """
@@ -27,29 +31,26 @@ class WorkerGroupConfig(TorchConfig):
     is_local: bool = False
 
     @property
-    def backend_cls(self) -> type[ray_internals._TorchBackend]:
+    def backend_cls(self) -> type[_TorchBackend]:
         """What sets the workers up, also whenever they were replaced."""
-        return _LocalBackend if self.is_local else _ClusterBackend
+        return _Backend
 
 
-class _ClusterBackend(ray_internals._TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+class _Backend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: WorkerGroupConfig) -> None:
         worker_group.execute(_use_nodes_interface)
-        super().on_start(worker_group, backend_config)
-
-
-class _LocalBackend(ray_internals._TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        worker_group.execute(ray_internals._set_torch_distributed_env_vars)
+        if not backend_config.is_local:
+            super().on_start(worker_group, backend_config)
+            return
+        worker_group.execute(_set_torch_distributed_env_vars)
         world_size = len(worker_group)
         if world_size == 1:
             return
-        worker_group.execute(_use_nodes_interface)
         meeting_point = session_folder() / f"workers-{uuid.uuid4().hex}"
         joining = [
             worker_group.execute_single_async(
                 rank,
-                ray_internals._setup_torch_process_group,
+                _setup_torch_process_group,
                 backend=backend_config.backend,
                 world_rank=rank,
                 world_size=world_size,
@@ -69,7 +70,7 @@ def _use_nodes_interface() -> None:
 
 
 def interface_of(address: str) -> str | None:
-    """Return the network interface that has an address; None where none has."""
+    """Return the network interface that has an address; None if none has."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(found.address == address for found in addresses):
             return name

@@ -9,7 +9,7 @@ import torch
 from ray.exceptions import RayActorError, RayError
 from ray.train import UserCallback
 
-from mnist_ray.cluster import ray_internals
+from mnist_ray.cluster.train_internals import RayTrainError, WorkerHealthCheckFailedError
 from mnist_ray.errors import JobError, first_line
 from mnist_ray.storage import STORAGE_ERRORS
 from mnist_ray.training.events import WorkersLost
@@ -20,7 +20,7 @@ PASSING = (
     JobError,
     MemoryError,
     RayError,
-    ray_internals.RayTrainError,
+    RayTrainError,
     torch.AcceleratorError,
     torch.distributed.DistError,
 )
@@ -58,7 +58,7 @@ def describe(worker_exceptions: Mapping[int, Exception]) -> str:
     cause = getattr(error, "_base_exc", error)
     if is_of_gloo(cause):
         return f"worker {rank} has lost its connection to another, which has died or hangs"
-    if isinstance(error, ray_internals.WorkerHealthCheckFailedError):
+    if isinstance(error, WorkerHealthCheckFailedError):
         return f"worker {rank} does not answer"
     if not isinstance(error, RayActorError):
         return f"worker {rank} failed: {_said(cause)}"

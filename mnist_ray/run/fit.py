@@ -25,7 +25,7 @@ from ray.train import (
 )
 from ray.train.torch import TorchTrainer
 
-from mnist_ray.cluster import ray_internals
+from mnist_ray.cluster import train_internals
 from mnist_ray.cluster.connect import this_node
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import share
@@ -39,7 +39,7 @@ from mnist_ray.run.reporter import train_loop_per_worker
 from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.signals import Noted, first_only_noted
-from mnist_ray.storage import STORAGE_ERRORS, RunFolder, with_retries
+from mnist_ray.storage import SNAPSHOT_FILE, STORAGE_ERRORS, RunFolder, with_retries
 from mnist_ray.training.events import ControllerStarted, Event, Started, Stopping, WorkersLost
 
 _POLL_INTERVAL_S = 0.5  # at which the driver asks for events, as often as workers send their progress
@@ -178,8 +178,8 @@ def drop_damaged_snapshot(run: RunFolder) -> None:
     """Remove Ray's list of a run's checkpoints if a kill has cut it off; workers find checkpoints themselves."""
 
     def drop() -> None:
-        if run.exists(ray_internals.SNAPSHOT_FILE) and snapshot_of(run) is None:
-            run.delete_file(ray_internals.SNAPSHOT_FILE)
+        if run.exists(SNAPSHOT_FILE) and snapshot_of(run) is None:
+            run.delete_file(SNAPSHOT_FILE)
 
     with_retries(drop)
 
@@ -235,15 +235,15 @@ class _Trainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         is_local = self.backend_config.is_local
-        unneeded: tuple[type, ...] = (ray_internals.DatasetsCallback,)  # hands out Ray Datasets; there are none
+        unneeded: tuple[type, ...] = (train_internals.DatasetsCallback,)  # hands out Ray Datasets; there are none
         if is_local:  # what it cleans up behind a killed controller is gone with the job's own Ray
-            unneeded += (ray_internals.PlacementGroupCleanerCallback,)
+            unneeded += (train_internals.PlacementGroupCleanerCallback,)
         callbacks = [some for some in super()._create_default_callbacks() if not isinstance(some, unneeded)]
         event_queue = self.train_loop_config["spec"].event_queue
         return callbacks if event_queue is None else [*callbacks, _TellsController(event_queue)]
 
 
-class _TellsController(ray_internals.ControllerCallback):
+class _TellsController(train_internals.ControllerCallback):
     """Tells the driver which actor looks after the workers, so that it can check that it still answers."""
 
     def __init__(self, event_queue: Any) -> None:
@@ -257,7 +257,7 @@ class _EndsSoon(UserCallback):
     """Lets Ray Train's controller look for the last validation more often than once a second."""
 
     def after_report(self, run_context: object, metrics: object, checkpoint: object) -> None:
-        ray_internals.validation_manager.VALIDATION_TASK_POLL_INTERVAL_S = _VALIDATION_POLL_INTERVAL_S
+        train_internals.validation_manager.VALIDATION_TASK_POLL_INTERVAL_S = _VALIDATION_POLL_INTERVAL_S
 
 
 class EventQueue:

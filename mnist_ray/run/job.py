@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from mnist_ray import settings
-from mnist_ray.cluster import ray_internals
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError, count, did_you_mean
 from mnist_ray.flags import UNSET, Parser, peek
@@ -24,6 +23,7 @@ from mnist_ray.settings import flag
 from mnist_ray.storage import (
     CONFIG_FILE,
     RESULT_FILE,
+    SNAPSHOT_FILE,
     TRIALS_FILE,
     DamagedFileError,
     RunFolder,
@@ -244,7 +244,7 @@ def _left_by(run: RunFolder, kind: str) -> tuple[Mapping[str, Any], tuple[str, .
     notes: list[str] = []
     origin = unless_damaged(lambda: read_origin(run), notes.append)
     unless_damaged(lambda: read_result(run), notes.append)
-    unless_damaged(lambda: run.read_json(ray_internals.SNAPSHOT_FILE), notes.append)
+    unless_damaged(lambda: run.read_json(SNAPSHOT_FILE), notes.append)
     if not (run.exists(TRIALS_FILE) if kind == "tune" else run.checkpoint_names()):
         notes.append(f"run {run.name} has saved nothing: it begins anew")
     return origin or {}, tuple(notes)

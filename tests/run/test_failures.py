@@ -18,12 +18,13 @@ import psutil
 import pytest
 import ray
 import torch
+from ray._private.node import Node
+from ray._private.worker import global_worker
 from ray.cluster_utils import Cluster
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState, _TrainingResultState
 
-from mnist_ray.cluster import ray_internals
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.report.csv_files import read_csv
@@ -58,7 +59,7 @@ def head() -> Iterator[Cluster]:
     # An atexit handler of each node holds its client. From Python 3.13 on, multiprocessing clears these handlers in a
     # fork, where the end of a client without its threads would be that of the process.
     for node in gc.get_objects():
-        if isinstance(node, ray_internals.Node) and node is not ray_internals.global_worker.node:
+        if isinstance(node, Node) and node is not global_worker.node:
             node._gcs_client = None
 
 

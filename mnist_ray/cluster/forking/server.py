@@ -28,8 +28,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mnist_ray.cluster import ray_internals
-
 _READ_AT_IMPORT = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "LD_", "MALLOC_", "PYTHON")
 """How variables begin that take effect when a library is loaded: with other ones a worker has to load it itself."""
 _TAKES_EFFECT_LATER = ("OMP_NUM_THREADS", "PYTHONBREAKPOINT")
@@ -109,35 +107,23 @@ def load(modules: Sequence[str]) -> str:
     """Import modules so that processes can be forked afterwards; return why they cannot, if so."""
     os.environ.update(_WITHOUT_THREADS | _WITHOUT_CUDA)
     try:
-        with _ids_from_kernel():
+        import ray
+        import torch
+
+        from mnist_ray.cluster import ray_internals
+
+        with ray_internals.actor_ids_from_kernel():
             for name in modules:
                 importlib.import_module(name)
-        if in_fork(_draw_id) == in_fork(_draw_id):
+        if in_fork(lambda: ray.NodeID.from_random().binary()) == in_fork(lambda: ray.NodeID.from_random().binary()):
             return "two forks would draw the same ids"
-        if in_fork(_is_cuda_lost) == b"True":
+        if in_fork(lambda: bytes([torch.cuda._is_in_bad_fork()])) == bytes([True]):
             return "an import has used CUDA"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     gc.collect()
     gc.freeze()  # the collector would write to all objects, and so copy the memory that workers share
     return why_unsafe()
-
-
-@contextlib.contextmanager
-def _ids_from_kernel() -> Iterator[None]:
-    """Let actor classes that are defined meanwhile have ids of the kernel's generator.
-
-    Ray's own is seeded at its first use: once used here, all forks would go on with it, and draw the same.
-    """
-    import ray.actor
-
-    class FromKernel:
-        @staticmethod
-        def from_random() -> ray.ActorClassID:
-            return ray.ActorClassID(os.urandom(ray.ActorClassID.size()))
-
-    with ray_internals.replaced(ray.actor, "ActorClassID", FromKernel):
-        yield
 
 
 def in_fork(action: Callable[[], bytes]) -> bytes:
@@ -152,19 +138,6 @@ def in_fork(action: Callable[[], bytes]) -> bytes:
         returned = pipe.read()
     os.waitpid(pid, 0)
     return returned
-
-
-def _draw_id() -> bytes:
-    import ray
-
-    drawn: bytes = ray.NodeID.from_random().binary()
-    return drawn
-
-
-def _is_cuda_lost() -> bytes:
-    import torch
-
-    return str(torch.cuda._is_in_bad_fork()).encode()
 
 
 def why_unsafe() -> str:
@@ -290,24 +263,22 @@ def become(request: Request) -> None:
     os.environ.clear()
     os.environ.update(request.environment)
     os.chdir(request.folder)
-    _draw_anew()
-    _read_settings_anew()
+    _seed_and_set_up_libraries()
 
 
-def _draw_anew() -> None:
-    """Seed the generators that processes have by themselves; Python seeds its own, and Ray's is not seeded yet."""
+def _seed_and_set_up_libraries() -> None:
+    """Do what libraries do as they are loaded: seed their generators, and read the settings in this environment.
+
+    Python seeds its own generator, and Ray's is not seeded yet.
+    """
     import numpy as np
     import torch
 
+    from mnist_ray.cluster import ray_internals
+
     np.random.seed()
     torch.seed()
-
-
-def _read_settings_anew() -> None:
-    """Let libraries have the settings of this process's environment that they read when they were loaded."""
-    import torch
-
-    ray_internals.Config.initialize("")
+    ray_internals.read_settings_again()
     threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     if threads.isdigit() and int(threads) > 0:
         torch.set_num_threads(int(threads))
