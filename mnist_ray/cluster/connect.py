@@ -71,7 +71,7 @@ def connect(
             # directory torch cannot be imported.
             meanwhile()
             meanwhile = _nothing
-        with _beside(meanwhile):
+        with in_background(meanwhile):
             at_the_end.enter_context(connection)
             at_the_end.enter_context(_errors_in_one_line())
             cluster = _describe(is_local=address is None)
@@ -199,8 +199,8 @@ def _errors_in_one_line() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _beside(work: Callable[[], None]) -> Iterator[None]:
-    """Do some work in a thread meanwhile; it is done afterwards, and what it raised is raised."""
+def in_background(work: Callable[[], None]) -> Iterator[None]:
+    """Do some work in a thread meanwhile; it is done afterwards, and its exception is raised."""
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(work)
         yield

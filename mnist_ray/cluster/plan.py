@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -36,7 +37,7 @@ class Cluster:
     log_folder: str
     leave: Callable[[], None] = lambda: None
     """Begin to disconnect, and to end a local Ray, while the caller does what needs no Ray any more."""
-    dashboard: str = ""  # HOST:PORT where Ray's own is served, where it is
+    dashboard: str = ""  # HOST:PORT of Ray's own, if it is served
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,9 @@ def usable_cores() -> int:
     """Return the cores that this process may use, by its affinity and its cgroup's quota."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    try:
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no quota ("max")
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup v2, or no quota ("max")
-        pass
     return cores
 
 
@@ -74,12 +73,11 @@ def node_of(resources: Mapping[str, Any]) -> Node:
 
 
 def local_cpus(config: WorkerConfig) -> int:
-    """Return the CPUs that a local Ray counts. Raises UsageError where no machine of these cores could bear it."""
+    """Return the CPUs that a local Ray counts. Raises UsageError if no machine of these cores could bear it."""
     cores, asked = usable_cores(), (config.num_workers or 1) * (config.cpus_per_worker or 1)
     if asked > cores * _MOST_WORKERS_A_CORE:
-        workers = f"{count(config.num_workers or 1, 'worker')} of {count(config.cpus_per_worker or 1, 'CPU')}"
         raise UsageError(
-            f"{workers} are too many for this machine's {count(cores, 'core')}; "
+            f"{_workers(config, config.num_workers or 1)} are too many for this machine's {count(cores, 'core')}; "
             f"lower --num-workers (to {cores}, to be fast) or --cpus-per-worker"
         )
     return max(cores, asked)
@@ -88,52 +86,54 @@ def local_cpus(config: WorkerConfig) -> int:
 def plan_workers(config: WorkerConfig, cluster: Cluster, num_chunks: int | None = None) -> WorkerPlan:
     """Decide how many workers run and what each gets.
 
-    Where batches are cut into ``num_chunks`` for the bits not to depend on the workers, each has one CPU by default,
+    If batches are cut into ``num_chunks`` so that the bits do not depend on the workers, each has one CPU by default,
     and there are as many as that makes.
 
-    Raises UsageError where the nodes cannot hold the workers asked for, unless ``config.autoscaling`` says that more
+    Raises UsageError if the nodes cannot hold the workers asked for, unless ``config.autoscaling`` says that more
     nodes will come: what an autoscaler could start, Ray does not tell.
     """
     if num_chunks is not None:
-        most = min(num_chunks, sum(node.num_cpus // (config.cpus_per_worker or 1) for node in cluster.nodes))
-        config = dataclasses.replace(
-            config,
-            num_workers=config.num_workers or max(1, most),
-            cpus_per_worker=config.cpus_per_worker or 1,
-            use_gpu="no",
-        )
+        cpus = config.cpus_per_worker or 1
+        most = min(num_chunks, sum(node.num_cpus // cpus for node in cluster.nodes))
+        num_workers = config.num_workers or max(1, most)
+        config = dataclasses.replace(config, num_workers=num_workers, cpus_per_worker=cpus, use_gpu="no")
     num_gpus = sum(node.num_gpus for node in cluster.nodes)
     if config.use_gpu == "yes" and num_gpus == 0 and not config.autoscaling:
         raise UsageError("--use-gpu yes, but the cluster has no GPU; use --use-gpu no")
     use_gpu = config.use_gpu == "yes" or (num_gpus > 0 and config.use_gpu == "auto")
-    usable = [node for node in cluster.nodes if (node.num_gpus if use_gpu else node.num_cpus)]
-    num_workers = config.num_workers or max(1, sum(node.num_gpus for node in usable) if use_gpu else len(usable))
+    num_workers = config.num_workers or max(
+        1, num_gpus if use_gpu else sum(node.num_cpus > 0 for node in cluster.nodes)
+    )
     if config.min_workers is not None and config.placement.startswith("STRICT"):
         raise UsageError(f"--placement {config.placement} needs a fixed --num-workers: Ray cannot do with fewer there")
     least = num_workers if config.min_workers is None else config.min_workers
     if least > num_workers:
         raise UsageError(f"--min-workers {least} is more than the {count(num_workers, 'worker')} there are to be")
-    plan = functools.partial(
-        WorkerPlan,
-        num_workers,
+    cpus_of = functools.partial(
+        cpus_for_each,
+        cluster.nodes,
+        cpus_per_worker=config.cpus_per_worker,
         use_gpu=use_gpu,
+        placement=config.placement,
+    )
+    cpus_per_worker = cpus_of(num_workers) or cpus_of(least)
+    if cpus_per_worker is None and not config.autoscaling:
+        raise UsageError(_cannot_hold(config, least, cluster, use_gpu))
+    return WorkerPlan(
+        num_workers,
+        cpus_per_worker or config.cpus_per_worker or 1,
+        use_gpu,
+        must_scale_up=cpus_per_worker is None,
         min_workers=config.min_workers,
         placement=config.placement,
         is_local=cluster.is_local,
     )
-    for number in (num_workers, least):
-        cpus = cpus_for_each(cluster.nodes, number, config.cpus_per_worker, use_gpu, config.placement)
-        if cpus is not None:
-            return plan(cpus_per_worker=cpus, must_scale_up=False)
-    if config.autoscaling:
-        return plan(cpus_per_worker=config.cpus_per_worker or 1, must_scale_up=True)
-    raise UsageError(_cannot_hold(config, least, cluster, use_gpu))
 
 
 def cpus_for_each(
     nodes: Sequence[Node], num_workers: int, cpus_per_worker: int | None, use_gpu: bool, placement: str = "PACK"
 ) -> int | None:
-    """Return the CPUs of each worker: as given, else the most that all can have; None where they do not fit."""
+    """Return the CPUs of each worker: as given, else the most that all can have; None if they do not fit."""
     most = max((node.num_cpus for node in nodes), default=0)
     candidates = range(most, 0, -1) if cpus_per_worker is None else [cpus_per_worker]
     for cpus in candidates:
@@ -146,21 +146,21 @@ def cpus_for_each(
 
 
 def _cannot_hold(config: WorkerConfig, num_workers: int, cluster: Cluster, use_gpu: bool) -> str:
-    nodes = cluster.nodes
-    asked = f"{count(num_workers, 'worker')} of {count(config.cpus_per_worker or 1, 'CPU')}"
+    asked, there = _workers(config, num_workers), f"{sum(node.num_cpus for node in cluster.nodes)} CPUs"
     if use_gpu:
-        asked += " and 1 GPU"
-    there = f"{sum(node.num_cpus for node in nodes)} CPUs"
-    if use_gpu:
-        there += f" and {sum(node.num_gpus for node in nodes)} GPUs"
-    there += f" on {count(len(nodes), 'node')}"
+        asked, there = f"{asked} and 1 GPU", f"{there} and {sum(node.num_gpus for node in cluster.nodes)} GPUs"
     if config.placement.startswith("STRICT"):
         asked += f", {config.placement}"
-    flags = "--num-workers" + (" or --cpus-per-worker" if config.cpus_per_worker else "")
-    advice = f"lower {flags}" + (", or use --use-gpu no" if use_gpu else "")
+    advice = "lower --num-workers" + (" or --cpus-per-worker" if config.cpus_per_worker else "")
+    if use_gpu:
+        advice += ", or use --use-gpu no"
     if not cluster.is_local:
         advice += ", or add --autoscaling if it starts nodes on demand"
-    return f"the cluster cannot hold {asked}: it has {there}; {advice}"
+    return f"the cluster cannot hold {asked}: it has {there} on {count(len(cluster.nodes), 'node')}; {advice}"
+
+
+def _workers(config: WorkerConfig, num_workers: int) -> str:
+    return f"{count(num_workers, 'worker')} of {count(config.cpus_per_worker or 1, 'CPU')}"
 
 
 def threads_per_worker(assigned_cpus: float, cores: int, workers_on_node: int, local_batch_size: int) -> int:

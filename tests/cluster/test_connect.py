@@ -1,3 +1,4 @@
+import contextlib
 import os
 import socket
 import subprocess
@@ -5,13 +6,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from mnist_ray.cluster.connect import in_background, removed_unless_failed
+from mnist_ray.errors import JobError, UsageError
 from tests.conftest import ROOT
 
 JOB = """\
-import sys
 from mnist_ray import cli
 from mnist_ray.cluster import environment
 from mnist_ray.config import WorkerConfig
@@ -21,10 +24,9 @@ def main():
     environment.prepare(verbose=False)
     from mnist_ray.cluster.connect import connect
     with connect(WorkerConfig()) as cluster:
-        if sys.argv[1:] == ["leave"]:
-            cluster.leave()
-        if sys.argv[1:] == ["fail"]:
-            raise JobError(f"no (logs: {cluster.log_folder})")
+        cluster.leave()
+    with connect(WorkerConfig()) as cluster:
+        raise JobError(f"no (logs: {cluster.log_folder})")
 
 cli.run(main)
 """
@@ -44,11 +46,11 @@ def silent() -> Iterator[str]:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
 
 
-def run(temporary: Path, *words: str, address: str = "local", **variables: str) -> subprocess.CompletedProcess:
-    """Run a job that does nothing but connect, with Ray's files in a folder."""
+def run(temporary: Path, address: str = "local", **variables: str) -> subprocess.CompletedProcess:
+    """Run a job that connects, leaves, connects again and fails, with Ray's files in a folder."""
     others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # Ray sets some itself
     environment = {**others, "RAY_ADDRESS": address, "RAY_TMPDIR": str(temporary), **variables}
-    command = [sys.executable, "-c", JOB, *words]
+    command = [sys.executable, "-c", JOB]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -59,17 +61,11 @@ def test_what_listens_but_is_no_ray_ends_the_job_in_one_line(silent: str, tempor
     assert done.stderr == f"error: no Ray cluster answers at RAY_ADDRESS={silent}; unset it to start a local one\n"
 
 
-def test_a_local_ray_leaves_no_files_also_where_one_was_started_here_that_is_gone(temporary: Path) -> None:
-    left = temporary / "ray" / "ray_current_cluster"
-    left.parent.mkdir()
-    left.write_text("127.0.0.1:1")
-    done = run(temporary, "leave", address="auto")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert list(left.parent.glob("session*")) == []
-
-
-def test_a_failed_job_leaves_the_logs_that_its_line_names(temporary: Path) -> None:
-    done = run(temporary, "fail")
+def test_a_local_ray_leaves_no_files_but_the_logs_that_the_line_of_a_failure_names(temporary: Path) -> None:
+    left_by_a_ray_that_is_gone = temporary / "ray" / "ray_current_cluster"
+    left_by_a_ray_that_is_gone.parent.mkdir()
+    left_by_a_ray_that_is_gone.write_text("127.0.0.1:1")
+    done = run(temporary, address="auto")
     (session,) = temporary.glob("ray/session_2*")
     assert done.stderr == f"error: no (logs: {session}/logs)\n"
     assert (session / "logs" / "raylet.out").exists()
@@ -84,3 +80,48 @@ def test_a_local_ray_that_cannot_start_is_one_line_that_names_the_logs_and_the_u
         f"(logs: {session}/logs; set are RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION, RAY_TMPDIR)\n"
     )
     assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Path:
+    """A session's folder that is not empty, to which a link leads as Ray makes one."""
+    session = tmp_path / "session_2"
+    (session / "logs").mkdir(parents=True)
+    (tmp_path / "session_latest").symlink_to(session)
+    return session
+
+
+@pytest.mark.parametrize("ending", [None, KeyboardInterrupt, UsageError])
+def test_nothing_is_left_of_a_session_without_failures(ending: type[BaseException] | None, session: Path) -> None:
+    with contextlib.suppress(KeyboardInterrupt, UsageError), removed_unless_failed(session):
+        if ending:
+            raise ending
+    assert list(session.parent.iterdir()) == []
+
+
+def test_after_a_failure_the_logs_stay(session: Path) -> None:
+    with pytest.raises(JobError), removed_unless_failed(session):
+        raise JobError(f"no (logs: {session / 'logs'})")
+    assert (session / "logs").is_dir()
+
+
+def test_another_rays_session_stays(session: Path) -> None:
+    another, latest = session.with_name("session_of_another"), session.with_name("session_latest")
+    another.mkdir()
+    latest.unlink()
+    latest.symlink_to(another)
+    with removed_unless_failed(session):
+        pass
+    assert sorted(session.parent.iterdir()) == [latest, another]
+
+
+def test_work_in_the_background_is_done_afterwards_and_its_error_is_raised() -> None:
+    done: list[int] = []
+    with in_background(lambda: done.append(1)):
+        pass
+    assert done == [1]
+    with (
+        pytest.raises(UsageError, match="it does not fit"),
+        in_background(Mock(side_effect=UsageError("it does not fit"))),
+    ):
+        pass

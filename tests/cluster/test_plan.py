@@ -1,15 +1,13 @@
-from unittest.mock import Mock
-
 import pytest
+from ray.util.accelerators import accelerators
 
-from mnist_ray.cluster import connect, plan
-from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan
+from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan, cpus_for_each, node_of, plan_workers, threads_per_worker
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError
 
 
-def cluster_of(*nodes: Node, is_local: bool = False) -> Cluster:
-    return Cluster(is_local, nodes, log_folder="/logs")
+def cluster_of(*nodes: Node) -> Cluster:
+    return Cluster(False, nodes, log_folder="/logs")
 
 
 HEAD, SMALL, LARGE, GPU = Node(0), Node(2), Node(8), Node(4, 2)
@@ -22,7 +20,6 @@ HEAD, SMALL, LARGE, GPU = Node(0), Node(2), Node(8), Node(4, 2)
         (WorkerConfig(), [SMALL], WorkerPlan(1, 2, False, False)),
         (WorkerConfig(), [HEAD, LARGE, LARGE], WorkerPlan(2, 8, False, False)),
         # a number of workers shares the CPUs evenly
-        (WorkerConfig(num_workers=2), [SMALL], WorkerPlan(2, 1, False, False)),
         (WorkerConfig(num_workers=3), [LARGE], WorkerPlan(3, 2, False, False)),
         (WorkerConfig(num_workers=3), [SMALL, LARGE], WorkerPlan(3, 2, False, False)),
         (WorkerConfig(num_workers=1), [SMALL, LARGE], WorkerPlan(1, 8, False, False)),
@@ -34,7 +31,7 @@ HEAD, SMALL, LARGE, GPU = Node(0), Node(2), Node(8), Node(4, 2)
     ],
 )
 def test_workers_are_planned_on_what_is_there(config: WorkerConfig, nodes: list[Node], expected: WorkerPlan) -> None:
-    assert plan.plan_workers(config, cluster_of(*nodes)) == expected
+    assert plan_workers(config, cluster_of(*nodes)) == expected
 
 
 @pytest.mark.parametrize(
@@ -52,24 +49,20 @@ def test_workers_are_planned_on_what_is_there(config: WorkerConfig, nodes: list[
 def test_workers_whose_number_does_not_matter_are_planned_on_all_cpus(
     config: WorkerConfig, nodes: list[Node], expected: WorkerPlan
 ) -> None:
-    assert plan.plan_workers(config, cluster_of(*nodes), num_chunks=4) == expected
+    assert plan_workers(config, cluster_of(*nodes), num_chunks=4) == expected
 
 
-def test_nodes_that_are_not_there_yet_are_waited_for_where_the_user_says_that_they_come() -> None:
+def test_nodes_that_are_not_there_yet_are_waited_for_if_the_user_says_that_they_come() -> None:
     config = WorkerConfig(num_workers=4, cpus_per_worker=8, autoscaling=True)
-    assert plan.plan_workers(config, cluster_of(HEAD, SMALL)) == WorkerPlan(4, 8, False, True)
-    assert plan.plan_workers(config, cluster_of(HEAD, *[LARGE] * 4)) == WorkerPlan(4, 8, False, False)
+    assert plan_workers(config, cluster_of(HEAD, SMALL)) == WorkerPlan(4, 8, False, True)
+    assert plan_workers(config, cluster_of(HEAD, *[LARGE] * 4)) == WorkerPlan(4, 8, False, False)
     first = WorkerConfig(use_gpu="yes", autoscaling=True)
-    assert plan.plan_workers(first, cluster_of(HEAD)) == WorkerPlan(1, 1, True, True)
+    assert plan_workers(first, cluster_of(HEAD)) == WorkerPlan(1, 1, True, True)
 
 
 def test_an_elastic_run_starts_with_what_is_there() -> None:
     config = WorkerConfig(num_workers=4, min_workers=2, cpus_per_worker=1)
-    assert plan.plan_workers(config, cluster_of(SMALL)) == WorkerPlan(4, 1, False, False, min_workers=2)
-    with pytest.raises(UsageError, match="cannot hold 2 workers of 1 CPU"):
-        plan.plan_workers(config, cluster_of(Node(1)))
-    with pytest.raises(UsageError, match="--min-workers 5 is more than the 4 workers"):
-        plan.plan_workers(WorkerConfig(num_workers=4, min_workers=5), cluster_of(LARGE))
+    assert plan_workers(config, cluster_of(SMALL)) == WorkerPlan(4, 1, False, False, min_workers=2)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +78,7 @@ def test_an_elastic_run_starts_with_what_is_there() -> None:
 def test_a_strict_placement_is_only_planned_where_it_can_be(
     placement: str, nodes: list[Node], cpus: int | None
 ) -> None:
-    assert plan.cpus_for_each(nodes, 2, None, False, placement) == cpus
+    assert cpus_for_each(nodes, 2, None, False, placement) == cpus
 
 
 @pytest.mark.parametrize(
@@ -103,6 +96,8 @@ def test_a_strict_placement_is_only_planned_where_it_can_be(
             "2 workers of 3 CPUs: it has 4 CPUs on 2 nodes; lower --num-workers or --cpus-per-worker",
         ),
         (WorkerConfig(num_workers=3), [GPU], "3 workers of 1 CPU and 1 GPU: it has 4 CPUs and 2 GPUs on 1 node;"),
+        (WorkerConfig(num_workers=4, min_workers=2), [Node(1)], "cannot hold 2 workers of 1 CPU"),
+        (WorkerConfig(num_workers=4, min_workers=5), [LARGE], "--min-workers 5 is more than the 4 workers"),
         (
             WorkerConfig(num_workers=2, min_workers=1, placement="STRICT_SPREAD"),
             [SMALL, SMALL],
@@ -113,7 +108,7 @@ def test_a_strict_placement_is_only_planned_where_it_can_be(
 )
 def test_what_can_never_be_held_is_refused(config: WorkerConfig, nodes: list[Node], message: str) -> None:
     with pytest.raises(UsageError) as raised:
-        plan.plan_workers(config, cluster_of(*nodes))
+        plan_workers(config, cluster_of(*nodes))
     assert message in str(raised.value)
 
 
@@ -125,16 +120,20 @@ def test_what_can_never_be_held_is_refused(config: WorkerConfig, nodes: list[Nod
 def test_threads_follow_the_cpus_that_a_worker_really_has_and_its_images(
     assigned: float, cores: int, workers: int, batch_size: int, threads: int
 ) -> None:
-    assert plan.threads_per_worker(assigned, cores, workers, batch_size) == threads
+    assert threads_per_worker(assigned, cores, workers, batch_size) == threads
 
 
-def test_work_that_is_done_meanwhile_is_done_afterwards_and_its_error_is_raised() -> None:
-    done: list[int] = []
-    with connect._beside(lambda: done.append(1)):
-        pass
-    assert done == [1]
-    with (
-        pytest.raises(UsageError, match="it does not fit"),
-        connect._beside(Mock(side_effect=UsageError("it does not fit"))),
-    ):
-        pass
+def test_every_gpu_counts_that_ray_knows_but_for_those_of_apples_chips() -> None:
+    known = {name: kind for name, kind in vars(accelerators).items() if name.isupper() and name != "APPLE_SILICON"}
+    kinds = {kind: name.startswith("APPLE_") for name, kind in known.items()}  # Ray calls no node just Apple-Silicon
+    assert sum(kinds.values()) > 5
+    for kind, is_apple in kinds.items():
+        assert node_of({"CPU": 8.0, "GPU": 2.0, f"accelerator_type:{kind}": 1.0}) == Node(8, 0 if is_apple else 2), kind
+    assert node_of({"CPU": 8, "GPU": 1}) == Node(8, 1)
+    assert node_of({"memory": 1e9}) == Node(0, 0)
+
+
+def test_macs_beside_a_server_leave_the_gpus_to_it() -> None:
+    mac, server = node_of({"CPU": 8.0, "GPU": 1.0, "accelerator_type:M2-Max": 1.0}), Node(16, 4)
+    assert plan_workers(WorkerConfig(), cluster_of(mac)) == WorkerPlan(1, 8, False, False)
+    assert plan_workers(WorkerConfig(), cluster_of(mac, server)) == WorkerPlan(4, 4, True, False)
