@@ -1,38 +1,83 @@
-"""How a part of the data gets to the processes that need it."""
+"""What all nodes have to reach: the data, through Ray's object store or loaded by each, and the run's storage."""
 
 from __future__ import annotations
 
+import socket
+import uuid
 from dataclasses import dataclass
 
 import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mnist_ray.errors import JobError, first_line
+from mnist_ray.provenance import versions
+from mnist_ray.storage import STORAGE_ERRORS, RunFolder
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Origin, Split
 from mnist_ray.workload.order import AllBut
 
+_TIMEOUT_S = 60.0
+
 
 @dataclass(frozen=True)
 class RemoteSplit:
-    """A part that any process of the cluster can open."""
+    """A split that any process of the cluster can open."""
 
     workload: Workload
     origin: Origin  # which of the workload's data it is made of
     size: int
     stored: ray.ObjectRef | None  # arrays in Ray's object store, of which all processes on a node see one copy
-    indices: np.ndarray | AllBut | None  # where it is not stored: which examples it has; None: all
+    indices: np.ndarray | AllBut | None  # if it is not stored: which examples it has; None: all
 
     def __len__(self) -> int:
         return self.size
 
     def open(self) -> Split:
-        """Return the part. Where it is not stored, this process loads the workload's data for itself."""
+        """Return the split. If it is not stored, this process loads the workload's data for itself."""
         if self.stored is not None:
             return Split(ray.get(self.stored), None, self.origin)
         return Split(getattr(self.workload.load_data(), self.origin), self.indices, self.origin)
 
 
 def share(workload: Workload, split: Split) -> RemoteSplit:
-    """Share a part: arrays in memory are put into the object store."""
+    """Share a split: arrays in memory are put into the object store."""
     stored = None if split.arrays is None else ray.put(split.arrays)
     return RemoteSplit(workload, split.origin, len(split), stored, split.indices)
+
+
+def check_nodes(run: RunFolder, own_versions: dict[str, str] | None = None) -> list[str]:
+    """Let every node read a file that the driver writes beside the run, and compare versions; return the hosts.
+
+    ``own_versions``: see ``versions``. Without them they are not compared. Raises JobError if something differs.
+    """
+    probe = f".probe-{uuid.uuid4().hex}"
+    run.storage.write_text(probe, probe)  # the content is the name
+    nodes = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes() if node["Alive"]]
+    tasks = [ray.remote(num_cpus=0, scheduling_strategy=node)(check_here) for node in nodes]
+    try:
+        hosts: list[str] = ray.get([task.remote(run, probe, own_versions or {}) for task in tasks], timeout=_TIMEOUT_S)
+        return hosts
+    except ray.exceptions.RayError as error:
+        found = getattr(error, "cause", None)
+        raise (
+            found if isinstance(found, JobError) else JobError(f"a node does not answer: {first_line(error)}")
+        ) from error
+    finally:
+        run.storage.delete_file(probe)
+
+
+def check_here(run: RunFolder, probe: str, drivers: dict[str, str]) -> str:
+    """Return this node's name. Raises JobError if it does not see the driver's file, or has other versions."""
+    host = socket.gethostname()
+    try:
+        problem = "" if run.storage.read_text(probe) == probe else "what the driver has written is not there"
+    except (JobError, *STORAGE_ERRORS) as error:
+        problem = first_line(error)
+    if problem:
+        place = f"--storage-path {run.storage_path}"
+        raise JobError(f"node {host} does not see {place}: {problem}; use one that all nodes share")
+    for name, version in versions().items():
+        if drivers.get(name, version) != version:
+            raise JobError(f"node {host} has {name} {version}, the driver has {drivers[name]}")
+    return host

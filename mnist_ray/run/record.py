@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from mnist_ray.cluster import preflight
+from mnist_ray.cluster.remote_data import check_nodes
 from mnist_ray.errors import JobError, count, with_place
 from mnist_ray.provenance import origin, versions
 from mnist_ray.run.console import RunConsole
@@ -83,7 +83,7 @@ class Record:
         """Write the files that are known before the first step. Raises JobError if the storage cannot be used."""
         run, workload = self._job.run, self._job.workload
         if len(self._session.cluster.nodes) > 1:  # else nobody but this machine writes
-            preflight.check_nodes(run)
+            check_nodes(run)
         run.write_text(CONFIG_FILE, json_lines(self._job.values))
         write_origin(self._job, self._session.data)
         warn = functools.partial(self._console.say, "note")
@@ -212,7 +212,7 @@ def check(session: Session) -> None:
     """Print how a job would run; every node proves that it can take part. Raises JobError if one cannot."""
     job, console, plan = session.job, session.console, session.plan
     own_versions, batch_size = versions(), job.train.batch_size
-    hosts = ["this process"] if session.is_here else preflight.check_nodes(job.run, own_versions)
+    hosts = ["this process"] if session.is_here else check_nodes(job.run, own_versions)
     each = f"a step's {batch_size} {job.workload.nouns} are {math.ceil(batch_size / max(1, plan.num_workers))} a worker"
     console.say("plan", f"{count(plan.num_workers, 'worker')} ({plan.placement}); {each}")
     console.say("storage", f"{job.run.storage_path}: read by {', '.join(hosts)}")

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from mnist_ray import settings
-from mnist_ray.cluster import preflight
 from mnist_ray.cluster.connect import as_it_is_now
 from mnist_ray.cluster.plan import plan_workers
-from mnist_ray.cluster.remote_data import share
+from mnist_ray.cluster.remote_data import check_nodes, share
 from mnist_ray.cluster.watch import orphans_removed
 from mnist_ray.errors import JobError, count, format_settings
 from mnist_ray.run.fit import fit
@@ -51,7 +50,7 @@ def search(session: Session, sweep: Sweep, console: SweepConsole) -> TrialTable:
     """
     job, data, plan, run = sweep.job, session.data, session.plan, sweep.job.run
     if len(session.cluster.nodes) > 1:  # else nobody but this machine writes
-        preflight.check_nodes(run)
+        check_nodes(run)
     write_origin(job, data)
     run.write_text(SWEEP_FILE, json_lines({**settings.values_of(sweep.config), **job.values}))
     spec = TrialSpec(

@@ -1,0 +1,50 @@
+from pathlib import Path
+
+import pytest
+
+from mnist_ray import provenance
+from mnist_ray.cluster import remote_data
+from mnist_ray.cluster.remote_data import check_nodes
+from mnist_ray.errors import JobError, UsageError
+from mnist_ray.storage import RunFolder, locate
+from tests.conftest import as_flags, run_main
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return locate(str(tmp_path), "run")
+
+
+def test_all_nodes_are_asked_and_nothing_is_left(ray_address: str, run: RunFolder, tmp_path: Path) -> None:
+    assert len(check_nodes(run, provenance.versions())) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_version_on_a_node_is_named(ray_address: str, run: RunFolder) -> None:
+    with pytest.raises(JobError, match=r"^node \S+ has torch \S+, the driver has 0\.1$"):
+        check_nodes(run, {**provenance.versions(), "torch": "0.1"})
+
+
+def test_storage_that_a_node_does_not_see_is_named(
+    ray_address: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    elsewhere = locate(str(tmp_path / "elsewhere"), "run")
+    check_here = remote_data.check_here
+    monkeypatch.setattr(remote_data, "check_here", lambda run, *rest: check_here(elsewhere, *rest))
+    with pytest.raises(JobError, match=r"^node \S+ does not see --storage-path \S+elsewhere: .+; use one that all"):
+        check_nodes(run)
+
+
+def test_check_trains_nothing_and_says_whether_the_job_would_run(
+    ray_address: str, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = as_flags({"data_dir": small_data, "validation_size": 600, "storage_path": tmp_path})
+    run_main("train", *flags, "--check", "--batch-size", "50", "--num-workers", "2")
+    printed = capsys.readouterr().out
+    assert "plan       2 workers (PACK); a step's 50 images are 25 a worker\n" in printed
+    assert printed.endswith("check      this job would run\n")
+    with pytest.raises(UsageError, match="the cluster cannot hold 3 workers of 1 CPU"):
+        run_main("train", *flags, "--check", "--num-workers", "3")
+    run_main("tune", *flags, "--check")
+    assert capsys.readouterr().out.endswith("check      this job would run\n")
+    assert list(tmp_path.iterdir()) == []
