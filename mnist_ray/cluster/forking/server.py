@@ -1,10 +1,10 @@
 """The fork server: a process that imports once what workers need, and then forks Ray's workers from itself.
 
 It has one thread, so that a fork copies all that there is of it. It draws from no generator, so that no two workers
-draw the same, and leaves CUDA untouched. Whatever cannot be so is answered with a refusal, and Ray starts the worker.
+draw the same, and leaves CUDA untouched. If that cannot be so, it refuses, and Ray starts the worker.
 
-It ends with its owner, when nothing holds the other end of its standard input any more; where that is no pipe, when it
-has had no workers for a while.
+It ends with its owner, when nothing holds the other end of its standard input any more; if that is no pipe, when it has
+had no workers for a while.
 
 python -m mnist_ray.cluster.forking.server SOCKET MODULE...
 """
@@ -88,7 +88,7 @@ def listening(path: Path) -> Iterator[socket.socket]:
         if os.getpid() == server:
             for some in (path, Path(f"{path}.lock")):
                 some.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # Ray's own folder, where others are in it
+            with contextlib.suppress(OSError):  # Ray has other sockets in its own folder
                 path.parent.rmdir()
 
 
@@ -141,7 +141,7 @@ def in_fork(action: Callable[[], bytes]) -> bytes:
 
 
 def why_unsafe() -> str:
-    """Say why this process must not be forked; nothing where it may."""
+    """Say why this process must not be forked; nothing if it may."""
     num_threads = len(os.listdir("/proc/self/task"))
     if num_threads > 1:
         return f"the fork server has {num_threads} threads"
@@ -161,7 +161,7 @@ def serve(listener: socket.socket, environment: dict[str, str], refusal: str) ->
             request = receive(connection)
             if request is None:
                 continue
-            answer = refusal or why_unsafe() or why_not(request, environment)
+            answer = refusal or why_unsafe() or why_not(request.environment, environment)
             if not answer:
                 pid = os.fork()
                 if pid == 0:
@@ -177,13 +177,13 @@ def serve(listener: socket.socket, environment: dict[str, str], refusal: str) ->
 
 
 def _is_wanted(listener: socket.socket, workers: set[int]) -> bool:
-    """Wait for a request; return False where none can come any more."""
+    """Wait for a request; return False if none can come any more."""
     owner = _owner()
     while True:
         ready, _, _ = select.select([listener.fileno(), *owner], [], [], None if owner else _IDLE_S)
         if ready:
             return ready == [listener.fileno()]
-        if all(map(_outlives_job, tuple(workers))):  # a copy: some may end meanwhile
+        if all(_name_of(pid) in ("", *_OUTLIVING) for pid in tuple(workers)):  # a copy: some may end meanwhile
             return False
 
 
@@ -192,11 +192,11 @@ def _owner() -> list[int]:
     return [0] if stat.S_ISFIFO(os.fstat(0).st_mode) else []
 
 
-def _outlives_job(pid: int) -> bool:
-    """Tell whether a worker is one that a job need not wait for."""
+def _name_of(pid: int) -> str:
+    """Return a process's name; nothing if it has ended."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip() in _OUTLIVING
-    return True  # it has just ended
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip()
+    return ""
 
 
 def _reap(workers: set[int]) -> None:
@@ -206,7 +206,7 @@ def _reap(workers: set[int]) -> None:
 
 
 def receive(connection: socket.socket) -> Request | None:
-    """Return what a client asks for; None where it hangs, sends rubbish, or has gone and started its worker itself."""
+    """Return what a client asks for; None if it hangs, sends rubbish, or has gone and started its worker itself."""
     connection.settimeout(_REQUEST_TIMEOUT_S)
     descriptors: list[int] = []
     try:
@@ -215,28 +215,27 @@ def receive(connection: socket.socket) -> Request | None:
         while len(content) < size and (more := connection.recv(size - len(content))):
             content += more
         request = Request(**json.loads(content), descriptors=descriptors)
-        if not isinstance(request.environment, dict):
-            raise TypeError("the environment is no dict")
-        if select.select([connection], [], [], 0)[0]:  # it has nothing more to say: this is the end
-            raise ConnectionError("the client has gone")
-        return request
-    except (OSError, ValueError, TypeError, RecursionError):
+        has_gone = bool(select.select([connection], [], [], 0)[0])  # it has nothing more to say: this is the end
+    except (OSError, ValueError, TypeError):
+        has_gone = True
+    if has_gone:
         for descriptor in descriptors:
             os.close(descriptor)
         return None
+    return request
 
 
-def why_not(request: Request, environment: dict[str, str]) -> str:
-    """Say which variable keeps a worker from being forked from a server that was started with an environment."""
-    for name in sorted(request.environment.keys() | environment.keys()):
+def why_not(workers: dict[str, str], own: dict[str, str]) -> str:
+    """Say which of a worker's variables keeps it from being forked from a server that was started with its own."""
+    for name in sorted(workers.keys() | own.keys()):
         is_early = name == "RAY_JOB_ID" or (name.startswith(_READ_AT_IMPORT) and name not in _TAKES_EFFECT_LATER)
-        if is_early and request.environment.get(name) != environment.get(name):
+        if is_early and workers.get(name) != own.get(name):
             return f"{name} is another one than the fork server's"
     return ""
 
 
 def become_or_end(request: Request, connection: socket.socket) -> None:
-    """Make this process a worker and tell the client so; where that fails, tell why, and end."""
+    """Make this process a worker and tell the client so; if that fails, tell why, and end."""
     try:
         become(request)
         connection.sendall(str(os.getpid()).encode())
@@ -258,15 +257,14 @@ def become(request: Request) -> None:
         os.setpgid(0, 0)
     os.setpriority(os.PRIO_PROCESS, 0, request.nice)
     resource.setrlimit(resource.RLIMIT_NOFILE, request.open_files)
-    if request.oom_score_adj:
-        Path("/proc/self/oom_score_adj").write_text(request.oom_score_adj, encoding="ascii")
+    Path("/proc/self/oom_score_adj").write_text(request.oom_score_adj, encoding="ascii")
     os.environ.clear()
     os.environ.update(request.environment)
     os.chdir(request.folder)
-    _seed_and_set_up_libraries()
+    _set_libraries_up()
 
 
-def _seed_and_set_up_libraries() -> None:
+def _set_libraries_up() -> None:
     """Do what libraries do as they are loaded: seed their generators, and read the settings in this environment.
 
     Python seeds its own generator, and Ray's is not seeded yet.

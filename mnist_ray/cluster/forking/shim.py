@@ -6,6 +6,7 @@ forked becomes what Ray would have started; why is told in the raylet's log.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -20,7 +21,7 @@ from typing import Any
 
 SOCKET_VARIABLE = "MNIST_RAY_FORK_SERVER"  # names the socket of a server that a job has started for its own Ray
 MODULES_VARIABLE = "MNIST_RAY_FORK_MODULES"
-"""Names the modules, with spaces between them, for a server that the first worker of a job starts on its node."""
+"""Names the modules, separated by spaces, for a server that the first worker of a job starts on its node."""
 
 _CONTEXT_FLAG, _LANGUAGE_FLAG = "--serialized-runtime-env-context=", "--language="  # for Ray's setup_worker.py
 _TIMEOUT_S = 30.0  # the server may still be importing; Ray waits for a worker for 60 s
@@ -56,7 +57,7 @@ def fork(asked: list[str], command: list[str]) -> str:
 
 
 def variables_of(command: list[str]) -> dict[str, str] | None:
-    """Return the variables of a worker's runtime environment; None where it is not made of plain variables alone."""
+    """Return the variables of a worker's runtime environment; None if it is not made of plain variables alone."""
     contexts = [json.loads(word.removeprefix(_CONTEXT_FLAG)) for word in command if word.startswith(_CONTEXT_FLAG)]
     variables: dict[str, str] = {}
     for context in contexts:
@@ -70,7 +71,7 @@ def variables_of(command: list[str]) -> dict[str, str] | None:
 def ask(address: str, command: list[str], environment: dict[str, str]) -> str:
     """Ask the server at an address to fork a worker that is as this process is; return why it did not, if so.
 
-    Raises OSError where there is no server.
+    Raises OSError if there is no server.
     """
     content = json.dumps(request(command, environment)).encode()
     with socket.socket(socket.AF_UNIX) as connection:
@@ -84,12 +85,14 @@ def ask(address: str, command: list[str], environment: dict[str, str]) -> str:
 
 def request(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     """Return what a worker has from its parent, besides its descriptors."""
+    with open("/proc/self/oom_score_adj", encoding="ascii") as file:
+        oom_score_adj = file.read()
     return {
         "argv": command,
         "environment": environment,
         "folder": os.getcwd(),
         "nice": os.getpriority(os.PRIO_PROCESS, 0),
-        "oom_score_adj": _read("/proc/self/oom_score_adj"),
+        "oom_score_adj": oom_score_adj,
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE),
         "is_group_leader": os.getpgid(0) == os.getpid(),
         "ignores_interrupt": signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
@@ -105,9 +108,9 @@ def node_address(command: list[str]) -> str:
 
 
 def start_server(address: str, environment: dict[str, str]) -> None:
-    """See to it that a server listens at an address. Of several workers that begin at once, the first starts it.
+    """Start a server unless one listens at an address. Of several workers that begin at once, the first does so.
 
-    Raises OSError where it cannot.
+    Raises OSError if it cannot.
     """
     if _answers(address):
         return
@@ -115,10 +118,9 @@ def start_server(address: str, environment: dict[str, str]) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if _answers(address):
             return
-        if os.path.exists(address):  # of a server that was killed
-            os.unlink(address)
-        modules = environment[MODULES_VARIABLE].split()
-        server = launch(address, modules, environment, stdin=subprocess.DEVNULL)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(address)  # of a server that was killed
+        server = launch(address, environment[MODULES_VARIABLE].split(), environment, stdin=subprocess.DEVNULL)
         end = time.monotonic() + _TIMEOUT_S
         while not _answers(address):
             if server.poll() is not None or time.monotonic() > end:
@@ -145,14 +147,6 @@ def launch(
 def _answers(address: str) -> bool:
     with socket.socket(socket.AF_UNIX) as connection:
         return connection.connect_ex(address) == 0
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="ascii") as file:
-            return file.read()
-    except OSError:
-        return ""
 
 
 if __name__ == "__main__":

@@ -42,22 +42,20 @@ class Actor:
 def start_actor(**variables):
     return ray.remote(Actor).options(num_cpus=0, runtime_env={"env_vars": variables}).remote()
 
-fork_workers, then = sys.argv[1:]
-config = WorkerConfig(fork_workers=fork_workers)
+config = WorkerConfig()
 with prepared_forking(config, "ray") as forking, connect(config, forking):
     import ray
     one, another = start_actor(), start_actor()
     told = {"workers": ray.get([ray.remote(look).remote(), one.look.remote(), another.look.remote()])}
-    for worker in told["workers"]:
-        worker["printed"] = open(worker["log"]).read()
     if forking.server is not None:
         told |= {"server": forking.server.pid, "folder": os.path.dirname(os.environ["MNIST_RAY_FORK_SERVER"])}
-    if then == "kill the server":
+    if sys.argv[1] == "kill the server":
         forking.server.kill()
         forking.server.wait()
-        told["later"] = ray.get([start_actor(LATER="1").look.remote(), one.look.remote()])
+        told["usual"], told["one"] = ray.get([start_actor(LATER="1").look.remote(), one.look.remote()])
+        told["workers"][0]["printed"] = open(told["workers"][0]["log"]).read()
     print(json.dumps(told), flush=True)
-    if then == "stay":
+    if sys.argv[1] == "stay":
         signal.pause()
 """
 SPILLING = """\
@@ -95,20 +93,12 @@ def told(*words: str, **options: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def forked() -> dict[str, Any]:
-    return told("auto", "end")
-
-
-@pytest.fixture(scope="module")
-def usual() -> dict[str, Any]:
-    return told("no", "end")
+    """What workers are like, before and after their server was killed."""
+    return told("kill the server")
 
 
 def test_tasks_and_actors_run_in_children_of_the_server(forked: dict[str, Any]) -> None:
     assert {worker["parent"] for worker in forked["workers"]} == {forked["server"]}
-
-
-def test_workers_are_children_of_the_raylet_where_none_is_to_be_forked(usual: dict[str, Any]) -> None:
-    assert all("/raylet" in worker["parent's title"] for worker in usual["workers"])
 
 
 def test_two_workers_draw_different_ids(forked: dict[str, Any]) -> None:
@@ -116,40 +106,30 @@ def test_two_workers_draw_different_ids(forked: dict[str, Any]) -> None:
     assert len(set(drawn)) == len(drawn)
 
 
-def test_workers_have_the_titles_that_ray_gives(forked: dict[str, Any], usual: dict[str, Any]) -> None:
-    for told_of in (forked, usual):
-        titles = [worker["title"].rstrip("\0") for worker in told_of["workers"]]
-        assert titles == ["ray::look", "ray::Actor.look", "ray::Actor.look"]
+def test_workers_have_the_titles_that_ray_gives(forked: dict[str, Any]) -> None:
+    titles = [worker["title"].rstrip("\0") for worker in [*forked["workers"], forked["usual"]]]
+    assert titles == ["ray::look", *["ray::Actor.look"] * 3]
 
 
 @pytest.mark.parametrize("what", ["nice", "oom_score_adj", "open files", "blocked signals", "leads a group"])
-def test_a_forked_worker_has_what_one_of_rays_own_has(what: str, forked: dict[str, Any], usual: dict[str, Any]) -> None:
-    assert [worker[what] for worker in forked["workers"]] == [worker[what] for worker in usual["workers"]]
+def test_a_forked_worker_has_what_one_of_rays_own_has(what: str, forked: dict[str, Any]) -> None:
+    assert [worker[what] for worker in forked["workers"]] == [forked["usual"][what]] * 3
 
 
-def test_what_a_worker_prints_is_in_rays_log_of_it(forked: dict[str, Any], usual: dict[str, Any]) -> None:
-    for worker in (*forked["workers"], *usual["workers"]):
-        log = Path(worker["log"])
-        assert re.fullmatch(rf"worker-[0-9a-f]{{56}}-01000000-{worker['pid']}\.out", log.name)
-        assert log.parent.parent.name.startswith("session_")
-        assert "hello\n" in worker["printed"]
+def test_what_a_worker_prints_is_in_rays_log_of_it(forked: dict[str, Any]) -> None:
+    for worker in (*forked["workers"], forked["usual"]):
+        assert re.fullmatch(rf"worker-[0-9a-f]{{56}}-01000000-{worker['pid']}\.out", Path(worker["log"]).name)
+    assert "hello\n" in forked["workers"][0]["printed"]
 
 
-def test_nothing_of_the_server_is_left(forked: dict[str, Any]) -> None:
-    assert not psutil.pid_exists(forked["server"])
+def test_when_the_server_is_killed_workers_live_on_and_later_ones_start_as_usual(forked: dict[str, Any]) -> None:
+    assert "/raylet" in forked["usual"]["parent's title"]
+    assert forked["one"]["pid"] == forked["workers"][1]["pid"]
     assert not Path(forked["folder"]).exists()
 
 
-def test_when_the_server_is_killed_workers_live_on_and_later_ones_start_as_usual() -> None:
-    content = told("auto", "kill the server")
-    later, one = content["later"]
-    assert "/raylet" in later["parent's title"]
-    assert one["pid"] == content["workers"][1]["pid"]
-    assert not Path(content["folder"]).exists()
-
-
 def test_when_the_driver_is_killed_the_server_its_workers_and_its_folder_go() -> None:
-    with driver("auto", "stay") as (process, content):
+    with driver("stay") as (process, content):
         everything, server = process.children(recursive=True), psutil.Process(content["server"])
         forked = server.children()
         assert {worker["pid"] for worker in content["workers"]} <= {one.pid for one in forked}
@@ -170,7 +150,7 @@ def test_objects_that_do_not_fit_into_memory_are_spilled_and_read_again() -> Non
 
 
 def test_a_job_on_a_cluster_has_its_workers_forked_by_a_server_of_its_own(ray_address: str) -> None:
-    content = told("auto", "end", address=ray_address)
+    content = told("end", address=ray_address)
     (server,) = {worker["parent"] for worker in content["workers"]}
     end([psutil.Process(server)])
     assert "/sockets/fork-" in content["workers"][0]["parent's title"]
