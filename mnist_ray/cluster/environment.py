@@ -63,12 +63,9 @@ def prepare_local() -> None:
 
 def _can_keep_token() -> bool:
     """Tell whether Ray has the token of its local clusters in the user's home, or can write it there."""
-    try:
-        folder = Path("~/.ray").expanduser()
-        has_token = os.access(folder / "auth_token", os.R_OK)
-        return has_token or os.access(folder if folder.exists() else folder.parent, os.W_OK | os.X_OK)
-    except RuntimeError:  # there is no home
-        return False
+    folder = Path(os.path.expanduser("~/.ray"))
+    has_token = os.access(folder / "auth_token", os.R_OK)
+    return has_token or os.access(folder if folder.exists() else folder.parent, os.W_OK | os.X_OK)
 
 
 def for_workers() -> dict[str, str]:
@@ -86,10 +83,10 @@ def for_evaluation() -> dict[str, str]:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, where glibc manages it, instead of handing it back.
+    """Let this process keep the memory that it frees, if glibc manages it, instead of handing it back.
 
-    A step frees and allocates its activations anew. In a worker of Ray Train glibc returned them to the kernel each
-    time, and a third of the training's time went into page faults.
+    Each step frees its activations and allocates the next. In a worker of Ray Train glibc returned them to the kernel
+    each time, and a third of the training's time went into page faults.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     # Older versions take no more than 32 MiB. One threshold without the other makes it worse.

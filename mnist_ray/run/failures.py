@@ -1,4 +1,4 @@
-"""What went wrong in a worker: what may go well at the next attempt, what is a bug, and how both are said."""
+"""What went wrong in a worker: what may go well at the next attempt, what is a bug, and each in one line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TrainingStoppedError(JobError):
 
 
 class FailureReporter(UserCallback):
-    """Tells the driver, where it has an event queue, why workers are replaced; where that cannot help, ends the run."""
+    """Tells the driver, if it has an event queue, why workers are replaced; if that cannot help, ends the run."""
 
     def __init__(self, event_queue: Any) -> None:
         self._event_queue = event_queue
@@ -64,18 +64,13 @@ def describe(worker_exceptions: Mapping[int, Exception]) -> str:
         return f"worker {rank} failed: {_said(cause)}"
     if error.preempted:
         return f"worker {rank} was lost with its node, which was preempted"
-    if _tells_of_a_node(str(error)):
-        return f"worker {rank} was lost with its node"
-    return f"worker {rank} died"
-
-
-def _tells_of_a_node(text: str) -> bool:
-    """Tell whether Ray says that an actor's node has died, which it does in words only."""
-    return any("node" in line and ("died" in line or "dead" in line) for line in text.splitlines())
+    # That an actor's node has died, Ray says in words only.
+    has_lost_node = any("node" in line and ("died" in line or "dead" in line) for line in str(error).splitlines())
+    return f"worker {rank} was lost with its node" if has_lost_node else f"worker {rank} died"
 
 
 def reason_of(error: Exception) -> str:
-    """Say in one line why training failed: a worker's own exception where there is one."""
+    """Say in one line why training failed: a worker's own exception if there is one."""
     if failures := getattr(error, "worker_failures", None):
         return describe(failures)
     cause = getattr(error, "controller_failure", error)
