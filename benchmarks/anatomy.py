@@ -26,7 +26,7 @@ from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.training.state import Group
 from mnist_ray.workload import source
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.loading import load_data
+from mnist_ray.workload.source import load_data
 
 TRAIN = Path(__file__).parent.parent / "jobs" / "train.py"
 

@@ -35,7 +35,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.training.state import Group
 from mnist_ray.workload import source
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.loading import load_data
+from mnist_ray.workload.source import load_data
 
 HOSTS = ("mnistray-a", "mnistray-b")
 ADDRESSES = ("10.97.0.1", "10.97.0.2")

@@ -23,7 +23,7 @@ from mnist_ray.training.state import Group, TrainingState
 from mnist_ray.workload import source
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Splits, splits_of
-from mnist_ray.workload.loading import load_data
+from mnist_ray.workload.source import load_data
 
 
 class _Rates(Callback):

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from mnist_ray.run.job import Job
 from mnist_ray.workload.data import Splits
-from mnist_ray.workload.loading import picture_of, placed
-from mnist_ray.workload.source import is_shipped
+from mnist_ray.workload.source import is_shipped, picture_of, placed
 
 if TYPE_CHECKING:
     from mnist_ray.training.batches import Batch

@@ -11,7 +11,7 @@ from mnist_ray.run.find import Found
 from mnist_ray.run.record import print_evaluation
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.loading import load_data
+from mnist_ray.workload.source import load_data
 
 
 def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> Evaluation:

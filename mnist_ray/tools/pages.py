@@ -25,7 +25,7 @@ from mnist_ray.training.checkpoint import read_state
 from mnist_ray.workload import source
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.loading import load_data
+from mnist_ray.workload.source import load_data
 
 
 def workload_of(run: RunFolder, reference: str | None, storage_path: str = LookupConfig().storage_path) -> Workload:
