@@ -223,7 +223,7 @@ def reference_of(workload: type[Workload] | str | Path, *, is_here: bool = False
     """
     if not isinstance(workload, type):
         return os.fspath(workload)
-    if workload.source is not None and "source" in vars(workload):
+    if "source" in vars(workload):
         return workload.source.reference if workload.source.path else workload
     file = getattr(sys.modules[workload.__module__], "__file__", None)
     is_in_file = file is not None and Path(file).is_file()  # else in a notebook's cell, or piped into Python

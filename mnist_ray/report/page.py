@@ -204,7 +204,6 @@ def _of_test(
 
 def unless_failing(what: str, draw: Callable[[], Sequence[T]], workload: Workload, notes: list[str]) -> Sequence[T]:
     """Return parts of a page as ``draw`` returns them; where it fails, a note says so, and there are none."""
-    assert workload.source is not None
     try:
         parts = list(draw())
         if wrong := [part for part in parts if not isinstance(part, (Picture, Table))]:
@@ -306,7 +305,8 @@ def _operators(run: RunFolder) -> list[Table]:
 
 def _changed(record: RunRecord) -> list[Table]:
     """Return what was not left as it is where nobody says anything."""
-    changed, defaults = record.workload.changed(record.config), record.workload.defaults
+    defaults = record.workload.defaults
+    changed = {name: value for name, value in record.config.items() if value != defaults.get(name, value)}
     rows = [(name, str(value), str(defaults[name])) for name, value in changed.items()]
     return [Table("Settings that are not the default", ("setting", "here", "default"), rows)] if rows else []
 

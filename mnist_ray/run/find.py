@@ -71,7 +71,6 @@ def find(
         raise JobError(f"cannot read {run.uri}: {first_line(error)}") from error
     document = read_state(checkpoint)
     workload = workload_of(document, reference, dict(changes or {}), untrusted_folders(run, storage_path))
-    assert workload.source is not None
     if document["workload"]["sha256"] not in ("", workload.source.sha256):
         notes += (f"the workload has changed since the checkpoint was made: {workload.source.reference}",)
     return Found(checkpoint, document, workload, notes)

@@ -64,7 +64,6 @@ class Job:
     @property
     def values(self) -> dict[str, Any]:
         """All that config.json holds."""
-        assert self.workload.source is not None
         own = settings.values_of(self.train, self.workload.settings, self.workers)
         return {"workload": self.workload.source.reference, **own}
 
@@ -125,10 +124,9 @@ def _job_of(
     train, workers = settings.build(TrainConfig, values), settings.build(WorkerConfig, values)
     output = settings.build(OutputConfig, values)
     _check_reproducible(train, workers)
-    assert workload_class.source is not None
     code, callback = {"workload": workload_class.source.reference}, None
     if train.callback is not None:
-        _, callback = user_code.find(train.callback, Callback)
+        callback = user_code.find(train.callback, Callback).source
         train = dataclasses.replace(train, callback=callback.reference)
         code["callback"] = callback.reference
     folders = untrusted_folders(run, run.storage_path)
@@ -312,7 +310,6 @@ def _check_unchanged(
 
 def _changes_since(origin: Mapping[str, Any], workload_class: type[Workload]) -> tuple[str, ...]:
     """Say where a run's workload has other code than when the run began."""
-    assert workload_class.source is not None
     if origin.get("workload_sha256") in (None, workload_class.source.sha256):
         return ()
     return (f"the workload has changed since the run began: {workload_class.source.reference}",)

@@ -151,7 +151,6 @@ class Record:
             pictures = self._draw_report(warn=functools.partial(self._console.say, "note"))
             self._has_report = True
         except Exception as error:  # the run's own exception, if there is one, is not to be hidden by another
-            assert self._job.workload.source is not None
             said = str(error) if isinstance(error, JobError) else with_place(error, self._job.workload.source.folder)
             self._console.say("note", f"no report: {said}")
         self._trackers.close(Ending(self._result, pictures, self._fitted.checkpoint if self._fitted else None))
@@ -186,7 +185,6 @@ def write_origin(job: Job, data: Splits) -> None:
     Raises JobError if the storage cannot be used.
     """
     workload = job.workload
-    assert workload.source is not None
     if unless_damaged(lambda: read_origin(job.run), lambda note: None) is None:
         about = {
             "workload_sha256": workload.source.sha256,

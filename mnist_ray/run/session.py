@@ -127,8 +127,9 @@ def say_run(session: Session) -> None:
         f"{count(config.num_epochs, 'epoch')} of {steps}, batch size {config.batch_size}, "
         f"{config.schedule} learning rate {config.learning_rate:g}, precision {config.precision}",
     )
-    said = ("num_epochs", "batch_size", "schedule", "learning_rate", "precision")
-    changed = {name: value for name, value in job.workload.changed(job.values).items() if name not in said}
+    said = {"num_epochs", "batch_size", "schedule", "learning_rate", "precision"}
+    defaults = {name: value for name, value in job.workload.defaults.items() if name not in said}
+    changed = {name: job.values[name] for name, default in defaults.items() if job.values[name] != default}
     if changed:
         console.say("settings", format_settings(changed))
     console.say("results", job.run.uri)

@@ -63,7 +63,7 @@ class Prediction:
 def predict(given: Sequence[str], found: find.Found, config: PredictionConfig) -> None:
     """Print the prediction for each picture. Raises JobError at the end if there were files without one."""
     workload = found.workload
-    if not workload.takes_pictures:
+    if type(workload).read_picture is Workload.read_picture:
         raise UsageError(f"{type(workload).__name__} does not take pictures: it has no read_picture")
     model = found.load_model()
     if not config.json:
@@ -84,7 +84,7 @@ def predict(given: Sequence[str], found: find.Found, config: PredictionConfig) -
 def takes_pictures(run: RunFolder) -> bool:
     """Tell whether a run's workload takes pictures; not if its code cannot be had."""
     try:
-        return class_of(run, run.storage_path)(None).takes_pictures
+        return class_of(run, run.storage_path).read_picture is not Workload.read_picture
     except UsageError:
         return False
 
@@ -133,7 +133,6 @@ def _see(workload: Workload, file: Path, as_is: bool) -> Prediction:
     except UsageError as error:
         return Prediction(str(file), error=str(error))
     except Exception as error:
-        assert workload.source is not None
         place = with_place(error, workload.source.folder)
         raise UsageError(f"{type(workload).__name__}.read_picture: {place}") from error
 

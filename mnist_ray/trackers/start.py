@@ -93,7 +93,7 @@ def start(
     if (project := output.wandb) is not None:
         trackers["Weights & Biases"] = lambda: WandB(run, workload, plain, project)
     if output.tracker is not None:
-        own, _ = user_code.find(output.tracker, Tracker)
+        own = user_code.find(output.tracker, Tracker)
         trackers[own.__name__] = lambda: own(run, workload, plain)
     return Trackers(trackers, warn)
 

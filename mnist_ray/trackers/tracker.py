@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mnist_ray.training.events import EpochFinished, Event, Progress, Validated
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.user_code import UserClass
 
 if TYPE_CHECKING:
     from mnist_ray.storage import RunFolder
@@ -25,7 +26,7 @@ class Ending:
     """The one that was tested."""
 
 
-class Tracker:
+class Tracker(UserClass):
     """Follows one run, in a thread of the driver. One that raises is left out from there on, with a warning.
 
     A run that goes on after an interruption gets a new one, whose first event is ``Started`` with the step that it goes

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mnist_ray.workload.user_code import UserClass
+
 if TYPE_CHECKING:
     from mnist_ray.training.events import Progress
     from mnist_ray.training.state import Group, TrainingState
 
 
-class Callback:
+class Callback(UserClass):
     """Is called on every rank, at the same steps; subclasses override what they need.
 
     Each worker makes one, without arguments, whenever it starts. What a resumed run must know belongs into

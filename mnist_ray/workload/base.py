@@ -13,61 +13,50 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
+from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
-from mnist_ray.settings import SearchSpace, values_of
-from mnist_ray.workload.user_code import Source
+from mnist_ray.settings import SearchSpace, build, values_of
+from mnist_ray.workload.user_code import Source, UserClass, load
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Generator, Tensor, nn
-    from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
+    from torch.optim.optimizer import Optimizer
 
-    from mnist_ray.config import TrainConfig
     from mnist_ray.workload.data import Data, Split
     from mnist_ray.workload.figures import Picture
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure that tells how good a model is."""
+    """A number that says how good a model is."""
 
     name: str
-    mode: Literal["max", "min"]
-    """Whether more is better, or less."""
-    is_fraction: bool = False
-    """Whether it lies between 0 and 1 and is shown in percent."""
+    mode: Literal["max", "min"]  # whether more is better, or less
+    is_fraction: bool = False  # it lies between 0 and 1 and is shown in percent
 
     def format(self, value: float, places: int = 2) -> str:
         """Return a value as people read it, a fraction in percent with some decimal places; a dash for NaN."""
         if math.isnan(value):
             return "-"
-        return f"{value:.{places}%}" if self.is_fraction else _short(value)
-
-
-def _short(value: float) -> str:
-    if value and abs(value) < 1e-3:
-        return f"{value:.2e}"
-    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
+        if self.is_fraction:
+            return f"{value:.{places}%}"
+        if 0 < abs(value) < 1e-3:
+            return f"{value:.2e}"
+        return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
 
 
 LOSS = Metric("loss", "min")
-Rows = Sequence[Mapping[str, str]]
-"""Of a CSV file: each by its columns."""
+Rows = Sequence[Mapping[str, str]]  # of a CSV file, each by its columns
 
 
 @dataclass(frozen=True)
 class NoSettings:
     """A workload without settings of its own."""
 
-    def __getattr__(self, name: str) -> Any:
-        """Say what is missing where a class has settings, and does not say so."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise AttributeError(f"no setting {name}: write Settings = ... in the workload's class")
 
-
-class Workload:
+class Workload(UserClass):
     """One problem. Subclasses are made in every process that trains or evaluates; they keep no state.
 
     N is the number of examples of a batch on one rank; on the last batch of an epoch it may be 0.
@@ -78,23 +67,16 @@ class Workload:
     metrics: ClassVar[tuple[Metric, ...]] = ()
     """What is reported beside the loss. The first chooses the checkpoint; without any, the loss does."""
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Named values of settings, for ``--recipe``; those of ``default`` hold where no other is named."""
+    """Named values of settings, for ``--recipe``; those of ``default`` hold if no other is named."""
     search: ClassVar[Mapping[str, SearchSpace | None]] = {}
     """Other search spaces, as ``{"learning_rate": Range(1e-3, 1e-1, log=True)}``; None: it is not searched."""
-    noun: ClassVar[str] = "example"
-    """What one example is called."""
-    prediction_noun: ClassVar[str] = "prediction"
-    """What a prediction for a picture is called."""
-    output_noun: ClassVar[str] = "outputs"
-    """What the model's outputs are called."""
-
-    source: Source | None = None
-    """Where its code comes from; set as it is loaded."""
+    noun: ClassVar[str] = "example"  # what one example is called,
+    prediction_noun: ClassVar[str] = "prediction"  # a prediction for a picture,
+    output_noun: ClassVar[str] = "outputs"  # and the model's outputs
 
     def __init__(self, settings: Any = None, metadata: Mapping[str, Any] | None = None) -> None:
         self.settings: Any = self.Settings() if settings is None else settings
-        self.metadata: dict[str, Any] = dict(metadata or {})
-        """What the model must know of the data: see ``Data.metadata``."""
+        self.metadata: dict[str, Any] = dict(metadata or {})  # what the model must know of the data
 
     # --- what is learned from
 
@@ -107,7 +89,7 @@ class Workload:
         return dict(data.metadata)
 
     def check_data(self, data: Data) -> None:
-        """Raise UsageError where the data are not what the workload takes; asked once, before Ray starts."""
+        """Raise UsageError if the data are not what the workload takes; called once, before Ray starts."""
 
     # --- what learns
 
@@ -128,13 +110,13 @@ class Workload:
         raise NotImplementedError
 
     def training_loss(self, outputs: Any, targets: Any, config: TrainConfig) -> Tensor | None:
-        """Return what training minimizes of each example, (N,), in place of the loss that is reported; None: that."""
+        """Return the loss of each example, (N,), to minimize in place of the reported one. None: minimize ``loss``."""
         if config.label_smoothing:
             raise UsageError("--label-smoothing is for a Classification that has no loss of its own")
         return None
 
     def measure(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
-        """Return figures of each example, (N,) each, of which the metrics are made."""
+        """Return numbers of each example, (N,) each, of whose means the metrics are made."""
         return {}
 
     def summarize(self, means: Mapping[str, float]) -> dict[str, float]:
@@ -153,17 +135,17 @@ class Workload:
 
     def create_scheduler(self, optimizer: Optimizer, config: TrainConfig, total_steps: int) -> LRScheduler:
         """Return the schedule of the learning rate, stepped after each of ``total_steps`` steps."""
-        from torch.optim.lr_scheduler import ConstantLR, OneCycleLR
+        from torch.optim import lr_scheduler
 
         if config.schedule == "constant":
-            return ConstantLR(optimizer, factor=1.0)
+            return lr_scheduler.ConstantLR(optimizer, factor=1.0)
         # One-cycle: https://arxiv.org/abs/1708.07120. Betas and momentum stay as configured.
-        return OneCycleLR(optimizer, config.learning_rate, total_steps, cycle_momentum=False)
+        return lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps, cycle_momentum=False)
 
     # --- what is shown
 
     def check_outputs(self, outputs: Any, targets: Any) -> None:
-        """Raise UsageError where a model's outputs cannot be what the data need; asked once, before Ray starts."""
+        """Raise UsageError if a model's outputs cannot be what the data need; called once, before Ray starts."""
 
     def predictions(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
         """Return columns of predictions.csv, (N,) each."""
@@ -182,21 +164,20 @@ class Workload:
         return []
 
     def pictures(self, result: Mapping[str, Any], rows: Rows, test: Split | None) -> list[Picture]:
-        """Return the report's pictures of the test set.
+        """Return the report's pictures of the test set, ``test`` (None if it cannot be read).
 
-        ``result`` is what result.json holds, ``rows`` are those of predictions.csv (empty where there is none), and
-        ``test`` the examples that they are about, where they can be had.
+        ``result`` is what result.json holds; ``rows`` are those of predictions.csv, if it is there.
         """
         return []
 
     def as_picture(self, inputs: Any) -> np.ndarray | None:
-        """Return what one input looks like, (H, W) or (H, W, 3) uint8; None where it looks like nothing."""
+        """Return what one input looks like, (H, W) or (H, W, 3) uint8; None if it looks like nothing."""
         return None
 
     def read_picture(self, picture: Image, *, as_is: bool) -> np.ndarray:
         """Make one input of a user's own picture; ``as_is``: scale it and no more. Raises UsageError.
 
-        Workloads that have it take pictures in ``jobs/predict.py``.
+        Workloads that define it take pictures in ``jobs/predict.py``.
         """
         raise UsageError(f"{type(self).__name__} does not take pictures: it defines no read_picture()")
 
@@ -208,8 +189,8 @@ class Workload:
 
     @property
     def monitor(self) -> Metric:
-        """What chooses the checkpoint."""
-        return self.metrics[0] if self.metrics else LOSS
+        """The metric that chooses the checkpoint."""
+        return self.all_metrics[min(1, len(self.metrics))]
 
     @property
     def all_metrics(self) -> tuple[Metric, ...]:
@@ -219,25 +200,13 @@ class Workload:
     @property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint says of its workload: enough to make the same model again."""
-        assert self.source is not None
-        return {
-            "reference": self.source.reference,
-            "sha256": self.source.sha256,
-            "settings": values_of(self.settings),
-            "metadata": self.metadata,
-        }
+        code = {"reference": self.source.reference, "sha256": self.source.sha256}
+        return {**code, "settings": values_of(self.settings), "metadata": self.metadata}
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The training's settings and its own where nobody says anything."""
-        from mnist_ray.config import TrainConfig
-
+        """The training's settings and its own, if nobody sets them."""
         return {**values_of(TrainConfig(), self.Settings()), **self.recipes.get("default", {})}
-
-    def changed(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return those of some settings that are not the default."""
-        defaults = self.defaults
-        return {name: value for name, value in values.items() if name in defaults and value != defaults[name]}
 
     @property
     def nouns(self) -> str:
@@ -246,14 +215,22 @@ class Workload:
 
     @property
     def rate(self) -> str:
-        """The name of the figure of training speed: ``images_per_s`` where an example is an image."""
+        """The name of the training's speed: ``images_per_s`` if an example is an image."""
         return f"{self.nouns}_per_s"
 
-    @property
-    def takes_pictures(self) -> bool:
-        """Whether ``jobs/predict.py`` takes pictures for it."""
-        return type(self).read_picture is not Workload.read_picture
-
     def format(self, values: Mapping[str, float]) -> str:
-        """Return figures as people read them: ``loss 0.0371, accuracy 98.80%``."""
+        """Return metrics' values as people read them: ``loss 0.0371, accuracy 98.80%``."""
         return ", ".join(f"{metric.name} {metric.format(values[metric.name])}" for metric in self.all_metrics)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let it travel to other processes as its code and values: they need not be able to import the class."""
+        source = vars(type(self)).get("source")
+        if source is None or not source.path:  # a class that only this process has, as of a notebook's cell
+            return type(self), (self.settings, self.metadata)
+        return create, (source, values_of(self.settings), self.metadata)
+
+
+def create(source: Source, settings: Mapping[str, Any], metadata: Mapping[str, Any]) -> Workload:
+    """Return a workload as another process had it."""
+    workload_class = load(source, Workload)
+    return workload_class(build(workload_class.Settings, settings), metadata)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import copyreg
 import dataclasses
 import difflib
-import functools
 import inspect
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,7 +15,7 @@ import numpy as np
 
 from mnist_ray import config
 from mnist_ray.errors import JobError, UsageError, first_line, with_place
-from mnist_ray.settings import build, check_known, flag, names_of, values_of
+from mnist_ray.settings import check_known, flag, names_of
 from mnist_ray.workload import user_code
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Arrays, Data, digest_of_files
@@ -26,20 +24,31 @@ from mnist_ray.workload.user_code import Source
 DEFAULT = "mnist_ray.mnist"
 _INTERFACE = [name for name in dir(Workload) if not name.startswith("_")]
 
-
 Reference = str | type[Workload]  # what names a workload: as ``--workload`` takes it, or a class of this process
 
 
 def load(reference: Reference) -> type[Workload]:
-    """Return the workload that ``FILE.py`` or ``package.module`` holds, by ``:NAME`` where it holds several.
+    """Return the workload that ``FILE.py`` or ``package.module`` holds, by ``:NAME`` if it holds several.
 
     A class, as of a notebook's cell, is taken as it is; other processes cannot have it. Raises UsageError if there is
     none, or its code fails.
     """
-    if isinstance(reference, type):
-        return _adopted(reference)
-    _, source = user_code.find(reference, Workload)
-    return _load(source)
+    if isinstance(reference, str):
+        workload_class = user_code.find(reference, Workload)
+    else:
+        workload_class = reference
+        if "source" not in vars(workload_class):
+            workload_class.source = _source_here(workload_class)
+    _check_class(workload_class)
+    return workload_class
+
+
+def _source_here(workload_class: type[Workload]) -> Source:
+    try:
+        text = inspect.getsource(workload_class)
+    except (OSError, TypeError):  # it was made by exec
+        text = ""
+    return Source(f"{workload_class.__module__}:{workload_class.__qualname__}", "", text)
 
 
 def load_again(saved: str, given: Reference | None, file: str, folders: Iterable[Path]) -> type[Workload]:
@@ -56,64 +65,31 @@ def load_again(saved: str, given: Reference | None, file: str, folders: Iterable
         raise UsageError(f"{error}; if the workload is elsewhere now, say where with --workload") from error
 
 
-def _adopted(workload_class: type[Workload]) -> type[Workload]:
-    if "source" not in vars(workload_class):
-        try:
-            text = inspect.getsource(workload_class)
-        except (OSError, TypeError):  # it was made by exec
-            text = ""
-        workload_class.source = Source(f"{workload_class.__module__}:{workload_class.__qualname__}", "", text)
-        _check(workload_class)
-    return workload_class
-
-
-def create(source: Source, settings: Mapping[str, Any], metadata: Mapping[str, Any]) -> Workload:
-    """Return a workload as another process had it."""
-    workload_class = _load(source)
-    return workload_class(build(workload_class.Settings, settings), metadata)
-
-
 def is_shipped(workload_class: type[Workload]) -> bool:
-    """Tell whether a workload is part of this package, and so was tried when it was built."""
+    """Return whether a workload is part of this package, and so was tried when it was built."""
     return workload_class.__module__.startswith("mnist_ray.")
 
 
-@functools.cache
-def _load(source: Source) -> type[Workload]:
-    workload_class: type[Workload] = user_code.load(source, Workload)
-    workload_class.source = source
-    _check(workload_class)
-    copyreg.pickle(workload_class, _as_source)  # type: ignore[arg-type]
-    return workload_class
-
-
-def _as_source(workload: Workload) -> tuple[Any, ...]:
-    """Let a workload travel to other processes as source and values: they need not be able to import the class."""
-    return create, (workload.source, values_of(workload.settings), workload.metadata)
-
-
-def _check(workload_class: type[Workload]) -> None:
-    """Raise UsageError where a workload lacks what every one must say, or its settings cannot be flags."""
-    name = workload_class.__name__
-    for method in ("load_data", "create_model", "loss"):
-        if getattr(workload_class, method) is getattr(Workload, method):
-            close = difflib.get_close_matches(method, vars(workload_class), 1, cutoff=0.8)
-            there = f"; it has {close[0]}" if close else ""
-            raise UsageError(f"workload {name} has no method {method}{there}")
+def _check_class(workload_class: type[Workload]) -> None:
+    """Raise UsageError if a workload lacks what every one must say, or its settings cannot be flags."""
+    name, settings = workload_class.__name__, workload_class.Settings
     for attribute in vars(workload_class):
         meant = difflib.get_close_matches(attribute, _INTERFACE, 1, cutoff=0.8)
         if not attribute.startswith("_") and not hasattr(workload_class.__mro__[1], attribute) and meant:
             raise UsageError(
                 f"{name}.{attribute} is nothing that a workload has: it has {meant[0]}; give it another name"
             )
-    settings = workload_class.Settings
+    for method in ("load_data", "create_model", "loss"):
+        if getattr(workload_class, method) is getattr(Workload, method):
+            raise UsageError(f"workload {name} has no method {method}")
     if not dataclasses.is_dataclass(settings):
         raise UsageError(f"{name}.Settings is to be a dataclass: put @dataclass(frozen=True) above it")
     try:
         get_type_hints(settings)
     except NameError as error:
         raise UsageError(f"{name}.Settings: {error}; import it outside of TYPE_CHECKING") from error
-    taken = _taken()
+    of_jobs = [value for value in vars(config).values() if dataclasses.is_dataclass(value) and isinstance(value, type)]
+    taken = names_of(of_jobs) | {"workload", "config", "recipe", "run", "help"}
     for field in dataclasses.fields(settings):
         if field.default is dataclasses.MISSING:
             raise UsageError(f"{name}.Settings: {field.name} needs a default, as setting(DEFAULT, HELP) gives one")
@@ -125,19 +101,13 @@ def _check(workload_class: type[Workload]) -> None:
     check_known(workload_class.search, known, f"{name}.search")
 
 
-def _taken() -> set[str]:
-    """Return the flags that the jobs have themselves."""
-    classes = [value for value in vars(config).values() if dataclasses.is_dataclass(value) and isinstance(value, type)]
-    return names_of(classes) | {"workload", "config", "recipe", "run", "help"}
-
-
 def load_data(workload: Workload) -> Data:
     """Return a workload's data, and let it know what the model must know of them.
 
     A workload that knows already, as that of a checkpoint does, is left as it is. Raises UsageError and JobError.
     """
     with placed(workload, "load_data"):
-        data = _checked(workload, workload.load_data())
+        data = _checked_data(workload, workload.load_data())
     if not workload.metadata:
         with placed(workload, "metadata_of"):
             workload.metadata = _checked_metadata(workload, workload.metadata_of(data))
@@ -146,58 +116,51 @@ def load_data(workload: Workload) -> Data:
     return data
 
 
+@contextlib.contextmanager
+def placed(workload: Workload, what: str) -> Iterator[None]:
+    """Say in one line what the user's code raised, and where."""
+    try:
+        yield
+    except (UsageError, JobError):
+        raise
+    except Exception as error:
+        said = with_place(error, workload.source.folder, or_here=False)
+        raise UsageError(f"{type(workload).__name__}, {what}: {said}") from error
+
+
 def picture_of(workload: Workload, inputs: Any) -> np.ndarray | None:
-    """Return what one input looks like; None where it looks like nothing. Raises UsageError where it is no picture."""
+    """Return what one input looks like; None if it looks like nothing. Raises UsageError if it is no picture."""
     with placed(workload, "as_picture"):
         image = workload.as_picture(inputs)
-    if image is None:
-        return None
-    is_picture = (
-        isinstance(image, np.ndarray) and image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] == (3,))
-    )
-    if not is_picture:
-        got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise UsageError(f"{type(workload).__name__}.as_picture is to return uint8 (H, W) or (H, W, 3), not {got}")
-    return image
+    is_array = isinstance(image, np.ndarray)
+    if image is None or (is_array and image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] == (3,))):
+        return image
+    got = f"{image.dtype} {image.shape}" if is_array else type(image).__name__
+    raise UsageError(f"{type(workload).__name__}.as_picture is to return uint8 (H, W) or (H, W, 3), not {got}")
 
 
-def _checked_metadata(workload: Workload, metadata: object) -> dict[str, Any]:
-    """Return metadata that come back from a checkpoint as they were."""
-    name = type(workload).__name__
-    if not isinstance(metadata, dict):
-        raise UsageError(f"{name}.metadata_of returned {type(metadata).__name__}, not a dict")
-    for key, value in metadata.items():
-        try:
-            is_kept = isinstance(key, str) and json.loads(json.dumps(value)) == value
-        except (TypeError, ValueError):
-            is_kept = False
-        if not is_kept:
-            raise UsageError(f"{name}: fact {key!r} is no JSON: use numbers, texts, lists and dicts, as array.tolist()")
-    return metadata
-
-
-def _checked(workload: Workload, data: object) -> Data:
-    """Return what ``load_data`` has returned. Raises UsageError where that is no data, or there are no examples."""
+def _checked_data(workload: Workload, data: object) -> Data:
+    """Return what ``load_data`` has returned. Raises UsageError if that is no data, or there are no examples."""
     name = type(workload).__name__
     if not isinstance(data, Data):
         raise UsageError(f"{name}.load_data returned {type(data).__name__}, not mnist_ray.workload.Data")
-    for split in ("train", "test", "validation"):
-        examples = getattr(data, split)
-        if examples is None and split == "validation":
-            continue
-        if not isinstance(examples, Arrays) and not (hasattr(examples, "__getitem__") and hasattr(examples, "__len__")):
-            kind = type(examples).__name__
-            raise UsageError(f"{name}.load_data: {split} is of type {kind}, neither Arrays nor a Dataset with a length")
+    splits = {"train": data.train, "test": data.test}
+    if data.validation is not None:
+        splits["validation"] = data.validation
+    for split, examples in splits.items():
         if isinstance(examples, Arrays):
             _check_arrays(f"{name}.load_data: {split}", examples)
+        elif not (hasattr(examples, "__getitem__") and hasattr(examples, "__len__")):
+            kind = type(examples).__name__
+            raise UsageError(f"{name}.load_data: {split} is of type {kind}, neither Arrays nor a Dataset with a length")
         if len(examples) == 0:
             raise UsageError(f"{name}.load_data: {split} holds no examples")
     try:
-        data = dataclasses.replace(data, files=tuple(data.files))
-        digest_of_files(data.files)
+        files = tuple(data.files)
+        digest_of_files(files)
     except (OSError, TypeError, ValueError) as error:
         raise UsageError(f"{name}.load_data: files are to be paths of files: {first_line(error)}") from error
-    return data if data.name else dataclasses.replace(data, name=name)
+    return dataclasses.replace(data, name=data.name or name, files=files)
 
 
 def _check_arrays(place: str, arrays: Arrays) -> None:
@@ -211,15 +174,14 @@ def _check_arrays(place: str, arrays: Arrays) -> None:
         raise UsageError(f"{place} has {len(arrays.inputs):,} inputs but {len(arrays.targets):,} targets")
 
 
-@contextlib.contextmanager
-def placed(workload: Workload, what: str) -> Iterator[None]:
-    """Say in one line what the user's code raised, and where."""
-    assert workload.source is not None
-    try:
-        yield
-    except (UsageError, JobError):
-        raise
-    except Exception as error:
-        raise UsageError(
-            f"{type(workload).__name__}, {what}: {with_place(error, workload.source.folder, or_here=False)}"
-        ) from error
+def _checked_metadata(workload: Workload, metadata: object) -> dict[str, Any]:
+    """Return metadata that come back from a checkpoint as they were. Raises UsageError if they would not."""
+    name = type(workload).__name__
+    if not isinstance(metadata, dict):
+        raise UsageError(f"{name}.metadata_of returned {type(metadata).__name__}, not a dict")
+    for key, value in metadata.items():
+        with contextlib.suppress(TypeError, ValueError):
+            if isinstance(key, str) and json.loads(json.dumps(value)) == value:
+                continue
+        raise UsageError(f"{name}: fact {key!r} is no JSON: use numbers, texts, lists and dicts, as array.tolist()")
+    return metadata
