@@ -397,7 +397,7 @@ def test_outputs_that_are_no_tensor_are_named_where_one_is_wanted(write: Write, 
         schedule.factor_of = lambda step: 1.0
         return schedule
 """,
-            "Wrong.create_scheduler: a checkpoint holds tensors, numbers and texts, but not its state: ",
+            "Wrong, a checkpoint of the optimizer and the schedule, which holds tensors, numbers and texts: ",
         ),
         (
             """
