@@ -40,8 +40,10 @@ from mnist_ray.training.checkpoint import MODEL_FILE, read_state
 from mnist_ray.training.events import EpochFinished, Event, Progress, Validated
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Splits, verdict
+from mnist_ray.workload.data import Splits
+from mnist_ray.workload.source import digests_of
 
+_LEARNED = 0.1  # of the loss before
 Sections = Callable[[RunFolder], Any]  # builds more sections of a report, as of a sweep's trials
 
 
@@ -138,7 +140,7 @@ class Record:
         job.run.write_text(RESULT_FILE, json_lines(result))
         print_evaluation(self._console, workload, tested)
         if job.train.overfit_batches is not None:
-            self._console.result("overfit", verdict(self._first_loss, result["test_loss"]))
+            self._console.result("overfit", overfit_verdict(self._first_loss, result["test_loss"]))
         self._fitted, self._result = fitted, result
         return float(result[f"test_{workload.monitor.name}"])
 
@@ -190,10 +192,21 @@ def write_origin(job: Job, data: Splits) -> None:
             "workload_sha256": workload.source.sha256,
             "metadata": workload.metadata,
             "data_name": data.name,
-            "data": data.digests,
+            "data": digests_of(data),
         }
         job.run.write_text(ORIGIN_FILE, json_lines({**origin(), **about}))
         job.run.write_text(WORKLOAD_FILE, workload.source.text)  # to be read by people; it is never loaded from there
+
+
+def overfit_verdict(loss_before: float, loss_after: float) -> str:
+    """Return what ``--overfit-batches`` has shown, by the loss of the first step and that on the same examples now."""
+    went = f"the loss went from {loss_before:.4g} to {loss_after:.4g}"
+    if loss_after <= _LEARNED * loss_before:
+        return f"{went}: the model can learn these examples"
+    return (
+        f"{went}: the model has not learned even these examples; either something is broken (the targets, prepare, the "
+        "loss, a layer), or it takes more --num-epochs or another --learning-rate"
+    )
 
 
 def print_evaluation(console: RunConsole, workload: Workload, tested: Evaluation) -> None:

@@ -20,6 +20,7 @@ from mnist_ray.run.job import Job, check_free
 from mnist_ray.storage import STORAGE_ERRORS
 from mnist_ray.training.events import EpochFinished, Event, Started
 from mnist_ray.workload.data import Splits, splits_of, subset
+from mnist_ray.workload.source import digests_of
 from mnist_ray.workload.source import load_data as load_data_of
 
 Self = TypeVar("Self", bound="Session")
@@ -222,7 +223,7 @@ def _check_same_data(job: Job, splits: Splits) -> tuple[str, ...]:
     """Raise UsageError if a resumed run began with other data; return a note if that is not known."""
     if not job.origin:
         return ()
-    then, now = job.origin.get("data", {}), splits.digests  # it may have begun before digests were kept
+    then, now = job.origin.get("data", {}), digests_of(splits)  # it may have begun before digests were kept
     differing = [part for part in then if None not in (then[part], now.get(part)) and then[part] != now[part]]
     if differing:
         raise UsageError(

@@ -1,12 +1,14 @@
-"""A workload's class, by what names it, and its data: both loaded and checked. Without torch, to be quick."""
+"""A workload's class, by what names it, and its data: loaded, checked and identified. Without torch, to be quick."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import inspect
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -18,10 +20,11 @@ from mnist_ray.errors import JobError, UsageError, first_line, with_place
 from mnist_ray.settings import check_known, flag, names_of
 from mnist_ray.workload import user_code
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Arrays, Data, digest_of_files
+from mnist_ray.workload.data import Arrays, Data, Split, Splits
 from mnist_ray.workload.user_code import Source
 
 DEFAULT = "mnist_ray.mnist"
+_MOST_FILES_ASKED = 1000  # for their size and time; of more, so many evenly spaced: a server may need long for each
 _INTERFACE = [name for name in dir(Workload) if not name.startswith("_")]
 
 Reference = str | type[Workload]  # what names a workload: as ``--workload`` takes it, or a class of this process
@@ -185,3 +188,43 @@ def _checked_metadata(workload: Workload, metadata: object) -> dict[str, Any]:
                 continue
         raise UsageError(f"{name}: fact {key!r} is no JSON: use numbers, texts, lists and dicts, as array.tolist()")
     return metadata
+
+
+def digests_of(splits: Splits) -> dict[str, str | None]:
+    """Return a digest of each split, by which a resumed run knows its data, and of the files that they name.
+
+    Of arrays in memory it is of their content, else of the state of their files. None for a ``Dataset`` that does not
+    say which files it reads.
+    """
+    named = {"training": splits.train, "validation": splits.validation, "test": splits.test}
+    digests = {name: _digest_of(split) for name, split in named.items()}
+    if not splits.files:
+        return digests
+    known = {name: digest for name, digest in digests.items() if digest is not None}
+    return {**known, "files": digest_of_files(splits.files)}
+
+
+def _digest_of(split: Split) -> str | None:
+    try:
+        if not isinstance(split.examples, Arrays):  # torchvision's folders have pairs of a file and its class
+            return digest_of_files([path for path, _ in split.examples.samples])
+        digest = hashlib.sha256()
+        for array in (split.examples.inputs, split.examples.targets):
+            if isinstance(array, np.memmap):
+                digest.update(digest_of_files([str(array.filename)]).encode())
+            else:
+                digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+    except (AttributeError, TypeError, ValueError, OSError):
+        return None
+
+
+def digest_of_files(paths: Iterable[str | Path]) -> str:
+    """Return a digest of files by their names, sizes and times. Raises OSError if one is not there."""
+    files = [os.fspath(path) for path in paths]
+    folder = os.path.commonpath(map(os.path.dirname, files)) if files else ""
+    digest = hashlib.sha256("\n".join(file[len(folder) :] for file in files).encode())
+    for index in np.linspace(0, len(files) - 1, min(_MOST_FILES_ASKED, len(files)), dtype=int):
+        stat = os.stat(files[index])
+        digest.update(f"{stat.st_size} {int(stat.st_mtime)} ".encode())
+    return digest.hexdigest()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mnist_ray.errors import JobError
+from mnist_ray.run.record import overfit_verdict
 from tests.conftest import QUICK, as_flags, run_main
 
 CALLBACK = """
@@ -108,6 +109,11 @@ def test_batches_to_overfit_end_with_a_verdict(
     said = capsys.readouterr().out
     assert "data       1 batch of " in said
     assert "the model can learn these examples" in said.partition("overfit    the loss went from 2.")[2]
+
+
+def test_a_model_that_cannot_overfit_is_not_praised() -> None:
+    said = "the loss went from 2.3 to 2.2: the model has not learned even these examples"
+    assert overfit_verdict(2.3, 2.2).startswith(said)
 
 
 @pytest.mark.usefixtures("ray_address")
