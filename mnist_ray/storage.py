@@ -17,7 +17,7 @@ import pyarrow
 import tenacity
 from pyarrow import fs
 
-from mnist_ray.errors import JobError, UsageError, command, first_line, without_user
+from mnist_ray.errors import JobError, UsageError, command, first_line, masked
 from mnist_ray.settings import flag, path_of
 
 T = TypeVar("T")
@@ -209,7 +209,7 @@ class RunFolder:
 
     def _where(self, mlflow: str | None, code: Mapping[str, str] | None) -> dict[str, str]:
         uris = {"storage_path": self.storage_path, **({"mlflow": mlflow} if mlflow else {})}
-        return {name: without_user(uri) for name, uri in uris.items()} | dict(code or {})
+        return {name: masked(uri) for name, uri in uris.items()} | dict(code or {})
 
     def upload(self, local: str) -> None:
         """Copy a local folder's files into it, with retries. Raises what the file system does."""

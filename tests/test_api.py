@@ -140,7 +140,7 @@ def test_a_call_is_gone_on_with_by_a_call(tmp_path: Path) -> None:
     job = read_job({"storage_path": str(tmp_path), "run_name": "one"})
     assert job.resume_with == f"train(resume=True, run_name='one', storage_path='{tmp_path}')"
     job = read_job({"storage_path": str(tmp_path), "run_name": "one", "mlflow": "http://user:password@host"})
-    assert job.resume_with.endswith(f", storage_path='{tmp_path}', mlflow='http://host')")
+    assert job.resume_with.endswith(f", storage_path='{tmp_path}', mlflow='http://***@host')")
 
 
 class Mine(MNIST):

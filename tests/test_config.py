@@ -2,7 +2,6 @@ import dataclasses
 
 import pytest
 
-from mnist_ray import cli
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.flags import Parser
@@ -59,14 +58,3 @@ def test_a_number_of_workers_may_be_a_range(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["train.py", *flags])
     assert Parser("", WorkerConfig).read_flags() == expected
-
-
-def test_a_second_ctrl_c_does_not_hide_what_the_first_had_to_say(capsys: pytest.CaptureFixture[str]) -> None:
-    def main() -> None:
-        try:
-            raise KeyboardInterrupt("interrupted; to go on: …")
-        finally:
-            raise KeyboardInterrupt
-
-    assert cli.status_of(main) == 130
-    assert capsys.readouterr().err == "interrupted; to go on: …\n"
