@@ -256,7 +256,7 @@ def test_a_loss_that_becomes_nan_ends_the_run_in_one_line(small_data: Path, tmp_
         (["--resume", "--run-name", "ghost"], "--resume: there is no run"),
         (["--data-dir", "/nowhere"], "--data-dir /nowhere is not a folder"),
         (["--batch-size", "60000"], "--batch-size 60,000 is larger than the 55,000 images to train on"),
-        (["--seed", str(2**31)], "--seed must be at least 0, and below 2,147,483,648"),
+        (["--seed", str(2**31)], "--seed must be 0 to 2,147,483,647"),
         (["--reproducible", "--num-workers", "9"], "--reproducible: 9 workers cannot share 8 chunks of a batch"),
         (["--reproducible", "--num-chunks", "1", "--num-workers", "2"], "2 workers cannot share 1 chunk of a batch"),
         (["--reproducible", "--use-gpu", "yes"], "--reproducible computes on CPUs only; leave --use-gpu out"),

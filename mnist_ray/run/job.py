@@ -100,12 +100,12 @@ def read_job(
     _check_files(files, kept, peeked, flags, untrusted)
     recipe = {**recipes.get("default", {}), **recipes.get(flags.get("recipe", "default"), {})}
     named = {name: value for name, value in flags.items() if name not in ("recipe", "config")}
-    asked = merged(kept, recipe if not saved or "recipe" in flags else {}, from_file, named)
+    asked = merged(recipe if not saved or "recipe" in flags else {}, from_file, named)
     _check_output(settings.build(OutputConfig, asked))
     if not saved:
         check_free(run, resume=False)
         return _job_of(kind, workload_class, asked, run, flags, is_call=given is not None)
-    values = merged(kept, saved, asked)
+    values = merged(saved, asked)
     _check_unchanged(run, kept, saved, values)
     job = _job_of(kind, workload_class, values, run, flags, is_call=given is not None)
     origin, notes = _left_by(run, kind)
@@ -209,18 +209,9 @@ def checked(given: Given, config_classes: Sequence[type], recipes: Mapping[str, 
     return dict(given)
 
 
-def merged(config_classes: Sequence[type], *layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values of which those of a later layer take the place of earlier ones, and reset what they reset."""
-    resets = {
-        field.name: field.metadata.get("resets", ()) for some in config_classes for field in dataclasses.fields(some)
-    }
-    values: dict[str, Any] = {}
-    for layer in layers:
-        for name in layer:
-            for reset in resets.get(name, ()):
-                values.pop(reset, None)
-        values.update(layer)
-    return values
+def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values of which those of a later layer take the place of earlier ones."""
+    return {name: value for layer in layers for name, value in layer.items()}
 
 
 def _find_run(peeked: Mapping[str, Any], kind: str, config_file: str) -> tuple[RunFolder, dict[str, Any]]:

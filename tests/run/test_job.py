@@ -129,20 +129,6 @@ def test_a_data_folder_is_kept_as_it_can_be_read_from_anywhere(
     assert read("--data-dir", "mine").values["data_dir"] == str(tmp_path / "mine")
 
 
-def test_a_data_set_by_name_takes_the_place_of_a_saved_folder(read: Any, tmp_path: Path) -> None:
-    file = tmp_path / "config.json"
-    file.write_text(json_lines(read("--data-dir", "/x", "--num-workers", "4", "--min-workers", "2").values))
-    values = read("--config", str(file), "--dataset", "kmnist").values
-    assert (values["dataset"], values["data_dir"], values["min_workers"]) == ("kmnist", None, 2)
-
-
-def test_a_number_of_workers_takes_the_place_of_a_saved_range(read: Any, tmp_path: Path) -> None:
-    file = tmp_path / "config.json"
-    file.write_text(json_lines(read("--num-workers", "4", "--min-workers", "2").values))
-    job = read("--config", str(file), "--num-workers", "1")
-    assert (job.workers.num_workers, job.workers.min_workers) == (1, None)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
