@@ -25,7 +25,7 @@ from mnist_ray.report.csv_files import METRICS_FILE, numbers_of, read_figures, r
 from mnist_ray.run.job import Job, checked, read_job
 from mnist_ray.run.train import train as train_job
 from mnist_ray.settings import build, names_of
-from mnist_ray.storage import REPORT_FILE, RunFolder, read_result
+from mnist_ray.storage import REPORT_FILE, RESULT_FILE, RunFolder
 from mnist_ray.sweep.options import BEST_FILE, DEFAULT_FOLDER, read_sweep
 from mnist_ray.sweep.trials import TrialTable
 from mnist_ray.sweep.tune import tune as tune_sweep
@@ -142,13 +142,13 @@ def tune(workload: type[Workload] | str | Path | None = None, **settings: Any) -
         settings["sweep"] = [f"{name}={_space_text(space)}" for name, space in searched.items()]
     sweep = read_sweep(_with_workload(workload, settings))
     tune_sweep(sweep)
-    job, best = sweep.job, sweep.job.run.read_json(BEST_FILE) or {}
+    job, best = sweep.job, sweep.job.run.require_json(BEST_FILE)
     default = job.run.inside(DEFAULT_FOLDER)
     return SweptRun(
         **vars(_run(job)),
         best={name: best[name] for name in sweep.space.spaces},
         trials=TrialTable(type(job.workload), sweep.space).read(job.run).rows,
-        default=Run(default, job.workload, result) if (result := read_result(default)) else None,
+        default=Run(default, job.workload, result) if (result := default.read_json(RESULT_FILE)) else None,
     )
 
 
@@ -201,11 +201,10 @@ def predict(
 
 
 def _run(job: Job) -> Run:
-    result = read_result(job.run)
-    if result is None:
+    if job.output.check:
         raise JobError(f"run {job.run.name} has no result: with check=True, nothing is trained")
     workload = job.workload
-    return Run(job.run, type(workload)(workload.settings, workload.metadata), result)
+    return Run(job.run, type(workload)(workload.settings, workload.metadata), job.run.require_json(RESULT_FILE))
 
 
 def _with_workload(workload: type[Workload] | str | Path | None, settings: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Nothing here imports torch or Ray, so that a mistake is answered at once.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import secrets
@@ -23,15 +22,11 @@ from mnist_ray.flags import UNSET, Parser, peek
 from mnist_ray.settings import flag
 from mnist_ray.storage import (
     CONFIG_FILE,
+    ORIGIN_FILE,
     RESULT_FILE,
     TRIALS_FILE,
-    DamagedFileError,
     RunFolder,
     locate,
-    read_config,
-    read_origin,
-    read_result,
-    unless_damaged,
     untrusted_folders,
 )
 from mnist_ray.trackers.tracker import Tracker
@@ -223,19 +218,18 @@ def _find_run(peeked: Mapping[str, Any], kind: str, config_file: str) -> tuple[R
     run = locate(peeked.get("storage_path", default.storage_path), name or _new_name(kind))
     if not peeked.get("resume"):
         return run, {}
-    values = read_config(run, config_file)
-    if values is None:
+    if not run.exists(config_file):
         raise UsageError(f"--resume: there is no run to go on with in {run.uri}: no {config_file}")
     check_free(run, resume=True)
-    return run, values
+    return run, run.require_json(config_file)
 
 
 def _left_by(run: RunFolder, kind: str) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     """Return what a run that goes on has kept of how it began, and what the user is to know of its files."""
     notes: list[str] = []
-    origin = unless_damaged(lambda: read_origin(run), notes.append)
-    unless_damaged(lambda: read_result(run), notes.append)
-    unless_damaged(lambda: run.read_json(ray_internals.SNAPSHOT_FILE), notes.append)
+    origin = run.read_json(ORIGIN_FILE, notes.append)
+    for file_name in (RESULT_FILE, ray_internals.SNAPSHOT_FILE):
+        run.read_json(file_name, notes.append)
     if not (run.exists(TRIALS_FILE) if kind == "tune" else run.checkpoint_names()):
         notes.append(f"run {run.name} has saved nothing: it begins anew")
     return origin or {}, tuple(notes)
@@ -243,9 +237,8 @@ def _left_by(run: RunFolder, kind: str) -> tuple[Mapping[str, Any], tuple[str, .
 
 def check_free(run: RunFolder, *, resume: bool) -> None:
     """Raise UsageError where a run is there already, or is finished where it is to be resumed."""
-    with contextlib.suppress(DamagedFileError):  # it is made again
-        if resume and read_result(run) is not None:
-            raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.inside(RESULT_FILE).uri}")
+    if resume and run.read_json(RESULT_FILE) is not None:
+        raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.inside(RESULT_FILE).uri}")
     if not resume and run.exists():
         raise UsageError(f"run {run.uri} exists already; add --resume to go on with it, or give another --run-name")
 

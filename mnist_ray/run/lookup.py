@@ -50,6 +50,6 @@ def class_of(run: RunFolder, storage_path: str) -> type[Workload]:
     for folder in (run, run.storage):
         with contextlib.suppress(JobError):  # the checkpoint says it too
             reference = (folder.read_json(CONFIG_FILE) or {}).get("workload")
-            if isinstance(reference, str):
+            if reference is not None:
                 return source.load_again(reference, None, folder.inside(CONFIG_FILE).uri, untrusted)
     return source.load(source.DEFAULT)

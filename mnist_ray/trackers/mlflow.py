@@ -15,7 +15,7 @@ import numpy as np
 from ray.train import Checkpoint
 
 from mnist_ray.errors import masked
-from mnist_ray.storage import RunFolder, read_origin
+from mnist_ray.storage import ORIGIN_FILE, RunFolder
 from mnist_ray.trackers.tracker import Ending, Tracker
 from mnist_ray.training.checkpoint import fetch
 from mnist_ray.training.events import Event, Started, TrialEnded
@@ -81,7 +81,7 @@ class MLflow(Tracker):
         """Say where the run comes from: the commit, the command, the data."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        origin = read_origin(self.run) or {}
+        origin = self.run.read_json(ORIGIN_FILE) or {}
         tags = {"command_line": "command_line", "mlflow.source.git.commit": "git_commit"}
         for tag, key in tags.items():
             if origin.get(key):

@@ -143,10 +143,7 @@ def fetch_state(filesystem: fs.FileSystem, path: str) -> dict[str, Any]:
 
 def weights_sha256(checkpoint: RunFolder) -> str:
     """Return the digest of a checkpoint's weights. Raises JobError where it is not there."""
-    document = checkpoint.read_json(STATE_FILE)
-    if document is None:
-        raise JobError(f"checkpoint {checkpoint.uri} is gone")
-    return str(document["sha256"][_MODEL])
+    return str(checkpoint.require_json(STATE_FILE)["sha256"][_MODEL])
 
 
 def workload_of(
