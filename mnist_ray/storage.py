@@ -6,7 +6,6 @@ import contextlib
 import json
 import posixpath
 import re
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ import pyarrow
 import tenacity
 from pyarrow import fs
 
-from mnist_ray.errors import JobError, UsageError, command, first_line, masked
-from mnist_ray.settings import flag, path_of
+from mnist_ray.errors import JobError, UsageError, first_line
+from mnist_ray.settings import path_of
 
 T = TypeVar("T")
 Warn = Callable[[str], None]
@@ -199,26 +198,6 @@ class RunFolder:
         name = f".probe-{uuid4().hex}"  # of its own: another job may probe at the same time
         self._write(posixpath.join(self.storage.path, name), bytes(_PROBE_BYTES))
         self.storage.delete_file(name)
-
-    def resume_command(self, job: str, mlflow: str | None = None, code: Mapping[str, str] | None = None) -> str:
-        """Return the command of ``job``, train or tune, with the flags that go on with it, as one would type it.
-
-        ``code`` has references, by setting, that the run's own file is not trusted with. What names users and has
-        passwords is left out of URIs.
-        """
-        flags = ["--resume", "--run-name", self.name]
-        for name, value in self._where(mlflow, code).items():
-            flags += [flag(name), value]
-        return f"{command(job)} {shlex.join(flags)}"
-
-    def resume_call(self, job: str, mlflow: str | None = None, code: Mapping[str, str] | None = None) -> str:
-        """Return the call of ``job``, train or tune, that goes on with it; without names and passwords, as well."""
-        more = "".join(f", {name}={value!r}" for name, value in self._where(mlflow, code).items())
-        return f"{job}(resume=True, run_name={self.name!r}{more})"
-
-    def _where(self, mlflow: str | None, code: Mapping[str, str] | None) -> dict[str, str]:
-        uris = {"storage_path": self.storage_path, **({"mlflow": mlflow} if mlflow else {})}
-        return {name: masked(uri) for name, uri in uris.items()} | dict(code or {})
 
     def upload(self, local: str) -> None:
         """Copy a local folder's files into it, with retries. Raises what the file system does."""

@@ -10,6 +10,7 @@ from mnist_ray.errors import JobError, UsageError, say
 from mnist_ray.report import page
 from mnist_ray.report.compare import compare as compare_runs
 from mnist_ray.report.page import RunRecord
+from mnist_ray.run.job import way_on
 from mnist_ray.storage import (
     CONFIG_FILE,
     ORIGIN_FILE,
@@ -59,7 +60,7 @@ def write_again(run: RunFolder, reference: str | None, storage_path: str) -> Non
         test = Split(load_data(workload).test, origin="test")
     except (UsageError, JobError) as error:
         say(f"no pictures of predictions: {error}")
-    resume_with = run.resume_command("tune" if run.exists(TRIALS_FILE) else "train")
+    resume_with = way_on("tune" if run.exists(TRIALS_FILE) else "train", run)
     page.write(run, workload, resume_with, test, sections(run, type(workload)), warn=_warn)
     say(f"report {run.inside(REPORT_FILE).uri}")
 

@@ -4,13 +4,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pyarrow import fs
 
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.run.job import Job, read_job
+from mnist_ray.run.job import Job, merged, read_job, way_on
 from mnist_ray.run.record import write_origin
 from mnist_ray.run.session import load_data, saying_the_way_on
 from mnist_ray.settings import json_lines
-from mnist_ray.storage import RunFolder
+from mnist_ray.storage import RunFolder, locate
 from mnist_ray.workload.data import Arrays
 from tests.conftest import ROOT, write_data_set
 
@@ -110,6 +111,15 @@ def test_code_in_a_run_is_loaded_where_a_flag_names_it_and_the_way_on_names_it_t
     assert job.resume_with.endswith(f" --workload {code}")
 
 
+def test_the_way_on_is_quoted_and_has_no_secrets(tmp_path: Path) -> None:
+    run = locate(str(tmp_path / "my runs"), "one")
+    said = f"python jobs/tune.py --resume --run-name one --storage-path '{tmp_path}/my runs' --mlflow sqlite:///m.db"
+    assert way_on("tune", run, {"mlflow": "sqlite:///m.db"}) == said
+    run = RunFolder("run", "s3://KEY:SEC%2FRET@bucket/runs?region=us", fs.LocalFileSystem(), "bucket/runs/run")
+    said = "python jobs/train.py --resume --run-name run --storage-path 's3://***@bucket/runs?region=us'"
+    assert way_on("train", run) == said
+
+
 def test_an_interrupt_says_the_way_on_also_where_the_storage_is_away(
     read: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +137,25 @@ def test_a_data_folder_is_kept_as_it_can_be_read_from_anywhere(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert read("--data-dir", "mine").values["data_dir"] == str(tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([{"batch_size": 8, "seed": 3}, {"seed": 4}, {}], {"batch_size": 8, "seed": 4}),
+        ([{"callback": "a.py"}, {"callback": None}], {"callback": None}),
+    ],
+)
+def test_a_later_layer_takes_the_place_of_an_earlier_one(layers: list[Any], expected: dict[str, Any]) -> None:
+    assert merged({str(place): layer for place, layer in enumerate(layers)}) == expected
+
+
+def test_each_setting_is_known_by_where_it_is_from(read: Any, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"batch_size": 16}))
+    layers = read("--recipe", "robust", "--config", str(file), "--seed", "3").layers
+    assert list(layers) == ["default recipe", "recipe", str(file), "flags"]
+    assert (layers["recipe"]["ema_decay"], layers[str(file)], layers["flags"]["seed"]) == (0.99, {"batch_size": 16}, 3)
 
 
 @pytest.mark.parametrize(
