@@ -22,10 +22,10 @@ from mnist_ray.cluster.forking.starting import prepared_forking
 from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.report.csv_files import METRICS_FILE, numbers_of, read_figures, read_steps
-from mnist_ray.run.job import Job, checked, read_job
+from mnist_ray.run.job import Job, read_job
 from mnist_ray.run.lookup import find_checkpoint
 from mnist_ray.run.train import train as train_job
-from mnist_ray.settings import build, names_of
+from mnist_ray.settings import build, check_known, names_of
 from mnist_ray.storage import REPORT_FILE, RESULT_FILE, RunFolder
 from mnist_ray.sweep.options import BEST_FILE, DEFAULT_FOLDER, read_sweep
 from mnist_ray.sweep.trials import TrialTable
@@ -160,14 +160,15 @@ def evaluate(run: Run | str | None = None, *, workload: AnyWorkload = None, **se
     ``run`` is a run, its name, or a checkpoint's path; without it, the newest run's. ``settings`` are ``num_tasks``,
     ``storage_path`` and those of the workload, as for other data. Raises UsageError and JobError.
     """
-    from mnist_ray.tools.evaluation import evaluate_found
-
-    found = _found(run, workload, settings)
-    own = names_of([type(found.workload).Settings])
-    checked({name: value for name, value in settings.items() if name not in own}, [EvaluationConfig, LookupConfig], {})
+    environment.prepare(verbose=False)
     with prepared_forking(WorkerConfig(), "mnist_ray.run.evaluate") as forking:
-        tested = evaluate_found(found, build(EvaluationConfig, settings), forking)
-    return tested.values(found.workload)
+        found = _found(run, workload, settings)
+        classes = [EvaluationConfig, LookupConfig, type(found.workload).Settings]
+        check_known(settings, names_of(classes), "evaluate()")
+
+        from mnist_ray.tools.evaluation import evaluate_found
+
+        return evaluate_found(found, build(EvaluationConfig, settings), forking).values(found.workload)
 
 
 def predict(

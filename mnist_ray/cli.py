@@ -13,10 +13,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from mnist_ray import signals
+from mnist_ray import api, signals
 from mnist_ray.cluster import environment
-from mnist_ray.cluster.forking.starting import prepared_forking
-from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig, PredictionConfig, ViewConfig, WorkerConfig
+from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig, PredictionConfig, ViewConfig
 from mnist_ray.errors import PROGRAM, JobError, UsageError, print_whatever_it_is, say
 from mnist_ray.flags import UNSET, Parser, peek
 from mnist_ray.run.job import read_job
@@ -44,14 +43,7 @@ def evaluate() -> None:
     workload_class = _class_of_run(EvaluationConfig, LookupConfig)
     parser = _parser(evaluate, "checkpoint", EvaluationConfig, workload_class.Settings, LookupConfig)
     given = parser.read_flags()
-    environment.prepare(verbose=False)
-    changes = {name: given[name] for name in names_of([workload_class.Settings]) if name in given}
-    storage_path = build(LookupConfig, given).storage_path
-    with prepared_forking(WorkerConfig(), "mnist_ray.run.evaluate") as forking:
-        found = find_checkpoint(given["checkpoint"], storage_path, given.get("workload"), changes)
-        from mnist_ray.tools.evaluation import evaluate_found
-
-        evaluate_found(found, build(EvaluationConfig, given), forking)
+    api.evaluate(given.pop("checkpoint"), **given)
 
 
 def predict() -> None:

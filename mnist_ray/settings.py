@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from mnist_ray.errors import UsageError, first_line
+from mnist_ray.errors import UsageError, did_you_mean, first_line
 
 T = TypeVar("T")
 Check = Callable[[Any], bool]
@@ -202,10 +202,9 @@ def read_config_file(path: str) -> dict[str, Any]:
 
 
 def check_known(values: Iterable[str], known: set[str], source: str) -> None:
-    """Raise UsageError if there are settings in a file that nothing knows."""
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise UsageError(f"{source} has unknown settings: {', '.join(unknown)}")
+    """Raise UsageError if there are settings in a file or a call that nothing knows."""
+    if unknown := sorted(set(values) - known):
+        raise UsageError(f"{source} has unknown settings: {', '.join(unknown)}{did_you_mean(unknown[0], known)}")
 
 
 def json_lines(values: Mapping[str, Any]) -> str:

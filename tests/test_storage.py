@@ -28,6 +28,7 @@ def test_home_and_relative_paths_become_absolute(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     assert locate("~/runs", "a").uri == "/home/someone/runs/a"
     assert locate("runs", "a").uri == f"{tmp_path}/runs/a"
+    assert locate("./s3:", "run").path == f"{tmp_path}/s3:/run"
 
 
 def test_the_options_of_a_uri_stay_at_its_end() -> None:
@@ -157,13 +158,10 @@ class Storage:
         return "written"
 
 
-def test_storage_that_fails_for_seconds_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_that_fails_is_tried_again_for_half_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     failing = Storage(monkeypatch, fails_for_s=5)
     assert storage.with_retries(failing.write) == "written"
     assert failing.now == 5
-
-
-def test_storage_that_fails_for_good_ends_in_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
     failing = Storage(monkeypatch, fails_for_s=1e9)
     with pytest.raises(OSError, match="the link is down"):
         storage.with_retries(failing.write)
@@ -212,11 +210,6 @@ def test_a_path_that_cannot_be_meant_is_refused(path: str, message: str) -> None
     with pytest.raises(UsageError) as raised:
         locate(path, "run")
     assert message in str(raised.value)
-
-
-def test_a_folder_may_be_named_like_a_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert locate("./s3:", "run").path == f"{tmp_path}/s3:/run"
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,15 @@ import dataclasses
 import importlib.util
 import secrets
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from mnist_ray import settings
 from mnist_ray.cluster import ray_internals
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
-from mnist_ray.errors import UsageError, command, count, did_you_mean, masked
+from mnist_ray.errors import UsageError, command, count, masked
 from mnist_ray.flags import UNSET, Parser, peek
 from mnist_ray.settings import flag
 from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, TRIALS_FILE, RunFolder, locate, untrusted_folders
@@ -78,6 +77,11 @@ def merged(layers: Mapping[str, Given]) -> dict[str, Any]:
     return {name: value for layer in layers.values() for name, value in layer.items()}
 
 
+def _place_of(name: str, layers: Mapping[str, Given]) -> str:
+    """Return the layer that a setting is from; empty if none has it."""
+    return next((place for place, layer in reversed(list(layers.items())) if layer.get(name) is not None), "")
+
+
 def read_job(
     given: Given | None = None,
     kind: str = "train",
@@ -99,12 +103,14 @@ def read_job(
         folder = settings.path_of(early["config"], "--config").absolute().parent
         untrusted += untrusted_folders(locate(str(folder.parent), folder.name), run.storage_path)
     files: dict[str, Given] = {**began, **file}
-    workload_class = _workload_class(files, early.get("workload"), untrusted)
+    place = _place_of("workload", files)
+    held = files[place]["workload"] if place else source.DEFAULT
+    workload_class = source.load_again(held, early.get("workload"), place, untrusted)
 
     kept = (*more_settings, TrainConfig, workload_class.Settings, WorkerConfig)
     classes, recipes = (*kept, OutputConfig), workload_class.recipes
-    flags = _read_flags(description, classes, recipes) if given is None else checked(given, classes, recipes)
-    _check_files(files, kept, early.get("workload"))
+    flags = _read_flags(description, classes, recipes) if given is None else _checked(given, classes, recipes)
+    _check_files(files, kept)
     layers: dict[str, Given] = {
         "default recipe": {} if saved else recipes.get("default", {}),
         **began,
@@ -113,8 +119,7 @@ def read_job(
         _FLAGS: flags,
     }
     asked = merged(layers)
-    place = next((place for place in reversed(layers) if "callback" in layers[place]), "")
-    if place in files and asked["callback"] is not None:
+    if (place := _place_of("callback", layers)) in files:
         user_code.check_trusted(asked["callback"], Callback, place, untrusted)
 
     _check_output(settings.build(OutputConfig, asked))
@@ -141,15 +146,16 @@ def _job_of(
         code["callback"] = user_code.find(train.callback, Callback)[1]
         train = dataclasses.replace(train, callback=code["callback"].reference)
     folders = untrusted_folders(run, run.storage_path)
-    to_name = {name: of.reference for name, of in code.items() if user_code.why_untrusted(of.reference, folders)}
-    tracked = {"mlflow": masked(output.mlflow)} if output.mlflow else {}
+    more = {name: of.reference for name, of in code.items() if user_code.why_untrusted(of.reference, folders)}
+    if output.mlflow is not None:
+        more = {"mlflow": masked(output.mlflow), **more}
     return Job(
         workload=workload_class(settings.build(workload_class.Settings, asked)),
         train=train,
         workers=workers,
         output=output,
         run=run,
-        resume_with=way_on(kind, run, {**tracked, **to_name}, is_call=is_call),
+        resume_with=way_on(kind, run, more, is_call=is_call),
         callback=code.get("callback"),
         layers=layers,
     )
@@ -204,24 +210,15 @@ def _left_by(run: RunFolder, kind: str, workload_class: type[Workload]) -> tuple
     return origin, notes
 
 
-def _workload_class(files: Mapping[str, Given], reference: str | None, untrusted: Iterable[Path]) -> type[Workload]:
-    """Return the workload that is named by ``reference``, else by the last of some files that names one."""
-    naming = [(values["workload"], file) for file, values in files.items() if values.get("workload")]
-    held, file = naming[-1] if naming else (source.DEFAULT, "")
-    return source.load_again(held, reference, file, untrusted)
-
-
-def _check_files(files: Mapping[str, Given], classes: Sequence[type], workload: str | None) -> None:
-    """Raise UsageError if files have settings that are unknown or wrong; ``workload`` is what a flag names."""
+def _check_files(files: Mapping[str, Given], classes: Sequence[type]) -> None:
+    """Raise UsageError if files have settings that are unknown or wrong."""
     for file, values in files.items():
-        of_another = workload is not None and values.get("workload", workload) != workload
-        named = f"{file}, of the workload {values['workload']}," if of_another else file
-        settings.check_known(values, settings.names_of(classes) | {"workload"}, named)
+        settings.check_known(values, settings.names_of(classes) | {"workload"}, file)
         try:
             for config_class in classes:
                 settings.build(config_class, values)
         except UsageError as error:
-            raise UsageError(f"{named}: {error}") from error
+            raise UsageError(f"{file}: {error}") from error
 
 
 def _read_flags(description: str, classes: Sequence[type], recipes: Mapping[str, Given]) -> dict[str, Any]:
@@ -234,12 +231,9 @@ def _read_flags(description: str, classes: Sequence[type], recipes: Mapping[str,
     return parser.read_flags()
 
 
-def checked(given: Given, classes: Sequence[type], recipes: Mapping[str, Any]) -> dict[str, Any]:
+def _checked(given: Given, classes: Sequence[type], recipes: Mapping[str, Any]) -> dict[str, Any]:
     """Return what was given in place of a command line. Raises UsageError if that cannot be."""
-    known = settings.names_of(classes) | {"workload", "recipe", "config"}
-    for name in given:
-        if name not in known:
-            raise UsageError(f"there is no setting {name}{did_you_mean(name, known)}")
+    settings.check_known(given, settings.names_of(classes) | {"workload", "recipe", "config"}, "the call")
     if given.get("recipe", "default") not in (*recipes, "default"):
         raise UsageError(f"there is no recipe {given['recipe']}; there is {', '.join(recipes) or 'none'}")
     for config_class in classes:
