@@ -10,7 +10,7 @@ import html
 import inspect
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,10 +22,11 @@ from mnist_ray.cluster.forking.starting import prepared_forking
 from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.report.csv_files import METRICS_FILE, numbers_of, read_figures, read_steps
-from mnist_ray.run.job import Job, checked, read_job
+from mnist_ray.run.job import Job, read_job
+from mnist_ray.run.lookup import find_checkpoint
 from mnist_ray.run.train import train as train_job
-from mnist_ray.settings import build, names_of
-from mnist_ray.storage import REPORT_FILE, RunFolder, read_result
+from mnist_ray.settings import build, check_known, names_of
+from mnist_ray.storage import REPORT_FILE, RESULT_FILE, RunFolder
 from mnist_ray.sweep.options import BEST_FILE, DEFAULT_FOLDER, read_sweep
 from mnist_ray.sweep.trials import TrialTable
 from mnist_ray.sweep.tune import tune as tune_sweep
@@ -33,12 +34,12 @@ from mnist_ray.workload.base import Workload
 from mnist_ray.workload.source import Reference
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import nn
 
     from mnist_ray.run.find import Found
     from mnist_ray.tools.predict import Prediction
 
+AnyWorkload = type[Workload] | str | Path | None  # a class, or what ``--workload`` takes; None: MNIST, or a run's own
 _REPORT_HEIGHT = 600  # pixels, in a notebook
 
 
@@ -48,8 +49,7 @@ class Run:
 
     folder: RunFolder
     workload: Workload
-    result: dict[str, Any]
-    """What its result.json holds."""
+    result: dict[str, Any]  # what its result.json holds
 
     @property
     def name(self) -> str:
@@ -63,7 +63,7 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, float]]:
-        """A row for each epoch, as metrics.csv has them; NaN where a figure is not there."""
+        """A row for each epoch, as metrics.csv has them; NaN if a value is not there."""
         return numbers_of(read_figures(self.folder, METRICS_FILE, "epoch"))
 
     @property
@@ -82,7 +82,7 @@ class Run:
         return self.folder.inside(REPORT_FILE).uri
 
     def load_model(self) -> nn.Module:
-        """Return the trained model, in evaluation mode, on the CPU. Raises JobError where it is damaged."""
+        """Return the trained model, in evaluation mode, on the CPU. Raises JobError if it is damaged."""
         model: nn.Module = _found(self, None).load_model()
         return model
 
@@ -114,41 +114,39 @@ class Run:
 class SweptRun(Run):
     """The training of a sweep's best configuration."""
 
-    best: dict[str, Any]
-    """The settings that were searched, as the best configuration has them."""
-    trials: list[dict[str, Any]]
-    """A row for each trial, with the columns of sweep.csv."""
-    default: Run | None
-    """The training of the default configuration; None where the best is the default."""
+    best: dict[str, Any]  # the settings that were searched, as the best configuration has them
+    trials: list[dict[str, Any]]  # a row for each trial, with the columns of sweep.csv
+    default: Run | None  # the training of the default configuration; None if the best is the default
 
 
-def train(workload: type[Workload] | str | Path | None = None, **settings: Any) -> Run:
+def train(workload: AnyWorkload = None, **settings: Any) -> Run:
     """Train, evaluate and report as ``jobs/train.py`` does; return the run.
 
     ``workload`` is a class, or what ``--workload`` takes; without it, MNIST. Raises UsageError, JobError, and
-    KeyboardInterrupt where it was interrupted.
+    KeyboardInterrupt if it was interrupted.
     """
-    job = read_job(_with_workload(workload, settings))
+    job = read_job(_given(workload, settings))
     train_job(job)
     return _run(job)
 
 
-def tune(workload: type[Workload] | str | Path | None = None, **settings: Any) -> SweptRun:
+def tune(workload: AnyWorkload = None, **settings: Any) -> SweptRun:
     """Search, then train and evaluate the best, as ``jobs/tune.py`` does; return that run. Raises as ``train``.
 
     ``sweep`` may also be a dict: ``{"width": [8, 32], "learning_rate": "log:1e-3:1e-1"}``.
     """
     if isinstance(searched := settings.get("sweep"), Mapping):
         settings["sweep"] = [f"{name}={_space_text(space)}" for name, space in searched.items()]
-    sweep = read_sweep(_with_workload(workload, settings))
+    sweep = read_sweep(_given(workload, settings))
     tune_sweep(sweep)
-    job, best = sweep.job, sweep.job.run.read_json(BEST_FILE) or {}
+    job, best = sweep.job, sweep.job.run.require_json(BEST_FILE)
     default = job.run.inside(DEFAULT_FOLDER)
+    default_result = default.read_json(RESULT_FILE)
     return SweptRun(
         **vars(_run(job)),
         best={name: best[name] for name in sweep.space.spaces},
         trials=TrialTable(type(job.workload), sweep.space).read(job.run).rows,
-        default=Run(default, job.workload, result) if (result := read_result(default)) else None,
+        default=None if default_result is None else Run(default, job.workload, default_result),
     )
 
 
@@ -156,29 +154,28 @@ def _space_text(space: Any) -> str:
     return space if isinstance(space, str) else ",".join("none" if value is None else str(value) for value in space)
 
 
-def evaluate(
-    run: Run | str | None = None, *, workload: type[Workload] | str | Path | None = None, **settings: Any
-) -> dict[str, float]:
+def evaluate(run: Run | str | None = None, *, workload: AnyWorkload = None, **settings: Any) -> dict[str, float]:
     """Evaluate a run's checkpoint on the test set, as ``jobs/evaluate.py`` does; return loss and metrics.
 
     ``run`` is a run, its name, or a checkpoint's path; without it, the newest run's. ``settings`` are ``num_tasks``,
     ``storage_path`` and those of the workload, as for other data. Raises UsageError and JobError.
     """
-    from mnist_ray.tools.evaluation import evaluate_found
-
-    found = _found(run, workload, settings)
-    own = names_of([type(found.workload).Settings])
-    checked({name: value for name, value in settings.items() if name not in own}, [EvaluationConfig, LookupConfig], {})
+    environment.prepare(verbose=False)
     with prepared_forking(WorkerConfig(), "mnist_ray.run.evaluate") as forking:
-        tested = evaluate_found(found, build(EvaluationConfig, settings), forking)
-    return tested.values(found.workload)
+        found = _found(run, workload, settings)
+        classes = [EvaluationConfig, LookupConfig, type(found.workload).Settings]
+        check_known(settings, names_of(classes), "evaluate()")
+
+        from mnist_ray.tools.evaluation import evaluate_found
+
+        return evaluate_found(found, build(EvaluationConfig, settings), forking).values(found.workload)
 
 
 def predict(
     pictures: Any,
     run: Run | str | None = None,
     *,
-    workload: type[Workload] | str | Path | None = None,
+    workload: AnyWorkload = None,
     storage_path: str = LookupConfig().storage_path,
     as_is: bool = False,
 ) -> list[Prediction]:
@@ -193,27 +190,37 @@ def predict(
     model = found.load_model()
     if isinstance(pictures, np.ndarray):
         return tool.predict_inputs(found.workload, model, pictures)
-    some: Sequence[str | Path | Image] = pictures if isinstance(pictures, (list, tuple)) else [pictures]
+    some = pictures if isinstance(pictures, (list, tuple)) else [pictures]
     if all(isinstance(picture, (str, os.PathLike)) for picture in some):
         return list(tool.predict_files(found.workload, model, list(tool.find_files(map(str, some))), as_is=as_is))
-    inputs = [found.workload.read_picture(picture, as_is=as_is) for picture in some]  # type: ignore[arg-type]
+    inputs = [found.workload.read_picture(picture, as_is=as_is) for picture in some]
     return tool.predict_inputs(found.workload, model, np.stack(inputs))
 
 
 def _run(job: Job) -> Run:
-    result = read_result(job.run)
-    if result is None:
+    if job.output.check:
         raise JobError(f"run {job.run.name} has no result: with check=True, nothing is trained")
     workload = job.workload
-    return Run(job.run, type(workload)(workload.settings, workload.metadata), result)
+    return Run(job.run, type(workload)(workload.settings, workload.metadata), job.run.require_json(RESULT_FILE))
 
 
-def _with_workload(workload: type[Workload] | str | Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+def _given(workload: AnyWorkload, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what a command line would say."""
     if "storage_path" in settings:
         settings = settings | {"storage_path": os.fspath(settings["storage_path"])}
     if workload is None:
         return settings
     return settings | {"workload": reference_of(workload, is_here=settings.get("num_workers") == 0)}
+
+
+def _found(run: Run | str | None, workload: AnyWorkload, settings: Mapping[str, Any] | None = None) -> Found:
+    """Return a checkpoint with its workload, of which some of ``settings`` are to override its own."""
+    environment.prepare(verbose=False)
+    changes = {"storage_path": LookupConfig().storage_path, **(settings or {})}
+    storage_path, _ = os.fspath(changes.pop("storage_path")), changes.pop("num_tasks", None)
+    if isinstance(run, Run):
+        workload, run = workload or type(run.workload), run.checkpoint
+    return find_checkpoint(run, storage_path, None if workload is None else reference_of(workload), changes)
 
 
 def reference_of(workload: type[Workload] | str | Path, *, is_here: bool = False) -> Reference:
@@ -238,17 +245,3 @@ def reference_of(workload: type[Workload] | str | Path, *, is_here: bool = False
     if "." in workload.__module__:
         return f"{workload.__module__}:{workload.__qualname__}"
     return f"{Path(inspect.getfile(workload)).resolve()}:{workload.__qualname__}"
-
-
-def _found(
-    run: Run | str | None, workload: type[Workload] | str | Path | None, settings: dict[str, Any] | None = None
-) -> Found:
-    from mnist_ray.run.find import find
-
-    environment.prepare(verbose=False)
-    changes = dict(settings or {})
-    storage_path = os.fspath(changes.pop("storage_path", LookupConfig().storage_path))
-    changes.pop("num_tasks", None)
-    if isinstance(run, Run):
-        workload, run = workload or type(run.workload), run.checkpoint
-    return find(run, storage_path, None if workload is None else reference_of(workload), changes)

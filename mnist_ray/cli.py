@@ -5,7 +5,6 @@ Nothing here imports torch or Ray, so that a wrong flag is answered at once.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import os
@@ -14,14 +13,13 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from mnist_ray import signals
+from mnist_ray import api, signals
 from mnist_ray.cluster import environment
-from mnist_ray.cluster.forking.starting import prepared_forking
-from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig, PredictionConfig, ViewConfig, WorkerConfig
+from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig, PredictionConfig, ViewConfig
 from mnist_ray.errors import PROGRAM, JobError, UsageError, print_whatever_it_is, say
-from mnist_ray.flags import UNSET, Parser, peek, peek_word
+from mnist_ray.flags import UNSET, Parser, peek
 from mnist_ray.run.job import read_job
-from mnist_ray.run.lookup import class_of, find_run
+from mnist_ray.run.lookup import class_of, find_checkpoint, find_run
 from mnist_ray.run.train import train as train_job
 from mnist_ray.settings import build, names_of
 from mnist_ray.sweep.options import read_sweep
@@ -42,43 +40,30 @@ def tune() -> None:
 
 def evaluate() -> None:
     """Evaluate a checkpoint on the test set."""
-    workload_class = _workload_class(EvaluationConfig, LookupConfig)
-    parser = Parser(_about(evaluate), EvaluationConfig, workload_class.Settings, LookupConfig)
-    _add_run(parser, "checkpoint")
+    workload_class = _class_of_run(EvaluationConfig, LookupConfig)
+    parser = _parser(evaluate, "checkpoint", EvaluationConfig, workload_class.Settings, LookupConfig)
     given = parser.read_flags()
-    environment.prepare(verbose=False)
-    with prepared_forking(WorkerConfig(), "mnist_ray.run.evaluate") as forking:
-        from mnist_ray.run.find import find
-        from mnist_ray.tools.evaluation import evaluate_found
-
-        changes = {name: given[name] for name in names_of([workload_class.Settings]) if name in given}
-        found = find(given["checkpoint"], build(LookupConfig, given).storage_path, given.get("workload"), changes)
-        evaluate_found(found, build(EvaluationConfig, given), forking)
+    api.evaluate(given.pop("checkpoint"), **given)
 
 
 def predict() -> None:
     """Print a trained model's predictions for your own pictures."""
-    parser = Parser(_about(predict), PredictionConfig, LookupConfig)
+    parser = _parser(predict, "--run", PredictionConfig, LookupConfig)
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="pictures, or folders of them")
-    _add_run(parser, "--run")
     given = parser.read_flags()
     environment.prepare(verbose=False)
 
-    from mnist_ray.run.find import find
-    from mnist_ray.tools.predict import predict as predict_pictures
-    from mnist_ray.tools.predict import takes_pictures
+    from mnist_ray.tools import predict as tool
 
-    storage_path = build(LookupConfig, given).storage_path
-    found = find(given.get("run"), storage_path, given.get("workload"), is_wanted=takes_pictures)
-    predict_pictures(given["images"], found, build(PredictionConfig, given))
+    storage_path, reference = build(LookupConfig, given).storage_path, given.get("workload")
+    found = find_checkpoint(given.get("run"), storage_path, reference, is_wanted=tool.takes_pictures)
+    tool.predict(given["images"], found, build(PredictionConfig, given))
 
 
 def view() -> None:
     """Look at the examples of a workload's data."""
-    workload_class = source.load(peek("workload").get("workload", source.DEFAULT))
-    parser = Parser(_about(view), ViewConfig, workload_class.Settings)
-    _add_workload(parser, default="MNIST")
-    given = parser.read_flags()
+    workload_class = source.load(peek("workload")[0].get("workload", source.DEFAULT))
+    given = _parser(view, "", ViewConfig, workload_class.Settings, workload="MNIST").read_flags()
 
     from mnist_ray.tools.view import view as view_examples
 
@@ -87,12 +72,11 @@ def view() -> None:
 
 def report() -> None:
     """Make a run's report again, or compare several runs."""
-    parser = Parser(_about(report), LookupConfig)
+    parser = _parser(report, "", LookupConfig)
     parser.add_argument(
         "runs", metavar="RUN", nargs="*", help="a run's folder, URI or name, also a sweep's; default: the newest run"
     )
     parser.add_argument("--output", default=UNSET, help="the page of several runs (default: comparison.html)")
-    _add_workload(parser)
     given = parser.read_flags()
     environment.prepare(verbose=False)
     storage_path, reference = build(LookupConfig, given).storage_path, given.get("workload")
@@ -110,15 +94,12 @@ def report() -> None:
 
 def export() -> None:
     """Write a trained model as a program of torch.export or ONNX."""
-    parser = Parser(_about(export), ExportConfig, LookupConfig)
-    _add_run(parser, "run")
-    given = parser.read_flags()
+    given = _parser(export, "run", ExportConfig, LookupConfig).read_flags()
     environment.prepare(verbose=False)
+    found = find_checkpoint(given["run"], build(LookupConfig, given).storage_path, given.get("workload"))
 
-    from mnist_ray.run.find import find
     from mnist_ray.tools.export import export as export_found
 
-    found = find(given["run"], build(LookupConfig, given).storage_path, given.get("workload"))
     export_found(found, build(ExportConfig, given))
 
 
@@ -183,38 +164,28 @@ def _text_of(interrupt: BaseException) -> str:
     return str(interrupt) or "interrupted"
 
 
-def _about(command: Callable[[], None]) -> str:
-    return command.__doc__ or ""
+def _parser(command: Callable[[], None], run: str, *classes: type, workload: str = "where it was") -> Parser:
+    """Return a command's parser, with ``run``, an argument or a flag that names a run, and ``--workload``."""
+    parser = Parser(command.__doc__ or "", *classes)
+    if run:
+        options: dict[str, Any] = {"default": UNSET} if run.startswith("--") else {"nargs": "?"}
+        run_help = "a checkpoint's or a run's folder or URI, or a run's name; default: the newest run"
+        parser.add_argument(run, metavar="CHECKPOINT_OR_RUN", help=run_help, **options)
+    workload_help = f"where the workload's code is; default: {workload}"
+    parser.add_argument("--workload", metavar="FILE.py", default=UNSET, help=workload_help)
+    return parser
 
 
-def _add_workload(parser: Parser, default: str = "where it was") -> None:
-    where = f"where the workload's code is; default: {default}"
-    parser.add_argument("--workload", metavar="FILE.py", default=UNSET, help=where)
-
-
-def _add_run(parser: Parser, name: str) -> None:
-    """Add the argument that names a run or a checkpoint, and ``--workload``."""
-    options: dict[str, Any] = {"default": UNSET} if name.startswith("--") else {"nargs": "?"}
-    parser.add_argument(
-        name,
-        metavar="CHECKPOINT_OR_RUN",
-        help="a checkpoint's or a run's folder or URI, or a run's name; default: the newest run",
-        **options,
-    )
-    _add_workload(parser)
-
-
-def _workload_class(*config_classes: type) -> type[Workload]:
+def _class_of_run(*classes: type) -> type[Workload]:
     """Return the workload of the run that the command line names, else of the newest; MNIST if none is known.
 
-    Its settings are to become flags beside those of ``config_classes``, so it has to be known before all flags are.
-    Raises UsageError.
+    Its settings are to become flags beside those of ``classes``, so it has to be known before all flags are. Raises
+    UsageError.
     """
-    peeked = peek("workload", "storage_path")
-    if "workload" in peeked:
-        return source.load(peeked["workload"])
-    with contextlib.suppress(UsageError, argparse.ArgumentError):  # said when all flags are known
-        run = peek_word("workload", *names_of(config_classes))
-        storage_path = peeked.get("storage_path", LookupConfig().storage_path)
+    early, run = peek("workload", *names_of(classes))
+    if "workload" in early:
+        return source.load(early["workload"])
+    with contextlib.suppress(UsageError):  # said when all flags are known
+        storage_path = early.get("storage_path", LookupConfig().storage_path)
         return class_of(find_run(run, storage_path), storage_path)
     return source.load(source.DEFAULT)

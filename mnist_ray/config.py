@@ -10,13 +10,17 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mnist_ray.settings import Choice, Range, at_least, fraction, positive, setting
+from mnist_ray.settings import Choice, Range, at_least, fraction, positive, setting, within
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def _png() -> dict[str, Any]:
     return {"check": lambda path: path is None or path.lower().endswith(".png"), "must": "must end in .png"}
+
+
+def _not_empty(what: str) -> dict[str, Any]:
+    return {"check": lambda text: text is None or text.strip(), "must": f"must be {what}"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,9 +48,8 @@ class TrainConfig:
     )
     ema_decay: float | None = setting(
         None,
-        "evaluate and keep a moving average of the weights: the part of it that a step leaves, as 0.99",
-        check=lambda decay: decay is None or 0 <= decay < 1,
-        must="must be in [0, 1)",
+        "keep and evaluate an exponential moving average (EMA) of the weights with this decay, e.g. 0.99",
+        **fraction(with_one=False),
     )
     early_stop: int | None = setting(None, "stop after so many epochs without a better validation", **at_least(1))
     precision: Precision = setting(
@@ -59,24 +62,17 @@ class TrainConfig:
         "most 5,000, or the data's own validation set",
         **at_least(0),
     )
-    seed: int = setting(
-        0,
-        "decides the initial weights and the order of the examples",
-        check=lambda seed: 0 <= seed < 2**31,
-        must="must be at least 0, and below 2,147,483,648",
-    )
+    seed: int = setting(0, "decides the initial weights and the order of the examples", **within(0, 2**31 - 1))
     clip_grad_norm: float | None = setting(
-        None, "largest norm of all gradients of a step; larger ones are scaled down to it", **positive()
+        None, "largest norm of a step's gradients; larger ones are scaled down", **positive()
     )
     micro_batch_size: int | None = setting(
         None,
-        "examples whose gradients a worker computes at a time, where its share of a batch does not fit into memory",
+        "examples that a worker computes at a time, if its share of a batch does not fit into memory",
         **at_least(1),
     )
     compile: bool = setting(False, "compile the model by torch.compile, which takes a C++ compiler and a minute")
-    callback: str | None = setting(
-        None, "code of yours in the training loop: FILE.py or package.module, or one's :NAME"
-    )
+    callback: str | None = setting(None, "your code in the training loop: FILE.py or package.module, or its :NAME")
     limit: float = setting(
         1.0,
         "fraction of all data to use, drawn at random: to try things out",
@@ -84,9 +80,7 @@ class TrainConfig:
         must="must be above 0, and at most 1",
     )
     overfit_batches: int | None = setting(
-        None,
-        "train on the examples of so many batches over and over, and test on them: a model that works learns them",
-        **at_least(1),
+        None, "train and test on the examples of so many batches only: a model that works learns them", **at_least(1)
     )
     checkpoint_every: int = setting(1000, "steps between checkpoints within an epoch", **at_least(1))
     reproducible: bool = setting(
@@ -113,7 +107,6 @@ class WorkerConfig:
     num_workers: int | None = setting(
         None,
         "training processes; default: one per GPU, else one per node with all its cores; 0: this process, without Ray",
-        resets=("min_workers",),
         **at_least(0),
     )
     cpus_per_worker: int | None = setting(
@@ -137,8 +130,7 @@ class WorkerConfig:
     hang_timeout_s: float = setting(
         600.0,
         "seconds without a step after which a worker is taken for hung and replaced",
-        check=lambda seconds: 0 < seconds <= 1e6,
-        must="must be positive, and at most a million",
+        **within(1, 10**6),
     )
 
 
@@ -155,24 +147,18 @@ class OutputConfig:
     )
     resume: bool = setting(False, "go on with --run-name from its last checkpoint")
     mlflow: str | None = setting(
-        None,
-        "URI of an MLflow server or store to track the run in, as sqlite:///mlflow.db",
-        check=lambda uri: uri is None or uri.strip(),
-        must="must be a URI",
+        None, "URI of an MLflow server or store to track the run in, as sqlite:///mlflow.db", **_not_empty("a URI")
     )
     wandb: str | None = setting(
-        None,
-        "project of Weights & Biases to track the run in",
-        check=lambda project: project is None or project.strip(),
-        must="must be a project's name",
+        None, "project of Weights & Biases to track the run in", **_not_empty("a project's name")
     )
-    tracker: str | None = setting(None, "code of yours that follows the run: FILE.py or package.module, or its :NAME")
+    tracker: str | None = setting(None, "your code that follows the run: FILE.py or package.module, or its :NAME")
     profile: int | None = setting(
         None,
         "steps of the first worker to profile: a trace for Perfetto, and the most expensive operators",
         **at_least(1),
     )
-    detect_anomaly: bool = setting(False, "find the operation whose gradient is no number first; slow")
+    detect_anomaly: bool = setting(False, "stop at the first operation that produces a NaN gradient; slow")
     dashboard: bool = setting(False, "start Ray's dashboard for a local run, which goes with it")
     check: bool = setting(False, "train nothing: say how the job would run, and whether every node could take part")
     quiet: bool = setting(False, "print only the result")
@@ -192,12 +178,7 @@ class ViewConfig:
 
     split: Literal["train", "test"] = setting("train", "the part of the data set")
     index: int = setting(0, "the first example, counted from 0; with --label among those that have it", **at_least(0))
-    count: int = setting(
-        1,
-        "examples, from --index on; several are drawn as a grid",
-        check=lambda count: 1 <= count <= 1000,
-        must="must be 1 to 1000",
-    )
+    count: int = setting(1, "examples, from --index on; several are drawn as a grid", **within(1, 1000))
     label: str | None = setting(None, "show only examples with this label")
     output: str = setting("view.png", "the picture's file", **_png())
     stats: bool = setting(
@@ -250,9 +231,4 @@ class SweepConfig:
     max_concurrent_trials: int | None = setting(
         None, "trials at a time; default, and most without --autoscaling: what the cluster holds", **at_least(1)
     )
-    time_budget_s: float | None = setting(
-        None,
-        "seconds after which no trial goes on",
-        check=lambda seconds: seconds is None or seconds > 0,
-        must="must be positive",
-    )
+    time_budget_s: float | None = setting(None, "seconds after which no trial goes on", **positive())

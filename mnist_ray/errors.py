@@ -14,49 +14,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-_PACKAGE = Path(__file__).parent
-_ESCAPE_CODES = re.compile(r"\x1b\[[0-9;]*m")  # colours, which Ray has in its texts
-_IN_ANOTHER_PROCESS = "\nOriginal Traceback "  # by which torch's DataLoader tells of an error in one of its processes
-
-
-class UsageError(Exception):
-    """What the user asked for cannot be: a wrong flag, value or path. Exit status 2."""
-
-
-class JobError(Exception):
-    """What the user asked for went wrong: bad data, a damaged file, a failed run. Exit status 1."""
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text; its type where it has none."""
-    text = _ESCAPE_CODES.sub("", str(error)).strip() or type(error).__name__
-    if _IN_ANOTHER_PROCESS in text:
-        return text.splitlines()[-1].partition(": ")[2]
-    return text.splitlines()[0]
-
-
-def with_place(error: BaseException, *folders: Path, or_here: bool = True) -> str:
-    """Return an error in one line, with the last place that it came through in the first of ``folders`` with one.
-
-    ``or_here`` tells whether a place in this package will do where there is none.
-    """
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{type(error).__name__}: {error.msg} ({Path(error.filename).name}, line {error.lineno})"
-    said, frames = f"{type(error).__name__}: {first_line(error)}", traceback.extract_tb(error.__traceback__)
-    if _IN_ANOTHER_PROCESS in str(error):
-        found_in_text = re.findall(r'File "(.+)", line (\d+), in (.+)', str(error))
-        frames = traceback.StackSummary.from_list([(file, int(line), name, None) for file, line, name in found_in_text])
-    places = [*(_in(folder, frames) for folder in folders), _in(_PACKAGE, frames) if or_here else []]
-    place = next((f" ({Path(found[-1].filename).name}, line {found[-1].lineno})" for found in places if found), "")
-    return said + place
-
-
-def _in(folder: Path, frames: traceback.StackSummary) -> list[traceback.FrameSummary]:
-    """Return the frames of files in a folder, but not of packages installed below it."""
-    return [f for f in frames if folder in Path(f.filename).parents and "site-packages" not in Path(f.filename).parts]
-
-
+PROGRAM = "mnist-ray"
 MASK = "***"
+_PACKAGE = Path(__file__).parent
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # Ray has them in its texts
+_IN_ANOTHER_PROCESS = "\nOriginal Traceback "  # in the text of an error of torch's DataLoader
 _USER = re.compile(
     r"(?<=:/)(/?)(?:[^\s/]*"  # up to the host …
     r"|[^\s/?#:@]*:(?!\d+(?:[/?#\s]|$))\S*)@"  # … or further: keys for S3 have slashes that should have been escaped
@@ -69,8 +31,42 @@ _OPTION = re.compile(
 _UNPRINTABLE = re.compile(r"[^ -~]")  # or not ASCII: looked at one by one
 
 
+class UsageError(Exception):
+    """What the user asked for cannot be: a wrong flag, value or path. Exit status 2."""
+
+
+class JobError(Exception):
+    """What the user asked for went wrong: bad data, a damaged file, a failed run. Exit status 1."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text; its type if it has none."""
+    text = _COLOURS.sub("", str(error)).strip() or type(error).__name__
+    lines = text.splitlines()
+    return lines[-1].partition(": ")[2] if _IN_ANOTHER_PROCESS in text else lines[0]
+
+
+def with_place(error: BaseException, *folders: Path, or_here: bool = True) -> str:
+    """Return an error in one line, with the last place that it came through in the first of ``folders`` with one.
+
+    ``or_here``: if there is none, a place in this package will do.
+    """
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{type(error).__name__}: {error.msg} ({Path(error.filename).name}, line {error.lineno})"
+    if _IN_ANOTHER_PROCESS in str(error):
+        frames = re.findall(r'File "(.+)", line (\d+), in .+', str(error))
+    else:
+        frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    said = f"{type(error).__name__}: {first_line(error)}"
+    for folder in (*folders, _PACKAGE) if or_here else folders:
+        for file, line in reversed(frames):
+            if folder in Path(file).parents and "site-packages" not in Path(file).parts:
+                return f"{said} ({Path(file).name}, line {line})"
+    return said
+
+
 def masked(text: str) -> str:
-    """Return a text whose URIs have no user information and no secret options any more."""
+    """Return a text whose URIs have no user names, passwords and secret options any more."""
     return _OPTION.sub(rf"\1{MASK}", _USER.sub(rf"\1{MASK}@", text))
 
 
@@ -89,34 +85,25 @@ def say(text: object, file: TextIO | None = None) -> None:
     print(redact(text), file=file)
 
 
-def without_user(uri: str) -> str:
-    """Return a masked URI; of those for which variables can take its place, without the user information."""
-    uri = masked(uri)
-    return uri.replace(f"://{MASK}@", "://", 1) if uri.startswith(("s3:", "http:", "https:")) else uri
-
-
 def print_whatever_it_is() -> None:
-    """Let the standard streams write what their encoding lacks as escapes, and nowhere where they are closed."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
+    """Let the standard streams escape what their encoding lacks; if they are closed, what is printed goes nowhere."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        setattr(sys, name, stream)
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
-PROGRAM = "mnist-ray"
-
-
 def count(number: int, noun: str, plural: str = "") -> str:
-    """Return a number with its noun, in the plural where it is one."""
+    """Return a number with its noun, in the plural if it is not one."""
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def clock_time(seconds: float) -> str:
     """Return a duration as ``M:SS``, or ``H:MM:SS`` from an hour on."""
     minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}:{rest:02d}"
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+    hours, minutes_of_hour = divmod(minutes, 60)
+    return f"{hours}:{minutes_of_hour:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def in_words(name: str) -> str:
@@ -135,7 +122,7 @@ def format_value(value: Any) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a clause that names the one of ``known`` that is most like ``name``; nothing where none is."""
+    """Return a clause that names the one of ``known`` that is most like ``name``; nothing if none is."""
     close = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {close[0]}?" if close else ""
 

@@ -1,4 +1,4 @@
-"""Where a result came from: versions, command line, git commit."""
+"""Where a result came from: versions, command line, git commit, processor."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def arithmetic() -> dict[str, list[str]]:
     features = sorted(name for name in processor_features() if re.match("amx|asimd|avx|f16c|fma|sse|ssse|sve", name))
     caches = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index[0-2]/size"))
     return {
-        "versions": [f"{name} {version}" for name, version in versions().items() if name in ("torch", "numpy")],
+        "versions": [f"{name} {version(name)}" for name in ("torch", "numpy")],
         "processor": [platform.machine(), *features],
         "caches": [path.read_text(encoding="ascii").strip() for path in caches],
     }
@@ -50,31 +50,21 @@ def cpu_has_bf16() -> bool:
     return not processor_features().isdisjoint({"avx512_bf16", "amx_bf16"})
 
 
-def command_line() -> str:
-    """Return the command that started this process, as one would type it, without secrets."""
+def origin() -> dict[str, Any]:
+    """Return where a run comes from: this process's command line, without secrets, the package's commit, versions."""
     program, *flags = map(masked, sys.argv)
     words = program.split() if program.startswith(PROGRAM) else ["python", program]
-    return shlex.join([*words, *flags])
-
-
-def origin() -> dict[str, Any]:
-    """Return where a run comes from: this process's command line, the package's commit, versions."""
-    return {"command_line": command_line(), "git_commit": git_commit(), "versions": versions()}
+    return {"command_line": shlex.join([*words, *flags]), "git_commit": git_commit(), "versions": versions()}
 
 
 def git_commit() -> str | None:
-    """Return the commit of the package's checkout, with ``-dirty`` where it was changed; None outside of one."""
+    """Return the commit of the package's checkout, with ``-dirty`` if it was changed; None outside of one."""
     root = Path(mnist_ray.__file__).parent.parent
     if not (root / ".git").exists():
         return None
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        described = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return described.stdout.strip()

@@ -1,4 +1,4 @@
-"""A run's folder on any file system that pyarrow knows: local, NFS, S3, GCS, HDFS."""
+"""A run's folder on any file system that pyarrow knows (local, NFS, S3, GCS, HDFS), and what its files must hold."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import contextlib
 import json
 import posixpath
 import re
-import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -17,11 +17,13 @@ import pyarrow
 import tenacity
 from pyarrow import fs
 
-from mnist_ray.errors import JobError, UsageError, command, first_line, without_user
-from mnist_ray.settings import flag, path_of
+from mnist_ray.errors import JobError, UsageError, first_line
+from mnist_ray.settings import path_of
 
 T = TypeVar("T")
-CONFIG_FILE, ORIGIN_FILE, RESULT_FILE = "config.json", "origin.json", "result.json"
+Warn = Callable[[str], None]
+
+CONFIG_FILE, SWEEP_FILE, ORIGIN_FILE, RESULT_FILE = "config.json", "sweep.json", "origin.json", "result.json"
 REPORT_FILE, TRIALS_FILE, WORKLOAD_FILE = "report.html", "sweep.csv", "workload.py"
 TRACE_FILE, OPERATORS_FILE = "trace.json.gz", "operators.json"
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"  # Ray's list of checkpoints; it is not written in one move
@@ -37,10 +39,9 @@ class DamagedFileError(JobError):
 
 
 def with_retries(action: Callable[[], T]) -> T:
-    """Do something with storage; where it fails, again every second: servers restart, links come back.
+    """Do something with storage; if it fails, again every second for half a minute: servers restart, links come back.
 
-    Raises what it raises where it still does after half a minute; at once where a folder is in a file's place, which
-    does not go away by itself.
+    Raises what it raises in the end; at once if a folder is in a file's place, which does not go away by itself.
     """
     is_passing = tenacity.retry_if_exception_type(STORAGE_ERRORS)
     retrying = tenacity.Retrying(
@@ -50,6 +51,23 @@ def with_retries(action: Callable[[], T]) -> T:
         reraise=True,
     )
     return retrying(action)
+
+
+@contextlib.contextmanager
+def _in_one_line(what_failed: str) -> Iterator[None]:
+    try:
+        yield
+    except STORAGE_ERRORS as error:
+        raise JobError(f"{what_failed}: {first_line(error)}") from error
+
+
+def unless_damaged(read: Callable[[], T], warn: Warn) -> T | None:
+    """Return what is read of a file that can be done without; if that is damaged, say so and return None."""
+    try:
+        return read()
+    except DamagedFileError as error:
+        warn(f"{error}; going on without it")
+        return None
 
 
 @dataclass(frozen=True)
@@ -67,27 +85,6 @@ class RunFolder:
         base, query = split_query(self.storage_path)
         return f"{base.rstrip('/')}/{self.name}{query}"
 
-    def exists(self, file_name: str = "") -> bool:
-        """Tell whether the folder, or a file in it, is there."""
-        info = self.filesystem.get_file_info(posixpath.join(self.path, file_name).rstrip("/"))
-        return bool(info.type != fs.FileType.NotFound)
-
-    def subfolders(self) -> list[str]:
-        """Return the names of the folders in it, sorted; none where it is not there."""
-        selector = fs.FileSelector(self.path, allow_not_found=True)
-        found = self.filesystem.get_file_info(selector)
-        return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
-
-    def files(self) -> list[str]:
-        """Return the names of the files in it, sorted; none where it is not there."""
-        selector = fs.FileSelector(self.path, allow_not_found=True)
-        found = self.filesystem.get_file_info(selector)
-        return sorted(info.base_name for info in found if info.type == fs.FileType.File)
-
-    def modified_ns(self, file_name: str) -> int:
-        """Return when a file was last written, in nanoseconds since 1970; 0 where it is not there."""
-        return self.filesystem.get_file_info(posixpath.join(self.path, file_name)).mtime_ns or 0
-
     @property
     def storage(self) -> RunFolder:
         """The folder that it lies in."""
@@ -97,18 +94,21 @@ class RunFolder:
         """Return a folder in it."""
         return RunFolder(name, self.uri, self.filesystem, posixpath.join(self.path, name))
 
-    def delete(self) -> None:
-        """Remove it with all that it holds, where it is there, with retries. Raises what the file system does."""
+    def exists(self, file_name: str = "") -> bool:
+        """Tell whether the folder, or a file in it, is there."""
+        return bool(self._info(file_name).type != fs.FileType.NotFound)
 
-        def delete() -> None:
-            if self.exists():
-                self.filesystem.delete_dir(self.path)
+    def modified_ns(self, file_name: str) -> int:
+        """Return when a file was last written, in nanoseconds since 1970; 0 if it is not there."""
+        return self._info(file_name).mtime_ns or 0
 
-        with_retries(delete)
+    def _info(self, file_name: str) -> fs.FileInfo:
+        return self.filesystem.get_file_info(posixpath.join(self.path, file_name).rstrip("/"))
 
-    def delete_file(self, file_name: str) -> None:
-        """Remove a file that is there."""
-        self.filesystem.delete_file(posixpath.join(self.path, file_name))
+    def subfolders(self) -> list[str]:
+        """Return the names of the folders in it, sorted; none if it is not there."""
+        found = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
 
     def checkpoint_names(self) -> list[str]:
         """Return the folders of its checkpoints, the newest last."""
@@ -116,24 +116,39 @@ class RunFolder:
         return sorted(names, key=lambda name: (position_of(name), name))
 
     def read_bytes(self, file_name: str) -> bytes | None:
-        """Return a file's content, or None where there is no such file. Raises what the file system does."""
+        """Return a file's content, or None if there is no such file. Raises what the file system does."""
         if not self.exists(file_name):
             return None
         with self.filesystem.open_input_stream(posixpath.join(self.path, file_name)) as stream:
             return bytes(stream.read())
 
     def read_text(self, file_name: str) -> str | None:
-        """Return a file's text, or None where there is no such file. Raises DamagedFileError, JobError for storage."""
-        try:
+        """Return a file's text, or None if there is no such file. Raises DamagedFileError, JobError for storage."""
+        with _in_one_line(f"cannot read {self.inside(file_name).uri}"):
             content = self.read_bytes(file_name)
+        try:
             return None if content is None else content.decode("utf-8")
         except UnicodeDecodeError as error:
             raise self.damaged(file_name, error) from error
-        except STORAGE_ERRORS as error:
-            raise JobError(f"cannot read {self.inside(file_name).uri}: {first_line(error)}") from error
 
-    def read_json(self, file_name: str) -> dict[str, Any] | None:
-        """Return the JSON object that a file holds, or None where there is no such file. Raises as ``read_text``."""
+    def read_json(self, file_name: str, warn: Warn = lambda note: None) -> dict[str, Any] | None:
+        """Return the JSON object that a file holds; None if there is none, or if it is damaged: ``warn`` says so.
+
+        Raises JobError if the storage cannot be used.
+        """
+        return unless_damaged(lambda: self._parsed(file_name), warn)
+
+    def require_json(self, file_name: str) -> dict[str, Any]:
+        """Return the JSON object of a file that must be there. Raises JobError."""
+        try:
+            values = self._parsed(file_name)
+        except DamagedFileError as error:
+            raise DamagedFileError(f"{error}; put it back, or start another run") from error
+        if values is None:
+            raise JobError(f"{self.inside(file_name).uri} is gone")
+        return values
+
+    def _parsed(self, file_name: str) -> dict[str, Any] | None:
         text = self.read_text(file_name)
         if text is None:
             return None
@@ -143,43 +158,30 @@ class RunFolder:
             raise self.damaged(file_name, error) from error
         if not isinstance(values, dict):
             raise self.damaged(file_name, "it holds no JSON object")
+        for key, is_right in _MUST_HOLD.get(file_name, {}).items():
+            if not is_right(values.get(key)):
+                raise self.damaged(file_name, f"{key} is {values[key]!r:.40}" if key in values else f"it has no {key}")
         return values
 
     def damaged(self, file_name: str, reason: object) -> DamagedFileError:
-        """Return what is raised where a file is not what was written."""
+        """Return what is raised if a file is not what was written."""
         said = first_line(reason) if isinstance(reason, BaseException) else reason
         return DamagedFileError(f"{self.inside(file_name).uri} is damaged: {said}")
 
-    def check_writable(self, *, retry: bool = False) -> None:
-        """See whether files can be written beside it: at once, or with retries. Raises JobError."""
-        try:
-            with_retries(self._probe) if retry else self._probe()
-        except STORAGE_ERRORS as error:
-            raise JobError(f"cannot write to {self.storage_path}: {first_line(error)}") from error
-
-    def _probe(self) -> None:
-        name = f".probe-{uuid4().hex}"  # of its own: another job may probe at the same time
-        self._write(posixpath.join(self.storage.path, name), bytes(_PROBE_BYTES))
-        self.storage.delete_file(name)
-
     def write_text(self, file_name: str, text: str) -> None:
-        """Write a text file as ``write_bytes`` does; what UTF-8 lacks, as in names of files that are none, escaped."""
+        """Write text as ``write_bytes`` does. Characters that UTF-8 cannot encode, of broken names, are escaped."""
         self.write_bytes(file_name, text.encode("utf-8", "backslashreplace"))
 
     def write_bytes(self, file_name: str, content: bytes) -> None:
         """Write a file in one move, so that it is never seen half-written, with retries. Raises JobError."""
-        try:
+        with _in_one_line(f"cannot write {self.uri}/{file_name}"):
             with_retries(lambda: self._write(posixpath.join(self.path, file_name), content))
-        except STORAGE_ERRORS as error:
-            raise JobError(f"cannot write {self.uri}/{file_name}: {first_line(error)}") from error
 
     def append_text(self, file_name: str, text: str) -> None:
         """Add to a text file, once: after a failure, it is not known how much of the text is there. Raises JobError."""
-        try:
-            with self.filesystem.open_append_stream(posixpath.join(self.path, file_name)) as stream:
-                stream.write(text.encode())
-        except STORAGE_ERRORS as error:
-            raise JobError(f"cannot write {self.uri}/{file_name}: {first_line(error)}") from error
+        path = posixpath.join(self.path, file_name)
+        with _in_one_line(f"cannot write {self.uri}/{file_name}"), self.filesystem.open_append_stream(path) as stream:
+            stream.write(text.encode())
 
     def _write(self, target: str, content: bytes) -> None:
         try:
@@ -192,25 +194,15 @@ class RunFolder:
                 self.filesystem.delete_file(target + ".tmp")
             raise
 
-    def resume_command(self, job: str, mlflow: str | None = None, code: Mapping[str, str] | None = None) -> str:
-        """Return the command of ``job``, train or tune, with the flags that go on with it, as one would type it.
+    def check_writable(self, *, retry: bool = False) -> None:
+        """See whether files can be written beside it: at once, or with retries. Raises JobError."""
+        with _in_one_line(f"cannot write to {self.storage_path}"):
+            with_retries(self._probe) if retry else self._probe()
 
-        ``code`` has references, by setting, that the run's own file is not trusted with. What names users and has
-        passwords is left out of URIs.
-        """
-        flags = ["--resume", "--run-name", self.name]
-        for name, value in self._where(mlflow, code).items():
-            flags += [flag(name), value]
-        return f"{command(job)} {shlex.join(flags)}"
-
-    def resume_call(self, job: str, mlflow: str | None = None, code: Mapping[str, str] | None = None) -> str:
-        """Return the call of ``job``, train or tune, that goes on with it; without names and passwords, as well."""
-        more = "".join(f", {name}={value!r}" for name, value in self._where(mlflow, code).items())
-        return f"{job}(resume=True, run_name={self.name!r}{more})"
-
-    def _where(self, mlflow: str | None, code: Mapping[str, str] | None) -> dict[str, str]:
-        uris = {"storage_path": self.storage_path, **({"mlflow": mlflow} if mlflow else {})}
-        return {name: without_user(uri) for name, uri in uris.items()} | dict(code or {})
+    def _probe(self) -> None:
+        name = f".probe-{uuid4().hex}"  # of its own: another job may probe at the same time
+        self._write(posixpath.join(self.storage.path, name), bytes(_PROBE_BYTES))
+        self.storage.delete_file(name)
 
     def write_files(self, contents: Mapping[str, bytes]) -> None:
         """Write files into it, in their order, with retries. Raises what the file system does."""
@@ -222,6 +214,14 @@ class RunFolder:
                     stream.write(content)
 
         with_retries(write)
+
+    def delete(self) -> None:
+        """Remove it with all that it holds, if it is there, with retries. Raises what the file system does."""
+        with_retries(lambda: self.filesystem.delete_dir(self.path) if self.exists() else None)
+
+    def delete_file(self, file_name: str) -> None:
+        """Remove a file that is there."""
+        self.filesystem.delete_file(posixpath.join(self.path, file_name))
 
 
 def locate(storage_path: str, name: str, given_as: str = "--storage-path") -> RunFolder:
@@ -242,6 +242,12 @@ def locate(storage_path: str, name: str, given_as: str = "--storage-path") -> Ru
     return run
 
 
+def split_query(path: str) -> tuple[str, str]:
+    """Split a URI before its ``?``: options of the file system, which follow the name of whatever lies in it."""
+    base, mark, query = path.partition("?") if "://" in path else (path, "", "")
+    return base, mark + query
+
+
 def untrusted_folders(run: RunFolder, storage_path: str) -> list[Path]:
     """Return the folders on this machine's disks where code may have come with a run, or lie in the storage of runs.
 
@@ -252,15 +258,6 @@ def untrusted_folders(run: RunFolder, storage_path: str) -> list[Path]:
         outermost = outermost.storage
     own = [Path(outermost.path)] if isinstance(run.filesystem, fs.LocalFileSystem) else []
     return own if "://" in storage_path else [*own, path_of(storage_path, "--storage-path")]
-
-
-def unless_damaged(read: Callable[[], T | None], warn: Callable[[str], None]) -> T | None:
-    """Return what is read of a file that can be done without; where that is damaged, say so and return None."""
-    try:
-        return read()
-    except DamagedFileError as error:
-        warn(f"{error}; going on without it")
-        return None
 
 
 def checkpoint_name(epoch: int, step: int) -> str:
@@ -277,45 +274,32 @@ def position_of(name: str) -> tuple[int, ...]:
     return tuple(map(int, found.groups())) if found else ()
 
 
-def read_config(run: RunFolder, file_name: str = CONFIG_FILE) -> dict[str, Any] | None:
-    """Return the settings that a run was started with, or None where there are none. Raises DamagedFileError."""
-    try:
-        values = run.read_json(file_name)
-        if values is None:
-            return None
-        if type(values.get("num_epochs")) is not int or not isinstance(values.get("workload", ""), str):
-            raise run.damaged(file_name, "it holds no run's settings")
-    except DamagedFileError as error:
-        raise DamagedFileError(f"{error}; put it back, or start another run") from error
-    return values
-
-
-def read_origin(run: RunFolder) -> dict[str, Any] | None:
-    """Return what a run has kept of how it began, or None where it has kept nothing. Raises DamagedFileError."""
-    origin = run.read_json(ORIGIN_FILE)
-    known: dict[str, Any] = {"versions": None, "metadata": {}, "data": {}}
-    if origin is not None and not all(isinstance(origin.get(key, known[key]), dict) for key in known):
-        raise run.damaged(ORIGIN_FILE, "it does not say where a run comes from")
-    return origin
-
-
-def read_result(run: RunFolder) -> dict[str, Any] | None:
-    """Return what came out of a run, or None where it has not finished. Raises DamagedFileError."""
-    result = run.read_json(RESULT_FILE)
-    if result is not None and not position_of(str(result.get("checkpoint"))):
-        raise run.damaged(RESULT_FILE, "it names no checkpoint")
-    return result
-
-
-def split_query(path: str) -> tuple[str, str]:
-    """Split a URI before its ``?``: options of the file system, which follow the name of whatever lies in it."""
-    base, mark, query = path.partition("?") if "://" in path else (path, "", "")
-    return base, mark + query
-
-
 def write_file(path: Path, content: bytes) -> None:
     """Write a file where the user wants it. Raises JobError."""
     try:
         path.write_bytes(content)
     except OSError as error:
         raise JobError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) in kinds
+
+
+def _is_checkpoint(value: Any) -> bool:
+    return isinstance(value, str) and position_of(value) != ()
+
+
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, dict) and "total" in value and all(map(_is(int, float), value.values()))
+
+
+_SETTINGS = {"workload": _is(str, NoneType), "num_epochs": _is(int)}
+_MUST_HOLD: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
+    CONFIG_FILE: _SETTINGS,
+    SWEEP_FILE: _SETTINGS,
+    ORIGIN_FILE: {"versions": _is(dict), "metadata": _is(dict), "data": _is(dict, NoneType)},
+    RESULT_FILE: {"checkpoint": _is_checkpoint, "seconds": _is_seconds},
+    OPERATORS_FILE: {"steps": _is(int), "operators": _is(list)},
+}
+"""What a run's JSON files must hold, by key, if they are not damaged; they may hold more."""

@@ -103,11 +103,9 @@ def test_predictions_are_for_arrays_pictures_and_files(run: Run, mnist_test: Arr
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_epoch": 3}, "there is no setting num_epoch; did you mean num_epochs?"),
+        ({"num_epoch": 3}, "the call has unknown settings: num_epoch; did you mean num_epochs?"),
         ({"batch_size": "many"}, "--batch-size must be of type int, not 'many'"),
         ({"recipe": "cake"}, "there is no recipe cake; there is default, notebook, robust"),
-        ({"resume": True}, "--resume needs --run-name NAME"),
-        ({"data_dir": "/nowhere"}, "--data-dir /nowhere is not a folder"),
     ],
 )
 def test_a_mistake_is_raised_with_the_line_that_a_command_prints(
@@ -121,12 +119,8 @@ def test_a_mistake_is_raised_with_the_line_that_a_command_prints(
 @pytest.mark.parametrize(
     ("searched", "message"),
     [
-        ({"batch_size": [16, "x"]}, "--sweep batch_size=16,x: 'x' is no int"),
         ({"ema_decay": [None, 2]}, "--sweep ema_decay=none,2: --ema-decay must be in [0, 1), not 2.0"),
-        (
-            {"learning_rate": "log:0:1"},
-            "--sweep learning_rate=log:0:1: --learning-rate must be a positive number, not 0.0",
-        ),
+        ({"beta1": "log:1:2"}, "--sweep beta1=log:1:2: --beta1 must be in [0, 1), not 1.0"),
         ("batch_size=16,32", "--sweep must be a list of str, not 'batch_size=16,32'"),
     ],
 )
@@ -137,10 +131,9 @@ def test_what_is_searched_may_be_a_dict(searched: Any, message: str, tmp_path: P
 
 
 def test_a_call_is_gone_on_with_by_a_call(tmp_path: Path) -> None:
-    job = read_job({"storage_path": str(tmp_path), "run_name": "one"})
-    assert job.resume_with == f"train(resume=True, run_name='one', storage_path='{tmp_path}')"
     job = read_job({"storage_path": str(tmp_path), "run_name": "one", "mlflow": "http://user:password@host"})
-    assert job.resume_with.endswith(f", storage_path='{tmp_path}', mlflow='http://host')")
+    said = f"train(resume=True, run_name='one', storage_path='{tmp_path}', mlflow='http://***@host')"
+    assert job.resume_with == said
 
 
 class Mine(MNIST):
@@ -250,8 +243,6 @@ def test_a_class_of_a_notebooks_cell_is_refused_with_what_to_do(monkeypatch: pyt
     ],
 )
 def test_the_installed_program_runs_the_commands(arguments: list[str], status: int, said: str) -> None:
-    done = subprocess.run(
-        [Path(sys.executable).with_name("mnist-ray"), *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == status
-    assert (done.stdout + done.stderr).startswith(said)
+    program = Path(sys.executable).with_name("mnist-ray")
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, (done.stdout + done.stderr)[: len(said)]) == (status, said)

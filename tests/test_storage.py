@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -8,17 +9,7 @@ from mnist_ray import storage
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run import lookup
 from mnist_ray.run.lookup import find_run
-from mnist_ray.storage import (
-    DamagedFileError,
-    RunFolder,
-    checkpoint_name,
-    locate,
-    position_of,
-    read_config,
-    read_origin,
-    read_result,
-    unless_damaged,
-)
+from mnist_ray.storage import DamagedFileError, RunFolder, checkpoint_name, locate, position_of
 
 
 def test_a_file_is_read_back_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -37,6 +28,7 @@ def test_home_and_relative_paths_become_absolute(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     assert locate("~/runs", "a").uri == "/home/someone/runs/a"
     assert locate("runs", "a").uri == f"{tmp_path}/runs/a"
+    assert locate("./s3:", "run").path == f"{tmp_path}/s3:/run"
 
 
 def test_the_options_of_a_uri_stay_at_its_end() -> None:
@@ -44,7 +36,6 @@ def test_the_options_of_a_uri_stay_at_its_end() -> None:
     filesystem = fs.LocalFileSystem()
     run = RunFolder("run", f"s3://bucket/runs{options}", filesystem, "bucket/runs/run")
     assert run.inside("trials").uri == f"s3://bucket/runs/run/trials{options}"
-    assert "'s3://bucket/runs" in run.resume_command("train")
 
 
 def test_a_uri_with_options_is_taken_apart_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,13 +43,6 @@ def test_a_uri_with_options_is_taken_apart_before_them(monkeypatch: pytest.Monke
     monkeypatch.setattr(lookup, "locate", lambda path, name, given_as: asked.append((path, name)))
     find_run("s3://b/runs/one?region=a/b", "")
     assert asked == [("s3://b/runs?region=a/b", "one")]
-
-
-def test_the_command_that_resumes_is_quoted(tmp_path: Path) -> None:
-    command = locate(str(tmp_path / "my runs"), "one").resume_command("tune", "sqlite:///m.db")
-    assert command == (
-        f"python jobs/tune.py --resume --run-name one --storage-path '{tmp_path}/my runs' --mlflow sqlite:///m.db"
-    )
 
 
 def test_any_file_system_of_pyarrow_serves() -> None:
@@ -82,23 +66,47 @@ def test_an_unwritable_path_is_refused_at_once_in_one_line(tmp_path: Path) -> No
     assert "\n" not in str(raised.value)
 
 
-DAMAGED = {
-    "empty": b"",
-    "no UTF-8": b"{\xff}",
-    "cut off": b'{"epoch": 1, "st',
-    "a list": b"[1]",
-    "NUL bytes": bytes(20),
-    "too deep": b"[" * 100_000,
+WHOLE = {
+    "config.json": {"workload": "mnist_ray.mnist", "num_epochs": 2},
+    "origin.json": {"versions": {}, "metadata": {}, "data": {}},
+    "result.json": {"checkpoint": "checkpoint_epoch-001_step-000000", "seconds": {"total": 1.5}},
+    "operators.json": {"steps": 3, "operators": []},
 }
+DAMAGED = [
+    ("config.json", b"", "Expecting value: line 1 column 1 (char 0)"),
+    ("config.json", b"{\xff}", "'utf-8' codec can't decode byte 0xff"),
+    ("config.json", b'{"num_epochs": 2, "st', "Unterminated string"),
+    ("config.json", bytes(20), "Expecting value"),
+    ("config.json", b"[" * 100_000, "maximum recursion depth exceeded"),
+    ("config.json", b"[1]", "it holds no JSON object"),
+    ("config.json", b'{"workload": "a.py"}', "it has no num_epochs"),
+    ("config.json", b'{"num_epochs": "two"}', "num_epochs is 'two'"),
+    ("origin.json", b'{"versions": {}, "metadata": []}', "metadata is []"),
+    ("result.json", b'{"checkpoint": "../elsewhere"}', "checkpoint is '../elsewhere'"),
+    ("result.json", b'{"checkpoint": "checkpoint_epoch-001_step-000000", "seconds": {}}', "seconds is {}"),
+    ("operators.json", b"{}", "it has no steps"),
+]
 
 
-@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED.keys())
-def test_a_file_that_is_not_the_json_that_was_written_is_named_in_one_line(tmp_path: Path, content: bytes) -> None:
-    run = locate(str(tmp_path), "run")
-    run.write_bytes("origin.json", content)
-    with pytest.raises(DamagedFileError, match=r"run/origin\.json is damaged: ") as raised:
-        run.read_json("origin.json")
-    assert "\n" not in str(raised.value)
+@pytest.mark.parametrize(("name", "content", "reason"), DAMAGED)
+def test_a_file_that_is_not_what_was_written_is_noted_or_if_it_must_be_there_an_error(
+    tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
+    run, notes = locate(str(tmp_path), "run"), list[str]()
+    assert run.read_json(name, notes.append) is None
+    with pytest.raises(JobError, match="is gone"):
+        run.require_json(name)
+    run.write_text(name, json.dumps(WHOLE[name]))
+    assert run.read_json(name, notes.append) == run.require_json(name) == WHOLE[name]
+    assert notes == []
+    run.write_bytes(name, content)
+    assert run.read_json(name, notes.append) is None
+    (note,) = notes
+    assert note.startswith(f"{tmp_path}/run/{name} is damaged: {reason}")
+    assert note.endswith("; going on without it")
+    with pytest.raises(DamagedFileError) as raised:
+        run.require_json(name)
+    assert str(raised.value) == note.replace("going on without it", "put it back, or start another run")
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
@@ -106,22 +114,6 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"^cannot read .*/run/origin\.json: ") as raised:
         locate(str(tmp_path), "run").read_json("origin.json")
     assert "\n" not in str(raised.value)
-
-
-def test_settings_and_results_are_damaged_where_they_are_others(tmp_path: Path) -> None:
-    run = locate(str(tmp_path), "run")
-    assert (read_config(run), read_origin(run), read_result(run)) == (None, None, None)
-    run.write_text("config.json", '{"num_epochs": "two"}')
-    run.write_text("origin.json", '{"metadata": []}')
-    run.write_text("result.json", '{"checkpoint": "../elsewhere"}')
-    with pytest.raises(DamagedFileError, match=r"config\.json is damaged: .*; put it back, or start another run"):
-        read_config(run)
-    for read in (read_origin, read_result):
-        with pytest.raises(DamagedFileError):
-            read(run)
-    notes: list[str] = []
-    assert unless_damaged(lambda: read_result(run), notes.append) is None
-    assert notes == [f"{tmp_path}/run/result.json is damaged: it names no checkpoint; going on without it"]
 
 
 @pytest.mark.parametrize(
@@ -166,13 +158,10 @@ class Storage:
         return "written"
 
 
-def test_storage_that_fails_for_seconds_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_that_fails_is_tried_again_for_half_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     failing = Storage(monkeypatch, fails_for_s=5)
     assert storage.with_retries(failing.write) == "written"
     assert failing.now == 5
-
-
-def test_storage_that_fails_for_good_ends_in_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
     failing = Storage(monkeypatch, fails_for_s=1e9)
     with pytest.raises(OSError, match="the link is down"):
         storage.with_retries(failing.write)
@@ -206,17 +195,6 @@ def test_the_newest_run_is_the_last_begun_that_has_a_checkpoint(tmp_path: Path) 
         find_run(None, str(tmp_path / "c_empty"))
 
 
-def test_the_command_that_resumes_has_no_secrets() -> None:
-    run = RunFolder("run", "s3://KEY:SEC%2FRET@bucket/runs?region=us", fs.LocalFileSystem(), "bucket/runs/run")
-    assert run.resume_command("train", "http://user:password@host:5000") == (
-        "python jobs/train.py --resume --run-name run --storage-path 's3://bucket/runs?region=us' "
-        "--mlflow http://host:5000"
-    )
-    assert locate("/runs", "run").resume_command("train", "postgresql://user:password@host") == (
-        "python jobs/train.py --resume --run-name run --storage-path /runs --mlflow 'postgresql://***@host'"
-    )
-
-
 @pytest.mark.parametrize(
     ("path", "message"),
     [
@@ -232,11 +210,6 @@ def test_a_path_that_cannot_be_meant_is_refused(path: str, message: str) -> None
     with pytest.raises(UsageError) as raised:
         locate(path, "run")
     assert message in str(raised.value)
-
-
-def test_a_folder_may_be_named_like_a_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert locate("./s3:", "run").path == f"{tmp_path}/s3:/run"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mnist_ray.errors import JobError, first_line
+from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.mnist import idx
 from mnist_ray.settings import path_of, setting
 from mnist_ray.workload.classification import Classification
@@ -31,7 +31,6 @@ class Settings:
     dataset: Literal["mnist", "fashion-mnist", "kmnist"] = setting(
         "mnist",
         "mnist ships with the package; the others are downloaded once by torchvision",
-        resets=("data_dir",),
         decides_data=True,
     )
     data_dir: Path | None = setting(
@@ -64,7 +63,9 @@ class MNIST(Classification):
 
     def load_data(self) -> Data:
         """Read the four IDX files. Raises UsageError if there are none, JobError if they are damaged."""
-        if self.settings.dataset in _DOWNLOADED and self.settings.data_dir is None:
+        if self.settings.dataset in _DOWNLOADED and self.settings.data_dir is not None:
+            raise UsageError(f"--dataset {self.settings.dataset}: --data-dir takes its place; leave one of them out")
+        if self.settings.dataset in _DOWNLOADED:
             return _download(self.settings.dataset)
         train, test = (idx.load(split, self.settings.data_dir) for split in ("train", "test"))
         return Data(train, test, name=str(self.settings.data_dir or "mnist"))

@@ -17,12 +17,11 @@ from mnist_ray.report.curves import Curve
 from mnist_ray.storage import (
     CONFIG_FILE,
     OPERATORS_FILE,
+    ORIGIN_FILE,
     REPORT_FILE,
     RESULT_FILE,
     RunFolder,
-    read_config,
-    read_origin,
-    read_result,
+    Warn,
     unless_damaged,
 )
 from mnist_ray.workload.base import Metric, Workload
@@ -61,12 +60,12 @@ class RunRecord:
     def read(cls, run: RunFolder, workload: Workload) -> RunRecord:
         """Read a run's files. Raises UsageError where it has no settings, JobError where these are damaged."""
         config, notes = settings_of(run), list[str]()
-        result = unless_damaged(lambda: _checked_result(run, workload), notes.append)
+        result = unless_damaged(lambda: _checked_result(run, workload, notes.append), notes.append)
         return cls(
             run,
             workload,
             config,
-            unless_damaged(lambda: read_origin(run), notes.append) or {},
+            run.read_json(ORIGIN_FILE, notes.append) or {},
             numbers_of(unless_damaged(lambda: read_figures(run, METRICS_FILE, "epoch"), notes.append) or []),
             numbers_of(unless_damaged(lambda: read_steps(run), notes.append) or []),
             result,
@@ -118,22 +117,18 @@ def _without_secrets(value: object) -> object:
 
 def settings_of(run: RunFolder) -> dict[str, Any]:
     """Return the settings of a run. Raises UsageError where it has none, JobError where they are damaged."""
-    config = read_config(run)
-    if config is None:
+    if not run.exists(CONFIG_FILE):
         raise UsageError(f"{run.uri} is no run: it has no {CONFIG_FILE}")
-    return config
+    return run.require_json(CONFIG_FILE)
 
 
-def _checked_result(run: RunFolder, workload: Workload) -> dict[str, Any] | None:
+def _checked_result(run: RunFolder, workload: Workload, warn: Warn) -> dict[str, Any] | None:
     """Return what came out of a run, of which the figures that the page shows are numbers where they are there."""
-    result = read_result(run)
+    result = run.read_json(RESULT_FILE, warn)
     if result is None:
         return None
     names = [f"test_{metric.name}" for metric in workload.all_metrics] + [f"num_test_{workload.nouns}", workload.rate]
-    seconds = result.get("seconds")
-    if not isinstance(seconds, dict) or "total" not in seconds:
-        raise run.damaged(RESULT_FILE, "it has no seconds")
-    for value in (*seconds.values(), *(result[name] for name in names if result.get(name) is not None)):
+    for value in (result[name] for name in names if result.get(name) is not None):
         if not isinstance(value, (int, float)):
             raise run.damaged(RESULT_FILE, f"{value!r:.40} is no number")
     return result

@@ -15,15 +15,7 @@ from mnist_ray.cluster.connect import quiet_ray
 from mnist_ray.errors import JobError, UsageError, first_line, in_words
 from mnist_ray.run.lookup import find_run
 from mnist_ray.settings import values_of
-from mnist_ray.storage import (
-    CONFIG_FILE,
-    STORAGE_ERRORS,
-    DamagedFileError,
-    RunFolder,
-    position_of,
-    read_result,
-    untrusted_folders,
-)
+from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, STORAGE_ERRORS, RunFolder, position_of, untrusted_folders
 from mnist_ray.training.checkpoint import STATE_FILE, load_model, read_state, workload_of
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.source import Reference
@@ -41,13 +33,13 @@ class Found:
     @property
     def description(self) -> str:
         """What it was trained on, as people read it."""
-        name = type(self.workload).__name__
-        own = values_of(self.workload.settings)
-        chosen = {key: value for key, value in own.items() if value != values_of(self.workload.Settings())[key]}
-        return name + "".join(f", {in_words(key)} {value}" for key, value in chosen.items())
+        defaults = values_of(self.workload.Settings())
+        own = values_of(self.workload.settings).items()
+        chosen = [f", {in_words(name)} {value}" for name, value in own if value != defaults[name]]
+        return type(self.workload).__name__ + "".join(chosen)
 
     def load_model(self) -> Any:
-        """Return its model, in evaluation mode. Raises JobError where it is damaged."""
+        """Return its model, in evaluation mode. Raises JobError if it is damaged."""
         return load_model(self.checkpoint, self.workload)
 
 
@@ -60,52 +52,48 @@ def find(
 ) -> Found:
     """Return the checkpoint that a path, a URI or a run's name stands for; of None, that of the newest wanted run.
 
-    ``reference`` is where the workload's code is, where not where it was; ``changes`` are settings that take the place
-    of its own. Raises UsageError where there is none, JobError where it is damaged.
+    ``reference``: where to load the workload's code from, if it has moved. ``changes``: settings to override. Raises
+    UsageError if there is none, JobError if it is damaged.
     """
     quiet_ray()  # it tells of each list of checkpoints that it reads
-    run = find_run(given, storage_path, is_wanted)
+    run, notes = find_run(given, storage_path, is_wanted), list[str]()
     try:
-        checkpoint, notes = _checkpoint_of(run, given)
+        checkpoint = _checkpoint_of(run, given, notes)
     except STORAGE_ERRORS as error:
         raise JobError(f"cannot read {run.uri}: {first_line(error)}") from error
     document = read_state(checkpoint)
     workload = workload_of(document, reference, dict(changes or {}), untrusted_folders(run, storage_path))
     if document["workload"]["sha256"] not in ("", workload.source.sha256):
-        notes += (f"the workload has changed since the checkpoint was made: {workload.source.reference}",)
-    return Found(checkpoint, document, workload, notes)
+        notes.append(f"the workload has changed since the checkpoint was made: {workload.source.reference}")
+    return Found(checkpoint, document, workload, tuple(notes))
 
 
-def _checkpoint_of(run: RunFolder, given: str | None) -> tuple[RunFolder, tuple[str, ...]]:
-    """Return a folder's checkpoint, itself or a run's choice, and what the user is to know of that choice.
+def _checkpoint_of(run: RunFolder, given: str | None, notes: list[str]) -> RunFolder:
+    """Return a folder's checkpoint: itself, or the run's choice; ``notes`` get what the user is to know of it.
 
     A finished run has chosen by its result; of an interrupted one it is the best so far by validation, else the last.
     """
     if run.exists(STATE_FILE):
-        return run, ()
-    notes: tuple[str, ...] = ()
-    try:
-        result = read_result(run)
-    except DamagedFileError as error:
-        result, notes = None, (f"{error}; the run counts as not finished",)
+        return run
+    result = run.read_json(RESULT_FILE, notes.append)
     if result is not None:
         chosen = run.inside(result["checkpoint"])
         if not chosen.exists(STATE_FILE):
             raise UsageError(f"run {run.uri} has lost its checkpoint {chosen.name}")
-        return chosen, notes
+        return chosen
     names = run.checkpoint_names()
+    if not names and run.exists(CONFIG_FILE):
+        raise UsageError(f"run {run.uri} has no checkpoint yet")
     if not names:
-        if run.exists(CONFIG_FILE):
-            raise UsageError(f"run {run.uri} has no checkpoint yet")
         raise UsageError(f"{given} is neither a checkpoint nor a run that holds one: {run.uri}")
     known = snapshot_of(run)
     if known is None or known.checkpoint is None:  # a kill has cut off Ray's list, or come before it
-        return run.inside(names[-1]), notes
-    return folder_of(best_of(known)[0]), notes
+        return run.inside(names[-1])
+    return folder_of(best_of(known)[0])
 
 
 def snapshot_of(run: RunFolder) -> ray.train.Result | None:
-    """Return what Ray's list of a run's checkpoints says; None where there is none, or it is damaged.
+    """Return what Ray's list of a run's checkpoints says; None if there is none, or it is damaged.
 
     Raises what the file system does.
     """
@@ -123,7 +111,7 @@ def snapshot_of(run: RunFolder) -> ray.train.Result | None:
 def best_of(result: ray.train.Result, damaged: Container[str] = ()) -> tuple[Checkpoint, dict[str, Any]]:
     """Return the checkpoint with the best validation, of two that tie the one of less loss, and its metrics.
 
-    Where none was validated, the last. ``damaged`` names checkpoints that Ray knows still, and are not to be taken.
+    If none was validated, the last. ``damaged`` names checkpoints that Ray knows still, and are not to be taken.
     """
     whole = [pair for pair in result.best_checkpoints if folder_of(pair[0]).name not in damaged]
     validated = [pair for pair in whole if "val_loss" in pair[1]]

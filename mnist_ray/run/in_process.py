@@ -15,7 +15,7 @@ from mnist_ray.run.fit import Fitted
 from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.signals import Noted, first_only_noted, take_signals
-from mnist_ray.storage import RunFolder, unless_damaged
+from mnist_ray.storage import RunFolder
 from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training.events import Event, Progress, Stopping
 from mnist_ray.training.reproducible import OtherArithmeticError
@@ -93,6 +93,5 @@ def _best(run: RunFolder) -> list[str]:
 
 def _metrics_of(checkpoint: RunFolder) -> dict[str, Any]:
     """Return the metrics of a checkpoint; none if it is damaged."""
-    document = unless_damaged(lambda: checkpoint.read_json(checkpoints.STATE_FILE), lambda note: None)
-    metrics: dict[str, Any] = (document or {}).get("metrics", {})
+    metrics: dict[str, Any] = (checkpoint.read_json(checkpoints.STATE_FILE) or {}).get("metrics", {})
     return metrics

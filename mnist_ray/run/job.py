@@ -1,37 +1,32 @@
-"""What is settled before Ray: a job's settings, its folder and its data.
+"""What is settled before Ray: a job's settings and its folder.
 
 Nothing here imports torch or Ray, so that a mistake is answered at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import secrets
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from mnist_ray import settings
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
-from mnist_ray.errors import UsageError, count, did_you_mean
+from mnist_ray.errors import UsageError, command, count, masked
 from mnist_ray.flags import UNSET, Parser, peek
 from mnist_ray.settings import flag
 from mnist_ray.storage import (
     CONFIG_FILE,
+    ORIGIN_FILE,
     RESULT_FILE,
     SNAPSHOT_FILE,
     TRIALS_FILE,
-    DamagedFileError,
     RunFolder,
     locate,
-    read_config,
-    read_origin,
-    read_result,
-    unless_damaged,
     untrusted_folders,
 )
 from mnist_ray.trackers.tracker import Tracker
@@ -41,7 +36,8 @@ from mnist_ray.workload.base import Workload
 from mnist_ray.workload.user_code import Source
 
 Given = Mapping[str, Any]
-"""Settings by their names, beside ``workload``, ``recipe`` and ``config``: what a command line says, too."""
+"""Settings by their names, beside ``workload``, ``recipe`` and ``config``: what a command line or a file says."""
+_FLAGS = "flags"  # the layer of what this command or call names
 
 
 @dataclass(frozen=True)
@@ -53,13 +49,22 @@ class Job:
     workers: WorkerConfig
     output: OutputConfig
     run: RunFolder
-    resume_with: str  # the command that goes on with it, as one would type it; or the call, where it was called
-    notes: tuple[str, ...] = ()  # what the user is to know before it begins
-    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Of a run that goes on, what it has kept of how it began."""
+    resume_with: str  # the command that goes on with it, as one would type it; or the call, if it was called
     callback: Source | None = None  # the user's code in the training loop
-    asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # all settings, those of a sweep among them
-    given: Collection[str] = ()  # the settings that this command or call names, and not a recipe or a file
+    layers: Mapping[str, Given] = dataclasses.field(default_factory=dict)
+    """Settings by where they are from: a recipe, a file, the flags. Those of a later place win."""
+    origin: Given = dataclasses.field(default_factory=dict)  # of a run that goes on: how it began
+    notes: tuple[str, ...] = ()  # what the user is to know before it begins
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """All settings, those of a sweep among them."""
+        return merged(self.layers)
+
+    @property
+    def given(self) -> set[str]:
+        """The settings that this command or call names, and not a recipe or a file."""
+        return set(self.layers.get(_FLAGS, ()))
 
     @property
     def values(self) -> dict[str, Any]:
@@ -67,11 +72,21 @@ class Job:
         own = settings.values_of(self.train, self.workload.settings, self.workers)
         return {"workload": self.workload.source.reference, **own}
 
-    def with_values(self, values: Mapping[str, Any]) -> Job:
+    def with_values(self, values: Given) -> Job:
         """Return it with other values of the training's and the workload's settings."""
         workload, all_values = self.workload, {**self.values, **values}
         changed = type(workload)(settings.build(workload.Settings, all_values), workload.metadata)
         return dataclasses.replace(self, workload=changed, train=settings.build(TrainConfig, all_values))
+
+
+def merged(layers: Mapping[str, Given]) -> dict[str, Any]:
+    """Return the settings of some layers, of which a later one wins."""
+    return {name: value for layer in layers.values() for name, value in layer.items()}
+
+
+def _place_of(name: str, layers: Mapping[str, Given]) -> str:
+    """Return the layer that a setting is from; empty if none has it."""
+    return next((place for place, layer in reversed(list(layers.items())) if layer.get(name) is not None), "")
 
 
 def read_job(
@@ -84,182 +99,152 @@ def read_job(
     """Read the command line of a job that trains, or what is ``given`` in its place. Raises UsageError.
 
     ``kind`` is ``train`` or ``tune``. There are flags for ``more_settings`` and those of a training run; the run keeps
-    all of them in ``config_file``. Later layers win: recipe, config file, saved run, flags.
+    all of them in ``config_file``. Later layers win: default recipe or saved run, recipe, config file, flags.
     """
-    peeked = peek("workload", "config", "resume", "run_name", "storage_path") if given is None else given
-    from_file = settings.read_config_file(peeked["config"]) if "config" in peeked else {}
-    run, saved = _find_run(peeked, kind, config_file)
-    files = {run.inside(config_file).uri: saved, **({peeked["config"]: from_file} if "config" in peeked else {})}
-    untrusted = _untrusted_folders(peeked, run)
-    workload_class = _load_workload(files, peeked.get("workload"), untrusted)
+    early = peek("workload", "config", "resume", "run_name", "storage_path")[0] if given is None else given
+    run, saved = _find_run(early, kind, config_file)
+    untrusted = untrusted_folders(run, run.storage_path)
+    began, file = {run.inside(config_file).uri: saved} if saved else {}, dict[str, Given]()
+    if "config" in early:
+        file[early["config"]] = settings.read_config_file(early["config"])
+        folder = settings.path_of(early["config"], "--config").absolute().parent
+        untrusted += untrusted_folders(locate(str(folder.parent), folder.name), run.storage_path)
+    files: dict[str, Given] = {**began, **file}
+    place = _place_of("workload", files)
+    held = files[place]["workload"] if place else source.DEFAULT
+    workload_class = source.load_again(held, early.get("workload"), place, untrusted)
 
     kept = (*more_settings, TrainConfig, workload_class.Settings, WorkerConfig)
     classes, recipes = (*kept, OutputConfig), workload_class.recipes
-    flags = _read_flags(description, classes, recipes) if given is None else checked(given, classes, recipes)
-    _check_files(files, kept, peeked, flags, untrusted)
-    recipe = {**recipes.get("default", {}), **recipes.get(flags.get("recipe", "default"), {})}
-    named = {name: value for name, value in flags.items() if name not in ("recipe", "config")}
-    asked = merged(kept, recipe if not saved or "recipe" in flags else {}, from_file, named)
+    flags = _read_flags(description, classes, recipes) if given is None else _checked(given, classes, recipes)
+    _check_files(files, kept)
+    layers: dict[str, Given] = {
+        "default recipe": {} if saved else recipes.get("default", {}),
+        **began,
+        "recipe": recipes.get(flags["recipe"], {}) if "recipe" in flags else {},
+        **file,
+        _FLAGS: flags,
+    }
+    asked = merged(layers)
+    if (place := _place_of("callback", layers)) in files:
+        user_code.check_trusted(asked["callback"], Callback, place, untrusted)
+
     _check_output(settings.build(OutputConfig, asked))
-    if not saved:
+    if saved:
+        _check_unchanged(run, kept, saved, asked)
+    else:
         check_free(run, resume=False)
-        return _job_of(kind, workload_class, asked, run, flags, is_call=given is not None)
-    values = merged(kept, saved, asked)
-    _check_unchanged(run, kept, saved, values)
-    job = _job_of(kind, workload_class, values, run, flags, is_call=given is not None)
-    origin, notes = _left_by(run, kind)
-    return dataclasses.replace(job, origin=origin, notes=(*notes, *_changes_since(origin, workload_class)))
+    job = _job_of(kind, workload_class, run, layers, is_call=given is not None)
+    origin, notes = _left_by(run, kind, workload_class) if saved else ({}, [])
+    return dataclasses.replace(job, origin=origin, notes=tuple(notes))
 
 
 def _job_of(
-    kind: str,
-    workload_class: type[Workload],
-    values: Mapping[str, Any],
-    run: RunFolder,
-    flags: Mapping[str, Any],
-    *,
-    is_call: bool,
+    kind: str, workload_class: type[Workload], run: RunFolder, layers: Mapping[str, Given], *, is_call: bool
 ) -> Job:
     """Return the job that some settings ask for. Raises UsageError."""
-    train, workers = settings.build(TrainConfig, values), settings.build(WorkerConfig, values)
-    output = settings.build(OutputConfig, values)
+    asked = merged(layers)
+    train, workers = settings.build(TrainConfig, asked), settings.build(WorkerConfig, asked)
+    output = settings.build(OutputConfig, asked)
     _check_reproducible(train, workers)
-    code, callback = {"workload": workload_class.source.reference}, None
+    code = {"workload": workload_class.source}
     if train.callback is not None:
-        callback = user_code.find(train.callback, Callback).source
-        train = dataclasses.replace(train, callback=callback.reference)
-        code["callback"] = callback.reference
+        code["callback"] = user_code.find(train.callback, Callback).source
+        train = dataclasses.replace(train, callback=code["callback"].reference)
     folders = untrusted_folders(run, run.storage_path)
-    to_name = {name: place for name, place in code.items() if user_code.why_untrusted(place, folders)}
-    resume_with = (run.resume_call if is_call else run.resume_command)(kind, output.mlflow, to_name)
-    workload = workload_class(settings.build(workload_class.Settings, values))
+    more = {name: of.reference for name, of in code.items() if user_code.why_untrusted(of.reference, folders)}
+    if output.mlflow is not None:
+        more = {"mlflow": masked(output.mlflow), **more}
     return Job(
-        workload, train, workers, output, run, resume_with, callback=callback, asked=values, given=frozenset(flags)
+        workload=workload_class(settings.build(workload_class.Settings, asked)),
+        train=train,
+        workers=workers,
+        output=output,
+        run=run,
+        resume_with=way_on(kind, run, more, is_call=is_call),
+        callback=code.get("callback"),
+        layers=layers,
     )
 
 
-def _untrusted_folders(peeked: Mapping[str, Any], run: RunFolder) -> list[Path]:
-    """Return where code may have come with a run: see ``untrusted_folders``."""
-    if "config" not in peeked:
-        return untrusted_folders(run, run.storage_path)
-    folder = settings.path_of(peeked["config"], "--config").absolute().parent
-    beside = untrusted_folders(locate(str(folder.parent), folder.name), run.storage_path)
-    return [*untrusted_folders(run, run.storage_path), *beside]
+def way_on(kind: str, run: RunFolder, more: Mapping[str, str] | None = None, *, is_call: bool = False) -> str:
+    """Return the command of ``kind``, train or tune, that goes on with a run, as one would type it; or the call.
+
+    ``more`` are settings that it takes besides. There are no users and secrets in it.
+    """
+    values = {"run_name": run.name, "storage_path": masked(run.storage_path), **(more or {})}
+    if is_call:
+        return f"{kind}(resume=True, {', '.join(f'{name}={value!r}' for name, value in values.items())})"
+    words = [word for name, value in values.items() for word in (flag(name), value)]
+    return f"{command(kind)} {shlex.join(['--resume', *words])}"
 
 
-def _load_workload(
-    files: Mapping[str, Mapping[str, Any]], reference: str | None, untrusted: Iterable[Path]
-) -> type[Workload]:
-    """Return the workload that is named by ``reference``, else by the last of some files that names one."""
-    naming = [(values["workload"], file) for file, values in files.items() if "workload" in values]
-    held, file = naming[-1] if naming else (source.DEFAULT, "")
-    return source.load_again(held, reference, file, untrusted)
-
-
-def _check_files(
-    files: Mapping[str, Mapping[str, Any]],
-    config_classes: Sequence[type],
-    peeked: Mapping[str, Any],
-    flags: Mapping[str, Any],
-    untrusted: Iterable[Path],
-) -> None:
-    """Raise UsageError if files have settings that are unknown or wrong, or name code that may have come with them."""
-    for file, values in files.items():
-        of_another = "workload" in peeked and values.get("workload", peeked["workload"]) != peeked["workload"]
-        named = f"{file}, of the workload {values['workload']}," if of_another else file
-        settings.check_known(values, settings.names_of(config_classes) | {"workload"}, named)
-        try:
-            for config_class in config_classes:
-                settings.build(config_class, values)
-        except UsageError as error:
-            raise UsageError(f"{named}: {error}") from error
-        if values.get("callback") is not None and "callback" not in flags:
-            user_code.check_trusted(values["callback"], Callback, file, untrusted)
-
-
-def _read_flags(
-    description: str, config_classes: Sequence[type], recipes: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    parser = Parser(description, *config_classes, defaults=recipes.get("default", {}))
-    parser.add_argument(
-        "--workload",
-        metavar="FILE.py",
-        default=UNSET,
-        help="what is learned: FILE.py or package.module, with :NAME where it holds several; default: MNIST",
-    )
-    parser.add_argument(
-        "--recipe", choices=recipes or ["default"], default=UNSET, help="named settings; flags override"
-    )
-    parser.add_argument("--config", metavar="FILE", default=UNSET, help="settings from a run's config.json")
-    return parser.read_flags()
-
-
-def checked(given: Given, config_classes: Sequence[type], recipes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what was given in place of a command line. Raises UsageError where that cannot be."""
-    known = settings.names_of(config_classes) | {"workload", "recipe", "config"}
-    for name in given:
-        if name not in known:
-            raise UsageError(f"there is no setting {name}{did_you_mean(name, known)}")
-    if given.get("recipe", "default") not in (*recipes, "default"):
-        raise UsageError(f"there is no recipe {given['recipe']}; there is {', '.join(recipes) or 'none'}")
-    for config_class in config_classes:
-        settings.build(config_class, given)
-    return dict(given)
-
-
-def merged(config_classes: Sequence[type], *layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values of which those of a later layer take the place of earlier ones, and reset what they reset."""
-    resets = {
-        field.name: field.metadata.get("resets", ()) for some in config_classes for field in dataclasses.fields(some)
-    }
-    values: dict[str, Any] = {}
-    for layer in layers:
-        for name in layer:
-            for reset in resets.get(name, ()):
-                values.pop(reset, None)
-        values.update(layer)
-    return values
-
-
-def _find_run(peeked: Mapping[str, Any], kind: str, config_file: str) -> tuple[RunFolder, dict[str, Any]]:
-    """Return a job's folder, and what a run that goes on was started with. Raises UsageError."""
-    default = OutputConfig()
-    name = peeked.get("run_name")
-    if peeked.get("resume") and name is None:
+def _find_run(early: Given, kind: str, config_file: str) -> tuple[RunFolder, dict[str, Any]]:
+    """Return a job's folder, and what a run that goes on was started with. Raises UsageError, JobError if damaged."""
+    name = early.get("run_name")
+    if early.get("resume") and name is None:
         raise UsageError("--resume needs --run-name NAME")
-    run = locate(peeked.get("storage_path", default.storage_path), name or _new_name(kind))
-    if not peeked.get("resume"):
+    new_name = f"{kind}_{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(2)}"  # two a second differ
+    run = locate(early.get("storage_path", OutputConfig().storage_path), name or new_name)
+    if not early.get("resume"):
         return run, {}
-    values = read_config(run, config_file)
-    if values is None:
+    if not run.exists(config_file):
         raise UsageError(f"--resume: there is no run to go on with in {run.uri}: no {config_file}")
     check_free(run, resume=True)
-    return run, values
-
-
-def _left_by(run: RunFolder, kind: str) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    """Return what a run that goes on has kept of how it began, and what the user is to know of its files."""
-    notes: list[str] = []
-    origin = unless_damaged(lambda: read_origin(run), notes.append)
-    unless_damaged(lambda: read_result(run), notes.append)
-    unless_damaged(lambda: run.read_json(SNAPSHOT_FILE), notes.append)
-    if not (run.exists(TRIALS_FILE) if kind == "tune" else run.checkpoint_names()):
-        notes.append(f"run {run.name} has saved nothing: it begins anew")
-    return origin or {}, tuple(notes)
+    return run, run.require_json(config_file)
 
 
 def check_free(run: RunFolder, *, resume: bool) -> None:
-    """Raise UsageError where a run is there already, or is finished where it is to be resumed."""
-    with contextlib.suppress(DamagedFileError):  # it is made again
-        if resume and read_result(run) is not None:
-            raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.inside(RESULT_FILE).uri}")
+    """Raise UsageError if a run is there already; or if it is to be resumed, and is finished."""
+    if resume and run.read_json(RESULT_FILE) is not None:
+        raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.inside(RESULT_FILE).uri}")
     if not resume and run.exists():
         raise UsageError(f"run {run.uri} exists already; add --resume to go on with it, or give another --run-name")
 
 
-def _new_name(kind: str) -> str:
-    """Return a run's name when none is given: two jobs that begin in the same second have different ones."""
-    return f"{kind}_{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(2)}"
+def _left_by(run: RunFolder, kind: str, workload_class: type[Workload]) -> tuple[Given, list[str]]:
+    """Return what a run that goes on has kept of how it began, and what the user is to know of it."""
+    notes: list[str] = []
+    origin = run.read_json(ORIGIN_FILE, notes.append) or {}
+    for file_name in (RESULT_FILE, SNAPSHOT_FILE):
+        run.read_json(file_name, notes.append)
+    if not (run.exists(TRIALS_FILE) if kind == "tune" else run.checkpoint_names()):
+        notes.append(f"run {run.name} has saved nothing: it begins anew")
+    assert workload_class.source is not None
+    if origin.get("workload_sha256") not in (None, workload_class.source.sha256):
+        notes.append(f"the workload has changed since the run began: {workload_class.source.reference}")
+    return origin, notes
+
+
+def _check_files(files: Mapping[str, Given], classes: Sequence[type]) -> None:
+    """Raise UsageError if files have settings that are unknown or wrong."""
+    for file, values in files.items():
+        settings.check_known(values, settings.names_of(classes) | {"workload"}, file)
+        try:
+            for config_class in classes:
+                settings.build(config_class, values)
+        except UsageError as error:
+            raise UsageError(f"{file}: {error}") from error
+
+
+def _read_flags(description: str, classes: Sequence[type], recipes: Mapping[str, Given]) -> dict[str, Any]:
+    parser = Parser(description, *classes, defaults=recipes.get("default", {}))
+    workload_help = "what is learned: FILE.py or package.module, with :NAME if it holds several; default: MNIST"
+    recipe_help = "named settings; flags override"
+    parser.add_argument("--workload", metavar="FILE.py", default=UNSET, help=workload_help)
+    parser.add_argument("--recipe", choices=recipes or ["default"], default=UNSET, help=recipe_help)
+    parser.add_argument("--config", metavar="FILE", default=UNSET, help="settings from a run's config.json")
+    return parser.read_flags()
+
+
+def _checked(given: Given, classes: Sequence[type], recipes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was given in place of a command line. Raises UsageError if that cannot be."""
+    settings.check_known(given, settings.names_of(classes) | {"workload", "recipe", "config"}, "the call")
+    if given.get("recipe", "default") not in (*recipes, "default"):
+        raise UsageError(f"there is no recipe {given['recipe']}; there is {', '.join(recipes) or 'none'}")
+    for config_class in classes:
+        settings.build(config_class, given)
+    return dict(given)
 
 
 def _check_reproducible(train: TrainConfig, workers: WorkerConfig) -> None:
@@ -279,40 +264,31 @@ def _check_reproducible(train: TrainConfig, workers: WorkerConfig) -> None:
 
 
 def _check_output(output: OutputConfig) -> None:
-    if output.dashboard and importlib.util.find_spec("aiohttp_cors") is None:
-        raise UsageError("--dashboard needs more of Ray: pip install 'ray[default]'")
-    if output.mlflow is not None and importlib.util.find_spec("mlflow") is None:
-        raise UsageError("--mlflow needs MLflow: pip install -e '.[mlflow]'")
-    if output.wandb is not None and importlib.util.find_spec("wandb") is None:
-        raise UsageError("--wandb needs Weights & Biases: pip install wandb")
+    needs = {
+        "dashboard": ("aiohttp_cors", "more of Ray: pip install 'ray[default]'"),
+        "mlflow": ("mlflow", "MLflow: pip install -e '.[mlflow]'"),
+        "wandb": ("wandb", "Weights & Biases: pip install wandb"),
+    }
+    for name, (module, what) in needs.items():
+        if getattr(output, name) and importlib.util.find_spec(module) is None:
+            raise UsageError(f"{flag(name)} needs {what}")
     if output.tracker is not None:
         user_code.find(output.tracker, Tracker)
 
 
-def _check_unchanged(
-    run: RunFolder, config_classes: Sequence[type], then: Mapping[str, Any], now: Mapping[str, Any]
-) -> None:
-    """Raise UsageError where a run would go on with other settings than it was started with.
+def _check_unchanged(run: RunFolder, classes: Sequence[type], then: Given, now: Given) -> None:
+    """Raise UsageError if a run would go on with other settings than it was started with.
 
     Those of the workers are free to change: the batches do not depend on them.
     """
-    for config_class in config_classes:
-        if config_class is WorkerConfig:
-            continue
+    for config_class in classes:
         before, after = (settings.values_of(settings.build(config_class, values)) for values in (then, now))
         for name, old in before.items():
-            if (new := after[name]) != old:
+            if (new := after[name]) != old and config_class is not WorkerConfig:
                 raise UsageError(
                     f"--resume: run {run.name} was started with {flag(name)} {old}, not {new}; "
                     "leave the flag out, or start another run"
                 )
-
-
-def _changes_since(origin: Mapping[str, Any], workload_class: type[Workload]) -> tuple[str, ...]:
-    """Say where a run's workload has other code than when the run began."""
-    if origin.get("workload_sha256") in (None, workload_class.source.sha256):
-        return ()
-    return (f"the workload has changed since the run began: {workload_class.source.reference}",)
 
 
 def about(job: Job) -> dict[str, Any]:

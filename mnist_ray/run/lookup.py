@@ -1,24 +1,27 @@
-"""Finding a run by its name, and the workload that it is of. Light: it runs before a wrong flag is answered."""
+"""Finding a run by its name, its checkpoint, and its workload. Light: it runs before a wrong flag is answered."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from mnist_ray.errors import JobError, UsageError, command, first_line
 from mnist_ray.storage import CONFIG_FILE, STORAGE_ERRORS, RunFolder, locate, split_query, untrusted_folders
 from mnist_ray.workload import source
 from mnist_ray.workload.base import Workload
 
+if TYPE_CHECKING:
+    from mnist_ray.run.find import Found
+
 _A_RUN = "the run in"
+IsWanted = Callable[[RunFolder], bool]
 
 
-def find_run(
-    given: str | None, storage_path: str, is_wanted: Callable[[RunFolder], bool] = lambda run: True
-) -> RunFolder:
+def find_run(given: str | None, storage_path: str, is_wanted: IsWanted = lambda run: True) -> RunFolder:
     """Return the folder that a path, a URI or a run's name stands for, which need not exist.
 
-    Of None, the newest run for which ``is_wanted`` holds. Raises UsageError where there is no run, or the URI is bad.
+    Of None, the newest run for which ``is_wanted`` holds. Raises UsageError if there is no run, or the URI is bad.
     """
     if given is None:
         try:
@@ -35,7 +38,7 @@ def find_run(
     return here if here.exists() else locate(storage_path, given)
 
 
-def _newest_run(storage: RunFolder, is_wanted: Callable[[RunFolder], bool]) -> RunFolder:
+def _newest_run(storage: RunFolder, is_wanted: IsWanted) -> RunFolder:
     """Return the run with a checkpoint whose settings were written last, of those that are wanted."""
     runs = [locate(storage.storage_path, name) for name in storage.subfolders()]
     for run in sorted(runs, key=lambda run: run.modified_ns(CONFIG_FILE), reverse=True):
@@ -50,6 +53,19 @@ def class_of(run: RunFolder, storage_path: str) -> type[Workload]:
     for folder in (run, run.storage):
         with contextlib.suppress(JobError):  # the checkpoint says it too
             reference = (folder.read_json(CONFIG_FILE) or {}).get("workload")
-            if isinstance(reference, str):
+            if reference is not None:
                 return source.load_again(reference, None, folder.inside(CONFIG_FILE).uri, untrusted)
     return source.load(source.DEFAULT)
+
+
+def find_checkpoint(
+    given: str | None,
+    storage_path: str,
+    reference: source.Reference | None = None,
+    changes: Mapping[str, Any] | None = None,
+    is_wanted: IsWanted = lambda run: True,
+) -> Found:
+    """Do what ``find`` does; it imports torch and Ray."""
+    from mnist_ray.run.find import find
+
+    return find(given, storage_path, reference, changes, is_wanted)

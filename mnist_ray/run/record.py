@@ -31,8 +31,6 @@ from mnist_ray.storage import (
     TRACE_FILE,
     WORKLOAD_FILE,
     RunFolder,
-    read_origin,
-    unless_damaged,
 )
 from mnist_ray.trackers import start
 from mnist_ray.trackers.tracker import Ending
@@ -187,7 +185,7 @@ def write_origin(job: Job, data: Splits) -> None:
     Raises JobError if the storage cannot be used.
     """
     workload = job.workload
-    if unless_damaged(lambda: read_origin(job.run), lambda note: None) is None:
+    if job.run.read_json(ORIGIN_FILE) is None:
         about = {
             "workload_sha256": workload.source.sha256,
             "metadata": workload.metadata,

@@ -15,12 +15,12 @@ from mnist_ray.errors import JobError, UsageError, command
 from mnist_ray.run import session
 from mnist_ray.run.job import Given, Job, read_job
 from mnist_ray.settings import Choice
-from mnist_ray.storage import TRIALS_FILE, DamagedFileError, RunFolder
+from mnist_ray.storage import SWEEP_FILE, TRIALS_FILE, DamagedFileError, RunFolder
 from mnist_ray.sweep.space import Space, propose, space_of, texts_of
 from mnist_ray.sweep.trials import TrialTable
 from mnist_ray.workload.data import Splits
 
-SWEEP_FILE, BEST_FILE, DEFAULT_FOLDER = "sweep.json", "best.json", "default"
+BEST_FILE, DEFAULT_FOLDER = "best.json", "default"
 
 
 @dataclass(frozen=True)

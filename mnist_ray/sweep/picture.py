@@ -15,8 +15,7 @@ from mnist_ray.errors import count, format_settings, format_value, in_words
 from mnist_ray.report.curves import placed, scale_axis
 from mnist_ray.report.page import Sections, unless_failing
 from mnist_ray.settings import Choice, Range, SearchSpace
-from mnist_ray.storage import TRIALS_FILE, DamagedFileError, RunFolder, read_config
-from mnist_ray.sweep.options import SWEEP_FILE
+from mnist_ray.storage import CONFIG_FILE, SWEEP_FILE, TRIALS_FILE, DamagedFileError, RunFolder
 from mnist_ray.sweep.space import space_of
 from mnist_ray.sweep.trials import RUNNING, STOPPED, TrialRecord, TrialTable
 from mnist_ray.workload import figures
@@ -120,10 +119,11 @@ def sections(run: RunFolder, workload: type[Workload]) -> Sections:
     if not run.exists(TRIALS_FILE):
         return Sections()
     try:
-        num_epochs = (read_config(run) or {}).get("num_epochs", 0)
-        table = TrialTable(workload, space_of(workload, read_config(run, SWEEP_FILE) or {})).read(run)
+        swept = run.require_json(SWEEP_FILE) if run.exists(SWEEP_FILE) else {}
+        table = TrialTable(workload, space_of(workload, swept)).read(run)
     except DamagedFileError as error:
         return Sections(notes=[str(error)])
+    num_epochs = (run.read_json(CONFIG_FILE) or {}).get("num_epochs", 0)
     monitor = table.workload.monitor.name
     alt = f"Validation {monitor} of {len(table.by_point)} trials; the table has all figures"
     caption = ("Hollow: stopped early. " if table.count(STOPPED) else "") + "Ringed: the best configuration."

@@ -23,8 +23,8 @@ from mnist_ray.run.record import recorded, write_origin
 from mnist_ray.run.session import Clock, Session, console_of, say_dashboard, say_run
 from mnist_ray.settings import json_lines
 from mnist_ray.signals import if_ended
-from mnist_ray.storage import TRIALS_FILE, RunFolder, read_result, unless_damaged
-from mnist_ray.sweep.options import BEST_FILE, DEFAULT_FOLDER, SWEEP_FILE, Sweep
+from mnist_ray.storage import RESULT_FILE, SWEEP_FILE, TRIALS_FILE, RunFolder
+from mnist_ray.sweep.options import BEST_FILE, DEFAULT_FOLDER, Sweep
 from mnist_ray.sweep.progress import SweepConsole
 from mnist_ray.sweep.trial import TrialSpec
 from mnist_ray.sweep.trials import FAILED, TrialRecord, TrialTable
@@ -154,8 +154,7 @@ def _train_and_test(session: Session, job: Job, *, is_last: bool) -> float:
 
 def _known_result(job: Job) -> float | None:
     """Return what came out of a run that an interrupted sweep has finished already."""
-    result = unless_damaged(lambda: read_result(job.run), lambda note: None)
-    value = (result or {}).get(f"test_{job.workload.monitor.name}")
+    value = (job.run.read_json(RESULT_FILE) or {}).get(f"test_{job.workload.monitor.name}")
     return value if isinstance(value, float) else None
 
 

@@ -2,8 +2,8 @@
 
 import functools
 
-from mnist_ray.run.dry_run import dry_run
 from mnist_ray.run.session import Session
+from mnist_ray.run.train import dry_run
 from mnist_ray.sweep.options import Sweep, load_data
 from mnist_ray.sweep.progress import SweepConsole, say_sweep
 

@@ -10,13 +10,13 @@ from mnist_ray.errors import JobError, UsageError, say
 from mnist_ray.report import page
 from mnist_ray.report.compare import compare as compare_runs
 from mnist_ray.report.page import RunRecord
+from mnist_ray.run.job import way_on
 from mnist_ray.storage import (
     CONFIG_FILE,
+    ORIGIN_FILE,
     REPORT_FILE,
     TRIALS_FILE,
-    DamagedFileError,
     RunFolder,
-    read_origin,
     untrusted_folders,
     write_file,
 )
@@ -45,14 +45,11 @@ def workload_of(run: RunFolder, reference: str | None, storage_path: str = Looku
 
 def _facts_of(run: RunFolder) -> dict[str, Any]:
     """Return what a run's model knows of its data; where the file that says so is damaged, from a checkpoint."""
-    try:
-        metadata: dict[str, Any] = (read_origin(run) or {}).get("metadata", {})
-    except DamagedFileError:
-        names = run.checkpoint_names()
-        if not names:
-            raise
-        metadata = read_state(run.inside(names[-1]))["workload"]["metadata"]
-    return metadata
+    origin, names = run.read_json(ORIGIN_FILE), run.checkpoint_names()
+    if origin is None and names:
+        metadata: dict[str, Any] = read_state(run.inside(names[-1]))["workload"]["metadata"]
+        return metadata
+    return run.require_json(ORIGIN_FILE)["metadata"] if run.exists(ORIGIN_FILE) else {}
 
 
 def write_again(run: RunFolder, reference: str | None, storage_path: str) -> None:
@@ -62,8 +59,7 @@ def write_again(run: RunFolder, reference: str | None, storage_path: str) -> Non
         test = Split(load_data(workload).test, origin="test")
     except (UsageError, JobError) as error:
         say(f"no pictures of predictions: {error}")
-    job = "tune" if run.exists(TRIALS_FILE) else "train"
-    resume_with = run.resume_command(job)
+    resume_with = way_on("tune" if run.exists(TRIALS_FILE) else "train", run)
     page.write(run, workload, resume_with, test, sections(run, type(workload)), warn=_warn)
     say(f"report {run.inside(REPORT_FILE).uri}")
 

@@ -13,8 +13,8 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 import numpy as np
 
-from mnist_ray.errors import without_user
-from mnist_ray.storage import RunFolder, read_origin
+from mnist_ray.errors import masked
+from mnist_ray.storage import ORIGIN_FILE, RunFolder
 from mnist_ray.trackers.tracker import Ending, Tracker
 from mnist_ray.training.checkpoint import load_model
 from mnist_ray.training.events import Event, Started, TrialEnded
@@ -51,8 +51,8 @@ class MLflow(Tracker):
         mlflow.set_tracking_uri(_with_user_in_variables(uri))
         self._experiment = mlflow.set_experiment("mnist_ray").experiment_id
         self._client = mlflow.MlflowClient()
-        folder = without_user(run.uri)  # the same where a resumed run has the keys from variables
-        around = without_user(run.storage_path)
+        folder = masked(run.uri)
+        around = masked(run.storage_path)
         parent = self._find(around)
         self._id = self._open(folder, run.name, settings, parent.info.run_id if parent else None)
         self._describe()
@@ -80,7 +80,7 @@ class MLflow(Tracker):
         """Say where the run comes from: the commit, the command, the data."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        origin = read_origin(self.run) or {}
+        origin = self.run.read_json(ORIGIN_FILE) or {}
         tags = {"command_line": "command_line", "mlflow.source.git.commit": "git_commit"}
         for tag, key in tags.items():
             if origin.get(key):
@@ -111,7 +111,7 @@ class MLflow(Tracker):
     def _log_trial(self, trial: TrialEnded) -> None:
         from mlflow.entities import Metric, RunTag
 
-        folder = without_user(self.run.uri)
+        folder = masked(self.run.uri)
         run = self._open(f"{folder}#{trial.number}", f"trial {trial.number}", trial.settings, self._id)
         now = int(time.time() * 1000)
         metrics = [Metric(name, value, now, 0) for name, value in trial.values.items()]

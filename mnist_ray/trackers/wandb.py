@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from mnist_ray.errors import without_user
+from mnist_ray.errors import masked
 from mnist_ray.storage import RunFolder
 from mnist_ray.trackers.tracker import Ending, Tracker
 from mnist_ray.training.events import Event
@@ -25,7 +25,7 @@ class WandB(Tracker):
         super().__init__(run, workload, settings)
         import wandb
 
-        uri = without_user(run.uri)
+        uri = masked(run.uri)
         self._run = wandb.init(
             project=project,
             name=run.name,

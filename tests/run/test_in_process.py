@@ -42,7 +42,7 @@ def test_it_leaves_the_files_of_any_run(run: Path) -> None:
     folder = locate(str(run.parent), run.name)
     assert [row["val_loss"] != "" for row in read_csv(folder, "metrics.csv")] == [True, True]
     assert read_csv(folder, "steps.csv")[-1]["step"] == "96"
-    assert {"result.json", "report.html", "predictions.csv"} <= set(folder.files())
+    assert {"result.json", "report.html", "predictions.csv"} <= {file.name for file in run.iterdir()}
 
 
 def test_interrupted_it_saves_and_goes_on_to_the_same_weights(run: Path, small_data: Path, tmp_path: Path) -> None:

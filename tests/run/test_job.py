@@ -4,13 +4,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pyarrow import fs
 
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.run.job import Job, read_job
+from mnist_ray.run.job import Job, merged, read_job, way_on
 from mnist_ray.run.record import write_origin
 from mnist_ray.run.session import load_data, saying_the_way_on
 from mnist_ray.settings import json_lines
-from mnist_ray.storage import RunFolder
+from mnist_ray.storage import RunFolder, locate
 from mnist_ray.workload.data import Arrays
 from mnist_ray.workload.source import digests_of
 from tests.conftest import ROOT, write_data_set
@@ -49,14 +50,6 @@ def test_a_written_config_is_accepted_back(read: Any, tmp_path: Path) -> None:
     assert read("--config", str(file)).values == job.values
 
 
-def test_a_config_from_before_there_were_workloads_is_mnists(read: Any, tmp_path: Path) -> None:
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps({"num_epochs": 3, "dataset": "kmnist", "data_dir": None, "num_workers": None}))
-    job = read("--config", str(file))
-    assert type(job.workload).__name__ == "MNIST"
-    assert (job.workload.settings.dataset, job.train.num_epochs) == ("kmnist", 3)
-
-
 def test_a_config_file_names_its_workload_and_a_flag_another(read: Any, tmp_path: Path) -> None:
     code, file = tmp_path / "code" / "other_problem.py", tmp_path / "config" / "config.json"
     for path in (code, file):
@@ -66,6 +59,8 @@ def test_a_config_file_names_its_workload_and_a_flag_another(read: Any, tmp_path
     assert type(read("--config", str(file)).workload).__name__ == "Other"
     given = read("--config", str(file), "--workload", "mnist_ray.mnist")
     assert type(given.workload).__name__ == "MNIST"
+    file.write_text('{"dataset": "kmnist"}')
+    assert read("--config", str(file)).workload.settings.dataset == "kmnist"
 
 
 STEALS = """
@@ -111,6 +106,15 @@ def test_code_in_a_run_is_loaded_where_a_flag_names_it_and_the_way_on_names_it_t
     assert job.resume_with.endswith(f" --workload {code}")
 
 
+def test_the_way_on_is_quoted_and_has_no_secrets(tmp_path: Path) -> None:
+    run = locate(str(tmp_path / "my runs"), "one")
+    said = f"python jobs/tune.py --resume --run-name one --storage-path '{tmp_path}/my runs' --mlflow sqlite:///m.db"
+    assert way_on("tune", run, {"mlflow": "sqlite:///m.db"}) == said
+    run = RunFolder("run", "s3://KEY:SEC%2FRET@bucket/runs?region=us", fs.LocalFileSystem(), "bucket/runs/run")
+    said = "python jobs/train.py --resume --run-name run --storage-path 's3://***@bucket/runs?region=us'"
+    assert way_on("train", run) == said
+
+
 def test_an_interrupt_says_the_way_on_also_where_the_storage_is_away(
     read: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,18 +134,23 @@ def test_a_data_folder_is_kept_as_it_can_be_read_from_anywhere(
     assert read("--data-dir", "mine").values["data_dir"] == str(tmp_path / "mine")
 
 
-def test_a_data_set_by_name_takes_the_place_of_a_saved_folder(read: Any, tmp_path: Path) -> None:
-    file = tmp_path / "config.json"
-    file.write_text(json_lines(read("--data-dir", "/x", "--num-workers", "4", "--min-workers", "2").values))
-    values = read("--config", str(file), "--dataset", "kmnist").values
-    assert (values["dataset"], values["data_dir"], values["min_workers"]) == ("kmnist", None, 2)
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([{"batch_size": 8, "seed": 3}, {"seed": 4}, {}], {"batch_size": 8, "seed": 4}),
+        ([{"callback": "a.py"}, {"callback": None}], {"callback": None}),
+    ],
+)
+def test_a_later_layer_takes_the_place_of_an_earlier_one(layers: list[Any], expected: dict[str, Any]) -> None:
+    assert merged({str(place): layer for place, layer in enumerate(layers)}) == expected
 
 
-def test_a_number_of_workers_takes_the_place_of_a_saved_range(read: Any, tmp_path: Path) -> None:
+def test_each_setting_is_known_by_where_it_is_from(read: Any, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
-    file.write_text(json_lines(read("--num-workers", "4", "--min-workers", "2").values))
-    job = read("--config", str(file), "--num-workers", "1")
-    assert (job.workers.num_workers, job.workers.min_workers) == (1, None)
+    file.write_text(json.dumps({"batch_size": 16}))
+    layers = read("--recipe", "robust", "--config", str(file), "--seed", "3").layers
+    assert list(layers) == ["default recipe", "recipe", str(file), "flags"]
+    assert (layers["recipe"]["ema_decay"], layers[str(file)], layers["flags"]["seed"]) == (0.99, {"batch_size": 16}, 3)
 
 
 @pytest.mark.parametrize(
@@ -179,12 +188,6 @@ def test_settings_that_do_not_fit_the_data_are_refused(
         load_data(read("--data-dir", str(folder), *flags))
 
 
-def test_a_tenth_is_held_out_where_nobody_says_how_much(read: Any, tmp_path: Path, few_images: Any) -> None:
-    folder = write_data_set(tmp_path / "data", few_images, few_images)
-    _, data = load_data(read("--data-dir", str(folder)))
-    assert (len(data.train), len(data.validation)) == (540, 60)
-
-
 @pytest.mark.parametrize("flags", [["--limit", "0.5"], ["--overfit-batches", "1"]], ids=["limit", "overfit"])
 def test_a_run_on_less_data_resumes_on_the_same_and_its_config_gives_the_same(
     read: Any, tmp_path: Path, few_images: Any, flags: list[str]
@@ -217,10 +220,10 @@ def test_a_workload_that_is_gone_is_asked_for(read: Any, tmp_path: Path) -> None
         read("--config", str(file))
 
 
-def test_a_config_of_another_workload_is_refused_by_its_name(read: Any, tmp_path: Path) -> None:
+def test_a_config_of_another_workload_is_refused(read: Any, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"workload": "mnist_ray.mnist", "data_dir": "/x"}))
-    with pytest.raises(UsageError, match=r"of the workload mnist_ray\.mnist, has unknown settings: data_dir"):
+    with pytest.raises(UsageError, match=r"config\.json has unknown settings: data_dir"):
         read("--config", str(file), "--workload", str(ROOT / "examples" / "shapes.py"))
 
 
@@ -241,18 +244,7 @@ def test_a_run_that_has_saved_nothing_says_that_it_begins_anew(read: Any, begun:
     assert read("--resume", "--run-name", "run").notes == ()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"checkpoint": 3}'])
-def test_a_run_with_a_damaged_result_goes_on(read: Any, begun: Path, content: str) -> None:
-    (begun / "checkpoint_epoch-001_step-000000").mkdir()
-    (begun / "result.json").write_text(content)
-    (note,) = read("--resume", "--run-name", "run").notes
-    assert note.startswith(f"{begun}/result.json is damaged: ")
-    (begun / "result.json").write_text('{"checkpoint": "checkpoint_epoch-001_step-000000"}')
-    with pytest.raises(UsageError, match="run run is finished"):
-        read("--resume", "--run-name", "run")
-
-
-@pytest.mark.parametrize("name", ["origin.json", "checkpoint_manager_snapshot.json"])
+@pytest.mark.parametrize("name", ["result.json", "origin.json", "checkpoint_manager_snapshot.json"])
 def test_a_run_goes_on_without_what_is_damaged_and_says_so(read: Any, begun: Path, name: str) -> None:
     (begun / "checkpoint_epoch-001_step-000000").mkdir()
     (begun / name).write_bytes(b"\xff")
@@ -260,10 +252,15 @@ def test_a_run_goes_on_without_what_is_damaged_and_says_so(read: Any, begun: Pat
     assert [note.partition(" is damaged: ")[0] for note in job.notes] == [str(begun / name)]
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff", b"[1]", b"{}", b'{"num_epochs": 2, "workload": 3}'])
-def test_a_run_whose_settings_are_damaged_is_one_line_with_the_remedy(read: Any, begun: Path, content: bytes) -> None:
-    (begun / "config.json").write_bytes(content)
-    with pytest.raises(JobError, match=r"run/config\.json is damaged: .*; put it back, or start another run$"):
+def test_a_finished_run_is_not_gone_on_with(read: Any, begun: Path) -> None:
+    (begun / "result.json").write_text('{"checkpoint": "checkpoint_epoch-001_step-000000", "seconds": {"total": 1}}')
+    with pytest.raises(UsageError, match="run run is finished"):
+        read("--resume", "--run-name", "run")
+
+
+def test_a_run_whose_settings_are_damaged_is_one_line_with_the_remedy(read: Any, begun: Path) -> None:
+    (begun / "config.json").write_text("{}")
+    with pytest.raises(JobError, match=r"run/config\.json is damaged: it has no num_epochs; put it back, or start an"):
         read("--resume", "--run-name", "run")
 
 

@@ -364,7 +364,7 @@ def test_every_trial_failing_ends_the_job_with_the_first_reason(
             "--search grid needs a trial for each of the 5 choices of batch_size",
         ),
         (["--resume", "--run-name", "ghost"], "--resume: there is no run"),
-        (["--time-budget-s", "0"], "--time-budget-s must be positive"),
+        (["--time-budget-s", "0"], "--time-budget-s must be a positive number"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_status_2(flags: list[str], message: str, tmp_path: Path) -> None:
