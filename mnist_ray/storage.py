@@ -6,6 +6,7 @@ import contextlib
 import json
 import posixpath
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 import pyarrow
-import tenacity
 from pyarrow import fs
 
 from mnist_ray.errors import JobError, UsageError, first_line
@@ -43,14 +43,14 @@ def with_retries(action: Callable[[], T]) -> T:
 
     Raises what it raises in the end; at once if a folder is in a file's place, which does not go away by itself.
     """
-    is_passing = tenacity.retry_if_exception_type(STORAGE_ERRORS)
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_all(is_passing, tenacity.retry_if_not_exception_type(IsADirectoryError)),
-        wait=tenacity.wait_fixed(1),
-        stop=tenacity.stop_after_delay(_RETRIED_FOR_S),
-        reraise=True,
-    )
-    return retrying(action)
+    end = time.monotonic() + _RETRIED_FOR_S
+    while True:
+        try:
+            return action()
+        except STORAGE_ERRORS as error:
+            if isinstance(error, IsADirectoryError) or time.monotonic() >= end:
+                raise
+            time.sleep(1)
 
 
 @contextlib.contextmanager
