@@ -170,18 +170,14 @@ class TrialTable:
 
     @property
     def columns(self) -> dict[str, str]:
-        """The columns of sweep.csv that are no searched settings: column to field of ``TrialRecord``."""
-        return {
-            "state": "state",
-            "epochs": "epochs",
-            f"val_{self.workload.monitor.name}": "val_monitor",
-            "val_loss": "val_loss",
-            "train_loss": "train_loss",
-            self.workload.rate: "rate",
-            "train_s": "train_s",
-            "reports": "reports",
-            "reason": "reason",
-        }
+        """The columns of sweep.csv that are no searched settings, by the fields of ``TrialRecord``."""
+        names = [field.name for field in dataclasses.fields(TrialRecord) if field.name not in ("trial", "point")]
+        named_by_workload = {"val_monitor": f"val_{self.workload.monitor.name}", "rate": self.workload.rate}
+        return {name: named_by_workload.get(name, name) for name in names}
+
+    @property
+    def _all_columns(self) -> list[str]:
+        return ["trial", *self.space.spaces, "seed", *dict.fromkeys(self.columns.values())]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -193,12 +189,12 @@ class TrialTable:
 
     def outcome(self, record: TrialRecord) -> dict[str, Any]:
         """Return what has come of a trial, by the columns of sweep.csv."""
-        return {column: getattr(record, name) for column, name in self.columns.items()}
+        return {column: getattr(record, name) for name, column in self.columns.items()}
 
     def to_csv(self) -> str:
         """Return sweep.csv."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, ["trial", *self.space.spaces, "seed", *self.columns], lineterminator="\n")
+        writer = csv.DictWriter(text, self._all_columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         return text.getvalue()
@@ -206,8 +202,7 @@ class TrialTable:
     def read(self, run: RunFolder) -> TrialTable:
         """Return the table that a sweep has written, an empty one where it has not. Raises DamagedFileError."""
         try:
-            columns = ["trial", *self.space.spaces, "seed", *self.columns]
-            records = [self._record(row) for row in read_csv(run, TRIALS_FILE, columns)]
+            records = [self._record(row) for row in read_csv(run, TRIALS_FILE, self._all_columns)]
         except (ValueError, TypeError) as error:
             raise run.damaged(TRIALS_FILE, error) from error
         return TrialTable(type(self.workload), self.space, records)
@@ -215,7 +210,7 @@ class TrialTable:
     def _record(self, row: dict[str, str]) -> TrialRecord:
         values: dict[str, Any] = {
             name: row.get(column, "") if name in ("state", "reports", "reason") else float(row[column])
-            for column, name in self.columns.items()
+            for name, column in self.columns.items()
         }
         point = self.space.point(row, int(row["seed"]))
         for name, space in self.space.spaces.items():

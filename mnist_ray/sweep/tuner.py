@@ -248,7 +248,7 @@ class _Watcher(tune.Callback):
     ) -> None:
         """Note a trial's figures."""
         record = self._table.by_point[self._point(trial)]
-        for column, name in self._table.columns.items():
+        for name, column in self._table.columns.items():
             if column in result:
                 setattr(record, name, result[column])
         if "epochs" in result:

@@ -13,7 +13,7 @@ from mnist_ray.sweep import tuner
 from mnist_ray.sweep.progress import SweepConsole
 from mnist_ray.sweep.space import space_of
 from mnist_ray.sweep.trials import DONE, FAILED, RUNNING, STOPPED, TrialRecord, TrialTable
-from mnist_ray.workload import Regression
+from mnist_ray.workload import Regression, Workload
 from tests.conftest import mnist
 from tests.sweep.test_space import point
 
@@ -170,6 +170,17 @@ def test_less_is_better_where_the_workload_says_so() -> None:
         "trial,batch_size,learning_rate,seed,state,epochs,val_rmse,val_loss,train_loss,examples_per_s,train_s,"
         "reports,reason\n"
     )
+
+
+def test_the_loss_chooses_where_a_workload_has_no_metrics(tmp_path: Path) -> None:
+    class Plain(Workload):
+        metrics = ()
+
+    run = locate(str(tmp_path), "sweep")
+    run.write_text("sweep.csv", table_with(record(1, DONE, 0.5, loss=0.5), workload=Plain).to_csv())
+    best = table_with(workload=Plain).read(run).best
+    assert best is not None
+    assert (best.val_monitor, best.val_loss) == (0.5, 0.5)
 
 
 def test_why_a_trial_failed_is_kept_without_secrets_and_shown_as_it_is(
