@@ -68,7 +68,7 @@ def search(session: Session, sweep: Sweep, console: SweepConsole) -> TrialTable:
         if table is None:
             # What is left over is of trials that are stopped before their end.
             with orphans_removed(), followed(sweep, console) as on_change:
-                table = run_sweep(sweep.config, sweep.space, spec, run, concurrent, on_change)
+                table = run_sweep(sweep, spec, concurrent, on_change)
     except JobError as error:
         raise JobError(f"{error} (logs: {session.cluster.log_folder})") from error
     _write_choice(console, sweep, table)
