@@ -16,7 +16,7 @@ from mnist_ray.run import session
 from mnist_ray.run.job import Given, Job, read_job
 from mnist_ray.settings import Choice
 from mnist_ray.storage import TRIALS_FILE, DamagedFileError, RunFolder
-from mnist_ray.sweep.space import Space, propose, space_of, texts_of
+from mnist_ray.sweep.space import Space, propose, space_of
 from mnist_ray.sweep.trials import TrialTable
 from mnist_ray.workload.data import Splits
 
@@ -69,7 +69,7 @@ def read_sweep(given: Given | None = None) -> Sweep:
     )
     config = settings.build(SweepConfig, job.asked)
     space = space_of(type(job.workload), job.asked, fixed=job.given)
-    config = dataclasses.replace(config, sweep=config.sweep or texts_of(space))
+    config = dataclasses.replace(config, sweep=config.sweep or space.texts())
     if config.search == "grid":
         propose(space, config, job.train.seed)
     if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
