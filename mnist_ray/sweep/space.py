@@ -19,8 +19,8 @@ from mnist_ray.settings import Choice, Range, SearchSpace, parse_text, value_typ
 from mnist_ray.workload.base import Workload
 
 _NONE, _LOG = "none", "log:"
-_OF_ALL_TRIALS = ("seed", "validation_size", "limit", "overfit_batches", "callback")
-"""What --sweep does not take: the data are the same for all trials, and each configuration has its seeds."""
+_OF_ALL_TRIALS = ("seed", "num_epochs", "validation_size", "limit", "overfit_batches", "callback")
+"""What --sweep does not take: all trials have the same data and number of epochs, each configuration its seeds."""
 _LONGEST_NAME = 180  # of a trial's folder; file systems take 255 bytes
 
 

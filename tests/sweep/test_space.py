@@ -118,6 +118,7 @@ def test_settings_that_are_named_are_searched_and_no_others() -> None:
         ("clip_grad_norm=none:1", "a range is LOW:HIGH or log:LOW:HIGH"),
         ("weight_decay=log:0:1", "a range is LOW:HIGH or log:LOW:HIGH, the latter of positive numbers"),
         ("seed=0,1", "seed is the same for all trials"),
+        ("num_epochs=1,2", "num_epochs is the same for all trials"),
     ],
 )
 def test_what_is_no_space_is_refused(text: str, message: str) -> None:
