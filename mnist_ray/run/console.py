@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 from rich.live import Live
@@ -28,7 +27,6 @@ from mnist_ray.workload.base import Workload
 _PLAIN_INTERVAL_S, _NOTEBOOK_INTERVAL_S = 10.0, 2.0
 _LOG_WIDTH = 240
 
-
 Self = TypeVar("Self", bound="RunConsole")
 
 
@@ -44,15 +42,20 @@ class RunConsole:
         self._num_epochs = num_epochs
         self._label_width = max(10, len(f"epoch {num_epochs}/{num_epochs}"))
         self._quiet = quiet
-        # Whatever FORCE_COLOR says, which Jupyter sets, too. A table in a log is as wide as it needs to be.
         is_terminal = sys.stdout.isatty()
-        width = None if is_terminal else _LOG_WIDTH
-        style: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
-        self._console = Console(**style, width=width, force_terminal=is_terminal, force_jupyter=False)
-        self._plain_interval_s = _NOTEBOOK_INTERVAL_S if "ipykernel" in sys.modules else _PLAIN_INTERVAL_S
+        self._console = Console(
+            force_terminal=is_terminal,  # whatever FORCE_COLOR says, which Jupyter sets, too
+            force_jupyter=False,
+            width=None if is_terminal else _LOG_WIDTH,  # a table in a log is as wide as it needs to be
+            highlight=False,
+            markup=False,
+            emoji=False,
+            soft_wrap=True,
+        )
         self._live = Live(console=self._console, transient=True, auto_refresh=False)
+        self._plain_interval_s = _NOTEBOOK_INTERVAL_S if "ipykernel" in sys.modules else _PLAIN_INTERVAL_S
         self._last_plain = 0.0
-        self._attempts = 0
+        self._has_started = False
         self._last_progress: Progress | None = None
 
     def __enter__(self: Self) -> Self:
@@ -60,10 +63,12 @@ class RunConsole:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.rest()
+
+    def rest(self) -> None:
+        """Take the live line away for good."""
+        self._live.stop()
 
     def say(self, label: str, text: str) -> None:
         """Print a line, its label in a column of its own."""
@@ -72,81 +77,69 @@ class RunConsole:
             line.rstrip()
             self._console.print(line)
 
-    def waiting(self, text: str) -> None:
-        """Show what is waited for until the next event, on the live line only."""
-        if self._live.is_started:
-            self._live.update(Text(self._column("") + redact(text), style="dim"), refresh=True)
-
-    def rest(self) -> None:
-        """Take the live line away for good."""
-        self._live.stop()
-
     def result(self, label: str, text: str) -> None:
-        """Print a line that ``--quiet`` leaves standing."""
+        """Print a line, also with ``--quiet``."""
         self.rest()
         self._console.print(self._line(label, text))
 
+    def waiting(self, text: str) -> None:
+        """Show on the live line, until the next event, what takes time."""
+        if self._live.is_started:
+            self._live.update(Text(self._column("") + redact(text), style="dim"), refresh=True)
+
     def show(self, event: Event) -> None:
-        """Print what an event says, where it says something new."""
+        """Print an event."""
         match event:
             case Started():
                 self._started(event)
-            case WorkersLost():
-                self.say("lost", f"{event.reason}; replacing the workers …")
+            case WorkersLost(reason):
+                self.say("lost", f"{reason}; replacing the workers …")
             case NodeLeaving():
                 self.say("note", "a worker's node is about to be taken away; saving a checkpoint")
             case Stopping():
                 self.say("note", "interrupted; saving a checkpoint (once more: end at once)")
             case Progress():
                 self._progress(event)
-            case EpochFinished():
-                self._epoch_finished(event.last)
+            case EpochFinished(last):
+                done = f"finished in {last.epoch_s:.2f} s ({last.examples_per_s:,.0f} {self._workload.nouns}/s)"
+                values = f"{self._workload.format(last.so_far)} on the training {self._workload.nouns}"
+                self.say(f"epoch {last.epoch}/{self._num_epochs}", f"{done}: {values}")
             case Validated():
-                self.say(
-                    "",
-                    f"validation after epoch {event.epoch}: {self._workload.format(event.values)} "
-                    f"({event.seconds:.1f} s{', beside the training' if event.is_beside else ''})",
-                )
+                time_taken = f"{event.seconds:.1f} s{', beside the training' if event.is_beside else ''}"
+                values = self._workload.format(event.values)
+                self.say("", f"validation after epoch {event.epoch}: {values} ({time_taken})")
             case StoppedEarly(epoch, best_epoch):
                 self.say("stopped", f"after epoch {epoch}: validation was best after epoch {best_epoch}")
 
     def _started(self, event: Started) -> None:
         self._last_plain = time.monotonic()
-        self._attempts += 1
         self._live.update(Text())
-        threads = count(event.threads, "thread")
-        nodes = len(set(event.hosts))
-        where = f" on {nodes} nodes" if nodes > 1 else ""
         for name in event.damaged:
             self.say("note", f"{name} is damaged or was cut off; the one before it is used")
         for note in event.notes:
             self.say("note", note)
-        self.say(
-            "started" if self._attempts == 1 else "restarted",
-            f"{event.num_workers} × {event.device} with {threads}{where}, {event.precision}"
-            + self._going_on(event)
-            + self._lost_work(event),
-        )
-
-    def _going_on(self, event: Started) -> str:
+        line = f"{event.num_workers} × {event.device} with {count(event.threads, 'thread')}"
+        if (nodes := len(set(event.hosts))) > 1:
+            line += f" on {nodes} nodes"
+        line += f", {event.precision}"
         if event.epoch == self._num_epochs:
-            return "; all epochs are trained already"
-        return f"; going on in epoch {event.epoch + 1} after step {event.step:,}" if event.epoch or event.step else ""
-
-    def _lost_work(self, event: Started) -> str:
-        """Say what the last attempt had done that is to be done again."""
-        last = self._last_progress
-        if last is None:
-            return ""
-        steps = max(0, last.total_step - event.total_step)
-        return f"; {steps * last.epoch_s / last.step:.1f} s of work lost ({count(steps, 'step')})"
+            line += "; all epochs are trained already"
+        elif event.epoch or event.step:
+            line += f"; going on in epoch {event.epoch + 1} after step {event.step:,}"
+        if last := self._last_progress:
+            steps = max(0, last.total_step - event.total_step)
+            line += f"; {steps * last.epoch_s / last.step:.1f} s of work lost ({count(steps, 'step')})"
+        self.say("restarted" if self._has_started else "started", line)
+        self._has_started = True
 
     def _progress(self, event: Progress) -> None:
         self._last_progress = event
         metrics = "".join(f"  {m.name} {m.format(event.so_far[m.name], 1)}" for m in self._workload.metrics)
+        steps_left = (self._num_epochs - event.epoch + 1) * event.num_steps - event.step
         line = (
             f"{event.step:,}/{event.num_steps:,}  loss {event.loss:.4f}{metrics}  "
-            f"{event.examples_per_s:,.0f} {self._workload.nouns}/s  {clock_time(self._left_s(event))} left"
+            f"{event.examples_per_s:,.0f} {self._workload.nouns}/s  "
+            f"{clock_time(event.epoch_s / event.step * steps_left)} left"
         )
         label = f"epoch {event.epoch}/{self._num_epochs}"
         if self._live.is_started:
@@ -154,17 +147,6 @@ class RunConsole:
         elif time.monotonic() - self._last_plain >= self._plain_interval_s:
             self._last_plain = time.monotonic()
             self.say(label, line)
-
-    def _left_s(self, event: Progress) -> float:
-        steps_left = (self._num_epochs - event.epoch + 1) * event.num_steps - event.step
-        return event.epoch_s / event.step * steps_left
-
-    def _epoch_finished(self, last: Progress) -> None:
-        self.say(
-            f"epoch {last.epoch}/{self._num_epochs}",
-            f"finished in {last.epoch_s:.2f} s ({last.examples_per_s:,.0f} {self._workload.nouns}/s): "
-            f"{self._workload.format(last.so_far)} on the training {self._workload.nouns}",
-        )
 
     def _line(self, label: str, text: str) -> Text:
         return Text.assemble((self._column(redact(label)), "bold"), redact(text))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -77,8 +76,8 @@ class Session:
         self.clock.mark("data")
         self.console = self._at_the_end.enter_context(console or console_of(job))
         (say_header or say_run)(self)
-        is_free = functools.partial(check_free, job.run, resume=job.output.resume)
-        self._at_the_end.enter_context(owned(job.run, is_free, self.console.waiting))
+        self._at_the_end.enter_context(owned(job.run, self.console.waiting))
+        check_free(job.run, resume=job.output.resume)  # once more, as another job may have made it meanwhile
 
     @contextlib.contextmanager
     def ray(self, meanwhile: Callable[[], None]) -> Iterator[None]:

@@ -16,7 +16,7 @@ from mnist_ray.run import session
 from mnist_ray.run.job import Given, Job, read_job
 from mnist_ray.settings import Choice
 from mnist_ray.storage import SWEEP_FILE, TRIALS_FILE, DamagedFileError, RunFolder
-from mnist_ray.sweep.space import Space, propose, space_of, texts_of
+from mnist_ray.sweep.space import Space, propose, space_of
 from mnist_ray.sweep.trials import TrialTable
 from mnist_ray.workload.data import Splits
 
@@ -43,17 +43,21 @@ class Sweep:
 
     @property
     def batch_sizes(self) -> list[int]:
-        """The batch sizes that it tries, of a range the ends; none where it does not search them."""
+        """The batch sizes that it tries, of a range the ends; empty if it does not search them."""
         space = self.space.spaces.get("batch_size")
         if space is None:
             return []
         return list(space.options) if isinstance(space, Choice) else [int(space.low), int(space.high)]
 
+    def table(self) -> TrialTable:
+        """Return the trials that its folder holds. Raises DamagedFileError."""
+        return TrialTable(type(self.job.workload), self.space).read(self.job.run)
+
 
 def read_sweep(given: Given | None = None) -> Sweep:
     """Read the command line of ``jobs/tune.py``, or what is ``given`` in its place.
 
-    Raises UsageError, and JobError where a sweep's trials are damaged.
+    Raises UsageError, and JobError if a sweep's trials are damaged.
     """
     job = read_job(
         given,
@@ -63,28 +67,29 @@ def read_sweep(given: Given | None = None) -> Sweep:
         SWEEP_FILE,
         more_settings=[SweepConfig],
     )
-    config, workload_class = settings.build(SweepConfig, job.asked), type(job.workload)
-    space = space_of(workload_class, job.asked, fixed=job.given)
-    config = dataclasses.replace(config, sweep=config.sweep or texts_of(space))
+    config = settings.build(SweepConfig, job.asked)
+    space = space_of(type(job.workload), job.asked, fixed=job.given)
+    config = dataclasses.replace(config, sweep=config.sweep or space.texts())
     if config.search == "grid":
         propose(space, config, job.train.seed)
     if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UsageError("--search optuna needs Optuna: pip install -e '.[optuna]'")
-    _check_trials(job.run, TrialTable(workload_class, space))
-    return Sweep(config, space, job)
+    sweep = Sweep(config, space, job)
+    _check_trials(sweep, job.run)
+    return sweep
 
 
-def _check_trials(run: RunFolder, table: TrialTable) -> None:
-    """Raise JobError where a sweep that goes on has lost what it has tried.
+def _check_trials(sweep: Sweep, run: RunFolder) -> None:
+    """Raise JobError if a sweep that goes on has lost its trials.
 
-    Once it has chosen, the trials are not run again: they might choose another, and its training go on from the first.
+    Once it has chosen, they are not run again: they might choose another configuration.
     """
     has_chosen, remedy = run.exists(BEST_FILE), "remove it, and the trials are run again"
     if has_chosen:
         best = run.inside(BEST_FILE).uri
         remedy = f"train what was chosen with {command('train')} --config {best}, or start another sweep"
     try:
-        is_lost = table.read(run).best is None
+        is_lost = sweep.table().best is None
     except DamagedFileError as error:
         raise DamagedFileError(f"{error}; {remedy}") from error
     if has_chosen and is_lost:
@@ -92,10 +97,7 @@ def _check_trials(run: RunFolder, table: TrialTable) -> None:
 
 
 def load_data(sweep: Sweep) -> tuple[Sweep, Splits]:
-    """Return a sweep's data, and the sweep as it is with them.
-
-    Raises UsageError and JobError, UsageError also where the data go by what is searched.
-    """
+    """Return the sweep, completed by what only the data tell, and its data. Raises UsageError and JobError."""
     job, data = session.load_data(sweep.job, sweep.batch_sizes)
     for field in dataclasses.fields(job.workload.settings):
         if field.name in sweep.space.spaces and field.metadata.get("decides_data"):

@@ -18,9 +18,9 @@ from mnist_ray.errors import UsageError, did_you_mean, in_words
 from mnist_ray.settings import Choice, Range, SearchSpace, parse_text, value_type
 from mnist_ray.workload.base import Workload
 
-_NONE = "none"
-_OF_ALL_TRIALS = ("seed", "validation_size", "limit", "overfit_batches", "callback")
-"""What --sweep does not take: the data are the same for all trials, and each configuration has its seeds."""
+_NONE, _LOG = "none", "log:"
+_OF_ALL_TRIALS = ("seed", "num_epochs", "validation_size", "limit", "overfit_batches", "callback")
+"""What --sweep does not take: all trials have the same data and number of epochs, each configuration its seeds."""
 _LONGEST_NAME = 180  # of a trial's folder; file systems take 255 bytes
 
 
@@ -28,7 +28,7 @@ _LONGEST_NAME = 180  # of a trial's folder; file systems take 255 bytes
 class Point:
     """What one trial tries: values of the settings that are searched, and the seed to train it with."""
 
-    configuration: tuple[tuple[str, Any], ...]  # what is the same for all seeds: (setting, value) pairs
+    configuration: tuple[tuple[str, Any], ...]  # (setting, value) pairs, the same for all seeds
     seed: int
 
     @property
@@ -52,23 +52,16 @@ class Space:
 
     spaces: Mapping[str, SearchSpace]
     types: Mapping[str, type]
-    defaults: Mapping[str, Any]  # what holds where nobody says anything else
+    defaults: Mapping[str, Any]
 
     def point(self, values: Mapping[str, Any], seed: int) -> Point:
-        """Return the point of some values, which may be others' numbers (NumPy's, Optuna's, text of a file)."""
+        """Return the point of some values, which may be NumPy's or Optuna's numbers, or the text of a file."""
         return Point(tuple((name, _as(self.types[name], values[name])) for name in self.spaces), seed)
 
     def default_points(self, seed: int) -> list[Point]:
-        """Return the default configuration where the space holds it: what the others have to beat."""
+        """Return the default configuration, which the others have to beat, if the space holds it."""
         inside = all(_contains(space, self.defaults[name]) for name, space in self.spaces.items())
         return [self.point(self.defaults, seed)] if inside else []
-
-    def largest(self, name: str, otherwise: int) -> int:
-        """Return the largest value that it has of a number, or the one that holds where it does not search it."""
-        space = self.spaces.get(name)
-        if space is None:
-            return otherwise
-        return max(space.options) if isinstance(space, Choice) else int(space.high)
 
     def describe(self) -> str:
         """Return the space as people read it."""
@@ -76,15 +69,24 @@ class Space:
         for name, space in self.spaces.items():
             if isinstance(space, Choice):
                 parts.append(f"{in_words(name)} from {', '.join(map(str, space.options))}")
-            elif space.low == space.high:
-                parts.append(f"{in_words(name)} {space.low:g}")
             else:
                 parts.append(f"{in_words(name)} {space.low:g} to {space.high:g}")
         return "; ".join(parts)
 
+    def texts(self) -> tuple[str, ...]:
+        """Return what ``--sweep`` takes for the space."""
+        texts = []
+        for name, space in self.spaces.items():
+            if isinstance(space, Choice):
+                values = ",".join(_NONE if option is None else str(option) for option in space.options)
+            else:
+                values = f"{_LOG * space.log}{space.low}:{space.high}"
+            texts.append(f"{name}={values}")
+        return tuple(texts)
+
 
 def _as(kind: type, value: Any) -> Any:
-    """Return a value as its setting has it; None, and the nothing that a file has in its place, stay None."""
+    """Return a value in its setting's type; None, which is empty text in a file, stays None."""
     if value is None or (value == "" and kind is not str):
         return None
     return parse_text(kind, value) if isinstance(value, str) else kind(value)
@@ -97,22 +99,22 @@ def _contains(space: SearchSpace, value: Any) -> bool:
 
 
 def space_of(workload_class: type[Workload], values: Mapping[str, Any], fixed: Collection[str] = ()) -> Space:
-    """Return what ``values["sweep"]`` says is searched; without it, all that has a search space, but ``fixed``.
+    """Return the space that ``values["sweep"]`` names; without it, all settings that have one, but ``fixed``.
 
-    Raises UsageError where there is nothing to search, or that is no space.
+    Raises UsageError if there is nothing to search, or a text names no space.
     """
-    known = _fields_of(workload_class)
-    if texts := values.get("sweep"):
-        named = [_parsed(text, known) for text in texts]
-        spaces = dict(named)
-        twice = [name for name, _ in named if sum(name == other for other, _ in named) > 1]
-        if both := [*twice, *(name for name in spaces if name in fixed)]:
-            raise UsageError(f"--sweep searches {both[0]}: say once how, and leave out {settings.flag(both[0])}")
-    else:
-        of_class = {
-            name: workload_class.search.get(name, some.field.metadata.get("search")) for name, some in known.items()
-        }
-        spaces = {name: space for name, space in of_class.items() if space is not None and name not in fixed}
+    known, texts = _settings_of(workload_class), values.get("sweep")
+    spaces: dict[str, SearchSpace] = {}
+    for text in texts or ():
+        try:
+            name, space = _parsed(text, known)
+        except UsageError as error:
+            raise UsageError(f"--sweep {text}: {error}") from error
+        if name in spaces or name in fixed:
+            raise UsageError(f"--sweep searches {name}: say once how, and leave out {settings.flag(name)}")
+        spaces[name] = space
+    if not texts:
+        spaces = {name: some.search for name, some in known.items() if some.search and name not in fixed}
     if not spaces:
         raise UsageError(f"nothing to search: name settings of {workload_class.__name__} by --sweep NAME=A,B,C")
     defaults = workload_class().defaults
@@ -120,82 +122,65 @@ def space_of(workload_class: type[Workload], values: Mapping[str, Any], fixed: C
 
 
 @dataclass(frozen=True)
-class _Field:
+class _Setting:
     """A setting that may be searched."""
 
+    name: str
     config_class: type
-    field: dataclasses.Field[Any]
     annotation: Any
+    search: SearchSpace | None  # where it is searched unless --sweep says otherwise
 
     @property
     def type(self) -> type:
         return value_type(self.annotation)[0]
 
+    def value_of(self, text: str) -> Any:
+        """Return the value that a text stands for, checked. Raises UsageError."""
+        is_none = text == _NONE and type(None) in get_args(self.annotation)
+        try:
+            value = None if is_none else parse_text(self.type, text.strip())
+        except ValueError as error:
+            raise UsageError(f"{text!r} is no {self.type.__name__}") from error
+        return getattr(settings.build(self.config_class, {self.name: value}), self.name)
 
-def _fields_of(workload_class: type[Workload]) -> dict[str, _Field]:
-    return {
-        field.name: _Field(config_class, field, hints[field.name])
-        for config_class in (TrainConfig, workload_class.Settings)
-        for hints in [get_type_hints(config_class)]
-        for field in dataclasses.fields(config_class)
-    }
+
+def _settings_of(workload_class: type[Workload]) -> dict[str, _Setting]:
+    found = {}
+    for config_class in (TrainConfig, workload_class.Settings):
+        hints = get_type_hints(config_class)
+        for field in dataclasses.fields(config_class):
+            search = workload_class.search.get(field.name, field.metadata.get("search"))
+            found[field.name] = _Setting(field.name, config_class, hints[field.name], search)
+    return found
 
 
-def _parsed(text: str, known: Mapping[str, _Field]) -> tuple[str, SearchSpace]:
+def _parsed(text: str, known: Mapping[str, _Setting]) -> tuple[str, SearchSpace]:
     """Return the setting and the space that a text of ``--sweep`` stands for. Raises UsageError."""
     name, _, given = (part.strip() for part in text.partition("="))
     name = name.replace("-", "_")
     if not name or not given:
-        raise UsageError(f"--sweep {text}: write NAME=A,B,C, NAME=LOW:HIGH or NAME=log:LOW:HIGH")
+        raise UsageError("write NAME=A,B,C, NAME=LOW:HIGH or NAME=log:LOW:HIGH")
     if name not in known:
-        raise UsageError(f"--sweep {text}: there is no setting {name}{did_you_mean(name, known)}")
-    some = known[name]
-    if name in _OF_ALL_TRIALS or some.type is tuple:
-        raise UsageError(f"--sweep {text}: {name} is the same for all trials")
-    if ":" in given and some.type in (int, float):
-        return name, _range_of(name, text, given, some)
-    options = tuple(_value_of(name, text, option, some) for option in given.split(","))
+        raise UsageError(f"there is no setting {name}{did_you_mean(name, known)}")
+    setting = known[name]
+    if name in _OF_ALL_TRIALS or setting.type is tuple:
+        raise UsageError(f"{name} is the same for all trials")
+    if ":" in given and setting.type in (int, float):
+        is_log = given.startswith(_LOG)
+        ends = [setting.value_of(end) for end in given.removeprefix(_LOG).split(":")]
+        if len(ends) != 2 or None in ends or ends[0] > ends[1] or (is_log and ends[0] <= 0):
+            raise UsageError("a range is LOW:HIGH or log:LOW:HIGH, the latter of positive numbers")
+        return name, Range(ends[0], ends[1], log=is_log)
+    options = tuple(setting.value_of(option) for option in given.split(","))
     if len(set(options)) < len(options):
-        raise UsageError(f"--sweep {text}: values must differ")
+        raise UsageError("values must differ")
     return name, Choice(options)
-
-
-def _range_of(name: str, text: str, given: str, some: _Field) -> Range:
-    log, _, ends = given.rpartition("log:")
-    low, high = (_value_of(name, text, end, some) for end in f"{ends}:".split(":")[:2])
-    if ends.count(":") != 1 or log or low > high or (given != ends and low <= 0):
-        raise UsageError(f"--sweep {text}: a range is LOW:HIGH or log:LOW:HIGH, the latter of positive numbers")
-    return Range(low, high, log=given != ends)
-
-
-def _value_of(name: str, text: str, value: str, some: _Field) -> Any:
-    """Return the value of a setting that a text stands for, checked. Raises UsageError."""
-    is_none = value == _NONE and type(None) in get_args(some.annotation)
-    try:
-        parsed = None if is_none else parse_text(some.type, value.strip())
-    except ValueError as error:
-        raise UsageError(f"--sweep {text}: {value!r} is no {some.type.__name__}") from error
-    try:
-        return getattr(settings.build(some.config_class, {name: parsed}), name)
-    except UsageError as error:
-        raise UsageError(f"--sweep {text}: {error}") from error
-
-
-def texts_of(space: Space) -> tuple[str, ...]:
-    """Return what ``--sweep`` takes for a space."""
-
-    def text_of(some: SearchSpace) -> str:
-        if isinstance(some, Range):
-            return f"{'log:' * some.log}{some.low}:{some.high}"
-        return ",".join(_NONE if option is None else str(option) for option in some.options)
-
-    return tuple(f"{name}={text_of(some)}" for name, some in space.spaces.items())
 
 
 def propose(space: Space, sweep: SweepConfig, seed: int) -> list[Point]:
     """Return the points of a random or grid search, all at once; the same for the same settings and seed.
 
-    Raises UsageError where a grid has no trial for each choice.
+    Raises UsageError if a grid has no trial for each choice.
     """
     if sweep.search == "grid":
         return _grid(space, sweep.num_trials, seed)
@@ -226,12 +211,10 @@ def _grid(space: Space, num_trials: int, seed: int) -> list[Point]:
     if num_choices > num_trials:
         raise UsageError(f"--search grid needs a trial for each of the {num_choices} choices of {', '.join(choices)}")
     num_values = int((num_trials / num_choices) ** (1 / len(ranges)) + 1e-9) if ranges else 1
-    values = {name: _spaced(some, num_values, space.types[name]) for name, some in ranges.items()}
-    names = [*values, *choices]
-    combinations = itertools.product(*values.values(), *choices.values())
-    return list(dict.fromkeys(space.point(dict(zip(names, some, strict=True)), seed) for some in combinations))
-
-
-def _spaced(space: Range, number: int, kind: type) -> list[Any]:
-    spaced = np.geomspace if space.log else np.linspace
-    return [_rounded(float(value), kind) for value in spaced(space.low, space.high, number)]
+    values: dict[str, Collection[Any]] = {}
+    for name, some in ranges.items():
+        spaced = (np.geomspace if some.log else np.linspace)(some.low, some.high, num_values)
+        values[name] = [_rounded(float(value), space.types[name]) for value in spaced]
+    values |= choices
+    combinations = itertools.product(*values.values())
+    return list(dict.fromkeys(space.point(dict(zip(values, some, strict=True)), seed) for some in combinations))

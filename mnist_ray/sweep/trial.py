@@ -1,4 +1,4 @@
-"""One trial of a sweep: a training run whose figures go to Ray Tune."""
+"""One trial of a sweep: a training run that reports to Ray Tune."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class TrialSpec:
 
 
 def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
-    """Train one point, from its last checkpoint where it has one, and report to Tune at every checkpoint.
+    """Train one point, from its last checkpoint if it has one, and report to Tune at every checkpoint.
 
-    With several workers it is a ``TorchTrainer`` run; with one it is the same engine in this process, which Tune
-    keeps warm from trial to trial: starting workers costs more than such a trial's training.
+    With several workers it is a ``TorchTrainer`` run. With one it is the same engine in this process, which Tune keeps
+    warm from trial to trial: to start a worker costs more than such a trial's training.
 
-    Where the configuration or the code is at fault, that is reported as well: to do it again would end the same way.
-    What may go well at the next attempt is raised, and Tune makes it.
+    If the configuration or the code is at fault, that is reported, too: another attempt would end the same way. What
+    may go well at the next attempt is raised, and Tune makes it.
     """
     point = Point(tuple((name, value) for name, value in tune_config.items() if name != "seed"), tune_config["seed"])
     job = spec.job.with_values({**point.values, "seed": point.seed})
@@ -55,17 +55,17 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
         if spec.plan.num_workers > 1:
             train_on_workers(job, spec)
         else:
-            _train_here(job, spec)
+            loop_spec = LoopSpec(job=job, train=spec.train, validation=spec.validation)
+            group = Group(device=torch.device("cuda" if spec.plan.use_gpu else "cpu"))
+            train_worker(loop_spec, group, TuneReporter, spec.plan.cpus_per_worker)
+        return
     except (CodeFailedError, TrainingStoppedError, TrainingDivergedError, checkpoints.OtherModelError) as error:
-        _report_failure(job, f"{type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}"
     except PASSING:
         raise
     except Exception as error:
-        _report_failure(job, with_place(error, *folders_of(job.callback, job.workload.source)))
-
-
-def _report_failure(job: Job, reason: str) -> None:
-    """Tell Tune that a trial has failed, which its scheduler takes for the worst."""
+        reason = with_place(error, *folders_of(job.callback, job.workload.source))
+    # The scheduler takes NaN for the worst.
     tune.report({f"val_{job.workload.monitor.name}": math.nan, "reason": reason})
 
 
@@ -83,12 +83,6 @@ def train_on_workers(job: Job, spec: TrialSpec) -> None:
         raise TrainingStoppedError(result.return_value)
 
 
-def _train_here(job: Job, spec: TrialSpec) -> None:
-    loop_spec = LoopSpec(job=job, train=spec.train, validation=spec.validation)
-    group = Group(device=torch.device("cuda" if spec.plan.use_gpu else "cpu"))
-    train_worker(loop_spec, group, TuneReporter, spec.plan.cpus_per_worker)
-
-
 class TuneReporter(Reporter):
     """Saves and validates at every checkpoint, and reports to Tune, which may end the trial then."""
 
@@ -98,7 +92,7 @@ class TuneReporter(Reporter):
             tune.report(restored.metrics)
 
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
-        """Write a checkpoint, then remove those before it, so that at any time a whole one is there; and report."""
+        """Write a checkpoint, then remove those before it, so that a whole one is always there; and report."""
         faulthandler.cancel_dump_traceback_later()  # what Tune takes its time for is no hang
         metrics = self.measured(state, progress)
         run, name = self._job.run, self.save(state, metrics)

@@ -1,10 +1,8 @@
-"""What came of a sweep's trials, and which configuration is the best. No Ray here."""
+"""The table of a sweep's trials, and which configuration is the best. No Ray here."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import math
 import statistics
 from collections.abc import Iterable
@@ -13,40 +11,40 @@ from typing import Any
 
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import format_value, in_words
-from mnist_ray.report.csv_files import read_csv
+from mnist_ray.report.csv_files import csv_text, read_csv
 from mnist_ray.settings import Choice
 from mnist_ray.storage import TRIALS_FILE, RunFolder
 from mnist_ray.sweep.space import Point, Space
 from mnist_ray.workload.base import Workload
 
 DONE, STOPPED, FAILED, LOST, RUNNING = "done", "stopped early", "failed", "lost", "running"
-ENDED = (DONE, STOPPED, FAILED)  # what a resumed sweep leaves alone; the others go on, from their checkpoints
+ENDED = (DONE, STOPPED, FAILED)  # a resumed sweep leaves them alone; the others go on from their checkpoints
 
 
 @dataclass
 class TrialRecord:
-    """What is known of one trial; a row of sweep.csv."""
+    """A trial; a row of sweep.csv."""
 
     trial: int  # counted from 1, in the order of starting
     point: Point
     state: str = RUNNING
     epochs: float = 0.0  # epochs trained; a fraction within one
-    val_monitor: float = math.nan  # what the workload chooses by, on the validation set
+    val_monitor: float = math.nan  # the workload's monitor on the validation set
     val_loss: float = math.nan
     train_loss: float = math.nan
     rate: float = math.nan  # examples per second of training
     train_s: float = 0.0  # seconds of training, without validation
-    reports: str = ""  # what it has reported, as `EPOCHS:CRITERION` each: a scheduler compares trials by it
-    reason: str = ""  # why it failed, or was lost: its processes have died too often
+    reports: str = ""  # `EPOCHS:MONITOR` for each report: a scheduler compares trials by them
+    reason: str = ""  # why it failed, or was lost
 
     def report(self, epochs: float, monitor: float) -> None:
-        """Note what it has reported; of a trial that goes on from its checkpoint, what it reports again replaces it."""
+        """Add a report. A trial that goes on from its checkpoint may report the same epochs again."""
         known = [pair for pair in self.reported if pair[0] < epochs]
         self.reports = " ".join(f"{at:g}:{value:.9g}" for at, value in [*known, (epochs, monitor)])
 
     @property
     def reported(self) -> list[tuple[float, float]]:
-        """What it has reported: epochs, and the monitor then. Raises ValueError where that is damaged."""
+        """The epochs and the monitor of each report. Raises ValueError if they are damaged."""
         pairs = [pair.split(":") for pair in self.reports.split()]
         return [(float(epochs), float(monitor)) for epochs, monitor in pairs]
 
@@ -84,7 +82,7 @@ class Best:
 
     @property
     def seeds_text(self) -> str:
-        """Of which seeds the means are, for people."""
+        """The seeds that the means are over."""
         number = len(self.records)
         return f"mean of {number} seeds" if number > 1 else f"seed {self.records[0].point.seed}"
 
@@ -100,43 +98,43 @@ class TrialTable:
 
     def start(self, point: Point) -> TrialRecord:
         """Return the record of a point whose trial starts, or starts again."""
-        if point not in self.by_point:
-            self.by_point[point] = TrialRecord(len(self.by_point) + 1, point)
-        record = self.by_point[point]
+        record = self.by_point.setdefault(point, TrialRecord(len(self.by_point) + 1, point))
         record.state, record.reason = RUNNING, ""
         return record
 
-    def is_finished(self, point: Point) -> bool:
-        """Whether a point's trial has ended, and is not to be repeated."""
-        return point in self.by_point and self.by_point[point].is_finished
+    def plan(self, points: list[Point]) -> list[Point]:
+        """Count points among those that are going to be tried; return those that are not finished yet."""
+        self.num_planned = max(self.num_planned, len(self.by_point.keys() | set(points)))
+        finished = {record.point for record in self.finished()}
+        return [point for point in points if point not in finished]
+
+    def finished(self) -> list[TrialRecord]:
+        """Return the records of the trials that a resumed sweep does not repeat."""
+        return [record for record in self.by_point.values() if record.is_finished]
+
+    def count(self, *states: str) -> int:
+        """Count the trials in one of the states."""
+        return sum(record.state in states for record in self.by_point.values())
 
     def worth(self, trials: TrialRecord | Best) -> tuple[float, float]:
-        """Return by what trials are ranked: what the workload chooses by, then loss; more is better."""
+        """Return what trials are ranked by, more is better: the workload's monitor, then the loss."""
         sign = 1 if self.workload.monitor.mode == "max" else -1
         return sign * trials.val_monitor, -trials.val_loss
 
-    def rank(self, records: Iterable[TrialRecord]) -> list[TrialRecord]:
-        """Return records, the best first; those that were not validated, or failed, last."""
-        records = list(records)
-        known = [record for record in records if record.is_validated]
-        unknown = [record for record in records if not record.is_validated]
-        return sorted(known, key=self.worth, reverse=True) + unknown
-
     @property
     def ranked(self) -> list[TrialRecord]:
-        """All records, the best first."""
-        return self.rank(self.by_point.values())
+        """All records, the best first; those that failed or were not validated last."""
+        validated = [record for record in self.by_point.values() if record.is_validated]
+        others = [record for record in self.by_point.values() if not record.is_validated]
+        return sorted(validated, key=self.worth, reverse=True) + others
 
     @property
     def best(self) -> Best | None:
-        """The best configuration so far; None before the first validation.
+        """The best configuration so far, by the mean over its seeds; None before the first validation."""
+        return self._best_of(self.by_point.values())
 
-        What was tried with more seeds comes first, then the mean over the seeds decides.
-        """
-        return self.best_of(self.by_point.values())
-
-    def best_of(self, records: Iterable[TrialRecord]) -> Best | None:
-        """Return the best configuration of some records."""
+    def _best_of(self, records: Iterable[TrialRecord]) -> Best | None:
+        """Return the best configuration of some records: those with more seeds come first."""
         by_configuration: dict[Any, list[TrialRecord]] = {}
         for record in records:
             if record.is_validated:
@@ -145,7 +143,7 @@ class TrialTable:
         return max(candidates, key=lambda best: (len(best.records), *self.worth(best)), default=None)
 
     def confirmations(self, sweep: SweepConfig, seed: int) -> list[Point]:
-        """Return the best configurations with two more seeds each, the default among them where it was tried.
+        """Return the best configurations with two more seeds each, the default among them if it was tried.
 
         Good configurations differ by less than one run's validation does from seed to seed; the best of many single
         runs is mostly the luckiest.
@@ -158,73 +156,60 @@ class TrialTable:
         return [dataclasses.replace(point, seed=seed + more) for more in (1, 2) for point in chosen]
 
     def contenders(self, sweep: SweepConfig, seed: int) -> set[Point]:
-        """Return the points that belong to configurations which may come out as the best, as things stand."""
-        best = self.best_of(record for record in self.by_point.values() if record.is_finished)
+        """Return the points of the configurations that may still come out as the best."""
+        best = self._best_of(self.finished())
         leading = [*self.confirmations(sweep, seed), *(record.point for record in (best.records if best else ()))]
         configurations = {point.configuration for point in leading}
         return {point for point in self.by_point if point.configuration in configurations}
 
-    def count(self, *states: str) -> int:
-        """Count the trials in one of the states."""
-        return sum(record.state in states for record in self.by_point.values())
-
     @property
     def columns(self) -> dict[str, str]:
-        """The columns of sweep.csv that are no searched settings: column to field of ``TrialRecord``."""
-        return {
-            "state": "state",
-            "epochs": "epochs",
-            f"val_{self.workload.monitor.name}": "val_monitor",
-            "val_loss": "val_loss",
-            "train_loss": "train_loss",
-            self.workload.rate: "rate",
-            "train_s": "train_s",
-            "reports": "reports",
-            "reason": "reason",
-        }
+        """The columns of sweep.csv that are no searched settings, by the fields of ``TrialRecord``."""
+        names = [field.name for field in dataclasses.fields(TrialRecord) if field.name not in ("trial", "point")]
+        named_by_workload = {"val_monitor": f"val_{self.workload.monitor.name}", "rate": self.workload.rate}
+        return {name: named_by_workload.get(name, name) for name in names}
+
+    def outcome(self, record: TrialRecord) -> dict[str, Any]:
+        """Return the results of a trial, by the columns of sweep.csv."""
+        return {column: getattr(record, name) for name, column in self.columns.items()}
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """What sweep.csv holds: a row per trial in the order of starting."""
+        """The rows of sweep.csv, one per trial in the order of starting."""
         return [
             {"trial": record.trial, **record.point.values, "seed": record.point.seed, **self.outcome(record)}
             for record in self.by_point.values()
         ]
 
-    def outcome(self, record: TrialRecord) -> dict[str, Any]:
-        """Return what has come of a trial, by the columns of sweep.csv."""
-        return {column: getattr(record, name) for column, name in self.columns.items()}
+    @property
+    def _all_columns(self) -> list[str]:
+        return ["trial", *self.space.spaces, "seed", *dict.fromkeys(self.columns.values())]
 
     def to_csv(self) -> str:
         """Return sweep.csv."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, ["trial", *self.space.spaces, "seed", *self.columns], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        return text.getvalue()
+        return csv_text(self._all_columns, self.rows, has_header=True)
 
     def read(self, run: RunFolder) -> TrialTable:
-        """Return the table that a sweep has written, an empty one where it has not. Raises DamagedFileError."""
+        """Return the table that a sweep has written, an empty one if it has written none. Raises DamagedFileError."""
         try:
-            columns = ["trial", *self.space.spaces, "seed", *self.columns]
-            records = [self._record(row) for row in read_csv(run, TRIALS_FILE, columns)]
+            records = [self._record(row) for row in read_csv(run, TRIALS_FILE, self._all_columns)]
         except (ValueError, TypeError) as error:
             raise run.damaged(TRIALS_FILE, error) from error
         return TrialTable(type(self.workload), self.space, records)
 
     def _record(self, row: dict[str, str]) -> TrialRecord:
-        values: dict[str, Any] = {
-            name: row.get(column, "") if name in ("state", "reports", "reason") else float(row[column])
-            for column, name in self.columns.items()
-        }
         point = self.space.point(row, int(row["seed"]))
+        values: dict[str, Any] = {
+            name: row[column] if name in ("state", "reports", "reason") else float(row[column])
+            for name, column in self.columns.items()
+        }
+        record = TrialRecord(int(row["trial"]), point, **values)
+        _ = record.reported  # else a damaged one would only fail later
+        if record.state not in (*ENDED, LOST, RUNNING):
+            raise ValueError(f"{record.state!r:.40} is no state of a trial")
         for name, space in self.space.spaces.items():
             if isinstance(space, Choice) and point.values[name] not in space.options:
                 raise ValueError(f"{in_words(name)} {point.values[name]} is none of the sweep's")
-        if values["state"] not in (*ENDED, LOST, RUNNING):
-            raise ValueError(f"{values['state']!r:.40} is no state of a trial")
-        record = TrialRecord(int(row["trial"]), point, **values)
-        _ = record.reported  # else a damaged one would only fail later
         return record
 
     @property
@@ -234,12 +219,12 @@ class TrialTable:
         return ("trial", *searched, "seed", "epochs", self.workload.monitor.name, f"{self.workload.nouns}/s", "state")
 
     def console_row(self, record: TrialRecord, num_epochs: int) -> tuple[str, ...]:
-        """Return what a person reads of a trial, in the order of ``console_columns``."""
+        """Return a trial's row under ``console_columns``."""
         return (
             str(record.trial),
             *map(format_value, record.point.values.values()),
             str(record.point.seed),
-            f"{record.epochs:.3g}/{record.point.values.get('num_epochs', num_epochs)}",
+            f"{record.epochs:.3g}/{num_epochs}",
             self.workload.monitor.format(record.val_monitor),
             "-" if math.isnan(record.rate) else f"{record.rate:,.0f}",
             record.state + (f": {record.reason}" if record.reason else ""),

@@ -1,8 +1,10 @@
 import csv
 import dataclasses
+import itertools
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,8 @@ def test_a_resumed_run_keeps_the_epochs_that_it_does_not_repeat(tmp_path: Path) 
     for event in (started(0), finished(1), validated(1, 0.25, 0.5), finished(2)):
         first.add(event)
     again = History(locate(str(tmp_path), "run"), mnist())
-    again.add(started(1))
+    again.add(dataclasses.replace(started(1), num_workers=3))
+    assert again.num_workers == 3
     assert [row["epoch"] for row in again.rows.values()] == ["1"]
     again.add(finished(2))
     assert [(row["epoch"], row["val_loss"]) for row in rows(tmp_path)] == [("1", "0.25"), ("2", "")]
@@ -58,18 +61,7 @@ def test_a_resumed_run_keeps_the_epochs_that_it_does_not_repeat(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "content",
-    [
-        "",
-        "epoch\n1,2\n",
-        "epoch,train_loss\n1\n",
-        "epoch,train_loss\n1,x\n",
-        "epoch,train_loss\n0,1\n",
-        "epoch,train_loss\n1.5,1\n",
-        "epoch,train_loss\nnan,1\n",
-        "epoch,train_loss\n1,\0\n",
-        "train_loss\n1\n",
-        'epoch,train_loss\n1,"2',
-    ],
+    ["", "train_loss\n1\n", "epoch,train_loss\n1\n", "epoch,train_loss\n1,x\n", "epoch,train_loss\n1.5,1\n"],
 )
 def test_damaged_figures_are_told_of_and_begun_anew(tmp_path: Path, content: str) -> None:
     run, notes = locate(str(tmp_path), "run"), list[str]()
@@ -84,25 +76,10 @@ def test_a_run_goes_on_whose_workload_has_other_metrics_now(tmp_path: Path) -> N
     run = locate(str(tmp_path), "run")
     run.write_text("metrics.csv", "epoch,train_loss,train_f1,epoch_s\n1,0.25,0.5,2.0\n")
     history = History(run, mnist())
-    history.add(finished(2))
-    assert [(row["train_loss"], row["train_accuracy"]) for row in rows(tmp_path)] == [("0.25", ""), ("0.5", "0.9")]
-    assert history.mean_rate() == 50.0
-
-
-def test_the_number_of_workers_is_the_last_attempts(tmp_path: Path) -> None:
-    history = History(locate(str(tmp_path), "run"), mnist())
-    for num_workers in (4, 3):
-        history.add(dataclasses.replace(started(0), num_workers=num_workers))
-    assert history.num_workers == 3
-
-
-def test_the_mean_rate_is_of_the_epochs_that_were_told_of_before_a_kill(tmp_path: Path) -> None:
-    history = History(locate(str(tmp_path), "run"), mnist())
-    history.add(validated(1, 0.25, 0.5))
     assert history.mean_rate() is None
     history.add(finished(2))
-    again = History(locate(str(tmp_path), "run"), mnist())
-    assert again.mean_rate() == 50.0
+    assert [(row["train_loss"], row["train_accuracy"]) for row in rows(tmp_path)] == [("0.25", ""), ("0.5", "0.9")]
+    assert history.mean_rate() == History(run, mnist()).mean_rate() == 50.0
 
 
 # --- steps.csv
@@ -137,17 +114,25 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
-def test_steps_are_appended_to_what_is_there(tmp_path: Path, written: Counter[str]) -> None:
-    run, deadline = locate(str(tmp_path), "run"), time.monotonic() + 60
-    history, step = History(run, mnist()), 0
-    while written["append_text"] < 3:
-        assert time.monotonic() < deadline
-        step += 1
+def add_steps_until(history: History, is_reached: Callable[[], bool]) -> int:
+    """Add steps from the first on; return the last."""
+    deadline = time.monotonic() + 60
+    for step in itertools.count(1):
         history.add(progress(step))
         time.sleep(0.001)
+        if is_reached():
+            return step
+        assert time.monotonic() < deadline
+    raise AssertionError
+
+
+def test_steps_are_appended_to_what_is_there(tmp_path: Path, written: Counter[str]) -> None:
+    run = locate(str(tmp_path), "run")
+    history = History(run, mnist())
+    last = add_steps_until(history, lambda: written["append_text"] >= 3)
     assert written["write_text"] == 1
     history.flush()
-    assert steps_of(run) == list(range(1, step + 1))
+    assert steps_of(run) == list(range(1, last + 1))
     assert written["write_text"] == 2
 
 
@@ -189,24 +174,17 @@ def test_steps_are_written_by_a_thread_that_holds_up_no_event(
 def test_steps_that_could_not_be_appended_are_written_with_the_next(
     tmp_path: Path, written: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, deadline = locate(str(tmp_path), "run"), time.monotonic() + 60
-    history = History(run, mnist())
-    history.add(progress(1))
-    while not run.exists("steps.csv"):
-        assert time.monotonic() < deadline
+    run, failed = locate(str(tmp_path), "run"), list[str]()
 
     def write_a_part(run: RunFolder, file_name: str, text: str) -> None:
         with (tmp_path / "run" / file_name).open("a") as file:
             file.write(text[:3])
+        failed.append(text)
         raise JobError("the disk is full")
 
     monkeypatch.setattr(RunFolder, "append_text", write_a_part)
-    step = 1
-    while steps_of(run)[:4] != [1, 2, 3, 4]:
-        assert time.monotonic() < deadline
-        step += 1
-        history.add(progress(step))
-        time.sleep(0.001)
+    add_steps_until(History(run, mnist()), lambda: bool(failed) and written["write_text"] >= 2)
+    assert steps_of(run)[:2] == [1, 2]
 
 
 def test_a_resumed_run_keeps_the_steps_that_it_does_not_repeat(tmp_path: Path) -> None:

@@ -27,77 +27,65 @@ def run(tmp_path: Path) -> RunFolder:
     return locate(str(tmp_path), "a-run")
 
 
-def claim_of(run: RunFolder, owner: Owner) -> Path:
+def claim_of(run: RunFolder, owner: Owner, renewed: int = 0) -> Path:
     """Let another own a run."""
     path = Path(run.storage_path) / lease.file_of(run)
-    path.write_text(json.dumps(asdict(owner)))
-    return path
+    changed = path.with_name("changed")
+    changed.write_text(json.dumps({**asdict(owner), "renewed": renewed}))
+    return changed.rename(path)
 
 
 def claims(run: RunFolder) -> list[Path]:
     return list(Path(run.storage_path).glob(".*.owner"))
 
 
-def test_a_run_that_another_job_owns_is_refused_and_free_again_afterwards(run: RunFolder) -> None:
+def assert_taken(run: RunFolder) -> None:
+    """Own a run whose file another job has left."""
+    with owned(run):
+        assert json.loads(claims(run)[0].read_text())["pid"] == os.getpid()
+
+
+def test_a_run_that_another_job_owns_is_refused_and_free_again_afterwards(run: RunFolder, tmp_path: Path) -> None:
     with (
         owned(run),
         pytest.raises(UsageError, match=r"a-run is in use by another job: process \d+ on this machine"),
         owned(run),
     ):
         pass
-    with owned(run):
-        assert len(claims(run)) == 1
-    assert not any(Path(run.storage_path).iterdir())
-
-
-def test_runs_of_other_names_are_free(run: RunFolder, tmp_path: Path) -> None:
     with owned(run), owned(locate(str(tmp_path), "a-run2")), owned(locate(str(tmp_path), "a")):
         assert len(claims(run)) == 3
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_claim_of_a_process_that_has_died_here_is_taken_at_once(run: RunFolder) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    left = claim_of(run, replace(this_process(), pid=dead.pid))
-    with owned(run):
-        assert json.loads(left.read_text())["pid"] == os.getpid()
+    claim_of(run, replace(this_process(), pid=dead.pid))
+    assert_taken(run)
+    claim_of(run, replace(this_process(), started=1.0))  # another process has its id by now
+    assert_taken(run)
 
 
 def test_the_claim_of_a_process_that_has_died_here_and_was_not_waited_for_is_taken_at_once(run: RunFolder) -> None:
     with psutil.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as dead:
-        left = claim_of(run, replace(this_process(), pid=dead.pid, started=dead.create_time()))
+        claim_of(run, replace(this_process(), pid=dead.pid, started=dead.create_time()))
         with pytest.raises(UsageError, match="in use"), owned(run):
             pass
         dead.kill()
         os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
-        with owned(run):
-            assert json.loads(left.read_text())["pid"] == os.getpid()
+        assert_taken(run)
 
 
-def test_the_claim_of_a_process_whose_id_another_has_now_is_taken_at_once(run: RunFolder) -> None:
-    left = claim_of(run, replace(this_process(), started=1.0))
-    with owned(run):
-        assert json.loads(left.read_text())["pid"] == os.getpid()
-
-
-OF_ANOTHER_SHAPE = [
-    json.dumps(asdict(this_process()) | wrong).encode()
-    for wrong in ({"pid": "4711"}, {"pid": -1}, {"pid": 10**30}, {"started": "noon"}, {"host": 5})
-]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [json.dumps(asdict(ELSEWHERE)).encode(), b"", b"[]", b'{"host": 1}', b"\xff", b"[" * 100_000, *OF_ANOTHER_SHAPE],
-)
+@pytest.mark.parametrize("content", [None, b"", b"[]", b'{"host": 1}', b"\xff"])
 def test_a_claim_from_elsewhere_that_does_not_change_is_taken_after_a_time(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch, content: bytes
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, content: bytes | None
 ) -> None:
-    monkeypatch.setattr(lease, "EXPIRES_AFTER_S", 0.5)
+    monkeypatch.setattr(lease, "EXPIRES_AFTER_S", 0.3)
     left = claim_of(run, ELSEWHERE)
-    left.write_bytes(content)
+    if content is not None:
+        left.write_bytes(content)
     waited: list[str] = []
-    with owned(run, waiting=waited.append):
+    with owned(run, waited.append):
         assert json.loads(left.read_text())["pid"] == os.getpid()
     assert waited
 
@@ -105,25 +93,13 @@ def test_a_claim_from_elsewhere_that_does_not_change_is_taken_after_a_time(
 def test_a_claim_from_elsewhere_that_changes_is_respected_whatever_its_clock_says(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def renew(text: str) -> None:
+        claim_of(run, ELSEWHERE, renewed=1)
+
     monkeypatch.setattr(lease, "EXPIRES_AFTER_S", 60)
-    stop, other = threading.Event(), claim_of(run, ELSEWHERE)
-
-    def renew() -> None:
-        number = 0
-        while not stop.wait(0.05):
-            number += 1
-            changed = other.with_name("changed")
-            changed.write_text(json.dumps(asdict(replace(ELSEWHERE, renewed=number))))
-            changed.rename(other)
-
-    thread = threading.Thread(target=renew)
-    thread.start()
-    try:
-        with pytest.raises(UsageError, match="in use by another job: process 7 on other-host"), owned(run):
-            pass
-    finally:
-        stop.set()
-        thread.join()
+    claim_of(run, ELSEWHERE)
+    with pytest.raises(UsageError, match="in use by another job: process 7 on other-host"), owned(run, renew):
+        pass
 
 
 def test_an_owner_that_finds_another_in_its_place_ends(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,17 +119,14 @@ def test_an_owner_that_finds_another_in_its_place_ends(run: RunFolder, monkeypat
     assert "was taken over by process 7 on other-host" in str(ended[0])
 
 
-@pytest.mark.parametrize("content", OF_ANOTHER_SHAPE)
-def test_an_owner_goes_on_renewing_over_a_file_of_another_shape(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch, content: bytes
-) -> None:
+def test_an_owner_goes_on_renewing_over_a_damaged_file(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.05)
     monkeypatch.setattr(lease, "end_with", pytest.fail)
     with owned(run):
         (own,) = claims(run)
-        own.write_bytes(content)
+        own.write_bytes(b"[]")
         deadline = time.monotonic() + 30
-        while own.read_bytes() == content or not own.read_text().startswith('{"host": "' + this_process().host):
+        while own.read_bytes() == b"[]" or json.loads(own.read_text())["pid"] != os.getpid():
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
@@ -170,15 +143,6 @@ def test_on_an_object_store_the_job_that_has_written_last_owns_the_run(
     monkeypatch.setattr("mnist_ray.run.lease.time.sleep", lambda seconds: None)
     with owned(on_store):
         assert len(claims(run)) == 1
-    assert claims(run) == []
-
-
-def test_what_is_checked_once_a_run_is_owned_may_refuse_it_and_frees_it(run: RunFolder) -> None:
-    def refuse() -> None:
-        raise UsageError("exists already")
-
-    with pytest.raises(UsageError, match="exists already"), owned(run, refuse):
-        pass
     assert claims(run) == []
 
 
