@@ -13,43 +13,38 @@ from mnist_ray.storage import RunFolder
 METRICS_FILE, STEPS_FILE, PREDICTIONS_FILE = "metrics.csv", "steps.csv", "predictions.csv"
 
 
-def read_steps(run: RunFolder) -> list[dict[str, str]]:
-    """Return the rows of steps.csv, without one at its end that is not whole: one is being written, or a kill came.
-
-    Raises DamagedFileError.
-    """
-    return read_figures(run, STEPS_FILE, "step", "epoch", is_appended=True)
-
-
 def read_csv(
     run: RunFolder, file_name: str, columns: Iterable[str] = (), *, is_appended: bool = False
 ) -> list[dict[str, str]]:
-    """Return the rows of a file in a run's folder; none where there is no such file.
+    """Return the rows of a file in a run's folder; none if there is no such file.
 
-    ``is_appended``: its last line may not be whole, and is left out then. Raises DamagedFileError where it is no CSV,
-    or has none of the columns that it must have.
+    ``is_appended``: its last line may be incomplete, since it is being written or a kill came; it is left out then.
+    Raises DamagedFileError if the file is no CSV, or lacks one of ``columns``.
     """
     text = run.read_text(file_name)
     if text is None:
         return []
-    if is_appended:
-        text = text[: text.rfind("\n") + 1]
-    reader = csv.DictReader(io.StringIO(text), strict=True)
+    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1] if is_appended else text), strict=True)
     try:
         rows = list(reader)
     except csv.Error as error:
         raise run.damaged(file_name, error) from error
-    lacking = [name for name in columns if name not in (reader.fieldnames or ())]
-    if lacking or not reader.fieldnames:
-        raise run.damaged(file_name, f"it has no column {lacking[0]}" if lacking else "it is empty")
-    for row in rows:
-        if None in row or None in row.values():  # of a row with more values than columns, or fewer
-            raise run.damaged(file_name, f"a row has not {len(reader.fieldnames)} values")
+    names = reader.fieldnames or ()
+    for column in columns:
+        if column not in names:
+            raise run.damaged(file_name, f"it has no column {column}")
+    if any(None in row or None in row.values() for row in rows):  # of a row with more values than columns, or fewer
+        raise run.damaged(file_name, f"a row has not {len(names)} values")
     return rows
 
 
+def read_steps(run: RunFolder) -> list[dict[str, str]]:
+    """Return the rows of steps.csv. Raises DamagedFileError."""
+    return read_figures(run, STEPS_FILE, "step", "epoch", is_appended=True)
+
+
 def read_figures(run: RunFolder, file_name: str, *places: str, is_appended: bool = False) -> list[dict[str, str]]:
-    """Return the rows of a file of numbers, of which some may not be there.
+    """Return the rows of a file of numbers, some of which may be missing.
 
     ``places`` are columns that say where in the training a row belongs; the first counts. Raises DamagedFileError.
     """
@@ -64,7 +59,7 @@ def read_figures(run: RunFolder, file_name: str, *places: str, is_appended: bool
 
 
 def numbers_of(rows: Iterable[Mapping[str, str]]) -> list[dict[str, float]]:
-    """Return rows of texts as numbers; NaN where a figure is not there. Raises ValueError for what is no number."""
+    """Return rows of texts as numbers, NaN for an empty text. Raises ValueError."""
     return [{name: float(value) if value else math.nan for name, value in row.items()} for row in rows]
 
 
@@ -74,7 +69,7 @@ def write_csv(run: RunFolder, file_name: str, columns: Sequence[str], rows: Iter
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, has_header: bool = False) -> str:
-    """Return rows as lines of a CSV file, without what they have besides ``columns``: metrics that there were."""
+    """Return rows as lines of a CSV file, without values that are in no column."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     if has_header:
