@@ -12,8 +12,8 @@ import jinja2
 
 from mnist_ray.errors import UsageError, count, masked, with_place
 from mnist_ray.report import curves
-from mnist_ray.report.csv_files import METRICS_FILE, PREDICTIONS_FILE, numbers_of, read_csv, read_figures, read_steps
 from mnist_ray.report.curves import Curve
+from mnist_ray.report.run_files import METRICS_FILE, PREDICTIONS_FILE, numbers_of, read_csv, read_figures, read_steps
 from mnist_ray.storage import (
     CONFIG_FILE,
     OPERATORS_FILE,

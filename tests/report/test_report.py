@@ -18,8 +18,8 @@ from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist import idx
 from mnist_ray.report import page
 from mnist_ray.report.compare import compare
-from mnist_ray.report.csv_files import read_csv
 from mnist_ray.report.page import RunRecord
+from mnist_ray.report.run_files import read_csv
 from mnist_ray.run.history import History, write_predictions
 from mnist_ray.settings import json_lines, values_of
 from mnist_ray.storage import RunFolder, locate
