@@ -98,14 +98,15 @@ def report() -> None:
     storage_path, reference = build(LookupConfig, given).storage_path, given.get("workload")
     runs = [find_run(run, storage_path) for run in given["runs"] or [None]]
 
-    from mnist_ray.tools import pages
+    from mnist_ray.report import page
+    from mnist_ray.sweep.picture import sections
 
     if len(runs) > 1:
-        pages.compare(runs, reference, storage_path, given.get("output", "comparison.html"))
+        page.compare(runs, reference, storage_path, given.get("output", "comparison.html"))
     elif "output" in given:
         raise UsageError("--output is for the page of several runs; that of one is in the run's folder")
     else:
-        pages.write_again(runs[0], reference, storage_path)
+        page.write_again(runs[0], reference, storage_path, sections)
 
 
 def export() -> None:

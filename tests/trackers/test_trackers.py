@@ -16,7 +16,6 @@ from pyarrow import fs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnist_ray.config import OutputConfig, TrainConfig
-from mnist_ray.report import curves
 from mnist_ray.run.find import find
 from mnist_ray.settings import values_of
 from mnist_ray.storage import ORIGIN_FILE, RunFolder, locate
@@ -24,9 +23,10 @@ from mnist_ray.trackers import Ending, Tracker, start
 from mnist_ray.trackers.mlflow import MLFLOW_USER
 from mnist_ray.trackers.start import Trackers
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, TrialEnded, Validated
+from mnist_ray.workload import figures
 from tests.conftest import mnist
 
-PICTURE = curves.seconds({"start": 1.0})
+PICTURE = figures.seconds({"start": 1.0})
 RESULT = {"test_accuracy": 0.875, "test_loss": 0.5, "images_per_s": 100.0}
 
 
