@@ -21,7 +21,7 @@ from mnist_ray.cluster import environment
 from mnist_ray.cluster.forking.starting import prepared_forking
 from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.report.csv_files import METRICS_FILE, numbers_of, read_figures, read_steps
+from mnist_ray.report.run_files import METRICS_FILE, numbers_of, read_figures, read_steps
 from mnist_ray.run.job import Job, read_job
 from mnist_ray.run.lookup import find_checkpoint
 from mnist_ray.run.train import train as train_job

@@ -18,10 +18,11 @@ from mnist_ray.cluster import environment
 from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig, PredictionConfig, ViewConfig
 from mnist_ray.errors import PROGRAM, JobError, UsageError, print_whatever_it_is, say
 from mnist_ray.flags import UNSET, Parser, peek
-from mnist_ray.run.job import read_job
+from mnist_ray.run.job import read_job, way_on
 from mnist_ray.run.lookup import class_of, find_checkpoint, find_run
 from mnist_ray.run.train import train as train_job
 from mnist_ray.settings import build, names_of
+from mnist_ray.storage import TRIALS_FILE
 from mnist_ray.sweep.options import read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.workload import source
@@ -82,14 +83,16 @@ def report() -> None:
     storage_path, reference = build(LookupConfig, given).storage_path, given.get("workload")
     runs = [find_run(run, storage_path) for run in given["runs"] or [None]]
 
-    from mnist_ray.tools import pages
+    from mnist_ray.report import page
+    from mnist_ray.sweep.picture import sections
 
     if len(runs) > 1:
-        pages.compare(runs, reference, storage_path, given.get("output", "comparison.html"))
+        page.compare(runs, reference, storage_path, given.get("output", "comparison.html"))
     elif "output" in given:
         raise UsageError("--output is for the page of several runs; that of one is in the run's folder")
     else:
-        pages.write_again(runs[0], reference, storage_path)
+        resume_with = way_on("tune" if runs[0].exists(TRIALS_FILE) else "train", runs[0])
+        page.write_again(runs[0], reference, storage_path, sections, resume_with)
 
 
 def export() -> None:

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jinja2
 
-from mnist_ray.errors import UsageError, count, masked, with_place
-from mnist_ray.report import curves
-from mnist_ray.report.csv_files import METRICS_FILE, PREDICTIONS_FILE, numbers_of, read_csv, read_figures, read_steps
-from mnist_ray.report.curves import Curve
-from mnist_ray.storage import (
-    CONFIG_FILE,
-    OPERATORS_FILE,
-    ORIGIN_FILE,
-    REPORT_FILE,
-    RESULT_FILE,
-    RunFolder,
-    Warn,
-    unless_damaged,
-)
-from mnist_ray.workload.base import Metric, Workload
+from mnist_ray.errors import JobError, UsageError, count, masked, say, with_place
+from mnist_ray.report.run_files import RunRecord, workload_of
+from mnist_ray.settings import path_of
+from mnist_ray.storage import OPERATORS_FILE, REPORT_FILE, RunFolder, write_file
+from mnist_ray.workload import figures
+from mnist_ray.workload.base import LOSS, Metric, Workload
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.figures import Picture, Table
+from mnist_ray.workload.figures import Curve, Picture, Table
+from mnist_ray.workload.source import load_data
 
 T = TypeVar("T", Picture, Table)
 PICTURES_FOLDER = "pictures"
 _REFRESH_S = 10
+_TRAINING = {"color": "C0", "linewidth": 1}
+_VALIDATION = {"color": "C1", "marker": "o", "linestyle": "--"}
 
 
 @dataclass(frozen=True)
@@ -39,55 +33,10 @@ class Sections:
 
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
-    notes: Sequence[str] = ()  # what the user is to know of them
+    notes: Sequence[str] = ()  # for the user
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """What a run's folder tells of it."""
-
-    run: RunFolder
-    workload: Workload
-    config: dict[str, Any]
-    origin: dict[str, Any]  # versions, command line, commit
-    epochs: list[dict[str, float]]  # rows of metrics.csv; NaN where a figure is not there (yet)
-    steps: list[dict[str, float]]  # rows of steps.csv
-    result: dict[str, Any] | None  # none where the run has not finished
-    predictions: list[dict[str, str]]  # rows of predictions.csv; none where the run has not finished
-    notes: Sequence[str] = ()  # which of the files are damaged, and so left out
-
-    @classmethod
-    def read(cls, run: RunFolder, workload: Workload) -> RunRecord:
-        """Read a run's files. Raises UsageError where it has no settings, JobError where these are damaged."""
-        config, notes = settings_of(run), list[str]()
-        result = unless_damaged(lambda: _checked_result(run, workload, notes.append), notes.append)
-        return cls(
-            run,
-            workload,
-            config,
-            run.read_json(ORIGIN_FILE, notes.append) or {},
-            numbers_of(unless_damaged(lambda: read_figures(run, METRICS_FILE, "epoch"), notes.append) or []),
-            numbers_of(unless_damaged(lambda: read_steps(run), notes.append) or []),
-            result,
-            unless_damaged(lambda: _checked_predictions(run, workload, result), notes.append) or [],
-            notes,
-        )
-
-    def column(self, name: str) -> list[float]:
-        """Return a column of metrics.csv; NaN where it has none of that name."""
-        return [row.get(name, math.nan) for row in self.epochs]
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps of an epoch; 1 where none was trained."""
-        return self.steps[-1]["step"] / self.steps[-1]["epoch"] if self.steps else 1.0
-
-    @property
-    def best_validation(self) -> float:
-        """Of the workload's monitor; NaN where nothing was validated."""
-        monitor = self.workload.monitor
-        known = [value for value in self.column(f"val_{monitor.name}") if not math.isnan(value)]
-        return (max if monitor.mode == "max" else min)(known, default=math.nan)
+SectionsOf = Callable[[RunFolder, type[Workload]], Sections]
 
 
 @dataclass(frozen=True)
@@ -96,52 +45,21 @@ class Page:
 
     title: str
     status: str
-    headlines: Mapping[str, str]
+    headlines: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
-    pictures: Sequence[Picture] = field(default_factory=list)
-    tables: Sequence[Table] = field(default_factory=list)
+    pictures: Sequence[Picture] = ()
+    tables: Sequence[Table] = ()
     refresh_s: int = 0  # after so many seconds a browser loads it again; 0: never
 
     def to_html(self) -> str:
         """Return the page: one file that needs no other and no network."""
-        loader = jinja2.PackageLoader("mnist_ray.report", "")
         environment = jinja2.Environment(
-            loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, finalize=_without_secrets
+            loader=jinja2.PackageLoader("mnist_ray.report", ""),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            finalize=lambda value: masked(value) if isinstance(value, str) else value,
         )
         return environment.get_template("report.html.jinja").render(page=self)
-
-
-def _without_secrets(value: object) -> object:
-    return masked(value) if isinstance(value, str) else value
-
-
-def settings_of(run: RunFolder) -> dict[str, Any]:
-    """Return the settings of a run. Raises UsageError where it has none, JobError where they are damaged."""
-    if not run.exists(CONFIG_FILE):
-        raise UsageError(f"{run.uri} is no run: it has no {CONFIG_FILE}")
-    return run.require_json(CONFIG_FILE)
-
-
-def _checked_result(run: RunFolder, workload: Workload, warn: Warn) -> dict[str, Any] | None:
-    """Return what came out of a run, of which the figures that the page shows are numbers where they are there."""
-    result = run.read_json(RESULT_FILE, warn)
-    if result is None:
-        return None
-    names = [f"test_{metric.name}" for metric in workload.all_metrics] + [f"num_test_{workload.nouns}", workload.rate]
-    for value in (result[name] for name in names if result.get(name) is not None):
-        if not isinstance(value, (int, float)):
-            raise run.damaged(RESULT_FILE, f"{value!r:.40} is no number")
-    return result
-
-
-def _checked_predictions(run: RunFolder, workload: Workload, result: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    """Return the predictions that a run's result was made of."""
-    if result is None or not run.exists(PREDICTIONS_FILE):
-        return []
-    rows, number = read_csv(run, PREDICTIONS_FILE), result.get(f"num_test_{workload.nouns}")
-    if len(rows) != number:
-        raise run.damaged(PREDICTIONS_FILE, f"it has {len(rows):,} rows, and the test set {number} {workload.nouns}")
-    return rows
 
 
 def write(
@@ -157,48 +75,36 @@ def write(
     """Write a run's report.html and its pictures as PNGs; return these by name. Raises UsageError and JobError.
 
     ``test`` are the examples that predictions.csv is about; without them there are no pictures of predictions. What
-    cannot be drawn is left out, and ``warn`` told of it. The page of a run that is running is one that a browser loads
-    again by itself.
+    cannot be drawn is left out, with a note to ``warn``. A browser loads the page of a running run again by itself.
     """
     record, more = RunRecord.read(run, workload), sections or Sections()
-    notes = [*record.notes, *more.notes]
+    notes, result, rows = [*record.notes, *more.notes], record.result, record.predictions
 
-    def drawn(what: str, draw: Callable[[], Sequence[T]]) -> Sequence[T]:
+    def drawn(what: str, draw: Callable[[], Iterable[T]]) -> list[T]:
         return unless_failing(what, draw, workload, notes)
 
-    shown: list[Picture] = []
+    pictures: list[Picture] = []
     for metric in workload.all_metrics:
-        shown += drawn(f"curve of {metric.name}", functools.partial(_curves, record, metric))
-    shown += more.pictures
-    if record.result:
-        shown += _of_test(record, record.result, test, drawn)
-    shown += drawn("picture of the seconds", lambda: [_seconds(record)])
-    for picture in shown:
+        pictures += drawn(f"curve of {metric.name}", functools.partial(_curves, record, metric))
+    pictures += more.pictures
+    if result:
+        with_examples = rows and drawn("pictures of the predictions", lambda: workload.pictures(result, rows, test))
+        pictures += with_examples or drawn("pictures of the test", lambda: workload.pictures(result, [], None))
+    pictures += drawn("picture of the seconds", lambda: [_seconds(record)])
+    for picture in pictures:
         run.inside(PICTURES_FOLDER).write_bytes(f"{picture.name}.png", picture.png)
-    operators = drawn("table of operators", functools.partial(_operators, run))
+    operators = drawn("table of operators", lambda: _operators(run))
     tables = [*_changed(record), _epochs(record), *more.tables, *operators, *_settings(record)]
     status = f"running: {_epochs_done(record)}" if is_running else _status(record, resume_with)
-    page = Page(run.name, status, headlines(record), notes, shown, tables, _REFRESH_S if is_running else 0)
+    page = Page(run.name, status, headlines(record), notes, pictures, tables, _REFRESH_S if is_running else 0)
     run.write_text(REPORT_FILE, page.to_html())
     for note in notes:
         warn(note)
-    return {picture.name: picture.png for picture in shown}
+    return {picture.name: picture.png for picture in pictures}
 
 
-def _of_test(
-    record: RunRecord,
-    result: Mapping[str, Any],
-    test: Split | None,
-    drawn: Callable[[str, Callable[[], Sequence[Picture]]], Sequence[Picture]],
-) -> Sequence[Picture]:
-    """Return the workload's pictures; where those of the predictions cannot be drawn, the others."""
-    draw, rows = record.workload.pictures, record.predictions
-    of_all = drawn("pictures of the predictions", lambda: draw(result, rows, test)) if rows else []
-    return of_all or drawn("pictures of the test", lambda: draw(result, [], None))
-
-
-def unless_failing(what: str, draw: Callable[[], Sequence[T]], workload: Workload, notes: list[str]) -> Sequence[T]:
-    """Return parts of a page as ``draw`` returns them; where it fails, a note says so, and there are none."""
+def unless_failing(what: str, draw: Callable[[], Iterable[T]], workload: Workload, notes: list[str]) -> list[T]:
+    """Return parts of a page as ``draw`` returns them; if it fails, none, and a note says so."""
     try:
         parts = list(draw())
         if wrong := [part for part in parts if not isinstance(part, (Picture, Table))]:
@@ -214,47 +120,40 @@ def _epochs_done(record: RunRecord) -> str:
 
 
 def _status(record: RunRecord, resume_with: str) -> str:
-    epochs = _epochs_done(record)
+    epochs, nouns = _epochs_done(record), record.workload.nouns
     if record.result is None:
         return f"not finished: {epochs} done, and not tested yet. To go on: {resume_with}"
-    nouns = record.workload.nouns
     return f"finished: {epochs}, tested on {record.result.get(f'num_test_{nouns}') or 0:,} {nouns}"
 
 
 def headlines(record: RunRecord) -> dict[str, str]:
-    """Return the most important figures of a run, as people read them."""
-    workload, result = record.workload, record.result
-    shown = {}
+    """Return the most important values of a run, as people read them."""
+    workload, result, lines = record.workload, record.result, dict[str, str]()
     if result:
-        for metric in (*workload.metrics, *workload.all_metrics[:1]):
-            shown[f"test {metric.name}"] = _metric(metric, result.get(f"test_{metric.name}"))
+        for metric in (*workload.metrics, LOSS):
+            value = result.get(f"test_{metric.name}")
+            lines[f"test {metric.name}"] = "-" if value is None else metric.format(value)
     if not math.isnan(record.best_validation):
-        shown[f"best validation {workload.monitor.name}"] = workload.monitor.format(record.best_validation)
+        lines[f"best validation {workload.monitor.name}"] = workload.monitor.format(record.best_validation)
     if result:
-        shown[f"{workload.nouns}/s in training"] = _number(result.get(workload.rate) or math.nan, ",.0f")
-        shown["seconds until tested"] = f"{result['seconds']['total']:.1f}"
-        shown["workers"] = str(result.get("num_workers", "-"))
-    return shown
+        lines[f"{workload.nouns}/s in training"] = _number(result.get(workload.rate), ",.0f")
+        lines["seconds until tested"] = f"{result['seconds']['total']:.1f}"
+        lines["workers"] = str(result.get("num_workers", "-"))
+    return lines
 
 
 def _curves(record: RunRecord, metric: Metric) -> list[Picture]:
-    per_epoch, total = record.steps_per_epoch, (record.steps[-1]["step"] if record.steps else 0)
-    drawn = _training_curves(record, metric.name)
-    last = {curve.label: curve.values[-1] for curve in drawn if len(curve.values)}
-    ends = "; ".join(f"{label} ends at {metric.format(value)}" for label, value in last.items())
-    title = metric.name.capitalize()
-    png = curves.curves_of(metric, drawn, per_epoch)
-    return [Picture(metric.name, title, f"{title} over {total:,.0f} steps. {ends}", png)]
-
-
-def _training_curves(record: RunRecord, name: str) -> list[Curve]:
-    ends = [row["epoch"] * record.steps_per_epoch for row in record.epochs]
     steps = [row["step"] for row in record.steps]
-    values = [row.get(f"train_{name}", math.nan) for row in record.steps]
-    return [
-        Curve("training", steps, values, {"color": "C0", "linewidth": 1}),
-        Curve("validation", ends, record.column(f"val_{name}"), {"color": "C1", "marker": "o", "linestyle": "--"}),
+    training = [row.get(f"train_{metric.name}", math.nan) for row in record.steps]
+    ends = [epoch * record.steps_per_epoch for epoch in record.column("epoch")]
+    drawn = [
+        Curve("training", steps, training, _TRAINING),
+        Curve("validation", ends, record.column(f"val_{metric.name}"), _VALIDATION),
     ]
+    last = "; ".join(f"{curve.label} ends at {metric.format(curve.values[-1])}" for curve in drawn if curve.values)
+    title, total = metric.name.capitalize(), steps[-1] if steps else 0
+    png = figures.curves_of(metric, drawn, record.steps_per_epoch)
+    return [Picture(metric.name, title, f"{title} over {total:,.0f} steps. {last}", png)]
 
 
 def _seconds(record: RunRecord) -> Picture:
@@ -266,27 +165,27 @@ def _seconds(record: RunRecord) -> Picture:
         parts = {name: math.fsum(s for s in record.column(c) if not math.isnan(s)) for name, c in columns.items()}
         caption = "Of the epochs that were finished; validation runs beside the training."
     alt = "Seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
-    return Picture("seconds", "Where the seconds went", alt, curves.seconds(parts), caption)
+    return Picture("seconds", "Where the seconds went", alt, figures.seconds(parts), caption)
 
 
 def _epochs(record: RunRecord) -> Table:
-    metrics, rate = record.workload.all_metrics, record.workload.rate
+    metrics, workload = record.workload.all_metrics, record.workload
     parts = {"train": "training", "val": "validation"}
-    columns = ["epoch", *(f"{shown} {metric.name}" for shown in parts.values() for metric in metrics)]
+    columns = ["epoch", *(f"{said} {metric.name}" for said in parts.values() for metric in metrics)]
     rows = [
         (
             f"{row['epoch']:.0f}",
             *(metric.format(row.get(f"{part}_{metric.name}", math.nan)) for part in parts for metric in metrics),
-            _number(row.get("epoch_s", math.nan), ".2f"),
-            _number(row.get(rate, math.nan), ",.0f"),
+            _number(row.get("epoch_s"), ".2f"),
+            _number(row.get(workload.rate), ",.0f"),
         )
         for row in record.epochs
     ]
-    return Table("Epochs", [*columns, "seconds", f"{record.workload.nouns}/s"], rows)
+    return Table("Epochs", [*columns, "seconds", f"{workload.nouns}/s"], rows)
 
 
 def _operators(run: RunFolder) -> list[Table]:
-    """Return what a profile has found, where one was made."""
+    """Return what a profile has found, if one was made."""
     found = run.read_json(OPERATORS_FILE)
     if found is None:
         return []
@@ -308,24 +207,68 @@ def _changed(record: RunRecord) -> list[Table]:
 
 def _settings(record: RunRecord) -> list[Table]:
     origin = {**record.origin, **record.origin.get("versions", {})}
-    return [
-        Table("All settings", (), [(name, value_text(value)) for name, value in record.config.items()]),
-        Table(
-            "Origin",
-            (),
-            [(name, str(value)) for name, value in origin.items() if name not in ("versions", "metadata", "data")],
-        ),
-    ]
+    said = [(name, str(value)) for name, value in origin.items() if name not in ("versions", "metadata", "data")]
+    config = [(name, _text(value)) for name, value in record.config.items()]
+    return [Table("All settings", (), config), Table("Origin", (), said)]
 
 
-def _metric(metric: Metric, value: float | None) -> str:
-    return "-" if value is None else metric.format(value)
+def _number(value: float | None, how: str) -> str:
+    return "-" if value is None or math.isnan(value) else format(value, how)
 
 
-def _number(value: float, how: str) -> str:
-    return "-" if math.isnan(value) else format(value, how)
-
-
-def value_text(value: object) -> str:
-    """Return a setting's value as people read it."""
+def _text(value: object) -> str:
     return "default" if value is None else str(value)
+
+
+def write_again(
+    run: RunFolder, reference: str | None, storage_path: str, sections: SectionsOf, resume_with: str
+) -> None:
+    """Make the report of one run again. Raises UsageError and JobError."""
+    workload, test = workload_of(run, reference, storage_path), None
+    try:
+        test = Split(load_data(workload).test, origin="test")
+    except (UsageError, JobError) as error:
+        say(f"no pictures of predictions: {error}")
+    write(run, workload, resume_with, test, sections(run, type(workload)), lambda note: say(f"note {note}"))
+    say(f"report {run.inside(REPORT_FILE).uri}")
+
+
+def compare(runs: Iterable[RunFolder], reference: str | None, storage_path: str, output: str) -> None:
+    """Write a page of several runs side by side. Raises UsageError and JobError."""
+    records = [RunRecord.read(run, workload_of(run, reference, storage_path)) for run in runs]
+    page = comparison(records)
+    for note in page.notes:
+        say(f"note {note}")
+    write_file(path_of(output, "--output"), page.to_html().encode("utf-8"))
+    say(f"report {output}")
+
+
+def comparison(records: Sequence[RunRecord]) -> Page:
+    """Return a page that shows several runs side by side."""
+    names, lines = [record.run.name for record in records], [headlines(record) for record in records]
+    columns = list(dict.fromkeys(name for each in lines for name in each))
+    rows = [(name, *(each.get(column, "-") for column in columns)) for name, each in zip(names, lines, strict=True)]
+    tables = [Table("Runs", ("run", *columns), rows)]
+    keys = dict.fromkeys(key for record in records for key in record.config)
+    rows = [(key, *(_text(record.config.get(key)) for record in records)) for key in keys]
+    differing = [row for row in rows if len(set(row[1:])) > 1]
+    if differing:
+        tables.append(Table("Settings that differ", ("setting", *names), differing))
+    pictures = []
+    for metric in records[0].workload.all_metrics:
+        if all(metric in record.workload.all_metrics for record in records):
+            pictures.append(_side_by_side(metric, records, ", ".join(names)))
+    notes = [f"{record.run.name}: {note}" for record in records for note in record.notes]
+    return Page(f"{len(records)} runs", "side by side", {}, notes, pictures, tables)
+
+
+def _side_by_side(metric: Metric, records: Sequence[RunRecord], names: str) -> Picture:
+    column, title = f"val_{metric.name}", f"Validation {metric.name}"
+    alt = f"{title} of {names}; the table has the best"
+    if metric == LOSS:
+        column, title, alt = "train_loss", "Loss in training", f"Training loss of {names}; the table has the ends"
+    curves = [
+        Curve(record.run.name, record.column("epoch"), record.column(column), figures.style_of(number))
+        for number, record in enumerate(records)
+    ]
+    return Picture(metric.name, title, alt, figures.curves_of(metric, curves))

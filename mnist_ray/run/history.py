@@ -14,7 +14,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from mnist_ray.report.csv_files import (
+from mnist_ray.report.run_files import (
     METRICS_FILE,
     PREDICTIONS_FILE,
     STEPS_FILE,

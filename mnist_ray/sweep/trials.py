@@ -11,7 +11,7 @@ from typing import Any
 
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import format_value, in_words
-from mnist_ray.report.csv_files import csv_text, read_csv
+from mnist_ray.report.run_files import csv_text, read_csv
 from mnist_ray.settings import Choice
 from mnist_ray.storage import TRIALS_FILE, RunFolder
 from mnist_ray.sweep.space import Point, Space

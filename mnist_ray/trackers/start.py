@@ -1,43 +1,46 @@
-"""Who follows a run, and TensorBoard among them. One that fails warns once; training goes on."""
+"""Starts what follows a run, TensorBoard always. A tracker that fails warns once; training goes on."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
+import contextlib
 import io
+import os
 import queue
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 from PIL import Image
 from pyarrow import fs
+from tensorboardX import event_file_writer, summary  # type: ignore[import-untyped]
+from tensorboardX.proto import event_pb2  # type: ignore[import-untyped]
 
 from mnist_ray.config import OutputConfig
 from mnist_ray.errors import first_line, redact
 from mnist_ray.storage import RunFolder
-from mnist_ray.trackers.mlflow import MLflow
 from mnist_ray.trackers.prometheus import RayMetrics
 from mnist_ray.trackers.tracker import Ending, Tracker
-from mnist_ray.trackers.wandb import WandB
-from mnist_ray.training.events import Event, Started
+from mnist_ray.training.events import Event, Progress, Started
 from mnist_ray.workload import user_code
 from mnist_ray.workload.base import Workload
 
+Create = Callable[[], Tracker]
 _CLOSE_TIMEOUT_S = 60.0
+_RESTART = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
 
 
 class Trackers:
     """Hands on a run's events to trackers, in a thread of their own: a slow server holds nothing up."""
 
-    def __init__(self, trackers: dict[str, Callable[[], Tracker]], warn: Callable[[str], None]) -> None:
-        self._warn = warn
+    def __init__(self, create: Mapping[str, Create], warn: Callable[[str], None]) -> None:
+        self._create, self._warn = create, warn
+        self._trackers: dict[str, Tracker] = {}
         self._todo: queue.Queue[Event | Ending] = queue.Queue()
-        self._thread = threading.Thread(target=self._work, args=(trackers,), daemon=True)
+        self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
     def log(self, event: Event) -> None:
@@ -51,27 +54,25 @@ class Trackers:
         if self._thread.is_alive():
             self._warn(f"tracking is not done after {_CLOSE_TIMEOUT_S:.0f} s; left as it is")
 
-    def _work(self, factories: dict[str, Callable[[], Tracker]]) -> None:
-        trackers: dict[str, Tracker] = {}
-        for name, create in factories.items():
-            self._attempt(name, trackers, functools.partial(_create, name, create, trackers))
+    def _work(self) -> None:
+        for name, create in self._create.items():
+            with self._left_out_if_failing(name):
+                self._trackers[name] = create()
         while not isinstance(item := self._todo.get(), Ending):
-            for name, tracker in list(trackers.items()):
-                self._attempt(name, trackers, functools.partial(tracker.log, item))
-        for name, tracker in list(trackers.items()):
-            self._attempt(name, trackers, functools.partial(tracker.close, item))
+            for name, tracker in list(self._trackers.items()):
+                with self._left_out_if_failing(name):
+                    tracker.log(item)
+        for name, tracker in list(self._trackers.items()):
+            with self._left_out_if_failing(name):
+                tracker.close(item)
 
-    def _attempt(self, name: str, trackers: dict[str, Tracker], act: Callable[[], None]) -> None:
-        """Do something with a tracker; where that fails, whatever the reason, warn and go on without it."""
+    @contextlib.contextmanager
+    def _left_out_if_failing(self, name: str) -> Iterator[None]:
         try:
-            act()
-        except Exception as error:
-            trackers.pop(name, None)
+            yield
+        except Exception as error:  # a tracker may be anybody's code
+            self._trackers.pop(name, None)
             self._warn(f"{name} has failed and is left out from here on: {first_line(error)}")
-
-
-def _create(name: str, create: Callable[[], Tracker], trackers: dict[str, Tracker]) -> None:
-    trackers[name] = create()
 
 
 def start(
@@ -81,87 +82,81 @@ def start(
     output: OutputConfig,
     warn: Callable[[str], None],
 ) -> Trackers:
-    """Track a run in Ray's metrics, in TensorBoard, where that is installed, and where ``output`` says."""
-    plain = _plain(settings)
-    trackers: dict[str, Callable[[], Tracker]] = {}
+    """Track a run in TensorBoard, on Ray in Ray's metrics, and where ``output`` says."""
+    followed = (run, workload, _plain(settings))
+    create: dict[str, Create] = {}
     if ray.is_initialized():
-        trackers["Ray's metrics"] = lambda: RayMetrics(run, workload, plain)
-    if importlib.util.find_spec("tensorboard") is not None:
-        trackers["TensorBoard"] = lambda: _TensorBoard(run, workload, plain)
-    if (mlflow_uri := output.mlflow) is not None:
-        trackers["MLflow"] = lambda: MLflow(run, workload, plain, mlflow_uri, warn)
+        create["Ray's metrics"] = lambda: RayMetrics(*followed)
+    create["TensorBoard"] = lambda: TensorBoard(*followed)
+    if (uri := output.mlflow) is not None:
+        create["MLflow"] = lambda: _mlflow(*followed, uri, warn)
     if (project := output.wandb) is not None:
-        trackers["Weights & Biases"] = lambda: WandB(run, workload, plain, project)
+        create["Weights & Biases"] = lambda: _wandb(*followed, project)
     if output.tracker is not None:
         own = user_code.find(output.tracker, Tracker)
-        trackers[own.__name__] = lambda: own(run, workload, plain)
-    return Trackers(trackers, warn)
+        create[own.__name__] = lambda: own(*followed)
+    return Trackers(create, warn)
 
 
 def start_trials(
     run: RunFolder, workload: Workload, settings: Mapping[str, Any], output: OutputConfig, warn: Callable[[str], None]
 ) -> Trackers:
-    """Track a sweep's trials where ``output`` says so: in MLflow, which shows them within the sweep's run."""
-    plain, trackers = _plain(settings), dict[str, Callable[[], Tracker]]()
-    if (uri := output.mlflow) is not None:
-        trackers["MLflow"] = lambda: MLflow(run, workload, plain, uri)
-    return Trackers(trackers, warn)
+    """Track a sweep's trials in MLflow, if ``output`` says so, which shows them within the sweep's run."""
+    uri, plain = output.mlflow, _plain(settings)
+    return Trackers({} if uri is None else {"MLflow": lambda: _mlflow(run, workload, plain, uri)}, warn)
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value if isinstance(value, (bool, int, float)) else redact(value) for name, value in settings.items()}
 
 
-class _TensorBoard(Tracker):
-    """Event files in the run's folder; on storage that is no local disk they are put there at the end."""
+def _mlflow(*given: Any) -> Tracker:
+    from mnist_ray.trackers.mlflow import MLflow  # an extra, as the next
+
+    return MLflow(*given)
+
+
+def _wandb(*given: Any) -> Tracker:
+    from mnist_ray.trackers.wandb import WandB
+
+    return WandB(*given)
+
+
+class TensorBoard(Tracker):
+    """An event file in the run's folder; on storage that is no local disk it is put there at the end."""
 
     def __init__(self, run: RunFolder, workload: Workload, settings: Mapping[str, Any]) -> None:
         super().__init__(run, workload, settings)
         is_local = isinstance(run.filesystem, fs.LocalFileSystem)
         self._elsewhere = None if is_local else tempfile.TemporaryDirectory()
         self._folder = self._elsewhere.name if self._elsewhere else run.path
-        self._writer: Any = None
-        _mute_writer_thread()
+        os.makedirs(self._folder, exist_ok=True)
+        # Of the library's writers the one without a thread: this is one, and is to see that a disk is full.
+        self._file = event_file_writer.EventsWriter(f"{self._folder}/events", f".{time.time_ns()}")
+
+    def _write(self, **content: Any) -> None:
+        self._file.write_event(event_pb2.Event(wall_time=time.time(), **content))
 
     def log(self, event: Event) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        if isinstance(event, Started) and self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        if self._writer is None:  # at the start, or with an epoch that an attempt before has left to be validated
-            # What an earlier attempt has logged of the steps that are done again now is not shown.
-            purged = event.total_step + 1 if isinstance(event, Started) else None
-            self._writer = SummaryWriter(self._folder, purge_step=purged)
+        """Write an event's values. What an earlier attempt has logged of steps that are done again is not shown."""
+        if isinstance(event, Started):
+            self._write(step=event.total_step + 1, session_log=_RESTART)
         for name, value, step in self.scalars(event):
-            self._writer.add_scalar(name, value, step)
+            self._write(step=step, summary=summary.scalar(name, value))
+        if not isinstance(event, Progress):  # of which there are many
+            self._file.flush()
 
     def close(self, ending: Ending) -> None:
-        from torch.utils.tensorboard.summary import hparams
-
-        if self._writer is None:
-            return
-        # Not add_hparams(): that makes a second run of them.
-        for summary in hparams(dict(self.settings), self.final(ending)):  # type: ignore[no-untyped-call]
-            self._writer.file_writer.add_summary(summary)
-        for name, value in self.final(ending).items():
-            self._writer.add_scalar(name, value)
+        """Write the settings, the test's values and the pictures."""
+        final = self.final(ending)
+        scalars = [summary.scalar(name, value) for name, value in final.items()]
+        for each in (*summary.hparams(self.settings, final), *scalars):
+            self._write(summary=each)
         for name, png in ending.pictures.items():
-            picture = Image.open(io.BytesIO(png)).convert("RGBA")
-            image = np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"))
-            self._writer.add_image(name, image, dataformats="HWC")
-        self._writer.close()
+            width, height = Image.open(io.BytesIO(png)).size
+            image = summary.Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
+            self._write(summary=summary.Summary(value=[summary.Summary.Value(tag=name, image=image)]))
+        self._file.close()
         if self._elsewhere:
             self.run.write_files({path.name: path.read_bytes() for path in Path(self._folder).iterdir()})
             self._elsewhere.cleanup()
-
-
-def _mute_writer_thread() -> None:
-    """Keep the traceback of TensorBoard's own thread off the console: its error comes up at the next call as well."""
-    show = threading.excepthook
-
-    def show_others(args: threading.ExceptHookArgs) -> None:
-        if type(args.thread).__name__ != "_AsyncWriterThread":
-            show(args)
-
-    threading.excepthook = show_others

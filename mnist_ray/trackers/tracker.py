@@ -1,4 +1,4 @@
-"""What follows a run: TensorBoard, MLflow, Weights & Biases, or one of the user's, ``--tracker FILE.py``."""
+"""The base class of trackers: TensorBoard, MLflow, Weights & Biases, or one of the user's, ``--tracker FILE.py``."""
 
 from __future__ import annotations
 
@@ -18,12 +18,9 @@ if TYPE_CHECKING:
 class Ending:
     """How a run ended."""
 
-    result: dict[str, Any] | None
-    """Its result.json; None where it has not finished."""
-    pictures: Mapping[str, bytes]
-    """The PNGs of its report, by name."""
-    checkpoint: RunFolder | None
-    """The one that was tested."""
+    result: dict[str, Any] | None  # its result.json; None if it has not finished
+    pictures: Mapping[str, bytes]  # the PNGs of its report, by name
+    checkpoint: RunFolder | None  # the one that was tested
 
 
 class Tracker(UserClass):
@@ -38,22 +35,19 @@ class Tracker(UserClass):
         self.run, self.workload, self.settings = run, workload, settings
 
     def log(self, event: Event) -> None:
-        """Take an event; ``scalars`` has its figures."""
+        """Take an event; ``scalars`` has its values."""
 
     def close(self, ending: Ending) -> None:
         """Take how the run ended."""
 
     def scalars(self, event: Event) -> list[tuple[str, float, int]]:
-        """Return an event's figures as (name, value, step): ``step/…`` by step of training, ``epoch/…`` by epoch."""
+        """Return an event's values as (name, value, step): ``step/…`` by step of training, ``epoch/…`` by epoch."""
         match event:
             case Progress():
                 first = event.total_step - len(event.losses) + 1
-                by_step = [("step/train_loss", loss, first + number) for number, loss in enumerate(event.losses)]
-                metrics = self.workload.metrics
-                return [
-                    *by_step,
-                    *((f"step/train_{metric.name}", event.window[metric.name], event.total_step) for metric in metrics),
-                ]
+                losses = [("step/train_loss", loss, first + number) for number, loss in enumerate(event.losses)]
+                names = [metric.name for metric in self.workload.metrics]
+                return losses + [(f"step/train_{name}", event.window[name], event.total_step) for name in names]
             case EpochFinished(last):
                 values = {f"train_{name}": value for name, value in last.so_far.items()}
                 values |= {self.workload.rate: last.examples_per_s, "epoch_s": last.epoch_s}
@@ -64,7 +58,7 @@ class Tracker(UserClass):
         return []
 
     def final(self, ending: Ending) -> dict[str, float]:
-        """Return the figures of the test set, as ``final/…``; none where the run has not finished."""
+        """Return the values of the test set, as ``final/…``; none if the run has not finished."""
         if ending.result is None:
             return {}
         names = [*(f"test_{metric.name}" for metric in self.workload.all_metrics), self.workload.rate]

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import wandb
 from PIL import Image
 
 from mnist_ray.errors import masked
@@ -23,8 +24,6 @@ class WandB(Tracker):
 
     def __init__(self, run: RunFolder, workload: Workload, settings: Mapping[str, Any], project: str) -> None:
         super().__init__(run, workload, settings)
-        import wandb
-
         uri = masked(run.uri)
         self._run = wandb.init(
             project=project,
@@ -39,7 +38,7 @@ class WandB(Tracker):
             self._run.define_metric(f"{axis}/*", step_metric=axis)
 
     def log(self, event: Event) -> None:
-        """Write an event's figures, each by its step or epoch."""
+        """Write an event's values, each by its step or epoch."""
         rows: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
         for name, value, at in self.scalars(event):
             rows[name.partition("/")[0], at][name] = value
@@ -47,15 +46,8 @@ class WandB(Tracker):
             self._run.log({**row, axis: at})
 
     def close(self, ending: Ending) -> None:
-        """Write the test's figures and the pictures."""
-        import wandb
-
+        """Write the test's values and the pictures."""
         self._run.summary.update(self.final(ending))
-        pictures = {f"pictures/{name}": wandb.Image(_opened(png)) for name, png in ending.pictures.items()}
-        if pictures:
-            self._run.log(pictures)
+        opened = {name: Image.open(io.BytesIO(png)) for name, png in ending.pictures.items()}
+        self._run.log({f"pictures/{name}": wandb.Image(image) for name, image in opened.items()})
         self._run.finish(exit_code=int(ending.result is None))
-
-
-def _opened(png: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(png)).convert("RGBA")

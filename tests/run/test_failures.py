@@ -27,7 +27,7 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _Chec
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
-from mnist_ray.report.csv_files import read_csv
+from mnist_ray.report.run_files import read_csv
 from mnist_ray.run import failures, fit, reporter
 from mnist_ray.run.failures import describe
 from mnist_ray.run.find import find

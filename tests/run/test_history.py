@@ -12,7 +12,7 @@ import pytest
 from pyarrow import fs
 
 from mnist_ray.errors import JobError
-from mnist_ray.report.csv_files import read_steps
+from mnist_ray.report.run_files import read_steps
 from mnist_ray.run import history as histories
 from mnist_ray.run.history import History
 from mnist_ray.storage import RunFolder, locate

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mnist_ray.report.csv_files import read_csv
+from mnist_ray.report.run_files import read_csv
 from mnist_ray.storage import locate
 from tests.conftest import QUICK, as_flags, run_and_act, run_job
 
