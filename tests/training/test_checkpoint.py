@@ -99,7 +99,7 @@ class Steep(MNIST):
         return 100 * super().loss(outputs, targets)
 
 
-Steep.source = MNIST.source
+Steep.source = type(mnist()).source
 
 
 def test_a_run_with_a_scaled_loss_in_pieces_goes_on_bit_identical(tmp_path: Path, few_images: Arrays) -> None:
