@@ -184,9 +184,9 @@ def predict(
     ``pictures`` are paths of pictures or of folders, Pillow images, or an array of inputs as the data have them,
     (N, ...); or one of the first two. ``as_is``: scale pictures and no more. Raises UsageError and JobError.
     """
+    found = _found(run, workload, {"storage_path": storage_path})
     from mnist_ray.tools import predict as tool
 
-    found = _found(run, workload, {"storage_path": storage_path})
     model = found.load_model()
     if isinstance(pictures, np.ndarray):
         return tool.predict_inputs(found.workload, model, pictures)

@@ -81,9 +81,8 @@ def within(low: float, high: float) -> dict[str, Any]:
 
 def fraction(*, with_one: bool = True) -> dict[str, Any]:
     """Return what ``setting`` takes for a number from 0 to 1; ``with_one`` tells whether 1 is one of them."""
-    if with_one:
-        return _rule(lambda value: 0 <= value <= 1, "must be in [0, 1]")
-    return _rule(lambda value: 0 <= value < 1, "must be in [0, 1)")
+    end = "]" if with_one else ")"
+    return _rule(lambda value: 0 <= value < 1 or (with_one and value == 1), f"must be in [0, 1{end}")
 
 
 def flag(name: str) -> str:

@@ -286,10 +286,6 @@ def _is(*kinds: type) -> Callable[[Any], bool]:
     return lambda value: type(value) in kinds
 
 
-def _is_checkpoint(value: Any) -> bool:
-    return isinstance(value, str) and position_of(value) != ()
-
-
 def _is_seconds(value: Any) -> bool:
     return isinstance(value, dict) and "total" in value and all(map(_is(int, float), value.values()))
 
@@ -299,7 +295,7 @@ _MUST_HOLD: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
     CONFIG_FILE: _SETTINGS,
     SWEEP_FILE: _SETTINGS,
     ORIGIN_FILE: {"versions": _is(dict), "metadata": _is(dict), "data": _is(dict, NoneType)},
-    RESULT_FILE: {"checkpoint": _is_checkpoint, "seconds": _is_seconds},
+    RESULT_FILE: {"checkpoint": lambda name: position_of(str(name)) != (), "seconds": _is_seconds},
     OPERATORS_FILE: {"steps": _is(int), "operators": _is(list)},
 }
 """What a run's JSON files must hold, by key, if they are not damaged; they may hold more."""

@@ -7,11 +7,9 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -19,7 +17,7 @@ import ray
 
 from mnist_ray import cli
 from mnist_ray.errors import JobError, UsageError
-from tests.conftest import QUICK, ROOT, as_flags, run_and_act, run_job, run_main
+from tests.conftest import QUICK, as_flags, run_and_act, run_job, run_main
 
 
 def test_a_run_leaves_its_files_and_has_learnt(finished_run: Path) -> None:
@@ -58,13 +56,12 @@ def test_the_best_two_and_the_last_checkpoint_are_kept(undisturbed: Path) -> Non
 
 @pytest.mark.parametrize("num_tasks", ["1", "3"])
 def test_evaluation_gives_the_same_for_any_number_of_tasks(
-    finished_run: Path, ray_address: str, num_tasks: str
+    finished_run: Path, num_tasks: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = run_job("evaluate.py", str(finished_run), "--num-tasks", num_tasks, address=ray_address)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((finished_run / "result.json").read_text())
-    assert f"accuracy {result['test_accuracy']:.2%}, loss {result['test_loss']:.4f} on 1,100 images" in done.stdout
-    rows = [line.split() for line in done.stdout.splitlines() if line.strip().endswith("%")]
+    run_main("evaluate", str(finished_run), "--num-tasks", num_tasks)
+    printed, result = capsys.readouterr().out, json.loads((finished_run / "result.json").read_text())
+    assert f"accuracy {result['test_accuracy']:.2%}, loss {result['test_loss']:.4f} on 1,100 images" in printed
+    rows = [line.split() for line in printed.splitlines() if line.strip().endswith("%")]
     counts = [[0 if text == "·" else int(text) for text in row[1:-1]] for row in rows]
     assert counts == result["confusion_matrix"]
 
@@ -120,33 +117,19 @@ def test_four_workers_run_on_two_cpus_and_nothing_listens_beyond_loopback(small_
     assert json.loads((tmp_path / "four" / "result.json").read_text())["num_workers"] == 4
 
 
-def interrupt_after(line_start: str, flags: dict[str, Any], address: str) -> tuple[int, str]:
-    """Start a training job, interrupt it at the line; return its exit status and standard error."""
-    job = subprocess.Popen(
-        [sys.executable, str(ROOT / "jobs" / "train.py"), *as_flags(flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "RAY_ADDRESS": address},
-        # A shell's background jobs, this test run among them, may ignore Ctrl-C; a person's command does not.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert job.stdout
-    for line in job.stdout:
-        if line.startswith(line_start):
-            break
-    job.send_signal(signal.SIGINT)
-    _, errors = job.communicate(timeout=30)
-    return job.returncode, errors
+@pytest.fixture
+def ctrl_c() -> Callable[[psutil.Process], None]:
+    """Interrupt a job. A shell's background jobs, this test run among them, may ignore it; a person's do not."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return lambda job: job.send_signal(signal.SIGINT)
 
 
 def test_an_interrupt_saves_the_steps_since_the_last_checkpoint(
-    small_data: Path, tmp_path: Path, ray_address: str
+    small_data: Path, tmp_path: Path, ray_address: str, ctrl_c: Callable[[psutil.Process], None]
 ) -> None:
     flags = {**QUICK, "num_workers": 2, "num_epochs": 500, "checkpoint_every": 10**6, "batch_size": 2}
     flags |= {"data_dir": small_data, "storage_path": tmp_path, "run_name": "save"}
-    status, errors = interrupt_after("started", flags, ray_address)
-    assert status == 130, errors
+    run_and_act(ctrl_c, "started", *as_flags(flags), address=ray_address, status=130)
     (saved,) = (tmp_path / "save").glob("checkpoint_epoch*")
     assert saved.name.startswith("checkpoint_epoch-000_step-")
     assert saved.name != "checkpoint_epoch-000_step-000000"
@@ -213,13 +196,15 @@ def test_a_signal_to_all_processes_of_a_job_ends_it_like_an_interrupt_and_leaves
     assert not list(own_folder.glob("mnist_ray-*"))
 
 
-def test_an_interrupted_run_says_how_to_resume_and_goes_on(small_data: Path, tmp_path: Path, ray_address: str) -> None:
+def test_an_interrupted_run_says_how_to_resume_and_goes_on(
+    small_data: Path, tmp_path: Path, ray_address: str, ctrl_c: Callable[[psutil.Process], None]
+) -> None:
     flags = {"data_dir": small_data, "storage_path": tmp_path, "run_name": "int", **QUICK, "num_epochs": 500}
     command = f"python jobs/train.py --resume --run-name int --storage-path {tmp_path}"
-    status, errors = interrupt_after("epoch 2/500", flags, ray_address)
-    assert (status, errors) == (130, f"interrupted; to go on: {command}\n")
-    refused = run_job("train.py", *command.split()[2:], "--batch-size", "51", address=ray_address)
-    assert_one_line_error(refused, 2, "run int was started with --batch-size 50, not 51")
+    _, errors = run_and_act(ctrl_c, "epoch 2/500", *as_flags(flags), address=ray_address, status=130)
+    assert errors == f"interrupted; to go on: {command}\n"
+    with pytest.raises(UsageError, match="run int was started with --batch-size 50, not 51"):
+        run_main("train", *command.split()[2:], "--batch-size", "51")
     # However far the run came before the signal reached it, one epoch is left to go on with.
     last = 1 + max(int(saved.name[17:20]) for saved in (tmp_path / "int").glob("checkpoint_epoch-*"))
     config = tmp_path / "int" / "config.json"
