@@ -23,7 +23,6 @@ from mnist_ray.storage import (
     CONFIG_FILE,
     ORIGIN_FILE,
     RESULT_FILE,
-    SNAPSHOT_FILE,
     TRIALS_FILE,
     RunFolder,
     locate,
@@ -206,11 +205,9 @@ def _left_by(run: RunFolder, kind: str, workload_class: type[Workload]) -> tuple
     """Return what a run that goes on has kept of how it began, and what the user is to know of it."""
     notes: list[str] = []
     origin = run.read_json(ORIGIN_FILE, notes.append) or {}
-    for file_name in (RESULT_FILE, SNAPSHOT_FILE):
-        run.read_json(file_name, notes.append)
+    run.read_json(RESULT_FILE, notes.append)
     if not (run.exists(TRIALS_FILE) if kind == "tune" else run.checkpoint_names()):
         notes.append(f"run {run.name} has saved nothing: it begins anew")
-    assert workload_class.source is not None
     if origin.get("workload_sha256") not in (None, workload_class.source.sha256):
         notes.append(f"the workload has changed since the run began: {workload_class.source.reference}")
     return origin, notes

@@ -1,6 +1,6 @@
 """What is learned: import from here what a workload's file needs."""
 
-from mnist_ray.settings import Choice, Range, at_least, fraction, positive, setting
+from mnist_ray.settings import Choice, Range, at_least, fraction, positive, setting, within
 from mnist_ray.workload.base import Metric, Workload
 from mnist_ray.workload.classification import Classification
 from mnist_ray.workload.data import Arrays, Data
@@ -19,4 +19,5 @@ __all__ = [
     "fraction",
     "positive",
     "setting",
+    "within",
 ]

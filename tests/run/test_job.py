@@ -244,7 +244,7 @@ def test_a_run_that_has_saved_nothing_says_that_it_begins_anew(read: Any, begun:
     assert read("--resume", "--run-name", "run").notes == ()
 
 
-@pytest.mark.parametrize("name", ["result.json", "origin.json", "checkpoint_manager_snapshot.json"])
+@pytest.mark.parametrize("name", ["result.json", "origin.json"])
 def test_a_run_goes_on_without_what_is_damaged_and_says_so(read: Any, begun: Path, name: str) -> None:
     (begun / "checkpoint_epoch-001_step-000000").mkdir()
     (begun / name).write_bytes(b"\xff")
