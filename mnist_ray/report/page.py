@@ -13,7 +13,7 @@ import jinja2
 from mnist_ray.errors import JobError, UsageError, count, masked, say, with_place
 from mnist_ray.report.run_files import RunRecord, workload_of
 from mnist_ray.settings import path_of
-from mnist_ray.storage import OPERATORS_FILE, REPORT_FILE, RunFolder, write_file
+from mnist_ray.storage import OPERATORS_FILE, REPORT_FILE, RunFolder, Warn, write_file
 from mnist_ray.workload import figures
 from mnist_ray.workload.base import LOSS, Metric, Workload
 from mnist_ray.workload.data import Split
@@ -93,7 +93,7 @@ def write(
     pictures += drawn("picture of the seconds", lambda: [_seconds(record)])
     for picture in pictures:
         run.inside(PICTURES_FOLDER).write_bytes(f"{picture.name}.png", picture.png)
-    operators = drawn("table of operators", lambda: _operators(run))
+    operators = drawn("table of operators", lambda: _operators(run, notes.append))
     tables = [*_changed(record), _epochs(record), *more.tables, *operators, *_settings(record)]
     status = f"running: {_epochs_done(record)}" if is_running else _status(record, resume_with)
     page = Page(run.name, status, headlines(record), notes, pictures, tables, _REFRESH_S if is_running else 0)
@@ -184,9 +184,9 @@ def _epochs(record: RunRecord) -> Table:
     return Table("Epochs", [*columns, "seconds", f"{workload.nouns}/s"], rows)
 
 
-def _operators(run: RunFolder) -> list[Table]:
+def _operators(run: RunFolder, warn: Warn) -> list[Table]:
     """Return what a profile has found, if one was made."""
-    found = run.read_json(OPERATORS_FILE)
+    found = run.read_json(OPERATORS_FILE, warn)
     if found is None:
         return []
     rows = [
