@@ -106,27 +106,16 @@ def test_predictions_are_for_arrays_pictures_and_files(run: Run, mnist_test: Arr
         ({"num_epoch": 3}, "the call has unknown settings: num_epoch; did you mean num_epochs?"),
         ({"batch_size": "many"}, "--batch-size must be of type int, not 'many'"),
         ({"recipe": "cake"}, "there is no recipe cake; there is default, notebook, robust"),
+        ({"sweep": {"ema_decay": [None, 2]}}, "--sweep ema_decay=none,2: --ema-decay must be in [0, 1), not 2.0"),
+        ({"sweep": {"beta1": "log:1:2"}}, "--sweep beta1=log:1:2: --beta1 must be in [0, 1), not 1.0"),
+        ({"sweep": "batch_size=16,32"}, "--sweep must be a list of str, not 'batch_size=16,32'"),
     ],
 )
 def test_a_mistake_is_raised_with_the_line_that_a_command_prints(
     settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError) as raised:
-        mnist_ray.train(storage_path=tmp_path, **settings)
-    assert str(raised.value) == message
-
-
-@pytest.mark.parametrize(
-    ("searched", "message"),
-    [
-        ({"ema_decay": [None, 2]}, "--sweep ema_decay=none,2: --ema-decay must be in [0, 1), not 2.0"),
-        ({"beta1": "log:1:2"}, "--sweep beta1=log:1:2: --beta1 must be in [0, 1), not 1.0"),
-        ("batch_size=16,32", "--sweep must be a list of str, not 'batch_size=16,32'"),
-    ],
-)
-def test_what_is_searched_may_be_a_dict(searched: Any, message: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError) as raised:
-        mnist_ray.tune(storage_path=tmp_path, sweep=searched)
+        (mnist_ray.tune if "sweep" in settings else mnist_ray.train)(storage_path=tmp_path, **settings)
     assert str(raised.value) == message
 
 

@@ -8,7 +8,6 @@ import pytest
 from mnist_ray.errors import UsageError
 from mnist_ray.flags import Parser
 from mnist_ray.settings import (
-    Range,
     at_least,
     build,
     fraction,
@@ -58,16 +57,6 @@ def message_of(**values: Any) -> str:
 
 
 # --- declaring
-
-
-def test_a_setting_is_a_field_with_all_that_was_said_of_it() -> None:
-    space = Range(1, 5)
-    field: Any = setting(3, "units", search=space, **at_least(2))
-    assert field.default == 3
-    assert field.metadata["help"] == "units"
-    assert field.metadata["must"] == "must be at least 2"
-    assert field.metadata["search"] is space
-    assert [field.metadata["check"](value) for value in (1, 2, 3)] == [False, True, True]
 
 
 @pytest.mark.parametrize(

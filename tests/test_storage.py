@@ -53,13 +53,6 @@ def test_any_file_system_of_pyarrow_serves() -> None:
     assert run.read_text("a.txt") == "one"
 
 
-@pytest.mark.parametrize("path", ["nonsense://x", "ftp://"])
-def test_a_bad_uri_is_refused_in_one_line(path: str) -> None:
-    with pytest.raises(UsageError, match=f"--storage-path {path} cannot be used: ") as raised:
-        locate(path, "run")
-    assert "\n" not in str(raised.value)
-
-
 def test_an_unwritable_path_is_refused_at_once_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(JobError, match=r"cannot write to .*file: ") as raised:
@@ -117,28 +110,14 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    "stray",
-    [
-        "checkpoint_old",
-        "checkpoint_epoch-009_step-000000.bak",
-        "copy of checkpoint_epoch-009_step-000000",
-        "checkpoint_epoch-009",
-        "checkpoint_epoch-٠٠٩_step-000000",
-        "checkpoint_manager",
-    ],
-)
-def test_a_stray_folder_is_no_checkpoint(tmp_path: Path, stray: str) -> None:
-    run = locate(str(tmp_path), "run")
-    run.write_text("config.json", "{}")
-    (tmp_path / "run" / stray).mkdir()
-    assert position_of(stray) == ()
-    with pytest.raises(UsageError, match="has a checkpoint"):
-        find_run(None, str(tmp_path))
+def test_only_folders_with_an_epoch_and_a_step_are_checkpoints_and_positions_sort_them(tmp_path: Path) -> None:
+    strays = ["checkpoint_old", "checkpoint_epoch-009", "checkpoint_epoch-٠٠٩_step-000000", "checkpoint_manager"]
+    strays += ["checkpoint_epoch-009_step-000000.bak", "copy of checkpoint_epoch-009_step-000000"]
     names = [checkpoint_name(0, 20), checkpoint_name(1, 0), checkpoint_name(1, 0) + "b", checkpoint_name(1000, 0)]
-    for name in names:
-        (tmp_path / "run" / name).mkdir()
-    assert run.checkpoint_names() == names
+    for name in (*strays, *names):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    assert [position_of(stray) for stray in strays] == [()] * len(strays)
+    assert locate(str(tmp_path), "run").checkpoint_names() == names
 
 
 @pytest.mark.parametrize(("fails_for_s", "ends_after_s"), [(5, 5), (1e9, 31)])
@@ -189,9 +168,9 @@ def test_the_newest_run_is_the_last_begun_that_has_a_checkpoint(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
+        ("nonsense://x", "--storage-path nonsense://x cannot be used: "),
         ("", "--storage-path is empty; name a file or a folder"),
         ("s3:/KEY:SECRET@bucket", "s3:… is neither a folder nor a URI; write s3://… or ./s3:…"),
-        ("s3:bucket", "s3:… is neither a folder nor a URI; write s3://… or ./s3:…"),
         ("~nosuchuser/x", "--storage-path ~nosuchuser/x: there is no such user, or no home folder"),
         ("a" * 300, f"--storage-path {'a' * 300}: File name too long"),
         ("runs\udcff", "cannot be used: 'utf-8' codec can't encode"),
@@ -200,7 +179,7 @@ def test_the_newest_run_is_the_last_begun_that_has_a_checkpoint(tmp_path: Path) 
 def test_a_path_that_cannot_be_meant_is_refused(path: str, message: str) -> None:
     with pytest.raises(UsageError) as raised:
         locate(path, "run")
-    assert message in str(raised.value)
+    assert (message in str(raised.value), "\n" in str(raised.value)) == (True, False)
 
 
 @pytest.mark.parametrize(

@@ -134,21 +134,11 @@ def test_a_data_folder_is_kept_as_it_can_be_read_from_anywhere(
     assert read("--data-dir", "mine").values["data_dir"] == str(tmp_path / "mine")
 
 
-@pytest.mark.parametrize(
-    ("layers", "expected"),
-    [
-        ([{"batch_size": 8, "seed": 3}, {"seed": 4}, {}], {"batch_size": 8, "seed": 4}),
-        ([{"callback": "a.py"}, {"callback": None}], {"callback": None}),
-    ],
-)
-def test_a_later_layer_takes_the_place_of_an_earlier_one(layers: list[Any], expected: dict[str, Any]) -> None:
-    assert merged({str(place): layer for place, layer in enumerate(layers)}) == expected
-
-
 def test_each_setting_is_known_by_where_it_is_from(read: Any, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"batch_size": 16}))
     layers = read("--recipe", "robust", "--config", str(file), "--seed", "3").layers
+    assert merged(layers) == {**layers["default recipe"], **layers["recipe"], **layers[str(file)], **layers["flags"]}
     assert list(layers) == ["default recipe", "recipe", str(file), "flags"]
     assert (layers["recipe"]["ema_decay"], layers[str(file)], layers["flags"]["seed"]) == (0.99, {"batch_size": 16}, 3)
 
@@ -250,12 +240,6 @@ def test_a_run_goes_on_without_what_is_damaged_and_says_so(read: Any, begun: Pat
     (begun / name).write_bytes(b"\xff")
     job, _ = load_data(read("--resume", "--run-name", "run"))
     assert [note.partition(" is damaged: ")[0] for note in job.notes] == [str(begun / name)]
-
-
-def test_a_finished_run_is_not_gone_on_with(read: Any, begun: Path) -> None:
-    (begun / "result.json").write_text('{"checkpoint": "checkpoint_epoch-001_step-000000", "seconds": {"total": 1}}')
-    with pytest.raises(UsageError, match="run run is finished"):
-        read("--resume", "--run-name", "run")
 
 
 def test_a_run_whose_settings_are_damaged_is_one_line_with_the_remedy(read: Any, begun: Path) -> None:
