@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 PROGRAM = "mnist-ray"
-MASK = "***"
 _PACKAGE = Path(__file__).parent
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # Ray has them in its texts
 _IN_ANOTHER_PROCESS = "\nOriginal Traceback "  # in the text of an error of torch's DataLoader
@@ -67,7 +66,7 @@ def with_place(error: BaseException, *folders: Path, or_here: bool = True) -> st
 
 def masked(text: str) -> str:
     """Return a text whose URIs have no user names, passwords and secret options any more."""
-    return _OPTION.sub(rf"\1{MASK}", _USER.sub(rf"\1{MASK}@", text))
+    return _OPTION.sub(r"\1***", _USER.sub(r"\1***@", text))
 
 
 def redact(text: object) -> str:
