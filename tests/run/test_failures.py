@@ -6,10 +6,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -20,10 +22,11 @@ import ray
 import torch
 from ray._private.node import Node
 from ray._private.worker import global_worker
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState, _TrainingResultState
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
@@ -39,7 +42,8 @@ from mnist_ray.training.engine import create_state
 from mnist_ray.training.events import WorkersLost
 from mnist_ray.training.state import CodeFailedError
 from mnist_ray.workload.data import Arrays, Split
-from tests.conftest import LONGER, QUICK, as_flags, folder_at, mnist, run_and_act, run_and_act_twice, run_job, run_main
+from tests.cluster.forking.conftest import wait_for
+from tests.conftest import QUICK, as_flags, folder_at, mnist, run_and_act, run_and_act_twice, run_job, run_main
 
 
 def weights(run: Path) -> str:
@@ -48,26 +52,72 @@ def weights(run: Path) -> str:
     return hashlib.sha256((last / "model.safetensors").read_bytes()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Gate:
+    """Holds a training, the same as that of ``finished_run``, after a step until a test has done what it does then."""
+
+    folder: Path
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    def flags(self, epoch: int = 1, step: int = 30, **values: Any) -> list[str]:
+        callback = self.folder / "held.py"
+        callback.write_text(HELD.format(epoch=epoch, step=step, folder=str(self.folder)))
+        names = {"storage_path": self.folder, "run_name": "run", "num_workers": 2, "callback": callback}
+        return as_flags({**QUICK, "checkpoint_every": 20, **names, **values})
+
+    def opened_after(self, act: Callable[[psutil.Process], object]) -> Callable[[psutil.Process], None]:
+        """Return what acts, once the checkpoint before the gate is there, and lets the training go on."""
+
+        def act_and_open(job: psutil.Process) -> None:
+            wait_for((self.run / "checkpoint_epoch-001_step-000020" / "state.json").exists)
+            act(job)
+            self.open()
+
+        return act_and_open
+
+    def open(self) -> None:
+        (self.folder / "open").touch()
+
+
+HELD = """\
+import pathlib, time
+from mnist_ray.training.callback import Callback
+
+class Held(Callback):
+    def on_step(self, state):
+        while (state.epoch, state.step) == ({epoch}, {step}) and not pathlib.Path({folder!r}, "open").exists():
+            time.sleep(0.01)
+"""
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def head() -> Iterator[Cluster]:
-    """A cluster of a head without CPUs."""
+    """A cluster of a head with one CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")  # Cluster, unlike `ray start`, never asks for a token
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     yield cluster
     cluster.shutdown()
     # An atexit handler of each node holds its client. From Python 3.13 on, multiprocessing clears these handlers in a
     # fork, where the end of a client without its threads would be that of the process.
     for node in gc.get_objects():
-        if isinstance(node, Node) and node is not global_worker.node:
+        if type(node) is Node and node is not global_worker.node:
             node._gcs_client = None
 
 
 @pytest.fixture
 def nodes(head: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    """A cluster of three raylets: a head without CPUs, two nodes with one each."""
+    """A cluster of two raylets with one CPU each, the head's and another."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    while len(head.worker_nodes) < 2:
+    if not head.worker_nodes:
         head.add_node(num_cpus=1)
     return head
 
@@ -84,27 +134,27 @@ def killing(class_name: str) -> Callable[[psutil.Process], None]:
 
 
 def test_a_run_that_loses_a_node_goes_on_and_ends_with_the_same_weights(
-    nodes: Cluster, undisturbed: Path, small_data: Path, tmp_path: Path
+    nodes: Cluster, finished_run: Path, small_data: Path, gate: Gate
 ) -> None:
     def replace_a_node(job: psutil.Process) -> None:
         nodes.remove_node(nodes.list_all_nodes()[-1])
         nodes.add_node(num_cpus=1)
 
-    flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2})
-    printed, _ = run_and_act(replace_a_node, "epoch 1/8  finished", *flags, address=nodes.address)
-    assert "on 2 nodes" in printed or "2 × cpu" in printed
+    flags = gate.flags(data_dir=small_data)
+    printed, _ = run_and_act(gate.opened_after(replace_a_node), "epoch 1/2  finished", *flags, address=nodes.address)
+    assert "started    2 × cpu" in printed
     assert printed.count("\nlost ") == 1
     assert "s of work lost" in printed
-    assert weights(tmp_path / "run") == weights(undisturbed)
+    assert weights(gate.run) == weights(finished_run)
 
 
 def test_a_run_whose_queue_of_events_dies_ends_in_one_line_that_says_how_to_go_on(
-    ray_address: str, small_data: Path, tmp_path: Path
+    ray_address: str, small_data: Path, gate: Gate
 ) -> None:
-    flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_epochs": 500})
-    _, complained = run_and_act(killing("EventQueue"), "epoch 1/500", *flags, address=ray_address, status=1)
+    kill, flags = gate.opened_after(killing("EventQueue")), gate.flags(data_dir=small_data)
+    _, complained = run_and_act(kill, "epoch 1/2  finished", *flags, address=ray_address, status=1)
     assert complained.startswith("error: Ray Train failed: ActorDiedError: The actor died unexpectedly")
-    assert complained.endswith(f"to go on: python jobs/train.py --resume --run-name run --storage-path {tmp_path})\n")
+    assert f"to go on: python jobs/train.py --resume --run-name run --storage-path {gate.folder}" in complained
     assert complained.count("\n") == 1
 
 
@@ -113,113 +163,115 @@ def test_a_training_that_ends_before_its_queue_of_events_has_started_loses_none(
 ) -> None:
     class LateQueue(EventQueue):
         def __init__(self) -> None:
-            time.sleep(8)  # a training of these data takes two
+            while not (tmp_path / "over").exists():
+                time.sleep(0.01)
             super().__init__()
 
+    callback = tmp_path / "tells.py"
+    callback.write_text(
+        "import pathlib\nfrom mnist_ray.training.callback import Callback\n\nclass Tells(Callback):\n"
+        f"    def on_epoch(self, state, progress): pathlib.Path({str(tmp_path / 'over')!r}).touch()\n"
+    )
     monkeypatch.setattr(fit, "open_event_queue", lambda: ray.remote(num_cpus=0)(LateQueue).remote())
-    run_main("train", *as_flags({**QUICK, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"}))
+    values = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_epochs": 1}
+    run_main("train", *as_flags({**values, "callback": callback}))
     run = locate(str(tmp_path), "run")
-    assert read_csv(run, "steps.csv")[-1]["step"] == "96"
-    epochs = read_csv(run, "metrics.csv")
-    assert [row["epoch"] for row in epochs] == ["1", "2"]
-    assert all(row["train_loss"] and row["val_loss"] for row in epochs)
+    assert read_csv(run, "steps.csv")[-1]["step"] == "48"
+    (epoch,) = read_csv(run, "metrics.csv")
+    assert epoch["epoch"] == "1"
+    assert epoch["train_loss"]
+    assert epoch["val_loss"]
 
 
 def test_a_run_that_loses_a_worker_goes_on_and_ends_with_the_same_weights(
-    ray_address: str, undisturbed: Path, small_data: Path, tmp_path: Path
+    ray_address: str, finished_run: Path, small_data: Path, gate: Gate
 ) -> None:
-    flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2})
-    printed, _ = run_and_act(killing("RayTrainWorker"), "epoch 2/8  finished", *flags, address=ray_address)
+    kill, flags = gate.opened_after(killing("RayTrainWorker")), gate.flags(data_dir=small_data)
+    printed, _ = run_and_act(kill, "epoch 1/2  finished", *flags, address=ray_address)
     assert printed.count("\nlost ") == 1
     assert len(printed.splitlines()) < 60  # none of the hundreds that Ray says then
-    assert weights(tmp_path / "run") == weights(undisturbed)
+    assert weights(gate.run) == weights(finished_run)
 
 
-def test_a_run_whose_driver_was_killed_is_resumed_and_ends_with_the_same_weights(
-    ray_address: str, undisturbed: Path, small_data: Path, tmp_path: Path
+def test_a_killed_drivers_run_with_a_damaged_checkpoint_is_resumed_and_ends_with_the_same_weights(
+    ray_address: str, finished_run: Path, small_data: Path, gate: Gate, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2})
-    run_and_act(psutil.Process.kill, "epoch 3/8  finished", *flags, address=ray_address, status=-9)
-    assert not (tmp_path / "run" / "result.json").exists()
-    done = run_job("train.py", *flags, "--resume", address=ray_address)
-    assert done.returncode == 0, done.stderr
-    assert "going on in epoch" in done.stdout
-    assert weights(tmp_path / "run") == weights(undisturbed)
+    kill, flags = gate.opened_after(psutil.Process.kill), gate.flags(data_dir=small_data)
+    run_and_act(kill, "epoch 1/2  finished", *flags, address=ray_address, status=-9)
+    assert not (gate.run / "result.json").exists()
+    last = max(gate.run.glob("checkpoint_epoch*"))
+    (last / "model.safetensors").write_bytes(b"something else")
+    run_main("train", *flags, "--resume")
+    printed = capsys.readouterr().out
+    assert f"note       {last.name} is damaged or was cut off; the one before it is used" in printed
+    assert "going on in epoch" in printed
+    assert weights(gate.run) == weights(finished_run)
 
 
 def test_steps_go_on_while_a_checkpoint_is_being_written_but_no_second_one_begins(
-    ray_address: str, small_data: Path, tmp_path: Path
+    ray_address: str, small_data: Path, gate: Gate
 ) -> None:
-    first, second = (tmp_path / "run" / f"checkpoint_epoch-00{epoch}_step-000000" for epoch in (1, 2))
+    first, second = (gate.run / f"checkpoint_epoch-00{epoch}_step-000000" for epoch in (1, 2))
     written = first / "model.safetensors"
     seen: list[str] = []
 
     def block(job: psutil.Process) -> None:
         first.mkdir()
         os.mkfifo(written)  # whoever opens it for writing waits for a reader
+        gate.open()
 
     def let_go(job: psutil.Process) -> None:
         seen.extend(path.name for path in (first, second) if path.exists())
         written.read_bytes()
 
-    flags = {**QUICK, "num_epochs": 3, "batch_size": 6, "validation_size": 0, "checkpoint_every": 10**6}
-    flags |= {"data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2}
-    acts = {"started": block, "epoch 2/3  finished": let_go}
-    run_and_act_twice(acts, *as_flags(flags), address=ray_address)
+    flags = gate.flags(epoch=0, step=1, validation_size=0, checkpoint_every=10**6, data_dir=small_data)
+    run_and_act_twice({"started": block, "epoch 2/2  finished": let_go}, *flags, address=ray_address)
     assert seen == [first.name]
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["checkpoint"] == "checkpoint_epoch-003_step-000000"
+    result = json.loads((gate.run / "result.json").read_text())
+    assert result["checkpoint"] == second.name
 
 
 def test_a_report_that_cannot_be_written_is_a_note_and_no_path(
-    ray_address: str, small_data: Path, tmp_path: Path
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = as_flags({**QUICK, "num_epochs": 1, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"})
-    in_its_place = tmp_path / "run" / "report.html"
-    printed, _ = run_and_act(lambda job: in_its_place.mkdir(), "started", *flags, address=ray_address)
-    assert "note       no report: " in printed
+    monkeypatch.setattr("mnist_ray.report.page.write", Mock(side_effect=OSError("no space")))
+    flags = {**QUICK, "num_epochs": 1, "num_workers": 0, "data_dir": small_data, "storage_path": tmp_path}
+    run_main("train", *as_flags({**flags, "run_name": "run"}))
+    printed = capsys.readouterr().out
+    assert "note       no report: OSError: no space" in printed
     assert printed.splitlines()[-1] == f"result     {tmp_path / 'run' / 'result.json'}"
 
 
 @pytest.mark.long
 def test_a_reproducible_run_has_the_same_bits_killed_and_resumed_with_other_workers(
-    ray_address: str, small_data: Path, tmp_path: Path
+    ray_address: str, small_data: Path, gate: Gate
 ) -> None:
-    values = {**LONGER, "num_epochs": 3, "data_dir": small_data, "storage_path": tmp_path}
-    flags = [*as_flags(values), "--reproducible"]
+    flags = [*gate.flags(data_dir=small_data), "--reproducible"]
+    kill = gate.opened_after(psutil.Process.kill)
+    run_and_act(kill, "epoch 1/2  finished", *flags, "--run-name", "run", address=ray_address, status=-9)
+    resumed = run_job("train.py", *flags, "--num-workers", "1", "--resume", address=ray_address)
+    assert resumed.returncode == 0, resumed.stderr
     alone = run_job("train.py", *flags, "--run-name", "alone", "--num-workers", "1", address=ray_address)
     assert alone.returncode == 0, alone.stderr
-    more = ["--run-name", "more", "--num-workers", "2"]
-    run_and_act(psutil.Process.kill, "epoch 1/3  finished", *flags, *more, address=ray_address, status=-9)
-    resumed = run_job("train.py", *flags, "--run-name", "more", "--num-workers", "1", "--resume", address=ray_address)
-    assert resumed.returncode == 0, resumed.stderr
     digests = [re.findall("^weights    SHA-256 ([0-9a-f]{64})$", job.stdout, re.M) for job in (alone, resumed)]
     assert len(digests[0]) == 1
     assert digests[0] == digests[1]
-    assert weights(tmp_path / "alone") == weights(tmp_path / "more")
-    epochs, others = (read_csv(locate(str(tmp_path), name), "metrics.csv") for name in ("alone", "more"))
-    assert len(epochs) == 3
-    for epoch, other in zip(epochs, others, strict=True):  # of the one at the kill, nobody may have told the figures
+    assert weights(gate.folder / "alone") == weights(gate.run)
+    epochs, others = (read_csv(locate(str(gate.folder), name), "metrics.csv") for name in ("alone", "run"))
+    assert len(epochs) == 2
+    for epoch, other in zip(epochs, others, strict=True):  # of the one at the kill, nobody may have reported values
         assert other["train_loss"] in ("", epoch["train_loss"])
         assert other["val_loss"] == epoch["val_loss"]
 
 
 @pytest.mark.long
-def test_an_elastic_run_goes_on_with_fewer_workers(nodes: Cluster, small_data: Path, tmp_path: Path) -> None:
-    flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"})
-    printed, _ = run_and_act(
-        lambda job: nodes.remove_node(nodes.list_all_nodes()[-1]),
-        "epoch 1/8  finished",
-        *flags,
-        "--num-workers",
-        "2",
-        "--min-workers",
-        "1",
-        address=nodes.address,
-    )
+def test_an_elastic_run_goes_on_with_fewer_workers(nodes: Cluster, small_data: Path, gate: Gate) -> None:
+    lose = gate.opened_after(lambda job: nodes.remove_node(nodes.list_all_nodes()[-1]))
+    flags = gate.flags(data_dir=small_data, min_workers=1)
+    printed, _ = run_and_act(lose, "epoch 1/2  finished", *flags, address=nodes.address)
     assert "started    2 × cpu" in printed
     assert "restarted  1 × cpu" in printed
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["test_accuracy"] > 0.8
+    assert json.loads((gate.run / "result.json").read_text())["test_accuracy"] > 0.8
 
 
 def test_a_preempted_node_is_left_with_a_checkpoint_just_in_time(
@@ -228,17 +280,23 @@ def test_a_preempted_node_is_left_with_a_checkpoint_just_in_time(
     doomed = nodes.list_all_nodes()[-1]
 
     def announce(job: psutil.Process) -> None:
-        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", nodes.address]
-        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-        subprocess.run(
-            [*command, "--node-id", doomed.node_id, *reason, "--deadline-remaining-seconds", "3600"], check=True
-        )
+        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline_ms = int(1000 * (time.time() + 3600))
+        accepted, _ = GcsClient(address=nodes.address).drain_node(doomed.node_id, reason, "spot", deadline_ms)
+        assert accepted
 
-    flags = {**LONGER, "num_epochs": 30, "checkpoint_every": 1000, "num_workers": 2, "run_name": "run"}
-    flags |= {"data_dir": small_data, "storage_path": tmp_path}
-    printed, _ = run_and_act(announce, "epoch 1/30", *as_flags(flags), address=nodes.address)
+    def interrupt(job: psutil.Process) -> None:
+        run = tmp_path / "run"
+        wait_for(lambda: any(not path.name.endswith("step-000000") for path in run.glob("checkpoint_epoch*")))
+        job.send_signal(signal.SIGINT)
+
+    flags = {**QUICK, "num_epochs": 99, "batch_size": 6, "validation_size": 0, "num_workers": 2}
+    flags |= {"data_dir": small_data, "storage_path": tmp_path, "run_name": "run"}
+    note = "note        a worker's node is about to be taken away; saving a checkpoint\n"
+    acts = {"epoch 1/99": announce, note: interrupt}
+    printed, _ = run_and_act_twice(acts, *as_flags(flags), address=nodes.address, status=130)
     nodes.remove_node(doomed)
-    assert printed.count("note        a worker's node is about to be taken away; saving a checkpoint\n") == 1
+    assert printed.count(note) == 1
     assert "lost " not in printed
 
 
@@ -267,6 +325,41 @@ def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(tmp_
     assert (found.name, found.metrics) == (whole.name, {"train_loss": 0.5})
 
 
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+
+
+def drop_if_damaged(text: str, folder: Path) -> bool:
+    """Tell whether a list of checkpoints that Ray wrote is taken for damaged; those of epochs 1 and 2 are there."""
+    run = locate(str(folder), "run")
+    for epoch in (1, 2):
+        (folder / "run" / f"checkpoint_epoch-00{epoch}_step-000000").mkdir(parents=True)
+    run.write_text(SNAPSHOT, text)
+    fit.drop_damaged_snapshot(run)
+    return not run.exists(SNAPSHOT)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: text[:40],
+        lambda text: "null",
+        lambda text: '{"checkpoint_results": [{}]}',
+        lambda text: text.replace("checkpoint_epoch-001", "checkpoint_epoch-009"),
+        lambda text: text.replace('"val_score"', '"val_points"'),
+    ],
+    ids=["empty", "cut off", "null", "of nothing", "of one that is not there", "without the score"],
+)
+def test_rays_list_of_checkpoints_is_dropped_if_it_is_damaged(
+    damage: Callable[[str], str], finished_run: Path, tmp_path: Path
+) -> None:
+    assert drop_if_damaged(damage((finished_run / SNAPSHOT).read_text()), tmp_path)
+
+
+def test_rays_list_of_checkpoints_is_kept_if_it_is_whole(finished_run: Path, tmp_path: Path) -> None:
+    assert not drop_if_damaged((finished_run / SNAPSHOT).read_text(), tmp_path)
+
+
 def test_a_run_whose_list_of_checkpoints_was_cut_off_is_read_by_its_last_checkpoint(tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     saved.mkdir()
@@ -274,7 +367,7 @@ def test_a_run_whose_list_of_checkpoints_was_cut_off_is_read_by_its_last_checkpo
     checkpoint.snapshot(state, {"workload": mnist().identity}).write(folder_at(saved))
     run = locate(str(tmp_path), "run")
     run.write_text("config.json", "{}")
-    run.write_text("checkpoint_manager_snapshot.json", '{"checkpoint_results": [{"checkpoint_dir')
+    run.write_text(SNAPSHOT, '{"checkpoint_results": [{"checkpoint_dir')
     with pytest.raises(UsageError, match="has no checkpoint yet"):
         find(run.uri, "~/ray_results")
     for name in ("checkpoint_epoch-001_step-000000", "checkpoint_epoch-002_step-000000"):
@@ -288,97 +381,21 @@ def test_a_run_whose_list_of_checkpoints_was_cut_off_is_read_by_its_last_checkpo
     ]
 
 
-def snapshot(*names: str) -> str:
-    """Return what Ray itself writes of a run's checkpoints."""
-    results = [
-        _TrainingResultState(checkpoint_dir_name=name, metrics={"val_loss": 0.5, "val_score": 0.5}) for name in names
-    ]
-    state = _CheckpointManagerState(
-        checkpoint_results=results,
-        checkpoint_report_indices=list(range(len(names))),
-        latest_checkpoint_result=results[-1] if results else None,
-        pending_training_results=[],
-        pending_validation_specs=[],
-        current_report_index=len(names),
-        validated_checkpoint_dir_names=[],
-        timed_out_validation_checkpoint_dir_names=[],
-        failed_validation_checkpoint_dir_names=[],
-    )
-    text: str = state.model_dump_json()
-    return text
-
-
-FIRST, SECOND = "checkpoint_epoch-001_step-000000", "checkpoint_epoch-002_step-000000"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        snapshot(FIRST)[:40],
-        "{}",
-        "[]",
-        "null",
-        "\0",
-        '{"checkpoint_results": null}',
-        '{"checkpoint_results": [{}]}',
-        snapshot("checkpoint_epoch-009_step-000000"),
-        snapshot("checkpoint_old"),
-        snapshot(FIRST).replace("0.5", '"x"'),
-        snapshot(FIRST).replace('"val_score"', '"val_points"'),
-    ],
-)
-def test_rays_list_of_checkpoints_is_dropped_where_it_is_damaged(text: str, tmp_path: Path) -> None:
-    run = locate(str(tmp_path), "run")
-    for name in (FIRST, "checkpoint_old"):
-        (tmp_path / "run" / name).mkdir(parents=True)
-    run.write_text("checkpoint_manager_snapshot.json", text)
-    fit.drop_damaged_snapshot(run)
-    assert not run.exists("checkpoint_manager_snapshot.json")
-
-
-@pytest.mark.parametrize("names", [[], [FIRST], [SECOND, FIRST]])
-def test_rays_list_of_checkpoints_is_kept_where_it_is_whole(names: list[str], tmp_path: Path) -> None:
-    run = locate(str(tmp_path), "run")
-    for name in (FIRST, SECOND):
-        (tmp_path / "run" / name).mkdir(parents=True)
-    run.write_text("checkpoint_manager_snapshot.json", snapshot(*names))
-    fit.drop_damaged_snapshot(run)
-    assert run.read_text("checkpoint_manager_snapshot.json") == snapshot(*names)
-
-
-def test_a_resumed_run_passes_over_a_damaged_checkpoint(
-    undisturbed: Path, ray_address: str, small_data: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(undisturbed, run)
-    (run / "result.json").unlink()  # as if it had been killed before the evaluation
-    last = max(run.glob("checkpoint_epoch*"))
-    (last / "model.safetensors").write_bytes(b"something else")
-    flags = as_flags({"storage_path": tmp_path, "run_name": "run"})
-    done = run_job("train.py", *flags, "--resume", address=ray_address)
-    assert done.returncode == 0, done.stderr
-    assert f"note       {last.name} is damaged or was cut off; the one before it is used" in done.stdout
-    assert weights(run) == weights(undisturbed)
-
-
 def test_a_last_checkpoint_that_a_kill_kept_from_ray_is_validated_and_chosen(
-    undisturbed: Path, ray_address: str, small_data: Path, tmp_path: Path
+    finished_run: Path, ray_address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(undisturbed, run)
+    shutil.copytree(finished_run, run)
     (run / "result.json").unlink()
-    (run / "checkpoint_manager_snapshot.json").unlink()
+    (run / SNAPSHOT).unlink()
     for path in sorted(run.glob("checkpoint_epoch*"))[:-1]:
         shutil.rmtree(path)
-    flags = as_flags({"storage_path": tmp_path, "run_name": "run"})
-    done = run_job("train.py", *flags, "--resume", address=ray_address)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "validation after epoch 8" in done.stdout
+    run_main("train", "--storage-path", str(tmp_path), "--run-name", "run", "--resume")
+    assert "validation after epoch 2" in capsys.readouterr().out
     result = json.loads((run / "result.json").read_text())
-    assert result["checkpoint"] == "checkpoint_epoch-008_step-000000"
+    assert result["checkpoint"] == "checkpoint_epoch-002_step-000000"
     assert result["checkpoint_metrics"]["val_accuracy"] > 0.5
-    assert weights(run) == weights(undisturbed)
+    assert weights(run) == weights(finished_run)
 
 
 def test_a_worker_that_hangs_ends_itself_with_its_stack_in_the_log() -> None:
@@ -393,24 +410,18 @@ def test_a_worker_that_hangs_ends_itself_with_its_stack_in_the_log() -> None:
     assert "in hanging" in done.stderr
 
 
+GLOO = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error")
+
+
 @pytest.mark.parametrize(
     ("failures", "said"),
     [
         ({1: RayActorError(error_msg="The actor died unexpectedly")}, "worker 1 died"),
         ({2: RayActorError(error_msg="The actor died because its node has died.")}, "worker 2 was lost with its node"),
-        (
-            {0: WorkerHealthCheckFailedError("failed", RuntimeError())},
-            "worker 0 does not answer",
-        ),
+        ({0: WorkerHealthCheckFailedError("failed", RuntimeError())}, "worker 0 does not answer"),
         ({0: ValueError("bad value\nand more")}, "worker 0 failed: ValueError: bad value"),
-        (
-            {0: RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error"), 1: RayActorError()},
-            "worker 1 died",
-        ),
-        (
-            {0: RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error")},
-            "worker 0 has lost its connection to another, which has died or hangs",
-        ),
+        ({0: GLOO, 1: RayActorError()}, "worker 1 died"),
+        ({0: GLOO}, "worker 0 has lost its connection to another, which has died or hangs"),
     ],
 )
 def test_what_happened_to_workers_is_one_line(failures: dict[int, Exception], said: str) -> None:
@@ -442,7 +453,7 @@ def test_what_the_code_fails_with_is_one_line_with_its_place(
 @pytest.mark.parametrize(
     "error",
     [
-        RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error"),
+        GLOO,
         OSError("the link is down"),
         torch.distributed.DistBackendError("NCCL error"),
         RayActorError(),
