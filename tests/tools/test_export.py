@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist.cnn import CNN
 from mnist_ray.run.find import find
 from mnist_ray.tools import export
 from mnist_ray.training.checkpoint import snapshot
 from mnist_ray.training.engine import create_state
 from mnist_ray.workload.data import Arrays
-from tests.conftest import folder_at, mnist, run_job
+from tests.conftest import folder_at, mnist, run_main
 
 
 def prepared(images: Arrays, number: int) -> torch.Tensor:
@@ -28,11 +29,16 @@ def model(finished_run: Path) -> torch.nn.Module:
 
 
 def test_an_exported_program_does_what_the_checkpoint_does(
-    finished_run: Path, model: torch.nn.Module, few_images: Arrays, tmp_path: Path
+    finished_run: Path,
+    model: torch.nn.Module,
+    few_images: Arrays,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = run_job("export.py", str(finished_run), "--output", str(tmp_path / "digits.pt2"))
-    assert done.returncode == 0, done.stderr
-    assert "checked    on 512 test images" in done.stdout
+    run_main("export", str(finished_run), "--output", str(tmp_path / "digits.pt2"))
+    said = capsys.readouterr().out
+    assert f"torch      {tmp_path}/digits.pt2: images (N, 1, 28, 28) float32 to logits (N, 10)\n" in said
+    assert "checked    on 512 test images" in said
     program = torch.export.load(tmp_path / "digits.pt2").module()
     for size in (1, 3, 600):
         images = prepared(few_images, size)
@@ -41,10 +47,14 @@ def test_an_exported_program_does_what_the_checkpoint_does(
 
 
 def test_an_onnx_file_does_what_the_checkpoint_does(
-    finished_run: Path, model: torch.nn.Module, few_images: Arrays, tmp_path: Path
+    finished_run: Path,
+    model: torch.nn.Module,
+    few_images: Arrays,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    done = run_job("export.py", str(finished_run), "--format", "onnx", "--output", str(tmp_path / "digits.onnx"))
-    assert (done.returncode, done.stderr) == (0, "")
+    run_main("export", str(finished_run), "--format", "onnx", "--output", str(tmp_path / "digits.onnx"))
+    assert capfd.readouterr().err == ""
     session = onnxruntime.InferenceSession(tmp_path / "digits.onnx", providers=["CPUExecutionProvider"])
     for size in (1, 3, 600):
         images = prepared(few_images, size)
@@ -54,31 +64,33 @@ def test_an_onnx_file_does_what_the_checkpoint_does(
 
 
 def test_the_check_sees_another_model(model: torch.nn.Module, few_images: Arrays) -> None:
-    other = CNN(10).eval()
-    batches = [prepared(few_images, size) for size in (100, 1)]
-    assert export.largest_difference(model, model, batches) == 0
-    assert export.largest_difference(model, other, batches) > 0.1
+    other, images = CNN(10).eval(), prepared(few_images, 100)
+    assert export.largest_difference(model, model, images) == 0
+    assert export.largest_difference(model, other, images) > 0.1
     other.dense2.bias.data[0] = math.nan
-    assert math.isnan(export.largest_difference(model, other, batches))
+    assert math.isnan(export.largest_difference(model, other, images))
 
 
-def test_a_checkpoint_whose_data_are_elsewhere_is_exported_and_not_checked(tmp_path: Path) -> None:
+def test_a_checkpoint_whose_data_are_elsewhere_is_exported_and_not_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     workload = mnist(data_dir=Path("/nowhere"))
     state = create_state(workload, TrainConfig(), 600, torch.device("cpu"))
     snapshot(state, {"workload": workload.identity}).write(folder_at(tmp_path))
-    done = run_job("export.py", str(tmp_path), "--output", str(tmp_path / "digits.pt2"))
-    assert done.returncode == 0, done.stderr
-    assert "checked    not: --data-dir /nowhere is not a folder" in done.stdout
+    run_main("export", str(tmp_path), "--output", str(tmp_path / "digits.pt2"))
+    assert "checked    not: --data-dir /nowhere is not a folder" in capsys.readouterr().out
 
 
-def test_a_file_is_not_given_the_others_ending(finished_run: Path) -> None:
-    done = run_job("export.py", str(finished_run), "--output", "model.onnx")
-    assert (done.returncode, done.stderr) == (2, "error: --output model.onnx must end in .pt2 for --format torch\n")
-
-
-def test_a_file_that_cannot_be_written_is_one_line(finished_run: Path) -> None:
-    done = run_job("export.py", str(finished_run), "--output", "/nowhere/model.pt2")
-    assert (done.returncode, done.stderr) == (
-        1,
-        "error: cannot write /nowhere/model.pt2: No such file or directory\n",
-    )
+@pytest.mark.parametrize(
+    ("output", "error", "message"),
+    [
+        ("model.onnx", UsageError, "--output model.onnx must end in .pt2 for --format torch"),
+        ("/nowhere/model.pt2", JobError, "cannot write /nowhere/model.pt2: No such file or directory"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_one_line(
+    finished_run: Path, output: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as raised:
+        run_main("export", str(finished_run), "--output", output)
+    assert str(raised.value) == message
