@@ -13,7 +13,7 @@ from mnist_ray.tools import view
 from mnist_ray.tools.predict import read_image
 from mnist_ray.workload import figures
 from mnist_ray.workload.data import Arrays, Split
-from tests.conftest import mnist, run_job
+from tests.conftest import mnist, run_job, run_main
 
 
 def raw_image(index: int) -> np.ndarray:
@@ -42,8 +42,7 @@ def test_a_digit_that_was_drawn_can_be_read_as_a_picture_of_ones_own(mnist_test:
 
 
 def test_several_images_are_drawn_in_rows_of_eight(small_data: Path, tmp_path: Path) -> None:
-    done = run_job("view.py", "--count", "9", "--output", str(tmp_path / "grid.png"), "--data-dir", str(small_data))
-    assert done.returncode == 0, done.stderr
+    run_main("view", "--count", "9", "--output", str(tmp_path / "grid.png"), "--data-dir", str(small_data))
     grid = Image.open(tmp_path / "grid.png")
     assert grid.width / grid.height == pytest.approx(8 * 34 / (2 * 46), rel=0.02)
 
@@ -63,19 +62,12 @@ def test_an_index_out_of_range_says_the_range(few_images: Arrays) -> None:
         view.choose(mnist(), Split(few_images), ViewConfig(label="10"))
 
 
-def test_blocks_show_two_rows_of_pixels_a_line() -> None:
-    image = np.arange(28 * 28).reshape(28, 28).astype(np.uint8)
-    text = view.blocks(image)
-    assert text.plain == ("▀" * 28 + "\n") * 14
-    spans = {span.start: str(span.style) for span in text.spans}
-    assert spans[29] == "#383838 on #545454"  # the first pixels of rows 2 and 3: 56 and 84
-
-
-def test_stats_count_the_classes_and_measure_the_pixels(small_data: Path, mnist_test: Arrays, tmp_path: Path) -> None:
+def test_stats_count_the_classes_and_measure_the_pixels(
+    small_data: Path, mnist_test: Arrays, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     picture = tmp_path / "view.png"
-    done = run_job("view.py", "--stats", "--output", str(picture), "--data-dir", str(small_data))
-    assert done.returncode == 0, done.stderr
-    rows = {words[0]: words[1:] for line in done.stdout.splitlines() if (words := line.split())}
+    run_main("view", "--stats", "--output", str(picture), "--data-dir", str(small_data))
+    rows = {words[0]: words[1:] for line in capsys.readouterr().out.splitlines() if (words := line.split())}
     train = Arrays(mnist_test.inputs[:3000], mnist_test.targets[:3000])
     assert rows["3"][0] == str((train.targets == 3).sum())
     assert rows["mean"][0] == f"{train.inputs.mean() / 255:.4f}"
