@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import stat
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,13 +30,11 @@ from mnist_ray.workload.base import Workload
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What is read, as Pillow names it. For others it would start programs, as Ghostscript for PostScript."""
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
-"""Of the files that are taken from folders."""
+_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})  # of files taken from folders
 _BATCH_SIZE = 64
 _MOST_DRAWN = 240
 _LONGEST_NAME = 14
 _MOST_BYTES = 100_000_000
-_MOST_PIXELS = 200_000_000  # the largest cameras' pictures; what unpacks to more is an attack or a mistake
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,7 @@ class Prediction:
 
     file: str
     inputs: np.ndarray | None = None  # what the model saw, as the workload's data have it
-    top: tuple[tuple[Any, float], ...] = ()
-    """The best few with their probabilities, the best first; none if there is an error."""
+    top: tuple[tuple[Any, float], ...] = ()  # the best few with their probabilities, the best first
     error: str | None = None  # why there is no prediction
 
     def is_sure(self, threshold: float) -> bool:
@@ -58,6 +56,15 @@ class Prediction:
             return {"file": self.file, "error": self.error}
         best, *others = ({noun: prediction, "probability": round(p, 6)} for prediction, p in self.top)
         return {"file": self.file, **best, "unsure": not self.is_sure(threshold), "next": others}
+
+    def to_line(self, threshold: float) -> str:
+        """Return what people read."""
+        if self.error is not None:
+            return f"{self.file}: {self.error}"
+        (best, probability), *others = self.top
+        then = ", ".join(f"{other} {p:.1%}" for other, p in others)
+        unsure = "" if self.is_sure(threshold) else "  unsure"
+        return f"{self.file}: {best}  {probability:.1%}" + (f" (then {then})" if then else "") + unsure
 
 
 def predict(given: Sequence[str], found: find.Found, config: PredictionConfig) -> None:
@@ -73,9 +80,12 @@ def predict(given: Sequence[str], found: find.Found, config: PredictionConfig) -
     predictions = []
     for prediction in predict_files(workload, model, find_files(given), as_is=config.as_is):
         predictions.append(prediction)
-        _print(prediction, workload, config)
+        if config.json:
+            sys.stdout.write(json.dumps(prediction.to_dict(workload.prediction_noun, config.threshold)) + "\n")
+        else:
+            say(prediction.to_line(config.threshold))
     if config.grid is not None:
-        _draw(predictions, workload, config.grid, config.threshold)
+        write_file(path_of(config.grid, "--grid"), _grid(predictions, workload, config))
     failed = sum(prediction.error is not None for prediction in predictions)
     if failed:
         raise JobError(f"no prediction for {failed:,} of {len(predictions):,} files")
@@ -158,57 +168,30 @@ def read_image(content: bytes) -> Image.Image:
         raise UsageError("is empty")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of huge pictures, which are refused here, and of damage that does no harm
-            file = Image.open(io.BytesIO(content), formats=FORMATS)
-            if file.width * file.height > _MOST_PIXELS:
-                raise UsageError(f"is too large: {file.width:,}×{file.height:,} pixels")
-            image = ImageOps.exif_transpose(file)
+            warnings.simplefilter("ignore")  # of large pictures, and of damage that does no harm
+            return ImageOps.exif_transpose(Image.open(io.BytesIO(content), formats=FORMATS))
     except Image.DecompressionBombError as error:
         raise UsageError("is too large: it would unpack to a huge picture") from error
     except UnidentifiedImageError as error:
         raise UsageError("is no picture of a known format") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise
         raise UsageError(f"is damaged: {error}") from error
-    if image.mode == "F" and not _is_finite(np.asarray(image)):
-        raise UsageError("has pixels that are infinite or NaN")
-    return image
 
 
-def _is_finite(values: np.ndarray) -> bool:
-    with np.errstate(all="ignore"):
-        return bool(np.isfinite(values.max() - values.min()))
-
-
-def _print(prediction: Prediction, workload: Workload, config: PredictionConfig) -> None:
-    if config.json:
-        print(json.dumps(prediction.to_dict(workload.prediction_noun, config.threshold)))  # noqa: T201
-    elif prediction.error is not None:
-        say(f"{prediction.file}: {prediction.error}")
-    else:
-        (best, probability), *others = prediction.top
-        then = ", ".join(f"{other} {p:.1%}" for other, p in others)
-        unsure = "" if prediction.is_sure(config.threshold) else "  unsure"
-        say(f"{prediction.file}: {best}  {probability:.1%}" + (f" (then {then})" if then else "") + unsure)
-
-
-def _short_name(file: str) -> str:
-    """Return a file's name as it fits below a picture."""
-    name = Path(file).name
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 5]}…{name[-4:]}"
-
-
-def _draw(predictions: Sequence[Prediction], workload: Workload, grid: str, threshold: float) -> None:
+def _grid(predictions: Sequence[Prediction], workload: Workload, config: PredictionConfig) -> bytes:
+    """Draw what the network saw, with its predictions. Raises JobError if there is nothing to draw."""
     from mnist_ray.workload.figures import image_grid  # imports matplotlib, which predictions need not wait for
 
     images, captions = [], []
     for prediction in predictions:
         image = None if prediction.inputs is None else workload.as_picture(prediction.inputs)
         if image is not None:
+            (best, probability), name = prediction.top[0], Path(prediction.file).name
+            short = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 5]}…{name[-4:]}"
             images.append(image)
-            doubt = "" if prediction.is_sure(threshold) else "?"
-            captions.append(f"{prediction.top[0][0]}{doubt} {prediction.top[0][1]:.0%}\n{_short_name(prediction.file)}")
+            captions.append(f"{best}{'' if prediction.is_sure(config.threshold) else '?'} {probability:.0%}\n{short}")
     if not images:
         has_none = any(prediction.inputs is not None for prediction in predictions)
         reason = f": {type(workload).__name__} has no as_picture" if has_none else ""
-        raise JobError(f"no picture to draw in {grid}{reason}")
-    write_file(path_of(grid, "--grid"), image_grid(images[:_MOST_DRAWN], captions[:_MOST_DRAWN]))
+        raise JobError(f"no picture to draw in {config.grid}{reason}")
+    return image_grid(images[:_MOST_DRAWN], captions[:_MOST_DRAWN])
