@@ -3,7 +3,7 @@
 On a local disk or NFS, the file's exclusive creation decides between jobs that start at once. Object stores have none:
 there a job writes the file, waits a second, and owns the run if the file is still its own. The file of an owner that
 has died is replaced: on the same machine its process is looked for, elsewhere the file has to change every few seconds.
-Clocks are not compared.
+Clocks are not compared: the time in the file is only there to change.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def _in_use(run: RunFolder, owner: Owner | None) -> UsageError:
     return UsageError(f"run {run.uri} is in use by another job{said}")
 
 
-def _text_of(owner: Owner, num_renewals: int = 0) -> str:
-    return json.dumps({**asdict(owner), "renewed": num_renewals})
+def _text_of(owner: Owner) -> str:
+    return json.dumps({**asdict(owner), "renewed": time.time()})
 
 
 def _read(run: RunFolder) -> tuple[str | None, Owner | None]:
@@ -150,12 +150,10 @@ def _read(run: RunFolder) -> tuple[str | None, Owner | None]:
 
 
 def _renew(run: RunFolder, me: Owner, is_over: threading.Event) -> None:
-    num_renewals = 0
     while not is_over.wait(RENEWED_EVERY_S):
-        num_renewals += 1
         with contextlib.suppress(JobError, *STORAGE_ERRORS):  # of storage; what else writes there will say so
             other = _read(run)[1]
             if other is not None and other != me:
                 end_with(JobError(f"run {run.uri} was taken over by process {other.pid} on {other.host}"))
                 return
-            run.storage.write_text(file_of(run), _text_of(me, num_renewals))
+            run.storage.write_text(file_of(run), _text_of(me))

@@ -1,8 +1,8 @@
 import json
 import os
+import queue
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -29,10 +29,9 @@ def run(tmp_path: Path) -> RunFolder:
 
 def claim_of(run: RunFolder, owner: Owner, renewed: int = 0) -> Path:
     """Let another own a run."""
-    path = Path(run.storage_path) / lease.file_of(run)
-    changed = path.with_name("changed")
+    changed = Path(run.storage_path) / "changed"
     changed.write_text(json.dumps({**asdict(owner), "renewed": renewed}))
-    return changed.rename(path)
+    return changed.rename(changed.with_name(lease.file_of(run)))
 
 
 def claims(run: RunFolder) -> list[Path]:
@@ -102,26 +101,12 @@ def test_a_claim_from_elsewhere_that_changes_is_respected_whatever_its_clock_say
         pass
 
 
-def test_an_owner_that_finds_another_in_its_place_ends(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_owner_renews_a_damaged_file_and_ends_if_it_finds_another_in_its_place(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = queue.Queue[Exception]()
     monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.05)
-    ended: list[Exception] = []
-    has_ended = threading.Event()
-
-    def end_with(error: Exception) -> None:
-        ended.append(error)
-        has_ended.set()
-
-    monkeypatch.setattr(lease, "end_with", end_with)
-    with owned(run):
-        claim_of(run, ELSEWHERE)
-        assert has_ended.wait(30)
-    assert isinstance(ended[0], JobError)
-    assert "was taken over by process 7 on other-host" in str(ended[0])
-
-
-def test_an_owner_goes_on_renewing_over_a_damaged_file(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.05)
-    monkeypatch.setattr(lease, "end_with", pytest.fail)
+    monkeypatch.setattr(lease, "end_with", ended.put)
     with owned(run):
         (own,) = claims(run)
         own.write_bytes(b"[]")
@@ -129,6 +114,11 @@ def test_an_owner_goes_on_renewing_over_a_damaged_file(run: RunFolder, monkeypat
         while own.read_bytes() == b"[]" or json.loads(own.read_text())["pid"] != os.getpid():
             assert time.monotonic() < deadline
             time.sleep(0.01)
+        assert ended.empty()
+        claim_of(run, ELSEWHERE)
+        error = ended.get(timeout=30)
+    assert isinstance(error, JobError)
+    assert "was taken over by process 7 on other-host" in str(error)
 
 
 def test_on_an_object_store_the_job_that_has_written_last_owns_the_run(
