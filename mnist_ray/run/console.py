@@ -11,17 +11,8 @@ from rich.live import Live
 from rich.text import Text
 
 from mnist_ray.errors import clock_time, count, redact
-from mnist_ray.training.events import (
-    EpochFinished,
-    Event,
-    NodeLeaving,
-    Progress,
-    Started,
-    StoppedEarly,
-    Stopping,
-    Validated,
-    WorkersLost,
-)
+from mnist_ray.training import events
+from mnist_ray.training.events import Event, Progress, Started
 from mnist_ray.workload.base import Workload
 
 _PLAIN_INTERVAL_S, _NOTEBOOK_INTERVAL_S = 10.0, 2.0
@@ -92,23 +83,23 @@ class RunConsole:
         match event:
             case Started():
                 self._started(event)
-            case WorkersLost(reason):
+            case events.WorkersLost(reason):
                 self.say("lost", f"{reason}; replacing the workers …")
-            case NodeLeaving():
+            case events.NodeLeaving():
                 self.say("note", "a worker's node is about to be taken away; saving a checkpoint")
-            case Stopping():
+            case events.Stopping():
                 self.say("note", "interrupted; saving a checkpoint (once more: end at once)")
             case Progress():
                 self._progress(event)
-            case EpochFinished(last):
+            case events.EpochFinished(last):
                 done = f"finished in {last.epoch_s:.2f} s ({last.examples_per_s:,.0f} {self._workload.nouns}/s)"
                 values = f"{self._workload.format(last.so_far)} on the training {self._workload.nouns}"
                 self.say(f"epoch {last.epoch}/{self._num_epochs}", f"{done}: {values}")
-            case Validated():
+            case events.Validated():
                 time_taken = f"{event.seconds:.1f} s{', beside the training' if event.is_beside else ''}"
                 values = self._workload.format(event.values)
                 self.say("", f"validation after epoch {event.epoch}: {values} ({time_taken})")
-            case StoppedEarly(epoch, best_epoch):
+            case events.StoppedEarly(epoch, best_epoch):
                 self.say("stopped", f"after epoch {epoch}: validation was best after epoch {best_epoch}")
 
     def _started(self, event: Started) -> None:

@@ -1,13 +1,11 @@
 import dataclasses
 
-import numpy as np
 import pytest
 
 from mnist_ray.errors import clock_time
 from mnist_ray.run import console
 from mnist_ray.run.console import RunConsole
 from mnist_ray.training.events import EpochFinished, Progress, Started, Validated, WorkersLost
-from mnist_ray.workload.classification import confusion_table
 from tests.conftest import mnist
 
 FIGURES = {"loss": 0.5, "accuracy": 0.75}
@@ -63,15 +61,6 @@ def test_progress_is_a_plain_line_once_in_a_while(
 def test_quiet_leaves_the_result(capsys: pytest.CaptureFixture[str]) -> None:
     show_a_run(quiet=True)
     assert capsys.readouterr().out == "test       done\n"
-
-
-def test_the_confusion_table_fits_a_terminal_and_shows_every_count() -> None:
-    counts = np.arange(100).reshape(10, 10)
-    counts[3] = 0
-    lines = confusion_table(counts, range(10))
-    assert max(map(len, lines)) <= 80
-    assert lines[1].split() == ["0", "·", *map(str, range(1, 10)), "0.00%"]
-    assert lines[4].split() == ["3", *["·"] * 10, "-"]
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(4.6, "0:05"), (65, "1:05"), (3600, "1:00:00"), (7384, "2:03:04")])
