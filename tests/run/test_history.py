@@ -1,4 +1,3 @@
-import csv
 import dataclasses
 import itertools
 import threading
@@ -12,12 +11,17 @@ import pytest
 from pyarrow import fs
 
 from mnist_ray.errors import JobError
-from mnist_ray.report.run_files import read_steps
+from mnist_ray.report.run_files import read_csv, read_steps
 from mnist_ray.run import history as histories
 from mnist_ray.run.history import History
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.training.events import EpochFinished, Progress, Started, Validated
 from tests.conftest import mnist
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return locate(str(tmp_path), "run")
 
 
 def finished(epoch: int) -> EpochFinished:
@@ -33,52 +37,50 @@ def started(epoch: int) -> Started:
     return Started(1, ("host",), 1, "cpu", "fp32", epoch=epoch, step=0, num_steps=9)
 
 
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "run" / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
+def columns(run: RunFolder, *names: str) -> list[tuple[str, ...]]:
+    return [tuple(row[name] for name in names) for row in read_csv(run, "metrics.csv")]
 
 
-def test_an_epoch_gets_one_row_whatever_comes_first(tmp_path: Path) -> None:
-    history = History(locate(str(tmp_path), "run"), mnist())
+def test_an_epoch_gets_one_row_whatever_comes_first(run: RunFolder) -> None:
+    history = History(run, mnist())
     for event in (started(0), finished(1), finished(2), validated(1, 0.25, 0.5), validated(2, 0.125, 0.75)):
         history.add(event)
-    found = [(row["epoch"], row["train_loss"], row["val_accuracy"], row["images_per_s"]) for row in rows(tmp_path)]
+    found = columns(run, "epoch", "train_loss", "val_accuracy", "images_per_s")
     assert found == [("1", "0.5", "0.5", "50.0"), ("2", "0.5", "0.75", "50.0")]
 
 
-def test_a_resumed_run_keeps_the_epochs_that_it_does_not_repeat(tmp_path: Path) -> None:
-    first = History(locate(str(tmp_path), "run"), mnist())
+def test_a_resumed_run_keeps_the_epochs_that_it_does_not_repeat(run: RunFolder) -> None:
+    first = History(run, mnist())
     for event in (started(0), finished(1), validated(1, 0.25, 0.5), finished(2)):
         first.add(event)
-    again = History(locate(str(tmp_path), "run"), mnist())
+    again = History(run, mnist())
     again.add(dataclasses.replace(started(1), num_workers=3))
     assert again.num_workers == 3
-    assert [row["epoch"] for row in again.rows.values()] == ["1"]
+    assert list(again.rows) == [1]
     again.add(finished(2))
-    assert [(row["epoch"], row["val_loss"]) for row in rows(tmp_path)] == [("1", "0.25"), ("2", "")]
-    assert again.unvalidated == History(locate(str(tmp_path), "run"), mnist()).unvalidated == [2]
+    assert columns(run, "epoch", "val_loss") == [("1", "0.25"), ("2", "")]
+    assert again.unvalidated == History(run, mnist()).unvalidated == [2]
 
 
 @pytest.mark.parametrize(
     "content",
     ["", "train_loss\n1\n", "epoch,train_loss\n1\n", "epoch,train_loss\n1,x\n", "epoch,train_loss\n1.5,1\n"],
 )
-def test_damaged_figures_are_told_of_and_begun_anew(tmp_path: Path, content: str) -> None:
-    run, notes = locate(str(tmp_path), "run"), list[str]()
+def test_a_damaged_file_is_noted_and_started_again(run: RunFolder, content: str) -> None:
+    notes: list[str] = []
     run.write_text("metrics.csv", content)
     history = History(run, mnist(), notes.append)
-    assert [note.partition("damaged: ")[0] for note in notes] == [f"{tmp_path}/run/metrics.csv is "]
+    assert [note.partition("damaged: ")[0] for note in notes] == [f"{run.uri}/metrics.csv is "]
     history.add(finished(1))
-    assert [row["train_loss"] for row in rows(tmp_path)] == ["0.5"]
+    assert columns(run, "train_loss") == [("0.5",)]
 
 
-def test_a_run_goes_on_whose_workload_has_other_metrics_now(tmp_path: Path) -> None:
-    run = locate(str(tmp_path), "run")
+def test_a_run_goes_on_whose_workload_has_other_metrics_now(run: RunFolder) -> None:
     run.write_text("metrics.csv", "epoch,train_loss,train_f1,epoch_s\n1,0.25,0.5,2.0\n")
     history = History(run, mnist())
     assert history.mean_rate() is None
     history.add(finished(2))
-    assert [(row["train_loss"], row["train_accuracy"]) for row in rows(tmp_path)] == [("0.25", ""), ("0.5", "0.9")]
+    assert columns(run, "train_loss", "train_accuracy") == [("0.25", ""), ("0.5", "0.9")]
     assert history.mean_rate() == History(run, mnist()).mean_rate() == 50.0
 
 
@@ -94,26 +96,6 @@ def steps_of(run: RunFolder) -> list[int]:
     return [int(row["step"]) for row in read_steps(run)]
 
 
-@pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often steps.csv was written as a whole, and how often it was added to; at each row, if it can."""
-    counts = Counter[str]()
-
-    def count(method: str) -> None:
-        do: Any = getattr(RunFolder, method)
-
-        def counted(run: RunFolder, file_name: str, text: str) -> None:
-            counts[method] += file_name == "steps.csv"
-            do(run, file_name, text)
-
-        monkeypatch.setattr(RunFolder, method, counted)
-
-    count("write_text")
-    count("append_text")
-    monkeypatch.setattr(histories, "WRITTEN_EVERY_S", 0)
-    return counts
-
-
 def add_steps_until(history: History, is_reached: Callable[[], bool]) -> int:
     """Add steps from the first on; return the last."""
     deadline = time.monotonic() + 60
@@ -126,8 +108,27 @@ def add_steps_until(history: History, is_reached: Callable[[], bool]) -> int:
     raise AssertionError
 
 
-def test_steps_are_appended_to_what_is_there(tmp_path: Path, written: Counter[str]) -> None:
-    run = locate(str(tmp_path), "run")
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often steps.csv was written as a whole, and how often it was added to; at each row, if it can."""
+    counts = Counter[str]()
+
+    def counted(method: str) -> Callable[[RunFolder, str, str], None]:
+        do: Any = getattr(RunFolder, method)
+
+        def write(run: RunFolder, file_name: str, text: str) -> None:
+            counts[method] += file_name == "steps.csv"
+            do(run, file_name, text)
+
+        return write
+
+    for method in ("write_text", "append_text"):
+        monkeypatch.setattr(RunFolder, method, counted(method))
+    monkeypatch.setattr(histories, "WRITTEN_EVERY_S", 0)
+    return counts
+
+
+def test_steps_are_appended_to_what_is_there(run: RunFolder, written: Counter[str]) -> None:
     history = History(run, mnist())
     last = add_steps_until(history, lambda: written["append_text"] >= 3)
     assert written["write_text"] == 1
@@ -139,8 +140,7 @@ def test_steps_are_appended_to_what_is_there(tmp_path: Path, written: Counter[st
 def test_where_nothing_can_be_appended_steps_are_written_ever_more_seldom(
     tmp_path: Path, written: Counter[str]
 ) -> None:
-    storage = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
-    run = RunFolder("run", str(tmp_path), storage, "run")
+    run = RunFolder("run", str(tmp_path), fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), "run")
     history = History(run, mnist())
     for step in range(1, 401):
         history.add(progress(step))
@@ -151,10 +151,9 @@ def test_where_nothing_can_be_appended_steps_are_written_ever_more_seldom(
 
 
 def test_steps_are_written_by_a_thread_that_holds_up_no_event(
-    tmp_path: Path, written: Counter[str], monkeypatch: pytest.MonkeyPatch
+    run: RunFolder, written: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, is_back = locate(str(tmp_path), "run"), threading.Event()
-    write = RunFolder.write_text
+    write, is_back = RunFolder.write_text, threading.Event()
 
     def write_later(run: RunFolder, file_name: str, text: str) -> None:
         assert threading.current_thread() is not threading.main_thread() or is_back.is_set()
@@ -172,28 +171,29 @@ def test_steps_are_written_by_a_thread_that_holds_up_no_event(
 
 
 def test_steps_that_could_not_be_appended_are_written_with_the_next(
-    tmp_path: Path, written: Counter[str], monkeypatch: pytest.MonkeyPatch
+    run: RunFolder, written: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, failed = locate(str(tmp_path), "run"), list[str]()
+    failed: list[str] = []
 
     def write_a_part(run: RunFolder, file_name: str, text: str) -> None:
-        with (tmp_path / "run" / file_name).open("a") as file:
+        with Path(run.path, file_name).open("a") as file:
             file.write(text[:3])
         failed.append(text)
         raise JobError("the disk is full")
 
     monkeypatch.setattr(RunFolder, "append_text", write_a_part)
-    add_steps_until(History(run, mnist()), lambda: bool(failed) and written["write_text"] >= 2)
-    assert steps_of(run)[:2] == [1, 2]
+    history = History(run, mnist())
+    last = add_steps_until(history, lambda: bool(failed) and written["write_text"] >= 2)
+    history.flush()
+    assert steps_of(run) == list(range(1, last + 1))
 
 
-def test_a_resumed_run_keeps_the_steps_that_it_does_not_repeat(tmp_path: Path) -> None:
-    run = locate(str(tmp_path), "run")
+def test_a_resumed_run_keeps_the_steps_that_it_does_not_repeat(run: RunFolder) -> None:
     first = History(run, mnist())
     for step in (2, 5, 9, 13):
         first.add(progress(step))
     first.flush()
-    with (tmp_path / "run" / "steps.csv").open("a") as file:
+    with Path(run.path, "steps.csv").open("a") as file:
         file.write("17,0.0")  # a kill has cut the last line off
     again = History(run, mnist(), pytest.fail)
     again.add(started(1))

@@ -7,12 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import mlflow
+import numpy as np
 import pytest
+from torch import nn
 
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import share
@@ -22,9 +25,9 @@ from mnist_ray.run.job import Job
 from mnist_ray.storage import locate
 from mnist_ray.sweep.options import load_data, read_sweep
 from mnist_ray.sweep.trial import TrialSpec, run_trial
-from mnist_ray.workload import source
-from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Arrays, Split
+from mnist_ray.sweep.tune import tune as tune_sweep
+from mnist_ray.workload import Arrays, Data, Regression, Workload, setting, source
+from mnist_ray.workload.data import Split
 from tests.conftest import ROOT, as_flags, mnist, run_main, write_data_set
 from tests.training.test_debug import BROKEN
 
@@ -47,8 +50,8 @@ def data_dir(mnist_test: Arrays, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def where(data_dir: Path, ray_address: str, tmp_path: Path) -> dict[str, Any]:
-    """Flags of a quick sweep into ``tmp_path / "run"``."""
-    return {**QUICK, "data_dir": data_dir, "storage_path": tmp_path, "run_name": "run"}
+    """Settings of a quick sweep into ``tmp_path / "run"``."""
+    return {**QUICK, "data_dir": str(data_dir), "storage_path": str(tmp_path), "run_name": "run"}
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -56,25 +59,18 @@ def rows(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def flags_of(values: dict[str, Any]) -> list[str]:
-    lists = {name: value for name, value in values.items() if isinstance(value, list)}
-    plain = as_flags({name: value for name, value in values.items() if name not in lists})
-    return plain + [text for name in lists for text in (f"--{name.replace('_', '-')}", *map(str, lists[name]))]
-
-
 def rates(*learning_rates: float) -> dict[str, Any]:
-    """Return flags of a sweep that tries these learning rates in this order, one at a time."""
-    texts = [f"learning_rate={','.join(map(str, learning_rates))}"]
+    """Return settings of a sweep that tries these learning rates in this order, one at a time."""
     limits = {"num_trials": len(learning_rates), "max_concurrent_trials": 1}
-    return {"search": "grid", "sweep": texts, "batch_size": 50, **limits}
+    return {"search": "grid", "sweep": [f"learning_rate={','.join(map(str, learning_rates))}"], **limits}
 
 
-def tune(values: dict[str, Any]) -> None:
-    run_main("tune", *flags_of(values))
+def tune(settings: dict[str, Any]) -> None:
+    tune_sweep(read_sweep(settings))
 
 
-def resume(run: Path) -> None:
-    run_main("tune", "--resume", "--run-name", run.name, "--storage-path", str(run.parent))
+def resume(run: Path, **settings: Any) -> None:
+    tune({"resume": True, "run_name": run.name, "storage_path": str(run.parent), **settings})
 
 
 @pytest.fixture
@@ -89,10 +85,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Mock:
 def finished_sweep(ray_address: str, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four random trials of one worker and two epochs."""
     storage = tmp_path_factory.mktemp("sweeps")
-    flags = {"data_dir": data_dir, "storage_path": storage, "run_name": "four", "num_trials": 4}
+    where = {"data_dir": str(data_dir), "storage_path": str(storage), "run_name": "four"}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(storage)  # where MLflow puts files
-        tune({**QUICK, **flags, "mlflow": f"sqlite:///{storage}/mlflow.db"})
+        tune({**QUICK, **where, "num_trials": 4, "mlflow": f"sqlite:///{storage}/mlflow.db"})
     return storage / "four"
 
 
@@ -212,9 +208,9 @@ def test_a_trial_whose_process_dies_is_lost_and_tried_again_by_a_resumed_sweep(
 ) -> None:
     (tmp_path / "dying.py").write_text(DYING)
     (tmp_path / "deadly").touch()
-    flags = {**QUICK, "num_trials": 1, "num_epochs": 1, "max_failures": 1, "workload": tmp_path / "dying.py"}
-    with pytest.raises(JobError, match=r"; to try again those that were lost: python jobs/tune\.py --resume"):
-        tune({**flags, "storage_path": tmp_path / "runs", "run_name": "lost"})
+    settings = {**QUICK, "num_trials": 1, "num_epochs": 1, "max_failures": 1, "workload": str(tmp_path / "dying.py")}
+    with pytest.raises(JobError, match=r"; to try again those that were lost: tune\(resume=True, run_name='lost'"):
+        tune({**settings, "storage_path": str(tmp_path / "runs"), "run_name": "lost"})
     assert [row["state"] for row in rows(tmp_path / "runs" / "lost")] == ["lost"]
     (tmp_path / "deadly").unlink()
     resume(tmp_path / "runs" / "lost")
@@ -224,9 +220,9 @@ def test_a_trial_whose_process_dies_is_lost_and_tried_again_by_a_resumed_sweep(
 def test_a_killed_sweep_goes_on_without_repeating_finished_trials(
     trained: Mock, where: dict[str, Any], ray_address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = flags_of({**where, "num_trials": 4, "max_concurrent_trials": 1})
+    flags = {**where, "num_trials": 4, "max_concurrent_trials": 1} | {"sweep": "learning_rate=log:5e-4:2e-2"}
     job = subprocess.Popen(
-        [sys.executable, str(ROOT / "jobs" / "tune.py"), *flags],
+        [sys.executable, str(ROOT / "jobs" / "tune.py"), *as_flags(flags)],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "RAY_ADDRESS": ray_address},
@@ -243,7 +239,7 @@ def test_a_killed_sweep_goes_on_without_repeating_finished_trials(
     assert began_with.keys() == {"training", "validation", "test"}
 
     with pytest.raises(UsageError, match="run run was started with --num-trials 4, not 6"):
-        run_main("tune", "--resume", "--run-name", "run", "--storage-path", str(tmp_path), "--num-trials", "6")
+        resume(tmp_path / "run", num_trials=6)
     resume(tmp_path / "run")
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trial ") and ", seed " in line]
     after = rows(tmp_path / "run")
@@ -269,22 +265,22 @@ def test_a_time_budget_ends_a_sweep_that_would_go_on(trained: Mock, where: dict[
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("settings", "message"),
     [
-        (["--sweep", "batch_size=60000"], "--sweep: batch size 60,000 is larger than the 55,000 images to train on"),
-        (["--sweep", "batch_size=8", "--batch-size", "9"], "--sweep searches batch_size: say once how"),
-        (["--batch-size", "8", "--learning-rate", "0.1"], "nothing to search: name settings of MNIST by --sweep"),
-        (["--validation-size", "0"], "a sweep chooses by validation accuracy"),
-        (["--search", "grid", "--num-trials", "2"], "--search grid needs a trial for each of the 5 choices"),
-        (["--resume", "--run-name", "ghost"], "--resume: there is no run"),
-        (["--time-budget-s", "0"], "--time-budget-s must be a positive number"),
+        ({"sweep": ["batch_size=60000"]}, "--sweep: batch size 60,000 is larger than the 55,000 images to train on"),
+        ({"sweep": ["batch_size=8"], "batch_size": 9}, "--sweep searches batch_size: say once how"),
+        ({"batch_size": 8, "learning_rate": 0.1}, "nothing to search: name settings of MNIST by --sweep"),
+        ({"validation_size": 0}, "a sweep chooses by validation accuracy"),
+        ({"search": "grid", "num_trials": 2}, "--search grid needs a trial for each of the 5 choices"),
+        ({"resume": True, "run_name": "ghost"}, "--resume: there is no run"),
+        ({"time_budget_s": 0.0}, "--time-budget-s must be a positive number"),
     ],
 )
-def test_a_wrong_argument_is_refused_before_anything_is_written(
-    flags: list[str], message: str, tmp_path: Path, ray_address: str
+def test_a_wrong_setting_is_refused_before_anything_is_written(
+    settings: dict[str, Any], message: str, tmp_path: Path, ray_address: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        run_main("tune", "--storage-path", str(tmp_path), *flags)
+        tune({**settings, "storage_path": str(tmp_path)})
     assert not any(tmp_path.iterdir())
 
 
@@ -306,9 +302,6 @@ def test_a_sweep_that_has_lost_its_trials_says_what_to_do(tmp_path: Path) -> Non
     run.delete_file("sweep.csv")
     with pytest.raises(JobError, match=r"sweep\.csv has lost its trials; " + chosen):
         read()
-    run.write_text("sweep.json", "[]")
-    with pytest.raises(JobError, match=r"sweep\.json is damaged: .*; put it back, or start another run"):
-        read()
 
 
 def test_fewer_images_than_the_defaults_batch_can_be_searched(few_images: Arrays, tmp_path: Path) -> None:
@@ -319,41 +312,29 @@ def test_fewer_images_than_the_defaults_batch_can_be_searched(few_images: Arrays
     assert (sweep.batch_sizes, len(data.train)) == ([8, 16], 80)
 
 
-NOISY = """
-from dataclasses import dataclass
-
-import numpy as np
-from torch import nn
-
-from mnist_ray.workload import Arrays, Classification, Data, setting
-
-
 @dataclass(frozen=True)
 class Settings:
-    noise: float = setting(0.0, "of the inputs", decides_data=True)
+    noise: float = setting(1.0, "of the inputs", decides_data=True)
     width: int = setting(2, "of the network")
 
 
-class Noisy(Classification):
+class Noisy(Regression):
     Settings = Settings
 
-    def load_data(self):
-        inputs = np.random.default_rng(0).normal(self.settings.noise, size=(600, 2)).astype(np.float32)
-        arrays = Arrays(inputs, (inputs[:, 0] > 0).astype(np.int64))
-        return Data(arrays, arrays)
+    def load_data(self) -> Data:
+        inputs = np.random.default_rng(0).normal(scale=self.settings.noise, size=(600, 2)).astype(np.float32)
+        return Data(Arrays(inputs, inputs[:, 0]), Arrays(inputs, inputs[:, 0]))
 
-    def create_model(self):
-        return nn.Sequential(nn.Linear(2, self.settings.width), nn.Linear(self.settings.width, 2))
-"""
+    def create_model(self) -> nn.Module:
+        return nn.Linear(2, 1)
 
 
 def test_a_setting_that_the_data_go_by_is_not_searched(tmp_path: Path) -> None:
-    (tmp_path / "noisy.py").write_text(NOISY)
-    given = {"workload": str(tmp_path / "noisy.py"), "storage_path": str(tmp_path)}
+    given = {"workload": Noisy, "storage_path": str(tmp_path)}
     sweep, _ = load_data(read_sweep({**given, "sweep": ["width=2,4"]}))
     assert list(sweep.space.spaces) == ["width"]
     with pytest.raises(UsageError, match=r"^--sweep noise: load_data goes by it, and all trials have the same data$"):
-        load_data(read_sweep({**given, "sweep": ["width=2,4", "noise=0,1"]}))
+        load_data(read_sweep({**given, "sweep": ["width=2,4", "noise=1,2"]}))
 
 
 # --- a trial of one worker, which is done in this process
@@ -384,13 +365,9 @@ def test_a_trial_killed_after_its_last_checkpoint_reports_it_again(
     assert {call.args for call in watch.call_args_list} == {(60,)}
 
 
-def test_a_trial_is_profiled(ray_address: str, few_images: Arrays, tmp_path: Path) -> None:
-    try_one([], few_images, tmp_path, mnist(), OutputConfig(profile=3))
-    (operators,) = tmp_path.rglob("operators.json")
-    assert json.loads(operators.read_text())["steps"] == 3
-
-
-def test_a_trial_names_the_line_of_its_first_anomaly(ray_address: str, tmp_path: Path) -> None:
+def test_a_trial_is_profiled_and_names_the_line_of_its_first_anomaly(
+    ray_address: str, few_images: Arrays, tmp_path: Path
+) -> None:
     (tmp_path / "broken_trial.py").write_text(BROKEN)
     workload = source.load(str(tmp_path / "broken_trial.py"))(metadata={"class_names": [0, 1]})
     examples, reported = workload.load_data().train, list[dict[str, Any]]()
@@ -398,3 +375,6 @@ def test_a_trial_names_the_line_of_its_first_anomaly(ray_address: str, tmp_path:
     try_one(reported, examples, tmp_path, workload, OutputConfig(detect_anomaly=True))
     assert "MulBackward0" in reported[0]["reason"]
     assert "broken_trial.py, line 16" in reported[0]["reason"]
+    try_one(reported, few_images, tmp_path / "profiled", mnist(), OutputConfig(profile=3))
+    (operators,) = tmp_path.rglob("operators.json")
+    assert json.loads(operators.read_text())["steps"] == 3

@@ -23,25 +23,21 @@ def table_with(*records: TrialRecord, workload: Any = None) -> TrialTable:
     return TrialTable(workload, space_of(workload, {}), records)
 
 
-def record(trial: int, state: str, accuracy: float, loss: float = 1.0, epochs: float = 2.0) -> TrialRecord:
-    return TrialRecord(trial, point(32, trial / 100), state, epochs, accuracy, loss)
+def record(trial: int, state: str, accuracy: float, loss: float = 1.0) -> TrialRecord:
+    return TrialRecord(trial, point(32, trial / 100), state, 2.0, accuracy, loss)
 
 
 def table_of(*rows: tuple[float, int, str, float]) -> TrialTable:
     """Return a table of (learning rate, seed, state, accuracy)."""
-    return table_with(
-        *(
-            TrialRecord(number, point(128, rate, seed), state, 2.0, accuracy, 1.0)
-            for number, (rate, seed, state, accuracy) in enumerate(rows, 1)
-        )
-    )
+    points = [(point(128, rate, seed), state, accuracy) for rate, seed, state, accuracy in rows]
+    return table_with(*(TrialRecord(1, some, state, 2.0, accuracy, 1.0) for some, state, accuracy in points))
 
 
 def test_the_table_ranks_by_accuracy_then_loss_and_failed_trials_last() -> None:
     rows = [
         record(1, FAILED, 0.99),
         record(2, DONE, 0.97, loss=0.5),
-        record(3, STOPPED, 0.97, loss=0.25, epochs=1.0),
+        record(3, STOPPED, 0.97, loss=0.25),
         record(4, RUNNING, math.nan),
         record(5, DONE, 0.98),
     ]
@@ -114,7 +110,6 @@ def test_a_trial_that_starts_again_keeps_its_number() -> None:
 @pytest.mark.parametrize(
     ("nodes", "workers", "cpus", "asked", "autoscaling", "expected"),
     [
-        ([Node(2)], 1, 1, None, False, 2),
         ([Node(2)], 2, 1, None, False, 1),
         ([Node(8), Node(8)], 1, 3, None, False, 4),
         ([Node(8), Node(8)], 4, 1, None, False, 4),
