@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import posixpath
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -14,11 +15,11 @@ from ray.train import Checkpoint
 from mnist_ray.cluster.connect import quiet_ray
 from mnist_ray.errors import JobError, UsageError, first_line, in_words
 from mnist_ray.run.lookup import find_run
-from mnist_ray.settings import values_of
+from mnist_ray.settings import build, check_known, names_of, values_of
 from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, STORAGE_ERRORS, RunFolder, position_of, untrusted_folders
-from mnist_ray.training.checkpoint import STATE_FILE, load_model, read_state, workload_of
+from mnist_ray.training.checkpoint import STATE_FILE, load_model, read_state
+from mnist_ray.workload import source
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.source import Reference
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Found:
 def find(
     given: str | None,
     storage_path: str,
-    reference: Reference | None = None,
+    reference: source.Reference | None = None,
     changes: Mapping[str, Any] | None = None,
     is_wanted: Callable[[RunFolder], bool] = lambda run: True,
 ) -> Found:
@@ -62,10 +63,26 @@ def find(
     except STORAGE_ERRORS as error:
         raise JobError(f"cannot read {run.uri}: {first_line(error)}") from error
     document = read_state(checkpoint)
-    workload = workload_of(document, reference, dict(changes or {}), untrusted_folders(run, storage_path))
+    workload = _workload_of(document, reference, changes or {}, untrusted_folders(run, storage_path))
     if document["workload"]["sha256"] not in ("", workload.source.sha256):
         notes.append(f"the workload has changed since the checkpoint was made: {workload.source.reference}")
     return Found(checkpoint, document, workload, tuple(notes))
+
+
+def _workload_of(
+    document: dict[str, Any], reference: source.Reference | None, changes: Mapping[str, Any], untrusted: Iterable[Path]
+) -> Workload:
+    """Return the workload of a checkpoint, whose state.json is ``document``.
+
+    ``reference``: where to load the code from, if it has moved; ``changes``: settings to override. Raises UsageError if
+    the code cannot be loaded, lies in one of the ``untrusted`` folders, or has no such settings any more.
+    """
+    saved = document["workload"]
+    named = f"the checkpoint of {saved['reference']}"
+    workload_class = source.load_again(saved["reference"], reference, named, untrusted)
+    settings_class = workload_class.Settings
+    check_known(saved["settings"], names_of([settings_class]), named)
+    return workload_class(build(settings_class, {**saved["settings"], **changes}), saved["metadata"])
 
 
 def _checkpoint_of(run: RunFolder, given: str | None, notes: list[str]) -> RunFolder:

@@ -15,9 +15,8 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,12 +24,11 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from mnist_ray.errors import JobError, UsageError, first_line
-from mnist_ray.settings import build, check_known, json_lines, names_of
+from mnist_ray.settings import json_lines
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder, with_retries
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.metrics import MetricSums
 from mnist_ray.training.state import TrainingState
-from mnist_ray.workload import source
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.tensors import map_tensors
 
@@ -119,22 +117,6 @@ def load_model(folder: RunFolder, workload: Workload) -> nn.Module:
     model = workload.create_model()
     _load_weights(model, _decoded(folder, MODEL_FILE, document, load), folder)
     return model.eval()
-
-
-def workload_of(
-    document: dict[str, Any], reference: source.Reference | None, changes: dict[str, Any], untrusted: Iterable[Path]
-) -> Workload:
-    """Return the workload of a checkpoint, whose state.json is ``document``.
-
-    ``reference``: where to load the code from, if it has moved; ``changes``: settings to override. Raises UsageError if
-    the code cannot be loaded, lies in one of the ``untrusted`` folders, or has no such settings any more.
-    """
-    saved = document["workload"]
-    named = f"the checkpoint of {saved['reference']}"
-    workload_class = source.load_again(saved["reference"], reference, named, untrusted)
-    settings_class = workload_class.Settings
-    check_known(saved["settings"], names_of([settings_class]), named)
-    return workload_class(build(settings_class, {**saved["settings"], **changes}), saved["metadata"])
 
 
 def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
