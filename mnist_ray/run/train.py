@@ -14,16 +14,15 @@ def train(job: Job) -> None:
     with Session(job) as session:
         session.begin(*load_data(job))
         with session.ray(meanwhile=dry_run(session.job, session.data)):
-            from mnist_ray.run.fit import fit  # imports torch, which is there by now
-            from mnist_ray.run.in_process import fit_here
-            from mnist_ray.run.record import check, recorded
+            from mnist_ray.run import fit, in_process, record  # import torch, which is there by now
 
             if job.output.check:
                 say_plan(session)
-                check(session)
+                record.check(session)
                 return
-            with recorded(session) as record:  # writes a report however the run ends
-                record.test((fit_here if session.is_here else fit)(session, record.on_event))
+            fit_run = in_process.fit_here if session.is_here else fit.fit
+            with record.recorded(session) as this_run:  # writes a report however the run ends
+                this_run.test(fit_run(session, this_run.on_event))
 
 
 def dry_run(job: Job, data: Splits, batch_sizes: Sequence[int] = ()) -> Callable[[], None]:
