@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from mnist_ray import settings
@@ -42,7 +41,7 @@ def check(session: Session, sweep: Sweep) -> None:
 
 
 def search(session: Session, sweep: Sweep, show: OnChange) -> TrialTable:
-    """Run the trials, except those that an interrupted sweep has finished; ``show`` gets all whenever they change.
+    """Run the trials, except those that an interrupted sweep has finished, and ``show`` them.
 
     A sweep that has chosen before tries nothing more: its choice is not to change. Raises JobError.
     """
@@ -57,12 +56,21 @@ def search(session: Session, sweep: Sweep, show: OnChange) -> TrialTable:
     concurrent = _say_plan(session, sweep)
     if run.exists(BEST_FILE):
         return sweep.table()
+    warn = functools.partial(session.console.say, "note")
+    trackers = start.start_trials(run, job.workload, settings.values_of(sweep.config), job.output, warn)
+
+    def on_change(table: TrialTable, ended: TrialRecord | None) -> None:
+        show(table, ended)
+        if ended is not None:
+            trackers.log(_event_of(table, ended))
+
     try:
-        # Trials that are stopped before their end leave orphans.
-        with orphans_removed(), _tracked(session, sweep, show) as on_change:
+        with orphans_removed():  # of trials that are stopped before their end
             return run_sweep(sweep, spec, concurrent, on_change)
     except JobError as error:
         raise JobError(f"{error} (logs: {session.cluster.log_folder})") from error
+    finally:
+        trackers.close(Ending(None, {}, None))
 
 
 def _say_plan(session: Session, sweep: Sweep) -> int:
@@ -77,27 +85,7 @@ def _say_plan(session: Session, sweep: Sweep) -> int:
     return concurrent
 
 
-@contextlib.contextmanager
-def _tracked(session: Session, sweep: Sweep, show: OnChange) -> Iterator[OnChange]:
-    """Yield a function that shows a changed table, and tells the trackers of trials that have ended."""
-    job, reported = sweep.job, set[int]()
-    warn = functools.partial(session.console.say, "note")
-    trackers = start.start_trials(job.run, job.workload, settings.values_of(sweep.config), job.output, warn)
-
-    def on_change(table: TrialTable) -> None:
-        show(table)
-        for record in table.finished():
-            if record.trial not in reported:
-                reported.add(record.trial)
-                trackers.log(_ended(table, record))
-
-    try:
-        yield on_change
-    finally:
-        trackers.close(Ending(None, {}, None))
-
-
-def _ended(table: TrialTable, record: TrialRecord) -> TrialEnded:
+def _event_of(table: TrialTable, record: TrialRecord) -> TrialEnded:
     outcome = table.outcome(record).items()
     values = {name: value for name, value in outcome if isinstance(value, float) and not math.isnan(value)}
     point = {**record.point.values, "seed": record.point.seed}

@@ -14,7 +14,7 @@ from mnist_ray.run.console import RunConsole
 from mnist_ray.run.session import Session, say_data
 from mnist_ray.run.train import dry_run
 from mnist_ray.sweep.options import Sweep, load_data
-from mnist_ray.sweep.trials import DONE, ENDED, FAILED, LOST, STOPPED, TrialTable
+from mnist_ray.sweep.trials import DONE, ENDED, FAILED, LOST, STOPPED, TrialRecord, TrialTable
 
 
 def tune(sweep: Sweep) -> None:
@@ -55,24 +55,18 @@ class SweepConsole(RunConsole):
         super().__init__(job.workload, job.train.num_epochs, quiet=job.output.quiet)
         self._time_budget_s = sweep.config.time_budget_s
         self._start = time.monotonic()
-        self._finished_before: int | None = None
-        self._printed: set[int] = set()
+        self._num_ended = 0  # trials, in this process
 
-    def show_table(self, table: TrialTable) -> None:
-        """Show how the sweep stands."""
-        finished = {record.trial for record in table.finished()}
-        if self._finished_before is None:
-            self._finished_before, self._printed = len(finished), finished
+    def show_table(self, table: TrialTable, ended: TrialRecord | None = None) -> None:
+        """Show how the sweep stands once a trial has ``ended``, or reported."""
+        self._num_ended += ended is not None
         if self._live.is_started:
             self._live.update(Group(self._table(table), Text(self._summary(table))), refresh=True)
-            return
-        for record in table.finished():
-            if record.trial not in self._printed:
-                *_, epochs, monitor, _, state = table.console_row(record, self._num_epochs)
-                tried = f"{format_settings(record.point.values)}, seed {record.point.seed}"
-                line = f"{tried}: {monitor} after {epochs} epochs, {state} · {self._summary(table)}"
-                self.say(f"trial {record.trial}", line)
-        self._printed = finished
+        elif ended is not None:
+            *_, epochs, monitor, _, state = table.console_row(ended, self._num_epochs)
+            tried = f"{format_settings(ended.point.values)}, seed {ended.point.seed}"
+            line = f"{tried}: {monitor} after {epochs} epochs, {state} · {self._summary(table)}"
+            self.say(f"trial {ended.trial}", line)
 
     def show_result(self, table: TrialTable) -> None:
         """Print the whole table, sorted, and what stopping early has saved."""
@@ -102,9 +96,8 @@ class SweepConsole(RunConsole):
 
     def _seconds_left(self, table: TrialTable) -> float | None:
         """Estimate the seconds left from those that a trial of this process took, on average."""
-        num_finished = table.count(*ENDED)
-        if not (num_here := num_finished - (self._finished_before or 0)):
+        if self._num_ended == 0:
             return None
         passed = time.monotonic() - self._start
-        estimate = passed / num_here * (table.num_planned - num_finished)
+        estimate = passed / self._num_ended * (table.num_planned - table.count(*ENDED))
         return estimate if self._time_budget_s is None else min(estimate, self._time_budget_s - passed)

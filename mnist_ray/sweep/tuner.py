@@ -29,7 +29,7 @@ from mnist_ray.storage import TRIALS_FILE, RunFolder, with_retries
 from mnist_ray.sweep.options import Sweep
 from mnist_ray.sweep.space import Point, propose
 from mnist_ray.sweep.trial import TrialSpec, run_trial
-from mnist_ray.sweep.trials import DONE, FAILED, LOST, STOPPED, TrialTable
+from mnist_ray.sweep.trials import DONE, FAILED, LOST, STOPPED, TrialRecord, TrialTable
 
 TRIALS_FOLDER, _TUNE_FOLDER = "trials", "tune"
 _SETTINGS = {
@@ -37,7 +37,8 @@ _SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # Tune's CSV, JSON and TensorBoard files a trial
     "RAY_AIR_NEW_OUTPUT": "0",  # prints a box with its configuration even with verbose=0
 }
-OnChange = Callable[[TrialTable], None]
+OnChange = Callable[[TrialTable, TrialRecord | None], None]
+"""Gets the table whenever it has changed, with the trial that has ended, if one has."""
 
 
 def trials_at_a_time(sweep: SweepConfig, plan: WorkerPlan, cluster: Cluster, *, autoscaling: bool) -> int:
@@ -58,7 +59,7 @@ def trials_at_a_time(sweep: SweepConfig, plan: WorkerPlan, cluster: Cluster, *, 
 def run_sweep(sweep: Sweep, spec: TrialSpec, concurrent: int, on_change: OnChange) -> TrialTable:
     """Run a sweep's trials, except those that its folder holds as finished; return all.
 
-    ``on_change`` gets the table whenever it has changed. Raises JobError if every trial failed.
+    Raises JobError if every trial failed.
     """
     os.environ.update(_SETTINGS)
     config, table, seed = sweep.config, sweep.table(), sweep.job.train.seed
@@ -210,25 +211,22 @@ class _Watcher(tune.Callback):
         record = self.table.by_point[self._point(trial)]
         ended = DONE if (trial.last_result or {}).get("is_over") else STOPPED  # by the scheduler, or the time's end
         record.state = FAILED if record.reason else ended
-        self._finished()
+        self._changed(record)
+        kept = self.table.contenders(self.sweep.config, self.sweep.job.train.seed)
+        _drop_checkpoints(self.sweep.job.run, self.table, kept)
 
     def on_trial_error(self, trial: Trial, **info: Any) -> None:
         # Its processes have died too often; if they did so before it started, it has no record yet.
         record = self.table.start(self._point(trial))
         record.state, record.reason = LOST, reason_of(trial)
-        self._finished()
+        self._changed()
 
     def _point(self, trial: Trial) -> Point:
         return self.sweep.space.point(trial.config, trial.config["seed"])
 
-    def _finished(self) -> None:
-        self._changed()
-        kept = self.table.contenders(self.sweep.config, self.sweep.job.train.seed)
-        _drop_checkpoints(self.sweep.job.run, self.table, kept)
-
-    def _changed(self) -> None:
+    def _changed(self, ended: TrialRecord | None = None) -> None:
         self.sweep.job.run.write_text(TRIALS_FILE, self.table.to_csv())
-        self.on_change(self.table)
+        self.on_change(self.table, ended)
 
 
 def _drop_checkpoints(run: RunFolder, table: TrialTable, kept: Container[Point]) -> None:
