@@ -164,6 +164,7 @@ def test_mlflow_says_which_data_workers_and_commit_a_run_had(tmp_path: Path, mlf
         "command_line": "python jobs/train.py",
         "git_commit": "0123abcd",
         "versions": {},
+        "metadata": {},
         "data_name": "MNIST",
         "data": {"training": "a" * 64, "test": None},
     }

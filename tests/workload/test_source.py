@@ -231,8 +231,11 @@ def test_a_method_that_is_missing_is_named(write: Write, method: str) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("recipes = {'default': {'num_epoch': 3}}", "recipes: default has unknown settings: num_epoch"),
-        ("search = {'lerning_rate': None}", "search has unknown settings: lerning_rate"),
+        (
+            "recipes = {'default': {'num_epoch': 3}}",
+            "recipes: default has unknown settings: num_epoch; did you mean num_epochs?",
+        ),
+        ("search = {'lerning_rate': None}", "search has unknown settings: lerning_rate; did you mean learning_rate?"),
         (
             "def create_optimiser(self, model, config): ...",
             "create_optimiser is nothing that a workload has: it has create_optimizer; give it another name",
