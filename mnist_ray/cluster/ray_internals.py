@@ -104,7 +104,7 @@ def read_settings_again() -> None:
 
 def default_folder() -> Path:
     """Return where a local Ray keeps its sessions, so that one can be named before it starts, and removed with it."""
-    return Path(get_default_ray_temp_dir())
+    return Path(get_default_ray_temp_dir()).absolute()
 
 
 def session_folder() -> Path:

@@ -248,7 +248,7 @@ def test_a_reproducible_run_has_the_same_bits_killed_and_resumed_with_other_work
 ) -> None:
     flags = [*gate.flags(data_dir=small_data), "--reproducible"]
     kill = gate.opened_after(psutil.Process.kill)
-    run_and_act(kill, "epoch 1/2  finished", *flags, "--run-name", "run", address=ray_address, status=-9)
+    run_and_act(kill, "epoch 1/2  finished", *flags, address=ray_address, status=-9)
     resumed = run_job("train.py", *flags, "--num-workers", "1", "--resume", address=ray_address)
     assert resumed.returncode == 0, resumed.stderr
     alone = run_job("train.py", *flags, "--run-name", "alone", "--num-workers", "1", address=ray_address)

@@ -1,5 +1,6 @@
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,9 @@ def program(path: Path) -> Path:
     return path
 
 
-def test_the_modules_are_told_in_a_variable() -> None:
+def test_the_modules_are_in_a_variable_if_workers_are_to_be_forked() -> None:
     assert starting.runtime_env_to_fork(FORKING)["env_vars"] == {MODULES_VARIABLE: "torch ray.tune"}
-
-
-def test_nothing_is_asked_for_where_workers_are_not_to_be_forked() -> None:
-    assert starting.runtime_env_to_fork(Forking(is_wanted=False, modules=("torch",), server=None)) == {}
+    assert starting.runtime_env_to_fork(replace(FORKING, is_wanted=False)) == {}
 
 
 @pytest.mark.parametrize(
@@ -86,29 +84,18 @@ def test_the_shim_is_looked_for_in_the_working_directory_that_a_node_has(
     monkeypatch.chdir(ROOT)
     of_job(monkeypatch, working_dir="gcs://some.zip", env_vars={"A": "1"})
     program(tmp_path / "mnist_ray" / "cluster" / "forking" / "shim.py")
-    assert start_worker(tmp_path, tmp_path)[:4] == [
-        str(drivers_python),
-        "-S",
-        "-E",
-        "mnist_ray/cluster/forking/shim.py",
-    ]
+    expected = [str(drivers_python), "-S", "-E", "mnist_ray/cluster/forking/shim.py"]
+    assert start_worker(tmp_path, tmp_path)[:4] == expected
 
 
-@pytest.mark.parametrize("missing", ["drivers_python", "shim"])
-@pytest.mark.parametrize(
-    "packages",
-    [
-        "lib/python3.11/site-packages",
-        "lib64/python3.11/site-packages",
-    ],
-)
+@pytest.mark.parametrize(("missing", "lib"), [("drivers_python", "lib"), ("shim", "lib64")])
 @pytest.mark.usefixtures("drivers_python", "shim")
 def test_a_node_that_has_them_elsewhere_starts_workers_with_the_python_beside_its_ray(
-    missing: str, packages: str, tmp_path: Path, request: pytest.FixtureRequest
+    missing: str, lib: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     request.getfixturevalue(missing).unlink()
-    python, packages_there = program(tmp_path / "nodes" / "bin" / "python"), tmp_path / "nodes" / packages
-    assert start_worker(tmp_path, packages_there) == [str(python), worker_in(packages_there), "--flag=1 2"]
+    python, packages = program(tmp_path / "nodes" / "bin" / "python"), tmp_path / "nodes" / lib / "python3.11" / "site"
+    assert start_worker(tmp_path, packages) == [str(python), worker_in(packages), "--flag=1 2"]
 
 
 def test_where_no_python_is_beside_ray_workers_are_started_with_the_one_of_the_path(
