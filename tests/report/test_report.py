@@ -1,10 +1,10 @@
 import base64
 import dataclasses
+import html
 import io
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -33,36 +33,14 @@ from tests.conftest import METADATA, mnist, run_main
 RUN_PICTURES = ["loss", "accuracy", "confusion", "classes", "predictions", "mistakes", "seconds"]
 
 
-class Page(HTMLParser):
-    """What a page shows: its images, its table rows, and whatever it would fetch."""
+class Page:
+    """What a page shows: its images, as content and alternative text, its table rows, and whatever it would fetch."""
 
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.images: list[dict[str, str | None]] = []
-        self.rows: list[list[str]] = []
-        self.fetched: list[str] = []
-        self._in_cell = False
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
-        if tag == "img":
-            self.images.append(values)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-            self._in_cell = True
-        links = [value for name in ("src", "href") if (value := values.get(name)) and not value.startswith("data:")]
-        self.fetched += links
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("td", "th"):
-            self._in_cell = False
-
-    def handle_data(self, data: str) -> None:
-        if self._in_cell:
-            self.rows[-1][-1] += data
+    def __init__(self, text: str) -> None:
+        self.images = re.findall(r'<img [^>]*src="data:image/png;base64,([^"]*)" alt="([^"]*)"', text)
+        rows = re.findall("<tr>(.*?)</tr>", text)
+        self.rows = [list(map(html.unescape, re.findall("<t[dh][^>]*>(.*?)</t[dh]>", row))) for row in rows]
+        self.fetched = re.findall('(?:src|href)="(?!data:)|@import|url\\(', text)
 
 
 @pytest.fixture
@@ -100,19 +78,15 @@ def point(learning_rate: float) -> Point:
 
 
 def test_a_run_leaves_one_page_with_all_its_pictures(finished_run: Path) -> None:
-    html = (finished_run / "report.html").read_text()
-    page = Page(html)
+    text = (finished_run / "report.html").read_text()
+    page = Page(text)
     assert page.fetched == []
-    assert "@import" not in html
-    assert "url(" not in html
-    assert len(page.images) == len(RUN_PICTURES)
-    for name, image in zip(RUN_PICTURES, page.images, strict=True):
-        content = base64.b64decode((image["src"] or "").removeprefix("data:image/png;base64,"))
-        assert content == (finished_run / "pictures" / f"{name}.png").read_bytes()
-        assert Image.open(io.BytesIO(content)).width > 500
-        assert len(image["alt"] or "") > 15
+    for name, (content, alt) in zip(RUN_PICTURES, page.images, strict=True):
+        assert base64.b64decode(content) == (finished_run / "pictures" / f"{name}.png").read_bytes()
+        assert Image.open(io.BytesIO(base64.b64decode(content))).width > 500
+        assert len(alt) > 15
     result = json.loads((finished_run / "result.json").read_text())
-    assert f"{result['test_accuracy']:.2%}" in html
+    assert f"{result['test_accuracy']:.2%}" in text
     assert ["command_line", result["command_line"]] in page.rows
     assert ["batch_size", "50"] in page.rows
     assert ["ray", result["versions"]["ray"]] in page.rows
@@ -139,11 +113,10 @@ def test_steps_lead_up_to_the_last_step_of_all_epochs(finished_run: Path) -> Non
 
 def test_an_interrupted_run_has_a_report_of_what_there_is(unfinished_run: Path, test_images: Split) -> None:
     assert list(write(at(unfinished_run), test_images)) == ["loss", "accuracy", "seconds"]
-    html = (unfinished_run / "report.html").read_text()
-    assert "not finished: 1 of 2 epochs" in html
-    page = Page(html)
-    texts = [cell for row in page.rows for cell in row] + [image["alt"] or "" for image in page.images]
-    assert not [text for text in texts if "nan" in text]
+    text = (unfinished_run / "report.html").read_text()
+    assert "not finished: 1 of 2 epochs" in text
+    page = Page(text)
+    assert "nan" not in str(page.rows) + str([alt for _, alt in page.images])
 
 
 def test_an_interrupted_sweeps_report_says_how_to_go_on_with_the_sweep(unfinished_run: Path) -> None:
@@ -186,7 +159,7 @@ def test_several_runs_are_compared_side_by_side(
     run_main("report", str(finished_run), str(unfinished_run), "--output", str(output))
     assert capsys.readouterr().out == f"report {output}\n"
     page = Page(output.read_text())
-    assert [image["alt"] for image in page.images] == [
+    assert [alt for _, alt in page.images] == [
         "Training loss of two, unfinished; the table has the ends",
         "Validation accuracy of two, unfinished; the table has the best",
     ]
@@ -212,9 +185,9 @@ def test_a_sweeps_report_has_its_trials_best_first(finished_run: Path, tmp_path:
 def test_names_cannot_put_markup_into_the_page(finished_run: Path) -> None:
     record = RunRecord.read(at(finished_run), mnist())
     config: dict[str, Any] = record.config | {"data_dir": "<script>alert(1)</script>"}
-    html = comparison([record, dataclasses.replace(record, config=config)]).to_html()
-    assert "<script" not in html
-    assert re.search(r"&lt;script&gt;alert\(1\)&lt;/script&gt;", html)
+    text = comparison([record, dataclasses.replace(record, config=config)]).to_html()
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
 
 
 def test_code_in_the_storage_that_is_looked_in_is_not_loaded(tmp_path: Path) -> None:
@@ -254,10 +227,7 @@ def tested_run(tmp_path: Path) -> RunFolder:
     return run
 
 
-DAMAGED = {"empty": b"", "no UTF-8": b"\xff\xfe", "a list": b"[1, 2]", "NUL bytes": bytes(20), "another": b"a,b\nx\n"}
-
-
-@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED.keys())
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[1, 2]", b"a,b\nx\n"])
 @pytest.mark.parametrize(
     "name", ["metrics.csv", "steps.csv", "predictions.csv", "origin.json", "result.json", "sweep.csv"]
 )
@@ -277,10 +247,10 @@ def test_a_report_of_damaged_files_says_so(tested_run: RunFolder) -> None:
         tested_run.write_text(name, "")
     shown = page.write(tested_run, mnist(), "", None, sections(tested_run, type(mnist())), notes.append)
     assert list(shown) == ["loss", "accuracy", "seconds"]
-    html = tested_run.read_text("report.html") or ""
-    assert "not finished" in html
+    text = tested_run.read_text("report.html") or ""
+    assert "not finished" in text
     assert len(notes) == 2
-    assert all(note in html for note in notes)
+    assert all(note in text for note in notes)
 
 
 @pytest.mark.parametrize(
@@ -336,20 +306,15 @@ def test_a_browser_shows_the_page_without_overflow_or_errors(
         assert page.evaluate("document.documentElement.scrollWidth") == width
         loaded = page.evaluate("[...document.images].map(image => image.complete && image.naturalWidth > 0)")
         assert loaded == [True] * len(RUN_PICTURES)
-        text, back = page.evaluate(
-            "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
-        )
-        assert (_brightness(text) > _brightness(back)) == (colour_scheme == "dark")
+        colours = page.evaluate("(style => [style.color, style.backgroundColor])(getComputedStyle(document.body))")
+        text, back = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in colours)
+        assert (text > back) == (colour_scheme == "dark")
         browser.close()
     assert problems == []
 
 
-def _brightness(colour: str) -> int:
-    return sum(map(int, re.findall(r"\d+", colour)[:3]))
-
-
 def test_a_page_shows_no_secrets() -> None:
     origin = Table("Origin", (), [("command_line", "train --mlflow http://user:password@host")])
-    html = page.Page("a run", "go on with s3://KEY:SECRET@bucket?token=SECRET&region=us", tables=[origin]).to_html()
-    assert "train --mlflow http://***@host<" in html
-    assert "go on with s3://***@bucket?token=***&amp;region=us<" in html
+    text = page.Page("a run", "go on with s3://KEY:SECRET@bucket?token=SECRET&region=us", tables=[origin]).to_html()
+    assert "train --mlflow http://***@host<" in text
+    assert "go on with s3://***@bucket?token=***&amp;region=us<" in text

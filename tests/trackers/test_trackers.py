@@ -1,4 +1,6 @@
+import ast
 import base64
+import io
 import json
 import threading
 from collections.abc import Iterator
@@ -26,6 +28,7 @@ from mnist_ray.training.events import EpochFinished, Event, Progress, Started, T
 from mnist_ray.workload import figures
 from tests.conftest import mnist
 
+INTERRUPTED = Ending(None, {}, None)
 PICTURE = figures.seconds({"start": 1.0})
 RESULT = {"test_accuracy": 0.875, "test_loss": 0.5, "images_per_s": 100.0}
 
@@ -76,9 +79,7 @@ def in_mlflow(run: RunFolder) -> list[Any]:
 
 
 def read_events(folder: Path) -> EventAccumulator:
-    reader = EventAccumulator(str(folder))
-    reader.Reload()
-    return reader
+    return EventAccumulator(str(folder)).Reload()
 
 
 def points(reader: EventAccumulator, tag: str) -> list[tuple[int, float]]:
@@ -95,43 +96,29 @@ def test_tensorboard_has_every_step_every_epoch_and_the_pictures(tmp_path: Path)
     assert points(reader, "epoch/val_accuracy") == [(1, 0.75)]
     assert points(reader, "final/test_accuracy") == [(0, 0.875)]
     assert "_hparams_/session_start_info" in reader.summary_metadata
-    image = reader.Images("seconds")[0]
-    assert (image.width, image.height) == Image.open(_file(tmp_path, PICTURE)).size
+    (image,) = reader.Images("seconds")
+    assert image.encoded_image_string == PICTURE
+    assert (image.width, image.height) == Image.open(io.BytesIO(PICTURE)).size
 
 
-def _file(folder: Path, content: bytes) -> Path:
-    (folder / "picture.png").write_bytes(content)
-    return folder / "picture.png"
-
-
-def test_tensorboard_shows_steps_that_are_done_again_once(tmp_path: Path) -> None:
+def test_tensorboard_shows_steps_that_are_done_again_once_and_what_comes_before_them(tmp_path: Path) -> None:
     run = locate(str(tmp_path), "run")
-    follow(run, EPOCH[:3], Ending(None, {}, None))
-    follow(run, [started(step=2), progress(4, [2.5, 1.5])], Ending(None, {}, None))
-    assert points(read_events(tmp_path / "run"), "step/train_loss") == [(1, 4.0), (2, 3.0), (3, 2.5), (4, 1.5)]
-
-
-def test_a_full_disk_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: FileIO("/dev/full", "w"))
-    warnings = follow(locate(str(tmp_path), "run"), EPOCH, Ending(None, {}, None))
-    assert warnings == ["TensorBoard has failed and is left out from here on: [Errno 28] No space left on device"]
-
-
-def test_an_epoch_that_is_validated_before_a_resumed_run_starts_is_shown_too(tmp_path: Path) -> None:
-    run = locate(str(tmp_path), "run")
-    follow(run, EPOCH[:-1], Ending(None, {}, None))
-    assert follow(run, [EPOCH[-1], started(step=2), progress(4, [2.5, 1.5])], Ending(None, {}, None)) == []
+    follow(run, EPOCH[:-1], INTERRUPTED)
+    assert follow(run, [EPOCH[-1], started(step=2), progress(4, [2.5, 1.5])], INTERRUPTED) == []
     reader = read_events(tmp_path / "run")
     assert points(reader, "epoch/val_accuracy") == [(1, 0.75)]
     assert points(reader, "step/train_loss") == [(1, 4.0), (2, 3.0), (3, 2.5), (4, 1.5)]
 
 
-def test_storage_that_is_no_local_disk_gets_the_event_file_at_the_end(
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "run").mkdir()
+def test_a_full_disk_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: FileIO("/dev/full", "w"))
+    warnings = follow(locate(str(tmp_path), "run"), EPOCH, INTERRUPTED)
+    assert warnings == ["TensorBoard has failed and is left out from here on: [Errno 28] No space left on device"]
+
+
+def test_storage_that_is_no_local_disk_gets_the_event_file_at_the_end(tmp_path: Path) -> None:
     storage = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
-    assert follow(RunFolder("run", "far://away", storage, "run"), EPOCH, Ending(None, {}, None)) == []
+    assert follow(RunFolder("run", "far://away", storage, "run"), EPOCH, INTERRUPTED) == []
     assert points(read_events(tmp_path / "run"), "epoch/train_loss") == [(1, 0.5)]
 
 
@@ -139,7 +126,7 @@ def test_mlflow_has_parameters_metrics_pictures_and_the_model(
     tmp_path: Path, finished_run: Path, mlflow_uri: str
 ) -> None:
     run, checkpoint = locate(str(tmp_path), "run"), find(str(finished_run), "~/ray_results").checkpoint
-    assert follow(run, EPOCH[:3], Ending(None, {}, None), mlflow_uri) == []
+    assert follow(run, EPOCH[:3], INTERRUPTED, mlflow_uri) == []
     (found,) = in_mlflow(run)
     assert (found.info.run_name, found.info.status) == ("run", "KILLED")
     assert follow(run, EPOCH, Ending(RESULT, {"seconds": PICTURE}, checkpoint), mlflow_uri) == []
@@ -150,9 +137,8 @@ def test_mlflow_has_parameters_metrics_pictures_and_the_model(
     assert found.data.metrics["final/test_accuracy"] == 0.875
     history = mlflow.MlflowClient().get_metric_history(found.info.run_id, "step/train_loss")
     assert {(metric.step, metric.value) for metric in history} == {(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)}
-    assert [file.path for file in mlflow.MlflowClient().list_artifacts(found.info.run_id, "pictures")] == [
-        "pictures/seconds.png"
-    ]
+    (picture,) = mlflow.MlflowClient().list_artifacts(found.info.run_id, "pictures")
+    assert picture.path == "pictures/seconds.png"
     (logged,) = mlflow.search_logged_models(experiment_ids=[found.info.experiment_id], output_format="list")
     model = mlflow.pytorch.load_model(logged.model_uri)
     assert model(torch.from_numpy(np.zeros((5, 1, 28, 28), np.float32))).shape == (5, 10)
@@ -160,21 +146,14 @@ def test_mlflow_has_parameters_metrics_pictures_and_the_model(
 
 def test_mlflow_says_which_data_workers_and_commit_a_run_had(tmp_path: Path, mlflow_uri: str) -> None:
     run = locate(str(tmp_path), "run")
-    origin = {
-        "command_line": "python jobs/train.py",
-        "git_commit": "0123abcd",
-        "versions": {},
-        "metadata": {},
-        "data_name": "MNIST",
-        "data": {"training": "a" * 64, "test": None},
-    }
+    known = {"versions": {}, "metadata": {}, "data": {"training": "a" * 64, "test": None}}
+    origin = {"command_line": "python jobs/train.py", "git_commit": "0123abcd", "data_name": "MNIST", **known}
     run.write_text(ORIGIN_FILE, json.dumps(origin))
     for _ in range(2):  # begun, and gone on with
-        assert follow(run, EPOCH, Ending(None, {}, None), mlflow_uri) == []
+        assert follow(run, EPOCH, INTERRUPTED, mlflow_uri) == []
     (found,) = in_mlflow(run)
-    tags = found.data.tags
-    assert (tags["mlflow.source.git.commit"], tags["command_line"]) == ("0123abcd", "python jobs/train.py")
-    assert tags["workers"] == "1 × cpu"
+    said = [found.data.tags[name] for name in ("mlflow.source.git.commit", "command_line", "workers")]
+    assert said == ["0123abcd", "python jobs/train.py", "1 × cpu"]
     data = {one.tags[0].value: (one.dataset.name, one.dataset.digest) for one in found.inputs.dataset_inputs}
     assert data == {"training": ("MNIST", "a" * 36), "test": ("MNIST", "unknown")}
 
@@ -195,23 +174,11 @@ def test_mlflow_has_a_trial_that_is_told_of_again_once(tmp_path: Path, mlflow_ur
     for _ in range(2):
         trackers = start.start_trials(run, mnist(), {"num_trials": 1}, config, pytest.fail)
         trackers.log(TrialEnded(1, {"batch_size": 64}, "failed", has_failed=True, values={"val_loss": 0.5}))
-        trackers.close(Ending(None, {}, None))
+        trackers.close(INTERRUPTED)
     found = {run.info.run_name: run for run in in_mlflow(run)}
     assert {name: run.info.status for name, run in found.items()} == {"sweep": "KILLED", "trial 1": "FAILED"}
     assert found["trial 1"].data.params == {"batch_size": "64"}
     assert found["trial 1"].data.metrics == {"val_loss": 0.5}
-
-
-class Broken(Tracker):
-    """A tracker that fails at every event."""
-
-    def __init__(self) -> None: ...
-
-    def log(self, event: Event) -> None:
-        raise ConnectionError("the server is gone\nand this is its traceback")
-
-    def close(self, ending: Ending) -> None:
-        raise AssertionError("a tracker that has failed is not asked again")
 
 
 class Recorder(Tracker):
@@ -227,27 +194,29 @@ class Recorder(Tracker):
         self.seen.append(ending)
 
 
-def test_a_tracker_that_fails_warns_once_and_the_others_go_on() -> None:
-    recorder, warnings = Recorder(), list[str]()
-    trackers = Trackers({"broken": Broken, "recorder": lambda: recorder}, warnings.append)
-    for event in EPOCH:
-        trackers.log(event)
-    ending = Ending(None, {}, None)
-    trackers.close(ending)
-    assert warnings == ["broken has failed and is left out from here on: the server is gone"]
-    assert recorder.seen == [*EPOCH, ending]
+class Broken(Recorder):
+    """A tracker that fails at every event."""
+
+    def log(self, event: Event) -> None:
+        raise ConnectionError("the server is gone\nand this is its traceback")
 
 
 def _cannot_start() -> Recorder:
     raise ZeroDivisionError("division by zero")
 
 
-def test_a_tracker_that_cannot_start_warns_once() -> None:
-    warnings: list[str] = []
-    trackers = Trackers({"MLflow": _cannot_start}, warnings.append)
-    trackers.log(EPOCH[0])
-    trackers.close(Ending(None, {}, None))
-    assert warnings == ["MLflow has failed and is left out from here on: division by zero"]
+def test_a_tracker_that_fails_warns_once_is_asked_no_more_and_the_others_go_on() -> None:
+    recorder, broken, warnings = Recorder(), Broken(), list[str]()
+    create = {"MLflow": _cannot_start, "broken": lambda: broken, "recorder": lambda: recorder}
+    trackers = Trackers(create, warnings.append)
+    for event in EPOCH:
+        trackers.log(event)
+    trackers.close(INTERRUPTED)
+    assert warnings == [
+        "MLflow has failed and is left out from here on: division by zero",
+        "broken has failed and is left out from here on: the server is gone",
+    ]
+    assert (recorder.seen, broken.seen) == ([*EPOCH, INTERRUPTED], [])
 
 
 def test_mlflow_is_told_of_no_secrets_and_knows_a_run_with_other_keys(tmp_path: Path, mlflow_uri: str) -> None:
@@ -255,7 +224,7 @@ def test_mlflow_is_told_of_no_secrets_and_knows_a_run_with_other_keys(tmp_path: 
     for path in ("s3://KEY:SECRET@bucket", "s3://bucket"):
         run = RunFolder("run", path, fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), "run")
         trackers = start.start(run, mnist(), settings, OutputConfig(mlflow=mlflow_uri), pytest.fail)
-        trackers.close(Ending(None, {}, None))
+        trackers.close(INTERRUPTED)
     (found,) = in_mlflow(run)
     assert found.data.tags["mnist_ray.run"] == "s3://bucket/run"
     assert found.data.params == {"database": "postgresql://***@host/examples"}
@@ -280,7 +249,7 @@ def test_mlflow_shows_a_server_who_asks_and_nobody_else(tmp_path: Path, monkeypa
     with HTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         uri = f"http://user:pass%40word@127.0.0.1:{server.server_port}"
-        (warning,) = follow(locate(str(tmp_path), "run"), [], Ending(None, {}, None), uri)
+        (warning,) = follow(locate(str(tmp_path), "run"), [], INTERRUPTED, uri)
         server.shutdown()
     assert warning.startswith("MLflow has failed")
     assert "word" not in warning
@@ -293,27 +262,26 @@ from mnist_ray.trackers import Tracker
 
 
 class Lines(Tracker):
+    def __init__(self, run, workload, settings):
+        super().__init__(run, workload, settings)
+        self.lines = []
+
     def log(self, event):
-        with open(self.run.path + "/lines.txt", "a") as file:
-            for name, value, step in self.scalars(event):
-                print(f"{name} {step} {value:g}", file=file)
+        self.lines += self.scalars(event)
 
     def close(self, ending):
-        with open(self.run.path + "/lines.txt", "a") as file:
-            print(sorted(self.final(ending)), self.settings["batch_size"], file=file)
+        self.run.write_text("lines.txt", repr([*self.lines, *self.final(ending), self.settings["batch_size"]]))
 """
 
 
 def test_a_tracker_of_the_users_gets_all_figures(tmp_path: Path) -> None:
     (tmp_path / "lines.py").write_text(OWN)
-    (tmp_path / "run").mkdir()
-    assert (
-        follow(locate(str(tmp_path), "run"), EPOCH, Ending(RESULT, {}, None), tracker=str(tmp_path / "lines.py")) == []
-    )
-    lines = (tmp_path / "run" / "lines.txt").read_text().splitlines()
-    assert lines[:3] == ["step/train_loss 1 4", "step/train_loss 2 3", "step/train_accuracy 2 0.75"]
-    assert "epoch/val_loss 1 0.25" in lines
-    assert lines[-1] == "['final/images_per_s', 'final/test_accuracy', 'final/test_loss'] 128"
+    run = locate(str(tmp_path), "run")
+    assert follow(run, EPOCH, Ending(RESULT, {}, None), tracker=str(tmp_path / "lines.py")) == []
+    got = ast.literal_eval(run.read_text("lines.txt") or "")
+    assert got[:3] == [("step/train_loss", 4.0, 1), ("step/train_loss", 3.0, 2), ("step/train_accuracy", 0.75, 2)]
+    assert ("epoch/val_loss", 0.25, 1) in got
+    assert got[-4:] == ["final/test_loss", "final/test_accuracy", "final/images_per_s", 128]
 
 
 def test_weights_and_biases_has_the_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
