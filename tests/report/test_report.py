@@ -104,13 +104,6 @@ def test_predictions_are_those_that_the_result_counts(finished_run: Path, test_i
     assert probabilities.max() <= 1
 
 
-def test_steps_lead_up_to_the_last_step_of_all_epochs(finished_run: Path) -> None:
-    record = RunRecord.read(at(finished_run), mnist())
-    assert (record.steps[-1]["epoch"], record.steps[-1]["step"]) == (2, 96)
-    assert record.steps_per_epoch == 48
-    assert record.steps[0]["train_loss"] > record.steps[-1]["train_loss"]
-
-
 def test_an_interrupted_run_has_a_report_of_what_there_is(unfinished_run: Path, test_images: Split) -> None:
     assert list(write(at(unfinished_run), test_images)) == ["loss", "accuracy", "seconds"]
     text = (unfinished_run / "report.html").read_text()
