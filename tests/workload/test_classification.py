@@ -1,19 +1,21 @@
 import json
-import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.training.engine import measured_sums
 from mnist_ray.training.metrics import MetricSums
-from mnist_ray.workload import Arrays, Classification, Data
-from mnist_ray.workload.classification import accuracy_per_class, confusion, confusion_table
-from tests.conftest import mnist
+from mnist_ray.workload import Arrays, Classification, Data, Regression, Workload
+from mnist_ray.workload.classification import confusion, confusion_table
 
+SMOOTHED = TrainConfig(label_smoothing=0.2)
 NAMES = ["ant", "bee", "cat", "dog", "elephant"]
 LABELS = np.array([0, 0, 0, 1, 1, 3, 3, 3, 3, 4])
 PREDICTIONS = np.array([0, 0, 1, 1, 0, 3, 3, 3, 0, 4])
@@ -48,7 +50,7 @@ class Pairs(Dataset):
         return index, index
 
 
-# --- figures
+# --- losses and metrics
 
 
 def test_the_loss_is_each_examples_cross_entropy() -> None:
@@ -58,18 +60,36 @@ def test_the_loss_is_each_examples_cross_entropy() -> None:
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
 def test_targets_may_be_whole_numbers_of_any_size(dtype: torch.dtype) -> None:
     outputs, targets = map(torch.from_numpy, outputs_and_targets())
-    assert workload().loss(outputs, targets.to(dtype)).equal(workload().loss(outputs, targets))
-    assert (
-        workload()
-        .measure(outputs, targets.to(dtype))["accuracy"]
-        .equal(workload().measure(outputs, targets)["accuracy"])
-    )
+    problem, others = workload(), targets.to(dtype)
+    assert problem.loss(outputs, others).equal(problem.loss(outputs, targets))
+    assert problem.measure(outputs, others)["accuracy"].equal(problem.measure(outputs, targets)["accuracy"])
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 64, 200])
+class OwnLoss(Classification):
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.multi_margin_loss(outputs, targets, reduction="none")
+
+
+def test_a_classification_is_trained_on_smoothed_targets_and_reports_the_plain_loss() -> None:
+    outputs, targets = map(torch.from_numpy, outputs_and_targets())
+    smoothed = F.cross_entropy(outputs, targets, reduction="none", label_smoothing=0.2)
+    assert torch.equal(workload().training_loss(outputs, targets, SMOOTHED), smoothed)  # type: ignore[arg-type]
+    assert torch.equal(workload().loss(outputs, targets), F.cross_entropy(outputs, targets, reduction="none"))
+    assert workload().training_loss(outputs, targets, TrainConfig()) is None
+
+
+@pytest.mark.parametrize("kind", [OwnLoss, Regression])
+def test_where_there_are_no_labels_to_smooth_it_is_refused(kind: type[Workload]) -> None:
+    outputs, targets = map(torch.from_numpy, outputs_and_targets())
+    with pytest.raises(UsageError, match="--label-smoothing is for a Classification that has no loss of its own"):
+        kind().training_loss(outputs, targets, SMOOTHED)
+    assert kind().training_loss(outputs, targets, TrainConfig()) is None
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
 def test_the_accuracy_is_the_part_that_is_right_for_any_batches(batch_size: int) -> None:
     outputs, targets = outputs_and_targets()
     sums = MetricSums()
@@ -99,48 +119,36 @@ def test_an_empty_slice_has_empty_figures() -> None:
     assert measured_sums(problem, outputs, targets)["accuracy"] == 0
 
 
-def test_answers_are_the_most_probable_classes_by_name() -> None:
+def test_the_top_predictions_are_the_most_probable_classes_by_name() -> None:
     outputs, _ = outputs_and_targets(4)
     probabilities = softmax(outputs)
-    for answers, expected in zip(workload().top_predictions(torch.from_numpy(outputs)), probabilities, strict=True):
+    for top, expected in zip(workload().top_predictions(torch.from_numpy(outputs)), probabilities, strict=True):
         best = np.argsort(-expected)[:3]
-        assert [name for name, _ in answers] == [NAMES[index] for index in best]
-        assert [probability for _, probability in answers] == pytest.approx(expected[best], rel=1e-5)
-
-
-def test_of_two_classes_there_are_two_answers() -> None:
-    (answers,) = workload(["no", "yes"]).top_predictions(torch.tensor([[0.0, 1.0]]))
-    assert [name for name, _ in answers] == ["yes", "no"]
+        assert [name for name, _ in top] == [NAMES[index] for index in best]
+        assert [probability for _, probability in top] == pytest.approx(expected[best], rel=1e-5)
+    (top,) = workload(["no", "yes"]).top_predictions(torch.tensor([[0.0, 1.0]]))
+    assert [name for name, _ in top] == ["yes", "no"]
 
 
 # --- names of the classes
 
 
-def test_names_of_classes_come_from_the_data_set() -> None:
-    assert workload().metadata_of(Data(Pairs(["no", "yes"]), Pairs())) == {"class_names": ["no", "yes"]}
-
-
-def test_names_of_classes_in_the_facts_come_before_the_data_sets() -> None:
-    data = Data(Pairs(["no", "yes"]), Pairs(), metadata={"class_names": ["false", "true"], "mean": 0.5})
+def test_names_of_classes_come_from_the_metadata_else_from_the_data_set() -> None:
+    dataset = Pairs(["no", "yes"])
+    names = workload().metadata_of(Data(dataset, dataset))
+    assert names == {"class_names": ["no", "yes"]}
+    names["class_names"].append("maybe")
+    assert dataset.classes == ["no", "yes"]
+    data = Data(dataset, dataset, metadata={"class_names": ["false", "true"], "mean": 0.5})
     assert workload().metadata_of(data) == {"class_names": ["false", "true"], "mean": 0.5}
 
 
-def test_arrays_without_names_count_their_classes_in_all_parts() -> None:
+def test_arrays_without_names_count_their_classes_in_all_splits() -> None:
     train, validation, test = (
         Arrays(np.zeros((3, 2)), np.array(targets)) for targets in ([0, 1, 1], [4, 0, 0], [2] * 3)
     )
     assert workload().metadata_of(Data(train, test, validation)) == {"class_names": [0, 1, 2, 3, 4]}
     assert workload().metadata_of(Data(train, test, metadata={"mean": 1})) == {"mean": 1, "class_names": [0, 1, 2]}
-
-
-def test_the_number_of_classes_is_that_of_their_names() -> None:
-    assert workload().num_classes == 5
-
-
-def test_names_are_no_facts_of_the_data_set_but_a_copy() -> None:
-    dataset = Pairs(["no", "yes"])
-    workload().metadata_of(Data(dataset, dataset))["class_names"].append("maybe")
-    assert dataset.classes == ["no", "yes"]
 
 
 def test_a_data_set_without_names_is_told_where_to_put_them() -> None:
@@ -151,7 +159,7 @@ def test_a_data_set_without_names_is_told_where_to_put_them() -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.bool_])
+@pytest.mark.parametrize("dtype", [np.float32])
 @pytest.mark.parametrize("part", ["train", "validation", "test"])
 def test_targets_that_are_no_whole_numbers_are_told_with_their_part_and_dtype(dtype: Any, part: str) -> None:
     right, wrong = (Arrays(np.zeros((3, 2)), np.ones(3, some)) for some in (np.int64, dtype))
@@ -186,13 +194,6 @@ def test_columns_of_small_dtypes_do_not_overflow() -> None:
     assert confusion(columns, 200)[150, 199] == 3
 
 
-def test_each_class_has_its_accuracy_and_one_without_examples_has_none() -> None:
-    accuracies = accuracy_per_class(confusion(COLUMNS, 5))
-    assert accuracies[:2] == [2 / 3, 1 / 2]
-    assert math.isnan(accuracies[2])
-    assert accuracies[3:] == [3 / 4, 1]
-
-
 def test_details_are_json() -> None:
     details = workload().details(COLUMNS)
     assert details["test_accuracy_per_class"] == [2 / 3, 1 / 2, None, 3 / 4, 1]
@@ -213,23 +214,15 @@ def test_five_classes_show_five_rows() -> None:
     ]
 
 
-@pytest.mark.parametrize("num_classes", [1, 2, 10, 12])
-def test_the_confusion_table_has_a_row_and_a_column_for_each_class(num_classes: int) -> None:
-    lines = confusion_table(np.arange(num_classes**2).reshape(num_classes, num_classes) + 1, range(num_classes))
-    assert len(lines) == 1 + num_classes
+@pytest.mark.parametrize(("num_classes", "count"), [(1, 1), (12, 7), (3, 12_345), (3, 123_456)])
+def test_the_confusion_table_has_a_row_and_a_column_for_each_class(num_classes: int, count: int) -> None:
+    lines = confusion_table(np.full((num_classes, num_classes), count), range(num_classes))
     assert len({len(line) for line in lines}) == 1
     assert lines[0].split() == ["label", *map(str, range(num_classes)), "accuracy"]
-    assert all(len(line.split()) == num_classes + 2 for line in lines)
-
-
-def test_large_counts_keep_the_columns_apart() -> None:
-    lines = confusion_table(np.full((3, 3), 12345), ["a", "b", "c"])
-    assert lines[1].split() == ["a", "12345", "12345", "12345", "33.33%"]
-
-
-def test_counts_of_six_digits_keep_the_columns_apart() -> None:
-    lines = confusion_table(np.full((3, 3), 123456), ["a", "b", "c"])
-    assert lines[1].split() == ["a", "123456", "123456", "123456", "33.33%"]
+    accuracy = f"{1 / num_classes:.2%}"
+    assert [line.split() for line in lines[1:]] == [
+        [str(label), *[str(count)] * num_classes, accuracy] for label in range(num_classes)
+    ]
 
 
 def test_of_more_classes_than_a_terminal_is_wide_no_table_is_shown() -> None:
@@ -253,22 +246,11 @@ def test_the_report_has_pictures_without_examples_to_show() -> None:
     assert pictures[1].alt == "Accuracy per class: ant: 66.67%, bee: 50.00%, cat: -, dog: 75.00%, elephant: 100.00%"
 
 
-class Folder:
-    """A Dataset that names its classes."""
-
-    def __init__(self, *classes: str) -> None:
-        self.classes = list(classes)
-
-    def __len__(self) -> int:
-        return 3
-
-
 @pytest.mark.parametrize(
-    ("test", "shown"),
-    [(Folder("a", "c"), "b"), (Folder("a", "b", "c", "d"), "d"), (Folder("b", "a", "c"), "their order")],
+    ("classes", "named"), [(["a", "c"], "b"), (["a", "b", "c", "d"], "d"), (["b", "a", "c"], "their order")]
 )
-def test_a_part_with_other_classes_is_refused(test: Any, shown: str) -> None:
-    data: Any = Data(Folder("a", "b", "c"), test)  # type: ignore[arg-type]
-    workload = type(mnist())(None, {"class_names": ["a", "b", "c"]})
-    with pytest.raises(UsageError, match=f"MNIST.load_data: test has other classes than the model: {shown}$"):
-        workload.check_data(data)
+def test_a_split_with_other_classes_is_refused(classes: list[str], named: str) -> None:
+    data, problem = Data(Pairs(["a", "b", "c"]), Pairs(classes)), workload(["a", "b", "c"])
+    expected = f"Classification.load_data: test has other classes than the model: {named}$"
+    with pytest.raises(UsageError, match=expected):
+        problem.check_data(data)

@@ -13,7 +13,7 @@ PREDICTIONS = np.array([3, -1, 4, 1, -5, 9, 2, 6, 5, 3], np.float32)
 TARGETS = np.array([2, 0, 4, -1, -3, 7, 2, 5, 8, 3], np.float32)
 
 
-def figures_of(predictions: np.ndarray, targets: np.ndarray, cuts: Sequence[int] = ()) -> dict[str, float]:
+def values_of(predictions: np.ndarray, targets: np.ndarray, cuts: Sequence[int] = ()) -> dict[str, float]:
     """Return what comes out where the examples are cut into batches at some places."""
     problem, sums = Regression(), MetricSums()
     for some, their_targets in zip(np.split(predictions, cuts), np.split(targets, cuts), strict=True):
@@ -36,31 +36,27 @@ def expected_of(predictions: np.ndarray, targets: np.ndarray) -> dict[str, float
 
 
 @pytest.mark.parametrize("scale", [1, 1237])
-@pytest.mark.parametrize("cuts", [[], [5], [1], [9], [2, 3, 7], [4, 4], [0], range(1, 10)])
+@pytest.mark.parametrize("cuts", [[], [2, 3, 7], [4, 4], [0], range(1, 10)])
 def test_the_metrics_are_exact_for_any_batches(cuts: Sequence[int], scale: int) -> None:
     predictions, targets = PREDICTIONS * scale, TARGETS * scale
-    figures = figures_of(predictions, targets, cuts)
-    assert figures == figures_of(predictions, targets)
-    assert figures == pytest.approx(expected_of(predictions, targets), rel=1e-12)
+    values = values_of(predictions, targets, cuts)
+    assert values == values_of(predictions, targets)
+    assert values == pytest.approx(expected_of(predictions, targets), rel=1e-12)
 
 
 @pytest.mark.parametrize("shift", [0, 1000])
-@pytest.mark.parametrize("batch_size", [1, 100, 333, 1000])
+@pytest.mark.parametrize("batch_size", [1, 333])
 def test_the_metrics_are_those_of_numpy(batch_size: int, shift: float) -> None:
     rng = np.random.default_rng(5)
     targets = rng.normal(shift, 3, 1000).astype(np.float32)
     predictions = (targets + rng.normal(0, 1, 1000)).astype(np.float32)
-    figures = figures_of(predictions, targets, range(batch_size, 1000, batch_size))
-    assert figures == pytest.approx(expected_of(predictions, targets), rel=1e-5)
+    values = values_of(predictions, targets, range(batch_size, 1000, batch_size))
+    assert values == pytest.approx(expected_of(predictions, targets), rel=1e-5)
 
 
-def test_outputs_may_stand_in_a_column() -> None:
-    assert figures_of(PREDICTIONS[:, None], TARGETS) == figures_of(PREDICTIONS, TARGETS)
-
-
-@pytest.mark.parametrize("dtype", [np.int64, np.float64, np.int16])
-def test_targets_may_be_numbers_of_any_dtype(dtype: type[np.generic]) -> None:
-    assert figures_of(PREDICTIONS, TARGETS.astype(dtype)) == figures_of(PREDICTIONS, TARGETS)
+@pytest.mark.parametrize("dtype", [np.int16, np.float64])
+def test_outputs_may_stand_in_a_column_and_targets_be_numbers_of_any_dtype(dtype: type[np.generic]) -> None:
+    assert values_of(PREDICTIONS[:, None], TARGETS.astype(dtype)) == values_of(PREDICTIONS, TARGETS)
 
 
 def test_the_loss_is_fp32_whatever_the_targets_are() -> None:
@@ -71,19 +67,15 @@ def test_the_loss_is_fp32_whatever_the_targets_are() -> None:
 
 def test_the_mean_explains_nothing_and_the_targets_themselves_all() -> None:
     mean = np.full_like(TARGETS, TARGETS.mean())
-    assert figures_of(mean, TARGETS)["r2"] == pytest.approx(0, abs=1e-6)
-    assert figures_of(TARGETS, TARGETS) == {"loss": 0, "rmse": 0, "mae": 0, "r2": 1}
+    assert values_of(mean, TARGETS)["r2"] == pytest.approx(0, abs=1e-6)
+    assert values_of(TARGETS, TARGETS) == {"loss": 0, "rmse": 0, "mae": 0, "r2": 1}
 
 
-@pytest.mark.parametrize("number", [1, 7])
-def test_targets_that_are_all_the_same_have_no_variance_to_explain(number: int) -> None:
-    figures = figures_of(np.ones(number, np.float32), np.full(number, 3, np.float32))
-    assert math.isnan(figures.pop("r2"))
-    assert figures == {"loss": 4, "rmse": 2, "mae": 2}
-
-
-def test_rounding_is_no_variance() -> None:
-    assert math.isnan(figures_of(np.ones(6, np.float32), np.full(6, 0.1))["r2"])
+def test_targets_that_are_all_the_same_have_no_variance_to_explain_and_rounding_is_none() -> None:
+    values = values_of(np.ones(7, np.float32), np.full(7, 3, np.float32))
+    assert math.isnan(values.pop("r2"))
+    assert values == {"loss": 4, "rmse": 2, "mae": 2}
+    assert math.isnan(values_of(np.ones(6, np.float32), np.full(6, 0.1))["r2"])
 
 
 def test_an_empty_slice_adds_nothing() -> None:

@@ -50,13 +50,11 @@ def test_outputs_of_any_nesting_become_fp32_in_what_held_them(held: Any, tensor_
     assert tensor_in(held).dtype is torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
-def test_outputs_that_are_no_fractions_keep_their_type(dtype: torch.dtype) -> None:
-    assert as_fp32([torch.ones(2, dtype=dtype)])[0].dtype is dtype
-
-
-def test_a_double_becomes_fp32() -> None:
-    assert as_fp32(torch.ones(2, dtype=torch.float64)).dtype is torch.float32
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(torch.int64, torch.int64), (torch.bool, torch.bool), (torch.float64, torch.float32)]
+)
+def test_outputs_that_are_no_fractions_keep_their_type(dtype: torch.dtype, expected: torch.dtype) -> None:
+    assert as_fp32([torch.ones(2, dtype=dtype)])[0].dtype is expected
 
 
 @pytest.mark.parametrize("value", ["text", None, 3, Outputs, range(3)])
