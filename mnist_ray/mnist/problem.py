@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Generator, Tensor, nn
 
-
-_DOWNLOADED = {"fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
-"""The data sets that torchvision downloads, once, and its classes."""
 _CACHE = Path("~/.cache/mnist_ray")
 
 
@@ -34,9 +31,7 @@ class Settings:
         decides_data=True,
     )
     data_dir: Path | None = setting(
-        None,
-        "in place of --dataset: a folder with four IDX files, gzipped or not",
-        decides_data=True,
+        None, "in place of --dataset: a folder with four IDX files, gzipped or not", decides_data=True
     )
     augment: bool = setting(False, "train on digits as other hands would draw them: turned, scaled, sheared, moved")
 
@@ -62,13 +57,13 @@ class MNIST(Classification):
     }
 
     def load_data(self) -> Data:
-        """Read the four IDX files. Raises UsageError if there are none, JobError if they are damaged."""
-        if self.settings.dataset in _DOWNLOADED and self.settings.data_dir is not None:
-            raise UsageError(f"--dataset {self.settings.dataset}: --data-dir takes its place; leave one of them out")
-        if self.settings.dataset in _DOWNLOADED:
-            return _download(self.settings.dataset)
-        train, test = (idx.load(split, self.settings.data_dir) for split in ("train", "test"))
-        return Data(train, test, name=str(self.settings.data_dir or "mnist"))
+        """Read four IDX files, or download them. Raises UsageError if there are none, JobError if they are damaged."""
+        dataset, data_dir = self.settings.dataset, self.settings.data_dir
+        if data_dir is not None and dataset != "mnist":
+            raise UsageError(f"--data-dir takes the place of --dataset {dataset}; leave one of them out")
+        if dataset != "mnist":
+            return _download(dataset)
+        return Data(idx.load("train", data_dir), idx.load("test", data_dir), name=str(data_dir or dataset))
 
     def create_model(self) -> nn.Module:
         """Return the notebook's network."""
@@ -99,10 +94,11 @@ class MNIST(Classification):
 def _download(dataset: str) -> Data:
     from torchvision import datasets
 
-    kind, root = getattr(datasets, _DOWNLOADED[dataset]), path_of(_CACHE, "the cache in")
+    kind = {"fashion-mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST}[dataset]
+    root = path_of(_CACHE, "the cache in")
     try:
-        parts = [kind(root, train=is_train, download=True) for is_train in (True, False)]
+        train, test = (kind(root, train=is_train, download=True) for is_train in (True, False))
     except (OSError, RuntimeError) as error:
         raise JobError(f"cannot download {dataset} into {root}: {first_line(error)}") from error
-    train, test = (Arrays(part.data.numpy(), part.targets.numpy()) for part in parts)
+    train, test = (Arrays(images.data.numpy(), images.targets.numpy()) for images in (train, test))
     return Data(train, test, name=dataset)

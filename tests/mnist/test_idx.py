@@ -1,5 +1,5 @@
 import gzip
-import shutil
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -23,45 +23,27 @@ def assert_equal(split: Arrays, other: Arrays) -> None:
 
 def test_the_embedded_data_set_is_the_whole_of_mnist(mnist_test: Arrays) -> None:
     train = idx.load("train")
-    assert train.inputs.shape == (60_000, 28, 28)
-    assert mnist_test.inputs.shape == (10_000, 28, 28)
-    assert train.targets[:5].tolist() == [5, 0, 4, 1, 9]
-    assert np.bincount(mnist_test.targets).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-
-
-def test_a_tampered_embedded_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(idx.SHIPPED, tmp_path, dirs_exist_ok=True)
-    labels = tmp_path / "t10k-labels-idx1-ubyte.gz"
-    content = bytearray(gzip.decompress(labels.read_bytes()))
-    content[8] ^= 1
-    labels.write_bytes(gzip.compress(bytes(content)))
-    monkeypatch.setattr(idx, "SHIPPED", tmp_path)
-    with pytest.raises(JobError, match="is not the file that was shipped"):
-        idx.load("test")
+    arrays = (train.inputs, train.targets, mnist_test.inputs, mnist_test.targets)
+    assert [array.shape for array in arrays] == [(60_000, 28, 28), (60_000,), (10_000, 28, 28), (10_000,)]
+    assert [hashlib.sha256(idx_bytes(array)).hexdigest()[:16] for array in arrays] == [
+        "ba891046e6505d7a",
+        "65a50cbbf4e906d7",
+        "0fa7898d509279e4",
+        "ff7bcfd416de3373",
+    ]
 
 
 @pytest.mark.parametrize("gzipped", [False, True])
-@pytest.mark.parametrize("below", ["", "raw", "FashionMNIST/raw"])
-def test_a_data_set_is_found_in_each_layout(tmp_path: Path, gzipped: bool, below: str) -> None:
-    write_data_set(tmp_path / below, tiny(3), tiny(2), gzipped=gzipped)
+def test_a_data_set_is_read_gzipped_or_not(tmp_path: Path, gzipped: bool) -> None:
+    write_data_set(tmp_path, tiny(3), tiny(2), gzipped=gzipped)
     assert_equal(idx.load("train", tmp_path), tiny(3))
     assert_equal(idx.load("test", tmp_path), tiny(2))
 
 
-def test_a_folder_that_is_not_there_is_refused() -> None:
+def test_a_folder_that_is_not_there_or_lacks_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--data-dir /nowhere is not a folder"):
         idx.load("train", Path("/nowhere"))
-
-
-def test_an_empty_folder_is_refused_with_the_names_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="lacks train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k"):
-        idx.load("train", tmp_path)
-
-
-def test_a_folder_with_two_data_sets_is_refused(tmp_path: Path) -> None:
-    for name in ("MNIST", "KMNIST"):
-        write_data_set(tmp_path / name / "raw", tiny(), tiny())
-    with pytest.raises(UsageError, match="holds several data sets; name one"):
         idx.load("train", tmp_path)
 
 
