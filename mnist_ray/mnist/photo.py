@@ -38,8 +38,8 @@ def to_mnist(image: Image.Image) -> np.ndarray:
     size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
     ink = _ink(_to_grey(image, size))
     threshold = _FAINT_INK * _otsu(ink)
-    digits = _grouped(_pieces(ink, threshold))
-    return _centred(_scaled(_alone(ink, threshold, max(digits, key=_area))))
+    largest = max(_grouped(_pieces(ink, threshold)), key=lambda mask: mask[_box(mask)].size)
+    return _centred(_scaled(_alone(ink, threshold, largest)))
 
 
 def as_it_is(image: Image.Image) -> np.ndarray:
@@ -53,8 +53,6 @@ def _to_grey(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
         values = np.asarray(image, np.float32)
         low, high = values.min(), values.max()
         image = Image.fromarray(np.uint8(255 * ((values - low) / max(high - low, 1e-6))))
-    if image.mode == "LAB":
-        image = image.getchannel("L")  # Pillow converts it into nothing else
     if image.has_transparency_data:
         grey, alpha = image.convert("RGBA").convert("LA").resize(size, Image.Resampling.LANCZOS).split()
         return _without_transparency(np.asarray(grey, np.float32), np.asarray(alpha, np.float32) / 255)
@@ -152,26 +150,17 @@ def _grouped(pieces: list[np.ndarray]) -> list[np.ndarray]:
     """Return the masks of whole digits: pieces that stand over each other, and not far apart, belong to one."""
     groups: list[np.ndarray] = []
     for piece in sorted(pieces, key=np.count_nonzero, reverse=True):
-        group = next((number for number, other in enumerate(groups) if _belong_together(piece, other)), None)
-        if group is None:
-            groups.append(piece)
+        for number, other in enumerate(groups):
+            (rows, columns), (other_rows, other_columns) = _box(piece), _box(other)
+            shared = min(columns.stop, other_columns.stop) - max(columns.start, other_columns.start)
+            gap = max(rows.start, other_rows.start) - min(rows.stop, other_rows.stop)
+            narrower = min(columns.stop - columns.start, other_columns.stop - other_columns.start)
+            if shared > 0.3 * narrower and gap < 0.3 * (other_rows.stop - other_rows.start):
+                groups[number] = other | piece
+                break
         else:
-            groups[group] = groups[group] | piece
+            groups.append(piece)
     return groups
-
-
-def _area(mask: np.ndarray) -> int:
-    """Return the area of a mask's box, in pixels."""
-    rows, columns = _box(mask)
-    return int((rows.stop - rows.start) * (columns.stop - columns.start))
-
-
-def _belong_together(piece: np.ndarray, other: np.ndarray) -> bool:
-    (rows, columns), (other_rows, other_columns) = _box(piece), _box(other)
-    shared = min(columns.stop, other_columns.stop) - max(columns.start, other_columns.start)
-    gap = max(rows.start, other_rows.start) - min(rows.stop, other_rows.stop)
-    narrower = min(columns.stop - columns.start, other_columns.stop - other_columns.start)
-    return shared > 0.3 * narrower and gap < 0.3 * (other_rows.stop - other_rows.start)
 
 
 def _alone(ink: np.ndarray, threshold: float, mask: np.ndarray) -> np.ndarray:
@@ -197,14 +186,14 @@ def _scaled(ink: np.ndarray) -> np.ndarray:
 
 
 def _box(mask: np.ndarray) -> tuple[slice, slice]:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    box: tuple[slice, slice] = ndimage.find_objects(mask.astype(int))[0]
+    return box
 
 
 def _centred(digit: np.ndarray) -> np.ndarray:
     """Place a digit in 28×28, its centre of mass in the middle."""
     canvas = np.zeros(IMAGE_SHAPE, np.float32)
     canvas[: digit.shape[0], : digit.shape[1]] = digit
-    offsets = np.array(ndimage.center_of_mass(canvas))
     middle = np.array(IMAGE_SHAPE) / 2  # where MNIST's images have it, as a mean over them shows: 14.0, not 13.5
-    return np.uint8(np.round(255 * np.clip(ndimage.shift(canvas, middle - offsets, order=1), 0, 1)))
+    moved = ndimage.shift(canvas, middle - ndimage.center_of_mass(canvas), order=1)
+    return np.uint8(np.round(255 * np.clip(moved, 0, 1)))
