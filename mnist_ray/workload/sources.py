@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,16 +25,15 @@ def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Dat
     Each is scaled and cut to a square: (3, ``size``, ``size``) uint8, or (1, …) in grey. The folder may hold train/ and
     test/ (or val/) with such folders; else a fifth, drawn at random, is the test. Raises UsageError.
     """
-    from torch.utils.data import Subset
-    from torchvision.datasets import ImageFolder
-    from torchvision.transforms import CenterCrop, Compose, Grayscale, PILToTensor, Resize
+    from torchvision import datasets, transforms
 
     place = path_of(place, "the data's path")
-    to_square = [Resize(size), CenterCrop(size), PILToTensor()]
-    transform = Compose([Grayscale(), *to_square] if is_grey else to_square)
+    to_grey = [transforms.Grayscale()] if is_grey else []
+    to_square = [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()]
+    transform = transforms.Compose([*to_grey, *to_square])
     roots = [folder for name in ("train", "test", "val") if (folder := place / name).is_dir()][:2]
     try:
-        folders = [ImageFolder(root, transform) for root in roots or [place]]
+        folders = [datasets.ImageFolder(root, transform) for root in roots or [place, place]]
     except OSError as error:
         raise UsageError(f"{place}: {first_line(error)}") from error
     if len(roots) == 1:
@@ -42,7 +41,10 @@ def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Dat
     classes = folders[0].classes
     if any(folder.classes != classes for folder in folders):
         raise UsageError(f"{place}: {roots[0].name}/ and {roots[1].name}/ have other classes")
-    train, test = folders if roots else (Subset(folders[0], part.tolist()) for part in _parted(len(folders[0])))
+    if not roots:
+        for folder, part in zip(folders, _parted(len(folders[0])), strict=True):
+            folder.samples = [folder.samples[index] for index in part]
+    train, test = folders
     files = [file for folder in folders for file, _ in folder.samples]
     name = f"{place.name}, pictures of {len(classes)} classes"
     return Data(train, test, name=name, metadata={"class_names": classes}, files=files)
@@ -93,12 +95,10 @@ def _frame(table: str | Path | DataFrame) -> DataFrame:
 
 
 def _check_numbers(frame: DataFrame, names: Sequence[str]) -> None:
-    from pandas.api.types import is_numeric_dtype
-
     for name in names:
         if name not in frame:
             raise UsageError(f"the table has no column {name}; it has {', '.join(map(str, frame))}")
-        if not is_numeric_dtype(frame[name]):
+        if frame[name].dtype.kind not in "biuf":
             raise UsageError(
                 f"column {name} is not numbers; make numbers of it, as pandas.get_dummies(table, columns=[{name!r}]) "
                 "does, leave it out of columns=, or, if it is the target, read it with as_classes=True"
@@ -107,7 +107,7 @@ def _check_numbers(frame: DataFrame, names: Sequence[str]) -> None:
             raise UsageError(f"column {name} has gaps; fill them, as table[{name!r}].fillna(0) does, or dropna()")
 
 
-def _numbered(values: Iterable[Any], names: Sequence[Any], target: str) -> np.ndarray:
+def _numbered(values: list[Any], names: list[Any], target: str) -> np.ndarray:
     numbers = {name: number for number, name in enumerate(names)}
     wrong = [value for value in values if value not in numbers or value is None or value != value]
     if wrong:  # NaN, which differs from itself, is a gap
