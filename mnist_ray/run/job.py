@@ -71,6 +71,11 @@ class Job:
         own = settings.values_of(self.train, self.workload.settings, self.workers)
         return {"workload": self.workload.source.reference, **own}
 
+    @property
+    def code_folders(self) -> list[Path]:
+        """Where the user's code is."""
+        return [code.folder for code in (self.callback, self.workload.source) if code is not None]
+
     def with_values(self, values: Given) -> Job:
         """Return it with other values of the training's and the workload's settings."""
         workload, all_values = self.workload, {**self.values, **values}

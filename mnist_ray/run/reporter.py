@@ -46,7 +46,7 @@ def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
     except Exception as error:
         if is_of_gloo(error):
             raise
-        raise CodeFailedError(with_place(error, *spec.folders)) from error
+        raise CodeFailedError(with_place(error, *spec.job.code_folders)) from error
     return None
 
 

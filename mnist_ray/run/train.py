@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from mnist_ray.run.job import Job
 from mnist_ray.run.session import Session, load_data, say_plan
 from mnist_ray.workload.data import Splits
-from mnist_ray.workload.source import is_shipped
 
 
 def train(job: Job) -> None:
@@ -38,7 +37,7 @@ def dry_run(job: Job, data: Splits, batch_sizes: Sequence[int] = ()) -> Callable
 
         try_batch(job, data.train, batch_sizes)
 
-    is_tried_now = not is_shipped(type(job.workload))
+    is_tried_now = not type(job.workload).__module__.startswith("mnist_ray.")
     if is_tried_now:
         try_it()
 

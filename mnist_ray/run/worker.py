@@ -7,7 +7,6 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,11 +41,6 @@ class LoopSpec:
     validates_in_tasks: bool = False  # whether a task validates each epoch's checkpoint, beside the training
     event_queue: Any = None  # the actor that rank 0 reports to; None if nobody listens
 
-    @property
-    def folders(self) -> list[Path]:
-        """Where the user's code is."""
-        return user_code.folders_of(self.job.callback, self.job.workload.source)
-
 
 def train_worker(
     spec: LoopSpec,
@@ -74,7 +68,7 @@ def train_worker(
     reporter.begin(state, restored)
     callbacks = [*reporter.callbacks, reporter]
     try:
-        with anomalies_found(job.output.detect_anomaly, *spec.folders):
+        with anomalies_found(job.output.detect_anomaly, *job.code_folders):
             engine.train(job.workload, state, split, config, group, callbacks, job.workers.loader_workers)
     finally:
         faulthandler.cancel_dump_traceback_later()

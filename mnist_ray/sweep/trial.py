@@ -25,7 +25,6 @@ from mnist_ray.sweep.space import Point
 from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training.events import Progress
 from mnist_ray.training.state import CodeFailedError, Group, TrainingDivergedError, TrainingState, is_over
-from mnist_ray.workload.user_code import folders_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
     except PASSING:
         raise
     except Exception as error:
-        reason = with_place(error, *folders_of(job.callback, job.workload.source))
+        reason = with_place(error, *job.code_folders)
     # The scheduler takes NaN for the worst.
     tune.report({f"val_{job.workload.monitor.name}": math.nan, "reason": reason})
 

@@ -1,7 +1,7 @@
 """What a workload says: everything about one problem that the training, the sweep and the report need to know.
 
-A workload is a class in a file of its own. It says how the data are loaded and how the model is made; whatever else it
-does not say has a default. Torch is imported where it is used: what only needs settings need not wait for it.
+A workload is a class in a file of its own. It says how the data are loaded and how the model is made; all else has a
+default. Torch is imported where it is used: what only needs settings need not wait for it.
 """
 
 from __future__ import annotations
@@ -62,10 +62,8 @@ class Workload(UserClass):
     N is the number of examples of a batch on one rank; on the last batch of an epoch it may be 0.
     """
 
-    Settings: ClassVar[type] = NoSettings
-    """A frozen dataclass with the workload's own settings, declared by ``setting``; they become flags."""
-    metrics: ClassVar[tuple[Metric, ...]] = ()
-    """What is reported beside the loss. The first chooses the checkpoint; without any, the loss does."""
+    Settings: ClassVar[type] = NoSettings  # a frozen dataclass of the workload's own settings; they become flags
+    metrics: ClassVar[tuple[Metric, ...]] = ()  # reported beside the loss; the first, or the loss, chooses checkpoints
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named values of settings, for ``--recipe``; those of ``default`` hold if no other is named."""
     search: ClassVar[Mapping[str, SearchSpace | None]] = {}
@@ -200,8 +198,8 @@ class Workload(UserClass):
     @property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint says of its workload: enough to make the same model again."""
-        code = {"reference": self.source.reference, "sha256": self.source.sha256}
-        return {**code, "settings": values_of(self.settings), "metadata": self.metadata}
+        code, settings = self.source, values_of(self.settings)
+        return {"reference": code.reference, "sha256": code.sha256, "settings": settings, "metadata": self.metadata}
 
     @property
     def defaults(self) -> dict[str, Any]:

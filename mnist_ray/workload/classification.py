@@ -35,7 +35,7 @@ class Classification(Workload):
 
     @property
     def class_names(self) -> list[Any]:
-        """The names of the classes; numbers where the data have no names."""
+        """The names of the classes; numbers if the data have no names."""
         names: list[Any] = self.metadata["class_names"]
         return names
 
@@ -46,52 +46,32 @@ class Classification(Workload):
 
     def metadata_of(self, data: Data) -> dict[str, Any]:
         """Return the names of the classes, beside what the data say themselves."""
-        metadata = dict(data.metadata)
-        if "class_names" not in metadata:
-            metadata["class_names"] = _class_names(data)
-        return metadata
+        return {**data.metadata, "class_names": _class_names(data)}
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the cross entropy of each example."""
-        from torch.nn import functional as F
-
-        return F.cross_entropy(outputs, targets.long(), reduction="none")
+        return _cross_entropy(outputs, targets)
 
     def training_loss(self, outputs: Tensor, targets: Tensor, config: TrainConfig) -> Tensor | None:
-        """Return the cross entropy with smoothed targets (https://arxiv.org/abs/1512.00567), where it is asked for."""
-        from torch.nn import functional as F
-
+        """Return the cross entropy with smoothed targets (https://arxiv.org/abs/1512.00567) if the flag is given."""
         if not config.label_smoothing or type(self).loss is not Classification.loss:
             return super().training_loss(outputs, targets, config)
-        return F.cross_entropy(outputs, targets.long(), reduction="none", label_smoothing=config.label_smoothing)
+        return _cross_entropy(outputs, targets, config.label_smoothing)
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return which examples are right."""
         return {"accuracy": outputs.argmax(1) == targets}
 
     def check_data(self, data: Data) -> None:
-        """Compare the targets of arrays with the classes."""
+        """Compare the targets of arrays, and the classes of a ``Dataset``, with the classes."""
         for split in ("train", "validation", "test"):
-            examples = getattr(data, split)
+            examples, place = getattr(data, split), f"{type(self).__name__}.load_data: {split}"
             if isinstance(examples, Arrays):
-                self._check_targets(split, examples.targets)
-            elif hasattr(examples, "classes"):
-                self._check_classes(split, list(examples.classes))
-
-    def _check_classes(self, split: str, classes: list[Any]) -> None:
-        """Compare what a Dataset takes its targets for: one that lacks a class numbers those after it anew."""
-        different = [str(name) for name in {*classes} ^ {*self.class_names}]
-        if classes != self.class_names:
-            shown = ", ".join(sorted(different)) or "their order"
-            raise UsageError(f"{type(self).__name__}.load_data: {split} has other classes than the model: {shown}")
-
-    def _check_targets(self, split: str, targets: np.ndarray) -> None:
-        name = f"{type(self).__name__}.load_data: {split}"
-        if targets.ndim != 1 or not np.issubdtype(targets.dtype, np.integer):
-            raise UsageError(f"{name}: targets are to be whole numbers (N,), not {targets.dtype} {targets.shape}")
-        wrong = targets[(targets < 0) | (targets >= self.num_classes)]
-        if len(wrong):
-            raise UsageError(f"{name} has a target {wrong[0]}, but the classes are 0 to {self.num_classes - 1}")
+                self._check_targets(place, examples.targets)
+            elif (classes := list(getattr(examples, "classes", self.class_names))) != self.class_names:
+                different = sorted(str(name) for name in {*classes} ^ {*self.class_names})
+                named = ", ".join(different) or "their order"
+                raise UsageError(f"{place} has other classes than the model: {named}")
 
     def check_outputs(self, outputs: Tensor, targets: Tensor) -> None:
         """Compare logits and targets with the classes."""
@@ -103,13 +83,14 @@ class Classification(Workload):
                 f"{name}: the model gives {' × '.join(map(str, outputs.shape[1:])) or 'no'} logits per example, "
                 f"but the data have {self.num_classes:,} classes"
             )
-        if targets.ndim != 1 or targets.is_floating_point():
-            raise UsageError(
-                f"{name}: targets are to be whole numbers (N,), not {targets.dtype} {tuple(targets.shape)}"
-            )
-        if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < self.num_classes:
-            wrong = next(value for value in targets.tolist() if not 0 <= value < self.num_classes)
-            raise UsageError(f"{name}: there is a target {wrong}, but the classes are 0 to {self.num_classes - 1}")
+        self._check_targets(name, targets.numpy())
+
+    def _check_targets(self, place: str, targets: np.ndarray) -> None:
+        if targets.ndim != 1 or not np.issubdtype(targets.dtype, np.integer):
+            raise UsageError(f"{place}: targets are to be whole numbers (N,), not {targets.dtype} {targets.shape}")
+        wrong = targets[(targets < 0) | (targets >= self.num_classes)]
+        if len(wrong):
+            raise UsageError(f"{place} has a target {wrong[0]}, but the classes are 0 to {self.num_classes - 1}")
 
     def predictions(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return label, prediction and the probability that the model gave it."""
@@ -125,7 +106,7 @@ class Classification(Workload):
         }
 
     def details(self, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Return the accuracy of each class (None where it has no examples) and the confusion matrix."""
+        """Return the accuracy of each class (None if it has no examples) and the confusion matrix."""
         counts = confusion(columns, self.num_classes)
         per_class = [None if math.isnan(accuracy) else accuracy for accuracy in accuracy_per_class(counts)]
         return {"test_accuracy_per_class": per_class, "confusion_matrix": counts.tolist()}
@@ -152,10 +133,17 @@ class Classification(Workload):
         ]
 
 
+def _cross_entropy(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    from torch.nn import functional as F
+
+    return F.cross_entropy(outputs, targets.long(), reduction="none", label_smoothing=label_smoothing)
+
+
 def _class_names(data: Data) -> list[Any]:
-    names = getattr(data.train, "classes", None)
-    if names is not None:
-        return list(names)
+    if "class_names" in data.metadata:
+        return list(data.metadata["class_names"])
+    if hasattr(data.train, "classes"):
+        return list(data.train.classes)
     if not isinstance(data.train, Arrays):
         raise UsageError('the Dataset has no classes: return Data(..., metadata={"class_names": [...]}) from load_data')
     splits = [split for split in (data.train, data.validation, data.test) if isinstance(split, Arrays) and len(split)]
@@ -176,12 +164,12 @@ def accuracy_per_class(counts: np.ndarray) -> list[float]:
 
 def confusion_table(counts: np.ndarray, names: Sequence[Any]) -> list[str]:
     """Return the confusion matrix as lines: a row per label, a column per prediction, the label's accuracy last."""
-    shown = [str(name) for name in names]
-    width = max(5, *map(len, shown))
-    accuracies = ["-" if math.isnan(a) else f"{a:.2%}" for a in accuracy_per_class(counts)]
-    cell = max(6, 1 + len(str(counts.max())), *(len(name) + 1 for name in shown))
-    lines = ["label".rjust(width) + "".join(f"{name:>{cell}}" for name in shown) + "  accuracy"]
-    for label, accuracy in enumerate(accuracies):
-        row = "".join(f"{count or '·':>{cell}}" for count in counts[label].tolist())
-        lines.append(f"{shown[label]:>{width}}{row}{accuracy:>10}")
+    texts = [str(name) for name in names]
+    width = max(5, *map(len, texts))
+    cell = 1 + max(5, len(str(counts.max())), *map(len, texts))
+    lines = ["label".rjust(width) + "".join(f"{name:>{cell}}" for name in texts) + "  accuracy"]
+    for name, row, accuracy in zip(texts, counts.tolist(), accuracy_per_class(counts), strict=True):
+        cells = "".join(f"{count or '·':>{cell}}" for count in row)
+        percent = "-" if math.isnan(accuracy) else f"{accuracy:.2%}"
+        lines.append(f"{name:>{width}}{cells}{percent:>10}")
     return lines

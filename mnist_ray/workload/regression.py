@@ -36,7 +36,7 @@ class Regression(Workload):
         return {"squared": error**2, "absolute": error.abs(), "target": target, "target_squared": target**2}
 
     def summarize(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Return root mean squared error, mean absolute error; the part of the variance explained."""
+        """Return root mean squared error, mean absolute error, and the part of the variance that is explained."""
         variance = means["target_squared"] - means["target"] ** 2
         return {
             "rmse": math.sqrt(means["squared"]),
@@ -46,13 +46,12 @@ class Regression(Workload):
 
     def check_outputs(self, outputs: Tensor, targets: Tensor) -> None:
         """Compare the shapes: of (N,) and (N, 1) torch would make (N, N)."""
+        name = type(self).__name__
         if not hasattr(outputs, "shape"):
-            raise UsageError(f"{type(self).__name__}: the model gives a {type(outputs).__name__}, not a tensor")
+            raise UsageError(f"{name}: the model gives a {type(outputs).__name__}, not a tensor")
         if targets.ndim != 1 or tuple(outputs.shape) not in ((len(targets),), (len(targets), 1)):
-            raise UsageError(
-                f"{type(self).__name__}: the model gives {tuple(outputs.shape)} for targets {tuple(targets.shape)}; "
-                "both are to be one number per example"
-            )
+            shapes = f"{tuple(outputs.shape)} for targets {tuple(targets.shape)}"
+            raise UsageError(f"{name}: the model gives {shapes}; both are to be one number per example")
 
     def predictions(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return target and prediction."""

@@ -39,19 +39,13 @@ def load(reference: Reference) -> type[Workload]:
     if isinstance(reference, str):
         workload_class = user_code.find(reference, Workload)
     else:
-        workload_class = reference
+        workload_class, text = reference, ""
+        with contextlib.suppress(OSError, TypeError):  # it was made by exec
+            text = inspect.getsource(workload_class)
         if "source" not in vars(workload_class):
-            workload_class.source = _source_here(workload_class)
+            workload_class.source = Source(f"{workload_class.__module__}:{workload_class.__qualname__}", "", text)
     _check_class(workload_class)
     return workload_class
-
-
-def _source_here(workload_class: type[Workload]) -> Source:
-    try:
-        text = inspect.getsource(workload_class)
-    except (OSError, TypeError):  # it was made by exec
-        text = ""
-    return Source(f"{workload_class.__module__}:{workload_class.__qualname__}", "", text)
 
 
 def load_again(saved: str, given: Reference | None, file: str, folders: Iterable[Path]) -> type[Workload]:
@@ -66,11 +60,6 @@ def load_again(saved: str, given: Reference | None, file: str, folders: Iterable
         return load(saved)
     except UsageError as error:
         raise UsageError(f"{error}; if the workload is elsewhere now, say where with --workload") from error
-
-
-def is_shipped(workload_class: type[Workload]) -> bool:
-    """Return whether a workload is part of this package, and so was tried when it was built."""
-    return workload_class.__module__.startswith("mnist_ray.")
 
 
 def _check_class(workload_class: type[Workload]) -> None:

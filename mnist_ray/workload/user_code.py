@@ -39,11 +39,6 @@ class Source:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def folders_of(*sources: Source | None) -> list[Path]:
-    """Return the folders of some code."""
-    return [source.folder for source in sources if source is not None]
-
-
 class UserClass:
     """A class that a flag may name."""
 
