@@ -94,32 +94,13 @@ def of_16_bits(values: np.ndarray) -> Image.Image:
     return Image.fromarray(np.uint16(40_000 * values))
 
 
-def of_1_bit(values: np.ndarray) -> Image.Image:
-    return grey(255 * values).convert("1")
+DRAWINGS = [
+    *(on_paper, on_a_blackboard, in_colour, black_on_nothing, white_on_nothing, with_transparent_corners),
+    *(in_uneven_light, with_a_shadow, with_specks, beside_the_table, of_16_bits),
+]
 
 
-def with_a_palette(values: np.ndarray) -> Image.Image:
-    return in_colour(values).convert("P")
-
-
-@pytest.mark.parametrize(
-    "draw",
-    [
-        on_paper,
-        on_a_blackboard,
-        in_colour,
-        black_on_nothing,
-        white_on_nothing,
-        with_transparent_corners,
-        in_uneven_light,
-        with_a_shadow,
-        with_specks,
-        beside_the_table,
-        of_16_bits,
-        of_1_bit,
-        with_a_palette,
-    ],
-)
+@pytest.mark.parametrize("draw", DRAWINGS)
 def test_a_digit_comes_out_as_mnist_has_it(draw: Callable[[np.ndarray], Image.Image], digit: np.ndarray) -> None:
     seen = to_mnist(draw(ink(digit)))
     assert seen.dtype == np.uint8

@@ -27,6 +27,8 @@ from torch.optim import lr_scheduler
 from mnist_ray.errors import JobError
 from mnist_ray.workload import Arrays, Classification, Data, Metric, Regression, Workload
 
+NAMES = {"class_names": list("abcdefghij")}
+
 def examples(number, *shape):
     return Arrays(np.ones((number, *(shape or (4,))), np.float32), np.arange(number) % 10)
 
@@ -46,6 +48,13 @@ class Numbers(Regression):
 class Pair(nn.Linear):
     def forward(self, inputs):
         return super().forward(inputs), inputs
+
+class OfDict(nn.Linear):
+    def forward(self, inputs):
+        return super().forward(inputs["x"])
+
+class Telling(nn.Linear):
+    def forward(self, inputs): raise ValueError(super().forward(inputs).dtype)
 
 class Failing(nn.Linear):
     def forward(self, inputs):
@@ -96,17 +105,11 @@ def test_the_model_takes_what_prepare_makes_of_the_inputs(write: Write) -> None:
     def prepare(self, inputs, generator): return inputs.reshape(-1, 2, 2).double()
 """
     assert dry_run_of(write, body) == {"shape": [2, 2], "dtype": "float64"}
-
-
-def test_what_is_no_tensor_has_no_shape(write: Write) -> None:
     body = """
-    def create_model(self):
-        class Model(nn.Linear):
-            def forward(self, inputs): return super().forward(inputs["x"])
-        return Model(4, 10)
+    def create_model(self): return OfDict(4, 10)
     def prepare(self, inputs, generator): return {"x": inputs}
 """
-    assert dry_run_of(write, body) is None
+    assert dry_run_of(write, body) is None, "what is no tensor has no shape"
 
 
 def test_augmentation_has_a_generator_in_training_only(write: Write) -> None:
@@ -121,39 +124,24 @@ def test_augmentation_has_a_generator_in_training_only(write: Write) -> None:
     dry_run_of(write, body)
 
 
-def test_a_parameter_that_is_frozen_need_not_take_part(write: Write) -> None:
-    dry_run_of(write, '\n    def create_model(self): model = Spare("a"); model.a.requires_grad = False; return model\n')
-
-
-def test_fewer_examples_than_a_batch_are_enough(write: Write) -> None:
-    body = (
-        '\n    def load_data(self): return Data(examples(3), examples(3), metadata={"class_names": list(range(10))})\n'
-    )
-    dry_run_of(write, body)
-
-
-def test_a_data_set_of_pairs_is_enough(write: Write) -> None:
-    body = """
-    def load_data(self):
-        pairs = [(np.ones(4, np.float32), i % 10) for i in range(20)]
-        return Data(pairs, pairs, metadata={"class_names": list("abcdefghij")})
-"""
-    dry_run_of(write, body)
+@pytest.mark.parametrize(
+    "body",
+    [
+        'def create_model(self): model = Spare("a"); model.a.requires_grad = False; return model',
+        "def load_data(self): return Data(examples(3), examples(3), metadata=NAMES)",
+        "def load_data(self): return Data([(np.ones(4, 'f'), 3)] * 20, examples(3), metadata=NAMES)",
+    ],
+    ids=["a frozen parameter", "fewer examples than a batch", "a list of pairs"],
+)
+def test_nothing_else_is_asked_for(write: Write, body: str) -> None:
+    dry_run_of(write, f"\n    {body}\n")
 
 
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("fp32", "torch.float32"), ("bf16", "torch.bfloat16"), ("fp16", "torch.float16")]
 )
 def test_the_model_is_tried_in_the_precision_of_the_training(write: Write, precision: Precision, dtype: str) -> None:
-    body = """
-    def create_model(self):
-        class Model(nn.Linear):
-            def forward(self, inputs):
-                outputs = super().forward(inputs)
-                if self.training: raise ValueError(outputs.dtype)
-                return outputs
-        return Model(4, 10)
-"""
+    body = "\n    def create_model(self): return Telling(4, 10)\n"
     assert f"ValueError: {dtype}" in message_of(write, body, config=TrainConfig(precision=precision))
 
 
@@ -386,38 +374,21 @@ def test_an_error_in_one_line_is_handed_on_as_it_is(write: Write, error: str) ->
     ("returned", "expected"),
     [
         ("None", "returned NoneType, not mnist_ray.workload.Data"),
-        ("(examples(3), examples(3))", "returned tuple, not mnist_ray.workload.Data"),
-        ("Data", "returned type, not mnist_ray.workload.Data"),
-        ("Data(None, examples(3))", ": train is of type NoneType, neither Arrays nor a Dataset with a length"),
         ("Data(examples(3), 5)", ": test is of type int, neither Arrays nor a Dataset with a length"),
-        ("Data(examples(3), examples(3), (i for i in 'ab'))",
-         ": validation is of type generator, neither Arrays nor a Dataset with a length"),
         ("Data(type('Stream', (torch.utils.data.IterableDataset,), {'__iter__': iter})(), examples(3))",
          ": train is of type Stream, neither Arrays nor a Dataset with a length"),
         ("Data(examples(0), examples(3))", ": train holds no examples"),
-        ("Data(examples(3), examples(0))", ": test holds no examples"),
-        ("Data(examples(3), examples(3), examples(0))", ": validation holds no examples"),
-        ("Data([], examples(3))", ": train holds no examples"),
+        ("Data(examples(3), examples(3), [])", ": validation holds no examples"),
         ("Data(examples(3), Arrays(np.ones((1200, 4)), np.arange(1199)))",
          ": test has 1,200 inputs but 1,199 targets"),
         ("Data(Arrays(torch.ones(3, 4), np.arange(3)), examples(3))",
          ": train: inputs are to be a NumPy array (N, ...), not Tensor"),
-        ("Data(Arrays(np.ones((3, 4)), [0, 1, 2]), examples(3))",
-         ": train: targets are to be a NumPy array (N, ...), not list"),
         ("Data(Arrays(np.array(3.0), np.array(3)), examples(3))",
          ": train: inputs are to be a NumPy array (N, ...), not a single number"),
-        ("Data(Arrays(np.array([[1], [2, 3]], dtype=object), np.arange(2)), examples(3))",
-         ": train: inputs are to be numbers, not of dtype object"),
         ("Data(examples(3), Arrays(np.ones((2, 4)), np.array(['a', 'b'])))",
          ": test: targets are to be numbers, not of dtype <U1"),
-        ("Data(Arrays(np.ones((3, 4), complex), np.arange(3)), examples(3))",
-         ": train: inputs are to be numbers, not of dtype complex128"),
-        ("Data(Arrays(np.zeros(3, 'datetime64[s]'), np.arange(3)), examples(3))",
-         ": train: inputs are to be numbers, not of dtype datetime64[s]"),
         ("Data(examples(3), examples(3), files=['/gone.jpg'])",
          ": files are to be paths of files: [Errno 2] No such file or directory: '/gone.jpg'"),
-        ("Data(examples(3), examples(3), files=[3])",
-         ": files are to be paths of files: expected str, bytes or os.PathLike object, not int"),
         ("Data(examples(3), examples(3), files=3)",
          ": files are to be paths of files: 'int' object is not iterable"),
     ],

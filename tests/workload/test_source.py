@@ -180,13 +180,6 @@ def test_a_module_gives_its_workload(bakery: Write) -> None:
     assert workload_class.source == Source("bakery.cakes", str(file), text)
 
 
-def test_a_name_chooses_among_a_modules_workloads(bakery: Write) -> None:
-    bakery(BOTH, "bakery/cakes.py")
-    assert load("bakery.cakes:Letters").__name__ == "Letters"
-    expected = "--workload bakery.cakes holds several workloads; add one's name: :Digits, :Letters"
-    assert message_of("bakery.cakes") == expected
-
-
 def test_a_package_gives_the_workload_that_it_takes_from_its_modules(bakery: Write) -> None:
     file = bakery(DIGITS, "bakery/cakes.py")
     bakery("from bakery.cakes import Digits\n", "bakery/__init__.py")
@@ -269,15 +262,9 @@ def test_settings_that_cannot_be_flags_are_refused(write: Write, settings: str, 
     assert message_of(write(with_settings(settings))) == f"Digits.{expected}"
 
 
-def test_settings_may_be_annotated_by_text_that_is_read_later(write: Write) -> None:
-    text = with_settings("@dataclass(frozen=True)\nclass Settings:\n    width: 'int' = setting(3, 'units')")
-    workload_class = load(str(write("from __future__ import annotations\n" + text)))
-    assert build(workload_class.Settings, {"width": 5}).width == 5
-
-
 # --- other processes
 
-TRAVELLER = with_settings(
+TRAVELLER = "from __future__ import annotations\n" + with_settings(
     "from pathlib import Path\n@dataclass(frozen=True)\nclass Settings:\n"
     "    width: int = setting(3, 'units')\n    folder: Path | None = setting(None, 'where')\n"
 )

@@ -35,7 +35,6 @@ HALF = torch.ones(2, dtype=torch.bfloat16)
         ({"a": {"b": HALF}}, lambda outputs: outputs["a"]["b"]),
         (OrderedDict(a=HALF), lambda outputs: outputs["a"]),
         (Named(a=HALF), lambda outputs: outputs.a),
-        ([HALF, None], lambda outputs: outputs[0]),
         ((3, (HALF,)), lambda outputs: outputs[1][0]),
         (Pair(HALF, "text"), lambda outputs: outputs.first),
         (Outputs(HALF), lambda outputs: outputs.logits),

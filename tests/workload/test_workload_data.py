@@ -188,11 +188,6 @@ def numbers(num_train: int = 1000, num_validation: int = 100) -> Splits:
     return Splits("numbers", Split(train), Split(validation), Split(test))
 
 
-def test_without_either_flag_the_data_stay_as_they_are() -> None:
-    whole = numbers()
-    assert subset(whole, TrainConfig()) is whole
-
-
 @pytest.mark.parametrize(
     ("whole", "limit", "sizes"),
     [(numbers(), 0.1, [100, 10, 20]), (numbers(3, 0), 0.001, [1, 0, 1])],
@@ -204,6 +199,7 @@ def test_a_limit_leaves_the_same_part_of_each_split_for_any_seed(whole: Splits, 
     assert some.name == f"{limit} of numbers"
     assert inputs_of(some.train) == inputs_of(again.train)
     assert len(set(inputs_of(some.train))) == sizes[0]
+    assert subset(whole, TrainConfig()) is whole
     assert max(inputs_of(some.train)) > 900 or len(whole.train) == 3, "from all over the data, not their beginning"
 
 
@@ -215,11 +211,8 @@ def test_batches_to_overfit_are_repeated_and_tested_on_and_nothing_is_held_out()
     assert sorted(inputs_of(few.test)) == values.tolist()
     assert len(few.validation) == 0
     assert few.name == "2 batches of numbers, 31 times"
-
-
-def test_more_batches_to_overfit_than_there_are_are_all() -> None:
-    few = subset(numbers(50), TrainConfig(batch_size=16, overfit_batches=100))
-    assert sorted(inputs_of(few.train)) == list(range(50))
+    all_of_them = subset(numbers(50), TrainConfig(batch_size=16, overfit_batches=100))
+    assert sorted(inputs_of(all_of_them.train)) == list(range(50))
 
 
 # --- digests
