@@ -98,8 +98,9 @@ def _check_losses(workload: Workload, model: nn.Module, outputs: Any, targets: A
     losses.sum().backward()  # type: ignore[no-untyped-call]
     idle = [key for key, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
     if idle:
-        others = f" and {len(idle) - 1} more take" if len(idle) > 1 else " takes"
-        these = f"parameter{'s' * (len(idle) > 1)} {idle[0]}{others}"
+        these = (
+            f"parameter {idle[0]} takes" if len(idle) == 1 else f"parameters {idle[0]} and {len(idle) - 1} more take"
+        )
         raise UsageError(f"{name}: {these} no part in the loss; leave out what is not used, or freeze it")
 
 

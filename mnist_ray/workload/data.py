@@ -80,8 +80,9 @@ class Split:
     @property
     def is_in_memory(self) -> bool:
         """Whether it can be handed to other processes; else each opens it for itself."""
-        arrays = (self.examples.inputs, self.examples.targets) if isinstance(self.examples, Arrays) else ()
-        return bool(arrays) and not any(isinstance(array, np.memmap) for array in arrays)
+        if not isinstance(self.examples, Arrays):
+            return False
+        return not any(isinstance(array, np.memmap) for array in (self.examples.inputs, self.examples.targets))
 
     @property
     def arrays(self) -> Arrays | None:

@@ -39,11 +39,12 @@ def load(reference: Reference) -> type[Workload]:
     if isinstance(reference, str):
         workload_class = user_code.find(reference, Workload)
     else:
-        workload_class, text = reference, ""
-        with contextlib.suppress(OSError, TypeError):  # it was made by exec
-            text = inspect.getsource(workload_class)
+        workload_class = reference
         if "source" not in vars(workload_class):
-            workload_class.source = Source(f"{workload_class.__module__}:{workload_class.__qualname__}", "", text)
+            name, text = f"{workload_class.__module__}:{workload_class.__qualname__}", ""
+            with contextlib.suppress(OSError, TypeError):  # it was made by exec
+                text = inspect.getsource(workload_class)
+            workload_class.source = Source(name, "", text)
     _check_class(workload_class)
     return workload_class
 
