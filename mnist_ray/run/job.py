@@ -37,7 +37,7 @@ from mnist_ray.workload.user_code import Source
 
 Given = Mapping[str, Any]
 """Settings by their names, beside ``workload``, ``recipe`` and ``config``: what a command line or a file says."""
-_FLAGS = "flags"  # the layer of what this command or call names
+_FLAGS = "the flags"  # the layer of what this command or call names
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def merged(layers: Mapping[str, Given]) -> dict[str, Any]:
 
 def _place_of(name: str, layers: Mapping[str, Given]) -> str:
     """Return the layer that a setting is from; empty if none has it."""
-    return next((place for place, layer in reversed(list(layers.items())) if layer.get(name) is not None), "")
+    return next((place for place, layer in reversed(list(layers.items())) if name in layer), "")
 
 
 def read_job(
@@ -115,23 +115,22 @@ def read_job(
         folder = settings.path_of(early["config"], "--config").absolute().parent
         untrusted += untrusted_folders(locate(str(folder.parent), folder.name), run.storage_path)
     files: dict[str, Given] = {**began, **file}
-    place = _place_of("workload", files)
-    held = files[place]["workload"] if place else source.DEFAULT
-    workload_class = source.load_again(held, early.get("workload"), place, untrusted)
+    held = merged(files).get("workload") or source.DEFAULT
+    workload_class = source.load_again(held, early.get("workload"), _place_of("workload", files), untrusted)
 
     kept = (*more_settings, TrainConfig, workload_class.Settings, WorkerConfig)
     classes, recipes = (*kept, OutputConfig), workload_class.recipes
     flags = _read_flags(description, classes, recipes) if given is None else _checked(given, classes, recipes)
     _check_files(files, kept)
     layers: dict[str, Given] = {
-        "default recipe": {} if saved else recipes.get("default", {}),
+        "the default recipe": {} if saved else recipes.get("default", {}),
         **began,
-        "recipe": recipes.get(flags["recipe"], {}) if "recipe" in flags else {},
+        "the recipe": recipes.get(flags["recipe"], {}) if "recipe" in flags else {},
         **file,
         _FLAGS: flags,
     }
     asked = merged(layers)
-    if (place := _place_of("callback", layers)) in files:
+    if asked.get("callback") is not None and (place := _place_of("callback", layers)) in files:
         user_code.check_trusted(asked["callback"], Callback, place, untrusted)
 
     _check_output(settings.build(OutputConfig, asked))

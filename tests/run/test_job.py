@@ -138,9 +138,10 @@ def test_each_setting_is_known_by_where_it_is_from(read: Any, tmp_path: Path) ->
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"batch_size": 16}))
     layers = read("--recipe", "robust", "--config", str(file), "--seed", "3").layers
-    assert merged(layers) == {**layers["default recipe"], **layers["recipe"], **layers[str(file)], **layers["flags"]}
-    assert list(layers) == ["default recipe", "recipe", str(file), "flags"]
-    assert (layers["recipe"]["ema_decay"], layers[str(file)], layers["flags"]["seed"]) == (0.99, {"batch_size": 16}, 3)
+    assert list(layers) == ["the default recipe", "the recipe", str(file), "the flags"]
+    default, recipe, config, flags = layers.values()
+    assert merged(layers) == {**default, **recipe, **config, **flags}
+    assert (recipe["ema_decay"], config, flags["seed"]) == (0.99, {"batch_size": 16}, 3)
 
 
 @pytest.mark.parametrize(
