@@ -100,7 +100,9 @@ def why_untrusted(reference: str, folders: Iterable[Path]) -> str:
 
 
 def _paths_of_module(name: str) -> list[Path]:
-    """Return where Python would import a module's package from; nothing if there is no such package."""
+    """Return where Python would import a module's package from; none if there is none, or it is this one."""
+    if name.partition(".")[0] == __name__.partition(".")[0]:
+        return []  # it runs already, wherever it lies
     _add_to_path(Path.cwd())
     try:
         found = importlib.util.find_spec(name.partition(".")[0])

@@ -12,6 +12,7 @@ from mnist_ray.run.record import write_origin
 from mnist_ray.run.session import load_data, saying_the_way_on
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import RunFolder, locate
+from mnist_ray.workload import user_code
 from mnist_ray.workload.data import Arrays
 from mnist_ray.workload.source import digests_of
 from tests.conftest import ROOT, write_data_set
@@ -96,6 +97,11 @@ def test_code_that_may_have_come_with_a_run_is_not_loaded(
     ):
         read(*(flag.format(sent=sent) for flag in flags))
     assert not list(sent.parent.rglob("it_ran"))
+
+
+def test_this_package_is_trusted_wherever_the_settings_lie() -> None:
+    assert user_code.why_untrusted("mnist_ray.mnist", [ROOT.parent]) == ""
+    assert user_code.why_untrusted(str(ROOT / "examples" / "shapes.py"), [ROOT.parent]) == "in a folder of runs"
 
 
 def test_code_in_a_run_is_loaded_where_a_flag_names_it_and_the_way_on_names_it_too(read: Any, sent: Path) -> None:
