@@ -48,13 +48,7 @@ def create_state(workload: Workload, config: TrainConfig, num_examples: int, dev
         averaging = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
         average = AveragedModel(model, multi_avg_fn=averaging)
     return TrainingState(
-        model,
-        optimizer,
-        scheduler,
-        scaler=scaler,
-        average=average,
-        last_epoch=num_epochs,
-        last_step=num_steps,
+        model, optimizer, scheduler, scaler=scaler, average=average, last_epoch=num_epochs, last_step=num_steps
     )
 
 
@@ -188,7 +182,8 @@ class Gradients:
         for piece in pieces:
             # DDP takes the mean of the ranks' gradients, with the last piece of each slice.
             weight = self._group.world_size / piece.global_size
-            with _exchanging(self._model, piece.ends_step):
+            is_kept = isinstance(self._model, DistributedDataParallel) and not piece.ends_step
+            with self._model.no_sync() if is_kept else contextlib.nullcontext():  # type: ignore[operator]
                 sums = backward(self._workload, self._model, piece, self._config, weight, self._generator, state.scaler)
             total = {name: total[name] + value for name, value in sums.items()} if total else sums
         return total
@@ -223,13 +218,6 @@ def seed_of(*numbers: int) -> int:
 def _generator(device: torch.device) -> torch.Generator:
     """Return the generator that a model's own layers draw from."""
     return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
-
-
-def _exchanging(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[None]:
-    """Return a context that keeps gradients on this rank, unless they are to be exchanged."""
-    if isinstance(model, DistributedDataParallel) and not wanted:
-        return model.no_sync()
-    return contextlib.nullcontext()
 
 
 def backward(
