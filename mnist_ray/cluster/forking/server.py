@@ -115,7 +115,8 @@ def load(modules: Sequence[str]) -> str:
         with ray_internals.actor_ids_from_kernel():
             for name in modules:
                 importlib.import_module(name)
-        if in_fork(lambda: ray.NodeID.from_random().binary()) == in_fork(lambda: ray.NodeID.from_random().binary()):
+        drawn = [in_fork(lambda: ray.NodeID.from_random().binary()) for _ in range(2)]
+        if drawn[0] == drawn[1]:
             return "two forks would draw the same ids"
         if in_fork(lambda: bytes([torch.cuda._is_in_bad_fork()])) == bytes([True]):
             return "an import has used CUDA"
@@ -127,12 +128,14 @@ def load(modules: Sequence[str]) -> str:
 
 
 def in_fork(action: Callable[[], bytes]) -> bytes:
-    """Return what an action returns in a fork of this process."""
+    """Return what an action returns in a fork of this process; nothing if it fails there."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
-        os.write(writer, action())
-        os._exit(0)
+        try:
+            os.write(writer, action())
+        finally:
+            os._exit(0)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
         returned = pipe.read()
