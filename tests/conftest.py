@@ -35,7 +35,6 @@ FILES = (
 METADATA = {"class_names": [*range(10)], "model_input": {"shape": [1, 28, 28], "dtype": "float32"}}
 """What MNIST's model knows of the data."""
 QUICK = {"batch_size": 50, "validation_size": 600, "learning_rate": 3e-3, "precision": "fp32"}
-LONGER = {**QUICK, "num_epochs": 8, "checkpoint_every": 20}
 
 
 def as_flags(values: dict[str, Any]) -> list[str]:
@@ -196,13 +195,3 @@ def finished_run(ray_address: str, small_data: Path, tmp_path_factory: pytest.Te
     flags = {"num_workers": 2, "data_dir": str(small_data), "storage_path": str(storage), "run_name": "two", **QUICK}
     run_main("train", *as_flags(flags))
     return storage / "two"
-
-
-@pytest.fixture(scope="session")
-def undisturbed(ray_address: str, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two workers that nothing happens to."""
-    storage = tmp_path_factory.mktemp("undisturbed")
-    flags = as_flags({**LONGER, "data_dir": small_data, "storage_path": storage, "run_name": "run", "num_workers": 2})
-    done = run_job("train.py", *flags, address=ray_address)
-    assert done.returncode == 0, done.stderr
-    return storage / "run"

@@ -42,15 +42,19 @@ def test_a_run_leaves_its_files_and_has_learnt(finished_run: Path) -> None:
     assert (state["epoch"], state["config"]["batch_size"]) == (2, 50)
 
 
-def test_the_best_two_and_the_last_checkpoint_are_kept(undisturbed: Path) -> None:
-    with (undisturbed / "metrics.csv").open() as file:
+@pytest.mark.usefixtures("ray_address")
+def test_the_best_two_and_the_last_checkpoint_are_kept(small_data: Path, tmp_path: Path) -> None:
+    flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_epochs": 6}
+    run_main("train", *as_flags(flags))
+    run = tmp_path / "run"
+    with (run / "metrics.csv").open() as file:
         accuracy = {int(row["epoch"]): float(row["val_accuracy"]) for row in csv.DictReader(file)}
-    kept = {int(path.name[17:20]) for path in undisturbed.glob("checkpoint_epoch*")}
+    kept = {int(path.name[17:20]) for path in run.glob("checkpoint_epoch*")}
     assert max(accuracy) in kept
     best = sorted(accuracy.values())[-2:]
     assert sorted(accuracy[epoch] for epoch in kept)[-2:] == best
     assert len(kept) <= 3
-    result = json.loads((undisturbed / "result.json").read_text())
+    result = json.loads((run / "result.json").read_text())
     assert result["checkpoint_metrics"]["val_accuracy"] == best[-1]
 
 
