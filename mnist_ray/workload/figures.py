@@ -215,39 +215,30 @@ def of_regression(rows: Rows) -> list[Picture]:
         return []
     targets, predictions = (np.array([float(row[name]) for row in rows]) for name in ("target", "prediction"))
     errors = predictions - targets
+    scatter, axes = new_plot(4.6, "target", "prediction")
+    ends = [min(targets.min(), predictions.min()), max(targets.max(), predictions.max())]
+    axes.plot(ends, ends, color="grey", linewidth=1)
+    axes.plot(targets, predictions, ".", color="C0", alpha=max(0.1, min(1.0, 30 / math.sqrt(len(targets)))))
+    axes.grid(alpha=0.3)
+    histogram, axes = new_plot(3.4, "error", "examples")
+    axes.hist(errors, bins=min(50, max(5, len(errors) // 10)), color="C0")
+    axes.axvline(0, color="grey", linewidth=1)
     return [
         Picture(
             "predictions",
             "Predictions over targets of the test set",
             f"{len(rows):,} predictions over their targets, which reach from {targets.min():g} to {targets.max():g}",
-            _scatter(targets, predictions),
+            png_of(scatter),
             "On the line, a prediction is right.",
         ),
         Picture(
             "errors",
             "Errors on the test set",
             f"Errors: half of them lie between {np.quantile(errors, 0.25):.4g} and {np.quantile(errors, 0.75):.4g}",
-            _histogram(errors),
+            png_of(histogram),
             "Prediction minus target.",
         ),
     ]
-
-
-def _scatter(targets: np.ndarray, predictions: np.ndarray) -> bytes:
-    figure, axes = new_plot(4.6, "target", "prediction")
-    both = np.concatenate([targets, predictions])
-    ends = [both.min(), both.max()]
-    axes.plot(ends, ends, color="grey", linewidth=1)
-    axes.plot(targets, predictions, ".", color="C0", alpha=max(0.1, min(1.0, 30 / math.sqrt(len(targets)))))
-    axes.grid(alpha=0.3)
-    return png_of(figure)
-
-
-def _histogram(errors: np.ndarray) -> bytes:
-    figure, axes = new_plot(3.4, "error", "examples")
-    axes.hist(errors, bins=min(50, max(5, len(errors) // 10)), color="C0")
-    axes.axvline(0, color="grey", linewidth=1)
-    return png_of(figure)
 
 
 def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> bytes:
