@@ -28,7 +28,7 @@ from mnist_ray.training.events import EpochFinished, Progress, Validated
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.figures import Table
-from tests.conftest import METADATA, mnist, run_main
+from tests.conftest import METADATA, mnist, run_job, run_main
 
 RUN_PICTURES = ["loss", "accuracy", "confusion", "classes", "predictions", "mistakes", "seconds"]
 
@@ -125,10 +125,10 @@ def test_a_run_interrupted_before_its_first_step_has_a_report(tmp_path: Path) ->
     assert "not finished: 0 of 2 epochs" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_the_job_makes_the_same_report_again(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_job_makes_the_same_report_again(finished_run: Path) -> None:
     before = (finished_run / "report.html").read_text()
-    run_main("report", str(finished_run))
-    assert capsys.readouterr().out == f"report {finished_run}/report.html\n"
+    done = run_job("report.py", str(finished_run))
+    assert (done.returncode, done.stdout) == (0, f"report {finished_run}/report.html\n"), done.stderr
     assert (finished_run / "report.html").read_text() == before
 
 

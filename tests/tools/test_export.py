@@ -1,7 +1,7 @@
 import math
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -28,39 +28,33 @@ def model(finished_run: Path) -> torch.nn.Module:
     return model
 
 
+def program_of(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    if file.suffix == ".pt2":
+        return torch.export.load(file).module()
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("torch", ".pt2"), ("onnx", ".onnx")])
 def test_an_exported_program_does_what_the_checkpoint_does(
-    finished_run: Path,
-    model: torch.nn.Module,
-    few_images: Arrays,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    run_main("export", str(finished_run), "--output", str(tmp_path / "digits.pt2"))
-    said = capsys.readouterr().out
-    assert f"torch      {tmp_path}/digits.pt2: images (N, 1, 28, 28) float32 to logits (N, 10)\n" in said
-    assert "checked    on 512 test images" in said
-    program = torch.export.load(tmp_path / "digits.pt2").module()
-    for size in (1, 3, 600):
-        images = prepared(few_images, size)
-        with torch.inference_mode():
-            torch.testing.assert_close(program(images), model(images), rtol=0, atol=1e-4)
-
-
-def test_an_onnx_file_does_what_the_checkpoint_does(
+    kind: str,
+    suffix: str,
     finished_run: Path,
     model: torch.nn.Module,
     few_images: Arrays,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    run_main("export", str(finished_run), "--format", "onnx", "--output", str(tmp_path / "digits.onnx"))
-    assert capfd.readouterr().err == ""
-    session = onnxruntime.InferenceSession(tmp_path / "digits.onnx", providers=["CPUExecutionProvider"])
+    file = tmp_path / f"digits{suffix}"
+    run_main("export", str(finished_run), "--format", kind, "--output", str(file))
+    said = capfd.readouterr()
+    assert said.err == ""
+    assert f"{kind:<10} {file}: images (N, 1, 28, 28) float32 to logits (N, 10)\n" in said.out
+    assert "checked    on 512 test images" in said.out
     for size in (1, 3, 600):
         images = prepared(few_images, size)
-        (logits,) = session.run(None, {"images": images.numpy()})
         with torch.inference_mode():
-            np.testing.assert_allclose(logits, model(images).numpy(), rtol=0, atol=1e-4)
+            torch.testing.assert_close(program_of(file)(images), model(images), rtol=0, atol=1e-4)
 
 
 def test_the_check_sees_another_model(model: torch.nn.Module, few_images: Arrays) -> None:

@@ -13,7 +13,7 @@ from mnist_ray.run.find import find
 from mnist_ray.tools import predict
 from mnist_ray.training.checkpoint import digest_of
 from mnist_ray.workload.data import Arrays
-from tests.conftest import mnist, run_main
+from tests.conftest import mnist, run_job, run_main
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +53,10 @@ def test_predictions_come_for_each_file_and_an_error_tells_of_those_without(
     assert Image.open(tmp_path / "grid.png").width == 720
 
 
-def test_json_gives_an_object_a_line(
-    finished_run: Path, pictures: Path, mnist_test: Arrays, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_main("predict", str(pictures), "--run", str(finished_run), "--json", "--threshold", "1")
-    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+def test_json_gives_an_object_a_line(finished_run: Path, pictures: Path, mnist_test: Arrays) -> None:
+    done = run_job("predict.py", str(pictures), "--run", str(finished_run), "--json", "--threshold", "1")
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == 8
     right = sum(answer["digit"] == mnist_test.targets[int(Path(answer["file"]).stem)] for answer in answers)
     assert right >= 5
