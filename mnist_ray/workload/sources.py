@@ -14,7 +14,7 @@ from mnist_ray.workload.data import Arrays, Data
 from mnist_ray.workload.order import Shuffled
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
 _TEST_PART, _TEST_SEED = 5, 53  # one of so many examples, drawn at random, is the test if the data have none
 
@@ -72,8 +72,8 @@ def table(
     inputs = [frame[columns].to_numpy(np.float32) for frame in frames]
     targets, metadata = [frame[target].to_numpy() for frame in frames], dict[str, Any]()
     if as_classes:
-        metadata["class_names"] = sorted(set(targets[0].tolist()), key=lambda name: (str(type(name)), name))
-        targets = [_numbered(values.tolist(), metadata["class_names"], target) for values in targets]
+        metadata["class_names"] = sorted(frames[0][target].dropna().unique().tolist())
+        targets = [_numbered(frame[target], metadata["class_names"]) for frame in frames]
     targets = [values.astype(np.float32) if values.dtype.kind == "f" else values for values in targets]
     if test is None:
         inputs, targets = ([values[0][part] for part in _parted(len(inputs[0]))] for values in (inputs, targets))
@@ -107,12 +107,13 @@ def _check_numbers(frame: DataFrame, names: Sequence[str]) -> None:
             raise UsageError(f"column {name} has gaps; fill them, as table[{name!r}].fillna(0) does, or dropna()")
 
 
-def _numbered(values: list[Any], names: list[Any], target: str) -> np.ndarray:
-    numbers = {name: number for number, name in enumerate(names)}
-    wrong = [value for value in values if value not in numbers or value is None or value != value]
-    if wrong:  # NaN, which differs from itself, is a gap
-        raise UsageError(f"column {target} has gaps, or a class that only the test has: {wrong[0]}")
-    return np.array([numbers[value] for value in values])
+def _numbered(column: Series, names: Sequence[Any]) -> np.ndarray:
+    """Return the place of each value in ``names``."""
+    numbers = column.map({name: number for number, name in enumerate(names)})
+    if numbers.isna().any():
+        wrong = column[numbers.isna()].iloc[0]
+        raise UsageError(f"column {column.name} has gaps, or a class that only the test has: {wrong}")
+    return numbers.to_numpy(np.int64)
 
 
 def _parted(number: int) -> tuple[np.ndarray, np.ndarray]:
