@@ -16,8 +16,8 @@ from typing import Any
 import ray
 from PIL import Image
 from pyarrow import fs
-from tensorboardX import event_file_writer, summary  # type: ignore[import-untyped]
-from tensorboardX.proto import event_pb2  # type: ignore[import-untyped]
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 
 from mnist_ray.config import OutputConfig
 from mnist_ray.errors import first_line, redact
