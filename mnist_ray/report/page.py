@@ -236,10 +236,9 @@ def write_again(
 def compare(runs: Iterable[RunFolder], reference: str | None, storage_path: str, output: str) -> None:
     """Write a page of several runs side by side. Raises UsageError and JobError."""
     records = [RunRecord.read(run, workload_of(run, reference, storage_path)) for run in runs]
-    page = comparison(records)
-    for note in page.notes:
+    for note in (note for record in records for note in record.notes):
         say(f"note {note}")
-    write_file(path_of(output, "--output"), page.to_html().encode("utf-8"))
+    write_file(path_of(output, "--output"), comparison(records).to_html().encode("utf-8"))
     say(f"report {output}")
 
 
