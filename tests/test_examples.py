@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 import pytest
 
+from mnist_ray.errors import UsageError
 from tests.conftest import ROOT, as_flags, run_and_act, run_job, run_main
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -97,28 +98,28 @@ def test_it_is_swept_over_a_setting_of_its_own_and_the_best_is_trained(
 
 @pytest.mark.long
 def test_it_is_evaluated_reported_and_exported_by_its_runs_name_alone(
-    run: Path, ray_address: str, tmp_path: Path
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shown = run_job("evaluate.py", str(run), address=ray_address)
-    assert shown.returncode == 0, shown.stderr
+    run_main("evaluate", str(run))
     monitor = next(name for name in ("test_accuracy", "test_rmse") if name in result_of(run))
     value = result_of(run)[monitor]
-    assert (f"{value:.2%}" if monitor == "test_accuracy" else f"{value:.4f}") in shown.stdout.splitlines()[-1]
+    assert (f"{value:.2%}" if monitor == "test_accuracy" else f"{value:.4f}") in capsys.readouterr().out.splitlines()[
+        -1
+    ]
     before = (run / "report.html").read_text()
-    again = run_job("report.py", str(run))
-    assert again.returncode == 0, again.stderr
+    run_main("report", str(run))
     assert (run / "report.html").read_text() == before
-    exported = run_job("export.py", str(run), "--output", str(tmp_path / "model.pt2"))
-    assert exported.returncode == 0, exported.stderr
-    assert "differ by at most" in exported.stdout
+    run_main("export", str(run), "--output", str(tmp_path / "model.pt2"))
+    assert "differ by at most" in capsys.readouterr().out
 
 
-def test_shapes_answer_pictures_and_a_table_does_not(run: Path, example: str) -> None:
-    picture = run / "pictures" / "loss.png"
-    done = run_job("predict.py", str(picture), "--storage-path", str(run.parent))
+def test_shapes_answer_pictures_and_a_table_does_not(
+    run: Path, example: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = (str(run / "pictures" / "loss.png"), "--storage-path", str(run.parent))
     if example == "shapes":
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[0].endswith("(Shapes, num images 3000, noise 0.0, width 8)")
+        run_main("predict", *given)
+        assert capsys.readouterr().out.splitlines()[0].endswith("(Shapes, num images 3000, noise 0.0, width 8)")
     else:
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-        assert "no run in" in done.stderr
+        with pytest.raises(UsageError, match="no run in"):
+            run_main("predict", *given)

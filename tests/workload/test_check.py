@@ -233,6 +233,7 @@ def test_a_schedule_of_ones_own_is_tried_without_a_warning(write: Write, schedul
             ".measure: accuracy is to be one number per example, (16,) here, not float",
         ),
         ("def measure(self, outputs, targets): ...", ".measure returned NoneType, not a dict"),
+        ("def metadata_of(self, data): ...", ".metadata_of returned NoneType, not a dict"),
         (
             'def predictions(self, outputs, targets): return {"label": targets, "logits": outputs}',
             ".predictions: logits is to be one number per example, (16,) here, not (16, 10)",
@@ -404,8 +405,3 @@ def test_facts_that_are_no_json_are_refused(write: Write, fact: str) -> None:
     body = f"\n    def load_data(self): return Data(examples(20), examples(20), metadata={{'mean': {fact}}})\n"
     expected = "Wrong: fact 'mean' is no JSON: use numbers, texts, lists and dicts, as array.tolist()"
     assert message_of(write, body) == expected
-
-
-def test_facts_that_are_nothing_are_refused(write: Write) -> None:
-    body = "\n    def metadata_of(self, data): ...\n    def create_model(self): return nn.Linear(4, 1)\n"
-    assert message_of(write, body, "Numbers") == "Wrong.metadata_of returned NoneType, not a dict"

@@ -145,11 +145,6 @@ def test_a_file_that_is_named_like_another_module_is_refused(
     assert message_of(file) == expected
 
 
-def test_two_files_of_one_name_are_refused(write: Write) -> None:
-    load(str(write(DIGITS, "one/problem.py")))
-    assert "Python has another module problem" in message_of(write(DIGITS, "other/problem.py"))
-
-
 @pytest.mark.parametrize("reference", ["problem.py", "../project/problem.py", "../link/problem.py"])
 def test_a_file_that_python_would_find_by_itself_is_no_other(
     write: Write, monkeypatch: pytest.MonkeyPatch, reference: str
