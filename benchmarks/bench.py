@@ -213,7 +213,7 @@ def scaling(
     rows = []
     for times, num_workers in sizes:
         name = f"times-{times}-workers-{num_workers}"
-        images = write_repeated(folder / name, source, times) / "MNIST"
+        images = write_repeated(folder / name, source, times) / "MNIST" / "raw"
         where = ["--num-epochs", 1, "--num-workers", num_workers, "--data-dir", images]
         (row,), seen, seconds = train_watched(folder / "runs", name, *where, *flags)
         rows.append(
@@ -335,7 +335,7 @@ def main() -> None:
             full = Arrays(full[0].inputs[:6000], full[0].targets[:6000]), full[1]
         images = write_repeated(folder / "images", full, 1)
         if args.quick:
-            flags = ["--data-dir", images / "MNIST", "--validation-size", 600]
+            flags = ["--data-dir", images / "MNIST" / "raw", "--validation-size", 600]
         measured = repeat(rounds, "round", lambda storage: one_round(storage, images, flags, 1 if args.quick else 2))
         if args.peers:
             judged = (case_row(case, measured, is_judged=True) for case in CASES)
