@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mnist_ray.errors import JobError, UsageError, first_line
+from mnist_ray.errors import UsageError
 from mnist_ray.mnist import idx
-from mnist_ray.settings import path_of, setting
+from mnist_ray.settings import setting
 from mnist_ray.workload.classification import Classification
-from mnist_ray.workload.data import Arrays, Data
+from mnist_ray.workload.data import Data
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Generator, Tensor, nn
-
-_CACHE = Path("~/.cache/mnist_ray")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +60,7 @@ class MNIST(Classification):
         if data_dir is not None and dataset != "mnist":
             raise UsageError(f"--data-dir takes the place of --dataset {dataset}; leave one of them out")
         if dataset != "mnist":
-            return _download(dataset)
+            return idx.download(dataset)
         return Data(idx.load("train", data_dir), idx.load("test", data_dir), name=str(data_dir or dataset))
 
     def create_model(self) -> nn.Module:
@@ -89,16 +87,3 @@ class MNIST(Classification):
         from mnist_ray.mnist import photo
 
         return photo.as_it_is(picture) if as_is else photo.to_mnist(picture)
-
-
-def _download(dataset: str) -> Data:
-    from torchvision import datasets
-
-    kind = {"fashion-mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST}[dataset]
-    root = path_of(_CACHE, "the cache in")
-    try:
-        train, test = (kind(root, train=is_train, download=True) for is_train in (True, False))
-    except (OSError, RuntimeError) as error:
-        raise JobError(f"cannot download {dataset} into {root}: {first_line(error)}") from error
-    train, test = (Arrays(images.data.numpy(), images.targets.numpy()) for images in (train, test))
-    return Data(train, test, name=dataset)
