@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -216,6 +217,31 @@ def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Splits]:
     if job.train.early_stop is not None and len(splits.validation) == 0:
         raise UsageError("--early-stop watches the validation; hold some examples out by --validation-size")
     return dataclasses.replace(job, notes=(*job.notes, *notes)), splits
+
+
+def dry_run(job: Job, data: Splits, batch_sizes: Sequence[int] = ()) -> Callable[[], None]:
+    """Let one batch go through a job's workload; return what is left to do while Ray starts: that, and imports.
+
+    A user's own workload is tried here and now, so that a mistake is said before anything is started. That of this
+    package was tried when it was built: it need not be waited for. ``batch_sizes`` are those that a sweep tries. Raises
+    UsageError.
+    """
+
+    def try_it() -> None:
+        from mnist_ray.run.dry_run import try_batch  # imports torch: this is where it is first needed
+
+        try_batch(job, data.train, batch_sizes)
+
+    is_tried_now = not type(job.workload).__module__.startswith("mnist_ray.")
+    if is_tried_now:
+        try_it()
+
+    def meanwhile() -> None:
+        importlib.import_module("mnist_ray.run.fit")  # and Ray Train, of which ray.init imports nothing meanwhile
+        if not is_tried_now:
+            try_it()
+
+    return meanwhile
 
 
 def _check_same_data(job: Job, splits: Splits) -> tuple[str, ...]:

@@ -11,8 +11,7 @@ from rich.text import Text
 
 from mnist_ray.errors import clock_time, count, format_settings, redact
 from mnist_ray.run.console import RunConsole
-from mnist_ray.run.session import Session, say_data
-from mnist_ray.run.train import dry_run
+from mnist_ray.run.session import Session, dry_run, say_data
 from mnist_ray.sweep.options import Sweep, load_data
 from mnist_ray.sweep.trials import DONE, ENDED, FAILED, LOST, STOPPED, TrialRecord, TrialTable
 

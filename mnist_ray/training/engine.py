@@ -113,11 +113,7 @@ def train(
 
 
 def _steps(
-    examples: ArrayBatches | ExampleBatches,
-    state: TrainingState,
-    config: TrainConfig,
-    group: Group,
-    num_loader_processes: int,
+    examples: ArrayBatches | ExampleBatches, state: TrainingState, config: TrainConfig, group: Group, num_processes: int
 ) -> Iterator[list[Batch]]:
     """Yield this rank's slice of each step that is left of the epoch, in one piece or several, on the device."""
     sampler = ShardedBatchSampler(
@@ -134,7 +130,7 @@ def _steps(
     if isinstance(examples, ExampleBatches):
         examples.seed = seed_of(config.seed, state.epoch, 0)
     pieces: list[Batch] = []
-    for piece in batch_loader(examples, sampler, num_loader_processes):
+    for piece in batch_loader(examples, sampler, num_processes):
         pieces.append(to_device(piece, group.device))
         if piece.ends_step:
             yield pieces
