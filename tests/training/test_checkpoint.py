@@ -99,9 +99,6 @@ class Steep(MNIST):
         return 100 * super().loss(outputs, targets)
 
 
-Steep.source = type(mnist()).source
-
-
 def test_a_run_with_a_scaled_loss_in_pieces_goes_on_bit_identical(tmp_path: Path, few_images: Arrays) -> None:
     config = replace(CONFIG, num_epochs=1, precision="fp16", micro_batch_size=7, clip_grad_norm=0.5)
     state = train_and_save(tmp_path / "whole", few_images, config, workload=Steep())

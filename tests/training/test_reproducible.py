@@ -41,7 +41,6 @@ class Noisy(MNIST):
         return prepared if generator is None else prepared + 0.1 * torch.rand(prepared.shape, generator=generator)
 
 
-Noisy.source = type(mnist()).source
 CONFIG = TrainConfig(
     precision="fp32", num_epochs=2, batch_size=50, learning_rate=2e-3, validation_size=0, reproducible=True
 )
