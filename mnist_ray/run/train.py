@@ -5,11 +5,11 @@ from mnist_ray.run.session import Session, dry_run, load_data, say_plan
 
 
 def train(job: Job) -> None:
-    """Data, Ray, fit, evaluate, report. Raises UsageError, JobError and KeyboardInterrupt, each in one line."""
+    """Data, Ray, fit, evaluate, report. Raises UsageError, JobError and KeyboardInterrupt, each with one line."""
     with Session(job) as session:
         session.begin(*load_data(job))
         with session.ray(meanwhile=dry_run(session.job, session.data)):
-            from mnist_ray.run import fit, in_process, record  # import torch, which is there by now
+            from mnist_ray.run import fit, in_process, record  # they import torch, which is loaded while Ray starts
 
             if job.output.check:
                 say_plan(session)

@@ -88,7 +88,7 @@ class Reporter(Callback):
         self._job = job = spec.job
         self._is_first = group.rank == 0
         self._validation = None if spec.validation is None else opened(spec.validation)
-        # The user's callback comes first: a checkpoint knows them by their places.
+        # The user's callback comes first: checkpoints match callbacks by position.
         self.callbacks: list[Callback] = [user_code.load(job.callback, Callback)()] if job.callback else []
         if job.output.profile is not None:
             self.callbacks.append(Profiler(job.output.profile, job.run))
@@ -102,7 +102,7 @@ class Reporter(Callback):
             self.send(StoppedEarly(state.epoch, best_epoch(state.scores)))
 
     def send(self, event: Event) -> None:
-        """Report how the training goes; a reporter that nobody listens to leaves it so."""
+        """Report how the training goes; does nothing unless a subclass overrides it."""
 
     def on_progress(self, state: TrainingState, progress: Progress) -> None:
         """Note that training goes on."""
@@ -123,7 +123,7 @@ class Reporter(Callback):
             precision=self._config.precision,
             epoch=state.epoch,
             step=state.step,
-            num_steps=int(state.last_step),
+            num_steps=state.num_steps,
             damaged=restored.damaged,
             notes=(note,) if is_other else (),
         )
@@ -142,7 +142,7 @@ class Reporter(Callback):
         return checkpoints.snapshot(state, described, self.callbacks)
 
     def measured(self, state: TrainingState, progress: Progress) -> dict[str, Any]:
-        """Return the metrics of a checkpoint; validate first, on all ranks at once, if the workers do that.
+        """Return the metrics of a checkpoint; if the workers validate, all ranks do so first.
 
         At an epoch's end, ``state`` gets the score, and the epoch is reported.
         """

@@ -1,7 +1,7 @@
 """Checkpoints: a folder with weights as safetensors, the rest of the training's state, and JSON that describes both.
 
 model.safetensors    the model's weights; with --ema-decay, their average
-training.pt          the rest of the state: position, optimizer, schedule; with --ema-decay, the trained weights
+training.pt          the rest of the state: position, sums, optimizer, schedule; with --ema-decay, the trained weights
 state.json           format, position, metrics, config, workload, versions; SHA-256 of the others and itself
 
 Nothing that is loaded can run code: ``training.pt`` is read with ``weights_only``.
@@ -52,7 +52,7 @@ class Restored:
     name: str = ""  # the checkpoint's folder; empty if there was none
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # reported with it
     arithmetic: dict[str, Any] | None = None  # of the machine that wrote it, if the run is reproducible
-    damaged: tuple[str, ...] = ()  # newer checkpoints, passed over
+    damaged: tuple[str, ...] = ()  # newer checkpoints, passed over: damaged, or of another version
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Snapshot:
     document: dict[str, Any]  # what state.json says, but for the digests
 
     def write(self, folder: RunFolder) -> None:
-        """Write a checkpoint, its state.json last: without that it is none. Raises what the file system does."""
+        """Write a checkpoint, state.json last: a folder without it is no checkpoint. Raises as ``write_files``."""
         training = io.BytesIO()
         torch.save(self.training, training)
         contents = {MODEL_FILE: save(self.weights), TRAINING_FILE: training.getvalue()}
@@ -102,7 +102,7 @@ def snapshot(state: TrainingState, about: dict[str, Any], callbacks: Sequence[Ca
 
 
 def digest_of(document: dict[str, Any]) -> str:
-    """Return the SHA-256 of a state.json without this digest itself, however it is formatted."""
+    """Return the SHA-256 of a state.json, without its formatting and its entry for this digest."""
     document = {**document, "sha256": {name: value for name, value in document["sha256"].items() if name != STATE_FILE}}
     as_read = json.loads(json.dumps(document))  # its keys are strings: numbers would be sorted in another order
     return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
@@ -111,7 +111,7 @@ def digest_of(document: dict[str, Any]) -> str:
 def load_model(folder: RunFolder, workload: Workload) -> nn.Module:
     """Return a checkpoint's model, in evaluation mode.
 
-    Raises UsageError if there is no checkpoint, JobError if it is damaged or the storage cannot be read.
+    Raises UsageError if there is no checkpoint, JobError if it is damaged, of another model, or cannot be read.
     """
     document = read_state(folder)
     model = workload.create_model()
@@ -122,7 +122,7 @@ def load_model(folder: RunFolder, workload: Workload) -> nn.Module:
 def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
     """Put a checkpoint's content into a freshly created ``state``; return its state.json.
 
-    Raises as ``load_model`` does, before ``state`` is changed, and OtherModelError.
+    Raises as ``load_model`` if it is damaged, before ``state`` is changed; OtherModelError may leave it half loaded.
     """
     document = read_state(folder)
     weights = _decoded(folder, MODEL_FILE, document, load)
@@ -139,7 +139,7 @@ def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callbac
             callback.load_state_dict(values)
     except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
-    except Exception as error:  # the file is as it was written, so the code does not take it
+    except Exception as error:  # the digest is right, so the file is whole: the code must have changed
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise OtherModelError(f"checkpoint {folder.uri} is of another optimizer or schedule: {reason}") from error
     state.sums = MetricSums(**training["sums"])
@@ -151,7 +151,7 @@ def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callbac
 def restore_newest(run: RunFolder, state: TrainingState, callbacks: Sequence[Callback] = ()) -> Restored:
     """Put the newest whole checkpoint in a run's folder into ``state``; without one, leave it as it is.
 
-    Raises OtherModelError if the checkpoint is of another model.
+    Raises OtherModelError if the checkpoint is of another model, JobError if the storage cannot be read.
     """
     damaged: list[str] = []
     for name in reversed(run.checkpoint_names()):

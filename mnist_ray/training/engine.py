@@ -40,16 +40,14 @@ def create_state(workload: Workload, config: TrainConfig, num_examples: int, dev
     torch.manual_seed(config.seed)
     model = with_fast_layout(workload.create_model().to(device))
     optimizer = workload.create_optimizer(model, config)
-    num_epochs, num_steps = config.num_epochs, config.num_steps(num_examples)
-    scheduler = workload.create_scheduler(optimizer, config, num_epochs * num_steps)
+    num_steps = config.num_steps(num_examples)
+    scheduler = workload.create_scheduler(optimizer, config, config.num_epochs * num_steps)
     scaler = GradScaler(device.type, enabled=config.precision == "fp16")
     average = None
     if config.ema_decay is not None:
         averaging = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
         average = AveragedModel(model, multi_avg_fn=averaging)
-    return TrainingState(
-        model, optimizer, scheduler, scaler=scaler, average=average, last_epoch=num_epochs, last_step=num_steps
-    )
+    return TrainingState(model, optimizer, scheduler, scaler=scaler, average=average, num_steps=num_steps)
 
 
 def with_fast_layout(model: nn.Module) -> nn.Module:
@@ -71,11 +69,11 @@ def train(
     """Train ``state`` from its position to the last epoch's end, on this rank's slices of ``split``.
 
     ``config.precision`` is resolved (see ``resolve_precision``). Raises TrainingDivergedError on every rank, before
-    weights that are not finite could get into a checkpoint; and StopWantedError.
+    weights that are not finite could get into a checkpoint; StopWantedError after a checkpoint, if a callback asked.
     """
     assert config.precision != "auto"
     if config.compile:
-        # Each shape by itself: the kernels for a batch do not depend on which came before it, as in a resumed run.
+        # Per shape, so that kernels do not depend on earlier batches: a resumed run sees others first.
         state.model.compile(dynamic=False)
     gradients = (ReproducibleGradients if config.reproducible else Gradients)(workload, state, config, group)
     for callback in callbacks:
@@ -173,10 +171,10 @@ class Gradients:
         """Leave the gradients of a step in the model; return the sums over this rank's slice."""
         state = self._state
         total: dict[str, Tensor] = {}
-        # Augmentation and dropout draw the same in a resumed run.
+        # So that augmentation and dropout draw the same in a run resumed with as many workers.
         self._generator.manual_seed(seed_of(self._config.seed, state.epoch, self._group.rank) + state.step)
         for piece in pieces:
-            # DDP takes the mean of the ranks' gradients, with the last piece of each slice.
+            # DDP averages over the ranks in the last piece's backward pass; earlier ones accumulate here.
             weight = self._group.world_size / piece.global_size
             is_kept = isinstance(self._model, DistributedDataParallel) and not piece.ends_step
             with self._model.no_sync() if is_kept else contextlib.nullcontext():  # type: ignore[operator]
@@ -186,7 +184,7 @@ class Gradients:
 
 
 class ReproducibleGradients:
-    """Does the same, with the same bits on any number of ranks: see ``training/reproducible.py``."""
+    """Computes a step's gradients with the same bits on any number of ranks: see ``training/reproducible.py``."""
 
     def __init__(self, workload: Workload, state: TrainingState, config: TrainConfig, group: Group) -> None:
         self._workload, self._state, self._config = workload, state, config
@@ -228,8 +226,8 @@ def backward(
     """Add to the model's gradients those of ``weight`` × the sum of a batch's losses, as ``scaler`` scales them.
 
     ``config.precision`` is resolved. Returns the sums of the loss and of the workload's measures, on the device.
-    Weighed by the size of the global batch, the gradients of slices add up to those of its mean loss, also if slices
-    are uneven or empty.
+    With a weight of 1 / global batch size, the gradients of slices add up to those of its mean loss, also if slices are
+    uneven or empty; under DDP, which averages, the weight is multiplied by the world size.
     """
     with autocast(next(model.parameters()).device, config.precision):
         outputs = as_fp32(model(workload.prepare(batch.inputs, generator)))
@@ -288,7 +286,7 @@ def evaluate_together(
     """
     if group.world_size == 1:
         return evaluate(workload, model, split, num_loader_processes)
-    for buffer in model.buffers():  # as of batch normalization: those of rank 0 are kept
+    for buffer in model.buffers():  # as of batch normalization: rank 0's overwrite the others'
         dist.broadcast(buffer, 0)
     bounds = split_bounds(len(split), group.world_size)
     start, stop = bounds[group.rank] if group.rank < len(bounds) else (0, 0)

@@ -68,7 +68,7 @@ def _json(value: float) -> float | None:
 
 
 def score(workload: Workload, values: Mapping[str, float]) -> float:
-    """Return a number that grows with a model's worth: its monitor's, and of two that tie, the one of less loss.
+    """Return a number that is larger for a better model: by the monitored metric; ties go to the lower loss.
 
     ``values`` are those of the validation. The loss weighs too little to matter if the monitor differs.
     """

@@ -12,19 +12,19 @@ import numpy as np
 
 from mnist_ray.workload.order import Shuffled
 
-_DRAWN_AT_ONCE = 2**13  # examples of an epoch's order: each by itself would take a hundred times as long
+_DRAWN_AT_ONCE = 2**13  # examples of an epoch's order: drawing one at a time is 100 times slower
 
 
 class Slice(NamedTuple):
     """The indices that the loader requests from a data set."""
 
     indices: np.ndarray
-    global_size: int = 0  # as `Batch` has it; 0 in an evaluation
-    ends_step: bool = True  # as `Batch` has it
+    global_size: int = 0  # examples of the whole batch over all ranks; 0 in an evaluation
+    ends_step: bool = True  # whether no other piece of the same batch follows on this rank
 
 
 def own_chunks(num_chunks: int, rank: int, world_size: int) -> range:
-    """Return a rank's chunks of each batch: neighbours, and as many as the others have, or one more."""
+    """Return a rank's chunks of each batch: contiguous; ranks differ by at most one."""
     return range(num_chunks * rank // world_size, num_chunks * (rank + 1) // world_size)
 
 
@@ -34,9 +34,9 @@ class ShardedBatchSampler:
 
     The global batches depend on (seed, epoch) only, never on the number of ranks: the epoch's order is cut into
     batches, and rank r of w takes the r-th of w slices of each. So a run may go on with other workers, at any
-    ``first_step``, and see the batches it would have seen. All ranks get the same number of slices; but a slice comes
-    in pieces if it has more than ``piece_size`` examples, or if the batches are cut into ``num_chunks``, of which a
-    rank gets each of its own by itself.
+    ``first_step``, and see the batches it would have seen. All ranks get the same number of slices. A slice is yielded
+    in several pieces if it exceeds ``piece_size`` examples. With ``num_chunks``, batches are cut into chunks instead,
+    and each of a rank's chunks is a piece.
     """
 
     num_examples: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -64,8 +63,7 @@ class TrainingState:
     scores: list[float] = field(default_factory=list)
     """Of each finished epoch's validation, if the training waits for it; more is better."""
     ends: bool = False  # whether a callback has ended the training, with the epochs that are finished
-    last_epoch: float = math.inf  # of the training
-    last_step: float = math.inf  # of each epoch
+    num_steps: int = 0  # of each epoch
 
     @property
     def result(self) -> nn.Module:

@@ -21,8 +21,8 @@ _REPORT_INTERVAL_S = 0.5
 class LoggingWindow:
     """The steps since the last progress: their sums stay on the device until the window is closed.
 
-    Closing it is the only time at which ranks talk besides the gradients. Rank 0's clock decides for all ranks after
-    how many steps the next one closes, so that every rank closes at the same step.
+    Within an epoch, ranks talk only for gradients and when a window closes. Rank 0's clock sets the next window's
+    length in steps for all ranks, so that every rank closes it at the same step.
     """
 
     def __init__(self, workload: Workload, group: Group) -> None:
@@ -34,7 +34,7 @@ class LoggingWindow:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave the time since the window opened out of the epoch's seconds."""
+        """Restart the clock, so that the time spent on saving or between epochs is not counted."""
         self._start = time.perf_counter()
 
     def add(self, sums: dict[str, Tensor], global_size: int) -> None:
@@ -51,7 +51,7 @@ class LoggingWindow:
         names = list(self._sums[0])
         sums = torch.stack([step[name] for step in self._sums for name in names]).double()
         if sums.is_cuda:
-            torch.cuda.synchronize()  # else the last steps' time would be the next window's
+            torch.cuda.synchronize()  # else unfinished kernels would be timed in the next window
         now = time.perf_counter()
         elapsed_s, self._start = now - self._start, now
         next_interval = max(1, round(len(self._sizes) * _REPORT_INTERVAL_S / max(elapsed_s, 1e-3)))

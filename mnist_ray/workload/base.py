@@ -59,18 +59,19 @@ class NoSettings:
 class Workload(UserClass):
     """One problem. Subclasses are made in every process that trains or evaluates; they keep no state.
 
-    N is the number of examples of a batch on one rank; on the last batch of an epoch it may be 0.
+    N is the number of examples of a batch on one rank; it may be 0.
     """
 
     Settings: ClassVar[type] = NoSettings  # a frozen dataclass of the workload's own settings; they become flags
-    metrics: ClassVar[tuple[Metric, ...]] = ()  # reported beside the loss; the first, or the loss, chooses checkpoints
+    metrics: ClassVar[tuple[Metric, ...]] = ()
+    """Reported beside the loss. The first metric picks the best checkpoint; without any, the loss does."""
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Named values of settings, for ``--recipe``; those of ``default`` hold if no other is named."""
+    """Named values of settings, for ``--recipe``. ``default`` always applies; another recipe overrides it."""
     search: ClassVar[Mapping[str, SearchSpace | None]] = {}
-    """Other search spaces, as ``{"learning_rate": Range(1e-3, 1e-1, log=True)}``; None: it is not searched."""
-    noun: ClassVar[str] = "example"  # what one example is called,
-    prediction_noun: ClassVar[str] = "prediction"  # a prediction for a picture,
-    output_noun: ClassVar[str] = "outputs"  # and the model's outputs
+    """Other search spaces, as ``{"learning_rate": Range(1e-3, 1e-1, log=True)}``; None: do not search the setting."""
+    noun: ClassVar[str] = "example"  # the word for an example,
+    prediction_noun: ClassVar[str] = "prediction"  # for the prediction of a picture,
+    output_noun: ClassVar[str] = "outputs"  # and for the model's outputs
 
     def __init__(self, settings: Any = None, metadata: Mapping[str, Any] | None = None) -> None:
         self.settings: Any = self.Settings() if settings is None else settings
@@ -98,8 +99,8 @@ class Workload(UserClass):
     def prepare(self, inputs: Any, generator: Generator | None) -> Any:
         """Turn a batch of inputs, on the device, into what the model takes.
 
-        ``generator`` is there in training only, for augmentation: it is seeded by seed, epoch, step and rank, so a
-        resumed run draws what it would have drawn.
+        ``generator`` is there in training only, for augmentation: it is seeded by seed, epoch, step and rank (with
+        ``--reproducible``, chunk), so a run resumed with as many workers draws what it would have drawn.
         """
         return inputs
 
@@ -114,7 +115,7 @@ class Workload(UserClass):
         return None
 
     def measure(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
-        """Return numbers of each example, (N,) each, of whose means the metrics are made."""
+        """Return values per example, (N,) each; ``summarize`` makes the metrics from their means."""
         return {}
 
     def summarize(self, means: Mapping[str, float]) -> dict[str, float]:
@@ -221,7 +222,7 @@ class Workload(UserClass):
         return ", ".join(f"{metric.name} {metric.format(values[metric.name])}" for metric in self.all_metrics)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let it travel to other processes as its code and values: they need not be able to import the class."""
+        """Pickle it as source code and settings: other processes need not be able to import the class."""
         source = vars(type(self)).get("source")
         if source is None or not source.path:  # a class that only this process has, as of a notebook's cell
             return type(self), (self.settings, self.metadata)

@@ -1,4 +1,4 @@
-"""The examples of a workload: arrays, or any map-style data set, and splits of them; less of them to try things out."""
+"""The examples of a workload: arrays, or any map-style data set, their splits, and subsets for quick trials."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ Origin = Literal["train", "validation", "test"]
 
 
 class Split:
-    """Some of the examples of ``Arrays`` or of a ``Dataset``, in an order of their own."""
+    """Some of the examples of ``Arrays`` or of a ``Dataset``, in the order of ``indices``."""
 
     def __init__(self, examples: Any, indices: np.ndarray | AllBut | None = None, origin: Origin = "train") -> None:
         self.examples = examples
@@ -74,7 +74,7 @@ class Split:
         return example
 
     def places(self, indices: Any) -> Any:
-        """Return which of ``examples`` some of its own are."""
+        """Map indices of this split to indices of ``examples``."""
         return indices if self.indices is None else self.indices[indices]
 
     @property
@@ -90,14 +90,14 @@ class Split:
         return self.examples if self.is_in_memory and self.indices is None else None
 
     def take(self, indices: np.ndarray | AllBut | slice) -> Split:
-        """Return some of its examples; of arrays in memory, a copy, but a view of a slice."""
+        """Return some of its examples. Arrays in memory are copied; a slice of them is a view."""
         places = self.places(indices)
         if self.is_in_memory:
             return Split(Arrays(self.examples.inputs[places], self.examples.targets[places]), None, self.origin)
         return Split(self.examples, places, self.origin)
 
     def between(self, start: int, stop: int) -> Split:
-        """Return the examples from ``start`` up to ``stop``, which is not one of them; of arrays, a view."""
+        """Return the examples from ``start`` up to, and without, ``stop``; of whole arrays in memory, a view."""
         return self.take(slice(start, stop) if self.arrays is not None else np.arange(start, min(stop, len(self))))
 
     def targets(self) -> np.ndarray:
