@@ -274,6 +274,16 @@ def test_an_elastic_run_goes_on_with_fewer_workers(nodes: Cluster, small_data: P
     assert json.loads((gate.run / "result.json").read_text())["test_accuracy"] > 0.8
 
 
+SLOW = """\
+import time
+from mnist_ray.training.callback import Callback
+
+class Slow(Callback):
+    def on_step(self, state):
+        time.sleep(0.07)
+"""
+
+
 def test_a_preempted_node_is_left_with_a_checkpoint_just_in_time(
     nodes: Cluster, small_data: Path, tmp_path: Path
 ) -> None:
@@ -286,12 +296,12 @@ def test_a_preempted_node_is_left_with_a_checkpoint_just_in_time(
         assert accepted
 
     def interrupt(job: psutil.Process) -> None:
-        run = tmp_path / "run"
-        wait_for(lambda: any(not path.name.endswith("step-000000") for path in run.glob("checkpoint_epoch*")))
+        wait_for(lambda: [*tmp_path.glob("run/checkpoint_epoch*")], timeout_s=10)  # the epoch has half a minute to go
         job.send_signal(signal.SIGINT)
 
-    flags = {**QUICK, "num_epochs": 99, "batch_size": 6, "validation_size": 0, "num_workers": 2}
-    flags |= {"data_dir": small_data, "storage_path": tmp_path, "run_name": "run"}
+    (tmp_path / "slow.py").write_text(SLOW)
+    flags = {**QUICK, "num_epochs": 99, "batch_size": 5, "validation_size": 0, "num_workers": 2}
+    flags |= {"data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "callback": tmp_path / "slow.py"}
     note = "note        a worker's node is about to be taken away; saving a checkpoint\n"
     acts = {"epoch 1/99": announce, note: interrupt}
     printed, _ = run_and_act_twice(acts, *as_flags(flags), address=nodes.address, status=130)
@@ -437,7 +447,7 @@ def test_the_reason_of_a_controllers_failure_is_its_own_text_and_not_a_traceback
 
 def train_on_a_worker(monkeypatch: pytest.MonkeyPatch, fail: Callable[[Any], None]) -> None:
     monkeypatch.setattr(reporter, "train_rank", fail)
-    reporter.train_loop_per_worker({"spec": Mock(workload=mnist(), folders=[])})
+    reporter.train_loop_per_worker({"spec": Mock(job=Mock(code_folders=[]))})
 
 
 def test_what_the_code_fails_with_is_one_line_with_its_place(
