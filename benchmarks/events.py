@@ -47,7 +47,7 @@ def run_job(flags: Mapping[str, object], on_event: Callable[[Event], None] = lam
     from mnist_ray.run.job import read_job
     from mnist_ray.run.session import Session, load_data
 
-    with Session(read_job()) as session:
+    with Session(read_job(), "mnist_ray.run.fit") as session:
         session.job, session.data = load_data(session.job)
         with session.ray(meanwhile=lambda: None):
             from mnist_ray.run.fit import fit

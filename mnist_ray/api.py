@@ -23,7 +23,7 @@ from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig, Worke
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.report.run_files import METRICS_FILE, numbers_of, read_figures, read_steps
 from mnist_ray.run.job import Job, read_job
-from mnist_ray.run.lookup import find_checkpoint
+from mnist_ray.run.lookup import IsWanted
 from mnist_ray.run.train import train as train_job
 from mnist_ray.settings import build, check_known, names_of
 from mnist_ray.storage import REPORT_FILE, RESULT_FILE, RunFolder
@@ -221,6 +221,19 @@ def _found(run: Run | str | None, workload: AnyWorkload, settings: Mapping[str, 
     if isinstance(run, Run):
         workload, run = workload or type(run.workload), run.checkpoint
     return find_checkpoint(run, storage_path, None if workload is None else reference_of(workload), changes)
+
+
+def find_checkpoint(
+    given: str | None,
+    storage_path: str,
+    reference: Reference | None = None,
+    changes: Mapping[str, Any] | None = None,
+    is_wanted: IsWanted = lambda run: True,
+) -> Found:
+    """Do what ``find`` does; it imports torch and Ray."""
+    from mnist_ray.run.find import find
+
+    return find(given, storage_path, reference, changes, is_wanted)
 
 
 def reference_of(workload: type[Workload] | str | Path, *, is_here: bool = False) -> Reference:

@@ -19,7 +19,7 @@ from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig, Predi
 from mnist_ray.errors import PROGRAM, JobError, UsageError, print_whatever_it_is, say
 from mnist_ray.flags import UNSET, Parser, peek
 from mnist_ray.run.job import read_job, way_on
-from mnist_ray.run.lookup import class_of, find_checkpoint, find_run
+from mnist_ray.run.lookup import class_of, find_run
 from mnist_ray.run.train import train as train_job
 from mnist_ray.settings import build, names_of
 from mnist_ray.storage import TRIALS_FILE
@@ -57,7 +57,7 @@ def predict() -> None:
     from mnist_ray.tools import predict as tool
 
     storage_path, reference = build(LookupConfig, given).storage_path, given.get("workload")
-    found = find_checkpoint(given.get("run"), storage_path, reference, is_wanted=tool.takes_pictures)
+    found = api.find_checkpoint(given.get("run"), storage_path, reference, is_wanted=tool.takes_pictures)
     tool.predict(given["images"], found, build(PredictionConfig, given))
 
 
@@ -99,7 +99,7 @@ def export() -> None:
     """Write a trained model as a program of torch.export or ONNX."""
     given = _parser(export, "run", ExportConfig, LookupConfig).read_flags()
     environment.prepare(verbose=False)
-    found = find_checkpoint(given["run"], build(LookupConfig, given).storage_path, given.get("workload"))
+    found = api.find_checkpoint(given["run"], build(LookupConfig, given).storage_path, given.get("workload"))
 
     from mnist_ray.tools.export import export as export_found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,9 +16,9 @@ from mnist_ray.report.run_files import RunRecord, workload_of
 from mnist_ray.settings import path_of
 from mnist_ray.storage import OPERATORS_FILE, REPORT_FILE, RunFolder, Warn, write_file
 from mnist_ray.workload import figures
-from mnist_ray.workload.base import LOSS, Metric, Workload
+from mnist_ray.workload.base import LOSS, Metric, Picture, Workload
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.figures import Curve, Picture, Table
+from mnist_ray.workload.figures import Curve, Table
 from mnist_ray.workload.source import load_data
 
 T = TypeVar("T", Picture, Table)
@@ -59,6 +60,7 @@ class Page:
             undefined=jinja2.StrictUndefined,
             finalize=lambda value: masked(value) if isinstance(value, str) else value,
         )
+        environment.filters["base64"] = lambda png: base64.b64encode(png).decode("ascii")
         return environment.get_template("report.html.jinja").render(page=self)
 
 
@@ -108,7 +110,7 @@ def unless_failing(what: str, draw: Callable[[], Iterable[T]], workload: Workloa
     try:
         parts = list(draw())
         if wrong := [part for part in parts if not isinstance(part, (Picture, Table))]:
-            raise TypeError(f"{type(wrong[0]).__name__} is no mnist_ray.workload.figures.Picture")
+            raise TypeError(f"{type(wrong[0]).__name__} is no mnist_ray.workload.Picture")
     except Exception as error:  # files may hold anything, and pictures are drawn by anybody's code
         notes.append(f"no {what}: {with_place(error, workload.source.folder)}")
         return []

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
 
 from mnist_ray.errors import JobError, UsageError, command, first_line
 from mnist_ray.storage import CONFIG_FILE, STORAGE_ERRORS, RunFolder, locate, split_query, untrusted_folders
 from mnist_ray.workload import source
 from mnist_ray.workload.base import Workload
-
-if TYPE_CHECKING:
-    from mnist_ray.run.find import Found
 
 _A_RUN = "the run in"
 IsWanted = Callable[[RunFolder], bool]
@@ -56,16 +52,3 @@ def class_of(run: RunFolder, storage_path: str) -> type[Workload]:
             if reference is not None:
                 return source.load_again(reference, None, folder.inside(CONFIG_FILE).uri, untrusted)
     return source.load(source.DEFAULT)
-
-
-def find_checkpoint(
-    given: str | None,
-    storage_path: str,
-    reference: source.Reference | None = None,
-    changes: Mapping[str, Any] | None = None,
-    is_wanted: IsWanted = lambda run: True,
-) -> Found:
-    """Do what ``find`` does; it imports torch and Ray."""
-    from mnist_ray.run.find import find
-
-    return find(given, storage_path, reference, changes, is_wanted)

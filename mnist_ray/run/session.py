@@ -34,7 +34,7 @@ class Session:
     cluster: Cluster
     plan: WorkerPlan
 
-    def __init__(self, job: Job, workers: WorkerConfig | None = None, modules: str = "mnist_ray.run.fit") -> None:
+    def __init__(self, job: Job, modules: str, workers: WorkerConfig | None = None) -> None:
         self.job = job
         self.workers = workers or job.workers
         self.clock = Clock()
@@ -79,6 +79,30 @@ class Session:
         (say_header or say_run)(self)
         self._at_the_end.enter_context(owned(job.run, self.console.waiting))
         check_free(job.run, resume=job.output.resume)  # once more, as another job may have made it meanwhile
+
+    def dry_run(self, batch_sizes: Sequence[int] = ()) -> Callable[[], None]:
+        """Let one batch go through the workload; return the rest, to be done while Ray starts: imports, and maybe that.
+
+        A user's own workload is tried now, so that a mistake is said before anything starts. A workload of this package
+        was tried when it was built, and need not be waited for. ``batch_sizes`` are those that a sweep tries. Raises
+        UsageError.
+        """
+
+        def try_it() -> None:
+            from mnist_ray.run.dry_run import try_batch  # imports torch: this is where it is first needed
+
+            try_batch(self.job, self.data.train, batch_sizes)
+
+        is_tried_now = not type(self.job.workload).__module__.startswith("mnist_ray.")
+        if is_tried_now:
+            try_it()
+
+        def meanwhile() -> None:
+            importlib.import_module(self._modules)  # and Ray Train, of which ray.init imports nothing meanwhile
+            if not is_tried_now:
+                try_it()
+
+        return meanwhile
 
     @contextlib.contextmanager
     def ray(self, meanwhile: Callable[[], None]) -> Iterator[None]:
@@ -217,31 +241,6 @@ def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Splits]:
     if job.train.early_stop is not None and len(splits.validation) == 0:
         raise UsageError("--early-stop watches the validation; hold some examples out by --validation-size")
     return dataclasses.replace(job, notes=(*job.notes, *notes)), splits
-
-
-def dry_run(job: Job, data: Splits, batch_sizes: Sequence[int] = ()) -> Callable[[], None]:
-    """Let one batch go through a job's workload; return what is left to do while Ray starts: that, and imports.
-
-    A user's own workload is tried here and now, so that a mistake is said before anything is started. That of this
-    package was tried when it was built: it need not be waited for. ``batch_sizes`` are those that a sweep tries. Raises
-    UsageError.
-    """
-
-    def try_it() -> None:
-        from mnist_ray.run.dry_run import try_batch  # imports torch: this is where it is first needed
-
-        try_batch(job, data.train, batch_sizes)
-
-    is_tried_now = not type(job.workload).__module__.startswith("mnist_ray.")
-    if is_tried_now:
-        try_it()
-
-    def meanwhile() -> None:
-        importlib.import_module("mnist_ray.run.fit")  # and Ray Train, of which ray.init imports nothing meanwhile
-        if not is_tried_now:
-            try_it()
-
-    return meanwhile
 
 
 def _check_same_data(job: Job, splits: Splits) -> tuple[str, ...]:

@@ -1,14 +1,14 @@
 """The story of a training run."""
 
 from mnist_ray.run.job import Job
-from mnist_ray.run.session import Session, dry_run, load_data, say_plan
+from mnist_ray.run.session import Session, load_data, say_plan
 
 
 def train(job: Job) -> None:
     """Data, Ray, fit, evaluate, report. Raises UsageError, JobError and KeyboardInterrupt, each with one line."""
-    with Session(job) as session:
+    with Session(job, "mnist_ray.run.fit") as session:
         session.begin(*load_data(job))
-        with session.ray(meanwhile=dry_run(session.job, session.data)):
+        with session.ray(meanwhile=session.dry_run()):
             from mnist_ray.run import fit, in_process, record  # they import torch, which is loaded while Ray starts
 
             if job.output.check:

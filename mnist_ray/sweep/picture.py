@@ -17,8 +17,8 @@ from mnist_ray.settings import Choice, Range
 from mnist_ray.storage import CONFIG_FILE, SWEEP_FILE, TRIALS_FILE, DamagedFileError, RunFolder
 from mnist_ray.sweep.space import space_of
 from mnist_ray.sweep.trials import RUNNING, STOPPED, TrialRecord, TrialTable
-from mnist_ray.workload.base import Workload
-from mnist_ray.workload.figures import Picture, Table, on_axis, png_of, scale_axis, style_of
+from mnist_ray.workload.base import Picture, Workload
+from mnist_ray.workload.figures import Table, on_axis, png_of, scale_axis, style_of
 
 _TITLE_WIDTH = 72  # characters
 _RING: dict[str, Any] = {"color": "black", "marker": "o", "linestyle": "none", "markerfacecolor": "none"}

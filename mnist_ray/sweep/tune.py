@@ -11,18 +11,18 @@ from rich.text import Text
 
 from mnist_ray.errors import clock_time, count, format_settings, redact
 from mnist_ray.run.console import RunConsole
-from mnist_ray.run.session import Session, dry_run, say_data
+from mnist_ray.run.session import Session, say_data
 from mnist_ray.sweep.options import Sweep, load_data
 from mnist_ray.sweep.trials import DONE, ENDED, FAILED, LOST, STOPPED, TrialRecord, TrialTable
 
 
 def tune(sweep: Sweep) -> None:
     """Data, Ray, search, then fit, evaluate and report the best. Raises as ``train`` does."""
-    with Session(sweep.job, sweep.workers, "mnist_ray.sweep.trial") as session:
+    with Session(sweep.job, "mnist_ray.sweep.trial", sweep.workers) as session:
         sweep, data = load_data(sweep)
         console = SweepConsole(sweep)
         session.begin(sweep.job, data, console, functools.partial(say_sweep, sweep))
-        with session.ray(meanwhile=dry_run(sweep.job, data, sweep.batch_sizes)):
+        with session.ray(meanwhile=session.dry_run(sweep.batch_sizes)):
             from mnist_ray.sweep.search import check, search, train_chosen  # imports torch, which is there by now
 
             if sweep.job.output.check:

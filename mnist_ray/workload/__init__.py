@@ -1,7 +1,7 @@
 """What is learned: import from here what a workload's file needs."""
 
 from mnist_ray.settings import Choice, Range, at_least, fraction, positive, setting, within
-from mnist_ray.workload.base import Metric, Workload
+from mnist_ray.workload.base import Metric, Picture, Workload
 from mnist_ray.workload.classification import Classification
 from mnist_ray.workload.data import Arrays, Data
 from mnist_ray.workload.regression import Regression
@@ -12,6 +12,7 @@ __all__ = [
     "Classification",
     "Data",
     "Metric",
+    "Picture",
     "Range",
     "Regression",
     "Workload",

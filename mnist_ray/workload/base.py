@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import Optimizer
 
     from mnist_ray.workload.data import Data, Split
-    from mnist_ray.workload.figures import Picture
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,18 @@ class Metric:
 
 LOSS = Metric("loss", "min")
 Rows = Sequence[Mapping[str, str]]  # of a CSV file, each by its columns
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture with what stands around it."""
+
+    name: str  # its file, without the suffix
+    title: str
+    alt: str
+    png: bytes
+    caption: str = ""
+    is_photo: bool = False  # shows images of the data, which dark mode is not to invert
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from mnist_ray.errors import UsageError
-from mnist_ray.workload.base import Metric, Rows, Workload
+from mnist_ray.workload.base import Metric, Picture, Rows, Workload
 from mnist_ray.workload.data import Arrays, Data, Split
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mnist_ray.config import TrainConfig
-    from mnist_ray.workload.figures import Picture
 
 _NUM_TOP = 3
 _MOST_COLUMNS = 12  # of classes in the console's confusion matrix

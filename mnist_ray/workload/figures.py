@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import functools
 import io
 import math
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from mnist_ray.workload.base import Metric, Rows, Workload
+from mnist_ray.workload.base import Metric, Picture, Rows, Workload
 from mnist_ray.workload.data import Split
 
 _WIDTH = 4.8  # inches: narrow enough to be read on a phone
@@ -30,23 +29,6 @@ _ENLARGED = 336  # pixels, at the least, of the longer side of an image that is 
 _MARGIN = 3  # pixels of room around an image of 28 pixels in a grid
 _NUM_RANDOM, _NUM_WRONG, _NUM_MISTAKES = 24, 6, 30
 _MOST_COUNTED = 20  # classes whose counts are written into the confusion matrix
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture with what stands around it."""
-
-    name: str  # its file, without the suffix
-    title: str
-    alt: str
-    png: bytes
-    caption: str = ""
-    is_photo: bool = False  # shows images of the data, which dark mode is not to invert
-
-    @property
-    def base64(self) -> str:
-        """The content as a ``data:`` URL takes it."""
-        return base64.b64encode(self.png).decode("ascii")
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mnist_ray.errors import UsageError
-from mnist_ray.workload.base import Metric, Rows, Workload
+from mnist_ray.workload.base import Metric, Picture, Rows, Workload
 from mnist_ray.workload.data import Split
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mnist_ray.workload.figures import Picture
 
 _ROUNDING = 1e-12  # of a mean of squares: less variance than this is none
 

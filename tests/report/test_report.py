@@ -272,7 +272,7 @@ def test_a_picture_that_cannot_be_drawn_is_a_note_and_the_others_are_drawn(
     assert "no such colour" in (tested_run.read_text("report.html") or "")
     monkeypatch.setattr(type(mnist()), "pictures", lambda *given: [b"png"])
     assert list(page.write(tested_run, mnist(), "", test, None, notes.append)) == ["loss", "accuracy", "seconds"]
-    assert "no pictures of the test: TypeError: bytes is no mnist_ray.workload.figures.Picture" in notes[-1]
+    assert "no pictures of the test: TypeError: bytes is no mnist_ray.workload.Picture" in notes[-1]
 
 
 def test_the_workload_of_a_run_does_not_need_its_origin(tested_run: RunFolder) -> None:
