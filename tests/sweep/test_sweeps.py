@@ -14,6 +14,7 @@ from unittest.mock import Mock
 
 import mlflow
 import numpy as np
+import psutil
 import pytest
 from torch import nn
 
@@ -231,8 +232,10 @@ def test_a_killed_sweep_goes_on_without_repeating_finished_trials(
     lines = (line for line in job.stdout if line.startswith("trial "))
     for _ in range(2):
         next(lines)
+    supervised = psutil.Process(job.pid).children()
     job.send_signal(signal.SIGKILL)
     job.wait()
+    assert not psutil.wait_procs(supervised, timeout=30)[1], "it ends with its supervisor, a moment later"
     before = [row for row in rows(tmp_path / "run") if row["state"] == "done"]
     assert len(before) >= 2
     began_with = json.loads((tmp_path / "run" / "origin.json").read_text())["data"]
