@@ -144,7 +144,9 @@ def _read(run: RunFolder) -> tuple[str | None, Owner | None]:
     try:
         text = run.storage.read_text(file_of(run))
         values = json.loads(text or "")
-        return text, Owner(**{name: value for name, value in values.items() if name != "renewed"})
+        owner = Owner(**{name: value for name, value in values.items() if name != "renewed"})
+        kinds = [type(value) for value in asdict(owner).values()]
+        return text, owner if kinds == [str, str, int, float] else None
     except (DamagedFileError, ValueError, TypeError, AttributeError):
         return text, None
 
