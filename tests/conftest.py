@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,14 @@ FILES = (
 METADATA = {"class_names": [*range(10)], "model_input": {"shape": [1, 28, 28], "dtype": "float32"}}
 """What MNIST's model knows of the data."""
 QUICK = {"batch_size": 50, "validation_size": 600, "learning_rate": 3e-3, "precision": "fp32"}
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> None:
+    """Return as soon as something is so."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"not so within {timeout_s} s"
+        time.sleep(0.02)
 
 
 def as_flags(values: dict[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from ray.util.placement_group import PlacementGroup
 
 from mnist_ray.cluster import watch
 from mnist_ray.cluster.watch import Watch, end_controllers, orphans_removed
-from tests.cluster.forking.conftest import wait_for
+from tests.conftest import wait_for
 
 
 class Clock:

@@ -42,8 +42,17 @@ from mnist_ray.training.engine import create_state
 from mnist_ray.training.events import WorkersLost
 from mnist_ray.training.state import CodeFailedError
 from mnist_ray.workload.data import Arrays, Split
-from tests.cluster.forking.conftest import wait_for
-from tests.conftest import QUICK, as_flags, folder_at, mnist, run_and_act, run_and_act_twice, run_job, run_main
+from tests.conftest import (
+    QUICK,
+    as_flags,
+    folder_at,
+    mnist,
+    run_and_act,
+    run_and_act_twice,
+    run_job,
+    run_main,
+    wait_for,
+)
 
 
 def weights(run: Path) -> str:

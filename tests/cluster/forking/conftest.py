@@ -6,8 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import psutil
 
 from mnist_ray.cluster.forking.shim import SOCKET_VARIABLE
 from mnist_ray.cluster.forking.starting import SHIM
-from tests.conftest import ROOT
+from tests.conftest import ROOT, wait_for
 
 collect_ignore_glob = [] if sys.platform.startswith("linux") else ["test_*.py"]  # nothing is forked elsewhere
 
@@ -60,14 +59,6 @@ os.rename(file.name, sys.argv[1])
 if sys.argv[2:] == ["stay"]:
     signal.pause()
 """
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> None:
-    """Return as soon as something is so."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"not so within {timeout_s} s"
-        time.sleep(0.02)
 
 
 def has_ended(process: psutil.Process) -> bool:

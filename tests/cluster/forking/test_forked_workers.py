@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.cluster.forking.conftest import ENVIRONMENT, end, has_ended, wait_for
-from tests.conftest import ROOT
+from tests.cluster.forking.conftest import ENVIRONMENT, end, has_ended
+from tests.conftest import ROOT, wait_for
 
 DRIVER = """\
 import json, os, resource, signal, sys

@@ -15,7 +15,8 @@ import pytest
 
 from mnist_ray.cluster.forking import shim
 from mnist_ray.cluster.forking.server import why_not
-from tests.cluster.forking.conftest import Server, fork, has_ended, run_shim, serving, wait_for
+from tests.cluster.forking.conftest import Server, fork, has_ended, run_shim, serving
+from tests.conftest import wait_for
 
 AN_ACTOR = "import ray\n@ray.remote\nclass Actor: pass"
 A_THREAD = "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()"

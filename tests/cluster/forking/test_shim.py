@@ -14,7 +14,8 @@ import pytest
 from ray._private.runtime_env.context import RuntimeEnvContext
 
 from mnist_ray.cluster.forking.shim import MODULES_VARIABLE, SOCKET_VARIABLE, node_address, variables_of
-from tests.cluster.forking.conftest import ENVIRONMENT, end, fork, run_shim, wait_for
+from tests.cluster.forking.conftest import ENVIRONMENT, end, fork, run_shim
+from tests.conftest import wait_for
 
 OF_JOB = {"RAY_JOB_ID": "07000000", "RAY_RAYLET_PID": str(os.getpid())}
 
