@@ -42,11 +42,11 @@ from mnist_ray.workload.data import Splits
 from mnist_ray.workload.source import digests_of
 
 _LEARNED = 0.1  # of the loss before
-Sections = Callable[[RunFolder], Any]  # builds more sections of a report, as of a sweep's trials
+MoreSections = Callable[[RunFolder], Any]  # returns the ``Sections`` that a report adds, as of a sweep's trials
 
 
 @contextlib.contextmanager
-def recorded(session: Session, sections: Sections | None = None) -> Iterator[Record]:
+def recorded(session: Session, sections: MoreSections | None = None) -> Iterator[Record]:
     """Show and keep how a run goes. However it ends, its report is written and its trackers are closed.
 
     Adds to an exception that is raised meanwhile what the user can do about it.
@@ -70,7 +70,7 @@ def recorded(session: Session, sections: Sections | None = None) -> Iterator[Rec
 class Record:
     """One run as it goes. ``on_event`` is what ``fit`` tells."""
 
-    def __init__(self, session: Session, sections: Sections | None) -> None:
+    def __init__(self, session: Session, sections: MoreSections | None) -> None:
         self._session, self._sections = session, sections
         self._job, self._clock, self._console = session.job, session.clock, session.console
         self._result: dict[str, Any] | None = None
