@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from mnist_ray.cluster import environment
-from mnist_ray.cluster.forking.starting import prepared_forking
 from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.report.run_files import METRICS_FILE, numbers_of, read_figures, read_steps
@@ -32,6 +31,7 @@ from mnist_ray.sweep.trials import TrialTable
 from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.source import Reference
+from ray_fork.starting import prepared_forking
 
 if TYPE_CHECKING:
     from torch import nn

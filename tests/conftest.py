@@ -18,7 +18,6 @@ import torch
 
 from mnist_ray import cli
 from mnist_ray.cluster import environment
-from mnist_ray.cluster.forking.starting import prepared_forking
 from mnist_ray.cluster.ray_internals import for_one_job
 from mnist_ray.config import WorkerConfig
 from mnist_ray.mnist import idx
@@ -26,6 +25,7 @@ from mnist_ray.storage import RunFolder, locate
 from mnist_ray.workload import source
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Arrays
+from ray_fork.starting import prepared_forking
 
 ROOT = Path(__file__).parent.parent
 FILES = (

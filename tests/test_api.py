@@ -17,14 +17,14 @@ from PIL import Image
 import mnist_ray
 from mnist_ray import Run
 from mnist_ray.api import reference_of
-from mnist_ray.cluster.forking.shim import SOCKET_VARIABLE
-from mnist_ray.cluster.forking.starting import prepared_forking
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.mnist import MNIST
 from mnist_ray.run.job import read_job
 from mnist_ray.run.session import load_data
 from mnist_ray.workload.data import Arrays
+from ray_fork.shim import SOCKET_VARIABLE
+from ray_fork.starting import prepared_forking
 from tests.conftest import QUICK, ROOT
 
 
@@ -35,7 +35,7 @@ def run(ray_address: str, small_data: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def fork_servers() -> set[int]:
-    return {child.pid for child in psutil.Process().children() if "mnist_ray.cluster.forking.server" in child.cmdline()}
+    return {child.pid for child in psutil.Process().children() if "ray_fork.server" in child.cmdline()}
 
 
 @pytest.fixture

@@ -21,12 +21,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_ray.cluster import ray_internals
 from mnist_ray.cluster.environment import for_workers, prepare_local, users_variables
-from mnist_ray.cluster.forking.starting import Forking, own_runtime_env, runtime_env_to_fork
 from mnist_ray.cluster.plan import Cluster, Node, local_cpus, node_of
 from mnist_ray.cluster.watch import RaySilentError, watched
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.signals import take_signals
+from ray_fork.starting import Forking, own_runtime_env, runtime_env_to_fork
 
 _WORKER_START_TIMEOUT_S = 50.0
 _CONNECT_TIMEOUT_S = 4.0

@@ -26,7 +26,7 @@ from ray._raylet import Config, InnerGcsClient  # type: ignore[attr-defined]  # 
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.util.placement_group import PlacementGroup
 
-from mnist_ray.cluster.forking.starting import SHIM, Forking
+from ray_fork.starting import SHIM, Forking
 
 _NO_ACTOR = b"\xff" * 12  # how the id of an actor begins that is none; the rest is the job's
 

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import TypeVar
 
 from mnist_ray.cluster import environment
-from mnist_ray.cluster.forking.starting import prepared_forking
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, plan_workers, usable_cores
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError, count, format_settings
@@ -22,6 +21,7 @@ from mnist_ray.training.events import EpochFinished, Event, Started
 from mnist_ray.workload.data import Splits, splits_of, subset
 from mnist_ray.workload.source import digests_of
 from mnist_ray.workload.source import load_data as load_data_of
+from ray_fork.starting import prepared_forking
 
 Self = TypeVar("Self", bound="Session")
 

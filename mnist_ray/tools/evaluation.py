@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from mnist_ray.cluster.connect import connect
-from mnist_ray.cluster.forking.starting import Forking
 from mnist_ray.config import EvaluationConfig, WorkerConfig
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.evaluate import evaluate
@@ -12,6 +11,7 @@ from mnist_ray.run.record import print_evaluation
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.source import load_data
+from ray_fork.starting import Forking
 
 
 def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> Evaluation:

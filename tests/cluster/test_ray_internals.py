@@ -11,9 +11,9 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 from mnist_ray.cluster import ray_internals, train_internals
-from mnist_ray.cluster.forking import starting
 from mnist_ray.cluster.rendezvous import WorkerGroupConfig
 from mnist_ray.storage import SNAPSHOT_FILE
+from ray_fork import starting
 
 
 def test_a_local_ray_can_be_made_small_and_fork_and_listen_on_loopback_only() -> None:

@@ -10,14 +10,14 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.cluster.forking.conftest import ENVIRONMENT, end, has_ended
 from tests.conftest import ROOT, wait_for
+from tests.ray_fork.conftest import ENVIRONMENT, end, has_ended
 
 DRIVER = """\
 import json, os, resource, signal, sys
 from mnist_ray.cluster.connect import connect
 from mnist_ray.config import WorkerConfig
-from mnist_ray.cluster.forking.starting import prepared_forking
+from ray_fork.starting import prepared_forking
 
 def look():
     import ray
@@ -62,7 +62,7 @@ SPILLING = """\
 import functools, numpy, ray
 from mnist_ray.cluster.connect import connect
 from mnist_ray.config import WorkerConfig
-from mnist_ray.cluster.forking.starting import prepared_forking
+from ray_fork.starting import prepared_forking
 
 ray.init = functools.partial(ray.init, object_store_memory=80 * 2**20)
 with prepared_forking(WorkerConfig(), "mnist_ray") as forking, connect(WorkerConfig(), forking):

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from mnist_ray.cluster.forking import starting
-from mnist_ray.cluster.forking.shim import MODULES_VARIABLE
-from mnist_ray.cluster.forking.starting import Forking
+from ray_fork import starting
+from ray_fork.shim import MODULES_VARIABLE
+from ray_fork.starting import Forking
 from tests.conftest import ROOT
 
 FORKING = Forking(is_wanted=True, modules=("torch", "ray.tune"), server=None)
@@ -83,8 +83,8 @@ def test_the_shim_is_looked_for_in_the_working_directory_that_a_node_has(
 ) -> None:
     monkeypatch.chdir(ROOT)
     of_job(monkeypatch, working_dir="gcs://some.zip", env_vars={"A": "1"})
-    program(tmp_path / "mnist_ray" / "cluster" / "forking" / "shim.py")
-    expected = [str(drivers_python), "-S", "-E", "mnist_ray/cluster/forking/shim.py"]
+    program(tmp_path / "ray_fork" / "shim.py")
+    expected = [str(drivers_python), "-S", "-E", "ray_fork/shim.py"]
     assert start_worker(tmp_path, tmp_path)[:4] == expected
 
 

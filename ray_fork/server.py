@@ -6,7 +6,7 @@ draw the same, and leaves CUDA untouched. If that cannot be so, it refuses, and 
 It ends with its owner, when nothing holds the other end of its standard input any more; if that is no pipe, when it has
 had no workers for a while.
 
-python -m mnist_ray.cluster.forking.server SOCKET MODULE...
+python -m ray_fork.server SOCKET MODULE...
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ import psutil
 import pytest
 from ray._private.runtime_env.context import RuntimeEnvContext
 
-from mnist_ray.cluster.forking.shim import MODULES_VARIABLE, SOCKET_VARIABLE, node_address, variables_of
-from tests.cluster.forking.conftest import ENVIRONMENT, end, fork, run_shim
+from ray_fork.shim import MODULES_VARIABLE, SOCKET_VARIABLE, node_address, variables_of
 from tests.conftest import wait_for
+from tests.ray_fork.conftest import ENVIRONMENT, end, fork, run_shim
 
 OF_JOB = {"RAY_JOB_ID": "07000000", "RAY_RAYLET_PID": str(os.getpid())}
 

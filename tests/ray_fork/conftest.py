@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 
-from mnist_ray.cluster.forking.shim import SOCKET_VARIABLE
-from mnist_ray.cluster.forking.starting import SHIM
+from ray_fork.shim import SOCKET_VARIABLE
+from ray_fork.starting import SHIM
 from tests.conftest import ROOT, wait_for
 
 collect_ignore_glob = [] if sys.platform.startswith("linux") else ["test_*.py"]  # nothing is forked elsewhere
@@ -129,7 +129,7 @@ def serving(folder: Path, *modules: str, stdin: int = subprocess.PIPE, **sources
     environment = {**ENVIRONMENT, "PYTHONPATH": str(folder), SOCKET_VARIABLE: str(address)}
     environment |= {"RAY_JOB_ID": "01000000", "RAY_RAYLET_PID": str(os.getpid())}
     process = subprocess.Popen(
-        [sys.executable, "-m", "mnist_ray.cluster.forking.server", str(address), *modules, *sources],
+        [sys.executable, "-m", "ray_fork.server", str(address), *modules, *sources],
         cwd=ROOT,
         env={**environment, "ONLY_THE_SERVERS": "1"},
         stdin=stdin,

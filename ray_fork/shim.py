@@ -134,7 +134,7 @@ def launch(
     """Start a server, which listens at an address before it has imported anything."""
     folder = os.path.abspath(os.path.join(os.path.dirname(__file__), *[os.pardir] * 3))
     return subprocess.Popen(
-        [sys.executable, "-m", "mnist_ray.cluster.forking.server", address, *modules],
+        [sys.executable, "-m", "ray_fork.server", address, *modules],
         cwd=folder,  # from which the package is imported there too
         env=environment,
         stdout=subprocess.DEVNULL,

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mnist_ray.cluster.forking.shim import MODULES_VARIABLE, SOCKET_VARIABLE, launch
 from mnist_ray.config import WorkerConfig
+from ray_fork.shim import MODULES_VARIABLE, SOCKET_VARIABLE, launch
 
 SHIM = Path(__file__).with_name("shim.py")
 JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # by which a submitted job knows its runtime environment

@@ -13,10 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
-from mnist_ray.cluster.forking import shim
-from mnist_ray.cluster.forking.server import why_not
-from tests.cluster.forking.conftest import Server, fork, has_ended, run_shim, serving
+from ray_fork import shim
+from ray_fork.server import why_not
 from tests.conftest import wait_for
+from tests.ray_fork.conftest import Server, fork, has_ended, run_shim, serving
 
 AN_ACTOR = "import ray\n@ray.remote\nclass Actor: pass"
 A_THREAD = "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()"
