@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from mnist_ray.cluster import environment
-from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig, WorkerConfig
+from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.report.run_files import METRICS_FILE, numbers_of, read_figures, read_steps
 from mnist_ray.run.job import Job, read_job
@@ -161,7 +161,7 @@ def evaluate(run: Run | str | None = None, *, workload: AnyWorkload = None, **se
     ``storage_path`` and those of the workload, as for other data. Raises UsageError and JobError.
     """
     environment.prepare(verbose=False)
-    with prepared_forking(WorkerConfig(), "mnist_ray.run.evaluate") as forking:
+    with prepared_forking("mnist_ray.run.evaluate") as forking:
         found = _found(run, workload, settings)
         classes = [EvaluationConfig, LookupConfig, type(found.workload).Settings]
         check_known(settings, names_of(classes), "evaluate()")

@@ -110,7 +110,7 @@ def load(modules: Sequence[str]) -> str:
         import ray
         import torch
 
-        from mnist_ray.cluster import ray_internals
+        from ray_fork import ray_internals
 
         with ray_internals.actor_ids_from_kernel():
             for name in modules:
@@ -275,7 +275,7 @@ def _set_libraries_up() -> None:
     import numpy as np
     import torch
 
-    from mnist_ray.cluster import ray_internals
+    from ray_fork import ray_internals
 
     np.random.seed()
     torch.seed()

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mnist_ray.config import WorkerConfig
 from ray_fork.shim import MODULES_VARIABLE, SOCKET_VARIABLE, launch
 
 SHIM = Path(__file__).with_name("shim.py")
@@ -40,9 +39,12 @@ class Forking:
 
 
 @contextlib.contextmanager
-def prepared_forking(config: WorkerConfig, module: str) -> Iterator[Forking]:
-    """Have a fork server meanwhile, if the workers of a job are to be forked and it is likely to start its own Ray."""
-    is_wanted = config.fork_workers == "auto" and sys.platform.startswith("linux")
+def prepared_forking(module: str, *, is_wanted: bool = True) -> Iterator[Forking]:
+    """Run a fork server meanwhile, if ``is_wanted`` on this system and the job will probably start its own Ray.
+
+    ``module`` is what the workers need imported.
+    """
+    is_wanted = is_wanted and sys.platform.startswith("linux")
     modules = (module, *_IMPORTED_LATE)
     is_connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     may_be_local = not is_connected and os.environ.get("RAY_ADDRESS", "") in ("", "auto", "local")

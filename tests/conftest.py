@@ -19,7 +19,6 @@ import torch
 from mnist_ray import cli
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.ray_internals import for_one_job
-from mnist_ray.config import WorkerConfig
 from mnist_ray.mnist import idx
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.workload import source
@@ -127,7 +126,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def ray_address() -> Iterator[str]:
     """A Ray of two CPUs that all tests share; the address is for processes that connect to it."""
     environment.prepare(verbose=False)
-    with prepared_forking(WorkerConfig(fork_workers=_fork_workers), "mnist_ray.run.fit") as forking:
+    with prepared_forking("mnist_ray.run.fit", is_wanted=_fork_workers == "auto") as forking:
         with pytest.MonkeyPatch.context() as patch, for_one_job(forking, log_to_driver=False):
             # Handed on to what the Ray starts. Ray Train's cleaner asks a dashboard: here none answers, and so at once.
             # Else it is looked for at an address that `ray start` has left long ago.

@@ -17,7 +17,6 @@ from PIL import Image
 import mnist_ray
 from mnist_ray import Run
 from mnist_ray.api import reference_of
-from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.mnist import MNIST
 from mnist_ray.run.job import read_job
@@ -67,7 +66,7 @@ def test_a_call_that_fails_leaves_no_fork_server_and_no_variable(
 def test_no_fork_server_is_started_where_ray_is_connected(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "local")
     before = fork_servers()
-    with prepared_forking(WorkerConfig(), "mnist_ray.run.fit") as forking:
+    with prepared_forking("mnist_ray.run.fit") as forking:
         assert (forking.server, fork_servers()) == (None, before)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.actor
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants, services, utils
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
@@ -22,7 +21,7 @@ from ray._private.node import Node
 from ray._private.parameter import RayParams
 from ray._private.state import state
 from ray._private.worker import global_worker
-from ray._raylet import Config, InnerGcsClient  # type: ignore[attr-defined]  # of Cython, some without stubs
+from ray._raylet import InnerGcsClient  # type: ignore[attr-defined]  # of Cython, some without stubs
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.util.placement_group import PlacementGroup
 
@@ -72,22 +71,6 @@ def without_sigterm_handler() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def actor_ids_from_kernel() -> Iterator[None]:
-    """Let actor classes that are defined meanwhile have ids of the kernel's generator.
-
-    Ray's own is seeded at its first use: once used before a fork, all forks would go on with it, and draw the same.
-    """
-
-    class FromKernel:
-        @staticmethod
-        def from_random() -> ray.ActorClassID:
-            return ray.ActorClassID(os.urandom(ray.ActorClassID.size()))
-
-    with _replaced(ray.actor, "ActorClassID", FromKernel):
-        yield
-
-
-@contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
     before = getattr(owner, name)
     setattr(owner, name, value)
@@ -95,11 +78,6 @@ def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
-
-
-def read_settings_again() -> None:
-    """Read the settings in Ray's variables, which it reads when it is loaded, for a process that was forked later."""
-    Config.initialize("")
 
 
 def default_folder() -> Path:

@@ -50,7 +50,9 @@ class Session:
         environment.prepare(verbose=self.job.output.verbose)
         self._at_the_end.enter_context(saying_the_way_on(self.job))
         if not self.is_here:
-            self._forking = self._at_the_end.enter_context(prepared_forking(self.workers, self._modules))
+            self._forking = self._at_the_end.enter_context(
+                prepared_forking(self._modules, is_wanted=self.workers.fork_workers == "auto")
+            )
         self.clock.mark("start")
         return self
 

@@ -13,6 +13,7 @@ from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAM
 from mnist_ray.cluster import ray_internals, train_internals
 from mnist_ray.cluster.rendezvous import WorkerGroupConfig
 from mnist_ray.storage import SNAPSHOT_FILE
+from ray_fork import ray_internals as fork_internals
 from ray_fork import starting
 
 
@@ -25,7 +26,7 @@ def test_a_local_ray_can_be_made_small_and_fork_and_listen_on_loopback_only() ->
 
 def test_rays_own_ways_are_back_afterwards() -> None:
     before = ray.actor.ActorClassID, utils.set_sigterm_handler
-    with ray_internals.actor_ids_from_kernel(), ray_internals.without_sigterm_handler():
+    with fork_internals.actor_ids_from_kernel(), ray_internals.without_sigterm_handler():
         ids = {ray.actor.ActorClassID.from_random() for _ in range(2)}
         assert utils.set_sigterm_handler != before[1]
     assert len(ids) == 2

@@ -43,7 +43,7 @@ def start_actor(**variables):
     return ray.remote(Actor).options(num_cpus=0, runtime_env={"env_vars": variables}).remote()
 
 config = WorkerConfig()
-with prepared_forking(config, "ray") as forking, connect(config, forking):
+with prepared_forking("ray") as forking, connect(config, forking):
     import ray
     one, another = start_actor(), start_actor()
     told = {"workers": ray.get([ray.remote(look).remote(), one.look.remote(), another.look.remote()])}
@@ -65,7 +65,7 @@ from mnist_ray.config import WorkerConfig
 from ray_fork.starting import prepared_forking
 
 ray.init = functools.partial(ray.init, object_store_memory=80 * 2**20)
-with prepared_forking(WorkerConfig(), "mnist_ray") as forking, connect(WorkerConfig(), forking):
+with prepared_forking("mnist_ray") as forking, connect(WorkerConfig(), forking):
     kept = [ray.put(numpy.full(30 * 2**20, number, numpy.uint8)) for number in range(5)]
     print([int(ray.get(one)[-1]) for one in kept])
 """
