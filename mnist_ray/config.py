@@ -19,10 +19,6 @@ def _png() -> dict[str, Any]:
     return {"check": lambda path: path is None or path.lower().endswith(".png"), "must": "must end in .png"}
 
 
-def _not_empty(what: str) -> dict[str, Any]:
-    return {"check": lambda text: text is None or text.strip(), "must": f"must be {what}"}
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Hyperparameters of one training run: with the workload's own, all that decides which weights come out."""
@@ -146,12 +142,6 @@ class OutputConfig:
         must="must be letters, digits, '.', '_' or '-'",
     )
     resume: bool = setting(False, "go on with --run-name from its last checkpoint")
-    mlflow: str | None = setting(
-        None, "URI of an MLflow server or store to track the run in, as sqlite:///mlflow.db", **_not_empty("a URI")
-    )
-    wandb: str | None = setting(
-        None, "project of Weights & Biases to track the run in", **_not_empty("a project's name")
-    )
     tracker: str | None = setting(None, "your code that follows the run: FILE.py or package.module, or its :NAME")
     profile: int | None = setting(
         None,

@@ -119,8 +119,10 @@ def test_a_mistake_is_raised_with_the_line_that_a_command_prints(
 
 
 def test_a_call_is_gone_on_with_by_a_call(tmp_path: Path) -> None:
-    job = read_job({"storage_path": str(tmp_path), "run_name": "one", "mlflow": "http://user:password@host"})
-    said = f"train(resume=True, run_name='one', storage_path='{tmp_path}', mlflow='http://***@host')"
+    tracker = tmp_path / "quiet_tracker.py"
+    tracker.write_text("from mnist_ray.trackers import Tracker\nclass Lines(Tracker): pass\n")
+    job = read_job({"storage_path": str(tmp_path), "run_name": "one", "tracker": str(tracker)})
+    said = f"train(resume=True, run_name='one', storage_path='{tmp_path}', tracker='{tracker}')"
     assert job.resume_with == said
 
 

@@ -30,7 +30,6 @@ def test_the_notebook_recipe_names_only_settings_that_exist() -> None:
         ("precision", "fp8", "--precision must be one of auto, fp32, bf16, fp16, not 'fp8'"),
         ("run_name", "../elsewhere", "--run-name must be letters, digits, '.', '_' or '-', not '../elsewhere'"),
         ("run_name", "", "--run-name must be letters, digits, '.', '_' or '-', not ''"),
-        ("mlflow", " ", "--mlflow must be a URI, not ' '"),
     ],
 )
 def test_a_bad_value_is_refused_by_name(name: str, value: object, message: str) -> None:

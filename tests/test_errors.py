@@ -43,8 +43,8 @@ def test_what_the_encoding_lacks_is_printed_as_an_escape(monkeypatch: pytest.Mon
 
 
 def test_the_command_line_that_is_kept_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["train.py", "--mlflow", "http://user:password@host", "--quiet"])
-    assert provenance.origin()["command_line"] == "python train.py --mlflow 'http://***@host' --quiet"
+    monkeypatch.setattr("sys.argv", ["train.py", "--storage-path", "http://user:password@host", "--quiet"])
+    assert provenance.origin()["command_line"] == "python train.py --storage-path 'http://***@host' --quiet"
 
 
 def test_a_wrong_flag_is_answered_without_secrets_and_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

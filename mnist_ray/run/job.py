@@ -157,8 +157,8 @@ def _job_of(
         train = dataclasses.replace(train, callback=code["callback"].reference)
     folders = untrusted_folders(run, run.storage_path)
     more = {name: of.reference for name, of in code.items() if user_code.why_untrusted(of.reference, folders)}
-    if output.mlflow is not None:
-        more = {"mlflow": masked(output.mlflow), **more}
+    if output.tracker is not None:
+        more = {"tracker": output.tracker, **more}
     return Job(
         workload=workload_class(settings.build(workload_class.Settings, asked)),
         train=train,
@@ -266,14 +266,8 @@ def _check_reproducible(train: TrainConfig, workers: WorkerConfig) -> None:
 
 
 def _check_output(output: OutputConfig) -> None:
-    needs = {
-        "dashboard": ("aiohttp_cors", "more of Ray: pip install 'ray[default]'"),
-        "mlflow": ("mlflow", "MLflow: pip install -e '.[mlflow]'"),
-        "wandb": ("wandb", "Weights & Biases: pip install wandb"),
-    }
-    for name, (module, what) in needs.items():
-        if getattr(output, name) and importlib.util.find_spec(module) is None:
-            raise UsageError(f"{flag(name)} needs {what}")
+    if output.dashboard and importlib.util.find_spec("aiohttp_cors") is None:
+        raise UsageError("--dashboard needs more of Ray: pip install 'ray[default]'")
     if output.tracker is not None:
         user_code.find(output.tracker, Tracker)
 

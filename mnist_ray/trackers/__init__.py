@@ -1,4 +1,4 @@
-"""Who follows a run: TensorBoard, MLflow, Weights & Biases, Ray's metrics, and trackers of users'."""
+"""Trackers follow a run: TensorBoard, Ray's metrics, and the user's own."""
 
 from mnist_ray.trackers.tracker import Ending, Tracker
 

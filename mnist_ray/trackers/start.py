@@ -88,38 +88,27 @@ def start(
     if ray.is_initialized():
         create["Ray's metrics"] = lambda: RayMetrics(*followed)
     create["TensorBoard"] = lambda: TensorBoard(*followed)
-    if (uri := output.mlflow) is not None:
-        create["MLflow"] = lambda: _mlflow(*followed, uri, warn)
-    if (project := output.wandb) is not None:
-        create["Weights & Biases"] = lambda: _wandb(*followed, project)
-    if output.tracker is not None:
-        own = user_code.find(output.tracker, Tracker)
-        create[own.__name__] = lambda: own(*followed)
-    return Trackers(create, warn)
+    return Trackers(create | _own(output, *followed), warn)
 
 
 def start_trials(
     run: RunFolder, workload: Workload, settings: Mapping[str, Any], output: OutputConfig, warn: Callable[[str], None]
 ) -> Trackers:
-    """Track a sweep's trials in MLflow, if ``output`` says so, which shows them within the sweep's run."""
-    uri, plain = output.mlflow, _plain(settings)
-    return Trackers({} if uri is None else {"MLflow": lambda: _mlflow(run, workload, plain, uri)}, warn)
+    """Track a sweep's trials, if the user has a tracker that follows them."""
+    return Trackers(_own(output, run, workload, _plain(settings), for_trials=True), warn)
+
+
+def _own(output: OutputConfig, *followed: Any, for_trials: bool = False) -> dict[str, Create]:
+    """Return what creates the user's tracker, by its name; nothing if there is none."""
+    if output.tracker is None:
+        return {}
+    tracker_class = user_code.find(output.tracker, Tracker)
+    is_wanted = tracker_class.follows_trials or not for_trials
+    return {tracker_class.__name__: lambda: tracker_class(*followed)} if is_wanted else {}
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value if isinstance(value, (bool, int, float)) else redact(value) for name, value in settings.items()}
-
-
-def _mlflow(*given: Any) -> Tracker:
-    from mnist_ray.trackers.mlflow import MLflow  # an extra, as the next
-
-    return MLflow(*given)
-
-
-def _wandb(*given: Any) -> Tracker:
-    from mnist_ray.trackers.wandb import WandB
-
-    return WandB(*given)
 
 
 class TensorBoard(Tracker):

@@ -1,10 +1,10 @@
-"""The base class of trackers: TensorBoard, MLflow, Weights & Biases, or one of the user's, ``--tracker FILE.py``."""
+"""The base class of trackers: of TensorBoard's, of Ray's metrics', and of the user's own, ``--tracker FILE.py``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mnist_ray.training.events import EpochFinished, Event, Progress, Validated
 from mnist_ray.workload.base import Workload
@@ -24,11 +24,13 @@ class Ending:
 
 
 class Tracker(UserClass):
-    """Follows one run, in a thread of the driver. One that raises is left out from there on, with a warning.
+    """Follows one run, in a thread of the driver. A tracker that raises is closed with a warning; training continues.
 
-    A run that goes on after an interruption gets a new one, whose first event is ``Started`` with the step that it goes
-    on from.
+    A resumed run gets a new tracker, whose first event is ``Started`` with the step from which the run resumes.
     """
+
+    follows_trials: ClassVar[bool] = False
+    """Whether a sweep's run has a tracker during the search, too; its events are ``TrialEnded``."""
 
     def __init__(self, run: RunFolder, workload: Workload, settings: Mapping[str, Any]) -> None:
         """Begin to follow ``run``; ``settings`` are those of its config.json, as numbers and texts."""

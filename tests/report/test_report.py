@@ -307,7 +307,7 @@ def test_a_browser_shows_the_page_without_overflow_or_errors(
 
 
 def test_a_page_shows_no_secrets() -> None:
-    origin = Table("Origin", (), [("command_line", "train --mlflow http://user:password@host")])
+    origin = Table("Origin", (), [("command_line", "train --storage-path http://user:password@host")])
     text = page.Page("a run", "go on with s3://KEY:SECRET@bucket?token=SECRET&region=us", tables=[origin]).to_html()
-    assert "train --mlflow http://***@host<" in text
+    assert "train --storage-path http://***@host<" in text
     assert "go on with s3://***@bucket?token=***&amp;region=us<" in text

@@ -114,8 +114,8 @@ def test_code_in_a_run_is_loaded_where_a_flag_names_it_and_the_way_on_names_it_t
 
 def test_the_way_on_is_quoted_and_has_no_secrets(tmp_path: Path) -> None:
     run = locate(str(tmp_path / "my runs"), "one")
-    said = f"python jobs/tune.py --resume --run-name one --storage-path '{tmp_path}/my runs' --mlflow sqlite:///m.db"
-    assert way_on("tune", run, {"mlflow": "sqlite:///m.db"}) == said
+    said = f"python jobs/tune.py --resume --run-name one --storage-path '{tmp_path}/my runs' --tracker lines.py"
+    assert way_on("tune", run, {"tracker": "lines.py"}) == said
     run = RunFolder("run", "s3://KEY:SEC%2FRET@bucket/runs?region=us", fs.LocalFileSystem(), "bucket/runs/run")
     said = "python jobs/train.py --resume --run-name run --storage-path 's3://***@bucket/runs?region=us'"
     assert way_on("train", run) == said

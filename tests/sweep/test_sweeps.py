@@ -89,7 +89,8 @@ def finished_sweep(ray_address: str, data_dir: Path, tmp_path_factory: pytest.Te
     where = {"data_dir": str(data_dir), "storage_path": str(storage), "run_name": "four"}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(storage)  # where MLflow puts files
-        tune({**QUICK, **where, "num_trials": 4, "mlflow": f"sqlite:///{storage}/mlflow.db"})
+        mlflow.set_tracking_uri(f"sqlite:///{storage}/mlflow.db")
+        tune({**QUICK, **where, "num_trials": 4, "tracker": str(ROOT / "examples" / "mlflow_tracker.py")})
     return storage / "four"
 
 

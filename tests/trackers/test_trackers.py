@@ -1,13 +1,10 @@
 import ast
-import base64
 import io
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import FileIO
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -22,12 +19,12 @@ from mnist_ray.run.find import find
 from mnist_ray.settings import values_of
 from mnist_ray.storage import ORIGIN_FILE, RunFolder, locate
 from mnist_ray.trackers import Ending, Tracker, start
-from mnist_ray.trackers.mlflow import MLFLOW_USER
 from mnist_ray.trackers.start import Trackers
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, TrialEnded, Validated
 from mnist_ray.workload import figures
 from tests.conftest import mnist
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 INTERRUPTED = Ending(None, {}, None)
 PICTURE = figures.seconds({"start": 1.0})
 RESULT = {"test_accuracy": 0.875, "test_loss": 0.5, "images_per_s": 100.0}
@@ -50,12 +47,10 @@ EPOCH: list[Event] = [
 ]
 
 
-def follow(
-    run: RunFolder, events: list[Event], ending: Ending, mlflow_uri: str | None = None, **output: str
-) -> list[str]:
+def follow(run: RunFolder, events: list[Event], ending: Ending, tracker: Path | None = None) -> list[str]:
     """Track a run to its end; return the warnings."""
     warnings: list[str] = []
-    config = OutputConfig(mlflow=mlflow_uri, **output)  # type: ignore[arg-type]
+    config = OutputConfig(tracker=None if tracker is None else str(tracker))
     trackers = start.start(run, mnist(), values_of(TrainConfig()), config, warnings.append)
     for event in events:
         trackers.log(event)
@@ -64,12 +59,14 @@ def follow(
 
 
 @pytest.fixture(scope="module")
-def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A data base for all tests, since MLflow needs seconds to make one."""
+def mlflow_tracker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The example that follows runs in MLflow, with one database for all tests: MLflow needs seconds to create it."""
     folder = tmp_path_factory.mktemp("mlflow")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)  # where MLflow puts the files of a run whose figures are in a data base
-        yield f"sqlite:///{folder}/mlflow.db"
+        patch.chdir(folder)  # where MLflow puts the files of a run whose values are in a database
+        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+        yield EXAMPLES / "mlflow_tracker.py"
+    mlflow.set_tracking_uri(None)
 
 
 def in_mlflow(run: RunFolder) -> list[Any]:
@@ -123,13 +120,13 @@ def test_storage_that_is_no_local_disk_gets_the_event_file_at_the_end(tmp_path: 
 
 
 def test_mlflow_has_parameters_metrics_pictures_and_the_model(
-    tmp_path: Path, finished_run: Path, mlflow_uri: str
+    tmp_path: Path, finished_run: Path, mlflow_tracker: Path
 ) -> None:
     run, checkpoint = locate(str(tmp_path), "run"), find(str(finished_run), "~/ray_results").checkpoint
-    assert follow(run, EPOCH[:3], INTERRUPTED, mlflow_uri) == []
+    assert follow(run, EPOCH[:3], INTERRUPTED, mlflow_tracker) == []
     (found,) = in_mlflow(run)
     assert (found.info.run_name, found.info.status) == ("run", "KILLED")
-    assert follow(run, EPOCH, Ending(RESULT, {"seconds": PICTURE}, checkpoint), mlflow_uri) == []
+    assert follow(run, EPOCH, Ending(RESULT, {"seconds": PICTURE}, checkpoint), mlflow_tracker) == []
     (found,) = in_mlflow(run)
     assert found.info.status == "FINISHED"
     assert (found.data.params["batch_size"], found.data.params["schedule"]) == ("128", "one-cycle")
@@ -144,13 +141,13 @@ def test_mlflow_has_parameters_metrics_pictures_and_the_model(
     assert model(torch.from_numpy(np.zeros((5, 1, 28, 28), np.float32))).shape == (5, 10)
 
 
-def test_mlflow_says_which_data_workers_and_commit_a_run_had(tmp_path: Path, mlflow_uri: str) -> None:
+def test_mlflow_says_which_data_workers_and_commit_a_run_had(tmp_path: Path, mlflow_tracker: Path) -> None:
     run = locate(str(tmp_path), "run")
     known = {"versions": {}, "metadata": {}, "data": {"training": "a" * 64, "test": None}}
     origin = {"command_line": "python jobs/train.py", "git_commit": "0123abcd", "data_name": "MNIST", **known}
     run.write_text(ORIGIN_FILE, json.dumps(origin))
     for _ in range(2):  # begun, and gone on with
-        assert follow(run, EPOCH, INTERRUPTED, mlflow_uri) == []
+        assert follow(run, EPOCH, INTERRUPTED, mlflow_tracker) == []
     (found,) = in_mlflow(run)
     said = [found.data.tags[name] for name in ("mlflow.source.git.commit", "command_line", "workers")]
     assert said == ["0123abcd", "python jobs/train.py", "1 × cpu"]
@@ -158,18 +155,8 @@ def test_mlflow_says_which_data_workers_and_commit_a_run_had(tmp_path: Path, mlf
     assert data == {"training": ("MNIST", "a" * 36), "test": ("MNIST", "unknown")}
 
 
-def test_where_a_server_of_mlflow_shows_a_run_is_said_once(
-    tmp_path: Path, mlflow_uri: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(mlflow.MlflowClient, "tracking_uri", "http://host:5000/")
-    run = locate(str(tmp_path), "run")
-    (said,) = follow(run, [], INTERRUPTED, mlflow_uri)
-    assert said == f"MLflow shows it at http://host:5000/#/experiments/1/runs/{in_mlflow(run)[0].info.run_id}"
-    assert "http" not in capfd.readouterr().out
-
-
-def test_mlflow_has_a_trial_that_is_told_of_again_once(tmp_path: Path, mlflow_uri: str) -> None:
-    config, run = OutputConfig(mlflow=mlflow_uri), locate(str(tmp_path), "sweep")
+def test_mlflow_has_a_trial_once_that_a_resumed_sweep_reports_again(tmp_path: Path, mlflow_tracker: Path) -> None:
+    config, run = OutputConfig(tracker=str(mlflow_tracker)), locate(str(tmp_path), "sweep")
     for _ in range(2):
         trackers = start.start_trials(run, mnist(), {"num_trials": 1}, config, pytest.fail)
         trackers.log(TrialEnded(1, {"batch_size": 64}, "failed", has_failed=True, values={"val_loss": 0.5}))
@@ -218,42 +205,15 @@ def test_a_tracker_that_fails_warns_once_is_asked_no_more_and_the_others_go_on()
     assert (recorder.seen, broken.seen) == ([*EPOCH, INTERRUPTED], [])
 
 
-def test_mlflow_is_told_of_no_secrets_and_knows_a_run_with_other_keys(tmp_path: Path, mlflow_uri: str) -> None:
+def test_mlflow_gets_no_secrets_and_knows_a_run_with_other_keys(tmp_path: Path, mlflow_tracker: Path) -> None:
     settings = {"database": "postgresql://user:password@host/examples"}
     for path in ("s3://KEY:SECRET@bucket", "s3://bucket"):
         run = RunFolder("run", path, fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), "run")
-        trackers = start.start(run, mnist(), settings, OutputConfig(mlflow=mlflow_uri), pytest.fail)
+        trackers = start.start(run, mnist(), settings, OutputConfig(tracker=str(mlflow_tracker)), pytest.fail)
         trackers.close(INTERRUPTED)
     (found,) = in_mlflow(run)
     assert found.data.tags["mnist_ray.run"] == "s3://bucket/run"
     assert found.data.params == {"database": "postgresql://***@host/examples"}
-
-
-class Server(BaseHTTPRequestHandler):
-    """A server that knows nothing, and notes who asks."""
-
-    asked_by: ClassVar[list[str | None]] = []
-
-    def do_GET(self) -> None:
-        self.asked_by.append(self.headers["Authorization"])
-        self.send_error(404)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-def test_mlflow_shows_a_server_who_asks_and_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in MLFLOW_USER:
-        monkeypatch.setenv(variable, "")  # and so taken back after the test
-    with HTTPServer(("127.0.0.1", 0), Server) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        uri = f"http://user:pass%40word@127.0.0.1:{server.server_port}"
-        (warning,) = follow(locate(str(tmp_path), "run"), [], INTERRUPTED, uri)
-        server.shutdown()
-    assert warning.startswith("MLflow has failed")
-    assert "word" not in warning
-    assert mlflow.get_tracking_uri() == f"http://127.0.0.1:{server.server_port}"
-    assert Server.asked_by == ["Basic " + base64.b64encode(b"user:pass@word").decode()]
 
 
 OWN = """
@@ -273,10 +233,17 @@ class Lines(Tracker):
 """
 
 
+def test_a_tracker_that_does_not_follow_trials_is_left_alone_during_a_search(tmp_path: Path) -> None:
+    (tmp_path / "not_of_trials.py").write_text(OWN)
+    run, config = locate(str(tmp_path), "sweep"), OutputConfig(tracker=str(tmp_path / "not_of_trials.py"))
+    start.start_trials(run, mnist(), {}, config, pytest.fail).close(INTERRUPTED)
+    assert not run.exists()
+
+
 def test_a_tracker_of_the_users_gets_all_figures(tmp_path: Path) -> None:
     (tmp_path / "lines.py").write_text(OWN)
     run = locate(str(tmp_path), "run")
-    assert follow(run, EPOCH, Ending(RESULT, {}, None), tracker=str(tmp_path / "lines.py")) == []
+    assert follow(run, EPOCH, Ending(RESULT, {}, None), tmp_path / "lines.py") == []
     got = ast.literal_eval(run.read_text("lines.txt") or "")
     assert got[:3] == [("step/train_loss", 4.0, 1), ("step/train_loss", 3.0, 2), ("step/train_accuracy", 0.75, 2)]
     assert ("epoch/val_loss", 0.25, 1) in got
@@ -285,9 +252,10 @@ def test_a_tracker_of_the_users_gets_all_figures(tmp_path: Path) -> None:
 
 def test_weights_and_biases_has_the_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_PROJECT", "digits")
     (tmp_path / "run").mkdir()
     ending = Ending(RESULT, {"seconds": PICTURE}, None)
-    assert follow(locate(str(tmp_path), "run"), EPOCH, ending, wandb="digits") == []
+    assert follow(locate(str(tmp_path), "run"), EPOCH, ending, EXAMPLES / "wandb_tracker.py") == []
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     content = file.read_bytes()
     for text in (b"step/train_loss", b"epoch/val_accuracy", b"final/test_accuracy", b"pictures/seconds", b"batch_size"):

@@ -1,0 +1,120 @@
+"""Follows runs in MLflow, on a server or in a file: `pip install -e '.[mlflow]'`, then
+
+MLFLOW_TRACKING_URI=sqlite:///mlflow.db python jobs/train.py --tracker examples/mlflow_tracker.py
+
+A resumed run continues in its MLflow run. A sweep's run has its trials as nested runs. A server's user and password
+belong in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, not in the URI.
+"""
+
+import logging
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import mlflow
+import numpy as np
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+
+from mnist_ray.errors import masked
+from mnist_ray.storage import ORIGIN_FILE
+from mnist_ray.trackers import Tracker
+from mnist_ray.training.checkpoint import load_model
+from mnist_ray.training.events import Started, TrialEnded
+
+FOLDER = "mnist_ray.run"  # the tag that holds a run's folder, by which its MLflow run is found again
+MOST_METRICS = 1000  # that a server takes in one request
+LONGEST_DIGEST = 36  # characters
+
+
+class MLflow(Tracker):
+    """A run in the experiment ``mnist_ray``."""
+
+    follows_trials = True
+
+    def __init__(self, run, workload, settings):
+        super().__init__(run, workload, settings)
+        # Else MLflow prints the run's address each time that the run's state changes.
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        self.experiment = mlflow.set_experiment("mnist_ray").experiment_id
+        self.client = mlflow.MlflowClient()
+        self.folder = masked(run.uri)
+        parent = self.find(masked(run.storage_path))
+        self.id = self.open(self.folder, run.name, settings, parent.info.run_id if parent else None)
+        self.describe()
+
+    def find(self, folder):
+        """Return the MLflow run of a folder; None if it has none."""
+        query = f"tags.`{FOLDER}` = '{folder}'"
+        return next(iter(self.client.search_runs([self.experiment], query, max_results=1)), None)
+
+    def open(self, folder, name, settings, parent):
+        """Return the id of a folder's MLflow run, which is created if there is none."""
+        run = self.find(folder)
+        if run is None:
+            tags = {FOLDER: folder} | ({"mlflow.parentRunId": parent} if parent else {})
+            run = self.client.create_run(self.experiment, run_name=name, tags=tags)
+        else:
+            self.client.set_terminated(run.info.run_id, "RUNNING")
+        # MLflow refuses to change a parameter: a sweep's run first has the sweep's settings, then those of the best.
+        new = [Param(key, str(value)) for key, value in settings.items() if key not in run.data.params]
+        self.client.log_batch(run.info.run_id, params=new)
+        return run.info.run_id
+
+    def describe(self):
+        """Log the command, the commit and the data."""
+        origin = self.run.read_json(ORIGIN_FILE) or {}
+        tags = {"command_line": origin.get("command_line"), "mlflow.source.git.commit": origin.get("git_commit")}
+        self.client.log_batch(self.id, tags=[RunTag(key, value) for key, value in tags.items() if value])
+        name = origin.get("data_name", "unknown")
+        digests = {split: (digest or "unknown")[:LONGEST_DIGEST] for split, digest in origin.get("data", {}).items()}
+        inputs = [
+            DatasetInput(Dataset(name, digest, "local", name), [InputTag("mlflow.data.context", split)])
+            for split, digest in digests.items()
+        ]
+        self.client.log_inputs(self.id, inputs)
+
+    def log(self, event):
+        """Log an event's values; a trial's become those of a nested run."""
+        match event:
+            case Started():
+                self.client.set_tag(self.id, "workers", f"{event.num_workers} × {event.device}")
+            case TrialEnded():
+                trial = self.open(f"{self.folder}#{event.number}", f"trial {event.number}", event.settings, self.id)
+                self.log_metrics(trial, [(name, value, 0) for name, value in event.values.items()])
+                self.client.set_tag(trial, "state", event.state)
+                self.client.set_terminated(trial, "FAILED" if event.has_failed else "FINISHED")
+        self.log_metrics(self.id, self.scalars(event))
+
+    def log_metrics(self, run, values):
+        """Log (name, value, step) triples."""
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, value, now, step) for name, value, step in values]
+        for start in range(0, len(metrics), MOST_METRICS):
+            self.client.log_batch(run, metrics=metrics[start : start + MOST_METRICS])
+
+    def close(self, ending):
+        """Log the test's metrics, the pictures and the model."""
+        self.log_metrics(self.id, [(name, value, 0) for name, value in self.final(ending).items()])
+        with tempfile.TemporaryDirectory() as folder:
+            for name, png in ending.pictures.items():
+                (Path(folder) / f"{name}.png").write_bytes(png)
+            self.client.log_artifacts(self.id, folder, "pictures")
+        if ending.checkpoint is not None:
+            self.log_model(ending.checkpoint)
+        self.client.set_terminated(self.id, "KILLED" if ending.result is None else "FINISHED")
+
+    def log_model(self, checkpoint):
+        """Log the tested model, if it takes one tensor: MLflow asks for an example of its input."""
+        model_input = self.workload.metadata.get("model_input")
+        if model_input is None:
+            return
+        with mlflow.start_run(run_id=self.id):
+            mlflow.pytorch.log_model(
+                load_model(checkpoint, self.workload),
+                name="model",
+                input_example=np.zeros((2, *model_input["shape"]), model_input["dtype"]),
+                serialization_format="pt2",  # not a pickle
+                pip_requirements=["torch"],  # else MLflow starts a process to find them
+            )
