@@ -1,4 +1,4 @@
-"""A run in Ray's own metrics, which each of its nodes serves to Prometheus; Ray puts ``ray_`` before the names."""
+"""A run in Ray's metrics, which every node serves to Prometheus. Ray prefixes the names with ``ray_``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mnist_ray.workload.base import Workload
 
 
 class RayMetrics(Tracker):
-    """A run's gauges, as they are now. They end with this process."""
+    """A run's current values as gauges. They disappear with this process."""
 
     def __init__(self, run: RunFolder, workload: Workload, settings: Mapping[str, Any]) -> None:
         super().__init__(run, workload, settings)
@@ -26,15 +26,15 @@ class RayMetrics(Tracker):
             return created
 
         self._workers = gauge("workers", "Workers that train")
-        self._epochs = gauge("epochs", "Epochs trained, with the part of the one under way")
-        self._rate = gauge("examples_per_second", "Examples trained a second, over all workers, in the epoch so far")
-        self._train = gauge("train", "Loss and metrics of training, since the last report", "metric")
-        self._val = gauge("val", "Loss and metrics on the validation set", "metric")
+        self._epochs = gauge("epochs", "Epochs trained, including the current one's fraction")
+        self._rate = gauge("examples_per_second", "Examples per second over all workers, in the current epoch")
+        self._train = gauge("train", "Training loss and metrics since the last report", "metric")
+        self._val = gauge("val", "Validation loss and metrics", "metric")
         self._num_workers = 0
         self._validated: Mapping[str, float] = {}
 
     def log(self, event: Event) -> None:
-        """Set the gauges: all with each progress, since Ray leaves out those that are not set again and again."""
+        """Set the gauges: all at each progress event, since Ray drops gauges that are not set again."""
         match event:
             case Started():
                 self._num_workers = event.num_workers

@@ -1,4 +1,4 @@
-"""Starts what follows a run, TensorBoard always. A tracker that fails warns once; training goes on."""
+"""Starts the trackers of a run, TensorBoard's always. A tracker that fails warns once; training continues."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _RESTART = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
 
 
 class Trackers:
-    """Hands on a run's events to trackers, in a thread of their own: a slow server holds nothing up."""
+    """Passes a run's events to trackers in a thread, so that a slow server delays nothing."""
 
     def __init__(self, create: Mapping[str, Create], warn: Callable[[str], None]) -> None:
         self._create, self._warn = create, warn
@@ -44,35 +44,35 @@ class Trackers:
         self._thread.start()
 
     def log(self, event: Event) -> None:
-        """Let the trackers write an event, soon."""
+        """Pass an event to the trackers, without waiting."""
         self._todo.put(event)
 
     def close(self, ending: Ending) -> None:
-        """Let the trackers write how the run ended, and wait for them; for a minute at most."""
+        """Pass the run's end to the trackers, and wait for them, for a minute at most."""
         self._todo.put(ending)
         self._thread.join(_CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
-            self._warn(f"tracking is not done after {_CLOSE_TIMEOUT_S:.0f} s; left as it is")
+            self._warn(f"tracking has not finished after {_CLOSE_TIMEOUT_S:.0f} s; continuing without it")
 
     def _work(self) -> None:
         for name, create in self._create.items():
-            with self._left_out_if_failing(name):
+            with self._dropped_if_failing(name):
                 self._trackers[name] = create()
         while not isinstance(item := self._todo.get(), Ending):
             for name, tracker in list(self._trackers.items()):
-                with self._left_out_if_failing(name):
+                with self._dropped_if_failing(name):
                     tracker.log(item)
         for name, tracker in list(self._trackers.items()):
-            with self._left_out_if_failing(name):
+            with self._dropped_if_failing(name):
                 tracker.close(item)
 
     @contextlib.contextmanager
-    def _left_out_if_failing(self, name: str) -> Iterator[None]:
+    def _dropped_if_failing(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # a tracker may be anybody's code
+        except Exception as error:  # a tracker may be the user's code
             self._trackers.pop(name, None)
-            self._warn(f"{name} has failed and is left out from here on: {first_line(error)}")
+            self._warn(f"{name} failed and is not used any more: {first_line(error)}")
 
 
 def start(
@@ -82,7 +82,7 @@ def start(
     output: OutputConfig,
     warn: Callable[[str], None],
 ) -> Trackers:
-    """Track a run in TensorBoard, on Ray in Ray's metrics, and where ``output`` says."""
+    """Track a run in TensorBoard, in Ray's metrics if there is a Ray, and by the user's tracker."""
     followed = (run, workload, _plain(settings))
     create: dict[str, Create] = {}
     if ray.is_initialized():
@@ -94,12 +94,12 @@ def start(
 def start_trials(
     run: RunFolder, workload: Workload, settings: Mapping[str, Any], output: OutputConfig, warn: Callable[[str], None]
 ) -> Trackers:
-    """Track a sweep's trials, if the user has a tracker that follows them."""
+    """Track a sweep's trials by the user's tracker, if it follows trials."""
     return Trackers(_own(output, run, workload, _plain(settings), for_trials=True), warn)
 
 
 def _own(output: OutputConfig, *followed: Any, for_trials: bool = False) -> dict[str, Create]:
-    """Return what creates the user's tracker, by its name; nothing if there is none."""
+    """Return how to create the user's tracker, by its name; empty without one."""
     if output.tracker is None:
         return {}
     tracker_class = user_code.find(output.tracker, Tracker)
@@ -112,7 +112,7 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class TensorBoard(Tracker):
-    """An event file in the run's folder; on storage that is no local disk it is put there at the end."""
+    """An event file in the run's folder; if that is not on a local disk, it is uploaded at the end."""
 
     def __init__(self, run: RunFolder, workload: Workload, settings: Mapping[str, Any]) -> None:
         super().__init__(run, workload, settings)
@@ -120,19 +120,19 @@ class TensorBoard(Tracker):
         self._elsewhere = None if is_local else tempfile.TemporaryDirectory()
         self._folder = self._elsewhere.name if self._elsewhere else run.path
         os.makedirs(self._folder, exist_ok=True)
-        # Of the library's writers the one without a thread: this is one, and is to see that a disk is full.
+        # The library's writer without a thread, so that a full disk raises here.
         self._file = event_file_writer.EventsWriter(f"{self._folder}/events", f".{time.time_ns()}")
 
     def _write(self, **content: Any) -> None:
         self._file.write_event(event_pb2.Event(wall_time=time.time(), **content))
 
     def log(self, event: Event) -> None:
-        """Write an event's values. What an earlier attempt has logged of steps that are done again is not shown."""
+        """Write an event's values. TensorBoard hides what an earlier attempt logged for repeated steps."""
         if isinstance(event, Started):
             self._write(step=event.total_step + 1, session_log=_RESTART)
         for name, value, step in self.scalars(event):
             self._write(step=step, summary=summary.scalar(name, value))
-        if not isinstance(event, Progress):  # of which there are many
+        if not isinstance(event, Progress):  # too frequent to flush
             self._file.flush()
 
     def close(self, ending: Ending) -> None:

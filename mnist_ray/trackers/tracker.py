@@ -1,4 +1,4 @@
-"""The base class of trackers: of TensorBoard's, of Ray's metrics', and of the user's own, ``--tracker FILE.py``."""
+"""The base class of trackers: TensorBoard, Ray's metrics, or the user's own, ``--tracker FILE.py``."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class Ending:
     """How a run ended."""
 
-    result: dict[str, Any] | None  # its result.json; None if it has not finished
-    pictures: Mapping[str, bytes]  # the PNGs of its report, by name
-    checkpoint: RunFolder | None  # the one that was tested
+    result: dict[str, Any] | None  # result.json; None if the run did not finish
+    pictures: Mapping[str, bytes]  # PNGs of the report, by name
+    checkpoint: RunFolder | None  # the tested checkpoint
 
 
 class Tracker(UserClass):
@@ -33,17 +33,17 @@ class Tracker(UserClass):
     """Whether a sweep's run has a tracker during the search, too; its events are ``TrialEnded``."""
 
     def __init__(self, run: RunFolder, workload: Workload, settings: Mapping[str, Any]) -> None:
-        """Begin to follow ``run``; ``settings`` are those of its config.json, as numbers and texts."""
+        """Start to follow ``run``; ``settings`` are those in its config.json, as numbers and strings."""
         self.run, self.workload, self.settings = run, workload, settings
 
     def log(self, event: Event) -> None:
-        """Take an event; ``scalars`` has its values."""
+        """Handle an event; ``scalars`` returns its values."""
 
     def close(self, ending: Ending) -> None:
-        """Take how the run ended."""
+        """Handle the end of the run."""
 
     def scalars(self, event: Event) -> list[tuple[str, float, int]]:
-        """Return an event's values as (name, value, step): ``step/…`` by step of training, ``epoch/…`` by epoch."""
+        """Return an event's values as (name, value, step): ``step/…`` by training step, ``epoch/…`` by epoch."""
         match event:
             case Progress():
                 first = event.total_step - len(event.losses) + 1
@@ -60,7 +60,7 @@ class Tracker(UserClass):
         return []
 
     def final(self, ending: Ending) -> dict[str, float]:
-        """Return the values of the test set, as ``final/…``; none if the run has not finished."""
+        """Return the test metrics as ``final/…``; empty if the run did not finish."""
         if ending.result is None:
             return {}
         names = [*(f"test_{metric.name}" for metric in self.workload.all_metrics), self.workload.rate]

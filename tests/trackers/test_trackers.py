@@ -110,7 +110,7 @@ def test_tensorboard_shows_steps_that_are_done_again_once_and_what_comes_before_
 def test_a_full_disk_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: FileIO("/dev/full", "w"))
     warnings = follow(locate(str(tmp_path), "run"), EPOCH, INTERRUPTED)
-    assert warnings == ["TensorBoard has failed and is left out from here on: [Errno 28] No space left on device"]
+    assert warnings == ["TensorBoard failed and is not used any more: [Errno 28] No space left on device"]
 
 
 def test_storage_that_is_no_local_disk_gets_the_event_file_at_the_end(tmp_path: Path) -> None:
@@ -199,8 +199,8 @@ def test_a_tracker_that_fails_warns_once_is_asked_no_more_and_the_others_go_on()
         trackers.log(event)
     trackers.close(INTERRUPTED)
     assert warnings == [
-        "MLflow has failed and is left out from here on: division by zero",
-        "broken has failed and is left out from here on: the server is gone",
+        "MLflow failed and is not used any more: division by zero",
+        "broken failed and is not used any more: the server is gone",
     ]
     assert (recorder.seen, broken.seen) == ([*EPOCH, INTERRUPTED], [])
 
