@@ -1,4 +1,4 @@
-"""Accuracy of both recipes on the test set, over five seeds: python benchmarks/accuracy.py"""
+"""Test accuracy of both recipes, over five seeds: python benchmarks/accuracy.py"""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ TRAIN = Path(__file__).parent.parent / "jobs" / "train.py"
 
 
 def test_accuracy(recipe: str, seed: int, storage: str) -> float:
-    """Run the whole job and return its test accuracy."""
+    """Run the training job; return its test accuracy."""
     name = f"{recipe}-{seed}"
     flags = ["--recipe", recipe, "--seed", str(seed), "--storage-path", storage, "--run-name", name, "--quiet"]
     subprocess.run([sys.executable, str(TRAIN), *flags], check=True, stdout=subprocess.DEVNULL)
@@ -20,7 +20,7 @@ def test_accuracy(recipe: str, seed: int, storage: str) -> float:
 
 
 def main() -> None:
-    """Run every seed of every recipe; print a line each."""
+    """Train every recipe with every seed; print a line per recipe."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipes", nargs="+", default=["default", "notebook"])
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))

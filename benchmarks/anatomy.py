@@ -1,7 +1,7 @@
 """Where the time goes: python benchmarks/anatomy.py step, or: python benchmarks/anatomy.py start
 
-`step` profiles optimizer steps in this process with torch.profiler; `start` runs the training job and lists its
-processes, with the time of their birth and their processor time when they were first seen as what they are.
+`step` profiles training steps in this process with torch.profiler. `start` runs the training job and prints its output
+and its processes: when each started, and how much CPU time it had used when it was first seen under its name.
 """
 
 import argparse
@@ -32,7 +32,7 @@ TRAIN = Path(__file__).parent.parent / "jobs" / "train.py"
 
 
 def profile_steps(batch_size: int, precision: str, num_threads: int, num_steps: int) -> None:
-    """Print what the operators of some steps took, after ten steps of warming up."""
+    """Print the time of each operator over ``num_steps`` steps, after ten warm-up steps."""
     keep_freed_memory()
     torch.set_num_threads(num_threads)
     workload = source.load(source.DEFAULT)()
@@ -58,7 +58,7 @@ def profile_steps(batch_size: int, precision: str, num_threads: int, num_steps: 
 
 
 def watch_start() -> None:
-    """Run the training job, printing its lines and its processes as they come."""
+    """Run the training job; print its output and its processes as they appear."""
     environment = {**os.environ, "RAY_ADDRESS": "local", "PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryDirectory() as storage:
         command = [sys.executable, str(TRAIN), "--storage-path", storage]
@@ -73,9 +73,9 @@ def watch_start() -> None:
                     name, times = name_of(process), process.cpu_times()
                     if names.get(process.pid) != name:
                         names[process.pid] = name
-                        born, used = process.create_time() - start, times.user + times.system
-                        print(f"{time.time() - start:6.2f}  {name:<34} born {born:5.2f}, has used {used:.2f} s")
-                except psutil.Error:  # it has just ended
+                        started, used = process.create_time() - start, times.user + times.system
+                        print(f"{time.time() - start:6.2f}  {name:<34} started {started:5.2f}, CPU {used:.2f} s")
+                except psutil.Error:  # it has just exited
                     continue
             time.sleep(0.05)
         lines.join()
@@ -89,17 +89,17 @@ def print_lines(job: psutil.Popen, start: float) -> None:
 
 
 def name_of(process: psutil.Process) -> str:
-    """Return what a process calls itself, else its script."""
+    """Return the names of a process's scripts, or of its program if it has none."""
     words = process.cmdline() or [process.name()]
     scripts = [Path(word).name for word in words if word.endswith(".py")]
     return (" ".join(scripts) or Path(words[0]).name).split("(")[0].strip()
 
 
 def main() -> None:
-    """Read the flags and do it."""
+    """Profile steps, or watch a start."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "start"])
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("what", choices=["step", "start"], help="profile training steps, or watch the start of a job")
+    parser.add_argument("--batch-size", type=int, default=128, help="for `step`, like all that follow")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=200)

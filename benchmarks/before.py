@@ -1,7 +1,7 @@
-"""A job of this version beside the same job of an earlier one, as its user sees it: python benchmarks/before.py
+"""Compare a job of this version with the same job of an earlier version: python benchmarks/before.py
 
-In every round each version runs once, one after the other: seconds to the first line, until a worker trains, from a
-worker's kill until the run goes on, and to the exit, also of a sweep; processor time; memory. Prints a row a figure.
+Each round runs both versions, one after the other. Measures seconds to the first line, until a worker trains, from a
+worker's kill until training continues, and to the exit; seconds of a sweep; CPU time; memory. Prints a row for each.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ import psutil
 
 ROOT = Path(__file__).parent.parent
 BEFORE = "8619d03"
-"""The last commit whose workers were started by Ray."""
+"""The last commit in which Ray starts the workers itself."""
 PARTS = ("one", "four", "restart", "sweep")
-"""One worker, four, two of which one is killed, and trials of two."""
+"""Runs of one worker, of four, and of two with one killed; a sweep whose trials have two workers."""
 _INTERVAL_S = 0.05
 
 
 @dataclass
 class Watched:
-    """What was seen of a job: when its lines came, and what its processes used."""
+    """The output of a job with its times, and the resources that its processes used."""
 
     lines: list[tuple[float, str]] = field(default_factory=list)
-    """With the seconds since the start."""
+    """Each with the seconds since the start."""
     seconds: float = 0.0
     cpu_s: dict[int, float] = field(default_factory=dict)
-    """Processor time of each process, as last seen."""
+    """CPU time of each process by its PID, as last measured."""
     training_cpu_s: float = 0.0
-    """Of the training workers, from the first step to the last epoch's end."""
+    """CPU time of the training workers, from the first step to the end of the last epoch."""
     pss_mib: float = 0.0
-    """The most that all training workers had at once, shared pages divided among the processes that share them."""
+    """Peak memory of all training workers together; shared pages are divided among their processes (PSS)."""
 
     def at(self, start: str) -> float:
-        """Return when the first line came that starts so."""
+        """Return the seconds at which the first line came that begins with ``start``."""
         return next(seconds for seconds, line in self.lines if line.startswith(start))
 
     def rate(self) -> float:
-        """Return the images a second of the first epoch."""
+        """Return the images/s of the first epoch."""
         line = next(line for _, line in self.lines if "finished in" in line)
         return float(re.search(r"\(([\d,]+) images/s", line)[1].replace(",", ""))  # type: ignore[index]
 
@@ -62,7 +62,7 @@ def watch(
     address: str = "local",
     on_line: Callable[[psutil.Process, str], object] = lambda job, line: None,
 ) -> Watched:
-    """Run a job of the version in ``root`` to its end, looking at its processes. Raises RuntimeError if it fails."""
+    """Run a job of the version in ``root`` and measure its processes. Raises RuntimeError if it fails."""
     seen, start = Watched(), time.perf_counter()
     environment = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}
     job = psutil.Popen(
@@ -97,7 +97,7 @@ def watch(
 
 
 def _look(job: psutil.Process, seen: Watched) -> float:
-    """Note what a job's processes use now; return the processor time of its training workers."""
+    """Record the CPU time and memory of a job's processes; return the CPU time of its training workers."""
     for process in [job, *_below(job)]:
         with contextlib.suppress(psutil.Error):
             times = process.cpu_times()
@@ -111,7 +111,7 @@ def _look(job: psutil.Process, seen: Watched) -> float:
 
 
 def training_workers(job: psutil.Process) -> list[psutil.Process]:
-    """Return the processes of a job's training workers; some may end meanwhile."""
+    """Return the processes of a job's training workers; some may have exited by now."""
     found = []
     for process in _below(job):
         with contextlib.suppress(psutil.Error):
@@ -128,7 +128,7 @@ def _below(job: psutil.Process) -> list[psutil.Process]:
 
 
 def kill_a_worker(job: psutil.Process, line: str) -> float | None:
-    """Kill a training worker when the first epoch has ended; return when."""
+    """Kill a training worker if ``line`` reports the end of the first epoch; return the time."""
     if "epoch 1/" not in line or "finished" not in line:
         return None
     training_workers(job)[0].kill()
@@ -136,7 +136,7 @@ def kill_a_worker(job: psutil.Process, line: str) -> float | None:
 
 
 def seconds_to_restart(root: Path, storage: Path, flags: Sequence[object]) -> float:
-    """Return the seconds from a worker's kill until its run goes on, with two workers."""
+    """Return the seconds from the kill of one of two workers until training continues."""
     moments: list[float] = []
 
     def on_line(job: psutil.Process, line: str) -> None:
@@ -150,9 +150,9 @@ def seconds_to_restart(root: Path, storage: Path, flags: Sequence[object]) -> fl
 
 
 def seconds_to_sweep(root: Path, storage: Path, flags: Sequence[object]) -> float:
-    """Return the seconds of a sweep whose trials have two workers, the chosen one's training with it.
+    """Return the seconds of a sweep whose trials have two workers, including the training of the best.
 
-    On a cluster of its own: on a local Ray the earlier version never starts the second trial of several workers.
+    Starts a cluster: on a local Ray the earlier version never starts a second trial of several workers.
     """
     with cluster() as address:
         trials = ("--num-trials", 16, "--num-epochs", 1, "--num-workers", 2)
@@ -161,7 +161,7 @@ def seconds_to_sweep(root: Path, storage: Path, flags: Sequence[object]) -> floa
 
 @contextlib.contextmanager
 def cluster() -> Iterator[str]:
-    """Run a ``ray start --head`` of two CPUs, with the dashboard that only an installed ray[default] has."""
+    """Run ``ray start --head`` with two CPUs, and with a dashboard if ray[default] is installed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -173,7 +173,7 @@ def cluster() -> Iterator[str]:
     try:
         assert process.stdout is not None
         if not any("will now block" in line for line in process.stdout):
-            raise RuntimeError("ray start --head has ended")
+            raise RuntimeError("ray start --head exited before it was ready")
         yield f"127.0.0.1:{port}"
     finally:
         for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
@@ -183,7 +183,7 @@ def cluster() -> Iterator[str]:
 
 
 def one_version(root: Path, storage: Path, flags: Sequence[object], parts: Sequence[str]) -> dict[str, float]:
-    """Run the jobs of one version; return their figures."""
+    """Run the jobs of one version; return the measurements by name."""
     where = ["--storage-path", storage, *flags]
     figures: dict[str, float] = {}
     if "one" in parts:
@@ -202,7 +202,7 @@ def one_version(root: Path, storage: Path, flags: Sequence[object], parts: Seque
 
 @contextlib.contextmanager
 def checked_out(commit: str) -> Iterator[Path | None]:
-    """Lay an earlier version into a folder; None where the history does not hold it, as in a shallow clone."""
+    """Extract an earlier version into a temporary folder. None if the history lacks it, as in a shallow clone."""
     with tempfile.TemporaryDirectory() as folder:
         archive = subprocess.run(["git", "-C", ROOT, "archive", commit], capture_output=True, check=False)
         if archive.returncode != 0:
@@ -215,7 +215,7 @@ def checked_out(commit: str) -> Iterator[Path | None]:
 def one_round(
     storage: Path, flags: Sequence[object] = (), parts: Sequence[str] = PARTS, before: str = BEFORE
 ) -> dict[str, float]:
-    """Run both versions; return the figures of this one, and those of the earlier one as ``before_…``."""
+    """Run both versions; return their measurements, with the prefix ``before_`` for the earlier version."""
     figures = one_version(ROOT, storage / "now", flags, parts)
     with checked_out(before) as root:
         earlier = one_version(root, storage / "before", flags, parts) if root is not None else {}
@@ -223,11 +223,11 @@ def one_round(
 
 
 def main() -> None:
-    """Run the rounds and print each figure's ratios."""
+    """Run the rounds and print the ratios of each measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--before", default=BEFORE, help="the earlier version's commit")
+    parser.add_argument("--before", default=BEFORE, help="commit of the earlier version")
     args = parser.parse_args()
     rounds = []
     for _ in range(args.rounds):

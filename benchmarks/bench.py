@@ -1,8 +1,8 @@
-"""The project's speed beside what a user would otherwise run: python benchmarks/bench.py (make bench)
+"""Compare the project's speed with that of other programs: python benchmarks/bench.py (make bench)
 
-In every round each program runs once, one after the other, the project's, its peers' and an earlier version's in turn;
-a target is about the ratios of a round, of which the median and the spread are reported. --quick runs one short round
-on few images, to see that all of it works; its figures mean nothing.
+Each round runs every program once, one after the other: the project's, its peers', and an earlier version's. Targets
+are set for the ratio of two measurements of a round; reported are the median and the spread over all rounds. --quick
+runs one short round on few images. It only shows that everything works: its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Case:
-    """A target: one of a round's figures over another.
+    """A target for the ratio of two measurements of a round.
 
-    Rates of the ``first`` epoch are without a validation beside it, which the bare loops do not have either.
+    ``first`` rates are those of the first epoch: no validation runs at the same time, as in the bare loops.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Case:
     """``>=`` or ``<=`` and a number."""
 
     def is_met(self, ratio: float) -> bool:
-        """Tell whether a ratio fulfils the target."""
+        """Return whether a ratio meets the target."""
         sign, number = self.target.split()
         return ratio >= float(number) if sign == ">=" else ratio <= float(number)
 
@@ -80,7 +80,7 @@ CASES = (
 
 
 def run(*command: object) -> tuple[str, float]:
-    """Run a Python program; return the last line of its output, and its seconds from start to exit."""
+    """Run a Python program; return the last line of its output, and the seconds from start to exit."""
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, *map(str, command)],
@@ -96,7 +96,7 @@ def run(*command: object) -> tuple[str, float]:
 
 
 def train(folder: Path, name: str, *flags: object) -> dict[str, Any]:
-    """Run the training job; return its result with its rows by epoch and its seconds from start to exit."""
+    """Run the training job; return its result.json, with ``rows`` by epoch and ``wall_s`` from start to exit."""
     where = ["--storage-path", folder, "--run-name", name]
     _, seconds = run(TRAIN, *where, *flags)
     result: dict[str, Any] = json.loads((folder / name / "result.json").read_text())
@@ -104,15 +104,15 @@ def train(folder: Path, name: str, *flags: object) -> dict[str, Any]:
 
 
 def rows_of(run_folder: Path) -> list[dict[str, float]]:
-    """Return a run's figures by epoch."""
+    """Return the rows of a run's metrics.csv, one per epoch."""
     with (run_folder / "metrics.csv").open() as file:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def outside_s(result: dict[str, Any]) -> float:
-    """Return a run's seconds but for those in which it trained, or did nothing else than evaluate.
+    """Return the seconds that a run spent outside training and evaluation.
 
-    That is the last validation, and the test set's evaluation, which has twice its images and is not timed by itself.
+    Evaluation is the last validation and the test. The test is not timed, but has twice the images of a validation.
     """
     last_validation_s = result["rows"][-1].get("val_s", 0.0)
     trained_s = sum(row["epoch_s"] for row in result["rows"])
@@ -120,7 +120,7 @@ def outside_s(result: dict[str, Any]) -> float:
 
 
 def one_round(folder: Path, images: Path, flags: Sequence[object], epochs: int) -> Figures:
-    """Run every program once; return what each took and gave."""
+    """Run every program once; return the measurements by name."""
     peers = HERE / "peers"
     bare_data = flags[:2] if "--data-dir" in flags else ()
     figures: Figures = {}
@@ -146,7 +146,7 @@ def one_round(folder: Path, images: Path, flags: Sequence[object], epochs: int) 
 
 
 def sweep_round(num_trials: int) -> Figures:
-    """Run a sweep of one-worker trials of an epoch each, and the naive one."""
+    """Run a sweep of one-epoch, one-worker trials, and a naive sweep."""
     naive_trials = max(2, num_trials // 2)  # each takes four times as long
     printed, _ = run(HERE / "sweep.py", "--num-trials", num_trials, "--num-naive-trials", naive_trials, "--json")
     figures: Figures = json.loads(printed)
@@ -156,7 +156,7 @@ def sweep_round(num_trials: int) -> Figures:
 def train_watched(
     folder: Path, name: str, *flags: object
 ) -> tuple[list[dict[str, float]], list[tuple[float, float]], float]:
-    """Run the training job; return its rows by epoch, its workers' memory as seen on the way, and its seconds."""
+    """Run the training job; return its rows by epoch, samples of its workers' memory, and its seconds."""
     command = [sys.executable, TRAIN, "--storage-path", folder, "--run-name", name, *flags]
     start, seen = time.perf_counter(), []
     environment = {**os.environ, "RAY_ADDRESS": "local"}
@@ -170,11 +170,11 @@ def train_watched(
 
 
 def memory_and_epochs(folder: Path, num_epochs: int, flags: Sequence[object]) -> dict[str, Any]:
-    """Train for many epochs with one worker; return its memory, and the seconds until some of the epochs' ends."""
+    """Train many epochs with one worker; return its memory, and the training seconds after 1, 2, 4 and 8 epochs."""
     rows, seen, _ = train_watched(folder, "long", "--num-epochs", num_epochs, *flags)
     seconds = np.cumsum([row["epoch_s"] for row in rows])
     private = [own for _, own in seen]
-    early = len(private) // 4  # its first epochs are over by then
+    early = len(private) // 4  # the first epochs are over
     return {
         "num_epochs": num_epochs,
         "epochs": {str(n): round(float(seconds[n - 1]), 2) for n in (1, 2, 4, 8) if n <= len(seconds)},
@@ -185,17 +185,17 @@ def memory_and_epochs(folder: Path, num_epochs: int, flags: Sequence[object]) ->
 
 
 def worker_memory(job: psutil.Process) -> list[tuple[float, float]]:
-    """Return the MiB of each training worker below a job: resident, and its own, without what processes share."""
+    """Return the memory of each training worker of a job in MiB: resident, and private (not shared)."""
     found = []
     for worker in training_workers(job):
-        with contextlib.suppress(psutil.Error):  # it has just ended
+        with contextlib.suppress(psutil.Error):  # it has just exited
             memory = worker.memory_full_info()
             found.append((memory.rss / 2**20, memory.uss / 2**20))
     return found
 
 
 def write_repeated(folder: Path, source: tuple[Arrays, Arrays], times: int) -> Path:
-    """Write a data set in torchvision's layout whose training images are repeated."""
+    """Write MNIST in torchvision's layout, with each training image ``times`` times; return the folder."""
     raw = folder / f"times-{times}" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     train_images = np.tile(source[0].inputs, (times, 1, 1)), np.tile(source[0].targets, times)
@@ -209,7 +209,7 @@ def write_repeated(folder: Path, source: tuple[Arrays, Arrays], times: int) -> P
 def scaling(
     folder: Path, source: tuple[Arrays, Arrays], sizes: Sequence[tuple[int, int]], flags: Sequence[object]
 ) -> list[dict[str, Any]]:
-    """Train an epoch on images that are repeated, for each (times, workers); return a row each."""
+    """Train an epoch on repeated images, for each (times, workers); return a row for each."""
     rows = []
     for times, num_workers in sizes:
         name = f"times-{times}-workers-{num_workers}"
@@ -230,7 +230,7 @@ def scaling(
 
 
 def case_row(case: Case, rounds: Sequence[Figures], is_judged: bool) -> dict[str, Any] | None:
-    """Return a case's ratios over the rounds, and their median; None where no round has its figures."""
+    """Return a case's row: median and spread of its ratios. None if no round has both measurements."""
     pairs = [(f[case.of], f[case.over]) for f in rounds if case.of in f and case.over in f]
     ratios = [of / over for of, over in pairs]
     if not ratios:
@@ -249,7 +249,7 @@ def case_row(case: Case, rounds: Sequence[Figures], is_judged: bool) -> dict[str
 
 
 def cases_as_markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the cases as the lines of a table."""
+    """Return the lines of a Markdown table of the cases."""
     lines = [
         "| what | target | median ratio | of / over | least to most | rounds | met |",
         "|---|---|---|---|---|---|---|",
@@ -294,7 +294,7 @@ def as_markdown(results: dict[str, Any]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Return what this runs on."""
+    """Return this machine's processor, number of cores and memory."""
     names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     return {
         "processor": names[0] if names else platform.machine(),
@@ -309,7 +309,7 @@ def _cpuinfo() -> list[str]:
 
 
 def repeat(number: int, what: str, action: Callable[[Path], Figures]) -> list[Figures]:
-    """Do something several times, each in a folder of its own."""
+    """Call ``action`` ``number`` times, each with a new folder; print and return the measurements."""
     figures = []
     for count in range(number):
         with tempfile.TemporaryDirectory() as folder:
@@ -320,11 +320,11 @@ def repeat(number: int, what: str, action: Callable[[Path], Figures]) -> list[Fi
 
 
 def main() -> None:
-    """Run all of it; write results.json and the tables."""
+    """Run everything; write results.json and the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="one short round, to see that everything works")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peers", action="store_true", help="only what is beside other programs; written nowhere")
+    parser.add_argument("--peers", action="store_true", help="compare only with the peers; write no files")
     args = parser.parse_args()
     rounds, parts = (1, ["one"]) if args.quick else (args.rounds, PARTS)
     full = idx.load("train"), idx.load("test")

@@ -1,9 +1,9 @@
-"""Whether the bits depend on the workers, and what that costs: python benchmarks/bits.py; … --cost
+"""Check that --reproducible gives the same bits on any number of workers; measure its cost: python benchmarks/bits.py
 
-Trains the same run with ``--reproducible`` on other numbers of workers, through shared memory and through gloo, on
-hosts of their own, with workers killed, on a cluster that shrinks and grows, and resumed with fewer workers. Prints a
-row for each: how many of its runs ended with the weights that one worker has, to the last bit. With ``--cost``: the
-images/s of an epoch with ``--reproducible``, divided by those without, in turns.
+Trains the same run with ``--reproducible`` on several numbers of workers, through shared memory, through gloo on
+separate hosts, with workers killed, on a cluster that shrinks and grows, and resumed with fewer workers. Prints a row
+for each case: how many of its runs ended with weights bit-identical to those of one worker. With ``--cost``: the
+images/s of an epoch with ``--reproducible`` divided by the images/s without, measured in turn.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ NUM_KILLS = 10
 
 
 class Local:
-    """This machine, with a Ray of each job's own."""
+    """This machine, on which each job starts a local Ray."""
 
     address, driver_prefix = "local", []  # type: ignore[var-annotated]
 
     def revive(self) -> None:
-        """Replace nodes that have gone: there are none."""
+        """Do nothing: there are no nodes to replace."""
 
 
 def run(nodes: Local | Raylets | Hosts, folder: Path, *flags: str, do: Callable[[Driver], object] | None = None) -> str:
-    """Return the digest of the weights at a run's end; ``do`` something once its workers train."""
+    """Train; return the digest of the last weights. ``do`` is called as soon as the workers train."""
     storage = Path(tempfile.mkdtemp(dir=folder))
     driver = Driver(storage, "run", nodes, *flags)
     if do is not None:
@@ -50,7 +50,7 @@ def run(nodes: Local | Raylets | Hosts, folder: Path, *flags: str, do: Callable[
             nodes.revive()
         do(driver)
     status = driver.wait(nodes)
-    if not (storage / "run" / "result.json").exists():  # killed, or it could not: go on with what ``flags`` say last
+    if not (storage / "run" / "result.json").exists():  # killed or failed: resume with one worker
         driver = Driver(storage, "run", nodes, "--resume", "--num-workers", "1")
         status = driver.wait(nodes)
     if status:
@@ -59,7 +59,7 @@ def run(nodes: Local | Raylets | Hosts, folder: Path, *flags: str, do: Callable[
 
 
 def later(rng: random.Random, action: Callable[[], object]) -> Callable[[Driver], None]:
-    """Return what does something at a random moment of a run."""
+    """Return a function that calls ``action`` at a random moment of a run."""
 
     def act(driver: Driver) -> None:
         time.sleep(rng.uniform(0.2, 8))
@@ -69,7 +69,7 @@ def later(rng: random.Random, action: Callable[[], object]) -> Callable[[Driver]
 
 
 def shrink_and_grow(nodes: Raylets) -> Callable[[Driver], None]:
-    """Return what takes a node from a run, and gives it another once it goes on without."""
+    """Return a function that removes a node, and adds one as soon as the run has restarted without it."""
 
     def act(driver: Driver) -> None:
         time.sleep(3)
@@ -85,7 +85,7 @@ def shrink_and_grow(nodes: Raylets) -> Callable[[Driver], None]:
 
 @contextlib.contextmanager
 def started(start: Callable[[], Raylets | Hosts], num_nodes: int) -> Iterator[Raylets | Hosts]:
-    """Give a cluster, ended in the end."""
+    """Start a cluster with ``num_nodes`` nodes for workers; shut it down afterwards."""
     nodes = start()
     try:
         for _ in range(num_nodes):
@@ -96,7 +96,7 @@ def started(start: Callable[[], Raylets | Hosts], num_nodes: int) -> Iterator[Ra
 
 
 def rows(folder: Path, rng: random.Random) -> Iterator[tuple[str, str, Sequence[bool]]]:
-    """Yield what was run, with which flags, and whether each run's bits were those of one worker."""
+    """Yield each case, its flags, and for each of its runs whether the weights equal those of one worker."""
     local, expected = Local(), {}
     for recipe, flags in RECIPES.items():
         expected[recipe] = run(local, folder, "--num-workers", "1", *flags)
@@ -127,7 +127,7 @@ def rows(folder: Path, rng: random.Random) -> Iterator[tuple[str, str, Sequence[
 
 
 def cost(folder: Path, rounds: int) -> None:
-    """Print what an epoch's rate is divided by where it is reproducible."""
+    """Print the images/s of an epoch with ``--reproducible``, and their ratio to those without."""
     print("| workers | chunks | images/s | of those without |\n|---|---|---|---|")
     for workers, chunks in ((1, 8), (2, 8), (4, 8), (1, 4), (2, 4)):
         pairs = []
@@ -145,14 +145,14 @@ def cost(folder: Path, rounds: int) -> None:
 def main() -> None:
     """Run everything and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--cost", action="store_true", help="measure the cost instead of comparing weights")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     if args.cost:
         with tempfile.TemporaryDirectory() as folder:
             cost(Path(folder), args.rounds)
         return
-    os.environ["RAY_AUTH_MODE"] = "disabled"  # Cluster, unlike `ray start`, never asks for a token
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # Cluster, unlike `ray start`, does not set up a token
     chaos.FLAGS[:] = ["--reproducible", "--checkpoint-every", "50", "--max-failures", "3"]
     print("| what | flags | runs | same bits |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,11 +1,10 @@
-"""What a run survives: python benchmarks/chaos.py (make chaos)
+"""Check which failures a run survives: python benchmarks/chaos.py (make chaos)
 
-Every run trains with two workers on a cluster of a head and two nodes on this machine. At a random moment a worker is
-sent SIGKILL, a node is removed (another comes), the driver is sent SIGKILL (and resumed), or the storage is taken away
-for some seconds. Where the machine allows it (root, iproute2) there are runs as well on nodes in network namespaces
-with addresses of their own, and some of those have a node's link cut, for seconds or for so long that Ray gives the
-node up, and healed. A run counts as the same where its last weights are bit for bit those of a run that nothing
-happened to.
+Each run trains with two workers on a cluster of a head and two nodes on this machine. At a random moment a worker is
+killed (SIGKILL), a node is removed and replaced, the driver is killed and the run resumed, or the storage disappears
+for some seconds. With root and iproute2, there are also runs on nodes in network namespaces, each with its own address.
+In some of these, a node's link is cut and restored after some seconds, or so late that Ray has given the node up. A run
+counts as the same if its last weights are bit-identical to those of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ FLAGS = [
 STEPS_PER_EPOCH = 220
 RUNS = {"worker killed": 30, "node removed": 10, "driver killed": 10, "storage away": 5}
 RUNS_ON_HOSTS = {"worker killed": 3, "node removed": 3, "driver killed": 3, "link cut": 6}
-LONGEST_CUT_S = 40.0  # Ray gives a node up after some 20 s of silence
+LONGEST_CUT_S = 40.0  # Ray gives a node up after about 20 s of silence
 LATEST_S = 12.0  # after the workers have started; the training takes a little longer
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one run."""
+    """The outcome of one run."""
 
     where: str
     kind: str
@@ -58,7 +57,7 @@ class Outcome:
 
 
 class Driver:
-    """A training job whose output is read as it comes."""
+    """A training job, whose output is read while it runs."""
 
     def __init__(self, storage: Path, name: str, nodes: Raylets | Hosts, *more: str) -> None:
         self.lines: list[str] = []
@@ -84,7 +83,7 @@ class Driver:
         self.started.set()
 
     def wait(self, nodes: Raylets | Hosts) -> int:
-        """Return the exit status, all output read; meanwhile replace nodes that Ray has given up."""
+        """Wait for the exit and return its status; meanwhile replace nodes that Ray has given up."""
         while self.process.poll() is None:
             nodes.revive()
             time.sleep(0.2)
@@ -93,7 +92,7 @@ class Driver:
 
 
 class Raylets:
-    """Nodes that share this machine's address: a head without CPUs and, by ``add_node``, others."""
+    """Nodes that share this machine's address: a head without CPUs, and nodes from ``add_node``."""
 
     def __init__(self) -> None:
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -101,41 +100,41 @@ class Raylets:
         self.driver_prefix: list[str] = []
 
     def add_node(self) -> None:
-        """Start another node of one CPU."""
+        """Start a node with one CPU."""
         self._cluster.add_node(num_cpus=1)
 
     def training_pids(self) -> list[int]:
-        """Return the processes of the training workers, which are children of the nodes' raylets."""
+        """Return the PIDs of the training workers on all nodes."""
         nodes = self._cluster.worker_nodes
         return training_pids([started.process.pid for node in nodes for started in node.all_processes["raylet"]])
 
     def remove_a_node(self, rng: random.Random) -> None:
-        """Take a node away with all that runs on it."""
+        """Remove a random node and all its processes."""
         self._cluster.remove_node(rng.choice(list(self._cluster.worker_nodes)))
 
     def revive(self) -> None:
-        """Replace nodes that have gone by themselves: none does."""
+        """Do nothing: these nodes do not exit by themselves."""
 
     def shutdown(self) -> None:
-        """End all nodes."""
+        """Shut down all nodes."""
         self._cluster.shutdown()
 
 
 def kill_a_worker(nodes: Raylets | Hosts, rng: random.Random) -> None:
-    """Send SIGKILL to one of the training workers; they may have ended already."""
+    """Send SIGKILL to a random training worker, unless all have exited."""
     if pids := nodes.training_pids():
         with contextlib.suppress(ProcessLookupError):
             os.kill(rng.choice(pids), signal.SIGKILL)
 
 
 def replace_a_node(nodes: Raylets | Hosts, rng: random.Random) -> None:
-    """Take a node away with all that runs on it; another one comes."""
+    """Remove a random node and add a new one."""
     nodes.remove_a_node(rng)
     nodes.add_node()
 
 
 def take_storage_away(storage: Path, seconds: float) -> None:
-    """Put a file in the place of the storage's folder for some seconds."""
+    """Replace the storage folder by a file for ``seconds``."""
     away = storage.with_name(storage.name + ".away")
     storage.rename(away)
     storage.touch()
@@ -145,20 +144,20 @@ def take_storage_away(storage: Path, seconds: float) -> None:
 
 
 def weights(run: Path) -> str:
-    """Return the digest of a run's last weights."""
+    """Return the SHA-256 of a run's last weights."""
     last = max(run.glob("checkpoint_epoch*"))
     return hashlib.sha256((last / "model.safetensors").read_bytes()).hexdigest()
 
 
 def steps_repeated(lines: list[str]) -> int:
-    """Return the steps that a run's restarts have done again, as it says."""
+    """Return the number of steps that a run's restarts repeated, according to its output."""
     return sum(int(found[1].replace(",", "")) for line in lines if (found := re.search(r"lost \(([\d,]+) step", line)))
 
 
 def run_once(
     where: str, kind: str, number: int, nodes: Raylets | Hosts, folder: Path, rng: random.Random, expected: str | None
 ) -> Outcome:
-    """Let one thing happen to one run."""
+    """Train one run and disturb it once."""
     storage, name = folder / f"{where}_{kind}_{number}".replace(" ", "_"), "run"
     storage.mkdir()
     start, moment = time.perf_counter(), rng.uniform(0, LATEST_S)
@@ -191,7 +190,7 @@ def run_once(
 def run_all(
     where: str, start: Callable[[], Raylets | Hosts], runs: Mapping[str, int], folder: Path, rng: random.Random
 ) -> list[Outcome]:
-    """Let all of it happen on one cluster; return what came of each run."""
+    """Do all ``runs`` of each kind on one cluster; return their outcomes."""
     outcomes: list[Outcome] = []
     nodes = start()
     try:
@@ -210,7 +209,7 @@ def run_all(
 
 
 def print_table(outcomes: Sequence[Outcome]) -> None:
-    """Print a row for each kind of happening."""
+    """Print a row for each kind of failure."""
     print("\n| nodes | what happens | runs | finished | same weights | steps repeated: median, most | least accuracy |")
     print("|---|---|---|---|---|---|---|")
     for where, kind in dict.fromkeys((outcome.where, outcome.kind) for outcome in outcomes):
@@ -218,7 +217,7 @@ def print_table(outcomes: Sequence[Outcome]) -> None:
         finished, same = sum(o.status == 0 for o in of_kind), sum(o.is_same for o in of_kind)
         repeated = sorted(o.steps_repeated for o in of_kind)
         steps = f"{repeated[len(repeated) // 2]}, {repeated[-1]} of {2 * STEPS_PER_EPOCH}"
-        if kind == "driver killed":  # the next one does not know how far it had come
+        if kind == "driver killed":  # the resumed job does not know how far the killed one was
             steps = "not told"
         lowest = min(o.accuracy for o in of_kind)
         print(f"| {where} | {kind} | {len(of_kind)} | {finished} | {same} | {steps} | {lowest:.2%} |")
@@ -229,19 +228,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices={**RUNS, **RUNS_ON_HOSTS}, default=[*RUNS, "link cut"])
     parser.add_argument("--nodes", nargs="+", choices=["raylets", "hosts"], default=["raylets", "hosts"])
-    parser.add_argument("--runs", type=int, help="of each kind, in place of the numbers that the table has")
+    parser.add_argument("--runs", type=int, help="runs of each kind (default: as in the table of docs/failures.md)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fork-workers", choices=["auto", "no"], default="auto", help="as the job's flag")
+    parser.add_argument("--fork-workers", choices=["auto", "no"], default="auto", help="passed to the job")
     arguments = parser.parse_args()
     FLAGS.extend(["--fork-workers", arguments.fork_workers])
-    os.environ["RAY_AUTH_MODE"] = "disabled"  # Cluster, unlike `ray start`, never asks for a token
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # Cluster, unlike `ray start`, does not set up a token
     rng = random.Random(arguments.seed)
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
         for where, start, runs in (("raylets", Raylets, RUNS), ("hosts", Hosts, RUNS_ON_HOSTS)):
             chosen = {kind: arguments.runs or number for kind, number in runs.items() if kind in arguments.kinds}
             if where not in arguments.nodes or (where == "hosts" and not can_be_made()):
-                print(f"{where}: left out")
+                print(f"{where}: skipped")
                 continue
             outcomes += run_all(where, start, chosen, Path(folder), rng)
     print_table(outcomes)

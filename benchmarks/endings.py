@@ -1,8 +1,8 @@
-"""How a job ends where Ray does: python benchmarks/endings.py
+"""How a job ends if a part of Ray dies or hangs: python benchmarks/endings.py
 
-Each run trains on a local Ray. At a random moment a part of that Ray, or the job itself, is sent SIGKILL or SIGSTOP, or
-is interrupted. Counts the runs that ended within a minute and a half with one line that has the command to go on, and
-those that, gone on with, ended with the weights of a run that nothing happened to.
+Each run trains on a local Ray. At a random moment, a process of Ray is killed or stopped, or the job is killed or
+interrupted. Counts the runs that end within 90 s with one line that has the command to resume, and the runs that, once
+resumed, end with the weights of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -35,31 +35,31 @@ LONGEST_S = 90.0
 
 @dataclass(frozen=True)
 class Ending:
-    """What came of one run."""
+    """How one run ended."""
 
     seconds: float
-    """From what happened to the end."""
-    is_told: bool
-    """Whether it ended in time, with one line on how to go on."""
+    """From the signal to the job's exit."""
+    says_how_to_resume: bool
+    """Whether it ended in time, with one line on how to resume."""
     is_same: bool
-    """Whether it ended with the same weights when it was gone on with."""
+    """Whether the run, resumed if it was unfinished, has the weights of an undisturbed run."""
 
 
 def send(number: signal.Signals, name: str) -> Callable[[Driver], None]:
-    """Return what sends a signal to a process of a job, by the start of its name."""
+    """Return a function that sends a signal to the first process of a job whose name begins with ``name``."""
 
     def act(driver: Driver) -> None:
         for process in psutil.Process(driver.process.pid).children(recursive=True):
             if process.name().startswith(name):
                 process.send_signal(number)
                 return
-        raise RuntimeError(f"there is no process {name}")
+        raise RuntimeError(f"the job has no process {name}")
 
     return act
 
 
 def to_job(number: signal.Signals) -> Callable[[Driver], None]:
-    """Return what sends a signal to the process that does a job's work."""
+    """Return a function that sends a signal to the job's own process, the child of its supervisor."""
     return lambda driver: psutil.Process(driver.process.pid).children()[0].send_signal(number)
 
 
@@ -73,7 +73,7 @@ ACTIONS: dict[str, Callable[[Driver], None]] = {
 
 
 def run_once(action: Callable[[Driver], None], folder: Path, rng: random.Random, expected: str) -> Ending:
-    """Let one thing happen to one run, then go on with it."""
+    """Train one run, disturb it once, then resume it."""
     storage, nodes = Path(tempfile.mkdtemp(dir=folder)), Local()
     driver = Driver(storage, "run", nodes)
     driver.started.wait()
@@ -82,16 +82,16 @@ def run_once(action: Callable[[Driver], None], folder: Path, rng: random.Random,
     action(driver)
     driver.wait(nodes)
     seconds = time.monotonic() - start
-    is_told = seconds < LONGEST_S and "to go on: python jobs/train.py --resume" in driver.lines[-1]
+    says_how_to_resume = seconds < LONGEST_S and "python jobs/train.py --resume" in driver.lines[-1]
     if not (storage / "run" / "result.json").exists():
         Driver(storage, "run", nodes, "--resume").wait(nodes)
-    return Ending(seconds, is_told, chaos.weights(storage / "run") == expected)
+    return Ending(seconds, says_how_to_resume, chaos.weights(storage / "run") == expected)
 
 
 def main() -> None:
-    """Let all of it happen, and print a row for each."""
+    """Do all runs, and print a row for each kind."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=3, help="of each kind")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each kind")
     parser.add_argument("--kinds", nargs="+", choices=ACTIONS, default=[*ACTIONS])
     args = parser.parse_args()
     os.environ["RAY_ADDRESS"] = "local"
@@ -106,9 +106,9 @@ def main() -> None:
         for kind in args.kinds:
             runs = [run_once(ACTIONS[kind], Path(folder), rng, expected) for _ in range(args.runs)]
             seconds = [run.seconds for run in runs]
-            told, same = sum(run.is_told for run in runs), sum(run.is_same for run in runs)
+            resumable, same = sum(run.says_how_to_resume for run in runs), sum(run.is_same for run in runs)
             spread = f"{statistics.median(seconds):.0f}, {max(seconds):.0f}"
-            print(f"| {kind} | {len(runs)} | {spread} | {told} | {same} |", flush=True)
+            print(f"| {kind} | {len(runs)} | {spread} | {resumable} | {same} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A job but for its console, files and evaluation: what comes through the driver, and when."""
+"""Run a training job without console, files and evaluation, and record its events."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from mnist_ray.training.events import EpochFinished, Event, Started
 
 @dataclass(frozen=True)
 class Heard:
-    """All that a run has told."""
+    """The events of a run."""
 
     events: list[tuple[float, Event]]
-    """With the seconds since the beginning of the job."""
+    """Each with the seconds since the job started."""
     end_s: float
-    """When the last checkpoint was safe."""
+    """Seconds from the job's start until its last checkpoint was stored."""
 
     def times(self, kind: type[Event]) -> list[float]:
-        """Return when events of a kind have come."""
+        """Return the times of all events of a kind."""
         return [when for when, event in self.events if isinstance(event, kind)]
 
     @property
     def epochs(self) -> list[EpochFinished]:
-        """The ends of all epochs."""
+        """The events at the ends of epochs."""
         return [event for _, event in self.events if isinstance(event, EpochFinished)]
 
     @property
     def trained_s(self) -> float:
-        """Seconds of training of all epochs."""
+        """Training seconds of all epochs."""
         return sum(epoch.last.epoch_s for epoch in self.epochs)
 
     @property
     def stopped_s(self) -> float:
-        """Seconds from the first attempt's start to the last epoch's end in which nothing was trained."""
+        """Seconds without training, between the workers' first start and the end of the last epoch."""
         return self.times(EpochFinished)[-1] - self.times(Started)[0] - self.trained_s
 
 
 def run_job(flags: Mapping[str, object], on_event: Callable[[Event], None] = lambda event: None) -> Heard:
-    """Train as ``jobs/train.py`` would with these flags."""
+    """Train like ``jobs/train.py`` with these flags; ``on_event`` is called with each event."""
     begun = time.monotonic()
     sys.argv[1:] = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     from mnist_ray.run.job import read_job

@@ -1,7 +1,7 @@
-"""Accuracy on digits that are not MNIST's, with the preprocessing and without: python benchmarks/handwriting.py RUN
+"""Accuracy on digits that are not from MNIST, with and without preprocessing: python benchmarks/handwriting.py RUN
 
-Needs scikit-learn, and handwriting fonts, from Debian's packages that FONTS names. The preprocessing was developed on
-the fonts and images that --development chooses; the others were kept for the figures.
+Needs scikit-learn, and handwriting fonts from the Debian packages named at FONTS. The preprocessing was developed on
+the fonts and images that --development selects; all others were held out for the published table.
 """
 
 import argparse
@@ -30,8 +30,8 @@ FONTS = (
     "femkeklaver", "Humor-Sans", "KaushanScript-Regular", "Rufscript010", "SteveHand", "TomsonTalks",
     "LeckerliOne-Regular",
 )  # fmt: skip
-"""Of fonts-{dkg-handwriting,breip,bwht,dancingscript,femkeklaver,humor-sans,kaushanscript,kristi,rufscript,sjfonts,
-comic-neue,ecolier-court,tomsontalks,leckerli-one}."""
+"""Debian packages: fonts-{dkg-handwriting,breip,bwht,dancingscript,femkeklaver,humor-sans,kaushanscript,kristi,
+rufscript,sjfonts,comic-neue,ecolier-court,tomsontalks,leckerli-one}."""
 LOAD_DIGITS_DEVELOPMENT = 600
 VARIATIONS = 20
 
@@ -48,7 +48,7 @@ def enlarged_digits(is_development: bool) -> Iterator[Sample]:
 
 
 def placed_digits(is_development: bool) -> Iterator[Sample]:
-    """Yield 300 of the same digits, dark on white, of 40 to 200 pixels, somewhere in a picture of up to 400."""
+    """Yield 300 of these digits, dark on white, 40 to 200 pixels wide, placed at random in pictures of up to 400."""
     rng = np.random.default_rng(1)
     samples = list(enlarged_digits(is_development))
     for index in rng.choice(len(samples), 300, replace=False):
@@ -62,7 +62,7 @@ def placed_digits(is_development: bool) -> Iterator[Sample]:
 
 
 def rendered_digits(is_development: bool) -> Iterator[Sample]:
-    """Yield digits in handwriting fonts, of random size, place, colours and polarity; each also as if photographed."""
+    """Yield digits in handwriting fonts, of random size, place, colors and polarity; each also as if photographed."""
     rng = np.random.default_rng(0)
     for name in DEVELOPMENT_FONTS if is_development else FONTS:
         path = next(path for path in FONTS_FOLDER.rglob(f"{name}.*") if path.suffix in (".ttf", ".otf"))
@@ -74,7 +74,7 @@ def rendered_digits(is_development: bool) -> Iterator[Sample]:
 
 
 def render(text: str, font_path: Path, rng: np.random.Generator) -> Image.Image:
-    """Draw a digit somewhere in a picture of 60 to 600 pixels, up to twice as long as wide."""
+    """Draw a digit at a random place of a picture that is 60 to 600 pixels wide and half to twice as high."""
     width = int(rng.integers(60, 600))
     height = int(width * rng.uniform(0.5, 2))
     dark = tuple(int(value) for value in rng.integers(0, 90, 3))
@@ -90,7 +90,7 @@ def render(text: str, font_path: Path, rng: np.random.Generator) -> Image.Image:
 
 
 def photographed(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Turn a picture a little, light it from one side, cast a shadow's edge on it, add noise, save it as a JPEG."""
+    """Imitate a photograph: rotate slightly, light from one side, add the edge of a shadow and noise, save as JPEG."""
     turned = picture.rotate(rng.uniform(-12, 12), fillcolor=picture.getpixel((0, 0)), resample=Image.Resampling.BICUBIC)
     values = np.asarray(turned, np.float64)
     y, x = np.mgrid[0 : 1 : values.shape[0] * 1j, 0 : 1 : values.shape[1] * 1j]
@@ -112,12 +112,12 @@ def mnist_images() -> Iterator[Sample]:
 
 
 def plain(image: Image.Image) -> np.ndarray:
-    """Return a picture as 28×28, without finding the digit."""
+    """Scale a whole picture to 28×28, without looking for the digit."""
     return np.asarray(image.convert("L").resize((28, 28), Image.Resampling.BOX))
 
 
 def prepared(image: Image.Image) -> np.ndarray:
-    """Return a picture's digit as 28×28, black where none was found."""
+    """Return a picture's digit as 28×28; all black if none was found."""
     try:
         return to_mnist(image)
     except UsageError:
@@ -126,11 +126,11 @@ def prepared(image: Image.Image) -> np.ndarray:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?")
     parser.add_argument("--storage-path", default="~/ray_results")
-    parser.add_argument("--development", action="store_true")
-    parser.add_argument("--mistakes", help="a file for a picture of the mistakes")
+    parser.add_argument("--development", action="store_true", help="use the development fonts and images")
+    parser.add_argument("--mistakes", help="write a picture of the mistakes to this file")
     arguments = parser.parse_args()
     found = find(arguments.run, arguments.storage_path)
     model = found.load_model()
@@ -138,22 +138,22 @@ def main() -> None:
     samples = [*mnist_images(), *(sample for draw in foreign for sample in draw(arguments.development))]
     kinds = np.array([kind for kind, _, _ in samples])
     labels = np.array([label for _, label, _ in samples])
-    answers = {}
+    predictions = {}
     for name, prepare in (("without", plain), ("with", prepared)):
         images = torch.from_numpy(np.stack([prepare(image) for _, _, image in samples]))
         with torch.inference_mode():
-            answers[name] = model(found.workload.prepare(images, None)).argmax(1).numpy()
+            predictions[name] = model(found.workload.prepare(images, None)).argmax(1).numpy()
     print("| digits | number | without preprocessing | with |\n|---|---|---|---|")
     for kind in dict.fromkeys(kinds):
         of_kind = kinds == kind
-        accuracy = {name: (answer == labels)[of_kind].mean() for name, answer in answers.items()}
+        accuracy = {name: (predicted == labels)[of_kind].mean() for name, predicted in predictions.items()}
         print(f"| {kind} | {of_kind.sum():,} | {accuracy['without']:.1%} | {accuracy['with']:.1%} |")
     if arguments.mistakes:
         from mnist_ray.workload.figures import image_grid
 
-        wrong = np.flatnonzero((answers["with"] != labels) & (kinds != "MNIST's test images"))
+        wrong = np.flatnonzero((predictions["with"] != labels) & (kinds != "MNIST's test images"))
         wrong = np.random.default_rng(0).permutation(wrong)[:60]
-        captions = [f"{answers['with'][i]}, is {labels[i]}" for i in wrong]
+        captions = [f"{predictions['with'][i]}, is {labels[i]}" for i in wrong]
         both = np.stack([prepared(samples[i][2]) for i in wrong])
         Path(arguments.mistakes).write_bytes(image_grid(list(both), captions, num_columns=12))
 

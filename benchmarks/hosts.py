@@ -1,4 +1,4 @@
-"""Ray nodes as hosts: network namespaces with an address each, joined by a bridge. Needs root and iproute2."""
+"""Simulated hosts: network namespaces joined by a bridge, each with an address. Needs root and iproute2."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ NETWORK = "10.98.0"
 PORT = 6379
 BRIDGE = "mnistray0"
 SILENCE_S = 60.0
-# Hosts share no memory either; `ip netns exec` has made a mount namespace.
+# Gives a host its own /dev/shm, in the mount namespace that `ip netns exec` has created.
 OWN_MEMORY = ["sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh"]
 
 
 def can_be_made() -> bool:
-    """Tell whether this process may make network namespaces."""
+    """Return whether this process may create network namespaces."""
     return os.geteuid() == 0 and shutil.which("ip") is not None and _try("ip", "netns", "list")
 
 
 class Hosts:
-    """A head without CPUs and, by ``add_node``, nodes with one each; the driver runs beside the head."""
+    """A head without CPUs, and nodes with one CPU from ``add_node``. The driver runs on the head's host."""
 
     def __init__(self) -> None:
         self.address = f"{NETWORK}.1:{PORT}"
@@ -37,21 +37,21 @@ class Hosts:
         self._temporary = tempfile.mkdtemp(prefix="hosts-")
         self._nodes: dict[int, psutil.Popen] = {}
         self._added = 0
-        _remove_leftovers()
+        _remove_orphans()
         _run("ip", "link", "add", BRIDGE, "type", "bridge")
         _run("ip", "link", "set", BRIDGE, "up")
         self._start("--head", f"--port={PORT}", "--num-cpus=0", "--include-dashboard=false")
 
     def add_node(self) -> None:
-        """Start another host, of one CPU."""
+        """Start a host with one CPU."""
         self._start(f"--address={self.address}", "--num-cpus=1")
 
     def remove_a_node(self, rng: random.Random) -> None:
-        """End a host, with all that runs on it, without a word to the others."""
+        """Kill a random host and all its processes; the others are not notified."""
         self._remove(rng.choice(self.worker_numbers))
 
     def revive(self) -> None:
-        """Replace hosts whose Ray has ended itself, as it does once it learns that it was given up."""
+        """Replace hosts whose Ray has exited. It does so when it learns that the head has given it up."""
         for number in self.worker_numbers:
             if self._nodes[number].poll() is not None:
                 self._remove(number)
@@ -86,15 +86,15 @@ class Hosts:
 
     @property
     def worker_numbers(self) -> list[int]:
-        """The hosts that train."""
+        """The numbers of all hosts but the head."""
         return sorted(self._nodes.keys() - {1})
 
     def training_pids(self) -> list[int]:
-        """The processes of the training workers."""
+        """Return the PIDs of the training workers on all hosts."""
         return training_pids([self._nodes[number].pid for number in self.worker_numbers])
 
     def cut(self, number: int, seconds: float) -> None:
-        """Take a host off the network for a while."""
+        """Take a host off the network for ``seconds``."""
         _run("ip", "link", "set", f"mrlink{number}", "down")
         time.sleep(seconds)
         _run("ip", "link", "set", f"mrlink{number}", "up")
@@ -110,7 +110,7 @@ class Hosts:
         _try("ip", "netns", "del", f"{BRIDGE}-{number}")
 
     def shutdown(self) -> None:
-        """End all hosts and their network."""
+        """Kill all hosts and remove their network."""
         for number in list(self._nodes):
             self._remove(number)
         _try("ip", "link", "del", BRIDGE)
@@ -118,18 +118,18 @@ class Hosts:
 
 
 def training_pids(nodes: Sequence[int]) -> list[int]:
-    """Return the processes of training workers of some nodes, each given by a process above or at its raylet."""
+    """Return the PIDs of the training workers on some nodes, given by the PID of each raylet or its parent."""
     found = []
     for pid in nodes:
         for process in family_of(psutil.Process(pid)):
-            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just exited
                 if "TrainWo" in process.name():
                     found.append(process.pid)
     return found
 
 
 def family_of(node: psutil.Process) -> list[psutil.Process]:
-    """Return a node's processes: those below one of it, a fork server, and what that has forked."""
+    """Return a node's processes: ``node``, its descendants, and the workers that a fork server has forked for it."""
     if not node.is_running():
         return []
     below = [node, *node.children(recursive=True)]
@@ -142,8 +142,8 @@ def family_of(node: psutil.Process) -> list[psutil.Process]:
     return [*below, *forked]
 
 
-def _remove_leftovers() -> None:
-    """Remove the network of a benchmark that was killed."""
+def _remove_orphans() -> None:
+    """Remove the network that a killed benchmark has left behind."""
     listed = subprocess.run(["ip", "netns", "list"], check=True, capture_output=True, text=True).stdout.split()
     for name in listed:
         if name.startswith(f"{BRIDGE}-"):

@@ -1,4 +1,4 @@
-"""So many steps of the project's engine, timed; what other benchmarks do with it, they say."""
+"""Time steps of the project's engine, for other benchmarks."""
 
 from __future__ import annotations
 
@@ -19,28 +19,27 @@ from mnist_ray.workload.data import Split
 
 @dataclass(frozen=True)
 class Timed:
-    """What was seen after a tenth of the steps, and at the end."""
+    """Measurements after a tenth of the steps, and at the end."""
 
     step_s: float
-    """Seconds of a step in between."""
+    """Seconds per step in between."""
     early: float
-    """What ``look`` returned."""
+    """What ``look`` returned after a tenth of the steps."""
     late: float
+    """What it returned at the end."""
 
 
 class _Timer(Callback):
-    """Notes the time, and what ``look`` returns, about every half second; stops after some steps."""
+    """Records the time and the result of ``look`` about every half second; stops after ``num_steps``."""
 
     def __init__(self, num_steps: int, look: Callable[[], float]) -> None:
         self._num_steps, self._look = num_steps, look
         self.marks: list[tuple[int, float, float]] = []
 
     def on_progress(self, state: TrainingState, progress: Progress) -> None:
-        """Note it."""
         self.marks.append((progress.total_step, time.perf_counter(), self._look()))
 
     def wants_stop(self) -> bool:
-        """Stop when there were enough."""
         return bool(self.marks) and self.marks[-1][0] >= self._num_steps
 
 
@@ -53,7 +52,7 @@ def timed_steps(
     num_loaders: int = 0,
     look: Callable[[], float] = lambda: 0.0,
 ) -> Timed:
-    """Train so many steps in this process, as one of the ranks of ``group``."""
+    """Train at least ``num_steps`` steps in this process, as a rank of ``group``."""
     keep_freed_memory()
     state = engine.create_state(workload, config, len(split), group.device)
     timer = _Timer(num_steps, look)

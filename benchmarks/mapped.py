@@ -1,8 +1,8 @@
-"""Training on memory-mapped data that do not fit into memory, beside the same in memory: python benchmarks/mapped.py
+"""Compare training on memory-mapped data, larger than memory, with data in memory: python benchmarks/mapped.py
 
-Makes a sparse file of --gib GiB of images in --folder, and trains on it with the default recipe's network for --steps
-steps, in turns with data in memory whose examples have the same shape. Prints images a second, and what the training
-process and the processes that read for it hold of their own, after a tenth of the steps and at the end.
+Creates a sparse file of --gib GiB of images in --folder, and trains the default recipe's network on it for --steps
+steps, in turn with images of the same shape in memory. Prints images/s, and the private memory of the training process
+and its loaders, after a tenth of the steps and at the end.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BATCH_SIZE = 128
 
 
 def make(folder: Path, gib: float, is_cold: bool) -> None:
-    """Write images that take no room on the disk, and labels; read them into the page cache, unless it is cold."""
+    """Write images to a sparse file, and labels. Read the images into the page cache, unless ``is_cold``."""
     number = int(gib * 2**30 / np.prod(SHAPE))
     np.lib.format.open_memmap(folder / "inputs.npy", "w+", np.uint8, (number, *SHAPE))
     with (folder / "inputs.npy").open("rb", buffering=0) as file:
@@ -41,7 +41,7 @@ def make(folder: Path, gib: float, is_cold: bool) -> None:
 
 
 def own_mib() -> float:
-    """Return what this process and its children hold that no file backs, in MiB."""
+    """Return the memory of this process and its children that no file backs, in MiB."""
     total = 0
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
         status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
@@ -50,7 +50,7 @@ def own_mib() -> float:
 
 
 def train(folder: Path | None, num_steps: int, num_loaders: int) -> dict[str, float]:
-    """Train on the mapped images of a folder, or on some in memory; return the rate and the memory."""
+    """Train on the mapped images of a folder, or in memory if None; return images/s and MiB."""
     workload, group = source.load(source.DEFAULT)(metadata={"class_names": [*range(10)]}), Group()
     config = TrainConfig(
         precision=engine.resolve_precision("auto", group),
@@ -64,7 +64,7 @@ def train(folder: Path | None, num_steps: int, num_loaders: int) -> dict[str, fl
 
 
 def arrays_of(folder: Path | None) -> Arrays:
-    """Return the mapped arrays of a folder, or some in memory."""
+    """Return the mapped arrays of a folder, or arrays in memory if None."""
     if folder is not None:
         return Arrays(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("inputs", "targets")))
     labels = np.random.default_rng(0).integers(10, size=NUM_IN_MEMORY, dtype=np.uint8)
@@ -72,7 +72,7 @@ def arrays_of(folder: Path | None) -> Arrays:
 
 
 def measured(folder: Path | None, args: argparse.Namespace) -> dict[str, float]:
-    """Train in a process of its own."""
+    """Train in a new process; see ``train``."""
     which = [] if folder is None else ["--train-on", str(folder)]
     command = [sys.executable, __file__, "--steps", str(args.steps), "--loaders", str(args.loaders), *which]
     done = subprocess.run([*command, "--one"], check=True, stdout=subprocess.PIPE, text=True)
@@ -81,13 +81,13 @@ def measured(folder: Path | None, args: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    """Read the flags, train in turns, print the medians."""
+    """Train on mapped data and in memory, in turn; print the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gib", type=float, default=20)
+    parser.add_argument("--gib", type=float, default=20, help="size of the mapped images")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--loaders", type=int, default=1)
-    parser.add_argument("--cold", action="store_true", help="read nothing into the page cache before")
+    parser.add_argument("--loaders", type=int, default=1, help="processes that load batches")
+    parser.add_argument("--cold", action="store_true", help="do not read the images into the page cache first")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--train-on", type=Path, help=argparse.SUPPRESS)

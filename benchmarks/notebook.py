@@ -1,8 +1,8 @@
-"""The notebook's own loop, as a plain script over many seeds: python benchmarks/notebook.py --seeds 1 2 3
+"""The notebook's training loop as a script, over many seeds: python benchmarks/notebook.py --seeds 1 2 3
 
-Its network, order of ReLU and pooling, batch size, optimizer and two epochs; only the images are indexed from one
-tensor instead of going through PIL, so that a seed takes half a minute. It tells how far the notebook's 98.85 %
-varies by chance.
+The network, the order of ReLU and pooling, the batch size, the optimizer and the two epochs are the notebook's. Only
+the images are indexed from one tensor instead of going through PIL, so that a seed takes half a minute. Shows how much
+the notebook's 98.85 % varies by chance.
 """
 
 import argparse
@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 
 def tensors(split: Arrays) -> tuple[Tensor, Tensor]:
-    """Return images as ``ToTensor`` gives them, and labels."""
+    """Return images (N, 1, 28, 28) from 0 to 1, like ``ToTensor``, and labels (N,)."""
     return torch.tensor(split.inputs).unsqueeze(1).float() / 255, torch.tensor(split.targets).long()
 
 

@@ -1,8 +1,9 @@
-"""Whether this version does what an earlier one does: python benchmarks/same.py COMMIT
+"""Check that this version does the same as an earlier version: python benchmarks/same.py COMMIT
 
-Runs both on this machine, one after the other, and compares the last weights of ten set-ups by SHA-256, a sweep's table
-and choice without times, the consoles of train, tune and evaluate with times masked and their lines sorted, and the
-keys of every JSON file. Prints a line for each and what differs. Exits with status 1 if weights, table or choice do.
+Runs both versions on this machine, one after the other. Compares the last weights of ten set-ups by SHA-256; a sweep's
+table and choice, without times; the output of train, tune and evaluate, with times masked and lines sorted; and the
+keys of every JSON file. Prints a line for each, and the differences. Exits with status 1 if weights, table or choice
+differ.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ SETUPS: dict[str, list[str]] = {
 }
 SWEEP = ["--num-trials", "4", "--max-concurrent-trials", "1", "--num-confirmed", "1", "--limit", "0.2", *ONE_EPOCH]
 TIMES = ("images_per_s", "train_s")
-"""Columns of sweep.csv, which no two sweeps share."""
+"""Columns of sweep.csv that differ from sweep to sweep."""
 MASKS = {
     r"^seconds .*": "seconds",
     r"\d+\.\d+ s\b": "SECONDS",
@@ -51,26 +52,26 @@ MASKS = {
     r"[\d,]+ (?=done|stopped)": "RATE ",
     r"about [\d:]+ left": "TIME left",
 }
-# is_supported() of the shared memory asks for the processor's kind.
+# Turns shared memory off: is_supported() in training/shared_memory.py requires x86_64.
 WITHOUT_SHARED_MEMORY = "import platform\nplatform.machine = lambda: 'unknown'\n"
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one version did."""
+    """The results of one version."""
 
     weights: dict[str, str]
     """SHA-256 by set-up."""
     trials: list[str]
-    """The rows of sweep.csv without times, and the lines of best.json."""
+    """The rows of sweep.csv without times, and best.json."""
     consoles: dict[str, list[str]]
     """Masked and sorted lines by command."""
     keys: dict[str, set[str]]
-    """Of each JSON file, by its name: ``outer.inner``."""
+    """Keys by the name of the JSON file; nested keys as ``outer.inner``."""
 
 
 class Version:
-    """One version's code, with a storage of its own."""
+    """One version's code, with separate storage."""
 
     def __init__(self, root: Path, folder: Path) -> None:
         self._root = root
@@ -80,13 +81,13 @@ class Version:
         (self._hooks / "sitecustomize.py").write_text(WITHOUT_SHARED_MEMORY)
 
     def see(self) -> Seen:
-        """Run everything."""
+        """Run all set-ups, a sweep and an evaluation."""
         weights, consoles = {}, {}
         for setup, flags in SETUPS.items():
             name = re.sub(r"\W+", "-", setup)
             consoles[f"train, {setup}"] = self._train(name, setup, flags)
             weights[setup] = self._weights(name)
-        consoles.pop(f"train, {KILLED}")  # where it goes on depends on the moment
+        consoles.pop(f"train, {KILLED}")  # where it resumes depends on the moment of the kill
         consoles["tune"] = self._run("tune", *SWEEP, "--run-name", "sweep")
         consoles["evaluate"] = self._run("evaluate", "fp32")
         return Seen(weights, list(self._trials()), consoles, self._keys())
@@ -129,7 +130,7 @@ class Version:
             for row in csv.DictReader(file):
                 yield " ".join(f"{name}={value}" for name, value in row.items() if name not in TIMES)
         best = json.loads((self._storage / "sweep" / "best.json").read_text())
-        yield json.dumps(best | {"workload": None})  # which names where its code lies
+        yield json.dumps(best | {"workload": None})  # contains the path of its code
 
     def _keys(self) -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}
@@ -139,12 +140,12 @@ class Version:
 
 
 def is_progress(line: str) -> bool:
-    """Tell whether a line comes by the clock."""
+    """Return whether a line reports progress; these come by the clock."""
     return line.rstrip().endswith(" left")
 
 
 def masked(line: str, storage: Path) -> str:
-    """Return a line without what differs from run to run: times, rates, folders."""
+    """Mask everything in a line that differs from run to run: times, rates, folders."""
     line = line.rstrip().replace(str(storage), "STORAGE")
     for pattern, name in MASKS.items():
         line = re.sub(pattern, name, line)
@@ -163,7 +164,7 @@ def keys_of(value: object, outer: str = "") -> Iterator[str]:
 
 
 def compare(before: Seen, now: Seen) -> bool:
-    """Print what is equal and what differs; return whether weights, table and choice are equal."""
+    """Print the comparison; return whether weights, table and choice are equal."""
     is_same = True
     for setup, digest in before.weights.items():
         equal = now.weights[setup] == digest
@@ -184,7 +185,7 @@ def compare(before: Seen, now: Seen) -> bool:
 
 
 def print_difference(before: Sequence[str], now: Sequence[str]) -> None:
-    """Print the lines that only one of two has."""
+    """Print the lines that differ."""
     for line in difflib.unified_diff(before, now, lineterm="", n=0):
         if not line.startswith(("---", "+++", "@@")):
             print(f"         {line}")
@@ -193,11 +194,11 @@ def print_difference(before: Sequence[str], now: Sequence[str]) -> None:
 def main() -> None:
     """Run both versions and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commit", help="the earlier version")
+    parser.add_argument("commit", help="commit of the earlier version")
     commit = parser.parse_args().commit
     with checked_out(commit) as root, tempfile.TemporaryDirectory() as then, tempfile.TemporaryDirectory() as there:
         if root is None:
-            parser.error(f"there is no commit {commit} here")
+            parser.error(f"commit {commit} is not in this repository")
         before = Version(root, Path(then)).see()
         now = Version(ROOT, Path(there)).see()
     sys.exit(0 if compare(before, now) else 1)

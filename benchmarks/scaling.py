@@ -1,11 +1,11 @@
-"""How fast training would be on many workers, predicted from a few constants: python benchmarks/scaling.py
+"""Predict the speed of training on many workers from a few constants: python benchmarks/scaling.py
 
-Measures on this machine what a step costs one worker, what a sum over workers costs through shared memory and through
-a link, and what workers beyond the cores cost each other. With these it predicts the step of 1, 2 and 4 workers at
-several batch sizes, and of two hosts (network namespaces; needs root and iproute2) whose link is slowed down, and
-measures those too: all in turns, in several rounds, since a machine is faster at one time than at another. After that
-it prints tables for up to 1,000 workers, of the default recipe's network and of one of 100 million parameters. --quick
-measures few steps, to see that all of it works.
+Measures on this machine the seconds of a step of one worker, of a sum over workers through shared memory and through a
+network link, and the slowdown if there are more workers than cores. From these constants it predicts the step of 1, 2
+and 4 workers at several batch sizes, and of two hosts with a slow link (network namespaces; needs root and iproute2).
+Then it measures the same steps. All measurements take turns, in several rounds, since the machine's speed varies.
+Finally it prints predictions for up to 1,000 workers, for the default recipe's network and for one of 100 million
+parameters. --quick measures few steps, to see that everything works.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TOLERANCE = 0.15
 
 @dataclass(frozen=True)
 class Link:
-    """What joins two hosts."""
+    """A network link between two hosts."""
 
     megabit_s: float
     delay_s: float = 0.0
@@ -53,23 +53,23 @@ class Link:
 
     @property
     def bytes_per_s(self) -> float:
-        """Payload; a twentieth is headers."""
+        """Payload; headers take 5 %."""
         return self.megabit_s * 1e6 / 8 * 0.95
 
 
 @dataclass(frozen=True)
 class Model:
-    """What training a model costs one worker of one core."""
+    """The training cost of a model on one worker with one core."""
 
     num_bytes: float
-    """Of its gradients."""
+    """Size of the gradients."""
     slices: tuple[int, ...]
-    """Numbers of images of which a step was measured."""
+    """Sizes, in images, for which a step was measured."""
     seconds: tuple[float, ...]
-    """What each took. An image costs more where there are too many for the processor's cache."""
+    """Of a step of each size. An image costs more if the slice does not fit into the processor's cache."""
 
     def compute_s(self, size: int) -> float:
-        """Return the seconds of a step of so many images, on a line through the two measured ones around it."""
+        """Return the seconds of a step of ``size`` images, on a line through the two nearest measured sizes."""
         place = min(max(bisect.bisect(self.slices, size), 1), len(self.slices) - 1)
         (low, high), (before, after) = self.slices[place - 1 : place + 1], self.seconds[place - 1 : place + 1]
         return max(0.0, before + (after - before) * (size - low) / (high - low))
@@ -82,27 +82,28 @@ class Plan:
     num_workers: int
     num_hosts: int = 1
     cores: int = 2
-    """Of each host."""
+    """Per host."""
     link: Link | None = None
-    """None: there is one host."""
+    """Between hosts. None: one host."""
     sharing: float = 1.0
-    """How much longer each of two workers computes: they share the processor's caches, and wait for the slower."""
+    """Slowdown of two workers on a host: they share the processor's caches, and wait for the slower one."""
     memory_step_s: float = 0.0
-    """Of a sum over two workers through shared memory."""
+    """Constant part of a sum through shared memory, measured with two workers."""
     memory_byte_s: float = 0.0
-    """Each byte of each worker."""
+    """Part for each byte of each worker."""
     message_s: float = 0.0
-    """Of a message through the process group, beside the link's delay."""
+    """Seconds of a message through the process group, in addition to the link's delay."""
     waiting: float = 1.0
-    """How much longer workers beyond the cores take than their turns: they wait for who has none."""
+    """Slowdown if there are more workers than cores, in addition to taking turns: workers wait for each other."""
 
 
 def step_s(model: Model, plan: Plan, batch_size: int) -> float:
     """Predict the seconds of a step.
 
-    The slowest worker has the largest slice; workers beyond the cores take turns. Through shared memory each worker
-    adds up the gradients of all. Between hosts they go around a ring: 2 (W - 1) messages of a W-th of them (Patarasu
-    and Yuan, 2009). Nothing overlaps: this project's small models have one bucket of gradients.
+    The worker with the largest slice decides. If there are more workers than cores, they take turns. Through shared
+    memory, each worker sums the gradients of all. Between hosts, the gradients go around a ring: 2 (W - 1) messages,
+    each with 1/W of the gradients (Patarasu and Yuan, 2009). Communication and computation do not overlap: this
+    project's small models have one bucket of gradients.
     """
     turns = max(1.0, plan.num_workers / plan.num_hosts / plan.cores)
     turns *= plan.waiting if turns > 1 else 1.0
@@ -116,12 +117,12 @@ def step_s(model: Model, plan: Plan, batch_size: int) -> float:
 
 
 def ring_s(model: Model, number: int, link: Link, message_s: float) -> float:
-    """Predict the seconds of a sum of gradients over so many processes with a link between each two neighbours."""
+    """Predict the seconds of a ring all-reduce of the gradients over ``number`` processes."""
     return 2 * (number - 1) * (link.delay_s + message_s + model.num_bytes / number / link.bytes_per_s)
 
 
 def hierarchical_step_s(model: Model, plan: Plan, batch_size: int) -> float:
-    """Predict the same where workers of a host add up through shared memory first, and only hosts exchange."""
+    """Predict the seconds of a step if workers sum within their host first, and only hosts exchange gradients."""
     within = replace(plan, num_workers=max(1, plan.num_workers // plan.num_hosts), num_hosts=1, link=None)
     alone = step_s(model, within, math.ceil(batch_size / plan.num_hosts))
     assert plan.link is not None
@@ -129,15 +130,15 @@ def hierarchical_step_s(model: Model, plan: Plan, batch_size: int) -> float:
 
 
 def checkpoint_interval_s(checkpoint_s: float, hours_between_failures: float, num_hosts: int) -> float:
-    """Return how often to checkpoint, so that writing and repeating cost least: sqrt(2 C M) (Young, 1974).
+    """Return the interval at which writing checkpoints and repeating steps cost least: sqrt(2 C M) (Young, 1974).
 
-    ``hours_between_failures`` is that of one host.
+    ``hours_between_failures`` is for a single host.
     """
     return math.sqrt(2 * checkpoint_s * hours_between_failures * 3600 / num_hosts)
 
 
 def lost_to_failures(checkpoint_s: float, restart_s: float, hours_between_failures: float, num_hosts: int) -> float:
-    """Return the part of the time that goes into checkpoints, repeated steps and restarts, at that interval."""
+    """Return the share of time lost to checkpoints, repeated steps and restarts at that interval."""
     between_s = hours_between_failures * 3600 / num_hosts
     every_s = checkpoint_interval_s(checkpoint_s, hours_between_failures, num_hosts)
     return min(1.0, checkpoint_s / every_s + (every_s / 2 + restart_s) / between_s)
@@ -147,7 +148,7 @@ def lost_to_failures(checkpoint_s: float, restart_s: float, hours_between_failur
 
 
 def train_steps(group: Group, batch_size: int, num_steps: int) -> float:
-    """Train in this process, one rank; return the seconds of a step after the first tenth of them."""
+    """Train as one rank in this process; return the seconds per step after the first tenth of the steps."""
     torch.set_num_threads(1)
     workload = source.load(source.DEFAULT)()
     split = Split(load_data(workload).train)
@@ -158,23 +159,23 @@ def train_steps(group: Group, batch_size: int, num_steps: int) -> float:
 
 
 def run_rank(rank: int, num_workers: int, batch_size: int, num_steps: int, meeting: str) -> None:
-    """Train as one of several ranks; rank 0 prints the seconds of a step."""
+    """Train as one of several ranks; rank 0 prints the seconds per step."""
     group = Group(rank, num_workers)
     if num_workers > 1:
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_workers)
     seconds = train_steps(group, batch_size, num_steps)
     if rank == 0:
         print(json.dumps(seconds), flush=True)
-    os._exit(0)  # without a word to the others, who may have gone
+    os._exit(0)  # no clean-up with the other ranks: they may have exited
 
 
 def measured_step_s(num_workers: int, batch_size: int, num_steps: int, hosts: bool = False) -> float:
-    """Measure the seconds of a step of workers on this machine, or of one on each host."""
+    """Measure the seconds per step of workers on this machine, or of one worker on each host."""
     with tempfile.TemporaryDirectory() as folder:
         meeting = f"tcp://{ADDRESSES[0]}:{PORT}" if hosts else f"file://{folder}/store"
         processes = []
         for rank in range(num_workers):
-            # Each host has a core, and memory, of its own.
+            # Each host has its own core and shared memory.
             prefix = ["ip", "netns", "exec", HOSTS[rank], *OWN_MEMORY] if hosts else []
             interface = {"GLOO_SOCKET_IFNAME": "eth0" if hosts else "lo"}
             arguments = [str(value) for value in (rank, num_workers, batch_size, num_steps)]
@@ -188,7 +189,7 @@ def measured_step_s(num_workers: int, batch_size: int, num_steps: int, hosts: bo
 
 @contextlib.contextmanager
 def linked(link: Link | None) -> Iterator[None]:
-    """Make two network namespaces that a link joins, slowed down if it is told how much."""
+    """Create two network namespaces joined by a link, which is slowed down unless ``link`` is None."""
     _ip("link add mnistray-a0 type veth peer name mnistray-b0")
     try:
         for host, address in zip(HOSTS, ADDRESSES, strict=True):
@@ -227,12 +228,12 @@ def large_model(num_steps: int) -> Model:
 
 @dataclass(frozen=True)
 class Point:
-    """What is measured: so many workers on this machine, or one on each of two hosts."""
+    """A measurement: several workers on this machine, or one on each of two hosts."""
 
     num_workers: int
     batch_size: int
     megabit_s: float | None = None
-    """Of the link between two hosts; infinite where nothing slows it down, None where there is one host."""
+    """Speed of the link between two hosts. Infinite: not slowed down. None: one host."""
 
     def __str__(self) -> str:
         if self.megabit_s is None:
@@ -240,7 +241,7 @@ class Point:
         return f"2 hosts, {self.megabit_s:g} Mbit/s, batch {self.batch_size}"
 
 
-# The constants come from points that are not predicted.
+# The constants come from other points than the predictions.
 ALONE = [Point(1, size) for size in (16, 48, 96, 192, 384)]
 TWO = [Point(2, 32), Point(2, 256)]
 FOUR = [Point(4, 32), Point(4, 96), Point(4, 256)]
@@ -250,7 +251,7 @@ PREDICTED_HOSTS = [Point(2, batch_size, megabit_s) for megabit_s in (200, 50, 10
 
 
 def measured_points(points: Sequence[Point], num_images: int, num_rounds: int) -> dict[Point, float]:
-    """Measure seconds of a step at each point, of so many images in all, in turns; return the medians of the rounds."""
+    """Measure the seconds per step at each point, in turn; return the medians over the rounds."""
     seconds: dict[Point, list[float]] = {point: [] for point in points}
     for _ in range(num_rounds):
         for point, times in seconds.items():
@@ -280,7 +281,7 @@ def calibrated(measured: dict[Point, float]) -> tuple[Model, Plan]:
 
 
 def check(model: Model, plan: Plan, measured: dict[Point, float]) -> None:
-    """Print what is predicted beside what was measured, and how many of the predictions are near enough."""
+    """Print predictions and measurements, and how many predictions are within the tolerance."""
     print("| | predicted, ms | measured, ms | error |\n|---|---|---|---|")
     num_near = 0
     points = [point for point in PREDICTED + PREDICTED_HOSTS if point in measured]
@@ -296,7 +297,7 @@ def check(model: Model, plan: Plan, measured: dict[Point, float]) -> None:
 
 
 def print_plans(name: str, model: Model, plan: Plan, workers_a_host: int, batch_sizes: Sequence[int]) -> None:
-    """Print what more workers bring, and what other designs would."""
+    """Print the predicted images/s of more workers, with this design and others."""
     print(f"\n{name}, {workers_a_host} workers a host of as many cores\n")
     print("| workers | batch | images/s | of ideal | hierarchical | of 1 byte a gradient | a sum every 8 steps |")
     print("|---|---|---|---|---|---|---|")
@@ -322,7 +323,7 @@ def print_plans(name: str, model: Model, plan: Plan, workers_a_host: int, batch_
 
 
 def print_checkpoints(name: str, num_bytes: float, restart_s: float) -> None:
-    """Print how often to checkpoint where a host fails once in so many hours, and what that costs."""
+    """Print the best checkpoint interval for several rates of failure, and the share of time lost."""
     print(f"\n{name}: a checkpoint of {3 * num_bytes / 1e6:,.1f} MB; a restart takes {restart_s:.0f} s\n")
     print("| hosts | a host fails every | written at once, 100 MB/s: every, lost | beside the training: every, lost |")
     print("|---|---|---|---|")
@@ -342,7 +343,7 @@ def main() -> None:
         rank, num_workers, batch_size, num_steps = map(int, sys.argv[2:6])
         run_rank(rank, num_workers, batch_size, num_steps, sys.argv[6])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="measure few steps")
     parser.add_argument("--restart-s", type=float, default=3.0, help="seconds from a worker's loss to the next step")
     args = parser.parse_args()
     num_images, num_rounds = (5_000, 1) if args.quick else (25_000, 3)

@@ -1,8 +1,7 @@
-"""What the order of an epoch's examples costs as they grow, and whether it is as good: python benchmarks/shuffling.py
+"""Compare the shuffle with NumPy's permutation, in cost and accuracy: python benchmarks/shuffling.py
 
-For each number of examples: milliseconds to the first batch of 128, nanoseconds for each example of those after it, and
-memory; beside NumPy's permutation of all of them. With --accuracy: the test accuracy of the default recipe's network in
-this process, with the one order and the other.
+For each number of examples: milliseconds to the first batch of 128, nanoseconds for each example of the next batches,
+and memory. With --accuracy: the test accuracy of the default recipe's network with both, trained in this process.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ NUM_BATCHES = 2000
 
 
 class Permutation:
-    """All of an order at once, as NumPy draws it."""
+    """The whole order, drawn at once by NumPy."""
 
     def __init__(self, number: int, key: Sequence[int]) -> None:
         self._order = np.random.default_rng(tuple(key)).permutation(number)
@@ -50,7 +49,7 @@ def measure(number: int, order: str) -> str:
 
 
 def seconds_to_draw(number: int, order: str) -> tuple[float, float]:
-    """Return the seconds to an epoch's first batch, and those for each example of the next."""
+    """Return the seconds to an epoch's first batch, and the seconds per example of the next batches."""
     start = time.perf_counter()
     batches = (slice_.indices for slice_ in sampler.ShardedBatchSampler(number, BATCH_SIZE, seed=0, epoch=0))
     if order == "as a whole":
@@ -63,7 +62,7 @@ def seconds_to_draw(number: int, order: str) -> tuple[float, float]:
 
 
 def test_accuracy(seed: int) -> float:
-    """Train by the default recipe in this process; return the last weights' accuracy on the test set."""
+    """Train the default recipe in this process; return the test accuracy of the last weights."""
     workload = source.load(source.DEFAULT)()
     data = splits_of(load_data(workload), None)
     group = Group()
@@ -86,7 +85,7 @@ def print_accuracies(seeds: Sequence[int]) -> None:
 def main() -> None:
     """Read the flags and print the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--accuracy", action="store_true")
+    parser.add_argument("--accuracy", action="store_true", help="measure accuracy instead of cost")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
     args = parser.parse_args()
     if args.accuracy:
@@ -95,7 +94,7 @@ def main() -> None:
     print("| examples | drawn | first batch, ms | each example after it, ns | MiB |\n|---|---|---|---|---|")
     for exponent in range(4, 10):
         print(measure(10**exponent, "by place"), flush=True)
-        if exponent < 9:  # which would take 8 GiB
+        if exponent < 9:  # 10⁹ would take 8 GiB
             print(measure(10**exponent, "as a whole"), flush=True)
 
 

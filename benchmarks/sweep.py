@@ -1,8 +1,8 @@
-"""What a sweep costs beside its training, and against a naive one: python benchmarks/sweep.py
+"""Compare the time of a sweep with its training alone, and with a naive sweep: python benchmarks/sweep.py
 
-Sixteen one-epoch trials of one worker each, as `jobs/tune.py` runs them, and the first eight of them as a sweep that
-starts a `TorchTrainer` for every trial. The points, the engine, the recipe and the trials at a time are the same. The
-bound is the sum of the trials' training seconds over the trials at a time: nothing that trains them can be faster.
+Runs sixteen one-epoch trials of one worker each, like `jobs/tune.py`; then the first eight of them as a naive sweep,
+which starts a `TorchTrainer` for every trial. Points, engine, recipe and concurrency are the same. The lower bound is
+the trials' total training seconds divided by the number of trials at a time.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from mnist_ray.sweep.trials import DONE
 
 
 def naive_trial(tune_config: dict[str, Any], spec: trial.TrialSpec) -> None:
-    """Train one point with a TorchTrainer of its own, of one worker."""
+    """Train one point with a new TorchTrainer of one worker."""
     seed = tune_config.pop("seed")
     job = spec.job.with_values({**tune_config, "seed": seed})
     folder = spec.folder.inside(Point(tuple(tune_config.items()), seed).name)
@@ -55,8 +55,10 @@ def main() -> None:
     """Run both sweeps and print their seconds and ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-trials", type=int, default=16)
-    parser.add_argument("--num-naive-trials", type=int, default=8, help="the first of the same trials")
-    parser.add_argument("--json", action="store_true", help="print the seconds for a program")
+    parser.add_argument(
+        "--num-naive-trials", type=int, default=8, help="how many of the same trials the naive sweep runs"
+    )
+    parser.add_argument("--json", action="store_true", help="print the seconds as JSON")
     args = parser.parse_args()
     environment.prepare(verbose=False)
     with tempfile.TemporaryDirectory() as storage:

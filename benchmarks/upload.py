@@ -1,7 +1,7 @@
-"""What large checkpoints cost the training where storage is slow: python benchmarks/upload.py
+"""How long large checkpoints stop the training if storage is slow: python benchmarks/upload.py
 
-Trains a model of 34 million parameters, whose checkpoints have 400 MB, three epochs with two checkpoints each: to this
-machine's disk, and to an S3 server behind a link of so many Mbit/s. Prints how long the training stood still for them.
+Trains a model of 34 million parameters for three epochs, with two checkpoints of 400 MB in each. The storage is first
+this machine's disk, then an S3 server behind a slow link. Prints for how many seconds checkpoints stopped the training.
 Needs root, iproute2 and pip install 'moto[server]'; takes ten minutes.
 """
 
@@ -30,7 +30,7 @@ STORAGE = f"s3://bucket/runs?endpoint_override={ADDRESSES[1]}:{S3_PORT}&scheme=h
 
 
 def train(storage: str) -> dict[str, float]:
-    """Train; return seconds."""
+    """Train; return the seconds trained, stopped, and after the last step."""
     heard = run_job(
         {
             "workload": WIDE,
@@ -50,7 +50,7 @@ def train(storage: str) -> dict[str, float]:
 
 
 def measured(storage: str, prefix: list[str]) -> None:
-    """Train in a process of its own; print a row."""
+    """Train in a new process; print a row."""
     environment = {**os.environ, "RAY_ADDRESS": "local", "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
     command = [*prefix, sys.executable, __file__, "--one", storage]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -59,13 +59,13 @@ def measured(storage: str, prefix: list[str]) -> None:
 
 
 def main() -> None:
-    """Read the flags, and print a row for each storage."""
+    """Print a row for each storage."""
     if sys.argv[1:2] == ["--one"]:
         print(json.dumps(train(sys.argv[2])))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabit-s", type=float, default=400)
-    parser.add_argument("--moto-server", default=shutil.which("moto_server"), help="the program")
+    parser.add_argument("--megabit-s", type=float, default=400, help="speed of the link")
+    parser.add_argument("--moto-server", default=shutil.which("moto_server"), help="path of the program")
     args = parser.parse_args()
     print("| storage | trained, s | stood still, s | from the last step to the end, s |\n|---|---|---|---|")
     for name in ("disk", "S3"):
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def make_bucket(url: str, within_s: float = 30.0) -> None:
-    """Make a bucket as soon as the server answers."""
+    """Create a bucket as soon as the server answers."""
     end = time.monotonic() + within_s
     while True:
         try:

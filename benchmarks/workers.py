@@ -1,8 +1,8 @@
-"""What workers cost besides their training, as they grow in number: python benchmarks/workers.py
+"""Measure the overhead of workers as their number grows: python benchmarks/workers.py
 
-Trains a model whose steps cost next to nothing on 1, 2, 4, … workers of one CPU each, on one raylet and on eight which
-share this machine's cores. Prints seconds from the start of the job until the workers train, milliseconds of a
-checkpoint, seconds from a worker's kill until the others train with a new one, and what comes through the driver.
+Trains a model whose steps take almost no time on 1, 2, 4, … workers of one CPU each, on one raylet and on eight that
+share this machine's cores. Prints the seconds until the workers train, the milliseconds of a checkpoint, the seconds
+from a worker's kill until training continues with a new one, and the events and bytes/s that reach the driver.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CHECKPOINT_EVERY = 5  # of 50 steps an epoch
 
 
 def train(num_workers: int, storage: str) -> dict[str, float]:
-    """Train, killing a worker after the second epoch; return what it took."""
+    """Train, and kill a worker after the second epoch; return the measurements."""
     flags = {
         "workload": TINY,
         "num_workers": num_workers,
@@ -62,7 +62,7 @@ def train(num_workers: int, storage: str) -> dict[str, float]:
 
 
 def measured(num_workers: int, num_raylets: int) -> dict[str, float]:
-    """Train in a process of its own, on a cluster of its own."""
+    """Train in a new process, on a new cluster."""
     from ray.cluster_utils import Cluster
 
     cpus = max(num_workers, 2) if num_raylets == 1 else 0
@@ -81,7 +81,7 @@ def measured(num_workers: int, num_raylets: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Read the flags, and print a row for each number of workers."""
+    """Print a row for each number of raylets and workers."""
     if sys.argv[1:2] == ["--one"]:
         print(json.dumps(train(int(sys.argv[2]), sys.argv[3])))
         return

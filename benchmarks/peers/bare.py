@@ -1,7 +1,7 @@
-"""The project's engine and recipe without Ray: one process with all cores, or several under DDP with a thread each.
+"""The project's engine and recipe without Ray: one process with all cores, or several under DDP that share them.
 
-python bare.py NUM_WORKERS NUM_EPOCHS [--plain] [--data-dir DIR]; the last line is JSON. --plain leaves the sum of the
-gradients to DDP and gloo.
+python bare.py NUM_WORKERS NUM_EPOCHS [--plain] [--data-dir DIR]; the last line is JSON. With --plain, DDP sums the
+gradients through gloo instead of shared memory.
 """
 
 import argparse
@@ -27,18 +27,17 @@ from mnist_ray.workload.source import load_data
 
 
 class _Rates(Callback):
-    """Notes the images a second of each epoch."""
+    """Records the images/s of each epoch."""
 
     def __init__(self) -> None:
         self.of_epochs: list[float] = []
 
     def on_epoch(self, state: TrainingState, progress: Progress) -> None:
-        """Note it."""
         self.of_epochs.append(progress.examples_per_s)
 
 
 def work(rank: int, args: argparse.Namespace, folder: str, workload: Workload, data: Splits) -> None:
-    """Train on one rank; rank 0 writes down the rate of the first epoch."""
+    """Train as one rank; rank 0 writes the images/s of the first epoch to a file."""
     keep_freed_memory()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // args.num_workers))
     group = Group(rank, args.num_workers)
@@ -58,7 +57,7 @@ def work(rank: int, args: argparse.Namespace, folder: str, workload: Workload, d
 
 
 def main() -> None:
-    """Train in processes, and print the rate."""
+    """Train in ``num_workers`` processes, and print the images/s."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("num_workers", type=int)
     parser.add_argument("num_epochs", type=int)

@@ -1,4 +1,4 @@
-"""The plainest Ray way: a `TorchTrainer` script as Ray's guide has it. python minimal_ray.py DATA_DIR EPOCHS WORKERS"""
+"""A minimal `TorchTrainer` script, as in Ray's guide: python minimal_ray.py DATA_DIR EPOCHS WORKERS"""
 
 import json
 import sys
@@ -36,7 +36,7 @@ class Net(nn.Module):
 
 
 def train_func(config: dict) -> None:
-    """Train on one worker, and let each evaluate its part of the test set."""
+    """Train on one worker, which evaluates its part of the test set."""
     to_tensor = transforms.ToTensor()
     train = datasets.MNIST(config["data"], train=True, transform=to_tensor)
     test = datasets.MNIST(config["data"], train=False, transform=to_tensor)
@@ -70,7 +70,7 @@ def train_func(config: dict) -> None:
 
 
 def main() -> None:
-    """Train, and print the seconds that were spent on training and evaluation, as JSON."""
+    """Train; print the seconds of training and evaluation as JSON."""
     with tempfile.TemporaryDirectory() as storage:
         trainer = TorchTrainer(
             train_func,

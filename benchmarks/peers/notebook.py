@@ -1,6 +1,6 @@
 """The notebook as a script: torchvision's MNIST, ToTensor, batch 8, fp32, .item() at every step.
 
-python notebook.py DATA_DIR EPOCHS, where DATA_DIR is torchvision's; the last line is JSON.
+python notebook.py DATA_DIR EPOCHS, with data in torchvision's layout; the last line is JSON.
 """
 
 import json
@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 
 def main() -> None:
-    """Train and evaluate as the notebook does, without its pictures."""
+    """Train and evaluate like the notebook, without its plots."""
     folder, num_epochs = sys.argv[1], int(sys.argv[2])
     to_tensor = torchvision.transforms.ToTensor()
     train = torchvision.datasets.MNIST(folder, train=True, transform=to_tensor)

@@ -1,4 +1,4 @@
-"""A workload whose steps cost nothing: what is measured with it is all around them."""
+"""A workload whose steps take almost no time, to measure everything around them."""
 
 from typing import ClassVar
 
@@ -9,10 +9,10 @@ from mnist_ray.workload import Arrays, Classification, Data
 
 
 class Tiny(Classification):
-    """Tell the sign of the first of some numbers."""
+    """Classify vectors by the sign of their first number."""
 
     shape: ClassVar[tuple[int, int]] = (6400, 8)
-    """Of the inputs."""
+    """Shape of the inputs."""
 
     def load_data(self) -> Data:
         """Return random numbers."""

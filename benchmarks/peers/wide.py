@@ -5,7 +5,7 @@ from torch import nn
 
 
 class Wide(Tiny):
-    """Tell the sign of the first of many numbers."""
+    """The same with longer vectors and more parameters."""
 
     shape = (12_800, 4096)
 
