@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ADDRESS ?= http://localhost:8265
 JOB ?= train
-# Where there is a token, clusters ask for it.
+# If there is a token, clusters require it.
 AUTH ?= $(or $(RAY_AUTH_MODE),$(if $(wildcard $(HOME)/.ray/auth_token)$(RAY_AUTH_TOKEN),token,disabled))
 
 .PHONY: train tune tensorboard submit test test-long test-browser bench bench-quick chaos check format clean
@@ -23,40 +23,40 @@ submit: .venv/installed  ## run a job on a cluster: make submit ADDRESS=http://H
 test: .venv/installed-dev  ## run the tests
 	$(BIN)/python -m pytest --durations=25 $(ARGS)
 
-test-long: .venv/installed-dev  ## run what takes minutes
+test-long: .venv/installed-dev  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m long $(ARGS)
 
-bench: .venv/installed-dev  ## measure the speed beside other programs' and an earlier version's: an hour
+bench: .venv/installed-dev  ## compare the speed with other programs and an earlier version: an hour
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 	$(BIN)/python benchmarks/scaling.py
 
-bench-quick: .venv/installed-dev  ## see in four minutes that all of the benchmark works
+bench-quick: .venv/installed-dev  ## check in four minutes that bench.py works
 	$(BIN)/python benchmarks/bench.py --quick $(ARGS)
 
 chaos: .venv/installed-dev  ## kill workers, nodes and drivers of many runs: an hour
 	$(BIN)/python benchmarks/chaos.py $(ARGS)
 
-test-browser: .venv/installed-dev  ## look at a report in Chromium, which is to be installed
+test-browser: .venv/installed-dev  ## test reports in Chromium, which must be installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'
 	$(BIN)/python -m pytest -m browser $(ARGS)
 
-check: .venv/installed-dev  ## run the linter, the formatter's check and the type checker
+check: .venv/installed-dev  ## check lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: .venv/installed-dev  ## let the linter and the formatter fix what they can
+format: .venv/installed-dev  ## fix lint and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Made anew when it is missing, was left half-made, or pyproject.toml has changed.
+# Rebuilt if it is missing or incomplete, or if pyproject.toml has changed.
 .venv/installed: pyproject.toml
 	@echo "installing into .venv, which takes a minute or two …"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cluster,tensorboard]'
 	touch $@
 
-# What checks and tests need besides.
+# Adds the packages that checks and tests need.
 .venv/installed-dev: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@

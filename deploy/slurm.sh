@@ -1,10 +1,10 @@
 #!/bin/bash
-# A training on Slurm, one Ray node on each of its machines. From a checkout that all of them see, with its .venv:
+# Train on Slurm, with a Ray node on each machine. Run it in a checkout with a .venv, in a folder that all machines see:
 #
 #     sbatch --nodes 2 --cpus-per-task 8 deploy/slurm.sh --num-workers 4 --storage-path /shared/runs
 #
-# What follows the script's name goes to jobs/train.py. Lines appear in mnist-ray-JOB.log. After `scancel`, or the end of
-# the allotted time, the run goes on with --resume --run-name NAME.
+# Arguments after the script's name are passed to jobs/train.py. The output goes to mnist-ray-JOB.log. After `scancel` or
+# the time limit, resume with --resume --run-name NAME.
 #SBATCH --job-name mnist-ray
 #SBATCH --output %x-%j.log
 #SBATCH --ntasks-per-node 1
