@@ -3,8 +3,8 @@
 #
 #     sbatch --nodes 2 --cpus-per-task 8 deploy/slurm.sh --num-workers 4 --storage-path /shared/runs
 #
-# Flags after the script's name go to jobs/train.py, whose lines appear in mnist-ray-JOB.log. After `scancel`, or the end
-# of the allotted time, resume the run with --resume --run-name NAME.
+# What follows the script's name goes to jobs/train.py. Lines appear in mnist-ray-JOB.log. After `scancel`, or the end of
+# the allotted time, the run goes on with --resume --run-name NAME.
 #SBATCH --job-name mnist-ray
 #SBATCH --output %x-%j.log
 #SBATCH --ntasks-per-node 1
