@@ -153,7 +153,7 @@ def test_a_worker_handles_signals_as_a_new_python_does(seen: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("name", ["MKL_NUM_THREADS", "OMP_SCHEDULE", "LD_LIBRARY_PATH", "PYTHONHASHSEED", "RAY_JOB_ID"])
 def test_another_value_of_what_a_library_has_read_by_now_is_refused(name: str) -> None:
-    said = f"{name} is another one than the fork server's"
+    said = f"{name} differs from the fork server's"
     assert why_not({"PATH": "/bin", name: "1"}, {"PATH": "/usr/bin", name: "2"}) == said
     assert why_not({name: "1"}, {}) == said
     assert why_not({}, {name: "1"}) == said
@@ -162,7 +162,7 @@ def test_another_value_of_what_a_library_has_read_by_now_is_refused(name: str) -
 
 def test_a_worker_without_a_variable_that_a_library_has_read_is_refused(server: Server, tmp_path: Path) -> None:
     environment = {name: value for name, value in server.environment.items() if name != "PYTHONPATH"}
-    assert refusal(tmp_path, environment) == "PYTHONPATH is another one than the fork server's"
+    assert refusal(tmp_path, environment) == "PYTHONPATH differs from the fork server's"
 
 
 def test_a_worker_that_cannot_be_what_was_asked_for_is_refused(server: Server, tmp_path: Path) -> None:
