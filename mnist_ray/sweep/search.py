@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mnist_ray import settings
-from mnist_ray.cluster.connect import as_it_is_now
+from mnist_ray.cluster.connect import current_nodes
 from mnist_ray.cluster.plan import plan_workers
 from mnist_ray.cluster.remote_data import check_nodes, share
 from mnist_ray.cluster.watch import orphans_removed
@@ -146,7 +146,7 @@ def _known_result(job: Job) -> float | None:
 def train_and_test(session: Session, job: Job, sections: Callable[..., Any], *, is_last: bool) -> float:
     """Do what ``jobs/train.py`` does; after the last run the cluster is left while the report is written."""
     run = copy.copy(session)
-    run.job, run.clock, run.cluster = job, Clock(), as_it_is_now(session.cluster)
+    run.job, run.clock, run.cluster = job, Clock(), dataclasses.replace(session.cluster, nodes=current_nodes())
     run.plan = plan_workers(job.workers, run.cluster, job.train.chunks)
     with console_of(job) as run.console:
         say_run(run)
