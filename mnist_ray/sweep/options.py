@@ -1,4 +1,4 @@
-"""What is settled before a sweep begins: its settings, its space and its data.
+"""A sweep's settings, space and data, settled before it starts.
 
 Nothing here imports torch or Ray, so that a mistake is answered at once.
 """
@@ -15,7 +15,7 @@ from mnist_ray.errors import JobError, UsageError, command
 from mnist_ray.run import session
 from mnist_ray.run.job import Given, Job, read_job
 from mnist_ray.settings import Choice
-from mnist_ray.storage import SWEEP_FILE, TRIALS_FILE, DamagedFileError, RunFolder
+from mnist_ray.storage import SWEEP_FILE, TRIALS_FILE, DamagedFileError
 from mnist_ray.sweep.space import Space, propose, space_of
 from mnist_ray.sweep.trials import TrialTable
 from mnist_ray.workload.data import Splits
@@ -29,33 +29,31 @@ class Sweep:
 
     config: SweepConfig
     space: Space
-    job: Job  # what holds for all trials, and for the trainings at the end
+    job: Job  # of all trials and the trainings at the end
 
     @property
     def workers(self) -> WorkerConfig:
-        """The workers of a trial."""
+        """The workers of a trial; by default one with one core, as more trials at a time are faster than threads."""
         asked = self.job.workers
         return dataclasses.replace(
-            asked,
-            num_workers=asked.num_workers or 1,
-            cpus_per_worker=asked.cpus_per_worker or 1,  # a core a trial: more trials at a time beat more threads
+            asked, num_workers=asked.num_workers or 1, cpus_per_worker=asked.cpus_per_worker or 1
         )
 
     @property
     def batch_sizes(self) -> list[int]:
-        """The batch sizes that it tries, of a range the ends; empty if it does not search them."""
+        """The batch sizes to try; of a range, its ends. Empty if the batch size is not searched."""
         space = self.space.spaces.get("batch_size")
         if space is None:
             return []
         return list(space.options) if isinstance(space, Choice) else [int(space.low), int(space.high)]
 
     def table(self) -> TrialTable:
-        """Return the trials that its folder holds. Raises DamagedFileError."""
+        """Return the trials in its folder. Raises DamagedFileError."""
         return TrialTable(type(self.job.workload), self.space).read(self.job.run)
 
 
 def read_sweep(given: Given | None = None) -> Sweep:
-    """Read the command line of ``jobs/tune.py``, or what is ``given`` in its place.
+    """Read the command line of ``jobs/tune.py``, or ``given`` in its place.
 
     Raises UsageError, and JobError if a sweep's trials are damaged.
     """
@@ -71,23 +69,24 @@ def read_sweep(given: Given | None = None) -> Sweep:
     space = space_of(type(job.workload), job.asked, fixed=job.given)
     config = dataclasses.replace(config, sweep=config.sweep or space.texts())
     if config.search == "grid":
-        propose(space, config, job.train.seed)
+        propose(space, config, job.train.seed)  # raises if there are too few trials
     if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UsageError("--search optuna needs Optuna: pip install -e '.[optuna]'")
     sweep = Sweep(config, space, job)
-    _check_trials(sweep, job.run)
+    _check_trials(sweep)
     return sweep
 
 
-def _check_trials(sweep: Sweep, run: RunFolder) -> None:
-    """Raise JobError if a sweep that goes on has lost its trials.
+def _check_trials(sweep: Sweep) -> None:
+    """Raise JobError if a resumed sweep has lost its trials.
 
-    Once it has chosen, they are not run again: they might choose another configuration.
+    If it has chosen its best configuration, the trials are not run again: they might choose another.
     """
+    run = sweep.job.run
     has_chosen, remedy = run.exists(BEST_FILE), "remove it, and the trials are run again"
     if has_chosen:
         best = run.inside(BEST_FILE).uri
-        remedy = f"train what was chosen with {command('train')} --config {best}, or start another sweep"
+        remedy = f"train the chosen settings with {command('train')} --config {best}, or start another sweep"
     try:
         is_lost = sweep.table().best is None
     except DamagedFileError as error:
@@ -97,13 +96,12 @@ def _check_trials(sweep: Sweep, run: RunFolder) -> None:
 
 
 def load_data(sweep: Sweep) -> tuple[Sweep, Splits]:
-    """Return the sweep, completed by what only the data tell, and its data. Raises UsageError and JobError."""
+    """Return the sweep, completed by the data's metadata, and its data. Raises UsageError and JobError."""
     job, data = session.load_data(sweep.job, sweep.batch_sizes)
     for field in dataclasses.fields(job.workload.settings):
         if field.name in sweep.space.spaces and field.metadata.get("decides_data"):
-            raise UsageError(f"--sweep {field.name}: load_data goes by it, and all trials have the same data")
+            raise UsageError(f"--sweep {field.name}: load_data depends on it, and all trials have the same data")
     if len(data.validation) == 0:
-        raise UsageError(
-            f"--validation-size 0: a sweep chooses by validation {job.workload.monitor.name}; hold some examples out"
-        )
+        monitor = job.workload.monitor.name
+        raise UsageError(f"--validation-size 0: a sweep chooses by validation {monitor}; hold some examples out")
     return dataclasses.replace(sweep, job=job), data

@@ -1,8 +1,9 @@
-"""The story of a sweep, and what people see of it: a header, and a live table, or a line a trial."""
+"""The story of a sweep, and its output: a header, and a live table or a line for each trial."""
 
 from __future__ import annotations
 
 import functools
+import math
 import time
 
 from rich.console import Group
@@ -23,7 +24,7 @@ def tune(sweep: Sweep) -> None:
         console = SweepConsole(sweep)
         session.begin(sweep.job, data, console, functools.partial(say_sweep, sweep))
         with session.ray(meanwhile=session.dry_run(sweep.batch_sizes)):
-            from mnist_ray.sweep.search import check, search, train_chosen  # imports torch, which is there by now
+            from mnist_ray.sweep.search import check, search, train_chosen  # imports torch, which is loaded by now
 
             if sweep.job.output.check:
                 check(session, sweep)
@@ -34,30 +35,31 @@ def tune(sweep: Sweep) -> None:
 
 
 def say_sweep(sweep: Sweep, session: Session) -> None:
-    """Say what is going to be searched."""
+    """Print the header of a sweep."""
     job, config, console = sweep.job, sweep.config, session.console
     console.say("sweep", job.run.name)
     say_data(console, job, session.data)
     trials = f"{count(config.num_trials, 'trial')} of {count(job.train.num_epochs, 'epoch')}"
     if config.num_confirmed:
         trials += f", then the best {config.num_confirmed} with two more seeds each"
-    console.say("search", f"{config.search}, {trials}: {sweep.space.describe()}; scheduler {config.scheduler}")
+    searched = " ".join(sweep.space.texts())
+    console.say("search", f"{config.search}, {trials}: {searched}; scheduler {config.scheduler}")
     console.say("results", job.run.uri)
     console.waiting("starting Ray …")
 
 
 class SweepConsole(RunConsole):
-    """Prints a sweep; on a terminal its table is redrawn in place, elsewhere each trial gets a line as it ends."""
+    """Prints a sweep: a table that is redrawn in place on a terminal, elsewhere a line for each trial that ends."""
 
     def __init__(self, sweep: Sweep) -> None:
         job = sweep.job
         super().__init__(job.workload, job.train.num_epochs, quiet=job.output.quiet)
-        self._time_budget_s = sweep.config.time_budget_s
+        self._time_budget_s = sweep.config.time_budget_s or math.inf
         self._start = time.monotonic()
-        self._num_ended = 0  # trials, in this process
+        self._num_ended = 0  # trials that ended in this process
 
     def show_table(self, table: TrialTable, ended: TrialRecord | None = None) -> None:
-        """Show how the sweep stands once a trial has ``ended``, or reported."""
+        """Show the trials after one has ``ended``, or reported."""
         self._num_ended += ended is not None
         if self._live.is_started:
             self._live.update(Group(self._table(table), Text(self._summary(table))), refresh=True)
@@ -68,7 +70,7 @@ class SweepConsole(RunConsole):
             self.say(f"trial {ended.trial}", line)
 
     def show_result(self, table: TrialTable) -> None:
-        """Print the whole table, sorted, and what stopping early has saved."""
+        """Print the whole table, sorted, and the epochs that stopping early has saved."""
         self.rest()
         if not self._quiet:
             self._console.print(self._table(table))
@@ -87,16 +89,11 @@ class SweepConsole(RunConsole):
 
     def _summary(self, table: TrialTable) -> str:
         done, stopped, failed = table.count(DONE), table.count(STOPPED), table.count(FAILED, LOST)
-        best, left = "no result yet", self._seconds_left(table)
-        if table.best:
-            best = f"best {self._workload.monitor.format(table.best.val_monitor)} ({table.best.seeds_text})"
-        counts = f"{done} done, {stopped} stopped early, {failed} failed of {table.num_planned}"
-        return f"{counts}; {best}" + ("" if left is None else f"; about {clock_time(left)} left")
-
-    def _seconds_left(self, table: TrialTable) -> float | None:
-        """Estimate the seconds left from those that a trial of this process took, on average."""
-        if self._num_ended == 0:
-            return None
-        passed = time.monotonic() - self._start
-        estimate = passed / self._num_ended * (table.num_planned - table.count(*ENDED))
-        return estimate if self._time_budget_s is None else min(estimate, self._time_budget_s - passed)
+        text = f"{done} done, {stopped} stopped early, {failed} failed of {table.num_planned}"
+        if best := table.best:
+            text += f"; best {table.workload.monitor.format(best.val_monitor)} ({best.seeds_text})"
+        if self._num_ended:  # the mean time of this process's trials so far gives the time left
+            passed = time.monotonic() - self._start
+            left = passed / self._num_ended * (table.num_planned - table.count(*ENDED))
+            text += f"; about {clock_time(min(left, self._time_budget_s - passed))} left"
+        return text

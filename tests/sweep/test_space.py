@@ -128,7 +128,7 @@ def test_what_is_no_space_is_refused(text: str, message: str) -> None:
 
 
 def test_a_setting_is_searched_once_and_not_where_it_is_given() -> None:
-    with pytest.raises(UsageError, match="--sweep searches beta1: say once how, and leave out --beta1"):
+    with pytest.raises(UsageError, match="--sweep searches beta1: give its space once, and leave out --beta1"):
         over("beta1=0.5,0.6", "beta1=0.7,0.8")
     with pytest.raises(UsageError, match="--sweep searches beta1"):
         space_of(WORKLOAD, {"sweep": ["beta1=0.5,0.6"]}, fixed=["beta1"])

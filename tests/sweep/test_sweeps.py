@@ -210,7 +210,7 @@ def test_a_trial_whose_process_dies_is_lost_and_tried_again_by_a_resumed_sweep(
     (tmp_path / "dying.py").write_text(DYING)
     (tmp_path / "deadly").touch()
     settings = {**QUICK, "num_trials": 1, "num_epochs": 1, "max_failures": 1, "workload": str(tmp_path / "dying.py")}
-    with pytest.raises(JobError, match=r"; to try again those that were lost: tune\(resume=True, run_name='lost'"):
+    with pytest.raises(JobError, match=r"; to try lost trials again: tune\(resume=True, run_name='lost'"):
         tune({**settings, "storage_path": str(tmp_path / "runs"), "run_name": "lost"})
     assert [row["state"] for row in rows(tmp_path / "runs" / "lost")] == ["lost"]
     (tmp_path / "deadly").unlink()
@@ -271,7 +271,7 @@ def test_a_time_budget_ends_a_sweep_that_would_go_on(trained: Mock, where: dict[
     ("settings", "message"),
     [
         ({"sweep": ["batch_size=60000"]}, "--sweep: batch size 60,000 is larger than the 55,000 images to train on"),
-        ({"sweep": ["batch_size=8"], "batch_size": 9}, "--sweep searches batch_size: say once how"),
+        ({"sweep": ["batch_size=8"], "batch_size": 9}, "--sweep searches batch_size: give its space once"),
         ({"batch_size": 8, "learning_rate": 0.1}, "nothing to search: name settings of MNIST by --sweep"),
         ({"validation_size": 0}, "a sweep chooses by validation accuracy"),
         ({"search": "grid", "num_trials": 2}, "--search grid needs a trial for each of the 5 choices"),
@@ -299,7 +299,7 @@ def test_a_sweep_that_has_lost_its_trials_says_what_to_do(tmp_path: Path) -> Non
     with pytest.raises(JobError, match=r"sweep\.csv is damaged: .*; remove it, and the trials are run again"):
         read()
     run.write_text("best.json", "{}")
-    chosen = r"train what was chosen with python jobs/train\.py --config .*/lost/best\.json, or start another sweep"
+    chosen = r"train the chosen settings with python jobs/train\.py --config .*/lost/best\.json, or start another sweep"
     with pytest.raises(JobError, match=r"sweep\.csv is damaged: .*; " + chosen):
         read()
     run.delete_file("sweep.csv")
@@ -336,7 +336,7 @@ def test_a_setting_that_the_data_go_by_is_not_searched(tmp_path: Path) -> None:
     given = {"workload": Noisy, "storage_path": str(tmp_path)}
     sweep, _ = load_data(read_sweep({**given, "sweep": ["width=2,4"]}))
     assert list(sweep.space.spaces) == ["width"]
-    with pytest.raises(UsageError, match=r"^--sweep noise: load_data goes by it, and all trials have the same data$"):
+    with pytest.raises(UsageError, match=r"^--sweep noise: load_data depends on it, and all trials have the same data$"):
         load_data(read_sweep({**given, "sweep": ["width=2,4", "noise=1,2"]}))
 
 
