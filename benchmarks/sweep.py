@@ -24,9 +24,9 @@ from mnist_ray.cluster.remote_data import share
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.storage import locate
 from mnist_ray.sweep import trial, tuner
-from mnist_ray.sweep.options import load_data, read_sweep
 from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trials import DONE
+from mnist_ray.sweep.tune import load_data, read_sweep
 
 
 def naive_trial(tune_config: dict[str, Any], spec: trial.TrialSpec) -> None:

@@ -42,7 +42,7 @@ def draw(table: TrialTable, num_epochs: int) -> bytes:
     title = [f"{count(len(records), 'trial')} of at most {count(num_epochs, 'epoch')}"]
     if best := table.best:
         value = f"{table.workload.monitor.format(best.val_monitor)}, {best.seeds_text}"
-        title += textwrap.wrap(f"best: {format_settings(dict(best.configuration))} ({value})", _TITLE_WIDTH)
+        title += textwrap.wrap(f"best: {format_settings(best.records[0].point.values)} ({value})", _TITLE_WIDTH)
     plots[0].set_title("\n".join(title))
     handles, labels = plots[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize="small")

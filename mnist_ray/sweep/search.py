@@ -17,27 +17,19 @@ from mnist_ray.cluster.watch import orphans_removed
 from mnist_ray.errors import JobError, count, format_settings
 from mnist_ray.run.fit import fit
 from mnist_ray.run.job import Job
-from mnist_ray.run.record import check as check_run
 from mnist_ray.run.record import recorded, write_origin
 from mnist_ray.run.session import Clock, Session, console_of, say_dashboard, say_run
 from mnist_ray.settings import json_lines
 from mnist_ray.signals import if_ended
 from mnist_ray.storage import RESULT_FILE, SWEEP_FILE, TRIALS_FILE
-from mnist_ray.sweep.options import BEST_FILE, DEFAULT_FOLDER, Sweep
 from mnist_ray.sweep.trial import TrialSpec
-from mnist_ray.sweep.trials import FAILED, Best, TrialRecord, TrialTable
+from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER, FAILED, Sweep, TrialRecord, TrialTable
 from mnist_ray.sweep.tuner import TRIALS_FOLDER, OnChange, run_sweep, trials_at_a_time
 from mnist_ray.trackers import start
 from mnist_ray.trackers.tracker import Ending
 from mnist_ray.training.events import TrialEnded
 
 PICTURE_FILE = "sweep.png"
-
-
-def check(session: Session, sweep: Sweep) -> None:
-    """Print the plan of a sweep, and check that it would run. Raises JobError if it would not."""
-    _say_plan(session, sweep)
-    check_run(session)
 
 
 def search(session: Session, sweep: Sweep, show: OnChange) -> TrialTable:
@@ -53,7 +45,7 @@ def search(session: Session, sweep: Sweep, show: OnChange) -> TrialTable:
     splits = share(job.workload, data.train), share(job.workload, data.validation)
     spec = TrialSpec(job, *splits, session.plan, run.inside(TRIALS_FOLDER))
     if_ended(f"; to go on: {job.resume_with}")
-    concurrent = _say_plan(session, sweep)
+    concurrent = say_plan(session, sweep)
     if run.exists(BEST_FILE):
         return sweep.table()
     warn = functools.partial(session.console.say, "note")
@@ -73,7 +65,7 @@ def search(session: Session, sweep: Sweep, show: OnChange) -> TrialTable:
         trackers.close(Ending(None, {}, None))
 
 
-def _say_plan(session: Session, sweep: Sweep) -> int:
+def say_plan(session: Session, sweep: Sweep) -> int:
     """Print and return how many trials run at a time."""
     console, plan, autoscaling = session.console, session.plan, sweep.job.workers.autoscaling
     concurrent = trials_at_a_time(sweep.config, plan, session.cluster, autoscaling=autoscaling)
@@ -101,7 +93,10 @@ def train_chosen(session: Session, sweep: Sweep, table: TrialTable) -> None:
 
     assert table.best is not None
     console, run, monitor = session.console, sweep.job.run, sweep.job.workload.monitor
-    best = _write_best(sweep, table.best)
+    best = sweep.job.with_values(table.best.records[0].point.values)
+    best = dataclasses.replace(best, notes=())  # the sweep has shown them
+    of_workers = settings.names_of([type(best.workers)])
+    run.write_text(BEST_FILE, json_lines({name: best.values[name] for name in best.values if name not in of_workers}))
     run.write_bytes(PICTURE_FILE, picture.draw(table, sweep.job.train.num_epochs))
     console.say("files", f"{run.inside(TRIALS_FILE).uri}, {BEST_FILE}, {PICTURE_FILE}")
     console.say("best", f"{monitor.format(table.best.val_monitor)} validation {monitor.name}, {table.best.seeds_text}")
@@ -124,14 +119,6 @@ def train_chosen(session: Session, sweep: Sweep, table: TrialTable) -> None:
     console.say("", "")
     for title, line in came_out.items():
         console.result(title, line)
-
-
-def _write_best(sweep: Sweep, best: Best) -> Job:
-    """Write the best configuration; return the job that trains it."""
-    job = sweep.job.with_values(dict(best.configuration))
-    of_workers = settings.names_of([type(job.workers)])
-    job.run.write_text(BEST_FILE, json_lines({name: job.values[name] for name in job.values if name not in of_workers}))
-    return dataclasses.replace(job, notes=())  # the sweep has shown them
 
 
 def train_and_test(session: Session, job: Job, sections: Callable[..., Any], *, is_last: bool) -> float:

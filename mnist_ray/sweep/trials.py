@@ -1,4 +1,4 @@
-"""The table of a sweep's trials, and its best configuration. No Ray here."""
+"""A sweep: its settings, the table of its trials, and its best configuration. No torch and no Ray here."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mnist_ray.config import SweepConfig
+from mnist_ray.config import SweepConfig, WorkerConfig
 from mnist_ray.errors import format_value, in_words
 from mnist_ray.report.run_files import csv_text, read_csv
+from mnist_ray.run.job import Job
 from mnist_ray.settings import Choice
 from mnist_ray.storage import TRIALS_FILE, RunFolder
 from mnist_ray.sweep.space import Point, Space
 from mnist_ray.workload.base import Workload
 
+BEST_FILE, DEFAULT_FOLDER = "best.json", "default"
 DONE, STOPPED, FAILED, LOST, RUNNING = "done", "stopped early", "failed", "lost", "running"
 ENDED = (DONE, STOPPED, FAILED)  # a resumed sweep does not repeat them; it resumes the others from their checkpoints
 
@@ -59,21 +61,8 @@ class Best:
     """A configuration with all its validated trials, one for each seed."""
 
     records: tuple[TrialRecord, ...]
-
-    @property
-    def configuration(self) -> tuple[tuple[str, Any], ...]:
-        """The trials' common settings."""
-        return self.records[0].point.configuration
-
-    @property
-    def val_monitor(self) -> float:
-        """Mean over the seeds."""
-        return statistics.mean(record.val_monitor for record in self.records)
-
-    @property
-    def val_loss(self) -> float:
-        """Mean over the seeds."""
-        return statistics.mean(record.val_loss for record in self.records)
+    val_monitor: float  # mean over the seeds
+    val_loss: float  # mean over the seeds
 
     @property
     def seeds_text(self) -> str:
@@ -133,7 +122,14 @@ class TrialTable:
         for record in records:
             if record.is_validated:
                 by_configuration.setdefault(record.point.configuration, []).append(record)
-        candidates = [Best(tuple(records)) for records in by_configuration.values()]
+        candidates = [
+            Best(
+                tuple(records),
+                statistics.mean(record.val_monitor for record in records),
+                statistics.mean(record.val_loss for record in records),
+            )
+            for records in by_configuration.values()
+        ]
         return max(candidates, key=lambda best: (len(best.records), *self.worth(best)), default=None)
 
     def confirmations(self, sweep: SweepConfig, seed: int) -> list[Point]:
@@ -223,3 +219,32 @@ class TrialTable:
             "-" if math.isnan(record.rate) else f"{record.rate:,.0f}",
             record.state + (f": {record.reason}" if record.reason else ""),
         )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All settings of a sweep."""
+
+    config: SweepConfig
+    space: Space
+    job: Job  # of all trials and the trainings at the end
+
+    @property
+    def workers(self) -> WorkerConfig:
+        """The workers of a trial; by default one with one core, as more trials at a time are faster than threads."""
+        asked = self.job.workers
+        return dataclasses.replace(
+            asked, num_workers=asked.num_workers or 1, cpus_per_worker=asked.cpus_per_worker or 1
+        )
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """The batch sizes to try; of a range, its ends. Empty if the batch size is not searched."""
+        space = self.space.spaces.get("batch_size")
+        if space is None:
+            return []
+        return list(space.options) if isinstance(space, Choice) else [int(space.low), int(space.high)]
+
+    def table(self) -> TrialTable:
+        """Return the trials in its folder. Raises DamagedFileError."""
+        return TrialTable(type(self.job.workload), self.space).read(self.job.run)

@@ -1,8 +1,13 @@
-"""The story of a sweep, and its output: a header, and a live table or a line for each trial."""
+"""The story of a sweep; before it, its settings and data; and its output.
+
+Nothing here imports torch or Ray at the top, so that a mistake is answered at once.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import importlib.util
 import math
 import time
 
@@ -10,11 +15,72 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from mnist_ray.errors import clock_time, count, format_settings, redact
+from mnist_ray import settings
+from mnist_ray.config import SweepConfig
+from mnist_ray.errors import JobError, UsageError, clock_time, command, count, format_settings, redact
+from mnist_ray.run import session as sessions
 from mnist_ray.run.console import RunConsole
+from mnist_ray.run.job import Given, read_job
 from mnist_ray.run.session import Session, say_data
-from mnist_ray.sweep.options import Sweep, load_data
-from mnist_ray.sweep.trials import DONE, ENDED, FAILED, LOST, STOPPED, TrialRecord, TrialTable
+from mnist_ray.storage import SWEEP_FILE, TRIALS_FILE, DamagedFileError
+from mnist_ray.sweep.space import propose, space_of
+from mnist_ray.sweep.trials import BEST_FILE, DONE, ENDED, FAILED, LOST, STOPPED, Sweep, TrialRecord, TrialTable
+from mnist_ray.workload.data import Splits
+
+
+def read_sweep(given: Given | None = None) -> Sweep:
+    """Read the command line of ``jobs/tune.py``, or ``given`` in its place.
+
+    Raises UsageError, and JobError if a sweep's trials are damaged.
+    """
+    job = read_job(
+        given,
+        "tune",
+        "Search the settings that have a search space with Ray Tune, train the best and evaluate it once on the test "
+        "set. A trial has one worker with one CPU, unless --num-workers and --cpus-per-worker say otherwise.",
+        SWEEP_FILE,
+        more_settings=[SweepConfig],
+    )
+    config = settings.build(SweepConfig, job.asked)
+    space = space_of(type(job.workload), job.asked, fixed=job.given)
+    config = dataclasses.replace(config, sweep=config.sweep or space.texts())
+    if config.search == "grid":
+        propose(space, config, job.train.seed)  # raises if there are too few trials
+    if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UsageError("--search optuna needs Optuna: pip install -e '.[optuna]'")
+    sweep = Sweep(config, space, job)
+    _check_trials(sweep)
+    return sweep
+
+
+def _check_trials(sweep: Sweep) -> None:
+    """Raise JobError if a resumed sweep has lost its trials.
+
+    If it has chosen its best configuration, the trials are not run again: they might choose another.
+    """
+    run = sweep.job.run
+    has_chosen, remedy = run.exists(BEST_FILE), "remove it, and the trials are run again"
+    if has_chosen:
+        best = run.inside(BEST_FILE).uri
+        remedy = f"train the chosen settings with {command('train')} --config {best}, or start another sweep"
+    try:
+        is_lost = sweep.table().best is None
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error}; {remedy}") from error
+    if has_chosen and is_lost:
+        raise JobError(f"{run.inside(TRIALS_FILE).uri} has lost its trials; {remedy}")
+
+
+def load_data(sweep: Sweep) -> tuple[Sweep, Splits]:
+    """Return the sweep, completed by the data's metadata, and its data. Raises UsageError and JobError."""
+    job, data = sessions.load_data(sweep.job, sweep.batch_sizes)
+    for field in dataclasses.fields(job.workload.settings):
+        if field.name in sweep.space.spaces and field.metadata.get("decides_data"):
+            raise UsageError(f"--sweep {field.name}: load_data depends on it, and all trials have the same data")
+    if len(data.validation) == 0:
+        monitor = job.workload.monitor.name
+        raise UsageError(f"--validation-size 0: a sweep chooses by validation {monitor}; hold some examples out")
+    return dataclasses.replace(sweep, job=job), data
 
 
 def tune(sweep: Sweep) -> None:
@@ -24,10 +90,12 @@ def tune(sweep: Sweep) -> None:
         console = SweepConsole(sweep)
         session.begin(sweep.job, data, console, functools.partial(say_sweep, sweep))
         with session.ray(meanwhile=session.dry_run(sweep.batch_sizes)):
-            from mnist_ray.sweep.search import check, search, train_chosen  # imports torch, which is loaded by now
+            from mnist_ray.run import record  # imports torch, which is loaded by now
+            from mnist_ray.sweep.search import say_plan, search, train_chosen
 
             if sweep.job.output.check:
-                check(session, sweep)
+                say_plan(session, sweep)
+                record.check(session)
                 return
             table = search(session, sweep, console.show_table)
             console.show_result(table)

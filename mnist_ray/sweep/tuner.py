@@ -26,10 +26,9 @@ from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, masked
 from mnist_ray.settings import Choice
 from mnist_ray.storage import TRIALS_FILE, RunFolder, with_retries
-from mnist_ray.sweep.options import Sweep
 from mnist_ray.sweep.space import Point, propose
 from mnist_ray.sweep.trial import TrialSpec, run_trial
-from mnist_ray.sweep.trials import DONE, FAILED, LOST, RUNNING, STOPPED, TrialRecord, TrialTable
+from mnist_ray.sweep.trials import DONE, FAILED, LOST, RUNNING, STOPPED, Sweep, TrialRecord, TrialTable
 
 TRIALS_FOLDER, _TUNE_FOLDER = "trials", "tune"
 _SETTINGS = {
@@ -155,12 +154,21 @@ def _goal(table: TrialTable) -> dict[str, str]:
 
 def _optuna(sweep: Sweep, table: TrialTable, concurrent: int) -> tuple[ConcurrencyLimiter, int]:
     """Return Optuna's TPE and the number of trials left. It starts with unfinished trials and knows the finished."""
-    seed = sweep.job.train.seed
+    from optuna import distributions  # an extra
+
+    seed, space = sweep.job.train.seed, dict[str, Any]()
+    for name, some in sweep.space.spaces.items():
+        if isinstance(some, Choice):
+            space[name] = distributions.CategoricalDistribution(some.options)
+        else:
+            is_int = sweep.space.types[name] is int
+            kind = distributions.IntDistribution if is_int else distributions.FloatDistribution
+            space[name] = kind(some.low, some.high, log=some.log)
     finished = [record for record in table.finished() if record.point.seed == seed]
     first = table.unfinished(table.by_point) if table.by_point else sweep.space.default_points(seed)
     logging.getLogger("optuna").setLevel(logging.WARNING)
     algorithm = OptunaSearch(
-        OptunaSearch.convert_search_space({name: _domain(sweep, name) for name in sweep.space.spaces}),
+        space,
         **_goal(table),
         points_to_evaluate=[point.values for point in first],
         seed=seed + len(finished),  # a resumed search must not draw the same points again
@@ -169,16 +177,6 @@ def _optuna(sweep: Sweep, table: TrialTable, concurrent: int) -> tuple[Concurren
         if record.state != FAILED:
             algorithm.add_evaluated_point(record.point.values, record.val_monitor)
     return ConcurrencyLimiter(algorithm, concurrent), sweep.config.num_trials - len(finished)
-
-
-def _domain(sweep: Sweep, name: str) -> Any:
-    """Return a setting's space in Tune's terms. Tune's integer ranges exclude their upper end."""
-    space = sweep.space.spaces[name]
-    if isinstance(space, Choice):
-        return tune.choice(list(space.options))
-    if sweep.space.types[name] is int:
-        return (tune.lograndint if space.log else tune.randint)(int(space.low), int(space.high) + 1)
-    return (tune.loguniform if space.log else tune.uniform)(space.low, space.high)
 
 
 @dataclass(eq=False)

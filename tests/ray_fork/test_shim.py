@@ -21,7 +21,7 @@ OF_JOB = {"RAY_JOB_ID": "07000000", "RAY_RAYLET_PID": str(os.getpid())}
 
 
 def flag(**context: Any) -> str:
-    """Return how Ray tells of a worker's runtime environment."""
+    """Return the flag by which Ray passes a worker's runtime environment."""
     return f"--serialized-runtime-env-context={RuntimeEnvContext(**context).serialize()}"
 
 
@@ -31,30 +31,21 @@ def flag(**context: Any) -> str:
         ([], {}),
         (["--language=PYTHON", flag()], {}),
         ([flag(env_vars={"A": "1", "B": "two words"}), "--node-id=5"], {"A": "1", "B": "two words"}),
+        # anything else is left to Ray
+        ([flag(command_prefix=["source activate &&"])], None),
+        ([flag(py_executable="/usr/bin/env python")], None),
+        ([flag(override_worker_entrypoint="worker.py")], None),
+        ([flag(java_jars=["a.jar"])], None),
+        ([flag(env_vars={"PATH": "/opt:$PATH"})], None),
     ],
 )
-def test_the_variables_of_a_runtime_environment_are_read(flags: list[str], variables: dict[str, str]) -> None:
+def test_a_runtime_environment_is_read_if_it_has_only_plain_variables(
+    flags: list[str], variables: dict[str, str] | None, tmp_path: Path
+) -> None:
     assert variables_of(["default_worker.py", *flags]) == variables
-
-
-@pytest.mark.parametrize(
-    "context",
-    [
-        {"command_prefix": ["source activate &&"]},
-        {"py_executable": "/usr/bin/env python"},
-        {"override_worker_entrypoint": "worker.py"},
-        {"java_jars": ["a.jar"]},
-        {"env_vars": {"PATH": "/opt:$PATH"}},
-    ],
-)
-def test_a_runtime_environment_of_more_than_plain_variables_is_left_to_ray(context: dict[str, Any]) -> None:
-    assert variables_of(["default_worker.py", flag(**context)]) is None
-
-
-def test_the_python_of_another_environment_is_left_to_ray(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.symlink_to(os.path.realpath(sys.executable))  # as in any venv
-    assert variables_of(["default_worker.py", flag(py_executable=str(python))]) is None
+    assert variables_of(["default_worker.py", *flags, flag(py_executable=str(python))]) is None
 
 
 def started(folder: Path, *flags: str, **variables: str) -> tuple[list[str], str]:
@@ -66,7 +57,7 @@ def started(folder: Path, *flags: str, **variables: str) -> tuple[list[str], str
 
 
 @pytest.mark.parametrize("flags", [[], ["--node-id=5"]])
-def test_a_worker_is_started_where_there_is_no_server(flags: list[str], tmp_path: Path) -> None:
+def test_a_worker_is_started_without_a_server(flags: list[str], tmp_path: Path) -> None:
     command, said = started(tmp_path, *flags, **{SOCKET_VARIABLE: str(tmp_path / "none")})
     assert command == [str(tmp_path / "default_worker.py"), *flags]
     assert said.startswith("a worker is started as usual, not forked: the fork server does not answer: [Errno 2]")
@@ -83,7 +74,7 @@ def test_a_worker_with_a_runtime_environment_is_started_by_rays_own_script(
 
 
 @pytest.mark.parametrize(("answer", "said"), [(b"too cold", "too cold"), (b"", "the fork server has ended")])
-def test_a_worker_is_started_where_the_server_refuses(answer: bytes, said: str, tmp_path: Path) -> None:
+def test_a_worker_is_started_if_the_server_refuses(answer: bytes, said: str, tmp_path: Path) -> None:
     def refuse() -> None:
         connection, _ = listener.accept()
         with connection, connection.makefile("rb") as content:
@@ -126,12 +117,12 @@ def start_workers(sockets: Path, count: int) -> list[dict[str, Any]]:
         return list(pool.map(lambda folder: fork(folder, *flags, env={**ENVIRONMENT, **variables}), folders))
 
 
-def test_of_workers_that_begin_at_once_one_starts_the_server_for_all(sockets: Path) -> None:
+def test_of_workers_that_start_at_once_one_starts_the_server_for_all(sockets: Path) -> None:
     (server,) = {worker["parent"] for worker in start_workers(sockets, 4)}
     wait_for(lambda: [one.pid for one in processes_of(sockets)] == [server])  # once the workers have ended
 
 
-def test_the_socket_of_a_killed_server_does_not_hinder_the_next(sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_servers_socket_is_replaced(sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in OF_JOB.items():
         monkeypatch.setenv(name, value)
     with socket.socket(socket.AF_UNIX) as left:

@@ -24,8 +24,8 @@ from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run.job import Job
 from mnist_ray.storage import locate
-from mnist_ray.sweep.options import load_data, read_sweep
 from mnist_ray.sweep.trial import TrialSpec, run_trial
+from mnist_ray.sweep.tune import load_data, read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.workload import Arrays, Data, Regression, Workload, setting, source
 from mnist_ray.workload.data import Split
@@ -336,7 +336,7 @@ def test_a_setting_that_the_data_go_by_is_not_searched(tmp_path: Path) -> None:
     given = {"workload": Noisy, "storage_path": str(tmp_path)}
     sweep, _ = load_data(read_sweep({**given, "sweep": ["width=2,4"]}))
     assert list(sweep.space.spaces) == ["width"]
-    with pytest.raises(UsageError, match=r"^--sweep noise: load_data depends on it, and all trials have the same data$"):
+    with pytest.raises(UsageError, match="--sweep noise: load_data depends on it, and all trials have the same data"):
         load_data(read_sweep({**given, "sweep": ["width=2,4", "noise=1,2"]}))
 
 
