@@ -53,9 +53,9 @@ def shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start_worker(folder: Path, site_packages: Path) -> list[str]:
-    """Start a worker as Ray does where it is installed, in a folder; return the program that runs, and its arguments.
+    """Start a worker in a folder like a Ray in ``site_packages``; return the program that runs, and its arguments.
 
-    The ``python3`` of this node is ``path/python3`` in that folder.
+    This node's ``python3`` is ``path/python3`` in the folder.
     """
     python3 = program(folder / "path" / "python3")
     start = f"exec {starting.runtime_env_to_fork(FORKING)['py_executable']} {worker_in(site_packages)} --flag='1 2'"

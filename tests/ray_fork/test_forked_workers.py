@@ -46,15 +46,15 @@ config = WorkerConfig()
 with prepared_forking("ray") as forking, connect(config, forking):
     import ray
     one, another = start_actor(), start_actor()
-    told = {"workers": ray.get([ray.remote(look).remote(), one.look.remote(), another.look.remote()])}
+    report = {"workers": ray.get([ray.remote(look).remote(), one.look.remote(), another.look.remote()])}
     if forking.server is not None:
-        told |= {"server": forking.server.pid, "folder": os.path.dirname(os.environ["MNIST_RAY_FORK_SERVER"])}
+        report |= {"server": forking.server.pid, "folder": os.path.dirname(os.environ["MNIST_RAY_FORK_SERVER"])}
     if sys.argv[1] == "kill the server":
         forking.server.kill()
         forking.server.wait()
-        told["usual"], told["one"] = ray.get([start_actor(LATER="1").look.remote(), one.look.remote()])
-        told["workers"][0]["printed"] = open(told["workers"][0]["log"]).read()
-    print(json.dumps(told), flush=True)
+        report["usual"], report["one"] = ray.get([start_actor(LATER="1").look.remote(), one.look.remote()])
+        report["workers"][0]["printed"] = open(report["workers"][0]["log"]).read()
+    print(json.dumps(report), flush=True)
     if sys.argv[1] == "stay":
         signal.pause()
 """
@@ -84,7 +84,7 @@ def driver(*words: str, address: str = "local") -> Iterator[tuple[psutil.Popen, 
         process.communicate()
 
 
-def told(*words: str, **options: str) -> dict[str, Any]:
+def report(*words: str, **options: str) -> dict[str, Any]:
     """Return the report of a driver that ends by itself."""
     with driver(*words, **options) as (process, content):
         assert process.wait(60) == 0
@@ -94,7 +94,7 @@ def told(*words: str, **options: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def forked() -> dict[str, Any]:
     """Workers before and after their server was killed."""
-    return told("kill the server")
+    return report("kill the server")
 
 
 def test_tasks_and_actors_run_in_children_of_the_server_with_different_ids_and_the_titles_that_ray_gives(
@@ -143,7 +143,7 @@ def test_objects_that_do_not_fit_into_memory_are_spilled_and_read_again() -> Non
 
 
 def test_a_job_on_a_cluster_has_its_workers_forked_by_a_server_of_its_own(ray_address: str) -> None:
-    content = told("end", address=ray_address)
+    content = report("end", address=ray_address)
     (server,) = {worker["parent"] for worker in content["workers"]}
     end([psutil.Process(server)])
     assert "/sockets/fork-" in content["workers"][0]["parent's title"]

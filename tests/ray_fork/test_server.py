@@ -25,21 +25,21 @@ AN_ID = "import ray\nray.NodeID.from_random()"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One that forks."""
+    """A server that forks."""
     with serving(tmp_path_factory.mktemp("server"), "numpy.random", "pyarrow", "torch", actor=AN_ACTOR) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def refusing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One that imports little and refuses whatever it is asked for."""
+    """A server that imports little and refuses every request."""
     with serving(tmp_path_factory.mktemp("refusing"), "no_such_module") as running:
         yield running
 
 
 @pytest.fixture
 def importing(tmp_path: Path) -> Iterator[Server]:
-    """One that imports until there is a file named go."""
+    """A server that imports until a file named go exists."""
     gate = str(tmp_path / "go")
     with serving(tmp_path, slow=f"import os, time\nwhile not os.path.exists({gate!r}): time.sleep(0.01)") as running:
         yield running
@@ -47,12 +47,12 @@ def importing(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def seen(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a worker sees of itself."""
+    """A worker's state."""
     return fork(tmp_path_factory.mktemp("worker"), env=server.environment)
 
 
 def refusal(folder: Path, environment: dict[str, str]) -> str:
-    """Return why a worker was not forked; it was started all the same."""
+    """Return why a worker was started, but not forked."""
     script = folder / "usual.py"
     script.write_text("print('as usual')")
     printed, complained = run_shim(folder, script, env=environment)
@@ -62,7 +62,7 @@ def refusal(folder: Path, environment: dict[str, str]) -> str:
 
 
 def send(connection: socket.socket, server: Server, content: bytes, size: int | None = None, file: int = 1) -> None:
-    """Send as the shim does, but one descriptor for all three."""
+    """Send like the shim, but one descriptor for all three."""
     connection.connect(str(server.address))
     head = (len(content) if size is None else size).to_bytes(4, "big")
     socket.send_fds(connection, [head], [file] * 3)
@@ -163,7 +163,7 @@ def test_a_malformed_request_does_not_end_the_server(
 def test_the_descriptors_of_a_client_that_hangs_up_are_closed(refusing: Server, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as connection, (tmp_path / "sent").open("w") as file:
         send(connection, refusing, b"{", 100, file.fileno())
-    refusal(tmp_path, refusing.environment)  # now the server is done with the other one
+    refusal(tmp_path, refusing.environment)  # by now the server has handled the first
     assert file.name not in {os.readlink(link) for link in Path(f"/proc/{refusing.process.pid}/fd").iterdir()}
 
 

@@ -49,7 +49,7 @@ def test_a_runtime_environment_is_read_if_it_has_only_plain_variables(
 
 
 def started(folder: Path, *flags: str, **variables: str) -> tuple[list[str], str]:
-    """Return the command that a shim becomes in place of a worker, and what it says."""
+    """Return the command that a shim becomes in place of a worker, and its standard error."""
     for name in ("default_worker.py", "setup_worker.py"):
         (folder / name).write_text("import json, sys; print(json.dumps(sys.argv))")
     printed, complained = run_shim(folder, folder / "default_worker.py", *flags, env={**ENVIRONMENT, **variables})
@@ -92,7 +92,7 @@ def test_a_worker_is_started_if_the_server_refuses(answer: bytes, said: str, tmp
 
 @pytest.fixture
 def sockets() -> Iterator[Path]:
-    """The folder of a session's sockets; servers that come to listen there are ended."""
+    """The folder of a session's sockets; servers that listen there are killed at the end."""
     with tempfile.TemporaryDirectory() as folder:
         sockets = Path(folder, "session", "sockets")
         sockets.mkdir(parents=True)
@@ -101,13 +101,13 @@ def sockets() -> Iterator[Path]:
 
 
 def processes_of(sockets: Path) -> list[psutil.Process]:
-    """Return the servers that listen in a folder, and what they have forked."""
+    """Return the servers that listen in a folder, and their forks."""
     found = psutil.process_iter(["cmdline"])
     return [one for one in found if f"{sockets}/" in " ".join(one.info["cmdline"] or ())]
 
 
 def start_workers(sockets: Path, count: int) -> list[dict[str, Any]]:
-    """Start workers of a job on a cluster at once, and return what they see of themselves."""
+    """Start several workers of a job on a cluster at once; return their states."""
     session, variables = sockets.parent, {MODULES_VARIABLE: "numpy torch", **OF_JOB}
     folders = [session / str(number) for number in range(count)]
     flags = [f"--temp-dir={session.parent}", f"--session-name={session.name}"]

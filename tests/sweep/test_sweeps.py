@@ -76,7 +76,7 @@ def resume(run: Path, **settings: Any) -> None:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> Mock:
-    """Leave out the trainings after the sweep; holds their calls."""
+    """Skip the trainings after the sweep; holds their calls."""
     train_and_test = Mock(return_value=0.5)
     monkeypatch.setattr("mnist_ray.sweep.search.train_and_test", train_and_test)
     return train_and_test
@@ -134,7 +134,7 @@ def test_the_training_job_reproduces_the_best_trial(finished_sweep: Path, tmp_pa
     assert float(last["train_loss"]) == pytest.approx(float(best["train_loss"]), rel=1e-9)
 
 
-def test_a_sweep_that_has_chosen_only_trains_what_is_left_when_it_is_resumed(
+def test_a_resumed_sweep_that_has_chosen_only_finishes_the_trainings(
     finished_sweep: Path, tmp_path: Path, trained: Mock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(finished_sweep, tmp_path / "chosen")
@@ -147,9 +147,10 @@ def test_a_sweep_that_has_chosen_only_trains_what_is_left_when_it_is_resumed(
 
 
 def test_a_confirmed_sweep_keeps_the_best_checkpoint_of_its_choice_and_the_reason_of_a_failure(
-    trained: Mock, where: dict[str, Any], tmp_path: Path
+    trained: Mock, where: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tune({**where, **rates(1e20, 3e-3, 2e-3), "num_epochs": 1, "num_confirmed": 2})
+    assert capsys.readouterr().out.count(" failed of 7") == 7, "confirmations are planned from the start"
     failed, *done = rows(tmp_path / "run")
     assert failed["state"] == "failed"
     assert "loss or weights are not finite at step 2 of epoch 1" in failed["reason"]
@@ -204,7 +205,7 @@ class Dying(Regression):
 """
 
 
-def test_a_trial_whose_process_dies_is_lost_and_tried_again_by_a_resumed_sweep(
+def test_a_trial_whose_process_dies_is_lost_and_a_resumed_sweep_tries_it_again(
     trained: Mock, ray_address: str, tmp_path: Path
 ) -> None:
     (tmp_path / "dying.py").write_text(DYING)
@@ -218,7 +219,7 @@ def test_a_trial_whose_process_dies_is_lost_and_tried_again_by_a_resumed_sweep(
     assert [row["state"] for row in rows(tmp_path / "runs" / "lost")] == ["done"]
 
 
-def test_a_killed_sweep_goes_on_without_repeating_finished_trials(
+def test_a_killed_sweep_resumes_without_repeating_finished_trials(
     trained: Mock, where: dict[str, Any], ray_address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = {**where, "num_trials": 4, "max_concurrent_trials": 1} | {"sweep": "learning_rate=log:5e-4:2e-2"}
@@ -262,9 +263,11 @@ def test_every_trial_failing_ends_the_job_with_the_first_reason(where: dict[str,
         tune({**where, "num_trials": 1, "sweep": ["learning_rate=1e19:1e20"]})
 
 
-def test_a_time_budget_ends_a_sweep_that_would_go_on(trained: Mock, where: dict[str, Any], tmp_path: Path) -> None:
+def test_a_time_budget_stops_trials(trained: Mock, where: dict[str, Any], tmp_path: Path) -> None:
     tune({**where, "num_trials": 2, "num_epochs": 1_000_000, "time_budget_s": 6.0})
-    assert 0 < max(float(row["epochs"]) for row in rows(tmp_path / "run")) < 1_000_000
+    trials = rows(tmp_path / "run")
+    assert 0 < max(float(row["epochs"]) for row in trials) < 1_000_000
+    assert {row["state"] for row in trials} == {"stopped early"}
 
 
 @pytest.mark.parametrize(
@@ -307,14 +310,6 @@ def test_a_sweep_that_has_lost_its_trials_says_what_to_do(tmp_path: Path) -> Non
         read()
 
 
-def test_fewer_images_than_the_defaults_batch_can_be_searched(few_images: Arrays, tmp_path: Path) -> None:
-    tiny = Arrays(few_images.inputs[:100], few_images.targets[:100])
-    data_dir = str(write_data_set(tmp_path / "tiny", tiny, tiny))
-    given = {"data_dir": data_dir, "storage_path": str(tmp_path), "validation_size": 20}
-    sweep, data = load_data(read_sweep({**given, "sweep": ["batch_size=8,16"]}))
-    assert (sweep.batch_sizes, len(data.train)) == ([8, 16], 80)
-
-
 @dataclass(frozen=True)
 class Settings:
     noise: float = setting(1.0, "of the inputs", decides_data=True)
@@ -332,15 +327,19 @@ class Noisy(Regression):
         return nn.Linear(2, 1)
 
 
-def test_a_setting_that_the_data_go_by_is_not_searched(tmp_path: Path) -> None:
+def test_batch_sizes_below_the_default_suffice_but_a_setting_that_decides_the_data_is_not_searched(
+    tmp_path: Path,
+) -> None:
     given = {"workload": Noisy, "storage_path": str(tmp_path)}
+    sweep, data = load_data(read_sweep({**given, "sweep": ["batch_size=8,16"], "validation_size": 500}))
+    assert (sweep.batch_sizes, len(data.train)) == ([8, 16], 100)  # the default is 128
     sweep, _ = load_data(read_sweep({**given, "sweep": ["width=2,4"]}))
     assert list(sweep.space.spaces) == ["width"]
     with pytest.raises(UsageError, match="--sweep noise: load_data depends on it, and all trials have the same data"):
         load_data(read_sweep({**given, "sweep": ["width=2,4", "noise=1,2"]}))
 
 
-# --- a trial of one worker, which is done in this process
+# --- a trial of one worker, which runs in this process
 
 
 def try_one(
