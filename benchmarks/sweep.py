@@ -21,11 +21,12 @@ from mnist_ray.cluster import environment
 from mnist_ray.cluster.connect import connect
 from mnist_ray.cluster.plan import plan_workers
 from mnist_ray.cluster.remote_data import share
+from mnist_ray.run.worker import LoopSpec
 from mnist_ray.storage import locate
 from mnist_ray.sweep import trial, tuner
-from mnist_ray.sweep.options import load_data, read_sweep
 from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trials import DONE
+from mnist_ray.sweep.tune import load_data, read_sweep
 
 
 def naive_trial(tune_config: dict[str, Any], spec: trial.TrialSpec) -> None:
@@ -33,7 +34,8 @@ def naive_trial(tune_config: dict[str, Any], spec: trial.TrialSpec) -> None:
     seed = tune_config.pop("seed")
     job = spec.job.with_values({**tune_config, "seed": seed})
     folder = spec.folder.inside(Point(tuple(tune_config.items()), seed).name)
-    trial.train_on_workers(dataclasses.replace(job, run=folder), spec)
+    job = dataclasses.replace(job, run=folder)
+    trial.train_on_workers(LoopSpec(job=job, train=spec.train, validation=spec.validation), spec.plan)
 
 
 def naive_sweep(points: list[Point], spec: trial.TrialSpec, storage: str, concurrent: int) -> int:

@@ -26,8 +26,8 @@ from mnist_ray.run.lookup import IsWanted
 from mnist_ray.run.train import train as train_job
 from mnist_ray.settings import build, check_known, names_of
 from mnist_ray.storage import REPORT_FILE, RESULT_FILE, RunFolder
-from mnist_ray.sweep.options import BEST_FILE, DEFAULT_FOLDER, read_sweep
-from mnist_ray.sweep.trials import TrialTable
+from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER, TrialTable
+from mnist_ray.sweep.tune import read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.source import Reference

@@ -23,7 +23,7 @@ from mnist_ray.run.lookup import class_of, find_run
 from mnist_ray.run.train import train as train_job
 from mnist_ray.settings import build, names_of
 from mnist_ray.storage import TRIALS_FILE
-from mnist_ray.sweep.options import read_sweep
+from mnist_ray.sweep.tune import read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.workload import source
 from mnist_ray.workload.base import Workload

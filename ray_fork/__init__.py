@@ -1,5 +1,5 @@
-"""Starts Ray's worker processes by fork, in tenths of a second, from a process that has imported everything.
+"""Forks Ray's worker processes, in tenths of a second, from a process that has already imported everything.
 
-It knows nothing of what the workers do. ``starting`` is what a driver calls, ``shim`` is what Ray runs in place of a
-worker's Python, and ``server`` imports once and forks. Whatever it cannot fork safely, Ray starts as usual.
+It does not know what the workers do. A driver calls ``starting``; Ray runs ``shim`` in place of a worker's Python;
+``server`` imports once and forks. Ray starts a worker as usual if it cannot be forked safely.
 """

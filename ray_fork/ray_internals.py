@@ -1,4 +1,4 @@
-"""Ray's private API, as far as a forked worker needs it and there is no public way."""
+"""The private API of Ray that a forked worker needs, because there is no public one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ray._raylet import Config  # type: ignore[attr-defined]  # of Cython, some 
 
 @contextlib.contextmanager
 def actor_ids_from_kernel() -> Iterator[None]:
-    """Let actor classes that are defined meanwhile have ids of the kernel's generator.
+    """Draw the ids of actor classes that are defined inside the block from the kernel's generator.
 
-    Ray's own is seeded at its first use: once used before a fork, all forks would go on with it, and draw the same.
+    Ray seeds its own generator at the first use. If that happened before a fork, all forks would draw the same ids.
     """
 
     class FromKernel:
@@ -23,14 +23,14 @@ def actor_ids_from_kernel() -> Iterator[None]:
         def from_random() -> ray.ActorClassID:
             return ray.ActorClassID(os.urandom(ray.ActorClassID.size()))
 
-    own = ray.actor.ActorClassID
+    rays_own = ray.actor.ActorClassID
     ray.actor.ActorClassID = FromKernel
     try:
         yield
     finally:
-        ray.actor.ActorClassID = own
+        ray.actor.ActorClassID = rays_own
 
 
 def read_settings_again() -> None:
-    """Read the settings in Ray's variables, which it reads when it is loaded, for a process that was forked later."""
+    """Read RAY_ variables again in a forked process: Ray reads them only when it is loaded."""
     Config.initialize("")

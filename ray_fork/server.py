@@ -1,10 +1,10 @@
 """The fork server: a process that imports once what workers need, and then forks Ray's workers from itself.
 
-It has one thread, so that a fork copies all that there is of it. It draws from no generator, so that no two workers
-draw the same, and leaves CUDA untouched. If that cannot be so, it refuses, and Ray starts the worker.
+A fork copies only one thread, so the server has only one. It draws no random numbers, so that no two workers draw the
+same, and does not use CUDA. If an import breaks one of these rules, the server refuses, and Ray starts the worker.
 
-It ends with its owner, when nothing holds the other end of its standard input any more; if that is no pipe, when it has
-had no workers for a while.
+If its standard input is a pipe, the server ends when the other end closes, which is when its owner ends. Otherwise it
+ends when it has had no workers for a while.
 
 python -m ray_fork.server SOCKET MODULE...
 """
@@ -28,23 +28,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+# Libraries read variables with these prefixes when they are loaded: a worker with other values must load them itself.
 _READ_AT_IMPORT = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "LD_", "MALLOC_", "PYTHON")
-"""How variables begin that take effect when a library is loaded: with other ones a worker has to load it itself."""
 _TAKES_EFFECT_LATER = ("OMP_NUM_THREADS", "PYTHONBREAKPOINT")
-_WITHOUT_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
-"""For NumPy, SciPy and PyArrow, which would start threads when they are loaded."""
-_WITHOUT_CUDA = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-"""Lets PyTorch look for GPUs without CUDA, which forks could not use afterwards."""
-
+_FOR_IMPORTS = {
+    # NumPy, SciPy and PyArrow would start threads.
+    "OPENBLAS_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    # PyTorch would look for GPUs through CUDA, which a fork could not use afterwards.
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+}
 _IDLE_S = 10.0
 _REQUEST_TIMEOUT_S = 5.0
-_OUTLIVING = ("ray::_Autoscali", "ray::PlacementG")
-"""Actors of Ray's that outlive a job or may, by the first characters of their names, as /proc has them."""
+_OUTLIVING = ("ray::_Autoscali", "ray::PlacementG")  # Ray's actors that may outlive a job, as /proc cuts their names
 
 
 @dataclass(frozen=True)
 class Request:
-    """A worker that is to be started, with what it has from its parent; see ``shim.request``."""
+    """A worker to start, with everything that it inherits from its parent; see ``shim.request``."""
 
     argv: list[str]
     environment: dict[str, str]
@@ -55,11 +56,11 @@ class Request:
     is_group_leader: bool
     blocked_signals: list[int]
     ignores_interrupt: bool
-    descriptors: list[int]  # of the standard input, output and errors
+    descriptors: list[int]  # standard input, output and error
 
 
 def main() -> None:
-    """Import modules, then fork workers until none can be wanted any more."""
+    """Import modules, then fork workers until nobody can ask for one."""
     path, modules, environment = Path(sys.argv[1]), sys.argv[2:], dict(os.environ)
     with listening(path) as listener:
         _end_with_owner()
@@ -75,7 +76,7 @@ def main() -> None:
 def listening(path: Path) -> Iterator[socket.socket]:
     """Listen at a path to which only this user may connect; the server, not its forks, removes it at the end.
 
-    Before anything is imported, so that workers can wait for it.
+    It listens before it imports anything, so that workers can wait for it.
     """
     server, umask = os.getpid(), os.umask(0o177)
     try:
@@ -86,26 +87,26 @@ def listening(path: Path) -> Iterator[socket.socket]:
             yield listener
     finally:
         if os.getpid() == server:
-            for some in (path, Path(f"{path}.lock")):
-                some.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # Ray has other sockets in its own folder
+            for file in (path, Path(f"{path}.lock")):
+                file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # in Ray's own folder there are other sockets
                 path.parent.rmdir()
 
 
 def _end_with_owner() -> None:
-    """Let this process end as soon as nothing holds the other end of its standard input, also while it imports."""
+    """End this process as soon as its owner ends, also during an import."""
     if not _owner():
         return
     signal.signal(signal.SIGIO, lambda number, frame: sys.exit())
     fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select(_owner(), [], [], 0)[0]:  # it had gone before
+    if select.select(_owner(), [], [], 0)[0]:  # the owner ended before the signal was set up
         sys.exit()
 
 
 def load(modules: Sequence[str]) -> str:
-    """Import modules so that processes can be forked afterwards; return why they cannot, if so."""
-    os.environ.update(_WITHOUT_THREADS | _WITHOUT_CUDA)
+    """Import modules; return why this process cannot be forked afterwards, or an empty text."""
+    os.environ.update(_FOR_IMPORTS)
     try:
         import ray
         import torch
@@ -118,17 +119,18 @@ def load(modules: Sequence[str]) -> str:
         drawn = [in_fork(lambda: ray.NodeID.from_random().binary()) for _ in range(2)]
         if drawn[0] == drawn[1]:
             return "two forks would draw the same ids"
-        if in_fork(lambda: bytes([torch.cuda._is_in_bad_fork()])) == bytes([True]):
+        if torch.cuda.is_initialized() or in_fork(lambda: bytes([torch.cuda._is_in_bad_fork()])) == bytes([True]):
             return "an import has used CUDA"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     gc.collect()
     gc.freeze()  # the collector would write to all objects, and so copy the memory that workers share
-    return why_unsafe()
+    num_threads = len(os.listdir("/proc/self/task"))
+    return f"the fork server has {num_threads} threads" if num_threads > 1 else ""
 
 
 def in_fork(action: Callable[[], bytes]) -> bytes:
-    """Return what an action returns in a fork of this process; nothing if it fails there."""
+    """Return what an action returns in a fork of this process; empty if it fails there."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -143,19 +145,8 @@ def in_fork(action: Callable[[], bytes]) -> bytes:
     return returned
 
 
-def why_unsafe() -> str:
-    """Say why this process must not be forked; nothing if it may."""
-    num_threads = len(os.listdir("/proc/self/task"))
-    if num_threads > 1:
-        return f"the fork server has {num_threads} threads"
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        return "the fork server uses CUDA"
-    return ""
-
-
 def serve(listener: socket.socket, environment: dict[str, str], refusal: str) -> Request | None:
-    """Fork a worker for each request. Return None when no more can come; in a worker, what it is to become."""
+    """Fork a worker for each request. Return its request in a worker, and None in the server at its end."""
     workers: set[int] = set()
     signal.signal(signal.SIGCHLD, lambda number, frame: _reap(workers))
     while _is_wanted(listener, workers):
@@ -164,12 +155,17 @@ def serve(listener: socket.socket, environment: dict[str, str], refusal: str) ->
             request = receive(connection)
             if request is None:
                 continue
-            answer = refusal or why_unsafe() or why_not(request.environment, environment)
+            answer = refusal or why_not(request.environment, environment)
             if not answer:
                 pid = os.fork()
                 if pid == 0:
                     listener.close()
-                    become_or_end(request, connection)
+                    try:
+                        become(request)
+                        connection.sendall(str(os.getpid()).encode())
+                    except Exception as error:
+                        connection.sendall(f"{type(error).__name__}: {error}".encode())
+                        os._exit(1)
                     return request
                 workers.add(pid)
             for descriptor in request.descriptors:
@@ -186,17 +182,17 @@ def _is_wanted(listener: socket.socket, workers: set[int]) -> bool:
         ready, _, _ = select.select([listener.fileno(), *owner], [], [], None if owner else _IDLE_S)
         if ready:
             return ready == [listener.fileno()]
-        if all(_name_of(pid) in ("", *_OUTLIVING) for pid in tuple(workers)):  # a copy: some may end meanwhile
+        if all(_name_of(pid) in ("", *_OUTLIVING) for pid in tuple(workers)):  # a copy: some may end during the loop
             return False
 
 
 def _owner() -> list[int]:
-    """Return the standard input if it is a pipe, whose other end the owner holds."""
+    """Return the standard input if it is a pipe: the owner holds its other end."""
     return [0] if stat.S_ISFIFO(os.fstat(0).st_mode) else []
 
 
 def _name_of(pid: int) -> str:
-    """Return a process's name; nothing if it has ended."""
+    """Return a process's name; empty if it has ended."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip()
     return ""
@@ -209,7 +205,7 @@ def _reap(workers: set[int]) -> None:
 
 
 def receive(connection: socket.socket) -> Request | None:
-    """Return what a client asks for; None if it hangs, sends rubbish, or has gone and started its worker itself."""
+    """Return a client's request; None if it is incomplete or malformed, or the client has hung up."""
     connection.settimeout(_REQUEST_TIMEOUT_S)
     descriptors: list[int] = []
     try:
@@ -218,37 +214,31 @@ def receive(connection: socket.socket) -> Request | None:
         while len(content) < size and (more := connection.recv(size - len(content))):
             content += more
         request = Request(**json.loads(content), descriptors=descriptors)
-        has_gone = bool(select.select([connection], [], [], 0)[0])  # it has nothing more to say: this is the end
+        if not select.select([connection], [], [], 0)[0]:  # a client sends no more: readable means that it hung up
+            return request
     except (OSError, ValueError, TypeError):
-        has_gone = True
-    if has_gone:
-        for descriptor in descriptors:
-            os.close(descriptor)
-        return None
-    return request
+        pass
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return None
 
 
 def why_not(workers: dict[str, str], own: dict[str, str]) -> str:
-    """Say which of a worker's variables keeps it from being forked from a server that was started with its own."""
+    """Return which variable keeps a worker from being forked from a server that has ``own``; empty if none does."""
     for name in sorted(workers.keys() | own.keys()):
         is_early = name == "RAY_JOB_ID" or (name.startswith(_READ_AT_IMPORT) and name not in _TAKES_EFFECT_LATER)
         if is_early and workers.get(name) != own.get(name):
-            return f"{name} is another one than the fork server's"
+            return f"{name} differs from the fork server's"
     return ""
 
 
-def become_or_end(request: Request, connection: socket.socket) -> None:
-    """Make this process a worker and tell the client so; if that fails, tell why, and end."""
-    try:
-        become(request)
-        connection.sendall(str(os.getpid()).encode())
-    except Exception as error:
-        connection.sendall(f"{type(error).__name__}: {error}".encode())
-        os._exit(1)
-
-
 def become(request: Request) -> None:
-    """Make this process, which was just forked, what Ray's own way would have made of it."""
+    """Turn this process, which was just forked, into the worker that Ray would have started."""
+    import numpy as np
+    import torch
+
+    from ray_fork import ray_internals
+
     for number, descriptor in enumerate(request.descriptors):
         os.dup2(descriptor, number)
         os.close(descriptor)
@@ -264,19 +254,7 @@ def become(request: Request) -> None:
     os.environ.clear()
     os.environ.update(request.environment)
     os.chdir(request.folder)
-    _set_libraries_up()
-
-
-def _set_libraries_up() -> None:
-    """Do what libraries do as they are loaded: seed their generators, and read the settings in this environment.
-
-    Python seeds its own generator, and Ray's is not seeded yet.
-    """
-    import numpy as np
-    import torch
-
-    from ray_fork import ray_internals
-
+    # Libraries do the following as they are loaded. Python seeds its generator at a fork; Ray's is not seeded yet.
     np.random.seed()
     torch.seed()
     ray_internals.read_settings_again()

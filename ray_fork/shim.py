@@ -1,7 +1,7 @@
-"""What Ray starts in place of a worker's Python: it has the worker forked by the fork server, and is gone.
+"""What Ray runs in place of a worker's Python: it asks the fork server to fork the worker, and ends.
 
-Ray runs it as a script, once for each worker, so it imports little and nothing of this package. A worker that is not
-forked becomes what Ray would have started; why is told in the raylet's log.
+Ray runs it as a script, once for each worker, so it imports little, and nothing of this package. If the worker cannot
+be forked, the shim becomes what Ray would have started, and prints the reason, which is then in the raylet's log.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-SOCKET_VARIABLE = "MNIST_RAY_FORK_SERVER"  # names the socket of a server that a job has started for its own Ray
-MODULES_VARIABLE = "MNIST_RAY_FORK_MODULES"
-"""Names the modules, separated by spaces, for a server that the first worker of a job starts on its node."""
+SOCKET_VARIABLE = "MNIST_RAY_FORK_SERVER"  # the socket of the server that a job has started for its own local Ray
+MODULES_VARIABLE = "MNIST_RAY_FORK_MODULES"  # on a cluster: what a node's server imports, separated by spaces
 
 _CONTEXT_FLAG, _LANGUAGE_FLAG = "--serialized-runtime-env-context=", "--language="  # for Ray's setup_worker.py
 _TIMEOUT_S = 30.0  # the server may still be importing; Ray waits for a worker for 60 s
 
 
 def main() -> None:
-    """Have the worker forked that the arguments describe, or become it."""
+    """Have the worker that the arguments describe forked, or become it."""
     asked = sys.argv[1:]
     command = [word for word in asked if not word.startswith((_CONTEXT_FLAG, _LANGUAGE_FLAG))]
     refusal = fork(asked, command)
@@ -39,7 +38,7 @@ def main() -> None:
 
 
 def fork(asked: list[str], command: list[str]) -> str:
-    """Have the worker of a command forked; return why it was not, if so."""
+    """Have a worker forked; return why that failed, or an empty text."""
     variables = variables_of(asked)
     if variables is None:
         return "its runtime environment holds more than variables"
@@ -57,7 +56,7 @@ def fork(asked: list[str], command: list[str]) -> str:
 
 
 def variables_of(command: list[str]) -> dict[str, str] | None:
-    """Return the variables of a worker's runtime environment; None if it is not made of plain variables alone."""
+    """Return the variables of a worker's runtime environment; None if it has more than plain variables."""
     contexts = [json.loads(word.removeprefix(_CONTEXT_FLAG)) for word in command if word.startswith(_CONTEXT_FLAG)]
     variables: dict[str, str] = {}
     for context in contexts:
@@ -69,7 +68,7 @@ def variables_of(command: list[str]) -> dict[str, str] | None:
 
 
 def ask(address: str, command: list[str], environment: dict[str, str]) -> str:
-    """Ask the server at an address to fork a worker that is as this process is; return why it did not, if so.
+    """Ask the server at an address to fork a worker; return why it did not, or an empty text.
 
     Raises OSError if there is no server.
     """
@@ -80,11 +79,11 @@ def ask(address: str, command: list[str], environment: dict[str, str]) -> str:
         socket.send_fds(connection, [len(content).to_bytes(4, "big")], [0, 1, 2])
         connection.sendall(content)
         answer = connection.recv(1000).decode()
-    return "" if answer.isdigit() else answer or "the fork server has gone"
+    return "" if answer.isdigit() else answer or "the fork server has ended"
 
 
 def request(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    """Return what a worker has from its parent, besides its descriptors."""
+    """Return everything that a worker inherits from this process, except its descriptors."""
     with open("/proc/self/oom_score_adj", encoding="ascii") as file:
         oom_score_adj = file.read()
     return {
@@ -101,16 +100,16 @@ def request(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
 
 
 def node_address(command: list[str]) -> str:
-    """Return the socket of the server that a job has on this node, in the folder where Ray has its own."""
+    """Return the socket of a job's server on this node; it is in the folder of Ray's own sockets."""
     flags = dict(word[2:].split("=", 1) for word in command if word.startswith("--") and "=" in word)
     name = f"fork-{os.environ['RAY_JOB_ID']}-{os.environ['RAY_RAYLET_PID']}"
     return os.path.join(flags["temp-dir"], flags["session-name"], "sockets", name)
 
 
 def start_server(address: str, environment: dict[str, str]) -> None:
-    """Start a server unless one listens at an address. Of several workers that begin at once, the first does so.
+    """Start a server unless one listens. If several workers start at once, only one of them does so.
 
-    Raises OSError if it cannot.
+    Raises OSError if the server does not start.
     """
     if _answers(address):
         return
@@ -119,8 +118,8 @@ def start_server(address: str, environment: dict[str, str]) -> None:
         if _answers(address):
             return
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(address)  # of a server that was killed
-        server = launch(address, environment[MODULES_VARIABLE].split(), environment, stdin=subprocess.DEVNULL)
+            os.unlink(address)  # a killed server has left it
+        server = launch(address, environment[MODULES_VARIABLE].split(), environment, subprocess.DEVNULL)
         end = time.monotonic() + _TIMEOUT_S
         while not _answers(address):
             if server.poll() is not None or time.monotonic() > end:
@@ -128,19 +127,16 @@ def start_server(address: str, environment: dict[str, str]) -> None:
             time.sleep(0.01)
 
 
-def launch(
-    address: str, modules: Sequence[str], environment: dict[str, str], **options: Any
-) -> subprocess.Popen[bytes]:
-    """Start a server, which listens at an address before it has imported anything."""
-    folder = os.path.abspath(os.path.join(os.path.dirname(__file__), *[os.pardir] * 3))
+def launch(address: str, modules: Sequence[str], environment: dict[str, str], stdin: int) -> subprocess.Popen[bytes]:
+    """Start a server; it listens before it imports the modules."""
     return subprocess.Popen(
         [sys.executable, "-m", "ray_fork.server", address, *modules],
-        cwd=folder,  # from which the package is imported there too
+        cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),  # holds this package if it is not installed
         env=environment,
+        stdin=stdin,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # a signal to all processes of the job is for those that save a checkpoint then
-        **options,
+        start_new_session=True,  # a signal to all processes of the job must not end it: workers save a checkpoint then
     )
 
 

@@ -1,9 +1,10 @@
-"""Ray: joining a cluster, or starting one of this job's own on this machine, as small as one job needs it."""
+"""Connects to Ray: joins a cluster, or starts a local Ray that is as small as one job needs it."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import shutil
@@ -43,13 +44,13 @@ def connect(
 ) -> Iterator[Cluster]:
     """Connect to the cluster of ``RAY_ADDRESS`` or of this machine's ``ray start``, else start a local Ray.
 
-    A connection that this process has already is used and left open.
-    A local Ray counts at least the CPUs asked for, so that more workers than cores can run. On leaving, the
-    connection is closed, and a local Ray ended; its files go too, unless something has failed.
-    Raises JobError if the named cluster does not answer, or a local Ray does not start; UsageError if it cannot.
+    If this process is connected already, that connection is used and left open. A local Ray counts at least the CPUs
+    that the job asks for, so that more workers than cores can run. At the end the connection is closed and a local Ray
+    ended; its files are removed, unless something failed. Raises JobError if the cluster does not answer or a local Ray
+    does not start; UsageError if ``config`` or ``RAY_ADDRESS`` cannot be.
 
-    ``dashboard``: a local Ray serves its own. ``meanwhile`` is done in a thread while Ray and its first worker start,
-    which is mostly waiting; what it raises is raised. ``forking`` tells how the workers are forked, if they are.
+    ``dashboard``: a local Ray serves its dashboard. ``meanwhile`` runs in a thread while Ray and a first worker start,
+    which is mostly waiting; its exception is raised here.
     """
     if ray.is_initialized():
         meanwhile()
@@ -59,23 +60,27 @@ def connect(
     if not verbose:
         quiet_ray()
     address, leaving = _find_cluster(), threading.Thread(target=ray.shutdown)
-    if address is None:
-        connection = _local_ray(local_cpus(config), forking, leaving, has_dashboard=dashboard, **options)
-    else:
-        connection = _joined(address, forking, leaving, **options)
     take_signals()
     with contextlib.ExitStack() as at_the_end:
         at_the_end.enter_context(ray_internals.without_sigterm_handler())
+        if address is not None:
+            start = functools.partial(_join, address, forking, **options)
+        else:
+            name = f"session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
+            session = ray_internals.default_folder() / name
+            at_the_end.enter_context(removed_unless_failed(session))
+            start = functools.partial(_start, session, local_cpus(config), forking, has_dashboard=dashboard, **options)
         if "working_dir" in own_runtime_env():
             # As a job connects, a second node on this machine may replace its working directory, and without a current
             # directory torch cannot be imported.
             meanwhile()
             meanwhile = _nothing
-        with in_background(meanwhile):
-            at_the_end.enter_context(connection)
-            at_the_end.enter_context(_errors_in_one_line())
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(meanwhile)
+            at_the_end.enter_context(_connected(start, leaving))
             cluster = _describe(is_local=address is None)
             _start_worker(cluster.log_folder)
+        done.result()
         stop_watching = at_the_end.enter_context(watched())
 
         def leave() -> None:
@@ -85,42 +90,71 @@ def connect(
         yield dataclasses.replace(cluster, leave=leave)
 
 
-@contextlib.contextmanager
-def _local_ray(
-    num_cpus: int, forking: Forking | None, leaving: threading.Thread, *, has_dashboard: bool, **options: Any
-) -> Iterator[None]:
-    """Start a Ray that listens on loopback only; in the end, leave it and remove its files.
+def _start(session: Path, num_cpus: int, forking: Forking | None, *, has_dashboard: bool, **options: Any) -> None:
+    """Start a Ray that listens on loopback only.
 
-    Whatever its start raises becomes one line that says where its logs are, and which variables for Ray the user has
-    set: one of them may be the reason.
+    Raises JobError that names the logs, and the user's variables for Ray: one of them may be the reason.
     """
-    session = ray_internals.default_folder() / f"session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
     names = users_variables()
     prepare_local()
     small = ray_internals.for_one_job(
         forking, log_to_driver=options["log_to_driver"], session_name=session.name, has_dashboard=has_dashboard
     )
-    with removed_unless_failed(session), _left(leaving):
-        try:
-            with ray_internals.on_loopback(), small:
-                ray.init(
-                    address="local",
-                    num_cpus=num_cpus,
-                    include_dashboard=has_dashboard,
-                    runtime_env={"env_vars": for_workers()},
-                    _temp_dir=str(session.parent),
-                    **options,
-                )
-        except Exception as error:
-            variables = f"; set are {', '.join(names)}" if names else ""
-            said = f"a local Ray cannot start: {first_line(error)} (logs: {session / 'logs'}{variables})"
-            raise JobError(said) from error
+    try:
+        with ray_internals.on_loopback(), small:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=has_dashboard,
+                runtime_env={"env_vars": for_workers()},
+                _temp_dir=str(session.parent),
+                **options,
+            )
+    except Exception as error:
+        variables = f"; set are {', '.join(names)}" if names else ""
+        said = f"a local Ray cannot start: {first_line(error)} (logs: {session / 'logs'}{variables})"
+        raise JobError(said) from error
+
+
+def _join(address: str, forking: Forking | None, **options: Any) -> None:
+    """Connect to a cluster. Raises JobError if the cluster refuses."""
+    if forking is not None:
+        options["runtime_env"] = runtime_env_to_fork(forking)
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[-1]
+        raise JobError(f"cannot connect to the Ray cluster at {address}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _connected(start: Callable[[], None], leaving: threading.Thread) -> Iterator[None]:
+    """Connect by ``start``; at the end disconnect, or wait for ``leaving`` if it has started to.
+
+    Ray's own errors become one line; an error of a task's code stays as it is.
+    """
+    logs, has_answered = Path(), True
+    try:
+        start()
+        logs = ray_internals.session_folder() / "logs"
         yield
+    except RaySilentError:
+        has_answered = False
+        raise
+    except ray.exceptions.RayTaskError:
+        raise
+    except ray.exceptions.RayError as error:
+        raise JobError(f"Ray failed: {type(error).__name__}: {first_line(error)} (logs: {logs})") from error
+    finally:
+        if leaving.ident is not None:
+            leaving.join()
+        elif has_answered:  # else ray.shutdown would also wait for an answer; a local Ray ends with this process
+            ray.shutdown()
 
 
 @contextlib.contextmanager
 def removed_unless_failed(session: Path) -> Iterator[None]:
-    """Remove a local Ray's files in the end, which is after Ray's; but not if something failed, for its logs."""
+    """Remove a local Ray's files after it has ended, unless something failed: then its logs are needed."""
     has_failed = False
     try:
         yield
@@ -130,47 +164,16 @@ def removed_unless_failed(session: Path) -> Iterator[None]:
     finally:
         if not has_failed:
             shutil.rmtree(session, ignore_errors=True)
-            latest = session.with_name("session_latest")  # Ray makes it, but replaces none that leads nowhere
-            with contextlib.suppress(OSError):  # another Ray may have started since, or there is none
+            latest = session.with_name("session_latest")  # Ray makes this link, but never replaces a dangling one
+            with contextlib.suppress(OSError):  # it is missing, or another Ray has replaced it
                 if os.readlink(latest) == str(session):
                     latest.unlink()
 
 
-@contextlib.contextmanager
-def _joined(address: str, forking: Forking | None, leaving: threading.Thread, **options: Any) -> Iterator[None]:
-    """Connect to a cluster; in the end, leave it. Raises JobError if it does not let us in."""
-    if forking is not None:
-        options["runtime_env"] = runtime_env_to_fork(forking)
-    with _left(leaving):
-        try:
-            ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[-1]
-            raise JobError(f"cannot connect to the Ray cluster at {address}: {reason}") from error
-        yield
-
-
-@contextlib.contextmanager
-def _left(leaving: threading.Thread) -> Iterator[None]:
-    """Disconnect at the end, or wait until that is done if ``leaving`` has begun it."""
-    has_answered = True
-    try:
-        yield
-    except RaySilentError:
-        has_answered = False  # ray.shutdown would wait for an answer, too; a local Ray ends with this process
-        raise
-    finally:
-        if leaving.ident is not None:
-            leaving.join()
-        elif has_answered:
-            ray.shutdown()
-
-
 def _start_worker(log_folder: str) -> None:
-    """Start a worker beside this process; the first actor takes its place.
+    """Start a worker on this node, which the first actor takes over.
 
-    Raises JobError if none starts. If worker processes die at once, Ray tries five times, and waits for a minute each
-    time.
+    Raises JobError if none starts. Ray itself would try five times, and wait for a minute each time.
     """
     started = ray.remote(num_cpus=0, scheduling_strategy=this_node())(_nothing).remote()
     try:
@@ -178,51 +181,30 @@ def _start_worker(log_folder: str) -> None:
     except ray.exceptions.GetTimeoutError as error:
         log = Path(log_folder) / "raylet.err"
         lines = [line for line in log.read_text(errors="replace").splitlines() if line and not line.startswith("[")]
-        said = f"; the last that one wrote: {lines[-1]}" if lines else ""
-        raise JobError(f"Ray's worker processes do not start{said} (log: {log})") from error
+        last = f"; the last line of one: {lines[-1]}" if lines else ""
+        raise JobError(f"Ray's worker processes do not start{last} (log: {log})") from error
 
 
 def _nothing() -> None:
     """Do nothing."""
 
 
-@contextlib.contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    """Say in one line what Ray itself has failed at meanwhile; an error of a task's own code stays what it is."""
-    logs = ray_internals.session_folder() / "logs"
-    try:
-        yield
-    except ray.exceptions.RayTaskError:
-        raise
-    except ray.exceptions.RayError as error:
-        raise JobError(f"Ray failed: {type(error).__name__}: {first_line(error)} (logs: {logs})") from error
-
-
-@contextlib.contextmanager
-def in_background(work: Callable[[], None]) -> Iterator[None]:
-    """Do some work in a thread meanwhile; it is done afterwards, and its exception is raised."""
-    with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(work)
-        yield
-        done.result()
-
-
 def this_node() -> NodeAffinitySchedulingStrategy:
-    """Return the strategy that puts an actor beside this process, so that it does not go with another node."""
+    """Return the strategy that puts an actor on this process's node, so that it is not lost with another node."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def quiet_ray() -> None:
-    """Keep Ray's own log off the console; it stays in its files, and whatever fails is raised as well."""
+    """Keep Ray's log off the console. It is still in Ray's files, and failures are raised as well."""
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"ray\.")
 
 
 def _find_cluster() -> str | None:
-    """Return the address of the cluster to connect to, or None if a local Ray is to be started.
+    """Return the address of the cluster to join, or None to start a local Ray.
 
-    Not ``ray.init(address="auto")``: that would also join the local Ray of any other job on this machine, and wait
-    for minutes for a cluster that is gone.
+    ``ray.init(address="auto")`` would also join the local Ray of another job on this machine, and wait for minutes for
+    a cluster that has ended.
     """
     named = os.environ.get("RAY_ADDRESS", "auto") or "auto"
     if named == "local":
@@ -238,14 +220,14 @@ def _find_cluster() -> str | None:
 
 
 def _answers(address: str) -> bool:
-    """Tell whether a Ray answers at an address, not something else that listens there. Raises JobError at its no."""
+    """Return whether a Ray, and nothing else, answers at an address. Raises JobError if it refuses the token."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
         ray_internals.ask(address, _CONNECT_TIMEOUT_S)
     except ray.exceptions.AuthenticationError as error:
-        advice = "give it the one of the head's ~/.ray/auth_token, in that file or RAY_AUTH_TOKEN"
-        raise JobError(f"the Ray cluster at {address} asks for another token; {advice}") from error
+        advice = "copy the head's ~/.ray/auth_token to this machine, or set RAY_AUTH_TOKEN to its content"
+        raise JobError(f"the Ray cluster at {address} needs another token; {advice}") from error
     except (OSError, ValueError, OverflowError, ray.exceptions.RayError):
         return False
     return True
@@ -253,13 +235,9 @@ def _answers(address: str) -> bool:
 
 def _describe(is_local: bool) -> Cluster:
     logs = ray_internals.session_folder() / "logs"
-    return Cluster(is_local, _nodes(), str(logs), dashboard=ray_internals.dashboard_address())
+    return Cluster(is_local, current_nodes(), str(logs), dashboard=ray_internals.dashboard_address())
 
 
-def _nodes() -> tuple[Node, ...]:
+def current_nodes() -> tuple[Node, ...]:
+    """Return the nodes that are alive now: an autoscaler starts and ends some."""
     return tuple(node_of(node["Resources"]) for node in ray.nodes() if node["Alive"])
-
-
-def as_it_is_now(cluster: Cluster) -> Cluster:
-    """Return a cluster with the nodes that are there by now: an autoscaler starts and ends some."""
-    return dataclasses.replace(cluster, nodes=_nodes())

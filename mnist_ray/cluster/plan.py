@@ -1,10 +1,9 @@
-"""What a cluster offers, and how many workers run on it with what: arithmetic, without Ray."""
+"""A cluster's resources, and how many workers run on it with how many CPUs and GPUs. Arithmetic, without Ray."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +15,13 @@ from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError, count
 
 _MOST_WORKERS_A_CORE = 8  # each worker is a process of some 500 MiB
-_LEAST_EXAMPLES_PER_THREAD = 8  # two threads are 1.35 times as fast as one at batch 16, and slower, at times, at 8
+_LEAST_EXAMPLES_PER_THREAD = 8  # two threads are 1.35 times as fast as one at batch 16; at 8 they may be slower
 _APPLE_CHIP = re.compile(r"accelerator_type:M\d(-(Pro|Max|Ultra))?$")
 
 
 @dataclass(frozen=True)
 class Node:
-    """What one node offers in all, whoever uses it now."""
+    """One node's resources, used or not."""
 
     num_cpus: int
     num_gpus: int = 0
@@ -36,25 +35,25 @@ class Cluster:
     nodes: tuple[Node, ...]
     log_folder: str
     leave: Callable[[], None] = lambda: None
-    """Begin to disconnect, and to end a local Ray, while the caller does what needs no Ray any more."""
-    dashboard: str = ""  # HOST:PORT of Ray's own, if it is served
+    """Start to disconnect, and to end a local Ray, while the caller does work that needs no Ray."""
+    dashboard: str = ""  # its HOST:PORT, if it is served
 
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """How many workers, with what each."""
+    """How many workers run, and the resources of each."""
 
     num_workers: int
     cpus_per_worker: int
     use_gpu: bool
-    must_scale_up: bool  # the nodes that are there cannot hold them; the autoscaler has to start more
-    min_workers: int | None = None  # with how few it goes on while there are not enough nodes; None: with all or none
+    must_scale_up: bool  # the current nodes cannot hold them; the autoscaler has to start more
+    min_workers: int | None = None  # an elastic run continues with this few; None: always with all
     placement: str = "PACK"
-    is_local: bool = False  # all workers are on this machine, and nothing of theirs is to be reached from another
+    is_local: bool = False  # all workers are on this machine, and no other machine may reach them
 
 
 def usable_cores() -> int:
-    """Return the cores that this process may use, by its affinity and its cgroup's quota."""
+    """Return the number of cores that this process may use, by its affinity and its cgroup's quota."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no quota ("max")
@@ -64,16 +63,16 @@ def usable_cores() -> int:
 
 
 def node_of(resources: Mapping[str, Any]) -> Node:
-    """Return what a node offers, of its resources in ``ray.nodes()``.
+    """Return a node from its resources in ``ray.nodes()``.
 
-    Ray counts an Apple chip's GPU, which Ray Train cannot hand to a worker: it knows those of CUDA.
+    Ray counts the GPU of an Apple chip, but Ray Train can give a worker only CUDA's GPUs.
     """
     is_apple = any(map(_APPLE_CHIP.match, resources))
     return Node(int(resources.get("CPU", 0)), 0 if is_apple else int(resources.get("GPU", 0)))
 
 
 def local_cpus(config: WorkerConfig) -> int:
-    """Return the CPUs that a local Ray counts. Raises UsageError if no machine of these cores could bear it."""
+    """Return the CPUs that a local Ray counts. Raises UsageError if they are far too many for this machine."""
     cores, asked = usable_cores(), (config.num_workers or 1) * (config.cpus_per_worker or 1)
     if asked > cores * _MOST_WORKERS_A_CORE:
         raise UsageError(
@@ -84,39 +83,31 @@ def local_cpus(config: WorkerConfig) -> int:
 
 
 def plan_workers(config: WorkerConfig, cluster: Cluster, num_chunks: int | None = None) -> WorkerPlan:
-    """Decide how many workers run and what each gets.
+    """Decide how many workers run and the resources of each.
 
-    If batches are cut into ``num_chunks`` so that the bits do not depend on the workers, each has one CPU by default,
-    and there are as many as that makes.
+    ``num_chunks``: with --reproducible, the chunks of a batch. Then the number of workers does not matter to the bits,
+    and the default is a worker with one CPU for each chunk, as far as there are CPUs.
 
-    Raises UsageError if the nodes cannot hold the workers asked for, unless ``config.autoscaling`` says that more
-    nodes will come: what an autoscaler could start, Ray does not tell.
+    Raises UsageError if the nodes cannot hold the workers, unless ``config.autoscaling`` promises more nodes: Ray does
+    not say how many an autoscaler can start.
     """
+    nodes = cluster.nodes
     if num_chunks is not None:
         cpus = config.cpus_per_worker or 1
-        most = min(num_chunks, sum(node.num_cpus // cpus for node in cluster.nodes))
-        num_workers = config.num_workers or max(1, most)
+        num_workers = config.num_workers or max(1, min(num_chunks, sum(node.num_cpus // cpus for node in nodes)))
         config = dataclasses.replace(config, num_workers=num_workers, cpus_per_worker=cpus, use_gpu="no")
-    num_gpus = sum(node.num_gpus for node in cluster.nodes)
+    num_gpus = sum(node.num_gpus for node in nodes)
     if config.use_gpu == "yes" and num_gpus == 0 and not config.autoscaling:
         raise UsageError("--use-gpu yes, but the cluster has no GPU; use --use-gpu no")
     use_gpu = config.use_gpu == "yes" or (num_gpus > 0 and config.use_gpu == "auto")
-    num_workers = config.num_workers or max(
-        1, num_gpus if use_gpu else sum(node.num_cpus > 0 for node in cluster.nodes)
-    )
+    num_workers = config.num_workers or max(1, num_gpus if use_gpu else sum(node.num_cpus > 0 for node in nodes))
     if config.min_workers is not None and config.placement.startswith("STRICT"):
-        raise UsageError(f"--placement {config.placement} needs a fixed --num-workers: Ray cannot do with fewer there")
+        raise UsageError(f"--placement {config.placement} needs a fixed --num-workers: Ray cannot use fewer with it")
     least = num_workers if config.min_workers is None else config.min_workers
     if least > num_workers:
-        raise UsageError(f"--min-workers {least} is more than the {count(num_workers, 'worker')} there are to be")
-    cpus_of = functools.partial(
-        cpus_for_each,
-        cluster.nodes,
-        cpus_per_worker=config.cpus_per_worker,
-        use_gpu=use_gpu,
-        placement=config.placement,
-    )
-    cpus_per_worker = cpus_of(num_workers) or cpus_of(least)
+        raise UsageError(f"--min-workers {least} is more than the {count(num_workers, 'worker')} of this run")
+    asked = config.cpus_per_worker, use_gpu, config.placement
+    cpus_per_worker = cpus_for_each(nodes, num_workers, *asked) or cpus_for_each(nodes, least, *asked)
     if cpus_per_worker is None and not config.autoscaling:
         raise UsageError(_cannot_hold(config, least, cluster, use_gpu))
     return WorkerPlan(
@@ -133,7 +124,7 @@ def plan_workers(config: WorkerConfig, cluster: Cluster, num_chunks: int | None 
 def cpus_for_each(
     nodes: Sequence[Node], num_workers: int, cpus_per_worker: int | None, use_gpu: bool, placement: str = "PACK"
 ) -> int | None:
-    """Return the CPUs of each worker: as given, else the most that all can have; None if they do not fit."""
+    """Return the CPUs of each worker: the given number, else the most that fit; None if the workers do not fit."""
     most = max((node.num_cpus for node in nodes), default=0)
     candidates = range(most, 0, -1) if cpus_per_worker is None else [cpus_per_worker]
     for cpus in candidates:
@@ -164,8 +155,8 @@ def _workers(config: WorkerConfig, num_workers: int) -> str:
 
 
 def threads_per_worker(assigned_cpus: float, cores: int, workers_on_node: int, local_batch_size: int) -> int:
-    """Return the threads of one worker: the CPUs that Ray gave it, but no more than its share of real cores.
+    """Return a worker's number of threads: the CPUs that Ray gave it, but at most its share of the real cores.
 
-    Nor more than have some examples each to work on: at a few a thread, waiting for each other takes what they gain.
+    Each thread gets some examples at least: with few, threads lose more by waiting for each other than they gain.
     """
     return max(1, min(int(assigned_cpus), cores // workers_on_node, local_batch_size // _LEAST_EXAMPLES_PER_THREAD))

@@ -1,6 +1,6 @@
-"""Ray's private API, as far as there is no public way; that of Ray Train is in ``train_internals``.
+"""The private API of Ray that the package needs, because there is no public one; see also ``train_internals``.
 
-Each function says what it needs it for, and a test fails if Ray changes what is used here.
+Each function says why it needs it. A test fails if Ray changes it.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from ray.util.placement_group import PlacementGroup
 
 from ray_fork.starting import SHIM, Forking
 
-_NO_ACTOR = b"\xff" * 12  # how the id of an actor begins that is none; the rest is the job's
+_NO_ACTOR = b"\xff" * 12  # the start of an actor id that means "none"; the job's id follows
 
 
 @contextlib.contextmanager
 def for_one_job(
     forking: Forking | None, *, log_to_driver: bool, session_name: str | None = None, has_dashboard: bool = False
 ) -> Iterator[None]:
-    """Let a Ray that is started meanwhile fork its workers, and do without what only a cluster needs.
+    """Let a Ray that is started inside the block fork its workers, and leave out what only a cluster needs.
 
-    Such are the autoscaler, the log monitor where no log is shown, and the process that serves the dashboard, which
-    Ray would start for no dashboard, too, and wait for. Its processes have sessions of their own, so that a signal to
-    all processes of the job leaves them to save a checkpoint with; on Linux, the kernel ends them with the job.
+    That is the autoscaler, the log monitor if no log is shown, and the dashboard's process, which Ray would start and
+    wait for even without a dashboard. Ray's processes get sessions of their own: a signal to all processes of the job
+    does not reach them, so that the job can still save a checkpoint. On Linux, the kernel ends them with the job.
     """
     parameters = {"no_monitor": True, "include_log_monitor": log_to_driver, "session_name": session_name}
     if forking is not None and forking.server is not None:
-        # What starts each worker. A runtime environment's py_executable costs an import of Ray before it.
+        # It starts each worker. A runtime environment's py_executable would cost an import of Ray first.
         parameters["setup_worker_path"] = str(SHIM)
     with_parameters = functools.partialmethod(RayParams.__init__, **parameters)
     is_linux = sys.platform.startswith("linux")
@@ -58,14 +58,14 @@ def for_one_job(
 
 @contextlib.contextmanager
 def on_loopback() -> Iterator[None]:
-    """Let a Ray that is started meanwhile listen on loopback only, as on macOS; its variable is read at import."""
-    with _replaced(ray_constants, "ENABLE_RAY_CLUSTER", False):
+    """Let a Ray that is started inside the block listen on loopback only, as on macOS."""
+    with _replaced(ray_constants, "ENABLE_RAY_CLUSTER", False):  # the import of Ray has read its variable already
         yield
 
 
 @contextlib.contextmanager
 def without_sigterm_handler() -> Iterator[None]:
-    """Keep the job's own handler of SIGTERM meanwhile: Ray would put one in its place that exits at once."""
+    """Keep the job's handler of SIGTERM inside the block: Ray would replace it by one that exits at once."""
     with _replaced(utils, "set_sigterm_handler", lambda handler: None):
         yield
 
@@ -81,37 +81,37 @@ def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
 
 
 def default_folder() -> Path:
-    """Return where a local Ray keeps its sessions, so that one can be named before it starts, and removed with it."""
+    """Return the folder of local Rays' sessions, so that a session can be named before it starts, and removed."""
     return Path(get_default_ray_temp_dir()).absolute()
 
 
 def session_folder() -> Path:
-    """Return where this node's Ray keeps its files while it runs."""
+    """Return the folder of this node's Ray."""
     return Path(global_worker.node.get_session_dir_path())
 
 
 def dashboard_address() -> str:
-    """Return HOST:PORT of the dashboard; nothing if there is none."""
+    """Return the dashboard's HOST:PORT; empty without a dashboard."""
     return global_worker.node.webui_url or ""
 
 
 def dead_processes() -> list[str]:
-    """Return which processes of the Ray that this job has started have died; those of a cluster are not ours."""
+    """Return the names of dead processes of the local Ray that this job has started; a cluster's are not its own."""
     return [name for name, _ in global_worker.node.dead_processes()]
 
 
 def address_of_ray_start() -> str | None:
-    """Return the address that ``ray start`` has left. "auto" would also join the local Ray of another job."""
+    """Return the address of this machine's ``ray start``. "auto" would also join the local Ray of another job."""
     return utils.read_ray_address()
 
 
 def ask(address: str, timeout_s: float) -> None:
-    """Return if a Ray answers at an address, else raise a RayError, in seconds; ``ray.init`` tries for minutes."""
-    # If there is a token, `ray start` makes the cluster ask for it; ray.init(address=...) does not show it by itself.
+    """Raise a RayError if no Ray answers at an address, within seconds; ``ray.init`` tries for minutes."""
+    # If there is a token, a cluster of `ray start` needs it, but ray.init(address=...) does not send it by itself.
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)  # to which C++ logs each of its three attempts
+    os.dup2(nowhere, 2)  # Ray's C++ would print each of its three attempts
     try:
         InnerGcsClient.standalone(address, None, int(timeout_s * 1000))
     finally:
@@ -121,7 +121,7 @@ def ask(address: str, timeout_s: float) -> None:
 
 
 def kill_actors(class_name: str) -> None:
-    """Kill this job's actors of a class, for which nobody here has handles."""
+    """Kill this job's actors of a class; this process has no handles of them."""
     job_id = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
     for actor_id, actor in state.actor_table(None, job_id).items():
         if actor["ActorClassName"] == class_name and actor["State"] != "DEAD":
@@ -129,7 +129,7 @@ def kill_actors(class_name: str) -> None:
 
 
 def orphaned_placement_groups() -> list[PlacementGroup]:
-    """Return what dead actors of this job have reserved; the public table does not tell who has."""
+    """Return the placement groups of dead actors of this job; the public table does not name the actors."""
     job_id, orphans = bytes.fromhex(ray.get_runtime_context().get_job_id()), []
     for serialized in state._connect_and_get_accessor().get_placement_group_table():
         group = PlacementGroupTableData.FromString(serialized)

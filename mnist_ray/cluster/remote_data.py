@@ -1,4 +1,4 @@
-"""What all nodes have to reach: the data, through Ray's object store or loaded by each, and the run's storage."""
+"""What all nodes must reach: the data, through Ray's object store or loaded by each node, and the run's storage."""
 
 from __future__ import annotations
 
@@ -25,59 +25,57 @@ class RemoteSplit:
     """A split that any process of the cluster can open."""
 
     workload: Workload
-    origin: Origin  # which of the workload's data it is made of
+    origin: Origin  # the workload's data that it is a part of
     size: int
     stored: ray.ObjectRef | None  # arrays in Ray's object store, of which all processes on a node see one copy
-    indices: np.ndarray | AllBut | None  # if it is not stored: which examples it has; None: all
+    indices: np.ndarray | AllBut | None  # its examples, if it is not stored; None: all
 
     def __len__(self) -> int:
         return self.size
 
     def open(self) -> Split:
-        """Return the split. If it is not stored, this process loads the workload's data for itself."""
+        """Return the split. If it is not stored, this process loads the workload's data itself."""
         if self.stored is not None:
             return Split(ray.get(self.stored), None, self.origin)
         return Split(getattr(self.workload.load_data(), self.origin), self.indices, self.origin)
 
 
 def share(workload: Workload, split: Split) -> RemoteSplit:
-    """Share a split: arrays in memory are put into the object store."""
+    """Share a split: arrays in memory go into the object store."""
     stored = None if split.arrays is None else ray.put(split.arrays)
     return RemoteSplit(workload, split.origin, len(split), stored, split.indices)
 
 
 def check_nodes(run: RunFolder, own_versions: dict[str, str] | None = None) -> list[str]:
-    """Let every node read a file that the driver writes beside the run, and compare versions; return the hosts.
+    """Let every node read a file that the driver writes next to the run; return the nodes' hosts.
 
-    ``own_versions``: see ``versions``. Without them they are not compared. Raises JobError if something differs.
+    ``own_versions``: the driver's, to be compared; see ``versions``. Raises JobError if something differs.
     """
     probe = f".probe-{uuid.uuid4().hex}"
     run.storage.write_text(probe, probe)  # the content is the name
     nodes = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes() if node["Alive"]]
     tasks = [ray.remote(num_cpus=0, scheduling_strategy=node)(check_here) for node in nodes]
     try:
-        hosts: list[str] = ray.get([task.remote(run, probe, own_versions or {}) for task in tasks], timeout=_TIMEOUT_S)
-        return hosts
+        checked = ray.get([task.remote(run, probe, own_versions or {}) for task in tasks], timeout=_TIMEOUT_S)
     except ray.exceptions.RayError as error:
-        found = getattr(error, "cause", None)
-        raise (
-            found if isinstance(found, JobError) else JobError(f"a node does not answer: {first_line(error)}")
-        ) from error
+        raise JobError(f"a node does not answer: {first_line(error)}") from error
     finally:
         run.storage.delete_file(probe)
+    for host, problem in checked:
+        if problem:
+            raise JobError(f"node {host} {problem}")
+    return [host for host, _ in checked]
 
 
-def check_here(run: RunFolder, probe: str, drivers: dict[str, str]) -> str:
-    """Return this node's name. Raises JobError if it does not see the driver's file, or has other versions."""
-    host = socket.gethostname()
+def check_here(run: RunFolder, probe: str, drivers: dict[str, str]) -> tuple[str, str]:
+    """Return this node's host, and its problem: it does not see the driver's file, or has other versions."""
     try:
-        problem = "" if run.storage.read_text(probe) == probe else "what the driver has written is not there"
+        problem = "" if run.storage.read_text(probe) == probe else "the driver's file is missing"
     except (JobError, *STORAGE_ERRORS) as error:
         problem = first_line(error)
     if problem:
-        place = f"--storage-path {run.storage_path}"
-        raise JobError(f"node {host} does not see {place}: {problem}; use one that all nodes share")
+        problem = f"does not see --storage-path {run.storage_path}: {problem}; use one that all nodes share"
     for name, version in versions().items():
-        if drivers.get(name, version) != version:
-            raise JobError(f"node {host} has {name} {version}, the driver has {drivers[name]}")
-    return host
+        if not problem and drivers.get(name, version) != version:
+            problem = f"has {name} {version}, the driver has {drivers[name]}"
+    return socket.gethostname(), problem

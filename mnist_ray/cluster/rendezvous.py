@@ -12,33 +12,29 @@ import ray
 from ray.train.torch import TorchConfig
 
 from mnist_ray.cluster.ray_internals import session_folder
-from mnist_ray.cluster.train_internals import (
-    _set_torch_distributed_env_vars,
-    _setup_torch_process_group,
-    _TorchBackend,
-)
+from mnist_ray.cluster.train_internals import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
 
 
 @dataclass
 class WorkerGroupConfig(TorchConfig):
-    """Ray Train's own way of joining workers, but for two things.
+    """Ray Train's own way to join workers, with two differences.
 
-    Gloo binds to what the host's name resolves to, which on many a Linux is 127.0.1.1: here it is given the interface
-    of the address by which Ray knows the node. And on a local Ray the workers meet through a file, where Ray Train
-    opens a ``TCPStore``, which listens on all interfaces.
+    Gloo binds to the address that the host's name resolves to, often 127.0.1.1 on Linux: here it gets the interface
+    by which Ray knows the node. On a local Ray the workers meet through a file; Ray Train would open a ``TCPStore``,
+    which listens on all interfaces.
     """
 
     is_local: bool = False
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
-        """What sets the workers up, also whenever they were replaced."""
+        """The class that sets workers up, also those that replace others."""
         return _Backend
 
 
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: WorkerGroupConfig) -> None:
-        worker_group.execute(_use_nodes_interface)
+        worker_group.execute(use_nodes_interface)
         if not backend_config.is_local:
             super().on_start(worker_group, backend_config)
             return
@@ -46,32 +42,23 @@ class _Backend(_TorchBackend):
         world_size = len(worker_group)
         if world_size == 1:
             return
-        meeting_point = session_folder() / f"workers-{uuid.uuid4().hex}"
-        joining = [
-            worker_group.execute_single_async(
-                rank,
-                _setup_torch_process_group,
-                backend=backend_config.backend,
-                world_rank=rank,
-                world_size=world_size,
-                init_method=meeting_point.as_uri(),
-                timeout_s=backend_config.timeout_s,
-            )
-            for rank in range(world_size)
-        ]
-        ray.get(joining)
+        options = {
+            "backend": backend_config.backend,
+            "world_size": world_size,
+            "init_method": (session_folder() / f"workers-{uuid.uuid4().hex}").as_uri(),
+            "timeout_s": backend_config.timeout_s,
+        }
+        ray.get(
+            [
+                worker_group.execute_single_async(rank, _setup_torch_process_group, world_rank=rank, **options)
+                for rank in range(world_size)
+            ]
+        )
 
 
-def _use_nodes_interface() -> None:
-    """Let gloo use the interface of this node's address; what the user has set stays."""
-    name = interface_of(ray.util.get_node_ip_address())
-    if name is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-
-
-def interface_of(address: str) -> str | None:
-    """Return the network interface that has an address; None if none has."""
+def use_nodes_interface() -> None:
+    """Let gloo use the network interface of this node's address, unless the user has set another."""
+    address = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
         if any(found.address == address for found in addresses):
-            return name
-    return None
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

@@ -1,4 +1,4 @@
-"""Whether Ray still answers, which a job would wait for for ever; and what Ray leaves behind of ended controllers."""
+"""Ends a job if Ray stops answering, as it would wait forever; and cleans up after ended controllers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 
 import ray
 from ray.util import remove_placement_group
@@ -15,36 +16,35 @@ from mnist_ray.cluster import ray_internals
 from mnist_ray.errors import JobError
 from mnist_ray.signals import end_with
 
-Ping = Callable[[], "Future[object]"]
-"""Asks for some sign of life; the future is done when it has come, be it an error."""
+Ping = Callable[[], "Future[object]"]  # asks for a sign of life; the future is done when an answer, or an error, comes
 
-LONGEST_SILENCE_S = 50.0  # a machine may be very busy; after 60 s without its GCS, Ray ends the process without a word
+LONGEST_SILENCE_S = 50.0  # of a busy machine; after 60 s without its GCS, Ray ends the process and does not say why
 _LOOK_INTERVAL_S = 1.0
 _PING_INTERVAL_S = 5.0
-_STORED_BYTES = 2**18  # so many that an object goes to the store, which is the raylet's
+_STORED_BYTES = 2**18  # large enough for an object to go to the store, which belongs to the raylet
 _ORPHANS_INTERVAL_S = 0.5
-_PATIENCE_S = 5.0  # with a Ray that may not answer any more
+_STOP_TIMEOUT_S = 5.0  # a thread may wait for a Ray that has stopped answering
 
 
 class RaySilentError(JobError):
-    """A part of Ray has died or hangs; whatever else it is asked, it may not answer."""
+    """A part of Ray has died or hangs. Other calls of Ray may hang as well."""
 
     @classmethod
     def of(cls, name: str, *, has_died: bool = False) -> RaySilentError:
-        """Return the error for a part of that name."""
+        """Return the error for a part of Ray."""
         silence = "has died" if has_died else f"has not answered for {LONGEST_SILENCE_S:.0f} s"
         return cls(f"Ray has failed: {name} {silence}")
 
 
 class Watch:
-    """Pings in turns, and finds who has not answered for long."""
+    """Pings parts of Ray regularly, and finds one that has stopped answering."""
 
     def __init__(self, pings: Mapping[str, Ping]) -> None:
         self._pings = pings
         self._asked: dict[str, tuple[float, Future[object]]] = {}
 
     def silent(self) -> str | None:
-        """Return who has been silent for too long, if anybody has; ping those whose turn it is."""
+        """Return the name of a part that has been silent for too long, if any; ping the others if it is time."""
         now = time.monotonic()
         for name, ping in self._pings.items():
             asked_at, answer = self._asked.get(name, (-_PING_INTERVAL_S, None))
@@ -58,7 +58,7 @@ class Watch:
 
 @contextlib.contextmanager
 def watched() -> Iterator[Callable[[], None]]:
-    """End the job with a RaySilentError if Ray dies or hangs meanwhile; give what ends the watch before."""
+    """End the job with a RaySilentError if Ray dies or hangs in the block. Yields a function that ends the watch."""
     pool, is_silent = ThreadPoolExecutor(2), threading.Event()
     watch = Watch(
         {
@@ -75,54 +75,53 @@ def watched() -> Iterator[Callable[[], None]]:
 
     def stop() -> None:
         stop_looking()
-        pool.shutdown(wait=not is_silent.is_set())  # Ray must not be left while a thread asks it
+        pool.shutdown(wait=not is_silent.is_set())  # Ray must not be shut down while a thread waits for its answer
 
-    stop_looking = _repeat(look, _LOOK_INTERVAL_S)
-    try:
-        yield stop
-    finally:
-        stop()
+    with _repeated(look, _LOOK_INTERVAL_S) as stop_looking:
+        try:
+            yield stop
+        finally:
+            stop()
 
 
-@contextlib.contextmanager
-def orphans_removed() -> Iterator[None]:
-    """Free meanwhile, twice a second, what dead actors of this job have reserved for their workers.
+def orphans_removed() -> AbstractContextManager[object]:
+    """Twice a second inside the block, free the resources that dead actors of this job have reserved for workers.
 
-    Ray keeps a placement group until the actor that made it *and* its job have ended. Ray Train has an actor clean up
-    behind a dead controller, which asks a dashboard about it; a local Ray has none.
+    Ray keeps a placement group until the actor that made it *and* its job have ended. Ray Train's own cleaner of dead
+    controllers asks a dashboard; a local Ray has none.
     """
 
     def remove() -> None:
         for group in ray_internals.orphaned_placement_groups():
             remove_placement_group(group)
 
-    stop = _repeat(remove, _ORPHANS_INTERVAL_S)
-    try:
-        yield
-    finally:
-        stop(_PATIENCE_S)
+    return _repeated(remove, _ORPHANS_INTERVAL_S)
 
 
-def _repeat(action: Callable[[], None], interval_s: float) -> Callable[..., None]:
-    """Do something again and again in a thread; return what ends that, and waits for its end for some seconds."""
+@contextlib.contextmanager
+def _repeated(action: Callable[[], None], interval_s: float) -> Iterator[Callable[[], None]]:
+    """Repeat an action in a thread inside the block. Yields a function that ends that earlier."""
     is_over = threading.Event()
 
     def run() -> None:
         while not is_over.wait(interval_s):
             action()
 
-    def stop(timeout_s: float | None = None) -> None:
+    def stop() -> None:
         is_over.set()
-        thread.join(timeout_s)
+        thread.join(_STOP_TIMEOUT_S)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    return stop
+    try:
+        yield stop
+    finally:
+        stop()
 
 
 def end_controllers() -> None:
-    """End this job's controllers of Ray Train, so that threads of this process that wait for them go on.
+    """End this job's controllers of Ray Train, so that threads of this process stop waiting for them.
 
-    Ray is not to be shut down before: that may end this process by a SIGSEGV.
+    This must be done before ``ray.shutdown``, which may otherwise end the process by a SIGSEGV.
     """
     ray_internals.kill_actors("TrainController")

@@ -1,8 +1,7 @@
-"""A sweep's picture, of what came out over what was searched, and its part of the report."""
+"""A sweep's picture, the validation over the searched settings, and its part of the report."""
 
 from __future__ import annotations
 
-import math
 import textwrap
 from typing import Any
 
@@ -25,10 +24,10 @@ _RING: dict[str, Any] = {"color": "black", "marker": "o", "linestyle": "none", "
 
 
 def draw(table: TrialTable, num_epochs: int) -> bytes:
-    """Draw the validation of all trials over each setting that was searched, as a PNG.
+    """Draw the validation of all trials over each searched setting, as a PNG.
 
-    The first choice among the settings has a colour and marker for each value, if there is another to draw it over.
-    Trials that were stopped early are hollow, the best configuration's are ringed, failed ones are left out.
+    The first setting with a few values gets a colour and marker for each value, if there is another setting to draw it
+    over. Trials that were stopped early are hollow, the best configuration's are ringed, failed trials are left out.
     """
     records = [record for record in table.by_point.values() if record.is_validated and record.state != RUNNING]
     searched = table.space.spaces
@@ -40,31 +39,32 @@ def draw(table: TrialTable, num_epochs: int) -> bytes:
     plots = figure.subplots(len(over), squeeze=False)[:, 0]
     for axes, name in zip(plots, over, strict=True):
         _draw_over(axes, table, records, name, coloured if coloured != name else None)
-    plots[0].set_title(_title(table, len(records), num_epochs))
+    title = [f"{count(len(records), 'trial')} of at most {count(num_epochs, 'epoch')}"]
+    if best := table.best:
+        value = f"{table.workload.monitor.format(best.val_monitor)}, {best.seeds_text}"
+        title += textwrap.wrap(f"best: {format_settings(best.records[0].point.values)} ({value})", _TITLE_WIDTH)
+    plots[0].set_title("\n".join(title))
     handles, labels = plots[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize="small")
     return png_of(figure)
 
 
 def _draw_over(axes: Axes, table: TrialTable, records: list[TrialRecord], name: str, coloured: str | None) -> None:
-    """Draw all trials over one setting; ``coloured`` is the one whose values have colours."""
+    """Draw all trials over setting ``name``; the values of setting ``coloured`` have colours."""
     metric, space = table.workload.monitor, table.space.spaces[name]
 
     def place(record: TrialRecord) -> tuple[float, float]:
         value = record.point.values[name]
         return space.options.index(value) if isinstance(space, Choice) else value, on_axis(metric, record.val_monitor)
 
-    groups: dict[Any, list[TrialRecord]] = {None: records}
-    if coloured:
-        colours = table.space.spaces[coloured]
-        assert isinstance(colours, Choice)
-        groups = {value: [r for r in records if r.point.values[coloured] == value] for value in colours.options}
-    for number, (value, group) in enumerate((value, group) for value, group in groups.items() if group):
+    colours = table.space.spaces[coloured] if coloured else None
+    for number, value in enumerate(colours.options if isinstance(colours, Choice) else (None,)):
         style = {**style_of(number), "linestyle": "none"}
+        group = [record for record in records if coloured is None or record.point.values[coloured] == value]
         for record in group:
             fill: dict[str, Any] = {"markerfacecolor": "none"} if record.state == STOPPED else {}
             axes.plot(*place(record), markersize=8, alpha=0.7, **style, **fill)
-        if coloured:
+        if coloured and group:
             axes.plot([], [], label=f"{in_words(coloured)} {format_value(value)}", **style)
     if any(record.state == STOPPED for record in records):
         axes.plot([], [], label="stopped early", **{**_RING, "color": "grey"})
@@ -84,19 +84,10 @@ def _draw_over(axes: Axes, table: TrialTable, records: list[TrialRecord], name: 
     axes.grid(alpha=0.3)
 
 
-def _title(table: TrialTable, number: int, num_epochs: int) -> str:
-    title, best = f"{count(number, 'trial')} of at most {count(num_epochs, 'epoch')}", table.best
-    if best is None or math.isnan(best.val_monitor):
-        return title
-    value = table.workload.monitor.format(best.val_monitor)
-    about_best = f"best: {format_settings(dict(best.configuration))} ({value}, {best.seeds_text})"
-    return "\n".join([title, *textwrap.wrap(about_best, _TITLE_WIDTH)])
-
-
 def sections(run: RunFolder, workload: type[Workload]) -> Sections:
-    """Return a sweep's part of the report that lies in its folder; nothing if the run is no sweep.
+    """Return a sweep's part of the report; empty if the run is no sweep, and only a note if its files are damaged.
 
-    If its files are damaged, only a note that says so. Raises UsageError if they hold settings that cannot be.
+    Raises UsageError if the files hold impossible settings.
     """
     if not run.exists(TRIALS_FILE):
         return Sections()
@@ -106,12 +97,13 @@ def sections(run: RunFolder, workload: type[Workload]) -> Sections:
     except DamagedFileError as error:
         return Sections(notes=[str(error)])
     num_epochs = (run.read_json(CONFIG_FILE) or {}).get("num_epochs", 0)
-    alt = f"Validation {table.workload.monitor.name} of {len(table.by_point)} trials; the table has all figures"
+    alt = f"Validation {table.workload.monitor.name} of {len(table.by_point)} trials; the table has all values"
     caption = ("Hollow: stopped early. " if table.count(STOPPED) else "") + "Ringed: the best configuration."
     rows, notes = [table.console_row(record, num_epochs) for record in table.ranked], list[str]()
-
-    def picture() -> list[Picture]:
-        return [Picture("sweep", "Trials", alt, draw(table, num_epochs), caption)]
-
-    pictures = unless_failing("picture of the trials", picture, table.workload, notes)
+    pictures = unless_failing(
+        "picture of the trials",
+        lambda: [Picture("sweep", "Trials", alt, draw(table, num_epochs), caption)],
+        table.workload,
+        notes,
+    )
     return Sections(pictures, [Table("Trials, best first", table.console_columns, rows)], notes)

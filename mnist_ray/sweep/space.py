@@ -1,4 +1,4 @@
-"""What a sweep searches: any settings of the training or the workload, over values or ranges."""
+"""The search space of a sweep: values or ranges of any settings of the training or the workload."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import numpy as np
 
 from mnist_ray import settings
 from mnist_ray.config import SweepConfig, TrainConfig
-from mnist_ray.errors import UsageError, did_you_mean, in_words
+from mnist_ray.errors import UsageError, did_you_mean
 from mnist_ray.settings import Choice, Range, SearchSpace, parse_text, value_type
 from mnist_ray.workload.base import Workload
 
 _NONE, _LOG = "none", "log:"
-_OF_ALL_TRIALS = ("seed", "num_epochs", "validation_size", "limit", "overfit_batches", "callback")
-"""What --sweep does not take: all trials have the same data and number of epochs, each configuration its seeds."""
-_LONGEST_NAME = 180  # of a trial's folder; file systems take 255 bytes
+# All trials have the same data and number of epochs, and each configuration gets its seeds from the sweep.
+_NOT_SEARCHED = ("seed", "num_epochs", "validation_size", "limit", "overfit_batches", "callback")
+_LONGEST_NAME = 180  # of a trial's folder; file systems allow 255 bytes
 
 
 @dataclass(frozen=True)
 class Point:
-    """What one trial tries: values of the settings that are searched, and the seed to train it with."""
+    """One trial's values of the searched settings, and its seed."""
 
     configuration: tuple[tuple[str, Any], ...]  # (setting, value) pairs, the same for all seeds
     seed: int
@@ -48,33 +48,23 @@ class Point:
 
 @dataclass(frozen=True)
 class Space:
-    """The settings that are searched, in the order in which they are shown."""
+    """The searched settings, in the order of display."""
 
     spaces: Mapping[str, SearchSpace]
     types: Mapping[str, type]
     defaults: Mapping[str, Any]
 
     def point(self, values: Mapping[str, Any], seed: int) -> Point:
-        """Return the point of some values, which may be NumPy's or Optuna's numbers, or the text of a file."""
+        """Return the point with these values. They may be numbers of NumPy or Optuna, or a file's text."""
         return Point(tuple((name, _as(self.types[name], values[name])) for name in self.spaces), seed)
 
     def default_points(self, seed: int) -> list[Point]:
-        """Return the default configuration, which the others have to beat, if the space holds it."""
+        """Return the default configuration, which the others must beat; an empty list if the space lacks it."""
         inside = all(_contains(space, self.defaults[name]) for name, space in self.spaces.items())
         return [self.point(self.defaults, seed)] if inside else []
 
-    def describe(self) -> str:
-        """Return the space as people read it."""
-        parts = []
-        for name, space in self.spaces.items():
-            if isinstance(space, Choice):
-                parts.append(f"{in_words(name)} from {', '.join(map(str, space.options))}")
-            else:
-                parts.append(f"{in_words(name)} {space.low:g} to {space.high:g}")
-        return "; ".join(parts)
-
     def texts(self) -> tuple[str, ...]:
-        """Return what ``--sweep`` takes for the space."""
+        """Return the space as ``--sweep`` takes it."""
         texts = []
         for name, space in self.spaces.items():
             if isinstance(space, Choice):
@@ -99,9 +89,9 @@ def _contains(space: SearchSpace, value: Any) -> bool:
 
 
 def space_of(workload_class: type[Workload], values: Mapping[str, Any], fixed: Collection[str] = ()) -> Space:
-    """Return the space that ``values["sweep"]`` names; without it, all settings that have one, but ``fixed``.
+    """Return the space in ``values["sweep"]``; by default, of all settings with a search space except ``fixed``.
 
-    Raises UsageError if there is nothing to search, or a text names no space.
+    Raises UsageError if there is nothing to search, or a text is no space.
     """
     known, texts = _settings_of(workload_class), values.get("sweep")
     spaces: dict[str, SearchSpace] = {}
@@ -111,7 +101,7 @@ def space_of(workload_class: type[Workload], values: Mapping[str, Any], fixed: C
         except UsageError as error:
             raise UsageError(f"--sweep {text}: {error}") from error
         if name in spaces or name in fixed:
-            raise UsageError(f"--sweep searches {name}: say once how, and leave out {settings.flag(name)}")
+            raise UsageError(f"--sweep searches {name}: give its space once, and leave out {settings.flag(name)}")
         spaces[name] = space
     if not texts:
         spaces = {name: some.search for name, some in known.items() if some.search and name not in fixed}
@@ -123,19 +113,17 @@ def space_of(workload_class: type[Workload], values: Mapping[str, Any], fixed: C
 
 @dataclass(frozen=True)
 class _Setting:
-    """A setting that may be searched."""
-
     name: str
     config_class: type
     annotation: Any
-    search: SearchSpace | None  # where it is searched unless --sweep says otherwise
+    search: SearchSpace | None  # the space without --sweep
 
     @property
     def type(self) -> type:
         return value_type(self.annotation)[0]
 
-    def value_of(self, text: str) -> Any:
-        """Return the value that a text stands for, checked. Raises UsageError."""
+    def parse(self, text: str) -> Any:
+        """Return the checked value of a text. Raises UsageError."""
         is_none = text == _NONE and type(None) in get_args(self.annotation)
         try:
             value = None if is_none else parse_text(self.type, text.strip())
@@ -155,7 +143,7 @@ def _settings_of(workload_class: type[Workload]) -> dict[str, _Setting]:
 
 
 def _parsed(text: str, known: Mapping[str, _Setting]) -> tuple[str, SearchSpace]:
-    """Return the setting and the space that a text of ``--sweep`` stands for. Raises UsageError."""
+    """Return the setting and the space in a text of ``--sweep``. Raises UsageError."""
     name, _, given = (part.strip() for part in text.partition("="))
     name = name.replace("-", "_")
     if not name or not given:
@@ -163,24 +151,24 @@ def _parsed(text: str, known: Mapping[str, _Setting]) -> tuple[str, SearchSpace]
     if name not in known:
         raise UsageError(f"there is no setting {name}{did_you_mean(name, known)}")
     setting = known[name]
-    if name in _OF_ALL_TRIALS or setting.type is tuple:
+    if name in _NOT_SEARCHED or setting.type is tuple:
         raise UsageError(f"{name} is the same for all trials")
     if ":" in given and setting.type in (int, float):
         is_log = given.startswith(_LOG)
-        ends = [setting.value_of(end) for end in given.removeprefix(_LOG).split(":")]
+        ends = [setting.parse(end) for end in given.removeprefix(_LOG).split(":")]
         if len(ends) != 2 or None in ends or ends[0] > ends[1] or (is_log and ends[0] <= 0):
             raise UsageError("a range is LOW:HIGH or log:LOW:HIGH, the latter of positive numbers")
         return name, Range(ends[0], ends[1], log=is_log)
-    options = tuple(setting.value_of(option) for option in given.split(","))
+    options = tuple(setting.parse(option) for option in given.split(","))
     if len(set(options)) < len(options):
         raise UsageError("values must differ")
     return name, Choice(options)
 
 
 def propose(space: Space, sweep: SweepConfig, seed: int) -> list[Point]:
-    """Return the points of a random or grid search, all at once; the same for the same settings and seed.
+    """Return all points of a random or grid search; the same for the same settings and seed.
 
-    Raises UsageError if a grid has no trial for each choice.
+    Raises UsageError if a grid has more choices than trials.
     """
     if sweep.search == "grid":
         return _grid(space, sweep.num_trials, seed)

@@ -29,32 +29,32 @@ from mnist_ray.training.state import CodeFailedError, Group, TrainingDivergedErr
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """What every trial is handed."""
+    """Everything that all trials share."""
 
-    job: Job  # of the sweep: a trial replaces what is searched
+    job: Job  # the sweep's; a trial replaces the searched settings
     train: RemoteSplit
     validation: RemoteSplit
     plan: WorkerPlan
-    folder: RunFolder  # where the trials' folders are
+    folder: RunFolder  # holds the trials' folders
 
 
 def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
     """Train one point, from its last checkpoint if it has one, and report to Tune at every checkpoint.
 
     With several workers it is a ``TorchTrainer`` run. With one it is the same engine in this process, which Tune keeps
-    warm from trial to trial: to start a worker costs more than such a trial's training.
+    warm from trial to trial: starting a worker takes longer than such a trial's training.
 
-    If the configuration or the code is at fault, that is reported, too: another attempt would end the same way. What
-    may go well at the next attempt is raised, and Tune makes it.
+    If the configuration or the code is at fault, that is reported: another attempt would end the same way. Failures
+    that may not happen again are raised, and Tune makes another attempt.
     """
     point = Point(tuple((name, value) for name, value in tune_config.items() if name != "seed"), tune_config["seed"])
     job = spec.job.with_values({**point.values, "seed": point.seed})
     job = dataclasses.replace(job, run=spec.folder.inside(point.name))
+    loop_spec = LoopSpec(job=job, train=spec.train, validation=spec.validation)
     try:
         if spec.plan.num_workers > 1:
-            train_on_workers(job, spec)
+            train_on_workers(loop_spec, spec.plan)
         else:
-            loop_spec = LoopSpec(job=job, train=spec.train, validation=spec.validation)
             group = Group(device=torch.device("cuda" if spec.plan.use_gpu else "cpu"))
             train_worker(loop_spec, group, TuneReporter, spec.plan.cpus_per_worker)
         return
@@ -64,17 +64,16 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
         raise
     except Exception as error:
         reason = with_place(error, *job.code_folders)
-    # The scheduler takes NaN for the worst.
+    # The scheduler ranks NaN last.
     tune.report({f"val_{job.workload.monitor.name}": math.nan, "reason": reason})
 
 
-def train_on_workers(job: Job, spec: TrialSpec) -> None:
+def train_on_workers(loop_spec: LoopSpec, plan: WorkerPlan) -> None:
     """Train a trial as a ``TorchTrainer`` run."""
-    loop_spec = LoopSpec(job=job, train=spec.train, validation=spec.validation)
-    drop_damaged_snapshot(job.run)
+    drop_damaged_snapshot(loop_spec.job.run)
     callbacks = [TuneReportCallback(), FailureReporter(None)]
     try:
-        result = create_trainer(loop_spec, spec.plan, max_failures=0, callbacks=callbacks).fit()
+        result = create_trainer(loop_spec, plan, max_failures=0, callbacks=callbacks).fit()
     except ray.train.TrainingFailedError as error:
         cause = getattr(error, "controller_failure", error)
         raise (cause if isinstance(cause, TrainingStoppedError) else JobError(reason_of(error))) from error
@@ -83,16 +82,16 @@ def train_on_workers(job: Job, spec: TrialSpec) -> None:
 
 
 class TuneReporter(Reporter):
-    """Saves and validates at every checkpoint, and reports to Tune, which may end the trial then."""
+    """Saves, validates and reports to Tune at every checkpoint. Tune may end the trial then."""
 
     def begin(self, state: TrainingState, restored: checkpoints.Restored) -> None:
-        """Report a trial that is over: it was killed after its last checkpoint, before the sweep had noted it."""
+        """Report a finished trial again: it was killed after its last checkpoint, before the sweep noted it."""
         if is_over(state, self._config):
             tune.report(restored.metrics)
 
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
-        """Write a checkpoint, then remove those before it, so that a whole one is always there; and report."""
-        faulthandler.cancel_dump_traceback_later()  # what Tune takes its time for is no hang
+        """Write a checkpoint, remove the earlier ones, and report; a whole checkpoint always exists."""
+        faulthandler.cancel_dump_traceback_later()  # Tune may take long to answer; that is no hang
         metrics = self.measured(state, progress)
         run, name = self._job.run, self.save(state, metrics)
         for before in run.checkpoint_names():

@@ -1,4 +1,4 @@
-"""The table of a sweep's trials, and which configuration is the best. No Ray here."""
+"""A sweep: its settings, the table of its trials, and its best configuration. No torch and no Ray here."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mnist_ray.config import SweepConfig
+from mnist_ray.config import SweepConfig, WorkerConfig
 from mnist_ray.errors import format_value, in_words
 from mnist_ray.report.run_files import csv_text, read_csv
+from mnist_ray.run.job import Job
 from mnist_ray.settings import Choice
 from mnist_ray.storage import TRIALS_FILE, RunFolder
 from mnist_ray.sweep.space import Point, Space
 from mnist_ray.workload.base import Workload
 
+BEST_FILE, DEFAULT_FOLDER = "best.json", "default"
 DONE, STOPPED, FAILED, LOST, RUNNING = "done", "stopped early", "failed", "lost", "running"
-ENDED = (DONE, STOPPED, FAILED)  # a resumed sweep leaves them alone; the others go on from their checkpoints
+ENDED = (DONE, STOPPED, FAILED)  # a resumed sweep does not repeat them; it resumes the others from their checkpoints
 
 
 @dataclass
@@ -28,17 +30,17 @@ class TrialRecord:
     trial: int  # counted from 1, in the order of starting
     point: Point
     state: str = RUNNING
-    epochs: float = 0.0  # epochs trained; a fraction within one
+    epochs: float = 0.0  # trained; a fraction within an epoch
     val_monitor: float = math.nan  # the workload's monitor on the validation set
     val_loss: float = math.nan
     train_loss: float = math.nan
     rate: float = math.nan  # examples per second of training
     train_s: float = 0.0  # seconds of training, without validation
     reports: str = ""  # `EPOCHS:MONITOR` for each report: a scheduler compares trials by them
-    reason: str = ""  # why it failed, or was lost
+    reason: str = ""  # of a failed or lost trial
 
     def report(self, epochs: float, monitor: float) -> None:
-        """Add a report. A trial that goes on from its checkpoint may report the same epochs again."""
+        """Add a report. A trial that resumes from its checkpoint may report the same epochs again."""
         known = [pair for pair in self.reported if pair[0] < epochs]
         self.reports = " ".join(f"{at:g}:{value:.9g}" for at, value in [*known, (epochs, monitor)])
 
@@ -49,11 +51,6 @@ class TrialRecord:
         return [(float(epochs), float(monitor)) for epochs, monitor in pairs]
 
     @property
-    def is_finished(self) -> bool:
-        """Whether a resumed sweep leaves it alone."""
-        return self.state in ENDED
-
-    @property
     def is_validated(self) -> bool:
         """Whether it can be compared with others."""
         return not math.isnan(self.val_monitor) and self.state not in (FAILED, LOST)
@@ -61,28 +58,15 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class Best:
-    """A configuration with all its validated trials, one a seed."""
+    """A configuration with all its validated trials, one for each seed."""
 
     records: tuple[TrialRecord, ...]
-
-    @property
-    def configuration(self) -> tuple[tuple[str, Any], ...]:
-        """What they have in common."""
-        return self.records[0].point.configuration
-
-    @property
-    def val_monitor(self) -> float:
-        """Mean over the seeds."""
-        return statistics.mean(record.val_monitor for record in self.records)
-
-    @property
-    def val_loss(self) -> float:
-        """Mean over the seeds."""
-        return statistics.mean(record.val_loss for record in self.records)
+    val_monitor: float  # mean over the seeds
+    val_loss: float  # mean over the seeds
 
     @property
     def seeds_text(self) -> str:
-        """The seeds that the means are over."""
+        """The seeds of the means, in words."""
         number = len(self.records)
         return f"mean of {number} seeds" if number > 1 else f"seed {self.records[0].point.seed}"
 
@@ -102,28 +86,27 @@ class TrialTable:
         record.state, record.reason = RUNNING, ""
         return record
 
-    def plan(self, points: list[Point]) -> list[Point]:
-        """Count points among those that are going to be tried; return those that are not finished yet."""
-        self.num_planned = max(self.num_planned, len(self.by_point.keys() | set(points)))
+    def unfinished(self, points: Iterable[Point]) -> list[Point]:
+        """Return those of some points that a resumed sweep has still to train."""
         finished = {record.point for record in self.finished()}
         return [point for point in points if point not in finished]
 
     def finished(self) -> list[TrialRecord]:
         """Return the records of the trials that a resumed sweep does not repeat."""
-        return [record for record in self.by_point.values() if record.is_finished]
+        return [record for record in self.by_point.values() if record.state in ENDED]
 
     def count(self, *states: str) -> int:
         """Count the trials in one of the states."""
         return sum(record.state in states for record in self.by_point.values())
 
     def worth(self, trials: TrialRecord | Best) -> tuple[float, float]:
-        """Return what trials are ranked by, more is better: the workload's monitor, then the loss."""
+        """Return a key to rank trials by, more is better: the workload's monitor, then the loss."""
         sign = 1 if self.workload.monitor.mode == "max" else -1
         return sign * trials.val_monitor, -trials.val_loss
 
     @property
     def ranked(self) -> list[TrialRecord]:
-        """All records, the best first; those that failed or were not validated last."""
+        """All records, the best first; trials that failed or were not validated last."""
         validated = [record for record in self.by_point.values() if record.is_validated]
         others = [record for record in self.by_point.values() if not record.is_validated]
         return sorted(validated, key=self.worth, reverse=True) + others
@@ -134,19 +117,26 @@ class TrialTable:
         return self._best_of(self.by_point.values())
 
     def _best_of(self, records: Iterable[TrialRecord]) -> Best | None:
-        """Return the best configuration of some records: those with more seeds come first."""
+        """Return the best configuration of some records; configurations with more seeds come first."""
         by_configuration: dict[Any, list[TrialRecord]] = {}
         for record in records:
             if record.is_validated:
                 by_configuration.setdefault(record.point.configuration, []).append(record)
-        candidates = [Best(tuple(records)) for records in by_configuration.values()]
+        candidates = [
+            Best(
+                tuple(records),
+                statistics.mean(record.val_monitor for record in records),
+                statistics.mean(record.val_loss for record in records),
+            )
+            for records in by_configuration.values()
+        ]
         return max(candidates, key=lambda best: (len(best.records), *self.worth(best)), default=None)
 
     def confirmations(self, sweep: SweepConfig, seed: int) -> list[Point]:
-        """Return the best configurations with two more seeds each, the default among them if it was tried.
+        """Return the best configurations with two more seeds each, and the default's if it was tried.
 
-        Good configurations differ by less than one run's validation does from seed to seed; the best of many single
-        runs is mostly the luckiest.
+        Good configurations differ by less than the validation of one of them from seed to seed, so the best of many
+        single runs is mostly the luckiest.
         """
         if sweep.num_confirmed == 0:
             return []
@@ -156,7 +146,7 @@ class TrialTable:
         return [dataclasses.replace(point, seed=seed + more) for more in (1, 2) for point in chosen]
 
     def contenders(self, sweep: SweepConfig, seed: int) -> set[Point]:
-        """Return the points of the configurations that may still come out as the best."""
+        """Return the points of the configurations that can still become the best."""
         best = self._best_of(self.finished())
         leading = [*self.confirmations(sweep, seed), *(record.point for record in (best.records if best else ()))]
         configurations = {point.configuration for point in leading}
@@ -164,7 +154,7 @@ class TrialTable:
 
     @property
     def columns(self) -> dict[str, str]:
-        """The columns of sweep.csv that are no searched settings, by the fields of ``TrialRecord``."""
+        """The columns of sweep.csv with results, by the fields of ``TrialRecord``."""
         names = [field.name for field in dataclasses.fields(TrialRecord) if field.name not in ("trial", "point")]
         named_by_workload = {"val_monitor": f"val_{self.workload.monitor.name}", "rate": self.workload.rate}
         return {name: named_by_workload.get(name, name) for name in names}
@@ -190,7 +180,7 @@ class TrialTable:
         return csv_text(self._all_columns, self.rows, has_header=True)
 
     def read(self, run: RunFolder) -> TrialTable:
-        """Return the table that a sweep has written, an empty one if it has written none. Raises DamagedFileError."""
+        """Return the table in a sweep's folder; an empty one if there is none. Raises DamagedFileError."""
         try:
             records = [self._record(row) for row in read_csv(run, TRIALS_FILE, self._all_columns)]
         except (ValueError, TypeError) as error:
@@ -204,17 +194,17 @@ class TrialTable:
             for name, column in self.columns.items()
         }
         record = TrialRecord(int(row["trial"]), point, **values)
-        _ = record.reported  # else a damaged one would only fail later
+        _ = record.reported  # raises now, not later, if it is damaged
         if record.state not in (*ENDED, LOST, RUNNING):
             raise ValueError(f"{record.state!r:.40} is no state of a trial")
         for name, space in self.space.spaces.items():
             if isinstance(space, Choice) and point.values[name] not in space.options:
-                raise ValueError(f"{in_words(name)} {point.values[name]} is none of the sweep's")
+                raise ValueError(f"{in_words(name)} {point.values[name]} is not in the sweep's space")
         return record
 
     @property
     def console_columns(self) -> tuple[str, ...]:
-        """What people see of each trial."""
+        """The columns of the table that people see."""
         searched = map(in_words, self.space.spaces)
         return ("trial", *searched, "seed", "epochs", self.workload.monitor.name, f"{self.workload.nouns}/s", "state")
 
@@ -229,3 +219,32 @@ class TrialTable:
             "-" if math.isnan(record.rate) else f"{record.rate:,.0f}",
             record.state + (f": {record.reason}" if record.reason else ""),
         )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All settings of a sweep."""
+
+    config: SweepConfig
+    space: Space
+    job: Job  # of all trials and the trainings at the end
+
+    @property
+    def workers(self) -> WorkerConfig:
+        """The workers of a trial; by default one with one core, as more trials at a time are faster than threads."""
+        asked = self.job.workers
+        return dataclasses.replace(
+            asked, num_workers=asked.num_workers or 1, cpus_per_worker=asked.cpus_per_worker or 1
+        )
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """The batch sizes to try; of a range, its ends. Empty if the batch size is not searched."""
+        space = self.space.spaces.get("batch_size")
+        if space is None:
+            return []
+        return list(space.options) if isinstance(space, Choice) else [int(space.low), int(space.high)]
+
+    def table(self) -> TrialTable:
+        """Return the trials in its folder. Raises DamagedFileError."""
+        return TrialTable(type(self.job.workload), self.space).read(self.job.run)

@@ -1,19 +1,86 @@
-"""The story of a sweep, and what people see of it: a header, and a live table, or a line a trial."""
+"""The story of a sweep; before it, its settings and data; and its output.
+
+Nothing here imports torch or Ray at the top, so that a mistake is answered at once.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import importlib.util
+import math
 import time
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from mnist_ray.errors import clock_time, count, format_settings, redact
+from mnist_ray import settings
+from mnist_ray.config import SweepConfig
+from mnist_ray.errors import JobError, UsageError, clock_time, command, count, format_settings, redact
+from mnist_ray.run import session as sessions
 from mnist_ray.run.console import RunConsole
+from mnist_ray.run.job import Given, read_job
 from mnist_ray.run.session import Session, say_data
-from mnist_ray.sweep.options import Sweep, load_data
-from mnist_ray.sweep.trials import DONE, ENDED, FAILED, LOST, STOPPED, TrialRecord, TrialTable
+from mnist_ray.storage import SWEEP_FILE, TRIALS_FILE, DamagedFileError
+from mnist_ray.sweep.space import propose, space_of
+from mnist_ray.sweep.trials import BEST_FILE, DONE, ENDED, FAILED, LOST, STOPPED, Sweep, TrialRecord, TrialTable
+from mnist_ray.workload.data import Splits
+
+
+def read_sweep(given: Given | None = None) -> Sweep:
+    """Read the command line of ``jobs/tune.py``, or ``given`` in its place.
+
+    Raises UsageError, and JobError if a sweep's trials are damaged.
+    """
+    job = read_job(
+        given,
+        "tune",
+        "Search the settings that have a search space with Ray Tune, train the best and evaluate it once on the test "
+        "set. A trial has one worker with one CPU, unless --num-workers and --cpus-per-worker say otherwise.",
+        SWEEP_FILE,
+        more_settings=[SweepConfig],
+    )
+    config = settings.build(SweepConfig, job.asked)
+    space = space_of(type(job.workload), job.asked, fixed=job.given)
+    config = dataclasses.replace(config, sweep=config.sweep or space.texts())
+    if config.search == "grid":
+        propose(space, config, job.train.seed)  # raises if there are too few trials
+    if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UsageError("--search optuna needs Optuna: pip install -e '.[optuna]'")
+    sweep = Sweep(config, space, job)
+    _check_trials(sweep)
+    return sweep
+
+
+def _check_trials(sweep: Sweep) -> None:
+    """Raise JobError if a resumed sweep has lost its trials.
+
+    If it has chosen its best configuration, the trials are not run again: they might choose another.
+    """
+    run = sweep.job.run
+    has_chosen, remedy = run.exists(BEST_FILE), "remove it, and the trials are run again"
+    if has_chosen:
+        best = run.inside(BEST_FILE).uri
+        remedy = f"train the chosen settings with {command('train')} --config {best}, or start another sweep"
+    try:
+        is_lost = sweep.table().best is None
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error}; {remedy}") from error
+    if has_chosen and is_lost:
+        raise JobError(f"{run.inside(TRIALS_FILE).uri} has lost its trials; {remedy}")
+
+
+def load_data(sweep: Sweep) -> tuple[Sweep, Splits]:
+    """Return the sweep, completed by the data's metadata, and its data. Raises UsageError and JobError."""
+    job, data = sessions.load_data(sweep.job, sweep.batch_sizes)
+    for field in dataclasses.fields(job.workload.settings):
+        if field.name in sweep.space.spaces and field.metadata.get("decides_data"):
+            raise UsageError(f"--sweep {field.name}: load_data depends on it, and all trials have the same data")
+    if len(data.validation) == 0:
+        monitor = job.workload.monitor.name
+        raise UsageError(f"--validation-size 0: a sweep chooses by validation {monitor}; hold some examples out")
+    return dataclasses.replace(sweep, job=job), data
 
 
 def tune(sweep: Sweep) -> None:
@@ -23,10 +90,12 @@ def tune(sweep: Sweep) -> None:
         console = SweepConsole(sweep)
         session.begin(sweep.job, data, console, functools.partial(say_sweep, sweep))
         with session.ray(meanwhile=session.dry_run(sweep.batch_sizes)):
-            from mnist_ray.sweep.search import check, search, train_chosen  # imports torch, which is there by now
+            from mnist_ray.run import record  # imports torch, which is loaded by now
+            from mnist_ray.sweep.search import say_plan, search, train_chosen
 
             if sweep.job.output.check:
-                check(session, sweep)
+                say_plan(session, sweep)
+                record.check(session)
                 return
             table = search(session, sweep, console.show_table)
             console.show_result(table)
@@ -34,30 +103,31 @@ def tune(sweep: Sweep) -> None:
 
 
 def say_sweep(sweep: Sweep, session: Session) -> None:
-    """Say what is going to be searched."""
+    """Print the header of a sweep."""
     job, config, console = sweep.job, sweep.config, session.console
     console.say("sweep", job.run.name)
     say_data(console, job, session.data)
     trials = f"{count(config.num_trials, 'trial')} of {count(job.train.num_epochs, 'epoch')}"
     if config.num_confirmed:
         trials += f", then the best {config.num_confirmed} with two more seeds each"
-    console.say("search", f"{config.search}, {trials}: {sweep.space.describe()}; scheduler {config.scheduler}")
+    searched = " ".join(sweep.space.texts())
+    console.say("search", f"{config.search}, {trials}: {searched}; scheduler {config.scheduler}")
     console.say("results", job.run.uri)
     console.waiting("starting Ray …")
 
 
 class SweepConsole(RunConsole):
-    """Prints a sweep; on a terminal its table is redrawn in place, elsewhere each trial gets a line as it ends."""
+    """Prints a sweep: a table that is redrawn in place on a terminal, elsewhere a line for each trial that ends."""
 
     def __init__(self, sweep: Sweep) -> None:
         job = sweep.job
         super().__init__(job.workload, job.train.num_epochs, quiet=job.output.quiet)
-        self._time_budget_s = sweep.config.time_budget_s
+        self._time_budget_s = sweep.config.time_budget_s or math.inf
         self._start = time.monotonic()
-        self._num_ended = 0  # trials, in this process
+        self._num_ended = 0  # trials that ended in this process
 
     def show_table(self, table: TrialTable, ended: TrialRecord | None = None) -> None:
-        """Show how the sweep stands once a trial has ``ended``, or reported."""
+        """Show the trials after one has ``ended``, or reported."""
         self._num_ended += ended is not None
         if self._live.is_started:
             self._live.update(Group(self._table(table), Text(self._summary(table))), refresh=True)
@@ -68,7 +138,7 @@ class SweepConsole(RunConsole):
             self.say(f"trial {ended.trial}", line)
 
     def show_result(self, table: TrialTable) -> None:
-        """Print the whole table, sorted, and what stopping early has saved."""
+        """Print the whole table, sorted, and the epochs that stopping early has saved."""
         self.rest()
         if not self._quiet:
             self._console.print(self._table(table))
@@ -87,16 +157,11 @@ class SweepConsole(RunConsole):
 
     def _summary(self, table: TrialTable) -> str:
         done, stopped, failed = table.count(DONE), table.count(STOPPED), table.count(FAILED, LOST)
-        best, left = "no result yet", self._seconds_left(table)
-        if table.best:
-            best = f"best {self._workload.monitor.format(table.best.val_monitor)} ({table.best.seeds_text})"
-        counts = f"{done} done, {stopped} stopped early, {failed} failed of {table.num_planned}"
-        return f"{counts}; {best}" + ("" if left is None else f"; about {clock_time(left)} left")
-
-    def _seconds_left(self, table: TrialTable) -> float | None:
-        """Estimate the seconds left from those that a trial of this process took, on average."""
-        if self._num_ended == 0:
-            return None
-        passed = time.monotonic() - self._start
-        estimate = passed / self._num_ended * (table.num_planned - table.count(*ENDED))
-        return estimate if self._time_budget_s is None else min(estimate, self._time_budget_s - passed)
+        text = f"{done} done, {stopped} stopped early, {failed} failed of {table.num_planned}"
+        if best := table.best:
+            text += f"; best {table.workload.monitor.format(best.val_monitor)} ({best.seeds_text})"
+        if self._num_ended:  # the mean time of this process's trials so far gives the time left
+            passed = time.monotonic() - self._start
+            left = passed / self._num_ended * (table.num_planned - table.count(*ENDED))
+            text += f"; about {clock_time(min(left, self._time_budget_s - passed))} left"
+        return text

@@ -1,4 +1,4 @@
-"""The sweep on Ray Tune: it proposes points, runs trials and stops the bad ones; here it is set up and watched."""
+"""The sweep on Ray Tune: proposes points, runs trials and stops the bad ones early."""
 
 from __future__ import annotations
 
@@ -19,95 +19,107 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.basic_variant import BasicVariantGenerator
-from ray.tune.search.optuna import OptunaSearch  # without Optuna, which is an extra, only its use fails
+from ray.tune.search.optuna import OptunaSearch  # importable without Optuna, which is an extra
 
 from mnist_ray.cluster.plan import Cluster, WorkerPlan
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, masked
 from mnist_ray.settings import Choice
 from mnist_ray.storage import TRIALS_FILE, RunFolder, with_retries
-from mnist_ray.sweep.options import Sweep
 from mnist_ray.sweep.space import Point, propose
 from mnist_ray.sweep.trial import TrialSpec, run_trial
-from mnist_ray.sweep.trials import DONE, FAILED, LOST, STOPPED, TrialRecord, TrialTable
+from mnist_ray.sweep.trials import DONE, FAILED, LOST, RUNNING, STOPPED, Sweep, TrialRecord, TrialTable
 
 TRIALS_FOLDER, _TUNE_FOLDER = "trials", "tune"
 _SETTINGS = {
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: sweep.csv and the trials' checkpoints are what resumes
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # Tune's CSV, JSON and TensorBoard files a trial
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # we handle Ctrl-C: a sweep resumes from sweep.csv and the trials' checkpoints
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # Tune's CSV, JSON and TensorBoard files of each trial
     "RAY_AIR_NEW_OUTPUT": "0",  # prints a box with its configuration even with verbose=0
 }
-OnChange = Callable[[TrialTable, TrialRecord | None], None]
-"""Gets the table whenever it has changed, with the trial that has ended, if one has."""
+OnChange = Callable[[TrialTable, TrialRecord | None], None]  # gets the changed table, and the trial that ended, if any
 
 
 def trials_at_a_time(sweep: SweepConfig, plan: WorkerPlan, cluster: Cluster, *, autoscaling: bool) -> int:
-    """Return how many trials the cluster holds at once, at most what was asked for: none ever waits for another.
+    """Return how many trials run at once: as many as the cluster holds, but at most --max-concurrent-trials.
 
-    With ``autoscaling`` it is what was asked for: the trials that wait let the cluster start nodes.
+    With ``autoscaling`` the cluster's size is no limit: trials that wait make it start nodes.
     """
-    cpus = plan.cpus_per_worker
+    rooms = [node.num_cpus // plan.cpus_per_worker for node in cluster.nodes]
     if plan.use_gpu:
-        workers = sum(min(node.num_gpus, node.num_cpus // cpus) for node in cluster.nodes)
-    else:
-        workers = sum(node.num_cpus // cpus for node in cluster.nodes)
-    held = max(1, workers // plan.num_workers)
+        rooms = [min(node.num_gpus, room) for node, room in zip(cluster.nodes, rooms, strict=True)]
+    held = max(1, sum(rooms) // plan.num_workers)
     asked = sweep.max_concurrent_trials or held
     return min(asked if autoscaling else min(held, asked), sweep.num_trials)
 
 
 def run_sweep(sweep: Sweep, spec: TrialSpec, concurrent: int, on_change: OnChange) -> TrialTable:
-    """Run a sweep's trials, except those that its folder holds as finished; return all.
+    """Run a sweep's trials, except the finished ones in its folder; return the table of all.
 
     Raises JobError if every trial failed.
     """
     os.environ.update(_SETTINGS)
     config, table, seed = sweep.config, sweep.table(), sweep.job.train.seed
     watcher = _Watcher(sweep, table, on_change)
-    deadline = time.monotonic() + (config.time_budget_s or math.inf)
-
-    def run_trials(scheduler: TrialScheduler, algorithm: Any, num_trials: int) -> None:
-        """Run the trials that ``algorithm`` proposes until they are done or the time is up."""
-        seconds = deadline - time.monotonic()
-        if num_trials > 0 and seconds > 0:
-            tune_config = tune.TuneConfig(
-                search_alg=algorithm,
-                num_samples=num_trials,
-                scheduler=scheduler,
-                time_budget_s=None if math.isinf(seconds) else seconds,
-                reuse_actors=spec.plan.num_workers == 1,
-            )
-            _run_trials(sweep, spec, watcher, tune_config)
-
-    if config.search == "optuna":
-        table.num_planned = config.num_trials
-        run_trials(_scheduler(sweep, table), *_optuna(sweep, table, concurrent))
-    else:
-        points = table.plan(propose(sweep.space, config, seed))
-        run_trials(_scheduler(sweep, table), *_in_order(points, concurrent))
-    run_trials(FIFOScheduler(), *_in_order(table.plan(table.confirmations(config, seed)), concurrent))
+    run_trials = functools.partial(
+        _run_trials, spec, watcher, concurrent, time.monotonic() + (config.time_budget_s or math.inf)
+    )
+    points = None if config.search == "optuna" else propose(sweep.space, config, seed)
+    num_points = config.num_trials if points is None else len(points)
+    num_confirmations = 2 * min(config.num_confirmed, num_points)  # or two more, if the default has to be confirmed
+    table.num_planned = max(len(table.by_point), num_points + num_confirmations)
+    run_trials(points, _scheduler(sweep, table))
+    confirmations = table.confirmations(config, seed)
+    table.num_planned = len(table.by_point.keys() | set(confirmations))
+    run_trials(confirmations, FIFOScheduler())
     if table.best is None:
         reasons = [record.reason for record in table.by_point.values() if record.reason]
-        again = f"; to try again those that were lost: {sweep.job.resume_with}" if table.count(LOST) else ""
+        again = f"; to try lost trials again: {sweep.job.resume_with}" if table.count(LOST) else ""
         raise JobError(f"every trial failed; the first one: {reasons[0] if reasons else 'the time was up'}{again}")
+    watcher.end()
     _drop_checkpoints(sweep.job.run, table, kept={max(table.best.records, key=table.worth).point})
     return table
 
 
-def _run_trials(sweep: Sweep, spec: TrialSpec, watcher: tune.Callback, config: tune.TuneConfig) -> None:
-    """Let Tune run trials."""
-    run = sweep.job.run
-    run.inside(_TUNE_FOLDER).delete()  # an interrupted sweep's; it is never read
+def _run_trials(
+    spec: TrialSpec,
+    watcher: _Watcher,
+    concurrent: int,
+    deadline: float,
+    points: list[Point] | None,
+    scheduler: TrialScheduler,
+) -> None:
+    """Let Tune run the unfinished trials of some points, or of Optuna's, until the deadline."""
+    sweep, run, seconds = watcher.sweep, watcher.sweep.job.run, deadline - time.monotonic()
+    if points is None:
+        algorithm, num_trials = _optuna(sweep, watcher.table, concurrent)
+    else:
+        points = watcher.table.unfinished(points)
+        presets = [{**point.values, "seed": point.seed} for point in points]
+        algorithm = BasicVariantGenerator(points_to_evaluate=presets, max_concurrent=concurrent)
+        num_trials = len(points)
+    if num_trials <= 0 or seconds <= 0:
+        return
+    if spec.plan.num_workers > 1:  # a trial only waits for its workers, but Tune has to reserve something
+        resources: dict[str, float] = {"memory": 2**20}
+    else:
+        resources = {"CPU": spec.plan.cpus_per_worker, **({"GPU": 1} if spec.plan.use_gpu else {})}
+    run.inside(_TUNE_FOLDER).delete()  # an interrupted sweep has left it; it is never read
     tuner = tune.Tuner(
-        tune.with_resources(functools.partial(run_trial, spec=spec), _resources(spec.plan)),
-        # filled in by the search; the seed stays if the search proposes none
+        tune.with_resources(functools.partial(run_trial, spec=spec), tune.PlacementGroupFactory([resources])),
+        # The search fills these in; the seed stays if the search proposes none.
         param_space={**dict.fromkeys(sweep.space.spaces), "seed": sweep.job.train.seed},
-        tune_config=config,
+        tune_config=tune.TuneConfig(
+            search_alg=algorithm,
+            num_samples=num_trials,
+            scheduler=scheduler,
+            time_budget_s=None if math.isinf(seconds) else seconds,
+            reuse_actors=spec.plan.num_workers == 1,
+        ),
         run_config=tune.RunConfig(
             name=_TUNE_FOLDER,
             storage_path=run.uri,
             callbacks=[watcher],
-            progress_reporter=tune.CLIReporter(),  # in a notebook, Tune's own would clear the cell's output
+            progress_reporter=tune.CLIReporter(),  # in a notebook, Tune's default would clear the cell's output
             failure_config=tune.FailureConfig(max_failures=sweep.job.workers.max_failures),
             verbose=0,
         ),
@@ -116,17 +128,10 @@ def _run_trials(sweep: Sweep, spec: TrialSpec, watcher: tune.Callback, config: t
     run.inside(_TUNE_FOLDER).delete()
 
 
-def _resources(plan: WorkerPlan) -> tune.PlacementGroupFactory:
-    """Return what Tune reserves for a trial: a lone worker's CPUs; nothing if the trial only waits for its workers."""
-    if plan.num_workers > 1:
-        return tune.PlacementGroupFactory([{"memory": 2**20}])  # Tune has to reserve something
-    return tune.PlacementGroupFactory([{"CPU": plan.cpus_per_worker, **({"GPU": 1} if plan.use_gpu else {})}])
-
-
 def _scheduler(sweep: Sweep, table: TrialTable) -> TrialScheduler:
-    """ASHA (https://arxiv.org/abs/1810.05934): at each rung the worse half of the trials so far stops.
+    """Return ASHA (https://arxiv.org/abs/1810.05934): at each rung the worse half of the trials so far stops.
 
-    In a resumed sweep it compares with the reports of the finished trials, too.
+    In a resumed sweep, trials are also compared with the reports of finished trials.
     """
     if sweep.config.scheduler == "none":
         return FIFOScheduler()
@@ -147,24 +152,26 @@ def _goal(table: TrialTable) -> dict[str, str]:
     return {"metric": f"val_{monitor.name}", "mode": monitor.mode}
 
 
-def _in_order(points: list[Point], concurrent: int) -> tuple[BasicVariantGenerator, int]:
-    """Return what proposes given points, and their number."""
-    presets = [{**point.values, "seed": point.seed} for point in points]
-    return BasicVariantGenerator(points_to_evaluate=presets, max_concurrent=concurrent), len(points)
-
-
 def _optuna(sweep: Sweep, table: TrialTable, concurrent: int) -> tuple[ConcurrencyLimiter, int]:
-    """Return Optuna's TPE, which knows of the finished trials and begins with the unfinished; and how many are left."""
-    seed = sweep.job.train.seed
+    """Return Optuna's TPE and the number of trials left. It starts with unfinished trials and knows the finished."""
+    from optuna import distributions  # an extra
+
+    seed, space = sweep.job.train.seed, dict[str, Any]()
+    for name, some in sweep.space.spaces.items():
+        if isinstance(some, Choice):
+            space[name] = distributions.CategoricalDistribution(some.options)
+        else:
+            is_int = sweep.space.types[name] is int
+            kind = distributions.IntDistribution if is_int else distributions.FloatDistribution
+            space[name] = kind(some.low, some.high, log=some.log)
     finished = [record for record in table.finished() if record.point.seed == seed]
-    unfinished = [record.point for record in table.by_point.values() if not record.is_finished]
-    first = unfinished if table.by_point else sweep.space.default_points(seed)
+    first = table.unfinished(table.by_point) if table.by_point else sweep.space.default_points(seed)
     logging.getLogger("optuna").setLevel(logging.WARNING)
     algorithm = OptunaSearch(
-        OptunaSearch.convert_search_space({name: _domain(sweep, name) for name in sweep.space.spaces}),
+        space,
         **_goal(table),
         points_to_evaluate=[point.values for point in first],
-        seed=seed + len(finished),  # a resumed search does not draw what it has drawn
+        seed=seed + len(finished),  # a resumed search must not draw the same points again
     )
     for record in finished:
         if record.state != FAILED:
@@ -172,26 +179,16 @@ def _optuna(sweep: Sweep, table: TrialTable, concurrent: int) -> tuple[Concurren
     return ConcurrencyLimiter(algorithm, concurrent), sweep.config.num_trials - len(finished)
 
 
-def _domain(sweep: Sweep, name: str) -> Any:
-    """Return the space of a setting as Tune has it, whose ranges of whole numbers lack their upper end."""
-    space = sweep.space.spaces[name]
-    if isinstance(space, Choice):
-        return tune.choice(list(space.options))
-    if sweep.space.types[name] is int:
-        return (tune.lograndint if space.log else tune.randint)(int(space.low), int(space.high) + 1)
-    return (tune.loguniform if space.log else tune.uniform)(space.low, space.high)
-
-
 @dataclass(eq=False)
 class _Watcher(tune.Callback):
-    """Keeps the table, sweep.csv and the disk up to date as trials go."""
+    """Keeps the table, sweep.csv and the checkpoints on disk up to date."""
 
     sweep: Sweep
     table: TrialTable
     on_change: OnChange
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        """Leave nothing of it in what Tune pickles for a restore of its own, which is never made."""
+        """Pickle nothing: Tune pickles callbacks for its own restore, which is never used."""
         return tune.Callback, ()
 
     def on_trial_start(self, trial: Trial, **info: Any) -> None:
@@ -209,16 +206,23 @@ class _Watcher(tune.Callback):
 
     def on_trial_complete(self, trial: Trial, **info: Any) -> None:
         record = self.table.by_point[self._point(trial)]
-        ended = DONE if (trial.last_result or {}).get("is_over") else STOPPED  # by the scheduler, or the time's end
+        ended = DONE if (trial.last_result or {}).get("is_over") else STOPPED
         record.state = FAILED if record.reason else ended
         self._changed(record)
         kept = self.table.contenders(self.sweep.config, self.sweep.job.train.seed)
         _drop_checkpoints(self.sweep.job.run, self.table, kept)
 
     def on_trial_error(self, trial: Trial, **info: Any) -> None:
-        # Its processes have died too often; if they did so before it started, it has no record yet.
+        # Its processes have died too often. If they died before it started, it has no record yet.
         record = self.table.start(self._point(trial))
         record.state, record.reason = LOST, reason_of(trial)
+        self._changed()
+
+    def end(self) -> None:
+        """Note the trials that were cut off when the time was up: Tune does not report them."""
+        for record in self.table.by_point.values():
+            if record.state == RUNNING:
+                record.state = STOPPED
         self._changed()
 
     def _point(self, trial: Trial) -> Point:
@@ -230,7 +234,7 @@ class _Watcher(tune.Callback):
 
 
 def _drop_checkpoints(run: RunFolder, table: TrialTable, kept: Container[Point]) -> None:
-    """Delete the checkpoints of finished trials but those of ``kept``, so that a sweep's disk use does not grow."""
+    """Delete the checkpoints of finished trials except ``kept``, so that a sweep's disk use does not grow."""
     trials = run.inside(TRIALS_FOLDER)
     dropped = {record.point.name for record in table.finished() if record.point not in kept}
     for name in dropped.intersection(with_retries(trials.subfolders)):

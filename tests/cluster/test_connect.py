@@ -6,11 +6,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 
-from mnist_ray.cluster.connect import in_background, removed_unless_failed
+from mnist_ray.cluster.connect import removed_unless_failed
 from mnist_ray.errors import JobError, UsageError
 from tests.conftest import ROOT
 
@@ -20,13 +19,17 @@ from mnist_ray.cluster import environment
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import JobError
 
+def fail():
+    raise JobError("it does not fit")
+
 def main():
     environment.prepare(verbose=False)
     from mnist_ray.cluster.connect import connect
-    with connect(WorkerConfig()) as cluster:
+    with connect(WorkerConfig(), meanwhile=lambda: print("meanwhile")) as cluster:
+        print(cluster.log_folder)
         cluster.leave()
-    with connect(WorkerConfig()) as cluster:
-        raise JobError(f"no (logs: {cluster.log_folder})")
+    with connect(WorkerConfig(), meanwhile=fail):
+        print("not connected")
 
 cli.run(main)
 """
@@ -41,13 +44,13 @@ def temporary() -> Iterator[Path]:
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """An address where something listens that never says anything."""
+    """An address where a program listens but never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
 
 
 def run(temporary: Path, address: str = "local", **variables: str) -> subprocess.CompletedProcess:
-    """Run a job that connects, leaves, connects again and fails, with Ray's files in a folder."""
+    """Run a job that connects, leaves, connects again and fails; Ray's files are in ``temporary``."""
     others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # Ray sets some itself
     environment = {**others, "RAY_ADDRESS": address, "RAY_TMPDIR": str(temporary), **variables}
     command = [sys.executable, "-c", JOB]
@@ -55,19 +58,22 @@ def run(temporary: Path, address: str = "local", **variables: str) -> subprocess
 
 
 @pytest.mark.long
-def test_what_listens_but_is_no_ray_ends_the_job_in_one_line(silent: str, temporary: Path) -> None:
+def test_an_address_where_no_ray_answers_ends_the_job_in_one_line(silent: str, temporary: Path) -> None:
     done = run(temporary, address=silent)
     assert done.returncode == 1
     assert done.stderr == f"error: no Ray cluster answers at RAY_ADDRESS={silent}; unset it to start a local one\n"
 
 
-def test_a_local_ray_leaves_no_files_but_the_logs_that_the_line_of_a_failure_names(temporary: Path) -> None:
-    left_by_a_ray_that_is_gone = temporary / "ray" / "ray_current_cluster"
-    left_by_a_ray_that_is_gone.parent.mkdir()
-    left_by_a_ray_that_is_gone.write_text("127.0.0.1:1")
+def test_a_local_ray_leaves_only_the_logs_of_a_failure_and_an_error_of_meanwhile_is_raised(temporary: Path) -> None:
+    left_by_dead_ray = temporary / "ray" / "ray_current_cluster"
+    left_by_dead_ray.parent.mkdir()
+    left_by_dead_ray.write_text("127.0.0.1:1")
     done = run(temporary, address="auto")
+    assert done.stderr == "error: it does not fit\n"
+    done_meanwhile, logs_of_first = done.stdout.splitlines()
     (session,) = temporary.glob("ray/session_2*")
-    assert done.stderr == f"error: no (logs: {session}/logs)\n"
+    assert done_meanwhile == "meanwhile"
+    assert session != Path(logs_of_first).parent
     assert (session / "logs" / "raylet.out").exists()
 
 
@@ -91,18 +97,17 @@ def session(tmp_path: Path) -> Path:
     return session
 
 
-@pytest.mark.parametrize("ending", [None, KeyboardInterrupt, UsageError])
-def test_nothing_is_left_of_a_session_without_failures(ending: type[BaseException] | None, session: Path) -> None:
-    with contextlib.suppress(KeyboardInterrupt, UsageError), removed_unless_failed(session):
+@pytest.mark.parametrize(
+    ("ending", "is_kept"), [(None, False), (KeyboardInterrupt, False), (UsageError, False), (JobError, True)]
+)
+def test_a_session_is_removed_unless_something_failed(
+    ending: type[BaseException] | None, is_kept: bool, session: Path
+) -> None:
+    with contextlib.suppress(KeyboardInterrupt, UsageError, JobError), removed_unless_failed(session):
         if ending:
             raise ending
-    assert list(session.parent.iterdir()) == []
-
-
-def test_after_a_failure_the_logs_stay(session: Path) -> None:
-    with pytest.raises(JobError), removed_unless_failed(session):
-        raise JobError(f"no (logs: {session / 'logs'})")
-    assert (session / "logs").is_dir()
+    assert (session / "logs").is_dir() == is_kept
+    assert bool(list(session.parent.iterdir())) == is_kept
 
 
 def test_another_rays_session_stays(session: Path) -> None:
@@ -113,15 +118,3 @@ def test_another_rays_session_stays(session: Path) -> None:
     with removed_unless_failed(session):
         pass
     assert sorted(session.parent.iterdir()) == [latest, another]
-
-
-def test_work_in_the_background_is_done_afterwards_and_its_error_is_raised() -> None:
-    done: list[int] = []
-    with in_background(lambda: done.append(1)):
-        pass
-    assert done == [1]
-    with (
-        pytest.raises(UsageError, match="it does not fit"),
-        in_background(Mock(side_effect=UsageError("it does not fit"))),
-    ):
-        pass

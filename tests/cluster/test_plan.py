@@ -11,58 +11,48 @@ def cluster_of(*nodes: Node) -> Cluster:
 
 
 HEAD, SMALL, LARGE, GPU = Node(0), Node(2), Node(8), Node(4, 2)
+MAC = node_of({"CPU": 8.0, "GPU": 1.0, "accelerator_type:M2-Max": 1.0})
+AUTOSCALED = WorkerConfig(num_workers=4, cpus_per_worker=8, autoscaling=True)
+ELASTIC = WorkerPlan(4, 1, False, False, min_workers=2)
 
 
 @pytest.mark.parametrize(
-    ("config", "nodes", "expected"),
+    ("config", "nodes", "num_chunks", "expected"),
     [
-        # by default one worker per node, with all of its cores, where it has any
-        (WorkerConfig(), [SMALL], WorkerPlan(1, 2, False, False)),
-        (WorkerConfig(), [HEAD, LARGE, LARGE], WorkerPlan(2, 8, False, False)),
-        # a number of workers shares the CPUs evenly
-        (WorkerConfig(num_workers=3), [LARGE], WorkerPlan(3, 2, False, False)),
-        (WorkerConfig(num_workers=3), [SMALL, LARGE], WorkerPlan(3, 2, False, False)),
-        (WorkerConfig(num_workers=1), [SMALL, LARGE], WorkerPlan(1, 8, False, False)),
-        (WorkerConfig(num_workers=2, cpus_per_worker=3), [LARGE], WorkerPlan(2, 3, False, False)),
-        # by default one worker per GPU, on the nodes that have some
-        (WorkerConfig(), [LARGE, GPU], WorkerPlan(2, 2, True, False)),
-        (WorkerConfig(use_gpu="no"), [LARGE, GPU], WorkerPlan(2, 4, False, False)),
-        (WorkerConfig(use_gpu="yes", num_workers=1), [GPU], WorkerPlan(1, 4, True, False)),
+        # by default one worker per node, with all of its cores, if it has any
+        (WorkerConfig(), [SMALL], None, WorkerPlan(1, 2, False, False)),
+        (WorkerConfig(), [HEAD, LARGE, LARGE], None, WorkerPlan(2, 8, False, False)),
+        # a given number of workers shares the CPUs evenly
+        (WorkerConfig(num_workers=3), [LARGE], None, WorkerPlan(3, 2, False, False)),
+        (WorkerConfig(num_workers=3), [SMALL, LARGE], None, WorkerPlan(3, 2, False, False)),
+        (WorkerConfig(num_workers=1), [SMALL, LARGE], None, WorkerPlan(1, 8, False, False)),
+        (WorkerConfig(num_workers=2, cpus_per_worker=3), [LARGE], None, WorkerPlan(2, 3, False, False)),
+        # by default one worker per GPU, on the nodes with GPUs
+        (WorkerConfig(), [LARGE, GPU], None, WorkerPlan(2, 2, True, False)),
+        (WorkerConfig(use_gpu="no"), [LARGE, GPU], None, WorkerPlan(2, 4, False, False)),
+        (WorkerConfig(use_gpu="yes", num_workers=1), [GPU], None, WorkerPlan(1, 4, True, False)),
+        # with chunks, as many workers as CPUs or chunks
+        (WorkerConfig(), [SMALL], 4, WorkerPlan(2, 1, False, False)),
+        (WorkerConfig(), [HEAD, LARGE, LARGE], 4, WorkerPlan(4, 1, False, False)),
+        (WorkerConfig(num_workers=3), [LARGE], 4, WorkerPlan(3, 1, False, False)),
+        (WorkerConfig(cpus_per_worker=4), [LARGE], 4, WorkerPlan(2, 4, False, False)),
+        # no GPUs with chunks: their bits were never compared
+        (WorkerConfig(), [GPU], 4, WorkerPlan(4, 1, False, False)),
+        # an autoscaler starts more nodes, if the user says so
+        (AUTOSCALED, [HEAD, SMALL], None, WorkerPlan(4, 8, False, True)),
+        (AUTOSCALED, [HEAD, *[LARGE] * 4], None, WorkerPlan(4, 8, False, False)),
+        (WorkerConfig(use_gpu="yes", autoscaling=True), [HEAD], None, WorkerPlan(1, 1, True, True)),
+        # an elastic run starts on the current nodes
+        (WorkerConfig(num_workers=4, min_workers=2, cpus_per_worker=1), [SMALL], None, ELASTIC),
+        # a Mac's GPU does not count
+        (WorkerConfig(), [MAC], None, WorkerPlan(1, 8, False, False)),
+        (WorkerConfig(), [MAC, Node(16, 4)], None, WorkerPlan(4, 4, True, False)),
     ],
 )
-def test_workers_are_planned_on_what_is_there(config: WorkerConfig, nodes: list[Node], expected: WorkerPlan) -> None:
-    assert plan_workers(config, cluster_of(*nodes)) == expected
-
-
-@pytest.mark.parametrize(
-    ("config", "nodes", "expected"),
-    [
-        # as many workers as there are CPUs, or chunks
-        (WorkerConfig(), [SMALL], WorkerPlan(2, 1, False, False)),
-        (WorkerConfig(), [HEAD, LARGE, LARGE], WorkerPlan(4, 1, False, False)),
-        (WorkerConfig(num_workers=3), [LARGE], WorkerPlan(3, 1, False, False)),
-        (WorkerConfig(cpus_per_worker=4), [LARGE], WorkerPlan(2, 4, False, False)),
-        # no GPUs, whose bits were never compared
-        (WorkerConfig(), [GPU], WorkerPlan(4, 1, False, False)),
-    ],
-)
-def test_workers_whose_number_does_not_matter_are_planned_on_all_cpus(
-    config: WorkerConfig, nodes: list[Node], expected: WorkerPlan
+def test_workers_are_planned_on_the_nodes(
+    config: WorkerConfig, nodes: list[Node], num_chunks: int | None, expected: WorkerPlan
 ) -> None:
-    assert plan_workers(config, cluster_of(*nodes), num_chunks=4) == expected
-
-
-def test_nodes_that_are_not_there_yet_are_waited_for_if_the_user_says_that_they_come() -> None:
-    config = WorkerConfig(num_workers=4, cpus_per_worker=8, autoscaling=True)
-    assert plan_workers(config, cluster_of(HEAD, SMALL)) == WorkerPlan(4, 8, False, True)
-    assert plan_workers(config, cluster_of(HEAD, *[LARGE] * 4)) == WorkerPlan(4, 8, False, False)
-    first = WorkerConfig(use_gpu="yes", autoscaling=True)
-    assert plan_workers(first, cluster_of(HEAD)) == WorkerPlan(1, 1, True, True)
-
-
-def test_an_elastic_run_starts_with_what_is_there() -> None:
-    config = WorkerConfig(num_workers=4, min_workers=2, cpus_per_worker=1)
-    assert plan_workers(config, cluster_of(SMALL)) == WorkerPlan(4, 1, False, False, min_workers=2)
+    assert plan_workers(config, cluster_of(*nodes), num_chunks) == expected
 
 
 @pytest.mark.parametrize(
@@ -75,7 +65,7 @@ def test_an_elastic_run_starts_with_what_is_there() -> None:
         ("PACK", [Node(1), Node(1)], 1),
     ],
 )
-def test_a_strict_placement_is_only_planned_where_it_can_be(
+def test_a_strict_placement_is_planned_only_if_the_nodes_allow_it(
     placement: str, nodes: list[Node], cpus: int | None
 ) -> None:
     assert cpus_for_each(nodes, 2, None, False, placement) == cpus
@@ -106,7 +96,7 @@ def test_a_strict_placement_is_only_planned_where_it_can_be(
         (WorkerConfig(use_gpu="yes"), [LARGE], "--use-gpu yes, but the cluster has no GPU; use --use-gpu no"),
     ],
 )
-def test_what_can_never_be_held_is_refused(config: WorkerConfig, nodes: list[Node], message: str) -> None:
+def test_an_impossible_plan_is_refused(config: WorkerConfig, nodes: list[Node], message: str) -> None:
     with pytest.raises(UsageError) as raised:
         plan_workers(config, cluster_of(*nodes))
     assert message in str(raised.value)
@@ -117,13 +107,13 @@ def test_what_can_never_be_held_is_refused(config: WorkerConfig, nodes: list[Nod
     [(2, 2, 1, 128, 2), (1, 2, 4, 128, 1), (8, 2, 1, 128, 2), (4, 16, 2, 128, 4), (0.5, 2, 1, 128, 1),
      (2, 2, 1, 8, 1), (2, 2, 1, 16, 2), (16, 16, 1, 32, 4), (2, 2, 1, 1, 1)],
 )  # fmt: skip
-def test_threads_follow_the_cpus_that_a_worker_really_has_and_its_images(
+def test_threads_follow_a_workers_real_cores_and_its_batch(
     assigned: float, cores: int, workers: int, batch_size: int, threads: int
 ) -> None:
     assert threads_per_worker(assigned, cores, workers, batch_size) == threads
 
 
-def test_every_gpu_counts_that_ray_knows_but_for_those_of_apples_chips() -> None:
+def test_all_gpus_count_except_those_of_apples_chips() -> None:
     known = {name: kind for name, kind in vars(accelerators).items() if name.isupper() and name != "APPLE_SILICON"}
     kinds = {kind: name.startswith("APPLE_") for name, kind in known.items()}  # Ray calls no node just Apple-Silicon
     assert sum(kinds.values()) > 5
@@ -131,9 +121,3 @@ def test_every_gpu_counts_that_ray_knows_but_for_those_of_apples_chips() -> None
         assert node_of({"CPU": 8.0, "GPU": 2.0, f"accelerator_type:{kind}": 1.0}) == Node(8, 0 if is_apple else 2), kind
     assert node_of({"CPU": 8, "GPU": 1}) == Node(8, 1)
     assert node_of({"memory": 1e9}) == Node(0, 0)
-
-
-def test_macs_beside_a_server_leave_the_gpus_to_it() -> None:
-    mac, server = node_of({"CPU": 8.0, "GPU": 1.0, "accelerator_type:M2-Max": 1.0}), Node(16, 4)
-    assert plan_workers(WorkerConfig(), cluster_of(mac)) == WorkerPlan(1, 8, False, False)
-    assert plan_workers(WorkerConfig(), cluster_of(mac, server)) == WorkerPlan(4, 4, True, False)

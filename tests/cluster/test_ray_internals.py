@@ -1,4 +1,4 @@
-"""What would change silently if Ray did: a name that is gone fails as it is imported."""
+"""Changes of Ray that would otherwise go unnoticed. A missing name fails at its import."""
 
 import inspect
 
@@ -17,14 +17,14 @@ from ray_fork import ray_internals as fork_internals
 from ray_fork import starting
 
 
-def test_a_local_ray_can_be_made_small_and_fork_and_listen_on_loopback_only() -> None:
+def test_a_local_ray_can_be_small_and_fork_and_listen_on_loopback_only() -> None:
     known = inspect.signature(RayParams.__init__).parameters
     assert {"no_monitor", "include_log_monitor", "session_name", "setup_worker_path"} <= known.keys()
     assert callable(Node.start_api_server)
     assert isinstance(ray_constants.ENABLE_RAY_CLUSTER, bool)
 
 
-def test_rays_own_ways_are_back_afterwards() -> None:
+def test_replaced_names_of_ray_are_restored() -> None:
     before = ray.actor.ActorClassID, utils.set_sigterm_handler
     with fork_internals.actor_ids_from_kernel(), ray_internals.without_sigterm_handler():
         ids = {ray.actor.ActorClassID.from_random() for _ in range(2)}
@@ -33,21 +33,18 @@ def test_rays_own_ways_are_back_afterwards() -> None:
     assert (ray.actor.ActorClassID, utils.set_sigterm_handler) == before
 
 
-def test_a_worker_that_does_not_answer_is_an_error_of_ray_train() -> None:
+def test_ray_trains_names_mean_what_the_package_needs() -> None:
     assert issubclass(train_internals.WorkerHealthCheckFailedError, train_internals.RayTrainError)
     assert issubclass(train_internals.RayTrainError, Exception)
-
-
-def test_the_last_validation_can_be_looked_for_more_often() -> None:
     assert train_internals.validation_manager.VALIDATION_TASK_POLL_INTERVAL_S == 1
 
 
-def test_a_trainer_makes_the_callbacks_of_which_some_are_left_out() -> None:
+def test_a_trainer_creates_the_callbacks_that_are_left_out() -> None:
     trainer = TorchTrainer(lambda: None, torch_config=WorkerGroupConfig(is_local=True))
     kinds = {type(callback) for callback in trainer._create_default_callbacks()}
     assert {train_internals.DatasetsCallback, train_internals.PlacementGroupCleanerCallback} <= kinds
 
 
-def test_what_ray_writes_is_looked_for_where_it_writes_it() -> None:
+def test_ray_uses_the_names_of_the_file_and_variable_that_are_read() -> None:
     assert SNAPSHOT_FILE == CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
     assert starting.JOB_CONFIG_VARIABLE == RAY_JOB_CONFIG_JSON_ENV_VAR

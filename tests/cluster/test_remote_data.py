@@ -15,7 +15,7 @@ def run(tmp_path: Path) -> RunFolder:
     return locate(str(tmp_path), "run")
 
 
-def test_all_nodes_are_asked_and_nothing_is_left(ray_address: str, run: RunFolder, tmp_path: Path) -> None:
+def test_all_nodes_are_checked_and_no_file_stays(ray_address: str, run: RunFolder, tmp_path: Path) -> None:
     assert len(check_nodes(run, provenance.versions())) == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -35,7 +35,7 @@ def test_storage_that_a_node_does_not_see_is_named(
         check_nodes(run)
 
 
-def test_check_trains_nothing_and_says_whether_the_job_would_run(
+def test_check_says_whether_the_job_would_run_and_trains_nothing(
     ray_address: str, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = as_flags({"data_dir": small_data, "validation_size": 600, "storage_path": tmp_path})

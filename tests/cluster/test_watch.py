@@ -27,7 +27,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_who_does_not_answer_in_time_is_named_and_who_answers_is_asked_again(clock: Clock) -> None:
+def test_a_part_that_does_not_answer_in_time_is_named_and_others_are_asked_again(clock: Clock) -> None:
     answers: dict[str, list[Future[object]]] = {"prompt": [], "silent": []}
 
     def ask(name: str) -> Future[object]:
@@ -73,7 +73,7 @@ def is_there(group: PlacementGroup) -> bool:
     return placement_group_table(group)["state"] == "CREATED"
 
 
-def test_only_what_a_dead_actor_has_reserved_is_freed(ray_address: str) -> None:
+def test_only_a_dead_actors_placement_group_is_removed(ray_address: str) -> None:
     actor = ray.remote(num_cpus=0)(Controller)
     dead, alive = actor.remote(), actor.remote()
     left, kept = ray.get([dead.reserve.remote(), alive.reserve.remote()])
@@ -81,14 +81,14 @@ def test_only_what_a_dead_actor_has_reserved_is_freed(ray_address: str) -> None:
     ray.kill(dead)
     with orphans_removed():
         wait_for(lambda: not is_there(left))
-        ray.get(own.ready())  # the room is free
+        ray.get(own.ready())  # its CPU is free
     assert is_there(kept)
     for group in (kept, own):
         ray.util.remove_placement_group(group)
     ray.kill(alive)
 
 
-def test_what_waits_for_a_controller_goes_on_when_it_is_ended(ray_address: str) -> None:
+def test_a_wait_for_a_controller_ends_with_it(ray_address: str) -> None:
     controller, other = ray.remote(num_cpus=0)(TrainController).remote(), ray.remote(num_cpus=0)(Controller).remote()
     ended = controller.run.remote()
     end_controllers()

@@ -1,4 +1,4 @@
-"""Fork servers, and workers that write down what they find themselves to be."""
+"""Fork servers, and workers that write down their own state."""
 
 import contextlib
 import json
@@ -62,7 +62,7 @@ if sys.argv[2:] == ["stay"]:
 
 
 def has_ended(process: psutil.Process) -> bool:
-    """Tell whether a process has ended, be it that its parent has not asked for its status yet."""
+    """Return whether a process has ended, also if its parent has not collected its status yet."""
     try:
         return process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -77,9 +77,9 @@ def end(processes: list[psutil.Process]) -> None:
 
 
 def run_shim(folder: Path, *words: object, **options: Any) -> tuple[str, str]:
-    """Run what Ray starts in place of a worker's Python, with files of a folder as its descriptors.
+    """Run the shim with files of a folder as its descriptors; return its standard output and error.
 
-    Return what is printed there by then, and what is complained of. ``words`` are the worker's script and arguments.
+    ``words`` are the worker's script and arguments.
     """
     command = [sys.executable, "-S", "-E", str(SHIM), *map(str, words)]
     stdin, stdout, stderr = (folder / name for name in ("stdin", "stdout", "stderr"))
@@ -89,7 +89,7 @@ def run_shim(folder: Path, *words: object, **options: Any) -> tuple[str, str]:
 
 
 def fork(folder: Path, *words: str, **options: Any) -> dict[str, Any]:
-    """Have a worker forked, and return what it sees of itself."""
+    """Have a worker forked, and return its state."""
     script, seen = folder / "worker.py", folder / "seen.json"
     script.write_text(WORKER)
     seen.unlink(missing_ok=True)
@@ -98,7 +98,7 @@ def fork(folder: Path, *words: str, **options: Any) -> dict[str, Any]:
 
 
 def read(seen: Path) -> dict[str, Any]:
-    """Return what a worker writes, once it has."""
+    """Return a worker's state as soon as it is written."""
     wait_for(seen.exists)
     content: dict[str, Any] = json.loads(seen.read_text())
     return content
@@ -111,17 +111,16 @@ def answers(address: Path) -> bool:
 
 @dataclass(frozen=True)
 class Server:
-    """A fork server of the tests' own."""
+    """A fork server for tests."""
 
     process: subprocess.Popen[bytes]
     address: Path
-    environment: dict[str, str]
-    """For a worker that is to be forked."""
+    environment: dict[str, str]  # of a worker that it can fork
 
 
 @contextlib.contextmanager
 def serving(folder: Path, *modules: str, stdin: int = subprocess.PIPE, **sources: str) -> Iterator[Server]:
-    """Run a fork server; ``sources`` are modules to write first. It is gone in the end, and so are its workers."""
+    """Run a fork server; ``sources`` are modules to write first. At the end it and its workers are killed."""
     for name, source in sources.items():
         (folder / f"{name}.py").write_text(source)
     address = folder / "own" / "fork"

@@ -15,7 +15,7 @@ FORKING = Forking(is_wanted=True, modules=("torch", "ray.tune"), server=None)
 
 
 def of_job(monkeypatch: pytest.MonkeyPatch, **runtime_env: Any) -> None:
-    """Let this process be a job's that was submitted with a runtime environment."""
+    """Make this process a job that was submitted with a runtime environment."""
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": runtime_env}))
 
 
@@ -27,18 +27,14 @@ def program(path: Path) -> Path:
     return path
 
 
-def test_the_modules_are_in_a_variable_if_workers_are_to_be_forked() -> None:
+def test_the_modules_are_in_a_variable_if_workers_are_forked() -> None:
     assert starting.runtime_env_to_fork(FORKING)["env_vars"] == {MODULES_VARIABLE: "torch ray.tune"}
     assert starting.runtime_env_to_fork(replace(FORKING, is_wanted=False)) == {}
 
 
-@pytest.mark.parametrize(
-    "runtime_env",
-    [{"pip": ["wine"]}, {"conda": "wine"}, {"py_executable": "python -u"}, {"image_uri": "wine"}, {"uv": ["wine"]}],
-    ids=lambda runtime_env: next(iter(runtime_env)),
-)
-def test_a_job_with_a_python_of_its_own_keeps_it(runtime_env: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    of_job(monkeypatch, working_dir="gcs://some.zip", **runtime_env)
+@pytest.mark.parametrize("name", ["pip", "conda", "py_executable", "image_uri", "uv"])
+def test_a_job_with_a_python_of_its_own_keeps_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_job(monkeypatch, working_dir="gcs://some.zip", **{name: "wine"})
     assert starting.runtime_env_to_fork(FORKING) == {}
 
 
@@ -57,9 +53,9 @@ def shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start_worker(folder: Path, site_packages: Path) -> list[str]:
-    """Start a worker as Ray does where it is installed, in a folder; return the program that runs, and its arguments.
+    """Start a worker in a folder like a Ray in ``site_packages``; return the program that runs, and its arguments.
 
-    The ``python3`` of this node is ``path/python3`` in that folder.
+    This node's ``python3`` is ``path/python3`` in the folder.
     """
     python3 = program(folder / "path" / "python3")
     start = f"exec {starting.runtime_env_to_fork(FORKING)['py_executable']} {worker_in(site_packages)} --flag='1 2'"
@@ -90,17 +86,12 @@ def test_the_shim_is_looked_for_in_the_working_directory_that_a_node_has(
 
 @pytest.mark.parametrize(("missing", "lib"), [("drivers_python", "lib"), ("shim", "lib64")])
 @pytest.mark.usefixtures("drivers_python", "shim")
-def test_a_node_that_has_them_elsewhere_starts_workers_with_the_python_beside_its_ray(
+def test_a_node_without_them_starts_workers_with_the_python_next_to_its_ray_or_else_of_its_path(
     missing: str, lib: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     request.getfixturevalue(missing).unlink()
-    python, packages = program(tmp_path / "nodes" / "bin" / "python"), tmp_path / "nodes" / lib / "python3.11" / "site"
-    assert start_worker(tmp_path, packages) == [str(python), worker_in(packages), "--flag=1 2"]
-
-
-def test_where_no_python_is_beside_ray_workers_are_started_with_the_one_of_the_path(
-    tmp_path: Path, drivers_python: Path, shim: Path
-) -> None:
-    shim.unlink()
-    packages = tmp_path / "lib" / "python3" / "dist-packages"
-    assert start_worker(tmp_path, packages) == [str(tmp_path / "path" / "python3"), worker_in(packages), "--flag=1 2"]
+    packages = tmp_path / "nodes" / lib / "python3.11" / "site"
+    expected = [worker_in(packages), "--flag=1 2"]
+    assert start_worker(tmp_path, packages) == [str(tmp_path / "path" / "python3"), *expected]
+    python = program(tmp_path / "nodes" / "bin" / "python")
+    assert start_worker(tmp_path, packages) == [str(python), *expected]

@@ -46,15 +46,15 @@ config = WorkerConfig()
 with prepared_forking("ray") as forking, connect(config, forking):
     import ray
     one, another = start_actor(), start_actor()
-    told = {"workers": ray.get([ray.remote(look).remote(), one.look.remote(), another.look.remote()])}
+    report = {"workers": ray.get([ray.remote(look).remote(), one.look.remote(), another.look.remote()])}
     if forking.server is not None:
-        told |= {"server": forking.server.pid, "folder": os.path.dirname(os.environ["MNIST_RAY_FORK_SERVER"])}
+        report |= {"server": forking.server.pid, "folder": os.path.dirname(os.environ["MNIST_RAY_FORK_SERVER"])}
     if sys.argv[1] == "kill the server":
         forking.server.kill()
         forking.server.wait()
-        told["usual"], told["one"] = ray.get([start_actor(LATER="1").look.remote(), one.look.remote()])
-        told["workers"][0]["printed"] = open(told["workers"][0]["log"]).read()
-    print(json.dumps(told), flush=True)
+        report["usual"], report["one"] = ray.get([start_actor(LATER="1").look.remote(), one.look.remote()])
+        report["workers"][0]["printed"] = open(report["workers"][0]["log"]).read()
+    print(json.dumps(report), flush=True)
     if sys.argv[1] == "stay":
         signal.pause()
 """
@@ -73,7 +73,7 @@ with prepared_forking("mnist_ray") as forking, connect(WorkerConfig(), forking):
 
 @contextlib.contextmanager
 def driver(*words: str, address: str = "local") -> Iterator[tuple[psutil.Popen, dict[str, Any]]]:
-    """Run a driver whose workers look at themselves; it is there with what it has told."""
+    """Run a driver whose workers look at themselves. Yields its process and its report."""
     variables = {**ENVIRONMENT, "RAY_ADDRESS": address}
     process = psutil.Popen([sys.executable, "-c", DRIVER, *words], cwd=ROOT, env=variables, stdout=subprocess.PIPE)
     try:
@@ -84,8 +84,8 @@ def driver(*words: str, address: str = "local") -> Iterator[tuple[psutil.Popen, 
         process.communicate()
 
 
-def told(*words: str, **options: str) -> dict[str, Any]:
-    """Return what a driver has told that has come to its end."""
+def report(*words: str, **options: str) -> dict[str, Any]:
+    """Return the report of a driver that ends by itself."""
     with driver(*words, **options) as (process, content):
         assert process.wait(60) == 0
         return content
@@ -93,30 +93,23 @@ def told(*words: str, **options: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def forked() -> dict[str, Any]:
-    """What workers are like, before and after their server was killed."""
-    return told("kill the server")
+    """Workers before and after their server was killed."""
+    return report("kill the server")
 
 
-def test_tasks_and_actors_run_in_children_of_the_server(forked: dict[str, Any]) -> None:
-    assert {worker["parent"] for worker in forked["workers"]} == {forked["server"]}
-
-
-def test_two_workers_draw_different_ids(forked: dict[str, Any]) -> None:
-    drawn = [worker["id"] for worker in forked["workers"]]
-    assert len(set(drawn)) == len(drawn)
-
-
-def test_workers_have_the_titles_that_ray_gives(forked: dict[str, Any]) -> None:
-    titles = [worker["title"].rstrip("\0") for worker in [*forked["workers"], forked["usual"]]]
+def test_tasks_and_actors_run_in_children_of_the_server_with_different_ids_and_the_titles_that_ray_gives(
+    forked: dict[str, Any],
+) -> None:
+    workers = forked["workers"]
+    assert {worker["parent"] for worker in workers} == {forked["server"]}
+    assert len({worker["id"] for worker in workers}) == len(workers)
+    titles = [worker["title"].rstrip("\0") for worker in [*workers, forked["usual"]]]
     assert titles == ["ray::look", *["ray::Actor.look"] * 3]
 
 
-@pytest.mark.parametrize("what", ["nice", "oom_score_adj", "open files", "blocked signals", "leads a group"])
-def test_a_forked_worker_has_what_one_of_rays_own_has(what: str, forked: dict[str, Any]) -> None:
-    assert [worker[what] for worker in forked["workers"]] == [forked["usual"][what]] * 3
-
-
-def test_what_a_worker_prints_is_in_rays_log_of_it(forked: dict[str, Any]) -> None:
+def test_a_forked_worker_is_like_rays_own(forked: dict[str, Any]) -> None:
+    for name in ("nice", "oom_score_adj", "open files", "blocked signals", "leads a group"):
+        assert [worker[name] for worker in forked["workers"]] == [forked["usual"][name]] * 3, name
     for worker in (*forked["workers"], forked["usual"]):
         assert re.fullmatch(rf"worker-[0-9a-f]{{56}}-01000000-{worker['pid']}\.out", Path(worker["log"]).name)
     assert "hello\n" in forked["workers"][0]["printed"]
@@ -150,7 +143,7 @@ def test_objects_that_do_not_fit_into_memory_are_spilled_and_read_again() -> Non
 
 
 def test_a_job_on_a_cluster_has_its_workers_forked_by_a_server_of_its_own(ray_address: str) -> None:
-    content = told("end", address=ray_address)
+    content = report("end", address=ray_address)
     (server,) = {worker["parent"] for worker in content["workers"]}
     end([psutil.Process(server)])
     assert "/sockets/fork-" in content["workers"][0]["parent's title"]
@@ -173,5 +166,5 @@ def test_workers_that_die_at_once_end_a_job_with_one_line(tmp_path: Path) -> Non
         check=False,
     )
     assert done.returncode == 1
-    said = r"error: Ray's worker processes do not start; the last that one wrote: no room \(log: \S+/raylet\.err\)\n"
+    said = r"error: Ray's worker processes do not start; the last line of one: no room \(log: \S+/raylet\.err\)\n"
     assert re.fullmatch(said, done.stderr)

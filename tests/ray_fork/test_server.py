@@ -25,21 +25,21 @@ AN_ID = "import ray\nray.NodeID.from_random()"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One that forks."""
+    """A server that forks."""
     with serving(tmp_path_factory.mktemp("server"), "numpy.random", "pyarrow", "torch", actor=AN_ACTOR) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def refusing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One that imports little and refuses whatever it is asked for."""
+    """A server that imports little and refuses every request."""
     with serving(tmp_path_factory.mktemp("refusing"), "no_such_module") as running:
         yield running
 
 
 @pytest.fixture
 def importing(tmp_path: Path) -> Iterator[Server]:
-    """One that imports until there is a file named go."""
+    """A server that imports until a file named go exists."""
     gate = str(tmp_path / "go")
     with serving(tmp_path, slow=f"import os, time\nwhile not os.path.exists({gate!r}): time.sleep(0.01)") as running:
         yield running
@@ -47,12 +47,12 @@ def importing(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def seen(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a worker sees of itself."""
+    """A worker's state."""
     return fork(tmp_path_factory.mktemp("worker"), env=server.environment)
 
 
 def refusal(folder: Path, environment: dict[str, str]) -> str:
-    """Return why a worker was not forked; it was started all the same."""
+    """Return why a worker was started, but not forked."""
     script = folder / "usual.py"
     script.write_text("print('as usual')")
     printed, complained = run_shim(folder, script, env=environment)
@@ -62,7 +62,7 @@ def refusal(folder: Path, environment: dict[str, str]) -> str:
 
 
 def send(connection: socket.socket, server: Server, content: bytes, size: int | None = None, file: int = 1) -> None:
-    """Send as the shim does, but one descriptor for all three."""
+    """Send like the shim, but one descriptor for all three."""
     connection.connect(str(server.address))
     head = (len(content) if size is None else size).to_bytes(4, "big")
     socket.send_fds(connection, [head], [file] * 3)
@@ -80,26 +80,21 @@ def request_of(folder: Path, server: Server) -> bytes:
     return json.dumps(shim.request([str(script)], server.environment)).encode()
 
 
-def test_two_workers_draw_different_numbers(server: Server, seen: dict[str, Any], tmp_path: Path) -> None:
+def test_a_worker_is_a_child_of_the_server_and_starts_with_one_thread_without_cuda_and_with_its_own_random_numbers(
+    server: Server, seen: dict[str, Any], tmp_path: Path
+) -> None:
+    assert seen["parent"] == server.process.pid
+    assert (seen["threads"], seen["uses CUDA"], seen["leads a group"]) == (1, False, False)
     another = fork(tmp_path, env=server.environment)
     for generator in ("Python", "NumPy", "PyTorch", "Ray"):
         assert another[f"{generator}'s number"] != seen[f"{generator}'s number"], generator
 
 
-def test_a_worker_is_a_child_of_the_server_and_begins_with_one_thread_and_without_cuda(
-    server: Server, seen: dict[str, Any]
+def test_a_worker_inherits_all_from_the_process_that_asks_and_nothing_from_the_server(
+    server: Server, tmp_path: Path
 ) -> None:
-    assert seen["parent"] == server.process.pid
-    assert (seen["threads"], seen["uses CUDA"], seen["leads a group"]) == (1, False, False)
-
-
-@pytest.fixture(scope="module")
-def unusual(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a worker sees of itself that was asked for by an unusual process, in another folder."""
-    folder = tmp_path_factory.mktemp("unusual")
-    elsewhere = folder / "elsewhere"
+    elsewhere, most = tmp_path / "elsewhere", resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     elsewhere.mkdir()
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
     def be_unusual() -> None:
         os.nice(5)
@@ -109,40 +104,18 @@ def unusual(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         Path("/proc/self/oom_score_adj").write_text("1000")
 
     environment = {**server.environment, "OF_THE_WORKER": "1", "OMP_NUM_THREADS": "3,1"}
-    options = {"env": environment, "cwd": elsewhere, "preexec_fn": be_unusual}
-    return {**fork(folder, "some", "words", **options), "of the test": (folder, environment, most)}
-
-
-def test_a_worker_has_the_variables_that_it_is_to_have_and_no_other(unusual: dict[str, Any]) -> None:
-    _, environment, _ = unusual["of the test"]
-    assert unusual["environment"] == environment
-
-
-def test_a_worker_runs_its_script_as_python_would(unusual: dict[str, Any]) -> None:
-    folder, _, _ = unusual["of the test"]
-    assert unusual["argv"] == [str(folder / "worker.py"), str(folder / "seen.json"), "some", "words"]
-    assert unusual["name"] == "__main__"
-    assert unusual["folder"] == str(folder / "elsewhere")
-    assert unusual["folder of imports"] == str(folder)
-
-
-def test_a_worker_has_its_own_three_descriptors_and_none_of_the_server(unusual: dict[str, Any]) -> None:
-    folder, _, _ = unusual["of the test"]
+    worker = fork(tmp_path, "some", "words", env=environment, cwd=elsewhere, preexec_fn=be_unusual)
+    assert worker["environment"] == environment
+    assert worker["argv"] == [str(tmp_path / "worker.py"), str(tmp_path / "seen.json"), "some", "words"]
+    assert (worker["name"], worker["folder"]) == ("__main__", str(elsewhere))
+    assert worker["folder of imports"] == str(tmp_path)
     names = ("stdin", "stdout", "stderr")
-    assert unusual["descriptors"] == {str(number): str(folder / name) for number, name in enumerate(names)}
-
-
-def test_a_worker_has_the_priority_limits_group_and_signals_of_who_asks(unusual: dict[str, Any]) -> None:
-    _, _, most = unusual["of the test"]
-    assert unusual["nice"] == os.getpriority(os.PRIO_PROCESS, 0) + 5
-    assert unusual["leads a group"]
-    assert unusual["open files"] == [500, most]
-    assert unusual["blocked signals"] == [signal.SIGINT]
-    assert unusual["oom_score_adj"] == 1000
-
-
-def test_pytorch_has_the_threads_that_a_workers_variables_say(unusual: dict[str, Any]) -> None:
-    assert unusual["threads of PyTorch"] == 3
+    assert worker["descriptors"] == {str(number): str(tmp_path / name) for number, name in enumerate(names)}
+    assert worker["nice"] == os.getpriority(os.PRIO_PROCESS, 0) + 5
+    assert (worker["leads a group"], worker["oom_score_adj"]) == (True, 1000)
+    assert worker["open files"] == [500, most]
+    assert worker["blocked signals"] == [signal.SIGINT]
+    assert worker["threads of PyTorch"] == 3
 
 
 def test_a_worker_handles_signals_as_a_new_python_does(seen: dict[str, Any]) -> None:
@@ -152,20 +125,16 @@ def test_a_worker_handles_signals_as_a_new_python_does(seen: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("name", ["MKL_NUM_THREADS", "OMP_SCHEDULE", "LD_LIBRARY_PATH", "PYTHONHASHSEED", "RAY_JOB_ID"])
-def test_another_value_of_what_a_library_has_read_by_now_is_refused(name: str) -> None:
-    said = f"{name} is another one than the fork server's"
+def test_a_variable_that_a_library_has_read_must_have_the_servers_value(name: str) -> None:
+    said = f"{name} differs from the fork server's"
     assert why_not({"PATH": "/bin", name: "1"}, {"PATH": "/usr/bin", name: "2"}) == said
-    assert why_not({name: "1"}, {}) == said
-    assert why_not({}, {name: "1"}) == said
+    assert why_not({name: "1"}, {}) == why_not({}, {name: "1"}) == said
     assert why_not({name: "1", "OMP_NUM_THREADS": "3"}, {name: "1"}) == ""
 
 
-def test_a_worker_without_a_variable_that_a_library_has_read_is_refused(server: Server, tmp_path: Path) -> None:
+def test_a_worker_that_cannot_be_forked_as_asked_is_refused(server: Server, tmp_path: Path) -> None:
     environment = {name: value for name, value in server.environment.items() if name != "PYTHONPATH"}
-    assert refusal(tmp_path, environment) == "PYTHONPATH is another one than the fork server's"
-
-
-def test_a_worker_that_cannot_be_what_was_asked_for_is_refused(server: Server, tmp_path: Path) -> None:
+    assert refusal(tmp_path, environment) == "PYTHONPATH differs from the fork server's"
     request = json.loads(request_of(tmp_path, server)) | {"folder": str(tmp_path / "gone")}
     with socket.socket(socket.AF_UNIX) as connection:
         send(connection, server, json.dumps(request).encode())
@@ -175,19 +144,16 @@ def test_a_worker_that_cannot_be_what_was_asked_for_is_refused(server: Server, t
 @pytest.mark.parametrize(
     ("source", "said"),
     [(A_THREAD, "the fork server has 2 threads"), (AN_ID, "two forks would draw the same ids")],
-    ids=["that starts a thread", "that draws an id"],
 )
-def test_a_module_after_which_none_can_be_forked_is_refused(source: str, said: str, tmp_path: Path) -> None:
+def test_a_module_that_makes_forks_unsafe_is_refused(source: str, said: str, tmp_path: Path) -> None:
     with serving(tmp_path, module=source) as running:
         assert refusal(tmp_path, running.environment) == said
 
 
-def test_only_this_user_may_connect(server: Server) -> None:
-    assert stat.S_IMODE(server.address.stat().st_mode) == 0o600
-
-
 @pytest.mark.parametrize(("content", "size"), [(b"", 0), (b"{", 2**32 - 1), (b"\xff", 1), (b"[]", 2), (b"{}", 2)])
-def test_rubbish_does_not_end_the_server(content: bytes, size: int, refusing: Server, tmp_path: Path) -> None:
+def test_a_malformed_request_does_not_end_the_server(
+    content: bytes, size: int, refusing: Server, tmp_path: Path
+) -> None:
     with socket.socket(socket.AF_UNIX) as connection:
         send(connection, refusing, content, size)
     said = "ModuleNotFoundError: No module named 'no_such_module'"
@@ -197,11 +163,11 @@ def test_rubbish_does_not_end_the_server(content: bytes, size: int, refusing: Se
 def test_the_descriptors_of_a_client_that_hangs_up_are_closed(refusing: Server, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as connection, (tmp_path / "sent").open("w") as file:
         send(connection, refusing, b"{", 100, file.fileno())
-    refusal(tmp_path, refusing.environment)  # now the server is done with the other one
+    refusal(tmp_path, refusing.environment)  # by now the server has handled the first
     assert file.name not in {os.readlink(link) for link in Path(f"/proc/{refusing.process.pid}/fd").iterdir()}
 
 
-def test_who_asks_while_modules_are_imported_is_answered_afterwards_but_not_who_has_hung_up(
+def test_a_request_during_an_import_is_answered_afterwards_unless_the_client_has_hung_up(
     importing: Server, tmp_path: Path
 ) -> None:
     with socket.socket(socket.AF_UNIX) as connection:
@@ -221,6 +187,7 @@ def test_a_killed_worker_leaves_no_zombie(server: Server, tmp_path: Path) -> Non
 
 def test_a_server_ends_with_its_owner_and_leaves_its_workers_but_no_file(tmp_path: Path) -> None:
     with serving(tmp_path, "torch") as running:
+        assert stat.S_IMODE(running.address.stat().st_mode) == 0o600  # only this user may connect
         worker = psutil.Process(fork(tmp_path, "stay", env=running.environment)["pid"])
         try:
             assert running.process.stdin is not None
@@ -233,7 +200,7 @@ def test_a_server_ends_with_its_owner_and_leaves_its_workers_but_no_file(tmp_pat
         wait_for(lambda: has_ended(worker))
 
 
-def test_a_server_sees_its_owners_end_while_it_imports(tmp_path: Path) -> None:
+def test_a_server_ends_with_its_owner_also_during_an_import(tmp_path: Path) -> None:
     endless = f"import pathlib, time\npathlib.Path({str(tmp_path / 'importing')!r}).touch()\nwhile True: time.sleep(1)"
     with serving(tmp_path, endless=endless) as running:
         wait_for((tmp_path / "importing").exists)

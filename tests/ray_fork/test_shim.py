@@ -21,7 +21,7 @@ OF_JOB = {"RAY_JOB_ID": "07000000", "RAY_RAYLET_PID": str(os.getpid())}
 
 
 def flag(**context: Any) -> str:
-    """Return how Ray tells of a worker's runtime environment."""
+    """Return the flag by which Ray passes a worker's runtime environment."""
     return f"--serialized-runtime-env-context={RuntimeEnvContext(**context).serialize()}"
 
 
@@ -31,34 +31,25 @@ def flag(**context: Any) -> str:
         ([], {}),
         (["--language=PYTHON", flag()], {}),
         ([flag(env_vars={"A": "1", "B": "two words"}), "--node-id=5"], {"A": "1", "B": "two words"}),
+        # anything else is left to Ray
+        ([flag(command_prefix=["source activate &&"])], None),
+        ([flag(py_executable="/usr/bin/env python")], None),
+        ([flag(override_worker_entrypoint="worker.py")], None),
+        ([flag(java_jars=["a.jar"])], None),
+        ([flag(env_vars={"PATH": "/opt:$PATH"})], None),
     ],
 )
-def test_the_variables_of_a_runtime_environment_are_read(flags: list[str], variables: dict[str, str]) -> None:
+def test_a_runtime_environment_is_read_if_it_has_only_plain_variables(
+    flags: list[str], variables: dict[str, str] | None, tmp_path: Path
+) -> None:
     assert variables_of(["default_worker.py", *flags]) == variables
-
-
-@pytest.mark.parametrize(
-    "context",
-    [
-        {"command_prefix": ["source activate &&"]},
-        {"py_executable": "/usr/bin/env python"},
-        {"override_worker_entrypoint": "worker.py"},
-        {"java_jars": ["a.jar"]},
-        {"env_vars": {"PATH": "/opt:$PATH"}},
-    ],
-)
-def test_a_runtime_environment_of_more_than_plain_variables_is_left_to_ray(context: dict[str, Any]) -> None:
-    assert variables_of(["default_worker.py", flag(**context)]) is None
-
-
-def test_the_python_of_another_environment_is_left_to_ray(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.symlink_to(os.path.realpath(sys.executable))  # as in any venv
-    assert variables_of(["default_worker.py", flag(py_executable=str(python))]) is None
+    assert variables_of(["default_worker.py", *flags, flag(py_executable=str(python))]) is None
 
 
 def started(folder: Path, *flags: str, **variables: str) -> tuple[list[str], str]:
-    """Return the command that a shim becomes in place of a worker, and what it says."""
+    """Return the command that a shim becomes in place of a worker, and its standard error."""
     for name in ("default_worker.py", "setup_worker.py"):
         (folder / name).write_text("import json, sys; print(json.dumps(sys.argv))")
     printed, complained = run_shim(folder, folder / "default_worker.py", *flags, env={**ENVIRONMENT, **variables})
@@ -66,7 +57,7 @@ def started(folder: Path, *flags: str, **variables: str) -> tuple[list[str], str
 
 
 @pytest.mark.parametrize("flags", [[], ["--node-id=5"]])
-def test_a_worker_is_started_where_there_is_no_server(flags: list[str], tmp_path: Path) -> None:
+def test_a_worker_is_started_without_a_server(flags: list[str], tmp_path: Path) -> None:
     command, said = started(tmp_path, *flags, **{SOCKET_VARIABLE: str(tmp_path / "none")})
     assert command == [str(tmp_path / "default_worker.py"), *flags]
     assert said.startswith("a worker is started as usual, not forked: the fork server does not answer: [Errno 2]")
@@ -82,8 +73,8 @@ def test_a_worker_with_a_runtime_environment_is_started_by_rays_own_script(
     assert said.startswith("a worker is started as usual, not forked: ")
 
 
-@pytest.mark.parametrize(("answer", "said"), [(b"it is too cold", "it is too cold"), (b"", "the fork server has gone")])
-def test_a_worker_is_started_where_the_server_refuses(answer: bytes, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("answer", "said"), [(b"too cold", "too cold"), (b"", "the fork server has ended")])
+def test_a_worker_is_started_if_the_server_refuses(answer: bytes, said: str, tmp_path: Path) -> None:
     def refuse() -> None:
         connection, _ = listener.accept()
         with connection, connection.makefile("rb") as content:
@@ -101,7 +92,7 @@ def test_a_worker_is_started_where_the_server_refuses(answer: bytes, said: str, 
 
 @pytest.fixture
 def sockets() -> Iterator[Path]:
-    """The folder of a session's sockets; servers that come to listen there are ended."""
+    """The folder of a session's sockets; servers that listen there are killed at the end."""
     with tempfile.TemporaryDirectory() as folder:
         sockets = Path(folder, "session", "sockets")
         sockets.mkdir(parents=True)
@@ -110,13 +101,13 @@ def sockets() -> Iterator[Path]:
 
 
 def processes_of(sockets: Path) -> list[psutil.Process]:
-    """Return the servers that listen in a folder, and what they have forked."""
+    """Return the servers that listen in a folder, and their forks."""
     found = psutil.process_iter(["cmdline"])
     return [one for one in found if f"{sockets}/" in " ".join(one.info["cmdline"] or ())]
 
 
 def start_workers(sockets: Path, count: int) -> list[dict[str, Any]]:
-    """Start workers of a job on a cluster at once, and return what they see of themselves."""
+    """Start several workers of a job on a cluster at once; return their states."""
     session, variables = sockets.parent, {MODULES_VARIABLE: "numpy torch", **OF_JOB}
     folders = [session / str(number) for number in range(count)]
     flags = [f"--temp-dir={session.parent}", f"--session-name={session.name}"]
@@ -126,12 +117,12 @@ def start_workers(sockets: Path, count: int) -> list[dict[str, Any]]:
         return list(pool.map(lambda folder: fork(folder, *flags, env={**ENVIRONMENT, **variables}), folders))
 
 
-def test_of_workers_that_begin_at_once_one_starts_the_server_for_all(sockets: Path) -> None:
+def test_of_workers_that_start_at_once_one_starts_the_server_for_all(sockets: Path) -> None:
     (server,) = {worker["parent"] for worker in start_workers(sockets, 4)}
     wait_for(lambda: [one.pid for one in processes_of(sockets)] == [server])  # once the workers have ended
 
 
-def test_the_socket_of_a_killed_server_does_not_hinder_the_next(sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_servers_socket_is_replaced(sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in OF_JOB.items():
         monkeypatch.setenv(name, value)
     with socket.socket(socket.AF_UNIX) as left:

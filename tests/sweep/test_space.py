@@ -15,7 +15,7 @@ WORKLOAD = type(mnist())
 
 
 def over(*texts: str) -> Space:
-    """Return the space of these texts; without any, the workload's own."""
+    """Return the space of these texts; by default the workload's."""
     return space_of(WORKLOAD, {"sweep": texts})
 
 
@@ -30,16 +30,12 @@ def propose(*texts: str, sweep: SweepConfig | None = None, seed: int = 0) -> lis
 DEFAULT = point(TrainConfig().batch_size, TrainConfig().learning_rate)
 
 
-def test_the_same_seed_gives_the_same_proposals_and_another_seed_others() -> None:
+def test_random_proposals_start_with_the_default_stay_inside_and_depend_on_the_seed_alone() -> None:
     proposals = [propose(seed=seed) for seed in (0, 0, 1)]
     assert proposals[0] == proposals[1]
     assert proposals[0][1:] != proposals[2][1:]
-
-
-def test_random_proposals_stay_inside_and_start_with_the_default() -> None:
     points = propose(sweep=SweepConfig(num_trials=200))
-    assert points[0] == DEFAULT
-    assert len(points) == 200
+    assert (points[0], len(points)) == (DEFAULT, 200)
     assert {point.values["batch_size"] for point in points} == {32, 64, 128, 256, 512}
     rates = [point.values["learning_rate"] for point in points]
     assert all(5e-4 <= rate <= 2e-2 for rate in rates)
@@ -64,7 +60,7 @@ def test_a_grid_covers_both_ends_for_every_batch_size() -> None:
 
 
 class Searched(Workload):
-    """A workload with settings of its own to search, and another space for the learning rate."""
+    """A workload with its own settings to search, and another space for the learning rate."""
 
     @dataclasses.dataclass(frozen=True)
     class Settings:
@@ -77,7 +73,7 @@ class Searched(Workload):
     recipes = {"default": {"learning_rate": 0.5}}
 
 
-def test_a_workloads_own_settings_are_searched_beside_the_jobs_and_a_grid_takes_each_combination() -> None:
+def test_a_workloads_settings_are_searched_with_the_jobs_and_a_grid_takes_each_combination() -> None:
     found = space_of(Searched, {})
     assert list(found.spaces) == ["batch_size", "learning_rate", "width", "depth", "kind"]
     assert found.defaults == {"batch_size": 128, "learning_rate": 0.5, "width": 16, "depth": 2, "kind": "a"}
@@ -92,7 +88,7 @@ def test_a_workloads_own_settings_are_searched_beside_the_jobs_and_a_grid_takes_
     assert {point.values["depth"] for point in grid} == {1, 3, 5}
 
 
-def test_settings_that_are_named_are_searched_and_no_others() -> None:
+def test_only_named_settings_are_searched() -> None:
     found = space_of(Searched, {"sweep": ["plain=1:9", "clip-grad-norm=none,0.5", "kind=b,c"]})
     assert found.spaces == {"plain": Range(1, 9), "clip_grad_norm": Choice((None, 0.5)), "kind": Choice(("b", "c"))}
     assert found.defaults == {"plain": 3, "clip_grad_norm": None, "kind": "a"}
@@ -121,28 +117,28 @@ def test_settings_that_are_named_are_searched_and_no_others() -> None:
         ("num_epochs=1,2", "num_epochs is the same for all trials"),
     ],
 )
-def test_what_is_no_space_is_refused(text: str, message: str) -> None:
+def test_a_text_that_is_no_space_is_refused(text: str, message: str) -> None:
     with pytest.raises(UsageError) as raised:
         over(text)
     assert str(raised.value).startswith(f"--sweep {text}: {message}")
 
 
-def test_a_setting_is_searched_once_and_not_where_it_is_given() -> None:
-    with pytest.raises(UsageError, match="--sweep searches beta1: say once how, and leave out --beta1"):
+def test_a_setting_is_searched_once_and_not_if_it_is_given() -> None:
+    with pytest.raises(UsageError, match="--sweep searches beta1: give its space once, and leave out --beta1"):
         over("beta1=0.5,0.6", "beta1=0.7,0.8")
     with pytest.raises(UsageError, match="--sweep searches beta1"):
         space_of(WORKLOAD, {"sweep": ["beta1=0.5,0.6"]}, fixed=["beta1"])
     assert list(space_of(WORKLOAD, {}, fixed=["batch_size"]).spaces) == ["learning_rate"]
 
 
-def test_a_point_is_named_by_what_it_tries_as_long_as_file_systems_take_that() -> None:
+def test_a_points_name_has_its_values_or_a_digest_if_that_is_too_long() -> None:
     assert point(9, 0.5, 4).name == "batch_size-9_learning_rate-0.5_seed-4"
     names = {Point(tuple((f"a_long_name_{n}", n + more) for n in range(50)), 3).name for more in (0, 1)}
     assert len(names) == 2
     assert all(len(name) < 60 and name.endswith("_seed-3") for name in names)
 
 
-def test_a_range_may_be_one_value_and_a_choice_of_truths_or_nothing_is_read_back() -> None:
+def test_a_range_may_be_one_value_and_booleans_and_none_are_read_back() -> None:
     assert {p.values["learning_rate"] for p in propose("learning_rate=1e-3:1e-3")} == {1e-3}
 
     class Odd(Searched):

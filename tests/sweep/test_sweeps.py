@@ -24,8 +24,8 @@ from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run.job import Job
 from mnist_ray.storage import locate
-from mnist_ray.sweep.options import load_data, read_sweep
 from mnist_ray.sweep.trial import TrialSpec, run_trial
+from mnist_ray.sweep.tune import load_data, read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.workload import Arrays, Data, Regression, Workload, setting, source
 from mnist_ray.workload.data import Split
@@ -76,7 +76,7 @@ def resume(run: Path, **settings: Any) -> None:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> Mock:
-    """Leave out the trainings after the sweep; holds their calls."""
+    """Skip the trainings after the sweep; holds their calls."""
     train_and_test = Mock(return_value=0.5)
     monkeypatch.setattr("mnist_ray.sweep.search.train_and_test", train_and_test)
     return train_and_test
@@ -135,7 +135,7 @@ def test_the_training_job_reproduces_the_best_trial(finished_sweep: Path, tmp_pa
     assert float(last["train_loss"]) == pytest.approx(float(best["train_loss"]), rel=1e-9)
 
 
-def test_a_sweep_that_has_chosen_only_trains_what_is_left_when_it_is_resumed(
+def test_a_resumed_sweep_that_has_chosen_only_finishes_the_trainings(
     finished_sweep: Path, tmp_path: Path, trained: Mock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(finished_sweep, tmp_path / "chosen")
@@ -148,9 +148,10 @@ def test_a_sweep_that_has_chosen_only_trains_what_is_left_when_it_is_resumed(
 
 
 def test_a_confirmed_sweep_keeps_the_best_checkpoint_of_its_choice_and_the_reason_of_a_failure(
-    trained: Mock, where: dict[str, Any], tmp_path: Path
+    trained: Mock, where: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tune({**where, **rates(1e20, 3e-3, 2e-3), "num_epochs": 1, "num_confirmed": 2})
+    assert capsys.readouterr().out.count(" failed of 7") == 7, "confirmations are planned from the start"
     failed, *done = rows(tmp_path / "run")
     assert failed["state"] == "failed"
     assert "loss or weights are not finite at step 2 of epoch 1" in failed["reason"]
@@ -205,13 +206,13 @@ class Dying(Regression):
 """
 
 
-def test_a_trial_whose_process_dies_is_lost_and_tried_again_by_a_resumed_sweep(
+def test_a_trial_whose_process_dies_is_lost_and_a_resumed_sweep_tries_it_again(
     trained: Mock, ray_address: str, tmp_path: Path
 ) -> None:
     (tmp_path / "dying.py").write_text(DYING)
     (tmp_path / "deadly").touch()
     settings = {**QUICK, "num_trials": 1, "num_epochs": 1, "max_failures": 1, "workload": str(tmp_path / "dying.py")}
-    with pytest.raises(JobError, match=r"; to try again those that were lost: tune\(resume=True, run_name='lost'"):
+    with pytest.raises(JobError, match=r"; to try lost trials again: tune\(resume=True, run_name='lost'"):
         tune({**settings, "storage_path": str(tmp_path / "runs"), "run_name": "lost"})
     assert [row["state"] for row in rows(tmp_path / "runs" / "lost")] == ["lost"]
     (tmp_path / "deadly").unlink()
@@ -219,7 +220,7 @@ def test_a_trial_whose_process_dies_is_lost_and_tried_again_by_a_resumed_sweep(
     assert [row["state"] for row in rows(tmp_path / "runs" / "lost")] == ["done"]
 
 
-def test_a_killed_sweep_goes_on_without_repeating_finished_trials(
+def test_a_killed_sweep_resumes_without_repeating_finished_trials(
     trained: Mock, where: dict[str, Any], ray_address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = {**where, "num_trials": 4, "max_concurrent_trials": 1} | {"sweep": "learning_rate=log:5e-4:2e-2"}
@@ -263,16 +264,18 @@ def test_every_trial_failing_ends_the_job_with_the_first_reason(where: dict[str,
         tune({**where, "num_trials": 1, "sweep": ["learning_rate=1e19:1e20"]})
 
 
-def test_a_time_budget_ends_a_sweep_that_would_go_on(trained: Mock, where: dict[str, Any], tmp_path: Path) -> None:
+def test_a_time_budget_stops_trials(trained: Mock, where: dict[str, Any], tmp_path: Path) -> None:
     tune({**where, "num_trials": 2, "num_epochs": 1_000_000, "time_budget_s": 6.0})
-    assert 0 < max(float(row["epochs"]) for row in rows(tmp_path / "run")) < 1_000_000
+    trials = rows(tmp_path / "run")
+    assert 0 < max(float(row["epochs"]) for row in trials) < 1_000_000
+    assert {row["state"] for row in trials} == {"stopped early"}
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"sweep": ["batch_size=60000"]}, "--sweep: batch size 60,000 is larger than the 55,000 images to train on"),
-        ({"sweep": ["batch_size=8"], "batch_size": 9}, "--sweep searches batch_size: say once how"),
+        ({"sweep": ["batch_size=8"], "batch_size": 9}, "--sweep searches batch_size: give its space once"),
         ({"batch_size": 8, "learning_rate": 0.1}, "nothing to search: name settings of MNIST by --sweep"),
         ({"validation_size": 0}, "a sweep chooses by validation accuracy"),
         ({"search": "grid", "num_trials": 2}, "--search grid needs a trial for each of the 5 choices"),
@@ -300,20 +303,12 @@ def test_a_sweep_that_has_lost_its_trials_says_what_to_do(tmp_path: Path) -> Non
     with pytest.raises(JobError, match=r"sweep\.csv is damaged: .*; remove it, and the trials are run again"):
         read()
     run.write_text("best.json", "{}")
-    chosen = r"train what was chosen with python jobs/train\.py --config .*/lost/best\.json, or start another sweep"
+    chosen = r"train the chosen settings with python jobs/train\.py --config .*/lost/best\.json, or start another sweep"
     with pytest.raises(JobError, match=r"sweep\.csv is damaged: .*; " + chosen):
         read()
     run.delete_file("sweep.csv")
     with pytest.raises(JobError, match=r"sweep\.csv has lost its trials; " + chosen):
         read()
-
-
-def test_fewer_images_than_the_defaults_batch_can_be_searched(few_images: Arrays, tmp_path: Path) -> None:
-    tiny = Arrays(few_images.inputs[:100], few_images.targets[:100])
-    data_dir = str(write_data_set(tmp_path / "tiny", tiny, tiny))
-    given = {"data_dir": data_dir, "storage_path": str(tmp_path), "validation_size": 20}
-    sweep, data = load_data(read_sweep({**given, "sweep": ["batch_size=8,16"]}))
-    assert (sweep.batch_sizes, len(data.train)) == ([8, 16], 80)
 
 
 @dataclass(frozen=True)
@@ -333,15 +328,19 @@ class Noisy(Regression):
         return nn.Linear(2, 1)
 
 
-def test_a_setting_that_the_data_go_by_is_not_searched(tmp_path: Path) -> None:
+def test_batch_sizes_below_the_default_suffice_but_a_setting_that_decides_the_data_is_not_searched(
+    tmp_path: Path,
+) -> None:
     given = {"workload": Noisy, "storage_path": str(tmp_path)}
+    sweep, data = load_data(read_sweep({**given, "sweep": ["batch_size=8,16"], "validation_size": 500}))
+    assert (sweep.batch_sizes, len(data.train)) == ([8, 16], 100)  # the default is 128
     sweep, _ = load_data(read_sweep({**given, "sweep": ["width=2,4"]}))
     assert list(sweep.space.spaces) == ["width"]
-    with pytest.raises(UsageError, match=r"^--sweep noise: load_data goes by it, and all trials have the same data$"):
+    with pytest.raises(UsageError, match="--sweep noise: load_data depends on it, and all trials have the same data"):
         load_data(read_sweep({**given, "sweep": ["width=2,4", "noise=1,2"]}))
 
 
-# --- a trial of one worker, which is done in this process
+# --- a trial of one worker, which runs in this process
 
 
 def try_one(

@@ -49,7 +49,7 @@ def test_the_table_ranks_by_accuracy_then_loss_and_failed_trials_last() -> None:
     assert table_with(rows[0], rows[3]).best is None
 
 
-def test_less_is_better_where_the_workload_says_so() -> None:
+def test_less_is_better_if_the_workload_says_so_and_without_metrics_the_loss_chooses(tmp_path: Path) -> None:
     class Prices(Regression):
         pass
 
@@ -60,8 +60,6 @@ def test_less_is_better_where_the_workload_says_so() -> None:
         "reports,reason\n"
     )
 
-
-def test_the_loss_chooses_where_a_workload_has_no_metrics(tmp_path: Path) -> None:
     class Plain(Workload):
         metrics = ()
 
@@ -119,7 +117,7 @@ def test_a_trial_that_starts_again_keeps_its_number() -> None:
         ([Node(0)], 1, 1, None, True, 1),
     ],
 )
-def test_no_more_trials_run_at_a_time_than_the_cluster_holds_unless_it_starts_nodes_on_demand(
+def test_no_more_trials_run_at_a_time_than_the_cluster_holds_unless_it_autoscales(
     nodes: list[Node], workers: int, cpus: int, asked: int | None, autoscaling: bool, expected: int
 ) -> None:
     plan = WorkerPlan(workers, cpus, use_gpu=False, must_scale_up=autoscaling)
@@ -137,7 +135,7 @@ def test_the_best_and_the_default_are_confirmed_with_two_more_seeds() -> None:
     assert table.confirmations(SweepConfig(num_confirmed=0), 0) == []
 
 
-def test_the_mean_over_seeds_chooses_among_those_that_were_confirmed() -> None:
+def test_the_mean_over_seeds_chooses_among_confirmed_configurations() -> None:
     table = table_of(
         (1e-3, 0, DONE, 0.99), (1e-3, 1, DONE, 0.97),
         (2e-3, 0, DONE, 0.985), (2e-3, 1, DONE, 0.985),
@@ -162,14 +160,14 @@ SEARCHED = [(1e-3, 0, DONE, 0.99), (2e-3, 0, DONE, 0.985), (3e-3, 0, DONE, 0.98)
         ([(1e-3, 0, FAILED, 0.9)], 3, set()),
     ],
 )
-def test_checkpoints_are_kept_of_what_may_come_out_as_the_best(
+def test_the_checkpoints_of_configurations_that_may_become_the_best_are_kept(
     rows: list[tuple[float, int, str, float]], num_confirmed: int, kept: set[tuple[float, int]]
 ) -> None:
     contenders = table_of(*rows).contenders(SweepConfig(num_confirmed=num_confirmed), 0)
     assert {(point.values["learning_rate"], point.seed) for point in contenders} == kept
 
 
-def test_why_a_trial_failed_is_kept_without_secrets_and_shown_as_it_is(
+def test_a_failed_trials_reason_is_kept_without_secrets_and_printed_escaped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "error.txt").write_text("Traceback …\npyarrow.lib.ArrowInvalid: s3://KEY:SECRET@bucket [red]\x1b[31m\n")
