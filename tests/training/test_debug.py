@@ -122,5 +122,5 @@ def test_an_anomaly_is_named_with_the_line_of_the_model(tmp_path: Path) -> None:
     given = {"workload": tmp_path / "broken.py", "storage_path": tmp_path, "precision": "fp32"}
     with pytest.raises(JobError) as raised:
         run_main("train", *as_flags(given), "--detect-anomaly")
-    said = "Function 'MulBackward0' returned nan values in its 0th output. It is of what was called here: broken.py, "
-    assert str(raised.value).startswith(said + "line 16")
+    said = "Function 'MulBackward0' returned nan values in its 0th output (called in the forward pass at broken.py, "
+    assert str(raised.value).startswith(said + "line 16)")

@@ -18,8 +18,9 @@ from mnist_ray.training import engine
 from mnist_ray.training.batches import Batch
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
+from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.sampler import ShardedBatchSampler
-from mnist_ray.training.state import Group, StopWantedError, TrainingDivergedError, TrainingState
+from mnist_ray.training.state import Group, StopWantedError, TrainingState
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import mnist
 from tests.training.hooks import Hooks
