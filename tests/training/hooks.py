@@ -1,4 +1,4 @@
-"""A callback whose methods are functions of a test's."""
+"""A callback made of functions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mnist_ray.training.state import TrainingState
 
 
 class Hooks(Callback):
-    """Calls what it is given."""
+    """Calls the given functions."""
 
     def __init__(
         self,
