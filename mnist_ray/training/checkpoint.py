@@ -121,7 +121,7 @@ def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callbac
     """
     document = read_state(folder)
     weights = _decoded(folder, MODEL_FILE, document, load)
-    training = _decoded(folder, TRAINING_FILE, document, _unpickled)
+    training: dict[str, Any] = _decoded(folder, TRAINING_FILE, document, _unpickled)
     _load_weights(state.result, weights, folder)
     try:
         if state.average is not None:
@@ -199,9 +199,8 @@ def _damaged(folder: RunFolder, name: str, reason: str) -> DamagedCheckpointErro
     return DamagedCheckpointError(f"checkpoint {folder.uri} is damaged: {name}: {reason}")
 
 
-def _unpickled(content: bytes) -> dict[str, Any]:
-    training: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    return training
+def _unpickled(content: bytes) -> Any:
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def _load_weights(model: nn.Module, weights: dict[str, Tensor], folder: RunFolder) -> None:

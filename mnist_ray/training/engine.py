@@ -74,7 +74,7 @@ def train(
     if config.compile:
         # Per shape: kernels must not depend on earlier batches, which a resumed run does not see.
         state.model.compile(dynamic=False)
-    gradients = (ReproducibleGradients if config.reproducible else Gradients)(workload, state, config, group)
+    gradients = Gradients(workload, state, config, group)
     for callback in callbacks:
         callback.on_start(state, group)
     examples, num_steps = batches_of(split, group.device), config.num_steps(len(split))
@@ -158,48 +158,45 @@ def _save(state: TrainingState, progress: Progress, callbacks: Sequence[Callback
 
 
 class Gradients:
-    """Computes gradients on this rank's slices; DDP averages them over the ranks."""
+    """Computes a step's gradients: averaged over the ranks by DDP, or, with ``--reproducible``, added up by Chunks."""
 
     def __init__(self, workload: Workload, state: TrainingState, config: TrainConfig, group: Group) -> None:
         self._workload, self._state, self._config, self._group = workload, state, config, group
-        self._model = _distributed(state.model, group)
+        self._chunks: Chunks | None = None
+        if config.reproducible:
+            self._chunks = Chunks(state.model, config.num_chunks, group.rank, group.world_size)
+        self._model = state.model if config.reproducible else _distributed(state.model, group)
         self._model.train()
         self._generator = _generator(group.device)
 
     def compute(self, pieces: Sequence[Batch]) -> dict[str, Tensor]:
-        """Leave a step's gradients in the model; return the sums over this rank's slice."""
-        state = self._state
+        """Leave the gradients in the model; return sums that add up over the ranks to those of the global batch."""
+        return self._of_slice(pieces) if self._chunks is None else self._of_chunks(pieces, self._chunks)
+
+    def _of_slice(self, pieces: Sequence[Batch]) -> dict[str, Tensor]:
+        self._seed(self._group.rank)
         total: dict[str, Tensor] = {}
-        # Augmentation and dropout draw the same in a run that is resumed with the same number of workers.
-        self._generator.manual_seed(seed_of(self._config.seed, state.epoch, self._group.rank) + state.step)
         for piece in pieces:
             # DDP averages over the ranks in the backward pass of the last piece; gradients accumulate here before.
-            weight = self._group.world_size / piece.global_size
             accumulates = isinstance(self._model, DistributedDataParallel) and not piece.ends_step
             with self._model.no_sync() if accumulates else contextlib.nullcontext():  # type: ignore[operator]
-                sums = backward(self._workload, self._model, piece, self._config, weight, self._generator, state.scaler)
+                sums = self._backward(piece, self._group.world_size / piece.global_size)
             total = {name: total[name] + value for name, value in sums.items()} if total else sums
         return total
 
+    def _of_chunks(self, pieces: Sequence[Batch], chunks: Chunks) -> dict[str, Tensor]:
+        for chunk, piece in zip(chunks.own, pieces, strict=True):
+            self._seed(chunk)
+            chunks.take(chunk, self._backward(piece, 1 / piece.global_size))
+        return chunks.give()
 
-class ReproducibleGradients:
-    """Computes gradients with the same bits on any number of ranks: see ``training/reproducible.py``."""
+    def _seed(self, part: int) -> None:
+        """Let augmentation and dropout draw the same in a resumed run (without chunks: with as many workers)."""
+        self._generator.manual_seed(seed_of(self._config.seed, self._state.epoch, part) + self._state.step)
 
-    def __init__(self, workload: Workload, state: TrainingState, config: TrainConfig, group: Group) -> None:
-        self._workload, self._state, self._config = workload, state, config
-        state.model.train()
-        self._generator = _generator(group.device)
-        self._chunks = Chunks(state.model, config.num_chunks, group.rank, group.world_size)
-
-    def compute(self, pieces: Sequence[Batch]) -> dict[str, Tensor]:
-        """Leave the global batch's gradients in the model; each piece is one of this rank's chunks."""
-        state = self._state
-        for chunk, piece in zip(self._chunks.own, pieces, strict=True):
-            self._generator.manual_seed(seed_of(self._config.seed, state.epoch, chunk) + state.step)
-            weight = 1 / piece.global_size
-            sums = backward(self._workload, state.model, piece, self._config, weight, self._generator, state.scaler)
-            self._chunks.take(chunk, sums)
-        return self._chunks.give()
+    def _backward(self, piece: Batch, weight: float) -> dict[str, Tensor]:
+        scaler = self._state.scaler
+        return backward(self._workload, self._model, piece, self._config, weight, self._generator, scaler)
 
 
 @functools.lru_cache

@@ -267,9 +267,7 @@ def test_the_learning_rate_follows_its_schedule(schedule: str, few_images: Array
         (replace(CONFIG, optimizer="sgd", momentum=0.8), torch.optim.SGD, {"lr": 2e-3, "momentum": 0.8}),
     ],
 )
-def test_the_optimizer_is_as_configured(
-    config: TrainConfig, kind: type, options: dict[str, Any]
-) -> None:
+def test_the_optimizer_is_as_configured(config: TrainConfig, kind: type, options: dict[str, Any]) -> None:
     optimizer = engine.create_state(mnist(), replace(config, schedule="constant"), 600, CPU).optimizer
     assert type(optimizer) is kind
     assert {name: optimizer.param_groups[0][name] for name in options} == options
