@@ -58,7 +58,7 @@ def train_and_save(
     state = engine.create_state(workload, config, len(arrays), CPU)
     if resume:
         checkpoint.restore(folder_at(resume), state, callbacks)
-    engine.train(workload, state, Split(arrays), config, Group(), [*callbacks, Hooks(checkpoint=save)])
+    engine.train(workload, state, Split(arrays), config, Group(), [*callbacks, Hooks(on_checkpoint=save)])
     return state
 
 

@@ -107,11 +107,8 @@ def test_batches_to_overfit_end_with_a_verdict(
     said = capsys.readouterr().out
     assert "data       1 batch of " in said
     assert "the model can learn these examples" in said.partition("overfit    the loss went from 2.")[2]
-
-
-def test_a_model_that_cannot_overfit_is_reported() -> None:
-    said = "the loss went from 2.3 to 2.2: the model has not learned even these examples"
-    assert overfit_verdict(2.3, 2.2).startswith(said)
+    verdict = "the loss went from 2.3 to 2.2: the model has not learned even these examples"
+    assert overfit_verdict(2.3, 2.2).startswith(verdict)
 
 
 @pytest.mark.usefixtures("ray_address")

@@ -40,6 +40,12 @@ def weights_after(config: TrainConfig, split: Arrays, *callbacks: Callback) -> d
     return trained(config, split, *callbacks).model.state_dict()
 
 
+def plain_results(images: Arrays) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the untrained model's logits and the labels of all images."""
+    model = engine.create_state(mnist(), CONFIG, len(images), CPU).model
+    return model(mnist().prepare(torch.tensor(images.inputs), None)), torch.tensor(images.targets).long()
+
+
 def largest_difference(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
     return max((weights[name] - others[name]).abs().max().item() for name in weights)
 
@@ -71,13 +77,6 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 TRAINED = [("sgd", case) for case in CASES] + [("adam", case) for case in ("even", "pieces", "averaged")]
 
 
-class Decays(Callback):
-    """Pulls the weights to zero."""
-
-    def on_gradients(self, state: TrainingState) -> None:
-        add_weights_to_gradients(state.model)
-
-
 def add_weights_to_gradients(model: nn.Module) -> None:
     for parameter in model.parameters():
         assert parameter.grad is not None
@@ -85,7 +84,7 @@ def add_weights_to_gradients(model: nn.Module) -> None:
 
 
 def callbacks_of(case: str) -> list[Callback]:
-    return [Decays()] if case == "called" else []
+    return [Hooks(on_gradients=lambda state: add_weights_to_gradients(state.model))] if case == "called" else []
 
 
 def config_of(case: str) -> TrainConfig:
@@ -191,7 +190,7 @@ def test_the_mean_of_uneven_slices_gradients_is_that_of_the_batch(few_images: Ar
 def test_the_loss_falls_on_one_batch(few_images: Arrays, precision: Any) -> None:
     config = replace(CONFIG, num_epochs=40, batch_size=30, precision=precision)
     losses: list[float] = []
-    hooks = Hooks(progress=lambda progress: losses.extend(progress.losses))
+    hooks = Hooks(on_progress=lambda state, progress: losses.extend(progress.losses))
     weights_after(config, Arrays(few_images.inputs[:30], few_images.targets[:30]), hooks)
     assert len(losses) == 40
     assert losses[0] > 2.2
@@ -208,11 +207,8 @@ def test_progress_agrees_with_a_plain_computation(few_images: Arrays) -> None:
     """Without learning, an epoch's sums are those of the initial weights over all images."""
     config = replace(CONFIG, batch_size=1, learning_rate=1e-30)
     seen: list[Progress] = []
-    weights_after(config, few_images, Hooks(progress=seen.append))
-    model = engine.create_state(mnist(), config, 600, CPU).model
-    logits = model(mnist().prepare(torch.tensor(few_images.inputs), None))
-    labels = torch.tensor(few_images.targets).long()
-    so_far = seen[-1].so_far
+    weights_after(config, few_images, Hooks(on_progress=lambda state, progress: seen.append(progress)))
+    (logits, labels), so_far = plain_results(few_images), seen[-1].so_far
     assert seen[-1].num_examples == 600
     assert so_far["accuracy"] == (logits.argmax(1) == labels).sum().item() / 600
     assert so_far["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
@@ -234,7 +230,7 @@ def test_checkpoints_are_saved_every_n_steps_and_after_each_epoch(few_images: Ar
         seen.append((state.epoch, state.step, state.sums.num_examples, progress.num_examples))
 
     config = replace(CONFIG, num_epochs=2, checkpoint_every=10)  # 30 steps an epoch
-    weights_after(config, few_images, Hooks(checkpoint=checkpoint))
+    weights_after(config, few_images, Hooks(on_checkpoint=checkpoint))
     within = [(10, 200, 200), (20, 400, 400)]
     expected = [[*((epoch, *at) for at in within), (epoch + 1, 0, 0, 600)] for epoch in (0, 1)]
     assert seen == expected[0] + expected[1]
@@ -287,7 +283,7 @@ def test_training_stops_when_validation_stalls(
     few_images: Arrays, scores: list[float], patience: int | None, epochs: int
 ) -> None:
     config = replace(CONFIG, batch_size=600, num_epochs=len(scores), early_stop=patience)
-    hooks = Hooks(checkpoint=lambda state, progress: state.scores.append(scores[state.epoch - 1]))
+    hooks = Hooks(on_checkpoint=lambda state, progress: state.scores.append(scores[state.epoch - 1]))
     state = trained(config, few_images, hooks)
     assert state.epoch == epochs
     engine.train(mnist(), state, Split(few_images), config, Group(), [hooks])  # like a resumed run
@@ -297,24 +293,18 @@ def test_training_stops_when_validation_stalls(
 def test_a_callback_is_called_in_order_and_can_end_the_training(few_images: Arrays) -> None:
     told: list[str] = []
 
-    class Tells(Callback):
-        def on_start(self, state: TrainingState, group: Group) -> None:
-            told.append(f"start of {group.world_size}")
+    def on_epoch(state: TrainingState, progress: Progress) -> None:
+        told.append(f"epoch {state.epoch}, loss {progress.so_far['loss'] > 0}")
+        state.ends = state.epoch == 2
 
-        def on_gradients(self, state: TrainingState) -> None:
-            told.append(f"gradients after {state.epoch}/{state.step}")
-
-        def on_step(self, state: TrainingState) -> None:
-            told.append(f"step {state.epoch}/{state.step}")
-
-        def on_progress(self, state: TrainingState, progress: Progress) -> None:
-            told.append(f"progress {progress.epoch}/{progress.step}")
-
-        def on_epoch(self, state: TrainingState, progress: Progress) -> None:
-            told.append(f"epoch {state.epoch}, loss {progress.so_far['loss'] > 0}")
-            state.ends = state.epoch == 2
-
-    trained(replace(CONFIG, batch_size=600, num_epochs=9), few_images, Tells())
+    hooks = Hooks(
+        on_start=lambda state, group: told.append(f"start of {group.world_size}"),
+        on_gradients=lambda state: told.append(f"gradients after {state.epoch}/{state.step}"),
+        on_step=lambda state: told.append(f"step {state.epoch}/{state.step}"),
+        on_progress=lambda state, progress: told.append(f"progress {progress.epoch}/{progress.step}"),
+        on_epoch=on_epoch,
+    )
+    trained(replace(CONFIG, batch_size=600, num_epochs=9), few_images, hooks)
     each = ["gradients after {0}/0", "step {0}/1", "progress {1}/1", "epoch {1}, loss True"]
     assert told == ["start of 1", *(line.format(epoch, epoch + 1) for epoch in (0, 1) for line in each)]
 
@@ -342,7 +332,9 @@ def test_training_saves_and_stops_at_the_progress_after_a_request(
     batch_size: int, place: tuple[int, int], few_images: Arrays
 ) -> None:
     saved: list[tuple[int, int]] = []
-    hooks = Hooks(checkpoint=lambda state, progress: saved.append((state.epoch, state.step)), wants_stop=lambda: True)
+    hooks = Hooks(
+        on_checkpoint=lambda state, progress: saved.append((state.epoch, state.step)), wants_stop=lambda: True
+    )
     with pytest.raises(StopWantedError):
         trained(replace(CONFIG, batch_size=batch_size, num_epochs=3), few_images, hooks)
     assert saved == [place]
@@ -357,25 +349,23 @@ def test_a_nan_loss_stops_training_at_its_step(few_images: Arrays) -> None:
             next(state.model.parameters()).data.fill_(float("nan"))
 
     with pytest.raises(TrainingDivergedError, match="not finite at step 8 of epoch 1; try a lower"):
-        trained(replace(CONFIG, checkpoint_every=1), few_images, Hooks(checkpoint=poison))
+        trained(replace(CONFIG, checkpoint_every=1), few_images, Hooks(on_checkpoint=poison))
     assert saved == [1, 2, 3, 4, 5, 6, 7]
 
 
-class Spoils(Callback):
-    def on_epoch(self, state: TrainingState, progress: Progress) -> None:
-        next(state.model.parameters()).data.fill_(math.inf)
+SPOILS = Hooks(on_epoch=lambda state, progress: next(state.model.parameters()).data.fill_(math.inf))
 
 
 @pytest.mark.parametrize(
     ("changes", "callbacks", "step"),
-    [({"checkpoint_every": 1, "learning_rate": 1e39, "schedule": "constant"}, [], 1), ({}, [Spoils()], 30)],
+    [({"checkpoint_every": 1, "learning_rate": 1e39, "schedule": "constant"}, [], 1), ({}, [SPOILS], 30)],
     ids=["by a step", "by a callback"],
 )
 def test_weights_that_are_not_finite_get_into_no_checkpoint(
     few_images: Arrays, changes: dict[str, Any], callbacks: list[Callback], step: int
 ) -> None:
     saved: list[int] = []
-    hooks = Hooks(checkpoint=lambda state, progress: saved.append(state.step))
+    hooks = Hooks(on_checkpoint=lambda state, progress: saved.append(state.step))
     with pytest.raises(TrainingDivergedError, match=f"not finite at step {step} of epoch 1"):
         trained(replace(CONFIG, **changes), few_images, *callbacks, hooks)
     assert saved == []
@@ -415,8 +405,7 @@ def test_auto_precision_is_bf16_if_the_processor_has_it(monkeypatch: pytest.Monk
 def test_evaluation_agrees_with_a_plain_computation(few_images: Arrays) -> None:
     model = engine.create_state(mnist(), CONFIG, 600, CPU).model
     evaluation = engine.evaluate(mnist(), model, Split(few_images))
-    logits = model(mnist().prepare(torch.tensor(few_images.inputs), None))
-    labels = torch.tensor(few_images.targets).long()
+    logits, labels = plain_results(few_images)
     assert evaluation.values(mnist())["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     expected = np.zeros((10, 10), int)
     np.add.at(expected, (few_images.targets, logits.argmax(1).numpy()), 1)

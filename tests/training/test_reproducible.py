@@ -60,8 +60,8 @@ def train_here(case: str, split: Arrays, group: Group) -> tuple[dict[str, Tensor
     state = engine.create_state(create(), config, len(split), CPU)
     figures: list[float] = []
     hooks = Hooks(
-        progress=lambda progress: figures.extend(progress.losses),
-        checkpoint=lambda state, progress: figures.extend(progress.so_far.values()),
+        on_progress=lambda state, progress: figures.extend(progress.losses),
+        on_checkpoint=lambda state, progress: figures.extend(progress.so_far.values()),
     )
     engine.train(create(), state, Split(split), config, group, [hooks])
     return {name: value.contiguous() for name, value in state.model.state_dict().items()}, figures
