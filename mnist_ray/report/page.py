@@ -159,11 +159,11 @@ def _curves(record: RunRecord, metric: Metric) -> list[Picture]:
 def _seconds(record: RunRecord) -> list[Picture]:
     if record.result:
         parts = {name: value for name, value in record.result["seconds"].items() if name != "total"}
-        caption = "Validation: the wait after the last epoch; earlier validations ran beside the training."
+        caption = "Validation: the wait after the last epoch; earlier validations ran during the training."
     else:
         columns = {"training": "epoch_s", "validation": "val_s"}
         parts = {name: math.fsum(s for s in record.column(c) if not math.isnan(s)) for name, c in columns.items()}
-        caption = "Of the finished epochs; validation runs beside the training."
+        caption = "Of the finished epochs; validation runs during the training."
     alt = "Seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
     return [Picture("seconds", "Where the seconds went", alt, figures.seconds(parts), caption)]
 

@@ -64,7 +64,7 @@ def read_figures(run: RunFolder, file_name: str, *positions: str, is_appended: b
 
 
 def numbers_of(rows: Iterable[Mapping[str, str]]) -> list[dict[str, float]]:
-    """Return rows with numbers in place of texts, NaN for an empty text. Raises ValueError."""
+    """Turn the texts of rows into numbers, an empty text into NaN. Raises ValueError."""
     return [{name: float(value) if value else math.nan for name, value in row.items()} for row in rows]
 
 
@@ -140,12 +140,12 @@ def settings_of(run: RunFolder) -> dict[str, Any]:
 
 
 def _checked_result(run: RunFolder, workload: Workload, warn: Warn) -> dict[str, Any] | None:
-    """Return a run's result. Raises DamagedFileError if a value that the page formats is no number."""
+    """Return a run's result. Raises DamagedFileError if a value on the page is not a number."""
     result = run.read_json(RESULT_FILE, warn) or {}
     names = [f"test_{metric.name}" for metric in workload.all_metrics] + [f"num_test_{workload.nouns}", workload.rate]
     for value in map(result.get, names):
         if not isinstance(value, (int, float, type(None))):
-            raise run.damaged(RESULT_FILE, f"{value!r:.40} is no number")
+            raise run.damaged(RESULT_FILE, f"{value!r:.40} is not a number")
     return result or None
 
 

@@ -101,7 +101,7 @@ class ExampleBatches(Dataset):
 
 
 def _misfit(indices: np.ndarray, examples: list[tuple[Any, Any]]) -> str:
-    """Name the first example whose shapes differ from those of the first."""
+    """Name the first example with other shapes than the batch's first."""
     shapes = [tuple(map(np.shape, example)) for example in examples]
     for index, shape in zip(indices.tolist(), shapes, strict=False):
         if shape != shapes[0]:

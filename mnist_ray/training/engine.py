@@ -170,7 +170,7 @@ class Gradients:
         self._generator = _generator(group.device)
 
     def compute(self, pieces: Sequence[Batch]) -> dict[str, Tensor]:
-        """Leave the gradients in the model; return sums that add up over the ranks to those of the global batch."""
+        """Leave the gradients in the model; return this rank's part of the sums over the global batch."""
         return self._of_slice(pieces) if self._chunks is None else self._of_chunks(pieces, self._chunks)
 
     def _of_slice(self, pieces: Sequence[Batch]) -> dict[str, Tensor]:
@@ -187,8 +187,8 @@ class Gradients:
     def _of_chunks(self, pieces: Sequence[Batch], chunks: Chunks) -> dict[str, Tensor]:
         for chunk, piece in zip(chunks.own, pieces, strict=True):
             self._seed(chunk)
-            chunks.take(chunk, self._backward(piece, 1 / piece.global_size))
-        return chunks.give()
+            chunks.collect(chunk, self._backward(piece, 1 / piece.global_size))
+        return chunks.apply()
 
     def _seed(self, part: int) -> None:
         """Let augmentation and dropout draw the same in a resumed run (without chunks: with as many workers)."""
@@ -246,7 +246,7 @@ def _distributed(model: nn.Module, group: Group) -> nn.Module:
     if group.device.type == "cuda":
         return DistributedDataParallel(model, device_ids=[group.device])
     wrapped = DistributedDataParallel(model)
-    shared_memory.use_where_possible(wrapped)
+    shared_memory.use_if_possible(wrapped)
     return wrapped
 
 

@@ -85,7 +85,7 @@ class Chunks:
         self._dtype = functools.reduce(torch.promote_types, (p.dtype for p in self._parameters), torch.float32)
         self._nodes: list[Subtree] = []
 
-    def take(self, chunk: int, sums: Mapping[str, Tensor]) -> None:
+    def collect(self, chunk: int, sums: Mapping[str, Tensor]) -> None:
         """Move a chunk's gradients out of the model, and collect the ``sums`` over its examples."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         changes = [buffer.double() - before for buffer, before in zip(self._buffers, self._before, strict=True)]
@@ -96,7 +96,7 @@ class Chunks:
             parameter.grad = None
         self._set_buffers(self._before)
 
-    def give(self) -> dict[str, Tensor]:
+    def apply(self) -> dict[str, Tensor]:
         """Put the global batch's gradients and buffers into the model; return the sums over its examples.
 
         Ranks other than 0 return zeros, so that a sum over the ranks counts each example once.
@@ -142,7 +142,7 @@ class Chunks:
         size, num_rows = len(self._nodes[0].vector), [len(nodes) for nodes in of_ranks]
         memory = shared_memory.open_together(num_rows, size) if self._dtype == torch.float32 else None
         if memory is not None:
-            exchanged = shared_memory.Exchanged(memory, self._rank, num_rows, size)
+            exchanged = shared_memory.Exchange(memory, self._rank, num_rows, size)
             return lambda rows: total(exchanged(rows))
         return functools.partial(_total_by_slices, total, num_rows)
 

@@ -28,7 +28,7 @@ _CACHE_LINE = 64  # bytes; each rank's counter has its own
 _YIELDS_AFTER_S = 0.002  # of polling; then other processes get the core
 
 
-def use_where_possible(model: DistributedDataParallel) -> bool:
+def use_if_possible(model: DistributedDataParallel) -> bool:
     """Sum a model's gradients through shared memory if all ranks can; return whether they do. All ranks must call it.
 
     Models with parameters that are not float32 are left to gloo.
@@ -39,7 +39,7 @@ def use_where_possible(model: DistributedDataParallel) -> bool:
     memory = open_together(num_rows, size)
     if memory is None:
         return False
-    exchanged = Exchanged(memory, dist.get_rank(), num_rows, size)
+    exchanged = Exchange(memory, dist.get_rank(), num_rows, size)
 
     def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP cannot read postponed annotations
         gradients = bucket.buffer()
@@ -57,7 +57,7 @@ def is_supported() -> bool:
     return sys.platform == "linux" and platform.machine() == "x86_64"
 
 
-class Exchanged:
+class Exchange:
     """Exchanges rows of float32 between ranks. All ranks make the same calls, with rows of the same length.
 
     ``num_rows`` are the rows of each rank; ``size`` is the length of the longest.
@@ -86,7 +86,7 @@ class Exchanged:
 
 
 def open_together(num_rows: Sequence[int], size: int) -> mmap.mmap | None:
-    """Return zeroed memory for ``Exchanged``, shared by all ranks; None on every rank if one of them cannot have it.
+    """Return zeroed memory for ``Exchange``, shared by all ranks; None on every rank if one of them cannot have it.
 
     All ranks must call it.
     """

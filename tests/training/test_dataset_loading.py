@@ -53,7 +53,7 @@ class Tables(Rows):
 def slices_of(
     dataset: ArrayBatches | ExampleBatches, rank: int, world_size: int, num_processes: int = 0, first_step: int = 0
 ) -> list[Batch]:
-    """Return what one rank loads in an epoch."""
+    """Return one rank's batches of an epoch."""
     sampler = ShardedBatchSampler(
         len(dataset), BATCH_SIZE, seed=3, epoch=0, rank=rank, world_size=world_size, first_step=first_step
     )

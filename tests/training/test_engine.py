@@ -291,22 +291,22 @@ def test_training_stops_when_validation_stalls(
 
 
 def test_a_callback_is_called_in_order_and_can_end_the_training(few_images: Arrays) -> None:
-    told: list[str] = []
+    calls: list[str] = []
 
     def on_epoch(state: TrainingState, progress: Progress) -> None:
-        told.append(f"epoch {state.epoch}, loss {progress.so_far['loss'] > 0}")
+        calls.append(f"epoch {state.epoch}, loss {progress.so_far['loss'] > 0}")
         state.ends = state.epoch == 2
 
     hooks = Hooks(
-        on_start=lambda state, group: told.append(f"start of {group.world_size}"),
-        on_gradients=lambda state: told.append(f"gradients after {state.epoch}/{state.step}"),
-        on_step=lambda state: told.append(f"step {state.epoch}/{state.step}"),
-        on_progress=lambda state, progress: told.append(f"progress {progress.epoch}/{progress.step}"),
+        on_start=lambda state, group: calls.append(f"start of {group.world_size}"),
+        on_gradients=lambda state: calls.append(f"gradients after {state.epoch}/{state.step}"),
+        on_step=lambda state: calls.append(f"step {state.epoch}/{state.step}"),
+        on_progress=lambda state, progress: calls.append(f"progress {progress.epoch}/{progress.step}"),
         on_epoch=on_epoch,
     )
     trained(replace(CONFIG, batch_size=600, num_epochs=9), few_images, hooks)
     each = ["gradients after {0}/0", "step {0}/1", "progress {1}/1", "epoch {1}, loss True"]
-    assert told == ["start of 1", *(line.format(epoch, epoch + 1) for epoch in (0, 1) for line in each)]
+    assert calls == ["start of 1", *(line.format(epoch, epoch + 1) for epoch in (0, 1) for line in each)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])

@@ -31,7 +31,7 @@ def exchange_on_each_rank(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
     memory = shared_memory.open_together(NUM_ROWS, SIZE)
     assert memory is not None
-    exchanged = shared_memory.Exchanged(memory, rank, NUM_ROWS, SIZE)
+    exchanged = shared_memory.Exchange(memory, rank, NUM_ROWS, SIZE)
     results = []
     for call in range(NUM_CALLS):
         if call % WORLD_SIZE == rank:
@@ -40,10 +40,10 @@ def exchange_on_each_rank(rank: int, folder: Path) -> None:
     np.savez(folder / f"rank-{rank}", *results)
 
     models = [nn.Linear(3, 2), nn.Linear(3, 2).double()]
-    used = [shared_memory.use_where_possible(DistributedDataParallel(model)) for model in models]
+    used = [shared_memory.use_if_possible(DistributedDataParallel(model)) for model in models]
     place = folder / "not-here" if rank == 1 else shared_memory._FOLDER  # as on another machine
     with mock.patch.object(shared_memory, "_FOLDER", place):
-        used.append(shared_memory.use_where_possible(DistributedDataParallel(nn.Linear(3, 2))))
+        used.append(shared_memory.use_if_possible(DistributedDataParallel(nn.Linear(3, 2))))
     (folder / f"used-{rank}").write_text(str(used))
     gc.collect()  # models in reference cycles hold the group, whose threads must end before the process
     dist.destroy_process_group()
