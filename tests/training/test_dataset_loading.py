@@ -206,13 +206,18 @@ def test_arrays_are_never_read_by_loader_processes() -> None:
 class Failing(Rows):
     """Cannot be read."""
 
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        raise KeyError("no such file")  # here
+        raise self.error  # here
 
 
 @pytest.mark.parametrize("num_processes", [0, 1])
 def test_an_error_of_a_data_set_has_its_place_in_any_process(num_processes: int) -> None:
-    loader = batch_loader(batches_of(Split(Failing()), CPU), [Slice(np.arange(2))], num_processes)
+    loader = batch_loader(
+        batches_of(Split(Failing(KeyError("no such file"))), CPU), [Slice(np.arange(2))], num_processes
+    )
     with pytest.raises(KeyError) as raised:
         next(iter(loader))
     line = next(number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "# here" in text)
@@ -220,28 +225,15 @@ def test_an_error_of_a_data_set_has_its_place_in_any_process(num_processes: int)
     assert said == f"KeyError: 'no such file' (test_dataset_loading.py, line {line})"
 
 
-class Truncated(Rows):
-    """Has files that are cut off."""
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        raise OSError("image file is truncated")
-
-
-class OfAnotherSize(Rows):
-    """Has an example that is larger than the others."""
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        return np.zeros(4 if index == 2 else 3), index
-
-
 def test_an_example_that_cannot_be_read_is_named() -> None:
     with pytest.raises(ExampleError, match=r"^train example 1 cannot be read: image file is truncated$"):
-        batches_of(Split(Truncated()), CPU)[Slice(np.array([1]))]
+        batches_of(Split(Failing(OSError("image file is truncated"))), CPU)[Slice(np.array([1]))]
 
 
 def test_an_example_that_does_not_fit_the_others_is_named() -> None:
     message = (
         r"^train examples do not fit together: example 2 has shapes \(\(4,\), \(\)\), example 1 has \(\(3,\), \(\)\)$"
     )
+    examples = [(np.zeros(size), 0) for size in (3, 3, 4)]
     with pytest.raises(ExampleError, match=message):
-        batches_of(Split(OfAnotherSize()), CPU)[Slice(np.arange(1, 3))]
+        batches_of(Split(examples), CPU)[Slice(np.arange(1, 3))]

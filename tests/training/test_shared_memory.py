@@ -66,10 +66,7 @@ def test_every_rank_sees_the_rows_of_all_at_each_call(exchanged: Path) -> None:
             np.testing.assert_array_equal(of_rank[f"arr_{call}"], expected)
 
 
-def test_all_ranks_use_memory_or_none_does(exchanged: Path) -> None:
+def test_all_ranks_use_memory_or_none_does_and_no_file_remains(exchanged: Path) -> None:
     used = [(exchanged / f"used-{rank}").read_text() for rank in range(WORLD_SIZE)]
     assert used == ["[True, False, False]"] * WORLD_SIZE, "float32, float64, memory that a rank cannot open"
-
-
-def test_no_file_stays_behind(exchanged: Path) -> None:
     assert not list(Path("/dev/shm").glob("mnist_ray-*"))
