@@ -45,7 +45,7 @@ def work(rank: int, args: argparse.Namespace, folder: str, workload: Workload, d
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         dist.init_process_group("gloo", init_method=f"file://{folder}/s", rank=rank, world_size=args.num_workers)
     if args.plain:
-        shared_memory.use_where_possible = lambda model: False
+        shared_memory.use_if_possible = lambda model: False
     settings = {**workload.recipes["default"], "num_epochs": args.num_epochs}
     config = TrainConfig(**settings, precision=engine.resolve_precision("auto", group))
     state = engine.create_state(workload, config, len(data.train), group.device)

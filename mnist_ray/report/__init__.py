@@ -1,1 +1,1 @@
-"""What people see of a run."""
+"""The report of a run."""

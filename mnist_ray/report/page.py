@@ -1,4 +1,4 @@
-"""The page that shows how a run went, made from what the run has left on disk; and one that compares several."""
+"""The page that shows a run, made from the run's files; and the page that compares several runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _VALIDATION = {"color": "C1", "marker": "o", "linestyle": "--"}
 
 @dataclass(frozen=True)
 class Sections:
-    """What a report shows besides: a sweep's trials."""
+    """Further sections of a report: a sweep's trials."""
 
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
@@ -42,7 +42,7 @@ SectionsOf = Callable[[RunFolder, type[Workload]], Sections]
 
 @dataclass(frozen=True)
 class Page:
-    """What the template is filled with."""
+    """The content of the template."""
 
     title: str
     status: str
@@ -50,10 +50,10 @@ class Page:
     notes: Sequence[str] = ()
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
-    refresh_s: int = 0  # after so many seconds a browser loads it again; 0: never
+    refresh_s: int = 0  # a browser reloads the page after these seconds; 0: never
 
     def to_html(self) -> str:
-        """Return the page: one file that needs no other and no network."""
+        """Return the page as one file that needs no network."""
         environment = jinja2.Environment(
             loader=jinja2.PackageLoader("mnist_ray.report", ""),
             autoescape=True,
@@ -74,10 +74,10 @@ def write(
     *,
     is_running: bool = False,
 ) -> dict[str, bytes]:
-    """Write a run's report.html and its pictures as PNGs; return these by name. Raises UsageError and JobError.
+    """Write report.html and the pictures as PNGs; return the pictures by name. Raises UsageError and JobError.
 
-    ``test`` are the examples that predictions.csv is about; without them there are no pictures of predictions. What
-    cannot be drawn is left out, with a note to ``warn``. A browser loads the page of a running run again by itself.
+    Without ``test``, the test split of predictions.csv, there are no pictures of predictions. A picture that cannot be
+    drawn is left out, with a note to ``warn``. If the run ``is_running``, browsers reload the page by themselves.
     """
     record, more = RunRecord.read(run, workload), sections or Sections()
     notes, result, rows = [*record.notes, *more.notes], record.result, record.predictions
@@ -92,13 +92,13 @@ def write(
     if result:
         with_examples = rows and drawn("pictures of the predictions", lambda: workload.pictures(result, rows, test))
         pictures += with_examples or drawn("pictures of the test", lambda: workload.pictures(result, [], None))
-    pictures += drawn("picture of the seconds", lambda: [_seconds(record)])
+    pictures += drawn("picture of the seconds", lambda: _seconds(record))
     for picture in pictures:
         run.inside(PICTURES_FOLDER).write_bytes(f"{picture.name}.png", picture.png)
     operators = drawn("table of operators", lambda: _operators(run, notes.append))
     tables = [*_changed(record), _epochs(record), *more.tables, *operators, *_settings(record)]
-    status = f"running: {_epochs_done(record)}" if is_running else _status(record, resume_with)
-    page = Page(run.name, status, headlines(record), notes, pictures, tables, _REFRESH_S if is_running else 0)
+    status, refresh_s = _status(record, resume_with, is_running), _REFRESH_S if is_running else 0
+    page = Page(run.name, status, headlines(record), notes, pictures, tables, refresh_s)
     run.write_text(REPORT_FILE, page.to_html())
     for note in notes:
         warn(note)
@@ -106,30 +106,28 @@ def write(
 
 
 def unless_failing(what: str, draw: Callable[[], Iterable[T]], workload: Workload, notes: list[str]) -> list[T]:
-    """Return parts of a page as ``draw`` returns them; if it fails, none, and a note says so."""
+    """Return the pictures or tables that ``draw`` returns; if it fails, add a note and return none."""
     try:
         parts = list(draw())
         if wrong := [part for part in parts if not isinstance(part, (Picture, Table))]:
             raise TypeError(f"{type(wrong[0]).__name__} is no mnist_ray.workload.Picture")
-    except Exception as error:  # files may hold anything, and pictures are drawn by anybody's code
+    except Exception as error:  # files may hold anything, and workloads draw with their own code
         notes.append(f"no {what}: {with_place(error, workload.source.folder)}")
         return []
     return parts
 
 
-def _epochs_done(record: RunRecord) -> str:
-    return f"{len(record.epochs)} of {record.config['num_epochs']} epochs"
-
-
-def _status(record: RunRecord, resume_with: str) -> str:
-    epochs, nouns = _epochs_done(record), record.workload.nouns
+def _status(record: RunRecord, resume_with: str, is_running: bool) -> str:
+    epochs, nouns = f"{len(record.epochs)} of {record.config['num_epochs']} epochs", record.workload.nouns
+    if is_running:
+        return f"running: {epochs}"
     if record.result is None:
-        return f"not finished: {epochs} done, and not tested yet. To go on: {resume_with}"
+        return f"not finished: {epochs} done, not tested yet. To resume: {resume_with}"
     return f"finished: {epochs}, tested on {record.result.get(f'num_test_{nouns}') or 0:,} {nouns}"
 
 
 def headlines(record: RunRecord) -> dict[str, str]:
-    """Return the most important values of a run, as people read them."""
+    """Return the most important values of a run, formatted."""
     workload, result, lines = record.workload, record.result, dict[str, str]()
     if result:
         for metric in (*workload.metrics, LOSS):
@@ -158,36 +156,36 @@ def _curves(record: RunRecord, metric: Metric) -> list[Picture]:
     return [Picture(metric.name, title, f"{title} over {total:,.0f} steps. {last}", png)]
 
 
-def _seconds(record: RunRecord) -> Picture:
+def _seconds(record: RunRecord) -> list[Picture]:
     if record.result:
         parts = {name: value for name, value in record.result["seconds"].items() if name != "total"}
-        caption = "Validation: what was waited for after the last epoch; the rest ran beside the training."
+        caption = "Validation: the wait after the last epoch; earlier validations ran during the training."
     else:
         columns = {"training": "epoch_s", "validation": "val_s"}
         parts = {name: math.fsum(s for s in record.column(c) if not math.isnan(s)) for name, c in columns.items()}
-        caption = "Of the epochs that were finished; validation runs beside the training."
+        caption = "Of the finished epochs; validation runs during the training."
     alt = "Seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
-    return Picture("seconds", "Where the seconds went", alt, figures.seconds(parts), caption)
+    return [Picture("seconds", "Where the seconds went", alt, figures.seconds(parts), caption)]
 
 
 def _epochs(record: RunRecord) -> Table:
-    metrics, workload = record.workload.all_metrics, record.workload
-    parts = {"train": "training", "val": "validation"}
-    columns = ["epoch", *(f"{said} {metric.name}" for said in parts.values() for metric in metrics)]
+    workload, parts = record.workload, {"train": "training", "val": "validation"}
+    cells = [(part, metric) for part in parts for metric in workload.all_metrics]
+    columns = ["epoch", *(f"{parts[part]} {metric.name}" for part, metric in cells), "seconds", f"{workload.nouns}/s"]
     rows = [
         (
             f"{row['epoch']:.0f}",
-            *(metric.format(row.get(f"{part}_{metric.name}", math.nan)) for part in parts for metric in metrics),
+            *(metric.format(row.get(f"{part}_{metric.name}", math.nan)) for part, metric in cells),
             _number(row.get("epoch_s"), ".2f"),
             _number(row.get(workload.rate), ",.0f"),
         )
         for row in record.epochs
     ]
-    return Table("Epochs", [*columns, "seconds", f"{workload.nouns}/s"], rows)
+    return Table("Epochs", columns, rows)
 
 
 def _operators(run: RunFolder, warn: Warn) -> list[Table]:
-    """Return what a profile has found, if one was made."""
+    """Return the table of a profile, if there is one."""
     found = run.read_json(OPERATORS_FILE, warn)
     if found is None:
         return []
@@ -200,7 +198,6 @@ def _operators(run: RunFolder, warn: Warn) -> list[Table]:
 
 
 def _changed(record: RunRecord) -> list[Table]:
-    """Return what was not left as it is where nobody says anything."""
     defaults = record.workload.defaults
     changed = {name: value for name, value in record.config.items() if value != defaults.get(name, value)}
     rows = [(name, str(value), str(defaults[name])) for name, value in changed.items()]
@@ -225,7 +222,7 @@ def _text(value: object) -> str:
 def write_again(
     run: RunFolder, reference: str | None, storage_path: str, sections: SectionsOf, resume_with: str
 ) -> None:
-    """Make the report of one run again. Raises UsageError and JobError."""
+    """Write the report of a run again. Raises UsageError and JobError."""
     workload, test = workload_of(run, reference, storage_path), None
     try:
         test = Split(load_data(workload).test, origin="test")
@@ -236,29 +233,26 @@ def write_again(
 
 
 def compare(runs: Iterable[RunFolder], reference: str | None, storage_path: str, output: str) -> None:
-    """Write a page of several runs side by side. Raises UsageError and JobError."""
-    records = [RunRecord.read(run, workload_of(run, reference, storage_path)) for run in runs]
-    for note in (note for record in records for note in record.notes):
+    """Write the page that compares several runs. Raises UsageError and JobError."""
+    page = comparison([RunRecord.read(run, workload_of(run, reference, storage_path)) for run in runs])
+    for note in page.notes:
         say(f"note {note}")
-    write_file(path_of(output, "--output"), comparison(records).to_html().encode("utf-8"))
+    write_file(path_of(output, "--output"), page.to_html().encode("utf-8"))
     say(f"report {output}")
 
 
 def comparison(records: Sequence[RunRecord]) -> Page:
-    """Return a page that shows several runs side by side."""
+    """Return the page that compares several runs."""
     names, lines = [record.run.name for record in records], [headlines(record) for record in records]
     columns = list(dict.fromkeys(name for each in lines for name in each))
     rows = [(name, *(each.get(column, "-") for column in columns)) for name, each in zip(names, lines, strict=True)]
     tables = [Table("Runs", ("run", *columns), rows)]
     keys = dict.fromkeys(key for record in records for key in record.config)
     rows = [(key, *(_text(record.config.get(key)) for record in records)) for key in keys]
-    differing = [row for row in rows if len(set(row[1:])) > 1]
-    if differing:
+    if differing := [row for row in rows if len(set(row[1:])) > 1]:
         tables.append(Table("Settings that differ", ("setting", *names), differing))
-    pictures = []
-    for metric in records[0].workload.all_metrics:
-        if all(metric in record.workload.all_metrics for record in records):
-            pictures.append(_side_by_side(metric, records, ", ".join(names)))
+    shared = [m for m in records[0].workload.all_metrics if all(m in r.workload.all_metrics for r in records)]
+    pictures = [_side_by_side(metric, records, ", ".join(names)) for metric in shared]
     notes = [f"{record.run.name}: {note}" for record in records for note in record.notes]
     return Page(f"{len(records)} runs", "side by side", {}, notes, pictures, tables)
 

@@ -1,4 +1,4 @@
-"""What a run has left: its CSV files, which are written here, too, and all files that a report is made of."""
+"""The files of a run: CSV files, read and written, and everything that a report is made of."""
 
 from __future__ import annotations
 
@@ -12,15 +12,7 @@ from typing import Any
 from mnist_ray import settings
 from mnist_ray.config import LookupConfig
 from mnist_ray.errors import UsageError
-from mnist_ray.storage import (
-    CONFIG_FILE,
-    ORIGIN_FILE,
-    RESULT_FILE,
-    RunFolder,
-    Warn,
-    unless_damaged,
-    untrusted_folders,
-)
+from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, RunFolder, Warn, unless_damaged, untrusted_folders
 from mnist_ray.workload import source
 from mnist_ray.workload.base import Workload
 
@@ -30,10 +22,9 @@ METRICS_FILE, STEPS_FILE, PREDICTIONS_FILE = "metrics.csv", "steps.csv", "predic
 def read_csv(
     run: RunFolder, file_name: str, columns: Iterable[str] = (), *, is_appended: bool = False
 ) -> list[dict[str, str]]:
-    """Return the rows of a file in a run's folder; none if there is no such file.
+    """Return the rows of a file; none if there is no file. Raises DamagedFileError, also if it lacks a column.
 
-    ``is_appended``: its last line may be incomplete, since it is being written or a kill came; it is left out then.
-    Raises DamagedFileError if the file is no CSV, or lacks one of ``columns``.
+    ``is_appended``: skip an incomplete last line, which a kill may have left, or another process is writing.
     """
     text = run.read_text(file_name)
     if text is None:
@@ -47,8 +38,8 @@ def read_csv(
     for column in columns:
         if column not in names:
             raise run.damaged(file_name, f"it has no column {column}")
-    if any(None in row or None in row.values() for row in rows):  # of a row with more values than columns, or fewer
-        raise run.damaged(file_name, f"a row has not {len(names)} values")
+    if any(None in row or None in row.values() for row in rows):  # DictReader's mark of a long or a short row
+        raise run.damaged(file_name, f"a row does not have {len(names)} values")
     return rows
 
 
@@ -57,33 +48,33 @@ def read_steps(run: RunFolder) -> list[dict[str, str]]:
     return read_figures(run, STEPS_FILE, "step", "epoch", is_appended=True)
 
 
-def read_figures(run: RunFolder, file_name: str, *places: str, is_appended: bool = False) -> list[dict[str, str]]:
-    """Return the rows of a file of numbers, some of which may be missing.
+def read_figures(run: RunFolder, file_name: str, *positions: str, is_appended: bool = False) -> list[dict[str, str]]:
+    """Return the rows of a file of numbers, some of which may be missing. Raises DamagedFileError.
 
-    ``places`` are columns that say where in the training a row belongs; the first counts. Raises DamagedFileError.
+    ``positions`` are its columns with a position in the training; the first holds whole numbers.
     """
-    rows = read_csv(run, file_name, places, is_appended=is_appended)
+    rows = read_csv(run, file_name, positions, is_appended=is_appended)
     try:
         for row in numbers_of(rows):
-            if not (row[places[0]].is_integer() and all(0 < row[place] < math.inf for place in places)):
-                raise ValueError(f"there is no {places[0]} {row[places[0]]:g}")
+            if not (row[positions[0]].is_integer() and all(0 < row[position] < math.inf for position in positions)):
+                raise ValueError(f"there is no {positions[0]} {row[positions[0]]:g}")
     except ValueError as error:
         raise run.damaged(file_name, error) from error
     return rows
 
 
 def numbers_of(rows: Iterable[Mapping[str, str]]) -> list[dict[str, float]]:
-    """Return rows of texts as numbers, NaN for an empty text. Raises ValueError."""
+    """Turn the texts of rows into numbers, an empty text into NaN. Raises ValueError."""
     return [{name: float(value) if value else math.nan for name, value in row.items()} for row in rows]
 
 
 def write_csv(run: RunFolder, file_name: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows into a file of a run's folder, as a whole. Raises JobError."""
+    """Write a whole CSV file. Raises JobError."""
     run.write_text(file_name, csv_text(columns, rows, has_header=True))
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, has_header: bool = False) -> str:
-    """Return rows as lines of a CSV file, without values that are in no column."""
+    """Return the lines of a CSV file; values that belong to no column are left out."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     if has_header:
@@ -94,48 +85,48 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, has_h
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What a run's folder tells of it."""
+    """The content of a run's files."""
 
     run: RunFolder
     workload: Workload
     config: dict[str, Any]
     origin: dict[str, Any]  # versions, command line, commit
-    epochs: list[dict[str, float]]  # rows of metrics.csv; NaN if a value is not there (yet)
+    epochs: list[dict[str, float]]  # rows of metrics.csv; NaN for missing values
     steps: list[dict[str, float]]  # rows of steps.csv
-    result: dict[str, Any] | None  # None if the run has not finished, as the next
-    predictions: list[dict[str, str]]  # rows of predictions.csv
-    notes: Sequence[str] = ()  # which of the files are damaged, and so left out
+    result: dict[str, Any] | None  # None until the run is tested
+    predictions: list[dict[str, str]]  # rows of predictions.csv; none until the run is tested
+    notes: Sequence[str] = ()  # about damaged files, which are left out
 
     @classmethod
     def read(cls, run: RunFolder, workload: Workload) -> RunRecord:
         """Read a run's files. Raises UsageError if it has no settings, JobError if these are damaged."""
         notes: list[str] = []
-        result = unless_damaged(lambda: _checked_result(run, workload, notes.append), notes.append)
-        number = result.get(f"num_test_{workload.nouns}") if result else None
+        warn = notes.append
+        result = unless_damaged(lambda: _checked_result(run, workload, warn), warn)
         return cls(
             run=run,
             workload=workload,
             config=settings_of(run),
-            origin=run.read_json(ORIGIN_FILE, notes.append) or {},
-            epochs=numbers_of(unless_damaged(lambda: read_figures(run, METRICS_FILE, "epoch"), notes.append) or []),
-            steps=numbers_of(unless_damaged(lambda: read_steps(run), notes.append) or []),
+            origin=run.read_json(ORIGIN_FILE, warn) or {},
+            epochs=numbers_of(unless_damaged(lambda: read_figures(run, METRICS_FILE, "epoch"), warn) or []),
+            steps=numbers_of(unless_damaged(lambda: read_steps(run), warn) or []),
             result=result,
-            predictions=unless_damaged(lambda: _checked_predictions(run, number), notes.append) or [],
+            predictions=unless_damaged(lambda: _checked_predictions(run, workload, result), warn) or [],
             notes=notes,
         )
 
     def column(self, name: str) -> list[float]:
-        """Return a column of metrics.csv; NaN if it has none of that name."""
+        """Return a column of metrics.csv; NaN if it has no column of this name."""
         return [row.get(name, math.nan) for row in self.epochs]
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps of an epoch; 1 if none was trained."""
+        """1 if no step was made."""
         return self.steps[-1]["step"] / self.steps[-1]["epoch"] if self.steps else 1.0
 
     @property
     def best_validation(self) -> float:
-        """Of the workload's monitor; NaN if nothing was validated."""
+        """The best value of the monitor; NaN if nothing was validated."""
         monitor = self.workload.monitor
         known = [value for value in self.column(f"val_{monitor.name}") if not math.isnan(value)]
         return (max if monitor.mode == "max" else min)(known, default=math.nan)
@@ -149,29 +140,28 @@ def settings_of(run: RunFolder) -> dict[str, Any]:
 
 
 def _checked_result(run: RunFolder, workload: Workload, warn: Warn) -> dict[str, Any] | None:
-    """Return a run's result, of which the values that the page shows are numbers."""
-    result = run.read_json(RESULT_FILE, warn)
-    if result is None:
-        return None
+    """Return a run's result. Raises DamagedFileError if a value on the page is not a number."""
+    result = run.read_json(RESULT_FILE, warn) or {}
     names = [f"test_{metric.name}" for metric in workload.all_metrics] + [f"num_test_{workload.nouns}", workload.rate]
-    for value in (result[name] for name in names if result.get(name) is not None):
-        if not isinstance(value, (int, float)):
-            raise run.damaged(RESULT_FILE, f"{value!r:.40} is no number")
-    return result
+    for value in map(result.get, names):
+        if not isinstance(value, (int, float, type(None))):
+            raise run.damaged(RESULT_FILE, f"{value!r:.40} is not a number")
+    return result or None
 
 
-def _checked_predictions(run: RunFolder, number: int | None) -> list[dict[str, str]]:
-    """Return the predictions for all test examples that a run's result is about."""
+def _checked_predictions(run: RunFolder, workload: Workload, result: dict[str, Any] | None) -> list[dict[str, str]]:
+    """Return the predictions for the test examples of a result. Raises DamagedFileError if some are missing."""
+    number = result.get(f"num_test_{workload.nouns}") if result else None
     if number is None or not run.exists(PREDICTIONS_FILE):
         return []
     rows = read_csv(run, PREDICTIONS_FILE)
     if len(rows) != number:
-        raise run.damaged(PREDICTIONS_FILE, f"it has {len(rows):,} rows, not one for each of {number:,} test examples")
+        raise run.damaged(PREDICTIONS_FILE, f"it has {len(rows):,} rows for {number:,} test examples")
     return rows
 
 
 def workload_of(run: RunFolder, reference: str | None, storage_path: str = LookupConfig().storage_path) -> Workload:
-    """Return the workload of a run; its code comes from ``reference``, else from where it was.
+    """Return a run's workload. Its code comes from ``reference``, by default from its place when the run started.
 
     Raises UsageError and JobError.
     """

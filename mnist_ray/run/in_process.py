@@ -18,8 +18,9 @@ from mnist_ray.signals import Noted, first_only_noted, take_signals
 from mnist_ray.storage import RunFolder
 from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training.events import Event, Progress, Stopping
+from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.reproducible import OtherArithmeticError
-from mnist_ray.training.state import Group, StopWantedError, TrainingDivergedError, TrainingState
+from mnist_ray.training.state import Group, StopWantedError, TrainingState
 
 _NUM_KEPT = 2  # checkpoints, the best by validation, beside the last
 

@@ -19,14 +19,9 @@ from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import checkpoint_name, position_of
 from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training.events import Event, NodeLeaving, Progress
+from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.reproducible import OtherArithmeticError
-from mnist_ray.training.state import (
-    CodeFailedError,
-    Group,
-    StopWantedError,
-    TrainingDivergedError,
-    TrainingState,
-)
+from mnist_ray.training.state import CodeFailedError, Group, StopWantedError, TrainingState
 
 
 def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:

@@ -24,7 +24,8 @@ from mnist_ray.storage import RunFolder, position_of
 from mnist_ray.sweep.space import Point
 from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training.events import Progress
-from mnist_ray.training.state import CodeFailedError, Group, TrainingDivergedError, TrainingState, is_over
+from mnist_ray.training.metrics import TrainingDivergedError
+from mnist_ray.training.state import CodeFailedError, Group, TrainingState, is_over
 
 
 @dataclass(frozen=True)

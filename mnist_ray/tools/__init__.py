@@ -1,1 +1,1 @@
-"""What one does with data and finished runs."""
+"""Tools for data and finished runs."""

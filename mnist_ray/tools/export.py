@@ -30,11 +30,12 @@ _NUM_COMPARED = 512
 
 
 def export(found: Found, config: ExportConfig) -> None:
-    """Write a checkpoint's model as a program, and check that it does the same. Raises UsageError and JobError."""
-    if config.format == "onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
+    """Write a checkpoint's model as a program, and compare the two. Raises UsageError and JobError."""
+    is_onnx = config.format == "onnx"
+    if is_onnx and not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
         raise UsageError("--format onnx needs more packages: pip install -e '.[onnx]'")
-    suffix = ".onnx" if config.format == "onnx" else ".pt2"
-    path = path_of(f"model{suffix}" if config.output is None else config.output, "--output")
+    suffix = ".onnx" if is_onnx else ".pt2"
+    path = path_of(config.output or f"model{suffix}", "--output")
     if path.suffix != suffix:
         raise UsageError(f"--output {config.output} must end in {suffix} for --format {config.format}")
     workload, model = found.workload, found.load_model()
@@ -42,13 +43,8 @@ def export(found: Found, config: ExportConfig) -> None:
     if shape is None:
         raise UsageError(f"{type(workload).__name__}: only models that take one tensor can be exported")
     example = torch.zeros((2, *shape["shape"]), dtype=getattr(torch, shape["dtype"]))
-    if config.format == "onnx":
-        write_file(path, _onnx_program(workload, model, example))
-        run = _load_onnx(path)
-    else:
-        write_file(path, _torch_program(model, example))
-        run = torch.export.load(path).module()
-    checked = _checked(workload, model, run, path)
+    write_file(path, _onnx_program(workload, model, example) if is_onnx else _torch_program(model, example))
+    checked = _checked(workload, model, _load_onnx(path) if is_onnx else torch.export.load(path).module(), path)
     with torch.inference_mode():
         result = "".join(f", {size}" for size in model(example).shape[1:])
     inputs = f"(N, {', '.join(map(str, shape['shape']))}) {shape['dtype']}"
@@ -60,7 +56,7 @@ def export(found: Found, config: ExportConfig) -> None:
 
 
 def _checked(workload: Workload, model: nn.Module, run: Run, path: Path) -> str:
-    """Compare a program with the model on test examples; return what came out. Raises JobError if they differ."""
+    """Compare a program with the model on test examples; return the result. Raises JobError if they differ."""
     try:
         split = Split(load_data(workload).test, origin="test")
         chosen = Slice(np.arange(min(_NUM_COMPARED, len(split))))
@@ -68,13 +64,13 @@ def _checked(workload: Workload, model: nn.Module, run: Run, path: Path) -> str:
     except (UsageError, JobError) as error:
         return f"not: {error}"
     difference, outputs = largest_difference(model, run, inputs), workload.output_noun
-    if not difference <= _TOLERANCE:  # nor if it is NaN
-        raise JobError(f"{path} does not do what the checkpoint does: its {outputs} differ by up to {difference:.1e}")
+    if not difference <= _TOLERANCE:  # also true for NaN
+        raise JobError(f"{path} and the checkpoint compute different {outputs}: by up to {difference:.1e}")
     return f"on {len(inputs):,} test {workload.nouns}: {outputs} differ by at most {difference:.1e}"
 
 
 def largest_difference(model: nn.Module, run: Run, inputs: Tensor) -> float:
-    """Return the largest difference of two models' outputs over all examples; NaN if an output is NaN."""
+    """Return the largest difference between the outputs of two models; NaN if an output is NaN."""
     with torch.inference_mode():
         return float((model(inputs) - run(inputs)).abs().max())
 
@@ -92,7 +88,7 @@ def _torch_program(model: nn.Module, example: Tensor) -> bytes:
 def _onnx_program(workload: Workload, model: nn.Module, example: Tensor) -> bytes:
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's, about torch's own parts
+        warnings.simplefilter("ignore")  # the exporter's, about torch's own code
         program = torch.onnx.export(
             model,
             (example,),
@@ -111,9 +107,4 @@ def _load_onnx(path: Path) -> Run:
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-
-    def run(inputs: Tensor) -> Tensor:
-        (outputs,) = session.run(None, {name: np.ascontiguousarray(inputs.numpy())})
-        return torch.from_numpy(outputs)
-
-    return run
+    return lambda inputs: torch.from_numpy(session.run(None, {name: np.ascontiguousarray(inputs.numpy())})[0])

@@ -6,11 +6,10 @@ import io
 import itertools
 import json
 import os
-import stat
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,36 +28,35 @@ from mnist_ray.storage import RunFolder, write_file
 from mnist_ray.workload.base import Workload
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What is read, as Pillow names it. For others it would start programs, as Ghostscript for PostScript."""
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})  # of files taken from folders
+"""Pillow's names. For some other formats Pillow would start programs, such as Ghostscript for PostScript."""
+_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})  # of the files taken from folders
 _BATCH_SIZE = 64
 _MOST_DRAWN = 240
 _LONGEST_NAME = 14
-_MOST_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says about one file, or one input."""
+    """A model's prediction for one file or one input."""
 
     file: str
-    inputs: np.ndarray | None = None  # what the model saw, as the workload's data have it
-    top: tuple[tuple[Any, float], ...] = ()  # the best few with their probabilities, the best first
+    inputs: np.ndarray | None = None  # as the workload's data have them
+    top: tuple[tuple[Any, float], ...] = ()  # the best few predictions with their probabilities, the best first
     error: str | None = None  # why there is no prediction
 
     def is_sure(self, threshold: float) -> bool:
-        """Whether the best is at least that probable."""
+        """Whether the best prediction has at least this probability."""
         return bool(self.top) and self.top[0][1] >= threshold
 
     def to_dict(self, noun: str, threshold: float) -> dict[str, Any]:
-        """Return what ``--json`` prints; ``noun`` is what a prediction is called."""
+        """Return the object that ``--json`` prints; ``noun`` is the workload's ``prediction_noun``."""
         if self.error is not None:
             return {"file": self.file, "error": self.error}
         best, *others = ({noun: prediction, "probability": round(p, 6)} for prediction, p in self.top)
         return {"file": self.file, **best, "unsure": not self.is_sure(threshold), "next": others}
 
     def to_line(self, threshold: float) -> str:
-        """Return what people read."""
+        """Return the line for people."""
         if self.error is not None:
             return f"{self.file}: {self.error}"
         (best, probability), *others = self.top
@@ -68,7 +66,7 @@ class Prediction:
 
 
 def predict(given: Sequence[str], found: find.Found, config: PredictionConfig) -> None:
-    """Print the prediction for each picture. Raises JobError at the end if there were files without one."""
+    """Print the prediction for each picture. Raises JobError at the end if a file has none."""
     workload = found.workload
     if type(workload).read_picture is Workload.read_picture:
         raise UsageError(f"{type(workload).__name__} does not take pictures: it has no read_picture")
@@ -92,7 +90,7 @@ def predict(given: Sequence[str], found: find.Found, config: PredictionConfig) -
 
 
 def takes_pictures(run: RunFolder) -> bool:
-    """Tell whether a run's workload takes pictures; not if its code cannot be had."""
+    """Tell whether a run's workload takes pictures; False if its code cannot be loaded."""
     try:
         return class_of(run, run.storage_path).read_picture is not Workload.read_picture
     except UsageError:
@@ -100,10 +98,10 @@ def takes_pictures(run: RunFolder) -> bool:
 
 
 def find_files(given: Iterable[str]) -> Iterator[Path]:
-    """Yield the files that were given, and of folders the pictures in them at any depth, sorted."""
+    """Yield the given files, and the pictures in the given folders at any depth, sorted."""
     for name in given:
         path = Path(os.path.expanduser(name))
-        if os.path.isdir(path):  # not Path.is_dir(), which raises if a name is too long or a folder is closed
+        if os.path.isdir(path):  # Path.is_dir() would raise if a name is too long or a folder is closed
             found = sorted(file for file in path.rglob("*") if os.path.isfile(file))
             # A folder without pictures is reported as a file that cannot be read.
             yield from [file for file in found if file.suffix.lower() in _SUFFIXES] or [path]
@@ -117,11 +115,11 @@ def predict_files(
     """Yield the prediction for each file, in their order."""
     torch.set_num_threads(usable_cores())
     files = iter(files)
-    while batch := [_see(workload, file, as_is) for file in itertools.islice(files, _BATCH_SIZE)]:
-        inputs = [seen.inputs for seen in batch if seen.inputs is not None]
+    while batch := [_read(workload, file, as_is) for file in itertools.islice(files, _BATCH_SIZE)]:
+        inputs = [read.inputs for read in batch if read.inputs is not None]
         predicted = iter(predict_inputs(workload, model, np.stack(inputs)) if inputs else ())
-        for seen in batch:
-            yield seen if seen.inputs is None else Prediction(seen.file, seen.inputs, next(predicted).top)
+        for read in batch:
+            yield read if read.inputs is None else replace(read, top=next(predicted).top)
 
 
 def predict_inputs(workload: Workload, model: nn.Module, inputs: np.ndarray) -> list[Prediction]:
@@ -129,17 +127,23 @@ def predict_inputs(workload: Workload, model: nn.Module, inputs: np.ndarray) -> 
     prepared = workload.prepare(torch.tensor(inputs), None)
     wanted = workload.metadata.get("model_input")
     if wanted is not None and list(prepared.shape[1:]) != wanted["shape"]:
-        got = f"{tuple(prepared.shape[1:])}, not {tuple(wanted['shape'])}"
-        raise UsageError(f"{type(workload).__name__}.read_picture gives what becomes {got}, as the model takes it")
+        got = f"{tuple(prepared.shape[1:])}, but the model takes {tuple(wanted['shape'])}"
+        raise UsageError(f"{type(workload).__name__}.read_picture: a prepared picture has the shape {got}")
     with torch.inference_mode():
         each = workload.top_predictions(model(prepared))
     return [Prediction("", one, tuple(top)) for one, top in zip(inputs, each, strict=True)]
 
 
-def _see(workload: Workload, file: Path, as_is: bool) -> Prediction:
-    """Return what the model is to see of a file, or why it cannot."""
+def _read(workload: Workload, file: Path, as_is: bool) -> Prediction:
+    """Read one file into an input of the model, or find the reason why it has no prediction."""
     try:
-        return Prediction(str(file), workload.read_picture(read_image(_read(file)), as_is=as_is))
+        if file.exists() and not file.is_file():  # reading a FIFO may wait forever, reading a device may never end
+            return Prediction(str(file), error="is a folder without pictures" if file.is_dir() else "is not a file")
+        content = file.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        return Prediction(str(file), error=f"cannot be read: {getattr(error, 'strerror', error)}")
+    try:
+        return Prediction(str(file), workload.read_picture(read_image(content), as_is=as_is))
     except UsageError as error:
         return Prediction(str(file), error=str(error))
     except Exception as error:
@@ -147,43 +151,28 @@ def _see(workload: Workload, file: Path, as_is: bool) -> Prediction:
         raise UsageError(f"{type(workload).__name__}.read_picture: {place}") from error
 
 
-def _read(file: Path) -> bytes:
-    """Return a file's content. Raises UsageError."""
-    if os.path.isdir(file):
-        raise UsageError("is a folder without pictures")
-    try:
-        about = file.stat()
-        if not stat.S_ISREG(about.st_mode):  # else reading may wait for ever, or never end
-            raise UsageError("is no regular file")
-        if about.st_size > _MOST_BYTES:
-            raise UsageError(f"is too large: {about.st_size / 1e6:,.0f} MB, and at most {_MOST_BYTES / 1e6:.0f}")
-        return file.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise UsageError(f"cannot be read: {getattr(error, 'strerror', error)}") from error
-
-
 def read_image(content: bytes) -> Image.Image:
-    """Decode a picture and turn it as its EXIF data say. Raises UsageError if it is none, or a huge one."""
+    """Decode a picture and turn it as its EXIF data say. Raises UsageError."""
     if not content:
         raise UsageError("is empty")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large pictures, and of damage that does no harm
+            warnings.simplefilter("ignore")  # about large pictures and harmless damage
             return ImageOps.exif_transpose(Image.open(io.BytesIO(content), formats=FORMATS))
     except Image.DecompressionBombError as error:
         raise UsageError("is too large: it would unpack to a huge picture") from error
     except UnidentifiedImageError as error:
         raise UsageError("is no picture of a known format") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # from Pillow's decoders
         raise UsageError(f"is damaged: {error}") from error
 
 
 def _grid(predictions: Sequence[Prediction], workload: Workload, config: PredictionConfig) -> bytes:
-    """Draw what the network saw, with its predictions. Raises JobError if there is nothing to draw."""
+    """Draw the inputs of the model with its predictions. Raises JobError if there is nothing to draw."""
     from mnist_ray.workload.figures import image_grid  # imports matplotlib, which predictions need not wait for
 
     images, captions = [], []
-    for prediction in predictions:
+    for prediction in predictions[:_MOST_DRAWN]:
         image = None if prediction.inputs is None else workload.as_picture(prediction.inputs)
         if image is not None:
             (best, probability), name = prediction.top[0], Path(prediction.file).name
@@ -191,7 +180,6 @@ def _grid(predictions: Sequence[Prediction], workload: Workload, config: Predict
             images.append(image)
             captions.append(f"{best}{'' if prediction.is_sure(config.threshold) else '?'} {probability:.0%}\n{short}")
     if not images:
-        has_none = any(prediction.inputs is not None for prediction in predictions)
-        reason = f": {type(workload).__name__} has no as_picture" if has_none else ""
-        raise JobError(f"no picture to draw in {config.grid}{reason}")
-    return image_grid(images[:_MOST_DRAWN], captions[:_MOST_DRAWN])
+        reason = f"no file has a prediction, or {type(workload).__name__} has no as_picture"
+        raise JobError(f"no picture to draw in {config.grid}: {reason}")
+    return image_grid(images, captions)

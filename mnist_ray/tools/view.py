@@ -1,4 +1,4 @@
-"""Looking at a workload's data: examples by index, counts per class: ``jobs/view.py`` once its flags are read."""
+"""A workload's data: examples by index, counts per class: ``jobs/view.py`` once its flags are read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _GRID_COLUMNS = 8
 
 
 def view(workload: Workload, config: ViewConfig) -> None:
-    """Print what the data set has, and draw the examples that are asked for. Raises UsageError and JobError."""
+    """Print the size of the data, and draw the chosen examples. Raises UsageError and JobError."""
     data = load_data(workload)
     splits = {"train": Split(data.train), "test": Split(data.test)}
     for name, split in splits.items():
@@ -45,8 +45,7 @@ def view(workload: Workload, config: ViewConfig) -> None:
         say(f"picture none: {type(workload).__name__} has no as_picture")
         return
     captions = [f"{index}: {label}" for index, label in zip(indices, labels, strict=True)]
-    is_one = len(images) == 1
-    png = single_image(images[0]) if is_one else image_grid(images, captions, num_columns=_GRID_COLUMNS)
+    png = single_image(images[0]) if len(images) == 1 else image_grid(images, captions, num_columns=_GRID_COLUMNS)
     write_file(path_of(config.output, "--output"), png)
     say(f"picture {config.output}")
 
@@ -65,15 +64,13 @@ def _label(workload: Workload, target: Any) -> str:
 
 
 def choose(workload: Workload, split: Split, config: ViewConfig) -> np.ndarray:
-    """Return the indices of the examples to show. Raises UsageError if there are none."""
+    """Return the indices of the chosen examples. Raises UsageError if there are none."""
     candidates, having = np.arange(len(split)), ""
     if config.label is not None:
         candidates, having = _with_label(workload, split, config), f" with label {config.label}"
     if config.index >= len(candidates):
-        raise UsageError(
-            f"--index {config.index} is out of range: {config.split} {workload.nouns}{having} are 0 to "
-            f"{len(candidates) - 1}"
-        )
+        known = f"{config.split} {workload.nouns}{having} are 0 to {len(candidates) - 1}"
+        raise UsageError(f"--index {config.index} is out of range: {known}")
     return candidates[config.index : config.index + config.count]
 
 
@@ -83,13 +80,16 @@ def _with_label(workload: Workload, split: Split, config: ViewConfig) -> np.ndar
     names = [str(name) for name in workload.class_names]
     found = np.flatnonzero(split.targets() == (names.index(config.label) if config.label in names else -1))
     if len(found) == 0:
-        known = f"0 to {len(names) - 1}" if names == [str(n) for n in range(len(names))] else ", ".join(names)
+        known = ", ".join(names)
         raise UsageError(f"--label {config.label}: no {config.split} {workload.noun} has it; the labels are {known}")
     return found
 
 
 def _stats(workload: Workload, splits: Mapping[str, Split]) -> Table:
-    """Return a row per class with its examples, then means and standard deviations; of pixels as fractions of 255."""
+    """Return the number of examples per class, or moments of the targets; then mean and std of arrays as inputs.
+
+    Those of uint8 are scaled from 255 to 1.
+    """
     table = Table("class" if isinstance(workload, Classification) else "", *splits, box=None, padding=(0, 2, 0, 0))
     targets = [split.targets() for split in splits.values()]
     if isinstance(workload, Classification):

@@ -17,28 +17,31 @@ from mnist_ray.training.sampler import Slice
 from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.tensors import map_tensors
 
-_MOST_OF_GPU = 0.4  # of the memory that is free, which activations and a second worker may want too
+_MOST_OF_GPU = 0.4  # of its free memory; activations and a second worker may need the rest
 
 
 class Batch(NamedTuple):
-    """One rank's slice of a global batch, or a piece of it."""
+    """One rank's slice of a global batch, or a piece of the slice. It may be empty."""
 
-    inputs: Any  # as the workload's data have them, (examples, ...); there may be none
+    inputs: Any  # as the workload's data have them, (examples, ...)
     targets: Any  # (examples, ...)
     global_size: int  # examples of the whole batch over all ranks
-    ends_step: bool = True  # whether no other piece of the same batch follows on this rank
+    ends_step: bool = True  # whether this is the rank's last piece of the batch
 
 
 class ArrayBatches(Dataset):
-    """Arrays, indexed by whole slices without being moved.
+    """Arrays in memory, indexed by whole slices.
 
-    On the CPU the tensors are views of the given arrays. A GPU with room for all of them gets a copy, once.
+    On the CPU the tensors are views of the given arrays. A GPU with enough memory gets a copy, once.
     """
 
     def __init__(self, arrays: Arrays, device: torch.device) -> None:
-        place = device if _fit(arrays, device) else torch.device("cpu")
-        self.inputs = _tensor(arrays.inputs).to(place)
-        self.targets = _tensor(arrays.targets).to(place)
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            if arrays.inputs.nbytes + arrays.targets.nbytes > _MOST_OF_GPU * free:
+                device = torch.device("cpu")
+        self.inputs = _tensor(arrays.inputs).to(device)
+        self.targets = _tensor(arrays.targets).to(device)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -50,23 +53,15 @@ class ArrayBatches(Dataset):
         return Batch(self.inputs[indices], self.targets[indices], *chosen[1:])
 
 
-def _fit(arrays: Arrays, device: torch.device) -> bool:
-    """Tell whether a device has room for arrays beside the model."""
-    if device.type != "cuda":
-        return True
-    free, _ = torch.cuda.mem_get_info(device)
-    return arrays.inputs.nbytes + arrays.targets.nbytes <= _MOST_OF_GPU * free
-
-
 class ExampleError(Exception):
     """An example cannot be read, or does not fit the others; another attempt would fail too."""
 
 
 class ExampleBatches(Dataset):
-    """A ``Dataset``, read example by example, or memory-mapped arrays; loader processes may do it.
+    """A ``Dataset``, read example by example, or memory-mapped arrays. Loader processes can read it.
 
-    The seed and the example's index decide what a ``Dataset`` draws from Python's, NumPy's and torch's generators:
-    the same for any number of ranks and loader processes, and in a resumed run as in one without a break.
+    A ``Dataset`` draws from Python's, NumPy's and torch's generators; each example's draws depend on the seed and its
+    index only, not on the number of ranks and loader processes, nor on interruptions.
     """
 
     def __init__(self, split: Split, seed: int = 0) -> None:
@@ -80,16 +75,14 @@ class ExampleBatches(Dataset):
         indices = chosen.indices
         if isinstance(arrays := self.split.examples, Arrays):
             places = self.split.places(indices)
-            inputs, targets = (_rows(array, places) for array in (arrays.inputs, arrays.targets))
-            return Batch(inputs, targets, *chosen[1:])
-        # An empty slice has the shapes of one example.
+            return Batch(_rows(arrays.inputs, places), _rows(arrays.targets, places), *chosen[1:])
+        # An empty slice must have the shapes of a batch: it is made of one example.
         examples = [self._example(index) for index in indices.tolist() or [0]]
         try:
             inputs, targets = default_collate(examples)
         except (RuntimeError, TypeError) as error:
-            raise ExampleError(
-                f"{self.split.origin} examples do not fit together: {_odd_one(indices, examples, error)}"
-            ) from error
+            reason = _misfit(indices, examples) or first_line(error)
+            raise ExampleError(f"{self.split.origin} examples do not fit together: {reason}") from error
         if len(indices) == 0:
             inputs, targets = _emptied(inputs), _emptied(targets)
         return Batch(inputs, targets, *chosen[1:])
@@ -102,40 +95,40 @@ class ExampleBatches(Dataset):
         try:
             return self.split[index]
         except OSError as error:
-            if error.errno is not None:  # of the storage, which may be back at the next attempt
+            if error.errno is not None:  # from the storage: another attempt may succeed
                 raise
             raise ExampleError(f"{self.split.origin} example {index} cannot be read: {first_line(error)}") from error
 
 
-def _odd_one(indices: np.ndarray, examples: list[tuple[Any, Any]], error: Exception) -> str:
-    """Say which of some examples has another shape than the first."""
-    shapes = [tuple(np.shape(split) for split in example) for example in examples]
+def _misfit(indices: np.ndarray, examples: list[tuple[Any, Any]]) -> str:
+    """Name the first example with other shapes than the batch's first."""
+    shapes = [tuple(map(np.shape, example)) for example in examples]
     for index, shape in zip(indices.tolist(), shapes, strict=False):
         if shape != shapes[0]:
             return f"example {index} has shapes {shape}, example {indices[0]} has {shapes[0]}"
-    return first_line(error)
+    return ""
 
 
 def batches_of(split: Split, device: torch.device) -> ArrayBatches | ExampleBatches:
-    """Return the data set by which a loader reads a split."""
+    """Return the data set from which a loader reads a split."""
     return ArrayBatches(split.arrays, device) if split.arrays is not None else ExampleBatches(split)
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    with warnings.catch_warnings():  # read-only arrays from the object store; nothing here writes to them
+    with warnings.catch_warnings():  # arrays from the object store are read-only; nothing here writes to them
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def _rows(array: np.ndarray, places: np.ndarray) -> Tensor:
-    """Copy some rows into torch's own memory, which is always aligned alike: the bits of a sum may depend on that."""
+    """Copy rows into memory of torch, which is always aligned alike: the bits of a sum may depend on the alignment."""
     rows = torch.empty((len(places), *array.shape[1:]), dtype=_tensor(array[:0]).dtype)
     np.take(array, places, axis=0, out=rows.numpy(), mode="clip")  # the default mode would copy them once more
     return rows
 
 
 def _emptied(value: Any) -> Any:
-    """Return a batch of no examples like that of one."""
+    """Turn the batch of one example into an empty batch."""
     if isinstance(value, dict):
         return {key: _emptied(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)) and value and not isinstance(value[0], str):
@@ -152,17 +145,16 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def batch_loader(dataset: ArrayBatches | ExampleBatches, slices: Iterable[Slice], num_processes: int = 0) -> DataLoader:
-    """Return a loader of slices; ``num_processes`` read a ``Dataset`` ahead, arrays need none.
+    """Return a loader of slices. ``num_processes`` read ahead; arrays in memory need none.
 
-    ``batch_size=None`` makes the DataLoader pass each of the sampler's items to the data set as it is. Arrays are then
-    indexed once a batch; the usual loader indexes each example, and stacks them.
+    With ``batch_size=None``, the DataLoader passes each slice to the data set as it is, so arrays are indexed once per
+    batch. The usual DataLoader would index each example and stack them.
     """
     is_on_gpu = isinstance(dataset, ArrayBatches) and dataset.inputs.is_cuda
-    num_workers = num_processes if isinstance(dataset, ExampleBatches) else 0
     return DataLoader(
         dataset,
         sampler=slices,
         batch_size=None,
-        num_workers=num_workers,
+        num_workers=num_processes if isinstance(dataset, ExampleBatches) else 0,
         pin_memory=torch.cuda.is_available() and not is_on_gpu,
     )

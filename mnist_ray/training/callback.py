@@ -1,4 +1,4 @@
-"""Code of the user's in the training loop, for what no setting covers: ``--callback FILE.py``."""
+"""Your own code in the training loop, for anything that no setting covers: ``--callback FILE.py``."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ if TYPE_CHECKING:
 
 
 class Callback(UserClass):
-    """Is called on every rank, at the same steps; subclasses override what they need.
+    """Its methods are called on every rank, at the same steps; override those that you need.
 
-    Each worker makes one, without arguments, whenever it starts. What a resumed run must know belongs into
-    ``state_dict``. ``state.model``, ``state.optimizer`` and ``state.scheduler`` may be changed, on all ranks alike.
+    Each worker creates one, without arguments, whenever it starts. State that a resumed run needs belongs in
+    ``state_dict``. You may change ``state.model``, ``state.optimizer`` and ``state.scheduler``, on all ranks alike.
     """
 
     def on_start(self, state: TrainingState, group: Group) -> None:
-        """Training begins, or goes on from a checkpoint, which is in ``state`` already."""
+        """Training starts; a checkpoint, if there is one, is already restored into ``state``."""
 
     def on_gradients(self, state: TrainingState) -> None:
-        """A step's gradients, of the mean loss of the global batch, are in the model; they are not clipped yet."""
+        """The model holds the gradients of the global batch's mean loss, before clipping."""
 
     def on_step(self, state: TrainingState) -> None:
-        """The optimizer has made a step; ``state.step`` counts those of the epoch."""
+        """The optimizer has made a step; ``state.step`` counts it."""
 
     def on_progress(self, state: TrainingState, progress: Progress) -> None:
-        """About half a second has passed; ``progress`` has the figures over all ranks."""
+        """About half a second has passed; ``progress`` has the metrics over all ranks."""
 
     def on_epoch(self, state: TrainingState, progress: Progress) -> None:
-        """An epoch is over, and its checkpoint about to be saved. ``state.ends = True`` ends the training with it."""
+        """An epoch is over, and its checkpoint not saved yet. ``state.ends = True`` ends the training after it."""
 
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
-        """A checkpoint is to be saved, at an epoch's end (``state.step`` is 0 then) or within one."""
+        """A checkpoint is about to be saved: at an epoch's end (``state.step`` is 0) or within an epoch."""
 
     def wants_checkpoint(self) -> bool:
-        """Return whether to save one now, besides the regular times; asked after ``on_progress``, the same on all."""
+        """Return whether to save an extra checkpoint now. Called after ``on_progress``; the same on all ranks."""
         return False
 
     def wants_stop(self) -> bool:
-        """Return whether to save one now and end the training; asked before ``on_progress``, rank 0's answer counts."""
+        """Return whether to save a checkpoint and stop. Called before ``on_progress``; rank 0 decides."""
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint is to hold, as JSON."""
+        """Return the state to keep in checkpoints, as JSON."""
         return {}
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
-        """Take what a checkpoint holds."""
+        """Restore the state from a checkpoint."""

@@ -1,10 +1,10 @@
 """Checkpoints: a folder with weights as safetensors, the rest of the training's state, and JSON that describes both.
 
-model.safetensors    the model's weights; with --ema-decay, their average
+model.safetensors    the model's weights; with --ema-decay, their EMA
 training.pt          the rest of the state: position, sums, optimizer, schedule; with --ema-decay, the trained weights
-state.json           format, position, metrics, config, workload, versions; SHA-256 of the others and itself
+state.json           format, position, metrics, config, workload, versions; SHA-256 of the other files and of itself
 
-Nothing that is loaded can run code: ``training.pt`` is read with ``weights_only``.
+Loading runs no code: ``training.pt`` is read with ``weights_only``.
 """
 
 from __future__ import annotations
@@ -35,33 +35,34 @@ from mnist_ray.workload.tensors import map_tensors
 T = TypeVar("T")
 STATE_FILE, MODEL_FILE, TRAINING_FILE = "state.json", "model.safetensors", "training.pt"
 FORMAT = 1
+_COUNTERS = ("epoch", "step", "epoch_s", "finished_s", "scores", "ends")  # of a TrainingState, kept as they are
 
 
 class DamagedCheckpointError(JobError):
-    """A checkpoint has been cut off by a kill, or changed since."""
+    """A checkpoint was cut off by a kill, or changed since."""
 
 
 class OtherModelError(JobError):
-    """A checkpoint does not fit the model or its optimizer: the workload now creates another one."""
+    """A checkpoint does not fit the model or optimizer that the workload creates now."""
 
 
 @dataclass(frozen=True)
 class Restored:
-    """The checkpoint that a run resumes from."""
+    """The checkpoint from which a run resumes."""
 
-    name: str = ""  # the checkpoint's folder; empty if there was none
+    name: str = ""  # its folder; empty if there is no checkpoint
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # reported with it
     arithmetic: dict[str, Any] | None = None  # of the machine that wrote it, if the run is reproducible
-    damaged: tuple[str, ...] = ()  # newer checkpoints, passed over: damaged, or of another version
+    damaged: tuple[str, ...] = ()  # newer checkpoints, skipped: damaged, or of another version
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of the training's state at one step, written while the training goes on."""
+    """A copy of the training's state at one step, to be written while training continues."""
 
     weights: dict[str, Tensor]
-    training: dict[str, Any]  # what training.pt holds
-    document: dict[str, Any]  # what state.json says, but for the digests
+    training: dict[str, Any]  # the content of training.pt
+    document: dict[str, Any]  # the content of state.json, without the digests
 
     def write(self, folder: RunFolder) -> None:
         """Write a checkpoint, state.json last: a folder without it is no checkpoint. Raises as ``write_files``."""
@@ -75,15 +76,10 @@ class Snapshot:
 
 
 def snapshot(state: TrainingState, about: dict[str, Any], callbacks: Sequence[Callback] = ()) -> Snapshot:
-    """Return a copy of ``state`` in main memory, with ``about`` (config, workload) for state.json."""
+    """Copy ``state`` to main memory, with ``about`` (config, workload) for state.json."""
     training = {
-        "epoch": state.epoch,
-        "step": state.step,
+        **{name: getattr(state, name) for name in _COUNTERS},
         "sums": dataclasses.asdict(state.sums),
-        "epoch_s": state.epoch_s,
-        "finished_s": state.finished_s,
-        "scores": state.scores,
-        "ends": state.ends,
         "optimizer": state.optimizer.state_dict(),
         "scheduler": state.scheduler.state_dict(),
         "scaler": state.scaler.state_dict(),
@@ -91,20 +87,19 @@ def snapshot(state: TrainingState, about: dict[str, Any], callbacks: Sequence[Ca
         "callbacks": [callback.state_dict() for callback in callbacks],
     }
     document = {"format": FORMAT, "epoch": state.epoch, "step": state.step, **about}
-    # Contiguous, and sharing no memory: else safetensors refuses a model's tied weights.
+    # Contiguous, and without shared memory: safetensors refuses a model's tied weights otherwise.
     weights = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in state.result.state_dict().items()
     }
-    return Snapshot(
-        weights, map_tensors(lambda tensor: tensor.detach().cpu().clone(), training), copy.deepcopy(document)
-    )
+    copied = map_tensors(lambda tensor: tensor.detach().cpu().clone(), training)
+    return Snapshot(weights, copied, copy.deepcopy(document))
 
 
 def digest_of(document: dict[str, Any]) -> str:
     """Return the SHA-256 of a state.json, without its formatting and its entry for this digest."""
     document = {**document, "sha256": {name: value for name, value in document["sha256"].items() if name != STATE_FILE}}
-    as_read = json.loads(json.dumps(document))  # its keys are strings: numbers would be sorted in another order
+    as_read = json.loads(json.dumps(document))  # turns keys into strings: numbers would be sorted differently
     return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
@@ -120,18 +115,18 @@ def load_model(folder: RunFolder, workload: Workload) -> nn.Module:
 
 
 def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
-    """Put a checkpoint's content into a freshly created ``state``; return its state.json.
+    """Load a checkpoint into a newly created ``state``; return its state.json.
 
-    Raises as ``load_model`` if it is damaged, before ``state`` is changed; OtherModelError may leave it half loaded.
+    Raises as ``load_model``. A damaged checkpoint leaves ``state`` as it was; OtherModelError may leave it half loaded.
     """
     document = read_state(folder)
     weights = _decoded(folder, MODEL_FILE, document, load)
-    training = _decoded(folder, TRAINING_FILE, document, _unpickled)
+    training: dict[str, Any] = _decoded(folder, TRAINING_FILE, document, _unpickled)
     _load_weights(state.result, weights, folder)
     try:
         if state.average is not None:
             state.model.load_state_dict(training["trained"])
-            state.average.n_averaged.fill_(1)  # else the next step would begin a new average
+            state.average.n_averaged.fill_(1)  # otherwise the next step would start a new EMA
         state.optimizer.load_state_dict(training["optimizer"])
         state.scheduler.load_state_dict(training["scheduler"])
         state.scaler.load_state_dict(training["scaler"])
@@ -143,13 +138,13 @@ def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callbac
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise OtherModelError(f"checkpoint {folder.uri} is of another optimizer or schedule: {reason}") from error
     state.sums = MetricSums(**training["sums"])
-    for name in ("epoch", "step", "epoch_s", "finished_s", "scores", "ends"):
+    for name in _COUNTERS:
         setattr(state, name, training[name])
     return document
 
 
 def restore_newest(run: RunFolder, state: TrainingState, callbacks: Sequence[Callback] = ()) -> Restored:
-    """Put the newest whole checkpoint in a run's folder into ``state``; without one, leave it as it is.
+    """Load the newest intact checkpoint in a run's folder into ``state``; without one, leave it as it is.
 
     Raises OtherModelError if the checkpoint is of another model, JobError if the storage cannot be read.
     """
@@ -165,15 +160,15 @@ def restore_newest(run: RunFolder, state: TrainingState, callbacks: Sequence[Cal
 
 
 def read_state(folder: RunFolder) -> dict[str, Any]:
-    """Return what a checkpoint's state.json says. Raises as ``load_model`` does."""
+    """Return the content of a checkpoint's state.json. Raises as ``load_model``."""
     content = _read(folder, STATE_FILE)
     if content is None:
         raise UsageError(f"{folder.uri} is not a checkpoint: it has no {STATE_FILE}")
     try:
         document = json.loads(content)
-        if not isinstance(document, dict) or document["sha256"][STATE_FILE] != digest_of(document):
-            raise ValueError("it is not what was written")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        if document["sha256"][STATE_FILE] != digest_of(document):
+            raise ValueError("its digest is wrong")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(folder, STATE_FILE, first_line(error)) from error
     if document.get("format") != FORMAT:
         raise UsageError(f"checkpoint {folder.uri} is of another version of mnist_ray: format {document.get('format')}")
@@ -188,10 +183,10 @@ def _read(folder: RunFolder, name: str) -> bytes | None:
 
 
 def _decoded(folder: RunFolder, name: str, document: dict[str, Any], decode: Callable[[bytes], T]) -> T:
-    """Return what a file of a checkpoint holds. Raises DamagedCheckpointError if it is not what was written."""
+    """Return the decoded content of a checkpoint's file. Raises DamagedCheckpointError if its digest is wrong."""
     content = _read(folder, name)
     if content is None or hashlib.sha256(content).hexdigest() != document["sha256"].get(name):
-        raise _damaged(folder, name, "it is missing" if content is None else "it is not what was written")
+        raise _damaged(folder, name, "it is missing" if content is None else "its digest is wrong")
     try:
         return decode(content)
     except MemoryError:
@@ -204,9 +199,8 @@ def _damaged(folder: RunFolder, name: str, reason: str) -> DamagedCheckpointErro
     return DamagedCheckpointError(f"checkpoint {folder.uri} is damaged: {name}: {reason}")
 
 
-def _unpickled(content: bytes) -> dict[str, Any]:
-    training: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    return training
+def _unpickled(content: bytes) -> Any:
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def _load_weights(model: nn.Module, weights: dict[str, Tensor], folder: RunFolder) -> None:

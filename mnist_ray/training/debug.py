@@ -7,7 +7,7 @@ import gzip
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,40 +25,39 @@ _NUM_OPERATORS = 10
 
 
 class Profiler(Callback):
-    """Profiles some steps of the first worker, after a few that warm up."""
+    """Profiles some steps of rank 0, after the warm-up."""
 
     def __init__(self, num_steps: int, run: RunFolder) -> None:
         self._num_steps = num_steps
         self._run = run
         self._steps_left = -1
-        self._profile: profile | None = None
+        self._profile = profile()
 
     def on_start(self, state: TrainingState, group: Group) -> None:
-        """Begin to count."""
+        """Count the steps on rank 0, unless the run has a profile."""
         if group.rank == 0 and not self._run.exists(OPERATORS_FILE):
             self._steps_left = _WARM_UP_STEPS + self._num_steps
 
     def on_step(self, state: TrainingState) -> None:
-        """Begin; or end, and write the profile."""
+        """Start the profile after the warm-up; write it at its end."""
         self._steps_left -= 1
         if self._steps_left == self._num_steps:
-            self._profile = profile()
             self._profile.start()
-        elif self._steps_left == 0 and self._profile is not None:
+        elif self._steps_left == 0:
             self._profile.stop()
-            self._write(self._profile)
-            self._profile = None
+            self._write()
 
-    def _write(self, seen: profile) -> None:
+    def _write(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             trace = Path(folder) / "trace.json"
-            seen.export_chrome_trace(str(trace))
+            self._profile.export_chrome_trace(str(trace))
             self._run.write_bytes(TRACE_FILE, gzip.compress(trace.read_bytes()))
-        self._run.write_text(OPERATORS_FILE, json_lines({"steps": self._num_steps, "operators": _most_expensive(seen)}))
+        operators = _most_expensive(self._profile)
+        self._run.write_text(OPERATORS_FILE, json_lines({"steps": self._num_steps, "operators": operators}))
 
 
 def _most_expensive(seen: profile) -> list[dict[str, Any]]:
-    """Return the operators that took the most time themselves: milliseconds and calls of all steps."""
+    """Return the operators that took the most time themselves, with milliseconds and calls over all steps."""
     events = seen.key_averages()
     on_device = any(event.self_device_time_total for event in events)
     micros = {event.key: event.self_device_time_total if on_device else event.self_cpu_time_total for event in events}
@@ -71,26 +70,22 @@ def _most_expensive(seen: profile) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def anomalies_found(is_wanted: bool, *folders: Path) -> Iterator[None]:
-    """Let PyTorch find the operation whose gradient is NaN first, if wanted. Raises CodeFailedError with its place.
+    """If wanted, stop at the first operation with a NaN gradient. Raises CodeFailedError with its line, of ``folders``.
 
-    That is the last one in ``folders``, if it comes through these.
+    If no line of the forward pass is in ``folders``, it names the last line.
     """
     if not is_wanted:
         yield
         return
     with torch.autograd.set_detect_anomaly(True), warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("ignore", message="Anomaly Detection has been enabled")
         try:
             yield
         except RuntimeError as error:
-            if "nan values" not in str(error) or not caught:
+            forward = str(caught[-1].message) if caught else ""  # PyTorch warns with the traceback of the forward pass
+            places = [(Path(file), line) for file, line in re.findall(r'File "(.+)", line (\d+)', forward)]
+            if "nan values" not in str(error) or not places:
                 raise
-            raise CodeFailedError(f"{first_line(error)} {_called(str(caught[-1].message), folders)}") from error
-
-
-def _called(forward: str, folders: Sequence[Path]) -> str:
-    """Return the line that called an operation, from the traceback that PyTorch has kept."""
-    places = [(Path(file), line) for file, line in re.findall(r'File "(.+)", line (\d+)', forward)]
-    own = [place for place in places if any(folder in place[0].parents for folder in folders)]
-    file, line = (own or places)[-1]
-    return f"It is of what was called here: {file.name}, line {line}"
+            own = [place for place in places if any(folder in place[0].parents for folder in folders)]
+            file, line = (own or places)[-1]
+            operation = first_line(error).rstrip(".")
+            raise CodeFailedError(f"{operation} (called in the forward pass at {file.name}, line {line})") from error

@@ -1,4 +1,4 @@
-"""Training and evaluation in plain PyTorch: nothing here knows of Ray."""
+"""Training and evaluation in plain PyTorch, without Ray."""
 
 from __future__ import annotations
 
@@ -23,36 +23,35 @@ from mnist_ray.training import shared_memory
 from mnist_ray.training.batches import ArrayBatches, Batch, ExampleBatches, batch_loader, batches_of, to_device
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
-from mnist_ray.training.metrics import Evaluation, MetricSums
+from mnist_ray.training.metrics import Evaluation, LoggingWindow, MetricSums, TrainingDivergedError
 from mnist_ray.training.reproducible import Chunks
 from mnist_ray.training.sampler import ShardedBatchSampler, Slice
-from mnist_ray.training.state import Group, StopWantedError, TrainingDivergedError, TrainingState, is_over
-from mnist_ray.training.window import LoggingWindow
+from mnist_ray.training.state import Group, StopWantedError, TrainingState, is_over
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.tensors import as_fp32, autocast, detached
 
-EVALUATION_BATCH_SIZE = 100  # so few that the activations stay in the processor's cache
+EVALUATION_BATCH_SIZE = 100  # small enough that the activations stay in the processor's cache
 
 
 def create_state(workload: Workload, config: TrainConfig, num_examples: int, device: torch.device) -> TrainingState:
-    """Return the state before the first step, for ``num_examples`` to train on; the same on every rank."""
+    """Return the state before the first step, for ``num_examples`` training examples; the same on every rank."""
     torch.manual_seed(config.seed)
     model = with_fast_layout(workload.create_model().to(device))
     optimizer = workload.create_optimizer(model, config)
     num_steps = config.num_steps(num_examples)
     scheduler = workload.create_scheduler(optimizer, config, config.num_epochs * num_steps)
     scaler = GradScaler(device.type, enabled=config.precision == "fp16")
-    average = None
+    state = TrainingState(model, optimizer, scheduler, scaler=scaler, num_steps=num_steps)
     if config.ema_decay is not None:
         averaging = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
-        average = AveragedModel(model, multi_avg_fn=averaging)
-    return TrainingState(model, optimizer, scheduler, scaler=scaler, average=average, num_steps=num_steps)
+        state.average = AveragedModel(model, multi_avg_fn=averaging)
+    return state
 
 
 def with_fast_layout(model: nn.Module) -> nn.Module:
-    """Return a model whose weights of four dimensions are channels-last, as convolutions are fastest."""
-    if any(parameter.dim() == 5 for parameter in model.parameters()):  # of volumes, which have a layout of their own
+    """Return a model with channels-last weights, the fastest layout for convolutions of images."""
+    if any(parameter.dim() == 5 for parameter in model.parameters()):  # convolutions of volumes: PyTorch would raise
         return model
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
@@ -66,16 +65,16 @@ def train(
     callbacks: Sequence[Callback] = (),
     num_loader_processes: int = 0,
 ) -> None:
-    """Train ``state`` from its position to the last epoch's end, on this rank's slices of ``split``.
+    """Train ``state`` from its position to the end of the last epoch, on this rank's slices of ``split``.
 
-    ``config.precision`` is resolved (see ``resolve_precision``). Raises TrainingDivergedError on every rank, before
-    weights that are not finite could get into a checkpoint; StopWantedError after a checkpoint, if a callback asked.
+    ``config.precision`` is not ``auto``: see ``resolve_precision``. Raises TrainingDivergedError on every rank, before
+    weights that are not finite get into a checkpoint; StopWantedError after a checkpoint, if a callback wants to stop.
     """
     assert config.precision != "auto"
     if config.compile:
-        # Per shape, so that kernels do not depend on earlier batches: a resumed run sees others first.
+        # Per shape: kernels must not depend on earlier batches, which a resumed run does not see.
         state.model.compile(dynamic=False)
-    gradients = (ReproducibleGradients if config.reproducible else Gradients)(workload, state, config, group)
+    gradients = Gradients(workload, state, config, group)
     for callback in callbacks:
         callback.on_start(state, group)
     examples, num_steps = batches_of(split, group.device), config.num_steps(len(split))
@@ -113,7 +112,7 @@ def train(
 def _steps(
     examples: ArrayBatches | ExampleBatches, state: TrainingState, config: TrainConfig, group: Group, num_processes: int
 ) -> Iterator[list[Batch]]:
-    """Yield this rank's slice of each step that is left of the epoch, in one piece or several, on the device."""
+    """Yield this rank's slice of each remaining step of the epoch, as pieces on the device."""
     sampler = ShardedBatchSampler(
         len(examples),
         config.batch_size,
@@ -136,7 +135,7 @@ def _steps(
 
 
 def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callback]) -> None:
-    """Make an optimizer step of the gradients in the model, and one of the schedule."""
+    """Make a step of the optimizer, the schedule and the EMA, with the gradients in the model."""
     state.scaler.unscale_(state.optimizer)
     for callback in callbacks:
         callback.on_gradients(state)
@@ -151,7 +150,7 @@ def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callb
 
 
 def _save(state: TrainingState, progress: Progress, callbacks: Sequence[Callback]) -> None:
-    """Have a checkpoint saved. Raises TrainingDivergedError if a step, or a callback, has made weights not finite."""
+    """Let the callbacks save a checkpoint. Raises TrainingDivergedError if weights are not finite."""
     if not all(weights.isfinite().all() for model in {state.model, state.result} for weights in model.parameters()):
         raise TrainingDivergedError(progress.epoch, progress.step)
     for callback in callbacks:
@@ -159,48 +158,45 @@ def _save(state: TrainingState, progress: Progress, callbacks: Sequence[Callback
 
 
 class Gradients:
-    """Computes the gradients of steps on this rank's slices; DDP takes their mean over the ranks."""
+    """Computes a step's gradients: averaged over the ranks by DDP, or, with ``--reproducible``, added up by Chunks."""
 
     def __init__(self, workload: Workload, state: TrainingState, config: TrainConfig, group: Group) -> None:
         self._workload, self._state, self._config, self._group = workload, state, config, group
-        self._model = _distributed(state.model, group)
+        self._chunks: Chunks | None = None
+        if config.reproducible:
+            self._chunks = Chunks(state.model, config.num_chunks, group.rank, group.world_size)
+        self._model = state.model if config.reproducible else _distributed(state.model, group)
         self._model.train()
         self._generator = _generator(group.device)
 
     def compute(self, pieces: Sequence[Batch]) -> dict[str, Tensor]:
-        """Leave the gradients of a step in the model; return the sums over this rank's slice."""
-        state = self._state
+        """Leave the gradients in the model; return this rank's part of the sums over the global batch."""
+        return self._of_slice(pieces) if self._chunks is None else self._of_chunks(pieces, self._chunks)
+
+    def _of_slice(self, pieces: Sequence[Batch]) -> dict[str, Tensor]:
+        self._seed(self._group.rank)
         total: dict[str, Tensor] = {}
-        # So that augmentation and dropout draw the same in a run resumed with as many workers.
-        self._generator.manual_seed(seed_of(self._config.seed, state.epoch, self._group.rank) + state.step)
         for piece in pieces:
-            # DDP averages over the ranks in the last piece's backward pass; earlier ones accumulate here.
-            weight = self._group.world_size / piece.global_size
-            is_kept = isinstance(self._model, DistributedDataParallel) and not piece.ends_step
-            with self._model.no_sync() if is_kept else contextlib.nullcontext():  # type: ignore[operator]
-                sums = backward(self._workload, self._model, piece, self._config, weight, self._generator, state.scaler)
+            # DDP averages over the ranks in the backward pass of the last piece; gradients accumulate here before.
+            accumulates = isinstance(self._model, DistributedDataParallel) and not piece.ends_step
+            with self._model.no_sync() if accumulates else contextlib.nullcontext():  # type: ignore[operator]
+                sums = self._backward(piece, self._group.world_size / piece.global_size)
             total = {name: total[name] + value for name, value in sums.items()} if total else sums
         return total
 
+    def _of_chunks(self, pieces: Sequence[Batch], chunks: Chunks) -> dict[str, Tensor]:
+        for chunk, piece in zip(chunks.own, pieces, strict=True):
+            self._seed(chunk)
+            chunks.collect(chunk, self._backward(piece, 1 / piece.global_size))
+        return chunks.apply()
 
-class ReproducibleGradients:
-    """Computes a step's gradients with the same bits on any number of ranks: see ``training/reproducible.py``."""
+    def _seed(self, part: int) -> None:
+        """Let augmentation and dropout draw the same in a resumed run (without chunks: with as many workers)."""
+        self._generator.manual_seed(seed_of(self._config.seed, self._state.epoch, part) + self._state.step)
 
-    def __init__(self, workload: Workload, state: TrainingState, config: TrainConfig, group: Group) -> None:
-        self._workload, self._state, self._config = workload, state, config
-        state.model.train()
-        self._generator = _generator(group.device)
-        self._chunks = Chunks(state.model, config.num_chunks, group.rank, group.world_size)
-
-    def compute(self, pieces: Sequence[Batch]) -> dict[str, Tensor]:
-        """Leave the gradients of the whole batch in the model; each piece is one of this rank's chunks."""
-        state = self._state
-        for chunk, piece in zip(self._chunks.own, pieces, strict=True):
-            self._generator.manual_seed(seed_of(self._config.seed, state.epoch, chunk) + state.step)
-            weight = 1 / piece.global_size
-            sums = backward(self._workload, state.model, piece, self._config, weight, self._generator, state.scaler)
-            self._chunks.take(chunk, sums)
-        return self._chunks.give()
+    def _backward(self, piece: Batch, weight: float) -> dict[str, Tensor]:
+        scaler = self._state.scaler
+        return backward(self._workload, self._model, piece, self._config, weight, self._generator, scaler)
 
 
 @functools.lru_cache
@@ -210,7 +206,7 @@ def seed_of(*numbers: int) -> int:
 
 
 def _generator(device: torch.device) -> torch.Generator:
-    """Return the generator that a model's own layers draw from."""
+    """Return the generator from which layers such as dropout draw."""
     return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
 
 
@@ -223,11 +219,11 @@ def backward(
     generator: torch.Generator | None = None,
     scaler: GradScaler | None = None,
 ) -> dict[str, Tensor]:
-    """Add to the model's gradients those of ``weight`` × the sum of a batch's losses, as ``scaler`` scales them.
+    """Add the gradients of ``weight`` × the sum of a batch's losses to the model's, scaled by ``scaler``.
 
-    ``config.precision`` is resolved. Returns the sums of the loss and of the workload's measures, on the device.
-    With a weight of 1 / global batch size, the gradients of slices add up to those of its mean loss, also if slices are
-    uneven or empty; under DDP, which averages, the weight is multiplied by the world size.
+    Returns the sums of the loss and of the workload's measures, on the device. With a weight of 1 / global batch size,
+    the gradients of slices add up to those of the global batch's mean loss, also if slices are uneven or empty. DDP
+    averages over the ranks, so its weight is multiplied by the world size.
     """
     with autocast(next(model.parameters()).device, config.precision):
         outputs = as_fp32(model(workload.prepare(batch.inputs, generator)))
@@ -244,21 +240,18 @@ def measured_sums(workload: Workload, outputs: Any, targets: Any) -> dict[str, T
 
 
 def _distributed(model: nn.Module, group: Group) -> nn.Module:
-    """Wrap a model so that gradients are averaged over the ranks; alone, it stays as it is."""
+    """Wrap a model so that gradients are averaged over the ranks; with one rank, return it as it is."""
     if group.world_size == 1:
         return model
     if group.device.type == "cuda":
         return DistributedDataParallel(model, device_ids=[group.device])
     wrapped = DistributedDataParallel(model)
-    shared_memory.use_where_possible(wrapped)
+    shared_memory.use_if_possible(wrapped)
     return wrapped
 
 
 def resolve_precision(precision: Precision, group: Group) -> Precision:
-    """Return the precision for a setting that may be ``"auto"``, the same on every rank.
-
-    Auto is bf16 if the processors or GPUs of all ranks have it in hardware, else fp32.
-    """
+    """Turn ``auto`` into bf16 if the processors or GPUs of all ranks have it in hardware, otherwise into fp32."""
     if precision != "auto":
         return precision
     on_gpu = group.device.type == "cuda"
@@ -270,7 +263,7 @@ def resolve_precision(precision: Precision, group: Group) -> Precision:
 
 
 def split_bounds(num_examples: int, num_parts: int) -> list[tuple[int, int]]:
-    """Cut ``num_examples`` into at most ``num_parts`` ranges of whole evaluation batches."""
+    """Return (start, stop) of at most ``num_parts`` ranges of whole evaluation batches."""
     num_batches = math.ceil(num_examples / EVALUATION_BATCH_SIZE)
     num_parts = min(num_parts, num_batches)
     cuts = [num_batches * part // num_parts * EVALUATION_BATCH_SIZE for part in range(num_parts)] + [num_examples]
@@ -280,13 +273,13 @@ def split_bounds(num_examples: int, num_parts: int) -> list[tuple[int, int]]:
 def evaluate_together(
     workload: Workload, model: nn.Module, split: Split, group: Group, num_loader_processes: int = 0
 ) -> Evaluation:
-    """Evaluate a model as ``evaluate`` does, each rank on some of the examples; without columns.
+    """Evaluate a model, each rank on some of the batches. The result, on every rank, has the bits of ``evaluate``.
 
-    The result is the same on every rank, and for any number of them.
+    Several ranks return no columns.
     """
     if group.world_size == 1:
         return evaluate(workload, model, split, num_loader_processes)
-    for buffer in model.buffers():  # as of batch normalization: rank 0's overwrite the others'
+    for buffer in model.buffers():  # running statistics of batch normalization may differ between ranks
         dist.broadcast(buffer, 0)
     bounds = split_bounds(len(split), group.world_size)
     start, stop = bounds[group.rank] if group.rank < len(bounds) else (0, 0)
@@ -298,7 +291,7 @@ def evaluate_together(
 
 @torch.inference_mode()
 def evaluate(workload: Workload, model: nn.Module, split: Split, num_loader_processes: int = 0) -> Evaluation:
-    """Evaluate a model on all examples of a split, in fp32 and fixed batches, on the device of its weights."""
+    """Evaluate a model on a split, in fp32 and fixed batches, on the device of its weights."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     was_training = model.training
     model.eval()

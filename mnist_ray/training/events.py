@@ -9,53 +9,58 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class ControllerStarted:
-    """Ray Train has begun to look after the workers."""
+class Event:
+    """Something that happened in a run."""
+
+
+@dataclass(frozen=True)
+class ControllerStarted(Event):
+    """Ray Train's controller, which starts and watches the workers, is running."""
 
     actor: Any  # the controller; used to check that it is alive
 
 
 @dataclass(frozen=True)
-class Started:
-    """The workers are there and about to train."""
+class Started(Event):
+    """All workers are set up and start to train."""
 
     num_workers: int
     hosts: tuple[str, ...]
     threads: int  # of each worker
     device: str
     precision: str
-    epoch: int  # epochs that were finished before, in an earlier attempt
-    step: int  # steps that were done before, in the current epoch
-    num_steps: int  # steps of an epoch
-    damaged: tuple[str, ...] = ()  # checkpoints that were passed over
+    epoch: int  # finished epochs, as restored
+    step: int  # finished steps of the current epoch, as restored
+    num_steps: int  # per epoch
+    damaged: tuple[str, ...] = ()  # checkpoints that were skipped
     notes: tuple[str, ...] = ()  # printed for the user
 
     @property
     def total_step(self) -> int:
-        """Steps that were done before, in all."""
+        """Finished steps over all epochs, as restored."""
         return self.epoch * self.num_steps + self.step
 
 
 @dataclass(frozen=True)
-class WorkersLost:
-    """Workers have died or failed; those that are left are stopped, and the run goes on from its last checkpoint."""
+class WorkersLost(Event):
+    """Workers died or failed; Ray stops the others and resumes from the last checkpoint."""
 
     reason: str  # one line
 
 
 @dataclass(frozen=True)
-class NodeLeaving:
-    """A worker's node is about to be taken away; a checkpoint is being saved before that."""
+class NodeLeaving(Event):
+    """A worker's node will be taken away; a checkpoint is saved before."""
 
 
 @dataclass(frozen=True)
-class Stopping:
-    """The user has asked for the end; a checkpoint is being saved before that."""
+class Stopping(Event):
+    """The user has interrupted the run; a checkpoint is saved before it stops."""
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where an epoch stands, over all ranks."""
+class Progress(Event):
+    """The state of the current epoch, over all ranks."""
 
     epoch: int  # counted from 1
     step: int
@@ -68,12 +73,12 @@ class Progress:
 
     @property
     def total_step(self) -> int:
-        """Steps done in all, over the epochs."""
+        """Finished steps over all epochs."""
         return (self.epoch - 1) * self.num_steps + self.step
 
     @property
     def loss(self) -> float:
-        """Mean loss of the steps since the last progress: the notebook's running loss."""
+        """Mean loss of the steps since the last progress."""
         return math.fsum(self.losses) / len(self.losses)
 
     @property
@@ -83,50 +88,36 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class EpochFinished:
+class EpochFinished(Event):
     """All ranks have finished an epoch."""
 
     last: Progress
 
 
 @dataclass(frozen=True)
-class Validated:
-    """An epoch's checkpoint was evaluated on the validation set, by a task or by the workers."""
+class Validated(Event):
+    """An epoch's checkpoint was evaluated on the validation split, by a task or by the workers."""
 
     epoch: int  # counted from 1
     values: Mapping[str, float]  # loss and metrics
     seconds: float
-    is_beside: bool = True  # whether the training went on meanwhile
+    is_beside: bool = True  # whether training continued meanwhile
 
 
 @dataclass(frozen=True)
-class StoppedEarly:
-    """The training is over before its last epoch, since validation has not been better for long enough."""
+class StoppedEarly(Event):
+    """Training has ended before its last epoch: by early stopping, or by a callback."""
 
     epoch: int  # the last, counted from 1
     best_epoch: int
 
 
 @dataclass(frozen=True)
-class TrialEnded:
+class TrialEnded(Event):
     """A trial of a sweep has ended."""
 
     number: int  # counted from 1
-    settings: Mapping[str, Any]  # those that are searched, and the seed
+    settings: Mapping[str, Any]  # the searched settings and the seed
     state: str
     has_failed: bool
-    values: Mapping[str, float]  # its figures in sweep.csv, as far as there are any
-
-
-Event = (
-    ControllerStarted
-    | Started
-    | WorkersLost
-    | NodeLeaving
-    | Stopping
-    | Progress
-    | EpochFinished
-    | Validated
-    | StoppedEarly
-    | TrialEnded
-)
+    values: Mapping[str, float]  # its columns of sweep.csv, without those that are NaN

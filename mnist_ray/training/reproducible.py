@@ -1,9 +1,9 @@
 """Gradients whose bits do not depend on the number of workers: ``--reproducible``.
 
-The last bits of a sum depend on the order of its additions. Here a global batch is cut into a fixed number of chunks
-for any number of ranks; the gradient of each is computed by itself, on one thread, and the gradients are added up
-along one fixed tree over the chunks. Each rank adds up what it can of its own chunks, and the rest is exchanged.
-The chunks are those of EasyScale (https://arxiv.org/abs/2208.14228) and VirtualFlow (https://arxiv.org/abs/2009.09523).
+The last bits of a sum depend on the order of its additions. Here each global batch is cut into a fixed number of
+chunks. Each chunk's gradient is computed separately, on one thread, and the gradients are added up along a fixed tree
+over the chunks. Each rank adds up the subtrees of its own chunks; then the ranks exchange and add up these sums.
+The idea is that of EasyScale (https://arxiv.org/abs/2208.14228) and VirtualFlow (https://arxiv.org/abs/2009.09523).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from mnist_ray.training.sampler import own_chunks
 
 
 class OtherArithmeticError(JobError):
-    """The ranks' machines would not compute the same bits. Raised on every rank alike."""
+    """The ranks' machines do not compute the same bits. Raised on every rank alike."""
 
 
 def check_arithmetic(world_size: int) -> None:
-    """Check that all ranks compute alike. Raises OtherArithmeticError if the bits would depend on who computes."""
+    """Raise OtherArithmeticError if results could depend on which rank computes them."""
     of_ranks: list[tuple[str, dict[str, list[str]]]] = [(socket.gethostname(), arithmetic())] * world_size
     if world_size > 1:
         dist.all_gather_object(of_ranks, of_ranks[0])
@@ -39,7 +39,7 @@ def check_arithmetic(world_size: int) -> None:
         for name, values in own.items():
             if values != first[name]:
                 raise OtherArithmeticError(
-                    f"--reproducible needs machines that compute alike, by versions, processor and caches: "
+                    f"--reproducible needs machines with the same versions, processor and caches: "
                     f"{first_host} has {_but(first[name], values)}, {host} has {_but(values, first[name])}"
                 )
 
@@ -48,12 +48,8 @@ def _but(values: Sequence[str], others: Sequence[str]) -> str:
     return " ".join(value for value in values if value not in others) or "less"
 
 
-Exchange = Callable[[Tensor], Tensor]
-"""Turns this rank's rows, one a subtree, into their sum with those of the other ranks; the same on each."""
-
-
 class Subtree(NamedTuple):
-    """The sum over 2^``level`` neighbouring chunks, those from ``number`` × 2^``level`` on."""
+    """The sum over 2^``level`` neighbouring chunks, from chunk ``number`` × 2^``level`` on."""
 
     level: int
     number: int
@@ -61,10 +57,9 @@ class Subtree(NamedTuple):
 
 
 def added_up(nodes: Iterable[Subtree]) -> list[Subtree]:
-    """Add neighbours up as far as they are the halves of one subtree.
+    """Add up neighbours that are the two halves of a subtree. ``nodes`` cover neighbouring chunks, in order.
 
-    ``nodes`` are those of neighbouring chunks, in order. Each returned sum has the same bits, however many additions
-    were made before, here or elsewhere.
+    The bits of each sum do not depend on which rank makes which of its additions.
     """
     grown: list[Subtree] = []
     for node in nodes:
@@ -75,10 +70,10 @@ def added_up(nodes: Iterable[Subtree]) -> list[Subtree]:
 
 
 class Chunks:
-    """Collects the gradients of this rank's chunks, and turns them into those of the whole batch.
+    """Collects the gradients of this rank's chunks and turns them into those of the global batch.
 
-    A model's buffers, as the running statistics of batch normalization, are the same at the beginning of each chunk of
-    a step; the step changes them by the mean of its chunks' changes.
+    Every chunk of a step starts with the same buffers (such as the running statistics of batch normalization). The step
+    changes them by the mean of the chunks' changes.
     """
 
     def __init__(self, model: nn.Module, num_chunks: int, rank: int, world_size: int) -> None:
@@ -90,8 +85,8 @@ class Chunks:
         self._dtype = functools.reduce(torch.promote_types, (p.dtype for p in self._parameters), torch.float32)
         self._nodes: list[Subtree] = []
 
-    def take(self, chunk: int, sums: Mapping[str, Tensor]) -> None:
-        """Take the gradients that a chunk's backward pass has left in the model, and ``sums`` over its examples."""
+    def collect(self, chunk: int, sums: Mapping[str, Tensor]) -> None:
+        """Move a chunk's gradients out of the model, and collect the ``sums`` over its examples."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         changes = [buffer.double() - before for buffer, before in zip(self._buffers, self._before, strict=True)]
         vector = torch.cat([part.reshape(-1).to(self._dtype) for part in (*gradients, *changes, *sums.values())])
@@ -101,38 +96,36 @@ class Chunks:
             parameter.grad = None
         self._set_buffers(self._before)
 
-    def give(self) -> dict[str, Tensor]:
-        """Give the model the gradients and buffers of the whole batch; return the sums over its examples.
+    def apply(self) -> dict[str, Tensor]:
+        """Put the global batch's gradients and buffers into the model; return the sums over its examples.
 
-        Rank 0 returns them; the others return zeros, so that a sum over the ranks counts each example once.
+        Ranks other than 0 return zeros, so that a sum over the ranks counts each example once.
         """
         total = self._exchange(torch.stack([node.vector for node in self._nodes]))
         self._nodes = []
-        parts = [*self._parameters, *self._buffers, *(torch.empty(()) for _ in self._names)]
-        values = torch.split(total, [part.numel() for part in parts])
+        sizes = [tensor.numel() for tensor in (*self._parameters, *self._buffers)] + [1] * len(self._names)
+        values = torch.split(total, sizes)
         for parameter, value in zip(self._parameters, values, strict=False):
             parameter.grad = torch.empty_like(parameter).copy_(value.view_as(parameter))  # in the parameter's layout
-        changes = values[len(self._parameters) :]
-        self._set_buffers(
-            [
-                before + change.view_as(before).double() / self._num_chunks
-                for before, change in zip(self._before, changes, strict=False)
-            ]
-        )
+        changes = zip(self._before, values[len(self._parameters) :], strict=False)
+        self._set_buffers([old + change.view_as(old).double() / self._num_chunks for old, change in changes])
         self._before = self._copied_buffers()
-        sums = values[len(values) - len(self._names) :] if self._rank == 0 else [torch.zeros(1)] * len(self._names)
+        sums = values[-len(self._names) :] if self._rank == 0 else [torch.zeros(1)] * len(self._names)
         return {name: value[0] for name, value in zip(self._names, sums, strict=True)}
 
     def _copied_buffers(self) -> list[Tensor]:
-        return [buffer.to(torch.float64, copy=True) for buffer in self._buffers]  # exact, also for counters
+        return [buffer.to(torch.float64, copy=True) for buffer in self._buffers]  # exact for counters, too
 
     def _set_buffers(self, values: Sequence[Tensor]) -> None:
         for buffer, value in zip(self._buffers, values, strict=True):
             buffer.copy_(value)
 
     @functools.cached_property
-    def _exchange(self) -> Exchange:
-        """How the ranks add up; settled at the first step, on all ranks at once, when the vectors' length is known."""
+    def _exchange(self) -> Callable[[Tensor], Tensor]:
+        """Turns this rank's rows, one per subtree, into the sum over all ranks' rows; the same on every rank.
+
+        Created at the first step, on all ranks at once, when the rows' length is known.
+        """
         none = torch.empty(0)
         of_ranks = [
             added_up(Subtree(0, chunk, none) for chunk in own_chunks(self._num_chunks, rank, self._world_size))
@@ -149,15 +142,15 @@ class Chunks:
         size, num_rows = len(self._nodes[0].vector), [len(nodes) for nodes in of_ranks]
         memory = shared_memory.open_together(num_rows, size) if self._dtype == torch.float32 else None
         if memory is not None:
-            exchanged = shared_memory.Exchanged(memory, self._rank, num_rows, size)
+            exchanged = shared_memory.Exchange(memory, self._rank, num_rows, size)
             return lambda rows: total(exchanged(rows))
         return functools.partial(_total_by_slices, total, num_rows)
 
 
-def _total_by_slices(total: Exchange, num_rows: Sequence[int], rows: Tensor) -> Tensor:
-    """Add up through the process group: each rank a slice of all rows, then everybody gets all slices.
+def _total_by_slices(total: Callable[[Tensor], Tensor], num_rows: Sequence[int], rows: Tensor) -> Tensor:
+    """Add up through the process group: each rank adds up one slice of all rows, then all ranks gather the slices.
 
-    ``rows`` is (rows of this rank, size), ``num_rows`` tells how many each rank has.
+    ``rows`` is (rows of this rank, size); ``num_rows`` are the rows of each rank.
     """
     world_size, (_, size) = len(num_rows), rows.shape
     length = math.ceil(size / world_size)

@@ -12,7 +12,7 @@ import numpy as np
 
 from mnist_ray.workload.order import Shuffled
 
-_DRAWN_AT_ONCE = 2**13  # examples of an epoch's order: drawing one at a time is 100 times slower
+_DRAWN_AT_ONCE = 2**13  # examples of an epoch's order; drawing them one by one is 100 times slower
 
 
 class Slice(NamedTuple):
@@ -20,11 +20,11 @@ class Slice(NamedTuple):
 
     indices: np.ndarray
     global_size: int = 0  # examples of the whole batch over all ranks; 0 in an evaluation
-    ends_step: bool = True  # whether no other piece of the same batch follows on this rank
+    ends_step: bool = True  # whether this is the rank's last piece of the batch
 
 
 def own_chunks(num_chunks: int, rank: int, world_size: int) -> range:
-    """Return a rank's chunks of each batch: contiguous; ranks differ by at most one."""
+    """Return a rank's chunks of each batch: contiguous; their numbers differ by at most one between ranks."""
     return range(num_chunks * rank // world_size, num_chunks * (rank + 1) // world_size)
 
 
@@ -33,9 +33,9 @@ class ShardedBatchSampler:
     """One rank's slices of an epoch's global batches.
 
     The global batches depend on (seed, epoch) only, never on the number of ranks: the epoch's order is cut into
-    batches, and rank r of w takes the r-th of w slices of each. So a run may go on with other workers, at any
-    ``first_step``, and see the batches it would have seen. All ranks get the same number of slices. A slice is yielded
-    in several pieces if it exceeds ``piece_size`` examples. With ``num_chunks``, batches are cut into chunks instead,
+    batches, and rank r of w takes the r-th of w slices of each. So a run can resume at any ``first_step`` with any
+    number of workers and see the same batches. All ranks get the same number of slices. A slice of more than
+    ``piece_size`` examples is yielded in pieces. With ``num_chunks``, batches are cut into chunks instead of slices,
     and each of a rank's chunks is a piece.
     """
 

@@ -1,8 +1,8 @@
 """Gradients summed through shared memory, if all ranks are on one machine.
 
-For a small network on few cores the sum over the ranks costs as much as the gradients themselves: gloo sends them over
-TCP and waits in the kernel. Here each rank writes its gradients into memory that all see, polls the others' counters,
-and adds the gradients up itself, in the order of the ranks. (`benchmarks/README.md` measures the difference.)
+For a small network on few cores, gloo's sum over the ranks takes as long as the gradients themselves: it sends them
+over TCP and waits in the kernel. Here each rank writes its gradients into shared memory, polls the others' counters,
+and adds up the gradients itself, in the order of the ranks. (`benchmarks/README.md` measures the difference.)
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 _FOLDER = Path("/dev/shm")
-_MOST_BYTES = 64 * 2**20  # beyond, bandwidth counts and not latency: gloo does as well
-_CACHE_LINE = 64  # bytes; each rank's counter has one of its own
-_PATIENT_AFTER_S = 0.002  # of looking; from then on the others get the core
+_MOST_BYTES = 64 * 2**20  # above, bandwidth counts and not latency: gloo is as fast
+_CACHE_LINE = 64  # bytes; each rank's counter has its own
+_YIELDS_AFTER_S = 0.002  # of polling; then other processes get the core
 
 
-def use_where_possible(model: DistributedDataParallel) -> bool:
-    """Let a model's gradients go through shared memory if every rank sees the same; return whether they do.
+def use_if_possible(model: DistributedDataParallel) -> bool:
+    """Sum a model's gradients through shared memory if all ranks can; return whether they do. All ranks must call it.
 
-    All ranks must call it. A model with parameters that are not float32 is left to gloo.
+    Models with parameters that are not float32 are left to gloo.
     """
     if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
         return False
@@ -39,9 +39,9 @@ def use_where_possible(model: DistributedDataParallel) -> bool:
     memory = open_together(num_rows, size)
     if memory is None:
         return False
-    exchanged = Exchanged(memory, dist.get_rank(), num_rows, size)
+    exchanged = Exchange(memory, dist.get_rank(), num_rows, size)
 
-    def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP reads annotations, and not those of the future
+    def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP cannot read postponed annotations
         gradients = bucket.buffer()
         torch.sum(exchanged(gradients.div_(dist.get_world_size())[None]), 0, out=gradients)
         done: torch.futures.Future[Tensor] = torch.futures.Future()
@@ -57,16 +57,11 @@ def is_supported() -> bool:
     return sys.platform == "linux" and platform.machine() == "x86_64"
 
 
-def num_bytes(num_rows: Sequence[int], size: int) -> int:
-    """Return the memory for rows of up to ``size`` float32: a counter a rank, and two places for each row.
+class Exchange:
+    """Exchanges rows of float32 between ranks. All ranks make the same calls, with rows of the same length.
 
-    ``num_rows`` tells how many rows each rank brings.
+    ``num_rows`` are the rows of each rank; ``size`` is the length of the longest.
     """
-    return len(num_rows) * _CACHE_LINE + 2 * sum(num_rows) * size * 4
-
-
-class Exchanged:
-    """Shows every rank the rows of all. Every rank calls it with rows of the same length, in one order."""
 
     def __init__(self, memory: mmap.mmap, rank: int, num_rows: Sequence[int], size: int) -> None:
         counters = np.frombuffer(memory, np.int64, len(num_rows) * _CACHE_LINE // 8)
@@ -78,38 +73,35 @@ class Exchanged:
         self._calls = 0
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Return the rows of all ranks, in the ranks' order, to be read before the next call."""
+        """Return the rows of all ranks, in the ranks' order; valid until the next call."""
         self._calls += 1
-        # Two places in turn: a rank that is a call ahead writes where nobody reads any more; none can be further ahead.
-        places = self._rows[self._calls % 2, :, : rows.shape[1]]
-        places[self._own].copy_(rows)
+        # Two buffers in turn. A rank can be one call ahead, never two, so nobody reads the buffer that it writes.
+        buffer = self._rows[self._calls % 2, :, : rows.shape[1]]
+        buffer[self._own].copy_(rows)
         self._counters[self._rank] = self._calls
-        self._wait()
-        return places
-
-    def _wait(self) -> None:
         start = time.perf_counter()
         while (self._counters < self._calls).any():
-            time.sleep(0 if time.perf_counter() - start < _PATIENT_AFTER_S else 5e-5)
+            time.sleep(0 if time.perf_counter() - start < _YIELDS_AFTER_S else 5e-5)
+        return buffer
 
 
 def open_together(num_rows: Sequence[int], size: int) -> mmap.mmap | None:
-    """Return memory that all ranks share, zeroed; None on every rank if one of them cannot have it.
+    """Return zeroed memory for ``Exchange``, shared by all ranks; None on every rank if one of them cannot have it.
 
     All ranks must call it.
     """
-    length = num_bytes(num_rows, size)
+    length = len(num_rows) * _CACHE_LINE + 2 * sum(num_rows) * size * 4
     created = _create(length) if dist.get_rank() == 0 and length <= _MOST_BYTES and is_supported() else None
     try:
         names = [created and created.name]
         dist.broadcast_object_list(names, src=0)
         memory = _map(_FOLDER / names[0]) if names[0] and is_supported() else None
-        seen = torch.tensor(int(memory is not None))
-        dist.all_reduce(seen, dist.ReduceOp.MIN)
+        has_all = torch.tensor(int(memory is not None))
+        dist.all_reduce(has_all, dist.ReduceOp.MIN)
     finally:
         if created:
-            created.unlink()  # it lives on for those who have it open, and goes with them
-    return memory if seen.item() else None
+            created.unlink()  # the memory stays until the last rank has closed it
+    return memory if has_all.item() else None
 
 
 def _create(length: int) -> Path | None:
@@ -119,8 +111,8 @@ def _create(length: int) -> Path | None:
         return None
     with open(descriptor, "wb") as file:
         try:
-            os.posix_fallocate(file.fileno(), 0, length)  # not found missing later, in the middle of a sum
-        except OSError:  # no room
+            os.posix_fallocate(file.fileno(), 0, length)  # a full memory would otherwise kill the process later
+        except OSError:
             os.unlink(path)
             return None
     return Path(path)

@@ -1,5 +1,4 @@
 import base64
-import dataclasses
 import html
 import io
 import json
@@ -16,7 +15,6 @@ from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist import idx
 from mnist_ray.report import page
-from mnist_ray.report.page import comparison
 from mnist_ray.report.run_files import RunRecord, read_csv, workload_of
 from mnist_ray.run.history import History, write_predictions
 from mnist_ray.settings import json_lines, values_of
@@ -34,7 +32,7 @@ RUN_PICTURES = ["loss", "accuracy", "confusion", "classes", "predictions", "mist
 
 
 class Page:
-    """What a page shows: its images, as content and alternative text, its table rows, and whatever it would fetch."""
+    """The content of a page: its images with their alternative texts, table rows, and the addresses that it fetches."""
 
     def __init__(self, text: str) -> None:
         self.images = re.findall(r'<img [^>]*src="data:image/png;base64,([^"]*)" alt="([^"]*)"', text)
@@ -45,7 +43,7 @@ class Page:
 
 @pytest.fixture
 def unfinished_run(finished_run: Path, tmp_path: Path) -> Path:
-    """What the finished run would have left, had it been interrupted in its second epoch."""
+    """The files of the finished run as an interruption in its second epoch would leave them."""
     folder = tmp_path / "unfinished"
     folder.mkdir()
     shutil.copy(finished_run / "config.json", folder)
@@ -77,7 +75,7 @@ def point(learning_rate: float) -> Point:
     return Point((("batch_size", 32), ("learning_rate", learning_rate)), 0)
 
 
-def test_a_run_leaves_one_page_with_all_its_pictures(finished_run: Path) -> None:
+def test_a_run_has_one_page_with_all_its_pictures(finished_run: Path) -> None:
     text = (finished_run / "report.html").read_text()
     page = Page(text)
     assert page.fetched == []
@@ -92,7 +90,7 @@ def test_a_run_leaves_one_page_with_all_its_pictures(finished_run: Path) -> None
     assert ["ray", result["versions"]["ray"]] in page.rows
 
 
-def test_predictions_are_those_that_the_result_counts(finished_run: Path, test_images: Split) -> None:
+def test_predictions_csv_agrees_with_the_result(finished_run: Path, test_images: Split) -> None:
     rows = read_csv(at(finished_run), "predictions.csv")
     labels, predicted, probabilities = (
         np.array([float(row[name]) for row in rows]) for name in ("label", "prediction", "probability")
@@ -104,28 +102,24 @@ def test_predictions_are_those_that_the_result_counts(finished_run: Path, test_i
     assert probabilities.max() <= 1
 
 
-def test_an_interrupted_run_has_a_report_of_what_there_is(unfinished_run: Path, test_images: Split) -> None:
-    assert list(write(at(unfinished_run), test_images)) == ["loss", "accuracy", "seconds"]
-    text = (unfinished_run / "report.html").read_text()
-    assert "not finished: 1 of 2 epochs" in text
-    page = Page(text)
-    assert "nan" not in str(page.rows) + str([alt for _, alt in page.images])
+def test_an_interrupted_run_has_a_report(unfinished_run: Path, test_images: Split, tmp_path: Path) -> None:
+    before_first_step = locate(str(tmp_path), "run")
+    before_first_step.write_text("config.json", json_lines(values_of(TrainConfig(), WorkerConfig())))
+    for run, test, num_epochs in ((at(unfinished_run), test_images, 1), (before_first_step, None, 0)):
+        assert list(write(run, test)) == ["loss", "accuracy", "seconds"]
+        text = run.read_text("report.html") or ""
+        assert f"not finished: {num_epochs} of 2 epochs" in text
+        page = Page(text)
+        assert "nan" not in str(page.rows) + str([alt for _, alt in page.images])
 
 
-def test_an_interrupted_sweeps_report_says_how_to_go_on_with_the_sweep(unfinished_run: Path) -> None:
+def test_an_interrupted_sweeps_report_says_how_to_resume_the_sweep(unfinished_run: Path) -> None:
     (unfinished_run / "sweep.csv").write_text(trials(TrialRecord(1, point(1e-3), DONE, 1.0, 0.9, 0.3)))
     run_main("report", str(unfinished_run))
     assert "python jobs/tune.py --resume --run-name unfinished" in (unfinished_run / "report.html").read_text()
 
 
-def test_a_run_interrupted_before_its_first_step_has_a_report(tmp_path: Path) -> None:
-    run = locate(str(tmp_path), "run")
-    run.write_text("config.json", json_lines(values_of(TrainConfig(), WorkerConfig())))
-    assert list(write(run)) == ["loss", "accuracy", "seconds"]
-    assert "not finished: 0 of 2 epochs" in (tmp_path / "run" / "report.html").read_text()
-
-
-def test_the_job_makes_the_same_report_again(finished_run: Path) -> None:
+def test_the_command_writes_the_same_report_again(finished_run: Path) -> None:
     before = (finished_run / "report.html").read_text()
     done = run_job("report.py", str(finished_run))
     assert (done.returncode, done.stdout) == (0, f"report {finished_run}/report.html\n"), done.stderr
@@ -175,25 +169,13 @@ def test_a_sweeps_report_has_its_trials_best_first(finished_run: Path, tmp_path:
     assert places == ["2", "1"]
 
 
-def test_names_cannot_put_markup_into_the_page(finished_run: Path) -> None:
-    record = RunRecord.read(at(finished_run), mnist())
-    config: dict[str, Any] = record.config | {"data_dir": "<script>alert(1)</script>"}
-    text = comparison([record, dataclasses.replace(record, config=config)]).to_html()
-    assert "<script" not in text
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
-
-
-def test_code_in_the_storage_that_is_looked_in_is_not_loaded(tmp_path: Path) -> None:
+def test_a_run_with_untrusted_code_or_without_settings_is_refused(tmp_path: Path) -> None:
     run = locate(str(tmp_path), "run")
     run.write_text("config.json", json_lines({"num_epochs": 1, "workload": str(tmp_path / "steals.py")}))
     with pytest.raises(UsageError, match="code that may have come with a run"):
         workload_of(run, None, str(tmp_path))
-
-
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"is no run: it has no config\.json"):
         RunRecord.read(locate(str(tmp_path), "nothing"), mnist())
-    run = locate(str(tmp_path), "run")
     run.write_text("config.json", "{")
     with pytest.raises(JobError, match=r"config\.json is damaged: .*; put it back, or start another run"):
         RunRecord.read(run, mnist())
@@ -227,19 +209,16 @@ def tested_run(tmp_path: Path) -> RunFolder:
 def test_a_damaged_file_of_a_run_is_left_out_and_named(tested_run: RunFolder, name: str, content: bytes) -> None:
     assert RunRecord.read(tested_run, mnist()).notes == []
     tested_run.write_bytes(name, content)
-    if name == "sweep.csv":
-        shown = sections(tested_run, type(mnist()))
-        assert (shown.pictures, shown.tables) == ((), ())
-    notes = shown.notes if name == "sweep.csv" else RunRecord.read(tested_run, mnist()).notes
-    assert [note.partition(" is damaged: ")[0] for note in notes] == [tested_run.inside(name).uri]
+    found = sections(tested_run, type(mnist())) if name == "sweep.csv" else RunRecord.read(tested_run, mnist())
+    assert [note.partition(" is damaged: ")[0] for note in found.notes] == [tested_run.inside(name).uri]
 
 
 def test_a_report_of_damaged_files_says_so(tested_run: RunFolder) -> None:
     notes: list[str] = []
     for name in ("result.json", "sweep.csv"):
         tested_run.write_text(name, "")
-    shown = page.write(tested_run, mnist(), "", None, sections(tested_run, type(mnist())), notes.append)
-    assert list(shown) == ["loss", "accuracy", "seconds"]
+    found = page.write(tested_run, mnist(), "", None, sections(tested_run, type(mnist())), notes.append)
+    assert list(found) == ["loss", "accuracy", "seconds"]
     text = tested_run.read_text("report.html") or ""
     assert "not finished" in text
     assert len(notes) == 2
@@ -249,7 +228,7 @@ def test_a_report_of_damaged_files_says_so(tested_run: RunFolder) -> None:
 @pytest.mark.parametrize(
     "changes", [{"seconds": None}, {"test_accuracy": "good"}, {"images_per_s": []}, {"checkpoint": None}]
 )
-def test_a_result_of_another_shape_counts_as_none(tested_run: RunFolder, changes: dict[str, Any]) -> None:
+def test_a_result_with_wrong_types_is_left_out(tested_run: RunFolder, changes: dict[str, Any]) -> None:
     result = tested_run.read_json("result.json")
     tested_run.write_text("result.json", json_lines({**(result or {}), **changes}))
     record = RunRecord.read(tested_run, mnist())
@@ -257,7 +236,7 @@ def test_a_result_of_another_shape_counts_as_none(tested_run: RunFolder, changes
     assert len(record.notes) == 1
 
 
-def test_a_picture_that_cannot_be_drawn_is_a_note_and_the_others_are_drawn(
+def test_a_picture_that_cannot_be_drawn_becomes_a_note(
     tested_run: RunFolder, few_images: Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*given: Any) -> None:
@@ -275,7 +254,7 @@ def test_a_picture_that_cannot_be_drawn_is_a_note_and_the_others_are_drawn(
     assert "no pictures of the test: TypeError: bytes is no mnist_ray.workload.Picture" in notes[-1]
 
 
-def test_the_workload_of_a_run_does_not_need_its_origin(tested_run: RunFolder) -> None:
+def test_a_runs_workload_is_found_without_its_origin(tested_run: RunFolder) -> None:
     assert workload_of(tested_run, None).metadata == METADATA
     tested_run.write_text("origin.json", "{")
     assert workload_of(tested_run, None).metadata == {}  # which the data fill in
@@ -306,8 +285,11 @@ def test_a_browser_shows_the_page_without_overflow_or_errors(
     assert problems == []
 
 
-def test_a_page_shows_no_secrets() -> None:
-    origin = Table("Origin", (), [("command_line", "train --storage-path http://user:password@host")])
-    text = page.Page("a run", "go on with s3://KEY:SECRET@bucket?token=SECRET&region=us", tables=[origin]).to_html()
+def test_a_page_shows_no_secrets_and_escapes_markup() -> None:
+    rows = [("command_line", "train --storage-path http://user:password@host"), ("data_dir", "<script>alert(1)</script>")]
+    status = "To resume: s3://KEY:SECRET@bucket?token=SECRET&region=us"
+    text = page.Page("a run", status, tables=[Table("Origin", (), rows)]).to_html()
     assert "train --storage-path http://***@host<" in text
-    assert "go on with s3://***@bucket?token=***&amp;region=us<" in text
+    assert "To resume: s3://***@bucket?token=***&amp;region=us<" in text
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text

@@ -36,7 +36,7 @@ def program_of(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 @pytest.mark.parametrize(("kind", "suffix"), [("torch", ".pt2"), ("onnx", ".onnx")])
-def test_an_exported_program_does_what_the_checkpoint_does(
+def test_an_exported_program_computes_the_same_as_the_checkpoint(
     kind: str,
     suffix: str,
     finished_run: Path,
@@ -65,7 +65,7 @@ def test_the_check_sees_another_model(model: torch.nn.Module, few_images: Arrays
     assert math.isnan(export.largest_difference(model, other, images))
 
 
-def test_a_checkpoint_whose_data_are_elsewhere_is_exported_and_not_checked(
+def test_without_the_data_a_checkpoint_is_exported_unchecked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workload = mnist(data_dir=Path("/nowhere"))

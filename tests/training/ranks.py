@@ -1,4 +1,4 @@
-"""Trainings on one to four ranks, each a process: through shared memory, as on one machine, then through gloo alone."""
+"""Trainings on one to four ranks, each a process: through shared memory, then through gloo."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Training = Callable[[Group, Arrays, Path], None]
 
 
 def call_on_ranks(pool: ProcessPoolExecutor, function: Callable[..., None], *args: Any) -> None:
-    """Call a function in as many processes at once as there may be ranks, each with its rank before ``args``."""
+    """Call ``function(rank, *args)`` in one process per possible rank, at the same time."""
     for future in [pool.submit(_called, function, rank, *args) for rank in range(max(WORLD_SIZES))]:
         future.result()
 
@@ -34,11 +34,11 @@ def _called(function: Callable[..., None], rank: int, *args: Any) -> None:
         function(rank, *args)
     except Exception:
         traceback.print_exc()
-        os._exit(1)  # the others wait for this rank: the pool ends them
+        os._exit(1)  # the other ranks wait for this one; a broken pool ends them
 
 
 def train_both_ways(pool: ProcessPoolExecutor, training: Training, split: Arrays, folder: Path) -> Path:
-    """Call ``training`` on each rank of each world size, with a folder for each way; return what holds these."""
+    """Call ``training`` on each rank of each world size, with a folder for each way; return ``folder``."""
     for way in WAYS:
         (folder / way).mkdir()
     call_on_ranks(pool, _train_as_rank, training, split, folder)

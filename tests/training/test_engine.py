@@ -18,8 +18,9 @@ from mnist_ray.training import engine
 from mnist_ray.training.batches import Batch
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
+from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.sampler import ShardedBatchSampler
-from mnist_ray.training.state import Group, StopWantedError, TrainingDivergedError, TrainingState
+from mnist_ray.training.state import Group, StopWantedError, TrainingState
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import mnist
 from tests.training.hooks import Hooks
@@ -39,6 +40,12 @@ def weights_after(config: TrainConfig, split: Arrays, *callbacks: Callback) -> d
     return trained(config, split, *callbacks).model.state_dict()
 
 
+def plain_results(images: Arrays) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the untrained model's logits and the labels of all images."""
+    model = engine.create_state(mnist(), CONFIG, len(images), CPU).model
+    return model(mnist().prepare(torch.tensor(images.inputs), None)), torch.tensor(images.targets).long()
+
+
 def largest_difference(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
     return max((weights[name] - others[name]).abs().max().item() for name in weights)
 
@@ -47,14 +54,14 @@ def largest_difference(weights: dict[str, torch.Tensor], others: dict[str, torch
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05),
-    # Adam divides a gradient by its own size: with its usual eps of 1e-8, a gradient that is nothing but rounding
-    # moves a weight by a whole step, and the network takes it from there (up to 1.5e-2 after 30 steps, where each
-    # step's gradients agree to 3e-8). With eps well above the rounding, Adam's moments are tested, not its chaos.
+    # Adam divides a gradient by its size: with the usual eps of 1e-8, a gradient of mere rounding errors moves a weight
+    # by a whole step, and the error grows (to 1.5e-2 after 30 steps, although the gradients of a step agree to 3e-8).
+    # With eps well above the rounding, the test is about Adam's moments, not about its chaos.
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3, eps=1e-4),
 }
-# Images and settings of 30 steps each: even slices; slices of 2 and 3 images; some ranks with no image at all; a
-# smaller last batch; slices in pieces, of which some ranks have one more than others; gradients that are all cut down;
-# smoothed targets, with an average of the weights; a callback that changes the gradients.
+# Images and settings of 30 steps each: even slices; slices of 2 and 3 images; some ranks without an image; a smaller
+# last batch; slices in pieces, some ranks with one more than others; gradients that are all clipped; smoothed targets,
+# with an EMA; a callback that changes the gradients.
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "even": (480, {"batch_size": 16}),
     "uneven": (240, {"batch_size": 8}),
@@ -66,15 +73,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "called": (470, {"batch_size": 16}),
 }
 
-# Each case with plain steps; with Adam's, which remember, those that sum up gradients or average weights in other ways.
+# All cases with SGD, some with Adam, whose moments remember earlier gradients.
 TRAINED = [("sgd", case) for case in CASES] + [("adam", case) for case in ("even", "pieces", "averaged")]
-
-
-class Decays(Callback):
-    """Pulls the weights to zero."""
-
-    def on_gradients(self, state: TrainingState) -> None:
-        add_weights_to_gradients(state.model)
 
 
 def add_weights_to_gradients(model: nn.Module) -> None:
@@ -84,12 +84,12 @@ def add_weights_to_gradients(model: nn.Module) -> None:
 
 
 def callbacks_of(case: str) -> list[Callback]:
-    return [Decays()] if case == "called" else []
+    return [Hooks(on_gradients=lambda state: add_weights_to_gradients(state.model))] if case == "called" else []
 
 
 def config_of(case: str) -> TrainConfig:
-    # Not every order will do: with seed 0, an activation of step 26 is so close to a kink of ReLU or pooling that the
-    # rounding decides its side, and the weights differ by 1.2e-5 from there on, by 1.5e-8 before.
+    # Not with seed 0: an activation of step 26 is so close to a kink of ReLU or pooling that rounding decides its side,
+    # and the weights differ by 1.2e-5 from there on, by 1.5e-8 before.
     return replace(CONFIG, schedule="constant", seed=1, **CASES[case][1])
 
 
@@ -125,7 +125,7 @@ def test_any_number_of_processes_ends_with_the_same_weights(
 ) -> None:
     alone = load_file(gloo_weights / f"{optimizer}-{case}-1")
     together = load_file(gloo_weights / f"{optimizer}-{case}-{world_size}")
-    # Adam: rounding of 1e-8 over eps, times the learning rate, is 1e-7 a step; 30 steps feed it back into each other.
+    # Adam: rounding of 1e-8 / eps × learning rate is 1e-7 per step, and 30 steps amplify it.
     assert largest_difference(together, alone) < {"sgd": 1e-5, "adam": 1e-4}[optimizer]
 
 
@@ -156,9 +156,7 @@ def train_plainly(case: str, optimizer: str, few_images: Arrays) -> tuple[dict[s
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("case", ["pieces", "clipped", "averaged", "called"])
-def test_what_a_case_asks_for_is_what_a_plain_loop_does(
-    gloo_weights: Path, case: str, world_size: int, few_images: Arrays
-) -> None:
+def test_each_case_agrees_with_a_plain_loop(gloo_weights: Path, case: str, world_size: int, few_images: Arrays) -> None:
     expected, norms = train_plainly(case, "sgd", few_images)
     assert largest_difference(load_file(gloo_weights / f"sgd-{case}-{world_size}"), expected) < 1e-5
     if case == "clipped":
@@ -174,7 +172,7 @@ def test_thirty_steps_move_the_weights_far_beyond_the_tolerance(gloo_weights: Pa
 # --- one process ---
 
 
-def test_a_slices_gradient_is_its_part_of_the_true_mean(few_images: Arrays) -> None:
+def test_the_mean_of_uneven_slices_gradients_is_that_of_the_batch(few_images: Arrays) -> None:
     """Two ranks' gradients, of slices of 3 and 5, have the whole batch's as their mean."""
     images, labels = torch.tensor(few_images.inputs[:8]), torch.tensor(few_images.targets[:8])
 
@@ -192,7 +190,7 @@ def test_a_slices_gradient_is_its_part_of_the_true_mean(few_images: Arrays) -> N
 def test_the_loss_falls_on_one_batch(few_images: Arrays, precision: Any) -> None:
     config = replace(CONFIG, num_epochs=40, batch_size=30, precision=precision)
     losses: list[float] = []
-    hooks = Hooks(progress=lambda progress: losses.extend(progress.losses))
+    hooks = Hooks(on_progress=lambda state, progress: losses.extend(progress.losses))
     weights_after(config, Arrays(few_images.inputs[:30], few_images.targets[:30]), hooks)
     assert len(losses) == 40
     assert losses[0] > 2.2
@@ -207,17 +205,16 @@ def test_a_compiled_model_learns_the_same(few_images: Arrays) -> None:
 
 def test_progress_agrees_with_a_plain_computation(few_images: Arrays) -> None:
     """Without learning, an epoch's sums are those of the initial weights over all images."""
-    config = replace(CONFIG, batch_size=64, learning_rate=1e-30)
+    config = replace(CONFIG, batch_size=1, learning_rate=1e-30)
     seen: list[Progress] = []
-    weights_after(config, few_images, Hooks(progress=seen.append))
-    model = engine.create_state(mnist(), config, 600, CPU).model
-    logits = model(mnist().prepare(torch.tensor(few_images.inputs), None))
-    labels = torch.tensor(few_images.targets).long()
-    so_far = seen[-1].so_far
+    weights_after(config, few_images, Hooks(on_progress=lambda state, progress: seen.append(progress)))
+    (logits, labels), so_far = plain_results(few_images), seen[-1].so_far
     assert seen[-1].num_examples == 600
     assert so_far["accuracy"] == (logits.argmax(1) == labels).sum().item() / 600
     assert so_far["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
-    assert sum(len(progress.losses) for progress in seen) == TrainConfig(batch_size=64).num_steps(600)
+    assert len(seen) > 1
+    assert [progress.step for progress in seen] == np.cumsum([len(progress.losses) for progress in seen]).tolist()
+    assert seen[-1].step == seen[-1].num_steps == 600
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(few_images: Arrays) -> None:
@@ -226,22 +223,17 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(few_images
     assert largest_difference(weights[0], weights[2]) > 0.01
 
 
-def test_checkpoints_come_every_so_many_steps_and_after_each_epoch(few_images: Arrays) -> None:
+def test_checkpoints_are_saved_every_n_steps_and_after_each_epoch(few_images: Arrays) -> None:
     seen: list[tuple[int, int, int, int]] = []
 
     def checkpoint(state: TrainingState, progress: Progress) -> None:
         seen.append((state.epoch, state.step, state.sums.num_examples, progress.num_examples))
 
     config = replace(CONFIG, num_epochs=2, checkpoint_every=10)  # 30 steps an epoch
-    weights_after(config, few_images, Hooks(checkpoint=checkpoint))
-    assert seen == [
-        (0, 10, 200, 200),
-        (0, 20, 400, 400),
-        (1, 0, 0, 600),
-        (1, 10, 200, 200),
-        (1, 20, 400, 400),
-        (2, 0, 0, 600),
-    ]
+    weights_after(config, few_images, Hooks(on_checkpoint=checkpoint))
+    within = [(10, 200, 200), (20, 400, 400)]
+    expected = [[*((epoch, *at) for at in within), (epoch + 1, 0, 0, 600)] for epoch in (0, 1)]
+    assert seen == expected[0] + expected[1]
 
 
 @pytest.mark.parametrize("schedule", ["one-cycle", "constant"])
@@ -271,7 +263,7 @@ def test_the_learning_rate_follows_its_schedule(schedule: str, few_images: Array
         (replace(CONFIG, optimizer="sgd", momentum=0.8), torch.optim.SGD, {"lr": 2e-3, "momentum": 0.8}),
     ],
 )
-def test_the_optimizer_is_the_one_of_that_name(config: TrainConfig, kind: type, options: dict[str, Any]) -> None:
+def test_the_optimizer_is_as_configured(config: TrainConfig, kind: type, options: dict[str, Any]) -> None:
     optimizer = engine.create_state(mnist(), replace(config, schedule="constant"), 600, CPU).optimizer
     assert type(optimizer) is kind
     assert {name: optimizer.param_groups[0][name] for name in options} == options
@@ -287,44 +279,38 @@ def test_the_optimizer_is_the_one_of_that_name(config: TrainConfig, kind: type, 
         ([-math.inf, -math.inf, 0.5], 2, 3),
     ],
 )
-def test_training_stops_where_validation_is_not_better_for_so_many_epochs(
+def test_training_stops_when_validation_stalls(
     few_images: Arrays, scores: list[float], patience: int | None, epochs: int
 ) -> None:
     config = replace(CONFIG, batch_size=600, num_epochs=len(scores), early_stop=patience)
-    hooks = Hooks(checkpoint=lambda state, progress: state.scores.append(scores[state.epoch - 1]))
+    hooks = Hooks(on_checkpoint=lambda state, progress: state.scores.append(scores[state.epoch - 1]))
     state = trained(config, few_images, hooks)
     assert state.epoch == epochs
-    engine.train(mnist(), state, Split(few_images), config, Group(), [hooks])  # as a resumed run does
+    engine.train(mnist(), state, Split(few_images), config, Group(), [hooks])  # like a resumed run
     assert state.epoch == epochs
 
 
-def test_a_callback_is_told_of_each_step_and_epoch_and_may_end_the_training(few_images: Arrays) -> None:
-    told: list[str] = []
+def test_a_callback_is_called_in_order_and_can_end_the_training(few_images: Arrays) -> None:
+    calls: list[str] = []
 
-    class Tells(Callback):
-        def on_start(self, state: TrainingState, group: Group) -> None:
-            told.append(f"start of {group.world_size}")
+    def on_epoch(state: TrainingState, progress: Progress) -> None:
+        calls.append(f"epoch {state.epoch}, loss {progress.so_far['loss'] > 0}")
+        state.ends = state.epoch == 2
 
-        def on_gradients(self, state: TrainingState) -> None:
-            told.append(f"gradients after {state.epoch}/{state.step}")
-
-        def on_step(self, state: TrainingState) -> None:
-            told.append(f"step {state.epoch}/{state.step}")
-
-        def on_progress(self, state: TrainingState, progress: Progress) -> None:
-            told.append(f"progress {progress.epoch}/{progress.step}")
-
-        def on_epoch(self, state: TrainingState, progress: Progress) -> None:
-            told.append(f"epoch {state.epoch}, loss {progress.so_far['loss'] > 0}")
-            state.ends = state.epoch == 2
-
-    trained(replace(CONFIG, batch_size=600, num_epochs=9), few_images, Tells())
+    hooks = Hooks(
+        on_start=lambda state, group: calls.append(f"start of {group.world_size}"),
+        on_gradients=lambda state: calls.append(f"gradients after {state.epoch}/{state.step}"),
+        on_step=lambda state: calls.append(f"step {state.epoch}/{state.step}"),
+        on_progress=lambda state, progress: calls.append(f"progress {progress.epoch}/{progress.step}"),
+        on_epoch=on_epoch,
+    )
+    trained(replace(CONFIG, batch_size=600, num_epochs=9), few_images, hooks)
     each = ["gradients after {0}/0", "step {0}/1", "progress {1}/1", "epoch {1}, loss True"]
-    assert told == ["start of 1", *(line.format(epoch, epoch + 1) for epoch in (0, 1) for line in each)]
+    assert calls == ["start of 1", *(line.format(epoch, epoch + 1) for epoch in (0, 1) for line in each)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_parts_of_an_evaluation_are_whole_batches_and_all_of_them(world_size: int) -> None:
+def test_the_parts_of_an_evaluation_are_all_whole_batches(world_size: int) -> None:
     bounds = engine.split_bounds(550, world_size)
     assert [start for start, _ in bounds] + [550] == [0] + [stop for _, stop in bounds]
     assert all(start % engine.EVALUATION_BATCH_SIZE == 0 for start, _ in bounds)
@@ -340,13 +326,15 @@ def test_the_smallest_runs_work(few_images: Arrays, num_images: int, batch_size:
 
 @pytest.mark.parametrize(
     ("batch_size", "place"),
-    [(10, (0, 10)), (600, (1, 0))],  # an epoch of sixty steps is left within, one of a single step after its end
+    [(10, (0, 10)), (600, (1, 0))],  # within an epoch of sixty steps; after an epoch of one step
 )
-def test_training_that_is_asked_to_stop_saves_and_stops_at_the_next_report(
+def test_training_saves_and_stops_at_the_progress_after_a_request(
     batch_size: int, place: tuple[int, int], few_images: Arrays
 ) -> None:
     saved: list[tuple[int, int]] = []
-    hooks = Hooks(checkpoint=lambda state, progress: saved.append((state.epoch, state.step)), wants_stop=lambda: True)
+    hooks = Hooks(
+        on_checkpoint=lambda state, progress: saved.append((state.epoch, state.step)), wants_stop=lambda: True
+    )
     with pytest.raises(StopWantedError):
         trained(replace(CONFIG, batch_size=batch_size, num_epochs=3), few_images, hooks)
     assert saved == [place]
@@ -361,25 +349,23 @@ def test_a_nan_loss_stops_training_at_its_step(few_images: Arrays) -> None:
             next(state.model.parameters()).data.fill_(float("nan"))
 
     with pytest.raises(TrainingDivergedError, match="not finite at step 8 of epoch 1; try a lower"):
-        trained(replace(CONFIG, checkpoint_every=1), few_images, Hooks(checkpoint=poison))
+        trained(replace(CONFIG, checkpoint_every=1), few_images, Hooks(on_checkpoint=poison))
     assert saved == [1, 2, 3, 4, 5, 6, 7]
 
 
-class Spoils(Callback):
-    def on_epoch(self, state: TrainingState, progress: Progress) -> None:
-        next(state.model.parameters()).data.fill_(math.inf)
+SPOILS = Hooks(on_epoch=lambda state, progress: next(state.model.parameters()).data.fill_(math.inf))
 
 
 @pytest.mark.parametrize(
     ("changes", "callbacks", "step"),
-    [({"checkpoint_every": 1, "learning_rate": 1e39, "schedule": "constant"}, [], 1), ({}, [Spoils()], 30)],
+    [({"checkpoint_every": 1, "learning_rate": 1e39, "schedule": "constant"}, [], 1), ({}, [SPOILS], 30)],
     ids=["by a step", "by a callback"],
 )
 def test_weights_that_are_not_finite_get_into_no_checkpoint(
     few_images: Arrays, changes: dict[str, Any], callbacks: list[Callback], step: int
 ) -> None:
     saved: list[int] = []
-    hooks = Hooks(checkpoint=lambda state, progress: saved.append(state.step))
+    hooks = Hooks(on_checkpoint=lambda state, progress: saved.append(state.step))
     with pytest.raises(TrainingDivergedError, match=f"not finite at step {step} of epoch 1"):
         trained(replace(CONFIG, **changes), few_images, *callbacks, hooks)
     assert saved == []
@@ -409,7 +395,7 @@ def test_outputs_in_a_dict_reach_the_loss_in_fp32_and_measure_without_a_graph(fe
     assert state.epoch == 1
 
 
-def test_auto_precision_is_bf16_just_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_precision_is_bf16_if_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for has_bf16, expected in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(engine, "cpu_has_bf16", lambda answer=has_bf16: answer)
         assert engine.resolve_precision("auto", Group()) == expected
@@ -419,17 +405,8 @@ def test_auto_precision_is_bf16_just_where_the_processor_has_it(monkeypatch: pyt
 def test_evaluation_agrees_with_a_plain_computation(few_images: Arrays) -> None:
     model = engine.create_state(mnist(), CONFIG, 600, CPU).model
     evaluation = engine.evaluate(mnist(), model, Split(few_images))
-    logits = model(mnist().prepare(torch.tensor(few_images.inputs), None))
-    labels = torch.tensor(few_images.targets).long()
+    logits, labels = plain_results(few_images)
     assert evaluation.values(mnist())["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     expected = np.zeros((10, 10), int)
     np.add.at(expected, (few_images.targets, logits.argmax(1).numpy()), 1)
     assert mnist().details(evaluation.columns)["confusion_matrix"] == expected.tolist()
-
-
-def test_sums_over_windows_are_the_epochs(few_images: Arrays) -> None:
-    seen: list[Progress] = []
-    weights_after(replace(CONFIG, batch_size=1), few_images, Hooks(progress=seen.append))
-    assert len(seen) > 1
-    assert [progress.step for progress in seen] == np.cumsum([len(progress.losses) for progress in seen]).tolist()
-    assert seen[-1].num_examples == 600

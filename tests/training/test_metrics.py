@@ -16,15 +16,10 @@ def sums_of(loss: float, right: int, number: int) -> MetricSums:
 def test_sums_add_up_and_are_divided_last() -> None:
     sums = MetricSums() + sums_of(3.0, 1, 2) + sums_of(1.0, 3, 6)
     assert sums.values(mnist()) == {"loss": 0.5, "accuracy": 0.5}
+    assert str(MetricSums().values(mnist())) == "{'loss': nan, 'accuracy': nan}"
 
 
-def test_no_examples_have_no_mean() -> None:
-    figures = MetricSums().values(mnist())
-    assert figures.keys() == {"loss", "accuracy"}
-    assert all(map(math.isnan, figures.values()))
-
-
-def test_merged_parts_give_what_the_whole_gives() -> None:
+def test_merged_parts_equal_the_whole() -> None:
     losses = np.random.default_rng(0).random(7).tolist()
     batches = tuple({"loss": loss, "accuracy": 1.0} for loss in losses)
     columns = {"label": np.arange(14) % 10, "prediction": np.arange(14) % 3, "probability": np.linspace(0.1, 0.9, 14)}
@@ -40,7 +35,7 @@ def test_merged_parts_give_what_the_whole_gives() -> None:
         np.testing.assert_array_equal(merged.columns[name], values)
 
 
-def test_a_classs_accuracy_is_none_where_it_has_no_examples() -> None:
+def test_the_accuracy_of_a_class_without_examples_is_none() -> None:
     columns = {"label": np.array([0, 0, 1]), "prediction": np.array([0, 1, 1]), "probability": np.ones(3)}
     result = Evaluation(({"loss": 1.5, "accuracy": 2.0},), 3, columns).to_dict(mnist())
     assert result["test_accuracy_per_class"] == [0.5, 1.0, *[None] * 8]
@@ -58,7 +53,7 @@ def test_a_classs_accuracy_is_none_where_it_has_no_examples() -> None:
         ({"m": 0.5, "loss": 1.0}, {"m": 0.5, "loss": math.inf}, "max"),
     ],
 )
-def test_the_score_follows_the_criterion_and_of_two_that_tie_the_loss(
+def test_the_score_follows_the_monitor_and_in_a_tie_the_loss(
     better: dict[str, float], worse: dict[str, float], mode: Any
 ) -> None:
     class Measured(Workload):

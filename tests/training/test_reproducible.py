@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 class Noisy(MNIST):
-    """With all that could tell ranks apart: dropout, augmentation, batch normalization, a buffer that never changes."""
+    """Has everything that could differ between ranks: dropout, augmentation, batch norm, a constant buffer."""
 
     def create_model(self) -> nn.Module:
         model = nn.Sequential(
@@ -55,13 +55,13 @@ CASES: dict[str, tuple[Callable[[], Workload], TrainConfig]] = {
 
 
 def train_here(case: str, split: Arrays, group: Group) -> tuple[dict[str, Tensor], list[float]]:
-    """Return the weights and buffers after a case's training, and each step's loss with the epochs' last figures."""
+    """Return a case's trained weights and buffers, and the losses of its steps with the metrics of its epochs."""
     create, config = CASES[case]
     state = engine.create_state(create(), config, len(split), CPU)
     figures: list[float] = []
     hooks = Hooks(
-        progress=lambda progress: figures.extend(progress.losses),
-        checkpoint=lambda state, progress: figures.extend(progress.so_far.values()),
+        on_progress=lambda state, progress: figures.extend(progress.losses),
+        on_checkpoint=lambda state, progress: figures.extend(progress.so_far.values()),
     )
     engine.train(create(), state, Split(split), config, group, [hooks])
     return {name: value.contiguous() for name, value in state.model.state_dict().items()}, figures
@@ -87,7 +87,7 @@ def trained(request: pytest.FixtureRequest, trained_both_ways: Path) -> Path:
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
 @pytest.mark.parametrize("case", CASES)
-def test_weights_buffers_and_figures_are_the_same_to_the_bit_on_any_number_of_ranks(
+def test_weights_buffers_and_metrics_have_the_same_bits_on_any_number_of_ranks(
     trained: Path, case: str, world_size: int
 ) -> None:
     alone = load_file(trained / f"{case}-1-0")
@@ -97,8 +97,8 @@ def test_weights_buffers_and_figures_are_the_same_to_the_bit_on_any_number_of_ra
             assert torch.equal(together[name], value), (rank, name)
 
 
-def test_bits_differ_without_it(few_images: Arrays) -> None:
-    """Else the tests above would tell nothing: another cut of the batches gives other bits."""
+def test_another_number_of_chunks_gives_other_bits(few_images: Arrays) -> None:
+    """Otherwise the test above would prove nothing."""
     CASES["one chunk"] = mnist, replace(CONFIG, num_chunks=1)
     split = Arrays(few_images.inputs[:120], few_images.targets[:120])
     one, eight = (train_here(case, split, Group())[0] for case in ("one chunk", "cnn"))
@@ -108,7 +108,7 @@ def test_bits_differ_without_it(few_images: Arrays) -> None:
         torch.testing.assert_close(one[name], eight[name], atol=2e-3, rtol=0)
 
 
-def test_buffers_change_by_the_mean_of_what_chunks_change(few_images: Arrays) -> None:
+def test_buffers_change_by_the_mean_of_the_chunks_changes(few_images: Arrays) -> None:
     create, config = CASES["noisy"]
     split = Arrays(few_images.inputs[:50], few_images.targets[:50])
     state = engine.create_state(create(), replace(config, num_epochs=1), 50, CPU)
@@ -120,7 +120,7 @@ def test_buffers_change_by_the_mean_of_what_chunks_change(few_images: Arrays) ->
     assert not torch.equal(after["2.running_mean"], before["2.running_mean"])
 
 
-def test_machines_that_compute_otherwise_are_refused_and_the_difference_is_named(
+def test_machines_with_other_arithmetic_are_refused_and_the_difference_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     others = [("first", {"processor": ["x86_64", "avx2"]}), ("second", {"processor": ["x86_64", "avx2", "avx512f"]})]

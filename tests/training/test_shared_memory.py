@@ -19,19 +19,19 @@ NUM_ROWS = [1, 3, 2]
 
 
 def rows_of(rank: int, call: int) -> torch.Tensor:
-    """The rows that a rank brings to a call; their length changes from call to call, as buckets' do."""
+    """Return a rank's rows for a call. Their length differs between calls, like that of DDP's buckets."""
     rng = np.random.default_rng((rank, call))
     return torch.from_numpy(rng.standard_normal((NUM_ROWS[rank], 1 + 17 * call % SIZE)).astype(np.float32))
 
 
 def exchange_on_each_rank(rank: int, folder: Path) -> None:
-    """Exchange through memory, each rank late at other calls; then let DDP ask for memory that there is, and is not."""
+    """Exchange rows, with each rank late at other calls; then let DDP use memory that exists or does not."""
     if rank >= WORLD_SIZE:
         return
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
     memory = shared_memory.open_together(NUM_ROWS, SIZE)
     assert memory is not None
-    exchanged = shared_memory.Exchanged(memory, rank, NUM_ROWS, SIZE)
+    exchanged = shared_memory.Exchange(memory, rank, NUM_ROWS, SIZE)
     results = []
     for call in range(NUM_CALLS):
         if call % WORLD_SIZE == rank:
@@ -40,12 +40,12 @@ def exchange_on_each_rank(rank: int, folder: Path) -> None:
     np.savez(folder / f"rank-{rank}", *results)
 
     models = [nn.Linear(3, 2), nn.Linear(3, 2).double()]
-    used = [shared_memory.use_where_possible(DistributedDataParallel(model)) for model in models]
+    used = [shared_memory.use_if_possible(DistributedDataParallel(model)) for model in models]
     place = folder / "not-here" if rank == 1 else shared_memory._FOLDER  # as on another machine
     with mock.patch.object(shared_memory, "_FOLDER", place):
-        used.append(shared_memory.use_where_possible(DistributedDataParallel(nn.Linear(3, 2))))
+        used.append(shared_memory.use_if_possible(DistributedDataParallel(nn.Linear(3, 2))))
     (folder / f"used-{rank}").write_text(str(used))
-    gc.collect()  # models, in cycles of their own, hold the group, whose threads must end before the process does
+    gc.collect()  # models in reference cycles hold the group, whose threads must end before the process
     dist.destroy_process_group()
 
 
@@ -66,11 +66,7 @@ def test_every_rank_sees_the_rows_of_all_at_each_call(exchanged: Path) -> None:
             np.testing.assert_array_equal(of_rank[f"arr_{call}"], expected)
 
 
-def test_all_ranks_use_memory_or_none_does_and_only_for_float32(exchanged: Path) -> None:
-    assert [(exchanged / f"used-{rank}").read_text() for rank in range(WORLD_SIZE)] == [
-        "[True, False, False]"
-    ] * WORLD_SIZE
-
-
-def test_no_file_stays_behind(exchanged: Path) -> None:
+def test_all_ranks_use_memory_or_none_does_and_no_file_remains(exchanged: Path) -> None:
+    used = [(exchanged / f"used-{rank}").read_text() for rank in range(WORLD_SIZE)]
+    assert used == ["[True, False, False]"] * WORLD_SIZE, "float32, float64, memory that a rank cannot open"
     assert not list(Path("/dev/shm").glob("mnist_ray-*"))
