@@ -286,7 +286,8 @@ def test_a_browser_shows_the_page_without_overflow_or_errors(
 
 
 def test_a_page_shows_no_secrets_and_escapes_markup() -> None:
-    rows = [("command_line", "train --storage-path http://user:password@host"), ("data_dir", "<script>alert(1)</script>")]
+    command_line = "train --storage-path http://user:password@host"
+    rows = [("command_line", command_line), ("data_dir", "<script>alert(1)</script>")]
     status = "To resume: s3://KEY:SECRET@bucket?token=SECRET&region=us"
     text = page.Page("a run", status, tables=[Table("Origin", (), rows)]).to_html()
     assert "train --storage-path http://***@host<" in text

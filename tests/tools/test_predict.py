@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -31,12 +32,13 @@ def test_each_file_gets_a_prediction_or_a_reason_and_the_last_line_counts_the_fa
     finished_run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.jpg").write_text("hello")
     Image.new("L", (40, 40), 255).save(tmp_path / "blank.bmp")
-    given = (tmp_path, pictures, tmp_path / "missing.png", tmp_path / "folder")
+    given = (tmp_path, pictures, tmp_path / "missing.png", tmp_path / "folder", tmp_path / "pipe.png")
     flags = (*map(str, given), "--run", str(finished_run), "--grid", str(tmp_path / "grid.png"))
-    with pytest.raises(JobError, match=r"^no prediction for 5 of 13 files$"):
+    with pytest.raises(JobError, match=r"^no prediction for 6 of 14 files$"):
         run_main("predict", *flags)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("checkpoint ")
@@ -44,8 +46,9 @@ def test_each_file_gets_a_prediction_or_a_reason_and_the_last_line_counts_the_fa
     assert lines[2:4] == [f"{tmp_path}/empty.png: is empty", f"{tmp_path}/text.jpg: is no picture of a known format"]
     assert [Path(line.split(": ")[0]).stem for line in lines[4:12]] == [str(index) for index in range(5000, 5008)]
     assert lines[12].endswith("missing.png: cannot be read: No such file or directory")
-    assert lines[13].endswith("folder: cannot be read: Is a directory")
-    assert len(lines) == 14
+    assert lines[13].endswith("folder: is a folder without pictures")
+    assert lines[14].endswith("pipe.png: is not a file")
+    assert len(lines) == 15
     assert Image.open(tmp_path / "grid.png").width == 720
 
 
