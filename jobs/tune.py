@@ -12,4 +12,4 @@ python jobs/tune.py --resume --run-name NAME
 from mnist_ray import cli
 
 if __name__ == "__main__":
-    cli.main("tune")
+    cli.run(cli.tune)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mnist_ray import settings
-from mnist_ray.config import LookupConfig
+from mnist_ray.config import OutputConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.storage import (
     CONFIG_FILE,
@@ -170,7 +170,7 @@ def _checked_predictions(run: RunFolder, number: int | None) -> list[dict[str, s
     return rows
 
 
-def workload_of(run: RunFolder, reference: str | None, storage_path: str = LookupConfig().storage_path) -> Workload:
+def workload_of(run: RunFolder, reference: str | None, storage_path: str = OutputConfig().storage_path) -> Workload:
     """Return the workload of a run; its code comes from ``reference``, else from where it was.
 
     Raises UsageError and JobError.
