@@ -150,7 +150,9 @@ def status_of(main: Callable[[], None]) -> int:
         say(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt as interrupt:
-        say(_text_of(interrupt), file=sys.stderr)
+        first = interrupt.__context__  # whose message a second Ctrl-C may have cut short
+        said = first if isinstance(first, KeyboardInterrupt) and not str(interrupt) else interrupt
+        say(str(said) or "interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # of our output, as in `… | head`
         return 1
@@ -159,13 +161,6 @@ def status_of(main: Callable[[], None]) -> int:
             say(line, file=sys.stderr)
         return 1
     return 0
-
-
-def _text_of(interrupt: BaseException) -> str:
-    """Return an interrupt's text, or that of the first Ctrl-C if a second one cut it short."""
-    if not str(interrupt) and isinstance(interrupt.__context__, KeyboardInterrupt):
-        return _text_of(interrupt.__context__)
-    return str(interrupt) or "interrupted"
 
 
 def _parser(command: Callable[[], None], *classes: type) -> Parser:

@@ -41,7 +41,7 @@ class TrainConfig:
     momentum: float = setting(0.9, "momentum of SGD", **fraction(with_one=False))
     weight_decay: float = setting(0.0, "weight decay: an L2 penalty, or decoupled if adamw", **at_least(0))
     label_smoothing: float = setting(
-        0.0, "in classification, fraction of each target that is spread over all classes for training", **fraction()
+        0.0, "in classification, fraction of each training target that is spread over all classes", **fraction()
     )
     ema_decay: float | None = setting(
         None,
@@ -50,7 +50,7 @@ class TrainConfig:
     )
     early_stop: int | None = setting(None, "stop after this many epochs without a better validation", **at_least(1))
     precision: Precision = setting(
-        "auto", "of the forward and backward pass; auto: bf16 if the hardware has it, else fp32; fp16 scales the loss"
+        "auto", "in the forward and backward pass; auto: bf16 if the hardware has it, else fp32; fp16 scales the loss"
     )
     validation_size: int | None = setting(
         None,
@@ -59,16 +59,16 @@ class TrainConfig:
         **at_least(0),
     )
     seed: int = setting(0, "decides the initial weights and the order of the examples", **within(0, 2**31 - 1))
-    clip_grad_norm: float | None = setting(None, "scale gradients of a larger norm down to this", **positive())
+    clip_grad_norm: float | None = setting(
+        None, "maximum norm of the gradients; larger ones are scaled down", **positive()
+    )
     micro_batch_size: int | None = setting(
-        None, "most examples in a forward pass of a worker; its share of a batch takes several passes", **at_least(1)
+        None, "examples per forward pass of a worker; gradients of its share of a batch are accumulated", **at_least(1)
     )
     compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler, takes a minute")
-    callback: str | None = setting(None, "your Callback in the training loop: FILE.py or package.module[:NAME]")
+    callback: str | None = setting(None, "your Callback in the training loop: FILE.py[:NAME] or package.module[:NAME]")
     limit: float = setting(
-        1.0,
-        "fraction of all data to use, drawn at random; for quick tests",
-        **rule(lambda part: 0 < part <= 1, "must be above 0, and at most 1"),
+        1.0, "fraction of all data to use, drawn at random", **rule(lambda part: 0 < part <= 1, "must be in (0, 1]")
     )
     overfit_batches: int | None = setting(
         None, "train and test on the examples of this many batches only; a working model learns them", **at_least(1)
@@ -102,16 +102,18 @@ class WorkerConfig:
     )
     cpus_per_worker: int | None = setting(
         None,
-        "CPUs per worker, with a thread each if that has 8 examples; default: the cluster's CPUs shared evenly",
+        "CPUs per worker, and its threads if each has 8 examples; default: the cluster's CPUs shared evenly",
         **at_least(1),
     )
     use_gpu: Literal["auto", "yes", "no"] = setting("auto", "train on GPUs; auto: if the cluster has any")
     loader_workers: int = setting(
         0, "processes per worker that read a Dataset; 0: the worker itself; arrays need none", **at_least(0)
     )
-    min_workers: int | None = setting(None, "continue with this few if the cluster lacks room for more", **at_least(1))
+    min_workers: int | None = setting(
+        None, "fewest workers to continue with if the cluster holds no more", **at_least(1)
+    )
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = setting(
-        "PACK", "PACK: workers on few nodes; SPREAD: on many; STRICT_…: all on one node, or each on its own, or fail"
+        "PACK", "PACK: few nodes; SPREAD: many; STRICT_PACK: one node or fail; STRICT_SPREAD: a node each or fail"
     )
     autoscaling: bool = setting(False, "the cluster starts nodes on demand: wait for them")
     max_failures: int = setting(3, "how often lost workers are replaced before the run fails", **at_least(0))
@@ -129,10 +131,8 @@ class OutputConfig:
     run_name: str | None = setting(
         None,
         "folder of this run under --storage-path; default: date, time and a random number",
-        **rule(
-            lambda name: re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None,
-            "must be letters, digits, '.', '_' or '-'",
-        ),
+        check=lambda name: name is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None,
+        must="must be letters, digits, '.', '_' or '-'",
     )
     resume: bool = setting(False, "continue the run --run-name from its last checkpoint")
     mlflow: str | None = setting(
@@ -141,7 +141,7 @@ class OutputConfig:
     wandb: str | None = setting(
         None, "project of Weights & Biases to track the run in", **_not_empty("a project's name")
     )
-    tracker: str | None = setting(None, "your Tracker that follows the run: FILE.py or package.module[:NAME]")
+    tracker: str | None = setting(None, "your Tracker that follows the run: FILE.py[:NAME] or package.module[:NAME]")
     profile: int | None = setting(
         None, "steps of the first worker to profile: a trace for Perfetto, the most expensive operators", **at_least(1)
     )
@@ -160,7 +160,7 @@ class ViewConfig:
     index: int = setting(0, "first example, counted from 0, among those with --label if given", **at_least(0))
     count: int = setting(1, "number of examples; several are drawn as a grid", **within(1, 1000))
     label: str | None = setting(None, "show only examples with this label")
-    output: str = setting("view.png", "picture file to write", **_png())
+    output: str = setting("view.png", "file for the picture", **_png())
     stats: bool = setting(False, "print statistics of the data instead: examples per class, means, standard deviations")
 
 
@@ -171,7 +171,7 @@ class PredictionConfig:
     threshold: float = setting(0.8, "predictions below this probability are called unsure", **fraction())
     as_is: bool = setting(False, "only scale the picture; for a model of other images than the workload's own")
     json: bool = setting(False, "print one JSON object per line, for programs")
-    grid: str | None = setting(None, "picture file of the network's inputs with their predictions", **_png())
+    grid: str | None = setting(None, "file for a picture of the network's inputs with its predictions", **_png())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,7 +202,7 @@ class SweepConfig:
     search: Literal["random", "optuna", "grid"] = setting("random", "how configurations are chosen")
     scheduler: Literal["asha", "none"] = setting("asha", "asha: stop trials early that fall behind")
     num_confirmed: int = setting(
-        3, "best configurations to train with two more seeds before one is chosen; 0: one seed decides", **at_least(0)
+        3, "best configurations to train with two more seeds before choosing one; 0: one seed decides", **at_least(0)
     )
     max_concurrent_trials: int | None = setting(
         None, "trials at a time; default, and limit without --autoscaling: what the cluster holds", **at_least(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -58,11 +59,8 @@ def origin() -> dict[str, Any]:
 def git_commit() -> str | None:
     """Return the commit of the package's checkout, with ``-dirty`` if it has changes; None if there is no checkout."""
     root = Path(mnist_ray.__file__).parent.parent
-    if not (root / ".git").exists():
+    if not (root / ".git").exists() or shutil.which("git") is None:
         return None
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        described = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return described.stdout.strip()
+    described = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    return described.stdout.strip() or None

@@ -125,7 +125,7 @@ def test_values_are_converted_to_the_settings_type(name: str, value: Any, expect
         (Oven, "times", [1, 1], "--times must be different, not (1, 1)"),
         (WorkerConfig, "num_workers", -1, "--num-workers must be at least 0, not -1"),
         (TrainConfig, "learning_rate", math.inf, "--learning-rate must be a positive number, not inf"),
-        (TrainConfig, "limit", 0.0, "--limit must be above 0, and at most 1, not 0.0"),
+        (TrainConfig, "limit", 0.0, "--limit must be in (0, 1], not 0.0"),
         (TrainConfig, "seed", 2**31, "--seed must be 0 to 2,147,483,647, not 2147483648"),
         (TrainConfig, "precision", "fp8", "--precision must be one of auto, fp32, bf16, fp16, not 'fp8'"),
         (OutputConfig, "run_name", "../a", "--run-name must be letters, digits, '.', '_' or '-', not '../a'"),
