@@ -1,4 +1,4 @@
-"""Make a run's report again, or compare several runs.
+"""Write a run's report again, or compare several runs.
 
 python jobs/report.py RUN
 python jobs/report.py RUN RUN RUN --output comparison.html
