@@ -7,4 +7,4 @@ python jobs/evaluate.py ~/ray_results/my_run/checkpoint_epoch-002_step-000000 --
 from mnist_ray import cli
 
 if __name__ == "__main__":
-    cli.main("evaluate")
+    cli.run(cli.evaluate)

@@ -7,4 +7,4 @@ python jobs/export.py my_run --format onnx --output digits.onnx
 from mnist_ray import cli
 
 if __name__ == "__main__":
-    cli.main("export")
+    cli.run(cli.export)

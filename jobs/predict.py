@@ -8,4 +8,4 @@ python jobs/predict.py scans/ --json
 from mnist_ray import cli
 
 if __name__ == "__main__":
-    cli.main("predict")
+    cli.run(cli.predict)

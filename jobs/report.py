@@ -1,4 +1,4 @@
-"""Make a run's report again, or compare several runs.
+"""Write a run's report again, or compare several runs.
 
 python jobs/report.py RUN
 python jobs/report.py RUN RUN RUN --output comparison.html
@@ -7,4 +7,4 @@ python jobs/report.py RUN RUN RUN --output comparison.html
 from mnist_ray import cli
 
 if __name__ == "__main__":
-    cli.main("report")
+    cli.run(cli.report)

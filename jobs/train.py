@@ -9,4 +9,4 @@ ray job submit --working-dir . -- python jobs/train.py --num-workers 4
 from mnist_ray import cli
 
 if __name__ == "__main__":
-    cli.main("train")
+    cli.run(cli.train)

@@ -1,7 +1,7 @@
-"""Search a workload's settings with Ray Tune, train the best and evaluate it once on the test set.
+"""Search settings with Ray Tune, train the best configuration and evaluate it once on the test set.
 
-Whatever has a search space is searched: batch size and learning rate, and the workload's own settings. A trial has one
-worker with one CPU unless --num-workers and --cpus-per-worker say otherwise.
+By default, every setting with a search space is searched: batch size, learning rate, and the workload's own. A trial
+has one worker with one CPU, unless --num-workers and --cpus-per-worker say otherwise.
 
 python jobs/tune.py --num-trials 16
 python jobs/tune.py --search optuna --num-epochs 3 --sweep learning_rate=log:1e-3:1e-1 batch_size=64,128,256
@@ -12,4 +12,4 @@ python jobs/tune.py --resume --run-name NAME
 from mnist_ray import cli
 
 if __name__ == "__main__":
-    cli.main("tune")
+    cli.run(cli.tune)

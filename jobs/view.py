@@ -9,4 +9,4 @@ python jobs/view.py --workload my_problem.py
 from mnist_ray import cli
 
 if __name__ == "__main__":
-    cli.main("view")
+    cli.run(cli.view)

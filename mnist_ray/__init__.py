@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for: the jobs begin without it."""
+    """Import the API when it is first used, as the commands start faster without it."""
     if name in __all__:
         from mnist_ray import api
 

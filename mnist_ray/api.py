@@ -1,7 +1,7 @@
 """The commands as functions, for scripts and notebooks: ``from mnist_ray import train, tune, evaluate, predict``.
 
-Settings are keyword arguments, named and checked as the commands' flags are: ``train(num_workers=2, width=64)``.
-What is wrong is raised as UsageError or JobError, whose text is the line that a command would print.
+Settings are keyword arguments, named and checked like the commands' flags: ``train(num_workers=2, width=64)``. Errors
+are raised as UsageError or JobError, with the line that a command would print.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from mnist_ray.cluster import environment
-from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig
+from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.report.run_files import METRICS_FILE, numbers_of, read_figures, read_steps
 from mnist_ray.run.job import Job, read_job
-from mnist_ray.run.lookup import IsWanted
 from mnist_ray.run.train import train as train_job
 from mnist_ray.settings import build, check_known, names_of
 from mnist_ray.storage import REPORT_FILE, RESULT_FILE, RunFolder
@@ -39,21 +38,22 @@ if TYPE_CHECKING:
     from mnist_ray.run.find import Found
     from mnist_ray.tools.predict import Prediction
 
-AnyWorkload = type[Workload] | str | Path | None  # a class, or what ``--workload`` takes; None: MNIST, or a run's own
+AnyWorkload = type[Workload] | str | Path | None  # a class, or as for ``--workload``; None: MNIST, or the run's
+_STORAGE_PATH = OutputConfig().storage_path
 _REPORT_HEIGHT = 600  # pixels, in a notebook
 
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """A run that was trained and tested. In a notebook it shows its report."""
+    """A trained and tested run. In a notebook, it shows its report."""
 
     folder: RunFolder
     workload: Workload
-    result: dict[str, Any]  # what its result.json holds
+    result: dict[str, Any]  # the content of result.json
 
     @property
     def name(self) -> str:
-        """What other commands know it by."""
+        """The run's name, which other commands take."""
         return self.folder.name
 
     @property
@@ -63,17 +63,17 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, float]]:
-        """A row for each epoch, as metrics.csv has them; NaN if a value is not there."""
+        """The rows of metrics.csv, one per epoch; NaN for missing values."""
         return numbers_of(read_figures(self.folder, METRICS_FILE, "epoch"))
 
     @property
     def steps(self) -> list[dict[str, float]]:
-        """A row for about each half second of training, as steps.csv has them."""
+        """The rows of steps.csv, one for about each half second of training."""
         return numbers_of(read_steps(self.folder))
 
     @property
     def checkpoint(self) -> str:
-        """Path or URI of the checkpoint that was tested."""
+        """Path or URI of the tested checkpoint."""
         return self.folder.inside(self.result["checkpoint"]).uri
 
     @property
@@ -83,18 +83,15 @@ class Run:
 
     def load_model(self) -> nn.Module:
         """Return the trained model, in evaluation mode, on the CPU. Raises JobError if it is damaged."""
-        model: nn.Module = _found(self, None).load_model()
+        model: nn.Module = _found(self).load_model()
         return model
 
     def export(self, output: str | Path) -> None:
-        """Write the model for other programs, as ``jobs/export.py`` does: ``.pt2`` for torch, ``.onnx`` for ONNX.
-
-        Raises UsageError and JobError.
-        """
+        """Write the model for other programs: a ``.pt2`` file for torch, or ``.onnx``. Raises UsageError, JobError."""
         from mnist_ray.tools.export import export
 
         kind: Literal["torch", "onnx"] = "onnx" if Path(output).suffix == ".onnx" else "torch"
-        export(_found(self, None), ExportConfig(format=kind, output=os.fspath(output)))
+        export(_found(self), ExportConfig(format=kind, output=os.fspath(output)))
 
     def __str__(self) -> str:
         return f"{self.name}: {self.workload.format(self.metrics)} on the test set"
@@ -103,27 +100,24 @@ class Run:
         return f"<{type(self).__name__} {self}>"
 
     def _repr_html_(self) -> str:
-        page = self.folder.read_text(REPORT_FILE)
-        if page is None:
-            return html.escape(str(self))
-        frame = f'width="100%" height="{_REPORT_HEIGHT}" frameborder="0"'
-        return f'<iframe srcdoc="{html.escape(page)}" {frame}></iframe>'
+        page = html.escape(self.folder.read_text(REPORT_FILE) or str(self))
+        return f'<iframe srcdoc="{page}" width="100%" height="{_REPORT_HEIGHT}" frameborder="0"></iframe>'
 
 
 @dataclass(frozen=True, repr=False)
 class SweptRun(Run):
-    """The training of a sweep's best configuration."""
+    """The run trained with a sweep's best configuration."""
 
-    best: dict[str, Any]  # the settings that were searched, as the best configuration has them
-    trials: list[dict[str, Any]]  # a row for each trial, with the columns of sweep.csv
-    default: Run | None  # the training of the default configuration; None if the best is the default
+    best: dict[str, Any]  # the best configuration's values of the searched settings
+    trials: list[dict[str, Any]]  # the rows of sweep.csv, one per trial
+    default: Run | None  # the run trained with the default configuration; None if that is the best
 
 
 def train(workload: AnyWorkload = None, **settings: Any) -> Run:
-    """Train, evaluate and report as ``jobs/train.py`` does; return the run.
+    """Train, evaluate and report like ``jobs/train.py``.
 
-    ``workload`` is a class, or what ``--workload`` takes; without it, MNIST. Raises UsageError, JobError, and
-    KeyboardInterrupt if it was interrupted.
+    ``workload``: a class, or a text as for ``--workload``; default: MNIST. Raises UsageError, JobError, and
+    KeyboardInterrupt if interrupted.
     """
     job = read_job(_given(workload, settings))
     train_job(job)
@@ -131,9 +125,9 @@ def train(workload: AnyWorkload = None, **settings: Any) -> Run:
 
 
 def tune(workload: AnyWorkload = None, **settings: Any) -> SweptRun:
-    """Search, then train and evaluate the best, as ``jobs/tune.py`` does; return that run. Raises as ``train``.
+    """Search, then train and evaluate the best configuration, like ``jobs/tune.py``; return that run.
 
-    ``sweep`` may also be a dict: ``{"width": [8, 32], "learning_rate": "log:1e-3:1e-1"}``.
+    ``sweep`` may be a dict: ``{"width": [8, 32], "learning_rate": "log:1e-3:1e-1"}``. Raises like ``train``.
     """
     if isinstance(searched := settings.get("sweep"), Mapping):
         settings["sweep"] = [f"{name}={_space_text(space)}" for name, space in searched.items()]
@@ -154,21 +148,28 @@ def _space_text(space: Any) -> str:
     return space if isinstance(space, str) else ",".join("none" if value is None else str(value) for value in space)
 
 
-def evaluate(run: Run | str | None = None, *, workload: AnyWorkload = None, **settings: Any) -> dict[str, float]:
-    """Evaluate a run's checkpoint on the test set, as ``jobs/evaluate.py`` does; return loss and metrics.
+def evaluate(
+    run: Run | str | None = None,
+    *,
+    workload: AnyWorkload = None,
+    storage_path: str | Path = _STORAGE_PATH,
+    num_tasks: int = EvaluationConfig().num_tasks,
+    **settings: Any,
+) -> dict[str, float]:
+    """Evaluate a run's checkpoint on the test set, like ``jobs/evaluate.py``; return loss and metrics.
 
-    ``run`` is a run, its name, or a checkpoint's path; without it, the newest run's. ``settings`` are ``num_tasks``,
-    ``storage_path`` and those of the workload, as for other data. Raises UsageError and JobError.
+    ``run``: a run, its name, or a checkpoint's path; default: the newest run. ``settings``: changes to the workload's
+    settings, e.g. to use other data. Raises UsageError and JobError.
     """
     environment.prepare(verbose=False)
     with prepared_forking("mnist_ray.run.evaluate") as forking:
-        found = _found(run, workload, settings)
-        classes = [EvaluationConfig, LookupConfig, type(found.workload).Settings]
-        check_known(settings, names_of(classes), "evaluate()")
+        found = _found(run, workload, storage_path, settings)
+        check_known(settings, names_of([found.workload.Settings]), "evaluate()")
 
         from mnist_ray.tools.evaluation import evaluate_found
 
-        return evaluate_found(found, build(EvaluationConfig, settings), forking).values(found.workload)
+        config = build(EvaluationConfig, {"num_tasks": num_tasks})
+        return evaluate_found(found, config, forking).values(found.workload)
 
 
 def predict(
@@ -176,15 +177,15 @@ def predict(
     run: Run | str | None = None,
     *,
     workload: AnyWorkload = None,
-    storage_path: str = LookupConfig().storage_path,
+    storage_path: str | Path = _STORAGE_PATH,
     as_is: bool = False,
 ) -> list[Prediction]:
-    """Return a trained model's predictions, as ``jobs/predict.py`` prints them.
+    """Return a trained model's predictions.
 
-    ``pictures`` are paths of pictures or of folders, Pillow images, or an array of inputs as the data have them,
-    (N, ...); or one of the first two. ``as_is``: scale pictures and no more. Raises UsageError and JobError.
+    ``pictures``: a path of a picture or a folder, a Pillow image, a list of either, or an array of inputs (N, ...) as
+    in the workload's data. ``as_is``: only scale pictures. Raises UsageError and JobError.
     """
-    found = _found(run, workload, {"storage_path": storage_path})
+    found = _found(run, workload, storage_path)
     from mnist_ray.tools import predict as tool
 
     model = found.load_model()
@@ -205,7 +206,7 @@ def _run(job: Job) -> Run:
 
 
 def _given(workload: AnyWorkload, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what a command line would say."""
+    """Return all settings, with paths and the workload as text."""
     if "storage_path" in settings:
         settings = settings | {"storage_path": os.fspath(settings["storage_path"])}
     if workload is None:
@@ -213,43 +214,35 @@ def _given(workload: AnyWorkload, settings: dict[str, Any]) -> dict[str, Any]:
     return settings | {"workload": reference_of(workload, is_here=settings.get("num_workers") == 0)}
 
 
-def _found(run: Run | str | None, workload: AnyWorkload, settings: Mapping[str, Any] | None = None) -> Found:
-    """Return a checkpoint with its workload, of which some of ``settings`` are to override its own."""
+def _found(
+    run: Run | str | None,
+    workload: AnyWorkload = None,
+    storage_path: str | Path = _STORAGE_PATH,
+    changes: Mapping[str, Any] | None = None,
+) -> Found:
+    """Find a run's checkpoint and its workload. ``changes``: settings of the workload to override."""
     environment.prepare(verbose=False)
-    changes = {"storage_path": LookupConfig().storage_path, **(settings or {})}
-    storage_path, _ = os.fspath(changes.pop("storage_path")), changes.pop("num_tasks", None)
+    from mnist_ray.run.find import find  # imports torch and Ray
+
     if isinstance(run, Run):
         workload, run = workload or type(run.workload), run.checkpoint
-    return find_checkpoint(run, storage_path, None if workload is None else reference_of(workload), changes)
-
-
-def find_checkpoint(
-    given: str | None,
-    storage_path: str,
-    reference: Reference | None = None,
-    changes: Mapping[str, Any] | None = None,
-    is_wanted: IsWanted = lambda run: True,
-) -> Found:
-    """Do what ``find`` does; it imports torch and Ray."""
-    from mnist_ray.run.find import find
-
-    return find(given, storage_path, reference, changes, is_wanted)
+    return find(run, os.fspath(storage_path), None if workload is None else reference_of(workload), changes)
 
 
 def reference_of(workload: type[Workload] | str | Path, *, is_here: bool = False) -> Reference:
-    """Return what names a workload: for a class, where its code is. Raises UsageError.
+    """Return the file or module and the name of a workload's class, so that other processes can load it.
 
-    ``is_here``: a class that other processes cannot find, in a notebook's cell, will do.
+    A class without a file, as in a notebook's cell, is returned itself if ``is_here``: no other process needs it.
+    Otherwise, it raises UsageError.
     """
     if not isinstance(workload, type):
         return os.fspath(workload)
     if "source" in vars(workload):
         return workload.source.reference if workload.source.path else workload
     file = getattr(sys.modules[workload.__module__], "__file__", None)
-    is_in_file = file is not None and Path(file).is_file()  # else in a notebook's cell, or piped into Python
-    if not is_in_file and is_here:
-        return workload
-    if not is_in_file:
+    if file is None or not Path(file).is_file():  # in a notebook's cell, or piped into Python
+        if is_here:
+            return workload
         raise UsageError(
             f"{workload.__name__} is in a notebook's cell, where other processes cannot find it: write the cell into a "
             f"file, with %%writefile {workload.__name__.lower()}.py as its first line, and give the file's name; or "

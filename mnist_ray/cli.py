@@ -1,6 +1,6 @@
-"""The commands: ``jobs/`` and ``mnist-ray`` run these. Each reads its flags, then imports what it needs.
+"""The commands, as ``jobs/`` and ``mnist-ray`` run them.
 
-Nothing here imports torch or Ray, so that a wrong flag is answered at once.
+Each reads its flags first, then imports torch and Ray, so that a wrong flag is answered at once.
 """
 
 from __future__ import annotations
@@ -15,18 +15,16 @@ from typing import Any, NoReturn
 
 from mnist_ray import api, signals
 from mnist_ray.cluster import environment
-from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig, PredictionConfig, ViewConfig
-from mnist_ray.errors import PROGRAM, JobError, UsageError, print_whatever_it_is, say
-from mnist_ray.flags import UNSET, Parser, peek
+from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig, PredictionConfig, ViewConfig
+from mnist_ray.errors import PROGRAM, JobError, UsageError, prepare_output, say
 from mnist_ray.run.job import read_job, way_on
 from mnist_ray.run.lookup import class_of, find_run
 from mnist_ray.run.train import train as train_job
-from mnist_ray.settings import build, names_of
+from mnist_ray.settings import UNSET, Parser, build, peek
 from mnist_ray.storage import TRIALS_FILE
 from mnist_ray.sweep.tune import read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.workload import source
-from mnist_ray.workload.base import Workload
 
 
 def train() -> None:
@@ -35,36 +33,45 @@ def train() -> None:
 
 
 def tune() -> None:
-    """Search the settings that have a search space with Ray Tune, train the best and evaluate it once."""
+    """Search settings with Ray Tune, train the best configuration and evaluate it once."""
     tune_sweep(read_sweep())
 
 
 def evaluate() -> None:
     """Evaluate a checkpoint on the test set."""
-    workload_class = _class_of_run(EvaluationConfig, LookupConfig)
-    parser = _parser(evaluate, "checkpoint", EvaluationConfig, workload_class.Settings, LookupConfig)
+    early, run = peek("workload", "storage_path", "num_tasks")
+    workload_class = source.load(early.get("workload", source.DEFAULT))
+    if "workload" not in early:  # the run's, as its settings become flags
+        with contextlib.suppress(UsageError):  # reported when all flags are read
+            storage_path = early.get("storage_path", OutputConfig().storage_path)
+            workload_class = class_of(find_run(run, storage_path), storage_path)
+    parser = _parser(evaluate, EvaluationConfig, workload_class.Settings)
+    _add_run(parser, "checkpoint", nargs="?")
     given = parser.read_flags()
     api.evaluate(given.pop("checkpoint"), **given)
 
 
 def predict() -> None:
     """Print a trained model's predictions for your own pictures."""
-    parser = _parser(predict, "--run", PredictionConfig, LookupConfig)
+    parser = _parser(predict, PredictionConfig)
+    _add_run(parser, "--run", default=None)
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="pictures, or folders of them")
     given = parser.read_flags()
     environment.prepare(verbose=False)
 
+    from mnist_ray.run.find import find
     from mnist_ray.tools import predict as tool
 
-    storage_path, reference = build(LookupConfig, given).storage_path, given.get("workload")
-    found = api.find_checkpoint(given.get("run"), storage_path, reference, is_wanted=tool.takes_pictures)
+    found = find(given["run"], given["storage_path"], given.get("workload"), is_wanted=tool.takes_pictures)
     tool.predict(given["images"], found, build(PredictionConfig, given))
 
 
 def view() -> None:
     """Look at the examples of a workload's data."""
     workload_class = source.load(peek("workload")[0].get("workload", source.DEFAULT))
-    given = _parser(view, "", ViewConfig, workload_class.Settings, workload="MNIST").read_flags()
+    parser = Parser(view.__doc__ or "", ViewConfig, workload_class.Settings)
+    _add_workload(parser, "MNIST")
+    given = parser.read_flags()
 
     from mnist_ray.tools.view import view as view_examples
 
@@ -72,15 +79,15 @@ def view() -> None:
 
 
 def report() -> None:
-    """Make a run's report again, or compare several runs."""
-    parser = _parser(report, "", LookupConfig)
+    """Write a run's report again, or compare several runs."""
+    parser = _parser(report)
     parser.add_argument(
-        "runs", metavar="RUN", nargs="*", help="a run's folder, URI or name, also a sweep's; default: the newest run"
+        "runs", metavar="RUN", nargs="*", help="name, folder or URI of a run or a sweep; default: the newest run"
     )
-    parser.add_argument("--output", default=UNSET, help="the page of several runs (default: comparison.html)")
+    parser.add_argument("--output", default=UNSET, help="page to write for several runs (default: comparison.html)")
     given = parser.read_flags()
     environment.prepare(verbose=False)
-    storage_path, reference = build(LookupConfig, given).storage_path, given.get("workload")
+    storage_path, reference = given["storage_path"], given.get("workload")
     runs = [find_run(run, storage_path) for run in given["runs"] or [None]]
 
     from mnist_ray.report import page
@@ -89,7 +96,7 @@ def report() -> None:
     if len(runs) > 1:
         page.compare(runs, reference, storage_path, given.get("output", "comparison.html"))
     elif "output" in given:
-        raise UsageError("--output is for the page of several runs; that of one is in the run's folder")
+        raise UsageError("--output is for the page of several runs; a single run's report is in its folder")
     else:
         resume_with = way_on("tune" if runs[0].exists(TRIALS_FILE) else "train", runs[0])
         page.write_again(runs[0], reference, storage_path, sections, resume_with)
@@ -97,12 +104,15 @@ def report() -> None:
 
 def export() -> None:
     """Write a trained model as a program of torch.export or ONNX."""
-    given = _parser(export, "run", ExportConfig, LookupConfig).read_flags()
+    parser = _parser(export, ExportConfig)
+    _add_run(parser, "run", nargs="?")
+    given = parser.read_flags()
     environment.prepare(verbose=False)
-    found = api.find_checkpoint(given["run"], build(LookupConfig, given).storage_path, given.get("workload"))
 
+    from mnist_ray.run.find import find
     from mnist_ray.tools.export import export as export_found
 
+    found = find(given["run"], given["storage_path"], given.get("workload"))
     export_found(found, build(ExportConfig, given))
 
 
@@ -111,37 +121,28 @@ COMMANDS: dict[str, Callable[[], None]] = {
 }
 
 
-def main(command: str) -> NoReturn:
-    """Run a command with the arguments of ``sys.argv``, and exit."""
-    run(COMMANDS[command])
-
-
 def program() -> None:
     """Run the command that the first argument names: ``mnist-ray train`` and so on."""
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in COMMANDS:
-        sys.argv[:2] = [f"{PROGRAM} {name}"]
-        main(name)
-    wanted = name in ("-h", "--help")
-    if not wanted:
-        say(f"{PROGRAM}: error: there is no command {name}", file=sys.stderr)
-    say(f"usage: {PROGRAM} {{{','.join(COMMANDS)}}} …; each has --help", file=sys.stdout if wanted else sys.stderr)
-    sys.exit(0 if wanted else 2)
+    parser = Parser("Train, tune and evaluate PyTorch models on Ray. Each command has --help.")
+    parser.add_argument("command", choices=COMMANDS)
+    name = parser.parse_args(sys.argv[1:2]).command
+    sys.argv[:2] = [f"{PROGRAM} {name}"]
+    run(COMMANDS[name])
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a job's main and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted; a bug keeps its traceback."""
+    """Run a command and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     signals.take_signals()
-    print_whatever_it_is()
+    prepare_output()
     status = signals.supervise(functools.partial(status_of, main))
-    with contextlib.suppress(OSError):  # the reader has gone, or a disk is full: said already
+    with contextlib.suppress(OSError):  # a closed pipe or a full disk, already reported
         sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # all is written and closed; to take torch and Ray apart would take most of a second
+    os._exit(status)  # all files are closed; unloading torch and Ray would take most of a second
 
 
 def status_of(main: Callable[[], None]) -> int:
-    """Run a job's main; print its error, if there is one, and return the exit status."""
+    """Run a command; print its error, if any, and return the exit status. Only bugs have a traceback."""
     try:
         main()
         sys.stdout.flush()
@@ -149,9 +150,11 @@ def status_of(main: Callable[[], None]) -> int:
         say(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt as interrupt:
-        say(_text_of(interrupt), file=sys.stderr)
+        first = interrupt.__context__  # whose message a second Ctrl-C may have cut short
+        said = first if isinstance(first, KeyboardInterrupt) and not str(interrupt) else interrupt
+        say(str(said) or "interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone, as in `… | head`
+    except BrokenPipeError:  # of our output, as in `… | head`
         return 1
     except Exception:
         for line in traceback.format_exc().splitlines():
@@ -160,35 +163,20 @@ def status_of(main: Callable[[], None]) -> int:
     return 0
 
 
-def _text_of(interrupt: BaseException) -> str:
-    """Return what an interrupt says, or the one before it that a second Ctrl-C has cut short."""
-    if not str(interrupt) and isinstance(interrupt.__context__, KeyboardInterrupt):
-        return _text_of(interrupt.__context__)
-    return str(interrupt) or "interrupted"
-
-
-def _parser(command: Callable[[], None], run: str, *classes: type, workload: str = "where it was") -> Parser:
-    """Return a command's parser, with ``run``, an argument or a flag that names a run, and ``--workload``."""
+def _parser(command: Callable[[], None], *classes: type) -> Parser:
+    """Return the parser of a command that works with a run."""
     parser = Parser(command.__doc__ or "", *classes)
-    if run:
-        options: dict[str, Any] = {"default": UNSET} if run.startswith("--") else {"nargs": "?"}
-        run_help = "a checkpoint's or a run's folder or URI, or a run's name; default: the newest run"
-        parser.add_argument(run, metavar="CHECKPOINT_OR_RUN", help=run_help, **options)
-    workload_help = f"where the workload's code is; default: {workload}"
-    parser.add_argument("--workload", metavar="FILE.py", default=UNSET, help=workload_help)
+    where, default = "folder or URI to search for a run by its name, or for the newest", OutputConfig().storage_path
+    parser.add_argument("--storage-path", default=default, help=f"{where} (default: {default})")
+    _add_workload(parser, "the run's")
     return parser
 
 
-def _class_of_run(*classes: type) -> type[Workload]:
-    """Return the workload of the run that the command line names, else of the newest; MNIST if none is known.
+def _add_workload(parser: Parser, default: str) -> None:
+    workload_help = f"FILE.py or package.module of the workload; default: {default}"
+    parser.add_argument("--workload", metavar="FILE.py", default=UNSET, help=workload_help)
 
-    Its settings are to become flags beside those of ``classes``, so it has to be known before all flags are. Raises
-    UsageError.
-    """
-    early, run = peek("workload", *names_of(classes))
-    if "workload" in early:
-        return source.load(early["workload"])
-    with contextlib.suppress(UsageError):  # said when all flags are known
-        storage_path = early.get("storage_path", LookupConfig().storage_path)
-        return class_of(find_run(run, storage_path), storage_path)
-    return source.load(source.DEFAULT)
+
+def _add_run(parser: Parser, name: str, **options: Any) -> None:
+    run_help = "a run's name, or the folder or URI of a run or a checkpoint; default: the newest run"
+    parser.add_argument(name, metavar="CHECKPOINT_OR_RUN", help=run_help, **options)

@@ -1,6 +1,7 @@
-"""The two errors that a person reads as one line, and how lines are made: redacted, escaped, with numbers formatted.
+"""The two errors that users see as one line, and the formatting and redaction of printed text.
 
-Any other exception is a bug and keeps its traceback. Standard library only: it runs before a wrong flag is answered.
+Any other exception is a bug and keeps its traceback. Only the standard library is imported: it is needed for the answer
+to a wrong flag.
 """
 
 from __future__ import annotations
@@ -16,26 +17,25 @@ from typing import Any, TextIO
 
 PROGRAM = "mnist-ray"
 _PACKAGE = Path(__file__).parent
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # Ray has them in its texts
-_IN_ANOTHER_PROCESS = "\nOriginal Traceback "  # in the text of an error of torch's DataLoader
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # in Ray's messages
+_IN_ANOTHER_PROCESS = "\nOriginal Traceback "  # in errors that torch's DataLoader passes on
 _USER = re.compile(
-    r"(?<=:/)(/?)(?:[^\s/]*"  # up to the host …
-    r"|[^\s/?#:@]*:(?!\d+(?:[/?#\s]|$))\S*)@"  # … or further: keys for S3 have slashes that should have been escaped
+    r"(?<=:/)(/?)(?:[^\s/]*"  # user:password before the host, …
+    r"|[^\s/?#:@]*:(?!\d+(?:[/?#\s]|$))\S*)@"  # … also a key for S3 whose slashes are not escaped
 )
 _OPTION = re.compile(
     r"([?&#;][\w.-]*(?:secret|token|pass|pwd|key|credential|signature|sig|auth)[\w.-]*=)"
-    r"[^&\s]*[^&\s'\")\],;:.]",  # but no mark of the sentence around it
+    r"[^&\s]*[^&\s'\")\],;:.]",  # without the punctuation after it
     re.IGNORECASE,
 )
-_UNPRINTABLE = re.compile(r"[^ -~]")  # or not ASCII: looked at one by one
 
 
 class UsageError(Exception):
-    """What the user asked for cannot be: a wrong flag, value or path. Exit status 2."""
+    """The user asked for something impossible: a wrong flag, value or path. Exit status 2."""
 
 
 class JobError(Exception):
-    """What the user asked for went wrong: bad data, a damaged file, a failed run. Exit status 1."""
+    """Something went wrong: bad data, a damaged file, a failed run. Exit status 1."""
 
 
 def first_line(error: BaseException) -> str:
@@ -45,11 +45,8 @@ def first_line(error: BaseException) -> str:
     return lines[-1].partition(": ")[2] if _IN_ANOTHER_PROCESS in text else lines[0]
 
 
-def with_place(error: BaseException, *folders: Path, or_here: bool = True) -> str:
-    """Return an error in one line, with the last place that it came through in the first of ``folders`` with one.
-
-    ``or_here``: if there is none, a place in this package will do.
-    """
+def with_place(error: BaseException, *folders: Path) -> str:
+    """Return an error as one line, with the innermost place in the first of ``folders``, else in this package."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{type(error).__name__}: {error.msg} ({Path(error.filename).name}, line {error.lineno})"
     if _IN_ANOTHER_PROCESS in str(error):
@@ -57,7 +54,7 @@ def with_place(error: BaseException, *folders: Path, or_here: bool = True) -> st
     else:
         frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     said = f"{type(error).__name__}: {first_line(error)}"
-    for folder in (*folders, _PACKAGE) if or_here else folders:
+    for folder in (*folders, _PACKAGE):
         for file, line in reversed(frames):
             if folder in Path(file).parents and "site-packages" not in Path(file).parts:
                 return f"{said} ({Path(file).name}, line {line})"
@@ -65,27 +62,25 @@ def with_place(error: BaseException, *folders: Path, or_here: bool = True) -> st
 
 
 def masked(text: str) -> str:
-    """Return a text whose URIs have no user names, passwords and secret options any more."""
+    """Return a text with the users, passwords and secret options of its URIs replaced by ``***``."""
     return _OPTION.sub(r"\1***", _USER.sub(r"\1***@", text))
 
 
 def redact(text: object) -> str:
-    """Return a text in one line without secrets, in which what is not printed is written as Python writes it."""
-    return _UNPRINTABLE.sub(_escaped, masked(str(text)))
-
-
-def _escaped(found: re.Match[str]) -> str:
-    character = found[0]
-    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+    """Return a text as one line that is safe to print: secrets masked, control characters escaped."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in masked(str(text))
+    )
 
 
 def say(text: object, file: TextIO | None = None) -> None:
-    """Print a line: every text of the jobs goes through here, through ``RunConsole``, or is JSON."""
+    """Print a line, redacted. All output goes through here or ``RunConsole``, except JSON."""
     print(redact(text), file=file)
 
 
-def print_whatever_it_is() -> None:
-    """Let the standard streams escape what their encoding lacks; if they are closed, what is printed goes nowhere."""
+def prepare_output() -> None:
+    """Escape characters that the terminal's encoding lacks; discard the output if the streams are closed."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
         setattr(sys, name, stream)
@@ -94,38 +89,38 @@ def print_whatever_it_is() -> None:
 
 
 def count(number: int, noun: str, plural: str = "") -> str:
-    """Return a number with its noun, in the plural if it is not one."""
+    """Return a number with its noun, as in ``2 images``."""
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def clock_time(seconds: float) -> str:
-    """Return a duration as ``M:SS``, or ``H:MM:SS`` from an hour on."""
+    """Return a duration as ``M:SS``, or ``H:MM:SS`` from an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes_of_hour = divmod(minutes, 60)
     return f"{hours}:{minutes_of_hour:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def in_words(name: str) -> str:
-    """Return a setting's name as people say it: ``batch_size`` is ``batch size``."""
+    """Return ``batch_size`` as ``batch size``."""
     return name.replace("_", " ")
 
 
 def format_settings(values: Mapping[str, Any]) -> str:
-    """Return settings with their values as people read them."""
+    """Return settings as text: ``batch size 128, learning rate 0.005``."""
     return ", ".join(f"{in_words(name)} {format_value(value)}" for name, value in values.items())
 
 
 def format_value(value: Any) -> str:
-    """Return a setting's value as people read it."""
+    """Return a setting's value as text."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a clause that names the one of ``known`` that is most like ``name``; nothing if none is."""
+    """Return ``; did you mean X?`` for the most similar known name; empty if none is similar."""
     close = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def command(name: str) -> str:
-    """Return how a command is called, as the running one was: by the installed program, or from a checkout."""
+    """Return how to call a command: by the installed program if it is the one that runs, else by its script."""
     return f"{PROGRAM} {name}" if Path(sys.argv[0]).name.startswith(PROGRAM) else f"python jobs/{name}.py"

@@ -1,10 +1,11 @@
-"""Where a result came from: versions, command line, git commit, processor."""
+"""The origin of a result: versions, command line, git commit, processor."""
 
 from __future__ import annotations
 
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -16,25 +17,23 @@ from mnist_ray.errors import PROGRAM, masked
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a result may depend on."""
+    """Return the versions of mnist_ray, Python, torch, Ray and NumPy."""
     packages = {name: version(name) for name in ("torch", "ray", "numpy")}
     return {"mnist_ray": mnist_ray.__version__, "python": platform.python_version(), **packages}
 
 
 def processor_features() -> frozenset[str]:
-    """Return what Linux says that the first processor can do; elsewhere nothing."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return frozenset()
+    """Return the first processor's features, as Linux names them; empty on other systems."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="ascii", errors="replace") if cpuinfo.exists() else ""
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     return frozenset(found[1].split()) if found else frozenset()
 
 
 def arithmetic() -> dict[str, list[str]]:
-    """Return what the bits of a result depend on, beside the program: by versions, and by what the processor is.
+    """Return the versions and properties of the processor on which a result depends to the bit.
 
-    Libraries choose their kernels by the vector instructions, and the size of their blocks by the caches.
+    Libraries choose kernels by the vector instructions, and block sizes by the caches.
     """
     features = sorted(name for name in processor_features() if re.match("amx|asimd|avx|f16c|fma|sse|ssse|sve", name))
     caches = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index[0-2]/size"))
@@ -46,25 +45,22 @@ def arithmetic() -> dict[str, list[str]]:
 
 
 def cpu_has_bf16() -> bool:
-    """Tell whether the processor computes in bf16, by Linux's list of its features; elsewhere assume not."""
+    """Tell whether the processor computes in bf16; always false on other systems than Linux."""
     return not processor_features().isdisjoint({"avx512_bf16", "amx_bf16"})
 
 
 def origin() -> dict[str, Any]:
-    """Return where a run comes from: this process's command line, without secrets, the package's commit, versions."""
+    """Return this process's command line without secrets, the package's git commit, and versions."""
     program, *flags = map(masked, sys.argv)
     words = program.split() if program.startswith(PROGRAM) else ["python", program]
     return {"command_line": shlex.join([*words, *flags]), "git_commit": git_commit(), "versions": versions()}
 
 
 def git_commit() -> str | None:
-    """Return the commit of the package's checkout, with ``-dirty`` if it was changed; None outside of one."""
+    """Return the commit of the package's checkout, with ``-dirty`` if it has changes; None if there is no checkout."""
     root = Path(mnist_ray.__file__).parent.parent
-    if not (root / ".git").exists():
+    if not (root / ".git").exists() or shutil.which("git") is None:
         return None
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        described = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return described.stdout.strip()
+    described = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    return described.stdout.strip() or None

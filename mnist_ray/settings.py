@@ -1,24 +1,27 @@
-"""How a setting is declared, checked, read and written: one typed field, shared by the flag, the file and the code.
+"""How settings are declared, checked, read and written: one typed field for the flag, the file and the code.
 
-Standard library only, so that a wrong flag is answered before anything heavy is imported.
+Only the standard library is imported, so that a wrong flag is answered at once.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from mnist_ray.errors import UsageError, did_you_mean, first_line
+from mnist_ray.errors import UsageError, did_you_mean, first_line, redact
 
 T = TypeVar("T")
 Check = Callable[[Any], bool]
+UNSET = argparse.SUPPRESS  # a flag that is not given leaves no value
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Range:
-    """A search space between two numbers, both included; whole numbers if the setting is one."""
+    """A search space between two numbers, both included; whole numbers for a setting of type int."""
 
     low: float
     high: float
-    log: bool = False  # whether each power of ten is as likely as any other
+    log: bool = False  # draw uniformly in the logarithm
 
 
 SearchSpace = Choice | Range
@@ -51,38 +54,38 @@ def setting(
 ) -> T:
     """Declare a field of a settings class.
 
-    ``description`` has its unit and scope. A value for which ``check`` is false is refused with ``must``; ``at_least``,
-    ``positive`` and the like give both. ``search`` is where ``jobs/tune.py`` looks for the best value.
-    ``decides_data``: ``load_data`` goes by it, so it cannot be searched, as all trials have the same data.
+    ``description`` is the flag's help; it names unit and scope. A value for which ``check`` is false is refused with
+    ``must``; ``**at_least(1)``, ``**positive()`` and the like pass both. ``search``: the values that ``jobs/tune.py``
+    tries. ``decides_data``: ``load_data`` reads it; it cannot be searched, as all trials share the data.
     """
     metadata = {"help": description, "check": check, "must": must, "search": search, "decides_data": decides_data}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _rule(check: Check, must: str) -> dict[str, Any]:
-    """Return a rule that None passes: whether a setting may be None, its type says."""
+def rule(check: Check, must: str) -> dict[str, Any]:
+    """Return ``check`` and ``must`` for ``setting``; None always passes, as the type says whether it is allowed."""
     return {"check": lambda value: value is None or check(value), "must": must}
 
 
 def at_least(minimum: float) -> dict[str, Any]:
-    """Return what ``setting`` takes for a number from ``minimum`` on."""
-    return _rule(lambda value: value >= minimum, f"must be at least {minimum}")
+    """Allow numbers from ``minimum``."""
+    return rule(lambda value: value >= minimum, f"must be at least {minimum}")
 
 
 def positive() -> dict[str, Any]:
-    """Return what ``setting`` takes for a positive number."""
-    return _rule(lambda value: math.isfinite(value) and value > 0, "must be a positive number")
+    """Allow finite numbers above 0."""
+    return rule(lambda value: math.isfinite(value) and value > 0, "must be a positive number")
 
 
 def within(low: float, high: float) -> dict[str, Any]:
-    """Return what ``setting`` takes for a number from ``low`` to ``high``, both included."""
-    return _rule(lambda value: low <= value <= high, f"must be {low:,} to {high:,}")
+    """Allow numbers from ``low`` to ``high``, both included."""
+    return rule(lambda value: low <= value <= high, f"must be {low:,} to {high:,}")
 
 
 def fraction(*, with_one: bool = True) -> dict[str, Any]:
-    """Return what ``setting`` takes for a number from 0 to 1; ``with_one`` tells whether 1 is one of them."""
+    """Allow numbers from 0 to 1; 1 itself only ``with_one``."""
     end = "]" if with_one else ")"
-    return _rule(lambda value: 0 <= value < 1 or (with_one and value == 1), f"must be in [0, 1{end}")
+    return rule(lambda value: 0 <= value < 1 or (with_one and value == 1), f"must be in [0, 1{end}")
 
 
 def flag(name: str) -> str:
@@ -90,28 +93,18 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def value_type(annotation: Any) -> tuple[type[Any], tuple[Any, ...] | None]:
-    """Return a setting's plain type, and its choices if it is a ``Literal``; of a tuple, ``tuple``."""
-    annotation = _without_none(annotation)
-    if get_origin(annotation) is Literal:
-        choices = get_args(annotation)
-        return type(choices[0]), choices
-    return get_origin(annotation) or annotation, None
-
-
-def _without_none(annotation: Any) -> Any:
-    if get_origin(annotation) in (Union, types.UnionType):
-        return next(arg for arg in get_args(annotation) if arg is not type(None))
-    return annotation
-
-
-def item_type(annotation: Any) -> type[Any]:
-    """Return the type of a tuple's items."""
-    return get_args(_without_none(annotation))[0]
+def value_type(annotation: Any) -> tuple[type[Any], tuple[Any, ...]]:
+    """Return a setting's plain type, and the choices of a ``Literal`` or the item type of a tuple."""
+    if get_origin(annotation) in (Union, types.UnionType):  # X | None
+        annotation = next(arg for arg in get_args(annotation) if arg is not type(None))
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return type(arguments[0]), arguments
+    return origin or annotation, arguments if origin is tuple else ()
 
 
 def parse_text(kind: type[Any], text: str) -> Any:
-    """Return the value of a type that a text stands for, as ``str`` has written it. Raises ValueError."""
+    """Parse text that ``str`` has made of a value of the type ``kind``. Raises ValueError."""
     if kind is not bool:
         return kind(text)
     if text.lower() not in ("true", "false"):
@@ -120,10 +113,7 @@ def parse_text(kind: type[Any], text: str) -> Any:
 
 
 def build(config_class: type[T], values: Mapping[str, Any]) -> T:
-    """Build a config from those of ``values`` that it has, checking each against its type and its rule.
-
-    Raises UsageError for a value of the wrong type or outside its range.
-    """
+    """Build a config from ``values``, of which other settings are ignored. Raises UsageError for a wrong value."""
     hints = get_type_hints(config_class)
     given = [field for field in dataclasses.fields(config_class) if field.name in values]  # type: ignore[arg-type]
     return config_class(**{field.name: _checked(field, hints[field.name], values[field.name]) for field in given})
@@ -132,80 +122,141 @@ def build(config_class: type[T], values: Mapping[str, Any]) -> T:
 def _checked(field: dataclasses.Field[Any], annotation: Any, value: Any) -> Any:
     if value is None and type(None) in get_args(annotation):
         return None
-    name, (plain, choices) = flag(field.name), value_type(annotation)
+    name, (plain, arguments) = flag(field.name), value_type(annotation)
     try:
-        value = _of_type(annotation, value, name)
+        if plain is tuple and isinstance(value, (list, tuple)):
+            value = tuple(_of_type(arguments[0], item, name) for item in value)
+        else:
+            value = _of_type(plain, value, name)
     except TypeError:
-        kind = f"a list of {item_type(annotation).__name__}" if plain is tuple else f"of type {plain.__name__}"
+        kind = f"a list of {arguments[0].__name__}" if plain is tuple else f"of type {plain.__name__}"
         raise UsageError(f"{name} must be {kind}, not {value!r}") from None
-    if choices and value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")
+    if plain is not tuple and arguments and value not in arguments:
+        raise UsageError(f"{name} must be one of {', '.join(map(str, arguments))}, not {value!r}")
     check: Check | None = field.metadata.get("check")
     if check and not check(value):
         raise UsageError(f"{name} {field.metadata['must']}, not {value!r}")
     return value
 
 
-def _of_type(annotation: Any, value: Any, name: str) -> Any:
-    """Return a value as its setting has it. Raises TypeError if it is of another type."""
-    plain, _ = value_type(annotation)
-    if plain is tuple and isinstance(value, (list, tuple)):
-        return tuple(_of_type(item_type(annotation), item, name) for item in value)
-    if plain is Path and isinstance(value, (str, Path)):
-        return path_of(value, name).absolute()  # it is saved with the run, and read again from anywhere
-    if plain is float and type(value) is int:
+def _of_type(kind: type[Any], value: Any, name: str) -> Any:
+    if kind is Path and isinstance(value, (str, Path)):
+        return path_of(value, name).absolute()  # it is saved with the run, and read later from another folder
+    if kind is float and type(value) is int:
         return float(value)
-    if type(value) is not plain:
+    if type(value) is not kind:  # bool is a subclass of int
         raise TypeError
     return value
 
 
 def path_of(text: str | Path, named: str) -> Path:
-    """Return the path that a user has typed as ``named``, without ``~``. Raises UsageError if there can be none."""
+    """Return a path that a user gave as ``named``, with ``~`` expanded. Raises UsageError if it can be no path."""
     if not str(text).strip():
         raise UsageError(f"{named} is empty; name a file or a folder")
     try:
         path = Path(text).expanduser()
         os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):  # whoever uses it says so
+    except (FileNotFoundError, NotADirectoryError, PermissionError):  # reported when the path is used
         pass
-    except RuntimeError as error:
-        raise UsageError(f"{named} {text}: there is no such user, or no home folder") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
         raise UsageError(f"{named} {text}: {getattr(error, 'strerror', None) or first_line(error)}") from error
     return path
 
 
 def names_of(config_classes: Iterable[type]) -> set[str]:
-    """Return the names of all settings of some classes."""
+    """Return the names of all settings of the classes."""
     return {field.name for config_class in config_classes for field in dataclasses.fields(config_class)}
 
 
 def values_of(*configs: Any) -> dict[str, Any]:
-    """Return the settings of some configs as flat values, as a config file holds them."""
+    """Return all settings of the configs as one dict, as config.json holds them."""
     values = {name: value for config in configs for name, value in dataclasses.asdict(config).items()}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def read_config_file(path: str) -> dict[str, Any]:
-    """Read the settings in a JSON file. Raises UsageError if it is no JSON object."""
+    """Read settings from a JSON file. Raises UsageError."""
     try:
         values = json.loads(path_of(path, "--config").read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read the config file {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # of a file that is no UTF-8, too
+    except (ValueError, RecursionError) as error:  # also if it is not UTF-8
         raise UsageError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise UsageError(f"{path} must hold a JSON object with one setting a line")
+        raise UsageError(f"{path} must hold a JSON object of settings")
     return values
 
 
 def check_known(values: Iterable[str], known: set[str], source: str) -> None:
-    """Raise UsageError if there are settings in a file or a call that nothing knows."""
+    """Raise UsageError if ``source``, a file or a call, has settings that nothing knows."""
     if unknown := sorted(set(values) - known):
         raise UsageError(f"{source} has unknown settings: {', '.join(unknown)}{did_you_mean(unknown[0], known)}")
 
 
 def json_lines(values: Mapping[str, Any]) -> str:
-    """Return a JSON object with one key a line."""
+    """Return a JSON object with one key per line."""
     return "{\n" + ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()) + "\n}\n"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser with a flag for each setting of some classes, whose errors are one line.
+
+    ``defaults`` are shown in ``--help`` in place of the settings' own.
+    """
+
+    def __init__(self, description: str, *config_classes: type, defaults: Mapping[str, Any] | None = None) -> None:
+        super().__init__(description=description, allow_abbrev=False)
+        self._config_classes = config_classes
+        for config_class in config_classes:
+            self._add_settings(config_class, defaults or {})
+
+    def _add_settings(self, config_class: type, defaults: Mapping[str, Any]) -> None:
+        group = self.add_argument_group((config_class.__doc__ or "").split(":")[0].strip().rstrip("."))
+        hints = get_type_hints(config_class)
+        for field in dataclasses.fields(config_class):
+            plain, arguments = value_type(hints[field.name])
+            kind: dict[str, Any] = {"type": plain, "choices": arguments or None}
+            if plain is bool:
+                kind = {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
+            elif plain is tuple:
+                kind = {"type": arguments[0], "nargs": "+", "action": "extend"}
+            elif plain is Path:
+                kind = {"type": str}  # Path("") would be the current folder
+            help_text = field.metadata.get("help", "")
+            default = defaults.get(field.name, field.default)
+            if plain is not bool and default is not None:
+                shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+                help_text += f" (default: {shown})"
+            group.add_argument(flag(field.name), default=UNSET, help=help_text.replace("%", "%%"), **kind)
+
+    def read_flags(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:
+        """Return the flags that were given, checked. Raises UsageError."""
+        found, unknown = self.parse_known_intermixed_args(arguments)
+        if unknown:
+            flags = [text for action in self._actions for text in action.option_strings]
+            wrong = [text.partition("=")[0] for text in unknown if text.startswith("--")]
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(wrong[0], flags) if wrong else ''}")
+        for config_class in self._config_classes:
+            build(config_class, vars(found))
+        return vars(found)
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line, not the whole usage, and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {redact(message)}; see --help\n")
+
+
+def peek(*names: str) -> tuple[dict[str, Any], str | None]:
+    """Return some flags' values, and the run's name if there is one, while most flags are not yet known.
+
+    A word after an unknown flag may be its value, so it is taken for the name only if there is no other word.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in names:
+        parser.add_argument(flag(name), default=UNSET, action="store_true" if name == "resume" else "store")
+    try:
+        found, rest = parser.parse_known_args()
+    except argparse.ArgumentError:  # reported when all flags are read
+        return {}, None
+    pairs = [(before, word) for before, word in itertools.pairwise(["", *rest]) if not word.startswith("-")]
+    pairs.sort(key=lambda pair: pair[0].startswith("-") and "=" not in pair[0])
+    return vars(found), next((word for _, word in pairs), None)

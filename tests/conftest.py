@@ -33,15 +33,15 @@ FILES = (
 )
 
 METADATA = {"class_names": [*range(10)], "model_input": {"shape": [1, 28, 28], "dtype": "float32"}}
-"""What MNIST's model knows of the data."""
+"""Metadata of MNIST's data."""
 QUICK = {"batch_size": 50, "validation_size": 600, "learning_rate": 3e-3, "precision": "fp32"}
 
 
 def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> None:
-    """Return as soon as something is so."""
+    """Return as soon as the condition is true."""
     end = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < end, f"not so within {timeout_s} s"
+        assert time.monotonic() < end, f"not true within {timeout_s} s"
         time.sleep(0.02)
 
 
@@ -50,18 +50,18 @@ def as_flags(values: dict[str, Any]) -> list[str]:
 
 
 def mnist(**settings: Any) -> Workload:
-    """Return the workload that ships, as it is once its data are loaded."""
+    """Return MNIST's workload with the metadata of its data."""
     workload_class = source.load(source.DEFAULT)
     return workload_class(workload_class.Settings(**settings), METADATA)
 
 
 def folder_at(path: Path) -> RunFolder:
-    """Return a folder on this machine as the package takes it."""
+    """Return a local folder as a RunFolder."""
     return locate(str(path.parent), path.name)
 
 
 def run_main(job: str, *flags: str) -> None:
-    """Do in this process, on the Ray that it is connected to, what a job does."""
+    """Run a job in this process, on the Ray that it is connected to."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [f"jobs/{job}.py", *flags])
         cli.COMMANDS[job]()
@@ -87,7 +87,7 @@ def write_data_set(folder: Path, train: Arrays, test: Arrays, *, gzipped: bool =
 
 @pytest.fixture(scope="session")
 def mnist_test() -> Arrays:
-    """The embedded test images."""
+    """The test images that ship with the package."""
     return idx.load("test")
 
 
@@ -124,12 +124,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
-    """A Ray of two CPUs that all tests share; the address is for processes that connect to it."""
+    """The address of a Ray of two CPUs that all tests share."""
     environment.prepare(verbose=False)
     with prepared_forking("mnist_ray.run.fit", is_wanted=_fork_workers == "auto") as forking:
         with pytest.MonkeyPatch.context() as patch, for_one_job(forking, log_to_driver=False):
-            # Handed on to what the Ray starts. Ray Train's cleaner asks a dashboard: here none answers, and so at once.
-            # Else it is looked for at an address that `ray start` has left long ago.
+            # Ray passes this on to Ray Train's cleaner, which asks a dashboard: here none answers, so it fails at once.
+            # Otherwise it would try an old address of `ray start`.
             patch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
             ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         yield ray.get_runtime_context().gcs_address
@@ -141,14 +141,13 @@ def _how_workers_start(job: str) -> list[str]:
 
 
 def run_job(job: str, *flags: str, address: str | None = None, timeout_s: float = 120) -> subprocess.CompletedProcess:
-    """Run a job as a user would, on the Ray at ``address`` or on one of its own."""
-    variables = {**os.environ, "RAY_ADDRESS": address or "local"}
+    """Run a job in a process, on the Ray at ``address`` or a new local one."""
     return subprocess.run(
         [sys.executable, str(ROOT / "jobs" / job), *flags, *_how_workers_start(job)],
         capture_output=True,
         text=True,
         timeout=timeout_s,
-        env=variables,
+        env={**os.environ, "RAY_ADDRESS": address or "local"},
         check=False,
     )
 
@@ -156,9 +155,9 @@ def run_job(job: str, *flags: str, address: str | None = None, timeout_s: float 
 def run_and_act(
     act: Callable[[psutil.Process], None], when: str, *flags: str, address: str, status: int = 0
 ) -> tuple[str, str]:
-    """Run the training job, do something when it prints a line that starts with ``when``; return what it printed.
+    """Run the training job and call ``act`` at its first line that starts with ``when``.
 
-    That is its standard output, and its standard error.
+    Return its standard output and standard error.
     """
     return run_and_act_twice({when: act}, *flags, address=address, status=status)
 
@@ -166,7 +165,7 @@ def run_and_act(
 def run_and_act_twice(
     acts: Mapping[str, Callable[[psutil.Process], None]], *flags: str, address: str, status: int = 0
 ) -> tuple[str, str]:
-    """Do the same with several things to do, each at the first line that starts so."""
+    """Do the same with several actions by the start of a line."""
     to_do = dict(acts)
     with tempfile.TemporaryFile("w+") as errors:
         job = psutil.Popen(
@@ -176,7 +175,7 @@ def run_and_act_twice(
             text=True,
             env={**os.environ, "RAY_ADDRESS": address},
             start_new_session=True,
-            # A terminal's end may be ignored where the tests run, as under nohup.
+            # SIGHUP may be ignored here, as under nohup.
             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
         try:

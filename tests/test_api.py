@@ -39,14 +39,14 @@ def fork_servers() -> set[int]:
 
 @pytest.fixture
 def unconnected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this process look as if it were connected to no Ray."""
+    """Pretend that this process is not connected to Ray."""
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "local")
-    monkeypatch.setenv(SOCKET_VARIABLE, "")  # put back afterwards
+    monkeypatch.setenv(SOCKET_VARIABLE, "")  # restored afterwards
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers are forked on Linux only")
-def test_a_call_that_fails_leaves_no_fork_server_and_no_variable(
+def test_a_failed_call_leaves_no_fork_server_and_no_variable(
     small_data: Path, tmp_path: Path, unconnected: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, started = fork_servers(), list[set[int]]()
@@ -63,14 +63,14 @@ def test_a_call_that_fails_leaves_no_fork_server_and_no_variable(
     assert SOCKET_VARIABLE not in os.environ
 
 
-def test_no_fork_server_is_started_where_ray_is_connected(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_fork_server_is_started_if_ray_is_connected(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "local")
     before = fork_servers()
     with prepared_forking("mnist_ray.run.fit") as forking:
         assert (forking.server, fork_servers()) == (None, before)
 
 
-def test_training_returns_the_run_with_all_that_it_has_left(run: Run) -> None:
+def test_training_returns_the_run_with_its_files_and_evaluation_by_name_agrees(run: Run) -> None:
     assert str(run).startswith("one: loss ")
     assert repr(run) == f"<Run {run}>"
     assert run.metrics["accuracy"] == run.result["test_accuracy"] > 0.5
@@ -80,23 +80,20 @@ def test_training_returns_the_run_with_all_that_it_has_left(run: Run) -> None:
     assert Path(run.report).name == "report.html"
     assert run._repr_html_().startswith('<iframe srcdoc="&lt;!doctype html&gt;')
     assert sum(parameter.numel() for parameter in run.load_model().parameters()) == 49_770
-
-
-def test_evaluation_by_a_runs_name_gives_what_the_run_has(run: Run) -> None:
     assert mnist_ray.evaluate("one", storage_path=run.folder.storage_path, num_tasks=2) == run.metrics
 
 
-def test_predictions_are_for_arrays_pictures_and_files(run: Run, mnist_test: Arrays, tmp_path: Path) -> None:
+def test_arrays_pictures_and_files_are_predicted(run: Run, mnist_test: Arrays, tmp_path: Path) -> None:
     images = mnist_test.inputs[:40]
-    answers = mnist_ray.predict(images, run)
-    digits = np.array([answer.top[0][0] for answer in answers])
+    digits = np.array([prediction.top[0][0] for prediction in mnist_ray.predict(images, run)])
     assert (digits == mnist_test.targets[:40]).mean() > 0.5
     pictures = [Image.fromarray(image) for image in images[:2]]
     for number, picture in enumerate(pictures):
         picture.save(tmp_path / f"{number}.png")
     as_files = mnist_ray.predict(tmp_path, run, as_is=True)
-    assert [Path(answer.file).name for answer in as_files] == ["0.png", "1.png"]
-    assert [answer.top for answer in as_files] == [a.top for a in mnist_ray.predict(pictures, run, as_is=True)]
+    assert [Path(prediction.file).name for prediction in as_files] == ["0.png", "1.png"]
+    as_pictures = mnist_ray.predict(pictures, run, as_is=True)
+    assert [prediction.top for prediction in as_files] == [prediction.top for prediction in as_pictures]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +107,7 @@ def test_predictions_are_for_arrays_pictures_and_files(run: Run, mnist_test: Arr
         ({"sweep": "batch_size=16,32"}, "--sweep must be a list of str, not 'batch_size=16,32'"),
     ],
 )
-def test_a_mistake_is_raised_with_the_line_that_a_command_prints(
+def test_a_mistake_raises_the_line_that_a_command_prints(
     settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError) as raised:
@@ -118,7 +115,7 @@ def test_a_mistake_is_raised_with_the_line_that_a_command_prints(
     assert str(raised.value) == message
 
 
-def test_a_call_is_gone_on_with_by_a_call(tmp_path: Path) -> None:
+def test_a_call_is_resumed_by_a_call(tmp_path: Path) -> None:
     tracker = tmp_path / "quiet_tracker.py"
     tracker.write_text("from mnist_ray.trackers import Tracker\nclass Lines(Tracker): pass\n")
     job = read_job({"storage_path": str(tmp_path), "run_name": "one", "tracker": str(tracker)})
@@ -130,12 +127,16 @@ class Mine(MNIST):
     pass
 
 
-def test_a_class_is_named_by_where_its_code_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_is_named_by_its_file_or_module_and_refused_without_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reference_of("wine.py") == "wine.py"
     assert reference_of(Mine) == "tests.test_api:Mine"
     monkeypatch.setattr(Mine, "__module__", "test_api")
     monkeypatch.setitem(sys.modules, "test_api", sys.modules[__name__])
     assert reference_of(Mine) == f"{ROOT / 'tests' / 'test_api.py'}:Mine"
+    monkeypatch.setattr(Mine, "__module__", "__main__")  # as in a notebook's cell
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
+    with pytest.raises(UsageError, match=r"with %%writefile mine\.py as its first line, and give the file's name"):
+        reference_of(Mine)
 
 
 SCRIPT = """
@@ -163,26 +164,22 @@ if __name__ == "__main__":
 
 
 @pytest.mark.long
-def test_a_script_trains_its_own_class_on_a_ray_of_its_own(tmp_path: Path) -> None:
+def test_a_script_trains_its_class_on_a_new_local_ray(tmp_path: Path) -> None:
     (tmp_path / "signs.py").write_text(SCRIPT)
     done = subprocess.run([sys.executable, "signs.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("figures ['accuracy', 'loss']\n") == 1
 
 
-def cells_of_the_tour() -> list[str]:
-    tour = json.loads((ROOT / "examples" / "tour.ipynb").read_text())
-    return ["".join(cell["source"]) for cell in tour["cells"] if cell["cell_type"] == "code"]
-
-
 @pytest.mark.usefixtures("ray_address")
-def test_the_tours_cells_run_from_the_first_to_the_last(
+def test_the_tours_cells_run_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    for cell in cells_of_the_tour():
+    tour = json.loads((ROOT / "examples" / "tour.ipynb").read_text())
+    for cell in ("".join(cell["source"]) for cell in tour["cells"] if cell["cell_type"] == "code"):
         if cell.startswith("%%writefile "):
             first, _, text = cell.partition("\n")
             Path(first.split()[1]).write_text(text)
@@ -199,7 +196,7 @@ def test_the_tours_cells_run_from_the_first_to_the_last(
 
 
 @pytest.mark.long
-def test_the_tour_runs_in_a_notebook_each_call_on_a_ray_of_its_own(
+def test_the_tour_runs_in_a_notebook_each_call_on_a_new_local_ray(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import nbclient
@@ -217,18 +214,11 @@ def test_the_tour_runs_in_a_notebook_each_call_on_a_ray_of_its_own(
     assert (tmp_path / "circle.pt2").exists()
 
 
-def test_a_class_of_a_notebooks_cell_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Mine, "__module__", "__main__")
-    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
-    with pytest.raises(UsageError, match=r"with %%writefile mine\.py as its first line, and give the file's name"):
-        reference_of(Mine)
-
-
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        (["--help"], 0, "usage: mnist-ray {train,tune,"),
-        (["cake"], 2, "mnist-ray: error: there is no command cake\n"),
+        (["--help"], 0, "usage: mnist-ray [-h] {train,tune,"),
+        (["cake"], 2, "mnist-ray: error: argument command: invalid choice: 'cake' (choose from "),
         (["train", "--epochs", "3"], 2, "mnist-ray train: error: unrecognized arguments: --epochs 3; did you mean"),
     ],
 )

@@ -23,7 +23,7 @@ from mnist_ray import cli
 from tests.conftest import ROOT, as_flags, run_job
 
 MANIFESTS = ["rayjob-train.yaml", "rayjob-tune.yaml"]
-# Of https://ray-project.github.io/kuberay/reference/api/, ray.io/v1.
+# From https://ray-project.github.io/kuberay/reference/api/, ray.io/v1.
 RAY_JOB_FIELDS = {
     *("activeDeadlineSeconds", "backoffLimit", "clusterSelector", "deletionStrategy", "entrypoint"),
     *("entrypointNumCpus", "entrypointNumGpus", "entrypointResources", "jobId", "managedBy", "metadata"),
@@ -39,7 +39,7 @@ WORKER_FIELDS = {
     *("groupName", "idleTimeoutSeconds", "maxReplicas", "minReplicas", "numOfHosts", "rayStartParams", "replicas"),
     *("scaleStrategy", "suspend", "template"),
 }
-HEAD_ID = "f" * 51 + "00000"  # the fake provider knows its head by this
+HEAD_ID = "f" * 51 + "00000"  # which the fake provider expects of its head
 
 
 def read(name: str) -> Any:
@@ -52,23 +52,21 @@ def cluster_config() -> dict[str, Any]:
     return config
 
 
-def test_cluster_yaml_fits_rays_schema_and_loader(cluster_config: dict[str, Any]) -> None:
+def test_cluster_yaml_is_valid_its_head_trains_nothing_and_workers_are_spot_instances(
+    cluster_config: dict[str, Any],
+) -> None:
     prepared = prepare_config(cluster_config)
     validate_config(prepared)
     assert set(prepared["available_node_types"]) == {"ray.head.default", "cpu_worker"}
-
-
-def test_the_head_trains_nothing_and_workers_are_spot_instances_from_none_on(cluster_config: dict[str, Any]) -> None:
     head = cluster_config["available_node_types"][cluster_config["head_node_type"]]
     worker = cluster_config["available_node_types"]["cpu_worker"]
     assert head["resources"]["CPU"] == 0
-    assert worker["min_workers"] == 0
-    assert worker["max_workers"] == cluster_config["max_workers"]
+    assert (worker["min_workers"], worker["max_workers"]) == (0, cluster_config["max_workers"])
     assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     assert cluster_config["idle_timeout_minutes"] > 0
 
 
-def test_cluster_yaml_with_its_gpu_worker_fits_too() -> None:
+def test_cluster_yaml_is_valid_with_its_gpu_worker() -> None:
     text = (ROOT / "cluster.yaml").read_text()
     start = text.index("  # gpu_worker:")
     block = text[start : text.index("\n\n", start)]
@@ -80,14 +78,14 @@ def test_cluster_yaml_with_its_gpu_worker_fits_too() -> None:
 @pytest.mark.parametrize(
     "name", ["cluster.yaml", *(f"deploy/{name}" for name in (*MANIFESTS, "Dockerfile", "slurm.sh"))]
 )
-def test_no_credentials_are_shipped_and_the_dashboard_is_not_opened(name: str) -> None:
+def test_files_have_no_credentials_and_do_not_open_the_dashboard(name: str) -> None:
     text = (ROOT / name).read_text()
     assert not re.search(r"(?i)secret|password|access_key|auth_token|AKIA", text)
     assert "0.0.0.0" not in text
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
-def test_a_manifest_has_only_what_kuberay_and_kubernetes_know(name: str) -> None:
+def test_a_manifest_is_valid(name: str) -> None:
     manifest = read(f"deploy/{name}")
     assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayJob")
     cluster = manifest["spec"]["rayClusterSpec"]
@@ -106,17 +104,17 @@ def test_a_manifest_has_only_what_kuberay_and_kubernetes_know(name: str) -> None
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
-def test_a_manifest_runs_a_job_with_flags_that_it_has(
+def test_a_manifest_runs_a_job_with_known_flags(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     python, job, *flags = shlex.split(read(f"deploy/{name}")["spec"]["entrypoint"])
     monkeypatch.setattr("sys.argv", [job, *flags, "--resume"])
     assert cli.status_of(cli.COMMANDS[Path(job).stem]) == 2
-    # All flags are known: the error is of the one that was added.
+    # All flags are known: the error is about the added one.
     assert (python, capsys.readouterr().err) == ("python", "error: --resume needs --run-name NAME\n")
 
 
-def test_the_claim_of_shared_storage_is_the_one_that_the_manifests_mount() -> None:
+def test_the_manifests_mount_the_storage_claim() -> None:
     claim = read("deploy/storage.yaml")
     kubernetes_validate.validate(claim, kubernetes_validate.latest_version(), strict=True)
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
@@ -124,7 +122,7 @@ def test_the_claim_of_shared_storage_is_the_one_that_the_manifests_mount() -> No
         assert f"claimName: {claim['metadata']['name']}" in (ROOT / "deploy" / name).read_text()
 
 
-def test_the_image_runs_as_an_ordinary_user_and_copies_what_is_there() -> None:
+def test_the_image_runs_as_an_ordinary_user_and_copies_existing_files() -> None:
     lines = (ROOT / "deploy" / "Dockerfile").read_text().splitlines()
     instructions = [line.split() for line in lines if line and not line.startswith((" ", "#"))]
     assert [words[1] for words in instructions if words[0] == "USER"][-1] == "ray"
@@ -133,7 +131,7 @@ def test_the_image_runs_as_an_ordinary_user_and_copies_what_is_there() -> None:
     assert any(words[0] == "ARG" and words[1].startswith("TORCH_INDEX=") for words in instructions)
 
 
-def test_on_slurm_a_ray_spans_the_nodes_and_the_job_gets_the_scripts_arguments(tmp_path: Path) -> None:
+def test_on_slurm_ray_spans_the_nodes_and_the_job_gets_the_arguments(tmp_path: Path) -> None:
     for name, body in {
         "bin/scontrol": "printf 'node-7\\nnode-8\\n'",
         "bin/srun": 'case "$*" in *hostname*) echo "10.0.0.7 fe80::1";; *) printf "%s|" "$@";; esac',
@@ -157,7 +155,7 @@ def test_on_slurm_a_ray_spans_the_nodes_and_the_job_gets_the_scripts_arguments(t
     ]
 
 
-def test_the_runtime_environment_has_all_that_the_package_needs() -> None:
+def test_the_runtime_environment_has_all_dependencies() -> None:
     needed = {need for need in requires("mnist_ray") or [] if "extra ==" not in need and not need.startswith("ray[")}
     assert needed <= set(read("deploy/runtime-env.yaml")["pip"])
     assert len(needed) >= 8
@@ -165,7 +163,7 @@ def test_the_runtime_environment_has_all_that_the_package_needs() -> None:
 
 @pytest.fixture
 def autoscaled_head(cluster_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A head that starts cluster.yaml's node types as raylets on this machine; its address."""
+    """The address of a head that starts cluster.yaml's node types as raylets on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -181,13 +179,8 @@ def autoscaled_head(cluster_config: dict[str, Any], tmp_path: Path, monkeypatch:
     config = {key: cluster_config[key] for key in ("cluster_name", "max_workers", "head_node_type")}
     config |= {"available_node_types": types, "provider": provider, "idle_timeout_minutes": 0.05, "auth": {}}
     config |= {"docker": {}, "upscaling_speed": 1.0, "file_mounts": {}, "file_mounts_sync_continuously": False}
-    config |= {
-        name: []
-        for name in (
-            *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
-            *("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files"),
-        )
-    }
+    unused = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    config |= {f"{name}_commands": [] for name in unused} | {"cluster_synced_files": []}
     (tmp_path / "fake.yaml").write_text(json.dumps(config))
     for name, value in (("RAY_AUTH_MODE", "disabled"), ("RAY_FAKE_CLUSTER", "1"), ("RAY_enable_autoscaler_v2", "1")):
         monkeypatch.setenv(name, value)
@@ -214,7 +207,7 @@ def autoscaled_head(cluster_config: dict[str, Any], tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.long
-def test_cluster_yamls_nodes_come_for_a_job_and_go_when_they_idle(
+def test_cluster_yamls_nodes_start_for_a_job_and_stop_when_idle(
     autoscaled_head: str, small_data: Path, tmp_path: Path
 ) -> None:
     flags = {"num_workers": 2, "cpus_per_worker": 8, "data_dir": small_data, "storage_path": tmp_path / "runs"}

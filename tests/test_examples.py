@@ -1,4 +1,4 @@
-"""The workloads under examples/, each as a user runs it: trained, killed, resumed, swept, evaluated, exported."""
+"""The workloads under examples/, each trained, killed, resumed, swept, evaluated, exported."""
 
 import csv
 import json
@@ -15,7 +15,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "diabetes": {"num_epochs": 3, "batch_size": 8},
     "shapes": {"num_images": 3000, "noise": 0, "num_epochs": 3, "batch_size": 32, "learning_rate": 5e-3, "width": 8},
 }
-EXAMPLES = list(SMALL)
 
 
 def flags_of(example: str, storage: Path, **more: Any) -> list[str]:
@@ -33,7 +32,7 @@ def weights_of(run: Path) -> bytes:
     return (last / "model.safetensors").read_bytes()
 
 
-@pytest.fixture(scope="module", params=EXAMPLES)
+@pytest.fixture(scope="module", params=SMALL)
 def example(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -47,7 +46,7 @@ def run(example: str, ray_address: str, tmp_path_factory: pytest.TempPathFactory
     return storage / "two"
 
 
-def test_it_learns_and_leaves_its_files(run: Path, example: str) -> None:
+def test_it_learns_and_writes_its_files(run: Path, example: str) -> None:
     result = result_of(run)
     assert result["num_workers"] == 2
     if example == "diabetes":
@@ -63,23 +62,19 @@ def test_it_learns_and_leaves_its_files(run: Path, example: str) -> None:
 
 
 @pytest.mark.long
-def test_killed_and_resumed_it_ends_with_the_same_weights(
-    run: Path, example: str, ray_address: str, tmp_path: Path
-) -> None:
+def test_killed_and_resumed_its_weights_are_the_same(run: Path, example: str, ray_address: str, tmp_path: Path) -> None:
     flags = flags_of(example, tmp_path, num_workers=2, run_name="kill")
     run_and_act(psutil.Process.kill, "epoch 2/", *flags, address=ray_address, status=-9)
     assert not (tmp_path / "kill" / "result.json").exists()
     done = run_job("train.py", "--resume", "--run-name", "kill", "--storage-path", str(tmp_path), address=ray_address)
     assert done.returncode == 0, done.stderr
-    # So short a run may have been through its last epoch as it was killed.
+    # So short a run may have finished its last epoch when it was killed.
     assert "going on in epoch" in done.stdout or "all epochs are trained already" in done.stdout
     assert weights_of(tmp_path / "kill") == weights_of(run)
 
 
 @pytest.mark.long
-def test_it_is_swept_over_a_setting_of_its_own_and_the_best_is_trained(
-    example: str, ray_address: str, tmp_path: Path
-) -> None:
+def test_a_sweep_searches_its_own_setting_and_trains_the_best(example: str, ray_address: str, tmp_path: Path) -> None:
     small = {name: value for name, value in SMALL[example].items() if name not in ("width", "learning_rate")}
     flags = as_flags({**small, "num_epochs": 1, "precision": "fp32", "storage_path": tmp_path, "run_name": "sweep"})
     space = ["--sweep", "width=2,4", "learning_rate=log:1e-3:1e-2", "--num-trials", "3", "--num-confirmed", "0"]
@@ -97,15 +92,14 @@ def test_it_is_swept_over_a_setting_of_its_own_and_the_best_is_trained(
 
 
 @pytest.mark.long
-def test_it_is_evaluated_reported_and_exported_by_its_runs_name_alone(
+def test_it_is_evaluated_reported_and_exported_by_its_run_alone(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_main("evaluate", str(run))
     monitor = next(name for name in ("test_accuracy", "test_rmse") if name in result_of(run))
     value = result_of(run)[monitor]
-    assert (f"{value:.2%}" if monitor == "test_accuracy" else f"{value:.4f}") in capsys.readouterr().out.splitlines()[
-        -1
-    ]
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert (f"{value:.2%}" if monitor == "test_accuracy" else f"{value:.4f}") in said
     before = (run / "report.html").read_text()
     run_main("report", str(run))
     assert (run / "report.html").read_text() == before
@@ -113,9 +107,7 @@ def test_it_is_evaluated_reported_and_exported_by_its_runs_name_alone(
     assert "differ by at most" in capsys.readouterr().out
 
 
-def test_shapes_answer_pictures_and_a_table_does_not(
-    run: Path, example: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_shapes_take_pictures_and_a_table_does_not(run: Path, example: str, capsys: pytest.CaptureFixture[str]) -> None:
     given = (str(run / "pictures" / "loss.png"), "--storage-path", str(run.parent))
     if example == "shapes":
         run_main("predict", *given)

@@ -10,11 +10,12 @@ import psutil
 import pytest
 
 from mnist_ray import signals
+from tests.conftest import wait_for
 
 PREPARED = """
 import os, signal, sys, time
 from mnist_ray import signals
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which may be ignored where these tests run, as under nohup
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it may be ignored here, as under nohup
 signals.take_signals()
 """
 SAVING = """
@@ -25,66 +26,62 @@ def work():
             while not first.is_set:
                 time.sleep(0.01)
             print("saving", flush=True)
-            while True:  # and not one long sleep: a signal that comes just before it would not end it
+            while True:  # not one long sleep: a signal that comes just before it would not end it
                 time.sleep(0.01)
     except KeyboardInterrupt:
         return 130
-os._exit(signals.supervise(work))  # as jobs end: Python itself would first give signals their defaults back
+os._exit(signals.supervise(work))  # like jobs: Python's own exit would first reset the handlers
 """
+Starter = Callable[[str], "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator["Starter"]:
-    starter = Starter(tmp_path / "script.py")
-    yield starter
-    for process in starter.processes:
+def start(tmp_path: Path) -> Iterator[Starter]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(code: str) -> subprocess.Popen[str]:
+        path, pipe = tmp_path / "script.py", subprocess.PIPE
+        path.write_text(PREPARED + code)
+        started.append(
+            subprocess.Popen([sys.executable, path], stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
         process.kill()
         process.wait()
 
 
-class Starter:
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.processes: list[subprocess.Popen[str]] = []
-
-    def __call__(self, code: str) -> subprocess.Popen[str]:
-        self._path.write_text(PREPARED + code)
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(
-            [sys.executable, str(self._path)], stdout=pipe, stderr=pipe, text=True, start_new_session=True
-        )
-        self.processes.append(process)
-        return process
+def next_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    return process.stdout.readline()
 
 
-def said(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """What a process that ends says of errors, with its exit status."""
+def ending(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Return the exit status and the standard error of a process that ends."""
     _, errors = process.communicate(timeout=60)
     return process.returncode, errors
 
 
-def test_the_status_is_that_of_the_work(start: Starter) -> None:
-    assert said(start("sys.exit(signals.supervise(lambda: 3))")) == (3, "")
-
-
-def test_an_error_in_the_work_keeps_its_traceback_and_nothing_is_added(start: Starter) -> None:
-    status, errors = said(start("sys.exit(signals.supervise(lambda: 1 / 0))"))
+def test_the_works_status_and_traceback_are_passed_on(start: Starter) -> None:
+    assert ending(start("sys.exit(signals.supervise(lambda: 3))")) == (3, "")
+    status, errors = ending(start("sys.exit(signals.supervise(lambda: 1 / 0))"))
     assert (status, errors.splitlines()[-1]) == (1, "ZeroDivisionError: division by zero")
 
 
 @pytest.mark.parametrize(
     ("end", "message"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL, as the system does where memory runs out"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL, as the system does if memory runs out"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", "was ended by SIGSEGV"),
-        ("os._exit(1)", "Ray has ended this job's process; what it said, if anything, stands above"),
+        ("os._exit(1)", "Ray ended this job's process; see above for what it printed, if anything"),
     ],
 )
-def test_where_the_process_is_ended_one_line_says_so_and_how_to_go_on(start: Starter, end: str, message: str) -> None:
+def test_if_the_process_is_killed_one_line_says_so_and_how_to_resume(start: Starter, end: str, message: str) -> None:
     code = f"signals.work = lambda: (signals.if_ended('; early'), signals.if_ended('; to go on: this'), {end})"
-    status, errors = said(start(f"{code}\nsys.exit(signals.supervise(signals.work))"))
-    assert status == 1
-    assert errors.count("\n") == 1
+    status, errors = ending(start(f"{code}\nsys.exit(signals.supervise(signals.work))"))
+    assert (status, errors.count("\n")) == (1, 1)
     assert message in errors
     assert errors.endswith("; to go on: this\n")
 
@@ -92,45 +89,38 @@ def test_where_the_process_is_ended_one_line_says_so_and_how_to_go_on(start: Sta
 @pytest.mark.parametrize(
     ("number", "sends"),
     [
-        (signal.SIGINT, [os.killpg]),  # as a terminal
+        (signal.SIGINT, [os.killpg]),  # like a terminal
         (signal.SIGTERM, [os.kill]),
-        (signal.SIGTERM, [os.kill, os.killpg]),  # as timeout
+        (signal.SIGTERM, [os.kill, os.killpg]),  # like timeout
         (signal.SIGHUP, [os.killpg]),
     ],
 )
-def test_a_signal_counts_once_whoever_gets_it(
+def test_a_signal_to_several_processes_counts_once_the_first_is_noted_the_second_ends(
     start: Starter, number: signal.Signals, sends: list[Callable[[int, int], None]]
 ) -> None:
-    """The first is noted, the second ends."""
     process = start(SAVING)
-    assert process.stdout
     for expected in ("here\n", "saving\n"):
-        assert process.stdout.readline() == expected
+        assert next_line(process) == expected
         assert process.poll() is None
         for send in sends:
             send(process.pid, number)
         time.sleep(signals.SAME_WITHIN_S + 0.1 if expected == "here\n" else 0)
-    assert said(process) == (130, "")
+    assert ending(process) == (130, "")
 
 
-def test_a_closed_terminal_counts_for_nothing_under_nohup(start: Starter) -> None:
+def test_a_closed_terminal_is_ignored_under_nohup(start: Starter) -> None:
     process = start(f"signal.signal(signal.SIGHUP, signal.SIG_IGN)\nsignals.take_signals()\n{SAVING}")
-    assert process.stdout
-    assert process.stdout.readline() == "here\n"
+    assert next_line(process) == "here\n"
     os.killpg(process.pid, signal.SIGHUP)
     time.sleep(signals.SAME_WITHIN_S + 0.1)
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.stdout.readline() == "saving\n"
+    assert next_line(process) == "saving\n"
     assert process.poll() is None
 
 
-def test_where_the_supervisor_is_killed_the_work_ends_with_it(start: Starter) -> None:
+def test_if_the_supervisor_is_killed_the_work_ends(start: Starter) -> None:
     process = start(SAVING)
-    assert process.stdout
-    process.stdout.readline()
+    next_line(process)
     (child,) = psutil.Process(process.pid).children()
     process.kill()
-    deadline = time.monotonic() + 60
-    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:  # whom nobody has waited for yet
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)

@@ -13,13 +13,19 @@ from mnist_ray.run.lookup import find_run
 from mnist_ray.storage import DamagedFileError, RunFolder, checkpoint_name, locate, position_of
 
 
-def test_a_file_is_read_back_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
-    run = locate(str(tmp_path), "run")
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return locate(str(tmp_path), "run")
+
+
+def test_a_file_is_written_in_place_and_read_back(run: RunFolder, tmp_path: Path) -> None:
     assert not run.exists()
     assert run.read_text("a.txt") is None
     run.write_text("a.txt", "one")
     run.write_text("a.txt", "two · 2")
     assert run.read_text("a.txt") == "two · 2"
+    run.write_text("a.txt", "photo\udcff.png")  # a file name that is not UTF-8
+    assert run.read_text("a.txt") == r"photo\udcff.png"
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["a.txt"]
     assert run.uri == f"{tmp_path}/run"
 
@@ -32,14 +38,10 @@ def test_home_and_relative_paths_become_absolute(tmp_path: Path, monkeypatch: py
     assert locate("./s3:", "run").path == f"{tmp_path}/s3:/run"
 
 
-def test_the_options_of_a_uri_stay_at_its_end() -> None:
+def test_the_options_of_a_uri_stay_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     options = "?endpoint_override=http://minio:9000&region=us-east-1"
-    filesystem = fs.LocalFileSystem()
-    run = RunFolder("run", f"s3://bucket/runs{options}", filesystem, "bucket/runs/run")
+    run = RunFolder("run", f"s3://bucket/runs{options}", fs.LocalFileSystem(), "bucket/runs/run")
     assert run.inside("trials").uri == f"s3://bucket/runs/run/trials{options}"
-
-
-def test_a_uri_with_options_is_taken_apart_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
     monkeypatch.setattr(lookup, "locate", lambda path, name, given_as: asked.append((path, name)))
     find_run("s3://b/runs/one?region=a/b", "")
@@ -51,13 +53,6 @@ def test_any_file_system_of_pyarrow_serves() -> None:
     run = RunFolder("run", "mock:///bucket", filesystem, f"{path}/run")
     run.write_text("a.txt", "one")
     assert run.read_text("a.txt") == "one"
-
-
-def test_an_unwritable_path_is_refused_at_once_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(JobError, match=r"cannot write to .*file: ") as raised:
-        locate(str(tmp_path / "file"), "run").check_writable()
-    assert "\n" not in str(raised.value)
 
 
 WHOLE = {
@@ -72,21 +67,20 @@ DAMAGED = [
     ("config.json", b'{"num_epochs": 2, "st', "Unterminated string"),
     ("config.json", bytes(20), "Expecting value"),
     ("config.json", b"[" * 100_000, "maximum recursion depth exceeded"),
-    ("config.json", b"[1]", "it holds no JSON object"),
+    ("config.json", b"[1]", "it is no JSON object"),
     ("config.json", b'{"workload": "a.py"}', "it has no num_epochs"),
     ("config.json", b'{"num_epochs": "two"}', "num_epochs is 'two'"),
     ("origin.json", b'{"versions": {}, "metadata": []}', "metadata is []"),
-    ("result.json", b'{"checkpoint": "../elsewhere"}', "checkpoint is '../elsewhere'"),
-    ("result.json", b'{"checkpoint": "checkpoint_epoch-001_step-000000", "seconds": {}}', "seconds is {}"),
+    ("result.json", b'{"checkpoint": 3}', "checkpoint is 3"),
     ("operators.json", b"{}", "it has no steps"),
 ]
 
 
 @pytest.mark.parametrize(("name", "content", "reason"), DAMAGED)
-def test_a_file_that_is_not_what_was_written_is_noted_or_if_it_must_be_there_an_error(
-    tmp_path: Path, name: str, content: bytes, reason: str
+def test_a_damaged_file_is_reported_or_an_error_if_required(
+    run: RunFolder, tmp_path: Path, name: str, content: bytes, reason: str
 ) -> None:
-    run, notes = locate(str(tmp_path), "run"), list[str]()
+    notes: list[str] = []
     assert run.read_json(name, notes.append) is None
     with pytest.raises(JobError, match="is gone"):
         run.require_json(name)
@@ -97,20 +91,28 @@ def test_a_file_that_is_not_what_was_written_is_noted_or_if_it_must_be_there_an_
     assert run.read_json(name, notes.append) is None
     (note,) = notes
     assert note.startswith(f"{tmp_path}/run/{name} is damaged: {reason}")
-    assert note.endswith("; going on without it")
+    assert note.endswith("; continuing without it")
     with pytest.raises(DamagedFileError) as raised:
         run.require_json(name)
-    assert str(raised.value) == note.replace("going on without it", "put it back, or start another run")
+    assert str(raised.value) == note.replace("continuing without it", "put it back, or start another run")
 
 
-def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "run" / "origin.json").mkdir(parents=True)
-    with pytest.raises(JobError, match=r"^cannot read .*/run/origin\.json: ") as raised:
-        locate(str(tmp_path), "run").read_json("origin.json")
-    assert "\n" not in str(raised.value)
+def test_storage_errors_are_one_line_and_a_folder_in_a_files_place_is_not_retried(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "run" / "report.html").mkdir(parents=True)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it is retried"))
+    for fail, message in (
+        (lambda: run.read_json("report.html"), r"^cannot read .*/run/report\.html: .+$"),
+        (lambda: run.write_text("report.html", "page"), r"^cannot write .*/run/report\.html: .*[Ii]s a directory.*$"),
+        (locate(str(tmp_path / "file"), "run").check_writable, r"^cannot write to .*file: .+$"),
+    ):
+        with pytest.raises(JobError, match=message):
+            fail()
 
 
-def test_only_folders_with_an_epoch_and_a_step_are_checkpoints_and_positions_sort_them(tmp_path: Path) -> None:
+def test_checkpoints_are_folders_with_epoch_and_step_sorted_by_them(tmp_path: Path) -> None:
     strays = ["checkpoint_old", "checkpoint_epoch-009", "checkpoint_epoch-٠٠٩_step-000000", "checkpoint_manager"]
     strays += ["checkpoint_epoch-009_step-000000.bak", "copy of checkpoint_epoch-009_step-000000"]
     names = [checkpoint_name(0, 20), checkpoint_name(1, 0), checkpoint_name(1, 0) + "b", checkpoint_name(1000, 0)]
@@ -121,7 +123,7 @@ def test_only_folders_with_an_epoch_and_a_step_are_checkpoints_and_positions_sor
 
 
 @pytest.mark.parametrize(("fails_for_s", "ends_after_s"), [(5, 5), (1e9, 30)])
-def test_storage_that_fails_is_tried_again_each_second_for_half_a_minute(
+def test_failed_storage_is_retried_each_second_for_half_a_minute(
     fails_for_s: float, ends_after_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slept: list[float] = []
@@ -138,7 +140,7 @@ def test_storage_that_fails_is_tried_again_each_second_for_half_a_minute(
     assert sum(slept) == ends_after_s
 
 
-def test_a_run_is_found_by_its_path_or_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_found_by_its_path_or_its_name(tmp_path: Path) -> None:
     assert find_run("/tmp/", "elsewhere").uri == "/tmp"
     assert find_run("a/b", "elsewhere").path == str(Path("a/b").absolute())
     assert find_run("my_run", str(tmp_path)).path == str(tmp_path / "my_run")
@@ -171,12 +173,10 @@ def test_the_newest_run_is_the_last_begun_that_has_a_checkpoint(tmp_path: Path) 
         ("nonsense://x", "--storage-path nonsense://x cannot be used: "),
         ("", "--storage-path is empty; name a file or a folder"),
         ("s3:/KEY:SECRET@bucket", "s3:… is neither a folder nor a URI; write s3://… or ./s3:…"),
-        ("~nosuchuser/x", "--storage-path ~nosuchuser/x: there is no such user, or no home folder"),
-        ("a" * 300, f"--storage-path {'a' * 300}: File name too long"),
         ("runs\udcff", "cannot be used: 'utf-8' codec can't encode"),
     ],
 )
-def test_a_path_that_cannot_be_meant_is_refused(path: str, message: str) -> None:
+def test_an_unusable_storage_path_is_refused(path: str, message: str) -> None:
     with pytest.raises(UsageError) as raised:
         locate(path, "run")
     assert (message in str(raised.value), "\n" in str(raised.value)) == (True, False)
@@ -186,24 +186,10 @@ def test_a_path_that_cannot_be_meant_is_refused(path: str, message: str) -> None
     ("given", "message"),
     [
         ("", "the run's name is empty; leave it out for the newest"),
-        ("~nosuchuser/x", "the run in ~nosuchuser: there is no such user"),
+        ("~nosuchuser/x", "the run in ~nosuchuser: Could not determine home directory"),
         ("s3:/bucket/run", "s3:… is neither a folder nor a URI"),
     ],
 )
-def test_a_run_that_cannot_be_meant_is_refused(given: str, message: str) -> None:
+def test_an_unusable_run_is_refused(given: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         find_run(given, "elsewhere")
-
-
-def test_a_text_with_a_name_that_is_no_utf8_can_be_written(tmp_path: Path) -> None:
-    locate(str(tmp_path), "run").write_text("a.txt", "photo\udcff.png")
-    assert (tmp_path / "run" / "a.txt").read_text() == r"photo\udcff.png"
-
-
-def test_a_folder_in_a_files_place_is_said_at_once_and_not_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "run" / "report.html").mkdir(parents=True)
-    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it is tried again"))
-    with pytest.raises(JobError, match=r"cannot write .*/run/report\.html: .*[Ii]s a directory"):
-        locate(str(tmp_path), "run").write_text("report.html", "page")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mnist_ray import settings
-from mnist_ray.config import LookupConfig
+from mnist_ray.config import OutputConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, RunFolder, Warn, unless_damaged, untrusted_folders
 from mnist_ray.workload import source
@@ -160,7 +160,7 @@ def _checked_predictions(run: RunFolder, workload: Workload, result: dict[str, A
     return rows
 
 
-def workload_of(run: RunFolder, reference: str | None, storage_path: str = LookupConfig().storage_path) -> Workload:
+def workload_of(run: RunFolder, reference: str | None, storage_path: str = OutputConfig().storage_path) -> Workload:
     """Return a run's workload. Its code comes from ``reference``, by default from its place when the run started.
 
     Raises UsageError and JobError.

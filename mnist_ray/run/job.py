@@ -18,8 +18,7 @@ from typing import Any
 from mnist_ray import settings
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError, command, count, masked
-from mnist_ray.flags import UNSET, Parser, peek
-from mnist_ray.settings import flag
+from mnist_ray.settings import UNSET, Parser, flag, peek
 from mnist_ray.storage import (
     CONFIG_FILE,
     ORIGIN_FILE,

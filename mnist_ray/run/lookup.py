@@ -37,7 +37,7 @@ def find_run(given: str | None, storage_path: str, is_wanted: IsWanted = lambda 
 def _newest_run(storage: RunFolder, is_wanted: IsWanted) -> RunFolder:
     """Return the run with a checkpoint whose settings were written last, of those that are wanted."""
     runs = [locate(storage.storage_path, name) for name in storage.subfolders()]
-    for run in sorted(runs, key=lambda run: run.modified_ns(CONFIG_FILE), reverse=True):
+    for run in sorted(runs, key=lambda run: run.info(CONFIG_FILE).mtime_ns or 0, reverse=True):
         if run.exists(CONFIG_FILE) and run.checkpoint_names() and is_wanted(run):
             return run
     raise UsageError(f"no run in {storage.storage_path} has a checkpoint to use; {command('train')} makes one")

@@ -117,7 +117,7 @@ def placed(workload: Workload, what: str) -> Iterator[None]:
     except (UsageError, JobError):
         raise
     except Exception as error:
-        said = with_place(error, workload.source.folder, or_here=False)
+        said = with_place(error, workload.source.folder)
         raise UsageError(f"{type(workload).__name__}, {what}: {said}") from error
 
 

@@ -396,7 +396,7 @@ def test_a_run_whose_list_of_checkpoints_was_cut_off_is_read_by_its_last_checkpo
     found = find(run.uri, "~/ray_results")
     assert found.checkpoint.path.endswith("/run/checkpoint_epoch-002_step-000000")
     assert [note.partition("result.json is damaged: ")[2] for note in found.notes] == [
-        "Expecting value: line 1 column 1 (char 0); going on without it"
+        "Expecting value: line 1 column 1 (char 0); continuing without it"
     ]
 
 
