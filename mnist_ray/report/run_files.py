@@ -143,7 +143,8 @@ def _checked_result(run: RunFolder, workload: Workload, warn: Warn) -> dict[str,
     """Return a run's result. Raises DamagedFileError if a value on the page is not a number."""
     result = run.read_json(RESULT_FILE, warn) or {}
     names = [f"test_{metric.name}" for metric in workload.all_metrics] + [f"num_test_{workload.nouns}", workload.rate]
-    for value in map(result.get, names):
+    seconds = {"total": "missing", **result["seconds"]} if result else {}
+    for value in [*map(result.get, names), *seconds.values()]:
         if not isinstance(value, (int, float, type(None))):
             raise run.damaged(RESULT_FILE, f"{value!r:.40} is not a number")
     return result or None

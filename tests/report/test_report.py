@@ -226,7 +226,8 @@ def test_a_report_of_damaged_files_says_so(tested_run: RunFolder) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"seconds": None}, {"test_accuracy": "good"}, {"images_per_s": []}, {"checkpoint": None}]
+    "changes",
+    [{"seconds": None}, {"seconds": {}}, {"test_accuracy": "good"}, {"images_per_s": []}, {"checkpoint": None}],
 )
 def test_a_result_with_wrong_types_is_left_out(tested_run: RunFolder, changes: dict[str, Any]) -> None:
     result = tested_run.read_json("result.json")
