@@ -166,7 +166,7 @@ def evaluate(run: Run | str | None = None, *, workload: AnyWorkload = None, **se
         classes = [EvaluationConfig, LookupConfig, type(found.workload).Settings]
         check_known(settings, names_of(classes), "evaluate()")
 
-        from mnist_ray.tools.evaluation import evaluate_found
+        from mnist_ray.run.evaluate import evaluate_found
 
         return evaluate_found(found, build(EvaluationConfig, settings), forking).values(found.workload)
 

@@ -12,16 +12,15 @@ from typing import Any
 from mnist_ray import settings
 from mnist_ray.cluster.connect import as_it_is_now
 from mnist_ray.cluster.plan import plan_workers
-from mnist_ray.cluster.remote_data import check_nodes, share
+from mnist_ray.cluster.remote_data import share
 from mnist_ray.cluster.watch import orphans_removed
 from mnist_ray.errors import JobError, count, format_settings
 from mnist_ray.run.fit import fit
 from mnist_ray.run.job import Job
+from mnist_ray.run.record import begin_files, recorded
 from mnist_ray.run.record import check as check_run
-from mnist_ray.run.record import recorded, write_origin
 from mnist_ray.run.session import Clock, Session, console_of, say_dashboard, say_run
 from mnist_ray.settings import json_lines
-from mnist_ray.signals import if_ended
 from mnist_ray.storage import RESULT_FILE, SWEEP_FILE, TRIALS_FILE
 from mnist_ray.sweep.options import BEST_FILE, DEFAULT_FOLDER, Sweep
 from mnist_ray.sweep.trial import TrialSpec
@@ -46,13 +45,9 @@ def search(session: Session, sweep: Sweep, show: OnChange) -> TrialTable:
     A sweep that has chosen before tries nothing more: its choice is not to change. Raises JobError.
     """
     job, data, run = sweep.job, session.data, sweep.job.run
-    if len(session.cluster.nodes) > 1:  # else nobody but this machine writes
-        check_nodes(run)
-    write_origin(job, data)
-    run.write_text(SWEEP_FILE, json_lines({**settings.values_of(sweep.config), **job.values}))
+    begin_files(session, SWEEP_FILE, {**settings.values_of(sweep.config), **job.values})
     splits = share(job.workload, data.train), share(job.workload, data.validation)
     spec = TrialSpec(job, *splits, session.plan, run.inside(TRIALS_FOLDER))
-    if_ended(f"; to go on: {job.resume_with}")
     concurrent = _say_plan(session, sweep)
     if run.exists(BEST_FILE):
         return sweep.table()
