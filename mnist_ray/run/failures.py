@@ -12,8 +12,10 @@ from ray.train import UserCallback
 from mnist_ray.cluster.train_internals import RayTrainError, WorkerHealthCheckFailedError
 from mnist_ray.errors import JobError, first_line
 from mnist_ray.storage import STORAGE_ERRORS
+from mnist_ray.training.checkpoint import OtherModelError
 from mnist_ray.training.events import WorkersLost
-from mnist_ray.training.state import CodeFailedError
+from mnist_ray.training.reproducible import OtherArithmeticError
+from mnist_ray.training.state import CodeFailedError, TrainingDivergedError
 
 PASSING = (
     *STORAGE_ERRORS,
@@ -25,6 +27,8 @@ PASSING = (
     torch.distributed.DistError,
 )
 """Errors that the next attempt may not meet; other errors of the training's code are bugs."""
+STOPPING = (OtherModelError, TrainingDivergedError, OtherArithmeticError)
+"""Errors that the next attempt would meet again, although the code has no bug."""
 
 
 class TrainingStoppedError(JobError):

@@ -291,8 +291,3 @@ def _check_unchanged(run: RunFolder, classes: Sequence[type], then: Given, now: 
                     f"--resume: run {run.name} was started with {flag(name)} {old}, not {new}; "
                     "leave the flag out, or start another run"
                 )
-
-
-def about(job: Job) -> dict[str, Any]:
-    """Return what a job's checkpoints say of where they come from."""
-    return {"config": dataclasses.asdict(job.train), "workload": job.workload.identity}
