@@ -18,7 +18,7 @@ from mnist_ray.cluster import environment
 from mnist_ray.config import EvaluationConfig, ExportConfig, LookupConfig, PredictionConfig, ViewConfig
 from mnist_ray.errors import PROGRAM, JobError, UsageError, print_whatever_it_is, say
 from mnist_ray.flags import UNSET, Parser, peek
-from mnist_ray.run.job import read_job, way_on
+from mnist_ray.run.job import read_job, resume_command
 from mnist_ray.run.lookup import class_of, find_run
 from mnist_ray.run.train import train as train_job
 from mnist_ray.settings import build, names_of
@@ -91,7 +91,7 @@ def report() -> None:
     elif "output" in given:
         raise UsageError("--output is for the page of several runs; that of one is in the run's folder")
     else:
-        resume_with = way_on("tune" if runs[0].exists(TRIALS_FILE) else "train", runs[0])
+        resume_with = resume_command("tune" if runs[0].exists(TRIALS_FILE) else "train", runs[0])
         page.write_again(runs[0], reference, storage_path, sections, resume_with)
 
 
