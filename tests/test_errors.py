@@ -78,9 +78,9 @@ def test_errors_leave_a_job_without_secrets(
 def test_a_second_ctrl_c_does_not_hide_what_the_first_had_to_say(capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> None:
         try:
-            raise KeyboardInterrupt("interrupted; to go on: …")
+            raise KeyboardInterrupt("interrupted; to resume: …")
         finally:
             raise KeyboardInterrupt
 
     assert cli.status_of(main) == 130
-    assert capsys.readouterr().err == "interrupted; to go on: …\n"
+    assert capsys.readouterr().err == "interrupted; to resume: …\n"

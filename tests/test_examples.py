@@ -72,7 +72,7 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(
     done = run_job("train.py", "--resume", "--run-name", "kill", "--storage-path", str(tmp_path), address=ray_address)
     assert done.returncode == 0, done.stderr
     # So short a run may have been through its last epoch as it was killed.
-    assert "going on in epoch" in done.stdout or "all epochs are trained already" in done.stdout
+    assert "continuing in epoch" in done.stdout or "all epochs are trained already" in done.stdout
     assert weights_of(tmp_path / "kill") == weights_of(run)
 
 

@@ -81,12 +81,12 @@ def test_an_error_in_the_work_keeps_its_traceback_and_nothing_is_added(start: St
     ],
 )
 def test_where_the_process_is_ended_one_line_says_so_and_how_to_go_on(start: Starter, end: str, message: str) -> None:
-    code = f"signals.work = lambda: (signals.if_ended('; early'), signals.if_ended('; to go on: this'), {end})"
+    code = f"signals.work = lambda: (signals.if_ended('; early'), signals.if_ended('; to resume: this'), {end})"
     status, errors = said(start(f"{code}\nsys.exit(signals.supervise(signals.work))"))
     assert status == 1
     assert errors.count("\n") == 1
     assert message in errors
-    assert errors.endswith("; to go on: this\n")
+    assert errors.endswith("; to resume: this\n")
 
 
 @pytest.mark.parametrize(

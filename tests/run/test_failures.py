@@ -163,7 +163,7 @@ def test_a_run_whose_queue_of_events_dies_ends_in_one_line_that_says_how_to_go_o
     kill, flags = gate.opened_after(killing("EventQueue")), gate.flags(data_dir=small_data)
     _, complained = run_and_act(kill, "epoch 1/2  finished", *flags, address=ray_address, status=1)
     assert complained.startswith("error: Ray Train failed: ActorDiedError: The actor died unexpectedly")
-    assert f"to go on: python jobs/train.py --resume --run-name run --storage-path {gate.folder}" in complained
+    assert f"to resume: python jobs/train.py --resume --run-name run --storage-path {gate.folder}" in complained
     assert complained.count("\n") == 1
 
 
@@ -212,8 +212,8 @@ def test_a_killed_drivers_run_with_a_damaged_checkpoint_is_resumed_and_ends_with
     (last / "model.safetensors").write_bytes(b"something else")
     run_main("train", *flags, "--resume")
     printed = capsys.readouterr().out
-    assert f"note       {last.name} is damaged or was cut off; the one before it is used" in printed
-    assert "going on in epoch" in printed
+    assert f"note       {last.name} is damaged or was cut off; using the one before it" in printed
+    assert "continuing in epoch" in printed
     assert weights(gate.run) == weights(finished_run)
 
 
@@ -440,7 +440,7 @@ GLOO = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error")
         ({0: WorkerHealthCheckFailedError("failed", RuntimeError())}, "worker 0 does not answer"),
         ({0: ValueError("bad value\nand more")}, "worker 0 failed: ValueError: bad value"),
         ({0: GLOO, 1: RayActorError()}, "worker 1 died"),
-        ({0: GLOO}, "worker 0 has lost its connection to another, which has died or hangs"),
+        ({0: GLOO}, "worker 0 has lost its connection to another worker, which has died or hangs"),
     ],
 )
 def test_what_happened_to_workers_is_one_line(failures: dict[int, Exception], said: str) -> None:

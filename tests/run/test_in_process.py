@@ -48,7 +48,7 @@ def test_it_leaves_the_files_of_any_run(run: Path) -> None:
 def test_interrupted_it_saves_and_goes_on_to_the_same_weights(run: Path, small_data: Path, tmp_path: Path) -> None:
     flags = as_flags({**HERE, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"})
     _, errors = run_and_act(lambda job: job.send_signal(2), "started", *flags, address="local", status=130)
-    assert errors.startswith("interrupted; to go on: python jobs/train.py --resume --run-name run")
+    assert errors.startswith("interrupted; to resume: python jobs/train.py --resume --run-name run")
     assert list(tmp_path.glob("run/checkpoint_*"))
     done = run_job("train.py", "--resume", "--run-name", "run", "--storage-path", str(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -75,10 +75,7 @@ def test_the_claim_of_a_process_that_has_died_here_and_was_not_waited_for_is_tak
         assert_taken(run)
 
 
-OF_TEXTS = json.dumps({**asdict(this_process()), "pid": "4711"}).encode()
-
-
-@pytest.mark.parametrize("content", [None, b"", b"[]", b'{"host": 1}', b"\xff", OF_TEXTS])
+@pytest.mark.parametrize("content", [None, b"", b"[]", b'{"host": 1}', b"\xff"])
 def test_a_claim_from_elsewhere_that_does_not_change_is_taken_after_a_time(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, content: bytes | None
 ) -> None:
