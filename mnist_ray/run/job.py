@@ -37,7 +37,6 @@ from mnist_ray.workload.user_code import Source
 
 Given = Mapping[str, Any]
 """Settings by name, as flags or keyword arguments give them, including ``workload``, ``recipe`` and ``config``."""
-_FLAGS = "the flags"  # the layer that this command line or call gives
 
 
 @dataclass(frozen=True)
@@ -51,20 +50,10 @@ class Job:
     run: RunFolder
     resume_with: str  # the command that resumes it; or the call, if it was called
     callback: Source | None = None  # the user's code in the training loop
-    layers: Mapping[str, Given] = dataclasses.field(default_factory=dict)
-    """Settings by origin: a recipe, a file, the flags. Later layers win."""
+    asked: Given = dataclasses.field(default_factory=dict)  # all settings, including a sweep's
+    given: frozenset[str] = frozenset()  # the settings that this command or call names itself
     origin: Given = dataclasses.field(default_factory=dict)  # a resumed run's origin.json
     notes: tuple[str, ...] = ()  # printed before it starts
-
-    @property
-    def asked(self) -> dict[str, Any]:
-        """All settings, including a sweep's."""
-        return merged(self.layers)
-
-    @property
-    def given(self) -> set[str]:
-        """The settings that this command or call names itself."""
-        return set(self.layers.get(_FLAGS, ()))
 
     @property
     def values(self) -> dict[str, Any]:
@@ -84,14 +73,14 @@ class Job:
         return dataclasses.replace(self, workload=changed, train=settings.build(TrainConfig, all_values))
 
 
-def merged(layers: Mapping[str, Given]) -> dict[str, Any]:
+def _merged(layers: Mapping[str, Given]) -> dict[str, Any]:
     """Return the settings of some layers; later layers win."""
     return {name: value for layer in layers.values() for name, value in layer.items()}
 
 
 def _layer_of(name: str, layers: Mapping[str, Given]) -> str:
     """Return the layer that decides a setting; empty if none has it."""
-    return next((place for place, layer in reversed(list(layers.items())) if name in layer), "")
+    return ["", *(place for place, layer in layers.items() if name in layer)][-1]
 
 
 def read_job(
@@ -115,7 +104,7 @@ def read_job(
         folder = settings.path_of(early["config"], "--config").absolute().parent
         untrusted += untrusted_folders(locate(str(folder.parent), folder.name), run.storage_path)
     files: dict[str, Given] = {**resumed, **file}
-    reference = merged(files).get("workload") or source.DEFAULT
+    reference = _merged(files).get("workload") or source.DEFAULT
     workload_class = source.load_again(reference, early.get("workload"), _layer_of("workload", files), untrusted)
 
     kept = (*more_settings, TrainConfig, workload_class.Settings, WorkerConfig)
@@ -125,11 +114,11 @@ def read_job(
     layers: dict[str, Given] = {
         "the default recipe": {} if saved else recipes.get("default", {}),
         **resumed,
-        "the recipe": recipes.get(flags["recipe"], {}) if "recipe" in flags else {},
+        "the recipe": recipes.get(flags.get("recipe", ""), {}),
         **file,
-        _FLAGS: flags,
+        "the flags": flags,
     }
-    asked = merged(layers)
+    asked = _merged(layers)
     if asked.get("callback") is not None and (place := _layer_of("callback", layers)) in files:
         user_code.check_trusted(asked["callback"], Callback, place, untrusted)
 
@@ -160,7 +149,8 @@ def read_job(
         run=run,
         resume_with=resume_command(kind, run, more, is_call=given is not None),
         callback=code.get("callback"),
-        layers=layers,
+        asked=asked,
+        given=frozenset(flags),
         origin=origin,
         notes=tuple(notes),
     )
@@ -214,7 +204,7 @@ def _left_by(run: RunFolder, kind: str, workload_class: type[Workload], notes: l
 
 
 def _check_files(files: Mapping[str, Given], classes: Sequence[type]) -> None:
-    """Raise UsageError if files have settings that are unknown or wrong."""
+    """Raise UsageError, with the file's name, if a setting is unknown or wrong."""
     for file, values in files.items():
         settings.check_known(values, settings.names_of(classes) | {"workload"}, file)
         try:
@@ -235,12 +225,10 @@ def _read_flags(description: str, classes: Sequence[type], recipes: Mapping[str,
 
 
 def _checked(given: Given, classes: Sequence[type], recipes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a call's settings. Raises UsageError if one is unknown or wrong."""
+    """Return a call's settings. Raises UsageError if one is unknown."""
     settings.check_known(given, settings.names_of(classes) | {"workload", "recipe", "config"}, "the call")
     if given.get("recipe", "default") not in (*recipes, "default"):
         raise UsageError(f"there is no recipe {given['recipe']}; there is {', '.join(recipes) or 'none'}")
-    for config_class in classes:
-        settings.build(config_class, given)
     return dict(given)
 
 

@@ -8,7 +8,7 @@ from pyarrow import fs
 
 from mnist_ray.cluster.plan import Cluster
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.run.job import Job, merged, read_job, resume_command
+from mnist_ray.run.job import Job, read_job, resume_command
 from mnist_ray.run.record import begin_files
 from mnist_ray.run.session import Session, interrupt_explained, load_data
 from mnist_ray.settings import json_lines
@@ -50,10 +50,7 @@ def test_flags_override_the_config_file_which_overrides_the_recipe(read: Any, tm
     file.write_text(json.dumps({"batch_size": 16, "learning_rate": 0.5}))
     job = read("--recipe", "notebook", "--config", str(file), "--learning-rate", "0.25")
     assert (job.train.batch_size, job.train.learning_rate, job.train.precision) == (16, 0.25, "fp32")
-    assert list(job.layers) == ["the default recipe", "the recipe", str(file), "the flags"]
-    default, recipe, config, flags = job.layers.values()
-    assert merged(job.layers) == {**default, **recipe, **config, **flags}
-    assert config == {"batch_size": 16, "learning_rate": 0.5}
+    assert job.given == {"storage_path", "recipe", "config", "learning_rate"}
 
 
 def test_a_written_config_is_accepted_back_with_absolute_paths(
