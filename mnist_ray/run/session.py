@@ -78,11 +78,13 @@ class Session(contextlib.ExitStack):
         self.enter_context(owned(job.run, self.console.waiting))
         check_free(job.run, resume=job.output.resume)  # again: another job may have created it meanwhile
 
-    def dry_run(self, batch_sizes: Sequence[int] = ()) -> Callable[[], None]:
-        """Send one batch through the workload; return a function for the time in which Ray starts: imports, mostly.
+    @contextlib.contextmanager
+    def ray(self, batch_sizes: Sequence[int] = ()) -> Iterator[None]:
+        """Send a batch through the workload, join a cluster or start a local Ray, and plan the workers.
 
-        A user's workload is tried now, so that a mistake is reported before anything starts; a workload of this
-        package, whose tests try it, by that function. ``batch_sizes`` are those that a sweep tries. Raises UsageError.
+        The batch comes first, so that a user's mistake is reported before anything starts. For a workload of this
+        package, whose tests try it, that and imports run while Ray starts. ``batch_sizes`` are those that a sweep
+        tries. With ``--num-workers 0`` there is no Ray. Raises UsageError and JobError.
         """
         is_own = type(self.job.workload).__module__.startswith("mnist_ray.")
         if not is_own:
@@ -93,14 +95,6 @@ class Session(contextlib.ExitStack):
             if is_own:
                 try_batch(self.job, self.data.train, batch_sizes)
 
-        return meanwhile
-
-    @contextlib.contextmanager
-    def ray(self, meanwhile: Callable[[], None]) -> Iterator[None]:
-        """Join a cluster or start a local Ray, call ``meanwhile`` in parallel, and plan the workers.
-
-        With ``--num-workers 0`` there is no Ray: only ``meanwhile`` is called.
-        """
         if self.is_here:
             meanwhile()
             self.cluster, self.plan = Cluster(is_local=True, nodes=(), log_folder=""), WorkerPlan(0, 0, False, False)
@@ -108,8 +102,9 @@ class Session(contextlib.ExitStack):
             return
         from mnist_ray.cluster.connect import connect  # imports Ray, after the header is printed
 
-        output = {"verbose": self.job.output.verbose, "dashboard": self.job.output.dashboard}
-        with connect(self.workers, self._forking, **output, meanwhile=meanwhile) as self.cluster:
+        verbose, dashboard = self.job.output.verbose, self.job.output.dashboard
+        connection = connect(self.workers, self._forking, verbose=verbose, dashboard=dashboard, meanwhile=meanwhile)
+        with connection as self.cluster:
             self.plan = plan_workers(self.workers, self.cluster, self.job.train.chunks)
             yield
 
