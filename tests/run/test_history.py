@@ -35,7 +35,7 @@ def columns(run: RunFolder, *names: str) -> list[tuple[str, ...]]:
     return [tuple(row[name] for name in names) for row in read_csv(run, "metrics.csv")]
 
 
-def test_an_epoch_gets_one_row_whatever_comes_first(run: RunFolder) -> None:
+def test_an_epoch_gets_one_row_in_any_order_of_its_events(run: RunFolder) -> None:
     history = History(run, mnist())
     for event in (started(0), finished(1), finished(2), validated(1, 0.25, 0.5), validated(2, 0.125, 0.75)):
         history.add(event)
@@ -60,7 +60,7 @@ def test_a_resumed_run_keeps_the_epochs_that_it_does_not_repeat(run: RunFolder) 
     "content",
     ["", "train_loss\n1\n", "epoch,train_loss\n1\n", "epoch,train_loss\n1,x\n", "epoch,train_loss\n1.5,1\n"],
 )
-def test_a_damaged_file_is_noted_and_started_again(run: RunFolder, content: str) -> None:
+def test_a_damaged_file_is_noted_and_replaced(run: RunFolder, content: str) -> None:
     notes: list[str] = []
     run.write_text("metrics.csv", content)
     history = History(run, mnist(), notes.append)
@@ -69,7 +69,7 @@ def test_a_damaged_file_is_noted_and_started_again(run: RunFolder, content: str)
     assert columns(run, "train_loss") == [("0.5",)]
 
 
-def test_a_run_goes_on_whose_workload_has_other_metrics_now(run: RunFolder) -> None:
+def test_a_run_whose_workload_has_other_metrics_now_is_resumed(run: RunFolder) -> None:
     run.write_text("metrics.csv", "epoch,train_loss,train_f1,epoch_s\n1,0.25,0.5,2.0\n")
     history = History(run, mnist())
     assert history.mean_rate() is None
