@@ -26,7 +26,6 @@ class Found:
     """A checkpoint with its workload."""
 
     checkpoint: RunFolder
-    document: Mapping[str, Any]  # its state.json
     workload: Workload
     notes: tuple[str, ...]  # for the user
 
@@ -61,15 +60,14 @@ def find(
         checkpoint = _checkpoint_of(run, given, notes)
     except STORAGE_ERRORS as error:
         raise JobError(f"cannot read {run.uri}: {first_line(error)}") from error
-    document = read_state(checkpoint)
-    saved = document["workload"]
+    saved = read_state(checkpoint)["workload"]
     place = f"the checkpoint of {saved['reference']}"
     workload_class = source.load_again(saved["reference"], reference, place, untrusted_folders(run, storage_path))
     if saved["sha256"] not in ("", workload_class.source.sha256):
         notes.append(f"the workload has changed since the checkpoint was made: {workload_class.source.reference}")
     check_known(saved["settings"], names_of([workload_class.Settings]), place)
     settings: Any = build(workload_class.Settings, {**saved["settings"], **(changes or {})})
-    return Found(checkpoint, document, workload_class(settings, saved["metadata"]), tuple(notes))
+    return Found(checkpoint, workload_class(settings, saved["metadata"]), tuple(notes))
 
 
 def _checkpoint_of(run: RunFolder, given: str | None, notes: list[str]) -> RunFolder:

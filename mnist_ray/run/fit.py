@@ -63,7 +63,7 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
     spec, validation_config = _share_data(session, event_queue)
     damaged: set[str] = set()
 
-    def on_event_here(event: Event) -> None:
+    def note_damaged(event: Event) -> None:
         if isinstance(event, Started):
             damaged.update(event.damaged)
         on_event(event)
@@ -73,7 +73,7 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
             drop_damaged_snapshot(job.run)
             callbacks = [FailureReporter(event_queue)]
             trainer = create_trainer(spec, plan, max_failures, validation_config, callbacks)
-            result = _fit_and_listen(trainer, event_queue, on_event_here)
+            result = _fit_and_listen(trainer, event_queue, note_damaged)
             break
         except (ray.train.TrainingFailedError, RayError, *STORAGE_ERRORS) as error:
             cause = getattr(error, "controller_failure", error)
@@ -81,7 +81,7 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
                 raise cause from error
             # Ray makes no other attempt if the storage fails its own bookkeeping.
             if failures_left == 0 or not isinstance(cause, STORAGE_ERRORS):
-                raise JobError(reason_of(error) + _last_saved(job.run)) from error
+                raise JobError(reason_of(error)) from error
             on_event(WorkersLost(reason_of(error)))
             job.run.check_writable(retry=True)
     if result.return_value is not None:
@@ -174,14 +174,6 @@ def drop_damaged_snapshot(run: RunFolder) -> None:
             run.delete_file(SNAPSHOT_FILE)
 
     with_retries(drop)
-
-
-def _last_saved(run: RunFolder) -> str:
-    try:
-        names = run.checkpoint_names()
-    except STORAGE_ERRORS:
-        return ""
-    return f"; last saved: {names[-1]}" if names else "; nothing was saved"
 
 
 def create_trainer(

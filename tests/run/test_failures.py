@@ -268,7 +268,7 @@ def test_a_reproducible_run_has_the_same_bits_killed_and_resumed_with_other_work
     assert weights(gate.folder / "alone") == weights(gate.run)
     epochs, others = (read_csv(locate(str(gate.folder), name), "metrics.csv") for name in ("alone", "run"))
     assert len(epochs) == 2
-    for epoch, other in zip(epochs, others, strict=True):  # of the one at the kill, nobody may have reported values
+    for epoch, other in zip(epochs, others, strict=True):  # nobody may have reported the epoch of the kill
         assert other["train_loss"] in ("", epoch["train_loss"])
         assert other["val_loss"] == epoch["val_loss"]
 
