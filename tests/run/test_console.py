@@ -38,9 +38,7 @@ def test_a_job_log_has_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_many_epochs_widen_the_labels_and_a_trained_run_says_so(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_many_epochs_widen_the_labels_and_a_trained_run_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     with RunConsole(mnist(), 100, quiet=False) as printer:
         printer.show(EpochFinished(dataclasses.replace(PROGRESS, epoch=60)))
         printer.show(Started(1, ("a",), 2, "cpu", "bf16", epoch=100, step=0, num_steps=40))

@@ -66,6 +66,7 @@ class Gate:
     """Holds a training like ``finished_run``'s after a step, until a test opens the gate."""
 
     folder: Path
+    data: Path
 
     @property
     def run(self) -> Path:
@@ -74,8 +75,8 @@ class Gate:
     def flags(self, epoch: int = 1, step: int = 30, **values: Any) -> list[str]:
         callback = self.folder / "held.py"
         callback.write_text(HELD.format(epoch=epoch, step=step, folder=str(self.folder)))
-        names = {"storage_path": self.folder, "run_name": "run", "num_workers": 2, "callback": callback}
-        return as_flags({**QUICK, "checkpoint_every": 20, **names, **values})
+        paths = {"data_dir": self.data, "storage_path": self.folder, "run_name": "run", "callback": callback}
+        return as_flags({**QUICK, **paths, "num_workers": 2, "checkpoint_every": 20, **values})
 
     def opened_after(self, act: Callable[[psutil.Process], object]) -> Callable[[psutil.Process], None]:
         """Return a function that acts after the checkpoint before the gate was written, and opens the gate."""
@@ -103,8 +104,8 @@ class Held(Callback):
 
 
 @pytest.fixture
-def gate(tmp_path: Path) -> Gate:
-    return Gate(tmp_path)
+def gate(tmp_path: Path, small_data: Path) -> Gate:
+    return Gate(tmp_path, small_data)
 
 
 @pytest.fixture(scope="module")
@@ -142,14 +143,12 @@ def killing(class_name: str) -> Callable[[psutil.Process], None]:
     return kill
 
 
-def test_a_run_that_loses_a_node_ends_with_the_same_weights(
-    nodes: Cluster, finished_run: Path, small_data: Path, gate: Gate
-) -> None:
+def test_a_run_that_loses_a_node_ends_with_the_same_weights(nodes: Cluster, finished_run: Path, gate: Gate) -> None:
     def replace_a_node(job: psutil.Process) -> None:
         nodes.remove_node(nodes.list_all_nodes()[-1])
         nodes.add_node(num_cpus=1)
 
-    flags = gate.flags(data_dir=small_data)
+    flags = gate.flags()
     printed, _ = run_and_act(gate.opened_after(replace_a_node), "epoch 1/2  finished", *flags, address=nodes.address)
     assert "started    2 × cpu" in printed
     assert printed.count("\nlost ") == 1
@@ -157,10 +156,8 @@ def test_a_run_that_loses_a_node_ends_with_the_same_weights(
     assert weights(gate.run) == weights(finished_run)
 
 
-def test_a_run_whose_event_queue_dies_ends_in_one_line_that_says_how_to_resume(
-    ray_address: str, small_data: Path, gate: Gate
-) -> None:
-    kill, flags = gate.opened_after(killing("EventQueue")), gate.flags(data_dir=small_data)
+def test_a_run_whose_event_queue_dies_says_in_one_line_how_to_resume(ray_address: str, gate: Gate) -> None:
+    kill, flags = gate.opened_after(killing("EventQueue")), gate.flags()
     _, complained = run_and_act(kill, "epoch 1/2  finished", *flags, address=ray_address, status=1)
     assert complained.startswith("error: Ray Train failed: ActorDiedError: The actor died unexpectedly")
     assert f"to resume: python jobs/train.py --resume --run-name run --storage-path {gate.folder}" in complained
@@ -192,20 +189,18 @@ def test_a_training_that_ends_before_its_event_queue_has_started_loses_no_event(
     assert epoch["val_loss"]
 
 
-def test_a_run_that_loses_a_worker_ends_with_the_same_weights(
-    ray_address: str, finished_run: Path, small_data: Path, gate: Gate
-) -> None:
-    kill, flags = gate.opened_after(killing("RayTrainWorker")), gate.flags(data_dir=small_data)
+def test_a_run_that_loses_a_worker_ends_with_the_same_weights(ray_address: str, finished_run: Path, gate: Gate) -> None:
+    kill, flags = gate.opened_after(killing("RayTrainWorker")), gate.flags()
     printed, _ = run_and_act(kill, "epoch 1/2  finished", *flags, address=ray_address)
     assert printed.count("\nlost ") == 1
     assert len(printed.splitlines()) < 60  # none of the hundreds that Ray says then
     assert weights(gate.run) == weights(finished_run)
 
 
-def test_a_run_resumed_after_a_kill_and_damage_to_its_checkpoint_ends_with_the_same_weights(
-    ray_address: str, finished_run: Path, small_data: Path, gate: Gate, capsys: pytest.CaptureFixture[str]
+def test_a_run_resumed_after_a_kill_and_damage_ends_with_the_same_weights(
+    ray_address: str, finished_run: Path, gate: Gate, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kill, flags = gate.opened_after(psutil.Process.kill), gate.flags(data_dir=small_data)
+    kill, flags = gate.opened_after(psutil.Process.kill), gate.flags()
     run_and_act(kill, "epoch 1/2  finished", *flags, address=ray_address, status=-9)
     assert not (gate.run / "result.json").exists()
     last = max(gate.run.glob("checkpoint_epoch*"))
@@ -217,9 +212,7 @@ def test_a_run_resumed_after_a_kill_and_damage_to_its_checkpoint_ends_with_the_s
     assert weights(gate.run) == weights(finished_run)
 
 
-def test_training_continues_while_a_checkpoint_is_written_but_no_second_one_is_written_meanwhile(
-    ray_address: str, small_data: Path, gate: Gate
-) -> None:
+def test_training_continues_while_one_checkpoint_at_a_time_is_written(ray_address: str, gate: Gate) -> None:
     first, second = (gate.run / f"checkpoint_epoch-00{epoch}_step-000000" for epoch in (1, 2))
     written = first / "model.safetensors"
     seen: list[str] = []
@@ -233,7 +226,7 @@ def test_training_continues_while_a_checkpoint_is_written_but_no_second_one_is_w
         seen.extend(path.name for path in (first, second) if path.exists())
         written.read_bytes()
 
-    flags = gate.flags(epoch=0, step=1, validation_size=0, checkpoint_every=10**6, data_dir=small_data)
+    flags = gate.flags(epoch=0, step=1, validation_size=0, checkpoint_every=10**6)
     run_and_act_twice({"started": block, "epoch 2/2  finished": let_go}, *flags, address=ray_address)
     assert seen == [first.name]
     result = json.loads((gate.run / "result.json").read_text())
@@ -252,10 +245,8 @@ def test_a_report_that_cannot_be_written_is_a_note(
 
 
 @pytest.mark.long
-def test_a_reproducible_run_has_the_same_bits_killed_and_resumed_with_other_workers(
-    ray_address: str, small_data: Path, gate: Gate
-) -> None:
-    flags = [*gate.flags(data_dir=small_data), "--reproducible"]
+def test_a_reproducible_run_resumed_with_other_workers_has_the_same_bits(ray_address: str, gate: Gate) -> None:
+    flags = [*gate.flags(), "--reproducible"]
     kill = gate.opened_after(psutil.Process.kill)
     run_and_act(kill, "epoch 1/2  finished", *flags, address=ray_address, status=-9)
     resumed = run_job("train.py", *flags, "--num-workers", "1", "--resume", address=ray_address)
@@ -274,9 +265,9 @@ def test_a_reproducible_run_has_the_same_bits_killed_and_resumed_with_other_work
 
 
 @pytest.mark.long
-def test_an_elastic_run_continues_with_fewer_workers(nodes: Cluster, small_data: Path, gate: Gate) -> None:
+def test_an_elastic_run_continues_with_fewer_workers(nodes: Cluster, gate: Gate) -> None:
     lose = gate.opened_after(lambda job: nodes.remove_node(nodes.list_all_nodes()[-1]))
-    flags = gate.flags(data_dir=small_data, min_workers=1)
+    flags = gate.flags(min_workers=1)
     printed, _ = run_and_act(lose, "epoch 1/2  finished", *flags, address=nodes.address)
     assert "started    2 × cpu" in printed
     assert "restarted  1 × cpu" in printed

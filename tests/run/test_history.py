@@ -114,7 +114,7 @@ def test_steps_are_rewritten_ever_more_seldom(run: RunFolder, monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("steps_at_once")
-def test_a_storage_that_hangs_or_fails_holds_up_no_event_and_loses_no_step(
+def test_storage_that_hangs_or_fails_delays_no_event_and_loses_no_step(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, is_back, failed = RunFolder.write_text, threading.Event(), threading.Event()

@@ -29,9 +29,7 @@ def run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return storage / "run"
 
 
-def test_its_weights_equal_those_of_one_worker_with_one_thread(
-    run: Path, ray_address: str, small_data: Path, tmp_path: Path
-) -> None:
+def test_its_weights_equal_those_of_one_worker(run: Path, ray_address: str, small_data: Path, tmp_path: Path) -> None:
     flags = {**HERE, "num_workers": 1, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"}
     done = run_job("train.py", *as_flags(flags), address=ray_address)
     assert done.returncode == 0, done.stderr

@@ -53,9 +53,7 @@ def test_flags_override_the_config_file_which_overrides_the_recipe(read: Any, tm
     assert job.given == {"storage_path", "recipe", "config", "learning_rate"}
 
 
-def test_a_written_config_is_accepted_back_with_absolute_paths(
-    read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_written_config_is_accepted_back(read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     job = read("--batch-size", "7", "--learning-rate", str(0.1 + 0.2), "--data-dir", "mine", "--num-workers", "3")
     assert job.values["data_dir"] == str(tmp_path / "mine")
@@ -105,9 +103,8 @@ def test_code_that_may_have_come_with_a_run_is_not_loaded(
     (sent.parent / "elsewhere.py").write_text(STEALS)
     monkeypatch.chdir(sent.parent)
     (sent / "config.json").write_text(json.dumps({"num_epochs": 3, name: place.format(sent=sent)}))
-    with pytest.raises(
-        UsageError, match=rf"config\.json names --{name} .*: code that may have come with a run is loaded"
-    ):
+    message = rf"config\.json names --{name} .*: code that may have come with a run is loaded"
+    with pytest.raises(UsageError, match=message):
         read(*(flag.format(sent=sent) for flag in flags))
     assert not list(sent.parent.rglob("it_ran"))
 
@@ -117,9 +114,7 @@ def test_this_package_is_trusted_wherever_the_settings_lie() -> None:
     assert user_code.why_untrusted(str(ROOT / "examples" / "shapes.py"), [ROOT.parent]) == "in a folder of runs"
 
 
-def test_code_in_a_run_is_loaded_if_a_flag_names_it_and_the_command_to_resume_names_it_too(
-    read: Any, sent: Path
-) -> None:
+def test_code_in_a_run_is_loaded_if_a_flag_names_it_also_to_resume(read: Any, sent: Path) -> None:
     code = str(sent / "steals.py")
     (sent / "config.json").write_text(json.dumps({"num_epochs": 3, "workload": code}))
     job = read("--resume", "--run-name", "sent", "--workload", code)
@@ -136,9 +131,7 @@ def test_the_command_to_resume_is_quoted_and_has_no_secrets(tmp_path: Path) -> N
     assert resume_command("train", run) == said
 
 
-def test_an_interrupt_says_how_to_resume_even_if_the_storage_is_away(
-    read: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_says_how_to_resume_if_the_storage_is_away(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(run: RunFolder, file_name: str = "") -> bool:
         raise OSError("gone")
 
@@ -175,18 +168,14 @@ def test_a_bad_config_file_is_refused(read: Any, tmp_path: Path, text: str, mess
         (["--validation-size", "560", "--batch-size", "41"], "--batch-size 41 is larger than the 40 images"),
     ],
 )
-def test_settings_that_do_not_fit_the_data_are_refused(
-    read: Any, tmp_path: Path, few_images: Any, flags: list[str], message: str
-) -> None:
+def test_settings_must_fit_the_data(read: Any, tmp_path: Path, few_images: Any, flags: list[str], message: str) -> None:
     folder = write_data_set(tmp_path / "data", few_images, few_images)
     with pytest.raises(UsageError, match=message):
         load_data(read("--data-dir", str(folder), *flags))
 
 
 @pytest.mark.parametrize("flags", [["--limit", "0.5"], ["--overfit-batches", "1"]], ids=["limit", "overfit"])
-def test_a_run_on_less_data_resumes_on_the_same_and_its_config_gives_the_same(
-    read: Any, tmp_path: Path, few_images: Any, flags: list[str]
-) -> None:
+def test_a_run_on_less_data_resumes_on_the_same(read: Any, tmp_path: Path, few_images: Any, flags: list[str]) -> None:
     folder = write_data_set(tmp_path / "data", few_images, few_images)
     job, data = load_data(read("--data-dir", str(folder), "--batch-size", "10", "--run-name", "less", *flags))
     begin(job, data)

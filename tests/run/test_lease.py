@@ -72,7 +72,7 @@ def test_a_run_of_a_dead_process_on_this_machine_is_free_at_once(run: RunFolder)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[]", b'{"host": 1}', b"\xff"])
-def test_a_run_of_another_machine_is_free_if_its_owners_file_does_not_change(
+def test_a_run_is_free_if_its_owners_file_does_not_change(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, content: bytes | None
 ) -> None:
     monkeypatch.setattr(lease, "EXPIRES_AFTER_S", 0.3)
@@ -85,9 +85,7 @@ def test_a_run_of_another_machine_is_free_if_its_owners_file_does_not_change(
     assert waited
 
 
-def test_a_run_of_another_machine_is_refused_if_its_owners_file_changes(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_refused_if_its_owners_file_changes(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     def renew(text: str) -> None:
         claim_of(run, ELSEWHERE, renewed=1)
 
@@ -97,7 +95,7 @@ def test_a_run_of_another_machine_is_refused_if_its_owners_file_changes(
         pass
 
 
-def test_an_owner_renews_a_damaged_file_and_ends_if_it_finds_another_owners(
+def test_an_owner_renews_its_file_and_ends_if_it_finds_another_owners(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended = queue.Queue[Exception]()
@@ -117,9 +115,7 @@ def test_an_owner_renews_a_damaged_file_and_ends_if_it_finds_another_owners(
     assert "was taken over by process 7 on other-host" in str(error)
 
 
-def test_on_an_object_store_the_job_that_wrote_last_owns_the_run(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_an_object_store_the_last_writer_owns_the_run(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     store = SubTreeFileSystem("/", LocalFileSystem())
     on_store = replace(run, filesystem=store, path=run.path.lstrip("/"))
     monkeypatch.setattr("mnist_ray.run.lease.time.sleep", lambda seconds: claim_of(run, ELSEWHERE))
