@@ -49,7 +49,7 @@ def run_job(flags: Mapping[str, object], on_event: Callable[[Event], None] = lam
 
     with Session(read_job(), "mnist_ray.run.fit") as session:
         session.job, session.data = load_data(session.job)
-        with session.ray(meanwhile=lambda: None):
+        with session.ray():
             from mnist_ray.run.fit import fit
 
             seen: list[tuple[float, Any]] = []

@@ -166,7 +166,7 @@ def evaluate(
         found = _found(run, workload, storage_path, settings)
         check_known(settings, names_of([found.workload.Settings]), "evaluate()")
 
-        from mnist_ray.tools.evaluation import evaluate_found
+        from mnist_ray.run.evaluate import evaluate_found
 
         config = build(EvaluationConfig, {"num_tasks": num_tasks})
         return evaluate_found(found, config, forking).values(found.workload)

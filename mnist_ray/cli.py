@@ -17,7 +17,7 @@ from mnist_ray import api, signals
 from mnist_ray.cluster import environment
 from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig, PredictionConfig, ViewConfig
 from mnist_ray.errors import PROGRAM, JobError, UsageError, prepare_output, say
-from mnist_ray.run.job import read_job, way_on
+from mnist_ray.run.job import read_job, resume_command
 from mnist_ray.run.lookup import class_of, find_run
 from mnist_ray.run.train import train as train_job
 from mnist_ray.settings import UNSET, Parser, build, peek
@@ -98,7 +98,7 @@ def report() -> None:
     elif "output" in given:
         raise UsageError("--output is for the page of several runs; a single run's report is in its folder")
     else:
-        resume_with = way_on("tune" if runs[0].exists(TRIALS_FILE) else "train", runs[0])
+        resume_with = resume_command("tune" if runs[0].exists(TRIALS_FILE) else "train", runs[0])
         page.write_again(runs[0], reference, storage_path, sections, resume_with)
 
 

@@ -68,9 +68,9 @@ def test_errors_are_printed_without_secrets_and_set_the_exit_status(
 def test_a_second_ctrl_c_keeps_the_message_of_the_first(capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> None:
         try:
-            raise KeyboardInterrupt("interrupted; to go on: …")
+            raise KeyboardInterrupt("interrupted; to resume: …")
         finally:
             raise KeyboardInterrupt
 
     assert cli.status_of(main) == 130
-    assert capsys.readouterr().err == "interrupted; to go on: …\n"
+    assert capsys.readouterr().err == "interrupted; to resume: …\n"

@@ -69,7 +69,7 @@ def test_killed_and_resumed_its_weights_are_the_same(run: Path, example: str, ra
     done = run_job("train.py", "--resume", "--run-name", "kill", "--storage-path", str(tmp_path), address=ray_address)
     assert done.returncode == 0, done.stderr
     # So short a run may have finished its last epoch when it was killed.
-    assert "going on in epoch" in done.stdout or "all epochs are trained already" in done.stdout
+    assert "continuing in epoch" in done.stdout or "all epochs are trained already" in done.stdout
     assert weights_of(tmp_path / "kill") == weights_of(run)
 
 

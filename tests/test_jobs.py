@@ -81,7 +81,7 @@ def test_evaluation_refuses_folders_without_a_checkpoint(tmp_path: Path, capsys:
 def test_a_finished_run_is_neither_overwritten_nor_resumed(finished_run: Path) -> None:
     before = (finished_run / "result.json").read_bytes()
     same = ["--storage-path", str(finished_run.parent), "--run-name", "two"]
-    with pytest.raises(UsageError, match="two exists already; add --resume to go on with it, or give another --run-"):
+    with pytest.raises(UsageError, match="two exists already; add --resume to continue it, or give another --run-"):
         run_main("train", *same)
     with pytest.raises(UsageError, match="run two is finished; its result is in"):
         run_main("train", *same, "--resume")
@@ -151,7 +151,9 @@ def test_a_run_in_use_is_refused_and_sigterm_ends_it_like_an_interrupt(
         job.terminate()
 
     _, errors = run_and_act(want_too, "started", *as_flags(flags), address=ray_address, status=130)
-    assert errors == f"interrupted; to go on: python jobs/train.py --resume --run-name both --storage-path {tmp_path}\n"
+    assert (
+        errors == f"interrupted; to resume: python jobs/train.py --resume --run-name both --storage-path {tmp_path}\n"
+    )
 
 
 @pytest.fixture
@@ -190,7 +192,7 @@ def test_a_signal_to_all_processes_of_a_job_ends_it_like_an_interrupt_and_leaves
 ) -> None:
     flags = {**QUICK, "num_epochs": 500, "data_dir": small_data, "storage_path": tmp_path, "run_name": "all"}
     _, errors = run_and_act(lambda job: os.killpg(job.pid, number), when, *as_flags(flags), address="local", status=130)
-    way_on = f"to go on: python jobs/train.py --resume --run-name all --storage-path {tmp_path}"
+    way_on = f"to resume: python jobs/train.py --resume --run-name all --storage-path {tmp_path}"
     assert errors == f"interrupted; {way_on if when == TRAINING else 'nothing is saved yet: start it again'}\n"
     assert bool(list(tmp_path.glob("all/checkpoint_epoch-*"))) == (when == TRAINING)
     assert not list(tmp_path.glob(".*"))
@@ -206,7 +208,7 @@ def test_an_interrupted_run_says_how_to_resume_and_resumes(
     flags = {"data_dir": small_data, "storage_path": tmp_path, "run_name": "int", **QUICK, "num_epochs": 500}
     command = f"python jobs/train.py --resume --run-name int --storage-path {tmp_path}"
     _, errors = run_and_act(ctrl_c, "epoch 2/500", *as_flags(flags), address=ray_address, status=130)
-    assert errors == f"interrupted; to go on: {command}\n"
+    assert errors == f"interrupted; to resume: {command}\n"
     with pytest.raises(UsageError, match="run int was started with --batch-size 50, not 51"):
         run_main("train", *command.split()[2:], "--batch-size", "51")
     # Leave one epoch to train, however far the run came before the signal.
@@ -215,7 +217,7 @@ def test_an_interrupted_run_says_how_to_resume_and_resumes(
     config.write_text(config.read_text().replace('"num_epochs": 500', f'"num_epochs": {last}'))
     done = run_job("train.py", *command.split()[2:], address=ray_address)
     assert done.returncode == 0, done.stderr
-    assert "going on in epoch" in done.stdout
+    assert "continuing in epoch" in done.stdout
     with (tmp_path / "int" / "metrics.csv").open() as file:
         assert [int(row["epoch"]) for row in csv.DictReader(file)] == list(range(1, last + 1))
 

@@ -79,11 +79,11 @@ def test_the_works_status_and_traceback_are_passed_on(start: Starter) -> None:
     ],
 )
 def test_if_the_process_is_killed_one_line_says_so_and_how_to_resume(start: Starter, end: str, message: str) -> None:
-    code = f"signals.work = lambda: (signals.if_ended('; early'), signals.if_ended('; to go on: this'), {end})"
+    code = f"signals.work = lambda: (signals.if_ended('; early'), signals.if_ended('; to resume: this'), {end})"
     status, errors = ending(start(f"{code}\nsys.exit(signals.supervise(signals.work))"))
     assert (status, errors.count("\n")) == (1, 1)
     assert message in errors
-    assert errors.endswith("; to go on: this\n")
+    assert errors.endswith("; to resume: this\n")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from rich.text import Text
 from mnist_ray.errors import clock_time, count, redact
 from mnist_ray.training import events
 from mnist_ray.training.events import Event, Progress, Started
+from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
 
 _PLAIN_INTERVAL_S, _NOTEBOOK_INTERVAL_S = 10.0, 2.0
@@ -22,22 +23,20 @@ Self = TypeVar("Self", bound="RunConsole")
 
 
 class RunConsole:
-    """Prints a run's events; use it as a context, so that the live line is gone when it ends.
+    """Prints a run's events. Use it as a context, which removes the live line at the end.
 
-    On a terminal one line is redrawn in place; elsewhere a plain line is printed every ten seconds, in a notebook every
+    On a terminal one line is redrawn in place. Elsewhere a plain line is printed every ten seconds, in a notebook every
     two.
     """
 
     def __init__(self, workload: Workload, num_epochs: int, *, quiet: bool) -> None:
-        self._workload = workload
-        self._num_epochs = num_epochs
+        self._workload, self._num_epochs, self._quiet = workload, num_epochs, quiet
         self._label_width = max(10, len(f"epoch {num_epochs}/{num_epochs}"))
-        self._quiet = quiet
         is_terminal = sys.stdout.isatty()
         self._console = Console(
             force_terminal=is_terminal,  # whatever FORCE_COLOR says, which Jupyter sets, too
             force_jupyter=False,
-            width=None if is_terminal else _LOG_WIDTH,  # a table in a log is as wide as it needs to be
+            width=None if is_terminal else _LOG_WIDTH,  # a table in a log may be wide
             highlight=False,
             markup=False,
             emoji=False,
@@ -58,11 +57,11 @@ class RunConsole:
         self.rest()
 
     def rest(self) -> None:
-        """Take the live line away for good."""
+        """Remove the live line for good."""
         self._live.stop()
 
     def say(self, label: str, text: str) -> None:
-        """Print a line, its label in a column of its own."""
+        """Print a line, unless ``--quiet``; the label has a column to itself."""
         if not self._quiet:
             line = self._line(label, text)
             line.rstrip()
@@ -74,7 +73,7 @@ class RunConsole:
         self._console.print(self._line(label, text))
 
     def waiting(self, text: str) -> None:
-        """Show on the live line, until the next event, what takes time."""
+        """Show on the live line what takes time, until the next event."""
         if self._live.is_started:
             self._live.update(Text(self._column("") + redact(text), style="dim"), refresh=True)
 
@@ -88,7 +87,7 @@ class RunConsole:
             case events.NodeLeaving():
                 self.say("note", "a worker's node is about to be taken away; saving a checkpoint")
             case events.Stopping():
-                self.say("note", "interrupted; saving a checkpoint (once more: end at once)")
+                self.say("note", "interrupted: saving a checkpoint (Ctrl-C again to stop at once)")
             case Progress():
                 self._progress(event)
             case events.EpochFinished(last):
@@ -96,17 +95,27 @@ class RunConsole:
                 values = f"{self._workload.format(last.so_far)} on the training {self._workload.nouns}"
                 self.say(f"epoch {last.epoch}/{self._num_epochs}", f"{done}: {values}")
             case events.Validated():
-                time_taken = f"{event.seconds:.1f} s{', beside the training' if event.is_beside else ''}"
+                seconds = f"{event.seconds:.1f} s{', during training' if event.is_beside else ''}"
                 values = self._workload.format(event.values)
-                self.say("", f"validation after epoch {event.epoch}: {values} ({time_taken})")
+                self.say("", f"validation after epoch {event.epoch}: {values} ({seconds})")
             case events.StoppedEarly(epoch, best_epoch):
                 self.say("stopped", f"after epoch {epoch}: validation was best after epoch {best_epoch}")
+
+    def show_evaluation(self, tested: Evaluation) -> None:
+        """Print the result on the test set."""
+        workload = self._workload
+        for label, line in workload.lines(tested.columns):
+            self.say(label, line)
+        values = tested.values(workload)
+        own_first = sorted(workload.all_metrics, key=lambda metric: metric not in workload.metrics)
+        metrics = ", ".join(f"{metric.name} {metric.format(values[metric.name])}" for metric in own_first)
+        self.result("test", f"{metrics} on {tested.num_examples:,} {workload.nouns}")
 
     def _started(self, event: Started) -> None:
         self._last_plain = time.monotonic()
         self._live.update(Text())
         for name in event.damaged:
-            self.say("note", f"{name} is damaged or was cut off; the one before it is used")
+            self.say("note", f"{name} is damaged or was cut off; using the one before it")
         for note in event.notes:
             self.say("note", note)
         line = f"{event.num_workers} × {event.device} with {count(event.threads, 'thread')}"
@@ -116,7 +125,7 @@ class RunConsole:
         if event.epoch == self._num_epochs:
             line += "; all epochs are trained already"
         elif event.epoch or event.step:
-            line += f"; going on in epoch {event.epoch + 1} after step {event.step:,}"
+            line += f"; continuing in epoch {event.epoch + 1} after step {event.step:,}"
         if last := self._last_progress:
             steps = max(0, last.total_step - event.total_step)
             line += f"; {steps * last.epoch_s / last.step:.1f} s of work lost ({count(steps, 'step')})"

@@ -1,4 +1,4 @@
-"""Evaluation as Ray tasks, apart from training."""
+"""Evaluation of checkpoints: as Ray tasks, or in this process."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 from ray.train import Checkpoint
 
+from mnist_ray.cluster.connect import connect
 from mnist_ray.cluster.environment import for_evaluation
 from mnist_ray.cluster.remote_data import RemoteSplit, share
+from mnist_ray.config import EvaluationConfig, WorkerConfig
 from mnist_ray.errors import JobError, first_line
-from mnist_ray.run.find import folder_of
+from mnist_ray.run.console import RunConsole
+from mnist_ray.run.find import Found, folder_of
 from mnist_ray.run.worker import validation_metrics
 from mnist_ray.storage import RunFolder, position_of
 from mnist_ray.training import engine
@@ -23,6 +26,22 @@ from mnist_ray.training.events import Validated
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
+from mnist_ray.workload.source import load_data
+from ray_fork.starting import Forking
+
+
+def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> Evaluation:
+    """Connect, evaluate on the test set, print the result, and return it: ``jobs/evaluate.py``. Raises as ``train``."""
+    workload, data = found.workload, load_data(found.workload)
+    test = Split(data.test, origin="test")
+    with connect(WorkerConfig(), forking), RunConsole(workload, 0, quiet=False) as console:
+        for note in found.notes:
+            console.say("note", note)
+        console.say("checkpoint", found.checkpoint.path)
+        console.say("data", f"{data.name}: {len(test):,} test {workload.nouns}")
+        tested = evaluate(workload, found.checkpoint, test, config.num_tasks)
+        console.show_evaluation(tested)
+        return tested
 
 
 def evaluate(
@@ -30,8 +49,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a checkpoint on the test set, spread over tasks of one CPU each.
 
-    Tasks get whole batches, and batches are the same for any number of tasks, so the result is too. Raises what a
-    task raised, and JobError if its node or the storage has gone.
+    The result is the same for any number of tasks: each takes whole batches. Raises a task's exception, and JobError if
+    its node or the storage has gone.
     """
     shared = share(workload, test)
     task = _evaluate_split.options(**process_options())
@@ -47,12 +66,12 @@ def evaluate(
 
 
 def process_options() -> dict[str, Any]:
-    """Return the options that let tasks of evaluation share processes."""
+    """Return the options of evaluation tasks: the same for all, so that they share processes."""
     return {"runtime_env": {"env_vars": for_evaluation()}}
 
 
 def start_process() -> None:
-    """Let a process for the first validation start and import torch while the workers start, not beside training."""
+    """Let the process of the first validation import torch while the workers start, not during the training."""
     _import_engine.options(**process_options()).remote()
 
 
@@ -69,7 +88,7 @@ def _evaluate_split(
 
 
 def validate(checkpoint: Checkpoint, split: RemoteSplit, event_queue: Any, loader_workers: int) -> dict[str, float]:
-    """Evaluate an epoch's checkpoint on the validation set; Ray Train runs this as a task beside the training."""
+    """Evaluate an epoch's checkpoint on the validation set; Ray Train runs this as a task during the training."""
     start, workload = time.perf_counter(), split.workload
     folder = folder_of(checkpoint)
     values = evaluate_here(folder, workload, split.open(), loader_workers).values(workload)
@@ -79,7 +98,7 @@ def validate(checkpoint: Checkpoint, split: RemoteSplit, event_queue: Any, loade
 
 
 def evaluate_here(checkpoint: RunFolder, workload: Workload, split: Split, loader_workers: int) -> Evaluation:
-    """Evaluate a checkpoint in this process, on one thread."""
-    torch.set_num_threads(1)  # so that neither tasks side by side nor a training get in each other's way
+    """Evaluate a checkpoint in this process, on one thread: other tasks and a training may run next to it."""
+    torch.set_num_threads(1)
     model = engine.with_fast_layout(load_model(checkpoint, workload))
     return engine.evaluate(workload, model, split, loader_workers)

@@ -1,4 +1,4 @@
-"""What went wrong in a worker: what may go well at the next attempt, what is a bug, and each in one line."""
+"""Failures of workers: which may pass at the next attempt, which are bugs, and one line for each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from ray.train import UserCallback
 from mnist_ray.cluster.train_internals import RayTrainError, WorkerHealthCheckFailedError
 from mnist_ray.errors import JobError, first_line
 from mnist_ray.storage import STORAGE_ERRORS
+from mnist_ray.training.checkpoint import OtherModelError
 from mnist_ray.training.events import WorkersLost
+from mnist_ray.training.metrics import TrainingDivergedError
+from mnist_ray.training.reproducible import OtherArithmeticError
 from mnist_ray.training.state import CodeFailedError
 
 PASSING = (
@@ -24,59 +27,61 @@ PASSING = (
     torch.AcceleratorError,
     torch.distributed.DistError,
 )
-"""What may go well at the next attempt; other errors of the training's own code are bugs."""
+"""Errors that the next attempt may not meet; other errors of the training's code are bugs."""
+STOPPING = (OtherModelError, TrainingDivergedError, OtherArithmeticError)
+"""Errors that the next attempt would meet again, although the code has no bug."""
 
 
 class TrainingStoppedError(JobError):
-    """Training cannot go on with these settings: doing it again would end the same way."""
+    """Training cannot continue with these settings: another attempt would end in the same way."""
 
 
 class FailureReporter(UserCallback):
-    """Tells the driver, if it has an event queue, why workers are replaced; if that cannot help, ends the run."""
+    """Tells the driver, through its event queue if it has one, why workers are replaced. Ends a run that has a bug."""
 
     def __init__(self, event_queue: Any) -> None:
         self._event_queue = event_queue
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
-        """Do it, for the exceptions of each rank that failed."""
+        """Take the exceptions of the ranks that failed."""
         for error in worker_exceptions.values():
             if isinstance(error, CodeFailedError):
-                # Raised here, Ray takes it for a failure of its own controller, after which it does not try again.
+                # Ray takes an error raised here for one of its controller, and makes no other attempt.
                 raise TrainingStoppedError(str(error))
         if self._event_queue is not None:
             self._event_queue.put.remote(WorkersLost(describe(worker_exceptions)))
 
 
 def is_of_gloo(error: BaseException) -> bool:
-    """Tell whether another worker has gone while this one waited for it: gloo raises a plain RuntimeError then."""
+    """Return whether another worker has gone while this one waited for it: gloo raises a plain RuntimeError then."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
 def describe(worker_exceptions: Mapping[int, Exception]) -> str:
-    """Say in one line what happened to workers, by rank: a death, which makes the others fail too, before the rest."""
+    """Say in one line what happened to workers, by rank. A death comes first: it makes the other workers fail too."""
     rank, error = min(worker_exceptions.items(), key=lambda item: (not isinstance(item[1], RayActorError), item[0]))
     cause = getattr(error, "_base_exc", error)
     if is_of_gloo(cause):
-        return f"worker {rank} has lost its connection to another, which has died or hangs"
+        return f"worker {rank} has lost its connection to another worker, which has died or hangs"
     if isinstance(error, WorkerHealthCheckFailedError):
         return f"worker {rank} does not answer"
     if not isinstance(error, RayActorError):
-        return f"worker {rank} failed: {_said(cause)}"
+        return f"worker {rank} failed: {_line_of(cause)}"
     if error.preempted:
         return f"worker {rank} was lost with its node, which was preempted"
-    # That an actor's node has died, Ray says in words only.
+    # Only the text of Ray's error tells that the actor's node has died.
     has_lost_node = any("node" in line and ("died" in line or "dead" in line) for line in str(error).splitlines())
     return f"worker {rank} was lost with its node" if has_lost_node else f"worker {rank} died"
 
 
 def reason_of(error: Exception) -> str:
-    """Say in one line why training failed: a worker's own exception if there is one."""
+    """Say in one line why training failed: by a worker's exception, if there is one."""
     if failures := getattr(error, "worker_failures", None):
         return describe(failures)
     cause = getattr(error, "controller_failure", error)
     cause = getattr(cause, "cause", cause)  # of a RayTaskError, whose own text is a traceback
-    return f"Ray Train failed: {_said(cause)}"
+    return f"Ray Train failed: {_line_of(cause)}"
 
 
-def _said(error: BaseException) -> str:
+def _line_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error) if str(error).strip() else 'no message'}"

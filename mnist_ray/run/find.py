@@ -1,12 +1,11 @@
-"""Finding a run's checkpoint, and the workload that it is of."""
+"""Finding a run's checkpoint, and its workload."""
 
 from __future__ import annotations
 
 import math
 import posixpath
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -24,20 +23,19 @@ from mnist_ray.workload.base import Workload
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint with the workload that it is of."""
+    """A checkpoint with its workload."""
 
     checkpoint: RunFolder
-    document: Mapping[str, Any]  # its state.json
     workload: Workload
-    notes: tuple[str, ...]  # what the user is to know
+    notes: tuple[str, ...]  # for the user
 
     @property
     def description(self) -> str:
-        """What it was trained on, as people read it."""
+        """The workload's name and changed settings, for people."""
         defaults = values_of(self.workload.Settings())
         own = values_of(self.workload.settings).items()
-        chosen = [f", {in_words(name)} {value}" for name, value in own if value != defaults[name]]
-        return type(self.workload).__name__ + "".join(chosen)
+        changed = [f", {in_words(name)} {value}" for name, value in own if value != defaults[name]]
+        return type(self.workload).__name__ + "".join(changed)
 
     def load_model(self) -> Any:
         """Return its model, in evaluation mode. Raises JobError if it is damaged."""
@@ -51,44 +49,31 @@ def find(
     changes: Mapping[str, Any] | None = None,
     is_wanted: Callable[[RunFolder], bool] = lambda run: True,
 ) -> Found:
-    """Return the checkpoint that a path, a URI or a run's name stands for; of None, that of the newest wanted run.
+    """Return the checkpoint of a path, a URI or a run's name; if ``given`` is None, of the newest wanted run.
 
     ``reference``: where to load the workload's code from, if it has moved. ``changes``: settings to override. Raises
-    UsageError if there is none, JobError if it is damaged.
+    UsageError if there is no checkpoint, or its code cannot be loaded or trusted; JobError if it is damaged.
     """
-    quiet_ray()  # it tells of each list of checkpoints that it reads
+    quiet_ray()  # it logs each list of checkpoints that it reads
     run, notes = find_run(given, storage_path, is_wanted), list[str]()
     try:
         checkpoint = _checkpoint_of(run, given, notes)
     except STORAGE_ERRORS as error:
         raise JobError(f"cannot read {run.uri}: {first_line(error)}") from error
-    document = read_state(checkpoint)
-    workload = _workload_of(document, reference, changes or {}, untrusted_folders(run, storage_path))
-    if document["workload"]["sha256"] not in ("", workload.source.sha256):
-        notes.append(f"the workload has changed since the checkpoint was made: {workload.source.reference}")
-    return Found(checkpoint, document, workload, tuple(notes))
-
-
-def _workload_of(
-    document: dict[str, Any], reference: source.Reference | None, changes: Mapping[str, Any], untrusted: Iterable[Path]
-) -> Workload:
-    """Return the workload of a checkpoint, whose state.json is ``document``.
-
-    ``reference``: where to load the code from, if it has moved; ``changes``: settings to override. Raises UsageError if
-    the code cannot be loaded, lies in one of the ``untrusted`` folders, or has no such settings any more.
-    """
-    saved = document["workload"]
-    named = f"the checkpoint of {saved['reference']}"
-    workload_class = source.load_again(saved["reference"], reference, named, untrusted)
-    settings_class = workload_class.Settings
-    check_known(saved["settings"], names_of([settings_class]), named)
-    return workload_class(build(settings_class, {**saved["settings"], **changes}), saved["metadata"])
+    saved = read_state(checkpoint)["workload"]
+    place = f"the checkpoint of {saved['reference']}"
+    workload_class = source.load_again(saved["reference"], reference, place, untrusted_folders(run, storage_path))
+    if saved["sha256"] not in ("", workload_class.source.sha256):
+        notes.append(f"the workload has changed since the checkpoint was made: {workload_class.source.reference}")
+    check_known(saved["settings"], names_of([workload_class.Settings]), place)
+    settings: Any = build(workload_class.Settings, {**saved["settings"], **(changes or {})})
+    return Found(checkpoint, workload_class(settings, saved["metadata"]), tuple(notes))
 
 
 def _checkpoint_of(run: RunFolder, given: str | None, notes: list[str]) -> RunFolder:
-    """Return a folder's checkpoint: itself, or the run's choice; ``notes`` get what the user is to know of it.
+    """Return a folder itself if it is a checkpoint, or the run's best: its result's, else by validation, else the last.
 
-    A finished run has chosen by its result; of an interrupted one it is the best so far by validation, else the last.
+    Notes for the user are added to ``notes``.
     """
     if run.exists(STATE_FILE):
         return run
@@ -104,13 +89,13 @@ def _checkpoint_of(run: RunFolder, given: str | None, notes: list[str]) -> RunFo
     if not names:
         raise UsageError(f"{given} is neither a checkpoint nor a run that holds one: {run.uri}")
     known = snapshot_of(run)
-    if known is None or known.checkpoint is None:  # a kill has cut off Ray's list, or come before it
+    if known is None or known.checkpoint is None:  # a kill has cut off Ray's list, or came before it
         return run.inside(names[-1])
     return folder_of(best_of(known)[0])
 
 
 def snapshot_of(run: RunFolder) -> ray.train.Result | None:
-    """Return what Ray's list of a run's checkpoints says; None if there is none, or it is damaged.
+    """Return Ray's list of a run's checkpoints; None if there is none, or it is damaged.
 
     Raises what the file system does.
     """
@@ -120,22 +105,21 @@ def snapshot_of(run: RunFolder) -> ray.train.Result | None:
         math.fsum(metrics["val_score"] for _, metrics in result.best_checkpoints if "val_loss" in metrics)
     except STORAGE_ERRORS:
         raise
-    except Exception:  # Ray takes the list for what it has written; what is another can fail anywhere
+    except Exception:  # Ray does not check the list: a damaged one can fail anywhere
         return None
     return result if is_whole else None
 
 
 def best_of(result: ray.train.Result, damaged: Container[str] = ()) -> tuple[Checkpoint, dict[str, Any]]:
-    """Return the checkpoint with the best validation, of two that tie the one of less loss, and its metrics.
+    """Return the checkpoint with the best validation and its metrics. Ties go to the lower loss.
 
-    If none was validated, the last. ``damaged`` names checkpoints that Ray knows still, and are not to be taken.
+    Without validation, it is the last. ``damaged`` names checkpoints to leave out, which Ray's list still has.
     """
     whole = [pair for pair in result.best_checkpoints if folder_of(pair[0]).name not in damaged]
     validated = [pair for pair in whole if "val_loss" in pair[1]]
     if not validated:
         return result.checkpoint, result.metrics
-    best: tuple[Checkpoint, dict[str, Any]] = max(validated, key=lambda pair: pair[1]["val_score"])
-    return best
+    return max(validated, key=lambda pair: pair[1]["val_score"])
 
 
 def folder_of(checkpoint: Checkpoint) -> RunFolder:

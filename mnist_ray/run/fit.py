@@ -1,4 +1,4 @@
-"""``fit``: one training run, by Ray Train's ``TorchTrainer``; and how workers tell the driver what happens."""
+"""``fit``: one training run, by Ray Train's ``TorchTrainer``; and the queue that brings the workers' events here."""
 
 from __future__ import annotations
 
@@ -15,14 +15,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.exceptions import RayError
-from ray.train import (
-    CheckpointConfig,
-    FailureConfig,
-    RunConfig,
-    ScalingConfig,
-    UserCallback,
-    ValidationConfig,
-)
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback, ValidationConfig
 from ray.train.torch import TorchTrainer
 
 from mnist_ray.cluster import train_internals
@@ -45,6 +38,8 @@ from mnist_ray.training.events import ControllerStarted, Event, Started, Stoppin
 _POLL_INTERVAL_S = 0.5  # at which the driver asks for events, as often as workers send their progress
 _SAVED_WITHIN_S = 30.0  # after Ctrl-C
 _END_TIMEOUT_S = 5.0  # to wait for the end of Ray Train's controller, if the run ends first
+_RESIZE_INTERVAL_S = 15.0  # at which an elastic run checks whether the cluster holds more workers
+_VALIDATION_POLL_INTERVAL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -56,19 +51,19 @@ class Fitted:
 
 
 def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
-    """Train on Ray and pass events to ``on_event``. If the run has checkpoints, go on from the last.
+    """Train on Ray and pass events to ``on_event``. If the run has checkpoints, resume from the last.
 
-    Raises TrainingStoppedError if it would end the same way again, JobError if training failed otherwise.
+    Raises TrainingStoppedError if another attempt would end in the same way, else JobError.
     """
     job, plan, max_failures = session.job, session.plan, session.job.workers.max_failures
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(job.workers.hang_timeout_s))
-    if plan.min_workers is not None:  # so long Ray waits in vain for as many as before, when a node has gone
+    if plan.min_workers is not None:  # when a node has gone, Ray waits so long for as many workers as before
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
     event_queue = open_event_queue()
-    spec, validation_config = _hand_out(session, event_queue)
+    spec, validation_config = _share_data(session, event_queue)
     damaged: set[str] = set()
 
-    def on_event_here(event: Event) -> None:
+    def note_damaged(event: Event) -> None:
         if isinstance(event, Started):
             damaged.update(event.damaged)
         on_event(event)
@@ -78,15 +73,15 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
             drop_damaged_snapshot(job.run)
             callbacks = [FailureReporter(event_queue)]
             trainer = create_trainer(spec, plan, max_failures, validation_config, callbacks)
-            result = _fit_and_listen(trainer, event_queue, on_event_here)
+            result = _fit_and_listen(trainer, event_queue, note_damaged)
             break
         except (ray.train.TrainingFailedError, RayError, *STORAGE_ERRORS) as error:
             cause = getattr(error, "controller_failure", error)
             if isinstance(cause, TrainingStoppedError):
                 raise cause from error
-            # Ray does not try again if its own bookkeeping fails on storage.
+            # Ray makes no other attempt if the storage fails its own bookkeeping.
             if failures_left == 0 or not isinstance(cause, STORAGE_ERRORS):
-                raise JobError(reason_of(error) + _saved(job.run)) from error
+                raise JobError(reason_of(error)) from error
             on_event(WorkersLost(reason_of(error)))
             job.run.check_writable(retry=True)
     if result.return_value is not None:
@@ -95,32 +90,32 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
     return Fitted(folder_of(best), metrics)
 
 
-def _hand_out(session: Session, event_queue: Any) -> tuple[LoopSpec, ValidationConfig | None]:
-    """Share the data; return what the workers are handed, and how tasks validate, unless the workers do."""
+def _share_data(session: Session, event_queue: Any) -> tuple[LoopSpec, ValidationConfig | None]:
+    """Share the data. Return what the workers get, and how tasks validate, unless the workers do."""
     job, data, loader_workers = session.job, session.data, session.job.workers.loader_workers
     evaluate.start_process()
     spec = LoopSpec(job=job, train=share(job.workload, data.train), event_queue=event_queue)
     if len(data.validation) == 0:
         return spec, None
     split = share(job.workload, data.validation)
-    if job.train.early_stop is not None:  # the workers wait for the validation: whether they go on depends on it
+    if job.train.early_stop is not None:  # the validation decides whether the workers continue
         return replace(spec, validation=split), None
     validate = functools.partial(evaluate.validate, split=split, event_queue=event_queue, loader_workers=loader_workers)
-    # Without CPUs of its own, validation starts also while the workers hold all of them.
+    # A task of no CPUs starts although the workers hold all of them.
     options = {"num_cpus": 0, **evaluate.process_options()}
     return replace(spec, validates_in_tasks=True), ValidationConfig(validate, ray_remote_kwargs=options)
 
 
 def _fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[[Event], None]) -> ray.train.Result:
-    """Fit in a thread, so that this one hands on events and takes Ctrl-C; return the result.
+    """Fit in a thread, while this one passes events on and takes Ctrl-C; return the result.
 
-    The first Ctrl-C lets the workers save what they have, if they are training. Raises KeyboardInterrupt then, too.
+    At the first Ctrl-C the workers, if they are training, save a checkpoint. Raises KeyboardInterrupt afterwards.
     """
     pool = ThreadPoolExecutor(1)
     result: Future[ray.train.Result] = pool.submit(trainer.fit)
     try:
         with first_only_noted() as interrupted:
-            _hand_on(result, event_queue, on_event, interrupted)
+            _listen(result, event_queue, on_event, interrupted)
         if interrupted.is_set:
             raise KeyboardInterrupt
         return result.result()
@@ -136,16 +131,15 @@ def _fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[
         pool.shutdown(wait=False)
 
 
-def _hand_on(
+def _listen(
     result: Future[ray.train.Result], event_queue: Any, on_event: Callable[[Event], None], interrupted: Noted
 ) -> None:
-    """Hand on events until there is a result, or for so long as the workers may take to save what they have."""
-    is_training, end_at = False, math.inf
+    """Pass events on until there is a result, or, after Ctrl-C, the time to save a checkpoint is over."""
+    is_running, is_training, end_at = True, False, math.inf
     pings: dict[str, Ping] = {}
     watch = Watch(pings)
-    is_running = True
     while is_running and time.monotonic() < end_at:
-        is_running = bool(wait([result], _POLL_INTERVAL_S).not_done)  # seen first: the last events are handed on too
+        is_running = bool(wait([result], _POLL_INTERVAL_S).not_done)  # before the last events are taken
         for event in _taken(event_queue):
             if isinstance(event, ControllerStarted):
                 pings["Ray Train's controller"] = functools.partial(_ping, event.actor)
@@ -161,39 +155,25 @@ def _hand_on(
 
 
 def _ping(controller: Any) -> Future[object]:
-    answer: Future[object] = controller.get_state.remote().future()
-    return answer
+    return controller.get_state.remote().future()
 
 
 def _taken(event_queue: Any) -> list[Event]:
-    """Return the events that have come. Raises RaySilentError if the event queue does not answer."""
+    """Return the new events. Raises RaySilentError if the event queue does not answer."""
     answer = event_queue.take.remote()
     if not ray.wait([answer], timeout=LONGEST_SILENCE_S)[0]:
         raise RaySilentError.of("the event queue of its workers")
-    events: list[Event] = ray.get(answer)
-    return events
+    return ray.get(answer)
 
 
 def drop_damaged_snapshot(run: RunFolder) -> None:
-    """Remove Ray's list of a run's checkpoints if a kill has cut it off; workers find checkpoints themselves."""
+    """Remove Ray's list of a run's checkpoints if a kill has cut it off: workers find checkpoints without it."""
 
     def drop() -> None:
         if run.exists(SNAPSHOT_FILE) and snapshot_of(run) is None:
             run.delete_file(SNAPSHOT_FILE)
 
     with_retries(drop)
-
-
-def _saved(run: RunFolder) -> str:
-    try:
-        names = run.checkpoint_names()
-    except STORAGE_ERRORS:
-        return ""
-    return f"; last saved: {names[-1]}" if names else "; nothing was saved"
-
-
-_RESIZE_INTERVAL_S = 15.0  # how often an elastic run looks whether the cluster holds more workers
-_VALIDATION_POLL_INTERVAL_S = 0.1
 
 
 def create_trainer(
@@ -220,11 +200,11 @@ def create_trainer(
             name=spec.job.run.name,
             storage_path=spec.job.run.storage_path,
             checkpoint_config=CheckpointConfig(
-                num_to_keep=2,  # the best two, and Ray keeps the last besides: were that damaged, there is another
+                num_to_keep=2,  # the best two; Ray also keeps the last, so another is left if that is damaged
                 checkpoint_score_attribute="val_score" if is_validated else None,
             ),
             failure_config=FailureConfig(max_failures=max_failures),
-            callbacks=[*callbacks, _EndsSoon()],
+            callbacks=list(callbacks),
         ),
         validation_config=validation_config,
     )
@@ -234,54 +214,48 @@ class _Trainer(TorchTrainer):
     """Without actors that are not needed: each is a process, whose start and end take time."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        is_local = self.backend_config.is_local
-        unneeded: tuple[type, ...] = (train_internals.DatasetsCallback,)  # hands out Ray Datasets; there are none
-        if is_local:  # what it cleans up behind a killed controller is gone with the job's own Ray
+        unneeded: tuple[type, ...] = (train_internals.DatasetsCallback,)  # there are no Ray Datasets
+        if self.backend_config.is_local:  # nothing to clean up: a local Ray ends with the job
             unneeded += (train_internals.PlacementGroupCleanerCallback,)
         callbacks = [some for some in super()._create_default_callbacks() if not isinstance(some, unneeded)]
-        event_queue = self.train_loop_config["spec"].event_queue
-        return callbacks if event_queue is None else [*callbacks, _TellsController(event_queue)]
+        return [*callbacks, _OnController(self.train_loop_config["spec"].event_queue)]
 
 
-class _TellsController(train_internals.ControllerCallback):
-    """Tells the driver which actor looks after the workers, so that it can check that it still answers."""
+class _OnController(train_internals.ControllerCallback):
+    """Lets the driver check that Ray Train's controller answers, and makes that look for validations more often."""
 
     def __init__(self, event_queue: Any) -> None:
         self._event_queue = event_queue
 
     def after_controller_start(self, train_run_context: object) -> None:
-        self._event_queue.put.remote(ControllerStarted(ray.get_runtime_context().current_actor))
-
-
-class _EndsSoon(UserCallback):
-    """Lets Ray Train's controller look for the last validation more often than once a second."""
-
-    def after_report(self, run_context: object, metrics: object, checkpoint: object) -> None:
+        # By default the end of a run waits up to a second for its last validation.
         train_internals.validation_manager.VALIDATION_TASK_POLL_INTERVAL_S = _VALIDATION_POLL_INTERVAL_S
+        if self._event_queue is not None:
+            self._event_queue.put.remote(ControllerStarted(ray.get_runtime_context().current_actor))
 
 
 class EventQueue:
-    """Keeps events until the driver takes them; an actor of its own, so that nobody waits for anybody."""
+    """Keeps events until the driver takes them; an actor, so that neither side waits for the other."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
         self._is_stop_wanted = False
 
     def put(self, event: Event) -> bool:
-        """Keep an event; return whether the training is to stop."""
+        """Keep an event; return whether the training must stop."""
         self._events.append(event)
         return self._is_stop_wanted
 
     def take(self) -> list[Event]:
-        """Return the events since the last time."""
+        """Return the events since the last call."""
         events, self._events = self._events, []
         return events
 
     def want_stop(self) -> None:
-        """Answer from now on that the training is to stop."""
+        """Answer from now on that the training must stop."""
         self._is_stop_wanted = True
 
 
 def open_event_queue() -> Any:
-    """Return a new event queue's actor; it is beside this process, so that it does not go with another node."""
+    """Return the actor of a new event queue, on this node, so that it is not lost with another."""
     return ray.remote(num_cpus=0, scheduling_strategy=this_node())(EventQueue).remote()

@@ -1,4 +1,4 @@
-"""``--num-workers 0``: the same training in the job's own process, without Ray: for debuggers, profilers, notebooks."""
+"""``--num-workers 0``: the same training in the job's process, without Ray: for debuggers, profilers and notebooks."""
 
 from __future__ import annotations
 
@@ -10,23 +10,21 @@ import torch
 
 from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import TrainConfig
-from mnist_ray.run.failures import TrainingStoppedError
+from mnist_ray.run.failures import STOPPING, TrainingStoppedError
 from mnist_ray.run.fit import Fitted
 from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.signals import Noted, first_only_noted, take_signals
 from mnist_ray.storage import RunFolder
-from mnist_ray.training import checkpoint as checkpoints
+from mnist_ray.training.checkpoint import STATE_FILE
 from mnist_ray.training.events import Event, Progress, Stopping
-from mnist_ray.training.metrics import TrainingDivergedError
-from mnist_ray.training.reproducible import OtherArithmeticError
 from mnist_ray.training.state import Group, StopWantedError, TrainingState
 
-_NUM_KEPT = 2  # checkpoints, the best by validation, beside the last
+_NUM_KEPT = 2  # best checkpoints by validation; the last is kept, too
 
 
 def fit_here(session: Session, on_event: Callable[[Event], None]) -> Fitted:
-    """Train in this process, as ``fit`` does on Ray; what the user's code raises is raised as it is."""
+    """Train in this process, as ``fit`` does on Ray. Raises what the user's code raises."""
     job, data = session.job, session.data
     spec = LoopSpec(job=job, train=data.train, validation=data.validation if len(data.validation) else None)
     uses_gpu = job.workers.use_gpu != "no" and torch.cuda.is_available()
@@ -38,36 +36,27 @@ def fit_here(session: Session, on_event: Callable[[Event], None]) -> Fitted:
             train_worker(spec, group, create_reporter, job.workers.cpus_per_worker or usable_cores())
     except StopWantedError:
         raise KeyboardInterrupt from None
-    except (checkpoints.OtherModelError, TrainingDivergedError, OtherArithmeticError) as error:
+    except STOPPING as error:
         raise TrainingStoppedError(str(error)) from error
     best = job.run.inside(next(iter(_best(job.run)), job.run.checkpoint_names()[-1]))
     return Fitted(best, _metrics_of(best))
 
 
 class LocalReporter(Reporter):
-    """Hands events on at once, validates and saves at every checkpoint, and keeps the best two and the last."""
+    """Passes events on, validates and saves at every checkpoint, and keeps the best two and the last."""
 
     def __init__(
-        self,
-        spec: LoopSpec,
-        group: Group,
-        config: TrainConfig,
-        on_event: Callable[[Event], None],
-        interrupted: Noted,
+        self, spec: LoopSpec, group: Group, config: TrainConfig, on_event: Callable[[Event], None], interrupted: Noted
     ) -> None:
         super().__init__(spec, group, config)
         self._on_event, self._interrupted, self._is_stopping = on_event, interrupted, False
 
-    def begin(self, state: TrainingState, restored: checkpoints.Restored) -> None:
-        """Hand it on."""
-        self.send(self.started(state, restored))
-
     def send(self, event: Event) -> None:
-        """Hand it on."""
+        """Pass it on."""
         self._on_event(event)
 
     def on_progress(self, state: TrainingState, progress: Progress) -> None:
-        """Hand it on. A debugger may hold the training for as long as it likes: nothing waits for the next step."""
+        """Pass it on. Nothing waits for the next step: a debugger may hold the training for any time."""
         self.send(progress)
 
     def wants_stop(self) -> bool:
@@ -78,7 +67,7 @@ class LocalReporter(Reporter):
         return self._is_stopping
 
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
-        """Validate, and save."""
+        """Validate and save."""
         self.save(state, self.measured(state, progress))
         run = self._job.run
         for name in set(run.checkpoint_names()[:-1]) - set(_best(run)):
@@ -86,7 +75,7 @@ class LocalReporter(Reporter):
 
 
 def _best(run: RunFolder) -> list[str]:
-    """Return the names of a run's best checkpoints by validation, the best first; of those that tie the first."""
+    """Return the names of a run's best checkpoints by validation, the best first; of equal ones the first."""
     metrics = {name: _metrics_of(run.inside(name)) for name in run.checkpoint_names()}
     validated = [name for name, values in metrics.items() if "val_score" in values]
     return sorted(validated, key=lambda name: -metrics[name]["val_score"])[:_NUM_KEPT]
@@ -94,5 +83,4 @@ def _best(run: RunFolder) -> list[str]:
 
 def _metrics_of(checkpoint: RunFolder) -> dict[str, Any]:
     """Return the metrics of a checkpoint; none if it is damaged."""
-    metrics: dict[str, Any] = (checkpoint.read_json(checkpoints.STATE_FILE) or {}).get("metrics", {})
-    return metrics
+    return (checkpoint.read_json(STATE_FILE) or {}).get("metrics", {})

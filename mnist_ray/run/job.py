@@ -1,4 +1,4 @@
-"""What is settled before Ray: a job's settings and its folder.
+"""A job's settings and its folder.
 
 Nothing here imports torch or Ray, so that a mistake is answered at once.
 """
@@ -35,8 +35,7 @@ from mnist_ray.workload.base import Workload
 from mnist_ray.workload.user_code import Source
 
 Given = Mapping[str, Any]
-"""Settings by their names, beside ``workload``, ``recipe`` and ``config``: what a command line or a file says."""
-_FLAGS = "the flags"  # the layer of what this command or call names
+"""Settings by name, as flags or keyword arguments give them, including ``workload``, ``recipe`` and ``config``."""
 
 
 @dataclass(frozen=True)
@@ -48,32 +47,22 @@ class Job:
     workers: WorkerConfig
     output: OutputConfig
     run: RunFolder
-    resume_with: str  # the command that goes on with it, as one would type it; or the call, if it was called
+    resume_with: str  # the command that resumes it; or the call, if it was called
     callback: Source | None = None  # the user's code in the training loop
-    layers: Mapping[str, Given] = dataclasses.field(default_factory=dict)
-    """Settings by where they are from: a recipe, a file, the flags. Those of a later place win."""
-    origin: Given = dataclasses.field(default_factory=dict)  # of a run that goes on: how it began
-    notes: tuple[str, ...] = ()  # what the user is to know before it begins
-
-    @property
-    def asked(self) -> dict[str, Any]:
-        """All settings, those of a sweep among them."""
-        return merged(self.layers)
-
-    @property
-    def given(self) -> set[str]:
-        """The settings that this command or call names, and not a recipe or a file."""
-        return set(self.layers.get(_FLAGS, ()))
+    asked: Given = dataclasses.field(default_factory=dict)  # all settings, including a sweep's
+    given: frozenset[str] = frozenset()  # the settings that this command or call names itself
+    origin: Given = dataclasses.field(default_factory=dict)  # a resumed run's origin.json
+    notes: tuple[str, ...] = ()  # printed before it starts
 
     @property
     def values(self) -> dict[str, Any]:
-        """All that config.json holds."""
+        """The content of config.json."""
         own = settings.values_of(self.train, self.workload.settings, self.workers)
         return {"workload": self.workload.source.reference, **own}
 
     @property
     def code_folders(self) -> list[Path]:
-        """Where the user's code is."""
+        """The folders of the user's code."""
         return [code.folder for code in (self.callback, self.workload.source) if code is not None]
 
     def with_values(self, values: Given) -> Job:
@@ -83,14 +72,14 @@ class Job:
         return dataclasses.replace(self, workload=changed, train=settings.build(TrainConfig, all_values))
 
 
-def merged(layers: Mapping[str, Given]) -> dict[str, Any]:
-    """Return the settings of some layers, of which a later one wins."""
+def _merged(layers: Mapping[str, Given]) -> dict[str, Any]:
+    """Return the settings of some layers; later layers win."""
     return {name: value for layer in layers.values() for name, value in layer.items()}
 
 
-def _place_of(name: str, layers: Mapping[str, Given]) -> str:
-    """Return the layer that a setting is from; empty if none has it."""
-    return next((place for place, layer in reversed(list(layers.items())) if name in layer), "")
+def _layer_of(name: str, layers: Mapping[str, Given]) -> str:
+    """Return the layer that decides a setting; empty if none has it."""
+    return ["", *(place for place, layer in layers.items() if name in layer)][-1]
 
 
 def read_job(
@@ -100,22 +89,22 @@ def read_job(
     config_file: str = CONFIG_FILE,
     more_settings: Sequence[type] = (),
 ) -> Job:
-    """Read the command line of a job that trains, or what is ``given`` in its place. Raises UsageError.
+    """Read a job's settings from the command line, or from ``given`` instead. Raises UsageError.
 
-    ``kind`` is ``train`` or ``tune``. There are flags for ``more_settings`` and those of a training run; the run keeps
-    all of them in ``config_file``. Later layers win: default recipe or saved run, recipe, config file, flags.
+    ``kind`` is ``train`` or ``tune``. ``more_settings`` are classes of a sweep's settings. ``config_file`` holds those
+    of a saved run. Later layers win: default recipe or saved run, recipe, config file, flags.
     """
     early = peek("workload", "config", "resume", "run_name", "storage_path")[0] if given is None else given
     run, saved = _find_run(early, kind, config_file)
     untrusted = untrusted_folders(run, run.storage_path)
-    began, file = {run.inside(config_file).uri: saved} if saved else {}, dict[str, Given]()
+    resumed, file = {run.inside(config_file).uri: saved} if saved else {}, dict[str, Given]()
     if "config" in early:
         file[early["config"]] = settings.read_config_file(early["config"])
         folder = settings.path_of(early["config"], "--config").absolute().parent
         untrusted += untrusted_folders(locate(str(folder.parent), folder.name), run.storage_path)
-    files: dict[str, Given] = {**began, **file}
-    held = merged(files).get("workload") or source.DEFAULT
-    workload_class = source.load_again(held, early.get("workload"), _place_of("workload", files), untrusted)
+    files: dict[str, Given] = {**resumed, **file}
+    reference = _merged(files).get("workload") or source.DEFAULT
+    workload_class = source.load_again(reference, early.get("workload"), _layer_of("workload", files), untrusted)
 
     kept = (*more_settings, TrainConfig, workload_class.Settings, WorkerConfig)
     classes, recipes = (*kept, OutputConfig), workload_class.recipes
@@ -123,33 +112,26 @@ def read_job(
     _check_files(files, kept)
     layers: dict[str, Given] = {
         "the default recipe": {} if saved else recipes.get("default", {}),
-        **began,
-        "the recipe": recipes.get(flags["recipe"], {}) if "recipe" in flags else {},
+        **resumed,
+        "the recipe": recipes.get(flags.get("recipe", ""), {}),
         **file,
-        _FLAGS: flags,
+        "the flags": flags,
     }
-    asked = merged(layers)
-    if asked.get("callback") is not None and (place := _place_of("callback", layers)) in files:
+    asked = _merged(layers)
+    if asked.get("callback") is not None and (place := _layer_of("callback", layers)) in files:
         user_code.check_trusted(asked["callback"], Callback, place, untrusted)
 
-    _check_output(settings.build(OutputConfig, asked))
-    if saved:
-        _check_unchanged(run, kept, saved, asked)
-    else:
-        check_free(run, resume=False)
-    job = _job_of(kind, workload_class, run, layers, is_call=given is not None)
-    origin, notes = _left_by(run, kind, workload_class) if saved else ({}, [])
-    return dataclasses.replace(job, origin=origin, notes=tuple(notes))
-
-
-def _job_of(
-    kind: str, workload_class: type[Workload], run: RunFolder, layers: Mapping[str, Given], *, is_call: bool
-) -> Job:
-    """Return the job that some settings ask for. Raises UsageError."""
-    asked = merged(layers)
     train, workers = settings.build(TrainConfig, asked), settings.build(WorkerConfig, asked)
     output = settings.build(OutputConfig, asked)
+    _check_output(output)
     _check_reproducible(train, workers)
+    origin: Given = {}
+    notes: list[str] = []
+    if saved:
+        _check_unchanged(run, kept, saved, asked)
+        origin = _left_by(run, kind, workload_class, notes)
+    else:
+        check_free(run, resume=False)
     code = {"workload": workload_class.source}
     if train.callback is not None:
         code["callback"] = user_code.find(train.callback, Callback).source
@@ -164,16 +146,19 @@ def _job_of(
         workers=workers,
         output=output,
         run=run,
-        resume_with=way_on(kind, run, more, is_call=is_call),
+        resume_with=resume_command(kind, run, more, is_call=given is not None),
         callback=code.get("callback"),
-        layers=layers,
+        asked=asked,
+        given=frozenset(flags),
+        origin=origin,
+        notes=tuple(notes),
     )
 
 
-def way_on(kind: str, run: RunFolder, more: Mapping[str, str] | None = None, *, is_call: bool = False) -> str:
-    """Return the command of ``kind``, train or tune, that goes on with a run, as one would type it; or the call.
+def resume_command(kind: str, run: RunFolder, more: Mapping[str, str] | None = None, *, is_call: bool = False) -> str:
+    """Return the command that resumes a run, with ``more`` settings and without secrets; or the call.
 
-    ``more`` are settings that it takes besides. There are no users and secrets in it.
+    ``kind`` is ``train`` or ``tune``.
     """
     values = {"run_name": run.name, "storage_path": masked(run.storage_path), **(more or {})}
     if is_call:
@@ -183,7 +168,7 @@ def way_on(kind: str, run: RunFolder, more: Mapping[str, str] | None = None, *, 
 
 
 def _find_run(early: Given, kind: str, config_file: str) -> tuple[RunFolder, dict[str, Any]]:
-    """Return a job's folder, and what a run that goes on was started with. Raises UsageError, JobError if damaged."""
+    """Return a job's folder, and a resumed run's settings. Raises UsageError, and JobError if they are damaged."""
     name = early.get("run_name")
     if early.get("resume") and name is None:
         raise UsageError("--resume needs --run-name NAME")
@@ -192,33 +177,33 @@ def _find_run(early: Given, kind: str, config_file: str) -> tuple[RunFolder, dic
     if not early.get("resume"):
         return run, {}
     if not run.exists(config_file):
-        raise UsageError(f"--resume: there is no run to go on with in {run.uri}: no {config_file}")
+        raise UsageError(f"--resume: there is no run in {run.uri}: it has no {config_file}")
     check_free(run, resume=True)
     return run, run.require_json(config_file)
 
 
 def check_free(run: RunFolder, *, resume: bool) -> None:
-    """Raise UsageError if a run is there already; or if it is to be resumed, and is finished."""
+    """Raise UsageError if a new run exists already, or a resumed one is finished."""
     if resume and run.read_json(RESULT_FILE) is not None:
         raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.inside(RESULT_FILE).uri}")
     if not resume and run.exists():
-        raise UsageError(f"run {run.uri} exists already; add --resume to go on with it, or give another --run-name")
+        raise UsageError(f"run {run.uri} exists already; add --resume to continue it, or give another --run-name")
 
 
-def _left_by(run: RunFolder, kind: str, workload_class: type[Workload]) -> tuple[Given, list[str]]:
-    """Return what a run that goes on has kept of how it began, and what the user is to know of it."""
-    notes: list[str] = []
+def _left_by(run: RunFolder, kind: str, workload_class: type[Workload], notes: list[str]) -> Given:
+    """Return a resumed run's origin, and add to ``notes`` what the user should know."""
     origin = run.read_json(ORIGIN_FILE, notes.append) or {}
     run.read_json(RESULT_FILE, notes.append)
     if not (run.exists(TRIALS_FILE) if kind == "tune" else run.checkpoint_names()):
-        notes.append(f"run {run.name} has saved nothing: it begins anew")
+        missing = "finished trial" if kind == "tune" else "checkpoint"
+        notes.append(f"run {run.name} has no {missing} yet; starting from the beginning")
     if origin.get("workload_sha256") not in (None, workload_class.source.sha256):
-        notes.append(f"the workload has changed since the run began: {workload_class.source.reference}")
-    return origin, notes
+        notes.append(f"the workload has changed since the run was started: {workload_class.source.reference}")
+    return origin
 
 
 def _check_files(files: Mapping[str, Given], classes: Sequence[type]) -> None:
-    """Raise UsageError if files have settings that are unknown or wrong."""
+    """Raise UsageError, with the file's name, if a setting is unknown or wrong."""
     for file, values in files.items():
         settings.check_known(values, settings.names_of(classes) | {"workload"}, file)
         try:
@@ -239,29 +224,29 @@ def _read_flags(description: str, classes: Sequence[type], recipes: Mapping[str,
 
 
 def _checked(given: Given, classes: Sequence[type], recipes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what was given in place of a command line. Raises UsageError if that cannot be."""
+    """Return a call's settings. Raises UsageError if one is unknown."""
     settings.check_known(given, settings.names_of(classes) | {"workload", "recipe", "config"}, "the call")
     if given.get("recipe", "default") not in (*recipes, "default"):
         raise UsageError(f"there is no recipe {given['recipe']}; there is {', '.join(recipes) or 'none'}")
-    for config_class in classes:
-        settings.build(config_class, given)
     return dict(given)
 
 
 def _check_reproducible(train: TrainConfig, workers: WorkerConfig) -> None:
     if train.chunks is None:
         return
-    if (workers.num_workers or 1) > train.chunks:
-        raise UsageError(
-            f"--reproducible: {workers.num_workers} workers cannot share {count(train.chunks, 'chunk')} of a batch; "
-            "lower --num-workers, or start a run with more --num-chunks"
-        )
-    if workers.use_gpu == "yes":
-        raise UsageError("--reproducible computes on CPUs only; leave --use-gpu out")
-    if train.micro_batch_size is not None:
-        raise UsageError("--reproducible computes a chunk at a time; take more --num-chunks, not --micro-batch-size")
-    if train.compile:
-        raise UsageError("--reproducible does not go with --compile, whose kernels' bits are not known to be the same")
+    number = workers.num_workers or 1
+    share = f"--reproducible: {number} workers cannot share {count(train.chunks, 'chunk')} of a batch"
+    conflicts = {
+        f"{share}; lower --num-workers, or start a run with more --num-chunks": number > train.chunks,
+        "--reproducible computes on CPUs only; leave --use-gpu out": workers.use_gpu == "yes",
+        "--reproducible computes a chunk at a time; take more --num-chunks, not --micro-batch-size": (
+            train.micro_batch_size is not None
+        ),
+        "--reproducible does not go with --compile, whose kernels may give other bits": train.compile,
+    }
+    for conflict, is_there in conflicts.items():
+        if is_there:
+            raise UsageError(conflict)
 
 
 def _check_output(output: OutputConfig) -> None:
@@ -272,20 +257,12 @@ def _check_output(output: OutputConfig) -> None:
 
 
 def _check_unchanged(run: RunFolder, classes: Sequence[type], then: Given, now: Given) -> None:
-    """Raise UsageError if a run would go on with other settings than it was started with.
-
-    Those of the workers are free to change: the batches do not depend on them.
-    """
-    for config_class in classes:
+    """Raise UsageError if a resumed run would get other settings. Those of the workers may change."""
+    for config_class in (one for one in classes if one is not WorkerConfig):
         before, after = (settings.values_of(settings.build(config_class, values)) for values in (then, now))
         for name, old in before.items():
-            if (new := after[name]) != old and config_class is not WorkerConfig:
+            if (new := after[name]) != old:
                 raise UsageError(
                     f"--resume: run {run.name} was started with {flag(name)} {old}, not {new}; "
                     "leave the flag out, or start another run"
                 )
-
-
-def about(job: Job) -> dict[str, Any]:
-    """Return what a job's checkpoints say of where they come from."""
-    return {"config": dataclasses.asdict(job.train), "workload": job.workload.identity}

@@ -1,9 +1,9 @@
-"""One owner of a run at a time, on any storage: a file beside the run that its owner renews while it lives.
+"""One owner of a run at a time, on any storage: a file next to the run, which its owner renews while it lives.
 
 On a local disk or NFS, the file's exclusive creation decides between jobs that start at once. Object stores have none:
-there a job writes the file, waits a second, and owns the run if the file is still its own. The file of an owner that
-has died is replaced: on the same machine its process is looked for, elsewhere the file has to change every few seconds.
-Clocks are not compared: the time in the file is only there to change.
+there a job writes the file, waits a second, and owns the run if the file is still its own. The file of a dead owner is
+replaced. On the same machine its process is looked up; elsewhere the file must change every few seconds. Clocks are not
+compared: the file holds the time only so that it changes.
 """
 
 from __future__ import annotations
@@ -36,24 +36,22 @@ class Owner:
     """The process that owns a run."""
 
     host: str
-    machine: str  # this boot of the machine, and its set of process ids: whoever has the same can see the process
+    machine: str  # the machine's boot, and its namespace of process ids; empty if unknown
     pid: int
-    started: float  # when the process began, in seconds since 1970 of its machine
+    started: float  # when the process started, in seconds since 1970 by its machine's clock
 
     @property
     def is_here(self) -> bool:
-        """Whether its process can be seen from here."""
+        """Whether its process, if it lives, can be seen from this one."""
         return self.machine == _machine() != ""
 
     @property
-    def has_died_here(self) -> bool:
-        """Whether its process could be seen here, and is not there."""
-        if not self.is_here:
-            return False
+    def has_died(self) -> bool:
+        """Whether its process has died, if it ``is_here``."""
         try:
             process = psutil.Process(self.pid)
-            is_zombie = process.status() == psutil.STATUS_ZOMBIE  # it has died, and nobody asked how
-            return is_zombie or abs(process.create_time() - self.started) > 1
+            is_zombie = process.status() == psutil.STATUS_ZOMBIE
+            return is_zombie or abs(process.create_time() - self.started) > 1  # else another process has its id
         except psutil.NoSuchProcess:
             return True
 
@@ -72,15 +70,15 @@ def _machine() -> str:
 
 
 def file_of(run: RunFolder) -> str:
-    """Return the name of the file, which lies beside the run's folder."""
+    """Return the name of the file, which is next to the run's folder."""
     return f".{run.name}.owner"
 
 
 @contextlib.contextmanager
 def owned(run: RunFolder, waiting: Callable[[str], None] = lambda text: None) -> Iterator[None]:
-    """Own a run meanwhile. Raises UsageError if another job does.
+    """Own a run for the duration of a context. Raises UsageError if another job owns it.
 
-    If this process was silent for so long that another job has taken the run over, it ends. ``waiting`` is called
+    If another job takes the run over, since this process was silent for long, this process ends. ``waiting`` is called
     with a text while it is unclear whether an owner on another machine lives.
     """
     me, is_over = this_process(), threading.Event()
@@ -97,20 +95,20 @@ def owned(run: RunFolder, waiting: Callable[[str], None] = lambda text: None) ->
 
 
 def _wait_until_free(run: RunFolder, waiting: Callable[[str], None]) -> None:
-    """Remove the file of an owner that has died, or has been silent for long. Raises UsageError if it lives."""
+    """Delete the file of an owner that has died or was silent for long. Raises UsageError if the owner lives."""
     first, since = _read(run)[0], time.monotonic()
     while True:
         text, owner = _read(run)
         if text is None:
             return
-        is_silent = text == first and time.monotonic() - since > EXPIRES_AFTER_S
-        if is_silent or (owner and owner.has_died_here):
+        has_died = owner is not None and owner.is_here and owner.has_died
+        if has_died or (text == first and time.monotonic() - since > EXPIRES_AFTER_S):
             with contextlib.suppress(*STORAGE_ERRORS):  # another job may have done it
                 run.storage.delete_file(file_of(run))
             return
         if text != first or (owner and owner.is_here):
             raise _in_use(run, owner)
-        waiting(f"seeing whether the job{f' on {owner.host}' if owner else ''} that had this run is alive …")
+        waiting(f"checking whether the job{f' on {owner.host}' if owner else ''} that had this run is alive …")
         time.sleep(_LOOK_INTERVAL_S)
 
 
@@ -130,8 +128,8 @@ def _take(run: RunFolder, me: Owner) -> None:
 
 
 def _in_use(run: RunFolder, owner: Owner | None) -> UsageError:
-    said = f": process {owner.pid} on {'this machine' if owner.is_here else owner.host}" if owner else ""
-    return UsageError(f"run {run.uri} is in use by another job{said}")
+    process = f": process {owner.pid} on {'this machine' if owner.is_here else owner.host}" if owner else ""
+    return UsageError(f"run {run.uri} is in use by another job{process}")
 
 
 def _text_of(owner: Owner) -> str:
@@ -139,21 +137,19 @@ def _text_of(owner: Owner) -> str:
 
 
 def _read(run: RunFolder) -> tuple[str | None, Owner | None]:
-    """Return the file's text, None if there is none, and the owner that it names, if it does."""
+    """Return the file's text and its owner; None for both if there is no file, for the owner if it is damaged."""
     text: str | None = ""
     try:
         text = run.storage.read_text(file_of(run))
-        values = json.loads(text or "")
-        owner = Owner(**{name: value for name, value in values.items() if name != "renewed"})
-        kinds = [type(value) for value in asdict(owner).values()]
-        return text, owner if kinds == [str, str, int, float] else None
-    except (DamagedFileError, ValueError, TypeError, AttributeError):
+        of = json.loads(text or "")
+        return text, Owner(str(of["host"]), str(of["machine"]), int(of["pid"]), float(of["started"]))
+    except (DamagedFileError, ValueError, TypeError, LookupError):
         return text, None
 
 
 def _renew(run: RunFolder, me: Owner, is_over: threading.Event) -> None:
     while not is_over.wait(RENEWED_EVERY_S):
-        with contextlib.suppress(JobError, *STORAGE_ERRORS):  # of storage; what else writes there will say so
+        with contextlib.suppress(JobError, *STORAGE_ERRORS):  # if the storage is away, try again
             other = _read(run)[1]
             if other is not None and other != me:
                 end_with(JobError(f"run {run.uri} was taken over by process {other.pid} on {other.host}"))

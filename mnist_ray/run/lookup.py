@@ -1,4 +1,4 @@
-"""Finding a run by its name, its checkpoint, and its workload. Light: it runs before a wrong flag is answered."""
+"""Finding a run by its name, and its workload. Without torch and Ray: it runs before a wrong flag is answered."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ IsWanted = Callable[[RunFolder], bool]
 
 
 def find_run(given: str | None, storage_path: str, is_wanted: IsWanted = lambda run: True) -> RunFolder:
-    """Return the folder that a path, a URI or a run's name stands for, which need not exist.
+    """Return the folder of a path, a URI or a run's name, which need not exist; of None, the newest wanted run.
 
-    Of None, the newest run for which ``is_wanted`` holds. Raises UsageError if there is no run, or the URI is bad.
+    Raises UsageError if there is no run, or the URI is wrong.
     """
     if given is None:
         try:
@@ -35,7 +35,7 @@ def find_run(given: str | None, storage_path: str, is_wanted: IsWanted = lambda 
 
 
 def _newest_run(storage: RunFolder, is_wanted: IsWanted) -> RunFolder:
-    """Return the run with a checkpoint whose settings were written last, of those that are wanted."""
+    """Return the wanted run with a checkpoint whose settings were written last."""
     runs = [locate(storage.storage_path, name) for name in storage.subfolders()]
     for run in sorted(runs, key=lambda run: run.info(CONFIG_FILE).mtime_ns or 0, reverse=True):
         if run.exists(CONFIG_FILE) and run.checkpoint_names() and is_wanted(run):
@@ -44,10 +44,10 @@ def _newest_run(storage: RunFolder, is_wanted: IsWanted) -> RunFolder:
 
 
 def class_of(run: RunFolder, storage_path: str) -> type[Workload]:
-    """Return the workload of a run, or of the run that a checkpoint lies in. Raises UsageError as ``load_again``."""
+    """Return the workload of a run, or of the run that a checkpoint lies in. Raises UsageError like ``load_again``."""
     untrusted = untrusted_folders(run, storage_path)
     for folder in (run, run.storage):
-        with contextlib.suppress(JobError):  # the checkpoint says it too
+        with contextlib.suppress(JobError):  # of storage: reading the checkpoint reports it
             reference = (folder.read_json(CONFIG_FILE) or {}).get("workload")
             if reference is not None:
                 return source.load_again(reference, None, folder.inside(CONFIG_FILE).uri, untrusted)

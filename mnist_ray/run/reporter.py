@@ -1,4 +1,4 @@
-"""A worker of Ray Train: what it tells the driver, and how its checkpoints get to Ray."""
+"""A worker of Ray Train: it reports to the driver, and hands its checkpoints to Ray."""
 
 from __future__ import annotations
 
@@ -14,25 +14,23 @@ from ray.train.torch import get_device
 from mnist_ray.cluster.environment import end_if_hung
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, with_place
-from mnist_ray.run.failures import PASSING, is_of_gloo
+from mnist_ray.run.failures import PASSING, STOPPING, is_of_gloo
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import checkpoint_name, position_of
-from mnist_ray.training import checkpoint as checkpoints
+from mnist_ray.training.checkpoint import Restored, Snapshot
 from mnist_ray.training.events import Event, NodeLeaving, Progress
-from mnist_ray.training.metrics import TrainingDivergedError
-from mnist_ray.training.reproducible import OtherArithmeticError
 from mnist_ray.training.state import CodeFailedError, Group, StopWantedError, TrainingState
 
 
 def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
-    """Train on one worker of Ray Train; every rank runs this. Return why training stopped early; None if it is done.
+    """Train on one worker of Ray Train; every rank calls this. Return why training stopped early; None if it did not.
 
-    If it was asked to stop, that is empty. Raises CodeFailedError if the code failed, and what else failed as it is.
+    After Ctrl-C the reason is empty. Raises CodeFailedError if the code failed, other failures as they are.
     """
     spec = loop_config["spec"]
     try:
         train_rank(spec)
-    except (checkpoints.OtherModelError, TrainingDivergedError, OtherArithmeticError) as error:
+    except STOPPING as error:
         return str(error)  # not raised: Ray would take it for a lost worker and try again
     except StopWantedError:
         return ""
@@ -46,7 +44,7 @@ def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
 
 
 def train_rank(spec: LoopSpec) -> None:
-    """Train as the rank that Ray Train says."""
+    """Train as this worker's rank, on its device."""
     context = ray.train.get_context()
     group = Group(context.get_world_rank(), context.get_world_size(), get_device())
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
@@ -54,7 +52,7 @@ def train_rank(spec: LoopSpec) -> None:
 
 
 class TrainReporter(Reporter):
-    """Reports to the driver's event queue, and checkpoints to Ray Train; watches over its node."""
+    """Reports to the driver's event queue, hands checkpoints to Ray Train, and watches for its node's preemption."""
 
     def __init__(self, spec: LoopSpec, group: Group, config: TrainConfig) -> None:
         super().__init__(spec, group, config)
@@ -65,31 +63,31 @@ class TrainReporter(Reporter):
         current = ray.train.get_checkpoint()
         self._known = current.path.rsplit("/", 1)[-1] if current else ""
 
-    def begin(self, state: TrainingState, restored: checkpoints.Restored) -> None:
-        """Report it. Raises JobError if the storage does not show the checkpoints that Ray knows."""
+    def begin(self, state: TrainingState, restored: Restored) -> None:
+        """Report the start. Raises JobError if the storage does not show the checkpoints that Ray knows."""
         if not restored.name and not restored.damaged and self._known:
             raise JobError(f"{self._job.run.uri} does not show the checkpoints that were written there")  # try again
-        # Ray knows a damaged checkpoint by its name still; what takes its place needs another one: with one b more.
+        # Ray still knows a damaged checkpoint by its name, so the one that replaces it needs a new name: one more b.
         known_bs = len(self._known) - len(self._known.rstrip("b"))
         self._suffix = "b" * (known_bs + 1) if self._known in restored.damaged else ""
-        self.send(self.started(state, restored))
-        self._report_restored(state, restored)
+        super().begin(state, restored)
+        # A kill may have come between a checkpoint's upload and Ray's noting it. Without this report, a run whose last
+        # checkpoint it is would end without it.
+        if position_of(restored.name) > position_of(self._known):
+            self._report(state, restored.metrics, restored.name, CheckpointUploadMode.NO_UPLOAD)
 
     def end(self, state: TrainingState) -> None:
-        """Tell of an early end, and wait until all that was sent has come."""
+        """Report an early end, and wait until the driver's queue has all events."""
         super().end(state)
         self._wait_for_driver()
 
     def send(self, event: Event) -> None:
-        """Tell the driver, on rank 0."""
+        """Send it to the driver, on rank 0."""
         if self._is_first and self._spec.event_queue is not None:
             self._answers.append(self._spec.event_queue.put.remote(event))
 
     def _wait_for_driver(self) -> None:
-        """Wait until all events are in the queue, whose process may start more slowly than a short training ends.
-
-        Done before each checkpoint, too: else its validation, by a task, could be reported before the epoch is.
-        """
+        """Wait until all events are in the queue, whose process may start more slowly than a short training ends."""
         if self._answers:
             ray.wait(self._answers, num_returns=len(self._answers))
 
@@ -107,41 +105,17 @@ class TrainReporter(Reporter):
         return True
 
     def wants_stop(self) -> bool:
-        """Tell whether the driver wants the training to stop, as far as it has answered; it answers rank 0 only."""
+        """Return whether one of the driver's answers so far wants the training to stop; only rank 0 gets answers."""
         if not self._answers:
             return False
         answered, self._answers = ray.wait(self._answers, num_returns=len(self._answers), timeout=0)
         return any(ray.get(answered))
 
-    def _report_restored(self, state: TrainingState, restored: checkpoints.Restored) -> None:
-        """Report the checkpoint that this run goes on from, if a kill came between its upload and Ray's noting it.
-
-        Else a run whose last checkpoint it is would end without it.
-        """
-        if position_of(restored.name) <= position_of(self._known):
-            return
-        self._wait_for_driver()
-        ray.train.report(
-            restored.metrics,
-            checkpoint=self._checkpoint(restored.name) if self._is_first else None,
-            checkpoint_dir_name=restored.name,
-            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-            validation=self._is_to_be_validated(state),
-        )
-
-    def _checkpoint(self, name: str) -> Checkpoint:
-        folder = self._job.run.inside(name)
-        return Checkpoint(folder.path, filesystem=folder.filesystem)
-
-    def _is_to_be_validated(self, state: TrainingState) -> bool:
-        """Tell whether this rank asks for a validation: the one that brings the checkpoint, at an epoch's end."""
-        return self._is_first and state.step == 0 and self._spec.validates_in_tasks
-
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
-        """Hand a checkpoint to Ray Train, on all ranks at once. An epoch's last is validated.
+        """Hand a checkpoint to Ray Train, on all ranks at once.
 
-        Rank 0 copies the state; a thread of Ray's writes and uploads it while the training goes on. Only one upload is
-        under way at a time: what comes next waits for it.
+        Rank 0 copies the state; a thread of Ray's writes the copy while the training continues. Only one is written at
+        a time: the next waits for it.
         """
         metrics = self.measured(state, progress)
         name, upload = checkpoint_name(state.epoch, state.step) + self._suffix, None
@@ -149,19 +123,26 @@ class TrainReporter(Reporter):
             self._uploaded.wait()
             upload = functools.partial(self._upload, self.snapshot(state, metrics))
             self._uploaded.clear()
-        self._wait_for_driver()
-        ray.train.report(
-            metrics,
-            checkpoint=self._checkpoint(name) if self._is_first else None,
-            checkpoint_dir_name=name,
-            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=upload,
-            delete_local_checkpoint_after_upload=False,  # there is no local one
-            validation=self._is_to_be_validated(state),
-        )
+        self._report(state, metrics, name, CheckpointUploadMode.ASYNC, upload)
         end_if_hung(self._job.workers.hang_timeout_s)
 
-    def _upload(self, snapshot: checkpoints.Snapshot, checkpoint: Checkpoint, name: str) -> Checkpoint:
+    def _report(
+        self, state: TrainingState, metrics: dict[str, Any], name: str, mode: CheckpointUploadMode, upload: Any = None
+    ) -> None:
+        """Report a checkpoint, which rank 0 has; if it ends an epoch, let a task validate it."""
+        self._wait_for_driver()  # else its validation, by a task, could be reported before the epoch
+        folder = self._job.run.inside(name)
+        ray.train.report(
+            metrics,
+            checkpoint=Checkpoint(folder.path, filesystem=folder.filesystem) if self._is_first else None,
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=mode,
+            checkpoint_upload_fn=upload,
+            delete_local_checkpoint_after_upload=False,  # there is no local one
+            validation=self._is_first and state.step == 0 and self._spec.validates_in_tasks,
+        )
+
+    def _upload(self, snapshot: Snapshot, checkpoint: Checkpoint, name: str) -> Checkpoint:
         try:
             snapshot.write(self._job.run.inside(name))
         finally:

@@ -1,4 +1,4 @@
-"""A job from its first line to its last. Light: the first lines are on the screen before Ray and torch are there."""
+"""A job from its first line to its last. It imports neither Ray nor torch: the first lines are printed before that."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import dataclasses
 import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
 from typing import TypeVar
+
+import numpy as np
 
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, plan_workers, usable_cores
@@ -18,16 +19,17 @@ from mnist_ray.run.console import RunConsole
 from mnist_ray.run.job import Job, check_free
 from mnist_ray.storage import STORAGE_ERRORS
 from mnist_ray.training.events import EpochFinished, Event, Started
-from mnist_ray.workload.data import Splits, splits_of, subset
-from mnist_ray.workload.source import digests_of
+from mnist_ray.training.sampler import Slice
+from mnist_ray.workload.data import Split, Splits, splits_of, subset
+from mnist_ray.workload.source import digests_of, picture_of, placed
 from mnist_ray.workload.source import load_data as load_data_of
 from ray_fork.starting import prepared_forking
 
 Self = TypeVar("Self", bound="Session")
 
 
-class Session:
-    """The state that every step of a job's story needs. Use it as a context: it adds to an interrupt how to go on."""
+class Session(contextlib.ExitStack):
+    """The state that every step of a job needs. Use it as a context: an interrupt then says how to resume."""
 
     data: Splits
     console: RunConsole
@@ -35,11 +37,11 @@ class Session:
     plan: WorkerPlan
 
     def __init__(self, job: Job, modules: str, workers: WorkerConfig | None = None) -> None:
+        super().__init__()
         self.job = job
         self.workers = workers or job.workers
         self.clock = Clock()
         self._modules = modules
-        self._at_the_end = contextlib.ExitStack()
 
     @property
     def is_here(self) -> bool:
@@ -48,18 +50,12 @@ class Session:
 
     def __enter__(self: Self) -> Self:
         environment.prepare(verbose=self.job.output.verbose)
-        self._at_the_end.enter_context(saying_the_way_on(self.job))
+        self.enter_context(interrupt_explained(self.job))
         if not self.is_here:
-            self._forking = self._at_the_end.enter_context(
-                prepared_forking(self._modules, is_wanted=self.workers.fork_workers == "auto")
-            )
+            is_wanted = self.workers.fork_workers == "auto"
+            self._forking = self.enter_context(prepared_forking(self._modules, is_wanted=is_wanted))
         self.clock.mark("start")
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        return self._at_the_end.__exit__(kind, error, trace)
 
     def begin(
         self,
@@ -70,72 +66,87 @@ class Session:
     ) -> None:
         """Print the header of a job whose data are loaded, and own its run until the end.
 
-        Raises JobError if the storage cannot be written, UsageError if the run is another job's.
+        Raises JobError if the storage cannot be written, UsageError if another job owns the run.
         """
         from mnist_ray.run.lease import owned  # imports psutil, which the header need not wait for
 
         self.job, self.data = job, data
         job.run.check_writable()
         self.clock.mark("data")
-        self.console = self._at_the_end.enter_context(console or console_of(job))
+        self.console = self.enter_context(console or console_of(job))
         (say_header or say_run)(self)
-        self._at_the_end.enter_context(owned(job.run, self.console.waiting))
-        check_free(job.run, resume=job.output.resume)  # once more, as another job may have made it meanwhile
-
-    def dry_run(self, batch_sizes: Sequence[int] = ()) -> Callable[[], None]:
-        """Let one batch go through the workload; return the rest, to be done while Ray starts: imports, and maybe that.
-
-        A user's own workload is tried now, so that a mistake is said before anything starts. A workload of this package
-        was tried when it was built, and need not be waited for. ``batch_sizes`` are those that a sweep tries. Raises
-        UsageError.
-        """
-
-        def try_it() -> None:
-            from mnist_ray.run.dry_run import try_batch  # imports torch: this is where it is first needed
-
-            try_batch(self.job, self.data.train, batch_sizes)
-
-        is_tried_now = not type(self.job.workload).__module__.startswith("mnist_ray.")
-        if is_tried_now:
-            try_it()
-
-        def meanwhile() -> None:
-            importlib.import_module(self._modules)  # and Ray Train, of which ray.init imports nothing meanwhile
-            if not is_tried_now:
-                try_it()
-
-        return meanwhile
+        self.enter_context(owned(job.run, self.console.waiting))
+        check_free(job.run, resume=job.output.resume)  # again: another job may have created it meanwhile
 
     @contextlib.contextmanager
-    def ray(self, meanwhile: Callable[[], None]) -> Iterator[None]:
-        """Connect to a cluster or start a local Ray, do ``meanwhile`` beside that, and plan the workers.
+    def ray(self, batch_sizes: Sequence[int] = ()) -> Iterator[None]:
+        """Send a batch through the workload, join a cluster or start a local Ray, and plan the workers.
 
-        With ``--num-workers 0`` there is no Ray: only ``meanwhile`` is done.
+        The batch comes first, so that a user's mistake is reported before anything starts. For a workload of this
+        package, whose tests try it, that and imports run while Ray starts. ``batch_sizes`` are those that a sweep
+        tries. With ``--num-workers 0`` there is no Ray. Raises UsageError and JobError.
         """
+        is_own = type(self.job.workload).__module__.startswith("mnist_ray.")
+        if not is_own:
+            try_batch(self.job, self.data.train, batch_sizes)
+
+        def meanwhile() -> None:
+            importlib.import_module(self._modules)  # with Ray Train, which ray.init does not import
+            if is_own:
+                try_batch(self.job, self.data.train, batch_sizes)
+
         if self.is_here:
             meanwhile()
             self.cluster, self.plan = Cluster(is_local=True, nodes=(), log_folder=""), WorkerPlan(0, 0, False, False)
             yield
             return
-        from mnist_ray.cluster.connect import connect  # imports Ray, once the header is on the screen
+        from mnist_ray.cluster.connect import connect  # imports Ray, after the header is printed
 
-        output = {"verbose": self.job.output.verbose, "dashboard": self.job.output.dashboard}
-        with connect(self.workers, self._forking, **output, meanwhile=meanwhile) as self.cluster:
+        verbose, dashboard = self.job.output.verbose, self.job.output.dashboard
+        connection = connect(self.workers, self._forking, verbose=verbose, dashboard=dashboard, meanwhile=meanwhile)
+        with connection as self.cluster:
             self.plan = plan_workers(self.workers, self.cluster, self.job.train.chunks)
             yield
 
 
 @contextlib.contextmanager
-def saying_the_way_on(job: Job) -> Iterator[None]:
-    """Add to an interrupt how to go on after it."""
+def interrupt_explained(job: Job) -> Iterator[None]:
+    """Add to an interrupt how to resume."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
         has_begun = True
-        with contextlib.suppress(*STORAGE_ERRORS):  # storage that is away now may hold something
+        with contextlib.suppress(*STORAGE_ERRORS):  # if the storage does not answer, the run may have begun
             has_begun = job.run.exists()
-        advice = f"to go on: {job.resume_with}" if has_begun else "nothing is saved yet: start it again"
+        advice = f"to resume: {job.resume_with}" if has_begun else "nothing is saved yet: start it again"
         raise KeyboardInterrupt(f"interrupted; {advice}") from interrupt
+
+
+def try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> None:
+    """Send a batch through a job's workload, and the smallest that a worker gets of each of ``batch_sizes``.
+
+    The workload's metadata then hold the shape of the model's input. Raises UsageError.
+    """
+    import torch
+
+    from mnist_ray.training.batches import Batch, batches_of
+    from mnist_ray.workload.check import NUM_EXAMPLES, check_batch, check_smallest
+
+    workload = job.workload
+
+    def first(number: int) -> Batch:
+        with placed(workload, "an example"):
+            return batches_of(train, torch.device("cpu"))[Slice(np.arange(number))]
+
+    with placed(workload, "an example"):
+        inputs, _ = train[0]
+    picture_of(workload, inputs)
+    batch = first(min(NUM_EXAMPLES, len(train)))
+    workload.metadata["model_input"] = check_batch(workload, batch.inputs, batch.targets, job.train)
+    for size in batch_sizes or [job.train.batch_size]:
+        last = len(train) % size or size
+        smallest = max(1, last // (job.train.chunks or job.workers.num_workers or 1))
+        check_smallest(workload, first(smallest).inputs, smallest, size, job.train)
 
 
 def console_of(job: Job) -> RunConsole:
@@ -154,8 +165,8 @@ def say_run(session: Session) -> None:
         f"{count(config.num_epochs, 'epoch')} of {steps}, batch size {config.batch_size}, "
         f"{config.schedule} learning rate {config.learning_rate:g}, precision {config.precision}",
     )
-    said = {"num_epochs", "batch_size", "schedule", "learning_rate", "precision"}
-    defaults = {name: value for name, value in job.workload.defaults.items() if name not in said}
+    printed = {"num_epochs", "batch_size", "schedule", "learning_rate", "precision"}
+    defaults = {name: value for name, value in job.workload.defaults.items() if name not in printed}
     changed = {name: job.values[name] for name, default in defaults.items() if job.values[name] != default}
     if changed:
         console.say("settings", format_settings(changed))
@@ -164,7 +175,7 @@ def say_run(session: Session) -> None:
 
 
 def say_data(console: RunConsole, job: Job, data: Splits) -> None:
-    """Print the notes of a job, and the line of its data."""
+    """Print a job's notes, and the sizes of its data."""
     for note in job.notes:
         console.say("note", note)
     counts = f"{len(data.train):,} {job.workload.nouns} to train on, {len(data.validation):,} for validation"
@@ -172,7 +183,7 @@ def say_data(console: RunConsole, job: Job, data: Splits) -> None:
 
 
 def say_dashboard(console: RunConsole, cluster: Cluster) -> None:
-    """Say where Ray's dashboard is, for as long as the job runs."""
+    """Print the address of Ray's dashboard."""
     console.say("dashboard", f"http://{cluster.dashboard}" if cluster.dashboard else "this cluster has none")
 
 
@@ -182,15 +193,14 @@ def say_plan(session: Session) -> None:
     model = job.workload.create_model()
     num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     console.say("model", f"{type(model).__name__}, {num_parameters:,} parameters")
-    gpu = " and 1 GPU" if plan.use_gpu else ""
-    where = "a local Ray" if cluster.is_local else f"a Ray cluster of {count(len(cluster.nodes), 'node')}"
-    cpus = count(plan.cpus_per_worker, "CPU")
     if job.output.dashboard:
         say_dashboard(console, cluster)
     if session.is_here:
         console.say("workers", "none: this process trains, without Ray")
         return
-    console.say("workers", f"{plan.num_workers}, each with {cpus}{gpu}, on {where}")
+    resources = count(plan.cpus_per_worker, "CPU") + (" and 1 GPU" if plan.use_gpu else "")
+    place = "a local Ray" if cluster.is_local else f"a Ray cluster of {count(len(cluster.nodes), 'node')}"
+    console.say("workers", f"{plan.num_workers}, each with {resources}, on {place}")
     cores = usable_cores()
     if cluster.is_local and not plan.use_gpu and plan.num_workers > cores:
         shared = f"{plan.num_workers} workers share {cores} cores"
@@ -201,7 +211,7 @@ def say_plan(session: Session) -> None:
 
 
 class Clock:
-    """Counts the seconds of a job's parts, from its creation on."""
+    """Measures the seconds of a job's parts, from its creation on."""
 
     def __init__(self) -> None:
         self._start = self._last = time.perf_counter()
@@ -209,13 +219,13 @@ class Clock:
         self._has_trained = False
 
     def mark(self, name: str) -> None:
-        """Count the time since the last mark as that of ``name``."""
+        """Add the time since the last mark to the part ``name``."""
         now = time.perf_counter()
         self._parts[name] = self._parts.get(name, 0.0) + now - self._last
         self._last = now
 
     def note(self, event: Event) -> None:
-        """Tell the start from the training, and that from the wait for the last validation."""
+        """Mark the end of the start, and of the training."""
         if isinstance(event, Started) and not self._has_trained:
             self._has_trained = True
             self.mark("start")
@@ -223,48 +233,43 @@ class Clock:
             self.mark("training")
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds of each part, and in all."""
+        """Return the seconds of each part, and the total."""
         parts = {name: round(seconds, 3) for name, seconds in self._parts.items()}
         return {**parts, "total": round(self._last - self._start, 3)}
 
 
 def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Splits]:
-    """Return the job with notes about its data, and the data; its workload has their metadata from now on.
+    """Return the job, with notes about its data, and the data; its workload gets their metadata.
 
-    ``batch_sizes`` are those that a sweep tries. Raises UsageError and JobError; UsageError also if a resumed run began
-    with other data.
+    ``batch_sizes`` are those that a sweep tries. Raises UsageError, also if a resumed run was started with other data,
+    and JobError.
     """
     splits = subset(splits_of(load_data_of(job.workload), job.train.validation_size), job.train)
-    notes = [*_check_same_data(job, splits), *_on_schedule(job)]
+    notes = [*job.notes, *_check_same_data(job, splits)]
     for size in batch_sizes or [job.train.batch_size]:
         if size > len(splits.train):
             name, noun = "--sweep: batch size" if batch_sizes else "--batch-size", job.workload.nouns
             raise UsageError(f"{name} {size:,} is larger than the {len(splits.train):,} {noun} to train on")
-    if job.train.early_stop is not None and len(splits.validation) == 0:
-        raise UsageError("--early-stop watches the validation; hold some examples out by --validation-size")
-    return dataclasses.replace(job, notes=(*job.notes, *notes)), splits
+    if job.train.early_stop is not None:
+        if len(splits.validation) == 0:
+            raise UsageError("--early-stop needs validation examples; set --validation-size above 0")
+        if job.train.schedule == "one-cycle":
+            notes.append(
+                f"the one-cycle schedule is {count(job.train.num_epochs, 'epoch')} long: if training stops early, the "
+                "learning rate has not come down; --schedule constant avoids that"
+            )
+    return dataclasses.replace(job, notes=tuple(notes)), splits
 
 
-def _check_same_data(job: Job, splits: Splits) -> tuple[str, ...]:
-    """Raise UsageError if a resumed run began with other data; return a note if that is not known."""
-    if not job.origin:
-        return ()
-    then, now = job.origin.get("data", {}), digests_of(splits)  # it may have begun before digests were kept
-    differing = [part for part in then if None not in (then[part], now.get(part)) and then[part] != now[part]]
+def _check_same_data(job: Job, splits: Splits) -> list[str]:
+    """Raise UsageError if a resumed run was started with other data; return a note if that is unknown."""
+    then, now = job.origin.get("data") or {}, digests_of(splits) if job.origin else {}
+    differing = [split for split in then if None not in (then[split], now.get(split)) and then[split] != now[split]]
     if differing:
         raise UsageError(
-            f"--resume: run {job.run.name} began with other data than {splits.name} ({', '.join(differing)}); "
-            "bring them back, or start another run"
+            f"--resume: the data differ from those that run {job.run.name} was started with "
+            f"({', '.join(differing)} of {splits.name}); restore them, or start another run"
         )
     if then and None in now.values():
-        return ("whether the data are those that the run began with is not known: they name no files",)
-    return ()
-
-
-def _on_schedule(job: Job) -> Iterator[str]:
-    """Yield a note if the schedule does not fit a training that may stop early."""
-    if job.train.early_stop is not None and job.train.schedule == "one-cycle":
-        yield (
-            f"the one-cycle schedule is {count(job.train.num_epochs, 'epoch')} long: where training stops early, the "
-            "learning rate has not come down; --schedule constant has no such end"
-        )
+        return ["cannot check that the data are unchanged: the workload does not list their files (Data.files)"]
+    return []

@@ -8,13 +8,13 @@ def train(job: Job) -> None:
     """Data, Ray, fit, evaluate, report. Raises UsageError, JobError and KeyboardInterrupt, each with one line."""
     with Session(job, "mnist_ray.run.fit") as session:
         session.begin(*load_data(job))
-        with session.ray(meanwhile=session.dry_run()):
-            from mnist_ray.run import fit, in_process, record  # they import torch, which is loaded while Ray starts
+        with session.ray():
+            from mnist_ray.run import fit, in_process, record  # they import torch, loaded while Ray starts
 
             if job.output.check:
                 say_plan(session)
                 record.check(session)
                 return
             fit_run = in_process.fit_here if session.is_here else fit.fit
-            with record.recorded(session) as this_run:  # writes a report however the run ends
+            with record.recorded(session) as this_run:  # however the run ends, a report is written
                 this_run.test(fit_run(session, this_run.on_event))

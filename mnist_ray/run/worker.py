@@ -1,4 +1,4 @@
-"""A worker: one set-up for runs and trials, around the loop of plain PyTorch."""
+"""A worker: the same set-up for runs and trials, around the loop of plain PyTorch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import faulthandler
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from mnist_ray.cluster.plan import threads_per_worker, usable_cores
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.config import TrainConfig
 from mnist_ray.provenance import arithmetic, versions
-from mnist_ray.run.job import Job, about
+from mnist_ray.run.job import Job
 from mnist_ray.storage import checkpoint_name
 from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training import engine
@@ -38,7 +38,7 @@ class LoopSpec:
     job: Job
     train: RemoteSplit | Split
     validation: RemoteSplit | Split | None = None  # evaluated by the workers, at each checkpoint
-    validates_in_tasks: bool = False  # whether a task validates each epoch's checkpoint, beside the training
+    validates_in_tasks: bool = False  # whether a task validates each epoch's checkpoint during the training
     event_queue: Any = None  # the actor that rank 0 reports to; None if nobody listens
 
 
@@ -49,9 +49,9 @@ def train_worker(
     cpus: float,
     workers_on_node: int = 1,
 ) -> None:
-    """Set a worker up, and train from its run's newest checkpoint, if there is one, to the end.
+    """Set this worker up, which has ``cpus``, and train to the end, from its run's newest checkpoint if it has one.
 
-    ``cpus`` are those of this worker. Raises what ``engine.train`` and ``restore_newest`` do.
+    Raises as ``engine.train`` and ``restore_newest``.
     """
     job = spec.job
     keep_freed_memory()
@@ -60,7 +60,7 @@ def train_worker(
     config = replace(job.train, precision=engine.resolve_precision(job.train.precision, group))
     if config.reproducible:
         check_arithmetic(group.world_size)
-    split = opened(spec.train)
+    split = _opened(spec.train)
     state = engine.create_state(job.workload, config, len(split), group.device)
     reporter = create_reporter(spec, group, config)
     restored = checkpoints.restore_newest(job.run, state, reporter.callbacks)
@@ -75,46 +75,46 @@ def train_worker(
     reporter.end(state)
 
 
-def opened(split: RemoteSplit | Split) -> Split:
-    """Return a split that this process can read."""
+def _opened(split: RemoteSplit | Split) -> Split:
     return split.open() if isinstance(split, RemoteSplit) else split
 
 
 class Reporter(Callback):
-    """A worker's duties besides training: to validate, save and report; subclasses say to whom."""
+    """Validates, saves and reports for a worker; subclasses say to whom."""
 
     def __init__(self, spec: LoopSpec, group: Group, config: TrainConfig) -> None:
         self._spec, self._group, self._config = spec, group, config
         self._job = job = spec.job
         self._is_first = group.rank == 0
-        self._validation = None if spec.validation is None else opened(spec.validation)
+        self._validation = None if spec.validation is None else _opened(spec.validation)
         # The user's callback comes first: checkpoints match callbacks by position.
         self.callbacks: list[Callback] = [user_code.load(job.callback, Callback)()] if job.callback else []
         if job.output.profile is not None:
             self.callbacks.append(Profiler(job.output.profile, job.run))
 
     def begin(self, state: TrainingState, restored: checkpoints.Restored) -> None:
-        """Training is about to begin, from the checkpoint that was ``restored``, if there was one."""
+        """Report the start of training, from the ``restored`` checkpoint, if there was one."""
+        self.send(self.started(state, restored))
 
     def end(self, state: TrainingState) -> None:
-        """Training is over; report it if that is early."""
+        """Report the end of training if it is early."""
         if state.epoch < self._config.num_epochs:
             self.send(StoppedEarly(state.epoch, best_epoch(state.scores)))
 
     def send(self, event: Event) -> None:
-        """Report how the training goes; does nothing unless a subclass overrides it."""
+        """Report an event; does nothing unless a subclass overrides it."""
 
     def on_progress(self, state: TrainingState, progress: Progress) -> None:
-        """Note that training goes on."""
+        """Restart the time within which the next step must end."""
         end_if_hung(self._job.workers.hang_timeout_s)
 
     def started(self, state: TrainingState, restored: checkpoints.Restored) -> Started:
-        """Return the event for the beginning of training."""
+        """Return the event for the start of training; all ranks must call this."""
         hosts: list[str] = [socket.gethostname()] * self._group.world_size
         if self._group.world_size > 1:
             torch.distributed.all_gather_object(hosts, hosts[0])
-        is_other = restored.arithmetic not in (None, arithmetic())
-        note = "other versions or another processor than before: from here on the bits are others"
+        has_changed = restored.arithmetic not in (None, arithmetic())
+        note = "versions or processor changed since the checkpoint: results are no longer bit-identical"
         return Started(
             num_workers=self._group.world_size,
             hosts=tuple(hosts),
@@ -125,7 +125,7 @@ class Reporter(Callback):
             step=state.step,
             num_steps=state.num_steps,
             damaged=restored.damaged,
-            notes=(note,) if is_other else (),
+            notes=(note,) if has_changed else (),
         )
 
     def save(self, state: TrainingState, metrics: dict[str, Any]) -> str:
@@ -136,15 +136,16 @@ class Reporter(Callback):
 
     def snapshot(self, state: TrainingState, metrics: dict[str, Any]) -> checkpoints.Snapshot:
         """Return a copy of the state for a checkpoint."""
-        described = about(self._job) | {"metrics": metrics, "versions": versions()}
+        about = {"config": asdict(self._job.train), "workload": self._job.workload.identity}
+        about |= {"metrics": metrics, "versions": versions()}
         if self._config.reproducible:
-            described["arithmetic"] = arithmetic()
-        return checkpoints.snapshot(state, described, self.callbacks)
+            about["arithmetic"] = arithmetic()
+        return checkpoints.snapshot(state, about, self.callbacks)
 
     def measured(self, state: TrainingState, progress: Progress) -> dict[str, Any]:
-        """Return the metrics of a checkpoint; if the workers validate, all ranks do so first.
+        """Return the metrics of a checkpoint, after a validation by all ranks if the workers validate.
 
-        At an epoch's end, ``state`` gets the score, and the epoch is reported.
+        At an epoch's end this reports the epoch, and adds the validation's score to ``state``.
         """
         workload, has_finished = self._job.workload, state.step == 0
         if has_finished:

@@ -12,15 +12,14 @@ from typing import Any
 from mnist_ray import settings
 from mnist_ray.cluster.connect import current_nodes
 from mnist_ray.cluster.plan import plan_workers
-from mnist_ray.cluster.remote_data import check_nodes, share
+from mnist_ray.cluster.remote_data import share
 from mnist_ray.cluster.watch import orphans_removed
 from mnist_ray.errors import JobError, count, format_settings
 from mnist_ray.run.fit import fit
 from mnist_ray.run.job import Job
-from mnist_ray.run.record import recorded, write_origin
+from mnist_ray.run.record import begin_files, recorded
 from mnist_ray.run.session import Clock, Session, console_of, say_dashboard, say_run
 from mnist_ray.settings import json_lines
-from mnist_ray.signals import if_ended
 from mnist_ray.storage import RESULT_FILE, SWEEP_FILE, TRIALS_FILE
 from mnist_ray.sweep.trial import TrialSpec
 from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER, FAILED, Sweep, TrialRecord, TrialTable
@@ -38,13 +37,9 @@ def search(session: Session, sweep: Sweep, show: OnChange) -> TrialTable:
     If the sweep has chosen its best configuration already, no trial is run, so that the choice does not change.
     """
     job, data, run = sweep.job, session.data, sweep.job.run
-    if len(session.cluster.nodes) > 1:  # else only this machine writes
-        check_nodes(run)
-    write_origin(job, data)
-    run.write_text(SWEEP_FILE, json_lines({**settings.values_of(sweep.config), **job.values}))
+    begin_files(session, SWEEP_FILE, {**settings.values_of(sweep.config), **job.values})
     splits = share(job.workload, data.train), share(job.workload, data.validation)
     spec = TrialSpec(job, *splits, session.plan, run.inside(TRIALS_FOLDER))
-    if_ended(f"; to go on: {job.resume_with}")
     concurrent = say_plan(session, sweep)
     if run.exists(BEST_FILE):
         return sweep.table()

@@ -89,7 +89,7 @@ def tune(sweep: Sweep) -> None:
         sweep, data = load_data(sweep)
         console = SweepConsole(sweep)
         session.begin(sweep.job, data, console, functools.partial(say_sweep, sweep))
-        with session.ray(meanwhile=session.dry_run(sweep.batch_sizes)):
+        with session.ray(sweep.batch_sizes):
             from mnist_ray.run import record  # imports torch, which is loaded by now
             from mnist_ray.sweep.search import say_plan, search, train_chosen
 

@@ -8,8 +8,8 @@ from mnist_ray.run.console import RunConsole
 from mnist_ray.training.events import EpochFinished, Progress, Started, Validated, WorkersLost
 from tests.conftest import mnist
 
-FIGURES = {"loss": 0.5, "accuracy": 0.75}
-PROGRESS = Progress(1, 30, 40, [0.5, 0.25], FIGURES, FIGURES, 60, epoch_s=3.0)
+VALUES = {"loss": 0.5, "accuracy": 0.75}
+PROGRESS = Progress(1, 30, 40, [0.5, 0.25], VALUES, VALUES, 60, epoch_s=3.0)
 
 
 def show_a_run(quiet: bool) -> None:
@@ -30,17 +30,15 @@ def test_a_job_log_has_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
         "data       some",
         "started    2 × cpu with 1 thread on 2 nodes, bf16",
         "epoch 1/2  finished in 3.00 s (20 images/s): loss 0.5000, accuracy 75.00% on the training images",
-        "           validation after epoch 1: loss 0.5000, accuracy 87.50% (1.0 s, beside the training)",
+        "           validation after epoch 1: loss 0.5000, accuracy 87.50% (1.0 s, during training)",
         "lost       worker 1 died; replacing the workers …",
-        "note       checkpoint_b is damaged or was cut off; the one before it is used",
-        "restarted  2 × cpu with 1 thread, bf16; going on in epoch 1 after step 20; 1.0 s of work lost (10 steps)",
+        "note       checkpoint_b is damaged or was cut off; using the one before it",
+        "restarted  2 × cpu with 1 thread, bf16; continuing in epoch 1 after step 20; 1.0 s of work lost (10 steps)",
         "test       done",
     ]
 
 
-def test_labels_of_many_epochs_have_a_wider_column_and_a_trained_run_says_so(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_many_epochs_widen_the_labels_and_a_trained_run_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     with RunConsole(mnist(), 100, quiet=False) as printer:
         printer.show(EpochFinished(dataclasses.replace(PROGRESS, epoch=60)))
         printer.show(Started(1, ("a",), 2, "cpu", "bf16", epoch=100, step=0, num_steps=40))
@@ -49,7 +47,7 @@ def test_labels_of_many_epochs_have_a_wider_column_and_a_trained_run_says_so(
     assert second == "started       1 × cpu with 2 threads, bf16; all epochs are trained already"
 
 
-def test_progress_is_a_plain_line_once_in_a_while(
+def test_progress_is_a_plain_line_at_intervals(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(console, "_PLAIN_INTERVAL_S", 0.0)
@@ -58,7 +56,7 @@ def test_progress_is_a_plain_line_once_in_a_while(
     assert capsys.readouterr().out == "epoch 1/2  30/40  loss 0.3750  accuracy 75.0%  20 images/s  0:05 left\n"
 
 
-def test_quiet_leaves_the_result(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_prints_only_the_result(capsys: pytest.CaptureFixture[str]) -> None:
     show_a_run(quiet=True)
     assert capsys.readouterr().out == "test       done\n"
 
@@ -68,7 +66,7 @@ def test_durations_read_like_a_clock(seconds: float, shown: str) -> None:
     assert clock_time(seconds) == shown
 
 
-def test_what_comes_from_outside_drives_no_terminal_and_shows_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts_are_escaped_and_redacted(capsys: pytest.CaptureFixture[str]) -> None:
     with RunConsole(mnist(), 2, quiet=False) as printer:
         printer.say("note", "a\x1b[31m\n[red]:smile: s3://KEY:SECRET@bucket")
         printer.result("no\nte", "b\x1b[31m")

@@ -63,9 +63,10 @@ def weights(run: Path) -> str:
 
 @dataclass(frozen=True)
 class Gate:
-    """Holds a training, the same as that of ``finished_run``, after a step until a test has done what it does then."""
+    """Holds a training like ``finished_run``'s after a step, until a test opens the gate."""
 
     folder: Path
+    data: Path
 
     @property
     def run(self) -> Path:
@@ -74,11 +75,11 @@ class Gate:
     def flags(self, epoch: int = 1, step: int = 30, **values: Any) -> list[str]:
         callback = self.folder / "held.py"
         callback.write_text(HELD.format(epoch=epoch, step=step, folder=str(self.folder)))
-        names = {"storage_path": self.folder, "run_name": "run", "num_workers": 2, "callback": callback}
-        return as_flags({**QUICK, "checkpoint_every": 20, **names, **values})
+        paths = {"data_dir": self.data, "storage_path": self.folder, "run_name": "run", "callback": callback}
+        return as_flags({**QUICK, **paths, "num_workers": 2, "checkpoint_every": 20, **values})
 
     def opened_after(self, act: Callable[[psutil.Process], object]) -> Callable[[psutil.Process], None]:
-        """Return what acts, once the checkpoint before the gate is there, and lets the training go on."""
+        """Return a function that acts after the checkpoint before the gate was written, and opens the gate."""
 
         def act_and_open(job: psutil.Process) -> None:
             wait_for((self.run / "checkpoint_epoch-001_step-000020" / "state.json").exists)
@@ -103,8 +104,8 @@ class Held(Callback):
 
 
 @pytest.fixture
-def gate(tmp_path: Path) -> Gate:
-    return Gate(tmp_path)
+def gate(tmp_path: Path, small_data: Path) -> Gate:
+    return Gate(tmp_path, small_data)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def head() -> Iterator[Cluster]:
 
 @pytest.fixture
 def nodes(head: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    """A cluster of two raylets with one CPU each, the head's and another."""
+    """A cluster of two nodes with one CPU each, the head and another."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     if not head.worker_nodes:
         head.add_node(num_cpus=1)
@@ -132,7 +133,7 @@ def nodes(head: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 
 def killing(class_name: str) -> Callable[[psutil.Process], None]:
-    """Return what kills the newest actor of a class, of the Ray that this process is connected to."""
+    """Return a function that kills the newest actor of a class."""
 
     def kill(job: psutil.Process) -> None:
         actors = ray._private.state.actors().values()  # type: ignore[attr-defined]
@@ -142,14 +143,12 @@ def killing(class_name: str) -> Callable[[psutil.Process], None]:
     return kill
 
 
-def test_a_run_that_loses_a_node_goes_on_and_ends_with_the_same_weights(
-    nodes: Cluster, finished_run: Path, small_data: Path, gate: Gate
-) -> None:
+def test_a_run_that_loses_a_node_ends_with_the_same_weights(nodes: Cluster, finished_run: Path, gate: Gate) -> None:
     def replace_a_node(job: psutil.Process) -> None:
         nodes.remove_node(nodes.list_all_nodes()[-1])
         nodes.add_node(num_cpus=1)
 
-    flags = gate.flags(data_dir=small_data)
+    flags = gate.flags()
     printed, _ = run_and_act(gate.opened_after(replace_a_node), "epoch 1/2  finished", *flags, address=nodes.address)
     assert "started    2 × cpu" in printed
     assert printed.count("\nlost ") == 1
@@ -157,17 +156,15 @@ def test_a_run_that_loses_a_node_goes_on_and_ends_with_the_same_weights(
     assert weights(gate.run) == weights(finished_run)
 
 
-def test_a_run_whose_queue_of_events_dies_ends_in_one_line_that_says_how_to_go_on(
-    ray_address: str, small_data: Path, gate: Gate
-) -> None:
-    kill, flags = gate.opened_after(killing("EventQueue")), gate.flags(data_dir=small_data)
+def test_a_run_whose_event_queue_dies_says_in_one_line_how_to_resume(ray_address: str, gate: Gate) -> None:
+    kill, flags = gate.opened_after(killing("EventQueue")), gate.flags()
     _, complained = run_and_act(kill, "epoch 1/2  finished", *flags, address=ray_address, status=1)
     assert complained.startswith("error: Ray Train failed: ActorDiedError: The actor died unexpectedly")
-    assert f"to go on: python jobs/train.py --resume --run-name run --storage-path {gate.folder}" in complained
+    assert f"to resume: python jobs/train.py --resume --run-name run --storage-path {gate.folder}" in complained
     assert complained.count("\n") == 1
 
 
-def test_a_training_that_ends_before_its_queue_of_events_has_started_loses_none(
+def test_a_training_that_ends_before_its_event_queue_has_started_loses_no_event(
     ray_address: str, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class LateQueue(EventQueue):
@@ -176,9 +173,9 @@ def test_a_training_that_ends_before_its_queue_of_events_has_started_loses_none(
                 time.sleep(0.01)
             super().__init__()
 
-    callback = tmp_path / "tells.py"
+    callback = tmp_path / "touches.py"
     callback.write_text(
-        "import pathlib\nfrom mnist_ray.training.callback import Callback\n\nclass Tells(Callback):\n"
+        "import pathlib\nfrom mnist_ray.training.callback import Callback\n\nclass Touches(Callback):\n"
         f"    def on_epoch(self, state, progress): pathlib.Path({str(tmp_path / 'over')!r}).touch()\n"
     )
     monkeypatch.setattr(fit, "open_event_queue", lambda: ray.remote(num_cpus=0)(LateQueue).remote())
@@ -192,34 +189,30 @@ def test_a_training_that_ends_before_its_queue_of_events_has_started_loses_none(
     assert epoch["val_loss"]
 
 
-def test_a_run_that_loses_a_worker_goes_on_and_ends_with_the_same_weights(
-    ray_address: str, finished_run: Path, small_data: Path, gate: Gate
-) -> None:
-    kill, flags = gate.opened_after(killing("RayTrainWorker")), gate.flags(data_dir=small_data)
+def test_a_run_that_loses_a_worker_ends_with_the_same_weights(ray_address: str, finished_run: Path, gate: Gate) -> None:
+    kill, flags = gate.opened_after(killing("RayTrainWorker")), gate.flags()
     printed, _ = run_and_act(kill, "epoch 1/2  finished", *flags, address=ray_address)
     assert printed.count("\nlost ") == 1
     assert len(printed.splitlines()) < 60  # none of the hundreds that Ray says then
     assert weights(gate.run) == weights(finished_run)
 
 
-def test_a_killed_drivers_run_with_a_damaged_checkpoint_is_resumed_and_ends_with_the_same_weights(
-    ray_address: str, finished_run: Path, small_data: Path, gate: Gate, capsys: pytest.CaptureFixture[str]
+def test_a_run_resumed_after_a_kill_and_damage_ends_with_the_same_weights(
+    ray_address: str, finished_run: Path, gate: Gate, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kill, flags = gate.opened_after(psutil.Process.kill), gate.flags(data_dir=small_data)
+    kill, flags = gate.opened_after(psutil.Process.kill), gate.flags()
     run_and_act(kill, "epoch 1/2  finished", *flags, address=ray_address, status=-9)
     assert not (gate.run / "result.json").exists()
     last = max(gate.run.glob("checkpoint_epoch*"))
     (last / "model.safetensors").write_bytes(b"something else")
     run_main("train", *flags, "--resume")
     printed = capsys.readouterr().out
-    assert f"note       {last.name} is damaged or was cut off; the one before it is used" in printed
-    assert "going on in epoch" in printed
+    assert f"note       {last.name} is damaged or was cut off; using the one before it" in printed
+    assert "continuing in epoch" in printed
     assert weights(gate.run) == weights(finished_run)
 
 
-def test_steps_go_on_while_a_checkpoint_is_being_written_but_no_second_one_begins(
-    ray_address: str, small_data: Path, gate: Gate
-) -> None:
+def test_training_continues_while_one_checkpoint_at_a_time_is_written(ray_address: str, gate: Gate) -> None:
     first, second = (gate.run / f"checkpoint_epoch-00{epoch}_step-000000" for epoch in (1, 2))
     written = first / "model.safetensors"
     seen: list[str] = []
@@ -233,14 +226,14 @@ def test_steps_go_on_while_a_checkpoint_is_being_written_but_no_second_one_begin
         seen.extend(path.name for path in (first, second) if path.exists())
         written.read_bytes()
 
-    flags = gate.flags(epoch=0, step=1, validation_size=0, checkpoint_every=10**6, data_dir=small_data)
+    flags = gate.flags(epoch=0, step=1, validation_size=0, checkpoint_every=10**6)
     run_and_act_twice({"started": block, "epoch 2/2  finished": let_go}, *flags, address=ray_address)
     assert seen == [first.name]
     result = json.loads((gate.run / "result.json").read_text())
     assert result["checkpoint"] == second.name
 
 
-def test_a_report_that_cannot_be_written_is_a_note_and_no_path(
+def test_a_report_that_cannot_be_written_is_a_note(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("mnist_ray.report.page.write", Mock(side_effect=OSError("no space")))
@@ -252,10 +245,8 @@ def test_a_report_that_cannot_be_written_is_a_note_and_no_path(
 
 
 @pytest.mark.long
-def test_a_reproducible_run_has_the_same_bits_killed_and_resumed_with_other_workers(
-    ray_address: str, small_data: Path, gate: Gate
-) -> None:
-    flags = [*gate.flags(data_dir=small_data), "--reproducible"]
+def test_a_reproducible_run_resumed_with_other_workers_has_the_same_bits(ray_address: str, gate: Gate) -> None:
+    flags = [*gate.flags(), "--reproducible"]
     kill = gate.opened_after(psutil.Process.kill)
     run_and_act(kill, "epoch 1/2  finished", *flags, address=ray_address, status=-9)
     resumed = run_job("train.py", *flags, "--num-workers", "1", "--resume", address=ray_address)
@@ -268,15 +259,15 @@ def test_a_reproducible_run_has_the_same_bits_killed_and_resumed_with_other_work
     assert weights(gate.folder / "alone") == weights(gate.run)
     epochs, others = (read_csv(locate(str(gate.folder), name), "metrics.csv") for name in ("alone", "run"))
     assert len(epochs) == 2
-    for epoch, other in zip(epochs, others, strict=True):  # of the one at the kill, nobody may have reported values
+    for epoch, other in zip(epochs, others, strict=True):  # nobody may have reported the epoch of the kill
         assert other["train_loss"] in ("", epoch["train_loss"])
         assert other["val_loss"] == epoch["val_loss"]
 
 
 @pytest.mark.long
-def test_an_elastic_run_goes_on_with_fewer_workers(nodes: Cluster, small_data: Path, gate: Gate) -> None:
+def test_an_elastic_run_continues_with_fewer_workers(nodes: Cluster, gate: Gate) -> None:
     lose = gate.opened_after(lambda job: nodes.remove_node(nodes.list_all_nodes()[-1]))
-    flags = gate.flags(data_dir=small_data, min_workers=1)
+    flags = gate.flags(min_workers=1)
     printed, _ = run_and_act(lose, "epoch 1/2  finished", *flags, address=nodes.address)
     assert "started    2 × cpu" in printed
     assert "restarted  1 × cpu" in printed
@@ -293,9 +284,7 @@ class Slow(Callback):
 """
 
 
-def test_a_preempted_node_is_left_with_a_checkpoint_just_in_time(
-    nodes: Cluster, small_data: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_is_saved_before_a_node_is_preempted(nodes: Cluster, small_data: Path, tmp_path: Path) -> None:
     doomed = nodes.list_all_nodes()[-1]
 
     def announce(job: psutil.Process) -> None:
@@ -347,39 +336,31 @@ def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(tmp_
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
-def drop_if_damaged(text: str, folder: Path) -> bool:
-    """Tell whether a list of checkpoints that Ray wrote is taken for damaged; those of epochs 1 and 2 are there."""
-    run = locate(str(folder), "run")
-    for epoch in (1, 2):
-        (folder / "run" / f"checkpoint_epoch-00{epoch}_step-000000").mkdir(parents=True)
-    run.write_text(SNAPSHOT, text)
-    fit.drop_damaged_snapshot(run)
-    return not run.exists(SNAPSHOT)
-
-
 @pytest.mark.parametrize(
-    "damage",
+    ("change", "is_damaged"),
     [
-        lambda text: "",
-        lambda text: text[:40],
-        lambda text: "null",
-        lambda text: '{"checkpoint_results": [{}]}',
-        lambda text: text.replace("checkpoint_epoch-001", "checkpoint_epoch-009"),
-        lambda text: text.replace('"val_score"', '"val_points"'),
+        (lambda text: text, False),
+        (lambda text: "", True),
+        (lambda text: text[:40], True),
+        (lambda text: "null", True),
+        (lambda text: '{"checkpoint_results": [{}]}', True),
+        (lambda text: text.replace("checkpoint_epoch-001", "checkpoint_epoch-009"), True),
+        (lambda text: text.replace('"val_score"', '"val_points"'), True),
     ],
-    ids=["empty", "cut off", "null", "of nothing", "of one that is not there", "without the score"],
+    ids=["whole", "empty", "cut off", "null", "an empty entry", "of a missing checkpoint", "without the score"],
 )
-def test_rays_list_of_checkpoints_is_dropped_if_it_is_damaged(
-    damage: Callable[[str], str], finished_run: Path, tmp_path: Path
+def test_rays_list_of_checkpoints_is_dropped_only_if_it_is_damaged(
+    change: Callable[[str], str], is_damaged: bool, finished_run: Path, tmp_path: Path
 ) -> None:
-    assert drop_if_damaged(damage((finished_run / SNAPSHOT).read_text()), tmp_path)
+    run = locate(str(tmp_path), "run")
+    for epoch in (1, 2):
+        (tmp_path / "run" / f"checkpoint_epoch-00{epoch}_step-000000").mkdir(parents=True)
+    run.write_text(SNAPSHOT, change((finished_run / SNAPSHOT).read_text()))
+    fit.drop_damaged_snapshot(run)
+    assert run.exists(SNAPSHOT) != is_damaged
 
 
-def test_rays_list_of_checkpoints_is_kept_if_it_is_whole(finished_run: Path, tmp_path: Path) -> None:
-    assert not drop_if_damaged((finished_run / SNAPSHOT).read_text(), tmp_path)
-
-
-def test_a_run_whose_list_of_checkpoints_was_cut_off_is_read_by_its_last_checkpoint(tmp_path: Path) -> None:
+def test_without_rays_list_of_checkpoints_a_run_is_read_by_its_last_checkpoint(tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     saved.mkdir()
     state = create_state(mnist(), TrainConfig(), 600, torch.device("cpu"))
@@ -400,7 +381,7 @@ def test_a_run_whose_list_of_checkpoints_was_cut_off_is_read_by_its_last_checkpo
     ]
 
 
-def test_a_last_checkpoint_that_a_kill_kept_from_ray_is_validated_and_chosen(
+def test_a_last_checkpoint_that_ray_does_not_know_is_validated_and_chosen(
     finished_run: Path, ray_address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -433,18 +414,18 @@ GLOO = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error")
 
 
 @pytest.mark.parametrize(
-    ("failures", "said"),
+    ("failures", "line"),
     [
         ({1: RayActorError(error_msg="The actor died unexpectedly")}, "worker 1 died"),
         ({2: RayActorError(error_msg="The actor died because its node has died.")}, "worker 2 was lost with its node"),
         ({0: WorkerHealthCheckFailedError("failed", RuntimeError())}, "worker 0 does not answer"),
         ({0: ValueError("bad value\nand more")}, "worker 0 failed: ValueError: bad value"),
         ({0: GLOO, 1: RayActorError()}, "worker 1 died"),
-        ({0: GLOO}, "worker 0 has lost its connection to another, which has died or hangs"),
+        ({0: GLOO}, "worker 0 has lost its connection to another worker, which has died or hangs"),
     ],
 )
-def test_what_happened_to_workers_is_one_line(failures: dict[int, Exception], said: str) -> None:
-    assert describe(failures) == said
+def test_each_failure_of_workers_is_one_line(failures: dict[int, Exception], line: str) -> None:
+    assert describe(failures) == line
 
 
 def test_the_reason_of_a_controllers_failure_is_its_own_text_and_not_a_traceback() -> None:
@@ -459,9 +440,7 @@ def train_on_a_worker(monkeypatch: pytest.MonkeyPatch, fail: Callable[[Any], Non
     reporter.train_loop_per_worker({"spec": Mock(job=Mock(code_folders=[]))})
 
 
-def test_what_the_code_fails_with_is_one_line_with_its_place(
-    few_images: Arrays, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_of_the_code_is_one_line_with_its_place(few_images: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(spec: Any) -> None:
         engine.evaluate(mnist(), torch.nn.Linear(3, 10), Split(few_images))
 
@@ -471,26 +450,19 @@ def test_what_the_code_fails_with_is_one_line_with_its_place(
 
 @pytest.mark.parametrize(
     "error",
-    [
-        GLOO,
-        OSError("the link is down"),
-        torch.distributed.DistBackendError("NCCL error"),
-        RayActorError(),
-    ],
+    [GLOO, OSError("the link is down"), torch.distributed.DistBackendError("NCCL error"), RayActorError()],
 )
-def test_what_may_go_well_at_the_next_attempt_is_raised_as_it_is(
-    error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failures_that_may_pass_are_raised_unchanged(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(type(error)) as raised:
         train_on_a_worker(monkeypatch, Mock(side_effect=error))
     assert raised.value is error
 
 
-def test_code_that_fails_ends_a_run_and_other_failures_are_told() -> None:
-    told = Mock()
-    reporter = failures.FailureReporter(told)
+def test_code_that_fails_ends_a_run_and_other_failures_are_reported() -> None:
+    event_queue = Mock()
+    reporter = failures.FailureReporter(event_queue)
     with pytest.raises(failures.TrainingStoppedError, match=r"^ValueError: bad \(model\.py, line 55\)$"):
         reporter.after_exception(None, {0: CodeFailedError("ValueError: bad (model.py, line 55)")})
-    told.put.remote.assert_not_called()
+    event_queue.put.remote.assert_not_called()
     reporter.after_exception(None, {1: RayActorError(error_msg="The actor died unexpectedly")})
-    told.put.remote.assert_called_once_with(WorkersLost("worker 1 died"))
+    event_queue.put.remote.assert_called_once_with(WorkersLost("worker 1 died"))

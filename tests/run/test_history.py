@@ -1,14 +1,8 @@
 import dataclasses
-import itertools
 import threading
-import time
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from pyarrow import fs
 
 from mnist_ray.errors import JobError
 from mnist_ray.report.run_files import read_csv, read_steps
@@ -41,7 +35,7 @@ def columns(run: RunFolder, *names: str) -> list[tuple[str, ...]]:
     return [tuple(row[name] for name in names) for row in read_csv(run, "metrics.csv")]
 
 
-def test_an_epoch_gets_one_row_whatever_comes_first(run: RunFolder) -> None:
+def test_an_epoch_gets_one_row_in_any_order_of_its_events(run: RunFolder) -> None:
     history = History(run, mnist())
     for event in (started(0), finished(1), finished(2), validated(1, 0.25, 0.5), validated(2, 0.125, 0.75)):
         history.add(event)
@@ -66,7 +60,7 @@ def test_a_resumed_run_keeps_the_epochs_that_it_does_not_repeat(run: RunFolder) 
     "content",
     ["", "train_loss\n1\n", "epoch,train_loss\n1\n", "epoch,train_loss\n1,x\n", "epoch,train_loss\n1.5,1\n"],
 )
-def test_a_damaged_file_is_noted_and_started_again(run: RunFolder, content: str) -> None:
+def test_a_damaged_file_is_noted_and_replaced(run: RunFolder, content: str) -> None:
     notes: list[str] = []
     run.write_text("metrics.csv", content)
     history = History(run, mnist(), notes.append)
@@ -75,7 +69,7 @@ def test_a_damaged_file_is_noted_and_started_again(run: RunFolder, content: str)
     assert columns(run, "train_loss") == [("0.5",)]
 
 
-def test_a_run_goes_on_whose_workload_has_other_metrics_now(run: RunFolder) -> None:
+def test_a_run_whose_workload_has_other_metrics_now_is_resumed(run: RunFolder) -> None:
     run.write_text("metrics.csv", "epoch,train_loss,train_f1,epoch_s\n1,0.25,0.5,2.0\n")
     history = History(run, mnist())
     assert history.mean_rate() is None
@@ -96,96 +90,50 @@ def steps_of(run: RunFolder) -> list[int]:
     return [int(row["step"]) for row in read_steps(run)]
 
 
-def add_steps_until(history: History, is_reached: Callable[[], bool]) -> int:
-    """Add steps from the first on; return the last."""
-    deadline = time.monotonic() + 60
-    for step in itertools.count(1):
-        history.add(progress(step))
-        time.sleep(0.001)
-        if is_reached():
-            return step
-        assert time.monotonic() < deadline
-    raise AssertionError
-
-
 @pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often steps.csv was written as a whole, and how often it was added to; at each row, if it can."""
-    counts = Counter[str]()
-
-    def counted(method: str) -> Callable[[RunFolder, str, str], None]:
-        do: Any = getattr(RunFolder, method)
-
-        def write(run: RunFolder, file_name: str, text: str) -> None:
-            counts[method] += file_name == "steps.csv"
-            do(run, file_name, text)
-
-        return write
-
-    for method in ("write_text", "append_text"):
-        monkeypatch.setattr(RunFolder, method, counted(method))
-    monkeypatch.setattr(histories, "WRITTEN_EVERY_S", 0)
-    return counts
+def steps_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write steps.csv as soon as it has grown enough."""
+    monkeypatch.setattr(histories, "STEPS_EVERY_S", 0)
 
 
-def test_steps_are_appended_to_what_is_there(run: RunFolder, written: Counter[str]) -> None:
+@pytest.mark.usefixtures("steps_at_once")
+def test_steps_are_rewritten_ever_more_seldom(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, sizes = RunFolder.write_text, list[int]()
+
+    def counted(run: RunFolder, file_name: str, text: str) -> None:
+        sizes.append(len(text))
+        write(run, file_name, text)
+
+    monkeypatch.setattr(RunFolder, "write_text", counted)
     history = History(run, mnist())
-    last = add_steps_until(history, lambda: written["append_text"] >= 3)
-    assert written["write_text"] == 1
-    history.flush()
-    assert steps_of(run) == list(range(1, last + 1))
-    assert written["write_text"] == 2
-
-
-def test_where_nothing_can_be_appended_steps_are_written_ever_more_seldom(
-    tmp_path: Path, written: Counter[str]
-) -> None:
-    run = RunFolder("run", str(tmp_path), fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), "run")
-    history = History(run, mnist())
-    for step in range(1, 401):
+    for step in range(1, 1001):
         history.add(progress(step))
     history.flush()
-    assert steps_of(run) == list(range(1, 401))
-    assert written["append_text"] == 0
-    assert 2 <= written["write_text"] < 80
+    assert steps_of(run) == list(range(1, 1001))
+    assert 2 <= len(sizes) < 600
 
 
-def test_steps_are_written_by_a_thread_that_holds_up_no_event(
-    run: RunFolder, written: Counter[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("steps_at_once")
+def test_storage_that_hangs_or_fails_delays_no_event_and_loses_no_step(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, is_back = RunFolder.write_text, threading.Event()
+    write, is_back, failed = RunFolder.write_text, threading.Event(), threading.Event()
 
     def write_later(run: RunFolder, file_name: str, text: str) -> None:
-        assert threading.current_thread() is not threading.main_thread() or is_back.is_set()
-        is_back.wait()
+        if threading.current_thread() is not threading.main_thread():
+            is_back.wait()
+            failed.set()
+            raise JobError("the disk is full")
         write(run, file_name, text)
 
     monkeypatch.setattr(RunFolder, "write_text", write_later)
     history = History(run, mnist())
     for step in range(1, 4):
         history.add(progress(step))
-    assert not run.exists("steps.csv")
     is_back.set()
+    assert failed.wait(60)
     history.flush()
     assert steps_of(run) == [1, 2, 3]
-
-
-def test_steps_that_could_not_be_appended_are_written_with_the_next(
-    run: RunFolder, written: Counter[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failed: list[str] = []
-
-    def write_a_part(run: RunFolder, file_name: str, text: str) -> None:
-        with Path(run.path, file_name).open("a") as file:
-            file.write(text[:3])
-        failed.append(text)
-        raise JobError("the disk is full")
-
-    monkeypatch.setattr(RunFolder, "append_text", write_a_part)
-    history = History(run, mnist())
-    last = add_steps_until(history, lambda: bool(failed) and written["write_text"] >= 2)
-    history.flush()
-    assert steps_of(run) == list(range(1, last + 1))
 
 
 def test_a_resumed_run_keeps_the_steps_that_it_does_not_repeat(run: RunFolder) -> None:
@@ -194,7 +142,7 @@ def test_a_resumed_run_keeps_the_steps_that_it_does_not_repeat(run: RunFolder) -
         first.add(progress(step))
     first.flush()
     with Path(run.path, "steps.csv").open("a") as file:
-        file.write("17,0.0")  # a kill has cut the last line off
+        file.write("17,0.0")  # as if cut off by a kill
     again = History(run, mnist(), pytest.fail)
     again.add(started(1))
     again.add(progress(11))

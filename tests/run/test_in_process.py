@@ -29,26 +29,24 @@ def run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return storage / "run"
 
 
-def test_its_weights_are_those_of_one_worker_with_as_many_threads(
-    run: Path, ray_address: str, small_data: Path, tmp_path: Path
-) -> None:
+def test_its_weights_equal_those_of_one_worker(run: Path, ray_address: str, small_data: Path, tmp_path: Path) -> None:
     flags = {**HERE, "num_workers": 1, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"}
     done = run_job("train.py", *as_flags(flags), address=ray_address)
     assert done.returncode == 0, done.stderr
     assert weights_of(tmp_path / "run") == weights_of(run)
 
 
-def test_it_leaves_the_files_of_any_run(run: Path) -> None:
+def test_it_writes_the_files_of_any_run(run: Path) -> None:
     folder = locate(str(run.parent), run.name)
     assert [row["val_loss"] != "" for row in read_csv(folder, "metrics.csv")] == [True, True]
     assert read_csv(folder, "steps.csv")[-1]["step"] == "96"
     assert {"result.json", "report.html", "predictions.csv"} <= {file.name for file in run.iterdir()}
 
 
-def test_interrupted_it_saves_and_goes_on_to_the_same_weights(run: Path, small_data: Path, tmp_path: Path) -> None:
+def test_interrupted_it_saves_and_resumes_to_the_same_weights(run: Path, small_data: Path, tmp_path: Path) -> None:
     flags = as_flags({**HERE, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"})
     _, errors = run_and_act(lambda job: job.send_signal(2), "started", *flags, address="local", status=130)
-    assert errors.startswith("interrupted; to go on: python jobs/train.py --resume --run-name run")
+    assert errors.startswith("interrupted; to resume: python jobs/train.py --resume --run-name run")
     assert list(tmp_path.glob("run/checkpoint_*"))
     done = run_job("train.py", "--resume", "--run-name", "run", "--storage-path", str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -89,12 +87,12 @@ print(run.metrics["accuracy"] > 0.9, sum(p.numel() for p in run.load_model().par
 
 
 def run_text(text: str, storage: Path) -> subprocess.CompletedProcess:
-    """Run a text that is in no file, as a notebook's cell."""
+    """Run code that is in no file, like a notebook's cell."""
     command = [sys.executable, "-", str(storage)]
     return subprocess.run(command, input=text, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_a_class_that_is_in_no_file_is_trained(tmp_path: Path) -> None:
+def test_a_class_without_a_file_is_trained(tmp_path: Path) -> None:
     done = run_text(CELL, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "True 6"
@@ -110,6 +108,6 @@ LATE = """class Late(nn.Linear):
 class Signs"""
 
 
-def test_what_the_users_code_raises_comes_as_it_is_for_a_debugger(tmp_path: Path) -> None:
+def test_an_exception_of_the_users_code_is_raised_unchanged(tmp_path: Path) -> None:
     done = run_text(CELL.replace("class Signs", LATE).replace("nn.Linear(2, 2)", "Late(2, 2)"), tmp_path)
     assert done.stderr.splitlines()[-1] == "AssertionError: too late"

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from pyarrow import fs
 
+from mnist_ray.cluster.plan import Cluster
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.run.job import Job, merged, read_job, way_on
-from mnist_ray.run.record import write_origin
-from mnist_ray.run.session import load_data, saying_the_way_on
+from mnist_ray.run.job import Job, read_job, resume_command
+from mnist_ray.run.record import begin_files
+from mnist_ray.run.session import Session, interrupt_explained, load_data
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.workload import user_code
-from mnist_ray.workload.data import Arrays
+from mnist_ray.workload.data import Arrays, Splits
 from mnist_ray.workload.source import digests_of
 from tests.conftest import ROOT, write_data_set
 
@@ -31,7 +32,14 @@ def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return read
 
 
-def test_runs_without_a_name_that_begin_in_the_same_second_have_folders_of_their_own(read: Any, tmp_path: Path) -> None:
+def begin(job: Job, data: Splits) -> None:
+    """Write what a run's folder has before the first step."""
+    session = Session(job, "")
+    session.data, session.cluster = data, Cluster(is_local=True, nodes=(), log_folder="")
+    begin_files(session, "config.json", job.values)
+
+
+def test_runs_without_a_name_that_start_in_the_same_second_get_different_folders(read: Any, tmp_path: Path) -> None:
     names = {read().run.name for _ in range(5)}
     assert len(names) > len({name.rpartition("_")[0] for name in names})
     assert not any(tmp_path.iterdir())
@@ -42,10 +50,13 @@ def test_flags_override_the_config_file_which_overrides_the_recipe(read: Any, tm
     file.write_text(json.dumps({"batch_size": 16, "learning_rate": 0.5}))
     job = read("--recipe", "notebook", "--config", str(file), "--learning-rate", "0.25")
     assert (job.train.batch_size, job.train.learning_rate, job.train.precision) == (16, 0.25, "fp32")
+    assert job.given == {"storage_path", "recipe", "config", "learning_rate"}
 
 
-def test_a_written_config_is_accepted_back(read: Any, tmp_path: Path) -> None:
-    job = read("--batch-size", "7", "--learning-rate", str(0.1 + 0.2), "--data-dir", "/x", "--num-workers", "3")
+def test_a_written_config_is_accepted_back(read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = read("--batch-size", "7", "--learning-rate", str(0.1 + 0.2), "--data-dir", "mine", "--num-workers", "3")
+    assert job.values["data_dir"] == str(tmp_path / "mine")
     file = tmp_path / "config.json"
     file.write_text(json_lines(job.values))
     assert read("--config", str(file)).values == job.values
@@ -92,9 +103,8 @@ def test_code_that_may_have_come_with_a_run_is_not_loaded(
     (sent.parent / "elsewhere.py").write_text(STEALS)
     monkeypatch.chdir(sent.parent)
     (sent / "config.json").write_text(json.dumps({"num_epochs": 3, name: place.format(sent=sent)}))
-    with pytest.raises(
-        UsageError, match=rf"config\.json names --{name} .*: code that may have come with a run is loaded"
-    ):
+    message = rf"config\.json names --{name} .*: code that may have come with a run is loaded"
+    with pytest.raises(UsageError, match=message):
         read(*(flag.format(sent=sent) for flag in flags))
     assert not list(sent.parent.rglob("it_ran"))
 
@@ -104,7 +114,7 @@ def test_this_package_is_trusted_wherever_the_settings_lie() -> None:
     assert user_code.why_untrusted(str(ROOT / "examples" / "shapes.py"), [ROOT.parent]) == "in a folder of runs"
 
 
-def test_code_in_a_run_is_loaded_where_a_flag_names_it_and_the_way_on_names_it_too(read: Any, sent: Path) -> None:
+def test_code_in_a_run_is_loaded_if_a_flag_names_it_also_to_resume(read: Any, sent: Path) -> None:
     code = str(sent / "steals.py")
     (sent / "config.json").write_text(json.dumps({"num_epochs": 3, "workload": code}))
     job = read("--resume", "--run-name", "sent", "--workload", code)
@@ -112,42 +122,26 @@ def test_code_in_a_run_is_loaded_where_a_flag_names_it_and_the_way_on_names_it_t
     assert job.resume_with.endswith(f" --workload {code}")
 
 
-def test_the_way_on_is_quoted_and_has_no_secrets(tmp_path: Path) -> None:
+def test_the_command_to_resume_is_quoted_and_has_no_secrets(tmp_path: Path) -> None:
     run = locate(str(tmp_path / "my runs"), "one")
     said = f"python jobs/tune.py --resume --run-name one --storage-path '{tmp_path}/my runs' --tracker lines.py"
-    assert way_on("tune", run, {"tracker": "lines.py"}) == said
+    assert resume_command("tune", run, {"tracker": "lines.py"}) == said
     run = RunFolder("run", "s3://KEY:SEC%2FRET@bucket/runs?region=us", fs.LocalFileSystem(), "bucket/runs/run")
     said = "python jobs/train.py --resume --run-name run --storage-path 's3://***@bucket/runs?region=us'"
-    assert way_on("train", run) == said
+    assert resume_command("train", run) == said
 
 
-def test_an_interrupt_says_the_way_on_also_where_the_storage_is_away(
-    read: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_says_how_to_resume_if_the_storage_is_away(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(run: RunFolder, file_name: str = "") -> bool:
         raise OSError("gone")
 
     job = read("--run-name", "a")
     monkeypatch.setattr(RunFolder, "exists", fail)
-    with pytest.raises(KeyboardInterrupt, match=r"^interrupted; to go on: python jobs/train"), saying_the_way_on(job):
+    with (
+        pytest.raises(KeyboardInterrupt, match=r"^interrupted; to resume: python jobs/train"),
+        interrupt_explained(job),
+    ):
         raise KeyboardInterrupt
-
-
-def test_a_data_folder_is_kept_as_it_can_be_read_from_anywhere(
-    read: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert read("--data-dir", "mine").values["data_dir"] == str(tmp_path / "mine")
-
-
-def test_each_setting_is_known_by_where_it_is_from(read: Any, tmp_path: Path) -> None:
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps({"batch_size": 16}))
-    layers = read("--recipe", "robust", "--config", str(file), "--seed", "3").layers
-    assert list(layers) == ["the default recipe", "the recipe", str(file), "the flags"]
-    default, recipe, config, flags = layers.values()
-    assert merged(layers) == {**default, **recipe, **config, **flags}
-    assert (recipe["ema_decay"], config, flags["seed"]) == (0.99, {"batch_size": 16}, 3)
 
 
 @pytest.mark.parametrize(
@@ -171,28 +165,20 @@ def test_a_bad_config_file_is_refused(read: Any, tmp_path: Path, text: str, mess
     ("flags", "message"),
     [
         (["--validation-size", "600"], "--validation-size 600 leaves nothing to train on: the data has 600 training"),
-        (
-            ["--validation-size", "560", "--batch-size", "41"],
-            "--batch-size 41 is larger than the 40 images",
-        ),
+        (["--validation-size", "560", "--batch-size", "41"], "--batch-size 41 is larger than the 40 images"),
     ],
 )
-def test_settings_that_do_not_fit_the_data_are_refused(
-    read: Any, tmp_path: Path, few_images: Any, flags: list[str], message: str
-) -> None:
+def test_settings_must_fit_the_data(read: Any, tmp_path: Path, few_images: Any, flags: list[str], message: str) -> None:
     folder = write_data_set(tmp_path / "data", few_images, few_images)
     with pytest.raises(UsageError, match=message):
         load_data(read("--data-dir", str(folder), *flags))
 
 
 @pytest.mark.parametrize("flags", [["--limit", "0.5"], ["--overfit-batches", "1"]], ids=["limit", "overfit"])
-def test_a_run_on_less_data_resumes_on_the_same_and_its_config_gives_the_same(
-    read: Any, tmp_path: Path, few_images: Any, flags: list[str]
-) -> None:
+def test_a_run_on_less_data_resumes_on_the_same(read: Any, tmp_path: Path, few_images: Any, flags: list[str]) -> None:
     folder = write_data_set(tmp_path / "data", few_images, few_images)
     job, data = load_data(read("--data-dir", str(folder), "--batch-size", "10", "--run-name", "less", *flags))
-    job.run.write_text("config.json", json_lines(job.values))
-    write_origin(job, data)
+    begin(job, data)
     _, resumed = load_data(read("--resume", "--run-name", "less"))
     _, again = load_data(read("--config", str(tmp_path / "runs" / "less" / "config.json")))
     assert digests_of(resumed) == digests_of(again) == digests_of(data)
@@ -210,15 +196,11 @@ def test_help_shows_the_defaults_of_the_workloads_recipe(read: Any, capsys: pyte
     assert "passes over the training set (default: 8)" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_workload_that_is_gone_is_asked_for(read: Any, tmp_path: Path) -> None:
+def test_a_config_of_a_missing_or_another_workload_is_refused(read: Any, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"workload": "/gone/problem.py"}))
     with pytest.raises(UsageError, match=r"No such file .*; if the workload is elsewhere now, say where"):
         read("--config", str(file))
-
-
-def test_a_config_of_another_workload_is_refused(read: Any, tmp_path: Path) -> None:
-    file = tmp_path / "config.json"
     file.write_text(json.dumps({"workload": "mnist_ray.mnist", "data_dir": "/x"}))
     with pytest.raises(UsageError, match=r"config\.json has unknown settings: data_dir"):
         read("--config", str(file), "--workload", str(ROOT / "examples" / "shapes.py"))
@@ -226,53 +208,51 @@ def test_a_config_of_another_workload_is_refused(read: Any, tmp_path: Path) -> N
 
 @pytest.fixture
 def begun(read: Any, tmp_path: Path, few_images: Any) -> Path:
-    """The folder of a run that has begun, on data in ``data``, and saved nothing yet."""
+    """The folder of a run on the data in ``data``, without checkpoints."""
     write_data_set(tmp_path / "data", few_images, few_images)
     job, data = load_data(read("--run-name", "run", "--data-dir", str(tmp_path / "data")))
-    job.run.write_text("config.json", json_lines(job.values))
-    write_origin(job, data)
+    begin(job, data)
     return tmp_path / "runs" / "run"
 
 
-def test_a_run_that_has_saved_nothing_says_that_it_begins_anew(read: Any, begun: Path) -> None:
+FROM_THE_BEGINNING = "run run has no checkpoint yet; starting from the beginning"
+
+
+def test_a_resumed_run_without_checkpoints_says_that_it_starts_from_the_beginning(read: Any, begun: Path) -> None:
     (begun / "checkpoint_old").mkdir()
-    assert read("--resume", "--run-name", "run").notes == ("run run has saved nothing: it begins anew",)
+    assert read("--resume", "--run-name", "run").notes == (FROM_THE_BEGINNING,)
     (begun / "checkpoint_epoch-001_step-000000").mkdir()
     assert read("--resume", "--run-name", "run").notes == ()
 
 
 @pytest.mark.parametrize("name", ["result.json", "origin.json"])
-def test_a_run_goes_on_without_what_is_damaged_and_says_so(read: Any, begun: Path, name: str) -> None:
+def test_a_resumed_run_leaves_a_damaged_file_out_and_says_so(read: Any, begun: Path, name: str) -> None:
     (begun / "checkpoint_epoch-001_step-000000").mkdir()
     (begun / name).write_bytes(b"\xff")
     job, _ = load_data(read("--resume", "--run-name", "run"))
     assert [note.partition(" is damaged: ")[0] for note in job.notes] == [str(begun / name)]
 
 
-def test_a_run_whose_settings_are_damaged_is_one_line_with_the_remedy(read: Any, begun: Path) -> None:
-    (begun / "config.json").write_text("{}")
-    with pytest.raises(JobError, match=r"run/config\.json is damaged: it has no num_epochs; put it back, or start an"):
-        read("--resume", "--run-name", "run")
-
-
-def test_a_saved_setting_that_cannot_be_is_named_with_its_file(read: Any, begun: Path) -> None:
-    config = json.loads((begun / "config.json").read_text())
-    (begun / "config.json").write_text(json.dumps(config | {"batch_size": "many"}))
+def test_damaged_settings_of_a_run_are_one_line_with_the_file(read: Any, begun: Path) -> None:
+    file = begun / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"batch_size": "many"}))
     with pytest.raises(UsageError, match=r"run/config\.json: --batch-size must be of type int, not 'many'"):
         read("--resume", "--run-name", "run")
+    file.write_text("{}")
+    message = r"run/config\.json is damaged: it has no num_epochs; put it back, or start an"
+    with pytest.raises(JobError, match=message):
+        read("--resume", "--run-name", "run")
 
 
-def test_a_run_does_not_go_on_with_other_data(read: Any, begun: Path, tmp_path: Path, few_images: Any) -> None:
-    _, data = load_data(read("--resume", "--run-name", "run"))
+def test_a_run_is_not_resumed_with_other_data(read: Any, begun: Path, tmp_path: Path, few_images: Any) -> None:
     other = Arrays(few_images.inputs, np.roll(few_images.targets, 1))
     write_data_set(tmp_path / "data", few_images, other)
-    with pytest.raises(UsageError, match=r"run run began with other data than .*/data \(test\); bring"):
+    message = r"the data differ from those that run run was started with \(test of .*/data\); restore them"
+    with pytest.raises(UsageError, match=message):
         load_data(read("--resume", "--run-name", "run"))
     origin = json.loads((begun / "origin.json").read_text())
-    assert origin.pop("data") == digests_of(data)
-    (begun / "origin.json").write_text(json.dumps(origin))  # as runs had it before
-    job, _ = load_data(read("--resume", "--run-name", "run"))
-    assert job.notes == ("run run has saved nothing: it begins anew",)
+    (begun / "origin.json").write_text(json.dumps({**origin, "data": None}))  # by a user who knows better
+    load_data(read("--resume", "--run-name", "run"))
 
 
 UNNAMED = """
@@ -286,11 +266,11 @@ class Unnamed(MNIST):
 """
 
 
-def test_a_run_says_that_data_cannot_be_told_from_others(read: Any, tmp_path: Path) -> None:
+def test_a_resumed_run_says_that_its_data_cannot_be_checked(read: Any, tmp_path: Path) -> None:
     (tmp_path / "unnamed.py").write_text(UNNAMED)
     job, data = load_data(read("--run-name", "run", "--workload", str(tmp_path / "unnamed.py")))
     assert job.notes == ()
-    job.run.write_text("config.json", json_lines(job.values))
-    write_origin(job, data)
+    begin(job, data)
     job, _ = load_data(read("--resume", "--run-name", "run"))
-    assert job.notes[1:] == ("whether the data are those that the run began with is not known: they name no files",)
+    said = "cannot check that the data are unchanged: the workload does not list their files (Data.files)"
+    assert job.notes == (FROM_THE_BEGINNING, said)

@@ -28,7 +28,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def claim_of(run: RunFolder, owner: Owner, renewed: int = 0) -> Path:
-    """Let another own a run."""
+    """Write an owner's file."""
     changed = Path(run.storage_path) / "changed"
     changed.write_text(json.dumps({**asdict(owner), "renewed": renewed}))
     return changed.rename(changed.with_name(lease.file_of(run)))
@@ -39,12 +39,12 @@ def claims(run: RunFolder) -> list[Path]:
 
 
 def assert_taken(run: RunFolder) -> None:
-    """Own a run whose file another job has left."""
+    """Own a run although it has an owner's file."""
     with owned(run):
         assert json.loads(claims(run)[0].read_text())["pid"] == os.getpid()
 
 
-def test_a_run_that_another_job_owns_is_refused_and_free_again_afterwards(run: RunFolder, tmp_path: Path) -> None:
+def test_a_run_that_another_job_owns_is_refused_and_free_afterwards(run: RunFolder, tmp_path: Path) -> None:
     with (
         owned(run),
         pytest.raises(UsageError, match=r"a-run is in use by another job: process \d+ on this machine"),
@@ -56,30 +56,23 @@ def test_a_run_that_another_job_owns_is_refused_and_free_again_afterwards(run: R
     assert not any(tmp_path.iterdir())
 
 
-def test_the_claim_of_a_process_that_has_died_here_is_taken_at_once(run: RunFolder) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    claim_of(run, replace(this_process(), pid=dead.pid))
+def test_a_run_of_a_dead_process_on_this_machine_is_free_at_once(run: RunFolder) -> None:
+    with psutil.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        owner = replace(this_process(), pid=process.pid, started=process.create_time())
+        claim_of(run, owner)
+        with pytest.raises(UsageError, match="in use"), owned(run):
+            pass
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert_taken(run)  # from a zombie
+    claim_of(run, owner)
     assert_taken(run)
     claim_of(run, replace(this_process(), started=1.0))  # another process has its id by now
     assert_taken(run)
 
 
-def test_the_claim_of_a_process_that_has_died_here_and_was_not_waited_for_is_taken_at_once(run: RunFolder) -> None:
-    with psutil.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as dead:
-        claim_of(run, replace(this_process(), pid=dead.pid, started=dead.create_time()))
-        with pytest.raises(UsageError, match="in use"), owned(run):
-            pass
-        dead.kill()
-        os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
-        assert_taken(run)
-
-
-OF_TEXTS = json.dumps({**asdict(this_process()), "pid": "4711"}).encode()
-
-
-@pytest.mark.parametrize("content", [None, b"", b"[]", b'{"host": 1}', b"\xff", OF_TEXTS])
-def test_a_claim_from_elsewhere_that_does_not_change_is_taken_after_a_time(
+@pytest.mark.parametrize("content", [None, b"", b"[]", b'{"host": 1}', b"\xff"])
+def test_a_run_is_free_if_its_owners_file_does_not_change(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, content: bytes | None
 ) -> None:
     monkeypatch.setattr(lease, "EXPIRES_AFTER_S", 0.3)
@@ -92,9 +85,7 @@ def test_a_claim_from_elsewhere_that_does_not_change_is_taken_after_a_time(
     assert waited
 
 
-def test_a_claim_from_elsewhere_that_changes_is_respected_whatever_its_clock_says(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_refused_if_its_owners_file_changes(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     def renew(text: str) -> None:
         claim_of(run, ELSEWHERE, renewed=1)
 
@@ -104,7 +95,7 @@ def test_a_claim_from_elsewhere_that_changes_is_respected_whatever_its_clock_say
         pass
 
 
-def test_an_owner_renews_a_damaged_file_and_ends_if_it_finds_another_in_its_place(
+def test_an_owner_renews_its_file_and_ends_if_it_finds_another_owners(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended = queue.Queue[Exception]()
@@ -124,9 +115,7 @@ def test_an_owner_renews_a_damaged_file_and_ends_if_it_finds_another_in_its_plac
     assert "was taken over by process 7 on other-host" in str(error)
 
 
-def test_on_an_object_store_the_job_that_has_written_last_owns_the_run(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_an_object_store_the_last_writer_owns_the_run(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     store = SubTreeFileSystem("/", LocalFileSystem())
     on_store = replace(run, filesystem=store, path=run.path.lstrip("/"))
     monkeypatch.setattr("mnist_ray.run.lease.time.sleep", lambda seconds: claim_of(run, ELSEWHERE))
@@ -140,7 +129,7 @@ def test_on_an_object_store_the_job_that_has_written_last_owns_the_run(
 
 
 def want(storage: str, start: Barrier, number: int) -> None:
-    """Want a run at the same moment as others; write down when it was owned."""
+    """Want a run at the same moment as others; write from when to when it was owned."""
     start.wait()
     try:
         with owned(locate(storage, "a-run")):
@@ -151,7 +140,7 @@ def want(storage: str, start: Barrier, number: int) -> None:
         Path(storage, f"refused-{number}").touch()
 
 
-def test_of_many_that_want_a_run_at_the_same_moment_one_gets_it(tmp_path: Path) -> None:
+def test_of_jobs_that_want_a_run_at_the_same_moment_one_gets_it(tmp_path: Path) -> None:
     context, number = get_context("spawn"), 6
     start = context.Barrier(number)
     processes = [context.Process(target=want, args=(str(tmp_path), start, each)) for each in range(number)]

@@ -298,7 +298,7 @@ def test_a_sweep_that_has_lost_its_trials_says_what_to_do(tmp_path: Path) -> Non
         return read_sweep({"resume": True, "run_name": "lost", "storage_path": str(tmp_path)}).job
 
     run.write_text("sweep.json", '{"num_epochs": 1}')
-    assert read().notes == ("run lost has saved nothing: it begins anew",)
+    assert read().notes == ("run lost has no finished trial yet; starting from the beginning",)
     run.write_text("sweep.csv", "trial\n1\n")
     with pytest.raises(JobError, match=r"sweep\.csv is damaged: .*; remove it, and the trials are run again"):
         read()
