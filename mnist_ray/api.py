@@ -29,7 +29,7 @@ from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER, TrialTable
 from mnist_ray.sweep.tune import read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.source import Reference
+from mnist_ray.workload.loading import Reference
 from ray_fork.starting import prepared_forking
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from mnist_ray.settings import UNSET, Parser, build, peek
 from mnist_ray.storage import TRIALS_FILE
 from mnist_ray.sweep.tune import read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
-from mnist_ray.workload import source
+from mnist_ray.workload import loading
 
 
 def train() -> None:
@@ -40,7 +40,7 @@ def tune() -> None:
 def evaluate() -> None:
     """Evaluate a checkpoint on the test set."""
     early, run = peek("workload", "storage_path", "num_tasks")
-    workload_class = source.load(early.get("workload", source.DEFAULT))
+    workload_class = loading.load(early.get("workload", loading.DEFAULT))
     if "workload" not in early:  # the run's, as its settings become flags
         with contextlib.suppress(UsageError):  # reported when all flags are read
             storage_path = early.get("storage_path", OutputConfig().storage_path)
@@ -68,7 +68,7 @@ def predict() -> None:
 
 def view() -> None:
     """Look at the examples of a workload's data."""
-    workload_class = source.load(peek("workload")[0].get("workload", source.DEFAULT))
+    workload_class = loading.load(peek("workload")[0].get("workload", loading.DEFAULT))
     parser = Parser(view.__doc__ or "", ViewConfig, workload_class.Settings)
     _add_workload(parser, "MNIST")
     given = parser.read_flags()

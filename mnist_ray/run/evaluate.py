@@ -26,7 +26,7 @@ from mnist_ray.training.events import Validated
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.source import load_data
+from mnist_ray.workload.loading import load_data
 from ray_fork.starting import Forking
 
 

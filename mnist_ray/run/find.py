@@ -17,7 +17,7 @@ from mnist_ray.run.lookup import find_run
 from mnist_ray.settings import build, check_known, names_of, values_of
 from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, STORAGE_ERRORS, RunFolder, position_of, untrusted_folders
 from mnist_ray.training.checkpoint import STATE_FILE, load_model, read_state
-from mnist_ray.workload import source
+from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 
 
@@ -45,7 +45,7 @@ class Found:
 def find(
     given: str | None,
     storage_path: str,
-    reference: source.Reference | None = None,
+    reference: loading.Reference | None = None,
     changes: Mapping[str, Any] | None = None,
     is_wanted: Callable[[RunFolder], bool] = lambda run: True,
 ) -> Found:
@@ -62,7 +62,7 @@ def find(
         raise JobError(f"cannot read {run.uri}: {first_line(error)}") from error
     saved = read_state(checkpoint)["workload"]
     place = f"the checkpoint of {saved['reference']}"
-    workload_class = source.load_again(saved["reference"], reference, place, untrusted_folders(run, storage_path))
+    workload_class = loading.load_again(saved["reference"], reference, place, untrusted_folders(run, storage_path))
     if saved["sha256"] not in ("", workload_class.source.sha256):
         notes.append(f"the workload has changed since the checkpoint was made: {workload_class.source.reference}")
     check_known(saved["settings"], names_of([workload_class.Settings]), place)

@@ -33,7 +33,7 @@ from mnist_ray.trackers import start
 from mnist_ray.trackers.tracker import Ending
 from mnist_ray.training.checkpoint import MODEL_FILE, read_state
 from mnist_ray.training.events import EpochFinished, Event, Progress, Validated
-from mnist_ray.workload.source import digests_of
+from mnist_ray.workload.loading import digests_of
 
 _LEARNED = 0.1  # the part of the first loss below which examples count as learned
 _REPORT_EVERY_S = 30.0
