@@ -24,9 +24,9 @@ from mnist_ray.training import engine
 from mnist_ray.training.batches import batch_loader, batches_of
 from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.training.state import Group
-from mnist_ray.workload import source
+from mnist_ray.workload import loading
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.source import load_data
+from mnist_ray.workload.loading import load_data
 
 TRAIN = Path(__file__).parent.parent / "jobs" / "train.py"
 
@@ -35,7 +35,7 @@ def profile_steps(batch_size: int, precision: str, num_threads: int, num_steps: 
     """Print what the operators of some steps took, after ten steps of warming up."""
     keep_freed_memory()
     torch.set_num_threads(num_threads)
-    workload = source.load(source.DEFAULT)()
+    workload = loading.load(loading.DEFAULT)()
     split = Split(load_data(workload).train)
     group = Group()
     config = TrainConfig(batch_size=batch_size, precision="bf16" if precision == "bf16" else "fp32")

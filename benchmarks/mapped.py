@@ -22,7 +22,7 @@ from loop import timed_steps
 from mnist_ray.config import TrainConfig
 from mnist_ray.training import engine
 from mnist_ray.training.state import Group
-from mnist_ray.workload import source
+from mnist_ray.workload import loading
 from mnist_ray.workload.data import Arrays, Split
 
 SHAPE = (28, 28)
@@ -51,7 +51,7 @@ def own_mib() -> float:
 
 def train(folder: Path | None, num_steps: int, num_loaders: int) -> dict[str, float]:
     """Train on the mapped images of a folder, or on some in memory; return the rate and the memory."""
-    workload, group = source.load(source.DEFAULT)(metadata={"class_names": [*range(10)]}), Group()
+    workload, group = loading.load(loading.DEFAULT)(metadata={"class_names": [*range(10)]}), Group()
     config = TrainConfig(
         precision=engine.resolve_precision("auto", group),
         batch_size=BATCH_SIZE,

@@ -33,9 +33,9 @@ from torch import nn
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.training.state import Group
-from mnist_ray.workload import source
+from mnist_ray.workload import loading
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.source import load_data
+from mnist_ray.workload.loading import load_data
 
 HOSTS = ("mnistray-a", "mnistray-b")
 ADDRESSES = ("10.97.0.1", "10.97.0.2")
@@ -149,7 +149,7 @@ def lost_to_failures(checkpoint_s: float, restart_s: float, hours_between_failur
 def train_steps(group: Group, batch_size: int, num_steps: int) -> float:
     """Train in this process, one rank; return the seconds of a step after the first tenth of them."""
     torch.set_num_threads(1)
-    workload = source.load(source.DEFAULT)()
+    workload = loading.load(loading.DEFAULT)()
     split = Split(load_data(workload).train)
     config = TrainConfig(
         precision="fp32", batch_size=batch_size, schedule="constant", num_epochs=1000, checkpoint_every=10**9

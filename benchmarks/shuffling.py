@@ -20,10 +20,10 @@ from mnist_ray.cluster.environment import keep_freed_memory
 from mnist_ray.config import TrainConfig
 from mnist_ray.training import engine, sampler
 from mnist_ray.training.state import Group
-from mnist_ray.workload import source
+from mnist_ray.workload import loading
 from mnist_ray.workload.data import splits_of
+from mnist_ray.workload.loading import load_data
 from mnist_ray.workload.order import Shuffled
-from mnist_ray.workload.source import load_data
 
 BATCH_SIZE = 128
 NUM_BATCHES = 2000
@@ -64,7 +64,7 @@ def seconds_to_draw(number: int, order: str) -> tuple[float, float]:
 
 def test_accuracy(seed: int) -> float:
     """Train by the default recipe in this process; return the last weights' accuracy on the test set."""
-    workload = source.load(source.DEFAULT)()
+    workload = loading.load(loading.DEFAULT)()
     data = splits_of(load_data(workload), None)
     group = Group()
     config = TrainConfig(**workload.recipes["default"], seed=seed, precision=engine.resolve_precision("auto", group))

@@ -30,7 +30,7 @@ from mnist_ray.sweep.options import BEST_FILE, DEFAULT_FOLDER, read_sweep
 from mnist_ray.sweep.trials import TrialTable
 from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.source import Reference
+from mnist_ray.workload.loading import Reference
 from ray_fork.starting import prepared_forking
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from mnist_ray.settings import build, names_of
 from mnist_ray.storage import TRIALS_FILE
 from mnist_ray.sweep.options import read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
-from mnist_ray.workload import source
+from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 
 
@@ -63,7 +63,7 @@ def predict() -> None:
 
 def view() -> None:
     """Look at the examples of a workload's data."""
-    workload_class = source.load(peek("workload")[0].get("workload", source.DEFAULT))
+    workload_class = loading.load(peek("workload")[0].get("workload", loading.DEFAULT))
     given = _parser(view, "", ViewConfig, workload_class.Settings, workload="MNIST").read_flags()
 
     from mnist_ray.tools.view import view as view_examples
@@ -187,8 +187,8 @@ def _class_of_run(*classes: type) -> type[Workload]:
     """
     early, run = peek("workload", *names_of(classes))
     if "workload" in early:
-        return source.load(early["workload"])
+        return loading.load(early["workload"])
     with contextlib.suppress(UsageError):  # said when all flags are known
         storage_path = early.get("storage_path", LookupConfig().storage_path)
         return class_of(find_run(run, storage_path), storage_path)
-    return source.load(source.DEFAULT)
+    return loading.load(loading.DEFAULT)

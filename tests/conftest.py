@@ -21,7 +21,7 @@ from mnist_ray.cluster import environment
 from mnist_ray.cluster.ray_internals import for_one_job
 from mnist_ray.mnist import idx
 from mnist_ray.storage import RunFolder, locate
-from mnist_ray.workload import source
+from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Arrays
 from ray_fork.starting import prepared_forking
@@ -51,7 +51,7 @@ def as_flags(values: dict[str, Any]) -> list[str]:
 
 def mnist(**settings: Any) -> Workload:
     """Return the workload that ships, as it is once its data are loaded."""
-    workload_class = source.load(source.DEFAULT)
+    workload_class = loading.load(loading.DEFAULT)
     return workload_class(workload_class.Settings(**settings), METADATA)
 
 

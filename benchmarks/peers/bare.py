@@ -20,10 +20,10 @@ from mnist_ray.training import engine, shared_memory
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.state import Group, TrainingState
-from mnist_ray.workload import source
+from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Splits, splits_of
-from mnist_ray.workload.source import load_data
+from mnist_ray.workload.loading import load_data
 
 
 class _Rates(Callback):
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--data-dir")
     args = parser.parse_args()
-    workload_class = source.load(source.DEFAULT)
+    workload_class = loading.load(loading.DEFAULT)
     workload = workload_class(workload_class.Settings(data_dir=args.data_dir and Path(args.data_dir)))
     data = splits_of(load_data(workload), None)
     with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,7 @@ from mnist_ray.workload import figures
 from mnist_ray.workload.base import LOSS, Metric, Picture, Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.figures import Curve, Table
-from mnist_ray.workload.source import load_data
+from mnist_ray.workload.loading import load_data
 
 T = TypeVar("T", Picture, Table)
 PICTURES_FOLDER = "pictures"

@@ -21,7 +21,7 @@ from mnist_ray.storage import (
     unless_damaged,
     untrusted_folders,
 )
-from mnist_ray.workload import source
+from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 
 METRICS_FILE, STEPS_FILE, PREDICTIONS_FILE = "metrics.csv", "steps.csv", "predictions.csv"
@@ -176,8 +176,8 @@ def workload_of(run: RunFolder, reference: str | None, storage_path: str = Looku
     Raises UsageError and JobError.
     """
     values, file = settings_of(run), run.inside(CONFIG_FILE).uri
-    held, untrusted = values.get("workload", source.DEFAULT), untrusted_folders(run, storage_path)
-    workload_class = source.load_again(held, reference, file, untrusted)
+    held, untrusted = values.get("workload", loading.DEFAULT), untrusted_folders(run, storage_path)
+    workload_class = loading.load_again(held, reference, file, untrusted)
     try:
         own: Any = settings.build(workload_class.Settings, values)
     except UsageError as error:

@@ -12,7 +12,7 @@ from mnist_ray.training.batches import Batch, batches_of
 from mnist_ray.training.sampler import Slice
 from mnist_ray.workload.check import NUM_EXAMPLES, check_batch, check_smallest
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.source import picture_of, placed
+from mnist_ray.workload.loading import picture_of, placed
 
 
 def try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> None:

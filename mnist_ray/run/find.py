@@ -18,7 +18,7 @@ from mnist_ray.run.lookup import find_run
 from mnist_ray.settings import build, check_known, names_of, values_of
 from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, STORAGE_ERRORS, RunFolder, position_of, untrusted_folders
 from mnist_ray.training.checkpoint import STATE_FILE, load_model, read_state
-from mnist_ray.workload import source
+from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 
 
@@ -47,7 +47,7 @@ class Found:
 def find(
     given: str | None,
     storage_path: str,
-    reference: source.Reference | None = None,
+    reference: loading.Reference | None = None,
     changes: Mapping[str, Any] | None = None,
     is_wanted: Callable[[RunFolder], bool] = lambda run: True,
 ) -> Found:
@@ -70,7 +70,7 @@ def find(
 
 
 def _workload_of(
-    document: dict[str, Any], reference: source.Reference | None, changes: Mapping[str, Any], untrusted: Iterable[Path]
+    document: dict[str, Any], reference: loading.Reference | None, changes: Mapping[str, Any], untrusted: Iterable[Path]
 ) -> Workload:
     """Return the workload of a checkpoint, whose state.json is ``document``.
 
@@ -79,7 +79,7 @@ def _workload_of(
     """
     saved = document["workload"]
     named = f"the checkpoint of {saved['reference']}"
-    workload_class = source.load_again(saved["reference"], reference, named, untrusted)
+    workload_class = loading.load_again(saved["reference"], reference, named, untrusted)
     settings_class = workload_class.Settings
     check_known(saved["settings"], names_of([settings_class]), named)
     return workload_class(build(settings_class, {**saved["settings"], **changes}), saved["metadata"])

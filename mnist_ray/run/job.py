@@ -31,7 +31,7 @@ from mnist_ray.storage import (
 )
 from mnist_ray.trackers.tracker import Tracker
 from mnist_ray.training.callback import Callback
-from mnist_ray.workload import source, user_code
+from mnist_ray.workload import loading, user_code
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.user_code import Source
 
@@ -115,8 +115,8 @@ def read_job(
         folder = settings.path_of(early["config"], "--config").absolute().parent
         untrusted += untrusted_folders(locate(str(folder.parent), folder.name), run.storage_path)
     files: dict[str, Given] = {**began, **file}
-    held = merged(files).get("workload") or source.DEFAULT
-    workload_class = source.load_again(held, early.get("workload"), _place_of("workload", files), untrusted)
+    held = merged(files).get("workload") or loading.DEFAULT
+    workload_class = loading.load_again(held, early.get("workload"), _place_of("workload", files), untrusted)
 
     kept = (*more_settings, TrainConfig, workload_class.Settings, WorkerConfig)
     classes, recipes = (*kept, OutputConfig), workload_class.recipes

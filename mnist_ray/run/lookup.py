@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from mnist_ray.errors import JobError, UsageError, command, first_line
 from mnist_ray.storage import CONFIG_FILE, STORAGE_ERRORS, RunFolder, locate, split_query, untrusted_folders
-from mnist_ray.workload import source
+from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 
 _A_RUN = "the run in"
@@ -50,5 +50,5 @@ def class_of(run: RunFolder, storage_path: str) -> type[Workload]:
         with contextlib.suppress(JobError):  # the checkpoint says it too
             reference = (folder.read_json(CONFIG_FILE) or {}).get("workload")
             if reference is not None:
-                return source.load_again(reference, None, folder.inside(CONFIG_FILE).uri, untrusted)
-    return source.load(source.DEFAULT)
+                return loading.load_again(reference, None, folder.inside(CONFIG_FILE).uri, untrusted)
+    return loading.load(loading.DEFAULT)

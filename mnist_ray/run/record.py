@@ -39,7 +39,7 @@ from mnist_ray.training.events import EpochFinished, Event, Progress, Validated
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Splits
-from mnist_ray.workload.source import digests_of
+from mnist_ray.workload.loading import digests_of
 
 _LEARNED = 0.1  # of the loss before
 MoreSections = Callable[[RunFolder], Any]  # returns the ``Sections`` that a report adds, as of a sweep's trials

@@ -19,8 +19,8 @@ from mnist_ray.run.job import Job, check_free
 from mnist_ray.storage import STORAGE_ERRORS
 from mnist_ray.training.events import EpochFinished, Event, Started
 from mnist_ray.workload.data import Splits, splits_of, subset
-from mnist_ray.workload.source import digests_of
-from mnist_ray.workload.source import load_data as load_data_of
+from mnist_ray.workload.loading import digests_of
+from mnist_ray.workload.loading import load_data as load_data_of
 from ray_fork.starting import prepared_forking
 
 Self = TypeVar("Self", bound="Session")

@@ -10,7 +10,7 @@ from mnist_ray.run.find import Found
 from mnist_ray.run.record import print_evaluation
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.source import load_data
+from mnist_ray.workload.loading import load_data
 from ray_fork.starting import Forking
 
 

@@ -22,7 +22,7 @@ from mnist_ray.training.batches import batches_of
 from mnist_ray.training.sampler import Slice
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.source import load_data
+from mnist_ray.workload.loading import load_data
 
 Run = Callable[[Tensor], Tensor]
 _TOLERANCE = 1e-4

@@ -17,7 +17,7 @@ from mnist_ray.workload.base import Workload
 from mnist_ray.workload.classification import Classification
 from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.figures import image_grid, single_image
-from mnist_ray.workload.source import load_data, picture_of
+from mnist_ray.workload.loading import load_data, picture_of
 
 _GRID_COLUMNS = 8
 

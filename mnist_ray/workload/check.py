@@ -12,7 +12,7 @@ from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.errors import UsageError, count, first_line
 from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.source import placed
+from mnist_ray.workload.loading import placed
 from mnist_ray.workload.tensors import as_fp32, autocast, detached
 
 NUM_EXAMPLES = 16  # of the batch that is tried

@@ -14,7 +14,7 @@ from mnist_ray.settings import json_lines
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.workload import user_code
 from mnist_ray.workload.data import Arrays
-from mnist_ray.workload.source import digests_of
+from mnist_ray.workload.loading import digests_of
 from tests.conftest import ROOT, write_data_set
 
 DIABETES = str(ROOT / "examples" / "diabetes.py")

@@ -27,7 +27,7 @@ from mnist_ray.storage import locate
 from mnist_ray.sweep.options import load_data, read_sweep
 from mnist_ray.sweep.trial import TrialSpec, run_trial
 from mnist_ray.sweep.tune import tune as tune_sweep
-from mnist_ray.workload import Arrays, Data, Regression, Workload, setting, source
+from mnist_ray.workload import Arrays, Data, Regression, Workload, loading, setting
 from mnist_ray.workload.data import Split
 from tests.conftest import ROOT, as_flags, mnist, run_main, write_data_set
 from tests.training.test_debug import BROKEN
@@ -372,7 +372,7 @@ def test_a_trial_is_profiled_and_names_the_line_of_its_first_anomaly(
     ray_address: str, few_images: Arrays, tmp_path: Path
 ) -> None:
     (tmp_path / "broken_trial.py").write_text(BROKEN)
-    workload = source.load(str(tmp_path / "broken_trial.py"))(metadata={"class_names": [0, 1]})
+    workload = loading.load(str(tmp_path / "broken_trial.py"))(metadata={"class_names": [0, 1]})
     examples, reported = workload.load_data().train, list[dict[str, Any]]()
     assert isinstance(examples, Arrays)
     try_one(reported, examples, tmp_path, workload, OutputConfig(detect_anomaly=True))

@@ -12,7 +12,7 @@ from mnist_ray.training.batches import batches_of
 from mnist_ray.training.sampler import Slice
 from mnist_ray.workload.check import NUM_EXAMPLES, check_batch
 from mnist_ray.workload.data import splits_of
-from mnist_ray.workload.source import load, load_data
+from mnist_ray.workload.loading import load, load_data
 
 Write = Callable[..., Path]
 FP32 = TrainConfig(precision="fp32")

@@ -11,7 +11,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.workload import Arrays, Data, Workload
 from mnist_ray.workload.data import Split, Splits, splits_of, subset
-from mnist_ray.workload.source import digest_of_files, digests_of
+from mnist_ray.workload.loading import digest_of_files, digests_of
 
 
 class Squares(Dataset):

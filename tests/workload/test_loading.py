@@ -9,9 +9,9 @@ from ray import cloudpickle
 
 from mnist_ray.errors import UsageError
 from mnist_ray.settings import build
-from mnist_ray.workload import Workload, source
+from mnist_ray.workload import Workload, loading
 from mnist_ray.workload.base import create
-from mnist_ray.workload.source import load
+from mnist_ray.workload.loading import load
 from mnist_ray.workload.user_code import Source
 
 Write = Callable[..., Path]
@@ -201,7 +201,7 @@ def test_an_exception_in_a_module_is_named_with_its_line(bakery: Write, text: st
 
 
 def test_the_default_is_the_workload_that_ships() -> None:
-    assert load(source.DEFAULT).__module__ == "mnist_ray.mnist.problem"
+    assert load(loading.DEFAULT).__module__ == "mnist_ray.mnist.problem"
 
 
 # --- what every workload must have
