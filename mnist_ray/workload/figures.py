@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from mnist_ray.workload.base import Metric, Picture, Rows
+from mnist_ray.workload.base import ACCURACY, Metric, Picture, Rows
 from mnist_ray.workload.data import Split
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def of_classification(
     confusion = f"{mistakes.sum()} mistakes among {counts.sum():,}; {most if mistakes.any() else 'no mistakes'}"
     accuracies = [math.nan if accuracy is None else accuracy for accuracy in result["test_accuracy_per_class"]]
     of_each = zip(names, accuracies, strict=True)
-    by_class = ", ".join(f"{name}: {workload.metrics[0].format(accuracy)}" for name, accuracy in of_each)
+    by_class = ", ".join(f"{name}: {ACCURACY.format(accuracy)}" for name, accuracy in of_each)
     caption = "The stronger the shade, the larger the part of the label's examples. Right ones have no shade."
     matrix, per_class = confusion_matrix(counts, names), accuracy_per_class(accuracies, names)
     pictures = [

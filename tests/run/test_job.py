@@ -213,7 +213,7 @@ def test_help_shows_the_defaults_of_the_workloads_recipe(read: Any, capsys: pyte
 def test_a_workload_that_is_gone_is_asked_for(read: Any, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"workload": "/gone/problem.py"}))
-    with pytest.raises(UsageError, match=r"No such file .*; if the workload is elsewhere now, say where"):
+    with pytest.raises(UsageError, match=r"No such file .*; if the workload has moved, give its new place"):
         read("--config", str(file))
 
 

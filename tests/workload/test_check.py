@@ -204,9 +204,9 @@ def test_a_schedule_of_ones_own_is_tried_without_a_warning(write: Write, schedul
         ),
         (
             "def loss(self, outputs, targets): return F.cross_entropy(outputs, targets)",
-            ".loss is to be one number per example, (16,) here, not ()",
+            ".loss must be one number per example, (16,) here, not ()",
         ),
-        ("def loss(self, outputs, targets): ...", ".loss is to be one number per example, (16,) here, not NoneType"),
+        ("def loss(self, outputs, targets): ...", ".loss must be one number per example, (16,) here, not NoneType"),
         (
             "def loss(self, outputs, targets): return super().loss(outputs, targets) / (targets - 1)",
             ".loss is not finite on the first 16 examples, with the initial weights",
@@ -217,11 +217,11 @@ def test_a_schedule_of_ones_own_is_tried_without_a_warning(write: Write, schedul
         ),
         (
             'def create_model(self): return Spare("first")',
-            ": parameter first takes no part in the loss; leave out what is not used, or freeze it",
+            ": parameter first is not part of the loss; remove it, or freeze it",
         ),
         (
             'def create_model(self): return Spare("first", "second", "third")',
-            ": parameters first and 2 more take no part in the loss; leave out what is not used, or freeze it",
+            ": parameter first is not part of the loss, like 2 more; remove it, or freeze it",
         ),
         (
             "def create_model(self): return WithExtraState(4, 10)",
@@ -230,13 +230,13 @@ def test_a_schedule_of_ones_own_is_tried_without_a_warning(write: Write, schedul
         ),
         (
             'def measure(self, outputs, targets): return {"accuracy": 0.5}',
-            ".measure: accuracy is to be one number per example, (16,) here, not float",
+            ".measure: accuracy must be one number per example, (16,) here, not float",
         ),
         ("def measure(self, outputs, targets): ...", ".measure returned NoneType, not a dict"),
         ("def metadata_of(self, data): ...", ".metadata_of returned NoneType, not a dict"),
         (
             'def predictions(self, outputs, targets): return {"label": targets, "logits": outputs}',
-            ".predictions: logits is to be one number per example, (16,) here, not (16, 10)",
+            ".predictions: logits must be one number per example, (16,) here, not (16, 10)",
         ),
         ("def predictions(self, outputs, targets): ...", ".predictions returned NoneType, not a dict"),
         ("def summarize(self, means): ...", ".summarize returned NoneType, not a dict"),
@@ -252,14 +252,14 @@ def test_what_does_not_fit_is_said_in_one_line(write: Write, body: str, expected
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        ("def create_model(self): return nn.Linear(4, 3)", "(16, 3) for targets (16,); both are to be one number"),
+        ("def create_model(self): return nn.Linear(4, 3)", "(16, 3) for targets (16,); both must be one number"),
         (
             "def create_model(self): return nn.Sequential(nn.Linear(4, 1), nn.Unflatten(1, (1, 1)))",
-            "(16, 1, 1) for targets (16,); both are to be one number",
+            "(16, 1, 1) for targets (16,); both must be one number",
         ),
         (
             "def load_data(self): part = Arrays(np.ones((20, 4), 'f'), np.ones((20, 1), 'f')); return Data(part, part)",
-            "(16, 1) for targets (16, 1); both are to be one number",
+            "(16, 1) for targets (16, 1); both must be one number",
         ),
         ("def create_model(self): return Pair(4, 1)", "a tuple, not a tensor"),
     ],
@@ -273,9 +273,9 @@ def test_a_regression_whose_model_gives_other_than_a_number_is_refused(write: Wr
     [
         ("np.arange(20)", " has a target 3, but the classes are 0 to 2"),
         ("np.full(20, -1)", " has a target -1, but the classes are 0 to 2"),
-        ("np.zeros((20, 1), np.int64)", ": targets are to be whole numbers (N,), not int64 ({}, 1)"),
-        ("np.zeros(20, np.float32)", ": targets are to be whole numbers (N,), not float32 ({},)"),
-        ("np.zeros(20, bool)", ": targets are to be whole numbers (N,), not bool ({},)"),
+        ("np.zeros((20, 1), np.int64)", ": targets must be whole numbers (N,), not int64 ({}, 1)"),
+        ("np.zeros(20, np.float32)", ": targets must be whole numbers (N,), not float32 ({},)"),
+        ("np.zeros(20, bool)", ": targets must be whole numbers (N,), not bool ({},)"),
     ],
 )
 @pytest.mark.parametrize("kind", ["arrays", "dataset"])
@@ -299,12 +299,12 @@ def test_targets_that_are_no_classes_are_found_in_arrays_and_in_the_batch_of_a_d
     [
         (
             "def create_scheduler(self, optimizer, *_, **__): return lr_scheduler.ReduceLROnPlateau(optimizer)",
-            "a step of the optimizer, and one of the schedule, without a metric, after it: TypeError: "
+            "a step of the optimizer, then one of the schedule, without a metric: TypeError: "
             "ReduceLROnPlateau.step() missing 1 required positional argument: 'metrics'",
         ),
         (
             "def create_optimizer(self, model, config): return torch.optim.LBFGS(model.parameters())",
-            "a step of the optimizer, and one of the schedule, without a metric, after it: TypeError: "
+            "a step of the optimizer, then one of the schedule, without a metric: TypeError: "
             "LBFGS.step() missing 1 required positional argument: 'closure'",
         ),
         (
@@ -383,15 +383,15 @@ def test_an_error_in_one_line_is_handed_on_as_it_is(write: Write, error: str) ->
         ("Data(examples(3), Arrays(np.ones((1200, 4)), np.arange(1199)))",
          ": test has 1,200 inputs but 1,199 targets"),
         ("Data(Arrays(torch.ones(3, 4), np.arange(3)), examples(3))",
-         ": train: inputs are to be a NumPy array (N, ...), not Tensor"),
+         ": train: inputs must be a NumPy array (N, ...), not Tensor"),
         ("Data(Arrays(np.array(3.0), np.array(3)), examples(3))",
-         ": train: inputs are to be a NumPy array (N, ...), not a single number"),
+         ": train: inputs must be a NumPy array (N, ...), not a single number"),
         ("Data(examples(3), Arrays(np.ones((2, 4)), np.array(['a', 'b'])))",
-         ": test: targets are to be numbers, not of dtype <U1"),
+         ": test: targets must be numbers, not of dtype <U1"),
         ("Data(examples(3), examples(3), files=['/gone.jpg'])",
-         ": files are to be paths of files: [Errno 2] No such file or directory: '/gone.jpg'"),
+         ": files must be paths of files: [Errno 2] No such file or directory: '/gone.jpg'"),
         ("Data(examples(3), examples(3), files=3)",
-         ": files are to be paths of files: 'int' object is not iterable"),
+         ": files must be paths of files: 'int' object is not iterable"),
     ],
 )  # fmt: skip
 def test_data_that_are_none_are_refused(write: Write, returned: str, expected: str) -> None:
@@ -403,5 +403,5 @@ def test_data_that_are_none_are_refused(write: Write, returned: str, expected: s
 @pytest.mark.parametrize("fact", ["np.float32(1)", "np.ones(3)", "{1, 2}", "(1, 2)", "{1: 2}", "math.nan"])
 def test_facts_that_are_no_json_are_refused(write: Write, fact: str) -> None:
     body = f"\n    def load_data(self): return Data(examples(20), examples(20), metadata={{'mean': {fact}}})\n"
-    expected = "Wrong: fact 'mean' is no JSON: use numbers, texts, lists and dicts, as array.tolist()"
+    expected = "Wrong: metadata 'mean' is not JSON: use numbers, texts, lists, dicts, and array.tolist()"
     assert message_of(write, body) == expected

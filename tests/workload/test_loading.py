@@ -223,9 +223,9 @@ def test_a_method_that_is_missing_is_named(write: Write, method: str) -> None:
         ("search = {'lerning_rate': None}", "search has unknown settings: lerning_rate; did you mean learning_rate?"),
         (
             "def create_optimiser(self, model, config): ...",
-            "create_optimiser is nothing that a workload has: it has create_optimizer; give it another name",
+            "create_optimiser: a workload has create_optimizer; if you mean another, change its name",
         ),
-        ("recipe = {}", "recipe is nothing that a workload has: it has recipes; give it another name"),
+        ("recipe = {}", "recipe: a workload has recipes; if you mean another, change its name"),
     ],
 )
 def test_names_that_nothing_knows_are_refused(write: Write, line: str, expected: str) -> None:
@@ -235,14 +235,14 @@ def test_names_that_nothing_knows_are_refused(write: Write, line: str, expected:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ("class Settings:\n    width: int = 3", "Settings is to be a dataclass: put @dataclass(frozen=True) above it"),
+        ("class Settings:\n    width: int = 3", "Settings must be a dataclass: put @dataclass(frozen=True) above it"),
         (
             "@dataclass(frozen=True)\nclass Settings:\n    width: int",
-            "Settings: width needs a default, as setting(DEFAULT, HELP) gives one",
+            "Settings: width needs a default: use setting(DEFAULT, HELP)",
         ),
         (
             "@dataclass(frozen=True)\nclass Settings:\n    widths: list = field(default_factory=list)",
-            "Settings: widths needs a default, as setting(DEFAULT, HELP) gives one",
+            "Settings: widths needs a default: use setting(DEFAULT, HELP)",
         ),
         *(
             (
