@@ -1,4 +1,4 @@
-"""The workloads under examples/, each as a user runs it: trained, killed, resumed, swept, evaluated, exported."""
+"""Users' commands with each workload in examples/: train, kill, resume, tune, evaluate, export."""
 
 import csv
 import json
@@ -71,15 +71,13 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(
     assert not (tmp_path / "kill" / "result.json").exists()
     done = run_job("train.py", "--resume", "--run-name", "kill", "--storage-path", str(tmp_path), address=ray_address)
     assert done.returncode == 0, done.stderr
-    # So short a run may have been through its last epoch as it was killed.
+    # So short a run may have finished its last epoch when it was killed.
     assert "going on in epoch" in done.stdout or "all epochs are trained already" in done.stdout
     assert weights_of(tmp_path / "kill") == weights_of(run)
 
 
 @pytest.mark.long
-def test_it_is_swept_over_a_setting_of_its_own_and_the_best_is_trained(
-    example: str, ray_address: str, tmp_path: Path
-) -> None:
+def test_its_own_setting_is_searched_and_the_best_is_trained(example: str, ray_address: str, tmp_path: Path) -> None:
     small = {name: value for name, value in SMALL[example].items() if name not in ("width", "learning_rate")}
     flags = as_flags({**small, "num_epochs": 1, "precision": "fp32", "storage_path": tmp_path, "run_name": "sweep"})
     space = ["--sweep", "width=2,4", "learning_rate=log:1e-3:1e-2", "--num-trials", "3", "--num-confirmed", "0"]
@@ -97,7 +95,7 @@ def test_it_is_swept_over_a_setting_of_its_own_and_the_best_is_trained(
 
 
 @pytest.mark.long
-def test_it_is_evaluated_reported_and_exported_by_its_runs_name_alone(
+def test_a_run_is_evaluated_reported_and_exported_by_its_name_alone(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_main("evaluate", str(run))
@@ -113,7 +111,7 @@ def test_it_is_evaluated_reported_and_exported_by_its_runs_name_alone(
     assert "differ by at most" in capsys.readouterr().out
 
 
-def test_shapes_answer_pictures_and_a_table_does_not(
+def test_shapes_takes_pictures_and_a_table_does_not(
     run: Path, example: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = (str(run / "pictures" / "loss.png"), "--storage-path", str(run.parent))
