@@ -22,9 +22,7 @@ class Settings:
     """The network."""
 
     width: int = setting(32, "units of each hidden layer", search=Choice((16, 32, 64)), **at_least(1))
-    dropout: float = setting(
-        0.1, "fraction of the hidden units that are dropped in training", search=Range(0, 0.5), **fraction()
-    )
+    dropout: float = setting(0.1, "fraction of hidden units dropped in training", search=Range(0, 0.5), **fraction())
 
 
 class Diabetes(Regression):
