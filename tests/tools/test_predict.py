@@ -50,7 +50,7 @@ def test_predictions_come_for_each_file_and_an_error_tells_of_those_without(
     assert lines[12].endswith("missing.png: cannot be read: No such file or directory")
     assert lines[13].endswith("folder: is a folder without pictures")
     assert len(lines) == 14
-    assert Image.open(tmp_path / "grid.png").width == 720
+    assert Image.open(tmp_path / "grid.png").width == 804
 
 
 def test_json_gives_an_object_a_line(finished_run: Path, pictures: Path, mnist_test: Arrays) -> None:
