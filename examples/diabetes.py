@@ -1,7 +1,7 @@
-"""How far will the illness go in a year? A regression on a table of 442 patients, which scikit-learn ships.
+"""How far will diabetes progress in a year? A regression on scikit-learn's table of 442 patients.
 
 pip install scikit-learn
-python jobs/train.py --workload examples/diabetes.py                   # seconds of training, an R² of about a half
+python jobs/train.py --workload examples/diabetes.py                   # seconds, an R² of about 0.5
 python jobs/tune.py --workload examples/diabetes.py --num-trials 16    # searches --width and --dropout too
 """
 
@@ -22,11 +22,11 @@ class Settings:
     """The network."""
 
     width: int = setting(32, "units of each hidden layer", search=Choice((16, 32, 64)), **at_least(1))
-    dropout: float = setting(0.1, "part of the units that a step leaves out", search=Range(0, 0.5), **fraction())
+    dropout: float = setting(0.1, "fraction of hidden units dropped in training", search=Range(0, 0.5), **fraction())
 
 
 class Diabetes(Regression):
-    """Ten measurements of a patient; the target is a score of the illness a year later, 25 to 346."""
+    """Ten measurements of a patient; the target is the disease's progression after a year, 25 to 346."""
 
     Settings = Settings
     noun = "patient"
@@ -34,7 +34,7 @@ class Diabetes(Regression):
     search = {"batch_size": Choice((16, 32, 64)), "learning_rate": Range(1e-3, 5e-2, log=True)}
 
     def load_data(self) -> Data:
-        """Return the table, parted at random."""
+        """Return the table with a random fifth as test set."""
         inputs, targets = load_diabetes(return_X_y=True, scaled=False)
         order = np.random.default_rng(0).permutation(len(targets))
         test, train = order[:NUM_TEST], order[NUM_TEST:]
@@ -49,7 +49,7 @@ class Diabetes(Regression):
         )
 
     def create_model(self) -> nn.Module:
-        """Return two hidden layers that start at the mean target."""
+        """Return a network with two hidden layers whose first predictions are near the mean target."""
         width, dropout = self.settings.width, self.settings.dropout
         last = nn.Linear(width, 1)
         nn.init.constant_(last.bias, self.metadata["target"])
@@ -57,10 +57,10 @@ class Diabetes(Regression):
         return nn.Sequential(*hidden, last)
 
     def prepare(self, inputs: Tensor, generator: Generator | None) -> Tensor:
-        """Bring each column to mean 0 and standard deviation 1, as the training set has them."""
+        """Standardize each column by the training set's mean and standard deviation."""
         means, stds = (inputs.new_tensor(self.metadata[name]) for name in ("means", "stds"))
         return ((inputs - means) / stds).float()
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
-        """Return the squared error in hundreds, so that the gradients are of the usual size."""
+        """Return the squared error, scaled down so that gradients have the usual size."""
         return super().loss(outputs, targets) / 100**2

@@ -1,6 +1,6 @@
 """Which shape is it? RGB images, a small residual network with batch normalization, and augmentation.
 
-python jobs/train.py --workload examples/shapes.py                  # a minute on two cores, 95 % and more
+python jobs/train.py --workload examples/shapes.py                  # a minute on two cores, 95 % or more
 python jobs/tune.py --workload examples/shapes.py --num-trials 8    # searches --width too
 """
 
@@ -29,20 +29,20 @@ class Settings:
 
 
 class Shapes(Classification):
-    """Shapes of any colour, size and angle, on a ground of another colour."""
+    """Shapes of any colour, size and angle, on a background of another colour."""
 
     Settings = Settings
     noun = "image"
     recipes = {"default": {"num_epochs": 8, "batch_size": 64, "learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.99}}
 
     def load_data(self) -> Data:
-        """Draw the images; the same for the same settings."""
+        """Draw the images; equal settings give equal images."""
         rng = np.random.default_rng(0)
         train, test = (self.draw(number, rng) for number in (self.settings.num_images, self.settings.num_images // 5))
         return Data(train, test, name="shapes", metadata={"class_names": list(SHAPES)})
 
     def draw(self, number: int, rng: np.random.Generator) -> Arrays:
-        """Return images (N, 32, 32, 3) uint8 and which shape each shows, (N,)."""
+        """Return images (N, 32, 32, 3) uint8 and their labels (N,)."""
         labels = rng.integers(len(SHAPES), size=number)
         images = np.stack([draw_shape(SHAPES[label], rng) for label in labels])
         noisy = images + rng.normal(0, self.settings.noise, images.shape)
@@ -53,7 +53,7 @@ class Shapes(Classification):
         return ResidualNetwork(self.settings.width, self.num_classes)
 
     def prepare(self, inputs: Tensor, generator: Generator | None) -> Tensor:
-        """Turn (N, 32, 32, 3) uint8 into (N, 3, 32, 32) around 0; in training, mirror half of the images."""
+        """Turn (N, 32, 32, 3) uint8 into (N, 3, 32, 32) in -1 to 1; in training, mirror half of the images."""
         images = inputs.permute(0, 3, 1, 2).float() / 128 - 1
         if generator is None:
             return images
@@ -65,12 +65,12 @@ class Shapes(Classification):
         return np.asarray(inputs)
 
     def read_picture(self, picture: Image.Image, *, as_is: bool) -> np.ndarray:
-        """Scale a picture of the user's own."""
+        """Scale a user's picture."""
         return np.asarray(picture.convert("RGB").resize((SIZE, SIZE)))
 
 
 class Block(nn.Module):
-    """Two convolutions with batch normalization beside a shortcut (https://arxiv.org/abs/1512.03385)."""
+    """Two convolutions with batch normalization, and a shortcut (https://arxiv.org/abs/1512.03385)."""
 
     def __init__(self, num_inputs: int, num_outputs: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class ResidualNetwork(nn.Module):
 def draw_shape(shape: str, rng: np.random.Generator) -> np.ndarray:
     """Return a shape somewhere in an image (32, 32, 3) uint8."""
     ground, colour = rng.integers(0, 256, (2, 3)).tolist()
-    while np.abs(np.subtract(ground, colour)).sum() < 200:  # to be told apart
+    while np.abs(np.subtract(ground, colour)).sum() < 200:  # clearly different
         colour = rng.integers(0, 256, 3).tolist()
     image = Image.new("RGB", (SIZE, SIZE), tuple(ground))
     radius = rng.uniform(6, 13)

@@ -1,9 +1,10 @@
-"""MNIST's files: reading and checking the IDX format; and data sets of the same kind, which torchvision downloads."""
+"""MNIST's files, in the IDX format; and data sets of the same format, which torchvision downloads."""
 
 from __future__ import annotations
 
 import gzip
 import math
+import os
 import zlib
 from pathlib import Path
 
@@ -24,9 +25,9 @@ _CACHE = Path("~/.cache/mnist_ray")
 
 
 def load(split: str, data_dir: Path | None = None) -> Arrays:
-    """Read ``"train"`` or ``"test"`` of MNIST, which comes with the package, or of another folder with its four files.
+    """Read ``"train"`` or ``"test"`` of a folder with MNIST's four files; None: of those that ship with the package.
 
-    Raises UsageError if the folder has no such files, JobError if they are damaged.
+    Raises UsageError if files are missing, JobError if they are damaged.
     """
     folder = SHIPPED if data_dir is None else _checked_folder(path_of(data_dir, "--data-dir"))
     images_file, labels_file = (folder / name for name in FILES[split])
@@ -43,7 +44,7 @@ def load(split: str, data_dir: Path | None = None) -> Arrays:
 
 
 def download(dataset: str) -> Data:
-    """Return ``"fashion-mnist"`` or ``"kmnist"``; they are downloaded once. Raises JobError."""
+    """Return ``"fashion-mnist"`` or ``"kmnist"``, downloaded once into a cache. Raises JobError."""
     from torchvision import datasets
 
     kind = {"fashion-mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST}[dataset]
@@ -57,14 +58,10 @@ def download(dataset: str) -> Data:
 
 
 def _checked_folder(folder: Path) -> Path:
-    """Return a folder. Raises UsageError if it lacks one of the four files."""
-    try:
-        if not folder.is_dir():
-            raise UsageError(f"--data-dir {folder} is not a folder")
-        names = [name for pair in FILES.values() for name in pair]
-        missing = [name for name in names if not (folder / name).is_file() and not (folder / f"{name}.gz").is_file()]
-    except OSError as error:
-        raise UsageError(f"--data-dir {folder} cannot be read: {error.strerror}") from error
+    if not os.path.isdir(folder):
+        raise UsageError(f"--data-dir {folder} is not a folder")
+    names = [name for pair in FILES.values() for name in pair]
+    missing = [name for name in names if not any(os.path.isfile(folder / f"{name}{end}") for end in ("", ".gz"))]
     if missing:
         raise UsageError(f"--data-dir {folder} lacks {', '.join(missing)} (gzipped or not)")
     return folder
@@ -75,13 +72,10 @@ def _read(path: Path, num_dims: int) -> np.ndarray:
 
     The format: http://yann.lecun.com/exdb/mnist/
     """
-    content, header_size = _content_of(path), 4 + 4 * num_dims
-    expected_magic = bytes((0, 0, 8, num_dims))
-    if content[:4] != expected_magic:
-        magic = f"{content[:4].hex(' ')}, not {expected_magic.hex(' ')}"
-        raise JobError(f"{path} is not the IDX file expected: it starts with {magic}")
-    if len(content) < header_size:
-        raise JobError(f"{path} ends within its header")
+    content, header_size, magic = _content_of(path), 4 + 4 * num_dims, bytes((0, 0, 8, num_dims))
+    if content[:4] != magic or len(content) < header_size:
+        found = f"it starts with {content[:4].hex(' ')}, not {magic.hex(' ')}, or ends in its header"
+        raise JobError(f"{path} is not the IDX file expected: {found}")
     shape = np.frombuffer(content, ">u4", num_dims, offset=4).tolist()
     expected_size = header_size + math.prod(shape)
     if len(content) != expected_size:

@@ -1,7 +1,7 @@
-"""From a picture of a digit, drawn or photographed, to 28×28 as MNIST's own images are.
+"""From a picture of one digit, on paper or on a screen, to 28×28 pixels like MNIST's own images.
 
 MNIST's digits were scaled into 20×20 pixels, their aspect ratio kept, then placed in 28×28 with their centre of mass
-in the middle (http://yann.lecun.com/exdb/mnist/). What is done before that here finds the digit.
+in the middle (http://yann.lecun.com/exdb/mnist/). All constants were found by trying: benchmarks/handwriting.py.
 """
 
 from __future__ import annotations
@@ -13,33 +13,27 @@ from scipy import ndimage
 from mnist_ray.errors import UsageError
 from mnist_ray.mnist.idx import IMAGE_SHAPE
 
-_WORKING_SIZE = 256  # pixels of the longer side at which the digit is looked for
-_LEAST_CONTRAST = 20.0  # grey levels by which ink differs from paper
+_WORKING_SIZE = 256  # pixels of the picture's longer side while the digit is looked for
+_LEAST_CONTRAST = 20.0  # grey levels between ink and paper
 _LEAST_PIXELS = 40  # of a digit, at the working size
-_CLEAR_EDGE = 0.3  # less of the picture's edge than this is ink, unless the light is uneven
-_WIDEST_STROKE = 0.3  # of the longer side
-_LEAST_PART = 0.04  # of the largest piece's ink: smaller pieces are specks
-# Of the picture's longer side: a piece of such a size inside it makes those at its edge no digits; the smaller size,
-# those that take so much of its edge, as a shadow does.
-_LEAST_INNER, _LEAST_BESIDE_SHADOW, _SHADOWS_EDGE = 0.3, 0.1, 0.2
-_DIGIT_SIZE = 20  # pixels that MNIST's digits fill of 28
-_LEAST_STROKE = 2.5  # pixels, in that size
-# Of the threshold that parts ink from paper: faint strokes are ink too. And the percentile of a digit's ink from which
-# on it is white, as most of a stroke is in MNIST. Both, like the numbers above, by trying: benchmarks/handwriting.py.
-_FAINT_INK, _FULL_INK = 0.4, 25
+_WIDEST_STROKE = 0.3  # of the picture's longer side
+_FAINT_INK = 0.4  # of Otsu's threshold: faint strokes are ink, too
+_FULL_INK = 25  # percentile of a digit's ink above which it is white, like most of a stroke in MNIST
+_MUCH_INK, _LEAST_PART = 0.2, 0.04  # of the largest piece's ink: a digit has more; a speck has less
+_LARGEST_GAP = 15  # pixels between pieces of a digit, at the working size
+_DIGIT_SIZE = 20  # pixels of 28 that MNIST's digits fill
+_LEAST_STROKE = 2.5  # pixels, at that size
 
 
 def to_mnist(image: Image.Image) -> np.ndarray:
-    """Return the digit in a picture as MNIST has it: (28, 28) uint8, bright on black; of several the largest.
-
-    Raises UsageError if the picture is blank.
-    """
+    """Return the largest digit of a picture, bright on black, (28, 28) uint8. Raises UsageError if there is none."""
     factor = _WORKING_SIZE / max(image.size)
-    size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
-    ink = _ink(_to_grey(image, size))
+    ink = _ink(_to_grey(image, (max(1, round(image.width * factor)), max(1, round(image.height * factor)))))
     threshold = _FAINT_INK * _otsu(ink)
-    largest = max(_grouped(_pieces(ink, threshold)), key=lambda mask: mask[_box(mask)].size)
-    return _centred(_scaled(_alone(ink, threshold, largest)))
+    mask = _largest_digit(ink, threshold)
+    full = float(np.percentile(ink[mask], _FULL_INK))
+    near = ndimage.binary_dilation(mask, iterations=2)
+    return _centred(_scaled(np.where(near, np.clip((ink - threshold / 2) / (full - threshold / 2), 0, 1), 0)))
 
 
 def as_it_is(image: Image.Image) -> np.ndarray:
@@ -48,32 +42,21 @@ def as_it_is(image: Image.Image) -> np.ndarray:
 
 
 def _to_grey(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """Return a picture, scaled to a size (width, height), as (H, W) in 0 to 255; transparency becomes paper."""
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel, of unknown range
-        values = np.asarray(image, np.float32)
-        low, high = values.min(), values.max()
-        image = Image.fromarray(np.uint8(255 * ((values - low) / max(high - low, 1e-6))))
-    if image.has_transparency_data:
-        grey, alpha = image.convert("RGBA").convert("LA").resize(size, Image.Resampling.LANCZOS).split()
-        return _without_transparency(np.asarray(grey, np.float32), np.asarray(alpha, np.float32) / 255)
-    return np.asarray(image.convert("L").resize(size, Image.Resampling.LANCZOS), np.float32)
-
-
-def _without_transparency(grey: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Put a picture on paper: of its own colour where most of it can be seen, else of one unlike the ink's."""
-    visible = grey[alpha > 0.5]
-    if visible.size == 0:
-        return np.zeros_like(grey)
-    typical = float(np.median(visible))
-    paper = typical if visible.size > 0.5 * grey.size else 255.0 if typical < 128 else 0.0
-    return grey * alpha + paper * (1 - alpha)
+    """Return a picture, scaled to (width, height), as (H, W) in 0 to 255. Transparent pixels become paper."""
+    if not image.has_transparency_data:
+        return np.asarray(image.convert("L").resize(size, Image.Resampling.LANCZOS), np.float32)
+    layers = image.convert("RGBA").convert("LA").resize(size, Image.Resampling.LANCZOS).split()
+    grey, alpha = (np.asarray(layer, np.float32) for layer in layers)
+    is_visible = alpha > 127
+    typical = np.median(grey[is_visible]) if is_visible.any() else 0
+    paper = typical if is_visible.mean() > 0.5 else 255 * (typical < 128)
+    return np.float32(paper + (grey - paper) * alpha / 255)
 
 
 def _ink(grey: np.ndarray) -> np.ndarray:
-    """Return how much darker or brighter than the paper around it each pixel is, in 0 to 1.
+    """Return the difference of each pixel from the paper around it, in 0 to 1. Raises UsageError if nothing differs.
 
-    The paper is what a closing by more than a stroke's width leaves, which keeps the edge of a shadow where it is.
-    Raises UsageError where nothing stands out.
+    A closing wider than a stroke leaves only the paper, with the edges of shadows.
     """
     smooth = ndimage.gaussian_filter(grey, 0.7)
     if _is_bright_on_dark(smooth):
@@ -87,28 +70,14 @@ def _ink(grey: np.ndarray) -> np.ndarray:
 
 
 def _is_bright_on_dark(grey: np.ndarray) -> bool:
-    """Tell whether the ink is brighter than the paper.
+    """Tell whether the ink is brighter than the paper, by the picture's edge: most of it is paper.
 
-    Most of the picture's edge is paper. Where a shadow or the light parts it, the light's slow changes are taken away:
-    then ink is the rare extreme, and the distribution leans to its side.
+    If a shadow divides the edge, the rare extreme is ink, once slow changes of the light are subtracted.
     """
     bright = float((_edge(grey) > _otsu(grey)).mean())
-    if not _CLEAR_EDGE < bright < 1 - _CLEAR_EDGE:
+    if not 0.3 < bright < 0.7:
         return bright < 0.5
-    return bool(((grey - _slow_changes(grey)) ** 3).sum() > 0)
-
-
-def _slow_changes(grey: np.ndarray) -> np.ndarray:
-    """Return the quadratic surface through most pixels: three rounds of least squares, outliers weighing less."""
-    y, x = np.mgrid[-1 : 1 : grey.shape[0] * 1j, -1 : 1 : grey.shape[1] * 1j]
-    terms = np.stack([np.ones_like(x), x, y, x * y, x * x, y * y], axis=-1).reshape(-1, 6)
-    values, weights = grey.ravel(), np.ones(grey.size)
-    for _ in range(3):
-        weighted = terms * weights[:, None]
-        surface = terms @ np.linalg.lstsq(weighted.T @ terms, weighted.T @ values, rcond=None)[0]
-        off = np.abs(values - surface)
-        weights = 1 / (1 + (off / max(float(np.median(off)), 1.0)) ** 2)
-    return surface.reshape(grey.shape)
+    return bool(((grey - ndimage.gaussian_filter(grey, 64, mode="nearest")) ** 3).sum() > 0)
 
 
 def _otsu(values: np.ndarray) -> float:
@@ -125,49 +94,20 @@ def _edge(values: np.ndarray) -> np.ndarray:
     return np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
 
 
-def _pieces(ink: np.ndarray, threshold: float) -> list[np.ndarray]:
-    """Return a mask of each piece of ink that is not too small.
+def _largest_digit(ink: np.ndarray, threshold: float) -> np.ndarray:
+    """Return the mask of the largest digit. Pieces close together, like a 5 and its bar, are joined.
 
-    What touches the picture's edge is the table beside the paper, a finger or a shadow, if there is something of some
-    size that does not.
+    Pieces that touch the picture's edge are shadows, a finger or the table, if there is enough ink elsewhere.
     """
-    labels, num_pieces = ndimage.label(ink > threshold, np.ones((3, 3)))
-    numbers = range(1, num_pieces + 1)
-    amounts = np.asarray(ndimage.sum_labels(ink, labels, numbers))
-    is_inner = ~np.isin(numbers, _edge(labels))
-    sizes = np.array([max(side.stop - side.start for side in box) for box in ndimage.find_objects(labels)])
-    largest_inner = (sizes * is_inner).max() / max(ink.shape)
-    if largest_inner > _LEAST_INNER or amounts[is_inner].sum() > 0.2 * amounts.max():
-        amounts = amounts * is_inner
-    elif largest_inner > _LEAST_BESIDE_SHADOW:
-        edge = _edge(labels)
-        amounts = amounts * (np.bincount(edge, minlength=num_pieces + 1)[1:] < _SHADOWS_EDGE * len(edge))
-    kept = 1 + np.flatnonzero(amounts > _LEAST_PART * amounts.max())
-    return [labels == number for number in kept]
-
-
-def _grouped(pieces: list[np.ndarray]) -> list[np.ndarray]:
-    """Return the masks of whole digits: pieces that stand over each other, and not far apart, belong to one."""
-    groups: list[np.ndarray] = []
-    for piece in sorted(pieces, key=np.count_nonzero, reverse=True):
-        for number, other in enumerate(groups):
-            (rows, columns), (other_rows, other_columns) = _box(piece), _box(other)
-            shared = min(columns.stop, other_columns.stop) - max(columns.start, other_columns.start)
-            gap = max(rows.start, other_rows.start) - min(rows.stop, other_rows.stop)
-            narrower = min(columns.stop - columns.start, other_columns.stop - other_columns.start)
-            if shared > 0.3 * narrower and gap < 0.3 * (other_rows.stop - other_rows.start):
-                groups[number] = other | piece
-                break
-        else:
-            groups.append(piece)
-    return groups
-
-
-def _alone(ink: np.ndarray, threshold: float, mask: np.ndarray) -> np.ndarray:
-    """Return the ink of one digit."""
-    full = float(np.percentile(ink[mask], _FULL_INK))
-    near = ndimage.binary_dilation(mask, iterations=2)
-    return np.where(near, np.clip((ink - threshold / 2) / (full - threshold / 2), 0, 1), 0)
+    labels, number = ndimage.label(ink > threshold, np.ones((3, 3)))
+    amounts = np.asarray(ndimage.sum_labels(ink, labels, range(1, number + 1)))
+    is_inner = ~np.isin(range(1, number + 1), _edge(labels))
+    if amounts[is_inner].sum() > _MUCH_INK * amounts.max():
+        amounts *= is_inner
+    mask = np.isin(labels, 1 + np.flatnonzero(amounts > _LEAST_PART * amounts.max()))
+    labels, _ = ndimage.label(ndimage.binary_dilation(mask, np.ones((_LARGEST_GAP, _LARGEST_GAP))))
+    labels *= mask
+    return labels == 1 + np.argmax([labels[box].size for box in ndimage.find_objects(labels)])
 
 
 def _scaled(ink: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Handwritten digits and the notebook's network: the workload that ships, and the model for your own."""
+"""The workload that ships, and the example for your own: handwritten digits and the notebook's network."""
 
 from __future__ import annotations
 
@@ -21,17 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Which images to learn from."""
+    """The images to train on."""
 
     dataset: Literal["mnist", "fashion-mnist", "kmnist"] = setting(
-        "mnist",
-        "mnist ships with the package; the others are downloaded once by torchvision",
-        decides_data=True,
+        "mnist", "mnist ships with the package; torchvision downloads the others, once", decides_data=True
     )
     data_dir: Path | None = setting(
-        None, "in place of --dataset: a folder with four IDX files, gzipped or not", decides_data=True
+        None, "a folder with four IDX files, gzipped or not, instead of --dataset", decides_data=True
     )
-    augment: bool = setting(False, "train on digits as other hands would draw them: turned, scaled, sheared, moved")
+    augment: bool = setting(False, "train on turned, scaled, sheared and moved digits")
 
 
 class MNIST(Classification):
@@ -40,7 +38,7 @@ class MNIST(Classification):
     Settings = Settings
     noun, prediction_noun = "image", "digit"
     recipes = {
-        "default": {"beta1": 0.7, "beta2": 0.9},  # a run of two epochs is too short for longer memories
+        "default": {"beta1": 0.7, "beta2": 0.9},  # short averages: two epochs have no time for longer ones
         "notebook": {
             "num_epochs": 2,
             "batch_size": 8,
@@ -55,10 +53,10 @@ class MNIST(Classification):
     }
 
     def load_data(self) -> Data:
-        """Read four IDX files, or download them. Raises UsageError if there are none, JobError if they are damaged."""
+        """Read the IDX files, or download them. Raises UsageError if they are missing, JobError if damaged."""
         dataset, data_dir = self.settings.dataset, self.settings.data_dir
         if data_dir is not None and dataset != "mnist":
-            raise UsageError(f"--data-dir takes the place of --dataset {dataset}; leave one of them out")
+            raise UsageError(f"--data-dir replaces --dataset {dataset}; leave one of them out")
         if dataset != "mnist":
             return idx.download(dataset)
         return Data(idx.load("train", data_dir), idx.load("test", data_dir), name=str(data_dir or dataset))
@@ -74,7 +72,7 @@ class MNIST(Classification):
         images = inputs.unsqueeze(1).float().div_(255)
         if generator is None or not self.settings.augment:
             return images
-        from mnist_ray.mnist.augment import augmented
+        from mnist_ray.mnist.cnn import augmented
 
         return augmented(images, generator)
 
@@ -83,7 +81,7 @@ class MNIST(Classification):
         return np.asarray(inputs)
 
     def read_picture(self, picture: Image, *, as_is: bool) -> np.ndarray:
-        """Find the digit in a picture, drawn or photographed."""
+        """Find the digit in a drawn or photographed picture."""
         from mnist_ray.mnist import photo
 
         return photo.as_it_is(picture) if as_is else photo.to_mnist(picture)

@@ -1,4 +1,4 @@
-"""One batch goes through a workload before anything is started: what does not fit is said in one line."""
+"""Sends one batch through a workload before Ray starts; what does not fit is reported in one line."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from mnist_ray.workload.base import Workload
 from mnist_ray.workload.loading import placed
 from mnist_ray.workload.tensors import as_fp32, autocast, detached
 
-NUM_EXAMPLES = 16  # of the batch that is tried
+NUM_EXAMPLES = 16  # of that batch
 
 
 def check_batch(workload: Workload, inputs: Any, targets: Any, config: TrainConfig) -> dict[str, Any] | None:
-    """Let a batch, on the CPU, go through all that training and evaluation do with it, once.
+    """Call all that training and evaluation call, once, with a batch on the CPU.
 
-    Returns the shape of one example as the model takes it, and its dtype; None if that is no tensor. Raises UsageError
-    with the place in the user's file.
+    Returns shape and dtype of one example as the model takes it; None if that is not a tensor. Raises UsageError with
+    the place in the user's file.
     """
+    name = type(workload).__name__
     with placed(workload, "create_model"):
         torch.manual_seed(config.seed)
         model = workload.create_model()
-    _check_model(workload, model)
+    _check_model(name, model)
     generator = torch.default_generator.manual_seed(config.seed)
     with placed(workload, "prepare"):
         for_training, for_evaluation = workload.prepare(inputs, generator), workload.prepare(inputs, None)
@@ -39,7 +40,7 @@ def check_batch(workload: Workload, inputs: Any, targets: Any, config: TrainConf
     _check_metrics(workload, detached(outputs), targets)
     with placed(workload, "predictions"), torch.no_grad():
         columns = workload.predictions(as_fp32(model.eval()(for_evaluation)), targets)
-    _check_columns(f"{type(workload).__name__}.predictions", columns, len(targets))
+    _check_columns(f"{name}.predictions", columns, len(targets))
     _check_optimizer(workload, model, config)
     if not isinstance(for_evaluation, Tensor):
         return None
@@ -47,7 +48,7 @@ def check_batch(workload: Workload, inputs: Any, targets: Any, config: TrainConf
 
 
 def check_smallest(workload: Workload, inputs: Any, number: int, batch_size: int, config: TrainConfig) -> None:
-    """Let as few examples as a rank's slice may have go through a new model: batch normalization may want more.
+    """Send the smallest slice that a rank may get through a new model: batch normalization may need more examples.
 
     Raises UsageError.
     """
@@ -63,13 +64,12 @@ def check_smallest(workload: Workload, inputs: Any, number: int, batch_size: int
 
 
 def _autocast(config: TrainConfig) -> torch.autocast:
-    """Return the context of a forward pass in the precision that the training will use on this machine."""
+    """Return the context of a forward pass in the training's precision, as far as this machine's CPU has it."""
     usual: Precision = "bf16" if cpu_has_bf16() else "fp32"
     return autocast(torch.device("cpu"), usual if config.precision == "auto" else config.precision)
 
 
-def _check_model(workload: Workload, model: object) -> None:
-    name = type(workload).__name__
+def _check_model(name: str, model: object) -> None:
     if not isinstance(model, nn.Module):
         raise UsageError(f"{name}.create_model returned {type(model).__name__}, not a torch.nn.Module")
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
@@ -81,7 +81,6 @@ def _check_model(workload: Workload, model: object) -> None:
 
 
 def _check_losses(workload: Workload, model: nn.Module, outputs: Any, targets: Any, config: TrainConfig) -> None:
-    """Let a workload compute the losses of a batch, and go back from them to the model's gradients."""
     name = type(workload).__name__
     with placed(workload, "loss"):
         losses = workload.loss(outputs, targets)
@@ -98,14 +97,11 @@ def _check_losses(workload: Workload, model: nn.Module, outputs: Any, targets: A
     losses.sum().backward()  # type: ignore[no-untyped-call]
     idle = [key for key, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
     if idle:
-        these = (
-            f"parameter {idle[0]} takes" if len(idle) == 1 else f"parameters {idle[0]} and {len(idle) - 1} more take"
-        )
-        raise UsageError(f"{name}: {these} no part in the loss; leave out what is not used, or freeze it")
+        more = f", like {len(idle) - 1} more" if len(idle) > 1 else ""
+        raise UsageError(f"{name}: parameter {idle[0]} is not part of the loss{more}; remove it, or freeze it")
 
 
 def _check_metrics(workload: Workload, outputs: Any, targets: Any) -> None:
-    """Let a workload measure a batch, and summarize that."""
     name = type(workload).__name__
     with placed(workload, "measure"):
         measured = workload.measure(outputs, targets)
@@ -120,7 +116,7 @@ def _check_metrics(workload: Workload, outputs: Any, targets: Any) -> None:
 
 
 def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig) -> None:
-    """Let a workload's own optimizer and schedule make a step; the usual ones would take PyTorch most of a second."""
+    """Make a step with the workload's own optimizer and schedule. The default ones would take most of a second."""
     own = type(workload)
     if (own.create_optimizer, own.create_scheduler) == (Workload.create_optimizer, Workload.create_scheduler):
         return
@@ -128,7 +124,7 @@ def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig) 
         optimizer = workload.create_optimizer(model, config)
     with placed(workload, "create_scheduler"):
         scheduler = workload.create_scheduler(optimizer, config, total_steps=10)
-    with placed(workload, "a step of the optimizer, and one of the schedule, without a metric, after it"):
+    with placed(workload, "a step of the optimizer, then one of the schedule, without a metric"):
         optimizer.step()
         scheduler.step()
     with placed(workload, "a checkpoint of the optimizer and the schedule, which holds tensors, numbers and texts"):
@@ -151,4 +147,4 @@ def _check_dict(place: str, value: object) -> None:
 def _check_numbers(place: str, values: object, number: int) -> None:
     if not isinstance(values, Tensor) or tuple(values.shape) != (number,):
         got = f"{tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise UsageError(f"{place} is to be one number per example, ({number},) here, not {got}")
+        raise UsageError(f"{place} must be one number per example, ({number},) here, not {got}")

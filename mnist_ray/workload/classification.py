@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from mnist_ray.errors import UsageError
-from mnist_ray.workload.base import Metric, Picture, Rows, Workload
+from mnist_ray.workload.base import ACCURACY, Metric, Picture, Rows, Workload
 from mnist_ray.workload.data import Arrays, Data, Split
 
 if TYPE_CHECKING:
@@ -22,13 +22,13 @@ _MOST_COLUMNS = 12  # of classes in the console's confusion matrix
 
 
 class Classification(Workload):
-    """A model's outputs are logits (N, classes), targets (N,) whole numbers from 0 on.
+    """Outputs are logits (N, classes), targets whole numbers (N,) from 0 on.
 
-    The number of classes comes from the data: ``metadata={"class_names": [...]}``, else the attribute ``classes`` of
-    the ``Dataset`` to train on (torchvision's have it), else the largest target.
+    The classes come from ``metadata={"class_names": [...]}``, else from the training ``Dataset``'s attribute
+    ``classes`` (torchvision's have it), else from the largest target.
     """
 
-    metrics: ClassVar[tuple[Metric, ...]] = (Metric("accuracy", "max", is_fraction=True),)
+    metrics: ClassVar[tuple[Metric, ...]] = (ACCURACY,)
     output_noun = "logits"
     prediction_noun = "class"
 
@@ -40,11 +40,11 @@ class Classification(Workload):
 
     @property
     def num_classes(self) -> int:
-        """How many classes the data have."""
+        """The number of classes."""
         return len(self.class_names)
 
     def metadata_of(self, data: Data) -> dict[str, Any]:
-        """Return the names of the classes, beside what the data say themselves."""
+        """Return the data's metadata with ``class_names``."""
         return {**data.metadata, "class_names": _class_names(data)}
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Classification(Workload):
         return _cross_entropy(outputs, targets, config.label_smoothing)
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return which examples are right."""
+        """Return whether each example is right."""
         return {"accuracy": outputs.argmax(1) == targets}
 
     def check_data(self, data: Data) -> None:
@@ -86,13 +86,13 @@ class Classification(Workload):
 
     def _check_targets(self, place: str, targets: np.ndarray) -> None:
         if targets.ndim != 1 or not np.issubdtype(targets.dtype, np.integer):
-            raise UsageError(f"{place}: targets are to be whole numbers (N,), not {targets.dtype} {targets.shape}")
+            raise UsageError(f"{place}: targets must be whole numbers (N,), not {targets.dtype} {targets.shape}")
         wrong = targets[(targets < 0) | (targets >= self.num_classes)]
         if len(wrong):
             raise UsageError(f"{place} has a target {wrong[0]}, but the classes are 0 to {self.num_classes - 1}")
 
     def predictions(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return label, prediction and the probability that the model gave it."""
+        """Return label, prediction and its probability."""
         best = outputs.softmax(1).max(1)
         return {"label": targets, "prediction": best.indices, "probability": best.values}
 
@@ -105,23 +105,33 @@ class Classification(Workload):
         }
 
     def details(self, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Return the accuracy of each class (None if it has no examples) and the confusion matrix."""
-        counts = confusion(columns, self.num_classes)
-        per_class = [None if math.isnan(accuracy) else accuracy for accuracy in accuracy_per_class(counts)]
-        return {"test_accuracy_per_class": per_class, "confusion_matrix": counts.tolist()}
+        """Return the accuracy of each class (None without examples) and the confusion matrix, a row for each label."""
+        labels, predictions = columns["label"].astype(int), columns["prediction"].astype(int)
+        places, shape = labels * self.num_classes + predictions, (self.num_classes, self.num_classes)
+        counts: Any = np.bincount(places, minlength=self.num_classes**2).reshape(shape).tolist()
+        accuracies = [row[label] / sum(row) if sum(row) else None for label, row in enumerate(counts)]
+        return {"test_accuracy_per_class": accuracies, "confusion_matrix": counts}
 
     def lines(self, columns: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
-        """Return the confusion matrix with each class's accuracy; nothing of more classes than a terminal is wide."""
+        """Return the confusion matrix: a row for each label, a column for each prediction; none if it is too wide."""
         if self.num_classes > _MOST_COLUMNS:
             return []
-        table = confusion_table(confusion(columns, self.num_classes), self.class_names)
-        return [("" if number else "confusion", line) for number, line in enumerate(table)]
+        details, names = self.details(columns), [str(name) for name in self.class_names]
+        counts = details["confusion_matrix"]
+        width = max(5, *map(len, names))
+        cell = 1 + max(width, *(len(str(count)) for row in counts for count in row))
+        lines = [("confusion", "label".rjust(width) + "".join(f"{name:>{cell}}" for name in names) + "  accuracy")]
+        for name, row, accuracy in zip(names, counts, details["test_accuracy_per_class"], strict=True):
+            cells = "".join(f"{count or '·':>{cell}}" for count in row)
+            percent = ACCURACY.format(math.nan if accuracy is None else accuracy)
+            lines.append(("", f"{name:>{width}}{cells}{percent:>10}"))
+        return lines
 
     def pictures(self, result: Mapping[str, Any], rows: Rows, test: Split | None) -> list[Picture]:
         """Return the confusion matrix, the accuracy of each class, and examples with their predictions."""
         from mnist_ray.workload import figures  # imports matplotlib
 
-        return figures.of_classification(self, self.class_names, result, rows, test)
+        return figures.of_classification(self, result, rows, test)
 
     def top_predictions(self, outputs: Tensor) -> list[list[tuple[Any, float]]]:
         """Return the most probable classes of each example."""
@@ -147,28 +157,3 @@ def _class_names(data: Data) -> list[Any]:
         raise UsageError('the Dataset has no classes: return Data(..., metadata={"class_names": [...]}) from load_data')
     splits = [split for split in (data.train, data.validation, data.test) if isinstance(split, Arrays) and len(split)]
     return list(range(1 + max(int(split.targets.max()) for split in splits)))
-
-
-def confusion(columns: Mapping[str, np.ndarray], num_classes: int) -> np.ndarray:
-    """Return (classes, classes) counts: row is the label, column the prediction."""
-    labels, predictions = columns["label"].astype(int), columns["prediction"].astype(int)
-    return np.bincount(labels * num_classes + predictions, minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
-def accuracy_per_class(counts: np.ndarray) -> list[float]:
-    """Return the fraction of each class's examples that were right; NaN for a class without examples."""
-    sizes = counts.sum(axis=1)
-    return [float(right) / int(size) if size else math.nan for right, size in zip(np.diag(counts), sizes, strict=True)]
-
-
-def confusion_table(counts: np.ndarray, names: Sequence[Any]) -> list[str]:
-    """Return the confusion matrix as lines: a row per label, a column per prediction, the label's accuracy last."""
-    texts = [str(name) for name in names]
-    width = max(5, *map(len, texts))
-    cell = 1 + max(5, len(str(counts.max())), *map(len, texts))
-    lines = ["label".rjust(width) + "".join(f"{name:>{cell}}" for name in texts) + "  accuracy"]
-    for name, row, accuracy in zip(texts, counts.tolist(), accuracy_per_class(counts), strict=True):
-        cells = "".join(f"{count or '·':>{cell}}" for count in row)
-        percent = "-" if math.isnan(accuracy) else f"{accuracy:.2%}"
-        lines.append(f"{name:>{width}}{cells}{percent:>10}")
-    return lines

@@ -1,4 +1,4 @@
-"""The examples of a workload: arrays, or any map-style data set, their splits, and subsets for quick trials."""
+"""Examples, as arrays or any map-style data set; their splits, and subsets for quick trials."""
 
 from __future__ import annotations
 
@@ -34,21 +34,20 @@ class Arrays:
 
 @dataclass(frozen=True)
 class Data:
-    """What a workload's ``load_data`` returns.
+    """The result of a workload's ``load_data``.
 
-    Arrays in memory are loaded once, by the job, and shared through Ray's object store: one copy a node. Memory-mapped
-    arrays and ``Dataset``s are opened by each process, which calls ``load_data`` itself; an item of a ``Dataset`` is a
-    pair (input, target).
+    Only the job loads arrays in memory; Ray's object store shares them, one copy a node. For memory-mapped arrays and
+    ``Dataset``s, each process calls ``load_data``. An item of a ``Dataset`` is a pair (input, target).
     """
 
     train: Arrays | Dataset
     test: Arrays | Dataset
-    validation: Arrays | Dataset | None = None  # None: it is held out from ``train``
-    name: str = ""  # shown to people; by default that of the workload
+    validation: Arrays | Dataset | None = None  # None: held out from ``train``
+    name: str = ""  # for people; default: the workload's
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """What the model must know of the data, as JSON: kept in every checkpoint, and everywhere ``self.metadata``."""
+    """What the model needs to know, as JSON: kept in every checkpoint; ``self.metadata`` in every process."""
     files: Sequence[str | Path] = ()
-    """The files that a ``Dataset`` reads its examples from: a run does not go on if they have changed."""
+    """The files of a ``Dataset``: a run is not resumed if they have changed."""
 
 
 Origin = Literal["train", "validation", "test"]
@@ -60,7 +59,7 @@ class Split:
     def __init__(self, examples: Any, indices: np.ndarray | AllBut | None = None, origin: Origin = "train") -> None:
         self.examples = examples
         self.indices = indices  # which of ``examples``; None: all
-        self.origin = origin  # which of a workload's ``Data`` the examples are
+        self.origin = origin  # the field of ``Data`` with these examples
 
     def __len__(self) -> int:
         return len(self.examples) if self.indices is None else len(self.indices)
@@ -79,29 +78,29 @@ class Split:
 
     @property
     def is_in_memory(self) -> bool:
-        """Whether it can be handed to other processes; else each opens it for itself."""
+        """Whether other processes can get it; else each opens it."""
         if not isinstance(self.examples, Arrays):
             return False
         return not any(isinstance(array, np.memmap) for array in (self.examples.inputs, self.examples.targets))
 
     @property
     def arrays(self) -> Arrays | None:
-        """The whole as arrays in memory, if it is there."""
+        """The whole split as arrays, if it is in memory."""
         return self.examples if self.is_in_memory and self.indices is None else None
 
     def take(self, indices: np.ndarray | AllBut | slice) -> Split:
-        """Return some of its examples. Arrays in memory are copied; a slice of them is a view."""
+        """Return some examples. Arrays in memory are copied; a slice of them is a view."""
         places = self.places(indices)
         if self.is_in_memory:
             return Split(Arrays(self.examples.inputs[places], self.examples.targets[places]), None, self.origin)
         return Split(self.examples, places, self.origin)
 
     def between(self, start: int, stop: int) -> Split:
-        """Return the examples from ``start`` up to, and without, ``stop``; of whole arrays in memory, a view."""
+        """Return the examples from ``start`` to ``stop - 1``; a view of whole arrays in memory."""
         return self.take(slice(start, stop) if self.arrays is not None else np.arange(start, min(stop, len(self))))
 
     def targets(self) -> np.ndarray:
-        """Return all targets; a ``Dataset`` is read from end to end for that."""
+        """Return all targets; this reads a whole ``Dataset``."""
         if isinstance(self.examples, Arrays):
             targets = self.examples.targets
             return np.asarray(targets if self.indices is None else targets[self.indices])
@@ -116,7 +115,7 @@ class Splits:
     train: Split
     validation: Split  # empty if nothing is held out
     test: Split
-    files: Sequence[str | Path] = ()  # what the examples are read from, if the workload says so
+    files: Sequence[str | Path] = ()  # of the examples, if the workload names them
 
 
 def splits_of(data: Data, validation_size: int | None) -> Splits:
@@ -131,21 +130,18 @@ def splits_of(data: Data, validation_size: int | None) -> Splits:
         raise UsageError(
             f"--validation-size {size:,} leaves nothing to train on: the data has {len(train):,} training examples"
         )
-    # At random, so that files sorted by label do no harm; the same for every run and seed, so that runs compare.
+    # At random, since files may be sorted by label; the same for every run and seed, so that runs compare.
     validation = _drawn(len(train), size, _HOLD_OUT_SEED)
     return Splits(data.name, train.take(AllBut(len(train), validation)), train.take(validation), test, data.files)
 
 
 def subset(splits: Splits, config: TrainConfig) -> Splits:
-    """Return what ``--limit`` and ``--overfit-batches`` leave of the data; the same for every run and seed."""
+    """Apply ``--limit`` and ``--overfit-batches``; the result is the same for every run and seed."""
     if config.limit < 1:
-        splits = dataclasses.replace(
-            splits,
-            name=f"{config.limit:.3g} of {splits.name}",
-            train=_part(splits.train, config.limit),
-            validation=_part(splits.validation, config.limit),
-            test=_part(splits.test, config.limit),
-        )
+        some: dict[str, Any] = {
+            name: _part(getattr(splits, name), config.limit) for name in ("train", "validation", "test")
+        }
+        splits = dataclasses.replace(splits, name=f"{config.limit:.3g} of {splits.name}", **some)
     if config.overfit_batches is None:
         return splits
     size = min(len(splits.train), config.overfit_batches * config.batch_size)
@@ -165,5 +161,5 @@ def _part(split: Split, limit: float) -> Split:
 
 
 def _drawn(number: int, size: int, seed: int) -> np.ndarray:
-    """Return ``size`` of the numbers below ``number``, drawn at random, in order."""
+    """Return ``size`` random numbers below ``number``, sorted."""
     return np.sort(Shuffled(number, [seed])[:size])

@@ -7,33 +7,37 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import matplotlib
 import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from mnist_ray.workload.base import Metric, Picture, Rows, Workload
+from mnist_ray.workload.base import ACCURACY, Metric, Picture, Rows
 from mnist_ray.workload.data import Split
 
-_WIDTH = 4.8  # inches: narrow enough to be read on a phone
-_LEAST_ERROR = 0.01  # percent: stands for none on a logarithmic axis
-_LINEAR_ABOVE = 10.0  # percent of mistakes: if the best has more, there are no tenths to be told apart
-_RIGHT, _WRONG = "#2e8b57", "#e0483f"  # can be read on white and on black
-_CAPTION = "#777777"
-_ENLARGED = 336  # pixels, at the least, of the longer side of an image that is drawn alone
-_MARGIN = 3  # pixels of room around an image of 28 pixels in a grid
+if TYPE_CHECKING:
+    from mnist_ray.workload.classification import Classification
+
+_WIDTH = 4.8  # inches: fits on a phone
+_LEAST_ERROR = 0.01  # percent: stands for 0 on a logarithmic axis
+_LINEAR_ABOVE = 10.0  # percent of mistakes: if the best value has more, tenths do not matter
+_RIGHT, _WRONG, _CAPTION = "#2e8b57", "#e0483f", "#777777"  # readable on white and on black
+_LEAST_SIDE = 336  # pixels of the longer side of an image that is drawn alone
+_LEAST_TILE, _LEAST_GRID = 134, 402  # pixels of an image's width in a grid, and of the grid's
+_MOST_FONT, _CHARACTER = 19, 0.62  # pixels; a character's width, as a part of the font's size
 _NUM_RANDOM, _NUM_WRONG, _NUM_MISTAKES = 24, 6, 30
 _MOST_COUNTED = 20  # classes whose counts are written into the confusion matrix
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts; without columns it has no head."""
+    """A table of texts; without ``columns`` it has no head."""
 
     title: str
     columns: Sequence[str]
@@ -42,7 +46,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a plot; points where it is NaN are left out."""
+    """One line of a plot; NaN are left out."""
 
     label: str
     steps: Sequence[float]
@@ -51,7 +55,7 @@ class Curve:
 
 
 def style_of(number: int) -> dict[str, Any]:
-    """Return colour and marker of the ``number``-th of several runs or choices."""
+    """Return the colour and marker of the ``number``-th run or choice."""
     return {"color": f"C{number % 10}", "marker": "osD^vP*X"[number % 8]}
 
 
@@ -64,15 +68,15 @@ def new_plot(height: float, xlabel: str, ylabel: str = "") -> tuple[Figure, Axes
     return figure, axes
 
 
-def png_of(figure: Figure, *, is_transparent: bool = False) -> bytes:
+def png_of(figure: Figure) -> bytes:
     """Return a figure as the bytes of a PNG."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", transparent=is_transparent)
+    figure.savefig(content, format="png")
     return content.getvalue()
 
 
 def curves_of(metric: Metric, curves: Sequence[Curve], steps_per_epoch: float | None = None) -> bytes:
-    """Draw a metric over steps, with epochs along the top; over epochs alone without ``steps_per_epoch``."""
+    """Draw a metric over steps, with epochs along the top; without ``steps_per_epoch``, over epochs."""
     figure, axes = new_plot(3.4, "step" if steps_per_epoch else "epoch")
     for curve in curves:
         values = [on_axis(metric, value) for value in curve.values]
@@ -93,23 +97,20 @@ def curves_of(metric: Metric, curves: Sequence[Curve], steps_per_epoch: float | 
 
 
 def on_axis(metric: Metric, value: float) -> float:
-    """Return where a value is drawn on a metric's axis: of a fraction, the percentage that it lacks to 1."""
+    """Return a value's place on a metric's axis: for a fraction, the percentage missing to 1."""
     return max(100 * (1 - value), _LEAST_ERROR) if metric.is_fraction else value
 
 
 def scale_axis(axes: Axes, metric: Metric, name: str = "") -> None:
-    """Make a vertical axis that of a metric.
+    """Label and scale the vertical axis for a metric.
 
-    The axis of a loss is logarithmic, and that of a fraction is so in what it lacks to 1, if that is little: good
-    values, which differ by tenths of a percent, can be told apart.
+    A loss gets a logarithmic axis. So does a fraction near 1, by its distance to 1: good values differ by tenths of a
+    percent.
     """
     axes.set_ylabel((name or metric.name) + (" (%)" if metric.is_fraction else ""))
     drawn = [value for line in axes.lines for value in np.asarray(line.get_ydata(), float) if np.isfinite(value)]
-    if metric.is_fraction:
-        is_log = min(drawn, default=100.0) <= _LINEAR_ABOVE
-    else:
-        is_log = metric.name == "loss" and min(drawn, default=1.0) > 0
-    if is_log:
+    least = min(drawn, default=1.0)
+    if least <= _LINEAR_ABOVE if metric.is_fraction else metric.name == "loss" and least > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_locator(ticker.NullLocator())
@@ -120,7 +121,7 @@ def scale_axis(axes: Axes, metric: Metric, name: str = "") -> None:
 
 
 def seconds(parts: Mapping[str, float]) -> bytes:
-    """Draw where the seconds went, a bar each."""
+    """Draw a bar for the seconds of each part of a run."""
     figure, axes = new_plot(0.8 + 0.35 * len(parts), "seconds")
     bars = axes.barh(list(parts), list(parts.values()), color="C0")
     axes.bar_label(bars, [f"{value:.1f} s" for value in parts.values()], fontsize="small", padding=2)
@@ -130,39 +131,30 @@ def seconds(parts: Mapping[str, float]) -> bytes:
 
 
 def of_classification(
-    workload: Workload, classes: Sequence[Any], result: Mapping[str, Any], rows: Rows, test: Split | None
+    workload: Classification, result: Mapping[str, Any], rows: Rows, test: Split | None
 ) -> list[Picture]:
-    """Return the confusion matrix, the accuracy of each class and, if examples are pictures, some of them."""
-    names, counts = [str(name) for name in classes], np.array(result["confusion_matrix"])
+    """Return the confusion matrix, the accuracy of each class and, if the examples are pictures, some of them."""
+    names, counts = [str(name) for name in workload.class_names], np.array(result["confusion_matrix"])
     mistakes = counts * ~np.eye(len(counts), dtype=bool)
     label, prediction = map(int, np.unravel_index(mistakes.argmax(), mistakes.shape))
     most = f"most often {names[label]} was taken for {names[prediction]} ({mistakes.max():,})"
     confusion = f"{mistakes.sum()} mistakes among {counts.sum():,}; {most if mistakes.any() else 'no mistakes'}"
-    accuracies = [math.nan if a is None else a for a in result["test_accuracy_per_class"]]
+    accuracies = [math.nan if accuracy is None else accuracy for accuracy in result["test_accuracy_per_class"]]
     of_each = zip(names, accuracies, strict=True)
-    by_class = ", ".join(f"{name}: {'-' if math.isnan(a) else f'{a:.2%}'}" for name, a in of_each)
+    by_class = ", ".join(f"{name}: {ACCURACY.format(accuracy)}" for name, accuracy in of_each)
+    caption = "The stronger the shade, the larger the part of the label's examples. Right ones have no shade."
+    matrix, per_class = confusion_matrix(counts, names), accuracy_per_class(accuracies, names)
     pictures = [
-        Picture(
-            "confusion",
-            "Confusion matrix of the test set",
-            f"Confusion matrix: {confusion}",
-            confusion_matrix(counts, names),
-            "The stronger the shade, the larger a part of the label's examples; right ones have none.",
-        ),
-        Picture(
-            "classes",
-            "Accuracy per class on the test set",
-            f"Accuracy per class: {by_class}",
-            accuracy_per_class(accuracies, names),
-        ),
+        Picture("confusion", "Confusion matrix of the test set", f"Confusion matrix: {confusion}", matrix, caption),
+        Picture("classes", "Accuracy per class on the test set", f"Accuracy per class: {by_class}", per_class),
     ]
     if rows and test is not None and len(test) == len(rows):
         pictures += _examples(workload, rows, test)
     return pictures
 
 
-def _examples(workload: Workload, rows: Rows, test: Split) -> list[Picture]:
-    """Return test examples with their predictions, and the surest mistakes; none if examples have no picture."""
+def _examples(workload: Classification, rows: Rows, test: Split) -> list[Picture]:
+    """Return test examples with their predictions, and the most confident mistakes; [] if they are not pictures."""
     if workload.as_picture(test[0][0]) is None:
         return []
     labels, predicted = (np.array([row[name] for row in rows]) for name in ("label", "prediction"))
@@ -186,13 +178,13 @@ def _examples(workload: Workload, rows: Rows, test: Split) -> list[Picture]:
     if len(surest):
         said = "; ".join(f"{labels[i]} taken for {predicted[i]} at {probabilities[i]:.0%}" for i in surest)
         caption = f"From {probabilities[surest[0]]:.1%} sure down to {probabilities[surest[-1]]:.1%}."
-        alt = f"The surest wrong predictions: {said}"
+        alt = f"The most confident mistakes: {said}"
         pictures.append(draw("mistakes", "The most confident mistakes", alt, surest, caption))
     return pictures
 
 
 def of_regression(rows: Rows) -> list[Picture]:
-    """Return predictions over targets, and how the errors are distributed."""
+    """Return predictions over targets, and the distribution of the errors."""
     if not rows:
         return []
     targets, predictions = (np.array([float(row[name]) for row in rows]) for name in ("target", "prediction"))
@@ -205,26 +197,18 @@ def of_regression(rows: Rows) -> list[Picture]:
     histogram, axes = new_plot(3.4, "error", "examples")
     axes.hist(errors, bins=min(50, max(5, len(errors) // 10)), color="C0")
     axes.axvline(0, color="grey", linewidth=1)
+    title, caption = "Predictions over targets of the test set", "On the line, a prediction is right."
+    alt = f"{len(rows):,} predictions over their targets, from {targets.min():g} to {targets.max():g}"
+    low, high = np.quantile(errors, (0.25, 0.75))
+    about_errors = f"Errors: half of them lie between {low:.4g} and {high:.4g}"
     return [
-        Picture(
-            "predictions",
-            "Predictions over targets of the test set",
-            f"{len(rows):,} predictions over their targets, which reach from {targets.min():g} to {targets.max():g}",
-            png_of(scatter),
-            "On the line, a prediction is right.",
-        ),
-        Picture(
-            "errors",
-            "Errors on the test set",
-            f"Errors: half of them lie between {np.quantile(errors, 0.25):.4g} and {np.quantile(errors, 0.75):.4g}",
-            png_of(histogram),
-            "Prediction minus target.",
-        ),
+        Picture("predictions", title, alt, png_of(scatter), caption),
+        Picture("errors", "Errors on the test set", about_errors, png_of(histogram), "Prediction minus target."),
     ]
 
 
 def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> bytes:
-    """Draw a confusion matrix: shades by the fraction of a label's examples, mistakes alone; counts in figures."""
+    """Draw a confusion matrix: each mistake shaded by its fraction of the label's examples; counts as numbers."""
     figure, axes = new_plot(4.6, "prediction", "label")
     mistakes = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     np.fill_diagonal(mistakes, 0)
@@ -245,13 +229,13 @@ def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> bytes:
 
 
 def _name_ticks(axis: Any, names: Sequence[str]) -> None:
-    """Name an axis's places, as many as can be read."""
+    """Label an axis with at most 40 of the names."""
     step = math.ceil(len(names) / 40)
     axis.set_ticks(range(0, len(names), step), names[::step], fontsize=10 if len(names) <= 12 else 7)
 
 
 def accuracy_per_class(accuracies: Sequence[float], names: Sequence[str]) -> bytes:
-    """Draw a dot for each class's accuracy (a fraction; NaN if the class has no examples)."""
+    """Draw a dot for each class's accuracy (a fraction; NaN without examples)."""
     figure, axes = new_plot(max(4.6, min(0.25 * len(names), 12)), "accuracy (%)", "class")
     known = {label: 100 * accuracy for label, accuracy in enumerate(accuracies) if not math.isnan(accuracy)}
     axes.plot(list(known.values()), list(known), "o", color="C0")
@@ -271,51 +255,47 @@ def accuracy_per_class(accuracies: Sequence[float], names: Sequence[str]) -> byt
 
 def single_image(image: np.ndarray) -> bytes:
     """Enlarge one image (H, W) or (H, W, 3) uint8, nothing around it, so that other programs can read it."""
-    content = io.BytesIO()
-    factor = max(1, _ENLARGED // max(image.shape[:2]))
-    size = (factor * image.shape[1], factor * image.shape[0])
-    Image.fromarray(image).resize(size, Image.Resampling.NEAREST).save(content, format="png")
-    return content.getvalue()
+    return _png(_resized(image, max(1, _LEAST_SIDE // max(image.shape[:2]))))
 
 
 def image_grid(
     images: Sequence[np.ndarray], captions: Sequence[str], is_right: Sequence[bool] | None = None, num_columns: int = 6
 ) -> bytes:
-    """Draw images (H, W) or (H, W, 3) uint8 with a caption below each.
+    """Draw images (H, W) or (H, W, 3) uint8, each with a caption below.
 
-    With ``is_right`` a cross and a thick frame tell the wrong ones from the right ones, which have a tick: no colour
-    needs to be told.
+    With ``is_right``, right ones have a tick, wrong ones a cross and a thick frame, so that nobody needs the colours.
     """
     num_columns = min(num_columns, len(images))
-    height, width = (max(image.shape[side] for image in images) for side in (0, 1))
-    unit = max(height, width) / 28
-    margin = max(1, round(_MARGIN * unit))
-    tile_width = width + 2 * margin
-    inches = max(0.8, 2.4 / num_columns) / tile_width  # of a pixel; one image alone is drawn larger
+    tile = max(_LEAST_TILE, _LEAST_GRID // num_columns)
+    margin = tile // 12
     longest = max(len(line) for caption in captions for line in caption.split("\n"))
-    fontsize = min(9.0, 72 * inches * tile_width / (0.62 * (2 + longest)))  # points; a character is some 0.6 of it wide
-    num_lines = max(caption.count("\n") + 1 for caption in captions)
-    text_height = round(4 * unit) + math.ceil(num_lines * 1.45 * fontsize / 72 / inches)  # pixels
-    tile_height = height + 2 * margin + text_height
-    canvas = np.zeros((math.ceil(len(images) / num_columns) * tile_height, num_columns * tile_width, 4), np.uint8)
-    figure = Figure(figsize=(canvas.shape[1] * inches, canvas.shape[0] * inches), dpi=150)
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.axis("off")
-    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        row, column = divmod(number, num_columns)
-        top, left = row * tile_height + margin, column * tile_width + margin
-        size_y, size_x = image.shape[:2]
-        canvas[top : top + size_y, left : left + size_x, :3] = image if image.ndim == 3 else image[..., None]
-        canvas[top : top + size_y, left : left + size_x, 3] = 255
-        colour = _CAPTION
+    font_size = min(_MOST_FONT, round(tile / (_CHARACTER * (2 + longest))))
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", font_size)
+    drawn = [_resized(image, (tile - 2 * margin) / max(image.shape[:2])) for image in images]
+    height, num_lines = max(image.height for image in drawn), max(caption.count("\n") + 1 for caption in captions)
+    tile_height = height + 3 * margin + round(1.4 * num_lines * font_size)
+    grid = Image.new("RGBA", (num_columns * tile, math.ceil(len(images) / num_columns) * tile_height))
+    draw = ImageDraw.Draw(grid)
+    for number, (image, caption) in enumerate(zip(drawn, captions, strict=True)):
+        middle, top = number % num_columns * tile + tile // 2, number // num_columns * tile_height + margin
+        left, colour = middle - image.width // 2, _CAPTION
         if is_right is not None:
-            colour, mark, linewidth = (_RIGHT, "✓", 1) if is_right[number] else (_WRONG, "✗", 4)
+            colour, mark, width = (_RIGHT, "✓", 2) if is_right[number] else (_WRONG, "✗", 8)
             caption = f"{mark} {caption}"
-            half = linewidth / 72 / inches / 2  # of the frame, in pixels: it stands around the image, not on it
-            corner, size = (left - 0.5 - half, top - 0.5 - half), (size_x + 2 * half, size_y + 2 * half)
-            axes.add_patch(Rectangle(corner, *size, linewidth=linewidth, fill=False, edgecolor=colour))
-        place = (left + size_x / 2, top + height + 2 * unit)
-        axes.text(*place, caption, ha="center", va="top", fontsize=fontsize, color=colour)
-    axes.imshow(canvas, interpolation="nearest", aspect="auto")
-    return png_of(figure, is_transparent=True)
+            frame = (left - width, top - width, left + image.width + width - 1, top + image.height + width - 1)
+            draw.rectangle(frame, outline=colour, width=width)
+        grid.paste(image, (left, top))
+        draw.multiline_text((middle, top + height + margin), caption, colour, font, anchor="ma", align="center")
+    return _png(grid)
+
+
+def _resized(image: np.ndarray, factor: float) -> Image.Image:
+    """Scale an image; each of its pixels becomes a square if it grows."""
+    height, width = (max(1, round(factor * side)) for side in image.shape[:2])
+    return Image.fromarray(image).resize((width, height), Image.Resampling.BOX)
+
+
+def _png(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, format="png")
+    return content.getvalue()

@@ -1,4 +1,4 @@
-"""A workload's class, by what names it, and its data: loaded, checked and identified. Without torch, to be quick."""
+"""Loads a workload's class and its data, checks both, computes digests of the data. Without torch, to be quick."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ from mnist_ray.workload.data import Arrays, Data, Split, Splits
 from mnist_ray.workload.user_code import Source
 
 DEFAULT = "mnist_ray.mnist"
-_MOST_FILES_ASKED = 1000  # for their size and time; of more, so many evenly spaced: a server may need long for each
+_MOST_FILES_ASKED = 1000  # for size and time, evenly spaced: a file server may be slow
 _INTERFACE = [name for name in dir(Workload) if not name.startswith("_")]
 
-Reference = str | type[Workload]  # what names a workload: as ``--workload`` takes it, or a class of this process
+Reference = str | type[Workload]  # like ``--workload``, or a class of this process
 
 
 def load(reference: Reference) -> type[Workload]:
-    """Return the workload that ``FILE.py`` or ``package.module`` holds, by ``:NAME`` if it holds several.
+    """Return the workload in ``FILE.py`` or ``package.module``; with ``:NAME`` if there are several.
 
-    A class, as of a notebook's cell, is taken as it is; other processes cannot have it. Raises UsageError if there is
-    none, or its code fails.
+    A class is returned as it is; if it is in no file, like a class in a notebook, other processes cannot load it.
+    Raises UsageError.
     """
     if isinstance(reference, str):
         workload_class = user_code.find(reference, Workload)
     else:
         workload_class = reference
         if "source" not in vars(workload_class):
-            name, text = f"{workload_class.__module__}:{workload_class.__qualname__}", ""
+            text = ""
             with contextlib.suppress(OSError, TypeError):  # it was made by exec
                 text = inspect.getsource(workload_class)
-            workload_class.source = Source(name, "", text)
+            workload_class.source = Source(f"{workload_class.__module__}:{workload_class.__qualname__}", "", text)
     _check_class(workload_class)
     return workload_class
 
 
 def load_again(saved: str, given: Reference | None, file: str, folders: Iterable[Path]) -> type[Workload]:
-    """Return the workload that is ``given``, else the one that ``file`` has ``saved`` with a run. Raises UsageError.
+    """Return the ``given`` workload, or else the one that a run has ``saved`` in ``file``.
 
-    It does so too for code in ``folders``: see ``user_code.check_trusted``.
+    Raises UsageError, also for saved code in ``folders``: see ``user_code.check_trusted``.
     """
     if given is not None:
         return load(given)
@@ -60,23 +60,21 @@ def load_again(saved: str, given: Reference | None, file: str, folders: Iterable
     try:
         return load(saved)
     except UsageError as error:
-        raise UsageError(f"{error}; if the workload is elsewhere now, say where with --workload") from error
+        raise UsageError(f"{error}; if the workload has moved, give its new place with --workload") from error
 
 
 def _check_class(workload_class: type[Workload]) -> None:
-    """Raise UsageError if a workload lacks what every one must say, or its settings cannot be flags."""
+    """Raise UsageError if a required method is missing, a name is misspelled, or the settings cannot be flags."""
     name, settings = workload_class.__name__, workload_class.Settings
     for attribute in vars(workload_class):
         meant = difflib.get_close_matches(attribute, _INTERFACE, 1, cutoff=0.8)
-        if not attribute.startswith("_") and not hasattr(workload_class.__mro__[1], attribute) and meant:
-            raise UsageError(
-                f"{name}.{attribute} is nothing that a workload has: it has {meant[0]}; give it another name"
-            )
+        if meant and not attribute.startswith("_") and not hasattr(workload_class.__mro__[1], attribute):
+            raise UsageError(f"{name}.{attribute}: a workload has {meant[0]}; if you mean another, change its name")
     for method in ("load_data", "create_model", "loss"):
         if getattr(workload_class, method) is getattr(Workload, method):
             raise UsageError(f"workload {name} has no method {method}")
     if not dataclasses.is_dataclass(settings):
-        raise UsageError(f"{name}.Settings is to be a dataclass: put @dataclass(frozen=True) above it")
+        raise UsageError(f"{name}.Settings must be a dataclass: put @dataclass(frozen=True) above it")
     try:
         get_type_hints(settings)
     except NameError as error:
@@ -85,7 +83,7 @@ def _check_class(workload_class: type[Workload]) -> None:
     taken = names_of(of_jobs) | {"workload", "config", "recipe", "run", "help"}
     for field in dataclasses.fields(settings):
         if field.default is dataclasses.MISSING:
-            raise UsageError(f"{name}.Settings: {field.name} needs a default, as setting(DEFAULT, HELP) gives one")
+            raise UsageError(f"{name}.Settings: {field.name} needs a default: use setting(DEFAULT, HELP)")
         if field.name in taken:
             raise UsageError(f"{name}.Settings: {flag(field.name)} is a flag already; give it another name")
     known = names_of([config.TrainConfig, settings])
@@ -95,10 +93,7 @@ def _check_class(workload_class: type[Workload]) -> None:
 
 
 def load_data(workload: Workload) -> Data:
-    """Return a workload's data, and let it know what the model must know of them.
-
-    A workload that knows already, as that of a checkpoint does, is left as it is. Raises UsageError and JobError.
-    """
+    """Return a workload's data; set its metadata unless a checkpoint has. Raises UsageError and JobError."""
     with placed(workload, "load_data"):
         data = _checked_data(workload, workload.load_data())
     if not workload.metadata:
@@ -111,7 +106,7 @@ def load_data(workload: Workload) -> Data:
 
 @contextlib.contextmanager
 def placed(workload: Workload, what: str) -> Iterator[None]:
-    """Say in one line what the user's code raised, and where."""
+    """Turn an exception of the user's code into a UsageError: one line with the place."""
     try:
         yield
     except (UsageError, JobError):
@@ -122,37 +117,37 @@ def placed(workload: Workload, what: str) -> Iterator[None]:
 
 
 def picture_of(workload: Workload, inputs: Any) -> np.ndarray | None:
-    """Return what one input looks like; None if it looks like nothing. Raises UsageError if it is no picture."""
+    """Return one input as a picture, None if it has none. Raises UsageError if it is of another type."""
     with placed(workload, "as_picture"):
         image = workload.as_picture(inputs)
     is_array = isinstance(image, np.ndarray)
     if image is None or (is_array and image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] == (3,))):
         return image
     got = f"{image.dtype} {image.shape}" if is_array else type(image).__name__
-    raise UsageError(f"{type(workload).__name__}.as_picture is to return uint8 (H, W) or (H, W, 3), not {got}")
+    raise UsageError(f"{type(workload).__name__}.as_picture must return uint8 (H, W) or (H, W, 3), not {got}")
 
 
 def _checked_data(workload: Workload, data: object) -> Data:
-    """Return what ``load_data`` has returned. Raises UsageError if that is no data, or there are no examples."""
     name = type(workload).__name__
     if not isinstance(data, Data):
         raise UsageError(f"{name}.load_data returned {type(data).__name__}, not mnist_ray.workload.Data")
-    splits = {"train": data.train, "test": data.test}
-    if data.validation is not None:
-        splits["validation"] = data.validation
-    for split, examples in splits.items():
+    for split in ("train", "validation", "test"):
+        examples, place = getattr(data, split), f"{name}.load_data: {split}"
+        if examples is None and split == "validation":
+            continue
         if isinstance(examples, Arrays):
-            _check_arrays(f"{name}.load_data: {split}", examples)
+            _check_arrays(place, examples)
         elif not (hasattr(examples, "__getitem__") and hasattr(examples, "__len__")):
-            kind = type(examples).__name__
-            raise UsageError(f"{name}.load_data: {split} is of type {kind}, neither Arrays nor a Dataset with a length")
+            raise UsageError(
+                f"{place} is of type {type(examples).__name__}, neither Arrays nor a Dataset with a length"
+            )
         if len(examples) == 0:
-            raise UsageError(f"{name}.load_data: {split} holds no examples")
+            raise UsageError(f"{place} holds no examples")
     try:
         files = tuple(data.files)
         digest_of_files(files)
     except (OSError, TypeError, ValueError) as error:
-        raise UsageError(f"{name}.load_data: files are to be paths of files: {first_line(error)}") from error
+        raise UsageError(f"{name}.load_data: files must be paths of files: {first_line(error)}") from error
     return dataclasses.replace(data, name=data.name or name, files=files)
 
 
@@ -160,15 +155,15 @@ def _check_arrays(place: str, arrays: Arrays) -> None:
     for what, array in (("inputs", arrays.inputs), ("targets", arrays.targets)):
         if not isinstance(array, np.ndarray) or array.ndim == 0:
             kind = "a single number" if isinstance(array, np.ndarray) else type(array).__name__
-            raise UsageError(f"{place}: {what} are to be a NumPy array (N, ...), not {kind}")
+            raise UsageError(f"{place}: {what} must be a NumPy array (N, ...), not {kind}")
         if array.dtype.kind not in "biuf":
-            raise UsageError(f"{place}: {what} are to be numbers, not of dtype {array.dtype}")
+            raise UsageError(f"{place}: {what} must be numbers, not of dtype {array.dtype}")
     if len(arrays.inputs) != len(arrays.targets):
         raise UsageError(f"{place} has {len(arrays.inputs):,} inputs but {len(arrays.targets):,} targets")
 
 
 def _checked_metadata(workload: Workload, metadata: object) -> dict[str, Any]:
-    """Return metadata that come back from a checkpoint as they were. Raises UsageError if they would not."""
+    """Raise UsageError if a checkpoint, which keeps metadata as JSON, would not return them unchanged."""
     name = type(workload).__name__
     if not isinstance(metadata, dict):
         raise UsageError(f"{name}.metadata_of returned {type(metadata).__name__}, not a dict")
@@ -176,15 +171,14 @@ def _checked_metadata(workload: Workload, metadata: object) -> dict[str, Any]:
         with contextlib.suppress(TypeError, ValueError):
             if isinstance(key, str) and json.loads(json.dumps(value)) == value:
                 continue
-        raise UsageError(f"{name}: fact {key!r} is no JSON: use numbers, texts, lists and dicts, as array.tolist()")
+        raise UsageError(f"{name}: metadata {key!r} is not JSON: use numbers, texts, lists, dicts, and array.tolist()")
     return metadata
 
 
 def digests_of(splits: Splits) -> dict[str, str | None]:
-    """Return a digest of each split, by which a resumed run knows its data, and of the files that they name.
+    """Return a digest of each split and of the data's ``files``, by which a resumed run recognizes its data.
 
-    Of arrays in memory it is of their content, else of the state of their files. None for a ``Dataset`` that does not
-    say which files it reads.
+    Arrays in memory are hashed by content, all else by its files. None for a ``Dataset`` without known files.
     """
     named = {"training": splits.train, "validation": splits.validation, "test": splits.test}
     digests = {name: _digest_of(split) for name, split in named.items()}
@@ -210,7 +204,7 @@ def _digest_of(split: Split) -> str | None:
 
 
 def digest_of_files(paths: Iterable[str | Path]) -> str:
-    """Return a digest of files by their names, sizes and times. Raises OSError if one is not there."""
+    """Return a digest of files by name, size and time. Raises OSError if one is missing."""
     files = [os.fspath(path) for path in paths]
     folder = os.path.commonpath(map(os.path.dirname, files)) if files else ""
     digest = hashlib.sha256("\n".join(file[len(folder) :] for file in files).encode())

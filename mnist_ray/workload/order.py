@@ -1,4 +1,4 @@
-"""A random order of any number of examples, of which any piece can be drawn by itself, in any process."""
+"""A random order of any number of examples; any process can compute any piece of it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ _NUM_ROUNDS = 16
 
 
 class Shuffled:
-    """The numbers below ``number`` in the order that ``key`` decides; slices of it are arrays.
+    """A permutation of the numbers below ``number``, decided by ``key``; its slices are arrays.
 
     Each number is computed from its place alone, so memory does not grow with ``number``. A Feistel network permutes
-    the numbers below a power of two: each half of a number's bits is changed in turn by a hash of the other half.
-    Results that are not below ``number`` are permuted again until they are, which keeps the whole a permutation ("cycle
-    walking": Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002). Such orders are as good as others to
-    train by (Mitchell et al., https://arxiv.org/abs/2106.06161).
+    the numbers below a power of two: a hash of one half of a number's bits changes the other half, in turn. Results
+    that are not below ``number`` are permuted again until they are ("cycle walking": Black and Rogaway, Ciphers with
+    Arbitrary Finite Domains, 2002). Training is as good as with other orders (https://arxiv.org/abs/2106.06161).
     """
 
     def __init__(self, number: int, key: Sequence[int]) -> None:
@@ -35,7 +34,7 @@ class Shuffled:
         return drawn.astype(np.int64)
 
     def _permuted(self, numbers: np.ndarray) -> np.ndarray:
-        """Permute numbers below the least power of two that is not below ``number``."""
+        """Permute numbers below the next power of two."""
         bits = max((self._number - 1).bit_length(), 2)
         low_bits, high_bits = bits // 2, bits - bits // 2
         low, high = numbers & np.uint64(2**low_bits - 1), numbers >> np.uint64(low_bits)
@@ -57,17 +56,17 @@ def _hashed(values: np.ndarray, key: np.uint64, bits: int) -> np.ndarray:
 
 
 class AllBut:
-    """The numbers below ``number`` but for some, in order: an array of indices that takes no memory for each."""
+    """The numbers below ``number`` without ``left_out``, in order: indices that need no memory of that length."""
 
     def __init__(self, number: int, left_out: np.ndarray) -> None:
         self._number = number
-        self._before = np.sort(left_out) - np.arange(len(left_out))  # of those that stay, before each that does not
+        self._before = np.sort(left_out) - np.arange(len(left_out))  # numbers that stay before each left-out one
 
     def __len__(self) -> int:
         return self._number - len(self._before)
 
     def __getitem__(self, places: ArrayLike) -> np.ndarray:
-        """Return the numbers at some places, or at one."""
+        """Return the numbers at one or more places."""
         return np.add(places, np.searchsorted(self._before, places, side="right"))
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:

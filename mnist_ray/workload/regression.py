@@ -13,14 +13,13 @@ from mnist_ray.workload.data import Split
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-_ROUNDING = 1e-12  # of a mean of squares: less variance than this is none
+_ROUNDING = 1e-12  # of the mean square: a smaller variance is rounding
 
 
 class Regression(Workload):
-    """A model's outputs are numbers, (N,) or (N, 1); targets are (N,).
+    """Outputs are numbers, (N,) or (N, 1); targets are (N,).
 
-    The loss is the squared error, in the targets' units: where those are large, let the model scale its outputs.
+    The loss is the squared error. If targets are large, let the model scale its outputs.
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("rmse", "min"), Metric("mae", "min"), Metric("r2", "max"))
@@ -30,12 +29,12 @@ class Regression(Workload):
         return (_flat(outputs) - targets.float()) ** 2
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return what the metrics need: errors, and the targets' first two moments."""
+        """Return errors, and the targets' first two moments."""
         error, target = (_flat(outputs) - targets.float()).double(), targets.double()
         return {"squared": error**2, "absolute": error.abs(), "target": target, "target_squared": target**2}
 
     def summarize(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Return root mean squared error, mean absolute error, and the part of the variance that is explained."""
+        """Return root mean squared error, mean absolute error, and the explained part of the variance."""
         variance = means["target_squared"] - means["target"] ** 2
         return {
             "rmse": math.sqrt(means["squared"]),
@@ -44,20 +43,20 @@ class Regression(Workload):
         }
 
     def check_outputs(self, outputs: Tensor, targets: Tensor) -> None:
-        """Compare the shapes: of (N,) and (N, 1) torch would make (N, N)."""
+        """Compare the shapes: torch would broadcast (N,) and (N, 1) to (N, N)."""
         name = type(self).__name__
         if not hasattr(outputs, "shape"):
             raise UsageError(f"{name}: the model gives a {type(outputs).__name__}, not a tensor")
         if targets.ndim != 1 or tuple(outputs.shape) not in ((len(targets),), (len(targets), 1)):
             shapes = f"{tuple(outputs.shape)} for targets {tuple(targets.shape)}"
-            raise UsageError(f"{name}: the model gives {shapes}; both are to be one number per example")
+            raise UsageError(f"{name}: the model gives {shapes}; both must be one number per example")
 
     def predictions(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return target and prediction."""
         return {"target": targets, "prediction": _flat(outputs)}
 
     def pictures(self, result: Mapping[str, Any], rows: Rows, test: Split | None) -> list[Picture]:
-        """Return predictions over targets, and the errors' distribution."""
+        """Return predictions over targets, and the distribution of the errors."""
         from mnist_ray.workload import figures  # imports matplotlib
 
         return figures.of_regression(rows)

@@ -1,4 +1,4 @@
-"""Data as they often lie around: pictures in a folder for each class, and tables. For ``load_data`` to return."""
+"""Ready results of ``load_data``: pictures in a folder for each class, and tables."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from mnist_ray.workload.data import Arrays, Data
 from mnist_ray.workload.order import Shuffled
 
 if TYPE_CHECKING:
-    from pandas import DataFrame, Series
+    from pandas import DataFrame
 
-_TEST_PART, _TEST_SEED = 5, 53  # one of so many examples, drawn at random, is the test if the data have none
+_TEST_PART, _TEST_SEED = 5, 53  # without a test set, a random fifth becomes one
 
 
 def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Data:
-    """Return the pictures in a folder for each class, read by torchvision's ``ImageFolder`` when they are needed.
+    """Return the pictures in a folder for each class; torchvision's ``ImageFolder`` reads them when needed.
 
-    Each is scaled and cut to a square: (3, ``size``, ``size``) uint8, or (1, …) in grey. The folder may hold train/ and
-    test/ (or val/) with such folders; else a fifth, drawn at random, is the test. Raises UsageError.
+    Each is scaled and cut to a square: (3, ``size``, ``size``) uint8, or (1, …) in grey. ``place`` may hold train/ and
+    test/ (or val/) with such folders; else a random fifth is the test set. Raises UsageError.
     """
     from torchvision import datasets, transforms
 
     place = path_of(place, "the data's path")
-    to_grey = [transforms.Grayscale()] if is_grey else []
     to_square = [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()]
-    transform = transforms.Compose([*to_grey, *to_square])
+    transform = transforms.Compose([transforms.Grayscale(), *to_square] if is_grey else to_square)
     roots = [folder for name in ("train", "test", "val") if (folder := place / name).is_dir()][:2]
     try:
         folders = [datasets.ImageFolder(root, transform) for root in roots or [place, place]]
@@ -58,13 +57,14 @@ def table(
     columns: Sequence[str] | None = None,
     as_classes: bool = False,
 ) -> Data:
-    """Return a table: a CSV or Parquet file, or a pandas ``DataFrame``. The inputs are (N, columns) float32.
+    """Return a CSV or Parquet file, or a pandas ``DataFrame``. The inputs are (N, columns) float32.
 
-    ``columns`` are all but ``target`` by default. The targets are the numbers of the column ``target``, (N,): whole
-    ones, or float32. With ``as_classes`` its values, texts or numbers, are names of classes: the targets are their
-    places in sorted order, from 0 on, and ``class_names`` is metadata. Without ``test``, a fifth, drawn at random, is
-    the test. Raises UsageError if a column has gaps, or is not numbers.
+    ``columns``: by default all but ``target``. The targets, (N,), are the column ``target``: whole numbers or float32.
+    With ``as_classes`` its values are the names of classes: the metadata get sorted ``class_names``, the targets are
+    places in it. Without ``test``, a random fifth is the test set. Raises UsageError if a column has gaps or texts.
     """
+    import pandas
+
     frames = [_frame(each) for each in (table, test) if each is not None]
     columns = [name for name in frames[0] if name != target] if columns is None else list(columns)
     for frame in frames:
@@ -72,8 +72,12 @@ def table(
     inputs = [frame[columns].to_numpy(np.float32) for frame in frames]
     targets, metadata = [frame[target].to_numpy() for frame in frames], dict[str, Any]()
     if as_classes:
-        metadata["class_names"] = sorted(frames[0][target].dropna().unique().tolist())
-        targets = [_numbered(frame[target], metadata["class_names"]) for frame in frames]
+        names = metadata["class_names"] = sorted(frames[0][target].dropna().unique().tolist())
+        targets = [pandas.Index(names).get_indexer(values) for values in targets]
+        for frame, numbers in zip(frames, targets, strict=True):
+            if (numbers < 0).any():
+                wrong = frame[target][numbers < 0].iloc[0]
+                raise UsageError(f"column {target} has gaps, or a class that only the test set has: {wrong}")
     targets = [values.astype(np.float32) if values.dtype.kind == "f" else values for values in targets]
     if test is None:
         inputs, targets = ([values[0][part] for part in _parted(len(inputs[0]))] for values in (inputs, targets))
@@ -90,7 +94,7 @@ def _frame(table: str | Path | DataFrame) -> DataFrame:
     file = path_of(table, "the data's path")
     try:
         return pandas.read_parquet(file) if file.suffix == ".parquet" else pandas.read_csv(file)
-    except (OSError, ValueError) as error:  # ValueError: what both parsers raise
+    except (OSError, ValueError) as error:  # both parsers raise ValueError
         raise JobError(f"{file} cannot be read: {first_line(error)}") from error
 
 
@@ -100,24 +104,15 @@ def _check_numbers(frame: DataFrame, names: Sequence[str]) -> None:
             raise UsageError(f"the table has no column {name}; it has {', '.join(map(str, frame))}")
         if frame[name].dtype.kind not in "biuf":
             raise UsageError(
-                f"column {name} is not numbers; make numbers of it, as pandas.get_dummies(table, columns=[{name!r}]) "
-                "does, leave it out of columns=, or, if it is the target, read it with as_classes=True"
+                f"column {name} is not numbers; convert it by pandas.get_dummies(table, columns=[{name!r}]), leave it "
+                "out of columns=, or, if it is the target, read it with as_classes=True"
             )
         if not np.isfinite(frame[name].to_numpy(float)).all():
-            raise UsageError(f"column {name} has gaps; fill them, as table[{name!r}].fillna(0) does, or dropna()")
-
-
-def _numbered(column: Series, names: Sequence[Any]) -> np.ndarray:
-    """Return the place of each value in ``names``."""
-    numbers = column.map({name: number for number, name in enumerate(names)})
-    if numbers.isna().any():
-        wrong = column[numbers.isna()].iloc[0]
-        raise UsageError(f"column {column.name} has gaps, or a class that only the test has: {wrong}")
-    return numbers.to_numpy(np.int64)
+            raise UsageError(f"column {name} has gaps; fill them by table[{name!r}].fillna(0), or dropna()")
 
 
 def _parted(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return which of some examples are to train on, and which to test, if nobody has parted them."""
+    """Return the indices of a random training set and test set."""
     order = Shuffled(number, [_TEST_SEED])[:]
     num_test = max(1, number // _TEST_PART)
     return np.sort(order[num_test:]), np.sort(order[:num_test])

@@ -1,4 +1,4 @@
-"""A model's outputs, whatever holds them, and the precision that they are computed in."""
+"""Functions of a model's outputs in nested containers, and its precision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mnist_ray.config import Precision
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Apply a function to each tensor in dicts, lists, tuples and dataclasses of any nesting; all else stays."""
+    """Apply a function to each tensor in nested dicts, lists, tuples and dataclasses; all else stays."""
     if isinstance(value, Tensor):
         return function(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -31,16 +31,16 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 
 def as_fp32(outputs: Any) -> Any:
-    """Return a model's outputs with floating-point tensors in fp32, as the loss takes them."""
+    """Return a model's outputs with floating-point tensors in fp32, for the loss."""
     return map_tensors(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, outputs)
 
 
 def detached(outputs: Any) -> Any:
-    """Return a model's outputs without the graph that made them, which would keep its memory."""
+    """Return a model's outputs without their graph, which would keep memory."""
     return map_tensors(Tensor.detach, outputs)
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """Return the context in which a forward pass computes in a resolved precision."""
+    """Return the context of a forward pass in a precision other than ``auto``."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)

@@ -1,4 +1,4 @@
-"""Classes of the user's, from a file or a module that a flag names, and how their code gets to other processes."""
+"""Finds and loads the user's classes, which flags name, and sends their code to other processes."""
 
 from __future__ import annotations
 
@@ -22,41 +22,40 @@ from mnist_ray.settings import path_of
 
 @dataclass(frozen=True)
 class Source:
-    """The code of a class as it was when the job began; other processes run just that."""
+    """The code of a class when the job began. Other processes run this text, even if the file has changed."""
 
-    reference: str  # what the flag takes: an absolute path or a module's name, with `:NAME` if it was given
-    path: str  # the file
-    text: str  # the file's content
+    reference: str  # like the flag: an absolute path or a module's name, with `:NAME` if it was given
+    path: str
+    text: str
 
     @property
     def folder(self) -> Path:
-        """The folder that the file lies in."""
+        """The folder of the file."""
         return Path(self.path).parent
 
     @property
     def sha256(self) -> str:
-        """The digest of the file's content."""
+        """The digest of the text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 class UserClass:
-    """A class that a flag may name."""
+    """A class that a flag may name: the flag is the name of the base class."""
 
-    source: ClassVar[Source]  # its code; set as it is loaded
+    source: ClassVar[Source]  # set by ``load``
 
 
 T = TypeVar("T", bound=UserClass)
 
 
 def find(reference: str, base: type[T]) -> type[T]:
-    """Return the class derived from ``base`` that ``FILE.py`` or ``package.module`` holds, by ``:NAME`` of several.
+    """Return the class derived from ``base`` in ``FILE.py`` or ``package.module``; with ``:NAME`` if there are several.
 
-    Its flag is the name of ``base``. Raises UsageError if there is no such class, or its code fails.
+    Raises UsageError if there is none, or its code fails.
     """
-    flag = _flag(base)
+    flag, (place, name) = _flag(base), _split(reference)
     if not reference.strip():
         raise UsageError(f"{flag} is empty; name a FILE.py or a module")
-    place, name = _split(reference)
     if not place.endswith(".py"):
         path = inspect.getsourcefile(_pick(_import_module(place, flag), reference, base)) or ""
         return load(Source(reference, path, Path(path).read_text(encoding="utf-8")), base)
@@ -71,25 +70,25 @@ def find(reference: str, base: type[T]) -> type[T]:
 
 
 def load(source: Source, base: type[T]) -> type[T]:
-    """Return the class of some code, also in a process that has not found it. Raises UsageError as ``find``."""
+    """Return the class from its source, in any process. Raises UsageError like ``find``."""
     loaded = _pick(_module_of(source, _flag(base)), source.reference, base)
     loaded.source = source
     return loaded
 
 
 def check_trusted(reference: str, base: type, file: str, folders: Iterable[Path]) -> None:
-    """Raise UsageError if a reference, which ``file`` holds, may lead to code that came with that file."""
+    """Raise UsageError if ``file`` may refer to code that came with it: see ``why_untrusted``."""
     if reason := why_untrusted(reference, folders):
         raise UsageError(
             f"{file} names {_flag(base)} {reference}, {reason}: code that may have come with a run is loaded only "
-            f"where {_flag(base)} says so on the command line"
+            f"if the command line has {_flag(base)}"
         )
 
 
 def why_untrusted(reference: str, folders: Iterable[Path]) -> str:
-    """Say why code may have come with a run: it is at a relative path, or in one of ``folders``. Empty if neither.
+    """Say why code may have come with a run: a relative path, or a place in one of ``folders``. Empty if neither.
 
-    ``folders`` are the run's and the storage of runs, where others may write.
+    ``folders`` are those of runs and of their storage, where others may write.
     """
     place, _ = _split(reference)
     if place.endswith(".py") and not Path(place).is_absolute():
@@ -100,17 +99,17 @@ def why_untrusted(reference: str, folders: Iterable[Path]) -> str:
 
 
 def _paths_of_module(name: str) -> list[Path]:
-    """Return where Python would import a module's package from; none if there is none, or it is this one."""
-    if name.partition(".")[0] == __name__.partition(".")[0]:
-        return []  # it runs already, wherever it lies
+    """Return the paths of a module's package, without importing it; none if it is missing, or this package."""
+    package = name.partition(".")[0]
+    if package == __name__.partition(".")[0]:
+        return []  # it runs already
     _add_to_path(Path.cwd())
     try:
-        found = importlib.util.find_spec(name.partition(".")[0])
+        found = importlib.util.find_spec(package)
     except (ImportError, ValueError):
-        found = None
-    if found is None:
         return []
-    return [Path(place) for place in (found.origin, *(found.submodule_search_locations or ())) if place]
+    places = (found.origin, *(found.submodule_search_locations or ())) if found else ()
+    return [Path(place) for place in places if place]
 
 
 def _flag(base: type) -> str:
@@ -118,13 +117,12 @@ def _flag(base: type) -> str:
 
 
 def _split(reference: str) -> tuple[str, str]:
-    """Split ``PLACE:NAME``; a colon that belongs to a path stays in it."""
+    """Split ``PLACE:NAME``; a colon within a path stays there."""
     place, colon, name = reference.rpartition(":")
     return (place, name) if colon and name.isidentifier() else (reference, "")
 
 
 def _add_to_path(folder: Path) -> None:
-    """Let modules be imported from a folder."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 
@@ -136,12 +134,12 @@ def _module_of(source: Source, flag: str) -> types.ModuleType:
 
 
 def _run_file(source: Source, flag: str) -> types.ModuleType:
-    """Make a module of a file's text; what lies beside it can be imported, as from a script."""
+    """Run a file's text as a module, which can import the files next to it, like a script."""
     _add_to_path(source.folder)
     name = _module_name(source.path)
     module = types.ModuleType(name)
     module.__file__ = source.path
-    sys.modules[name] = module  # dataclasses look their own module up while it runs
+    sys.modules[name] = module  # dataclasses look up their module while it runs
     try:
         exec(compile(source.text, source.path, "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
@@ -155,7 +153,7 @@ def _module_name(path: str) -> str:
 
 
 def _is_another_module(path: str) -> bool:
-    """Return whether Python knows a module of a file's name that is another file."""
+    """Tell whether Python has a module of this name in another file."""
     name = _module_name(path)
     if name in sys.modules:
         origin = getattr(sys.modules[name], "__file__", None) or "built in"
@@ -166,7 +164,7 @@ def _is_another_module(path: str) -> bool:
 
 
 def _import_module(name: str, flag: str) -> types.ModuleType:
-    """Import a module, as `python -m` does also from the current folder."""
+    """Import a module, also from the current folder, like `python -m`."""
     _add_to_path(Path.cwd())
     try:
         return importlib.import_module(name)
@@ -177,20 +175,24 @@ def _import_module(name: str, flag: str) -> types.ModuleType:
 
 
 def _pick(module: types.ModuleType, reference: str, base: type[T]) -> type[T]:
-    """Return the class of a module: the one of the reference's name, or the only one that no other is derived from."""
-    (_, name), kind, own = _split(reference), base.__name__.lower(), f"{module.__name__}."
-    classes = {key: value for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)}
-    found = {key: value for key, value in classes.items() if f"{value.__module__}.".startswith(own)}
+    """Return a module's class by the reference's ``:NAME``, else its only class without subclasses."""
+    (_, name), kind, flag = _split(reference), base.__name__.lower(), _flag(base)
+    found = {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, base)
+        if f"{value.__module__}.".startswith(f"{module.__name__}.")
+    }
     if name in found:
         return found[name]
     if name:
         there = f"; it has {', '.join(found)}" if found else ""
-        raise UsageError(f"{_flag(base)} {reference}: it has no {kind} {name}{there}")
+        raise UsageError(f"{flag} {reference}: it has no {kind} {name}{there}")
     ancestors = {ancestor for value in found.values() for ancestor in value.__mro__[1:]}
     leaves = {value.__name__: value for value in found.values() if value not in ancestors}
     if not leaves:
-        where = f"{base.__module__.removesuffix('.base')}.{base.__name__}"
-        raise UsageError(f"{_flag(base)} {reference} holds no {kind}: a class derived from {where}")
+        full_name = f"{base.__module__.removesuffix('.base')}.{base.__name__}"
+        raise UsageError(f"{flag} {reference} holds no {kind}: a class derived from {full_name}")
     if len(leaves) > 1:
-        raise UsageError(f"{_flag(base)} {reference} holds several {kind}s; add one's name: :{', :'.join(leaves)}")
+        raise UsageError(f"{flag} {reference} holds several {kind}s; add one's name: :{', :'.join(leaves)}")
     return next(iter(leaves.values()))

@@ -16,11 +16,6 @@ def tiny(num_images: int = 3, num_classes: int = 2) -> Arrays:
     return Arrays(images, np.arange(num_images, dtype=np.uint8) % num_classes)
 
 
-def assert_equal(split: Arrays, other: Arrays) -> None:
-    np.testing.assert_array_equal(split.inputs, other.inputs)
-    np.testing.assert_array_equal(split.targets, other.targets)
-
-
 def test_the_embedded_data_set_is_the_whole_of_mnist(mnist_test: Arrays) -> None:
     train = idx.load("train")
     arrays = (train.inputs, train.targets, mnist_test.inputs, mnist_test.targets)
@@ -36,8 +31,10 @@ def test_the_embedded_data_set_is_the_whole_of_mnist(mnist_test: Arrays) -> None
 @pytest.mark.parametrize("gzipped", [False, True])
 def test_a_data_set_is_read_gzipped_or_not(tmp_path: Path, gzipped: bool) -> None:
     write_data_set(tmp_path, tiny(3), tiny(2), gzipped=gzipped)
-    assert_equal(idx.load("train", tmp_path), tiny(3))
-    assert_equal(idx.load("test", tmp_path), tiny(2))
+    for split, expected in (("train", tiny(3)), ("test", tiny(2))):
+        found = idx.load(split, tmp_path)
+        np.testing.assert_array_equal(found.inputs, expected.inputs)
+        np.testing.assert_array_equal(found.targets, expected.targets)
 
 
 def test_a_folder_that_is_not_there_or_lacks_files_is_refused(tmp_path: Path) -> None:
@@ -66,7 +63,7 @@ IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
     [
         (IMAGES, idx_bytes(tiny().inputs)[:-1], "should have 2,368 bytes by its header, but has 2,367"),
         (IMAGES, idx_bytes(tiny().inputs) + b"0", "should have 2,368 bytes by its header, but has 2,369"),
-        (IMAGES, idx_bytes(tiny().inputs)[:9], "ends within its header"),
+        (IMAGES, idx_bytes(tiny().inputs)[:9], "or ends in its header"),
         (IMAGES, b"", "is not the IDX file expected"),
         (IMAGES, idx_bytes(tiny().targets), "starts with 00 00 08 01, not 00 00 08 03"),
         (IMAGES, idx_bytes(np.zeros((3, 32, 28), np.uint8)), "has images of 32×28, not 28×28"),

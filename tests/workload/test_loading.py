@@ -28,7 +28,7 @@ BOTH = f"{DIGITS}class Letters(Workload):{METHODS}"
 
 
 def message_of(reference: str | Path) -> str:
-    """Return what is said of a workload that cannot be loaded."""
+    """Return the error message of a workload that cannot be loaded."""
     with pytest.raises(UsageError) as raised:
         load(str(reference))
     return str(raised.value)
@@ -37,7 +37,7 @@ def message_of(reference: str | Path) -> str:
 def with_settings(settings: str) -> str:
     """Return the text of a workload with the body of a class of settings."""
     return (
-        "from dataclasses import dataclass, field\nfrom mnist_ray.workload import Choice, Range, setting\n"
+        "from dataclasses import dataclass\nfrom mnist_ray.workload import Choice, Range, setting\n"
         f"{IMPORTS}{settings}\nclass Digits(Workload):\n    Settings = Settings{METHODS}"
     )
 
@@ -54,7 +54,7 @@ def test_a_file_gives_the_workload_that_it_holds(write: Write) -> None:
 
 
 @pytest.mark.parametrize("reference", ["problem.py:Digits", "~/problem.py:Digits"])
-def test_a_relative_path_and_a_tilde_are_kept_as_an_absolute_path(
+def test_a_relative_path_and_a_tilde_become_an_absolute_path(
     write: Write, monkeypatch: pytest.MonkeyPatch, reference: str
 ) -> None:
     file = write(DIGITS)
@@ -74,7 +74,7 @@ def test_a_relative_path_and_a_tilde_are_kept_as_an_absolute_path(
     ],
     ids=["named", "derived", "derived from", "beside an imported one", "with a second name"],
 )
-def test_the_workload_that_is_meant_is_taken(write: Write, text: str, name: str, expected: str) -> None:
+def test_the_right_class_of_a_file_is_loaded(write: Write, text: str, name: str, expected: str) -> None:
     assert load(f"{write(text)}{name}").__name__ == expected
 
 
@@ -82,34 +82,25 @@ def test_the_workload_that_is_meant_is_taken(write: Write, text: str, name: str,
     ("text", "name", "expected"),
     [
         (BOTH, "", " holds several workloads; add one's name: :Digits, :Letters"),
-        ("", "", " holds no workload: a class derived from mnist_ray.workload.Workload"),
         (IMPORTS + "class Digits: ...", "", " holds no workload: a class derived from mnist_ray.workload.Workload"),
-        ("", ":Numbers", ": it has no workload Numbers"),
         (BOTH, ":Numbers", ": it has no workload Numbers; it has Digits, Letters"),
         ("import math\nclass Digits(:\n", "", ": SyntaxError: invalid syntax (problem.py, line 2)"),
-        ("import math\nmath.sqrt(-1)\n", "", ": ValueError: math domain error (problem.py, line 2)"),
         ("def fail(): return 1 / 0\nfail()\n", "", ": ZeroDivisionError: division by zero (problem.py, line 1)"),
         ("import not_here\n", "", ": ModuleNotFoundError: No module named 'not_here' (problem.py, line 1)"),
         ("raise KeyError", "", ": KeyError: KeyError (problem.py, line 1)"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said_in_one_line(write: Write, text: str, name: str, expected: str) -> None:
+def test_an_error_in_a_file_is_reported_in_one_line(write: Write, text: str, name: str, expected: str) -> None:
     reference = f"{write(text)}{name}"
     assert message_of(reference) == f"--workload {reference}{expected}"
 
 
-def test_a_file_that_cannot_be_read_is_named(write: Write, tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named(write: Write, tmp_path: Path) -> None:
     (tmp_path / "folder.py").mkdir()
     (tmp_path / "latin.py").write_bytes("# é".encode("latin-1"))
     assert message_of(tmp_path / "nowhere.py:Digits").endswith("nowhere.py cannot be read: No such file or directory")
     assert message_of(tmp_path / "folder.py").endswith("folder.py cannot be read: Is a directory")
     assert "latin.py cannot be read: 'utf-8' codec" in message_of(tmp_path / "latin.py")
-
-
-def test_an_exception_in_a_sibling_is_named_with_the_siblings_line(write: Write) -> None:
-    write("\n\nundefined\n", "faulty_sibling.py")
-    message = message_of(write("import faulty_sibling\n" + DIGITS))
-    assert message.endswith("NameError: name 'undefined' is not defined (faulty_sibling.py, line 3)")
 
 
 def test_a_file_that_failed_or_changed_is_loaded_again_and_else_once(write: Write) -> None:
@@ -122,21 +113,26 @@ def test_a_file_that_failed_or_changed_is_loaded_again_and_else_once(write: Writ
     assert load(str(file)) is second
 
 
-def test_what_lies_beside_a_file_can_be_imported(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_imports_its_neighbours_and_their_exceptions_have_places(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write("NOUN = 'numeral'\n", "project/sibling_of_digits.py")
     file = write("from sibling_of_digits import NOUN\n" + DIGITS + "    noun = NOUN\n", "project/problem.py")
     monkeypatch.chdir(ROOT)
     assert load(str(file)).noun == "numeral"
+    write("\n\nundefined\n", "project/faulty_sibling.py")
+    message = message_of(write("import faulty_sibling\n" + DIGITS, "project/other_problem.py"))
+    assert message.endswith("NameError: name 'undefined' is not defined (faulty_sibling.py, line 3)")
 
 
 @pytest.mark.parametrize("name", ["my-digits.py", "a:b/problem.py", "v1.2.py"])
-def test_dashes_dots_and_colons_in_a_path_are_no_hindrance(write: Write, name: str) -> None:
+def test_a_path_may_have_dashes_dots_and_colons(write: Write, name: str) -> None:
     file = write(DIGITS, name)
     assert load(str(file)).__name__ == load(f"{file}:Digits").__name__ == "Digits"
 
 
 @pytest.mark.parametrize("name", ["json", "wave"], ids=["imported", "to be imported later"])
-def test_a_file_that_is_named_like_another_module_is_refused(
+def test_a_file_with_the_name_of_another_module_is_refused(
     write: Write, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.delitem(sys.modules, "wave", raising=False)
@@ -146,9 +142,7 @@ def test_a_file_that_is_named_like_another_module_is_refused(
 
 
 @pytest.mark.parametrize("reference", ["problem.py", "../project/problem.py", "../link/problem.py"])
-def test_a_file_that_python_would_find_by_itself_is_no_other(
-    write: Write, monkeypatch: pytest.MonkeyPatch, reference: str
-) -> None:
+def test_a_file_on_pythons_own_path_is_loaded(write: Write, monkeypatch: pytest.MonkeyPatch, reference: str) -> None:
     folder = write(DIGITS, "project/problem.py").parent
     (folder.parent / "link").symlink_to(folder)
     monkeypatch.syspath_prepend(folder)
@@ -161,7 +155,7 @@ def test_a_file_that_python_would_find_by_itself_is_no_other(
 
 @pytest.fixture
 def bakery(write: Write, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Write into a package of the folder that Python works in."""
+    """Write into a package in the current folder."""
     monkeypatch.chdir(write("", "bakery/__init__.py").parents[1])
     return write
 
@@ -175,14 +169,14 @@ def test_a_module_gives_its_workload(bakery: Write) -> None:
     assert workload_class.source == Source("bakery.cakes", str(file), text)
 
 
-def test_a_package_gives_the_workload_that_it_takes_from_its_modules(bakery: Write) -> None:
+def test_a_package_gives_the_workload_that_it_imports_from_its_modules(bakery: Write) -> None:
     file = bakery(DIGITS, "bakery/cakes.py")
     bakery("from bakery.cakes import Digits\n", "bakery/__init__.py")
     assert load("bakery").source == Source("bakery", str(file), DIGITS)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere.cakes", "bakery.nowhere"])
-def test_a_module_that_is_not_there_is_named(bakery: Write, name: str) -> None:
+def test_a_missing_module_is_named(bakery: Write, name: str) -> None:
     assert message_of(name) == f"--workload {name}: there is no such module; a file ends in .py"
 
 
@@ -191,7 +185,6 @@ def test_a_module_that_is_not_there_is_named(bakery: Write, name: str) -> None:
     [
         ("\nimport not_here\n", "ModuleNotFoundError: No module named 'not_here' (cakes.py, line 2)"),
         ("import bake\n", "ModuleNotFoundError: No module named 'bake' (cakes.py, line 1)"),
-        ("\n\n1 / 0\n", "ZeroDivisionError: division by zero (cakes.py, line 3)"),
         ("class Digits(:\n", "SyntaxError: invalid syntax (cakes.py, line 1)"),
     ],
 )
@@ -208,7 +201,7 @@ def test_the_default_is_the_workload_that_ships() -> None:
 
 
 @pytest.mark.parametrize("method", ["load_data", "create_model", "loss"])
-def test_a_method_that_is_missing_is_named(write: Write, method: str) -> None:
+def test_a_missing_method_is_named(write: Write, method: str) -> None:
     file = write(DIGITS.replace(f"    def {method}(", "    def _its_own("))
     assert message_of(file) == f"workload Digits has no method {method}"
 
@@ -223,26 +216,22 @@ def test_a_method_that_is_missing_is_named(write: Write, method: str) -> None:
         ("search = {'lerning_rate': None}", "search has unknown settings: lerning_rate; did you mean learning_rate?"),
         (
             "def create_optimiser(self, model, config): ...",
-            "create_optimiser is nothing that a workload has: it has create_optimizer; give it another name",
+            "create_optimiser: a workload has create_optimizer; if you mean another, change its name",
         ),
-        ("recipe = {}", "recipe is nothing that a workload has: it has recipes; give it another name"),
+        ("recipe = {}", "recipe: a workload has recipes; if you mean another, change its name"),
     ],
 )
-def test_names_that_nothing_knows_are_refused(write: Write, line: str, expected: str) -> None:
+def test_unknown_names_are_refused_with_the_likely_ones(write: Write, line: str, expected: str) -> None:
     assert message_of(write(f"{DIGITS}    {line}\n")) == f"Digits.{expected}"
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ("class Settings:\n    width: int = 3", "Settings is to be a dataclass: put @dataclass(frozen=True) above it"),
+        ("class Settings:\n    width: int = 3", "Settings must be a dataclass: put @dataclass(frozen=True) above it"),
         (
             "@dataclass(frozen=True)\nclass Settings:\n    width: int",
-            "Settings: width needs a default, as setting(DEFAULT, HELP) gives one",
-        ),
-        (
-            "@dataclass(frozen=True)\nclass Settings:\n    widths: list = field(default_factory=list)",
-            "Settings: widths needs a default, as setting(DEFAULT, HELP) gives one",
+            "Settings: width needs a default: use setting(DEFAULT, HELP)",
         ),
         *(
             (
@@ -272,7 +261,7 @@ print(workload.source.sha256)
 
 
 def travelling(file: Path) -> Workload:
-    """Return a workload with settings and metadata of its own."""
+    """Return a workload with settings and metadata."""
     workload_class = load(str(file))
     return workload_class(build(workload_class.Settings, {"width": 7, "folder": "/data"}), {"class_names": ["a"]})
 
@@ -288,11 +277,10 @@ def test_a_pickled_workload_runs_its_old_text_in_another_process(write: Write, t
     assert done.stdout.splitlines() == expected, done.stderr
 
 
-def test_a_pickled_workload_is_of_the_same_class_in_the_same_process(write: Write) -> None:
+def test_a_pickled_workload_has_the_same_class_in_the_same_process(write: Write) -> None:
     workload = travelling(write(TRAVELLER))
     again = pickle.loads(pickle.dumps(workload))
-    assert type(again) is type(workload)
-    assert (again.settings, again.metadata, again.identity) == (workload.settings, workload.metadata, workload.identity)
+    assert (type(again), again.identity) == (type(workload), workload.identity)
 
 
 def test_a_workload_is_created_from_its_source_and_values_though_its_file_is_gone(
@@ -300,7 +288,7 @@ def test_a_workload_is_created_from_its_source_and_values_though_its_file_is_gon
 ) -> None:
     monkeypatch.syspath_prepend(write(TRAVELLER, "folder_of_the_job/problem.py").parent)
     metadata = {"class_names": ["a", "b"]}
-    gone = Source("/gone/problem.py", "/gone/problem.py", TRAVELLER)
+    gone = Source("/gone/gone.py", "/gone/gone.py", TRAVELLER)
     workload = create(gone, {"width": 9, "batch_size": 3}, metadata)
     assert (workload.settings.width, workload.metadata) == (9, metadata)
     workload.metadata["more"] = 1

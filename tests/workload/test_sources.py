@@ -99,7 +99,7 @@ def test_targets_of_a_table_are_its_numbers_also_if_they_are_whole(factor: float
     [
         ({"x": [1]}, "the table has no column y; it has x"),
         ({"x": ["red"], "y": [2]}, r"column x is not numbers; .* pandas.get_dummies\(table, columns=\['x'\]\)"),
-        ({"x": [None, 1.0], "y": [2, 1]}, r"column x has gaps; fill them, as table\['x'\].fillna\(0\)"),
+        ({"x": [None, 1.0], "y": [2, 1]}, r"column x has gaps; fill them by table\['x'\].fillna\(0\)"),
         ({"x": [1.0], "y": ["red"]}, "column y is not numbers; .* read it with as_classes=True"),
         ({"x": [1, 1], "y": [2, float("inf")]}, "column y has gaps"),
     ],
@@ -112,7 +112,7 @@ def test_what_is_no_table_of_numbers_is_refused_with_what_to_write(columns: dict
 @pytest.mark.parametrize(("name", "shown"), [("b", "b"), (None, "None")])
 def test_a_class_of_the_test_alone_and_a_gap_are_refused(name: Any, shown: str) -> None:
     frames = [pandas.DataFrame({"x": [1], "y": [each]}) for each in ("a", name)]
-    with pytest.raises(UsageError, match=f"column y has gaps, or a class that only the test has: {shown}"):
+    with pytest.raises(UsageError, match=f"column y has gaps, or a class that only the test set has: {shown}"):
         sources.table(*frames, target="y", as_classes=True)
 
 

@@ -52,7 +52,7 @@ def ten(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 
 
 def inputs_of(split: Split) -> list[int]:
-    """Return the inputs of a split's examples, each of which is looked at as a whole."""
+    """Return the inputs of a split's examples; check the targets."""
     examples = [split[index] for index in range(len(split))]
     assert all(target == number**2 for number, target in examples)
     return [int(number) for number, _ in examples]
@@ -82,25 +82,17 @@ def test_examples_between_two_places_are_a_split(
     assert inputs_of(Split(ten).take(np.array([7, 2, 5])).between(start, stop)) == of_some
 
 
-def test_only_arrays_in_memory_are_handed_to_other_processes(tmp_path: Path) -> None:
+def test_arrays_in_memory_are_shared_and_copied_by_take_and_all_else_stays_where_it_is(tmp_path: Path) -> None:
     in_memory, in_files = arrays(10), mapped(tmp_path, 10)
     half_mapped = Arrays(in_files.inputs, in_memory.targets)
     splits = [Split(some) for some in (in_memory, in_files, half_mapped, Squares(10))]
     assert [split.is_in_memory for split in splits] == [True, False, False, False]
     assert [split.arrays is not None for split in splits] == [True, False, False, False]
-
-
-def test_examples_taken_of_mapped_arrays_are_not_read_into_memory(tmp_path: Path) -> None:
-    part = Split(mapped(tmp_path, 10)).take(np.array([3, 1]))
+    part = splits[1].take(np.array([3, 1]))
     assert not part.is_in_memory
     assert isinstance(part.examples.inputs, np.memmap)
-
-
-def test_examples_taken_of_arrays_are_a_copy_and_those_between_two_places_a_view() -> None:
-    whole = arrays(10)
-    taken, between = Split(whole).take(np.array([0, 1])), Split(whole).between(0, 2)
-    assert not np.shares_memory(taken.examples.inputs, whole.inputs)
-    assert np.shares_memory(between.examples.inputs, whole.inputs)
+    assert not np.shares_memory(splits[0].take(np.array([0, 1])).examples.inputs, in_memory.inputs)
+    assert np.shares_memory(splits[0].between(0, 2).examples.inputs, in_memory.inputs)
 
 
 def test_a_data_set_is_not_read_to_be_split() -> None:
@@ -109,11 +101,11 @@ def test_a_data_set_is_not_read_to_be_split() -> None:
     assert (len(splits.train), len(splits.validation), dataset.num_read) == (900, 100, 0)
 
 
-# --- what is held out
+# --- hold-out
 
 
 @pytest.mark.parametrize(("size", "expected"), [(None, 1), (0, 0), (3, 3), (9, 9)])
-def test_as_many_are_held_out_as_asked_for_and_the_same_of_all_kinds_of_data(
+def test_the_hold_out_has_the_asked_size_and_is_the_same_for_all_kinds_of_data(
     ten: Any, size: int | None, expected: int
 ) -> None:
     splits = splits_of(Data(ten, Squares(4, 100), name="squares"), size)
@@ -125,7 +117,7 @@ def test_as_many_are_held_out_as_asked_for_and_the_same_of_all_kinds_of_data(
     assert validation == inputs_of(splits_of(Data(arrays(10), arrays(4)), size).validation)
 
 
-def test_held_out_examples_are_from_all_over_the_data_and_more_are_held_out_besides() -> None:
+def test_held_out_examples_are_spread_and_a_larger_hold_out_contains_a_smaller() -> None:
     data = Data(arrays(1000), arrays(4))
     few, more = (np.array(inputs_of(splits_of(data, number).validation)) for number in (100, 200))
     assert np.histogram(few, 4, (0, 1000))[0].min() >= 10
@@ -137,17 +129,16 @@ def test_a_tenth_is_held_out_by_default_and_never_more_than_5000(num_train: int,
     assert len(splits_of(Data(Squares(num_train), Squares(4)), None).validation) == expected
 
 
-@pytest.mark.parametrize("size", [1200, 9999])
-def test_something_must_be_left_to_train_on(size: int) -> None:
+def test_a_hold_out_that_leaves_nothing_to_train_on_is_refused() -> None:
     with pytest.raises(UsageError) as raised:
-        splits_of(Data(Squares(1200), Squares(4)), size)
+        splits_of(Data(Squares(1200), Squares(4)), 1200)
     assert str(raised.value) == (
-        f"--validation-size {size:,} leaves nothing to train on: the data has 1,200 training examples"
+        "--validation-size 1,200 leaves nothing to train on: the data has 1,200 training examples"
     )
 
 
 @pytest.mark.parametrize(("size", "train", "validation"), [(None, 10, 3), (0, 10, 0), (2, 8, 2)])
-def test_a_validation_set_of_the_datas_own_is_taken_where_no_size_is_given(
+def test_the_datas_own_validation_set_is_used_unless_a_size_is_given(
     size: int | None, train: int, validation: int
 ) -> None:
     splits = splits_of(Data(arrays(10), arrays(4), arrays(3, 50)), size)
@@ -169,7 +160,7 @@ class Shared(Workload):
     ids=["by-default", "held-out", "own", "held-out-instead-of-own"],
 )
 @pytest.mark.parametrize("kind", ["mapped", "dataset"])
-def test_another_process_opens_the_splits_as_they_are_here(
+def test_another_process_opens_the_same_splits(
     tmp_path: Path, kind: str, validation: Squares | None, size: int | None
 ) -> None:
     data = Data(mapped(tmp_path, 20) if kind == "mapped" else Squares(20), Squares(4, 100), validation)
@@ -179,7 +170,7 @@ def test_another_process_opens_the_splits_as_they_are_here(
         assert inputs_of(share(problem, split).open()) == inputs_of(split)
 
 
-# --- less of the data
+# --- subsets
 
 
 def numbers(num_train: int = 1000, num_validation: int = 100) -> Splits:
@@ -237,7 +228,7 @@ def test_equal_arrays_have_equal_digests_and_every_number_and_their_order_count(
     assert whole not in (digest_of(arrays(10), slice(0)), digest_of(arrays(10), np.arange(10)[::-1]))
 
 
-def test_files_are_told_from_others_by_names_sizes_and_times(tmp_path: Path) -> None:
+def test_the_digest_of_files_depends_on_names_sizes_and_times(tmp_path: Path) -> None:
     files = [tmp_path / "cats" / "1.jpg", tmp_path / "dogs" / "1.jpg"]
 
     def written(content: str = "one", time: int = 100) -> list[Path]:
@@ -258,7 +249,7 @@ def test_files_are_told_from_others_by_names_sizes_and_times(tmp_path: Path) -> 
     assert digest_of_files(moved / folder / "1.jpg" for folder in ("cats", "dogs")) == digest
 
 
-def test_data_are_told_from_others_by_the_files_that_they_name(tmp_path: Path) -> None:
+def test_the_digest_of_data_depends_on_the_files_that_they_name(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_text("one")
     folder = Squares(10)
     folder.samples = [(str(tmp_path / "a.bin"), 0)]  # type: ignore[attr-defined]
