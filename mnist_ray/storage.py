@@ -173,12 +173,6 @@ class RunFolder:
         with _in_one_line(f"cannot write {self.uri}/{file_name}"):
             with_retries(lambda: self._write(posixpath.join(self.path, file_name), content))
 
-    def append_text(self, file_name: str, text: str) -> None:
-        """Append to a text file, without retries: a failure may leave part of the text. Raises JobError."""
-        path = posixpath.join(self.path, file_name)
-        with _in_one_line(f"cannot write {self.uri}/{file_name}"), self.filesystem.open_append_stream(path) as stream:
-            stream.write(text.encode())
-
     def _write(self, target: str, content: bytes) -> None:
         try:
             self.filesystem.create_dir(posixpath.dirname(target))

@@ -19,17 +19,12 @@ from mnist_ray.workload.base import Workload
 METRICS_FILE, STEPS_FILE, PREDICTIONS_FILE = "metrics.csv", "steps.csv", "predictions.csv"
 
 
-def read_csv(
-    run: RunFolder, file_name: str, columns: Iterable[str] = (), *, is_appended: bool = False
-) -> list[dict[str, str]]:
-    """Return the rows of a file; none if there is no file. Raises DamagedFileError, also if it lacks a column.
-
-    ``is_appended``: skip an incomplete last line, which a kill may have left, or another process is writing.
-    """
+def read_csv(run: RunFolder, file_name: str, columns: Iterable[str] = ()) -> list[dict[str, str]]:
+    """Return the rows of a file; none if there is no file. Raises DamagedFileError, also if it lacks a column."""
     text = run.read_text(file_name)
     if text is None:
         return []
-    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1] if is_appended else text), strict=True)
+    reader = csv.DictReader(io.StringIO(text), strict=True)
     try:
         rows = list(reader)
     except csv.Error as error:
@@ -43,17 +38,12 @@ def read_csv(
     return rows
 
 
-def read_steps(run: RunFolder) -> list[dict[str, str]]:
-    """Return the rows of steps.csv. Raises DamagedFileError."""
-    return read_figures(run, STEPS_FILE, "step", "epoch", is_appended=True)
-
-
-def read_figures(run: RunFolder, file_name: str, *positions: str, is_appended: bool = False) -> list[dict[str, str]]:
+def read_values(run: RunFolder, file_name: str, *positions: str) -> list[dict[str, str]]:
     """Return the rows of a file of numbers, some of which may be missing. Raises DamagedFileError.
 
     ``positions`` are its columns with a position in the training; the first holds whole numbers.
     """
-    rows = read_csv(run, file_name, positions, is_appended=is_appended)
+    rows = read_csv(run, file_name, positions)
     try:
         for row in numbers_of(rows):
             if not (row[positions[0]].is_integer() and all(0 < row[position] < math.inf for position in positions)):
@@ -108,8 +98,8 @@ class RunRecord:
             workload=workload,
             config=settings_of(run),
             origin=run.read_json(ORIGIN_FILE, warn) or {},
-            epochs=numbers_of(unless_damaged(lambda: read_figures(run, METRICS_FILE, "epoch"), warn) or []),
-            steps=numbers_of(unless_damaged(lambda: read_steps(run), warn) or []),
+            epochs=numbers_of(unless_damaged(lambda: read_values(run, METRICS_FILE, "epoch"), warn) or []),
+            steps=numbers_of(unless_damaged(lambda: read_values(run, STEPS_FILE, "step", "epoch"), warn) or []),
             result=result,
             predictions=unless_damaged(lambda: _checked_predictions(run, workload, result), warn) or [],
             notes=notes,

