@@ -21,7 +21,7 @@ submit: .venv/installed  ## run a job on a cluster: make submit ADDRESS=http://H
 	RAY_AUTH_MODE=$(AUTH) $(BIN)/ray job submit --address $(ADDRESS) --working-dir . $(SUBMIT_ARGS) -- python jobs/$(JOB).py $(ARGS)
 
 test: .venv/installed-dev  ## run the tests
-	$(BIN)/python -m pytest --durations=25 $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=25 $(ARGS)
 
 test-long: .venv/installed-dev  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m long $(ARGS)

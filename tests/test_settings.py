@@ -182,7 +182,10 @@ def test_an_empty_path_is_refused_as_a_flag() -> None:
         (["--learning_rate", "0.1"], "unrecognized arguments: --learning_rate 0.1; did you mean --learning-rate?"),
         (["--quiet", "--workers=2"], "unrecognized arguments: --workers=2; did you mean --num-workers?"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
-        (["--mlfow=http://user:pw@host", "\x1b\n"], r"unrecognized arguments: --mlfow=http://***@host \x1b\n; did you"),
+        (
+            ["--storage-pth=http://user:pw@host", "\x1b\n"],
+            r"unrecognized arguments: --storage-pth=http://***@host \x1b\n; did you",
+        ),
     ],
 )
 def test_unknown_flags_are_one_line_with_a_suggestion_and_without_secrets(

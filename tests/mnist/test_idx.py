@@ -70,9 +70,13 @@ IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
         (IMAGES, idx_bytes(tiny(4).inputs), "has 4 train images but 3 labels"),
         (LABELS, idx_bytes(np.array([0, 1, 10], np.uint8)), "has label 10; the classes are 0 to 9"),
         (LABELS, b"\x80\x04K\x01.", "is not the IDX file expected"),
-        (f"{LABELS}.gz", gzip.compress(idx_bytes(tiny().targets))[:-9], "is a damaged gzip file"),
+        (f"{LABELS}.gz", gzip.compress(idx_bytes(tiny().targets), mtime=0)[:-9], "is a damaged gzip file"),
         (f"{LABELS}.gz", b"no gzip at all", "is a damaged gzip file"),
-        (f"{LABELS}.gz", gzip.compress(idx_bytes(tiny().targets))[:10] + b"\xff" * 30, "is a damaged gzip file"),
+        (
+            f"{LABELS}.gz",
+            gzip.compress(idx_bytes(tiny().targets), mtime=0)[:10] + b"\xff" * 30,
+            "is a damaged gzip file",
+        ),
     ],
 )
 def test_a_bad_file_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -63,7 +63,7 @@ def test_a_written_config_is_accepted_back(read: Any, tmp_path: Path, monkeypatc
 
 
 def test_a_config_file_names_its_workload_and_a_flag_another(read: Any, tmp_path: Path) -> None:
-    code, file = tmp_path / "code" / "other_problem.py", tmp_path / "config" / "config.json"
+    code, file = tmp_path / "code" / "problem_elsewhere.py", tmp_path / "config" / "config.json"
     for path in (code, file):
         path.parent.mkdir()
     code.write_text("from mnist_ray.mnist.problem import MNIST\nclass Other(MNIST): pass\n")

@@ -9,6 +9,8 @@ from tests.training.ranks import WORLD_SIZES
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[ProcessPoolExecutor]:
-    """The processes of all tests that train on several ranks."""
-    with ProcessPoolExecutor(max(WORLD_SIZES), mp_context=multiprocessing.get_context("spawn")) as pool:
+    """The processes of all tests that train on several ranks, forked from one that has imported torch."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mnist_ray.training.engine"])
+    with ProcessPoolExecutor(max(WORLD_SIZES), mp_context=context) as pool:
         yield pool
