@@ -121,17 +121,23 @@ def read_job(
     if asked.get("callback") is not None and (place := _layer_of("callback", layers)) in files:
         user_code.check_trusted(asked["callback"], Callback, place, untrusted)
 
+    job = _job_of(kind, workload_class, run, asked, frozenset(flags), is_call=given is not None)
+    if not saved:
+        check_free(run, resume=False)
+        return job
+    _check_unchanged(run, kept, saved, asked)
+    origin, notes = _left_by(run, kind, workload_class)
+    return dataclasses.replace(job, origin=origin, notes=notes)
+
+
+def _job_of(
+    kind: str, workload_class: type[Workload], run: RunFolder, asked: Given, given: frozenset[str], *, is_call: bool
+) -> Job:
+    """Return the job that some settings describe. Raises UsageError."""
     train, workers = settings.build(TrainConfig, asked), settings.build(WorkerConfig, asked)
     output = settings.build(OutputConfig, asked)
     _check_output(output)
     _check_reproducible(train, workers)
-    origin: Given = {}
-    notes: list[str] = []
-    if saved:
-        _check_unchanged(run, kept, saved, asked)
-        origin = _left_by(run, kind, workload_class, notes)
-    else:
-        check_free(run, resume=False)
     code = {"workload": workload_class.source}
     if train.callback is not None:
         code["callback"] = user_code.find(train.callback, Callback).source
@@ -146,12 +152,10 @@ def read_job(
         workers=workers,
         output=output,
         run=run,
-        resume_with=resume_command(kind, run, more, is_call=given is not None),
+        resume_with=resume_command(kind, run, more, is_call=is_call),
         callback=code.get("callback"),
         asked=asked,
-        given=frozenset(flags),
-        origin=origin,
-        notes=tuple(notes),
+        given=given,
     )
 
 
@@ -190,8 +194,9 @@ def check_free(run: RunFolder, *, resume: bool) -> None:
         raise UsageError(f"run {run.uri} exists already; add --resume to continue it, or give another --run-name")
 
 
-def _left_by(run: RunFolder, kind: str, workload_class: type[Workload], notes: list[str]) -> Given:
-    """Return a resumed run's origin, and add to ``notes`` what the user should know."""
+def _left_by(run: RunFolder, kind: str, workload_class: type[Workload]) -> tuple[Given, tuple[str, ...]]:
+    """Return a resumed run's origin, and notes for the user."""
+    notes: list[str] = []
     origin = run.read_json(ORIGIN_FILE, notes.append) or {}
     run.read_json(RESULT_FILE, notes.append)
     if not (run.exists(TRIALS_FILE) if kind == "tune" else run.checkpoint_names()):
@@ -199,7 +204,7 @@ def _left_by(run: RunFolder, kind: str, workload_class: type[Workload], notes: l
         notes.append(f"run {run.name} has no {missing} yet; starting from the beginning")
     if origin.get("workload_sha256") not in (None, workload_class.source.sha256):
         notes.append(f"the workload has changed since the run was started: {workload_class.source.reference}")
-    return origin
+    return origin, tuple(notes)
 
 
 def _check_files(files: Mapping[str, Given], classes: Sequence[type]) -> None:
