@@ -218,7 +218,7 @@ def print_table(outcomes: Sequence[Outcome]) -> None:
         repeated = sorted(o.steps_repeated for o in of_kind)
         steps = f"{repeated[len(repeated) // 2]}, {repeated[-1]} of {2 * STEPS_PER_EPOCH}"
         if kind == "driver killed":  # the resumed job does not know how far the killed one was
-            steps = "not told"
+            steps = "unknown"
         lowest = min(o.accuracy for o in of_kind)
         print(f"| {where} | {kind} | {len(of_kind)} | {finished} | {same} | {steps} | {lowest:.2%} |")
 

@@ -125,7 +125,7 @@ def program() -> None:
     """Run the command that the first argument names: ``mnist-ray train`` and so on."""
     parser = Parser("Train, tune and evaluate PyTorch models on Ray. Each command has --help.")
     parser.add_argument("command", choices=COMMANDS)
-    name = parser.parse_args(sys.argv[1:2]).command
+    name = parser.parse_args(sys.argv[1:2] or ["--help"]).command
     sys.argv[:2] = [f"{PROGRAM} {name}"]
     run(COMMANDS[name])
 
