@@ -9,15 +9,15 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 _TURN, _SHEAR = math.radians(15), 0.3
-_LOG_SCALE = 0.2  # of each axis
-_SHIFT = 0.15  # of half the image's width
-_BLURRED, _THICKENED = 1 / 4, 1 / 6  # of the batches
+_LOG_SCALE = 0.2  # natural logarithm of the largest scale of an axis
+_SHIFT = 0.15  # as a fraction of half the image's width
+_BLURRED, _THICKENED = 1 / 4, 1 / 6  # fractions of the batches
 
 
 class CNN(nn.Module):
     """Three convolutions with ReLU and 2×2 max-pooling, then two dense layers; 49,770 parameters for ten classes.
 
-    Pooling comes before ReLU: max and ReLU commute, so the function is the same, and ReLU has a quarter of the work.
+    Pooling comes before ReLU. Max and ReLU commute, so the result does not change, but ReLU has a quarter of the work.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -38,7 +38,7 @@ class CNN(nn.Module):
 
 
 def augmented(images: Tensor, generator: Generator) -> Tensor:
-    """Return images (N, 1, H, W) in [0, 1], each turned, scaled, sheared and moved; some batches blurred or thicker."""
+    """Turn, scale, shear and move each image, (N, 1, H, W) in [0, 1]; blur or thicken all images of some batches."""
     if len(images) == 0:  # affine_grid refuses an empty batch
         return images
 
@@ -50,7 +50,7 @@ def augmented(images: Tensor, generator: Generator) -> Tensor:
     wide, high = within(_LOG_SCALE).exp(), within(_LOG_SCALE).exp()
     right, down = within(_SHIFT), within(_SHIFT)
     cos, sin = turn.cos(), turn.sin()
-    # affine_grid takes the inverse of the change: where each pixel comes from.
+    # affine_grid takes the inverse map, from each new pixel to where it comes from.
     rows = [torch.stack([cos / wide, (shear - sin) / wide, right], 1), torch.stack([sin / high, cos / high, down], 1)]
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, align_corners=False)

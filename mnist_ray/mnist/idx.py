@@ -1,4 +1,4 @@
-"""MNIST's files, in the IDX format; and data sets of the same format, which torchvision downloads."""
+"""Reads MNIST's files, which have the IDX format; downloads similar data sets with torchvision."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CACHE = Path("~/.cache/mnist_ray")
 
 
 def load(split: str, data_dir: Path | None = None) -> Arrays:
-    """Read ``"train"`` or ``"test"`` of a folder with MNIST's four files; None: of those that ship with the package.
+    """Read ``"train"`` or ``"test"`` from a folder with MNIST's four files; None: from the files in the package.
 
     Raises UsageError if files are missing, JobError if they are damaged.
     """
@@ -68,18 +68,18 @@ def _checked_folder(folder: Path) -> Path:
 
 
 def _read(path: Path, num_dims: int) -> np.ndarray:
-    """Read a file, gzipped or not: 0, 0, type (8: uint8), number of dimensions, big-endian sizes, values.
+    """Read a file, gzipped or not. It holds 0, 0, type (8: uint8), number of dimensions, big-endian sizes, values.
 
     The format: http://yann.lecun.com/exdb/mnist/
     """
     content, header_size, magic = _content_of(path), 4 + 4 * num_dims, bytes((0, 0, 8, num_dims))
     if content[:4] != magic or len(content) < header_size:
-        found = f"it starts with {content[:4].hex(' ')}, not {magic.hex(' ')}, or ends in its header"
+        found = f"it starts with {content[:4].hex(' ')}, not {magic.hex(' ')}, or ends within its header"
         raise JobError(f"{path} is not the IDX file expected: {found}")
     shape = np.frombuffer(content, ">u4", num_dims, offset=4).tolist()
     expected_size = header_size + math.prod(shape)
     if len(content) != expected_size:
-        raise JobError(f"{path} should have {expected_size:,} bytes by its header, but has {len(content):,}")
+        raise JobError(f"{path} should have {expected_size:,} bytes according to its header, but has {len(content):,}")
     return np.frombuffer(content, np.uint8, offset=header_size).reshape(shape)
 
 

@@ -1,7 +1,7 @@
-"""From a picture of one digit, on paper or on a screen, to 28×28 pixels like MNIST's own images.
+"""Turns a picture of one digit, on paper or on a screen, into 28×28 pixels like those of MNIST's images.
 
-MNIST's digits were scaled into 20×20 pixels, their aspect ratio kept, then placed in 28×28 with their centre of mass
-in the middle (http://yann.lecun.com/exdb/mnist/). All constants were found by trying: benchmarks/handwriting.py.
+MNIST's digits were scaled to fit into 20×20 pixels, keeping the aspect ratio, then placed in 28×28 with their centre
+of mass in the middle (http://yann.lecun.com/exdb/mnist/). Experiments chose all constants: benchmarks/handwriting.py.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from scipy import ndimage
 from mnist_ray.errors import UsageError
 from mnist_ray.mnist.idx import IMAGE_SHAPE
 
-_WORKING_SIZE = 256  # pixels of the picture's longer side while the digit is looked for
+_WORKING_SIZE = 256  # pixels of the picture's longer side during the search for the digit
 _LEAST_CONTRAST = 20.0  # grey levels between ink and paper
 _LEAST_PIXELS = 40  # of a digit, at the working size
 _WIDEST_STROKE = 0.3  # of the picture's longer side
-_FAINT_INK = 0.4  # of Otsu's threshold: faint strokes are ink, too
-_FULL_INK = 25  # percentile of a digit's ink above which it is white, like most of a stroke in MNIST
-_MUCH_INK, _LEAST_PART = 0.2, 0.04  # of the largest piece's ink: a digit has more; a speck has less
+_FAINT_INK = 0.4  # times Otsu's threshold, so that faint strokes are ink, too
+_FULL_INK = 25  # percentile of a digit's ink; stronger ink becomes white, like most of a stroke in MNIST
+_MUCH_INK, _LEAST_PART = 0.2, 0.04  # of the largest piece's ink: enough inside the picture; a smaller piece is a speck
 _LARGEST_GAP = 15  # pixels between pieces of a digit, at the working size
-_DIGIT_SIZE = 20  # pixels of 28 that MNIST's digits fill
+_DIGIT_SIZE = 20  # pixels of a digit's longer side in MNIST's 28×28
 _LEAST_STROKE = 2.5  # pixels, at that size
 
 
 def to_mnist(image: Image.Image) -> np.ndarray:
-    """Return the largest digit of a picture, bright on black, (28, 28) uint8. Raises UsageError if there is none."""
+    """Return the largest digit in a picture, bright on black, (28, 28) uint8. Raises UsageError without a digit."""
     factor = _WORKING_SIZE / max(image.size)
     ink = _ink(_to_grey(image, (max(1, round(image.width * factor)), max(1, round(image.height * factor)))))
     threshold = _FAINT_INK * _otsu(ink)
@@ -37,12 +37,12 @@ def to_mnist(image: Image.Image) -> np.ndarray:
 
 
 def as_it_is(image: Image.Image) -> np.ndarray:
-    """Return a picture of anything as grey (28, 28) uint8, and do nothing else to it."""
+    """Return any picture in grey, scaled to (28, 28) uint8 and otherwise unchanged."""
     return np.uint8(np.round(np.clip(_to_grey(image, IMAGE_SHAPE), 0, 255)))
 
 
 def _to_grey(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """Return a picture, scaled to (width, height), as (H, W) in 0 to 255. Transparent pixels become paper."""
+    """Return a picture in grey, scaled to (width, height), as (H, W) from 0 to 255. Transparent pixels become paper."""
     if not image.has_transparency_data:
         return np.asarray(image.convert("L").resize(size, Image.Resampling.LANCZOS), np.float32)
     layers = image.convert("RGBA").convert("LA").resize(size, Image.Resampling.LANCZOS).split()
@@ -54,9 +54,9 @@ def _to_grey(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
 
 
 def _ink(grey: np.ndarray) -> np.ndarray:
-    """Return the difference of each pixel from the paper around it, in 0 to 1. Raises UsageError if nothing differs.
+    """Return how much each pixel differs from the paper around it, from 0 to 1. Raises UsageError if none differs.
 
-    A closing wider than a stroke leaves only the paper, with the edges of shadows.
+    A grey closing that is wider than a stroke removes the ink, and keeps the paper with the edges of shadows.
     """
     smooth = ndimage.gaussian_filter(grey, 0.7)
     if _is_bright_on_dark(smooth):
@@ -70,9 +70,9 @@ def _ink(grey: np.ndarray) -> np.ndarray:
 
 
 def _is_bright_on_dark(grey: np.ndarray) -> bool:
-    """Tell whether the ink is brighter than the paper, by the picture's edge: most of it is paper.
+    """Tell from the picture's edge, which is mostly paper, whether the ink is brighter than the paper.
 
-    If a shadow divides the edge, the rare extreme is ink, once slow changes of the light are subtracted.
+    If a shadow divides the edge, subtract slow changes of the light: then the rarer extreme is ink.
     """
     bright = float((_edge(grey) > _otsu(grey)).mean())
     if not 0.3 < bright < 0.7:
@@ -81,7 +81,7 @@ def _is_bright_on_dark(grey: np.ndarray) -> bool:
 
 
 def _otsu(values: np.ndarray) -> float:
-    """Return the threshold that parts values best into two groups (https://doi.org/10.1109/TSMC.1979.4310076)."""
+    """Return the threshold that best divides values into two groups (https://doi.org/10.1109/TSMC.1979.4310076)."""
     counts, edges = np.histogram(values, bins=64)
     centres = (edges[:-1] + edges[1:]) / 2
     below, sums = np.cumsum(counts)[:-1], np.cumsum(counts * centres)[:-1]
@@ -95,9 +95,9 @@ def _edge(values: np.ndarray) -> np.ndarray:
 
 
 def _largest_digit(ink: np.ndarray, threshold: float) -> np.ndarray:
-    """Return the mask of the largest digit. Pieces close together, like a 5 and its bar, are joined.
+    """Return the mask of the largest digit. Pieces that are close together, like a 5 and its bar, are joined.
 
-    Pieces that touch the picture's edge are shadows, a finger or the table, if there is enough ink elsewhere.
+    Pieces that touch the picture's edge count as shadows, a finger or the table, if there is enough ink elsewhere.
     """
     labels, number = ndimage.label(ink > threshold, np.ones((3, 3)))
     amounts = np.asarray(ndimage.sum_labels(ink, labels, range(1, number + 1)))
@@ -114,7 +114,7 @@ def _scaled(ink: np.ndarray) -> np.ndarray:
     """Crop a digit and scale it into 20×20, keeping its aspect ratio; thin strokes are first made wider."""
     mask = ink > 0.5
     factor = _DIGIT_SIZE / max(mask[_box(mask)].shape)
-    # Across a stroke the distance to its edge goes from 0 to half its width: the mean is a quarter of the width.
+    # Across a stroke, the distance to the edge goes from 0 to half the width: its mean is a quarter of the width.
     stroke = 4 * float(ndimage.distance_transform_edt(mask)[mask].mean()) * factor
     if stroke < _LEAST_STROKE:
         radius = max(1, round((_LEAST_STROKE - stroke) / factor / 2))
@@ -131,9 +131,9 @@ def _box(mask: np.ndarray) -> tuple[slice, slice]:
 
 
 def _centred(digit: np.ndarray) -> np.ndarray:
-    """Place a digit in 28×28, its centre of mass in the middle."""
+    """Place a digit in 28×28 with its centre of mass in the middle."""
     canvas = np.zeros(IMAGE_SHAPE, np.float32)
     canvas[: digit.shape[0], : digit.shape[1]] = digit
-    middle = np.array(IMAGE_SHAPE) / 2  # where MNIST's images have it, as a mean over them shows: 14.0, not 13.5
+    middle = np.array(IMAGE_SHAPE) / 2  # 14.0, not 13.5: the mean of MNIST's centres of mass
     moved = ndimage.shift(canvas, middle - ndimage.center_of_mass(canvas), order=1)
     return np.uint8(np.round(255 * np.clip(moved, 0, 1)))

@@ -1,4 +1,4 @@
-"""The workload that ships, and the example for your own: handwritten digits and the notebook's network."""
+"""The workload that ships with the package, and an example for your own: digits, and the notebook's network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Settings:
     """The images to train on."""
 
     dataset: Literal["mnist", "fashion-mnist", "kmnist"] = setting(
-        "mnist", "mnist ships with the package; torchvision downloads the others, once", decides_data=True
+        "mnist", "mnist ships with the package; torchvision downloads the other two, once", decides_data=True
     )
     data_dir: Path | None = setting(
         None, "a folder with four IDX files, gzipped or not, instead of --dataset", decides_data=True
@@ -38,7 +38,7 @@ class MNIST(Classification):
     Settings = Settings
     noun, prediction_noun = "image", "digit"
     recipes = {
-        "default": {"beta1": 0.7, "beta2": 0.9},  # short averages: two epochs have no time for longer ones
+        "default": {"beta1": 0.7, "beta2": 0.9},  # short averages, since two epochs have few steps
         "notebook": {
             "num_epochs": 2,
             "batch_size": 8,
@@ -77,11 +77,11 @@ class MNIST(Classification):
         return augmented(images, generator)
 
     def as_picture(self, inputs: Any) -> np.ndarray:
-        """Return the image."""
+        """Return the input, which is an image already."""
         return np.asarray(inputs)
 
     def read_picture(self, picture: Image, *, as_is: bool) -> np.ndarray:
-        """Find the digit in a drawn or photographed picture."""
+        """Find the digit in a drawing or a photo; ``as_is``: only scale the picture."""
         from mnist_ray.mnist import photo
 
         return photo.as_it_is(picture) if as_is else photo.to_mnist(picture)

@@ -1,4 +1,4 @@
-"""What is learned: import from here what a workload's file needs."""
+"""Workloads say what is learned. Import from here what a workload's file needs."""
 
 from mnist_ray.settings import Choice, Range, at_least, fraction, positive, setting, within
 from mnist_ray.workload.base import Metric, Picture, Workload

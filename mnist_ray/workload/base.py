@@ -1,6 +1,6 @@
-"""The base class of workloads: all that training, sweeps and reports know of one problem.
+"""The base class of workloads: everything that training, sweeps and reports know about a problem.
 
-A workload loads the data and makes the model; all else has a default. Torch is imported late: settings do not need it.
+A workload must load the data and create the model; the rest has defaults. Torch is imported only when needed.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Metric:
 
     name: str
     mode: Literal["max", "min"]  # the better direction
-    is_fraction: bool = False  # in 0 to 1, shown in percent
+    is_fraction: bool = False  # from 0 to 1, shown as a percentage
 
     def format(self, value: float, places: int = 2) -> str:
-        """Return a value for people: a fraction in percent with ``places`` decimals; a dash for NaN."""
+        """Return a value as text: a fraction as a percentage with ``places`` decimals, NaN as a dash."""
         if math.isnan(value):
             return "-"
         if self.is_fraction:
@@ -46,46 +46,46 @@ class Metric:
 
 
 LOSS, ACCURACY = Metric("loss", "min"), Metric("accuracy", "max", is_fraction=True)
-Rows = Sequence[Mapping[str, str]]  # of a CSV file, each by its columns
+Rows = Sequence[Mapping[str, str]]  # a CSV file's rows, each a mapping from column names to values
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of the report."""
+    """A picture in the report."""
 
-    name: str  # of its file, without .png
+    name: str  # of the PNG file, without its suffix
     title: str
     alt: str
     png: bytes
     caption: str = ""
-    is_photo: bool = False  # shows images of the data: dark mode must not invert it
+    is_photo: bool = False  # shows images from the data, so dark mode must not invert the picture
 
 
 @dataclass(frozen=True)
 class NoSettings:
-    """For workloads without settings."""
+    """The settings of a workload that defines none."""
 
 
 class Workload(UserClass):
-    """One problem. Every process that trains or evaluates creates its own instance; workloads keep no state.
+    """One problem. Every process that trains or evaluates creates its own instance, so a workload keeps no state.
 
-    N is the number of examples in a batch on one rank; it may be 0.
+    Below, N is the size of one rank's part of a batch. N may be 0.
     """
 
     Settings: ClassVar[type] = NoSettings  # a frozen dataclass; its fields become flags
     metrics: ClassVar[tuple[Metric, ...]] = ()
-    """Reported with the loss. The first metric chooses the best checkpoint; without metrics, the loss does."""
+    """Measures to report with the loss. The first one chooses the best checkpoint; without metrics, the loss does."""
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Named values of settings, for ``--recipe``. ``default`` always applies; another recipe overrides it."""
+    """Named sets of settings, for ``--recipe``. ``default`` always applies; the chosen recipe overrides ``default``."""
     search: ClassVar[Mapping[str, SearchSpace | None]] = {}
-    """Other search spaces, like ``{"learning_rate": Range(1e-3, 1e-1, log=True)}``; None: do not search it."""
+    """Changed search spaces, like ``{"learning_rate": Range(1e-3, 1e-1, log=True)}``; None excludes a setting."""
     noun: ClassVar[str] = "example"
-    prediction_noun: ClassVar[str] = "prediction"  # for pictures
-    output_noun: ClassVar[str] = "outputs"  # of the model
+    prediction_noun: ClassVar[str] = "prediction"  # the name of a prediction in the output of ``predict --json``
+    output_noun: ClassVar[str] = "outputs"  # the name of the outputs in an exported model
 
     def __init__(self, settings: Any = None, metadata: Mapping[str, Any] | None = None) -> None:
         self.settings: Any = self.Settings() if settings is None else settings
-        self.metadata: dict[str, Any] = dict(metadata or {})  # of the data; kept in checkpoints
+        self.metadata: dict[str, Any] = dict(metadata or {})  # about the data; kept in checkpoints
 
     # --- data
 
@@ -94,42 +94,42 @@ class Workload(UserClass):
         raise NotImplementedError
 
     def metadata_of(self, data: Data) -> dict[str, Any]:
-        """Return the metadata that the model needs, as JSON."""
+        """Return the metadata that the model needs, as values that JSON can hold."""
         return dict(data.metadata)
 
     def check_data(self, data: Data) -> None:
-        """Raise UsageError if the data do not fit; called once, before Ray starts."""
+        """Raise UsageError if the data do not fit this workload; called once, before Ray starts."""
 
     # --- training
 
     def create_model(self) -> nn.Module:
-        """Return a new model for ``self.settings`` and ``self.metadata``; torch's generator is seeded before."""
+        """Return a new model for ``self.settings`` and ``self.metadata``; torch's generator has been seeded."""
         raise NotImplementedError
 
     def prepare(self, inputs: Any, generator: Generator | None) -> Any:
-        """Turn a batch of inputs, on the device, into the model's inputs.
+        """Turn a batch of inputs, already on the device, into the model's inputs.
 
-        ``generator``, in training only, is for augmentation. It is seeded by seed, epoch, step and rank (with
-        ``--reproducible``, chunk), so a run resumed with as many workers draws the same numbers.
+        ``generator`` is for augmentation, and is None outside training. Its seed depends on seed, epoch, step and rank
+        (with ``--reproducible``, chunk), so a run resumed with the same number of workers draws the same numbers.
         """
         return inputs
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """Return the loss of each example, (N,). Outputs are fp32, whatever the model's precision."""
+        """Return the loss of each example, (N,). Outputs are in fp32, whatever the model's precision."""
         raise NotImplementedError
 
     def training_loss(self, outputs: Any, targets: Any, config: TrainConfig) -> Tensor | None:
-        """Return the loss of each example, (N,), to minimize instead of the reported one. None: minimize ``loss``."""
+        """Return the losses to minimize, (N,), if they differ from the reported losses. None: minimize ``loss``."""
         if config.label_smoothing:
             raise UsageError("--label-smoothing is for a Classification that has no loss of its own")
         return None
 
     def measure(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
-        """Return values per example, (N,) each, whose means ``summarize`` gets."""
+        """Return named values per example, (N,) each; ``summarize`` gets their means."""
         return {}
 
     def summarize(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Return the ``metrics`` from the means of ``measure``'s values over all examples of all ranks."""
+        """Compute the ``metrics`` from the means of ``measure``'s values over all examples of all ranks."""
         return dict(means)
 
     def create_optimizer(self, model: nn.Module, config: TrainConfig) -> Optimizer:
@@ -143,7 +143,7 @@ class Workload(UserClass):
         return kind(model.parameters(), betas=(config.beta1, config.beta2), **options)
 
     def create_scheduler(self, optimizer: Optimizer, config: TrainConfig, total_steps: int) -> LRScheduler:
-        """Return the schedule of the learning rate, stepped ``total_steps`` times."""
+        """Return the schedule of the learning rate; the training steps it ``total_steps`` times."""
         from torch.optim import lr_scheduler
 
         if config.schedule == "constant":
@@ -157,42 +157,42 @@ class Workload(UserClass):
         """Raise UsageError if a model's outputs do not fit the targets; called once, before Ray starts."""
 
     def predictions(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
-        """Return columns of predictions.csv, (N,) each."""
+        """Return the columns of predictions.csv by name, (N,) each."""
         return {}
 
     def readable(self, columns: Mapping[str, np.ndarray]) -> dict[str, Sequence[Any]]:
-        """Return the columns of predictions.csv as written."""
+        """Return the columns as they are written to predictions.csv."""
         return {name: values.tolist() for name, values in columns.items()}
 
     def details(self, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Return more entries of result.json about the test set."""
+        """Return entries about the test set, which are added to result.json."""
         return {}
 
     def lines(self, columns: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
-        """Return the console's lines about the test set, (label, text) each."""
+        """Return lines about the test set for the console, as pairs (label, text)."""
         return []
 
     def pictures(self, result: Mapping[str, Any], rows: Rows, test: Split | None) -> list[Picture]:
-        """Return the report's pictures from result.json, predictions.csv ([] if missing) and the test set."""
+        """Draw the report's pictures from result.json, the rows of predictions.csv ([] if missing) and the test set."""
         return []
 
     def as_picture(self, inputs: Any) -> np.ndarray | None:
-        """Return one input as a picture, (H, W) or (H, W, 3) uint8; None if it has none."""
+        """Return one input as a picture, (H, W) or (H, W, 3) uint8; None if inputs cannot be shown."""
         return None
 
     def read_picture(self, picture: Image, *, as_is: bool) -> np.ndarray:
-        """Turn a picture for ``jobs/predict.py`` into one input; ``as_is``: only scale it. Raises UsageError."""
+        """Turn a picture into one input for ``jobs/predict.py``; ``as_is``: only scale it. Raises UsageError."""
         raise UsageError(f"{type(self).__name__} does not take pictures: it defines no read_picture()")
 
     def top_predictions(self, outputs: Any) -> list[list[tuple[Any, float]]]:
-        """Return a few predictions for each input with their probabilities, the best first."""
+        """Return a few predictions per input, each with its probability, the most probable first."""
         raise UsageError(f"{type(self).__name__} defines no top_predictions(): it can only be evaluated and exported")
 
     # --- derived
 
     @property
     def monitor(self) -> Metric:
-        """The metric that chooses the checkpoint."""
+        """The metric that chooses the best checkpoint."""
         return self.all_metrics[min(1, len(self.metrics))]
 
     @property
@@ -202,13 +202,13 @@ class Workload(UserClass):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """A checkpoint's entry about its workload: enough to create the same model."""
+        """The entry about the workload in a checkpoint: enough to create the same model again."""
         code, settings = self.source, values_of(self.settings)
         return {"reference": code.reference, "sha256": code.sha256, "settings": settings, "metadata": self.metadata}
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """All default settings: the training's and the workload's."""
+        """The default values of all settings, those of the training and those of the workload."""
         return {**values_of(TrainConfig(), self.Settings()), **self.recipes.get("default", {})}
 
     @property
@@ -218,7 +218,7 @@ class Workload(UserClass):
 
     @property
     def rate(self) -> str:
-        """The name of the training's speed, like ``images_per_s``."""
+        """The name of the training speed, like ``images_per_s``."""
         return f"{self.nouns}_per_s"
 
     def format(self, values: Mapping[str, float]) -> str:
@@ -226,9 +226,9 @@ class Workload(UserClass):
         return ", ".join(f"{metric.name} {metric.format(values[metric.name])}" for metric in self.all_metrics)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle source code and settings: other processes may be unable to import the class."""
+        """Pickle the source code and the settings, since other processes may be unable to import the class."""
         source = vars(type(self)).get("source")
-        if source is None or not source.path:  # a class in no file, like in a notebook
+        if source is None or not source.path:  # a class without a file, for example in a notebook
             return type(self), (self.settings, self.metadata)
         return create, (source, values_of(self.settings), self.metadata)
 

@@ -1,4 +1,4 @@
-"""Sends one batch through a workload before Ray starts; what does not fit is reported in one line."""
+"""Sends one batch through a workload before Ray starts, and reports an error in one line."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mnist_ray.workload.base import Workload
 from mnist_ray.workload.loading import placed
 from mnist_ray.workload.tensors import as_fp32, autocast, detached
 
-NUM_EXAMPLES = 16  # of that batch
+NUM_EXAMPLES = 16  # in that batch
 
 
 def check_batch(workload: Workload, inputs: Any, targets: Any, config: TrainConfig) -> dict[str, Any] | None:
-    """Call all that training and evaluation call, once, with a batch on the CPU.
+    """Call each method that training and evaluation will call, once, with a batch on the CPU.
 
-    Returns shape and dtype of one example as the model takes it; None if that is not a tensor. Raises UsageError with
-    the place in the user's file.
+    Returns the shape and dtype of one input of the model; None if the inputs are not a tensor. Raises UsageError with
+    the file name and line number of the user's code.
     """
     name = type(workload).__name__
     with placed(workload, "create_model"):
@@ -48,7 +48,7 @@ def check_batch(workload: Workload, inputs: Any, targets: Any, config: TrainConf
 
 
 def check_smallest(workload: Workload, inputs: Any, number: int, batch_size: int, config: TrainConfig) -> None:
-    """Send the smallest slice that a rank may get through a new model: batch normalization may need more examples.
+    """Try a new model on as few examples as a rank may get: batch normalization may need more.
 
     Raises UsageError.
     """
@@ -58,13 +58,13 @@ def check_smallest(workload: Workload, inputs: Any, number: int, batch_size: int
             model(workload.prepare(inputs, torch.default_generator))
     except ValueError as error:
         raise UsageError(
-            f"{type(workload).__name__}: an epoch's last batch leaves a worker {count(number, 'example')}, too few "
-            f"for the model ({first_line(error)}); choose another --batch-size than {batch_size}"
+            f"{type(workload).__name__}: an epoch's last batch leaves a worker only {count(number, 'example')}, too "
+            f"few for the model ({first_line(error)}); choose a --batch-size other than {batch_size}"
         ) from error
 
 
 def _autocast(config: TrainConfig) -> torch.autocast:
-    """Return the context of a forward pass in the training's precision, as far as this machine's CPU has it."""
+    """Return the autocast context for the training's precision on this CPU; ``auto`` is bf16 if supported."""
     usual: Precision = "bf16" if cpu_has_bf16() else "fp32"
     return autocast(torch.device("cpu"), usual if config.precision == "auto" else config.precision)
 
@@ -73,11 +73,11 @@ def _check_model(name: str, model: object) -> None:
     if not isinstance(model, nn.Module):
         raise UsageError(f"{name}.create_model returned {type(model).__name__}, not a torch.nn.Module")
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
-        raise UsageError(f"{name}.create_model: a lazy layer has no shape yet; call the model once on an example there")
+        raise UsageError(f"{name}.create_model: a lazy layer has no shape yet; first call the model on an example")
     for key, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             found = f"{name}: the model's state_dict holds {key}, of type {type(value).__name__}"
-            raise UsageError(f"{found}; a checkpoint keeps tensors: make it a buffer, or a setting")
+            raise UsageError(f"{found}; a checkpoint keeps only tensors: use a buffer or a setting")
 
 
 def _check_losses(workload: Workload, model: nn.Module, outputs: Any, targets: Any, config: TrainConfig) -> None:
@@ -90,15 +90,15 @@ def _check_losses(workload: Workload, model: nn.Module, outputs: Any, targets: A
     if minimized is not None:
         _check_numbers(f"{name}.training_loss", minimized, len(targets))
     if not losses.isfinite().all():
-        raise UsageError(f"{name}.loss is not finite on the first {len(targets)} examples, with the initial weights")
+        raise UsageError(f"{name}.loss is not finite on the first {len(targets)} examples with the initial weights")
     losses = losses if minimized is None else minimized
     if not losses.requires_grad:
         raise UsageError(f"{name}.loss does not depend on the model's parameters: nothing would be learned")
     losses.sum().backward()  # type: ignore[no-untyped-call]
     idle = [key for key, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
     if idle:
-        more = f", like {len(idle) - 1} more" if len(idle) > 1 else ""
-        raise UsageError(f"{name}: parameter {idle[0]} is not part of the loss{more}; remove it, or freeze it")
+        found = f"parameters {idle[0]} and {len(idle) - 1} more are" if len(idle) > 1 else f"parameter {idle[0]} is"
+        raise UsageError(f"{name}: {found} not part of the loss; remove or freeze unused parameters")
 
 
 def _check_metrics(workload: Workload, outputs: Any, targets: Any) -> None:
@@ -116,7 +116,7 @@ def _check_metrics(workload: Workload, outputs: Any, targets: Any) -> None:
 
 
 def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig) -> None:
-    """Make a step with the workload's own optimizer and schedule. The default ones would take most of a second."""
+    """Try a step of the workload's own optimizer and schedule. Skip the default ones, to save most of a second."""
     own = type(workload)
     if (own.create_optimizer, own.create_scheduler) == (Workload.create_optimizer, Workload.create_scheduler):
         return
@@ -124,10 +124,10 @@ def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig) 
         optimizer = workload.create_optimizer(model, config)
     with placed(workload, "create_scheduler"):
         scheduler = workload.create_scheduler(optimizer, config, total_steps=10)
-    with placed(workload, "a step of the optimizer, then one of the schedule, without a metric"):
+    with placed(workload, "optimizer.step(), then scheduler.step() without a metric"):
         optimizer.step()
         scheduler.step()
-    with placed(workload, "a checkpoint of the optimizer and the schedule, which holds tensors, numbers and texts"):
+    with placed(workload, "a checkpoint of the optimizer and the schedule, which holds tensors, numbers and strings"):
         saved = io.BytesIO()
         torch.save([optimizer.state_dict(), scheduler.state_dict()], saved)
         torch.load(io.BytesIO(saved.getvalue()), weights_only=True)

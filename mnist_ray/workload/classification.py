@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from mnist_ray.config import TrainConfig
 
 _NUM_TOP = 3
-_MOST_COLUMNS = 12  # of classes in the console's confusion matrix
+_MOST_COLUMNS = 12  # with more classes, the console shows no confusion matrix
 
 
 class Classification(Workload):
-    """Outputs are logits (N, classes), targets whole numbers (N,) from 0 on.
+    """The outputs are logits, (N, classes); the targets are whole numbers from 0 on, (N,).
 
-    The classes come from ``metadata={"class_names": [...]}``, else from the training ``Dataset``'s attribute
-    ``classes`` (torchvision's have it), else from the largest target.
+    The classes come from ``metadata={"class_names": [...]}``. If that is missing, they come from the training
+    ``Dataset``'s attribute ``classes``, which torchvision's data sets have; for arrays, from the largest target.
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (ACCURACY,)
@@ -34,7 +34,7 @@ class Classification(Workload):
 
     @property
     def class_names(self) -> list[Any]:
-        """The names of the classes; numbers if the data have no names."""
+        """The names of the classes, or their numbers if the data name no classes."""
         names: list[Any] = self.metadata["class_names"]
         return names
 
@@ -44,7 +44,7 @@ class Classification(Workload):
         return len(self.class_names)
 
     def metadata_of(self, data: Data) -> dict[str, Any]:
-        """Return the data's metadata with ``class_names``."""
+        """Return the data's metadata with ``class_names`` added."""
         return {**data.metadata, "class_names": _class_names(data)}
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -52,17 +52,17 @@ class Classification(Workload):
         return _cross_entropy(outputs, targets)
 
     def training_loss(self, outputs: Tensor, targets: Tensor, config: TrainConfig) -> Tensor | None:
-        """Return the cross entropy with smoothed targets (https://arxiv.org/abs/1512.00567) if the flag is given."""
+        """Return the cross entropy with smoothed targets (https://arxiv.org/abs/1512.00567) or None, as configured."""
         if not config.label_smoothing or type(self).loss is not Classification.loss:
             return super().training_loss(outputs, targets, config)
         return _cross_entropy(outputs, targets, config.label_smoothing)
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return whether each example is right."""
+        """Return whether each example's prediction is right."""
         return {"accuracy": outputs.argmax(1) == targets}
 
     def check_data(self, data: Data) -> None:
-        """Compare the targets of arrays, and the classes of a ``Dataset``, with the classes."""
+        """Raise UsageError if an array's targets or a ``Dataset``'s classes do not fit the model's classes."""
         for split in ("train", "validation", "test"):
             examples, place = getattr(data, split), f"{type(self).__name__}.load_data: {split}"
             if isinstance(examples, Arrays):
@@ -70,10 +70,10 @@ class Classification(Workload):
             elif (classes := list(getattr(examples, "classes", self.class_names))) != self.class_names:
                 different = sorted(str(name) for name in {*classes} ^ {*self.class_names})
                 named = ", ".join(different) or "their order"
-                raise UsageError(f"{place} has other classes than the model: {named}")
+                raise UsageError(f"{place} and the model differ in classes: {named}")
 
     def check_outputs(self, outputs: Tensor, targets: Tensor) -> None:
-        """Compare logits and targets with the classes."""
+        """Raise UsageError if the logits or the targets do not fit the classes."""
         name = type(self).__name__
         if not hasattr(outputs, "ndim"):
             raise UsageError(f"{name}: the model gives a {type(outputs).__name__}, not a tensor of logits")
@@ -89,15 +89,15 @@ class Classification(Workload):
             raise UsageError(f"{place}: targets must be whole numbers (N,), not {targets.dtype} {targets.shape}")
         wrong = targets[(targets < 0) | (targets >= self.num_classes)]
         if len(wrong):
-            raise UsageError(f"{place} has a target {wrong[0]}, but the classes are 0 to {self.num_classes - 1}")
+            raise UsageError(f"{place} has target {wrong[0]}, but the classes are 0 to {self.num_classes - 1}")
 
     def predictions(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return label, prediction and its probability."""
+        """Return each example's label, its prediction, and the probability of the prediction."""
         best = outputs.softmax(1).max(1)
         return {"label": targets, "prediction": best.indices, "probability": best.values}
 
     def readable(self, columns: Mapping[str, np.ndarray]) -> dict[str, Sequence[Any]]:
-        """Return labels and predictions by name."""
+        """Return labels and predictions as names of classes."""
         return {
             "label": [self.class_names[label] for label in columns["label"].tolist()],
             "prediction": [self.class_names[prediction] for prediction in columns["prediction"].tolist()],
@@ -105,7 +105,7 @@ class Classification(Workload):
         }
 
     def details(self, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Return the accuracy of each class (None without examples) and the confusion matrix, a row for each label."""
+        """Return the accuracy per class (None without examples) and the confusion matrix, a row per label."""
         labels, predictions = columns["label"].astype(int), columns["prediction"].astype(int)
         places, shape = labels * self.num_classes + predictions, (self.num_classes, self.num_classes)
         counts: Any = np.bincount(places, minlength=self.num_classes**2).reshape(shape).tolist()
@@ -113,7 +113,7 @@ class Classification(Workload):
         return {"test_accuracy_per_class": accuracies, "confusion_matrix": counts}
 
     def lines(self, columns: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
-        """Return the confusion matrix: a row for each label, a column for each prediction; none if it is too wide."""
+        """Return the confusion matrix, with a row per label and a column per prediction; [] if it would be too wide."""
         if self.num_classes > _MOST_COLUMNS:
             return []
         details, names = self.details(columns), [str(name) for name in self.class_names]

@@ -1,4 +1,4 @@
-"""Examples, as arrays or any map-style data set; their splits, and subsets for quick trials."""
+"""Data sets (arrays, or any map-style ``Dataset``), their splits, and subsets for quick trials."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
 _HOLD_OUT_SEED, _SUBSET_SEED = 28, 41
-_MOST_HELD_OUT = 5000  # by default; more would only make validation slower
+_MOST_HELD_OUT = 5000  # by default; more examples would only make validation slower
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Arrays:
     """Examples as arrays of any shape and dtype, in memory or memory-mapped."""
 
     inputs: np.ndarray  # (N, ...)
-    targets: np.ndarray  # (N, ...): (N,) whole numbers from 0 on for a classification
+    targets: np.ndarray  # (N, ...); for a classification, whole numbers from 0 on, (N,)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -36,16 +36,16 @@ class Arrays:
 class Data:
     """The result of a workload's ``load_data``.
 
-    Only the job loads arrays in memory; Ray's object store shares them, one copy a node. For memory-mapped arrays and
-    ``Dataset``s, each process calls ``load_data``. An item of a ``Dataset`` is a pair (input, target).
+    Only the job loads arrays in memory; Ray's object store shares them, one copy per node. Each process calls
+    ``load_data`` for memory-mapped arrays and ``Dataset``s. A ``Dataset``'s items are pairs (input, target).
     """
 
     train: Arrays | Dataset
     test: Arrays | Dataset
     validation: Arrays | Dataset | None = None  # None: held out from ``train``
-    name: str = ""  # for people; default: the workload's
+    name: str = ""  # for people; default: the workload's name
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """What the model needs to know, as JSON: kept in every checkpoint; ``self.metadata`` in every process."""
+    """What the model needs to know, as JSON. Every checkpoint keeps it; every process has it as ``self.metadata``."""
     files: Sequence[str | Path] = ()
     """The files of a ``Dataset``: a run is not resumed if they have changed."""
 
@@ -58,8 +58,8 @@ class Split:
 
     def __init__(self, examples: Any, indices: np.ndarray | AllBut | None = None, origin: Origin = "train") -> None:
         self.examples = examples
-        self.indices = indices  # which of ``examples``; None: all
-        self.origin = origin  # the field of ``Data`` with these examples
+        self.indices = indices  # of the chosen ``examples``; None: all of them
+        self.origin = origin  # the field of ``Data`` that has these examples
 
     def __len__(self) -> int:
         return len(self.examples) if self.indices is None else len(self.indices)
@@ -78,29 +78,29 @@ class Split:
 
     @property
     def is_in_memory(self) -> bool:
-        """Whether other processes can get it; else each opens it."""
+        """Whether the job sends the examples to other processes; if not, each process opens them."""
         if not isinstance(self.examples, Arrays):
             return False
         return not any(isinstance(array, np.memmap) for array in (self.examples.inputs, self.examples.targets))
 
     @property
     def arrays(self) -> Arrays | None:
-        """The whole split as arrays, if it is in memory."""
+        """The examples, if they are in memory and the split has all of them; else None."""
         return self.examples if self.is_in_memory and self.indices is None else None
 
     def take(self, indices: np.ndarray | AllBut | slice) -> Split:
-        """Return some examples. Arrays in memory are copied; a slice of them is a view."""
+        """Return the examples at ``indices``. Arrays in memory are copied, but a slice of whole arrays is a view."""
         places = self.places(indices)
         if self.is_in_memory:
             return Split(Arrays(self.examples.inputs[places], self.examples.targets[places]), None, self.origin)
         return Split(self.examples, places, self.origin)
 
     def between(self, start: int, stop: int) -> Split:
-        """Return the examples from ``start`` to ``stop - 1``; a view of whole arrays in memory."""
+        """Return the examples from ``start`` to ``stop - 1``; for whole arrays in memory, a view."""
         return self.take(slice(start, stop) if self.arrays is not None else np.arange(start, min(stop, len(self))))
 
     def targets(self) -> np.ndarray:
-        """Return all targets; this reads a whole ``Dataset``."""
+        """Return all targets. For a ``Dataset``, this reads every example."""
         if isinstance(self.examples, Arrays):
             targets = self.examples.targets
             return np.asarray(targets if self.indices is None else targets[self.indices])
@@ -130,7 +130,7 @@ def splits_of(data: Data, validation_size: int | None) -> Splits:
         raise UsageError(
             f"--validation-size {size:,} leaves nothing to train on: the data has {len(train):,} training examples"
         )
-    # At random, since files may be sorted by label; the same for every run and seed, so that runs compare.
+    # At random, since files may be sorted by label; the same examples for every run and seed, to compare runs.
     validation = _drawn(len(train), size, _HOLD_OUT_SEED)
     return Splits(data.name, train.take(AllBut(len(train), validation)), train.take(validation), test, data.files)
 

@@ -1,4 +1,4 @@
-"""Pictures drawn with matplotlib: curves, confusion, predictions over targets, examples with their predictions."""
+"""Draws pictures with matplotlib: curves, confusion matrices, predictions against targets, predicted examples."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 _WIDTH = 4.8  # inches: fits on a phone
 _LEAST_ERROR = 0.01  # percent: stands for 0 on a logarithmic axis
-_LINEAR_ABOVE = 10.0  # percent of mistakes: if the best value has more, tenths do not matter
+_LINEAR_ABOVE = 10.0  # percent of mistakes: if even the best value has more, the axis is linear
 _RIGHT, _WRONG, _CAPTION = "#2e8b57", "#e0483f", "#777777"  # readable on white and on black
 _LEAST_SIDE = 336  # pixels of the longer side of an image that is drawn alone
-_LEAST_TILE, _LEAST_GRID = 134, 402  # pixels of an image's width in a grid, and of the grid's
-_MOST_FONT, _CHARACTER = 19, 0.62  # pixels; a character's width, as a part of the font's size
+_LEAST_TILE, _LEAST_GRID = 134, 402  # pixels: the width of an image in a grid, and of the grid
+_MOST_FONT, _CHARACTER = 19, 0.62  # pixels; a character's width as a fraction of the font size
 _NUM_RANDOM, _NUM_WRONG, _NUM_MISTAKES = 24, 6, 30
-_MOST_COUNTED = 20  # classes whose counts are written into the confusion matrix
+_MOST_COUNTED = 20  # with more classes, the confusion matrix shows no counts
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts; without ``columns`` it has no head."""
+    """A table of strings; without ``columns``, it has no header."""
 
     title: str
     columns: Sequence[str]
@@ -46,7 +46,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a plot; NaN are left out."""
+    """One line of a plot; NaNs are left out."""
 
     label: str
     steps: Sequence[float]
@@ -97,15 +97,15 @@ def curves_of(metric: Metric, curves: Sequence[Curve], steps_per_epoch: float | 
 
 
 def on_axis(metric: Metric, value: float) -> float:
-    """Return a value's place on a metric's axis: for a fraction, the percentage missing to 1."""
+    """Return a value's position on a metric's axis: for a fraction, the distance to 1 in percent."""
     return max(100 * (1 - value), _LEAST_ERROR) if metric.is_fraction else value
 
 
 def scale_axis(axes: Axes, metric: Metric, name: str = "") -> None:
     """Label and scale the vertical axis for a metric.
 
-    A loss gets a logarithmic axis. So does a fraction near 1, by its distance to 1: good values differ by tenths of a
-    percent.
+    A loss gets a logarithmic axis. For a fraction near 1, the logarithmic axis shows the distance to 1, since good
+    values differ by tenths of a percent.
     """
     axes.set_ylabel((name or metric.name) + (" (%)" if metric.is_fraction else ""))
     drawn = [value for line in axes.lines for value in np.asarray(line.get_ydata(), float) if np.isfinite(value)]
@@ -142,7 +142,7 @@ def of_classification(
     accuracies = [math.nan if accuracy is None else accuracy for accuracy in result["test_accuracy_per_class"]]
     of_each = zip(names, accuracies, strict=True)
     by_class = ", ".join(f"{name}: {ACCURACY.format(accuracy)}" for name, accuracy in of_each)
-    caption = "The stronger the shade, the larger the part of the label's examples. Right ones have no shade."
+    caption = "Shades show each mistake's fraction of the label's examples. Right predictions have no shade."
     matrix, per_class = confusion_matrix(counts, names), accuracy_per_class(accuracies, names)
     pictures = [
         Picture("confusion", "Confusion matrix of the test set", f"Confusion matrix: {confusion}", matrix, caption),
@@ -154,7 +154,7 @@ def of_classification(
 
 
 def _examples(workload: Classification, rows: Rows, test: Split) -> list[Picture]:
-    """Return test examples with their predictions, and the most confident mistakes; [] if they are not pictures."""
+    """Return test examples with their predictions, and the most confident mistakes; [] if examples are not pictures."""
     if workload.as_picture(test[0][0]) is None:
         return []
     labels, predicted = (np.array([row[name] for row in rows]) for name in ("label", "prediction"))
@@ -184,7 +184,7 @@ def _examples(workload: Classification, rows: Rows, test: Split) -> list[Picture
 
 
 def of_regression(rows: Rows) -> list[Picture]:
-    """Return predictions over targets, and the distribution of the errors."""
+    """Plot predictions against targets, and the distribution of the errors."""
     if not rows:
         return []
     targets, predictions = (np.array([float(row[name]) for row in rows]) for name in ("target", "prediction"))
@@ -197,8 +197,8 @@ def of_regression(rows: Rows) -> list[Picture]:
     histogram, axes = new_plot(3.4, "error", "examples")
     axes.hist(errors, bins=min(50, max(5, len(errors) // 10)), color="C0")
     axes.axvline(0, color="grey", linewidth=1)
-    title, caption = "Predictions over targets of the test set", "On the line, a prediction is right."
-    alt = f"{len(rows):,} predictions over their targets, from {targets.min():g} to {targets.max():g}"
+    title, caption = "Predictions against targets on the test set", "Points on the line are right predictions."
+    alt = f"{len(rows):,} predictions against their targets, from {targets.min():g} to {targets.max():g}"
     low, high = np.quantile(errors, (0.25, 0.75))
     about_errors = f"Errors: half of them lie between {low:.4g} and {high:.4g}"
     return [
@@ -208,7 +208,7 @@ def of_regression(rows: Rows) -> list[Picture]:
 
 
 def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> bytes:
-    """Draw a confusion matrix: each mistake shaded by its fraction of the label's examples; counts as numbers."""
+    """Draw a confusion matrix with counts. A mistake is shaded by its fraction of the label's examples."""
     figure, axes = new_plot(4.6, "prediction", "label")
     mistakes = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     np.fill_diagonal(mistakes, 0)
@@ -235,7 +235,7 @@ def _name_ticks(axis: Any, names: Sequence[str]) -> None:
 
 
 def accuracy_per_class(accuracies: Sequence[float], names: Sequence[str]) -> bytes:
-    """Draw a dot for each class's accuracy (a fraction; NaN without examples)."""
+    """Draw a dot for each class's accuracy (a fraction; NaN for a class without examples)."""
     figure, axes = new_plot(max(4.6, min(0.25 * len(names), 12)), "accuracy (%)", "class")
     known = {label: 100 * accuracy for label, accuracy in enumerate(accuracies) if not math.isnan(accuracy)}
     axes.plot(list(known.values()), list(known), "o", color="C0")
@@ -254,16 +254,16 @@ def accuracy_per_class(accuracies: Sequence[float], names: Sequence[str]) -> byt
 
 
 def single_image(image: np.ndarray) -> bytes:
-    """Enlarge one image (H, W) or (H, W, 3) uint8, nothing around it, so that other programs can read it."""
+    """Enlarge one image, (H, W) or (H, W, 3) uint8, without a margin, so that other programs can read it."""
     return _png(_resized(image, max(1, _LEAST_SIDE // max(image.shape[:2]))))
 
 
 def image_grid(
     images: Sequence[np.ndarray], captions: Sequence[str], is_right: Sequence[bool] | None = None, num_columns: int = 6
 ) -> bytes:
-    """Draw images (H, W) or (H, W, 3) uint8, each with a caption below.
+    """Draw images, (H, W) or (H, W, 3) uint8, each with a caption below.
 
-    With ``is_right``, right ones have a tick, wrong ones a cross and a thick frame, so that nobody needs the colours.
+    With ``is_right``, right predictions get a tick, wrong ones a cross and a thick frame: colours are not needed.
     """
     num_columns = min(num_columns, len(images))
     tile = max(_LEAST_TILE, _LEAST_GRID // num_columns)
@@ -290,7 +290,7 @@ def image_grid(
 
 
 def _resized(image: np.ndarray, factor: float) -> Image.Image:
-    """Scale an image; each of its pixels becomes a square if it grows."""
+    """Scale an image; if the image grows, each pixel becomes a square."""
     height, width = (max(1, round(factor * side)) for side in image.shape[:2])
     return Image.fromarray(image).resize((width, height), Image.Resampling.BOX)
 

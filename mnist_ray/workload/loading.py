@@ -1,4 +1,4 @@
-"""Loads a workload's class and its data, checks both, computes digests of the data. Without torch, to be quick."""
+"""Loads and checks a workload's class and its data; computes digests of the data. Starts fast, without torch."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from mnist_ray.workload.data import Arrays, Data, Split, Splits
 from mnist_ray.workload.user_code import Source
 
 DEFAULT = "mnist_ray.mnist"
-_MOST_FILES_ASKED = 1000  # for size and time, evenly spaced: a file server may be slow
+_MOST_FILES_ASKED = 1000  # files whose size and time are read, evenly spaced: file servers may be slow
 _INTERFACE = [name for name in dir(Workload) if not name.startswith("_")]
 
-Reference = str | type[Workload]  # like ``--workload``, or a class of this process
+Reference = str | type[Workload]  # a value of ``--workload``, or a class in this process
 
 
 def load(reference: Reference) -> type[Workload]:
-    """Return the workload in ``FILE.py`` or ``package.module``; with ``:NAME`` if there are several.
+    """Return the workload in ``FILE.py`` or ``package.module``; ``:NAME`` picks one of several.
 
-    A class is returned as it is; if it is in no file, like a class in a notebook, other processes cannot load it.
+    A class is returned as it is. Other processes cannot load a class without a file, like one in a notebook.
     Raises UsageError.
     """
     if isinstance(reference, str):
@@ -42,7 +42,7 @@ def load(reference: Reference) -> type[Workload]:
         workload_class = reference
         if "source" not in vars(workload_class):
             text = ""
-            with contextlib.suppress(OSError, TypeError):  # it was made by exec
+            with contextlib.suppress(OSError, TypeError):  # the class was made by exec
                 text = inspect.getsource(workload_class)
             workload_class.source = Source(f"{workload_class.__module__}:{workload_class.__qualname__}", "", text)
     _check_class(workload_class)
@@ -50,9 +50,9 @@ def load(reference: Reference) -> type[Workload]:
 
 
 def load_again(saved: str, given: Reference | None, file: str, folders: Iterable[Path]) -> type[Workload]:
-    """Return the ``given`` workload, or else the one that a run has ``saved`` in ``file``.
+    """Return the ``given`` workload; without one, the workload that a run has ``saved`` in ``file``.
 
-    Raises UsageError, also for saved code in ``folders``: see ``user_code.check_trusted``.
+    Raises UsageError. Saved code that may have come with a run is not loaded: see ``user_code.check_trusted``.
     """
     if given is not None:
         return load(given)
@@ -60,16 +60,16 @@ def load_again(saved: str, given: Reference | None, file: str, folders: Iterable
     try:
         return load(saved)
     except UsageError as error:
-        raise UsageError(f"{error}; if the workload has moved, give its new place with --workload") from error
+        raise UsageError(f"{error}; if the workload has moved, give its new location with --workload") from error
 
 
 def _check_class(workload_class: type[Workload]) -> None:
-    """Raise UsageError if a required method is missing, a name is misspelled, or the settings cannot be flags."""
+    """Raise UsageError if a required method is missing, a name is misspelled, or the settings cannot become flags."""
     name, settings = workload_class.__name__, workload_class.Settings
     for attribute in vars(workload_class):
         meant = difflib.get_close_matches(attribute, _INTERFACE, 1, cutoff=0.8)
         if meant and not attribute.startswith("_") and not hasattr(workload_class.__mro__[1], attribute):
-            raise UsageError(f"{name}.{attribute}: a workload has {meant[0]}; if you mean another, change its name")
+            raise UsageError(f"{name}.{attribute}: did you mean {meant[0]}? If not, choose another name")
     for method in ("load_data", "create_model", "loss"):
         if getattr(workload_class, method) is getattr(Workload, method):
             raise UsageError(f"workload {name} has no method {method}")
@@ -93,7 +93,7 @@ def _check_class(workload_class: type[Workload]) -> None:
 
 
 def load_data(workload: Workload) -> Data:
-    """Return a workload's data; set its metadata unless a checkpoint has. Raises UsageError and JobError."""
+    """Return a workload's data; set its metadata, unless a checkpoint set them. Raises UsageError and JobError."""
     with placed(workload, "load_data"):
         data = _checked_data(workload, workload.load_data())
     if not workload.metadata:
@@ -106,7 +106,7 @@ def load_data(workload: Workload) -> Data:
 
 @contextlib.contextmanager
 def placed(workload: Workload, what: str) -> Iterator[None]:
-    """Turn an exception of the user's code into a UsageError: one line with the place."""
+    """Turn an exception in the user's code into a UsageError: one line, with file name and line number."""
     try:
         yield
     except (UsageError, JobError):
@@ -117,7 +117,7 @@ def placed(workload: Workload, what: str) -> Iterator[None]:
 
 
 def picture_of(workload: Workload, inputs: Any) -> np.ndarray | None:
-    """Return one input as a picture, None if it has none. Raises UsageError if it is of another type."""
+    """Return one input as a picture, or None if inputs cannot be shown. Raises UsageError for a wrong type."""
     with placed(workload, "as_picture"):
         image = workload.as_picture(inputs)
     is_array = isinstance(image, np.ndarray)
@@ -163,7 +163,7 @@ def _check_arrays(place: str, arrays: Arrays) -> None:
 
 
 def _checked_metadata(workload: Workload, metadata: object) -> dict[str, Any]:
-    """Raise UsageError if a checkpoint, which keeps metadata as JSON, would not return them unchanged."""
+    """Raise UsageError if saving the metadata as JSON, as checkpoints do, would change them."""
     name = type(workload).__name__
     if not isinstance(metadata, dict):
         raise UsageError(f"{name}.metadata_of returned {type(metadata).__name__}, not a dict")
@@ -171,14 +171,14 @@ def _checked_metadata(workload: Workload, metadata: object) -> dict[str, Any]:
         with contextlib.suppress(TypeError, ValueError):
             if isinstance(key, str) and json.loads(json.dumps(value)) == value:
                 continue
-        raise UsageError(f"{name}: metadata {key!r} is not JSON: use numbers, texts, lists, dicts, and array.tolist()")
+        raise UsageError(f"{name}: metadata {key!r} is not JSON: use numbers, strings, lists, dicts or array.tolist()")
     return metadata
 
 
 def digests_of(splits: Splits) -> dict[str, str | None]:
-    """Return a digest of each split and of the data's ``files``, by which a resumed run recognizes its data.
+    """Return digests of the splits and of the data's ``files``: a resumed run recognizes its data by them.
 
-    Arrays in memory are hashed by content, all else by its files. None for a ``Dataset`` without known files.
+    Arrays in memory are hashed by content, other data by their files. None for a ``Dataset`` without known files.
     """
     named = {"training": splits.train, "validation": splits.validation, "test": splits.test}
     digests = {name: _digest_of(split) for name, split in named.items()}
@@ -190,7 +190,7 @@ def digests_of(splits: Splits) -> dict[str, str | None]:
 
 def _digest_of(split: Split) -> str | None:
     try:
-        if not isinstance(split.examples, Arrays):  # torchvision's folders have pairs of a file and its class
+        if not isinstance(split.examples, Arrays):  # torchvision's folders: pairs (file, class)
             return digest_of_files([path for path, _ in split.examples.samples])
         digest = hashlib.sha256()
         for array in (split.examples.inputs, split.examples.targets):
@@ -204,7 +204,7 @@ def _digest_of(split: Split) -> str | None:
 
 
 def digest_of_files(paths: Iterable[str | Path]) -> str:
-    """Return a digest of files by name, size and time. Raises OSError if one is missing."""
+    """Return a digest of the names, sizes and times of files. Raises OSError if a file is missing."""
     files = [os.fspath(path) for path in paths]
     folder = os.path.commonpath(map(os.path.dirname, files)) if files else ""
     digest = hashlib.sha256("\n".join(file[len(folder) :] for file in files).encode())

@@ -1,4 +1,4 @@
-"""A random order of any number of examples; any process can compute any piece of it."""
+"""Random orders of examples; any process can compute any part of an order."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _NUM_ROUNDS = 16
 
 
 class Shuffled:
-    """A permutation of the numbers below ``number``, decided by ``key``; its slices are arrays.
+    """A permutation of the numbers below ``number``, decided by ``key``. Its slices are arrays.
 
-    Each number is computed from its place alone, so memory does not grow with ``number``. A Feistel network permutes
-    the numbers below a power of two: a hash of one half of a number's bits changes the other half, in turn. Results
-    that are not below ``number`` are permuted again until they are ("cycle walking": Black and Rogaway, Ciphers with
-    Arbitrary Finite Domains, 2002). Training is as good as with other orders (https://arxiv.org/abs/2106.06161).
+    Each number is computed from its position alone, so memory does not grow with ``number``. A Feistel network permutes
+    the numbers below a power of two: a hash of one half of a number's bits changes the other half, alternately. A
+    result that is too large is permuted again until it is below ``number`` ("cycle walking": Black and Rogaway, Ciphers
+    with Arbitrary Finite Domains, 2002). Training is as good as with true shuffling (https://arxiv.org/abs/2106.06161).
     """
 
     def __init__(self, number: int, key: Sequence[int]) -> None:
@@ -27,7 +27,7 @@ class Shuffled:
         return self._number
 
     def __getitem__(self, places: slice) -> np.ndarray:
-        """Return the numbers at a slice's places, (stop - start,)."""
+        """Return the numbers at the positions of a slice, (stop - start,)."""
         drawn = self._permuted(np.arange(*places.indices(self._number), dtype=np.uint64))
         while len(outside := np.flatnonzero(drawn >= self._number)):
             drawn[outside] = self._permuted(drawn[outside])
@@ -45,7 +45,7 @@ class Shuffled:
 
 
 def _hashed(values: np.ndarray, key: np.uint64, bits: int) -> np.ndarray:
-    """Return ``bits`` bits of each value, by the steps of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    """Hash each value to ``bits`` bits, by the steps of SplitMix64 (Steele, Lea and Flood, 2014)."""
     mixed = values + key
     mixed ^= mixed >> np.uint64(30)
     mixed *= np.uint64(0xBF58476D1CE4E5B9)
@@ -56,17 +56,17 @@ def _hashed(values: np.ndarray, key: np.uint64, bits: int) -> np.ndarray:
 
 
 class AllBut:
-    """The numbers below ``number`` without ``left_out``, in order: indices that need no memory of that length."""
+    """The numbers below ``number`` without ``left_out``, in order, computed when needed to save memory."""
 
     def __init__(self, number: int, left_out: np.ndarray) -> None:
         self._number = number
-        self._before = np.sort(left_out) - np.arange(len(left_out))  # numbers that stay before each left-out one
+        self._before = np.sort(left_out) - np.arange(len(left_out))  # how many numbers stay before each left-out number
 
     def __len__(self) -> int:
         return self._number - len(self._before)
 
     def __getitem__(self, places: ArrayLike) -> np.ndarray:
-        """Return the numbers at one or more places."""
+        """Return the numbers at one or more positions."""
         return np.add(places, np.searchsorted(self._before, places, side="right"))
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:

@@ -13,11 +13,11 @@ from mnist_ray.workload.data import Split
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ROUNDING = 1e-12  # of the mean square: a smaller variance is rounding
+_ROUNDING = 1e-12  # times the targets' mean square: a smaller variance is a rounding error
 
 
 class Regression(Workload):
-    """Outputs are numbers, (N,) or (N, 1); targets are (N,).
+    """The outputs are numbers, (N,) or (N, 1); the targets are numbers, (N,).
 
     The loss is the squared error. If targets are large, let the model scale its outputs.
     """
@@ -29,12 +29,12 @@ class Regression(Workload):
         return (_flat(outputs) - targets.float()) ** 2
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return errors, and the targets' first two moments."""
+        """Return squared and absolute errors, targets, and squared targets."""
         error, target = (_flat(outputs) - targets.float()).double(), targets.double()
         return {"squared": error**2, "absolute": error.abs(), "target": target, "target_squared": target**2}
 
     def summarize(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Return root mean squared error, mean absolute error, and the explained part of the variance."""
+        """Return root mean squared error, mean absolute error, and the explained fraction of the variance."""
         variance = means["target_squared"] - means["target"] ** 2
         return {
             "rmse": math.sqrt(means["squared"]),
@@ -43,7 +43,7 @@ class Regression(Workload):
         }
 
     def check_outputs(self, outputs: Tensor, targets: Tensor) -> None:
-        """Compare the shapes: torch would broadcast (N,) and (N, 1) to (N, N)."""
+        """Raise UsageError if the shapes do not fit: torch would broadcast (N,) and (N, 1) to (N, N)."""
         name = type(self).__name__
         if not hasattr(outputs, "shape"):
             raise UsageError(f"{name}: the model gives a {type(outputs).__name__}, not a tensor")
@@ -52,11 +52,11 @@ class Regression(Workload):
             raise UsageError(f"{name}: the model gives {shapes}; both must be one number per example")
 
     def predictions(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return target and prediction."""
+        """Return each example's target and prediction."""
         return {"target": targets, "prediction": _flat(outputs)}
 
     def pictures(self, result: Mapping[str, Any], rows: Rows, test: Split | None) -> list[Picture]:
-        """Return predictions over targets, and the distribution of the errors."""
+        """Plot predictions against targets, and the distribution of the errors."""
         from mnist_ray.workload import figures  # imports matplotlib
 
         return figures.of_regression(rows)

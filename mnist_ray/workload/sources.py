@@ -1,4 +1,4 @@
-"""Ready results of ``load_data``: pictures in a folder for each class, and tables."""
+"""Ready-made data for ``load_data``: tables, and folders of pictures, one folder per class."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mnist_ray.workload.order import Shuffled
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-_TEST_PART, _TEST_SEED = 5, 53  # without a test set, a random fifth becomes one
+_TEST_PART, _TEST_SEED = 5, 53  # without a test set, a random fifth of the examples becomes the test set
 
 
 def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Data:
-    """Return the pictures in a folder for each class; torchvision's ``ImageFolder`` reads them when needed.
+    """Return the pictures in ``place``, a folder per class; torchvision's ``ImageFolder`` reads each one when needed.
 
-    Each is scaled and cut to a square: (3, ``size``, ``size``) uint8, or (1, …) in grey. ``place`` may hold train/ and
-    test/ (or val/) with such folders; else a random fifth is the test set. Raises UsageError.
+    Each picture is scaled and cut to a square: (3, ``size``, ``size``) uint8, or (1, …) in grey. ``place`` may have
+    train/ and test/ (or val/) with these folders; without them, a random fifth is the test set. Raises UsageError.
     """
     from torchvision import datasets, transforms
 
@@ -36,10 +36,10 @@ def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Dat
     except OSError as error:
         raise UsageError(f"{place}: {first_line(error)}") from error
     if len(roots) == 1:
-        raise UsageError(f"{place} has {roots[0].name}/, but not both train/ and test/")
+        raise UsageError(f"{place} has only {roots[0].name}/; it needs both train/ and test/")
     classes = folders[0].classes
     if any(folder.classes != classes for folder in folders):
-        raise UsageError(f"{place}: {roots[0].name}/ and {roots[1].name}/ have other classes")
+        raise UsageError(f"{place}: {roots[0].name}/ and {roots[1].name}/ differ in classes")
     if not roots:
         for folder, part in zip(folders, _parted(len(folders[0])), strict=True):
             folder.samples = [folder.samples[index] for index in part]
@@ -57,11 +57,11 @@ def table(
     columns: Sequence[str] | None = None,
     as_classes: bool = False,
 ) -> Data:
-    """Return a CSV or Parquet file, or a pandas ``DataFrame``. The inputs are (N, columns) float32.
+    """Read a table from a CSV or Parquet file, or take a ``DataFrame``. The inputs are (N, columns) float32.
 
-    ``columns``: by default all but ``target``. The targets, (N,), are the column ``target``: whole numbers or float32.
-    With ``as_classes`` its values are the names of classes: the metadata get sorted ``class_names``, the targets are
-    places in it. Without ``test``, a random fifth is the test set. Raises UsageError if a column has gaps or texts.
+    ``columns``: by default all but ``target``. The column ``target`` has the targets, (N,), whole numbers or float32.
+    With ``as_classes``, its values are names of classes: ``class_names`` in the metadata is their sorted list, and
+    targets are indices of it. Without ``test``, a random fifth is the test set. Raises UsageError for gaps or strings.
     """
     import pandas
 
@@ -77,7 +77,7 @@ def table(
         for frame, numbers in zip(frames, targets, strict=True):
             if (numbers < 0).any():
                 wrong = frame[target][numbers < 0].iloc[0]
-                raise UsageError(f"column {target} has gaps, or a class that only the test set has: {wrong}")
+                raise UsageError(f"column {target} has gaps, or a class that is only in the test set: {wrong}")
     targets = [values.astype(np.float32) if values.dtype.kind == "f" else values for values in targets]
     if test is None:
         inputs, targets = ([values[0][part] for part in _parted(len(inputs[0]))] for values in (inputs, targets))
@@ -101,14 +101,14 @@ def _frame(table: str | Path | DataFrame) -> DataFrame:
 def _check_numbers(frame: DataFrame, names: Sequence[str]) -> None:
     for name in names:
         if name not in frame:
-            raise UsageError(f"the table has no column {name}; it has {', '.join(map(str, frame))}")
+            raise UsageError(f"the table has no column {name}, only {', '.join(map(str, frame))}")
         if frame[name].dtype.kind not in "biuf":
             raise UsageError(
-                f"column {name} is not numbers; convert it by pandas.get_dummies(table, columns=[{name!r}]), leave it "
+                f"column {name} does not hold numbers; use pandas.get_dummies(table, columns=[{name!r}]), leave it "
                 "out of columns=, or, if it is the target, read it with as_classes=True"
             )
         if not np.isfinite(frame[name].to_numpy(float)).all():
-            raise UsageError(f"column {name} has gaps; fill them by table[{name!r}].fillna(0), or dropna()")
+            raise UsageError(f"column {name} has gaps; use table[{name!r}].fillna(0), or dropna()")
 
 
 def _parted(number: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Functions of a model's outputs in nested containers, and its precision."""
+"""Functions for tensors in nested containers, such as a model's outputs, and for a model's precision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mnist_ray.config import Precision
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Apply a function to each tensor in nested dicts, lists, tuples and dataclasses; all else stays."""
+    """Apply a function to each tensor in nested dicts, lists, tuples and dataclasses; keep other values."""
     if isinstance(value, Tensor):
         return function(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -36,11 +36,11 @@ def as_fp32(outputs: Any) -> Any:
 
 
 def detached(outputs: Any) -> Any:
-    """Return a model's outputs without their graph, which would keep memory."""
+    """Return a model's outputs without their autograd graph, which would occupy memory."""
     return map_tensors(Tensor.detach, outputs)
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """Return the context of a forward pass in a precision other than ``auto``."""
+    """Return the autocast context for a forward pass; ``precision`` must not be ``auto``."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)

@@ -1,4 +1,4 @@
-"""Finds and loads the user's classes, which flags name, and sends their code to other processes."""
+"""Finds and loads the classes that a user names by flags, and sends their code to other processes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from mnist_ray.settings import path_of
 
 @dataclass(frozen=True)
 class Source:
-    """The code of a class when the job began. Other processes run this text, even if the file has changed."""
+    """The code of a class as it was when the job began. Other processes run this text, even if the file has changed."""
 
-    reference: str  # like the flag: an absolute path or a module's name, with `:NAME` if it was given
+    reference: str  # an absolute path or a module's name, with `:NAME` if the flag has one
     path: str
     text: str
 
@@ -40,7 +40,7 @@ class Source:
 
 
 class UserClass:
-    """A class that a flag may name: the flag is the name of the base class."""
+    """A class that a flag may name; the flag is named after the base class, like ``--workload``."""
 
     source: ClassVar[Source]  # set by ``load``
 
@@ -49,9 +49,9 @@ T = TypeVar("T", bound=UserClass)
 
 
 def find(reference: str, base: type[T]) -> type[T]:
-    """Return the class derived from ``base`` in ``FILE.py`` or ``package.module``; with ``:NAME`` if there are several.
+    """Return the class derived from ``base`` in ``FILE.py`` or ``package.module``; ``:NAME`` picks one of several.
 
-    Raises UsageError if there is none, or its code fails.
+    Raises UsageError if there is no such class, or if its code fails.
     """
     flag, (place, name) = _flag(base), _split(reference)
     if not reference.strip():
@@ -61,7 +61,7 @@ def find(reference: str, base: type[T]) -> type[T]:
         return load(Source(reference, path, Path(path).read_text(encoding="utf-8")), base)
     path = str(path_of(place, flag).resolve())
     if _is_another_module(path):
-        raise UsageError(f"{flag} {place}: Python has another module {Path(place).stem}; give the file another name")
+        raise UsageError(f"{flag} {place}: Python has another module named {Path(place).stem}; rename the file")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -77,7 +77,7 @@ def load(source: Source, base: type[T]) -> type[T]:
 
 
 def check_trusted(reference: str, base: type, file: str, folders: Iterable[Path]) -> None:
-    """Raise UsageError if ``file`` may refer to code that came with it: see ``why_untrusted``."""
+    """Raise UsageError if the code that ``file`` names may have come with the file: see ``why_untrusted``."""
     if reason := why_untrusted(reference, folders):
         raise UsageError(
             f"{file} names {_flag(base)} {reference}, {reason}: code that may have come with a run is loaded only "
@@ -86,9 +86,9 @@ def check_trusted(reference: str, base: type, file: str, folders: Iterable[Path]
 
 
 def why_untrusted(reference: str, folders: Iterable[Path]) -> str:
-    """Say why code may have come with a run: a relative path, or a place in one of ``folders``. Empty if neither.
+    """Say why code may have come with a run: its path is relative, or in one of ``folders``. Empty if neither.
 
-    ``folders`` are those of runs and of their storage, where others may write.
+    ``folders`` hold runs or their storage; other people may write there.
     """
     place, _ = _split(reference)
     if place.endswith(".py") and not Path(place).is_absolute():
@@ -99,10 +99,10 @@ def why_untrusted(reference: str, folders: Iterable[Path]) -> str:
 
 
 def _paths_of_module(name: str) -> list[Path]:
-    """Return the paths of a module's package, without importing it; none if it is missing, or this package."""
+    """Return the paths of a module's package without an import; none if the package is missing, or is this one."""
     package = name.partition(".")[0]
     if package == __name__.partition(".")[0]:
-        return []  # it runs already
+        return []  # this package is loaded already
     _add_to_path(Path.cwd())
     try:
         found = importlib.util.find_spec(package)
@@ -117,7 +117,7 @@ def _flag(base: type) -> str:
 
 
 def _split(reference: str) -> tuple[str, str]:
-    """Split ``PLACE:NAME``; a colon within a path stays there."""
+    """Split ``PLACE:NAME``; a colon inside a path does not split it."""
     place, colon, name = reference.rpartition(":")
     return (place, name) if colon and name.isidentifier() else (reference, "")
 
@@ -134,7 +134,7 @@ def _module_of(source: Source, flag: str) -> types.ModuleType:
 
 
 def _run_file(source: Source, flag: str) -> types.ModuleType:
-    """Run a file's text as a module, which can import the files next to it, like a script."""
+    """Run a file's text as a module. Like a script, it can import the files next to it."""
     _add_to_path(source.folder)
     name = _module_name(source.path)
     module = types.ModuleType(name)
@@ -153,7 +153,7 @@ def _module_name(path: str) -> str:
 
 
 def _is_another_module(path: str) -> bool:
-    """Tell whether Python has a module of this name in another file."""
+    """Tell whether Python finds a module with this file's name in another file."""
     name = _module_name(path)
     if name in sys.modules:
         origin = getattr(sys.modules[name], "__file__", None) or "built in"
@@ -164,18 +164,18 @@ def _is_another_module(path: str) -> bool:
 
 
 def _import_module(name: str, flag: str) -> types.ModuleType:
-    """Import a module, also from the current folder, like `python -m`."""
+    """Import a module, even from the current folder, like `python -m`."""
     _add_to_path(Path.cwd())
     try:
         return importlib.import_module(name)
     except Exception as error:
         if isinstance(error, ImportError) and f"{name}.".startswith(f"{error.name}."):
-            raise UsageError(f"{flag} {name}: there is no such module; a file ends in .py") from error
+            raise UsageError(f"{flag} {name}: there is no such module; a file's name must end in .py") from error
         raise UsageError(f"{flag} {name}: {with_place(error, Path.cwd())}") from error
 
 
 def _pick(module: types.ModuleType, reference: str, base: type[T]) -> type[T]:
-    """Return a module's class by the reference's ``:NAME``, else its only class without subclasses."""
+    """Return the module's class that ``:NAME`` names; without ``:NAME``, the only class that has no subclasses."""
     (_, name), kind, flag = _split(reference), base.__name__.lower(), _flag(base)
     found = {
         key: value
@@ -186,13 +186,13 @@ def _pick(module: types.ModuleType, reference: str, base: type[T]) -> type[T]:
     if name in found:
         return found[name]
     if name:
-        there = f"; it has {', '.join(found)}" if found else ""
-        raise UsageError(f"{flag} {reference}: it has no {kind} {name}{there}")
+        there = f", only {', '.join(found)}" if found else ""
+        raise UsageError(f"{flag} {reference}: there is no {kind} {name}{there}")
     ancestors = {ancestor for value in found.values() for ancestor in value.__mro__[1:]}
     leaves = {value.__name__: value for value in found.values() if value not in ancestors}
     if not leaves:
         full_name = f"{base.__module__.removesuffix('.base')}.{base.__name__}"
-        raise UsageError(f"{flag} {reference} holds no {kind}: a class derived from {full_name}")
+        raise UsageError(f"{flag} {reference} holds no {kind}: no class derived from {full_name}")
     if len(leaves) > 1:
-        raise UsageError(f"{flag} {reference} holds several {kind}s; add one's name: :{', :'.join(leaves)}")
+        raise UsageError(f"{flag} {reference} holds several {kind}s; add a name: :{', :'.join(leaves)}")
     return next(iter(leaves.values()))

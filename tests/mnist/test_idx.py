@@ -61,9 +61,9 @@ IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (IMAGES, idx_bytes(tiny().inputs)[:-1], "should have 2,368 bytes by its header, but has 2,367"),
-        (IMAGES, idx_bytes(tiny().inputs) + b"0", "should have 2,368 bytes by its header, but has 2,369"),
-        (IMAGES, idx_bytes(tiny().inputs)[:9], "or ends in its header"),
+        (IMAGES, idx_bytes(tiny().inputs)[:-1], "should have 2,368 bytes according to its header, but has 2,367"),
+        (IMAGES, idx_bytes(tiny().inputs) + b"0", "should have 2,368 bytes according to its header, but has 2,369"),
+        (IMAGES, idx_bytes(tiny().inputs)[:9], "or ends within its header"),
         (IMAGES, b"", "is not the IDX file expected"),
         (IMAGES, idx_bytes(tiny().targets), "starts with 00 00 08 01, not 00 00 08 03"),
         (IMAGES, idx_bytes(np.zeros((3, 32, 28), np.uint8)), "has images of 32×28, not 28×28"),

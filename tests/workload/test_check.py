@@ -184,7 +184,7 @@ def test_a_workloads_own_schedule_is_tried_without_a_warning(write: Write, sched
         ("def create_model(self): ...", ".create_model returned NoneType, not a torch.nn.Module"),
         (
             "def create_model(self): return nn.LazyLinear(10)",
-            ".create_model: a lazy layer has no shape yet; call the model once on an example there",
+            ".create_model: a lazy layer has no shape yet; first call the model on an example",
         ),
         (
             "def create_model(self): return nn.Linear(4, 20)",
@@ -204,7 +204,7 @@ def test_a_workloads_own_schedule_is_tried_without_a_warning(write: Write, sched
         ),
         (
             "def loss(self, outputs, targets): return super().loss(outputs, targets) / (targets - 1)",
-            ".loss is not finite on the first 16 examples, with the initial weights",
+            ".loss is not finite on the first 16 examples with the initial weights",
         ),
         (
             "def loss(self, outputs, targets): return super().loss(outputs.detach(), targets)",
@@ -212,15 +212,15 @@ def test_a_workloads_own_schedule_is_tried_without_a_warning(write: Write, sched
         ),
         (
             'def create_model(self): return Spare("first")',
-            ": parameter first is not part of the loss; remove it, or freeze it",
+            ": parameter first is not part of the loss; remove or freeze unused parameters",
         ),
         (
             'def create_model(self): return Spare("first", "second", "third")',
-            ": parameter first is not part of the loss, like 2 more; remove it, or freeze it",
+            ": parameters first and 2 more are not part of the loss; remove or freeze unused parameters",
         ),
         (
             "def create_model(self): return WithExtraState(4, 10)",
-            ": the model's state_dict holds _extra_state, of type dict; a checkpoint keeps tensors: make it a buffer, "
+            ": the model's state_dict holds _extra_state, of type dict; a checkpoint keeps only tensors: use a buffer "
             "or a setting",
         ),
         (
@@ -260,8 +260,8 @@ def test_a_regression_model_must_give_one_number_per_example(write: Write, body:
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
-        ("np.arange(20)", " has a target 3, but the classes are 0 to 2"),
-        ("np.full(20, -1)", " has a target -1, but the classes are 0 to 2"),
+        ("np.arange(20)", " has target 3, but the classes are 0 to 2"),
+        ("np.full(20, -1)", " has target -1, but the classes are 0 to 2"),
         ("np.zeros((20, 1), np.int64)", ": targets must be whole numbers (N,), not int64 ({}, 1)"),
         ("np.zeros(20, np.float32)", ": targets must be whole numbers (N,), not float32 ({},)"),
         ("np.zeros(20, bool)", ": targets must be whole numbers (N,), not bool ({},)"),
@@ -288,17 +288,17 @@ def test_targets_outside_the_classes_are_found_in_arrays_and_in_the_batch_of_a_d
     [
         (
             "def create_scheduler(self, optimizer, *_, **__): return lr_scheduler.ReduceLROnPlateau(optimizer)",
-            "a step of the optimizer, then one of the schedule, without a metric: TypeError: "
+            "optimizer.step(), then scheduler.step() without a metric: TypeError: "
             "ReduceLROnPlateau.step() missing 1 required positional argument: 'metrics'",
         ),
         (
             "def create_optimizer(self, model, config): return torch.optim.LBFGS(model.parameters())",
-            "a step of the optimizer, then one of the schedule, without a metric: TypeError: "
+            "optimizer.step(), then scheduler.step() without a metric: TypeError: "
             "LBFGS.step() missing 1 required positional argument: 'closure'",
         ),
         (
             "def create_scheduler(self, optimizer, *_, **__): return WithFunction(optimizer)",
-            "a checkpoint of the optimizer and the schedule, which holds tensors, numbers and texts: ",
+            "a checkpoint of the optimizer and the schedule, which holds tensors, numbers and strings: ",
         ),
     ],
     ids=["a schedule that wants a metric", "an optimizer that wants a closure", "a function in the schedule"],
@@ -387,5 +387,5 @@ def test_data_of_the_wrong_kind_are_refused(write: Write, returned: str, expecte
 @pytest.mark.parametrize("fact", ["np.float32(1)", "np.ones(3)", "{1, 2}", "(1, 2)", "{1: 2}", "math.nan"])
 def test_metadata_that_are_not_json_are_refused(write: Write, fact: str) -> None:
     body = f"\n    def load_data(self): return Data(examples(20), examples(20), metadata={{'mean': {fact}}})\n"
-    expected = "Wrong: metadata 'mean' is not JSON: use numbers, texts, lists, dicts, and array.tolist()"
+    expected = "Wrong: metadata 'mean' is not JSON: use numbers, strings, lists, dicts or array.tolist()"
     assert message_of(write, body) == expected

@@ -165,7 +165,7 @@ def test_targets_are_compared_with_the_classes_in_each_split(part: str) -> None:
     workload().check_data(data)
     with pytest.raises(UsageError) as raised:
         workload(NAMES[:4]).check_data(data)
-    assert str(raised.value) == f"Classification.load_data: {part} has a target 4, but the classes are 0 to 3"
+    assert str(raised.value) == f"Classification.load_data: {part} has target 4, but the classes are 0 to 3"
 
 
 # --- results
@@ -233,6 +233,6 @@ def test_the_report_has_pictures_without_examples_to_show() -> None:
 )
 def test_a_split_with_other_classes_is_refused(classes: list[str], named: str) -> None:
     data, problem = Data(Pairs(["a", "b", "c"]), Pairs(classes)), workload(["a", "b", "c"])
-    expected = f"Classification.load_data: test has other classes than the model: {named}$"
+    expected = f"Classification.load_data: test and the model differ in classes: {named}$"
     with pytest.raises(UsageError, match=expected):
         problem.check_data(data)

@@ -81,9 +81,9 @@ def test_the_right_class_of_a_file_is_loaded(write: Write, text: str, name: str,
 @pytest.mark.parametrize(
     ("text", "name", "expected"),
     [
-        (BOTH, "", " holds several workloads; add one's name: :Digits, :Letters"),
-        (IMPORTS + "class Digits: ...", "", " holds no workload: a class derived from mnist_ray.workload.Workload"),
-        (BOTH, ":Numbers", ": it has no workload Numbers; it has Digits, Letters"),
+        (BOTH, "", " holds several workloads; add a name: :Digits, :Letters"),
+        (IMPORTS + "class Digits: ...", "", " holds no workload: no class derived from mnist_ray.workload.Workload"),
+        (BOTH, ":Numbers", ": there is no workload Numbers, only Digits, Letters"),
         ("import math\nclass Digits(:\n", "", ": SyntaxError: invalid syntax (problem.py, line 2)"),
         ("def fail(): return 1 / 0\nfail()\n", "", ": ZeroDivisionError: division by zero (problem.py, line 1)"),
         ("import not_here\n", "", ": ModuleNotFoundError: No module named 'not_here' (problem.py, line 1)"),
@@ -137,7 +137,7 @@ def test_a_file_with_the_name_of_another_module_is_refused(
 ) -> None:
     monkeypatch.delitem(sys.modules, "wave", raising=False)
     file = write(DIGITS, f"{name}.py")
-    expected = f"--workload {file}: Python has another module {name}; give the file another name"
+    expected = f"--workload {file}: Python has another module named {name}; rename the file"
     assert message_of(file) == expected
 
 
@@ -177,7 +177,7 @@ def test_a_package_gives_the_workload_that_it_imports_from_its_modules(bakery: W
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere.cakes", "bakery.nowhere"])
 def test_a_missing_module_is_named(bakery: Write, name: str) -> None:
-    assert message_of(name) == f"--workload {name}: there is no such module; a file ends in .py"
+    assert message_of(name) == f"--workload {name}: there is no such module; a file's name must end in .py"
 
 
 @pytest.mark.parametrize(
@@ -216,9 +216,9 @@ def test_a_missing_method_is_named(write: Write, method: str) -> None:
         ("search = {'lerning_rate': None}", "search has unknown settings: lerning_rate; did you mean learning_rate?"),
         (
             "def create_optimiser(self, model, config): ...",
-            "create_optimiser: a workload has create_optimizer; if you mean another, change its name",
+            "create_optimiser: did you mean create_optimizer? If not, choose another name",
         ),
-        ("recipe = {}", "recipe: a workload has recipes; if you mean another, change its name"),
+        ("recipe = {}", "recipe: did you mean recipes? If not, choose another name"),
     ],
 )
 def test_unknown_names_are_refused_with_the_likely_ones(write: Write, line: str, expected: str) -> None:

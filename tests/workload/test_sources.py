@@ -48,8 +48,8 @@ def test_of_pictures_in_one_folder_a_fifth_is_the_test_and_grey_has_one_channel(
     ("parts", "message"),
     [
         ({}, "Couldn't find any class folder"),
-        ({"train": ("red",)}, "has train/, but not both train/ and test/"),
-        ({"train": ("red",), "test": ("green",)}, "train/ and test/ have other classes"),
+        ({"train": ("red",)}, "has only train/; it needs both train/ and test/"),
+        ({"train": ("red",), "test": ("green",)}, "train/ and test/ differ in classes"),
     ],
 )
 def test_folders_that_hold_no_pictures_by_class_are_refused(
@@ -97,10 +97,10 @@ def test_targets_of_a_table_are_its_numbers_also_if_they_are_whole(factor: float
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"x": [1]}, "the table has no column y; it has x"),
-        ({"x": ["red"], "y": [2]}, r"column x is not numbers; .* pandas.get_dummies\(table, columns=\['x'\]\)"),
-        ({"x": [None, 1.0], "y": [2, 1]}, r"column x has gaps; fill them by table\['x'\].fillna\(0\)"),
-        ({"x": [1.0], "y": ["red"]}, "column y is not numbers; .* read it with as_classes=True"),
+        ({"x": [1]}, "the table has no column y, only x"),
+        ({"x": ["red"], "y": [2]}, r"column x does not hold numbers; .* pandas.get_dummies\(table, columns=\['x'\]\)"),
+        ({"x": [None, 1.0], "y": [2, 1]}, r"column x has gaps; use table\['x'\].fillna\(0\)"),
+        ({"x": [1.0], "y": ["red"]}, "column y does not hold numbers; .* read it with as_classes=True"),
         ({"x": [1, 1], "y": [2, float("inf")]}, "column y has gaps"),
     ],
 )
@@ -112,7 +112,7 @@ def test_what_is_no_table_of_numbers_is_refused_with_what_to_write(columns: dict
 @pytest.mark.parametrize(("name", "shown"), [("b", "b"), (None, "None")])
 def test_a_class_of_the_test_alone_and_a_gap_are_refused(name: Any, shown: str) -> None:
     frames = [pandas.DataFrame({"x": [1], "y": [each]}) for each in ("a", name)]
-    with pytest.raises(UsageError, match=f"column y has gaps, or a class that only the test set has: {shown}"):
+    with pytest.raises(UsageError, match=f"column y has gaps, or a class that is only in the test set: {shown}"):
         sources.table(*frames, target="y", as_classes=True)
 
 
