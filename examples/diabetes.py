@@ -1,8 +1,8 @@
 """How far will diabetes progress in a year? A regression on scikit-learn's table of 442 patients.
 
 pip install scikit-learn
-python jobs/train.py --workload examples/diabetes.py                   # seconds, an R² of about 0.5
-python jobs/tune.py --workload examples/diabetes.py --num-trials 16    # searches --width and --dropout too
+python jobs/train.py --workload examples/diabetes.py                   # takes seconds, reaches an R² of about 0.5
+python jobs/tune.py --workload examples/diabetes.py --num-trials 16    # also searches --width and --dropout
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 
 from mnist_ray.workload import Arrays, Choice, Data, Range, Regression, at_least, fraction, setting
 
-NUM_TEST = 88  # a fifth
+NUM_TEST = 88  # a fifth of the patients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Settings:
 
 
 class Diabetes(Regression):
-    """Ten measurements of a patient; the target is the disease's progression after a year, 25 to 346."""
+    """Ten measurements per patient; the target is the progression of the disease after a year, from 25 to 346."""
 
     Settings = Settings
     noun = "patient"
@@ -34,7 +34,7 @@ class Diabetes(Regression):
     search = {"batch_size": Choice((16, 32, 64)), "learning_rate": Range(1e-3, 5e-2, log=True)}
 
     def load_data(self) -> Data:
-        """Return the table with a random fifth as test set."""
+        """Return the table, split at random: a fifth is the test set."""
         inputs, targets = load_diabetes(return_X_y=True, scaled=False)
         order = np.random.default_rng(0).permutation(len(targets))
         test, train = order[:NUM_TEST], order[NUM_TEST:]
@@ -49,7 +49,7 @@ class Diabetes(Regression):
         )
 
     def create_model(self) -> nn.Module:
-        """Return a network with two hidden layers whose first predictions are near the mean target."""
+        """Return a network with two hidden layers whose initial predictions are near the mean target."""
         width, dropout = self.settings.width, self.settings.dropout
         last = nn.Linear(width, 1)
         nn.init.constant_(last.bias, self.metadata["target"])
@@ -62,5 +62,5 @@ class Diabetes(Regression):
         return ((inputs - means) / stds).float()
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
-        """Return the squared error, scaled down so that gradients have the usual size."""
+        """Return the squared error, scaled down so that the gradients have the usual size."""
         return super().loss(outputs, targets) / 100**2

@@ -1,9 +1,9 @@
-"""Follows runs in MLflow, on a server or in a file: `pip install -e '.[mlflow]'`, then
+"""Logs runs to MLflow, on a server or in a file: `pip install -e '.[mlflow]'`, then
 
 MLFLOW_TRACKING_URI=sqlite:///mlflow.db python jobs/train.py --tracker examples/mlflow_tracker.py
 
-A resumed run continues in its MLflow run. A sweep's run has its trials as nested runs. A server's user and password
-belong in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, not in the URI.
+A resumed run continues its MLflow run. The trials of a sweep are runs nested in the sweep's run. The user and password
+of a server belong in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, not in the URI.
 """
 
 import logging
@@ -22,8 +22,8 @@ from mnist_ray.trackers import Tracker
 from mnist_ray.training.checkpoint import load_model
 from mnist_ray.training.events import Started, TrialEnded
 
-FOLDER = "mnist_ray.run"  # the tag that holds a run's folder, by which its MLflow run is found again
-MOST_METRICS = 1000  # that a server takes in one request
+FOLDER = "mnist_ray.run"  # a tag with the run's folder, to find the MLflow run again
+MOST_METRICS = 1000  # a server takes no more in one request
 LONGEST_DIGEST = 36  # characters
 
 
@@ -34,7 +34,7 @@ class MLflow(Tracker):
 
     def __init__(self, run, workload, settings):
         super().__init__(run, workload, settings)
-        # Else MLflow prints the run's address each time that the run's state changes.
+        # Otherwise, MLflow prints the run's address each time the run's state changes.
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         self.experiment = mlflow.set_experiment("mnist_ray").experiment_id
@@ -45,19 +45,19 @@ class MLflow(Tracker):
         self.describe()
 
     def find(self, folder):
-        """Return the MLflow run of a folder; None if it has none."""
+        """Return the MLflow run of a folder; None if there is none yet."""
         query = f"tags.`{FOLDER}` = '{folder}'"
         return next(iter(self.client.search_runs([self.experiment], query, max_results=1)), None)
 
     def open(self, folder, name, settings, parent):
-        """Return the id of a folder's MLflow run, which is created if there is none."""
+        """Return the id of a folder's MLflow run; create the run if there is none."""
         run = self.find(folder)
         if run is None:
             tags = {FOLDER: folder} | ({"mlflow.parentRunId": parent} if parent else {})
             run = self.client.create_run(self.experiment, run_name=name, tags=tags)
         else:
             self.client.set_terminated(run.info.run_id, "RUNNING")
-        # MLflow refuses to change a parameter: a sweep's run first has the sweep's settings, then those of the best.
+        # Only new ones: MLflow refuses to change the sweep's settings, which a sweep's run has before the best run's.
         new = [Param(key, str(value)) for key, value in settings.items() if key not in run.data.params]
         self.client.log_batch(run.info.run_id, params=new)
         return run.info.run_id
@@ -76,7 +76,7 @@ class MLflow(Tracker):
         self.client.log_inputs(self.id, inputs)
 
     def log(self, event):
-        """Log an event's values; a trial's become those of a nested run."""
+        """Log an event's values; those of a trial go to a nested run."""
         match event:
             case Started():
                 self.client.set_tag(self.id, "workers", f"{event.num_workers} × {event.device}")
@@ -95,7 +95,7 @@ class MLflow(Tracker):
             self.client.log_batch(run, metrics=metrics[start : start + MOST_METRICS])
 
     def close(self, ending):
-        """Log the test's metrics, the pictures and the model."""
+        """Log the test metrics, the pictures and the model."""
         self.log_metrics(self.id, [(name, value, 0) for name, value in self.final(ending).items()])
         with tempfile.TemporaryDirectory() as folder:
             for name, png in ending.pictures.items():
@@ -106,7 +106,7 @@ class MLflow(Tracker):
         self.client.set_terminated(self.id, "KILLED" if ending.result is None else "FINISHED")
 
     def log_model(self, checkpoint):
-        """Log the tested model, if it takes one tensor: MLflow asks for an example of its input."""
+        """Log the tested model if it takes a single tensor: MLflow asks for an example of the input."""
         model_input = self.workload.metadata.get("model_input")
         if model_input is None:
             return
@@ -116,5 +116,5 @@ class MLflow(Tracker):
                 name="model",
                 input_example=np.zeros((2, *model_input["shape"]), model_input["dtype"]),
                 serialization_format="pt2",  # not a pickle
-                pip_requirements=["torch"],  # else MLflow starts a process to find them
+                pip_requirements=["torch"],  # otherwise, MLflow starts a process to find them
             )

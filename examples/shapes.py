@@ -1,7 +1,7 @@
 """Which shape is it? RGB images, a small residual network with batch normalization, and augmentation.
 
-python jobs/train.py --workload examples/shapes.py                  # a minute on two cores, 95 % or more
-python jobs/tune.py --workload examples/shapes.py --num-trials 8    # searches --width too
+python jobs/train.py --workload examples/shapes.py                  # a minute on two cores, accuracy 95 % or more
+python jobs/tune.py --workload examples/shapes.py --num-trials 8    # also searches --width
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from mnist_ray.workload import Arrays, Choice, Classification, Data, at_least, s
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZE = 32  # pixels
-POINTS = {"square": 4, "triangle": 3, "star": 10, "cross": 12}  # of a polygon's outline
+POINTS = {"square": 4, "triangle": 3, "star": 10, "cross": 12}  # corners of each polygon
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,19 +24,19 @@ class Settings:
     """The shapes and the network."""
 
     num_images: int = setting(6000, "images to draw for training and validation", **at_least(10))
-    noise: float = setting(25.0, "standard deviation of the noise in each channel, of 255", **at_least(0))
+    noise: float = setting(25.0, "standard deviation of the noise in each channel (0 to 255)", **at_least(0))
     width: int = setting(16, "channels of the first convolution", search=Choice((8, 16, 24)), **at_least(1))
 
 
 class Shapes(Classification):
-    """Shapes of any colour, size and angle, on a background of another colour."""
+    """Shapes of any colour, size and angle, on a background of a different colour."""
 
     Settings = Settings
     noun = "image"
     recipes = {"default": {"num_epochs": 8, "batch_size": 64, "learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.99}}
 
     def load_data(self) -> Data:
-        """Draw the images; equal settings give equal images."""
+        """Draw the images; the same settings give the same images."""
         rng = np.random.default_rng(0)
         train, test = (self.draw(number, rng) for number in (self.settings.num_images, self.settings.num_images // 5))
         return Data(train, test, name="shapes", metadata={"class_names": list(SHAPES)})
@@ -53,7 +53,7 @@ class Shapes(Classification):
         return ResidualNetwork(self.settings.width, self.num_classes)
 
     def prepare(self, inputs: Tensor, generator: Generator | None) -> Tensor:
-        """Turn (N, 32, 32, 3) uint8 into (N, 3, 32, 32) in -1 to 1; in training, mirror half of the images."""
+        """Turn (N, 32, 32, 3) uint8 into (N, 3, 32, 32) from -1 to 1; in training, mirror half of them at random."""
         images = inputs.permute(0, 3, 1, 2).float() / 128 - 1
         if generator is None:
             return images
@@ -61,11 +61,11 @@ class Shapes(Classification):
         return torch.where(is_mirrored[:, None, None, None], images.flip(3), images)
 
     def as_picture(self, inputs: np.ndarray) -> np.ndarray:
-        """Return the image."""
+        """Return the image as it is."""
         return np.asarray(inputs)
 
     def read_picture(self, picture: Image.Image, *, as_is: bool) -> np.ndarray:
-        """Scale a user's picture."""
+        """Scale a user's picture to the size of the images."""
         return np.asarray(picture.convert("RGB").resize((SIZE, SIZE)))
 
 
@@ -78,7 +78,7 @@ class Block(nn.Module):
         self.norm1 = nn.BatchNorm2d(num_outputs)
         self.conv2 = nn.Conv2d(num_outputs, num_outputs, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(num_outputs)
-        # Pooled first (https://arxiv.org/abs/1812.01187): see "Model" in docs/workloads.md.
+        # Pooling replaces the stride (https://arxiv.org/abs/1812.01187): see "Model" in docs/workloads.md.
         self.shortcut = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(num_inputs, num_outputs, 1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class Block(nn.Module):
 
 
 class ResidualNetwork(nn.Module):
-    """Three blocks, then the mean over the image and a dense layer."""
+    """Three blocks, the mean over the image, and a dense layer."""
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
@@ -101,9 +101,9 @@ class ResidualNetwork(nn.Module):
 
 
 def draw_shape(shape: str, rng: np.random.Generator) -> np.ndarray:
-    """Return a shape somewhere in an image (32, 32, 3) uint8."""
+    """Return an image, (32, 32, 3) uint8, with a shape at a random position."""
     ground, colour = rng.integers(0, 256, (2, 3)).tolist()
-    while np.abs(np.subtract(ground, colour)).sum() < 200:  # clearly different
+    while np.abs(np.subtract(ground, colour)).sum() < 200:  # until they differ clearly
         colour = rng.integers(0, 256, 3).tolist()
     image = Image.new("RGB", (SIZE, SIZE), tuple(ground))
     radius = rng.uniform(6, 13)
@@ -119,7 +119,7 @@ def draw_shape(shape: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def outline(shape: str) -> np.ndarray:
-    """Return a polygon's corners, (corners, 2), in a circle of radius 1."""
+    """Return the corners of a polygon, (corners, 2), within a circle of radius 1."""
     if shape == "cross":
         arm = 0.3
         first = np.array([(arm, 1), (arm, arm), (1, arm)])
@@ -131,5 +131,5 @@ def outline(shape: str) -> np.ndarray:
 
 
 def rotation(angle: float) -> np.ndarray:
-    """Return the matrix that turns by an angle."""
+    """Return the matrix of a rotation by an angle."""
     return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])

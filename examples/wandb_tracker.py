@@ -1,8 +1,8 @@
-"""Follows runs in Weights & Biases: `pip install wandb`, then
+"""Logs runs to Weights & Biases: `pip install wandb`, then
 
 WANDB_PROJECT=digits python jobs/train.py --tracker examples/wandb_tracker.py
 
-With WANDB_MODE=offline nothing leaves this machine; `wandb sync` in the run's folder sends it later.
+With WANDB_MODE=offline nothing leaves this machine; `wandb sync` in the run's folder uploads the run later.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from mnist_ray.trackers import Tracker
 
 
 class WandB(Tracker):
-    """A run of the project; a resumed run continues in it."""
+    """A run in the project; a resumed run continues the earlier one."""
 
     def __init__(self, run, workload, settings):
         super().__init__(run, workload, settings)
@@ -35,7 +35,7 @@ class WandB(Tracker):
             self.wandb_run.define_metric(f"{axis}/*", step_metric=axis)
 
     def log(self, event):
-        """Log an event's values, each by its step or epoch."""
+        """Log an event's values, each at its step or epoch."""
         rows = defaultdict(dict)
         for name, value, at in self.scalars(event):
             rows[name.partition("/")[0], at][name] = value
@@ -43,7 +43,7 @@ class WandB(Tracker):
             self.wandb_run.log({**row, axis: at})
 
     def close(self, ending):
-        """Log the test's metrics and the pictures."""
+        """Log the test metrics and the pictures."""
         self.wandb_run.summary.update(self.final(ending))
         images = {name: Image.open(io.BytesIO(png)) for name, png in ending.pictures.items()}
         self.wandb_run.log({f"pictures/{name}": wandb.Image(image) for name, image in images.items()})
