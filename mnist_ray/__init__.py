@@ -1,4 +1,4 @@
-"""Distributed training on Ray to make your own: train, tune and evaluate any PyTorch model."""
+"""Distributed training on Ray, as a base for your own: train, tune and evaluate any PyTorch model."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import the API when it is first used, as the commands start faster without it."""
+    """Import the API on first use, since the commands start faster without it."""
     if name in __all__:
         from mnist_ray import api
 

@@ -1,7 +1,7 @@
 """The commands as functions, for scripts and notebooks: ``from mnist_ray import train, tune, evaluate, predict``.
 
 Settings are keyword arguments, named and checked like the commands' flags: ``train(num_workers=2, width=64)``. Errors
-are raised as UsageError or JobError, with the line that a command would print.
+are raised as UsageError or JobError, with the message that a command would print.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from mnist_ray.run.find import Found
     from mnist_ray.tools.predict import Prediction
 
-AnyWorkload = type[Workload] | str | Path | None  # a class, or as for ``--workload``; None: MNIST, or the run's
+AnyWorkload = type[Workload] | str | Path | None  # a class, or a value of --workload; None: MNIST or the run's workload
 _STORAGE_PATH = OutputConfig().storage_path
 _REPORT_HEIGHT = 600  # pixels, in a notebook
 
@@ -53,7 +53,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The run's name, which other commands take."""
+        """The run's name, by which other commands find the run."""
         return self.folder.name
 
     @property
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def steps(self) -> list[dict[str, float]]:
-        """The rows of steps.csv, one for about each half second of training."""
+        """The rows of steps.csv: about one per half second of training."""
         return numbers_of(read_values(self.folder, STEPS_FILE, "step", "epoch"))
 
     @property
@@ -82,12 +82,12 @@ class Run:
         return self.folder.inside(REPORT_FILE).uri
 
     def load_model(self) -> nn.Module:
-        """Return the trained model, in evaluation mode, on the CPU. Raises JobError if it is damaged."""
+        """Return the trained model on the CPU, in evaluation mode. Raises JobError if the checkpoint is damaged."""
         model: nn.Module = _found(self).load_model()
         return model
 
     def export(self, output: str | Path) -> None:
-        """Write the model for other programs: a ``.pt2`` file for torch, or ``.onnx``. Raises UsageError, JobError."""
+        """Write the model for other programs: ``.pt2`` for torch, or ``.onnx``. Raises UsageError and JobError."""
         from mnist_ray.tools.export import export
 
         kind: Literal["torch", "onnx"] = "onnx" if Path(output).suffix == ".onnx" else "torch"
@@ -108,16 +108,16 @@ class Run:
 class SweptRun(Run):
     """The run trained with a sweep's best configuration."""
 
-    best: dict[str, Any]  # the best configuration's values of the searched settings
+    best: dict[str, Any]  # the searched settings' values in the best configuration
     trials: list[dict[str, Any]]  # the rows of sweep.csv, one per trial
-    default: Run | None  # the run trained with the default configuration; None if that is the best
+    default: Run | None  # the run of the default configuration; None if this configuration is the best
 
 
 def train(workload: AnyWorkload = None, **settings: Any) -> Run:
     """Train, evaluate and report like ``jobs/train.py``.
 
-    ``workload``: a class, or a text as for ``--workload``; default: MNIST. Raises UsageError, JobError, and
-    KeyboardInterrupt if interrupted.
+    ``workload``: a class, or a string as for ``--workload``; default: MNIST. Raises UsageError, JobError, and, after
+    Ctrl-C, KeyboardInterrupt.
     """
     job = read_job(_given(workload, settings))
     train_job(job)
@@ -125,9 +125,9 @@ def train(workload: AnyWorkload = None, **settings: Any) -> Run:
 
 
 def tune(workload: AnyWorkload = None, **settings: Any) -> SweptRun:
-    """Search, then train and evaluate the best configuration, like ``jobs/tune.py``; return that run.
+    """Search settings, then train and evaluate the best configuration like ``jobs/tune.py``; return its run.
 
-    ``sweep`` may be a dict: ``{"width": [8, 32], "learning_rate": "log:1e-3:1e-1"}``. Raises like ``train``.
+    ``sweep`` may be a dict: ``{"width": [8, 32], "learning_rate": "log:1e-3:1e-1"}``. Raises the errors of ``train``.
     """
     if isinstance(searched := settings.get("sweep"), Mapping):
         settings["sweep"] = [f"{name}={_space_text(space)}" for name, space in searched.items()]
@@ -159,7 +159,7 @@ def evaluate(
     """Evaluate a run's checkpoint on the test set, like ``jobs/evaluate.py``; return loss and metrics.
 
     ``run``: a run, its name, or a checkpoint's path; default: the newest run. ``settings``: changes to the workload's
-    settings, e.g. to use other data. Raises UsageError and JobError.
+    settings, e.g. the path of different data. Raises UsageError and JobError.
     """
     environment.prepare(verbose=False)
     with prepared_forking("mnist_ray.run.evaluate") as forking:
@@ -182,8 +182,8 @@ def predict(
 ) -> list[Prediction]:
     """Return a trained model's predictions.
 
-    ``pictures``: a path of a picture or a folder, a Pillow image, a list of either, or an array of inputs (N, ...) as
-    in the workload's data. ``as_is``: only scale pictures. Raises UsageError and JobError.
+    ``pictures``: the path of a picture or folder, a Pillow image, a list of paths or of images, or an array of inputs
+    (N, ...) in the format of the workload's data. ``as_is``: only scale pictures. Raises UsageError and JobError.
     """
     found = _found(run, workload, storage_path)
     from mnist_ray.tools import predict as tool
@@ -206,7 +206,7 @@ def _run(job: Job) -> Run:
 
 
 def _given(workload: AnyWorkload, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return all settings, with paths and the workload as text."""
+    """Return all settings, with paths and the workload as strings."""
     if "storage_path" in settings:
         settings = settings | {"storage_path": os.fspath(settings["storage_path"])}
     if workload is None:
@@ -220,7 +220,7 @@ def _found(
     storage_path: str | Path = _STORAGE_PATH,
     changes: Mapping[str, Any] | None = None,
 ) -> Found:
-    """Find a run's checkpoint and its workload. ``changes``: settings of the workload to override."""
+    """Find a run's checkpoint and its workload. ``changes``: new values for the workload's settings."""
     environment.prepare(verbose=False)
     from mnist_ray.run.find import find  # imports torch and Ray
 
@@ -230,17 +230,17 @@ def _found(
 
 
 def reference_of(workload: type[Workload] | str | Path, *, is_here: bool = False) -> Reference:
-    """Return the file or module and the name of a workload's class, so that other processes can load it.
+    """Return a reference by which other processes can load a workload's class: its file or module, and its name.
 
-    A class without a file, as in a notebook's cell, is returned itself if ``is_here``: no other process needs it.
-    Otherwise, it raises UsageError.
+    Raises UsageError for a class without a file, e.g. from a notebook's cell. If ``is_here``, no other process needs
+    the class, and the class itself is returned.
     """
     if not isinstance(workload, type):
         return os.fspath(workload)
     if "source" in vars(workload):
         return workload.source.reference if workload.source.path else workload
     file = getattr(sys.modules[workload.__module__], "__file__", None)
-    if file is None or not Path(file).is_file():  # in a notebook's cell, or piped into Python
+    if file is None or not Path(file).is_file():  # from a notebook's cell, or from code piped into Python
         if is_here:
             return workload
         raise UsageError(

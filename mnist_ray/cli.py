@@ -1,6 +1,6 @@
 """The commands, as ``jobs/`` and ``mnist-ray`` run them.
 
-Each reads its flags first, then imports torch and Ray, so that a wrong flag is answered at once.
+Each command reads its flags before it imports torch and Ray, so that a wrong flag is reported at once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def evaluate() -> None:
     """Evaluate a checkpoint on the test set."""
     early, run = peek("workload", "storage_path", "num_tasks")
     workload_class = loading.load(early.get("workload", loading.DEFAULT))
-    if "workload" not in early:  # the run's, as its settings become flags
+    if "workload" not in early:  # load the run's workload, as its settings become flags
         with contextlib.suppress(UsageError):  # reported when all flags are read
             storage_path = early.get("storage_path", OutputConfig().storage_path)
             workload_class = class_of(find_run(run, storage_path), storage_path)
@@ -55,7 +55,7 @@ def predict() -> None:
     """Print a trained model's predictions for your own pictures."""
     parser = _parser(predict, PredictionConfig)
     _add_run(parser, "--run", default=None)
-    parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="pictures, or folders of them")
+    parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="pictures, or folders of pictures")
     given = parser.read_flags()
     environment.prepare(verbose=False)
 
@@ -96,7 +96,7 @@ def report() -> None:
     if len(runs) > 1:
         page.compare(runs, reference, storage_path, given.get("output", "comparison.html"))
     elif "output" in given:
-        raise UsageError("--output is for the page of several runs; a single run's report is in its folder")
+        raise UsageError("--output is for the comparison of several runs; a single run's report is in its folder")
     else:
         resume_with = resume_command("tune" if runs[0].exists(TRIALS_FILE) else "train", runs[0])
         page.write_again(runs[0], reference, storage_path, sections, resume_with)
@@ -131,7 +131,7 @@ def program() -> None:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a command and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run a command and exit with its status: 0 (done), 1 (failed), 2 (wrong usage) or 130 (interrupted)."""
     signals.take_signals()
     prepare_output()
     status = signals.supervise(functools.partial(status_of, main))
@@ -142,7 +142,7 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def status_of(main: Callable[[], None]) -> int:
-    """Run a command; print its error, if any, and return the exit status. Only bugs have a traceback."""
+    """Run a command; print its error, if any, and return the exit status. Only a bug prints a traceback."""
     try:
         main()
         sys.stdout.flush()
@@ -150,11 +150,11 @@ def status_of(main: Callable[[], None]) -> int:
         say(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt as interrupt:
-        first = interrupt.__context__  # whose message a second Ctrl-C may have cut short
+        first = interrupt.__context__  # has the message if a second Ctrl-C interrupted its handling
         said = first if isinstance(first, KeyboardInterrupt) and not str(interrupt) else interrupt
         say(str(said) or "interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # of our output, as in `… | head`
+    except BrokenPipeError:  # the reader of the output is gone, as in `… | head`
         return 1
     except Exception:
         for line in traceback.format_exc().splitlines():
@@ -166,9 +166,9 @@ def status_of(main: Callable[[], None]) -> int:
 def _parser(command: Callable[[], None], *classes: type) -> Parser:
     """Return the parser of a command that works with a run."""
     parser = Parser(command.__doc__ or "", *classes)
-    where, default = "folder or URI to search for a run by its name, or for the newest", OutputConfig().storage_path
+    where, default = "folder or URI in which to find a run by its name, or the newest run", OutputConfig().storage_path
     parser.add_argument("--storage-path", default=default, help=f"{where} (default: {default})")
-    _add_workload(parser, "the run's")
+    _add_workload(parser, "the run's workload")
     return parser
 
 

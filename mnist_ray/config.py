@@ -1,6 +1,6 @@
-"""Every setting of the jobs, except those of a workload.
+"""All settings of the jobs, except a workload's own settings.
 
-Only the standard library is imported, so that a wrong flag is answered at once.
+Only the standard library is imported, so that a wrong flag is reported at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _png() -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Hyperparameters of one training run: with the workload's own, everything that decides the weights."""
+    """Hyperparameters of one training run: with the workload's settings, they decide the weights."""
 
     num_epochs: int = setting(2, "passes over the training set", **at_least(1))
     batch_size: int = setting(
@@ -35,7 +35,7 @@ class TrainConfig:
     beta1: float = setting(0.9, "Adam's decay of the gradient's mean", **fraction(with_one=False))
     beta2: float = setting(0.999, "Adam's decay of the gradient's square", **fraction(with_one=False))
     momentum: float = setting(0.9, "momentum of SGD", **fraction(with_one=False))
-    weight_decay: float = setting(0.0, "weight decay: an L2 penalty, or decoupled if adamw", **at_least(0))
+    weight_decay: float = setting(0.0, "weight decay: an L2 penalty; with adamw, decoupled", **at_least(0))
     label_smoothing: float = setting(
         0.0, "in classification, fraction of each training target that is spread over all classes", **fraction()
     )
@@ -46,7 +46,7 @@ class TrainConfig:
     )
     early_stop: int | None = setting(None, "stop after this many epochs without a better validation", **at_least(1))
     precision: Precision = setting(
-        "auto", "in the forward and backward pass; auto: bf16 if the hardware has it, else fp32; fp16 scales the loss"
+        "auto", "number format of forward and backward pass; auto: bf16 if supported, else fp32; fp16 scales the loss"
     )
     validation_size: int | None = setting(
         None,
@@ -56,10 +56,10 @@ class TrainConfig:
     )
     seed: int = setting(0, "decides the initial weights and the order of the examples", **within(0, 2**31 - 1))
     clip_grad_norm: float | None = setting(
-        None, "maximum norm of the gradients; larger ones are scaled down", **positive()
+        None, "maximum norm of the gradients; larger gradients are scaled down", **positive()
     )
     micro_batch_size: int | None = setting(
-        None, "examples per forward pass of a worker; gradients of its share of a batch are accumulated", **at_least(1)
+        None, "examples per forward pass; a worker accumulates the gradients of its share of a batch", **at_least(1)
     )
     compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler, takes a minute")
     callback: str | None = setting(None, "your Callback in the training loop: FILE.py[:NAME] or package.module[:NAME]")
@@ -67,19 +67,19 @@ class TrainConfig:
         1.0, "fraction of all data to use, drawn at random", **rule(lambda part: 0 < part <= 1, "must be in (0, 1]")
     )
     overfit_batches: int | None = setting(
-        None, "train and test on the examples of this many batches only; a working model learns them", **at_least(1)
+        None, "train and test only on the examples of this many batches; a working model learns them", **at_least(1)
     )
     checkpoint_every: int = setting(1000, "steps between checkpoints within an epoch", **at_least(1))
     reproducible: bool = setting(
-        False, "the same weights to the last bit for any number of workers; on CPUs, one thread each; slower"
+        False, "the same weights to the last bit for any number of workers; slower: on CPUs, with one thread each"
     )
     num_chunks: int = setting(
-        8, "parts of a batch whose gradients --reproducible adds in a fixed order; limits --num-workers", **at_least(1)
+        8, "parts per batch; --reproducible adds their gradients in a fixed order; limits --num-workers", **at_least(1)
     )
 
     @property
     def chunks(self) -> int | None:
-        """The number of chunks of a batch, if reproducible; else None, and each rank has one slice."""
+        """The number of chunks per batch if reproducible; else None: each rank has one slice."""
         return self.num_chunks if self.reproducible else None
 
     def num_steps(self, num_examples: int) -> int:
@@ -98,18 +98,18 @@ class WorkerConfig:
     )
     cpus_per_worker: int | None = setting(
         None,
-        "CPUs per worker, and its threads if each has 8 examples; default: the cluster's CPUs shared evenly",
+        "CPUs per worker, and its threads if each thread has 8 examples; default: the cluster's CPUs, shared evenly",
         **at_least(1),
     )
     use_gpu: Literal["auto", "yes", "no"] = setting("auto", "train on GPUs; auto: if the cluster has any")
     loader_workers: int = setting(
-        0, "processes per worker that read a Dataset; 0: the worker itself; arrays need none", **at_least(0)
+        0, "processes per worker that read a Dataset; 0: the worker itself; not used for arrays", **at_least(0)
     )
     min_workers: int | None = setting(
-        None, "fewest workers to continue with if the cluster holds no more", **at_least(1)
+        None, "fewest workers to continue with if the cluster has no room for all", **at_least(1)
     )
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = setting(
-        "PACK", "PACK: few nodes; SPREAD: many; STRICT_PACK: one node or fail; STRICT_SPREAD: a node each or fail"
+        "PACK", "PACK: few nodes; SPREAD: many; STRICT_PACK: one node or fail; STRICT_SPREAD: a node per worker or fail"
     )
     autoscaling: bool = setting(False, "the cluster starts nodes on demand: wait for them")
     max_failures: int = setting(3, "how often lost workers are replaced before the run fails", **at_least(0))
@@ -130,10 +130,10 @@ class OutputConfig:
         check=lambda name: name is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None,
         must="must be letters, digits, '.', '_' or '-'",
     )
-    resume: bool = setting(False, "continue the run --run-name from its last checkpoint")
+    resume: bool = setting(False, "continue the run named by --run-name from its last checkpoint")
     tracker: str | None = setting(None, "your Tracker that follows the run: FILE.py[:NAME] or package.module[:NAME]")
     profile: int | None = setting(
-        None, "steps of the first worker to profile: a trace for Perfetto, the most expensive operators", **at_least(1)
+        None, "steps of the first worker to profile; gives a trace for Perfetto and a table of operators", **at_least(1)
     )
     detect_anomaly: bool = setting(False, "stop at the first operation that produces a NaN gradient; slow")
     dashboard: bool = setting(False, "start Ray's dashboard with a local Ray; it ends with the run")
@@ -147,7 +147,7 @@ class ViewConfig:
     """Choice of examples."""
 
     split: Literal["train", "test"] = setting("train", "part of the data")
-    index: int = setting(0, "first example, counted from 0, among those with --label if given", **at_least(0))
+    index: int = setting(0, "first example, from 0; with --label, among the examples with this label", **at_least(0))
     count: int = setting(1, "number of examples; several are drawn as a grid", **within(1, 1000))
     label: str | None = setting(None, "show only examples with this label")
     output: str = setting("view.png", "file for the picture", **_png())
@@ -159,9 +159,9 @@ class PredictionConfig:
     """Output of predictions."""
 
     threshold: float = setting(0.8, "predictions below this probability are called unsure", **fraction())
-    as_is: bool = setting(False, "only scale the picture; for a model of other images than the workload's own")
+    as_is: bool = setting(False, "only scale the picture; for models not trained on the workload's own images")
     json: bool = setting(False, "print one JSON object per line, for programs")
-    grid: str | None = setting(None, "file for a picture of the network's inputs with its predictions", **_png())
+    grid: str | None = setting(None, "file for a picture of the model's inputs and predictions", **_png())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,7 +176,7 @@ class ExportConfig:
 class EvaluationConfig:
     """Evaluation on Ray."""
 
-    num_tasks: int = setting(1, "Ray tasks that share the examples; the result is the same for any", **at_least(1))
+    num_tasks: int = setting(1, "Ray tasks that share the examples; any number gives the same result", **at_least(1))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,11 +190,11 @@ class SweepConfig:
     )
     num_trials: int = setting(16, "configurations to try", **at_least(1))
     search: Literal["random", "optuna", "grid"] = setting("random", "how configurations are chosen")
-    scheduler: Literal["asha", "none"] = setting("asha", "asha: stop trials early that fall behind")
+    scheduler: Literal["asha", "none"] = setting("asha", "asha: end trials that fall behind")
     num_confirmed: int = setting(
         3, "best configurations to train with two more seeds before choosing one; 0: one seed decides", **at_least(0)
     )
     max_concurrent_trials: int | None = setting(
-        None, "trials at a time; default, and limit without --autoscaling: what the cluster holds", **at_least(1)
+        None, "trials at a time; default: as many as fit on the cluster; more only with --autoscaling", **at_least(1)
     )
     time_budget_s: float | None = setting(None, "seconds after which the search stops", **positive())

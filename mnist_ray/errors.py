@@ -1,7 +1,7 @@
 """The two errors that users see as one line, and the formatting and redaction of printed text.
 
-Any other exception is a bug and keeps its traceback. Only the standard library is imported: it is needed for the answer
-to a wrong flag.
+Any other exception is a bug and keeps its traceback. Only the standard library is imported, so that
+a wrong flag is reported at once.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # in Ray's messages
 _IN_ANOTHER_PROCESS = "\nOriginal Traceback "  # in errors that torch's DataLoader passes on
 _USER = re.compile(
     r"(?<=:/)(/?)(?:[^\s/]*"  # user:password before the host, …
-    r"|[^\s/?#:@]*:(?!\d+(?:[/?#\s]|$))\S*)@"  # … also a key for S3 whose slashes are not escaped
+    r"|[^\s/?#:@]*:(?!\d+(?:[/?#\s]|$))\S*)@"  # … including an S3 key with unescaped slashes
 )
 _OPTION = re.compile(
     r"([?&#;][\w.-]*(?:secret|token|pass|pwd|key|credential|signature|sig|auth)[\w.-]*=)"
-    r"[^&\s]*[^&\s'\")\],;:.]",  # without the punctuation after it
+    r"[^&\s]*[^&\s'\")\],;:.]",  # without the punctuation that follows a value
     re.IGNORECASE,
 )
 
@@ -39,14 +39,14 @@ class JobError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text; its type if it has none."""
+    """Return the first line of an error's message, or the error's type if the message is empty."""
     text = _COLOURS.sub("", str(error)).strip() or type(error).__name__
     lines = text.splitlines()
     return lines[-1].partition(": ")[2] if _IN_ANOTHER_PROCESS in text else lines[0]
 
 
 def with_place(error: BaseException, *folders: Path) -> str:
-    """Return an error as one line, with the innermost place in the first of ``folders``, else in this package."""
+    """Return an error as one line, with its innermost code line in the first of ``folders``, else in this package."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{type(error).__name__}: {error.msg} ({Path(error.filename).name}, line {error.lineno})"
     if _IN_ANOTHER_PROCESS in str(error):
@@ -62,7 +62,7 @@ def with_place(error: BaseException, *folders: Path) -> str:
 
 
 def masked(text: str) -> str:
-    """Return a text with the users, passwords and secret options of its URIs replaced by ``***``."""
+    """Return a text in which users, passwords and secret options of URIs are replaced by ``***``."""
     return _OPTION.sub(r"\1***", _USER.sub(r"\1***@", text))
 
 
@@ -75,7 +75,7 @@ def redact(text: object) -> str:
 
 
 def say(text: object, file: TextIO | None = None) -> None:
-    """Print a line, redacted. All output goes through here or ``RunConsole``, except JSON."""
+    """Print a line, redacted. All output except JSON goes through this function or ``RunConsole``."""
     print(redact(text), file=file)
 
 
@@ -122,5 +122,5 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def command(name: str) -> str:
-    """Return how to call a command: by the installed program if it is the one that runs, else by its script."""
+    """Return how to call a command: with the installed program if that is running, else with the command's script."""
     return f"{PROGRAM} {name}" if Path(sys.argv[0]).name.startswith(PROGRAM) else f"python jobs/{name}.py"

@@ -31,7 +31,7 @@ def processor_features() -> frozenset[str]:
 
 
 def arithmetic() -> dict[str, list[str]]:
-    """Return the versions and properties of the processor on which a result depends to the bit.
+    """Return what decides the last bits of a result: versions of libraries, and properties of the processor.
 
     Libraries choose kernels by the vector instructions, and block sizes by the caches.
     """
@@ -45,7 +45,7 @@ def arithmetic() -> dict[str, list[str]]:
 
 
 def cpu_has_bf16() -> bool:
-    """Tell whether the processor computes in bf16; always false on other systems than Linux."""
+    """Tell whether the processor computes in bf16; always False if the system is not Linux."""
     return not processor_features().isdisjoint({"avx512_bf16", "amx_bf16"})
 
 

@@ -1,6 +1,6 @@
-"""How settings are declared, checked, read and written: one typed field for the flag, the file and the code.
+"""Declares, checks, reads and writes settings: one typed field defines a setting for flags, files and code.
 
-Only the standard library is imported, so that a wrong flag is answered at once.
+Only the standard library is imported, so that a wrong flag is reported at once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Range:
 
     low: float
     high: float
-    log: bool = False  # draw uniformly in the logarithm
+    log: bool = False  # sample the logarithm uniformly
 
 
 SearchSpace = Choice | Range
@@ -54,16 +54,16 @@ def setting(
 ) -> T:
     """Declare a field of a settings class.
 
-    ``description`` is the flag's help; it names unit and scope. A value for which ``check`` is false is refused with
-    ``must``; ``**at_least(1)``, ``**positive()`` and the like pass both. ``search``: the values that ``jobs/tune.py``
-    tries. ``decides_data``: ``load_data`` reads it; it cannot be searched, as all trials share the data.
+    ``description`` is the flag's help, with unit and scope. If ``check`` is false for a value, the error says ``must``;
+    ``**at_least(1)``, ``**positive()`` and the like give both arguments. ``search``: the values that ``jobs/tune.py``
+    tries. ``decides_data``: ``load_data`` reads the setting, so it cannot be searched: all trials share the data.
     """
     metadata = {"help": description, "check": check, "must": must, "search": search, "decides_data": decides_data}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def rule(check: Check, must: str) -> dict[str, Any]:
-    """Return ``check`` and ``must`` for ``setting``; None always passes, as the type says whether it is allowed."""
+    """Return ``check`` and ``must`` for ``setting``; None always passes: the type decides whether None is allowed."""
     return {"check": lambda value: value is None or check(value), "must": must}
 
 
@@ -83,7 +83,7 @@ def within(low: float, high: float) -> dict[str, Any]:
 
 
 def fraction(*, with_one: bool = True) -> dict[str, Any]:
-    """Allow numbers from 0 to 1; 1 itself only ``with_one``."""
+    """Allow numbers from 0 to 1; 1 itself only if ``with_one``."""
     end = "]" if with_one else ")"
     return rule(lambda value: 0 <= value < 1 or (with_one and value == 1), f"must be in [0, 1{end}")
 
@@ -104,7 +104,7 @@ def value_type(annotation: Any) -> tuple[type[Any], tuple[Any, ...]]:
 
 
 def parse_text(kind: type[Any], text: str) -> Any:
-    """Parse text that ``str`` has made of a value of the type ``kind``. Raises ValueError."""
+    """Turn ``str(value)`` back into a value of the type ``kind``. Raises ValueError."""
     if kind is not bool:
         return kind(text)
     if text.lower() not in ("true", "false"):
@@ -113,7 +113,7 @@ def parse_text(kind: type[Any], text: str) -> Any:
 
 
 def build(config_class: type[T], values: Mapping[str, Any]) -> T:
-    """Build a config from ``values``, of which other settings are ignored. Raises UsageError for a wrong value."""
+    """Build a config from ``values``, ignoring other configs' settings. Raises UsageError for a wrong value."""
     hints = get_type_hints(config_class)
     given = [field for field in dataclasses.fields(config_class) if field.name in values]  # type: ignore[arg-type]
     return config_class(**{field.name: _checked(field, hints[field.name], values[field.name]) for field in given})
@@ -141,7 +141,7 @@ def _checked(field: dataclasses.Field[Any], annotation: Any, value: Any) -> Any:
 
 def _of_type(kind: type[Any], value: Any, name: str) -> Any:
     if kind is Path and isinstance(value, (str, Path)):
-        return path_of(value, name).absolute()  # it is saved with the run, and read later from another folder
+        return path_of(value, name).absolute()  # saved with the run, and read later in another working folder
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:  # bool is a subclass of int
@@ -150,7 +150,7 @@ def _of_type(kind: type[Any], value: Any, name: str) -> Any:
 
 
 def path_of(text: str | Path, named: str) -> Path:
-    """Return a path that a user gave as ``named``, with ``~`` expanded. Raises UsageError if it can be no path."""
+    """Return a path with ``~`` expanded. Raises UsageError for an impossible path; the message calls it ``named``."""
     if not str(text).strip():
         raise UsageError(f"{named} is empty; name a file or a folder")
     try:
@@ -169,7 +169,7 @@ def names_of(config_classes: Iterable[type]) -> set[str]:
 
 
 def values_of(*configs: Any) -> dict[str, Any]:
-    """Return all settings of the configs as one dict, as config.json holds them."""
+    """Return all settings of the configs as one dict, as in config.json."""
     values = {name: value for config in configs for name, value in dataclasses.asdict(config).items()}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
@@ -180,7 +180,7 @@ def read_config_file(path: str) -> dict[str, Any]:
         values = json.loads(path_of(path, "--config").read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read the config file {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # also if it is not UTF-8
+    except (ValueError, RecursionError) as error:  # including text that is not UTF-8
         raise UsageError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold a JSON object of settings")
@@ -188,7 +188,7 @@ def read_config_file(path: str) -> dict[str, Any]:
 
 
 def check_known(values: Iterable[str], known: set[str], source: str) -> None:
-    """Raise UsageError if ``source``, a file or a call, has settings that nothing knows."""
+    """Raise UsageError if ``source``, a file or a call, has unknown settings."""
     if unknown := sorted(set(values) - known):
         raise UsageError(f"{source} has unknown settings: {', '.join(unknown)}{did_you_mean(unknown[0], known)}")
 
@@ -199,9 +199,9 @@ def json_lines(values: Mapping[str, Any]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser with a flag for each setting of some classes, whose errors are one line.
+    """An argument parser with a flag for each setting of some classes. It reports errors in one line.
 
-    ``defaults`` are shown in ``--help`` in place of the settings' own.
+    ``--help`` shows ``defaults`` in place of the settings' own defaults.
     """
 
     def __init__(self, description: str, *config_classes: type, defaults: Mapping[str, Any] | None = None) -> None:
@@ -230,7 +230,7 @@ class Parser(argparse.ArgumentParser):
             group.add_argument(flag(field.name), default=UNSET, help=help_text.replace("%", "%%"), **kind)
 
     def read_flags(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:
-        """Return the flags that were given, checked. Raises UsageError."""
+        """Return the given flags, after checking them. Raises UsageError."""
         found, unknown = self.parse_known_intermixed_args(arguments)
         if unknown:
             flags = [text for action in self._actions for text in action.option_strings]
@@ -246,9 +246,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def peek(*names: str) -> tuple[dict[str, Any], str | None]:
-    """Return some flags' values, and the run's name if there is one, while most flags are not yet known.
+    """Return some flags' values, and the run's name if one is given, while most flags are not yet known.
 
-    A word after an unknown flag may be its value, so it is taken for the name only if there is no other word.
+    A word after an unknown flag may be the flag's value, so it counts as the name only if no other word can.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in names:

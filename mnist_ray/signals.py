@@ -1,8 +1,8 @@
-"""Ending a job early: by Ctrl-C, SIGTERM or SIGHUP, or by an error in a thread. All of them reach the main thread.
+"""Ends a job early: Ctrl-C, SIGTERM, SIGHUP or an error in a thread raises an exception in the main thread.
 
 Ray ends a driver's process without an exception if its raylet or GCS is gone; so does the kernel if memory runs out.
-Therefore ``supervise`` runs the job in a child process, and prints why that ended and how to resume. Nothing heavy is
-imported here, since the fork comes before all such imports.
+Therefore ``supervise`` runs the job in a child process, and prints why the child ended and how to resume. This module
+imports nothing heavy, since the fork must come before all heavy imports.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from types import FrameType
 from mnist_ray.errors import say
 
 SAME_WITHIN_S = 0.5
-"""Signals this soon after an interrupt count as the same one: a terminal or a scheduler signals every process of a job,
-``timeout`` signals one of them twice, and the supervisor forwards its own."""
+"""Signals this soon after an interrupt count as the same interrupt: a terminal or a scheduler signals every process of
+a job, ``timeout`` signals one process twice, and the supervisor forwards the signals that it gets."""
 
 _IMPORT_CALLBACK = ("<frozen importlib._bootstrap>", "cb")  # Python drops exceptions that are raised in it
 
 
 @dataclass
 class Noted:
-    """Whether an interrupt has come. In a signal handler, the lock of a ``threading.Event`` could block forever."""
+    """Whether an interrupt has come; not a ``threading.Event``, whose lock could block a signal handler forever."""
 
     is_set: bool = False
 
 
 @dataclass
 class _State:
-    """This process's interrupts; only one instance, as a process has one set of signal handlers."""
+    """The interrupts of this process. There is one instance, as a process has one set of signal handlers."""
 
     last: float = -math.inf  # the last interrupt's time.monotonic()
-    first: Noted | None = None  # if not None, the first interrupt only sets it
+    first: Noted | None = None  # if not None, the first interrupt is only noted here
     error: Exception | None = None  # from `end_with`
     to_supervisor: int | None = None  # pipe for the advice on how to resume
 
@@ -55,7 +55,7 @@ def signals() -> set[signal.Signals]:
 
 
 def take_signals() -> None:
-    """Let these signals raise KeyboardInterrupt in the main thread."""
+    """Let the signals that end a job raise KeyboardInterrupt in the main thread."""
     if threading.current_thread() is threading.main_thread():
         for number in signals():
             signal.signal(number, _handle)
@@ -73,7 +73,7 @@ def leave_closed_terminal() -> None:
 def _handle(number: int, frame: FrameType | None) -> None:
     error, _state.error = _state.error, None
     if error is not None:
-        is_ending = _state.first is not None and _state.first.is_set  # then Ray may have got SIGTERM, too
+        is_ending = _state.first is not None and _state.first.is_set  # the signal may have ended Ray, too
         raise KeyboardInterrupt if is_ending else error
     if frame is not None and (frame.f_code.co_filename, frame.f_code.co_name) == _IMPORT_CALLBACK:
         signal.raise_signal(number)  # try again after the callback
@@ -91,7 +91,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def first_only_noted() -> Iterator[Noted]:
-    """Within this context, the first interrupt is only noted; the second raises."""
+    """Within this context, the first interrupt is only noted; the second raises KeyboardInterrupt."""
     _state.first = Noted()
     try:
         yield _state.first
@@ -100,7 +100,7 @@ def first_only_noted() -> Iterator[Noted]:
 
 
 def end_with(error: Exception) -> None:
-    """Raise an error in the main thread; for other threads. Needs ``take_signals``."""
+    """Raise an error in the main thread, from any other thread. Needs ``take_signals`` first."""
     _state.error = error
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
@@ -118,7 +118,7 @@ def if_ended(advice: str) -> None:
 def supervise(work: Callable[[], int]) -> int:
     """Run ``work`` in a child process and return its exit status. Signals are forwarded.
 
-    If this process ends, the child does, too.
+    If this process ends, so does the child.
     """
     from_job, to_supervisor = os.pipe()
     from_supervisor, alive = os.pipe()
@@ -141,7 +141,7 @@ def supervise(work: Callable[[], int]) -> int:
         signal.signal(number, lambda number, frame: os.kill(child, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)
     with open(from_job, encoding="utf-8", errors="replace") as lines:
-        advice = ["", *lines.read().splitlines()][-1]  # ends with the child, as no program inherits the pipe
+        advice = ["", *lines.read().splitlines()][-1]  # until the child ends, as no program inherits the pipe
     _, state = os.waitpid(child, 0)
     leave_closed_terminal()
     if advice == _DONE:
@@ -157,7 +157,7 @@ def _end_with_supervisor(from_supervisor: int) -> None:
 
 def _ending(state: int) -> str:
     if not os.WIFSIGNALED(state):
-        return "Ray ended this job's process; see above for what it printed, if anything"
+        return "Ray ended this job's process; see above for Ray's messages, if any"
     name = signal.Signals(os.WTERMSIG(state)).name
-    reason = ", as the system does if memory runs out" if name == "SIGKILL" else ""
+    reason = ", which the system sends if memory runs out" if name == "SIGKILL" else ""
     return f"this job's process was ended by {name}{reason}"

@@ -1,4 +1,4 @@
-"""A run's folder on any file system of pyarrow (local, NFS, S3, GCS, HDFS), and the keys its JSON files must have."""
+"""A run's folder on any file system of pyarrow (local, NFS, S3, GCS, HDFS), and the required keys of its JSON files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIG_FILE, SWEEP_FILE, ORIGIN_FILE, RESULT_FILE = "config.json", "sweep.json",
 REPORT_FILE, TRIALS_FILE, WORKLOAD_FILE = "report.html", "sweep.csv", "workload.py"
 TRACE_FILE, OPERATORS_FILE = "trace.json.gz", "operators.json"
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"  # Ray's list of checkpoints; not written atomically
-_CHECKPOINT_NAME = re.compile(r"checkpoint_epoch-(\d+)_step-(\d+)b*", re.ASCII)  # with a b: replaces a damaged one
+_CHECKPOINT_NAME = re.compile(r"checkpoint_epoch-(\d+)_step-(\d+)b*", re.ASCII)  # b: it replaces a damaged one
 
 STORAGE_ERRORS = (OSError, pyarrow.ArrowException)  # raised by file systems
 _RETRIED_FOR_S = 30.0
@@ -38,9 +38,9 @@ class DamagedFileError(JobError):
 
 
 def with_retries(action: Callable[[], T]) -> T:
-    """Call ``action``; if storage fails, again every second for half a minute, as servers restart and links recover.
+    """Call ``action``; if storage fails, retry every second for half a minute, as servers restart and links recover.
 
-    Raises the last error; at once if a folder has the file's name, since that stays.
+    Raises the last error. If a folder has the file's name, raises at once, since a retry would fail too.
     """
     end = time.monotonic() + _RETRIED_FOR_S
     while True:
@@ -90,7 +90,7 @@ class RunFolder:
         return RunFolder("", self.storage_path, self.filesystem, posixpath.dirname(self.path))
 
     def inside(self, name: str) -> RunFolder:
-        """Return a subfolder, or a file's place."""
+        """Return a subfolder, or the location of a file."""
         return RunFolder(name, self.uri, self.filesystem, posixpath.join(self.path, name))
 
     def info(self, file_name: str = "") -> fs.FileInfo:
@@ -102,12 +102,12 @@ class RunFolder:
         return bool(self.info(file_name).type != fs.FileType.NotFound)
 
     def subfolders(self) -> list[str]:
-        """Return the names of the folders in it, sorted; empty if it does not exist. Raises STORAGE_ERRORS."""
+        """Return the sorted names of the subfolders; none if this folder does not exist. Raises STORAGE_ERRORS."""
         found = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
         return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
 
     def checkpoint_names(self) -> list[str]:
-        """Return the names of its checkpoints, the newest last. Raises STORAGE_ERRORS."""
+        """Return the names of the folder's checkpoints, the newest last. Raises STORAGE_ERRORS."""
         names = [name for name in self.subfolders() if position_of(name)]
         return sorted(names, key=lambda name: (position_of(name), name))
 
@@ -119,7 +119,7 @@ class RunFolder:
             return bytes(stream.read())
 
     def read_text(self, file_name: str) -> str | None:
-        """Return a file's text, or None if it does not exist. Raises JobError, DamagedFileError if it is not UTF-8."""
+        """Return a file's text; None if there is no file. Raises JobError, and DamagedFileError if it is not UTF-8."""
         with _in_one_line(f"cannot read {self.inside(file_name).uri}"):
             content = self.read_bytes(file_name)
         try:
@@ -128,7 +128,7 @@ class RunFolder:
             raise self.damaged(file_name, error) from error
 
     def read_json(self, file_name: str, warn: Warn = lambda note: None) -> dict[str, Any] | None:
-        """Return a file's JSON object; None if it does not exist or is damaged, which ``warn`` reports.
+        """Return a file's JSON object; None if the file does not exist or is damaged. ``warn`` reports damage.
 
         Raises JobError if the storage fails.
         """
@@ -139,7 +139,7 @@ class RunFolder:
         try:
             values = self._parsed(file_name)
         except DamagedFileError as error:
-            raise DamagedFileError(f"{error}; put it back, or start another run") from error
+            raise DamagedFileError(f"{error}; restore the file, or start a new run") from error
         if values is None:
             raise JobError(f"{self.inside(file_name).uri} is gone")
         return values
@@ -153,7 +153,7 @@ class RunFolder:
         except (ValueError, RecursionError) as error:
             raise self.damaged(file_name, error) from error
         if not isinstance(values, dict):
-            raise self.damaged(file_name, "it is no JSON object")
+            raise self.damaged(file_name, "it is not a JSON object")
         for key, kind in _MUST_HAVE.get(file_name, {}).items():
             if not isinstance(values.get(key), kind):
                 raise self.damaged(file_name, f"{key} is {values[key]!r:.40}" if key in values else f"it has no {key}")
@@ -165,7 +165,7 @@ class RunFolder:
         return DamagedFileError(f"{self.inside(file_name).uri} is damaged: {said}")
 
     def write_text(self, file_name: str, text: str) -> None:
-        """Write text like ``write_bytes``. Characters that UTF-8 cannot encode (of broken file names) are escaped."""
+        """Write text like ``write_bytes``. Characters that UTF-8 cannot encode (in broken file names) are escaped."""
         self.write_bytes(file_name, text.encode("utf-8", "backslashreplace"))
 
     def write_bytes(self, file_name: str, content: bytes) -> None:
@@ -195,7 +195,7 @@ class RunFolder:
         self.storage.delete_file(name)
 
     def write_files(self, contents: Mapping[str, bytes]) -> None:
-        """Write files in the given order, with retries, not atomically. Raises STORAGE_ERRORS."""
+        """Write files in the given order, with retries but not atomically. Raises STORAGE_ERRORS."""
 
         def write() -> None:
             self.filesystem.create_dir(self.path)
@@ -206,7 +206,7 @@ class RunFolder:
         with_retries(write)
 
     def delete(self) -> None:
-        """Delete the folder with its content, if it exists, with retries. Raises STORAGE_ERRORS."""
+        """Delete the folder and its content, if it exists, with retries. Raises STORAGE_ERRORS."""
         with_retries(lambda: self.filesystem.delete_dir(self.path) if self.exists() else None)
 
     def delete_file(self, file_name: str) -> None:
@@ -233,15 +233,15 @@ def locate(storage_path: str, name: str, given_as: str = "--storage-path") -> Ru
 
 
 def split_query(path: str) -> tuple[str, str]:
-    """Split a URI before its ``?``. A file's name comes before these options of the file system."""
+    """Split a URI before its ``?``, where the file system's options begin. A file's name comes before the options."""
     base, mark, query = path.partition("?") if "://" in path else (path, "", "")
     return base, mark + query
 
 
 def untrusted_folders(run: RunFolder, storage_path: str) -> list[Path]:
-    """Return the local folders whose code may come from somebody else: the run's own, and the storage of runs.
+    """Return the local folders whose code may come from somebody else: the run's folder, and the storage path.
 
-    ``run`` may also be a checkpoint's folder, or a run within a sweep's.
+    ``run`` may also be the folder of a checkpoint, or of a run within a sweep.
     """
     outermost = run
     while outermost.storage.exists(CONFIG_FILE):
@@ -256,7 +256,7 @@ def checkpoint_name(epoch: int, step: int) -> str:
 
 
 def position_of(name: str) -> tuple[int, ...]:
-    """Return the epoch and step of a checkpoint's folder, to sort by; for any other name, ``()``, which sorts first."""
+    """Return the epoch and step in a checkpoint's name, to sort by; for any other name, ``()``, which sorts first."""
     found = _CHECKPOINT_NAME.fullmatch(name)
     return tuple(map(int, found.groups())) if found else ()
 
@@ -277,4 +277,4 @@ _MUST_HAVE: Mapping[str, Mapping[str, Any]] = {
     RESULT_FILE: {"checkpoint": str, "seconds": dict},
     OPERATORS_FILE: {"steps": int, "operators": list},
 }
-"""Keys that a run's JSON files must have, and their values' types; other keys are allowed."""
+"""Keys that a run's JSON files must have, and the types of the keys' values. More keys are allowed."""

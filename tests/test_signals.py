@@ -73,9 +73,9 @@ def test_the_works_status_and_traceback_are_passed_on(start: Starter) -> None:
 @pytest.mark.parametrize(
     ("end", "message"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL, as the system does if memory runs out"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL, which the system sends if memory runs out"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", "was ended by SIGSEGV"),
-        ("os._exit(1)", "Ray ended this job's process; see above for what it printed, if anything"),
+        ("os._exit(1)", "Ray ended this job's process; see above for Ray's messages, if any"),
     ],
 )
 def test_if_the_process_is_killed_one_line_says_so_and_how_to_resume(start: Starter, end: str, message: str) -> None:

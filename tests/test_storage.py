@@ -67,7 +67,7 @@ DAMAGED = [
     ("config.json", b'{"num_epochs": 2, "st', "Unterminated string"),
     ("config.json", bytes(20), "Expecting value"),
     ("config.json", b"[" * 100_000, "maximum recursion depth exceeded"),
-    ("config.json", b"[1]", "it is no JSON object"),
+    ("config.json", b"[1]", "it is not a JSON object"),
     ("config.json", b'{"workload": "a.py"}', "it has no num_epochs"),
     ("config.json", b'{"num_epochs": "two"}', "num_epochs is 'two'"),
     ("origin.json", b'{"versions": {}, "metadata": []}', "metadata is []"),
@@ -94,7 +94,7 @@ def test_a_damaged_file_is_reported_or_an_error_if_required(
     assert note.endswith("; continuing without it")
     with pytest.raises(DamagedFileError) as raised:
         run.require_json(name)
-    assert str(raised.value) == note.replace("continuing without it", "put it back, or start another run")
+    assert str(raised.value) == note.replace("continuing without it", "restore the file, or start a new run")
 
 
 def test_storage_errors_are_one_line_and_a_folder_in_a_files_place_is_not_retried(

@@ -1,4 +1,4 @@
-"""The page that shows a run, made from the run's files; and the page that compares several runs."""
+"""A run's report, which is made from the run's files, and the page that compares several runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _VALIDATION = {"color": "C1", "marker": "o", "linestyle": "--"}
 
 @dataclass(frozen=True)
 class Sections:
-    """Further sections of a report: a sweep's trials."""
+    """Further sections of a report, for a sweep's trials."""
 
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
@@ -50,7 +50,7 @@ class Page:
     notes: Sequence[str] = ()
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
-    refresh_s: int = 0  # a browser reloads the page after these seconds; 0: never
+    refresh_s: int = 0  # a browser reloads the page after this many seconds; 0: never
 
     def to_html(self) -> str:
         """Return the page as one file that needs no network."""
@@ -76,8 +76,8 @@ def write(
 ) -> dict[str, bytes]:
     """Write report.html and the pictures as PNGs; return the pictures by name. Raises UsageError and JobError.
 
-    Without ``test``, the test split of predictions.csv, there are no pictures of predictions. A picture that cannot be
-    drawn is left out, with a note to ``warn``. If the run ``is_running``, browsers reload the page by themselves.
+    ``test`` has the examples of predictions.csv; without it, there are no pictures of predictions. If a picture
+    cannot be drawn, ``warn`` gets a note. If the run ``is_running``, browsers reload the page automatically.
     """
     record, more = RunRecord.read(run, workload), sections or Sections()
     notes, result, rows = [*record.notes, *more.notes], record.result, record.predictions
@@ -159,13 +159,13 @@ def _curves(record: RunRecord, metric: Metric) -> list[Picture]:
 def _seconds(record: RunRecord) -> list[Picture]:
     if record.result:
         parts = {name: value for name, value in record.result["seconds"].items() if name != "total"}
-        caption = "Validation: the wait after the last epoch; earlier validations ran during the training."
+        caption = "Validation is the wait after the last epoch; earlier validations ran during the training."
     else:
         columns = {"training": "epoch_s", "validation": "val_s"}
         parts = {name: math.fsum(s for s in record.column(c) if not math.isnan(s)) for name, c in columns.items()}
-        caption = "Of the finished epochs; validation runs during the training."
+        caption = "Sums over the finished epochs; validation runs during the training."
     alt = "Seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
-    return [Picture("seconds", "Where the seconds went", alt, figures.seconds(parts), caption)]
+    return [Picture("seconds", "Seconds per part of the run", alt, figures.seconds(parts), caption)]
 
 
 def _epochs(record: RunRecord) -> Table:
@@ -194,14 +194,14 @@ def _operators(run: RunFolder, warn: Warn) -> list[Table]:
         for each in found["operators"]
     ]
     title = f"The most expensive operators in {count(found['steps'], 'step')} of the first worker"
-    return [Table(title, ("operator", "ms a step, itself", "of all", "calls"), rows)]
+    return [Table(title, ("operator", "own ms per step", "share", "calls"), rows)]
 
 
 def _changed(record: RunRecord) -> list[Table]:
     defaults = record.workload.defaults
     changed = {name: value for name, value in record.config.items() if value != defaults.get(name, value)}
     rows = [(name, str(value), str(defaults[name])) for name, value in changed.items()]
-    return [Table("Settings that are not the default", ("setting", "here", "default"), rows)] if rows else []
+    return [Table("Settings that differ from the defaults", ("setting", "here", "default"), rows)] if rows else []
 
 
 def _settings(record: RunRecord) -> list[Table]:
@@ -259,9 +259,9 @@ def comparison(records: Sequence[RunRecord]) -> Page:
 
 def _side_by_side(metric: Metric, records: Sequence[RunRecord], names: str) -> Picture:
     column, title = f"val_{metric.name}", f"Validation {metric.name}"
-    alt = f"{title} of {names}; the table has the best"
+    alt = f"{title} of {names}; see the table of runs"
     if metric == LOSS:
-        column, title, alt = "train_loss", "Loss in training", f"Training loss of {names}; the table has the ends"
+        column, title, alt = "train_loss", "Loss in training", f"Training loss of {names}; see the table of runs"
     curves = [
         Curve(record.run.name, record.column("epoch"), record.column(column), figures.style_of(number))
         for number, record in enumerate(records)

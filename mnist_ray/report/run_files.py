@@ -1,4 +1,4 @@
-"""The files of a run: CSV files, read and written, and everything that a report is made of."""
+"""Reads and writes a run's CSV files, and reads everything that a report is made of."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ METRICS_FILE, STEPS_FILE, PREDICTIONS_FILE = "metrics.csv", "steps.csv", "predic
 
 
 def read_csv(run: RunFolder, file_name: str, columns: Iterable[str] = ()) -> list[dict[str, str]]:
-    """Return the rows of a file; none if there is no file. Raises DamagedFileError, also if it lacks a column."""
+    """Return the rows of a file; none if there is no file. Raises DamagedFileError, e.g. for a missing column."""
     text = run.read_text(file_name)
     if text is None:
         return []
@@ -33,7 +33,7 @@ def read_csv(run: RunFolder, file_name: str, columns: Iterable[str] = ()) -> lis
     for column in columns:
         if column not in names:
             raise run.damaged(file_name, f"it has no column {column}")
-    if any(None in row or None in row.values() for row in rows):  # DictReader's mark of a long or a short row
+    if any(None in row or None in row.values() for row in rows):  # DictReader's marks of too long or too short a row
         raise run.damaged(file_name, f"a row does not have {len(names)} values")
     return rows
 
@@ -41,7 +41,7 @@ def read_csv(run: RunFolder, file_name: str, columns: Iterable[str] = ()) -> lis
 def read_values(run: RunFolder, file_name: str, *positions: str) -> list[dict[str, str]]:
     """Return the rows of a file of numbers, some of which may be missing. Raises DamagedFileError.
 
-    ``positions`` are its columns with a position in the training; the first holds whole numbers.
+    ``positions`` are the columns for a row's position in the training; the first column has whole numbers.
     """
     rows = read_csv(run, file_name, positions)
     try:
@@ -54,7 +54,7 @@ def read_values(run: RunFolder, file_name: str, *positions: str) -> list[dict[st
 
 
 def numbers_of(rows: Iterable[Mapping[str, str]]) -> list[dict[str, float]]:
-    """Turn the texts of rows into numbers, an empty text into NaN. Raises ValueError."""
+    """Turn the strings of rows into numbers, and an empty string into NaN. Raises ValueError."""
     return [{name: float(value) if value else math.nan for name, value in row.items()} for row in rows]
 
 
@@ -89,7 +89,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, run: RunFolder, workload: Workload) -> RunRecord:
-        """Read a run's files. Raises UsageError if it has no settings, JobError if these are damaged."""
+        """Read a run's files. Raises UsageError if there are no settings, and JobError if they are damaged."""
         notes: list[str] = []
         warn = notes.append
         result = unless_damaged(lambda: _checked_result(run, workload, warn), warn)
@@ -106,17 +106,17 @@ class RunRecord:
         )
 
     def column(self, name: str) -> list[float]:
-        """Return a column of metrics.csv; NaN if it has no column of this name."""
+        """Return a column of metrics.csv; only NaN if there is no column of this name."""
         return [row.get(name, math.nan) for row in self.epochs]
 
     @property
     def steps_per_epoch(self) -> float:
-        """1 if no step was made."""
+        """Training steps per epoch; 1 if there was no step."""
         return self.steps[-1]["step"] / self.steps[-1]["epoch"] if self.steps else 1.0
 
     @property
     def best_validation(self) -> float:
-        """The best value of the monitor; NaN if nothing was validated."""
+        """The best validation of the monitored metric; NaN if nothing was validated."""
         monitor = self.workload.monitor
         known = [value for value in self.column(f"val_{monitor.name}") if not math.isnan(value)]
         return (max if monitor.mode == "max" else min)(known, default=math.nan)
@@ -130,7 +130,7 @@ def settings_of(run: RunFolder) -> dict[str, Any]:
 
 
 def _checked_result(run: RunFolder, workload: Workload, warn: Warn) -> dict[str, Any] | None:
-    """Return a run's result. Raises DamagedFileError if a value on the page is not a number."""
+    """Return a run's result. Raises DamagedFileError if a value for the page is not a number."""
     result = run.read_json(RESULT_FILE, warn) or {}
     names = [f"test_{metric.name}" for metric in workload.all_metrics] + [f"num_test_{workload.nouns}", workload.rate]
     seconds = {"total": "missing", **result["seconds"]} if result else {}
@@ -141,7 +141,7 @@ def _checked_result(run: RunFolder, workload: Workload, warn: Warn) -> dict[str,
 
 
 def _checked_predictions(run: RunFolder, workload: Workload, result: dict[str, Any] | None) -> list[dict[str, str]]:
-    """Return the predictions for the test examples of a result. Raises DamagedFileError if some are missing."""
+    """Return the predictions for a result's test examples, if any. Raises DamagedFileError if the number is wrong."""
     number = result.get(f"num_test_{workload.nouns}") if result else None
     if number is None or not run.exists(PREDICTIONS_FILE):
         return []
@@ -152,7 +152,7 @@ def _checked_predictions(run: RunFolder, workload: Workload, result: dict[str, A
 
 
 def workload_of(run: RunFolder, reference: str | None, storage_path: str = OutputConfig().storage_path) -> Workload:
-    """Return a run's workload. Its code comes from ``reference``, by default from its place when the run started.
+    """Return a run's workload. Its code comes from ``reference``, by default from the file that the run used.
 
     Raises UsageError and JobError.
     """

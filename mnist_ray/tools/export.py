@@ -1,4 +1,4 @@
-"""A trained model as a file for other programs: ``jobs/export.py`` once its flags are read."""
+"""Writes a trained model as a file for other programs: ``jobs/export.py`` after flag parsing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NUM_COMPARED = 512
 
 
 def export(found: Found, config: ExportConfig) -> None:
-    """Write a checkpoint's model as a program, and compare the two. Raises UsageError and JobError."""
+    """Write a checkpoint's model as a program, and compare the outputs of both. Raises UsageError and JobError."""
     is_onnx = config.format == "onnx"
     if is_onnx and not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
         raise UsageError("--format onnx needs more packages: pip install -e '.[onnx]'")
@@ -65,7 +65,7 @@ def _checked(workload: Workload, model: nn.Module, run: Run, path: Path) -> str:
         return f"not: {error}"
     difference, outputs = largest_difference(model, run, inputs), workload.output_noun
     if not difference <= _TOLERANCE:  # also true for NaN
-        raise JobError(f"{path} and the checkpoint compute different {outputs}: by up to {difference:.1e}")
+        raise JobError(f"the {outputs} of {path} and of the checkpoint differ by up to {difference:.1e}")
     return f"on {len(inputs):,} test {workload.nouns}: {outputs} differ by at most {difference:.1e}"
 
 
@@ -88,7 +88,7 @@ def _torch_program(model: nn.Module, example: Tensor) -> bytes:
 def _onnx_program(workload: Workload, model: nn.Module, example: Tensor) -> bytes:
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's, about torch's own code
+        warnings.simplefilter("ignore")  # from the exporter, about torch's own code
         program = torch.onnx.export(
             model,
             (example,),

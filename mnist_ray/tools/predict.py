@@ -1,4 +1,4 @@
-"""A trained model's predictions for the user's own pictures: ``jobs/predict.py`` once its flags are read."""
+"""Prints a trained model's predictions for the user's own pictures: ``jobs/predict.py`` after flag parsing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mnist_ray.storage import RunFolder, write_file
 from mnist_ray.workload.base import Workload
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow's names. For some other formats Pillow would start programs, such as Ghostscript for PostScript."""
+"""Pillow's names of the accepted formats. For some others, it would start a program: for PostScript, Ghostscript."""
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})  # of the files taken from folders
 _BATCH_SIZE = 64
 _MOST_DRAWN = 240
@@ -40,7 +40,7 @@ class Prediction:
     """A model's prediction for one file or one input."""
 
     file: str
-    inputs: np.ndarray | None = None  # as the workload's data have them
+    inputs: np.ndarray | None = None  # in the format of the workload's data
     top: tuple[tuple[Any, float], ...] = ()  # the best few predictions with their probabilities, the best first
     error: str | None = None  # why there is no prediction
 
@@ -56,7 +56,7 @@ class Prediction:
         return {"file": self.file, **best, "unsure": not self.is_sure(threshold), "next": others}
 
     def to_line(self, threshold: float) -> str:
-        """Return the line for people."""
+        """Return the line that is printed without ``--json``."""
         if self.error is not None:
             return f"{self.file}: {self.error}"
         (best, probability), *others = self.top
@@ -66,7 +66,7 @@ class Prediction:
 
 
 def predict(given: Sequence[str], found: find.Found, config: PredictionConfig) -> None:
-    """Print the prediction for each picture. Raises JobError at the end if a file has none."""
+    """Print the prediction for each picture. Raises JobError at the end if a file has no prediction."""
     workload = found.workload
     if type(workload).read_picture is Workload.read_picture:
         raise UsageError(f"{type(workload).__name__} does not take pictures: it has no read_picture")
@@ -101,7 +101,7 @@ def find_files(given: Iterable[str]) -> Iterator[Path]:
     """Yield the given files, and the pictures in the given folders at any depth, sorted."""
     for name in given:
         path = Path(os.path.expanduser(name))
-        if os.path.isdir(path):  # Path.is_dir() would raise if a name is too long or a folder is closed
+        if os.path.isdir(path):  # Path.is_dir() would raise for too long a name or an unreadable folder
             found = sorted(file for file in path.rglob("*") if os.path.isfile(file))
             # A folder without pictures is reported as a file that cannot be read.
             yield from [file for file in found if file.suffix.lower() in _SUFFIXES] or [path]
@@ -112,7 +112,7 @@ def find_files(given: Iterable[str]) -> Iterator[Path]:
 def predict_files(
     workload: Workload, model: nn.Module, files: Iterable[Path], *, as_is: bool = False
 ) -> Iterator[Prediction]:
-    """Yield the prediction for each file, in their order."""
+    """Yield a prediction for each file, in the order of the files."""
     torch.set_num_threads(usable_cores())
     files = iter(files)
     while batch := [_read(workload, file, as_is) for file in itertools.islice(files, _BATCH_SIZE)]:
@@ -123,7 +123,7 @@ def predict_files(
 
 
 def predict_inputs(workload: Workload, model: nn.Module, inputs: np.ndarray) -> list[Prediction]:
-    """Return the predictions for inputs (N, ...) as the workload's data have them."""
+    """Return the predictions for inputs (N, ...) in the format of the workload's data."""
     prepared = workload.prepare(torch.tensor(inputs), None)
     wanted = workload.metadata.get("model_input")
     if wanted is not None and list(prepared.shape[1:]) != wanted["shape"]:
@@ -135,7 +135,7 @@ def predict_inputs(workload: Workload, model: nn.Module, inputs: np.ndarray) -> 
 
 
 def _read(workload: Workload, file: Path, as_is: bool) -> Prediction:
-    """Read one file into an input of the model, or find the reason why it has no prediction."""
+    """Read one file as an input of the model, or return the reason why it has no prediction."""
     try:
         if file.exists() and not file.is_file():  # reading a FIFO may wait forever, reading a device may never end
             return Prediction(str(file), error="is a folder without pictures" if file.is_dir() else "is not a file")
@@ -168,8 +168,8 @@ def read_image(content: bytes) -> Image.Image:
 
 
 def _grid(predictions: Sequence[Prediction], workload: Workload, config: PredictionConfig) -> bytes:
-    """Draw the inputs of the model with its predictions. Raises JobError if there is nothing to draw."""
-    from mnist_ray.workload.figures import image_grid  # imports matplotlib, which predictions need not wait for
+    """Draw the model's inputs and predictions. Raises JobError if there is nothing to draw."""
+    from mnist_ray.workload.figures import image_grid  # imports matplotlib, which only a grid needs
 
     images, captions = [], []
     for prediction in predictions[:_MOST_DRAWN]:

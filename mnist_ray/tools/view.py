@@ -1,4 +1,4 @@
-"""A workload's data: examples by index, counts per class: ``jobs/view.py`` once its flags are read."""
+"""Shows examples of a workload's data, or statistics: ``jobs/view.py`` after flag parsing."""
 
 from __future__ import annotations
 
@@ -86,9 +86,9 @@ def _with_label(workload: Workload, split: Split, config: ViewConfig) -> np.ndar
 
 
 def _stats(workload: Workload, splits: Mapping[str, Split]) -> Table:
-    """Return the number of examples per class, or moments of the targets; then mean and std of arrays as inputs.
+    """Return the number of examples per class, or statistics of the targets; if inputs are arrays, their mean and std.
 
-    Those of uint8 are scaled from 255 to 1.
+    Inputs of type uint8 are divided by 255.
     """
     table = Table("class" if isinstance(workload, Classification) else "", *splits, box=None, padding=(0, 2, 0, 0))
     targets = [split.targets() for split in splits.values()]

@@ -1,4 +1,4 @@
-"""A run in Ray's metrics, which every node serves to Prometheus. Ray prefixes the names with ``ray_``."""
+"""Reports a run in Ray's metrics, which every node serves to Prometheus. Ray prefixes their names with ``ray_``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mnist_ray.workload.base import Workload
 
 
 class RayMetrics(Tracker):
-    """A run's current values as gauges. They disappear with this process."""
+    """A run's current values as gauges, which disappear when this process ends."""
 
     def __init__(self, run: RunFolder, workload: Workload, settings: Mapping[str, Any]) -> None:
         super().__init__(run, workload, settings)
@@ -26,7 +26,7 @@ class RayMetrics(Tracker):
             return created
 
         self._workers = gauge("workers", "Workers that train")
-        self._epochs = gauge("epochs", "Epochs trained, including the current one's fraction")
+        self._epochs = gauge("epochs", "Epochs trained, including the fraction of the current epoch")
         self._rate = gauge("examples_per_second", "Examples per second over all workers, in the current epoch")
         self._train = gauge("train", "Training loss and metrics since the last report", "metric")
         self._val = gauge("val", "Validation loss and metrics", "metric")
@@ -34,7 +34,7 @@ class RayMetrics(Tracker):
         self._validated: Mapping[str, float] = {}
 
     def log(self, event: Event) -> None:
-        """Set the gauges: all at each progress event, since Ray drops gauges that are not set again."""
+        """Set the gauges. Each progress event sets all of them, since Ray drops gauges that are not set again."""
         match event:
             case Started():
                 self._num_workers = event.num_workers

@@ -1,4 +1,4 @@
-"""Starts the trackers of a run, TensorBoard's always. A tracker that fails warns once; training continues."""
+"""Starts a run's trackers, always including TensorBoard. A tracker that fails warns once; training continues."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _RESTART = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
 
 
 class Trackers:
-    """Passes a run's events to trackers in a thread, so that a slow server delays nothing."""
+    """Passes a run's events to trackers in a thread, so that a slow server does not delay the training."""
 
     def __init__(self, create: Mapping[str, Create], warn: Callable[[str], None]) -> None:
         self._create, self._warn = create, warn
@@ -48,7 +48,7 @@ class Trackers:
         self._todo.put(event)
 
     def close(self, ending: Ending) -> None:
-        """Pass the run's end to the trackers, and wait for them, for a minute at most."""
+        """Pass the run's end to the trackers, and wait for them for at most a minute."""
         self._todo.put(ending)
         self._thread.join(_CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
@@ -82,7 +82,7 @@ def start(
     output: OutputConfig,
     warn: Callable[[str], None],
 ) -> Trackers:
-    """Track a run in TensorBoard, in Ray's metrics if there is a Ray, and by the user's tracker."""
+    """Track a run in TensorBoard, in Ray's metrics if Ray is running, and with the user's tracker, if any."""
     followed = (run, workload, _plain(settings))
     create: dict[str, Create] = {}
     if ray.is_initialized():
@@ -94,12 +94,12 @@ def start(
 def start_trials(
     run: RunFolder, workload: Workload, settings: Mapping[str, Any], output: OutputConfig, warn: Callable[[str], None]
 ) -> Trackers:
-    """Track a sweep's trials by the user's tracker, if it follows trials."""
+    """Track a sweep's trials with the user's tracker, if it follows trials."""
     return Trackers(_own(output, run, workload, _plain(settings), for_trials=True), warn)
 
 
 def _own(output: OutputConfig, *followed: Any, for_trials: bool = False) -> dict[str, Create]:
-    """Return how to create the user's tracker, by its name; empty without one."""
+    """Return a function that creates the user's tracker, by the tracker's name; empty without a tracker."""
     if output.tracker is None:
         return {}
     tracker_class = user_code.find(output.tracker, Tracker)
@@ -112,7 +112,7 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class TensorBoard(Tracker):
-    """An event file in the run's folder; if that is not on a local disk, it is uploaded at the end."""
+    """An event file in the run's folder. If the folder is not on a local disk, the file is uploaded at the end."""
 
     def __init__(self, run: RunFolder, workload: Workload, settings: Mapping[str, Any]) -> None:
         super().__init__(run, workload, settings)
@@ -120,7 +120,7 @@ class TensorBoard(Tracker):
         self._elsewhere = None if is_local else tempfile.TemporaryDirectory()
         self._folder = self._elsewhere.name if self._elsewhere else run.path
         os.makedirs(self._folder, exist_ok=True)
-        # The library's writer without a thread, so that a full disk raises here.
+        # tensorboardX's writer without its thread, so that a full disk raises here.
         self._file = event_file_writer.EventsWriter(f"{self._folder}/events", f".{time.time_ns()}")
 
     def _write(self, **content: Any) -> None:
@@ -136,7 +136,7 @@ class TensorBoard(Tracker):
             self._file.flush()
 
     def close(self, ending: Ending) -> None:
-        """Write the settings, the test's values and the pictures."""
+        """Write the settings, the test metrics and the pictures."""
         final = self.final(ending)
         scalars = [summary.scalar(name, value) for name, value in final.items()]
         for each in (*summary.hparams(self.settings, final), *scalars):

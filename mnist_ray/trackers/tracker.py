@@ -1,4 +1,4 @@
-"""The base class of trackers: TensorBoard, Ray's metrics, or the user's own, ``--tracker FILE.py``."""
+"""The base class of trackers: TensorBoard, Ray's metrics, or the user's own (``--tracker FILE.py``)."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Ending:
 
 
 class Tracker(UserClass):
-    """Follows one run, in a thread of the driver. A tracker that raises is closed with a warning; training continues.
+    """Follows one run, in a thread of the driver. A tracker that raises is dropped with a warning; training continues.
 
     A resumed run gets a new tracker, whose first event is ``Started`` with the step from which the run resumes.
     """
 
     follows_trials: ClassVar[bool] = False
-    """Whether a sweep's run has a tracker during the search, too; its events are ``TrialEnded``."""
+    """Whether the tracker also follows the search of a sweep, whose events are ``TrialEnded``."""
 
     def __init__(self, run: RunFolder, workload: Workload, settings: Mapping[str, Any]) -> None:
-        """Start to follow ``run``; ``settings`` are those in its config.json, as numbers and strings."""
+        """Start to follow ``run``; ``settings`` are the values in its config.json, as numbers and strings."""
         self.run, self.workload, self.settings = run, workload, settings
 
     def log(self, event: Event) -> None:

@@ -147,8 +147,8 @@ def test_several_runs_are_compared_side_by_side(
     assert capsys.readouterr().out == f"report {output}\n"
     page = Page(output.read_text())
     assert [alt for _, alt in page.images] == [
-        "Training loss of two, unfinished; the table has the ends",
-        "Validation accuracy of two, unfinished; the table has the best",
+        "Training loss of two, unfinished; see the table of runs",
+        "Validation accuracy of two, unfinished; see the table of runs",
     ]
     result = json.loads((finished_run / "result.json").read_text())
     rows = {row[0]: row[1:] for row in page.rows}
@@ -177,7 +177,7 @@ def test_a_run_with_untrusted_code_or_without_settings_is_refused(tmp_path: Path
     with pytest.raises(UsageError, match=r"is no run: it has no config\.json"):
         RunRecord.read(locate(str(tmp_path), "nothing"), mnist())
     run.write_text("config.json", "{")
-    with pytest.raises(JobError, match=r"config\.json is damaged: .*; put it back, or start another run"):
+    with pytest.raises(JobError, match=r"config\.json is damaged: .*; restore the file, or start a new run"):
         RunRecord.read(run, mnist())
 
 

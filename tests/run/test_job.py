@@ -239,7 +239,7 @@ def test_damaged_settings_of_a_run_are_one_line_with_the_file(read: Any, begun: 
     with pytest.raises(UsageError, match=r"run/config\.json: --batch-size must be of type int, not 'many'"):
         read("--resume", "--run-name", "run")
     file.write_text("{}")
-    message = r"run/config\.json is damaged: it has no num_epochs; put it back, or start an"
+    message = r"run/config\.json is damaged: it has no num_epochs; restore the file, or start a new"
     with pytest.raises(JobError, match=message):
         read("--resume", "--run-name", "run")
 
