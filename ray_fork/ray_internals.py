@@ -1,4 +1,4 @@
-"""The private API of Ray that a forked worker needs, because there is no public one."""
+"""Uses of Ray's private API that forked workers need, because there is no public API for them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 import ray
 import ray.actor
-from ray._raylet import Config  # type: ignore[attr-defined]  # of Cython, some without stubs
+from ray._raylet import Config  # type: ignore[attr-defined]  # Cython, partly without stubs
 
 
 @contextlib.contextmanager
 def actor_ids_from_kernel() -> Iterator[None]:
-    """Draw the ids of actor classes that are defined inside the block from the kernel's generator.
+    """Take the ids of actor classes that are defined inside the block from the kernel's random generator.
 
-    Ray seeds its own generator at the first use. If that happened before a fork, all forks would draw the same ids.
+    Ray seeds its own generator at the first use. If the first use came before a fork, all forks would get equal ids.
     """
 
     class FromKernel:

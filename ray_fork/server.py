@@ -1,10 +1,10 @@
-"""The fork server: a process that imports once what workers need, and then forks Ray's workers from itself.
+"""The fork server: a process that imports the workers' modules once, and then forks Ray's workers from itself.
 
-A fork copies only one thread, so the server has only one. It draws no random numbers, so that no two workers draw the
-same, and does not use CUDA. If an import breaks one of these rules, the server refuses, and Ray starts the worker.
+A fork copies only one thread, so the server has only one thread. It draws no random numbers, so that no two workers
+draw the same numbers, and does not use CUDA. If an import breaks one of these rules, Ray starts workers as usual.
 
-If its standard input is a pipe, the server ends when the other end closes, which is when its owner ends. Otherwise it
-ends when it has had no workers for a while.
+If the server's standard input is a pipe from its owner, the server ends with the owner. Otherwise it ends when it has
+had no workers for a while.
 
 python -m ray_fork.server SOCKET MODULE...
 """
@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Libraries read variables with these prefixes when they are loaded: a worker with other values must load them itself.
+# Libraries read variables with these prefixes when they are loaded. A worker with different values cannot be forked.
 _READ_AT_IMPORT = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "LD_", "MALLOC_", "PYTHON")
 _TAKES_EFFECT_LATER = ("OMP_NUM_THREADS", "PYTHONBREAKPOINT")
 _FOR_IMPORTS = {
@@ -40,12 +40,12 @@ _FOR_IMPORTS = {
 }
 _IDLE_S = 10.0
 _REQUEST_TIMEOUT_S = 5.0
-_OUTLIVING = ("ray::_Autoscali", "ray::PlacementG")  # Ray's actors that may outlive a job, as /proc cuts their names
+_OUTLIVING = ("ray::_Autoscali", "ray::PlacementG")  # the names, cut by /proc, of Ray's actors that may outlive a job
 
 
 @dataclass(frozen=True)
 class Request:
-    """A worker to start, with everything that it inherits from its parent; see ``shim.request``."""
+    """A worker to start, and everything that the worker inherits from its parent; see ``shim.request``."""
 
     argv: list[str]
     environment: dict[str, str]
@@ -74,9 +74,9 @@ def main() -> None:
 
 @contextlib.contextmanager
 def listening(path: Path) -> Iterator[socket.socket]:
-    """Listen at a path to which only this user may connect; the server, not its forks, removes it at the end.
+    """Listen at a path to which only this user may connect. At the end, the server removes the path; its forks do not.
 
-    It listens before it imports anything, so that workers can wait for it.
+    The server listens before it imports anything, so that workers can wait for it.
     """
     server, umask = os.getpid(), os.umask(0o177)
     try:
@@ -89,12 +89,12 @@ def listening(path: Path) -> Iterator[socket.socket]:
         if os.getpid() == server:
             for file in (path, Path(f"{path}.lock")):
                 file.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # in Ray's own folder there are other sockets
+            with contextlib.suppress(OSError):  # Ray's own folder contains more sockets, and stays
                 path.parent.rmdir()
 
 
 def _end_with_owner() -> None:
-    """End this process as soon as its owner ends, also during an import."""
+    """End this process as soon as its owner ends, even during an import."""
     if not _owner():
         return
     signal.signal(signal.SIGIO, lambda number, frame: sys.exit())
@@ -105,7 +105,7 @@ def _end_with_owner() -> None:
 
 
 def load(modules: Sequence[str]) -> str:
-    """Import modules; return why this process cannot be forked afterwards, or an empty text."""
+    """Import modules. Return why this process cannot be forked afterwards; an empty string if it can."""
     os.environ.update(_FOR_IMPORTS)
     try:
         import ray
@@ -124,13 +124,13 @@ def load(modules: Sequence[str]) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     gc.collect()
-    gc.freeze()  # the collector would write to all objects, and so copy the memory that workers share
+    gc.freeze()  # else the collector would write to all objects, which copies the memory that workers share
     num_threads = len(os.listdir("/proc/self/task"))
     return f"the fork server has {num_threads} threads" if num_threads > 1 else ""
 
 
 def in_fork(action: Callable[[], bytes]) -> bytes:
-    """Return what an action returns in a fork of this process; empty if it fails there."""
+    """Run an action in a fork of this process, and return its result; empty if the action fails."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -146,7 +146,7 @@ def in_fork(action: Callable[[], bytes]) -> bytes:
 
 
 def serve(listener: socket.socket, environment: dict[str, str], refusal: str) -> Request | None:
-    """Fork a worker for each request. Return its request in a worker, and None in the server at its end."""
+    """Fork a worker for each request. In a worker, return its request; in the server, return None at the end."""
     workers: set[int] = set()
     signal.signal(signal.SIGCHLD, lambda number, frame: _reap(workers))
     while _is_wanted(listener, workers):
@@ -182,7 +182,7 @@ def _is_wanted(listener: socket.socket, workers: set[int]) -> bool:
         ready, _, _ = select.select([listener.fileno(), *owner], [], [], None if owner else _IDLE_S)
         if ready:
             return ready == [listener.fileno()]
-        if all(_name_of(pid) in ("", *_OUTLIVING) for pid in tuple(workers)):  # a copy: some may end during the loop
+        if all(_name_of(pid) in ("", *_OUTLIVING) for pid in tuple(workers)):  # a copy: workers may end meanwhile
             return False
 
 
@@ -214,7 +214,7 @@ def receive(connection: socket.socket) -> Request | None:
         while len(content) < size and (more := connection.recv(size - len(content))):
             content += more
         request = Request(**json.loads(content), descriptors=descriptors)
-        if not select.select([connection], [], [], 0)[0]:  # a client sends no more: readable means that it hung up
+        if not select.select([connection], [], [], 0)[0]:  # a client sends nothing more: if readable, it hung up
             return request
     except (OSError, ValueError, TypeError):
         pass
@@ -224,11 +224,11 @@ def receive(connection: socket.socket) -> Request | None:
 
 
 def why_not(workers: dict[str, str], own: dict[str, str]) -> str:
-    """Return which variable keeps a worker from being forked from a server that has ``own``; empty if none does."""
+    """Return why a server with the variables ``own`` cannot fork a worker; an empty string if it can."""
     for name in sorted(workers.keys() | own.keys()):
         is_early = name == "RAY_JOB_ID" or (name.startswith(_READ_AT_IMPORT) and name not in _TAKES_EFFECT_LATER)
         if is_early and workers.get(name) != own.get(name):
-            return f"{name} differs from the fork server's"
+            return f"{name} differs from the fork server's value"
     return ""
 
 
@@ -254,7 +254,7 @@ def become(request: Request) -> None:
     os.environ.clear()
     os.environ.update(request.environment)
     os.chdir(request.folder)
-    # Libraries do the following as they are loaded. Python seeds its generator at a fork; Ray's is not seeded yet.
+    # Libraries do the following when they are loaded. Python reseeds its generator in a fork; Ray's has no seed yet.
     np.random.seed()
     torch.seed()
     ray_internals.read_settings_again()

@@ -1,7 +1,7 @@
-"""What Ray runs in place of a worker's Python: it asks the fork server to fork the worker, and ends.
+"""The script that Ray runs in place of a worker's Python: it asks the fork server to fork the worker, and ends.
 
-Ray runs it as a script, once for each worker, so it imports little, and nothing of this package. If the worker cannot
-be forked, the shim becomes what Ray would have started, and prints the reason, which is then in the raylet's log.
+Ray runs the script for every worker, so it imports little, and nothing from this package. If the worker cannot be
+forked, the script prints the reason to the raylet's log, and becomes the process that Ray would have started.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from collections.abc import Sequence
 from typing import Any
 
 SOCKET_VARIABLE = "MNIST_RAY_FORK_SERVER"  # the socket of the server that a job has started for its own local Ray
-MODULES_VARIABLE = "MNIST_RAY_FORK_MODULES"  # on a cluster: what a node's server imports, separated by spaces
+MODULES_VARIABLE = "MNIST_RAY_FORK_MODULES"  # on a cluster: modules for a node's server, separated by spaces
 
 _CONTEXT_FLAG, _LANGUAGE_FLAG = "--serialized-runtime-env-context=", "--language="  # for Ray's setup_worker.py
 _TIMEOUT_S = 30.0  # the server may still be importing; Ray waits for a worker for 60 s
 
 
 def main() -> None:
-    """Have the worker that the arguments describe forked, or become it."""
+    """Ask the server to fork the worker that the arguments describe; if that fails, become the worker."""
     asked = sys.argv[1:]
     command = [word for word in asked if not word.startswith((_CONTEXT_FLAG, _LANGUAGE_FLAG))]
     refusal = fork(asked, command)
@@ -38,10 +38,10 @@ def main() -> None:
 
 
 def fork(asked: list[str], command: list[str]) -> str:
-    """Have a worker forked; return why that failed, or an empty text."""
+    """Have a worker forked. Return why that failed; an empty string if it did not."""
     variables = variables_of(asked)
     if variables is None:
-        return "its runtime environment holds more than variables"
+        return "its runtime environment contains more than environment variables"
     environment = {**os.environ, **variables}
     address = environment.get(SOCKET_VARIABLE, "")
     try:
@@ -50,13 +50,13 @@ def fork(asked: list[str], command: list[str]) -> str:
             start_server(address, environment)
         return ask(address, command, environment)
     except KeyError as error:
-        return f"Ray does not say its {error}"
+        return f"Ray did not pass {error}"
     except OSError as error:
         return f"the fork server does not answer: {error}"
 
 
 def variables_of(command: list[str]) -> dict[str, str] | None:
-    """Return the variables of a worker's runtime environment; None if it has more than plain variables."""
+    """Return the variables of a worker's runtime environment; None if the environment contains anything else."""
     contexts = [json.loads(word.removeprefix(_CONTEXT_FLAG)) for word in command if word.startswith(_CONTEXT_FLAG)]
     variables: dict[str, str] = {}
     for context in contexts:
@@ -68,7 +68,7 @@ def variables_of(command: list[str]) -> dict[str, str] | None:
 
 
 def ask(address: str, command: list[str], environment: dict[str, str]) -> str:
-    """Ask the server at an address to fork a worker; return why it did not, or an empty text.
+    """Ask the server at an address to fork a worker. Return why it did not; an empty string if it did.
 
     Raises OSError if there is no server.
     """
@@ -83,7 +83,7 @@ def ask(address: str, command: list[str], environment: dict[str, str]) -> str:
 
 
 def request(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    """Return everything that a worker inherits from this process, except its descriptors."""
+    """Return everything that a worker inherits from this process, except file descriptors."""
     with open("/proc/self/oom_score_adj", encoding="ascii") as file:
         oom_score_adj = file.read()
     return {
@@ -100,14 +100,14 @@ def request(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
 
 
 def node_address(command: list[str]) -> str:
-    """Return the socket of a job's server on this node; it is in the folder of Ray's own sockets."""
+    """Return where a job's server listens on this node: at a path in the folder of Ray's own sockets."""
     flags = dict(word[2:].split("=", 1) for word in command if word.startswith("--") and "=" in word)
     name = f"fork-{os.environ['RAY_JOB_ID']}-{os.environ['RAY_RAYLET_PID']}"
     return os.path.join(flags["temp-dir"], flags["session-name"], "sockets", name)
 
 
 def start_server(address: str, environment: dict[str, str]) -> None:
-    """Start a server unless one listens. If several workers start at once, only one of them does so.
+    """Start a server, unless one is listening. If several workers start at once, only one of them starts the server.
 
     Raises OSError if the server does not start.
     """
@@ -118,7 +118,7 @@ def start_server(address: str, environment: dict[str, str]) -> None:
         if _answers(address):
             return
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(address)  # a killed server has left it
+            os.unlink(address)  # left behind by a killed server
         server = launch(address, environment[MODULES_VARIABLE].split(), environment, subprocess.DEVNULL)
         end = time.monotonic() + _TIMEOUT_S
         while not _answers(address):
@@ -131,12 +131,12 @@ def launch(address: str, modules: Sequence[str], environment: dict[str, str], st
     """Start a server; it listens before it imports the modules."""
     return subprocess.Popen(
         [sys.executable, "-m", "ray_fork.server", address, *modules],
-        cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),  # holds this package if it is not installed
+        cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),  # has this package even if not installed
         env=environment,
         stdin=stdin,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # a signal to all processes of the job must not end it: workers save a checkpoint then
+        start_new_session=True,  # a signal to the whole job must not end the server: workers then save a checkpoint
     )
 
 

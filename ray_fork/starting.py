@@ -1,4 +1,4 @@
-"""Starts fork servers: a job starts one for its local Ray; on a cluster, the first worker on each node does."""
+"""Starts fork servers: a job starts one for its local Ray; on a cluster, each node's first worker starts one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from typing import Any
 from ray_fork.shim import MODULES_VARIABLE, SOCKET_VARIABLE, launch
 
 SHIM = Path(__file__).with_name("shim.py")
-JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # by which a submitted job knows its runtime environment
+JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it to a submitted job's runtime environment
 _FIRST_JOB = "01000000"
-_IMPORTED_LATE = ("ray.tune", "torch._dynamo")  # Ray Train and PyTorch's optimizers import them in a running worker
-_HARMLESS = {"working_dir", "env_vars", "excludes", "config"}  # runtime environments that keep a worker's Python
-# A node whose Python or copy of this package is elsewhere starts its workers with the Python next to its Ray.
+_IMPORTED_LATE = ("ray.tune", "torch._dynamo")  # Ray Train and PyTorch's optimizers import these in running workers
+_HARMLESS = {"working_dir", "env_vars", "excludes", "config"}  # settings that do not replace a worker's Python
+# If Python or this package is elsewhere on a node, the node starts its workers with the Python next to its Ray.
 _START = (
     'if [ -x {python} ] && [ -f {shim} ]; then exec {python} -S -E {shim} "$@"; fi; '
     'python="${{1%/lib*/python*}}/bin/python"; [ -x "$python" ] || python=python3; exec "$python" "$@"'
@@ -30,7 +30,7 @@ _START = (
 
 @dataclass(frozen=True)
 class Forking:
-    """How a job's workers are forked."""
+    """The settings for forking a job's workers."""
 
     is_wanted: bool
     modules: tuple[str, ...]  # imported before the fork
@@ -39,10 +39,10 @@ class Forking:
 
 @contextlib.contextmanager
 def prepared_forking(module: str, *, is_wanted: bool = True) -> Iterator[Forking]:
-    """Say how workers are forked, and run a fork server inside the block if the job will probably start a local Ray.
+    """Yield a job's ``Forking``. Inside the block, run a fork server if the job will probably start a local Ray.
 
-    ``module``: what the workers need imported. A variable of this process names the server's socket. Forked workers
-    outlive the server.
+    ``module``: the module that workers need, imported before the fork. An environment variable of this process names
+    the server's socket. Forked workers outlive the server.
     """
     is_wanted = is_wanted and sys.platform.startswith("linux")
     modules = (module, *_IMPORTED_LATE)
@@ -50,7 +50,7 @@ def prepared_forking(module: str, *, is_wanted: bool = True) -> Iterator[Forking
     if not is_wanted or is_connected or os.environ.get("RAY_ADDRESS", "") not in ("", "auto", "local"):
         yield Forking(is_wanted, modules, None)
         return
-    # Ray reads these as it is imported. A local Ray's first job is this one. Workers end when this process does.
+    # Ray reads these when it is imported. This job is the local Ray's first. Workers end when this process ends.
     of_workers = {"RAY_JOB_ID": _FIRST_JOB, "RAY_RAYLET_PID": str(os.getpid())}
     with tempfile.TemporaryDirectory(prefix="mnist_ray-", ignore_cleanup_errors=True) as folder:
         address = os.path.join(folder, "fork")
@@ -71,15 +71,15 @@ def own_runtime_env() -> dict[str, Any]:
 
 
 def runtime_env_to_fork(forking: Forking) -> dict[str, Any]:
-    """Return the runtime environment with which a cluster forks a job's workers; empty if they must not be forked.
+    """Return the runtime environment that lets a cluster fork a job's workers; empty if they must not be forked.
 
-    ``py_executable`` is Ray's public way to start workers by another program. A local Ray gets the shim directly, which
-    saves an import of Ray: a program of Ray's runs ``py_executable``.
+    ``py_executable`` is Ray's public setting for the program that starts workers, but Ray imports itself before it runs
+    that program. A local Ray runs the shim directly, without this import.
     """
     own = own_runtime_env()
     if not forking.is_wanted or not own.keys() <= _HARMLESS:
         return {}
-    # Each node has the job's working directory in another place, and starts the workers there.
+    # The job's working directory has a different path on each node; workers start in it.
     travels = "working_dir" in own and SHIM.is_relative_to(Path.cwd())
     shim = SHIM.relative_to(Path.cwd()) if travels else SHIM
     start = _START.format(python=shlex.quote(sys.executable), shim=shlex.quote(str(shim)))

@@ -101,7 +101,7 @@ def test_arrays_pictures_and_files_are_predicted(run: Run, mnist_test: Arrays, t
     [
         ({"num_epoch": 3}, "the call has unknown settings: num_epoch; did you mean num_epochs?"),
         ({"batch_size": "many"}, "--batch-size must be of type int, not 'many'"),
-        ({"recipe": "cake"}, "there is no recipe cake; there is default, notebook, robust"),
+        ({"recipe": "cake"}, "there is no recipe cake; known: default, notebook, robust"),
         ({"sweep": {"ema_decay": [None, 2]}}, "--sweep ema_decay=none,2: --ema-decay must be in [0, 1), not 2.0"),
         ({"sweep": {"beta1": "log:1:2"}}, "--sweep beta1=log:1:2: --beta1 must be in [0, 1), not 1.0"),
         ({"sweep": "batch_size=16,32"}, "--sweep must be a list of str, not 'batch_size=16,32'"),

@@ -75,7 +75,7 @@ def test_evaluation_refuses_folders_without_a_checkpoint(tmp_path: Path, capsys:
     for given in (str(tmp_path), "no_such_run", "/nowhere/at/all"):
         assert status_of("evaluate", given) == 2
         said = capsys.readouterr().err
-        assert said.startswith(f"error: {given} is neither a checkpoint nor a run that holds one"), said
+        assert said.startswith(f"error: {given} is neither a checkpoint nor a run with a checkpoint"), said
 
 
 def test_a_finished_run_is_neither_overwritten_nor_resumed(finished_run: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_signal_to_all_processes_of_a_job_ends_it_like_an_interrupt_and_leaves
     flags = {**QUICK, "num_epochs": 500, "data_dir": small_data, "storage_path": tmp_path, "run_name": "all"}
     _, errors = run_and_act(lambda job: os.killpg(job.pid, number), when, *as_flags(flags), address="local", status=130)
     way_on = f"to resume: python jobs/train.py --resume --run-name all --storage-path {tmp_path}"
-    assert errors == f"interrupted; {way_on if when == TRAINING else 'nothing is saved yet: start it again'}\n"
+    assert errors == f"interrupted; {way_on if when == TRAINING else 'nothing is saved yet: start again'}\n"
     assert bool(list(tmp_path.glob("all/checkpoint_epoch-*"))) == (when == TRAINING)
     assert not list(tmp_path.glob(".*"))
     psutil.wait_procs(processes_in(own_folder), timeout=30)

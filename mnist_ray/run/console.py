@@ -1,4 +1,4 @@
-"""What a person sees of a run: a header, a live line, a line per epoch, the result; plain lines in a job's log."""
+"""A run's output: a header, a live line, a line per epoch, and the result. In a job's log, all lines are plain."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Self = TypeVar("Self", bound="RunConsole")
 
 
 class RunConsole:
-    """Prints a run's events. Use it as a context, which removes the live line at the end.
+    """Prints a run's events; a context manager, which removes the live line at the end.
 
-    On a terminal one line is redrawn in place. Elsewhere a plain line is printed every ten seconds, in a notebook every
-    two.
+    On a terminal, one line is redrawn in place. In a notebook, a plain line is printed every two seconds; elsewhere,
+    every ten seconds.
     """
 
     def __init__(self, workload: Workload, num_epochs: int, *, quiet: bool) -> None:
@@ -34,7 +34,7 @@ class RunConsole:
         self._label_width = max(10, len(f"epoch {num_epochs}/{num_epochs}"))
         is_terminal = sys.stdout.isatty()
         self._console = Console(
-            force_terminal=is_terminal,  # whatever FORCE_COLOR says, which Jupyter sets, too
+            force_terminal=is_terminal,  # not from FORCE_COLOR, which Jupyter sets
             force_jupyter=False,
             width=None if is_terminal else _LOG_WIDTH,  # a table in a log may be wide
             highlight=False,
@@ -61,19 +61,19 @@ class RunConsole:
         self._live.stop()
 
     def say(self, label: str, text: str) -> None:
-        """Print a line, unless ``--quiet``; the label has a column to itself."""
+        """Print a line, with the label in its own column. With ``--quiet``, print nothing."""
         if not self._quiet:
             line = self._line(label, text)
             line.rstrip()
             self._console.print(line)
 
     def result(self, label: str, text: str) -> None:
-        """Print a line, also with ``--quiet``."""
+        """Print a line, even with ``--quiet``."""
         self.rest()
         self._console.print(self._line(label, text))
 
     def waiting(self, text: str) -> None:
-        """Show on the live line what takes time, until the next event."""
+        """Show on the live line what the job is waiting for, until the next event."""
         if self._live.is_started:
             self._live.update(Text(self._column("") + redact(text), style="dim"), refresh=True)
 

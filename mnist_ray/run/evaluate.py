@@ -31,7 +31,7 @@ from ray_fork.starting import Forking
 
 
 def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> Evaluation:
-    """Connect, evaluate on the test set, print the result, and return it: ``jobs/evaluate.py``. Raises as ``train``."""
+    """For ``jobs/evaluate.py``: connect, test, print and return the result. Raises the same exceptions as ``train``."""
     workload, data = found.workload, load_data(found.workload)
     test = Split(data.test, origin="test")
     with connect(WorkerConfig(), forking), RunConsole(workload, 0, quiet=False) as console:
@@ -47,10 +47,10 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
 def evaluate(
     workload: Workload, checkpoint: RunFolder, test: Split, num_tasks: int = 1, loader_workers: int = 0
 ) -> Evaluation:
-    """Evaluate a checkpoint on the test set, spread over tasks of one CPU each.
+    """Evaluate a checkpoint on the test set, divided among tasks with one CPU each.
 
-    The result is the same for any number of tasks: each takes whole batches. Raises a task's exception, and JobError if
-    its node or the storage has gone.
+    The result does not depend on the number of tasks, because each task evaluates whole batches. Raises a task's
+    exception, or JobError if a task's node or the storage is lost.
     """
     shared = share(workload, test)
     task = _evaluate_split.options(**process_options())
@@ -66,12 +66,12 @@ def evaluate(
 
 
 def process_options() -> dict[str, Any]:
-    """Return the options of evaluation tasks: the same for all, so that they share processes."""
+    """Return the options of evaluation tasks: all have the same options, so that one process can run several tasks."""
     return {"runtime_env": {"env_vars": for_evaluation()}}
 
 
 def start_process() -> None:
-    """Let the process of the first validation import torch while the workers start, not during the training."""
+    """Let the first validation's process start early: it imports torch while the workers start, not during training."""
     _import_engine.options(**process_options()).remote()
 
 
@@ -98,7 +98,7 @@ def validate(checkpoint: Checkpoint, split: RemoteSplit, event_queue: Any, loade
 
 
 def evaluate_here(checkpoint: RunFolder, workload: Workload, split: Split, loader_workers: int) -> Evaluation:
-    """Evaluate a checkpoint in this process, on one thread: other tasks and a training may run next to it."""
+    """Evaluate a checkpoint in this process, on one thread, because other tasks or a training may run beside it."""
     torch.set_num_threads(1)
     model = engine.with_fast_layout(load_model(checkpoint, workload))
     return engine.evaluate(workload, model, split, loader_workers)

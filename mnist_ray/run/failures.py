@@ -1,4 +1,4 @@
-"""Failures of workers: which may pass at the next attempt, which are bugs, and one line for each."""
+"""Tells temporary failures of workers from bugs, and describes a failure in one line."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ PASSING = (
     torch.AcceleratorError,
     torch.distributed.DistError,
 )
-"""Errors that the next attempt may not meet; other errors of the training's code are bugs."""
+"""Errors that may not occur again at the next attempt; any other error in the training's code is a bug."""
 STOPPING = (OtherModelError, TrainingDivergedError, OtherArithmeticError)
-"""Errors that the next attempt would meet again, although the code has no bug."""
+"""Errors that would occur again at the next attempt, although the code has no bug."""
 
 
 class TrainingStoppedError(JobError):
-    """Training cannot continue with these settings: another attempt would end in the same way."""
+    """Training cannot continue with these settings: a retry would fail too."""
 
 
 class FailureReporter(UserCallback):
-    """Tells the driver, through its event queue if it has one, why workers are replaced. Ends a run that has a bug."""
+    """Tells the driver's event queue, if there is one, why workers are replaced. Ends the run if its code has a bug."""
 
     def __init__(self, event_queue: Any) -> None:
         self._event_queue = event_queue
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
-        """Take the exceptions of the ranks that failed."""
+        """Handle the exceptions of the failed ranks."""
         for error in worker_exceptions.values():
             if isinstance(error, CodeFailedError):
-                # Ray takes an error raised here for one of its controller, and makes no other attempt.
+                # Ray treats an error raised here as an error of its own controller, and does not retry.
                 raise TrainingStoppedError(str(error))
         if self._event_queue is not None:
             self._event_queue.put.remote(WorkersLost(describe(worker_exceptions)))
 
 
 def is_of_gloo(error: BaseException) -> bool:
-    """Return whether another worker has gone while this one waited for it: gloo raises a plain RuntimeError then."""
+    """Return whether an error means that another worker is gone; gloo may report that by a plain RuntimeError."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
 def describe(worker_exceptions: Mapping[int, Exception]) -> str:
-    """Say in one line what happened to workers, by rank. A death comes first: it makes the other workers fail too."""
+    """Describe one failed rank in one line, preferably one that died: its death makes the other workers fail too."""
     rank, error = min(worker_exceptions.items(), key=lambda item: (not isinstance(item[1], RayActorError), item[0]))
     cause = getattr(error, "_base_exc", error)
     if is_of_gloo(cause):
@@ -75,11 +75,11 @@ def describe(worker_exceptions: Mapping[int, Exception]) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """Say in one line why training failed: by a worker's exception, if there is one."""
+    """Describe in one line why training failed, from a worker's exception if there is one."""
     if failures := getattr(error, "worker_failures", None):
         return describe(failures)
     cause = getattr(error, "controller_failure", error)
-    cause = getattr(cause, "cause", cause)  # of a RayTaskError, whose own text is a traceback
+    cause = getattr(cause, "cause", cause)  # if it is a RayTaskError, whose own text is a traceback
     return f"Ray Train failed: {_line_of(cause)}"
 
 

@@ -1,4 +1,4 @@
-"""Finding a run's checkpoint, and its workload."""
+"""Finds a run's checkpoint, and the checkpoint's workload."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Found:
         return type(self.workload).__name__ + "".join(changed)
 
     def load_model(self) -> Any:
-        """Return its model, in evaluation mode. Raises JobError if it is damaged."""
+        """Return the checkpoint's model, in evaluation mode. Raises JobError if the checkpoint is damaged."""
         return load_model(self.checkpoint, self.workload)
 
 
@@ -49,12 +49,12 @@ def find(
     changes: Mapping[str, Any] | None = None,
     is_wanted: Callable[[RunFolder], bool] = lambda run: True,
 ) -> Found:
-    """Return the checkpoint of a path, a URI or a run's name; if ``given`` is None, of the newest wanted run.
+    """Return the checkpoint for a path, a URI or a run's name; for None, the checkpoint of the newest wanted run.
 
-    ``reference``: where to load the workload's code from, if it has moved. ``changes``: settings to override. Raises
-    UsageError if there is no checkpoint, or its code cannot be loaded or trusted; JobError if it is damaged.
+    ``reference``: the workload's code, if it has moved. ``changes``: settings to override. Raises UsageError if there
+    is no checkpoint, or the workload cannot be loaded or trusted; JobError if the checkpoint is damaged.
     """
-    quiet_ray()  # it logs each list of checkpoints that it reads
+    quiet_ray()  # Ray logs each list of checkpoints that it reads
     run, notes = find_run(given, storage_path, is_wanted), list[str]()
     try:
         checkpoint = _checkpoint_of(run, given, notes)
@@ -71,7 +71,7 @@ def find(
 
 
 def _checkpoint_of(run: RunFolder, given: str | None, notes: list[str]) -> RunFolder:
-    """Return a folder itself if it is a checkpoint, or the run's best: its result's, else by validation, else the last.
+    """Return ``run`` if it is a checkpoint; else its result's checkpoint, else the best validated, else the last.
 
     Notes for the user are added to ``notes``.
     """
@@ -87,17 +87,17 @@ def _checkpoint_of(run: RunFolder, given: str | None, notes: list[str]) -> RunFo
     if not names and run.exists(CONFIG_FILE):
         raise UsageError(f"run {run.uri} has no checkpoint yet")
     if not names:
-        raise UsageError(f"{given} is neither a checkpoint nor a run that holds one: {run.uri}")
+        raise UsageError(f"{given} is neither a checkpoint nor a run with a checkpoint: {run.uri}")
     known = snapshot_of(run)
-    if known is None or known.checkpoint is None:  # a kill has cut off Ray's list, or came before it
+    if known is None or known.checkpoint is None:  # the run was killed before or while Ray wrote its list
         return run.inside(names[-1])
     return folder_of(best_of(known)[0])
 
 
 def snapshot_of(run: RunFolder) -> ray.train.Result | None:
-    """Return Ray's list of a run's checkpoints; None if there is none, or it is damaged.
+    """Return Ray's list of a run's checkpoints; None if the list is missing or damaged.
 
-    Raises what the file system does.
+    Raises the file system's exceptions.
     """
     try:
         result = ray.train.Result.from_path(run.path, storage_filesystem=run.filesystem)
@@ -105,15 +105,15 @@ def snapshot_of(run: RunFolder) -> ray.train.Result | None:
         math.fsum(metrics["val_score"] for _, metrics in result.best_checkpoints if "val_loss" in metrics)
     except STORAGE_ERRORS:
         raise
-    except Exception:  # Ray does not check the list: a damaged one can fail anywhere
+    except Exception:  # Ray does not check the list: if it is damaged, reading can raise anything
         return None
     return result if is_whole else None
 
 
 def best_of(result: ray.train.Result, damaged: Container[str] = ()) -> tuple[Checkpoint, dict[str, Any]]:
-    """Return the checkpoint with the best validation and its metrics. Ties go to the lower loss.
+    """Return the checkpoint with the best validation, and its metrics. Ties go to the lower loss.
 
-    Without validation, it is the last. ``damaged`` names checkpoints to leave out, which Ray's list still has.
+    Without validation, return the last checkpoint. ``damaged``: names of checkpoints in Ray's list to leave out.
     """
     whole = [pair for pair in result.best_checkpoints if folder_of(pair[0]).name not in damaged]
     validated = [pair for pair in whole if "val_loss" in pair[1]]

@@ -1,4 +1,4 @@
-"""``fit``: one training run, by Ray Train's ``TorchTrainer``; and the queue that brings the workers' events here."""
+"""``fit`` trains a run with Ray Train's ``TorchTrainer``. The workers' events reach the driver through a queue."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from mnist_ray.signals import Noted, first_only_noted
 from mnist_ray.storage import SNAPSHOT_FILE, STORAGE_ERRORS, RunFolder, with_retries
 from mnist_ray.training.events import ControllerStarted, Event, Started, Stopping, WorkersLost
 
-_POLL_INTERVAL_S = 0.5  # at which the driver asks for events, as often as workers send their progress
+_POLL_INTERVAL_S = 0.5  # between the driver's requests for events; workers send their progress at the same interval
 _SAVED_WITHIN_S = 30.0  # after Ctrl-C
 _END_TIMEOUT_S = 5.0  # to wait for the end of Ray Train's controller, if the run ends first
-_RESIZE_INTERVAL_S = 15.0  # at which an elastic run checks whether the cluster holds more workers
+_RESIZE_INTERVAL_S = 15.0  # after which an elastic run checks again whether the cluster has room for more workers
 _VALIDATION_POLL_INTERVAL_S = 0.1
 
 
@@ -46,18 +46,18 @@ _VALIDATION_POLL_INTERVAL_S = 0.1
 class Fitted:
     """The checkpoint of a finished run."""
 
-    checkpoint: RunFolder  # the best by validation; the last if nothing was held out
+    checkpoint: RunFolder  # the best by validation; the last if no examples were held out
     metrics: dict[str, Any]  # of that checkpoint
 
 
 def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
-    """Train on Ray and pass events to ``on_event``. If the run has checkpoints, resume from the last.
+    """Train on Ray and pass events to ``on_event``. If the run has checkpoints, resume from the last one.
 
-    Raises TrainingStoppedError if another attempt would end in the same way, else JobError.
+    Raises TrainingStoppedError if a retry would fail too; otherwise JobError.
     """
     job, plan, max_failures = session.job, session.plan, session.job.workers.max_failures
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(job.workers.hang_timeout_s))
-    if plan.min_workers is not None:  # when a node has gone, Ray waits so long for as many workers as before
+    if plan.min_workers is not None:  # how long Ray waits to replace a lost node's workers before it runs fewer
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
     event_queue = open_event_queue()
     spec, validation_config = _share_data(session, event_queue)
@@ -79,7 +79,7 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
             cause = getattr(error, "controller_failure", error)
             if isinstance(cause, TrainingStoppedError):
                 raise cause from error
-            # Ray makes no other attempt if the storage fails its own bookkeeping.
+            # Ray does not retry if the storage fails during Ray's own bookkeeping.
             if failures_left == 0 or not isinstance(cause, STORAGE_ERRORS):
                 raise JobError(reason_of(error)) from error
             on_event(WorkersLost(reason_of(error)))
@@ -91,7 +91,7 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
 
 
 def _share_data(session: Session, event_queue: Any) -> tuple[LoopSpec, ValidationConfig | None]:
-    """Share the data. Return what the workers get, and how tasks validate, unless the workers do."""
+    """Share the data. Return the workers' spec, and the configuration of validation tasks, if there are any."""
     job, data, loader_workers = session.job, session.data, session.job.workers.loader_workers
     evaluate.start_process()
     spec = LoopSpec(job=job, train=share(job.workload, data.train), event_queue=event_queue)
@@ -101,15 +101,15 @@ def _share_data(session: Session, event_queue: Any) -> tuple[LoopSpec, Validatio
     if job.train.early_stop is not None:  # the validation decides whether the workers continue
         return replace(spec, validation=split), None
     validate = functools.partial(evaluate.validate, split=split, event_queue=event_queue, loader_workers=loader_workers)
-    # A task of no CPUs starts although the workers hold all of them.
+    # A task that asks for no CPUs starts even while the workers hold all CPUs.
     options = {"num_cpus": 0, **evaluate.process_options()}
     return replace(spec, validates_in_tasks=True), ValidationConfig(validate, ray_remote_kwargs=options)
 
 
 def _fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[[Event], None]) -> ray.train.Result:
-    """Fit in a thread, while this one passes events on and takes Ctrl-C; return the result.
+    """Fit in another thread, while this thread passes on events and handles Ctrl-C; return the result.
 
-    At the first Ctrl-C the workers, if they are training, save a checkpoint. Raises KeyboardInterrupt afterwards.
+    At the first Ctrl-C, workers that are training save a checkpoint; then this raises KeyboardInterrupt.
     """
     pool = ThreadPoolExecutor(1)
     result: Future[ray.train.Result] = pool.submit(trainer.fit)
@@ -122,7 +122,7 @@ def _fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[
     except RaySilentError:
         raise
     except BaseException:
-        if not result.done():  # Ray must not be left while a thread waits for it
+        if not result.done():  # do not disconnect from Ray while a thread waits for it
             with contextlib.suppress(RayError):
                 end_controllers()
             wait([result], _END_TIMEOUT_S)
@@ -134,12 +134,12 @@ def _fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[
 def _listen(
     result: Future[ray.train.Result], event_queue: Any, on_event: Callable[[Event], None], interrupted: Noted
 ) -> None:
-    """Pass events on until there is a result, or, after Ctrl-C, the time to save a checkpoint is over."""
+    """Pass on events until there is a result or, after Ctrl-C, until the time to save a checkpoint is over."""
     is_running, is_training, end_at = True, False, math.inf
     pings: dict[str, Ping] = {}
     watch = Watch(pings)
     while is_running and time.monotonic() < end_at:
-        is_running = bool(wait([result], _POLL_INTERVAL_S).not_done)  # before the last events are taken
+        is_running = bool(wait([result], _POLL_INTERVAL_S).not_done)  # checked before the last events are taken
         for event in _taken(event_queue):
             if isinstance(event, ControllerStarted):
                 pings["Ray Train's controller"] = functools.partial(_ping, event.actor)
@@ -167,7 +167,7 @@ def _taken(event_queue: Any) -> list[Event]:
 
 
 def drop_damaged_snapshot(run: RunFolder) -> None:
-    """Remove Ray's list of a run's checkpoints if a kill has cut it off: workers find checkpoints without it."""
+    """Remove Ray's list of a run's checkpoints if a kill has cut the list off; workers find checkpoints without it."""
 
     def drop() -> None:
         if run.exists(SNAPSHOT_FILE) and snapshot_of(run) is None:
@@ -200,7 +200,7 @@ def create_trainer(
             name=spec.job.run.name,
             storage_path=spec.job.run.storage_path,
             checkpoint_config=CheckpointConfig(
-                num_to_keep=2,  # the best two; Ray also keeps the last, so another is left if that is damaged
+                num_to_keep=2,  # the two best; Ray keeps the last, too, so one damaged checkpoint does no harm
                 checkpoint_score_attribute="val_score" if is_validated else None,
             ),
             failure_config=FailureConfig(max_failures=max_failures),
@@ -211,7 +211,7 @@ def create_trainer(
 
 
 class _Trainer(TorchTrainer):
-    """Without actors that are not needed: each is a process, whose start and end take time."""
+    """A trainer without Ray's unneeded actors: each actor is a process, which takes time to start and end."""
 
     def _create_default_callbacks(self) -> list[Any]:
         unneeded: tuple[type, ...] = (train_internals.DatasetsCallback,)  # there are no Ray Datasets
@@ -222,13 +222,13 @@ class _Trainer(TorchTrainer):
 
 
 class _OnController(train_internals.ControllerCallback):
-    """Lets the driver check that Ray Train's controller answers, and makes that look for validations more often."""
+    """Lets the driver check that Ray Train's controller answers; makes the controller poll validations more often."""
 
     def __init__(self, event_queue: Any) -> None:
         self._event_queue = event_queue
 
     def after_controller_start(self, train_run_context: object) -> None:
-        # By default the end of a run waits up to a second for its last validation.
+        # By default, a run may notice the end of its last validation up to a second late.
         train_internals.validation_manager.VALIDATION_TASK_POLL_INTERVAL_S = _VALIDATION_POLL_INTERVAL_S
         if self._event_queue is not None:
             self._event_queue.put.remote(ControllerStarted(ray.get_runtime_context().current_actor))
@@ -252,10 +252,10 @@ class EventQueue:
         return events
 
     def want_stop(self) -> None:
-        """Answer from now on that the training must stop."""
+        """Let ``put`` return from now on that the training must stop."""
         self._is_stop_wanted = True
 
 
 def open_event_queue() -> Any:
-    """Return the actor of a new event queue, on this node, so that it is not lost with another."""
+    """Create an event queue on this node, so that it is not lost with another node; return its actor."""
     return ray.remote(num_cpus=0, scheduling_strategy=this_node())(EventQueue).remote()

@@ -1,8 +1,8 @@
-"""A run's values as CSV files, written during the training, so that an interrupted run has them too.
+"""A run's values as CSV files. They are written during training, so that an interrupted run has them too.
 
-metrics.csv   a row per epoch
-steps.csv     a row about every half second of training: the mean over the steps since the row before
-predictions.csv, once the run is tested: a row per test example, in the data set's order
+metrics.csv      a row per epoch
+steps.csv        a row about every half second of training, with the mean over the steps since the previous row
+predictions.csv  a row per test example, in the data set's order; written when the run is tested
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from mnist_ray.training.events import EpochFinished, Event, Progress, Started, V
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
 
-STEPS_EVERY_S = 10.0  # between two writes of steps.csv, at least
-_GROWN_BY = 1.01  # rewritten at each hundredth: 170,000 rows, a day's, are written 100 times over in all
+STEPS_EVERY_S = 10.0  # the shortest time between two writes of steps.csv
+_GROWN_BY = 1.01  # steps.csv is rewritten once it has grown by 1%: on average, a row is written about 100 times
 
 
 class Throttled:
-    """Work that a thread does when asked, but only ``interval_s`` after the last time; if it fails, with the next."""
+    """Work that a thread does when asked, at most once per ``interval_s``. After a failure, a later call retries."""
 
     def __init__(self, work: Callable[[], object], interval_s: float) -> None:
         self._work, self._interval_s = work, interval_s
@@ -40,27 +40,27 @@ class Throttled:
         self._thread: threading.Thread | None = None
 
     def ask(self) -> None:
-        """Start the work, unless it is being done or was done just now."""
+        """Start the work, unless it is running or ended less than ``interval_s`` ago."""
         if time.monotonic() > self._next and not (self._thread and self._thread.is_alive()):
             self._thread = threading.Thread(target=self._do, daemon=True)
             self._thread.start()
 
     def close(self) -> None:
-        """Wait for work that is being done; start none from now on."""
+        """Wait until running work has ended; start none from now on."""
         if self._thread is not None:
             self._thread.join()
         self._next = math.inf
 
     def _do(self) -> None:
-        with contextlib.suppress(Exception):  # the last time is in the main thread, which raises
+        with contextlib.suppress(Exception):  # the last call is in the main thread, which raises the error
             self._work()
         self._next = time.monotonic() + self._interval_s
 
 
 class History:
-    """The rows of a run's metrics.csv and steps.csv. A resumed run continues those it finds.
+    """The rows of a run's metrics.csv and steps.csv. A resumed run continues the files that it finds.
 
-    ``warn`` is called for damaged files, which start again from no rows.
+    ``warn`` is called for each damaged file, which starts again without rows.
     """
 
     def __init__(self, run: RunFolder, workload: Workload, warn: Callable[[str], None] = lambda note: None) -> None:
@@ -74,10 +74,10 @@ class History:
         self._steps = [(int(float(row["step"])), csv_text(self._step_columns, [row])) for row in steps]
         self._num_written = 0  # rows of steps.csv
         self._writing = Throttled(self._write_steps, STEPS_EVERY_S)
-        self.num_workers = 0  # of the last attempt; an elastic run's changes
+        self.num_workers = 0  # in the last attempt; it may change in an elastic run
 
     def add(self, event: Event) -> None:
-        """Record an event's values. If training restarts, drop the rows of the steps that it repeats."""
+        """Record an event's values. If training restarts, drop the rows of the steps to be repeated."""
         match event:
             case Started():
                 self.num_workers = event.num_workers
@@ -115,9 +115,9 @@ class History:
         return [epoch for epoch, row in sorted(self.rows.items()) if row.get("val_loss", "") == ""]
 
     def mean_rate(self) -> float | None:
-        """Return the examples per second over all epochs that have them; None if none has.
+        """Return the mean examples per second of all epochs with a recorded rate; None if there are none.
 
-        The last epoch before a kill may lack them.
+        The last epoch before a kill may have no recorded rate.
         """
         rated = [row for row in self.rows.values() if row.get("epoch_s") and row.get(self._workload.rate)]
         seconds = sum(float(row["epoch_s"]) for row in rated)
@@ -125,7 +125,7 @@ class History:
         return round(examples / seconds, 1) if rated else None
 
     def flush(self) -> None:
-        """Write the last steps; nothing may be added afterwards. Raises JobError."""
+        """Write the last steps; no event may be added afterwards. Raises JobError."""
         self._writing.close()
         self._write_steps()
 

@@ -1,4 +1,4 @@
-"""``--num-workers 0``: the same training in the job's process, without Ray: for debuggers, profilers and notebooks."""
+"""``--num-workers 0``: training in the job's own process, without Ray, for debuggers, profilers and notebooks."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from mnist_ray.training.checkpoint import STATE_FILE, Restored
 from mnist_ray.training.events import Event, Progress, Stopping
 from mnist_ray.training.state import Group, StopWantedError, TrainingState
 
-_NUM_KEPT = 2  # best checkpoints by validation; the last is kept, too
+_NUM_KEPT = 2  # the best checkpoints by validation; the last checkpoint is kept, too
 
 
 def fit_here(session: Session, on_event: Callable[[Event], None]) -> Fitted:
-    """Train in this process, as ``fit`` does on Ray. Raises what the user's code raises."""
+    """Train in this process, like ``fit`` on Ray. Raises the exceptions of the user's code."""
     job, data = session.job, session.data
     spec = LoopSpec(job=job, train=data.train, validation=data.validation if len(data.validation) else None)
     uses_gpu = job.workers.use_gpu != "no" and torch.cuda.is_available()
@@ -44,7 +44,7 @@ def fit_here(session: Session, on_event: Callable[[Event], None]) -> Fitted:
 
 
 class LocalReporter(Reporter):
-    """Passes events on, validates and saves at every checkpoint, and keeps the best two and the last."""
+    """Passes on events, validates and saves at every checkpoint, and keeps the two best checkpoints and the last."""
 
     def __init__(
         self, spec: LoopSpec, group: Group, config: TrainConfig, on_event: Callable[[Event], None], interrupted: Noted
@@ -53,20 +53,20 @@ class LocalReporter(Reporter):
         self._on_event, self._interrupted, self._is_stopping = on_event, interrupted, False
 
     def begin(self, state: TrainingState, restored: Restored) -> None:
-        """Report the start. Nothing waits for the next step: a debugger may hold the training for any time."""
+        """Report the start. A step may take any time, because a debugger may pause the training."""
         faulthandler.cancel_dump_traceback_later()
         super().begin(state, restored)
 
     def send(self, event: Event) -> None:
-        """Pass it on."""
+        """Pass on an event."""
         self._on_event(event)
 
     def on_progress(self, state: TrainingState, progress: Progress) -> None:
-        """Pass it on."""
+        """Pass on the progress."""
         self.send(progress)
 
     def wants_stop(self) -> bool:
-        """Stop once Ctrl-C was pressed."""
+        """Return whether Ctrl-C was pressed, and report that once."""
         if self._interrupted.is_set and not self._is_stopping:
             self._is_stopping = True
             self.send(Stopping())
@@ -81,12 +81,12 @@ class LocalReporter(Reporter):
 
 
 def _best(run: RunFolder) -> list[str]:
-    """Return the names of a run's best checkpoints by validation, the best first; of equal ones the first."""
+    """Return the names of a run's best checkpoints by validation, best first; in a tie, the earlier one first."""
     metrics = {name: _metrics_of(run.inside(name)) for name in run.checkpoint_names()}
     validated = [name for name, values in metrics.items() if "val_score" in values]
     return sorted(validated, key=lambda name: -metrics[name]["val_score"])[:_NUM_KEPT]
 
 
 def _metrics_of(checkpoint: RunFolder) -> dict[str, Any]:
-    """Return the metrics of a checkpoint; none if it is damaged."""
+    """Return a checkpoint's metrics; an empty dictionary if the checkpoint is damaged."""
     return (checkpoint.read_json(STATE_FILE) or {}).get("metrics", {})

@@ -1,6 +1,6 @@
 """A job's settings and its folder.
 
-Nothing here imports torch or Ray, so that a mistake is answered at once.
+Nothing here imports torch or Ray, so that a wrong setting is reported at once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mnist_ray.workload.base import Workload
 from mnist_ray.workload.user_code import Source
 
 Given = Mapping[str, Any]
-"""Settings by name, as flags or keyword arguments give them, including ``workload``, ``recipe`` and ``config``."""
+"""Settings by name, from flags or keyword arguments, including ``workload``, ``recipe`` and ``config``."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Job:
     workers: WorkerConfig
     output: OutputConfig
     run: RunFolder
-    resume_with: str  # the command that resumes it; or the call, if it was called
+    resume_with: str  # the command that resumes the run; or the Python call, if a call started the run
     callback: Source | None = None  # the user's code in the training loop
     asked: Given = dataclasses.field(default_factory=dict)  # all settings, including a sweep's
-    given: frozenset[str] = frozenset()  # the settings that this command or call names itself
+    given: frozenset[str] = frozenset()  # the names of the settings that this command or call gives
     origin: Given = dataclasses.field(default_factory=dict)  # a resumed run's origin.json
-    notes: tuple[str, ...] = ()  # printed before it starts
+    notes: tuple[str, ...] = ()  # printed before the job starts
 
     @property
     def values(self) -> dict[str, Any]:
@@ -66,19 +66,19 @@ class Job:
         return [code.folder for code in (self.callback, self.workload.source) if code is not None]
 
     def with_values(self, values: Given) -> Job:
-        """Return it with other values of the training's and the workload's settings."""
+        """Return the job with these values for settings of the training and the workload."""
         workload, all_values = self.workload, {**self.values, **values}
         changed = type(workload)(settings.build(workload.Settings, all_values), workload.metadata)
         return dataclasses.replace(self, workload=changed, train=settings.build(TrainConfig, all_values))
 
 
 def _merged(layers: Mapping[str, Given]) -> dict[str, Any]:
-    """Return the settings of some layers; later layers win."""
+    """Return the settings of all layers in one dictionary; later layers win."""
     return {name: value for layer in layers.values() for name, value in layer.items()}
 
 
 def _layer_of(name: str, layers: Mapping[str, Given]) -> str:
-    """Return the layer that decides a setting; empty if none has it."""
+    """Return the name of the layer that decides a setting; empty if no layer has the setting."""
     return ["", *(place for place, layer in layers.items() if name in layer)][-1]
 
 
@@ -89,10 +89,10 @@ def read_job(
     config_file: str = CONFIG_FILE,
     more_settings: Sequence[type] = (),
 ) -> Job:
-    """Read a job's settings from the command line, or from ``given`` instead. Raises UsageError.
+    """Read a job's settings from ``given``, or from the command line if it is None. Raises UsageError.
 
-    ``kind`` is ``train`` or ``tune``. ``more_settings`` are classes of a sweep's settings. ``config_file`` holds those
-    of a saved run. Later layers win: default recipe or saved run, recipe, config file, flags.
+    ``kind`` is ``train`` or ``tune``. ``more_settings``: the classes of a sweep's settings. ``config_file``: the file
+    with a saved run's settings. Later layers win: default recipe or saved run, recipe, config file, flags.
     """
     early = peek("workload", "config", "resume", "run_name", "storage_path")[0] if given is None else given
     run, saved = _find_run(early, kind, config_file)
@@ -133,7 +133,7 @@ def read_job(
 def _job_of(
     kind: str, workload_class: type[Workload], run: RunFolder, asked: Given, given: frozenset[str], *, is_call: bool
 ) -> Job:
-    """Return the job that some settings describe. Raises UsageError."""
+    """Return the job that the settings in ``asked`` describe. Raises UsageError."""
     train, workers = settings.build(TrainConfig, asked), settings.build(WorkerConfig, asked)
     output = settings.build(OutputConfig, asked)
     _check_output(output)
@@ -160,7 +160,7 @@ def _job_of(
 
 
 def resume_command(kind: str, run: RunFolder, more: Mapping[str, str] | None = None, *, is_call: bool = False) -> str:
-    """Return the command that resumes a run, with ``more`` settings and without secrets; or the call.
+    """Return the command or the Python call that resumes a run, with ``more`` settings and without secrets.
 
     ``kind`` is ``train`` or ``tune``.
     """
@@ -172,11 +172,11 @@ def resume_command(kind: str, run: RunFolder, more: Mapping[str, str] | None = N
 
 
 def _find_run(early: Given, kind: str, config_file: str) -> tuple[RunFolder, dict[str, Any]]:
-    """Return a job's folder, and a resumed run's settings. Raises UsageError, and JobError if they are damaged."""
+    """Return a job's folder, and a resumed run's settings. Raises UsageError; JobError if the settings are damaged."""
     name = early.get("run_name")
     if early.get("resume") and name is None:
         raise UsageError("--resume needs --run-name NAME")
-    new_name = f"{kind}_{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(2)}"  # two a second differ
+    new_name = f"{kind}_{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(2)}"  # unique even within a second
     run = locate(early.get("storage_path", OutputConfig().storage_path), name or new_name)
     if not early.get("resume"):
         return run, {}
@@ -187,7 +187,7 @@ def _find_run(early: Given, kind: str, config_file: str) -> tuple[RunFolder, dic
 
 
 def check_free(run: RunFolder, *, resume: bool) -> None:
-    """Raise UsageError if a new run exists already, or a resumed one is finished."""
+    """Raise UsageError if a new run exists already, or a resumed run is finished."""
     if resume and run.read_json(RESULT_FILE) is not None:
         raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.inside(RESULT_FILE).uri}")
     if not resume and run.exists():
@@ -220,8 +220,8 @@ def _check_files(files: Mapping[str, Given], classes: Sequence[type]) -> None:
 
 def _read_flags(description: str, classes: Sequence[type], recipes: Mapping[str, Given]) -> dict[str, Any]:
     parser = Parser(description, *classes, defaults=recipes.get("default", {}))
-    workload_help = "what is learned: FILE.py or package.module, with :NAME if it holds several; default: MNIST"
-    recipe_help = "named settings; flags override"
+    workload_help = "the workload: FILE.py or package.module, with :NAME if there are several in it; default: MNIST"
+    recipe_help = "a named set of settings, which flags override"
     parser.add_argument("--workload", metavar="FILE.py", default=UNSET, help=workload_help)
     parser.add_argument("--recipe", choices=recipes or ["default"], default=UNSET, help=recipe_help)
     parser.add_argument("--config", metavar="FILE", default=UNSET, help="settings from a run's config.json")
@@ -229,10 +229,10 @@ def _read_flags(description: str, classes: Sequence[type], recipes: Mapping[str,
 
 
 def _checked(given: Given, classes: Sequence[type], recipes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a call's settings. Raises UsageError if one is unknown."""
+    """Return a call's settings. Raises UsageError if a setting is unknown."""
     settings.check_known(given, settings.names_of(classes) | {"workload", "recipe", "config"}, "the call")
     if given.get("recipe", "default") not in (*recipes, "default"):
-        raise UsageError(f"there is no recipe {given['recipe']}; there is {', '.join(recipes) or 'none'}")
+        raise UsageError(f"there is no recipe {given['recipe']}; known: {', '.join(recipes) or 'none'}")
     return dict(given)
 
 
@@ -247,7 +247,7 @@ def _check_reproducible(train: TrainConfig, workers: WorkerConfig) -> None:
         "--reproducible computes a chunk at a time; take more --num-chunks, not --micro-batch-size": (
             train.micro_batch_size is not None
         ),
-        "--reproducible does not go with --compile, whose kernels may give other bits": train.compile,
+        "--reproducible does not go with --compile, whose kernels may give different bits": train.compile,
     }
     for conflict, is_there in conflicts.items():
         if is_there:
@@ -262,7 +262,7 @@ def _check_output(output: OutputConfig) -> None:
 
 
 def _check_unchanged(run: RunFolder, classes: Sequence[type], then: Given, now: Given) -> None:
-    """Raise UsageError if a resumed run would get other settings. Those of the workers may change."""
+    """Raise UsageError if a resumed run's settings have changed, except those of the workers."""
     for config_class in (one for one in classes if one is not WorkerConfig):
         before, after = (settings.values_of(settings.build(config_class, values)) for values in (then, now))
         for name, old in before.items():

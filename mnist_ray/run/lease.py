@@ -1,9 +1,9 @@
-"""One owner of a run at a time, on any storage: a file next to the run, which its owner renews while it lives.
+"""Gives a run one owner at a time, on any storage: a job that owns a run keeps renewing a file next to the run.
 
-On a local disk or NFS, the file's exclusive creation decides between jobs that start at once. Object stores have none:
-there a job writes the file, waits a second, and owns the run if the file is still its own. The file of a dead owner is
-replaced. On the same machine its process is looked up; elsewhere the file must change every few seconds. Clocks are not
-compared: the file holds the time only so that it changes.
+On a local disk or NFS, only one job can create the file. On an object store, several jobs can: each writes the file,
+waits a second, and owns the run if the file still names that job. The file of a dead owner is replaced. An owner on
+this machine is dead if its process is gone; an owner on another machine is dead if the file no longer changes. Clocks
+are not compared: the time is in the file only to change it.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ class Owner:
 
     @property
     def is_here(self) -> bool:
-        """Whether its process, if it lives, can be seen from this one."""
+        """Whether the owner's process, if alive, is visible to this process."""
         return self.machine == _machine() != ""
 
     @property
     def has_died(self) -> bool:
-        """Whether its process has died, if it ``is_here``."""
+        """Whether the owner's process has died; valid only if the owner ``is_here``."""
         try:
             process = psutil.Process(self.pid)
             is_zombie = process.status() == psutil.STATUS_ZOMBIE
-            return is_zombie or abs(process.create_time() - self.started) > 1  # else another process has its id
+            return is_zombie or abs(process.create_time() - self.started) > 1  # > 1: another process with its id
         except psutil.NoSuchProcess:
             return True
 
@@ -70,16 +70,16 @@ def _machine() -> str:
 
 
 def file_of(run: RunFolder) -> str:
-    """Return the name of the file, which is next to the run's folder."""
+    """Return the name of the owner's file, which is next to the run's folder."""
     return f".{run.name}.owner"
 
 
 @contextlib.contextmanager
 def owned(run: RunFolder, waiting: Callable[[str], None] = lambda text: None) -> Iterator[None]:
-    """Own a run for the duration of a context. Raises UsageError if another job owns it.
+    """Own a run for the duration of a context. Raises UsageError if another job owns the run.
 
-    If another job takes the run over, since this process was silent for long, this process ends. ``waiting`` is called
-    with a text while it is unclear whether an owner on another machine lives.
+    If this process is silent for too long and another job takes the run over, this process ends. ``waiting`` is called
+    with a message while it is unclear whether an owner on another machine is alive.
     """
     me, is_over = this_process(), threading.Event()
     _wait_until_free(run, waiting)
@@ -95,7 +95,7 @@ def owned(run: RunFolder, waiting: Callable[[str], None] = lambda text: None) ->
 
 
 def _wait_until_free(run: RunFolder, waiting: Callable[[str], None]) -> None:
-    """Delete the file of an owner that has died or was silent for long. Raises UsageError if the owner lives."""
+    """Delete the file of an owner that has died or was silent for too long. Raises UsageError if the owner is alive."""
     first, since = _read(run)[0], time.monotonic()
     while True:
         text, owner = _read(run)
@@ -103,17 +103,17 @@ def _wait_until_free(run: RunFolder, waiting: Callable[[str], None]) -> None:
             return
         has_died = owner is not None and owner.is_here and owner.has_died
         if has_died or (text == first and time.monotonic() - since > EXPIRES_AFTER_S):
-            with contextlib.suppress(*STORAGE_ERRORS):  # another job may have done it
+            with contextlib.suppress(*STORAGE_ERRORS):  # another job may have deleted the file
                 run.storage.delete_file(file_of(run))
             return
         if text != first or (owner and owner.is_here):
             raise _in_use(run, owner)
-        waiting(f"checking whether the job{f' on {owner.host}' if owner else ''} that had this run is alive …")
+        waiting(f"checking whether the job{f' on {owner.host}' if owner else ''} that owned this run is still alive …")
         time.sleep(_LOOK_INTERVAL_S)
 
 
 def _take(run: RunFolder, me: Owner) -> None:
-    """Write the file. Raises UsageError if another job does so at the same time."""
+    """Write the owner's file. Raises UsageError if another job writes the file at the same time."""
     if isinstance(run.filesystem, fs.LocalFileSystem):
         try:
             with open(f"{run.storage.path}/{file_of(run)}", "x", encoding="utf-8") as file:
@@ -137,7 +137,7 @@ def _text_of(owner: Owner) -> str:
 
 
 def _read(run: RunFolder) -> tuple[str | None, Owner | None]:
-    """Return the file's text and its owner; None for both if there is no file, for the owner if it is damaged."""
+    """Return the file's text and owner. Both are None if there is no file; only the owner, if the file is damaged."""
     text: str | None = ""
     try:
         text = run.storage.read_text(file_of(run))
@@ -149,7 +149,7 @@ def _read(run: RunFolder) -> tuple[str | None, Owner | None]:
 
 def _renew(run: RunFolder, me: Owner, is_over: threading.Event) -> None:
     while not is_over.wait(RENEWED_EVERY_S):
-        with contextlib.suppress(JobError, *STORAGE_ERRORS):  # if the storage is away, try again
+        with contextlib.suppress(JobError, *STORAGE_ERRORS):  # if the storage does not answer, try again later
             other = _read(run)[1]
             if other is not None and other != me:
                 end_with(JobError(f"run {run.uri} was taken over by process {other.pid} on {other.host}"))

@@ -1,4 +1,4 @@
-"""Finding a run by its name, and its workload. Without torch and Ray: it runs before a wrong flag is answered."""
+"""Finds a run by its name, and the run's workload. Imports neither torch nor Ray, to report wrong flags at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IsWanted = Callable[[RunFolder], bool]
 
 
 def find_run(given: str | None, storage_path: str, is_wanted: IsWanted = lambda run: True) -> RunFolder:
-    """Return the folder of a path, a URI or a run's name, which need not exist; of None, the newest wanted run.
+    """Return the folder of a path, a URI or a run's name; it need not exist. For None, return the newest wanted run.
 
     Raises UsageError if there is no run, or the URI is wrong.
     """
@@ -25,7 +25,7 @@ def find_run(given: str | None, storage_path: str, is_wanted: IsWanted = lambda 
         except STORAGE_ERRORS as error:
             raise UsageError(f"--storage-path {storage_path} cannot be read: {first_line(error)}") from error
     if not given.strip():
-        raise UsageError("the run's name is empty; leave it out for the newest")
+        raise UsageError("the run's name is empty; leave it out for the newest run")
     if "/" in given:
         base, query = split_query(given)
         parent, _, name = base.rstrip("/").rpartition("/")
@@ -35,7 +35,7 @@ def find_run(given: str | None, storage_path: str, is_wanted: IsWanted = lambda 
 
 
 def _newest_run(storage: RunFolder, is_wanted: IsWanted) -> RunFolder:
-    """Return the wanted run with a checkpoint whose settings were written last."""
+    """Return the newest wanted run that has a checkpoint, by the time at which its settings were written."""
     runs = [locate(storage.storage_path, name) for name in storage.subfolders()]
     for run in sorted(runs, key=lambda run: run.info(CONFIG_FILE).mtime_ns or 0, reverse=True):
         if run.exists(CONFIG_FILE) and run.checkpoint_names() and is_wanted(run):
@@ -44,10 +44,10 @@ def _newest_run(storage: RunFolder, is_wanted: IsWanted) -> RunFolder:
 
 
 def class_of(run: RunFolder, storage_path: str) -> type[Workload]:
-    """Return the workload of a run, or of the run that a checkpoint lies in. Raises UsageError like ``load_again``."""
+    """Return the workload of a run, or of the run that contains a checkpoint. Raises UsageError like ``load_again``."""
     untrusted = untrusted_folders(run, storage_path)
     for folder in (run, run.storage):
-        with contextlib.suppress(JobError):  # of storage: reading the checkpoint reports it
+        with contextlib.suppress(JobError):  # if the storage fails, reading the checkpoint reports it
             reference = (folder.read_json(CONFIG_FILE) or {}).get("workload")
             if reference is not None:
                 return loading.load_again(reference, None, folder.inside(CONFIG_FILE).uri, untrusted)

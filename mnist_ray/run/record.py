@@ -1,4 +1,4 @@
-"""A run's files, trackers and console during the training; and its report, however the run ends."""
+"""Keeps a run's files, trackers and console up to date, and writes the run's report, however the run ends."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from mnist_ray.training.checkpoint import MODEL_FILE, read_state
 from mnist_ray.training.events import EpochFinished, Event, Progress, Validated
 from mnist_ray.workload.loading import digests_of
 
-_LEARNED = 0.1  # the part of the first loss below which examples count as learned
+_LEARNED = 0.1  # examples count as learned if the loss falls to this part of the first loss
 _REPORT_EVERY_S = 30.0
-MoreSections = Callable[[RunFolder], Any]  # returns the ``Sections`` that a report adds, for a sweep's trials
+MoreSections = Callable[[RunFolder], Any]  # returns the ``Sections`` with a sweep's trials, for the report
 
 
 @contextlib.contextmanager
 def recorded(session: Session, sections: MoreSections | None = None) -> Iterator[Record]:
-    """Show a run and write its files. However it ends, its report is written and its trackers are closed.
+    """Show a run and write its files. However the run ends, write its report and close its trackers.
 
-    Adds to an exception what the user can do about it.
+    Adds advice for the user to an exception.
     """
     job, logs = session.job, session.cluster.log_folder
     say_plan(session)
@@ -63,12 +63,12 @@ def recorded(session: Session, sections: MoreSections | None = None) -> Iterator
 
 
 def begin_files(session: Session, settings_file: str, settings: Mapping[str, Any]) -> None:
-    """Write a run's settings and origin. From here on, a killed process says how to resume.
+    """Write a run's settings and origin. From here on, a terminated process says how to resume the run.
 
     A resumed run keeps its origin. Raises JobError if a node cannot use the storage.
     """
     job, run, workload = session.job, session.job.run, session.job.workload
-    if len(session.cluster.nodes) > 1:  # else only this machine writes
+    if len(session.cluster.nodes) > 1:  # with one node, only this machine writes
         check_nodes(run)
     run.write_text(settings_file, json_lines(settings))
     if run.read_json(ORIGIN_FILE) is None:
@@ -79,12 +79,12 @@ def begin_files(session: Session, settings_file: str, settings: Mapping[str, Any
             "data": digests_of(session.data),
         }
         run.write_text(ORIGIN_FILE, json_lines({**origin(), **about}))
-        run.write_text(WORKLOAD_FILE, workload.source.text)  # for people; it is never loaded from there
+        run.write_text(WORKLOAD_FILE, workload.source.text)  # for people to read; never loaded
     if_ended(f"; to resume: {job.resume_with}")
 
 
 class Record:
-    """One run; ``fit`` calls ``on_event``."""
+    """The record of one run; ``fit`` calls ``on_event``."""
 
     def __init__(self, session: Session, sections: MoreSections | None) -> None:
         self._session, self._sections = session, sections
@@ -100,9 +100,9 @@ class Record:
         self._trackers = start.start(run, workload, self._job.values, self._job.output, self._warn)
 
     def on_event(self, event: Event) -> None:
-        """Take an event of a worker or task."""
+        """Record an event from a worker or a task."""
         if isinstance(event, EpochFinished) and event.last.epoch == self._job.train.num_epochs:
-            # Imports matplotlib while the last validation and the workers end.
+            # Imports matplotlib while the last validation and the workers finish.
             threading.Thread(target=importlib.import_module, args=["mnist_ray.report.page"], daemon=True).start()
         if isinstance(event, Progress) and event.total_step == len(event.losses):
             self._first_loss = event.losses[0]
@@ -114,9 +114,9 @@ class Record:
             self._live_report.ask()
 
     def test(self, fitted: Fitted, *, is_last: bool = True) -> float:
-        """Evaluate the fitted checkpoint on the test set; show and write the result. Return the monitor's value.
+        """Evaluate the fitted checkpoint on the test set; show and write the result. Return the monitored value.
 
-        ``is_last``: leave the cluster while the report is written.
+        ``is_last``: the cluster is no longer needed, so leave it while the report is written.
         """
         job, workload, test = self._job, self._job.workload, self._session.data.test
         self._clock.mark("validation")
@@ -148,14 +148,14 @@ class Record:
         return float(result[f"test_{workload.monitor.name}"])
 
     def close(self) -> None:
-        """Write the report and close the trackers. If either fails, that is a note: the run is kept."""
+        """Write the report and close the trackers. If either fails, print a note: the run has not failed."""
         pictures: Mapping[str, bytes] = {}
         self._live_report.close()
         try:
             self._history.flush()
             pictures = self._draw_report(self._warn)
             self._has_report = True
-        except Exception as error:  # it must not hide the exception that has ended the run
+        except Exception as error:  # must not hide the exception that has ended the run
             reason = str(error) if isinstance(error, JobError) else with_place(error, self._job.workload.source.folder)
             self._warn(f"no report: {reason}")
         self._trackers.close(Ending(self._result, pictures, self._fitted.checkpoint if self._fitted else None))
@@ -168,7 +168,7 @@ class Record:
         return page.write(job.run, job.workload, job.resume_with, test, sections, warn, is_running=is_running)
 
     def print_files(self) -> None:
-        """Print where the seconds went, and the paths of the files."""
+        """Print the seconds of each part of the run, and the paths of its files."""
         assert self._result is not None
         console, run, parts = self._console, self._job.run, self._clock.seconds()
         total, tested = parts.pop("total"), self._result["seconds"]["total"]
@@ -185,13 +185,13 @@ class Record:
 
 
 def overfit_verdict(loss_before: float, loss_after: float) -> str:
-    """Return the result of ``--overfit-batches``: the loss of the first step, and on the same examples at the end."""
+    """Return the verdict of ``--overfit-batches``, from the first and the final loss on the same examples."""
     losses = f"the loss went from {loss_before:.4g} to {loss_after:.4g}"
     if loss_after <= _LEARNED * loss_before:
         return f"{losses}: the model can learn these examples"
     return (
         f"{losses}: the model has not learned even these examples; either something is broken (the targets, prepare, "
-        "the loss, a layer), or it needs more --num-epochs or another --learning-rate"
+        "the loss, a layer), or training needs more --num-epochs or a different --learning-rate"
     )
 
 
@@ -200,7 +200,7 @@ def check(session: Session) -> None:
     job, console, plan = session.job, session.console, session.plan
     own_versions, batch_size = versions(), job.train.batch_size
     hosts = ["this process"] if session.is_here else check_nodes(job.run, own_versions)
-    each = f"a step's {batch_size} {job.workload.nouns} are {math.ceil(batch_size / max(1, plan.num_workers))} a worker"
+    each = f"{math.ceil(batch_size / max(1, plan.num_workers))} of a step's {batch_size} {job.workload.nouns} each"
     console.say("plan", f"{count(plan.num_workers, 'worker')} ({plan.placement}); {each}")
     console.say("storage", f"{job.run.storage_path}: read by {', '.join(hosts)}")
     console.say("versions", ", ".join(f"{name} {version}" for name, version in own_versions.items()))

@@ -1,4 +1,4 @@
-"""A worker of Ray Train: it reports to the driver, and hands its checkpoints to Ray."""
+"""A worker of Ray Train: reports to the driver, and hands checkpoints to Ray."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from mnist_ray.training.state import CodeFailedError, Group, StopWantedError, Tr
 
 
 def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
-    """Train on one worker of Ray Train; every rank calls this. Return why training stopped early; None if it did not.
+    """Train on one worker of Ray Train; every rank calls this. Return why training stopped early; None if it finished.
 
-    After Ctrl-C the reason is empty. Raises CodeFailedError if the code failed, other failures as they are.
+    After Ctrl-C, the reason is empty. Raises CodeFailedError if the code has a bug; raises other failures unchanged.
     """
     spec = loop_config["spec"]
     try:
         train_rank(spec)
     except STOPPING as error:
-        return str(error)  # not raised: Ray would take it for a lost worker and try again
+        return str(error)  # not raised: Ray would treat it as a lost worker and retry
     except StopWantedError:
         return ""
     except (CodeFailedError, *PASSING):
@@ -64,40 +64,40 @@ class TrainReporter(Reporter):
         self._known = current.path.rsplit("/", 1)[-1] if current else ""
 
     def begin(self, state: TrainingState, restored: Restored) -> None:
-        """Report the start. Raises JobError if the storage does not show the checkpoints that Ray knows."""
+        """Report the start. Raises JobError if the storage does not show a checkpoint that Ray has recorded."""
         if not restored.name and not restored.damaged and self._known:
-            raise JobError(f"{self._job.run.uri} does not show the checkpoints that were written there")  # try again
-        # Ray still knows a damaged checkpoint by its name, so the one that replaces it needs a new name: one more b.
+            raise JobError(f"{self._job.run.uri} does not show the checkpoints that were written there")  # Ray retries
+        # Ray has recorded the damaged checkpoint's name, so its replacement needs a new name: with one more b.
         known_bs = len(self._known) - len(self._known.rstrip("b"))
         self._suffix = "b" * (known_bs + 1) if self._known in restored.damaged else ""
         super().begin(state, restored)
-        # A kill may have come between a checkpoint's upload and Ray's noting it. Without this report, a run whose last
-        # checkpoint it is would end without it.
+        # If a kill came before Ray recorded an uploaded checkpoint, report that checkpoint now. Otherwise the run could
+        # end without its last checkpoint.
         if position_of(restored.name) > position_of(self._known):
             self._report(state, restored.metrics, restored.name, CheckpointUploadMode.NO_UPLOAD)
 
     def end(self, state: TrainingState) -> None:
-        """Report an early end, and wait until the driver's queue has all events."""
+        """Report an early end of training, and wait until the driver's queue has all events."""
         super().end(state)
         self._wait_for_driver()
 
     def send(self, event: Event) -> None:
-        """Send it to the driver, on rank 0."""
+        """On rank 0, send an event to the driver."""
         if self._is_first and self._spec.event_queue is not None:
             self._answers.append(self._spec.event_queue.put.remote(event))
 
     def _wait_for_driver(self) -> None:
-        """Wait until all events are in the queue, whose process may start more slowly than a short training ends."""
+        """Wait until all events are in the queue: a short training may end before the queue's process has started."""
         if self._answers:
             ray.wait(self._answers, num_returns=len(self._answers))
 
     def on_progress(self, state: TrainingState, progress: Progress) -> None:
-        """Send it."""
+        """Send the progress to the driver."""
         super().on_progress(state, progress)
         self.send(progress)
 
     def wants_checkpoint(self) -> bool:
-        """Return True once if a worker's node is about to be taken away."""
+        """If a worker's node is about to be taken away, return True, but only once."""
         if self._saved_for_preemption or ray.train.get_preemption_info() is None:
             return False
         self._saved_for_preemption = True
@@ -105,7 +105,7 @@ class TrainReporter(Reporter):
         return True
 
     def wants_stop(self) -> bool:
-        """Return whether one of the driver's answers so far wants the training to stop; only rank 0 gets answers."""
+        """Return whether the driver has answered that the training must stop; only rank 0 gets the driver's answers."""
         if not self._answers:
             return False
         answered, self._answers = ray.wait(self._answers, num_returns=len(self._answers), timeout=0)
@@ -114,8 +114,8 @@ class TrainReporter(Reporter):
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
         """Hand a checkpoint to Ray Train, on all ranks at once.
 
-        Rank 0 copies the state; a thread of Ray's writes the copy while the training continues. Only one is written at
-        a time: the next waits for it.
+        Rank 0 copies the state; a thread of Ray's writes the copy while the training continues. Only one copy is
+        written at a time; the next checkpoint waits for that.
         """
         metrics = self.measured(state, progress)
         name, upload = checkpoint_name(state.epoch, state.step) + self._suffix, None
@@ -129,8 +129,8 @@ class TrainReporter(Reporter):
     def _report(
         self, state: TrainingState, metrics: dict[str, Any], name: str, mode: CheckpointUploadMode, upload: Any = None
     ) -> None:
-        """Report a checkpoint, which rank 0 has; if it ends an epoch, let a task validate it."""
-        self._wait_for_driver()  # else its validation, by a task, could be reported before the epoch
+        """Report a checkpoint, which only rank 0 has. If the checkpoint ends an epoch, let a task validate it."""
+        self._wait_for_driver()  # otherwise a task could report the epoch's validation before the epoch's end
         folder = self._job.run.inside(name)
         ray.train.report(
             metrics,
@@ -138,7 +138,7 @@ class TrainReporter(Reporter):
             checkpoint_dir_name=name,
             checkpoint_upload_mode=mode,
             checkpoint_upload_fn=upload,
-            delete_local_checkpoint_after_upload=False,  # there is no local one
+            delete_local_checkpoint_after_upload=False,  # there is no local copy
             validation=self._is_first and state.step == 0 and self._spec.validates_in_tasks,
         )
 

@@ -1,4 +1,4 @@
-"""A job from its first line to its last. It imports neither Ray nor torch: the first lines are printed before that."""
+"""A job from its first line of output to its last. The first lines are printed before Ray and torch are imported."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Self = TypeVar("Self", bound="Session")
 
 
 class Session(contextlib.ExitStack):
-    """The state that every step of a job needs. Use it as a context: an interrupt then says how to resume."""
+    """The state that every step of a job needs; a context manager, which says after an interrupt how to resume."""
 
     data: Splits
     console: RunConsole
@@ -66,9 +66,9 @@ class Session(contextlib.ExitStack):
     ) -> None:
         """Print the header of a job whose data are loaded, and own its run until the end.
 
-        Raises JobError if the storage cannot be written, UsageError if another job owns the run.
+        Raises JobError if the storage is not writable; UsageError if another job owns the run.
         """
-        from mnist_ray.run.lease import owned  # imports psutil, which the header need not wait for
+        from mnist_ray.run.lease import owned  # imports psutil, which is not needed earlier
 
         self.job, self.data = job, data
         job.run.check_writable()
@@ -76,15 +76,15 @@ class Session(contextlib.ExitStack):
         self.console = self.enter_context(console or console_of(job))
         (say_header or say_run)(self)
         self.enter_context(owned(job.run, self.console.waiting))
-        check_free(job.run, resume=job.output.resume)  # again: another job may have created it meanwhile
+        check_free(job.run, resume=job.output.resume)  # again: another job may have created the run meanwhile
 
     @contextlib.contextmanager
     def ray(self, batch_sizes: Sequence[int] = ()) -> Iterator[None]:
         """Send a batch through the workload, join a cluster or start a local Ray, and plan the workers.
 
-        The batch comes first, so that a user's mistake is reported before anything starts. For a workload of this
-        package, whose tests try it, that and imports run while Ray starts. ``batch_sizes`` are those that a sweep
-        tries. With ``--num-workers 0`` there is no Ray. Raises UsageError and JobError.
+        The batch comes first, so that an error in the user's code is reported before anything starts. This package's
+        workloads are tested, so their batch and the imports wait until Ray is starting. ``batch_sizes``: the batch
+        sizes of a sweep. With ``--num-workers 0``, there is no Ray. Raises UsageError and JobError.
         """
         is_own = type(self.job.workload).__module__.startswith("mnist_ray.")
         if not is_own:
@@ -111,21 +111,21 @@ class Session(contextlib.ExitStack):
 
 @contextlib.contextmanager
 def interrupt_explained(job: Job) -> Iterator[None]:
-    """Add to an interrupt how to resume."""
+    """Add advice on how to resume to an interrupt's message."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
         has_begun = True
         with contextlib.suppress(*STORAGE_ERRORS):  # if the storage does not answer, the run may have begun
             has_begun = job.run.exists()
-        advice = f"to resume: {job.resume_with}" if has_begun else "nothing is saved yet: start it again"
+        advice = f"to resume: {job.resume_with}" if has_begun else "nothing is saved yet: start again"
         raise KeyboardInterrupt(f"interrupted; {advice}") from interrupt
 
 
 def try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> None:
-    """Send a batch through a job's workload, and the smallest that a worker gets of each of ``batch_sizes``.
+    """Send a batch through a job's workload; for each of ``batch_sizes``, also the smallest batch that a worker gets.
 
-    The workload's metadata then hold the shape of the model's input. Raises UsageError.
+    The workload's metadata then contain the shape of the model's input. Raises UsageError.
     """
     import torch
 
@@ -211,7 +211,7 @@ def say_plan(session: Session) -> None:
 
 
 class Clock:
-    """Measures the seconds of a job's parts, from its creation on."""
+    """Measures the seconds of each part of a job, from the creation of the clock on."""
 
     def __init__(self) -> None:
         self._start = self._last = time.perf_counter()
@@ -225,7 +225,7 @@ class Clock:
         self._last = now
 
     def note(self, event: Event) -> None:
-        """Mark the end of the start, and of the training."""
+        """Mark the end of the start, and the end of the training."""
         if isinstance(event, Started) and not self._has_trained:
             self._has_trained = True
             self.mark("start")
@@ -239,10 +239,10 @@ class Clock:
 
 
 def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Splits]:
-    """Return the job, with notes about its data, and the data; its workload gets their metadata.
+    """Return the job, with notes about its data, and the data. The job's workload gets the data's metadata.
 
-    ``batch_sizes`` are those that a sweep tries. Raises UsageError, also if a resumed run was started with other data,
-    and JobError.
+    ``batch_sizes``: the batch sizes of a sweep. Raises JobError; UsageError, for example if a resumed run was started
+    with different data.
     """
     splits = subset(splits_of(load_data_of(job.workload), job.train.validation_size), job.train)
     notes = [*job.notes, *_check_same_data(job, splits)]
@@ -262,7 +262,7 @@ def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Splits]:
 
 
 def _check_same_data(job: Job, splits: Splits) -> list[str]:
-    """Raise UsageError if a resumed run was started with other data; return a note if that is unknown."""
+    """Raise UsageError if a resumed run was started with different data; return a note if that cannot be checked."""
     then, now = job.origin.get("data") or {}, digests_of(splits) if job.origin else {}
     differing = [split for split in then if None not in (then[split], now.get(split)) and then[split] != now[split]]
     if differing:

@@ -1,15 +1,15 @@
-"""The story of a training run."""
+"""A training run, step by step."""
 
 from mnist_ray.run.job import Job
 from mnist_ray.run.session import Session, load_data, say_plan
 
 
 def train(job: Job) -> None:
-    """Data, Ray, fit, evaluate, report. Raises UsageError, JobError and KeyboardInterrupt, each with one line."""
+    """Load data, start Ray, train, test, report. Raises UsageError, JobError, KeyboardInterrupt with one-line texts."""
     with Session(job, "mnist_ray.run.fit") as session:
         session.begin(*load_data(job))
         with session.ray():
-            from mnist_ray.run import fit, in_process, record  # they import torch, loaded while Ray starts
+            from mnist_ray.run import fit, in_process, record  # they import torch, which was loaded while Ray started
 
             if job.output.check:
                 say_plan(session)

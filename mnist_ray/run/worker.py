@@ -1,4 +1,4 @@
-"""A worker: the same set-up for runs and trials, around the loop of plain PyTorch."""
+"""A worker of a run or a trial: its set-up, and its reports around the training loop in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def train_worker(
     cpus: float,
     workers_on_node: int = 1,
 ) -> None:
-    """Set this worker up, which has ``cpus``, and train to the end, from its run's newest checkpoint if it has one.
+    """Set up this worker, which has ``cpus``; train to the end, from the run's newest checkpoint if there is one.
 
-    Raises as ``engine.train`` and ``restore_newest``.
+    Raises the exceptions of ``engine.train`` and ``restore_newest``.
     """
     job = spec.job
     keep_freed_memory()
@@ -80,7 +80,7 @@ def _opened(split: RemoteSplit | Split) -> Split:
 
 
 class Reporter(Callback):
-    """Validates, saves and reports for a worker; subclasses say to whom."""
+    """Validates, saves checkpoints and reports events for a worker; subclasses decide where events go."""
 
     def __init__(self, spec: LoopSpec, group: Group, config: TrainConfig) -> None:
         self._spec, self._group, self._config = spec, group, config
@@ -93,19 +93,19 @@ class Reporter(Callback):
             self.callbacks.append(Profiler(job.output.profile, job.run))
 
     def begin(self, state: TrainingState, restored: checkpoints.Restored) -> None:
-        """Report the start of training, from the ``restored`` checkpoint, if there was one."""
+        """Report the start of training, from the ``restored`` checkpoint if there is one."""
         self.send(self.started(state, restored))
 
     def end(self, state: TrainingState) -> None:
-        """Report the end of training if it is early."""
+        """Report the end of training if training stopped early."""
         if state.epoch < self._config.num_epochs:
             self.send(StoppedEarly(state.epoch, best_epoch(state.scores)))
 
     def send(self, event: Event) -> None:
-        """Report an event; does nothing unless a subclass overrides it."""
+        """Report an event. This method does nothing unless a subclass overrides it."""
 
     def on_progress(self, state: TrainingState, progress: Progress) -> None:
-        """Restart the time within which the next step must end."""
+        """Give the next step its full time limit."""
         end_if_hung(self._job.workers.hang_timeout_s)
 
     def started(self, state: TrainingState, restored: checkpoints.Restored) -> Started:
@@ -145,7 +145,7 @@ class Reporter(Callback):
     def measured(self, state: TrainingState, progress: Progress) -> dict[str, Any]:
         """Return the metrics of a checkpoint, after a validation by all ranks if the workers validate.
 
-        At an epoch's end this reports the epoch, and adds the validation's score to ``state``.
+        At the end of an epoch, report the epoch, and add the validation's score to ``state``.
         """
         workload, has_finished = self._job.workload, state.step == 0
         if has_finished:

@@ -126,7 +126,7 @@ def test_a_worker_handles_signals_as_a_new_python_does(seen: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("name", ["MKL_NUM_THREADS", "OMP_SCHEDULE", "LD_LIBRARY_PATH", "PYTHONHASHSEED", "RAY_JOB_ID"])
 def test_a_variable_that_a_library_has_read_must_have_the_servers_value(name: str) -> None:
-    said = f"{name} differs from the fork server's"
+    said = f"{name} differs from the fork server's value"
     assert why_not({"PATH": "/bin", name: "1"}, {"PATH": "/usr/bin", name: "2"}) == said
     assert why_not({name: "1"}, {}) == why_not({}, {name: "1"}) == said
     assert why_not({name: "1", "OMP_NUM_THREADS": "3"}, {name: "1"}) == ""
@@ -134,7 +134,7 @@ def test_a_variable_that_a_library_has_read_must_have_the_servers_value(name: st
 
 def test_a_worker_that_cannot_be_forked_as_asked_is_refused(server: Server, tmp_path: Path) -> None:
     environment = {name: value for name, value in server.environment.items() if name != "PYTHONPATH"}
-    assert refusal(tmp_path, environment) == "PYTHONPATH differs from the fork server's"
+    assert refusal(tmp_path, environment) == "PYTHONPATH differs from the fork server's value"
     request = json.loads(request_of(tmp_path, server)) | {"folder": str(tmp_path / "gone")}
     with socket.socket(socket.AF_UNIX) as connection:
         send(connection, server, json.dumps(request).encode())
