@@ -1,4 +1,4 @@
-"""Connects to Ray: joins a cluster, or starts a local Ray that is as small as one job needs it."""
+"""Connects to Ray: joins a cluster, or starts a local Ray with no more than one job needs."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def connect(
 ) -> Iterator[Cluster]:
     """Connect to the cluster of ``RAY_ADDRESS`` or of this machine's ``ray start``, else start a local Ray.
 
-    If this process is connected already, that connection is used and left open. A local Ray counts at least the CPUs
-    that the job asks for, so that more workers than cores can run. At the end the connection is closed and a local Ray
-    ended; its files are removed, unless something failed. Raises JobError if the cluster does not answer or a local Ray
-    does not start; UsageError if ``config`` or ``RAY_ADDRESS`` cannot be.
+    If this process is connected already, that connection is used and left open. A local Ray declares at least the
+    CPUs that the job asks for, so that more workers than cores can run. At the end, the connection is closed. A local
+    Ray is ended, and its files are removed unless something failed. Raises JobError if the cluster does not answer or
+    a local Ray does not start, and UsageError if ``config`` or ``RAY_ADDRESS`` is impossible.
 
-    ``dashboard``: a local Ray serves its dashboard. ``meanwhile`` runs in a thread while Ray and a first worker start,
-    which is mostly waiting; its exception is raised here.
+    With ``dashboard``, a local Ray serves its dashboard. ``meanwhile`` runs in a thread while this function waits for
+    Ray and a first worker to start; its exception is raised here.
     """
     if ray.is_initialized():
         meanwhile()
@@ -71,8 +71,8 @@ def connect(
             at_the_end.enter_context(removed_unless_failed(session))
             start = functools.partial(_start, session, local_cpus(config), forking, has_dashboard=dashboard, **options)
         if "working_dir" in own_runtime_env():
-            # As a job connects, a second node on this machine may replace its working directory, and without a current
-            # directory torch cannot be imported.
+            # When a job connects, a second node on this machine may replace the job's working directory. Without a
+            # current directory, torch cannot be imported.
             meanwhile()
             meanwhile = _nothing
         with ThreadPoolExecutor(1) as pool:
@@ -93,7 +93,7 @@ def connect(
 def _start(session: Path, num_cpus: int, forking: Forking | None, *, has_dashboard: bool, **options: Any) -> None:
     """Start a Ray that listens on loopback only.
 
-    Raises JobError that names the logs, and the user's variables for Ray: one of them may be the reason.
+    Raises a JobError that names the logs, and the user's variables for Ray: one of these may be the reason.
     """
     names = users_variables()
     prepare_local()
@@ -111,7 +111,7 @@ def _start(session: Path, num_cpus: int, forking: Forking | None, *, has_dashboa
                 **options,
             )
     except Exception as error:
-        variables = f"; set are {', '.join(names)}" if names else ""
+        variables = f"; with {', '.join(names)} set" if names else ""
         said = f"a local Ray cannot start: {first_line(error)} (logs: {session / 'logs'}{variables})"
         raise JobError(said) from error
 
@@ -129,9 +129,9 @@ def _join(address: str, forking: Forking | None, **options: Any) -> None:
 
 @contextlib.contextmanager
 def _connected(start: Callable[[], None], leaving: threading.Thread) -> Iterator[None]:
-    """Connect by ``start``; at the end disconnect, or wait for ``leaving`` if it has started to.
+    """Connect by ``start``. At the end, disconnect; if ``leaving`` has begun to do so, wait for it instead.
 
-    Ray's own errors become one line; an error of a task's code stays as it is.
+    Ray's own errors are reported in one line; an error in a task's code stays unchanged.
     """
     logs, has_answered = Path(), True
     try:
@@ -148,7 +148,7 @@ def _connected(start: Callable[[], None], leaving: threading.Thread) -> Iterator
     finally:
         if leaving.ident is not None:
             leaving.join()
-        elif has_answered:  # else ray.shutdown would also wait for an answer; a local Ray ends with this process
+        elif has_answered:  # else ray.shutdown would wait for an answer, too; a local Ray ends with this process
             ray.shutdown()
 
 
@@ -165,15 +165,15 @@ def removed_unless_failed(session: Path) -> Iterator[None]:
         if not has_failed:
             shutil.rmtree(session, ignore_errors=True)
             latest = session.with_name("session_latest")  # Ray makes this link, but never replaces a dangling one
-            with contextlib.suppress(OSError):  # it is missing, or another Ray has replaced it
+            with contextlib.suppress(OSError):  # the link is missing, or another Ray has replaced it
                 if os.readlink(latest) == str(session):
                     latest.unlink()
 
 
 def _start_worker(log_folder: str) -> None:
-    """Start a worker on this node, which the first actor takes over.
+    """Start a worker on this node; the first actor takes the worker over.
 
-    Raises JobError if none starts. Ray itself would try five times, and wait for a minute each time.
+    Raises JobError if no worker starts. Ray itself would try five times, and wait for a minute each time.
     """
     started = ray.remote(num_cpus=0, scheduling_strategy=this_node())(_nothing).remote()
     try:
@@ -181,7 +181,7 @@ def _start_worker(log_folder: str) -> None:
     except ray.exceptions.GetTimeoutError as error:
         log = Path(log_folder) / "raylet.err"
         lines = [line for line in log.read_text(errors="replace").splitlines() if line and not line.startswith("[")]
-        last = f"; the last line of one: {lines[-1]}" if lines else ""
+        last = f"; a worker's last line: {lines[-1]}" if lines else ""
         raise JobError(f"Ray's worker processes do not start{last} (log: {log})") from error
 
 
@@ -190,12 +190,12 @@ def _nothing() -> None:
 
 
 def this_node() -> NodeAffinitySchedulingStrategy:
-    """Return the strategy that puts an actor on this process's node, so that it is not lost with another node."""
+    """Return the strategy that puts an actor on this process's node: losing another node does not end the actor."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def quiet_ray() -> None:
-    """Keep Ray's log off the console. It is still in Ray's files, and failures are raised as well."""
+    """Keep Ray's log off the console. The log is still in Ray's files, and failures are still raised."""
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"ray\.")
 
@@ -203,7 +203,7 @@ def quiet_ray() -> None:
 def _find_cluster() -> str | None:
     """Return the address of the cluster to join, or None to start a local Ray.
 
-    ``ray.init(address="auto")`` would also join the local Ray of another job on this machine, and wait for minutes for
+    ``ray.init(address="auto")`` would even join the local Ray of another job on this machine, and wait for minutes for
     a cluster that has ended.
     """
     named = os.environ.get("RAY_ADDRESS", "auto") or "auto"
@@ -215,19 +215,19 @@ def _find_cluster() -> str | None:
     if "://" in named:
         raise UsageError(f"RAY_ADDRESS={named} is no HOST:PORT; for a dashboard's address, use ray job submit")
     if not _answers(named):
-        raise JobError(f"no Ray cluster answers at RAY_ADDRESS={named}; unset it to start a local one")
+        raise JobError(f"no Ray cluster answers at RAY_ADDRESS={named}; unset it to start a local Ray")
     return named
 
 
 def _answers(address: str) -> bool:
-    """Return whether a Ray, and nothing else, answers at an address. Raises JobError if it refuses the token."""
+    """Return whether Ray, not another service, answers at an address. Raises JobError if Ray refuses the token."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
         ray_internals.ask(address, _CONNECT_TIMEOUT_S)
     except ray.exceptions.AuthenticationError as error:
         advice = "copy the head's ~/.ray/auth_token to this machine, or set RAY_AUTH_TOKEN to its content"
-        raise JobError(f"the Ray cluster at {address} needs another token; {advice}") from error
+        raise JobError(f"the Ray cluster at {address} requires the head's token; {advice}") from error
     except (OSError, ValueError, OverflowError, ray.exceptions.RayError):
         return False
     return True
@@ -239,5 +239,5 @@ def _describe(is_local: bool) -> Cluster:
 
 
 def current_nodes() -> tuple[Node, ...]:
-    """Return the nodes that are alive now: an autoscaler starts and ends some."""
+    """Return the nodes that are alive now: an autoscaler adds and removes nodes."""
     return tuple(node_of(node["Resources"]) for node in ray.nodes() if node["Alive"])

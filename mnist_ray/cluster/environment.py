@@ -1,4 +1,4 @@
-"""Environment variables that Ray reads, to be set before it is imported; and two settings of a worker's process."""
+"""Environment variables that Ray reads when it is imported or started; and two settings of a worker's process."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ import warnings
 from pathlib import Path
 
 _SETTINGS = {
-    # How often Train's controller looks at its workers. Each run waits for it at its end; the default is 2 s.
+    # The interval at which Train's controller checks its workers. A run's end waits for a check; the default is 2 s.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # Ray's announced behaviour: tasks without GPUs keep CUDA_VISIBLE_DEVICES. Avoids a warning.
+    # Tasks without GPUs keep CUDA_VISIBLE_DEVICES, as later versions of Ray will do. This avoids a warning.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Ray Train sets it for its controller. Set for all, so that one process can serve all evaluations.
+    # Ray Train sets this for its controller. All processes get it, so that one of them can serve all evaluations.
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
     # Ray's own handler of SIGTERM prints a stack and may end the process; the job's handler saves a checkpoint.
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
-    # Under `uv run`, workers use the environment that uv has made, instead of making one each.
+    # Under `uv run`, workers use the environment that uv has made, instead of making their own.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 _LOCAL_SETTINGS = {
     # Keep an evaluation's process for the next evaluation; Ray would end it after a second. Its start is expensive.
     "RAY_idle_worker_killing_time_threshold_ms": "3600000",
-    # Start no processes in advance for tasks with special environments; there are none.
+    # Start no processes in advance for tasks with special environments; there are no such tasks.
     "RAY_prestart_worker_first_driver": "0",
-    # A laptop is never preempted; saves an actor.
+    # A local Ray is never preempted; this saves the watcher's actor.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 _QUIET_SETTINGS = {
-    # Raylets print errors on the driver's console even without a log there; they are in the log files as well.
+    # Raylets print errors on the driver's console even if no log is shown there; the log files have these errors, too.
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
 }
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # constants of malloc.h
 
 
 def prepare(*, verbose: bool) -> None:
@@ -51,7 +51,7 @@ def prepare_local() -> None:
     folder = Path(os.path.expanduser("~/.ray"))
     has_token = os.access(folder / "auth_token", os.R_OK)
     if not has_token and not os.access(folder if folder.exists() else folder.parent, os.W_OK | os.X_OK):
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray could not write one into the home
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray could not write a token into ~
 
 
 def _set_defaults(settings: dict[str, str]) -> None:
@@ -72,26 +72,26 @@ def for_workers() -> dict[str, str]:
 
 
 def for_evaluation() -> dict[str, str]:
-    """Return the variables of processes that evaluate: the same as in Ray Train's processes, and one thread.
+    """Return the variables of processes that evaluate: those of Ray Train's processes, and one thread.
 
-    Ray runs tasks with the same environment in the same processes. So one process serves a run's validations, which Ray
-    Train starts, and its test, which the driver starts.
+    Ray reuses a process for tasks with the same environment. So one process serves a run's validations, which Ray Train
+    starts, and the run's test, which the driver starts.
     """
     return {**for_workers(), "OMP_NUM_THREADS": "1"}
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, if glibc manages it, instead of returning it to the kernel.
+    """Let this process keep freed memory instead of returning it to the kernel. This needs glibc's allocator.
 
-    Each step frees its activations and allocates the next. In a worker of Ray Train glibc returned them to the kernel
+    Each step allocates memory for activations and frees it. In a worker of Ray Train, glibc returned it to the kernel
     each time, and a third of the training's time went into page faults.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    # Older versions accept at most 32 MiB. One threshold without the other makes it worse.
+    # Older versions of glibc accept at most 32 MiB. Setting only one threshold is worse than setting neither.
     if mallopt and (mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_THRESHOLD, 2**25)):
         mallopt(_M_TRIM_THRESHOLD, 2**30)
 
 
 def end_if_hung(timeout_s: float) -> None:
-    """End this process, all stacks in its log, unless this or ``faulthandler``'s cancel is called within the time."""
+    """End this process with all stacks in its log, unless this or ``faulthandler``'s cancel is called in time."""
     faulthandler.dump_traceback_later(timeout_s, exit=True, file=2)

@@ -1,4 +1,4 @@
-"""A cluster's resources, and how many workers run on it with how many CPUs and GPUs. Arithmetic, without Ray."""
+"""A cluster's resources, and the plan of its workers: their number, CPUs and GPUs. Arithmetic only, without Ray."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError, count
 
 _MOST_WORKERS_A_CORE = 8  # each worker is a process of some 500 MiB
-_LEAST_EXAMPLES_PER_THREAD = 8  # two threads are 1.35 times as fast as one at batch 16; at 8 they may be slower
+_LEAST_EXAMPLES_PER_THREAD = 8  # two threads are 1.35 times as fast as one at batch 16; at batch 8, maybe slower
 _APPLE_CHIP = re.compile(r"accelerator_type:M\d(-(Pro|Max|Ultra))?$")
 
 
@@ -31,12 +31,12 @@ class Node:
 class Cluster:
     """A running Ray."""
 
-    is_local: bool  # started by this job, on this machine, and ended with it
+    is_local: bool  # started by this job, on this machine, and ended with the job
     nodes: tuple[Node, ...]
     log_folder: str
     leave: Callable[[], None] = lambda: None
     """Start to disconnect, and to end a local Ray, while the caller does work that needs no Ray."""
-    dashboard: str = ""  # its HOST:PORT, if it is served
+    dashboard: str = ""  # HOST:PORT of the dashboard, if one is served
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class WorkerPlan:
     num_workers: int
     cpus_per_worker: int
     use_gpu: bool
-    must_scale_up: bool  # the current nodes cannot hold them; the autoscaler has to start more
-    min_workers: int | None = None  # an elastic run continues with this few; None: always with all
+    must_scale_up: bool  # the current nodes cannot hold the workers; the autoscaler has to start more nodes
+    min_workers: int | None = None  # the fewest workers with which an elastic run continues; None: it needs all
     placement: str = "PACK"
     is_local: bool = False  # all workers are on this machine, and no other machine may reach them
 
@@ -65,28 +65,28 @@ def usable_cores() -> int:
 def node_of(resources: Mapping[str, Any]) -> Node:
     """Return a node from its resources in ``ray.nodes()``.
 
-    Ray counts the GPU of an Apple chip, but Ray Train can give a worker only CUDA's GPUs.
+    Ray counts the GPU of an Apple chip, but Ray Train can give a worker only CUDA GPUs.
     """
     is_apple = any(map(_APPLE_CHIP.match, resources))
     return Node(int(resources.get("CPU", 0)), 0 if is_apple else int(resources.get("GPU", 0)))
 
 
 def local_cpus(config: WorkerConfig) -> int:
-    """Return the CPUs that a local Ray counts. Raises UsageError if they are far too many for this machine."""
+    """Return the number of CPUs that a local Ray declares. Raises UsageError if it is far too high for this machine."""
     cores, asked = usable_cores(), (config.num_workers or 1) * (config.cpus_per_worker or 1)
     if asked > cores * _MOST_WORKERS_A_CORE:
         raise UsageError(
             f"{_workers(config, config.num_workers or 1)} are too many for this machine's {count(cores, 'core')}; "
-            f"lower --num-workers (to {cores}, to be fast) or --cpus-per-worker"
+            f"lower --num-workers (to {cores} for full speed) or --cpus-per-worker"
         )
     return max(cores, asked)
 
 
 def plan_workers(config: WorkerConfig, cluster: Cluster, num_chunks: int | None = None) -> WorkerPlan:
-    """Decide how many workers run and the resources of each.
+    """Decide on the number of workers and the resources of each.
 
-    ``num_chunks``: with --reproducible, the chunks of a batch. Then the number of workers does not matter to the bits,
-    and the default is a worker with one CPU for each chunk, as far as there are CPUs.
+    ``num_chunks`` is the number of chunks of a batch, with --reproducible. Then the number of workers does not change
+    the bits, and the default is one worker with one CPU per chunk, as far as there are CPUs.
 
     Raises UsageError if the nodes cannot hold the workers, unless ``config.autoscaling`` promises more nodes: Ray does
     not say how many an autoscaler can start.
@@ -102,7 +102,7 @@ def plan_workers(config: WorkerConfig, cluster: Cluster, num_chunks: int | None 
     use_gpu = config.use_gpu == "yes" or (num_gpus > 0 and config.use_gpu == "auto")
     num_workers = config.num_workers or max(1, num_gpus if use_gpu else sum(node.num_cpus > 0 for node in nodes))
     if config.min_workers is not None and config.placement.startswith("STRICT"):
-        raise UsageError(f"--placement {config.placement} needs a fixed --num-workers: Ray cannot use fewer with it")
+        raise UsageError(f"--placement {config.placement} needs a fixed --num-workers: Ray cannot use fewer workers")
     least = num_workers if config.min_workers is None else config.min_workers
     if least > num_workers:
         raise UsageError(f"--min-workers {least} is more than the {count(num_workers, 'worker')} of this run")
@@ -157,6 +157,6 @@ def _workers(config: WorkerConfig, num_workers: int) -> str:
 def threads_per_worker(assigned_cpus: float, cores: int, workers_on_node: int, local_batch_size: int) -> int:
     """Return a worker's number of threads: the CPUs that Ray gave it, but at most its share of the real cores.
 
-    Each thread gets some examples at least: with few, threads lose more by waiting for each other than they gain.
+    Each thread gets a minimum number of examples: with fewer, threads wait for each other longer than they save.
     """
     return max(1, min(int(assigned_cpus), cores // workers_on_node, local_batch_size // _LEAST_EXAMPLES_PER_THREAD))

@@ -1,6 +1,6 @@
-"""The private API of Ray that the package needs, because there is no public one; see also ``train_internals``.
+"""The private API of Ray that the package needs where there is no public API; see also ``train_internals``.
 
-Each function says why it needs it. A test fails if Ray changes it.
+Each function states its reason. A test fails if Ray changes this API.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ray._private.node import Node
 from ray._private.parameter import RayParams
 from ray._private.state import state
 from ray._private.worker import global_worker
-from ray._raylet import InnerGcsClient  # type: ignore[attr-defined]  # of Cython, some without stubs
+from ray._raylet import InnerGcsClient  # type: ignore[attr-defined]  # Cython, partly without stubs
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.util.placement_group import PlacementGroup
 
@@ -36,13 +36,13 @@ def for_one_job(
 ) -> Iterator[None]:
     """Let a Ray that is started inside the block fork its workers, and leave out what only a cluster needs.
 
-    That is the autoscaler, the log monitor if no log is shown, and the dashboard's process, which Ray would start and
+    These are the autoscaler, the log monitor if no log is shown, and the dashboard's process, which Ray would start and
     wait for even without a dashboard. Ray's processes get sessions of their own: a signal to all processes of the job
     does not reach them, so that the job can still save a checkpoint. On Linux, the kernel ends them with the job.
     """
     parameters = {"no_monitor": True, "include_log_monitor": log_to_driver, "session_name": session_name}
     if forking is not None and forking.server is not None:
-        # It starts each worker. A runtime environment's py_executable would cost an import of Ray first.
+        # The shim starts each worker. A runtime environment's py_executable would first cost an import of Ray.
         parameters["setup_worker_path"] = str(SHIM)
     with_parameters = functools.partialmethod(RayParams.__init__, **parameters)
     is_linux = sys.platform.startswith("linux")
@@ -59,7 +59,7 @@ def for_one_job(
 @contextlib.contextmanager
 def on_loopback() -> Iterator[None]:
     """Let a Ray that is started inside the block listen on loopback only, as on macOS."""
-    with _replaced(ray_constants, "ENABLE_RAY_CLUSTER", False):  # the import of Ray has read its variable already
+    with _replaced(ray_constants, "ENABLE_RAY_CLUSTER", False):  # Ray's import has already read the variable for it
         yield
 
 
@@ -96,7 +96,7 @@ def dashboard_address() -> str:
 
 
 def dead_processes() -> list[str]:
-    """Return the names of dead processes of the local Ray that this job has started; a cluster's are not its own."""
+    """Return the names of dead processes of the local Ray that this job has started; empty on a cluster."""
     return [name for name, _ in global_worker.node.dead_processes()]
 
 
@@ -106,8 +106,8 @@ def address_of_ray_start() -> str | None:
 
 
 def ask(address: str, timeout_s: float) -> None:
-    """Raise a RayError if no Ray answers at an address, within seconds; ``ray.init`` tries for minutes."""
-    # If there is a token, a cluster of `ray start` needs it, but ray.init(address=...) does not send it by itself.
+    """Raise a RayError if no Ray answers at an address within ``timeout_s``; ``ray.init`` would try for minutes."""
+    # If there is a token, a cluster of `ray start` needs it, but ray.init(address=...) does not send it unasked.
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -121,7 +121,7 @@ def ask(address: str, timeout_s: float) -> None:
 
 
 def kill_actors(class_name: str) -> None:
-    """Kill this job's actors of a class; this process has no handles of them."""
+    """Kill this job's actors of a class; this process has no handles for them."""
     job_id = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
     for actor_id, actor in state.actor_table(None, job_id).items():
         if actor["ActorClassName"] == class_name and actor["State"] != "DEAD":

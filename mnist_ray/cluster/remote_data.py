@@ -1,4 +1,4 @@
-"""What all nodes must reach: the data, through Ray's object store or loaded by each node, and the run's storage."""
+"""Gives all nodes the data, by Ray's object store or by loading it on each; checks that they reach the storage."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class RemoteSplit:
     """A split that any process of the cluster can open."""
 
     workload: Workload
-    origin: Origin  # the workload's data that it is a part of
+    origin: Origin  # the field of the workload's ``Data`` that holds its examples
     size: int
-    stored: ray.ObjectRef | None  # arrays in Ray's object store, of which all processes on a node see one copy
-    indices: np.ndarray | AllBut | None  # its examples, if it is not stored; None: all
+    stored: ray.ObjectRef | None  # arrays in Ray's object store; the processes on a node share one copy
+    indices: np.ndarray | AllBut | None  # its examples in the loaded data, if it is not stored; None: all
 
     def __len__(self) -> int:
         return self.size
@@ -49,7 +49,7 @@ def share(workload: Workload, split: Split) -> RemoteSplit:
 def check_nodes(run: RunFolder, own_versions: dict[str, str] | None = None) -> list[str]:
     """Let every node read a file that the driver writes next to the run; return the nodes' hosts.
 
-    ``own_versions``: the driver's, to be compared; see ``versions``. Raises JobError if something differs.
+    ``own_versions`` are the driver's versions. Raises JobError if a node's versions differ or it cannot read the file.
     """
     probe = f".probe-{uuid.uuid4().hex}"
     run.storage.write_text(probe, probe)  # the content is the name
@@ -68,13 +68,13 @@ def check_nodes(run: RunFolder, own_versions: dict[str, str] | None = None) -> l
 
 
 def check_here(run: RunFolder, probe: str, drivers: dict[str, str]) -> tuple[str, str]:
-    """Return this node's host, and its problem: it does not see the driver's file, or has other versions."""
+    """Return this node's host and its problem, if any: it does not see the driver's file, or its versions differ."""
     try:
         problem = "" if run.storage.read_text(probe) == probe else "the driver's file is missing"
     except (JobError, *STORAGE_ERRORS) as error:
         problem = first_line(error)
     if problem:
-        problem = f"does not see --storage-path {run.storage_path}: {problem}; use one that all nodes share"
+        problem = f"does not see --storage-path {run.storage_path}: {problem}; use a path that all nodes share"
     for name, version in versions().items():
         if not problem and drivers.get(name, version) != version:
             problem = f"has {name} {version}, the driver has {drivers[name]}"

@@ -1,4 +1,4 @@
-"""How workers find each other: over the interface that Ray uses, and on a local Ray without an open port."""
+"""Joins the workers over the network interface that Ray uses; on a local Ray, without an open port."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mnist_ray.cluster.train_internals import _set_torch_distributed_env_vars, _
 
 @dataclass
 class WorkerGroupConfig(TorchConfig):
-    """Ray Train's own way to join workers, with two differences.
+    """Joins the workers as Ray Train does, with two differences.
 
-    Gloo binds to the address that the host's name resolves to, often 127.0.1.1 on Linux: here it gets the interface
-    by which Ray knows the node. On a local Ray the workers meet through a file; Ray Train would open a ``TCPStore``,
+    By default, gloo binds to the address of the host's name, often 127.0.1.1 on Linux. Here it binds to the interface
+    with the node's address in Ray. On a local Ray the workers meet through a file; Ray Train would open a ``TCPStore``,
     which listens on all interfaces.
     """
 
@@ -28,7 +28,7 @@ class WorkerGroupConfig(TorchConfig):
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
-        """The class that sets workers up, also those that replace others."""
+        """The class that sets up workers, including those that replace lost workers."""
         return _Backend
 
 
@@ -57,7 +57,7 @@ class _Backend(_TorchBackend):
 
 
 def use_nodes_interface() -> None:
-    """Let gloo use the network interface of this node's address, unless the user has set another."""
+    """Let gloo use the network interface of this node's address, unless the user has set one."""
     address = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
         if any(found.address == address for found in addresses):

@@ -1,18 +1,18 @@
-"""The private API of Ray Train that the package needs, each name with the reason.
+"""The private API of Ray Train that the package needs, with a reason for each name.
 
-Apart from ``ray_internals``, because it takes seconds to import.
+It is separate from ``ray_internals``, because Ray Train takes seconds to import.
 """
 
 from __future__ import annotations
 
-# TorchConfig's backend_cls must derive from the last. The others are the first thing that its on_start does, and how it
-# joins the workers: called with our own init_method, that needs no open port.
+# TorchConfig's backend_cls must derive from _TorchBackend, whose on_start calls the first function, and then the second
+# to join the workers. If we call the second with our own init_method, it needs no open port.
 from ray.train.torch.config import _set_torch_distributed_env_vars as _set_torch_distributed_env_vars
 from ray.train.torch.config import _setup_torch_process_group as _setup_torch_process_group
 from ray.train.torch.config import _TorchBackend as _TorchBackend
 
-# Two callbacks to leave out. They start an actor each: one even without Ray Datasets, the other delays a run's end by
-# up to a second.
+# Two callbacks to leave out. Each starts an actor: the first does so even without Ray Datasets, and the second delays a
+# run's end by up to a second.
 from ray.train.v2._internal.callbacks import DatasetsCallback as DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import (
     PlacementGroupCleanerCallback as PlacementGroupCleanerCallback,
@@ -22,8 +22,8 @@ from ray.train.v2._internal.callbacks.placement_group_callback import (
 from ray.train.v2._internal.exceptions import RayTrainError as RayTrainError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError as WorkerHealthCheckFailedError
 
-# Says which actor controls the workers.
+# The base of a callback that learns which actor controls the workers.
 from ray.train.v2._internal.execution.callback import ControllerCallback as ControllerCallback
 
-# Polls the last validation once a second, which delays a run's end.
+# This module polls the last validation once a second, which delays a run's end.
 from ray.train.v2._internal.execution.checkpoint import validation_manager as validation_manager

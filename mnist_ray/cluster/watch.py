@@ -1,4 +1,4 @@
-"""Ends a job if Ray stops answering, as it would wait forever; and cleans up after ended controllers."""
+"""Ends a job if Ray stops answering, because the job would wait forever. Cleans up after dead controllers."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from mnist_ray.signals import end_with
 
 Ping = Callable[[], "Future[object]"]  # asks for a sign of life; the future is done when an answer, or an error, comes
 
-LONGEST_SILENCE_S = 50.0  # of a busy machine; after 60 s without its GCS, Ray ends the process and does not say why
+LONGEST_SILENCE_S = 50.0  # a busy machine may need this long; after 60 s without its GCS, Ray ends the process silently
 _LOOK_INTERVAL_S = 1.0
 _PING_INTERVAL_S = 5.0
-_STORED_BYTES = 2**18  # large enough for an object to go to the store, which belongs to the raylet
+_STORED_BYTES = 2**18  # large enough for an object to go to the raylet's store
 _ORPHANS_INTERVAL_S = 0.5
 _STOP_TIMEOUT_S = 5.0  # a thread may wait for a Ray that has stopped answering
 
 
 class RaySilentError(JobError):
-    """A part of Ray has died or hangs. Other calls of Ray may hang as well."""
+    """A part of Ray has died or hangs. Other calls to Ray may hang as well."""
 
     @classmethod
     def of(cls, name: str, *, has_died: bool = False) -> RaySilentError:
@@ -44,7 +44,7 @@ class Watch:
         self._asked: dict[str, tuple[float, Future[object]]] = {}
 
     def silent(self) -> str | None:
-        """Return the name of a part that has been silent for too long, if any; ping the others if it is time."""
+        """Return the name of a part that has been silent for too long, if any; ping the others when due."""
         now = time.monotonic()
         for name, ping in self._pings.items():
             asked_at, answer = self._asked.get(name, (-_PING_INTERVAL_S, None))
@@ -87,8 +87,8 @@ def watched() -> Iterator[Callable[[], None]]:
 def orphans_removed() -> AbstractContextManager[object]:
     """Twice a second inside the block, free the resources that dead actors of this job have reserved for workers.
 
-    Ray keeps a placement group until the actor that made it *and* its job have ended. Ray Train's own cleaner of dead
-    controllers asks a dashboard; a local Ray has none.
+    Ray keeps a placement group until the actor that made it *and* the job have ended. To find dead controllers, Ray
+    Train's own cleaner asks a dashboard; a local Ray has none.
     """
 
     def remove() -> None:
@@ -100,7 +100,7 @@ def orphans_removed() -> AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def _repeated(action: Callable[[], None], interval_s: float) -> Iterator[Callable[[], None]]:
-    """Repeat an action in a thread inside the block. Yields a function that ends that earlier."""
+    """Repeat an action in a thread inside the block. Yields a function that stops it early."""
     is_over = threading.Event()
 
     def run() -> None:
@@ -122,6 +122,6 @@ def _repeated(action: Callable[[], None], interval_s: float) -> Iterator[Callabl
 def end_controllers() -> None:
     """End this job's controllers of Ray Train, so that threads of this process stop waiting for them.
 
-    This must be done before ``ray.shutdown``, which may otherwise end the process by a SIGSEGV.
+    This must be done before ``ray.shutdown``, which may otherwise end the process with a SIGSEGV.
     """
     ray_internals.kill_actors("TrainController")

@@ -1,4 +1,4 @@
-"""A sweep's picture, the validation over the searched settings, and its part of the report."""
+"""A sweep's part of the report, and its picture: the validation metric against each searched setting."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _RING: dict[str, Any] = {"color": "black", "marker": "o", "linestyle": "none", "
 
 
 def draw(table: TrialTable, num_epochs: int) -> bytes:
-    """Draw the validation of all trials over each searched setting, as a PNG.
+    """Draw the validation metric of all trials against each searched setting, as a PNG.
 
-    The first setting with a few values gets a colour and marker for each value, if there is another setting to draw it
-    over. Trials that were stopped early are hollow, the best configuration's are ringed, failed trials are left out.
+    If several settings vary, the first one with listed values is shown by colours and markers instead. Trials that were
+    stopped early are hollow, trials of the best configuration are ringed, and failed trials are left out.
     """
     records = [record for record in table.by_point.values() if record.is_validated and record.state != RUNNING]
     searched = table.space.spaces
@@ -50,7 +50,7 @@ def draw(table: TrialTable, num_epochs: int) -> bytes:
 
 
 def _draw_over(axes: Axes, table: TrialTable, records: list[TrialRecord], name: str, coloured: str | None) -> None:
-    """Draw all trials over setting ``name``; the values of setting ``coloured`` have colours."""
+    """Draw all trials against setting ``name``; colours show the values of setting ``coloured``."""
     metric, space = table.workload.monitor, table.space.spaces[name]
 
     def place(record: TrialRecord) -> tuple[float, float]:
@@ -85,7 +85,7 @@ def _draw_over(axes: Axes, table: TrialTable, records: list[TrialRecord], name: 
 
 
 def sections(run: RunFolder, workload: type[Workload]) -> Sections:
-    """Return a sweep's part of the report; empty if the run is no sweep, and only a note if its files are damaged.
+    """Return a sweep's part of the report; empty if the run is not a sweep, and only a note if its files are damaged.
 
     Raises UsageError if the files hold impossible settings.
     """

@@ -32,9 +32,9 @@ PICTURE_FILE = "sweep.png"
 
 
 def search(session: Session, sweep: Sweep, show: OnChange) -> TrialTable:
-    """Run the trials, except those that an interrupted sweep has finished, and ``show`` them. Raises JobError.
+    """Run and ``show`` the trials, except those that an interrupted sweep has finished. Raises JobError.
 
-    If the sweep has chosen its best configuration already, no trial is run, so that the choice does not change.
+    If the sweep has already chosen its best configuration, no trial is run, so that the choice does not change.
     """
     job, data, run = sweep.job, session.data, sweep.job.run
     begin_files(session, SWEEP_FILE, {**settings.values_of(sweep.config), **job.values})
@@ -52,7 +52,7 @@ def search(session: Session, sweep: Sweep, show: OnChange) -> TrialTable:
             trackers.log(_event_of(table, ended))
 
     try:
-        with orphans_removed():  # of trials that are stopped before their end
+        with orphans_removed():  # left by trials that Tune stops before their end
             return run_sweep(sweep, spec, concurrent, on_change)
     except JobError as error:
         raise JobError(f"{error} (logs: {session.cluster.log_folder})") from error
@@ -61,7 +61,7 @@ def search(session: Session, sweep: Sweep, show: OnChange) -> TrialTable:
 
 
 def say_plan(session: Session, sweep: Sweep) -> int:
-    """Print and return how many trials run at a time."""
+    """Print the plan of the trials; return the number of trials that run at a time."""
     console, plan, autoscaling = session.console, session.plan, sweep.job.workers.autoscaling
     concurrent = trials_at_a_time(sweep.config, plan, session.cluster, autoscaling=autoscaling)
     each = f"{count(plan.num_workers, 'worker')} with {count(plan.cpus_per_worker, 'CPU')}"
@@ -80,16 +80,16 @@ def _event_of(table: TrialTable, record: TrialRecord) -> TrialEnded:
 
 
 def train_chosen(session: Session, sweep: Sweep, table: TrialTable) -> None:
-    """Write the best configuration; train and evaluate the default, unless it is the best, and then the best.
+    """Write the best configuration. Train and evaluate the default one, unless it is the best, and then the best one.
 
     A training that an interrupted sweep has finished is not repeated.
     """
-    from mnist_ray.sweep import picture  # imports matplotlib, for which the trials need not wait
+    from mnist_ray.sweep import picture  # imports matplotlib, which must not delay the trials
 
     assert table.best is not None
     console, run, monitor = session.console, sweep.job.run, sweep.job.workload.monitor
     best = sweep.job.with_values(table.best.records[0].point.values)
-    best = dataclasses.replace(best, notes=())  # the sweep has shown them
+    best = dataclasses.replace(best, notes=())  # the sweep has shown the notes
     of_workers = settings.names_of([type(best.workers)])
     run.write_text(BEST_FILE, json_lines({name: best.values[name] for name in best.values if name not in of_workers}))
     run.write_bytes(PICTURE_FILE, picture.draw(table, sweep.job.train.num_epochs))
@@ -106,7 +106,7 @@ def train_chosen(session: Session, sweep: Sweep, table: TrialTable) -> None:
         console.say("", "")
         console.say(title, f"training with {values}")
         value = (job.run.read_json(RESULT_FILE) or {}).get(f"test_{monitor.name}")
-        if not isinstance(value, float):  # else an interrupted sweep has finished it
+        if not isinstance(value, float):  # else an interrupted sweep has finished this training
             value = train_and_test(session, job, picture.sections, is_last=title == "best")
         name = "" if monitor.is_fraction else f"{monitor.name} "
         end = ", the default" if is_default else ""
@@ -117,13 +117,13 @@ def train_chosen(session: Session, sweep: Sweep, table: TrialTable) -> None:
 
 
 def train_and_test(session: Session, job: Job, sections: Callable[..., Any], *, is_last: bool) -> float:
-    """Train like ``jobs/train.py``. After the last run, the job disconnects from Ray while the report is written."""
+    """Train and test as ``jobs/train.py`` does. In the last run, the job leaves Ray while the report is written."""
     run = copy.copy(session)
     run.job, run.clock, run.cluster = job, Clock(), dataclasses.replace(session.cluster, nodes=current_nodes())
     run.plan = plan_workers(job.workers, run.cluster, job.train.chunks)
     with console_of(job) as run.console:
         say_run(run)
         with recorded(run, functools.partial(sections, workload=type(job.workload))) as record:
-            with orphans_removed():  # of the last trials
+            with orphans_removed():  # left by the last trials
                 fitted = fit(run, record.on_event)
             return record.test(fitted, is_last=is_last)

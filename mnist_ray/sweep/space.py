@@ -21,7 +21,7 @@ from mnist_ray.workload.base import Workload
 _NONE, _LOG = "none", "log:"
 # All trials have the same data and number of epochs, and each configuration gets its seeds from the sweep.
 _NOT_SEARCHED = ("seed", "num_epochs", "validation_size", "limit", "overfit_batches", "callback")
-_LONGEST_NAME = 180  # of a trial's folder; file systems allow 255 bytes
+_LONGEST_NAME = 180  # bytes of a trial folder's name; file systems allow 255
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ class Space:
     defaults: Mapping[str, Any]
 
     def point(self, values: Mapping[str, Any], seed: int) -> Point:
-        """Return the point with these values. They may be numbers of NumPy or Optuna, or a file's text."""
+        """Return the point with these values, which may be numbers from NumPy or Optuna, or text from a file."""
         return Point(tuple((name, _as(self.types[name], values[name])) for name in self.spaces), seed)
 
     def default_points(self, seed: int) -> list[Point]:
-        """Return the default configuration, which the others must beat; an empty list if the space lacks it."""
+        """Return the default configuration, which others must beat; an empty list if it is outside the space."""
         inside = all(_contains(space, self.defaults[name]) for name, space in self.spaces.items())
         return [self.point(self.defaults, seed)] if inside else []
 
     def texts(self) -> tuple[str, ...]:
-        """Return the space as ``--sweep`` takes it."""
+        """Return the space in the syntax of ``--sweep``."""
         texts = []
         for name, space in self.spaces.items():
             if isinstance(space, Choice):
@@ -76,7 +76,7 @@ class Space:
 
 
 def _as(kind: type, value: Any) -> Any:
-    """Return a value in its setting's type; None, which is empty text in a file, stays None."""
+    """Convert a value to its setting's type. None, which is empty text in a file, stays None."""
     if value is None or (value == "" and kind is not str):
         return None
     return parse_text(kind, value) if isinstance(value, str) else kind(value)
@@ -89,9 +89,9 @@ def _contains(space: SearchSpace, value: Any) -> bool:
 
 
 def space_of(workload_class: type[Workload], values: Mapping[str, Any], fixed: Collection[str] = ()) -> Space:
-    """Return the space in ``values["sweep"]``; by default, of all settings with a search space except ``fixed``.
+    """Return the space in ``values["sweep"]``; by default, all settings with a search space except ``fixed``.
 
-    Raises UsageError if there is nothing to search, or a text is no space.
+    Raises UsageError if there is nothing to search, or a text is not a valid space.
     """
     known, texts = _settings_of(workload_class), values.get("sweep")
     spaces: dict[str, SearchSpace] = {}
@@ -106,7 +106,7 @@ def space_of(workload_class: type[Workload], values: Mapping[str, Any], fixed: C
     if not texts:
         spaces = {name: some.search for name, some in known.items() if some.search and name not in fixed}
     if not spaces:
-        raise UsageError(f"nothing to search: name settings of {workload_class.__name__} by --sweep NAME=A,B,C")
+        raise UsageError(f"nothing to search: name settings of {workload_class.__name__} with --sweep NAME=A,B,C")
     defaults = workload_class().defaults
     return Space(spaces, {name: known[name].type for name in spaces}, {name: defaults[name] for name in spaces})
 
@@ -116,14 +116,14 @@ class _Setting:
     name: str
     config_class: type
     annotation: Any
-    search: SearchSpace | None  # the space without --sweep
+    search: SearchSpace | None  # used without --sweep
 
     @property
     def type(self) -> type:
         return value_type(self.annotation)[0]
 
     def parse(self, text: str) -> Any:
-        """Return the checked value of a text. Raises UsageError."""
+        """Parse and check a value. Raises UsageError."""
         is_none = text == _NONE and type(None) in get_args(self.annotation)
         try:
             value = None if is_none else parse_text(self.type, text.strip())
@@ -143,7 +143,7 @@ def _settings_of(workload_class: type[Workload]) -> dict[str, _Setting]:
 
 
 def _parsed(text: str, known: Mapping[str, _Setting]) -> tuple[str, SearchSpace]:
-    """Return the setting and the space in a text of ``--sweep``. Raises UsageError."""
+    """Parse a text of ``--sweep`` into a setting's name and its space. Raises UsageError."""
     name, _, given = (part.strip() for part in text.partition("="))
     name = name.replace("-", "_")
     if not name or not given:
@@ -166,7 +166,7 @@ def _parsed(text: str, known: Mapping[str, _Setting]) -> tuple[str, SearchSpace]
 
 
 def propose(space: Space, sweep: SweepConfig, seed: int) -> list[Point]:
-    """Return all points of a random or grid search; the same for the same settings and seed.
+    """Return all points of a random or grid search. They depend only on the settings and the seed.
 
     Raises UsageError if a grid has more choices than trials.
     """

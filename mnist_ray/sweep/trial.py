@@ -32,7 +32,7 @@ from mnist_ray.training.state import CodeFailedError, Group, TrainingState, is_o
 class TrialSpec:
     """Everything that all trials share."""
 
-    job: Job  # the sweep's; a trial replaces the searched settings
+    job: Job  # the sweep's job; each trial replaces the searched settings
     train: RemoteSplit
     validation: RemoteSplit
     plan: WorkerPlan
@@ -42,11 +42,11 @@ class TrialSpec:
 def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
     """Train one point, from its last checkpoint if it has one, and report to Tune at every checkpoint.
 
-    With several workers it is a ``TorchTrainer`` run. With one it is the same engine in this process, which Tune keeps
-    warm from trial to trial: starting a worker takes longer than such a trial's training.
+    With several workers, the trial is a ``TorchTrainer`` run. With one worker, the engine runs in this process, which
+    Tune reuses for the next trial: starting a worker takes longer than a small trial's training.
 
-    If the configuration or the code is at fault, that is reported: another attempt would end the same way. Failures
-    that may not happen again are raised, and Tune makes another attempt.
+    If the configuration or the code is at fault, the failure is reported: a retry would fail too. Failures that may not
+    happen again are raised, and Tune retries the trial.
     """
     point = Point(tuple((name, value) for name, value in tune_config.items() if name != "seed"), tune_config["seed"])
     job = spec.job.with_values({**point.values, "seed": point.seed})

@@ -1,4 +1,4 @@
-"""A sweep: its settings, the table of its trials, and its best configuration. No torch and no Ray here."""
+"""A sweep: its settings, the table of its trials, and its best configuration. Imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mnist_ray.workload.base import Workload
 
 BEST_FILE, DEFAULT_FOLDER = "best.json", "default"
 DONE, STOPPED, FAILED, LOST, RUNNING = "done", "stopped early", "failed", "lost", "running"
-ENDED = (DONE, STOPPED, FAILED)  # a resumed sweep does not repeat them; it resumes the others from their checkpoints
+ENDED = (DONE, STOPPED, FAILED)  # a resumed sweep does not repeat these trials; it resumes others from checkpoints
 
 
 @dataclass
@@ -30,7 +30,7 @@ class TrialRecord:
     trial: int  # counted from 1, in the order of starting
     point: Point
     state: str = RUNNING
-    epochs: float = 0.0  # trained; a fraction within an epoch
+    epochs: float = 0.0  # epochs trained; not always a whole number
     val_monitor: float = math.nan  # the workload's monitor on the validation set
     val_loss: float = math.nan
     train_loss: float = math.nan
@@ -46,13 +46,13 @@ class TrialRecord:
 
     @property
     def reported(self) -> list[tuple[float, float]]:
-        """The epochs and the monitor of each report. Raises ValueError if they are damaged."""
+        """The epochs and the monitor of each report. Raises ValueError if ``reports`` is damaged."""
         pairs = [pair.split(":") for pair in self.reports.split()]
         return [(float(epochs), float(monitor)) for epochs, monitor in pairs]
 
     @property
     def is_validated(self) -> bool:
-        """Whether it can be compared with others."""
+        """Whether the trial can be compared with other trials."""
         return not math.isnan(self.val_monitor) and self.state not in (FAILED, LOST)
 
 
@@ -66,7 +66,7 @@ class Best:
 
     @property
     def seeds_text(self) -> str:
-        """The seeds of the means, in words."""
+        """The seeds over which the means are taken, in words."""
         number = len(self.records)
         return f"mean of {number} seeds" if number > 1 else f"seed {self.records[0].point.seed}"
 
@@ -87,7 +87,7 @@ class TrialTable:
         return record
 
     def unfinished(self, points: Iterable[Point]) -> list[Point]:
-        """Return those of some points that a resumed sweep has still to train."""
+        """Return the points that a resumed sweep still has to train."""
         finished = {record.point for record in self.finished()}
         return [point for point in points if point not in finished]
 
@@ -100,13 +100,13 @@ class TrialTable:
         return sum(record.state in states for record in self.by_point.values())
 
     def worth(self, trials: TrialRecord | Best) -> tuple[float, float]:
-        """Return a key to rank trials by, more is better: the workload's monitor, then the loss."""
+        """Return a sort key that is larger for better trials: the workload's monitor, then the loss."""
         sign = 1 if self.workload.monitor.mode == "max" else -1
         return sign * trials.val_monitor, -trials.val_loss
 
     @property
     def ranked(self) -> list[TrialRecord]:
-        """All records, the best first; trials that failed or were not validated last."""
+        """All records, best first; trials that failed or were not validated come last."""
         validated = [record for record in self.by_point.values() if record.is_validated]
         others = [record for record in self.by_point.values() if not record.is_validated]
         return sorted(validated, key=self.worth, reverse=True) + others
@@ -133,10 +133,10 @@ class TrialTable:
         return max(candidates, key=lambda best: (len(best.records), *self.worth(best)), default=None)
 
     def confirmations(self, sweep: SweepConfig, seed: int) -> list[Point]:
-        """Return the best configurations with two more seeds each, and the default's if it was tried.
+        """Return the best configurations, and the default one if it was tried, with two more seeds each.
 
-        Good configurations differ by less than the validation of one of them from seed to seed, so the best of many
-        single runs is mostly the luckiest.
+        From seed to seed, the metric of a good configuration varies more than good configurations differ. So the best
+        of many single runs is mostly the luckiest.
         """
         if sweep.num_confirmed == 0:
             return []
@@ -154,7 +154,7 @@ class TrialTable:
 
     @property
     def columns(self) -> dict[str, str]:
-        """The columns of sweep.csv with results, by the fields of ``TrialRecord``."""
+        """The column of sweep.csv for each field of ``TrialRecord`` with a result."""
         names = [field.name for field in dataclasses.fields(TrialRecord) if field.name not in ("trial", "point")]
         named_by_workload = {"val_monitor": f"val_{self.workload.monitor.name}", "rate": self.workload.rate}
         return {name: named_by_workload.get(name, name) for name in names}
@@ -204,7 +204,7 @@ class TrialTable:
 
     @property
     def console_columns(self) -> tuple[str, ...]:
-        """The columns of the table that people see."""
+        """The columns of the table on the console and in the report."""
         searched = map(in_words, self.space.spaces)
         return ("trial", *searched, "seed", "epochs", self.workload.monitor.name, f"{self.workload.nouns}/s", "state")
 
@@ -227,11 +227,11 @@ class Sweep:
 
     config: SweepConfig
     space: Space
-    job: Job  # of all trials and the trainings at the end
+    job: Job  # the job of all trials, and of the trainings at the end
 
     @property
     def workers(self) -> WorkerConfig:
-        """The workers of a trial; by default one with one core, as more trials at a time are faster than threads."""
+        """The workers of a trial; by default one worker with one core, as parallel trials gain more than threads."""
         asked = self.job.workers
         return dataclasses.replace(
             asked, num_workers=asked.num_workers or 1, cpus_per_worker=asked.cpus_per_worker or 1
@@ -239,12 +239,12 @@ class Sweep:
 
     @property
     def batch_sizes(self) -> list[int]:
-        """The batch sizes to try; of a range, its ends. Empty if the batch size is not searched."""
+        """The batch sizes to try; for a range, its two ends. Empty if the batch size is not searched."""
         space = self.space.spaces.get("batch_size")
         if space is None:
             return []
         return list(space.options) if isinstance(space, Choice) else [int(space.low), int(space.high)]
 
     def table(self) -> TrialTable:
-        """Return the trials in its folder. Raises DamagedFileError."""
+        """Return the table of the trials in the sweep's folder. Raises DamagedFileError."""
         return TrialTable(type(self.job.workload), self.space).read(self.job.run)

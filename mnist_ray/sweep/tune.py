@@ -1,6 +1,6 @@
-"""The story of a sweep; before it, its settings and data; and its output.
+"""A sweep from start to end: its settings, its data, its steps, and its output on the console.
 
-Nothing here imports torch or Ray at the top, so that a mistake is answered at once.
+The module imports neither torch nor Ray at the top, so that a wrong flag is reported at once.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def read_sweep(given: Given | None = None) -> Sweep:
     job = read_job(
         given,
         "tune",
-        "Search the settings that have a search space with Ray Tune, train the best and evaluate it once on the test "
-        "set. A trial has one worker with one CPU, unless --num-workers and --cpus-per-worker say otherwise.",
+        "Search with Ray Tune over the settings that have a search space, train with the best and evaluate once on the "
+        "test set. A trial has one worker with one CPU, unless --num-workers and --cpus-per-worker say otherwise.",
         SWEEP_FILE,
         more_settings=[SweepConfig],
     )
@@ -56,13 +56,13 @@ def read_sweep(given: Given | None = None) -> Sweep:
 def _check_trials(sweep: Sweep) -> None:
     """Raise JobError if a resumed sweep has lost its trials.
 
-    If it has chosen its best configuration, the trials are not run again: they might choose another.
+    If the sweep has already chosen its best configuration, its trials are not repeated: the choice might change.
     """
     run = sweep.job.run
-    has_chosen, remedy = run.exists(BEST_FILE), "remove it, and the trials are run again"
+    has_chosen, remedy = run.exists(BEST_FILE), "remove it to run the trials again"
     if has_chosen:
         best = run.inside(BEST_FILE).uri
-        remedy = f"train the chosen settings with {command('train')} --config {best}, or start another sweep"
+        remedy = f"train the chosen settings with {command('train')} --config {best}, or start a new sweep"
     try:
         is_lost = sweep.table().best is None
     except DamagedFileError as error:
@@ -72,7 +72,7 @@ def _check_trials(sweep: Sweep) -> None:
 
 
 def load_data(sweep: Sweep) -> tuple[Sweep, Splits]:
-    """Return the sweep, completed by the data's metadata, and its data. Raises UsageError and JobError."""
+    """Return the sweep, whose workload now knows the data's metadata, and the data. Raises UsageError and JobError."""
     job, data = sessions.load_data(sweep.job, sweep.batch_sizes)
     for field in dataclasses.fields(job.workload.settings):
         if field.name in sweep.space.spaces and field.metadata.get("decides_data"):
@@ -84,7 +84,7 @@ def load_data(sweep: Sweep) -> tuple[Sweep, Splits]:
 
 
 def tune(sweep: Sweep) -> None:
-    """Data, Ray, search, then fit, evaluate and report the best. Raises as ``train`` does."""
+    """Load the data, start Ray and search; then train, evaluate and report the best. Raises like ``train``."""
     with Session(sweep.job, "mnist_ray.sweep.trial", sweep.workers) as session:
         sweep, data = load_data(sweep)
         console = SweepConsole(sweep)
@@ -127,7 +127,7 @@ class SweepConsole(RunConsole):
         self._num_ended = 0  # trials that ended in this process
 
     def show_table(self, table: TrialTable, ended: TrialRecord | None = None) -> None:
-        """Show the trials after one has ``ended``, or reported."""
+        """Show the trials after one of them has ``ended`` or reported."""
         self._num_ended += ended is not None
         if self._live.is_started:
             self._live.update(Group(self._table(table), Text(self._summary(table))), refresh=True)

@@ -34,15 +34,15 @@ TRIALS_FOLDER, _TUNE_FOLDER = "trials", "tune"
 _SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # we handle Ctrl-C: a sweep resumes from sweep.csv and the trials' checkpoints
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # Tune's CSV, JSON and TensorBoard files of each trial
-    "RAY_AIR_NEW_OUTPUT": "0",  # prints a box with its configuration even with verbose=0
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's new output prints a box with its configuration even with verbose=0
 }
 OnChange = Callable[[TrialTable, TrialRecord | None], None]  # gets the changed table, and the trial that ended, if any
 
 
 def trials_at_a_time(sweep: SweepConfig, plan: WorkerPlan, cluster: Cluster, *, autoscaling: bool) -> int:
-    """Return how many trials run at once: as many as the cluster holds, but at most --max-concurrent-trials.
+    """Return how many trials run at once: as many as the cluster can hold, but at most --max-concurrent-trials.
 
-    With ``autoscaling`` the cluster's size is no limit: trials that wait make it start nodes.
+    With ``autoscaling`` the cluster's size is no limit: waiting trials make it start nodes.
     """
     rooms = [node.num_cpus // plan.cpus_per_worker for node in cluster.nodes]
     if plan.use_gpu:
@@ -53,7 +53,7 @@ def trials_at_a_time(sweep: SweepConfig, plan: WorkerPlan, cluster: Cluster, *, 
 
 
 def run_sweep(sweep: Sweep, spec: TrialSpec, concurrent: int, on_change: OnChange) -> TrialTable:
-    """Run a sweep's trials, except the finished ones in its folder; return the table of all.
+    """Run a sweep's trials, except the finished ones in its folder; return the table of all trials.
 
     Raises JobError if every trial failed.
     """
@@ -65,7 +65,7 @@ def run_sweep(sweep: Sweep, spec: TrialSpec, concurrent: int, on_change: OnChang
     )
     points = None if config.search == "optuna" else propose(sweep.space, config, seed)
     num_points = config.num_trials if points is None else len(points)
-    num_confirmations = 2 * min(config.num_confirmed, num_points)  # or two more, if the default has to be confirmed
+    num_confirmations = 2 * min(config.num_confirmed, num_points)  # two more if the default is confirmed too
     table.num_planned = max(len(table.by_point), num_points + num_confirmations)
     run_trials(points, _scheduler(sweep, table))
     confirmations = table.confirmations(config, seed)
@@ -88,7 +88,7 @@ def _run_trials(
     points: list[Point] | None,
     scheduler: TrialScheduler,
 ) -> None:
-    """Let Tune run the unfinished trials of some points, or of Optuna's, until the deadline."""
+    """Let Tune run the unfinished trials of ``points``, or if None, of Optuna's points, until the deadline."""
     sweep, run, seconds = watcher.sweep, watcher.sweep.job.run, deadline - time.monotonic()
     if points is None:
         algorithm, num_trials = _optuna(sweep, watcher.table, concurrent)
@@ -153,7 +153,7 @@ def _goal(table: TrialTable) -> dict[str, str]:
 
 
 def _optuna(sweep: Sweep, table: TrialTable, concurrent: int) -> tuple[ConcurrencyLimiter, int]:
-    """Return Optuna's TPE and the number of trials left. It starts with unfinished trials and knows the finished."""
+    """Return Optuna's TPE and the number of trials left. TPE starts with unfinished trials and knows finished ones."""
     from optuna import distributions  # an extra
 
     seed, space = sweep.job.train.seed, dict[str, Any]()
@@ -171,7 +171,7 @@ def _optuna(sweep: Sweep, table: TrialTable, concurrent: int) -> tuple[Concurren
         space,
         **_goal(table),
         points_to_evaluate=[point.values for point in first],
-        seed=seed + len(finished),  # a resumed search must not draw the same points again
+        seed=seed + len(finished),  # a resumed search must not propose the same points again
     )
     for record in finished:
         if record.state != FAILED:
@@ -213,13 +213,13 @@ class _Watcher(tune.Callback):
         _drop_checkpoints(self.sweep.job.run, self.table, kept)
 
     def on_trial_error(self, trial: Trial, **info: Any) -> None:
-        # Its processes have died too often. If they died before it started, it has no record yet.
+        # The trial's processes have died too often. If they died before the trial started, it has no record yet.
         record = self.table.start(self._point(trial))
         record.state, record.reason = LOST, reason_of(trial)
         self._changed()
 
     def end(self) -> None:
-        """Note the trials that were cut off when the time was up: Tune does not report them."""
+        """Mark the trials that were cut off when the time was up: Tune does not report them."""
         for record in self.table.by_point.values():
             if record.state == RUNNING:
                 record.state = STOPPED

@@ -17,22 +17,22 @@ from mnist_ray.training.sampler import Slice
 from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.tensors import map_tensors
 
-_MOST_OF_GPU = 0.4  # of its free memory; activations and a second worker may need the rest
+_MOST_OF_GPU = 0.4  # of a GPU's free memory; activations and a second worker may need the rest
 
 
 class Batch(NamedTuple):
     """One rank's slice of a global batch, or a piece of the slice. It may be empty."""
 
-    inputs: Any  # as the workload's data have them, (examples, ...)
+    inputs: Any  # in the form of the workload's data, (examples, ...)
     targets: Any  # (examples, ...)
-    global_size: int  # examples of the whole batch over all ranks
+    global_size: int  # number of examples in the whole batch, over all ranks
     ends_step: bool = True  # whether this is the rank's last piece of the batch
 
 
 class ArrayBatches(Dataset):
     """Arrays in memory, indexed by whole slices.
 
-    On the CPU the tensors are views of the given arrays. A GPU with enough memory gets a copy, once.
+    On the CPU, the tensors are views of the given arrays. The arrays are copied once to a GPU with enough memory.
     """
 
     def __init__(self, arrays: Arrays, device: torch.device) -> None:
@@ -54,14 +54,14 @@ class ArrayBatches(Dataset):
 
 
 class ExampleError(Exception):
-    """An example cannot be read, or does not fit the others; another attempt would fail too."""
+    """An example cannot be read, or does not fit the others; a retry would fail too."""
 
 
 class ExampleBatches(Dataset):
-    """A ``Dataset``, read example by example, or memory-mapped arrays. Loader processes can read it.
+    """A ``Dataset`` that is read example by example, or memory-mapped arrays. Loader processes can read both.
 
-    A ``Dataset`` draws from Python's, NumPy's and torch's generators; each example's draws depend on the seed and its
-    index only, not on the number of ranks and loader processes, nor on interruptions.
+    Before each example is read, the generators of Python, NumPy and torch are seeded. So its random numbers depend only
+    on the seed and the example's index, not on interruptions or on the number of ranks and loader processes.
     """
 
     def __init__(self, split: Split, seed: int = 0) -> None:
@@ -76,7 +76,7 @@ class ExampleBatches(Dataset):
         if isinstance(arrays := self.split.examples, Arrays):
             places = self.split.places(indices)
             return Batch(_rows(arrays.inputs, places), _rows(arrays.targets, places), *chosen[1:])
-        # An empty slice must have the shapes of a batch: it is made of one example.
+        # An empty batch must have the shapes of a full one, so it is made from one example and then emptied.
         examples = [self._example(index) for index in indices.tolist() or [0]]
         try:
             inputs, targets = default_collate(examples)
@@ -95,13 +95,13 @@ class ExampleBatches(Dataset):
         try:
             return self.split[index]
         except OSError as error:
-            if error.errno is not None:  # from the storage: another attempt may succeed
+            if error.errno is not None:  # an error of the storage: a retry may succeed
                 raise
             raise ExampleError(f"{self.split.origin} example {index} cannot be read: {first_line(error)}") from error
 
 
 def _misfit(indices: np.ndarray, examples: list[tuple[Any, Any]]) -> str:
-    """Name the first example with other shapes than the batch's first."""
+    """Name the first example whose shapes differ from those of the batch's first example."""
     shapes = [tuple(map(np.shape, example)) for example in examples]
     for index, shape in zip(indices.tolist(), shapes, strict=False):
         if shape != shapes[0]:
@@ -121,9 +121,9 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 def _rows(array: np.ndarray, places: np.ndarray) -> Tensor:
-    """Copy rows into memory of torch, which is always aligned alike: the bits of a sum may depend on the alignment."""
+    """Copy rows into torch's memory, which always has the same alignment: the bits of a sum may depend on it."""
     rows = torch.empty((len(places), *array.shape[1:]), dtype=_tensor(array[:0]).dtype)
-    np.take(array, places, axis=0, out=rows.numpy(), mode="clip")  # the default mode would copy them once more
+    np.take(array, places, axis=0, out=rows.numpy(), mode="clip")  # the default mode would copy the rows twice
     return rows
 
 
@@ -145,10 +145,10 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def batch_loader(dataset: ArrayBatches | ExampleBatches, slices: Iterable[Slice], num_processes: int = 0) -> DataLoader:
-    """Return a loader of slices. ``num_processes`` read ahead; arrays in memory need none.
+    """Return a loader that reads ``slices``. ``num_processes`` processes read ahead; arrays in memory need none.
 
     With ``batch_size=None``, the DataLoader passes each slice to the data set as it is, so arrays are indexed once per
-    batch. The usual DataLoader would index each example and stack them.
+    batch. By default, it would read the examples one by one and stack them.
     """
     is_on_gpu = isinstance(dataset, ArrayBatches) and dataset.inputs.is_cuda
     return DataLoader(

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 class Callback(UserClass):
-    """Its methods are called on every rank, at the same steps; override those that you need.
+    """The base class of your code. Its methods are called on every rank at the same steps; override what you need.
 
-    Each worker creates one, without arguments, whenever it starts. State that a resumed run needs belongs in
-    ``state_dict``. You may change ``state.model``, ``state.optimizer`` and ``state.scheduler``, on all ranks alike.
+    Each worker creates an instance, without arguments, when it starts. State that a resumed run needs belongs in
+    ``state_dict``. You may change ``state.model``, ``state.optimizer`` and ``state.scheduler``, but alike on all ranks.
     """
 
     def on_start(self, state: TrainingState, group: Group) -> None:
-        """Training starts; a checkpoint, if there is one, is already restored into ``state``."""
+        """Training starts. If there is a checkpoint, it is already restored into ``state``."""
 
     def on_gradients(self, state: TrainingState) -> None:
         """The model holds the gradients of the global batch's mean loss, before clipping."""
@@ -31,13 +31,13 @@ class Callback(UserClass):
         """About half a second has passed; ``progress`` has the metrics over all ranks."""
 
     def on_epoch(self, state: TrainingState, progress: Progress) -> None:
-        """An epoch is over, and its checkpoint not saved yet. ``state.ends = True`` ends the training after it."""
+        """An epoch is over; its checkpoint is not saved yet. Set ``state.ends = True`` to make this epoch the last."""
 
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
         """A checkpoint is about to be saved: at an epoch's end (``state.step`` is 0) or within an epoch."""
 
     def wants_checkpoint(self) -> bool:
-        """Return whether to save an extra checkpoint now. Called after ``on_progress``; the same on all ranks."""
+        """Return whether to save an extra checkpoint now. Called after ``on_progress``; all ranks must agree."""
         return False
 
     def wants_stop(self) -> bool:
@@ -45,7 +45,7 @@ class Callback(UserClass):
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state to keep in checkpoints, as JSON."""
+        """Return the state to keep in checkpoints, as values that JSON can hold."""
         return {}
 
     def load_state_dict(self, values: dict[str, Any]) -> None:

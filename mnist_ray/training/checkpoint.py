@@ -35,11 +35,11 @@ from mnist_ray.workload.tensors import map_tensors
 T = TypeVar("T")
 STATE_FILE, MODEL_FILE, TRAINING_FILE = "state.json", "model.safetensors", "training.pt"
 FORMAT = 1
-_COUNTERS = ("epoch", "step", "epoch_s", "finished_s", "scores", "ends")  # of a TrainingState, kept as they are
+_COUNTERS = ("epoch", "step", "epoch_s", "finished_s", "scores", "ends")  # fields of a TrainingState, stored unchanged
 
 
 class DamagedCheckpointError(JobError):
-    """A checkpoint was cut off by a kill, or changed since."""
+    """A checkpoint was cut off because its job was killed, or has changed since it was written."""
 
 
 class OtherModelError(JobError):
@@ -51,9 +51,9 @@ class Restored:
     """The checkpoint from which a run resumes."""
 
     name: str = ""  # its folder; empty if there is no checkpoint
-    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # reported with it
-    arithmetic: dict[str, Any] | None = None  # of the machine that wrote it, if the run is reproducible
-    damaged: tuple[str, ...] = ()  # newer checkpoints, skipped: damaged, or of another version
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # reported with the checkpoint
+    arithmetic: dict[str, Any] | None = None  # of the machine that wrote the checkpoint, with --reproducible
+    damaged: tuple[str, ...] = ()  # newer checkpoints that were skipped: damaged, or from another version
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Snapshot:
     document: dict[str, Any]  # the content of state.json, without the digests
 
     def write(self, folder: RunFolder) -> None:
-        """Write a checkpoint, state.json last: a folder without it is no checkpoint. Raises as ``write_files``."""
+        """Write a checkpoint, state.json last: a folder without it is no checkpoint. Raises like ``write_files``."""
         training = io.BytesIO()
         torch.save(self.training, training)
         contents = {MODEL_FILE: save(self.weights), TRAINING_FILE: training.getvalue()}
@@ -87,7 +87,7 @@ def snapshot(state: TrainingState, about: dict[str, Any], callbacks: Sequence[Ca
         "callbacks": [callback.state_dict() for callback in callbacks],
     }
     document = {"format": FORMAT, "epoch": state.epoch, "step": state.step, **about}
-    # Contiguous, and without shared memory: safetensors refuses a model's tied weights otherwise.
+    # The clones are contiguous and share no memory: safetensors would refuse tied weights.
     weights = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in state.result.state_dict().items()
@@ -97,7 +97,7 @@ def snapshot(state: TrainingState, about: dict[str, Any], callbacks: Sequence[Ca
 
 
 def digest_of(document: dict[str, Any]) -> str:
-    """Return the SHA-256 of a state.json, without its formatting and its entry for this digest."""
+    """Return the SHA-256 of a state.json's content, whatever its formatting, without the entry for this digest."""
     document = {**document, "sha256": {name: value for name, value in document["sha256"].items() if name != STATE_FILE}}
     as_read = json.loads(json.dumps(document))  # turns keys into strings: numbers would be sorted differently
     return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
@@ -106,7 +106,7 @@ def digest_of(document: dict[str, Any]) -> str:
 def load_model(folder: RunFolder, workload: Workload) -> nn.Module:
     """Return a checkpoint's model, in evaluation mode.
 
-    Raises UsageError if there is no checkpoint, JobError if it is damaged, of another model, or cannot be read.
+    Raises UsageError if there is no checkpoint, JobError if it is damaged, does not fit the model, or cannot be read.
     """
     document = read_state(folder)
     model = workload.create_model()
@@ -117,7 +117,7 @@ def load_model(folder: RunFolder, workload: Workload) -> nn.Module:
 def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
     """Load a checkpoint into a newly created ``state``; return its state.json.
 
-    Raises as ``load_model``. A damaged checkpoint leaves ``state`` as it was; OtherModelError may leave it half loaded.
+    Raises like ``load_model``. A damaged checkpoint leaves ``state`` intact; OtherModelError may leave it half loaded.
     """
     document = read_state(folder)
     weights = _decoded(folder, MODEL_FILE, document, load)
@@ -136,7 +136,7 @@ def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callbac
         raise
     except Exception as error:  # the digest is right, so the file is whole: the code must have changed
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise OtherModelError(f"checkpoint {folder.uri} is of another optimizer or schedule: {reason}") from error
+        raise OtherModelError(f"checkpoint {folder.uri} does not fit the optimizer or schedule: {reason}") from error
     state.sums = MetricSums(**training["sums"])
     for name in _COUNTERS:
         setattr(state, name, training[name])
@@ -144,9 +144,9 @@ def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callbac
 
 
 def restore_newest(run: RunFolder, state: TrainingState, callbacks: Sequence[Callback] = ()) -> Restored:
-    """Load the newest intact checkpoint in a run's folder into ``state``; without one, leave it as it is.
+    """Load the newest intact checkpoint in a run's folder into ``state``; if there is none, leave ``state`` unchanged.
 
-    Raises OtherModelError if the checkpoint is of another model, JobError if the storage cannot be read.
+    Raises OtherModelError if the checkpoint does not fit the model, JobError if the storage cannot be read.
     """
     damaged: list[str] = []
     for name in reversed(run.checkpoint_names()):
@@ -160,7 +160,7 @@ def restore_newest(run: RunFolder, state: TrainingState, callbacks: Sequence[Cal
 
 
 def read_state(folder: RunFolder) -> dict[str, Any]:
-    """Return the content of a checkpoint's state.json. Raises as ``load_model``."""
+    """Return the content of a checkpoint's state.json. Raises like ``load_model``."""
     content = _read(folder, STATE_FILE)
     if content is None:
         raise UsageError(f"{folder.uri} is not a checkpoint: it has no {STATE_FILE}")
@@ -183,7 +183,7 @@ def _read(folder: RunFolder, name: str) -> bytes | None:
 
 
 def _decoded(folder: RunFolder, name: str, document: dict[str, Any], decode: Callable[[bytes], T]) -> T:
-    """Return the decoded content of a checkpoint's file. Raises DamagedCheckpointError if its digest is wrong."""
+    """Return the decoded content of a checkpoint's file. Raises DamagedCheckpointError if it is damaged."""
     content = _read(folder, name)
     if content is None or hashlib.sha256(content).hexdigest() != document["sha256"].get(name):
         raise _damaged(folder, name, "it is missing" if content is None else "its digest is wrong")
@@ -208,4 +208,4 @@ def _load_weights(model: nn.Module, weights: dict[str, Tensor], folder: RunFolde
         model.load_state_dict(weights)
     except RuntimeError as error:
         difference = str(error).splitlines()[-1].strip()
-        raise OtherModelError(f"checkpoint {folder.uri} is of another model: {difference}") from error
+        raise OtherModelError(f"checkpoint {folder.uri} does not fit the model: {difference}") from error

@@ -34,12 +34,12 @@ class Profiler(Callback):
         self._profile = profile()
 
     def on_start(self, state: TrainingState, group: Group) -> None:
-        """Count the steps on rank 0, unless the run has a profile."""
+        """Start to count steps on rank 0, unless the run already has a profile."""
         if group.rank == 0 and not self._run.exists(OPERATORS_FILE):
             self._steps_left = _WARM_UP_STEPS + self._num_steps
 
     def on_step(self, state: TrainingState) -> None:
-        """Start the profile after the warm-up; write it at its end."""
+        """Start the profile after the warm-up; write it when its steps are done."""
         self._steps_left -= 1
         if self._steps_left == self._num_steps:
             self._profile.start()
@@ -57,7 +57,7 @@ class Profiler(Callback):
 
 
 def _most_expensive(seen: profile) -> list[dict[str, Any]]:
-    """Return the operators that took the most time themselves, with milliseconds and calls over all steps."""
+    """Return the operators with the longest self time, and their milliseconds and calls over all steps."""
     events = seen.key_averages()
     on_device = any(event.self_device_time_total for event in events)
     micros = {event.key: event.self_device_time_total if on_device else event.self_cpu_time_total for event in events}
@@ -70,9 +70,9 @@ def _most_expensive(seen: profile) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def anomalies_found(is_wanted: bool, *folders: Path) -> Iterator[None]:
-    """If wanted, stop at the first operation with a NaN gradient. Raises CodeFailedError with its line, of ``folders``.
+    """If wanted, stop at the first operation with a NaN gradient. Raises CodeFailedError, which names a line.
 
-    If no line of the forward pass is in ``folders``, it names the last line.
+    The line is the innermost one of the forward pass in ``folders``; if there is none, the innermost of all.
     """
     if not is_wanted:
         yield

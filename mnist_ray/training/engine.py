@@ -35,7 +35,7 @@ EVALUATION_BATCH_SIZE = 100  # small enough that the activations stay in the pro
 
 
 def create_state(workload: Workload, config: TrainConfig, num_examples: int, device: torch.device) -> TrainingState:
-    """Return the state before the first step, for ``num_examples`` training examples; the same on every rank."""
+    """Return the state before the first step, for ``num_examples`` training examples. All ranks get the same state."""
     torch.manual_seed(config.seed)
     model = with_fast_layout(workload.create_model().to(device))
     optimizer = workload.create_optimizer(model, config)
@@ -51,7 +51,7 @@ def create_state(workload: Workload, config: TrainConfig, num_examples: int, dev
 
 def with_fast_layout(model: nn.Module) -> nn.Module:
     """Return a model with channels-last weights, the fastest layout for convolutions of images."""
-    if any(parameter.dim() == 5 for parameter in model.parameters()):  # convolutions of volumes: PyTorch would raise
+    if any(parameter.dim() == 5 for parameter in model.parameters()):  # 3-D convolutions: PyTorch would raise
         return model
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
@@ -67,12 +67,12 @@ def train(
 ) -> None:
     """Train ``state`` from its position to the end of the last epoch, on this rank's slices of ``split``.
 
-    ``config.precision`` is not ``auto``: see ``resolve_precision``. Raises TrainingDivergedError on every rank, before
-    weights that are not finite get into a checkpoint; StopWantedError after a checkpoint, if a callback wants to stop.
+    ``config.precision`` must not be ``auto``: see ``resolve_precision``. Raises TrainingDivergedError, on every rank,
+    before weights that are not finite are saved; StopWantedError after a checkpoint, if a callback wants to stop.
     """
     assert config.precision != "auto"
     if config.compile:
-        # Per shape: kernels must not depend on earlier batches, which a resumed run does not see.
+        # Compile for each shape: kernels must not depend on earlier batches, which a resumed run does not see.
         state.model.compile(dynamic=False)
     gradients = Gradients(workload, state, config, group)
     for callback in callbacks:
@@ -112,7 +112,7 @@ def train(
 def _steps(
     examples: ArrayBatches | ExampleBatches, state: TrainingState, config: TrainConfig, group: Group, num_processes: int
 ) -> Iterator[list[Batch]]:
-    """Yield this rank's slice of each remaining step of the epoch, as pieces on the device."""
+    """Yield this rank's slice of each remaining step of the epoch, as a list of pieces on the device."""
     sampler = ShardedBatchSampler(
         len(examples),
         config.batch_size,
@@ -135,7 +135,7 @@ def _steps(
 
 
 def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callback]) -> None:
-    """Make a step of the optimizer, the schedule and the EMA, with the gradients in the model."""
+    """Make a step of the optimizer, the schedule and the EMA, from the gradients in the model."""
     state.scaler.unscale_(state.optimizer)
     for callback in callbacks:
         callback.on_gradients(state)
@@ -170,14 +170,14 @@ class Gradients:
         self._generator = _generator(group.device)
 
     def compute(self, pieces: Sequence[Batch]) -> dict[str, Tensor]:
-        """Leave the gradients in the model; return this rank's part of the sums over the global batch."""
+        """Put the gradients into the model; return this rank's part of the sums over the global batch."""
         return self._of_slice(pieces) if self._chunks is None else self._of_chunks(pieces, self._chunks)
 
     def _of_slice(self, pieces: Sequence[Batch]) -> dict[str, Tensor]:
         self._seed(self._group.rank)
         total: dict[str, Tensor] = {}
         for piece in pieces:
-            # DDP averages over the ranks in the backward pass of the last piece; gradients accumulate here before.
+            # DDP averages over the ranks in the backward pass of the last piece. Before it, gradients accumulate.
             accumulates = isinstance(self._model, DistributedDataParallel) and not piece.ends_step
             with self._model.no_sync() if accumulates else contextlib.nullcontext():  # type: ignore[operator]
                 sums = self._backward(piece, self._group.world_size / piece.global_size)
@@ -191,7 +191,7 @@ class Gradients:
         return chunks.apply()
 
     def _seed(self, part: int) -> None:
-        """Let augmentation and dropout draw the same in a resumed run (without chunks: with as many workers)."""
+        """Seed augmentation and dropout as in an earlier run. Without chunks, this needs as many workers as before."""
         self._generator.manual_seed(seed_of(self._config.seed, self._state.epoch, part) + self._state.step)
 
     def _backward(self, piece: Batch, weight: float) -> dict[str, Tensor]:
@@ -206,7 +206,7 @@ def seed_of(*numbers: int) -> int:
 
 
 def _generator(device: torch.device) -> torch.Generator:
-    """Return the generator from which layers such as dropout draw."""
+    """Return the generator of random numbers for layers such as dropout."""
     return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
 
 
@@ -219,11 +219,11 @@ def backward(
     generator: torch.Generator | None = None,
     scaler: GradScaler | None = None,
 ) -> dict[str, Tensor]:
-    """Add the gradients of ``weight`` × the sum of a batch's losses to the model's, scaled by ``scaler``.
+    """Add to the model's gradients those of ``weight`` × the sum of a batch's losses, scaled by ``scaler``.
 
     Returns the sums of the loss and of the workload's measures, on the device. With a weight of 1 / global batch size,
-    the gradients of slices add up to those of the global batch's mean loss, also if slices are uneven or empty. DDP
-    averages over the ranks, so its weight is multiplied by the world size.
+    the gradients of slices add up to those of the global batch's mean loss, even if slices are uneven or empty. DDP
+    averages over the ranks, so with DDP the weight is multiplied by the world size.
     """
     with autocast(next(model.parameters()).device, config.precision):
         outputs = as_fp32(model(workload.prepare(batch.inputs, generator)))
@@ -240,7 +240,7 @@ def measured_sums(workload: Workload, outputs: Any, targets: Any) -> dict[str, T
 
 
 def _distributed(model: nn.Module, group: Group) -> nn.Module:
-    """Wrap a model so that gradients are averaged over the ranks; with one rank, return it as it is."""
+    """Wrap a model so that gradients are averaged over the ranks; with one rank, return it unchanged."""
     if group.world_size == 1:
         return model
     if group.device.type == "cuda":
@@ -251,7 +251,7 @@ def _distributed(model: nn.Module, group: Group) -> nn.Module:
 
 
 def resolve_precision(precision: Precision, group: Group) -> Precision:
-    """Turn ``auto`` into bf16 if the processors or GPUs of all ranks have it in hardware, otherwise into fp32."""
+    """Turn ``auto`` into bf16 if the processors or GPUs of all ranks support it in hardware, else into fp32."""
     if precision != "auto":
         return precision
     on_gpu = group.device.type == "cuda"
@@ -273,9 +273,9 @@ def split_bounds(num_examples: int, num_parts: int) -> list[tuple[int, int]]:
 def evaluate_together(
     workload: Workload, model: nn.Module, split: Split, group: Group, num_loader_processes: int = 0
 ) -> Evaluation:
-    """Evaluate a model, each rank on some of the batches. The result, on every rank, has the bits of ``evaluate``.
+    """Evaluate a model, each rank on some of the batches. Every rank gets the bits that ``evaluate`` would return.
 
-    Several ranks return no columns.
+    With several ranks, the result has no columns.
     """
     if group.world_size == 1:
         return evaluate(workload, model, split, num_loader_processes)
@@ -291,7 +291,7 @@ def evaluate_together(
 
 @torch.inference_mode()
 def evaluate(workload: Workload, model: nn.Module, split: Split, num_loader_processes: int = 0) -> Evaluation:
-    """Evaluate a model on a split, in fp32 and fixed batches, on the device of its weights."""
+    """Evaluate a model on a split, in fp32 and in fixed batches, on the device of the model's weights."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     was_training = model.training
     model.eval()

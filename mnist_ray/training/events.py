@@ -1,4 +1,4 @@
-"""Events that workers and tasks report during a run. Light: the event queue's process imports it too."""
+"""Events that workers and tasks report during a run. The module is light: the event queue's process imports it too."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class Started(Event):
     threads: int  # of each worker
     device: str
     precision: str
-    epoch: int  # finished epochs, as restored
-    step: int  # finished steps of the current epoch, as restored
+    epoch: int  # finished epochs at this start
+    step: int  # finished steps of the current epoch at this start
     num_steps: int  # per epoch
     damaged: tuple[str, ...] = ()  # checkpoints that were skipped
     notes: tuple[str, ...] = ()  # printed for the user
 
     @property
     def total_step(self) -> int:
-        """Finished steps over all epochs, as restored."""
+        """Finished steps over all epochs at this start."""
         return self.epoch * self.num_steps + self.step
 
 
@@ -50,7 +50,7 @@ class WorkersLost(Event):
 
 @dataclass(frozen=True)
 class NodeLeaving(Event):
-    """A worker's node will be taken away; a checkpoint is saved before."""
+    """A worker's node will be taken away; a checkpoint is saved first."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Progress(Event):
 
     @property
     def examples_per_s(self) -> float:
-        """Over all ranks, in the epoch so far."""
+        """Examples per second over all ranks, in the epoch so far."""
         return self.num_examples / self.epoch_s
 
 
@@ -108,7 +108,7 @@ class Validated(Event):
 class StoppedEarly(Event):
     """Training has ended before its last epoch: by early stopping, or by a callback."""
 
-    epoch: int  # the last, counted from 1
+    epoch: int  # the last epoch, counted from 1
     best_epoch: int
 
 
@@ -120,4 +120,4 @@ class TrialEnded(Event):
     settings: Mapping[str, Any]  # the searched settings and the seed
     state: str
     has_failed: bool
-    values: Mapping[str, float]  # its columns of sweep.csv, without those that are NaN
+    values: Mapping[str, float]  # the trial's columns of sweep.csv, except NaN

@@ -1,4 +1,4 @@
-"""Metrics travel as sums and counts and are divided last, so that every example weighs the same."""
+"""Metrics are kept as sums and counts and divided at the end, so that every example has the same weight."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class MetricSums:
         return MetricSums(added, self.num_examples + other.num_examples)
 
     def values(self, workload: Workload) -> dict[str, float]:
-        """Return the mean loss and the workload's metrics; NaN over no examples."""
+        """Return the mean loss and the workload's metrics; NaN if there are no examples."""
         if self.num_examples == 0:
             return {metric.name: math.nan for metric in workload.all_metrics}
         means = {name: value / self.num_examples for name, value in self.sums.items()}
@@ -67,7 +67,7 @@ class LoggingWindow:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Exclude the time since the last window, spent on saving or between epochs."""
+        """Leave out the time since the last window, which was spent on saving or between epochs."""
         self._start = time.perf_counter()
 
     def add(self, sums: dict[str, Tensor], global_size: int) -> None:
@@ -76,11 +76,11 @@ class LoggingWindow:
         self._sizes.append(global_size)
 
     def is_full(self, steps_left: int) -> bool:
-        """Tell whether to close it. It also takes an epoch's last steps if they are too few for another window."""
+        """Tell whether to close the window. It stays open for an epoch's last steps, if too few for another window."""
         return steps_left == 0 or (len(self._sizes) >= self._interval_steps and 2 * steps_left >= self._interval_steps)
 
     def close(self, state: TrainingState, num_steps: int, *, stop_wanted: bool) -> Progress:
-        """Reduce the window over all ranks into ``state`` and empty it. Raises TrainingDivergedError."""
+        """Sum the window over all ranks, add it to ``state``, and empty it. Raises TrainingDivergedError."""
         names = list(self._sums[0])
         sums = torch.stack([step[name] for step in self._sums for name in names]).double()
         if sums.is_cuda:
@@ -134,7 +134,7 @@ class Evaluation:
         )
 
     def values(self, workload: Workload) -> dict[str, float]:
-        """Return loss and metrics. ``fsum`` makes them independent of how the batches were spread over tasks."""
+        """Return loss and metrics. Thanks to ``fsum``, they do not depend on the split of batches over tasks."""
         names = self.batch_sums[0] if self.batch_sums else {}
         sums = {name: math.fsum(batch[name] for batch in self.batch_sums) for name in names}
         return MetricSums(sums, self.num_examples).values(workload)
@@ -147,9 +147,9 @@ class Evaluation:
 
 
 def score(workload: Workload, values: Mapping[str, float]) -> float:
-    """Return a number that is larger for a better model: by the monitored metric; ties go to the lower loss.
+    """Return a number that is larger for a better model, by the monitored metric and then by the loss.
 
-    ``values`` are those of the validation. The loss weighs too little to matter if the monitored metric differs.
+    ``values`` come from the validation. The weight of the loss is so small that the loss only breaks ties.
     """
     value = values[workload.monitor.name]
     if math.isnan(value):

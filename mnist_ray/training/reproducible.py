@@ -3,7 +3,7 @@
 The last bits of a sum depend on the order of its additions. Here each global batch is cut into a fixed number of
 chunks. Each chunk's gradient is computed separately, on one thread, and the gradients are added up along a fixed tree
 over the chunks. Each rank adds up the subtrees of its own chunks; then the ranks exchange and add up these sums.
-The idea is that of EasyScale (https://arxiv.org/abs/2208.14228) and VirtualFlow (https://arxiv.org/abs/2009.09523).
+The idea comes from EasyScale (https://arxiv.org/abs/2208.14228) and VirtualFlow (https://arxiv.org/abs/2009.09523).
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def check_arithmetic(world_size: int) -> None:
 
 
 def _but(values: Sequence[str], others: Sequence[str]) -> str:
-    return " ".join(value for value in values if value not in others) or "less"
+    return " ".join(value for value in values if value not in others) or "nothing extra"
 
 
 class Subtree(NamedTuple):
-    """The sum over 2^``level`` neighbouring chunks, from chunk ``number`` × 2^``level`` on."""
+    """The sum over 2^``level`` neighbouring chunks, starting at chunk ``number`` × 2^``level``."""
 
     level: int
     number: int
@@ -59,7 +59,7 @@ class Subtree(NamedTuple):
 def added_up(nodes: Iterable[Subtree]) -> list[Subtree]:
     """Add up neighbours that are the two halves of a subtree. ``nodes`` cover neighbouring chunks, in order.
 
-    The bits of each sum do not depend on which rank makes which of its additions.
+    The bits of a sum do not depend on which rank does which addition.
     """
     grown: list[Subtree] = []
     for node in nodes:
@@ -70,7 +70,7 @@ def added_up(nodes: Iterable[Subtree]) -> list[Subtree]:
 
 
 class Chunks:
-    """Collects the gradients of this rank's chunks and turns them into those of the global batch.
+    """Collects the gradients of this rank's chunks and turns them into the global batch's gradients.
 
     Every chunk of a step starts with the same buffers (such as the running statistics of batch normalization). The step
     changes them by the mean of the chunks' changes.
@@ -86,7 +86,7 @@ class Chunks:
         self._nodes: list[Subtree] = []
 
     def collect(self, chunk: int, sums: Mapping[str, Tensor]) -> None:
-        """Move a chunk's gradients out of the model, and collect the ``sums`` over its examples."""
+        """Move a chunk's gradients out of the model, and collect the ``sums`` over the chunk's examples."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         changes = [buffer.double() - before for buffer, before in zip(self._buffers, self._before, strict=True)]
         vector = torch.cat([part.reshape(-1).to(self._dtype) for part in (*gradients, *changes, *sums.values())])
@@ -97,7 +97,7 @@ class Chunks:
         self._set_buffers(self._before)
 
     def apply(self) -> dict[str, Tensor]:
-        """Put the global batch's gradients and buffers into the model; return the sums over its examples.
+        """Put the global batch's gradients and buffers into the model; return the sums over the batch's examples.
 
         Ranks other than 0 return zeros, so that a sum over the ranks counts each example once.
         """
@@ -114,7 +114,7 @@ class Chunks:
         return {name: value[0] for name, value in zip(self._names, sums, strict=True)}
 
     def _copied_buffers(self) -> list[Tensor]:
-        return [buffer.to(torch.float64, copy=True) for buffer in self._buffers]  # exact for counters, too
+        return [buffer.to(torch.float64, copy=True) for buffer in self._buffers]  # exact even for counters
 
     def _set_buffers(self, values: Sequence[Tensor]) -> None:
         for buffer, value in zip(self._buffers, values, strict=True):
@@ -122,7 +122,7 @@ class Chunks:
 
     @functools.cached_property
     def _exchange(self) -> Callable[[Tensor], Tensor]:
-        """Turns this rank's rows, one per subtree, into the sum over all ranks' rows; the same on every rank.
+        """Turns this rank's rows, one per subtree, into the sum over all ranks' rows. All ranks get the same.
 
         Created at the first step, on all ranks at once, when the rows' length is known.
         """
@@ -148,9 +148,9 @@ class Chunks:
 
 
 def _total_by_slices(total: Callable[[Tensor], Tensor], num_rows: Sequence[int], rows: Tensor) -> Tensor:
-    """Add up through the process group: each rank adds up one slice of all rows, then all ranks gather the slices.
+    """Add up through the process group: each rank adds up its slice of every row, then all ranks gather the sums.
 
-    ``rows`` is (rows of this rank, size); ``num_rows`` are the rows of each rank.
+    ``rows`` has the shape (rows of this rank, size); ``num_rows`` has the number of rows of each rank.
     """
     world_size, (_, size) = len(num_rows), rows.shape
     length = math.ceil(size / world_size)

@@ -12,19 +12,19 @@ import numpy as np
 
 from mnist_ray.workload.order import Shuffled
 
-_DRAWN_AT_ONCE = 2**13  # examples of an epoch's order; drawing them one by one is 100 times slower
+_DRAWN_AT_ONCE = 2**13  # examples of an epoch's order; drawing one at a time takes 100 times as long
 
 
 class Slice(NamedTuple):
     """The indices that the loader requests from a data set."""
 
     indices: np.ndarray
-    global_size: int = 0  # examples of the whole batch over all ranks; 0 in an evaluation
+    global_size: int = 0  # number of examples in the whole batch, over all ranks; 0 in an evaluation
     ends_step: bool = True  # whether this is the rank's last piece of the batch
 
 
 def own_chunks(num_chunks: int, rank: int, world_size: int) -> range:
-    """Return a rank's chunks of each batch: contiguous; their numbers differ by at most one between ranks."""
+    """Return a rank's chunks of each batch, a contiguous range. Ranks differ by at most one chunk."""
     return range(num_chunks * rank // world_size, num_chunks * (rank + 1) // world_size)
 
 
@@ -33,7 +33,7 @@ class ShardedBatchSampler:
     """One rank's slices of an epoch's global batches.
 
     The global batches depend on (seed, epoch) only, never on the number of ranks: the epoch's order is cut into
-    batches, and rank r of w takes the r-th of w slices of each. So a run can resume at any ``first_step`` with any
+    batches, and rank r of w takes the r-th of each batch's w slices. So a run can resume at any ``first_step`` with any
     number of workers and see the same batches. All ranks get the same number of slices. A slice of more than
     ``piece_size`` examples is yielded in pieces. With ``num_chunks``, batches are cut into chunks instead of slices,
     and each of a rank's chunks is a piece.

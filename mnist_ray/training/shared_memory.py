@@ -1,8 +1,8 @@
 """Gradients summed through shared memory, if all ranks are on one machine.
 
-For a small network on few cores, gloo's sum over the ranks takes as long as the gradients themselves: it sends them
-over TCP and waits in the kernel. Here each rank writes its gradients into shared memory, polls the others' counters,
-and adds up the gradients itself, in the order of the ranks. (`benchmarks/README.md` measures the difference.)
+For a small network on few cores, gloo's sum over the ranks takes as long as computing the gradients: gloo sends
+them over TCP and waits in the kernel. Here each rank writes its gradients into shared memory, polls the counters of the
+other ranks, and adds up all gradients in the order of the ranks. (`benchmarks/README.md` measures the difference.)
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 _FOLDER = Path("/dev/shm")
-_MOST_BYTES = 64 * 2**20  # above, bandwidth counts and not latency: gloo is as fast
-_CACHE_LINE = 64  # bytes; each rank's counter has its own
+_MOST_BYTES = 64 * 2**20  # above this, gloo is as fast: bandwidth matters more than latency
+_CACHE_LINE = 64  # bytes; each rank's counter has its own line
 _YIELDS_AFTER_S = 0.002  # of polling; then other processes get the core
 
 
@@ -60,7 +60,7 @@ def is_supported() -> bool:
 class Exchange:
     """Exchanges rows of float32 between ranks. All ranks make the same calls, with rows of the same length.
 
-    ``num_rows`` are the rows of each rank; ``size`` is the length of the longest.
+    ``num_rows`` has the number of rows of each rank; ``size`` is the length of the longest row.
     """
 
     def __init__(self, memory: mmap.mmap, rank: int, num_rows: Sequence[int], size: int) -> None:
@@ -75,7 +75,7 @@ class Exchange:
     def __call__(self, rows: Tensor) -> Tensor:
         """Return the rows of all ranks, in the ranks' order; valid until the next call."""
         self._calls += 1
-        # Two buffers in turn. A rank can be one call ahead, never two, so nobody reads the buffer that it writes.
+        # Two buffers alternate. A rank can be one call ahead, never two, so nobody reads the buffer that it writes.
         buffer = self._rows[self._calls % 2, :, : rows.shape[1]]
         buffer[self._own].copy_(rows)
         self._counters[self._rank] = self._calls
@@ -86,7 +86,7 @@ class Exchange:
 
 
 def open_together(num_rows: Sequence[int], size: int) -> mmap.mmap | None:
-    """Return zeroed memory for ``Exchange``, shared by all ranks; None on every rank if one of them cannot have it.
+    """Return zeroed memory for ``Exchange``, shared by all ranks; None on every rank if one of them cannot map it.
 
     All ranks must call it.
     """

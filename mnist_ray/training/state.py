@@ -16,11 +16,11 @@ from mnist_ray.training.metrics import MetricSums
 
 
 class CodeFailedError(Exception):
-    """Code of the training failed on a worker, a model's for instance; another attempt would fail too."""
+    """The training's code, such as the model's, failed on a worker; a retry would fail too."""
 
 
 class StopWantedError(Exception):
-    """Training was asked to stop and has, after saving a checkpoint. Raised on every rank alike."""
+    """Training has saved a checkpoint and stopped, as it was asked to. Raised on every rank alike."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,16 @@ class TrainingState:
     step: int = 0  # optimizer steps done in the current epoch
     sums: MetricSums = field(default_factory=MetricSums)  # over the current epoch so far and all ranks
     epoch_s: float = 0.0  # seconds of training in the current epoch: by rank 0's clock, without validating and saving
-    finished_s: float = 0.0  # the same, over the finished epochs
-    scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))  # of the loss; for fp16 only
+    finished_s: float = 0.0  # seconds of training in the finished epochs
+    scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))  # scales the loss; for fp16 only
     average: AveragedModel | None = None  # the weights' EMA, with --ema-decay
-    scores: list[float] = field(default_factory=list)  # of each finished epoch, if the workers validate; more is better
+    scores: list[float] = field(default_factory=list)  # of each finished epoch, if workers validate; higher is better
     ends: bool = False  # set by a callback: no further epoch
     num_steps: int = 0  # per epoch
 
     @property
     def result(self) -> nn.Module:
-        """The model that is evaluated and kept: the trained one, or its EMA."""
+        """The model that is evaluated and kept: the trained model, or its EMA."""
         if self.average is None:
             return self.model
         averaged: nn.Module = self.average.module

@@ -61,7 +61,7 @@ def run(temporary: Path, address: str = "local", **variables: str) -> subprocess
 def test_an_address_where_no_ray_answers_ends_the_job_in_one_line(silent: str, temporary: Path) -> None:
     done = run(temporary, address=silent)
     assert done.returncode == 1
-    assert done.stderr == f"error: no Ray cluster answers at RAY_ADDRESS={silent}; unset it to start a local one\n"
+    assert done.stderr == f"error: no Ray cluster answers at RAY_ADDRESS={silent}; unset it to start a local Ray\n"
 
 
 def test_a_local_ray_leaves_only_the_logs_of_a_failure_and_an_error_of_meanwhile_is_raised(temporary: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_local_ray_that_cannot_start_is_one_line_that_names_the_logs_and_the_u
     (session,) = temporary.glob("ray/session_2*")
     assert done.stderr.startswith("error: a local Ray cannot start: Attempting to cap object store memory usage at ")
     assert done.stderr.endswith(
-        f"(logs: {session}/logs; set are RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION, RAY_TMPDIR)\n"
+        f"(logs: {session}/logs; with RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION, RAY_TMPDIR set)\n"
     )
     assert done.stderr.count("\n") == 1
 

@@ -31,7 +31,7 @@ def test_storage_that_a_node_does_not_see_is_named(
     elsewhere = locate(str(tmp_path / "elsewhere"), "run")
     check_here = remote_data.check_here
     monkeypatch.setattr(remote_data, "check_here", lambda run, *rest: check_here(elsewhere, *rest))
-    with pytest.raises(JobError, match=r"^node \S+ does not see --storage-path \S+elsewhere: .+; use one that all"):
+    with pytest.raises(JobError, match=r"^node \S+ does not see --storage-path \S+elsewhere: .+; use a path that all"):
         check_nodes(run)
 
 

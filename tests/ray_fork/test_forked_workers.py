@@ -166,5 +166,5 @@ def test_workers_that_die_at_once_end_a_job_with_one_line(tmp_path: Path) -> Non
         check=False,
     )
     assert done.returncode == 1
-    said = r"error: Ray's worker processes do not start; the last line of one: no room \(log: \S+/raylet\.err\)\n"
+    said = r"error: Ray's worker processes do not start; a worker's last line: no room \(log: \S+/raylet\.err\)\n"
     assert re.fullmatch(said, done.stderr)

@@ -276,7 +276,7 @@ def test_a_time_budget_stops_trials(trained: Mock, where: dict[str, Any], tmp_pa
     [
         ({"sweep": ["batch_size=60000"]}, "--sweep: batch size 60,000 is larger than the 55,000 images to train on"),
         ({"sweep": ["batch_size=8"], "batch_size": 9}, "--sweep searches batch_size: give its space once"),
-        ({"batch_size": 8, "learning_rate": 0.1}, "nothing to search: name settings of MNIST by --sweep"),
+        ({"batch_size": 8, "learning_rate": 0.1}, "nothing to search: name settings of MNIST with --sweep"),
         ({"validation_size": 0}, "a sweep chooses by validation accuracy"),
         ({"search": "grid", "num_trials": 2}, "--search grid needs a trial for each of the 5 choices"),
         ({"resume": True, "run_name": "ghost"}, "--resume: there is no run"),
@@ -300,10 +300,10 @@ def test_a_sweep_that_has_lost_its_trials_says_what_to_do(tmp_path: Path) -> Non
     run.write_text("sweep.json", '{"num_epochs": 1}')
     assert read().notes == ("run lost has no finished trial yet; starting from the beginning",)
     run.write_text("sweep.csv", "trial\n1\n")
-    with pytest.raises(JobError, match=r"sweep\.csv is damaged: .*; remove it, and the trials are run again"):
+    with pytest.raises(JobError, match=r"sweep\.csv is damaged: .*; remove it to run the trials again"):
         read()
     run.write_text("best.json", "{}")
-    chosen = r"train the chosen settings with python jobs/train\.py --config .*/lost/best\.json, or start another sweep"
+    chosen = r"train the chosen settings with python jobs/train\.py --config .*/lost/best\.json, or start a new sweep"
     with pytest.raises(JobError, match=r"sweep\.csv is damaged: .*; " + chosen):
         read()
     run.delete_file("sweep.csv")

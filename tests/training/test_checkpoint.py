@@ -210,7 +210,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused_but_not_damaged(saved: Pat
     state = engine.create_state(mnist(), CONFIG, 600, CPU)
     halves = [{"params": [parameter]} for parameter in state.model.parameters()]
     state.optimizer = torch.optim.Adam(halves)
-    with pytest.raises(OtherModelError, match=r"1-0 is of another optimizer or schedule: ValueError: "):
+    with pytest.raises(OtherModelError, match=r"1-0 does not fit the optimizer or schedule: ValueError: "):
         checkpoint.restore(folder_at(saved / "1-0"), state)
 
 
@@ -221,9 +221,9 @@ def test_a_checkpoint_of_another_model_is_refused_but_not_damaged(
     copy_of(saved / "1-0", tmp_path / "run" / "checkpoint_epoch-001_step-000000")
     monkeypatch.setattr(MNIST, "create_model", lambda workload: nn.Linear(784, 10))
     state = engine.create_state(mnist(), CONFIG, 600, CPU)
-    with pytest.raises(OtherModelError, match=r"_step-000000 is of another model: .*conv1\.weight"):
+    with pytest.raises(OtherModelError, match=r"_step-000000 does not fit the model: .*conv1\.weight"):
         checkpoint.restore_newest(locate(str(tmp_path), "run"), state)
-    with pytest.raises(OtherModelError, match=r"1-0 is of another model: .*conv1\.weight") as raised:
+    with pytest.raises(OtherModelError, match=r"1-0 does not fit the model: .*conv1\.weight") as raised:
         checkpoint.load_model(folder_at(saved / "1-0"), mnist())
     assert "\n" not in str(raised.value)
 

@@ -129,7 +129,7 @@ def test_machines_with_other_arithmetic_are_refused_and_the_difference_is_named(
         into[:] = others
 
     monkeypatch.setattr(dist, "all_gather_object", gather)
-    with pytest.raises(OtherArithmeticError, match="first has less, second has avx512f"):
+    with pytest.raises(OtherArithmeticError, match="first has nothing extra, second has avx512f"):
         check_arithmetic(2)
     others[1] = others[0]
     check_arithmetic(2)
