@@ -200,7 +200,7 @@ def check(session: Session) -> None:
     job, console, plan = session.job, session.console, session.plan
     own_versions, batch_size = versions(), job.train.batch_size
     hosts = ["this process"] if session.is_here else check_nodes(job.run, own_versions)
-    each = f"a step's {batch_size} {job.workload.nouns} are {math.ceil(batch_size / max(1, plan.num_workers))} a worker"
+    each = f"{math.ceil(batch_size / max(1, plan.num_workers))} of a step's {batch_size} {job.workload.nouns} each"
     console.say("plan", f"{count(plan.num_workers, 'worker')} ({plan.placement}); {each}")
     console.say("storage", f"{job.run.storage_path}: read by {', '.join(hosts)}")
     console.say("versions", ", ".join(f"{name} {version}" for name, version in own_versions.items()))

@@ -41,7 +41,7 @@ def test_check_says_whether_the_job_would_run_and_trains_nothing(
     flags = as_flags({"data_dir": small_data, "validation_size": 600, "storage_path": tmp_path})
     run_main("train", *flags, "--check", "--batch-size", "50", "--num-workers", "2")
     printed = capsys.readouterr().out
-    assert "plan       2 workers (PACK); a step's 50 images are 25 a worker\n" in printed
+    assert "plan       2 workers (PACK); 25 of a step's 50 images each\n" in printed
     assert printed.endswith("check      this job would run\n")
     with pytest.raises(UsageError, match="the cluster cannot hold 3 workers of 1 CPU"):
         run_main("train", *flags, "--check", "--num-workers", "3")
