@@ -128,7 +128,7 @@ def rows(folder: Path, rng: random.Random) -> Iterator[tuple[str, str, Sequence[
 
 def cost(folder: Path, rounds: int) -> None:
     """Print the images/s of an epoch with ``--reproducible``, and their ratio to those without."""
-    print("| workers | chunks | images/s | of those without |\n|---|---|---|---|")
+    print("| workers | chunks | images/s | with / without `--reproducible` |\n|---|---|---|---|")
     for workers, chunks in ((1, 8), (2, 8), (4, 8), (1, 4), (2, 4)):
         pairs = []
         flags = ["--num-workers", workers, "--cpus-per-worker", 1, "--num-epochs", 1, "--storage-path", folder]
@@ -154,7 +154,7 @@ def main() -> None:
         return
     os.environ["RAY_AUTH_MODE"] = "disabled"  # Cluster, unlike `ray start`, does not set up a token
     chaos.FLAGS[:] = ["--reproducible", "--checkpoint-every", "50", "--max-failures", "3"]
-    print("| what | flags | runs | same bits |\n|---|---|---|---|")
+    print("| case | flags | runs | bit-identical |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for what, flags, same in rows(Path(folder), random.Random(0)):
             print(f"| {what} | `{flags}` | {len(same)} | {sum(same)} |", flush=True)

@@ -210,7 +210,7 @@ def run_all(
 
 def print_table(outcomes: Sequence[Outcome]) -> None:
     """Print a row for each kind of failure."""
-    print("\n| nodes | what happens | runs | finished | same weights | steps repeated: median, most | least accuracy |")
+    print("\n| nodes | failure | runs | finished | same weights | repeated steps: median, maximum | lowest accuracy |")
     print("|---|---|---|---|---|---|---|")
     for where, kind in dict.fromkeys((outcome.where, outcome.kind) for outcome in outcomes):
         of_kind = [outcome for outcome in outcomes if (outcome.where, outcome.kind) == (where, kind)]

@@ -97,7 +97,7 @@ def main() -> None:
     os.environ["RAY_ADDRESS"] = "local"
     rng = random.Random(0)
     chaos.FLAGS.extend(["--num-epochs", "6"])
-    print("| what happens | runs | seconds to the end: median, most | says how to resume | then the same weights |")
+    print("| what happens | runs | seconds to exit: median, maximum | says how to resume | same weights if resumed |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         undisturbed = Path(tempfile.mkdtemp(dir=folder))

@@ -298,8 +298,8 @@ def check(model: Model, plan: Plan, measured: dict[Point, float]) -> None:
 
 def print_plans(name: str, model: Model, plan: Plan, workers_a_host: int, batch_sizes: Sequence[int]) -> None:
     """Print the predicted images/s of more workers, with this design and others."""
-    print(f"\n{name}, {workers_a_host} workers a host of as many cores\n")
-    print("| workers | batch | images/s | of ideal | hierarchical | of 1 byte a gradient | a sum every 8 steps |")
+    print(f"\n{name}, {workers_a_host} workers per host, one per core\n")
+    print("| workers | batch | images/s | share of ideal | hierarchical | 1 byte per gradient | a sum every 8 steps |")
     print("|---|---|---|---|---|---|---|")
     for num_workers in (1, 10, 100, 1000):
         for batch_size in batch_sizes:
@@ -324,8 +324,8 @@ def print_plans(name: str, model: Model, plan: Plan, workers_a_host: int, batch_
 
 def print_checkpoints(name: str, num_bytes: float, restart_s: float) -> None:
     """Print the best checkpoint interval for several rates of failure, and the share of time lost."""
-    print(f"\n{name}: a checkpoint of {3 * num_bytes / 1e6:,.1f} MB; a restart takes {restart_s:.0f} s\n")
-    print("| hosts | a host fails every | written at once, 100 MB/s: every, lost | beside the training: every, lost |")
+    print(f"\nBest interval, lost time: {name}, {3 * num_bytes / 1e6:,.1f} MB checkpoints, {restart_s:.0f} s restart\n")
+    print("| hosts | each fails every | training waits (writes 100 MB/s) | training continues |")
     print("|---|---|---|---|")
     for num_hosts in (2, 13, 125):
         for hours in (24, 720):

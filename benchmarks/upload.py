@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--megabit-s", type=float, default=400, help="speed of the link")
     parser.add_argument("--moto-server", default=shutil.which("moto_server"), help="path of the program")
     args = parser.parse_args()
-    print("| storage | trained, s | stood still, s | from the last step to the end, s |\n|---|---|---|---|")
+    print("| storage | training, s | stopped by checkpoints, s | from the last step to the end, s |\n|---|---|---|---|")
     for name in ("disk", "S3"):
         with linked(Link(args.megabit_s)), tempfile.TemporaryDirectory() as folder:
             serve = ["ip", "netns", "exec", HOSTS[1], args.moto_server, "-H", ADDRESSES[1], "-p", str(S3_PORT)]
