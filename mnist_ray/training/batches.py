@@ -61,7 +61,8 @@ class ExampleBatches(Dataset):
     """A ``Dataset`` that is read example by example, or memory-mapped arrays. Loader processes can read both.
 
     Before each example is read, the generators of Python, NumPy and torch are seeded. So its random numbers depend only
-    on the seed and the example's index, not on interruptions or on the number of ranks and loader processes.
+    on the seed and the example's index in the user's ``Dataset``, not on interruptions, splits or the number of ranks,
+    tasks and loader processes.
     """
 
     def __init__(self, split: Split, seed: int = 0) -> None:
@@ -72,40 +73,40 @@ class ExampleBatches(Dataset):
         return len(self.split)
 
     def __getitem__(self, chosen: Slice) -> Batch:
-        indices = chosen.indices
+        places = self.split.places(chosen.indices)
         if isinstance(arrays := self.split.examples, Arrays):
-            places = self.split.places(indices)
             return Batch(_rows(arrays.inputs, places), _rows(arrays.targets, places), *chosen[1:])
         # An empty batch must have the shapes of a full one, so it is made from one example and then emptied.
-        examples = [self._example(index) for index in indices.tolist() or [0]]
+        examples = [self._example(place) for place in places.tolist() or [int(self.split.places(0))]]
         try:
             inputs, targets = default_collate(examples)
         except (RuntimeError, TypeError) as error:
-            reason = _misfit(indices, examples) or first_line(error)
+            reason = _misfit(places, examples) or first_line(error)
             raise ExampleError(f"{self.split.origin} examples do not fit together: {reason}") from error
-        if len(indices) == 0:
+        if len(places) == 0:
             inputs, targets = _emptied(inputs), _emptied(targets)
         return Batch(inputs, targets, *chosen[1:])
 
-    def _example(self, index: int) -> tuple[Any, Any]:
-        seed = (self.seed * 2_147_483_647 + index) % 2**63
+    def _example(self, place: int) -> tuple[Any, Any]:
+        seed = (self.seed * 2_147_483_647 + place) % 2**63
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:
-            return self.split[index]
+            example: tuple[Any, Any] = self.split.examples[place]
+            return example
         except OSError as error:
             if error.errno is not None:  # an error of the storage: a retry may succeed
                 raise
-            raise ExampleError(f"{self.split.origin} example {index} cannot be read: {first_line(error)}") from error
+            raise ExampleError(f"{self.split.origin} example {place} cannot be read: {first_line(error)}") from error
 
 
-def _misfit(indices: np.ndarray, examples: list[tuple[Any, Any]]) -> str:
+def _misfit(places: np.ndarray, examples: list[tuple[Any, Any]]) -> str:
     """Name the first example whose shapes differ from those of the batch's first example."""
     shapes = [tuple(map(np.shape, example)) for example in examples]
-    for index, shape in zip(indices.tolist(), shapes, strict=False):
+    for place, shape in zip(places.tolist(), shapes, strict=False):
         if shape != shapes[0]:
-            return f"example {index} has shapes {shape}, example {indices[0]} has {shapes[0]}"
+            return f"example {place} has shapes {shape}, example {places[0]} has {shapes[0]}"
     return ""
 
 

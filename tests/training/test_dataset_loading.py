@@ -164,6 +164,12 @@ def test_random_draws_are_the_same_in_a_resumed_run() -> None:
         assert batch.inputs.equal(expected.inputs)
 
 
+def test_random_draws_are_the_same_in_any_part() -> None:
+    whole, part = Split(Noisy()), Split(Noisy()).between(4, 8)
+    expected = batches_of(whole, CPU)[Slice(np.arange(4, 8))]
+    assert batches_of(part, CPU)[Slice(np.arange(4))].inputs.equal(expected.inputs)
+
+
 def test_random_draws_differ_by_example_generator_and_seed() -> None:
     drawn = [inputs for seed in (7, 8) for inputs, _ in global_batches(Split(Noisy()), 1, seed=seed)]
     assert len(torch.cat(drawn).unique()) == 2 * NUM_EXAMPLES * 3
@@ -225,9 +231,10 @@ def test_an_error_of_a_data_set_has_its_place_in_any_process(num_processes: int)
     assert said == f"KeyError: 'no such file' (test_dataset_loading.py, line {line})"
 
 
-def test_an_example_that_cannot_be_read_is_named() -> None:
-    with pytest.raises(ExampleError, match=r"^train example 1 cannot be read: image file is truncated$"):
-        batches_of(Split(Failing(OSError("image file is truncated"))), CPU)[Slice(np.array([1]))]
+def test_an_example_that_cannot_be_read_is_named_by_its_index_in_the_data_set() -> None:
+    part = Split(Failing(OSError("image file is truncated"))).take(np.array([3, 8]))
+    with pytest.raises(ExampleError, match=r"^train example 8 cannot be read: image file is truncated$"):
+        batches_of(part, CPU)[Slice(np.array([1]))]
 
 
 def test_an_example_that_does_not_fit_the_others_is_named() -> None:
