@@ -16,15 +16,14 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.errors import JobError, with_place
-from mnist_ray.run.failures import PASSING, FailureReporter, TrainingStoppedError, reason_of
+from mnist_ray.run.failures import PASSING, STOPPING, FailureReporter, TrainingStoppedError, reason_of
 from mnist_ray.run.fit import create_trainer, drop_damaged_snapshot
 from mnist_ray.run.job import Job
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import RunFolder, position_of
 from mnist_ray.sweep.space import Point
-from mnist_ray.training import checkpoint as checkpoints
+from mnist_ray.training.checkpoint import Restored
 from mnist_ray.training.events import Progress
-from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import CodeFailedError, Group, TrainingState, is_over
 
 
@@ -59,7 +58,7 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
             group = Group(device=torch.device("cuda" if spec.plan.use_gpu else "cpu"))
             train_worker(loop_spec, group, TuneReporter, spec.plan.cpus_per_worker)
         return
-    except (CodeFailedError, TrainingStoppedError, TrainingDivergedError, checkpoints.OtherModelError) as error:
+    except (CodeFailedError, TrainingStoppedError, *STOPPING) as error:
         reason = f"{type(error).__name__}: {error}"
     except PASSING:
         raise
@@ -85,7 +84,7 @@ def train_on_workers(loop_spec: LoopSpec, plan: WorkerPlan) -> None:
 class TuneReporter(Reporter):
     """Saves, validates and reports to Tune at every checkpoint. Tune may end the trial then."""
 
-    def begin(self, state: TrainingState, restored: checkpoints.Restored) -> None:
+    def begin(self, state: TrainingState, restored: Restored) -> None:
         """Report a finished trial again: it was killed after its last checkpoint, before the sweep noted it."""
         if is_over(state, self._config):
             tune.report(restored.metrics)
