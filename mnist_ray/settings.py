@@ -248,7 +248,7 @@ class Parser(argparse.ArgumentParser):
 def peek(*names: str) -> tuple[dict[str, Any], str | None]:
     """Return some flags' values, and the run's name if one is given, while most flags are not yet known.
 
-    A word after an unknown flag may be the flag's value, so it counts as the name only if no other word can.
+    A word after an unknown flag may be its value, so it is taken for the name only if there is no other candidate.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in names:

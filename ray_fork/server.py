@@ -89,7 +89,7 @@ def listening(path: Path) -> Iterator[socket.socket]:
         if os.getpid() == server:
             for file in (path, Path(f"{path}.lock")):
                 file.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # Ray's own folder contains more sockets, and stays
+            with contextlib.suppress(OSError):  # fails for Ray's own folder: it has other sockets
                 path.parent.rmdir()
 
 
@@ -214,7 +214,7 @@ def receive(connection: socket.socket) -> Request | None:
         while len(content) < size and (more := connection.recv(size - len(content))):
             content += more
         request = Request(**json.loads(content), descriptors=descriptors)
-        if not select.select([connection], [], [], 0)[0]:  # a client sends nothing more: if readable, it hung up
+        if not select.select([connection], [], [], 0)[0]:  # no more is sent: readable means hung up
             return request
     except (OSError, ValueError, TypeError):
         pass
@@ -254,7 +254,7 @@ def become(request: Request) -> None:
     os.environ.clear()
     os.environ.update(request.environment)
     os.chdir(request.folder)
-    # Libraries do the following when they are loaded. Python reseeds its generator in a fork; Ray's has no seed yet.
+    # Redo what libraries did on import. Python reseeds its own generator in a fork; Ray's has no seed yet.
     np.random.seed()
     torch.seed()
     ray_internals.read_settings_again()

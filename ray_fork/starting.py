@@ -21,7 +21,7 @@ JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it to a submitte
 _FIRST_JOB = "01000000"
 _IMPORTED_LATE = ("ray.tune", "torch._dynamo")  # Ray Train and PyTorch's optimizers import these in running workers
 _HARMLESS = {"working_dir", "env_vars", "excludes", "config"}  # settings that do not replace a worker's Python
-# If Python or this package is elsewhere on a node, the node starts its workers with the Python next to its Ray.
+# A node that lacks this Python or this package at these paths starts its workers with its Ray's own Python.
 _START = (
     'if [ -x {python} ] && [ -f {shim} ]; then exec {python} -S -E {shim} "$@"; fi; '
     'python="${{1%/lib*/python*}}/bin/python"; [ -x "$python" ] || python=python3; exec "$python" "$@"'
@@ -50,7 +50,7 @@ def prepared_forking(module: str, *, is_wanted: bool = True) -> Iterator[Forking
     if not is_wanted or is_connected or os.environ.get("RAY_ADDRESS", "") not in ("", "auto", "local"):
         yield Forking(is_wanted, modules, None)
         return
-    # Ray reads these when it is imported. This job is the local Ray's first. Workers end when this process ends.
+    # Ray reads these on import: the id of a local Ray's first job, and the process with which workers end.
     of_workers = {"RAY_JOB_ID": _FIRST_JOB, "RAY_RAYLET_PID": str(os.getpid())}
     with tempfile.TemporaryDirectory(prefix="mnist_ray-", ignore_cleanup_errors=True) as folder:
         address = os.path.join(folder, "fork")

@@ -68,7 +68,7 @@ def _checked_folder(folder: Path) -> Path:
 
 
 def _read(path: Path, num_dims: int) -> np.ndarray:
-    """Read a file, gzipped or not. It holds 0, 0, type (8: uint8), number of dimensions, big-endian sizes, values.
+    """Read a file, gzipped or not. Bytes: 0, 0, type (8: uint8), number of dimensions, big-endian sizes, values.
 
     The format: http://yann.lecun.com/exdb/mnist/
     """

@@ -159,7 +159,7 @@ def _curves(record: RunRecord, metric: Metric) -> list[Picture]:
 def _seconds(record: RunRecord) -> list[Picture]:
     if record.result:
         parts = {name: value for name, value in record.result["seconds"].items() if name != "total"}
-        caption = "Validation is the wait after the last epoch; earlier validations ran during the training."
+        caption = "Validation counts only the wait after the last epoch; the rest ran during the training."
     else:
         columns = {"training": "epoch_s", "validation": "val_s"}
         parts = {name: math.fsum(s for s in record.column(c) if not math.isnan(s)) for name, c in columns.items()}

@@ -33,7 +33,7 @@ def read_csv(run: RunFolder, file_name: str, columns: Iterable[str] = ()) -> lis
     for column in columns:
         if column not in names:
             raise run.damaged(file_name, f"it has no column {column}")
-    if any(None in row or None in row.values() for row in rows):  # DictReader's marks of too long or too short a row
+    if any(None in row or None in row.values() for row in rows):  # how DictReader marks rows too long or too short
         raise run.damaged(file_name, f"a row does not have {len(names)} values")
     return rows
 

@@ -1,4 +1,4 @@
-"""Tells temporary failures of workers from bugs, and describes a failure in one line."""
+"""Separates workers' passing failures from bugs, and describes a failure in one line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PASSING = (
     torch.AcceleratorError,
     torch.distributed.DistError,
 )
-"""Errors that may not occur again at the next attempt; any other error in the training's code is a bug."""
+"""Errors that a retry may avoid; any other error is a bug in the training's code, unless it is in ``STOPPING``."""
 STOPPING = (OtherModelError, TrainingDivergedError, OtherArithmeticError)
 """Errors that would occur again at the next attempt, although the code has no bug."""
 

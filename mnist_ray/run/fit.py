@@ -252,7 +252,7 @@ class EventQueue:
         return events
 
     def want_stop(self) -> None:
-        """Let ``put`` return from now on that the training must stop."""
+        """From now on, let ``put`` return that training must stop."""
         self._is_stop_wanted = True
 
 

@@ -3,7 +3,7 @@
 On a local disk or NFS, only one job can create the file. On an object store, several jobs can: each writes the file,
 waits a second, and owns the run if the file still names that job. The file of a dead owner is replaced. An owner on
 this machine is dead if its process is gone; an owner on another machine is dead if the file no longer changes. Clocks
-are not compared: the time is in the file only to change it.
+are not compared: the time in the file only makes it change.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Owner:
     """The process that owns a run."""
 
     host: str
-    machine: str  # the machine's boot, and its namespace of process ids; empty if unknown
+    machine: str  # ids of the machine's boot and of its pid namespace; empty if unknown
     pid: int
     started: float  # when the process started, in seconds since 1970 by its machine's clock
 
@@ -137,7 +137,7 @@ def _text_of(owner: Owner) -> str:
 
 
 def _read(run: RunFolder) -> tuple[str | None, Owner | None]:
-    """Return the file's text and owner. Both are None if there is no file; only the owner, if the file is damaged."""
+    """Return the file's text and owner. Both are None if there is no file; if it is damaged, only the owner is."""
     text: str | None = ""
     try:
         text = run.storage.read_text(file_of(run))

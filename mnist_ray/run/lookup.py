@@ -35,7 +35,7 @@ def find_run(given: str | None, storage_path: str, is_wanted: IsWanted = lambda 
 
 
 def _newest_run(storage: RunFolder, is_wanted: IsWanted) -> RunFolder:
-    """Return the newest wanted run that has a checkpoint, by the time at which its settings were written."""
+    """Return the wanted run with a checkpoint whose settings were written last."""
     runs = [locate(storage.storage_path, name) for name in storage.subfolders()]
     for run in sorted(runs, key=lambda run: run.info(CONFIG_FILE).mtime_ns or 0, reverse=True):
         if run.exists(CONFIG_FILE) and run.checkpoint_names() and is_wanted(run):

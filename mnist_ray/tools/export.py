@@ -62,7 +62,7 @@ def _checked(workload: Workload, model: nn.Module, run: Run, path: Path) -> str:
         chosen = Slice(np.arange(min(_NUM_COMPARED, len(split))))
         inputs = workload.prepare(batches_of(split, torch.device("cpu"))[chosen].inputs, None)
     except (UsageError, JobError) as error:
-        return f"not: {error}"
+        return f"no: {error}"
     difference, outputs = largest_difference(model, run, inputs), workload.output_noun
     if not difference <= _TOLERANCE:  # also true for NaN
         raise JobError(f"the {outputs} of {path} and of the checkpoint differ by up to {difference:.1e}")

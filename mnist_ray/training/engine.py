@@ -191,7 +191,7 @@ class Gradients:
         return chunks.apply()
 
     def _seed(self, part: int) -> None:
-        """Seed augmentation and dropout as in an earlier run. Without chunks, this needs as many workers as before."""
+        """Seed augmentation and dropout alike in a resumed run; without chunks, only if it has as many workers."""
         self._generator.manual_seed(seed_of(self._config.seed, self._state.epoch, part) + self._state.step)
 
     def _backward(self, piece: Batch, weight: float) -> dict[str, Tensor]:
@@ -219,7 +219,7 @@ def backward(
     generator: torch.Generator | None = None,
     scaler: GradScaler | None = None,
 ) -> dict[str, Tensor]:
-    """Add to the model's gradients those of ``weight`` × the sum of a batch's losses, scaled by ``scaler``.
+    """Add the gradients of ``weight`` × the sum of a batch's losses to the model's, scaled by ``scaler``.
 
     Returns the sums of the loss and of the workload's measures, on the device. With a weight of 1 / global batch size,
     the gradients of slices add up to those of the global batch's mean loss, even if slices are uneven or empty. DDP
@@ -275,7 +275,7 @@ def evaluate_together(
 ) -> Evaluation:
     """Evaluate a model, each rank on some of the batches. Every rank gets the bits that ``evaluate`` would return.
 
-    With several ranks, the result has no columns.
+    With several ranks, ``columns`` is empty.
     """
     if group.world_size == 1:
         return evaluate(workload, model, split, num_loader_processes)

@@ -52,7 +52,7 @@ class MetricSums:
 
 
 class LoggingWindow:
-    """The steps since the last progress. Their sums stay on the device until the window is closed.
+    """The steps since the last report. Their sums stay on the device until the window is closed.
 
     Within an epoch, ranks communicate only for gradients and when a window closes. Rank 0's clock sets the length of
     the next window in steps, so that all ranks close it at the same step.
@@ -76,7 +76,7 @@ class LoggingWindow:
         self._sizes.append(global_size)
 
     def is_full(self, steps_left: int) -> bool:
-        """Tell whether to close the window. It stays open for an epoch's last steps, if too few for another window."""
+        """Tell whether to close the window. It stays open if an epoch's last steps are too few for another."""
         return steps_left == 0 or (len(self._sizes) >= self._interval_steps and 2 * steps_left >= self._interval_steps)
 
     def close(self, state: TrainingState, num_steps: int, *, stop_wanted: bool) -> Progress:

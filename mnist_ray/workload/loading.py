@@ -24,7 +24,7 @@ from mnist_ray.workload.data import Arrays, Data, Split, Splits
 from mnist_ray.workload.user_code import Source
 
 DEFAULT = "mnist_ray.mnist"
-_MOST_FILES_ASKED = 1000  # files whose size and time are read, evenly spaced: file servers may be slow
+_MOST_FILES_ASKED = 1000  # at most so many files, evenly spaced, are stat'ed: file servers may be slow
 _INTERFACE = [name for name in dir(Workload) if not name.startswith("_")]
 
 Reference = str | type[Workload]  # a value of ``--workload``, or a class in this process

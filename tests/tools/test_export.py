@@ -72,7 +72,7 @@ def test_without_the_data_a_checkpoint_is_exported_unchecked(
     state = create_state(workload, TrainConfig(), 600, torch.device("cpu"))
     snapshot(state, {"workload": workload.identity}).write(folder_at(tmp_path))
     run_main("export", str(tmp_path), "--output", str(tmp_path / "digits.pt2"))
-    assert "checked    not: --data-dir /nowhere is not a folder" in capsys.readouterr().out
+    assert "checked    no: --data-dir /nowhere is not a folder" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
