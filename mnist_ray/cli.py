@@ -150,7 +150,7 @@ def status_of(main: Callable[[], None]) -> int:
         say(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt as interrupt:
-        first = interrupt.__context__  # has the message if a second Ctrl-C interrupted its handling
+        first = interrupt.__context__  # holds the message if a second Ctrl-C came before the exit
         said = first if isinstance(first, KeyboardInterrupt) and not str(interrupt) else interrupt
         say(str(said) or "interrupted", file=sys.stderr)
         return 130

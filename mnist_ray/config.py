@@ -98,7 +98,7 @@ class WorkerConfig:
     )
     cpus_per_worker: int | None = setting(
         None,
-        "CPUs per worker, and its threads if each thread has 8 examples; default: the cluster's CPUs, shared evenly",
+        "CPUs per worker; as many threads if each gets 8 examples; default: the cluster's CPUs, shared evenly",
         **at_least(1),
     )
     use_gpu: Literal["auto", "yes", "no"] = setting("auto", "train on GPUs; auto: if the cluster has any")
@@ -195,6 +195,6 @@ class SweepConfig:
         3, "best configurations to train with two more seeds before choosing one; 0: one seed decides", **at_least(0)
     )
     max_concurrent_trials: int | None = setting(
-        None, "trials at a time; default: as many as fit on the cluster; more only with --autoscaling", **at_least(1)
+        None, "trials at a time; default, and limit without --autoscaling: as many as the cluster holds", **at_least(1)
     )
     time_budget_s: float | None = setting(None, "seconds after which the search stops", **positive())

@@ -46,7 +46,7 @@ def first_line(error: BaseException) -> str:
 
 
 def with_place(error: BaseException, *folders: Path) -> str:
-    """Return an error as one line, with its innermost code line in the first of ``folders``, else in this package."""
+    """Return one line: an error, and its innermost frame in the first of ``folders`` with any, else this package."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{type(error).__name__}: {error.msg} ({Path(error.filename).name}, line {error.lineno})"
     if _IN_ANOTHER_PROCESS in str(error):

@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def fork(asked: list[str], command: list[str]) -> str:
-    """Have a worker forked. Return why that failed; an empty string if it did not."""
+    """Have a worker forked. Return why that failed; an empty string on success."""
     variables = variables_of(asked)
     if variables is None:
         return "its runtime environment contains more than environment variables"
@@ -136,7 +136,7 @@ def launch(address: str, modules: Sequence[str], environment: dict[str, str], st
         stdin=stdin,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # a signal to the whole job must not end the server: workers then save a checkpoint
+        start_new_session=True,  # must outlive a signal to the whole job, on which workers save
     )
 
 

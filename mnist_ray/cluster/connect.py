@@ -1,4 +1,4 @@
-"""Connects to Ray: joins a cluster, or starts a local Ray with no more than one job needs."""
+"""Connects to Ray: joins a cluster, or starts a local Ray with only what one job needs."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def connect(
             at_the_end.enter_context(removed_unless_failed(session))
             start = functools.partial(_start, session, local_cpus(config), forking, has_dashboard=dashboard, **options)
         if "working_dir" in own_runtime_env():
-            # When a job connects, a second node on this machine may replace the job's working directory. Without a
-            # current directory, torch cannot be imported.
+            # On connecting, a second node on this machine may replace the working directory of the job, which then
+            # cannot import torch.
             meanwhile()
             meanwhile = _nothing
         with ThreadPoolExecutor(1) as pool:

@@ -15,7 +15,7 @@ _SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     # Tasks without GPUs keep CUDA_VISIBLE_DEVICES, as later versions of Ray will do. This avoids a warning.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Ray Train sets this for its controller. All processes get it, so that one of them can serve all evaluations.
+    # Ray Train sets this for its controller. Set everywhere, it lets Ray reuse one process for all evaluations.
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
     # Ray's own handler of SIGTERM prints a stack and may end the process; the job's handler saves a checkpoint.
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
@@ -31,7 +31,7 @@ _LOCAL_SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 _QUIET_SETTINGS = {
-    # Raylets print errors on the driver's console even if no log is shown there; the log files have these errors, too.
+    # Skip all lines: raylets' errors appear on the driver's console even without logs there; log files have them, too.
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
 }
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # constants of malloc.h
@@ -93,5 +93,5 @@ def keep_freed_memory() -> None:
 
 
 def end_if_hung(timeout_s: float) -> None:
-    """End this process with all stacks in its log, unless this or ``faulthandler``'s cancel is called in time."""
+    """End this process with all stacks in its log, unless it is called again, or cancelled by ``faulthandler``, first."""
     faulthandler.dump_traceback_later(timeout_s, exit=True, file=2)

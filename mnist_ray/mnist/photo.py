@@ -19,7 +19,7 @@ _LEAST_PIXELS = 40  # of a digit, at the working size
 _WIDEST_STROKE = 0.3  # of the picture's longer side
 _FAINT_INK = 0.4  # times Otsu's threshold, so that faint strokes are ink, too
 _FULL_INK = 25  # percentile of a digit's ink; stronger ink becomes white, like most of a stroke in MNIST
-_MUCH_INK, _LEAST_PART = 0.2, 0.04  # of the largest piece's ink: enough inside the picture; a smaller piece is a speck
+_MUCH_INK, _LEAST_PART = 0.2, 0.04  # of the largest piece's ink: enough off the edge; less is a speck
 _LARGEST_GAP = 15  # pixels between pieces of a digit, at the working size
 _DIGIT_SIZE = 20  # pixels of a digit's longer side in MNIST's 28×28
 _LEAST_STROKE = 2.5  # pixels, at that size
@@ -72,7 +72,7 @@ def _ink(grey: np.ndarray) -> np.ndarray:
 def _is_bright_on_dark(grey: np.ndarray) -> bool:
     """Tell from the picture's edge, which is mostly paper, whether the ink is brighter than the paper.
 
-    If a shadow divides the edge, subtract slow changes of the light: then the rarer extreme is ink.
+    If a shadow divides the edge, subtract slow changes: then the rarer of bright and dark is ink.
     """
     bright = float((_edge(grey) > _otsu(grey)).mean())
     if not 0.3 < bright < 0.7:

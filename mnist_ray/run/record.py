@@ -116,7 +116,7 @@ class Record:
     def test(self, fitted: Fitted, *, is_last: bool = True) -> float:
         """Evaluate the fitted checkpoint on the test set; show and write the result. Return the monitored value.
 
-        ``is_last``: the cluster is no longer needed, so leave it while the report is written.
+        ``is_last``: the cluster is not needed again; disconnect while the report is written.
         """
         job, workload, test = self._job, self._job.workload, self._session.data.test
         self._clock.mark("validation")

@@ -67,7 +67,7 @@ class TrainReporter(Reporter):
         """Report the start. Raises JobError if the storage does not show a checkpoint that Ray has recorded."""
         if not restored.name and not restored.damaged and self._known:
             raise JobError(f"{self._job.run.uri} does not show the checkpoints that were written there")  # Ray retries
-        # Ray has recorded the damaged checkpoint's name, so its replacement needs a new name: with one more b.
+        # Ray has recorded the damaged checkpoint's name, so its replacement's name ends with one more b.
         known_bs = len(self._known) - len(self._known.rstrip("b"))
         self._suffix = "b" * (known_bs + 1) if self._known in restored.damaged else ""
         super().begin(state, restored)

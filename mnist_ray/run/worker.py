@@ -143,7 +143,7 @@ class Reporter(Callback):
         return checkpoints.snapshot(state, about, self.callbacks)
 
     def measured(self, state: TrainingState, progress: Progress) -> dict[str, Any]:
-        """Return the metrics of a checkpoint, after a validation by all ranks if the workers validate.
+        """Return a checkpoint's metrics; if the workers validate, all ranks validate first.
 
         At the end of an epoch, report the epoch, and add the validation's score to ``state``.
         """

@@ -101,7 +101,7 @@ def space_of(workload_class: type[Workload], values: Mapping[str, Any], fixed: C
         except UsageError as error:
             raise UsageError(f"--sweep {text}: {error}") from error
         if name in spaces or name in fixed:
-            raise UsageError(f"--sweep searches {name}: give its space once, and leave out {settings.flag(name)}")
+            raise UsageError(f"--sweep searches {name}: name it only once, and without {settings.flag(name)}")
         spaces[name] = space
     if not texts:
         spaces = {name: some.search for name, some in known.items() if some.search and name not in fixed}
@@ -197,7 +197,7 @@ def _grid(space: Space, num_trials: int, seed: int) -> list[Point]:
     ranges = {name: some for name, some in space.spaces.items() if isinstance(some, Range)}
     num_choices = math.prod(map(len, choices.values()))
     if num_choices > num_trials:
-        raise UsageError(f"--search grid needs a trial for each of the {num_choices} choices of {', '.join(choices)}")
+        raise UsageError(f"--search grid needs {num_choices} trials for all combinations of {', '.join(choices)}")
     num_values = int((num_trials / num_choices) ** (1 / len(ranges)) + 1e-9) if ranges else 1
     values: dict[str, Collection[Any]] = {}
     for name, some in ranges.items():

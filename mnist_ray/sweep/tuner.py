@@ -88,7 +88,7 @@ def _run_trials(
     points: list[Point] | None,
     scheduler: TrialScheduler,
 ) -> None:
-    """Let Tune run the unfinished trials of ``points``, or if None, of Optuna's points, until the deadline."""
+    """Let Tune run the unfinished trials of ``points`` (None: of Optuna's points) until the deadline."""
     sweep, run, seconds = watcher.sweep, watcher.sweep.job.run, deadline - time.monotonic()
     if points is None:
         algorithm, num_trials = _optuna(sweep, watcher.table, concurrent)

@@ -72,7 +72,7 @@ def _most_expensive(seen: profile) -> list[dict[str, Any]]:
 def anomalies_found(is_wanted: bool, *folders: Path) -> Iterator[None]:
     """If wanted, stop at the first operation with a NaN gradient. Raises CodeFailedError, which names a line.
 
-    The line is the innermost one of the forward pass in ``folders``; if there is none, the innermost of all.
+    It is the innermost line of the forward pass that is in ``folders``, else the innermost of all.
     """
     if not is_wanted:
         yield

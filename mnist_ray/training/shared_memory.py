@@ -60,7 +60,7 @@ def is_supported() -> bool:
 class Exchange:
     """Exchanges rows of float32 between ranks. All ranks make the same calls, with rows of the same length.
 
-    ``num_rows`` has the number of rows of each rank; ``size`` is the length of the longest row.
+    ``num_rows`` has the number of rows of each rank; ``size`` is the upper limit of a row's length.
     """
 
     def __init__(self, memory: mmap.mmap, rank: int, num_rows: Sequence[int], size: int) -> None:

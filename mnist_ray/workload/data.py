@@ -36,7 +36,7 @@ class Arrays:
 class Data:
     """The result of a workload's ``load_data``.
 
-    Only the job loads arrays in memory; Ray's object store shares them, one copy per node. Each process calls
+    Only the job loads in-memory arrays; Ray's object store shares them, one copy per node. Each process calls
     ``load_data`` for memory-mapped arrays and ``Dataset``s. A ``Dataset``'s items are pairs (input, target).
     """
 

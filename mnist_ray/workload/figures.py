@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 4.8  # inches: fits on a phone
 _LEAST_ERROR = 0.01  # percent: stands for 0 on a logarithmic axis
-_LINEAR_ABOVE = 10.0  # percent of mistakes: if even the best value has more, the axis is linear
+_LINEAR_ABOVE = 10.0  # percent of mistakes: the axis is linear if all values have more
 _RIGHT, _WRONG, _CAPTION = "#2e8b57", "#e0483f", "#777777"  # readable on white and on black
 _LEAST_SIDE = 336  # pixels of the longer side of an image that is drawn alone
 _LEAST_TILE, _LEAST_GRID = 134, 402  # pixels: the width of an image in a grid, and of the grid
@@ -142,7 +142,7 @@ def of_classification(
     accuracies = [math.nan if accuracy is None else accuracy for accuracy in result["test_accuracy_per_class"]]
     of_each = zip(names, accuracies, strict=True)
     by_class = ", ".join(f"{name}: {ACCURACY.format(accuracy)}" for name, accuracy in of_each)
-    caption = "Shades show each mistake's fraction of the label's examples. Right predictions have no shade."
+    caption = "Shade: the fraction of the label's examples that were predicted so. Right predictions have none."
     matrix, per_class = confusion_matrix(counts, names), accuracy_per_class(accuracies, names)
     pictures = [
         Picture("confusion", "Confusion matrix of the test set", f"Confusion matrix: {confusion}", matrix, caption),
@@ -208,7 +208,7 @@ def of_regression(rows: Rows) -> list[Picture]:
 
 
 def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> bytes:
-    """Draw a confusion matrix with counts. A mistake is shaded by its fraction of the label's examples."""
+    """Draw a confusion matrix with counts. Its shade is the fraction of the label's examples."""
     figure, axes = new_plot(4.6, "prediction", "label")
     mistakes = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     np.fill_diagonal(mistakes, 0)

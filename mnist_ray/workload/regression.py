@@ -13,13 +13,13 @@ from mnist_ray.workload.data import Split
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ROUNDING = 1e-12  # times the targets' mean square: a smaller variance is a rounding error
+_ROUNDING = 1e-12  # relative to the targets' mean square; a variance below is rounding
 
 
 class Regression(Workload):
     """The outputs are numbers, (N,) or (N, 1); the targets are numbers, (N,).
 
-    The loss is the squared error. If targets are large, let the model scale its outputs.
+    The loss is the squared error. If the targets are large, scale the loss.
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("rmse", "min"), Metric("mae", "min"), Metric("r2", "max"))

@@ -275,10 +275,10 @@ def test_a_time_budget_stops_trials(trained: Mock, where: dict[str, Any], tmp_pa
     ("settings", "message"),
     [
         ({"sweep": ["batch_size=60000"]}, "--sweep: batch size 60,000 is larger than the 55,000 images to train on"),
-        ({"sweep": ["batch_size=8"], "batch_size": 9}, "--sweep searches batch_size: give its space once"),
+        ({"sweep": ["batch_size=8"], "batch_size": 9}, "--sweep searches batch_size: name it only once"),
         ({"batch_size": 8, "learning_rate": 0.1}, "nothing to search: name settings of MNIST with --sweep"),
         ({"validation_size": 0}, "a sweep chooses by validation accuracy"),
-        ({"search": "grid", "num_trials": 2}, "--search grid needs a trial for each of the 5 choices"),
+        ({"search": "grid", "num_trials": 2}, "--search grid needs 5 trials for all combinations"),
         ({"resume": True, "run_name": "ghost"}, "--resume: there is no run"),
         ({"time_budget_s": 0.0}, "--time-budget-s must be a positive number"),
     ],
