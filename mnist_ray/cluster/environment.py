@@ -93,5 +93,5 @@ def keep_freed_memory() -> None:
 
 
 def end_if_hung(timeout_s: float) -> None:
-    """End this process with all stacks in its log, unless it is called again, or cancelled by ``faulthandler``, first."""
+    """End this process, with all stacks in its log, unless called again or cancelled by ``faulthandler`` first."""
     faulthandler.dump_traceback_later(timeout_s, exit=True, file=2)
