@@ -23,10 +23,10 @@ from mnist_ray.training import shared_memory
 from mnist_ray.training.batches import ArrayBatches, Batch, ExampleBatches, batch_loader, batches_of, to_device
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
-from mnist_ray.training.metrics import Evaluation, LoggingWindow, MetricSums, TrainingDivergedError
+from mnist_ray.training.metrics import Evaluation, MetricSums, TrainingDivergedError
 from mnist_ray.training.reproducible import Chunks
 from mnist_ray.training.sampler import ShardedBatchSampler, Slice
-from mnist_ray.training.state import Group, StopWantedError, TrainingState, is_over
+from mnist_ray.training.state import Group, LoggingWindow, StopWantedError, TrainingState, is_over
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.tensors import as_fp32, autocast, detached

@@ -131,7 +131,7 @@ class Classification(Workload):
         """Return the confusion matrix, the accuracy of each class, and examples with their predictions."""
         from mnist_ray.workload import figures  # imports matplotlib
 
-        return figures.of_classification(self, result, rows, test)
+        return figures.of_classification(self, self.class_names, result, rows, test)
 
     def top_predictions(self, outputs: Tensor) -> list[list[tuple[Any, float]]]:
         """Return the most probable classes of each example."""

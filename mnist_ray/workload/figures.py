@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,11 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from mnist_ray.workload.base import ACCURACY, Metric, Picture, Rows
+from mnist_ray.workload.base import ACCURACY, Metric, Picture, Rows, Workload
 from mnist_ray.workload.data import Split
-
-if TYPE_CHECKING:
-    from mnist_ray.workload.classification import Classification
 
 _WIDTH = 4.8  # inches: fits on a phone
 _LEAST_ERROR = 0.01  # percent: stands for 0 on a logarithmic axis
@@ -131,10 +128,10 @@ def seconds(parts: Mapping[str, float]) -> bytes:
 
 
 def of_classification(
-    workload: Classification, result: Mapping[str, Any], rows: Rows, test: Split | None
+    workload: Workload, classes: Sequence[Any], result: Mapping[str, Any], rows: Rows, test: Split | None
 ) -> list[Picture]:
     """Return the confusion matrix, the accuracy of each class and, if the examples are pictures, some of them."""
-    names, counts = [str(name) for name in workload.class_names], np.array(result["confusion_matrix"])
+    names, counts = [str(name) for name in classes], np.array(result["confusion_matrix"])
     mistakes = counts * ~np.eye(len(counts), dtype=bool)
     label, prediction = map(int, np.unravel_index(mistakes.argmax(), mistakes.shape))
     most = f"most often {names[label]} was taken for {names[prediction]} ({mistakes.max():,})"
@@ -153,7 +150,7 @@ def of_classification(
     return pictures
 
 
-def _examples(workload: Classification, rows: Rows, test: Split) -> list[Picture]:
+def _examples(workload: Workload, rows: Rows, test: Split) -> list[Picture]:
     """Return test examples with their predictions, and the most confident mistakes; [] if examples are not pictures."""
     if workload.as_picture(test[0][0]) is None:
         return []
