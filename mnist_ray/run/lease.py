@@ -22,7 +22,7 @@ import psutil
 from pyarrow import fs
 
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.signals import end_with
+from mnist_ray.signals import end_with, first_only_noted
 from mnist_ray.storage import STORAGE_ERRORS, DamagedFileError, RunFolder
 
 RENEWED_EVERY_S = 5.0
@@ -82,13 +82,19 @@ def owned(run: RunFolder, waiting: Callable[[str], None] = lambda text: None) ->
     with a message while it is unclear whether an owner on another machine is alive.
     """
     me, is_over = this_process(), threading.Event()
+    renewing = threading.Thread(target=_renew, args=(run, me, is_over), daemon=True)
     _wait_until_free(run, waiting)
-    _take(run, me)
-    threading.Thread(target=_renew, args=(run, me, is_over), daemon=True).start()
     try:
+        with first_only_noted() as interrupted:  # else the file could stay behind, or without its text
+            _take(run, me)
+            renewing.start()
+        if interrupted.is_set:
+            raise KeyboardInterrupt
         yield
     finally:
         is_over.set()
+        if renewing.is_alive():
+            renewing.join()  # else it could write the file after this deletes it
         with contextlib.suppress(JobError, *STORAGE_ERRORS):
             if _read(run)[1] == me:
                 run.storage.delete_file(file_of(run))

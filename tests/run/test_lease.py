@@ -1,6 +1,7 @@
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import psutil
 import pytest
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
+from mnist_ray import signals
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run import lease
 from mnist_ray.run.lease import Owner, owned, this_process
@@ -54,6 +56,21 @@ def test_a_run_that_another_job_owns_is_refused_and_free_afterwards(run: RunFold
     with owned(run), owned(locate(str(tmp_path), "a-run2")), owned(locate(str(tmp_path), "a")):
         assert len(claims(run)) == 3
     assert not any(tmp_path.iterdir())
+
+
+def test_an_interrupt_while_the_owners_file_is_written_leaves_no_file(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def now() -> float:
+        signal.raise_signal(signal.SIGUSR1)
+        return 0.0
+
+    monkeypatch.setattr(signals, "signals", lambda: {signal.SIGUSR1})
+    signals.take_signals()
+    monkeypatch.setattr("mnist_ray.run.lease.time.time", now)  # called once the file is open
+    with pytest.raises(KeyboardInterrupt), owned(run):
+        pytest.fail("the run is not owned")
+    assert claims(run) == []
 
 
 def test_a_run_of_a_dead_process_on_this_machine_is_free_at_once(run: RunFolder) -> None:
