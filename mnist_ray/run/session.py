@@ -129,24 +129,25 @@ def try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> None:
     """
     import torch
 
-    from mnist_ray.training.batches import Batch, batches_of
-    from mnist_ray.workload.check import NUM_EXAMPLES, check_batch, check_smallest
+    from mnist_ray.training.batches import batches_of
+    from mnist_ray.workload.check import NUM_EXAMPLES, Examples, check_batch, check_smallest
 
     workload = job.workload
 
-    def first(number: int) -> Batch:
+    def first(number: int) -> Examples:
         with placed(workload, "an example"):
-            return batches_of(train, torch.device("cpu"))[Slice(np.arange(number))]
+            inputs, targets, *_ = batches_of(train, torch.device("cpu"), workload.collate)[Slice(np.arange(number))]
+        return Examples(inputs, targets, number)
 
     with placed(workload, "an example"):
         inputs, _ = train[0]
     picture_of(workload, inputs)
-    batch = first(min(NUM_EXAMPLES, len(train)))
-    workload.metadata["model_input"] = check_batch(workload, batch.inputs, batch.targets, job.train)
+    number = min(NUM_EXAMPLES, len(train))
+    workload.metadata["model_input"] = check_batch(workload, first(number), first((number + 1) // 2), job.train)
     for size in batch_sizes or [job.train.batch_size]:
         last = len(train) % size or size
         smallest = max(1, last // (job.train.chunks or job.workers.num_workers or 1))
-        check_smallest(workload, first(smallest).inputs, smallest, size, job.train)
+        check_smallest(workload, first(smallest), size, job.train)
 
 
 def console_of(job: Job) -> RunConsole:

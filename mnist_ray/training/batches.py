@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,16 +17,18 @@ from mnist_ray.training.sampler import Slice
 from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.tensors import map_tensors
 
+Collate = Callable[[list[tuple[Any, Any]]], "tuple[Any, Any] | None"]
 _MOST_OF_GPU = 0.4  # of a GPU's free memory; activations and a second worker may need the rest
 
 
 class Batch(NamedTuple):
-    """One rank's slice of a global batch, or a piece of the slice. It may be empty."""
+    """One rank's slice of a global batch, or a piece of the slice."""
 
-    inputs: Any  # in the form of the workload's data, (examples, ...)
-    targets: Any  # (examples, ...)
+    inputs: Any  # in the form of the workload's data, (examples, ...), or as its ``collate`` returns them
+    targets: Any  # likewise
     global_size: int  # number of examples in the whole batch, over all ranks
     ends_step: bool = True  # whether this is the rank's last piece of the batch
+    counts: bool = True  # False: the rank has no examples, and the loss of this one counts nothing
 
 
 class ArrayBatches(Dataset):
@@ -65,9 +67,8 @@ class ExampleBatches(Dataset):
     tasks and loader processes.
     """
 
-    def __init__(self, split: Split, seed: int = 0) -> None:
-        self.split = split
-        self.seed = seed
+    def __init__(self, split: Split, seed: int = 0, collate: Collate | None = None) -> None:
+        self.split, self.seed, self.collate = split, seed, collate
 
     def __len__(self) -> int:
         return len(self.split)
@@ -76,15 +77,16 @@ class ExampleBatches(Dataset):
         places = self.split.places(chosen.indices)
         if isinstance(arrays := self.split.examples, Arrays):
             return Batch(_rows(arrays.inputs, places), _rows(arrays.targets, places), *chosen[1:])
-        # An empty batch must have the shapes of a full one, so it is made from one example and then emptied.
-        examples = [self._example(place) for place in places.tolist() or [int(self.split.places(0))]]
+        examples = [self._example(place) for place in places.tolist()]
+        joined = None if self.collate is None else self.collate(examples)
         try:
-            inputs, targets = default_collate(examples)
-        except (RuntimeError, TypeError) as error:
+            inputs, targets = default_collate(examples) if joined is None else joined
+        except (RuntimeError, TypeError, ValueError) as error:
+            if joined is not None:
+                raise ExampleError("collate must return a pair (inputs, targets)") from error
             reason = _misfit(places, examples) or first_line(error)
-            raise ExampleError(f"{self.split.origin} examples do not fit together: {reason}") from error
-        if len(places) == 0:
-            inputs, targets = _emptied(inputs), _emptied(targets)
+            remedy = "make them alike in the Dataset, or join them in the workload's collate()"
+            raise ExampleError(f"{self.split.origin} examples do not fit together: {reason}; {remedy}") from error
         return Batch(inputs, targets, *chosen[1:])
 
     def _example(self, place: int) -> tuple[Any, Any]:
@@ -110,9 +112,9 @@ def _misfit(places: np.ndarray, examples: list[tuple[Any, Any]]) -> str:
     return ""
 
 
-def batches_of(split: Split, device: torch.device) -> ArrayBatches | ExampleBatches:
-    """Return the data set from which a loader reads a split."""
-    return ArrayBatches(split.arrays, device) if split.arrays is not None else ExampleBatches(split)
+def batches_of(split: Split, device: torch.device, collate: Collate | None = None) -> ArrayBatches | ExampleBatches:
+    """Return the data set from which a loader reads a split; ``collate`` is the workload's."""
+    return ArrayBatches(split.arrays, device) if split.arrays is not None else ExampleBatches(split, 0, collate)
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -126,15 +128,6 @@ def _rows(array: np.ndarray, places: np.ndarray) -> Tensor:
     rows = torch.empty((len(places), *array.shape[1:]), dtype=_tensor(array[:0]).dtype)
     np.take(array, places, axis=0, out=rows.numpy(), mode="clip")  # the default mode would copy the rows twice
     return rows
-
-
-def _emptied(value: Any) -> Any:
-    """Turn the batch of one example into an empty batch."""
-    if isinstance(value, dict):
-        return {key: _emptied(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)) and value and not isinstance(value[0], str):
-        return [_emptied(item) for item in value]
-    return value[:0]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

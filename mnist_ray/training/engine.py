@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_ray.config import Precision, TrainConfig
+from mnist_ray.errors import UsageError
 from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.training import shared_memory
 from mnist_ray.training.batches import ArrayBatches, Batch, ExampleBatches, batch_loader, batches_of, to_device
@@ -32,6 +33,7 @@ from mnist_ray.workload.data import Split
 from mnist_ray.workload.tensors import as_fp32, autocast, detached
 
 EVALUATION_BATCH_SIZE = 100  # small enough that the activations stay in the processor's cache
+MOST_COLUMN_BYTES = 2**30  # of the predictions that a process evaluates, which it keeps in memory
 
 
 def create_state(workload: Workload, config: TrainConfig, num_examples: int, device: torch.device) -> TrainingState:
@@ -77,7 +79,7 @@ def train(
     gradients = Gradients(workload, state, config, group)
     for callback in callbacks:
         callback.on_start(state, group)
-    examples, num_steps = batches_of(split, group.device), config.num_steps(len(split))
+    examples, num_steps = batches_of(split, group.device, workload.collate), config.num_steps(len(split))
     window = LoggingWindow(workload, group)
     while not is_over(state, config):
         window.restart_clock()
@@ -222,16 +224,17 @@ def backward(
     """Add the gradients of ``weight`` × the sum of a batch's losses to the model's, scaled by ``scaler``.
 
     Returns the sums of the loss and of the workload's measures, on the device. With a weight of 1 / global batch size,
-    the gradients of slices add up to those of the global batch's mean loss, even if slices are uneven or empty. DDP
-    averages over the ranks, so with DDP the weight is multiplied by the world size.
+    the gradients of slices add up to those of the global batch's mean loss, even if slices are uneven. DDP averages
+    over the ranks, so with DDP the weight is multiplied by the world size. A batch that does not count adds zeros.
     """
     with autocast(next(model.parameters()).device, config.precision):
         outputs = as_fp32(model(workload.prepare(batch.inputs, generator)))
     loss_sum = workload.loss(outputs, batch.targets).sum()
     minimized = workload.training_loss(outputs, batch.targets, config)
-    loss = (loss_sum if minimized is None else minimized.sum()) * weight
+    loss = (loss_sum if minimized is None else minimized.sum()) * (weight if batch.counts else 0.0)
     (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
-    return {"loss": loss_sum.detach(), **measured_sums(workload, outputs, batch.targets)}
+    sums = {"loss": loss_sum.detach(), **measured_sums(workload, outputs, batch.targets)}
+    return sums if batch.counts else {name: torch.zeros_like(value) for name, value in sums.items()}
 
 
 def measured_sums(workload: Workload, outputs: Any, targets: Any) -> dict[str, Tensor]:
@@ -273,20 +276,16 @@ def split_bounds(num_examples: int, num_parts: int) -> list[tuple[int, int]]:
 def evaluate_together(
     workload: Workload, model: nn.Module, split: Split, group: Group, num_loader_processes: int = 0
 ) -> Evaluation:
-    """Evaluate a model, each rank on some of the batches. Every rank gets the bits that ``evaluate`` would return.
-
-    With several ranks, ``columns`` is empty.
-    """
+    """Evaluate a model, each rank on some of the batches. Every rank gets the bits that ``evaluate`` would return."""
     if group.world_size == 1:
         return evaluate(workload, model, split, num_loader_processes)
     for buffer in model.buffers():  # running statistics of batch normalization may differ between ranks
         dist.broadcast(buffer, 0)
     bounds = split_bounds(len(split), group.world_size)
     start, stop = bounds[group.rank] if group.rank < len(bounds) else (0, 0)
-    own = evaluate(workload, model, split.between(start, stop), num_loader_processes)
-    batch_sums: list[Any] = [None] * group.world_size
-    dist.all_gather_object(batch_sums, own.batch_sums)
-    return Evaluation(tuple(itertools.chain(*batch_sums)), len(split), {})
+    parts: list[Any] = [None] * group.world_size
+    dist.all_gather_object(parts, evaluate(workload, model, split.between(start, stop), num_loader_processes))
+    return Evaluation.merge(parts[: len(bounds)])
 
 
 @torch.inference_mode()
@@ -299,13 +298,18 @@ def evaluate(workload: Workload, model: nn.Module, split: Split, num_loader_proc
     slices = [Slice(np.arange(start, min(start + EVALUATION_BATCH_SIZE, len(split))), 0) for start in starts]
     batch_sums: list[dict[str, float]] = []
     columns: list[dict[str, np.ndarray]] = []
-    for batch in batch_loader(batches_of(split, device), slices, num_loader_processes):
+    num_bytes = 0
+    for batch in batch_loader(batches_of(split, device, workload.collate), slices, num_loader_processes):
         batch = to_device(batch, device)
         outputs = as_fp32(model(workload.prepare(batch.inputs, None)))
         sums = {"loss": workload.loss(outputs, batch.targets).sum(), **measured_sums(workload, outputs, batch.targets)}
         batch_sums.append({name: value.item() for name, value in sums.items()})
         predictions = workload.predictions(outputs, batch.targets)
         columns.append({name: values.cpu().numpy() for name, values in predictions.items()})
+        num_bytes += sum(values.nbytes for values in columns[-1].values())
+        if num_bytes > MOST_COLUMN_BYTES:
+            name, size = f"{type(workload).__name__}.predictions", f"{MOST_COLUMN_BYTES / 2**20:,.0f} MiB"
+            raise UsageError(f"{name}: the columns of {len(split):,} {workload.nouns} take more than {size}")
     model.train(was_training)
     joined = {name: np.concatenate([part[name] for part in columns]) for name in (columns[0] if columns else {})}
     return Evaluation(tuple(batch_sums), len(split), joined)

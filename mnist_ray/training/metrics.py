@@ -33,7 +33,7 @@ class MetricSums:
         return MetricSums(added, self.num_examples + other.num_examples)
 
     def values(self, workload: Workload) -> dict[str, float]:
-        """Return the mean loss and the workload's metrics; NaN if there are no examples."""
+        """Return the mean loss and the metrics that need no more than means; NaN if there are no examples."""
         if self.num_examples == 0:
             return {metric.name: math.nan for metric in workload.all_metrics}
         means = {name: value / self.num_examples for name, value in self.sums.items()}
@@ -46,7 +46,7 @@ class Evaluation:
 
     batch_sums: tuple[dict[str, float], ...]  # of each batch, in the examples' order
     num_examples: int
-    columns: dict[str, np.ndarray]  # the workload's predictions, (N,) each, in the examples' order
+    columns: dict[str, np.ndarray]  # the workload's predictions, (N, ...) each, in the examples' order
 
     @classmethod
     def merge(cls, parts: Iterable[Evaluation]) -> Evaluation:
@@ -62,7 +62,8 @@ class Evaluation:
         """Return loss and metrics. Thanks to ``fsum``, they do not depend on the split of batches over tasks."""
         names = self.batch_sums[0] if self.batch_sums else {}
         sums = {name: math.fsum(batch[name] for batch in self.batch_sums) for name in names}
-        return MetricSums(sums, self.num_examples).values(workload)
+        values = MetricSums(sums, self.num_examples).values(workload)
+        return values | (workload.summarize_predictions(self.columns) if self.num_examples else {})
 
     def to_dict(self, workload: Workload) -> dict[str, Any]:
         """Return the test results for result.json."""

@@ -21,6 +21,7 @@ class Slice(NamedTuple):
     indices: np.ndarray
     global_size: int = 0  # number of examples in the whole batch, over all ranks; 0 in an evaluation
     ends_step: bool = True  # whether this is the rank's last piece of the batch
+    counts: bool = True  # False if the rank has no examples: models need not take empty batches, so it gets one
 
 
 def own_chunks(num_chunks: int, rank: int, world_size: int) -> range:
@@ -36,7 +37,7 @@ class ShardedBatchSampler:
     batches, and rank r of w takes the r-th of each batch's w slices. So a run can resume at any ``first_step`` with any
     number of workers and see the same batches. All ranks get the same number of slices. A slice of more than
     ``piece_size`` examples is yielded in pieces. With ``num_chunks``, batches are cut into chunks instead of slices,
-    and each of a rank's chunks is a piece.
+    and each of a rank's chunks is a piece. In place of an empty piece, one example is yielded that does not count.
     """
 
     num_examples: int
@@ -56,7 +57,8 @@ class ShardedBatchSampler:
             bounds = [len(batch) * number // num_slices for number in (*own, own.stop)]
             pieces = [piece for first, last in pairwise(bounds) for piece in self._cut(batch[first:last])]
             for piece in pieces:
-                yield Slice(piece, len(batch), ends_step=piece is pieces[-1])
+                counts = len(piece) > 0
+                yield Slice(piece if counts else batch[:1], len(batch), piece is pieces[-1], counts)
 
     def _cut(self, indices: np.ndarray) -> list[np.ndarray]:
         if self.piece_size is None or len(indices) <= self.piece_size:

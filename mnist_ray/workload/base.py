@@ -69,7 +69,7 @@ class NoSettings:
 class Workload(UserClass):
     """One problem. Every process that trains or evaluates creates its own instance, so a workload keeps no state.
 
-    Below, N is the size of one rank's part of a batch. N may be 0.
+    Below, N is the number of examples in one rank's part of a batch, or in a batch of an evaluation.
     """
 
     Settings: ClassVar[type] = NoSettings  # a frozen dataclass; its fields become flags
@@ -79,6 +79,8 @@ class Workload(UserClass):
     """Named sets of settings, for ``--recipe``. ``default`` always applies; the chosen recipe overrides ``default``."""
     search: ClassVar[Mapping[str, SearchSpace | None]] = {}
     """Changed search spaces, like ``{"learning_rate": Range(1e-3, 1e-1, log=True)}``; None excludes a setting."""
+    compares_examples: ClassVar[bool] = False
+    """Whether an example's loss depends on the others of the batch, and so on the number of workers."""
     noun: ClassVar[str] = "example"
     prediction_noun: ClassVar[str] = "prediction"  # the name of a prediction in the output of ``predict --json``
     output_noun: ClassVar[str] = "outputs"  # the name of the outputs in an exported model
@@ -100,6 +102,13 @@ class Workload(UserClass):
     def check_data(self, data: Data) -> None:
         """Raise UsageError if the data do not fit this workload; called once, before Ray starts."""
 
+    def collate(self, examples: Sequence[tuple[Any, Any]]) -> tuple[Any, Any] | None:
+        """Join a ``Dataset``'s examples (input, target) to a batch (inputs, targets), for sequences or graphs.
+
+        None: join them with torch's ``default_collate``. Not called for ``Arrays``.
+        """
+        return None
+
     # --- training
 
     def create_model(self) -> nn.Module:
@@ -115,7 +124,10 @@ class Workload(UserClass):
         return inputs
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """Return the loss of each example, (N,). Outputs are in fp32, whatever the model's precision."""
+        """Return the loss of each example, (N,). Outputs are in fp32, whatever the model's precision.
+
+        A loss that compares the examples of a batch sees one rank's part of it: see ``compares_examples``.
+        """
         raise NotImplementedError
 
     def training_loss(self, outputs: Any, targets: Any, config: TrainConfig) -> Tensor | None:
@@ -131,6 +143,13 @@ class Workload(UserClass):
     def summarize(self, means: Mapping[str, float]) -> dict[str, float]:
         """Compute the ``metrics`` from the means of ``measure``'s values over all examples of all ranks."""
         return dict(means)
+
+    def summarize_predictions(self, columns: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Compute the ``metrics`` that need all examples at once, such as AUC, from the columns of ``predictions``.
+
+        Called for the validation and the test, not during training. Examples are in the data's order.
+        """
+        return {}
 
     def create_optimizer(self, model: nn.Module, config: TrainConfig) -> Optimizer:
         """Return the optimizer that ``config`` names."""
@@ -157,7 +176,7 @@ class Workload(UserClass):
         """Raise UsageError if a model's outputs do not fit the targets; called once, before Ray starts."""
 
     def predictions(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
-        """Return the columns of predictions.csv by name, (N,) each."""
+        """Return values of each example by name, (N, ...) each: the columns of predictions.csv."""
         return {}
 
     def readable(self, columns: Mapping[str, np.ndarray]) -> dict[str, Sequence[Any]]:
@@ -223,7 +242,8 @@ class Workload(UserClass):
 
     def format(self, values: Mapping[str, float]) -> str:
         """Return metrics as text: ``loss 0.0371, accuracy 98.80%``."""
-        return ", ".join(f"{metric.name} {metric.format(values[metric.name])}" for metric in self.all_metrics)
+        known = [metric for metric in self.all_metrics if metric.name in values]
+        return ", ".join(f"{metric.name} {metric.format(values[metric.name])}" for metric in known)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the source code and the settings, since other processes may be unable to import the class."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+import warnings
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,16 @@ from mnist_ray.workload.tensors import as_fp32, autocast, detached
 NUM_EXAMPLES = 16  # in that batch
 
 
-def check_batch(workload: Workload, inputs: Any, targets: Any, config: TrainConfig) -> dict[str, Any] | None:
-    """Call each method that training and evaluation will call, once, with a batch on the CPU.
+class Examples(NamedTuple):
+    """A batch on the CPU."""
+
+    inputs: Any
+    targets: Any
+    number: int
+
+
+def check_batch(workload: Workload, batch: Examples, fewer: Examples, config: TrainConfig) -> dict[str, Any] | None:
+    """Call each method that training and evaluation will call. ``fewer`` has only the first examples of the batch.
 
     Returns the shape and dtype of one input of the model; None if the inputs are not a tensor. Raises UsageError with
     the file name and line number of the user's code.
@@ -31,23 +40,28 @@ def check_batch(workload: Workload, inputs: Any, targets: Any, config: TrainConf
     _check_model(name, model)
     generator = torch.default_generator.manual_seed(config.seed)
     with placed(workload, "prepare"):
-        for_training, for_evaluation = workload.prepare(inputs, generator), workload.prepare(inputs, None)
+        for_training, for_evaluation = workload.prepare(batch.inputs, generator), workload.prepare(batch.inputs, None)
     with placed(workload, "the model"), _autocast(config):
         outputs = as_fp32(model.train()(for_training))
     with placed(workload, "check_outputs"):
-        workload.check_outputs(outputs, targets)
-    _check_losses(workload, model, outputs, targets, config)
-    _check_metrics(workload, detached(outputs), targets)
+        workload.check_outputs(outputs, batch.targets)
+    _check_losses(workload, model, outputs, batch, config)
     with placed(workload, "predictions"), torch.no_grad():
-        columns = workload.predictions(as_fp32(model.eval()(for_evaluation)), targets)
-    _check_columns(f"{name}.predictions", columns, len(targets))
+        columns = workload.predictions(as_fp32(model.eval()(for_evaluation)), batch.targets)
+    _check_dict(f"{name}.predictions", columns)
+    for key, values in columns.items():
+        if not isinstance(values, Tensor) or values.shape[:1] != (batch.number,):
+            raise UsageError(f"{name}.predictions: {key} must be a tensor with {batch.number} examples here, (N, ...)")
+    _check_metrics(workload, detached(outputs), batch, columns)
+    if not workload.compares_examples:
+        _check_independence(workload, model, batch, fewer, config)
     _check_optimizer(workload, model, config)
     if not isinstance(for_evaluation, Tensor):
         return None
     return {"shape": list(for_evaluation.shape[1:]), "dtype": str(for_evaluation.dtype).removeprefix("torch.")}
 
 
-def check_smallest(workload: Workload, inputs: Any, number: int, batch_size: int, config: TrainConfig) -> None:
+def check_smallest(workload: Workload, few: Examples, batch_size: int, config: TrainConfig) -> None:
     """Try a new model on as few examples as a rank may get: batch normalization may need more.
 
     Raises UsageError.
@@ -55,11 +69,11 @@ def check_smallest(workload: Workload, inputs: Any, number: int, batch_size: int
     model = workload.create_model().train()
     try:
         with _autocast(config):
-            model(workload.prepare(inputs, torch.default_generator))
+            model(workload.prepare(few.inputs, torch.default_generator))
     except ValueError as error:
         raise UsageError(
-            f"{type(workload).__name__}: an epoch's last batch leaves a worker only {count(number, 'example')}, too "
-            f"few for the model ({first_line(error)}); choose a --batch-size other than {batch_size}"
+            f"{type(workload).__name__}: an epoch's last batch leaves a worker only {count(few.number, 'example')}, "
+            f"too few for the model ({first_line(error)}); choose a --batch-size other than {batch_size}"
         ) from error
 
 
@@ -80,17 +94,17 @@ def _check_model(name: str, model: object) -> None:
             raise UsageError(f"{found}; a checkpoint keeps only tensors: use a buffer or a setting")
 
 
-def _check_losses(workload: Workload, model: nn.Module, outputs: Any, targets: Any, config: TrainConfig) -> None:
+def _check_losses(workload: Workload, model: nn.Module, outputs: Any, batch: Examples, config: TrainConfig) -> None:
     name = type(workload).__name__
     with placed(workload, "loss"):
-        losses = workload.loss(outputs, targets)
-    _check_numbers(f"{name}.loss", losses, len(targets))
+        losses = workload.loss(outputs, batch.targets)
+    _check_numbers(f"{name}.loss", losses, batch.number)
     with placed(workload, "training_loss"):
-        minimized = workload.training_loss(outputs, targets, config)
+        minimized = workload.training_loss(outputs, batch.targets, config)
     if minimized is not None:
-        _check_numbers(f"{name}.training_loss", minimized, len(targets))
+        _check_numbers(f"{name}.training_loss", minimized, batch.number)
     if not losses.isfinite().all():
-        raise UsageError(f"{name}.loss is not finite on the first {len(targets)} examples with the initial weights")
+        raise UsageError(f"{name}.loss is not finite on the first {batch.number} examples with the initial weights")
     losses = losses if minimized is None else minimized
     if not losses.requires_grad:
         raise UsageError(f"{name}.loss does not depend on the model's parameters: nothing would be learned")
@@ -101,18 +115,48 @@ def _check_losses(workload: Workload, model: nn.Module, outputs: Any, targets: A
         raise UsageError(f"{name}: {found} not part of the loss; remove or freeze unused parameters")
 
 
-def _check_metrics(workload: Workload, outputs: Any, targets: Any) -> None:
+def _check_independence(
+    workload: Workload, model: nn.Module, batch: Examples, fewer: Examples, config: TrainConfig
+) -> None:
+    """Raise UsageError if an example's loss changes when others leave the batch, unless it changes at each call."""
+
+    def losses(examples: Examples) -> Tensor:
+        outputs = as_fp32(model(workload.prepare(examples.inputs, None)))
+        minimized = workload.training_loss(outputs, examples.targets, config)
+        reported = workload.loss(outputs, examples.targets)
+        return torch.stack([reported, reported if minimized is None else minimized], 1)[: fewer.number]
+
+    def differ(one: Tensor, other: Tensor) -> bool:
+        return not torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+
+    with placed(workload, "loss"), torch.no_grad():
+        alone = losses(fewer)
+        if differ(alone, losses(batch)) and not differ(alone, losses(fewer)):
+            raise UsageError(
+                f"{type(workload).__name__}: an example's loss changes if other examples leave the batch, so it "
+                "depends on the number of workers; if that is meant, set compares_examples = True"
+            )
+
+
+def _check_metrics(workload: Workload, outputs: Any, batch: Examples, columns: dict[str, Tensor]) -> None:
     name = type(workload).__name__
     with placed(workload, "measure"):
-        measured = workload.measure(outputs, targets)
-    _check_columns(f"{name}.measure", measured, len(targets))
+        measured = workload.measure(outputs, batch.targets)
+    _check_dict(f"{name}.measure", measured)
+    for key, values in measured.items():
+        _check_numbers(f"{name}.measure: {key}", values, batch.number)
     with placed(workload, "summarize"):
         summary = workload.summarize({key: float(values.double().mean()) for key, values in measured.items()})
     _check_dict(f"{name}.summarize", summary)
+    with placed(workload, "summarize_predictions"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # so few examples may have no example of some class
+        of_all = workload.summarize_predictions({key: values.numpy() for key, values in columns.items()})
+    _check_dict(f"{name}.summarize_predictions", of_all)
     names = [metric.name for metric in workload.metrics]
-    if sorted(summary) != sorted(names):
+    if sorted([*summary, *of_all]) != sorted(names):
+        methods = f"{name}.summarize" + (f" and {name}.summarize_predictions return" if of_all else " returns")
         named = f"{name}.metrics names {', '.join(names) or 'none'}"
-        raise UsageError(f"{name}.summarize returns {', '.join(summary) or 'nothing'}, but {named}")
+        raise UsageError(f"{methods} {', '.join([*summary, *of_all]) or 'nothing'}, but {named}")
 
 
 def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig) -> None:
@@ -131,12 +175,6 @@ def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig) 
         saved = io.BytesIO()
         torch.save([optimizer.state_dict(), scheduler.state_dict()], saved)
         torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
-
-
-def _check_columns(place: str, columns: dict[str, Tensor], number: int) -> None:
-    _check_dict(place, columns)
-    for key, values in columns.items():
-        _check_numbers(f"{place}: {key}", values, number)
 
 
 def _check_dict(place: str, value: object) -> None:

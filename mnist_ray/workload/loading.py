@@ -141,6 +141,8 @@ def _checked_data(workload: Workload, data: object) -> Data:
             raise UsageError(
                 f"{place} is of type {type(examples).__name__}, neither Arrays nor a Dataset with a length"
             )
+        if hasattr(examples, "collate_fn"):
+            raise UsageError(f"{place} has a collate_fn, which nothing calls: make it {name}.collate(examples)")
         if len(examples) == 0:
             raise UsageError(f"{place} holds no examples")
     try:

@@ -1,4 +1,5 @@
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from mnist_ray.errors import with_place
@@ -72,7 +74,7 @@ def global_batches(part: Split, world_size: int, num_processes: int = 0, seed: i
     of_ranks = [slices_of(ExampleBatches(part, seed), rank, world_size, num_processes) for rank in range(world_size)]
     batches = []
     for slices in zip(*of_ranks, strict=True):
-        parts = [leaves(some.inputs) + leaves(some.targets) for some in slices]
+        parts = [leaves(some.inputs) + leaves(some.targets) for some in slices if some.counts]
         batches.append([torch.cat(tensors) for tensors in zip(*parts, strict=True)])
     return batches
 
@@ -110,31 +112,39 @@ def test_every_example_is_loaded_once_an_epoch_in_the_samplers_order(kind: str) 
     assert [batch.global_size for batch in batches] == [4, 4, 2]
 
 
-def test_an_empty_slice_has_the_shapes_and_dtypes_of_the_others() -> None:
-    last = [slices_of(ExampleBatches(Split(Tables()), 0), rank, 7)[-1] for rank in range(7)]
-    assert sorted(len(batch.targets) for batch in last) == [0, 0, 0, 0, 0, 1, 1]
-    assert {batch.global_size for batch in last} == {2}
-    for batch in last:
-        tensors = [*leaves(batch.inputs), *leaves(batch.targets)]
-        assert [tensor.dtype for tensor in tensors] == [torch.int64, torch.uint8, torch.float32, torch.float64]
-        assert [tuple(tensor.shape[1:]) for tensor in tensors] == [(), (2, 2), (), ()]
-        assert {len(tensor) for tensor in tensors} == {len(batch.targets)}
-
-
-@pytest.mark.parametrize("inputs", [{"text": "a"}, {"boxes": []}])
-def test_an_empty_slice_has_no_texts_and_no_items_of_lists(inputs: dict[str, Any]) -> None:
-    batch = ExampleBatches(Split([(inputs, 0)]), 0)[Slice(np.array([], int))]
-    assert (len(batch.targets), [len(value) for value in batch.inputs.values()]) == (0, [0])
+@pytest.mark.parametrize("examples", [Tables(), Arrays(np.arange(10), np.arange(10))], ids=["dataset", "arrays"])
+def test_a_rank_without_examples_gets_one_that_does_not_count(examples: Any) -> None:
+    last = [slices_of(batches_of(Split(examples), CPU), rank, 7)[-1] for rank in range(7)]
+    assert sorted(batch.counts for batch in last) == [False] * 5 + [True] * 2
+    assert {(len(batch.targets), batch.global_size) for batch in last} == {(1, 2)}
 
 
 def test_dicts_keep_their_keys() -> None:
-    for chosen in (np.array([4, 2]), np.array([], int)):
-        batch = ExampleBatches(Split(Tables()), 0)[Slice(chosen)]
-        assert list(batch.inputs) == ["size", "image"]
-        assert batch.inputs["size"].tolist() == chosen.tolist()
-        image, half = batch.inputs["image"]
-        assert image.tolist() == [[[number] * 2] * 2 for number in chosen]
-        assert half.tolist() == [number / 2 for number in chosen]
+    batch = ExampleBatches(Split(Tables()), 0)[Slice(np.array([4, 2]))]
+    assert list(batch.inputs) == ["size", "image"]
+    assert batch.inputs["size"].tolist() == [4, 2]
+    image, half = batch.inputs["image"]
+    assert image.tolist() == [[[number] * 2] * 2 for number in (4, 2)]
+    assert half.tolist() == [2, 1]
+
+
+def sequences(examples: Sequence[tuple[Any, Any]]) -> tuple[dict[str, Tensor], Tensor]:
+    """Pad sequences of different lengths, and keep the lengths."""
+    inputs, targets = zip(*examples, strict=True)
+    lengths = torch.tensor([len(each) for each in inputs])
+    return {"padded": pad_sequence([*map(torch.tensor, inputs)], True), "lengths": lengths}, torch.tensor(targets)
+
+
+@pytest.mark.parametrize("num_processes", [0, 1])
+def test_the_workloads_collate_joins_the_examples_of_a_data_set(num_processes: int) -> None:
+    examples = Split([([1.0] * length, length) for length in (1, 3, 2)])
+    (batch,) = batch_loader(batches_of(examples, CPU, sequences), [Slice(np.array([0, 2]))], num_processes)
+    assert batch.inputs["padded"].tolist() == [[1, 0], [1, 1]]
+    assert batch.inputs["lengths"].tolist() == batch.targets.tolist() == [1, 2]
+    with pytest.raises(ExampleError, match=r"^collate must return a pair \(inputs, targets\)$"):
+        batches_of(examples, CPU, lambda examples: (1, 2, 3))[Slice(np.arange(2))]
+    with pytest.raises(ZeroDivisionError):
+        batches_of(examples, CPU, lambda examples: 1 / 0)[Slice(np.arange(2))]
 
 
 def test_all_tensors_of_a_batch_are_moved_to_a_device() -> None:
@@ -239,7 +249,8 @@ def test_an_example_that_cannot_be_read_is_named_by_its_index_in_the_data_set() 
 
 def test_an_example_that_does_not_fit_the_others_is_named() -> None:
     message = (
-        r"^train examples do not fit together: example 2 has shapes \(\(4,\), \(\)\), example 1 has \(\(3,\), \(\)\)$"
+        r"^train examples do not fit together: example 2 has shapes \(\(4,\), \(\)\), example 1 has \(\(3,\), \(\)\); "
+        r"make them alike in the Dataset, or join them in the workload's collate\(\)$"
     )
     examples = [(np.zeros(size), 0) for size in (3, 3, 4)]
     with pytest.raises(ExampleError, match=message):

@@ -102,7 +102,9 @@ def train_cases(group: Group, images: Arrays, folder: Path) -> None:
         split = Split(Arrays(images.inputs[:num_images], images.targets[:num_images]))
         engine.train(mnist(), state, split, config, group, callbacks_of(case))
         together = engine.evaluate_together(mnist(), state.result, split, group)
-        assert together.batch_sums == engine.evaluate(mnist(), state.result, split).batch_sums
+        alone = engine.evaluate(mnist(), state.result, split)
+        assert together.batch_sums == alone.batch_sums
+        assert all(np.array_equal(together.columns[name], values) for name, values in alone.columns.items())
         if group.rank == 0:
             weights = {name: value.contiguous() for name, value in state.result.state_dict().items()}
             save_file(weights, folder / f"{optimizer}-{case}-{group.world_size}")

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,21 @@ def test_merged_parts_equal_the_whole() -> None:
     assert merged.to_dict(mnist()) == whole.to_dict(mnist())
     for name, values in columns.items():
         np.testing.assert_array_equal(merged.columns[name], values)
+
+
+def test_metrics_of_all_predictions_are_computed_for_evaluations_only() -> None:
+    class Ranked(Workload):
+        metrics = (Metric("best", "max"), Metric("last", "max"))
+
+        def summarize_predictions(self, columns: Mapping[str, np.ndarray]) -> dict[str, float]:
+            return {"best": columns["score"].max(), "last": columns["score"][-1, 1]}
+
+    parts = [Evaluation(({"loss": 2.0},), 2, {"score": np.array([[1, 2], [3, low]])}) for low in (5, 4)]
+    values = Evaluation.merge(parts).values(Ranked())
+    assert values == {"loss": 1.0, "best": 5, "last": 4}
+    assert Ranked().format(values) == "loss 1.0000, best 5.0000, last 4.0000"
+    assert MetricSums({"loss": 2.0}, 2).values(Ranked()) == {"loss": 1.0}
+    assert Ranked().format({"loss": 1.0}) == "loss 1.0000"
 
 
 def test_the_accuracy_of_a_class_without_examples_is_none() -> None:

@@ -10,7 +10,7 @@ from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.training.batches import batches_of
 from mnist_ray.training.sampler import Slice
-from mnist_ray.workload.check import NUM_EXAMPLES, check_batch
+from mnist_ray.workload.check import NUM_EXAMPLES, Examples, check_batch
 from mnist_ray.workload.data import splits_of
 from mnist_ray.workload.loading import load, load_data
 
@@ -68,6 +68,9 @@ class WithFunction(lr_scheduler.ConstantLR):
     factor_of = staticmethod(lambda step: 1.0)
     def state_dict(self): return {"factor_of": self.factor_of}
 
+class Noisy(nn.Linear):
+    def forward(self, inputs): return super().forward(inputs) + torch.randn(len(inputs), 10)
+
 class Spare(nn.Linear):
     def __init__(self, *names):
         super().__init__(4, 10)
@@ -80,8 +83,10 @@ def dry_run_of(write: Write, body: str, base: str = "Right", config: TrainConfig
     """Send a batch of ``Wrong``, a workload derived from ``base``, through it."""
     workload = load(f"{write(f'{RIGHT}class Wrong({base}):{body}')}:Wrong")()
     train = splits_of(load_data(workload), 0).train
-    batch = batches_of(train, torch.device("cpu"))[Slice(np.arange(min(NUM_EXAMPLES, len(train))))]
-    return check_batch(workload, batch.inputs, batch.targets, config)
+    number = min(NUM_EXAMPLES, len(train))
+    batches = batches_of(train, torch.device("cpu"), workload.collate)
+    whole, fewer = (Examples(*batches[Slice(np.arange(size))][:2], size) for size in (number, number // 2))
+    return check_batch(workload, whole, fewer, config)
 
 
 def message_of(write: Write, body: str, base: str = "Right", config: TrainConfig = FP32) -> str:
@@ -130,8 +135,10 @@ def test_augmentation_has_a_generator_in_training_only(write: Write) -> None:
         'def create_model(self): model = Spare("a"); model.a.requires_grad = False; return model',
         "def load_data(self): return Data(examples(3), examples(3), metadata=NAMES)",
         "def load_data(self): return Data([(np.ones(4, 'f'), 3)] * 20, examples(3), metadata=NAMES)",
+        "compares_examples = True\n    def loss(self, outputs, targets): return outputs.std(0).sum() + 0 * targets",
+        "def create_model(self): return Noisy(4, 10)",
     ],
-    ids=["a frozen parameter", "fewer examples than a batch", "a list of pairs"],
+    ids=["a frozen parameter", "fewer examples than a batch", "a list of pairs", "a loss of a batch", "noise"],
 )
 def test_rare_but_right_workloads_pass(write: Write, body: str) -> None:
     dry_run_of(write, f"\n    {body}\n")
@@ -230,10 +237,19 @@ def test_a_workloads_own_schedule_is_tried_without_a_warning(write: Write, sched
         ("def measure(self, outputs, targets): ...", ".measure returned NoneType, not a dict"),
         ("def metadata_of(self, data): ...", ".metadata_of returned NoneType, not a dict"),
         (
-            'def predictions(self, outputs, targets): return {"label": targets, "logits": outputs}',
-            ".predictions: logits must be one number per example, (16,) here, not (16, 10)",
+            'def predictions(self, outputs, targets): return {"label": targets, "logits": outputs.T}',
+            ".predictions: logits must be a tensor with 16 examples here, (N, ...)",
+        ),
+        (
+            "def loss(self, outputs, targets): return F.cross_entropy(outputs @ outputs.T, targets, reduction='none')",
+            ": an example's loss changes if other examples leave the batch, so it depends on the number of workers; if "
+            "that is meant, set compares_examples = True",
         ),
         ("def summarize(self, means): return {}", ".summarize returns nothing, but Wrong.metrics names accuracy"),
+        (
+            "def summarize_predictions(self, columns): return {'auc': 1.0}",
+            ".summarize and Wrong.summarize_predictions return accuracy, auc, but Wrong.metrics names accuracy",
+        ),
         ("metrics = ()", ".summarize returns accuracy, but Wrong.metrics names none"),
         ('metrics = (Metric("top5", "max"),)', ".summarize returns accuracy, but Wrong.metrics names top5"),
     ],
@@ -321,6 +337,7 @@ def test_a_step_or_a_checkpoint_that_would_fail_is_refused(write: Write, body: s
         "loss(self, outputs, targets)",
         "measure(self, outputs, targets)",
         "summarize(self, means)",
+        "summarize_predictions(self, columns)",
         "predictions(self, outputs, targets)",
         "create_optimizer(self, model, config)",
         "create_scheduler(self, optimizer, config, total_steps)",
@@ -363,6 +380,8 @@ def test_an_error_in_one_line_is_raised_unchanged(write: Write, error: type[Exce
         ("Data(type('Stream', (torch.utils.data.IterableDataset,), {'__iter__': iter})(), examples(3))",
          ": train is of type Stream, neither Arrays nor a Dataset with a length"),
         ("Data(examples(0), examples(3))", ": train holds no examples"),
+        ("Data(type('Padded', (list,), {'collate_fn': 1})([1]), examples(3))",
+         ": train has a collate_fn, which nothing calls: make it Wrong.collate(examples)"),
         ("Data(examples(3), examples(3), [])", ": validation holds no examples"),
         ("Data(examples(3), Arrays(np.ones((1200, 4)), np.arange(1199)))",
          ": test has 1,200 inputs but 1,199 targets"),

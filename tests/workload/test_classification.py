@@ -108,16 +108,6 @@ def test_predictions_are_label_prediction_and_probability() -> None:
     np.testing.assert_allclose(columns["probability"], softmax(outputs).max(1), rtol=1e-5)
 
 
-def test_an_empty_slice_has_empty_losses_and_columns() -> None:
-    outputs, targets = torch.empty(0, 5), torch.empty(0, dtype=torch.int64)
-    problem = workload()
-    problem.check_outputs(outputs, targets)
-    columns = problem.predictions(outputs, targets)
-    shapes = {tuple(values.shape) for values in (problem.loss(outputs, targets), *columns.values())}
-    assert shapes == {(0,)}
-    assert measured_sums(problem, outputs, targets)["accuracy"] == 0
-
-
 def test_the_top_predictions_are_the_most_probable_classes_by_name() -> None:
     outputs, _ = outputs_and_targets(4)
     probabilities = softmax(outputs)

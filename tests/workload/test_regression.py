@@ -68,11 +68,6 @@ def test_targets_that_are_all_the_same_have_no_variance_to_explain_and_rounding_
     assert math.isnan(values_of(np.ones(6, np.float32), np.full(6, 0.1))["r2"])
 
 
-def test_an_empty_slice_adds_nothing() -> None:
-    sums = measured_sums(Regression(), torch.empty(0, 1), torch.empty(0))
-    assert {name: value.item() for name, value in sums.items()} == dict.fromkeys(sums, 0)
-
-
 @pytest.mark.parametrize("shape", [(3,), (3, 1)])
 def test_predictions_tell_target_and_prediction(shape: tuple[int, ...]) -> None:
     outputs, targets = torch.tensor([1.5, 2.5, 3.5]).reshape(shape), torch.tensor([1.0, 2.0, 4.0])
