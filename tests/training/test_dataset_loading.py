@@ -141,10 +141,11 @@ def test_the_workloads_collate_joins_the_examples_of_a_data_set(num_processes: i
     (batch,) = batch_loader(batches_of(examples, CPU, sequences), [Slice(np.array([0, 2]))], num_processes)
     assert batch.inputs["padded"].tolist() == [[1, 0], [1, 1]]
     assert batch.inputs["lengths"].tolist() == batch.targets.tolist() == [1, 2]
+    wrong: tuple[Any, Any] = (lambda examples: (1, 2, 3), lambda examples: 1 / 0)
     with pytest.raises(ExampleError, match=r"^collate must return a pair \(inputs, targets\)$"):
-        batches_of(examples, CPU, lambda examples: (1, 2, 3))[Slice(np.arange(2))]
+        batches_of(examples, CPU, wrong[0])[Slice(np.arange(2))]
     with pytest.raises(ZeroDivisionError):
-        batches_of(examples, CPU, lambda examples: 1 / 0)[Slice(np.arange(2))]
+        batches_of(examples, CPU, wrong[1])[Slice(np.arange(2))]
 
 
 def test_all_tensors_of_a_batch_are_moved_to_a_device() -> None:
