@@ -21,6 +21,7 @@ from mnist_ray.workload.base import Workload
 _NONE, _LOG = "none", "log:"
 # All trials have the same data and number of epochs, and each configuration gets its seeds from the sweep.
 _NOT_SEARCHED = ("seed", "num_epochs", "validation_size", "limit", "overfit_batches", "callback")
+_DRAWS = 10  # per trial, as some may be equal
 _LONGEST_NAME = 180  # bytes of a trial folder's name; file systems allow 255
 
 
@@ -166,7 +167,7 @@ def _parsed(text: str, known: Mapping[str, _Setting]) -> tuple[str, SearchSpace]
 
 
 def propose(space: Space, sweep: SweepConfig, seed: int) -> list[Point]:
-    """Return all points of a random or grid search. They depend only on the settings and the seed.
+    """Return all points of a random or grid search, each once. They depend only on the settings and the seed.
 
     Raises UsageError if a grid has more choices than trials.
     """
@@ -175,9 +176,9 @@ def propose(space: Space, sweep: SweepConfig, seed: int) -> list[Point]:
     rng = np.random.default_rng(seed)
     drawn = [
         space.point({name: _draw(some, rng, space.types[name]) for name, some in space.spaces.items()}, seed)
-        for _ in range(sweep.num_trials)
+        for _ in range(_DRAWS * sweep.num_trials)
     ]
-    return (space.default_points(seed) + drawn)[: sweep.num_trials]
+    return list(dict.fromkeys(space.default_points(seed) + drawn))[: sweep.num_trials]
 
 
 def _draw(space: SearchSpace, rng: np.random.Generator, kind: type) -> Any:

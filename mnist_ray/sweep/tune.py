@@ -107,9 +107,10 @@ def say_sweep(sweep: Sweep, session: Session) -> None:
     job, config, console = sweep.job, sweep.config, session.console
     console.say("sweep", job.run.name)
     say_data(console, job, session.data)
-    trials = f"{count(config.num_trials, 'trial')} of {count(job.train.num_epochs, 'epoch')}"
-    if config.num_confirmed:
-        trials += f", then the best {config.num_confirmed} with two more seeds each"
+    tried, best, with_default = sweep.planned
+    trials = f"{count(tried, 'trial')} of {count(job.train.num_epochs, 'epoch')}"
+    if best:
+        trials += f", then the best {best}{' and the default' if with_default else ''} with two more seeds each"
     searched = " ".join(sweep.space.texts())
     console.say("search", f"{config.search}, {trials}: {searched}; scheduler {config.scheduler}")
     console.say("results", job.run.uri)
@@ -133,8 +134,8 @@ class SweepConsole(RunConsole):
             self._live.update(Group(self._table(table), Text(self._summary(table))), refresh=True)
         elif ended is not None:
             *_, epochs, monitor, _, state = table.console_row(ended, self._num_epochs)
-            tried = f"{format_settings(ended.point.values)}, seed {ended.point.seed}"
-            line = f"{tried}: {monitor} after {epochs} epochs, {state} · {self._summary(table)}"
+            tried = f"{format_settings(ended.point.values)}, seed {ended.point.seed}: {table.workload.monitor.name}"
+            line = f"{tried} {monitor} after {epochs} epochs, {state} · {self._summary(table)}"
             self.say(f"trial {ended.trial}", line)
 
     def show_result(self, table: TrialTable) -> None:
