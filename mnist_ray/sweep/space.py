@@ -64,6 +64,15 @@ class Space:
         inside = all(_contains(space, self.defaults[name]) for name, space in self.spaces.items())
         return [self.point(self.defaults, seed)] if inside else []
 
+    def up_to(self, most: int, name: str) -> Space:
+        """Return the space with ``most`` in place of larger values of a searched setting, and of its default."""
+        some = self.spaces[name]
+        if isinstance(some, Choice):
+            less: SearchSpace = Choice(tuple(dict.fromkeys(min(option, most) for option in some.options)))
+        else:
+            less = Range(min(some.low, most), min(some.high, most), some.log)
+        return Space({**self.spaces, name: less}, self.types, {**self.defaults, name: min(self.defaults[name], most)})
+
     def texts(self) -> tuple[str, ...]:
         """Return the space in the syntax of ``--sweep``."""
         texts = []

@@ -43,7 +43,6 @@ def read_sweep(given: Given | None = None) -> Sweep:
     )
     config = settings.build(SweepConfig, job.asked)
     space = space_of(type(job.workload), job.asked, fixed=job.given)
-    config = dataclasses.replace(config, sweep=config.sweep or space.texts())
     if config.search == "grid":
         propose(space, config, job.train.seed)  # raises if there are too few trials
     if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
@@ -80,11 +79,13 @@ def load_data(sweep: Sweep) -> tuple[Sweep, Splits]:
     if len(data.validation) == 0:
         monitor = job.workload.monitor.name
         raise UsageError(f"--validation-size 0: a sweep chooses by validation {monitor}; hold some examples out")
-    return dataclasses.replace(sweep, job=job), data
+    space = sweep.space.up_to(len(data.train), "batch_size") if sweep.batch_sizes else sweep.space
+    config = dataclasses.replace(sweep.config, sweep=sweep.config.sweep or space.texts())
+    return Sweep(config, space, job), data
 
 
-def tune(sweep: Sweep) -> None:
-    """Load the data, start Ray and search; then train, evaluate and report the best. Raises like ``train``."""
+def tune(sweep: Sweep) -> Sweep:
+    """Search, then train, evaluate and report the best; return the sweep as it was run. Raises like ``train``."""
     with Session(sweep.job, "mnist_ray.sweep.trial", sweep.workers) as session:
         sweep, data = load_data(sweep)
         console = SweepConsole(sweep)
@@ -96,10 +97,11 @@ def tune(sweep: Sweep) -> None:
             if sweep.job.output.check:
                 say_plan(session, sweep)
                 record.check(session)
-                return
+                return sweep
             table = search(session, sweep, console.show_table)
             console.show_result(table)
             train_chosen(session, sweep, table)
+    return sweep
 
 
 def say_sweep(sweep: Sweep, session: Session) -> None:

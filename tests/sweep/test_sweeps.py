@@ -23,6 +23,7 @@ from mnist_ray.cluster.remote_data import share
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run.job import Job
+from mnist_ray.settings import json_lines, values_of
 from mnist_ray.storage import locate
 from mnist_ray.sweep.trial import TrialSpec, run_trial
 from mnist_ray.sweep.tune import load_data, read_sweep, say_sweep
@@ -330,7 +331,7 @@ class Noisy(Regression):
         return nn.Linear(2, 1)
 
 
-def test_batch_sizes_below_the_default_suffice_but_a_setting_that_decides_the_data_is_not_searched(
+def test_batch_sizes_are_at_most_the_examples_and_a_setting_that_decides_the_data_is_not_searched(
     tmp_path: Path,
 ) -> None:
     given = {"workload": Noisy, "storage_path": str(tmp_path)}
@@ -338,6 +339,12 @@ def test_batch_sizes_below_the_default_suffice_but_a_setting_that_decides_the_da
     assert (sweep.batch_sizes, len(data.train)) == ([8, 16], 100)  # the default is 128
     sweep, _ = load_data(read_sweep({**given, "sweep": ["width=2,4"]}))
     assert list(sweep.space.spaces) == ["width"]
+    sweep, _ = load_data(read_sweep({**given, "validation_size": 500}))
+    assert sweep.batch_sizes == [32, 64, 100]
+    assert sweep.job.notes == ("batch size 100, not 512: there are only 100 examples to train on",)
+    (tmp_path / "sweep.json").write_text(json_lines({**values_of(sweep.config), **sweep.job.values}))
+    again, _ = load_data(read_sweep({**given, "config": str(tmp_path / "sweep.json")}))
+    assert (again.space, again.planned, again.job.notes) == (sweep.space, (16, 3, True), ())
     with pytest.raises(UsageError, match="--sweep noise: load_data depends on it, and all trials have the same data"):
         load_data(read_sweep({**given, "sweep": ["width=2,4", "noise=1,2"]}))
 
