@@ -131,8 +131,7 @@ def tune(workload: AnyWorkload = None, **settings: Any) -> SweptRun:
     """
     if isinstance(searched := settings.get("sweep"), Mapping):
         settings["sweep"] = [f"{name}={_space_text(space)}" for name, space in searched.items()]
-    sweep = read_sweep(_given(workload, settings))
-    tune_sweep(sweep)
+    sweep = tune_sweep(read_sweep(_given(workload, settings)))
     job, best = sweep.job, sweep.job.run.require_json(BEST_FILE)
     default = job.run.inside(DEFAULT_FOLDER)
     default_result = default.read_json(RESULT_FILE)

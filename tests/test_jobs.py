@@ -121,6 +121,26 @@ def test_four_workers_run_on_two_cpus_and_nothing_listens_beyond_loopback(small_
     assert json.loads((tmp_path / "four" / "result.json").read_text())["num_workers"] == 4
 
 
+PRINTS = """
+from mnist_ray.training.callback import Callback
+
+class Prints(Callback):
+    def on_epoch(self, state, progress):
+        print("epoch", progress.epoch, "is over")
+"""
+
+
+def test_verbose_shows_what_a_callback_prints_once_and_no_complaint_of_ray(small_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "prints.py").write_text(PRINTS)
+    flags = {"data_dir": small_data, "storage_path": tmp_path, **QUICK, "callback": tmp_path / "prints.py"}
+    done = run_job("train.py", *as_flags(flags), "--verbose")
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout + done.stderr
+    assert [shown.count(f"epoch {epoch} is over") for epoch in (1, 2)] == [1, 1]
+    assert "Reporting training result" in shown
+    assert "val_score" not in shown
+
+
 @pytest.fixture
 def ctrl_c() -> Callable[[psutil.Process], None]:
     """Interrupt a job. Children of this process would inherit an ignored SIGINT, as in a shell's background."""

@@ -140,9 +140,14 @@ def test_failed_storage_is_retried_each_second_for_half_a_minute(
     assert sum(slept) == ends_after_s
 
 
-def test_a_run_is_found_by_its_path_or_its_name(tmp_path: Path) -> None:
+def test_a_run_is_found_by_its_path_or_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_run("/tmp/", "elsewhere").uri == "/tmp"
     assert find_run("a/b", "elsewhere").path == str(Path("a/b").absolute())
+    assert find_run("my_run", str(tmp_path)).path == str(tmp_path / "my_run")
+    (tmp_path / "here" / "my_run").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    assert find_run("my_run", str(tmp_path)).path == str(tmp_path / "here" / "my_run")
+    (tmp_path / "my_run").mkdir()
     assert find_run("my_run", str(tmp_path)).path == str(tmp_path / "my_run")
 
 

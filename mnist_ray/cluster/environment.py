@@ -15,6 +15,8 @@ _SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     # Tasks without GPUs keep CUDA_VISIBLE_DEVICES, as later versions of Ray will do. This avoids a warning.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray Train's own print would write each line to a worker's log twice, as it takes Ray's streams for a user's.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # Ray Train sets this for its controller. Set everywhere, it lets Ray reuse one process for all evaluations.
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
     # Ray's own handler of SIGTERM prints a stack and may end the process; the job's handler saves a checkpoint.

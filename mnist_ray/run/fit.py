@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 import os
 import time
@@ -222,7 +223,7 @@ class _Trainer(TorchTrainer):
 
 
 class _OnController(train_internals.ControllerCallback):
-    """Lets the driver check that Ray Train's controller answers; makes the controller poll validations more often."""
+    """Lets the driver check that Ray Train's controller answers, and sets up the controller's process."""
 
     def __init__(self, event_queue: Any) -> None:
         self._event_queue = event_queue
@@ -230,6 +231,9 @@ class _OnController(train_internals.ControllerCallback):
     def after_controller_start(self, train_run_context: object) -> None:
         # By default, a run may notice the end of its last validation up to a second late.
         train_internals.validation_manager.VALIDATION_TASK_POLL_INTERVAL_S = _VALIDATION_POLL_INTERVAL_S
+        # A checkpoint gets its score when its validation, which runs beside the training, has finished.
+        scorer = logging.getLogger("ray.train._internal.checkpoint_manager")
+        scorer.addFilter(lambda record: "no key: val_score" not in record.getMessage())
         if self._event_queue is not None:
             self._event_queue.put.remote(ControllerStarted(ray.get_runtime_context().current_actor))
 

@@ -17,7 +17,8 @@ IsWanted = Callable[[RunFolder], bool]
 def find_run(given: str | None, storage_path: str, is_wanted: IsWanted = lambda run: True) -> RunFolder:
     """Return the folder of a path, a URI or a run's name; it need not exist. For None, return the newest wanted run.
 
-    Raises UsageError if there is no run, or the URI is wrong.
+    A name is that of a run in the storage or, if there is none, of a folder here. Raises UsageError if there is no run,
+    or the URI is wrong.
     """
     if given is None:
         try:
@@ -30,8 +31,8 @@ def find_run(given: str | None, storage_path: str, is_wanted: IsWanted = lambda 
         base, query = split_query(given)
         parent, _, name = base.rstrip("/").rpartition("/")
         return locate((parent or "/") + query, name, _A_RUN)
-    here = locate(".", given, _A_RUN)
-    return here if here.exists() else locate(storage_path, given)
+    run, here = locate(storage_path, given), locate(".", given, _A_RUN)
+    return here if here.exists() and not run.exists() else run
 
 
 def _newest_run(storage: RunFolder, is_wanted: IsWanted) -> RunFolder:

@@ -242,15 +242,19 @@ class Clock:
 def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Splits]:
     """Return the job, with notes about its data, and the data. The job's workload gets the data's metadata.
 
-    ``batch_sizes``: the batch sizes of a sweep. Raises JobError; UsageError, for example if a resumed run was started
-    with different data.
+    If nobody has chosen the batch size and there are fewer examples, all of them make a batch. ``batch_sizes``: the
+    batch sizes of a sweep. Raises JobError; UsageError, for example if a resumed run was started with different data.
     """
     splits = subset(splits_of(load_data_of(job.workload), job.train.validation_size), job.train)
     notes = [*job.notes, *_check_same_data(job, splits)]
-    for size in batch_sizes or [job.train.batch_size]:
-        if size > len(splits.train):
-            name, noun = "--sweep: batch size" if batch_sizes else "--batch-size", job.workload.nouns
-            raise UsageError(f"{name} {size:,} is larger than the {len(splits.train):,} {noun} to train on")
+    most, largest = len(splits.train), max(batch_sizes or [job.train.batch_size])
+    if largest > most:
+        there, name = f"{most:,} {job.workload.nouns} to train on", "sweep" if batch_sizes else "batch_size"
+        if job.asked.get(name):
+            flag = "--sweep: batch size" if batch_sizes else "--batch-size"
+            raise UsageError(f"{flag} {largest:,} is larger than the {there}")
+        notes.append(f"batch size {most:,}, not {largest:,}: there are only {there}")
+        job = job.with_values({"batch_size": most})
     if job.train.early_stop is not None:
         if len(splits.validation) == 0:
             raise UsageError("--early-stop needs validation examples; set --validation-size above 0")

@@ -98,8 +98,7 @@ def train_chosen(session: Session, sweep: Sweep, table: TrialTable) -> None:
     default = best.with_values(dict(sweep.space.defaults))
     default = dataclasses.replace(default, run=run.inside(DEFAULT_FOLDER))
     is_default = default.values == best.values
-    fits = default.train.batch_size <= len(session.data.train)
-    jobs = {"best": best} if is_default or not fits else {"default": default, "best": best}
+    jobs = {"best": best} if is_default else {"default": default, "best": best}
     came_out = {}
     for title, job in jobs.items():
         values = format_settings({name: job.values[name] for name in sweep.space.spaces})

@@ -21,6 +21,7 @@ from mnist_ray.workload.base import Workload
 _NONE, _LOG = "none", "log:"
 # All trials have the same data and number of epochs, and each configuration gets its seeds from the sweep.
 _NOT_SEARCHED = ("seed", "num_epochs", "validation_size", "limit", "overfit_batches", "callback")
+_DRAWS = 10  # per trial, as some may be equal
 _LONGEST_NAME = 180  # bytes of a trial folder's name; file systems allow 255
 
 
@@ -62,6 +63,15 @@ class Space:
         """Return the default configuration, which others must beat; an empty list if it is outside the space."""
         inside = all(_contains(space, self.defaults[name]) for name, space in self.spaces.items())
         return [self.point(self.defaults, seed)] if inside else []
+
+    def up_to(self, most: int, name: str) -> Space:
+        """Return the space with ``most`` in place of larger values of a searched setting, and of its default."""
+        some = self.spaces[name]
+        if isinstance(some, Choice):
+            less: SearchSpace = Choice(tuple(dict.fromkeys(min(option, most) for option in some.options)))
+        else:
+            less = Range(min(some.low, most), min(some.high, most), some.log)
+        return Space({**self.spaces, name: less}, self.types, {**self.defaults, name: min(self.defaults[name], most)})
 
     def texts(self) -> tuple[str, ...]:
         """Return the space in the syntax of ``--sweep``."""
@@ -166,7 +176,7 @@ def _parsed(text: str, known: Mapping[str, _Setting]) -> tuple[str, SearchSpace]
 
 
 def propose(space: Space, sweep: SweepConfig, seed: int) -> list[Point]:
-    """Return all points of a random or grid search. They depend only on the settings and the seed.
+    """Return all points of a random or grid search, each once. They depend only on the settings and the seed.
 
     Raises UsageError if a grid has more choices than trials.
     """
@@ -175,9 +185,9 @@ def propose(space: Space, sweep: SweepConfig, seed: int) -> list[Point]:
     rng = np.random.default_rng(seed)
     drawn = [
         space.point({name: _draw(some, rng, space.types[name]) for name, some in space.spaces.items()}, seed)
-        for _ in range(sweep.num_trials)
+        for _ in range(_DRAWS * sweep.num_trials)
     ]
-    return (space.default_points(seed) + drawn)[: sweep.num_trials]
+    return list(dict.fromkeys(space.default_points(seed) + drawn))[: sweep.num_trials]
 
 
 def _draw(space: SearchSpace, rng: np.random.Generator, kind: type) -> Any:

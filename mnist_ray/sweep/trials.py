@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from mnist_ray.report.run_files import csv_text, read_csv
 from mnist_ray.run.job import Job
 from mnist_ray.settings import Choice
 from mnist_ray.storage import TRIALS_FILE, RunFolder
-from mnist_ray.sweep.space import Point, Space
+from mnist_ray.sweep.space import Point, Space, propose
 from mnist_ray.workload.base import Workload
 
 BEST_FILE, DEFAULT_FOLDER = "best.json", "default"
@@ -38,6 +38,7 @@ class TrialRecord:
     train_s: float = 0.0  # seconds of training, without validation
     reports: str = ""  # `EPOCHS:MONITOR` for each report: a scheduler compares trials by them
     reason: str = ""  # of a failed or lost trial
+    others: dict[str, float] = dataclasses.field(default_factory=dict)  # other metrics on the validation set, by column
 
     def report(self, epochs: float, monitor: float) -> None:
         """Add a report. A trial that resumes from its checkpoint may report the same epochs again."""
@@ -79,6 +80,7 @@ class TrialTable:
         self.space = space
         self.by_point = {record.point: record for record in records}
         self.num_planned = len(self.by_point)
+        self._others = [f"val_{metric.name}" for metric in self.workload.metrics[1:]]
 
     def start(self, point: Point) -> TrialRecord:
         """Return the record of a point whose trial starts, or starts again."""
@@ -154,14 +156,22 @@ class TrialTable:
 
     @property
     def columns(self) -> dict[str, str]:
-        """The column of sweep.csv for each field of ``TrialRecord`` with a result."""
-        names = [field.name for field in dataclasses.fields(TrialRecord) if field.name not in ("trial", "point")]
+        """The column of sweep.csv for each field of ``TrialRecord`` with a result; each of ``others`` has its own."""
+        names = [field.name for field in dataclasses.fields(TrialRecord)[2:-1]]  # without trial, point and others
         named_by_workload = {"val_monitor": f"val_{self.workload.monitor.name}", "rate": self.workload.rate}
         return {name: named_by_workload.get(name, name) for name in names}
 
     def outcome(self, record: TrialRecord) -> dict[str, Any]:
         """Return the results of a trial, by the columns of sweep.csv."""
-        return {column: getattr(record, name) for name, column in self.columns.items()}
+        others = {column: record.others.get(column, math.nan) for column in self._others}
+        return {column: getattr(record, name) for name, column in self.columns.items()} | others
+
+    def update(self, record: TrialRecord, results: Mapping[str, Any]) -> None:
+        """Set the results that a trial has reported, or a row of sweep.csv. Raises ValueError if one is no number."""
+        for name, column in self.columns.items():
+            if column in results:
+                setattr(record, name, type(getattr(record, name))(results[column]))
+        record.others |= {column: float(results[column]) for column in self._others if column in results}
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -173,7 +183,8 @@ class TrialTable:
 
     @property
     def _all_columns(self) -> list[str]:
-        return ["trial", *self.space.spaces, "seed", *dict.fromkeys(self.columns.values())]
+        first = ["state", "epochs", f"val_{self.workload.monitor.name}", *self._others]
+        return ["trial", *self.space.spaces, "seed", *dict.fromkeys([*first, *self.columns.values()])]
 
     def to_csv(self) -> str:
         """Return sweep.csv."""
@@ -189,11 +200,8 @@ class TrialTable:
 
     def _record(self, row: dict[str, str]) -> TrialRecord:
         point = self.space.point(row, int(row["seed"]))
-        values: dict[str, Any] = {
-            name: row[column] if name in ("state", "reports", "reason") else float(row[column])
-            for name, column in self.columns.items()
-        }
-        record = TrialRecord(int(row["trial"]), point, **values)
+        record = TrialRecord(int(row["trial"]), point)
+        self.update(record, row)
         _ = record.reported  # raises now, not later, if it is damaged
         if record.state not in (*ENDED, LOST, RUNNING):
             raise ValueError(f"{record.state!r:.40} is no state of a trial")
@@ -244,6 +252,15 @@ class Sweep:
         if space is None:
             return []
         return list(space.options) if isinstance(space, Choice) else [int(space.low), int(space.high)]
+
+    @property
+    def planned(self) -> tuple[int, int, bool]:
+        """How many configurations are tried, how many of the best are confirmed, and whether the default is, too."""
+        seed = self.job.train.seed
+        points = propose(self.space, self.config, seed)  # Optuna tries as many, the default first
+        best = min(self.config.num_confirmed, len(points))
+        is_default_there = any(point in points for point in self.space.default_points(seed))
+        return len(points), best, 0 < best < len(points) and is_default_there
 
     def table(self) -> TrialTable:
         """Return the table of the trials in the sweep's folder. Raises DamagedFileError."""

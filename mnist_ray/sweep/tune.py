@@ -43,7 +43,6 @@ def read_sweep(given: Given | None = None) -> Sweep:
     )
     config = settings.build(SweepConfig, job.asked)
     space = space_of(type(job.workload), job.asked, fixed=job.given)
-    config = dataclasses.replace(config, sweep=config.sweep or space.texts())
     if config.search == "grid":
         propose(space, config, job.train.seed)  # raises if there are too few trials
     if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
@@ -80,11 +79,13 @@ def load_data(sweep: Sweep) -> tuple[Sweep, Splits]:
     if len(data.validation) == 0:
         monitor = job.workload.monitor.name
         raise UsageError(f"--validation-size 0: a sweep chooses by validation {monitor}; hold some examples out")
-    return dataclasses.replace(sweep, job=job), data
+    space = sweep.space.up_to(len(data.train), "batch_size") if sweep.batch_sizes else sweep.space
+    config = dataclasses.replace(sweep.config, sweep=sweep.config.sweep or space.texts())
+    return Sweep(config, space, job), data
 
 
-def tune(sweep: Sweep) -> None:
-    """Load the data, start Ray and search; then train, evaluate and report the best. Raises like ``train``."""
+def tune(sweep: Sweep) -> Sweep:
+    """Search, then train, evaluate and report the best; return the sweep as it was run. Raises like ``train``."""
     with Session(sweep.job, "mnist_ray.sweep.trial", sweep.workers) as session:
         sweep, data = load_data(sweep)
         console = SweepConsole(sweep)
@@ -96,10 +97,11 @@ def tune(sweep: Sweep) -> None:
             if sweep.job.output.check:
                 say_plan(session, sweep)
                 record.check(session)
-                return
+                return sweep
             table = search(session, sweep, console.show_table)
             console.show_result(table)
             train_chosen(session, sweep, table)
+    return sweep
 
 
 def say_sweep(sweep: Sweep, session: Session) -> None:
@@ -107,9 +109,10 @@ def say_sweep(sweep: Sweep, session: Session) -> None:
     job, config, console = sweep.job, sweep.config, session.console
     console.say("sweep", job.run.name)
     say_data(console, job, session.data)
-    trials = f"{count(config.num_trials, 'trial')} of {count(job.train.num_epochs, 'epoch')}"
-    if config.num_confirmed:
-        trials += f", then the best {config.num_confirmed} with two more seeds each"
+    tried, best, with_default = sweep.planned
+    trials = f"{count(tried, 'trial')} of {count(job.train.num_epochs, 'epoch')}"
+    if best:
+        trials += f", then the best {best}{' and the default' if with_default else ''} with two more seeds each"
     searched = " ".join(sweep.space.texts())
     console.say("search", f"{config.search}, {trials}: {searched}; scheduler {config.scheduler}")
     console.say("results", job.run.uri)
@@ -133,8 +136,8 @@ class SweepConsole(RunConsole):
             self._live.update(Group(self._table(table), Text(self._summary(table))), refresh=True)
         elif ended is not None:
             *_, epochs, monitor, _, state = table.console_row(ended, self._num_epochs)
-            tried = f"{format_settings(ended.point.values)}, seed {ended.point.seed}"
-            line = f"{tried}: {monitor} after {epochs} epochs, {state} · {self._summary(table)}"
+            tried = f"{format_settings(ended.point.values)}, seed {ended.point.seed}: {table.workload.monitor.name}"
+            line = f"{tried} {monitor} after {epochs} epochs, {state} · {self._summary(table)}"
             self.say(f"trial {ended.trial}", line)
 
     def show_result(self, table: TrialTable) -> None:

@@ -64,9 +64,8 @@ def run_sweep(sweep: Sweep, spec: TrialSpec, concurrent: int, on_change: OnChang
         _run_trials, spec, watcher, concurrent, time.monotonic() + (config.time_budget_s or math.inf)
     )
     points = None if config.search == "optuna" else propose(sweep.space, config, seed)
-    num_points = config.num_trials if points is None else len(points)
-    num_confirmations = 2 * min(config.num_confirmed, num_points)  # two more if the default is confirmed too
-    table.num_planned = max(len(table.by_point), num_points + num_confirmations)
+    tried, best, with_default = sweep.planned
+    table.num_planned = max(len(table.by_point), tried + 2 * (best + with_default))
     run_trials(points, _scheduler(sweep, table))
     confirmations = table.confirmations(config, seed)
     table.num_planned = len(table.by_point.keys() | set(confirmations))
@@ -197,9 +196,7 @@ class _Watcher(tune.Callback):
 
     def on_trial_result(self, trial: Trial, result: dict[str, Any], **info: Any) -> None:
         record = self.table.by_point[self._point(trial)]
-        for name, column in self.table.columns.items():
-            if column in result:
-                setattr(record, name, result[column])
+        self.table.update(record, result)
         if "epochs" in result:
             record.report(result["epochs"], record.val_monitor)
         self._changed()

@@ -114,13 +114,17 @@ def _misfit(places: np.ndarray, examples: list[tuple[Any, Any]]) -> str:
 
 def batches_of(split: Split, device: torch.device, collate: Collate | None = None) -> ArrayBatches | ExampleBatches:
     """Return the data set from which a loader reads a split; ``collate`` is the workload's."""
+    _allow_read_only()
     return ArrayBatches(split.arrays, device) if split.arrays is not None else ExampleBatches(split, 0, collate)
 
 
+def _allow_read_only(loader_process: int = 0) -> None:
+    """Silence torch about read-only arrays, such as those from the object store: nothing here writes to them."""
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+
 def _tensor(array: np.ndarray) -> Tensor:
-    with warnings.catch_warnings():  # arrays from the object store are read-only; nothing here writes to them
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(np.ascontiguousarray(array))
+    return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def _rows(array: np.ndarray, places: np.ndarray) -> Tensor:
@@ -151,4 +155,5 @@ def batch_loader(dataset: ArrayBatches | ExampleBatches, slices: Iterable[Slice]
         batch_size=None,
         num_workers=num_processes if isinstance(dataset, ExampleBatches) else 0,
         pin_memory=torch.cuda.is_available() and not is_on_gpu,
+        worker_init_fn=_allow_read_only,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from typing import Any, NamedTuple
 
@@ -41,8 +42,13 @@ def check_batch(workload: Workload, batch: Examples, fewer: Examples, config: Tr
     generator = torch.default_generator.manual_seed(config.seed)
     with placed(workload, "prepare"):
         for_training, for_evaluation = workload.prepare(batch.inputs, generator), workload.prepare(batch.inputs, None)
-    with placed(workload, "the model"), _autocast(config):
-        outputs = as_fp32(model.train()(for_training))
+    try:
+        with placed(workload, "the model"), _autocast(config):
+            outputs = as_fp32(model.train()(for_training))
+    except UsageError as error:
+        is_other = isinstance(for_training, Tensor) and for_training.dtype != torch.float32
+        is_about_it = is_other and re.search("dtype|bias type|not implemented for", str(error))
+        raise UsageError(f"{error}{'; return inputs.float() from prepare' if is_about_it else ''}") from error
     with placed(workload, "check_outputs"):
         workload.check_outputs(outputs, batch.targets)
     _check_losses(workload, model, outputs, batch, config)
@@ -98,7 +104,7 @@ def _check_losses(workload: Workload, model: nn.Module, outputs: Any, batch: Exa
     name = type(workload).__name__
     with placed(workload, "loss"):
         losses = workload.loss(outputs, batch.targets)
-    _check_numbers(f"{name}.loss", losses, batch.number)
+    _check_numbers(f"{name}.loss", losses, batch.number, '; use reduction="none", average other dimensions')
     with placed(workload, "training_loss"):
         minimized = workload.training_loss(outputs, batch.targets, config)
     if minimized is not None:
@@ -166,6 +172,9 @@ def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig) 
         return
     with placed(workload, "create_optimizer"):
         optimizer = workload.create_optimizer(model, config)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        found = f"{own.__name__}.create_optimizer must return one torch.optim.Optimizer, not {type(optimizer).__name__}"
+        raise UsageError(f"{found}; it may have several groups of parameters")
     with placed(workload, "create_scheduler"):
         scheduler = workload.create_scheduler(optimizer, config, total_steps=10)
     with placed(workload, "optimizer.step(), then scheduler.step() without a metric"):
@@ -182,7 +191,7 @@ def _check_dict(place: str, value: object) -> None:
         raise UsageError(f"{place} returned {type(value).__name__}, not a dict")
 
 
-def _check_numbers(place: str, values: object, number: int) -> None:
+def _check_numbers(place: str, values: object, number: int, remedy: str = "") -> None:
     if not isinstance(values, Tensor) or tuple(values.shape) != (number,):
         got = f"{tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise UsageError(f"{place} must be one number per example, ({number},) here, not {got}")
+        raise UsageError(f"{place} must be one number per example, ({number},) here, not {got}{remedy}")

@@ -65,12 +65,16 @@ class Split:
         return len(self.examples) if self.indices is None else len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        """Return one example's (input, target)."""
+        """Return one example's (input, target). Raises UsageError if a ``Dataset`` does not return pairs."""
         place = index if self.indices is None else int(self.indices[index])
         if isinstance(self.examples, Arrays):
             return self.examples.inputs[place], self.examples.targets[place]
-        example: tuple[Any, Any] = self.examples[place]
-        return example
+        example = self.examples[place]
+        if isinstance(example, (tuple, list)) and len(example) == 2:
+            return example[0], example[1]
+        got = count(len(example), "value") if isinstance(example, (tuple, list)) else type(example).__name__
+        remedy = "either may be a tuple or a dict; if there are no targets, repeat the input"
+        raise UsageError(f"{self.origin}: a Dataset's items must be pairs (input, target), not {got}; {remedy}")
 
     def places(self, indices: Any) -> Any:
         """Map indices of this split to indices of ``examples``."""

@@ -25,6 +25,7 @@ from mnist_ray.workload.user_code import Source
 
 DEFAULT = "mnist_ray.mnist"
 _MOST_FILES_ASKED = 1000  # at most so many files, evenly spaced, are stat'ed: file servers may be slow
+_REMEDIES = {"Tensor": "; call .numpy()", "dict": "; use a Dataset", "NoneType": "; without targets, repeat the inputs"}
 _INTERFACE = [name for name in dir(Workload) if not name.startswith("_")]
 
 Reference = str | type[Workload]  # a value of ``--workload``, or a class in this process
@@ -157,7 +158,7 @@ def _check_arrays(place: str, arrays: Arrays) -> None:
     for what, array in (("inputs", arrays.inputs), ("targets", arrays.targets)):
         if not isinstance(array, np.ndarray) or array.ndim == 0:
             kind = "a single number" if isinstance(array, np.ndarray) else type(array).__name__
-            raise UsageError(f"{place}: {what} must be a NumPy array (N, ...), not {kind}")
+            raise UsageError(f"{place}: {what} must be a NumPy array (N, ...), not {kind}{_REMEDIES.get(kind, '')}")
         if array.dtype.kind not in "biuf":
             raise UsageError(f"{place}: {what} must be numbers, not of dtype {array.dtype}")
     if len(arrays.inputs) != len(arrays.targets):

@@ -68,6 +68,8 @@ def table(
     frames = [_frame(each) for each in (table, test) if each is not None]
     columns = [name for name in frames[0] if name != target] if columns is None else list(columns)
     for frame in frames:
+        if missing := [name for name in (*columns, target) if name not in frame]:
+            raise UsageError(f"the table has no column {missing[0]}, only {', '.join(map(str, frame))}")
         _check_numbers(frame, columns if as_classes else [*columns, target])
     inputs = [frame[columns].to_numpy(np.float32) for frame in frames]
     targets, metadata = [frame[target].to_numpy() for frame in frames], dict[str, Any]()
@@ -100,8 +102,6 @@ def _frame(table: str | Path | DataFrame) -> DataFrame:
 
 def _check_numbers(frame: DataFrame, names: Sequence[str]) -> None:
     for name in names:
-        if name not in frame:
-            raise UsageError(f"the table has no column {name}, only {', '.join(map(str, frame))}")
         if frame[name].dtype.kind not in "biuf":
             raise UsageError(
                 f"column {name} does not hold numbers; use pandas.get_dummies(table, columns=[{name!r}]), leave it "

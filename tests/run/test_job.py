@@ -174,6 +174,18 @@ def test_settings_must_fit_the_data(read: Any, tmp_path: Path, few_images: Any, 
         load_data(read("--data-dir", str(folder), *flags))
 
 
+def test_a_batch_size_that_nobody_chose_is_at_most_the_examples_also_in_a_resumed_run(
+    read: Any, tmp_path: Path, few_images: Any
+) -> None:
+    flags = "--data-dir", str(write_data_set(tmp_path / "data", few_images, few_images)), "--run-name", "run"
+    job, data = load_data(read(*flags, "--validation-size", "560"))
+    assert (job.train.batch_size, len(data.train)) == (40, 40)
+    assert job.notes == ("batch size 40, not 128: there are only 40 images to train on",)
+    begin(job, data)
+    resumed, _ = load_data(read("--resume", "--run-name", "run"))
+    assert (resumed.train, resumed.notes) == (job.train, (FROM_THE_BEGINNING,))
+
+
 @pytest.mark.parametrize("flags", [["--limit", "0.5"], ["--overfit-batches", "1"]], ids=["limit", "overfit"])
 def test_a_run_on_less_data_resumes_on_the_same(read: Any, tmp_path: Path, few_images: Any, flags: list[str]) -> None:
     folder = write_data_set(tmp_path / "data", few_images, few_images)

@@ -51,6 +51,13 @@ def test_a_default_outside_the_space_is_not_tried() -> None:
     assert propose("ema_decay=0.9:0.99")[0].values["ema_decay"] is not None
 
 
+def test_a_space_up_to_a_number_has_this_number_in_place_of_larger_ones_also_as_the_default() -> None:
+    less = over("batch_size=8:500", "beta1=0.5,0.6").up_to(100, "batch_size")
+    assert less.texts() == ("batch_size=8:100", "beta1=0.5,0.6")
+    assert less.default_points(0) == []
+    assert over().up_to(100, "batch_size").default_points(0) == [point(100, TrainConfig().learning_rate)]
+
+
 def test_a_grid_covers_both_ends_for_every_batch_size() -> None:
     some = ("batch_size=32,64", "learning_rate=log:5e-4:2e-2")
     points = propose(*some, sweep=SweepConfig(search="grid", num_trials=7))

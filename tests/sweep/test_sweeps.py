@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import mlflow
 import numpy as np
@@ -23,9 +23,10 @@ from mnist_ray.cluster.remote_data import share
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run.job import Job
+from mnist_ray.settings import json_lines, values_of
 from mnist_ray.storage import locate
 from mnist_ray.sweep.trial import TrialSpec, run_trial
-from mnist_ray.sweep.tune import load_data, read_sweep
+from mnist_ray.sweep.tune import load_data, read_sweep, say_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.workload import Arrays, Data, Regression, Workload, loading, setting
 from mnist_ray.workload.data import Split
@@ -217,7 +218,9 @@ def test_a_trial_whose_process_dies_is_lost_and_a_resumed_sweep_tries_it_again(
     assert [row["state"] for row in rows(tmp_path / "runs" / "lost")] == ["lost"]
     (tmp_path / "deadly").unlink()
     resume(tmp_path / "runs" / "lost")
-    assert [row["state"] for row in rows(tmp_path / "runs" / "lost")] == ["done"]
+    (row,) = rows(tmp_path / "runs" / "lost")
+    assert row["state"] == "done"
+    assert 0 < float(row["val_mae"]) <= float(row["val_rmse"])
 
 
 def test_a_killed_sweep_resumes_without_repeating_finished_trials(
@@ -328,7 +331,7 @@ class Noisy(Regression):
         return nn.Linear(2, 1)
 
 
-def test_batch_sizes_below_the_default_suffice_but_a_setting_that_decides_the_data_is_not_searched(
+def test_batch_sizes_are_at_most_the_examples_and_a_setting_that_decides_the_data_is_not_searched(
     tmp_path: Path,
 ) -> None:
     given = {"workload": Noisy, "storage_path": str(tmp_path)}
@@ -336,8 +339,34 @@ def test_batch_sizes_below_the_default_suffice_but_a_setting_that_decides_the_da
     assert (sweep.batch_sizes, len(data.train)) == ([8, 16], 100)  # the default is 128
     sweep, _ = load_data(read_sweep({**given, "sweep": ["width=2,4"]}))
     assert list(sweep.space.spaces) == ["width"]
+    sweep, _ = load_data(read_sweep({**given, "validation_size": 500}))
+    assert sweep.batch_sizes == [32, 64, 100]
+    assert sweep.job.notes == ("batch size 100, not 512: there are only 100 examples to train on",)
+    (tmp_path / "sweep.json").write_text(json_lines({**values_of(sweep.config), **sweep.job.values}))
+    again, _ = load_data(read_sweep({**given, "config": str(tmp_path / "sweep.json")}))
+    assert (again.space, again.planned, again.job.notes) == (sweep.space, (16, 3, True), ())
     with pytest.raises(UsageError, match="--sweep noise: load_data depends on it, and all trials have the same data"):
         load_data(read_sweep({**given, "sweep": ["width=2,4", "noise=1,2"]}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "random, 16 trials of 2 epochs, then the best 3 and the default with two more seeds each: "),
+        ({"search": "optuna"}, "optuna, 16 trials of 2 epochs, then the best 3 and the default with two more seeds"),
+        ({"num_trials": 3}, "random, 3 trials of 2 epochs, then the best 3 with two more seeds each: "),
+        ({"num_confirmed": 0}, "random, 16 trials of 2 epochs: "),
+        ({"sweep": ["width=2,4"]}, "random, 2 trials of 2 epochs, then the best 2 with two more seeds each: "),
+        ({"sweep": ["width=3:7"], "search": "grid"}, "grid, 5 trials of 2 epochs, then the best 3 with two more seeds"),
+    ],
+)
+def test_the_header_says_what_will_be_tried_and_confirmed(
+    settings: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    session = MagicMock()
+    say_sweep(read_sweep({"workload": Noisy, "storage_path": str(tmp_path), **settings}), session)
+    said = dict(call.args for call in session.console.say.call_args_list)
+    assert said["search"].startswith(expected)
 
 
 # --- a trial of one worker, which runs in this process

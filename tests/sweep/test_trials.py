@@ -56,8 +56,8 @@ def test_less_is_better_if_the_workload_says_so_and_without_metrics_the_loss_cho
     table = table_with(record(1, DONE, 12.0), record(2, DONE, 11.0), record(3, DONE, 11.0, loss=0.5), workload=Prices)
     assert [row.trial for row in table.ranked] == [3, 2, 1]
     assert table.to_csv().startswith(
-        "trial,batch_size,learning_rate,seed,state,epochs,val_rmse,val_loss,train_loss,examples_per_s,train_s,"
-        "reports,reason\n"
+        "trial,batch_size,learning_rate,seed,state,epochs,val_rmse,val_mae,val_r2,val_loss,train_loss,examples_per_s,"
+        "train_s,reports,reason\n"
     )
 
     class Plain(Workload):
@@ -71,13 +71,17 @@ def test_less_is_better_if_the_workload_says_so_and_without_metrics_the_loss_cho
 
 
 def test_a_written_table_is_read_back(tmp_path: Path) -> None:
-    table = table_with(record(1, FAILED, math.nan), record(2, DONE, 0.1 + 0.2))
-    table.by_point[point(32, 0.01)].reason = 'OSError: "no, space"\n'
+    table = table_with(record(1, FAILED, math.nan), record(2, DONE, 0.1 + 0.2), workload=Regression)
+    first, second = table.by_point.values()
+    first.reason = 'OSError: "no, space"\n'
+    table.update(first, {"epochs": 1, "val_mae": math.nan, "val_r2": math.nan, "val_score": 3})
+    table.update(second, {"val_mae": 0.5, "val_r2": 1})
     run = locate(str(tmp_path), "sweep")
     assert list(table_with().read(run).by_point) == []
     run.write_text("sweep.csv", table.to_csv())
-    again = table_with().read(run)
-    assert repr(list(again.by_point.values())) == repr(list(table.by_point.values()))
+    again = table_with(workload=Regression).read(run)
+    assert repr(list(again.by_point.values())) == repr([first, second])
+    assert again.rows[1]["val_mae"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -176,5 +180,9 @@ def test_a_failed_trials_reason_is_kept_without_secrets_and_printed_escaped(
     assert failed.reason == "ArrowInvalid: s3://***@bucket [red]\x1b[31m"
     job = Mock(workload=mnist(), train=TrainConfig(num_epochs=2), output=OutputConfig())
     with SweepConsole(Mock(job=job, config=SweepConfig())) as console:
+        console.show_table(table_with(failed), failed)
         console.show_result(table_with(failed))
-    assert r"failed: ArrowInvalid: s3://***@bucket [red]\x1b[31m" in capsys.readouterr().out
+    line, *_, row, _ = capsys.readouterr().out.splitlines()
+    reason = r"failed: ArrowInvalid: s3://***@bucket [red]\x1b[31m"
+    assert f" learning rate 0.01, seed 0: accuracy - after 2/2 epochs, {reason} · " in line
+    assert row.rstrip().endswith(reason)

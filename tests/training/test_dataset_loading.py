@@ -99,6 +99,19 @@ def test_batches_and_random_draws_do_not_depend_on_ranks_and_loader_processes(
     assert_equal(global_batches(part, world_size, num_processes), global_batches(part, 1))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["dataset", "arrays"])
+def test_read_only_arrays_are_loaded_without_a_warning(kind: str) -> None:
+    rows = np.arange(4)[:, None]
+    rows.setflags(write=False)
+    examples = [(row, 0) for row in rows] if kind == "dataset" else Arrays(rows, rows)
+    torch.set_warn_always(True)  # torch warns only once, maybe in an earlier test
+    try:
+        assert batches_of(Split(examples), CPU)[Slice(np.array([2, 1]))].inputs.tolist() == [[2], [1]]
+    finally:
+        torch.set_warn_always(False)
+
+
 @pytest.mark.parametrize("kind", ["dataset", "arrays"])
 def test_every_example_is_loaded_once_an_epoch_in_the_samplers_order(kind: str) -> None:
     rows = np.arange(NUM_EXAMPLES, dtype=np.float32)[:, None].repeat(3, 1)

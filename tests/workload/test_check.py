@@ -207,7 +207,7 @@ def test_a_workloads_own_schedule_is_tried_without_a_warning(write: Write, sched
         ),
         (
             "def loss(self, outputs, targets): return F.cross_entropy(outputs, targets)",
-            ".loss must be one number per example, (16,) here, not ()",
+            '.loss must be one number per example, (16,) here, not (); use reduction="none", average other dimensions',
         ),
         (
             "def loss(self, outputs, targets): return super().loss(outputs, targets) / (targets - 1)",
@@ -244,6 +244,11 @@ def test_a_workloads_own_schedule_is_tried_without_a_warning(write: Write, sched
             "def loss(self, outputs, targets): return F.cross_entropy(outputs @ outputs.T, targets, reduction='none')",
             ": an example's loss changes if other examples leave the batch, so it depends on the number of workers; if "
             "that is meant, set compares_examples = True",
+        ),
+        (
+            "def create_optimizer(self, model, config): return [torch.optim.SGD(model.parameters())] * 2",
+            ".create_optimizer must return one torch.optim.Optimizer, not list; it may have several groups of "
+            "parameters",
         ),
         ("def summarize(self, means): return {}", ".summarize returns nothing, but Wrong.metrics names accuracy"),
         (
@@ -297,6 +302,18 @@ def test_targets_outside_the_classes_are_found_in_arrays_and_in_the_batch_of_a_d
 """
     where = "Wrong.load_data: train" if kind == "arrays" else "Wrong"
     assert message_of(write, body) == where + expected.format(20 if kind == "arrays" else 16)
+
+
+@pytest.mark.parametrize("model", ["nn.Linear(4, 10)", "nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 10))"])
+@pytest.mark.parametrize("convert", ["double", "byte"])
+def test_inputs_of_another_dtype_than_the_weights_are_refused_with_what_to_do(
+    write: Write, model: str, convert: str
+) -> None:
+    body = f"""
+    def create_model(self): return {model}
+    def prepare(self, inputs, generator): return inputs.{convert}()
+"""
+    assert message_of(write, body).endswith("; return inputs.float() from prepare")
 
 
 @pytest.mark.parametrize(
@@ -386,7 +403,11 @@ def test_an_error_in_one_line_is_raised_unchanged(write: Write, error: type[Exce
         ("Data(examples(3), Arrays(np.ones((1200, 4)), np.arange(1199)))",
          ": test has 1,200 inputs but 1,199 targets"),
         ("Data(Arrays(torch.ones(3, 4), np.arange(3)), examples(3))",
-         ": train: inputs must be a NumPy array (N, ...), not Tensor"),
+         ": train: inputs must be a NumPy array (N, ...), not Tensor; call .numpy()"),
+        ("Data(examples(3), Arrays({'x': np.ones(3)}, np.ones(3)))",
+         ": test: inputs must be a NumPy array (N, ...), not dict; use a Dataset"),
+        ("Data(Arrays(np.ones(3), None), examples(3))",
+         ": train: targets must be a NumPy array (N, ...), not NoneType; without targets, repeat the inputs"),
         ("Data(Arrays(np.array(3.0), np.array(3)), examples(3))",
          ": train: inputs must be a NumPy array (N, ...), not a single number"),
         ("Data(examples(3), Arrays(np.ones((2, 4)), np.array(['a', 'b'])))",

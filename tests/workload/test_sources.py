@@ -109,6 +109,15 @@ def test_what_is_no_table_of_numbers_is_refused_with_what_to_write(columns: dict
         sources.table(pandas.DataFrame(columns), target="y")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"target": "race"}, "no column race, only weight,"), ({"columns": ["size"]}, "no column size, only weight,")],
+)
+def test_a_column_that_is_not_there_is_refused_with_those_that_are(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        sources.table(CATS, **{"target": "kind", "as_classes": True, **wrong})
+
+
 @pytest.mark.parametrize(("name", "shown"), [("b", "b"), (None, "None")])
 def test_a_class_of_the_test_alone_and_a_gap_are_refused(name: Any, shown: str) -> None:
     frames = [pandas.DataFrame({"x": [1], "y": [each]}) for each in ("a", name)]

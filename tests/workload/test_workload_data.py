@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import Dataset
 
 from mnist_ray.cluster.remote_data import share
@@ -93,6 +94,14 @@ def test_arrays_in_memory_are_shared_and_copied_by_take_and_all_else_stays_where
     assert isinstance(part.examples.inputs, np.memmap)
     assert not np.shares_memory(splits[0].take(np.array([0, 1])).examples.inputs, in_memory.inputs)
     assert np.shares_memory(splits[0].between(0, 2).examples.inputs, in_memory.inputs)
+
+
+@pytest.mark.parametrize(
+    ("item", "got"), [(torch.ones(2, 3), "Tensor"), ({"x": 1, "y": 2}, "dict"), ((1, 2, 3), "3 values")]
+)
+def test_items_of_a_dataset_that_are_no_pairs_are_refused(item: object, got: str) -> None:
+    with pytest.raises(UsageError, match=rf"^test: a Dataset's items must be pairs \(input, target\), not {got}; "):
+        Split([item], origin="test")[0]
 
 
 def test_a_data_set_is_not_read_to_be_split() -> None:
