@@ -137,6 +137,8 @@ def _job_of(
     train, workers = settings.build(TrainConfig, asked), settings.build(WorkerConfig, asked)
     output = settings.build(OutputConfig, asked)
     _check_output(output)
+    if train.schedule == "one-cycle" and train.warmup_steps:
+        raise UsageError("--warmup-steps: one-cycle has its own warm-up; choose --schedule cosine, linear or constant")
     _check_reproducible(train, workers)
     code = {"workload": workload_class.source}
     if train.callback is not None:

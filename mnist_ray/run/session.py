@@ -250,14 +250,15 @@ def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Splits]:
         if size > len(splits.train):
             name, noun = "--sweep: batch size" if batch_sizes else "--batch-size", job.workload.nouns
             raise UsageError(f"{name} {size:,} is larger than the {len(splits.train):,} {noun} to train on")
+        steps = dataclasses.replace(job.train, batch_size=size).num_steps(len(splits.train)) * job.train.num_epochs
+        if job.train.warmup_steps >= steps:
+            raise UsageError(f"--warmup-steps {job.train.warmup_steps:,} must be below the {steps:,} steps of the run")
     if job.train.early_stop is not None:
         if len(splits.validation) == 0:
             raise UsageError("--early-stop needs validation examples; set --validation-size above 0")
-        if job.train.schedule == "one-cycle":
-            notes.append(
-                f"the one-cycle schedule is {count(job.train.num_epochs, 'epoch')} long: if training stops early, the "
-                "learning rate has not come down; --schedule constant avoids that"
-            )
+        if job.train.schedule != "constant":
+            said = f"the {job.train.schedule} schedule spans all epochs: if training stops early, the learning rate has"
+            notes.append(f"{said} not come down; --schedule constant avoids that")
     return dataclasses.replace(job, notes=tuple(notes)), splits
 
 
