@@ -265,6 +265,18 @@ def test_the_learning_rate_climbs_in_the_warm_up_then_follows_its_schedule(sched
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
+def test_progress_has_the_learning_rate_with_which_its_last_step_was_made(few_images: Arrays) -> None:
+    rates: list[float] = []
+    seen: list[float] = []
+    hooks = Hooks(
+        on_gradients=lambda state: rates.append(state.optimizer.param_groups[0]["lr"]),
+        on_progress=lambda state, progress: seen.append(progress.learning_rate - rates[-1]),
+    )
+    weights_after(replace(CONFIG, schedule="linear"), few_images, hooks)
+    assert set(seen) == {0}
+    assert (len(rates), len(set(rates))) == (30, 30)
+
+
 @pytest.mark.parametrize(
     ("config", "kind", "options"),
     [
