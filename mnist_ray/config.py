@@ -55,6 +55,7 @@ class TrainConfig:
         "most 5,000, or the data's own validation set",
         **at_least(0),
     )
+    init_from: str | None = setting(None, "weights to start from: a run, a checkpoint, a .safetensors or a .pt file")
     seed: int = setting(0, "decides the initial weights and the order of the examples", **within(0, 2**31 - 1))
     clip_grad_norm: float | None = setting(
         None, "maximum norm of the gradients; larger gradients are scaled down", **positive()
