@@ -206,8 +206,8 @@ def _run(job: Job) -> Run:
 
 def _given(workload: AnyWorkload, settings: dict[str, Any]) -> dict[str, Any]:
     """Return all settings, with paths and the workload as strings."""
-    if "storage_path" in settings:
-        settings = settings | {"storage_path": os.fspath(settings["storage_path"])}
+    settings = {name: value.checkpoint if isinstance(value, Run) else value for name, value in settings.items()}
+    settings |= {name: os.fspath(value) for name, value in settings.items() if isinstance(value, os.PathLike)}
     if workload is None:
         return settings
     return settings | {"workload": reference_of(workload, is_here=settings.get("num_workers") == 0)}

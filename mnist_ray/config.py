@@ -30,7 +30,8 @@ class TrainConfig:
     learning_rate: float = setting(
         5e-3, "peak of the schedule; not scaled by the worker count", search=Range(5e-4, 2e-2, log=True), **positive()
     )
-    schedule: Literal["one-cycle", "constant"] = setting("one-cycle", "course of the learning rate over the run")
+    schedule: Literal["one-cycle", "cosine", "linear", "constant"] = setting("one-cycle", "course of the learning rate")
+    warmup_steps: int = setting(0, "steps in which the learning rate climbs; not for one-cycle", **at_least(0))
     optimizer: Literal["adam", "adamw", "sgd"] = setting("adam", "the optimizer of torch.optim")
     beta1: float = setting(0.9, "Adam's decay of the gradient's mean", **fraction(with_one=False))
     beta2: float = setting(0.999, "Adam's decay of the gradient's square", **fraction(with_one=False))
@@ -54,6 +55,7 @@ class TrainConfig:
         "most 5,000, or the data's own validation set",
         **at_least(0),
     )
+    init_from: str | None = setting(None, "weights to start from: a run, a checkpoint, a .safetensors or a .pt file")
     seed: int = setting(0, "decides the initial weights and the order of the examples", **within(0, 2**31 - 1))
     clip_grad_norm: float | None = setting(
         None, "maximum norm of the gradients; larger gradients are scaled down", **positive()

@@ -24,6 +24,7 @@ Warn = Callable[[str], None]
 
 CONFIG_FILE, SWEEP_FILE, ORIGIN_FILE, RESULT_FILE = "config.json", "sweep.json", "origin.json", "result.json"
 REPORT_FILE, TRIALS_FILE, WORKLOAD_FILE = "report.html", "sweep.csv", "workload.py"
+INITIAL_FILE = "initial.safetensors"  # the weights that a run starts from, with --init-from
 TRACE_FILE, OPERATORS_FILE = "trace.json.gz", "operators.json"
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"  # Ray's list of checkpoints; not written atomically
 _CHECKPOINT_NAME = re.compile(r"checkpoint_epoch-(\d+)_step-(\d+)b*", re.ASCII)  # b: it replaces a damaged one
@@ -53,7 +54,8 @@ def with_retries(action: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
-def _in_one_line(what_failed: str) -> Iterator[None]:
+def in_one_line(what_failed: str) -> Iterator[None]:
+    """Raise an error of the storage as a JobError."""
     try:
         yield
     except STORAGE_ERRORS as error:
@@ -120,7 +122,7 @@ class RunFolder:
 
     def read_text(self, file_name: str) -> str | None:
         """Return a file's text; None if there is no file. Raises JobError, and DamagedFileError if it is not UTF-8."""
-        with _in_one_line(f"cannot read {self.inside(file_name).uri}"):
+        with in_one_line(f"cannot read {self.inside(file_name).uri}"):
             content = self.read_bytes(file_name)
         try:
             return None if content is None else content.decode("utf-8")
@@ -170,7 +172,7 @@ class RunFolder:
 
     def write_bytes(self, file_name: str, content: bytes) -> None:
         """Write a file atomically, with retries. Raises JobError."""
-        with _in_one_line(f"cannot write {self.uri}/{file_name}"):
+        with in_one_line(f"cannot write {self.uri}/{file_name}"):
             with_retries(lambda: self._write(posixpath.join(self.path, file_name), content))
 
     def _write(self, target: str, content: bytes) -> None:
@@ -186,7 +188,7 @@ class RunFolder:
 
     def check_writable(self, *, retry: bool = False) -> None:
         """Check that files can be written to the parent folder. Raises JobError."""
-        with _in_one_line(f"cannot write to {self.storage_path}"):
+        with in_one_line(f"cannot write to {self.storage_path}"):
             with_retries(self._probe) if retry else self._probe()
 
     def _probe(self) -> None:

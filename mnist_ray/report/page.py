@@ -92,6 +92,7 @@ def write(
     if result:
         with_examples = rows and drawn("pictures of the predictions", lambda: workload.pictures(result, rows, test))
         pictures += with_examples or drawn("pictures of the test", lambda: workload.pictures(result, [], None))
+    pictures += drawn("curve of the learning rate", lambda: _learning_rate(record))
     pictures += drawn("picture of the seconds", lambda: _seconds(record))
     for picture in pictures:
         run.inside(PICTURES_FOLDER).write_bytes(f"{picture.name}.png", picture.png)
@@ -154,6 +155,15 @@ def _curves(record: RunRecord, metric: Metric) -> list[Picture]:
     title, total = metric.name.capitalize(), steps[-1] if steps else 0
     png = figures.curves_of(metric, drawn, record.steps_per_epoch)
     return [Picture(metric.name, title, f"{title} over {total:,.0f} steps. {last}", png)]
+
+
+def _learning_rate(record: RunRecord) -> list[Picture]:
+    rates = [row.get("learning_rate", math.nan) for row in record.steps]
+    if all(map(math.isnan, rates)):  # a run of an earlier version
+        return []
+    curve = Curve("learning rate", [row["step"] for row in record.steps], rates, _TRAINING)
+    png = figures.curves_of(Metric("learning rate", "min"), [curve], record.steps_per_epoch)
+    return [Picture("learning_rate", "Learning rate", f"Learning rate over the steps. It ends at {rates[-1]:g}", png)]
 
 
 def _seconds(record: RunRecord) -> list[Picture]:

@@ -1,4 +1,4 @@
-"""Finds a run's checkpoint, and the checkpoint's workload."""
+"""Finds a run's checkpoint and the checkpoint's workload, and reads the weights that a run starts from."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import math
 import posixpath
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 import ray.train
 from ray.train import Checkpoint
+from safetensors.torch import save
 
 from mnist_ray.cluster.connect import quiet_ray
 from mnist_ray.errors import JobError, UsageError, first_line, in_words
+from mnist_ray.run.job import Job
 from mnist_ray.run.lookup import find_run
 from mnist_ray.settings import build, check_known, names_of, values_of
 from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, STORAGE_ERRORS, RunFolder, position_of, untrusted_folders
-from mnist_ray.training.checkpoint import STATE_FILE, load_model, read_state
+from mnist_ray.training.checkpoint import STATE_FILE, load_fitting, load_model, read_state, read_weights
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 
@@ -54,7 +57,6 @@ def find(
     ``reference``: the workload's code, if it has moved. ``changes``: settings to override. Raises UsageError if there
     is no checkpoint, or the workload cannot be loaded or trusted; JobError if the checkpoint is damaged.
     """
-    quiet_ray()  # Ray logs each list of checkpoints that it reads
     run, notes = find_run(given, storage_path, is_wanted), list[str]()
     try:
         checkpoint = _checkpoint_of(run, given, notes)
@@ -70,11 +72,30 @@ def find(
     return Found(checkpoint, workload_class(settings, saved["metadata"]), tuple(notes))
 
 
+def read_initial(job: Job) -> tuple[bytes, str]:
+    """Return the weights of ``--init-from`` as the content of INITIAL_FILE, and a line about them for the user.
+
+    No code of the run that they come from is loaded. Raises UsageError, JobError and the file system's exceptions.
+    """
+    place, model = find_run(job.asked["init_from"], job.run.storage_path), job.workload.create_model()
+    if not place.info().is_file:
+        place = _checkpoint_of(place, f"--init-from {job.asked['init_from']}", [])
+    weights = read_weights(place)
+    lacking, own = load_fitting(model, weights), model.state_dict()
+    if len(lacking) == len(own):
+        names = " against ".join(shorten(", ".join(names), 100) for names in (weights, own))
+        raise UsageError(f"--init-from {place.uri}: nothing fits the model by name and shape: {names}")
+    fits = f"{place.uri}: {len(own) - len(lacking)} of the model's {len(own)} tensors"
+    others = ", ".join(name + " (of another shape)" * (name in weights) for name in lacking)
+    return save(weights), f"{fits}; not {shorten(others, 200)}" if others else fits
+
+
 def _checkpoint_of(run: RunFolder, given: str | None, notes: list[str]) -> RunFolder:
     """Return ``run`` if it is a checkpoint; else its result's checkpoint, else the best validated, else the last.
 
     Notes for the user are added to ``notes``.
     """
+    quiet_ray()  # Ray logs each list of checkpoints that it reads
     if run.exists(STATE_FILE):
         return run
     result = run.read_json(RESULT_FILE, notes.append)

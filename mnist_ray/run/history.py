@@ -14,14 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mnist_ray.report.run_files import (
-    METRICS_FILE,
-    PREDICTIONS_FILE,
-    STEPS_FILE,
-    csv_text,
-    read_values,
-    write_csv,
-)
+from mnist_ray.report.run_files import METRICS_FILE, PREDICTIONS_FILE, STEPS_FILE, csv_text, read_values, write_csv
 from mnist_ray.storage import RunFolder, unless_damaged
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
 from mnist_ray.training.metrics import Evaluation
@@ -69,7 +62,7 @@ class History:
         self._columns = ("epoch", *train, *val, "epoch_s", workload.rate, "val_s")
         epochs = unless_damaged(lambda: read_values(run, METRICS_FILE, "epoch"), warn) or []
         self.rows: dict[int, dict[str, Any]] = {int(float(row["epoch"])): dict(row) for row in epochs}
-        self._step_columns = ("step", "epoch", *train)
+        self._step_columns = ("step", "epoch", *train, "learning_rate")
         steps = unless_damaged(lambda: read_values(run, STEPS_FILE, "step", "epoch"), warn) or []
         self._steps = [(int(float(row["step"])), csv_text(self._step_columns, [row])) for row in steps]
         self._num_written = 0  # rows of steps.csv
@@ -98,8 +91,8 @@ class History:
 
     def _add_step(self, event: Progress) -> None:
         epochs = round(event.epoch - 1 + event.step / event.num_steps, 5)
-        row = {"step": event.total_step, "epoch": epochs, **_named("train", event.window)}
-        self._steps.append((event.total_step, csv_text(self._step_columns, [row])))
+        row = {"step": event.total_step, "epoch": epochs, "learning_rate": event.learning_rate}
+        self._steps.append((event.total_step, csv_text(self._step_columns, [row | _named("train", event.window)])))
         if len(self._steps) >= _GROWN_BY * self._num_written:
             self._writing.ask()
 

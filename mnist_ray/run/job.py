@@ -18,16 +18,9 @@ from typing import Any
 from mnist_ray import settings
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError, command, count, masked
+from mnist_ray.run.lookup import find_run
 from mnist_ray.settings import UNSET, Parser, flag, peek
-from mnist_ray.storage import (
-    CONFIG_FILE,
-    ORIGIN_FILE,
-    RESULT_FILE,
-    TRIALS_FILE,
-    RunFolder,
-    locate,
-    untrusted_folders,
-)
+from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, TRIALS_FILE, RunFolder, locate, untrusted_folders
 from mnist_ray.trackers.tracker import Tracker
 from mnist_ray.training.callback import Callback
 from mnist_ray.workload import loading, user_code
@@ -49,6 +42,7 @@ class Job:
     run: RunFolder
     resume_with: str  # the command that resumes the run; or the Python call, if a call started the run
     callback: Source | None = None  # the user's code in the training loop
+    initial: RunFolder | None = None  # the folder of INITIAL_FILE, with --init-from
     asked: Given = dataclasses.field(default_factory=dict)  # all settings, including a sweep's
     given: frozenset[str] = frozenset()  # the names of the settings that this command or call gives
     origin: Given = dataclasses.field(default_factory=dict)  # a resumed run's origin.json
@@ -137,11 +131,18 @@ def _job_of(
     train, workers = settings.build(TrainConfig, asked), settings.build(WorkerConfig, asked)
     output = settings.build(OutputConfig, asked)
     _check_output(output)
+    if train.schedule == "one-cycle" and train.warmup_steps:
+        raise UsageError("--warmup-steps: one-cycle has its own warm-up; choose --schedule cosine, linear or constant")
     _check_reproducible(train, workers)
     code = {"workload": workload_class.source}
     if train.callback is not None:
         code["callback"] = user_code.find(train.callback, Callback).source
         train = dataclasses.replace(train, callback=code["callback"].reference)
+    if train.init_from is not None and not output.resume:
+        place = find_run(train.init_from, run.storage_path)
+        if not place.exists():
+            raise UsageError(f"--init-from {train.init_from}: there is no such run, checkpoint or file")
+        train = dataclasses.replace(train, init_from=masked(place.uri))  # a path that is right in any folder
     folders = untrusted_folders(run, run.storage_path)
     more = {name: of.reference for name, of in code.items() if user_code.why_untrusted(of.reference, folders)}
     if output.tracker is not None:
@@ -154,6 +155,7 @@ def _job_of(
         run=run,
         resume_with=resume_command(kind, run, more, is_call=is_call),
         callback=code.get("callback"),
+        initial=None if train.init_from is None else run,
         asked=asked,
         given=given,
     )

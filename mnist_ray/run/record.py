@@ -22,6 +22,7 @@ from mnist_ray.settings import json_lines
 from mnist_ray.signals import if_ended
 from mnist_ray.storage import (
     CONFIG_FILE,
+    INITIAL_FILE,
     ORIGIN_FILE,
     REPORT_FILE,
     RESULT_FILE,
@@ -71,6 +72,8 @@ def begin_files(session: Session, settings_file: str, settings: Mapping[str, Any
     if len(session.cluster.nodes) > 1:  # with one node, only this machine writes
         check_nodes(run)
     run.write_text(settings_file, json_lines(settings))
+    if job.initial is not None and not job.initial.exists(INITIAL_FILE):
+        job.initial.write_bytes(INITIAL_FILE, session.initial)
     if run.read_json(ORIGIN_FILE) is None:
         about = {
             "workload_sha256": workload.source.sha256,

@@ -17,7 +17,7 @@ from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError, count, format_settings
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.job import Job, check_free
-from mnist_ray.storage import STORAGE_ERRORS
+from mnist_ray.storage import INITIAL_FILE, STORAGE_ERRORS, in_one_line
 from mnist_ray.training.events import EpochFinished, Event, Started
 from mnist_ray.training.sampler import Slice
 from mnist_ray.workload.data import Split, Splits, splits_of, subset
@@ -35,6 +35,7 @@ class Session(contextlib.ExitStack):
     console: RunConsole
     cluster: Cluster
     plan: WorkerPlan
+    initial: bytes  # the content of INITIAL_FILE, with --init-from, unless the run has the file
 
     def __init__(self, job: Job, modules: str, workers: WorkerConfig | None = None) -> None:
         super().__init__()
@@ -89,6 +90,12 @@ class Session(contextlib.ExitStack):
         is_own = type(self.job.workload).__module__.startswith("mnist_ray.")
         if not is_own:
             try_batch(self.job, self.data.train, batch_sizes)
+        if self.job.initial is not None and not self.job.initial.exists(INITIAL_FILE):
+            from mnist_ray.run.find import read_initial  # imports torch and Ray
+
+            with in_one_line("cannot read the weights of --init-from"):
+                self.initial, fits = read_initial(self.job)
+            self.console.say("init from", fits)
 
         def meanwhile() -> None:
             importlib.import_module(self._modules)  # with Ray Train, which ray.init does not import
@@ -255,14 +262,15 @@ def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Splits]:
             raise UsageError(f"{flag} {largest:,} is larger than the {there}")
         notes.append(f"batch size {most:,}, not {largest:,}: there are only {there}")
         job = job.with_values({"batch_size": most})
+    fewest = dataclasses.replace(job.train, batch_size=min(largest, most)).num_steps(most) * job.train.num_epochs
+    if job.train.warmup_steps >= fewest:
+        raise UsageError(f"--warmup-steps {job.train.warmup_steps:,} must be below the {fewest:,} steps of the run")
     if job.train.early_stop is not None:
         if len(splits.validation) == 0:
             raise UsageError("--early-stop needs validation examples; set --validation-size above 0")
-        if job.train.schedule == "one-cycle":
-            notes.append(
-                f"the one-cycle schedule is {count(job.train.num_epochs, 'epoch')} long: if training stops early, the "
-                "learning rate has not come down; --schedule constant avoids that"
-            )
+        if job.train.schedule != "constant":
+            said = f"the {job.train.schedule} schedule spans all epochs: if training stops early, the learning rate has"
+            notes.append(f"{said} not come down; --schedule constant avoids that")
     return dataclasses.replace(job, notes=tuple(notes)), splits
 
 

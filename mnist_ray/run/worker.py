@@ -17,7 +17,7 @@ from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.config import TrainConfig
 from mnist_ray.provenance import arithmetic, versions
 from mnist_ray.run.job import Job
-from mnist_ray.storage import checkpoint_name
+from mnist_ray.storage import INITIAL_FILE, checkpoint_name
 from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
@@ -64,6 +64,8 @@ def train_worker(
     state = engine.create_state(job.workload, config, len(split), group.device)
     reporter = create_reporter(spec, group, config)
     restored = checkpoints.restore_newest(job.run, state, reporter.callbacks)
+    if job.initial is not None and not restored.name:
+        checkpoints.load_fitting(state.model, checkpoints.read_weights(job.initial.inside(INITIAL_FILE)))
     end_if_hung(job.workers.hang_timeout_s)
     reporter.begin(state, restored)
     callbacks = [*reporter.callbacks, reporter]

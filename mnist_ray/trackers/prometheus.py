@@ -28,6 +28,7 @@ class RayMetrics(Tracker):
         self._workers = gauge("workers", "Workers that train")
         self._epochs = gauge("epochs", "Epochs trained, including the fraction of the current epoch")
         self._rate = gauge("examples_per_second", "Examples per second over all workers, in the current epoch")
+        self._learning_rate = gauge("learning_rate", "Learning rate of the last step")
         self._train = gauge("train", "Training loss and metrics since the last report", "metric")
         self._val = gauge("val", "Validation loss and metrics", "metric")
         self._num_workers = 0
@@ -45,6 +46,7 @@ class RayMetrics(Tracker):
                 self._workers.set(self._num_workers)
                 self._epochs.set(event.epoch - 1 + event.step / event.num_steps)
                 self._rate.set(event.examples_per_s)
+                self._learning_rate.set(event.learning_rate)
                 _set(self._train, event.window)
                 _set(self._val, self._validated)
 

@@ -49,7 +49,8 @@ class Tracker(UserClass):
                 first = event.total_step - len(event.losses) + 1
                 losses = [("step/train_loss", loss, first + number) for number, loss in enumerate(event.losses)]
                 metrics = {name: value for name, value in event.window.items() if name != "loss"}
-                return losses + [(f"step/train_{name}", value, event.total_step) for name, value in metrics.items()]
+                measured = [(f"step/train_{name}", value, event.total_step) for name, value in metrics.items()]
+                return [*losses, *measured, ("step/learning_rate", event.learning_rate, event.total_step)]
             case EpochFinished(last):
                 values = {f"train_{name}": value for name, value in last.so_far.items()}
                 values |= {self.workload.rate: last.examples_per_s, "epoch_s": last.epoch_s}

@@ -15,7 +15,8 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -87,13 +88,14 @@ def snapshot(state: TrainingState, about: dict[str, Any], callbacks: Sequence[Ca
         "callbacks": [callback.state_dict() for callback in callbacks],
     }
     document = {"format": FORMAT, "epoch": state.epoch, "step": state.step, **about}
-    # The clones are contiguous and share no memory: safetensors would refuse tied weights.
-    weights = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in state.result.state_dict().items()
-    }
     copied = map_tensors(lambda tensor: tensor.detach().cpu().clone(), training)
-    return Snapshot(weights, copied, copy.deepcopy(document))
+    return Snapshot(_copies(state.result.state_dict()), copied, copy.deepcopy(document))
+
+
+def _copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous copies in main memory that share nothing: safetensors would refuse tied weights."""
+    of = torch.contiguous_format
+    return {name: tensor.detach().cpu().clone(memory_format=of) for name, tensor in weights.items()}
 
 
 def digest_of(document: dict[str, Any]) -> str:
@@ -112,6 +114,28 @@ def load_model(folder: RunFolder, workload: Workload) -> nn.Module:
     model = workload.create_model()
     _load_weights(model, _decoded(folder, MODEL_FILE, document, load), folder)
     return model.eval()
+
+
+def read_weights(place: RunFolder) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint, or those in a file, whose code is not run. Raises UsageError and JobError."""
+    if place.exists(STATE_FILE):
+        return _decoded(place, MODEL_FILE, read_state(place), load)
+    content = _read(place.storage, place.name) or b""
+    try:
+        with warnings.catch_warnings():  # torch warns of strange files
+            warnings.simplefilter("ignore")
+            return _copies(load(content) if place.name.endswith(".safetensors") else _unpickled(content))
+    except Exception as error:  # torch's own message would advise to run the code
+        remedy = "write .safetensors, or torch.save(model.state_dict(), 'FILE.pt')"
+        raise UsageError(f"{place.uri} has no weights that can be read: {remedy}") from error
+
+
+def load_fitting(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """Load the weights that fit a model by name and shape; return the names of those that the model does not get."""
+    own = model.state_dict()
+    lacking = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
+    model.load_state_dict({name: weights[name] for name in own.keys() - lacking}, strict=False)
+    return lacking
 
 
 def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
@@ -152,10 +176,9 @@ def restore_newest(run: RunFolder, state: TrainingState, callbacks: Sequence[Cal
     for name in reversed(run.checkpoint_names()):
         try:
             document = restore(run.inside(name), state, callbacks)
+            return Restored(name, document.get("metrics", {}), document.get("arithmetic"), tuple(damaged))
         except (DamagedCheckpointError, UsageError):
             damaged.append(name)
-            continue
-        return Restored(name, document.get("metrics", {}), document.get("arithmetic"), tuple(damaged))
     return Restored(damaged=tuple(damaged))
 
 

@@ -143,6 +143,7 @@ def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callb
         callback.on_gradients(state)
     if config.clip_grad_norm is not None:
         nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_grad_norm)
+    state.learning_rate = float(state.optimizer.param_groups[0]["lr"])
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad()

@@ -70,6 +70,7 @@ class Progress(Event):
     so_far: Mapping[str, float]  # loss and metrics over the epoch so far
     num_examples: int  # of the epoch so far
     epoch_s: float  # seconds of training in the epoch so far
+    learning_rate: float  # with which the last step was made, in the optimizer's first parameter group
 
     @property
     def total_step(self) -> int:

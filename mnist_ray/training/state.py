@@ -57,6 +57,7 @@ class TrainingState:
     scores: list[float] = field(default_factory=list)  # of each finished epoch, if workers validate; higher is better
     ends: bool = False  # set by a callback: no further epoch
     num_steps: int = 0  # per epoch
+    learning_rate: float = math.nan  # with which the last step was made, in the optimizer's first parameter group
 
     @property
     def result(self) -> nn.Module:
@@ -140,4 +141,5 @@ class LoggingWindow:
             so_far=state.sums.values(self._workload),
             num_examples=state.sums.num_examples,
             epoch_s=state.epoch_s,
+            learning_rate=state.learning_rate,
         )

@@ -28,7 +28,7 @@ from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.figures import Table
 from tests.conftest import METADATA, mnist, run_job, run_main
 
-RUN_PICTURES = ["loss", "accuracy", "confusion", "classes", "predictions", "mistakes", "seconds"]
+RUN_PICTURES = ["loss", "accuracy", "confusion", "classes", "predictions", "mistakes", "learning_rate", "seconds"]
 
 
 class Page:
@@ -106,7 +106,7 @@ def test_an_interrupted_run_has_a_report(unfinished_run: Path, test_images: Spli
     before_first_step = locate(str(tmp_path), "run")
     before_first_step.write_text("config.json", json_lines(values_of(TrainConfig(), WorkerConfig())))
     for run, test, num_epochs in ((at(unfinished_run), test_images, 1), (before_first_step, None, 0)):
-        assert list(write(run, test)) == ["loss", "accuracy", "seconds"]
+        assert list(write(run, test)) == ["loss", "accuracy", *["learning_rate"] * num_epochs, "seconds"]
         text = run.read_text("report.html") or ""
         assert f"not finished: {num_epochs} of 2 epochs" in text
         page = Page(text)
@@ -187,7 +187,7 @@ def tested_run(tmp_path: Path) -> RunFolder:
     run, workload = locate(str(tmp_path), "run"), mnist()
     figures = {"loss": 0.5, "accuracy": 0.5}
     history = History(run, workload)
-    progress = Progress(1, 9, 9, [0.5], figures, figures, 100, epoch_s=2.0)
+    progress = Progress(1, 9, 9, [0.5], figures, figures, 100, epoch_s=2.0, learning_rate=0.01)
     for event in (progress, EpochFinished(progress), Validated(1, figures, 1.0)):
         history.add(event)
     history.flush()
@@ -213,12 +213,17 @@ def test_a_damaged_file_of_a_run_is_left_out_and_named(tested_run: RunFolder, na
     assert [note.partition(" is damaged: ")[0] for note in found.notes] == [tested_run.inside(name).uri]
 
 
+def test_a_run_of_an_earlier_version_has_no_curve_of_the_learning_rate(tested_run: RunFolder) -> None:
+    tested_run.write_text("steps.csv", "step,epoch,train_loss\n9,1.0,0.5\n")
+    assert "learning_rate" not in page.write(tested_run, mnist(), "", None)
+
+
 def test_a_report_of_damaged_files_says_so(tested_run: RunFolder) -> None:
     notes: list[str] = []
     for name in ("result.json", "sweep.csv"):
         tested_run.write_text(name, "")
     found = page.write(tested_run, mnist(), "", None, sections(tested_run, type(mnist())), notes.append)
-    assert list(found) == ["loss", "accuracy", "seconds"]
+    assert list(found) == ["loss", "accuracy", "learning_rate", "seconds"]
     text = tested_run.read_text("report.html") or ""
     assert "not finished" in text
     assert len(notes) == 2
@@ -247,11 +252,12 @@ def test_a_picture_that_cannot_be_drawn_becomes_a_note(
     monkeypatch.setattr(type(mnist()), "as_picture", fail)
     test = Split(Arrays(few_images.inputs[:2], few_images.targets[:2]))
     shown = page.write(tested_run, mnist(), "", test, None, notes.append)
-    assert list(shown) == ["loss", "accuracy", "confusion", "classes", "seconds"]
+    assert list(shown) == ["loss", "accuracy", "confusion", "classes", "learning_rate", "seconds"]
     assert [note.partition(" (")[0] for note in notes] == ["no pictures of the predictions: ValueError: no such colour"]
     assert "no such colour" in (tested_run.read_text("report.html") or "")
     monkeypatch.setattr(type(mnist()), "pictures", lambda *given: [b"png"])
-    assert list(page.write(tested_run, mnist(), "", test, None, notes.append)) == ["loss", "accuracy", "seconds"]
+    shown = page.write(tested_run, mnist(), "", test, None, notes.append)
+    assert list(shown) == ["loss", "accuracy", "learning_rate", "seconds"]
     assert "no pictures of the test: TypeError: bytes is no mnist_ray.workload.Picture" in notes[-1]
 
 

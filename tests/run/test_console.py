@@ -9,7 +9,7 @@ from mnist_ray.training.events import EpochFinished, Progress, Started, Validate
 from tests.conftest import mnist
 
 VALUES = {"loss": 0.5, "accuracy": 0.75}
-PROGRESS = Progress(1, 30, 40, [0.5, 0.25], VALUES, VALUES, 60, epoch_s=3.0)
+PROGRESS = Progress(1, 30, 40, [0.5, 0.25], VALUES, VALUES, 60, epoch_s=3.0, learning_rate=0.01)
 
 
 def show_a_run(quiet: bool) -> None:

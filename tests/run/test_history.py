@@ -20,7 +20,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 def finished(epoch: int) -> EpochFinished:
     window, so_far = {"loss": 0.1, "accuracy": 0.5}, {"loss": 0.5, "accuracy": 0.9}
-    return EpochFinished(Progress(epoch, 9, 9, [0.1], window, so_far, 100, epoch_s=2.0))
+    return EpochFinished(Progress(epoch, 9, 9, [0.1], window, so_far, 100, epoch_s=2.0, learning_rate=0.01))
 
 
 def validated(epoch: int, loss: float, accuracy: float) -> Validated:
@@ -83,7 +83,7 @@ def test_a_run_whose_workload_has_other_metrics_now_is_resumed(run: RunFolder) -
 
 def progress(step: int) -> Progress:
     window = {"loss": 1 / step, "accuracy": 0.5}
-    return Progress(1, step, 1000, [0.1], window, window, 100, epoch_s=2.0)
+    return Progress(1, step, 1000, [0.1], window, window, 100, epoch_s=2.0, learning_rate=0.01)
 
 
 def steps_of(run: RunFolder) -> list[int]:
@@ -146,3 +146,11 @@ def test_a_resumed_run_keeps_the_steps_that_it_does_not_repeat(run: RunFolder) -
     again.add(progress(11))
     again.flush()
     assert steps_of(run) == [2, 5, 9, 11]
+
+
+def test_a_run_of_an_earlier_version_without_learning_rates_is_resumed(run: RunFolder) -> None:
+    run.write_text(STEPS_FILE, "step,epoch,train_loss,train_accuracy\n5,0.5,0.25,0.75\n")
+    history = History(run, mnist(), pytest.fail)
+    history.add(progress(11))
+    history.flush()
+    assert [row["learning_rate"] for row in read_values(run, STEPS_FILE, "step")] == ["", "0.01"]

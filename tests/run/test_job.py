@@ -166,6 +166,7 @@ def test_a_bad_config_file_is_refused(read: Any, tmp_path: Path, text: str, mess
     [
         (["--validation-size", "600"], "--validation-size 600 leaves nothing to train on: the data has 600 training"),
         (["--validation-size", "560", "--batch-size", "41"], "--batch-size 41 is larger than the 40 images"),
+        (["--schedule", "linear", "--warmup-steps", "10"], "--warmup-steps 10 must be below the 10 steps of the run"),
     ],
 )
 def test_settings_must_fit_the_data(read: Any, tmp_path: Path, few_images: Any, flags: list[str], message: str) -> None:
@@ -184,6 +185,15 @@ def test_a_batch_size_that_nobody_chose_is_at_most_the_examples_also_in_a_resume
     begin(job, data)
     resumed, _ = load_data(read("--resume", "--run-name", "run"))
     assert (resumed.train, resumed.notes) == (job.train, (FROM_THE_BEGINNING,))
+
+
+@pytest.mark.parametrize(("schedule", "noted"), [("one-cycle", 1), ("cosine", 1), ("linear", 1), ("constant", 0)])
+def test_early_stopping_is_noted_if_the_learning_rate_would_not_come_down(
+    read: Any, tmp_path: Path, few_images: Any, schedule: str, noted: int
+) -> None:
+    folder = write_data_set(tmp_path / "data", few_images, few_images)
+    job, _ = load_data(read("--data-dir", str(folder), "--early-stop", "1", "--schedule", schedule))
+    assert [note.startswith(f"the {schedule} schedule spans all epochs: if") for note in job.notes] == [True] * noted
 
 
 @pytest.mark.parametrize("flags", [["--limit", "0.5"], ["--overfit-batches", "1"]], ids=["limit", "overfit"])

@@ -164,11 +164,15 @@ def test_a_confirmed_sweep_keeps_the_best_checkpoint_of_its_choice_and_the_reaso
     assert kept.name == f"learning_rate-{rate}_seed-{best['seed']}"
 
 
-def test_trials_of_two_workers_report_to_the_sweep(trained: Mock, where: dict[str, Any], tmp_path: Path) -> None:
-    tune({**where, "num_trials": 1, "num_workers": 2, "num_epochs": 1})
+def test_trials_of_two_workers_start_from_given_weights_and_report_to_the_sweep(
+    finished_sweep: Path, trained: Mock, where: dict[str, Any], tmp_path: Path
+) -> None:
+    same = {"sweep": ["batch_size=32"], "learning_rate": 1e-30, "init_from": str(finished_sweep)}
+    tune({**where, **same, "num_trials": 1, "num_workers": 2, "num_epochs": 1})
     (trial,) = rows(tmp_path / "run")
     assert (trial["state"], trial["epochs"]) == ("done", "1.0")
-    assert 0 < float(trial["val_accuracy"]) <= 1
+    before = json.loads((finished_sweep / "result.json").read_text())["checkpoint_metrics"]
+    assert float(trial["val_accuracy"]) == before["val_accuracy"]
 
 
 def test_asha_stops_a_hopeless_trial_also_by_what_was_reported_before_the_sweep_was_resumed(

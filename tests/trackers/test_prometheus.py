@@ -19,7 +19,7 @@ TRAINED, VALIDATED = {"loss": 0.25, "accuracy": 0.75}, {"loss": 0.5, "accuracy":
 EVENTS: list[Event] = [
     Started(2, ("host",), 1, "cpu", "fp32", epoch=0, step=0, num_steps=4),
     Validated(1, VALIDATED, 1.0),
-    Progress(2, 1, 4, [0.25], TRAINED, TRAINED, 16, 2.0),
+    Progress(2, 1, 4, [0.25], TRAINED, TRAINED, 16, 2.0, 0.01),
 ]
 
 
@@ -42,6 +42,7 @@ def test_gauges_have_a_runs_figures_and_the_board_shows_each(tmp_path: Path, mon
         "mnist_ray_workers": [(2,)],
         "mnist_ray_epochs": [(1.25,)],
         "mnist_ray_examples_per_second": [(8.0,)],
+        "mnist_ray_learning_rate": [(0.01,)],
         "mnist_ray_train": [(0.25, {"metric": "loss"}), (0.75, {"metric": "accuracy"})],
         "mnist_ray_val": [(0.5, {"metric": "loss"})] * 2,  # again and again, else Ray leaves it out
     }

@@ -35,7 +35,8 @@ def started(step: int = 0) -> Started:
 
 
 def progress(step: int, losses: list[float]) -> Progress:
-    return Progress(1, step, 4, losses, {"loss": 0.25, "accuracy": 0.75}, {"loss": 0.5, "accuracy": 0.75}, 16, 2.0)
+    window, so_far = {"loss": 0.25, "accuracy": 0.75}, {"loss": 0.5, "accuracy": 0.75}
+    return Progress(1, step, 4, losses, window, so_far, 16, 2.0, learning_rate=0.5 / step)
 
 
 EPOCH: list[Event] = [
@@ -89,6 +90,7 @@ def test_tensorboard_has_every_step_every_epoch_and_the_pictures(tmp_path: Path)
     reader = read_events(tmp_path / "run")
     assert points(reader, "step/train_loss") == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)]
     assert points(reader, "step/train_accuracy") == [(2, 0.75), (4, 0.75)]
+    assert points(reader, "step/learning_rate") == [(2, 0.25), (4, 0.125)]
     assert points(reader, "epoch/train_loss") == [(1, 0.5)]
     assert points(reader, "epoch/val_accuracy") == [(1, 0.75)]
     assert points(reader, "final/test_accuracy") == [(0, 0.875)]

@@ -127,8 +127,11 @@ class Counts(Callback):
         self.count = values["count"]
 
 
-def test_an_ema_a_callback_scores_and_momentum_resume_bit_identical(tmp_path: Path, few_images: Arrays) -> None:
+def test_an_ema_a_callback_scores_momentum_and_a_warm_up_resume_bit_identical(
+    tmp_path: Path, few_images: Arrays
+) -> None:
     config = replace(CONFIG, ema_decay=0.9, optimizer="sgd", early_stop=2, label_smoothing=0.1)
+    config = replace(config, schedule="cosine", warmup_steps=20)
     train_and_save(tmp_path / "whole", few_images, config, callbacks=[Counts()])
     for position in ("0-14", "1-7"):
         shutil.rmtree(tmp_path / "resumed", ignore_errors=True)

@@ -238,23 +238,45 @@ def test_checkpoints_are_saved_every_n_steps_and_after_each_epoch(few_images: Ar
     assert seen == expected[0] + expected[1]
 
 
-@pytest.mark.parametrize("schedule", ["one-cycle", "constant"])
-def test_the_learning_rate_follows_its_schedule(schedule: str, few_images: Arrays) -> None:
-    config = replace(CONFIG, schedule=schedule, num_epochs=2)  # type: ignore[arg-type]
-    state = engine.create_state(mnist(), config, len(few_images), CPU)
-    rates = []
+def rates_of(config: TrainConfig) -> list[float]:
+    """Return the learning rate of each of 60 steps."""
+    state, rates = engine.create_state(mnist(), replace(config, num_epochs=2), 600, CPU), []
     for _ in range(60):
-        rates.append(state.scheduler.get_last_lr()[0])
+        rates.append(float(state.scheduler.get_last_lr()[0]))
         state.optimizer.step()
         state.scheduler.step()
-    if schedule == "constant":
-        assert rates == [2e-3] * 60
-    else:
-        peak = rates.index(max(rates))
-        assert max(rates) == pytest.approx(2e-3, rel=1e-2)
-        assert all(a < b for a, b in pairwise(rates[: peak + 1]))
-        assert all(a > b for a, b in pairwise(rates[peak:]))
-        assert rates[-1] < rates[0] < 1e-4
+    return rates
+
+
+def test_the_one_cycle_schedule_climbs_and_falls() -> None:
+    rates = rates_of(CONFIG)
+    peak = rates.index(max(rates))
+    assert max(rates) == pytest.approx(2e-3, rel=1e-2)
+    assert all(a < b for a, b in pairwise(rates[: peak + 1]))
+    assert all(a > b for a, b in pairwise(rates[peak:]))
+    assert rates[-1] < rates[0] < 1e-4
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 20])
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_the_learning_rate_climbs_in_the_warm_up_then_follows_its_schedule(schedule: Any, warmup_steps: int) -> None:
+    done = np.linspace(0, 1, 60 - warmup_steps, endpoint=False)
+    after = {"constant": 1 + 0 * done, "cosine": (1 + np.cos(np.pi * done)) / 2, "linear": 1 - done}[schedule]
+    expected = 2e-3 * np.concatenate([np.arange(1, warmup_steps + 1) / max(1, warmup_steps), after])
+    found = rates_of(replace(CONFIG, schedule=schedule, warmup_steps=warmup_steps))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_progress_has_the_learning_rate_with_which_its_last_step_was_made(few_images: Arrays) -> None:
+    rates: list[float] = []
+    seen: list[float] = []
+    hooks = Hooks(
+        on_gradients=lambda state: rates.append(state.optimizer.param_groups[0]["lr"]),
+        on_progress=lambda state, progress: seen.append(progress.learning_rate - rates[-1]),
+    )
+    weights_after(replace(CONFIG, schedule="linear"), few_images, hooks)
+    assert set(seen) == {0}
+    assert (len(rates), len(set(rates))) == (30, 30)
 
 
 @pytest.mark.parametrize(
