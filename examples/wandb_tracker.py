@@ -48,3 +48,4 @@ class WandB(Tracker):
         images = {name: Image.open(io.BytesIO(png)) for name, png in ending.pictures.items()}
         self.wandb_run.log({f"pictures/{name}": wandb.Image(image) for name, image in images.items()})
         self.wandb_run.finish(exit_code=int(ending.result is None))
+        wandb.teardown()  # an offline run may not be written yet, and the job ends without Python's exit handlers
