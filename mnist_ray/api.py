@@ -10,7 +10,7 @@ import html
 import inspect
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -144,11 +144,12 @@ def tune(workload: AnyWorkload = None, **settings: Any) -> SweptRun:
 
 
 def _space_text(space: Any) -> str:
-    return space if isinstance(space, str) else ",".join("none" if value is None else str(value) for value in space)
+    values = space if isinstance(space, Iterable) and not isinstance(space, str) else [space]
+    return ",".join("none" if value is None else str(value) for value in values)
 
 
 def evaluate(
-    run: Run | str | None = None,
+    run: Run | str | Path | None = None,
     *,
     workload: AnyWorkload = None,
     storage_path: str | Path = _STORAGE_PATH,
@@ -162,7 +163,7 @@ def evaluate(
     """
     environment.prepare(verbose=False)
     with prepared_forking("mnist_ray.run.evaluate") as forking:
-        found = _found(run, workload, storage_path, settings)
+        found = _found(run, workload, storage_path, changes=settings)
         check_known(settings, names_of([found.workload.Settings]), "evaluate()")
 
         from mnist_ray.run.evaluate import evaluate_found
@@ -173,7 +174,7 @@ def evaluate(
 
 def predict(
     pictures: Any,
-    run: Run | str | None = None,
+    run: Run | str | Path | None = None,
     *,
     workload: AnyWorkload = None,
     storage_path: str | Path = _STORAGE_PATH,
@@ -205,37 +206,42 @@ def _run(job: Job) -> Run:
 
 
 def _given(workload: AnyWorkload, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return all settings, with paths and the workload as strings."""
+    """Return all settings, with the checkpoint for a Run, and a reference to the workload."""
     settings = {name: value.checkpoint if isinstance(value, Run) else value for name, value in settings.items()}
-    settings |= {name: os.fspath(value) for name, value in settings.items() if isinstance(value, os.PathLike)}
     if workload is None:
         return settings
     return settings | {"workload": reference_of(workload, is_here=settings.get("num_workers") == 0)}
 
 
 def _found(
-    run: Run | str | None,
+    run: Run | str | Path | None,
     workload: AnyWorkload = None,
     storage_path: str | Path = _STORAGE_PATH,
-    changes: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Found:
-    """Find a run's checkpoint and its workload. ``changes``: new values for the workload's settings."""
+    """Find a run's checkpoint and its workload, with these ``options`` of ``find``."""
     environment.prepare(verbose=False)
     from mnist_ray.run.find import find  # imports torch and Ray
 
     if isinstance(run, Run):
         workload, run = workload or type(run.workload), run.checkpoint
-    return find(run, os.fspath(storage_path), None if workload is None else reference_of(workload), changes)
+    if not isinstance(run, str | Path | None):
+        raise UsageError(f"a run must be given by its name, its path or a Run, not as {run!r}")
+    storage_path = build(OutputConfig, {"storage_path": storage_path}).storage_path
+    reference = None if workload is None else reference_of(workload)
+    return find(None if run is None else str(run), storage_path, reference, **options)
 
 
 def reference_of(workload: type[Workload] | str | Path, *, is_here: bool = False) -> Reference:
     """Return a reference by which other processes can load a workload's class: its file or module, and its name.
 
-    Raises UsageError for a class without a file, e.g. from a notebook's cell. If ``is_here``, no other process needs
-    the class, and the class itself is returned.
+    Raises UsageError for anything else, and for a class without a file, e.g. from a notebook's cell. If ``is_here``, no
+    other process needs the class, and the class itself is returned.
     """
-    if not isinstance(workload, type):
-        return os.fspath(workload)
+    if isinstance(workload, (str, Path)):
+        return str(workload)
+    if not (isinstance(workload, type) and issubclass(workload, Workload)):
+        raise UsageError(f"--workload must be a class derived from Workload, a file or a module, not {workload!r}")
     if "source" in vars(workload):
         return workload.source.reference if workload.source.path else workload
     file = getattr(sys.modules[workload.__module__], "__file__", None)

@@ -81,12 +81,7 @@ def test_training_returns_the_run_with_its_files_and_evaluation_by_name_agrees(r
     assert run._repr_html_().startswith('<iframe srcdoc="&lt;!doctype html&gt;')
     assert sum(parameter.numel() for parameter in run.load_model().parameters()) == 49_770
     assert mnist_ray.evaluate("one", storage_path=run.folder.storage_path, num_tasks=2) == run.metrics
-
-
-def test_weights_to_start_from_may_be_a_run_or_a_path(run: Run, small_data: Path, tmp_path: Path) -> None:
-    for weights in (run, Path(run.checkpoint) / "model.safetensors"):
-        with pytest.raises(UsageError, match="--batch-size 10,000 is larger than"):
-            mnist_ray.train(init_from=weights, data_dir=small_data, storage_path=tmp_path, batch_size=10_000)
+    assert mnist_ray.evaluate(Path(run.folder.path), num_tasks=np.int64(1)) == run.metrics
 
 
 def test_arrays_pictures_and_files_are_predicted(run: Run, mnist_test: Arrays, tmp_path: Path) -> None:
@@ -100,6 +95,37 @@ def test_arrays_pictures_and_files_are_predicted(run: Run, mnist_test: Arrays, t
     assert [Path(prediction.file).name for prediction in as_files] == ["0.png", "1.png"]
     as_pictures = mnist_ray.predict(pictures, run, as_is=True)
     assert [prediction.top for prediction in as_files] == [prediction.top for prediction in as_pictures]
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "settings", "message"),
+    [
+        (mnist_ray.train, [5], {}, "--workload must be a class derived from Workload, a file or a module, not 5"),
+        (
+            mnist_ray.train,
+            [int],
+            {},
+            "--workload must be a class derived from Workload, a file or a module, not <class",
+        ),
+        (
+            mnist_ray.train,
+            [MNIST()],
+            {},
+            "--workload must be a class derived from Workload, a file or a module, not <m",
+        ),
+        (mnist_ray.train, [], {"storage_path": 5}, "--storage-path must be of type str, not 5"),
+        (mnist_ray.train, [], {"run_name": 5}, "--run-name must be of type str, not 5"),
+        (mnist_ray.train, [], {"run_name": "a", "resume": 1}, "--resume must be of type bool, not 1"),
+        (mnist_ray.train, [], {"config": 5}, "--config 5: "),
+        (mnist_ray.tune, [], {"sweep": {"beta1": 2}}, "--sweep beta1=2: --beta1 must be in [0, 1), not 2.0"),
+        (mnist_ray.evaluate, [5], {}, "a run must be given by its name, its path or a Run, not as 5"),
+        (mnist_ray.evaluate, ["one"], {"storage_path": 5}, "--storage-path must be of type str, not 5"),
+    ],
+)
+def test_a_wrong_type_is_one_line(function: Any, given: list[Any], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        function(*given, **settings)
+    assert str(raised.value).startswith(message)
 
 
 @pytest.mark.parametrize(
