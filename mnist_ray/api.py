@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -86,12 +86,15 @@ class Run:
         model: nn.Module = _found(self).load_model()
         return model
 
-    def export(self, output: str | Path) -> None:
-        """Write the model for other programs: ``.pt2`` for torch, or ``.onnx``. Raises UsageError and JobError."""
+    def export(self, output: str | Path) -> Path:
+        """Write the model for other programs, to a ``.pt2`` file for torch or an ``.onnx`` file; return its path.
+
+        Raises UsageError, also if PyTorch cannot export the model, and JobError.
+        """
         from mnist_ray.tools.export import export
 
-        kind: Literal["torch", "onnx"] = "onnx" if Path(output).suffix == ".onnx" else "torch"
-        export(_found(self), ExportConfig(format=kind, output=os.fspath(output)))
+        kind = "onnx" if str(output).endswith(".onnx") else "torch"
+        return export(_found(self), build(ExportConfig, {"format": kind, "output": output}))
 
     def __str__(self) -> str:
         return f"{self.name}: {self.workload.format(self.metrics)} on the test set"

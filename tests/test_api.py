@@ -84,6 +84,17 @@ def test_training_returns_the_run_with_its_files_and_evaluation_by_name_agrees(r
     assert mnist_ray.evaluate(Path(run.folder.path), num_tasks=np.int64(1)) == run.metrics
 
 
+def test_an_export_returns_the_files_path(run: Run, tmp_path: Path) -> None:
+    path = run.export(tmp_path / "digits.pt2")
+    assert (path, path.is_file()) == (tmp_path / "digits.pt2", True)
+
+
+def test_weights_to_start_from_may_be_a_run_or_a_path(run: Run, small_data: Path, tmp_path: Path) -> None:
+    for weights in (run, Path(run.checkpoint) / "model.safetensors"):
+        with pytest.raises(UsageError, match="--batch-size 10,000 is larger than"):
+            mnist_ray.train(init_from=weights, data_dir=small_data, storage_path=tmp_path, batch_size=10_000)
+
+
 def test_arrays_pictures_and_files_are_predicted(run: Run, mnist_test: Arrays, tmp_path: Path) -> None:
     images = mnist_test.inputs[:40]
     digits = np.array([prediction.top[0][0] for prediction in mnist_ray.predict(images, run)])

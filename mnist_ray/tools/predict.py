@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import nn
+from torch import Tensor, nn
 
 from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import PredictionConfig
@@ -26,6 +26,8 @@ from mnist_ray.run.lookup import class_of
 from mnist_ray.settings import path_of
 from mnist_ray.storage import RunFolder, write_file
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.loading import placed
+from mnist_ray.workload.tensors import examples_of
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow's names of the accepted formats. For some others, it would start a program: for PostScript, Ghostscript."""
@@ -123,13 +125,12 @@ def predict_files(
 
 
 def predict_inputs(workload: Workload, model: nn.Module, inputs: np.ndarray) -> list[Prediction]:
-    """Return the predictions for inputs (N, ...) in the format of the workload's data."""
-    prepared = workload.prepare(torch.tensor(inputs), None)
-    wanted = workload.metadata.get("model_input")
-    if wanted is not None and list(prepared.shape[1:]) != wanted["shape"]:
-        got = f"{tuple(prepared.shape[1:])}, but the model takes {tuple(wanted['shape'])}"
-        raise UsageError(f"{type(workload).__name__}.read_picture: a prepared picture has the shape {got}")
-    with torch.inference_mode():
+    """Return the predictions for inputs (N, ...) in the format of the workload's data. Raises UsageError."""
+    with placed(workload, "a prediction"), torch.inference_mode():
+        prepared = workload.prepare(torch.tensor(inputs), None)
+        known = {tuple(seen.shape[1:]) for seen in examples_of(workload.metadata) if isinstance(seen, Tensor)}
+        if len(known) == 1 and (got := tuple(prepared.shape[1:])) not in known:
+            raise UsageError(f"{type(workload).__name__}: prepared inputs are {got}, but the model takes {known.pop()}")
         each = workload.top_predictions(model(prepared))
     return [Prediction("", one, tuple(top)) for one, top in zip(inputs, each, strict=True)]
 
