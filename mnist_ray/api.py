@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import inspect
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mnist_ray.cluster import environment
-from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig
+from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig, PredictionConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.report.run_files import METRICS_FILE, STEPS_FILE, numbers_of, read_values
 from mnist_ray.run.job import Job, read_job
@@ -186,19 +185,24 @@ def predict(
     """Return a trained model's predictions.
 
     ``pictures``: the path of a picture or folder, a Pillow image, a list of paths or of images, or an array of inputs
-    (N, ...) in the format of the workload's data. ``as_is``: only scale pictures. Raises UsageError and JobError.
+    (N, ...) in the format of the workload's data. ``run``: as for ``evaluate``; default: the newest run whose workload
+    reads pictures. ``as_is``: only scale pictures. Raises UsageError, and JobError for the first picture that cannot be
+    used, with the line that ``jobs/predict.py`` prints for it.
     """
-    found = _found(run, workload, storage_path)
+    config, is_array = build(PredictionConfig, {"as_is": as_is}), isinstance(pictures, np.ndarray)
+    environment.prepare(verbose=False)
     from mnist_ray.tools import predict as tool
 
+    found = _found(run, workload, storage_path, **({} if is_array else {"is_wanted": tool.takes_pictures}))
     model = found.load_model()
-    if isinstance(pictures, np.ndarray):
+    if is_array:
         return tool.predict_inputs(found.workload, model, pictures)
-    some = pictures if isinstance(pictures, (list, tuple)) else [pictures]
-    if all(isinstance(picture, (str, os.PathLike)) for picture in some):
-        return list(tool.predict_files(found.workload, model, list(tool.find_files(map(str, some))), as_is=as_is))
-    inputs = [found.workload.read_picture(picture, as_is=as_is) for picture in some]
-    return tool.predict_inputs(found.workload, model, np.stack(inputs))
+    files = tool.find_files(pictures if isinstance(pictures, (list, tuple)) else [pictures])
+    predictions = list(tool.predict_files(found.workload, model, files, as_is=config.as_is))
+    for index, prediction in enumerate(predictions):
+        if prediction.error is not None:
+            raise JobError(f"{prediction.file or f'pictures[{index}]'}: {prediction.error}")
+    return predictions
 
 
 def _run(job: Job) -> Run:
