@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import mlflow
-import numpy as np
+import torch
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
 from mnist_ray.errors import masked
@@ -21,6 +21,7 @@ from mnist_ray.storage import ORIGIN_FILE
 from mnist_ray.trackers import Tracker
 from mnist_ray.training.checkpoint import load_model
 from mnist_ray.training.events import Started, TrialEnded
+from mnist_ray.workload.tensors import examples_of
 
 FOLDER = "mnist_ray.run"  # a tag with the run's folder, to find the MLflow run again
 MOST_METRICS = 1000  # a server takes no more in one request
@@ -107,14 +108,14 @@ class MLflow(Tracker):
 
     def log_model(self, checkpoint):
         """Log the tested model if it takes a single tensor: MLflow asks for an example of the input."""
-        model_input = self.workload.metadata.get("model_input")
-        if model_input is None:
+        example, *_ = [*examples_of(self.workload.metadata), None]
+        if not isinstance(example, torch.Tensor):
             return
         with mlflow.start_run(run_id=self.id):
             mlflow.pytorch.log_model(
                 load_model(checkpoint, self.workload),
                 name="model",
-                input_example=np.zeros((2, *model_input["shape"]), model_input["dtype"]),
+                input_example=example.numpy(),
                 serialization_format="pt2",  # not a pickle
                 pip_requirements=["torch"],  # otherwise, MLflow starts a process to find them
             )

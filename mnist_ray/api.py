@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import html
 import inspect
-import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mnist_ray.cluster import environment
-from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig
+from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig, PredictionConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.report.run_files import METRICS_FILE, STEPS_FILE, numbers_of, read_values
 from mnist_ray.run.job import Job, read_job
@@ -86,12 +85,15 @@ class Run:
         model: nn.Module = _found(self).load_model()
         return model
 
-    def export(self, output: str | Path) -> None:
-        """Write the model for other programs: ``.pt2`` for torch, or ``.onnx``. Raises UsageError and JobError."""
+    def export(self, output: str | Path) -> Path:
+        """Write the model for other programs, to a ``.pt2`` file for torch or an ``.onnx`` file; return its path.
+
+        Raises UsageError, also if PyTorch cannot export the model, and JobError.
+        """
         from mnist_ray.tools.export import export
 
-        kind: Literal["torch", "onnx"] = "onnx" if Path(output).suffix == ".onnx" else "torch"
-        export(_found(self), ExportConfig(format=kind, output=os.fspath(output)))
+        kind = "onnx" if str(output).endswith(".onnx") else "torch"
+        return export(_found(self), build(ExportConfig, {"format": kind, "output": output}))
 
     def __str__(self) -> str:
         return f"{self.name}: {self.workload.format(self.metrics)} on the test set"
@@ -144,11 +146,12 @@ def tune(workload: AnyWorkload = None, **settings: Any) -> SweptRun:
 
 
 def _space_text(space: Any) -> str:
-    return space if isinstance(space, str) else ",".join("none" if value is None else str(value) for value in space)
+    values = space if isinstance(space, Iterable) and not isinstance(space, str) else [space]
+    return ",".join("none" if value is None else str(value) for value in values)
 
 
 def evaluate(
-    run: Run | str | None = None,
+    run: Run | str | Path | None = None,
     *,
     workload: AnyWorkload = None,
     storage_path: str | Path = _STORAGE_PATH,
@@ -162,7 +165,7 @@ def evaluate(
     """
     environment.prepare(verbose=False)
     with prepared_forking("mnist_ray.run.evaluate") as forking:
-        found = _found(run, workload, storage_path, settings)
+        found = _found(run, workload, storage_path, changes=settings)
         check_known(settings, names_of([found.workload.Settings]), "evaluate()")
 
         from mnist_ray.run.evaluate import evaluate_found
@@ -173,7 +176,7 @@ def evaluate(
 
 def predict(
     pictures: Any,
-    run: Run | str | None = None,
+    run: Run | str | Path | None = None,
     *,
     workload: AnyWorkload = None,
     storage_path: str | Path = _STORAGE_PATH,
@@ -182,19 +185,24 @@ def predict(
     """Return a trained model's predictions.
 
     ``pictures``: the path of a picture or folder, a Pillow image, a list of paths or of images, or an array of inputs
-    (N, ...) in the format of the workload's data. ``as_is``: only scale pictures. Raises UsageError and JobError.
+    (N, ...) in the format of the workload's data. ``run``: as for ``evaluate``; default: the newest run whose workload
+    reads pictures. ``as_is``: only scale pictures. Raises UsageError, and JobError for the first picture that cannot be
+    used, with the line that ``jobs/predict.py`` prints for it.
     """
-    found = _found(run, workload, storage_path)
+    config, is_array = build(PredictionConfig, {"as_is": as_is}), isinstance(pictures, np.ndarray)
+    environment.prepare(verbose=False)
     from mnist_ray.tools import predict as tool
 
+    found = _found(run, workload, storage_path, **({} if is_array else {"is_wanted": tool.takes_pictures}))
     model = found.load_model()
-    if isinstance(pictures, np.ndarray):
+    if is_array:
         return tool.predict_inputs(found.workload, model, pictures)
-    some = pictures if isinstance(pictures, (list, tuple)) else [pictures]
-    if all(isinstance(picture, (str, os.PathLike)) for picture in some):
-        return list(tool.predict_files(found.workload, model, list(tool.find_files(map(str, some))), as_is=as_is))
-    inputs = [found.workload.read_picture(picture, as_is=as_is) for picture in some]
-    return tool.predict_inputs(found.workload, model, np.stack(inputs))
+    files = tool.find_files(pictures if isinstance(pictures, (list, tuple)) else [pictures])
+    predictions = list(tool.predict_files(found.workload, model, files, as_is=config.as_is))
+    for index, prediction in enumerate(predictions):
+        if prediction.error is not None:
+            raise JobError(f"{prediction.file or f'pictures[{index}]'}: {prediction.error}")
+    return predictions
 
 
 def _run(job: Job) -> Run:
@@ -205,37 +213,42 @@ def _run(job: Job) -> Run:
 
 
 def _given(workload: AnyWorkload, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return all settings, with paths and the workload as strings."""
+    """Return all settings, with the checkpoint for a Run, and a reference to the workload."""
     settings = {name: value.checkpoint if isinstance(value, Run) else value for name, value in settings.items()}
-    settings |= {name: os.fspath(value) for name, value in settings.items() if isinstance(value, os.PathLike)}
     if workload is None:
         return settings
     return settings | {"workload": reference_of(workload, is_here=settings.get("num_workers") == 0)}
 
 
 def _found(
-    run: Run | str | None,
+    run: Run | str | Path | None,
     workload: AnyWorkload = None,
     storage_path: str | Path = _STORAGE_PATH,
-    changes: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Found:
-    """Find a run's checkpoint and its workload. ``changes``: new values for the workload's settings."""
+    """Find a run's checkpoint and its workload, with these ``options`` of ``find``."""
     environment.prepare(verbose=False)
     from mnist_ray.run.find import find  # imports torch and Ray
 
     if isinstance(run, Run):
         workload, run = workload or type(run.workload), run.checkpoint
-    return find(run, os.fspath(storage_path), None if workload is None else reference_of(workload), changes)
+    if not isinstance(run, str | Path | None):
+        raise UsageError(f"a run must be given by its name, its path or a Run, not as {run!r}")
+    storage_path = build(OutputConfig, {"storage_path": storage_path}).storage_path
+    reference = None if workload is None else reference_of(workload)
+    return find(None if run is None else str(run), storage_path, reference, **options)
 
 
 def reference_of(workload: type[Workload] | str | Path, *, is_here: bool = False) -> Reference:
     """Return a reference by which other processes can load a workload's class: its file or module, and its name.
 
-    Raises UsageError for a class without a file, e.g. from a notebook's cell. If ``is_here``, no other process needs
-    the class, and the class itself is returned.
+    Raises UsageError for anything else, and for a class without a file, e.g. from a notebook's cell. If ``is_here``, no
+    other process needs the class, and the class itself is returned.
     """
-    if not isinstance(workload, type):
-        return os.fspath(workload)
+    if isinstance(workload, (str, Path)):
+        return str(workload)
+    if not (isinstance(workload, type) and issubclass(workload, Workload)):
+        raise UsageError(f"--workload must be a class derived from Workload, a file or a module, not {workload!r}")
     if "source" in vars(workload):
         return workload.source.reference if workload.source.path else workload
     file = getattr(sys.modules[workload.__module__], "__file__", None)

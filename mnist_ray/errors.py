@@ -45,8 +45,8 @@ def first_line(error: BaseException) -> str:
     return lines[-1].partition(": ")[2] if _IN_ANOTHER_PROCESS in text else lines[0]
 
 
-def with_place(error: BaseException, *folders: Path) -> str:
-    """Return one line: an error, and its innermost frame in the first of ``folders`` with any, else this package."""
+def with_place(error: BaseException, *folders: Path, fallback: Path = _PACKAGE) -> str:
+    """Return one line: an error, and its innermost frame in the first of ``folders`` with any, else ``fallback``."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{type(error).__name__}: {error.msg} ({Path(error.filename).name}, line {error.lineno})"
     if _IN_ANOTHER_PROCESS in str(error):
@@ -54,7 +54,7 @@ def with_place(error: BaseException, *folders: Path) -> str:
     else:
         frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     said = f"{type(error).__name__}: {first_line(error)}"
-    for folder in (*folders, _PACKAGE):
+    for folder in (*folders, fallback):
         for file, line in reversed(frames):
             if folder in Path(file).parents and "site-packages" not in Path(file).parts:
                 return f"{said} ({Path(file).name}, line {line})"

@@ -128,7 +128,7 @@ def _checked(field: dataclasses.Field[Any], annotation: Any, value: Any) -> Any:
             value = tuple(_of_type(arguments[0], item, name) for item in value)
         else:
             value = _of_type(plain, value, name)
-    except TypeError:
+    except (TypeError, ValueError, RuntimeError):
         kind = f"a list of {arguments[0].__name__}" if plain is tuple else f"of type {plain.__name__}"
         raise UsageError(f"{name} must be {kind}, not {value!r}") from None
     if plain is not tuple and arguments and value not in arguments:
@@ -142,9 +142,13 @@ def _checked(field: dataclasses.Field[Any], annotation: Any, value: Any) -> Any:
 def _of_type(kind: type[Any], value: Any, name: str) -> Any:
     if kind is Path and isinstance(value, (str, Path)):
         return path_of(value, name).absolute()  # saved with the run, and read later in another working folder
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item"):  # a number of NumPy or torch; an array of several numbers raises
+        value = value.item()
     if kind is float and type(value) is int:
         return float(value)
-    if type(value) is not kind:  # bool is a subclass of int
+    if type(value) is not kind or value != value:  # bool is a subclass of int; NaN differs from itself
         raise TypeError
     return value
 
@@ -158,7 +162,7 @@ def path_of(text: str | Path, named: str) -> Path:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):  # reported when the path is used
         pass
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
+    except (OSError, TypeError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
         raise UsageError(f"{named} {text}: {getattr(error, 'strerror', None) or first_line(error)}") from error
     return path
 

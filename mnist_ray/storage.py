@@ -264,10 +264,14 @@ def position_of(name: str) -> tuple[int, ...]:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a local file. Raises JobError."""
+    """Write a local file atomically. Raises JobError."""
+    part = Path(f"{path}.tmp")
     try:
-        path.write_bytes(content)
+        part.write_bytes(content)
+        part.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise JobError(f"cannot write {path}: {error.strerror}") from error
 
 

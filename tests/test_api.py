@@ -17,7 +17,7 @@ from PIL import Image
 import mnist_ray
 from mnist_ray import Run
 from mnist_ray.api import reference_of
-from mnist_ray.errors import UsageError
+from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist import MNIST
 from mnist_ray.run.job import read_job
 from mnist_ray.run.session import load_data
@@ -81,6 +81,12 @@ def test_training_returns_the_run_with_its_files_and_evaluation_by_name_agrees(r
     assert run._repr_html_().startswith('<iframe srcdoc="&lt;!doctype html&gt;')
     assert sum(parameter.numel() for parameter in run.load_model().parameters()) == 49_770
     assert mnist_ray.evaluate("one", storage_path=run.folder.storage_path, num_tasks=2) == run.metrics
+    assert mnist_ray.evaluate(Path(run.folder.path), num_tasks=np.int64(1)) == run.metrics
+
+
+def test_an_export_returns_the_files_path(run: Run, tmp_path: Path) -> None:
+    path = run.export(tmp_path / "digits.pt2")
+    assert (path, path.is_file()) == (tmp_path / "digits.pt2", True)
 
 
 def test_weights_to_start_from_may_be_a_run_or_a_path(run: Run, small_data: Path, tmp_path: Path) -> None:
@@ -100,6 +106,69 @@ def test_arrays_pictures_and_files_are_predicted(run: Run, mnist_test: Arrays, t
     assert [Path(prediction.file).name for prediction in as_files] == ["0.png", "1.png"]
     as_pictures = mnist_ray.predict(pictures, run, as_is=True)
     assert [prediction.top for prediction in as_files] == [prediction.top for prediction in as_pictures]
+
+
+def test_what_has_no_prediction_raises_the_line_that_the_command_prints(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty.png").touch()
+    blank, digits = Image.new("L", (40, 40), 255), Image.fromarray(np.eye(28, dtype=np.uint8) * 255)
+    for pictures, error, message in (
+        ([digits, blank], JobError, "pictures[1]: shows no digit: nothing stands out from its background"),
+        (tmp_path, JobError, f"{tmp_path}/empty.png: is empty"),
+        (str(tmp_path / "no.png"), JobError, f"{tmp_path}/no.png: cannot be read: No such file or directory"),
+        ([5], UsageError, "pictures must be paths, Pillow images or a NumPy array of inputs, not int"),
+        (
+            np.zeros((2, 20, 20), np.uint8),
+            UsageError,
+            "MNIST: prepared inputs are (1, 20, 20), but the model takes (1, 28, 28)",
+        ),
+    ):
+        with pytest.raises(error) as raised:
+            mnist_ray.predict(pictures, run)
+        assert str(raised.value) == message
+    assert mnist_ray.predict([], run) == []
+
+
+def test_pictures_are_predicted_by_the_newest_run_that_takes_pictures(run: Run, mnist_test: Arrays) -> None:
+    newer = Path(run.folder.storage_path) / "newer"
+    (newer / "checkpoint_epoch-001_step-000000").mkdir(parents=True)
+    (newer / "config.json").write_text(
+        json.dumps({"workload": str(ROOT / "examples" / "diabetes.py"), "num_epochs": 1})
+    )
+    picture = Image.fromarray(mnist_test.inputs[0])
+    (prediction,) = mnist_ray.predict(picture, storage_path=run.folder.storage_path, as_is=True)
+    assert prediction.top == mnist_ray.predict(picture, run, as_is=True)[0].top
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "settings", "message"),
+    [
+        (mnist_ray.train, [5], {}, "--workload must be a class derived from Workload, a file or a module, not 5"),
+        (
+            mnist_ray.train,
+            [int],
+            {},
+            "--workload must be a class derived from Workload, a file or a module, not <class",
+        ),
+        (
+            mnist_ray.train,
+            [MNIST()],
+            {},
+            "--workload must be a class derived from Workload, a file or a module, not <m",
+        ),
+        (mnist_ray.train, [], {"storage_path": 5}, "--storage-path must be of type str, not 5"),
+        (mnist_ray.train, [], {"run_name": 5}, "--run-name must be of type str, not 5"),
+        (mnist_ray.train, [], {"run_name": "a", "resume": 1}, "--resume must be of type bool, not 1"),
+        (mnist_ray.train, [], {"config": 5}, "--config 5: "),
+        (mnist_ray.tune, [], {"sweep": {"beta1": 2}}, "--sweep beta1=2: --beta1 must be in [0, 1), not 2.0"),
+        (mnist_ray.evaluate, [5], {}, "a run must be given by its name, its path or a Run, not as 5"),
+        (mnist_ray.evaluate, ["one"], {"storage_path": 5}, "--storage-path must be of type str, not 5"),
+        (mnist_ray.predict, ["a.png"], {"as_is": "no"}, "--as-is must be of type bool, not 'no'"),
+    ],
+)
+def test_a_wrong_type_is_one_line(function: Any, given: list[Any], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        function(*given, **settings)
+    assert str(raised.value).startswith(message)
 
 
 @pytest.mark.parametrize(

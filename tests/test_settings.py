@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
@@ -97,6 +98,12 @@ def test_every_default_passes_its_own_check_and_recipes_name_known_settings() ->
         ("sizes", [1, 2], (1, 2)),
         ("sizes", None, None),
         ("baker", "", ""),
+        ("baker", Path("/baker"), "/baker"),
+        ("trays", np.int64(4), 4),
+        ("heat", np.int32(200), 200.0),
+        ("heat", np.float32(0.5), 0.5),
+        ("is_on", np.bool_(True), True),
+        ("times", (np.int64(1), 2), (1, 2)),
     ],
 )
 def test_values_are_converted_to_the_settings_type(name: str, value: Any, expected: Any) -> None:
@@ -112,6 +119,8 @@ def test_values_are_converted_to_the_settings_type(name: str, value: Any, expect
         (Oven, "trays", "2", "--trays must be of type int, not '2'"),
         (Oven, "trays", True, "--trays must be of type int, not True"),
         (Oven, "trays", None, "--trays must be of type int, not None"),
+        (Oven, "trays", np.array([2, 3]), "--trays must be of type int, not array([2, 3])"),
+        (Oven, "heat", math.nan, "--heat must be of type float, not nan"),
         (Oven, "most_trays", 0, "--most-trays must be at least 1, not 0"),
         (Oven, "steam", 1, "--steam must be in [0, 1), not 1.0"),
         (Oven, "mode", "boil", "--mode must be one of bake, grill, not 'boil'"),

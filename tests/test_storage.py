@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -28,6 +29,20 @@ def test_a_file_is_written_in_place_and_read_back(run: RunFolder, tmp_path: Path
     assert run.read_text("a.txt") == r"photo\udcff.png"
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["a.txt"]
     assert run.uri == f"{tmp_path}/run"
+
+
+def test_a_local_file_is_not_left_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.pt2"
+    file.write_text("an older model")
+
+    def fill_the_disk(path: Path, content: bytes) -> None:
+        path.open("wb").write(content[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fill_the_disk)
+    with pytest.raises(JobError, match=r"^cannot write .*model\.pt2: No space left on device$"):
+        storage.write_file(file, b"a program")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("model.pt2", "an older model")]
 
 
 def test_home_and_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

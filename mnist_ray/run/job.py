@@ -175,12 +175,12 @@ def resume_command(kind: str, run: RunFolder, more: Mapping[str, str] | None = N
 
 def _find_run(early: Given, kind: str, config_file: str) -> tuple[RunFolder, dict[str, Any]]:
     """Return a job's folder, and a resumed run's settings. Raises UsageError; JobError if the settings are damaged."""
-    name = early.get("run_name")
-    if early.get("resume") and name is None:
+    output = settings.build(OutputConfig, early)
+    if output.resume and output.run_name is None:
         raise UsageError("--resume needs --run-name NAME")
     new_name = f"{kind}_{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(2)}"  # unique even within a second
-    run = locate(early.get("storage_path", OutputConfig().storage_path), name or new_name)
-    if not early.get("resume"):
+    run = locate(output.storage_path, output.run_name or new_name)
+    if not output.resume:
         return run, {}
     if not run.exists(config_file):
         raise UsageError(f"--resume: there is no run in {run.uri}: it has no {config_file}")

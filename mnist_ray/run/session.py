@@ -132,25 +132,32 @@ def interrupt_explained(job: Job) -> Iterator[None]:
 def try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> None:
     """Send a batch through a job's workload; for each of ``batch_sizes``, also the smallest batch that a worker gets.
 
-    The workload's metadata then contain the shape of the model's input. Raises UsageError.
+    The workload's metadata then describe the model's inputs. Raises UsageError.
     """
     import torch
 
     from mnist_ray.training.batches import batches_of
     from mnist_ray.workload.check import NUM_EXAMPLES, Examples, check_batch, check_smallest
+    from mnist_ray.workload.tensors import describe
 
     workload = job.workload
 
-    def first(number: int) -> Examples:
+    def first(number: int, start: int = 0) -> Examples:
         with placed(workload, "an example"):
-            inputs, targets, *_ = batches_of(train, torch.device("cpu"), workload.collate)[Slice(np.arange(number))]
+            batches, places = batches_of(train, torch.device("cpu"), workload.collate), np.arange(start, start + number)
+            inputs, targets, *_ = batches[Slice(places)]
         return Examples(inputs, targets, number)
 
     with placed(workload, "an example"):
         inputs, _ = train[0]
     picture_of(workload, inputs)
     number = min(NUM_EXAMPLES, len(train))
-    workload.metadata["model_input"] = check_batch(workload, first(number), first((number + 1) // 2), job.train)
+    batch = first(number)
+    check_batch(workload, batch, first((number + 1) // 2), job.train)
+    pairs = [first(2, start) for start in range(0, number - 1, 4)]
+    with placed(workload, "prepare"):  # several batches show which sizes vary, such as the length of texts
+        seen = [workload.prepare(some.inputs, None) for some in (batch, *pairs)]
+    workload.metadata["model_input"] = describe(*seen)
     for size in batch_sizes or [job.train.batch_size]:
         last = len(train) % size or size
         smallest = max(1, last // (job.train.chunks or job.workers.num_workers or 1))

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import logging
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
 
 from mnist_ray.config import ExportConfig
-from mnist_ray.errors import JobError, UsageError, say
+from mnist_ray.errors import JobError, UsageError, say, with_place
 from mnist_ray.run.find import Found
 from mnist_ray.settings import path_of
 from mnist_ray.storage import write_file
@@ -23,14 +28,18 @@ from mnist_ray.training.sampler import Slice
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.loading import load_data
+from mnist_ray.workload.tensors import examples_of
 
-Run = Callable[[Tensor], Tensor]
+Run = Callable[[Any], Any]
 _TOLERANCE = 1e-4
 _NUM_COMPARED = 512
 
 
-def export(found: Found, config: ExportConfig) -> None:
-    """Write a checkpoint's model as a program, and compare the outputs of both. Raises UsageError and JobError."""
+def export(found: Found, config: ExportConfig) -> Path:
+    """Write a checkpoint's model as a program, after comparing the outputs of both; return the file's path.
+
+    Raises UsageError, also if PyTorch cannot export the model, and JobError.
+    """
     is_onnx = config.format == "onnx"
     if is_onnx and not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
         raise UsageError("--format onnx needs more packages: pip install -e '.[onnx]'")
@@ -39,72 +48,111 @@ def export(found: Found, config: ExportConfig) -> None:
     if path.suffix != suffix:
         raise UsageError(f"--output {config.output} must end in {suffix} for --format {config.format}")
     workload, model = found.workload, found.load_model()
-    shape = workload.metadata.get("model_input")
-    if shape is None:
-        raise UsageError(f"{type(workload).__name__}: only models that take one tensor can be exported")
-    example = torch.zeros((2, *shape["shape"]), dtype=getattr(torch, shape["dtype"]))
-    write_file(path, _onnx_program(workload, model, example) if is_onnx else _torch_program(model, example))
-    checked = _checked(workload, model, _load_onnx(path) if is_onnx else torch.export.load(path).module(), path)
-    with torch.inference_mode():
-        result = "".join(f", {size}" for size in model(example).shape[1:])
-    inputs = f"(N, {', '.join(map(str, shape['shape']))}) {shape['dtype']}"
+    examples = examples_of(workload.metadata)
+    if not examples:
+        remedy = "to be exported, a model must take tensors, alone or in dicts, lists and tuples"
+        raise UsageError(f"{type(workload).__name__}: {remedy}")
+    with _explained(workload):
+        sizes = pytree.tree_map(_sizes, *examples)
+        free = pytree.tree_map(lambda size: Dim.AUTO if isinstance(size, str) else size, sizes)
+        program = torch.export.export(model, (examples[0],), dynamic_shapes=(free,))
+        inputs = _named(workload.nouns, examples)
+        outputs = _named(workload.output_noun, [program.module()(example) for example in examples])
+        content, run = _onnx(program, [*inputs], [*outputs]) if is_onnx else _torch(program)
+    checked = _checked(workload, model, run)
+    write_file(path, content)
     for note in found.notes:
         say(f"note       {note}")
     say(f"checkpoint {found.checkpoint.path}")
-    say(f"{config.format:<10} {path}: {workload.nouns} {inputs} to {workload.output_noun} (N{result})")
+    taken, returned = (", ".join(map(" ".join, named.items())) for named in (inputs, outputs))
+    say(f"{config.format:<10} {path}: {taken} to {returned}")
     say(f"checked    {checked}")
+    return path
 
 
-def _checked(workload: Workload, model: nn.Module, run: Run, path: Path) -> str:
+@contextlib.contextmanager
+def _explained(workload: Workload) -> Iterator[None]:
+    """Turn what PyTorch refuses into a UsageError of one line, and let PyTorch itself print nothing."""
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            logging.disable()
+            yield
+    except Exception as error:
+        reason: BaseException = error
+        while reason.__cause__ is not None:  # the ONNX exporter's own error gives only advice
+            reason = reason.__cause__
+        said = with_place(reason, fallback=workload.source.folder)
+        raise UsageError(f"{type(workload).__name__}: PyTorch cannot export the model: {said}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _sizes(*tensors: Tensor) -> list[int | str]:
+    """Return the sizes of a tensor in some batches: a number, or ``N`` (first) or ``any`` if the batches differ."""
+    sizes = enumerate(zip(*(tensor.shape for tensor in tensors), strict=True))
+    return [same[0] if len(set(same)) == 1 else "any" if dim else "N" for dim, same in sizes]
+
+
+def _named(noun: str, batches: Sequence[Any]) -> dict[str, str]:
+    """Name the tensors in a model's inputs or outputs after their keys and positions; return their sizes and dtypes."""
+    found = {}
+    for (place, tensor), *others in zip(*(pytree.tree_flatten_with_path(batch)[0] for batch in batches), strict=True):
+        if isinstance(tensor, Tensor):
+            name = "_".join(re.findall(r"\w+", f"{noun}{pytree.keystr(place)}"))
+            sizes = ", ".join(map(str, _sizes(tensor, *(other for _, other in others))))
+            found[name] = f"({sizes}) {tensor.dtype}".replace("torch.", "")
+    return found
+
+
+def _checked(workload: Workload, model: nn.Module, run: Run) -> str:
     """Compare a program with the model on test examples; return the result. Raises JobError if they differ."""
     try:
         split = Split(load_data(workload).test, origin="test")
         chosen = Slice(np.arange(min(_NUM_COMPARED, len(split))))
-        inputs = workload.prepare(batches_of(split, torch.device("cpu"))[chosen].inputs, None)
+        inputs = workload.prepare(batches_of(split, torch.device("cpu"), workload.collate)[chosen].inputs, None)
     except (UsageError, JobError) as error:
         return f"no: {error}"
-    difference, outputs = largest_difference(model, run, inputs), workload.output_noun
+    with _explained(workload):
+        difference = largest_difference(model, run, inputs)
+    differ = f"{workload.output_noun} differ by at most {difference:.1e}"
     if not difference <= _TOLERANCE:  # also true for NaN
-        raise JobError(f"the {outputs} of {path} and of the checkpoint differ by up to {difference:.1e}")
-    return f"on {len(inputs):,} test {workload.nouns}: {outputs} differ by at most {difference:.1e}"
+        raise JobError(f"the program and the checkpoint do not agree: their {differ}")
+    return f"on {len(chosen.indices):,} test {workload.nouns}: {differ}"
 
 
-def largest_difference(model: nn.Module, run: Run, inputs: Tensor) -> float:
+def largest_difference(model: nn.Module, run: Run, inputs: Any) -> float:
     """Return the largest difference between the outputs of two models; NaN if an output is NaN."""
     with torch.inference_mode():
-        return float((model(inputs) - run(inputs)).abs().max())
+        pairs = zip(*(filter(torch.is_tensor, pytree.tree_leaves(call(inputs))) for call in (model, run)), strict=True)
+        return float(torch.stack([(one.double() - other.double()).abs().max() for one, other in pairs]).max())
 
 
-def _free_batch() -> tuple[dict[int, torch.export.Dim]]:
-    return ({0: torch.export.Dim("batch", min=1)},)
-
-
-def _torch_program(model: nn.Module, example: Tensor) -> bytes:
+def _torch(program: ExportedProgram) -> tuple[bytes, Run]:
+    """Return a program as a file's content, and what is loaded from that."""
     content = io.BytesIO()
-    torch.export.save(torch.export.export(model, (example,), dynamic_shapes=_free_batch()), content)
-    return content.getvalue()
+    torch.export.save(program, content)
+    return content.getvalue(), torch.export.load(io.BytesIO(content.getvalue())).module()
 
 
-def _onnx_program(workload: Workload, model: nn.Module, example: Tensor) -> bytes:
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # from the exporter, about torch's own code
-        program = torch.onnx.export(
-            model,
-            (example,),
-            dynamo=True,
-            dynamic_shapes=_free_batch(),
-            input_names=[workload.nouns],
-            output_names=[workload.output_noun],
-            verbose=False,
-        )
-    assert program is not None
-    return program.model_proto.SerializeToString()
-
-
-def _load_onnx(path: Path) -> Run:
+def _onnx(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> tuple[bytes, Run]:
+    """Return a program in ONNX as a file's content, and what is loaded from that."""
     import onnxruntime  # an extra
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda inputs: torch.from_numpy(session.run(None, {name: np.ascontiguousarray(inputs.numpy())})[0])
+    converted = torch.onnx.export(
+        program,
+        dynamo=True,
+        verbose=False,
+        input_names=inputs,
+        output_names=outputs,
+        dynamic_shapes=[{0: "batch"}, *[{}] * (len(inputs) - 1)],  # only for the name
+    )
+    assert converted is not None
+    content = converted.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+
+    def run(values: Any) -> list[Tensor]:
+        arrays = map(np.ascontiguousarray, pytree.tree_leaves(values))
+        return [torch.from_numpy(output) for output in session.run(None, dict(zip(inputs, arrays, strict=True)))]
+
+    return content, run

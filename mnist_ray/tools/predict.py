@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import nn
+from torch import Tensor, nn
 
 from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import PredictionConfig
@@ -26,6 +26,8 @@ from mnist_ray.run.lookup import class_of
 from mnist_ray.settings import path_of
 from mnist_ray.storage import RunFolder, write_file
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.loading import placed
+from mnist_ray.workload.tensors import examples_of
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow's names of the accepted formats. For some others, it would start a program: for PostScript, Ghostscript."""
@@ -37,7 +39,7 @@ _LONGEST_NAME = 14
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's prediction for one file or one input."""
+    """A model's prediction for one file, image or input."""
 
     file: str
     inputs: np.ndarray | None = None  # in the format of the workload's data
@@ -67,10 +69,7 @@ class Prediction:
 
 def predict(given: Sequence[str], found: find.Found, config: PredictionConfig) -> None:
     """Print the prediction for each picture. Raises JobError at the end if a file has no prediction."""
-    workload = found.workload
-    if type(workload).read_picture is Workload.read_picture:
-        raise UsageError(f"{type(workload).__name__} does not take pictures: it has no read_picture")
-    model = found.load_model()
+    workload, model = found.workload, found.load_model()
     if not config.json:
         for note in found.notes:
             say(f"note {note}")
@@ -97,11 +96,14 @@ def takes_pictures(run: RunFolder) -> bool:
         return False
 
 
-def find_files(given: Iterable[str]) -> Iterator[Path]:
-    """Yield the given files, and the pictures in the given folders at any depth, sorted."""
-    for name in given:
-        path = Path(os.path.expanduser(name))
-        if os.path.isdir(path):  # Path.is_dir() would raise for too long a name or an unreadable folder
+def find_files(given: Iterable[Any]) -> Iterator[Path | Image.Image]:
+    """Yield the given files and Pillow images, and the pictures in the given folders at any depth, sorted."""
+    for one in given:
+        if not isinstance(one, (str, Path, Image.Image)):
+            kind = type(one).__name__
+            raise UsageError(f"pictures must be paths, Pillow images or a NumPy array of inputs, not {kind}")
+        path = one if isinstance(one, Image.Image) else Path(os.path.expanduser(one))
+        if isinstance(path, Path) and os.path.isdir(path):  # is_dir() would raise for too long or unreadable a name
             found = sorted(file for file in path.rglob("*") if os.path.isfile(file))
             # A folder without pictures is reported as a file that cannot be read.
             yield from [file for file in found if file.suffix.lower() in _SUFFIXES] or [path]
@@ -110,9 +112,11 @@ def find_files(given: Iterable[str]) -> Iterator[Path]:
 
 
 def predict_files(
-    workload: Workload, model: nn.Module, files: Iterable[Path], *, as_is: bool = False
+    workload: Workload, model: nn.Module, files: Iterable[Path | Image.Image], *, as_is: bool = False
 ) -> Iterator[Prediction]:
-    """Yield a prediction for each file, in the order of the files."""
+    """Yield a prediction for each file or image, in their order. Raises UsageError."""
+    if type(workload).read_picture is Workload.read_picture:
+        raise UsageError(f"{type(workload).__name__} does not take pictures: it has no read_picture")
     torch.set_num_threads(usable_cores())
     files = iter(files)
     while batch := [_read(workload, file, as_is) for file in itertools.islice(files, _BATCH_SIZE)]:
@@ -123,32 +127,36 @@ def predict_files(
 
 
 def predict_inputs(workload: Workload, model: nn.Module, inputs: np.ndarray) -> list[Prediction]:
-    """Return the predictions for inputs (N, ...) in the format of the workload's data."""
-    prepared = workload.prepare(torch.tensor(inputs), None)
-    wanted = workload.metadata.get("model_input")
-    if wanted is not None and list(prepared.shape[1:]) != wanted["shape"]:
-        got = f"{tuple(prepared.shape[1:])}, but the model takes {tuple(wanted['shape'])}"
-        raise UsageError(f"{type(workload).__name__}.read_picture: a prepared picture has the shape {got}")
-    with torch.inference_mode():
+    """Return the predictions for inputs (N, ...) in the format of the workload's data. Raises UsageError."""
+    with placed(workload, "a prediction"), torch.inference_mode():
+        prepared = workload.prepare(torch.tensor(inputs), None)
+        known = {tuple(seen.shape[1:]) for seen in examples_of(workload.metadata) if isinstance(seen, Tensor)}
+        if len(known) == 1 and (got := tuple(prepared.shape[1:])) not in known:
+            raise UsageError(f"{type(workload).__name__}: prepared inputs are {got}, but the model takes {known.pop()}")
         each = workload.top_predictions(model(prepared))
     return [Prediction("", one, tuple(top)) for one, top in zip(inputs, each, strict=True)]
 
 
-def _read(workload: Workload, file: Path, as_is: bool) -> Prediction:
-    """Read one file as an input of the model, or return the reason why it has no prediction."""
+def _read(workload: Workload, file: Path | Image.Image, as_is: bool) -> Prediction:
+    """Read one file or image as an input of the model, or return the reason why it has no prediction."""
+    name = str(file) if isinstance(file, Path) else ""
     try:
-        if file.exists() and not file.is_file():  # reading a FIFO may wait forever, reading a device may never end
-            return Prediction(str(file), error="is a folder without pictures" if file.is_dir() else "is not a file")
-        content = file.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-        return Prediction(str(file), error=f"cannot be read: {getattr(error, 'strerror', error)}")
-    try:
-        return Prediction(str(file), workload.read_picture(read_image(content), as_is=as_is))
+        picture = read_image(_content(file)) if isinstance(file, Path) else file
+        return Prediction(name, workload.read_picture(picture, as_is=as_is))
     except UsageError as error:
-        return Prediction(str(file), error=str(error))
+        return Prediction(name, error=str(error))
     except Exception as error:
         place = with_place(error, workload.source.folder)
         raise UsageError(f"{type(workload).__name__}.read_picture: {place}") from error
+
+
+def _content(file: Path) -> bytes:
+    try:
+        if file.exists() and not file.is_file():  # reading a FIFO may wait forever, reading a device may never end
+            raise UsageError("is a folder without pictures" if file.is_dir() else "is not a file")
+        return file.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        raise UsageError(f"cannot be read: {getattr(error, 'strerror', error)}") from error
 
 
 def read_image(content: bytes) -> Image.Image:

@@ -28,11 +28,10 @@ class Examples(NamedTuple):
     number: int
 
 
-def check_batch(workload: Workload, batch: Examples, fewer: Examples, config: TrainConfig) -> dict[str, Any] | None:
+def check_batch(workload: Workload, batch: Examples, fewer: Examples, config: TrainConfig) -> None:
     """Call each method that training and evaluation will call. ``fewer`` has only the first examples of the batch.
 
-    Returns the shape and dtype of one input of the model; None if the inputs are not a tensor. Raises UsageError with
-    the file name and line number of the user's code.
+    Raises UsageError with the file name and line number of the user's code.
     """
     name = type(workload).__name__
     with placed(workload, "create_model"):
@@ -62,9 +61,6 @@ def check_batch(workload: Workload, batch: Examples, fewer: Examples, config: Tr
     if not workload.compares_examples:
         _check_independence(workload, model, batch, fewer, config)
     _check_optimizer(workload, model, config)
-    if not isinstance(for_evaluation, Tensor):
-        return None
-    return {"shape": list(for_evaluation.shape[1:]), "dtype": str(for_evaluation.dtype).removeprefix("torch.")}
 
 
 def check_smallest(workload: Workload, few: Examples, batch_size: int, config: TrainConfig) -> None:

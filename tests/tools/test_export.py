@@ -1,15 +1,18 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import onnxruntime
 import pytest
 import torch
 
-from mnist_ray.config import TrainConfig
+from mnist_ray.config import ExportConfig, TrainConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist.cnn import CNN
-from mnist_ray.run.find import find
+from mnist_ray.run.find import Found, find
+from mnist_ray.run.job import read_job
+from mnist_ray.run.session import load_data, try_batch
 from mnist_ray.tools import export
 from mnist_ray.training.checkpoint import snapshot
 from mnist_ray.training.engine import create_state
@@ -49,7 +52,7 @@ def test_an_exported_program_computes_the_same_as_the_checkpoint(
     run_main("export", str(finished_run), "--format", kind, "--output", str(file))
     said = capfd.readouterr()
     assert said.err == ""
-    assert f"{kind:<10} {file}: images (N, 1, 28, 28) float32 to logits (N, 10)\n" in said.out
+    assert f"{kind:<10} {file}: images (N, 1, 28, 28) float32 to logits (N, 10) float32\n" in said.out
     assert "checked    on 512 test images" in said.out
     for size in (1, 3, 600):
         images = prepared(few_images, size)
@@ -88,3 +91,123 @@ def test_a_file_that_cannot_be_written_is_one_line(
     with pytest.raises(error) as raised:
         run_main("export", str(finished_run), "--output", output)
     assert str(raised.value) == message
+
+
+NETS = """
+import numpy as np
+import torch
+from torch import nn
+
+from mnist_ray.workload import Arrays, Classification, Data
+
+class Many(Classification):
+    noun = "pair"
+    def load_data(self):
+        words = np.triu(np.ones((40, 9), np.int64))  # of 1 to 9 words, and zeros
+        arrays = Arrays(words[np.arange(40) % 9], np.arange(40) % 2)
+        return Data(arrays, arrays)
+    def create_model(self): return ManyNet()
+    def prepare(self, inputs, generator):
+        words = inputs[:, inputs.any(0)]
+        return {"words": words, "parts": (inputs[:, :3].float(), [inputs.float()])}
+    def loss(self, outputs, targets): return super().loss(outputs[0]["main"], targets)
+    def measure(self, outputs, targets): return super().measure(outputs[0]["main"], targets)
+    def check_outputs(self, outputs, targets): pass
+    def predictions(self, outputs, targets): return {}
+
+class ManyNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.some, self.all = nn.Embedding(2, 2), nn.Linear(3, 2), nn.Linear(9, 2)
+    def forward(self, inputs):
+        some, (all,) = inputs["parts"]
+        embedded = self.embedding(inputs["words"])
+        return {"main": embedded.sum(1) + self.some(some) + self.all(all)}, [embedded, inputs["words"].sum(1)], None
+
+class One(Many):
+    def prepare(self, inputs, generator): return inputs.float()
+    def create_model(self): return OneNet()
+
+class OneNet(nn.Linear):
+    def __init__(self): super().__init__(9, 2)
+    def forward(self, inputs): return [{"main": self.one(inputs)}]
+    def one(self, inputs): return super().forward(inputs)
+
+class Branch(One):
+    def create_model(self): return BranchNet()
+class BranchNet(OneNet):
+    def one(self, inputs):
+        return super().one(inputs if inputs.sum() > 0 else -inputs)
+
+class Fixed(One):
+    def create_model(self): return FixedNet()
+class FixedNet(OneNet):
+    def one(self, inputs): return super().one(inputs).reshape(len(inputs), 2)
+
+class Operator(One):
+    def create_model(self): return OperatorNet()
+class OperatorNet(OneNet):
+    def one(self, inputs): return super().one(inputs) @ torch.linalg.svd(self.weight @ self.weight.T)[0]
+
+class Text(Many):
+    def prepare(self, inputs, generator): return super().prepare(inputs, generator) | {"names": ["a"] * len(inputs)}
+"""
+
+
+def found_of(folder: Path, name: str) -> Found:
+    """Return a checkpoint, as made before the first step, of a workload in NETS."""
+    (folder / "code").mkdir()
+    code = folder / "code" / f"nets_{folder.name}.py"  # another name for each test: Python keeps modules
+    code.write_text(NETS)
+    given = {"workload": f"{code}:{name}", "storage_path": str(folder), "precision": "fp32", "batch_size": 30}
+    job, data = load_data(read_job(given))
+    try_batch(job, data.train, [])
+    state = create_state(job.workload, job.train, len(data.train), torch.device("cpu"))
+    snapshot(state, {"workload": job.workload.identity}).write(folder_at(folder / "checkpoint"))
+    return find(str(folder / "checkpoint"), str(folder / "runs"))
+
+
+def test_a_program_takes_and_returns_several_tensors_of_sizes_that_vary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = found_of(tmp_path, "Many")
+    model, inputs = found.load_model(), found.workload.prepare(torch.eye(9, dtype=torch.int64)[:5], None)
+    assert inputs["words"].shape == (5, 5)
+    with torch.inference_mode():
+        outputs, others, _ = model(inputs)
+    program = torch.export.load(export.export(found, ExportConfig(output=str(tmp_path / "many.pt2")))).module()
+    torch.testing.assert_close(program(inputs)[:2], (outputs, others), check_stride=False)
+
+    file = export.export(found, ExportConfig(format="onnx", output=str(tmp_path / "many.onnx")))
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    first, (second,) = inputs["parts"]
+    feeds = {"pairs_words": inputs["words"], "pairs_parts_0": first, "pairs_parts_1_0": second}
+    names = ["logits_0_main", "logits_1_0", "logits_1_1"]
+    arrays = session.run(names, {name: tensor.numpy() for name, tensor in feeds.items()})
+    torch.testing.assert_close([*map(torch.from_numpy, arrays)], [outputs["main"], *others])
+    assert capsys.readouterr().out.splitlines()[1] == (
+        f"torch      {tmp_path}/many.pt2: pairs_words (N, any) int64, pairs_parts_0 (N, 3) float32, pairs_parts_1_0 "
+        "(N, 9) float32 to logits_0_main (N, 2) float32, logits_1_0 (N, any, 2) float32, logits_1_1 (N) int64"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "reason"),
+    [
+        ("Branch", "torch", r"PyTorch cannot export the model: .* data-dependent .* \(nets_\w+\.py, line 45\)$"),
+        ("Fixed", "onnx", r"PyTorch cannot export the model: .*\b16$"),
+        ("Operator", "onnx", r"PyTorch cannot export the model: .*No ONNX function found for .*svd"),
+        ("Text", "torch", "to be exported, a model must take tensors, alone or in dicts, lists and tuples$"),
+    ],
+)
+def test_what_pytorch_refuses_is_one_line_and_leaves_the_file_as_it_was(
+    name: str, kind: Literal["torch", "onnx"], reason: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = found_of(tmp_path, name)
+    file = tmp_path / ("model.onnx" if kind == "onnx" else "model.pt2")
+    file.write_text("an older model")
+    with pytest.raises(UsageError, match=f"^{name}: {reason}"):
+        export.export(found, ExportConfig(format=kind, output=str(file)))
+    assert capfd.readouterr() == ("", "")
+    assert file.read_text() == "an older model"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "code", file.name]

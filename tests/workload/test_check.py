@@ -1,6 +1,5 @@
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -79,14 +78,14 @@ class Spare(nn.Linear):
 """
 
 
-def dry_run_of(write: Write, body: str, base: str = "Right", config: TrainConfig = FP32) -> dict[str, Any] | None:
+def dry_run_of(write: Write, body: str, base: str = "Right", config: TrainConfig = FP32) -> None:
     """Send a batch of ``Wrong``, a workload derived from ``base``, through it."""
     workload = load(f"{write(f'{RIGHT}class Wrong({base}):{body}')}:Wrong")()
     train = splits_of(load_data(workload), 0).train
     number = min(NUM_EXAMPLES, len(train))
     batches = batches_of(train, torch.device("cpu"), workload.collate)
     whole, fewer = (Examples(*batches[Slice(np.arange(size))][:2], size) for size in (number, number // 2))
-    return check_batch(workload, whole, fewer, config)
+    check_batch(workload, whole, fewer, config)
 
 
 def message_of(write: Write, body: str, base: str = "Right", config: TrainConfig = FP32) -> str:
@@ -100,8 +99,8 @@ def message_of(write: Write, body: str, base: str = "Right", config: TrainConfig
 
 
 @pytest.mark.parametrize("base", ["Right", "Numbers"])
-def test_a_dry_run_returns_shape_and_dtype_of_the_models_inputs(write: Write, base: str) -> None:
-    assert dry_run_of(write, " ...", base) == {"shape": [4], "dtype": "float32"}
+def test_right_workloads_pass(write: Write, base: str) -> None:
+    dry_run_of(write, " ...", base)
 
 
 def test_the_model_gets_the_result_of_prepare(write: Write) -> None:
@@ -109,12 +108,12 @@ def test_the_model_gets_the_result_of_prepare(write: Write) -> None:
     def create_model(self): return nn.Sequential(nn.Flatten(), nn.Linear(4, 10, dtype=torch.float64))
     def prepare(self, inputs, generator): return inputs.reshape(-1, 2, 2).double()
 """
-    assert dry_run_of(write, body) == {"shape": [2, 2], "dtype": "float64"}
+    dry_run_of(write, body)
     body = """
     def create_model(self): return OfDict(4, 10)
     def prepare(self, inputs, generator): return {"x": inputs}
 """
-    assert dry_run_of(write, body) is None, "only tensors have a shape"
+    dry_run_of(write, body)
 
 
 def test_augmentation_has_a_generator_in_training_only(write: Write) -> None:
