@@ -184,18 +184,19 @@ def predict(
 ) -> list[Prediction]:
     """Return a trained model's predictions.
 
-    ``pictures``: the path of a picture or folder, a Pillow image, a list of paths or of images, or an array of inputs
-    (N, ...) in the format of the workload's data. ``run``: as for ``evaluate``; default: the newest run whose workload
+    ``pictures``: the path of a picture or folder, a Pillow image, a list of paths or of images, or an array or list of
+    inputs in the format of the workload's data. ``run``: as for ``evaluate``; default: the newest run whose workload
     reads pictures. ``as_is``: only scale pictures. Raises UsageError, and JobError for the first picture that cannot be
     used, with the line that ``jobs/predict.py`` prints for it.
     """
-    config, is_array = build(PredictionConfig, {"as_is": as_is}), isinstance(pictures, np.ndarray)
+    config, is_list = build(PredictionConfig, {"as_is": as_is}), isinstance(pictures, list)
+    are_inputs = all(isinstance(one, np.ndarray) for one in (pictures if is_list and pictures else [pictures]))
     environment.prepare(verbose=False)
     from mnist_ray.tools import predict as tool
 
-    found = _found(run, workload, storage_path, **({} if is_array else {"is_wanted": tool.takes_pictures}))
+    found = _found(run, workload, storage_path, **({} if are_inputs else {"is_wanted": tool.takes_pictures}))
     model = found.load_model()
-    if is_array:
+    if are_inputs:
         return tool.predict_inputs(found.workload, model, pictures)
     files = tool.find_files(pictures if isinstance(pictures, (list, tuple)) else [pictures])
     predictions = list(tool.predict_files(found.workload, model, files, as_is=config.as_is))

@@ -121,15 +121,16 @@ def predict_files(
     files = iter(files)
     while batch := [_read(workload, file, as_is) for file in itertools.islice(files, _BATCH_SIZE)]:
         inputs = [read.inputs for read in batch if read.inputs is not None]
-        predicted = iter(predict_inputs(workload, model, np.stack(inputs)) if inputs else ())
+        predicted = iter(predict_inputs(workload, model, inputs) if inputs else ())
         for read in batch:
             yield read if read.inputs is None else replace(read, top=next(predicted).top)
 
 
-def predict_inputs(workload: Workload, model: nn.Module, inputs: np.ndarray) -> list[Prediction]:
-    """Return the predictions for inputs (N, ...) in the format of the workload's data. Raises UsageError."""
+def predict_inputs(workload: Workload, model: nn.Module, inputs: Iterable[np.ndarray]) -> list[Prediction]:
+    """Return the predictions for N inputs in the format of the workload's data. Raises UsageError."""
     with placed(workload, "a prediction"), torch.inference_mode():
-        prepared = workload.prepare(torch.tensor(inputs), None)
+        joined = workload.collate([(one, 0) for one in inputs])
+        prepared = workload.prepare(torch.tensor(np.asarray(inputs)) if joined is None else joined[0], None)
         known = {tuple(seen.shape[1:]) for seen in examples_of(workload.metadata) if isinstance(seen, Tensor)}
         if len(known) == 1 and (got := tuple(prepared.shape[1:])) not in known:
             raise UsageError(f"{type(workload).__name__}: prepared inputs are {got}, but the model takes {known.pop()}")

@@ -105,7 +105,7 @@ class Workload(UserClass):
     def collate(self, examples: Sequence[tuple[Any, Any]]) -> tuple[Any, Any] | None:
         """Join a ``Dataset``'s examples (input, target) to a batch (inputs, targets), for sequences or graphs.
 
-        None: join them with torch's ``default_collate``. Not called for ``Arrays``.
+        None: join them with torch's ``default_collate``. Not for ``Arrays``. Inputs to predict have the target 0.
         """
         return None
 

@@ -2,16 +2,21 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from mnist_ray.config import PredictionConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run.find import find
 from mnist_ray.tools import predict
 from mnist_ray.training.checkpoint import digest_of
+from mnist_ray.workload import Classification
 from mnist_ray.workload.data import Arrays
 from tests.conftest import mnist, run_job, run_main
 
@@ -145,3 +150,19 @@ def test_names_are_printed_in_one_line_and_predictions_carry_the_inputs(
     assert line.startswith(rf"{tmp_path}/a\x1b[31m\nb.png: ")
     (answer,) = predict.predict_files(mnist(), mnist().create_model().eval(), tmp_path.iterdir(), as_is=True)
     np.testing.assert_array_equal(answer.inputs, few_images.inputs[0])
+
+
+def test_inputs_of_different_lengths_are_predicted_with_the_workloads_collate() -> None:
+    class Longest(Classification):
+        def collate(self, examples: Any) -> Any:
+            words, targets = zip(*examples, strict=True)
+            return pad_sequence([torch.tensor(word) for word in words], batch_first=True), torch.tensor(targets)
+
+    words = [np.ones(length, np.float32) for length in (2, 1)]
+    workload, model = Longest(metadata={"class_names": ["short", "long"]}), nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0, 0], [0, 2.0]]))
+        model.bias.copy_(torch.tensor([1.0, 0]))
+    found = predict.predict_inputs(workload, model, words)
+    assert [prediction.top[0][0] for prediction in found] == ["long", "short"]
+    assert predict.predict_inputs(mnist(), mnist().create_model(), np.empty((0, 28, 28), np.uint8)) == []
