@@ -58,11 +58,6 @@ def numbers_of(rows: Iterable[Mapping[str, str]]) -> list[dict[str, float]]:
     return [{name: float(value) if value else math.nan for name, value in row.items()} for row in rows]
 
 
-def write_csv(run: RunFolder, file_name: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a whole CSV file. Raises JobError."""
-    run.write_text(file_name, csv_text(columns, rows, has_header=True))
-
-
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, has_header: bool = False) -> str:
     """Return the lines of a CSV file; values that belong to no column are left out."""
     text = io.StringIO()

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mnist_ray.report.run_files import METRICS_FILE, PREDICTIONS_FILE, STEPS_FILE, csv_text, read_values, write_csv
+from mnist_ray.report.run_files import METRICS_FILE, PREDICTIONS_FILE, STEPS_FILE, csv_text, read_values
 from mnist_ray.storage import RunFolder, unless_damaged
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
 from mnist_ray.training.metrics import Evaluation
@@ -87,7 +87,8 @@ class History:
 
     def _update(self, epoch: int, values: Mapping[str, Any]) -> None:
         self.rows.setdefault(epoch, {"epoch": epoch}).update(values)
-        write_csv(self._run, METRICS_FILE, self._columns, (self.rows[epoch] for epoch in sorted(self.rows)))
+        rows = (self.rows[epoch] for epoch in sorted(self.rows))
+        self._run.write_text(METRICS_FILE, csv_text(self._columns, rows, has_header=True))
 
     def _add_step(self, event: Progress) -> None:
         epochs = round(event.epoch - 1 + event.step / event.num_steps, 5)
@@ -132,4 +133,4 @@ def write_predictions(run: RunFolder, workload: Workload, evaluation: Evaluation
     columns = workload.readable(evaluation.columns)
     if columns:
         rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-        write_csv(run, PREDICTIONS_FILE, list(columns), rows)
+        run.write_text(PREDICTIONS_FILE, csv_text(list(columns), rows, has_header=True))
