@@ -22,12 +22,12 @@ def versions() -> dict[str, str]:
     return {"mnist_ray": mnist_ray.__version__, "python": platform.python_version(), **packages}
 
 
-def processor_features() -> frozenset[str]:
-    """Return the first processor's features, as Linux names them; empty on other systems."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(encoding="ascii", errors="replace") if cpuinfo.exists() else ""
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return frozenset(found[1].split()) if found else frozenset()
+def cpuinfo(names: str = "flags|Features") -> str:
+    """Return what Linux says of the first processor under one of ``names``; empty on other systems."""
+    file = Path("/proc/cpuinfo")
+    text = file.read_text(encoding="ascii", errors="replace") if file.exists() else ""
+    found = re.search(rf"^(?:{names})\s*:(.*)$", text, re.MULTILINE)
+    return found[1].strip() if found else ""
 
 
 def arithmetic() -> dict[str, list[str]]:
@@ -35,7 +35,7 @@ def arithmetic() -> dict[str, list[str]]:
 
     Libraries choose kernels by the vector instructions, and block sizes by the caches.
     """
-    features = sorted(name for name in processor_features() if re.match("amx|asimd|avx|f16c|fma|sse|ssse|sve", name))
+    features = sorted(name for name in {*cpuinfo().split()} if re.match("amx|asimd|avx|f16c|fma|sse|ssse|sve", name))
     caches = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index[0-2]/size"))
     return {
         "versions": [f"{name} {version(name)}" for name in ("torch", "numpy")],
@@ -46,7 +46,7 @@ def arithmetic() -> dict[str, list[str]]:
 
 def cpu_has_bf16() -> bool:
     """Tell whether the processor computes in bf16; always False if the system is not Linux."""
-    return not processor_features().isdisjoint({"avx512_bf16", "amx_bf16"})
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpuinfo().split())
 
 
 def origin() -> dict[str, Any]:

@@ -8,6 +8,7 @@ import importlib
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
 from typing import Any
 
 from mnist_ray.cluster.remote_data import check_nodes
@@ -33,7 +34,7 @@ from mnist_ray.storage import (
 from mnist_ray.trackers import start
 from mnist_ray.trackers.tracker import Ending
 from mnist_ray.training.checkpoint import MODEL_FILE, read_state
-from mnist_ray.training.events import EpochFinished, Event, Progress, Validated
+from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
 from mnist_ray.workload.loading import digests_of
 
 _LEARNED = 0.1  # examples count as learned if the loss falls to this part of the first loss
@@ -48,9 +49,9 @@ def recorded(session: Session, sections: MoreSections | None = None) -> Iterator
     Adds advice for the user to an exception.
     """
     job, logs = session.job, session.cluster.log_folder
-    say_plan(session)
+    num_parameters = say_plan(session)
     begin_files(session, CONFIG_FILE, job.values)
-    record = Record(session, sections)
+    record = Record(session, num_parameters, sections)
     try:
         yield record
     except TrainingStoppedError as error:
@@ -76,6 +77,7 @@ def begin_files(session: Session, settings_file: str, settings: Mapping[str, Any
         job.initial.write_bytes(INITIAL_FILE, session.initial)
     if run.read_json(ORIGIN_FILE) is None:
         about = {
+            "started": datetime.now().astimezone().isoformat(" ", "minutes"),
             "workload_sha256": workload.source.sha256,
             "metadata": workload.metadata,
             "data_name": session.data.name,
@@ -89,9 +91,10 @@ def begin_files(session: Session, settings_file: str, settings: Mapping[str, Any
 class Record:
     """The record of one run; ``fit`` calls ``on_event``."""
 
-    def __init__(self, session: Session, sections: MoreSections | None) -> None:
+    def __init__(self, session: Session, num_parameters: int, sections: MoreSections | None) -> None:
         self._session, self._sections = session, sections
         self._job, self._clock, self._console = session.job, session.clock, session.console
+        self._origin = {**self._job.run.require_json(ORIGIN_FILE), "parameters": f"{num_parameters:,}"}
         self._result: dict[str, Any] | None = None
         self._fitted: Fitted | None = None
         self._has_report = False
@@ -109,6 +112,11 @@ class Record:
             threading.Thread(target=importlib.import_module, args=["mnist_ray.report.page"], daemon=True).start()
         if isinstance(event, Progress) and event.total_step == len(event.losses):
             self._first_loss = event.losses[0]
+        if isinstance(event, Started):
+            each = f"{event.device} with {count(event.threads, 'thread')}, {event.precision}"
+            place = f"{event.processor} on {', '.join(dict.fromkeys(event.hosts))}"
+            self._origin["workers"] = f"{event.num_workers} × {each} ({place})"
+            self._job.run.write_text(ORIGIN_FILE, json_lines(self._origin))
         self._clock.note(event)
         self._history.add(event)
         self._console.show(event)

@@ -202,8 +202,8 @@ def say_dashboard(console: RunConsole, cluster: Cluster) -> None:
     console.say("dashboard", f"http://{cluster.dashboard}" if cluster.dashboard else "this cluster has none")
 
 
-def say_plan(session: Session) -> None:
-    """Print the model and the workers that train it."""
+def say_plan(session: Session) -> int:
+    """Print the model and the workers that train it; return the number of parameters."""
     job, console, cluster, plan = session.job, session.console, session.cluster, session.plan
     model = job.workload.create_model()
     num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -212,7 +212,7 @@ def say_plan(session: Session) -> None:
         say_dashboard(console, cluster)
     if session.is_here:
         console.say("workers", "none: this process trains, without Ray")
-        return
+        return num_parameters
     resources = count(plan.cpus_per_worker, "CPU") + (" and 1 GPU" if plan.use_gpu else "")
     place = "a local Ray" if cluster.is_local else f"a Ray cluster of {count(len(cluster.nodes), 'node')}"
     console.say("workers", f"{plan.num_workers}, each with {resources}, on {place}")
@@ -223,6 +223,7 @@ def say_plan(session: Session) -> None:
     if plan.must_scale_up:
         console.say("note", "the cluster is too small now; waiting for it to start nodes")
     console.waiting("starting workers …")
+    return num_parameters
 
 
 class Clock:

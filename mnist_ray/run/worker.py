@@ -15,7 +15,7 @@ from mnist_ray.cluster.environment import end_if_hung, keep_freed_memory
 from mnist_ray.cluster.plan import threads_per_worker, usable_cores
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.config import TrainConfig
-from mnist_ray.provenance import arithmetic, versions
+from mnist_ray.provenance import arithmetic, cpuinfo, versions
 from mnist_ray.run.job import Job
 from mnist_ray.storage import INITIAL_FILE, checkpoint_name
 from mnist_ray.training import checkpoint as checkpoints
@@ -112,6 +112,7 @@ class Reporter(Callback):
 
     def started(self, state: TrainingState, restored: checkpoints.Restored) -> Started:
         """Return the event for the start of training; all ranks must call this."""
+        device = self._group.device
         hosts: list[str] = [socket.gethostname()] * self._group.world_size
         if self._group.world_size > 1:
             torch.distributed.all_gather_object(hosts, hosts[0])
@@ -121,13 +122,14 @@ class Reporter(Callback):
             num_workers=self._group.world_size,
             hosts=tuple(hosts),
             threads=torch.get_num_threads(),
-            device=self._group.device.type,
+            device=device.type,
             precision=self._config.precision,
             epoch=state.epoch,
             step=state.step,
             num_steps=state.num_steps,
             damaged=restored.damaged,
             notes=(note,) if has_changed else (),
+            processor=torch.cuda.get_device_name(device) if device.type == "cuda" else cpuinfo("model name") or "cpu",
         )
 
     def save(self, state: TrainingState, metrics: dict[str, Any]) -> str:

@@ -34,6 +34,7 @@ class Started(Event):
     num_steps: int  # per epoch
     damaged: tuple[str, ...] = ()  # checkpoints that were skipped
     notes: tuple[str, ...] = ()  # printed for the user
+    processor: str = ""  # the model of the first worker's processor or GPU
 
     @property
     def total_step(self) -> int:
