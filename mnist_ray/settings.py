@@ -54,9 +54,9 @@ def setting(
 ) -> T:
     """Declare a field of a settings class.
 
-    ``description`` is the flag's help, with unit and scope. If ``check`` is false for a value, the error says ``must``;
-    ``**at_least(1)``, ``**positive()`` and the like give both arguments. ``search``: the values that ``jobs/tune.py``
-    tries. ``decides_data``: ``load_data`` reads the setting, so it cannot be searched: all trials share the data.
+    ``description`` is the flag's help: unit, scope, and ``default: …`` if None lets the job choose. If ``check`` is
+    false for a value, the error says ``must``; ``**at_least(1)`` and the like give both. ``search``: the values that
+    ``jobs/tune.py`` tries. ``decides_data``: ``load_data`` reads it, so all trials share it: it cannot be searched.
     """
     metadata = {"help": description, "check": check, "must": must, "search": search, "decides_data": decides_data}
     return dataclasses.field(default=default, metadata=metadata)

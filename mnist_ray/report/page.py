@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jinja2
 
-from mnist_ray.errors import JobError, UsageError, count, masked, say, with_place
-from mnist_ray.report.run_files import RunRecord, workload_of
-from mnist_ray.settings import path_of
+from mnist_ray.config import TrainConfig, WorkerConfig
+from mnist_ray.errors import JobError, UsageError, count, format_value, masked, say, with_place
+from mnist_ray.report.run_files import RunRecord, settings_of, workload_of
+from mnist_ray.settings import build, path_of, values_of
 from mnist_ray.storage import OPERATORS_FILE, REPORT_FILE, RunFolder, Warn, write_file
 from mnist_ray.workload import figures
 from mnist_ray.workload.base import LOSS, Metric, Picture, Workload
-from mnist_ray.workload.data import Split
+from mnist_ray.workload.data import Split, splits_of, subset
 from mnist_ray.workload.figures import Curve, Table
 from mnist_ray.workload.loading import load_data
 
 T = TypeVar("T", Picture, Table)
 PICTURES_FOLDER = "pictures"
 _REFRESH_S = 10
+_LEAST_EPOCH, _LEAST_PART = 1 / 100, 1 / 30  # of an epoch and of the run: the steps for which a curve's point stands
 _TRAINING = {"color": "C0", "linewidth": 1}
 _VALIDATION = {"color": "C1", "marker": "o", "linestyle": "--"}
 
@@ -76,7 +80,7 @@ def write(
 ) -> dict[str, bytes]:
     """Write report.html and the pictures as PNGs; return the pictures by name. Raises UsageError and JobError.
 
-    ``test`` has the examples of predictions.csv; without it, there are no pictures of predictions. If a picture
+    ``test`` has the examples of predictions.csv; without it, no examples are shown. If a picture
     cannot be drawn, ``warn`` gets a note. If the run ``is_running``, browsers reload the page automatically.
     """
     record, more = RunRecord.read(run, workload), sections or Sections()
@@ -85,10 +89,12 @@ def write(
     def drawn(what: str, draw: Callable[[], Iterable[T]]) -> list[T]:
         return unless_failing(what, draw, workload, notes)
 
-    pictures: list[Picture] = []
+    if test is not None and rows and len(test) != len(rows):
+        notes.append(f"no {workload.nouns} are shown: the test set has {len(test):,} now, it had {len(rows):,}")
+        test = None
+    pictures = [*more.pictures]
     for metric in workload.all_metrics:
         pictures += drawn(f"curve of {metric.name}", functools.partial(_curves, record, metric))
-    pictures += more.pictures
     if result:
         with_examples = rows and drawn("pictures of the predictions", lambda: workload.pictures(result, rows, test))
         pictures += with_examples or drawn("pictures of the test", lambda: workload.pictures(result, [], None))
@@ -97,7 +103,7 @@ def write(
     for picture in pictures:
         run.inside(PICTURES_FOLDER).write_bytes(f"{picture.name}.png", picture.png)
     operators = drawn("table of operators", lambda: _operators(run, notes.append))
-    tables = [*_changed(record), _epochs(record), *more.tables, *operators, *_settings(record)]
+    tables = [*more.tables, _epochs(record), *operators, *_settings(record)]
     status, refresh_s = _status(record, resume_with, is_running), _REFRESH_S if is_running else 0
     page = Page(run.name, status, headlines(record), notes, pictures, tables, refresh_s)
     run.write_text(REPORT_FILE, page.to_html())
@@ -119,12 +125,15 @@ def unless_failing(what: str, draw: Callable[[], Iterable[T]], workload: Workloa
 
 
 def _status(record: RunRecord, resume_with: str, is_running: bool) -> str:
+    """Return how far a run is. A second line has its date, the size of its model and its workers, if they are known."""
     epochs, nouns = f"{len(record.epochs)} of {record.config['num_epochs']} epochs", record.workload.nouns
+    known = {"started": "started {:.16}", "parameters": "{} parameters", "workers": "{}"}
+    about = " · ".join(said.format(record.origin[name]) for name, said in known.items() if name in record.origin)
     if is_running:
-        return f"running: {epochs}"
+        return f"running: {epochs}\n{about}"
     if record.result is None:
-        return f"not finished: {epochs} done, not tested yet. To resume: {resume_with}"
-    return f"finished: {epochs}, tested on {record.result.get(f'num_test_{nouns}') or 0:,} {nouns}"
+        return f"not finished: {epochs} done, not tested yet. To resume: {resume_with}\n{about}"
+    return f"finished: {epochs}, tested on {record.result.get(f'num_test_{nouns}') or 0:,} {nouns}\n{about}"
 
 
 def headlines(record: RunRecord) -> dict[str, str]:
@@ -145,16 +154,17 @@ def headlines(record: RunRecord) -> dict[str, str]:
 
 def _curves(record: RunRecord, metric: Metric) -> list[Picture]:
     steps = [row["step"] for row in record.steps]
+    total = steps[-1] if steps else 0
     training = [row.get(f"train_{metric.name}", math.nan) for row in record.steps]
+    least = min(max(_LEAST_EPOCH * record.steps_per_epoch, _LEAST_PART * total), record.steps_per_epoch)
     ends = [epoch * record.steps_per_epoch for epoch in record.column("epoch")]
     drawn = [
-        Curve("training", steps, training, _TRAINING),
+        figures.smoothed(Curve("training", steps, training, _TRAINING), least),
         Curve("validation", ends, record.column(f"val_{metric.name}"), _VALIDATION),
     ]
     last = "; ".join(f"{curve.label} ends at {metric.format(curve.values[-1])}" for curve in drawn if curve.values)
-    title, total = metric.name.capitalize(), steps[-1] if steps else 0
     png = figures.curves_of(metric, drawn, record.steps_per_epoch)
-    return [Picture(metric.name, title, f"{title} over {total:,.0f} steps. {last}", png)]
+    return [Picture(metric.name, metric.name, f"{metric.name} over {total:,.0f} steps. {last}", png)]
 
 
 def _learning_rate(record: RunRecord) -> list[Picture]:
@@ -207,26 +217,36 @@ def _operators(run: RunFolder, warn: Warn) -> list[Table]:
     return [Table(title, ("operator", "own ms per step", "share", "calls"), rows)]
 
 
-def _changed(record: RunRecord) -> list[Table]:
-    defaults = record.workload.defaults
-    changed = {name: value for name, value in record.config.items() if value != defaults.get(name, value)}
-    rows = [(name, str(value), str(defaults[name])) for name, value in changed.items()]
-    return [Table("Settings that differ from the defaults", ("setting", "here", "default"), rows)] if rows else []
-
-
 def _settings(record: RunRecord) -> list[Table]:
+    """Return the settings, those that differ from the workload's defaults first, and the origin."""
+    texts = _texts(record, record.config)
+    defaults = _texts(record, {**values_of(WorkerConfig()), **record.workload.defaults})
+    changed = {name: text for name, text in texts.items() if text != defaults.get(name, text)}
+    rows = [(name, f"{text} (default: {defaults[name]})") for name, text in changed.items()]
+    rows += [(name, text) for name, text in texts.items() if name not in changed]
     origin = {**record.origin, **record.origin.get("versions", {})}
-    said = [(name, str(value)) for name, value in origin.items() if name not in ("versions", "metadata", "data")]
-    config = [(name, _text(value)) for name, value in record.config.items()]
-    return [Table("All settings", (), config), Table("Origin", (), said)]
+    said = [(name, str(value)) for name, value in origin.items() if not isinstance(value, dict)]
+    return [Table("Settings", (), rows, num_bold=len(changed)), Table("Origin", (), said)]
+
+
+def _texts(record: RunRecord, values: Mapping[str, Any]) -> dict[str, str]:
+    """Return settings as people read them: ``on``, ``off``, or ``automatic`` if None leaves the choice to the job."""
+    classes = (TrainConfig, WorkerConfig, record.workload.Settings)
+    fields = {field.name: field for one in classes for field in dataclasses.fields(one)}
+
+    def text(name: str, value: Any) -> str:
+        if value is None and name in fields:
+            without = "off" if re.search(r"\b(int|float)\b", str(fields[name].type)) else "none"
+            return "automatic" if "default: " in fields[name].metadata.get("help", "") else without
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else format_value(value)
+
+    return {name: text(name, value) for name, value in values.items()}
 
 
 def _number(value: float | None, how: str) -> str:
     return "-" if value is None or math.isnan(value) else format(value, how)
-
-
-def _text(value: object) -> str:
-    return "default" if value is None else str(value)
 
 
 def write_again(
@@ -235,36 +255,34 @@ def write_again(
     """Write the report of a run again. Raises UsageError and JobError."""
     workload, test = workload_of(run, reference, storage_path), None
     try:
-        test = Split(load_data(workload).test, origin="test")
+        config = build(TrainConfig, settings_of(run))
+        test = subset(splits_of(load_data(workload), config.validation_size), config).test
     except (UsageError, JobError) as error:
-        say(f"no pictures of predictions: {error}")
+        say(f"no {workload.nouns} are shown: {error}")
     write(run, workload, resume_with, test, sections(run, type(workload)), lambda note: say(f"note {note}"))
     say(f"report {run.inside(REPORT_FILE).uri}")
 
 
 def compare(runs: Iterable[RunFolder], reference: str | None, storage_path: str, output: str) -> None:
     """Write the page that compares several runs. Raises UsageError and JobError."""
-    page = comparison([RunRecord.read(run, workload_of(run, reference, storage_path)) for run in runs])
-    for note in page.notes:
-        say(f"note {note}")
-    write_file(path_of(output, "--output"), page.to_html().encode("utf-8"))
-    say(f"report {output}")
-
-
-def comparison(records: Sequence[RunRecord]) -> Page:
-    """Return the page that compares several runs."""
+    records = [RunRecord.read(run, workload_of(run, reference, storage_path)) for run in runs]
     names, lines = [record.run.name for record in records], [headlines(record) for record in records]
     columns = list(dict.fromkeys(name for each in lines for name in each))
     rows = [(name, *(each.get(column, "-") for column in columns)) for name, each in zip(names, lines, strict=True)]
     tables = [Table("Runs", ("run", *columns), rows)]
-    keys = dict.fromkeys(key for record in records for key in record.config)
-    rows = [(key, *(_text(record.config.get(key)) for record in records)) for key in keys]
+    texts = [_texts(record, record.config) for record in records]
+    keys = dict.fromkeys(key for each in texts for key in each)
+    rows = [(key, *(each.get(key, "-") for each in texts)) for key in keys]
     if differing := [row for row in rows if len(set(row[1:])) > 1]:
         tables.append(Table("Settings that differ", ("setting", *names), differing))
     shared = [m for m in records[0].workload.all_metrics if all(m in r.workload.all_metrics for r in records)]
     pictures = [_side_by_side(metric, records, ", ".join(names)) for metric in shared]
     notes = [f"{record.run.name}: {note}" for record in records for note in record.notes]
-    return Page(f"{len(records)} runs", "side by side", {}, notes, pictures, tables)
+    page = Page(f"{len(records)} runs", "side by side", {}, notes, pictures, tables)
+    for note in notes:
+        say(f"note {note}")
+    write_file(path_of(output, "--output"), page.to_html().encode("utf-8"))
+    say(f"report {output}")
 
 
 def _side_by_side(metric: Metric, records: Sequence[RunRecord], names: str) -> Picture:

@@ -19,7 +19,8 @@ from mnist_ray.sweep.trials import RUNNING, STOPPED, TrialRecord, TrialTable
 from mnist_ray.workload.base import Picture, Workload
 from mnist_ray.workload.figures import Table, on_axis, png_of, scale_axis, style_of
 
-_TITLE_WIDTH = 72  # characters
+_WIDTH = 9.5  # inches: across the page, the letters are as large as the page's own
+_TITLE_WIDTH = 80  # characters
 _RING: dict[str, Any] = {"color": "black", "marker": "o", "linestyle": "none", "markerfacecolor": "none"}
 
 
@@ -34,7 +35,7 @@ def draw(table: TrialTable, num_epochs: int) -> bytes:
     varied = [name for name in searched if len({record.point.values[name] for record in records}) > 1] or [*searched]
     coloured = next((name for name in varied if isinstance(searched[name], Choice)), None)
     over = [name for name in varied if name != coloured] or varied
-    figure = Figure(figsize=(8, 5 * len(over)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 1 + 4 * len(over)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     plots = figure.subplots(len(over), squeeze=False)[:, 0]
     for axes, name in zip(plots, over, strict=True):
@@ -45,7 +46,7 @@ def draw(table: TrialTable, num_epochs: int) -> bytes:
         title += textwrap.wrap(f"best: {format_settings(best.records[0].point.values)} ({value})", _TITLE_WIDTH)
     plots[0].set_title("\n".join(title))
     handles, labels = plots[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return png_of(figure)
 
 
@@ -102,7 +103,7 @@ def sections(run: RunFolder, workload: type[Workload]) -> Sections:
     rows, notes = [table.console_row(record, num_epochs) for record in table.ranked], list[str]()
     pictures = unless_failing(
         "picture of the trials",
-        lambda: [Picture("sweep", "Trials", alt, draw(table, num_epochs), caption)],
+        lambda: [Picture("sweep", "Trials", alt, draw(table, num_epochs), caption, is_wide=True)],
         table.workload,
         notes,
     )

@@ -58,6 +58,7 @@ class Picture:
     alt: str
     png: bytes
     caption: str = ""
+    is_wide: bool = False  # takes the page's whole width
     is_photo: bool = False  # shows images from the data, so dark mode must not invert the picture
 
 

@@ -6,7 +6,7 @@ import functools
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +21,25 @@ from PIL import Image, ImageDraw, ImageFont
 from mnist_ray.workload.base import ACCURACY, Metric, Picture, Rows, Workload
 from mnist_ray.workload.data import Split
 
-_WIDTH = 4.8  # inches: fits on a phone
+_SIZE = (4.8, 4.0)  # inches: fits on a phone; side by side on a page, pictures have one height
 _LEAST_ERROR = 0.01  # percent: stands for 0 on a logarithmic axis
 _LINEAR_ABOVE = 10.0  # percent of mistakes: the axis is linear if all values have more
 _RIGHT, _WRONG, _CAPTION = "#2e8b57", "#e0483f", "#777777"  # readable on white and on black
 _LEAST_SIDE = 336  # pixels of the longer side of an image that is drawn alone
 _LEAST_TILE, _LEAST_GRID = 134, 402  # pixels: the width of an image in a grid, and of the grid
-_MOST_FONT, _CHARACTER = 19, 0.62  # pixels; a character's width as a fraction of the font size
-_NUM_RANDOM, _NUM_WRONG, _NUM_MISTAKES = 24, 6, 30
-_MOST_COUNTED = 20  # with more classes, the confusion matrix shows no counts
+_MOST_FONT, _CHARACTER = 26, 0.62  # pixels; a character's width as a fraction of the font size
+_NUM_RANDOM, _NUM_WRONG, _NUM_MISTAKES = 24, 8, 32  # fill rows of eight
+_MOST_COUNTED = 20  # with more classes, pictures show no numbers
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of strings; without ``columns``, it has no header."""
+    """A table of strings; without ``columns``, it has pairs of a name and a value, and no header."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
+    num_bold: int = 0  # of the first rows
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,26 @@ class Curve:
     style: Mapping[str, Any]
 
 
+def smoothed(curve: Curve, least: float) -> Curve:
+    """Join points, each the mean over the steps since the one before, until each stands for ``least`` steps or more."""
+    points = [point for point in zip(curve.steps, curve.values, strict=True) if math.isfinite(point[1])]
+    ends = [0.0]
+    for step, _ in points:
+        if step == points[-1][0] or min(step - ends[-1], points[-1][0] - step) >= least:
+            ends.append(step)
+    steps, values = np.array([(0, 0), *points]).T
+    sums = np.interp(ends, steps, np.cumsum(values * np.diff(steps, prepend=0)))
+    return replace(curve, steps=ends[1:], values=(np.diff(sums) / np.diff(ends)).tolist())
+
+
 def style_of(number: int) -> dict[str, Any]:
     """Return the colour and marker of the ``number``-th run or choice."""
     return {"color": f"C{number % 10}", "marker": "osD^vP*X"[number % 8]}
 
 
-def new_plot(height: float, xlabel: str, ylabel: str = "") -> tuple[Figure, Axes]:
-    """Return a figure of ``height`` inches with one plot."""
-    figure = Figure(figsize=(_WIDTH, height), dpi=150, layout="constrained")
+def new_plot(xlabel: str, ylabel: str = "") -> tuple[Figure, Axes]:
+    """Return a figure with one plot."""
+    figure = Figure(figsize=_SIZE, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -74,7 +87,7 @@ def png_of(figure: Figure) -> bytes:
 
 def curves_of(metric: Metric, curves: Sequence[Curve], steps_per_epoch: float | None = None) -> bytes:
     """Draw a metric over steps, with epochs along the top; without ``steps_per_epoch``, over epochs."""
-    figure, axes = new_plot(3.4, "step" if steps_per_epoch else "epoch")
+    figure, axes = new_plot("step" if steps_per_epoch else "epoch")
     for curve in curves:
         values = [on_axis(metric, value) for value in curve.values]
         points = [point for point in zip(curve.steps, values, strict=True) if math.isfinite(point[1])]
@@ -119,7 +132,7 @@ def scale_axis(axes: Axes, metric: Metric, name: str = "") -> None:
 
 def seconds(parts: Mapping[str, float]) -> bytes:
     """Draw a bar for the seconds of each part of a run."""
-    figure, axes = new_plot(0.8 + 0.35 * len(parts), "seconds")
+    figure, axes = new_plot("seconds")
     bars = axes.barh(list(parts), list(parts.values()), color="C0")
     axes.bar_label(bars, [f"{value:.1f} s" for value in parts.values()], fontsize="small", padding=2)
     axes.set_xlim(0, 1.2 * (max(parts.values(), default=0.0) or 1.0))
@@ -145,7 +158,7 @@ def of_classification(
         Picture("confusion", "Confusion matrix of the test set", f"Confusion matrix: {confusion}", matrix, caption),
         Picture("classes", "Accuracy per class on the test set", f"Accuracy per class: {by_class}", per_class),
     ]
-    if rows and test is not None and len(test) == len(rows):
+    if rows and test is not None:
         pictures += _examples(workload, rows, test)
     return pictures
 
@@ -186,12 +199,12 @@ def of_regression(rows: Rows) -> list[Picture]:
         return []
     targets, predictions = (np.array([float(row[name]) for row in rows]) for name in ("target", "prediction"))
     errors = predictions - targets
-    scatter, axes = new_plot(4.6, "target", "prediction")
+    scatter, axes = new_plot("target", "prediction")
     ends = [min(targets.min(), predictions.min()), max(targets.max(), predictions.max())]
     axes.plot(ends, ends, color="grey", linewidth=1)
     axes.plot(targets, predictions, ".", color="C0", alpha=max(0.1, min(1.0, 30 / math.sqrt(len(targets)))))
     axes.grid(alpha=0.3)
-    histogram, axes = new_plot(3.4, "error", "examples")
+    histogram, axes = new_plot("error", "examples")
     axes.hist(errors, bins=min(50, max(5, len(errors) // 10)), color="C0")
     axes.axvline(0, color="grey", linewidth=1)
     title, caption = "Predictions against targets on the test set", "Points on the line are right predictions."
@@ -206,7 +219,7 @@ def of_regression(rows: Rows) -> list[Picture]:
 
 def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> bytes:
     """Draw a confusion matrix with counts. Its shade is the fraction of the label's examples."""
-    figure, axes = new_plot(4.6, "prediction", "label")
+    figure, axes = new_plot("prediction", "label")
     mistakes = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     np.fill_diagonal(mistakes, 0)
     most = max(mistakes.max(), 1e-9)
@@ -233,13 +246,12 @@ def _name_ticks(axis: Any, names: Sequence[str]) -> None:
 
 def accuracy_per_class(accuracies: Sequence[float], names: Sequence[str]) -> bytes:
     """Draw a dot for each class's accuracy (a fraction; NaN for a class without examples)."""
-    figure, axes = new_plot(max(4.6, min(0.25 * len(names), 12)), "accuracy (%)", "class")
+    figure, axes = new_plot("accuracy (%)", "class")
     known = {label: 100 * accuracy for label, accuracy in enumerate(accuracies) if not math.isnan(accuracy)}
     axes.plot(list(known.values()), list(known), "o", color="C0")
-    if len(names) <= 2 * _MOST_COUNTED:
-        place: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+    if len(names) <= _MOST_COUNTED:
         for label, accuracy in known.items():
-            axes.annotate(f"{accuracy:.2f} %", (accuracy, label), fontsize="small", **place)
+            axes.text(accuracy, label, f"   {accuracy:.2f} %", fontsize="small", va="center")
     low = min(known.values(), default=0.0)
     axes.set_xlim(low - 0.05 * (100 - low) - 0.1, 100 + 0.3 * (100 - low) + 0.1)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
@@ -256,7 +268,7 @@ def single_image(image: np.ndarray) -> bytes:
 
 
 def image_grid(
-    images: Sequence[np.ndarray], captions: Sequence[str], is_right: Sequence[bool] | None = None, num_columns: int = 6
+    images: Sequence[np.ndarray], captions: Sequence[str], is_right: Sequence[bool] | None = None, num_columns: int = 8
 ) -> bytes:
     """Draw images, (H, W) or (H, W, 3) uint8, each with a caption below.
 

@@ -2,8 +2,10 @@ import base64
 import html
 import io
 import json
+import math
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +19,31 @@ from mnist_ray.mnist import idx
 from mnist_ray.report import page
 from mnist_ray.report.run_files import RunRecord, read_csv, workload_of
 from mnist_ray.run.history import History, write_predictions
-from mnist_ray.settings import json_lines, values_of
+from mnist_ray.settings import json_lines, setting, values_of
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.sweep.picture import sections
 from mnist_ray.sweep.space import Point, space_of
 from mnist_ray.sweep.trials import DONE, TrialRecord, TrialTable
 from mnist_ray.training.events import EpochFinished, Progress, Validated
 from mnist_ray.training.metrics import Evaluation
+from mnist_ray.workload.base import Metric
 from mnist_ray.workload.data import Arrays, Split
-from mnist_ray.workload.figures import Table
+from mnist_ray.workload.figures import Curve, Table, smoothed
 from tests.conftest import METADATA, mnist, run_job, run_main
 
-RUN_PICTURES = ["loss", "accuracy", "confusion", "classes", "predictions", "mistakes", "learning_rate", "seconds"]
+PHOTOS = ["predictions", "mistakes"]
+RUN_PICTURES = ["loss", "accuracy", "confusion", "classes", *PHOTOS, "learning_rate", "seconds"]
 
 
 class Page:
-    """The content of a page: its images with their alternative texts, table rows, and the addresses that it fetches."""
+    """The content of a page: headings, images with alternative texts, table rows, and the addresses that it fetches."""
 
     def __init__(self, text: str) -> None:
         self.images = re.findall(r'<img [^>]*src="data:image/png;base64,([^"]*)" alt="([^"]*)"', text)
-        rows = re.findall("<tr>(.*?)</tr>", text)
-        self.rows = [list(map(html.unescape, re.findall("<t[dh][^>]*>(.*?)</t[dh]>", row))) for row in rows]
+        self.headings = list(map(html.unescape, re.findall("<h2>(.*?)</h2>", text)))
+        rows = re.findall('<tr(?: class="(bold)")?>(.*?)</tr>', text)
+        cells = [list(map(html.unescape, re.findall("<t[dh][^>]*>(.*?)</t[dh]>", row))) for _, row in rows]
+        self.rows, self.bold = cells, [row for row, (bold, _) in zip(cells, rows, strict=True) if bold]
         self.fetched = re.findall('(?:src|href)="(?!data:)|@import|url\\(', text)
 
 
@@ -81,12 +87,15 @@ def test_a_run_has_one_page_with_all_its_pictures(finished_run: Path) -> None:
     assert page.fetched == []
     for name, (content, alt) in zip(RUN_PICTURES, page.images, strict=True):
         assert base64.b64decode(content) == (finished_run / "pictures" / f"{name}.png").read_bytes()
-        assert Image.open(io.BytesIO(base64.b64decode(content))).width > 500
         assert len(alt) > 15
+    plots = [Image.open(finished_run / "pictures" / f"{name}.png") for name in {*RUN_PICTURES} - {*PHOTOS}]
+    assert {plot.size for plot in plots} == {(720, 600)}  # side by side, they have one height
     result = json.loads((finished_run / "result.json").read_text())
     assert f"{result['test_accuracy']:.2%}" in text
     assert ["command_line", result["command_line"]] in page.rows
-    assert ["batch_size", "50"] in page.rows
+    assert ["batch_size", "50 (default: 128)"] in page.bold
+    about = r"\nstarted \d{4}-\d\d-\d\d \d\d:\d\d · 49,770 parameters · 2 × cpu with 1 thread, fp32 \(.+ on .+\)<"
+    assert re.search(about, text)
     assert ["ray", result["versions"]["ray"]] in page.rows
 
 
@@ -134,14 +143,83 @@ def test_a_report_without_the_data_says_so(
     (tmp_path / "moved" / "config.json").write_text(json.dumps(config | {"data_dir": str(tmp_path / "gone")}))
     run_main("report", str(tmp_path / "moved"))
     said = capsys.readouterr().out
-    assert said.startswith(f"no pictures of predictions: --data-dir {tmp_path}/gone is not a folder")
+    assert said.startswith(f"no images are shown: --data-dir {tmp_path}/gone is not a folder")
+
+
+@pytest.mark.parametrize(
+    ("limit", "notes"), [(0.002, []), (1.0, ["note no images are shown: the test set has 1,100 now, it had 2"])]
+)
+def test_a_report_written_again_shows_the_examples_that_were_predicted_or_says_why_not(
+    tested_run: RunFolder, small_data: Path, limit: float, notes: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tested_run.read_json("config.json") or {}
+    tested_run.write_text("config.json", json_lines({**config, "limit": limit, "data_dir": str(small_data)}))
+    run_main("report", tested_run.path)
+    assert capsys.readouterr().out.splitlines() == [*notes, f"report {tested_run.path}/report.html"]
+    assert tested_run.inside("pictures").exists("predictions.png") == (not notes)
+
+
+def test_settings_that_differ_come_first_and_none_is_off_or_none_or_automatic(
+    tested_run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True)
+    class Settings:
+        widths: tuple[int, ...] = setting((16, 32), "")
+        depth: int | None = setting(None, "layers; default: as many as the data ask for")
+
+    workload = mnist()
+    monkeypatch.setattr(type(workload), "Settings", Settings)
+    train = TrainConfig(beta1=0.7, beta2=0.9, batch_size=64, ema_decay=0.5)
+    tested_run.write_text("config.json", json_lines(values_of(train, WorkerConfig(num_workers=2), Settings())))
+    page.write(tested_run, workload, "", None)
+    written = Page(tested_run.read_text("report.html") or "")
+    rows, expected = [row for row in written.rows if len(row) == 2], {"clip_grad_norm": "off", "callback": "none"}
+    differing = {"batch_size": "64 (default: 128)", "ema_decay": "0.5 (default: off)"}
+    differing["num_workers"] = "2 (default: automatic)"
+    assert rows[:3] == written.bold == [[name, said] for name, said in differing.items()]
+    expected |= {"compile": "off", "cpus_per_worker": "automatic", "widths": "16, 32", "depth": "automatic"}
+    assert expected.items() <= dict(rows).items()
+
+
+def test_metrics_are_called_as_their_authors_write_them(tested_run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["F1", "AUC", "R²", "mAP"]
+    monkeypatch.setattr(type(mnist()), "metrics", tuple(Metric(name, "max") for name in names))
+    page.write(tested_run, mnist(), "", None)
+    assert Page(tested_run.read_text("report.html") or "").headings[:5] == ["loss", *names]
+
+
+@pytest.mark.parametrize(
+    ("points", "least", "expected"),
+    [
+        ([(10, 1.0), (20, 2.0), (30, 3.0)], 10, [(10, 1.0), (20, 2.0), (30, 3.0)]),
+        ([(1, 8.0), (4, 4.0), (14, 1.0)], 4, [(4, 5.0), (14, 1.0)]),  # one and three steps
+        ([(4, 5.0), (8, 3.0), (9, 8.0)], 4, [(4, 5.0), (9, 4.0)]),  # the last step alone would jump
+        ([(1, 2.0), (2, math.nan), (3, 5.0)], 9, [(3, 4.0)]),
+        ([], 4, []),
+    ],
+)
+def test_each_point_of_a_curve_stands_for_enough_steps(
+    points: list[tuple[int, float]], least: float, expected: list[tuple[int, float]]
+) -> None:
+    curve = smoothed(Curve("", [step for step, _ in points], [value for _, value in points], {}), least)
+    assert list(curve.steps) == [step for step, _ in expected]
+    assert curve.values == pytest.approx([mean for _, mean in expected])
+
+
+def test_a_reports_curves_do_not_jump_at_a_single_step(tested_run: RunFolder) -> None:
+    steps = "".join(f"{step},{step / 400},{1 if step < 400 else 41}\n" for step in range(1, 401))  # the last one jumps
+    tested_run.write_text("steps.csv", f"step,epoch,train_loss\n{steps}")
+    page.write(tested_run, mnist(), "", None)
+    ((_, alt), *_) = Page(tested_run.read_text("report.html") or "").images
+    assert 1 < float(alt.split("training ends at ")[1].split(";")[0]) < 1 + 40 / 4  # 1 % of an epoch: four steps
 
 
 def test_several_runs_are_compared_side_by_side(
     finished_run: Path, unfinished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = json.loads((unfinished_run / "config.json").read_text())
-    (unfinished_run / "config.json").write_text(json.dumps(config | {"batch_size": 25}))
+    del config["clip_grad_norm"]
+    (unfinished_run / "config.json").write_text(json.dumps(config | {"batch_size": 25, "width": 16}))
     output = tmp_path / "both.html"
     run_main("report", str(finished_run), str(unfinished_run), "--output", str(output))
     assert capsys.readouterr().out == f"report {output}\n"
@@ -155,6 +233,7 @@ def test_several_runs_are_compared_side_by_side(
     assert rows["two"][0] == f"{result['test_accuracy']:.2%}"
     assert rows["unfinished"][0] == "-"
     assert rows["batch_size"] == ["50", "25"]
+    assert (rows["clip_grad_norm"], rows["width"]) == (["off", "-"], ["-", "16"])  # each run lacks one setting
     assert "num_epochs" not in rows
 
 
@@ -163,8 +242,10 @@ def test_a_sweeps_report_has_its_trials_best_first(finished_run: Path, tmp_path:
     run = locate(str(tmp_path), "sweep")
     done = [TrialRecord(n, point(0.001 * n), DONE, 2.0, 0.9 + n / 100, 0.1, 0.1, 9.0, 1.0) for n in (1, 2)]
     run.write_text("sweep.csv", trials(*done))
-    assert "sweep" in write(run)
-    rows = Page((tmp_path / "sweep" / "report.html").read_text()).rows
+    assert Image.open(io.BytesIO(write(run)["sweep"])).width == 1425
+    text = (tmp_path / "sweep" / "report.html").read_text()
+    assert '<figure class="card wide">\n<h2>Trials</h2>' in text
+    rows = Page(text).rows
     places = [row[0] for row in rows if len(row) == 8 and row[-1] == "done"]
     assert places == ["2", "1"]
 

@@ -54,7 +54,7 @@ def test_each_file_gets_a_prediction_or_a_reason_and_the_last_line_counts_the_fa
     assert lines[13].endswith("folder: is a folder without pictures")
     assert lines[14].endswith("pipe.png: is not a file")
     assert len(lines) == 15
-    assert Image.open(tmp_path / "grid.png").width == 804
+    assert Image.open(tmp_path / "grid.png").width == 8 * 134
 
 
 def test_json_prints_an_object_per_line(finished_run: Path, pictures: Path, mnist_test: Arrays) -> None:
