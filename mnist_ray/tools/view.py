@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,9 +18,10 @@ from mnist_ray.workload.base import Workload
 from mnist_ray.workload.classification import Classification
 from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.figures import image_grid, single_image
-from mnist_ray.workload.loading import load_data, picture_of
+from mnist_ray.workload.loading import load_data, picture_of, placed
 
-_GRID_COLUMNS = 8
+_MOST_VALUES, _LONGEST_TEXT = 16, 80  # of an array or, in characters, of a text that is printed whole
+_FORMAT: Any = {"float_kind": "{:g}".format, "int_kind": str, "bool": str}
 
 
 def view(workload: Workload, config: ViewConfig) -> None:
@@ -28,39 +30,51 @@ def view(workload: Workload, config: ViewConfig) -> None:
     splits = {"train": Split(data.train), "test": Split(data.test)}
     for name, split in splits.items():
         say(f"{name:<7} {count(len(split), workload.noun)}")
-    if config.stats:
-        Console(highlight=False, markup=False, emoji=False, soft_wrap=True).print(_stats(workload, splits))
-        return
-    indices = choose(workload, splits[config.split], config).tolist()
-    examples = [splits[config.split][index] for index in indices]
-    images = [image for inputs, _ in examples if (image := picture_of(workload, inputs)) is not None]
-    labels = [_label(workload, target) for _, target in examples]
-    if len(examples) == 1:
-        what = "label" if isinstance(workload, Classification) else "target"
-        size = f"size {images[0].shape[1]}×{images[0].shape[0]}" if images else f"inputs {_short(examples[0][0])}"
-        say(f"{workload.noun:<7} {config.split} {indices[0]:,}: {what} {labels[0]}, {size}")
-    else:
-        say(f"{workload.nouns:<7} {config.split} {indices[0]:,} to {indices[-1]:,}: {len(indices)} of them")
-    if len(images) < len(examples):
-        say(f"picture none: {type(workload).__name__} has no as_picture")
-        return
-    captions = [f"{index}: {label}" for index, label in zip(indices, labels, strict=True)]
-    png = single_image(images[0]) if len(images) == 1 else image_grid(images, captions, num_columns=_GRID_COLUMNS)
-    write_file(path_of(config.output, "--output"), png)
-    say(f"picture {config.output}")
+    with placed(workload, "an example"):
+        if config.stats:
+            Console(highlight=False, markup=False, emoji=False, soft_wrap=True).print(_stats(workload, splits))
+            return
+        indices = choose(workload, splits[config.split], config).tolist()
+        examples = [splits[config.split][index] for index in indices]
+        images = [image for inputs, _ in examples if (image := picture_of(workload, inputs)) is not None]
+        names = workload.class_names if isinstance(workload, Classification) else None
+        targets = [target if names is None else names[int(target)] for _, target in examples]
+        if len(images) == len(examples) > 1:
+            say(f"{workload.nouns:<7} {config.split} {indices[0]:,} to {indices[-1]:,}: {len(indices)} of them")
+        else:
+            for index, (inputs, _), target in zip(indices, examples, targets, strict=True):
+                say(f"{workload.noun:<7} {config.split} {index:,}")
+                for name, value in (_parts("inputs", inputs) | _parts("label" if names else "target", target)).items():
+                    say(f"{name:<7} {_short(value)}")
+        if len(images) < len(examples):
+            say(f"picture none: {type(workload).__name__} has no as_picture")
+            return
+        captions = [f"{index}: {_short(target)}" for index, target in zip(indices, targets, strict=True)]
+        png = single_image(images[0]) if len(images) == 1 else image_grid(images, captions)
+        write_file(path_of(config.output, "--output"), png)
+        say(f"picture {config.output}")
 
 
-def _short(inputs: Any) -> str:
-    values = np.asarray(inputs)
-    if values.size > 16:
-        return f"{' × '.join(map(str, values.shape))} {values.dtype}"
-    return np.array2string(values, precision=4, separator=", ", max_line_width=10_000)
+def _parts(name: str, value: Any) -> dict[str, Any]:
+    """Return the values in a dict or a tuple by their names; of anything else, only the value itself."""
+    if isinstance(value, (list, tuple)) and not all(isinstance(item, (int, float, np.generic)) for item in value):
+        value = dict(enumerate(value))
+    if not isinstance(value, Mapping):
+        return {name: value}
+    return {part: inner for own, item in value.items() for part, inner in _parts(f"{name} {own}", item).items()}
 
 
-def _label(workload: Workload, target: Any) -> str:
-    if isinstance(workload, Classification):
-        return str(workload.class_names[int(target)])
-    return f"{float(target):g}" if np.ndim(target) == 0 else str(np.asarray(target).tolist())
+def _short(value: Any) -> str:
+    """Return a value in one line; of a long array shape and dtype, with the range, some values or how many are true."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf":
+        return f"{value}" if len(str(value)) <= _LONGEST_TEXT else f"{str(value)[:_LONGEST_TEXT]}…"
+    text = np.array2string(array, threshold=_MOST_VALUES, separator=", ", max_line_width=10_000, formatter=_FORMAT)
+    if not array.size or (array.ndim < 2 and array.size <= _MOST_VALUES):
+        return text
+    if array.ndim > 1:
+        text = f"{array.min():.4g} to {array.max():.4g}"
+    return f"{array.shape} {array.dtype}, " + (f"{array.mean():.0%} true" if array.dtype == bool else text)
 
 
 def choose(workload: Workload, split: Split, config: ViewConfig) -> np.ndarray:
@@ -91,18 +105,22 @@ def _stats(workload: Workload, splits: Mapping[str, Split]) -> Table:
     Inputs of type uint8 are divided by 255.
     """
     table = Table("class" if isinstance(workload, Classification) else "", *splits, box=None, padding=(0, 2, 0, 0))
-    targets = [split.targets() for split in splits.values()]
     if isinstance(workload, Classification):
         names = workload.class_names
-        counts = [np.bincount(each, minlength=len(names)) for each in targets]
+        counts = [np.bincount(split.targets(), minlength=len(names)) for split in splits.values()]
         for name, row in zip(names, zip(*counts, strict=True), strict=True):
             table.add_row(redact(name), *(f"{number:,}" for number in row))
     else:
-        for name, function in (("target mean", np.mean), ("target std", np.std), ("least", np.min), ("most", np.max)):
-            table.add_row(name, *(f"{function(each):.4f}" for each in targets))
+        examples = [[_parts("target", split[i][1]) for i in range(len(split))] for split in splits.values()]
+        for name in examples[0][0]:
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # no numbers, or not in every example
+                flat = [[np.ravel(parts[name]) for parts in each] for each in examples]
+                values = [np.concatenate(each, dtype=float) for each in flat]
+                for what, function in (("least", np.min), ("most", np.max), ("mean", np.mean), ("std", np.std)):
+                    table.add_row(redact(f"{name} {what}"), *(f"{function(each):.4f}" for each in values))
     inputs = [split.examples.inputs for split in splits.values() if isinstance(split.examples, Arrays)]
     if len(inputs) == len(splits):
         for moment in (np.mean, np.std):
-            values = [moment(each, dtype=np.float64) / (255 if each.dtype == np.uint8 else 1) for each in inputs]
-            table.add_row(moment.__name__, *(f"{value:.4f}" for value in values))
+            moments = [moment(each, dtype=np.float64) / (255 if each.dtype == np.uint8 else 1) for each in inputs]
+            table.add_row(moment.__name__, *(f"{value:.4f}" for value in moments))
     return table

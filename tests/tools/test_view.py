@@ -1,6 +1,7 @@
 import gzip
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from mnist_ray.mnist.photo import to_mnist
 from mnist_ray.tools import view
 from mnist_ray.tools.predict import read_image
 from mnist_ray.workload import figures
-from mnist_ray.workload.data import Arrays, Split
+from mnist_ray.workload.base import Workload
+from mnist_ray.workload.data import Arrays, Data, Split
 from tests.conftest import mnist, run_job, run_main
 
 
@@ -30,7 +32,9 @@ def test_digit_10_is_printed_and_drawn_as_in_the_file(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [
         "train   60,000 images",
         "test    10,000 images",
-        "image   train 10: label 3, size 28×28",
+        "image   train 10",
+        "inputs  (28, 28) uint8, 0 to 254",
+        "label   3",
         f"picture {picture}",
     ]
     np.testing.assert_array_equal(np.asarray(Image.open(picture))[::12, ::12], raw_image(10))
@@ -74,3 +78,51 @@ def test_stats_count_the_classes_and_measure_the_pixels(
     assert rows["mean"][0] == f"{train.inputs.mean() / 255:.4f}"
     assert rows["std"][0] == f"{train.inputs.std() / 255:.4f}"
     assert not picture.exists()
+
+
+class Sequences(Workload):
+    """Inputs and targets of several parts; in the second example of each split, of one."""
+
+    def load_data(self) -> Data:
+        number = self.metadata["number"]
+        tokens, mask = np.arange(3, 131), np.arange(64).reshape(8, 8) < 8
+        targets = {
+            "boxes": np.full((1, 4), 0.5),
+            "none": np.zeros((0, 4)),
+            "tags": [True, False],
+            "text": "a b " * 99,
+            "no": None,
+        }
+        examples: Any = [(({"tokens": tokens, "scale": 0.25}, mask), targets), (tokens, tokens[:2])]
+        return Data(examples[:number], examples[:number])
+
+
+def test_each_part_of_an_example_without_a_picture_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    view.view(Sequences(None, {"number": 2}), ViewConfig(count=2))
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "example train 0",
+        "inputs 0 tokens (128,) int64, [3, 4, 5, ..., 128, 129, 130]",
+        "inputs 0 scale 0.25",
+        "inputs 1 (8, 8) bool, 12% true",
+        "target boxes (1, 4) float64, 0.5 to 0.5",
+        "target none []",
+        "target tags [True, False]",
+        f"target text {'a b ' * 20}…",
+        "target no None",
+        "example train 1",
+        "inputs  (128,) int64, [3, 4, 5, ..., 128, 129, 130]",
+        "target  [3, 4]",
+        "picture none: Sequences has no as_picture",
+    ]
+
+
+def test_stats_measure_the_parts_of_targets_that_are_numbers_in_every_example(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = []
+    for number in (1, 2):  # the second example has other parts
+        view.view(Sequences(None, {"number": number}), ViewConfig(stats=True))
+        rows.append([line.rsplit(maxsplit=3) for line in capsys.readouterr().out.splitlines()[3:]])
+    assert {row[0] for row in rows[0]} == {"target boxes", "target tags"}
+    assert ["target tags", "mean", "0.5000", "0.5000"] in rows[0]
+    assert rows[1] == []
