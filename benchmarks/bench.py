@@ -27,6 +27,7 @@ import numpy as np
 import psutil
 from before import PARTS, training_workers
 from before import one_round as compare_versions
+from frameworks import compare as compare_frameworks
 
 from mnist_ray.mnist import idx
 from mnist_ray.provenance import git_commit, versions
@@ -340,6 +341,7 @@ def main() -> None:
         if args.peers:
             judged = (case_row(case, measured, is_judged=True) for case in CASES)
             print("\n".join(cases_as_markdown([row for row in judged if row is not None])))
+            print("\n".join(compare_frameworks(images, rounds)))
             return
         measured += repeat(rounds, "before", lambda storage: compare_versions(storage, flags, parts))
         measured += repeat(rounds, "sweeps", lambda storage: sweep_round(2 if args.quick else 16))

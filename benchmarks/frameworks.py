@@ -1,0 +1,185 @@
+"""Compare the job with the same training in Lightning and accelerate: python benchmarks/frameworks.py DATA_DIR
+
+DATA_DIR has torchvision's layout. Needs `pip install lightning accelerate`. In each round, every program trains with
+one process, with two, and with two of which one is killed (SIGKILL) a second after the first epoch's checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import csv
+import importlib.util
+import itertools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from before import training_workers
+
+PEERS = Path(__file__).parent / "peers"
+TRAIN = Path(__file__).parent.parent / "jobs" / "train.py"
+Figures = dict[str, float]
+_HANG_S = 600.0
+
+
+@dataclass(frozen=True)
+class Framework:
+    """A program that trains with the default recipe, in its framework."""
+
+    name: str
+    script: Path
+    flags: tuple[str, ...] = ()
+
+    def command(self, data: Path, folder: Path, processes: int) -> list[object]:
+        """Return the arguments of Python: what starts the training, or continues it in the same folder."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--max-restarts", 3]
+        return [*(launcher if processes > 1 else ()), self.script, data, folder, *self.flags]
+
+    def second_process(self, job: psutil.Process) -> psutil.Process:
+        """Return one of two training processes."""
+        process: psutil.Process = job.children()[-1]
+        return process
+
+    def outcome(self, printed: str, folder: Path) -> Figures:
+        """Return the images/s and the accuracy on the test set."""
+        figures: Figures = json.loads(printed.strip().rpartition("\n")[2])
+        return figures
+
+
+class MnistRay(Framework):
+    """This project, with a workload."""
+
+    def command(self, data: Path, folder: Path, processes: int) -> list[object]:
+        """Return the arguments of Python."""
+        run = ["--storage-path", folder, "--run-name", "run", *(["--resume"] if (folder / "run").exists() else [])]
+        return [TRAIN, "--workload", self.script, "--images", data, "--num-workers", processes, *run]
+
+    def second_process(self, job: psutil.Process) -> psutil.Process:
+        """Return a training worker."""
+        return training_workers(job)[-1]
+
+    def outcome(self, printed: str, folder: Path) -> Figures:
+        """Read the run's files."""
+        with (folder / "run" / "metrics.csv").open() as file:
+            rates = [float(row["images_per_s"]) for row in csv.DictReader(file)]
+        accuracy = json.loads((folder / "run" / "result.json").read_text())["test_accuracy"]
+        return {"images_per_s": statistics.harmonic_mean(rates), "accuracy": accuracy}
+
+
+FRAMEWORKS = (
+    MnistRay("mnist_ray", PEERS / "with_mnist_ray.py"),
+    Framework("Lightning", PEERS / "with_lightning.py"),
+    Framework("Lightning, tensors", PEERS / "with_lightning.py", ("--tensors",)),
+    Framework("accelerate", PEERS / "with_accelerate.py"),
+    Framework("accelerate, tensors", PEERS / "with_accelerate.py", ("--tensors",)),
+)
+ROWS = {
+    "one_s": "seconds from start to exit, 1 process",
+    "two_s": "the same, 2 processes",
+    "killed_s": "the same, 2 processes, one of them killed",
+    "killed_starts": "starts by hand of this run",
+    "kill_s": "seconds that the kill cost",
+    "one_images_per_s": "images/s in training, 1 process",
+    "two_images_per_s": "the same, 2 processes",
+    "one_accuracy": "accuracy on the test set, 1 process",
+}
+
+
+def start(framework: Framework, data: Path, folder: Path, processes: int) -> psutil.Popen:
+    """Start a program."""
+    command = [sys.executable, *map(str, framework.command(data, folder, processes))]
+    # Without the variable, restarted processes find the addresses of the dead ones: pytorch/pytorch#135712
+    environment = {**os.environ, "RAY_ADDRESS": "local", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+
+
+def train(framework: Framework, data: Path, setting: str) -> Figures:
+    """Train with ``one`` process, with ``two``, or with two of which one is ``killed``; start again after a failure.
+
+    Returns the program's outcome, the seconds from the first start to the last exit, and the number of starts.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder, begun = Path(name), time.perf_counter()
+        for starts in range(1, 4):
+            job = start(framework, data, folder, 1 if setting == "one" else 2)
+            if setting == "killed" and starts == 1:
+                while not any(folder.rglob("*epoch*")) and job.poll() is None:
+                    time.sleep(0.1)
+                time.sleep(1)
+                framework.second_process(job).kill()
+            printed, _ = job.communicate(timeout=_HANG_S)
+            if job.returncode == 0:
+                seconds = time.perf_counter() - begun
+                return {"s": seconds, "starts": starts, **framework.outcome(printed, folder)}
+    raise RuntimeError(f"{framework.name}, {setting}: failed {starts} times")
+
+
+def lines_to_write(script: Path) -> int:
+    """Return the number of lines without blank lines, docstrings, and lines that measure (``peers/measuring.py``)."""
+    text = script.read_text(encoding="utf-8")
+    without: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            without |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    without |= {n for n, line in enumerate(text.splitlines(), 1) if re.search(r"clock|tensors|^\s*$", line)}
+    return len(text.splitlines()) - len(without)
+
+
+def as_markdown(rounds: Sequence[dict[str, Figures]]) -> list[str]:
+    """Return the lines of a table: medians, and the least and the greatest ratio of a round to this project."""
+
+    def cell(name: str, figure: str) -> str:
+        shown = f"{statistics.median(one[name][figure] for one in rounds):,.4g}"
+        ratios = [one[name][figure] / one[FRAMEWORKS[0].name][figure] for one in rounds]
+        is_plain = name == FRAMEWORKS[0].name or figure in ("killed_starts", "kill_s", "one_accuracy")
+        return shown if is_plain else f"{shown} ({min(ratios):.2f} to {max(ratios):.2f} ×)"
+
+    lines = [
+        f"| | {' | '.join(framework.name for framework in FRAMEWORKS)} |",
+        "|---" * (len(FRAMEWORKS) + 1) + "|",
+        f"| lines to write | {' | '.join(str(lines_to_write(framework.script)) for framework in FRAMEWORKS)} |",
+    ]
+    for figure, title in ROWS.items():
+        lines.append(f"| {title} | {' | '.join(cell(framework.name, figure) for framework in FRAMEWORKS)} |")
+    return lines
+
+
+def compare(data: Path, num_rounds: int) -> list[str]:
+    """Run all programs in each round; print every figure, and return the table's lines."""
+    if not all(importlib.util.find_spec(name) for name in ("lightning", "accelerate")):
+        return ["without Lightning and accelerate: to compare with them, pip install lightning accelerate"]
+    rounds: list[dict[str, Figures]] = []
+    for number in range(num_rounds):
+        rounds.append({framework.name: {} for framework in FRAMEWORKS})
+        for setting, framework in itertools.product(("one", "two", "killed"), FRAMEWORKS):
+            figures = train(framework, data, setting)
+            rounds[-1][framework.name] |= {f"{setting}_{name}": value for name, value in figures.items()}
+            if setting == "killed":
+                rounds[-1][framework.name]["kill_s"] = figures["s"] - rounds[-1][framework.name]["two_s"]
+            shown = ", ".join(f"{name} {value:,.4g}" for name, value in figures.items())
+            where = f"round {number + 1}/{num_rounds}, load {os.getloadavg()[0]:.1f}"
+            print(f"{where}: {framework.name}, {setting}: {shown}", flush=True)
+    return as_markdown(rounds)
+
+
+def main() -> None:
+    """Compare, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    print("\n".join(compare(args.data, args.rounds)))
+
+
+if __name__ == "__main__":
+    main()
