@@ -73,7 +73,7 @@ def predict(given: Sequence[str], found: find.Found, config: PredictionConfig) -
     if not config.json:
         for note in found.notes:
             say(f"note {note}")
-        say(f"checkpoint {found.checkpoint.path} ({found.description})")
+        say(f"checkpoint {found.checkpoint.path} ({type(workload).__name__})")
     predictions = []
     for prediction in predict_files(workload, model, find_files(given), as_is=config.as_is):
         predictions.append(prediction)
