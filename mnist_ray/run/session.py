@@ -136,17 +136,16 @@ def try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> None:
     """
     import torch
 
-    from mnist_ray.training.batches import batches_of
-    from mnist_ray.workload.check import NUM_EXAMPLES, Examples, check_batch, check_smallest
+    from mnist_ray.training.batches import Batch, batches_of
+    from mnist_ray.workload.check import NUM_EXAMPLES, check_batch, check_smallest
     from mnist_ray.workload.tensors import describe
 
     workload = job.workload
 
-    def first(number: int, start: int = 0) -> Examples:
+    def first(number: int, start: int = 0) -> Batch:
         with placed(workload, "an example"):
-            batches, places = batches_of(train, torch.device("cpu"), workload.collate), np.arange(start, start + number)
-            inputs, targets, *_ = batches[Slice(places)]
-        return Examples(inputs, targets, number)
+            batches = batches_of(train, torch.device("cpu"), workload.collate)
+            return batches[Slice(np.arange(start, start + number), number)]
 
     with placed(workload, "an example"):
         inputs, _ = train[0]
