@@ -6,7 +6,6 @@ import base64
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -232,12 +231,11 @@ def _settings(record: RunRecord) -> list[Table]:
 def _texts(record: RunRecord, values: Mapping[str, Any]) -> dict[str, str]:
     """Return settings as people read them: ``on``, ``off``, or ``automatic`` if None leaves the choice to the job."""
     classes = (TrainConfig, WorkerConfig, record.workload.Settings)
-    fields = {field.name: field for one in classes for field in dataclasses.fields(one)}
+    helps = {field.name: field.metadata.get("help", "") for one in classes for field in dataclasses.fields(one)}
 
     def text(name: str, value: Any) -> str:
-        if value is None and name in fields:
-            without = "off" if re.search(r"\b(int|float)\b", str(fields[name].type)) else "none"
-            return "automatic" if "default: " in fields[name].metadata.get("help", "") else without
+        if value is None:
+            return "automatic" if "default: " in helps.get(name, "") else "off"
         if isinstance(value, bool):
             return "on" if value else "off"
         return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else format_value(value)
