@@ -98,7 +98,8 @@ def write(
         with_examples = rows and drawn("pictures of the predictions", lambda: workload.pictures(result, rows, test))
         pictures += with_examples or drawn("pictures of the test", lambda: workload.pictures(result, [], None))
     pictures += drawn("curve of the learning rate", lambda: _learning_rate(record))
-    pictures += drawn("picture of the seconds", lambda: _seconds(record))
+    if result:
+        pictures += drawn("picture of the seconds", lambda: _seconds(result))
     for picture in pictures:
         run.inside(PICTURES_FOLDER).write_bytes(f"{picture.name}.png", picture.png)
     operators = drawn("table of operators", lambda: _operators(run, notes.append))
@@ -175,14 +176,9 @@ def _learning_rate(record: RunRecord) -> list[Picture]:
     return [Picture("learning_rate", "Learning rate", f"Learning rate over the steps. It ends at {rates[-1]:g}", png)]
 
 
-def _seconds(record: RunRecord) -> list[Picture]:
-    if record.result:
-        parts = {name: value for name, value in record.result["seconds"].items() if name != "total"}
-        caption = "Validation counts only the wait after the last epoch; the rest ran during the training."
-    else:
-        columns = {"training": "epoch_s", "validation": "val_s"}
-        parts = {name: math.fsum(s for s in record.column(c) if not math.isnan(s)) for name, c in columns.items()}
-        caption = "Sums over the finished epochs; validation runs during the training."
+def _seconds(result: Mapping[str, Any]) -> list[Picture]:
+    parts = {name: value for name, value in result["seconds"].items() if name != "total"}
+    caption = "Validation counts only the wait after the last epoch; the rest ran during the training."
     alt = "Seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
     return [Picture("seconds", "Seconds per part of the run", alt, figures.seconds(parts), caption)]
 

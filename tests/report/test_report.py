@@ -115,7 +115,7 @@ def test_an_interrupted_run_has_a_report(unfinished_run: Path, test_images: Spli
     before_first_step = locate(str(tmp_path), "run")
     before_first_step.write_text("config.json", json_lines(values_of(TrainConfig(), WorkerConfig())))
     for run, test, num_epochs in ((at(unfinished_run), test_images, 1), (before_first_step, None, 0)):
-        assert list(write(run, test)) == ["loss", "accuracy", *["learning_rate"] * num_epochs, "seconds"]
+        assert list(write(run, test)) == ["loss", "accuracy", *["learning_rate"] * num_epochs]
         text = run.read_text("report.html") or ""
         assert f"not finished: {num_epochs} of 2 epochs" in text
         page = Page(text)
@@ -304,7 +304,7 @@ def test_a_report_of_damaged_files_says_so(tested_run: RunFolder) -> None:
     for name in ("result.json", "sweep.csv"):
         tested_run.write_text(name, "")
     found = page.write(tested_run, mnist(), "", None, sections(tested_run, type(mnist())), notes.append)
-    assert list(found) == ["loss", "accuracy", "learning_rate", "seconds"]
+    assert list(found) == ["loss", "accuracy", "learning_rate"]
     text = tested_run.read_text("report.html") or ""
     assert "not finished" in text
     assert len(notes) == 2
