@@ -14,7 +14,6 @@ import matplotlib
 import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
@@ -72,7 +71,6 @@ def style_of(number: int) -> dict[str, Any]:
 def new_plot(xlabel: str, ylabel: str = "") -> tuple[Figure, Axes]:
     """Return a figure with one plot."""
     figure = Figure(figsize=_SIZE, dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel)
     return figure, axes
