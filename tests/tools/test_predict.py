@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mnist_ray.config import PredictionConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run.find import find
+from mnist_ray.run.lookup import takes_pictures
 from mnist_ray.tools import predict
 from mnist_ray.training.checkpoint import digest_of
 from mnist_ray.workload import Classification
@@ -101,7 +102,7 @@ def test_code_that_came_with_a_run_is_not_loaded(finished_run: Path, tmp_path: P
             values["sha256"]["state.json"] = digest_of(values)
         file.write_text(json.dumps(values))
     with pytest.raises(UsageError, match=r"code that may have come with a run|has a checkpoint to use"):
-        find(given, str(tmp_path), is_wanted=predict.takes_pictures)
+        find(given, str(tmp_path), is_wanted=takes_pictures)
     assert not (sent / "it_ran").exists()
 
 
