@@ -1,7 +1,4 @@
-"""The commands, as ``jobs/`` and ``mnist-ray`` run them.
-
-Each command reads its flags before it imports torch and Ray, so that a wrong flag is reported at once.
-"""
+"""The commands of ``jobs/`` and ``mnist-ray``. They read their flags before they import torch and Ray."""
 
 from __future__ import annotations
 
