@@ -25,7 +25,7 @@ from mnist_ray.run.lookup import takes_pictures
 from mnist_ray.run.train import train as train_job
 from mnist_ray.settings import build, check_known, names_of
 from mnist_ray.storage import REPORT_FILE, RESULT_FILE, RunFolder
-from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER, TrialTable
+from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER
 from mnist_ray.sweep.tune import read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.workload.base import Workload
@@ -141,7 +141,7 @@ def tune(workload: AnyWorkload = None, **settings: Any) -> SweptRun:
     return SweptRun(
         **vars(_run(job)),
         best={name: best[name] for name in sweep.space.spaces},
-        trials=TrialTable(type(job.workload), sweep.space).read(job.run).rows,
+        trials=sweep.table().rows,
         default=None if default_result is None else Run(default, job.workload, default_result),
     )
 
@@ -223,10 +223,7 @@ def _given(workload: AnyWorkload, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def find(
-    run: Run | str | Path | None,
-    workload: AnyWorkload = None,
-    storage_path: str | Path = _STORAGE_PATH,
-    **options: Any,
+    run: Run | str | Path | None, workload: AnyWorkload = None, storage_path: str | Path = _STORAGE_PATH, **options: Any
 ) -> Found:
     """Find a run's checkpoint and its workload, with these ``options`` of ``run.find.find``."""
     environment.prepare(verbose=False)
@@ -258,9 +255,8 @@ def reference_of(workload: type[Workload] | str | Path, *, is_here: bool = False
         if is_here:
             return workload
         raise UsageError(
-            f"{workload.__name__} is in a notebook's cell, where other processes cannot find it: write the cell into a "
-            f"file, with %%writefile {workload.__name__.lower()}.py as its first line, and give the file's name; or "
-            "train it in this process, with num_workers=0"
+            f"{workload.__name__} is in a notebook's cell, where other processes cannot find it: make %%writefile "
+            f"{workload.__name__.lower()}.py its first line and give this file's name, or train with num_workers=0"
         )
     if "." in workload.__module__:
         return f"{workload.__module__}:{workload.__qualname__}"
