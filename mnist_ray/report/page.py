@@ -200,7 +200,6 @@ def _epochs(record: RunRecord) -> Table:
 
 
 def _operators(run: RunFolder, warn: Warn) -> list[Table]:
-    """Return the table of a profile, if there is one."""
     found = run.read_json(OPERATORS_FILE, warn)
     if found is None:
         return []

@@ -227,7 +227,6 @@ def _read_flags(kind: str, classes: Sequence[type], recipes: Mapping[str, Given]
 
 
 def _checked(given: Given, classes: Sequence[type], recipes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a call's settings. Raises UsageError if a setting is unknown."""
     settings.check_known(given, settings.names_of(classes) | {"workload", "recipe", "config"}, "the call")
     if given.get("recipe", "default") not in (*recipes, "default"):
         raise UsageError(f"there is no recipe {given['recipe']}; known: {', '.join(recipes) or 'none'}")
