@@ -58,13 +58,7 @@ class Session(contextlib.ExitStack):
         self.clock.mark("start")
         return self
 
-    def begin(
-        self,
-        job: Job,
-        data: Splits,
-        console: RunConsole | None = None,
-        say_header: Callable[[Session], None] | None = None,
-    ) -> None:
+    def begin(self, job: Job, data: Splits, console: RunConsole, say_header: Callable[[Session], None]) -> None:
         """Print the header of a job whose data are loaded, and own its run until the end.
 
         Raises JobError if the storage is not writable; UsageError if another job owns the run.
@@ -74,8 +68,8 @@ class Session(contextlib.ExitStack):
         self.job, self.data = job, data
         job.run.check_writable()
         self.clock.mark("data")
-        self.console = self.enter_context(console or console_of(job))
-        (say_header or say_run)(self)
+        self.console = self.enter_context(console)
+        say_header(self)
         self.enter_context(owned(job.run, self.console.waiting))
         check_free(job.run, resume=job.output.resume)  # again: another job may have created the run meanwhile
 
