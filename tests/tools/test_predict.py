@@ -153,6 +153,17 @@ def test_names_are_printed_in_one_line_and_predictions_carry_the_inputs(
     np.testing.assert_array_equal(answer.inputs, few_images.inputs[0])
 
 
+def test_a_read_picture_that_fails_is_the_reason_for_its_file_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(workload: Any, picture: Image.Image, *, as_is: bool) -> np.ndarray:
+        return np.zeros((28, 28), np.uint8) if picture.width == 1 else 1 / 0  # type: ignore[return-value]
+
+    monkeypatch.setattr(type(mnist()), "read_picture", read)
+    pictures = [Image.new("L", (width, 1)) for width in (1, 2, 1)]
+    found = list(predict.predict_files(mnist(), mnist().create_model(), pictures))
+    assert [prediction.error is None for prediction in found] == [True, False, True]
+    assert (found[1].error or "").startswith("MNIST, read_picture: ZeroDivisionError: division by zero")
+
+
 def test_inputs_of_different_lengths_are_predicted_with_the_workloads_collate() -> None:
     class Longest(Classification):
         def collate(self, examples: Any) -> Any:
