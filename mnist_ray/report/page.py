@@ -224,13 +224,13 @@ def _settings(record: RunRecord) -> list[Table]:
 
 
 def _texts(record: RunRecord, values: Mapping[str, Any]) -> dict[str, str]:
-    """Return settings as people read them: ``on``, ``off``, or ``automatic`` if None leaves the choice to the job."""
+    """Return settings as people read them; None as ``none``, or ``automatic`` if it leaves the choice to the job."""
     classes = (TrainConfig, WorkerConfig, record.workload.Settings)
     helps = {field.name: field.metadata.get("help", "") for one in classes for field in dataclasses.fields(one)}
 
     def text(name: str, value: Any) -> str:
         if value is None:
-            return "automatic" if "default: " in helps.get(name, "") else "off"
+            return "automatic" if "default: " in helps.get(name, "") else "none"
         if isinstance(value, bool):
             return "on" if value else "off"
         return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else format_value(value)

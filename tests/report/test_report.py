@@ -159,7 +159,7 @@ def test_a_report_written_again_shows_the_examples_that_were_predicted_or_says_w
     assert tested_run.inside("pictures").exists("predictions.png") == (not notes)
 
 
-def test_settings_that_differ_come_first_and_none_is_off_or_automatic(
+def test_settings_that_differ_come_first_and_none_is_none_or_automatic(
     tested_run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @dataclass(frozen=True)
@@ -173,8 +173,8 @@ def test_settings_that_differ_come_first_and_none_is_off_or_automatic(
     tested_run.write_text("config.json", json_lines(values_of(train, WorkerConfig(num_workers=2), Settings())))
     page.write(tested_run, workload, "", None)
     written = Page(tested_run.read_text("report.html") or "")
-    rows, expected = [row for row in written.rows if len(row) == 2], {"clip_grad_norm": "off", "callback": "off"}
-    differing = {"batch_size": "64 (default: 128)", "ema_decay": "0.5 (default: off)"}
+    rows, expected = [row for row in written.rows if len(row) == 2], {"clip_grad_norm": "none", "callback": "none"}
+    differing = {"batch_size": "64 (default: 128)", "ema_decay": "0.5 (default: none)"}
     differing["num_workers"] = "2 (default: automatic)"
     assert rows[:3] == written.bold == [[name, said] for name, said in differing.items()]
     expected |= {"compile": "off", "cpus_per_worker": "automatic", "widths": "16, 32", "depth": "automatic"}
@@ -233,7 +233,7 @@ def test_several_runs_are_compared_side_by_side(
     assert rows["two"][0] == f"{result['test_accuracy']:.2%}"
     assert rows["unfinished"][0] == "-"
     assert rows["batch_size"] == ["50", "25"]
-    assert (rows["clip_grad_norm"], rows["width"]) == (["off", "-"], ["-", "16"])  # each run lacks one setting
+    assert (rows["clip_grad_norm"], rows["width"]) == (["none", "-"], ["-", "16"])  # each run lacks one setting
     assert "num_epochs" not in rows
 
 
