@@ -85,7 +85,7 @@ def test_flags_may_stand_between_pictures_and_the_newest_run_is_the_default(
     run_main("predict", str(first), "--storage-path", str(finished_run.parent), "--as-is", str(second))
     checkpoint, *lines = capsys.readouterr().out.splitlines()
     assert checkpoint.startswith(f"checkpoint {finished_run}/checkpoint_")
-    assert "(MNIST, data dir " in checkpoint
+    assert checkpoint.endswith("(MNIST)")
     assert [line.split(": ")[0] for line in lines] == [str(first), str(second)]
 
 
