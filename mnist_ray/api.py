@@ -21,10 +21,11 @@ from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig, Predi
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.report.run_files import METRICS_FILE, STEPS_FILE, numbers_of, read_values
 from mnist_ray.run.job import Job, read_job
+from mnist_ray.run.lookup import takes_pictures
 from mnist_ray.run.train import train as train_job
 from mnist_ray.settings import build, check_known, names_of
 from mnist_ray.storage import REPORT_FILE, RESULT_FILE, RunFolder
-from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER, TrialTable
+from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER
 from mnist_ray.sweep.tune import read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.workload.base import Workload
@@ -82,7 +83,7 @@ class Run:
 
     def load_model(self) -> nn.Module:
         """Return the trained model on the CPU, in evaluation mode. Raises JobError if the checkpoint is damaged."""
-        model: nn.Module = _found(self).load_model()
+        model: nn.Module = find(self).load_model()
         return model
 
     def export(self, output: str | Path) -> Path:
@@ -93,7 +94,7 @@ class Run:
         from mnist_ray.tools.export import export
 
         kind = "onnx" if str(output).endswith(".onnx") else "torch"
-        return export(_found(self), build(ExportConfig, {"format": kind, "output": output}))
+        return export(find(self), build(ExportConfig, {"format": kind, "output": output}))
 
     def __str__(self) -> str:
         return f"{self.name}: {self.workload.format(self.metrics)} on the test set"
@@ -140,7 +141,7 @@ def tune(workload: AnyWorkload = None, **settings: Any) -> SweptRun:
     return SweptRun(
         **vars(_run(job)),
         best={name: best[name] for name in sweep.space.spaces},
-        trials=TrialTable(type(job.workload), sweep.space).read(job.run).rows,
+        trials=sweep.table().rows,
         default=None if default_result is None else Run(default, job.workload, default_result),
     )
 
@@ -165,7 +166,7 @@ def evaluate(
     """
     environment.prepare(verbose=False)
     with prepared_forking("mnist_ray.run.evaluate") as forking:
-        found = _found(run, workload, storage_path, changes=settings)
+        found = find(run, workload, storage_path, changes=settings)
         check_known(settings, names_of([found.workload.Settings]), "evaluate()")
 
         from mnist_ray.run.evaluate import evaluate_found
@@ -191,10 +192,10 @@ def predict(
     """
     config, is_list = build(PredictionConfig, {"as_is": as_is}), isinstance(pictures, list)
     are_inputs = all(isinstance(one, np.ndarray) for one in (pictures if is_list and pictures else [pictures]))
-    environment.prepare(verbose=False)
-    from mnist_ray.tools import predict as tool
+    found = find(run, workload, storage_path, **({} if are_inputs else {"is_wanted": takes_pictures}))
 
-    found = _found(run, workload, storage_path, **({} if are_inputs else {"is_wanted": tool.takes_pictures}))
+    from mnist_ray.tools import predict as tool  # imports torch
+
     model = found.load_model()
     if are_inputs:
         return tool.predict_inputs(found.workload, model, pictures)
@@ -221,15 +222,12 @@ def _given(workload: AnyWorkload, settings: dict[str, Any]) -> dict[str, Any]:
     return settings | {"workload": reference_of(workload, is_here=settings.get("num_workers") == 0)}
 
 
-def _found(
-    run: Run | str | Path | None,
-    workload: AnyWorkload = None,
-    storage_path: str | Path = _STORAGE_PATH,
-    **options: Any,
+def find(
+    run: Run | str | Path | None, workload: AnyWorkload = None, storage_path: str | Path = _STORAGE_PATH, **options: Any
 ) -> Found:
-    """Find a run's checkpoint and its workload, with these ``options`` of ``find``."""
+    """Find a run's checkpoint and its workload, with these ``options`` of ``run.find.find``."""
     environment.prepare(verbose=False)
-    from mnist_ray.run.find import find  # imports torch and Ray
+    from mnist_ray.run.find import find as find_checkpoint  # imports torch and Ray
 
     if isinstance(run, Run):
         workload, run = workload or type(run.workload), run.checkpoint
@@ -237,7 +235,7 @@ def _found(
         raise UsageError(f"a run must be given by its name, its path or a Run, not as {run!r}")
     storage_path = build(OutputConfig, {"storage_path": storage_path}).storage_path
     reference = None if workload is None else reference_of(workload)
-    return find(None if run is None else str(run), storage_path, reference, **options)
+    return find_checkpoint(None if run is None else str(run), storage_path, reference, **options)
 
 
 def reference_of(workload: type[Workload] | str | Path, *, is_here: bool = False) -> Reference:
@@ -257,9 +255,8 @@ def reference_of(workload: type[Workload] | str | Path, *, is_here: bool = False
         if is_here:
             return workload
         raise UsageError(
-            f"{workload.__name__} is in a notebook's cell, where other processes cannot find it: write the cell into a "
-            f"file, with %%writefile {workload.__name__.lower()}.py as its first line, and give the file's name; or "
-            "train it in this process, with num_workers=0"
+            f"{workload.__name__} is in a notebook's cell, where other processes cannot find it: make %%writefile "
+            f"{workload.__name__.lower()}.py its first line and give this file's name, or train with num_workers=0"
         )
     if "." in workload.__module__:
         return f"{workload.__module__}:{workload.__qualname__}"

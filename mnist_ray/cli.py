@@ -1,7 +1,4 @@
-"""The commands, as ``jobs/`` and ``mnist-ray`` run them.
-
-Each command reads its flags before it imports torch and Ray, so that a wrong flag is reported at once.
-"""
+"""The commands of ``jobs/`` and ``mnist-ray``. They read their flags before they import torch and Ray."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from mnist_ray.cluster import environment
 from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig, PredictionConfig, ViewConfig
 from mnist_ray.errors import PROGRAM, JobError, UsageError, prepare_output, say
 from mnist_ray.run.job import read_job, resume_command
-from mnist_ray.run.lookup import class_of, find_run
+from mnist_ray.run.lookup import class_of, find_run, takes_pictures
 from mnist_ray.run.train import train as train_job
 from mnist_ray.settings import UNSET, Parser, build, peek
 from mnist_ray.storage import TRIALS_FILE
@@ -57,13 +54,11 @@ def predict() -> None:
     _add_run(parser, "--run", default=None)
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="pictures, or folders of pictures")
     given = parser.read_flags()
-    environment.prepare(verbose=False)
+    found = api.find(given["run"], given.get("workload"), given["storage_path"], is_wanted=takes_pictures)
 
-    from mnist_ray.run.find import find
-    from mnist_ray.tools import predict as tool
+    from mnist_ray.tools.predict import predict as predict_pictures
 
-    found = find(given["run"], given["storage_path"], given.get("workload"), is_wanted=tool.takes_pictures)
-    tool.predict(given["images"], found, build(PredictionConfig, given))
+    predict_pictures(given["images"], found, build(PredictionConfig, given))
 
 
 def view() -> None:
@@ -107,12 +102,10 @@ def export() -> None:
     parser = _parser(export, ExportConfig)
     _add_run(parser, "run", nargs="?")
     given = parser.read_flags()
-    environment.prepare(verbose=False)
+    found = api.find(given["run"], given.get("workload"), given["storage_path"])
 
-    from mnist_ray.run.find import find
     from mnist_ray.tools.export import export as export_found
 
-    found = find(given["run"], given["storage_path"], given.get("workload"))
     export_found(found, build(ExportConfig, given))
 
 

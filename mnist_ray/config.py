@@ -1,7 +1,4 @@
-"""All settings of the jobs, except a workload's own settings.
-
-Only the standard library is imported, so that a wrong flag is reported at once.
-"""
+"""All settings of the jobs, except a workload's own. Imports nothing heavy, to report wrong flags at once."""
 
 from __future__ import annotations
 

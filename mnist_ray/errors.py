@@ -1,7 +1,6 @@
 """The two errors that users see as one line, and the formatting and redaction of printed text.
 
-Any other exception is a bug and keeps its traceback. Only the standard library is imported, so that
-a wrong flag is reported at once.
+Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Declares, checks, reads and writes settings: one typed field defines a setting for flags, files and code.
-
-Only the standard library is imported, so that a wrong flag is reported at once.
-"""
+"""Declares, checks, reads and writes settings: one typed field defines a setting for flags, files and code."""
 
 from __future__ import annotations
 

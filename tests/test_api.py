@@ -210,7 +210,7 @@ def test_a_class_is_named_by_its_file_or_module_and_refused_without_a_file(monke
     assert reference_of(Mine) == f"{ROOT / 'tests' / 'test_api.py'}:Mine"
     monkeypatch.setattr(Mine, "__module__", "__main__")  # as in a notebook's cell
     monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
-    with pytest.raises(UsageError, match=r"with %%writefile mine\.py as its first line, and give the file's name"):
+    with pytest.raises(UsageError, match=r"make %%writefile mine\.py its first line and give this file's name"):
         reference_of(Mine)
 
 

@@ -117,7 +117,6 @@ def _start(session: Path, num_cpus: int, forking: Forking | None, *, has_dashboa
 
 
 def _join(address: str, forking: Forking | None, **options: Any) -> None:
-    """Connect to a cluster. Raises JobError if the cluster refuses."""
     if forking is not None:
         options["runtime_env"] = runtime_env_to_fork(forking)
     try:

@@ -6,7 +6,6 @@ import base64
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -99,7 +98,8 @@ def write(
         with_examples = rows and drawn("pictures of the predictions", lambda: workload.pictures(result, rows, test))
         pictures += with_examples or drawn("pictures of the test", lambda: workload.pictures(result, [], None))
     pictures += drawn("curve of the learning rate", lambda: _learning_rate(record))
-    pictures += drawn("picture of the seconds", lambda: _seconds(record))
+    if result:
+        pictures += drawn("picture of the seconds", lambda: _seconds(result))
     for picture in pictures:
         run.inside(PICTURES_FOLDER).write_bytes(f"{picture.name}.png", picture.png)
     operators = drawn("table of operators", lambda: _operators(run, notes.append))
@@ -176,14 +176,9 @@ def _learning_rate(record: RunRecord) -> list[Picture]:
     return [Picture("learning_rate", "Learning rate", f"Learning rate over the steps. It ends at {rates[-1]:g}", png)]
 
 
-def _seconds(record: RunRecord) -> list[Picture]:
-    if record.result:
-        parts = {name: value for name, value in record.result["seconds"].items() if name != "total"}
-        caption = "Validation counts only the wait after the last epoch; the rest ran during the training."
-    else:
-        columns = {"training": "epoch_s", "validation": "val_s"}
-        parts = {name: math.fsum(s for s in record.column(c) if not math.isnan(s)) for name, c in columns.items()}
-        caption = "Sums over the finished epochs; validation runs during the training."
+def _seconds(result: Mapping[str, Any]) -> list[Picture]:
+    parts = {name: value for name, value in result["seconds"].items() if name != "total"}
+    caption = "Validation counts only the wait after the last epoch; the rest ran during the training."
     alt = "Seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
     return [Picture("seconds", "Seconds per part of the run", alt, figures.seconds(parts), caption)]
 
@@ -205,7 +200,6 @@ def _epochs(record: RunRecord) -> Table:
 
 
 def _operators(run: RunFolder, warn: Warn) -> list[Table]:
-    """Return the table of a profile, if there is one."""
     found = run.read_json(OPERATORS_FILE, warn)
     if found is None:
         return []
@@ -230,14 +224,13 @@ def _settings(record: RunRecord) -> list[Table]:
 
 
 def _texts(record: RunRecord, values: Mapping[str, Any]) -> dict[str, str]:
-    """Return settings as people read them: ``on``, ``off``, or ``automatic`` if None leaves the choice to the job."""
+    """Return settings as people read them; None as ``none``, or ``automatic`` if it leaves the choice to the job."""
     classes = (TrainConfig, WorkerConfig, record.workload.Settings)
-    fields = {field.name: field for one in classes for field in dataclasses.fields(one)}
+    helps = {field.name: field.metadata.get("help", "") for one in classes for field in dataclasses.fields(one)}
 
     def text(name: str, value: Any) -> str:
-        if value is None and name in fields:
-            without = "off" if re.search(r"\b(int|float)\b", str(fields[name].type)) else "none"
-            return "automatic" if "default: " in fields[name].metadata.get("help", "") else without
+        if value is None:
+            return "automatic" if "default: " in helps.get(name, "") else "none"
         if isinstance(value, bool):
             return "on" if value else "off"
         return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else format_value(value)

@@ -14,11 +14,11 @@ from ray.train import Checkpoint
 from safetensors.torch import save
 
 from mnist_ray.cluster.connect import quiet_ray
-from mnist_ray.errors import JobError, UsageError, first_line, in_words
+from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.run.job import Job
 from mnist_ray.run.lookup import find_run
-from mnist_ray.settings import build, check_known, names_of, values_of
-from mnist_ray.storage import CONFIG_FILE, RESULT_FILE, STORAGE_ERRORS, RunFolder, position_of, untrusted_folders
+from mnist_ray.settings import build, check_known, names_of
+from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS, RunFolder, position_of, untrusted_folders
 from mnist_ray.training.checkpoint import STATE_FILE, load_fitting, load_model, read_state, read_weights
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
@@ -31,14 +31,6 @@ class Found:
     checkpoint: RunFolder
     workload: Workload
     notes: tuple[str, ...]  # for the user
-
-    @property
-    def description(self) -> str:
-        """The workload's name and changed settings, for people."""
-        defaults = values_of(self.workload.Settings())
-        own = values_of(self.workload.settings).items()
-        changed = [f", {in_words(name)} {value}" for name, value in own if value != defaults[name]]
-        return type(self.workload).__name__ + "".join(changed)
 
     def load_model(self) -> Any:
         """Return the checkpoint's model, in evaluation mode. Raises JobError if the checkpoint is damaged."""
@@ -105,8 +97,6 @@ def _checkpoint_of(run: RunFolder, given: str | None, notes: list[str]) -> RunFo
             raise UsageError(f"run {run.uri} has lost its checkpoint {chosen.name}")
         return chosen
     names = run.checkpoint_names()
-    if not names and run.exists(CONFIG_FILE):
-        raise UsageError(f"run {run.uri} has no checkpoint yet")
     if not names:
         raise UsageError(f"{given} is neither a checkpoint nor a run with a checkpoint: {run.uri}")
     known = snapshot_of(run)

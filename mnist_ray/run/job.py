@@ -1,7 +1,4 @@
-"""A job's settings and its folder.
-
-Nothing here imports torch or Ray, so that a wrong setting is reported at once.
-"""
+"""A job's settings and its folder. Imports neither torch nor Ray, to report wrong settings at once."""
 
 from __future__ import annotations
 
@@ -15,12 +12,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mnist_ray import settings
-from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
+from mnist_ray import settings, storage
+from mnist_ray.config import OutputConfig, SweepConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError, command, count, masked
 from mnist_ray.run.lookup import find_run
 from mnist_ray.settings import UNSET, Parser, flag, peek
-from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, TRIALS_FILE, RunFolder, locate, untrusted_folders
+from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, SWEEP_FILE, TRIALS_FILE, RunFolder
 from mnist_ray.trackers.tracker import Tracker
 from mnist_ray.training.callback import Callback
 from mnist_ray.workload import loading, user_code
@@ -29,6 +26,11 @@ from mnist_ray.workload.user_code import Source
 
 Given = Mapping[str, Any]
 """Settings by name, from flags or keyword arguments, including ``workload``, ``recipe`` and ``config``."""
+_DESCRIPTIONS = {
+    "train": "Train a workload on Ray, evaluate it on the test set, and write the run's files.",
+    "tune": "Search settings with Ray Tune, train with the best and evaluate once on the test set. A trial has one "
+    "worker with one CPU, unless --num-workers and --cpus-per-worker say otherwise.",
+}
 
 
 @dataclass(frozen=True)
@@ -76,33 +78,27 @@ def _layer_of(name: str, layers: Mapping[str, Given]) -> str:
     return ["", *(place for place, layer in layers.items() if name in layer)][-1]
 
 
-def read_job(
-    given: Given | None = None,
-    kind: str = "train",
-    description: str = "Train a workload on Ray, evaluate it on the test set, and write the run's files.",
-    config_file: str = CONFIG_FILE,
-    more_settings: Sequence[type] = (),
-) -> Job:
-    """Read a job's settings from ``given``, or from the command line if it is None. Raises UsageError.
+def read_job(given: Given | None = None, kind: str = "train") -> Job:
+    """Read the settings of ``train`` or ``tune`` from ``given``, or from the command line if it is None.
 
-    ``kind`` is ``train`` or ``tune``. ``more_settings``: the classes of a sweep's settings. ``config_file``: the file
-    with a saved run's settings. Later layers win: default recipe or saved run, recipe, config file, flags.
+    Later layers win: default recipe or saved run, recipe, config file, flags. Raises UsageError.
     """
+    config_file, more_settings = (SWEEP_FILE, [SweepConfig]) if kind == "tune" else (CONFIG_FILE, [])
     early = peek("workload", "config", "resume", "run_name", "storage_path")[0] if given is None else given
     run, saved = _find_run(early, kind, config_file)
-    untrusted = untrusted_folders(run, run.storage_path)
+    untrusted = storage.untrusted_folders(run, run.storage_path)
     resumed, file = {run.inside(config_file).uri: saved} if saved else {}, dict[str, Given]()
     if "config" in early:
         file[early["config"]] = settings.read_config_file(early["config"])
         folder = settings.path_of(early["config"], "--config").absolute().parent
-        untrusted += untrusted_folders(locate(str(folder.parent), folder.name), run.storage_path)
+        untrusted += storage.untrusted_folders(storage.locate(str(folder.parent), folder.name), run.storage_path)
     files: dict[str, Given] = {**resumed, **file}
     reference = _merged(files).get("workload") or loading.DEFAULT
     workload_class = loading.load_again(reference, early.get("workload"), _layer_of("workload", files), untrusted)
 
     kept = (*more_settings, TrainConfig, workload_class.Settings, WorkerConfig)
     classes, recipes = (*kept, OutputConfig), workload_class.recipes
-    flags = _read_flags(description, classes, recipes) if given is None else _checked(given, classes, recipes)
+    flags = _read_flags(kind, classes, recipes) if given is None else _checked(given, classes, recipes)
     _check_files(files, kept)
     layers: dict[str, Given] = {
         "the default recipe": {} if saved else recipes.get("default", {}),
@@ -143,7 +139,7 @@ def _job_of(
         if not place.exists():
             raise UsageError(f"--init-from {train.init_from}: there is no such run, checkpoint or file")
         train = dataclasses.replace(train, init_from=masked(place.uri))  # a path that is right in any folder
-    folders = untrusted_folders(run, run.storage_path)
+    folders = storage.untrusted_folders(run, run.storage_path)
     more = {name: of.reference for name, of in code.items() if user_code.why_untrusted(of.reference, folders)}
     if output.tracker is not None:
         more = {"tracker": output.tracker, **more}
@@ -179,7 +175,7 @@ def _find_run(early: Given, kind: str, config_file: str) -> tuple[RunFolder, dic
     if output.resume and output.run_name is None:
         raise UsageError("--resume needs --run-name NAME")
     new_name = f"{kind}_{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(2)}"  # unique even within a second
-    run = locate(output.storage_path, output.run_name or new_name)
+    run = storage.locate(output.storage_path, output.run_name or new_name)
     if not output.resume:
         return run, {}
     if not run.exists(config_file):
@@ -220,8 +216,8 @@ def _check_files(files: Mapping[str, Given], classes: Sequence[type]) -> None:
             raise UsageError(f"{file}: {error}") from error
 
 
-def _read_flags(description: str, classes: Sequence[type], recipes: Mapping[str, Given]) -> dict[str, Any]:
-    parser = Parser(description, *classes, defaults=recipes.get("default", {}))
+def _read_flags(kind: str, classes: Sequence[type], recipes: Mapping[str, Given]) -> dict[str, Any]:
+    parser = Parser(_DESCRIPTIONS[kind], *classes, defaults=recipes.get("default", {}))
     workload_help = "the workload: FILE.py or package.module, with :NAME if there are several in it; default: MNIST"
     recipe_help = "a named set of settings, which flags override"
     parser.add_argument("--workload", metavar="FILE.py", default=UNSET, help=workload_help)
@@ -231,7 +227,6 @@ def _read_flags(description: str, classes: Sequence[type], recipes: Mapping[str,
 
 
 def _checked(given: Given, classes: Sequence[type], recipes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a call's settings. Raises UsageError if a setting is unknown."""
     settings.check_known(given, settings.names_of(classes) | {"workload", "recipe", "config"}, "the call")
     if given.get("recipe", "default") not in (*recipes, "default"):
         raise UsageError(f"there is no recipe {given['recipe']}; known: {', '.join(recipes) or 'none'}")

@@ -53,3 +53,11 @@ def class_of(run: RunFolder, storage_path: str) -> type[Workload]:
             if reference is not None:
                 return loading.load_again(reference, None, folder.inside(CONFIG_FILE).uri, untrusted)
     return loading.load(loading.DEFAULT)
+
+
+def takes_pictures(run: RunFolder) -> bool:
+    """Tell whether a run's workload takes pictures; False if its code cannot be loaded."""
+    try:
+        return class_of(run, run.storage_path).read_picture is not Workload.read_picture
+    except UsageError:
+        return False

@@ -21,16 +21,7 @@ from mnist_ray.run.history import History, Throttled, write_predictions
 from mnist_ray.run.session import Session, say_plan
 from mnist_ray.settings import json_lines
 from mnist_ray.signals import if_ended
-from mnist_ray.storage import (
-    CONFIG_FILE,
-    INITIAL_FILE,
-    ORIGIN_FILE,
-    REPORT_FILE,
-    RESULT_FILE,
-    TRACE_FILE,
-    WORKLOAD_FILE,
-    RunFolder,
-)
+from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE, TRACE_FILE, RunFolder
 from mnist_ray.trackers import start
 from mnist_ray.trackers.tracker import Ending
 from mnist_ray.training.checkpoint import MODEL_FILE, read_state
@@ -39,6 +30,7 @@ from mnist_ray.workload.loading import digests_of
 
 _LEARNED = 0.1  # examples count as learned if the loss falls to this part of the first loss
 _REPORT_EVERY_S = 30.0
+_WORKLOAD_FILE = "workload.py"
 MoreSections = Callable[[RunFolder], Any]  # returns the ``Sections`` with a sweep's trials, for the report
 
 
@@ -84,7 +76,7 @@ def begin_files(session: Session, settings_file: str, settings: Mapping[str, Any
             "data": digests_of(session.data),
         }
         run.write_text(ORIGIN_FILE, json_lines({**origin(), **about}))
-        run.write_text(WORKLOAD_FILE, workload.source.text)  # for people to read; never loaded
+        run.write_text(_WORKLOAD_FILE, workload.source.text)  # for people to read; never loaded
     if_ended(f"; to resume: {job.resume_with}")
 
 

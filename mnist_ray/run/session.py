@@ -58,13 +58,7 @@ class Session(contextlib.ExitStack):
         self.clock.mark("start")
         return self
 
-    def begin(
-        self,
-        job: Job,
-        data: Splits,
-        console: RunConsole | None = None,
-        say_header: Callable[[Session], None] | None = None,
-    ) -> None:
+    def begin(self, job: Job, data: Splits, console: RunConsole, say_header: Callable[[Session], None]) -> None:
         """Print the header of a job whose data are loaded, and own its run until the end.
 
         Raises JobError if the storage is not writable; UsageError if another job owns the run.
@@ -74,8 +68,8 @@ class Session(contextlib.ExitStack):
         self.job, self.data = job, data
         job.run.check_writable()
         self.clock.mark("data")
-        self.console = self.enter_context(console or console_of(job))
-        (say_header or say_run)(self)
+        self.console = self.enter_context(console)
+        say_header(self)
         self.enter_context(owned(job.run, self.console.waiting))
         check_free(job.run, resume=job.output.resume)  # again: another job may have created the run meanwhile
 
@@ -136,17 +130,16 @@ def try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> None:
     """
     import torch
 
-    from mnist_ray.training.batches import batches_of
-    from mnist_ray.workload.check import NUM_EXAMPLES, Examples, check_batch, check_smallest
+    from mnist_ray.training.batches import Batch, batches_of
+    from mnist_ray.workload.check import NUM_EXAMPLES, check_batch, check_smallest
     from mnist_ray.workload.tensors import describe
 
     workload = job.workload
 
-    def first(number: int, start: int = 0) -> Examples:
+    def first(number: int, start: int = 0) -> Batch:
         with placed(workload, "an example"):
-            batches, places = batches_of(train, torch.device("cpu"), workload.collate), np.arange(start, start + number)
-            inputs, targets, *_ = batches[Slice(places)]
-        return Examples(inputs, targets, number)
+            batches = batches_of(train, torch.device("cpu"), workload.collate)
+            return batches[Slice(np.arange(start, start + number), number)]
 
     with placed(workload, "an example"):
         inputs, _ = train[0]

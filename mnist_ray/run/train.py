@@ -1,13 +1,14 @@
 """A training run, step by step."""
 
 from mnist_ray.run.job import Job
-from mnist_ray.run.session import Session, load_data, say_plan
+from mnist_ray.run.session import Session, console_of, load_data, say_plan, say_run
 
 
 def train(job: Job) -> None:
     """Load data, start Ray, train, test, report. Raises UsageError, JobError, KeyboardInterrupt with one-line texts."""
     with Session(job, "mnist_ray.run.fit") as session:
-        session.begin(*load_data(job))
+        job, data = load_data(job)
+        session.begin(job, data, console_of(job), say_run)
         with session.ray():
             from mnist_ray.run import fit, in_process, record  # they import torch, which was loaded while Ray started
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from matplotlib import ticker
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mnist_ray.errors import count, format_settings, format_value, in_words
@@ -36,7 +35,6 @@ def draw(table: TrialTable, num_epochs: int) -> bytes:
     coloured = next((name for name in varied if isinstance(searched[name], Choice)), None)
     over = [name for name in varied if name != coloured] or varied
     figure = Figure(figsize=(_WIDTH, 1 + 4 * len(over)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     plots = figure.subplots(len(over), squeeze=False)[:, 0]
     for axes, name in zip(plots, over, strict=True):
         _draw_over(axes, table, records, name, coloured if coloured != name else None)

@@ -118,7 +118,7 @@ def space_of(workload_class: type[Workload], values: Mapping[str, Any], fixed: C
     if not spaces:
         raise UsageError(f"nothing to search: name settings of {workload_class.__name__} with --sweep NAME=A,B,C")
     defaults = workload_class().defaults
-    return Space(spaces, {name: known[name].type for name in spaces}, {name: defaults[name] for name in spaces})
+    return Space(spaces, {name: known[name].kind for name in spaces}, {name: defaults[name] for name in spaces})
 
 
 @dataclass(frozen=True)
@@ -126,19 +126,16 @@ class _Setting:
     name: str
     config_class: type
     annotation: Any
+    kind: type
     search: SearchSpace | None  # used without --sweep
-
-    @property
-    def type(self) -> type:
-        return value_type(self.annotation)[0]
 
     def parse(self, text: str) -> Any:
         """Parse and check a value. Raises UsageError."""
         is_none = text == _NONE and type(None) in get_args(self.annotation)
         try:
-            value = None if is_none else parse_text(self.type, text.strip())
+            value = None if is_none else parse_text(self.kind, text.strip())
         except ValueError as error:
-            raise UsageError(f"{text!r} is no {self.type.__name__}") from error
+            raise UsageError(f"{text!r} is no {self.kind.__name__}") from error
         return getattr(settings.build(self.config_class, {self.name: value}), self.name)
 
 
@@ -147,8 +144,8 @@ def _settings_of(workload_class: type[Workload]) -> dict[str, _Setting]:
     for config_class in (TrainConfig, workload_class.Settings):
         hints = get_type_hints(config_class)
         for field in dataclasses.fields(config_class):
-            search = workload_class.search.get(field.name, field.metadata.get("search"))
-            found[field.name] = _Setting(field.name, config_class, hints[field.name], search)
+            hint, search = hints[field.name], workload_class.search.get(field.name, field.metadata.get("search"))
+            found[field.name] = _Setting(field.name, config_class, hint, value_type(hint)[0], search)
     return found
 
 
@@ -161,9 +158,9 @@ def _parsed(text: str, known: Mapping[str, _Setting]) -> tuple[str, SearchSpace]
     if name not in known:
         raise UsageError(f"there is no setting {name}{did_you_mean(name, known)}")
     setting = known[name]
-    if name in _NOT_SEARCHED or setting.type is tuple:
+    if name in _NOT_SEARCHED or setting.kind is tuple:
         raise UsageError(f"{name} is the same for all trials")
-    if ":" in given and setting.type in (int, float):
+    if ":" in given and setting.kind in (int, float):
         is_log = given.startswith(_LOG)
         ends = [setting.parse(end) for end in given.removeprefix(_LOG).split(":")]
         if len(ends) != 2 or None in ends or ends[0] > ends[1] or (is_log and ends[0] <= 0):

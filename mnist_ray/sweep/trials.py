@@ -80,7 +80,10 @@ class TrialTable:
         self.space = space
         self.by_point = {record.point: record for record in records}
         self.num_planned = len(self.by_point)
-        self._others = [f"val_{metric.name}" for metric in self.workload.metrics[1:]]
+        monitor, *self._others = [f"val_{metric.name}" for metric in self.workload.metrics or (self.workload.monitor,)]
+        names = {"val_monitor": monitor, "rate": self.workload.rate}
+        fields = [field.name for field in dataclasses.fields(TrialRecord)[2:-1]]  # without trial, point and others
+        self._columns = {name: names.get(name, name) for name in fields}  # of sweep.csv, by field
 
     def start(self, point: Point) -> TrialRecord:
         """Return the record of a point whose trial starts, or starts again."""
@@ -154,21 +157,14 @@ class TrialTable:
         configurations = {point.configuration for point in leading}
         return {point for point in self.by_point if point.configuration in configurations}
 
-    @property
-    def columns(self) -> dict[str, str]:
-        """The column of sweep.csv for each field of ``TrialRecord`` with a result; each of ``others`` has its own."""
-        names = [field.name for field in dataclasses.fields(TrialRecord)[2:-1]]  # without trial, point and others
-        named_by_workload = {"val_monitor": f"val_{self.workload.monitor.name}", "rate": self.workload.rate}
-        return {name: named_by_workload.get(name, name) for name in names}
-
     def outcome(self, record: TrialRecord) -> dict[str, Any]:
         """Return the results of a trial, by the columns of sweep.csv."""
         others = {column: record.others.get(column, math.nan) for column in self._others}
-        return {column: getattr(record, name) for name, column in self.columns.items()} | others
+        return {column: getattr(record, name) for name, column in self._columns.items()} | others
 
     def update(self, record: TrialRecord, results: Mapping[str, Any]) -> None:
         """Set the results that a trial has reported, or a row of sweep.csv. Raises ValueError if one is no number."""
-        for name, column in self.columns.items():
+        for name, column in self._columns.items():
             if column in results:
                 setattr(record, name, type(getattr(record, name))(results[column]))
         record.others |= {column: float(results[column]) for column in self._others if column in results}
@@ -183,8 +179,8 @@ class TrialTable:
 
     @property
     def _all_columns(self) -> list[str]:
-        first = ["state", "epochs", f"val_{self.workload.monitor.name}", *self._others]
-        return ["trial", *self.space.spaces, "seed", *dict.fromkeys([*first, *self.columns.values()])]
+        first = ["state", "epochs", self._columns["val_monitor"], *self._others]
+        return ["trial", *self.space.spaces, "seed", *dict.fromkeys([*first, *self._columns.values()])]
 
     def to_csv(self) -> str:
         """Return sweep.csv."""

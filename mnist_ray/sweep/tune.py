@@ -1,7 +1,4 @@
-"""A sweep from start to end: its settings, its data, its steps, and its output on the console.
-
-The module imports neither torch nor Ray at the top, so that a wrong flag is reported at once.
-"""
+"""A sweep from start to end, with its output on the console. Imports neither torch nor Ray at the top."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from mnist_ray.run import session as sessions
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.job import Given, read_job
 from mnist_ray.run.session import Session, say_data
-from mnist_ray.storage import SWEEP_FILE, TRIALS_FILE, DamagedFileError
+from mnist_ray.storage import TRIALS_FILE, DamagedFileError
 from mnist_ray.sweep.space import propose, space_of
 from mnist_ray.sweep.trials import BEST_FILE, DONE, ENDED, FAILED, LOST, STOPPED, Sweep, TrialRecord, TrialTable
 from mnist_ray.workload.data import Splits
@@ -33,14 +30,7 @@ def read_sweep(given: Given | None = None) -> Sweep:
 
     Raises UsageError, and JobError if a sweep's trials are damaged.
     """
-    job = read_job(
-        given,
-        "tune",
-        "Search with Ray Tune over the settings that have a search space, train with the best and evaluate once on the "
-        "test set. A trial has one worker with one CPU, unless --num-workers and --cpus-per-worker say otherwise.",
-        SWEEP_FILE,
-        more_settings=[SweepConfig],
-    )
+    job = read_job(given, "tune")
     config = settings.build(SweepConfig, job.asked)
     space = space_of(type(job.workload), job.asked, fixed=job.given)
     if config.search == "grid":

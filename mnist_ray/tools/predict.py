@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import PredictionConfig
-from mnist_ray.errors import JobError, UsageError, say, with_place
+from mnist_ray.errors import JobError, UsageError, say
 from mnist_ray.run import find
-from mnist_ray.run.lookup import class_of
 from mnist_ray.settings import path_of
-from mnist_ray.storage import RunFolder, write_file
+from mnist_ray.storage import write_file
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.loading import placed
 from mnist_ray.workload.tensors import examples_of
@@ -73,7 +72,7 @@ def predict(given: Sequence[str], found: find.Found, config: PredictionConfig) -
     if not config.json:
         for note in found.notes:
             say(f"note {note}")
-        say(f"checkpoint {found.checkpoint.path} ({found.description})")
+        say(f"checkpoint {found.checkpoint.path} ({type(workload).__name__})")
     predictions = []
     for prediction in predict_files(workload, model, find_files(given), as_is=config.as_is):
         predictions.append(prediction)
@@ -86,14 +85,6 @@ def predict(given: Sequence[str], found: find.Found, config: PredictionConfig) -
     failed = sum(prediction.error is not None for prediction in predictions)
     if failed:
         raise JobError(f"no prediction for {failed:,} of {len(predictions):,} files")
-
-
-def takes_pictures(run: RunFolder) -> bool:
-    """Tell whether a run's workload takes pictures; False if its code cannot be loaded."""
-    try:
-        return class_of(run, run.storage_path).read_picture is not Workload.read_picture
-    except UsageError:
-        return False
 
 
 def find_files(given: Iterable[Any]) -> Iterator[Path | Image.Image]:
@@ -143,12 +134,10 @@ def _read(workload: Workload, file: Path | Image.Image, as_is: bool) -> Predicti
     name = str(file) if isinstance(file, Path) else ""
     try:
         picture = read_image(_content(file)) if isinstance(file, Path) else file
-        return Prediction(name, workload.read_picture(picture, as_is=as_is))
+        with placed(workload, "read_picture"):
+            return Prediction(name, workload.read_picture(picture, as_is=as_is))
     except UsageError as error:
         return Prediction(name, error=str(error))
-    except Exception as error:
-        place = with_place(error, workload.source.folder)
-        raise UsageError(f"{type(workload).__name__}.read_picture: {place}") from error
 
 
 def _content(file: Path) -> bytes:

@@ -111,13 +111,10 @@ def _stats(workload: Workload, splits: Mapping[str, Split]) -> Table:
         for name, row in zip(names, zip(*counts, strict=True), strict=True):
             table.add_row(redact(name), *(f"{number:,}" for number in row))
     else:
-        examples = [[_parts("target", split[i][1]) for i in range(len(split))] for split in splits.values()]
-        for name in examples[0][0]:
-            with contextlib.suppress(KeyError, TypeError, ValueError):  # no numbers, or not in every example
-                flat = [[np.ravel(parts[name]) for parts in each] for each in examples]
-                values = [np.concatenate(each, dtype=float) for each in flat]
-                for what, function in (("least", np.min), ("most", np.max), ("mean", np.mean), ("std", np.std)):
-                    table.add_row(redact(f"{name} {what}"), *(f"{function(each):.4f}" for each in values))
+        with contextlib.suppress(TypeError, ValueError):  # the targets are no numbers, or of several shapes
+            targets = [split.targets().astype(float) for split in splits.values()]
+            for what, function in (("least", np.min), ("most", np.max), ("mean", np.mean), ("std", np.std)):
+                table.add_row(f"target {what}", *(f"{function(each):.4f}" for each in targets))
     inputs = [split.examples.inputs for split in splits.values() if isinstance(split.examples, Arrays)]
     if len(inputs) == len(splits):
         for moment in (np.mean, np.std):

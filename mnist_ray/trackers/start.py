@@ -76,11 +76,7 @@ class Trackers:
 
 
 def start(
-    run: RunFolder,
-    workload: Workload,
-    settings: Mapping[str, Any],
-    output: OutputConfig,
-    warn: Callable[[str], None],
+    run: RunFolder, workload: Workload, settings: Mapping[str, Any], output: OutputConfig, warn: Callable[[str], None]
 ) -> Trackers:
     """Track a run in TensorBoard, in Ray's metrics if Ray is running, and with the user's tracker, if any."""
     followed = (run, workload, _plain(settings))

@@ -169,8 +169,6 @@ class Workload(UserClass):
         if config.schedule == "one-cycle":  # https://arxiv.org/abs/1708.07120. Betas and momentum stay as configured.
             return lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps, cycle_momentum=False)
         warmup = config.warmup_steps
-        if config.schedule == "constant" and not warmup:
-            return lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
         def part_of_peak(step: int) -> float:  # steps are counted from 0
             left = 1 - max(0, step - warmup) / max(1, total_steps - warmup)

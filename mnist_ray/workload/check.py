@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.errors import UsageError, count, first_line
 from mnist_ray.provenance import cpu_has_bf16
+from mnist_ray.training.batches import Batch
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.loading import placed
 from mnist_ray.workload.tensors import as_fp32, autocast, detached
@@ -20,20 +22,12 @@ from mnist_ray.workload.tensors import as_fp32, autocast, detached
 NUM_EXAMPLES = 16  # in that batch
 
 
-class Examples(NamedTuple):
-    """A batch on the CPU."""
-
-    inputs: Any
-    targets: Any
-    number: int
-
-
-def check_batch(workload: Workload, batch: Examples, fewer: Examples, config: TrainConfig) -> None:
+def check_batch(workload: Workload, batch: Batch, fewer: Batch, config: TrainConfig) -> None:
     """Call each method that training and evaluation will call. ``fewer`` has only the first examples of the batch.
 
     Raises UsageError with the file name and line number of the user's code.
     """
-    name = type(workload).__name__
+    name, number = type(workload).__name__, batch.global_size
     with placed(workload, "create_model"):
         torch.manual_seed(config.seed)
         model = workload.create_model()
@@ -55,15 +49,15 @@ def check_batch(workload: Workload, batch: Examples, fewer: Examples, config: Tr
         columns = workload.predictions(as_fp32(model.eval()(for_evaluation)), batch.targets)
     _check_dict(f"{name}.predictions", columns)
     for key, values in columns.items():
-        if not isinstance(values, Tensor) or values.shape[:1] != (batch.number,):
-            raise UsageError(f"{name}.predictions: {key} must be a tensor with {batch.number} examples here, (N, ...)")
+        if not isinstance(values, Tensor) or values.shape[:1] != (number,):
+            raise UsageError(f"{name}.predictions: {key} must be a tensor with {number} examples here, (N, ...)")
     _check_metrics(workload, detached(outputs), batch, columns)
     if not workload.compares_examples:
         _check_independence(workload, model, batch, fewer, config)
     _check_optimizer(workload, model, config)
 
 
-def check_smallest(workload: Workload, few: Examples, batch_size: int, config: TrainConfig) -> None:
+def check_smallest(workload: Workload, few: Batch, batch_size: int, config: TrainConfig) -> None:
     """Try a new model on as few examples as a rank may get: batch normalization may need more.
 
     Raises UsageError.
@@ -73,10 +67,10 @@ def check_smallest(workload: Workload, few: Examples, batch_size: int, config: T
         with _autocast(config):
             model(workload.prepare(few.inputs, torch.default_generator))
     except ValueError as error:
-        raise UsageError(
-            f"{type(workload).__name__}: an epoch's last batch leaves a worker only {count(few.number, 'example')}, "
-            f"too few for the model ({first_line(error)}); choose a --batch-size other than {batch_size}"
-        ) from error
+        few_left = f"an epoch's last batch leaves a worker only {count(few.global_size, 'example')}"
+        remedy = f"choose a --batch-size other than {batch_size}"
+        reason = f"{few_left}, too few for the model ({first_line(error)}); {remedy}"
+        raise UsageError(f"{type(workload).__name__}: {reason}") from error
 
 
 def _autocast(config: TrainConfig) -> torch.autocast:
@@ -96,17 +90,17 @@ def _check_model(name: str, model: object) -> None:
             raise UsageError(f"{found}; a checkpoint keeps only tensors: use a buffer or a setting")
 
 
-def _check_losses(workload: Workload, model: nn.Module, outputs: Any, batch: Examples, config: TrainConfig) -> None:
-    name = type(workload).__name__
+def _check_losses(workload: Workload, model: nn.Module, outputs: Any, batch: Batch, config: TrainConfig) -> None:
+    name, number = type(workload).__name__, batch.global_size
     with placed(workload, "loss"):
         losses = workload.loss(outputs, batch.targets)
-    _check_numbers(f"{name}.loss", losses, batch.number, '; use reduction="none", average other dimensions')
+    _check_numbers(f"{name}.loss", losses, number, '; use reduction="none", average other dimensions')
     with placed(workload, "training_loss"):
         minimized = workload.training_loss(outputs, batch.targets, config)
     if minimized is not None:
-        _check_numbers(f"{name}.training_loss", minimized, batch.number)
+        _check_numbers(f"{name}.training_loss", minimized, number)
     if not losses.isfinite().all():
-        raise UsageError(f"{name}.loss is not finite on the first {batch.number} examples with the initial weights")
+        raise UsageError(f"{name}.loss is not finite on the first {number} examples with the initial weights")
     losses = losses if minimized is None else minimized
     if not losses.requires_grad:
         raise UsageError(f"{name}.loss does not depend on the model's parameters: nothing would be learned")
@@ -117,36 +111,32 @@ def _check_losses(workload: Workload, model: nn.Module, outputs: Any, batch: Exa
         raise UsageError(f"{name}: {found} not part of the loss; remove or freeze unused parameters")
 
 
-def _check_independence(
-    workload: Workload, model: nn.Module, batch: Examples, fewer: Examples, config: TrainConfig
-) -> None:
+def _check_independence(workload: Workload, model: nn.Module, batch: Batch, fewer: Batch, config: TrainConfig) -> None:
     """Raise UsageError if an example's loss changes when others leave the batch, unless it changes at each call."""
+    are_close = functools.partial(torch.allclose, rtol=1e-3, atol=1e-5)
 
-    def losses(examples: Examples) -> Tensor:
+    def losses(examples: Batch) -> Tensor:
         outputs = as_fp32(model(workload.prepare(examples.inputs, None)))
         minimized = workload.training_loss(outputs, examples.targets, config)
         reported = workload.loss(outputs, examples.targets)
-        return torch.stack([reported, reported if minimized is None else minimized], 1)[: fewer.number]
-
-    def differ(one: Tensor, other: Tensor) -> bool:
-        return not torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+        return torch.stack([reported, reported if minimized is None else minimized], 1)[: fewer.global_size]
 
     with placed(workload, "loss"), torch.no_grad():
         alone = losses(fewer)
-        if differ(alone, losses(batch)) and not differ(alone, losses(fewer)):
+        if not are_close(alone, losses(batch)) and are_close(alone, losses(fewer)):
             raise UsageError(
                 f"{type(workload).__name__}: an example's loss changes if other examples leave the batch, so it "
                 "depends on the number of workers; if that is meant, set compares_examples = True"
             )
 
 
-def _check_metrics(workload: Workload, outputs: Any, batch: Examples, columns: dict[str, Tensor]) -> None:
+def _check_metrics(workload: Workload, outputs: Any, batch: Batch, columns: dict[str, Tensor]) -> None:
     name = type(workload).__name__
     with placed(workload, "measure"):
         measured = workload.measure(outputs, batch.targets)
     _check_dict(f"{name}.measure", measured)
     for key, values in measured.items():
-        _check_numbers(f"{name}.measure: {key}", values, batch.number)
+        _check_numbers(f"{name}.measure: {key}", values, batch.global_size)
     with placed(workload, "summarize"):
         summary = workload.summarize({key: float(values.double().mean()) for key, values in measured.items()})
     _check_dict(f"{name}.summarize", summary)

@@ -14,7 +14,6 @@ import matplotlib
 import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
@@ -72,16 +71,15 @@ def style_of(number: int) -> dict[str, Any]:
 def new_plot(xlabel: str, ylabel: str = "") -> tuple[Figure, Axes]:
     """Return a figure with one plot."""
     figure = Figure(figsize=_SIZE, dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel)
     return figure, axes
 
 
-def png_of(figure: Figure) -> bytes:
-    """Return a figure as the bytes of a PNG."""
+def png_of(drawn: Figure | Image.Image) -> bytes:
+    """Return a figure or an image as the bytes of a PNG."""
     content = io.BytesIO()
-    figure.savefig(content, format="png")
+    (drawn.savefig if isinstance(drawn, Figure) else drawn.save)(content, format="png")
     return content.getvalue()
 
 
@@ -264,7 +262,7 @@ def accuracy_per_class(accuracies: Sequence[float], names: Sequence[str]) -> byt
 
 def single_image(image: np.ndarray) -> bytes:
     """Enlarge one image, (H, W) or (H, W, 3) uint8, without a margin, so that other programs can read it."""
-    return _png(_resized(image, max(1, _LEAST_SIDE // max(image.shape[:2]))))
+    return png_of(_resized(image, max(1, _LEAST_SIDE // max(image.shape[:2]))))
 
 
 def image_grid(
@@ -295,16 +293,10 @@ def image_grid(
             draw.rectangle(frame, outline=colour, width=width)
         grid.paste(image, (left, top))
         draw.multiline_text((middle, top + height + margin), caption, colour, font, anchor="ma", align="center")
-    return _png(grid)
+    return png_of(grid)
 
 
 def _resized(image: np.ndarray, factor: float) -> Image.Image:
     """Scale an image; if the image grows, each pixel becomes a square."""
     height, width = (max(1, round(factor * side)) for side in image.shape[:2])
     return Image.fromarray(image).resize((width, height), Image.Resampling.BOX)
-
-
-def _png(image: Image.Image) -> bytes:
-    content = io.BytesIO()
-    image.save(content, format="png")
-    return content.getvalue()

@@ -115,7 +115,7 @@ def test_an_interrupted_run_has_a_report(unfinished_run: Path, test_images: Spli
     before_first_step = locate(str(tmp_path), "run")
     before_first_step.write_text("config.json", json_lines(values_of(TrainConfig(), WorkerConfig())))
     for run, test, num_epochs in ((at(unfinished_run), test_images, 1), (before_first_step, None, 0)):
-        assert list(write(run, test)) == ["loss", "accuracy", *["learning_rate"] * num_epochs, "seconds"]
+        assert list(write(run, test)) == ["loss", "accuracy", *["learning_rate"] * num_epochs]
         text = run.read_text("report.html") or ""
         assert f"not finished: {num_epochs} of 2 epochs" in text
         page = Page(text)
@@ -159,7 +159,7 @@ def test_a_report_written_again_shows_the_examples_that_were_predicted_or_says_w
     assert tested_run.inside("pictures").exists("predictions.png") == (not notes)
 
 
-def test_settings_that_differ_come_first_and_none_is_off_or_none_or_automatic(
+def test_settings_that_differ_come_first_and_none_is_none_or_automatic(
     tested_run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @dataclass(frozen=True)
@@ -173,8 +173,8 @@ def test_settings_that_differ_come_first_and_none_is_off_or_none_or_automatic(
     tested_run.write_text("config.json", json_lines(values_of(train, WorkerConfig(num_workers=2), Settings())))
     page.write(tested_run, workload, "", None)
     written = Page(tested_run.read_text("report.html") or "")
-    rows, expected = [row for row in written.rows if len(row) == 2], {"clip_grad_norm": "off", "callback": "none"}
-    differing = {"batch_size": "64 (default: 128)", "ema_decay": "0.5 (default: off)"}
+    rows, expected = [row for row in written.rows if len(row) == 2], {"clip_grad_norm": "none", "callback": "none"}
+    differing = {"batch_size": "64 (default: 128)", "ema_decay": "0.5 (default: none)"}
     differing["num_workers"] = "2 (default: automatic)"
     assert rows[:3] == written.bold == [[name, said] for name, said in differing.items()]
     expected |= {"compile": "off", "cpus_per_worker": "automatic", "widths": "16, 32", "depth": "automatic"}
@@ -233,7 +233,7 @@ def test_several_runs_are_compared_side_by_side(
     assert rows["two"][0] == f"{result['test_accuracy']:.2%}"
     assert rows["unfinished"][0] == "-"
     assert rows["batch_size"] == ["50", "25"]
-    assert (rows["clip_grad_norm"], rows["width"]) == (["off", "-"], ["-", "16"])  # each run lacks one setting
+    assert (rows["clip_grad_norm"], rows["width"]) == (["none", "-"], ["-", "16"])  # each run lacks one setting
     assert "num_epochs" not in rows
 
 
@@ -304,7 +304,7 @@ def test_a_report_of_damaged_files_says_so(tested_run: RunFolder) -> None:
     for name in ("result.json", "sweep.csv"):
         tested_run.write_text(name, "")
     found = page.write(tested_run, mnist(), "", None, sections(tested_run, type(mnist())), notes.append)
-    assert list(found) == ["loss", "accuracy", "learning_rate", "seconds"]
+    assert list(found) == ["loss", "accuracy", "learning_rate"]
     text = tested_run.read_text("report.html") or ""
     assert "not finished" in text
     assert len(notes) == 2

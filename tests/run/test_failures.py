@@ -368,7 +368,7 @@ def test_without_rays_list_of_checkpoints_a_run_is_read_by_its_last_checkpoint(t
     run = locate(str(tmp_path), "run")
     run.write_text("config.json", "{}")
     run.write_text(SNAPSHOT, '{"checkpoint_results": [{"checkpoint_dir')
-    with pytest.raises(UsageError, match="has no checkpoint yet"):
+    with pytest.raises(UsageError, match="nor a run with a checkpoint"):
         find(run.uri, "~/ray_results")
     for name in ("checkpoint_epoch-001_step-000000", "checkpoint_epoch-002_step-000000"):
         shutil.copytree(saved, run.inside(name).path)

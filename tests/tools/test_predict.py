@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mnist_ray.config import PredictionConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run.find import find
+from mnist_ray.run.lookup import takes_pictures
 from mnist_ray.tools import predict
 from mnist_ray.training.checkpoint import digest_of
 from mnist_ray.workload import Classification
@@ -84,7 +85,7 @@ def test_flags_may_stand_between_pictures_and_the_newest_run_is_the_default(
     run_main("predict", str(first), "--storage-path", str(finished_run.parent), "--as-is", str(second))
     checkpoint, *lines = capsys.readouterr().out.splitlines()
     assert checkpoint.startswith(f"checkpoint {finished_run}/checkpoint_")
-    assert "(MNIST, data dir " in checkpoint
+    assert checkpoint.endswith("(MNIST)")
     assert [line.split(": ")[0] for line in lines] == [str(first), str(second)]
 
 
@@ -101,7 +102,7 @@ def test_code_that_came_with_a_run_is_not_loaded(finished_run: Path, tmp_path: P
             values["sha256"]["state.json"] = digest_of(values)
         file.write_text(json.dumps(values))
     with pytest.raises(UsageError, match=r"code that may have come with a run|has a checkpoint to use"):
-        find(given, str(tmp_path), is_wanted=predict.takes_pictures)
+        find(given, str(tmp_path), is_wanted=takes_pictures)
     assert not (sent / "it_ran").exists()
 
 
@@ -150,6 +151,17 @@ def test_names_are_printed_in_one_line_and_predictions_carry_the_inputs(
     assert line.startswith(rf"{tmp_path}/a\x1b[31m\nb.png: ")
     (answer,) = predict.predict_files(mnist(), mnist().create_model().eval(), tmp_path.iterdir(), as_is=True)
     np.testing.assert_array_equal(answer.inputs, few_images.inputs[0])
+
+
+def test_a_read_picture_that_fails_is_the_reason_for_its_file_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(workload: Any, picture: Image.Image, *, as_is: bool) -> np.ndarray:
+        return np.zeros((28, 28), np.uint8) if picture.width == 1 else 1 / 0  # type: ignore[return-value]
+
+    monkeypatch.setattr(type(mnist()), "read_picture", read)
+    pictures = [Image.new("L", (width, 1)) for width in (1, 2, 1)]
+    found = list(predict.predict_files(mnist(), mnist().create_model(), pictures))
+    assert [prediction.error is None for prediction in found] == [True, False, True]
+    assert (found[1].error or "").startswith("MNIST, read_picture: ZeroDivisionError: division by zero")
 
 
 def test_inputs_of_different_lengths_are_predicted_with_the_workloads_collate() -> None:

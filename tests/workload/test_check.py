@@ -9,7 +9,7 @@ from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.training.batches import batches_of
 from mnist_ray.training.sampler import Slice
-from mnist_ray.workload.check import NUM_EXAMPLES, Examples, check_batch
+from mnist_ray.workload.check import NUM_EXAMPLES, check_batch
 from mnist_ray.workload.data import splits_of
 from mnist_ray.workload.loading import load, load_data
 
@@ -84,7 +84,7 @@ def dry_run_of(write: Write, body: str, base: str = "Right", config: TrainConfig
     train = splits_of(load_data(workload), 0).train
     number = min(NUM_EXAMPLES, len(train))
     batches = batches_of(train, torch.device("cpu"), workload.collate)
-    whole, fewer = (Examples(*batches[Slice(np.arange(size))][:2], size) for size in (number, number // 2))
+    whole, fewer = (batches[Slice(np.arange(size), size)] for size in (number, number // 2))
     check_batch(workload, whole, fewer, config)
 
 
