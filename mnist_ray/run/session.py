@@ -131,7 +131,7 @@ def try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> None:
     import torch
 
     from mnist_ray.training.batches import Batch, batches_of
-    from mnist_ray.workload.check import NUM_EXAMPLES, check_batch, check_smallest
+    from mnist_ray.training.check import NUM_EXAMPLES, check_batch, check_smallest
     from mnist_ray.workload.tensors import describe
 
     workload = job.workload

@@ -8,8 +8,8 @@ import torch
 from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.training.batches import batches_of
+from mnist_ray.training.check import NUM_EXAMPLES, check_batch
 from mnist_ray.training.sampler import Slice
-from mnist_ray.workload.check import NUM_EXAMPLES, check_batch
 from mnist_ray.workload.data import splits_of
 from mnist_ray.workload.loading import load, load_data
 
