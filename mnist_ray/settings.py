@@ -212,7 +212,9 @@ class Parser(argparse.ArgumentParser):
             self._add_settings(config_class, defaults or {})
 
     def _add_settings(self, config_class: type, defaults: Mapping[str, Any]) -> None:
-        group = self.add_argument_group((config_class.__doc__ or "").split(":")[0].strip().rstrip("."))
+        title = (config_class.__doc__ or "").split(":")[0].strip().rstrip(".")
+        # A dataclass without a docstring gets one from Python, such as "Settings(width: int = 32)".
+        group = self.add_argument_group("The workload's settings" if "(" in title else title)
         hints = get_type_hints(config_class)
         for field in dataclasses.fields(config_class):
             plain, arguments = value_type(hints[field.name])

@@ -230,3 +230,9 @@ def test_a_runs_name_is_found_among_flags_that_are_not_all_known(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["evaluate.py", *line.split()])
     assert peek("num_tasks", "storage_path", "workload")[1] == run
+
+
+def test_settings_without_a_docstring_have_a_heading_in_the_help() -> None:
+    fields = [("width", int, setting(32, "units of the hidden layer"))]
+    help_text = Parser("", dataclasses.make_dataclass("Settings", fields)).format_help()
+    assert "The workload's settings:\n  --width WIDTH" in help_text

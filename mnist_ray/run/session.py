@@ -199,8 +199,10 @@ def say_plan(session: Session) -> int:
     """Print the model and the workers that train it; return the number of parameters."""
     job, console, cluster, plan = session.job, session.console, session.cluster, session.plan
     model = job.workload.create_model()
-    num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    console.say("model", f"{type(model).__name__}, {num_parameters:,} parameters")
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = "" if num_trained == num_parameters else f", {num_trained:,} of them trained"
+    console.say("model", f"{type(model).__name__}, {num_parameters:,} parameters{trained}")
     if job.output.dashboard:
         say_dashboard(console, cluster)
     if session.is_here:

@@ -28,6 +28,9 @@ def check_batch(workload: Workload, batch: Batch, fewer: Batch, config: TrainCon
     Raises UsageError with the file name and line number of the user's code.
     """
     name, number = type(workload).__name__, batch.global_size
+    if workload.compares_examples and (config.reproducible or config.micro_batch_size):
+        flag = "--reproducible" if config.reproducible else "--micro-batch-size"
+        raise UsageError(f"{flag} cuts batches into parts, but {name}'s loss compares the examples of a batch")
     with placed(workload, "create_model"):
         torch.manual_seed(config.seed)
         model = workload.create_model()

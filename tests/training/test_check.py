@@ -185,6 +185,17 @@ def test_a_workloads_own_schedule_is_tried_without_a_warning(write: Write, sched
 
 
 @pytest.mark.parametrize(
+    ("flag", "config"),
+    [("--reproducible", TrainConfig(reproducible=True)), ("--micro-batch-size", TrainConfig(micro_batch_size=4))],
+)
+def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
+    write: Write, flag: str, config: TrainConfig
+) -> None:
+    message = message_of(write, " compares_examples = True", config=config)
+    assert message == f"{flag} cuts batches into parts, but Wrong's loss compares the examples of a batch"
+
+
+@pytest.mark.parametrize(
     ("body", "expected"),
     [
         ("def create_model(self): ...", ".create_model returned NoneType, not a torch.nn.Module"),
