@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mnist_ray.cluster import environment
 from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig, PredictionConfig
 from mnist_ray.errors import JobError, UsageError
@@ -191,7 +189,7 @@ def predict(
     used, with the line that ``jobs/predict.py`` prints for it.
     """
     config, is_list = build(PredictionConfig, {"as_is": as_is}), isinstance(pictures, list)
-    are_inputs = all(isinstance(one, np.ndarray) for one in (pictures if is_list and pictures else [pictures]))
+    are_inputs = all(hasattr(one, "shape") for one in (pictures if is_list and pictures else [pictures]))
     found = find(run, workload, storage_path, **({} if are_inputs else {"is_wanted": takes_pictures}))
 
     from mnist_ray.tools import predict as tool  # imports torch

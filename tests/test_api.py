@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 
 import mnist_ray
@@ -99,6 +100,8 @@ def test_arrays_pictures_and_files_are_predicted(run: Run, mnist_test: Arrays, t
     images = mnist_test.inputs[:40]
     digits = np.array([prediction.top[0][0] for prediction in mnist_ray.predict(images, run)])
     assert (digits == mnist_test.targets[:40]).mean() > 0.5
+    as_tensors = mnist_ray.predict([torch.tensor(image) for image in images], run)
+    assert [prediction.top[0][0] for prediction in as_tensors] == digits.tolist()
     pictures = [Image.fromarray(image) for image in images[:2]]
     for number, picture in enumerate(pictures):
         picture.save(tmp_path / f"{number}.png")

@@ -129,7 +129,7 @@ def _check_independence(workload: Workload, model: nn.Module, batch: Batch, fewe
         if not are_close(alone, losses(batch)) and are_close(alone, losses(fewer)):
             raise UsageError(
                 f"{type(workload).__name__}: an example's loss changes if other examples leave the batch, so it "
-                "depends on the number of workers; if that is meant, set compares_examples = True"
+                "depends on the number of workers; mask the padding, or set compares_examples = True if that is meant"
             )
 
 

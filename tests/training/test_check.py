@@ -252,8 +252,8 @@ def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
         ),
         (
             "def loss(self, outputs, targets): return F.cross_entropy(outputs @ outputs.T, targets, reduction='none')",
-            ": an example's loss changes if other examples leave the batch, so it depends on the number of workers; if "
-            "that is meant, set compares_examples = True",
+            ": an example's loss changes if other examples leave the batch, so it depends on the number of workers; "
+            "mask the padding, or set compares_examples = True if that is meant",
         ),
         (
             "def create_optimizer(self, model, config): return [torch.optim.SGD(model.parameters())] * 2",

@@ -83,7 +83,7 @@ def test_a_run_stops_early_and_has_a_profile(
     assert len(operators["operators"]) == 10
     page = (tmp_path / "run" / "report.html").read_text()
     assert "The most expensive operators in 5 steps of the first worker" in page
-    assert "<td>early_stop</td><td>1</td><td>None</td>" in page
+    assert "<td>early_stop</td><td>1 (default: none)</td>" in page
 
 
 @pytest.mark.usefixtures("ray_address")
