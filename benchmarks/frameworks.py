@@ -87,7 +87,7 @@ ROWS = {
     "one_s": "seconds from start to exit, 1 process",
     "two_s": "the same, 2 processes",
     "killed_s": "the same, 2 processes, one of them killed",
-    "killed_starts": "starts by hand of this run",
+    "killed_starts": "starts of this run",
     "kill_s": "seconds that the kill cost",
     "one_images_per_s": "images/s in training, 1 process",
     "two_images_per_s": "the same, 2 processes",

@@ -79,8 +79,8 @@ def write(
 ) -> dict[str, bytes]:
     """Write report.html and the pictures as PNGs; return the pictures by name. Raises UsageError and JobError.
 
-    ``test`` has the examples of predictions.csv; without it, no examples are shown. If a picture
-    cannot be drawn, ``warn`` gets a note. If the run ``is_running``, browsers reload the page automatically.
+    ``test`` has the examples of predictions.csv; without it, no examples are shown. If a picture cannot be drawn,
+    ``warn`` gets a note. If the run ``is_running``, browsers reload the page automatically.
     """
     record, more = RunRecord.read(run, workload), sections or Sections()
     notes, result, rows = [*record.notes, *more.notes], record.result, record.predictions

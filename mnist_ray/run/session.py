@@ -138,10 +138,10 @@ def try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> None:
 
     def first(number: int, start: int = 0) -> Batch:
         with placed(workload, "an example"):
-            batches = batches_of(train, torch.device("cpu"), workload.collate)
             return batches[Slice(np.arange(start, start + number), number)]
 
     with placed(workload, "an example"):
+        batches = batches_of(train, torch.device("cpu"), workload.collate)
         inputs, _ = train[0]
     picture_of(workload, inputs)
     number = min(NUM_EXAMPLES, len(train))

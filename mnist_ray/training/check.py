@@ -49,14 +49,15 @@ def check_batch(workload: Workload, batch: Batch, fewer: Batch, config: TrainCon
         workload.check_outputs(outputs, batch.targets)
     _check_losses(workload, model, outputs, batch, config)
     with placed(workload, "predictions"), torch.no_grad():
-        columns = workload.predictions(as_fp32(model.eval()(for_evaluation)), batch.targets)
+        evaluated = as_fp32(model.eval()(for_evaluation))
+        columns = workload.predictions(evaluated, batch.targets)
     _check_dict(f"{name}.predictions", columns)
     for key, values in columns.items():
         if not isinstance(values, Tensor) or values.shape[:1] != (number,):
             raise UsageError(f"{name}.predictions: {key} must be a tensor with {number} examples here, (N, ...)")
     _check_metrics(workload, detached(outputs), batch, columns)
     if not workload.compares_examples:
-        _check_independence(workload, model, batch, fewer, config)
+        _check_independence(workload, model, evaluated, batch, fewer, config)
     _check_optimizer(workload, model, config)
 
 
@@ -114,19 +115,25 @@ def _check_losses(workload: Workload, model: nn.Module, outputs: Any, batch: Bat
         raise UsageError(f"{name}: {found} not part of the loss; remove or freeze unused parameters")
 
 
-def _check_independence(workload: Workload, model: nn.Module, batch: Batch, fewer: Batch, config: TrainConfig) -> None:
-    """Raise UsageError if an example's loss changes when others leave the batch, unless it changes at each call."""
+def _check_independence(
+    workload: Workload, model: nn.Module, outputs: Any, batch: Batch, fewer: Batch, config: TrainConfig
+) -> None:
+    """Raise UsageError if an example's loss changes when others leave the batch, unless it changes at each call.
+
+    ``outputs`` are those of the whole batch in evaluation mode, in which the model must be.
+    """
     are_close = functools.partial(torch.allclose, rtol=1e-3, atol=1e-5)
 
-    def losses(examples: Batch) -> Tensor:
-        outputs = as_fp32(model(workload.prepare(examples.inputs, None)))
-        minimized = workload.training_loss(outputs, examples.targets, config)
-        reported = workload.loss(outputs, examples.targets)
-        return torch.stack([reported, reported if minimized is None else minimized], 1)[: fewer.global_size]
+    def losses(outputs: Any, targets: Any) -> Tensor:
+        minimized, reported = workload.training_loss(outputs, targets, config), workload.loss(outputs, targets)
+        return torch.stack([reported, reported if minimized is None else minimized], 1)
+
+    def alone() -> Tensor:
+        return losses(as_fp32(model(workload.prepare(fewer.inputs, None))), fewer.targets)
 
     with placed(workload, "loss"), torch.no_grad():
-        alone = losses(fewer)
-        if not are_close(alone, losses(batch)) and are_close(alone, losses(fewer)):
+        first, among = alone(), losses(outputs, batch.targets)[: fewer.global_size]
+        if not are_close(first, among) and are_close(first, alone()):
             raise UsageError(
                 f"{type(workload).__name__}: an example's loss changes if other examples leave the batch, so it "
                 "depends on the number of workers; mask the padding, or set compares_examples = True if that is meant"
