@@ -163,7 +163,7 @@ class TrialTable:
         return {column: getattr(record, name) for name, column in self._columns.items()} | others
 
     def update(self, record: TrialRecord, results: Mapping[str, Any]) -> None:
-        """Set the results that a trial has reported, or a row of sweep.csv. Raises ValueError if one is no number."""
+        """Set the results that a trial has reported, or a row of sweep.csv. Raises ValueError if one is damaged."""
         for name, column in self._columns.items():
             if column in results:
                 setattr(record, name, type(getattr(record, name))(results[column]))

@@ -129,14 +129,14 @@ def largest_difference(model: nn.Module, run: Run, inputs: Any) -> float:
 
 
 def _torch(program: ExportedProgram) -> tuple[bytes, Run]:
-    """Return a program as a file's content, and what is loaded from that."""
+    """Return a program as a file's content, and the program loaded from it."""
     content = io.BytesIO()
     torch.export.save(program, content)
     return content.getvalue(), torch.export.load(io.BytesIO(content.getvalue())).module()
 
 
 def _onnx(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> tuple[bytes, Run]:
-    """Return a program in ONNX as a file's content, and what is loaded from that."""
+    """Return a program in ONNX as a file's content, and the program loaded from it."""
     import onnxruntime  # an extra
 
     converted = torch.onnx.export(

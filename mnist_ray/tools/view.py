@@ -111,7 +111,7 @@ def _stats(workload: Workload, splits: Mapping[str, Split]) -> Table:
         for name, row in zip(names, zip(*counts, strict=True), strict=True):
             table.add_row(redact(name), *(f"{number:,}" for number in row))
     else:
-        with contextlib.suppress(TypeError, ValueError):  # the targets are no numbers, or of several shapes
+        with contextlib.suppress(TypeError, ValueError):  # the targets are not numbers, or differ in shape
             targets = [split.targets().astype(float) for split in splits.values()]
             for what, function in (("least", np.min), ("most", np.max), ("mean", np.mean), ("std", np.std)):
                 table.add_row(f"target {what}", *(f"{function(each):.4f}" for each in targets))

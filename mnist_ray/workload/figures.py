@@ -28,7 +28,7 @@ _LEAST_SIDE = 336  # pixels of the longer side of an image that is drawn alone
 _LEAST_TILE, _LEAST_GRID = 134, 402  # pixels: the width of an image in a grid, and of the grid
 _MOST_FONT, _CHARACTER = 26, 0.62  # pixels; a character's width as a fraction of the font size
 _NUM_RANDOM, _NUM_WRONG, _NUM_MISTAKES = 24, 8, 32  # fill rows of eight
-_MOST_COUNTED = 20  # with more classes, pictures show no numbers
+_MOST_COUNTED = 20  # with more classes, pictures are drawn without counts and percentages
 
 
 @dataclass(frozen=True)
