@@ -42,6 +42,7 @@ class _State:
     first: Noted | None = None  # if not None, the first interrupt is only noted here
     error: Exception | None = None  # from `end_with`
     to_supervisor: int | None = None  # pipe for the advice on how to resume
+    advice: str = ""  # what went last into the pipe
 
 
 _state = _State()
@@ -111,6 +112,7 @@ _DONE = "\0"
 def if_ended(advice: str) -> None:
     """From now on, let the supervisor print ``advice`` if this process is ended from outside."""
     if _state.to_supervisor is not None:
+        _state.advice = advice
         with contextlib.suppress(OSError):
             os.write(_state.to_supervisor, f"{advice}\n".encode())
 
@@ -152,6 +154,8 @@ def supervise(work: Callable[[], int]) -> int:
 
 def _end_with_supervisor(from_supervisor: int) -> None:
     os.read(from_supervisor, 1)  # returns when the supervisor is gone
+    with contextlib.suppress(OSError):
+        say(f"error: this job's first process was killed{_state.advice}", file=sys.stderr)
     os._exit(1)
 
 

@@ -22,6 +22,7 @@ SAVING = """
 def work():
     try:
         with signals.first_only_noted() as first:
+            signals.if_ended("; to resume: this")
             print("here", flush=True)
             while not first.is_set:
                 time.sleep(0.01)
@@ -118,9 +119,10 @@ def test_a_closed_terminal_is_ignored_under_nohup(start: Starter) -> None:
     assert process.poll() is None
 
 
-def test_if_the_supervisor_is_killed_the_work_ends(start: Starter) -> None:
+def test_if_the_supervisor_is_killed_the_work_ends_and_says_how_to_resume(start: Starter) -> None:
     process = start(SAVING)
     next_line(process)
     (child,) = psutil.Process(process.pid).children()
     process.kill()
+    assert ending(process) == (-signal.SIGKILL, "error: this job's first process was killed; to resume: this\n")
     wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
