@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import sys
@@ -15,7 +16,7 @@ from mnist_ray.cluster import environment
 from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig, PredictionConfig, ViewConfig
 from mnist_ray.errors import PROGRAM, JobError, UsageError, prepare_output, say
 from mnist_ray.run.job import read_job, resume_command
-from mnist_ray.run.lookup import class_of, find_run, takes_pictures
+from mnist_ray.run.lookup import class_of, find_run
 from mnist_ray.run.train import train as train_job
 from mnist_ray.settings import UNSET, Parser, build, peek
 from mnist_ray.storage import TRIALS_FILE
@@ -36,16 +37,8 @@ def tune() -> None:
 
 def evaluate() -> None:
     """Evaluate a checkpoint on the test set."""
-    early, run = peek("workload", "storage_path", "num_tasks")
-    workload_class = loading.load(early.get("workload", loading.DEFAULT))
-    if "workload" not in early:  # load the run's workload, as its settings become flags
-        with contextlib.suppress(UsageError):  # reported when all flags are read
-            storage_path = early.get("storage_path", OutputConfig().storage_path)
-            workload_class = class_of(find_run(run, storage_path), storage_path)
-    parser = _parser(evaluate, EvaluationConfig, workload_class.Settings)
-    _add_run(parser, "checkpoint", nargs="?")
-    given = parser.read_flags()
-    api.evaluate(given.pop("checkpoint"), **given)
+    given = _flags_of_run(evaluate, EvaluationConfig)
+    api.evaluate(given.pop("run"), **given)
 
 
 def predict() -> None:
@@ -54,7 +47,7 @@ def predict() -> None:
     _add_run(parser, "--run", default=None)
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="pictures, or folders of pictures")
     given = parser.read_flags()
-    found = api.find(given["run"], given.get("workload"), given["storage_path"], is_wanted=takes_pictures)
+    found = api.find(given["run"], given.get("workload"), given["storage_path"], with_pictures=True)
 
     from mnist_ray.tools.predict import predict as predict_pictures
 
@@ -99,14 +92,13 @@ def report() -> None:
 
 def export() -> None:
     """Write a trained model as a program of torch.export or ONNX."""
-    parser = _parser(export, ExportConfig)
-    _add_run(parser, "run", nargs="?")
-    given = parser.read_flags()
-    found = api.find(given["run"], given.get("workload"), given["storage_path"])
+    given = _flags_of_run(export, ExportConfig)
+    config = build(ExportConfig, {name: given.pop(name) for name in ("format", "output") if name in given})
+    found = api.find(given.pop("run"), given.pop("workload", None), given.pop("storage_path"), changes=given)
 
     from mnist_ray.tools.export import export as export_found
 
-    export_found(found, build(ExportConfig, given))
+    export_found(found, config)
 
 
 COMMANDS: dict[str, Callable[[], None]] = {
@@ -154,6 +146,19 @@ def status_of(main: Callable[[], None]) -> int:
             say(line, file=sys.stderr)
         return 1
     return 0
+
+
+def _flags_of_run(command: Callable[[], None], config_class: type) -> dict[str, Any]:
+    """Return the flags of a command that loads a run's data; the settings of the run's workload are flags, too."""
+    early, run = peek("workload", "storage_path", *(field.name for field in dataclasses.fields(config_class)))
+    workload_class = loading.load(early.get("workload", loading.DEFAULT))
+    if "workload" not in early:
+        with contextlib.suppress(UsageError):  # reported when all flags are read
+            storage_path = early.get("storage_path", OutputConfig().storage_path)
+            workload_class = class_of(find_run(run, storage_path), storage_path)
+    parser = _parser(command, config_class, workload_class.Settings)
+    _add_run(parser, "run", nargs="?")
+    return parser.read_flags()
 
 
 def _parser(command: Callable[[], None], *classes: type) -> Parser:

@@ -33,7 +33,7 @@ FILES = (
     ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 )
 
-METADATA = {"class_names": [*range(10)], "model_input": {"shape": [1, 28, 28], "dtype": "float32"}}
+METADATA = {"class_names": [*range(10)]}
 """Metadata of MNIST's data."""
 QUICK = {"batch_size": 50, "validation_size": 600, "learning_rate": 3e-3, "precision": "fp32"}
 

@@ -126,31 +126,25 @@ def interrupt_explained(job: Job) -> Iterator[None]:
 def try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> None:
     """Send a batch through a job's workload; for each of ``batch_sizes``, also the smallest batch that a worker gets.
 
-    The workload's metadata then describe the model's inputs. Raises UsageError.
+    Raises UsageError.
     """
     import torch
 
     from mnist_ray.training.batches import Batch, batches_of
     from mnist_ray.training.check import NUM_EXAMPLES, check_batch, check_smallest
-    from mnist_ray.workload.tensors import describe
 
     workload = job.workload
 
-    def first(number: int, start: int = 0) -> Batch:
+    def first(number: int) -> Batch:
         with placed(workload, "an example"):
-            return batches[Slice(np.arange(start, start + number), number)]
+            return batches[Slice(np.arange(number), number)]
 
     with placed(workload, "an example"):
         batches = batches_of(train, torch.device("cpu"), workload.collate)
         inputs, _ = train[0]
     picture_of(workload, inputs)
     number = min(NUM_EXAMPLES, len(train))
-    batch = first(number)
-    check_batch(workload, batch, first((number + 1) // 2), job.train)
-    pairs = [first(2, start) for start in range(0, number - 1, 4)]
-    with placed(workload, "prepare"):  # several batches show which sizes vary, such as the length of texts
-        seen = [workload.prepare(some.inputs, None) for some in (batch, *pairs)]
-    workload.metadata["model_input"] = describe(*seen)
+    check_batch(workload, first(number), first((number + 1) // 2), job.train)
     for size in batch_sizes or [job.train.batch_size]:
         last = len(train) % size or size
         smallest = max(1, last // (job.train.chunks or job.workers.num_workers or 1))

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.data import default_collate
 
 from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import PredictionConfig
@@ -26,7 +26,6 @@ from mnist_ray.settings import path_of
 from mnist_ray.storage import write_file
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.loading import placed
-from mnist_ray.workload.tensors import examples_of
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow's names of the accepted formats. For some others, it would start a program: for PostScript, Ghostscript."""
@@ -41,7 +40,7 @@ class Prediction:
     """A model's prediction for one file, image or input."""
 
     file: str
-    inputs: np.ndarray | None = None  # in the format of the workload's data
+    inputs: Any = None  # in the format of the workload's data
     top: tuple[tuple[Any, float], ...] = ()  # the best few predictions with their probabilities, the best first
     error: str | None = None  # why there is no prediction
 
@@ -112,20 +111,19 @@ def predict_files(
     files = iter(files)
     while batch := [_read(workload, file, as_is) for file in itertools.islice(files, _BATCH_SIZE)]:
         inputs = [read.inputs for read in batch if read.inputs is not None]
-        predicted = iter(predict_inputs(workload, model, inputs) if inputs else ())
+        predicted = iter(predict_inputs(workload, model, inputs))
         for read in batch:
             yield read if read.inputs is None else replace(read, top=next(predicted).top)
 
 
-def predict_inputs(workload: Workload, model: nn.Module, inputs: Iterable[np.ndarray]) -> list[Prediction]:
+def predict_inputs(workload: Workload, model: nn.Module, inputs: Iterable[Any]) -> list[Prediction]:
     """Return the predictions for N inputs in the format of the workload's data. Raises UsageError."""
+    examples = [(one, 0) for one in inputs]
+    if not examples:
+        return []
     with placed(workload, "a prediction"), torch.inference_mode():
-        joined = workload.collate([(one, 0) for one in inputs])
-        prepared = workload.prepare(torch.tensor(np.asarray(inputs)) if joined is None else joined[0], None)
-        known = {tuple(seen.shape[1:]) for seen in examples_of(workload.metadata) if isinstance(seen, Tensor)}
-        if len(known) == 1 and (got := tuple(prepared.shape[1:])) not in known:
-            raise UsageError(f"{type(workload).__name__}: prepared inputs are {got}, but the model takes {known.pop()}")
-        each = workload.top_predictions(model(prepared))
+        joined, _ = workload.collate(examples) or default_collate(examples)
+        each = workload.top_predictions(model(workload.prepare(joined, None)))
     return [Prediction("", one, tuple(top)) for one, top in zip(inputs, each, strict=True)]
 
 

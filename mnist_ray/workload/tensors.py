@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree  # the containers that torch.export knows
 
 from mnist_ray.config import Precision
 
@@ -40,33 +38,6 @@ def as_fp32(outputs: Any) -> Any:
 def detached(outputs: Any) -> Any:
     """Return a model's outputs without their autograd graph, which would occupy memory."""
     return map_tensors(Tensor.detach, outputs)
-
-
-def describe(*batches: Any) -> dict[str, Any] | None:
-    """Describe a model's inputs in some batches as JSON; None if they are not tensors in dicts, lists and tuples."""
-    flat, trees = zip(*map(pytree.tree_flatten, batches), strict=True)
-    if any(tree != trees[0] for tree in trees) or not all(isinstance(one, Tensor) for one in pytree.tree_leaves(flat)):
-        return None
-    dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in flat[0]]
-    shapes = [[list(tensor.shape) for tensor in tensors] for tensors in flat]
-    with contextlib.suppress(NotImplementedError):  # by a container that torch.export does not know
-        return {"containers": pytree.treespec_dumps(trees[0]), "dtypes": dtypes, "shapes": shapes}
-    return None
-
-
-def examples_of(metadata: Mapping[str, Any]) -> list[Any]:
-    """Return zeros in place of the batches that ``describe`` has seen; an empty list if it could not describe them."""
-
-    def zeros(shape: Sequence[int], dtype: str) -> Tensor:
-        return torch.zeros(shape, dtype=getattr(torch, dtype))
-
-    described = metadata.get("model_input")
-    if described is None:
-        return []
-    if "shape" in described:  # from an older version: of one example, a single tensor
-        return [zeros((number, *described["shape"]), described["dtype"]) for number in (3, 2)]
-    tree = pytree.treespec_loads(described["containers"])
-    return [pytree.tree_unflatten(map(zeros, shapes, described["dtypes"]), tree) for shapes in described["shapes"]]
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

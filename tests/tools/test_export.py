@@ -13,6 +13,7 @@ from mnist_ray.mnist.cnn import CNN
 from mnist_ray.run.find import Found, find
 from mnist_ray.run.job import read_job
 from mnist_ray.run.session import load_data, try_batch
+from mnist_ray.settings import build
 from mnist_ray.tools import export
 from mnist_ray.training.checkpoint import snapshot
 from mnist_ray.training.engine import create_state
@@ -68,14 +69,15 @@ def test_the_check_sees_another_model(model: torch.nn.Module, few_images: Arrays
     assert math.isnan(export.largest_difference(model, other, images))
 
 
-def test_without_the_data_a_checkpoint_is_exported_unchecked(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    workload = mnist(data_dir=Path("/nowhere"))
+def test_data_that_have_moved_are_named_by_the_workloads_flags(small_data: Path, tmp_path: Path) -> None:
+    workload, file = mnist(data_dir=Path("/nowhere")), tmp_path / "digits.pt2"
     state = create_state(workload, TrainConfig(), 600, torch.device("cpu"))
     snapshot(state, {"workload": workload.identity}).write(folder_at(tmp_path))
-    run_main("export", str(tmp_path), "--output", str(tmp_path / "digits.pt2"))
-    assert "checked    no: --data-dir /nowhere is not a folder" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"^--data-dir /nowhere is not a folder"):
+        run_main("export", str(tmp_path), "--output", str(file))
+    assert not file.exists()
+    run_main("export", str(tmp_path), "--output", str(file), "--data-dir", str(small_data))
+    assert file.exists()
 
 
 @pytest.mark.parametrize(
@@ -149,6 +151,21 @@ class Operator(One):
 class OperatorNet(OneNet):
     def one(self, inputs): return super().one(inputs) @ torch.linalg.svd(self.weight @ self.weight.T)[0]
 
+class Last(Many):
+    def prepare(self, inputs, generator):
+        return {"words": inputs, "lengths": inputs.sum(1), "joined": inputs[inputs > 0]}
+    def create_model(self): return LastNet()
+    def loss(self, outputs, targets): return Classification.loss(self, outputs, targets)
+    def measure(self, outputs, targets): return Classification.measure(self, outputs, targets)
+class LastNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(2, 2)
+    def forward(self, inputs):
+        last = (inputs["lengths"] - 1).view(-1, 1, 1).expand(-1, 1, 2)
+        embedded = self.embedding(inputs["words"]) + 0 * inputs["joined"].sum()
+        return embedded.cumsum(1).gather(1, last).squeeze(1)
+
 class Text(Many):
     def prepare(self, inputs, generator): return super().prepare(inputs, generator) | {"names": ["a"] * len(inputs)}
 """
@@ -189,6 +206,19 @@ def test_a_program_takes_and_returns_several_tensors_of_sizes_that_vary(
         f"torch      {tmp_path}/many.pt2: pairs_words (N, any) int64, pairs_parts_0 (N, 3) float32, pairs_parts_1_0 "
         "(N, 9) float32 to logits_0_main (N, 2) float32, logits_1_0 (N, any, 2) float32, logits_1_1 (N) int64"
     )
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_a_model_that_fails_on_zeros_is_exported_with_examples_of_the_test_set(
+    suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, kind = found_of(tmp_path, "Last"), "onnx" if suffix == ".onnx" else "torch"
+    export.export(found, build(ExportConfig, {"format": kind, "output": str(tmp_path / f"last{suffix}")}))
+    line, checked = capsys.readouterr().out.splitlines()[1:]
+    assert line.endswith(
+        "pairs_words (N, 9) int64, pairs_lengths (N) int64, pairs_joined (any) int64 to logits (N, 2) float32"
+    )
+    assert checked.startswith("checked    on 40 test pairs: ")
 
 
 @pytest.mark.parametrize(

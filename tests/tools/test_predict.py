@@ -14,7 +14,6 @@ from torch.nn.utils.rnn import pad_sequence
 from mnist_ray.config import PredictionConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run.find import find
-from mnist_ray.run.lookup import takes_pictures
 from mnist_ray.tools import predict
 from mnist_ray.training.checkpoint import digest_of
 from mnist_ray.workload import Classification
@@ -101,8 +100,8 @@ def test_code_that_came_with_a_run_is_not_loaded(finished_run: Path, tmp_path: P
         if "sha256" in values:
             values["sha256"]["state.json"] = digest_of(values)
         file.write_text(json.dumps(values))
-    with pytest.raises(UsageError, match=r"code that may have come with a run|has a checkpoint to use"):
-        find(given, str(tmp_path), is_wanted=takes_pictures)
+    with pytest.raises(UsageError, match=r"code that may have come with a run|has a workload with read_picture"):
+        find(given, str(tmp_path), with_pictures=True)
     assert not (sent / "it_ran").exists()
 
 
@@ -178,3 +177,13 @@ def test_inputs_of_different_lengths_are_predicted_with_the_workloads_collate() 
     found = predict.predict_inputs(workload, model, words)
     assert [prediction.top[0][0] for prediction in found] == ["long", "short"]
     assert predict.predict_inputs(mnist(), mnist().create_model(), np.empty((0, 28, 28), np.uint8)) == []
+
+
+def test_inputs_may_be_dicts() -> None:
+    class Keyed(Classification):
+        def prepare(self, inputs: Any, generator: Any) -> Any:
+            return inputs["point"]
+
+    workload, point = Keyed(metadata={"class_names": "ab"}), np.ones(2, np.float32)
+    (prediction,) = predict.predict_inputs(workload, nn.Linear(2, 2), [{"point": point}])
+    assert prediction.top[0][1] > 0.5

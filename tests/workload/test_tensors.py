@@ -1,4 +1,3 @@
-import json
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mnist_ray.workload.tensors import as_fp32, describe, detached, examples_of, map_tensors
+from mnist_ray.workload.tensors import as_fp32, detached, map_tensors
 
 Pair = namedtuple("Pair", ["first", "second"])
 
@@ -66,28 +65,3 @@ def test_detached_outputs_keep_no_graph() -> None:
     made = nn.Linear(2, 2)(torch.ones(1, 2))
     assert detached({"a": made})["a"].grad_fn is None
     assert made.grad_fn is not None
-
-
-def inputs_of(number: int, length: int) -> dict[str, Any]:
-    """Return inputs of which all sizes vary that a batch and its longest text decide."""
-    words, pixels = torch.zeros(number, length, dtype=torch.int64), torch.zeros(number, 3, 8)
-    return {"text": {"words": words}, "images": (pixels, [pixels.double()]), "edges": torch.zeros(2, length).bool()}
-
-
-def test_zeros_take_the_place_of_described_inputs_of_any_nesting() -> None:
-    batches = [inputs_of(16, 9), inputs_of(2, 5)]
-    for batch, zeros in zip(
-        batches, examples_of(json.loads(json.dumps({"model_input": describe(*batches)}))), strict=True
-    ):
-        torch.testing.assert_close(zeros, batch)
-
-
-def test_zeros_are_made_from_the_description_in_an_older_checkpoint() -> None:
-    shapes = [zeros.shape for zeros in examples_of({"model_input": {"shape": [1, 28], "dtype": "uint8"}})]
-    assert shapes == [(3, 1, 28), (2, 1, 28)]
-
-
-@pytest.mark.parametrize("inputs", [{"a": HALF, "name": ["x", "y"]}, Pair(HALF, HALF), Outputs(HALF), [HALF] * 2])
-def test_what_cannot_be_described_has_no_zeros(inputs: Any) -> None:
-    fewer = inputs[:1] if isinstance(inputs, list) else inputs  # a list of as many tensors as there are examples
-    assert examples_of({"model_input": describe(inputs, fewer)}) == []
