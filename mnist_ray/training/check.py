@@ -42,9 +42,14 @@ def check_batch(workload: Workload, batch: Batch, fewer: Batch, config: TrainCon
         with placed(workload, "the model"), _autocast(config):
             outputs = as_fp32(model.train()(for_training))
     except UsageError as error:
-        is_other = isinstance(for_training, Tensor) and for_training.dtype != torch.float32
-        is_about_it = is_other and re.search("dtype|bias type|not implemented for", str(error))
-        raise UsageError(f"{error}{'; return inputs.float() from prepare' if is_about_it else ''}") from error
+        remedy = ""
+        if re.search("dtype|scalar type|bias type|not implemented for", str(error)):
+            is_other = isinstance(for_training, Tensor) and for_training.dtype != torch.float32
+            if is_other or "Double" in str(error):
+                remedy = "; return inputs.float() from prepare"
+            elif re.search("BFloat16|Half", str(error)):
+                remedy = "; create tensors with x.new_zeros(…), so that dtypes agree, or use --precision fp32"
+        raise UsageError(f"{error}{remedy}") from error
     with placed(workload, "check_outputs"):
         workload.check_outputs(outputs, batch.targets)
     _check_losses(workload, model, outputs, batch, config)

@@ -47,6 +47,8 @@ class Regression(Workload):
         name = type(self).__name__
         if not hasattr(outputs, "shape"):
             raise UsageError(f"{name}: the model gives a {type(outputs).__name__}, not a tensor")
+        if not hasattr(targets, "shape"):
+            raise UsageError(f"{name}: a batch's targets are a {type(targets).__name__}, not a tensor")
         if targets.ndim != 1 or tuple(outputs.shape) not in ((len(targets),), (len(targets), 1)):
             shapes = f"{tuple(outputs.shape)} for targets {tuple(targets.shape)}"
             raise UsageError(f"{name}: the model gives {shapes}; both must be one number per example")

@@ -326,6 +326,32 @@ def test_inputs_of_another_dtype_than_the_weights_are_refused_with_what_to_do(
     assert message_of(write, body).endswith("; return inputs.float() from prepare")
 
 
+def test_tensors_that_the_model_creates_in_another_precision_are_refused_with_what_to_do(write: Write) -> None:
+    body = """
+    def create_model(self): return Summed()
+    def prepare(self, inputs, generator): return {"inputs": inputs}
+
+class Summed(nn.Linear):
+    def __init__(self): super().__init__(4, 10)
+    def forward(self, taken):
+        features = super().forward(taken["inputs"])
+        return torch.zeros(features.shape).index_add(0, torch.arange(len(features)), features)
+"""
+    message = message_of(write, body, config=TrainConfig(precision="bf16"))
+    assert message.endswith("; create tensors with x.new_zeros(…), so that dtypes agree, or use --precision fp32")
+
+
+@pytest.mark.parametrize("base", ["Right", "Numbers"])
+def test_targets_that_collate_returns_as_a_list_are_refused(write: Write, base: str) -> None:
+    body = """
+    def load_data(self):
+        part = list(zip(np.ones((20, 4), np.float32), [0, 1] * 10))
+        return Data(part, part, metadata={"class_names": [*range(10)]})
+    def collate(self, examples): return torch.tensor(np.stack([one for one, _ in examples])), [0] * len(examples)
+"""
+    assert message_of(write, body, base) == "Wrong: a batch's targets are a list, not a tensor"
+
+
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
