@@ -1,12 +1,13 @@
 """Workloads say what is learned. Import from here what a workload's file needs."""
 
 from mnist_ray.settings import Choice, Range, at_least, fraction, positive, setting, within
-from mnist_ray.workload.base import Metric, Picture, Workload
+from mnist_ray.workload.base import ACCURACY, Metric, Picture, Workload
 from mnist_ray.workload.classification import Classification
 from mnist_ray.workload.data import Arrays, Data
 from mnist_ray.workload.regression import Regression
 
 __all__ = [
+    "ACCURACY",
     "Arrays",
     "Choice",
     "Classification",

@@ -77,6 +77,8 @@ class Classification(Workload):
         name = type(self).__name__
         if not hasattr(outputs, "ndim"):
             raise UsageError(f"{name}: the model gives a {type(outputs).__name__}, not a tensor of logits")
+        if not hasattr(targets, "ndim"):
+            raise UsageError(f"{name}: a batch's targets are a {type(targets).__name__}, not a tensor")
         if outputs.ndim != 2 or outputs.shape[1] != self.num_classes:
             raise UsageError(
                 f"{name}: the model gives {' × '.join(map(str, outputs.shape[1:])) or 'no'} logits per example, "
@@ -97,8 +99,9 @@ class Classification(Workload):
         return {"label": targets, "prediction": best.indices, "probability": best.values}
 
     def readable(self, columns: Mapping[str, np.ndarray]) -> dict[str, Sequence[Any]]:
-        """Return labels and predictions as names of classes."""
+        """Return labels and predictions as names of classes, and further columns as they are."""
         return {
+            **super().readable(columns),
             "label": [self.class_names[label] for label in columns["label"].tolist()],
             "prediction": [self.class_names[prediction] for prediction in columns["prediction"].tolist()],
             "probability": [f"{probability:.6f}" for probability in columns["probability"]],

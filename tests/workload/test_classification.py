@@ -211,6 +211,11 @@ def test_labels_and_predictions_are_written_by_name() -> None:
     }
 
 
+def test_further_columns_of_predictions_are_written_as_they_are() -> None:
+    scores = np.linspace(0, 1, 10)
+    assert workload().readable({**COLUMNS, "probability": scores, "score": scores})["score"] == scores.tolist()
+
+
 def test_the_report_has_pictures_without_examples_to_show() -> None:
     pictures = workload().pictures(workload().details(COLUMNS), [], None)
     assert [picture.name for picture in pictures] == ["confusion", "classes"]
