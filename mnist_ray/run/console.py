@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import TypeVar
@@ -98,6 +99,8 @@ class RunConsole:
                 seconds = f"{event.seconds:.1f} s{', during training' if event.is_beside else ''}"
                 values = self._workload.format(event.values)
                 self.say("", f"validation after epoch {event.epoch}: {values} ({seconds})")
+                if math.isnan(event.values[(monitor := self._workload.monitor.name)]):
+                    self.say("note", f"{monitor} is NaN, so the checkpoint of epoch {event.epoch} counts as the worst")
             case events.StoppedEarly(epoch, best_epoch):
                 self.say("stopped", f"after epoch {epoch}: validation was best after epoch {best_epoch}")
 

@@ -67,8 +67,7 @@ class Evaluation:
 
     def to_dict(self, workload: Workload) -> dict[str, Any]:
         """Return the test results for result.json."""
-        values = self.values(workload).items()
-        tested = {f"test_{name}": None if math.isnan(value) else value for name, value in values}
+        tested = {f"test_{name}": value for name, value in self.values(workload).items()}
         return {**tested, f"num_test_{workload.nouns}": self.num_examples, **workload.details(self.columns)}
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 
@@ -45,6 +46,16 @@ def test_many_epochs_widen_the_labels_and_a_trained_run_says_so(capsys: pytest.C
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("epoch 60/100  finished in 3.00 s")
     assert second == "started       1 × cpu with 2 threads, bf16; all epochs are trained already"
+
+
+def test_a_deciding_metric_that_is_nan_is_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    with RunConsole(mnist(), 2, quiet=False) as printer:
+        printer.show(Validated(1, {"loss": 0.5, "accuracy": math.nan}, 1.0))
+        printer.show(Validated(2, {"loss": math.nan, "accuracy": 0.5}, 1.0))
+    first, note, second = capsys.readouterr().out.splitlines()
+    assert note == "note       accuracy is NaN, so the checkpoint of epoch 1 counts as the worst"
+    assert "loss 0.5000, accuracy - (" in first
+    assert "loss -, accuracy 50.00% (" in second
 
 
 def test_progress_is_a_plain_line_at_intervals(
