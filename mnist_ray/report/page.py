@@ -185,7 +185,12 @@ def _seconds(result: Mapping[str, Any]) -> list[Picture]:
 
 def _epochs(record: RunRecord) -> Table:
     workload, parts = record.workload, {"train": "training", "val": "validation"}
-    cells = [(part, metric) for part in parts for metric in workload.all_metrics]
+    cells = [
+        (part, metric)
+        for part in parts
+        for metric in workload.all_metrics
+        if not all(map(math.isnan, record.column(f"{part}_{metric.name}")))
+    ]
     columns = ["epoch", *(f"{parts[part]} {metric.name}" for part, metric in cells), "seconds", f"{workload.nouns}/s"]
     rows = [
         (

@@ -26,7 +26,7 @@ from mnist_ray.sweep.space import Point, space_of
 from mnist_ray.sweep.trials import DONE, TrialRecord, TrialTable
 from mnist_ray.training.events import EpochFinished, Progress, Validated
 from mnist_ray.training.metrics import Evaluation
-from mnist_ray.workload.base import Metric
+from mnist_ray.workload.base import ACCURACY, Metric
 from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.figures import Curve, Table, smoothed
 from tests.conftest import METADATA, mnist, run_job, run_main
@@ -294,6 +294,17 @@ def test_a_damaged_file_of_a_run_is_left_out_and_named(tested_run: RunFolder, na
     assert [note.partition(" is damaged: ")[0] for note in found.notes] == [tested_run.inside(name).uri]
 
 
+def test_a_metric_that_only_the_validation_has_gets_no_empty_column(
+    tested_run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(mnist()), "metrics", (ACCURACY, Metric("AUC", "max")))
+    tested_run.write_text("metrics.csv", "epoch,train_loss,train_AUC,val_AUC\n1,0.5,,0.75\n")
+    page.write(tested_run, mnist(), "", None)
+    shown = (tested_run.read_text("report.html") or "").split("Epochs</h2>")[1]
+    columns = re.findall('<th scope="col">(.*?)</th>', shown)
+    assert columns[:4] == ["epoch", "training loss", "validation AUC", "seconds"]
+
+
 def test_a_run_of_an_earlier_version_has_no_curve_of_the_learning_rate(tested_run: RunFolder) -> None:
     tested_run.write_text("steps.csv", "step,epoch,train_loss\n9,1.0,0.5\n")
     assert "learning_rate" not in page.write(tested_run, mnist(), "", None)
@@ -343,9 +354,9 @@ def test_a_picture_that_cannot_be_drawn_becomes_a_note(
 
 
 def test_a_runs_workload_is_found_without_its_origin(tested_run: RunFolder) -> None:
-    assert workload_of(tested_run, None).metadata == METADATA
+    assert workload_of(tested_run, None, "runs").metadata == METADATA
     tested_run.write_text("origin.json", "{")
-    assert workload_of(tested_run, None).metadata == {}  # which the data fill in
+    assert workload_of(tested_run, None, "runs").metadata == {}  # which the data fill in
 
 
 @pytest.mark.browser
