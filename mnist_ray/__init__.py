@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Run", "evaluate", "predict", "train", "tune"]
+__all__ = ["Run", "evaluate", "load_run", "predict", "train", "tune"]
 
 if TYPE_CHECKING:
-    from mnist_ray.api import Run, evaluate, predict, train, tune
+    from mnist_ray.api import Run, evaluate, load_run, predict, train, tune
 
 
 def __getattr__(name: str) -> Any:

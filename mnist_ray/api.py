@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from mnist_ray.cluster import environment
 from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig, PredictionConfig
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.report.run_files import METRICS_FILE, STEPS_FILE, numbers_of, read_values
+from mnist_ray.report.run_files import METRICS_FILE, STEPS_FILE, numbers_of, read_values, workload_of
 from mnist_ray.run.job import Job, read_job
-from mnist_ray.run.lookup import takes_pictures
+from mnist_ray.run.lookup import find_run
 from mnist_ray.run.train import train as train_job
 from mnist_ray.settings import build, check_known, names_of
 from mnist_ray.storage import REPORT_FILE, RESULT_FILE, RunFolder
@@ -184,25 +184,39 @@ def predict(
     """Return a trained model's predictions.
 
     ``pictures``: the path of a picture or folder, a Pillow image, a list of paths or of images, or an array or list of
-    inputs in the format of the workload's data. ``run``: as for ``evaluate``; default: the newest run whose workload
-    reads pictures. ``as_is``: only scale pictures. Raises UsageError, and JobError for the first picture that cannot be
-    used, with the line that ``jobs/predict.py`` prints for it.
+    inputs (arrays, tensors, dicts) in the format of the workload's data. ``run``: as for ``evaluate``; default: the
+    newest run whose workload reads pictures. ``as_is``: only scale pictures. Raises UsageError, and JobError for the
+    first picture that cannot be used, with the line that ``jobs/predict.py`` prints for it.
     """
-    config, is_list = build(PredictionConfig, {"as_is": as_is}), isinstance(pictures, list)
-    are_inputs = all(hasattr(one, "shape") for one in (pictures if is_list and pictures else [pictures]))
-    found = find(run, workload, storage_path, **({} if are_inputs else {"is_wanted": takes_pictures}))
+    config = build(PredictionConfig, {"as_is": as_is})
+    given = pictures if isinstance(pictures, (list, tuple)) or hasattr(pictures, "shape") else [pictures]
+    are_inputs = given is pictures and any(hasattr(one, "shape") or isinstance(one, (dict, tuple)) for one in given)
+    found = find(run, workload, storage_path, with_pictures=not are_inputs)
 
     from mnist_ray.tools import predict as tool  # imports torch
 
     model = found.load_model()
     if are_inputs:
-        return tool.predict_inputs(found.workload, model, pictures)
-    files = tool.find_files(pictures if isinstance(pictures, (list, tuple)) else [pictures])
+        return tool.predict_inputs(found.workload, model, given)
+    files = tool.find_files(given)
     predictions = list(tool.predict_files(found.workload, model, files, as_is=config.as_is))
     for index, prediction in enumerate(predictions):
         if prediction.error is not None:
             raise JobError(f"{prediction.file or f'pictures[{index}]'}: {prediction.error}")
     return predictions
+
+
+def load_run(
+    run: str | Path | None = None, *, workload: AnyWorkload = None, storage_path: str | Path = _STORAGE_PATH
+) -> Run:
+    """Return a run that has been trained and tested, by its name or path; default: the newest run.
+
+    Raises UsageError and JobError.
+    """
+    storage_path = build(OutputConfig, {"storage_path": storage_path}).storage_path
+    folder = find_run(None if run is None else str(run), storage_path)
+    loaded = workload_of(folder, None if workload is None else reference_of(workload), storage_path)
+    return Run(folder, loaded, folder.require_json(RESULT_FILE))
 
 
 def _run(job: Job) -> Run:

@@ -75,7 +75,7 @@ def test_evaluation_refuses_folders_without_a_checkpoint(tmp_path: Path, capsys:
     for given in (str(tmp_path), "no_such_run", "/nowhere/at/all"):
         assert status_of("evaluate", given) == 2
         said = capsys.readouterr().err
-        assert said.startswith(f"error: {given} is neither a checkpoint nor a run with a checkpoint"), said
+        assert f"{Path(given).name} is neither a checkpoint nor a run with a checkpoint\n" in said
 
 
 def test_a_finished_run_is_neither_overwritten_nor_resumed(finished_run: Path) -> None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from mnist_ray import settings
-from mnist_ray.config import OutputConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, RunFolder, Warn, unless_damaged, untrusted_folders
 from mnist_ray.workload import loading
@@ -146,7 +145,7 @@ def _checked_predictions(run: RunFolder, workload: Workload, result: dict[str, A
     return rows
 
 
-def workload_of(run: RunFolder, reference: str | None, storage_path: str = OutputConfig().storage_path) -> Workload:
+def workload_of(run: RunFolder, reference: loading.Reference | None, storage_path: str) -> Workload:
     """Return a run's workload. Its code comes from ``reference``, by default from the file that the run used.
 
     Raises UsageError and JobError.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import posixpath
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
@@ -42,16 +42,18 @@ def find(
     storage_path: str,
     reference: loading.Reference | None = None,
     changes: Mapping[str, Any] | None = None,
-    is_wanted: Callable[[RunFolder], bool] = lambda run: True,
+    *,
+    with_pictures: bool = False,
 ) -> Found:
-    """Return the checkpoint for a path, a URI or a run's name; for None, the checkpoint of the newest wanted run.
+    """Return the checkpoint for a path, a URI or a run's name; for None, the checkpoint of the newest run.
 
-    ``reference``: the workload's code, if it has moved. ``changes``: settings to override. Raises UsageError if there
-    is no checkpoint, or the workload cannot be loaded or trusted; JobError if the checkpoint is damaged.
+    ``reference``: the workload's code, if it has moved. ``changes``: settings to override. ``with_pictures``: take the
+    newest run whose workload reads pictures. Raises UsageError if there is no checkpoint, or the workload cannot be
+    loaded or trusted; JobError if the checkpoint is damaged.
     """
-    run, notes = find_run(given, storage_path, is_wanted), list[str]()
+    run, notes = find_run(given, storage_path, with_pictures=with_pictures), list[str]()
     try:
-        checkpoint = _checkpoint_of(run, given, notes)
+        checkpoint = _checkpoint_of(run, notes)
     except STORAGE_ERRORS as error:
         raise JobError(f"cannot read {run.uri}: {first_line(error)}") from error
     saved = read_state(checkpoint)["workload"]
@@ -71,7 +73,7 @@ def read_initial(job: Job) -> tuple[bytes, str]:
     """
     place, model = find_run(job.asked["init_from"], job.run.storage_path), job.workload.create_model()
     if not place.info().is_file:
-        place = _checkpoint_of(place, f"--init-from {job.asked['init_from']}", [])
+        place = _checkpoint_of(place, [])
     weights = read_weights(place)
     lacking, own = load_fitting(model, weights), model.state_dict()
     if len(lacking) == len(own):
@@ -82,7 +84,7 @@ def read_initial(job: Job) -> tuple[bytes, str]:
     return save(weights), f"{fits}; not {shorten(others, 200)}" if others else fits
 
 
-def _checkpoint_of(run: RunFolder, given: str | None, notes: list[str]) -> RunFolder:
+def _checkpoint_of(run: RunFolder, notes: list[str]) -> RunFolder:
     """Return ``run`` if it is a checkpoint; else its result's checkpoint, else the best validated, else the last.
 
     Notes for the user are added to ``notes``.
@@ -98,7 +100,7 @@ def _checkpoint_of(run: RunFolder, given: str | None, notes: list[str]) -> RunFo
         return chosen
     names = run.checkpoint_names()
     if not names:
-        raise UsageError(f"{given} is neither a checkpoint nor a run with a checkpoint: {run.uri}")
+        raise UsageError(f"{run.uri} is neither a checkpoint nor a run with a checkpoint")
     known = snapshot_of(run)
     if known is None or known.checkpoint is None:  # the run was killed before or while Ray wrote its list
         return run.inside(names[-1])

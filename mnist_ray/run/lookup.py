@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 
 from mnist_ray.errors import JobError, UsageError, command, first_line
 from mnist_ray.storage import CONFIG_FILE, STORAGE_ERRORS, RunFolder, locate, split_query, untrusted_folders
@@ -11,18 +10,17 @@ from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 
 _A_RUN = "the run in"
-IsWanted = Callable[[RunFolder], bool]
 
 
-def find_run(given: str | None, storage_path: str, is_wanted: IsWanted = lambda run: True) -> RunFolder:
-    """Return the folder of a path, a URI or a run's name; it need not exist. For None, return the newest wanted run.
+def find_run(given: str | None, storage_path: str, *, with_pictures: bool = False) -> RunFolder:
+    """Return the folder of a path, a URI or a run's name; it need not exist. For None, return the newest run.
 
-    A name is that of a run in the storage or, if there is none, of a folder here. Raises UsageError if there is no run,
-    or the URI is wrong.
+    A name is that of a run in the storage or, if there is none, of a folder here. ``with_pictures``: the newest run
+    whose workload reads pictures. Raises UsageError if there is no run, or the URI is wrong.
     """
     if given is None:
         try:
-            return _newest_run(locate(storage_path, ""), is_wanted)
+            return _newest_run(locate(storage_path, ""), with_pictures)
         except STORAGE_ERRORS as error:
             raise UsageError(f"--storage-path {storage_path} cannot be read: {first_line(error)}") from error
     if not given.strip():
@@ -35,12 +33,15 @@ def find_run(given: str | None, storage_path: str, is_wanted: IsWanted = lambda 
     return here if here.exists() and not run.exists() else run
 
 
-def _newest_run(storage: RunFolder, is_wanted: IsWanted) -> RunFolder:
-    """Return the wanted run with a checkpoint whose settings were written last."""
-    runs = [locate(storage.storage_path, name) for name in storage.subfolders()]
+def _newest_run(storage: RunFolder, with_pictures: bool) -> RunFolder:
+    """Return the run with a checkpoint whose settings were written last."""
+    folders = [locate(storage.storage_path, name) for name in storage.subfolders()]
+    runs = [run for run in folders if run.exists(CONFIG_FILE) and run.checkpoint_names()]
     for run in sorted(runs, key=lambda run: run.info(CONFIG_FILE).mtime_ns or 0, reverse=True):
-        if run.exists(CONFIG_FILE) and run.checkpoint_names() and is_wanted(run):
+        if not with_pictures or _reads_pictures(run):
             return run
+    if runs:
+        raise UsageError(f"no run in {storage.storage_path} has a workload with read_picture(), to read pictures")
     raise UsageError(f"no run in {storage.storage_path} has a checkpoint to use; {command('train')} makes one")
 
 
@@ -55,8 +56,8 @@ def class_of(run: RunFolder, storage_path: str) -> type[Workload]:
     return loading.load(loading.DEFAULT)
 
 
-def takes_pictures(run: RunFolder) -> bool:
-    """Tell whether a run's workload takes pictures; False if its code cannot be loaded."""
+def _reads_pictures(run: RunFolder) -> bool:
+    """Tell whether a run's workload reads pictures; False if its code cannot be loaded."""
     try:
         return class_of(run, run.storage_path).read_picture is not Workload.read_picture
     except UsageError:
