@@ -48,13 +48,8 @@ def export(found: Found, config: ExportConfig) -> Path:
     if path.suffix != suffix:
         raise UsageError(f"--output {config.output} must end in {suffix} for --format {config.format}")
     workload, model = found.workload, found.load_model()
-    batches = batches_of(Split(load_data(workload).test, origin="test"), torch.device("cpu"), workload.collate)
-
-    def inputs_of(places: np.ndarray) -> Any:
-        with placed(workload, "prepare"):
-            return workload.prepare(batches[Slice(places % len(batches))].inputs, None)
-
-    examples = [inputs_of(np.arange(size) + 3 * number) for number, size in enumerate(_BATCH_SIZES)]
+    test = Split(load_data(workload).test, origin="test")
+    examples = [inputs_of(workload, test, 3 * number, size) for number, size in enumerate(_BATCH_SIZES)]
     if not all(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(examples)):
         remedy = "to be exported, a model must take tensors, alone or in dicts, lists and tuples"
         raise UsageError(f"{type(workload).__name__}: {remedy}")
@@ -65,8 +60,8 @@ def export(found: Found, config: ExportConfig) -> Path:
         inputs = _named(workload.nouns, examples)
         outputs = _named(workload.output_noun, [program.module()(example) for example in examples])
         content, run = _onnx(program, [*inputs], [*outputs]) if is_onnx else _torch(program)
-    number = min(_NUM_COMPARED, len(batches))
-    checked = _checked(workload, model, run, inputs_of(np.arange(number)))
+    number = min(_NUM_COMPARED, len(test))
+    checked = _checked(workload, model, run, inputs_of(workload, test, 0, number))
     write_file(path, content)
     for note in found.notes:
         say(f"note       {note}")
@@ -75,6 +70,14 @@ def export(found: Found, config: ExportConfig) -> Path:
     say(f"{config.format:<10} {path}: {taken} to {returned}")
     say(f"checked    on {number:,} test {workload.nouns}: {checked}")
     return path
+
+
+def inputs_of(workload: Workload, split: Split, start: int, number: int) -> Any:
+    """Return what the model takes for a batch of examples, which are repeated if they are few. Raises UsageError."""
+    places = np.arange(start, start + number) % len(split)
+    with placed(workload, "prepare"):
+        batch = batches_of(split, torch.device("cpu"), workload.collate)[Slice(places)]
+        return workload.prepare(batch.inputs, None)
 
 
 @contextlib.contextmanager
