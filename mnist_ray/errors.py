@@ -51,7 +51,8 @@ def with_place(error: BaseException, *folders: Path, fallback: Path = _PACKAGE) 
     if _IN_ANOTHER_PROCESS in str(error):
         frames = re.findall(r'File "(.+)", line (\d+), in .+', str(error))
     else:
-        frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+        tracebacks = [one.__traceback__ for one in (error, error.__cause__) if one is not None]
+        frames = [(frame.filename, frame.lineno) for one in tracebacks for frame in traceback.extract_tb(one)]
     said = f"{type(error).__name__}: {first_line(error)}"
     for folder in (*folders, fallback):
         for file, line in reversed(frames):
@@ -67,10 +68,10 @@ def masked(text: str) -> str:
 
 def redact(text: object) -> str:
     """Return a text as one line that is safe to print: secrets masked, control characters escaped."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        for character in masked(str(text))
-    )
+    text = masked(str(text))
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
 
 
 def say(text: object, file: TextIO | None = None) -> None:

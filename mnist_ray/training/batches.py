@@ -97,10 +97,11 @@ class ExampleBatches(Dataset):
         try:
             example: tuple[Any, Any] = self.split.examples[place]
             return example
-        except OSError as error:
-            if error.errno is not None:  # an error of the storage: a retry may succeed
+        except (LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+            if getattr(error, "errno", None) is not None:  # an error of the storage: a retry may succeed
                 raise
-            raise ExampleError(f"{self.split.origin} example {place} cannot be read: {first_line(error)}") from error
+            said = f"{'' if isinstance(error, OSError) else f'{type(error).__name__}: '}{first_line(error)}"
+            raise ExampleError(f"{self.split.origin} example {place} cannot be read: {said}") from error
 
 
 def _misfit(places: np.ndarray, examples: list[tuple[Any, Any]]) -> str:

@@ -248,11 +248,12 @@ def test_an_error_of_a_data_set_has_its_place_in_any_process(num_processes: int)
     loader = batch_loader(
         batches_of(Split(Failing(KeyError("no such file"))), CPU), [Slice(np.arange(2))], num_processes
     )
-    with pytest.raises(KeyError) as raised:
+    with pytest.raises(ExampleError) as raised:
         next(iter(loader))
     line = next(number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "# here" in text)
     said = with_place(raised.value, Path(__file__).parent)
-    assert said == f"KeyError: 'no such file' (test_dataset_loading.py, line {line})"
+    reason = "train example 0 cannot be read: KeyError: 'no such file'"
+    assert said == f"ExampleError: {reason} (test_dataset_loading.py, line {line})"
 
 
 def test_an_example_that_cannot_be_read_is_named_by_its_index_in_the_data_set() -> None:
