@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import jinja2
 
 from mnist_ray.config import TrainConfig, WorkerConfig
-from mnist_ray.errors import JobError, UsageError, count, format_value, masked, say, with_place
+from mnist_ray.errors import JobError, UsageError, count, format_value, redact, say, with_place
 from mnist_ray.report.run_files import RunRecord, settings_of, workload_of
 from mnist_ray.settings import build, path_of, values_of
 from mnist_ray.storage import OPERATORS_FILE, REPORT_FILE, RunFolder, Warn, write_file
@@ -61,7 +61,7 @@ class Page:
             loader=jinja2.PackageLoader("mnist_ray.report", ""),
             autoescape=True,
             undefined=jinja2.StrictUndefined,
-            finalize=lambda value: masked(value) if isinstance(value, str) else value,
+            finalize=lambda value: "\n".join(map(redact, value.split("\n"))) if isinstance(value, str) else value,
         )
         environment.filters["base64"] = lambda png: base64.b64encode(png).decode("ascii")
         return environment.get_template("report.html.jinja").render(page=self)

@@ -7,7 +7,6 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -15,11 +14,13 @@ import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from mnist_ray.workload.base import ACCURACY, Metric, Picture, Rows, Workload
 from mnist_ray.workload.data import Split
 
+_FONT = matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf"
 _SIZE = (4.8, 4.0)  # inches: fits on a phone; side by side on a page, pictures have one height
 _LEAST_ERROR = 0.01  # percent: stands for 0 on a logarithmic axis
 _LINEAR_ABOVE = 10.0  # percent of mistakes: the axis is linear if all values have more
@@ -61,6 +62,20 @@ def smoothed(curve: Curve, least: float) -> Curve:
     steps, values = np.array([(0, 0), *points]).T
     sums = np.interp(ends, steps, np.cumsum(values * np.diff(steps, prepend=0)))
     return replace(curve, steps=ends[1:], values=(np.diff(sums) / np.diff(ends)).tolist())
+
+
+@functools.cache
+def _characters() -> frozenset[str]:
+    return frozenset(map(chr, FT2Font(_FONT).get_charmap()))
+
+
+def drawable(text: object) -> str:
+    """Return a text with escapes for characters that the pictures' font lacks, or that nobody would see."""
+    known = _characters()
+    return "".join(
+        one if one == "\n" or (one in known and one.isprintable()) else one.encode("unicode_escape").decode("ascii")
+        for one in str(text)
+    )
 
 
 def style_of(number: int) -> dict[str, Any]:
@@ -142,7 +157,7 @@ def of_classification(
     workload: Workload, classes: Sequence[Any], result: Mapping[str, Any], rows: Rows, test: Split | None
 ) -> list[Picture]:
     """Return the confusion matrix, the accuracy of each class and, if the examples are pictures, some of them."""
-    names, counts = [str(name) for name in classes], np.array(result["confusion_matrix"])
+    names, counts = list(map(drawable, classes)), np.array(result["confusion_matrix"])
     mistakes = counts * ~np.eye(len(counts), dtype=bool)
     label, prediction = map(int, np.unravel_index(mistakes.argmax(), mistakes.shape))
     most = f"most often {names[label]} was taken for {names[prediction]} ({mistakes.max():,})"
@@ -151,6 +166,8 @@ def of_classification(
     of_each = zip(names, accuracies, strict=True)
     by_class = ", ".join(f"{name}: {ACCURACY.format(accuracy)}" for name, accuracy in of_each)
     caption = "Shade: the fraction of the label's examples that were predicted so. Right predictions have none."
+    if names != [*map(str, classes)]:
+        caption += " Names have escapes for characters that the font lacks."
     matrix, per_class = confusion_matrix(counts, names), accuracy_per_class(accuracies, names)
     pictures = [
         Picture("confusion", "Confusion matrix of the test set", f"Confusion matrix: {confusion}", matrix, caption),
@@ -275,9 +292,10 @@ def image_grid(
     num_columns = min(num_columns, len(images))
     tile = max(_LEAST_TILE, _LEAST_GRID // num_columns)
     margin = tile // 12
+    captions = list(map(drawable, captions))
     longest = max(len(line) for caption in captions for line in caption.split("\n"))
     font_size = min(_MOST_FONT, round(tile / (_CHARACTER * (2 + longest))))
-    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", font_size)
+    font = ImageFont.truetype(_FONT, font_size)
     drawn = [_resized(image, (tile - 2 * margin) / max(image.shape[:2])) for image in images]
     height, num_lines = max(image.height for image in drawn), max(caption.count("\n") + 1 for caption in captions)
     tile_height = height + 3 * margin + round(1.4 * num_lines * font_size)

@@ -384,11 +384,13 @@ def test_a_browser_shows_the_page_without_overflow_or_errors(
     assert problems == []
 
 
-def test_a_page_shows_no_secrets_and_escapes_markup() -> None:
+def test_a_page_shows_no_secrets_and_escapes_markup_and_control_characters() -> None:
     command_line = "train --storage-path http://user:password@host"
     rows = [("command_line", command_line), ("data_dir", "<script>alert(1)</script>")]
     status = "To resume: s3://KEY:SECRET@bucket?token=SECRET&region=us"
+    rows.append(("run", "\u202egnp.\x1b[31m"))
     text = page.Page("a run", status, tables=[Table("Origin", (), rows)]).to_html()
+    assert r"<td>\u202egnp.\x1b[31m</td>" in text
     assert "train --storage-path http://***@host<" in text
     assert "To resume: s3://***@bucket?token=***&amp;region=us<" in text
     assert "<script" not in text

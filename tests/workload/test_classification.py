@@ -13,6 +13,7 @@ from mnist_ray.errors import UsageError
 from mnist_ray.training.engine import measured_sums
 from mnist_ray.training.metrics import MetricSums
 from mnist_ray.workload import Arrays, Classification, Data, Regression, Workload
+from mnist_ray.workload.figures import drawable
 
 SMOOTHED = TrainConfig(label_smoothing=0.2)
 NAMES = ["ant", "bee", "cat", "dog", "elephant"]
@@ -214,6 +215,14 @@ def test_labels_and_predictions_are_written_by_name() -> None:
 def test_further_columns_of_predictions_are_written_as_they_are() -> None:
     scores = np.linspace(0, 1, 10)
     assert workload().readable({**COLUMNS, "probability": scores, "score": scores})["score"] == scores.tolist()
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_with_characters_that_the_font_lacks_are_drawn_as_escapes() -> None:
+    assert drawable("naïve 猫\x1b\n×") == "naïve \\u732b\\x1b\n×"
+    odd = workload(["ant", "bee", "猫", "\u202edog", "elephant"])
+    assert "Names have escapes" in odd.pictures(odd.details(COLUMNS), [], None)[0].caption
+    assert "Names have escapes" not in workload().pictures(odd.details(COLUMNS), [], None)[0].caption
 
 
 def test_the_report_has_pictures_without_examples_to_show() -> None:
