@@ -97,6 +97,7 @@ def load_data(workload: Workload) -> Data:
     """Return a workload's data; set its metadata, unless a checkpoint set them. Raises UsageError and JobError."""
     with placed(workload, "load_data"):
         data = _checked_data(workload, workload.load_data())
+        os.getcwd()  # raises FileNotFoundError if load_data has removed the current folder, which Ray needs
     if not workload.metadata:
         with placed(workload, "metadata_of"):
             workload.metadata = _checked_metadata(workload, workload.metadata_of(data))
@@ -159,6 +160,8 @@ def _check_arrays(place: str, arrays: Arrays) -> None:
         if not isinstance(array, np.ndarray) or array.ndim == 0:
             kind = "a single number" if isinstance(array, np.ndarray) else type(array).__name__
             raise UsageError(f"{place}: {what} must be a NumPy array (N, ...), not {kind}{_REMEDIES.get(kind, '')}")
+        if isinstance(array, np.ma.MaskedArray):
+            raise UsageError(f"{place}: {what} are a masked array, whose mask would be ignored; call .filled(VALUE)")
         if array.dtype.kind not in "biuf":
             raise UsageError(f"{place}: {what} must be numbers, not of dtype {array.dtype}")
     if len(arrays.inputs) != len(arrays.targets):

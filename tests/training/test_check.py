@@ -415,6 +415,20 @@ def test_a_model_that_fails_is_named_with_its_line_if_it_is_in_the_file(
     assert expected in message
 
 
+def test_a_load_data_that_removes_the_current_folder_is_named(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    body = """
+    def load_data(self):
+        import os
+        os.rmdir(os.getcwd())
+        return super().load_data()
+"""
+    assert message_of(write, body).startswith("Wrong, load_data: FileNotFoundError: ")
+
+
 @pytest.mark.parametrize("error", [JobError, UsageError])
 def test_an_error_in_one_line_is_raised_unchanged(write: Write, error: type[Exception]) -> None:
     line = f"from mnist_ray.errors import {error.__name__}; raise {error.__name__}('the file is damaged')"
@@ -444,6 +458,8 @@ def test_an_error_in_one_line_is_raised_unchanged(write: Write, error: type[Exce
          ": test: inputs must be a NumPy array (N, ...), not dict; use a Dataset"),
         ("Data(Arrays(np.ones(3), None), examples(3))",
          ": train: targets must be a NumPy array (N, ...), not NoneType; without targets, repeat the inputs"),
+        ("Data(Arrays(np.ma.ones((3, 4)), np.arange(3)), examples(3))",
+         ": train: inputs are a masked array, whose mask would be ignored; call .filled(VALUE)"),
         ("Data(Arrays(np.array(3.0), np.array(3)), examples(3))",
          ": train: inputs must be a NumPy array (N, ...), not a single number"),
         ("Data(examples(3), Arrays(np.ones((2, 4)), np.array(['a', 'b'])))",
