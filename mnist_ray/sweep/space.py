@@ -21,6 +21,7 @@ from mnist_ray.workload.base import Workload
 _NONE, _LOG = "none", "log:"
 # All trials have the same data and number of epochs, and each configuration gets its seeds from the sweep.
 _NOT_SEARCHED = ("seed", "num_epochs", "validation_size", "limit", "overfit_batches", "callback", "init_from")
+_MOST_VALUES = 1000  # in a list
 _DRAWS = 10  # per trial, as some may be equal
 _LONGEST_NAME = 180  # bytes of a trial folder's name; file systems allow 255
 
@@ -109,7 +110,7 @@ def space_of(workload_class: type[Workload], values: Mapping[str, Any], fixed: C
         try:
             name, space = _parsed(text, known)
         except UsageError as error:
-            raise UsageError(f"--sweep {text}: {error}") from error
+            raise UsageError(f"--sweep {text:.100}: {error}") from error
         if name in spaces or name in fixed:
             raise UsageError(f"--sweep searches {name}: name it only once, and without {settings.flag(name)}")
         spaces[name] = space
@@ -166,6 +167,8 @@ def _parsed(text: str, known: Mapping[str, _Setting]) -> tuple[str, SearchSpace]
         if len(ends) != 2 or None in ends or ends[0] > ends[1] or (is_log and ends[0] <= 0):
             raise UsageError("a range is LOW:HIGH or log:LOW:HIGH, the latter of positive numbers")
         return name, Range(ends[0], ends[1], log=is_log)
+    if given.count(",") >= _MOST_VALUES:
+        raise UsageError(f"these are more than {_MOST_VALUES:,} values; write a range, NAME=LOW:HIGH")
     options = tuple(setting.parse(option) for option in given.split(","))
     if len(set(options)) < len(options):
         raise UsageError("values must differ")

@@ -130,6 +130,11 @@ def test_a_text_that_is_no_space_is_refused(text: str, message: str) -> None:
     assert str(raised.value).startswith(f"--sweep {text}: {message}")
 
 
+def test_a_long_list_of_values_is_refused_in_a_short_line() -> None:
+    with pytest.raises(UsageError, match=r"^.{0,120}: these are more than 1,000 values; write a range, NAME=LOW:HIGH$"):
+        over(f"batch_size={','.join(map(str, range(1, 1_000_001)))}")
+
+
 def test_a_setting_is_searched_once_and_not_if_it_is_given() -> None:
     with pytest.raises(UsageError, match="--sweep searches beta1: name it only once, and without --beta1"):
         over("beta1=0.5,0.6", "beta1=0.7,0.8")
