@@ -9,6 +9,7 @@ Loading runs no code: ``training.pt`` is read with ``weights_only``.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -73,7 +74,12 @@ class Snapshot:
         digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
         document = {**self.document, "sha256": digests}
         digests[STATE_FILE] = digest_of(document)
-        folder.write_files({**contents, STATE_FILE: json_lines(document).encode()})
+        try:
+            folder.write_files({**contents, STATE_FILE: json_lines(document).encode()})
+        except STORAGE_ERRORS:
+            with contextlib.suppress(*STORAGE_ERRORS):  # a part of a checkpoint is of no use on a full disk
+                folder.filesystem.delete_dir(folder.path)
+            raise
 
 
 def snapshot(state: TrainingState, about: dict[str, Any], callbacks: Sequence[Callback] = ()) -> Snapshot:

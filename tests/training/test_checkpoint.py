@@ -202,6 +202,16 @@ def test_a_checkpoint_of_another_version_is_refused_by_its_format(saved: Path, t
         checkpoint.load_model(folder_at(folder), mnist())
 
 
+def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "1-0" / "training.pt").mkdir(parents=True)  # a folder of this name fails at once, like no other error
+    copied = checkpoint.snapshot(engine.create_state(mnist(), CONFIG, 600, CPU), {})
+    with pytest.raises(IsADirectoryError):
+        copied.write(folder_at(tmp_path / "1-0"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_state_file_may_be_formatted_differently(saved: Path, tmp_path: Path) -> None:
     folder = copy_of(saved / "1-0", tmp_path / "copy")
     state = json.loads((folder / "state.json").read_text())
