@@ -299,6 +299,7 @@ def test_an_unwritable_storage_path_is_one_line_and_status_1(
         (["--num-workers", "4000"], None, 2, "4,000 workers of 1 CPU are too many for this machine's"),
         ([], "127.0.0.1:1", 1, "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1; unset it to start a local Ray"),
         ([], "http://127.0.0.1:8265", 2, "RAY_ADDRESS=http://127.0.0.1:8265 is no HOST:PORT"),
+        ([], "me:secret@127.0.0.1:6379", 2, "RAY_ADDRESS=***@127.0.0.1:6379 is no HOST:PORT"),
     ],
 )
 def test_a_mistake_ends_a_process_with_one_line(

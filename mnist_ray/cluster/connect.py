@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import os
+import re
 import shutil
 import socket
 import threading
@@ -211,8 +212,9 @@ def _find_cluster() -> str | None:
     if named == "auto":
         started_here = ray_internals.address_of_ray_start()
         return started_here if started_here and _answers(started_here) else None
-    if "://" in named:
-        raise UsageError(f"RAY_ADDRESS={named} is no HOST:PORT; for a dashboard's address, use ray job submit")
+    if "://" in named or "@" in named:
+        shown = re.sub(r"[^/]*@", "***@", named)
+        raise UsageError(f"RAY_ADDRESS={shown} is no HOST:PORT; for a dashboard's address, use ray job submit")
     if not _answers(named):
         raise JobError(f"no Ray cluster answers at RAY_ADDRESS={named}; unset it to start a local Ray")
     return named
