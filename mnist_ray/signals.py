@@ -161,7 +161,8 @@ def _end_with_supervisor(from_supervisor: int) -> None:
 
 def _ending(state: int) -> str:
     if not os.WIFSIGNALED(state):
-        return "Ray ended this job's process; see above for Ray's messages, if any"
+        status = os.waitstatus_to_exitcode(state)
+        return f"this job's process exited with status {status}: ended by Ray (see above), or by os._exit in your code"
     name = signal.Signals(os.WTERMSIG(state)).name
     reason = ", which the system sends if memory runs out" if name == "SIGKILL" else ""
     return f"this job's process was ended by {name}{reason}"

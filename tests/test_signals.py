@@ -76,7 +76,10 @@ def test_the_works_status_and_traceback_are_passed_on(start: Starter) -> None:
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL, which the system sends if memory runs out"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", "was ended by SIGSEGV"),
-        ("os._exit(1)", "Ray ended this job's process; see above for Ray's messages, if any"),
+        (
+            "os._exit(1)",
+            "exited with status 1: ended by Ray (see above), or by os._exit in your code",
+        ),
     ],
 )
 def test_if_the_process_is_killed_one_line_says_so_and_how_to_resume(start: Starter, end: str, message: str) -> None:
