@@ -46,7 +46,7 @@ class RunConsole:
         self._live = Live(console=self._console, transient=True, auto_refresh=False)
         self._plain_interval_s = _NOTEBOOK_INTERVAL_S if "ipykernel" in sys.modules else _PLAIN_INTERVAL_S
         self._last_plain = 0.0
-        self._has_started = False
+        self._has_started, self._is_lost = False, False
         self._last_progress: Progress | None = None
 
     def __enter__(self: Self) -> Self:
@@ -84,7 +84,9 @@ class RunConsole:
             case Started():
                 self._started(event)
             case events.WorkersLost(reason):
-                self.say("lost", f"{reason}; replacing the workers …")
+                if not self._is_lost:  # a node's loss may fail several attempts to replace its workers
+                    self.say("lost", f"{reason}; replacing the workers …")
+                self._is_lost = True
             case events.NodeLeaving():
                 self.say("note", "a worker's node is about to be taken away; saving a checkpoint")
             case events.Stopping():
@@ -133,7 +135,7 @@ class RunConsole:
             steps = max(0, last.total_step - event.total_step)
             line += f"; {steps * last.epoch_s / last.step:.1f} s of work lost ({count(steps, 'step')})"
         self.say("restarted" if self._has_started else "started", line)
-        self._has_started = True
+        self._has_started, self._is_lost = True, False
 
     def _progress(self, event: Progress) -> None:
         self._last_progress = event

@@ -21,6 +21,7 @@ def show_a_run(quiet: bool) -> None:
         printer.show(EpochFinished(PROGRESS))
         printer.show(Validated(1, {"loss": 0.5, "accuracy": 0.875}, 1.0))
         printer.show(WorkersLost("worker 1 died"))
+        printer.show(WorkersLost("worker 0 was lost with its node"))
         printer.show(Started(2, ("a", "a"), 1, "cpu", "bf16", 0, 20, num_steps=40, damaged=("checkpoint_b",)))
         printer.result("test", "done")
 
