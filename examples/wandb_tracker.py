@@ -12,6 +12,7 @@ from collections import defaultdict
 
 import wandb
 from PIL import Image
+from wandb.sdk.data_types._private import MEDIA_TMP
 
 from mnist_ray.errors import masked
 from mnist_ray.trackers import Tracker
@@ -48,4 +49,7 @@ class WandB(Tracker):
         images = {name: Image.open(io.BytesIO(png)) for name, png in ending.pictures.items()}
         self.wandb_run.log({f"pictures/{name}": wandb.Image(image) for name, image in images.items()})
         self.wandb_run.finish(exit_code=int(ending.result is None))
-        wandb.teardown()  # an offline run may not be written yet, and the job ends without Python's exit handlers
+        # The job ends without Python's exit handlers: write what is not written yet, and remove temporary folders.
+        wandb.teardown()
+        for folder in (MEDIA_TMP, wandb.Artifact._TMP_DIR):
+            folder.cleanup()
