@@ -104,7 +104,8 @@ class RunConsole:
                 if math.isnan(event.values[(monitor := self._workload.monitor.name)]):
                     self.say("note", f"{monitor} is NaN, so the checkpoint of epoch {event.epoch} counts as the worst")
             case events.StoppedEarly(epoch, best_epoch):
-                self.say("stopped", f"after epoch {epoch}: validation was best after epoch {best_epoch}")
+                best = f": validation was best after epoch {best_epoch}" if best_epoch else ""
+                self.say("stopped", f"after epoch {epoch}{best}")
 
     def show_evaluation(self, tested: Evaluation) -> None:
         """Print the result on the test set."""

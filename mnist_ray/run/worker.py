@@ -101,7 +101,7 @@ class Reporter(Callback):
     def end(self, state: TrainingState) -> None:
         """Report the end of training if training stopped early."""
         if state.epoch < self._config.num_epochs:
-            self.send(StoppedEarly(state.epoch, best_epoch(state.scores)))
+            self.send(StoppedEarly(state.epoch, best_epoch(state.scores) if state.scores else None))
 
     def send(self, event: Event) -> None:
         """Report an event. This method does nothing unless a subclass overrides it."""

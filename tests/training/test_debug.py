@@ -91,9 +91,9 @@ def test_a_callback_that_a_flag_names_ends_a_run_of_two_workers(
     small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "ends.py").write_text(CALLBACK)
-    more = {"num_epochs": 9, "callback": tmp_path / "ends.py", "num_workers": 2, "early_stop": 9}
+    more = {"num_epochs": 9, "callback": tmp_path / "ends.py", "num_workers": 2}
     run_main("train", *flags(small_data, tmp_path, **more))
-    assert "epoch 3/9" in capsys.readouterr().out
+    assert "stopped    after epoch 3\n" in capsys.readouterr().out
     with (tmp_path / "run" / "metrics.csv").open() as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3"]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["callback"] == str(tmp_path / "ends.py")
