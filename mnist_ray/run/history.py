@@ -105,8 +105,9 @@ class History:
 
     @property
     def unvalidated(self) -> list[int]:
-        """The finished epochs whose checkpoints no task has evaluated."""
-        return [epoch for epoch, row in sorted(self.rows.items()) if row.get("val_loss", "") == ""]
+        """The finished epochs whose checkpoints no task has evaluated; a kill may leave an epoch without any value."""
+        epochs = range(1, max(self.rows, default=0) + 1)
+        return [epoch for epoch in epochs if self.rows.get(epoch, {}).get("val_loss", "") == ""]
 
     def mean_rate(self) -> float | None:
         """Return the mean examples per second of all epochs with a recorded rate; None if there are none.
