@@ -59,9 +59,10 @@ def table(
 ) -> Data:
     """Read a table from a CSV or Parquet file, or take a ``DataFrame``. The inputs are (N, columns) float32.
 
-    ``columns``: by default all but ``target``. The column ``target`` has the targets, (N,), whole numbers or float32.
-    With ``as_classes``, its values are names of classes: ``class_names`` in the metadata is their sorted list, and
-    targets are indices of it. Without ``test``, a random fifth is the test set. Raises UsageError for gaps or strings.
+    ``columns``: by default all but ``target``; the metadata have them. The column ``target`` has the targets, (N,),
+    whole numbers or float32. With ``as_classes``, its values are names of classes: ``class_names`` in the metadata is
+    their sorted list, and targets are indices of it. Without ``test``, a random fifth is the test set. Raises
+    UsageError for gaps or strings.
     """
     import pandas
 
@@ -72,7 +73,7 @@ def table(
             raise UsageError(f"the table has no column {missing[0]}, only {', '.join(map(str, frame))}")
         _check_numbers(frame, columns if as_classes else [*columns, target])
     inputs = [frame[columns].to_numpy(np.float32) for frame in frames]
-    targets, metadata = [frame[target].to_numpy() for frame in frames], dict[str, Any]()
+    targets, metadata = [frame[target].to_numpy() for frame in frames], dict[str, Any](columns=[*map(str, columns)])
     if as_classes:
         names = metadata["class_names"] = sorted(frames[0][target].dropna().unique().tolist())
         targets = [pandas.Index(names).get_indexer(values) for values in targets]
@@ -101,14 +102,16 @@ def _frame(table: str | Path | DataFrame) -> DataFrame:
 
 
 def _check_numbers(frame: DataFrame, names: Sequence[str]) -> None:
-    for name in names:
-        if frame[name].dtype.kind not in "biuf":
-            raise UsageError(
-                f"column {name} does not hold numbers; use pandas.get_dummies(table, columns=[{name!r}]), leave it "
-                "out of columns=, or, if it is the target, read it with as_classes=True"
-            )
-        if not np.isfinite(frame[name].to_numpy(float)).all():
-            raise UsageError(f"column {name} has gaps; use table[{name!r}].fillna(0), or dropna()")
+    texts = [name for name in names if frame[name].dtype.kind not in "biuf"]
+    gaps = [name for name in names if name not in texts and not np.isfinite(frame[name].to_numpy(float)).all()]
+    wrong = []
+    if texts:
+        call = f"pandas.get_dummies(table, columns={texts})"
+        wrong.append(f"no numbers in {', '.join(texts)}: use {call}, or, for the target, as_classes=True")
+    if gaps:
+        wrong.append(f"gaps in {', '.join(gaps)}: use table.fillna(0), or dropna()")
+    if wrong:
+        raise UsageError(f"the table has {'; '.join(wrong)}; then pass the DataFrame, or name other columns=[…]")
 
 
 def _parted(number: int) -> tuple[np.ndarray, np.ndarray]:

@@ -78,7 +78,7 @@ def test_a_table_has_classes_if_the_workload_says_so(tmp_path: Path, kind: str) 
     data = sources.table(table, target="kind", as_classes=True)
     shown = "a table" if kind == "frame" else f"cats.{kind}"
     assert data.name == f"{shown}, 2 columns to predict kind"
-    assert data.metadata == {"class_names": ["a", "b"]}
+    assert data.metadata == {"columns": ["weight", "height"], "class_names": ["a", "b"]}
     train, test = arrays(data.train), arrays(data.test)
     assert (train.inputs.shape, train.inputs.dtype.name, len(test)) == ((16, 2), "float32", 4)
     np.testing.assert_array_equal(train.targets, train.inputs[:, 0] % 2)
@@ -90,7 +90,7 @@ def test_targets_of_a_table_are_its_numbers_also_if_they_are_whole(factor: float
     data = sources.table(table, table[:5], target="price", columns=["rooms"])
     train = arrays(data.train)
     assert (len(train), len(arrays(data.test)), train.targets.dtype.name) == (20, 5, dtype)
-    assert data.metadata == {}
+    assert data.metadata == {"columns": ["rooms"]}
     np.testing.assert_allclose(train.targets, train.inputs[:, 0] * factor)
 
 
@@ -98,10 +98,13 @@ def test_targets_of_a_table_are_its_numbers_also_if_they_are_whole(factor: float
     ("columns", "message"),
     [
         ({"x": [1]}, "the table has no column y, only x"),
-        ({"x": ["red"], "y": [2]}, r"column x does not hold numbers; .* pandas.get_dummies\(table, columns=\['x'\]\)"),
-        ({"x": [None, 1.0], "y": [2, 1]}, r"column x has gaps; use table\['x'\].fillna\(0\)"),
-        ({"x": [1.0], "y": ["red"]}, "column y does not hold numbers; .* read it with as_classes=True"),
-        ({"x": [1, 1], "y": [2, float("inf")]}, "column y has gaps"),
+        (
+            {"x": ["red", "blue"], "y": [2, 1], "z": [None, 1.0], "w": ["a", "b"]},
+            r"^the table has no numbers in x, w: use pandas.get_dummies\(table, columns=\['x', 'w'\]\), or, .*; "
+            r"gaps in z: use table.fillna\(0\), or dropna\(\); then pass the DataFrame, or name other columns=\[…\]$",
+        ),
+        ({"x": [1.0], "y": ["red"]}, "the table has no numbers in y: .*, or, for the target, as_classes=True; then"),
+        ({"x": [1, 1], "y": [2, float("inf")]}, "the table has gaps in y: use"),
     ],
 )
 def test_what_is_no_table_of_numbers_is_refused_with_what_to_write(columns: dict[str, Any], message: str) -> None:
