@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from mnist_ray import api, signals
 from mnist_ray.cluster import environment
 from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig, PredictionConfig, ViewConfig
-from mnist_ray.errors import PROGRAM, JobError, UsageError, prepare_output, say
+from mnist_ray.errors import PROGRAM, JobError, UsageError, about_ray, prepare_output, say
 from mnist_ray.run.job import read_job, resume_command
 from mnist_ray.run.lookup import class_of, find_run
 from mnist_ray.run.train import train as train_job
@@ -141,8 +141,9 @@ def status_of(main: Callable[[], None]) -> int:
         return 130
     except BrokenPipeError:  # the reader of the output is gone, as in `… | head`
         return 1
-    except Exception:
-        for line in traceback.format_exc().splitlines():
+    except Exception as error:
+        of_ray = about_ray(error)
+        for line in [f"error: {of_ray}"] if of_ray else traceback.format_exc().splitlines():
             say(line, file=sys.stderr)
         return 1
     return 0

@@ -6,6 +6,7 @@ Any other exception is a bug and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import os
 import re
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 PROGRAM = "mnist-ray"
+TESTED_RAY = "2.60"
+_PRIVATE_API = ("ray_internals.py", "train_internals.py")  # the files that use it
 _PACKAGE = Path(__file__).parent
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # in Ray's messages
 _IN_ANOTHER_PROCESS = "\nOriginal Traceback "  # in errors that torch's DataLoader passes on
@@ -59,6 +62,15 @@ def with_place(error: BaseException, *folders: Path, fallback: Path = _PACKAGE) 
             if folder in Path(file).parents and "site-packages" not in Path(file).parts:
                 return f"{said} ({Path(file).name}, line {line})"
     return said
+
+
+def about_ray(error: BaseException) -> str | None:
+    """Return one line if an error means that Ray's private API is not as the package knows it; else None."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    if not isinstance(error, (AttributeError, ImportError, TypeError)) or not last.filename.endswith(_PRIVATE_API):
+        return None
+    changed = f"Ray {importlib.metadata.version('ray')} does not work here: {first_line(error)}"
+    return f"{changed}; pip install 'ray[train,tune]=={TESTED_RAY}.*'"
 
 
 def masked(text: str) -> str:

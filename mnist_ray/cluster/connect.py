@@ -26,7 +26,7 @@ from mnist_ray.cluster.environment import for_workers, prepare_local, users_vari
 from mnist_ray.cluster.plan import Cluster, Node, local_cpus, node_of
 from mnist_ray.cluster.watch import RaySilentError, watched
 from mnist_ray.config import WorkerConfig
-from mnist_ray.errors import JobError, UsageError, first_line
+from mnist_ray.errors import JobError, UsageError, about_ray, first_line
 from mnist_ray.signals import take_signals
 from ray_fork.starting import Forking, own_runtime_env, runtime_env_to_fork
 
@@ -113,7 +113,8 @@ def _start(session: Path, num_cpus: int, forking: Forking | None, *, has_dashboa
             )
     except Exception as error:
         variables = f"; with {', '.join(names)} set" if names else ""
-        said = f"a local Ray cannot start: {first_line(error)} (logs: {session / 'logs'}{variables})"
+        reason = about_ray(error) or first_line(error)
+        said = f"a local Ray cannot start: {reason} (logs: {session / 'logs'}{variables})"
         raise JobError(said) from error
 
 

@@ -13,7 +13,7 @@ import ray
 from ray.util import remove_placement_group
 
 from mnist_ray.cluster import ray_internals
-from mnist_ray.errors import JobError
+from mnist_ray.errors import JobError, about_ray
 from mnist_ray.signals import end_with
 
 Ping = Callable[[], "Future[object]"]  # asks for a sign of life; the future is done when an answer, or an error, comes
@@ -105,7 +105,13 @@ def _repeated(action: Callable[[], None], interval_s: float) -> Iterator[Callabl
 
     def run() -> None:
         while not is_over.wait(interval_s):
-            action()
+            try:
+                action()
+            except Exception as error:
+                if (said := about_ray(error)) is None:
+                    raise
+                end_with(JobError(said))
+                return
 
     def stop() -> None:
         is_over.set()
