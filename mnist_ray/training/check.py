@@ -45,10 +45,12 @@ def check_batch(workload: Workload, batch: Batch, fewer: Batch, config: TrainCon
         remedy = ""
         if re.search("dtype|scalar type|bias type|not implemented for", str(error)):
             is_other = isinstance(for_training, Tensor) and for_training.dtype != torch.float32
-            if is_other or "Double" in str(error):
+            if is_other:
                 remedy = "; return inputs.float() from prepare"
+            elif "Double" in str(error):
+                remedy = "; make all floats in the inputs float32, for example in prepare"
             elif re.search("BFloat16|Half", str(error)):
-                remedy = "; create tensors with x.new_zeros(…), so that dtypes agree, or use --precision fp32"
+                remedy = "; create one of the tensors by new_zeros(…) of the other, or use --precision fp32"
         raise UsageError(f"{error}{remedy}") from error
     with placed(workload, "check_outputs"):
         workload.check_outputs(outputs, batch.targets)

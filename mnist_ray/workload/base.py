@@ -46,6 +46,7 @@ class Metric:
 
 
 LOSS, ACCURACY = Metric("loss", "min"), Metric("accuracy", "max", is_fraction=True)
+TARGETS_REMEDY = "return torch.tensor(targets) from collate, or numbers from the Dataset"
 Rows = Sequence[Mapping[str, str]]  # a CSV file's rows, each a mapping from column names to values
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from mnist_ray.errors import UsageError
-from mnist_ray.workload.base import ACCURACY, Metric, Picture, Rows, Workload
+from mnist_ray.workload.base import ACCURACY, TARGETS_REMEDY, Metric, Picture, Rows, Workload
 from mnist_ray.workload.data import Arrays, Data, Split
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Classification(Workload):
         if not hasattr(outputs, "ndim"):
             raise UsageError(f"{name}: the model gives a {type(outputs).__name__}, not a tensor of logits")
         if not hasattr(targets, "ndim"):
-            raise UsageError(f"{name}: a batch's targets are a {type(targets).__name__}, not a tensor")
+            raise UsageError(f"{name}: a batch's targets are a {type(targets).__name__}; {TARGETS_REMEDY}")
         if outputs.ndim != 2 or outputs.shape[1] != self.num_classes:
             raise UsageError(
                 f"{name}: the model gives {' × '.join(map(str, outputs.shape[1:])) or 'no'} logits per example, "

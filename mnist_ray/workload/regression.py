@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mnist_ray.errors import UsageError
-from mnist_ray.workload.base import Metric, Picture, Rows, Workload
+from mnist_ray.workload.base import TARGETS_REMEDY, Metric, Picture, Rows, Workload
 from mnist_ray.workload.data import Split
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Regression(Workload):
         if not hasattr(outputs, "shape"):
             raise UsageError(f"{name}: the model gives a {type(outputs).__name__}, not a tensor")
         if not hasattr(targets, "shape"):
-            raise UsageError(f"{name}: a batch's targets are a {type(targets).__name__}, not a tensor")
+            raise UsageError(f"{name}: a batch's targets are a {type(targets).__name__}; {TARGETS_REMEDY}")
         if targets.ndim != 1 or tuple(outputs.shape) not in ((len(targets),), (len(targets), 1)):
             shapes = f"{tuple(outputs.shape)} for targets {tuple(targets.shape)}"
             raise UsageError(f"{name}: the model gives {shapes}; both must be one number per example")

@@ -338,7 +338,7 @@ class Summed(nn.Linear):
         return torch.zeros(features.shape).index_add(0, torch.arange(len(features)), features)
 """
     message = message_of(write, body, config=TrainConfig(precision="bf16"))
-    assert message.endswith("; create tensors with x.new_zeros(…), so that dtypes agree, or use --precision fp32")
+    assert message.endswith("; create one of the tensors by new_zeros(…) of the other, or use --precision fp32")
 
 
 @pytest.mark.parametrize("base", ["Right", "Numbers"])
@@ -349,7 +349,9 @@ def test_targets_that_collate_returns_as_a_list_are_refused(write: Write, base: 
         return Data(part, part, metadata={"class_names": [*range(10)]})
     def collate(self, examples): return torch.tensor(np.stack([one for one, _ in examples])), [0] * len(examples)
 """
-    assert message_of(write, body, base) == "Wrong: a batch's targets are a list, not a tensor"
+    assert message_of(write, body, base) == (
+        "Wrong: a batch's targets are a list; return torch.tensor(targets) from collate, or numbers from the Dataset"
+    )
 
 
 @pytest.mark.parametrize(
