@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 AnyWorkload = type[Workload] | str | Path | None  # a class, or a value of --workload; None: MNIST or the run's workload
 _STORAGE_PATH = OutputConfig().storage_path
-_INPUTS = (dict, list, tuple)  # kinds of a workload's inputs, besides arrays and tensors
 _REPORT_HEIGHT = 600  # pixels, in a notebook
 
 
@@ -190,10 +189,9 @@ def predict(
     first picture that cannot be used, with the line that ``jobs/predict.py`` prints for it.
     """
     config = build(PredictionConfig, {"as_is": as_is})
-    if isinstance(pictures, list) and not pictures:
-        return []
     given = pictures if isinstance(pictures, (list, tuple)) or hasattr(pictures, "shape") else [pictures]
-    are_inputs = given is pictures and any(hasattr(one, "shape") or isinstance(one, _INPUTS) for one in given)
+    is_input = [hasattr(one, "shape") or isinstance(one, (dict, list, tuple)) for one in given]
+    are_inputs = given is pictures and (any(is_input) or not is_input)
     found = find(run, workload, storage_path, with_pictures=not are_inputs)
 
     from mnist_ray.tools import predict as tool  # imports torch

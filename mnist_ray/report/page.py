@@ -185,12 +185,8 @@ def _seconds(result: Mapping[str, Any]) -> list[Picture]:
 
 def _epochs(record: RunRecord) -> Table:
     workload, parts = record.workload, {"train": "training", "val": "validation"}
-    cells = [
-        (part, metric)
-        for part in parts
-        for metric in workload.all_metrics
-        if not all(map(math.isnan, record.column(f"{part}_{metric.name}")))
-    ]
+    cells = [(part, metric) for part in parts for metric in workload.all_metrics]
+    cells = [(part, one) for part, one in cells if not all(map(math.isnan, record.column(f"{part}_{one.name}")))]
     columns = ["epoch", *(f"{parts[part]} {metric.name}" for part, metric in cells), "seconds", f"{workload.nouns}/s"]
     rows = [
         (

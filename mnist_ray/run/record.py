@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import json
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -143,7 +144,7 @@ class Record:
             **origin(),
         }
         write_predictions(job.run, workload, tested)
-        result = _finite(result)
+        result = json.loads(json.dumps(result), parse_constant=lambda name: None)  # JSON has no NaN, no Infinity
         job.run.write_text(RESULT_FILE, json_lines(result))
         self._console.show_evaluation(tested)
         if job.train.overfit_batches is not None:
@@ -186,15 +187,6 @@ class Record:
             console.result("profile", f"{run.inside(TRACE_FILE).uri}, for ui.perfetto.dev")
         if self._has_report:
             console.result("report", run.inside(REPORT_FILE).uri)
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON does not have, by None."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def overfit_verdict(loss_before: float, loss_after: float) -> str:

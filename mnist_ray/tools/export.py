@@ -92,10 +92,8 @@ def _explained(workload: Workload) -> Iterator[None]:
         reason: BaseException = error
         while reason.__cause__ is not None:  # the ONNX exporter's own error gives only advice
             reason = reason.__cause__
-        said = with_place(reason, fallback=workload.source.folder)
-        raise UsageError(
-            f"{type(workload).__name__}: PyTorch cannot export the model: {said}; see docs/training.md#export"
-        ) from error
+        said = f"{with_place(reason, fallback=workload.source.folder)}; see docs/training.md#export"
+        raise UsageError(f"{type(workload).__name__}: PyTorch cannot export the model: {said}") from error
     finally:
         logging.disable(logging.NOTSET)
 
