@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import queue
 import tempfile
@@ -127,7 +128,8 @@ class TensorBoard(Tracker):
         if isinstance(event, Started):
             self._write(step=event.total_step + 1, session_log=_RESTART)
         for name, value, step in self.scalars(event):
-            self._write(step=step, summary=summary.scalar(name, value))
+            if not math.isnan(value):
+                self._write(step=step, summary=summary.scalar(name, value))
         if not isinstance(event, Progress):  # too frequent to flush
             self._file.flush()
 

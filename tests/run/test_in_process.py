@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import faulthandler
+import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mnist_ray import train
+from mnist_ray.mnist import MNIST
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.run.in_process import LocalReporter
 from mnist_ray.storage import locate
@@ -64,6 +67,19 @@ def test_a_step_may_take_any_time(small_data: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(LocalReporter, "on_step", lambda reporter, state: seen.extend(armed or [False]))
     train(None, **{**HERE, "num_epochs": 1, "data_dir": small_data, "storage_path": tmp_path})
     assert set(seen) == {False}
+
+
+def test_results_that_json_cannot_hold_are_null(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(MNIST, "summarize", lambda workload, means: {"accuracy": math.nan})
+    monkeypatch.setattr(MNIST, "details", lambda workload, columns: {"worst": [math.inf, 1.5]})
+    for method in ("lines", "pictures"):
+        monkeypatch.setattr(MNIST, method, lambda *given: [])
+    found = train(None, **{**HERE, "num_epochs": 1, "data_dir": small_data, "storage_path": tmp_path})
+    result = json.loads(found.folder.read_text("result.json") or "", parse_constant=pytest.fail)
+    assert (result["test_accuracy"], result["worst"], found.metrics["accuracy"]) == (None, [None, 1.5], None)
+    assert caplog.messages == []  # such as those of TensorBoard's writer
 
 
 def test_the_best_two_and_the_last_checkpoint_are_kept(small_data: Path, tmp_path: Path) -> None:
