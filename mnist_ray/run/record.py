@@ -150,7 +150,7 @@ class Record:
         if job.train.overfit_batches is not None:
             self._console.result("overfit", overfit_verdict(self._first_loss, result["test_loss"]))
         self._fitted, self._result = fitted, result
-        return float(result[f"test_{workload.monitor.name}"])
+        return tested.values(workload)[workload.monitor.name]
 
     def close(self) -> None:
         """Write the report and close the trackers. If either fails, print a note: the run has not failed."""
