@@ -29,7 +29,7 @@ from before import training_workers
 PEERS = Path(__file__).parent / "peers"
 TRAIN = Path(__file__).parent.parent / "jobs" / "train.py"
 Figures = dict[str, float]
-_HANG_S = 600.0
+_HANG_S = 180.0
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def start(framework: Framework, data: Path, folder: Path, processes: int) -> psu
 
 
 def train(framework: Framework, data: Path, setting: str) -> Figures:
-    """Train with ``one`` process, with ``two``, or with two of which one is ``killed``; start again after a failure.
+    """Train with ``one`` process, with ``two``, or with two of which one is ``killed``; start again if it fails or hangs.
 
     Returns the program's outcome, the seconds from the first start to the last exit, and the number of starts.
     """
@@ -117,7 +117,13 @@ def train(framework: Framework, data: Path, setting: str) -> Figures:
                     time.sleep(0.1)
                 time.sleep(1)
                 framework.second_process(job).kill()
-            printed, _ = job.communicate(timeout=_HANG_S)
+            try:
+                printed, _ = job.communicate(timeout=_HANG_S)
+            except subprocess.TimeoutExpired:
+                print(f"{framework.name}, {setting}: hangs; killed after {_HANG_S:.0f} s", flush=True)
+                for process in (*job.children(recursive=True), job):
+                    process.kill()
+                continue
             if job.returncode == 0:
                 seconds = time.perf_counter() - begun
                 return {"s": seconds, "starts": starts, **framework.outcome(printed, folder)}
