@@ -104,7 +104,7 @@ def start(framework: Framework, data: Path, folder: Path, processes: int) -> psu
 
 
 def train(framework: Framework, data: Path, setting: str) -> Figures:
-    """Train with ``one`` process, with ``two``, or with two of which one is ``killed``; start again if it fails or hangs.
+    """Train with ``one`` process, with ``two``, or with two of which one is ``killed``. Start it again if it fails.
 
     Returns the program's outcome, the seconds from the first start to the last exit, and the number of starts.
     """
