@@ -17,9 +17,11 @@ import kubernetes_validate
 import pytest
 import ray
 import yaml
+from packaging.requirements import Requirement
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from mnist_ray import cli
+from mnist_ray.errors import TESTED_RAY
 from tests.conftest import ROOT, as_flags, run_job
 
 MANIFESTS = ["rayjob-train.yaml", "rayjob-tune.yaml"]
@@ -129,6 +131,19 @@ def test_the_image_runs_as_an_ordinary_user_and_copies_existing_files() -> None:
     copied = [source for words in instructions if words[0] == "COPY" for source in words[1:-1]]
     assert all((ROOT / source).exists() for source in copied)
     assert any(words[0] == "ARG" and words[1].startswith("TORCH_INDEX=") for words in instructions)
+
+
+@pytest.mark.parametrize("name", ["cluster.yaml", "deploy/Dockerfile"])
+def test_clusters_get_the_versions_that_were_tested_which_the_package_accepts(name: str) -> None:
+    installs = re.findall(r"^[^#\n]*pip install.*", (ROOT / name).read_text(), re.MULTILINE)
+    assert len(installs) == 2
+    assert all("constraints.txt" in install for install in installs)
+    pins = [Requirement(line) for line in (ROOT / "deploy" / "constraints.txt").read_text().splitlines()[1:]]
+    accepted = {needed.name: needed for needed in map(Requirement, requires("mnist_ray") or ()) if not needed.marker}
+    for pin in pins:
+        (version,) = pin.specifier
+        assert version.version in accepted[pin.name].specifier
+    assert next(str(pin.specifier) for pin in pins if pin.name == "ray").startswith(f"=={TESTED_RAY}.")
 
 
 def test_on_slurm_ray_spans_the_nodes_and_the_job_gets_the_arguments(tmp_path: Path) -> None:
