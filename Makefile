@@ -1,6 +1,7 @@
 # make train needs only python3 (with venv and pip), make and git.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 ADDRESS ?= http://localhost:8265
 JOB ?= train
 # If there is a token, clusters require it.
@@ -8,58 +9,58 @@ AUTH ?= $(or $(RAY_AUTH_MODE),$(if $(wildcard $(HOME)/.ray/auth_token)$(RAY_AUTH
 
 .PHONY: train tune tensorboard submit test test-long test-browser bench bench-quick chaos check format clean
 
-train: .venv/installed  ## train on the embedded MNIST with the default recipe
+train: $(VENV)/installed  ## train on the embedded MNIST with the default recipe
 	$(BIN)/python jobs/train.py $(ARGS)
 
-tune: .venv/installed  ## search batch size and learning rate, train the best
+tune: $(VENV)/installed  ## search batch size and learning rate, train the best
 	$(BIN)/python jobs/tune.py $(ARGS)
 
-tensorboard: .venv/installed  ## follow runs at http://localhost:6006
+tensorboard: $(VENV)/installed  ## follow runs at http://localhost:6006
 	$(BIN)/tensorboard --logdir ~/ray_results $(ARGS)
 
-submit: .venv/installed  ## run a job on a cluster: make submit ADDRESS=http://HEAD:8265 JOB=tune ARGS='--num-trials 16'
+submit: $(VENV)/installed  ## run a job on a cluster: make submit ADDRESS=http://HEAD:8265 JOB=tune ARGS='--num-trials 16'
 	RAY_AUTH_MODE=$(AUTH) $(BIN)/ray job submit --address $(ADDRESS) --working-dir . $(SUBMIT_ARGS) -- python jobs/$(JOB).py $(ARGS)
 
-test: .venv/installed-dev  ## run the tests
+test: $(VENV)/installed-dev  ## run the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=25 $(ARGS)
 
-test-long: .venv/installed-dev  ## run the tests that take minutes
+test-long: $(VENV)/installed-dev  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m long $(ARGS)
 
-bench: .venv/installed-dev  ## compare the speed with other programs and an earlier version: an hour
+bench: $(VENV)/installed-dev  ## compare the speed with other programs and an earlier version: an hour
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 	$(BIN)/python benchmarks/scaling.py
 
-bench-quick: .venv/installed-dev  ## check in four minutes that bench.py works
+bench-quick: $(VENV)/installed-dev  ## check in four minutes that bench.py works
 	$(BIN)/python benchmarks/bench.py --quick $(ARGS)
 
-chaos: .venv/installed-dev  ## kill workers, nodes and drivers of many runs: an hour
+chaos: $(VENV)/installed-dev  ## kill workers, nodes and drivers of many runs: an hour
 	$(BIN)/python benchmarks/chaos.py $(ARGS)
 
-test-browser: .venv/installed-dev  ## test reports in Chromium, which must be installed
+test-browser: $(VENV)/installed-dev  ## test reports in Chromium, which must be installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'
 	$(BIN)/python -m pytest -m browser $(ARGS)
 
-check: .venv/installed-dev  ## check lint, format and types
+check: $(VENV)/installed-dev  ## check lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: .venv/installed-dev  ## fix lint and format
+format: $(VENV)/installed-dev  ## fix lint and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # Rebuilt if it is missing or incomplete, or if pyproject.toml has changed.
-.venv/installed: pyproject.toml
-	@echo "installing into .venv, which takes a minute or two …"
-	$(PYTHON) -m venv .venv
+$(VENV)/installed: pyproject.toml
+	@echo "installing into $(VENV), which takes a minute or two …"
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cluster,tensorboard]'
 	touch $@
 
 # Adds the packages that checks and tests need.
-.venv/installed-dev: .venv/installed
+$(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
 clean:  ## remove the virtual environment and caches
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info
