@@ -95,7 +95,8 @@ def _share_data(session: Session, event_queue: Any) -> tuple[LoopSpec, Validatio
     """Share the data. Return the workers' spec, and the configuration of validation tasks, if there are any."""
     job, data, loader_workers = session.job, session.data, session.job.workers.loader_workers
     evaluate.start_process()
-    spec = LoopSpec(job=job, train=share(job.workload, data.train), event_queue=event_queue)
+    train, is_local = share(job.workload, data.train), session.plan.is_local
+    spec = LoopSpec(job=job, train=train, event_queue=event_queue, is_local=is_local)
     if len(data.validation) == 0:
         return spec, None
     split = share(job.workload, data.validation)

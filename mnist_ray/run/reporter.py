@@ -21,6 +21,8 @@ from mnist_ray.training.checkpoint import Restored, Snapshot
 from mnist_ray.training.events import Event, NodeLeaving, Progress
 from mnist_ray.training.state import CodeFailedError, Group, StopWantedError, TrainingState
 
+_ASK_INTERVAL_S = 5.0  # of training, between two questions whether a node will be taken away: every tenth window
+
 
 def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
     """Train on one worker of Ray Train; every rank calls this. Return why training stopped early; None if it finished.
@@ -57,6 +59,7 @@ class TrainReporter(Reporter):
     def __init__(self, spec: LoopSpec, group: Group, config: TrainConfig) -> None:
         super().__init__(spec, group, config)
         self._saved_for_preemption = False
+        self._trained_s = self._ask_at_s = 0.0
         self._uploaded = threading.Event()
         self._uploaded.set()
         self._answers: list[Any] = []
@@ -94,11 +97,15 @@ class TrainReporter(Reporter):
     def on_progress(self, state: TrainingState, progress: Progress) -> None:
         """Send the progress to the driver."""
         super().on_progress(state, progress)
+        self._trained_s = state.finished_s + state.epoch_s
         self.send(progress)
 
     def wants_checkpoint(self) -> bool:
         """If a worker's node is about to be taken away, return True, but only once."""
-        if self._saved_for_preemption or ray.train.get_preemption_info() is None:
+        if self._spec.is_local or self._saved_for_preemption or self._trained_s < self._ask_at_s:
+            return False
+        self._ask_at_s = self._trained_s + _ASK_INTERVAL_S  # the clock of rank 0, which all ranks know
+        if ray.train.get_preemption_info() is None:  # all ranks ask together, and wait for each other
             return False
         self._saved_for_preemption = True
         self.send(NodeLeaving())
