@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import os
+import re
 import shutil
 import socket
 import threading
@@ -122,7 +123,13 @@ def _join(address: str, forking: Forking | None, **options: Any) -> None:
     try:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[-1]
+        said = str(error.__cause__ or error).strip()
+        reason = said.splitlines()[-1]
+        if len(versions := re.findall(r"(?:Ray|Python): (\S+)", said)) == 4:
+            reason = (
+                "it has Ray {} and Python {}, but this job has Ray {} and Python {}; run the job with the cluster's "
+                "versions, or on the cluster by ray job submit"
+            ).format(*versions)
         raise JobError(f"cannot connect to the Ray cluster at {address}: {reason}") from error
 
 
