@@ -126,10 +126,8 @@ def _join(address: str, forking: Forking | None, **options: Any) -> None:
         said = str(error.__cause__ or error).strip()
         reason = said.splitlines()[-1]
         if len(versions := re.findall(r"(?:Ray|Python): (\S+)", said)) == 4:
-            reason = (
-                "it has Ray {} and Python {}, but this job has Ray {} and Python {}; run the job with the cluster's "
-                "versions, or on the cluster by ray job submit"
-            ).format(*versions)
+            differ = "it has Ray {} and Python {}, but this job {} and {}; install its versions, or use ray job submit"
+            reason = differ.format(*versions)
         raise JobError(f"cannot connect to the Ray cluster at {address}: {reason}") from error
 
 

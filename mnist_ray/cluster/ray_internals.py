@@ -112,8 +112,7 @@ def address_of_ray_start() -> str | None:
 def ask(address: str, timeout_s: float) -> None:
     """Raise a RayError if no Ray answers at an address within ``timeout_s``; ``ray.init`` would try for minutes.
 
-    Afterwards, this process sends its token if the cluster wants one. ``ray.init(address=...)`` would not send it
-    unasked; sent to a cluster without tokens, it would keep the driver and its actors apart.
+    From then on, this process sends its token if the cluster wants it; else the actors of the job would die.
     """
     os.environ.pop(AUTH_MODE_ENV_VAR, None)
     read_settings_again()

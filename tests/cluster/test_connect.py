@@ -127,8 +127,7 @@ def test_a_cluster_of_other_versions_is_one_line_with_all_versions(cluster: tupl
     python = platform.python_version()
     assert done.stderr == (
         f"error: cannot connect to the Ray cluster at {address}: it has Ray {ray.__version__} and Python {python}, but "
-        f"this job has Ray 2.1.0 and Python {python}; run the job with the cluster's versions, or on the cluster by "
-        "ray job submit\n"
+        f"this job 2.1.0 and {python}; install its versions, or use ray job submit\n"
     )
 
 
