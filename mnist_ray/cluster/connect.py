@@ -62,6 +62,7 @@ def connect(
         quiet_ray()
     address, leaving = _find_cluster(), threading.Thread(target=ray.shutdown)
     take_signals()
+    ray_internals.read_uv_setting_again()
     with contextlib.ExitStack() as at_the_end:
         at_the_end.enter_context(ray_internals.without_sigterm_handler())
         if address is not None:

@@ -74,6 +74,11 @@ def without_sigterm_handler() -> Iterator[None]:
         yield
 
 
+def read_uv_setting_again() -> None:
+    """Let workers use the environment that ``uv run`` has made, even if a script has imported Ray first."""
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = os.environ.get("RAY_ENABLE_UV_RUN_RUNTIME_ENV") == "1"
+
+
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
     before = getattr(owner, name)

@@ -52,12 +52,26 @@ def silent() -> Iterator[str]:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
 
 
-def run(temporary: Path, address: str = "local", code: str = JOB, **variables: str) -> subprocess.CompletedProcess:
+def run(
+    temporary: Path, address: str = "local", code: str = JOB, *, under_uv: bool = False, **variables: str
+) -> subprocess.CompletedProcess:
     """Run a job, by default one that connects, leaves, connects again and fails; Ray's files are in ``temporary``."""
     others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # Ray sets some itself
     environment = {**others, "RAY_ADDRESS": address, "RAY_TMPDIR": str(temporary), **variables}
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    if under_uv:  # a shell of this name, which runs a script of this name
+        (temporary / "run").write_text(f"cd {ROOT}; '{sys.executable}' -c \"$1\"")
+        command = ["uv", "run", code]
+    return subprocess.run(
+        command,
+        executable="/bin/sh" if under_uv else None,
+        cwd=temporary if under_uv else ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 @pytest.mark.long
@@ -129,6 +143,11 @@ def test_a_cluster_of_other_versions_is_one_line_with_all_versions(cluster: tupl
         f"error: cannot connect to the Ray cluster at {address}: it has Ray {ray.__version__} and Python {python}, but "
         f"this job 2.1.0 and {python}; install its versions, or use ray job submit\n"
     )
+
+
+def test_workers_have_the_environment_that_uv_run_has_made_even_if_ray_is_imported_first(temporary: Path) -> None:
+    done = run(temporary, code=f"import ray\n{CALL}", under_uv=True)
+    assert (done.stdout, done.stderr) == ("answered\n", "")
 
 
 def test_a_local_ray_leaves_only_the_logs_of_a_failure_and_an_error_of_meanwhile_is_raised(temporary: Path) -> None:
