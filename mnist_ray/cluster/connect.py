@@ -245,4 +245,4 @@ def _describe(is_local: bool) -> Cluster:
 
 def current_nodes() -> tuple[Node, ...]:
     """Return the nodes that are alive now: an autoscaler adds and removes nodes."""
-    return tuple(node_of(node["Resources"]) for node in ray.nodes() if node["Alive"])
+    return tuple(node_of(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"])

@@ -197,6 +197,7 @@ def create_trainer(
             placement_strategy=plan.placement,
             use_gpu=plan.use_gpu,
             resources_per_worker={"CPU": plan.cpus_per_worker, **({"GPU": 1} if plan.use_gpu else {})},
+            label_selector=dict(plan.labels),
         ),
         run_config=RunConfig(
             name=spec.job.run.name,
