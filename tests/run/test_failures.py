@@ -26,6 +26,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.exceptions import RayActorError, RayTaskError
+from ray.train import PreemptionInfo
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from mnist_ray.config import TrainConfig
@@ -301,7 +302,7 @@ def test_a_checkpoint_is_saved_before_a_node_is_preempted(nodes: Cluster, small_
     (tmp_path / "slow.py").write_text(SLOW)
     flags = {**QUICK, "num_epochs": 99, "batch_size": 5, "validation_size": 0, "num_workers": 2}
     flags |= {"data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "callback": tmp_path / "slow.py"}
-    note = "note        a worker's node is about to be taken away; saving a checkpoint\n"
+    note = "note        a worker's node will be taken away in 35"
     acts = {"epoch 1/99": announce, note: interrupt}
     printed, _ = run_and_act_twice(acts, *as_flags(flags), address=nodes.address, status=130)
     nodes.remove_node(doomed)
@@ -339,6 +340,20 @@ def test_ray_is_asked_for_preempted_nodes_every_five_seconds_and_only_on_a_clust
     monkeypatch.setattr("ray.train.get_preemption_info", asked)
     assert not any(wanted_after(reporter_on(is_local=is_local), *(number / 2 for number in range(1, 26))))
     assert asked.call_count == num_asked
+
+
+def test_a_checkpoint_is_saved_for_each_leaving_node_and_shortly_before_the_first_deadline(
+    reporter_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def announced(*nodes: str) -> PreemptionInfo:
+        return PreemptionInfo(deadline_ms=1_010_000, preempted_node_to_ranks={node: [0] for node in nodes})
+
+    answers = [None, *[announced("a")] * 4, *[announced("a", "b")] * 6]
+    monkeypatch.setattr("ray.train.get_preemption_info", Mock(side_effect=answers))
+    monkeypatch.setattr(reporter, "broadcast_from_rank_zero", lambda values: values)
+    monkeypatch.setattr(reporter, "time", Mock(time=Mock(side_effect=range(1000, 1010))))
+    wanted = wanted_after(reporter_on(), 1, *range(10, 20))
+    assert [1000 + number for number, is_wanted in enumerate(wanted[1:]) if is_wanted] == [1000, 1004, 1008]
 
 
 def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(tmp_path: Path) -> None:
