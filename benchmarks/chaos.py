@@ -5,12 +5,15 @@ killed (SIGKILL), a node is removed and replaced, the driver is killed and the r
 for some seconds. With root and iproute2, there are also runs on nodes in network namespaces, each with its own address.
 In some of these, a node's link is cut and restored after some seconds, or so late that Ray has given the node up. A run
 counts as the same if its last weights are bit-identical to those of an undisturbed run.
+
+With ``--nodes drained``, both nodes are announced to be preempted, one after the other, and removed at their deadlines.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -27,7 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hosts import Hosts, can_be_made, training_pids
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 TRAIN = Path(__file__).parent.parent / "jobs" / "train.py"
 FLAGS = [
@@ -37,6 +42,18 @@ FLAGS = [
 STEPS_PER_EPOCH = 220
 RUNS = {"worker killed": 30, "node removed": 10, "driver killed": 10, "storage away": 5}
 RUNS_ON_HOSTS = {"worker killed": 3, "node removed": 3, "driver killed": 3, "link cut": 6}
+DEADLINES_S = {"deadline 5 s": 5, "deadline 30 s": 30, "deadline 120 s": 120}
+RUNS_DRAINED = dict.fromkeys(DEADLINES_S, 2)
+DRAINED_FLAGS = ["--num-epochs", "1", "--batch-size", "125", "--checkpoint-every", "1000000"]  # as many steps
+SLOW = """\
+import os, time
+from mnist_ray.training.callback import Callback
+
+class Slow(Callback):
+    def on_step(self, state):
+        if not os.path.exists({gate!r}):
+            time.sleep(0.5)
+"""
 LONGEST_CUT_S = 40.0  # Ray gives a node up after about 20 s of silence
 LATEST_S = 12.0  # after the workers have started; the training takes a little longer
 
@@ -112,6 +129,18 @@ class Raylets:
         """Remove a random node and all its processes."""
         self._cluster.remove_node(rng.choice(list(self._cluster.worker_nodes)))
 
+    def drain_all(self, deadline_s: float) -> None:
+        """Preempt both nodes, the second after half the time. A new node comes with each announcement."""
+        nodes = list(self._cluster.worker_nodes)
+        for node in nodes:
+            reason, until_s = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), time.time() + deadline_s
+            GcsClient(address=self.address).drain_node(node.node_id, reason, "spot", int(1000 * until_s))
+            self.add_node()
+            time.sleep(max(0, until_s - deadline_s / 2 - time.time()))
+        for node in nodes:
+            self._cluster.remove_node(node, allow_graceful=False)
+            time.sleep(deadline_s / 2)
+
     def revive(self) -> None:
         """Do nothing: these nodes do not exit by themselves."""
 
@@ -161,7 +190,13 @@ def run_once(
     storage, name = folder / f"{where}_{kind}_{number}".replace(" ", "_"), "run"
     storage.mkdir()
     start, moment = time.perf_counter(), rng.uniform(0, LATEST_S)
-    driver = Driver(storage, name, nodes)
+    more: list[str] = []
+    if where == "drained":  # steps are slow until the nodes are gone
+        (storage / "slow.py").write_text(SLOW.format(gate=str(storage / "fast")))
+        more = [*DRAINED_FLAGS, "--callback", str(storage / "slow.py")]
+        if kind == "nothing":
+            (storage / "fast").touch()
+    driver = Driver(storage, name, nodes, *more)
     while not driver.started.wait(0.2):
         nodes.revive()
     time.sleep(moment)
@@ -174,7 +209,10 @@ def run_once(
     }
     if isinstance(nodes, Hosts):
         actions["link cut"] = lambda: nodes.cut(rng.choice(nodes.worker_numbers), rng.uniform(1, LONGEST_CUT_S))
+    else:
+        actions |= {deadline: functools.partial(nodes.drain_all, s) for deadline, s in DEADLINES_S.items()}
     actions[kind]()
+    (storage / "fast").touch()
     status, lines = driver.wait(nodes), driver.lines
     if kind == "driver killed" and not (storage / name / "result.json").exists():
         driver = Driver(storage, name, nodes, "--resume")
@@ -226,8 +264,8 @@ def print_table(outcomes: Sequence[Outcome]) -> None:
 def main() -> None:
     """Run everything and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="+", choices={**RUNS, **RUNS_ON_HOSTS}, default=[*RUNS, "link cut"])
-    parser.add_argument("--nodes", nargs="+", choices=["raylets", "hosts"], default=["raylets", "hosts"])
+    parser.add_argument("--kinds", nargs="+", choices={**RUNS, **RUNS_ON_HOSTS, **RUNS_DRAINED})
+    parser.add_argument("--nodes", nargs="+", choices=["raylets", "hosts", "drained"], default=["raylets", "hosts"])
     parser.add_argument("--runs", type=int, help="runs of each kind (default: as in the table of docs/failures.md)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fork-workers", choices=["auto", "no"], default="auto", help="passed to the job")
@@ -237,8 +275,10 @@ def main() -> None:
     rng = random.Random(arguments.seed)
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
-        for where, start, runs in (("raylets", Raylets, RUNS), ("hosts", Hosts, RUNS_ON_HOSTS)):
-            chosen = {kind: arguments.runs or number for kind, number in runs.items() if kind in arguments.kinds}
+        groups = (("raylets", Raylets, RUNS), ("hosts", Hosts, RUNS_ON_HOSTS), ("drained", Raylets, RUNS_DRAINED))
+        for where, start, runs in groups:
+            kinds = arguments.kinds or runs
+            chosen = {kind: arguments.runs or number for kind, number in runs.items() if kind in kinds}
             if where not in arguments.nodes or (where == "hosts" and not can_be_made()):
                 print(f"{where}: skipped")
                 continue

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from mnist_ray.settings import Choice, Range, at_least, fraction, positive, rule, setting, within
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+_LABEL = re.compile(r"[\w./-]+=!?([\w.-]+|in\([\w.,-]+\))")
 
 
 def _png() -> dict[str, Any]:
@@ -110,6 +111,12 @@ class WorkerConfig:
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = setting(
         "PACK", "PACK: few nodes; SPREAD: many; STRICT_PACK: one node or fail; STRICT_SPREAD: a node per worker or fail"
     )
+    label_selector: tuple[str, ...] | None = setting(
+        None,
+        "labels of the nodes for workers, each as KEY=VALUE, KEY=!VALUE or 'KEY=in(A,B)'; default: any node",
+        **rule(lambda labels: all(map(_LABEL.fullmatch, labels)), "must be KEY=VALUE, KEY=!VALUE or KEY=in(A,B)"),
+    )
+    accelerator_type: str | None = setting(None, "type of the nodes' accelerators in Ray, for instance A100")
     autoscaling: bool = setting(False, "the cluster starts nodes on demand: wait for them")
     max_failures: int = setting(3, "how often lost workers are replaced before the run fails", **at_least(0))
     fork_workers: Literal["auto", "no"] = setting("auto", "fork worker processes to start faster; auto: if it is safe")

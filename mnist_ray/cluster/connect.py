@@ -62,6 +62,7 @@ def connect(
         quiet_ray()
     address, leaving = _find_cluster(), threading.Thread(target=ray.shutdown)
     take_signals()
+    ray_internals.read_uv_setting_again()
     with contextlib.ExitStack() as at_the_end:
         at_the_end.enter_context(ray_internals.without_sigterm_handler())
         if address is not None:
@@ -124,7 +125,11 @@ def _join(address: str, forking: Forking | None, **options: Any) -> None:
     try:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[-1]
+        said = str(error.__cause__ or error).strip()
+        reason = said.splitlines()[-1]
+        if len(versions := re.findall(r"(?:Ray|Python): (\S+)", said)) == 4:
+            differ = "it has Ray {} and Python {}, but this job {} and {}; install its versions, or use ray job submit"
+            reason = differ.format(*versions)
         raise JobError(f"cannot connect to the Ray cluster at {address}: {reason}") from error
 
 
@@ -242,4 +247,4 @@ def _describe(is_local: bool) -> Cluster:
 
 def current_nodes() -> tuple[Node, ...]:
     """Return the nodes that are alive now: an autoscaler adds and removes nodes."""
-    return tuple(node_of(node["Resources"]) for node in ray.nodes() if node["Alive"])
+    return tuple(node_of(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"])

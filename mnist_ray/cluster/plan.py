@@ -7,7 +7,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from mnist_ray.errors import UsageError, count
 
 _MOST_WORKERS_A_CORE = 8  # each worker is a process of some 500 MiB
 _LEAST_EXAMPLES_PER_THREAD = 8  # two threads are 1.35 times as fast as one at batch 16; at batch 8, maybe slower
+_ACCELERATOR_LABEL = "ray.io/accelerator-type"  # Ray labels each node that has an accelerator
 _APPLE_CHIP = re.compile(r"accelerator_type:M\d(-(Pro|Max|Ultra))?$")
 
 
@@ -25,6 +26,7 @@ class Node:
 
     num_cpus: int
     num_gpus: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class WorkerPlan:
     min_workers: int | None = None  # the fewest workers with which an elastic run continues; None: it needs all
     placement: str = "PACK"
     is_local: bool = False  # all workers are on this machine, and no other machine may reach them
+    labels: Mapping[str, str] = field(default_factory=dict)  # of the nodes for workers: Ray's label selector
 
 
 def usable_cores() -> int:
@@ -62,13 +65,25 @@ def usable_cores() -> int:
     return cores
 
 
-def node_of(resources: Mapping[str, Any]) -> Node:
-    """Return a node from its resources in ``ray.nodes()``.
+def node_of(resources: Mapping[str, Any], labels: Mapping[str, str] | None = None) -> Node:
+    """Return a node from its resources and labels in ``ray.nodes()``.
 
     Ray counts the GPU of an Apple chip, but Ray Train can give a worker only CUDA GPUs.
     """
     is_apple = any(map(_APPLE_CHIP.match, resources))
-    return Node(int(resources.get("CPU", 0)), 0 if is_apple else int(resources.get("GPU", 0)))
+    num_gpus = 0 if is_apple else int(resources.get("GPU", 0))
+    return Node(int(resources.get("CPU", 0)), num_gpus, labels or {})
+
+
+def suitable(nodes: Sequence[Node], selector: Mapping[str, str]) -> tuple[Node, ...]:
+    """Return the nodes that Ray's label selector selects."""
+    return tuple(node for node in nodes if all(_meets(node.labels.get(name), selector[name]) for name in selector))
+
+
+def _meets(value: str | None, condition: str) -> bool:
+    accepted = condition.removeprefix("!")
+    values = accepted[3:-1].split(",") if accepted.startswith("in(") else [accepted]
+    return (value in values) != condition.startswith("!")
 
 
 def local_cpus(config: WorkerConfig) -> int:
@@ -91,7 +106,10 @@ def plan_workers(config: WorkerConfig, cluster: Cluster, num_chunks: int | None 
     Raises UsageError if the nodes cannot hold the workers, unless ``config.autoscaling`` promises more nodes: Ray does
     not say how many an autoscaler can start.
     """
-    nodes = cluster.nodes
+    labels = dict(label.split("=", 1) for label in config.label_selector or ())
+    labels |= {_ACCELERATOR_LABEL: config.accelerator_type} if config.accelerator_type else {}
+    nodes = suitable(cluster.nodes, labels)
+    cluster = dataclasses.replace(cluster, nodes=nodes)
     if num_chunks is not None:
         cpus = config.cpus_per_worker or 1
         num_workers = config.num_workers or max(1, min(num_chunks, sum(node.num_cpus // cpus for node in nodes)))
@@ -117,6 +135,7 @@ def plan_workers(config: WorkerConfig, cluster: Cluster, num_chunks: int | None 
         must_scale_up=cpus_per_worker is None,
         min_workers=config.min_workers,
         placement=config.placement,
+        labels=labels,
         is_local=cluster.is_local,
     )
 
@@ -142,12 +161,16 @@ def _cannot_hold(config: WorkerConfig, num_workers: int, cluster: Cluster, use_g
         asked, there = f"{asked} and 1 GPU", f"{there} and {sum(node.num_gpus for node in cluster.nodes)} GPUs"
     if config.placement.startswith("STRICT"):
         asked += f", {config.placement}"
+    there += f" on {count(len(cluster.nodes), 'node')}"
     advice = "lower --num-workers" + (" or --cpus-per-worker" if config.cpus_per_worker else "")
+    if wanted := [*(config.label_selector or ()), *filter(None, [config.accelerator_type])]:
+        there += f" with {', '.join(wanted)}"
+        advice += ", or leave --label-selector and --accelerator-type out"
     if use_gpu:
         advice += ", or use --use-gpu no"
     if not cluster.is_local:
         advice += ", or add --autoscaling if it starts nodes on demand"
-    return f"the cluster cannot hold {asked}: it has {there} on {count(len(cluster.nodes), 'node')}; {advice}"
+    return f"the cluster cannot hold {asked}: it has {there}; {advice}"
 
 
 def _workers(config: WorkerConfig, num_workers: int) -> str:

@@ -16,7 +16,10 @@ from typing import Any
 import ray
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants, services, utils
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.authentication.authentication_token_setup import (
+    AUTH_MODE_ENV_VAR,
+    maybe_enable_token_auth_if_token_available,
+)
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 from ray._private.state import state
@@ -25,6 +28,7 @@ from ray._raylet import InnerGcsClient  # type: ignore[attr-defined]  # Cython, 
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.util.placement_group import PlacementGroup
 
+from ray_fork.ray_internals import read_settings_again
 from ray_fork.starting import SHIM, Forking
 
 _NO_ACTOR = b"\xff" * 12  # the start of an actor id that means "none"; the job's id follows
@@ -70,6 +74,11 @@ def without_sigterm_handler() -> Iterator[None]:
         yield
 
 
+def read_uv_setting_again() -> None:
+    """Let workers use the environment that ``uv run`` has made, even if a script has imported Ray first."""
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = os.environ.get("RAY_ENABLE_UV_RUN_RUNTIME_ENV") == "1"
+
+
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
     before = getattr(owner, name)
@@ -106,13 +115,20 @@ def address_of_ray_start() -> str | None:
 
 
 def ask(address: str, timeout_s: float) -> None:
-    """Raise a RayError if no Ray answers at an address within ``timeout_s``; ``ray.init`` would try for minutes."""
-    # If there is a token, a cluster of `ray start` needs it, but ray.init(address=...) does not send it unasked.
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    """Raise a RayError if no Ray answers at an address within ``timeout_s``; ``ray.init`` would try for minutes.
+
+    From then on, this process sends its token if the cluster wants it; else the actors of the job would die.
+    """
+    os.environ.pop(AUTH_MODE_ENV_VAR, None)
+    read_settings_again()
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)  # Ray's C++ would print each of its three attempts
     try:
+        InnerGcsClient.standalone(address, None, int(timeout_s * 1000))
+    except ray.exceptions.AuthenticationError:
+        if not maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
+            raise
         InnerGcsClient.standalone(address, None, int(timeout_s * 1000))
     finally:
         os.dup2(kept, 2)

@@ -87,8 +87,9 @@ class RunConsole:
                 if not self._is_lost:  # a node's loss may fail several attempts to replace its workers
                     self.say("lost", f"{reason}; replacing the workers …")
                 self._is_lost = True
-            case events.NodeLeaving():
-                self.say("note", "a worker's node is about to be taken away; saving a checkpoint")
+            case events.NodeLeaving(in_s):
+                when = "soon" if in_s == math.inf else f"in {max(0, in_s):.0f} s"
+                self.say("note", f"a worker's node will be taken away {when}; saving a checkpoint")
             case events.Stopping():
                 self.say("note", "interrupted: saving a checkpoint (Ctrl-C again to stop at once)")
             case Progress():

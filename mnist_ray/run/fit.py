@@ -95,7 +95,8 @@ def _share_data(session: Session, event_queue: Any) -> tuple[LoopSpec, Validatio
     """Share the data. Return the workers' spec, and the configuration of validation tasks, if there are any."""
     job, data, loader_workers = session.job, session.data, session.job.workers.loader_workers
     evaluate.start_process()
-    spec = LoopSpec(job=job, train=share(job.workload, data.train), event_queue=event_queue)
+    train, is_local = share(job.workload, data.train), session.plan.is_local
+    spec = LoopSpec(job=job, train=train, event_queue=event_queue, is_local=is_local)
     if len(data.validation) == 0:
         return spec, None
     split = share(job.workload, data.validation)
@@ -196,6 +197,7 @@ def create_trainer(
             placement_strategy=plan.placement,
             use_gpu=plan.use_gpu,
             resources_per_worker={"CPU": plan.cpus_per_worker, **({"GPU": 1} if plan.use_gpu else {})},
+            label_selector=dict(plan.labels),
         ),
         run_config=RunConfig(
             name=spec.job.run.name,

@@ -206,7 +206,8 @@ def check(session: Session) -> None:
     own_versions, batch_size = versions(), job.train.batch_size
     hosts = ["this process"] if session.is_here else check_nodes(job.run, own_versions)
     each = f"{math.ceil(batch_size / max(1, plan.num_workers))} of a step's {batch_size} {job.workload.nouns} each"
-    console.say("plan", f"{count(plan.num_workers, 'worker')} ({plan.placement}); {each}")
+    where = ", ".join([plan.placement, *map("=".join, plan.labels.items())])
+    console.say("plan", f"{count(plan.num_workers, 'worker')} ({where}); {each}")
     console.say("storage", f"{job.run.storage_path}: read by {', '.join(hosts)}")
     console.say("versions", ", ".join(f"{name} {version}" for name, version in own_versions.items()))
     if plan.must_scale_up:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
+import time
 from typing import Any
 
 import ray
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
+from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
 
 from mnist_ray.cluster.environment import end_if_hung
@@ -20,6 +23,9 @@ from mnist_ray.storage import checkpoint_name, position_of
 from mnist_ray.training.checkpoint import Restored, Snapshot
 from mnist_ray.training.events import Event, NodeLeaving, Progress
 from mnist_ray.training.state import CodeFailedError, Group, StopWantedError, TrainingState
+
+_ASK_INTERVAL_S = 5.0  # of training, between two questions whether a node will be taken away: every tenth window
+_SPARE_S = 2.0  # between a saved checkpoint and the time when a node is taken away
 
 
 def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
@@ -56,7 +62,8 @@ class TrainReporter(Reporter):
 
     def __init__(self, spec: LoopSpec, group: Group, config: TrainConfig) -> None:
         super().__init__(spec, group, config)
-        self._saved_for_preemption = False
+        self._trained_s = self._ask_at_s = self._asked_at = self._saving_s = 0.0
+        self._saved_for: set[tuple[object, ...]] = set()
         self._uploaded = threading.Event()
         self._uploaded.set()
         self._answers: list[Any] = []
@@ -94,15 +101,31 @@ class TrainReporter(Reporter):
     def on_progress(self, state: TrainingState, progress: Progress) -> None:
         """Send the progress to the driver."""
         super().on_progress(state, progress)
+        self._trained_s = state.finished_s + state.epoch_s
         self.send(progress)
 
     def wants_checkpoint(self) -> bool:
-        """If a worker's node is about to be taken away, return True, but only once."""
-        if self._saved_for_preemption or ray.train.get_preemption_info() is None:
+        """Return True when Ray announces that a worker's node will be taken away, and again shortly before that."""
+        if self._spec.is_local or self._trained_s < self._ask_at_s:
             return False
-        self._saved_for_preemption = True
-        self.send(NodeLeaving())
+        info = ray.train.get_preemption_info()  # all ranks ask together, and wait for each other
+        if info is None:
+            self._ask_at_s = self._trained_s + _ASK_INTERVAL_S  # by rank 0's clock, which all ranks know
+            return False
+        left_s, is_last = broadcast_from_rank_zero(self._time_left(info.deadline_ms))
+        reason = (*info.preempted_node_ids, is_last)
+        if reason in self._saved_for:
+            return False
+        self._saved_for.add(reason)
+        self.send(NodeLeaving(left_s))
         return True
+
+    def _time_left(self, deadline_ms: int | None) -> tuple[float, bool]:
+        """Return the seconds until a deadline, and whether a checkpoint that is saved a window later may be late."""
+        now, asked_at = time.time(), self._asked_at
+        self._asked_at = now
+        left_s = math.inf if deadline_ms is None else deadline_ms / 1000 - now
+        return left_s, left_s < _SPARE_S + self._saving_s + (now - asked_at if asked_at else 0)
 
     def wants_stop(self) -> bool:
         """Return whether the driver has answered that the training must stop; only rank 0 gets the driver's answers."""
@@ -117,11 +140,12 @@ class TrainReporter(Reporter):
         Rank 0 copies the state; a thread of Ray's writes the copy while the training continues. Only one copy is
         written at a time; the next checkpoint waits for that.
         """
+        start = time.monotonic()
         metrics = self.measured(state, progress)
         name, upload = checkpoint_name(state.epoch, state.step) + self._suffix, None
         if self._is_first:
             self._uploaded.wait()
-            upload = functools.partial(self._upload, self.snapshot(state, metrics))
+            upload = functools.partial(self._upload, self.snapshot(state, metrics), start)
             self._uploaded.clear()
         self._report(state, metrics, name, CheckpointUploadMode.ASYNC, upload)
         end_if_hung(self._job.workers.hang_timeout_s)
@@ -142,9 +166,10 @@ class TrainReporter(Reporter):
             validation=self._is_first and state.step == 0 and self._spec.validates_in_tasks,
         )
 
-    def _upload(self, snapshot: Snapshot, checkpoint: Checkpoint, name: str) -> Checkpoint:
+    def _upload(self, snapshot: Snapshot, start: float, checkpoint: Checkpoint, name: str) -> Checkpoint:
         try:
             snapshot.write(self._job.run.inside(name))
+            self._saving_s = time.monotonic() - start
         finally:
             self._uploaded.set()
         return checkpoint

@@ -40,6 +40,7 @@ class LoopSpec:
     validation: RemoteSplit | Split | None = None  # evaluated by the workers, at each checkpoint
     validates_in_tasks: bool = False  # whether a task validates each epoch's checkpoint during the training
     event_queue: Any = None  # the actor that rank 0 reports to; None if nobody listens
+    is_local: bool = False  # on a local Ray, whose node nobody takes away during the run
 
 
 def train_worker(

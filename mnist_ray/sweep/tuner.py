@@ -21,7 +21,7 @@ from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch  # importable without Optuna, which is an extra
 
-from mnist_ray.cluster.plan import Cluster, WorkerPlan
+from mnist_ray.cluster.plan import Cluster, WorkerPlan, suitable
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, masked
 from mnist_ray.settings import Choice
@@ -44,9 +44,10 @@ def trials_at_a_time(sweep: SweepConfig, plan: WorkerPlan, cluster: Cluster, *, 
 
     With ``autoscaling`` the cluster's size is no limit: waiting trials make it start nodes.
     """
-    rooms = [node.num_cpus // plan.cpus_per_worker for node in cluster.nodes]
+    nodes = suitable(cluster.nodes, plan.labels)
+    rooms = [node.num_cpus // plan.cpus_per_worker for node in nodes]
     if plan.use_gpu:
-        rooms = [min(node.num_gpus, room) for node, room in zip(cluster.nodes, rooms, strict=True)]
+        rooms = [min(node.num_gpus, room) for node, room in zip(nodes, rooms, strict=True)]
     held = max(1, sum(rooms) // plan.num_workers)
     asked = sweep.max_concurrent_trials or held
     return min(asked if autoscaling else min(held, asked), sweep.num_trials)
@@ -99,12 +100,13 @@ def _run_trials(
     if num_trials <= 0 or seconds <= 0:
         return
     if spec.plan.num_workers > 1:  # a trial only waits for its workers, but Tune has to reserve something
-        resources: dict[str, float] = {"memory": 2**20}
+        group = tune.PlacementGroupFactory([{"memory": 2**20}])
     else:
         resources = {"CPU": spec.plan.cpus_per_worker, **({"GPU": 1} if spec.plan.use_gpu else {})}
+        group = tune.PlacementGroupFactory([resources], bundle_label_selector=[dict(spec.plan.labels)])
     run.inside(_TUNE_FOLDER).delete()  # an interrupted sweep has left it; it is never read
     tuner = tune.Tuner(
-        tune.with_resources(functools.partial(run_trial, spec=spec), tune.PlacementGroupFactory([resources])),
+        tune.with_resources(functools.partial(run_trial, spec=spec), group),
         # The search fills these in; the seed stays if the search proposes none.
         param_space={**dict.fromkeys(sweep.space.spaces), "seed": sweep.job.train.seed},
         tune_config=tune.TuneConfig(

@@ -53,6 +53,8 @@ class WorkersLost(Event):
 class NodeLeaving(Event):
     """A worker's node will be taken away; a checkpoint is saved first."""
 
+    in_s: float  # seconds until then; infinite if nobody knows
+
 
 @dataclass(frozen=True)
 class Stopping(Event):

@@ -1,5 +1,7 @@
 import contextlib
 import os
+import platform
+import signal
 import socket
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 
 from mnist_ray.cluster.connect import removed_unless_failed
 from mnist_ray.errors import JobError, UsageError
@@ -49,12 +52,26 @@ def silent() -> Iterator[str]:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
 
 
-def run(temporary: Path, address: str = "local", **variables: str) -> subprocess.CompletedProcess:
-    """Run a job that connects, leaves, connects again and fails; Ray's files are in ``temporary``."""
+def run(
+    temporary: Path, address: str = "local", code: str = JOB, *, under_uv: bool = False, **variables: str
+) -> subprocess.CompletedProcess:
+    """Run a job, by default one that connects, leaves, connects again and fails; Ray's files are in ``temporary``."""
     others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # Ray sets some itself
     environment = {**others, "RAY_ADDRESS": address, "RAY_TMPDIR": str(temporary), **variables}
-    command = [sys.executable, "-c", JOB]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, "-c", code]
+    if under_uv:  # a shell of this name, which runs a script of this name
+        (temporary / "run").write_text(f"cd {ROOT}; '{sys.executable}' -c \"$1\"")
+        command = ["uv", "run", code]
+    return subprocess.run(
+        command,
+        executable="/bin/sh" if under_uv else None,
+        cwd=temporary if under_uv else ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 @pytest.mark.long
@@ -62,6 +79,75 @@ def test_an_address_where_no_ray_answers_ends_the_job_in_one_line(silent: str, t
     done = run(temporary, address=silent)
     assert done.returncode == 1
     assert done.stderr == f"error: no Ray cluster answers at RAY_ADDRESS={silent}; unset it to start a local Ray\n"
+
+
+@pytest.fixture(scope="module")
+def cluster(request: pytest.FixtureRequest) -> Iterator[tuple[str, Path]]:
+    """The address of a cluster without or with tokens, and its home folder, which has the token in either case."""
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder, socket.create_server(("127.0.0.1", 0)) as free:
+        port, home = free.getsockname()[1], Path(folder)
+        free.close()
+        (home / ".ray").mkdir()
+        (home / ".ray" / "auth_token").write_text("0123456789abcdef" * 2)
+        options = ["--head", "--block", f"--port={port}", f"--temp-dir={home / 'r'}", "--num-cpus=1"]
+        options += ["--include-dashboard=false", "--node-ip-address=127.0.0.1", f"--ray-client-server-port={port + 1}"]
+        head = subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", "start", *options, "--dashboard-agent-listen-port=0"],
+            env={**os.environ, "HOME": folder, "RAY_AUTH_MODE": request.param},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        assert head.stdout is not None
+        assert any("will now block" in line for line in head.stdout)
+        yield f"127.0.0.1:{port}", home
+        os.killpg(head.pid, signal.SIGKILL)
+        head.communicate()
+
+
+CALL = """\
+import ray
+from mnist_ray import cli
+from mnist_ray.cluster import environment
+from mnist_ray.config import WorkerConfig
+
+@ray.remote(num_cpus=0)
+class Answering:
+    def answer(self):
+        return "answered"
+
+def main():
+    environment.prepare(verbose=False)
+    from mnist_ray.cluster.connect import connect
+    with connect(WorkerConfig()):
+        print(ray.get(Answering.remote().answer.remote()))
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("cluster", ["token", "disabled"], indirect=True)
+def test_a_token_is_sent_only_to_a_cluster_that_wants_it(cluster: tuple[str, Path], temporary: Path) -> None:
+    address, home = cluster
+    done = run(temporary, address, CALL, HOME=str(home))
+    assert (done.stdout, done.stderr) == ("answered\n", "")
+
+
+@pytest.mark.parametrize("cluster", ["disabled"], indirect=True)
+def test_a_cluster_of_other_versions_is_one_line_with_all_versions(cluster: tuple[str, Path], temporary: Path) -> None:
+    address, home = cluster
+    done = run(temporary, address, f"import ray; ray.__version__ = '2.1.0'\n{CALL}", HOME=str(home))
+    python = platform.python_version()
+    assert done.stderr == (
+        f"error: cannot connect to the Ray cluster at {address}: it has Ray {ray.__version__} and Python {python}, but "
+        f"this job 2.1.0 and {python}; install its versions, or use ray job submit\n"
+    )
+
+
+def test_workers_have_the_environment_that_uv_run_has_made_even_if_ray_is_imported_first(temporary: Path) -> None:
+    done = run(temporary, code=f"import ray\n{CALL}", under_uv=True)
+    assert (done.stdout, done.stderr) == ("answered\n", "")
 
 
 def test_a_local_ray_leaves_only_the_logs_of_a_failure_and_an_error_of_meanwhile_is_raised(temporary: Path) -> None:

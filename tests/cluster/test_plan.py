@@ -11,8 +11,15 @@ def cluster_of(*nodes: Node) -> Cluster:
 
 
 HEAD, SMALL, LARGE, GPU = Node(0), Node(2), Node(8), Node(4, 2)
+SPOT, A100 = Node(2, labels={"market": "spot"}), Node(4, 2, labels={"ray.io/accelerator-type": "A100"})
 MAC = node_of({"CPU": 8.0, "GPU": 1.0, "accelerator_type:M2-Max": 1.0})
 AUTOSCALED = WorkerConfig(num_workers=4, cpus_per_worker=8, autoscaling=True)
+
+
+def on_spot(num_workers: int, label: str) -> WorkerPlan:
+    return WorkerPlan(num_workers, 2, False, False, labels=dict([label.split("=", 1)]))
+
+
 ELASTIC = WorkerPlan(4, 1, False, False, min_workers=2)
 
 
@@ -44,6 +51,16 @@ ELASTIC = WorkerPlan(4, 1, False, False, min_workers=2)
         (WorkerConfig(use_gpu="yes", autoscaling=True), [HEAD], None, WorkerPlan(1, 1, True, True)),
         # an elastic run starts on the current nodes
         (WorkerConfig(num_workers=4, min_workers=2, cpus_per_worker=1), [SMALL], None, ELASTIC),
+        # only nodes with the labels and the type of accelerator count
+        (WorkerConfig(label_selector=("market=spot",)), [SPOT, SPOT, LARGE], None, on_spot(2, "market=spot")),
+        (WorkerConfig(label_selector=("market=in(spot,any)",)), [SPOT, LARGE], None, on_spot(1, "market=in(spot,any)")),
+        (WorkerConfig(label_selector=("market=!spot",)), [SPOT, SMALL, SMALL], None, on_spot(2, "market=!spot")),
+        (
+            WorkerConfig(accelerator_type="A100"),
+            [A100, GPU],
+            None,
+            WorkerPlan(2, 2, True, False, labels={"ray.io/accelerator-type": "A100"}),
+        ),
         # a Mac's GPU does not count
         (WorkerConfig(), [MAC], None, WorkerPlan(1, 8, False, False)),
         (WorkerConfig(), [MAC, Node(16, 4)], None, WorkerPlan(4, 4, True, False)),
@@ -92,6 +109,16 @@ def test_a_strict_placement_is_planned_only_if_the_nodes_allow_it(
             WorkerConfig(num_workers=2, min_workers=1, placement="STRICT_SPREAD"),
             [SMALL, SMALL],
             "--placement STRICT_SPREAD needs a fixed --num-workers",
+        ),
+        (
+            WorkerConfig(num_workers=2, label_selector=("market=spot",), cpus_per_worker=2),
+            [SPOT, LARGE],
+            "cannot hold 2 workers of 2 CPUs: it has 2 CPUs on 1 node with market=spot; lower",
+        ),
+        (
+            WorkerConfig(label_selector=("market=spot",), accelerator_type="A100"),
+            [SPOT, A100],
+            "0 nodes with market=spot, A100; lower --num-workers, or leave --label-selector",
         ),
         (WorkerConfig(use_gpu="yes"), [LARGE], "--use-gpu yes, but the cluster has no GPU; use --use-gpu no"),
     ],

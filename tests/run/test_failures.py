@@ -26,6 +26,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.exceptions import RayActorError, RayTaskError
+from ray.train import PreemptionInfo
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from mnist_ray.config import TrainConfig
@@ -35,12 +36,13 @@ from mnist_ray.run import failures, fit, reporter
 from mnist_ray.run.failures import describe
 from mnist_ray.run.find import find
 from mnist_ray.run.fit import EventQueue
+from mnist_ray.run.worker import LoopSpec
 from mnist_ray.storage import locate
 from mnist_ray.training import checkpoint, engine
 from mnist_ray.training.checkpoint import restore_newest
 from mnist_ray.training.engine import create_state
 from mnist_ray.training.events import WorkersLost
-from mnist_ray.training.state import CodeFailedError
+from mnist_ray.training.state import CodeFailedError, Group
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import (
     QUICK,
@@ -300,12 +302,58 @@ def test_a_checkpoint_is_saved_before_a_node_is_preempted(nodes: Cluster, small_
     (tmp_path / "slow.py").write_text(SLOW)
     flags = {**QUICK, "num_epochs": 99, "batch_size": 5, "validation_size": 0, "num_workers": 2}
     flags |= {"data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "callback": tmp_path / "slow.py"}
-    note = "note        a worker's node is about to be taken away; saving a checkpoint\n"
+    note = "note        a worker's node will be taken away in 35"
     acts = {"epoch 1/99": announce, note: interrupt}
     printed, _ = run_and_act_twice(acts, *as_flags(flags), address=nodes.address, status=130)
     nodes.remove_node(doomed)
     assert printed.count(note) == 1
     assert "lost " not in printed
+
+
+@pytest.fixture
+def reporter_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., reporter.TrainReporter]:
+    """Return a function that creates the reporter of a run's only worker; it sends its events to a Mock."""
+    monkeypatch.setattr("ray.train.get_checkpoint", lambda: None)
+    monkeypatch.setattr("mnist_ray.run.worker.end_if_hung", lambda timeout_s: None)
+
+    def create(**spec: Any) -> reporter.TrainReporter:
+        job = Mock(callback=None, output=Mock(profile=None))
+        return reporter.TrainReporter(LoopSpec(job=job, train=Mock(), **spec), Group(), TrainConfig())
+
+    return create
+
+
+def wanted_after(worker: reporter.TrainReporter, *seconds: float) -> list[bool]:
+    """Let a window of training end after each number of seconds; return whether the worker wants a checkpoint."""
+    wanted = []
+    for trained_s in seconds:
+        worker.on_progress(Mock(finished_s=0.5, epoch_s=trained_s - 0.5), Mock())
+        wanted.append(worker.wants_checkpoint())
+    return wanted
+
+
+@pytest.mark.parametrize(("is_local", "num_asked"), [(True, 0), (False, 3)])
+def test_ray_is_asked_for_preempted_nodes_every_five_seconds_and_only_on_a_cluster(
+    is_local: bool, num_asked: int, reporter_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Mock(return_value=None)
+    monkeypatch.setattr("ray.train.get_preemption_info", asked)
+    assert not any(wanted_after(reporter_on(is_local=is_local), *(number / 2 for number in range(1, 26))))
+    assert asked.call_count == num_asked
+
+
+def test_a_checkpoint_is_saved_for_each_leaving_node_and_shortly_before_the_first_deadline(
+    reporter_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def announced(*nodes: str) -> PreemptionInfo:
+        return PreemptionInfo(deadline_ms=1_010_000, preempted_node_to_ranks={node: [0] for node in nodes})
+
+    answers = [None, *[announced("a")] * 4, *[announced("a", "b")] * 6]
+    monkeypatch.setattr("ray.train.get_preemption_info", Mock(side_effect=answers))
+    monkeypatch.setattr(reporter, "broadcast_from_rank_zero", lambda values: values)
+    monkeypatch.setattr(reporter, "time", Mock(time=Mock(side_effect=range(1000, 1010))))
+    wanted = wanted_after(reporter_on(), 1, *range(10, 20))
+    assert [1000 + number for number, is_wanted in enumerate(wanted[1:]) if is_wanted] == [1000, 1004, 1008]
 
 
 def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(tmp_path: Path) -> None:
