@@ -52,7 +52,8 @@ def with_place(error: BaseException, *folders: Path, fallback: Path = _PACKAGE) 
         frames = re.findall(r'File "(.+)", line (\d+), in .+', str(error))
     else:
         frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    said = f"{type(error).__name__}: {first_line(error)}"
+    kind, line = type(error).__name__, first_line(error)
+    said = kind if line == kind else f"{kind}: {line}"
     for folder in (*folders, fallback):
         for file, line in reversed(frames):
             if folder in Path(file).parents and "site-packages" not in Path(file).parts:

@@ -47,7 +47,7 @@ def recorded(session: Session, sections: MoreSections | None = None) -> Iterator
     try:
         yield record
     except TrainingStoppedError as error:
-        raise JobError(f"{error} (logs: {logs})") from error
+        raise JobError(f"{error} (logs: {logs})" if logs else str(error)) from error
     except JobError as error:
         raise type(error)(f"{error} (logs: {logs}; to resume: {job.resume_with})") from error
     finally:
@@ -159,7 +159,7 @@ class Record:
             self._history.flush()
             pictures = self._draw_report(self._warn)
             self._has_report = True
-        except Exception as error:  # must not hide the exception that has ended the run
+        except (Exception, SystemExit) as error:  # must not hide the exception that has ended the run
             reason = str(error) if isinstance(error, JobError) else with_place(error, self._job.workload.source.folder)
             self._warn(f"no report: {reason}")
         self._trackers.close(Ending(self._result, pictures, self._fitted.checkpoint if self._fitted else None))

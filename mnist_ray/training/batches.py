@@ -101,6 +101,9 @@ class ExampleBatches(Dataset):
             if error.errno is not None:  # an error of the storage: a retry may succeed
                 raise
             raise ExampleError(f"{self.split.origin} example {place} cannot be read: {first_line(error)}") from error
+        except SystemExit as error:  # would end a loader process without a word
+            said = f"{self.split.origin} example {place}: sys.exit({error})"
+            raise ExampleError(said).with_traceback(error.__traceback__) from error
 
 
 def _misfit(places: np.ndarray, examples: list[tuple[Any, Any]]) -> str:

@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from mnist_ray.cluster.plan import Cluster
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run.job import Job, read_job, resume_command
 from mnist_ray.run.record import begin_files
-from mnist_ray.run.session import Session, interrupt_explained, load_data
+from mnist_ray.run.session import Session, ending_explained, load_data
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.workload import user_code
@@ -140,9 +141,14 @@ def test_an_interrupt_says_how_to_resume_if_the_storage_is_away(read: Any, monke
     monkeypatch.setattr(RunFolder, "exists", fail)
     with (
         pytest.raises(KeyboardInterrupt, match=r"^interrupted; to resume: python jobs/train"),
-        interrupt_explained(job),
+        ending_explained(job),
     ):
         raise KeyboardInterrupt
+
+
+def test_code_that_ends_the_job_is_one_line(read: Any) -> None:
+    with pytest.raises(JobError, match=r"^SystemExit: 3 \("), ending_explained(read("--run-name", "a")):
+        sys.exit(3)
 
 
 @pytest.mark.parametrize(
