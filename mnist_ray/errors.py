@@ -56,7 +56,8 @@ def with_place(error: BaseException, *folders: Path, fallback: Path = _PACKAGE) 
     else:
         tracebacks = [one.__traceback__ for one in (error, error.__cause__) if one is not None]
         frames = [(frame.filename, frame.lineno) for one in tracebacks for frame in traceback.extract_tb(one)]
-    said = f"{type(error).__name__}: {first_line(error)}"
+    kind, line = type(error).__name__, first_line(error)
+    said = kind if line == kind else f"{kind}: {line}"
     for folder in (*folders, fallback):
         for file, line in reversed(frames):
             if folder in Path(file).parents and "site-packages" not in Path(file).parts:

@@ -115,8 +115,11 @@ class RunFolder:
 
     def read_bytes(self, file_name: str) -> bytes | None:
         """Return a file's content, or None if it does not exist. Raises STORAGE_ERRORS."""
-        if not self.exists(file_name):
+        kind = self.info(file_name).type
+        if kind == fs.FileType.NotFound:
             return None
+        if kind == fs.FileType.Unknown:  # reading a FIFO may wait forever, reading a device may never end
+            raise OSError("it is not a file")
         with self.filesystem.open_input_stream(posixpath.join(self.path, file_name)) as stream:
             return bytes(stream.read())
 

@@ -118,7 +118,7 @@ def unless_failing(what: str, draw: Callable[[], Iterable[T]], workload: Workloa
         parts = list(draw())
         if wrong := [part for part in parts if not isinstance(part, (Picture, Table))]:
             raise TypeError(f"{type(wrong[0]).__name__} is no mnist_ray.workload.Picture")
-    except Exception as error:  # files may hold anything, and workloads draw with their own code
+    except (Exception, SystemExit) as error:  # files may hold anything, and workloads draw with their own code
         notes.append(f"no {what}: {with_place(error, workload.source.folder)}")
         return []
     return parts

@@ -26,7 +26,7 @@ from mnist_ray.training.events import Validated
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.loading import load_data
+from mnist_ray.workload.loading import load_data, placed
 from ray_fork.starting import Forking
 
 
@@ -101,4 +101,5 @@ def evaluate_here(checkpoint: RunFolder, workload: Workload, split: Split, loade
     """Evaluate a checkpoint in this process, on one thread, because other tasks or a training may run beside it."""
     torch.set_num_threads(1)
     model = engine.with_fast_layout(load_model(checkpoint, workload))
-    return engine.evaluate(workload, model, split, loader_workers)
+    with placed(workload, "an evaluation"):
+        return engine.evaluate(workload, model, split, loader_workers)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from ray.exceptions import RayActorError, RayError
 from ray.train import UserCallback
 
 from mnist_ray.cluster.train_internals import RayTrainError, WorkerHealthCheckFailedError
-from mnist_ray.errors import JobError, first_line
+from mnist_ray.errors import JobError, first_line, with_place
 from mnist_ray.storage import STORAGE_ERRORS
 from mnist_ray.training.checkpoint import OtherModelError
 from mnist_ray.training.events import WorkersLost
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.reproducible import OtherArithmeticError
-from mnist_ray.training.state import CodeFailedError
+from mnist_ray.training.state import CodeFailedError, StopWantedError
 
 PASSING = (
     *STORAGE_ERRORS,
@@ -34,6 +38,24 @@ STOPPING = (OtherModelError, TrainingDivergedError, OtherArithmeticError)
 
 class TrainingStoppedError(JobError):
     """Training cannot continue with these settings: a retry would fail too."""
+
+
+@contextlib.contextmanager
+def code_failures_placed(*folders: Path) -> Iterator[None]:
+    """Raise a failure of the code as a CodeFailedError, with its place in ``folders``; raise other errors unchanged.
+
+    So is ``sys.exit()``, which Ray would take for a lost worker, unless Ray itself calls it to end a process or trial.
+    """
+    try:
+        yield
+    except (CodeFailedError, StopWantedError, *STOPPING, *PASSING):
+        raise
+    except (Exception, SystemExit) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        is_of_ray = frame.f_code.co_filename.startswith((*ray.__path__, "python/ray/"))  # with its compiled part
+        if is_of_gloo(error) or (is_of_ray and isinstance(error, SystemExit)):
+            raise
+        raise CodeFailedError(with_place(error, *folders)) from error
 
 
 class FailureReporter(UserCallback):

@@ -19,7 +19,7 @@ from mnist_ray.signals import Noted, first_only_noted, take_signals
 from mnist_ray.storage import RunFolder
 from mnist_ray.training.checkpoint import STATE_FILE, Restored
 from mnist_ray.training.events import Event, Progress, Stopping
-from mnist_ray.training.state import Group, StopWantedError, TrainingState
+from mnist_ray.training.state import CodeFailedError, Group, StopWantedError, TrainingState
 
 _NUM_KEPT = 2  # the best checkpoints by validation; the last checkpoint is kept, too
 
@@ -37,7 +37,7 @@ def fit_here(session: Session, on_event: Callable[[Event], None]) -> Fitted:
             train_worker(spec, group, create_reporter, job.workers.cpus_per_worker or usable_cores())
     except StopWantedError:
         raise KeyboardInterrupt from None
-    except STOPPING as error:
+    except (CodeFailedError, *STOPPING) as error:
         raise TrainingStoppedError(str(error)) from error
     best = job.run.inside(next(iter(_best(job.run)), job.run.checkpoint_names()[-1]))
     return Fitted(best, _metrics_of(best))

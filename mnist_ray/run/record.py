@@ -19,9 +19,10 @@ from mnist_ray.run.evaluate import evaluate, evaluate_here
 from mnist_ray.run.failures import TrainingStoppedError
 from mnist_ray.run.fit import Fitted
 from mnist_ray.run.history import History, Throttled, write_predictions
+from mnist_ray.run.job import finished
 from mnist_ray.run.session import Session, say_plan
 from mnist_ray.settings import json_lines
-from mnist_ray.signals import if_ended
+from mnist_ray.signals import first_only_noted, if_ended
 from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE, TRACE_FILE, RunFolder
 from mnist_ray.trackers import start
 from mnist_ray.trackers.tracker import Ending
@@ -39,7 +40,7 @@ MoreSections = Callable[[RunFolder], Any]  # returns the ``Sections`` with a swe
 def recorded(session: Session, sections: MoreSections | None = None) -> Iterator[Record]:
     """Show a run and write its files. However the run ends, write its report and close its trackers.
 
-    Adds advice for the user to an exception.
+    An interrupt meanwhile is raised after that: the caller may have more to do. Adds advice to an exception.
     """
     job, logs = session.job, session.cluster.log_folder
     num_parameters = say_plan(session)
@@ -48,13 +49,16 @@ def recorded(session: Session, sections: MoreSections | None = None) -> Iterator
     try:
         yield record
     except TrainingStoppedError as error:
-        raise JobError(f"{error} (logs: {logs})") from error
+        raise JobError(f"{error} (logs: {logs})" if logs else str(error)) from error
     except JobError as error:
         raise type(error)(f"{error} (logs: {logs}; to resume: {job.resume_with})") from error
     finally:
-        record.close()
+        with first_only_noted() as interrupted:
+            record.close()
     session.clock.mark("report")
     record.print_files()
+    if interrupted.is_set:
+        raise KeyboardInterrupt
 
 
 def begin_files(session: Session, settings_file: str, settings: Mapping[str, Any]) -> None:
@@ -146,6 +150,8 @@ class Record:
         write_predictions(job.run, workload, tested)
         result = json.loads(json.dumps(result), parse_constant=lambda name: None)  # JSON has no NaN, no Infinity
         job.run.write_text(RESULT_FILE, json_lines(result))
+        if is_last:
+            if_ended(f"; {finished(job.run)}")
         self._console.show_evaluation(tested)
         if job.train.overfit_batches is not None:
             self._console.result("overfit", overfit_verdict(self._first_loss, result["test_loss"]))
@@ -160,7 +166,7 @@ class Record:
             self._history.flush()
             pictures = self._draw_report(self._warn)
             self._has_report = True
-        except Exception as error:  # must not hide the exception that has ended the run
+        except (Exception, SystemExit) as error:  # must not hide the exception that has ended the run
             reason = str(error) if isinstance(error, JobError) else with_place(error, self._job.workload.source.folder)
             self._warn(f"no report: {reason}")
         self._trackers.close(Ending(self._result, pictures, self._fitted.checkpoint if self._fitted else None))

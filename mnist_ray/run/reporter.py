@@ -16,13 +16,13 @@ from ray.train.torch import get_device
 
 from mnist_ray.cluster.environment import end_if_hung
 from mnist_ray.config import TrainConfig
-from mnist_ray.errors import JobError, with_place
-from mnist_ray.run.failures import PASSING, STOPPING, is_of_gloo
+from mnist_ray.errors import JobError
+from mnist_ray.run.failures import STOPPING, code_failures_placed
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import checkpoint_name, position_of
 from mnist_ray.training.checkpoint import Restored, Snapshot
 from mnist_ray.training.events import Event, NodeLeaving, Progress
-from mnist_ray.training.state import CodeFailedError, Group, StopWantedError, TrainingState
+from mnist_ray.training.state import Group, StopWantedError, TrainingState
 
 _ASK_INTERVAL_S = 5.0  # of training, between two questions whether a node will be taken away: every tenth window
 _SPARE_S = 2.0  # between a saved checkpoint and the time when a node is taken away
@@ -35,17 +35,12 @@ def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
     """
     spec = loop_config["spec"]
     try:
-        train_rank(spec)
+        with code_failures_placed(*spec.job.code_folders):
+            train_rank(spec)
     except STOPPING as error:
         return str(error)  # not raised: Ray would treat it as a lost worker and retry
     except StopWantedError:
         return ""
-    except (CodeFailedError, *PASSING):
-        raise
-    except Exception as error:
-        if is_of_gloo(error):
-            raise
-        raise CodeFailedError(with_place(error, *spec.job.code_folders)) from error
     return None
 
 

@@ -14,10 +14,10 @@ import numpy as np
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, plan_workers, usable_cores
 from mnist_ray.config import WorkerConfig
-from mnist_ray.errors import UsageError, count, format_settings
+from mnist_ray.errors import JobError, UsageError, count, format_settings, with_place
 from mnist_ray.run.console import RunConsole
-from mnist_ray.run.job import Job, check_free
-from mnist_ray.storage import INITIAL_FILE, STORAGE_ERRORS, in_one_line
+from mnist_ray.run.job import Job, check_free, finished
+from mnist_ray.storage import INITIAL_FILE, RESULT_FILE, STORAGE_ERRORS, in_one_line
 from mnist_ray.training.events import EpochFinished, Event, Started
 from mnist_ray.training.sampler import Slice
 from mnist_ray.workload.data import Split, Splits, splits_of, subset
@@ -51,7 +51,7 @@ class Session(contextlib.ExitStack):
 
     def __enter__(self: Self) -> Self:
         environment.prepare(verbose=self.job.output.verbose)
-        self.enter_context(interrupt_explained(self.job))
+        self.enter_context(ending_explained(self.job))
         if not self.is_here:
             is_wanted = self.workers.fork_workers == "auto"
             self._forking = self.enter_context(prepared_forking(self._modules, is_wanted=is_wanted))
@@ -111,15 +111,19 @@ class Session(contextlib.ExitStack):
 
 
 @contextlib.contextmanager
-def interrupt_explained(job: Job) -> Iterator[None]:
-    """Add advice on how to resume to an interrupt's message."""
+def ending_explained(job: Job) -> Iterator[None]:
+    """Add advice on how to resume to an interrupt's message, and raise the user's ``sys.exit()`` as a JobError."""
     try:
         yield
+    except SystemExit as error:
+        raise JobError(with_place(error, *job.code_folders)) from error
     except KeyboardInterrupt as interrupt:
-        has_begun = True
-        with contextlib.suppress(*STORAGE_ERRORS):  # if the storage does not answer, the run may have begun
-            has_begun = job.run.exists()
-        advice = f"to resume: {job.resume_with}" if has_begun else "nothing is saved yet: start again"
+        advice = f"to resume: {job.resume_with}"
+        with contextlib.suppress(JobError, *STORAGE_ERRORS):  # if the storage does not answer, the run may have begun
+            if job.run.read_json(RESULT_FILE) is not None:
+                advice = finished(job.run)
+            elif not job.run.exists():
+                advice = "nothing is saved yet: start again"
         raise KeyboardInterrupt(f"interrupted; {advice}") from interrupt
 
 

@@ -15,8 +15,8 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import RemoteSplit
-from mnist_ray.errors import JobError, with_place
-from mnist_ray.run.failures import PASSING, STOPPING, FailureReporter, TrainingStoppedError, reason_of
+from mnist_ray.errors import JobError
+from mnist_ray.run.failures import STOPPING, FailureReporter, TrainingStoppedError, code_failures_placed, reason_of
 from mnist_ray.run.fit import create_trainer, drop_damaged_snapshot
 from mnist_ray.run.job import Job
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
@@ -52,18 +52,17 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
     job = dataclasses.replace(job, run=spec.folder.inside(point.name))
     loop_spec = LoopSpec(job=job, train=spec.train, validation=spec.validation)
     try:
-        if spec.plan.num_workers > 1:
-            train_on_workers(loop_spec, spec.plan)
-        else:
-            group = Group(device=torch.device("cuda" if spec.plan.use_gpu else "cpu"))
-            train_worker(loop_spec, group, TuneReporter, spec.plan.cpus_per_worker)
+        with code_failures_placed(*job.code_folders):
+            if spec.plan.num_workers > 1:
+                train_on_workers(loop_spec, spec.plan)
+            else:
+                group = Group(device=torch.device("cuda" if spec.plan.use_gpu else "cpu"))
+                train_worker(loop_spec, group, TuneReporter, spec.plan.cpus_per_worker)
         return
-    except (CodeFailedError, TrainingStoppedError, *STOPPING) as error:
+    except (CodeFailedError, TrainingStoppedError) as error:
+        reason = str(error)
+    except STOPPING as error:
         reason = f"{type(error).__name__}: {error}"
-    except PASSING:
-        raise
-    except Exception as error:
-        reason = with_place(error, *job.code_folders)
     # The scheduler ranks NaN last.
     tune.report({f"val_{job.workload.monitor.name}": math.nan, "reason": reason})
 

@@ -71,9 +71,10 @@ class Trackers:
     def _dropped_if_failing(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # a tracker may be the user's code
+        except (Exception, SystemExit) as error:  # a tracker may be the user's code
             self._trackers.pop(name, None)
-            self._warn(f"{name} failed and is not used any more: {first_line(error)}")
+            said = f"sys.exit({error})" if isinstance(error, SystemExit) else first_line(error)
+            self._warn(f"{name} failed and is not used any more: {said}")
 
 
 def start(

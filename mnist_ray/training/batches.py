@@ -97,7 +97,7 @@ class ExampleBatches(Dataset):
         try:
             example: tuple[Any, Any] = self.split.examples[place]
             return example
-        except (LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        except (LookupError, OSError, RuntimeError, SystemExit, TypeError, ValueError) as error:
             if getattr(error, "errno", None) is not None:  # an error of the storage: a retry may succeed
                 raise
             said = f"{'' if isinstance(error, OSError) else f'{type(error).__name__}: '}{first_line(error)}"

@@ -113,7 +113,7 @@ def placed(workload: Workload, what: str) -> Iterator[None]:
         yield
     except (UsageError, JobError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         said = with_place(error, workload.source.folder)
         raise UsageError(f"{type(workload).__name__}, {what}: {said}") from error
 

@@ -168,7 +168,7 @@ def _import_module(name: str, flag: str) -> types.ModuleType:
     _add_to_path(Path.cwd())
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, ImportError) and f"{name}.".startswith(f"{error.name}."):
             raise UsageError(f"{flag} {name}: there is no such module; a file's name must end in .py") from error
         raise UsageError(f"{flag} {name}: {with_place(error, Path.cwd())}") from error

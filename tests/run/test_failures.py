@@ -33,6 +33,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.run import failures, fit, reporter
+from mnist_ray.run.evaluate import evaluate_here
 from mnist_ray.run.failures import describe
 from mnist_ray.run.find import find
 from mnist_ray.run.fit import EventQueue
@@ -494,6 +495,22 @@ def test_a_failure_of_the_code_is_one_line_with_its_place(few_images: Arrays, mo
 
     with pytest.raises(CodeFailedError, match=r"^RuntimeError: .*mat1 and mat2 .* \(engine\.py, line \d+\)$"):
         train_on_a_worker(monkeypatch, fail)
+
+
+def test_code_that_ends_its_process_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CodeFailedError, match=r"^SystemExit: 3 \("):
+        train_on_a_worker(monkeypatch, Mock(side_effect=SystemExit(3)))
+
+
+@pytest.mark.parametrize(("method", "what"), [("create_model", "create_model"), ("measure", "an evaluation")])
+def test_code_that_ends_an_evaluations_process_is_one_line(
+    few_images: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, what: str
+) -> None:
+    workload, state = mnist(), create_state(mnist(), TrainConfig(), 600, torch.device("cpu"))
+    checkpoint.snapshot(state, {"workload": workload.identity}).write(folder_at(tmp_path / "saved"))
+    monkeypatch.setattr(workload, method, Mock(side_effect=SystemExit(3)))
+    with pytest.raises(UsageError, match=rf"^MNIST, {what}: SystemExit: 3 \("):
+        evaluate_here(folder_at(tmp_path / "saved"), workload, Split(few_images), 0)
 
 
 @pytest.mark.parametrize(

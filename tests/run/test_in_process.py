@@ -5,14 +5,18 @@ from __future__ import annotations
 import faulthandler
 import json
 import math
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mnist_ray import train
 from mnist_ray.mnist import MNIST
+from mnist_ray.report import page
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.run.in_process import LocalReporter
 from mnist_ray.storage import locate
@@ -90,6 +94,26 @@ def test_the_best_two_and_the_last_checkpoint_are_kept(small_data: Path, tmp_pat
     best, second, *_ = (f"checkpoint_epoch-{int(row['epoch']):03d}_step-000000" for row in ranked)
     assert set(run.checkpoint_names()) == {best, second, "checkpoint_epoch-006_step-000000"}
     assert (run.read_json("result.json") or {})["checkpoint"] == best
+
+
+def test_interrupted_while_the_report_is_written_a_run_is_finished_and_says_so(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    advice, write = list[str](), page.write
+    monkeypatch.setattr("mnist_ray.run.record.if_ended", advice.append)
+
+    def write_interrupted(*given: Any, **options: Any) -> dict[str, bytes]:
+        if not options["is_running"]:
+            signal.raise_signal(signal.SIGTERM)
+        return write(*given, **options)
+
+    monkeypatch.setattr(page, "write", write_interrupted)
+    said = f"run run is finished; its result is in {tmp_path}/run/result.json"
+    with pytest.raises(KeyboardInterrupt, match=f"^interrupted; {re.escape(said)}$"):
+        train(None, **{**HERE, "num_epochs": 1, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"})
+    assert advice[-1] == f"; {said}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"report     {tmp_path}/run/report.html"
+    assert "finished: 1 of 1 epochs, tested on" in (tmp_path / "run" / "report.html").read_text()
 
 
 CELL = """

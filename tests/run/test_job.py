@@ -1,4 +1,6 @@
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from mnist_ray.cluster.plan import Cluster
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run.job import Job, read_job, resume_command
 from mnist_ray.run.record import begin_files
-from mnist_ray.run.session import Session, interrupt_explained, load_data
+from mnist_ray.run.session import Session, ending_explained, load_data
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.workload import user_code
@@ -139,9 +141,14 @@ def test_an_interrupt_says_how_to_resume_if_the_storage_is_away(read: Any, monke
     monkeypatch.setattr(RunFolder, "exists", fail)
     with (
         pytest.raises(KeyboardInterrupt, match=r"^interrupted; to resume: python jobs/train"),
-        interrupt_explained(job),
+        ending_explained(job),
     ):
         raise KeyboardInterrupt
+
+
+def test_code_that_ends_the_job_is_one_line(read: Any) -> None:
+    with pytest.raises(JobError, match=r"^SystemExit: 3 \("), ending_explained(read("--run-name", "a")):
+        sys.exit(3)
 
 
 @pytest.mark.parametrize(
@@ -152,11 +159,15 @@ def test_an_interrupt_says_how_to_resume_if_the_storage_is_away(read: Any, monke
         ('{"batchsize": 1, "lr": 2}', "unknown settings: batchsize, lr"),
         ('{"run_name": "x"}', "unknown settings: run_name"),
         ('{"batch_size": "64"}', "--batch-size must be of type int, not '64'"),
+        ('{"workload": 5}', r"bad\.json: --workload must be of type str, not 5"),
+        (f'{{"workload": {"[" * 900}{"]" * 900}}}', r"--workload must be of type str, not \[+$"),
+        ("[" * 100_000, "is not JSON: maximum recursion depth exceeded"),
+        (None, "is not a file"),
     ],
 )
-def test_a_bad_config_file_is_refused(read: Any, tmp_path: Path, text: str, message: str) -> None:
+def test_a_bad_config_file_is_refused(read: Any, tmp_path: Path, text: str | None, message: str) -> None:
     file = tmp_path / "bad.json"
-    file.write_text(text)
+    os.mkfifo(file) if text is None else file.write_text(text)
     with pytest.raises(UsageError, match=message):
         read("--config", str(file))
 
@@ -263,6 +274,10 @@ def test_damaged_settings_of_a_run_are_one_line_with_the_file(read: Any, begun: 
     file.write_text("{}")
     message = r"run/config\.json is damaged: it has no num_epochs; restore the file, or start a new"
     with pytest.raises(JobError, match=message):
+        read("--resume", "--run-name", "run")
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(JobError, match=r"^cannot read .*run/config\.json: it is not a file$"):
         read("--resume", "--run-name", "run")
 
 

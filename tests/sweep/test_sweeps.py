@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ import mlflow
 import numpy as np
 import psutil
 import pytest
+import ray
 from torch import nn
 
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
+from mnist_ray.mnist import MNIST
 from mnist_ray.run.job import Job
 from mnist_ray.settings import json_lines, values_of
 from mnist_ray.storage import locate
@@ -377,14 +380,33 @@ def test_the_header_says_what_will_be_tried_and_confirmed(
 
 
 def try_one(
-    reported: list[dict[str, Any]], examples: Arrays, storage: Path, workload: Workload, output: OutputConfig
+    reported: Callable[[dict[str, Any]], object],
+    examples: Arrays,
+    storage: Path,
+    workload: Workload,
+    output: OutputConfig,
 ) -> None:
     plan, folder = WorkerPlan(1, 1, use_gpu=False, must_scale_up=False), locate(str(storage), "trials")
     job = Job(workload, TrainConfig(precision="fp32"), WorkerConfig(hang_timeout_s=60), output, folder, "")
     split = share(workload, Split(examples))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ray.tune.report", reported.append)
+        patch.setattr("ray.tune.report", reported)
         run_trial({"batch_size": 60, "learning_rate": 1e-3, "seed": 0}, TrialSpec(job, split, split, plan, folder))
+
+
+@pytest.mark.usefixtures("ray_address")
+def test_a_trial_whose_code_ends_its_process_fails_and_one_that_tune_ends_just_ends(
+    few_images: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported = Mock()
+    with monkeypatch.context() as patch:
+        patch.setattr(MNIST, "loss", Mock(side_effect=SystemExit(0)))
+        try_one(reported, few_images, tmp_path / "code", mnist(), OutputConfig())
+    assert reported.call_args.args[0]["reason"].startswith("SystemExit: 0 (")
+    names: dict[str, Any] = {}
+    exec(compile("def report(metrics): raise SystemExit(0)", f"{ray.__path__[0]}/tune/ending.py", "exec"), names)
+    with pytest.raises(SystemExit):
+        try_one(names["report"], few_images, tmp_path / "tune", mnist(), OutputConfig())
 
 
 def test_a_trial_killed_after_its_last_checkpoint_reports_it_again(
@@ -394,7 +416,7 @@ def test_a_trial_killed_after_its_last_checkpoint_reports_it_again(
     watch = Mock()
     monkeypatch.setattr("mnist_ray.run.worker.end_if_hung", watch)
     for _ in range(2):
-        try_one(reported, few_images, tmp_path, mnist(), OutputConfig())
+        try_one(reported.append, few_images, tmp_path, mnist(), OutputConfig())
     assert [metrics["epochs"] for metrics in reported] == [1.0, 2.0, 2.0]
     assert reported[2] == reported[1]
     assert watch.call_count > 2  # where each run begins, and as it goes
@@ -408,9 +430,9 @@ def test_a_trial_is_profiled_and_names_the_line_of_its_first_anomaly(
     workload = loading.load(str(tmp_path / "broken_trial.py"))(metadata={"class_names": [0, 1]})
     examples, reported = workload.load_data().train, list[dict[str, Any]]()
     assert isinstance(examples, Arrays)
-    try_one(reported, examples, tmp_path, workload, OutputConfig(detect_anomaly=True))
+    try_one(reported.append, examples, tmp_path, workload, OutputConfig(detect_anomaly=True))
     assert "MulBackward0" in reported[0]["reason"]
     assert "broken_trial.py, line 16" in reported[0]["reason"]
-    try_one(reported, few_images, tmp_path / "profiled", mnist(), OutputConfig(profile=3))
+    try_one(reported.append, few_images, tmp_path / "profiled", mnist(), OutputConfig(profile=3))
     (operators,) = tmp_path.rglob("operators.json")
     assert json.loads(operators.read_text())["steps"] == 3

@@ -1,6 +1,7 @@
 import ast
 import io
 import json
+import sys
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
@@ -189,19 +190,27 @@ class Broken(Recorder):
         raise ConnectionError("the server is gone\nand this is its traceback")
 
 
+class Leaving(Recorder):
+    """A tracker whose library ends the program."""
+
+    def log(self, event: Event) -> None:
+        sys.exit(3)
+
+
 def _cannot_start() -> Recorder:
     raise ZeroDivisionError("division by zero")
 
 
 def test_a_tracker_that_fails_warns_once_is_asked_no_more_and_the_others_go_on() -> None:
     recorder, broken, warnings = Recorder(), Broken(), list[str]()
-    create = {"MLflow": _cannot_start, "broken": lambda: broken, "recorder": lambda: recorder}
+    create = {"MLflow": _cannot_start, "leaving": Leaving, "broken": lambda: broken, "recorder": lambda: recorder}
     trackers = Trackers(create, warnings.append)
     for event in EPOCH:
         trackers.log(event)
     trackers.close(INTERRUPTED)
     assert warnings == [
         "MLflow failed and is not used any more: division by zero",
+        "leaving failed and is not used any more: sys.exit(3)",
         "broken failed and is not used any more: the server is gone",
     ]
     assert (recorder.seen, broken.seen) == ([*EPOCH, INTERRUPTED], [])

@@ -2,11 +2,13 @@ import hashlib
 import json
 import pickle
 import shutil
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,7 +21,7 @@ from mnist_ray.training import checkpoint, engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.checkpoint import DamagedCheckpointError, OtherModelError
 from mnist_ray.training.events import Progress
-from mnist_ray.training.state import Group, TrainingState
+from mnist_ray.training.state import CodeFailedError, Group, TrainingState
 from mnist_ray.workload import Workload
 from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.tensors import map_tensors
@@ -144,6 +146,16 @@ def test_an_ema_a_callback_scores_momentum_and_a_warm_up_resume_bit_identical(
     averaged = checkpoint.load_model(folder_at(whole), mnist()).state_dict()
     assert any(not torch.equal(averaged[name], value) for name, value in state.model.state_dict().items())
     assert all(torch.equal(averaged[name], value) for name, value in state.result.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [threading.Lock(), np.float64(1)], ids=["a lock", "a number of NumPy's"])
+def test_a_callbacks_state_that_a_checkpoint_cannot_hold_is_one_line_with_its_place(value: Any) -> None:
+    class Holds(Callback):
+        def state_dict(self) -> dict[str, Any]:
+            return {"value": value}
+
+    with pytest.raises(CodeFailedError, match=r"^Holds\.state_dict \(test_checkpoint\.py, line \d+\) returns some"):
+        checkpoint.snapshot(engine.create_state(mnist(), CONFIG, 600, CPU), {}, [Holds()])
 
 
 def as_numbers(position: str) -> list[int]:

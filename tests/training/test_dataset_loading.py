@@ -236,7 +236,7 @@ def test_arrays_are_never_read_by_loader_processes() -> None:
 class Failing(Rows):
     """Cannot be read."""
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: BaseException) -> None:
         self.error = error
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
@@ -244,16 +244,18 @@ class Failing(Rows):
 
 
 @pytest.mark.parametrize("num_processes", [0, 1])
-def test_an_error_of_a_data_set_has_its_place_in_any_process(num_processes: int) -> None:
-    loader = batch_loader(
-        batches_of(Split(Failing(KeyError("no such file"))), CPU), [Slice(np.arange(2))], num_processes
-    )
+@pytest.mark.parametrize(
+    ("error", "reason"), [(KeyError("no such file"), "KeyError: 'no such file'"), (SystemExit(3), "SystemExit: 3")]
+)
+def test_an_error_of_a_data_set_has_its_place_in_any_process(
+    num_processes: int, error: BaseException, reason: str
+) -> None:
+    loader = batch_loader(batches_of(Split(Failing(error)), CPU), [Slice(np.arange(2))], num_processes)
     with pytest.raises(ExampleError) as raised:
         next(iter(loader))
     line = next(number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "# here" in text)
     said = with_place(raised.value, Path(__file__).parent)
-    reason = "train example 0 cannot be read: KeyError: 'no such file'"
-    assert said == f"ExampleError: {reason} (test_dataset_loading.py, line {line})"
+    assert said == f"ExampleError: train example 0 cannot be read: {reason} (test_dataset_loading.py, line {line})"
 
 
 def test_an_example_that_cannot_be_read_is_named_by_its_index_in_the_data_set() -> None:
