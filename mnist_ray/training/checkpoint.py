@@ -19,7 +19,6 @@ import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -31,7 +30,7 @@ from mnist_ray.settings import json_lines
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder, with_retries
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.metrics import MetricSums
-from mnist_ray.training.state import CodeFailedError, TrainingState
+from mnist_ray.training.state import TrainingState, state_of
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.loading import placed
 from mnist_ray.workload.tensors import map_tensors
@@ -93,25 +92,11 @@ def snapshot(state: TrainingState, about: dict[str, Any], callbacks: Sequence[Ca
         "scheduler": state.scheduler.state_dict(),
         "scaler": state.scaler.state_dict(),
         "trained": None if state.average is None else state.model.state_dict(),
-        "callbacks": [_state_of(callback) for callback in callbacks],
+        "callbacks": [state_of(callback) for callback in callbacks],
     }
     document = {"format": FORMAT, "epoch": state.epoch, "step": state.step, **about}
     copied = map_tensors(lambda tensor: tensor.detach().cpu().clone(), training)
     return Snapshot(_copies(state.result.state_dict()), copied, copy.deepcopy(document))
-
-
-def _state_of(callback: Callback) -> dict[str, Any]:
-    """Return a callback's state. Raises CodeFailedError if a checkpoint cannot hold it."""
-    values, saved = callback.state_dict(), io.BytesIO()
-    try:
-        torch.save(values, saved)
-        _unpickled(saved.getvalue())
-    except Exception as error:  # torch's own message would advise to run code
-        code = callback.state_dict.__code__
-        place = f"{type(callback).__name__}.state_dict ({Path(code.co_filename).name}, line {code.co_firstlineno})"
-        held = "a checkpoint holds numbers, strings, lists, dicts and tensors"
-        raise CodeFailedError(f"{place} returns something else: {held}") from error
-    return values
 
 
 def _copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

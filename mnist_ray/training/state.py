@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import MetricSums, TrainingDivergedError
 from mnist_ray.workload.base import Workload
@@ -78,6 +82,20 @@ def is_over(state: TrainingState, config: TrainConfig) -> bool:
 def best_epoch(scores: Sequence[float]) -> int:
     """Return the epoch with the best score, counted from 1; of equal scores, the first."""
     return scores.index(max(scores)) + 1
+
+
+def state_of(callback: Callback) -> dict[str, Any]:
+    """Return a callback's state for a checkpoint. Raises CodeFailedError if a checkpoint cannot hold it."""
+    values, saved = callback.state_dict(), io.BytesIO()
+    try:
+        torch.save(values, saved)
+        torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
+    except Exception as error:  # torch's own message would advise to run code
+        code = callback.state_dict.__code__
+        place = f"{type(callback).__name__}.state_dict ({Path(code.co_filename).name}, line {code.co_firstlineno})"
+        held = "a checkpoint holds numbers, strings, lists, dicts and tensors"
+        raise CodeFailedError(f"{place} returns something else: {held}") from error
+    return values
 
 
 class LoggingWindow:
