@@ -79,11 +79,13 @@ class Run:
         """Path or URI of the report."""
         return self.folder.inside(REPORT_FILE).uri
 
+    @environment.left_as_found()
     def load_model(self) -> nn.Module:
         """Return the trained model on the CPU, in evaluation mode. Raises JobError if the checkpoint is damaged."""
         model: nn.Module = find(self).load_model()
         return model
 
+    @environment.left_as_found()
     def export(self, output: str | Path) -> Path:
         """Write the model for other programs, to a ``.pt2`` file for torch or an ``.onnx`` file; return its path.
 
@@ -114,6 +116,7 @@ class SweptRun(Run):
     default: Run | None  # the run of the default configuration; None if this configuration is the best
 
 
+@environment.left_as_found()
 def train(workload: AnyWorkload = None, **settings: Any) -> Run:
     """Train, evaluate and report like ``jobs/train.py``.
 
@@ -125,6 +128,7 @@ def train(workload: AnyWorkload = None, **settings: Any) -> Run:
     return _run(job)
 
 
+@environment.left_as_found()
 def tune(workload: AnyWorkload = None, **settings: Any) -> SweptRun:
     """Search settings, then train and evaluate the best configuration like ``jobs/tune.py``; return its run.
 
@@ -149,6 +153,7 @@ def _space_text(space: Any) -> str:
     return ",".join("none" if value is None else str(value) for value in values)
 
 
+@environment.left_as_found()
 def evaluate(
     run: Run | str | Path | None = None,
     *,
@@ -173,6 +178,7 @@ def evaluate(
         return evaluate_found(found, config, forking).values(found.workload)
 
 
+@environment.left_as_found()
 def predict(
     pictures: Any,
     run: Run | str | Path | None = None,

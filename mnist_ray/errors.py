@@ -42,7 +42,8 @@ class JobError(Exception):
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the error's type if the message is empty."""
-    text = _COLOURS.sub("", str(error)).strip() or type(error).__name__
+    text = f"sys.exit({error})" if isinstance(error, SystemExit) else _COLOURS.sub("", str(error)).strip()
+    text = text or type(error).__name__
     lines = text.splitlines()
     return lines[-1].partition(": ")[2] if _IN_ANOTHER_PROCESS in text else lines[0]
 
@@ -56,8 +57,7 @@ def with_place(error: BaseException, *folders: Path, fallback: Path = _PACKAGE) 
     else:
         tracebacks = [one.__traceback__ for one in (error, error.__cause__) if one is not None]
         frames = [(frame.filename, frame.lineno) for one in tracebacks for frame in traceback.extract_tb(one)]
-    kind, line = type(error).__name__, first_line(error)
-    said = kind if line == kind else f"{kind}: {line}"
+    said = f"{type(error).__name__}: {first_line(error)}"
     for folder in (*folders, fallback):
         for file, line in reversed(frames):
             if folder in Path(file).parents and "site-packages" not in Path(file).parts:

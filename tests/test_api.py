@@ -62,7 +62,7 @@ def test_a_failed_call_leaves_no_fork_server_and_no_variable(
         mnist_ray.train(data_dir=small_data, storage_path=tmp_path, batch_size=10_000)
     assert [len(servers) for servers in started] == [1]
     assert not fork_servers() - before
-    assert SOCKET_VARIABLE not in os.environ
+    assert os.environ[SOCKET_VARIABLE] == ""  # as before
 
 
 def test_no_fork_server_is_started_if_ray_is_connected(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +256,59 @@ if __name__ == "__main__":
     run = mnist_ray.train(Signs, batch_size=50, storage_path="runs", quiet=True)
     print("figures", sorted(run.metrics))
 """
+
+
+ENDS = """
+import os, signal
+from mnist_ray.training.callback import Callback
+
+
+class Ends(Callback):
+    def on_step(self, state):
+        if os.environ["ENDS"] == "interrupted" and state.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        if os.environ["ENDS"] == "failing":
+            raise ValueError
+"""
+CALLS = """
+import contextlib, logging, os, signal, sys, threading, warnings
+import numpy, torch, torch._dynamo  # what an import changes stays
+import mnist_ray
+from mnist_ray.report import page
+from mnist_ray.run import fit, in_process
+from mnist_ray.sweep import tuner
+from mnist_ray.trackers import start
+
+
+def described():
+    levels = {name: logging.getLogger(name).level for name in ("", "ray", "ray.widgets.util", "optuna")}
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    facts = [*levels.items(), *handlers.items(), *os.environ.items(), *warnings.filters, *threading.enumerate()]
+    return {*map(str, facts), os.getcwd(), f"{torch.get_num_threads()} threads of torch"}
+
+
+settings = {"storage_path": sys.argv[1], "data_dir": sys.argv[2], "callback": "ends.py", "num_epochs": 1, "quiet": True}
+for end in ("finished", "failing", "interrupted"):
+    os.environ["ENDS"] = end
+    before = described()
+    with contextlib.suppress(ValueError, KeyboardInterrupt):
+        run = mnist_ray.train(num_workers=0, run_name=end, **settings)
+        mnist_ray.predict(numpy.zeros((2, 28, 28), "uint8"), run)
+        print("ended", mnist_ray.evaluate(run) == run.metrics)
+    print(end, described() ^ before)
+"""
+
+
+def test_a_call_leaves_its_process_as_it_found_it(small_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "calls.py").write_text(CALLS)
+    (tmp_path / "ends.py").write_text(ENDS)
+    command = [sys.executable, "calls.py", str(tmp_path / "runs"), str(small_data)]
+    variables = {**os.environ, "RAY_ADDRESS": "local"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=variables)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("ended", "finished", "failing", "interr"))]
+    assert lines == ["ended True", "finished set()", "failing set()", "interrupted set()"]
+    assert list(tmp_path.glob("runs/interrupted/checkpoint_*"))
 
 
 @pytest.mark.long

@@ -27,7 +27,6 @@ from mnist_ray.cluster.plan import Cluster, Node, local_cpus, node_of
 from mnist_ray.cluster.watch import RaySilentError, watched
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import JobError, UsageError, about_ray, first_line
-from mnist_ray.signals import take_signals
 from ray_fork.starting import Forking, own_runtime_env, runtime_env_to_fork
 
 _WORKER_START_TIMEOUT_S = 50.0
@@ -61,7 +60,6 @@ def connect(
     if not verbose:
         quiet_ray()
     address, leaving = _find_cluster(), threading.Thread(target=ray.shutdown)
-    take_signals()
     ray_internals.read_uv_setting_again()
     with contextlib.ExitStack() as at_the_end:
         at_the_end.enter_context(ray_internals.without_sigterm_handler())

@@ -1,14 +1,22 @@
-"""Environment variables that Ray reads when it is imported or started; and two settings of a worker's process."""
+"""Environment variables that Ray reads when it is imported or started; and other state of a process."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import logging
 import os
+import re
 import secrets
+import signal
+import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+
+from mnist_ray.cluster.plan import usable_cores
+from mnist_ray.signals import take_signals
 
 _SETTINGS = {
     # The interval at which Train's controller checks its workers. A run's end waits for a check; the default is 2 s.
@@ -38,7 +46,32 @@ _QUIET_SETTINGS = {
     # Skip all lines: raylets' errors appear on the driver's console even without logs there; log files have them, too.
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
 }
+_CHANGED = re.compile(r"(MNIST_)?RAY_(?!AUTH_TOKEN)|TUNE_|PYTHONBREAKPOINT")  # Ray keeps the token that it reads
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # constants of malloc.h
+
+
+@contextlib.contextmanager
+def left_as_found() -> Iterator[None]:
+    """Take the signals that end a job; at the end, give the process back what a job, Ray or Tune has changed."""
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    variables = {name: value for name, value in os.environ.items() if _CHANGED.match(name)}
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("ray", "ray.widgets.util", "optuna"))}
+    threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else usable_cores()
+    take_signals()
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        for name in [*filter(_CHANGED.match, os.environ)]:
+            del os.environ[name]
+        os.environ.update(variables)
+        for logger, level in levels.items():
+            logger.setLevel(level)
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(threads)
+        with contextlib.suppress(ValueError):  # in another thread than the main one, which has changed no handler
+            for number in [number for number, handler in handlers.items() if signal.getsignal(number) is not handler]:
+                signal.signal(number, handlers[number])
 
 
 def prepare(*, verbose: bool) -> None:

@@ -100,6 +100,6 @@ def validate(checkpoint: Checkpoint, split: RemoteSplit, event_queue: Any, loade
 def evaluate_here(checkpoint: RunFolder, workload: Workload, split: Split, loader_workers: int) -> Evaluation:
     """Evaluate a checkpoint in this process, on one thread, because other tasks or a training may run beside it."""
     torch.set_num_threads(1)
-    model = engine.with_fast_layout(load_model(checkpoint, workload))
     with placed(workload, "an evaluation"):
+        model = engine.with_fast_layout(load_model(checkpoint, workload))
         return engine.evaluate(workload, model, split, loader_workers)

@@ -42,17 +42,14 @@ class TrainingStoppedError(JobError):
 
 @contextlib.contextmanager
 def code_failures_placed(*folders: Path) -> Iterator[None]:
-    """Raise a failure of the code as a CodeFailedError, with its place in ``folders``; raise other errors unchanged.
-
-    So is ``sys.exit()``, which Ray would take for a lost worker, unless Ray itself calls it to end a process or trial.
-    """
+    """Raise a failure of the code, or its ``sys.exit()``, as a CodeFailedError with the place in ``folders``."""
     try:
         yield
     except (CodeFailedError, StopWantedError, *STOPPING, *PASSING):
         raise
     except (Exception, SystemExit) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        is_of_ray = frame.f_code.co_filename.startswith((*ray.__path__, "python/ray/"))  # with its compiled part
+        is_of_ray = frame.f_code.co_filename.startswith((*ray.__path__, "python/ray/"))  # to end a process or a trial
         if is_of_gloo(error) or (is_of_ray and isinstance(error, SystemExit)):
             raise
         raise CodeFailedError(with_place(error, *folders)) from error

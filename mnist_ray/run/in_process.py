@@ -15,7 +15,7 @@ from mnist_ray.run.failures import STOPPING, TrainingStoppedError
 from mnist_ray.run.fit import Fitted
 from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
-from mnist_ray.signals import Noted, first_only_noted, take_signals
+from mnist_ray.signals import Noted, first_only_noted
 from mnist_ray.storage import RunFolder
 from mnist_ray.training.checkpoint import STATE_FILE, Restored
 from mnist_ray.training.events import Event, Progress, Stopping
@@ -30,7 +30,6 @@ def fit_here(session: Session, on_event: Callable[[Event], None]) -> Fitted:
     spec = LoopSpec(job=job, train=data.train, validation=data.validation if len(data.validation) else None)
     uses_gpu = job.workers.use_gpu != "no" and torch.cuda.is_available()
     group = Group(device=torch.device("cuda" if uses_gpu else "cpu"))
-    take_signals()
     try:
         with first_only_noted() as interrupted:
             create_reporter = functools.partial(LocalReporter, on_event=on_event, interrupted=interrupted)

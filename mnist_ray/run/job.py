@@ -187,14 +187,9 @@ def _find_run(early: Given, kind: str, config_file: str) -> tuple[RunFolder, dic
 def check_free(run: RunFolder, *, resume: bool) -> None:
     """Raise UsageError if a new run exists already, or a resumed run is finished."""
     if resume and run.read_json(RESULT_FILE) is not None:
-        raise UsageError(f"--resume: {finished(run)}")
+        raise UsageError(f"--resume: run {run.name} is finished; its result is in {run.inside(RESULT_FILE).uri}")
     if not resume and run.exists():
         raise UsageError(f"run {run.uri} exists already; add --resume to continue it, or give another --run-name")
-
-
-def finished(run: RunFolder) -> str:
-    """Return the line that takes the place of the command to resume once a run has its result."""
-    return f"run {run.name} is finished; its result is in {run.inside(RESULT_FILE).uri}"
 
 
 def _left_by(run: RunFolder, kind: str, workload_class: type[Workload]) -> tuple[Given, tuple[str, ...]]:

@@ -19,7 +19,6 @@ from mnist_ray.run.evaluate import evaluate, evaluate_here
 from mnist_ray.run.failures import TrainingStoppedError
 from mnist_ray.run.fit import Fitted
 from mnist_ray.run.history import History, Throttled, write_predictions
-from mnist_ray.run.job import finished
 from mnist_ray.run.session import Session, say_plan
 from mnist_ray.settings import json_lines
 from mnist_ray.signals import first_only_noted, if_ended
@@ -40,7 +39,7 @@ MoreSections = Callable[[RunFolder], Any]  # returns the ``Sections`` with a swe
 def recorded(session: Session, sections: MoreSections | None = None) -> Iterator[Record]:
     """Show a run and write its files. However the run ends, write its report and close its trackers.
 
-    An interrupt meanwhile is raised after that: the caller may have more to do. Adds advice to an exception.
+    An interrupt waits for that. Adds advice for the user to an exception.
     """
     job, logs = session.job, session.cluster.log_folder
     num_parameters = say_plan(session)
@@ -151,7 +150,7 @@ class Record:
         result = json.loads(json.dumps(result), parse_constant=lambda name: None)  # JSON has no NaN, no Infinity
         job.run.write_text(RESULT_FILE, json_lines(result))
         if is_last:
-            if_ended(f"; {finished(job.run)}")
+            if_ended(f"; the run is finished: {job.run.inside(RESULT_FILE).uri}")
         self._console.show_evaluation(tested)
         if job.train.overfit_batches is not None:
             self._console.result("overfit", overfit_verdict(self._first_loss, result["test_loss"]))

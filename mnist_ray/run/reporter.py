@@ -37,10 +37,8 @@ def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
     try:
         with code_failures_placed(*spec.job.code_folders):
             train_rank(spec)
-    except STOPPING as error:
+    except (StopWantedError, *STOPPING) as error:
         return str(error)  # not raised: Ray would treat it as a lost worker and retry
-    except StopWantedError:
-        return ""
     return None
 
 

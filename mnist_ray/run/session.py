@@ -16,7 +16,7 @@ from mnist_ray.cluster.plan import Cluster, WorkerPlan, plan_workers, usable_cor
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import JobError, UsageError, count, format_settings, with_place
 from mnist_ray.run.console import RunConsole
-from mnist_ray.run.job import Job, check_free, finished
+from mnist_ray.run.job import Job, check_free
 from mnist_ray.storage import INITIAL_FILE, RESULT_FILE, STORAGE_ERRORS, in_one_line
 from mnist_ray.training.events import EpochFinished, Event, Started
 from mnist_ray.training.sampler import Slice
@@ -121,7 +121,7 @@ def ending_explained(job: Job) -> Iterator[None]:
         advice = f"to resume: {job.resume_with}"
         with contextlib.suppress(JobError, *STORAGE_ERRORS):  # if the storage does not answer, the run may have begun
             if job.run.read_json(RESULT_FILE) is not None:
-                advice = finished(job.run)
+                advice = f"the run is finished: {job.run.inside(RESULT_FILE).uri}"
             elif not job.run.exists():
                 advice = "nothing is saved yet: start again"
         raise KeyboardInterrupt(f"interrupted; {advice}") from interrupt

@@ -44,8 +44,7 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
     With several workers, the trial is a ``TorchTrainer`` run. With one worker, the engine runs in this process, which
     Tune reuses for the next trial: starting a worker takes longer than a small trial's training.
 
-    If the configuration or the code is at fault, the failure is reported: a retry would fail too. Failures that may not
-    happen again are raised, and Tune retries the trial.
+    A failure that would happen again is reported. Other failures are raised, and Tune retries the trial.
     """
     point = Point(tuple((name, value) for name, value in tune_config.items() if name != "seed"), tune_config["seed"])
     job = spec.job.with_values({**point.values, "seed": point.seed})
@@ -59,10 +58,8 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
                 group = Group(device=torch.device("cuda" if spec.plan.use_gpu else "cpu"))
                 train_worker(loop_spec, group, TuneReporter, spec.plan.cpus_per_worker)
         return
-    except (CodeFailedError, TrainingStoppedError) as error:
+    except (CodeFailedError, TrainingStoppedError, *STOPPING) as error:
         reason = str(error)
-    except STOPPING as error:
-        reason = f"{type(error).__name__}: {error}"
     # The scheduler ranks NaN last.
     tune.report({f"val_{job.workload.monitor.name}": math.nan, "reason": reason})
 

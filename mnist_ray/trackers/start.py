@@ -73,8 +73,7 @@ class Trackers:
             yield
         except (Exception, SystemExit) as error:  # a tracker may be the user's code
             self._trackers.pop(name, None)
-            said = f"sys.exit({error})" if isinstance(error, SystemExit) else first_line(error)
-            self._warn(f"{name} failed and is not used any more: {said}")
+            self._warn(f"{name} failed and is not used any more: {first_line(error)}")
 
 
 def start(

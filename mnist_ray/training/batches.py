@@ -100,8 +100,9 @@ class ExampleBatches(Dataset):
         except (LookupError, OSError, RuntimeError, SystemExit, TypeError, ValueError) as error:
             if getattr(error, "errno", None) is not None:  # an error of the storage: a retry may succeed
                 raise
-            said = f"{'' if isinstance(error, OSError) else f'{type(error).__name__}: '}{first_line(error)}"
-            raise ExampleError(f"{self.split.origin} example {place} cannot be read: {said}") from error
+            kind = "" if isinstance(error, (OSError, SystemExit)) else f"{type(error).__name__}: "
+            said = f"{self.split.origin} example {place} cannot be read: {kind}{first_line(error)}"
+            raise ExampleError(said) from error
 
 
 def _misfit(places: np.ndarray, examples: list[tuple[Any, Any]]) -> str:

@@ -91,10 +91,9 @@ def state_of(callback: Callback) -> dict[str, Any]:
         torch.save(values, saved)
         torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
     except Exception as error:  # torch's own message would advise to run code
-        code = callback.state_dict.__code__
-        place = f"{type(callback).__name__}.state_dict ({Path(code.co_filename).name}, line {code.co_firstlineno})"
-        held = "a checkpoint holds numbers, strings, lists, dicts and tensors"
-        raise CodeFailedError(f"{place} returns something else: {held}") from error
+        code, said = callback.state_dict.__code__, "returns more than numbers, strings, lists, dicts and tensors"
+        place = f"{Path(code.co_filename).name}, line {code.co_firstlineno}"
+        raise CodeFailedError(f"{type(callback).__name__}.state_dict {said} ({place})") from error
     return values
 
 

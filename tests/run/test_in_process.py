@@ -108,7 +108,7 @@ def test_interrupted_while_the_report_is_written_a_run_is_finished_and_says_so(
         return write(*given, **options)
 
     monkeypatch.setattr(page, "write", write_interrupted)
-    said = f"run run is finished; its result is in {tmp_path}/run/result.json"
+    said = f"the run is finished: {tmp_path}/run/result.json"
     with pytest.raises(KeyboardInterrupt, match=f"^interrupted; {re.escape(said)}$"):
         train(None, **{**HERE, "num_epochs": 1, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"})
     assert advice[-1] == f"; {said}"

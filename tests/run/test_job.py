@@ -147,7 +147,7 @@ def test_an_interrupt_says_how_to_resume_if_the_storage_is_away(read: Any, monke
 
 
 def test_code_that_ends_the_job_is_one_line(read: Any) -> None:
-    with pytest.raises(JobError, match=r"^SystemExit: 3 \("), ending_explained(read("--run-name", "a")):
+    with pytest.raises(JobError, match=r"^SystemExit: sys\.exit\(3\) \("), ending_explained(read("--run-name", "a")):
         sys.exit(3)
 
 

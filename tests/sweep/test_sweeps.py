@@ -270,7 +270,7 @@ def test_optuna_proposes(trained: Mock, where: dict[str, Any], tmp_path: Path) -
 
 
 def test_every_trial_failing_ends_the_job_with_the_first_reason(where: dict[str, Any]) -> None:
-    with pytest.raises(JobError, match="every trial failed; the first one: TrainingDivergedError: loss or weights"):
+    with pytest.raises(JobError, match="every trial failed; the first one: loss or weights"):
         tune({**where, "num_trials": 1, "sweep": ["learning_rate=1e19:1e20"]})
 
 
@@ -402,7 +402,7 @@ def test_a_trial_whose_code_ends_its_process_fails_and_one_that_tune_ends_just_e
     with monkeypatch.context() as patch:
         patch.setattr(MNIST, "loss", Mock(side_effect=SystemExit(0)))
         try_one(reported, few_images, tmp_path / "code", mnist(), OutputConfig())
-    assert reported.call_args.args[0]["reason"].startswith("SystemExit: 0 (")
+    assert reported.call_args.args[0]["reason"].startswith("SystemExit: sys.exit(0) (")
     names: dict[str, Any] = {}
     exec(compile("def report(metrics): raise SystemExit(0)", f"{ray.__path__[0]}/tune/ending.py", "exec"), names)
     with pytest.raises(SystemExit):

@@ -245,7 +245,7 @@ class Failing(Rows):
 
 @pytest.mark.parametrize("num_processes", [0, 1])
 @pytest.mark.parametrize(
-    ("error", "reason"), [(KeyError("no such file"), "KeyError: 'no such file'"), (SystemExit(3), "SystemExit: 3")]
+    ("error", "reason"), [(KeyError("no such file"), "KeyError: 'no such file'"), (SystemExit(3), "sys.exit(3)")]
 )
 def test_an_error_of_a_data_set_has_its_place_in_any_process(
     num_processes: int, error: BaseException, reason: str

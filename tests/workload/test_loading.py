@@ -87,8 +87,8 @@ def test_the_right_class_of_a_file_is_loaded(write: Write, text: str, name: str,
         ("import math\nclass Digits(:\n", "", ": SyntaxError: invalid syntax (problem.py, line 2)"),
         ("def fail(): return 1 / 0\nfail()\n", "", ": ZeroDivisionError: division by zero (problem.py, line 1)"),
         ("import not_here\n", "", ": ModuleNotFoundError: No module named 'not_here' (problem.py, line 1)"),
-        ("raise KeyError", "", ": KeyError (problem.py, line 1)"),
-        ("import sys\nsys.exit(3)", "", ": SystemExit: 3 (problem.py, line 2)"),
+        ("raise KeyError", "", ": KeyError: KeyError (problem.py, line 1)"),
+        ("import sys\nsys.exit(3)", "", ": SystemExit: sys.exit(3) (problem.py, line 2)"),
     ],
 )
 def test_an_error_in_a_file_is_reported_in_one_line(write: Write, text: str, name: str, expected: str) -> None:
