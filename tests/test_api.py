@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from PIL import Image
 import mnist_ray
 from mnist_ray import Run
 from mnist_ray.api import reference_of
+from mnist_ray.cluster import environment
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist import MNIST
 from mnist_ray.run.job import read_job
@@ -148,6 +150,24 @@ def test_pictures_are_predicted_by_the_newest_run_that_takes_pictures(run: Run, 
     picture = Image.fromarray(mnist_test.inputs[0])
     (prediction,) = mnist_ray.predict(picture, storage_path=run.folder.storage_path, as_is=True)
     assert prediction.top == mnist_ray.predict(picture, run, as_is=True)[0].top
+
+
+def test_calls_in_two_threads_at_once_are_refused(run: Run) -> None:
+    begins, ends = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        with environment.left_as_found():
+            begins.set()
+            ends.wait(60)
+
+    other = threading.Thread(target=wait)
+    other.start()
+    begins.wait(60)
+    with pytest.raises(JobError, match=r"^this process is busy with another call; "):
+        mnist_ray.predict([], run)
+    ends.set()
+    other.join()
+    assert mnist_ray.predict([], run) == []
 
 
 def test_if_no_run_reads_pictures_one_line_says_so(run: Run, tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ import re
 import secrets
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from mnist_ray.cluster.plan import usable_cores
+from mnist_ray.errors import JobError
 from mnist_ray.signals import take_signals
 
 _SETTINGS = {
@@ -47,21 +49,28 @@ _QUIET_SETTINGS = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
 }
 _CHANGED = re.compile(r"(MNIST_)?RAY_(?!AUTH_TOKEN)|TUNE_|PYTHONBREAKPOINT")  # Ray keeps the token that it reads
+_busy = threading.Lock()
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # constants of malloc.h
 
 
 @contextlib.contextmanager
 def left_as_found() -> Iterator[None]:
-    """Take the signals that end a job; at the end, give the process back what a job, Ray or Tune has changed."""
+    """Take the signals that end a job; at the end, give the process back what a job, Ray or Tune has changed.
+
+    Raises JobError if another thread is in such a block: both would seed the same generators, and start one Ray.
+    """
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     variables = {name: value for name, value in os.environ.items() if _CHANGED.match(name)}
     levels = {logger: logger.level for logger in map(logging.getLogger, ("ray", "ray.widgets.util", "optuna"))}
     threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else usable_cores()
-    take_signals()
+    if not _busy.acquire(blocking=False):
+        raise JobError("this process is busy with another call; wait for its end, or make this call in a new process")
     try:
+        take_signals()
         with warnings.catch_warnings():
             yield
     finally:
+        _busy.release()
         for name in [*filter(_CHANGED.match, os.environ)]:
             del os.environ[name]
         os.environ.update(variables)
