@@ -30,7 +30,8 @@ def mixed() -> Iterator[tuple[str, str]]:
     cluster.shutdown()
 
 
-@pytest.mark.parametrize("job", ["train.py", pytest.param("tune.py", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("job", ["train.py", "tune.py"])
 def test_workers_and_trials_run_only_on_nodes_with_the_label(
     job: str, mixed: tuple[str, str], small_data: Path, tmp_path: Path
 ) -> None:
