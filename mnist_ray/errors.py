@@ -6,7 +6,6 @@ Any other exception is a bug and keeps its traceback.
 from __future__ import annotations
 
 import difflib
-import importlib.metadata
 import os
 import re
 import sys
@@ -70,7 +69,7 @@ def about_ray(error: BaseException) -> str | None:
     *_, last = traceback.extract_tb(error.__traceback__)
     if not isinstance(error, (AttributeError, ImportError, TypeError)) or not last.filename.endswith(_PRIVATE_API):
         return None
-    changed = f"Ray {importlib.metadata.version('ray')} does not work here: {first_line(error)}"
+    changed = f"Ray {sys.modules['ray'].__version__} does not work here: {first_line(error)}"
     return f"{changed}; pip install 'ray[train,tune]=={TESTED_RAY}.*'"
 
 
