@@ -63,12 +63,26 @@ def to_job(number: signal.Signals) -> Callable[[Driver], None]:
     return lambda driver: psutil.Process(driver.process.pid).children()[0].send_signal(number)
 
 
+def to_all(number: signal.Signals) -> Callable[[Driver], None]:
+    """Return a function that sends a signal to a job's processes, without those that Ray has put elsewhere."""
+
+    def act(driver: Driver) -> None:
+        job = psutil.Process(driver.process.pid)
+        processes = [job, *job.children(recursive=True)]
+        for process in [one for one in processes if os.getsid(one.pid) == os.getsid(job.pid)]:
+            process.send_signal(number)
+
+    return act
+
+
 ACTIONS: dict[str, Callable[[Driver], None]] = {
     **{f"{part} killed": send(signal.SIGKILL, name) for part, name in PARTS.items()},
     **{f"{part} stopped": send(signal.SIGSTOP, name) for part, name in PARTS.items() if part != "agent of the node"},
     "the job's process killed": to_job(signal.SIGKILL),
     "Ctrl-C": lambda driver: driver.process.send_signal(signal.SIGINT),
     "SIGTERM": lambda driver: driver.process.send_signal(signal.SIGTERM),
+    "SIGTERM to all its processes": to_all(signal.SIGTERM),
+    "SIGHUP": lambda driver: driver.process.send_signal(signal.SIGHUP),
 }
 
 
