@@ -18,12 +18,10 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 
 from mnist_ray.errors import masked
 from mnist_ray.storage import ORIGIN_FILE
-from mnist_ray.tools.export import inputs_of
+from mnist_ray.tools.export import inputs_of, test_batches
 from mnist_ray.trackers import Tracker
 from mnist_ray.training.checkpoint import load_model
 from mnist_ray.training.events import Started, TrialEnded
-from mnist_ray.workload.data import Split
-from mnist_ray.workload.loading import load_data
 
 FOLDER = "mnist_ray.run"  # a tag with the run's folder, to find the MLflow run again
 MOST_METRICS = 1000  # a server takes no more in one request
@@ -110,7 +108,7 @@ class MLflow(Tracker):
 
     def log_model(self, checkpoint):
         """Log the tested model if it takes a single tensor: MLflow asks for an example of the input."""
-        example = inputs_of(self.workload, Split(load_data(self.workload).test, origin="test"), 0, 2)
+        example = inputs_of(self.workload, test_batches(self.workload), 0, 2)
         if not isinstance(example, torch.Tensor):
             return
         with mlflow.start_run(run_id=self.id):

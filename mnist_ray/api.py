@@ -195,17 +195,19 @@ def predict(
     first picture that cannot be used, with the line that ``jobs/predict.py`` prints for it.
     """
     config = build(PredictionConfig, {"as_is": as_is})
-    given = pictures if isinstance(pictures, (list, tuple)) or hasattr(pictures, "shape") else [pictures]
-    is_input = [hasattr(one, "shape") or isinstance(one, (dict, list, tuple)) for one in given]
-    are_inputs = given is pictures and (any(is_input) or not is_input)
+    is_list, are_inputs = isinstance(pictures, (list, tuple)), hasattr(pictures, "shape")
+    if is_list:
+        are_inputs = not pictures or any(
+            hasattr(one, "shape") or isinstance(one, (dict, list, tuple)) for one in pictures
+        )
     found = find(run, workload, storage_path, with_pictures=not are_inputs)
 
     from mnist_ray.tools import predict as tool  # imports torch
 
     model = found.load_model()
     if are_inputs:
-        return tool.predict_inputs(found.workload, model, given)
-    files = tool.find_files(given)
+        return tool.predict_inputs(found.workload, model, pictures)
+    files = tool.find_files(pictures if is_list else [pictures])
     predictions = list(tool.predict_files(found.workload, model, files, as_is=config.as_is))
     for index, prediction in enumerate(predictions):
         if prediction.error is not None:

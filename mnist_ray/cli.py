@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 import sys
@@ -18,7 +17,7 @@ from mnist_ray.errors import PROGRAM, JobError, UsageError, about_ray, prepare_o
 from mnist_ray.run.job import read_job, resume_command
 from mnist_ray.run.lookup import class_of, find_run
 from mnist_ray.run.train import train as train_job
-from mnist_ray.settings import UNSET, Parser, build, peek
+from mnist_ray.settings import UNSET, Parser, build, names_of, peek
 from mnist_ray.storage import TRIALS_FILE
 from mnist_ray.sweep.tune import read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
@@ -93,7 +92,7 @@ def report() -> None:
 def export() -> None:
     """Write a trained model as a program of torch.export or ONNX."""
     given = _flags_of_run(export, ExportConfig)
-    config = build(ExportConfig, {name: given.pop(name) for name in ("format", "output") if name in given})
+    config = build(ExportConfig, {name: given.pop(name) for name in names_of([ExportConfig]) & given.keys()})
     found = api.find(given.pop("run"), given.pop("workload", None), given.pop("storage_path"), changes=given)
 
     from mnist_ray.tools.export import export as export_found
@@ -151,7 +150,7 @@ def status_of(main: Callable[[], None]) -> int:
 
 def _flags_of_run(command: Callable[[], None], config_class: type) -> dict[str, Any]:
     """Return the flags of a command that loads a run's data; the settings of the run's workload are flags, too."""
-    early, run = peek("workload", "storage_path", *(field.name for field in dataclasses.fields(config_class)))
+    early, run = peek("workload", "storage_path", *names_of([config_class]))
     workload_class = loading.load(early.get("workload", loading.DEFAULT))
     if "workload" not in early:
         with contextlib.suppress(UsageError):  # reported when all flags are read

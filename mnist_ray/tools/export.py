@@ -23,7 +23,7 @@ from mnist_ray.errors import JobError, UsageError, say, with_place
 from mnist_ray.run.find import Found
 from mnist_ray.settings import path_of
 from mnist_ray.storage import write_file
-from mnist_ray.training.batches import batches_of
+from mnist_ray.training.batches import ArrayBatches, ExampleBatches, batches_of
 from mnist_ray.training.sampler import Slice
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
@@ -48,7 +48,7 @@ def export(found: Found, config: ExportConfig) -> Path:
     if path.suffix != suffix:
         raise UsageError(f"--output {config.output} must end in {suffix} for --format {config.format}")
     workload, model = found.workload, found.load_model()
-    test = Split(load_data(workload).test, origin="test")
+    test = test_batches(workload)
     examples = [inputs_of(workload, test, 3 * number, size) for number, size in enumerate(_BATCH_SIZES)]
     if not all(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(examples)):
         remedy = "to be exported, a model must take tensors, alone or in dicts, lists and tuples"
@@ -72,12 +72,16 @@ def export(found: Found, config: ExportConfig) -> Path:
     return path
 
 
-def inputs_of(workload: Workload, split: Split, start: int, number: int) -> Any:
+def test_batches(workload: Workload) -> ArrayBatches | ExampleBatches:
+    """Return the data set of batches of the workload's test set. Raises UsageError and JobError."""
+    return batches_of(Split(load_data(workload).test, origin="test"), torch.device("cpu"), workload.collate)
+
+
+def inputs_of(workload: Workload, batches: ArrayBatches | ExampleBatches, start: int, number: int) -> Any:
     """Return what the model takes for a batch of examples, which are repeated if they are few. Raises UsageError."""
-    places = np.arange(start, start + number) % len(split)
+    places = np.arange(start, start + number) % len(batches)
     with placed(workload, "prepare"):
-        batch = batches_of(split, torch.device("cpu"), workload.collate)[Slice(places)]
-        return workload.prepare(batch.inputs, None)
+        return workload.prepare(batches[Slice(places)].inputs, None)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import re
 import warnings
 from typing import Any
@@ -15,6 +14,7 @@ from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.errors import UsageError, count, first_line
 from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.training.batches import Batch
+from mnist_ray.training.state import check_kept
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.loading import placed
 from mnist_ray.workload.tensors import as_fp32, autocast, detached
@@ -44,8 +44,7 @@ def check_batch(workload: Workload, batch: Batch, fewer: Batch, config: TrainCon
     except UsageError as error:
         remedy = ""
         if re.search("dtype|scalar type|bias type|not implemented for", str(error)):
-            is_other = isinstance(for_training, Tensor) and for_training.dtype != torch.float32
-            if is_other:
+            if isinstance(for_training, Tensor) and for_training.dtype != torch.float32:
                 remedy = "; return inputs.float() from prepare"
             elif "Double" in str(error):
                 remedy = "; make all floats in the inputs float32, for example in prepare"
@@ -184,9 +183,7 @@ def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig) 
         optimizer.step()
         scheduler.step()
     with placed(workload, "a checkpoint of the optimizer and the schedule, which holds tensors, numbers and strings"):
-        saved = io.BytesIO()
-        torch.save([optimizer.state_dict(), scheduler.state_dict()], saved)
-        torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
+        check_kept([optimizer.state_dict(), scheduler.state_dict()])
 
 
 def _check_dict(place: str, value: object) -> None:

@@ -84,12 +84,18 @@ def best_epoch(scores: Sequence[float]) -> int:
     return scores.index(max(scores)) + 1
 
 
+def check_kept(values: object) -> None:
+    """Raise torch's error if a checkpoint cannot hold these values, since it is read with ``weights_only``."""
+    saved = io.BytesIO()
+    torch.save(values, saved)
+    torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
+
+
 def state_of(callback: Callback) -> dict[str, Any]:
     """Return a callback's state for a checkpoint. Raises CodeFailedError if a checkpoint cannot hold it."""
-    values, saved = callback.state_dict(), io.BytesIO()
+    values = callback.state_dict()
     try:
-        torch.save(values, saved)
-        torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
+        check_kept(values)
     except Exception as error:  # torch's own message would advise to run code
         code, said = callback.state_dict.__code__, "returns more than numbers, strings, lists, dicts and tensors"
         place = f"{Path(code.co_filename).name}, line {code.co_firstlineno}"

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
+from mnist_ray.errors import escaped
 from mnist_ray.workload.base import ACCURACY, Metric, Picture, Rows, Workload
 from mnist_ray.workload.data import Split
 
@@ -72,10 +73,7 @@ def _characters() -> frozenset[str]:
 def drawable(text: object) -> str:
     """Return a text with escapes for characters that the pictures' font lacks, or that nobody would see."""
     known = _characters()
-    return "".join(
-        one if one == "\n" or (one in known and one.isprintable()) else one.encode("unicode_escape").decode("ascii")
-        for one in str(text)
-    )
+    return escaped(str(text), lambda one: one == "\n" or (one in known and one.isprintable()))
 
 
 def style_of(number: int) -> dict[str, Any]:
