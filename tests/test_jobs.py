@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import functools
+import itertools
 import json
 import os
 import signal
@@ -197,26 +198,41 @@ def processes_in(folder: Path) -> list[psutil.Process]:
     return found
 
 
-STARTING, TRAINING = "results", "started"
+TO_RESUME = "to resume: python jobs/train.py --resume --run-name all --storage-path {storage}"
+PHASES = {  # by the line that begins them: what the job says of the run
+    "run ": "nothing is saved yet: start again",
+    "results": "nothing is saved yet: start again",
+    "started": TO_RESUME,
+    "epoch 2/": TO_RESUME,
+    "test ": "the run is finished: {storage}/all/result.json",
+}
+QUICK_CASES = [(signal.SIGHUP, os.killpg, "results"), (signal.SIGTERM, os.killpg, "started")]
+LONG_CASES = [
+    (number, send, when)
+    for number, send in itertools.product((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), (os.kill, os.killpg))
+    for when in PHASES
+    if (number, send, when) not in QUICK_CASES
+]
 
 
+@pytest.mark.usefixtures("ctrl_c")  # which this test's children would ignore otherwise
 @pytest.mark.parametrize(
-    ("number", "when"),
-    [
-        (signal.SIGTERM, TRAINING),
-        (signal.SIGHUP, STARTING),
-        pytest.param(signal.SIGHUP, TRAINING, marks=pytest.mark.long),
-        pytest.param(signal.SIGTERM, STARTING, marks=pytest.mark.long),
-    ],
+    ("number", "send", "when"), [*QUICK_CASES, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG_CASES)]
 )
-def test_a_signal_to_all_processes_of_a_job_ends_it_like_an_interrupt_and_leaves_no_process(
-    number: signal.Signals, when: str, small_data: Path, tmp_path: Path, own_folder: Path
+def test_a_signal_in_any_phase_ends_a_job_like_an_interrupt_and_leaves_no_process(
+    number: signal.Signals,
+    send: Callable[[int, int], None],
+    when: str,
+    small_data: Path,
+    tmp_path: Path,
+    own_folder: Path,
 ) -> None:
-    flags = {**QUICK, "num_epochs": 500, "data_dir": small_data, "storage_path": tmp_path, "run_name": "all"}
-    _, errors = run_and_act(lambda job: os.killpg(job.pid, number), when, *as_flags(flags), address="local", status=130)
-    way_on = f"to resume: python jobs/train.py --resume --run-name all --storage-path {tmp_path}"
-    assert errors == f"interrupted; {way_on if when == TRAINING else 'nothing is saved yet: start again'}\n"
-    assert bool(list(tmp_path.glob("all/checkpoint_epoch-*"))) == (when == TRAINING)
+    flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, "run_name": "all"}
+    flags |= {} if when == "test " else {"num_epochs": 500}
+    _, errors = run_and_act(lambda job: send(job.pid, number), when, *as_flags(flags), address="local", status=130)
+    assert errors == f"interrupted; {PHASES[when]}\n".format(storage=tmp_path)
+    assert bool(list(tmp_path.glob("all/checkpoint_epoch-*"))) == (PHASES[when] != PHASES["results"])
+    assert "running:" not in "".join(path.read_text() for path in tmp_path.glob("all/report.html"))
     assert not list(tmp_path.glob(".*"))
     psutil.wait_procs(processes_in(own_folder), timeout=30)
     assert processes_in(own_folder) == []
