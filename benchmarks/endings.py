@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=ACTIONS, default=[*ACTIONS])
     args = parser.parse_args()
     os.environ["RAY_ADDRESS"] = "local"
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup, and then by the jobs, too
     rng = random.Random(0)
     chaos.FLAGS.extend(["--num-epochs", "6"])
     print("| what happens | runs | seconds to exit: median, maximum | says how to resume | same weights if resumed |")
