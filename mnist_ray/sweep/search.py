@@ -44,7 +44,7 @@ def search(session: Session, sweep: Sweep, show: OnChange) -> TrialTable:
     if run.exists(BEST_FILE):
         return sweep.table()
     warn = functools.partial(session.console.say, "note")
-    trackers = start.start_trials(run, job.workload, settings.values_of(sweep.config), job.output, warn)
+    trackers = start.start(run, job.workload, settings.values_of(sweep.config), job.output, warn, for_trials=True)
 
     def on_change(table: TrialTable, ended: TrialRecord | None) -> None:
         show(table, ended)

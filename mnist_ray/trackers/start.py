@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import math
 import os
@@ -77,35 +78,28 @@ class Trackers:
 
 
 def start(
-    run: RunFolder, workload: Workload, settings: Mapping[str, Any], output: OutputConfig, warn: Callable[[str], None]
+    run: RunFolder,
+    workload: Workload,
+    settings: Mapping[str, Any],
+    output: OutputConfig,
+    warn: Callable[[str], None],
+    *,
+    for_trials: bool = False,
 ) -> Trackers:
-    """Track a run in TensorBoard, in Ray's metrics if Ray is running, and with the user's tracker, if any."""
-    followed = (run, workload, _plain(settings))
-    create: dict[str, Create] = {}
-    if ray.is_initialized():
-        create["Ray's metrics"] = lambda: RayMetrics(*followed)
-    create["TensorBoard"] = lambda: TensorBoard(*followed)
-    return Trackers(create | _own(output, *followed), warn)
+    """Track a run in TensorBoard, in Ray's metrics if Ray is running, and with the user's tracker, if any.
 
-
-def start_trials(
-    run: RunFolder, workload: Workload, settings: Mapping[str, Any], output: OutputConfig, warn: Callable[[str], None]
-) -> Trackers:
-    """Track a sweep's trials with the user's tracker, if it follows trials."""
-    return Trackers(_own(output, run, workload, _plain(settings), for_trials=True), warn)
-
-
-def _own(output: OutputConfig, *followed: Any, for_trials: bool = False) -> dict[str, Create]:
-    """Return a function that creates the user's tracker, by the tracker's name; empty without a tracker."""
-    if output.tracker is None:
-        return {}
-    tracker_class = user_code.find(output.tracker, Tracker)
-    is_wanted = tracker_class.follows_trials or not for_trials
-    return {tracker_class.__name__: lambda: tracker_class(*followed)} if is_wanted else {}
-
-
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value if isinstance(value, (bool, int, float)) else redact(value) for name, value in settings.items()}
+    ``for_trials``: track a sweep's trials, only with the user's tracker, if it follows trials.
+    """
+    plain = {name: one if isinstance(one, (bool, int, float)) else redact(one) for name, one in settings.items()}
+    kinds: dict[str, type[Tracker]] = {} if for_trials else {"TensorBoard": TensorBoard}
+    if ray.is_initialized() and not for_trials:
+        kinds["Ray's metrics"] = RayMetrics
+    if output.tracker is not None:
+        own = user_code.find(output.tracker, Tracker)
+        if own.follows_trials or not for_trials:
+            kinds[own.__name__] = own
+    create = {name: functools.partial(kind, run, workload, plain) for name, kind in kinds.items()}
+    return Trackers(create, warn)
 
 
 class TensorBoard(Tracker):

@@ -161,7 +161,7 @@ def test_mlflow_says_which_data_workers_and_commit_a_run_had(tmp_path: Path, mlf
 def test_mlflow_has_a_trial_once_that_a_resumed_sweep_reports_again(tmp_path: Path, mlflow_tracker: Path) -> None:
     config, run = OutputConfig(tracker=str(mlflow_tracker)), locate(str(tmp_path), "sweep")
     for _ in range(2):
-        trackers = start.start_trials(run, mnist(), {"num_trials": 1}, config, pytest.fail)
+        trackers = start.start(run, mnist(), {"num_trials": 1}, config, pytest.fail, for_trials=True)
         trackers.log(TrialEnded(1, {"batch_size": 64}, "failed", has_failed=True, values={"val_loss": 0.5}))
         trackers.close(INTERRUPTED)
     found = {run.info.run_name: run for run in in_mlflow(run)}
@@ -247,7 +247,7 @@ class Lines(Tracker):
 def test_a_tracker_that_does_not_follow_trials_is_left_alone_during_a_search(tmp_path: Path) -> None:
     (tmp_path / "not_of_trials.py").write_text(OWN)
     run, config = locate(str(tmp_path), "sweep"), OutputConfig(tracker=str(tmp_path / "not_of_trials.py"))
-    start.start_trials(run, mnist(), {}, config, pytest.fail).close(INTERRUPTED)
+    start.start(run, mnist(), {}, config, pytest.fail, for_trials=True).close(INTERRUPTED)
     assert not run.exists()
 
 
