@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import posixpath
 import re
 import time
@@ -59,7 +60,8 @@ def in_one_line(what_failed: str) -> Iterator[None]:
     try:
         yield
     except STORAGE_ERRORS as error:
-        raise JobError(f"{what_failed}: {first_line(error)}") from error
+        number = getattr(error, "errno", None)
+        raise JobError(f"{what_failed}: {os.strerror(number) if number else first_line(error)}") from error
 
 
 def unless_damaged(read: Callable[[], T], warn: Warn) -> T | None:
@@ -133,10 +135,7 @@ class RunFolder:
             raise self.damaged(file_name, error) from error
 
     def read_json(self, file_name: str, warn: Warn = lambda note: None) -> dict[str, Any] | None:
-        """Return a file's JSON object; None if the file does not exist or is damaged. ``warn`` reports damage.
-
-        Raises JobError if the storage fails.
-        """
+        """Return a file's JSON object; None if there is no file or, after ``warn``, a damaged one. Raises JobError."""
         return unless_damaged(lambda: self._parsed(file_name), warn)
 
     def require_json(self, file_name: str) -> dict[str, Any]:
@@ -268,14 +267,8 @@ def position_of(name: str) -> tuple[int, ...]:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a local file atomically. Raises JobError."""
-    part = Path(f"{path}.tmp")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise JobError(f"cannot write {path}: {error.strerror}") from error
+    with in_one_line(f"cannot write {path}"):
+        RunFolder("", "", fs.LocalFileSystem(), "")._write(str(path.absolute()), content)
 
 
 _SETTINGS = {"workload": str | None, "num_epochs": int}

@@ -1,7 +1,7 @@
 import contextlib
-import errno
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -31,17 +31,17 @@ def test_a_file_is_written_in_place_and_read_back(run: RunFolder, tmp_path: Path
     assert run.uri == f"{tmp_path}/run"
 
 
-def test_a_local_file_is_not_left_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_file_is_not_left_half_written(tmp_path: Path) -> None:
     file = tmp_path / "model.pt2"
     file.write_text("an older model")
 
-    def fill_the_disk(path: Path, content: bytes) -> None:
-        path.open("wb").write(content[:3])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", fill_the_disk)
-    with pytest.raises(JobError, match=r"^cannot write .*model\.pt2: No space left on device$"):
-        storage.write_file(file, b"a program")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3, limit[1]))  # stands for a full disk
+    try:
+        with pytest.raises(JobError, match=r"^cannot write .*model\.pt2: File too large$"):
+            storage.write_file(file, b"a program")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("model.pt2", "an older model")]
 
 

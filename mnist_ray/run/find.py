@@ -14,11 +14,11 @@ from ray.train import Checkpoint
 from safetensors.torch import save
 
 from mnist_ray.cluster.connect import quiet_ray
-from mnist_ray.errors import JobError, UsageError, first_line
+from mnist_ray.errors import UsageError
 from mnist_ray.run.job import Job
 from mnist_ray.run.lookup import find_run
 from mnist_ray.settings import build, check_known, names_of
-from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS, RunFolder, position_of, untrusted_folders
+from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS, RunFolder, in_one_line, position_of, untrusted_folders
 from mnist_ray.training.checkpoint import STATE_FILE, load_fitting, load_model, read_state, read_weights
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
@@ -52,10 +52,8 @@ def find(
     loaded or trusted; JobError if the checkpoint is damaged.
     """
     run, notes = find_run(given, storage_path, with_pictures=with_pictures), list[str]()
-    try:
+    with in_one_line(f"cannot read {run.uri}"):
         checkpoint = _checkpoint_of(run, notes)
-    except STORAGE_ERRORS as error:
-        raise JobError(f"cannot read {run.uri}: {first_line(error)}") from error
     saved = read_state(checkpoint)["workload"]
     place = f"the checkpoint of {saved['reference']}"
     workload_class = loading.load_again(saved["reference"], reference, place, untrusted_folders(run, storage_path))
@@ -108,10 +106,7 @@ def _checkpoint_of(run: RunFolder, notes: list[str]) -> RunFolder:
 
 
 def snapshot_of(run: RunFolder) -> ray.train.Result | None:
-    """Return Ray's list of a run's checkpoints; None if the list is missing or damaged.
-
-    Raises the file system's exceptions.
-    """
+    """Return Ray's list of a run's checkpoints; None if it is missing or damaged. Raises STORAGE_ERRORS."""
     try:
         result = ray.train.Result.from_path(run.path, storage_filesystem=run.filesystem)
         is_whole = all(position_of(folder_of(checkpoint).name) for checkpoint, _ in result.best_checkpoints)

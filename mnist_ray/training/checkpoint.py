@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.settings import json_lines
-from mnist_ray.storage import STORAGE_ERRORS, RunFolder, with_retries
+from mnist_ray.storage import STORAGE_ERRORS, RunFolder, in_one_line, with_retries
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.metrics import MetricSums
 from mnist_ray.training.state import TrainingState, state_of
@@ -205,10 +205,8 @@ def read_state(folder: RunFolder) -> dict[str, Any]:
 
 
 def _read(folder: RunFolder, name: str) -> bytes | None:
-    try:
+    with in_one_line(f"cannot read the checkpoint {folder.uri}"):
         return with_retries(functools.partial(folder.read_bytes, name))
-    except STORAGE_ERRORS as error:
-        raise JobError(f"cannot read the checkpoint {folder.uri}: {first_line(error)}") from error
 
 
 def _decoded(folder: RunFolder, name: str, document: dict[str, Any], decode: Callable[[bytes], T]) -> T:
