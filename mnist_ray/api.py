@@ -218,10 +218,7 @@ def predict(
 def load_run(
     run: str | Path | None = None, *, workload: AnyWorkload = None, storage_path: str | Path = _STORAGE_PATH
 ) -> Run:
-    """Return a run that has been trained and tested, by its name or path; default: the newest run.
-
-    Raises UsageError and JobError.
-    """
+    """Return a trained and tested run by its name or path; default: the newest run. Raises UsageError and JobError."""
     storage_path = build(OutputConfig, {"storage_path": storage_path}).storage_path
     folder = find_run(None if run is None else str(run), storage_path)
     loaded = workload_of(folder, None if workload is None else reference_of(workload), storage_path)

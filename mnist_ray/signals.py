@@ -118,10 +118,7 @@ def if_ended(advice: str) -> None:
 
 
 def supervise(work: Callable[[], int]) -> int:
-    """Run ``work`` in a child process and return its exit status. Signals are forwarded.
-
-    If this process ends, so does the child.
-    """
+    """Run ``work`` in a child process, which ends with this one; return its exit status. Signals are forwarded."""
     from_job, to_supervisor = os.pipe()
     from_supervisor, alive = os.pipe()
     forwarded = signals()

@@ -128,10 +128,7 @@ def ending_explained(job: Job) -> Iterator[None]:
 
 
 def try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> None:
-    """Send a batch through a job's workload; for each of ``batch_sizes``, also the smallest batch that a worker gets.
-
-    Raises UsageError.
-    """
+    """Send a batch through a workload, and the smallest that a worker gets of each batch size. Raises UsageError."""
     import torch
 
     from mnist_ray.training.batches import Batch, batches_of

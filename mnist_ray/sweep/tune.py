@@ -14,7 +14,7 @@ from rich.text import Text
 
 from mnist_ray import settings
 from mnist_ray.config import SweepConfig
-from mnist_ray.errors import JobError, UsageError, clock_time, command, count, format_settings, redact
+from mnist_ray.errors import UsageError, clock_time, command, count, format_settings, redact
 from mnist_ray.run import session as sessions
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.job import Given, read_job
@@ -26,10 +26,7 @@ from mnist_ray.workload.data import Splits
 
 
 def read_sweep(given: Given | None = None) -> Sweep:
-    """Read the command line of ``jobs/tune.py``, or ``given`` in its place.
-
-    Raises UsageError, and JobError if a sweep's trials are damaged.
-    """
+    """Read ``given``, or the command line of ``jobs/tune.py``. Raises UsageError, and JobError for damaged trials."""
     job = read_job(given, "tune")
     config = settings.build(SweepConfig, job.asked)
     space = space_of(type(job.workload), job.asked, fixed=job.given)
@@ -43,21 +40,16 @@ def read_sweep(given: Given | None = None) -> Sweep:
 
 
 def _check_trials(sweep: Sweep) -> None:
-    """Raise JobError if a resumed sweep has lost its trials.
-
-    If the sweep has already chosen its best configuration, its trials are not repeated: the choice might change.
-    """
-    run = sweep.job.run
-    has_chosen, remedy = run.exists(BEST_FILE), "remove it to run the trials again"
-    if has_chosen:
+    """Raise JobError if a sweep has lost its trials. After its choice, it repeats none: the choice might change."""
+    run, remedy = sweep.job.run, "remove it to run the trials again"
+    if has_chosen := run.exists(BEST_FILE):
         best = run.inside(BEST_FILE).uri
         remedy = f"train the chosen settings with {command('train')} --config {best}, or start a new sweep"
     try:
-        is_lost = sweep.table().best is None
+        if sweep.table().best is None and has_chosen:
+            raise DamagedFileError(f"{run.inside(TRIALS_FILE).uri} has lost its trials")
     except DamagedFileError as error:
         raise DamagedFileError(f"{error}; {remedy}") from error
-    if has_chosen and is_lost:
-        raise JobError(f"{run.inside(TRIALS_FILE).uri} has lost its trials; {remedy}")
 
 
 def load_data(sweep: Sweep) -> tuple[Sweep, Splits]:

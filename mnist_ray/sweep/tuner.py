@@ -54,10 +54,7 @@ def trials_at_a_time(sweep: SweepConfig, plan: WorkerPlan, cluster: Cluster, *, 
 
 
 def run_sweep(sweep: Sweep, spec: TrialSpec, concurrent: int, on_change: OnChange) -> TrialTable:
-    """Run a sweep's trials, except the finished ones in its folder; return the table of all trials.
-
-    Raises JobError if every trial failed.
-    """
+    """Run a sweep's unfinished trials; return the table of all its trials. Raises JobError if every trial failed."""
     os.environ.update(_SETTINGS)
     config, table, seed = sweep.config, sweep.table(), sweep.job.train.seed
     watcher = _Watcher(sweep, table, on_change)

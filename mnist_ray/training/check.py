@@ -68,10 +68,7 @@ def check_batch(workload: Workload, batch: Batch, fewer: Batch, config: TrainCon
 
 
 def check_smallest(workload: Workload, few: Batch, batch_size: int, config: TrainConfig) -> None:
-    """Try a new model on as few examples as a rank may get: batch normalization may need more.
-
-    Raises UsageError.
-    """
+    """Try a new model on as few examples as a rank may get: batch normalization may need more. Raises UsageError."""
     model = workload.create_model().train()
     try:
         with _autocast(config):

@@ -86,10 +86,7 @@ class Exchange:
 
 
 def open_together(num_rows: Sequence[int], size: int) -> mmap.mmap | None:
-    """Return zeroed memory for ``Exchange``, shared by all ranks; None on every rank if one of them cannot map it.
-
-    All ranks must call it.
-    """
+    """Return zeroed memory that all ranks share; None on all ranks if one cannot map it. All ranks must call it."""
     length = len(num_rows) * _CACHE_LINE + 2 * sum(num_rows) * size * 4
     created = _create(length) if dist.get_rank() == 0 and length <= _MOST_BYTES and is_supported() else None
     try:
