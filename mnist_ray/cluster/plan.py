@@ -28,6 +28,10 @@ class Node:
     num_gpus: int = 0
     labels: Mapping[str, str] = field(default_factory=dict, compare=False)
 
+    def room(self, cpus: int, use_gpu: bool) -> int:
+        """Return how many workers have room, with so many CPUs each and, if ``use_gpu``, a GPU each."""
+        return min(self.num_cpus // cpus, self.num_gpus if use_gpu else self.num_cpus)
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -114,11 +118,11 @@ def plan_workers(config: WorkerConfig, cluster: Cluster, num_chunks: int | None 
         cpus = config.cpus_per_worker or 1
         num_workers = config.num_workers or max(1, min(num_chunks, sum(node.num_cpus // cpus for node in nodes)))
         config = dataclasses.replace(config, num_workers=num_workers, cpus_per_worker=cpus, use_gpu="no")
-    num_gpus = sum(node.num_gpus for node in nodes)
-    if config.use_gpu == "yes" and num_gpus == 0 and not config.autoscaling:
+    if config.use_gpu == "yes" and not any(node.num_gpus for node in nodes) and not config.autoscaling:
         raise UsageError("--use-gpu yes, but the cluster has no GPU; use --use-gpu no")
-    use_gpu = config.use_gpu == "yes" or (num_gpus > 0 and config.use_gpu == "auto")
-    num_workers = config.num_workers or max(1, num_gpus if use_gpu else sum(node.num_cpus > 0 for node in nodes))
+    on_gpus = sum(node.room(config.cpus_per_worker or 1, use_gpu=True) for node in nodes)
+    use_gpu = config.use_gpu == "yes" or (on_gpus > 0 and config.use_gpu == "auto")
+    num_workers = config.num_workers or max(1, on_gpus if use_gpu else sum(node.num_cpus > 0 for node in nodes))
     if config.min_workers is not None and config.placement.startswith("STRICT"):
         raise UsageError(f"--placement {config.placement} needs a fixed --num-workers: Ray cannot use fewer workers")
     least = num_workers if config.min_workers is None else config.min_workers
@@ -147,7 +151,7 @@ def cpus_for_each(
     most = max((node.num_cpus for node in nodes), default=0)
     candidates = range(most, 0, -1) if cpus_per_worker is None else [cpus_per_worker]
     for cpus in candidates:
-        rooms = [min(node.num_cpus // cpus, node.num_gpus if use_gpu else num_workers) for node in nodes]
+        rooms = [node.room(cpus, use_gpu) for node in nodes]
         if placement == "STRICT_SPREAD":
             rooms = [min(room, 1) for room in rooms]
         if (max(rooms, default=0) if placement == "STRICT_PACK" else sum(rooms)) >= num_workers:

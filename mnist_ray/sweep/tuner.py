@@ -44,10 +44,7 @@ def trials_at_a_time(sweep: SweepConfig, plan: WorkerPlan, cluster: Cluster, *, 
 
     With ``autoscaling`` the cluster's size is no limit: waiting trials make it start nodes.
     """
-    nodes = suitable(cluster.nodes, plan.labels)
-    rooms = [node.num_cpus // plan.cpus_per_worker for node in nodes]
-    if plan.use_gpu:
-        rooms = [min(node.num_gpus, room) for node, room in zip(nodes, rooms, strict=True)]
+    rooms = [node.room(plan.cpus_per_worker, plan.use_gpu) for node in suitable(cluster.nodes, plan.labels)]
     held = max(1, sum(rooms) // plan.num_workers)
     asked = sweep.max_concurrent_trials or held
     return min(asked if autoscaling else min(held, asked), sweep.num_trials)
@@ -111,7 +108,7 @@ def _run_trials(
             num_samples=num_trials,
             scheduler=scheduler,
             time_budget_s=None if math.isinf(seconds) else seconds,
-            reuse_actors=spec.plan.num_workers == 1,
+            reuse_actors=spec.plan.num_workers == 1 and not spec.plan.use_gpu,  # an error may leave CUDA unusable
         ),
         run_config=tune.RunConfig(
             name=_TUNE_FOLDER,

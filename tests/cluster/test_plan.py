@@ -38,6 +38,10 @@ ELASTIC = WorkerPlan(4, 1, False, False, min_workers=2)
         (WorkerConfig(), [LARGE, GPU], None, WorkerPlan(2, 2, True, False)),
         (WorkerConfig(use_gpu="no"), [LARGE, GPU], None, WorkerPlan(2, 4, False, False)),
         (WorkerConfig(use_gpu="yes", num_workers=1), [GPU], None, WorkerPlan(1, 4, True, False)),
+        # as many of them as have CPUs; if there are none, on the CPUs
+        (WorkerConfig(), [Node(2, 8), GPU], None, WorkerPlan(4, 1, True, False)),
+        (WorkerConfig(cpus_per_worker=3), [Node(4, 4), LARGE], None, WorkerPlan(1, 3, True, False)),
+        (WorkerConfig(), [Node(0, 4), SMALL], None, WorkerPlan(1, 2, False, False)),
         # with chunks, as many workers as CPUs or chunks
         (WorkerConfig(), [SMALL], 4, WorkerPlan(2, 1, False, False)),
         (WorkerConfig(), [HEAD, LARGE, LARGE], 4, WorkerPlan(4, 1, False, False)),
@@ -121,6 +125,7 @@ def test_a_strict_placement_is_planned_only_if_the_nodes_allow_it(
             "0 nodes with market=spot, A100; lower --num-workers, or leave --label-selector",
         ),
         (WorkerConfig(use_gpu="yes"), [LARGE], "--use-gpu yes, but the cluster has no GPU; use --use-gpu no"),
+        (WorkerConfig(use_gpu="yes"), [Node(0, 4)], "1 worker of 1 CPU and 1 GPU: it has 0 CPUs and 4 GPUs on 1 node;"),
     ],
 )
 def test_an_impossible_plan_is_refused(config: WorkerConfig, nodes: list[Node], message: str) -> None:
