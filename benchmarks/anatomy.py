@@ -42,7 +42,7 @@ def profile_steps(batch_size: int, precision: str, num_threads: int, num_steps: 
     state = engine.create_state(workload, config, len(split), group.device)
     dataset = batches_of(split, group.device)
     samplers = (ShardedBatchSampler(len(split), batch_size, seed=0, epoch=epoch) for epoch in itertools.count())
-    batches = itertools.chain.from_iterable(batch_loader(dataset, sampler) for sampler in samplers)
+    batches = itertools.chain.from_iterable(batch_loader(dataset, sampler, group.device) for sampler in samplers)
 
     def train(steps: int) -> None:
         for _ in range(steps):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +40,7 @@ class ArrayBatches(Dataset):
     def __init__(self, arrays: Arrays, device: torch.device) -> None:
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
+            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # in PyTorch's cache
             if arrays.inputs.nbytes + arrays.targets.nbytes > _MOST_OF_GPU * free:
                 device = torch.device("cpu")
         self.inputs = _tensor(arrays.inputs).to(device)
@@ -136,15 +137,9 @@ def _rows(array: np.ndarray, places: np.ndarray) -> Tensor:
     return rows
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return a batch on a device."""
-    if device.type == "cpu":
-        return batch
-    moved: Batch = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
-    return moved
-
-
-def batch_loader(dataset: ArrayBatches | ExampleBatches, slices: Iterable[Slice], num_processes: int = 0) -> DataLoader:
+def batch_loader(
+    dataset: ArrayBatches | ExampleBatches, slices: Iterable[Slice], device: torch.device, num_processes: int = 0
+) -> DataLoader:
     """Return a loader that reads ``slices``. ``num_processes`` processes read ahead; arrays in memory need none.
 
     With ``batch_size=None``, the DataLoader passes each slice to the data set as it is, so arrays are indexed once per
@@ -156,6 +151,20 @@ def batch_loader(dataset: ArrayBatches | ExampleBatches, slices: Iterable[Slice]
         sampler=slices,
         batch_size=None,
         num_workers=num_processes if isinstance(dataset, ExampleBatches) else 0,
-        pin_memory=torch.cuda.is_available() and not is_on_gpu,
+        pin_memory=device.type == "cuda" and not is_on_gpu,  # elsewhere, it would only take memory of the first GPU
         worker_init_fn=_allow_read_only,
     )
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield batches on a device. A GPU copies a batch on a stream of its own while it computes the step before."""
+    if device.type == "cpu":
+        yield from batches
+        return
+    copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for batch in batches:
+        with torch.cuda.stream(copying):
+            moved: Batch = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
+        computing.wait_stream(copying)
+        map_tensors(lambda tensor: tensor.record_stream(computing), moved)  # else its memory might be reused too early
+        yield moved

@@ -156,7 +156,6 @@ def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callbac
     try:
         if state.average is not None:
             state.model.load_state_dict(training["trained"])
-            state.average.n_averaged.fill_(1)  # otherwise the next step would start a new EMA
         state.optimizer.load_state_dict(training["optimizer"])
         state.scheduler.load_state_dict(training["scheduler"])
         state.scaler.load_state_dict(training["scaler"])

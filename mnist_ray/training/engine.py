@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 import math
@@ -15,13 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.training import shared_memory
-from mnist_ray.training.batches import ArrayBatches, Batch, ExampleBatches, batch_loader, batches_of, to_device
+from mnist_ray.training.batches import ArrayBatches, Batch, ExampleBatches, batch_loader, batches_of, on_device
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import Evaluation, MetricSums, TrainingDivergedError
@@ -33,6 +34,7 @@ from mnist_ray.workload.data import Split
 from mnist_ray.workload.tensors import as_fp32, autocast, detached
 
 EVALUATION_BATCH_SIZE = 100  # small enough that the activations stay in the processor's cache
+GPU_EVALUATION_BATCH_SIZE = 256
 MOST_COLUMN_BYTES = 2**30  # of the predictions that a process evaluates, which it keeps in memory
 
 
@@ -46,8 +48,7 @@ def create_state(workload: Workload, config: TrainConfig, num_examples: int, dev
     scaler = GradScaler(device.type, enabled=config.precision == "fp16")
     state = TrainingState(model, optimizer, scheduler, scaler=scaler, num_steps=num_steps)
     if config.ema_decay is not None:
-        averaging = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
-        state.average = AveragedModel(model, multi_avg_fn=averaging)
+        state.average = copy.deepcopy(model)
     return state
 
 
@@ -129,8 +130,8 @@ def _steps(
     if isinstance(examples, ExampleBatches):
         examples.seed = seed_of(config.seed, state.epoch, 0)
     pieces: list[Batch] = []
-    for piece in batch_loader(examples, sampler, num_processes):
-        pieces.append(to_device(piece, group.device))
+    for piece in on_device(batch_loader(examples, sampler, group.device, num_processes), group.device):
+        pieces.append(piece)
         if piece.ends_step:
             yield pieces
             pieces = []
@@ -148,8 +149,19 @@ def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callb
     state.scaler.update()
     state.optimizer.zero_grad()
     state.scheduler.step()
-    if state.average is not None:
-        state.average.update_parameters(state.model)
+    if state.average is not None and config.ema_decay is not None:
+        _move(state.average, state.model, 0.0 if state.epoch == state.step == 0 else config.ema_decay)
+
+
+@torch.no_grad()
+def _move(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move an EMA towards a model; copy whole numbers and buffers. torch's ``AveragedModel`` would wait for the GPU."""
+    moved, copied = list[tuple[Tensor, Tensor]](), [*zip(average.buffers(), model.buffers(), strict=True)]
+    for pair in zip(average.parameters(), model.parameters(), strict=True):
+        (moved if pair[0].is_floating_point() or pair[0].is_complex() else copied).append(pair)
+    get_ema_multi_avg_fn(decay)(*map(list, zip(*moved, strict=True)), 0)  # type: ignore[no-untyped-call]
+    for own, value in copied:
+        own.copy_(value)
 
 
 def _save(state: TrainingState, progress: Progress, callbacks: Sequence[Callback]) -> None:
@@ -195,7 +207,8 @@ class Gradients:
 
     def _seed(self, part: int) -> None:
         """Seed augmentation and dropout alike in a resumed run; without chunks, only if it has as many workers."""
-        self._generator.manual_seed(seed_of(self._config.seed, self._state.epoch, part) + self._state.step)
+        for generator in {torch.default_generator, self._generator}:
+            generator.manual_seed(seed_of(self._config.seed, self._state.epoch, part) + self._state.step)
 
     def _backward(self, piece: Batch, weight: float) -> dict[str, Tensor]:
         scaler = self._state.scaler
@@ -266,11 +279,12 @@ def resolve_precision(precision: Precision, group: Group) -> Precision:
     return "bf16" if supported.item() else "fp32"
 
 
-def split_bounds(num_examples: int, num_parts: int) -> list[tuple[int, int]]:
+def split_bounds(num_examples: int, num_parts: int, device: torch.device) -> list[tuple[int, int]]:
     """Return (start, stop) of at most ``num_parts`` ranges of whole evaluation batches."""
-    num_batches = math.ceil(num_examples / EVALUATION_BATCH_SIZE)
+    size = EVALUATION_BATCH_SIZE if device.type == "cpu" else GPU_EVALUATION_BATCH_SIZE
+    num_batches = math.ceil(num_examples / size)
     num_parts = min(num_parts, num_batches)
-    cuts = [num_batches * part // num_parts * EVALUATION_BATCH_SIZE for part in range(num_parts)] + [num_examples]
+    cuts = [num_batches * part // num_parts * size for part in range(num_parts)] + [num_examples]
     return list(itertools.pairwise(cuts))
 
 
@@ -282,7 +296,7 @@ def evaluate_together(
         return evaluate(workload, model, split, num_loader_processes)
     for buffer in model.buffers():  # running statistics of batch normalization may differ between ranks
         dist.broadcast(buffer, 0)
-    bounds = split_bounds(len(split), group.world_size)
+    bounds = split_bounds(len(split), group.world_size, group.device)
     start, stop = bounds[group.rank] if group.rank < len(bounds) else (0, 0)
     parts: list[Any] = [None] * group.world_size
     dist.all_gather_object(parts, evaluate(workload, model, split.between(start, stop), num_loader_processes))
@@ -295,22 +309,22 @@ def evaluate(workload: Workload, model: nn.Module, split: Split, num_loader_proc
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     was_training = model.training
     model.eval()
-    starts = range(0, len(split), EVALUATION_BATCH_SIZE)
-    slices = [Slice(np.arange(start, min(start + EVALUATION_BATCH_SIZE, len(split))), 0) for start in starts]
-    batch_sums: list[dict[str, float]] = []
-    columns: list[dict[str, np.ndarray]] = []
+    slices = [Slice(np.arange(*bounds), 0) for bounds in split_bounds(len(split), len(split), device)]
+    sums: list[dict[str, Tensor]] = []  # these and the columns stay on the device, since each transfer waits for it
+    columns: list[dict[str, Tensor]] = []
     num_bytes = 0
-    for batch in batch_loader(batches_of(split, device, workload.collate), slices, num_loader_processes):
-        batch = to_device(batch, device)
+    loader = batch_loader(batches_of(split, device, workload.collate), slices, device, num_loader_processes)
+    for batch in on_device(loader, device):
         outputs = as_fp32(model(workload.prepare(batch.inputs, None)))
-        sums = {"loss": workload.loss(outputs, batch.targets).sum(), **measured_sums(workload, outputs, batch.targets)}
-        batch_sums.append({name: value.item() for name, value in sums.items()})
-        predictions = workload.predictions(outputs, batch.targets)
-        columns.append({name: values.cpu().numpy() for name, values in predictions.items()})
+        loss = workload.loss(outputs, batch.targets).sum()
+        sums.append({"loss": loss, **measured_sums(workload, outputs, batch.targets)})
+        columns.append(workload.predictions(outputs, batch.targets))
         num_bytes += sum(values.nbytes for values in columns[-1].values())
         if num_bytes > MOST_COLUMN_BYTES:
             name, size = f"{type(workload).__name__}.predictions", f"{MOST_COLUMN_BYTES / 2**20:,.0f} MiB"
             raise UsageError(f"{name}: the columns of {len(split):,} {workload.nouns} take more than {size}")
     model.train(was_training)
-    joined = {name: np.concatenate([part[name] for part in columns]) for name in (columns[0] if columns else {})}
-    return Evaluation(tuple(batch_sums), len(split), joined)
+    values = iter(torch.stack([value.double() for each in sums for value in each.values()]).tolist() if sums else [])
+    batch_sums = tuple({name: next(values) for name in each} for each in sums)
+    joined = {name: torch.cat([part[name] for part in columns]).cpu().numpy() for name in (columns or [{}])[0]}
+    return Evaluation(batch_sums, len(split), joined)

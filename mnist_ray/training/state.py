@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.training.callback import Callback
@@ -57,7 +56,7 @@ class TrainingState:
     epoch_s: float = 0.0  # seconds of training in the current epoch: by rank 0's clock, without validating and saving
     finished_s: float = 0.0  # seconds of training in the finished epochs
     scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))  # scales the loss; for fp16 only
-    average: AveragedModel | None = None  # the weights' EMA, with --ema-decay
+    average: nn.Module | None = None  # the weights' EMA, with --ema-decay
     scores: list[float] = field(default_factory=list)  # of each finished epoch, if workers validate; higher is better
     ends: bool = False  # set by a callback: no further epoch
     num_steps: int = 0  # per epoch
@@ -66,10 +65,7 @@ class TrainingState:
     @property
     def result(self) -> nn.Module:
         """The model that is evaluated and kept: the trained model, or its EMA."""
-        if self.average is None:
-            return self.model
-        averaged: nn.Module = self.average.module
-        return averaged
+        return self.model if self.average is None else self.average
 
 
 def is_over(state: TrainingState, config: TrainConfig) -> bool:

@@ -306,9 +306,12 @@ def with_dropout(workload: Workload) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(784, 10))
 
 
-def test_dropout_draws_the_same_in_a_resumed_run(
-    few_images: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_dropout_on_the_cpu_draws_the_same_in_a_resumed_run(
+    on_gpu: bool, few_images: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if on_gpu:
+        monkeypatch.setattr(engine, "_generator", lambda device: torch.Generator())  # in place of the GPU's
     monkeypatch.setattr(MNIST, "create_model", with_dropout)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     for folder, position in ((whole, None), (resumed, whole / "1-7")):

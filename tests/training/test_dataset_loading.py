@@ -1,7 +1,9 @@
+import contextlib
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from mnist_ray.training.batches import (
     ExampleError,
     batch_loader,
     batches_of,
-    to_device,
+    on_device,
 )
 from mnist_ray.training.sampler import ShardedBatchSampler, Slice
 from mnist_ray.workload import Arrays
@@ -59,7 +61,7 @@ def slices_of(
     sampler = ShardedBatchSampler(
         len(dataset), BATCH_SIZE, seed=3, epoch=0, rank=rank, world_size=world_size, first_step=first_step
     )
-    return list(batch_loader(dataset, sampler, num_processes))
+    return list(batch_loader(dataset, sampler, CPU, num_processes))
 
 
 def leaves(value: Any) -> list[Any]:
@@ -151,7 +153,7 @@ def sequences(examples: Sequence[tuple[Any, Any]]) -> tuple[dict[str, Tensor], T
 @pytest.mark.parametrize("num_processes", [0, 1])
 def test_the_workloads_collate_joins_the_examples_of_a_data_set(num_processes: int) -> None:
     examples = Split([([1.0] * length, length) for length in (1, 3, 2)])
-    (batch,) = batch_loader(batches_of(examples, CPU, sequences), [Slice(np.array([0, 2]))], num_processes)
+    (batch,) = batch_loader(batches_of(examples, CPU, sequences), [Slice(np.array([0, 2]))], CPU, num_processes)
     assert batch.inputs["padded"].tolist() == [[1, 0], [1, 1]]
     assert batch.inputs["lengths"].tolist() == batch.targets.tolist() == [1, 2]
     wrong: tuple[Any, Any] = (lambda examples: (1, 2, 3), lambda examples: 1 / 0)
@@ -161,10 +163,21 @@ def test_the_workloads_collate_joins_the_examples_of_a_data_set(num_processes: i
         batches_of(examples, CPU, wrong[1])[Slice(np.arange(2))]
 
 
-def test_all_tensors_of_a_batch_are_moved_to_a_device() -> None:
+def test_all_tensors_of_a_batch_are_copied_to_a_gpu_on_a_stream_that_its_computation_waits_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls, computing = Mock(), Mock()
+    computing.wait_stream = calls.wait
+    monkeypatch.setattr("torch.cuda.Stream", lambda device: "copying")
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: computing)
+    monkeypatch.setattr("torch.cuda.stream", lambda stream: contextlib.nullcontext(calls.copy(stream)))
+    monkeypatch.setattr("torch.Tensor.record_stream", lambda tensor, stream: calls.keep(stream))
     batch = ExampleBatches(Split(Tables()), 0)[Slice(np.array([4, 2]), 2)]
-    assert to_device(batch, CPU) is batch
-    moved = to_device(batch, torch.device("meta"))
+    assert next(on_device([batch], CPU)) is batch
+    assert not calls.mock_calls
+    moved = next(on_device([batch], torch.device("meta")))
+    assert calls.mock_calls[:2] == [call.copy("copying"), call.wait("copying")]
+    assert set(map(str, calls.mock_calls[2:])) == {str(call.keep(computing))}
     assert {leaf.device.type for leaf in [*leaves(moved.inputs), *leaves(moved.targets)]} == {"meta"}
     assert list(moved.inputs) == ["size", "image"]
     assert moved.global_size == 2
@@ -219,7 +232,7 @@ def test_arrays_stay_in_main_memory_if_the_gpu_has_no_room(monkeypatch: pytest.M
     arrays = Arrays(np.zeros((100, 28, 28), np.uint8), np.zeros(100, np.uint8))
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (100 * 785 * 2, 10**9))
     assert ArrayBatches(arrays, torch.device("cuda")).inputs.device == CPU
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (100 * 785 * 3, 10**9))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 100 * 785)  # PyTorch would give it again
     if torch.cuda.is_available():
         assert ArrayBatches(arrays, torch.device("cuda")).inputs.is_cuda
     else:
@@ -227,10 +240,17 @@ def test_arrays_stay_in_main_memory_if_the_gpu_has_no_room(monkeypatch: pytest.M
             ArrayBatches(arrays, torch.device("cuda"))
 
 
+def test_only_batches_for_a_gpu_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    arrays = batches_of(Split(Arrays(np.arange(10), np.arange(10))), CPU)
+    assert not batch_loader(arrays, [], CPU).pin_memory  # it would take memory of the first GPU
+    assert batch_loader(arrays, [], torch.device("cuda")).pin_memory
+
+
 def test_arrays_are_never_read_by_loader_processes() -> None:
     arrays = batches_of(Split(Arrays(np.arange(10), np.arange(10))), CPU)
-    assert batch_loader(arrays, [], 2).num_workers == 0
-    assert batch_loader(ExampleBatches(Split(Rows()), 0), [], 2).num_workers == 2
+    assert batch_loader(arrays, [], CPU, 2).num_workers == 0
+    assert batch_loader(ExampleBatches(Split(Rows()), 0), [], CPU, 2).num_workers == 2
 
 
 class Failing(Rows):
@@ -250,7 +270,7 @@ class Failing(Rows):
 def test_an_error_of_a_data_set_has_its_place_in_any_process(
     num_processes: int, error: BaseException, reason: str
 ) -> None:
-    loader = batch_loader(batches_of(Split(Failing(error)), CPU), [Slice(np.arange(2))], num_processes)
+    loader = batch_loader(batches_of(Split(Failing(error)), CPU), [Slice(np.arange(2))], CPU, num_processes)
     with pytest.raises(ExampleError) as raised:
         next(iter(loader))
     line = next(number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "# here" in text)

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.mnist import MNIST
 from mnist_ray.training import engine
 from mnist_ray.training.batches import Batch
 from mnist_ray.training.callback import Callback
@@ -172,6 +174,39 @@ def test_thirty_steps_move_the_weights_far_beyond_the_tolerance(gloo_weights: Pa
 
 
 # --- one process ---
+
+
+class Odd(nn.Module):
+    """A model with all that an average has to treat: weights, buffers, and parameters that are whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(784, 20), nn.BatchNorm1d(20), nn.Linear(20, 10))
+        self.count = nn.Parameter(torch.tensor(0), requires_grad=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.count.add_(1)
+        outputs: torch.Tensor = self.layers(images)
+        return outputs
+
+
+def test_the_ema_is_that_of_torch_and_whole_numbers_are_copied(
+    few_images: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MNIST, "create_model", lambda workload: Odd())
+    averages: list[AveragedModel] = []
+
+    def average(state: TrainingState) -> None:
+        if not averages:
+            averaging = get_ema_multi_avg_fn(0.8)  # type: ignore[no-untyped-call]
+            averages.append(AveragedModel(state.model.layers, multi_avg_fn=averaging))  # type: ignore[arg-type]
+        averages[0].update_parameters(state.model.layers)  # type: ignore[arg-type]
+
+    state = trained(replace(CONFIG, ema_decay=0.8), few_images, Hooks(on_step=average))
+    expected = averages[0].module.state_dict()
+    found = state.result.state_dict()
+    assert all(torch.equal(found[f"layers.{name}"], value) for name, value in expected.items())
+    assert found["count"] == state.step + 600 // 20
 
 
 def test_the_mean_of_uneven_slices_gradients_is_that_of_the_batch(few_images: Arrays) -> None:
@@ -334,11 +369,12 @@ def test_a_callback_is_called_in_order_and_can_end_the_training(few_images: Arra
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_the_parts_of_an_evaluation_are_all_whole_batches(world_size: int) -> None:
-    bounds = engine.split_bounds(550, world_size)
+@pytest.mark.parametrize(("device", "size"), [("cpu", 100), ("cuda", 256)])
+def test_the_parts_of_an_evaluation_are_all_whole_batches(world_size: int, device: str, size: int) -> None:
+    bounds = engine.split_bounds(550, world_size, torch.device(device))
     assert [start for start, _ in bounds] + [550] == [0] + [stop for _, stop in bounds]
-    assert all(start % engine.EVALUATION_BATCH_SIZE == 0 for start, _ in bounds)
-    assert len(bounds) == min(world_size, 6)
+    assert all(start % size == 0 for start, _ in bounds)
+    assert len(bounds) == min(world_size, 1 + 550 // size)
 
 
 @pytest.mark.parametrize(("num_images", "batch_size"), [(1, 1), (2, 2), (3, 1), (10, 3)])
