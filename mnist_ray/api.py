@@ -160,6 +160,7 @@ def evaluate(
     workload: AnyWorkload = None,
     storage_path: str | Path = _STORAGE_PATH,
     num_tasks: int = EvaluationConfig().num_tasks,
+    use_gpu: str = EvaluationConfig().use_gpu,
     **settings: Any,
 ) -> dict[str, float]:
     """Evaluate a run's checkpoint on the test set, like ``jobs/evaluate.py``; return loss and metrics.
@@ -174,7 +175,7 @@ def evaluate(
 
         from mnist_ray.run.evaluate import evaluate_found
 
-        config = build(EvaluationConfig, {"num_tasks": num_tasks})
+        config = build(EvaluationConfig, {"num_tasks": num_tasks, "use_gpu": use_gpu})
         return evaluate_found(found, config, forking).values(found.workload)
 
 

@@ -101,7 +101,7 @@ class WorkerConfig:
         "CPUs per worker; as many threads if each gets 8 examples; default: the cluster's CPUs, shared evenly",
         **at_least(1),
     )
-    use_gpu: Literal["auto", "yes", "no"] = setting("auto", "train on GPUs; auto: if the cluster has any")
+    use_gpu: Literal["auto", "yes", "no"] = setting("auto", "train on GPUs; auto: if there are any that PyTorch can use")
     loader_workers: int = setting(
         0, "processes per worker that read a Dataset; 0: the worker itself; not used for arrays", **at_least(0)
     )
@@ -183,6 +183,7 @@ class EvaluationConfig:
     """Evaluation on Ray."""
 
     num_tasks: int = setting(1, "Ray tasks that share the examples; any number gives the same result", **at_least(1))
+    use_gpu: Literal["auto", "yes", "no"] = setting("auto", "a GPU for each task; auto: if the cluster has a free one")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -39,6 +39,10 @@ class JobError(Exception):
     """Something went wrong: bad data, a damaged file, a failed run. Exit status 1."""
 
 
+class TrainingStoppedError(JobError):
+    """Training cannot continue with these settings: a retry would fail too."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the error's type if the message is empty."""
     text = f"sys.exit({error})" if isinstance(error, SystemExit) else _COLOURS.sub("", str(error)).strip()

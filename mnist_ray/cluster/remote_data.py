@@ -1,4 +1,4 @@
-"""Gives all nodes the data, by Ray's object store or by loading it on each; checks that they reach the storage."""
+"""Gives all nodes the data, by Ray's object store or by loading it on each; checks that nodes can take part."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mnist_ray.cluster.devices import UnusableGPUError, device_here
 from mnist_ray.errors import JobError, first_line
 from mnist_ray.provenance import versions
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder
@@ -46,15 +47,19 @@ def share(workload: Workload, split: Split) -> RemoteSplit:
     return RemoteSplit(workload, split.origin, len(split), stored, split.indices)
 
 
-def check_nodes(run: RunFolder, own_versions: dict[str, str] | None = None) -> list[str]:
+def check_nodes(run: RunFolder, own_versions: dict[str, str] | None = None, *, use_gpu: bool = False) -> list[str]:
     """Let every node read a file that the driver writes next to the run; return the nodes' hosts.
 
-    ``own_versions`` are the driver's versions. Raises JobError if a node's versions differ or it cannot read the file.
+    ``own_versions`` are the driver's versions. Raises JobError if a node's versions differ, if it cannot read the file,
+    or if PyTorch cannot ``use_gpu``.
     """
     probe = f".probe-{uuid.uuid4().hex}"
     run.storage.write_text(probe, probe)  # the content is the name
-    nodes = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes() if node["Alive"]]
-    tasks = [ray.remote(num_cpus=0, scheduling_strategy=node)(check_here) for node in nodes]
+    tasks = []
+    for node in (node for node in ray.nodes() if node["Alive"]):
+        place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        num_gpus = int(use_gpu and "GPU" in node["Resources"])
+        tasks.append(ray.remote(num_cpus=0, num_gpus=num_gpus, scheduling_strategy=place)(check_here))
     try:
         checked = ray.get([task.remote(run, probe, own_versions or {}) for task in tasks], timeout=_TIMEOUT_S)
     except ray.exceptions.RayError as error:
@@ -76,6 +81,11 @@ def check_here(run: RunFolder, probe: str, drivers: dict[str, str]) -> tuple[str
     if problem:
         problem = f"does not see --storage-path {run.storage_path}: {problem}; use a path that all nodes share"
     for name, version in versions().items():
-        if not problem and drivers.get(name, version) != version:
+        own, drivers_own = (text.partition("+")[0] for text in (version, drivers.get(name, version)))
+        if not problem and own != drivers_own:  # a local part, such as +cu128, tells only for which GPUs torch is
             problem = f"has {name} {version}, the driver has {drivers[name]}"
+    try:
+        device_here()
+    except UnusableGPUError as error:
+        problem = problem or f"has a GPU, but {error}"
     return socket.gethostname(), problem

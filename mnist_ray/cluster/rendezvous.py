@@ -11,6 +11,7 @@ import psutil
 import ray
 from ray.train.torch import TorchConfig
 
+from mnist_ray.cluster.devices import device_here
 from mnist_ray.cluster.ray_internals import session_folder
 from mnist_ray.cluster.train_internals import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
 
@@ -35,6 +36,7 @@ class WorkerGroupConfig(TorchConfig):
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: WorkerGroupConfig) -> None:
         worker_group.execute(use_nodes_interface)
+        worker_group.execute(check_device)
         if not backend_config.is_local:
             super().on_start(worker_group, backend_config)
             return
@@ -56,9 +58,15 @@ class _Backend(_TorchBackend):
         )
 
 
+def check_device() -> None:
+    """Raise UnusableGPUError, which ends the run, if PyTorch cannot use this worker's GPU."""
+    device_here()
+
+
 def use_nodes_interface() -> None:
-    """Let gloo use the network interface of this node's address, unless the user has set one."""
+    """Let gloo and NCCL use the network interface of this node's address, unless the user has set one."""
     address = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
         if any(found.address == address for found in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import time
 from typing import Any
@@ -12,6 +13,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.train import Checkpoint
 
 from mnist_ray.cluster.connect import connect
+from mnist_ray.cluster.devices import device_here, without_unusable_gpus
 from mnist_ray.cluster.environment import for_evaluation
 from mnist_ray.cluster.remote_data import RemoteSplit, share
 from mnist_ray.config import EvaluationConfig, WorkerConfig
@@ -34,27 +36,31 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
     """For ``jobs/evaluate.py``: connect, test, print and return the result. Raises the same exceptions as ``train``."""
     workload, data = found.workload, load_data(found.workload)
     test = Split(data.test, origin="test")
-    with connect(WorkerConfig(), forking), RunConsole(workload, 0, quiet=False) as console:
+    with connect(WorkerConfig(), forking) as cluster, RunConsole(workload, 0, quiet=False) as console:
+        use_gpu = config.use_gpu == "yes"
+        if config.use_gpu == "auto" and ray.available_resources().get("GPU", 0) >= 1:
+            warn = functools.partial(console.say, "note")
+            use_gpu = any(node.num_gpus for node in without_unusable_gpus(cluster, warn).nodes)
         for note in found.notes:
             console.say("note", note)
         console.say("checkpoint", found.checkpoint.path)
         console.say("data", f"{data.name}: {len(test):,} test {workload.nouns}")
-        tested = evaluate(workload, found.checkpoint, test, config.num_tasks)
+        tested = evaluate(workload, found.checkpoint, test, config.num_tasks, 0, use_gpu)
         console.show_evaluation(tested)
         return tested
 
 
 def evaluate(
-    workload: Workload, checkpoint: RunFolder, test: Split, num_tasks: int = 1, loader_workers: int = 0
+    workload: Workload, checkpoint: RunFolder, test: Split, num_tasks: int, loader_workers: int, use_gpu: bool
 ) -> Evaluation:
-    """Evaluate a checkpoint on the test set, divided among tasks with one CPU each.
+    """Evaluate a checkpoint on the test set, divided among tasks with one CPU and, if ``use_gpu``, one GPU each.
 
     The result does not depend on the number of tasks, because each task evaluates whole batches. Raises a task's
     exception, or JobError if a task's node or the storage is lost.
     """
     shared = share(workload, test)
-    task = _evaluate_split.options(**process_options())
-    bounds = engine.split_bounds(len(test), num_tasks)
+    task = _evaluate_split.options(num_gpus=int(use_gpu), **process_options())
+    bounds = engine.split_bounds(len(test), num_tasks, torch.device("cuda" if use_gpu else "cpu"))
     splits = [task.remote(checkpoint, shared, start, stop, loader_workers) for start, stop in bounds]
     try:
         return Evaluation.merge(ray.get(splits))
@@ -84,7 +90,8 @@ def _import_engine() -> None:
 def _evaluate_split(
     checkpoint: RunFolder, shared: RemoteSplit, start: int, stop: int, loader_workers: int
 ) -> Evaluation:
-    return evaluate_here(checkpoint, shared.workload, shared.open().between(start, stop), loader_workers)
+    split = shared.open().between(start, stop)
+    return evaluate_here(checkpoint, shared.workload, split, loader_workers, device_here())
 
 
 def validate(checkpoint: Checkpoint, split: RemoteSplit, event_queue: Any, loader_workers: int) -> dict[str, float]:
@@ -97,9 +104,12 @@ def validate(checkpoint: Checkpoint, split: RemoteSplit, event_queue: Any, loade
     return validation_metrics(workload, values)
 
 
-def evaluate_here(checkpoint: RunFolder, workload: Workload, split: Split, loader_workers: int) -> Evaluation:
+def evaluate_here(
+    checkpoint: RunFolder, workload: Workload, split: Split, loader_workers: int, device: str | torch.device = "cpu"
+) -> Evaluation:
     """Evaluate a checkpoint in this process, on one thread, because other tasks or a training may run beside it."""
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # an evaluation is in fp32
     with placed(workload, "an evaluation"):
-        model = engine.with_fast_layout(load_model(checkpoint, workload))
+        model = engine.with_fast_layout(load_model(checkpoint, workload).to(device))
         return engine.evaluate(workload, model, split, loader_workers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.train import UserCallback
 
 from mnist_ray.cluster.train_internals import RayTrainError, WorkerHealthCheckFailedError
-from mnist_ray.errors import JobError, first_line, with_place
+from mnist_ray.errors import JobError, TrainingStoppedError, first_line, with_place
 from mnist_ray.storage import STORAGE_ERRORS
 from mnist_ray.training.checkpoint import OtherModelError
 from mnist_ray.training.events import WorkersLost
@@ -22,22 +23,12 @@ from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.reproducible import OtherArithmeticError
 from mnist_ray.training.state import CodeFailedError, StopWantedError
 
-PASSING = (
-    *STORAGE_ERRORS,
-    JobError,
-    MemoryError,
-    RayError,
-    RayTrainError,
-    torch.AcceleratorError,
-    torch.distributed.DistError,
-)
-"""Errors that a retry may avoid; any other error is a bug in the training's code, unless it is in ``STOPPING``."""
+_PASSING = (*STORAGE_ERRORS, JobError, MemoryError, torch.OutOfMemoryError, RayError, RayTrainError)
+_CUDA_BUGS = (35, 209, 710)  # the driver is too old, PyTorch has no kernels for this GPU, a kernel's assertion failed
+_CUDA_ERRORS = ("CUDA error", "cuDNN error")  # of the hardware; PyTorch also raises them as a plain RuntimeError
+_PEER_IS_GONE = re.compile("clos|refuse|reset|abort|exited|timed out|peer", re.IGNORECASE)
 STOPPING = (OtherModelError, TrainingDivergedError, OtherArithmeticError)
 """Errors that would occur again at the next attempt, although the code has no bug."""
-
-
-class TrainingStoppedError(JobError):
-    """Training cannot continue with these settings: a retry would fail too."""
 
 
 @contextlib.contextmanager
@@ -45,12 +36,12 @@ def code_failures_placed(*folders: Path) -> Iterator[None]:
     """Raise a failure of the code, or its ``sys.exit()``, as a CodeFailedError with the place in ``folders``."""
     try:
         yield
-    except (CodeFailedError, StopWantedError, *STOPPING, *PASSING):
+    except (CodeFailedError, StopWantedError, *STOPPING):
         raise
     except (Exception, SystemExit) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         is_of_ray = frame.f_code.co_filename.startswith((*ray.__path__, "python/ray/"))  # to end a process or a trial
-        if is_of_gloo(error) or (is_of_ray and isinstance(error, SystemExit)):
+        if may_pass(error) or (is_of_ray and isinstance(error, SystemExit)):
             raise
         raise CodeFailedError(with_place(error, *folders)) from error
 
@@ -71,8 +62,15 @@ class FailureReporter(UserCallback):
             self._event_queue.put.remote(WorkersLost(describe(worker_exceptions)))
 
 
-def is_of_gloo(error: BaseException) -> bool:
-    """Return whether an error means that another worker is gone; gloo may report that by a plain RuntimeError."""
+def may_pass(error: BaseException) -> bool:
+    """Return whether a retry may avoid an error. Other errors are bugs in the training's code, or in ``STOPPING``."""
+    if getattr(error, "error_code", None) in _CUDA_BUGS:
+        return False
+    return isinstance(error, _PASSING) or is_of_group(error) or str(error).startswith(_CUDA_ERRORS)
+
+
+def is_of_group(error: BaseException) -> bool:
+    """Return whether workers could not communicate; gloo may report that by a plain RuntimeError."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
@@ -80,7 +78,10 @@ def describe(worker_exceptions: Mapping[int, Exception]) -> str:
     """Describe one failed rank in one line, preferably one that died: its death makes the other workers fail too."""
     rank, error = min(worker_exceptions.items(), key=lambda item: (not isinstance(item[1], RayActorError), item[0]))
     cause = getattr(error, "_base_exc", error)
-    if is_of_gloo(cause):
+    if is_of_group(cause):
+        of_nccl = re.search(r"Last error:\s*(.+)", str(cause))
+        if of_nccl and not _PEER_IS_GONE.search(of_nccl[1]):
+            return f"worker {rank} failed: NCCL: {of_nccl[1]}"
         return f"worker {rank} has lost its connection to another worker, which has died or hangs"
     if isinstance(error, WorkerHealthCheckFailedError):
         return f"worker {rank} does not answer"
@@ -97,9 +98,13 @@ def reason_of(error: Exception) -> str:
     """Describe in one line why training failed, from a worker's exception if there is one."""
     if failures := getattr(error, "worker_failures", None):
         return describe(failures)
-    cause = getattr(error, "controller_failure", error)
-    cause = getattr(cause, "cause", cause)  # if it is a RayTaskError, whose own text is a traceback
-    return f"Ray Train failed: {_line_of(cause)}"
+    return f"Ray Train failed: {_line_of(cause_of(error))}"
+
+
+def cause_of(error: Exception) -> Exception:
+    """Return why Ray Train's controller has failed; ``error`` itself if it tells nothing of that."""
+    cause: Exception = getattr(error, "controller_failure", error)
+    return getattr(cause, "cause", cause)  # if it is a RayTaskError, whose own text is a traceback
 
 
 def _line_of(error: BaseException) -> str:

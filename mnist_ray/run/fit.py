@@ -25,9 +25,9 @@ from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.cluster.rendezvous import WorkerGroupConfig
 from mnist_ray.cluster.watch import LONGEST_SILENCE_S, Ping, RaySilentError, Watch, end_controllers
-from mnist_ray.errors import JobError
+from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.run import evaluate
-from mnist_ray.run.failures import FailureReporter, TrainingStoppedError, reason_of
+from mnist_ray.run.failures import FailureReporter, cause_of, reason_of
 from mnist_ray.run.find import best_of, folder_of, snapshot_of
 from mnist_ray.run.reporter import train_loop_per_worker
 from mnist_ray.run.session import Session
@@ -77,7 +77,7 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
             result = _fit_and_listen(trainer, event_queue, note_damaged)
             break
         except (ray.train.TrainingFailedError, RayError, *STORAGE_ERRORS) as error:
-            cause = getattr(error, "controller_failure", error)
+            cause = cause_of(error)
             if isinstance(cause, TrainingStoppedError):
                 raise cause from error
             # Ray does not retry if the storage fails during Ray's own bookkeeping.
@@ -94,13 +94,14 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
 def _share_data(session: Session, event_queue: Any) -> tuple[LoopSpec, ValidationConfig | None]:
     """Share the data. Return the workers' spec, and the configuration of validation tasks, if there are any."""
     job, data, loader_workers = session.job, session.data, session.job.workers.loader_workers
-    evaluate.start_process()
+    if not session.plan.use_gpu:
+        evaluate.start_process()
     train, is_local = share(job.workload, data.train), session.plan.is_local
     spec = LoopSpec(job=job, train=train, event_queue=event_queue, is_local=is_local)
     if len(data.validation) == 0:
         return spec, None
     split = share(job.workload, data.validation)
-    if job.train.early_stop is not None:  # the validation decides whether the workers continue
+    if job.train.early_stop is not None or session.plan.use_gpu:  # the validation decides, or is faster on the GPUs
         return replace(spec, validation=split), None
     validate = functools.partial(evaluate.validate, split=split, event_queue=event_queue, loader_workers=loader_workers)
     # A task that asks for no CPUs starts even while the workers hold all CPUs.

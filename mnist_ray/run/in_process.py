@@ -11,7 +11,8 @@ import torch
 
 from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import TrainConfig
-from mnist_ray.run.failures import STOPPING, TrainingStoppedError
+from mnist_ray.errors import TrainingStoppedError
+from mnist_ray.run.failures import STOPPING
 from mnist_ray.run.fit import Fitted
 from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
@@ -28,8 +29,7 @@ def fit_here(session: Session, on_event: Callable[[Event], None]) -> Fitted:
     """Train in this process, like ``fit`` on Ray. Raises the exceptions of the user's code."""
     job, data = session.job, session.data
     spec = LoopSpec(job=job, train=data.train, validation=data.validation if len(data.validation) else None)
-    uses_gpu = job.workers.use_gpu != "no" and torch.cuda.is_available()
-    group = Group(device=torch.device("cuda" if uses_gpu else "cpu"))
+    group = Group(device=torch.device("cuda" if session.plan.use_gpu else "cpu"))
     try:
         with first_only_noted() as interrupted:
             create_reporter = functools.partial(LocalReporter, on_event=on_event, interrupted=interrupted)

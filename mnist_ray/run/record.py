@@ -13,10 +13,9 @@ from datetime import datetime
 from typing import Any
 
 from mnist_ray.cluster.remote_data import check_nodes
-from mnist_ray.errors import JobError, count, with_place
+from mnist_ray.errors import JobError, TrainingStoppedError, count, with_place
 from mnist_ray.provenance import origin, versions
 from mnist_ray.run.evaluate import evaluate, evaluate_here
-from mnist_ray.run.failures import TrainingStoppedError
 from mnist_ray.run.fit import Fitted
 from mnist_ray.run.history import History, Throttled, write_predictions
 from mnist_ray.run.session import Session, say_plan
@@ -128,9 +127,11 @@ class Record:
         job, workload, test = self._job, self._job.workload, self._session.data.test
         self._clock.mark("validation")
         if self._session.is_here:
-            tested = evaluate_here(fitted.checkpoint, workload, test, job.workers.loader_workers)
+            device = "cuda" if self._session.plan.use_gpu else "cpu"
+            tested = evaluate_here(fitted.checkpoint, workload, test, job.workers.loader_workers, device)
         else:
-            tested = evaluate(workload, fitted.checkpoint, test, loader_workers=job.workers.loader_workers)
+            use_gpu = self._session.plan.use_gpu
+            tested = evaluate(workload, fitted.checkpoint, test, 1, job.workers.loader_workers, use_gpu)
         self._clock.mark("evaluation")
         if is_last:
             self._session.cluster.leave()
@@ -144,6 +145,7 @@ class Record:
             workload.rate: self._history.mean_rate() or fitted.metrics[workload.rate],
             "seconds": self._clock.seconds(),
             "num_workers": self._history.num_workers,
+            "workers": self._origin.get("workers"),
             **origin(),
         }
         write_predictions(job.run, workload, tested)
@@ -209,7 +211,7 @@ def check(session: Session) -> None:
     """Print how a job would run, and check every node. Raises JobError if a node cannot take part."""
     job, console, plan = session.job, session.console, session.plan
     own_versions, batch_size = versions(), job.train.batch_size
-    hosts = ["this process"] if session.is_here else check_nodes(job.run, own_versions)
+    hosts = ["this process"] if session.is_here else check_nodes(job.run, own_versions, use_gpu=plan.use_gpu)
     each = f"{math.ceil(batch_size / max(1, plan.num_workers))} of a step's {batch_size} {job.workload.nouns} each"
     where = ", ".join([plan.placement, *map("=".join, plan.labels.items())])
     console.say("plan", f"{count(plan.num_workers, 'worker')} ({where}); {each}")

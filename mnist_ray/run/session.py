@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,8 @@ from mnist_ray.workload.data import Split, Splits, splits_of, subset
 from mnist_ray.workload.loading import digests_of, picture_of, placed
 from mnist_ray.workload.loading import load_data as load_data_of
 from ray_fork.starting import prepared_forking
+
+_SMALL_ON_GPU = 64  # examples of a step: so few leave most of a GPU idle
 
 Self = TypeVar("Self", bound="Session")
 
@@ -98,7 +101,10 @@ class Session(contextlib.ExitStack):
 
         if self.is_here:
             meanwhile()
-            self.cluster, self.plan = Cluster(is_local=True, nodes=(), log_folder=""), WorkerPlan(0, 0, False, False)
+            from mnist_ray.cluster.devices import gpu_is_here  # imports Ray and torch
+
+            use_gpu = not self.job.train.reproducible and gpu_is_here(self.workers.use_gpu)
+            self.cluster, self.plan = Cluster(is_local=True, nodes=(), log_folder=""), WorkerPlan(0, 0, use_gpu, False)
             yield
             return
         from mnist_ray.cluster.connect import connect  # imports Ray, after the header is printed
@@ -106,6 +112,10 @@ class Session(contextlib.ExitStack):
         verbose, dashboard = self.job.output.verbose, self.job.output.dashboard
         connection = connect(self.workers, self._forking, verbose=verbose, dashboard=dashboard, meanwhile=meanwhile)
         with connection as self.cluster:
+            if self.workers.use_gpu == "auto":
+                from mnist_ray.cluster.devices import without_unusable_gpus  # imports torch
+
+                self.cluster = without_unusable_gpus(self.cluster, functools.partial(self.console.say, "note"))
             self.plan = plan_workers(self.workers, self.cluster, self.job.train.chunks)
             yield
 
@@ -210,6 +220,9 @@ def say_plan(session: Session) -> int:
     if cluster.is_local and not plan.use_gpu and plan.num_workers > cores:
         shared = f"{plan.num_workers} workers share {cores} cores"
         console.say("note", f"{shared}: --num-workers {cores} would be at least as fast")
+    each = job.train.batch_size // plan.num_workers
+    if plan.use_gpu and each < _SMALL_ON_GPU:
+        console.say("note", f"{each} {job.workload.nouns} a step leave a GPU idle: a larger --batch-size is faster")
     if plan.must_scale_up:
         console.say("note", "the cluster is too small now; waiting for it to start nodes")
     console.waiting("starting workers …")

@@ -15,9 +15,10 @@ from mnist_ray.cluster.environment import end_if_hung, keep_freed_memory
 from mnist_ray.cluster.plan import threads_per_worker, usable_cores
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.config import TrainConfig
+from mnist_ray.errors import first_line
 from mnist_ray.provenance import arithmetic, cpuinfo, versions
 from mnist_ray.run.job import Job
-from mnist_ray.storage import INITIAL_FILE, checkpoint_name
+from mnist_ray.storage import INITIAL_FILE, checkpoint_name, position_of
 from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
@@ -25,7 +26,7 @@ from mnist_ray.training.debug import Profiler, anomalies_found
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, StoppedEarly, Validated
 from mnist_ray.training.metrics import score
 from mnist_ray.training.reproducible import check_arithmetic
-from mnist_ray.training.state import Group, TrainingState, best_epoch, is_over
+from mnist_ray.training.state import CodeFailedError, Group, TrainingState, best_epoch, is_over
 from mnist_ray.workload import user_code
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
@@ -56,6 +57,7 @@ def train_worker(
     """
     job = spec.job
     keep_freed_memory()
+    torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means fp32
     threads = threads_per_worker(cpus, usable_cores(), workers_on_node, job.train.batch_size // group.world_size)
     torch.set_num_threads(1 if job.train.reproducible else threads)
     config = replace(job.train, precision=engine.resolve_precision(job.train.precision, group))
@@ -73,6 +75,10 @@ def train_worker(
     try:
         with anomalies_found(job.output.detect_anomaly, *job.code_folders):
             engine.train(job.workload, state, split, config, group, callbacks, job.workers.loader_workers)
+    except torch.OutOfMemoryError as error:
+        if restored.name and position_of(restored.name) == (state.epoch, state.step):
+            raise  # a worker that died may not have freed its memory yet: Ray tries again
+        raise CodeFailedError(f"{first_line(error)}; lower --batch-size, or set --micro-batch-size") from error
     finally:
         faulthandler.cancel_dump_traceback_later()
     reporter.end(state)
@@ -117,6 +123,10 @@ class Reporter(Callback):
         hosts: list[str] = [socket.gethostname()] * self._group.world_size
         if self._group.world_size > 1:
             torch.distributed.all_gather_object(hosts, hosts[0])
+        processor = cpuinfo("model name") or "cpu"
+        if device.type == "cuda":
+            libraries = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+            processor = f"{torch.cuda.get_device_name(device)}, {libraries}"
         has_changed = restored.arithmetic not in (None, arithmetic())
         note = "versions or processor changed since the checkpoint: results are no longer bit-identical"
         return Started(
@@ -130,7 +140,7 @@ class Reporter(Callback):
             num_steps=state.num_steps,
             damaged=restored.damaged,
             notes=(note,) if has_changed else (),
-            processor=torch.cuda.get_device_name(device) if device.type == "cuda" else cpuinfo("model name") or "cpu",
+            processor=processor,
         )
 
     def save(self, state: TrainingState, metrics: dict[str, Any]) -> str:

@@ -118,7 +118,9 @@ def train_chosen(session: Session, sweep: Sweep, table: TrialTable) -> None:
 def train_and_test(session: Session, job: Job, sections: Callable[..., Any], *, is_last: bool) -> float:
     """Train and test as ``jobs/train.py`` does. In the last run, the job leaves Ray while the report is written."""
     run = copy.copy(session)
-    run.job, run.clock, run.cluster = job, Clock(), dataclasses.replace(session.cluster, nodes=current_nodes())
+    run.job, run.clock = job, Clock()
+    if not session.cluster.is_local:  # an autoscaler has added or removed nodes
+        run.cluster = dataclasses.replace(session.cluster, nodes=current_nodes())
     run.plan = plan_workers(job.workers, run.cluster, job.train.chunks)
     with console_of(job) as run.console:
         say_run(run)

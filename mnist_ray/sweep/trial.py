@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray.train
-import torch
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from mnist_ray.cluster.devices import device_here
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import RemoteSplit
-from mnist_ray.errors import JobError
-from mnist_ray.run.failures import STOPPING, FailureReporter, TrainingStoppedError, code_failures_placed, reason_of
+from mnist_ray.errors import JobError, TrainingStoppedError
+from mnist_ray.run.failures import STOPPING, FailureReporter, cause_of, code_failures_placed, reason_of
 from mnist_ray.run.fit import create_trainer, drop_damaged_snapshot
 from mnist_ray.run.job import Job
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
@@ -55,8 +55,7 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
             if spec.plan.num_workers > 1:
                 train_on_workers(loop_spec, spec.plan)
             else:
-                group = Group(device=torch.device("cuda" if spec.plan.use_gpu else "cpu"))
-                train_worker(loop_spec, group, TuneReporter, spec.plan.cpus_per_worker)
+                train_worker(loop_spec, Group(device=device_here()), TuneReporter, spec.plan.cpus_per_worker)
         return
     except (CodeFailedError, TrainingStoppedError, *STOPPING) as error:
         reason = str(error)
@@ -71,7 +70,7 @@ def train_on_workers(loop_spec: LoopSpec, plan: WorkerPlan) -> None:
     try:
         result = create_trainer(loop_spec, plan, max_failures=0, callbacks=callbacks).fit()
     except ray.train.TrainingFailedError as error:
-        cause = getattr(error, "controller_failure", error)
+        cause = cause_of(error)
         raise (cause if isinstance(cause, TrainingStoppedError) else JobError(reason_of(error))) from error
     if result.return_value is not None:
         raise TrainingStoppedError(result.return_value)

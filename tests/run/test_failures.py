@@ -30,9 +30,9 @@ from ray.train import PreemptionInfo
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.errors import UsageError
+from mnist_ray.errors import TrainingStoppedError, UsageError
 from mnist_ray.report.run_files import read_csv
-from mnist_ray.run import failures, fit, reporter
+from mnist_ray.run import failures, fit, reporter, worker
 from mnist_ray.run.evaluate import evaluate_here
 from mnist_ray.run.failures import describe
 from mnist_ray.run.find import find
@@ -459,7 +459,13 @@ def test_a_worker_that_hangs_ends_itself_with_its_stack_in_the_log() -> None:
     assert "in hanging" in done.stderr
 
 
+FIRST = "checkpoint_epoch-000_step-000000"
 GLOO = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error")
+LOST_CONNECTION = "worker 0 has lost its connection to another worker, which has died or hangs"
+
+
+def of_nccl(last: str) -> torch.distributed.DistBackendError:
+    return torch.distributed.DistBackendError(f"NCCL error in: x.cpp:3, unhandled error\nLast error:\n{last}")
 
 
 @pytest.mark.parametrize(
@@ -468,9 +474,12 @@ GLOO = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error")
         ({1: RayActorError(error_msg="The actor died unexpectedly")}, "worker 1 died"),
         ({2: RayActorError(error_msg="The actor died because its node has died.")}, "worker 2 was lost with its node"),
         ({0: WorkerHealthCheckFailedError("failed", RuntimeError())}, "worker 0 does not answer"),
+        ({1: of_nccl("Cuda failure 'out of memory'")}, "worker 1 failed: NCCL: Cuda failure 'out of memory'"),
+        ({0: of_nccl("remote process exited or there was a network error")}, LOST_CONNECTION),
+        ({0: of_nccl("socketProgress: Connection closed by remote peer node-2")}, LOST_CONNECTION),
         ({0: ValueError("bad value\nand more")}, "worker 0 failed: ValueError: bad value"),
         ({0: GLOO, 1: RayActorError()}, "worker 1 died"),
-        ({0: GLOO}, "worker 0 has lost its connection to another worker, which has died or hangs"),
+        ({0: GLOO}, LOST_CONNECTION),
     ],
 )
 def test_each_failure_of_workers_is_one_line(failures: dict[int, Exception], line: str) -> None:
@@ -497,6 +506,39 @@ def test_a_failure_of_the_code_is_one_line_with_its_place(few_images: Arrays, mo
         train_on_a_worker(monkeypatch, fail)
 
 
+@pytest.mark.parametrize("code", [35, 209, 710])
+def test_an_error_of_cuda_that_a_retry_would_meet_again_is_the_codes(
+    code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = torch.AcceleratorError("CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA")
+    error.error_code = code  # type: ignore[attr-defined]
+    with pytest.raises(CodeFailedError, match=r"^AcceleratorError: CUDA error: device-side assert triggered \("):
+        train_on_a_worker(monkeypatch, Mock(side_effect=error))
+
+
+@pytest.mark.parametrize(("steps", "is_codes"), [(0, False), (1, True)])
+def test_memory_that_is_lacking_is_the_codes_except_in_the_first_step_after_a_restart(
+    steps: int, is_codes: bool, few_images: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, config = locate(str(tmp_path), "run"), TrainConfig(num_epochs=2, precision="fp32")
+    checkpoint.snapshot(create_state(mnist(), config, 600, torch.device("cpu")), {}).write(run.inside(FIRST))
+    states = []
+    monkeypatch.setattr(worker.Reporter, "begin", lambda self, state, restored: states.append(state))
+
+    def fail(*args: Any) -> None:
+        states[0].step += steps
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(engine, "train", fail)
+    workers = Mock(hang_timeout_s=600.0)
+    job = Mock(run=run, train=config, workload=mnist(), workers=workers, callback=None, code_folders=[], initial=None)
+    job.output = Mock(profile=None, detect_anomaly=False)
+    with pytest.raises(CodeFailedError if is_codes else torch.OutOfMemoryError) as raised:
+        worker.train_worker(LoopSpec(job=job, train=Split(few_images)), Group(), worker.Reporter, 1)
+    advice = "CUDA out of memory. Tried to allocate 2.00 GiB.; lower --batch-size, or set --micro-batch-size"
+    assert (str(raised.value) == advice) == is_codes
+
+
 def test_code_that_ends_its_process_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CodeFailedError, match=r"^SystemExit: sys\.exit\(3\) \("):
         train_on_a_worker(monkeypatch, Mock(side_effect=SystemExit(3)))
@@ -515,7 +557,11 @@ def test_code_that_ends_an_evaluations_process_is_one_line(
 
 @pytest.mark.parametrize(
     "error",
-    [GLOO, OSError("the link is down"), torch.distributed.DistBackendError("NCCL error"), RayActorError()],
+    [
+        *(GLOO, OSError("the link is down"), torch.distributed.DistBackendError("NCCL error"), RayActorError()),
+        *(torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")),
+        *(torch.AcceleratorError("CUDA error: unspecified launch failure"), RuntimeError("CUDA error: ECC error")),
+    ],
 )
 def test_failures_that_may_pass_are_raised_unchanged(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(type(error)) as raised:
@@ -526,7 +572,7 @@ def test_failures_that_may_pass_are_raised_unchanged(error: Exception, monkeypat
 def test_code_that_fails_ends_a_run_and_other_failures_are_reported() -> None:
     event_queue = Mock()
     reporter = failures.FailureReporter(event_queue)
-    with pytest.raises(failures.TrainingStoppedError, match=r"^ValueError: bad \(model\.py, line 55\)$"):
+    with pytest.raises(TrainingStoppedError, match=r"^ValueError: bad \(model\.py, line 55\)$"):
         reporter.after_exception(None, {0: CodeFailedError("ValueError: bad (model.py, line 55)")})
     event_queue.put.remote.assert_not_called()
     reporter.after_exception(None, {1: RayActorError(error_msg="The actor died unexpectedly")})

@@ -1,0 +1,64 @@
+"""The GPU that Ray has given this process, and whether PyTorch can use it: Ray itself asks only the GPU's driver."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+from collections.abc import Callable
+
+import ray
+import torch
+from ray.exceptions import RayError, RayTaskError
+
+from mnist_ray.cluster.plan import Cluster
+from mnist_ray.errors import TrainingStoppedError, first_line
+
+
+class UnusableGPUError(TrainingStoppedError):
+    """PyTorch cannot use this node's GPU: it was built without CUDA or for other GPUs, or the driver is too old."""
+
+
+def device_here() -> torch.device:
+    """Return the GPU that Ray has given this task or actor; without one, the CPU. Raises UnusableGPUError."""
+    if not (ids := ray.get_gpu_ids()):
+        return torch.device("cpu")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return usable(torch.device("cuda", visible.index(str(ids[0])) if str(ids[0]) in visible else 0))
+
+
+def usable(device: torch.device) -> torch.device:
+    """Return a device if PyTorch can compute on it; else raise UnusableGPUError."""
+    try:
+        torch.ones(1, device=device).add_(1).item()
+    except (AssertionError, RuntimeError) as error:
+        remedy = "install a PyTorch that fits the GPU and its driver, or use --use-gpu no"
+        found = f"PyTorch on {socket.gethostname()} cannot use the GPU: {first_line(error)}"
+        raise UnusableGPUError(f"{found}; {remedy}") from error
+    return device
+
+
+def gpu_is_here(use_gpu: str) -> bool:
+    """Return whether this process, without Ray, trains on a GPU. Raises UnusableGPUError for ``--use-gpu yes``."""
+    try:
+        return use_gpu != "no" and usable(torch.device("cuda")).type == "cuda"
+    except UnusableGPUError:
+        if use_gpu == "yes":
+            raise
+        return False
+
+
+def without_unusable_gpus(cluster: Cluster, warn: Callable[[str], None]) -> Cluster:
+    """Return a local Ray; if PyTorch cannot use its GPUs, return it without them, and ``warn``.
+
+    Another process tries a GPU: in this one, CUDA would keep hundreds of MB of the GPU's memory.
+    """
+    if not (cluster.is_local and any(node.num_gpus for node in cluster.nodes)):
+        return cluster
+    try:
+        ray.get(ray.remote(num_cpus=0, num_gpus=1)(device_here).remote())
+        return cluster
+    except RayError as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+    warn(f"on CPUs: {first_line(cause)}")
+    return dataclasses.replace(cluster, nodes=tuple(dataclasses.replace(node, num_gpus=0) for node in cluster.nodes))

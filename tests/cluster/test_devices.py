@@ -1,0 +1,132 @@
+"""GPUs, on machines without one: Ray takes the GPUs that it is told of for real, but PyTorch cannot use them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster as Nodes
+
+from mnist_ray import provenance
+from mnist_ray.cluster import devices, remote_data
+from mnist_ray.cluster.devices import UnusableGPUError, device_here, without_unusable_gpus
+from mnist_ray.cluster.plan import Cluster, Node
+from mnist_ray.run import evaluate
+from mnist_ray.storage import locate
+from tests.conftest import QUICK, as_flags, mnist, run_job, run_main
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch can use a GPU here")
+UNUSABLE = r"PyTorch on \S+ cannot use the GPU: .*(CUDA|NVIDIA).*; install a PyTorch that fits .*, or use --use-gpu no"
+
+
+@pytest.mark.parametrize(
+    ("given", "visible", "index"), [([3], "3", 0), ([2], "0,1,2", 2), (["1"], "0,1", 1), ([5], "", 0)]
+)
+def test_the_device_is_the_gpu_that_ray_has_given(
+    given: list[int | str], visible: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.get_gpu_ids", lambda: given)
+    monkeypatch.setattr(devices, "usable", lambda device: device)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert device_here() == torch.device("cuda", index)
+
+
+def test_without_a_gpu_of_rays_the_device_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.get_gpu_ids", list)
+    assert device_here() == torch.device("cpu")
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_one_line_with_both_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.get_gpu_ids", lambda: [0])
+    with pytest.raises(UnusableGPUError, match=f"^{UNUSABLE}$"):
+        device_here()
+    no_kernels = torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device\nMore")
+    monkeypatch.setattr("torch.ones", Mock(side_effect=no_kernels))
+    with pytest.raises(UnusableGPUError, match=r"the GPU: CUDA error: no kernel image .* on the device; install"):
+        device_here()
+
+
+def test_a_cluster_or_a_local_ray_without_gpus_stays_as_it_is() -> None:
+    for cluster in (Cluster(False, (Node(4, 2),), ""), Cluster(True, (Node(4),), "")):
+        assert without_unusable_gpus(cluster, pytest.fail) is cluster
+
+
+def test_without_ray_a_gpu_that_is_asked_for_must_be_usable(small_data: Path, tmp_path: Path) -> None:
+    flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, "num_workers": 0, "use_gpu": "yes"}
+    with pytest.raises(UnusableGPUError, match=UNUSABLE):
+        run_main("train", *as_flags(flags))
+
+
+def test_versions_that_differ_only_in_the_driver_they_need_are_no_problem(tmp_path: Path, ray_address: str) -> None:
+    run, (torch_version, _, _) = locate(str(tmp_path), "run"), provenance.versions()["torch"].partition("+")
+    run.storage.write_text("probe", "probe")
+    for local, problem in (("+cu128", ""), (".1+cpu", "has torch ")):
+        drivers = {**provenance.versions(), "torch": torch_version + local}
+        assert remote_data.check_here(run, "probe", drivers)[1].startswith(problem) if problem else True
+        assert bool(remote_data.check_here(run, "probe", drivers)[1]) == bool(problem)
+
+
+def test_the_test_asks_for_a_gpu_for_each_task(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Mock()
+    task.options.return_value.remote.side_effect = lambda *args: ray.put(args)
+    monkeypatch.setattr(evaluate, "_evaluate_split", task)
+    monkeypatch.setattr(evaluate, "share", lambda workload, split: split)
+    monkeypatch.setattr("mnist_ray.training.metrics.Evaluation.merge", lambda parts: [part[2:4] for part in parts])
+    parts: Any = evaluate.evaluate(mnist(), Mock(), range(1000), 2, 0, True)  # type: ignore[arg-type]
+    assert (task.options.call_args.kwargs["num_gpus"], parts) == (1, [(0, 512), (512, 1000)])
+
+
+IN_A_LOCAL_RAY = """
+import ray
+init = ray.init
+ray.init = lambda **options: init(**options, num_gpus=2)
+from mnist_ray import cli
+cli.run(cli.train)
+"""
+
+
+@pytest.mark.long
+def test_a_local_ray_takes_cpus_with_a_note_if_pytorch_cannot_use_its_gpus(small_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "with_gpus.py").write_text(IN_A_LOCAL_RAY)
+    flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path}
+    done = run_job(str(tmp_path / "with_gpus.py"), *as_flags(flags))
+    assert done.returncode == 0, done.stderr
+    assert "note       on CPUs: PyTorch on " in done.stdout
+    assert "started    1 × cpu" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def with_gpus() -> Iterator[str]:
+    """The address of a cluster with two GPUs that PyTorch cannot use."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 2, "include_dashboard": False})
+    yield nodes.address
+    nodes.shutdown()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("more", [["--num-workers", "1"], ["--num-workers", "2"], ["--check"]])
+def test_on_a_cluster_a_worker_that_cannot_use_its_gpu_ends_the_run_in_one_line(
+    more: list[str], with_gpus: str, small_data: Path, tmp_path: Path
+) -> None:
+    flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path}
+    done = run_job("train.py", *as_flags(flags), *more, address=with_gpus)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "cannot use the GPU" in done.stderr
+    assert "restarted" not in done.stdout
+    done = run_job("train.py", *as_flags(flags), *more, "--use-gpu", "no", address=with_gpus)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.long
+def test_trials_that_cannot_use_their_gpu_fail_once_with_the_reason(
+    with_gpus: str, small_data: Path, tmp_path: Path
+) -> None:
+    flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, "num_trials": 2, "sweep": "beta1=0.7,0.8"}
+    done = run_job("tune.py", *as_flags(flags), address=with_gpus)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "every trial failed; the first one: PyTorch on " in done.stderr
