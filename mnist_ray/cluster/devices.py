@@ -13,6 +13,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from mnist_ray.cluster.plan import Cluster
 from mnist_ray.errors import TrainingStoppedError, first_line
+from mnist_ray.provenance import cpuinfo
 
 
 class UnusableGPUError(TrainingStoppedError):
@@ -36,6 +37,14 @@ def usable(device: torch.device) -> torch.device:
         found = f"PyTorch on {socket.gethostname()} cannot use the GPU: {first_line(error)}"
         raise UnusableGPUError(f"{found}; {remedy}") from error
     return device
+
+
+def name_of(device: torch.device) -> str:
+    """Return the model of this node's processor or, for a GPU, its model and the versions of its libraries."""
+    if device.type == "cpu":
+        return cpuinfo("model name") or "cpu"
+    name, cudnn = torch.cuda.get_device_name(device), torch.backends.cudnn.version()
+    return f"{name}, CUDA {torch.version.cuda}, cuDNN {cudnn}"
 
 
 def gpu_is_here(use_gpu: str) -> bool:

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
+from mnist_ray.cluster.devices import name_of
 from mnist_ray.cluster.environment import end_if_hung, keep_freed_memory
 from mnist_ray.cluster.plan import threads_per_worker, usable_cores
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import first_line
-from mnist_ray.provenance import arithmetic, cpuinfo, versions
+from mnist_ray.provenance import arithmetic, versions
 from mnist_ray.run.job import Job
 from mnist_ray.storage import INITIAL_FILE, checkpoint_name, position_of
 from mnist_ray.training import checkpoint as checkpoints
@@ -51,10 +52,7 @@ def train_worker(
     cpus: float,
     workers_on_node: int = 1,
 ) -> None:
-    """Set up this worker, which has ``cpus``; train to the end, from the run's newest checkpoint if there is one.
-
-    Raises the exceptions of ``engine.train`` and ``restore_newest``.
-    """
+    """Set up a worker with ``cpus``; train from the newest checkpoint. Raises like ``train`` and ``restore_newest``."""
     job = spec.job
     keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means fp32
@@ -123,10 +121,6 @@ class Reporter(Callback):
         hosts: list[str] = [socket.gethostname()] * self._group.world_size
         if self._group.world_size > 1:
             torch.distributed.all_gather_object(hosts, hosts[0])
-        processor = cpuinfo("model name") or "cpu"
-        if device.type == "cuda":
-            libraries = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
-            processor = f"{torch.cuda.get_device_name(device)}, {libraries}"
         has_changed = restored.arithmetic not in (None, arithmetic())
         note = "versions or processor changed since the checkpoint: results are no longer bit-identical"
         return Started(
@@ -140,7 +134,7 @@ class Reporter(Callback):
             num_steps=state.num_steps,
             damaged=restored.damaged,
             notes=(note,) if has_changed else (),
-            processor=processor,
+            processor=name_of(device),
         )
 
     def save(self, state: TrainingState, metrics: dict[str, Any]) -> str:

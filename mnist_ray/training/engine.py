@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.errors import UsageError
@@ -28,13 +27,12 @@ from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import Evaluation, MetricSums, TrainingDivergedError
 from mnist_ray.training.reproducible import Chunks
 from mnist_ray.training.sampler import ShardedBatchSampler, Slice
-from mnist_ray.training.state import Group, LoggingWindow, StopWantedError, TrainingState, is_over
+from mnist_ray.training.state import Group, LoggingWindow, StopWantedError, TrainingState, is_over, move_average
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.tensors import as_fp32, autocast, detached
 
 EVALUATION_BATCH_SIZE = 100  # small enough that the activations stay in the processor's cache
-GPU_EVALUATION_BATCH_SIZE = 256
 MOST_COLUMN_BYTES = 2**30  # of the predictions that a process evaluates, which it keeps in memory
 
 
@@ -149,19 +147,8 @@ def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callb
     state.scaler.update()
     state.optimizer.zero_grad()
     state.scheduler.step()
-    if state.average is not None and config.ema_decay is not None:
-        _move(state.average, state.model, 0.0 if state.epoch == state.step == 0 else config.ema_decay)
-
-
-@torch.no_grad()
-def _move(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move an EMA towards a model; copy whole numbers and buffers. torch's ``AveragedModel`` would wait for the GPU."""
-    moved, copied = list[tuple[Tensor, Tensor]](), [*zip(average.buffers(), model.buffers(), strict=True)]
-    for pair in zip(average.parameters(), model.parameters(), strict=True):
-        (moved if pair[0].is_floating_point() or pair[0].is_complex() else copied).append(pair)
-    get_ema_multi_avg_fn(decay)(*map(list, zip(*moved, strict=True)), 0)  # type: ignore[no-untyped-call]
-    for own, value in copied:
-        own.copy_(value)
+    if config.ema_decay is not None:
+        move_average(state, config.ema_decay)
 
 
 def _save(state: TrainingState, progress: Progress, callbacks: Sequence[Callback]) -> None:
@@ -281,7 +268,7 @@ def resolve_precision(precision: Precision, group: Group) -> Precision:
 
 def split_bounds(num_examples: int, num_parts: int, device: torch.device) -> list[tuple[int, int]]:
     """Return (start, stop) of at most ``num_parts`` ranges of whole evaluation batches."""
-    size = EVALUATION_BATCH_SIZE if device.type == "cpu" else GPU_EVALUATION_BATCH_SIZE
+    size = EVALUATION_BATCH_SIZE if device.type == "cpu" else 256
     num_batches = math.ceil(num_examples / size)
     num_parts = min(num_parts, num_batches)
     cuts = [num_batches * part // num_parts * size for part in range(num_parts)] + [num_examples]

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.training.callback import Callback
@@ -66,6 +67,19 @@ class TrainingState:
     def result(self) -> nn.Module:
         """The model that is evaluated and kept: the trained model, or its EMA."""
         return self.model if self.average is None else self.average
+
+
+@torch.no_grad()
+def move_average(state: TrainingState, decay: float) -> None:
+    """Move the EMA towards the weights; copy buffers and whole numbers. ``AveragedModel`` would wait for the GPU."""
+    assert state.average is not None
+    moved, copied = list[tuple[Tensor, Tensor]](), [*zip(state.average.buffers(), state.model.buffers(), strict=True)]
+    for pair in zip(state.average.parameters(), state.model.parameters(), strict=True):
+        (moved if pair[0].is_floating_point() or pair[0].is_complex() else copied).append(pair)
+    is_first = state.epoch == state.step == 0
+    get_ema_multi_avg_fn(0.0 if is_first else decay)(*map(list, zip(*moved, strict=True)), 0)  # type: ignore[no-untyped-call]
+    for own, value in copied:
+        own.copy_(value)
 
 
 def is_over(state: TrainingState, config: TrainConfig) -> bool:

@@ -34,6 +34,13 @@ def test_the_device_is_the_gpu_that_ray_has_given(
     assert device_here() == torch.device("cuda", index)
 
 
+def test_a_gpu_is_named_with_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"NVIDIA of {device}")
+    monkeypatch.setattr("torch.version.cuda", "12.8")
+    monkeypatch.setattr("torch.backends.cudnn.version", lambda: 91002)
+    assert devices.name_of(torch.device("cuda", 1)) == "NVIDIA of cuda:1, CUDA 12.8, cuDNN 91002"
+
+
 def test_without_a_gpu_of_rays_the_device_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.get_gpu_ids", list)
     assert device_here() == torch.device("cpu")
