@@ -36,7 +36,7 @@ class WorkerGroupConfig(TorchConfig):
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: WorkerGroupConfig) -> None:
         worker_group.execute(use_nodes_interface)
-        worker_group.execute(check_device)
+        worker_group.execute(device_here)  # an UnusableGPUError ends the run
         if not backend_config.is_local:
             super().on_start(worker_group, backend_config)
             return
@@ -56,11 +56,6 @@ class _Backend(_TorchBackend):
                 for rank in range(world_size)
             ]
         )
-
-
-def check_device() -> None:
-    """Raise UnusableGPUError, which ends the run, if PyTorch cannot use this worker's GPU."""
-    device_here()
 
 
 def use_nodes_interface() -> None:

@@ -12,8 +12,8 @@ import ray
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.collective import broadcast_from_rank_zero
-from ray.train.torch import get_device
 
+from mnist_ray.cluster.devices import device_here
 from mnist_ray.cluster.environment import end_if_hung
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError
@@ -45,7 +45,7 @@ def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
 def train_rank(spec: LoopSpec) -> None:
     """Train as this worker's rank, on its device."""
     context = ray.train.get_context()
-    group = Group(context.get_world_rank(), context.get_world_size(), get_device())
+    group = Group(context.get_world_rank(), context.get_world_size(), device_here())
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     train_worker(spec, group, TrainReporter, cpus, context.get_local_world_size())
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import pytest
 import ray
@@ -13,8 +13,10 @@ from ray.cluster_utils import Cluster as Nodes
 from mnist_ray import provenance
 from mnist_ray.cluster import devices, remote_data
 from mnist_ray.cluster.devices import UnusableGPUError, device_here, without_unusable_gpus
-from mnist_ray.cluster.plan import Cluster, Node
+from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan
+from mnist_ray.config import TrainConfig
 from mnist_ray.run import evaluate
+from mnist_ray.run.session import say_plan
 from mnist_ray.storage import locate
 from tests.conftest import QUICK, as_flags, mnist, run_job, run_main
 
@@ -86,20 +88,29 @@ def test_the_test_asks_for_a_gpu_for_each_task(ray_address: str, monkeypatch: py
     assert (task.options.call_args.kwargs["num_gpus"], parts) == (1, [(0, 512), (512, 1000)])
 
 
-IN_A_LOCAL_RAY = """
+def test_a_small_share_of_a_batch_for_each_gpu_is_noted() -> None:
+    session = Mock(is_here=False, cluster=Cluster(True, (Node(4, 4),), ""), plan=WorkerPlan(4, 1, True, False))
+    session.job = Mock(train=TrainConfig(batch_size=128), workload=mnist(), output=Mock(dashboard=False))
+    say_plan(session)
+    note = "32 images a step leave a GPU idle: a larger --batch-size is faster"
+    assert call.say("note", note) in session.console.mock_calls
+
+
+ON_TWO_GPUS = """
+import sys
 import ray
 init = ray.init
 ray.init = lambda **options: init(**options, num_gpus=2)
 from mnist_ray import cli
-cli.run(cli.train)
+cli.run(cli.COMMANDS[sys.argv.pop(1)])
 """
 
 
 @pytest.mark.long
 def test_a_local_ray_takes_cpus_with_a_note_if_pytorch_cannot_use_its_gpus(small_data: Path, tmp_path: Path) -> None:
-    (tmp_path / "with_gpus.py").write_text(IN_A_LOCAL_RAY)
+    (tmp_path / "on_two_gpus.py").write_text(ON_TWO_GPUS)
     flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path}
-    done = run_job(str(tmp_path / "with_gpus.py"), *as_flags(flags))
+    done = run_job(str(tmp_path / "on_two_gpus.py"), "train", *as_flags(flags))
     assert done.returncode == 0, done.stderr
     assert "note       on CPUs: PyTorch on " in done.stdout
     assert "started    1 × cpu" in done.stdout
@@ -127,6 +138,33 @@ def test_on_a_cluster_a_worker_that_cannot_use_its_gpu_ends_the_run_in_one_line(
     assert "restarted" not in done.stdout
     done = run_job("train.py", *as_flags(flags), *more, "--use-gpu", "no", address=with_gpus)
     assert done.returncode == 0, done.stderr
+
+
+AS_IF_USABLE = """
+import torch
+from mnist_ray.cluster import devices
+devices.usable = lambda device: torch.device("cpu")
+"""
+
+
+@pytest.mark.long
+def test_with_gpus_the_workers_validate_and_the_test_and_the_trials_have_gpus(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(AS_IF_USABLE)  # every process of Ray takes its GPU for usable
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "on_two_gpus.py").write_text(ON_TWO_GPUS)
+    flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, "num_workers": 1}
+    done = run_job(str(tmp_path / "on_two_gpus.py"), "train", *as_flags(flags))
+    assert "workers    1, each with 2 CPUs and 1 GPU" in done.stdout, done.stderr
+    assert "validation after epoch 2" in done.stdout, done.stderr
+    assert "during training" not in done.stdout
+    assert "test       accuracy" in done.stdout, done.stderr
+    flags |= {"sweep": "beta1=0.7,0.8", "num_trials": 2, "num_confirmed": 0}
+    done = run_job(str(tmp_path / "on_two_gpus.py"), "tune", *as_flags(flags))
+    assert "trials     2 at a time, each 1 worker with 1 CPU and 1 GPU" in done.stdout, done.stderr
+    assert "2 done, 0 stopped early, 0 failed of 2" in done.stdout
+    assert "test       accuracy" in done.stdout, done.stderr
 
 
 @pytest.mark.long
