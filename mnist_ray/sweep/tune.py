@@ -145,8 +145,9 @@ class SweepConsole(RunConsole):
         text = f"{done} done, {stopped} stopped early, {failed} failed of {table.num_planned}"
         if best := table.best:
             text += f"; best {table.workload.monitor.format(best.val_monitor)} ({best.seeds_text})"
-        if self._num_ended:  # the mean time of this process's trials so far gives the time left
+        unended = table.num_planned - table.count(*ENDED)
+        if self._num_ended and unended:  # the mean time of this process's trials so far gives the time left
             passed = time.monotonic() - self._start
-            left = passed / self._num_ended * (table.num_planned - table.count(*ENDED))
-            text += f"; about {clock_time(min(left, self._time_budget_s - passed))} left"
+            left = min(passed / self._num_ended * unended, self._time_budget_s - passed)
+            text += f"; about {clock_time(left)} left"
         return text
