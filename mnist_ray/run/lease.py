@@ -52,7 +52,7 @@ class Owner:
             process = psutil.Process(self.pid)
             is_zombie = process.status() == psutil.STATUS_ZOMBIE
             return is_zombie or abs(process.create_time() - self.started) > 1  # > 1: another process with its id
-        except psutil.NoSuchProcess:
+        except (psutil.NoSuchProcess, ValueError):  # ValueError: a negative number
             return True
 
 
@@ -149,15 +149,19 @@ def _read(run: RunFolder) -> tuple[str | None, Owner | None]:
         text = run.storage.read_text(file_of(run))
         of = json.loads(text or "")
         return text, Owner(str(of["host"]), str(of["machine"]), int(of["pid"]), float(of["started"]))
-    except (DamagedFileError, ValueError, TypeError, LookupError):
+    except (DamagedFileError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
         return text, None
 
 
 def _renew(run: RunFolder, me: Owner, is_over: threading.Event) -> None:
+    renewed = time.time()
     while not is_over.wait(RENEWED_EVERY_S):
         with contextlib.suppress(JobError, *STORAGE_ERRORS):  # if the storage does not answer, try again later
-            other = _read(run)[1]
-            if other is not None and other != me:
-                end_with(JobError(f"run {run.uri} was taken over by process {other.pid} on {other.host}"))
+            text, other = _read(run)
+            was_silent = time.time() - renewed > EXPIRES_AFTER_S
+            if other not in (None, me) or (text is None and was_silent):
+                by = f"process {other.pid} on {other.host}" if other else "a job that has ended"
+                end_with(JobError(f"run {run.uri} was taken over by {by}"))
                 return
             run.storage.write_text(file_of(run), _text_of(me))
+            renewed = time.time()

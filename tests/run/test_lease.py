@@ -20,6 +20,7 @@ from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run import lease
 from mnist_ray.run.lease import Owner, owned, this_process
 from mnist_ray.storage import RunFolder, locate
+from tests.conftest import wait_for
 
 ELSEWHERE = Owner("other-host", "another boot", 7, 0.0)
 
@@ -84,11 +85,15 @@ def test_a_run_of_a_dead_process_on_this_machine_is_free_at_once(run: RunFolder)
         assert_taken(run)  # from a zombie
     claim_of(run, owner)
     assert_taken(run)
-    claim_of(run, replace(this_process(), started=1.0))  # another process has its id by now
-    assert_taken(run)
+    for wrong in ({"started": 1.0}, {"pid": -5}):  # another process has its id by now; the file is damaged
+        claim_of(run, replace(this_process(), **wrong))  # type: ignore[arg-type]
+        assert_taken(run)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"[]", b'{"host": 1}', b"\xff"])
+INFINITE = b'{"host": "h", "machine": "", "pid": 1e999, "started": 1}'
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b'{"host": 1}', b"\xff", INFINITE, b"[" * 100_000])
 def test_a_run_is_free_if_its_owners_file_does_not_change(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, content: bytes | None
 ) -> None:
@@ -130,6 +135,23 @@ def test_an_owner_renews_its_file_and_ends_if_it_finds_another_owners(
         error = ended.get(timeout=30)
     assert isinstance(error, JobError)
     assert "was taken over by process 7 on other-host" in str(error)
+
+
+@pytest.mark.parametrize(("expires_after_s", "ends"), [(60.0, False), (-1.0, True)])
+def test_an_owner_without_its_file_writes_it_again_but_ends_if_it_was_silent_for_long(
+    expires_after_s: float, ends: bool, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = queue.Queue[Exception]()
+    monkeypatch.setattr(lease, "EXPIRES_AFTER_S", expires_after_s)
+    monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.05)
+    monkeypatch.setattr(lease, "end_with", ended.put)
+    with owned(run):
+        (own,) = claims(run)
+        own.unlink()  # as another job does, which has taken the run over and has ended
+        wait_for(lambda: ended.qsize() if ends else own.exists(), timeout_s=30)
+        assert ended.qsize() == ends
+        if ends:
+            assert "was taken over by a job that has ended" in str(ended.get())
 
 
 def test_on_an_object_store_the_last_writer_owns_the_run(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
