@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import functools
 from collections.abc import Callable
@@ -11,14 +12,14 @@ import torch
 
 from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import TrainConfig
-from mnist_ray.errors import TrainingStoppedError
+from mnist_ray.errors import JobError, TrainingStoppedError, UsageError, first_line
 from mnist_ray.run.failures import STOPPING
 from mnist_ray.run.fit import Fitted
 from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.signals import Noted, first_only_noted
-from mnist_ray.storage import RunFolder
-from mnist_ray.training.checkpoint import STATE_FILE, Restored
+from mnist_ray.storage import STORAGE_ERRORS, RunFolder
+from mnist_ray.training.checkpoint import DamagedCheckpointError, Restored, read_state
 from mnist_ray.training.events import Event, Progress, Stopping
 from mnist_ray.training.state import CodeFailedError, Group, StopWantedError, TrainingState
 
@@ -36,6 +37,8 @@ def fit_here(session: Session, on_event: Callable[[Event], None]) -> Fitted:
             train_worker(spec, group, create_reporter, job.workers.cpus_per_worker or usable_cores())
     except StopWantedError:
         raise KeyboardInterrupt from None
+    except STORAGE_ERRORS as error:
+        raise JobError(f"the storage has failed: {first_line(error)}") from error
     except (CodeFailedError, *STOPPING) as error:
         raise TrainingStoppedError(str(error)) from error
     best = job.run.inside(next(iter(_best(job.run)), job.run.checkpoint_names()[-1]))
@@ -88,4 +91,6 @@ def _best(run: RunFolder) -> list[str]:
 
 def _metrics_of(checkpoint: RunFolder) -> dict[str, Any]:
     """Return a checkpoint's metrics; an empty dictionary if the checkpoint is damaged."""
-    return (checkpoint.read_json(STATE_FILE) or {}).get("metrics", {})
+    with contextlib.suppress(DamagedCheckpointError, UsageError):
+        return dict(read_state(checkpoint)["metrics"])
+    return {}

@@ -49,7 +49,7 @@ def recorded(session: Session, sections: MoreSections | None = None) -> Iterator
     except TrainingStoppedError as error:
         raise JobError(f"{error} (logs: {logs})" if logs else str(error)) from error
     except JobError as error:
-        raise type(error)(f"{error} (logs: {logs}; to resume: {job.resume_with})") from error
+        raise type(error)(f"{error} ({f'logs: {logs}; ' * bool(logs)}to resume: {job.resume_with})") from error
     finally:
         with first_only_noted() as interrupted:
             record.close()
@@ -154,7 +154,7 @@ class Record:
         if is_last:
             if_ended(f"; the run is finished: {job.run.inside(RESULT_FILE).uri}")
         self._console.show_evaluation(tested)
-        if job.train.overfit_batches is not None:
+        if job.train.overfit_batches is not None and not math.isnan(self._first_loss):  # NaN in a resumed run
             self._console.result("overfit", overfit_verdict(self._first_loss, result["test_loss"]))
         self._fitted, self._result = fitted, result
         return tested.values(workload)[workload.monitor.name]

@@ -80,4 +80,4 @@ def score(workload: Workload, values: Mapping[str, float]) -> float:
     if math.isnan(value):
         return -math.inf
     signed = value if workload.monitor.mode == "max" else -value
-    return signed - 1e-9 * min(values["loss"], 1e3)
+    return signed - 1e-9 * min(1e3, values["loss"])  # in this order, NaN counts as 1e3

@@ -11,10 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from mnist_ray import train
+from mnist_ray.errors import JobError
 from mnist_ray.mnist import MNIST
 from mnist_ray.report import page
 from mnist_ray.report.run_files import read_csv
@@ -94,6 +96,20 @@ def test_the_best_two_and_the_last_checkpoint_are_kept(small_data: Path, tmp_pat
     best, second, *_ = (f"checkpoint_epoch-{int(row['epoch']):03d}_step-000000" for row in ranked)
     assert set(run.checkpoint_names()) == {best, second, "checkpoint_epoch-006_step-000000"}
     assert (run.read_json("result.json") or {})["checkpoint"] == best
+    state = tmp_path / "run" / second / "state.json"
+    state.write_text(state.read_text().replace('"val_score": ', '"val_score": 9'))  # its digest is wrong now
+    run.delete_file("result.json")
+    train(None, resume=True, run_name="run", storage_path=tmp_path)
+    assert (run.read_json("result.json") or {})["checkpoint"] == best
+
+
+def test_storage_that_fails_is_one_line_with_the_way_on(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalReporter, "save", Mock(side_effect=OSError(28, "No space left on device")))
+    said = r"^the storage has failed: \[Errno 28\] No space left on device \(to resume: train\(resume=True, .*\)\)$"
+    with pytest.raises(JobError, match=said):
+        train(None, **{**HERE, "num_epochs": 1, "data_dir": small_data, "storage_path": tmp_path})
 
 
 def test_interrupted_while_the_report_is_written_a_run_is_finished_and_says_so(

@@ -107,6 +107,9 @@ def test_batches_to_overfit_end_with_a_verdict(
     said = capsys.readouterr().out
     assert "data       1 batch of " in said
     assert "the model can learn these examples" in said.partition("overfit    the loss went from 2.")[2]
+    (tmp_path / "run" / "result.json").unlink()
+    run_main("train", "--resume", "--storage-path", str(tmp_path), "--run-name", "run")
+    assert "overfit  " not in capsys.readouterr().out, "the first loss is not known"
     verdict = "the loss went from 2.3 to 2.2: the model has not learned even these examples"
     assert overfit_verdict(2.3, 2.2).startswith(verdict)
 

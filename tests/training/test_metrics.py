@@ -67,6 +67,7 @@ def test_the_accuracy_of_a_class_without_examples_is_none() -> None:
         ({"m": 3.0, "loss": 1.0}, {"m": 3.0, "loss": 2.0}, "min"),
         ({"m": 0.1, "loss": 1.0}, {"m": math.nan, "loss": 0.0}, "max"),
         ({"m": 0.5, "loss": 1.0}, {"m": 0.5, "loss": math.inf}, "max"),
+        ({"m": 0.9, "loss": math.nan}, {"m": 0.5, "loss": 1.0}, "max"),
     ],
 )
 def test_the_score_follows_the_monitor_and_in_a_tie_the_loss(
