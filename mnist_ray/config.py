@@ -34,7 +34,7 @@ class TrainConfig:
     beta1: float = setting(0.9, "Adam's decay of the gradient's mean", **fraction(with_one=False))
     beta2: float = setting(0.999, "Adam's decay of the gradient's square", **fraction(with_one=False))
     momentum: float = setting(0.9, "momentum of SGD", **fraction(with_one=False))
-    weight_decay: float = setting(0.0, "weight decay: an L2 penalty; with adamw, decoupled", **at_least(0))
+    weight_decay: float = setting(0.0, "weight decay: an L2 penalty; with adamw, decoupled", **within(0, 1000))
     label_smoothing: float = setting(
         0.0, "in classification, fraction of each training target that is spread over all classes", **fraction()
     )
@@ -74,7 +74,9 @@ class TrainConfig:
         False, "the same weights to the last bit for any number of workers; slower: on CPUs, with one thread each"
     )
     num_chunks: int = setting(
-        8, "parts per batch; --reproducible adds their gradients in a fixed order; limits --num-workers", **at_least(1)
+        8,
+        "parts per batch; --reproducible adds their gradients in order; limits --num-workers",
+        **within(1, 1024),
     )
 
     @property
@@ -133,8 +135,8 @@ class OutputConfig:
     run_name: str | None = setting(
         None,
         "folder of this run under --storage-path; default: date, time and a random number",
-        check=lambda name: name is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None,
-        must="must be letters, digits, '.', '_' or '-'",
+        check=lambda name: name is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name) is not None,
+        must="must be at most 200 letters, digits, '.', '_' or '-'",
     )
     resume: bool = setting(False, "continue the run named by --run-name from its last checkpoint")
     tracker: str | None = setting(None, "your Tracker that follows the run: FILE.py[:NAME] or package.module[:NAME]")

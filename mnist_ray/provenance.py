@@ -51,7 +51,7 @@ def cpu_has_bf16() -> bool:
 
 def origin() -> dict[str, Any]:
     """Return this process's command line without secrets, the package's git commit, and versions."""
-    program, *flags = map(masked, sys.argv)
+    program, *flags = map(masked, sys.argv or [""])
     words = program.split() if program.startswith(PROGRAM) else ["python", program]
     return {"command_line": shlex.join([*words, *flags]), "git_commit": git_commit(), "versions": versions()}
 

@@ -135,10 +135,17 @@ def test_values_are_converted_to_the_settings_type(name: str, value: Any, expect
         (WorkerConfig, "num_workers", -1, "--num-workers must be at least 0, not -1"),
         (TrainConfig, "learning_rate", math.inf, "--learning-rate must be a positive number, not inf"),
         (TrainConfig, "limit", 0.0, "--limit must be in (0, 1], not 0.0"),
+        (TrainConfig, "num_chunks", 10**9, "--num-chunks must be 1 to 1,024, not 1000000000"),
+        (TrainConfig, "weight_decay", math.inf, "--weight-decay must be 0 to 1,000, not inf"),
         (TrainConfig, "seed", 2**31, "--seed must be 0 to 2,147,483,647, not 2147483648"),
         (TrainConfig, "precision", "fp8", "--precision must be one of auto, fp32, bf16, fp16, not 'fp8'"),
-        (OutputConfig, "run_name", "../a", "--run-name must be letters, digits, '.', '_' or '-', not '../a'"),
-        (OutputConfig, "run_name", "", "--run-name must be letters, digits, '.', '_' or '-', not ''"),
+        (
+            OutputConfig,
+            "run_name",
+            "../a",
+            "--run-name must be at most 200 letters, digits, '.', '_' or '-', not '../a'",
+        ),
+        (OutputConfig, "run_name", "", "--run-name must be at most 200 letters, digits, '.', '_' or '-', not ''"),
     ],
 )
 def test_wrong_values_are_refused_by_name(config_class: type, name: str, value: Any, message: str) -> None:

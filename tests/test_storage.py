@@ -205,7 +205,7 @@ def test_an_unusable_storage_path_is_refused(path: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("", "the run's name is empty; leave it out for the newest run"),
+        ("", "the run's name is empty; give a name, or leave the flag out"),
         ("~nosuchuser/x", "the run in ~nosuchuser: Could not determine home directory"),
         ("s3:/bucket/run", "s3:… is neither a folder nor a URI"),
     ],

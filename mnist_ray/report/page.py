@@ -127,7 +127,7 @@ def unless_failing(what: str, draw: Callable[[], Iterable[T]], workload: Workloa
 def _status(record: RunRecord, resume_with: str, is_running: bool) -> str:
     """Return how far a run is. A second line has its date, the size of its model and its workers, if they are known."""
     epochs, nouns = f"{len(record.epochs)} of {record.config['num_epochs']} epochs", record.workload.nouns
-    known = {"started": "started {:.16}", "parameters": "{} parameters", "workers": "{}"}
+    known = {"started": "started {!s:.16}", "parameters": "{} parameters", "workers": "{}"}
     about = " · ".join(said.format(record.origin[name]) for name, said in known.items() if name in record.origin)
     if is_running:
         return f"running: {epochs}\n{about}"

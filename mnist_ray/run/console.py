@@ -33,7 +33,7 @@ class RunConsole:
     def __init__(self, workload: Workload, num_epochs: int, *, quiet: bool) -> None:
         self._workload, self._num_epochs, self._quiet = workload, num_epochs, quiet
         self._label_width = max(10, len(f"epoch {num_epochs}/{num_epochs}"))
-        is_terminal = sys.stdout.isatty()
+        is_terminal = getattr(sys.stdout, "isatty", bool)()  # a host of Python may have put anything there
         self._console = Console(
             force_terminal=is_terminal,  # not from FORCE_COLOR, which Jupyter sets
             force_jupyter=False,

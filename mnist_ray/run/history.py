@@ -110,10 +110,7 @@ class History:
         return [epoch for epoch in epochs if self.rows.get(epoch, {}).get("val_loss", "") == ""]
 
     def mean_rate(self) -> float | None:
-        """Return the mean examples per second of all epochs with a recorded rate; None if there are none.
-
-        The last epoch before a kill may have no recorded rate.
-        """
+        """Return the mean examples/s of the epochs with a recorded rate, which a kill may prevent; None without any."""
         rated = [row for row in self.rows.values() if row.get("epoch_s") and row.get(self._workload.rate)]
         seconds = sum(float(row["epoch_s"]) for row in rated)
         examples = sum(float(row[self._workload.rate]) * float(row["epoch_s"]) for row in rated)

@@ -158,10 +158,7 @@ def _job_of(
 
 
 def resume_command(kind: str, run: RunFolder, more: Mapping[str, str] | None = None, *, is_call: bool = False) -> str:
-    """Return the command or the Python call that resumes a run, with ``more`` settings and without secrets.
-
-    ``kind`` is ``train`` or ``tune``.
-    """
+    """Return the command or Python call that resumes a run of ``kind``, with ``more`` settings and without secrets."""
     values = {"run_name": run.name, "storage_path": masked(run.storage_path), **(more or {})}
     if is_call:
         return f"{kind}(resume=True, {', '.join(f'{name}={value!r}' for name, value in values.items())})"

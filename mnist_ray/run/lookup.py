@@ -24,7 +24,7 @@ def find_run(given: str | None, storage_path: str, *, with_pictures: bool = Fals
         except STORAGE_ERRORS as error:
             raise UsageError(f"--storage-path {storage_path} cannot be read: {first_line(error)}") from error
     if not given.strip():
-        raise UsageError("the run's name is empty; leave it out for the newest run")
+        raise UsageError("the run's name is empty; give a name, or leave the flag out")
     if "/" in given:
         base, query = split_query(given)
         parent, _, name = base.rstrip("/").rpartition("/")

@@ -195,9 +195,11 @@ def say_data(console: RunConsole, job: Job, data: Splits) -> None:
     console.say("data", f"{data.name}: {counts}, {len(data.test):,} to test")
 
 
-def say_dashboard(console: RunConsole, cluster: Cluster) -> None:
-    """Print the address of Ray's dashboard."""
-    console.say("dashboard", f"http://{cluster.dashboard}" if cluster.dashboard else "this cluster has none")
+def say_dashboard(session: Session) -> None:
+    """Print the address of Ray's dashboard if it is wanted."""
+    if session.job.output.dashboard:
+        address = session.cluster.dashboard
+        session.console.say("dashboard", f"http://{address}" if address else "this cluster has none")
 
 
 def say_plan(session: Session) -> int:
@@ -208,8 +210,7 @@ def say_plan(session: Session) -> int:
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     trained = "" if num_trained == num_parameters else f", {num_trained:,} of them trained"
     console.say("model", f"{type(model).__name__}, {num_parameters:,} parameters{trained}")
-    if job.output.dashboard:
-        say_dashboard(console, cluster)
+    say_dashboard(session)
     if session.is_here:
         console.say("workers", "none: this process trains, without Ray")
         return num_parameters

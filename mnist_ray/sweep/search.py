@@ -65,8 +65,7 @@ def say_plan(session: Session, sweep: Sweep) -> int:
     console, plan, autoscaling = session.console, session.plan, sweep.job.workers.autoscaling
     concurrent = trials_at_a_time(sweep.config, plan, session.cluster, autoscaling=autoscaling)
     each = f"{count(plan.num_workers, 'worker')} with {count(plan.cpus_per_worker, 'CPU')}"
-    if sweep.job.output.dashboard:
-        say_dashboard(console, session.cluster)
+    say_dashboard(session)
     console.say("trials", f"{concurrent} at a time, each {each}{' and 1 GPU' if plan.use_gpu else ''}")
     console.waiting("starting trials …")
     return concurrent

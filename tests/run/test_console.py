@@ -26,6 +26,11 @@ def show_a_run(quiet: bool) -> None:
         printer.result("test", "done")
 
 
+def test_without_a_stream_nothing_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    show_a_run(quiet=False)
+
+
 def test_a_job_log_has_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     show_a_run(quiet=False)
     assert capsys.readouterr().out.splitlines() == [
