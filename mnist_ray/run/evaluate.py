@@ -59,7 +59,8 @@ def evaluate(
     exception, or JobError if a task's node or the storage is lost.
     """
     shared = share(workload, test)
-    task = _evaluate_split.options(num_gpus=int(use_gpu), **process_options())
+    # Ray ends a process after such a task with a GPU; by options(num_gpus=1), the process would keep the GPU's memory.
+    task = ray.remote(num_cpus=1, num_gpus=int(use_gpu))(_evaluate_split).options(**process_options())
     bounds = engine.split_bounds(len(test), num_tasks, torch.device("cuda" if use_gpu else "cpu"))
     splits = [task.remote(checkpoint, shared, start, stop, loader_workers) for start, stop in bounds]
     try:
@@ -86,7 +87,6 @@ def _import_engine() -> None:
     importlib.import_module(__name__)
 
 
-@ray.remote(num_cpus=1)
 def _evaluate_split(
     checkpoint: RunFolder, shared: RemoteSplit, start: int, stop: int, loader_workers: int
 ) -> Evaluation:

@@ -523,6 +523,7 @@ def test_memory_that_is_lacking_is_the_codes_except_in_the_first_step_after_a_re
     run, config = locate(str(tmp_path), "run"), TrainConfig(num_epochs=2, precision="fp32")
     checkpoint.snapshot(create_state(mnist(), config, 600, torch.device("cpu")), {}).write(run.inside(FIRST))
     states = []
+    monkeypatch.setattr("torch.backends.cudnn.allow_tf32", True)
     monkeypatch.setattr(worker.Reporter, "begin", lambda self, state, restored: states.append(state))
 
     def fail(*args: Any) -> None:
@@ -537,6 +538,7 @@ def test_memory_that_is_lacking_is_the_codes_except_in_the_first_step_after_a_re
         worker.train_worker(LoopSpec(job=job, train=Split(few_images)), Group(), worker.Reporter, 1)
     advice = "CUDA out of memory. Tried to allocate 2.00 GiB.; lower --batch-size, or set --micro-batch-size"
     assert (str(raised.value) == advice) == is_codes
+    assert not torch.backends.cudnn.allow_tf32, "fp32 means fp32"
 
 
 def test_code_that_ends_its_process_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
