@@ -120,7 +120,8 @@ def test_four_workers_run_on_two_cpus_and_nothing_listens_beyond_loopback(small_
         assert "4 workers share 2 cores: --num-workers 2 would be at least as fast" in printed
     assert "started    4 × cpu with 1 thread, fp32" in printed
     result = json.loads((tmp_path / "four" / "result.json").read_text())
-    assert (result["num_workers"], result["workers"][:32]) == (4, "4 × cpu with 1 thread, fp32 (")
+    assert result["num_workers"] == 4
+    assert result["workers"].startswith("4 × cpu with 1 thread, fp32 (")
 
 
 PRINTS = """

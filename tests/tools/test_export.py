@@ -84,7 +84,7 @@ def test_data_that_have_moved_are_named_by_the_workloads_flags(small_data: Path,
     ("output", "error", "message"),
     [
         ("model.onnx", UsageError, "--output model.onnx must end in .pt2 for --format torch"),
-        ("/nowhere/model.pt2", JobError, "cannot write /nowhere/model.pt2: No such file or directory"),
+        ("/proc/nowhere/model.pt2", JobError, "cannot write /proc/nowhere/model.pt2: No such file or directory"),
     ],
 )
 def test_a_file_that_cannot_be_written_is_one_line(
