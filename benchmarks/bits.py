@@ -74,11 +74,12 @@ def shrink_and_grow(nodes: Raylets) -> Callable[[Driver], None]:
     def act(driver: Driver) -> None:
         time.sleep(3)
         nodes.remove_a_node(random.Random(0))
-        while not any(line.startswith("restarted  1 ×") for line in driver.lines):
-            time.sleep(0.2)
-        nodes.add_node()
-        while not any(line.startswith("restarted  2 ×") for line in driver.lines) and driver.process.poll() is None:
-            time.sleep(0.2)
+        for number in (1, 2):
+            line = f"restarted  {number} ×"
+            while driver.process.poll() is None and not any(seen.startswith(line) for seen in driver.lines):
+                time.sleep(0.2)
+            if number == 1:
+                nodes.add_node()
 
     return act
 
