@@ -12,13 +12,13 @@ import torch
 
 from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import TrainConfig
-from mnist_ray.errors import JobError, TrainingStoppedError, UsageError, first_line
+from mnist_ray.errors import TrainingStoppedError, UsageError
 from mnist_ray.run.failures import STOPPING
 from mnist_ray.run.fit import Fitted
 from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.signals import Noted, first_only_noted
-from mnist_ray.storage import STORAGE_ERRORS, RunFolder
+from mnist_ray.storage import RunFolder, in_one_line
 from mnist_ray.training.checkpoint import DamagedCheckpointError, Restored, read_state
 from mnist_ray.training.events import Event, Progress, Stopping
 from mnist_ray.training.state import CodeFailedError, Group, StopWantedError, TrainingState
@@ -37,8 +37,6 @@ def fit_here(session: Session, on_event: Callable[[Event], None]) -> Fitted:
             train_worker(spec, group, create_reporter, job.workers.cpus_per_worker or usable_cores())
     except StopWantedError:
         raise KeyboardInterrupt from None
-    except STORAGE_ERRORS as error:
-        raise JobError(f"the storage has failed: {first_line(error)}") from error
     except (CodeFailedError, *STOPPING) as error:
         raise TrainingStoppedError(str(error)) from error
     best = job.run.inside(next(iter(_best(job.run)), job.run.checkpoint_names()[-1]))
@@ -76,10 +74,11 @@ class LocalReporter(Reporter):
 
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
         """Validate and save."""
-        self.save(state, self.measured(state, progress))
-        run = self._job.run
-        for name in set(run.checkpoint_names()[:-1]) - set(_best(run)):
-            run.inside(name).delete()
+        run, metrics = self._job.run, self.measured(state, progress)
+        with in_one_line("the storage has failed"):
+            self.save(state, metrics)
+            for name in set(run.checkpoint_names()[:-1]) - set(_best(run)):
+                run.inside(name).delete()
 
 
 def _best(run: RunFolder) -> list[str]:

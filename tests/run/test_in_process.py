@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -24,6 +25,13 @@ from mnist_ray.run.in_process import LocalReporter
 from mnist_ray.storage import locate
 from tests.conftest import QUICK, as_flags, run_and_act, run_job
 
+READS = """
+from mnist_ray.training.callback import Callback
+
+class Reads(Callback):
+    def on_step(self, state):
+        open("/nowhere/at/all")
+"""
 HERE = {**QUICK, "num_workers": 0, "cpus_per_worker": 1, "precision": "fp32"}
 
 
@@ -107,9 +115,17 @@ def test_storage_that_fails_is_one_line_with_the_way_on(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LocalReporter, "save", Mock(side_effect=OSError(28, "No space left on device")))
-    said = r"^the storage has failed: \[Errno 28\] No space left on device \(to resume: train\(resume=True, .*\)\)$"
+    said = r"^the storage has failed: No space left on device \(to resume: train\(resume=True, .*\)\)$"
     with pytest.raises(JobError, match=said):
         train(None, **{**HERE, "num_epochs": 1, "data_dir": small_data, "storage_path": tmp_path})
+
+
+def test_a_file_that_the_users_code_cannot_read_is_no_failure_of_the_storage(
+    small_data: Path, tmp_path: Path, write: Callable[..., Path]
+) -> None:
+    given = {**HERE, "data_dir": small_data, "storage_path": tmp_path, "callback": str(write(READS, "reads.py"))}
+    with pytest.raises(FileNotFoundError, match="/nowhere/at/all"):
+        train(None, **given)
 
 
 def test_interrupted_while_the_report_is_written_a_run_is_finished_and_says_so(
