@@ -11,8 +11,7 @@ from typing import Any
 
 from mnist_ray import settings
 from mnist_ray.errors import UsageError
-from mnist_ray.run.lookup import class_of
-from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, RunFolder, Warn, unless_damaged
+from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, RunFolder, Warn, unless_damaged, untrusted_folders
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 
@@ -149,7 +148,8 @@ def _checked_predictions(run: RunFolder, workload: Workload, result: dict[str, A
 def workload_of(run: RunFolder, reference: loading.Reference | None, storage_path: str) -> Workload:
     """Return a run's workload, by default with the code that the run used. Raises UsageError and JobError."""
     values, file = settings_of(run), run.inside(CONFIG_FILE).uri
-    workload_class = class_of(run, storage_path) if reference is None else loading.load(reference)
+    held, untrusted = values.get("workload", loading.DEFAULT), untrusted_folders(run, storage_path)
+    workload_class = loading.load_again(held, reference, file, untrusted)
     try:
         own: Any = settings.build(workload_class.Settings, values)
     except UsageError as error:
