@@ -268,7 +268,7 @@ def resolve_precision(precision: Precision, group: Group) -> Precision:
 
 def split_bounds(num_examples: int, num_parts: int, device: torch.device) -> list[tuple[int, int]]:
     """Return (start, stop) of at most ``num_parts`` ranges of whole evaluation batches."""
-    size = EVALUATION_BATCH_SIZE if device.type == "cpu" else 256
+    size = EVALUATION_BATCH_SIZE if device.type == "cpu" else 256  # a GPU needs more at a time
     num_batches = math.ceil(num_examples / size)
     num_parts = min(num_parts, num_batches)
     cuts = [num_batches * part // num_parts * size for part in range(num_parts)] + [num_examples]
