@@ -1,4 +1,4 @@
-"""A sweep's part of the report, and its picture: the validation metric against each searched setting."""
+"""A sweep's part of the report, and its picture: the validation metric over epochs, and over each searched setting."""
 
 from __future__ import annotations
 
@@ -24,28 +24,42 @@ _RING: dict[str, Any] = {"color": "black", "marker": "o", "linestyle": "none", "
 
 
 def draw(table: TrialTable, num_epochs: int) -> bytes:
-    """Draw the validation metric of all trials against each searched setting, as a PNG.
+    """Draw the validation metric of all trials over the epochs, and over each searched setting, as a PNG.
 
     If several settings vary, the first one with listed values is shown by colours and markers instead. Trials that were
-    stopped early are hollow, trials of the best configuration are ringed, and failed trials are left out.
+    stopped early are grey or hollow, those of the best configuration are ringed, and failed trials are left out.
     """
     records = [record for record in table.by_point.values() if record.is_validated and record.state != RUNNING]
     searched = table.space.spaces
     varied = [name for name in searched if len({record.point.values[name] for record in records}) > 1] or [*searched]
     coloured = next((name for name in varied if isinstance(searched[name], Choice)), None)
     over = [name for name in varied if name != coloured] or varied
-    figure = Figure(figsize=(_WIDTH, 1 + 4 * len(over)), dpi=150, layout="constrained")
-    plots = figure.subplots(len(over), squeeze=False)[:, 0]
+    figure = Figure(figsize=(_WIDTH, 5 + 4 * len(over)), dpi=150, layout="constrained")
+    over_epochs, *plots = figure.subplots(1 + len(over))
+    _draw_over_epochs(over_epochs, table, records)
     for axes, name in zip(plots, over, strict=True):
         _draw_over(axes, table, records, name, coloured if coloured != name else None)
     title = [f"{count(len(records), 'trial')} of at most {count(num_epochs, 'epoch')}"]
     if best := table.best:
         value = f"{table.workload.monitor.format(best.val_monitor)}, {best.seeds_text}"
         title += textwrap.wrap(f"best: {format_settings(best.records[0].point.values)} ({value})", _TITLE_WIDTH)
-    plots[0].set_title("\n".join(title))
+    over_epochs.set_title("\n".join(title))
     handles, labels = plots[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return png_of(figure)
+
+
+def _draw_over_epochs(axes: Axes, table: TrialTable, records: list[TrialRecord]) -> None:
+    """Draw a line for each trial, with a point for each report; grey if the trial was stopped early."""
+    metric, best = table.workload.monitor, table.best.records if table.best else ()
+    for record in sorted(records, key=lambda record: record.state != STOPPED):  # the others are drawn above them
+        style: dict[str, Any] = {"color": "silver" if record.state == STOPPED else "tab:blue"}
+        style |= {"color": "black", "zorder": 3} if record in best else {}
+        epochs, values = [at for at, _ in record.reported], [on_axis(metric, value) for _, value in record.reported]
+        axes.plot(epochs, values, marker=".", alpha=0.7, **style)
+    axes.set_xlabel("epoch")
+    scale_axis(axes, metric, f"validation {metric.name}")
+    axes.grid(alpha=0.3)
 
 
 def _draw_over(axes: Axes, table: TrialTable, records: list[TrialRecord], name: str, coloured: str | None) -> None:
@@ -97,7 +111,8 @@ def sections(run: RunFolder, workload: type[Workload]) -> Sections:
         return Sections(notes=[str(error)])
     num_epochs = (run.read_json(CONFIG_FILE) or {}).get("num_epochs", 0)
     alt = f"Validation {table.workload.monitor.name} of {len(table.by_point)} trials; the table has all values"
-    caption = ("Hollow: stopped early. " if table.count(STOPPED) else "") + "Ringed: the best configuration."
+    caption = "Grey or hollow: stopped early. " if table.count(STOPPED) else ""
+    caption += "Black or ringed: the best configuration."
     rows, notes = [table.console_row(record, num_epochs) for record in table.ranked], list[str]()
     pictures = unless_failing(
         "picture of the trials",
