@@ -199,9 +199,11 @@ class SweepConfig:
     )
     num_trials: int = setting(16, "configurations to try", **at_least(1))
     search: Literal["random", "optuna", "grid"] = setting("random", "how configurations are chosen")
-    scheduler: Literal["asha", "none"] = setting("asha", "asha: end trials that fall behind")
+    scheduler: Literal["halving", "asha", "none"] = setting(
+        "halving", "which trials stop early; halving: the worse half after 1/8, 1/4 and 1/2 of the epochs; asha: Ray's"
+    )
     num_confirmed: int = setting(
-        3, "best configurations to train with two more seeds before choosing one; 0: one seed decides", **at_least(0)
+        3, "best configurations that race with up to two more seeds; 0: one seed decides", **at_least(0)
     )
     max_concurrent_trials: int | None = setting(
         None, "trials at a time; default, and limit without --autoscaling: as many as the cluster holds", **at_least(1)

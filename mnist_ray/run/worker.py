@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import math
 import socket
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from mnist_ray.training.debug import Profiler, anomalies_found
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, StoppedEarly, Validated
 from mnist_ray.training.metrics import score
 from mnist_ray.training.reproducible import check_arithmetic
-from mnist_ray.training.state import CodeFailedError, Group, TrainingState, best_epoch, is_over
+from mnist_ray.training.state import CodeFailedError, Group, StopWantedError, TrainingState, best_epoch, is_over
 from mnist_ray.workload import user_code
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
@@ -41,6 +42,7 @@ class LoopSpec:
     train: RemoteSplit | Split
     validation: RemoteSplit | Split | None = None  # evaluated by the workers, at each checkpoint
     validates_in_tasks: bool = False  # whether a task validates each epoch's checkpoint during the training
+    until_epoch: float = math.inf  # where a part of a trial ends; not always a whole number
     event_queue: Any = None  # the actor that rank 0 reports to; None if nobody listens
     is_local: bool = False  # on a local Ray, whose node nobody takes away during the run
 
@@ -52,7 +54,10 @@ def train_worker(
     cpus: float,
     workers_on_node: int = 1,
 ) -> None:
-    """Set up a worker with ``cpus``; train from the newest checkpoint. Raises like ``train`` and ``restore_newest``."""
+    """Set up a worker with ``cpus``; train from the newest checkpoint until ``spec.until_epoch``.
+
+    Raises like ``train`` and ``restore_newest``; StopWantedError if epochs are left.
+    """
     job = spec.job
     keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means fp32
@@ -69,6 +74,9 @@ def train_worker(
         checkpoints.load_fitting(state.model, checkpoints.read_weights(job.initial.inside(INITIAL_FILE)))
     end_if_hung(job.workers.hang_timeout_s)
     reporter.begin(state, restored)
+    state.last_step = math.ceil(min(spec.until_epoch, config.num_epochs) * state.num_steps)
+    if state.total_step >= state.last_step and not is_over(state, config):  # it was killed before the sweep noted it
+        raise StopWantedError
     callbacks = [*reporter.callbacks, reporter]
     try:
         with anomalies_found(job.output.detect_anomaly, *job.code_folders):
@@ -152,7 +160,7 @@ class Reporter(Callback):
         return checkpoints.snapshot(state, about, self.callbacks)
 
     def measured(self, state: TrainingState, progress: Progress) -> dict[str, Any]:
-        """Return a checkpoint's metrics; if the workers validate, all ranks validate first.
+        """Return a checkpoint's metrics; where an epoch or a trial's part ends, all ranks validate if workers validate.
 
         At the end of an epoch, report the epoch, and add the validation's score to ``state``.
         """
@@ -167,7 +175,7 @@ class Reporter(Callback):
             workload.rate: progress.examples_per_s,
             "train_s": state.finished_s + state.epoch_s,
         }
-        if self._validation is None:
+        if self._validation is None or not (has_finished or metrics["epochs"] >= self._spec.until_epoch):
             return metrics
         start, loader_workers = time.perf_counter(), self._job.workers.loader_workers
         evaluation = engine.evaluate_together(workload, state.result, self._validation, self._group, loader_workers)

@@ -15,17 +15,18 @@ from mnist_ray.cluster.plan import plan_workers
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.cluster.watch import orphans_removed
 from mnist_ray.errors import JobError, count, format_settings
-from mnist_ray.run.fit import fit
+from mnist_ray.run.fit import Fitted, fit
 from mnist_ray.run.job import Job
 from mnist_ray.run.record import begin_files, recorded
 from mnist_ray.run.session import Clock, Session, console_of, say_dashboard, say_run
 from mnist_ray.settings import json_lines
-from mnist_ray.storage import RESULT_FILE, SWEEP_FILE, TRIALS_FILE
+from mnist_ray.storage import RESULT_FILE, SWEEP_FILE, TRIALS_FILE, RunFolder
 from mnist_ray.sweep.trial import TrialSpec
-from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER, FAILED, Sweep, TrialRecord, TrialTable
+from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER, FAILED, WAITING, Sweep, TrialRecord, TrialTable
 from mnist_ray.sweep.tuner import TRIALS_FOLDER, OnChange, run_sweep, trials_at_a_time
 from mnist_ray.trackers import start
 from mnist_ray.trackers.tracker import Ending
+from mnist_ray.training.checkpoint import MODEL_FILE, STATE_FILE, TRAINING_FILE, read_state
 from mnist_ray.training.events import TrialEnded
 
 PICTURE_FILE = "sweep.png"
@@ -48,12 +49,12 @@ def search(session: Session, sweep: Sweep, show: OnChange) -> TrialTable:
 
     def on_change(table: TrialTable, ended: TrialRecord | None) -> None:
         show(table, ended)
-        if ended is not None:
+        if ended is not None and ended.state != WAITING:
             trackers.log(_event_of(table, ended))
 
     try:
         with orphans_removed():  # left by trials that Tune stops before their end
-            return run_sweep(sweep, spec, concurrent, on_change)
+            return run_sweep(sweep, spec, concurrent, on_change, functools.partial(session.console.say, "rungs"))
     except JobError as error:
         raise JobError(f"{error} (logs: {session.cluster.log_folder})") from error
     finally:
@@ -81,7 +82,7 @@ def _event_of(table: TrialTable, record: TrialRecord) -> TrialEnded:
 def train_chosen(session: Session, sweep: Sweep, table: TrialTable) -> None:
     """Write the best configuration. Train and evaluate the default one, unless it is the best, and then the best one.
 
-    A training that an interrupted sweep has finished is not repeated.
+    Nothing is trained that a trial, or an interrupted sweep, has trained.
     """
     from mnist_ray.sweep import picture  # imports matplotlib, which must not delay the trials
 
@@ -102,10 +103,11 @@ def train_chosen(session: Session, sweep: Sweep, table: TrialTable) -> None:
     for title, job in jobs.items():
         values = format_settings({name: job.values[name] for name in sweep.space.spaces})
         console.say("", "")
-        console.say(title, f"training with {values}")
+        console.say(title, values)
         value = (job.run.read_json(RESULT_FILE) or {}).get(f"test_{monitor.name}")
         if not isinstance(value, float):  # else an interrupted sweep has finished this training
-            value = train_and_test(session, job, picture.sections, is_last=title == "best")
+            trial = table.result_of(sweep.space.point(job.values, job.train.seed))
+            value = train_and_test(session, job, picture.sections, trial, is_last=title == "best")
         name = "" if monitor.is_fraction else f"{monitor.name} "
         end = ", the default" if is_default else ""
         came_out[title] = f"{name}{monitor.format(value)} on the test set with {values}{end}"
@@ -114,16 +116,42 @@ def train_chosen(session: Session, sweep: Sweep, table: TrialTable) -> None:
         console.result(title, line)
 
 
-def train_and_test(session: Session, job: Job, sections: Callable[..., Any], *, is_last: bool) -> float:
-    """Train and test as ``jobs/train.py`` does. In the last run, the job leaves Ray while the report is written."""
+def train_and_test(
+    session: Session, job: Job, sections: Callable[..., Any], trial: TrialRecord | None, *, is_last: bool
+) -> float:
+    """Train and test as ``jobs/train.py`` does, or only test what a trial has trained with the same settings.
+
+    The last run, which is the best one, must have the weights that ``jobs/train.py`` gives: it is trained if a trial
+    has another number of workers or threads. In this run, the job leaves Ray while the report is written.
+    """
     run = copy.copy(session)
     run.job, run.clock = job, Clock()
     if not session.cluster.is_local:  # an autoscaler has added or removed nodes
         run.cluster = dataclasses.replace(session.cluster, nodes=current_nodes())
     run.plan = plan_workers(job.workers, run.cluster, job.train.chunks)
+    has_same_weights = run.plan == session.plan or job.train.reproducible
+    checkpoint = _checkpoint_of(session, trial) if trial and (has_same_weights or not is_last) else None
+    if checkpoint:
+        run.plan = session.plan  # the trial's
     with console_of(job) as run.console:
         say_run(run)
         with recorded(run, functools.partial(sections, workload=type(job.workload))) as record:
+            if checkpoint and trial:
+                run.console.say("trained", f"by trial {trial.trial}")
+                return record.test(_copied(checkpoint, job.run), is_last=is_last)
             with orphans_removed():  # left by the last trials
                 fitted = fit(run, record.on_event)
             return record.test(fitted, is_last=is_last)
+
+
+def _checkpoint_of(session: Session, trial: TrialRecord) -> RunFolder | None:
+    """Return a trial's last checkpoint; None if somebody has deleted it."""
+    folder = session.job.run.inside(TRIALS_FOLDER).inside(trial.point.name)
+    return next(map(folder.inside, reversed(folder.checkpoint_names())), None)
+
+
+def _copied(checkpoint: RunFolder, run: RunFolder) -> Fitted:
+    """Copy a trial's checkpoint to its run."""
+    copy, files = run.inside(checkpoint.name), (MODEL_FILE, TRAINING_FILE, STATE_FILE)  # state.json last
+    copy.write_files({name: checkpoint.read_bytes(name) or b"" for name in files})
+    return Fitted(copy, read_state(copy)["metrics"])

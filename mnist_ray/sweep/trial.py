@@ -24,7 +24,7 @@ from mnist_ray.storage import RunFolder, position_of
 from mnist_ray.sweep.space import Point
 from mnist_ray.training.checkpoint import Restored
 from mnist_ray.training.events import Progress
-from mnist_ray.training.state import CodeFailedError, Group, TrainingState, is_over
+from mnist_ray.training.state import CodeFailedError, Group, StopWantedError, TrainingState, is_over
 
 
 @dataclass(frozen=True)
@@ -39,23 +39,26 @@ class TrialSpec:
 
 
 def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
-    """Train one point, from its last checkpoint if it has one, and report to Tune at every checkpoint.
+    """Train one point from its last checkpoint to an epoch, and report to Tune at every checkpoint.
 
     With several workers, the trial is a ``TorchTrainer`` run. With one worker, the engine runs in this process, which
     Tune reuses for the next trial: starting a worker takes longer than a small trial's training.
 
     A failure that would happen again is reported. Other failures are raised, and Tune retries the trial.
     """
-    point = Point(tuple((name, value) for name, value in tune_config.items() if name != "seed"), tune_config["seed"])
+    point = Point(tuple(tune_config["values"].items()), tune_config["seed"])
     job = spec.job.with_values({**point.values, "seed": point.seed})
     job = dataclasses.replace(job, run=spec.folder.inside(point.name))
-    loop_spec = LoopSpec(job=job, train=spec.train, validation=spec.validation)
+    until_epoch = tune_config["until_epoch"]
+    loop_spec = LoopSpec(job=job, train=spec.train, validation=spec.validation, until_epoch=until_epoch)
     try:
         with code_failures_placed(*job.code_folders):
             if spec.plan.num_workers > 1:
                 train_on_workers(loop_spec, spec.plan)
             else:
                 train_worker(loop_spec, Group(device=device_here()), TuneReporter, spec.plan.cpus_per_worker)
+        return
+    except StopWantedError:  # the piece ends before the training
         return
     except (CodeFailedError, TrainingStoppedError, *STOPPING) as error:
         reason = str(error)
@@ -72,16 +75,17 @@ def train_on_workers(loop_spec: LoopSpec, plan: WorkerPlan) -> None:
     except ray.train.TrainingFailedError as error:
         cause = cause_of(error)
         raise (cause if isinstance(cause, TrainingStoppedError) else JobError(reason_of(error))) from error
-    if result.return_value is not None:
+    if result.return_value:  # empty if the piece ends before the training
         raise TrainingStoppedError(result.return_value)
+    tune.report(result.metrics)  # again, in case that the trial was killed before the sweep noted it
 
 
 class TuneReporter(Reporter):
     """Saves, validates and reports to Tune at every checkpoint. Tune may end the trial then."""
 
     def begin(self, state: TrainingState, restored: Restored) -> None:
-        """Report a finished trial again: it was killed after its last checkpoint, before the sweep noted it."""
-        if is_over(state, self._config):
+        """Report a finished piece again: it was killed after its last checkpoint, before the sweep noted it."""
+        if is_over(state, self._config) or restored.metrics.get("epochs", 0) >= self._spec.until_epoch:
             tune.report(restored.metrics)
 
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:

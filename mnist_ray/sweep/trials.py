@@ -19,7 +19,9 @@ from mnist_ray.sweep.space import Point, Space, propose
 from mnist_ray.workload.base import Workload
 
 BEST_FILE, DEFAULT_FOLDER = "best.json", "default"
-DONE, STOPPED, FAILED, LOST, RUNNING = "done", "stopped early", "failed", "lost", "running"
+DONE, STOPPED, FAILED, LOST, RUNNING, WAITING = "done", "stopped early", "failed", "lost", "running", "waiting"
+FAILING = -math.inf  # the score of a trial that has failed
+_ROUNDING = 1e-6  # of the epochs in sweep.csv
 ENDED = (DONE, STOPPED, FAILED)  # a resumed sweep does not repeat these trials; it resumes others from checkpoints
 
 
@@ -36,14 +38,14 @@ class TrialRecord:
     train_loss: float = math.nan
     rate: float = math.nan  # examples per second of training
     train_s: float = 0.0  # seconds of training, without validation
-    reports: str = ""  # `EPOCHS:MONITOR` for each report: a scheduler compares trials by them
+    reports: str = ""  # `EPOCHS:MONITOR` for each report: trials are compared by them
     reason: str = ""  # of a failed or lost trial
     others: dict[str, float] = dataclasses.field(default_factory=dict)  # other metrics on the validation set, by column
 
     def report(self, epochs: float, monitor: float) -> None:
         """Add a report. A trial that resumes from its checkpoint may report the same epochs again."""
         known = [pair for pair in self.reported if pair[0] < epochs]
-        self.reports = " ".join(f"{at:g}:{value:.9g}" for at, value in [*known, (epochs, monitor)])
+        self.reports = " ".join(f"{at:.9g}:{value:.9g}" for at, value in [*known, (epochs, monitor)])
 
     @property
     def reported(self) -> list[tuple[float, float]]:
@@ -77,9 +79,9 @@ class TrialTable:
 
     def __init__(self, workload: type[Workload], space: Space, records: Iterable[TrialRecord] = ()) -> None:
         self.workload = workload(None)
+        self._sign = 1 if self.workload.monitor.mode == "max" else -1
         self.space = space
         self.by_point = {record.point: record for record in records}
-        self.num_planned = len(self.by_point)
         monitor, *self._others = [f"val_{metric.name}" for metric in self.workload.metrics or (self.workload.monitor,)]
         names = {"val_monitor": monitor, "rate": self.workload.rate}
         fields = [field.name for field in dataclasses.fields(TrialRecord)[2:-1]]  # without trial, point and others
@@ -91,11 +93,6 @@ class TrialTable:
         record.state, record.reason = RUNNING, ""
         return record
 
-    def unfinished(self, points: Iterable[Point]) -> list[Point]:
-        """Return the points that a resumed sweep still has to train."""
-        finished = {record.point for record in self.finished()}
-        return [point for point in points if point not in finished]
-
     def finished(self) -> list[TrialRecord]:
         """Return the records of the trials that a resumed sweep does not repeat."""
         return [record for record in self.by_point.values() if record.state in ENDED]
@@ -104,10 +101,28 @@ class TrialTable:
         """Count the trials in one of the states."""
         return sum(record.state in states for record in self.by_point.values())
 
+    @property
+    def num_epochs(self) -> float:
+        """The epochs that all trials have trained."""
+        return sum(record.epochs for record in self.by_point.values())
+
+    def score_at(self, point: Point, epoch: float) -> float:
+        """Return a trial's monitor at its first report from ``epoch`` on, negated if less is better.
+
+        NaN if the trial has not come so far, FAILING if it has failed; if it has ended before, its last report.
+        """
+        record = self.by_point.get(point)
+        if record is None or record.state in (FAILED, LOST):
+            return math.nan if record is None else FAILING
+        values = [value for at, value in record.reported if at > epoch - _ROUNDING]
+        if not values and record.state in (RUNNING, WAITING):
+            return math.nan
+        value = values[0] if values else record.val_monitor
+        return FAILING if math.isnan(value) else self._sign * value
+
     def worth(self, trials: TrialRecord | Best) -> tuple[float, float]:
         """Return a sort key that is larger for better trials: the workload's monitor, then the loss."""
-        sign = 1 if self.workload.monitor.mode == "max" else -1
-        return sign * trials.val_monitor, -trials.val_loss
+        return self._sign * trials.val_monitor, -trials.val_loss
 
     @property
     def ranked(self) -> list[TrialRecord]:
@@ -137,8 +152,8 @@ class TrialTable:
         ]
         return max(candidates, key=lambda best: (len(best.records), *self.worth(best)), default=None)
 
-    def confirmations(self, sweep: SweepConfig, seed: int) -> list[Point]:
-        """Return the best configurations, and the default one if it was tried, with two more seeds each.
+    def finalists(self, sweep: SweepConfig, seed: int) -> list[Point]:
+        """Return the best configurations, and the default one if it was tried: those to train with more seeds.
 
         From seed to seed, the metric of a good configuration varies more than good configurations differ. So the best
         of many single runs is mostly the luckiest.
@@ -147,15 +162,21 @@ class TrialTable:
             return []
         done = [record.point for record in self.ranked if record.state == DONE and record.point.seed == seed]
         chosen = done[: sweep.num_confirmed]
-        chosen += [point for point in self.space.default_points(seed) if point in done and point not in chosen]
-        return [dataclasses.replace(point, seed=seed + more) for more in (1, 2) for point in chosen]
+        return chosen + [point for point in self.space.default_points(seed) if point in done and point not in chosen]
 
-    def contenders(self, sweep: SweepConfig, seed: int) -> set[Point]:
-        """Return the points of the configurations that can still become the best."""
+    def kept(self, sweep: SweepConfig, seed: int) -> set[Point]:
+        """Return the points whose checkpoints may be tested at the end: the default one, and those that may be best."""
         best = self._best_of(self.finished())
-        leading = [*self.confirmations(sweep, seed), *(record.point for record in (best.records if best else ()))]
-        configurations = {point.configuration for point in leading}
-        return {point for point in self.by_point if point.configuration in configurations}
+        leading = [record.point for record in (best.records[:1] if best else ())]
+        return {*leading, *self.finalists(sweep, seed), *self.space.default_points(seed)}
+
+    def result_of(self, point: Point) -> TrialRecord | None:
+        """Return a trial whose last checkpoint is what the training job would test: the best after a whole epoch."""
+        record = self.by_point.get(point)
+        if record is None or record.state != DONE:
+            return None
+        *before, last = [self._sign * value for at, value in record.reported if at == round(at)]
+        return record if last > max(before, default=-math.inf) else None
 
     def outcome(self, record: TrialRecord) -> dict[str, Any]:
         """Return the results of a trial, by the columns of sweep.csv."""
@@ -199,7 +220,7 @@ class TrialTable:
         record = TrialRecord(int(row["trial"]), point)
         self.update(record, row)
         _ = record.reported  # raises now, not later, if it is damaged
-        if record.state not in (*ENDED, LOST, RUNNING):
+        if record.state not in (*ENDED, LOST, RUNNING, WAITING):
             raise ValueError(f"{record.state!r:.40} is no state of a trial")
         for name, space in self.space.spaces.items():
             if isinstance(space, Choice) and point.values[name] not in space.options:
@@ -232,6 +253,7 @@ class Sweep:
     config: SweepConfig
     space: Space
     job: Job  # the job of all trials, and of the trainings at the end
+    num_validation: int = 0  # validation examples; 0 until the data are loaded
 
     @property
     def workers(self) -> WorkerConfig:
@@ -253,7 +275,7 @@ class Sweep:
     def planned(self) -> tuple[int, int, bool]:
         """How many configurations are tried, how many of the best are confirmed, and whether the default is, too."""
         seed = self.job.train.seed
-        points = propose(self.space, self.config, seed)  # Optuna tries as many, the default first
+        points = propose(self.space, self.config, seed)  # Optuna tries at most as many, the default first
         best = min(self.config.num_confirmed, len(points))
         is_default_there = any(point in points for point in self.space.default_points(seed))
         return len(points), best, 0 < best < len(points) and is_default_there

@@ -20,8 +20,9 @@ from mnist_ray.run.console import RunConsole
 from mnist_ray.run.job import Given, read_job
 from mnist_ray.run.session import Session, say_data
 from mnist_ray.storage import TRIALS_FILE, DamagedFileError
+from mnist_ray.sweep.halving import most_epochs
 from mnist_ray.sweep.space import propose, space_of
-from mnist_ray.sweep.trials import BEST_FILE, DONE, ENDED, FAILED, LOST, STOPPED, Sweep, TrialRecord, TrialTable
+from mnist_ray.sweep.trials import BEST_FILE, DONE, FAILED, LOST, STOPPED, Sweep, TrialRecord, TrialTable
 from mnist_ray.workload.data import Splits
 
 
@@ -63,7 +64,7 @@ def load_data(sweep: Sweep) -> tuple[Sweep, Splits]:
         raise UsageError(f"--validation-size 0: a sweep chooses by validation {monitor}; hold some examples out")
     space = sweep.space.up_to(len(data.train), "batch_size") if sweep.batch_sizes else sweep.space
     config = dataclasses.replace(sweep.config, sweep=sweep.config.sweep or space.texts())
-    return Sweep(config, space, job), data
+    return Sweep(config, space, job, len(data.validation)), data
 
 
 def tune(sweep: Sweep) -> Sweep:
@@ -94,7 +95,7 @@ def say_sweep(sweep: Sweep, session: Session) -> None:
     tried, best, with_default = sweep.planned
     trials = f"{count(tried, 'trial')} of {count(job.train.num_epochs, 'epoch')}"
     if best:
-        trials += f", then the best {best}{' and the default' if with_default else ''} with two more seeds each"
+        trials += f", then the best {best}{' and the default' if with_default else ''} with up to two more seeds"
     searched = " ".join(sweep.space.texts())
     console.say("search", f"{config.search}, {trials}: {searched}; scheduler {config.scheduler}")
     console.say("results", job.run.uri)
@@ -109,11 +110,13 @@ class SweepConsole(RunConsole):
         super().__init__(job.workload, job.train.num_epochs, quiet=job.output.quiet)
         self._time_budget_s = sweep.config.time_budget_s or math.inf
         self._start = time.monotonic()
-        self._num_ended = 0  # trials that ended in this process
+        self._most_epochs = most_epochs(sweep)
+        self._epochs_before: float | None = None  # those that an interrupted sweep has trained
 
     def show_table(self, table: TrialTable, ended: TrialRecord | None = None) -> None:
         """Show the trials after one of them has ``ended`` or reported."""
-        self._num_ended += ended is not None
+        if self._epochs_before is None:
+            self._epochs_before, self._start = table.num_epochs, time.monotonic()
         if self._live.is_started:
             self._live.update(Group(self._table(table), Text(self._summary(table))), refresh=True)
         elif ended is not None:
@@ -127,10 +130,9 @@ class SweepConsole(RunConsole):
         self.rest()
         if not self._quiet:
             self._console.print(self._table(table))
-        trained = sum(record.epochs for record in table.by_point.values())
         full = self._num_epochs * table.count(DONE, STOPPED)
         saved = full - sum(record.epochs for record in table.by_point.values() if record.state in (DONE, STOPPED))
-        self.say("epochs", f"{trained:.4g} trained; stopping early saved {saved:.4g} of {full}")
+        self.say("epochs", f"{table.num_epochs:.4g} trained; stopping early saved {saved:.4g} of {full}")
 
     def _table(self, table: TrialTable) -> Table:
         view = Table(box=None, padding=(0, 1, 0, 0))
@@ -142,12 +144,12 @@ class SweepConsole(RunConsole):
 
     def _summary(self, table: TrialTable) -> str:
         done, stopped, failed = table.count(DONE), table.count(STOPPED), table.count(FAILED, LOST)
-        text = f"{done} done, {stopped} stopped early, {failed} failed of {table.num_planned}"
+        text = f"{done} done, {stopped} stopped early, {failed} failed"
         if best := table.best:
             text += f"; best {table.workload.monitor.format(best.val_monitor)} ({best.seeds_text})"
-        unended = table.num_planned - table.count(*ENDED)
-        if self._num_ended and unended:  # the mean time of this process's trials so far gives the time left
+        trained = table.num_epochs - (self._epochs_before or 0)
+        if trained and self._most_epochs > table.num_epochs:  # this process's time per epoch so far gives the time left
             passed = time.monotonic() - self._start
-            left = min(passed / self._num_ended * unended, self._time_budget_s - passed)
-            text += f"; about {clock_time(left)} left"
+            left = min(passed / trained * (self._most_epochs - table.num_epochs), self._time_budget_s - passed)
+            text += f"; at most {clock_time(left)} left"
         return text

@@ -69,7 +69,8 @@ def train(
     """Train ``state`` from its position to the end of the last epoch, on this rank's slices of ``split``.
 
     ``config.precision`` must not be ``auto``: see ``resolve_precision``. Raises TrainingDivergedError, on every rank,
-    before weights that are not finite are saved; StopWantedError after a checkpoint, if a callback wants to stop.
+    before weights that are not finite are saved; StopWantedError after a checkpoint, if a callback wants to stop or
+    ``state.last_step`` is reached.
     """
     assert config.precision != "auto"
     if config.compile:
@@ -89,10 +90,12 @@ def train(
             for callback in callbacks:
                 callback.on_step(state)
             window.add(sums, pieces[0].global_size)
-            is_due = state.step % config.checkpoint_every == 0
+            is_last = state.total_step == state.last_step
+            is_due = is_last or state.step % config.checkpoint_every == 0
             if not (window.is_full(num_steps - state.step) or is_due):
                 continue
-            progress = window.close(state, num_steps, stop_wanted=any(callback.wants_stop() for callback in callbacks))
+            stop_wanted = is_last or any(callback.wants_stop() for callback in callbacks)
+            progress = window.close(state, num_steps, stop_wanted=stop_wanted)
             for callback in callbacks:
                 callback.on_progress(state, progress)
             wanted = [callback.wants_checkpoint() for callback in callbacks]

@@ -61,7 +61,13 @@ class TrainingState:
     scores: list[float] = field(default_factory=list)  # of each finished epoch, if workers validate; higher is better
     ends: bool = False  # set by a callback: no further epoch
     num_steps: int = 0  # per epoch
+    last_step: int = -1  # of all epochs: where a part of a trial ends, though epochs are left
     learning_rate: float = math.nan  # with which the last step was made, in the optimizer's first parameter group
+
+    @property
+    def total_step(self) -> int:
+        """Optimizer steps done in all epochs."""
+        return self.epoch * self.num_steps + self.step
 
     @property
     def result(self) -> nn.Module:

@@ -129,16 +129,6 @@ def test_mlflow_has_a_sweeps_trials_within_its_run(finished_sweep: Path) -> None
         assert trial.metrics["val_accuracy"] == float(row["val_accuracy"])
 
 
-def test_the_training_job_reproduces_the_best_trial(finished_sweep: Path, tmp_path: Path) -> None:
-    flags = {"config": finished_sweep / "best.json", "storage_path": tmp_path, "run_name": "again"}
-    run_main("train", *as_flags({**flags, "num_workers": 1, "cpus_per_worker": 1}))
-    with (tmp_path / "again" / "metrics.csv").open() as file:
-        last = list(csv.DictReader(file))[-1]
-    best = max(rows(finished_sweep), key=lambda row: (float(row["val_accuracy"]), -float(row["val_loss"])))
-    assert float(last["val_accuracy"]) == float(best["val_accuracy"])
-    assert float(last["train_loss"]) == pytest.approx(float(best["train_loss"]), rel=1e-9)
-
-
 def test_a_resumed_sweep_that_has_chosen_only_finishes_the_trainings(
     finished_sweep: Path, tmp_path: Path, trained: Mock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,20 +141,21 @@ def test_a_resumed_sweep_that_has_chosen_only_finishes_the_trainings(
     assert (tmp_path / "chosen" / "best.json").read_text() == before
 
 
-def test_a_confirmed_sweep_keeps_the_best_checkpoint_of_its_choice_and_the_reason_of_a_failure(
+def test_a_confirmed_sweep_keeps_the_checkpoint_of_its_choice_and_the_reason_of_a_failure(
     trained: Mock, where: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tune({**where, **rates(1e20, 3e-3, 2e-3), "num_epochs": 1, "num_confirmed": 2})
-    assert capsys.readouterr().out.count(" failed of 7") == 7, "confirmations are planned from the start"
+    tune({**where, **rates(1e20, 3e-3, 2e-5), "num_epochs": 1, "num_confirmed": 2})
+    said = capsys.readouterr().out
     failed, *done = rows(tmp_path / "run")
+    assert said.count(" done, 0 stopped early, 1 failed") == len(done) + 1
     assert failed["state"] == "failed"
     assert "loss or weights are not finite at step 2 of epoch 1" in failed["reason"]
-    assert [row["state"] for row in done] == ["done"] * 6
-    rate = str(json.loads((tmp_path / "run" / "best.json").read_text())["learning_rate"])
-    seeds = (row for row in done if row["learning_rate"] == rate)
-    best = max(seeds, key=lambda row: (float(row["val_accuracy"]), -float(row["val_loss"])))
-    (kept,) = (tmp_path / "run" / "trials").iterdir()
-    assert kept.name == f"learning_rate-{rate}_seed-{best['seed']}"
+    assert {row["state"] for row in done} == {"done"}
+    assert {(row["learning_rate"], row["seed"]) for row in done[:4]} == {
+        (rate, seed) for rate in ("0.003", "2e-05") for seed in "01"
+    }
+    assert json.loads((tmp_path / "run" / "best.json").read_text())["learning_rate"] == 0.003
+    assert [kept.name for kept in (tmp_path / "run" / "trials").iterdir()] == ["learning_rate-0.003_seed-0"]
 
 
 def test_trials_of_two_workers_start_from_given_weights_and_report_to_the_sweep(
@@ -178,21 +169,61 @@ def test_trials_of_two_workers_start_from_given_weights_and_report_to_the_sweep(
     assert float(trial["val_accuracy"]) == before["val_accuracy"]
 
 
-def test_asha_stops_a_hopeless_trial_also_by_what_was_reported_before_the_sweep_was_resumed(
-    trained: Mock, where: dict[str, Any], tmp_path: Path
-) -> None:
-    tune({**where, **rates(3e-3, 2e-3, 10.0), "scheduler": "asha", "num_epochs": 4})
-    run = tmp_path / "run"
-    for _ in range(2):
-        trials = rows(run)
-        assert (trials[2]["learning_rate"], trials[2]["state"]) == ("10.0", "stopped early")
-        assert float(trials[2]["epochs"]) < 4
-        assert "done" in (trials[0]["state"], trials[1]["state"])
-        # As if it had been interrupted before the third trial.
-        (run / "best.json").unlink()
-        (run / "sweep.csv").write_text("".join((run / "sweep.csv").read_text().splitlines(keepends=True)[:3]))
-        resume(run)
-        assert rows(run)[:2] == trials[:2]
+def test_asha_stops_a_hopeless_trial_but_not_the_race(trained: Mock, where: dict[str, Any], tmp_path: Path) -> None:
+    tune({**where, **rates(3e-3, 2e-3, 10.0), "scheduler": "asha", "num_epochs": 2, "num_confirmed": 2})
+    first, second, hopeless, *race = rows(tmp_path / "run")
+    assert (hopeless["learning_rate"], hopeless["state"], hopeless["epochs"]) == ("10.0", "stopped early", "1.0")
+    done = [row["learning_rate"] for row in (first, second) if row["state"] == "done"]
+    racing = {(rate, "done") for rate in done} if len(done) > 1 else set()
+    assert {(row["learning_rate"], row["state"]) for row in race} == racing
+
+
+ONE = {"num_workers": 1, "cpus_per_worker": 1}
+
+
+@pytest.fixture(scope="module")
+def halved(ray_address: str, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep by halving of six random trials, with the workers of a trial also for the training at the end."""
+    where = {"data_dir": str(data_dir), "storage_path": str(tmp_path_factory.mktemp("halved")), "run_name": "six"}
+    halving = {"scheduler": "halving", "num_trials": 6, "num_confirmed": 1, **ONE}
+    tune({**QUICK, **where, **halving, "sweep": ["learning_rate=log:5e-4:2e-2"], "batch_size": 50})
+    return Path(where["storage_path"]) / "six"
+
+
+def test_halving_trains_the_better_half_on_at_each_rung(halved: Path) -> None:
+    reports = {row["trial"]: dict(pair.split(":") for pair in row["reports"].split()) for row in rows(halved)}
+    search = [row for row in rows(halved) if row["seed"] == "0"]
+    left = {row["trial"] for row in search}
+    for rung, following, number in (("0.25", "0.5", 3), ("0.5", "1", 2), ("1", "2", 1)):
+        reached = {trial for trial in left if rung in reports[trial]}
+        assert reached == left
+        least = sorted((float(reports[trial][rung]) for trial in left), reverse=True)[number - 1]
+        left = {trial for trial in left if float(reports[trial][rung]) >= least or trial == "1"}
+        assert {row["trial"] for row in search if following in reports[row["trial"]]} == left
+    assert {row["trial"] for row in search if row["state"] == "done"} == left
+    assert {row["state"] for row in search} == {"done", "stopped early"}
+
+
+def test_what_a_trial_has_trained_in_pieces_is_what_the_training_job_trains(halved: Path, tmp_path: Path) -> None:
+    assert not (halved / "metrics.csv").exists(), "nothing is trained twice"
+    run_main("train", *as_flags({"config": halved / "best.json", "storage_path": tmp_path, "run_name": "again", **ONE}))
+    again, swept = (json.loads((run / "result.json").read_text()) for run in (tmp_path / "again", halved))
+    assert swept["weights_sha256"] == again["weights_sha256"]
+    assert swept["test_accuracy"] == again["test_accuracy"]
+    chosen = rows(halved)[0]["learning_rate"] == str(json.loads((halved / "best.json").read_text())["learning_rate"])
+    assert (halved / "default" / "result.json").exists() is not chosen
+
+
+def test_a_sweep_that_has_lost_trials_chooses_the_same_again(trained: Mock, halved: Path, tmp_path: Path) -> None:
+    shutil.copytree(halved, tmp_path / "six")
+    run, before = tmp_path / "six", rows(halved)
+    for lost in ("best.json", "result.json"):
+        (run / lost).unlink()
+    (run / "sweep.csv").write_text("".join((run / "sweep.csv").read_text().splitlines(keepends=True)[:4]))
+    resume(run)
+    assert (run / "best.json").read_text() == (halved / "best.json").read_text()
+    assert rows(run)[:3] == before[:3]
+    assert sorted(row["reports"] for row in rows(run)) == sorted(row["reports"] for row in before)
 
 
 DYING = """
@@ -359,12 +390,18 @@ def test_batch_sizes_are_at_most_the_examples_and_a_setting_that_decides_the_dat
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, "random, 16 trials of 2 epochs, then the best 3 and the default with two more seeds each: "),
-        ({"search": "optuna"}, "optuna, 16 trials of 2 epochs, then the best 3 and the default with two more seeds"),
-        ({"num_trials": 3}, "random, 3 trials of 2 epochs, then the best 3 with two more seeds each: "),
+        ({}, "random, 16 trials of 2 epochs, then the best 3 and the default with up to two more seeds: "),
+        (
+            {"search": "optuna"},
+            "optuna, 16 trials of 2 epochs, then the best 3 and the default with up",
+        ),
+        ({"num_trials": 3}, "random, 3 trials of 2 epochs, then the best 3 with up to two more seeds: "),
         ({"num_confirmed": 0}, "random, 16 trials of 2 epochs: "),
-        ({"sweep": ["width=2,4"]}, "random, 2 trials of 2 epochs, then the best 2 with two more seeds each: "),
-        ({"sweep": ["width=3:7"], "search": "grid"}, "grid, 5 trials of 2 epochs, then the best 3 with two more seeds"),
+        ({"sweep": ["width=2,4"]}, "random, 2 trials of 2 epochs, then the best 2 with up to two more seeds: "),
+        (
+            {"sweep": ["width=3:7"], "search": "grid"},
+            "grid, 5 trials of 2 epochs, then the best 3 with up to two",
+        ),
     ],
 )
 def test_the_header_says_what_will_be_tried_and_confirmed(
@@ -385,13 +422,16 @@ def try_one(
     storage: Path,
     workload: Workload,
     output: OutputConfig,
+    until_epoch: float = 2,
 ) -> None:
     plan, folder = WorkerPlan(1, 1, use_gpu=False, must_scale_up=False), locate(str(storage), "trials")
     job = Job(workload, TrainConfig(precision="fp32"), WorkerConfig(hang_timeout_s=60), output, folder, "")
     split = share(workload, Split(examples))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ray.tune.report", reported)
-        run_trial({"batch_size": 60, "learning_rate": 1e-3, "seed": 0}, TrialSpec(job, split, split, plan, folder))
+        values = {"batch_size": 60, "learning_rate": 1e-3}
+        config = {"values": values, "seed": 0, "until_epoch": until_epoch}
+        run_trial(config, TrialSpec(job, split, split, plan, folder))
 
 
 @pytest.mark.usefixtures("ray_address")
@@ -409,16 +449,16 @@ def test_a_trial_whose_code_ends_its_process_fails_and_one_that_tune_ends_just_e
         try_one(names["report"], few_images, tmp_path / "tune", mnist(), OutputConfig())
 
 
-def test_a_trial_killed_after_its_last_checkpoint_reports_it_again(
+def test_a_trial_killed_after_the_last_checkpoint_of_a_piece_reports_it_again(
     ray_address: str, few_images: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reported: list[dict[str, Any]] = []
     watch = Mock()
     monkeypatch.setattr("mnist_ray.run.worker.end_if_hung", watch)
-    for _ in range(2):
-        try_one(reported.append, few_images, tmp_path, mnist(), OutputConfig())
-    assert [metrics["epochs"] for metrics in reported] == [1.0, 2.0, 2.0]
-    assert reported[2] == reported[1]
+    for until_epoch in (0.5, 0.5, 2, 2):
+        try_one(reported.append, few_images, tmp_path, mnist(), OutputConfig(), until_epoch)
+    assert [metrics["epochs"] for metrics in reported] == [0.5, 0.5, 1.0, 2.0, 2.0]
+    assert (reported[1], reported[4]) == (reported[0], reported[3])
     assert watch.call_count > 2  # where each run begins, and as it goes
     assert {call.args for call in watch.call_args_list} == {(60,)}
 

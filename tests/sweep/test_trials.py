@@ -7,12 +7,12 @@ from unittest.mock import Mock
 import pytest
 
 from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan
-from mnist_ray.config import OutputConfig, SweepConfig, TrainConfig
+from mnist_ray.config import SweepConfig, TrainConfig
 from mnist_ray.storage import DamagedFileError, locate
 from mnist_ray.sweep import tuner
 from mnist_ray.sweep.space import space_of
 from mnist_ray.sweep.trials import DONE, FAILED, RUNNING, STOPPED, TrialRecord, TrialTable
-from mnist_ray.sweep.tune import SweepConsole
+from mnist_ray.sweep.tune import SweepConsole, read_sweep
 from mnist_ray.workload import Regression, Workload
 from tests.conftest import mnist
 from tests.sweep.test_space import point
@@ -130,13 +130,12 @@ def test_no_more_trials_run_at_a_time_than_the_cluster_holds_unless_it_autoscale
     assert tuner.trials_at_a_time(limit, plan, cluster, autoscaling=autoscaling) == expected
 
 
-def test_the_best_and_the_default_are_confirmed_with_two_more_seeds() -> None:
+def test_the_best_and_the_default_race() -> None:
     default = TrainConfig().learning_rate
     table = table_of((1e-3, 0, DONE, 0.99), (2e-3, 0, DONE, 0.98), (3e-3, 0, STOPPED, 0.995), (default, 0, DONE, 0.9))
-    points = table.confirmations(SweepConfig(num_confirmed=1), 0)
-    seeds = [(point.values["learning_rate"], point.seed) for point in points]
-    assert seeds == [(1e-3, 1), (default, 1), (1e-3, 2), (default, 2)]
-    assert table.confirmations(SweepConfig(num_confirmed=0), 0) == []
+    points = table.finalists(SweepConfig(num_confirmed=1), 0)
+    assert [(point.values["learning_rate"], point.seed) for point in points] == [(1e-3, 0), (default, 0)]
+    assert table.finalists(SweepConfig(num_confirmed=0), 0) == []
 
 
 def test_the_mean_over_seeds_chooses_among_confirmed_configurations() -> None:
@@ -158,17 +157,38 @@ SEARCHED = [(1e-3, 0, DONE, 0.99), (2e-3, 0, DONE, 0.985), (3e-3, 0, DONE, 0.98)
     ("rows", "num_confirmed", "kept"),
     [
         (SEARCHED, 2, {(1e-3, 0), (2e-3, 0)}),
-        ([*SEARCHED, (2e-3, 1, DONE, 0.9)], 2, {(1e-3, 0), (2e-3, 0), (2e-3, 1)}),
+        ([*SEARCHED, (2e-3, 1, DONE, 0.9)], 2, {(1e-3, 0), (2e-3, 0)}),
         (SEARCHED, 0, {(1e-3, 0)}),
         ([*SEARCHED, (4e-3, 0, RUNNING, 0.999)], 0, {(1e-3, 0)}),
         ([(1e-3, 0, FAILED, 0.9)], 3, set()),
     ],
 )
-def test_the_checkpoints_of_configurations_that_may_become_the_best_are_kept(
+def test_the_checkpoints_that_may_be_tested_are_kept(
     rows: list[tuple[float, int, str, float]], num_confirmed: int, kept: set[tuple[float, int]]
 ) -> None:
-    contenders = table_of(*rows).contenders(SweepConfig(num_confirmed=num_confirmed), 0)
-    assert {(point.values["learning_rate"], point.seed) for point in contenders} == kept
+    points = table_of(*rows).kept(SweepConfig(num_confirmed=num_confirmed), 0)
+    default = TrainConfig().learning_rate
+    assert {(point.values["learning_rate"], point.seed) for point in points} == kept | {(default, 0)}
+
+
+@pytest.mark.parametrize(
+    ("reports", "state", "is_tested"),
+    [
+        ([(0.25, 0.95), (1, 0.8), (2, 0.9)], DONE, True),  # within an epoch, the training job does not validate
+        ([(1, 0.9), (2, 0.8)], DONE, False),
+        ([(1, 0.9), (2, 0.9)], DONE, False),  # of equal epochs, the training job tests the first
+        ([(1, 0.8)], STOPPED, False),
+    ],
+)
+def test_a_trial_stands_for_its_run_if_its_last_epoch_is_its_best(
+    reports: list[tuple[float, float]], state: str, is_tested: bool
+) -> None:
+    table = table_of((1e-3, 0, state, 0.9))
+    (some,) = table.by_point.values()
+    for epochs, accuracy in reports:
+        some.report(epochs, accuracy)
+    assert table.result_of(some.point) == (some if is_tested else None)
+    assert table.result_of(point(64, 1e-3)) is None
 
 
 def test_a_failed_trials_reason_is_kept_without_secrets_and_printed_escaped(
@@ -178,8 +198,7 @@ def test_a_failed_trials_reason_is_kept_without_secrets_and_printed_escaped(
     failed = record(1, FAILED, math.nan)
     failed.reason = tuner.reason_of(Mock(error_file=str(tmp_path / "error.txt")))
     assert failed.reason == "ArrowInvalid: s3://***@bucket [red]\x1b[31m"
-    job = Mock(workload=mnist(), train=TrainConfig(num_epochs=2), output=OutputConfig())
-    with SweepConsole(Mock(job=job, config=SweepConfig())) as console:
+    with SweepConsole(read_sweep({"storage_path": str(tmp_path), "num_trials": 1, "num_confirmed": 0})) as console:
         console.show_table(table_with(failed), failed)
         console.show_result(table_with(failed))
     line, *_, row, _ = capsys.readouterr().out.splitlines()

@@ -1,0 +1,114 @@
+"""What a sweep trains next, as functions of its table: so a resumed sweep does what is missing, and no more.
+
+The search is successive halving (https://arxiv.org/abs/1502.07943): at each rung, the better half of the trials goes
+on. Then the best configurations race (https://doi.org/10.1023/A:1006556606079): seed by seed, the worse ones drop out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mnist_ray.sweep.candidates import Candidates
+from mnist_ray.sweep.space import Point
+from mnist_ray.sweep.trials import FAILING, Sweep, TrialTable
+
+_MORE_SEEDS = 2  # in the race, at most
+_RUNGS = (1 / 8, 1 / 4, 1 / 2, 1.0)  # parts of all epochs
+# Student's t at 90 %, one-sided, for 1, 2, … degrees of freedom; the last one also for more.
+_T_90 = (3.08, 1.89, 1.64, 1.53, 1.48, 1.44, 1.41, 1.40, 1.38, 1.37)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a trial: from its last checkpoint until an epoch, which is not always a whole number."""
+
+    point: Point
+    until_epoch: float
+
+
+def rungs_of(sweep: Sweep) -> list[float]:
+    """Return the epochs at which a sweep compares its trials; the last one is the end of the training."""
+    num_epochs = sweep.job.train.num_epochs
+    return [part * num_epochs for part in _RUNGS] if sweep.config.scheduler == "halving" else [num_epochs]
+
+
+def num_going_on(sweep: Sweep, num_trials: int, rung: int) -> int:
+    """Return how many of a sweep's trials go on from a rung, counted from 1, if there are no ties."""
+    return min(num_trials, max(math.ceil(num_trials / 2**rung), sweep.config.num_confirmed))
+
+
+def climb(sweep: Sweep, table: TrialTable, candidates: Candidates) -> list[list[Point]]:
+    """Return the trials on each rung that has begun; a rung begins when all trials have reached the one before."""
+    rungs, default = [candidates.points], sweep.space.default_points(sweep.job.train.seed)
+    for number, epoch in enumerate(rungs_of(sweep)[:-1], 1):
+        scores = {point: table.score_at(point, epoch) for point in rungs[-1]}
+        if not scores or candidates.num_unknown or any(map(math.isnan, scores.values())):
+            break
+        last = min(num_going_on(sweep, len(candidates.points), number), len(scores)) - 1
+        least = sorted(scores.values(), reverse=True)[last]
+        rungs.append([p for p, score in scores.items() if score > FAILING and (score >= least or p in default)])
+    return rungs
+
+
+def pieces(sweep: Sweep, table: TrialTable, candidates: Candidates, *, with_race: bool = True) -> list[Piece]:
+    """Return what can be trained now, or is being trained."""
+    rungs, epochs, seed = climb(sweep, table, candidates), rungs_of(sweep), sweep.job.train.seed
+    found = _missing(table, rungs[-1], epochs[len(rungs) - 1])
+    is_known = not found or len(rungs[-1]) <= sweep.config.num_confirmed  # who will race
+    if not with_race or candidates.num_unknown or len(rungs) < len(epochs) or not is_known:
+        return found
+    racing = rungs[-1] if found else table.finalists(sweep.config, seed)
+    for num_seeds in range(2, _MORE_SEEDS + 2):
+        if len(racing) < 2:
+            break
+        seeds = {p: [dataclasses.replace(p, seed=seed + more) for more in range(num_seeds)] for p in racing}
+        if missing := _missing(table, itertools.chain(*seeds.values()), epochs[-1]):
+            return missing
+        scores = {point: [table.score_at(each, epochs[-1]) for each in seeds[point]] for point in racing}
+        racing = still_racing(sweep, scores)
+    return found
+
+
+def _missing(table: TrialTable, points: Iterable[Point], epoch: float) -> list[Piece]:
+    return [Piece(point, epoch) for point in points if math.isnan(table.score_at(point, epoch))]
+
+
+def still_racing(sweep: Sweep, scores: Mapping[Point, Sequence[float]]) -> list[Point]:
+    """Return the points whose means over the seeds are not below the best one's by more than chance.
+
+    None, if the means differ by less than the standard error of a fraction of the validation examples: more seeds would
+    not tell which one is better on other data. Points that have failed are left out.
+
+    The seeds are the blocks of a randomized block design: what neither points nor seeds explain estimates the variance
+    (Montgomery, Design and Analysis of Experiments, chapter 4).
+    """
+    complete = {point: some for point, some in scores.items() if FAILING not in some}
+    if len(complete) < 2:
+        return []
+    measured = np.array(list(complete.values()))
+    (num_points, num_seeds), means = measured.shape, measured.mean(axis=1)
+    unexplained = measured - means[:, None] - measured.mean(axis=0) + measured.mean()
+    freedom = (num_points - 1) * (num_seeds - 1)
+    standard_error = math.sqrt(2 * float((unexplained**2).sum()) / freedom / num_seeds)  # of two means' difference
+    least = means.max() - _T_90[min(freedom, len(_T_90)) - 1] * standard_error
+    racing = [point for point, mean in zip(complete, means, strict=True) if mean >= least]
+    if sweep.job.workload.monitor.is_fraction and sweep.num_validation:
+        best = abs(float(means.max()))
+        if means.max() - means[means >= least].min() < math.sqrt(best * (1 - best) / sweep.num_validation):
+            return []
+    return racing
+
+
+def most_epochs(sweep: Sweep) -> float:
+    """Return how many epochs a sweep trains if there are no ties and nothing drops out of the race."""
+    num_trials, num_best, with_default = sweep.planned
+    total = _MORE_SEEDS * (num_best + with_default) * float(sweep.job.train.num_epochs)
+    for rung, (before, epoch) in enumerate(itertools.pairwise([0.0, *rungs_of(sweep)])):
+        total += num_going_on(sweep, num_trials, rung) * (epoch - before)
+    return total

@@ -1,0 +1,210 @@
+"""What a sweep trains next: made-up sweeps, whose trials reach scores without training."""
+
+import dataclasses
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mnist_ray.sweep.candidates import Candidates
+from mnist_ray.sweep.halving import Piece, climb, most_epochs, pieces, rungs_of, still_racing
+from mnist_ray.sweep.space import Point
+from mnist_ray.sweep.trials import DONE, FAILED, FAILING, LOST, RUNNING, WAITING, Sweep
+from mnist_ray.sweep.tune import read_sweep
+from tests.sweep.test_space import point
+
+
+def sweep_of(storage: Path, **settings: Any) -> Sweep:
+    return read_sweep({"storage_path": str(storage), "run_name": "made-up", **settings})
+
+
+class MadeUp:
+    """A sweep whose trials reach what only the configuration, the seed and the epoch decide."""
+
+    def __init__(self, sweep: Sweep, failing: int | None = None, slow: int | None = None) -> None:
+        self.sweep, self.table = sweep, sweep.table()
+        self.candidates = Candidates(sweep)
+        points = self.candidates.points
+        self.failing, self.slow = [None if number is None else points[number] for number in (failing, slow)]
+        self.trained: list[tuple[Point, float, float]] = []  # of each piece: its trial, where it starts and ends
+
+    def pieces(self) -> list[Piece]:
+        return pieces(self.sweep, self.table, self.candidates)
+
+    def run(self, num_slots: int, most_pieces: float = math.inf) -> "MadeUp":
+        """Run the sweep until it is over, or until it is killed after ``most_pieces``."""
+        now, running = 0.0, dict[Point, tuple[float, Piece]]()  # with the time when a piece ends
+        while len(self.trained) < most_pieces:
+            free = [piece for piece in self.pieces() if piece.point not in running]
+            for piece in free[: num_slots - len(running)]:
+                speed = 10 if piece.point == self.slow else 1
+                seconds = speed * (piece.until_epoch - self.table.start(piece.point).epochs)
+                running[piece.point] = now + seconds, piece
+            if not running:
+                break
+            ended = min(running, key=lambda some: running[some][0])
+            now, piece = running.pop(ended)
+            self.end(piece)
+        self.seconds = now
+        return self
+
+    def end(self, piece: Piece) -> None:
+        record = self.table.by_point[piece.point]
+        quality, luck = (random.Random(repr(of)).random() for of in (piece.point.configuration, piece))
+        self.trained.append((piece.point, record.epochs, piece.until_epoch))
+        record.epochs, record.val_monitor = piece.until_epoch, quality + 0.05 * luck + piece.until_epoch
+        record.val_loss = 1.0
+        record.report(record.epochs, record.val_monitor)
+        record.state = DONE if piece.until_epoch == self.sweep.job.train.num_epochs else WAITING
+        if piece.point == self.failing:
+            record.state, record.reason = FAILED, "diverged"
+
+    @property
+    def outcome(self) -> Any:
+        best = self.table.best
+        assert best is not None
+        reports = {record.point: (record.reports, record.state) for record in self.table.by_point.values()}
+        return reports, best.records[0].point, best.val_monitor
+
+
+@pytest.mark.parametrize("failing", [None, 5])
+@pytest.mark.parametrize("num_slots", [2, 3, 4, 16])
+def test_any_number_of_slots_trains_the_same_and_nothing_twice(
+    num_slots: int, failing: int | None, tmp_path: Path
+) -> None:
+    sweep = sweep_of(tmp_path)
+    one, some = MadeUp(sweep, failing).run(1), MadeUp(sweep, failing).run(num_slots)
+    assert some.outcome == one.outcome
+    reached = dict[Point, float]()
+    for trained, start, end in some.trained:
+        assert reached.get(trained, 0.0) == start < end
+        reached[trained] = end
+    first = [sum(end == rung and trained.seed == 0 for trained, _, end in some.trained) for rung in rungs_of(sweep)]
+    default = sweep.space.default_points(0)[0]
+    assert first == [16, 9, 5, 4]
+    assert reached[default] == 2, "the default, which is compared with the best, always goes on"
+    assert some.seconds < one.seconds
+
+
+@pytest.mark.parametrize("most_pieces", range(0, 40, 3))
+def test_a_killed_sweep_goes_on_where_it_was(most_pieces: int, tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path)
+    whole, killed = MadeUp(sweep).run(2), MadeUp(sweep).run(2, most_pieces)
+    sweep.job.run.write_text("sweep.csv", killed.table.to_csv())
+    resumed = MadeUp(sweep).run(2)
+    assert resumed.outcome == whole.outcome
+    assert {*killed.trained}.isdisjoint(resumed.trained)
+    assert sorted([*killed.trained, *resumed.trained], key=repr) == sorted(whole.trained, key=repr)
+
+
+def test_a_rung_waits_for_its_slowest_trial(tmp_path: Path) -> None:
+    """The default needs 20 s for the two epochs, and all others together less than 12 s."""
+    sweep = sweep_of(tmp_path, num_confirmed=0)
+    slow = MadeUp(sweep, slow=0).run(2)
+    assert slow.outcome == MadeUp(sweep).run(2).outcome
+    assert 20 < slow.seconds < 24
+
+
+A, B, C, D = (point(32, rate) for rate in (0.01, 0.02, 0.03, 0.04))
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([0.1, 0.4, 0.3, 0.2], {B, C}),
+        ([0.1, 0.4, 0.2, 0.2], {B, C, D}),  # a tie
+        ([0.1, 0.4, FAILING, FAILING], {A, B}),
+        ([FAILING, FAILING, FAILING, 0.2], {D}),
+        ([FAILING] * 4, set()),
+        ([0.1, 0.4, 0.3, math.nan], None),  # one is not there yet
+    ],
+)
+def test_the_better_half_goes_on_when_all_are_there(
+    scores: list[float], expected: set[Point] | None, tmp_path: Path
+) -> None:
+    made_up = MadeUp(sweep_of(tmp_path, num_confirmed=0))
+    made_up.candidates.points = [A, B, C, D]
+    for some, score in zip((A, B, C, D), scores, strict=True):
+        record = made_up.table.start(some)
+        record.state = FAILED if score == FAILING else WAITING
+        if not math.isnan(score):
+            record.report(0.25, score)
+    rungs = climb(made_up.sweep, made_up.table, made_up.candidates)
+    assert [set(rung) for rung in rungs[1:]] == ([] if expected is None else [expected])
+    made_up.candidates.num_unknown = 1  # Optuna has not proposed all
+    assert climb(made_up.sweep, made_up.table, made_up.candidates) == [[A, B, C, D]]
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ({A: [0.9, 0.8], B: [0.8, 0.7]}, {A}),  # the seeds explain everything else
+        ({A: [0.9, 0.8], B: [0.8, 0.9]}, {A, B}),
+        ({A: [0.9, 0.8], B: [0.88, 0.81], C: [0.5, 0.41]}, {A, B}),
+        ({A: [0.9, 0.8], B: [0.8, 0.9], C: [FAILING, 0.95]}, {A, B}),
+        ({A: [0.9, FAILING], B: [0.8, 0.7]}, set()),  # B is alone
+    ],
+)
+def test_who_is_behind_by_more_than_chance_is_out_of_the_race(
+    scores: dict[Point, list[float]], expected: set[Point], tmp_path: Path
+) -> None:
+    assert set(still_racing(sweep_of(tmp_path), scores)) == expected
+
+
+def test_the_race_ends_where_the_validation_set_cannot_tell(tmp_path: Path) -> None:
+    sweep = dataclasses.replace(sweep_of(tmp_path), num_validation=900)  # 0.9 of 900 examples: a standard error of 0.01
+    assert still_racing(sweep, {A: [0.904, 0.896], B: [0.887, 0.895]}) == []
+    assert still_racing(sweep, {A: [0.904, 0.896], B: [0.887, 0.890]}) == [A, B]
+
+
+def test_the_error_of_a_difference_is_that_of_a_paired_t_test(tmp_path: Path) -> None:
+    """Two points and three seeds: the differences 0.1, 0.2 and 0.3 have mean 0.2, standard error 0.0577, t = 3.46."""
+    sweep = sweep_of(tmp_path)
+    assert still_racing(sweep, {A: [1.1, 1.2, 1.3], B: [1.0, 1.0, 1.0]}) == [A]  # 3.46 > 1.89
+    assert still_racing(sweep, {A: [1.0, 1.2, 1.3], B: [1.0, 1.0, 1.2]}) == [A, B]  # 0.1 / 0.0577 = 1.73
+    assert still_racing(sweep, {A: [1.02, 1.2, 1.3], B: [1.0, 1.0, 1.2]}) == [A]  # 0.1067 / 0.0521 = 2.05
+
+
+def test_the_race_adds_a_seed_at_a_time_and_a_lost_trial_is_out_until_the_sweep_is_resumed(tmp_path: Path) -> None:
+    made_up = MadeUp(sweep_of(tmp_path, num_trials=4)).run(4)
+    seeds = [trained.seed for trained, *_ in made_up.trained if trained.seed]
+    assert seeds == sorted(seeds)
+    record = next(record for record in made_up.table.by_point.values() if record.point.seed == 1)
+    record.state = LOST
+    assert made_up.pieces() == []
+    record.state, record.reports = RUNNING, ""
+    assert made_up.pieces() == [Piece(record.point, 2)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "rungs", "epochs"),
+    [
+        ({}, [0.25, 0.5, 1, 2], 16 / 4 + 8 / 4 + 4 / 2 + 3 + 2 * 4 * 2),
+        ({"num_epochs": 3, "num_confirmed": 0}, [0.375, 0.75, 1.5, 3], 16 * 3 / 8 + 8 * 3 / 8 + 4 * 3 / 4 + 2 * 3 / 2),
+        ({"scheduler": "none", "num_trials": 2}, [2], 2 * 2 + 2 * 2 * 2),
+        ({"scheduler": "asha", "num_confirmed": 0}, [2], 32),
+    ],
+)
+def test_rungs_are_parts_of_all_epochs(
+    settings: dict[str, Any], rungs: list[float], epochs: float, tmp_path: Path
+) -> None:
+    sweep = sweep_of(tmp_path, **settings)
+    assert rungs_of(sweep) == rungs
+    assert most_epochs(sweep) == epochs
+
+
+def test_only_what_was_reported_from_an_epoch_on_counts_there(tmp_path: Path) -> None:
+    made_up = MadeUp(sweep_of(tmp_path))
+    record = made_up.table.start(A)
+    assert math.isnan(made_up.table.score_at(B, 0.5))
+    record.report(0.25, 0.1)
+    record.report(0.5, 0.2)
+    record.report(1.0, 0.3)
+    assert [made_up.table.score_at(A, epoch) for epoch in (0.25, 0.5, 1)] == [0.1, 0.2, 0.3]
+    assert math.isnan(made_up.table.score_at(A, 2))
+    record.state, record.val_monitor = DONE, 0.3  # by --early-stop
+    assert made_up.table.score_at(A, 2) == 0.3
+    record.state = FAILED
+    assert made_up.table.score_at(A, 0.25) == FAILING
