@@ -120,10 +120,10 @@ class Raylets:
         """Start a node with one CPU."""
         self._cluster.add_node(num_cpus=1)
 
-    def training_pids(self) -> list[int]:
-        """Return the PIDs of the training workers on all nodes."""
+    def training_pids(self, name: str = "TrainWo") -> list[int]:
+        """Return the PIDs of the training workers, or of processes with another name, on all nodes."""
         nodes = self._cluster.worker_nodes
-        return training_pids([started.process.pid for node in nodes for started in node.all_processes["raylet"]])
+        return training_pids([started.process.pid for node in nodes for started in node.all_processes["raylet"]], name)
 
     def remove_a_node(self, rng: random.Random) -> None:
         """Remove a random node and all its processes."""

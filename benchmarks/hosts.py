@@ -117,13 +117,13 @@ class Hosts:
         shutil.rmtree(self._temporary, ignore_errors=True)
 
 
-def training_pids(nodes: Sequence[int]) -> list[int]:
+def training_pids(nodes: Sequence[int], name: str = "TrainWo") -> list[int]:
     """Return the PIDs of the training workers on some nodes, given by the PID of each raylet or its parent."""
     found = []
     for pid in nodes:
         for process in family_of(psutil.Process(pid)):
             with contextlib.suppress(psutil.NoSuchProcess):  # it has just exited
-                if "TrainWo" in process.name():
+                if name in process.name():
                     found.append(process.pid)
     return found
 

@@ -75,7 +75,7 @@ def main() -> None:
             shared = share(job.workload, data.train), share(job.workload, data.validation)
             spec = trial.TrialSpec(job, *shared, plan, job.run.inside("trials"))
             start = time.perf_counter()
-            table = tuner.run_sweep(asked, spec, concurrent, lambda table, ended: None)
+            table = tuner.run_sweep(asked, spec, concurrent, lambda table, ended: None, print)
             ours_s = time.perf_counter() - start
             bound_s = sum(record.train_s for record in table.by_point.values()) / concurrent
             assert table.count(DONE) == args.num_trials
