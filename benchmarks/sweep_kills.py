@@ -80,9 +80,9 @@ class Sweep:
         return {(float(row["learning_rate"]), int(row["seed"])): row["reports"] for row in rows}
 
     def choice(self) -> object:
-        """Return best.json and the reports of all trials."""
+        """Return best.json, apart from the callback's path, and the reports of all trials."""
         best = self.folder / "run" / "best.json"
-        return best.exists() and (best.read_text(), self.reports())
+        return best.exists() and ({**json.loads(best.read_text()), "callback": ""}, self.reports())
 
     def repeated(self, since: float, noted: dict[tuple[float, int], str]) -> int:
         """Count the trainings that started after a moment, from before an epoch that had been noted."""
@@ -135,7 +135,7 @@ def main() -> None:
                     outcomes.append(run_once(kind, moment_s, sweep, nodes, rng, whole.choice()))
                     print(outcomes[-1], flush=True)
                     if not outcomes[-1].is_same or outcomes[-1].status:
-                        print((sweep.folder / "output").read_text(), flush=True)
+                        print((sweep.folder / "output").read_text(), whole.choice(), sweep.choice(), flush=True)
     finally:
         nodes.shutdown()
     print("\n| failure | sweeps | finished | same choice and values | epochs repeated |\n|---|---|---|---|---|")

@@ -138,6 +138,7 @@ def train_and_test(
         with recorded(run, functools.partial(sections, workload=type(job.workload))) as record:
             if checkpoint and trial:
                 run.console.say("trained", f"by trial {trial.trial}")
+                run.clock.mark("start")
                 return record.test(_copied(checkpoint, job.run), is_last=is_last)
             with orphans_removed():  # left by the last trials
                 fitted = fit(run, record.on_event)
