@@ -106,7 +106,7 @@ class History:
     @property
     def unvalidated(self) -> list[int]:
         """The finished epochs whose checkpoints no task has evaluated; a kill may leave an epoch without any value."""
-        epochs = range(1, max(self.rows, default=0) + 1)
+        epochs = range(min(self.rows, default=1), max(self.rows, default=0) + 1)  # a trial has trained earlier ones
         return [epoch for epoch in epochs if self.rows.get(epoch, {}).get("val_loss", "") == ""]
 
     def mean_rate(self) -> float | None:

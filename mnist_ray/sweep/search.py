@@ -15,7 +15,7 @@ from mnist_ray.cluster.plan import plan_workers
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.cluster.watch import orphans_removed
 from mnist_ray.errors import JobError, count, format_settings
-from mnist_ray.run.fit import Fitted, fit
+from mnist_ray.run.fit import fit
 from mnist_ray.run.job import Job
 from mnist_ray.run.record import begin_files, recorded
 from mnist_ray.run.session import Clock, Session, console_of, say_dashboard, say_run
@@ -26,7 +26,7 @@ from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER, FAILED, WAITING, S
 from mnist_ray.sweep.tuner import TRIALS_FOLDER, OnChange, run_sweep, trials_at_a_time
 from mnist_ray.trackers import start
 from mnist_ray.trackers.tracker import Ending
-from mnist_ray.training.checkpoint import MODEL_FILE, STATE_FILE, TRAINING_FILE, read_state
+from mnist_ray.training.checkpoint import MODEL_FILE, STATE_FILE, TRAINING_FILE
 from mnist_ray.training.events import TrialEnded
 
 PICTURE_FILE = "sweep.png"
@@ -119,9 +119,9 @@ def train_chosen(session: Session, sweep: Sweep, table: TrialTable) -> None:
 def train_and_test(
     session: Session, job: Job, sections: Callable[..., Any], trial: TrialRecord | None, *, is_last: bool
 ) -> float:
-    """Train and test as ``jobs/train.py`` does, or only test what a trial has trained with the same settings.
+    """Train and test as ``jobs/train.py`` does, from the checkpoint of a trial that has trained the same.
 
-    The last run, which is the best one, must have the weights that ``jobs/train.py`` gives: it is trained if a trial
+    The last run, which is the best one, must have the weights that ``jobs/train.py`` gives: it starts anew if a trial
     has another number of workers or threads. In this run, the job leaves Ray while the report is written.
     """
     run = copy.copy(session)
@@ -129,30 +129,18 @@ def train_and_test(
     if not session.cluster.is_local:  # an autoscaler has added or removed nodes
         run.cluster = dataclasses.replace(session.cluster, nodes=current_nodes())
     run.plan = plan_workers(job.workers, run.cluster, job.train.chunks)
-    has_same_weights = run.plan == session.plan or job.train.reproducible
-    checkpoint = _checkpoint_of(session, trial) if trial and (has_same_weights or not is_last) else None
-    if checkpoint:
-        run.plan = session.plan  # the trial's
+    if trial and (not is_last or run.plan == session.plan or job.train.reproducible):
+        _copy_checkpoint(session.job.run.inside(TRIALS_FOLDER).inside(trial.point.name), job.run)
     with console_of(job) as run.console:
         say_run(run)
         with recorded(run, functools.partial(sections, workload=type(job.workload))) as record:
-            if checkpoint and trial:
-                run.console.say("trained", f"by trial {trial.trial}")
-                run.clock.mark("start")
-                return record.test(_copied(checkpoint, job.run), is_last=is_last)
             with orphans_removed():  # left by the last trials
                 fitted = fit(run, record.on_event)
             return record.test(fitted, is_last=is_last)
 
 
-def _checkpoint_of(session: Session, trial: TrialRecord) -> RunFolder | None:
-    """Return a trial's last checkpoint; None if somebody has deleted it."""
-    folder = session.job.run.inside(TRIALS_FOLDER).inside(trial.point.name)
-    return next(map(folder.inside, reversed(folder.checkpoint_names())), None)
-
-
-def _copied(checkpoint: RunFolder, run: RunFolder) -> Fitted:
-    """Copy a trial's checkpoint to its run."""
-    copy, files = run.inside(checkpoint.name), (MODEL_FILE, TRAINING_FILE, STATE_FILE)  # state.json last
-    copy.write_files({name: checkpoint.read_bytes(name) or b"" for name in files})
-    return Fitted(copy, read_state(copy)["metrics"])
+def _copy_checkpoint(trial: RunFolder, run: RunFolder) -> None:
+    """Copy a trial's last checkpoint, unless somebody has deleted it. A run that resumes from it trains nothing."""
+    for name in trial.checkpoint_names()[-1:]:
+        files = (MODEL_FILE, TRAINING_FILE, STATE_FILE)  # state.json last
+        run.inside(name).write_files({file: trial.inside(name).read_bytes(file) or b"" for file in files})
