@@ -29,6 +29,7 @@ from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.loading import load_data, placed
+from mnist_ray.workload.tensors import with_fast_layout
 from ray_fork.starting import Forking
 
 
@@ -111,5 +112,5 @@ def evaluate_here(
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False  # an evaluation is in fp32
     with placed(workload, "an evaluation"):
-        model = engine.with_fast_layout(load_model(checkpoint, workload).to(device))
+        model = with_fast_layout(load_model(checkpoint, workload).to(device))
         return engine.evaluate(workload, model, split, loader_workers)

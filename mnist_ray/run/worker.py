@@ -42,7 +42,7 @@ class LoopSpec:
     train: RemoteSplit | Split
     validation: RemoteSplit | Split | None = None  # evaluated by the workers, at each checkpoint
     validates_in_tasks: bool = False  # whether a task validates each epoch's checkpoint during the training
-    until_epoch: float = math.inf  # where a part of a trial ends; not always a whole number
+    until_epoch: float = math.inf  # where a part of a trial ends, with a StopWantedError if epochs are left
     event_queue: Any = None  # the actor that rank 0 reports to; None if nobody listens
     is_local: bool = False  # on a local Ray, whose node nobody takes away during the run
 
@@ -54,10 +54,7 @@ def train_worker(
     cpus: float,
     workers_on_node: int = 1,
 ) -> None:
-    """Set up a worker with ``cpus``; train from the newest checkpoint until ``spec.until_epoch``.
-
-    Raises like ``train`` and ``restore_newest``; StopWantedError if epochs are left.
-    """
+    """Set up a worker with ``cpus``; train from the newest checkpoint. Raises like ``train`` and ``restore_newest``."""
     job = spec.job
     keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means fp32

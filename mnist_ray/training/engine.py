@@ -30,7 +30,7 @@ from mnist_ray.training.sampler import ShardedBatchSampler, Slice
 from mnist_ray.training.state import Group, LoggingWindow, StopWantedError, TrainingState, is_over, move_average
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.tensors import as_fp32, autocast, detached
+from mnist_ray.workload.tensors import as_fp32, autocast, detached, with_fast_layout
 
 EVALUATION_BATCH_SIZE = 100  # small enough that the activations stay in the processor's cache
 MOST_COLUMN_BYTES = 2**30  # of the predictions that a process evaluates, which it keeps in memory
@@ -50,13 +50,6 @@ def create_state(workload: Workload, config: TrainConfig, num_examples: int, dev
     return state
 
 
-def with_fast_layout(model: nn.Module) -> nn.Module:
-    """Return a model with channels-last weights, the fastest layout for convolutions of images."""
-    if any(parameter.dim() == 5 for parameter in model.parameters()):  # 3-D convolutions: PyTorch would raise
-        return model
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
-
-
 def train(
     workload: Workload,
     state: TrainingState,
@@ -68,9 +61,8 @@ def train(
 ) -> None:
     """Train ``state`` from its position to the end of the last epoch, on this rank's slices of ``split``.
 
-    ``config.precision`` must not be ``auto``: see ``resolve_precision``. Raises TrainingDivergedError, on every rank,
-    before weights that are not finite are saved; StopWantedError after a checkpoint, if a callback wants to stop or
-    ``state.last_step`` is reached.
+    ``config.precision`` must not be ``auto``. Raises TrainingDivergedError, on every rank, before weights that are not
+    finite are saved; StopWantedError after a checkpoint, if a callback wants to stop, or at ``state.last_step``.
     """
     assert config.precision != "auto"
     if config.compile:

@@ -1,4 +1,4 @@
-"""Functions for tensors in nested containers, such as a model's outputs, and for a model's precision."""
+"""Functions for tensors in nested containers, such as a model's outputs, and for a model's precision and layout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mnist_ray.config import Precision
 
@@ -44,3 +44,10 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """Return the autocast context for a forward pass; ``precision`` must not be ``auto``."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def with_fast_layout(model: nn.Module) -> nn.Module:
+    """Return a model with channels-last weights, the fastest layout for convolutions of images."""
+    if any(parameter.dim() == 5 for parameter in model.parameters()):  # 3-D convolutions: PyTorch would raise
+        return model
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
