@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mnist_ray.sweep.candidates import Candidates
+from mnist_ray.sweep.candidates import Candidates, OptunaCandidates
 from mnist_ray.sweep.halving import Piece, climb, most_epochs, pieces, rungs_of, still_racing
 from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trials import DONE, FAILED, FAILING, LOST, RUNNING, WAITING, Sweep
@@ -208,3 +208,30 @@ def test_only_what_was_reported_from_an_epoch_on_counts_there(tmp_path: Path) ->
     assert made_up.table.score_at(A, 2) == 0.3
     record.state = FAILED
     assert made_up.table.score_at(A, 0.25) == FAILING
+
+
+def test_optuna_learns_from_the_first_rung_and_proposes_nothing_twice(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, search="optuna", num_trials=40, sweep=["learning_rate=log:1e-5:1"])
+    candidates = OptunaCandidates(sweep, sweep.table())
+    assert candidates.points == sweep.space.default_points(0)
+
+    def away(some: Point) -> float:
+        return abs(math.log10(some.values["learning_rate"]) + 4)
+
+    while candidates.propose(lambda some: -away(some)):
+        pass
+    assert len({*candidates.points}) == len(candidates.points) == 40
+    assert sum(map(away, candidates.points[-15:])) < 0.5 * sum(map(away, candidates.points[1:16]))
+
+
+def test_a_resumed_search_with_optuna_starts_with_the_known_points(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, search="optuna", num_trials=8, sweep=["batch_size=32,64,128"])
+    table = sweep.table()
+    known = [sweep.space.point({"batch_size": size}, 0) for size in (64, 32)]
+    for some in known:
+        table.start(some)
+    candidates = OptunaCandidates(sweep, table)
+    assert candidates.points == known
+    candidates.propose(lambda some: FAILING if some == known[0] else math.nan)
+    assert candidates.propose(lambda some: 0.5) is None, "there are only three batch sizes"
+    assert (len(candidates.points), candidates.num_unknown) == (3, 0)
