@@ -1,4 +1,4 @@
-"""Trackers follow a run: TensorBoard, Ray's metrics, and the user's own."""
+"""Trackers follow a run: TensorBoard, and the user's own."""
 
 from mnist_ray.trackers.tracker import Ending, Tracker
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ray
 from PIL import Image
 from pyarrow import fs
 from tensorboardX import event_file_writer, summary
@@ -24,7 +23,6 @@ from tensorboardX.proto import event_pb2
 from mnist_ray.config import OutputConfig
 from mnist_ray.errors import first_line, redact
 from mnist_ray.storage import RunFolder
-from mnist_ray.trackers.prometheus import RayMetrics
 from mnist_ray.trackers.tracker import Ending, Tracker
 from mnist_ray.training.events import Event, Progress, Started
 from mnist_ray.workload import user_code
@@ -86,14 +84,12 @@ def start(
     *,
     for_trials: bool = False,
 ) -> Trackers:
-    """Track a run in TensorBoard, in Ray's metrics if Ray is running, and with the user's tracker, if any.
+    """Track a run in TensorBoard, and with the user's tracker, if any.
 
     ``for_trials``: track a sweep's trials, only with the user's tracker, if it follows trials.
     """
     plain = {name: one if isinstance(one, (bool, int, float)) else redact(one) for name, one in settings.items()}
     kinds: dict[str, type[Tracker]] = {} if for_trials else {"TensorBoard": TensorBoard}
-    if ray.is_initialized() and not for_trials:
-        kinds["Ray's metrics"] = RayMetrics
     if output.tracker is not None:
         own = user_code.find(output.tracker, Tracker)
         if own.follows_trials or not for_trials:

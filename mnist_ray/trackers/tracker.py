@@ -1,4 +1,4 @@
-"""The base class of trackers: TensorBoard, Ray's metrics, or the user's own (``--tracker FILE.py``)."""
+"""The base class of trackers: TensorBoard, or the user's own (``--tracker FILE.py``)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -10,9 +11,9 @@ import pytest
 import ray
 
 from mnist_ray.storage import locate
-from mnist_ray.trackers import prometheus
-from mnist_ray.trackers.prometheus import RayMetrics
+from mnist_ray.trackers import Tracker
 from mnist_ray.training.events import Event, Progress, Started, Validated
+from mnist_ray.workload import user_code
 from tests.conftest import ROOT, mnist
 
 TRAINED, VALIDATED = {"loss": 0.25, "accuracy": 0.75}, {"loss": 0.5, "accuracy": float("nan")}
@@ -23,6 +24,11 @@ EVENTS: list[Event] = [
 ]
 
 
+@pytest.fixture
+def kind() -> type[Tracker]:
+    return user_code.find(str(ROOT / "examples" / "prometheus_tracker.py"), Tracker)
+
+
 def in_the_board() -> set[str]:
     """Return the metrics of a run that the board shows."""
     board = json.loads((ROOT / "deploy" / "grafana.json").read_text())
@@ -30,10 +36,12 @@ def in_the_board() -> set[str]:
     return set(re.findall(r"ray_mnist_ray_\w+", shown))
 
 
-def test_gauges_have_a_runs_figures_and_the_board_shows_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gauges_have_a_runs_figures_and_the_board_shows_each(
+    kind: type[Tracker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gauges: dict[str, Mock] = {}
-    monkeypatch.setattr(prometheus, "Gauge", lambda name, *_, **__: gauges.setdefault(name, Mock()))
-    tracker = RayMetrics(locate(str(tmp_path), "one"), mnist(), {})
+    monkeypatch.setattr(sys.modules[kind.__module__], "Gauge", lambda name, *_, **__: gauges.setdefault(name, Mock()))
+    tracker = kind(locate(str(tmp_path), "one"), mnist(), {})
     for event in EVENTS:
         tracker.log(event)
     for gauge in gauges.values():
@@ -51,8 +59,8 @@ def test_gauges_have_a_runs_figures_and_the_board_shows_each(tmp_path: Path, mon
 
 @pytest.mark.long
 @pytest.mark.usefixtures("ray_address")
-def test_rays_node_serves_what_the_board_shows_to_prometheus(tmp_path: Path) -> None:
-    tracker = RayMetrics(locate(str(tmp_path), "one"), mnist(), {})
+def test_rays_node_serves_what_the_board_shows_to_prometheus(kind: type[Tracker], tmp_path: Path) -> None:
+    tracker = kind(locate(str(tmp_path), "one"), mnist(), {})
     node: dict[str, Any] = next(node for node in ray.nodes() if node["Alive"])
     own: list[str] = []  # lines of this run; the shared Ray serves those of other tests' runs, too
     give_up = time.monotonic() + 60

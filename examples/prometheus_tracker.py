@@ -1,26 +1,25 @@
-"""Reports a run in Ray's metrics, which every node serves to Prometheus. Ray prefixes their names with ``ray_``."""
+"""Reports a run in Ray's metrics, which every node of a cluster serves to Prometheus:
 
-from __future__ import annotations
+python jobs/train.py --tracker examples/prometheus_tracker.py
+
+Ray prefixes the metrics' names with `ray_`; deploy/grafana.json is a Grafana dashboard that shows them.
+"""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from ray.util.metrics import Gauge
 
-from mnist_ray.storage import RunFolder
-from mnist_ray.trackers.tracker import Tracker
-from mnist_ray.training.events import Event, Progress, Started, Validated
-from mnist_ray.workload.base import Workload
+from mnist_ray.trackers import Tracker
+from mnist_ray.training.events import Progress, Started, Validated
 
 
 class RayMetrics(Tracker):
     """A run's current values as gauges, which disappear when this process ends."""
 
-    def __init__(self, run: RunFolder, workload: Workload, settings: Mapping[str, Any]) -> None:
+    def __init__(self, run, workload, settings):
         super().__init__(run, workload, settings)
 
-        def gauge(name: str, description: str, *tag_keys: str) -> Gauge:
+        def gauge(name, description, *tag_keys):
             created = Gauge(f"mnist_ray_{name}", description, tag_keys=("run", *tag_keys))
             created.set_default_tags({"run": run.name})
             return created
@@ -32,26 +31,27 @@ class RayMetrics(Tracker):
         self._train = gauge("train", "Training loss and metrics since the last report", "metric")
         self._val = gauge("val", "Validation loss and metrics", "metric")
         self._num_workers = 0
-        self._validated: Mapping[str, float] = {}
+        self._validated = {}
 
-    def log(self, event: Event) -> None:
+    def log(self, event):
         """Set the gauges. Each progress event sets all of them, since Ray drops gauges that are not set again."""
         match event:
             case Started():
                 self._num_workers = event.num_workers
             case Validated():
                 self._validated = event.values
-                _set(self._val, event.values)
+                set_all(self._val, event.values)
             case Progress():
                 self._workers.set(self._num_workers)
                 self._epochs.set(event.epoch - 1 + event.step / event.num_steps)
                 self._rate.set(event.examples_per_s)
                 self._learning_rate.set(event.learning_rate)
-                _set(self._train, event.window)
-                _set(self._val, self._validated)
+                set_all(self._train, event.window)
+                set_all(self._val, self._validated)
 
 
-def _set(gauge: Gauge, values: Mapping[str, float]) -> None:
+def set_all(gauge, values):
+    """Set a gauge for each metric that has a value."""
     for name, value in values.items():
         if not math.isnan(value):
             gauge.set(value, {"metric": name})
