@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import uuid
 from dataclasses import dataclass
@@ -60,8 +61,12 @@ def check_nodes(run: RunFolder, own_versions: dict[str, str] | None = None, *, u
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         num_gpus = int(use_gpu and "GPU" in node["Resources"])
         tasks.append(ray.remote(num_cpus=0, num_gpus=num_gpus, scheduling_strategy=place)(check_here))
+    answers, checked = [task.remote(run, probe, own_versions or {}) for task in tasks], list[tuple[str, str]]()
     try:
-        checked = ray.get([task.remote(run, probe, own_versions or {}) for task in tasks], timeout=_TIMEOUT_S)
+        ray.wait(answers, num_returns=len(answers), timeout=_TIMEOUT_S)
+        for answer in answers:
+            with contextlib.suppress(ray.exceptions.TaskUnschedulableError):  # its node has left the cluster
+                checked.append(ray.get(answer, timeout=0))
     except ray.exceptions.RayError as error:
         raise JobError(f"a node does not answer: {first_line(error)}") from error
     finally:

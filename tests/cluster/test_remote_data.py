@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import ray
 
 from mnist_ray import provenance
 from mnist_ray.cluster import remote_data
@@ -18,6 +19,15 @@ def run(tmp_path: Path) -> RunFolder:
 def test_all_nodes_are_checked_and_no_file_stays(ray_address: str, run: RunFolder, tmp_path: Path) -> None:
     assert len(check_nodes(run, provenance.versions())) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_node_that_has_just_left_the_cluster_is_not_checked(
+    ray_address: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = {"Alive": True, "NodeID": "1" * 56, "Resources": {}}
+    nodes = [*ray.nodes(), gone]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    assert len(check_nodes(run)) == 1
 
 
 def test_another_version_on_a_node_is_named(ray_address: str, run: RunFolder) -> None:
