@@ -207,18 +207,20 @@ class _Watcher(tune.Callback):
             if number > self._num_begun and rung:
                 going = f"{count(len(rung), 'trial')} {'go' if len(rung) > 1 else 'goes'} on"
                 self._say(f"rung {number} of {len(epochs)}: {going} to epoch {epochs[number - 1]:g}")
-                for record in (self._table.by_point[point] for point in before if point not in rung):
-                    if record.state == WAITING:
-                        record.state = STOPPED
-                        self._changed(record)
+                left = [self._table.by_point[point] for point in before if point not in rung]
+                stopped = [record for record in left if record.state == WAITING]  # the others have failed or ended
+                for record in stopped:
+                    record.state = STOPPED
+                self._changed(*stopped)
         self._num_begun = len(rungs)
 
     def _point(self, trial: Trial) -> Point:
         return self.sweep.space.point(trial.config["values"], trial.config["seed"])
 
-    def _changed(self, ended: TrialRecord | None = None) -> None:
+    def _changed(self, *ended: TrialRecord) -> None:
         self.sweep.job.run.write_text(TRIALS_FILE, self._table.to_csv())
-        self._on_change(self._table, ended)
+        for record in ended or (None,):
+            self._on_change(self._table, record)
 
 
 def _drop_checkpoints(sweep: Sweep, table: TrialTable, kept: Container[Point]) -> None:
