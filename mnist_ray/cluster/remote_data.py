@@ -56,12 +56,12 @@ def check_nodes(run: RunFolder, own_versions: dict[str, str] | None = None, *, u
     """
     probe = f".probe-{uuid.uuid4().hex}"
     run.storage.write_text(probe, probe)  # the content is the name
-    tasks = []
+    answers, checked = [], list[tuple[str, str]]()
     for node in (node for node in ray.nodes() if node["Alive"]):
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         num_gpus = int(use_gpu and "GPU" in node["Resources"])
-        tasks.append(ray.remote(num_cpus=0, num_gpus=num_gpus, scheduling_strategy=place)(check_here))
-    answers, checked = [task.remote(run, probe, own_versions or {}) for task in tasks], list[tuple[str, str]]()
+        task = ray.remote(num_cpus=0, num_gpus=num_gpus, scheduling_strategy=place)(check_here)
+        answers.append(task.remote(run, probe, own_versions or {}))
     try:
         ray.wait(answers, num_returns=len(answers), timeout=_TIMEOUT_S)
         for answer in answers:
