@@ -8,6 +8,7 @@ configuration reached on the validation and the test set.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -51,11 +52,11 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", help="of tune.py, after --")
     args = parser.parse_args()
     rows: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
-    for seed in args.seeds:
-        versions = {name: (ROOT, ["--scheduler", name]) for name in args.schedulers}
-        with checked_out(args.before or "HEAD") as before:
-            if args.before and before:
-                versions[args.before] = before, []
+    versions = {name: (ROOT, ["--scheduler", name]) for name in args.schedulers}
+    with checked_out(args.before) if args.before else contextlib.nullcontext() as before:
+        if before:
+            versions[args.before] = before, []
+        for seed in args.seeds:
             for name, (root, flags) in versions.items():
                 with tempfile.TemporaryDirectory() as storage:
                     rows[name].append(sweep(root, Path(storage), "--seed", str(seed), *flags, *args.flags))
