@@ -40,7 +40,7 @@ class LoopSpec:
 
     job: Job
     train: RemoteSplit | Split
-    validation: RemoteSplit | Split | None = None  # evaluated by the workers, at each checkpoint
+    validation: RemoteSplit | Split | None = None  # evaluated by the workers, as ``measured`` says
     validates_in_tasks: bool = False  # whether a task validates each epoch's checkpoint during the training
     until_epoch: float = math.inf  # where a part of a trial ends, with a StopWantedError if epochs are left
     event_queue: Any = None  # the actor that rank 0 reports to; None if nobody listens

@@ -82,7 +82,7 @@ def _missing(table: TrialTable, points: Iterable[Point], epoch: float) -> list[P
 def still_racing(sweep: Sweep, scores: Mapping[Point, Sequence[float]]) -> list[Point]:
     """Return the points whose means over the seeds are not below the best one's by more than chance.
 
-    None, if the means differ by less than the standard error of a fraction of the validation examples: more seeds would
+    Empty if the means differ by less than the standard error of a fraction of the validation examples: more seeds would
     not tell which one is better on other data. Points that have failed are left out.
 
     The seeds are the blocks of a randomized block design: what neither points nor seeds explain estimates the variance
