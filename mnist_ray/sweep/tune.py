@@ -110,6 +110,7 @@ class SweepConsole(RunConsole):
         super().__init__(job.workload, job.train.num_epochs, quiet=job.output.quiet)
         self._time_budget_s = sweep.config.time_budget_s or math.inf
         self._start = time.monotonic()
+        self._has_rungs = sweep.config.scheduler == "halving"
         self._most_epochs = most_epochs(sweep)
         self._epochs_before: float | None = None  # those that an interrupted sweep has trained
 
@@ -119,7 +120,7 @@ class SweepConsole(RunConsole):
             self._epochs_before, self._start = table.num_epochs, time.monotonic()
         if self._live.is_started:
             self._live.update(Group(self._table(table), Text(self._summary(table))), refresh=True)
-        elif ended is not None:
+        elif ended is not None and not (self._has_rungs and ended.state == STOPPED):  # its line has said "waiting"
             *_, epochs, monitor, _, state = table.console_row(ended, self._num_epochs)
             tried = f"{format_settings(ended.point.values)}, seed {ended.point.seed}: {table.workload.monitor.name}"
             line = f"{tried} {monitor} after {epochs} epochs, {state} · {self._summary(table)}"

@@ -11,7 +11,7 @@ from mnist_ray.config import SweepConfig, TrainConfig
 from mnist_ray.storage import DamagedFileError, locate
 from mnist_ray.sweep import tuner
 from mnist_ray.sweep.space import space_of
-from mnist_ray.sweep.trials import DONE, FAILED, RUNNING, STOPPED, TrialRecord, TrialTable
+from mnist_ray.sweep.trials import DONE, FAILED, RUNNING, STOPPED, WAITING, TrialRecord, TrialTable
 from mnist_ray.sweep.tune import SweepConsole, read_sweep
 from mnist_ray.workload import Regression, Workload
 from tests.conftest import mnist
@@ -206,3 +206,16 @@ def test_a_failed_trials_reason_is_kept_without_secrets_and_printed_escaped(
     assert f" learning rate 0.01, seed 0: accuracy - after 2/2 epochs, {reason} · " in line
     assert row.rstrip().endswith(reason)
     assert "left" not in line, "no trial is left"
+
+
+@pytest.mark.parametrize(("scheduler", "lines"), [("halving", 1), ("asha", 2)])
+def test_the_console_has_a_line_for_each_end_but_not_again_for_a_trial_that_its_rung_stops(
+    scheduler: str, lines: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = table_of((1e-3, 0, WAITING, 0.5))
+    (some,) = table.by_point.values()
+    with SweepConsole(read_sweep({"storage_path": str(tmp_path), "scheduler": scheduler})) as console:
+        console.show_table(table, some)
+        some.state = STOPPED
+        console.show_table(table, some)
+    assert capsys.readouterr().out.count("trial 1 ") == lines
