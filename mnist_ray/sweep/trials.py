@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from mnist_ray.config import SweepConfig, WorkerConfig
@@ -61,7 +62,7 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class Best:
-    """A configuration with all its validated trials, one for each seed."""
+    """A configuration with its finished trials, one for each seed; if there are none, with those that were begun."""
 
     records: tuple[TrialRecord, ...]
     val_monitor: float  # mean over the seeds
@@ -133,24 +134,20 @@ class TrialTable:
 
     @property
     def best(self) -> Best | None:
-        """The best configuration so far, by the mean over its seeds; None before the first validation."""
-        return self._best_of(self.by_point.values())
+        """The best configuration so far, by the mean over its seeds; None before the first validation.
 
-    def _best_of(self, records: Iterable[TrialRecord]) -> Best | None:
-        """Return the best configuration of some records; configurations with more seeds come first."""
+        Configurations with more finished trials come first: values of different epochs are not compared.
+        """
         by_configuration: dict[Any, list[TrialRecord]] = {}
-        for record in records:
+        for record in self.by_point.values():
             if record.is_validated:
                 by_configuration.setdefault(record.point.configuration, []).append(record)
-        candidates = [
-            Best(
-                tuple(records),
-                statistics.mean(record.val_monitor for record in records),
-                statistics.mean(record.val_loss for record in records),
-            )
-            for records in by_configuration.values()
-        ]
-        return max(candidates, key=lambda best: (len(best.records), *self.worth(best)), default=None)
+        candidates = []
+        for records in by_configuration.values():
+            done = [record for record in records if record.state == DONE]
+            means = [statistics.mean(map(attrgetter(name), done or records)) for name in ("val_monitor", "val_loss")]
+            candidates.append((len(done), Best(tuple(done or records), *means)))
+        return max(candidates, key=lambda each: (each[0], *self.worth(each[1])), default=(0, None))[1]
 
     def finalists(self, sweep: SweepConfig, seed: int) -> list[Point]:
         """Return the best configurations, and the default one if it was tried: those to train with more seeds.
@@ -166,8 +163,7 @@ class TrialTable:
 
     def kept(self, sweep: SweepConfig, seed: int) -> set[Point]:
         """Return the points whose checkpoints may be tested at the end: the default one, and those that may be best."""
-        best = self._best_of(self.finished())
-        leading = [record.point for record in (best.records[:1] if best else ())]
+        leading = [record.point for record in (self.best.records[:1] if self.best else ())]
         return {*leading, *self.finalists(sweep, seed), *self.space.default_points(seed)}
 
     def result_of(self, point: Point) -> TrialRecord | None:

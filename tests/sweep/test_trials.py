@@ -150,6 +150,15 @@ def test_the_mean_over_seeds_chooses_among_confirmed_configurations() -> None:
     assert table.best.val_monitor == pytest.approx(0.985)
 
 
+def test_a_trial_that_has_not_finished_counts_neither_as_a_seed_nor_beside_one_that_has() -> None:
+    table = table_of((1e-3, 0, DONE, 0.99), (2e-3, 0, STOPPED, 0.995), (3e-3, 0, DONE, 0.98), (1e-3, 1, RUNNING, 0.9))
+    assert table.best is not None
+    assert (table.best.val_monitor, table.best.seeds_text) == (0.99, "seed 0")
+    begun = table_of((1e-3, 0, STOPPED, 0.9), (2e-3, 0, STOPPED, 0.95)).best
+    assert begun is not None
+    assert begun.val_monitor == 0.95
+
+
 SEARCHED = [(1e-3, 0, DONE, 0.99), (2e-3, 0, DONE, 0.985), (3e-3, 0, DONE, 0.98)]
 
 
