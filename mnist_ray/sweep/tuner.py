@@ -21,7 +21,7 @@ from mnist_ray.cluster.plan import Cluster, WorkerPlan, suitable
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, count, masked
 from mnist_ray.storage import TRIALS_FILE, with_retries
-from mnist_ray.sweep.candidates import Candidates, OptunaCandidates
+from mnist_ray.sweep.candidates import Candidates
 from mnist_ray.sweep.halving import Piece, climb, pieces, rungs_of
 from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trial import TrialSpec, run_trial
@@ -148,7 +148,7 @@ class _Watcher(tune.Callback):
 
     def __init__(self, sweep: Sweep, table: TrialTable, on_change: OnChange, say: Callable[[str], None]) -> None:
         self.sweep, self._table, self._on_change, self._say = sweep, table, on_change, say
-        self._candidates = OptunaCandidates(sweep, table) if sweep.config.search == "optuna" else Candidates(sweep)
+        self._candidates = Candidates(sweep, table)
         for record in table.by_point.values():
             if record.state in (LOST, RUNNING):  # in an interrupted sweep
                 record.state = WAITING

@@ -3,12 +3,13 @@
 import dataclasses
 import math
 import random
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mnist_ray.sweep.candidates import Candidates, OptunaCandidates
+from mnist_ray.sweep.candidates import Candidates
 from mnist_ray.sweep.halving import Piece, climb, most_epochs, pieces, rungs_of, still_racing
 from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trials import DONE, FAILED, FAILING, LOST, RUNNING, WAITING, Sweep
@@ -25,7 +26,7 @@ class MadeUp:
 
     def __init__(self, sweep: Sweep, failing: int | None = None, slow: int | None = None) -> None:
         self.sweep, self.table = sweep, sweep.table()
-        self.candidates = Candidates(sweep)
+        self.candidates = Candidates(sweep, self.table)
         points = self.candidates.points
         self.failing, self.slow = [None if number is None else points[number] for number in (failing, slow)]
         self.trained: list[tuple[Point, float, float]] = []  # of each piece: its trial, where it starts and ends
@@ -212,7 +213,7 @@ def test_only_what_was_reported_from_an_epoch_on_counts_there(tmp_path: Path) ->
 
 def test_optuna_learns_from_the_first_rung_and_proposes_nothing_twice(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, search="optuna", num_trials=40, sweep=["learning_rate=log:1e-5:1"])
-    candidates = OptunaCandidates(sweep, sweep.table())
+    candidates = Candidates(sweep, sweep.table())
     assert candidates.points == sweep.space.default_points(0)
 
     def away(some: Point) -> float:
@@ -221,16 +222,34 @@ def test_optuna_learns_from_the_first_rung_and_proposes_nothing_twice(tmp_path: 
     while candidates.propose(lambda some: -away(some)):
         pass
     assert len({*candidates.points}) == len(candidates.points) == 40
-    assert sum(map(away, candidates.points[-15:])) < 0.5 * sum(map(away, candidates.points[1:16]))
+    at_random = (1**2 / 2 + 4**2 / 2) / 5  # the mean distance of a point from -4, uniform in -5 to 0
+    assert statistics.mean(map(away, candidates.points[-15:])) < 0.5 * at_random
 
 
-def test_a_resumed_search_with_optuna_starts_with_the_known_points(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_known", [1, 12])
+def test_a_resumed_search_with_optuna_proposes_the_same(num_known: int, tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, search="optuna", num_trials=16)
+
+    def proposed_after(known: list[Point]) -> list[Point]:
+        table = sweep.table()
+        for some in known:
+            table.start(some)
+        candidates = Candidates(sweep, table)
+        while candidates.propose(lambda some: some.values["learning_rate"]):
+            pass
+        return candidates.points
+
+    whole = proposed_after([])
+    assert proposed_after(whole[:num_known]) == whole
+
+
+def test_optuna_stops_proposing_if_there_are_no_new_points(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, search="optuna", num_trials=8, sweep=["batch_size=32,64,128"])
     table = sweep.table()
     known = [sweep.space.point({"batch_size": size}, 0) for size in (64, 32)]
     for some in known:
         table.start(some)
-    candidates = OptunaCandidates(sweep, table)
+    candidates = Candidates(sweep, table)
     assert candidates.points == known
     candidates.propose(lambda some: FAILING if some == known[0] else math.nan)
     assert candidates.propose(lambda some: 0.5) is None, "there are only three batch sizes"
