@@ -38,20 +38,16 @@ def rungs_of(sweep: Sweep) -> list[float]:
     return [part * num_epochs for part in _RUNGS] if sweep.config.scheduler == "halving" else [num_epochs]
 
 
-def num_going_on(sweep: Sweep, num_trials: int, rung: int) -> int:
-    """Return how many of a sweep's trials go on from a rung, counted from 1, if there are no ties."""
-    return min(num_trials, max(math.ceil(num_trials / 2**rung), sweep.config.num_confirmed))
-
-
 def climb(sweep: Sweep, table: TrialTable, candidates: Candidates) -> list[list[Point]]:
     """Return the trials on each rung that has begun; a rung begins when all trials have reached the one before."""
     rungs, default = [candidates.points], sweep.space.default_points(sweep.job.train.seed)
+    num_trials, num_confirmed = len(candidates.points), sweep.config.num_confirmed
     for number, epoch in enumerate(rungs_of(sweep)[:-1], 1):
         scores = {point: table.score_at(point, epoch) for point in rungs[-1]}
         if not scores or candidates.num_unknown or any(map(math.isnan, scores.values())):
             break
-        last = min(num_going_on(sweep, len(candidates.points), number), len(scores)) - 1
-        least = sorted(scores.values(), reverse=True)[last]
+        num_going_on = min(max(math.ceil(num_trials / 2**number), num_confirmed), len(scores))  # without ties
+        least = sorted(scores.values(), reverse=True)[num_going_on - 1]
         rungs.append([p for p, score in scores.items() if score > FAILING and (score >= least or p in default)])
     return rungs
 
@@ -103,12 +99,3 @@ def still_racing(sweep: Sweep, scores: Mapping[Point, Sequence[float]]) -> list[
         if means.max() - means[means >= least].min() < math.sqrt(best * (1 - best) / sweep.num_validation):
             return []
     return racing
-
-
-def most_epochs(sweep: Sweep) -> float:
-    """Return how many epochs a sweep trains if there are no ties and nothing drops out of the race."""
-    num_trials, num_best, with_default = sweep.planned
-    total = _MORE_SEEDS * (num_best + with_default) * float(sweep.job.train.num_epochs)
-    for rung, (before, epoch) in enumerate(itertools.pairwise([0.0, *rungs_of(sweep)])):
-        total += num_going_on(sweep, num_trials, rung) * (epoch - before)
-    return total

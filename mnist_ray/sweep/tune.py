@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-import math
-import time
 
 from rich.console import Group
 from rich.table import Table
@@ -14,13 +12,12 @@ from rich.text import Text
 
 from mnist_ray import settings
 from mnist_ray.config import SweepConfig
-from mnist_ray.errors import UsageError, clock_time, command, count, format_settings, redact
+from mnist_ray.errors import UsageError, command, count, format_settings, redact
 from mnist_ray.run import session as sessions
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.job import Given, read_job
 from mnist_ray.run.session import Session, say_data
 from mnist_ray.storage import TRIALS_FILE, DamagedFileError
-from mnist_ray.sweep.halving import most_epochs
 from mnist_ray.sweep.space import propose, space_of
 from mnist_ray.sweep.trials import BEST_FILE, DONE, FAILED, LOST, STOPPED, Sweep, TrialRecord, TrialTable
 from mnist_ray.workload.data import Splits
@@ -108,16 +105,10 @@ class SweepConsole(RunConsole):
     def __init__(self, sweep: Sweep) -> None:
         job = sweep.job
         super().__init__(job.workload, job.train.num_epochs, quiet=job.output.quiet)
-        self._time_budget_s = sweep.config.time_budget_s or math.inf
-        self._start = time.monotonic()
         self._has_rungs = sweep.config.scheduler == "halving"
-        self._most_epochs = most_epochs(sweep)
-        self._epochs_before: float | None = None  # those that an interrupted sweep has trained
 
     def show_table(self, table: TrialTable, ended: TrialRecord | None = None) -> None:
         """Show the trials after one of them has ``ended`` or reported."""
-        if self._epochs_before is None:
-            self._epochs_before, self._start = table.num_epochs, time.monotonic()
         if self._live.is_started:
             self._live.update(Group(self._table(table), Text(self._summary(table))), refresh=True)
         elif ended is not None and not (self._has_rungs and ended.state == STOPPED):  # its line has said "waiting"
@@ -148,9 +139,4 @@ class SweepConsole(RunConsole):
         text = f"{done} done, {stopped} stopped early, {failed} failed"
         if best := table.best:
             text += f"; best {table.workload.monitor.format(best.val_monitor)} ({best.seeds_text})"
-        trained = table.num_epochs - (self._epochs_before or 0)
-        if trained and self._most_epochs > table.num_epochs:  # this process's time per epoch so far gives the time left
-            passed = time.monotonic() - self._start
-            left = min(passed / trained * (self._most_epochs - table.num_epochs), self._time_budget_s - passed)
-            text += f"; at most {clock_time(left)} left"
         return text
