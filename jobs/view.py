@@ -2,7 +2,6 @@
 
 python jobs/view.py --index 10
 python jobs/view.py --split test --label 3 --count 32 --output threes.png
-python jobs/view.py --stats
 python jobs/view.py --workload my_problem.py
 """
 

@@ -159,7 +159,6 @@ class ViewConfig:
     count: int = setting(1, "number of examples; several are drawn as a grid", **within(1, 1000))
     label: str | None = setting(None, "show only examples with this label")
     output: str = setting("view.png", "file for the picture", **_png())
-    stats: bool = setting(False, "print statistics of the data instead: examples per class, means, standard deviations")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

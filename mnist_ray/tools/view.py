@@ -1,22 +1,19 @@
-"""Shows examples of a workload's data, or statistics: ``jobs/view.py`` after flag parsing."""
+"""Shows examples of a workload's data: ``jobs/view.py`` after flag parsing."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from mnist_ray.config import ViewConfig
-from mnist_ray.errors import UsageError, count, redact, say
+from mnist_ray.errors import UsageError, count, say
 from mnist_ray.settings import path_of
 from mnist_ray.storage import write_file
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.classification import Classification
-from mnist_ray.workload.data import Arrays, Split
+from mnist_ray.workload.data import Split
 from mnist_ray.workload.figures import image_grid, single_image
 from mnist_ray.workload.loading import load_data, picture_of, placed
 
@@ -31,9 +28,6 @@ def view(workload: Workload, config: ViewConfig) -> None:
     for name, split in splits.items():
         say(f"{name:<7} {count(len(split), workload.noun)}")
     with placed(workload, "an example"):
-        if config.stats:
-            Console(highlight=False, markup=False, emoji=False, soft_wrap=True).print(_stats(workload, splits))
-            return
         indices = choose(workload, splits[config.split], config).tolist()
         examples = [splits[config.split][index] for index in indices]
         images = [image for inputs, _ in examples if (image := picture_of(workload, inputs)) is not None]
@@ -97,27 +91,3 @@ def _with_label(workload: Workload, split: Split, config: ViewConfig) -> np.ndar
         known = ", ".join(names)
         raise UsageError(f"--label {config.label}: no {config.split} {workload.noun} has it; the labels are {known}")
     return found
-
-
-def _stats(workload: Workload, splits: Mapping[str, Split]) -> Table:
-    """Return the number of examples per class, or statistics of the targets; if inputs are arrays, their mean and std.
-
-    Inputs of type uint8 are divided by 255.
-    """
-    table = Table("class" if isinstance(workload, Classification) else "", *splits, box=None, padding=(0, 2, 0, 0))
-    if isinstance(workload, Classification):
-        names = workload.class_names
-        counts = [np.bincount(split.targets(), minlength=len(names)) for split in splits.values()]
-        for name, row in zip(names, zip(*counts, strict=True), strict=True):
-            table.add_row(redact(name), *(f"{number:,}" for number in row))
-    else:
-        with contextlib.suppress(TypeError, ValueError):  # the targets are not numbers, or differ in shape
-            targets = [split.targets().astype(float) for split in splits.values()]
-            for what, function in (("least", np.min), ("most", np.max), ("mean", np.mean), ("std", np.std)):
-                table.add_row(f"target {what}", *(f"{function(each):.4f}" for each in targets))
-    inputs = [split.examples.inputs for split in splits.values() if isinstance(split.examples, Arrays)]
-    if len(inputs) == len(splits):
-        for moment in (np.mean, np.std):
-            moments = [moment(each, dtype=np.float64) / (255 if each.dtype == np.uint8 else 1) for each in inputs]
-            table.add_row(moment.__name__, *(f"{value:.4f}" for value in moments))
-    return table

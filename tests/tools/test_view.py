@@ -67,27 +67,6 @@ def test_an_index_out_of_range_says_the_range(few_images: Arrays) -> None:
             view.choose(mnist(), Split(few_images), config)
 
 
-def test_stats_count_the_classes_and_measure_the_pixels(
-    small_data: Path, mnist_test: Arrays, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    picture = tmp_path / "view.png"
-    run_main("view", "--stats", "--output", str(picture), "--data-dir", str(small_data))
-    rows = {words[0]: words[1:] for line in capsys.readouterr().out.splitlines() if (words := line.split())}
-    train = Arrays(mnist_test.inputs[:3000], mnist_test.targets[:3000])
-    assert rows["3"][0] == str((train.targets == 3).sum())
-    assert rows["mean"][0] == f"{train.inputs.mean() / 255:.4f}"
-    assert rows["std"][0] == f"{train.inputs.std() / 255:.4f}"
-    assert not picture.exists()
-
-
-class Masks(Workload):
-    """Targets are arrays of numbers, one example at a time."""
-
-    def load_data(self) -> Data:
-        examples: Any = [(np.zeros(3), np.arange(4).reshape(2, 2) == 0)] * 2
-        return Data(examples, examples)
-
-
 class Sequences(Workload):
     """Inputs and targets of several parts; in the second example of each split, of one."""
 
@@ -122,10 +101,3 @@ def test_each_part_of_an_example_without_a_picture_has_a_line(capsys: pytest.Cap
         "target  [3, 4]",
         "picture none: Sequences has no as_picture",
     ]
-
-
-def test_stats_measure_targets_that_are_numbers_and_leave_out_others(capsys: pytest.CaptureFixture[str]) -> None:
-    view.view(Masks(None, {"any": 1}), ViewConfig(stats=True))
-    assert "target mean 0.2500 0.2500" in [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    view.view(Sequences(None, {"number": 2}), ViewConfig(stats=True))
-    assert "target" not in capsys.readouterr().out
