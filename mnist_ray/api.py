@@ -170,7 +170,7 @@ def evaluate(
     """
     environment.prepare(verbose=False)
     with prepared_forking("mnist_ray.run.evaluate") as forking:
-        found = find(run, workload, storage_path, changes=settings)
+        found = find(run, workload, storage_path, settings)
         check_known(settings, names_of([found.workload.Settings]), "evaluate()")
 
         from mnist_ray.run.evaluate import evaluate_found
@@ -191,9 +191,9 @@ def predict(
     """Return a trained model's predictions.
 
     ``pictures``: the path of a picture or folder, a Pillow image, a list of paths or of images, or an array or list of
-    inputs (arrays, tensors, dicts) in the format of the workload's data. ``run``: as for ``evaluate``; default: the
-    newest run whose workload reads pictures. ``as_is``: only scale pictures. Raises UsageError, and JobError for the
-    first picture that cannot be used, with the line that ``jobs/predict.py`` prints for it.
+    inputs (arrays, tensors, dicts) in the format of the workload's data. ``run``: as for ``evaluate``. ``as_is``: only
+    scale pictures. Raises UsageError, and JobError for the first picture that cannot be used, with the line that
+    ``jobs/predict.py`` prints for it.
     """
     config = build(PredictionConfig, {"as_is": as_is})
     is_list, are_inputs = isinstance(pictures, (list, tuple)), hasattr(pictures, "shape")
@@ -201,7 +201,7 @@ def predict(
         are_inputs = not pictures or any(
             hasattr(one, "shape") or isinstance(one, (dict, list, tuple)) for one in pictures
         )
-    found = find(run, workload, storage_path, with_pictures=not are_inputs)
+    found = find(run, workload, storage_path)
 
     from mnist_ray.tools import predict as tool  # imports torch
 
@@ -242,9 +242,12 @@ def _given(workload: AnyWorkload, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def find(
-    run: Run | str | Path | None, workload: AnyWorkload = None, storage_path: str | Path = _STORAGE_PATH, **options: Any
+    run: Run | str | Path | None,
+    workload: AnyWorkload = None,
+    storage_path: str | Path = _STORAGE_PATH,
+    changes: Mapping[str, Any] | None = None,
 ) -> Found:
-    """Find a run's checkpoint and its workload, with these ``options`` of ``run.find.find``."""
+    """Find a run's checkpoint and its workload like ``run.find.find``."""
     environment.prepare(verbose=False)
     from mnist_ray.run.find import find as find_checkpoint  # imports torch and Ray
 
@@ -254,7 +257,7 @@ def find(
         raise UsageError(f"a run must be given by its name, its path or a Run, not as {run!r}")
     storage_path = build(OutputConfig, {"storage_path": storage_path}).storage_path
     reference = None if workload is None else reference_of(workload)
-    return find_checkpoint(None if run is None else str(run), storage_path, reference, **options)
+    return find_checkpoint(None if run is None else str(run), storage_path, reference, changes)
 
 
 def reference_of(workload: type[Workload] | str | Path, *, is_here: bool = False) -> Reference:

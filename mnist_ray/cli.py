@@ -46,7 +46,7 @@ def predict() -> None:
     _add_run(parser, "--run", default=None)
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="pictures, or folders of pictures")
     given = parser.read_flags()
-    found = api.find(given["run"], given.get("workload"), given["storage_path"], with_pictures=True)
+    found = api.find(given["run"], given.get("workload"), given["storage_path"])
 
     from mnist_ray.tools.predict import predict as predict_pictures
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -141,17 +140,6 @@ def test_what_has_no_prediction_raises_the_line_that_the_command_prints(run: Run
     assert mnist_ray.predict([], run) == []
 
 
-def test_pictures_are_predicted_by_the_newest_run_that_takes_pictures(run: Run, mnist_test: Arrays) -> None:
-    newer = Path(run.folder.storage_path) / "newer"
-    (newer / "checkpoint_epoch-001_step-000000").mkdir(parents=True)
-    (newer / "config.json").write_text(
-        json.dumps({"workload": str(ROOT / "examples" / "diabetes.py"), "num_epochs": 1})
-    )
-    picture = Image.fromarray(mnist_test.inputs[0])
-    (prediction,) = mnist_ray.predict(picture, storage_path=run.folder.storage_path, as_is=True)
-    assert prediction.top == mnist_ray.predict(picture, run, as_is=True)[0].top
-
-
 def test_calls_in_two_threads_at_once_are_refused(run: Run) -> None:
     begins, ends = threading.Event(), threading.Event()
 
@@ -168,15 +156,6 @@ def test_calls_in_two_threads_at_once_are_refused(run: Run) -> None:
     ends.set()
     other.join()
     assert mnist_ray.predict([], run) == []
-
-
-def test_if_no_run_reads_pictures_one_line_says_so(run: Run, tmp_path: Path) -> None:
-    shutil.copytree(run.folder.path, tmp_path / "table")
-    config = tmp_path / "table" / "config.json"
-    values = json.loads(config.read_text()) | {"workload": str(ROOT / "examples" / "diabetes.py")}
-    config.write_text(json.dumps(values))
-    with pytest.raises(UsageError, match=f"^no run in {tmp_path} has a workload with read_picture"):
-        mnist_ray.predict("seven.png", storage_path=tmp_path)
 
 
 @pytest.mark.parametrize(

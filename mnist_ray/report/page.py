@@ -98,12 +98,11 @@ def write(
         with_examples = rows and drawn("pictures of the predictions", lambda: workload.pictures(result, rows, test))
         pictures += with_examples or drawn("pictures of the test", lambda: workload.pictures(result, [], None))
     pictures += drawn("curve of the learning rate", lambda: _learning_rate(record))
-    if result:
-        pictures += drawn("picture of the seconds", lambda: _seconds(result))
     for picture in pictures:
         run.inside(PICTURES_FOLDER).write_bytes(f"{picture.name}.png", picture.png)
     operators = drawn("table of operators", lambda: _operators(run, notes.append))
-    tables = [*more.tables, _epochs(record), *operators, *_settings(record)]
+    seconds = drawn("table of the seconds", lambda: _seconds(result)) if result else []
+    tables = [*more.tables, _epochs(record), *operators, *_settings(record), *seconds]
     status, refresh_s = _status(record, resume_with, is_running), _REFRESH_S if is_running else 0
     page = Page(run.name, status, headlines(record), notes, pictures, tables, refresh_s)
     run.write_text(REPORT_FILE, page.to_html())
@@ -176,11 +175,9 @@ def _learning_rate(record: RunRecord) -> list[Picture]:
     return [Picture("learning_rate", "Learning rate", f"Learning rate over the steps. It ends at {rates[-1]:g}", png)]
 
 
-def _seconds(result: Mapping[str, Any]) -> list[Picture]:
-    parts = {name: value for name, value in result["seconds"].items() if name != "total"}
-    caption = "Validation counts only the wait after the last epoch; the rest ran during the training."
-    alt = "Seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
-    return [Picture("seconds", "Seconds per part of the run", alt, figures.seconds(parts), caption)]
+def _seconds(result: Mapping[str, Any]) -> list[Table]:
+    title = "Seconds until tested; of the validation, only the wait after the last epoch"
+    return [Table(title, (), [(name, f"{value:.1f}") for name, value in result["seconds"].items()])]
 
 
 def _epochs(record: RunRecord) -> Table:

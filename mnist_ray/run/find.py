@@ -42,16 +42,13 @@ def find(
     storage_path: str,
     reference: loading.Reference | None = None,
     changes: Mapping[str, Any] | None = None,
-    *,
-    with_pictures: bool = False,
 ) -> Found:
     """Return the checkpoint for a path, a URI or a run's name; for None, the checkpoint of the newest run.
 
-    ``reference``: the workload's code, if it has moved. ``changes``: settings to override. ``with_pictures``: take the
-    newest run whose workload reads pictures. Raises UsageError if there is no checkpoint, or the workload cannot be
-    loaded or trusted; JobError if the checkpoint is damaged.
+    ``reference``: the workload's code, if it has moved. ``changes``: settings to override. Raises UsageError if there
+    is no checkpoint, or the workload cannot be loaded or trusted; JobError if the checkpoint is damaged.
     """
-    run, notes = find_run(given, storage_path, with_pictures=with_pictures), list[str]()
+    run, notes = find_run(given, storage_path), list[str]()
     with in_one_line(f"cannot read {run.uri}"):
         checkpoint = _checkpoint_of(run, notes)
     saved = read_state(checkpoint)["workload"]

@@ -12,15 +12,15 @@ from mnist_ray.workload.base import Workload
 _A_RUN = "the run in"
 
 
-def find_run(given: str | None, storage_path: str, *, with_pictures: bool = False) -> RunFolder:
+def find_run(given: str | None, storage_path: str) -> RunFolder:
     """Return the folder of a path, a URI or a run's name; it need not exist. For None, return the newest run.
 
-    A name is that of a run in the storage or, if there is none, of a folder here. ``with_pictures``: the newest run
-    whose workload reads pictures. Raises UsageError if there is no run, or the URI is wrong.
+    A name is that of a run in the storage or, if there is none, of a folder here. Raises UsageError if there is no run,
+    or the URI is wrong.
     """
     if given is None:
         try:
-            return _newest_run(locate(storage_path, ""), with_pictures)
+            return _newest_run(locate(storage_path, ""))
         except STORAGE_ERRORS as error:
             raise UsageError(f"--storage-path {storage_path} cannot be read: {first_line(error)}") from error
     if not given.strip():
@@ -33,16 +33,13 @@ def find_run(given: str | None, storage_path: str, *, with_pictures: bool = Fals
     return here if here.exists() and not run.exists() else run
 
 
-def _newest_run(storage: RunFolder, with_pictures: bool) -> RunFolder:
+def _newest_run(storage: RunFolder) -> RunFolder:
     """Return the run with a checkpoint whose settings were written last."""
     folders = [locate(storage.storage_path, name) for name in storage.subfolders()]
     runs = [run for run in folders if run.exists(CONFIG_FILE) and run.checkpoint_names()]
-    for run in sorted(runs, key=lambda run: run.info(CONFIG_FILE).mtime_ns or 0, reverse=True):
-        if not with_pictures or _reads_pictures(run):
-            return run
-    if runs:
-        raise UsageError(f"no run in {storage.storage_path} has a workload with read_picture(), to read pictures")
-    raise UsageError(f"no run in {storage.storage_path} has a checkpoint to use; {command('train')} makes one")
+    if not runs:
+        raise UsageError(f"no run in {storage.storage_path} has a checkpoint to use; {command('train')} makes one")
+    return max(runs, key=lambda run: run.info(CONFIG_FILE).mtime_ns or 0)
 
 
 def class_of(run: RunFolder, storage_path: str) -> type[Workload]:
@@ -54,11 +51,3 @@ def class_of(run: RunFolder, storage_path: str) -> type[Workload]:
             if reference is not None:
                 return loading.load_again(reference, None, folder.inside(CONFIG_FILE).uri, untrusted)
     return loading.load(loading.DEFAULT)
-
-
-def _reads_pictures(run: RunFolder) -> bool:
-    """Tell whether a run's workload reads pictures; False if its code cannot be loaded."""
-    try:
-        return class_of(run, run.storage_path).read_picture is not Workload.read_picture
-    except UsageError:
-        return False

@@ -16,7 +16,7 @@ from mnist_ray.report.run_files import csv_text, read_csv
 from mnist_ray.run.job import Job
 from mnist_ray.settings import Choice
 from mnist_ray.storage import TRIALS_FILE, RunFolder
-from mnist_ray.sweep.space import Point, Space, propose
+from mnist_ray.sweep.space import Point, Space
 from mnist_ray.workload.base import Workload
 
 BEST_FILE, DEFAULT_FOLDER = "best.json", "default"
@@ -266,15 +266,6 @@ class Sweep:
         if space is None:
             return []
         return list(space.options) if isinstance(space, Choice) else [int(space.low), int(space.high)]
-
-    @property
-    def planned(self) -> tuple[int, int, bool]:
-        """How many configurations are tried, how many of the best are confirmed, and whether the default is, too."""
-        seed = self.job.train.seed
-        points = propose(self.space, self.config, seed)  # Optuna tries at most as many, the default first
-        best = min(self.config.num_confirmed, len(points))
-        is_default_there = any(point in points for point in self.space.default_points(seed))
-        return len(points), best, 0 < best < len(points) and is_default_there
 
     def table(self) -> TrialTable:
         """Return the table of the trials in the sweep's folder. Raises DamagedFileError."""

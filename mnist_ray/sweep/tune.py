@@ -89,10 +89,11 @@ def say_sweep(sweep: Sweep, session: Session) -> None:
     job, config, console = sweep.job, sweep.config, session.console
     console.say("sweep", job.run.name)
     say_data(console, job, session.data)
-    tried, best, with_default = sweep.planned
-    trials = f"{count(tried, 'trial')} of {count(job.train.num_epochs, 'epoch')}"
-    if best:
-        trials += f", then the best {best}{' and the default' if with_default else ''} with up to two more seeds"
+    points = {*propose(sweep.space, config, job.train.seed)}  # Optuna tries at most as many
+    trials = f"{count(len(points), 'trial')} of {count(job.train.num_epochs, 'epoch')}"
+    if best := min(config.num_confirmed, len(points)):
+        also = best < len(points) and not points.isdisjoint(sweep.space.default_points(job.train.seed))
+        trials += f", then the best {best}{' and the default' * also} with up to two more seeds"
     searched = " ".join(sweep.space.texts())
     console.say("search", f"{config.search}, {trials}: {searched}; scheduler {config.scheduler}")
     console.say("results", job.run.uri)

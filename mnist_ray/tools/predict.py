@@ -106,7 +106,8 @@ def predict_files(
 ) -> Iterator[Prediction]:
     """Yield a prediction for each file or image, in their order. Raises UsageError."""
     if type(workload).read_picture is Workload.read_picture:
-        raise UsageError(f"{type(workload).__name__} does not take pictures: it has no read_picture")
+        name = type(workload).__name__
+        raise UsageError(f"{name} does not take pictures: it has no read_picture; choose another run with --run")
     torch.set_num_threads(usable_cores())
     files = iter(files)
     while batch := [_read(workload, file, as_is) for file in itertools.islice(files, _BATCH_SIZE)]:

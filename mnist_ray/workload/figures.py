@@ -141,16 +141,6 @@ def scale_axis(axes: Axes, metric: Metric, name: str = "") -> None:
         axes.yaxis.set_major_formatter(lambda error, _: f"{100 - error:g}" if error > _LEAST_ERROR else "100")
 
 
-def seconds(parts: Mapping[str, float]) -> bytes:
-    """Draw a bar for the seconds of each part of a run."""
-    figure, axes = new_plot("seconds")
-    bars = axes.barh(list(parts), list(parts.values()), color="C0")
-    axes.bar_label(bars, [f"{value:.1f} s" for value in parts.values()], fontsize="small", padding=2)
-    axes.set_xlim(0, 1.2 * (max(parts.values(), default=0.0) or 1.0))
-    axes.invert_yaxis()
-    return png_of(figure)
-
-
 def of_classification(
     workload: Workload, classes: Sequence[Any], result: Mapping[str, Any], rows: Rows, test: Split | None
 ) -> list[Picture]:

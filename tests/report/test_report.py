@@ -32,7 +32,7 @@ from mnist_ray.workload.figures import Curve, Table, smoothed
 from tests.conftest import METADATA, mnist, run_job, run_main
 
 PHOTOS = ["predictions", "mistakes"]
-RUN_PICTURES = ["loss", "accuracy", "confusion", "classes", *PHOTOS, "learning_rate", "seconds"]
+RUN_PICTURES = ["loss", "accuracy", "confusion", "classes", *PHOTOS, "learning_rate"]
 
 
 class Page:
@@ -93,6 +93,7 @@ def test_a_run_has_one_page_with_all_its_pictures(finished_run: Path) -> None:
     result = json.loads((finished_run / "result.json").read_text())
     assert f"{result['test_accuracy']:.2%}" in text
     assert ["command_line", result["command_line"]] in page.rows
+    assert all([name, f"{seconds:.1f}"] in page.rows for name, seconds in result["seconds"].items())
     assert ["batch_size", "50 (default: 128)"] in page.bold
     about = r"\nstarted \d{4}-\d\d-\d\d \d\d:\d\d · 49,770 parameters · 2 × cpu with 1 thread, fp32 \(.+ on .+\)<"
     assert re.search(about, text)
@@ -344,12 +345,12 @@ def test_a_picture_that_cannot_be_drawn_becomes_a_note(
     monkeypatch.setattr(type(mnist()), "as_picture", fail)
     test = Split(Arrays(few_images.inputs[:2], few_images.targets[:2]))
     shown = page.write(tested_run, mnist(), "", test, None, notes.append)
-    assert list(shown) == ["loss", "accuracy", "confusion", "classes", "learning_rate", "seconds"]
+    assert list(shown) == ["loss", "accuracy", "confusion", "classes", "learning_rate"]
     assert [note.partition(" (")[0] for note in notes] == ["no pictures of the predictions: ValueError: no such colour"]
     assert "no such colour" in (tested_run.read_text("report.html") or "")
     monkeypatch.setattr(type(mnist()), "pictures", lambda *given: [b"png"])
     shown = page.write(tested_run, mnist(), "", test, None, notes.append)
-    assert list(shown) == ["loss", "accuracy", "learning_rate", "seconds"]
+    assert list(shown) == ["loss", "accuracy", "learning_rate"]
     assert "no pictures of the test: TypeError: bytes is no mnist_ray.workload.Picture" in notes[-1]
 
 

@@ -383,7 +383,7 @@ def test_batch_sizes_are_at_most_the_examples_and_a_setting_that_decides_the_dat
     assert sweep.job.notes == ("batch size 100, not 512: there are only 100 examples to train on",)
     (tmp_path / "sweep.json").write_text(json_lines({**values_of(sweep.config), **sweep.job.values}))
     again, _ = load_data(read_sweep({**given, "config": str(tmp_path / "sweep.json")}))
-    assert (again.space, again.planned, again.job.notes) == (sweep.space, (16, 3, True), ())
+    assert (again.space, again.job.notes) == (sweep.space, ())
     with pytest.raises(UsageError, match="--sweep noise: load_data depends on it, and all trials have the same data"):
         load_data(read_sweep({**given, "sweep": ["width=2,4", "noise=1,2"]}))
 

@@ -16,7 +16,7 @@ from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run.find import find
 from mnist_ray.tools import predict
 from mnist_ray.training.checkpoint import digest_of
-from mnist_ray.workload import Classification
+from mnist_ray.workload import Classification, Regression
 from mnist_ray.workload.data import Arrays
 from tests.conftest import mnist, run_job, run_main
 
@@ -100,8 +100,8 @@ def test_code_that_came_with_a_run_is_not_loaded(finished_run: Path, tmp_path: P
         if "sha256" in values:
             values["sha256"]["state.json"] = digest_of(values)
         file.write_text(json.dumps(values))
-    with pytest.raises(UsageError, match=r"code that may have come with a run|has a workload with read_picture"):
-        find(given, str(tmp_path), with_pictures=True)
+    with pytest.raises(UsageError, match="code that may have come with a run"):
+        find(given, str(tmp_path))
     assert not (sent / "it_ran").exists()
 
 
@@ -109,6 +109,12 @@ def test_without_any_run_one_line_says_what_makes_one(pictures: Path, tmp_path: 
     with pytest.raises(UsageError) as raised:
         run_main("predict", str(pictures), "--storage-path", str(tmp_path))
     assert str(raised.value) == f"no run in {tmp_path} has a checkpoint to use; python jobs/train.py makes one"
+
+
+def test_a_workload_that_does_not_read_pictures_is_refused_once() -> None:
+    regression = Regression(None, {"any": 1})
+    with pytest.raises(UsageError, match=r"^Regression does not take pictures: .*; choose another run with --run$"):
+        next(predict.predict_files(regression, mnist().create_model(), [Path("a.png"), Path("b.png")]))
 
 
 def answers_to(*given: Path | str) -> list[str]:

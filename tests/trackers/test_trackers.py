@@ -23,11 +23,12 @@ from mnist_ray.trackers import Ending, Tracker, start
 from mnist_ray.trackers.start import Trackers
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, TrialEnded, Validated
 from mnist_ray.workload import figures
+from mnist_ray.workload.base import LOSS
 from tests.conftest import mnist
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 INTERRUPTED = Ending(None, {}, None)
-PICTURE = figures.seconds({"start": 1.0})
+PICTURE = figures.curves_of(LOSS, [])
 RESULT = {"test_accuracy": 0.875, "test_loss": 0.5, "images_per_s": 100.0}
 
 
