@@ -27,8 +27,9 @@ from mnist_ray.training.metrics import score
 from mnist_ray.training.state import Group, TrainingState
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Split, splits_of, subset
+from mnist_ray.workload.data import Split
 from mnist_ray.workload.loading import load_data
+from mnist_ray.workload.splits import splits_of, subset
 
 PARTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
 EMA_STEPS = 1 / 50  # of all steps: the time in which an average forgets

@@ -20,9 +20,9 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.training import engine, sampler
 from mnist_ray.training.state import Group
 from mnist_ray.workload import loading
-from mnist_ray.workload.data import splits_of
 from mnist_ray.workload.loading import load_data
 from mnist_ray.workload.order import Shuffled
+from mnist_ray.workload.splits import splits_of
 
 BATCH_SIZE = 128
 NUM_BATCHES = 2000

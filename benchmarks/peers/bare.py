@@ -22,8 +22,9 @@ from mnist_ray.training.events import Progress
 from mnist_ray.training.state import Group, TrainingState
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Splits, splits_of
+from mnist_ray.workload.data import Splits
 from mnist_ray.workload.loading import load_data
+from mnist_ray.workload.splits import splits_of
 
 
 class _Rates(Callback):

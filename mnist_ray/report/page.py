@@ -19,9 +19,10 @@ from mnist_ray.settings import build, path_of, values_of
 from mnist_ray.storage import OPERATORS_FILE, REPORT_FILE, RunFolder, Warn, write_file
 from mnist_ray.workload import figures
 from mnist_ray.workload.base import LOSS, Metric, Picture, Workload
-from mnist_ray.workload.data import Split, splits_of, subset
+from mnist_ray.workload.data import Split
 from mnist_ray.workload.figures import Curve, Table
 from mnist_ray.workload.loading import load_data
+from mnist_ray.workload.splits import splits_of, subset
 
 T = TypeVar("T", Picture, Table)
 PICTURES_FOLDER = "pictures"

@@ -21,9 +21,10 @@ from mnist_ray.run.job import Job, check_free
 from mnist_ray.storage import INITIAL_FILE, RESULT_FILE, STORAGE_ERRORS, in_one_line
 from mnist_ray.training.events import EpochFinished, Event, Started
 from mnist_ray.training.sampler import Slice
-from mnist_ray.workload.data import Split, Splits, splits_of, subset
+from mnist_ray.workload.data import Split, Splits
 from mnist_ray.workload.loading import digests_of, picture_of, placed
 from mnist_ray.workload.loading import load_data as load_data_of
+from mnist_ray.workload.splits import splits_of, subset
 from ray_fork.starting import prepared_forking
 
 _SMALL_ON_GPU = 64  # examples of a step: so few leave most of a GPU idle

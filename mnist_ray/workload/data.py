@@ -1,8 +1,7 @@
-"""Data sets (arrays, or any map-style ``Dataset``), their splits, and subsets for quick trials."""
+"""Data sets: arrays, or any map-style ``Dataset``; and their splits."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,15 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError, count
-from mnist_ray.workload.order import AllBut, Shuffled
+from mnist_ray.workload.order import AllBut
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
-
-_HOLD_OUT_SEED, _SUBSET_SEED = 28, 41
-_MOST_HELD_OUT = 5000  # by default; more examples would only make validation slower
 
 
 @dataclass(frozen=True)
@@ -120,50 +115,3 @@ class Splits:
     validation: Split  # empty if nothing is held out
     test: Split
     files: Sequence[str | Path] = ()  # of the examples, if the workload names them
-
-
-def splits_of(data: Data, validation_size: int | None) -> Splits:
-    """Return the splits of a workload's data for a run. Raises UsageError if ``validation_size`` does not fit."""
-    train, test = Split(data.train), Split(data.test, origin="test")
-    if validation_size == 0:
-        return Splits(data.name, train, train.between(0, 0), test, data.files)
-    if data.validation is not None and validation_size is None:
-        return Splits(data.name, train, Split(data.validation, origin="validation"), test, data.files)
-    size = min(_MOST_HELD_OUT, len(train) // 10) if validation_size is None else validation_size
-    if size >= len(train):
-        raise UsageError(
-            f"--validation-size {size:,} leaves nothing to train on: the data has {len(train):,} training examples"
-        )
-    # At random, since files may be sorted by label; the same examples for every run and seed, to compare runs.
-    validation = _drawn(len(train), size, _HOLD_OUT_SEED)
-    return Splits(data.name, train.take(AllBut(len(train), validation)), train.take(validation), test, data.files)
-
-
-def subset(splits: Splits, config: TrainConfig) -> Splits:
-    """Apply ``--limit`` and ``--overfit-batches``; the result is the same for every run and seed."""
-    if config.limit < 1:
-        some: dict[str, Any] = {
-            name: _part(getattr(splits, name), config.limit) for name in ("train", "validation", "test")
-        }
-        splits = dataclasses.replace(splits, name=f"{config.limit:.3g} of {splits.name}", **some)
-    if config.overfit_batches is None:
-        return splits
-    size = min(len(splits.train), config.overfit_batches * config.batch_size)
-    few, times = splits.train.take(_drawn(len(splits.train), size, _SUBSET_SEED)), max(1, len(splits.train) // size)
-    return dataclasses.replace(
-        splits,
-        name=f"{count(config.overfit_batches, 'batch', 'batches')} of {splits.name}, {count(times, 'time')}",
-        train=few.take(np.tile(np.arange(size), times)),
-        validation=few.between(0, 0),
-        test=few,
-    )
-
-
-def _part(split: Split, limit: float) -> Split:
-    size = max(1, round(limit * len(split)))
-    return split.take(_drawn(len(split), size, _SUBSET_SEED)) if len(split) else split
-
-
-def _drawn(number: int, size: int, seed: int) -> np.ndarray:
-    """Return ``size`` random numbers below ``number``, sorted."""
-    return np.sort(Shuffled(number, [seed])[:size])

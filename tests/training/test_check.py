@@ -10,8 +10,8 @@ from mnist_ray.errors import JobError, UsageError
 from mnist_ray.training.batches import batches_of
 from mnist_ray.training.check import NUM_EXAMPLES, check_batch
 from mnist_ray.training.sampler import Slice
-from mnist_ray.workload.data import splits_of
 from mnist_ray.workload.loading import load, load_data
+from mnist_ray.workload.splits import splits_of
 
 Write = Callable[..., Path]
 FP32 = TrainConfig(precision="fp32")

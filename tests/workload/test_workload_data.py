@@ -11,8 +11,9 @@ from mnist_ray.cluster.remote_data import share
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.workload import Arrays, Data, Workload
-from mnist_ray.workload.data import Split, Splits, splits_of, subset
+from mnist_ray.workload.data import Split, Splits
 from mnist_ray.workload.loading import digest_of_files, digests_of
+from mnist_ray.workload.splits import splits_of, subset
 
 
 class Squares(Dataset):
