@@ -10,6 +10,7 @@ from typing import Any, Literal
 from mnist_ray.settings import Choice, Range, at_least, fraction, positive, rule, setting, within
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+READ_AHEAD_MIB = 512
 _LABEL = re.compile(r"[\w./-]+=!?([\w.-]+|in\([\w.,-]+\))")
 
 
@@ -106,6 +107,9 @@ class WorkerConfig:
     use_gpu: Literal["auto", "yes", "no"] = setting("auto", "train on GPUs; auto: if PyTorch can use any")
     loader_workers: int = setting(
         0, "processes per worker that read a Dataset; 0: the worker itself; not used for arrays", **at_least(0)
+    )
+    read_ahead_mib: int = setting(
+        READ_AHEAD_MIB, "memory of a worker for the blocks that it reads ahead; only used for Blocks", **at_least(1)
     )
     min_workers: int | None = setting(
         None, "fewest workers to continue with if the cluster has no room for all", **at_least(1)

@@ -16,7 +16,7 @@ from mnist_ray.errors import JobError, first_line
 from mnist_ray.provenance import versions
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Origin, Split
+from mnist_ray.workload.data import Blocks, Origin, Split
 from mnist_ray.workload.order import AllBut
 
 _TIMEOUT_S = 60.0
@@ -29,22 +29,22 @@ class RemoteSplit:
     workload: Workload
     origin: Origin  # the field of the workload's ``Data`` that holds its examples
     size: int
-    stored: ray.ObjectRef | None  # arrays in Ray's object store; the processes on a node share one copy
-    indices: np.ndarray | AllBut | None  # its examples in the loaded data, if it is not stored; None: all
+    stored: ray.ObjectRef | None  # arrays or Blocks in Ray's object store; the processes on a node share one copy
+    indices: np.ndarray | AllBut | None  # its examples in what is stored, or in the loaded data; None: all
 
     def __len__(self) -> int:
         return self.size
 
     def open(self) -> Split:
         """Return the split. If it is not stored, this process loads the workload's data itself."""
-        if self.stored is not None:
-            return Split(ray.get(self.stored), None, self.origin)
-        return Split(getattr(self.workload.load_data(), self.origin), self.indices, self.origin)
+        examples = getattr(self.workload.load_data(), self.origin) if self.stored is None else ray.get(self.stored)
+        return Split(examples, self.indices, self.origin)
 
 
 def share(workload: Workload, split: Split) -> RemoteSplit:
-    """Share a split: arrays in memory go into the object store."""
-    stored = None if split.arrays is None else ray.put(split.arrays)
+    """Share a split: arrays in memory, and Blocks (which hold no examples), go into the object store."""
+    is_stored = split.arrays is not None or isinstance(split.examples, Blocks)
+    stored = ray.put(split.examples) if is_stored else None
     return RemoteSplit(workload, split.origin, len(split), stored, split.indices)
 
 

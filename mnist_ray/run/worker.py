@@ -77,7 +77,8 @@ def train_worker(
     callbacks = [*reporter.callbacks, reporter]
     try:
         with anomalies_found(job.output.detect_anomaly, *job.code_folders):
-            engine.train(job.workload, state, split, config, group, callbacks, job.workers.loader_workers)
+            loading = job.workers.loader_workers, job.workers.read_ahead_mib
+            engine.train(job.workload, state, split, config, group, callbacks, *loading)
     except torch.OutOfMemoryError as error:
         if restored.name and position_of(restored.name) == (state.epoch, state.step):
             raise  # a worker that died may not have freed its memory yet: Ray tries again

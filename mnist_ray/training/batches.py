@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from mnist_ray.config import READ_AHEAD_MIB
 from mnist_ray.errors import first_line
 from mnist_ray.training.sampler import Slice
-from mnist_ray.workload.data import Arrays, Split
+from mnist_ray.workload.data import Arrays, Blocks, Split
 from mnist_ray.workload.tensors import map_tensors
 
 Collate = Callable[[list[tuple[Any, Any]]], "tuple[Any, Any] | None"]
@@ -78,7 +79,10 @@ class ExampleBatches(Dataset):
         places = self.split.places(chosen.indices)
         if isinstance(arrays := self.split.examples, Arrays):
             return Batch(_rows(arrays.inputs, places), _rows(arrays.targets, places), *chosen[1:])
-        examples = [self._example(place) for place in places.tolist()]
+        return self._joined([self._example(place) for place in places.tolist()], places, chosen)
+
+    def _joined(self, examples: list[tuple[Any, Any]], places: np.ndarray, chosen: Slice) -> Batch:
+        """Join examples, whose indices in the user's data are ``places``, to a batch."""
         joined = None if self.collate is None else self.collate(examples)
         try:
             inputs, targets = default_collate(examples) if joined is None else joined
@@ -115,9 +119,15 @@ def _misfit(places: np.ndarray, examples: list[tuple[Any, Any]]) -> str:
     return ""
 
 
-def batches_of(split: Split, device: torch.device, collate: Collate | None = None) -> ArrayBatches | ExampleBatches:
+def batches_of(
+    split: Split, device: torch.device, collate: Collate | None = None, read_ahead_mib: int = READ_AHEAD_MIB
+) -> ArrayBatches | ExampleBatches:
     """Return the data set from which a loader reads a split; ``collate`` is the workload's."""
     _allow_read_only()
+    if isinstance(split.examples, Blocks):
+        from mnist_ray.training.block_batches import BlockBatches  # derives from a class of this module
+
+        return BlockBatches(split, collate, read_ahead_mib)
     return ArrayBatches(split.arrays, device) if split.arrays is not None else ExampleBatches(split, 0, collate)
 
 
@@ -140,17 +150,18 @@ def _rows(array: np.ndarray, places: np.ndarray) -> Tensor:
 def batch_loader(
     dataset: ArrayBatches | ExampleBatches, slices: Iterable[Slice], device: torch.device, num_processes: int = 0
 ) -> DataLoader:
-    """Return a loader that reads ``slices``. ``num_processes`` processes read ahead; arrays in memory need none.
+    """Return a loader that reads ``slices``. ``num_processes`` processes read a ``Dataset`` or mapped arrays ahead.
 
     With ``batch_size=None``, the DataLoader passes each slice to the data set as it is, so arrays are indexed once per
     batch. By default, it would read the examples one by one and stack them.
     """
     is_on_gpu = isinstance(dataset, ArrayBatches) and dataset.inputs.is_cuda
+    has_processes = isinstance(dataset, ExampleBatches) and not isinstance(dataset.split.examples, Blocks)
     return DataLoader(
         dataset,
         sampler=slices,
         batch_size=None,
-        num_workers=num_processes if isinstance(dataset, ExampleBatches) else 0,
+        num_workers=num_processes if has_processes else 0,
         pin_memory=device.type == "cuda" and not is_on_gpu,  # elsewhere, it would only take memory of the first GPU
         worker_init_fn=_allow_read_only,
     )

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from mnist_ray.config import Precision, TrainConfig
+from mnist_ray.config import READ_AHEAD_MIB, Precision, TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.training import shared_memory
 from mnist_ray.training.batches import ArrayBatches, Batch, ExampleBatches, batch_loader, batches_of, on_device
+from mnist_ray.training.block_batches import BlockBatches
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import Evaluation, MetricSums, TrainingDivergedError
@@ -58,6 +59,7 @@ def train(
     group: Group,
     callbacks: Sequence[Callback] = (),
     num_loader_processes: int = 0,
+    read_ahead_mib: int = READ_AHEAD_MIB,
 ) -> None:
     """Train ``state`` from its position to the end of the last epoch, on this rank's slices of ``split``.
 
@@ -71,7 +73,8 @@ def train(
     gradients = Gradients(workload, state, config, group)
     for callback in callbacks:
         callback.on_start(state, group)
-    examples, num_steps = batches_of(split, group.device, workload.collate), config.num_steps(len(split))
+    examples = batches_of(split, group.device, workload.collate, read_ahead_mib)
+    num_steps = config.num_steps(len(split))
     window = LoggingWindow(workload, group)
     while not is_over(state, config):
         window.restart_clock()
@@ -119,6 +122,7 @@ def _steps(
         first_step=state.step,
         num_chunks=config.chunks,
         piece_size=config.micro_batch_size,
+        order=examples.begin(config, state, group) if isinstance(examples, BlockBatches) else None,
     )
     if isinstance(examples, ExampleBatches):
         examples.seed = seed_of(config.seed, state.epoch, 0)
@@ -295,7 +299,10 @@ def evaluate(workload: Workload, model: nn.Module, split: Split, num_loader_proc
     sums: list[dict[str, Tensor]] = []  # these and the columns stay on the device, since each transfer waits for it
     columns: list[dict[str, Tensor]] = []
     num_bytes = 0
-    loader = batch_loader(batches_of(split, device, workload.collate), slices, device, num_loader_processes)
+    examples = batches_of(split, device, workload.collate)
+    if isinstance(examples, BlockBatches) and slices:
+        examples.begin_in_order(len(slices[0].indices))
+    loader = batch_loader(examples, slices, device, num_loader_processes)
     for batch in on_device(loader, device):
         outputs = as_fp32(model(workload.prepare(batch.inputs, None)))
         loss = workload.loss(outputs, batch.targets).sum()

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mnist_ray.workload.blocks import StreamOrder
 from mnist_ray.workload.order import Shuffled
 
 _DRAWN_AT_ONCE = 2**13  # examples of an epoch's order; drawing one at a time takes 100 times as long
@@ -49,12 +50,14 @@ class ShardedBatchSampler:
     first_step: int = 0
     num_chunks: int | None = None
     piece_size: int | None = None
+    order: StreamOrder | None = None  # of examples in blocks; a rank's slice comes from its own streams
 
     def __iter__(self) -> Iterator[Slice]:
-        num_slices = self.num_chunks or self.world_size
+        num_slices = self.num_chunks or (self.order.num_streams if self.order else self.world_size)
         own = own_chunks(num_slices, self.rank, self.world_size)
+        cuts = (*own, own.stop) if self.num_chunks else (own.start, own.stop)
         for batch in self._batches():
-            bounds = [len(batch) * number // num_slices for number in (*own, own.stop)]
+            bounds = [len(batch) * number // num_slices for number in cuts]
             pieces = [piece for first, last in pairwise(bounds) for piece in self._cut(batch[first:last])]
             for piece in pieces:
                 counts = len(piece) > 0
@@ -66,7 +69,7 @@ class ShardedBatchSampler:
         return np.array_split(indices, math.ceil(len(indices) / self.piece_size))
 
     def _batches(self) -> Iterator[np.ndarray]:
-        order = Shuffled(self.num_examples, [self.seed, self.epoch])
+        order = self.order or Shuffled(self.num_examples, [self.seed, self.epoch])
         length = math.ceil(_DRAWN_AT_ONCE / self.batch_size) * self.batch_size
         for start in range(self.first_step * self.batch_size, self.num_examples, length):
             drawn = order[start : start + length]

@@ -3,12 +3,13 @@
 from mnist_ray.settings import Choice, Range, at_least, fraction, positive, setting, within
 from mnist_ray.workload.base import ACCURACY, Metric, Picture, Workload
 from mnist_ray.workload.classification import Classification
-from mnist_ray.workload.data import Arrays, Data
+from mnist_ray.workload.data import Arrays, Blocks, Data
 from mnist_ray.workload.regression import Regression
 
 __all__ = [
     "ACCURACY",
     "Arrays",
+    "Blocks",
     "Choice",
     "Classification",
     "Data",

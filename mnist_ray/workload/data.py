@@ -1,4 +1,4 @@
-"""Data sets: arrays, or any map-style ``Dataset``; and their splits."""
+"""Data sets: arrays, any map-style ``Dataset``, or blocks; and their splits."""
 
 from __future__ import annotations
 
@@ -26,18 +26,50 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        """Return one example, (input, target)."""
+        return self.inputs[index], self.targets[index]
+
+
+class Blocks:
+    """Examples that are read a block at a time, such as a file. A subclass sets ``sizes`` and defines ``read``.
+
+    Other processes get copies of it, so it must not hold the examples.
+    """
+
+    sizes: Sequence[int]  # the number of examples in each block
+    identity: str | None = None  # a text that changes if the data do; None: the files in ``Data.files`` tell
+    _last: tuple[int, Any] = (-1, None)  # the last block that was read for one example
+
+    def read(self, block: int) -> Arrays | Sequence[tuple[Any, Any]]:
+        """Return a block's examples. Several threads call this at once; if it raises OSError, they call it again."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return int(np.sum(self.sizes))
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        """Return one example, (input, target)."""
+        block = int(np.searchsorted(np.cumsum(self.sizes), index, side="right"))
+        if self._last[0] != block:
+            self._last = block, self.read(block)
+        return self._last[1][index - sum(self.sizes[:block])]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_last"}
+
 
 @dataclass(frozen=True)
 class Data:
     """The result of a workload's ``load_data``.
 
-    Only the job loads in-memory arrays; Ray's object store shares them, one copy per node. Each process calls
-    ``load_data`` for memory-mapped arrays and ``Dataset``s. A ``Dataset``'s items are pairs (input, target).
+    Only the job loads in-memory arrays and ``Blocks``; Ray's object store shares them, one copy per node. Each process
+    calls ``load_data`` for memory-mapped arrays and ``Dataset``s. A ``Dataset``'s items are pairs (input, target).
     """
 
-    train: Arrays | Dataset
-    test: Arrays | Dataset
-    validation: Arrays | Dataset | None = None  # None: held out from ``train``
+    train: Arrays | Dataset | Blocks
+    test: Arrays | Dataset | Blocks
+    validation: Arrays | Dataset | Blocks | None = None  # None: held out from ``train``
     name: str = ""  # for people; default: the workload's name
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """What the model needs to know, as JSON. Every checkpoint keeps it; every process has it as ``self.metadata``."""
@@ -62,8 +94,6 @@ class Split:
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         """Return one example's (input, target). Raises UsageError if a ``Dataset`` does not return pairs."""
         place = index if self.indices is None else int(self.indices[index])
-        if isinstance(self.examples, Arrays):
-            return self.examples.inputs[place], self.examples.targets[place]
         example = self.examples[place]
         if isinstance(example, (tuple, list)) and len(example) == 2:
             return example[0], example[1]

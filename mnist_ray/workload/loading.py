@@ -20,7 +20,7 @@ from mnist_ray.errors import JobError, UsageError, first_line, with_place
 from mnist_ray.settings import check_known, flag, names_of
 from mnist_ray.workload import user_code
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Arrays, Data, Split, Splits
+from mnist_ray.workload.data import Arrays, Blocks, Data, Split, Splits
 from mnist_ray.workload.user_code import Source
 
 DEFAULT = "mnist_ray.mnist"
@@ -196,6 +196,8 @@ def digests_of(splits: Splits) -> dict[str, str | None]:
 
 def _digest_of(split: Split) -> str | None:
     try:
+        if isinstance(split.examples, Blocks) and split.examples.identity is not None:
+            return hashlib.sha256(split.examples.identity.encode()).hexdigest()
         if not isinstance(split.examples, Arrays):  # torchvision's folders: pairs (file, class)
             return digest_of_files([path for path, _ in split.examples.samples])
         digest = hashlib.sha256()

@@ -60,7 +60,8 @@ class AllBut:
 
     def __init__(self, number: int, left_out: np.ndarray) -> None:
         self._number = number
-        self._before = np.sort(left_out) - np.arange(len(left_out))  # how many numbers stay before each left-out number
+        self._left_out = np.sort(left_out)
+        self._before = self._left_out - np.arange(len(left_out))  # how many numbers stay before each left-out number
 
     def __len__(self) -> int:
         return self._number - len(self._before)
@@ -68,6 +69,10 @@ class AllBut:
     def __getitem__(self, places: ArrayLike) -> np.ndarray:
         """Return the numbers at one or more positions."""
         return np.add(places, np.searchsorted(self._before, places, side="right"))
+
+    def rank(self, numbers: np.ndarray) -> np.ndarray:
+        """Return how many of these numbers are below each of ``numbers``."""
+        return numbers - np.searchsorted(self._left_out, numbers)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[np.arange(len(self))], dtype)

@@ -1,4 +1,4 @@
-"""Ready-made data for ``load_data``: tables, and folders of pictures, one folder per class."""
+"""Ready-made data for ``load_data``: tables, folders of pictures (one folder per class), and Parquet in blocks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.settings import path_of
 from mnist_ray.workload.data import Arrays, Data
 from mnist_ray.workload.order import Shuffled
+from mnist_ray.workload.parquet import Parquet
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+parquet = Parquet
 _TEST_PART, _TEST_SEED = 5, 53  # without a test set, a random fifth of the examples becomes the test set
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError, count
-from mnist_ray.workload.data import Data, Split, Splits
+from mnist_ray.workload.blocks import whole_blocks
+from mnist_ray.workload.data import Blocks, Data, Split, Splits
 from mnist_ray.workload.order import AllBut, Shuffled
 
 _HOLD_OUT_SEED, _SUBSET_SEED = 28, 41
@@ -29,7 +30,9 @@ def splits_of(data: Data, validation_size: int | None) -> Splits:
             f"--validation-size {size:,} leaves nothing to train on: the data has {len(train):,} training examples"
         )
     # At random, since files may be sorted by label; the same examples for every run and seed, to compare runs.
-    validation = _drawn(len(train), size, _HOLD_OUT_SEED)
+    validation = _drawn(train, size, _HOLD_OUT_SEED)
+    if len(validation) == len(train):
+        raise UsageError("all training examples are in one block: set --validation-size 0, or give Data.validation")
     return Splits(data.name, train.take(AllBut(len(train), validation)), train.take(validation), test, data.files)
 
 
@@ -43,7 +46,7 @@ def subset(splits: Splits, config: TrainConfig) -> Splits:
     if config.overfit_batches is None:
         return splits
     size = min(len(splits.train), config.overfit_batches * config.batch_size)
-    few, times = splits.train.take(_drawn(len(splits.train), size, _SUBSET_SEED)), max(1, len(splits.train) // size)
+    few, times = splits.train.take(_drawn(splits.train, size, _SUBSET_SEED)[:size]), max(1, len(splits.train) // size)
     return dataclasses.replace(
         splits,
         name=f"{count(config.overfit_batches, 'batch', 'batches')} of {splits.name}, {count(times, 'time')}",
@@ -55,9 +58,11 @@ def subset(splits: Splits, config: TrainConfig) -> Splits:
 
 def _part(split: Split, limit: float) -> Split:
     size = max(1, round(limit * len(split)))
-    return split.take(_drawn(len(split), size, _SUBSET_SEED)) if len(split) else split
+    return split.take(_drawn(split, size, _SUBSET_SEED)) if len(split) else split
 
 
-def _drawn(number: int, size: int, seed: int) -> np.ndarray:
-    """Return ``size`` random numbers below ``number``, sorted."""
-    return np.sort(Shuffled(number, [seed])[:size])
+def _drawn(split: Split, size: int, seed: int) -> np.ndarray:
+    """Return the indices, sorted, of ``size`` random examples; of ``Blocks``, those of random blocks."""
+    if isinstance(split.examples, Blocks):
+        return whole_blocks(split, size, seed)
+    return np.sort(Shuffled(len(split), [seed])[:size])

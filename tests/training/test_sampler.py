@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from mnist_ray.training.sampler import ShardedBatchSampler
 
 def shards(num_examples: int, batch_size: int, world_size: int, epoch: int = 0, first_step: int = 0) -> list[list]:
     """Return each rank's slices of an epoch."""
-    options = {"seed": 3, "epoch": epoch, "world_size": world_size, "first_step": first_step}
+    options: Any = {"seed": 3, "epoch": epoch, "world_size": world_size, "first_step": first_step}
     return [list(ShardedBatchSampler(num_examples, batch_size, rank=rank, **options)) for rank in range(world_size)]
 
 

@@ -1,0 +1,152 @@
+"""Loading from blocks: threads read the blocks of the next steps, as far as they fit into a given memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mnist_ray.config import TrainConfig
+from mnist_ray.errors import UsageError, first_line
+from mnist_ray.storage import STORAGE_ERRORS, with_retries
+from mnist_ray.training.batches import Batch, Collate, ExampleBatches, ExampleError
+from mnist_ray.training.sampler import Slice, own_chunks
+from mnist_ray.training.state import Group, TrainingState
+from mnist_ray.workload.blocks import Read, StreamOrder, reads_in_order, sizes_in
+from mnist_ray.workload.data import Arrays, Split
+
+_NUM_THREADS = 8  # they mostly wait for the storage
+
+
+class _Content(NamedTuple):
+    examples: Arrays | Sequence[tuple[Any, Any]]
+    num_bytes: int
+
+
+class BlockBatches(ExampleBatches):
+    """A split of ``Blocks``. Threads read the blocks of an announced order ahead; others are read when needed."""
+
+    def __init__(self, split: Split, collate: Collate | None, read_ahead_mib: int) -> None:
+        super().__init__(split, 0, collate)
+        self._edges = np.append(0, np.cumsum(split.examples.sizes))
+        self._sizes = sizes_in(split)
+        self._most_mib = read_ahead_mib
+        self._threads = ThreadPoolExecutor(_NUM_THREADS)
+        self._held = dict[int, tuple[Read, Future[_Content]]]()  # by block
+        self._announced: Iterator[Read] | None = None
+        self._next: Read | None = None
+        self._step = 0  # over all epochs
+
+    def begin(self, config: TrainConfig, state: TrainingState, group: Group) -> StreamOrder | None:
+        """Return the order of the state's epoch; None if the indices are not sorted, with ``--overfit-batches``."""
+        if self._sizes is None:
+            return None
+        sizes, num_steps, chunks = self._sizes, config.num_steps(len(self)), config.num_chunks
+
+        def order(epoch: int) -> StreamOrder:
+            return StreamOrder(sizes, config.batch_size, chunks, [config.seed, epoch])
+
+        def reads(first_epoch: int, first_step: int) -> Iterator[Read]:
+            for epoch in range(
+                first_epoch, config.num_epochs
+            ):  # also of the epochs to come, so that none starts slowly
+                own = own_chunks(chunks, group.rank, group.world_size)
+                for first, last, block in order(epoch).reads(own, first_step if epoch == first_epoch else 0):
+                    yield Read(epoch * num_steps + first, epoch * num_steps + last, block)
+
+        if self._announced is None:
+            self._step = state.epoch * num_steps + state.step
+            self._announce(reads(state.epoch, state.step))
+        return order(state.epoch)
+
+    def begin_in_order(self, batch_size: int) -> None:
+        """Prepare for reading all examples in their order, a batch at a time."""
+        if self._sizes is not None:
+            self._announce(reads_in_order(self._sizes, batch_size))
+
+    def _announce(self, reads: Iterator[Read]) -> None:
+        self._announced, self._next = reads, next(reads, None)
+
+    def __getitem__(self, chosen: Slice) -> Batch:
+        places = self.split.places(chosen.indices)
+        blocks = np.searchsorted(self._edges, places, side="right") - 1
+        rows = places - self._edges[blocks]
+        self._read_ahead()
+        contents = {block: self._content(block) for block in np.unique(blocks).tolist()}
+        self._step += chosen.ends_step
+        if all(isinstance(content, Arrays) for content in contents.values()):
+            of_blocks = [(np.flatnonzero(blocks == block), content) for block, content in contents.items()]
+            inputs = _gathered([(own, content.inputs[rows[own]]) for own, content in of_blocks])
+            targets = _gathered([(own, content.targets[rows[own]]) for own, content in of_blocks])
+            return Batch(inputs, targets, *chosen[1:])
+        examples = [contents[block][row] for block, row in zip(blocks.tolist(), rows.tolist(), strict=True)]
+        return self._joined(examples, places, chosen)
+
+    def _content(self, block: int) -> Any:
+        if block not in self._held:
+            if not self._fits():
+                self._held.clear()
+            self._start(Read(self._step, self._step, block))
+        return self._held[block][1].result().examples
+
+    def _read_ahead(self) -> None:
+        """Forget the blocks that no step needs any more, and start to read the next ones."""
+        if self._announced is None:
+            return
+        self._held = {block: held for block, held in self._held.items() if held[0].last_step >= self._step}
+        needed = [future for read, future in self._held.values() if read.first_step < self._step]
+        if _num_bytes(needed) > self._most_mib * 2**20:
+            mib = f"{_num_bytes(needed) / 2**20:,.0f} MiB, above --read-ahead-mib {self._most_mib}"
+            remedy = "raise it, write smaller blocks (row groups), or start a run with fewer --num-chunks"
+            raise ExampleError(f"a step needs {len(needed)} blocks at a time, in all {mib}; {remedy}")
+        while self._next is not None and (self._next.first_step <= self._step or self._fits()):
+            self._start(self._next)
+            self._next = next(self._announced, None)
+
+    def _fits(self) -> bool:
+        """Return whether one more block, as large as the largest so far, fits into the memory."""
+        largest = max((_num_bytes([future]) for _, future in self._held.values()), default=0)
+        return 0 < (len(self._held) + 1) * largest <= self._most_mib * 2**20
+
+    def _start(self, read: Read) -> None:
+        before, future = self._held.get(read.block, (read, None))  # two streams may share a block
+        last_step = max(before.last_step, read.last_step)
+        self._held[read.block] = (
+            read._replace(last_step=last_step),
+            future or self._threads.submit(self._read, read.block),
+        )
+
+    def _read(self, block: int) -> _Content:
+        name, size = f"{self.split.origin} block {block}", self._edges[block + 1] - self._edges[block]
+        try:
+            examples = with_retries(lambda: self.split.examples.read(block))
+        except STORAGE_ERRORS:
+            raise
+        except UsageError as error:
+            raise ExampleError(str(error)) from error
+        except Exception as error:
+            raise ExampleError(f"{name} cannot be read: {type(error).__name__}: {first_line(error)}") from error
+        if len(examples) != size:
+            raise ExampleError(f"{name} has {len(examples):,} examples, not {size:,}")
+        if isinstance(examples, Arrays):
+            return _Content(examples, examples.inputs.nbytes + examples.targets.nbytes)
+        return _Content(examples, sum(getattr(leaf, "nbytes", 0) for leaf in pytree.tree_leaves(examples)))
+
+
+def _num_bytes(futures: Iterable[Future[_Content]]) -> int:
+    """Return the bytes of the contents that have been read."""
+    return sum(future.result().num_bytes for future in futures if future.done() and not future.exception())
+
+
+def _gathered(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Tensor:
+    """Return a batch from the rows of several blocks; each part has the places of its rows in the batch."""
+    _, some = parts[0]
+    batch = torch.empty((sum(len(rows) for _, rows in parts), *some.shape[1:]), dtype=torch.from_numpy(some).dtype)
+    for places, rows in parts:
+        batch.numpy()[places] = rows
+    return batch

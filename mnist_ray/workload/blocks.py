@@ -1,0 +1,125 @@
+"""The order of examples that are read in blocks: shuffled, but each worker reads each of its blocks once an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mnist_ray.workload.data import Split
+from mnist_ray.workload.order import AllBut, Shuffled
+
+_WINDOW = 4  # blocks
+
+
+class Read(NamedTuple):
+    """A block that the examples of some steps are in. Steps are counted over all epochs."""
+
+    first_step: int
+    last_step: int
+    block: int
+
+
+def sizes_in(split: Split) -> np.ndarray | None:
+    """Return how many of a split's examples each block has, (blocks,); None if their indices are not sorted."""
+    ends, indices = np.cumsum(split.examples.sizes), split.indices
+    if isinstance(indices, AllBut):
+        ends = indices.rank(ends)
+    elif indices is not None:
+        if (np.diff(indices) <= 0).any():
+            return None
+        ends = np.searchsorted(indices, ends)
+    return np.diff(ends, prepend=0)
+
+
+def whole_blocks(split: Split, size: int, seed: int) -> np.ndarray:
+    """Return the indices, sorted, of the examples in random blocks: as many blocks as ``size`` holds, at least one."""
+    sizes = sizes_in(split)
+    assert sizes is not None
+    order = Shuffled(len(sizes), [seed])[:]
+    number = max(1, np.searchsorted(np.cumsum(sizes[order]), size, side="right"))
+    return np.flatnonzero(np.repeat(np.isin(np.arange(len(sizes)), order[:number]), sizes))
+
+
+def reads_in_order(sizes: np.ndarray, batch_size: int) -> Iterator[Read]:
+    """Yield the blocks for examples in the data's order, a batch in each step."""
+    ends = np.cumsum(sizes)
+    for block in np.flatnonzero(sizes).tolist():
+        yield Read((ends[block] - sizes[block]) // batch_size, (ends[block] - 1) // batch_size, block)
+
+
+class StreamOrder:
+    """An epoch's order of a split's examples, which are in blocks. Its slices are arrays of indices of the split.
+
+    The blocks are permuted by ``key`` into a row. Stream c is the c-th of ``num_streams`` almost equal parts of it; a
+    block at a border belongs to two streams. Within a stream, the examples of each four blocks are shuffled. A batch
+    takes its c-th part from stream c (MosaicML's Streaming calls streams "canonical nodes"). So the batches do not
+    depend on the number of workers, and a worker that always takes the same parts reads only its own streams.
+    """
+
+    def __init__(self, sizes: np.ndarray, batch_size: int, num_streams: int, key: Sequence[int]) -> None:
+        self.num_streams = num_streams
+        self._batch_size, self._key = batch_size, key
+        blocks = Shuffled(len(sizes), key)[:]
+        self._blocks = blocks[sizes[blocks] > 0]
+        self._firsts = (np.cumsum(sizes) - sizes)[self._blocks]  # the index of each block's first example
+        self._edges = np.append(0, np.cumsum(sizes[self._blocks]))  # of the blocks in the row
+        self._num_full, rest = divmod(len(self), batch_size)  # batches
+        cuts = np.arange(num_streams + 1) * np.array([[batch_size], [rest]]) // num_streams
+        self._parts = cuts[:, :-1]  # where each stream's part of a full batch begins, and of the last one
+        self._widths = np.diff(cuts[0])  # examples that each stream gives to a full batch
+        self._bounds = np.append(
+            0, np.cumsum(self._num_full * self._widths + np.diff(cuts[1]))
+        )  # of streams in the row
+        self._first_blocks = self._block_at(self._bounds)
+
+    def __len__(self) -> int:
+        return int(self._edges[-1])
+
+    def __getitem__(self, places: slice) -> np.ndarray:
+        """Return the indices of the examples at the places of a slice, (stop - start,)."""
+        start, stop, _ = places.indices(len(self))
+        steps, within = np.divmod(np.arange(start, stop), self._batch_size)
+        is_last = steps == self._num_full
+        of_full, of_last = (np.searchsorted(parts, within, side="right") - 1 for parts in self._parts)
+        streams = np.where(is_last, of_last, of_full)
+        at = self._bounds[streams] + steps * self._widths[streams] + within - self._parts[is_last.astype(int), streams]
+        windows = (self._block_at(at) - self._first_blocks[streams]) // _WINDOW
+        groups = streams * len(self._edges) + windows
+        for group in np.unique(groups).tolist():
+            own = np.flatnonzero(groups == group)  # their places in the row follow each other
+            stream, window = divmod(group, len(self._edges))
+            first, last = self._window(stream, window)
+            shuffled = Shuffled(last - first, [*self._key, stream, window])
+            at[own] = first + shuffled[at[own[0]] - first : at[own[-1]] - first + 1]
+        blocks = self._block_at(at)
+        return self._firsts[blocks] + at - self._edges[blocks]
+
+    def reads(self, streams: Iterable[int], first_step: int) -> list[Read]:
+        """Return the reads of some streams for the steps from ``first_step`` on, in the order of need."""
+        found = []
+        for stream in streams:
+            num_blocks = self._block_at(self._bounds[stream + 1] - 1) + 1 - self._first_blocks[stream]
+            for window in range(-(-num_blocks // _WINDOW)):
+                first, last = self._window(stream, window)
+                steps = self._step_of(stream, first), self._step_of(stream, last - 1)
+                if first < last and steps[1] >= first_step:
+                    blocks = self._blocks[self._block_at(first) : self._block_at(last - 1) + 1]
+                    found += [Read(*steps, block) for block in blocks.tolist()]
+        return sorted(found)
+
+    def _block_at(self, place: Any) -> Any:
+        """Return the number, in the row, of the block at one or more places of the row."""
+        return np.searchsorted(self._edges, place, side="right") - 1
+
+    def _window(self, stream: int, number: int) -> tuple[int, int]:
+        """Return where a window of a stream begins and ends in the row."""
+        first_block = self._first_blocks[stream] + number * _WINDOW
+        first, last = self._edges[first_block], self._edges[min(first_block + _WINDOW, len(self._edges) - 1)]
+        return int(max(first, self._bounds[stream])), int(min(last, self._bounds[stream + 1]))
+
+    def _step_of(self, stream: int, place: int) -> int:
+        """Return the step that needs the example at a place of a stream."""
+        width = self._widths[stream]
+        return int(min((place - self._bounds[stream]) // width, self._num_full)) if width else self._num_full

@@ -1,0 +1,161 @@
+"""Parquet files as blocks, on any file system of pyarrow."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+from pyarrow import compute, fs
+from pyarrow import parquet as pq
+
+from mnist_ray.errors import UsageError, first_line
+from mnist_ray.storage import STORAGE_ERRORS, locate, split_query
+from mnist_ray.workload.data import Arrays, Blocks
+
+_NUM_THREADS = 16  # that read footers
+_REMEDY = "turn each row into an example by decode="
+
+
+class Parquet(Blocks):
+    """The rows of Parquet files; each row group is a block.
+
+    ``place``: a path or URI of a file, of a folder with ``.parquet`` files, or with ``*``. ``columns``: those of the
+    inputs, then that of the targets; by default all. They hold numbers, lists of equal lengths, tensors of Ray Data, or
+    pictures as Hugging Face writes them, which become (H, W) or (H, W, 3) uint8. Several columns of inputs hold numbers
+    and become (columns,) float32. Instead, ``decode`` may turn a row, a dict by column, into (input, target). Raises
+    UsageError if there are no such files or columns.
+    """
+
+    def __init__(
+        self,
+        place: str | Path,
+        *,
+        columns: Sequence[str] | None = None,
+        decode: Callable[[dict[str, Any]], tuple[Any, Any]] | None = None,
+    ) -> None:
+        self._filesystem, files = _files_at(str(place))
+        self._columns, self._decode = list(columns or files[0].columns), decode
+        for file in files:
+            if missing := [name for name in self._columns if name not in file.columns]:
+                raise UsageError(f"{file.path} has no column {missing[0]}, only {', '.join(file.columns)}")
+        if len(self._columns) < 2:
+            raise UsageError(f"{place}: name at least two columns, those of the inputs, then that of the targets")
+        groups = [(file, group) for file in files for group in range(file.footer.num_row_groups)]
+        self._groups = [(file, group) for file, group in groups if file.footer.row_group(group).num_rows]
+        self.sizes = [file.footer.row_group(group).num_rows for file, group in self._groups]
+        self.identity = "\n".join(f"{file.path} {file.version}" for file in files)
+
+    def read(self, block: int) -> Arrays | Sequence[tuple[Any, Any]]:
+        """Read and decode a row group. Raises UsageError if a row cannot be used, or the file has changed."""
+        file, group = self._groups[block]
+        with self._filesystem.open_input_file(file.path) as source:
+            if _version(self._filesystem, file.path, source) != file.version:
+                raise UsageError(f"{file.path} has changed since the data were loaded")
+            table = pq.ParquetFile(source, metadata=file.footer, pre_buffer=True).read_row_group(group, self._columns)
+        where = f"{file.path}, row group {group}"
+        if self._decode is not None:
+            return _of_rows(self._decode, table.to_pylist(), where)
+        *inputs, targets = (_array(table.field(name), table[name], f"{where}, column {name}") for name in self._columns)
+        if len(inputs) == 1:
+            return Arrays(inputs[0], targets)
+        if any(values.ndim > 1 for values in inputs):
+            raise UsageError(f"{where}: several columns of inputs must hold a number each; or {_REMEDY}")
+        return Arrays(np.stack(inputs, axis=1).astype(np.float32), targets)
+
+
+class _File(NamedTuple):
+    """A file as it was when its footer was read."""
+
+    path: str
+    version: str
+    footer: pq.FileMetaData
+
+    @property
+    def columns(self) -> list[str]:
+        names: list[str] = self.footer.schema.to_arrow_schema().names
+        return names
+
+
+def _files_at(place: str) -> tuple[fs.FileSystem, list[_File]]:
+    """Return the Parquet files at a path, a URI or a pattern with ``*``. Raises UsageError if there are none."""
+    base, query = split_query(place)
+    above, star, _ = base.partition("*")
+    parent = above[: above.rfind("/") + 1] if star else base
+    folder = locate((parent or ".") + query, "", "the data in")
+    pattern = folder.path + base[len(parent) :] if star else "*.parquet"
+    try:
+        infos = [folder.info()]
+        if infos[0].type == fs.FileType.Directory:
+            infos = folder.filesystem.get_file_info(fs.FileSelector(infos[0].path, recursive=True))
+            infos = [info for info in infos if fnmatchcase(info.path, pattern)]
+        paths = sorted(info.path for info in infos if info.type == fs.FileType.File)
+        with ThreadPoolExecutor(_NUM_THREADS) as threads:
+            files = list(threads.map(lambda path: _opened(folder.filesystem, path), paths))
+    except STORAGE_ERRORS as error:
+        raise UsageError(f"{place} cannot be read: {first_line(error)}") from error
+    if not files:
+        raise UsageError(f"{place} has no Parquet files")
+    return folder.filesystem, files
+
+
+def _opened(filesystem: fs.FileSystem, path: str) -> _File:
+    with filesystem.open_input_file(path) as source:
+        try:
+            return _File(path, _version(filesystem, path, source), pq.read_metadata(source))
+        except pa.ArrowInvalid as error:
+            raise UsageError(f"{path} is no Parquet file, or was cut off: {first_line(error)}") from error
+
+
+def _version(filesystem: fs.FileSystem, path: str, source: pa.NativeFile) -> str:
+    """Return what changes if a file does; an object store has sent its ETag when it opened the file."""
+    tag = source.metadata().get("ETag") or filesystem.get_file_info(path).mtime_ns
+    return f"{source.size()} {tag!r}"
+
+
+def _of_rows(function: Callable[[Any], Any], rows: Sequence[Any], where: str) -> list[Any]:
+    """Apply a function to rows. Raises UsageError with the number of the first row for which it fails."""
+    results = []
+    for row, values in enumerate(rows):
+        try:
+            results.append(function(values))
+        except Exception as error:  # of the user's code, or of Pillow's decoders
+            raise UsageError(f"{where}, row {row}: {type(error).__name__}: {first_line(error)}") from error
+    return results
+
+
+def _array(field: pa.Field, column: pa.ChunkedArray, where: str) -> np.ndarray:
+    """Return a column as an array, (rows, ...). Raises UsageError if that is not possible."""
+    values, shape = column.combine_chunks(), [len(column)]
+    if values.null_count:
+        raise UsageError(f"{where} has gaps; {_REMEDY}")
+    if pa.types.is_struct(values.type) and values.type.get_field_index("bytes") >= 0:
+        values = values.field("bytes")
+    if pa.types.is_binary(values.type):
+        pictures = _of_rows(_picture, values.to_pylist(), where)
+        if len({picture.shape for picture in pictures}) > 1:
+            raise UsageError(f"{where} has pictures of different sizes; {_REMEDY}")
+        return np.stack(pictures)
+    if isinstance(values, pa.ExtensionArray):  # a tensor, if the process has imported Ray Data
+        values = values.storage
+    while pa.types.is_nested(values.type):
+        lengths = compute.list_value_length(values).unique().to_pylist()
+        if len(lengths) > 1:
+            raise UsageError(f"{where} has lists of different lengths; {_REMEDY}")
+        values, shape = values.flatten(), shape + lengths
+    if not pa.types.is_primitive(values.type) or pa.types.is_temporal(values.type):
+        raise UsageError(f"{where} holds {values.type}, not numbers; {_REMEDY}")
+    of_tensor = json.loads((field.metadata or {}).get(b"ARROW:extension:metadata", "[]"))
+    return values.to_numpy(zero_copy_only=False).reshape([len(column), *of_tensor] if of_tensor else shape)
+
+
+def _picture(content: bytes) -> np.ndarray:
+    picture = Image.open(io.BytesIO(content))
+    return np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
