@@ -143,8 +143,9 @@ def _array(field: pa.Field, column: pa.ChunkedArray, where: str) -> np.ndarray:
         if len({picture.shape for picture in pictures}) > 1:
             raise UsageError(f"{where} has pictures of different sizes; {_REMEDY}")
         return np.stack(pictures)
-    if isinstance(values, pa.ExtensionArray):  # a tensor, if the process has imported Ray Data
-        values = values.storage
+    of_tensor = json.loads((field.metadata or {}).get(b"ARROW:extension:metadata", "[]"))  # of Ray Data
+    if isinstance(values, pa.ExtensionArray):  # of Ray Data, too, if this process has imported it
+        of_tensor, values = values.type.shape, values.storage
     while pa.types.is_nested(values.type):
         lengths = compute.list_value_length(values).unique().to_pylist()
         if len(lengths) > 1:
@@ -152,7 +153,6 @@ def _array(field: pa.Field, column: pa.ChunkedArray, where: str) -> np.ndarray:
         values, shape = values.flatten(), shape + lengths
     if not pa.types.is_primitive(values.type) or pa.types.is_temporal(values.type):
         raise UsageError(f"{where} holds {values.type}, not numbers; {_REMEDY}")
-    of_tensor = json.loads((field.metadata or {}).get(b"ARROW:extension:metadata", "[]"))
     return values.to_numpy(zero_copy_only=False).reshape([len(column), *of_tensor] if of_tensor else shape)
 
 

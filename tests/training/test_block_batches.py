@@ -1,0 +1,187 @@
+"""Loading from blocks: what is read, when, and how much of it is in memory at a time."""
+
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+
+from mnist_ray.config import TrainConfig
+from mnist_ray.training.batches import Batch, ExampleError, batch_loader, batches_of
+from mnist_ray.training.block_batches import BlockBatches
+from mnist_ray.training.sampler import ShardedBatchSampler, Slice
+from mnist_ray.training.state import Group
+from mnist_ray.workload import Arrays, Blocks
+from mnist_ray.workload.data import Split
+from tests.workload.test_blocks import SIZES, Numbers
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(batch_size=27, num_epochs=2)  # 9 steps
+
+
+def dataset_of(blocks: Blocks, read_ahead_mib: int = 64) -> BlockBatches:
+    dataset = batches_of(Split(blocks), CPU, None, read_ahead_mib)
+    assert isinstance(dataset, BlockBatches)
+    return dataset
+
+
+def epochs(
+    dataset: BlockBatches, rank: int = 0, world_size: int = 1, first_step: int = 0, config: TrainConfig = CONFIG
+) -> Iterator[Batch]:
+    """Yield a rank's batches of all epochs, as the engine reads them."""
+    state: Any = SimpleNamespace(epoch=0, step=first_step)
+    for state.epoch in range(config.num_epochs):
+        order = dataset.begin(config, state, Group(rank, world_size))
+        sampler = ShardedBatchSampler(
+            len(dataset), config.batch_size, config.seed, state.epoch, rank, world_size, state.step, order=order
+        )
+        yield from batch_loader(dataset, sampler, CPU)
+        state.step = 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_ranks_share_the_batches_and_each_reads_its_streams_once_an_epoch(world_size: int) -> None:
+    whole = [batch.inputs.tolist() for batch in epochs(dataset_of(Numbers()))]
+    of_ranks, num_reads = [], 0
+    for rank in range(world_size):
+        blocks = Numbers()
+        of_ranks.append([batch.inputs.tolist() for batch in epochs(dataset_of(blocks), rank, world_size)])
+        num_reads += len(blocks.read_blocks)
+    assert [[*itertools.chain(*parts)] for parts in zip(*of_ranks, strict=True)] == whole
+    num_blocks = np.count_nonzero(SIZES)
+    assert num_reads <= 2 * (num_blocks + 7), "a block at one of the seven borders may be read twice"
+
+
+def test_a_resumed_worker_reads_its_windows_and_no_more() -> None:
+    sizes, config = [20] * 200, TrainConfig(batch_size=40, num_epochs=1)
+    blocks = Numbers(sizes)
+    rest = [batch.inputs.tolist() for batch in epochs(dataset_of(blocks), first_step=90, config=config)]
+    assert rest == [batch.inputs.tolist() for batch in epochs(dataset_of(Numbers(sizes)), config=config)][90:]
+    assert len(blocks.read_blocks) <= 8 * 4 + 8, "a tenth of the epoch is left, and the windows' other blocks"
+
+
+class Counted(Blocks):
+    """Blocks of half a MiB, which knows how many of them are in memory."""
+
+    def __init__(self, number: int) -> None:
+        self.sizes = [16] * number
+        self.in_memory = self.most = self.reads = 0
+
+    def read(self, block: int) -> Arrays:
+        inputs = np.zeros((16, 2**15), np.uint8)
+        self.reads += 1
+        self.in_memory += 1
+        self.most = max(self.most, self.in_memory)
+        weakref.finalize(inputs, self.forget)
+        return Arrays(inputs, np.zeros(16, np.int64))
+
+    def forget(self) -> None:
+        self.in_memory -= 1
+
+
+@pytest.mark.parametrize("number", [160, 640])
+def test_memory_does_not_grow_with_the_data(number: int) -> None:
+    blocks, config = Counted(number), TrainConfig(batch_size=64, num_epochs=1, num_chunks=2)
+    for _ in epochs(dataset_of(blocks, read_ahead_mib=12), config=config):
+        assert blocks.in_memory <= 24
+    assert blocks.most > 16, "blocks are read ahead of the windows of two streams"
+
+
+def test_blocks_of_the_next_epoch_are_read_before_it_begins() -> None:
+    blocks, config = Counted(160), TrainConfig(batch_size=64, num_epochs=2, num_chunks=2)
+    batches = epochs(dataset_of(blocks, read_ahead_mib=12), config=config)
+    for _ in range(40):
+        next(batches)
+    deadline = time.monotonic() + 30
+    while blocks.reads <= 162 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert blocks.reads > 162
+
+
+def test_data_that_fit_into_the_memory_are_read_once_for_all_epochs() -> None:
+    blocks = Numbers()
+    assert len(list(epochs(dataset_of(blocks)))) == 18
+    assert len(blocks.read_blocks) == np.count_nonzero(SIZES)
+
+
+def test_too_large_blocks_are_refused_with_a_remedy() -> None:
+    batches = epochs(dataset_of(Counted(160), read_ahead_mib=8), config=TrainConfig(batch_size=64))
+    with pytest.raises(ExampleError) as raised:
+        list(batches)
+    assert str(raised.value) == (
+        "a step needs 32 blocks at a time, in all 16 MiB, above --read-ahead-mib 8; raise it, write smaller blocks "
+        "(row groups), or start a run with fewer --num-chunks"
+    )
+
+
+class Failing(Numbers):
+    """Reading fails with the given errors, one after the other."""
+
+    def __init__(self, *errors: Exception) -> None:
+        super().__init__()
+        self.errors, self.lock = list(errors), threading.Lock()
+
+    def read(self, block: int) -> Any:
+        with self.lock:
+            if self.errors:
+                raise self.errors.pop()
+        return super().read(block)
+
+
+def test_a_storage_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mnist_ray.storage.time.sleep", Mock())
+    failing = Failing(*[ConnectionResetError("by peer")] * 5)
+    assert [batch.inputs.tolist() for batch in epochs(dataset_of(failing))] == [
+        batch.inputs.tolist() for batch in epochs(dataset_of(Numbers()))
+    ]
+    assert failing.errors == []
+
+
+def test_other_errors_name_the_block() -> None:
+    with pytest.raises(ExampleError, match=r"^train block \d+ cannot be read: KeyError: 'label'$"):
+        list(epochs(dataset_of(Failing(KeyError("label")))))
+    short = Numbers()
+    short.sizes = [*SIZES[:-1], 6]
+    short.read = Mock(side_effect=lambda block: Arrays(np.arange(5), np.arange(5)))  # type: ignore[method-assign]
+    with pytest.raises(ExampleError, match=r"^train block \d+ has 5 examples, not \d+$"):
+        list(epochs(dataset_of(short)))
+
+
+class Pairs(Numbers):
+    """Examples whose inputs are dicts."""
+
+    def read(self, block: int) -> Sequence[tuple[Any, Any]]:
+        return [({"number": int(number)}, float(number)) for number in super().read(block).inputs]
+
+
+def test_blocks_may_hold_pairs_of_anything_that_can_be_joined() -> None:
+    whole = [batch.inputs.tolist() for batch in epochs(dataset_of(Numbers()))]
+    pairs = list(epochs(dataset_of(Pairs())))
+    assert [batch.inputs["number"].tolist() for batch in pairs] == whole
+    assert pairs[0].targets.dtype == torch.float64
+
+
+def test_examples_that_no_order_announces_are_read_when_needed() -> None:
+    blocks = Numbers()
+    batch = dataset_of(blocks)[Slice(np.array([46, 0, 41]))]
+    assert batch.inputs.tolist() == [46, 0, 41]
+    assert sorted(blocks.read_blocks) == [0, 1]
+    few = Split(blocks, np.tile(np.arange(35, 45), 3))  # as with --overfit-batches
+    dataset = BlockBatches(few, None, 64)
+    assert dataset.begin(CONFIG, Mock(epoch=0, step=0), Group()) is None
+
+
+def test_an_evaluation_reads_each_block_once() -> None:
+    blocks = Numbers([30] * 20)
+    dataset = dataset_of(blocks)
+    dataset.begin_in_order(100)
+    seen = [dataset[Slice(np.arange(start, start + 100))].inputs for start in range(0, 600, 100)]
+    assert torch.cat(seen).tolist() == list(range(600))
+    assert sorted(blocks.read_blocks) == list(range(20))

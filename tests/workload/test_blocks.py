@@ -1,0 +1,143 @@
+"""The order of examples in blocks, and splits of blocks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mnist_ray.config import TrainConfig
+from mnist_ray.errors import UsageError
+from mnist_ray.training.sampler import ShardedBatchSampler, own_chunks
+from mnist_ray.workload import Arrays, Blocks, Data
+from mnist_ray.workload.blocks import StreamOrder, reads_in_order, sizes_in
+from mnist_ray.workload.data import Split
+from mnist_ray.workload.splits import splits_of, subset
+
+SIZES = [40, 7, 0, 25, 33, 1, 18, 60, 12, 12, 30, 5]
+
+
+class Numbers(Blocks):
+    """Each example is its index, as input and as target."""
+
+    def __init__(self, sizes: Sequence[int] = SIZES) -> None:
+        self.sizes = sizes
+        self.read_blocks: list[int] = []
+
+    def read(self, block: int) -> Any:
+        self.read_blocks.append(block)
+        start = sum(self.sizes[:block])
+        numbers = np.arange(start, start + self.sizes[block])
+        return Arrays(numbers, numbers)
+
+
+def order_of(batch_size: int, num_streams: int, epoch: int = 0, sizes: Sequence[int] = SIZES) -> StreamOrder:
+    return StreamOrder(np.array(sizes), batch_size, num_streams, [0, epoch])
+
+
+@pytest.mark.parametrize("num_streams", [1, 3, 8, 40])
+@pytest.mark.parametrize("batch_size", [1, 16, 100, 500])
+def test_an_epoch_has_each_example_once_in_an_order_of_its_own(batch_size: int, num_streams: int) -> None:
+    first, second = (order_of(batch_size, num_streams, epoch) for epoch in range(2))
+    assert sorted(first[:].tolist()) == list(range(sum(SIZES)))
+    assert first[:].tolist() not in (second[:].tolist(), list(range(sum(SIZES))))
+    assert first[50:170].tolist() == first[:][50:170].tolist()
+
+
+@pytest.mark.parametrize("num_chunks", [None, 8])
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
+def test_any_number_of_workers_takes_the_same_batches_from_their_own_streams(
+    world_size: int, num_chunks: int | None
+) -> None:
+    def slices(world_size: int, first_step: int) -> list[list[int]]:
+        """Return each step's examples, those of all ranks in turn."""
+        of_steps: list[list[int]] = []
+        for rank in range(world_size):
+            order, of_rank = order_of(30, 8), list[list[int]]([[]])
+            options: Any = {"rank": rank, "world_size": world_size, "first_step": first_step, "num_chunks": num_chunks}
+            for indices, _, ends_step, counts in ShardedBatchSampler(len(order), 30, 0, 0, **options, order=order):
+                of_rank[-1] += indices.tolist() if counts else []
+                of_rank += [[]] * ends_step
+            of_steps = [[*before, *own] for before, own in zip(of_steps or [[]] * len(of_rank), of_rank, strict=True)]
+        return of_steps[:-1]
+
+    one = slices(1, 0)
+    assert slices(world_size, 0) == one
+    assert slices(world_size, 3) == one[3:]
+
+
+@pytest.mark.parametrize("first_step", [0, 4, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_the_reads_of_a_rank_are_the_blocks_of_its_steps(world_size: int, first_step: int) -> None:
+    order, ends = order_of(30, 8), np.cumsum(SIZES)
+    for rank in range(world_size):
+        reads = order.reads(own_chunks(8, rank, world_size), first_step)
+        assert [read.first_step for read in reads] == sorted(read.first_step for read in reads)
+        options: Any = {"rank": rank, "world_size": world_size, "first_step": first_step}
+        needed = set[tuple[int, int]]()
+        for step, (indices, *_, counts) in enumerate(
+            ShardedBatchSampler(len(order), 30, 0, 0, **options, order=order), first_step
+        ):
+            needed |= {(step, block) for block in np.searchsorted(ends, indices, side="right").tolist() if counts}
+        announced = {(step, block) for first, last, block in reads for step in range(first, last + 1)}
+        assert needed <= announced
+        if first_step == 0:
+            assert {block for _, block in needed} == {block for _, block in announced}
+
+
+def test_a_block_is_read_once_an_epoch_but_at_the_borders_of_streams_twice() -> None:
+    reads = order_of(30, 4, sizes=[20] * 50).reads(range(4), 0)
+    twice = [block for block in range(50) if sum(read.block == block for read in reads) == 2]
+    assert len(reads) - len(twice) == 50
+    assert len(twice) <= 3
+
+
+def test_examples_of_far_blocks_meet_in_a_batch() -> None:
+    sizes = [100] * 80  # as if sorted by class
+    batch = order_of(64, 8, sizes=sizes)[:64] // 100
+    assert len({*batch.tolist()}) > 20
+
+
+def test_in_order_each_block_is_needed_from_its_first_batch_to_its_last() -> None:
+    assert list(reads_in_order(np.array([150, 0, 30, 40]), 100)) == [(0, 1, 0), (1, 1, 2), (1, 2, 3)]
+
+
+def test_whole_blocks_are_held_out_and_the_rest_is_trained_on() -> None:
+    splits = splits_of(Data(Numbers(), Numbers([9])), 60)
+    train, validation = sizes_in(splits.train), sizes_in(splits.validation)
+    assert train is not None
+    assert validation is not None
+    assert (train + validation).tolist() == SIZES
+    assert (train * validation).tolist() == [0] * len(SIZES)
+    assert 0 < validation.sum() <= 60
+    assert [splits.train[index][0] for index in range(len(splits.train))] == sorted(
+        {*range(sum(SIZES))} - {splits.validation[index][0] for index in range(len(splits.validation))}
+    )
+
+
+def test_one_block_cannot_be_divided() -> None:
+    with pytest.raises(UsageError, match="all training examples are in one block: set --validation-size 0"):
+        splits_of(Data(Numbers([100]), Numbers([9])), 10)
+    assert len(splits_of(Data(Numbers([100]), Numbers([9])), 0).train) == 100
+
+
+def test_a_fraction_has_whole_blocks_and_overfitting_some_of_their_examples() -> None:
+    whole = splits_of(Data(Numbers(), Numbers()), 0)
+    half = sizes_in(subset(whole, TrainConfig(limit=0.5)).train)
+    assert half is not None
+    assert {*zip(half.tolist(), SIZES, strict=True)} <= {
+        *zip(SIZES, SIZES, strict=True),
+        *((0, size) for size in SIZES),
+    }
+    assert 0 < half.sum() <= sum(SIZES) / 2
+    few = subset(whole, TrainConfig(overfit_batches=2, batch_size=8)).train
+    assert len({few[index][0] for index in range(len(few))}) == 16
+    assert sizes_in(few) is None
+
+
+def test_the_last_block_is_kept_for_the_next_example_but_not_sent_to_other_processes() -> None:
+    blocks = Numbers()
+    assert [blocks[index][1] for index in (41, 42, 46, 0)] == [41, 42, 46, 0]
+    assert blocks.read_blocks == [1, 0]
+    assert "_last" not in blocks.__getstate__()
+    assert Split(blocks)[45] == (45, 45)
