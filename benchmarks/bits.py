@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import blocks
 import chaos
 from before import ROOT, watch
 from chaos import Driver, Raylets
@@ -157,6 +158,7 @@ def main() -> None:
     chaos.FLAGS[:] = ["--reproducible", "--checkpoint-every", "50", "--max-failures", "3"]
     print("| case | flags | runs | bit-identical |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
+        RECIPES["in blocks, one epoch"] = [*blocks.write_all(Path(folder) / "data"), "--num-epochs", "1"]
         for what, flags, same in rows(Path(folder), random.Random(0)):
             print(f"| {what} | `{flags}` | {len(same)} | {sum(same)} |", flush=True)
 

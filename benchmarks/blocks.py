@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,12 +37,13 @@ from pyarrow import parquet as pq
 
 from mnist_ray.cluster.environment import keep_freed_memory
 from mnist_ray.config import READ_AHEAD_MIB, TrainConfig
-from mnist_ray.mnist import MNIST, idx
+from mnist_ray.mnist import MNIST, idx, problem
 from mnist_ray.training import engine
 from mnist_ray.training.batches import batch_loader, batches_of
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.training.state import Group, TrainingState
+from mnist_ray.workload import Data, setting
 from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.sources import parquet
 
@@ -182,8 +184,34 @@ def write(file: Path, arrays: Arrays) -> None:
     pq.write_table(table, file, row_group_size=ROWS, compression="none", use_dictionary=False)
 
 
+def write_all(folder: Path) -> list[str]:
+    """Write MNIST's training and test images as Parquet; return the flags to train on them."""
+    test = idx.load("test")
+    write(folder / "train.parquet", images(60_000))
+    write(folder / "test.parquet", Arrays(test.inputs.reshape(-1, PIXELS), test.targets.astype(np.int64)))
+    return ["--workload", f"{__file__}:Flat", "--parquet", str(folder)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(problem.Settings):
+    """MNIST's settings, and where the files are."""
+
+    parquet: str = setting("", "folder of train.parquet and test.parquet", decides_data=True)
+
+
 class Flat(MNIST):
     """MNIST whose images come as rows of 784 bytes."""
+
+    Settings = Settings
+
+    def load_data(self) -> Data:
+        """Find the files."""
+        train, test = (parquet(f"{self.settings.parquet}/{split}.parquet") for split in ("train", "test"))
+        return Data(train, test, metadata={"class_names": [*range(10)]})
+
+    def as_picture(self, inputs: Any) -> np.ndarray:
+        """Give an image its shape."""
+        return np.asarray(inputs).reshape(idx.IMAGE_SHAPE)
 
     def prepare(self, inputs: Any, generator: Any) -> Any:
         """Give the images their shape."""
@@ -276,7 +304,6 @@ def traffic(folder: Path) -> None:
         whole = whole or steps
         each, is_same = (num_requests - world_size * num_opening) / num_blocks, "yes" if steps == whole else "NO"
         print(f"| {world_size} | {num_bytes / size:.3f} | {each:.2f} | {is_same} |", flush=True)
-
 
 
 def speed(folder: Path) -> None:

@@ -29,6 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import blocks
 from hosts import Hosts, can_be_made, training_pids
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
@@ -268,6 +269,7 @@ def main() -> None:
     parser.add_argument("--nodes", nargs="+", choices=["raylets", "hosts", "drained"], default=["raylets", "hosts"])
     parser.add_argument("--runs", type=int, help="runs of each kind (default: as in the table of docs/failures.md)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--blocks", action="store_true", help="train on data that are read in blocks")
     parser.add_argument("--fork-workers", choices=["auto", "no"], default="auto", help="passed to the job")
     arguments = parser.parse_args()
     FLAGS.extend(["--fork-workers", arguments.fork_workers])
@@ -275,6 +277,7 @@ def main() -> None:
     rng = random.Random(arguments.seed)
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
+        FLAGS.extend(blocks.write_all(Path(folder) / "data") if arguments.blocks else [])
         groups = (("raylets", Raylets, RUNS), ("hosts", Hosts, RUNS_ON_HOSTS), ("drained", Raylets, RUNS_DRAINED))
         for where, start, runs in groups:
             kinds = arguments.kinds or runs

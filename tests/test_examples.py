@@ -1,13 +1,19 @@
 """The workloads under examples/, each trained, killed, resumed, swept, evaluated, exported."""
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
+from PIL import Image
+from pyarrow import parquet as pq
 
+import mnist_ray
 from mnist_ray.errors import UsageError
 from tests.conftest import ROOT, as_flags, run_and_act, run_job, run_main
 
@@ -115,3 +121,36 @@ def test_shapes_take_pictures_and_a_table_does_not(run: Path, example: str, caps
     else:
         with pytest.raises(UsageError, match="Diabetes does not take pictures"):
             run_main("predict", *given)
+
+
+def write_pictures(folder: Path, number: int, rows: int) -> None:
+    """Write pictures of two classes, dark and light, as docs/workloads.md does, in row groups of ``rows``."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(2, size=number).tolist()
+    column = []
+    for label in labels:
+        content = io.BytesIO()
+        Image.fromarray(rng.integers(128 * label, 128 * label + 127, (9, 12), dtype=np.uint8)).save(content, "png")
+        column.append({"bytes": content.getvalue(), "path": None})
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"image": column, "label": labels}), folder / "some.parquet", row_group_size=rows)
+
+
+def test_pictures_in_parquet_are_trained_on_and_evaluated_in_shares(ray_address: str, tmp_path: Path) -> None:
+    for split, number in (("train", 600), ("test", 250)):
+        write_pictures(tmp_path / "pictures" / split, number, rows=20)
+    workload: dict[str, Any] = {"data": str(tmp_path / "pictures"), "num_classes": 2, "size": 8, "width": 4}
+    run = mnist_ray.train(
+        ROOT / "examples" / "shards.py",
+        **workload,
+        storage_path=str(tmp_path),
+        num_workers=2,
+        cpus_per_worker=1,
+        num_epochs=2,
+        learning_rate=0.05,
+        quiet=True,
+    )
+    assert run.result["num_workers"] == 2
+    assert run.metrics["accuracy"] > 0.9
+    assert (Path(run.folder.path) / "pictures" / "predictions.png").exists()
+    assert mnist_ray.evaluate(run, num_tasks=2) == run.metrics
