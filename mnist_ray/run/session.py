@@ -21,7 +21,7 @@ from mnist_ray.run.job import Job, check_free
 from mnist_ray.storage import INITIAL_FILE, RESULT_FILE, STORAGE_ERRORS, in_one_line
 from mnist_ray.training.events import EpochFinished, Event, Started
 from mnist_ray.training.sampler import Slice
-from mnist_ray.workload.data import Split, Splits
+from mnist_ray.workload.data import Blocks, Split, Splits
 from mnist_ray.workload.loading import digests_of, picture_of, placed
 from mnist_ray.workload.loading import load_data as load_data_of
 from mnist_ray.workload.splits import splits_of, subset
@@ -278,6 +278,12 @@ def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Splits]:
     fewest = dataclasses.replace(job.train, batch_size=min(largest, most)).num_steps(most) * job.train.num_epochs
     if job.train.warmup_steps >= fewest:
         raise UsageError(f"--warmup-steps {job.train.warmup_steps:,} must be below the {fewest:,} steps of the run")
+    if isinstance(blocks := splits.train.examples, Blocks):
+        streams = f"{count(job.train.num_chunks, 'stream')} of blocks (--num-chunks)"
+        if (job.workers.num_workers or 1) > job.train.num_chunks:
+            raise UsageError(f"--num-workers {job.workers.num_workers} is more than the {streams}")
+        if len(blocks.sizes) < job.train.num_chunks:
+            notes.append(f"{count(len(blocks.sizes), 'block')} for {streams}: blocks are read by several workers")
     if job.train.early_stop is not None:
         if len(splits.validation) == 0:
             raise UsageError("--early-stop needs validation examples; set --validation-size above 0")

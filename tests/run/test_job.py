@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pyarrow import fs
+from torch import nn
 
 from mnist_ray.cluster.plan import Cluster
 from mnist_ray.errors import JobError, UsageError
@@ -15,10 +16,11 @@ from mnist_ray.run.record import begin_files
 from mnist_ray.run.session import Session, ending_explained, load_data
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import RunFolder, locate
-from mnist_ray.workload import user_code
+from mnist_ray.workload import Data, Regression, user_code
 from mnist_ray.workload.data import Arrays, Splits
 from mnist_ray.workload.loading import digests_of
 from tests.conftest import ROOT, write_data_set
+from tests.workload.test_blocks import Numbers
 
 DIABETES = str(ROOT / "examples" / "diabetes.py")
 
@@ -196,6 +198,26 @@ def test_a_batch_size_that_nobody_chose_is_at_most_the_examples_also_in_a_resume
     begin(job, data)
     resumed, _ = load_data(read("--resume", "--run-name", "run"))
     assert (resumed.train, resumed.notes) == (job.train, (FROM_THE_BEGINNING,))
+
+
+class InBlocks(Regression):
+    """Twelve blocks, one of them empty."""
+
+    def load_data(self) -> Data:
+        return Data(Numbers(), Numbers())
+
+    def create_model(self) -> nn.Module:
+        return nn.Linear(1, 1)
+
+
+def test_workers_share_the_streams_of_blocks_and_few_blocks_are_noted(tmp_path: Path) -> None:
+    given = {"workload": InBlocks, "storage_path": str(tmp_path), "validation_size": 0}
+    job, _ = load_data(read_job({**given, "num_workers": 8}))
+    assert job.notes == ()
+    job, _ = load_data(read_job({**given, "num_chunks": 16}))
+    assert job.notes == ("12 blocks for 16 streams of blocks (--num-chunks): blocks are read by several workers",)
+    with pytest.raises(UsageError, match=r"^--num-workers 9 is more than the 8 streams of blocks \(--num-chunks\)$"):
+        load_data(read_job({**given, "num_workers": 9}))
 
 
 @pytest.mark.parametrize(("schedule", "noted"), [("one-cycle", 1), ("cosine", 1), ("linear", 1), ("constant", 0)])
