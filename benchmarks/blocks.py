@@ -6,7 +6,7 @@ traffic   bytes and requests of an epoch that 1, 2 and 4 workers read, and wheth
 speed     images/s of training if the link carries twice what is needed / the same images in memory, in turns
 memory    a worker's memory after each epoch, of data 10 and 40 times as large as --read-ahead-mib
 start     seconds to the first step, of a run and of one that resumes in the middle of an epoch, also in memory
-peers     the same reading with mosaicml-streaming and litdata (--peers-python: a Python that has both)
+peers     the same reading with mosaicml-streaming and litdata; PEERS_PYTHON names a Python that has both
 accuracy  ten seeds: all examples shuffled, blocks as MNIST lies, and blocks of MNIST sorted by class
 """
 
@@ -47,6 +47,7 @@ from mnist_ray.workload import Data, setting
 from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.sources import parquet
 
+PEER = Path(__file__).parent / "peers" / "streams.py"
 NUMBER = 59_900  # images
 ROWS = 250  # in a row group: 200 kB
 PIXELS = 784
@@ -352,6 +353,51 @@ def start(folder: Path) -> None:
         print(f"| {name} | {cells[0]} | {cells[1]} |", flush=True)
 
 
+def peers(folder: Path) -> None:
+    """Print how fast this package and others read the same images, and what 1, 2 and 4 workers fetch."""
+    arrays, server = images(NUMBER), S3(folder)
+    np.savez(folder / "images.npz", inputs=arrays.inputs, targets=arrays.targets)
+    write(folder / "bucket" / "mnist_ray" / "a.parquet", arrays)
+    own = [sys.executable, __file__, "--call"]
+    print("| | images/s, 1 worker | first batch, s | after a kill, s | bytes of 1, 2, 4 workers | the same batches |")
+    print("|---|---|---|---|---|---|")
+    for kind in ("mnist_ray", "mosaicml-streaming", "litdata"):
+        bucket, other = folder / "bucket" / kind, [os.environ["PEERS_PYTHON"], str(PEER)]
+        if kind != "mnist_ray":
+            subprocess.run([*other, "write", kind, folder / "images.npz", bucket], check=True, capture_output=True)
+        size = sum(file.stat().st_size for file in bucket.rglob("*"))
+
+        def answers(world_size: int, steps_done: int = 0, kind: str = kind, other: list[str] = other) -> list[Any]:
+            ranks = []
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+                for rank in range(world_size):
+                    numbers = {"RANK": rank, "GLOBAL_RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": 29511}
+                    numbers |= {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "NNODES": 1}
+                    environment = {**server.environment, **{name: str(value) for name, value in numbers.items()}}
+                    environment["MASTER_ADDR"] = "127.0.0.1"
+                    place = f"s3://bucket/{kind}"
+                    command = [*other, "read", kind, place, f"{cache}/cache", str(steps_done)]
+                    if kind == "mnist_ray":
+                        command = [*own, json.dumps(["read", place, rank, world_size, steps_done])]
+                    ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+                return [answer(rank) for rank in ranks]
+
+        fetched, batches, alone = [], [], list[Any]()
+        for world_size in (1, 2, 4):
+            server.counted()
+            of_ranks = answers(world_size)
+            fetched.append(server.counted()[1] / size)
+            steps = zip(*(each["steps"] for each in of_ranks), strict=False)
+            batches.append([sorted(image for part in parts for image in part) for parts in steps])
+            alone = alone or of_ranks
+        (one,) = alone
+        rate = one["images"] / (one["seconds"] - one["first_s"])
+        resumed = answers(1, 100)[0]["first_s"]
+        each, is_same = ", ".join(f"{some:.2f}" for some in fetched), all(some == batches[0] for some in batches)
+        cells = f"{rate:,.0f} | {one['first_s']:.2f} | {resumed:.2f} | {each} | {'yes' if is_same else 'no'}"
+        print(f"| {kind} | {cells} |", flush=True)
+
+
 def accuracy(folder: Path) -> None:
     """Print the mean test accuracy of ten seeds, shuffled as a whole and in blocks."""
     keep_freed_memory()
@@ -378,7 +424,7 @@ def accuracy(folder: Path) -> None:
 def main() -> None:
     """Print the chosen parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {part.__name__: part for part in (traffic, speed, memory, start, accuracy)}
+    parts = {part.__name__: part for part in (traffic, speed, memory, start, peers, accuracy)}
     parser.add_argument("--parts", nargs="+", choices=parts, default=[*parts])
     parser.add_argument("--call", help=argparse.SUPPRESS)
     args = parser.parse_args()
