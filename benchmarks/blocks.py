@@ -260,7 +260,7 @@ def train(place: str, number: int, num_epochs: int, read_ahead_mib: int, first_s
 def read(place: str, rank: int, world_size: int, first_step: int = 0) -> dict[str, Any]:
     """Read a rank's part of an epoch; return a digest of each step's labels, in the order of the ranks."""
     dataset = batches_of(Split(parquet(place)), torch.device("cpu"), None, _FEW_MIB)
-    begun, state = time.perf_counter(), SimpleNamespace(epoch=0, step=first_step)
+    begun, state = time.perf_counter(), SimpleNamespace(epoch=0, total_step=first_step)
     config = TrainConfig(num_epochs=1)
     order = dataset.begin(config, state, Group(rank, world_size))  # type: ignore[union-attr,arg-type]
     options: Any = {"rank": rank, "world_size": world_size, "first_step": first_step, "order": order}

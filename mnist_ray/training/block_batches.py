@@ -44,24 +44,16 @@ class BlockBatches(ExampleBatches):
 
     def begin(self, config: TrainConfig, state: TrainingState, group: Group) -> StreamOrder | None:
         """Return the order of the state's epoch; None if the indices are not sorted, with ``--overfit-batches``."""
-        if self._sizes is None:
+        if (sizes := self._sizes) is None:
             return None
-        sizes, num_steps, chunks = self._sizes, config.num_steps(len(self)), config.num_chunks
 
         def order(epoch: int) -> StreamOrder:
-            return StreamOrder(sizes, config.batch_size, chunks, [config.seed, epoch])
+            return StreamOrder(sizes, config.batch_size, config.num_chunks, config.seed, epoch)
 
-        def reads(first_epoch: int, first_step: int) -> Iterator[Read]:
-            for epoch in range(
-                first_epoch, config.num_epochs
-            ):  # also of the epochs to come, so that none starts slowly
-                own = own_chunks(chunks, group.rank, group.world_size)
-                for first, last, block in order(epoch).reads(own, first_step if epoch == first_epoch else 0):
-                    yield Read(epoch * num_steps + first, epoch * num_steps + last, block)
-
-        if self._announced is None:
-            self._step = state.epoch * num_steps + state.step
-            self._announce(reads(state.epoch, state.step))
+        if self._announced is None:  # the first epoch; the others follow without a wait
+            self._step, own = state.total_step, own_chunks(config.num_chunks, group.rank, group.world_size)
+            epochs = range(state.epoch, config.num_epochs)
+            self._announce(read for epoch in epochs for read in order(epoch).reads(own, self._step))
         return order(state.epoch)
 
     def begin_in_order(self, batch_size: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,20 +52,21 @@ def reads_in_order(sizes: np.ndarray, batch_size: int) -> Iterator[Read]:
 class StreamOrder:
     """An epoch's order of a split's examples, which are in blocks. Its slices are arrays of indices of the split.
 
-    The blocks are permuted by ``key`` into a row. Stream c is the c-th of ``num_streams`` almost equal parts of it; a
+    The blocks are permuted into a row. Stream c is the c-th of ``num_streams`` almost equal parts of it; a
     block at a border belongs to two streams. Within a stream, the examples of each four blocks are shuffled. A batch
     takes its c-th part from stream c (MosaicML's Streaming calls streams "canonical nodes"). So the batches do not
     depend on the number of workers, and a worker that always takes the same parts reads only its own streams.
     """
 
-    def __init__(self, sizes: np.ndarray, batch_size: int, num_streams: int, key: Sequence[int]) -> None:
+    def __init__(self, sizes: np.ndarray, batch_size: int, num_streams: int, seed: int, epoch: int) -> None:
         self.num_streams = num_streams
-        self._batch_size, self._key = batch_size, key
-        blocks = Shuffled(len(sizes), key)[:]
+        self._batch_size, self._key = batch_size, (seed, epoch)
+        blocks = Shuffled(len(sizes), self._key)[:]
         self._blocks = blocks[sizes[blocks] > 0]
         self._firsts = (np.cumsum(sizes) - sizes)[self._blocks]  # the index of each block's first example
         self._edges = np.append(0, np.cumsum(sizes[self._blocks]))  # of the blocks in the row
         self._num_full, rest = divmod(len(self), batch_size)  # batches
+        self._first_step = epoch * (self._num_full + (rest > 0))
         cuts = np.arange(num_streams + 1) * np.array([[batch_size], [rest]]) // num_streams
         self._parts = cuts[:, :-1]  # where each stream's part of a full batch begins, and of the last one
         self._widths = np.diff(cuts[0])  # examples that each stream gives to a full batch
@@ -97,7 +98,10 @@ class StreamOrder:
         return self._firsts[blocks] + at - self._edges[blocks]
 
     def reads(self, streams: Iterable[int], first_step: int) -> list[Read]:
-        """Return the reads of some streams for the steps from ``first_step`` on, in the order of need."""
+        """Return the reads of some streams for the steps from ``first_step`` on, in the order of need.
+
+        Steps are counted over all epochs.
+        """
         found = []
         for stream in streams:
             num_blocks = self._block_at(self._bounds[stream + 1] - 1) + 1 - self._first_blocks[stream]
@@ -120,6 +124,7 @@ class StreamOrder:
         return int(max(first, self._bounds[stream])), int(min(last, self._bounds[stream + 1]))
 
     def _step_of(self, stream: int, place: int) -> int:
-        """Return the step that needs the example at a place of a stream."""
+        """Return the step that needs the example at a place of a stream, counted over all epochs."""
         width = self._widths[stream]
-        return int(min((place - self._bounds[stream]) // width, self._num_full)) if width else self._num_full
+        in_full = (place - self._bounds[stream]) // width if width else self._num_full
+        return int(self._first_step + min(in_full, self._num_full))

@@ -42,10 +42,11 @@ class Parquet(Blocks):
         decode: Callable[[dict[str, Any]], tuple[Any, Any]] | None = None,
     ) -> None:
         self._filesystem, files = _files_at(str(place))
-        self._columns, self._decode = list(columns or files[0].columns), decode
-        for file in files:
-            if missing := [name for name in self._columns if name not in file.columns]:
-                raise UsageError(f"{file.path} has no column {missing[0]}, only {', '.join(file.columns)}")
+        known = [file.footer.schema.to_arrow_schema().names for file in files]
+        self._columns, self._decode = list(columns or known[0]), decode
+        for file, names in zip(files, known, strict=True):
+            if missing := [name for name in self._columns if name not in names]:
+                raise UsageError(f"{file.path} has no column {missing[0]}, only {', '.join(names)}")
         if len(self._columns) < 2:
             raise UsageError(f"{place}: name at least two columns, those of the inputs, then that of the targets")
         groups = [(file, group) for file in files for group in range(file.footer.num_row_groups)]
@@ -77,11 +78,6 @@ class _File(NamedTuple):
     path: str
     version: str
     footer: pq.FileMetaData
-
-    @property
-    def columns(self) -> list[str]:
-        names: list[str] = self.footer.schema.to_arrow_schema().names
-        return names
 
 
 def _files_at(place: str) -> tuple[fs.FileSystem, list[_File]]:

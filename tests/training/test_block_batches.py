@@ -36,7 +36,7 @@ def epochs(
     dataset: BlockBatches, rank: int = 0, world_size: int = 1, first_step: int = 0, config: TrainConfig = CONFIG
 ) -> Iterator[Batch]:
     """Yield a rank's batches of all epochs, as the engine reads them."""
-    state: Any = SimpleNamespace(epoch=0, step=first_step)
+    state: Any = SimpleNamespace(epoch=0, step=first_step, total_step=first_step)
     for state.epoch in range(config.num_epochs):
         order = dataset.begin(config, state, Group(rank, world_size))
         sampler = ShardedBatchSampler(
@@ -175,7 +175,7 @@ def test_examples_that_no_order_announces_are_read_when_needed() -> None:
     assert sorted(blocks.read_blocks) == [0, 1]
     few = Split(blocks, np.tile(np.arange(35, 45), 3))  # as with --overfit-batches
     dataset = BlockBatches(few, None, 64)
-    assert dataset.begin(CONFIG, Mock(epoch=0, step=0), Group()) is None
+    assert dataset.begin(CONFIG, Mock(epoch=0, total_step=0), Group()) is None
 
 
 def test_an_evaluation_reads_each_block_once() -> None:

@@ -32,7 +32,7 @@ class Numbers(Blocks):
 
 
 def order_of(batch_size: int, num_streams: int, epoch: int = 0, sizes: Sequence[int] = SIZES) -> StreamOrder:
-    return StreamOrder(np.array(sizes), batch_size, num_streams, [0, epoch])
+    return StreamOrder(np.array(sizes), batch_size, num_streams, 0, epoch)
 
 
 @pytest.mark.parametrize("num_streams", [1, 3, 8, 40])
