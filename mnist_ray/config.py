@@ -145,7 +145,7 @@ class OutputConfig:
     resume: bool = setting(False, "continue the run named by --run-name from its last checkpoint")
     tracker: str | None = setting(None, "your Tracker that follows the run: FILE.py[:NAME] or package.module[:NAME]")
     profile: int | None = setting(
-        None, "steps of the first worker to profile; gives a trace for Perfetto and a table of operators", **at_least(1)
+        None, "steps of the first worker to profile, for a trace and a table of operators", **at_least(1)
     )
     detect_anomaly: bool = setting(False, "stop at the first operation that produces a NaN gradient; slow")
     dashboard: bool = setting(False, "start Ray's dashboard with a local Ray; it ends with the run")

@@ -74,7 +74,6 @@ WHOLE = {
     "config.json": {"workload": "mnist_ray.mnist", "num_epochs": 2},
     "origin.json": {"versions": {}, "metadata": {}, "data": {}},
     "result.json": {"checkpoint": "checkpoint_epoch-001_step-000000", "seconds": {"total": 1.5}},
-    "operators.json": {"steps": 3, "operators": []},
 }
 DAMAGED = [
     ("config.json", b"", "Expecting value: line 1 column 1 (char 0)"),
@@ -87,7 +86,6 @@ DAMAGED = [
     ("config.json", b'{"num_epochs": "two"}', "num_epochs is 'two'"),
     ("origin.json", b'{"versions": {}, "metadata": []}', "metadata is []"),
     ("result.json", b'{"checkpoint": 3}', "checkpoint is 3"),
-    ("operators.json", b"{}", "it has no steps"),
 ]
 
 

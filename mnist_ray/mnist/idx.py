@@ -1,4 +1,4 @@
-"""Reads MNIST's files, which have the IDX format; downloads similar data sets with torchvision."""
+"""Reads MNIST's files, which have the IDX format."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mnist_ray.errors import JobError, UsageError, first_line
+from mnist_ray.errors import JobError, UsageError
 from mnist_ray.settings import path_of
-from mnist_ray.workload.data import Arrays, Data
+from mnist_ray.workload.data import Arrays
 
 IMAGE_SHAPE = (28, 28)
 _MOST_CLASSES = 10
@@ -21,7 +21,6 @@ FILES = {
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 SHIPPED = Path(__file__).with_name("data")
-_CACHE = Path("~/.cache/mnist_ray")
 
 
 def load(split: str, data_dir: Path | None = None) -> Arrays:
@@ -41,20 +40,6 @@ def load(split: str, data_dir: Path | None = None) -> Arrays:
     if labels.max() >= _MOST_CLASSES:
         raise JobError(f"{labels_file} has label {labels.max()}; the classes are 0 to 9")
     return Arrays(images, labels)
-
-
-def download(dataset: str) -> Data:
-    """Return ``"fashion-mnist"`` or ``"kmnist"``, downloaded once into a cache. Raises JobError."""
-    from torchvision import datasets
-
-    kind = {"fashion-mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST}[dataset]
-    root = path_of(_CACHE, "the cache in")
-    try:
-        train, test = (kind(root, train=is_train, download=True) for is_train in (True, False))
-    except (OSError, RuntimeError) as error:
-        raise JobError(f"cannot download {dataset} into {root}: {first_line(error)}") from error
-    train, test = (Arrays(images.data.numpy(), images.targets.numpy()) for images in (train, test))
-    return Data(train, test, name=dataset)
 
 
 def _checked_folder(folder: Path) -> Path:

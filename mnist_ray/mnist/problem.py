@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mnist_ray.errors import UsageError
 from mnist_ray.mnist import idx
 from mnist_ray.settings import setting
 from mnist_ray.workload.classification import Classification
@@ -23,11 +22,8 @@ if TYPE_CHECKING:
 class Settings:
     """The images to train on."""
 
-    dataset: Literal["mnist", "fashion-mnist", "kmnist"] = setting(
-        "mnist", "mnist ships with the package; torchvision downloads the other two, once", decides_data=True
-    )
     data_dir: Path | None = setting(
-        None, "a folder with four IDX files, gzipped or not, instead of --dataset", decides_data=True
+        None, "a folder with four IDX files, gzipped or not, instead of MNIST", decides_data=True
     )
     augment: bool = setting(False, "train on turned, scaled, sheared and moved digits")
 
@@ -53,13 +49,9 @@ class MNIST(Classification):
     }
 
     def load_data(self) -> Data:
-        """Read the IDX files, or download them. Raises UsageError if they are missing, JobError if damaged."""
-        dataset, data_dir = self.settings.dataset, self.settings.data_dir
-        if data_dir is not None and dataset != "mnist":
-            raise UsageError(f"--data-dir replaces --dataset {dataset}; leave one of them out")
-        if dataset != "mnist":
-            return idx.download(dataset)
-        return Data(idx.load("train", data_dir), idx.load("test", data_dir), name=str(data_dir or dataset))
+        """Read the IDX files. Raises UsageError if they are missing, JobError if damaged."""
+        data_dir = self.settings.data_dir
+        return Data(idx.load("train", data_dir), idx.load("test", data_dir), name=str(data_dir or "mnist"))
 
     def create_model(self) -> nn.Module:
         """Return the notebook's network."""

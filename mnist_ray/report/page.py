@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import jinja2
 
 from mnist_ray.config import TrainConfig, WorkerConfig
-from mnist_ray.errors import JobError, UsageError, count, format_value, redact, say, with_place
+from mnist_ray.errors import JobError, UsageError, format_value, redact, say, with_place
 from mnist_ray.report.run_files import RunRecord, settings_of, workload_of
 from mnist_ray.settings import build, path_of, values_of
-from mnist_ray.storage import OPERATORS_FILE, REPORT_FILE, RunFolder, Warn, write_file
+from mnist_ray.storage import REPORT_FILE, RunFolder, write_file
 from mnist_ray.workload import figures
 from mnist_ray.workload.base import LOSS, Metric, Picture, Workload
 from mnist_ray.workload.data import Split
@@ -101,9 +101,8 @@ def write(
     pictures += drawn("curve of the learning rate", lambda: _learning_rate(record))
     for picture in pictures:
         run.inside(PICTURES_FOLDER).write_bytes(f"{picture.name}.png", picture.png)
-    operators = drawn("table of operators", lambda: _operators(run, notes.append))
     seconds = drawn("table of the seconds", lambda: _seconds(result)) if result else []
-    tables = [*more.tables, _epochs(record), *operators, *_settings(record), *seconds]
+    tables = [*more.tables, _epochs(record), *_settings(record), *seconds]
     status, refresh_s = _status(record, resume_with, is_running), _REFRESH_S if is_running else 0
     page = Page(run.name, status, headlines(record), notes, pictures, tables, refresh_s)
     run.write_text(REPORT_FILE, page.to_html())
@@ -196,18 +195,6 @@ def _epochs(record: RunRecord) -> Table:
         for row in record.epochs
     ]
     return Table("Epochs", columns, rows)
-
-
-def _operators(run: RunFolder, warn: Warn) -> list[Table]:
-    found = run.read_json(OPERATORS_FILE, warn)
-    if found is None:
-        return []
-    rows = [
-        (each["operator"], f"{each['ms'] / found['steps']:.3f}", f"{each['part']:.1%}", f"{each['calls']:,}")
-        for each in found["operators"]
-    ]
-    title = f"The most expensive operators in {count(found['steps'], 'step')} of the first worker"
-    return [Table(title, ("operator", "own ms per step", "share", "calls"), rows)]
 
 
 def _settings(record: RunRecord) -> list[Table]:

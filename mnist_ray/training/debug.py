@@ -9,13 +9,11 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.profiler import profile
 
 from mnist_ray.errors import first_line
-from mnist_ray.settings import json_lines
 from mnist_ray.storage import OPERATORS_FILE, TRACE_FILE, RunFolder
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.state import CodeFailedError, Group, TrainingState
@@ -52,20 +50,10 @@ class Profiler(Callback):
             trace = Path(folder) / "trace.json"
             self._profile.export_chrome_trace(str(trace))
             self._run.write_bytes(TRACE_FILE, gzip.compress(trace.read_bytes()))
-        operators = _most_expensive(self._profile)
-        self._run.write_text(OPERATORS_FILE, json_lines({"steps": self._num_steps, "operators": operators}))
-
-
-def _most_expensive(seen: profile) -> list[dict[str, Any]]:
-    """Return the operators with the longest self time, and their milliseconds and calls over all steps."""
-    events = seen.key_averages()
-    on_device = any(event.self_device_time_total for event in events)
-    micros = {event.key: event.self_device_time_total if on_device else event.self_cpu_time_total for event in events}
-    total = sum(micros.values()) or 1.0
-    return [
-        {"operator": event.key, "calls": event.count, "ms": micros[event.key] / 1e3, "part": micros[event.key] / total}
-        for event in sorted(events, key=lambda event: -micros[event.key])[:_NUM_OPERATORS]
-    ]
+        events = self._profile.key_averages()
+        device = "device" if any(event.self_device_time_total for event in events) else "cpu"
+        table = events.table(sort_by=f"self_{device}_time_total", row_limit=_NUM_OPERATORS)
+        self._run.write_text(OPERATORS_FILE, table)
 
 
 @contextlib.contextmanager

@@ -38,16 +38,10 @@ def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Dat
     if any(folder.classes != classes for folder in folders):
         raise UsageError(f"{place}: {roots[0].name}/ and {roots[1].name}/ differ in classes")
     if not roots:
-        for folder, part in zip(folders, _parted(len(folders[0])), strict=True):
-            folder.samples = [folder.samples[index] for index in part]
+        order, num_test = Shuffled(len(folders[0]), [_TEST_SEED])[:], max(1, len(folders[0]) // _TEST_PART)
+        for folder, part in zip(folders, (order[num_test:], order[:num_test]), strict=True):
+            folder.samples = [folder.samples[index] for index in np.sort(part)]
     train, test = folders
     files = [file for folder in folders for file, _ in folder.samples]
     name = f"{place.name}, pictures of {len(classes)} classes"
     return Data(train, test, name=name, metadata={"class_names": classes}, files=files)
-
-
-def _parted(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the indices of a random training set and test set."""
-    order = Shuffled(number, [_TEST_SEED])[:]
-    num_test = max(1, number // _TEST_PART)
-    return np.sort(order[num_test:]), np.sort(order[:num_test])

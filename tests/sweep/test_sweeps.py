@@ -475,5 +475,5 @@ def test_a_trial_is_profiled_and_names_the_line_of_its_first_anomaly(
     assert "MulBackward0" in reported[0]["reason"]
     assert "broken_trial.py, line 16" in reported[0]["reason"]
     try_one(reported.append, few_images, tmp_path / "profiled", mnist(), OutputConfig(profile=3))
-    (operators,) = tmp_path.rglob("operators.json")
-    assert json.loads(operators.read_text())["steps"] == 3
+    (operators,) = tmp_path.rglob("operators.txt")
+    assert "aten::" in operators.read_text()

@@ -78,11 +78,10 @@ def test_a_run_stops_early_and_has_a_profile(
     assert (tmp_path / "run" / result["checkpoint"] / "training.pt").exists()
     trace = json.loads(gzip.decompress((tmp_path / "run" / "trace.json.gz").read_bytes()))
     assert any("conv" in str(event.get("name")) for event in trace["traceEvents"])
-    operators = json.loads((tmp_path / "run" / "operators.json").read_text())
-    assert operators["steps"] == 5
-    assert len(operators["operators"]) == 10
+    operators = (tmp_path / "run" / "operators.txt").read_text()
+    assert "Self CPU %" in operators
+    assert "aten::" in operators
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "The most expensive operators in 5 steps of the first worker" in page
     assert "<td>early_stop</td><td>1 (default: none)</td>" in page
 
 
