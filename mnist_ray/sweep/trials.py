@@ -102,11 +102,6 @@ class TrialTable:
         """Count the trials in one of the states."""
         return sum(record.state in states for record in self.by_point.values())
 
-    @property
-    def num_epochs(self) -> float:
-        """The epochs that all trials have trained."""
-        return sum(record.epochs for record in self.by_point.values())
-
     def score_at(self, point: Point, epoch: float) -> float:
         """Return a trial's monitor at its first report from ``epoch`` on, negated if less is better.
 

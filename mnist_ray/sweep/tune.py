@@ -123,9 +123,9 @@ class SweepConsole(RunConsole):
         self.rest()
         if not self._quiet:
             self._console.print(self._table(table))
-        full = self._num_epochs * table.count(DONE, STOPPED)
-        saved = full - sum(record.epochs for record in table.by_point.values() if record.state in (DONE, STOPPED))
-        self.say("epochs", f"{table.num_epochs:.4g} trained; stopping early saved {saved:.4g} of {full}")
+        trained = sum(record.epochs for record in table.by_point.values())
+        full = self._num_epochs * len(table.by_point)
+        self.say("epochs", f"{trained:.4g} trained; it would be {full} if no trial stopped early")
 
     def _table(self, table: TrialTable) -> Table:
         view = Table(box=None, padding=(0, 1, 0, 0))

@@ -17,7 +17,7 @@ from mnist_ray.storage import STORAGE_ERRORS, with_retries
 from mnist_ray.training.batches import Batch, Collate, ExampleBatches, ExampleError
 from mnist_ray.training.sampler import Slice, own_chunks
 from mnist_ray.training.state import Group, TrainingState
-from mnist_ray.workload.blocks import Read, StreamOrder, reads_in_order, sizes_in
+from mnist_ray.workload.blocks import Read, StreamOrder, sizes_in
 from mnist_ray.workload.data import Arrays, Split
 
 _NUM_THREADS = 8  # they mostly wait for the storage
@@ -53,16 +53,9 @@ class BlockBatches(ExampleBatches):
         if self._announced is None:  # the first epoch; the others follow without a wait
             self._step, own = state.total_step, own_chunks(config.num_chunks, group.rank, group.world_size)
             epochs = range(state.epoch, config.num_epochs)
-            self._announce(read for epoch in epochs for read in order(epoch).reads(own, self._step))
+            self._announced = (read for epoch in epochs for read in order(epoch).reads(own, self._step))
+            self._next = next(self._announced, None)
         return order(state.epoch)
-
-    def begin_in_order(self, batch_size: int) -> None:
-        """Prepare for reading all examples in their order, a batch at a time."""
-        if self._sizes is not None:
-            self._announce(reads_in_order(self._sizes, batch_size))
-
-    def _announce(self, reads: Iterator[Read]) -> None:
-        self._announced, self._next = reads, next(reads, None)
 
     def __getitem__(self, chosen: Slice) -> Batch:
         places = self.split.places(chosen.indices)
@@ -84,6 +77,8 @@ class BlockBatches(ExampleBatches):
             if not self._fits():
                 self._held.clear()
             self._start(Read(self._step, self._step, block))
+            if self._sizes is not None and self._sizes[block + 1 : block + 2].any():  # an evaluation reads it next
+                self._start(Read(self._step, self._step, block + 1))
         return self._held[block][1].result().examples
 
     def _read_ahead(self) -> None:

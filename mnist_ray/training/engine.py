@@ -299,10 +299,7 @@ def evaluate(workload: Workload, model: nn.Module, split: Split, num_loader_proc
     sums: list[dict[str, Tensor]] = []  # these and the columns stay on the device, since each transfer waits for it
     columns: list[dict[str, Tensor]] = []
     num_bytes = 0
-    examples = batches_of(split, device, workload.collate)
-    if isinstance(examples, BlockBatches) and slices:
-        examples.begin_in_order(len(slices[0].indices))
-    loader = batch_loader(examples, slices, device, num_loader_processes)
+    loader = batch_loader(batches_of(split, device, workload.collate), slices, device, num_loader_processes)
     for batch in on_device(loader, device):
         outputs = as_fp32(model(workload.prepare(batch.inputs, None)))
         loss = workload.loss(outputs, batch.targets).sum()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,13 +40,6 @@ def whole_blocks(split: Split, size: int, seed: int) -> np.ndarray:
     order = Shuffled(len(sizes), [seed])[:]
     number = max(1, np.searchsorted(np.cumsum(sizes[order]), size, side="right"))
     return np.flatnonzero(np.repeat(np.isin(np.arange(len(sizes)), order[:number]), sizes))
-
-
-def reads_in_order(sizes: np.ndarray, batch_size: int) -> Iterator[Read]:
-    """Yield the blocks for examples in the data's order, a batch in each step."""
-    ends = np.cumsum(sizes)
-    for block in np.flatnonzero(sizes).tolist():
-        yield Read((ends[block] - sizes[block]) // batch_size, (ends[block] - 1) // batch_size, block)
 
 
 class StreamOrder:

@@ -181,7 +181,6 @@ def test_examples_that_no_order_announces_are_read_when_needed() -> None:
 def test_an_evaluation_reads_each_block_once() -> None:
     blocks = Numbers([30] * 20)
     dataset = dataset_of(blocks)
-    dataset.begin_in_order(100)
     seen = [dataset[Slice(np.arange(start, start + 100))].inputs for start in range(0, 600, 100)]
     assert torch.cat(seen).tolist() == list(range(600))
     assert sorted(blocks.read_blocks) == list(range(20))

@@ -10,7 +10,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.training.sampler import ShardedBatchSampler, own_chunks
 from mnist_ray.workload import Arrays, Blocks, Data
-from mnist_ray.workload.blocks import StreamOrder, reads_in_order, sizes_in
+from mnist_ray.workload.blocks import StreamOrder, sizes_in
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.splits import splits_of, subset
 
@@ -96,10 +96,6 @@ def test_examples_of_far_blocks_meet_in_a_batch() -> None:
     sizes = [100] * 80  # as if sorted by class
     batch = order_of(64, 8, sizes=sizes)[:64] // 100
     assert len({*batch.tolist()}) > 20
-
-
-def test_in_order_each_block_is_needed_from_its_first_batch_to_its_last() -> None:
-    assert list(reads_in_order(np.array([150, 0, 30, 40]), 100)) == [(0, 1, 0), (1, 1, 2), (1, 2, 3)]
 
 
 def test_whole_blocks_are_held_out_and_the_rest_is_trained_on() -> None:
