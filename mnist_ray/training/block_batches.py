@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +21,7 @@ from mnist_ray.workload.blocks import Read, StreamOrder, sizes_in
 from mnist_ray.workload.data import Arrays, Split
 
 _NUM_THREADS = 8  # they mostly wait for the storage
-
-
-class _Content(NamedTuple):
-    examples: Arrays | Sequence[tuple[Any, Any]]
-    num_bytes: int
+Content = tuple[Any, int]  # a block's examples, Arrays or pairs (input, target), and their bytes
 
 
 class BlockBatches(ExampleBatches):
@@ -37,7 +33,7 @@ class BlockBatches(ExampleBatches):
         self._sizes = sizes_in(split)
         self._most_mib = read_ahead_mib
         self._threads = ThreadPoolExecutor(_NUM_THREADS)
-        self._held = dict[int, tuple[Read, Future[_Content]]]()  # by block
+        self._held = dict[int, tuple[Read, Future[Content]]]()  # by block
         self._announced: Iterator[Read] | None = None
         self._next: Read | None = None
         self._step = 0  # over all epochs
@@ -73,13 +69,14 @@ class BlockBatches(ExampleBatches):
         return self._joined(examples, places, chosen)
 
     def _content(self, block: int) -> Any:
-        if block not in self._held:
-            if not self._fits():
-                self._held.clear()
-            self._start(Read(self._step, self._step, block))
-            if self._sizes is not None and self._sizes[block + 1 : block + 2].any():  # an evaluation reads it next
-                self._start(Read(self._step, self._step, block + 1))
-        return self._held[block][1].result().examples
+        sizes = self._sizes if self._announced is None else None  # an evaluation reads them in their order
+        num_wanted = 2 if sizes is not None and sizes[block + 1 : block + 2].any() else 1
+        for wanted in range(block, block + num_wanted):
+            if wanted not in self._held:
+                if not self._fits():
+                    self._held = {number: held for number, held in self._held.items() if number == block}
+                self._start(Read(self._step, self._step, wanted))
+        return self._held[block][1].result()[0]
 
     def _read_ahead(self) -> None:
         """Forget the blocks that no step needs any more, and start to read the next ones."""
@@ -102,13 +99,10 @@ class BlockBatches(ExampleBatches):
 
     def _start(self, read: Read) -> None:
         before, future = self._held.get(read.block, (read, None))  # two streams may share a block
-        last_step = max(before.last_step, read.last_step)
-        self._held[read.block] = (
-            read._replace(last_step=last_step),
-            future or self._threads.submit(self._read, read.block),
-        )
+        read = read._replace(last_step=max(before.last_step, read.last_step))
+        self._held[read.block] = read, future or self._threads.submit(self._read, read.block)
 
-    def _read(self, block: int) -> _Content:
+    def _read(self, block: int) -> Content:
         name, size = f"{self.split.origin} block {block}", self._edges[block + 1] - self._edges[block]
         try:
             examples = with_retries(lambda: self.split.examples.read(block))
@@ -121,18 +115,21 @@ class BlockBatches(ExampleBatches):
         if len(examples) != size:
             raise ExampleError(f"{name} has {len(examples):,} examples, not {size:,}")
         if isinstance(examples, Arrays):
-            return _Content(examples, examples.inputs.nbytes + examples.targets.nbytes)
-        return _Content(examples, sum(getattr(leaf, "nbytes", 0) for leaf in pytree.tree_leaves(examples)))
+            return examples, examples.inputs.nbytes + examples.targets.nbytes
+        return examples, sum(getattr(leaf, "nbytes", 0) for leaf in pytree.tree_leaves(examples))
 
 
-def _num_bytes(futures: Iterable[Future[_Content]]) -> int:
+def _num_bytes(futures: Iterable[Future[Content]]) -> int:
     """Return the bytes of the contents that have been read."""
-    return sum(future.result().num_bytes for future in futures if future.done() and not future.exception())
+    return sum(future.result()[1] for future in futures if future.done() and not future.exception())
 
 
 def _gathered(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Tensor:
     """Return a batch from the rows of several blocks; each part has the places of its rows in the batch."""
     _, some = parts[0]
+    for _, rows in parts:
+        if rows.shape[1:] != some.shape[1:]:
+            raise ExampleError(f"blocks do not fit together: shapes {some.shape[1:]} and {rows.shape[1:]}")
     batch = torch.empty((sum(len(rows) for _, rows in parts), *some.shape[1:]), dtype=torch.from_numpy(some).dtype)
     for places, rows in parts:
         batch.numpy()[places] = rows

@@ -18,7 +18,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from mnist_ray.errors import escaped
-from mnist_ray.workload.base import ACCURACY, Metric, Picture, Rows, Workload
+from mnist_ray.workload.base import Metric, Picture, Rows, Workload
 from mnist_ray.workload.data import Split
 
 _FONT = matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf"
@@ -144,26 +144,18 @@ def scale_axis(axes: Axes, metric: Metric, name: str = "") -> None:
 def of_classification(
     workload: Workload, classes: Sequence[Any], result: Mapping[str, Any], rows: Rows, test: Split | None
 ) -> list[Picture]:
-    """Return the confusion matrix, the accuracy of each class and, if the examples are pictures, some of them."""
+    """Return the confusion matrix and, if the examples are pictures, some of them."""
     names, counts = list(map(drawable, classes)), np.array(result["confusion_matrix"])
     mistakes = counts * ~np.eye(len(counts), dtype=bool)
     label, prediction = map(int, np.unravel_index(mistakes.argmax(), mistakes.shape))
     most = f"most often {names[label]} was taken for {names[prediction]} ({mistakes.max():,})"
-    confusion = f"{mistakes.sum()} mistakes among {counts.sum():,}; {most if mistakes.any() else 'no mistakes'}"
-    accuracies = [math.nan if accuracy is None else accuracy for accuracy in result["test_accuracy_per_class"]]
-    of_each = zip(names, accuracies, strict=True)
-    by_class = ", ".join(f"{name}: {ACCURACY.format(accuracy)}" for name, accuracy in of_each)
+    alt = f"Confusion matrix: {mistakes.sum()} mistakes among {counts.sum():,}"
+    alt += f"; {most}" if mistakes.any() else ""
     caption = "Shade: the fraction of the label's examples that were predicted so. Right predictions have none."
     if names != [*map(str, classes)]:
         caption += " Names have escapes for characters that the font lacks."
-    matrix, per_class = confusion_matrix(counts, names), accuracy_per_class(accuracies, names)
-    pictures = [
-        Picture("confusion", "Confusion matrix of the test set", f"Confusion matrix: {confusion}", matrix, caption),
-        Picture("classes", "Accuracy per class on the test set", f"Accuracy per class: {by_class}", per_class),
-    ]
-    if rows and test is not None:
-        pictures += _examples(workload, rows, test)
-    return pictures
+    matrix = Picture("confusion", "Confusion matrix of the test set", alt, confusion_matrix(counts, names), caption)
+    return [matrix, *(_examples(workload, rows, test) if rows and test is not None else ())]
 
 
 def _examples(workload: Workload, rows: Rows, test: Split) -> list[Picture]:
@@ -245,24 +237,6 @@ def _name_ticks(axis: Any, names: Sequence[str]) -> None:
     """Label an axis with at most 40 of the names."""
     step = math.ceil(len(names) / 40)
     axis.set_ticks(range(0, len(names), step), names[::step], fontsize=10 if len(names) <= 12 else 7)
-
-
-def accuracy_per_class(accuracies: Sequence[float], names: Sequence[str]) -> bytes:
-    """Draw a dot for each class's accuracy (a fraction; NaN for a class without examples)."""
-    figure, axes = new_plot("accuracy (%)", "class")
-    known = {label: 100 * accuracy for label, accuracy in enumerate(accuracies) if not math.isnan(accuracy)}
-    axes.plot(list(known.values()), list(known), "o", color="C0")
-    if len(names) <= _MOST_COUNTED:
-        for label, accuracy in known.items():
-            axes.text(accuracy, label, f"   {accuracy:.2f} %", fontsize="small", va="center")
-    low = min(known.values(), default=0.0)
-    axes.set_xlim(low - 0.05 * (100 - low) - 0.1, 100 + 0.3 * (100 - low) + 0.1)
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
-    axes.xaxis.set_major_formatter(lambda tick, _: f"{tick:g}" if tick <= 100 else "")
-    _name_ticks(axes.yaxis, names)
-    axes.invert_yaxis()
-    axes.grid(alpha=0.3)
-    return png_of(figure)
 
 
 def single_image(image: np.ndarray) -> bytes:

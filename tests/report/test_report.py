@@ -32,7 +32,7 @@ from mnist_ray.workload.figures import Curve, Table, smoothed
 from tests.conftest import METADATA, mnist, run_job, run_main
 
 PHOTOS = ["predictions", "mistakes"]
-RUN_PICTURES = ["loss", "accuracy", "confusion", "classes", *PHOTOS, "learning_rate"]
+RUN_PICTURES = ["loss", "accuracy", "confusion", *PHOTOS, "learning_rate"]
 
 
 class Page:
@@ -345,7 +345,7 @@ def test_a_picture_that_cannot_be_drawn_becomes_a_note(
     monkeypatch.setattr(type(mnist()), "as_picture", fail)
     test = Split(Arrays(few_images.inputs[:2], few_images.targets[:2]))
     shown = page.write(tested_run, mnist(), "", test, None, notes.append)
-    assert list(shown) == ["loss", "accuracy", "confusion", "classes", "learning_rate"]
+    assert list(shown) == ["loss", "accuracy", "confusion", "learning_rate"]
     assert [note.partition(" (")[0] for note in notes] == ["no pictures of the predictions: ValueError: no such colour"]
     assert "no such colour" in (tested_run.read_text("report.html") or "")
     monkeypatch.setattr(type(mnist()), "pictures", lambda *given: [b"png"])

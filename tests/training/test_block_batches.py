@@ -154,6 +154,15 @@ def test_other_errors_name_the_block() -> None:
         list(epochs(dataset_of(short)))
 
 
+def test_blocks_of_different_shapes_are_one_line() -> None:
+    blocks = Numbers()
+    shapes = iter([(2, 3), (3, 2)] * 99)
+    read: Any = lambda block: Arrays(np.zeros((SIZES[block], *next(shapes))), np.zeros(SIZES[block]))  # noqa: E731
+    blocks.read = read  # type: ignore[method-assign]
+    with pytest.raises(ExampleError, match=r"^blocks do not fit together: shapes \(., .\) and \(., .\)$"):
+        list(epochs(dataset_of(blocks)))
+
+
 class Pairs(Numbers):
     """Examples whose inputs are dicts."""
 
