@@ -190,6 +190,8 @@ class _Watcher(tune.Callback):
         # The trial's processes have died too often. If they died before the trial started, it has no record yet.
         record = self._table.start(self._point(trial))
         record.state, record.reason = LOST, reason_of(trial)
+        if trial.num_failures <= self.sweep.job.workers.max_failures:  # Tune does not retry a process that it resets
+            record.state, record.reason = WAITING, ""
         self._changed()
         self._decide()
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -5,13 +6,14 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from ray.tune.search import Searcher
 
 from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan
 from mnist_ray.config import SweepConfig, TrainConfig
 from mnist_ray.storage import DamagedFileError, locate
 from mnist_ray.sweep import tuner
 from mnist_ray.sweep.space import space_of
-from mnist_ray.sweep.trials import DONE, FAILED, RUNNING, STOPPED, WAITING, TrialRecord, TrialTable
+from mnist_ray.sweep.trials import DONE, FAILED, LOST, RUNNING, STOPPED, WAITING, TrialRecord, TrialTable
 from mnist_ray.sweep.tune import SweepConsole, read_sweep
 from mnist_ray.workload import Regression, Workload
 from tests.conftest import mnist
@@ -227,3 +229,35 @@ def test_the_console_has_a_line_for_each_end_but_not_again_for_a_trial_that_its_
         some.state = STOPPED
         console.show_table(table, some)
     assert capsys.readouterr().out.count("trial 1 ") == lines
+
+
+@pytest.mark.parametrize(("num_failures", "state"), [(1, DONE), (4, LOST)])
+def test_a_piece_is_trained_again_if_its_process_dies_as_tune_resets_it(
+    num_failures: int, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OneAtATime:
+        """Runs a piece after the other in place of Tune; the first one fails."""
+
+        def __init__(self, trainable: Any, *, tune_config: Any, run_config: Any, **options: Any) -> None:
+            self.source, (self.watcher,) = tune_config.search_alg, run_config.callbacks
+
+        def fit(self) -> None:
+            for number in itertools.count():
+                config = self.source.suggest(f"{number}")
+                if config == Searcher.FINISHED:
+                    return
+                result = {"epochs": 2.0, "val_accuracy": 0.5, "val_score": 0.5, "val_loss": 1.0, "is_over": True}
+                trial = Mock(config=config, num_failures=num_failures, error_file=None, last_result=result)
+                self.source.on_trial_complete(f"{number}", error=number == 0)
+                if number == 0:
+                    self.watcher.on_trial_error(trial=trial)
+                    continue
+                self.watcher.on_trial_start(trial=trial)
+                self.watcher.on_trial_result(trial=trial, result=result)
+                self.watcher.on_trial_complete(trial=trial)
+
+    monkeypatch.setattr("mnist_ray.sweep.tuner.tune.Tuner", OneAtATime)
+    given = {"num_trials": 2, "num_confirmed": 0, "scheduler": "none", "storage_path": str(tmp_path)}
+    spec: Any = Mock(plan=WorkerPlan(1, 1, use_gpu=False, must_scale_up=False))
+    table = tuner.run_sweep(read_sweep(given), spec, 1, Mock(), Mock())
+    assert [record.state for record in table.by_point.values()] == [state, DONE]
