@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -37,6 +37,7 @@ class BlockBatches(ExampleBatches):
         self._announced: Iterator[Read] | None = None
         self._next: Read | None = None
         self._step = 0  # over all epochs
+        self._largest = 0  # block so far, in bytes
 
     def begin(self, config: TrainConfig, state: TrainingState, group: Group) -> StreamOrder | None:
         """Return the order of the state's epoch; None if the indices are not sorted, with ``--overfit-batches``."""
@@ -56,14 +57,16 @@ class BlockBatches(ExampleBatches):
     def __getitem__(self, chosen: Slice) -> Batch:
         places = self.split.places(chosen.indices)
         blocks = np.searchsorted(self._edges, places, side="right") - 1
-        rows = places - self._edges[blocks]
+        rows, by_block = places - self._edges[blocks], np.argsort(blocks, kind="stable")
+        numbers, starts = np.unique(blocks[by_block], return_index=True)
         self._read_ahead()
-        contents = {block: self._content(block) for block in np.unique(blocks).tolist()}
+        contents = {number: self._content(number) for number in numbers.tolist()}
         self._step += chosen.ends_step
         if all(isinstance(content, Arrays) for content in contents.values()):
-            of_blocks = [(np.flatnonzero(blocks == block), content) for block, content in contents.items()]
-            inputs = _gathered([(own, content.inputs[rows[own]]) for own, content in of_blocks])
-            targets = _gathered([(own, content.targets[rows[own]]) for own, content in of_blocks])
+            of_blocks = [*zip(contents.values(), np.split(rows[by_block], starts[1:]), strict=True)]
+            back = torch.from_numpy(np.argsort(by_block))
+            inputs = _together([content.inputs[some] for content, some in of_blocks])[back]
+            targets = _together([content.targets[some] for content, some in of_blocks])[back]
             return Batch(inputs, targets, *chosen[1:])
         examples = [contents[block][row] for block, row in zip(blocks.tolist(), rows.tolist(), strict=True)]
         return self._joined(examples, places, chosen)
@@ -76,16 +79,20 @@ class BlockBatches(ExampleBatches):
                 if not self._fits():
                     self._held = {number: held for number, held in self._held.items() if number == block}
                 self._start(Read(self._step, self._step, wanted))
-        return self._held[block][1].result()[0]
+        content, num_bytes = self._held[block][1].result()
+        self._largest = max(self._largest, num_bytes)
+        return content
 
     def _read_ahead(self) -> None:
         """Forget the blocks that no step needs any more, and start to read the next ones."""
         if self._announced is None:
             return
         self._held = {block: held for block, held in self._held.items() if held[0].last_step >= self._step}
-        needed = [future for read, future in self._held.values() if read.first_step < self._step]
-        if _num_bytes(needed) > self._most_mib * 2**20:
-            mib = f"{_num_bytes(needed) / 2**20:,.0f} MiB, above --read-ahead-mib {self._most_mib}"
+        needed = [
+            future.result()[1] for read, future in self._held.values() if read.first_step < self._step and future.done()
+        ]
+        if (num_mib := sum(needed) / 2**20) > self._most_mib:
+            mib = f"{num_mib:,.0f} MiB, above --read-ahead-mib {self._most_mib}"
             remedy = "raise it, write smaller blocks (row groups), or start a run with fewer --num-chunks"
             raise ExampleError(f"a step needs {len(needed)} blocks at a time, in all {mib}; {remedy}")
         while self._next is not None and (self._next.first_step <= self._step or self._fits()):
@@ -94,8 +101,7 @@ class BlockBatches(ExampleBatches):
 
     def _fits(self) -> bool:
         """Return whether one more block, as large as the largest so far, fits into the memory."""
-        largest = max((_num_bytes([future]) for _, future in self._held.values()), default=0)
-        return 0 < (len(self._held) + 1) * largest <= self._most_mib * 2**20
+        return 0 < (len(self._held) + 1) * self._largest <= self._most_mib * 2**20
 
     def _start(self, read: Read) -> None:
         before, future = self._held.get(read.block, (read, None))  # two streams may share a block
@@ -119,18 +125,9 @@ class BlockBatches(ExampleBatches):
         return examples, sum(getattr(leaf, "nbytes", 0) for leaf in pytree.tree_leaves(examples))
 
 
-def _num_bytes(futures: Iterable[Future[Content]]) -> int:
-    """Return the bytes of the contents that have been read."""
-    return sum(future.result()[1] for future in futures if future.done() and not future.exception())
-
-
-def _gathered(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Tensor:
-    """Return a batch from the rows of several blocks; each part has the places of its rows in the batch."""
-    _, some = parts[0]
-    for _, rows in parts:
-        if rows.shape[1:] != some.shape[1:]:
-            raise ExampleError(f"blocks do not fit together: shapes {some.shape[1:]} and {rows.shape[1:]}")
-    batch = torch.empty((sum(len(rows) for _, rows in parts), *some.shape[1:]), dtype=torch.from_numpy(some).dtype)
-    for places, rows in parts:
-        batch.numpy()[places] = rows
-    return batch
+def _together(parts: Sequence[np.ndarray]) -> Tensor:
+    """Return the rows of several blocks as one tensor."""
+    try:
+        return torch.from_numpy(np.concatenate(parts))
+    except ValueError as error:
+        raise ExampleError(f"the shapes of blocks do not fit together: {first_line(error)}") from error
