@@ -72,13 +72,15 @@ class BlockBatches(ExampleBatches):
         return self._joined(examples, places, chosen)
 
     def _content(self, block: int) -> Any:
-        sizes = self._sizes if self._announced is None else None  # an evaluation reads them in their order
-        num_wanted = 2 if sizes is not None and sizes[block + 1 : block + 2].any() else 1
-        for wanted in range(block, block + num_wanted):
-            if wanted not in self._held:
-                if not self._fits():
-                    self._held = {number: held for number, held in self._held.items() if number == block}
-                self._start(Read(self._step, self._step, wanted))
+        wanted = [block]
+        if self._announced is None:  # in an evaluation, which reads the blocks in their order, or overfitting
+            if self._sizes is not None and self._sizes[block + 1 : block + 2].any():
+                wanted.append(block + 1)
+            if self._sizes is not None or (block not in self._held and not self._fits()):
+                self._held = {number: held for number, held in self._held.items() if number in wanted}
+        for number in wanted:
+            if number not in self._held:
+                self._start(Read(self._step, self._step, number))
         content, num_bytes = self._held[block][1].result()
         self._largest = max(self._largest, num_bytes)
         return content

@@ -105,6 +105,13 @@ def test_blocks_of_the_next_epoch_are_read_before_it_begins() -> None:
     assert blocks.reads > 162
 
 
+def test_a_rank_without_examples_in_a_step_keeps_its_blocks() -> None:
+    blocks, config = Counted(160), TrainConfig(batch_size=852, num_epochs=2, num_chunks=8)  # the last batch has 4
+    for _ in epochs(dataset_of(blocks, read_ahead_mib=24), rank=0, world_size=4, config=config):
+        pass
+    assert blocks.reads <= 2 * (160 / 4 + 2)
+
+
 def test_data_that_fit_into_the_memory_are_read_once_for_all_epochs() -> None:
     blocks = Numbers()
     assert len(list(epochs(dataset_of(blocks)))) == 18
@@ -193,3 +200,12 @@ def test_an_evaluation_reads_each_block_once() -> None:
     seen = [dataset[Slice(np.arange(start, start + 100))].inputs for start in range(0, 600, 100)]
     assert torch.cat(seen).tolist() == list(range(600))
     assert sorted(blocks.read_blocks) == list(range(20))
+
+
+def test_an_evaluation_holds_few_blocks_whatever_the_memory() -> None:
+    blocks = Counted(100)
+    dataset = dataset_of(blocks)
+    for start in range(0, 1600, 16):
+        dataset[Slice(np.arange(start, start + 16))]
+    assert blocks.reads == 100
+    assert blocks.most <= 3, "one whose rows are taken, one that is read, one to be forgotten"
