@@ -46,11 +46,12 @@ def subset(splits: Splits, config: TrainConfig) -> Splits:
     if config.overfit_batches is None:
         return splits
     size = min(len(splits.train), config.overfit_batches * config.batch_size)
-    few, times = splits.train.take(_drawn(splits.train, size, _SUBSET_SEED)[:size]), max(1, len(splits.train) // size)
+    few = splits.train.take(_drawn(splits.train, size, _SUBSET_SEED)[:size])
+    times = max(1, len(splits.train) // len(few))
     return dataclasses.replace(
         splits,
         name=f"{count(config.overfit_batches, 'batch', 'batches')} of {splits.name}, {count(times, 'time')}",
-        train=few.take(np.tile(np.arange(size), times)),
+        train=few.take(np.tile(np.arange(len(few)), times)),
         validation=few.between(0, 0),
         test=few,
     )

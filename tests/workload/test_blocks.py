@@ -129,6 +129,9 @@ def test_a_fraction_has_whole_blocks_and_overfitting_some_of_their_examples() ->
     few = subset(whole, TrainConfig(overfit_batches=2, batch_size=8)).train
     assert len({few[index][0] for index in range(len(few))}) == 16
     assert sizes_in(few) is None
+    in_small_blocks = splits_of(Data(Numbers([5] * 20), Numbers()), 0)
+    few = subset(in_small_blocks, TrainConfig(overfit_batches=2, batch_size=8)).train
+    assert len({few[index][0] for index in range(len(few))}) == 15, "three whole blocks"
 
 
 def test_the_last_block_is_kept_for_the_next_example_but_not_sent_to_other_processes() -> None:
