@@ -10,7 +10,7 @@ import numpy as np
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.order import AllBut, Shuffled
 
-_WINDOW = 4  # blocks
+_WINDOW = 4  # blocks whose examples are shuffled together
 
 
 class Read(NamedTuple):
@@ -45,10 +45,10 @@ def whole_blocks(split: Split, size: int, seed: int) -> np.ndarray:
 class StreamOrder:
     """An epoch's order of a split's examples, which are in blocks. Its slices are arrays of indices of the split.
 
-    The blocks are permuted into a row. Stream c is the c-th of ``num_streams`` almost equal parts of it; a
-    block at a border belongs to two streams. Within a stream, the examples of each four blocks are shuffled. A batch
-    takes its c-th part from stream c (MosaicML's Streaming calls streams "canonical nodes"). So the batches do not
-    depend on the number of workers, and a worker that always takes the same parts reads only its own streams.
+    The blocks are permuted into a row. Stream c is the c-th of ``num_streams`` almost equal parts of it; a block at a
+    border belongs to two streams. Within a stream, the examples of each four blocks are shuffled. A batch takes its
+    c-th part from stream c (MosaicML's Streaming calls streams "canonical nodes"). So the batches do not depend on the
+    number of workers, and a worker that always takes the same parts reads only its own streams.
     """
 
     def __init__(self, sizes: np.ndarray, batch_size: int, num_streams: int, seed: int, epoch: int) -> None:
@@ -63,9 +63,8 @@ class StreamOrder:
         cuts = np.arange(num_streams + 1) * np.array([[batch_size], [rest]]) // num_streams
         self._parts = cuts[:, :-1]  # where each stream's part of a full batch begins, and of the last one
         self._widths = np.diff(cuts[0])  # examples that each stream gives to a full batch
-        self._bounds = np.append(
-            0, np.cumsum(self._num_full * self._widths + np.diff(cuts[1]))
-        )  # of streams in the row
+        lengths = self._num_full * self._widths + np.diff(cuts[1])
+        self._bounds = np.append(0, np.cumsum(lengths))  # of the streams in the row
         self._first_blocks = self._block_at(self._bounds)
 
     def __len__(self) -> int:
@@ -91,10 +90,7 @@ class StreamOrder:
         return self._firsts[blocks] + at - self._edges[blocks]
 
     def reads(self, streams: Iterable[int], first_step: int) -> list[Read]:
-        """Return the reads of some streams for the steps from ``first_step`` on, in the order of need.
-
-        Steps are counted over all epochs.
-        """
+        """Return the reads of some streams for the steps from ``first_step`` on, in the order of need."""
         found = []
         for stream in streams:
             num_blocks = self._block_at(self._bounds[stream + 1] - 1) + 1 - self._first_blocks[stream]
@@ -117,7 +113,7 @@ class StreamOrder:
         return int(max(first, self._bounds[stream])), int(min(last, self._bounds[stream + 1]))
 
     def _step_of(self, stream: int, place: int) -> int:
-        """Return the step that needs the example at a place of a stream, counted over all epochs."""
+        """Return the step that needs the example at a place of a stream."""
         width = self._widths[stream]
         in_full = (place - self._bounds[stream]) // width if width else self._num_full
         return int(self._first_step + min(in_full, self._num_full))
