@@ -52,7 +52,7 @@ class Shards(Classification):
     def read_picture(self, picture: Image.Image, *, as_is: bool) -> np.ndarray:
         """Scale a picture."""
         size = self.settings.size, self.settings.size
-        return np.asarray(picture.convert("RGB").resize(size)).transpose(2, 0, 1)
+        return np.array(picture.convert("RGB").resize(size)).transpose(2, 0, 1)
 
     def as_picture(self, inputs: np.ndarray) -> np.ndarray:
         """Return a picture as (H, W, 3)."""

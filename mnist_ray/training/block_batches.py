@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.errors import UsageError, first_line
+from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.storage import STORAGE_ERRORS, with_retries
 from mnist_ray.training.batches import Batch, Collate, ExampleBatches, ExampleError
 from mnist_ray.training.sampler import Slice, own_chunks
@@ -116,8 +116,8 @@ class BlockBatches(ExampleBatches):
             examples = with_retries(lambda: self.split.examples.read(block))
         except STORAGE_ERRORS:
             raise
-        except UsageError as error:
-            raise ExampleError(str(error)) from error
+        except (UsageError, JobError) as error:  # of Parquet; its cause may be in the user's decode
+            raise ExampleError(str(error)) from error.__cause__
         except Exception as error:
             raise ExampleError(f"{name} cannot be read: {type(error).__name__}: {first_line(error)}") from error
         if len(examples) != size:

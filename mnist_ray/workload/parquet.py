@@ -17,7 +17,7 @@ from pyarrow import compute, fs
 from pyarrow import parquet as pq
 
 from mnist_ray.errors import UsageError, first_line
-from mnist_ray.storage import STORAGE_ERRORS, locate, split_query
+from mnist_ray.storage import STORAGE_ERRORS, in_one_line, locate, split_query
 from mnist_ray.workload.data import Arrays, Blocks
 
 _NUM_THREADS = 16  # that read footers
@@ -57,11 +57,16 @@ class Parquet(Blocks):
     def read(self, block: int) -> Arrays | Sequence[tuple[Any, Any]]:
         """Read and decode a row group. Raises UsageError if a row cannot be used, or the file has changed."""
         file, group = self._groups[block]
+        where = f"{file.path}, row group {group}"
         with self._filesystem.open_input_file(file.path) as source:
             if _version(self._filesystem, file.path, source) != file.version:
                 raise UsageError(f"{file.path} has changed since the data were loaded")
-            table = pq.ParquetFile(source, metadata=file.footer, pre_buffer=True).read_row_group(group, self._columns)
-        where = f"{file.path}, row group {group}"
+            try:
+                table = self._table(source, file, group)
+            except STORAGE_ERRORS:  # does the storage fail, or is the file damaged?
+                content = pa.BufferReader(source.read_at(source.size(), 0))
+                with in_one_line(f"{where} is damaged"):
+                    table = self._table(content, file, group)
         if self._decode is not None:
             return _of_rows(self._decode, table.to_pylist(), where)
         *inputs, targets = (_array(table.field(name), table[name], f"{where}, column {name}") for name in self._columns)
@@ -70,6 +75,9 @@ class Parquet(Blocks):
         if any(values.ndim > 1 for values in inputs):
             raise UsageError(f"{where}: several columns of inputs must hold a number each; or {_REMEDY}")
         return Arrays(np.stack(inputs, axis=1).astype(np.float32), targets)
+
+    def _table(self, source: Any, file: _File, group: int) -> pa.Table:
+        return pq.ParquetFile(source, metadata=file.footer, pre_buffer=True).read_row_group(group, self._columns)
 
 
 class _File(NamedTuple):
@@ -81,13 +89,13 @@ class _File(NamedTuple):
 
 
 def _files_at(place: str) -> tuple[fs.FileSystem, list[_File]]:
-    """Return the Parquet files at a path, a URI or a pattern with ``*``. Raises UsageError if there are none."""
+    """Return the Parquet files at a path, a URI or a pattern with ``*``. Raises UsageError and JobError."""
     base, query = split_query(place)
     above, star, _ = base.partition("*")
     parent = above[: above.rfind("/") + 1] if star else base
     folder = locate((parent or ".") + query, "", "the data in")
     pattern = folder.path + base[len(parent) :] if star else "*.parquet"
-    try:
+    with in_one_line(f"{place} cannot be read"):
         infos = [folder.info()]
         if infos[0].type == fs.FileType.Directory:
             infos = folder.filesystem.get_file_info(fs.FileSelector(infos[0].path, recursive=True))
@@ -95,19 +103,14 @@ def _files_at(place: str) -> tuple[fs.FileSystem, list[_File]]:
         paths = sorted(info.path for info in infos if info.type == fs.FileType.File)
         with ThreadPoolExecutor(_NUM_THREADS) as threads:
             files = list(threads.map(lambda path: _opened(folder.filesystem, path), paths))
-    except STORAGE_ERRORS as error:
-        raise UsageError(f"{place} cannot be read: {first_line(error)}") from error
     if not files:
         raise UsageError(f"{place} has no Parquet files")
     return folder.filesystem, files
 
 
 def _opened(filesystem: fs.FileSystem, path: str) -> _File:
-    with filesystem.open_input_file(path) as source:
-        try:
-            return _File(path, _version(filesystem, path, source), pq.read_metadata(source))
-        except pa.ArrowInvalid as error:
-            raise UsageError(f"{path} is no Parquet file, or was cut off: {first_line(error)}") from error
+    with filesystem.open_input_file(path) as source, in_one_line(f"{path} is no whole Parquet file"):
+        return _File(path, _version(filesystem, path, source), pq.read_metadata(source))
 
 
 def _version(filesystem: fs.FileSystem, path: str, source: pa.NativeFile) -> str:

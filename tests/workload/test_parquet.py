@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet as pq
 
-from mnist_ray.errors import UsageError
+from mnist_ray.errors import JobError, UsageError
 from mnist_ray.workload import Arrays, Data
 from mnist_ray.workload.loading import digests_of
 from mnist_ray.workload.sources import parquet
@@ -125,8 +125,12 @@ def test_empty_files_and_row_groups_are_passed_over(tmp_path: Path) -> None:
     [
         (lambda file: written(file, a=LABELS, b=LABELS), {"columns": ["a", "c"]}, "has no column c, only a, b$"),
         (lambda file: written(file, a=LABELS), {}, "name at least two columns, those of the inputs, then that of"),
-        (lambda file: file.write_text("not a table"), {}, "is no Parquet file, or was cut off: Parquet magic bytes"),
-        (lambda file: file.write_bytes(written(file, a=LABELS, b=LABELS).read_bytes()[:-20]), {}, "or was cut off"),
+        (lambda file: file.write_text("not a table"), {}, "is no whole Parquet file: Parquet magic bytes"),
+        (
+            lambda file: file.write_bytes(written(file, a=LABELS, b=LABELS).read_bytes()[:-20]),
+            {},
+            "is no whole Parquet file: ",
+        ),
         (lambda file: None, {}, "has no Parquet files$"),
     ],
 )
@@ -134,7 +138,7 @@ def test_files_that_cannot_be_used_are_refused_at_the_start(
     tmp_path: Path, make: Callable[[Path], object], options: Any, message: str
 ) -> None:
     make(tmp_path / "some.parquet")
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises((UsageError, JobError), match=message):
         parquet(tmp_path, **options)
 
 
@@ -162,6 +166,17 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path: Path, image: Any, options:
     file = written(tmp_path / "some.parquet", image=image, label=LABELS[:2])
     with pytest.raises(UsageError, match=f"^{file}, row group 0.*{message}"):
         parquet(file, **options).read(0)
+
+
+def test_a_damaged_row_group_is_named_and_not_taken_for_a_failing_storage(tmp_path: Path) -> None:
+    file = written(tmp_path / "some.parquet", image=LABELS * 1000, label=LABELS)
+    content = bytearray(file.read_bytes())
+    content[4:60] = bytes(56)
+    file.write_bytes(content)
+    blocks = parquet(file)
+    with pytest.raises(JobError, match=f"^{file}, row group 0 is damaged: "):
+        blocks.read(0)
+    assert len(blocks.read(1)) == 4
 
 
 def test_a_file_that_has_changed_is_not_read(tmp_path: Path) -> None:
