@@ -38,6 +38,7 @@ def whole_blocks(split: Split, size: int, seed: int) -> np.ndarray:
     sizes = sizes_in(split)
     assert sizes is not None
     order = Shuffled(len(sizes), [seed])[:]
+    order = order[sizes[order] > 0]
     number = max(1, np.searchsorted(np.cumsum(sizes[order]), size, side="right"))
     return np.flatnonzero(np.repeat(np.isin(np.arange(len(sizes)), order[:number]), sizes))
 

@@ -10,7 +10,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.training.sampler import ShardedBatchSampler, own_chunks
 from mnist_ray.workload import Arrays, Blocks, Data
-from mnist_ray.workload.blocks import StreamOrder, sizes_in
+from mnist_ray.workload.blocks import StreamOrder, sizes_in, whole_blocks
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.splits import splits_of, subset
 
@@ -132,6 +132,12 @@ def test_a_fraction_has_whole_blocks_and_overfitting_some_of_their_examples() ->
     in_small_blocks = splits_of(Data(Numbers([5] * 20), Numbers()), 0)
     few = subset(in_small_blocks, TrainConfig(overfit_batches=2, batch_size=8)).train
     assert len({few[index][0] for index in range(len(few))}) == 15, "three whole blocks"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_small_fraction_of_large_blocks_is_one_block_and_never_one_that_is_held_out(seed: int) -> None:
+    train = splits_of(Data(Numbers([100] * 4), Numbers()), 200).train  # two of four blocks are left
+    assert len(whole_blocks(train, 38, seed)) == 100
 
 
 def test_the_last_block_is_kept_for_the_next_example_but_not_sent_to_other_processes() -> None:
