@@ -52,7 +52,6 @@ NUMBER = 59_900  # images
 ROWS = 250  # in a row group: 80 kB, 200 kB in memory
 PIXELS = 784
 _FEW_MIB = 8  # a sixth of the images: what a run would have of data that are much larger than its memory
-CONFIG = TrainConfig(**MNIST.recipes["default"], precision="bf16", num_epochs=2)
 
 
 class S3(ThreadingHTTPServer):

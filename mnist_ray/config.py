@@ -10,7 +10,7 @@ from typing import Any, Literal
 from mnist_ray.settings import Choice, Range, at_least, fraction, positive, rule, setting, within
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-READ_AHEAD_MIB = 512
+READ_AHEAD_MIB = 512  # of each worker
 _LABEL = re.compile(r"[\w./-]+=!?([\w.-]+|in\([\w.,-]+\))")
 
 

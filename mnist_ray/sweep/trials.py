@@ -158,7 +158,8 @@ class TrialTable:
 
     def kept(self, sweep: SweepConfig, seed: int) -> set[Point]:
         """Return the points whose checkpoints may be tested at the end: the default one, and those that may be best."""
-        leading = [record.point for record in (self.best.records[:1] if self.best else ())]
+        best = self.best
+        leading = [best.records[0].point] if best else []
         return {*leading, *self.finalists(sweep, seed), *self.space.default_points(seed)}
 
     def result_of(self, point: Point) -> TrialRecord | None:

@@ -187,11 +187,10 @@ class _Watcher(tune.Callback):
         _drop_checkpoints(self.sweep, self._table, kept)
 
     def on_trial_error(self, trial: Trial, **info: Any) -> None:
-        # The trial's processes have died too often. If they died before the trial started, it has no record yet.
+        # Tune does not retry a process that dies as it is reset. If none has started, the trial has no record yet.
         record = self._table.start(self._point(trial))
-        record.state, record.reason = LOST, reason_of(trial)
-        if trial.num_failures <= self.sweep.job.workers.max_failures:  # Tune does not retry a process that it resets
-            record.state, record.reason = WAITING, ""
+        is_lost = trial.num_failures > self.sweep.job.workers.max_failures
+        record.state, record.reason = (LOST, reason_of(trial)) if is_lost else (WAITING, "")
         self._changed()
         self._decide()
 

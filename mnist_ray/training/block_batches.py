@@ -48,9 +48,10 @@ class BlockBatches(ExampleBatches):
             return StreamOrder(sizes, config.batch_size, config.num_chunks, config.seed, epoch)
 
         if self._announced is None:  # the first epoch; the others follow without a wait
-            self._step, own = state.total_step, own_chunks(config.num_chunks, group.rank, group.world_size)
+            self._step = first = state.total_step
+            own = own_chunks(config.num_chunks, group.rank, group.world_size)
             epochs = range(state.epoch, config.num_epochs)
-            self._announced = (read for epoch in epochs for read in order(epoch).reads(own, self._step))
+            self._announced = (read for epoch in epochs for read in order(epoch).reads(own, first))
             self._next = next(self._announced, None)
         return order(state.epoch)
 

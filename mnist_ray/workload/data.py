@@ -50,10 +50,11 @@ class Blocks:
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         """Return one example, (input, target)."""
-        block = int(np.searchsorted(np.cumsum(self.sizes), index, side="right"))
+        edges = np.append(0, np.cumsum(self.sizes))
+        block = int(np.searchsorted(edges, index, side="right")) - 1
         if self._last[0] != block:
             self._last = block, self.read(block)
-        return self._last[1][index - sum(self.sizes[:block])]
+        return self._last[1][index - edges[block]]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_last"}

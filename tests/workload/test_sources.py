@@ -1,18 +1,15 @@
-"""Data as they lie around: pictures by class, and tables."""
+"""Data as they lie around: pictures by class."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pandas
 import pytest
 from PIL import Image
 
 from mnist_ray.errors import UsageError
 from mnist_ray.workload import sources
-from mnist_ray.workload.data import Arrays
 
 COLOURS = {"blue": (0, 0, 255), "red": (255, 0, 0)}
 
@@ -59,11 +56,3 @@ def test_folders_that_hold_no_pictures_by_class_are_refused(
         write_pictures(tmp_path / part, 1, names)
     with pytest.raises(UsageError, match=message):
         sources.pictures(tmp_path)
-
-
-def arrays(part: Any) -> Arrays:
-    assert isinstance(part, Arrays)
-    return part
-
-
-CATS = pandas.DataFrame({"weight": range(20), "height": [n / 2 for n in range(20)], "kind": ["a", "b"] * 10})
