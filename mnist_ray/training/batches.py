@@ -156,12 +156,11 @@ def batch_loader(
     batch. By default, it would read the examples one by one and stack them.
     """
     is_on_gpu = isinstance(dataset, ArrayBatches) and dataset.inputs.is_cuda
-    has_processes = isinstance(dataset, ExampleBatches) and not isinstance(dataset.split.examples, Blocks)
     return DataLoader(
         dataset,
         sampler=slices,
         batch_size=None,
-        num_workers=num_processes if has_processes else 0,
+        num_workers=num_processes if type(dataset) is ExampleBatches else 0,  # threads read blocks
         pin_memory=device.type == "cuda" and not is_on_gpu,  # elsewhere, it would only take memory of the first GPU
         worker_init_fn=_allow_read_only,
     )

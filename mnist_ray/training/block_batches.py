@@ -43,6 +43,9 @@ class BlockBatches(ExampleBatches):
         """Return the order of the state's epoch; None if the indices are not sorted, with ``--overfit-batches``."""
         if (sizes := self._sizes) is None:
             return None
+        if group.world_size > config.num_chunks:
+            most = f"the {config.num_chunks} streams of blocks; start a run with more --num-chunks, or fewer workers"
+            raise ExampleError(f"{group.world_size} workers are more than {most}")
 
         def order(epoch: int) -> StreamOrder:
             return StreamOrder(sizes, config.batch_size, config.num_chunks, config.seed, epoch)
@@ -91,9 +94,8 @@ class BlockBatches(ExampleBatches):
         if self._announced is None:
             return
         self._held = {block: held for block, held in self._held.items() if held[0].last_step >= self._step}
-        needed = [
-            future.result()[1] for read, future in self._held.values() if read.first_step < self._step and future.done()
-        ]
+        used = [task for read, task in self._held.values() if read.first_step < self._step]
+        needed = [task.result()[1] for task in used if task.done()]
         if (num_mib := sum(needed) / 2**20) > self._most_mib:
             mib = f"{num_mib:,.0f} MiB, above --read-ahead-mib {self._most_mib}"
             remedy = "raise it, write smaller blocks (row groups), or start a run with fewer --num-chunks"

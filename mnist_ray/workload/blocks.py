@@ -37,9 +37,8 @@ def whole_blocks(split: Split, size: int, seed: int) -> np.ndarray:
     """Return the indices, sorted, of the examples in random blocks: as many blocks as ``size`` holds, at least one."""
     sizes = sizes_in(split)
     assert sizes is not None
-    order = Shuffled(len(sizes), [seed])[:]
-    order = order[sizes[order] > 0]
-    number = max(1, np.searchsorted(np.cumsum(sizes[order]), size, side="right"))
+    order = [block for block in Shuffled(len(sizes), [seed])[:].tolist() if sizes[block]]
+    number = max(1, int(np.searchsorted(np.cumsum(sizes[order]), size, side="right")))
     return np.flatnonzero(np.repeat(np.isin(np.arange(len(sizes)), order[:number]), sizes))
 
 

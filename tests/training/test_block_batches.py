@@ -118,6 +118,11 @@ def test_data_that_fit_into_the_memory_are_read_once_for_all_epochs() -> None:
     assert len(blocks.read_blocks) == np.count_nonzero(SIZES)
 
 
+def test_more_workers_than_streams_are_refused_also_if_nobody_has_asked_for_so_many() -> None:
+    with pytest.raises(ExampleError, match=r"^9 workers are more than the 8 streams of blocks; start a run with more"):
+        next(epochs(dataset_of(Numbers()), rank=0, world_size=9))
+
+
 def test_too_large_blocks_are_refused_with_a_remedy() -> None:
     batches = epochs(dataset_of(Counted(160), read_ahead_mib=8), config=TrainConfig(batch_size=64))
     with pytest.raises(ExampleError) as raised:
