@@ -16,10 +16,10 @@ from sklearn.datasets import load_digits
 
 from mnist_ray.errors import UsageError
 from mnist_ray.mnist import idx
-from mnist_ray.mnist.photo import to_mnist
 from mnist_ray.run.find import find
 from mnist_ray.tools.predict import read_image
 
+WORKLOAD = Path(__file__).parents[1] / "examples" / "digits.py"
 FONTS_FOLDER = Path("/usr/share/fonts")
 DEVELOPMENT_FONTS = (
     "Breip", "BecauseWeBuild-Regular", "BecauseWeCreate-Regular", "BecauseWeMentor-Regular", "ComicNeue-Regular",
@@ -116,14 +116,6 @@ def plain(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("L").resize((28, 28), Image.Resampling.BOX))
 
 
-def prepared(image: Image.Image) -> np.ndarray:
-    """Return a picture's digit as 28×28; all black if none was found."""
-    try:
-        return to_mnist(image)
-    except UsageError:
-        return np.zeros((28, 28), np.uint8)
-
-
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -132,8 +124,15 @@ def main() -> None:
     parser.add_argument("--development", action="store_true", help="use the development fonts and images")
     parser.add_argument("--mistakes", help="write a picture of the mistakes to this file")
     arguments = parser.parse_args()
-    found = find(arguments.run, arguments.storage_path)
+    found = find(arguments.run, arguments.storage_path, str(WORKLOAD))
     model = found.load_model()
+
+    def prepared(image: Image.Image) -> np.ndarray:  # all black if there is no digit
+        try:
+            return found.workload.read_picture(image)
+        except UsageError:
+            return np.zeros((28, 28), np.uint8)
+
     foreign = (enlarged_digits, placed_digits, rendered_digits)
     samples = [*mnist_images(), *(sample for draw in foreign for sample in draw(arguments.development))]
     kinds = np.array([kind for kind, _, _ in samples])

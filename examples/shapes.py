@@ -64,7 +64,7 @@ class Shapes(Classification):
         """Return the image as it is."""
         return np.asarray(inputs)
 
-    def read_picture(self, picture: Image.Image, *, as_is: bool) -> np.ndarray:
+    def read_picture(self, picture: Image.Image) -> np.ndarray:
         """Scale a user's picture to the size of the images."""
         return np.asarray(picture.convert("RGB").resize((SIZE, SIZE)))
 

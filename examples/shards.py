@@ -47,9 +47,9 @@ class Shards(Classification):
     def example(self, row: dict[str, Any]) -> tuple[np.ndarray, int]:
         """Decode a row; return the picture, scaled, (3, size, size) uint8, and its class."""
         picture = Image.open(io.BytesIO(row["image"]["bytes"]))
-        return self.read_picture(picture, as_is=True), row["label"]
+        return self.read_picture(picture), row["label"]
 
-    def read_picture(self, picture: Image.Image, *, as_is: bool) -> np.ndarray:
+    def read_picture(self, picture: Image.Image) -> np.ndarray:
         """Scale a picture."""
         size = self.settings.size, self.settings.size
         return np.array(picture.convert("RGB").resize(size)).transpose(2, 0, 1)

@@ -1,6 +1,6 @@
 """Print a trained model's predictions for your own pictures.
 
-python jobs/predict.py photo.jpg scans/
+python jobs/predict.py digit.png scans/
 python jobs/predict.py scans/ --run my_run --grid seen.png
 python jobs/predict.py scans/ --json
 """

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mnist_ray.cluster import environment
-from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig, PredictionConfig
+from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.report.run_files import METRICS_FILE, STEPS_FILE, numbers_of, read_values, workload_of
 from mnist_ray.run.job import Job, read_job
@@ -186,16 +186,13 @@ def predict(
     *,
     workload: AnyWorkload = None,
     storage_path: str | Path = _STORAGE_PATH,
-    as_is: bool = False,
 ) -> list[Prediction]:
     """Return a trained model's predictions.
 
     ``pictures``: the path of a picture or folder, a Pillow image, a list of paths or of images, or an array or list of
-    inputs (arrays, tensors, dicts) in the format of the workload's data. ``run``: as for ``evaluate``. ``as_is``: only
-    scale pictures. Raises UsageError, and JobError for the first picture that cannot be used, with the line that
-    ``jobs/predict.py`` prints for it.
+    inputs (arrays, tensors, dicts) in the format of the workload's data. ``run``: as for ``evaluate``. Raises
+    UsageError, and JobError for the first picture that cannot be used, with the line that ``jobs/predict.py`` prints.
     """
-    config = build(PredictionConfig, {"as_is": as_is})
     is_list, are_inputs = isinstance(pictures, (list, tuple)), hasattr(pictures, "shape")
     if is_list:
         are_inputs = not pictures or any(
@@ -209,7 +206,7 @@ def predict(
     if are_inputs:
         return tool.predict_inputs(found.workload, model, pictures)
     files = tool.find_files(pictures if is_list else [pictures])
-    predictions = list(tool.predict_files(found.workload, model, files, as_is=config.as_is))
+    predictions = list(tool.predict_files(found.workload, model, files))
     for index, prediction in enumerate(predictions):
         if prediction.error is not None:
             raise JobError(f"{prediction.file or f'pictures[{index}]'}: {prediction.error}")

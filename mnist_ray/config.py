@@ -170,7 +170,6 @@ class PredictionConfig:
     """Output of predictions."""
 
     threshold: float = setting(0.8, "predictions below this probability are called unsure", **fraction())
-    as_is: bool = setting(False, "only scale the picture; for models not trained on the workload's own images")
     json: bool = setting(False, "print one JSON object per line, for programs")
     grid: str | None = setting(None, "file for a picture of the model's inputs and predictions", **_png())
 

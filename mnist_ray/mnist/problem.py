@@ -25,7 +25,6 @@ class Settings:
     data_dir: Path | None = setting(
         None, "a folder with four IDX files, gzipped or not, instead of MNIST", decides_data=True
     )
-    augment: bool = setting(False, "train on turned, scaled, sheared and moved digits")
 
 
 class MNIST(Classification):
@@ -45,7 +44,6 @@ class MNIST(Classification):
             "precision": "fp32",
             "validation_size": 0,
         },
-        "robust": {"num_epochs": 6, "augment": True, "ema_decay": 0.99},
     }
 
     def load_data(self) -> Data:
@@ -61,19 +59,13 @@ class MNIST(Classification):
 
     def prepare(self, inputs: Tensor, generator: Generator | None) -> Tensor:
         """Turn images (N, 28, 28) uint8 into (N, 1, 28, 28) in [0, 1], as ``ToTensor`` does."""
-        images = inputs.unsqueeze(1).float().div_(255)
-        if generator is None or not self.settings.augment:
-            return images
-        from mnist_ray.mnist.cnn import augmented
-
-        return augmented(images, generator)
+        return inputs.unsqueeze(1).float().div_(255)
 
     def as_picture(self, inputs: Any) -> np.ndarray:
         """Return the input, which is an image already."""
         return np.asarray(inputs)
 
-    def read_picture(self, picture: Image, *, as_is: bool) -> np.ndarray:
-        """Find the digit in a drawing or a photo; ``as_is``: only scale the picture."""
-        from mnist_ray.mnist import photo
-
-        return photo.as_it_is(picture) if as_is else photo.to_mnist(picture)
+    def read_picture(self, picture: Image) -> np.ndarray:
+        """Scale a picture to 28×28 greys, bright on dark. ``examples/digits.py`` finds a digit in any picture."""
+        grey = np.asarray(picture.convert("L").resize(idx.IMAGE_SHAPE))
+        return 255 - grey if np.median(grey) > 127 else grey

@@ -24,6 +24,7 @@ from mnist_ray.errors import JobError, UsageError, say
 from mnist_ray.run import find
 from mnist_ray.settings import path_of
 from mnist_ray.storage import write_file
+from mnist_ray.training.batches import allow_read_only
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.loading import placed
 
@@ -73,7 +74,7 @@ def predict(given: Sequence[str], found: find.Found, config: PredictionConfig) -
             say(f"note {note}")
         say(f"checkpoint {found.checkpoint.path} ({type(workload).__name__})")
     predictions = []
-    for prediction in predict_files(workload, model, find_files(given), as_is=config.as_is):
+    for prediction in predict_files(workload, model, find_files(given)):
         predictions.append(prediction)
         if config.json:
             sys.stdout.write(json.dumps(prediction.to_dict(workload.prediction_noun, config.threshold)) + "\n")
@@ -101,16 +102,14 @@ def find_files(given: Iterable[Any]) -> Iterator[Path | Image.Image]:
             yield path
 
 
-def predict_files(
-    workload: Workload, model: nn.Module, files: Iterable[Path | Image.Image], *, as_is: bool = False
-) -> Iterator[Prediction]:
+def predict_files(workload: Workload, model: nn.Module, files: Iterable[Path | Image.Image]) -> Iterator[Prediction]:
     """Yield a prediction for each file or image, in their order. Raises UsageError."""
     if type(workload).read_picture is Workload.read_picture:
         name = type(workload).__name__
         raise UsageError(f"{name} does not take pictures: it has no read_picture; choose another run with --run")
     torch.set_num_threads(usable_cores())
     files = iter(files)
-    while batch := [_read(workload, file, as_is) for file in itertools.islice(files, _BATCH_SIZE)]:
+    while batch := [_read(workload, file) for file in itertools.islice(files, _BATCH_SIZE)]:
         inputs = [read.inputs for read in batch if read.inputs is not None]
         predicted = iter(predict_inputs(workload, model, inputs))
         for read in batch:
@@ -119,6 +118,7 @@ def predict_files(
 
 def predict_inputs(workload: Workload, model: nn.Module, inputs: Iterable[Any]) -> list[Prediction]:
     """Return the predictions for N inputs in the format of the workload's data. Raises UsageError."""
+    allow_read_only()
     examples = [(one, 0) for one in inputs]
     if not examples:
         return []
@@ -128,13 +128,13 @@ def predict_inputs(workload: Workload, model: nn.Module, inputs: Iterable[Any]) 
     return [Prediction("", one, tuple(top)) for one, top in zip(inputs, each, strict=True)]
 
 
-def _read(workload: Workload, file: Path | Image.Image, as_is: bool) -> Prediction:
+def _read(workload: Workload, file: Path | Image.Image) -> Prediction:
     """Read one file or image as an input of the model, or return the reason why it has no prediction."""
     name = str(file) if isinstance(file, Path) else ""
     try:
         picture = read_image(_content(file)) if isinstance(file, Path) else file
         with placed(workload, "read_picture"):
-            return Prediction(name, workload.read_picture(picture, as_is=as_is))
+            return Prediction(name, workload.read_picture(picture))
     except UsageError as error:
         return Prediction(name, error=str(error))
 

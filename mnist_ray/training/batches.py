@@ -123,7 +123,7 @@ def batches_of(
     split: Split, device: torch.device, collate: Collate | None = None, read_ahead_mib: int = READ_AHEAD_MIB
 ) -> ArrayBatches | ExampleBatches:
     """Return the data set from which a loader reads a split; ``collate`` is the workload's."""
-    _allow_read_only()
+    allow_read_only()
     if isinstance(split.examples, Blocks):
         from mnist_ray.training.block_batches import BlockBatches  # derives from a class of this module
 
@@ -131,7 +131,7 @@ def batches_of(
     return ArrayBatches(split.arrays, device) if split.arrays is not None else ExampleBatches(split, 0, collate)
 
 
-def _allow_read_only(loader_process: int = 0) -> None:
+def allow_read_only(loader_process: int = 0) -> None:
     """Silence torch about read-only arrays, such as those from the object store: nothing here writes to them."""
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
@@ -162,7 +162,7 @@ def batch_loader(
         batch_size=None,
         num_workers=num_processes if type(dataset) is ExampleBatches else 0,  # threads read blocks
         pin_memory=device.type == "cuda" and not is_on_gpu,  # elsewhere, it would only take memory of the first GPU
-        worker_init_fn=_allow_read_only,
+        worker_init_fn=allow_read_only,
     )
 
 

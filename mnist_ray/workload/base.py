@@ -207,8 +207,8 @@ class Workload(UserClass):
         """Return one input as a picture, (H, W) or (H, W, 3) uint8; None if inputs cannot be shown."""
         return None
 
-    def read_picture(self, picture: Image, *, as_is: bool) -> np.ndarray:
-        """Turn a picture into one input for ``jobs/predict.py``; ``as_is``: only scale it. Raises UsageError."""
+    def read_picture(self, picture: Image) -> np.ndarray:
+        """Turn a user's picture into one input for ``jobs/predict.py``. Raises UsageError if that is not possible."""
         raise UsageError(f"{type(self).__name__} does not take pictures: it defines no read_picture()")
 
     def top_predictions(self, outputs: Any) -> list[list[tuple[Any, float]]]:

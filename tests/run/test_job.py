@@ -75,8 +75,8 @@ def test_a_config_file_names_its_workload_and_a_flag_another(read: Any, tmp_path
     assert type(read("--config", str(file)).workload).__name__ == "Other"
     given = read("--config", str(file), "--workload", "mnist_ray.mnist")
     assert type(given.workload).__name__ == "MNIST"
-    file.write_text('{"augment": true}')
-    assert read("--config", str(file)).workload.settings.augment
+    file.write_text('{"data_dir": "/data"}')
+    assert read("--config", str(file)).workload.settings.data_dir == Path("/data")
 
 
 STEALS = """

@@ -18,7 +18,7 @@ from mnist_ray.tools import predict
 from mnist_ray.training.checkpoint import digest_of
 from mnist_ray.workload import Classification, Regression
 from mnist_ray.workload.data import Arrays
-from tests.conftest import mnist, run_job, run_main
+from tests.conftest import ROOT, mnist, run_job, run_main
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +43,11 @@ def test_each_file_gets_a_prediction_or_a_reason_and_the_last_line_counts_the_fa
     Image.new("L", (40, 40), 255).save(tmp_path / "blank.bmp")
     given = (tmp_path, pictures, tmp_path / "missing.png", tmp_path / "folder", tmp_path / "pipe.png")
     flags = (*map(str, given), "--run", str(finished_run), "--grid", str(tmp_path / "grid.png"))
+    flags = (*flags, "--workload", str(ROOT / "examples" / "digits.py"))
     with pytest.raises(JobError, match=r"^no prediction for 6 of 14 files$"):
         run_main("predict", *flags)
-    lines = capsys.readouterr().out.splitlines()
+    note, *lines = capsys.readouterr().out.splitlines()
+    assert note.startswith("note the workload has changed")
     assert lines[0].startswith("checkpoint ")
     assert lines[1] == f"{tmp_path}/blank.bmp: shows no digit: nothing stands out from its background"
     assert lines[2:4] == [f"{tmp_path}/empty.png: is empty", f"{tmp_path}/text.jpg: is no picture of a known format"]
@@ -81,7 +83,7 @@ def test_flags_may_stand_between_pictures_and_the_newest_run_is_the_default(
     finished_run: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second, *_ = sorted(pictures.glob("*.png"))
-    run_main("predict", str(first), "--storage-path", str(finished_run.parent), "--as-is", str(second))
+    run_main("predict", str(first), "--storage-path", str(finished_run.parent), "--threshold", "0", str(second))
     checkpoint, *lines = capsys.readouterr().out.splitlines()
     assert checkpoint.startswith(f"checkpoint {finished_run}/checkpoint_")
     assert checkpoint.endswith("(MNIST)")
@@ -120,7 +122,7 @@ def test_a_workload_that_does_not_read_pictures_is_refused_once() -> None:
 def answers_to(*given: Path | str) -> list[str]:
     """Return an untrained model's best prediction for each file, or the reason why there is none."""
     files = list(predict.find_files(map(str, given)))
-    answers = predict.predict_files(mnist(), mnist().create_model().eval(), files, as_is=True)
+    answers = predict.predict_files(mnist(), mnist().create_model().eval(), files)
     return [answer.error or str(answer.top[0][0]) for answer in answers]
 
 
@@ -151,15 +153,15 @@ def test_names_are_printed_in_one_line_and_predictions_carry_the_inputs(
     few_images: Arrays, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.fromarray(few_images.inputs[0]).save(tmp_path / "a\x1b[31m\nb.png")
-    predict.predict([str(tmp_path)], find(str(finished_run), "~/ray_results"), PredictionConfig(as_is=True))
+    predict.predict([str(tmp_path)], find(str(finished_run), "~/ray_results"), PredictionConfig())
     _, line = capsys.readouterr().out.splitlines()
     assert line.startswith(rf"{tmp_path}/a\x1b[31m\nb.png: ")
-    (answer,) = predict.predict_files(mnist(), mnist().create_model().eval(), tmp_path.iterdir(), as_is=True)
+    (answer,) = predict.predict_files(mnist(), mnist().create_model().eval(), tmp_path.iterdir())
     np.testing.assert_array_equal(answer.inputs, few_images.inputs[0])
 
 
 def test_a_read_picture_that_fails_is_the_reason_for_its_file_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(workload: Any, picture: Image.Image, *, as_is: bool) -> np.ndarray:
+    def read(workload: Any, picture: Image.Image) -> np.ndarray:
         return np.zeros((28, 28), np.uint8) if picture.width == 1 else 1 / 0  # type: ignore[return-value]
 
     monkeypatch.setattr(type(mnist()), "read_picture", read)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from examples.digits import Digits
 from mnist_ray.config import ViewConfig
 from mnist_ray.errors import UsageError
-from mnist_ray.mnist.photo import to_mnist
 from mnist_ray.tools import view
 from mnist_ray.tools.predict import read_image
 from mnist_ray.workload import figures
@@ -41,7 +41,7 @@ def test_digit_10_is_printed_and_drawn_as_in_the_file(tmp_path: Path) -> None:
 
 
 def test_a_drawn_digit_can_be_read_as_a_picture(mnist_test: Arrays) -> None:
-    drawn = to_mnist(read_image(figures.single_image(mnist_test.inputs[0])))
+    drawn = Digits().read_picture(read_image(figures.single_image(mnist_test.inputs[0])))
     assert np.abs(drawn.astype(float) - mnist_test.inputs[0]).mean() < 15
 
 
