@@ -1,7 +1,7 @@
-"""Write a trained model as a program of torch.export or ONNX.
+"""Write a trained model as a program of torch.export.
 
 python jobs/export.py
-python jobs/export.py my_run --format onnx --output digits.onnx
+python jobs/export.py my_run --output digits.pt2
 """
 
 from mnist_ray import cli

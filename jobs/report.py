@@ -1,7 +1,6 @@
-"""Write a run's report again, or compare several runs.
+"""Write the report of a run or a sweep again.
 
 python jobs/report.py RUN
-python jobs/report.py RUN RUN RUN --output comparison.html
 """
 
 from mnist_ray import cli

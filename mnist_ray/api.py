@@ -87,14 +87,13 @@ class Run:
 
     @environment.left_as_found()
     def export(self, output: str | Path) -> Path:
-        """Write the model for other programs, to a ``.pt2`` file for torch or an ``.onnx`` file; return its path.
+        """Write the model as a program of ``torch.export`` to a ``.pt2`` file; return its path.
 
         Raises UsageError, also if PyTorch cannot export the model, and JobError.
         """
         from mnist_ray.tools.export import export
 
-        kind = "onnx" if str(output).endswith(".onnx") else "torch"
-        return export(find(self), build(ExportConfig, {"format": kind, "output": output}))
+        return export(find(self), build(ExportConfig, {"output": output}))
 
     def __str__(self) -> str:
         return f"{self.name}: {self.workload.format(self.metrics)} on the test set"

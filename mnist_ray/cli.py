@@ -66,31 +66,22 @@ def view() -> None:
 
 
 def report() -> None:
-    """Write a run's report again, or compare several runs."""
+    """Write the report of a run or a sweep again."""
     parser = _parser(report)
-    parser.add_argument(
-        "runs", metavar="RUN", nargs="*", help="name, folder or URI of a run or a sweep; default: the newest run"
-    )
-    parser.add_argument("--output", default=UNSET, help="page to write for several runs (default: comparison.html)")
+    _add_run(parser, "run", nargs="?")
     given = parser.read_flags()
     environment.prepare(verbose=False)
-    storage_path, reference = given["storage_path"], given.get("workload")
-    runs = [find_run(run, storage_path) for run in given["runs"] or [None]]
+    run = find_run(given["run"], given["storage_path"])
 
     from mnist_ray.report import page
     from mnist_ray.sweep.picture import sections
 
-    if len(runs) > 1:
-        page.compare(runs, reference, storage_path, given.get("output", "comparison.html"))
-    elif "output" in given:
-        raise UsageError("--output is for the comparison of several runs; a single run's report is in its folder")
-    else:
-        resume_with = resume_command("tune" if runs[0].exists(TRIALS_FILE) else "train", runs[0])
-        page.write_again(runs[0], reference, storage_path, sections, resume_with)
+    resume_with = resume_command("tune" if run.exists(TRIALS_FILE) else "train", run)
+    page.write_again(run, given.get("workload"), given["storage_path"], sections, resume_with)
 
 
 def export() -> None:
-    """Write a trained model as a program of torch.export or ONNX."""
+    """Write a trained model as a program of torch.export."""
     given = _flags_of_run(export, ExportConfig)
     config = build(ExportConfig, {name: given.pop(name) for name in names_of([ExportConfig]) & given.keys()})
     found = api.find(given.pop("run"), given.pop("workload", None), given.pop("storage_path"), changes=given)

@@ -14,8 +14,8 @@ READ_AHEAD_MIB = 512  # of each worker
 _LABEL = re.compile(r"[\w./-]+=!?([\w.-]+|in\([\w.,-]+\))")
 
 
-def _png() -> dict[str, Any]:
-    return rule(lambda path: path.lower().endswith(".png"), "must end in .png")
+def _ending(suffix: str) -> dict[str, Any]:
+    return rule(lambda path: path.lower().endswith(suffix), f"must end in {suffix}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,11 +144,6 @@ class OutputConfig:
     )
     resume: bool = setting(False, "continue the run named by --run-name from its last checkpoint")
     tracker: str | None = setting(None, "your Tracker that follows the run: FILE.py[:NAME] or package.module[:NAME]")
-    profile: int | None = setting(
-        None, "steps of the first worker to profile, for a trace and a table of operators", **at_least(1)
-    )
-    detect_anomaly: bool = setting(False, "stop at the first operation that produces a NaN gradient; slow")
-    dashboard: bool = setting(False, "start Ray's dashboard with a local Ray; it ends with the run")
     check: bool = setting(False, "train nothing; print the plan, and whether every node is ready for it")
     quiet: bool = setting(False, "print only the result")
     verbose: bool = setting(False, "also print Ray's own log")
@@ -162,7 +157,7 @@ class ViewConfig:
     index: int = setting(0, "first example, from 0; with --label, among the examples with this label", **at_least(0))
     count: int = setting(1, "number of examples; several are drawn as a grid", **within(1, 1000))
     label: str | None = setting(None, "show only examples with this label")
-    output: str = setting("view.png", "file for the picture", **_png())
+    output: str = setting("view.png", "file for the picture", **_ending(".png"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,15 +166,14 @@ class PredictionConfig:
 
     threshold: float = setting(0.8, "predictions below this probability are called unsure", **fraction())
     json: bool = setting(False, "print one JSON object per line, for programs")
-    grid: str | None = setting(None, "file for a picture of the model's inputs and predictions", **_png())
+    grid: str | None = setting(None, "file for a picture of the model's inputs and predictions", **_ending(".png"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportConfig:
     """Exported file."""
 
-    format: Literal["torch", "onnx"] = setting("torch", "torch: a program of torch.export; onnx: for ONNX runtimes")
-    output: str | None = setting(None, "file to write; default: model.pt2 or model.onnx")
+    output: str = setting("model.pt2", "file to write", **_ending(".pt2"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

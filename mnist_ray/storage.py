@@ -26,7 +26,6 @@ Warn = Callable[[str], None]
 CONFIG_FILE, SWEEP_FILE, ORIGIN_FILE, RESULT_FILE = "config.json", "sweep.json", "origin.json", "result.json"
 REPORT_FILE, TRIALS_FILE = "report.html", "sweep.csv"
 INITIAL_FILE = "initial.safetensors"  # the weights that a run starts from, with --init-from
-TRACE_FILE, OPERATORS_FILE = "trace.json.gz", "operators.txt"
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"  # Ray's list of checkpoints; not written atomically
 _CHECKPOINT_NAME = re.compile(r"checkpoint_epoch-(\d+)_step-(\d+)b*", re.ASCII)  # b: it replaces a damaged one
 

@@ -39,7 +39,6 @@ def connect(
     forking: Forking | None = None,
     *,
     verbose: bool = False,
-    dashboard: bool = False,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> Iterator[Cluster]:
     """Connect to the cluster of ``RAY_ADDRESS`` or of this machine's ``ray start``, else start a local Ray.
@@ -49,8 +48,8 @@ def connect(
     Ray is ended, and its files are removed unless something failed. Raises JobError if the cluster does not answer or
     a local Ray does not start, and UsageError if ``config`` or ``RAY_ADDRESS`` is impossible.
 
-    With ``dashboard``, a local Ray serves its dashboard. ``meanwhile`` runs in a thread while this function waits for
-    Ray and a first worker to start; its exception is raised here.
+    ``meanwhile`` runs in a thread while this function waits for Ray and a first worker to start; its exception is
+    raised here.
     """
     if ray.is_initialized():
         meanwhile()
@@ -69,7 +68,7 @@ def connect(
             name = f"session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
             session = ray_internals.default_folder() / name
             at_the_end.enter_context(removed_unless_failed(session))
-            start = functools.partial(_start, session, local_cpus(config), forking, has_dashboard=dashboard, **options)
+            start = functools.partial(_start, session, local_cpus(config), forking, **options)
         if "working_dir" in own_runtime_env():
             # On connecting, a second node on this machine may replace the working directory of the job, which then
             # cannot import torch.
@@ -90,22 +89,20 @@ def connect(
         yield dataclasses.replace(cluster, leave=leave)
 
 
-def _start(session: Path, num_cpus: int, forking: Forking | None, *, has_dashboard: bool, **options: Any) -> None:
+def _start(session: Path, num_cpus: int, forking: Forking | None, **options: Any) -> None:
     """Start a Ray that listens on loopback only.
 
     Raises a JobError that names the logs, and the user's variables for Ray: one of these may be the reason.
     """
     names = users_variables()
     prepare_local()
-    small = ray_internals.for_one_job(
-        forking, log_to_driver=options["log_to_driver"], session_name=session.name, has_dashboard=has_dashboard
-    )
+    small = ray_internals.for_one_job(forking, log_to_driver=options["log_to_driver"], session_name=session.name)
     try:
         with ray_internals.on_loopback(), small:
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
-                include_dashboard=has_dashboard,
+                include_dashboard=False,
                 runtime_env={"env_vars": for_workers()},
                 _temp_dir=str(session.parent),
                 **options,
@@ -240,7 +237,7 @@ def _answers(address: str) -> bool:
 
 def _describe(is_local: bool) -> Cluster:
     logs = ray_internals.session_folder() / "logs"
-    return Cluster(is_local, current_nodes(), str(logs), dashboard=ray_internals.dashboard_address())
+    return Cluster(is_local, current_nodes(), str(logs))
 
 
 def current_nodes() -> tuple[Node, ...]:

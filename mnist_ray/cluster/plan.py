@@ -42,7 +42,6 @@ class Cluster:
     log_folder: str
     leave: Callable[[], None] = lambda: None
     """Start to disconnect, and to end a local Ray, while the caller does work that needs no Ray."""
-    dashboard: str = ""  # HOST:PORT of the dashboard, if one is served
 
 
 @dataclass(frozen=True)

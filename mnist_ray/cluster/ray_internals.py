@@ -35,9 +35,7 @@ _NO_ACTOR = b"\xff" * 12  # the start of an actor id that means "none"; the job'
 
 
 @contextlib.contextmanager
-def for_one_job(
-    forking: Forking | None, *, log_to_driver: bool, session_name: str | None = None, has_dashboard: bool = False
-) -> Iterator[None]:
+def for_one_job(forking: Forking | None, *, log_to_driver: bool, session_name: str | None = None) -> Iterator[None]:
     """Let a Ray that is started inside the block fork its workers, and leave out what only a cluster needs.
 
     These are the autoscaler, the log monitor if no log is shown, and the dashboard's process, which Ray would start and
@@ -51,11 +49,10 @@ def for_one_job(
     with_parameters = functools.partialmethod(RayParams.__init__, **parameters)
     is_linux = sys.platform.startswith("linux")
     in_own_session = functools.partial(services.ConsolePopen, start_new_session=is_linux)
-    serves_nothing = _replaced(Node, "start_api_server", lambda node, **options: None)
     with (
         _replaced(services, "ConsolePopen", in_own_session),
         _replaced(RayParams, "__init__", with_parameters),
-        contextlib.nullcontext() if has_dashboard else serves_nothing,
+        _replaced(Node, "start_api_server", lambda node, **options: None),
     ):
         yield
 
@@ -97,11 +94,6 @@ def default_folder() -> Path:
 def session_folder() -> Path:
     """Return the folder of this node's Ray."""
     return Path(global_worker.node.get_session_dir_path())
-
-
-def dashboard_address() -> str:
-    """Return the dashboard's HOST:PORT; empty without a dashboard."""
-    return global_worker.node.webui_url or ""
 
 
 def dead_processes() -> list[str]:

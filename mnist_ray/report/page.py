@@ -1,4 +1,4 @@
-"""A run's report, which is made from the run's files, and the page that compares several runs."""
+"""A run's report, which is made from the run's files."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import jinja2
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError, format_value, redact, say, with_place
 from mnist_ray.report.run_files import RunRecord, settings_of, workload_of
-from mnist_ray.settings import build, path_of, values_of
-from mnist_ray.storage import REPORT_FILE, RunFolder, write_file
+from mnist_ray.settings import build, values_of
+from mnist_ray.storage import REPORT_FILE, RunFolder
 from mnist_ray.workload import figures
 from mnist_ray.workload.base import LOSS, Metric, Picture, Workload
 from mnist_ray.workload.data import Split
@@ -240,37 +240,3 @@ def write_again(
         say(f"no {workload.nouns} are shown: {error}")
     write(run, workload, resume_with, test, sections(run, type(workload)), lambda note: say(f"note {note}"))
     say(f"report {run.inside(REPORT_FILE).uri}")
-
-
-def compare(runs: Iterable[RunFolder], reference: str | None, storage_path: str, output: str) -> None:
-    """Write the page that compares several runs. Raises UsageError and JobError."""
-    records = [RunRecord.read(run, workload_of(run, reference, storage_path)) for run in runs]
-    names, lines = [record.run.name for record in records], [headlines(record) for record in records]
-    columns = list(dict.fromkeys(name for each in lines for name in each))
-    rows = [(name, *(each.get(column, "-") for column in columns)) for name, each in zip(names, lines, strict=True)]
-    tables = [Table("Runs", ("run", *columns), rows)]
-    texts = [_texts(record, record.config) for record in records]
-    keys = dict.fromkeys(key for each in texts for key in each)
-    rows = [(key, *(each.get(key, "-") for each in texts)) for key in keys]
-    if differing := [row for row in rows if len(set(row[1:])) > 1]:
-        tables.append(Table("Settings that differ", ("setting", *names), differing))
-    shared = [m for m in records[0].workload.all_metrics if all(m in r.workload.all_metrics for r in records)]
-    pictures = [_side_by_side(metric, records, ", ".join(names)) for metric in shared]
-    notes = [f"{record.run.name}: {note}" for record in records for note in record.notes]
-    page = Page(f"{len(records)} runs", "side by side", {}, notes, pictures, tables)
-    for note in notes:
-        say(f"note {note}")
-    write_file(path_of(output, "--output"), page.to_html().encode("utf-8"))
-    say(f"report {output}")
-
-
-def _side_by_side(metric: Metric, records: Sequence[RunRecord], names: str) -> Picture:
-    column, title = f"val_{metric.name}", f"Validation {metric.name}"
-    alt = f"{title} of {names}; see the table of runs"
-    if metric == LOSS:
-        column, title, alt = "train_loss", "Loss in training", f"Training loss of {names}; see the table of runs"
-    curves = [
-        Curve(record.run.name, record.column("epoch"), record.column(column), figures.style_of(number))
-        for number, record in enumerate(records)
-    ]
-    return Picture(metric.name, title, alt, figures.curves_of(metric, curves))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import secrets
 import shlex
 from collections.abc import Mapping, Sequence
@@ -249,8 +248,6 @@ def _check_reproducible(train: TrainConfig, workers: WorkerConfig) -> None:
 
 
 def _check_output(output: OutputConfig) -> None:
-    if output.dashboard and importlib.util.find_spec("aiohttp_cors") is None:
-        raise UsageError("--dashboard needs more of Ray: pip install 'ray[default]'")
     if output.tracker is not None:
         user_code.find(output.tracker, Tracker)
 

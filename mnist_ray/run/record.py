@@ -21,7 +21,7 @@ from mnist_ray.run.history import History, Throttled, write_predictions
 from mnist_ray.run.session import Session, say_plan
 from mnist_ray.settings import json_lines
 from mnist_ray.signals import first_only_noted, if_ended
-from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE, TRACE_FILE, RunFolder
+from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE, RunFolder
 from mnist_ray.trackers import start
 from mnist_ray.trackers.tracker import Ending
 from mnist_ray.training.checkpoint import MODEL_FILE, read_state
@@ -190,8 +190,6 @@ class Record:
             console.say("weights", f"SHA-256 {self._result['weights_sha256']}")
         console.result("checkpoint", run.inside(self._result["checkpoint"]).uri)
         console.result("result", run.inside(RESULT_FILE).uri)
-        if self._job.output.profile is not None and run.exists(TRACE_FILE):
-            console.result("profile", f"{run.inside(TRACE_FILE).uri}, for ui.perfetto.dev")
         if self._has_report:
             console.result("report", run.inside(REPORT_FILE).uri)
 

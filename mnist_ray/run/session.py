@@ -110,9 +110,8 @@ class Session(contextlib.ExitStack):
             return
         from mnist_ray.cluster.connect import connect  # imports Ray, after the header is printed
 
-        verbose, dashboard = self.job.output.verbose, self.job.output.dashboard
-        connection = connect(self.workers, self._forking, verbose=verbose, dashboard=dashboard, meanwhile=meanwhile)
-        with connection as self.cluster:
+        verbose = self.job.output.verbose
+        with connect(self.workers, self._forking, verbose=verbose, meanwhile=meanwhile) as self.cluster:
             if self.workers.use_gpu == "auto":
                 from mnist_ray.cluster.devices import without_unusable_gpus  # imports torch
 
@@ -196,13 +195,6 @@ def say_data(console: RunConsole, job: Job, data: Splits) -> None:
     console.say("data", f"{data.name}: {counts}, {len(data.test):,} to test")
 
 
-def say_dashboard(session: Session) -> None:
-    """Print the address of Ray's dashboard if it is wanted."""
-    if session.job.output.dashboard:
-        address = session.cluster.dashboard
-        session.console.say("dashboard", f"http://{address}" if address else "this cluster has none")
-
-
 def say_plan(session: Session) -> int:
     """Print the model and the workers that train it; return the number of parameters."""
     job, console, cluster, plan = session.job, session.console, session.cluster, session.plan
@@ -211,7 +203,6 @@ def say_plan(session: Session) -> int:
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     trained = "" if num_trained == num_parameters else f", {num_trained:,} of them trained"
     console.say("model", f"{type(model).__name__}, {num_parameters:,} parameters{trained}")
-    say_dashboard(session)
     if session.is_here:
         console.say("workers", "none: this process trains, without Ray")
         return num_parameters

@@ -24,7 +24,6 @@ from mnist_ray.storage import INITIAL_FILE, checkpoint_name, position_of
 from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
-from mnist_ray.training.debug import Profiler, anomalies_found
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, StoppedEarly, Validated
 from mnist_ray.training.metrics import score
 from mnist_ray.training.reproducible import check_arithmetic
@@ -76,9 +75,8 @@ def train_worker(
         raise StopWantedError
     callbacks = [*reporter.callbacks, reporter]
     try:
-        with anomalies_found(job.output.detect_anomaly, *job.code_folders):
-            loading = job.workers.loader_workers, job.workers.read_ahead_mib
-            engine.train(job.workload, state, split, config, group, callbacks, *loading)
+        loading = job.workers.loader_workers, job.workers.read_ahead_mib
+        engine.train(job.workload, state, split, config, group, callbacks, *loading)
     except torch.OutOfMemoryError as error:
         if restored.name and position_of(restored.name) == (state.epoch, state.step):
             raise  # a worker that died may not have freed its memory yet: Ray tries again
@@ -102,8 +100,6 @@ class Reporter(Callback):
         self._validation = None if spec.validation is None else _opened(spec.validation)
         # The user's callback comes first: checkpoints match callbacks by position.
         self.callbacks: list[Callback] = [user_code.load(job.callback, Callback)()] if job.callback else []
-        if job.output.profile is not None:
-            self.callbacks.append(Profiler(job.output.profile, job.run))
 
     def begin(self, state: TrainingState, restored: checkpoints.Restored) -> None:
         """Report the start of training, from the ``restored`` checkpoint if there is one."""

@@ -18,7 +18,7 @@ from mnist_ray.errors import JobError, count, format_settings
 from mnist_ray.run.fit import fit
 from mnist_ray.run.job import Job
 from mnist_ray.run.record import begin_files, recorded
-from mnist_ray.run.session import Clock, Session, console_of, say_dashboard, say_run
+from mnist_ray.run.session import Clock, Session, console_of, say_run
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import RESULT_FILE, SWEEP_FILE, TRIALS_FILE, RunFolder
 from mnist_ray.sweep.trial import TrialSpec
@@ -66,7 +66,6 @@ def say_plan(session: Session, sweep: Sweep) -> int:
     console, plan, autoscaling = session.console, session.plan, sweep.job.workers.autoscaling
     concurrent = trials_at_a_time(sweep.config, plan, session.cluster, autoscaling=autoscaling)
     each = f"{count(plan.num_workers, 'worker')} with {count(plan.cpus_per_worker, 'CPU')}"
-    say_dashboard(session)
     console.say("trials", f"{concurrent} at a time, each {each}{' and 1 GPU' if plan.use_gpu else ''}")
     console.waiting("starting trials …")
     return concurrent

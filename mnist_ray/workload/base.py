@@ -85,7 +85,6 @@ class Workload(UserClass):
     """Whether an example's loss depends on the others of the batch, and so on the number of workers."""
     noun: ClassVar[str] = "example"
     prediction_noun: ClassVar[str] = "prediction"  # the name of a prediction in the output of ``predict --json``
-    output_noun: ClassVar[str] = "outputs"  # the name of the outputs in an exported model
 
     def __init__(self, settings: Any = None, metadata: Mapping[str, Any] | None = None) -> None:
         self.settings: Any = self.Settings() if settings is None else settings

@@ -29,7 +29,6 @@ class Classification(Workload):
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (ACCURACY,)
-    output_noun = "logits"
     prediction_noun = "class"
 
     @property

@@ -77,7 +77,7 @@ def drawable(text: object) -> str:
 
 
 def style_of(number: int) -> dict[str, Any]:
-    """Return the colour and marker of the ``number``-th run or choice."""
+    """Return the colour and marker of a setting's ``number``-th value."""
     return {"color": f"C{number % 10}", "marker": "osD^vP*X"[number % 8]}
 
 
@@ -96,9 +96,9 @@ def png_of(drawn: Figure | Image.Image) -> bytes:
     return content.getvalue()
 
 
-def curves_of(metric: Metric, curves: Sequence[Curve], steps_per_epoch: float | None = None) -> bytes:
-    """Draw a metric over steps, with epochs along the top; without ``steps_per_epoch``, over epochs."""
-    figure, axes = new_plot("step" if steps_per_epoch else "epoch")
+def curves_of(metric: Metric, curves: Sequence[Curve], steps_per_epoch: float) -> bytes:
+    """Draw a metric over steps, with epochs along the top."""
+    figure, axes = new_plot("step")
     for curve in curves:
         values = [on_axis(metric, value) for value in curve.values]
         points = [point for point in zip(curve.steps, values, strict=True) if math.isfinite(point[1])]
@@ -108,11 +108,10 @@ def curves_of(metric: Metric, curves: Sequence[Curve], steps_per_epoch: float | 
     if axes.lines:
         axes.legend(fontsize="small")
     axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
-    if steps_per_epoch:
-        to_epochs, to_steps = (functools.partial(np.multiply, by) for by in (1 / steps_per_epoch, steps_per_epoch))
-        epochs = axes.secondary_xaxis("top", functions=(to_epochs, to_steps))
-        epochs.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
-        epochs.set_xlabel("epoch")
+    to_epochs, to_steps = (functools.partial(np.multiply, by) for by in (1 / steps_per_epoch, steps_per_epoch))
+    epochs = axes.secondary_xaxis("top", functions=(to_epochs, to_steps))
+    epochs.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+    epochs.set_xlabel("epoch")
     scale_axis(axes, metric)
     return png_of(figure)
 

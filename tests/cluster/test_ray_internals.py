@@ -75,7 +75,6 @@ def test_a_ray_without_a_name_that_is_imported_is_refused_in_one_line(
         (services, "ConsolePopen", lambda: ray_internals.for_one_job(None, log_to_driver=False).__enter__()),
         (Node, "start_api_server", lambda: ray_internals.for_one_job(None, log_to_driver=False).__enter__()),
         (Node, "get_session_dir_path", ray_internals.session_folder),
-        (Node, "webui_url", ray_internals.dashboard_address),
         (Node, "dead_processes", ray_internals.dead_processes),
         (type(state), "actor_table", lambda: ray_internals.kill_actors("Nobody")),
         (type(state), "_connect_and_get_accessor", ray_internals.orphaned_placement_groups),

@@ -215,29 +215,6 @@ def test_a_reports_curves_do_not_jump_at_a_single_step(tested_run: RunFolder) ->
     assert 1 < float(alt.split("training ends at ")[1].split(";")[0]) < 1 + 40 / 4  # 1 % of an epoch: four steps
 
 
-def test_several_runs_are_compared_side_by_side(
-    finished_run: Path, unfinished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = json.loads((unfinished_run / "config.json").read_text())
-    del config["clip_grad_norm"]
-    (unfinished_run / "config.json").write_text(json.dumps(config | {"batch_size": 25, "width": 16}))
-    output = tmp_path / "both.html"
-    run_main("report", str(finished_run), str(unfinished_run), "--output", str(output))
-    assert capsys.readouterr().out == f"report {output}\n"
-    page = Page(output.read_text())
-    assert [alt for _, alt in page.images] == [
-        "Training loss of two, unfinished; see the table of runs",
-        "Validation accuracy of two, unfinished; see the table of runs",
-    ]
-    result = json.loads((finished_run / "result.json").read_text())
-    rows = {row[0]: row[1:] for row in page.rows}
-    assert rows["two"][0] == f"{result['test_accuracy']:.2%}"
-    assert rows["unfinished"][0] == "-"
-    assert rows["batch_size"] == ["50", "25"]
-    assert (rows["clip_grad_norm"], rows["width"]) == (["none", "-"], ["-", "16"])  # each run lacks one setting
-    assert "num_epochs" not in rows
-
-
 def test_a_sweeps_report_has_its_trials_best_first(finished_run: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_run, tmp_path / "sweep")
     run = locate(str(tmp_path), "sweep")

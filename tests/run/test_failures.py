@@ -318,7 +318,7 @@ def reporter_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., reporter.Train
     monkeypatch.setattr("mnist_ray.run.worker.end_if_hung", lambda timeout_s: None)
 
     def create(**spec: Any) -> reporter.TrainReporter:
-        job = Mock(callback=None, output=Mock(profile=None))
+        job = Mock(callback=None)
         return reporter.TrainReporter(LoopSpec(job=job, train=Mock(), **spec), Group(), TrainConfig())
 
     return create
@@ -533,7 +533,6 @@ def test_memory_that_is_lacking_is_the_codes_except_in_the_first_step_after_a_re
     monkeypatch.setattr(engine, "train", fail)
     workers = Mock(hang_timeout_s=600.0)
     job = Mock(run=run, train=config, workload=mnist(), workers=workers, callback=None, code_folders=[], initial=None)
-    job.output = Mock(profile=None, detect_anomaly=False)
     with pytest.raises(CodeFailedError if is_codes else torch.OutOfMemoryError) as raised:
         worker.train_worker(LoopSpec(job=job, train=Split(few_images)), Group(), worker.Reporter, 1)
     advice = "CUDA out of memory. Tried to allocate 2.00 GiB.; lower --batch-size, or set --micro-batch-size"

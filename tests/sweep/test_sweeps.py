@@ -31,10 +31,9 @@ from mnist_ray.storage import locate
 from mnist_ray.sweep.trial import TrialSpec, run_trial
 from mnist_ray.sweep.tune import load_data, read_sweep, say_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
-from mnist_ray.workload import Arrays, Data, Regression, Workload, loading, setting
+from mnist_ray.workload import Arrays, Data, Regression, Workload, setting
 from mnist_ray.workload.data import Split
 from tests.conftest import ROOT, as_flags, mnist, run_main, write_data_set
-from tests.training.test_debug import BROKEN
 
 QUICK: dict[str, Any] = {
     "precision": "fp32",
@@ -462,18 +461,3 @@ def test_a_trial_killed_after_the_last_checkpoint_of_a_piece_reports_it_again(
     assert (reported[1], reported[4]) == (reported[0], reported[3])
     assert watch.call_count > 2  # where each run begins, and as it goes
     assert {call.args for call in watch.call_args_list} == {(60,)}
-
-
-def test_a_trial_is_profiled_and_names_the_line_of_its_first_anomaly(
-    ray_address: str, few_images: Arrays, tmp_path: Path
-) -> None:
-    (tmp_path / "broken_trial.py").write_text(BROKEN)
-    workload = loading.load(str(tmp_path / "broken_trial.py"))(metadata={"class_names": [0, 1]})
-    examples, reported = workload.load_data().train, list[dict[str, Any]]()
-    assert isinstance(examples, Arrays)
-    try_one(reported.append, examples, tmp_path, workload, OutputConfig(detect_anomaly=True))
-    assert "MulBackward0" in reported[0]["reason"]
-    assert "broken_trial.py, line 16" in reported[0]["reason"]
-    try_one(reported.append, few_images, tmp_path / "profiled", mnist(), OutputConfig(profile=3))
-    (operators,) = tmp_path.rglob("operators.txt")
-    assert "aten::" in operators.read_text()

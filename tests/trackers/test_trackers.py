@@ -28,7 +28,7 @@ from tests.conftest import mnist
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 INTERRUPTED = Ending(None, {}, None)
-PICTURE = figures.curves_of(LOSS, [])
+PICTURE = figures.curves_of(LOSS, [], 1)
 RESULT = {"test_accuracy": 0.875, "test_loss": 0.5, "images_per_s": 100.0}
 
 
