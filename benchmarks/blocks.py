@@ -45,7 +45,7 @@ from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.training.state import Group, TrainingState
 from mnist_ray.workload import Data, setting
 from mnist_ray.workload.data import Arrays, Split
-from mnist_ray.workload.sources import parquet
+from mnist_ray.workload.sources import Parquet
 
 PEER = Path(__file__).parent / "peers" / "streams.py"
 NUMBER = 59_900  # images
@@ -207,7 +207,7 @@ class Flat(MNIST):
 
     def load_data(self) -> Data:
         """Find the files."""
-        train, test = (parquet(f"{self.settings.parquet}/{split}.parquet") for split in ("train", "test"))
+        train, test = (Parquet(f"{self.settings.parquet}/{split}.parquet") for split in ("train", "test"))
         return Data(train, test, metadata={"class_names": [*range(10)]})
 
     def as_picture(self, inputs: Any) -> np.ndarray:
@@ -248,7 +248,7 @@ def train(place: str, number: int, num_epochs: int, read_ahead_mib: int, first_s
     workload, group, meter = Flat(metadata={"class_names": [*range(10)]}), Group(), Meter()
     config = TrainConfig(**{**MNIST.recipes["default"], "num_epochs": num_epochs, "precision": "bf16"})
     begun = time.perf_counter()
-    split = Split(parquet(place) if place else images(number))
+    split = Split(Parquet(place) if place else images(number))
     opened_s = time.perf_counter() - begun
     state = engine.create_state(workload, config, len(split), group.device)
     state.step = first_step
@@ -259,7 +259,7 @@ def train(place: str, number: int, num_epochs: int, read_ahead_mib: int, first_s
 
 def read(place: str, rank: int, world_size: int, first_step: int = 0) -> dict[str, Any]:
     """Read a rank's part of an epoch; return a digest of each step's labels, in the order of the ranks."""
-    dataset = batches_of(Split(parquet(place)), torch.device("cpu"), None, _FEW_MIB)
+    dataset = batches_of(Split(Parquet(place)), torch.device("cpu"), None, _FEW_MIB)
     begun, state = time.perf_counter(), SimpleNamespace(epoch=0, total_step=first_step)
     config = TrainConfig(num_epochs=1)
     order = dataset.begin(config, state, Group(rank, world_size))  # type: ignore[union-attr,arg-type]
@@ -410,7 +410,7 @@ def accuracy(folder: Path) -> None:
         arrays = images(60_000, is_sorted=name.endswith("class"))
         if name.startswith("blocks"):
             write(folder / f"{name}.parquet", arrays)
-        split = Split(parquet(folder / f"{name}.parquet") if name.startswith("blocks") else arrays)
+        split = Split(Parquet(folder / f"{name}.parquet") if name.startswith("blocks") else arrays)
         accuracies = []
         for seed in range(10):
             config = TrainConfig(**MNIST.recipes["default"], precision="bf16", seed=seed)

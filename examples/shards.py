@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 
 from mnist_ray.workload import Choice, Classification, Data, at_least, setting
-from mnist_ray.workload.sources import parquet
+from mnist_ray.workload.sources import Parquet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Shards(Classification):
     def load_data(self) -> Data:
         """Find the files; their pictures are read during the training."""
         train, test = (
-            parquet(f"{self.settings.data}/{split}", columns=["image", "label"], decode=self.example)
+            Parquet(f"{self.settings.data}/{split}", columns=["image", "label"], decode=self.example)
             for split in ("train", "test")
         )
         return Data(train, test, metadata={"class_names": list(range(self.settings.num_classes))})

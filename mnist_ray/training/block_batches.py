@@ -17,8 +17,9 @@ from mnist_ray.storage import STORAGE_ERRORS, with_retries
 from mnist_ray.training.batches import Batch, Collate, ExampleBatches, ExampleError
 from mnist_ray.training.sampler import Slice, own_chunks
 from mnist_ray.training.state import Group, TrainingState
-from mnist_ray.workload.blocks import Read, StreamOrder, sizes_in
 from mnist_ray.workload.data import Arrays, Split
+from mnist_ray.workload.order import Read, StreamOrder
+from mnist_ray.workload.splits import sizes_in
 
 _NUM_THREADS = 8  # they mostly wait for the storage
 Content = tuple[Any, int]  # a block's examples, Arrays or pairs (input, target), and their bytes

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mnist_ray.workload.blocks import StreamOrder
-from mnist_ray.workload.order import Shuffled
+from mnist_ray.workload.order import Shuffled, StreamOrder
 
 _DRAWN_AT_ONCE = 2**13  # examples of an epoch's order; drawing one at a time takes 100 times as long
 

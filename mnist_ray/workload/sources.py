@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import io
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+from PIL import Image
+from pyarrow import compute, fs
+from pyarrow import parquet as pq
 
 from mnist_ray.errors import UsageError, first_line
 from mnist_ray.settings import path_of
-from mnist_ray.workload.data import Data
+from mnist_ray.storage import STORAGE_ERRORS, in_one_line, locate, split_query
+from mnist_ray.workload.data import Arrays, Blocks, Data
 from mnist_ray.workload.order import Shuffled
-from mnist_ray.workload.parquet import Parquet
 
-parquet = Parquet
 _TEST_PART, _TEST_SEED = 5, 53  # without a test set, a random fifth of the examples becomes the test set
+_NUM_THREADS = 16  # that read footers
+_REMEDY = "turn each row into an example by decode="
 
 
 def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Data:
@@ -45,3 +56,139 @@ def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Dat
     files = [file for folder in folders for file, _ in folder.samples]
     name = f"{place.name}, pictures of {len(classes)} classes"
     return Data(train, test, name=name, metadata={"class_names": classes}, files=files)
+
+
+class Parquet(Blocks):
+    """The rows of Parquet files; each row group is a block.
+
+    ``place``: a path or URI of a file, of a folder with ``.parquet`` files, or with ``*``. ``columns``: those of the
+    inputs, then that of the targets; by default all. They hold numbers, lists of equal lengths, tensors of Ray Data, or
+    pictures as Hugging Face writes them, which become (H, W) or (H, W, 3) uint8. Several columns of inputs hold numbers
+    and become (columns,) float32. Instead, ``decode`` may turn a row, a dict by column, into (input, target). Raises
+    UsageError if there are no such files or columns.
+    """
+
+    def __init__(
+        self,
+        place: str | Path,
+        *,
+        columns: Sequence[str] | None = None,
+        decode: Callable[[dict[str, Any]], tuple[Any, Any]] | None = None,
+    ) -> None:
+        self._filesystem, files = _files_at(str(place))
+        known = [file.footer.schema.to_arrow_schema().names for file in files]
+        self._columns, self._decode = list(columns or known[0]), decode
+        for file, names in zip(files, known, strict=True):
+            if missing := [name for name in self._columns if name not in names]:
+                raise UsageError(f"{file.path} has no column {missing[0]}, only {', '.join(names)}")
+        if len(self._columns) < 2:
+            raise UsageError(f"{place}: name at least two columns, those of the inputs, then that of the targets")
+        groups = [(file, group) for file in files for group in range(file.footer.num_row_groups)]
+        self._groups = [(file, group) for file, group in groups if file.footer.row_group(group).num_rows]
+        self.sizes = [file.footer.row_group(group).num_rows for file, group in self._groups]
+        self.identity = "\n".join(f"{file.path} {file.version}" for file in files)
+
+    def read(self, block: int) -> Arrays | Sequence[tuple[Any, Any]]:
+        """Read and decode a row group. Raises UsageError if a row cannot be used, or the file has changed."""
+        file, group = self._groups[block]
+        where = f"{file.path}, row group {group}"
+        with self._filesystem.open_input_file(file.path) as source:
+            if _version(self._filesystem, file.path, source) != file.version:
+                raise UsageError(f"{file.path} has changed since the data were loaded")
+            try:
+                table = self._table(source, file, group)
+            except STORAGE_ERRORS:  # does the storage fail, or is the file damaged?
+                content = pa.BufferReader(source.read_at(source.size(), 0))
+                with in_one_line(f"{where} is damaged"):
+                    table = self._table(content, file, group)
+        if self._decode is not None:
+            return _of_rows(self._decode, table.to_pylist(), where)
+        *inputs, targets = (_array(table.field(name), table[name], f"{where}, column {name}") for name in self._columns)
+        if len(inputs) == 1:
+            return Arrays(inputs[0], targets)
+        if any(values.ndim > 1 for values in inputs):
+            raise UsageError(f"{where}: several columns of inputs must hold a number each; or {_REMEDY}")
+        return Arrays(np.stack(inputs, axis=1).astype(np.float32), targets)
+
+    def _table(self, source: Any, file: _File, group: int) -> pa.Table:
+        return pq.ParquetFile(source, metadata=file.footer, pre_buffer=True).read_row_group(group, self._columns)
+
+
+class _File(NamedTuple):
+    """A file as it was when its footer was read."""
+
+    path: str
+    version: str
+    footer: pq.FileMetaData
+
+
+def _files_at(place: str) -> tuple[fs.FileSystem, list[_File]]:
+    """Return the Parquet files at a path, a URI or a pattern with ``*``. Raises UsageError and JobError."""
+    base, query = split_query(place)
+    above, star, _ = base.partition("*")
+    parent = above[: above.rfind("/") + 1] if star else base
+    folder = locate((parent or ".") + query, "", "the data in")
+    pattern = folder.path + base[len(parent) :] if star else "*.parquet"
+    with in_one_line(f"{place} cannot be read"):
+        infos = [folder.info()]
+        if infos[0].type == fs.FileType.Directory:
+            infos = folder.filesystem.get_file_info(fs.FileSelector(infos[0].path, recursive=True))
+            infos = [info for info in infos if fnmatchcase(info.path, pattern)]
+        paths = sorted(info.path for info in infos if info.type == fs.FileType.File)
+        with ThreadPoolExecutor(_NUM_THREADS) as threads:
+            files = list(threads.map(lambda path: _opened(folder.filesystem, path), paths))
+    if not files:
+        raise UsageError(f"{place} has no Parquet files")
+    return folder.filesystem, files
+
+
+def _opened(filesystem: fs.FileSystem, path: str) -> _File:
+    with filesystem.open_input_file(path) as source, in_one_line(f"{path} is no whole Parquet file"):
+        return _File(path, _version(filesystem, path, source), pq.read_metadata(source))
+
+
+def _version(filesystem: fs.FileSystem, path: str, source: pa.NativeFile) -> str:
+    """Return what changes if a file does; an object store has sent its ETag when it opened the file."""
+    tag = source.metadata().get("ETag") or filesystem.get_file_info(path).mtime_ns
+    return f"{source.size()} {tag!r}"
+
+
+def _of_rows(function: Callable[[Any], Any], rows: Sequence[Any], where: str) -> list[Any]:
+    """Apply a function to rows. Raises UsageError with the number of the first row for which it fails."""
+    results = []
+    for row, values in enumerate(rows):
+        try:
+            results.append(function(values))
+        except Exception as error:  # of the user's code, or of Pillow's decoders
+            raise UsageError(f"{where}, row {row}: {type(error).__name__}: {first_line(error)}") from error
+    return results
+
+
+def _array(field: pa.Field, column: pa.ChunkedArray, where: str) -> np.ndarray:
+    """Return a column as an array, (rows, ...). Raises UsageError if that is not possible."""
+    values, shape = column.combine_chunks(), [len(column)]
+    if values.null_count:
+        raise UsageError(f"{where} has gaps; {_REMEDY}")
+    if pa.types.is_struct(values.type) and values.type.get_field_index("bytes") >= 0:
+        values = values.field("bytes")
+    if pa.types.is_binary(values.type):
+        pictures = _of_rows(_picture, values.to_pylist(), where)
+        if len({picture.shape for picture in pictures}) > 1:
+            raise UsageError(f"{where} has pictures of different sizes; {_REMEDY}")
+        return np.stack(pictures)
+    of_tensor = json.loads((field.metadata or {}).get(b"ARROW:extension:metadata", "[]"))  # of Ray Data
+    if isinstance(values, pa.ExtensionArray):  # of Ray Data, too, if this process has imported it
+        of_tensor, values = values.type.shape, values.storage
+    while pa.types.is_nested(values.type):
+        lengths = compute.list_value_length(values).unique().to_pylist()
+        if len(lengths) > 1:
+            raise UsageError(f"{where} has lists of different lengths; {_REMEDY}")
+        values, shape = values.flatten(), shape + lengths
+    if not pa.types.is_primitive(values.type) or pa.types.is_temporal(values.type):
+        raise UsageError(f"{where} holds {values.type}, not numbers; {_REMEDY}")
+    return values.to_numpy(zero_copy_only=False).reshape([len(column), *of_tensor] if of_tensor else shape)
+
+
+def _picture(content: bytes) -> np.ndarray:
+    picture = Image.open(io.BytesIO(content))
+    return np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))

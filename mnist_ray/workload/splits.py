@@ -9,7 +9,6 @@ import numpy as np
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError, count
-from mnist_ray.workload.blocks import whole_blocks
 from mnist_ray.workload.data import Blocks, Data, Split, Splits
 from mnist_ray.workload.order import AllBut, Shuffled
 
@@ -67,3 +66,24 @@ def _drawn(split: Split, size: int, seed: int) -> np.ndarray:
     if isinstance(split.examples, Blocks):
         return whole_blocks(split, size, seed)
     return np.sort(Shuffled(len(split), [seed])[:size])
+
+
+def sizes_in(split: Split) -> np.ndarray | None:
+    """Return how many of a split's examples each block has, (blocks,); None if their indices are not sorted."""
+    ends, indices = np.cumsum(split.examples.sizes), split.indices
+    if isinstance(indices, AllBut):
+        ends = indices.rank(ends)
+    elif indices is not None:
+        if (np.diff(indices) <= 0).any():
+            return None
+        ends = np.searchsorted(indices, ends)
+    return np.diff(ends, prepend=0)
+
+
+def whole_blocks(split: Split, size: int, seed: int) -> np.ndarray:
+    """Return the indices, sorted, of the examples in random blocks: as many blocks as ``size`` holds, at least one."""
+    sizes = sizes_in(split)
+    assert sizes is not None
+    order = [block for block in Shuffled(len(sizes), [seed])[:].tolist() if sizes[block]]
+    number = max(1, int(np.searchsorted(np.cumsum(sizes[order]), size, side="right")))
+    return np.flatnonzero(np.repeat(np.isin(np.arange(len(sizes)), order[:number]), sizes))

@@ -10,9 +10,9 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.training.sampler import ShardedBatchSampler, own_chunks
 from mnist_ray.workload import Arrays, Blocks, Data
-from mnist_ray.workload.blocks import StreamOrder, sizes_in, whole_blocks
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.splits import splits_of, subset
+from mnist_ray.workload.order import StreamOrder
+from mnist_ray.workload.splits import sizes_in, splits_of, subset, whole_blocks
 
 SIZES = [40, 7, 0, 25, 33, 1, 18, 60, 12, 12, 30, 5]
 

@@ -16,7 +16,7 @@ from pyarrow import parquet as pq
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.workload import Arrays, Data
 from mnist_ray.workload.loading import digests_of
-from mnist_ray.workload.sources import parquet
+from mnist_ray.workload.sources import Parquet
 from mnist_ray.workload.splits import splits_of
 
 
@@ -40,7 +40,7 @@ def written(file: Path, rows: int = 4, **columns: Any) -> Path:
 
 def arrays_of(file: Path, **options: Any) -> Arrays:
     """Return all examples of a file as arrays."""
-    blocks = parquet(file, **options)
+    blocks = Parquet(file, **options)
     contents: Any = [blocks.read(number) for number in range(len(blocks.sizes))]
     return Arrays(*(np.concatenate([getattr(each, name) for each in contents]) for name in ("inputs", "targets")))
 
@@ -67,11 +67,11 @@ def test_a_row_group_is_a_block_of_pictures_lists_tensors_or_numbers(
     tmp_path: Path, image: Any, expected: np.ndarray
 ) -> None:
     file = written(tmp_path / "some.parquet", image=image, label=LABELS)
-    assert list(parquet(file).sizes) == [4, 4, 2]
+    assert list(Parquet(file).sizes) == [4, 4, 2]
     read = arrays_of(file)
     np.testing.assert_array_equal(read.inputs, expected)
     assert read.targets.tolist() == LABELS.tolist()
-    assert parquet(file)[7][1] == 7
+    assert Parquet(file)[7][1] == 7
 
 
 def test_tensors_of_ray_data_keep_their_shape(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_several_columns_of_numbers_are_a_vector(tmp_path: Path) -> None:
 
 def test_decode_makes_examples_of_rows(tmp_path: Path) -> None:
     file = written(tmp_path / "some.parquet", text=["a", "bb", None, "c"], label=[1, 2, 3, 4])
-    blocks: Any = parquet(file, columns=["text", "label"], decode=lambda row: (len(row["text"] or ""), row["label"]))
+    blocks: Any = Parquet(file, columns=["text", "label"], decode=lambda row: (len(row["text"] or ""), row["label"]))
     assert list(blocks.read(0)) == [(1, 1), (2, 2), (0, 3), (1, 4)]
 
 
@@ -109,7 +109,7 @@ def test_a_place_is_a_file_a_folder_or_a_pattern(
         written(tmp_path / "data" / f"{name}.parquet", image=LABELS, label=LABELS)
     (tmp_path / "data" / "notes.txt").write_text("not Parquet")
     monkeypatch.chdir(tmp_path)
-    assert list(parquet(f"{tmp_path}/{place}" if is_absolute else place).sizes) == sizes
+    assert list(Parquet(f"{tmp_path}/{place}" if is_absolute else place).sizes) == sizes
 
 
 def test_empty_files_and_row_groups_are_passed_over(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_empty_files_and_row_groups_are_passed_over(tmp_path: Path) -> None:
     with pq.ParquetWriter(tmp_path / "b.parquet", pa.schema({"image": pa.int64(), "label": pa.int64()})) as writer:
         for part in (LABELS[:3], LABELS[:0], LABELS[3:]):
             writer.write_table(pa.table({"image": part, "label": part}))
-    assert list(parquet(tmp_path).sizes) == [3, 7]
+    assert list(Parquet(tmp_path).sizes) == [3, 7]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_files_that_cannot_be_used_are_refused_at_the_start(
 ) -> None:
     make(tmp_path / "some.parquet")
     with pytest.raises((UsageError, JobError), match=message):
-        parquet(tmp_path, **options)
+        Parquet(tmp_path, **options)
 
 
 def fails(row: dict[str, Any]) -> Any:
@@ -165,7 +165,7 @@ def fails(row: dict[str, Any]) -> Any:
 def test_a_row_that_cannot_be_used_is_named(tmp_path: Path, image: Any, options: Any, message: str) -> None:
     file = written(tmp_path / "some.parquet", image=image, label=LABELS[:2])
     with pytest.raises(UsageError, match=f"^{file}, row group 0.*{message}"):
-        parquet(file, **options).read(0)
+        Parquet(file, **options).read(0)
 
 
 def test_a_damaged_row_group_is_named_and_not_taken_for_a_failing_storage(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_damaged_row_group_is_named_and_not_taken_for_a_failing_storage(tmp_pa
     content = bytearray(file.read_bytes())
     content[4:60] = bytes(56)
     file.write_bytes(content)
-    blocks = parquet(file)
+    blocks = Parquet(file)
     with pytest.raises(JobError, match=f"^{file}, row group 0 is damaged: "):
         blocks.read(0)
     assert len(blocks.read(1)) == 4
@@ -181,17 +181,17 @@ def test_a_damaged_row_group_is_named_and_not_taken_for_a_failing_storage(tmp_pa
 
 def test_a_file_that_has_changed_is_not_read(tmp_path: Path) -> None:
     file = written(tmp_path / "some.parquet", image=LABELS, label=LABELS)
-    blocks = parquet(file)
+    blocks = Parquet(file)
     os.utime(file, (1, 1))
     with pytest.raises(UsageError, match=f"^{file} has changed since the data were loaded$"):
         blocks.read(0)
     before = blocks.identity
-    assert parquet(file).identity != before
+    assert Parquet(file).identity != before
 
 
 def test_the_data_are_recognized_by_their_files(tmp_path: Path) -> None:
     def digest() -> Any:
-        splits = splits_of(Data(parquet(tmp_path), parquet(tmp_path)), 4)
+        splits = splits_of(Data(Parquet(tmp_path), Parquet(tmp_path)), 4)
         return digests_of(splits)["training"]
 
     file = written(tmp_path / "some.parquet", image=LABELS, label=LABELS)
@@ -203,6 +203,6 @@ def test_the_data_are_recognized_by_their_files(tmp_path: Path) -> None:
 
 def test_blocks_can_be_sent_to_other_processes(tmp_path: Path) -> None:
     file = written(tmp_path / "some.parquet", image=LABELS, label=LABELS)
-    blocks = parquet(file)
+    blocks = Parquet(file)
     sent = pickle.loads(pickle.dumps(blocks))
     assert [sent[number] for number in range(10)] == [(number, number) for number in range(10)]
