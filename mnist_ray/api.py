@@ -19,10 +19,9 @@ from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.report.run_files import METRICS_FILE, STEPS_FILE, numbers_of, read_values, workload_of
 from mnist_ray.run.job import Job, read_job
-from mnist_ray.run.lookup import find_run
 from mnist_ray.run.train import train as train_job
 from mnist_ray.settings import build, check_known, names_of
-from mnist_ray.storage import REPORT_FILE, RESULT_FILE, RunFolder
+from mnist_ray.storage import REPORT_FILE, RESULT_FILE, RunFolder, find_run
 from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER
 from mnist_ray.sweep.tune import read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep

@@ -17,7 +17,7 @@ from uuid import uuid4
 import pyarrow
 from pyarrow import fs
 
-from mnist_ray.errors import JobError, UsageError, first_line
+from mnist_ray.errors import JobError, UsageError, command, first_line
 from mnist_ray.settings import path_of
 
 T = TypeVar("T")
@@ -233,6 +233,36 @@ def locate(storage_path: str, name: str, given_as: str = "--storage-path") -> Ru
     except (*STORAGE_ERRORS, ValueError) as error:  # ValueError: not UTF-8
         raise UsageError(f"{given_as} {storage_path} cannot be used: {first_line(error)}") from error
     return run
+
+
+def find_run(given: str | None, storage_path: str) -> RunFolder:
+    """Return the folder of a path, a URI or a run's name; it need not exist. For None, return the newest run.
+
+    A name is that of a run in the storage or, if there is none, of a folder here. Raises UsageError if there is no run,
+    or the URI is wrong.
+    """
+    if given is None:
+        try:
+            return _newest_run(locate(storage_path, ""))
+        except STORAGE_ERRORS as error:
+            raise UsageError(f"--storage-path {storage_path} cannot be read: {first_line(error)}") from error
+    if not given.strip():
+        raise UsageError("the run's name is empty; give a name, or leave the flag out")
+    if "/" in given:
+        base, query = split_query(given)
+        parent, _, name = base.rstrip("/").rpartition("/")
+        return locate((parent or "/") + query, name, "the run in")
+    run, here = locate(storage_path, given), locate(".", given, "the run in")
+    return here if here.exists() and not run.exists() else run
+
+
+def _newest_run(storage: RunFolder) -> RunFolder:
+    """Return the run with a checkpoint whose settings were written last."""
+    folders = [locate(storage.storage_path, name) for name in storage.subfolders()]
+    runs = [run for run in folders if run.exists(CONFIG_FILE) and run.checkpoint_names()]
+    if not runs:
+        raise UsageError(f"no run in {storage.storage_path} has a checkpoint to use; {command('train')} makes one")
+    return max(runs, key=lambda run: run.info(CONFIG_FILE).mtime_ns or 0)
 
 
 def split_query(path: str) -> tuple[str, str]:

@@ -9,9 +9,7 @@ from pyarrow import fs
 
 from mnist_ray import storage
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.run import lookup
-from mnist_ray.run.lookup import find_run
-from mnist_ray.storage import DamagedFileError, RunFolder, checkpoint_name, locate, position_of
+from mnist_ray.storage import DamagedFileError, RunFolder, checkpoint_name, find_run, locate, position_of
 
 
 @pytest.fixture
@@ -58,7 +56,7 @@ def test_the_options_of_a_uri_stay_at_its_end(monkeypatch: pytest.MonkeyPatch) -
     run = RunFolder("run", f"s3://bucket/runs{options}", fs.LocalFileSystem(), "bucket/runs/run")
     assert run.inside("trials").uri == f"s3://bucket/runs/run/trials{options}"
     asked: list[tuple[str, str]] = []
-    monkeypatch.setattr(lookup, "locate", lambda path, name, given_as: asked.append((path, name)))
+    monkeypatch.setattr("mnist_ray.storage.locate", lambda path, name, given_as: asked.append((path, name)))
     find_run("s3://b/runs/one?region=a/b", "")
     assert asked == [("s3://b/runs?region=a/b", "one")]
 

@@ -16,9 +16,16 @@ from safetensors.torch import save
 from mnist_ray.cluster.connect import quiet_ray
 from mnist_ray.errors import UsageError
 from mnist_ray.run.job import Job
-from mnist_ray.run.lookup import find_run
 from mnist_ray.settings import build, check_known, names_of
-from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS, RunFolder, in_one_line, position_of, untrusted_folders
+from mnist_ray.storage import (
+    RESULT_FILE,
+    STORAGE_ERRORS,
+    RunFolder,
+    find_run,
+    in_one_line,
+    position_of,
+    untrusted_folders,
+)
 from mnist_ray.training.checkpoint import STATE_FILE, load_fitting, load_model, read_state, read_weights
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload

@@ -14,10 +14,9 @@ from typing import Any
 from mnist_ray import settings, storage
 from mnist_ray.config import OutputConfig, SweepConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError, command, count, masked
-from mnist_ray.run.lookup import find_run
 from mnist_ray.settings import UNSET, Parser, flag, peek
-from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, SWEEP_FILE, TRIALS_FILE, RunFolder
-from mnist_ray.trackers.tracker import Tracker
+from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, SWEEP_FILE, TRIALS_FILE, RunFolder, find_run
+from mnist_ray.trackers import Tracker
 from mnist_ray.training.callback import Callback
 from mnist_ray.workload import loading, user_code
 from mnist_ray.workload.base import Workload

@@ -22,8 +22,7 @@ from mnist_ray.run.session import Session, say_plan
 from mnist_ray.settings import json_lines
 from mnist_ray.signals import first_only_noted, if_ended
 from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE, RunFolder
-from mnist_ray.trackers import start
-from mnist_ray.trackers.tracker import Ending
+from mnist_ray.trackers import Ending, start
 from mnist_ray.training.checkpoint import MODEL_FILE, read_state
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
 from mnist_ray.workload.loading import digests_of

@@ -24,8 +24,7 @@ from mnist_ray.storage import RESULT_FILE, SWEEP_FILE, TRIALS_FILE, RunFolder
 from mnist_ray.sweep.trial import TrialSpec
 from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER, FAILED, WAITING, Sweep, TrialRecord, TrialTable
 from mnist_ray.sweep.tuner import TRIALS_FOLDER, OnChange, run_sweep, trials_at_a_time
-from mnist_ray.trackers import start
-from mnist_ray.trackers.tracker import Ending
+from mnist_ray.trackers import Ending, start
 from mnist_ray.training.checkpoint import MODEL_FILE, STATE_FILE, TRAINING_FILE
 from mnist_ray.training.events import TrialEnded
 

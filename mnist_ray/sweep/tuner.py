@@ -21,8 +21,7 @@ from mnist_ray.cluster.plan import Cluster, WorkerPlan, suitable
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, count, masked
 from mnist_ray.storage import TRIALS_FILE, with_retries
-from mnist_ray.sweep.candidates import Candidates
-from mnist_ray.sweep.halving import Piece, climb, pieces, rungs_of
+from mnist_ray.sweep.halving import Candidates, Piece, climb, pieces, rungs_of
 from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trial import TrialSpec, run_trial
 from mnist_ray.sweep.trials import DONE, FAILED, LOST, RUNNING, STOPPED, WAITING, Sweep, TrialRecord, TrialTable

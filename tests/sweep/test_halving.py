@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from mnist_ray.sweep.candidates import Candidates
-from mnist_ray.sweep.halving import Piece, climb, pieces, rungs_of, still_racing
+from mnist_ray.sweep.halving import Candidates, Piece, climb, pieces, rungs_of, still_racing
 from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trials import DONE, FAILED, FAILING, LOST, RUNNING, WAITING, Sweep
 from mnist_ray.sweep.tune import read_sweep
