@@ -71,11 +71,12 @@ def find(
 def read_initial(job: Job) -> tuple[bytes, str]:
     """Return the weights of ``--init-from`` as the content of INITIAL_FILE, and a line about them for the user.
 
-    No code of the run that they come from is loaded. Raises UsageError, JobError and the file system's exceptions.
+    No code of the run that they come from is loaded. Raises UsageError and JobError.
     """
-    place, model = find_run(job.asked["init_from"], job.run.storage_path), job.workload.create_model()
-    if not place.info().is_file:
-        place = _checkpoint_of(place, [])
+    model = job.workload.create_model()
+    with in_one_line("cannot read the weights of --init-from"):
+        place = find_run(job.asked["init_from"], job.run.storage_path)
+        place = place if place.info().is_file else _checkpoint_of(place, [])
     weights = read_weights(place)
     lacking, own = load_fitting(model, weights), model.state_dict()
     if len(lacking) == len(own):

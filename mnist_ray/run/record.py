@@ -16,6 +16,7 @@ from mnist_ray.cluster.remote_data import check_nodes
 from mnist_ray.errors import JobError, TrainingStoppedError, count, with_place
 from mnist_ray.provenance import origin, versions
 from mnist_ray.run.evaluate import evaluate, evaluate_here
+from mnist_ray.run.find import read_initial
 from mnist_ray.run.fit import Fitted
 from mnist_ray.run.history import History, Throttled, write_predictions
 from mnist_ray.run.session import Session, say_plan
@@ -66,9 +67,11 @@ def begin_files(session: Session, settings_file: str, settings: Mapping[str, Any
     job, run, workload = session.job, session.job.run, session.job.workload
     if len(session.cluster.nodes) > 1:  # with one node, only this machine writes
         check_nodes(run)
-    run.write_text(settings_file, json_lines(settings))
     if job.initial is not None and not job.initial.exists(INITIAL_FILE):
-        job.initial.write_bytes(INITIAL_FILE, session.initial)
+        weights, fits = read_initial(job)
+        session.console.say("init from", fits)
+        job.initial.write_bytes(INITIAL_FILE, weights)
+    run.write_text(settings_file, json_lines(settings))
     if run.read_json(ORIGIN_FILE) is None:
         about = {
             "started": datetime.now().astimezone().isoformat(" ", "minutes"),
@@ -208,6 +211,8 @@ def check(session: Session) -> None:
     """Print how a job would run, and check every node. Raises JobError if a node cannot take part."""
     job, console, plan = session.job, session.console, session.plan
     own_versions, batch_size = versions(), job.train.batch_size
+    if job.initial is not None and not job.initial.exists(INITIAL_FILE):
+        console.say("init from", read_initial(job)[1])
     hosts = ["this process"] if session.is_here else check_nodes(job.run, own_versions, use_gpu=plan.use_gpu)
     each = f"{math.ceil(batch_size / max(1, plan.num_workers))} of a step's {batch_size} {job.workload.nouns} each"
     where = ", ".join([plan.placement, *map("=".join, plan.labels.items())])

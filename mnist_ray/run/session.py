@@ -10,19 +10,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-import numpy as np
-
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, plan_workers, usable_cores
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import JobError, UsageError, count, format_settings, with_place
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.job import Job, check_free
-from mnist_ray.storage import INITIAL_FILE, RESULT_FILE, STORAGE_ERRORS, in_one_line
+from mnist_ray.run.lease import owned
+from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS
 from mnist_ray.training.events import EpochFinished, Event, Started
-from mnist_ray.training.sampler import Slice
 from mnist_ray.workload.data import Blocks, Split, Splits
-from mnist_ray.workload.loading import digests_of, picture_of, placed
+from mnist_ray.workload.loading import digests_of
 from mnist_ray.workload.loading import load_data as load_data_of
 from mnist_ray.workload.splits import splits_of, subset
 from ray_fork.starting import prepared_forking
@@ -39,7 +37,6 @@ class Session(contextlib.ExitStack):
     console: RunConsole
     cluster: Cluster
     plan: WorkerPlan
-    initial: bytes  # the content of INITIAL_FILE, with --init-from, unless the run has the file
 
     def __init__(self, job: Job, modules: str, workers: WorkerConfig | None = None) -> None:
         super().__init__()
@@ -67,8 +64,6 @@ class Session(contextlib.ExitStack):
 
         Raises JobError if the storage is not writable; UsageError if another job owns the run.
         """
-        from mnist_ray.run.lease import owned  # imports psutil, which is not needed earlier
-
         self.job, self.data = job, data
         job.run.check_writable()
         self.clock.mark("data")
@@ -87,18 +82,12 @@ class Session(contextlib.ExitStack):
         """
         is_own = type(self.job.workload).__module__.startswith("mnist_ray.")
         if not is_own:
-            try_batch(self.job, self.data.train, batch_sizes)
-        if self.job.initial is not None and not self.job.initial.exists(INITIAL_FILE):
-            from mnist_ray.run.find import read_initial  # imports torch and Ray
-
-            with in_one_line("cannot read the weights of --init-from"):
-                self.initial, fits = read_initial(self.job)
-            self.console.say("init from", fits)
+            _try_batch(self.job, self.data.train, batch_sizes)
 
         def meanwhile() -> None:
             importlib.import_module(self._modules)  # with Ray Train, which ray.init does not import
             if is_own:
-                try_batch(self.job, self.data.train, batch_sizes)
+                _try_batch(self.job, self.data.train, batch_sizes)
 
         if self.is_here:
             meanwhile()
@@ -137,29 +126,12 @@ def ending_explained(job: Job) -> Iterator[None]:
         raise KeyboardInterrupt(f"interrupted; {advice}") from interrupt
 
 
-def try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> None:
-    """Send a batch through a workload, and the smallest that a worker gets of each batch size. Raises UsageError."""
-    import torch
+def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> None:
+    """Send a batch through the job's workload. Raises UsageError."""
+    from mnist_ray.training.check import try_batch  # imports torch
 
-    from mnist_ray.training.batches import Batch, batches_of
-    from mnist_ray.training.check import NUM_EXAMPLES, check_batch, check_smallest
-
-    workload = job.workload
-
-    def first(number: int) -> Batch:
-        with placed(workload, "an example"):
-            return batches[Slice(np.arange(number), number)]
-
-    with placed(workload, "an example"):
-        batches = batches_of(train, torch.device("cpu"), workload.collate)
-        inputs, _ = train[0]
-    picture_of(workload, inputs)
-    number = min(NUM_EXAMPLES, len(train))
-    check_batch(workload, first(number), first((number + 1) // 2), job.train)
-    for size in batch_sizes or [job.train.batch_size]:
-        last = len(train) % size or size
-        smallest = max(1, last // (job.train.chunks or job.workers.num_workers or 1))
-        check_smallest(workload, first(smallest), size, job.train)
+    num_parts = job.train.chunks or job.workers.num_workers or 1
+    try_batch(job.workload, train, job.train, batch_sizes or [job.train.batch_size], num_parts)
 
 
 def console_of(job: Job) -> RunConsole:

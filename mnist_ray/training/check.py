@@ -5,21 +5,47 @@ from __future__ import annotations
 import functools
 import re
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.errors import UsageError, count, first_line
 from mnist_ray.provenance import cpu_has_bf16
-from mnist_ray.training.batches import Batch
+from mnist_ray.training.batches import Batch, batches_of
+from mnist_ray.training.sampler import Slice
 from mnist_ray.training.state import check_kept
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.loading import placed
+from mnist_ray.workload.data import Split
+from mnist_ray.workload.loading import picture_of, placed
 from mnist_ray.workload.tensors import as_fp32, autocast, detached
 
 NUM_EXAMPLES = 16  # in that batch
+
+
+def try_batch(
+    workload: Workload, train: Split, config: TrainConfig, batch_sizes: Sequence[int], num_parts: int
+) -> None:
+    """Send a batch through a workload, and the smallest part of each batch size. Raises UsageError.
+
+    ``num_parts``: into how many parts, for workers or chunks, a batch is cut.
+    """
+
+    def first(number: int) -> Batch:
+        with placed(workload, "an example"):
+            return batches[Slice(np.arange(number), number)]
+
+    with placed(workload, "an example"):
+        batches = batches_of(train, torch.device("cpu"), workload.collate)
+        inputs, _ = train[0]
+    picture_of(workload, inputs)
+    number = min(NUM_EXAMPLES, len(train))
+    check_batch(workload, first(number), first((number + 1) // 2), config)
+    for size in batch_sizes:
+        check_smallest(workload, first(max(1, (len(train) % size or size) // num_parts)), size, config)
 
 
 def check_batch(workload: Workload, batch: Batch, fewer: Batch, config: TrainConfig) -> None:

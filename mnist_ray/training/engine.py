@@ -21,8 +21,15 @@ from mnist_ray.config import READ_AHEAD_MIB, Precision, TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.training import shared_memory
-from mnist_ray.training.batches import ArrayBatches, Batch, ExampleBatches, batch_loader, batches_of, on_device
-from mnist_ray.training.block_batches import BlockBatches
+from mnist_ray.training.batches import (
+    ArrayBatches,
+    Batch,
+    BlockBatches,
+    ExampleBatches,
+    batch_loader,
+    batches_of,
+    on_device,
+)
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import Evaluation, MetricSums, TrainingDivergedError

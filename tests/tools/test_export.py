@@ -9,8 +9,9 @@ from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist.cnn import CNN
 from mnist_ray.run.find import Found, find
 from mnist_ray.run.job import read_job
-from mnist_ray.run.session import load_data, try_batch
+from mnist_ray.run.session import load_data
 from mnist_ray.tools import export
+from mnist_ray.training.check import try_batch
 from mnist_ray.training.checkpoint import snapshot
 from mnist_ray.training.engine import create_state
 from mnist_ray.workload.data import Arrays
@@ -150,7 +151,7 @@ def found_of(folder: Path, name: str) -> Found:
     code.write_text(NETS)
     given = {"workload": f"{code}:{name}", "storage_path": str(folder), "precision": "fp32", "batch_size": 30}
     job, data = load_data(read_job(given))
-    try_batch(job, data.train, [])
+    try_batch(job.workload, data.train, job.train, [job.train.batch_size], 1)
     state = create_state(job.workload, job.train, len(data.train), torch.device("cpu"))
     snapshot(state, {"workload": job.workload.identity}).write(folder_at(folder / "checkpoint"))
     return find(str(folder / "checkpoint"), str(folder / "runs"))

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.training.batches import Batch, ExampleError, batch_loader, batches_of
-from mnist_ray.training.block_batches import BlockBatches
+from mnist_ray.training.batches import Batch, BlockBatches, ExampleError, batch_loader, batches_of
 from mnist_ray.training.sampler import ShardedBatchSampler, Slice
 from mnist_ray.training.state import Group
 from mnist_ray.workload import Arrays, Blocks
