@@ -1,7 +1,7 @@
 """Look at the examples of a workload's data.
 
 python jobs/view.py --index 10
-python jobs/view.py --split test --label 3 --count 32 --output threes.png
+python jobs/view.py --split test --count 32 --output digits.png
 python jobs/view.py --workload my_problem.py
 """
 

@@ -122,7 +122,6 @@ class WorkerConfig:
         "labels of the nodes for workers, each as KEY=VALUE, KEY=!VALUE or 'KEY=in(A,B)'; default: any node",
         **rule(lambda labels: all(map(_LABEL.fullmatch, labels)), "must be KEY=VALUE, KEY=!VALUE or KEY=in(A,B)"),
     )
-    accelerator_type: str | None = setting(None, "type of the nodes' accelerators in Ray, for instance A100")
     autoscaling: bool = setting(False, "the cluster starts nodes on demand: wait for them")
     max_failures: int = setting(3, "how often lost workers are replaced before the run fails", **at_least(0))
     fork_workers: Literal["auto", "no"] = setting("auto", "fork worker processes to start faster; auto: if it is safe")
@@ -154,9 +153,8 @@ class ViewConfig:
     """Choice of examples."""
 
     split: Literal["train", "test"] = setting("train", "part of the data")
-    index: int = setting(0, "first example, from 0; with --label, among the examples with this label", **at_least(0))
+    index: int = setting(0, "first example, from 0", **at_least(0))
     count: int = setting(1, "number of examples; several are drawn as a grid", **within(1, 1000))
-    label: str | None = setting(None, "show only examples with this label")
     output: str = setting("view.png", "file for the picture", **_ending(".png"))
 
 

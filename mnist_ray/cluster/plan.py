@@ -16,7 +16,6 @@ from mnist_ray.errors import UsageError, count
 
 _MOST_WORKERS_A_CORE = 8  # each worker is a process of some 500 MiB
 _LEAST_EXAMPLES_PER_THREAD = 8  # two threads are 1.35 times as fast as one at batch 16; at batch 8, maybe slower
-_ACCELERATOR_LABEL = "ray.io/accelerator-type"  # Ray labels each node that has an accelerator
 _APPLE_CHIP = re.compile(r"accelerator_type:M\d(-(Pro|Max|Ultra))?$")
 
 
@@ -110,7 +109,6 @@ def plan_workers(config: WorkerConfig, cluster: Cluster, num_chunks: int | None 
     not say how many an autoscaler can start.
     """
     labels = dict(label.split("=", 1) for label in config.label_selector or ())
-    labels |= {_ACCELERATOR_LABEL: config.accelerator_type} if config.accelerator_type else {}
     nodes = suitable(cluster.nodes, labels)
     cluster = dataclasses.replace(cluster, nodes=nodes)
     if num_chunks is not None:
@@ -166,9 +164,9 @@ def _cannot_hold(config: WorkerConfig, num_workers: int, cluster: Cluster, use_g
         asked += f", {config.placement}"
     there += f" on {count(len(cluster.nodes), 'node')}"
     advice = "lower --num-workers" + (" or --cpus-per-worker" if config.cpus_per_worker else "")
-    if wanted := [*(config.label_selector or ()), *filter(None, [config.accelerator_type])]:
-        there += f" with {', '.join(wanted)}"
-        advice += ", or leave --label-selector and --accelerator-type out"
+    if config.label_selector:
+        there += f" with {', '.join(config.label_selector)}"
+        advice += ", or leave --label-selector out"
     if use_gpu:
         advice += ", or use --use-gpu no"
     if not cluster.is_local:

@@ -104,7 +104,7 @@ def write(
     seconds = drawn("table of the seconds", lambda: _seconds(result)) if result else []
     tables = [*more.tables, _epochs(record), *_settings(record), *seconds]
     status, refresh_s = _status(record, resume_with, is_running), _REFRESH_S if is_running else 0
-    page = Page(run.name, status, headlines(record), notes, pictures, tables, refresh_s)
+    page = Page(run.name, status, _headlines(record), notes, pictures, tables, refresh_s)
     run.write_text(REPORT_FILE, page.to_html())
     for note in notes:
         warn(note)
@@ -135,7 +135,7 @@ def _status(record: RunRecord, resume_with: str, is_running: bool) -> str:
     return f"finished: {epochs}, tested on {record.result.get(f'num_test_{nouns}') or 0:,} {nouns}\n{about}"
 
 
-def headlines(record: RunRecord) -> dict[str, str]:
+def _headlines(record: RunRecord) -> dict[str, str]:
     """Return the most important values of a run, formatted."""
     workload, result, lines = record.workload, record.result, dict[str, str]()
     if result:

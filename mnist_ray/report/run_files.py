@@ -86,7 +86,6 @@ class RunRecord:
         """Read a run's files. Raises UsageError if there are no settings, and JobError if they are damaged."""
         notes: list[str] = []
         warn = notes.append
-        result = unless_damaged(lambda: _checked_result(run, workload, warn), warn)
         return cls(
             run=run,
             workload=workload,
@@ -94,8 +93,8 @@ class RunRecord:
             origin=run.read_json(ORIGIN_FILE, warn) or {},
             epochs=numbers_of(unless_damaged(lambda: read_values(run, METRICS_FILE, "epoch"), warn) or []),
             steps=numbers_of(unless_damaged(lambda: read_values(run, STEPS_FILE, "step", "epoch"), warn) or []),
-            result=result,
-            predictions=unless_damaged(lambda: _checked_predictions(run, workload, result), warn) or [],
+            result=unless_damaged(lambda: _checked_result(run, workload, warn), warn),
+            predictions=unless_damaged(lambda: read_csv(run, PREDICTIONS_FILE), warn) or [],
             notes=notes,
         )
 
@@ -132,17 +131,6 @@ def _checked_result(run: RunFolder, workload: Workload, warn: Warn) -> dict[str,
         if not isinstance(value, (int, float, type(None))):
             raise run.damaged(RESULT_FILE, f"{value!r:.40} is not a number")
     return result or None
-
-
-def _checked_predictions(run: RunFolder, workload: Workload, result: dict[str, Any] | None) -> list[dict[str, str]]:
-    """Return the predictions for a result's test examples, if any. Raises DamagedFileError if the number is wrong."""
-    number = result.get(f"num_test_{workload.nouns}") if result else None
-    if number is None or not run.exists(PREDICTIONS_FILE):
-        return []
-    rows = read_csv(run, PREDICTIONS_FILE)
-    if len(rows) != number:
-        raise run.damaged(PREDICTIONS_FILE, f"it has {len(rows):,} rows for {number:,} test examples")
-    return rows
 
 
 def workload_of(run: RunFolder, reference: loading.Reference | None, storage_path: str) -> Workload:

@@ -11,41 +11,36 @@ from matplotlib.figure import Figure
 
 from mnist_ray.errors import count, format_settings, format_value, in_words
 from mnist_ray.report.page import Sections, unless_failing
-from mnist_ray.settings import Choice, Range
+from mnist_ray.settings import Choice
 from mnist_ray.storage import CONFIG_FILE, SWEEP_FILE, TRIALS_FILE, DamagedFileError, RunFolder
 from mnist_ray.sweep.space import space_of
 from mnist_ray.sweep.trials import RUNNING, STOPPED, TrialRecord, TrialTable
 from mnist_ray.workload.base import Picture, Workload
-from mnist_ray.workload.figures import Table, on_axis, png_of, scale_axis, style_of
+from mnist_ray.workload.figures import Table, on_axis, png_of, scale_axis
 
 _WIDTH = 9.5  # inches: across the page, the letters are as large as the page's own
 _TITLE_WIDTH = 80  # characters
-_RING: dict[str, Any] = {"color": "black", "marker": "o", "linestyle": "none", "markerfacecolor": "none"}
 
 
 def draw(table: TrialTable, num_epochs: int) -> bytes:
-    """Draw the validation metric of all trials over the epochs, and over each searched setting, as a PNG.
+    """Draw the validation metric of all trials over the epochs, and over each searched setting that varies, as a PNG.
 
-    If several settings vary, the first one with listed values is shown by colours and markers instead. Trials that were
-    stopped early are grey or hollow, those of the best configuration are ringed, and failed trials are left out.
+    Trials that were stopped early are grey or hollow, those of the best configuration are black or ringed, and failed
+    trials are left out.
     """
     records = [record for record in table.by_point.values() if record.is_validated and record.state != RUNNING]
     searched = table.space.spaces
     varied = [name for name in searched if len({record.point.values[name] for record in records}) > 1] or [*searched]
-    coloured = next((name for name in varied if isinstance(searched[name], Choice)), None)
-    over = [name for name in varied if name != coloured] or varied
-    figure = Figure(figsize=(_WIDTH, 5 + 4 * len(over)), dpi=150, layout="constrained")
-    over_epochs, *plots = figure.subplots(1 + len(over))
+    figure = Figure(figsize=(_WIDTH, 5 + 4 * len(varied)), dpi=150, layout="constrained")
+    over_epochs, *plots = figure.subplots(1 + len(varied))
     _draw_over_epochs(over_epochs, table, records)
-    for axes, name in zip(plots, over, strict=True):
-        _draw_over(axes, table, records, name, coloured if coloured != name else None)
+    for axes, name in zip(plots, varied, strict=True):
+        _draw_over(axes, table, records, name)
     title = [f"{count(len(records), 'trial')} of at most {count(num_epochs, 'epoch')}"]
     if best := table.best:
         value = f"{table.workload.monitor.format(best.val_monitor)}, {best.seeds_text}"
         title += textwrap.wrap(f"best: {format_settings(best.records[0].point.values)} ({value})", _TITLE_WIDTH)
     over_epochs.set_title("\n".join(title))
-    handles, labels = plots[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return png_of(figure)
 
 
@@ -62,32 +57,19 @@ def _draw_over_epochs(axes: Axes, table: TrialTable, records: list[TrialRecord])
     axes.grid(alpha=0.3)
 
 
-def _draw_over(axes: Axes, table: TrialTable, records: list[TrialRecord], name: str, coloured: str | None) -> None:
-    """Draw all trials against setting ``name``; colours show the values of setting ``coloured``."""
-    metric, space = table.workload.monitor, table.space.spaces[name]
-
-    def place(record: TrialRecord) -> tuple[float, float]:
+def _draw_over(axes: Axes, table: TrialTable, records: list[TrialRecord], name: str) -> None:
+    """Draw all trials against a setting."""
+    metric, space, best = table.workload.monitor, table.space.spaces[name], table.best.records if table.best else ()
+    for record in records:
         value = record.point.values[name]
-        return space.options.index(value) if isinstance(space, Choice) else value, on_axis(metric, record.val_monitor)
-
-    colours = table.space.spaces[coloured] if coloured else None
-    for number, value in enumerate(colours.options if isinstance(colours, Choice) else (None,)):
-        style = {**style_of(number), "linestyle": "none"}
-        group = [record for record in records if coloured is None or record.point.values[coloured] == value]
-        for record in group:
-            fill: dict[str, Any] = {"markerfacecolor": "none"} if record.state == STOPPED else {}
-            axes.plot(*place(record), markersize=8, alpha=0.7, **style, **fill)
-        if coloured and group:
-            axes.plot([], [], label=f"{in_words(coloured)} {format_value(value)}", **style)
-    if any(record.state == STOPPED for record in records):
-        axes.plot([], [], label="stopped early", **{**_RING, "color": "grey"})
-    if table.best is not None:
-        for record in table.best.records:
-            axes.plot(*place(record), markersize=15, **_RING)
-        axes.plot([], [], markersize=12, label="best configuration", **_RING)
+        place = space.options.index(value) if isinstance(space, Choice) else value, on_axis(metric, record.val_monitor)
+        fill: dict[str, Any] = {"markerfacecolor": "none"} if record.state == STOPPED else {}
+        axes.plot(*place, color="tab:blue", marker="o", markersize=8, alpha=0.7, linestyle="none", **fill)
+        if record in best:
+            axes.plot(*place, color="black", marker="o", markersize=15, linestyle="none", markerfacecolor="none")
     if isinstance(space, Choice):
         axes.set_xticks(range(len(space.options)), list(map(format_value, space.options)))
-    elif isinstance(space, Range) and space.log:
+    elif space.log:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))

@@ -28,7 +28,7 @@ def view(workload: Workload, config: ViewConfig) -> None:
     for name, split in splits.items():
         say(f"{name:<7} {count(len(split), workload.noun)}")
     with placed(workload, "an example"):
-        indices = choose(workload, splits[config.split], config).tolist()
+        indices = choose(workload, splits[config.split], config)
         examples = [splits[config.split][index] for index in indices]
         images = [image for inputs, _ in examples if (image := picture_of(workload, inputs)) is not None]
         names = workload.class_names if isinstance(workload, Classification) else None
@@ -71,23 +71,9 @@ def _short(value: Any) -> str:
     return f"{array.shape} {array.dtype}, " + (f"{array.mean():.0%} true" if array.dtype == bool else text)
 
 
-def choose(workload: Workload, split: Split, config: ViewConfig) -> np.ndarray:
+def choose(workload: Workload, split: Split, config: ViewConfig) -> range:
     """Return the indices of the chosen examples. Raises UsageError if there are none."""
-    candidates, having = np.arange(len(split)), ""
-    if config.label is not None:
-        candidates, having = _with_label(workload, split, config), f" with label {config.label}"
-    if config.index >= len(candidates):
-        known = f"{config.split} {workload.nouns}{having} are 0 to {len(candidates) - 1}"
+    if config.index >= len(split):
+        known = f"{config.split} {workload.nouns} are 0 to {len(split) - 1}"
         raise UsageError(f"--index {config.index} is out of range: {known}")
-    return candidates[config.index : config.index + config.count]
-
-
-def _with_label(workload: Workload, split: Split, config: ViewConfig) -> np.ndarray:
-    if not isinstance(workload, Classification):
-        raise UsageError(f"--label {config.label}: {type(workload).__name__} has no labels")
-    names = [str(name) for name in workload.class_names]
-    found = np.flatnonzero(split.targets() == (names.index(config.label) if config.label in names else -1))
-    if len(found) == 0:
-        known = ", ".join(names)
-        raise UsageError(f"--label {config.label}: no {config.split} {workload.noun} has it; the labels are {known}")
-    return found
+    return range(config.index, min(config.index + config.count, len(split)))

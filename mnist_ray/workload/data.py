@@ -129,13 +129,6 @@ class Split:
         """Return the examples from ``start`` to ``stop - 1``; for whole arrays in memory, a view."""
         return self.take(slice(start, stop) if self.arrays is not None else np.arange(start, min(stop, len(self))))
 
-    def targets(self) -> np.ndarray:
-        """Return all targets. For a ``Dataset``, this reads every example."""
-        if isinstance(self.examples, Arrays):
-            targets = self.examples.targets
-            return np.asarray(targets if self.indices is None else targets[self.indices])
-        return np.array([np.asarray(self[index][1]) for index in range(len(self))])
-
 
 @dataclass(frozen=True)
 class Splits:

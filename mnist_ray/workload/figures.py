@@ -76,11 +76,6 @@ def drawable(text: object) -> str:
     return escaped(str(text), lambda one: one == "\n" or (one in known and one.isprintable()))
 
 
-def style_of(number: int) -> dict[str, Any]:
-    """Return the colour and marker of a setting's ``number``-th value."""
-    return {"color": f"C{number % 10}", "marker": "osD^vP*X"[number % 8]}
-
-
 def new_plot(xlabel: str, ylabel: str = "") -> tuple[Figure, Axes]:
     """Return a figure with one plot."""
     figure = Figure(figsize=_SIZE, dpi=150, layout="constrained")

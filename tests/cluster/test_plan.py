@@ -55,12 +55,12 @@ ELASTIC = WorkerPlan(4, 1, False, False, min_workers=2)
         (WorkerConfig(use_gpu="yes", autoscaling=True), [HEAD], None, WorkerPlan(1, 1, True, True)),
         # an elastic run starts on the current nodes
         (WorkerConfig(num_workers=4, min_workers=2, cpus_per_worker=1), [SMALL], None, ELASTIC),
-        # only nodes with the labels and the type of accelerator count
+        # only nodes with the labels count
         (WorkerConfig(label_selector=("market=spot",)), [SPOT, SPOT, LARGE], None, on_spot(2, "market=spot")),
         (WorkerConfig(label_selector=("market=in(spot,any)",)), [SPOT, LARGE], None, on_spot(1, "market=in(spot,any)")),
         (WorkerConfig(label_selector=("market=!spot",)), [SPOT, SMALL, SMALL], None, on_spot(2, "market=!spot")),
         (
-            WorkerConfig(accelerator_type="A100"),
+            WorkerConfig(label_selector=("ray.io/accelerator-type=A100",)),
             [A100, GPU],
             None,
             WorkerPlan(2, 2, True, False, labels={"ray.io/accelerator-type": "A100"}),
@@ -120,9 +120,9 @@ def test_a_strict_placement_is_planned_only_if_the_nodes_allow_it(
             "cannot hold 2 workers of 2 CPUs: it has 2 CPUs on 1 node with market=spot; lower",
         ),
         (
-            WorkerConfig(label_selector=("market=spot",), accelerator_type="A100"),
+            WorkerConfig(label_selector=("market=spot", "ray.io/accelerator-type=A100")),
             [SPOT, A100],
-            "0 nodes with market=spot, A100; lower --num-workers, or leave --label-selector",
+            "0 nodes with market=spot, ray.io/accelerator-type=A100; lower --num-workers, or leave --label-selector",
         ),
         (WorkerConfig(use_gpu="yes"), [LARGE], "--use-gpu yes, but the cluster has no GPU; use --use-gpu no"),
         (WorkerConfig(use_gpu="yes"), [Node(0, 4)], "1 worker of 1 CPU and 1 GPU: it has 0 CPUs and 4 GPUs on 1 node;"),

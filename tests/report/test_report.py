@@ -105,7 +105,7 @@ def test_predictions_csv_agrees_with_the_result(finished_run: Path, test_images:
     labels, predicted, probabilities = (
         np.array([float(row[name]) for row in rows]) for name in ("label", "prediction", "probability")
     )
-    np.testing.assert_array_equal(labels, test_images.targets())
+    np.testing.assert_array_equal(labels, test_images.examples.targets)
     result = json.loads((finished_run / "result.json").read_text())
     assert (labels == predicted).mean() == pytest.approx(result["test_accuracy"])
     assert probabilities.min() >= 0.1
@@ -261,9 +261,12 @@ def tested_run(tmp_path: Path) -> RunFolder:
     return run
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[1, 2]", b"a,b\nx\n"])
+DAMAGED_FILES = ("metrics.csv", "steps.csv", "origin.json", "result.json", "sweep.csv")
+DAMAGED = [(name, content) for name in DAMAGED_FILES for content in (b"", b"\xff\xfe", b"[1, 2]", b"a,b\nx\n")]
+
+
 @pytest.mark.parametrize(
-    "name", ["metrics.csv", "steps.csv", "predictions.csv", "origin.json", "result.json", "sweep.csv"]
+    ("name", "content"), [*DAMAGED, ("predictions.csv", b"\xff\xfe"), ("predictions.csv", b"a,b\nx\n")]
 )
 def test_a_damaged_file_of_a_run_is_left_out_and_named(tested_run: RunFolder, name: str, content: bytes) -> None:
     assert RunRecord.read(tested_run, mnist()).notes == []

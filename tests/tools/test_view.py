@@ -51,20 +51,10 @@ def test_several_images_are_drawn_in_rows_of_eight(small_data: Path, tmp_path: P
     assert grid.width / grid.height == pytest.approx(3, rel=0.1)
 
 
-def test_a_label_chooses_among_its_images(few_images: Arrays) -> None:
-    chosen = view.choose(mnist(), Split(few_images), ViewConfig(label="3", index=1, count=4))
-    np.testing.assert_array_equal(chosen, np.flatnonzero(few_images.targets == 3)[1:5])
-
-
 def test_an_index_out_of_range_says_the_range(few_images: Arrays) -> None:
-    threes = int((few_images.targets == 3).sum())
-    for config, message in (
-        (ViewConfig(index=600), "--index 600 is out of range: train images are 0 to 599$"),
-        (ViewConfig(index=threes, label="3"), f"images with label 3 are 0 to {threes - 1}$"),
-        (ViewConfig(label="10"), "no train image has it; the labels are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9$"),
-    ):
-        with pytest.raises(UsageError, match=message):
-            view.choose(mnist(), Split(few_images), config)
+    assert view.choose(mnist(), Split(few_images), ViewConfig(index=598, count=4)) == range(598, 600)
+    with pytest.raises(UsageError, match=r"--index 600 is out of range: train images are 0 to 599$"):
+        view.choose(mnist(), Split(few_images), ViewConfig(index=600))
 
 
 class Sequences(Workload):
