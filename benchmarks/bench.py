@@ -43,7 +43,7 @@ Figures = dict[str, float]
 class Case:
     """A target for the ratio of two measurements of a round.
 
-    ``first`` rates are those of the first epoch: no validation runs at the same time, as in the bare loops.
+    ``first`` rates are those of the first epoch, as in the bare loops.
     """
 
     name: str

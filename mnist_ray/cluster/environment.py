@@ -29,8 +29,6 @@ _SETTINGS = {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     # Ray Train's own print would write each line to a worker's log twice, as it takes Ray's streams for a user's.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    # Ray Train sets this for its controller. Set everywhere, it lets Ray reuse one process for all evaluations.
-    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
     # Ray's own handler of SIGTERM prints a stack and may end the process; the job's handler saves a checkpoint.
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
     # Under `uv run`, workers use the environment that uv has made, instead of making their own.
@@ -114,16 +112,7 @@ def users_variables() -> list[str]:
 
 def for_workers() -> dict[str, str]:
     """Return the variables that Ray Train passes from the driver to its controller and workers."""
-    return {name: value for name, value in os.environ.items() if name.startswith(("RAY_TRAIN_", "RAY_WARN_"))}
-
-
-def for_evaluation() -> dict[str, str]:
-    """Return the variables of processes that evaluate: those of Ray Train's processes, and one thread.
-
-    Ray reuses a process for tasks with the same environment. So one process serves a run's validations, which Ray Train
-    starts, and the run's test, which the driver starts.
-    """
-    return {**for_workers(), "OMP_NUM_THREADS": "1"}
+    return {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
 
 
 def keep_freed_memory() -> None:

@@ -24,6 +24,3 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError as Wo
 
 # The base of a callback that learns which actor controls the workers.
 from ray.train.v2._internal.execution.callback import ControllerCallback as ControllerCallback
-
-# This module polls the last validation once a second, which delays a run's end.
-from ray.train.v2._internal.execution.checkpoint import validation_manager as validation_manager

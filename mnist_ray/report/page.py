@@ -176,7 +176,7 @@ def _learning_rate(record: RunRecord) -> list[Picture]:
 
 
 def _seconds(result: Mapping[str, Any]) -> list[Table]:
-    title = "Seconds until tested; of the validation, only the wait after the last epoch"
+    title = "Seconds until tested; of the validation, only the last one"
     return [Table(title, (), [(name, f"{value:.1f}") for name, value in result["seconds"].items()])]
 
 

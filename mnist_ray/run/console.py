@@ -99,9 +99,8 @@ class RunConsole:
                 values = f"{self._workload.format(last.so_far)} on the training {self._workload.nouns}"
                 self.say(f"epoch {last.epoch}/{self._num_epochs}", f"{done}: {values}")
             case events.Validated():
-                seconds = f"{event.seconds:.1f} s{', during training' if event.is_beside else ''}"
                 values = self._workload.format(event.values)
-                self.say("", f"validation after epoch {event.epoch}: {values} ({seconds})")
+                self.say("", f"validation after epoch {event.epoch}: {values} ({event.seconds:.1f} s)")
                 if math.isnan(event.values[(monitor := self._workload.monitor.name)]):
                     self.say("note", f"{monitor} is NaN, so the checkpoint of epoch {event.epoch} counts as the worst")
             case events.StoppedEarly(epoch, best_epoch):

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import functools
 import importlib
-import time
-from typing import Any
 
 import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
-from ray.train import Checkpoint
 
 from mnist_ray.cluster.connect import connect
 from mnist_ray.cluster.devices import device_here, without_unusable_gpus
-from mnist_ray.cluster.environment import for_evaluation
 from mnist_ray.cluster.remote_data import RemoteSplit, share
 from mnist_ray.config import EvaluationConfig, WorkerConfig
 from mnist_ray.errors import JobError, first_line
 from mnist_ray.run.console import RunConsole
-from mnist_ray.run.find import Found, folder_of
-from mnist_ray.run.worker import validation_metrics
-from mnist_ray.storage import RunFolder, position_of
+from mnist_ray.run.find import Found
+from mnist_ray.storage import RunFolder
 from mnist_ray.training import engine
 from mnist_ray.training.checkpoint import load_model
-from mnist_ray.training.events import Validated
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
@@ -61,7 +55,7 @@ def evaluate(
     """
     shared = share(workload, test)
     # Ray ends a process after such a task with a GPU; by options(num_gpus=1), the process would keep the GPU's memory.
-    task = ray.remote(num_cpus=1, num_gpus=int(use_gpu))(_evaluate_split).options(**process_options())
+    task = ray.remote(num_cpus=1, num_gpus=int(use_gpu))(_evaluate_split)
     bounds = engine.split_bounds(len(test), num_tasks, torch.device("cuda" if use_gpu else "cpu"))
     splits = [task.remote(checkpoint, shared, start, stop, loader_workers) for start, stop in bounds]
     try:
@@ -73,14 +67,9 @@ def evaluate(
         raise cause from error  # the task's own exception, whose text is one line
 
 
-def process_options() -> dict[str, Any]:
-    """Return the options of evaluation tasks: all have the same options, so that one process can run several tasks."""
-    return {"runtime_env": {"env_vars": for_evaluation()}}
-
-
 def start_process() -> None:
-    """Let the first validation's process start early: it imports torch while the workers start, not during training."""
-    _import_engine.options(**process_options()).remote()
+    """Let an evaluation's process start early: it imports torch while the workers start."""
+    _import_engine.remote()
 
 
 @ray.remote(num_cpus=0)
@@ -93,16 +82,6 @@ def _evaluate_split(
 ) -> Evaluation:
     split = shared.open().between(start, stop)
     return evaluate_here(checkpoint, shared.workload, split, loader_workers, device_here())
-
-
-def validate(checkpoint: Checkpoint, split: RemoteSplit, event_queue: Any, loader_workers: int) -> dict[str, float]:
-    """Evaluate an epoch's checkpoint on the validation set; Ray Train runs this as a task during the training."""
-    start, workload = time.perf_counter(), split.workload
-    folder = folder_of(checkpoint)
-    values = evaluate_here(folder, workload, split.open(), loader_workers).values(workload)
-    epoch, _ = position_of(folder.name)
-    ray.get(event_queue.put.remote(Validated(epoch, values, time.perf_counter() - start)))
-    return validation_metrics(workload, values)
 
 
 def evaluate_here(

@@ -10,13 +10,13 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray.train
 from ray.exceptions import RayError
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback, ValidationConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
 from mnist_ray.cluster import train_internals
@@ -40,7 +40,6 @@ _POLL_INTERVAL_S = 0.5  # between the driver's requests for events; workers send
 _SAVED_WITHIN_S = 30.0  # after Ctrl-C
 _END_TIMEOUT_S = 5.0  # to wait for the end of Ray Train's controller, if the run ends first
 _RESIZE_INTERVAL_S = 15.0  # after which an elastic run checks again whether the cluster has room for more workers
-_VALIDATION_POLL_INTERVAL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,16 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(job.workers.hang_timeout_s))
     if plan.min_workers is not None:  # how long Ray waits to replace a lost node's workers before it runs fewer
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
-    event_queue = open_event_queue()
-    spec, validation_config = _share_data(session, event_queue)
+    if not plan.use_gpu:
+        evaluate.start_process()
+    event_queue, (train, validation) = open_event_queue(), (session.data.train, session.data.validation)
+    spec = LoopSpec(
+        job=job,
+        train=share(job.workload, train),
+        validation=share(job.workload, validation) if len(validation) else None,
+        event_queue=event_queue,
+        is_local=plan.is_local,
+    )
     damaged: set[str] = set()
 
     def note_damaged(event: Event) -> None:
@@ -73,7 +80,7 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
         try:
             drop_damaged_snapshot(job.run)
             callbacks = [FailureReporter(event_queue)]
-            trainer = create_trainer(spec, plan, max_failures, validation_config, callbacks)
+            trainer = create_trainer(spec, plan, max_failures, callbacks)
             result = _fit_and_listen(trainer, event_queue, note_damaged)
             break
         except (ray.train.TrainingFailedError, RayError, *STORAGE_ERRORS) as error:
@@ -89,24 +96,6 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
         raise TrainingStoppedError(result.return_value)
     best, metrics = best_of(result, damaged)
     return Fitted(folder_of(best), metrics)
-
-
-def _share_data(session: Session, event_queue: Any) -> tuple[LoopSpec, ValidationConfig | None]:
-    """Share the data. Return the workers' spec, and the configuration of validation tasks, if there are any."""
-    job, data, loader_workers = session.job, session.data, session.job.workers.loader_workers
-    if not session.plan.use_gpu:
-        evaluate.start_process()
-    train, is_local = share(job.workload, data.train), session.plan.is_local
-    spec = LoopSpec(job=job, train=train, event_queue=event_queue, is_local=is_local)
-    if len(data.validation) == 0:
-        return spec, None
-    split = share(job.workload, data.validation)
-    if job.train.early_stop is not None or session.plan.use_gpu:  # the validation decides, or is faster on the GPUs
-        return replace(spec, validation=split), None
-    validate = functools.partial(evaluate.validate, split=split, event_queue=event_queue, loader_workers=loader_workers)
-    # A task that asks for no CPUs starts even while the workers hold all CPUs.
-    options = {"num_cpus": 0, **evaluate.process_options()}
-    return replace(spec, validates_in_tasks=True), ValidationConfig(validate, ray_remote_kwargs=options)
 
 
 def _fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[[Event], None]) -> ray.train.Result:
@@ -183,11 +172,9 @@ def create_trainer(
     spec: LoopSpec,
     plan: WorkerPlan,
     max_failures: int,
-    validation_config: ValidationConfig | None = None,
     callbacks: Sequence[UserCallback] = (),
 ) -> TorchTrainer:
     """Return the trainer that runs ``spec`` on the planned workers and keeps the best and the last checkpoint."""
-    is_validated = spec.validates_in_tasks or spec.validation is not None
     return _Trainer(
         train_loop_per_worker,
         train_loop_config={"spec": spec},
@@ -205,12 +192,11 @@ def create_trainer(
             storage_path=spec.job.run.storage_path,
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2,  # the two best; Ray keeps the last, too, so one damaged checkpoint does no harm
-                checkpoint_score_attribute="val_score" if is_validated else None,
+                checkpoint_score_attribute=None if spec.validation is None else "val_score",
             ),
             failure_config=FailureConfig(max_failures=max_failures),
             callbacks=list(callbacks),
         ),
-        validation_config=validation_config,
     )
 
 
@@ -232,9 +218,7 @@ class _OnController(train_internals.ControllerCallback):
         self._event_queue = event_queue
 
     def after_controller_start(self, train_run_context: object) -> None:
-        # By default, a run may notice the end of its last validation up to a second late.
-        train_internals.validation_manager.VALIDATION_TASK_POLL_INTERVAL_S = _VALIDATION_POLL_INTERVAL_S
-        # A checkpoint gets its score when its validation, which runs beside the training, has finished.
+        # Checkpoints within an epoch have no score.
         scorer = logging.getLogger("ray.train._internal.checkpoint_manager")
         scorer.addFilter(lambda record: "no key: val_score" not in record.getMessage())
         if self._event_queue is not None:

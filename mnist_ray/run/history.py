@@ -103,12 +103,6 @@ class History:
         self._run.write_text(STEPS_FILE, header + "".join(text for _, text in rows))
         self._num_written = len(rows)
 
-    @property
-    def unvalidated(self) -> list[int]:
-        """The finished epochs whose checkpoints no task has evaluated; a kill may leave an epoch without any value."""
-        epochs = range(min(self.rows, default=1), max(self.rows, default=0) + 1)  # a trial has trained earlier ones
-        return [epoch for epoch in epochs if self.rows.get(epoch, {}).get("val_loss", "") == ""]
-
     def mean_rate(self) -> float | None:
         """Return the mean examples/s of the epochs with a recorded rate, which a kill may prevent; None without any."""
         rated = [row for row in self.rows.values() if row.get("epoch_s") and row.get(self._workload.rate)]

@@ -137,9 +137,6 @@ class Record:
         self._clock.mark("evaluation")
         if is_last:
             self._session.cluster.leave()
-        if len(self._session.data.validation) and (epochs := self._history.unvalidated):
-            listed = ", ".join(map(str, epochs))
-            self._warn(f"not validated, since the task failed or the run was interrupted: epoch {listed}")
         result = tested.to_dict(workload) | {
             "checkpoint": fitted.checkpoint.name,
             "weights_sha256": read_state(fitted.checkpoint)["sha256"][MODEL_FILE],

@@ -71,10 +71,12 @@ class TrainReporter(Reporter):
         known_bs = len(self._known) - len(self._known.rstrip("b"))
         self._suffix = "b" * (known_bs + 1) if self._known in restored.damaged else ""
         super().begin(state, restored)
-        # If a kill came before Ray recorded an uploaded checkpoint, report that checkpoint now. Otherwise the run could
-        # end without its last checkpoint.
+        # If a kill came before Ray recorded an uploaded checkpoint, or a trial has made it, report that checkpoint now.
+        # Otherwise the run could end without its last checkpoint.
         if position_of(restored.name) > position_of(self._known):
             self._report(state, restored.metrics, restored.name, CheckpointUploadMode.NO_UPLOAD)
+            if state.step == 0 and "val_s" in restored.metrics:
+                self.send_validation(restored.metrics)
 
     def end(self, state: TrainingState) -> None:
         """Report an early end of training, and wait until the driver's queue has all events."""
@@ -146,8 +148,7 @@ class TrainReporter(Reporter):
     def _report(
         self, state: TrainingState, metrics: dict[str, Any], name: str, mode: CheckpointUploadMode, upload: Any = None
     ) -> None:
-        """Report a checkpoint, which only rank 0 has. If the checkpoint ends an epoch, let a task validate it."""
-        self._wait_for_driver()  # otherwise a task could report the epoch's validation before the epoch's end
+        """Report a checkpoint, which only rank 0 has."""
         folder = self._job.run.inside(name)
         ray.train.report(
             metrics,
@@ -156,7 +157,6 @@ class TrainReporter(Reporter):
             checkpoint_upload_mode=mode,
             checkpoint_upload_fn=upload,
             delete_local_checkpoint_after_upload=False,  # there is no local copy
-            validation=self._is_first and state.step == 0 and self._spec.validates_in_tasks,
         )
 
     def _upload(self, snapshot: Snapshot, start: float, checkpoint: Checkpoint, name: str) -> Checkpoint:

@@ -29,7 +29,6 @@ from mnist_ray.training.metrics import score
 from mnist_ray.training.reproducible import check_arithmetic
 from mnist_ray.training.state import CodeFailedError, Group, StopWantedError, TrainingState, best_epoch, is_over
 from mnist_ray.workload import user_code
-from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
 
 
@@ -39,8 +38,7 @@ class LoopSpec:
 
     job: Job
     train: RemoteSplit | Split
-    validation: RemoteSplit | Split | None = None  # evaluated by the workers, as ``measured`` says
-    validates_in_tasks: bool = False  # whether a task validates each epoch's checkpoint during the training
+    validation: RemoteSplit | Split | None = None
     until_epoch: float = math.inf  # where a part of a trial ends, with a StopWantedError if epochs are left
     event_queue: Any = None  # the actor that rank 0 reports to; None if nobody listens
     is_local: bool = False  # on a local Ray, whose node nobody takes away during the run
@@ -154,10 +152,11 @@ class Reporter(Callback):
         return checkpoints.snapshot(state, about, self.callbacks)
 
     def measured(self, state: TrainingState, progress: Progress) -> dict[str, Any]:
-        """Return a checkpoint's metrics; where an epoch or a trial's part ends, all ranks validate if workers validate.
+        """Return a checkpoint's metrics; where an epoch or a trial's part ends, all ranks validate.
 
         At the end of an epoch, report the epoch, and add the validation's score to ``state``.
         """
+        faulthandler.cancel_dump_traceback_later()  # to validate and to save may take long; that is no hang
         workload, has_finished = self._job.workload, state.step == 0
         if has_finished:
             self.send(EpochFinished(progress))
@@ -176,10 +175,15 @@ class Reporter(Callback):
         values = evaluation.values(workload)
         if has_finished:
             state.scores.append(score(workload, values))
-            self.send(Validated(state.epoch, values, time.perf_counter() - start, is_beside=False))
-        return metrics | validation_metrics(workload, values) | {"is_over": is_over(state, self._config)}
+        metrics |= {f"val_{name}": value for name, value in values.items()}
+        # By the score, Ray keeps the best checkpoints.
+        metrics |= {"val_score": score(workload, values), "is_over": is_over(state, self._config)}
+        metrics["val_s"] = time.perf_counter() - start
+        if has_finished:
+            self.send_validation(metrics)
+        return metrics
 
-
-def validation_metrics(workload: Workload, values: dict[str, float]) -> dict[str, float]:
-    """Return the metrics of a validation, with the score by which Ray keeps the best checkpoints."""
-    return {f"val_{name}": value for name, value in values.items()} | {"val_score": score(workload, values)}
+    def send_validation(self, metrics: dict[str, Any]) -> None:
+        """Report the validation in the metrics of a checkpoint that ends an epoch."""
+        values = {metric.name: metrics[f"val_{metric.name}"] for metric in self._job.workload.all_metrics}
+        self.send(Validated(metrics["epoch"], values, metrics["val_s"]))

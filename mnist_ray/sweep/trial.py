@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import faulthandler
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +89,6 @@ class TuneReporter(Reporter):
 
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
         """Write a checkpoint, remove the earlier ones, and report; a whole checkpoint always exists."""
-        faulthandler.cancel_dump_traceback_later()  # Tune may take long to answer; that is no hang
         metrics = self.measured(state, progress)
         run, name = self._job.run, self.save(state, metrics)
         for before in run.checkpoint_names():

@@ -100,12 +100,11 @@ class EpochFinished(Event):
 
 @dataclass(frozen=True)
 class Validated(Event):
-    """An epoch's checkpoint was evaluated on the validation split, by a task or by the workers."""
+    """The workers have evaluated an epoch's model on the validation split."""
 
     epoch: int  # counted from 1
     values: Mapping[str, float]  # loss and metrics
     seconds: float
-    is_beside: bool = True  # whether training continued meanwhile
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,6 @@ def test_replaced_names_of_ray_are_restored() -> None:
 def test_ray_trains_names_mean_what_the_package_needs() -> None:
     assert issubclass(train_internals.WorkerHealthCheckFailedError, train_internals.RayTrainError)
     assert issubclass(train_internals.RayTrainError, Exception)
-    assert train_internals.validation_manager.VALIDATION_TASK_POLL_INTERVAL_S == 1
 
 
 def test_a_trainer_creates_the_callbacks_that_are_left_out() -> None:

@@ -37,7 +37,7 @@ def test_a_job_log_has_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
         "data       some",
         "started    2 × cpu with 1 thread on 2 nodes, bf16",
         "epoch 1/2  finished in 3.00 s (20 images/s): loss 0.5000, accuracy 75.00% on the training images",
-        "           validation after epoch 1: loss 0.5000, accuracy 87.50% (1.0 s, during training)",
+        "           validation after epoch 1: loss 0.5000, accuracy 87.50% (1.0 s)",
         "lost       worker 1 died; replacing the workers …",
         "note       checkpoint_b is damaged or was cut off; using the one before it",
         "restarted  2 × cpu with 1 thread, bf16; continuing in epoch 1 after step 20; 1.0 s of work lost (10 steps)",

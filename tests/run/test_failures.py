@@ -430,8 +430,8 @@ def test_without_rays_list_of_checkpoints_a_run_is_read_by_its_last_checkpoint(t
     ]
 
 
-def test_a_last_checkpoint_that_ray_does_not_know_is_validated_and_chosen(
-    finished_run: Path, ray_address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_last_checkpoint_that_ray_does_not_know_is_chosen(
+    finished_run: Path, ray_address: str, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
@@ -440,7 +440,6 @@ def test_a_last_checkpoint_that_ray_does_not_know_is_validated_and_chosen(
     for path in sorted(run.glob("checkpoint_epoch*"))[:-1]:
         shutil.rmtree(path)
     run_main("train", "--storage-path", str(tmp_path), "--run-name", "run", "--resume")
-    assert "validation after epoch 2" in capsys.readouterr().out
     result = json.loads((run / "result.json").read_text())
     assert result["checkpoint"] == "checkpoint_epoch-002_step-000000"
     assert result["checkpoint_metrics"]["val_accuracy"] > 0.5
