@@ -243,8 +243,7 @@ def find(
     changes: Mapping[str, Any] | None = None,
 ) -> Found:
     """Find a run's checkpoint and its workload like ``run.find.find``."""
-    environment.prepare(verbose=False)
-    from mnist_ray.run.find import find as find_checkpoint  # imports torch and Ray
+    from mnist_ray.run.find import find as find_checkpoint  # imports torch
 
     if isinstance(run, Run):
         workload, run = workload or type(run.workload), run.checkpoint

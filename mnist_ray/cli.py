@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from mnist_ray import api, signals
-from mnist_ray.cluster import environment
 from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig, PredictionConfig, ViewConfig
 from mnist_ray.errors import PROGRAM, JobError, UsageError, about_ray, prepare_output, say
 from mnist_ray.run.job import read_job, resume_command
@@ -70,7 +69,6 @@ def report() -> None:
     parser = _parser(report)
     _add_run(parser, "run", nargs="?")
     given = parser.read_flags()
-    environment.prepare(verbose=False)
     run = find_run(given["run"], given["storage_path"])
 
     from mnist_ray.report import page

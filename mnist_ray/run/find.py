@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
-import math
-import posixpath
-from collections.abc import Container, Mapping
+import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
 
-import ray.train
-from ray.train import Checkpoint
 from safetensors.torch import save
 
-from mnist_ray.cluster.connect import quiet_ray
-from mnist_ray.errors import UsageError
+from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run.job import Job
 from mnist_ray.settings import build, check_known, names_of
 from mnist_ray.storage import (
     RESULT_FILE,
-    STORAGE_ERRORS,
     RunFolder,
     find_run,
     in_one_line,
-    position_of,
     untrusted_folders,
 )
-from mnist_ray.training.checkpoint import STATE_FILE, load_fitting, load_model, read_state, read_weights
+from mnist_ray.training.checkpoint import (
+    STATE_FILE,
+    DamagedCheckpointError,
+    load_fitting,
+    load_model,
+    read_state,
+    read_weights,
+)
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
+
+_NUM_KEPT = 2  # checkpoints of a run, the best by validation; the last one is kept, too
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The checkpoint to test of a trained run."""
+
+    checkpoint: RunFolder  # the best by validation; the last if no examples were held out
+    metrics: dict[str, Any]  # of that checkpoint
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,6 @@ def _checkpoint_of(run: RunFolder, notes: list[str]) -> RunFolder:
 
     Notes for the user are added to ``notes``.
     """
-    quiet_ray()  # Ray logs each list of checkpoints that it reads
     if run.exists(STATE_FILE):
         return run
     result = run.read_json(RESULT_FILE, notes.append)
@@ -101,41 +111,31 @@ def _checkpoint_of(run: RunFolder, notes: list[str]) -> RunFolder:
         if not chosen.exists(STATE_FILE):
             raise UsageError(f"run {run.uri} has lost its checkpoint {chosen.name}")
         return chosen
-    names = run.checkpoint_names()
-    if not names:
+    if not run.checkpoint_names():
         raise UsageError(f"{run.uri} is neither a checkpoint nor a run with a checkpoint")
-    known = snapshot_of(run)
-    if known is None or known.checkpoint is None:  # the run was killed before or while Ray wrote its list
-        return run.inside(names[-1])
-    return folder_of(best_of(known)[0])
+    return best_of(run).checkpoint
 
 
-def snapshot_of(run: RunFolder) -> ray.train.Result | None:
-    """Return Ray's list of a run's checkpoints; None if it is missing or damaged. Raises STORAGE_ERRORS."""
-    try:
-        result = ray.train.Result.from_path(run.path, storage_filesystem=run.filesystem)
-        is_whole = all(position_of(folder_of(checkpoint).name) for checkpoint, _ in result.best_checkpoints)
-        math.fsum(metrics["val_score"] for _, metrics in result.best_checkpoints if "val_loss" in metrics)
-    except STORAGE_ERRORS:
-        raise
-    except Exception:  # Ray does not check the list: if it is damaged, reading can raise anything
-        return None
-    return result if is_whole else None
+def best_of(run: RunFolder) -> Fitted:
+    """Return the best checkpoint by validation; without validation, the last. Raises JobError if all are damaged."""
+    for name, metrics in _ranked(run):
+        return Fitted(run.inside(name), metrics)
+    raise JobError(f"{run.uri} has only damaged checkpoints")
 
 
-def best_of(result: ray.train.Result, damaged: Container[str] = ()) -> tuple[Checkpoint, dict[str, Any]]:
-    """Return the checkpoint with the best validation, and its metrics. Ties go to the lower loss.
-
-    Without validation, return the last checkpoint. ``damaged``: names of checkpoints in Ray's list to leave out.
-    """
-    whole = [pair for pair in result.best_checkpoints if folder_of(pair[0]).name not in damaged]
-    validated = [pair for pair in whole if "val_loss" in pair[1]]
-    if not validated:
-        return result.checkpoint, result.metrics
-    return max(validated, key=lambda pair: pair[1]["val_score"])
+def drop_others(run: RunFolder) -> None:
+    """Delete all checkpoints but the best two and the last. Raises JobError and STORAGE_ERRORS."""
+    best = [name for name, _ in _ranked(run)[:_NUM_KEPT]]
+    for name in set(run.checkpoint_names()[:-1]).difference(best):
+        run.inside(name).delete()
 
 
-def folder_of(checkpoint: Checkpoint) -> RunFolder:
-    """Return the folder of a checkpoint that Ray Train knows."""
-    storage_path, name = posixpath.split(checkpoint.path.rstrip("/"))
-    return RunFolder(name, storage_path, checkpoint.filesystem, posixpath.join(storage_path, name))
+def _ranked(run: RunFolder) -> list[tuple[str, dict[str, Any]]]:
+    """Return the whole checkpoints and their metrics: the validated ones, best first; then the others, newest first."""
+    found = []
+    for name in run.checkpoint_names():
+        with contextlib.suppress(DamagedCheckpointError, UsageError):
+            found.append((name, read_state(run.inside(name)).get("metrics", {})))
+    validated = [pair for pair in found if "val_score" in pair[1]]
+    others = [pair for pair in reversed(found) if "val_score" not in pair[1]]
+    return sorted(validated, key=lambda pair: -pair[1]["val_score"]) + others

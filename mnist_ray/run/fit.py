@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray.train
 from ray.exceptions import RayError
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
 from mnist_ray.cluster import train_internals
@@ -28,7 +26,7 @@ from mnist_ray.cluster.watch import LONGEST_SILENCE_S, Ping, RaySilentError, Wat
 from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.run import evaluate
 from mnist_ray.run.failures import FailureReporter, cause_of, reason_of
-from mnist_ray.run.find import best_of, folder_of, snapshot_of
+from mnist_ray.run.find import Fitted, best_of
 from mnist_ray.run.reporter import train_loop_per_worker
 from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec
@@ -40,14 +38,6 @@ _POLL_INTERVAL_S = 0.5  # between the driver's requests for events; workers send
 _SAVED_WITHIN_S = 30.0  # after Ctrl-C
 _END_TIMEOUT_S = 5.0  # to wait for the end of Ray Train's controller, if the run ends first
 _RESIZE_INTERVAL_S = 15.0  # after which an elastic run checks again whether the cluster has room for more workers
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """The checkpoint of a finished run."""
-
-    checkpoint: RunFolder  # the best by validation; the last if no examples were held out
-    metrics: dict[str, Any]  # of that checkpoint
 
 
 def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
@@ -69,19 +59,13 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
         event_queue=event_queue,
         is_local=plan.is_local,
     )
-    damaged: set[str] = set()
-
-    def note_damaged(event: Event) -> None:
-        if isinstance(event, Started):
-            damaged.update(event.damaged)
-        on_event(event)
 
     for failures_left in range(max_failures, -1, -1):
         try:
-            drop_damaged_snapshot(job.run)
+            drop_snapshot(job.run)
             callbacks = [FailureReporter(event_queue)]
             trainer = create_trainer(spec, plan, max_failures, callbacks)
-            result = _fit_and_listen(trainer, event_queue, note_damaged)
+            result = _fit_and_listen(trainer, event_queue, on_event)
             break
         except (ray.train.TrainingFailedError, RayError, *STORAGE_ERRORS) as error:
             cause = cause_of(error)
@@ -94,8 +78,7 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
             job.run.check_writable(retry=True)
     if result.return_value is not None:
         raise TrainingStoppedError(result.return_value)
-    best, metrics = best_of(result, damaged)
-    return Fitted(folder_of(best), metrics)
+    return best_of(job.run)
 
 
 def _fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[[Event], None]) -> ray.train.Result:
@@ -158,14 +141,9 @@ def _taken(event_queue: Any) -> list[Event]:
     return ray.get(answer)
 
 
-def drop_damaged_snapshot(run: RunFolder) -> None:
-    """Remove Ray's list of a run's checkpoints if a kill has cut the list off; workers find checkpoints without it."""
-
-    def drop() -> None:
-        if run.exists(SNAPSHOT_FILE) and snapshot_of(run) is None:
-            run.delete_file(SNAPSHOT_FILE)
-
-    with_retries(drop)
+def drop_snapshot(run: RunFolder) -> None:
+    """Remove Ray's list of a run's checkpoints, which a kill may have cut off: workers find checkpoints without it."""
+    with_retries(lambda: run.delete_file(SNAPSHOT_FILE) if run.exists(SNAPSHOT_FILE) else None)
 
 
 def create_trainer(
@@ -174,7 +152,7 @@ def create_trainer(
     max_failures: int,
     callbacks: Sequence[UserCallback] = (),
 ) -> TorchTrainer:
-    """Return the trainer that runs ``spec`` on the planned workers and keeps the best and the last checkpoint."""
+    """Return the trainer that runs ``spec`` on the planned workers."""
     return _Trainer(
         train_loop_per_worker,
         train_loop_config={"spec": spec},
@@ -190,10 +168,6 @@ def create_trainer(
         run_config=RunConfig(
             name=spec.job.run.name,
             storage_path=spec.job.run.storage_path,
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=2,  # the two best; Ray keeps the last, too, so one damaged checkpoint does no harm
-                checkpoint_score_attribute=None if spec.validation is None else "val_score",
-            ),
             failure_config=FailureConfig(max_failures=max_failures),
             callbacks=list(callbacks),
         ),
@@ -212,15 +186,12 @@ class _Trainer(TorchTrainer):
 
 
 class _OnController(train_internals.ControllerCallback):
-    """Lets the driver check that Ray Train's controller answers, and sets up the controller's process."""
+    """Lets the driver check that Ray Train's controller answers."""
 
     def __init__(self, event_queue: Any) -> None:
         self._event_queue = event_queue
 
     def after_controller_start(self, train_run_context: object) -> None:
-        # Checkpoints within an epoch have no score.
-        scorer = logging.getLogger("ray.train._internal.checkpoint_manager")
-        scorer.addFilter(lambda record: "no key: val_score" not in record.getMessage())
         if self._event_queue is not None:
             self._event_queue.put.remote(ControllerStarted(ray.get_runtime_context().current_actor))
 

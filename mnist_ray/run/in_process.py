@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import TrainConfig
-from mnist_ray.errors import TrainingStoppedError, UsageError
+from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.run.failures import STOPPING
-from mnist_ray.run.fit import Fitted
+from mnist_ray.run.find import Fitted, best_of, drop_others
 from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.signals import Noted, first_only_noted
-from mnist_ray.storage import RunFolder, in_one_line
-from mnist_ray.training.checkpoint import DamagedCheckpointError, Restored, read_state
+from mnist_ray.storage import in_one_line
+from mnist_ray.training.checkpoint import Restored
 from mnist_ray.training.events import Event, Progress, Stopping
 from mnist_ray.training.state import CodeFailedError, Group, StopWantedError, TrainingState
-
-_NUM_KEPT = 2  # the best checkpoints by validation; the last checkpoint is kept, too
 
 
 def fit_here(session: Session, on_event: Callable[[Event], None]) -> Fitted:
@@ -39,8 +35,7 @@ def fit_here(session: Session, on_event: Callable[[Event], None]) -> Fitted:
         raise KeyboardInterrupt from None
     except (CodeFailedError, *STOPPING) as error:
         raise TrainingStoppedError(str(error)) from error
-    best = job.run.inside(next(iter(_best(job.run)), job.run.checkpoint_names()[-1]))
-    return Fitted(best, _metrics_of(best))
+    return best_of(job.run)
 
 
 class LocalReporter(Reporter):
@@ -77,19 +72,4 @@ class LocalReporter(Reporter):
         run, metrics = self._job.run, self.measured(state, progress)
         with in_one_line("the storage has failed"):
             self.save(state, metrics)
-            for name in set(run.checkpoint_names()[:-1]) - set(_best(run)):
-                run.inside(name).delete()
-
-
-def _best(run: RunFolder) -> list[str]:
-    """Return the names of a run's best checkpoints by validation, best first; in a tie, the earlier one first."""
-    metrics = {name: _metrics_of(run.inside(name)) for name in run.checkpoint_names()}
-    validated = [name for name, values in metrics.items() if "val_score" in values]
-    return sorted(validated, key=lambda name: -metrics[name]["val_score"])[:_NUM_KEPT]
-
-
-def _metrics_of(checkpoint: RunFolder) -> dict[str, Any]:
-    """Return a checkpoint's metrics; an empty dictionary if the checkpoint is damaged."""
-    with contextlib.suppress(DamagedCheckpointError, UsageError):
-        return dict(read_state(checkpoint)["metrics"])
-    return {}
+            drop_others(run)

@@ -16,8 +16,7 @@ from mnist_ray.cluster.remote_data import check_nodes
 from mnist_ray.errors import JobError, TrainingStoppedError, count, with_place
 from mnist_ray.provenance import origin, versions
 from mnist_ray.run.evaluate import evaluate, evaluate_here
-from mnist_ray.run.find import read_initial
-from mnist_ray.run.fit import Fitted
+from mnist_ray.run.find import Fitted, read_initial
 from mnist_ray.run.history import History, Throttled, write_predictions
 from mnist_ray.run.session import Session, say_plan
 from mnist_ray.settings import json_lines

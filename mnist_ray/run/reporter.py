@@ -18,6 +18,7 @@ from mnist_ray.cluster.environment import end_if_hung
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError
 from mnist_ray.run.failures import STOPPING, code_failures_placed
+from mnist_ray.run.find import drop_others
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import checkpoint_name, position_of
 from mnist_ray.training.checkpoint import Restored, Snapshot
@@ -162,6 +163,7 @@ class TrainReporter(Reporter):
     def _upload(self, snapshot: Snapshot, start: float, checkpoint: Checkpoint, name: str) -> Checkpoint:
         try:
             snapshot.write(self._job.run.inside(name))
+            drop_others(self._job.run)
             self._saving_s = time.monotonic() - start
         finally:
             self._uploaded.set()

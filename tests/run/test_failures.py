@@ -35,10 +35,10 @@ from mnist_ray.report.run_files import read_csv
 from mnist_ray.run import failures, fit, reporter, worker
 from mnist_ray.run.evaluate import evaluate_here
 from mnist_ray.run.failures import describe
-from mnist_ray.run.find import find
+from mnist_ray.run.find import best_of, drop_others, find
 from mnist_ray.run.fit import EventQueue
 from mnist_ray.run.worker import LoopSpec
-from mnist_ray.storage import locate
+from mnist_ray.storage import checkpoint_name, locate
 from mnist_ray.training import checkpoint, engine
 from mnist_ray.training.checkpoint import restore_newest
 from mnist_ray.training.engine import create_state
@@ -385,58 +385,38 @@ def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(tmp_
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
-@pytest.mark.parametrize(
-    ("change", "is_damaged"),
-    [
-        (lambda text: text, False),
-        (lambda text: "", True),
-        (lambda text: text[:40], True),
-        (lambda text: "null", True),
-        (lambda text: '{"checkpoint_results": [{}]}', True),
-        (lambda text: text.replace("checkpoint_epoch-001", "checkpoint_epoch-009"), True),
-        (lambda text: text.replace('"val_score"', '"val_points"'), True),
-    ],
-    ids=["whole", "empty", "cut off", "null", "an empty entry", "of a missing checkpoint", "without the score"],
-)
-def test_rays_list_of_checkpoints_is_dropped_only_if_it_is_damaged(
-    change: Callable[[str], str], is_damaged: bool, finished_run: Path, tmp_path: Path
-) -> None:
-    run = locate(str(tmp_path), "run")
-    for epoch in (1, 2):
-        (tmp_path / "run" / f"checkpoint_epoch-00{epoch}_step-000000").mkdir(parents=True)
-    run.write_text(SNAPSHOT, change((finished_run / SNAPSHOT).read_text()))
-    fit.drop_damaged_snapshot(run)
-    assert run.exists(SNAPSHOT) != is_damaged
-
-
-def test_without_rays_list_of_checkpoints_a_run_is_read_by_its_last_checkpoint(tmp_path: Path) -> None:
-    saved = tmp_path / "saved"
-    saved.mkdir()
-    state = create_state(mnist(), TrainConfig(), 600, torch.device("cpu"))
-    checkpoint.snapshot(state, {"workload": mnist().identity}).write(folder_at(saved))
-    run = locate(str(tmp_path), "run")
+def test_the_best_two_checkpoints_and_the_last_are_kept_and_a_damaged_one_is_not_the_best(tmp_path: Path) -> None:
+    run, state = locate(str(tmp_path), "run"), create_state(mnist(), TrainConfig(), 600, torch.device("cpu"))
     run.write_text("config.json", "{}")
-    run.write_text(SNAPSHOT, '{"checkpoint_results": [{"checkpoint_dir')
     with pytest.raises(UsageError, match="nor a run with a checkpoint"):
         find(run.uri, "~/ray_results")
-    for name in ("checkpoint_epoch-001_step-000000", "checkpoint_epoch-002_step-000000"):
-        shutil.copytree(saved, run.inside(name).path)
-    assert find(run.uri, "~/ray_results").checkpoint.path.endswith("/run/checkpoint_epoch-002_step-000000")
+    scores = {1: 0.5, 2: 0.9, 3: 0.7, 4: None, 5: 0.6, 6: None}
+    for epoch, score in scores.items():
+        about = {"workload": mnist().identity, "metrics": {} if score is None else {"val_score": score}}
+        checkpoint.snapshot(state, about).write(run.inside(checkpoint_name(epoch, 0)))
+        if epoch == 4:
+            drop_others(run)
+            assert run.checkpoint_names() == [checkpoint_name(kept, 0) for kept in (2, 3, 4)]
+    assert best_of(run).checkpoint.name == checkpoint_name(2, 0)
+    run.inside(checkpoint_name(2, 0)).write_text("state.json", "")
+    assert best_of(run).metrics == {"val_score": 0.7}
+    drop_others(run)
+    assert run.checkpoint_names() == [checkpoint_name(kept, 0) for kept in (3, 5, 6)]
     run.write_text("result.json", "")
     found = find(run.uri, "~/ray_results")
-    assert found.checkpoint.path.endswith("/run/checkpoint_epoch-002_step-000000")
+    assert found.checkpoint.name == checkpoint_name(3, 0)
     assert [note.partition("result.json is damaged: ")[2] for note in found.notes] == [
         "Expecting value: line 1 column 1 (char 0); continuing without it"
     ]
 
 
-def test_a_last_checkpoint_that_ray_does_not_know_is_chosen(
+def test_a_last_checkpoint_that_rays_cut_off_list_does_not_have_is_chosen(
     finished_run: Path, ray_address: str, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     (run / "result.json").unlink()
-    (run / SNAPSHOT).unlink()
+    (run / SNAPSHOT).write_text('{"checkpoint_results": [{"checkpoint_dir')
     for path in sorted(run.glob("checkpoint_epoch*"))[:-1]:
         shutil.rmtree(path)
     run_main("train", "--storage-path", str(tmp_path), "--run-name", "run", "--resume")
