@@ -27,7 +27,7 @@ CONFIG_FILE, SWEEP_FILE, ORIGIN_FILE, RESULT_FILE = "config.json", "sweep.json",
 REPORT_FILE, TRIALS_FILE = "report.html", "sweep.csv"
 INITIAL_FILE = "initial.safetensors"  # the weights that a run starts from, with --init-from
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"  # Ray's list of checkpoints; not written atomically
-_CHECKPOINT_NAME = re.compile(r"checkpoint_epoch-(\d+)_step-(\d+)b*", re.ASCII)  # b: it replaces a damaged one
+_CHECKPOINT_NAME = re.compile(r"checkpoint_epoch-(\d+)_step-(\d+)", re.ASCII)
 
 STORAGE_ERRORS = (OSError, pyarrow.ArrowException)  # raised by file systems
 _RETRIED_FOR_S = 30.0
@@ -112,7 +112,7 @@ class RunFolder:
     def checkpoint_names(self) -> list[str]:
         """Return the names of the folder's checkpoints, the newest last. Raises STORAGE_ERRORS."""
         names = [name for name in self.subfolders() if position_of(name)]
-        return sorted(names, key=lambda name: (position_of(name), name))
+        return sorted(names, key=position_of)
 
     def read_bytes(self, file_name: str) -> bytes | None:
         """Return a file's content, or None if it does not exist. Raises STORAGE_ERRORS."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 import os
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
 from mnist_ray.cluster import train_internals
@@ -26,7 +27,7 @@ from mnist_ray.cluster.watch import LONGEST_SILENCE_S, Ping, RaySilentError, Wat
 from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.run import evaluate
 from mnist_ray.run.failures import FailureReporter, cause_of, reason_of
-from mnist_ray.run.find import Fitted, best_of
+from mnist_ray.run.find import Fitted, best_of, drop_others
 from mnist_ray.run.reporter import train_loop_per_worker
 from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec
@@ -78,6 +79,7 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
             job.run.check_writable(retry=True)
     if result.return_value is not None:
         raise TrainingStoppedError(result.return_value)
+    drop_others(job.run)  # Ray does not know the checkpoints from before a resume
     return best_of(job.run)
 
 
@@ -168,6 +170,10 @@ def create_trainer(
         run_config=RunConfig(
             name=spec.job.run.name,
             storage_path=spec.job.run.storage_path,
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=2,  # the two best; Ray keeps the last, too, so one damaged checkpoint does no harm
+                checkpoint_score_attribute=None if spec.validation is None else "val_score",
+            ),
             failure_config=FailureConfig(max_failures=max_failures),
             callbacks=list(callbacks),
         ),
@@ -186,12 +192,15 @@ class _Trainer(TorchTrainer):
 
 
 class _OnController(train_internals.ControllerCallback):
-    """Lets the driver check that Ray Train's controller answers."""
+    """Lets the driver check that Ray Train's controller answers, and sets up the controller's process."""
 
     def __init__(self, event_queue: Any) -> None:
         self._event_queue = event_queue
 
     def after_controller_start(self, train_run_context: object) -> None:
+        # Checkpoints within an epoch have no score.
+        scorer = logging.getLogger("ray.train._internal.checkpoint_manager")
+        scorer.addFilter(lambda record: "no key: val_score" not in record.getMessage())
         if self._event_queue is not None:
             self._event_queue.put.remote(ControllerStarted(ray.get_runtime_context().current_actor))
 

@@ -18,7 +18,6 @@ from mnist_ray.cluster.environment import end_if_hung
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError
 from mnist_ray.run.failures import STOPPING, code_failures_placed
-from mnist_ray.run.find import drop_others
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import checkpoint_name, position_of
 from mnist_ray.training.checkpoint import Restored, Snapshot
@@ -68,9 +67,6 @@ class TrainReporter(Reporter):
         """Report the start. Raises JobError if the storage does not show a checkpoint that Ray has recorded."""
         if not restored.name and not restored.damaged and self._known:
             raise JobError(f"{self._job.run.uri} does not show the checkpoints that were written there")  # Ray retries
-        # Ray has recorded the damaged checkpoint's name, so its replacement's name ends with one more b.
-        known_bs = len(self._known) - len(self._known.rstrip("b"))
-        self._suffix = "b" * (known_bs + 1) if self._known in restored.damaged else ""
         super().begin(state, restored)
         # If a kill came before Ray recorded an uploaded checkpoint, or a trial has made it, report that checkpoint now.
         # Otherwise the run could end without its last checkpoint.
@@ -138,7 +134,7 @@ class TrainReporter(Reporter):
         """
         start = time.monotonic()
         metrics = self.measured(state, progress)
-        name, upload = checkpoint_name(state.epoch, state.step) + self._suffix, None
+        name, upload = checkpoint_name(state.epoch, state.step), None
         if self._is_first:
             self._uploaded.wait()
             upload = functools.partial(self._upload, self.snapshot(state, metrics), start)
@@ -163,7 +159,6 @@ class TrainReporter(Reporter):
     def _upload(self, snapshot: Snapshot, start: float, checkpoint: Checkpoint, name: str) -> Checkpoint:
         try:
             snapshot.write(self._job.run.inside(name))
-            drop_others(self._job.run)
             self._saving_s = time.monotonic() - start
         finally:
             self._uploaded.set()

@@ -16,6 +16,7 @@ from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.run.failures import STOPPING, FailureReporter, cause_of, code_failures_placed, reason_of
+from mnist_ray.run.find import drop_others
 from mnist_ray.run.fit import create_trainer, drop_snapshot
 from mnist_ray.run.job import Job
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
@@ -74,6 +75,7 @@ def train_on_workers(loop_spec: LoopSpec, plan: WorkerPlan) -> None:
     except ray.train.TrainingFailedError as error:
         cause = cause_of(error)
         raise (cause if isinstance(cause, TrainingStoppedError) else JobError(reason_of(error))) from error
+    drop_others(loop_spec.job.run)
     if result.return_value:  # empty if the piece ends before the training
         raise TrainingStoppedError(result.return_value)
     tune.report(result.metrics)  # again, in case that the trial was killed before the sweep noted it
