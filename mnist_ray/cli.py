@@ -72,10 +72,9 @@ def report() -> None:
     run = find_run(given["run"], given["storage_path"])
 
     from mnist_ray.report import page
-    from mnist_ray.sweep.picture import sections
 
     resume_with = resume_command("tune" if run.exists(TRIALS_FILE) else "train", run)
-    page.write_again(run, given.get("workload"), given["storage_path"], sections, resume_with)
+    page.write_again(run, given.get("workload"), given["storage_path"], resume_with)
 
 
 def export() -> None:

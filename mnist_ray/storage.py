@@ -24,7 +24,7 @@ T = TypeVar("T")
 Warn = Callable[[str], None]
 
 CONFIG_FILE, SWEEP_FILE, ORIGIN_FILE, RESULT_FILE = "config.json", "sweep.json", "origin.json", "result.json"
-REPORT_FILE, TRIALS_FILE = "report.html", "sweep.csv"
+REPORT_FILE, TRIALS_FILE, SWEEP_PICTURE_FILE = "report.html", "sweep.csv", "sweep.png"
 INITIAL_FILE = "initial.safetensors"  # the weights that a run starts from, with --init-from
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"  # Ray's list of checkpoints; not written atomically
 _CHECKPOINT_NAME = re.compile(r"checkpoint_epoch-(\d+)_step-(\d+)", re.ASCII)

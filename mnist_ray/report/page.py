@@ -16,7 +16,7 @@ from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError, format_value, redact, say, with_place
 from mnist_ray.report.run_files import RunRecord, settings_of, workload_of
 from mnist_ray.settings import build, values_of
-from mnist_ray.storage import REPORT_FILE, RunFolder
+from mnist_ray.storage import REPORT_FILE, SWEEP_PICTURE_FILE, RunFolder
 from mnist_ray.workload import figures
 from mnist_ray.workload.base import LOSS, Metric, Picture, Workload
 from mnist_ray.workload.data import Split
@@ -30,18 +30,6 @@ _REFRESH_S = 10
 _LEAST_EPOCH, _LEAST_PART = 1 / 100, 1 / 30  # of an epoch and of the run: the steps for which a curve's point stands
 _TRAINING = {"color": "C0", "linewidth": 1}
 _VALIDATION = {"color": "C1", "marker": "o", "linestyle": "--"}
-
-
-@dataclass(frozen=True)
-class Sections:
-    """Further sections of a report, for a sweep's trials."""
-
-    pictures: Sequence[Picture] = ()
-    tables: Sequence[Table] = ()
-    notes: Sequence[str] = ()  # for the user
-
-
-SectionsOf = Callable[[RunFolder, type[Workload]], Sections]
 
 
 @dataclass(frozen=True)
@@ -73,7 +61,6 @@ def write(
     workload: Workload,
     resume_with: str,
     test: Split | None,
-    sections: Sections | None = None,
     warn: Callable[[str], None] = lambda note: None,
     *,
     is_running: bool = False,
@@ -83,16 +70,16 @@ def write(
     ``test`` has the examples of predictions.csv; without it, no examples are shown. If a picture cannot be drawn,
     ``warn`` gets a note. If the run ``is_running``, browsers reload the page automatically.
     """
-    record, more = RunRecord.read(run, workload), sections or Sections()
-    notes, result, rows = [*record.notes, *more.notes], record.result, record.predictions
+    record = RunRecord.read(run, workload)
+    notes, result, rows = [*record.notes], record.result, record.predictions
 
     def drawn(what: str, draw: Callable[[], Iterable[T]]) -> list[T]:
-        return unless_failing(what, draw, workload, notes)
+        return _unless_failing(what, draw, workload, notes)
 
     if test is not None and rows and len(test) != len(rows):
         notes.append(f"no {workload.nouns} are shown: the test set has {len(test):,} now, it had {len(rows):,}")
         test = None
-    pictures = [*more.pictures]
+    pictures = drawn("picture of the trials", lambda: _sweep_picture(record))
     for metric in workload.all_metrics:
         pictures += drawn(f"curve of {metric.name}", functools.partial(_curves, record, metric))
     if result:
@@ -102,7 +89,8 @@ def write(
     for picture in pictures:
         run.inside(PICTURES_FOLDER).write_bytes(f"{picture.name}.png", picture.png)
     seconds = drawn("table of the seconds", lambda: _seconds(result)) if result else []
-    tables = [*more.tables, _epochs(record), *_settings(record), *seconds]
+    trials = drawn("table of the trials", lambda: _trials(record)) if record.trials else []
+    tables = [*trials, _epochs(record), *_settings(record), *seconds]
     status, refresh_s = _status(record, resume_with, is_running), _REFRESH_S if is_running else 0
     page = Page(run.name, status, _headlines(record), notes, pictures, tables, refresh_s)
     run.write_text(REPORT_FILE, page.to_html())
@@ -111,7 +99,7 @@ def write(
     return {picture.name: picture.png for picture in pictures}
 
 
-def unless_failing(what: str, draw: Callable[[], Iterable[T]], workload: Workload, notes: list[str]) -> list[T]:
+def _unless_failing(what: str, draw: Callable[[], Iterable[T]], workload: Workload, notes: list[str]) -> list[T]:
     """Return the pictures or tables that ``draw`` returns; if it fails, add a note and return none."""
     try:
         parts = list(draw())
@@ -175,6 +163,35 @@ def _learning_rate(record: RunRecord) -> list[Picture]:
     return [Picture("learning_rate", "Learning rate", f"Learning rate over the steps. It ends at {rates[-1]:g}", png)]
 
 
+def _sweep_picture(record: RunRecord) -> list[Picture]:
+    """Return the picture of a sweep's trials; none if the run is no sweep."""
+    png = record.run.read_bytes(SWEEP_PICTURE_FILE)
+    alt = f"Validation {record.workload.monitor.name} of {len(record.trials)} trials; the table has all values"
+    caption = "Grey or hollow: stopped early. Black or ringed: the best configuration."
+    return [] if png is None else [Picture("sweep", "Trials", alt, png, caption, is_wide=True)]
+
+
+def _trials(record: RunRecord) -> list[Table]:
+    """Return the rows of sweep.csv, best first."""
+    monitor = record.workload.monitor
+
+    def rank(row: Mapping[str, str]) -> tuple[bool, float]:
+        value = float(row[f"val_{monitor.name}"])
+        return math.isnan(value), -value if monitor.mode == "max" else value
+
+    columns = [name for name in record.trials[0] if name != "reports"]
+    rows = [[_shortened(row[name]) for name in columns] for row in sorted(record.trials, key=rank)]
+    return [Table("Trials, best first", columns, rows)]
+
+
+def _shortened(text: str) -> str:
+    """Return a text from a CSV file; a number with at most five digits."""
+    try:
+        return _number(float(text), ".5g")
+    except ValueError:
+        return text
+
+
 def _seconds(result: Mapping[str, Any]) -> list[Table]:
     title = "Seconds until tested; of the validation, only the last one"
     return [Table(title, (), [(name, f"{value:.1f}") for name, value in result["seconds"].items()])]
@@ -228,9 +245,7 @@ def _number(value: float | None, how: str) -> str:
     return "-" if value is None or math.isnan(value) else format(value, how)
 
 
-def write_again(
-    run: RunFolder, reference: str | None, storage_path: str, sections: SectionsOf, resume_with: str
-) -> None:
+def write_again(run: RunFolder, reference: str | None, storage_path: str, resume_with: str) -> None:
     """Write the report of a run again. Raises UsageError and JobError."""
     workload, test = workload_of(run, reference, storage_path), None
     try:
@@ -238,5 +253,5 @@ def write_again(
         test = subset(splits_of(load_data(workload), config.validation_size), config).test
     except (UsageError, JobError) as error:
         say(f"no {workload.nouns} are shown: {error}")
-    write(run, workload, resume_with, test, sections(run, type(workload)), lambda note: say(f"note {note}"))
+    write(run, workload, resume_with, test, lambda note: say(f"note {note}"))
     say(f"report {run.inside(REPORT_FILE).uri}")

@@ -11,7 +11,16 @@ from typing import Any
 
 from mnist_ray import settings
 from mnist_ray.errors import UsageError
-from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, RunFolder, Warn, unless_damaged, untrusted_folders
+from mnist_ray.storage import (
+    CONFIG_FILE,
+    ORIGIN_FILE,
+    RESULT_FILE,
+    TRIALS_FILE,
+    RunFolder,
+    Warn,
+    unless_damaged,
+    untrusted_folders,
+)
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 
@@ -79,6 +88,7 @@ class RunRecord:
     steps: list[dict[str, float]]  # rows of steps.csv
     result: dict[str, Any] | None  # None until the run is tested
     predictions: list[dict[str, str]]  # rows of predictions.csv; none until the run is tested
+    trials: list[dict[str, str]]  # rows of sweep.csv; none if the run is no sweep
     notes: Sequence[str] = ()  # about damaged files, which are left out
 
     @classmethod
@@ -95,6 +105,7 @@ class RunRecord:
             steps=numbers_of(unless_damaged(lambda: read_values(run, STEPS_FILE, "step", "epoch"), warn) or []),
             result=unless_damaged(lambda: _checked_result(run, workload, warn), warn),
             predictions=unless_damaged(lambda: read_csv(run, PREDICTIONS_FILE), warn) or [],
+            trials=unless_damaged(lambda: read_csv(run, TRIALS_FILE, [f"val_{workload.monitor.name}"]), warn) or [],
             notes=notes,
         )
 

@@ -21,7 +21,7 @@ from mnist_ray.run.history import History, Throttled, write_predictions
 from mnist_ray.run.session import Session, say_plan
 from mnist_ray.settings import json_lines
 from mnist_ray.signals import first_only_noted, if_ended
-from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE, RunFolder
+from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE
 from mnist_ray.trackers import Ending, start
 from mnist_ray.training.checkpoint import MODEL_FILE, read_state
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
@@ -30,11 +30,10 @@ from mnist_ray.workload.loading import digests_of
 _LEARNED = 0.1  # examples count as learned if the loss falls to this part of the first loss
 _REPORT_EVERY_S = 30.0
 _WORKLOAD_FILE = "workload.py"
-MoreSections = Callable[[RunFolder], Any]  # returns the ``Sections`` with a sweep's trials, for the report
 
 
 @contextlib.contextmanager
-def recorded(session: Session, sections: MoreSections | None = None) -> Iterator[Record]:
+def recorded(session: Session) -> Iterator[Record]:
     """Show a run and write its files. However the run ends, write its report and close its trackers.
 
     An interrupt waits for that. Adds advice for the user to an exception.
@@ -42,7 +41,7 @@ def recorded(session: Session, sections: MoreSections | None = None) -> Iterator
     job, logs = session.job, session.cluster.log_folder
     num_parameters = say_plan(session)
     begin_files(session, CONFIG_FILE, job.values)
-    record = Record(session, num_parameters, sections)
+    record = Record(session, num_parameters)
     try:
         yield record
     except TrainingStoppedError as error:
@@ -87,8 +86,8 @@ def begin_files(session: Session, settings_file: str, settings: Mapping[str, Any
 class Record:
     """The record of one run; ``fit`` calls ``on_event``."""
 
-    def __init__(self, session: Session, num_parameters: int, sections: MoreSections | None) -> None:
-        self._session, self._sections = session, sections
+    def __init__(self, session: Session, num_parameters: int) -> None:
+        self._session = session
         self._job, self._clock, self._console = session.job, session.clock, session.console
         self._origin = {**self._job.run.require_json(ORIGIN_FILE), "parameters": f"{num_parameters:,}"}
         self._result: dict[str, Any] | None = None
@@ -173,9 +172,8 @@ class Record:
     def _draw_report(self, warn: Callable[[str], None] = lambda note: None, *, is_running: bool = False) -> Any:
         from mnist_ray.report import page  # imports matplotlib
 
-        job, sections = self._job, self._sections(self._job.run) if self._sections else None
-        test = self._session.data.test
-        return page.write(job.run, job.workload, job.resume_with, test, sections, warn, is_running=is_running)
+        job, test = self._job, self._session.data.test
+        return page.write(job.run, job.workload, job.resume_with, test, warn, is_running=is_running)
 
     def print_files(self) -> None:
         """Print the seconds of each part of the run, and the paths of its files."""

@@ -1,4 +1,4 @@
-"""A sweep's part of the report, and its picture: the validation metric over epochs, and over each searched setting."""
+"""A sweep's picture: the validation metric over epochs, and over each searched setting."""
 
 from __future__ import annotations
 
@@ -10,13 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mnist_ray.errors import count, format_settings, format_value, in_words
-from mnist_ray.report.page import Sections, unless_failing
 from mnist_ray.settings import Choice
-from mnist_ray.storage import CONFIG_FILE, SWEEP_FILE, TRIALS_FILE, DamagedFileError, RunFolder
-from mnist_ray.sweep.space import space_of
 from mnist_ray.sweep.trials import RUNNING, STOPPED, TrialRecord, TrialTable
-from mnist_ray.workload.base import Picture, Workload
-from mnist_ray.workload.figures import Table, on_axis, png_of, scale_axis
+from mnist_ray.workload.figures import on_axis, png_of, scale_axis
 
 _WIDTH = 9.5  # inches: across the page, the letters are as large as the page's own
 _TITLE_WIDTH = 80  # characters
@@ -77,29 +73,3 @@ def _draw_over(axes: Axes, table: TrialTable, records: list[TrialRecord], name: 
     axes.set_xlabel(in_words(name))
     scale_axis(axes, metric, f"validation {metric.name}")
     axes.grid(alpha=0.3)
-
-
-def sections(run: RunFolder, workload: type[Workload]) -> Sections:
-    """Return a sweep's part of the report; empty if the run is not a sweep, and only a note if its files are damaged.
-
-    Raises UsageError if the files hold impossible settings.
-    """
-    if not run.exists(TRIALS_FILE):
-        return Sections()
-    try:
-        swept = run.require_json(SWEEP_FILE) if run.exists(SWEEP_FILE) else {}
-        table = TrialTable(workload, space_of(workload, swept)).read(run)
-    except DamagedFileError as error:
-        return Sections(notes=[str(error)])
-    num_epochs = (run.read_json(CONFIG_FILE) or {}).get("num_epochs", 0)
-    alt = f"Validation {table.workload.monitor.name} of {len(table.by_point)} trials; the table has all values"
-    caption = "Grey or hollow: stopped early. " if table.count(STOPPED) else ""
-    caption += "Black or ringed: the best configuration."
-    rows, notes = [table.console_row(record, num_epochs) for record in table.ranked], list[str]()
-    pictures = unless_failing(
-        "picture of the trials",
-        lambda: [Picture("sweep", "Trials", alt, draw(table, num_epochs), caption, is_wide=True)],
-        table.workload,
-        notes,
-    )
-    return Sections(pictures, [Table("Trials, best first", table.console_columns, rows)], notes)

@@ -6,8 +6,6 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
 
 from mnist_ray import settings
 from mnist_ray.cluster.connect import current_nodes
@@ -20,15 +18,13 @@ from mnist_ray.run.job import Job
 from mnist_ray.run.record import begin_files, recorded
 from mnist_ray.run.session import Clock, Session, console_of, say_run
 from mnist_ray.settings import json_lines
-from mnist_ray.storage import RESULT_FILE, SWEEP_FILE, TRIALS_FILE, RunFolder
+from mnist_ray.storage import RESULT_FILE, SWEEP_FILE, SWEEP_PICTURE_FILE, TRIALS_FILE, RunFolder
 from mnist_ray.sweep.trial import TrialSpec
 from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER, FAILED, WAITING, Sweep, TrialRecord, TrialTable
 from mnist_ray.sweep.tuner import TRIALS_FOLDER, OnChange, run_sweep, trials_at_a_time
 from mnist_ray.trackers import Ending, start
 from mnist_ray.training.checkpoint import MODEL_FILE, STATE_FILE, TRAINING_FILE
 from mnist_ray.training.events import TrialEnded
-
-PICTURE_FILE = "sweep.png"
 
 
 def search(session: Session, sweep: Sweep, show: OnChange) -> TrialTable:
@@ -90,8 +86,8 @@ def train_chosen(session: Session, sweep: Sweep, table: TrialTable) -> None:
     best = dataclasses.replace(best, notes=())  # the sweep has shown the notes
     of_workers = settings.names_of([type(best.workers)])
     run.write_text(BEST_FILE, json_lines({name: best.values[name] for name in best.values if name not in of_workers}))
-    run.write_bytes(PICTURE_FILE, picture.draw(table, sweep.job.train.num_epochs))
-    console.say("files", f"{run.inside(TRIALS_FILE).uri}, {BEST_FILE}, {PICTURE_FILE}")
+    run.write_bytes(SWEEP_PICTURE_FILE, picture.draw(table, sweep.job.train.num_epochs))
+    console.say("files", f"{run.inside(TRIALS_FILE).uri}, {BEST_FILE}, {SWEEP_PICTURE_FILE}")
     console.say("best", f"{monitor.format(table.best.val_monitor)} validation {monitor.name}, {table.best.seeds_text}")
     default = best.with_values(dict(sweep.space.defaults))
     default = dataclasses.replace(default, run=run.inside(DEFAULT_FOLDER))
@@ -105,7 +101,7 @@ def train_chosen(session: Session, sweep: Sweep, table: TrialTable) -> None:
         value = (job.run.read_json(RESULT_FILE) or {}).get(f"test_{monitor.name}")
         if not isinstance(value, float):  # else an interrupted sweep has finished this training
             trial = table.result_of(sweep.space.point(job.values, job.train.seed))
-            value = train_and_test(session, job, picture.sections, trial, is_last=title == "best")
+            value = train_and_test(session, job, trial, is_last=title == "best")
         name = "" if monitor.is_fraction else f"{monitor.name} "
         end = ", the default" if is_default else ""
         came_out[title] = f"{name}{monitor.format(value)} on the test set with {values}{end}"
@@ -114,9 +110,7 @@ def train_chosen(session: Session, sweep: Sweep, table: TrialTable) -> None:
         console.result(title, line)
 
 
-def train_and_test(
-    session: Session, job: Job, sections: Callable[..., Any], trial: TrialRecord | None, *, is_last: bool
-) -> float:
+def train_and_test(session: Session, job: Job, trial: TrialRecord | None, *, is_last: bool) -> float:
     """Train and test as ``jobs/train.py`` does, from the checkpoint of a trial that has trained the same.
 
     The last run, which is the best one, must have the weights that ``jobs/train.py`` gives: it starts anew if a trial
@@ -131,7 +125,7 @@ def train_and_test(
         _copy_checkpoint(session.job.run.inside(TRIALS_FOLDER).inside(trial.point.name), job.run)
     with console_of(job) as run.console:
         say_run(run)
-        with recorded(run, functools.partial(sections, workload=type(job.workload))) as record:
+        with recorded(run) as record:
             with orphans_removed():  # left by the last trials
                 fitted = fit(run, record.on_event)
             return record.test(fitted, is_last=is_last)
