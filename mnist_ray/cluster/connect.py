@@ -56,8 +56,9 @@ def connect(
         yield _describe(is_local=False)
         return
     options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.CRITICAL}
-    if not verbose:
-        quiet_ray()
+    if not verbose:  # Ray's log is still in its files, and failures are still raised
+        logging.getLogger("ray").setLevel(logging.CRITICAL)
+        warnings.filterwarnings("ignore", module=r"ray\.")
     address, leaving = _find_cluster(), threading.Thread(target=ray.shutdown)
     ray_internals.read_uv_setting_again()
     with contextlib.ExitStack() as at_the_end:
@@ -193,12 +194,6 @@ def _nothing() -> None:
 def this_node() -> NodeAffinitySchedulingStrategy:
     """Return the strategy that puts an actor on this process's node: losing another node does not end the actor."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-
-
-def quiet_ray() -> None:
-    """Keep Ray's log off the console. The log is still in Ray's files, and failures are still raised."""
-    logging.getLogger("ray").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", module=r"ray\.")
 
 
 def _find_cluster() -> str | None:

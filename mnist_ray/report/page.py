@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import jinja2
 
@@ -24,7 +24,6 @@ from mnist_ray.workload.figures import Curve, Table
 from mnist_ray.workload.loading import load_data
 from mnist_ray.workload.splits import splits_of, subset
 
-T = TypeVar("T", Picture, Table)
 PICTURES_FOLDER = "pictures"
 _REFRESH_S = 10
 _LEAST_EPOCH, _LEAST_PART = 1 / 100, 1 / 30  # of an epoch and of the run: the steps for which a curve's point stands
@@ -72,10 +71,7 @@ def write(
     """
     record = RunRecord.read(run, workload)
     notes, result, rows = [*record.notes], record.result, record.predictions
-
-    def drawn(what: str, draw: Callable[[], Iterable[T]]) -> list[T]:
-        return _unless_failing(what, draw, workload, notes)
-
+    drawn = functools.partial(_drawn, workload, notes)
     if test is not None and rows and len(test) != len(rows):
         notes.append(f"no {workload.nouns} are shown: the test set has {len(test):,} now, it had {len(rows):,}")
         test = None
@@ -99,7 +95,7 @@ def write(
     return {picture.name: picture.png for picture in pictures}
 
 
-def _unless_failing(what: str, draw: Callable[[], Iterable[T]], workload: Workload, notes: list[str]) -> list[T]:
+def _drawn(workload: Workload, notes: list[str], what: str, draw: Callable[[], Iterable[Any]]) -> list[Any]:
     """Return the pictures or tables that ``draw`` returns; if it fails, add a note and return none."""
     try:
         parts = list(draw())

@@ -112,7 +112,7 @@ class StoppedEarly(Event):
     """Training has ended before its last epoch: by early stopping, or by a callback."""
 
     epoch: int  # the last epoch, counted from 1
-    best_epoch: int | None  # None if the workers do not validate
+    best_epoch: int | None  # None without validation
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class TrainingState:
     finished_s: float = 0.0  # seconds of training in the finished epochs
     scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))  # scales the loss; for fp16 only
     average: nn.Module | None = None  # the weights' EMA, with --ema-decay
-    scores: list[float] = field(default_factory=list)  # of each finished epoch, if workers validate; higher is better
+    scores: list[float] = field(default_factory=list)  # of each finished epoch with a validation; higher is better
     ends: bool = False  # set by a callback: no further epoch
     num_steps: int = 0  # per epoch
     last_step: int = -1  # of all epochs: where a part of a trial ends, though epochs are left
