@@ -87,7 +87,7 @@ def _evaluate_split(
 def evaluate_here(
     checkpoint: RunFolder, workload: Workload, split: Split, loader_workers: int, device: str | torch.device = "cpu"
 ) -> Evaluation:
-    """Evaluate a checkpoint in this process, on one thread, because other tasks or a training may run beside it."""
+    """Evaluate a checkpoint in this process, on one thread, since a task has one CPU."""
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False  # an evaluation is in fp32
     with placed(workload, "an evaluation"):

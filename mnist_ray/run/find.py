@@ -13,13 +13,7 @@ from safetensors.torch import save
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run.job import Job
 from mnist_ray.settings import build, check_known, names_of
-from mnist_ray.storage import (
-    RESULT_FILE,
-    RunFolder,
-    find_run,
-    in_one_line,
-    untrusted_folders,
-)
+from mnist_ray.storage import RESULT_FILE, RunFolder, find_run, in_one_line, untrusted_folders, with_retries
 from mnist_ray.training.checkpoint import (
     STATE_FILE,
     DamagedCheckpointError,
@@ -124,16 +118,16 @@ def best_of(run: RunFolder) -> Fitted:
 
 
 def drop_others(run: RunFolder) -> None:
-    """Delete all checkpoints but the best two and the last. Raises JobError and STORAGE_ERRORS."""
+    """Delete all checkpoints but the best two and the last, with retries. Raises JobError and STORAGE_ERRORS."""
     best = [name for name, _ in _ranked(run)[:_NUM_KEPT]]
-    for name in set(run.checkpoint_names()[:-1]).difference(best):
+    for name in set(with_retries(run.checkpoint_names)[:-1]).difference(best):
         run.inside(name).delete()
 
 
 def _ranked(run: RunFolder) -> list[tuple[str, dict[str, Any]]]:
     """Return the whole checkpoints and their metrics: the validated ones, best first; then the others, newest first."""
     found = []
-    for name in run.checkpoint_names():
+    for name in with_retries(run.checkpoint_names):
         with contextlib.suppress(DamagedCheckpointError, UsageError):
             found.append((name, read_state(run.inside(name)).get("metrics", {})))
     validated = [pair for pair in found if "val_score" in pair[1]]

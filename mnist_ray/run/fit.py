@@ -32,7 +32,7 @@ from mnist_ray.run.reporter import train_loop_per_worker
 from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.signals import Noted, first_only_noted
-from mnist_ray.storage import SNAPSHOT_FILE, STORAGE_ERRORS, RunFolder, with_retries
+from mnist_ray.storage import SNAPSHOT_FILE, STORAGE_ERRORS, RunFolder, in_one_line, with_retries
 from mnist_ray.training.events import ControllerStarted, Event, Started, Stopping, WorkersLost
 
 _POLL_INTERVAL_S = 0.5  # between the driver's requests for events; workers send their progress at the same interval
@@ -60,7 +60,6 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
         event_queue=event_queue,
         is_local=plan.is_local,
     )
-
     for failures_left in range(max_failures, -1, -1):
         try:
             drop_snapshot(job.run)
@@ -79,8 +78,9 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
             job.run.check_writable(retry=True)
     if result.return_value is not None:
         raise TrainingStoppedError(result.return_value)
-    drop_others(job.run)  # Ray does not know the checkpoints from before a resume
-    return best_of(job.run)
+    with in_one_line("the storage has failed"):
+        drop_others(job.run)  # Ray does not know the checkpoints from before a resume
+        return best_of(job.run)
 
 
 def _fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[[Event], None]) -> ray.train.Result:

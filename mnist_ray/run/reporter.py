@@ -132,8 +132,7 @@ class TrainReporter(Reporter):
         Rank 0 copies the state; a thread of Ray's writes the copy while the training continues. Only one copy is
         written at a time; the next checkpoint waits for that.
         """
-        start = time.monotonic()
-        metrics = self.measured(state, progress)
+        metrics, start = self.measured(state, progress), time.monotonic()
         name, upload = checkpoint_name(state.epoch, state.step), None
         if self._is_first:
             self._uploaded.wait()
