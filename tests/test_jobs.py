@@ -45,7 +45,7 @@ def test_a_run_writes_its_files_and_learns(finished_run: Path) -> None:
 
 @pytest.mark.usefixtures("ray_address")
 def test_the_best_two_and_the_last_checkpoint_are_kept(small_data: Path, tmp_path: Path) -> None:
-    flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_epochs": 6}
+    flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_epochs": 5}
     run_main("train", *as_flags(flags))
     run = tmp_path / "run"
     with (run / "metrics.csv").open() as file:

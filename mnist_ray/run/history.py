@@ -1,16 +1,12 @@
 """A run's values as CSV files. They are written during training, so that an interrupted run has them too.
 
-metrics.csv      a row per epoch
+metrics.csv      a row per epoch, written at once
 steps.csv        a row about every half second of training, with the mean over the steps since the previous row
 predictions.csv  a row per test example, in the data set's order; written when the run is tested
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-import threading
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,35 +15,6 @@ from mnist_ray.storage import RunFolder, unless_damaged
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
-
-STEPS_EVERY_S = 10.0  # the shortest time between two writes of steps.csv
-_GROWN_BY = 1.01  # steps.csv is rewritten once it has grown by 1%: on average, a row is written about 100 times
-
-
-class Throttled:
-    """Work that a thread does when asked, at most once per ``interval_s``. After a failure, a later call retries."""
-
-    def __init__(self, work: Callable[[], object], interval_s: float) -> None:
-        self._work, self._interval_s = work, interval_s
-        self._next = time.monotonic() + interval_s
-        self._thread: threading.Thread | None = None
-
-    def ask(self) -> None:
-        """Start the work, unless it is running or ended less than ``interval_s`` ago."""
-        if time.monotonic() > self._next and not (self._thread and self._thread.is_alive()):
-            self._thread = threading.Thread(target=self._do, daemon=True)
-            self._thread.start()
-
-    def close(self) -> None:
-        """Wait until running work has ended; start none from now on."""
-        if self._thread is not None:
-            self._thread.join()
-        self._next = math.inf
-
-    def _do(self) -> None:
-        with contextlib.suppress(Exception):  # the last call is in the main thread, which raises the error
-            self._work()
-        self._next = time.monotonic() + self._interval_s
 
 
 class History:
@@ -65,8 +32,6 @@ class History:
         self._step_columns = ("step", "epoch", *train, "learning_rate")
         steps = unless_damaged(lambda: read_values(run, STEPS_FILE, "step", "epoch"), warn) or []
         self._steps = [(int(float(row["step"])), csv_text(self._step_columns, [row])) for row in steps]
-        self._num_written = 0  # rows of steps.csv
-        self._writing = Throttled(self._write_steps, STEPS_EVERY_S)
         self.num_workers = 0  # in the last attempt; it may change in an elastic run
 
     def add(self, event: Event) -> None:
@@ -76,7 +41,6 @@ class History:
                 self.num_workers = event.num_workers
                 self.rows = {epoch: row for epoch, row in self.rows.items() if epoch <= event.epoch}
                 self._steps = [row for row in self._steps if row[0] <= event.total_step]
-                self._num_written = 0
             case Progress():
                 self._add_step(event)
             case EpochFinished(last):
@@ -94,14 +58,11 @@ class History:
         epochs = round(event.epoch - 1 + event.step / event.num_steps, 5)
         row = {"step": event.total_step, "epoch": epochs, "learning_rate": event.learning_rate}
         self._steps.append((event.total_step, csv_text(self._step_columns, [row | _named("train", event.window)])))
-        if len(self._steps) >= _GROWN_BY * self._num_written:
-            self._writing.ask()
 
-    def _write_steps(self) -> None:
-        rows = list(self._steps)
+    def write_steps(self) -> None:
+        """Write steps.csv. Raises JobError."""
         header = csv_text(self._step_columns, [], has_header=True)
-        self._run.write_text(STEPS_FILE, header + "".join(text for _, text in rows))
-        self._num_written = len(rows)
+        self._run.write_text(STEPS_FILE, header + "".join(text for _, text in [*self._steps]))
 
     def mean_rate(self) -> float | None:
         """Return the mean examples/s of the epochs with a recorded rate, which a kill may prevent; None without any."""
@@ -109,11 +70,6 @@ class History:
         seconds = sum(float(row["epoch_s"]) for row in rated)
         examples = sum(float(row[self._workload.rate]) * float(row["epoch_s"]) for row in rated)
         return round(examples / seconds, 1) if rated else None
-
-    def flush(self) -> None:
-        """Write the last steps; no event may be added afterwards. Raises JobError."""
-        self._writing.close()
-        self._write_steps()
 
 
 def _named(split: str, values: Mapping[str, float]) -> dict[str, Any]:

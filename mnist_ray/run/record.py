@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
@@ -17,18 +18,18 @@ from mnist_ray.errors import JobError, TrainingStoppedError, count, with_place
 from mnist_ray.provenance import origin, versions
 from mnist_ray.run.evaluate import evaluate, evaluate_here
 from mnist_ray.run.find import Fitted, read_initial
-from mnist_ray.run.history import History, Throttled, write_predictions
+from mnist_ray.run.history import History, write_predictions
 from mnist_ray.run.session import Session, say_plan
 from mnist_ray.settings import json_lines
 from mnist_ray.signals import first_only_noted, if_ended
 from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE
 from mnist_ray.trackers import Ending, start
 from mnist_ray.training.checkpoint import MODEL_FILE, read_state
-from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
+from mnist_ray.training.events import EpochFinished, Event, Progress, Started
 from mnist_ray.workload.loading import digests_of
 
 _LEARNED = 0.1  # examples count as learned if the loss falls to this part of the first loss
-_REPORT_EVERY_S = 30.0
+_REPORT_EVERY_S = 60.0  # and steps.csv, while the run goes on
 _WORKLOAD_FILE = "workload.py"
 
 
@@ -83,6 +84,32 @@ def begin_files(session: Session, settings_file: str, settings: Mapping[str, Any
     if_ended(f"; to resume: {job.resume_with}")
 
 
+class Throttled:
+    """Work that a thread does when asked, at most once per ``interval_s``. After a failure, a later call retries."""
+
+    def __init__(self, work: Callable[[], object], interval_s: float) -> None:
+        self._work, self._interval_s = work, interval_s
+        self._next = time.monotonic() + interval_s
+        self._thread: threading.Thread | None = None
+
+    def ask(self) -> None:
+        """Start the work, unless it is running or ended less than ``interval_s`` ago."""
+        if time.monotonic() > self._next and not (self._thread and self._thread.is_alive()):
+            self._thread = threading.Thread(target=self._do, daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Wait until running work has ended; start none from now on."""
+        if self._thread is not None:
+            self._thread.join()
+        self._next = math.inf
+
+    def _do(self) -> None:
+        with contextlib.suppress(Exception):  # the last call is in the main thread, which raises the error
+            self._work()
+        self._next = time.monotonic() + self._interval_s
+
+
 class Record:
     """The record of one run; ``fit`` calls ``on_event``."""
 
@@ -116,8 +143,7 @@ class Record:
         self._history.add(event)
         self._console.show(event)
         self._trackers.log(event)
-        if isinstance(event, (EpochFinished, Validated)):
-            self._live_report.ask()
+        self._live_report.ask()
 
     def test(self, fitted: Fitted, *, is_last: bool = True) -> float:
         """Evaluate the fitted checkpoint on the test set; show and write the result. Return the monitored value.
@@ -161,7 +187,6 @@ class Record:
         pictures: Mapping[str, bytes] = {}
         self._live_report.close()
         try:
-            self._history.flush()
             pictures = self._draw_report(self._warn)
             self._has_report = True
         except (Exception, SystemExit) as error:  # must not hide the exception that has ended the run
@@ -172,6 +197,7 @@ class Record:
     def _draw_report(self, warn: Callable[[str], None] = lambda note: None, *, is_running: bool = False) -> Any:
         from mnist_ray.report import page  # imports matplotlib
 
+        self._history.write_steps()
         job, test = self._job, self._session.data.test
         return page.write(job.run, job.workload, job.resume_with, test, warn, is_running=is_running)
 

@@ -250,7 +250,7 @@ def tested_run(tmp_path: Path) -> RunFolder:
     progress = Progress(1, 9, 9, [0.5], figures, figures, 100, epoch_s=2.0, learning_rate=0.01)
     for event in (progress, EpochFinished(progress), Validated(1, figures, 1.0)):
         history.add(event)
-    history.flush()
+    history.write_steps()
     columns = {name: np.array([1, 2]) for name in ("label", "prediction")} | {"probability": np.array([0.5, 1.0])}
     tested = Evaluation(({"loss": 1.0, "accuracy": 2.0},), 2, columns)
     write_predictions(run, workload, tested)

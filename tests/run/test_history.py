@@ -6,8 +6,8 @@ import pytest
 
 from mnist_ray.errors import JobError
 from mnist_ray.report.run_files import STEPS_FILE, read_csv, read_values
-from mnist_ray.run import history as histories
 from mnist_ray.run.history import History
+from mnist_ray.run.record import Throttled
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.training.events import EpochFinished, Progress, Started, Validated
 from tests.conftest import mnist
@@ -89,61 +89,15 @@ def steps_of(run: RunFolder) -> list[int]:
     return [int(row["step"]) for row in read_values(run, STEPS_FILE, "step", "epoch")]
 
 
-@pytest.fixture
-def steps_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write steps.csv as soon as it has grown enough."""
-    monkeypatch.setattr(histories, "STEPS_EVERY_S", 0)
-
-
-@pytest.mark.usefixtures("steps_at_once")
-def test_steps_are_rewritten_ever_more_seldom(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, sizes = RunFolder.write_text, list[int]()
-
-    def counted(run: RunFolder, file_name: str, text: str) -> None:
-        sizes.append(len(text))
-        write(run, file_name, text)
-
-    monkeypatch.setattr(RunFolder, "write_text", counted)
-    history = History(run, mnist())
-    for step in range(1, 1001):
-        history.add(progress(step))
-    history.flush()
-    assert steps_of(run) == list(range(1, 1001))
-    assert 2 <= len(sizes) < 600
-
-
-@pytest.mark.usefixtures("steps_at_once")
-def test_storage_that_hangs_or_fails_delays_no_event_and_loses_no_step(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write, is_back, failed = RunFolder.write_text, threading.Event(), threading.Event()
-
-    def write_later(run: RunFolder, file_name: str, text: str) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            is_back.wait()
-            failed.set()
-            raise JobError("the disk is full")
-        write(run, file_name, text)
-
-    monkeypatch.setattr(RunFolder, "write_text", write_later)
-    history = History(run, mnist())
-    for step in range(1, 4):
-        history.add(progress(step))
-    is_back.set()
-    assert failed.wait(60)
-    history.flush()
-    assert steps_of(run) == [1, 2, 3]
-
-
 def test_a_resumed_run_keeps_the_steps_that_it_does_not_repeat(run: RunFolder) -> None:
     first = History(run, mnist())
     for step in (2, 5, 9, 13):
         first.add(progress(step))
-    first.flush()
+    first.write_steps()
     again = History(run, mnist(), pytest.fail)
     again.add(started(1))
     again.add(progress(11))
-    again.flush()
+    again.write_steps()
     assert steps_of(run) == [2, 5, 9, 11]
 
 
@@ -151,5 +105,27 @@ def test_a_run_of_an_earlier_version_without_learning_rates_is_resumed(run: RunF
     run.write_text(STEPS_FILE, "step,epoch,train_loss,train_accuracy\n5,0.5,0.25,0.75\n")
     history = History(run, mnist(), pytest.fail)
     history.add(progress(11))
-    history.flush()
+    history.write_steps()
     assert [row["learning_rate"] for row in read_values(run, STEPS_FILE, "step")] == ["", "0.01"]
+
+
+def test_a_live_report_that_hangs_or_fails_delays_no_event_and_is_tried_again() -> None:
+    is_back, done = threading.Event(), list[str]()
+
+    def work() -> None:
+        is_back.wait()
+        done.append(threading.current_thread().name)
+        raise JobError("the disk is full")
+
+    live = Throttled(work, 0)
+    live.ask()
+    live.ask()
+    assert done == []
+    is_back.set()
+    while len(done) < 2:
+        live.ask()
+    live.close()
+    number = len(done)
+    live.ask()
+    assert threading.current_thread().name not in done
+    assert len(done) == number

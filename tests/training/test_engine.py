@@ -57,22 +57,22 @@ def largest_difference(weights: dict[str, torch.Tensor], others: dict[str, torch
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05),
     # Adam divides a gradient by its size: with the usual eps of 1e-8, a gradient of mere rounding errors moves a weight
-    # by a whole step, and the error grows (to 1.5e-2 after 30 steps, although the gradients of a step agree to 3e-8).
+    # by a whole step, and the error grows, although the gradients of a step agree to 3e-8.
     # With eps well above the rounding, the test is about Adam's moments, not about its chaos.
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3, eps=1e-4),
 }
-# Images and settings of 30 steps each: even slices; slices of 2 and 3 images; some ranks without an image; a smaller
+# Images and settings of 15 steps each: even slices; slices of 2 and 3 images; some ranks without an image; a smaller
 # last batch; slices in pieces, some ranks with one more than others; gradients that are all clipped; smoothed targets,
 # with an EMA; a callback that changes the gradients.
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
-    "even": (480, {"batch_size": 16}),
-    "uneven": (240, {"batch_size": 8}),
-    "empty": (60, {"batch_size": 2}),
-    "last": (470, {"batch_size": 16}),
-    "pieces": (470, {"batch_size": 16, "micro_batch_size": 3}),
-    "clipped": (470, {"batch_size": 16, "micro_batch_size": 5, "clip_grad_norm": 0.2}),
-    "averaged": (470, {"batch_size": 16, "label_smoothing": 0.2, "ema_decay": 0.8}),
-    "called": (470, {"batch_size": 16}),
+    "even": (240, {"batch_size": 16}),
+    "uneven": (120, {"batch_size": 8}),
+    "empty": (30, {"batch_size": 2}),
+    "last": (230, {"batch_size": 16}),
+    "pieces": (230, {"batch_size": 16, "micro_batch_size": 3}),
+    "clipped": (230, {"batch_size": 16, "micro_batch_size": 5, "clip_grad_norm": 0.2}),
+    "averaged": (230, {"batch_size": 16, "label_smoothing": 0.2, "ema_decay": 0.8}),
+    "called": (230, {"batch_size": 16}),
 }
 
 # All cases with SGD, some with Adam, whose moments remember earlier gradients.
@@ -90,9 +90,7 @@ def callbacks_of(case: str) -> list[Callback]:
 
 
 def config_of(case: str) -> TrainConfig:
-    # Not with seed 0: an activation of step 26 is so close to a kink of ReLU or pooling that rounding decides its side,
-    # and the weights differ by 1.2e-5 from there on, by 1.5e-8 before.
-    return replace(CONFIG, schedule="constant", seed=1, **CASES[case][1])
+    return replace(CONFIG, schedule="constant", **CASES[case][1])
 
 
 def train_cases(group: Group, images: Arrays, folder: Path) -> None:
