@@ -29,7 +29,7 @@ from mnist_ray.training.events import EpochFinished, Event, Progress, Started
 from mnist_ray.workload.loading import digests_of
 
 _LEARNED = 0.1  # examples count as learned if the loss falls to this part of the first loss
-_REPORT_EVERY_S = 60.0  # and steps.csv, while the run goes on
+_REPORT_EVERY_S = 30.0  # and steps.csv, while the run goes on
 _WORKLOAD_FILE = "workload.py"
 
 
