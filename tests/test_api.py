@@ -315,6 +315,7 @@ def test_a_script_trains_its_class_on_a_new_local_ray(tmp_path: Path) -> None:
     assert done.stdout.count("figures ['accuracy', 'loss']\n") == 1
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_address")
 def test_the_tours_cells_run_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -287,6 +287,7 @@ class Slow(Callback):
 """
 
 
+@pytest.mark.long
 def test_a_checkpoint_is_saved_before_a_node_is_preempted(nodes: Cluster, small_data: Path, tmp_path: Path) -> None:
     doomed = nodes.list_all_nodes()[-1]
 
