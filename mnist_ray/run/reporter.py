@@ -133,6 +133,7 @@ class TrainReporter(Reporter):
         written at a time; the next checkpoint waits for that.
         """
         metrics, start = self.measured(state, progress), time.monotonic()
+        end_if_hung(self._job.workers.hang_timeout_s)  # from here on, only the storage or Ray may hang
         name, upload = checkpoint_name(state.epoch, state.step), None
         if self._is_first:
             self._uploaded.wait()

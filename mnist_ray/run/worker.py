@@ -156,7 +156,7 @@ class Reporter(Callback):
 
         At the end of an epoch, report the epoch, and add the validation's score to ``state``.
         """
-        faulthandler.cancel_dump_traceback_later()  # to validate and to save may take long; that is no hang
+        faulthandler.cancel_dump_traceback_later()  # a validation may take long; that is no hang
         workload, has_finished = self._job.workload, state.step == 0
         if has_finished:
             self.send(EpochFinished(progress))
@@ -173,11 +173,12 @@ class Reporter(Callback):
         start, loader_workers = time.perf_counter(), self._job.workers.loader_workers
         evaluation = engine.evaluate_together(workload, state.result, self._validation, self._group, loader_workers)
         values = evaluation.values(workload)
+        val_score = score(workload, values)
         if has_finished:
-            state.scores.append(score(workload, values))
+            state.scores.append(val_score)
         metrics |= {f"val_{name}": value for name, value in values.items()}
         # By the score, Ray keeps the best checkpoints.
-        metrics |= {"val_score": score(workload, values), "is_over": is_over(state, self._config)}
+        metrics |= {"val_score": val_score, "is_over": is_over(state, self._config)}
         metrics["val_s"] = time.perf_counter() - start
         if has_finished:
             self.send_validation(metrics)

@@ -221,7 +221,7 @@ class TrialTable:
 
     @property
     def console_columns(self) -> tuple[str, ...]:
-        """The columns of the table on the console and in the report."""
+        """The columns of the table on the console."""
         searched = map(in_words, self.space.spaces)
         return ("trial", *searched, "seed", "epochs", self.workload.monitor.name, f"{self.workload.nouns}/s", "state")
 

@@ -130,7 +130,7 @@ class Classification(Workload):
         return lines
 
     def pictures(self, result: Mapping[str, Any], rows: Rows, test: Split | None) -> list[Picture]:
-        """Return the confusion matrix, the accuracy of each class, and examples with their predictions."""
+        """Return the confusion matrix, and examples with their predictions."""
         from mnist_ray.workload import figures  # imports matplotlib
 
         return figures.of_classification(self, self.class_names, result, rows, test)
