@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import functools
 from collections.abc import Callable
 
@@ -17,7 +16,6 @@ from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.signals import Noted, first_only_noted
 from mnist_ray.storage import in_one_line
-from mnist_ray.training.checkpoint import Restored
 from mnist_ray.training.events import Event, Progress, Stopping
 from mnist_ray.training.state import CodeFailedError, Group, StopWantedError, TrainingState
 
@@ -47,10 +45,8 @@ class LocalReporter(Reporter):
         super().__init__(spec, group, config)
         self._on_event, self._interrupted, self._is_stopping = on_event, interrupted, False
 
-    def begin(self, state: TrainingState, restored: Restored) -> None:
-        """Report the start. A step may take any time, because a debugger may pause the training."""
-        faulthandler.cancel_dump_traceback_later()
-        super().begin(state, restored)
+    def show_life(self) -> None:
+        """Set no time limit, because a debugger may pause the training."""
 
     def send(self, event: Event) -> None:
         """Pass on an event."""

@@ -14,7 +14,6 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.collective import broadcast_from_rank_zero
 
 from mnist_ray.cluster.devices import device_here
-from mnist_ray.cluster.environment import end_if_hung
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError
 from mnist_ray.run.failures import STOPPING, code_failures_placed
@@ -133,14 +132,14 @@ class TrainReporter(Reporter):
         written at a time; the next checkpoint waits for that.
         """
         metrics, start = self.measured(state, progress), time.monotonic()
-        end_if_hung(self._job.workers.hang_timeout_s)  # from here on, only the storage or Ray may hang
+        self.show_life()
         name, upload = checkpoint_name(state.epoch, state.step), None
         if self._is_first:
             self._uploaded.wait()
             upload = functools.partial(self._upload, self.snapshot(state, metrics), start)
             self._uploaded.clear()
         self._report(state, metrics, name, CheckpointUploadMode.ASYNC, upload)
-        end_if_hung(self._job.workers.hang_timeout_s)
+        self.show_life()
 
     def _report(
         self, state: TrainingState, metrics: dict[str, Any], name: str, mode: CheckpointUploadMode, upload: Any = None

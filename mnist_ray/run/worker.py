@@ -66,7 +66,7 @@ def train_worker(
     restored = checkpoints.restore_newest(job.run, state, reporter.callbacks)
     if job.initial is not None and not restored.name:
         checkpoints.load_fitting(state.model, checkpoints.read_weights(job.initial.inside(INITIAL_FILE)))
-    end_if_hung(job.workers.hang_timeout_s)
+    reporter.show_life()
     reporter.begin(state, restored)
     state.last_step = math.ceil(min(spec.until_epoch, config.num_epochs) * state.num_steps)
     if state.total_step >= state.last_step and not is_over(state, config):  # it was killed before the sweep noted it
@@ -111,9 +111,13 @@ class Reporter(Callback):
     def send(self, event: Event) -> None:
         """Report an event. This method does nothing unless a subclass overrides it."""
 
-    def on_progress(self, state: TrainingState, progress: Progress) -> None:
-        """Give the next step its full time limit."""
+    def show_life(self) -> None:
+        """Give the next step, or the next batch of a validation, its full time limit."""
         end_if_hung(self._job.workers.hang_timeout_s)
+
+    def on_progress(self, state: TrainingState, progress: Progress) -> None:
+        """Show that this worker does not hang."""
+        self.show_life()
 
     def started(self, state: TrainingState, restored: checkpoints.Restored) -> Started:
         """Return the event for the start of training; all ranks must call this."""
@@ -156,7 +160,6 @@ class Reporter(Callback):
 
         At the end of an epoch, report the epoch, and add the validation's score to ``state``.
         """
-        faulthandler.cancel_dump_traceback_later()  # a validation may take long; that is no hang
         workload, has_finished = self._job.workload, state.step == 0
         if has_finished:
             self.send(EpochFinished(progress))
@@ -170,8 +173,8 @@ class Reporter(Callback):
         }
         if self._validation is None or not (has_finished or metrics["epochs"] >= self._spec.until_epoch):
             return metrics
-        start, loader_workers = time.perf_counter(), self._job.workers.loader_workers
-        evaluation = engine.evaluate_together(workload, state.result, self._validation, self._group, loader_workers)
+        start, how = time.perf_counter(), (self._group, self._job.workers.loader_workers, self.show_life)
+        evaluation = engine.evaluate_together(workload, state.result, self._validation, *how)
         values = evaluation.values(workload)
         val_score = score(workload, values)
         if has_finished:

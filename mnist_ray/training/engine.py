@@ -7,7 +7,7 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -282,22 +282,34 @@ def split_bounds(num_examples: int, num_parts: int, device: torch.device) -> lis
 
 
 def evaluate_together(
-    workload: Workload, model: nn.Module, split: Split, group: Group, num_loader_processes: int = 0
+    workload: Workload,
+    model: nn.Module,
+    split: Split,
+    group: Group,
+    num_loader_processes: int = 0,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Evaluate a model, each rank on some of the batches. Every rank gets the bits that ``evaluate`` would return."""
     if group.world_size == 1:
-        return evaluate(workload, model, split, num_loader_processes)
+        return evaluate(workload, model, split, num_loader_processes, on_batch)
     for buffer in model.buffers():  # running statistics of batch normalization may differ between ranks
         dist.broadcast(buffer, 0)
     bounds = split_bounds(len(split), group.world_size, group.device)
     start, stop = bounds[group.rank] if group.rank < len(bounds) else (0, 0)
     parts: list[Any] = [None] * group.world_size
-    dist.all_gather_object(parts, evaluate(workload, model, split.between(start, stop), num_loader_processes))
+    own = split.between(start, stop)
+    dist.all_gather_object(parts, evaluate(workload, model, own, num_loader_processes, on_batch))
     return Evaluation.merge(parts[: len(bounds)])
 
 
 @torch.inference_mode()
-def evaluate(workload: Workload, model: nn.Module, split: Split, num_loader_processes: int = 0) -> Evaluation:
+def evaluate(
+    workload: Workload,
+    model: nn.Module,
+    split: Split,
+    num_loader_processes: int = 0,
+    on_batch: Callable[[], None] = lambda: None,
+) -> Evaluation:
     """Evaluate a model on a split, in fp32 and in fixed batches, on the device of the model's weights."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     was_training = model.training
@@ -308,6 +320,7 @@ def evaluate(workload: Workload, model: nn.Module, split: Split, num_loader_proc
     num_bytes = 0
     loader = batch_loader(batches_of(split, device, workload.collate), slices, device, num_loader_processes)
     for batch in on_device(loader, device):
+        on_batch()
         outputs = as_fp32(model(workload.prepare(batch.inputs, None)))
         loss = workload.loss(outputs, batch.targets).sum()
         sums.append({"loss": loss, **measured_sums(workload, outputs, batch.targets)})
