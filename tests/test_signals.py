@@ -105,10 +105,10 @@ def test_a_signal_to_several_processes_counts_once_the_first_is_noted_the_second
     process = start(SAVING)
     for expected in ("here\n", "saving\n"):
         assert next_line(process) == expected
+        time.sleep(signals.SAME_WITHIN_S + 0.1 if expected == "saving\n" else 0)  # since the first one was handled
         assert process.poll() is None
         for send in sends:
             send(process.pid, number)
-        time.sleep(signals.SAME_WITHIN_S + 0.1 if expected == "here\n" else 0)
     assert ending(process) == (130, "")
 
 
