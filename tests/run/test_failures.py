@@ -1,5 +1,6 @@
 """Runs that lose workers, nodes, checkpoints and storage."""
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from ray.train import PreemptionInfo
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.errors import TrainingStoppedError, UsageError
+from mnist_ray.errors import JobError, TrainingStoppedError, UsageError, command
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.run import failures, fit, reporter, worker
 from mnist_ray.run.evaluate import evaluate_here
@@ -76,23 +78,43 @@ class Gate:
         return self.folder / "run"
 
     def flags(self, epoch: int = 1, step: int = 30, **values: Any) -> list[str]:
-        callback = self.folder / "held.py"
+        callback = self.folder / f"held_{self.folder.name}.py"  # Python loads a name once
         callback.write_text(HELD.format(epoch=epoch, step=step, folder=str(self.folder)))
         paths = {"data_dir": self.data, "storage_path": self.folder, "run_name": "run", "callback": callback}
         return as_flags({**QUICK, **paths, "num_workers": 2, "checkpoint_every": 20, **values})
 
-    def opened_after(self, act: Callable[[psutil.Process], object]) -> Callable[[psutil.Process], None]:
+    def opened_after(self, act: Callable[..., object]) -> Callable[..., None]:
         """Return a function that acts after the checkpoint before the gate was written, and opens the gate."""
 
-        def act_and_open(job: psutil.Process) -> None:
+        def act_and_open(*job: psutil.Process) -> None:
             wait_for((self.run / "checkpoint_epoch-001_step-000020" / "state.json").exists)
-            act(job)
+            act(*job)
             self.open()
 
         return act_and_open
 
     def open(self) -> None:
         (self.folder / "open").touch()
+
+
+@contextlib.contextmanager
+def acting(act: Callable[[], None]) -> Iterator[None]:
+    """Act in a thread while a job runs in the block. If that fails, interrupt the job, and raise the error."""
+
+    def act_or_interrupt() -> None:
+        try:
+            act()
+        except BaseException:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise
+
+    with ThreadPoolExecutor(1) as pool:
+        acted = pool.submit(act_or_interrupt)
+        try:
+            yield
+        finally:
+            if (error := acted.exception()) is not None:
+                raise error
 
 
 HELD = """\
@@ -135,13 +157,16 @@ def nodes(head: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     return head
 
 
-def killing(class_name: str) -> Callable[[psutil.Process], None]:
+def killing(class_name: str) -> Callable[..., None]:
     """Return a function that kills the newest actor of a class."""
 
-    def kill(job: psutil.Process) -> None:
+    def alive() -> list[int]:
         actors = ray._private.state.actors().values()  # type: ignore[attr-defined]
-        alive = [actor["Pid"] for actor in actors if (actor["ActorClassName"], actor["State"]) == (class_name, "ALIVE")]
-        psutil.Process(max(alive)).kill()
+        return [actor["Pid"] for actor in actors if (actor["ActorClassName"], actor["State"]) == (class_name, "ALIVE")]
+
+    def kill(*job: psutil.Process) -> None:
+        wait_for(alive)
+        psutil.Process(max(alive())).kill()
 
     return kill
 
@@ -159,12 +184,15 @@ def test_a_run_that_loses_a_node_ends_with_the_same_weights(nodes: Cluster, fini
     assert weights(gate.run) == weights(finished_run)
 
 
-def test_a_run_whose_event_queue_dies_says_in_one_line_how_to_resume(ray_address: str, gate: Gate) -> None:
-    kill, flags = gate.opened_after(killing("EventQueue")), gate.flags()
-    _, complained = run_and_act(kill, "epoch 1/2  finished", *flags, address=ray_address, status=1)
-    assert complained.startswith("error: Ray Train failed: ActorDiedError: The actor died unexpectedly")
-    assert f"to resume: python jobs/train.py --resume --run-name run --storage-path {gate.folder}" in complained
-    assert complained.count("\n") == 1
+def test_a_run_whose_event_queue_dies_says_in_one_line_how_to_resume(finished_run: Path, gate: Gate) -> None:
+    with acting(gate.opened_after(killing("EventQueue"))), pytest.raises(JobError) as raised:
+        run_main("train", *gate.flags())
+    complained = str(raised.value)
+    assert complained.startswith("Ray Train failed: ActorDiedError: The actor died unexpectedly")
+    assert f"to resume: {command('train')} --resume --run-name run --storage-path {gate.folder}" in complained
+    assert "\n" not in complained
+    run_main("train", *gate.flags(), "--resume")  # the CPUs of the workers are free again
+    assert weights(gate.run) == weights(finished_run)
 
 
 def test_a_training_that_ends_before_its_event_queue_has_started_loses_no_event(
@@ -215,22 +243,23 @@ def test_a_run_resumed_after_a_kill_and_damage_ends_with_the_same_weights(
     assert weights(gate.run) == weights(finished_run)
 
 
-def test_training_continues_while_one_checkpoint_at_a_time_is_written(ray_address: str, gate: Gate) -> None:
+@pytest.mark.usefixtures("ray_address")
+def test_training_continues_while_one_checkpoint_at_a_time_is_written(gate: Gate) -> None:
     first, second = (gate.run / f"checkpoint_epoch-00{epoch}_step-000000" for epoch in (1, 2))
     written = first / "model.safetensors"
     seen: list[str] = []
 
-    def block(job: psutil.Process) -> None:
+    def block_and_let_go() -> None:
+        wait_for((gate.run / "origin.json").exists)  # the training waits at the gate, or has not begun
         first.mkdir()
         os.mkfifo(written)  # whoever opens it for writing waits for a reader
         gate.open()
-
-    def let_go(job: psutil.Process) -> None:
+        wait_for(lambda: len(read_csv(locate(str(gate.folder), "run"), "metrics.csv")) == 2)
         seen.extend(path.name for path in (first, second) if path.exists())
         written.read_bytes()
 
-    flags = gate.flags(epoch=0, step=1, validation_size=0, checkpoint_every=10**6)
-    run_and_act_twice({"started": block, "epoch 2/2  finished": let_go}, *flags, address=ray_address)
+    with acting(block_and_let_go):
+        run_main("train", *gate.flags(epoch=0, step=1, validation_size=0, checkpoint_every=10**6))
     assert seen == [first.name]
     result = json.loads((gate.run / "result.json").read_text())
     assert result["checkpoint"] == second.name
