@@ -17,7 +17,7 @@ from mnist_ray.cluster.environment import end_if_hung, keep_freed_memory
 from mnist_ray.cluster.plan import threads_per_worker, usable_cores
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.config import TrainConfig
-from mnist_ray.errors import first_line
+from mnist_ray.errors import JobError, first_line
 from mnist_ray.provenance import arithmetic, versions
 from mnist_ray.run.job import Job
 from mnist_ray.storage import INITIAL_FILE, checkpoint_name, position_of
@@ -66,14 +66,13 @@ def train_worker(
     restored = checkpoints.restore_newest(job.run, state, reporter.callbacks)
     if job.initial is not None and not restored.name:
         checkpoints.load_fitting(state.model, checkpoints.read_weights(job.initial.inside(INITIAL_FILE)))
-    reporter.show_life()
-    reporter.begin(state, restored)
     state.last_step = math.ceil(min(spec.until_epoch, config.num_epochs) * state.num_steps)
-    if state.total_step >= state.last_step and not is_over(state, config):  # it was killed before the sweep noted it
-        raise StopWantedError
-    callbacks = [*reporter.callbacks, reporter]
     try:
-        loading = job.workers.loader_workers, job.workers.read_ahead_mib
+        reporter.show_life()
+        reporter.begin(state, restored)
+        if state.total_step >= state.last_step and not is_over(state, config):
+            raise StopWantedError  # the trial was killed after this part's last checkpoint, before the sweep noted it
+        callbacks, loading = [*reporter.callbacks, reporter], (job.workers.loader_workers, job.workers.read_ahead_mib)
         engine.train(job.workload, state, split, config, group, callbacks, *loading)
     except torch.OutOfMemoryError as error:
         if restored.name and position_of(restored.name) == (state.epoch, state.step):
@@ -120,16 +119,18 @@ class Reporter(Callback):
         self.show_life()
 
     def started(self, state: TrainingState, restored: checkpoints.Restored) -> Started:
-        """Return the event for the start of training; all ranks must call this."""
+        """Return the event for the start of training; all ranks must call this. Raises JobError if they start apart."""
         device = self._group.device
-        hosts: list[str] = [socket.gethostname()] * self._group.world_size
+        seen = [(socket.gethostname(), restored.name)] * self._group.world_size
         if self._group.world_size > 1:
-            torch.distributed.all_gather_object(hosts, hosts[0])
+            torch.distributed.all_gather_object(seen, seen[0])
+        if len({name for _, name in seen}) > 1:  # a file system on the network may be late; Ray tries again
+            raise JobError(f"{self._job.run.uri} does not show the same checkpoints on all nodes")
         has_changed = restored.arithmetic not in (None, arithmetic())
         note = "versions or processor changed since the checkpoint: results are no longer bit-identical"
         return Started(
             num_workers=self._group.world_size,
-            hosts=tuple(hosts),
+            hosts=tuple(host for host, _ in seen),
             threads=torch.get_num_threads(),
             device=device.type,
             precision=self._config.precision,

@@ -42,7 +42,7 @@ from mnist_ray.run.fit import EventQueue
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.storage import checkpoint_name, locate
 from mnist_ray.training import checkpoint, engine
-from mnist_ray.training.checkpoint import restore_newest
+from mnist_ray.training.checkpoint import Restored, restore_newest
 from mnist_ray.training.engine import create_state
 from mnist_ray.training.events import WorkersLost
 from mnist_ray.training.state import CodeFailedError, Group
@@ -385,6 +385,20 @@ def test_a_checkpoint_is_saved_for_each_leaving_node_and_shortly_before_the_firs
     monkeypatch.setattr(reporter, "time", Mock(time=Mock(side_effect=range(1000, 1010))))
     wanted = wanted_after(reporter_on(), 1, *range(10, 20))
     assert [1000 + number for number, is_wanted in enumerate(wanted[1:]) if is_wanted] == [1000, 1004, 1008]
+
+
+def test_workers_that_see_different_checkpoints_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(seen: list[Any], own: tuple[str, str]) -> None:
+        seen[1] = ("node-2", others)
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    job, state = Mock(callback=None), create_state(mnist(), TrainConfig(), 600, torch.device("cpu"))
+    job.run.uri = "/runs/one"
+    first = worker.Reporter(LoopSpec(job=job, train=Mock()), Group(0, 2), TrainConfig())
+    others = "checkpoint_epoch-002_step-000000"
+    assert first.started(state, Restored(others)).hosts[1] == "node-2"
+    with pytest.raises(JobError, match="does not show the same checkpoints on all nodes"):
+        first.started(state, Restored("checkpoint_epoch-001_step-000000"))
 
 
 def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(tmp_path: Path) -> None:

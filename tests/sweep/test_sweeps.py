@@ -453,11 +453,13 @@ def test_a_trial_killed_after_the_last_checkpoint_of_a_piece_reports_it_again(
     ray_address: str, few_images: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reported: list[dict[str, Any]] = []
-    watch = Mock()
+    watch, unwatch = Mock(), Mock()
     monkeypatch.setattr("mnist_ray.run.worker.end_if_hung", watch)
+    monkeypatch.setattr("faulthandler.cancel_dump_traceback_later", unwatch)
     for until_epoch in (0.5, 0.5, 2, 2):
         try_one(reported.append, few_images, tmp_path, mnist(), OutputConfig(), until_epoch)
     assert [metrics["epochs"] for metrics in reported] == [0.5, 0.5, 1.0, 2.0, 2.0]
     assert (reported[1], reported[4]) == (reported[0], reported[3])
     assert watch.call_count >= 4 + 3 * 6  # where each run begins, and at each batch of the three validations
     assert {call.args for call in watch.call_args_list} == {(60,)}
+    assert unwatch.call_count == 4  # also where there is nothing to train: Tune may keep the process for long
