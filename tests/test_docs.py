@@ -1,4 +1,4 @@
-"""The docs' links work, and the tour's table of the core is up to date."""
+"""The docs' links work, the tour's table of the core is up to date, and the tour's code prints what the tour says."""
 
 import re
 from pathlib import Path
@@ -35,3 +35,10 @@ def test_the_tours_table_of_the_core_counts_lines() -> None:
         files = [ROOT / "docs" / link for link in re.findall(r"\]\((.+?)\)", links)]
         lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
         assert abs(number - lines) <= 15, f"{links} has {lines} lines, not {number}"
+
+
+def test_the_tours_code_finds_its_image_where_the_tour_says(capsys: pytest.CaptureFixture[str]) -> None:
+    tour = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    _, code, after = re.split("```(?:python)?\n", tour)
+    exec(code, {})
+    assert capsys.readouterr().out == re.search(r"^    (step .+\n)", after, re.MULTILINE)[1]  # type: ignore[index]

@@ -1,7 +1,8 @@
 """Checkpoints: a folder with weights as safetensors, the rest of the training's state, and JSON that describes both.
 
 model.safetensors    the model's weights; with --ema-decay, their EMA
-training.pt          the rest of the state: position, sums, optimizer, schedule; with --ema-decay, the trained weights
+training.pt          the rest of the state: position, sums, scores, optimizer, schedule, loss scale, callbacks; with
+                     --ema-decay, the trained weights
 state.json           format, position, metrics, config, workload, versions; SHA-256 of the other files and of itself
 
 Loading runs no code: ``training.pt`` is read with ``weights_only``.
@@ -164,8 +165,8 @@ def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callbac
     except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:  # the digest is right, so the file is whole: the code must have changed
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise OtherModelError(f"checkpoint {folder.uri} does not fit the optimizer or schedule: {reason}") from error
+        reason = f"the optimizer, schedule or callback: {type(error).__name__}: {first_line(error)}"
+        raise OtherModelError(f"checkpoint {folder.uri} does not fit {reason}") from error
     state.sums = MetricSums(**training["sums"])
     for name in _COUNTERS:
         setattr(state, name, training[name])

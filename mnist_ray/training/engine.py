@@ -81,7 +81,7 @@ def train(
     for callback in callbacks:
         callback.on_start(state, group)
     examples = batches_of(split, group.device, workload.collate, read_ahead_mib)
-    num_steps = config.num_steps(len(split))
+    num_steps = state.num_steps
     window = LoggingWindow(workload, group)
     while not is_over(state, config):
         window.restart_clock()

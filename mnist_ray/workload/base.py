@@ -219,7 +219,7 @@ class Workload(UserClass):
     @property
     def monitor(self) -> Metric:
         """The metric that chooses the best checkpoint."""
-        return self.all_metrics[min(1, len(self.metrics))]
+        return self.metrics[0] if self.metrics else LOSS
 
     @property
     def all_metrics(self) -> tuple[Metric, ...]:

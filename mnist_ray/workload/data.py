@@ -75,14 +75,14 @@ class Data:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """What the model needs to know, as JSON. Every checkpoint keeps it; every process has it as ``self.metadata``."""
     files: Sequence[str | Path] = ()
-    """The files of a ``Dataset``: a run is not resumed if they have changed."""
+    """The files of a ``Dataset`` or of ``Blocks``: a run is not resumed if they have changed."""
 
 
 Origin = Literal["train", "validation", "test"]
 
 
 class Split:
-    """Some of the examples of ``Arrays`` or of a ``Dataset``, in the order of ``indices``."""
+    """Some examples of a field of ``Data``, in the order of ``indices``."""
 
     def __init__(self, examples: Any, indices: np.ndarray | AllBut | None = None, origin: Origin = "train") -> None:
         self.examples = examples

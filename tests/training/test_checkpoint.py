@@ -235,7 +235,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused_but_not_damaged(saved: Pat
     state = engine.create_state(mnist(), CONFIG, 600, CPU)
     halves = [{"params": [parameter]} for parameter in state.model.parameters()]
     state.optimizer = torch.optim.Adam(halves)
-    with pytest.raises(OtherModelError, match=r"1-0 does not fit the optimizer or schedule: ValueError: "):
+    with pytest.raises(OtherModelError, match=r"1-0 does not fit the optimizer, schedule or callback: ValueError: "):
         checkpoint.restore(folder_at(saved / "1-0"), state)
 
 
