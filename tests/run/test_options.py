@@ -60,11 +60,10 @@ def test_a_callback_that_a_flag_names_ends_a_run_of_two_workers(
     assert json.loads((tmp_path / "run" / "config.json").read_text())["callback"] == str(tmp_path / "ends.py")
 
 
-@pytest.mark.usefixtures("ray_address")
 def test_batches_to_overfit_end_with_a_verdict(
     small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_main("train", *flags(small_data, tmp_path, num_epochs=4, overfit_batches=1))
+    run_main("train", *flags(small_data, tmp_path, num_epochs=4, overfit_batches=1, num_workers=0))
     said = capsys.readouterr().out
     assert "data       1 batch of " in said
     assert "the model can learn these examples" in said.partition("overfit    the loss went from 2.")[2]
