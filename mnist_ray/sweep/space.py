@@ -116,6 +116,8 @@ def space_of(workload_class: type[Workload], values: Mapping[str, Any], fixed: C
         spaces[name] = space
     if not texts:
         spaces = {name: some.search for name, some in known.items() if some.search and name not in fixed}
+        for name, space in spaces.items():
+            known[name].check(space)
     if not spaces:
         raise UsageError(f"nothing to search: name settings of {workload_class.__name__} with --sweep NAME=A,B,C")
     defaults = workload_class().defaults
@@ -138,6 +140,15 @@ class _Setting:
         except ValueError as error:
             raise UsageError(f"{text!r} is no {self.kind.__name__}") from error
         return getattr(settings.build(self.config_class, {self.name: value}), self.name)
+
+    def check(self, space: SearchSpace) -> None:
+        """Raise UsageError if the space has values that the setting refuses."""
+        values = space.options if isinstance(space, Choice) else map(self.kind, (space.low, space.high))
+        try:
+            for value in values:
+                settings.build(self.config_class, {self.name: value})
+        except UsageError as error:
+            raise UsageError(f"the search space of {self.name}: {error}") from error
 
 
 def _settings_of(workload_class: type[Workload]) -> dict[str, _Setting]:

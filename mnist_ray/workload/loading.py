@@ -17,7 +17,7 @@ import numpy as np
 
 from mnist_ray import config
 from mnist_ray.errors import JobError, UsageError, first_line, with_place
-from mnist_ray.settings import check_known, flag, names_of
+from mnist_ray.settings import build, check_known, flag, names_of
 from mnist_ray.workload import user_code
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Arrays, Blocks, Data, Split, Splits
@@ -87,6 +87,10 @@ def _check_class(workload_class: type[Workload]) -> None:
             raise UsageError(f"{name}.Settings: {field.name} needs a default: use setting(DEFAULT, HELP)")
         if field.name in taken:
             raise UsageError(f"{name}.Settings: {flag(field.name)} is a flag already; give it another name")
+    try:
+        build(settings, {field.name: field.default for field in dataclasses.fields(settings)})
+    except UsageError as error:
+        raise UsageError(f"{name}.Settings: the default of {error}") from error
     known = names_of([config.TrainConfig, settings])
     for recipe, values in workload_class.recipes.items():
         check_known(values, known | names_of([config.WorkerConfig]), f"{name}.recipes: {recipe}")
@@ -139,10 +143,9 @@ def _checked_data(workload: Workload, data: object) -> Data:
             continue
         if isinstance(examples, Arrays):
             _check_arrays(place, examples)
-        elif not (hasattr(examples, "__getitem__") and hasattr(examples, "__len__")):
-            raise UsageError(
-                f"{place} is of type {type(examples).__name__}, neither Arrays nor a Dataset with a length"
-            )
+        elif isinstance(examples, tuple) or not (hasattr(examples, "__getitem__") and hasattr(examples, "__len__")):
+            kinds = "neither Arrays(inputs, targets) nor a Dataset with a length"
+            raise UsageError(f"{place} is of type {type(examples).__name__}, {kinds}")
         if hasattr(examples, "collate_fn"):
             raise UsageError(f"{place} has a collate_fn, which nothing calls: make it {name}.collate(examples)")
         if len(examples) == 0:

@@ -5,7 +5,7 @@ import pytest
 
 from mnist_ray.config import SweepConfig, TrainConfig
 from mnist_ray.errors import UsageError
-from mnist_ray.settings import Choice, Range
+from mnist_ray.settings import Choice, Range, SearchSpace
 from mnist_ray.sweep import space
 from mnist_ray.sweep.space import Point, Space, space_of
 from mnist_ray.workload import Workload, setting
@@ -128,6 +128,15 @@ def test_a_text_that_is_no_space_is_refused(text: str, message: str) -> None:
     with pytest.raises(UsageError) as raised:
         over(text)
     assert str(raised.value).startswith(f"--sweep {text}: {message}")
+
+
+@pytest.mark.parametrize("wrong", [Choice((16, 0)), Range(0, 8)])
+def test_a_search_space_with_values_that_the_setting_refuses_is_refused(wrong: SearchSpace) -> None:
+    class Wrong(Searched):
+        search = {"batch_size": wrong}
+
+    with pytest.raises(UsageError, match="the search space of batch_size: --batch-size must be at least 1, not 0"):
+        space_of(Wrong, {})
 
 
 def test_a_long_list_of_values_is_refused_in_a_short_line() -> None:

@@ -445,9 +445,11 @@ def test_an_error_in_one_line_is_raised_unchanged(write: Write, error: type[Exce
     ("returned", "expected"),
     [
         ("None", "returned NoneType, not mnist_ray.workload.Data"),
-        ("Data(examples(3), 5)", ": test is of type int, neither Arrays nor a Dataset with a length"),
+        ("Data(examples(3), 5)", ": test is of type int, neither Arrays(inputs, targets) nor a Dataset with a length"),
         ("Data(type('Stream', (torch.utils.data.IterableDataset,), {'__iter__': iter})(), examples(3))",
-         ": train is of type Stream, neither Arrays nor a Dataset with a length"),
+         ": train is of type Stream, neither Arrays(inputs, targets) nor a Dataset with a length"),
+        ("Data((np.zeros(3), np.zeros(3)), examples(3))",
+         ": train is of type tuple, neither Arrays(inputs, targets) nor a Dataset with a length"),
         ("Data(examples(0), examples(3))", ": train holds no examples"),
         ("Data(type('Padded', (list,), {'collate_fn': 1})([1]), examples(3))",
          ": train has a collate_fn, which nothing calls: make it Wrong.collate(examples)"),

@@ -234,6 +234,10 @@ def test_unknown_names_are_refused_with_the_likely_ones(write: Write, line: str,
             "@dataclass(frozen=True)\nclass Settings:\n    width: int",
             "Settings: width needs a default: use setting(DEFAULT, HELP)",
         ),
+        (
+            "@dataclass(frozen=True)\nclass Settings:\n    width: int = setting('a', 'units')",
+            "Settings: the default of --width must be of type int, not 'a'",
+        ),
         *(
             (
                 f"@dataclass(frozen=True)\nclass Settings:\n    {name}: int = setting(1, 'units')",
