@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -138,10 +139,14 @@ def format_value(value: Any) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``; did you mean X?`` for the most similar known name; empty if none is similar."""
-    close = difflib.get_close_matches(name, list(known), 1)
+    close = difflib.get_close_matches(name, list(known), 1, cutoff=0.65)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def command(name: str) -> str:
     """Return how to call a command: with the installed program if that is running, else with the command's script."""
-    return f"{PROGRAM} {name}" if Path(sys.argv[0]).name.startswith(PROGRAM) else f"python jobs/{name}.py"
+    running = Path(sys.argv[0])
+    if running.name.startswith(PROGRAM):
+        return f"{PROGRAM} {name}"
+    folder = os.path.relpath(running.parent) if running.parent.name == "jobs" else "jobs"  # from the current folder
+    return f"python {shlex.quote(f'{folder}/{name}.py')}"

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from mnist_ray import cli, provenance
-from mnist_ray.errors import JobError, UsageError, masked, prepare_output, redact, say
+from mnist_ray.errors import JobError, UsageError, command, masked, prepare_output, redact, say
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,21 @@ def test_a_second_ctrl_c_keeps_the_message_of_the_first(capsys: pytest.CaptureFi
 
     assert cli.status_of(main) == 130
     assert capsys.readouterr().err == "interrupted; to resume: …\n"
+
+
+@pytest.mark.parametrize(
+    ("running", "folder", "called"),
+    [
+        ("/a/project/jobs/tune.py", "/a/project", "python jobs/train.py"),
+        ("/a/project/jobs/train.py", "/a/my models", "python ../project/jobs/train.py"),
+        ("/a/my project/jobs/train.py", "/a", "python 'my project/jobs/train.py'"),
+        ("/usr/bin/mnist-ray train", "/a", "mnist-ray train"),
+        ("/usr/lib/ipykernel_launcher.py", "/a", "python jobs/train.py"),
+    ],
+)
+def test_a_command_is_called_from_the_current_folder(
+    running: str, folder: str, called: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [running])
+    monkeypatch.setattr("os.getcwd", lambda: folder)
+    assert command("train") == called

@@ -198,6 +198,7 @@ def test_an_empty_path_is_refused_as_a_flag() -> None:
         (["--learning_rate", "0.1"], "unrecognized arguments: --learning_rate 0.1; did you mean --learning-rate?"),
         (["--quiet", "--workers=2"], "unrecognized arguments: --workers=2; did you mean --num-workers?"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["--lr", "3"], "unrecognized arguments: --lr 3; see --help"),
         (
             ["--storage-pth=http://user:pw@host", "\x1b\n"],
             r"unrecognized arguments: --storage-pth=http://***@host \x1b\n; did you",
