@@ -191,7 +191,7 @@ class SweepConfig:
         "settings to search, each as NAME=A,B,C, NAME=LOW:HIGH or NAME=log:LOW:HIGH; default: every setting that has a "
         "search space and is not given as a flag",
     )
-    num_trials: int = setting(16, "configurations to try", **at_least(1))
+    num_trials: int = setting(16, "configurations to search, the default one among them", **at_least(1))
     search: Literal["random", "optuna", "grid"] = setting("random", "how configurations are chosen")
     scheduler: Literal["halving", "asha", "none"] = setting(
         "halving", "which trials stop early; halving: the worse half after 1/8, 1/4 and 1/2 of the epochs; asha: Ray's"

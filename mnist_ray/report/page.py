@@ -28,7 +28,8 @@ PICTURES_FOLDER = "pictures"
 _REFRESH_S = 10
 _LEAST_EPOCH, _LEAST_PART = 1 / 100, 1 / 30  # of an epoch and of the run: the steps for which a curve's point stands
 _TRAINING = {"color": "C0", "linewidth": 1}
-_VALIDATION = {"color": "C1", "marker": "o", "linestyle": "--"}
+_VALIDATION = {"color": "C1", "linestyle": "--"}
+_MOST_MARKERS = 50  # of epochs; more would hide the curves
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,10 @@ def _curves(record: RunRecord, metric: Metric) -> list[Picture]:
     training = [row.get(f"train_{metric.name}", math.nan) for row in record.steps]
     least = min(max(_LEAST_EPOCH * record.steps_per_epoch, _LEAST_PART * total), record.steps_per_epoch)
     ends = [epoch * record.steps_per_epoch for epoch in record.column("epoch")]
+    marker = "o" if len(ends) <= _MOST_MARKERS else ""
     drawn = [
         figures.smoothed(Curve("training", steps, training, _TRAINING), least),
-        Curve("validation", ends, record.column(f"val_{metric.name}"), _VALIDATION),
+        Curve("validation", ends, record.column(f"val_{metric.name}"), {**_VALIDATION, "marker": marker}),
     ]
     last = "; ".join(f"{curve.label} ends at {metric.format(curve.values[-1])}" for curve in drawn if curve.values)
     png = figures.curves_of(metric, drawn, record.steps_per_epoch)
@@ -189,7 +191,7 @@ def _shortened(text: str) -> str:
 
 
 def _seconds(result: Mapping[str, Any]) -> list[Table]:
-    title = "Seconds until tested; of the validation, only the last one"
+    title = "Seconds until tested; all validations but the last are in the training"
     return [Table(title, (), [(name, f"{value:.1f}") for name, value in result["seconds"].items()])]
 
 

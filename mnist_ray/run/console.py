@@ -140,8 +140,8 @@ class RunConsole:
 
     def _progress(self, event: Progress) -> None:
         self._last_progress = event
-        known = [metric for metric in self._workload.metrics if metric.name in event.so_far]
-        metrics = "".join(f"  {metric.name} {metric.format(event.so_far[metric.name], 1)}" for metric in known)
+        known = [metric for metric in self._workload.metrics if metric.name in event.window]
+        metrics = "".join(f"  {metric.name} {metric.format(event.window[metric.name], 1)}" for metric in known)
         steps_left = (self._num_epochs - event.epoch + 1) * event.num_steps - event.step
         line = (
             f"{event.step:,}/{event.num_steps:,}  loss {event.loss:.4f}{metrics}  "

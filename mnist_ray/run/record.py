@@ -152,6 +152,8 @@ class Record:
         """
         job, workload, test = self._job, self._job.workload, self._session.data.test
         self._clock.mark("validation")
+        if fitted.metrics["epoch"] < self._history.num_epochs:
+            self._console.say("testing", f"the checkpoint of epoch {fitted.metrics['epoch']}, the best by validation")
         if self._session.is_here:
             device = "cuda" if self._session.plan.use_gpu else "cpu"
             tested = evaluate_here(fitted.checkpoint, workload, test, job.workers.loader_workers, device)

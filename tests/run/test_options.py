@@ -39,6 +39,7 @@ def test_a_run_stops_early(small_data: Path, tmp_path: Path, capsys: pytest.Capt
     assert "data       0.5 of " in said
     assert "1,200 images to train on, 300 for validation, 550 to test" in said
     assert "validation after epoch 1: " in said
+    assert "testing    the checkpoint of epoch 1, the best by validation" in said
     with (tmp_path / "run" / "metrics.csv").open() as file:
         assert [row["epoch"] for row in csv.DictReader(file) if row["val_loss"]] == ["1", "2"]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
