@@ -153,22 +153,6 @@ def ctrl_c() -> Callable[[psutil.Process], None]:
     return lambda job: job.send_signal(signal.SIGINT)
 
 
-def test_a_run_in_use_is_refused_and_sigterm_ends_it_like_an_interrupt(
-    small_data: Path, tmp_path: Path, ray_address: str
-) -> None:
-    flags = {**QUICK, "num_epochs": 500, "data_dir": small_data, "storage_path": tmp_path, "run_name": "both"}
-
-    def want_too(job: psutil.Process) -> None:
-        with pytest.raises(UsageError, match=r"both is in use by another job: process \d+ on this machine$"):
-            run_main("train", "--storage-path", str(tmp_path), "--run-name", "both", "--resume")
-        job.terminate()
-
-    _, errors = run_and_act(want_too, "started", *as_flags(flags), address=ray_address, status=130)
-    assert (
-        errors == f"interrupted; to resume: python jobs/train.py --resume --run-name both --storage-path {tmp_path}\n"
-    )
-
-
 @pytest.fixture
 def own_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder for temporary files of a job and its Ray; its path is short enough for sockets."""
@@ -230,17 +214,23 @@ def test_a_signal_in_any_phase_ends_a_job_like_an_interrupt_and_leaves_no_proces
     assert not list(own_folder.glob("mnist_ray-*"))
 
 
-def test_an_interrupted_run_saves_its_steps_says_how_to_resume_and_resumes(
+def test_a_run_is_in_use_until_it_is_interrupted_saves_its_steps_and_resumes(
     small_data: Path,
     tmp_path: Path,
     ray_address: str,
     ctrl_c: Callable[[psutil.Process], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    flags = {**QUICK, "num_workers": 2, "checkpoint_every": 10**6, "batch_size": 2, "num_epochs": 1}
+    flags = {**QUICK, "num_workers": 2, "checkpoint_every": 10**6, "batch_size": 2, "limit": 0.5, "num_epochs": 1}
     flags |= {"data_dir": small_data, "storage_path": tmp_path, "run_name": "int"}
     command = f"python jobs/train.py --resume --run-name int --storage-path {tmp_path}"
-    _, errors = run_and_act(ctrl_c, "started", *as_flags(flags), address=ray_address, status=130)
+
+    def want_too_and_interrupt(job: psutil.Process) -> None:
+        with pytest.raises(UsageError, match=r"int is in use by another job: process \d+ on this machine$"):
+            run_main("train", *command.split()[2:])
+        ctrl_c(job)
+
+    _, errors = run_and_act(want_too_and_interrupt, "started", *as_flags(flags), address=ray_address, status=130)
     assert errors == f"interrupted; to resume: {command}\n"
     (saved,) = (tmp_path / "int").glob("checkpoint_epoch*")
     step = int(saved.name.removeprefix("checkpoint_epoch-000_step-"))

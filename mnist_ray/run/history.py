@@ -64,11 +64,6 @@ class History:
         header = csv_text(self._step_columns, [], has_header=True)
         self._run.write_text(STEPS_FILE, header + "".join(text for _, text in [*self._steps]))
 
-    @property
-    def num_epochs(self) -> int:
-        """The number of epochs so far."""
-        return max(self.rows, default=0)
-
     def mean_rate(self) -> float | None:
         """Return the mean examples/s of the epochs with a recorded rate, which a kill may prevent; None without any."""
         rated = [row for row in self.rows.values() if row.get("epoch_s") and row.get(self._workload.rate)]

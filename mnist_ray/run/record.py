@@ -152,7 +152,7 @@ class Record:
         """
         job, workload, test = self._job, self._job.workload, self._session.data.test
         self._clock.mark("validation")
-        if fitted.metrics["epoch"] < self._history.num_epochs:
+        if fitted.metrics["epoch"] < max(self._history.rows, default=0):
             self._console.say("testing", f"the checkpoint of epoch {fitted.metrics['epoch']}, the best by validation")
         if self._session.is_here:
             device = "cuda" if self._session.plan.use_gpu else "cpu"
