@@ -113,16 +113,19 @@ def _repeated(action: Callable[[], None], interval_s: float) -> Iterator[Callabl
                 end_with(JobError(said))
                 return
 
-    def stop() -> None:
+    def stop(wait_s: float = _STOP_TIMEOUT_S) -> None:
         is_over.set()
-        thread.join(_STOP_TIMEOUT_S)
+        thread.join(wait_s)
 
-    thread = threading.Thread(target=run, daemon=True)
+    thread, wait_s = threading.Thread(target=run, daemon=True), _STOP_TIMEOUT_S
     thread.start()
     try:
         yield stop
+    except RaySilentError:
+        wait_s = 0.0  # the thread may wait for Ray, too
+        raise
     finally:
-        stop()
+        stop(wait_s)
 
 
 def end_controllers() -> None:

@@ -1,6 +1,7 @@
 import functools
 import time
 from concurrent.futures import Future
+from unittest.mock import Mock
 
 import pytest
 import ray
@@ -9,7 +10,7 @@ from ray.util import placement_group, placement_group_table
 from ray.util.placement_group import PlacementGroup
 
 from mnist_ray.cluster import watch
-from mnist_ray.cluster.watch import Watch, end_controllers, orphans_removed
+from mnist_ray.cluster.watch import RaySilentError, Watch, end_controllers, orphans_removed
 from tests.conftest import wait_for
 
 
@@ -97,3 +98,13 @@ def test_a_wait_for_a_controller_ends_with_it(ray_address: str) -> None:
     group = ray.get(other.reserve.remote(), timeout=60)
     ray.util.remove_placement_group(group)
     ray.kill(other)
+
+
+def test_a_thread_that_waits_for_a_silent_ray_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = Mock()
+    monkeypatch.setattr("threading.Thread.join", lambda thread, wait_s: waits(wait_s))
+    with pytest.raises(RaySilentError), orphans_removed():
+        raise RaySilentError.of("its raylet", has_died=True)
+    with orphans_removed():
+        pass
+    assert [call.args[0] for call in waits.call_args_list] == [0, 5]
