@@ -24,6 +24,7 @@ SAME_WITHIN_S = 0.5
 """Signals this soon after an interrupt count as the same interrupt: a terminal or a scheduler signals every process of
 a job, ``timeout`` signals one process twice, and the supervisor forwards the signals that it gets."""
 
+TAKEN_WITHIN_S = 5.0  # an error that another thread raises in the main thread
 _IMPORT_CALLBACK = ("<frozen importlib._bootstrap>", "cb")  # Python drops exceptions that are raised in it
 
 
@@ -101,9 +102,26 @@ def first_only_noted() -> Iterator[Noted]:
 
 
 def end_with(error: Exception) -> None:
-    """Raise an error in the main thread, from any other thread. Needs ``take_signals`` first."""
+    """Raise an error in the main thread, from any other thread. Needs ``take_signals`` first.
+
+    A main thread that waits for a part of Ray in Ray's C++ never takes it. Then this process ends, if it has a
+    supervisor.
+    """
     _state.error = error
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    end = time.monotonic() + TAKEN_WITHIN_S
+    while _state.error is error and _state.to_supervisor is not None:
+        if time.monotonic() > end:
+            _exit(str(error))
+        time.sleep(0.01)
+
+
+def _exit(reason: str) -> None:
+    """End this process with an error, in place of its main thread."""
+    with contextlib.suppress(OSError):
+        say(f"error: {reason}{_state.advice}", file=sys.stderr)
+    if_ended(_DONE)
+    os._exit(1)
 
 
 _DONE = "\0"
@@ -151,9 +169,7 @@ def supervise(work: Callable[[], int]) -> int:
 
 def _end_with_supervisor(from_supervisor: int) -> None:
     os.read(from_supervisor, 1)  # returns when the supervisor is gone
-    with contextlib.suppress(OSError):
-        say(f"error: this job's first process was killed{_state.advice}", file=sys.stderr)
-    os._exit(1)
+    _exit("this job's first process was killed")
 
 
 def _ending(state: int) -> str:

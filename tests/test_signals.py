@@ -112,6 +112,25 @@ def test_a_signal_to_several_processes_counts_once_the_first_is_noted_the_second
     assert ending(process) == (130, "")
 
 
+STUCK = """
+import os, signal, threading
+from mnist_ray import signals
+signals.take_signals()
+signals.TAKEN_WITHIN_S = 0.1
+
+def work():
+    signals.if_ended("; to resume: this")
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as long as Ray's C++ does not return
+    threading.Thread(target=signals.end_with, args=[RuntimeError("Ray is silent")]).start()
+    threading.Event().wait()
+os._exit(signals.supervise(work))
+"""
+
+
+def test_an_error_ends_a_job_whose_main_thread_waits_outside_of_python(start: Starter) -> None:
+    assert ending(start(STUCK)) == (1, "error: Ray is silent; to resume: this\n")
+
+
 def test_a_closed_terminal_is_ignored_under_nohup(start: Starter) -> None:
     process = start(f"signal.signal(signal.SIGHUP, signal.SIG_IGN)\nsignals.take_signals()\n{SAVING}")
     assert next_line(process) == "here\n"
