@@ -84,18 +84,19 @@ def watched() -> Iterator[Callable[[], None]]:
             stop()
 
 
-def orphans_removed() -> AbstractContextManager[object]:
-    """Twice a second inside the block, free the resources that dead actors of this job have reserved for workers.
+def remove_orphans() -> None:
+    """Free the resources that dead actors of this job have reserved for workers.
 
     Ray keeps a placement group until the actor that made it *and* the job have ended. To find dead controllers, Ray
     Train's own cleaner asks a dashboard; a local Ray has none.
     """
+    for group in ray_internals.orphaned_placement_groups():
+        remove_placement_group(group)
 
-    def remove() -> None:
-        for group in ray_internals.orphaned_placement_groups():
-            remove_placement_group(group)
 
-    return _repeated(remove, _ORPHANS_INTERVAL_S)
+def orphans_removed() -> AbstractContextManager[object]:
+    """Call ``remove_orphans`` twice a second inside the block."""
+    return _repeated(remove_orphans, _ORPHANS_INTERVAL_S)
 
 
 @contextlib.contextmanager

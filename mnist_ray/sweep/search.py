@@ -126,7 +126,9 @@ def train_and_test(session: Session, job: Job, trial: TrialRecord | None, *, is_
     with console_of(job) as run.console:
         say_run(run)
         with recorded(run) as record:
-            return record.test(fit(run, record.on_event), is_last=is_last)
+            with orphans_removed():  # left by the last trials
+                fitted = fit(run, record.on_event)
+            return record.test(fitted, is_last=is_last)
 
 
 def _copy_checkpoint(trial: RunFolder, run: RunFolder) -> None:
