@@ -139,7 +139,7 @@ def format_value(value: Any) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``; did you mean X?`` for the most similar known name; empty if none is similar."""
-    close = difflib.get_close_matches(name, list(known), 1, cutoff=0.65)
+    close = difflib.get_close_matches(name, list(known), 1, cutoff=0.65)  # --lr and --help are 0.6 alike
     return f"; did you mean {close[0]}?" if close else ""
 
 

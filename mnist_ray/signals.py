@@ -24,7 +24,7 @@ SAME_WITHIN_S = 0.5
 """Signals this soon after an interrupt count as the same interrupt: a terminal or a scheduler signals every process of
 a job, ``timeout`` signals one process twice, and the supervisor forwards the signals that it gets."""
 
-TAKEN_WITHIN_S = 5.0  # an error that another thread raises in the main thread
+TAKEN_WITHIN_S = 5.0  # the main thread takes another thread's error, unless it is stuck
 _IMPORT_CALLBACK = ("<frozen importlib._bootstrap>", "cb")  # Python drops exceptions that are raised in it
 
 

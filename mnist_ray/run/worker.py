@@ -72,7 +72,8 @@ def train_worker(
         reporter.begin(state, restored)
         if state.total_step >= state.last_step and not is_over(state, config):
             raise StopWantedError  # the trial was killed after this part's last checkpoint, before the sweep noted it
-        callbacks, loading = [*reporter.callbacks, reporter], (job.workers.loader_workers, job.workers.read_ahead_mib)
+        callbacks = [*reporter.callbacks, reporter]
+        loading = job.workers.loader_workers, job.workers.read_ahead_mib
         engine.train(job.workload, state, split, config, group, callbacks, *loading)
     except torch.OutOfMemoryError as error:
         if restored.name and position_of(restored.name) == (state.epoch, state.step):
@@ -174,8 +175,10 @@ class Reporter(Callback):
         }
         if self._validation is None or not (has_finished or metrics["epochs"] >= self._spec.until_epoch):
             return metrics
-        start, how = time.perf_counter(), (self._group, self._job.workers.loader_workers, self.show_life)
-        evaluation = engine.evaluate_together(workload, state.result, self._validation, *how)
+        start, loader_workers = time.perf_counter(), self._job.workers.loader_workers
+        evaluation = engine.evaluate_together(
+            workload, state.result, self._validation, self._group, loader_workers, self.show_life
+        )
         values = evaluation.values(workload)
         val_score = score(workload, values)
         if has_finished:

@@ -81,7 +81,6 @@ def train(
     for callback in callbacks:
         callback.on_start(state, group)
     examples = batches_of(split, group.device, workload.collate, read_ahead_mib)
-    num_steps = state.num_steps
     window = LoggingWindow(workload, group)
     while not is_over(state, config):
         window.restart_clock()
@@ -94,14 +93,14 @@ def train(
             window.add(sums, pieces[0].global_size)
             is_last = state.total_step == state.last_step
             is_due = is_last or state.step % config.checkpoint_every == 0
-            if not (window.is_full(num_steps - state.step) or is_due):
+            if not (window.is_full(state.num_steps - state.step) or is_due):
                 continue
             stop_wanted = is_last or any(callback.wants_stop() for callback in callbacks)
-            progress = window.close(state, num_steps, stop_wanted=stop_wanted)
+            progress = window.close(state, stop_wanted=stop_wanted)
             for callback in callbacks:
                 callback.on_progress(state, progress)
             wanted = [callback.wants_checkpoint() for callback in callbacks]
-            if (any(wanted) or is_due or window.stops) and state.step < num_steps:
+            if (any(wanted) or is_due or window.stops) and state.step < state.num_steps:
                 _save(state, progress, callbacks)
                 if window.stops:
                     raise StopWantedError

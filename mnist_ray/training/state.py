@@ -147,7 +147,7 @@ class LoggingWindow:
         """Tell whether to close the window. It stays open if an epoch's last steps are too few for another."""
         return steps_left == 0 or (len(self._sizes) >= self._interval_steps and 2 * steps_left >= self._interval_steps)
 
-    def close(self, state: TrainingState, num_steps: int, *, stop_wanted: bool) -> Progress:
+    def close(self, state: TrainingState, *, stop_wanted: bool) -> Progress:
         """Sum the window over all ranks, add it to ``state``, and empty it. Raises TrainingDivergedError."""
         names = list(self._sums[0])
         sums = torch.stack([step[name] for step in self._sums for name in names]).double()
@@ -174,7 +174,7 @@ class LoggingWindow:
         return Progress(
             epoch=state.epoch + 1,
             step=state.step,
-            num_steps=num_steps,
+            num_steps=state.num_steps,
             losses=[step.sums["loss"] / step.num_examples for step in steps],
             window=window.values(self._workload),
             so_far=state.sums.values(self._workload),
