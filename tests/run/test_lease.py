@@ -180,7 +180,7 @@ def want(storage: str, start: Barrier, number: int) -> None:
 
 
 def test_of_jobs_that_want_a_run_at_the_same_moment_one_gets_it(tmp_path: Path) -> None:
-    context, number = get_context("spawn"), 3
+    context, number = get_context("spawn"), 6
     start = context.Barrier(number)
     processes = [context.Process(target=want, args=(str(tmp_path), start, each)) for each in range(number)]
     for process in processes:

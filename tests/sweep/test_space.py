@@ -135,7 +135,7 @@ def test_a_search_space_with_values_that_the_setting_refuses_is_refused(wrong: S
     class Wrong(Searched):
         search = {"batch_size": wrong}
 
-    with pytest.raises(UsageError, match="the search space of batch_size: --batch-size must be at least 1, not 0"):
+    with pytest.raises(UsageError, match=r"^the search space of batch_size: --batch-size must be at least 1, not 0$"):
         space_of(Wrong, {})
 
 
