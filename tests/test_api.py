@@ -36,8 +36,9 @@ def run(ray_address: str, small_data: Path, tmp_path_factory: pytest.TempPathFac
     return mnist_ray.train(**settings, storage_path=tmp_path_factory.mktemp("api"), run_name="one")
 
 
-def fork_servers() -> set[int]:
-    return {child.pid for child in psutil.Process().children() if "ray_fork.server" in child.cmdline()}
+def children() -> set[int]:
+    """Return this process's children, a fork server among them; a new child has no command line for a moment."""
+    return {child.pid for child in psutil.Process().children()}
 
 
 @pytest.fixture
@@ -52,25 +53,25 @@ def unconnected(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_failed_call_leaves_no_fork_server_and_no_variable(
     small_data: Path, tmp_path: Path, unconnected: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, started = fork_servers(), list[set[int]]()
+    before, started = children(), list[set[int]]()
 
     def look(job: Any) -> Any:
-        started.append(fork_servers() - before)
+        started.append(children() - before)
         return load_data(job)
 
     monkeypatch.setattr("mnist_ray.run.train.load_data", look)
     with pytest.raises(UsageError, match="--batch-size 10,000 is larger than"):
         mnist_ray.train(data_dir=small_data, storage_path=tmp_path, batch_size=10_000)
     assert [len(servers) for servers in started] == [1]
-    assert not fork_servers() - before
+    assert not children() - before
     assert os.environ[SOCKET_VARIABLE] == ""  # as before
 
 
 def test_no_fork_server_is_started_if_ray_is_connected(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "local")
-    before = fork_servers()
+    before = children()
     with prepared_forking("mnist_ray.run.fit") as forking:
-        assert (forking.server, fork_servers()) == (None, before)
+        assert (forking.server, children()) == (None, before)
 
 
 def test_training_returns_the_run_with_its_files_and_evaluation_by_name_agrees(run: Run) -> None:
