@@ -8,7 +8,6 @@ import importlib
 import json
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
@@ -84,30 +83,11 @@ def begin_files(session: Session, settings_file: str, settings: Mapping[str, Any
     if_ended(f"; to resume: {job.resume_with}")
 
 
-class Throttled:
-    """Work that a thread does when asked, at most once per ``interval_s``. After a failure, a later call retries."""
-
-    def __init__(self, work: Callable[[], object], interval_s: float) -> None:
-        self._work, self._interval_s = work, interval_s
-        self._next = time.monotonic() + interval_s
-        self._thread: threading.Thread | None = None
-
-    def ask(self) -> None:
-        """Start the work, unless it is running or ended less than ``interval_s`` ago."""
-        if time.monotonic() > self._next and not (self._thread and self._thread.is_alive()):
-            self._thread = threading.Thread(target=self._do, daemon=True)
-            self._thread.start()
-
-    def close(self) -> None:
-        """Wait until running work has ended; start none from now on."""
-        if self._thread is not None:
-            self._thread.join()
-        self._next = math.inf
-
-    def _do(self) -> None:
-        with contextlib.suppress(Exception):  # the last call is in the main thread, which raises the error
-            self._work()
-        self._next = time.monotonic() + self._interval_s
+def repeat(work: Callable[[], object], every_s: float, is_over: threading.Event) -> None:
+    """Call ``work`` every ``every_s`` seconds until ``is_over``. A failure is ignored: the next call may succeed."""
+    while not is_over.wait(every_s):
+        with contextlib.suppress(Exception):
+            work()
 
 
 class Record:
@@ -120,12 +100,14 @@ class Record:
         self._result: dict[str, Any] | None = None
         self._fitted: Fitted | None = None
         self._has_report = False
-        self._live_report = Throttled(functools.partial(self._draw_report, is_running=True), _REPORT_EVERY_S)
         self._first_loss = math.nan
         run, workload = self._job.run, self._job.workload
         self._warn = functools.partial(self._console.say, "note")
         self._history = History(run, workload, self._warn)
         self._trackers = start.start(run, workload, self._job.values, self._job.output, self._warn)
+        self._is_over, draw = threading.Event(), functools.partial(self._draw_report, is_running=True)
+        self._live_report = threading.Thread(target=repeat, args=[draw, _REPORT_EVERY_S, self._is_over], daemon=True)
+        self._live_report.start()
 
     def on_event(self, event: Event) -> None:
         """Record an event from a worker or a task."""
@@ -143,7 +125,6 @@ class Record:
         self._history.add(event)
         self._console.show(event)
         self._trackers.log(event)
-        self._live_report.ask()
 
     def test(self, fitted: Fitted, *, is_last: bool = True) -> float:
         """Evaluate the fitted checkpoint on the test set; show and write the result. Return the monitored value.
@@ -187,7 +168,8 @@ class Record:
     def close(self) -> None:
         """Write the report and close the trackers. If either fails, print a note: the run has not failed."""
         pictures: Mapping[str, bytes] = {}
-        self._live_report.close()
+        self._is_over.set()
+        self._live_report.join()  # else it could overwrite the last report
         try:
             pictures = self._draw_report(self._warn)
             self._has_report = True

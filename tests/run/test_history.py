@@ -7,7 +7,7 @@ import pytest
 from mnist_ray.errors import JobError
 from mnist_ray.report.run_files import STEPS_FILE, read_csv, read_values
 from mnist_ray.run.history import History
-from mnist_ray.run.record import Throttled
+from mnist_ray.run.record import repeat
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.training.events import EpochFinished, Progress, Started, Validated
 from tests.conftest import mnist
@@ -109,23 +109,14 @@ def test_a_run_of_an_earlier_version_without_learning_rates_is_resumed(run: RunF
     assert [row["learning_rate"] for row in read_values(run, STEPS_FILE, "step")] == ["", "0.01"]
 
 
-def test_a_live_report_that_hangs_or_fails_delays_no_event_and_is_tried_again() -> None:
-    is_back, done = threading.Event(), list[str]()
+def test_a_live_report_that_fails_is_tried_again_and_none_is_written_after_the_end() -> None:
+    is_over, done = threading.Event(), list[int]()
 
     def work() -> None:
-        is_back.wait()
-        done.append(threading.current_thread().name)
+        done.append(len(done))
+        if len(done) == 2:
+            is_over.set()
         raise JobError("the disk is full")
 
-    live = Throttled(work, 0)
-    live.ask()
-    live.ask()
-    assert done == []
-    is_back.set()
-    while len(done) < 2:
-        live.ask()
-    live.close()
-    number = len(done)
-    live.ask()
-    assert threading.current_thread().name not in done
-    assert len(done) == number
+    repeat(work, 0.01, is_over)
+    assert done == [0, 1]
