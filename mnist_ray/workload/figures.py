@@ -124,10 +124,10 @@ def scale_axis(axes: Axes, metric: Metric, name: str = "") -> None:
     """
     axes.set_ylabel((name or metric.name) + (" (%)" if metric.is_fraction else ""))
     drawn = [value for line in axes.lines for value in np.asarray(line.get_ydata(), float) if np.isfinite(value)]
-    least = min(drawn, default=1.0)
+    least, most = min(drawn, default=1.0), max(drawn, default=1.0)
     if least <= _LINEAR_ABOVE if metric.is_fraction else metric.name == "loss" and least > 0:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if most < 1000 * least else (1,)))
         axes.yaxis.set_minor_locator(ticker.NullLocator())
         axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     if metric.is_fraction:

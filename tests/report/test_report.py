@@ -26,9 +26,9 @@ from mnist_ray.sweep.space import Point, space_of
 from mnist_ray.sweep.trials import DONE, TrialRecord, TrialTable
 from mnist_ray.training.events import EpochFinished, Progress, Validated
 from mnist_ray.training.metrics import Evaluation
-from mnist_ray.workload.base import ACCURACY, Metric
+from mnist_ray.workload.base import ACCURACY, LOSS, Metric
 from mnist_ray.workload.data import Arrays, Split
-from mnist_ray.workload.figures import Curve, Table, smoothed
+from mnist_ray.workload.figures import Curve, Table, new_plot, scale_axis, smoothed
 from tests.conftest import METADATA, mnist, run_job, run_main
 
 PHOTOS = ["predictions", "mistakes"]
@@ -205,6 +205,15 @@ def test_each_point_of_a_curve_stands_for_enough_steps(
     curve = smoothed(Curve("", [step for step, _ in points], [value for _, value in points], {}), least)
     assert list(curve.steps) == [step for step, _ in expected]
     assert curve.values == pytest.approx([mean for _, mean in expected])
+
+
+@pytest.mark.parametrize("decades", [1, 3, 12])
+def test_a_logarithmic_axis_has_a_few_labels_for_any_losses(decades: int) -> None:
+    _, axes = new_plot("step")
+    axes.plot([1, 10.0**-decades])
+    scale_axis(axes, LOSS)
+    low, high = axes.get_ylim()
+    assert 3 <= sum(low <= tick <= high for tick in axes.get_yticks()) <= 10
 
 
 def test_a_reports_curves_do_not_jump_at_a_single_step(tested_run: RunFolder) -> None:
