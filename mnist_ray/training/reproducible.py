@@ -80,21 +80,23 @@ class Chunks:
         self.own = own_chunks(num_chunks, rank, world_size)
         self._num_chunks, self._rank, self._world_size = num_chunks, rank, world_size
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._buffers = list(model.buffers())
-        self._before = self._copied_buffers()
+        self._buffers = [torch.view_as_real(one) if one.is_complex() else one for one in model.buffers()]
+        self._before = [buffer.clone() for buffer in self._buffers]
         self._dtype = functools.reduce(torch.promote_types, (p.dtype for p in self._parameters), torch.float32)
         self._nodes: list[Subtree] = []
 
     def collect(self, chunk: int, sums: Mapping[str, Tensor]) -> None:
         """Move a chunk's gradients out of the model, and collect the ``sums`` over the chunk's examples."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        changes = [buffer.double() - before for buffer, before in zip(self._buffers, self._before, strict=True)]
+        pairs = zip(self._buffers, self._before, strict=True)
+        changes = [torch.where(new == old, 0.0, new.double() - old.double()) for new, old in pairs]  # ±inf may stay
         vector = torch.cat([part.reshape(-1).to(self._dtype) for part in (*gradients, *changes, *sums.values())])
         self._nodes = added_up([*self._nodes, Subtree(0, chunk, vector)])
         self._names = list(sums)
         for parameter in self._parameters:
             parameter.grad = None
-        self._set_buffers(self._before)
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(before)
 
     def apply(self) -> dict[str, Tensor]:
         """Put the global batch's gradients and buffers into the model; return the sums over the batch's examples.
@@ -107,18 +109,12 @@ class Chunks:
         values = torch.split(total, sizes)
         for parameter, value in zip(self._parameters, values, strict=False):
             parameter.grad = torch.empty_like(parameter).copy_(value.view_as(parameter))  # in the parameter's layout
-        changes = zip(self._before, values[len(self._parameters) :], strict=False)
-        self._set_buffers([old + change.view_as(old).double() / self._num_chunks for old, change in changes])
-        self._before = self._copied_buffers()
+        for buffer, before, value in zip(self._buffers, self._before, values[len(self._parameters) :], strict=False):
+            change = value.view_as(before).double() / self._num_chunks
+            buffer.copy_(torch.where(change == 0, before, (before.double() + change).to(before.dtype)))
+            before.copy_(buffer)
         sums = values[-len(self._names) :] if self._rank == 0 else [torch.zeros(1)] * len(self._names)
         return {name: value[0] for name, value in zip(self._names, sums, strict=True)}
-
-    def _copied_buffers(self) -> list[Tensor]:
-        return [buffer.to(torch.float64, copy=True) for buffer in self._buffers]  # exact even for counters
-
-    def _set_buffers(self, values: Sequence[Tensor]) -> None:
-        for buffer, value in zip(self._buffers, values, strict=True):
-            buffer.copy_(value)
 
     @functools.cached_property
     def _exchange(self) -> Callable[[Tensor], Tensor]:

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -112,11 +113,19 @@ def test_buffers_change_by_the_mean_of_the_chunks_changes(few_images: Arrays) ->
     create, config = CASES["noisy"]
     split = Arrays(few_images.inputs[:50], few_images.targets[:50])
     state = engine.create_state(create(), replace(config, num_epochs=1), 50, CPU)
+    unchanged = {
+        "mask": torch.tensor([-math.inf, 0.0]),
+        "rotary": torch.polar(torch.ones(3), torch.arange(3.0)),
+        "large": torch.tensor(2**60 + 1),
+    }
+    for name, value in unchanged.items():
+        state.model.register_buffer(name, value.clone())
     before = {name: value.clone() for name, value in state.model.named_buffers()}
     engine.train(create(), state, Split(split), replace(config, num_epochs=1), Group())
     after = dict(state.model.named_buffers())
     assert after["2.num_batches_tracked"] == 1
-    assert torch.equal(after["constant"], before["constant"])
+    for name in ("constant", *unchanged):
+        assert torch.equal(after[name], before[name]), name
     assert not torch.equal(after["2.running_mean"], before["2.running_mean"])
 
 
