@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mnist_ray.config import Precision, TrainConfig
-from mnist_ray.errors import UsageError, count, first_line
+from mnist_ray.errors import UsageError, count, with_place
 from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.training.batches import Batch, batches_of
 from mnist_ray.training.sampler import Slice
@@ -43,13 +43,15 @@ def try_batch(
         inputs, _ = train[0]
     picture_of(workload, inputs)
     number = min(NUM_EXAMPLES, len(train))
-    check_batch(workload, first(number), first((number + 1) // 2), config)
+    check_batch(workload, first(number), first((number + 1) // 2), config, len(train))
     for size in batch_sizes:
         check_smallest(workload, first(max(1, (len(train) % size or size) // num_parts)), size, config)
 
 
-def check_batch(workload: Workload, batch: Batch, fewer: Batch, config: TrainConfig) -> None:
+def check_batch(workload: Workload, batch: Batch, fewer: Batch, config: TrainConfig, num_examples: int) -> None:
     """Call each method that training and evaluation will call. ``fewer`` has only the first examples of the batch.
+
+    ``num_examples``: to train on.
 
     Raises UsageError with the file name and line number of the user's code.
     """
@@ -90,7 +92,7 @@ def check_batch(workload: Workload, batch: Batch, fewer: Batch, config: TrainCon
     _check_metrics(workload, detached(outputs), batch, columns)
     if not workload.compares_examples:
         _check_independence(workload, model, evaluated, batch, fewer, config)
-    _check_optimizer(workload, model, config)
+    _check_optimizer(workload, model, config, config.num_epochs * config.num_steps(num_examples))
 
 
 def check_smallest(workload: Workload, few: Batch, batch_size: int, config: TrainConfig) -> None:
@@ -99,10 +101,10 @@ def check_smallest(workload: Workload, few: Batch, batch_size: int, config: Trai
     try:
         with _autocast(config):
             model(workload.prepare(few.inputs, torch.default_generator))
-    except ValueError as error:
+    except Exception as error:  # of batch normalization, or of a model that squeezes a batch of one
         few_left = f"an epoch's last batch leaves a worker only {count(few.global_size, 'example')}"
         remedy = f"choose a --batch-size other than {batch_size}"
-        reason = f"{few_left}, too few for the model ({first_line(error)}); {remedy}"
+        reason = f"{few_left}, too few for the model ({with_place(error, workload.source.folder)}); {remedy}"
         raise UsageError(f"{type(workload).__name__}: {reason}") from error
 
 
@@ -183,6 +185,11 @@ def _check_metrics(workload: Workload, outputs: Any, batch: Batch, columns: dict
         warnings.simplefilter("ignore")  # so few examples may have no example of some class
         of_all = workload.summarize_predictions({key: values.numpy() for key, values in columns.items()})
     _check_dict(f"{name}.summarize_predictions", of_all)
+    for key, value in {**summary, **of_all}.items():
+        try:
+            float(value)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{name}: metric {key} is {value!r:.40}, not a number") from error
     names = [metric.name for metric in workload.metrics]
     if sorted([*summary, *of_all]) != sorted(names):
         methods = f"{name}.summarize" + (f" and {name}.summarize_predictions return" if of_all else " returns")
@@ -190,7 +197,7 @@ def _check_metrics(workload: Workload, outputs: Any, batch: Batch, columns: dict
         raise UsageError(f"{methods} {', '.join([*summary, *of_all]) or 'nothing'}, but {named}")
 
 
-def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig) -> None:
+def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig, total_steps: int) -> None:
     """Try a step of the workload's own optimizer and schedule. Skip the default ones, to save most of a second."""
     own = type(workload)
     if (own.create_optimizer, own.create_scheduler) == (Workload.create_optimizer, Workload.create_scheduler):
@@ -201,7 +208,7 @@ def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig) 
         found = f"{own.__name__}.create_optimizer must return one torch.optim.Optimizer, not {type(optimizer).__name__}"
         raise UsageError(f"{found}; it may have several groups of parameters")
     with placed(workload, "create_scheduler"):
-        scheduler = workload.create_scheduler(optimizer, config, total_steps=10)
+        scheduler = workload.create_scheduler(optimizer, config, total_steps)
     with placed(workload, "optimizer.step(), then scheduler.step() without a metric"):
         optimizer.step()
         scheduler.step()

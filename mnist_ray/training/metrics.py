@@ -37,7 +37,8 @@ class MetricSums:
         if self.num_examples == 0:
             return {metric.name: math.nan for metric in workload.all_metrics}
         means = {name: value / self.num_examples for name, value in self.sums.items()}
-        return {"loss": means.pop("loss"), **workload.summarize(means)}
+        loss = means.pop("loss")
+        return {"loss": loss, **{name: float(value) for name, value in workload.summarize(means).items()}}
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Evaluation:
         names = self.batch_sums[0] if self.batch_sums else {}
         sums = {name: math.fsum(batch[name] for batch in self.batch_sums) for name in names}
         values = MetricSums(sums, self.num_examples).values(workload)
-        return values | (workload.summarize_predictions(self.columns) if self.num_examples else {})
+        of_all = workload.summarize_predictions(self.columns) if self.num_examples else {}
+        return values | {name: float(value) for name, value in of_all.items()}  # they may be NumPy's
 
     def to_dict(self, workload: Workload) -> dict[str, Any]:
         """Return the test results for result.json."""

@@ -85,7 +85,7 @@ def dry_run_of(write: Write, body: str, base: str = "Right", config: TrainConfig
     number = min(NUM_EXAMPLES, len(train))
     batches = batches_of(train, torch.device("cpu"), workload.collate)
     whole, fewer = (batches[Slice(np.arange(size), size)] for size in (number, number // 2))
-    check_batch(workload, whole, fewer, config)
+    check_batch(workload, whole, fewer, config, num_examples=2400)
 
 
 def message_of(write: Write, body: str, base: str = "Right", config: TrainConfig = FP32) -> str:
@@ -96,6 +96,15 @@ def message_of(write: Write, body: str, base: str = "Right", config: TrainConfig
 
 
 # --- right workloads
+
+
+def test_a_schedule_is_tried_with_the_steps_of_the_run(write: Write) -> None:
+    body = """
+    def create_scheduler(self, optimizer, config, total_steps):
+        assert total_steps == 38, total_steps
+        return lr_scheduler.StepLR(optimizer, total_steps // 15)
+"""
+    dry_run_of(write, body)
 
 
 @pytest.mark.parametrize("base", ["Right", "Numbers"])
@@ -265,6 +274,7 @@ def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
             "def summarize_predictions(self, columns): return {'auc': 1.0}",
             ".summarize and Wrong.summarize_predictions return accuracy, auc, but Wrong.metrics names accuracy",
         ),
+        ("def summarize(self, means): return {'accuracy': 'high'}", ": metric accuracy is 'high', not a number"),
         ("metrics = ()", ".summarize returns accuracy, but Wrong.metrics names none"),
         ('metrics = (Metric("top5", "max"),)', ".summarize returns accuracy, but Wrong.metrics names top5"),
     ],

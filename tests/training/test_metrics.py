@@ -1,9 +1,11 @@
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mnist_ray.training.metrics import Evaluation, MetricSums, score
 from mnist_ray.workload import Metric, Workload
@@ -18,6 +20,20 @@ def test_sums_add_up_and_are_divided_last() -> None:
     sums = MetricSums() + sums_of(3.0, 1, 2) + sums_of(1.0, 3, 6)
     assert sums.values(mnist()) == {"loss": 0.5, "accuracy": 0.5}
     assert str(MetricSums().values(mnist())) == "{'loss': nan, 'accuracy': nan}"
+
+
+def test_metrics_of_numpy_and_torch_are_plain_numbers_that_a_checkpoint_can_hold() -> None:
+    class OfLibraries(Workload):
+        metrics = (Metric("median", "min"), Metric("mean", "min"))
+
+        def summarize(self, means: Mapping[str, float]) -> dict[str, Any]:
+            return {"mean": torch.tensor(means["error"])}
+
+        def summarize_predictions(self, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
+            return {"median": np.median(columns["error"])}
+
+    evaluation = Evaluation(({"loss": 1.0, "error": 3.0},), 2, {"error": np.ones(2, np.float32)})
+    assert json.dumps(evaluation.values(OfLibraries())) == '{"loss": 0.5, "mean": 1.5, "median": 1.0}'
 
 
 def test_merged_parts_equal_the_whole() -> None:
