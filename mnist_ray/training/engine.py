@@ -35,7 +35,15 @@ from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import Evaluation, MetricSums, TrainingDivergedError
 from mnist_ray.training.reproducible import Chunks
 from mnist_ray.training.sampler import ShardedBatchSampler, Slice
-from mnist_ray.training.state import Group, LoggingWindow, StopWantedError, TrainingState, is_over, move_average
+from mnist_ray.training.state import (
+    CodeFailedError,
+    Group,
+    LoggingWindow,
+    StopWantedError,
+    TrainingState,
+    is_over,
+    move_average,
+)
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.tensors import as_fp32, autocast, detached, with_fast_layout
@@ -77,13 +85,15 @@ def train(
     if config.compile:
         # Compile for each shape: kernels must not depend on earlier batches, which a resumed run does not see.
         state.model.compile(dynamic=False)
-    gradients = Gradients(workload, state, config, group)
+    state.model.train()
     for callback in callbacks:
         callback.on_start(state, group)
+    gradients = Gradients(workload, state, config, group)
     examples = batches_of(split, group.device, workload.collate, read_ahead_mib)
     window = LoggingWindow(workload, group)
     while not is_over(state, config):
         window.restart_clock()
+        gradients.check_trained()
         for pieces in _steps(examples, state, config, group, num_loader_processes):
             sums = gradients.compute(pieces)
             _update(state, config, callbacks)
@@ -146,11 +156,12 @@ def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callb
     for callback in callbacks:
         callback.on_gradients(state)
     if config.clip_grad_norm is not None:
-        nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_grad_norm)
+        trained = itertools.chain(*(group["params"] for group in state.optimizer.param_groups))
+        nn.utils.clip_grad_norm_(trained, config.clip_grad_norm)
     state.learning_rate = float(state.optimizer.param_groups[0]["lr"])
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    state.optimizer.zero_grad()
+    state.model.zero_grad()  # also the gradients of parameters that the optimizer does not have
     state.scheduler.step()
     if config.ema_decay is not None:
         move_average(state, config.ema_decay)
@@ -173,12 +184,18 @@ class Gradients:
         if config.reproducible:
             self._chunks = Chunks(state.model, config.num_chunks, group.rank, group.world_size)
         self._model = state.model if config.reproducible else _distributed(state.model, group)
-        self._model.train()
+        self._trained = _trained(state.model)
         self._generator = _generator(group.device)
 
     def compute(self, pieces: Sequence[Batch]) -> dict[str, Tensor]:
         """Put the gradients into the model; return this rank's part of the sums over the global batch."""
         return self._of_slice(pieces) if self._chunks is None else self._of_chunks(pieces, self._chunks)
+
+    def check_trained(self) -> None:
+        """Raise CodeFailedError if other parameters than at the start are trained, whose gradients nobody would add."""
+        is_alone = self._model is self._state.model and self._chunks is None
+        if not is_alone and _trained(self._state.model) != self._trained:
+            raise CodeFailedError("a callback has changed requires_grad in mid-training; change it in on_start")
 
     def _of_slice(self, pieces: Sequence[Batch]) -> dict[str, Tensor]:
         self._seed(self._group.rank)
@@ -211,6 +228,10 @@ class Gradients:
 def seed_of(*numbers: int) -> int:
     """Return a seed that depends on all of the numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _trained(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _generator(device: torch.device) -> torch.Generator:
@@ -301,7 +322,7 @@ def evaluate_together(
     return Evaluation.merge(parts[: len(bounds)])
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode, a model could not train with the tensors that it caches
 def evaluate(
     workload: Workload,
     model: nn.Module,
@@ -311,7 +332,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a model on a split, in fp32 and in fixed batches, on the device of the model's weights."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     slices = [Slice(np.arange(*bounds), 0) for bounds in split_bounds(len(split), len(split), device)]
     sums: list[dict[str, Tensor]] = []  # these and the columns stay on the device, since each transfer waits for it
@@ -328,7 +349,8 @@ def evaluate(
         if num_bytes > MOST_COLUMN_BYTES:
             name, size = f"{type(workload).__name__}.predictions", f"{MOST_COLUMN_BYTES / 2**20:,.0f} MiB"
             raise UsageError(f"{name}: the columns of {len(split):,} {workload.nouns} take more than {size}")
-    model.train(was_training)
+    for module, is_training in modes.items():
+        module.training = is_training  # a callback may keep layers in evaluation mode
     values = iter(torch.stack([value.double() for each in sums for value in each.values()]).tolist() if sums else [])
     batch_sums = tuple({name: next(values) for name in each} for each in sums)
     joined = {name: torch.cat([part[name] for part in columns]).cpu().numpy() for name in (columns or [{}])[0]}

@@ -156,8 +156,11 @@ class Workload(UserClass):
         """Return the optimizer that ``config`` names."""
         from torch import optim
 
-        options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+        is_fused = all(parameter.is_floating_point() for parameter in model.parameters())
+        options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": is_fused}
         if config.optimizer == "sgd":
+            # If fp16's loss scale skips the first step, fused SGD would never initialize its momentum.
+            options["fused"] = is_fused and config.precision != "fp16"
             return optim.SGD(model.parameters(), momentum=config.momentum, **options)
         kind = optim.AdamW if config.optimizer == "adamw" else optim.Adam
         return kind(model.parameters(), betas=(config.beta1, config.beta2), **options)

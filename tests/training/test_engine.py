@@ -22,7 +22,7 @@ from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.sampler import ShardedBatchSampler
-from mnist_ray.training.state import Group, StopWantedError, TrainingState
+from mnist_ray.training.state import CodeFailedError, Group, StopWantedError, TrainingState
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import mnist
 from tests.training.hooks import Hooks
@@ -317,7 +317,9 @@ def test_progress_has_the_learning_rate_with_which_its_last_step_was_made(few_im
     [
         (CONFIG, torch.optim.Adam, {"lr": 2e-3, "betas": (0.9, 0.999), "weight_decay": 0.0}),
         (replace(CONFIG, optimizer="adamw", weight_decay=0.1), torch.optim.AdamW, {"lr": 2e-3, "weight_decay": 0.1}),
-        (replace(CONFIG, optimizer="sgd", momentum=0.8), torch.optim.SGD, {"lr": 2e-3, "momentum": 0.8}),
+        (replace(CONFIG, optimizer="sgd", momentum=0.8), torch.optim.SGD, {"lr": 2e-3, "momentum": 0.8, "fused": True}),
+        # A first step that fp16 skips would leave the momentum of PyTorch's fused SGD uninitialized.
+        (replace(CONFIG, optimizer="sgd", precision="fp16"), torch.optim.SGD, {"fused": False}),
     ],
 )
 def test_the_optimizer_is_as_configured(config: TrainConfig, kind: type, options: dict[str, Any]) -> None:
@@ -468,3 +470,55 @@ def test_evaluation_agrees_with_a_plain_computation(few_images: Arrays) -> None:
     expected = np.zeros((10, 10), int)
     np.add.at(expected, (few_images.targets, logits.argmax(1).numpy()), 1)
     assert mnist().details(evaluation.columns)["confusion_matrix"] == expected.tolist()
+
+
+def test_complex_parameters_have_an_optimizer_that_takes_them() -> None:
+    model = nn.ParameterDict({"waves": torch.ones(2, dtype=torch.complex64)})
+    model["waves"].grad = torch.ones_like(model["waves"])
+    mnist().create_optimizer(model, CONFIG).step()
+    assert model["waves"].real.lt(1).all()
+
+
+def trained_head(few_images: Arrays, *, is_frozen: bool) -> nn.Module:
+    """Train the last layer only, with gradients that are all clipped; ``is_frozen``: the others have no gradients."""
+    config = replace(CONFIG, schedule="constant", clip_grad_norm=0.2)
+    state = engine.create_state(mnist(), config, len(few_images), CPU)
+    state.optimizer = torch.optim.SGD(state.model.get_submodule("dense2").parameters(), lr=0.05)
+    for name, parameter in state.model.named_parameters():
+        parameter.requires_grad = not is_frozen or name.startswith("dense2")
+    engine.train(mnist(), state, Split(few_images), config, Group())
+    return state.model
+
+
+def test_gradients_of_parameters_without_an_optimizer_are_not_clipped_and_do_not_add_up(few_images: Arrays) -> None:
+    frozen, idle = (trained_head(few_images, is_frozen=is_frozen) for is_frozen in (True, False))
+    assert largest_difference(frozen.state_dict(), idle.state_dict()) == 0
+    assert all(parameter.grad is None for parameter in idle.parameters())
+
+
+def test_an_evaluation_leaves_layers_in_their_mode_and_no_tensors_that_cannot_be_trained_with(
+    few_images: Arrays,
+) -> None:
+    model = engine.create_state(mnist(), CONFIG, 600, CPU).model
+    model.get_submodule("conv1").eval()
+    kept: list[torch.Tensor] = []
+    model.register_forward_hook(lambda module, inputs, outputs: kept.append(outputs))
+    engine.evaluate(mnist(), model, Split(few_images))
+    assert [name for name, module in model.named_modules() if not module.training] == ["conv1"]
+    assert not kept[0].is_inference()
+
+
+@pytest.mark.parametrize("reproducible", [True, False])
+def test_a_layer_that_a_callback_freezes_at_the_start_does_not_move(few_images: Arrays, reproducible: bool) -> None:
+    config = replace(CONFIG, reproducible=reproducible, weight_decay=0.1)
+    hooks = Hooks(on_start=lambda state, group: state.model.get_submodule("conv1").requires_grad_(False))
+    before = engine.create_state(mnist(), config, 600, CPU).model.get_parameter("conv1.weight")
+    assert torch.equal(trained(config, few_images, hooks).model.get_parameter("conv1.weight"), before)
+
+
+def test_a_layer_that_a_callback_freezes_later_is_refused_if_its_gradients_are_added_up(few_images: Arrays) -> None:
+    hooks = Hooks(on_epoch=lambda state, progress: state.model.get_submodule("conv1").requires_grad_(False))
+    config = replace(CONFIG, num_epochs=2)
+    assert trained(config, few_images, hooks).epoch == 2
+    with pytest.raises(CodeFailedError, match=r"^a callback has changed requires_grad in mid-training"):
+        trained(replace(config, reproducible=True), few_images, hooks)
