@@ -161,7 +161,7 @@ class Record:
             if_ended(f"; the run is finished: {job.run.inside(RESULT_FILE).uri}")
         self._console.show_evaluation(tested)
         if job.train.overfit_batches is not None and not math.isnan(self._first_loss):  # NaN in a resumed run
-            self._console.result("overfit", overfit_verdict(self._first_loss, result["test_loss"]))
+            self._console.result("overfit", overfit_verdict(self._first_loss, tested.values(workload)["loss"]))
         self._fitted, self._result = fitted, result
         return tested.values(workload)[workload.monitor.name]
 

@@ -109,4 +109,6 @@ def largest_difference(model: nn.Module, run: Callable[[Any], Any], inputs: Any)
     """Return the largest difference between the outputs of two models; NaN if an output is NaN."""
     with torch.inference_mode():
         pairs = zip(*(filter(torch.is_tensor, pytree.tree_leaves(call(inputs))) for call in (model, run)), strict=True)
-        return float(torch.stack([(one.double() - other.double()).abs().max() for one, other in pairs]).max())
+        both = [(one.double(), other.double()) for one, other in pairs]
+        apart = [torch.where(one == other, 0.0, one - other).abs().max() for one, other in both]  # both may be -inf
+        return float(torch.stack(apart).max())

@@ -120,7 +120,7 @@ class ExampleBatches(Dataset):
 
 def _misfit(places: np.ndarray, examples: list[tuple[Any, Any]]) -> str:
     """Name the first example whose shapes differ from those of the batch's first example."""
-    shapes = [tuple(map(np.shape, example)) for example in examples]
+    shapes = [tuple(map(np.shape, pytree.tree_leaves(example))) for example in examples]
     for place, shape in zip(places.tolist(), shapes, strict=False):
         if shape != shapes[0]:
             return f"example {place} has shapes {shape}, example {places[0]} has {shapes[0]}"

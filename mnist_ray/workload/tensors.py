@@ -22,7 +22,8 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
         return dataclasses.replace(value, **{name: map_tensors(function, getattr(value, name)) for name in fields})
     if isinstance(value, dict):
         mapped = copy.copy(value)  # of the same class
-        mapped.update((key, map_tensors(function, item)) for key, item in value.items())
+        for key, item in value.items():  # a Counter's update would count the pairs
+            mapped[key] = map_tensors(function, item)
         return mapped
     if isinstance(value, (list, tuple)):
         items = [map_tensors(function, item) for item in value]
@@ -48,6 +49,6 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 
 def with_fast_layout(model: nn.Module) -> nn.Module:
     """Return a model with channels-last weights, the fastest layout for convolutions of images."""
-    if any(parameter.dim() == 5 for parameter in model.parameters()):  # 3-D convolutions: PyTorch would raise
+    if any(tensor.dim() == 5 for tensor in (*model.parameters(), *model.buffers())):  # PyTorch would raise
         return model
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,4 @@ def test_batches_to_overfit_end_with_a_verdict(
     assert "overfit  " not in capsys.readouterr().out, "the first loss is not known"
     verdict = "the loss went from 2.3 to 2.2: the model has not learned even these examples"
     assert overfit_verdict(2.3, 2.2).startswith(verdict)
+    assert "has not learned" in overfit_verdict(2.3, math.nan)

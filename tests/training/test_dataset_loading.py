@@ -1,6 +1,6 @@
 import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, call
@@ -284,11 +284,15 @@ def test_an_example_that_cannot_be_read_is_named_by_its_index_in_the_data_set() 
         batches_of(part, CPU)[Slice(np.array([1]))]
 
 
-def test_an_example_that_does_not_fit_the_others_is_named() -> None:
+@pytest.mark.parametrize(
+    ("form", "more"), [(lambda array: array, ""), (lambda array: (np.zeros((2, 2)), array), r"\(2, 2\), ")]
+)
+def test_an_example_that_does_not_fit_the_others_is_named(form: Callable[[Any], Any], more: str) -> None:
     message = (
-        r"^train examples do not fit together: example 2 has shapes \(\(4,\), \(\)\), example 1 has \(\(3,\), \(\)\); "
+        rf"^train examples do not fit together: example 2 has shapes \({more}\(4,\), \(\)\), "
+        rf"example 1 has \({more}\(3,\), \(\)\); "
         r"make them alike in the Dataset, or join them in the workload's collate\(\)$"
     )
-    examples = [(np.zeros(size), 0) for size in (3, 3, 4)]
+    examples = [(form(np.zeros(size)), 0) for size in (3, 3, 4)]
     with pytest.raises(ExampleError, match=message):
         batches_of(Split(examples), CPU)[Slice(np.arange(1, 3))]

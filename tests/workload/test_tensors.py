@@ -1,4 +1,4 @@
-from collections import OrderedDict, namedtuple
+from collections import Counter, OrderedDict, namedtuple
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ HALF = torch.ones(2, dtype=torch.bfloat16)
     [
         ({"a": {"b": HALF}}, lambda outputs: outputs["a"]["b"]),
         (OrderedDict(a=HALF), lambda outputs: outputs["a"]),
+        (Counter({"a": HALF}), lambda outputs: outputs["a"]),
         (Named(a=HALF), lambda outputs: outputs.a),
         ((3, (HALF,)), lambda outputs: outputs[1][0]),
         (Pair(HALF, "text"), lambda outputs: outputs.first),
