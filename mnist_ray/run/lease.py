@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
 from pyarrow import fs
 
 from mnist_ray.errors import JobError, UsageError
@@ -38,7 +37,7 @@ class Owner:
     host: str
     machine: str  # ids of the machine's boot and of its pid namespace; empty if unknown
     pid: int
-    started: float  # when the process started, in seconds since 1970 by its machine's clock
+    started: int  # when the process started, in clock ticks since its machine's boot, whatever the clock's time
 
     @property
     def is_here(self) -> bool:
@@ -48,18 +47,22 @@ class Owner:
     @property
     def has_died(self) -> bool:
         """Whether the owner's process has died; valid only if the owner ``is_here``."""
-        try:
-            process = psutil.Process(self.pid)
-            is_zombie = process.status() == psutil.STATUS_ZOMBIE
-            return is_zombie or abs(process.create_time() - self.started) > 1  # > 1: another process with its id
-        except (psutil.NoSuchProcess, ValueError):  # ValueError: a negative number
-            return True
+        return started_at(self.pid) != self.started  # another process may have its id by now
 
 
 def this_process() -> Owner:
     """Return this process as an owner."""
-    process = psutil.Process()
-    return Owner(socket.gethostname(), _machine(), process.pid, process.create_time())
+    return Owner(socket.gethostname(), _machine(), os.getpid(), started_at(os.getpid()))
+
+
+def started_at(pid: int) -> int:
+    """Return when a process started, in clock ticks since its machine's boot; -1 if it has ended, or without /proc."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return -1
+    state, *numbers = text.rpartition(")")[2].split()  # after the program's name; see proc(5)
+    return -1 if state == "Z" else int(numbers[18])
 
 
 def _machine() -> str:
@@ -107,7 +110,8 @@ def _wait_until_free(run: RunFolder, waiting: Callable[[str], None]) -> None:
         text, owner = _read(run)
         if text is None:
             return
-        has_died = owner is not None and owner.is_here and owner.has_died
+        # This process may own it still, if the storage failed when an earlier call ended.
+        has_died = owner is not None and owner.is_here and (owner.has_died or owner == this_process())
         if has_died or (text == first and time.monotonic() - since > EXPIRES_AFTER_S):
             with contextlib.suppress(*STORAGE_ERRORS):  # another job may have deleted the file
                 run.storage.delete_file(file_of(run))
@@ -148,7 +152,7 @@ def _read(run: RunFolder) -> tuple[str | None, Owner | None]:
     try:
         text = run.storage.read_text(file_of(run))
         of = json.loads(text or "")
-        return text, Owner(str(of["host"]), str(of["machine"]), int(of["pid"]), float(of["started"]))
+        return text, Owner(str(of["host"]), str(of["machine"]), int(of["pid"]), int(of["started"]))
     except (DamagedFileError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
         return text, None
 

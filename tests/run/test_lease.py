@@ -22,7 +22,7 @@ from mnist_ray.run.lease import Owner, owned, this_process
 from mnist_ray.storage import RunFolder, locate
 from tests.conftest import wait_for
 
-ELSEWHERE = Owner("other-host", "another boot", 7, 0.0)
+ELSEWHERE = Owner("other-host", "another boot", 7, 0)
 
 
 @pytest.fixture
@@ -48,12 +48,14 @@ def assert_taken(run: RunFolder) -> None:
 
 
 def test_a_run_that_another_job_owns_is_refused_and_free_afterwards(run: RunFolder, tmp_path: Path) -> None:
+    parent = os.getppid()
+    left = claim_of(run, replace(this_process(), pid=parent, started=lease.started_at(parent)))
     with (
-        owned(run),
-        pytest.raises(UsageError, match=r"a-run is in use by another job: process \d+ on this machine"),
+        pytest.raises(UsageError, match=f"a-run is in use by another job: process {parent} on this machine"),
         owned(run),
     ):
         pass
+    left.unlink()
     with owned(run), owned(locate(str(tmp_path), "a-run2")), owned(locate(str(tmp_path), "a")):
         assert len(claims(run)) == 3
     assert not any(tmp_path.iterdir())
@@ -76,7 +78,7 @@ def test_an_interrupt_while_the_owners_file_is_written_leaves_no_file(
 
 def test_a_run_of_a_dead_process_on_this_machine_is_free_at_once(run: RunFolder) -> None:
     with psutil.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        owner = replace(this_process(), pid=process.pid, started=process.create_time())
+        owner = replace(this_process(), pid=process.pid, started=lease.started_at(process.pid))
         claim_of(run, owner)
         with pytest.raises(UsageError, match="in use"), owned(run):
             pass
@@ -85,9 +87,14 @@ def test_a_run_of_a_dead_process_on_this_machine_is_free_at_once(run: RunFolder)
         assert_taken(run)  # from a zombie
     claim_of(run, owner)
     assert_taken(run)
-    for wrong in ({"started": 1.0}, {"pid": -5}):  # another process has its id by now; the file is damaged
+    for wrong in ({"started": 1}, {"pid": -5}):  # another process has its id by now; the file is damaged
         claim_of(run, replace(this_process(), **wrong))  # type: ignore[arg-type]
         assert_taken(run)
+
+
+def test_a_run_that_an_earlier_call_of_this_process_could_not_give_back_is_free(run: RunFolder) -> None:
+    claim_of(run, this_process())
+    assert_taken(run)
 
 
 INFINITE = b'{"host": "h", "machine": "", "pid": 1e999, "started": 1}'
