@@ -70,7 +70,8 @@ def check_nodes(run: RunFolder, own_versions: dict[str, str] | None = None, *, u
     except ray.exceptions.RayError as error:
         raise JobError(f"a node does not answer: {first_line(error)}") from error
     finally:
-        run.storage.delete_file(probe)
+        with contextlib.suppress(*STORAGE_ERRORS):
+            run.storage.delete_file(probe)
     for host, problem in checked:
         if problem:
             raise JobError(f"node {host} {problem}")

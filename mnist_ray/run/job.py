@@ -173,7 +173,9 @@ def _find_run(early: Given, kind: str, config_file: str) -> tuple[RunFolder, dic
     run = storage.locate(output.storage_path, output.run_name or new_name)
     if not output.resume:
         return run, {}
-    if not run.exists(config_file):
+    with storage.in_one_line(f"cannot read {run.uri}"):
+        is_there = run.exists(config_file)
+    if not is_there:
         raise UsageError(f"--resume: there is no run in {run.uri}: it has no {config_file}")
     check_free(run, resume=True)
     return run, run.require_json(config_file)

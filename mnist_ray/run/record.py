@@ -65,11 +65,13 @@ def begin_files(session: Session, settings_file: str, settings: Mapping[str, Any
     job, run, workload = session.job, session.job.run, session.job.workload
     if len(session.cluster.nodes) > 1:  # with one node, only this machine writes
         check_nodes(run)
+    weights = b""
     if job.initial is not None and not job.initial.exists(INITIAL_FILE):
         weights, fits = read_initial(job)
         session.console.say("init from", fits)
+    run.write_text(settings_file, json_lines(settings))  # from here on, the run can be resumed
+    if job.initial is not None and weights:
         job.initial.write_bytes(INITIAL_FILE, weights)
-    run.write_text(settings_file, json_lines(settings))
     if run.read_json(ORIGIN_FILE) is None:
         about = {
             "started": datetime.now().astimezone().isoformat(" ", "minutes"),

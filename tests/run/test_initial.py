@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from mnist_ray import train
 from mnist_ray.config import TrainConfig
-from mnist_ray.errors import UsageError
+from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run.find import read_initial
 from mnist_ray.run.job import Job, read_job
-from mnist_ray.storage import RunFolder
+from mnist_ray.storage import INITIAL_FILE, RunFolder
 from mnist_ray.training import checkpoint, engine
 from tests.conftest import METADATA, folder_at, mnist
 
@@ -76,6 +76,26 @@ def test_a_run_starts_from_the_weights_that_fit_and_resumes_without_their_source
     train(str(tmp_path / "head.py"), resume=True, **where, num_workers=0)
     again = result_of(tmp_path / "tuned")
     assert all(torch.equal(again[name], tensor) for name, tensor in started.items())
+
+
+def test_a_run_whose_initial_weights_could_not_be_written_is_resumed(
+    source: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = RunFolder.write_bytes
+
+    def write_but_weights(folder: RunFolder, name: str, content: bytes) -> None:
+        if name == INITIAL_FILE:
+            raise JobError("no space")
+        write(folder, name, content)
+
+    where: dict[str, Any] = {"storage_path": tmp_path, "run_name": "run"}
+    few = {"num_workers": 0, "num_epochs": 1, "limit": 0.05, "data_dir": small_data, "init_from": "source"}
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_bytes", write_but_weights)
+        with pytest.raises(JobError, match="no space"):
+            train(None, **where, **few)
+    assert train(None, **where, resume=True).metrics["loss"] > 0
+    assert load_file(tmp_path / "run" / INITIAL_FILE).keys() == load_file(source / "model.safetensors").keys()
 
 
 def job_from(init_from: Path | str, tmp_path: Path) -> Job:
