@@ -31,6 +31,8 @@ from mnist_ray.training.state import CodeFailedError, Group, StopWantedError, Tr
 from mnist_ray.workload import user_code
 from mnist_ray.workload.data import Split
 
+_SHOWN_EVERY_S = 0.1  # at most: each sign of life starts a thread
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSpec:
@@ -95,6 +97,7 @@ class Reporter(Callback):
         self._spec, self._group, self._config = spec, group, config
         self._job = job = spec.job
         self._is_first = group.rank == 0
+        self._shown_at = -math.inf
         self._validation = None if spec.validation is None else _opened(spec.validation)
         # The user's callback comes first: checkpoints match callbacks by position.
         self.callbacks: list[Callback] = [user_code.load(job.callback, Callback)()] if job.callback else []
@@ -113,9 +116,12 @@ class Reporter(Callback):
 
     def show_life(self) -> None:
         """Give the next step, or the next batch of a validation, its full time limit."""
-        end_if_hung(self._job.workers.hang_timeout_s)
+        now = time.monotonic()
+        if now - self._shown_at > _SHOWN_EVERY_S:
+            self._shown_at = now
+            end_if_hung(self._job.workers.hang_timeout_s)
 
-    def on_progress(self, state: TrainingState, progress: Progress) -> None:
+    def on_step(self, state: TrainingState) -> None:
         """Show that this worker does not hang."""
         self.show_life()
 
