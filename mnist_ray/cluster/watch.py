@@ -6,8 +6,9 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import ray
 from ray.util import remove_placement_group
@@ -16,6 +17,7 @@ from mnist_ray.cluster import ray_internals
 from mnist_ray.errors import JobError, about_ray
 from mnist_ray.signals import end_with
 
+T = TypeVar("T")
 Ping = Callable[[], "Future[object]"]  # asks for a sign of life; the future is done when an answer, or an error, comes
 
 LONGEST_SILENCE_S = 50.0  # a busy machine may need this long; after 60 s without its GCS, Ray ends the process silently
@@ -34,6 +36,20 @@ class RaySilentError(JobError):
         """Return the error for a part of Ray."""
         silence = "has died" if has_died else f"has not answered for {LONGEST_SILENCE_S:.0f} s"
         return cls(f"Ray has failed: {name} {silence}")
+
+
+def in_thread(function: Callable[[], T]) -> Future[T]:
+    """Call a function in a thread for which Python does not wait when it exits: it may wait for a silent Ray."""
+    result: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return result
 
 
 class Watch:
@@ -55,15 +71,19 @@ class Watch:
                 self._asked[name] = now, ping()
         return None
 
+    def wait(self) -> None:
+        """Wait for the answers to the last pings."""
+        wait([answer for _, answer in self._asked.values()])
+
 
 @contextlib.contextmanager
 def watched() -> Iterator[Callable[[], None]]:
     """End the job with a RaySilentError if Ray dies or hangs in the block. Yields a function that ends the watch."""
-    pool, is_silent = ThreadPoolExecutor(2), threading.Event()
+    is_silent = threading.Event()
     watch = Watch(
         {
-            "Ray's GCS": lambda: pool.submit(ray.nodes),
-            "this node's raylet": lambda: pool.submit(ray.put, bytes(_STORED_BYTES)),
+            "Ray's GCS": lambda: in_thread(ray.nodes),
+            "this node's raylet": lambda: in_thread(lambda: ray.put(bytes(_STORED_BYTES))),
         }
     )
 
@@ -75,7 +95,8 @@ def watched() -> Iterator[Callable[[], None]]:
 
     def stop() -> None:
         stop_looking()
-        pool.shutdown(wait=not is_silent.is_set())  # Ray must not be shut down while a thread waits for its answer
+        if not is_silent.is_set():
+            watch.wait()  # Ray must not be shut down while a thread waits for its answer
 
     with _repeated(look, _LOOK_INTERVAL_S) as stop_looking:
         try:

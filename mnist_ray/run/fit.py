@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import Any
 
 import ray
@@ -23,7 +23,7 @@ from mnist_ray.cluster.connect import this_node
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.cluster.rendezvous import WorkerGroupConfig
-from mnist_ray.cluster.watch import LONGEST_SILENCE_S, Ping, RaySilentError, Watch, end_controllers, remove_orphans
+from mnist_ray.cluster.watch import LONGEST_SILENCE_S, RaySilentError, end_controllers, in_thread, remove_orphans
 from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.run import evaluate
 from mnist_ray.run.failures import FailureReporter, cause_of, reason_of
@@ -33,11 +33,11 @@ from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.signals import Noted, first_only_noted
 from mnist_ray.storage import SNAPSHOT_FILE, STORAGE_ERRORS, RunFolder, in_one_line, with_retries
-from mnist_ray.training.events import ControllerStarted, Event, Started, Stopping, WorkersLost
+from mnist_ray.training.events import ControllerAlive, Event, Started, Stopping, WorkersLost
 
 _POLL_INTERVAL_S = 0.5  # between the driver's requests for events; workers send their progress at the same interval
-_SAVED_WITHIN_S = 30.0  # after Ctrl-C
 _END_TIMEOUT_S = 5.0  # to wait for the end of Ray Train's controller, if the run ends first
+_ALIVE_INTERVAL_S = 5.0  # between two signs of life of the controller's process
 _RESIZE_INTERVAL_S = 15.0  # after which an elastic run checks again whether the cluster has room for more workers
 
 
@@ -77,6 +77,8 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
                 raise JobError(reason_of(error)) from error
             on_event(WorkersLost(reason_of(error)))
             job.run.check_writable(retry=True)
+    if result.return_value == "":
+        raise JobError("a callback has stopped the training")
     if result.return_value is not None:
         raise TrainingStoppedError(result.return_value)
     with in_one_line("the storage has failed"):
@@ -89,8 +91,7 @@ def _fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[
 
     At the first Ctrl-C, workers that are training save a checkpoint; then this raises KeyboardInterrupt.
     """
-    pool = ThreadPoolExecutor(1)
-    result: Future[ray.train.Result] = pool.submit(trainer.fit)
+    result = in_thread(trainer.fit)
     try:
         with first_only_noted() as interrupted:
             _listen(result, event_queue, on_event, interrupted)
@@ -105,35 +106,30 @@ def _fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[
                 end_controllers()
             wait([result], _END_TIMEOUT_S)
         raise
-    finally:
-        pool.shutdown(wait=False)
 
 
 def _listen(
     result: Future[ray.train.Result], event_queue: Any, on_event: Callable[[Event], None], interrupted: Noted
 ) -> None:
-    """Pass on events until there is a result or, after Ctrl-C, until the time to save a checkpoint is over."""
-    is_running, is_training, end_at = True, False, math.inf
-    pings: dict[str, Ping] = {}
-    watch = Watch(pings)
-    while is_running and time.monotonic() < end_at:
+    """Pass on events until there is a result or, after Ctrl-C, until no workers are training."""
+    is_running, is_training, is_stopping = True, False, False
+    alive_at = math.inf  # unknown until the controller has started
+    while is_running and (is_training or not interrupted.is_set):
         is_running = bool(wait([result], _POLL_INTERVAL_S).not_done)  # checked before the last events are taken
         for event in _taken(event_queue):
-            if isinstance(event, ControllerStarted):
-                pings["Ray Train's controller"] = functools.partial(_ping, event.actor)
+            if isinstance(event, ControllerAlive):
+                alive_at = time.monotonic()
+                continue
             is_training = isinstance(event, Started) or (is_training and not isinstance(event, WorkersLost))
             on_event(event)
-        if interrupted.is_set and end_at == math.inf:
-            end_at = time.monotonic() + (_SAVED_WITHIN_S if is_training else 0)
-            if is_training:
-                event_queue.want_stop.remote()
-                on_event(Stopping())
-        if silent := watch.silent():
-            raise RaySilentError.of(silent)
-
-
-def _ping(controller: Any) -> Future[object]:
-    return controller.get_state.remote().future()
+        if interrupted.is_set and is_training and not is_stopping:
+            is_stopping = True
+            event_queue.want_stop.remote()
+            on_event(Stopping())
+        if time.monotonic() - alive_at > LONGEST_SILENCE_S:
+            with contextlib.suppress(RayError):
+                end_controllers()  # else it could go on to train, once it answers again
+            raise RaySilentError.of("Ray Train's controller")
 
 
 def _taken(event_queue: Any) -> list[Event]:
@@ -193,7 +189,7 @@ class _Trainer(TorchTrainer):
 
 
 class _OnController(train_internals.ControllerCallback):
-    """Lets the driver check that Ray Train's controller answers, and sets up the controller's process."""
+    """Lets the driver know that the controller's process is alive, and sets this process up."""
 
     def __init__(self, event_queue: Any) -> None:
         self._event_queue = event_queue
@@ -203,7 +199,13 @@ class _OnController(train_internals.ControllerCallback):
         scorer = logging.getLogger("ray.train._internal.checkpoint_manager")
         scorer.addFilter(lambda record: "no key: val_score" not in record.getMessage())
         if self._event_queue is not None:
-            self._event_queue.put.remote(ControllerStarted(ray.get_runtime_context().current_actor))
+            threading.Thread(target=self._show_life, daemon=True).start()
+
+    def _show_life(self) -> None:
+        """Send signs of life. The controller itself answers nothing while it waits for nodes or for its workers."""
+        while True:
+            self._event_queue.put.remote(ControllerAlive())
+            time.sleep(_ALIVE_INTERVAL_S)
 
 
 class EventQueue:

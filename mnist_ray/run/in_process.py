@@ -9,7 +9,7 @@ import torch
 
 from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import TrainConfig
-from mnist_ray.errors import TrainingStoppedError
+from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.run.failures import STOPPING
 from mnist_ray.run.find import Fitted, best_of, drop_others
 from mnist_ray.run.session import Session
@@ -29,10 +29,13 @@ def fit_here(session: Session, on_event: Callable[[Event], None]) -> Fitted:
         with first_only_noted() as interrupted:
             create_reporter = functools.partial(LocalReporter, on_event=on_event, interrupted=interrupted)
             train_worker(spec, group, create_reporter, job.workers.cpus_per_worker or usable_cores())
-    except StopWantedError:
-        raise KeyboardInterrupt from None
+    except StopWantedError as stop:
+        if not interrupted.is_set:
+            raise JobError("a callback has stopped the training") from stop
     except (CodeFailedError, *STOPPING) as error:
         raise TrainingStoppedError(str(error)) from error
+    if interrupted.is_set:
+        raise KeyboardInterrupt
     return best_of(job.run)
 
 

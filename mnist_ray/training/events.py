@@ -14,10 +14,8 @@ class Event:
 
 
 @dataclass(frozen=True)
-class ControllerStarted(Event):
-    """Ray Train's controller, which starts and watches the workers, is running."""
-
-    actor: Any  # the controller; used to check that it is alive
+class ControllerAlive(Event):
+    """The process of Ray Train's controller, which starts and watches the workers, is alive."""
 
 
 @dataclass(frozen=True)

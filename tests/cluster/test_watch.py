@@ -1,4 +1,6 @@
 import functools
+import subprocess
+import sys
 import time
 from concurrent.futures import Future
 from unittest.mock import Mock
@@ -10,7 +12,7 @@ from ray.util import placement_group, placement_group_table
 from ray.util.placement_group import PlacementGroup
 
 from mnist_ray.cluster import watch
-from mnist_ray.cluster.watch import RaySilentError, Watch, end_controllers, orphans_removed
+from mnist_ray.cluster.watch import RaySilentError, Watch, end_controllers, in_thread, orphans_removed
 from tests.conftest import wait_for
 
 
@@ -52,6 +54,21 @@ def test_an_error_is_a_sign_of_life(clock: Clock) -> None:
     watched = Watch({"failing": lambda: failed})
     for clock.now in (0, 100, 200):
         assert watched.silent() is None
+
+
+def test_python_exits_while_a_thread_waits_for_a_silent_ray() -> None:
+    code = (
+        "import time; from mnist_ray.cluster.watch import in_thread; print(in_thread(lambda: time.sleep(100)).done())"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=True).stdout == b"False\n"
+    )
+
+
+def test_a_call_in_a_thread_returns_its_result_or_raises_its_error() -> None:
+    assert in_thread(lambda: 3).result() == 3
+    with pytest.raises(ZeroDivisionError):
+        in_thread(lambda: 1 // 0).result()
 
 
 class Controller:

@@ -73,6 +73,26 @@ def test_interrupted_it_saves_and_resumes_to_the_same_weights(run: Path, small_d
     assert weights_of(tmp_path / "run") == weights_of(run)
 
 
+INTERRUPTS = """
+import os, signal
+from mnist_ray.training.callback import Callback
+
+class Interrupts(Callback):
+    def on_step(self, state):
+        if state.total_step == 96:
+            os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_interrupted_in_the_last_step_it_ends_as_interrupted(
+    small_data: Path, tmp_path: Path, write: Callable[..., Path]
+) -> None:
+    given = {**HERE, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"}
+    with pytest.raises(KeyboardInterrupt, match=r"^interrupted; to resume: train\(resume=True"):
+        train(None, **given, callback=str(write(INTERRUPTS, "interrupts.py")))
+    assert (tmp_path / "run" / "checkpoint_epoch-002_step-000000").is_dir()
+
+
 def test_a_step_may_take_any_time(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     armed: list[bool] = []
     monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *given, **options: armed.append(True))
