@@ -31,6 +31,10 @@ STOPPING = (OtherModelError, TrainingDivergedError, OtherArithmeticError)
 """Errors that would occur again at the next attempt, although the code has no bug."""
 
 
+class OldCheckpointError(JobError):
+    """The newest checkpoint is damaged, so Ray has to forget it: a checkpoint of the same name will be written."""
+
+
 @contextlib.contextmanager
 def code_failures_placed(*folders: Path) -> Iterator[None]:
     """Raise a failure of the code, or its ``sys.exit()``, as a CodeFailedError with the place in ``folders``."""
@@ -55,9 +59,11 @@ class FailureReporter(UserCallback):
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         """Handle the exceptions of the failed ranks."""
         for error in worker_exceptions.values():
+            # Ray treats an error raised here as an error of its own controller, and does not retry.
             if isinstance(error, CodeFailedError):
-                # Ray treats an error raised here as an error of its own controller, and does not retry.
                 raise TrainingStoppedError(str(error))
+            if isinstance(error, OldCheckpointError):
+                raise error
         if self._event_queue is not None:
             self._event_queue.put.remote(WorkersLost(describe(worker_exceptions)))
 
@@ -98,7 +104,8 @@ def reason_of(error: Exception) -> str:
     """Describe in one line why training failed, from a worker's exception if there is one."""
     if failures := getattr(error, "worker_failures", None):
         return describe(failures)
-    return f"Ray Train failed: {_line_of(cause_of(error))}"
+    cause = cause_of(error)
+    return first_line(cause) if isinstance(cause, JobError) else f"Ray Train failed: {_line_of(cause)}"
 
 
 def cause_of(error: Exception) -> Exception:

@@ -26,7 +26,7 @@ from mnist_ray.cluster.rendezvous import WorkerGroupConfig
 from mnist_ray.cluster.watch import LONGEST_SILENCE_S, RaySilentError, end_controllers, in_thread, remove_orphans
 from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.run import evaluate
-from mnist_ray.run.failures import FailureReporter, cause_of, reason_of
+from mnist_ray.run.failures import FailureReporter, OldCheckpointError, cause_of, reason_of
 from mnist_ray.run.find import Fitted, best_of, drop_others
 from mnist_ray.run.reporter import train_loop_per_worker
 from mnist_ray.run.session import Session
@@ -73,7 +73,7 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
             if isinstance(cause, TrainingStoppedError):
                 raise cause from error
             # Ray does not retry if the storage fails during Ray's own bookkeeping.
-            if failures_left == 0 or not isinstance(cause, STORAGE_ERRORS):
+            if failures_left == 0 or not isinstance(cause, (*STORAGE_ERRORS, OldCheckpointError)):
                 raise JobError(reason_of(error)) from error
             on_event(WorkersLost(reason_of(error)))
             job.run.check_writable(retry=True)

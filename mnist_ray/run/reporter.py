@@ -15,10 +15,9 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from mnist_ray.cluster.devices import device_here
 from mnist_ray.config import TrainConfig
-from mnist_ray.errors import JobError
-from mnist_ray.run.failures import STOPPING, code_failures_placed
+from mnist_ray.run.failures import STOPPING, OldCheckpointError, code_failures_placed
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
-from mnist_ray.storage import checkpoint_name, position_of
+from mnist_ray.storage import checkpoint_name, position_of, with_retries
 from mnist_ray.training.checkpoint import Restored, Snapshot
 from mnist_ray.training.events import Event, NodeLeaving, Progress
 from mnist_ray.training.state import Group, StopWantedError, TrainingState
@@ -61,11 +60,18 @@ class TrainReporter(Reporter):
         self._answers: list[Any] = []
         current = ray.train.get_checkpoint()
         self._known = current.path.rsplit("/", 1)[-1] if current else ""
+        if self._known:
+            with_retries(self._find_known)
+
+    def _find_known(self) -> None:
+        """Raise an error of the storage if it does not show, or not yet, the last checkpoint that Ray has recorded."""
+        if not self._job.run.exists(self._known):
+            raise FileNotFoundError(f"{self._job.run.uri} does not show {self._known}, which was written there")
 
     def begin(self, state: TrainingState, restored: Restored) -> None:
-        """Report the start. Raises JobError if the storage does not show a checkpoint that Ray has recorded."""
-        if not restored.name and not restored.damaged and self._known:
-            raise JobError(f"{self._job.run.uri} does not show the checkpoints that were written there")  # Ray retries
+        """Report the start. Raises OldCheckpointError if the last checkpoint that Ray has recorded is damaged."""
+        if position_of(restored.name) < position_of(self._known):
+            raise OldCheckpointError(f"{self._known} is damaged")
         super().begin(state, restored)
         # If a kill came before Ray recorded an uploaded checkpoint, or a trial has made it, report that checkpoint now.
         # Otherwise the run could end without its last checkpoint.
@@ -91,7 +97,6 @@ class TrainReporter(Reporter):
 
     def on_progress(self, state: TrainingState, progress: Progress) -> None:
         """Send the progress to the driver."""
-        super().on_progress(state, progress)
         self._trained_s = state.finished_s + state.epoch_s
         self.send(progress)
 

@@ -179,7 +179,9 @@ def restore_newest(run: RunFolder, state: TrainingState, callbacks: Sequence[Cal
     Raises OtherModelError if the checkpoint does not fit the model, JobError if the storage cannot be read.
     """
     damaged: list[str] = []
-    for name in reversed(run.checkpoint_names()):
+    with in_one_line(f"cannot read {run.uri}"):
+        names = with_retries(run.checkpoint_names)
+    for name in reversed(names):
         try:
             document = restore(run.inside(name), state, callbacks)
             return Restored(name, document.get("metrics", {}), document.get("arithmetic"), tuple(damaged))

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import psutil
 import pytest
@@ -31,16 +31,17 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.train import PreemptionInfo
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
+from mnist_ray.cluster.watch import LONGEST_SILENCE_S
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, TrainingStoppedError, UsageError
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.run import failures, fit, reporter, worker
 from mnist_ray.run.evaluate import evaluate_here
-from mnist_ray.run.failures import describe
+from mnist_ray.run.failures import OldCheckpointError, describe
 from mnist_ray.run.find import best_of, drop_others, find
 from mnist_ray.run.fit import EventQueue
 from mnist_ray.run.worker import LoopSpec
-from mnist_ray.storage import checkpoint_name, locate
+from mnist_ray.storage import RunFolder, checkpoint_name, locate
 from mnist_ray.training import checkpoint, engine
 from mnist_ray.training.checkpoint import Restored, restore_newest
 from mnist_ray.training.engine import create_state
@@ -222,13 +223,40 @@ def test_a_training_that_ends_before_its_event_queue_has_started_loses_no_event(
 
 
 @pytest.mark.usefixtures("ray_address")
-def test_a_run_that_loses_a_worker_ends_with_the_same_weights(
+def test_a_run_that_loses_a_worker_and_its_newest_checkpoint_ends_with_the_same_weights(
     finished_run: Path, gate: Gate, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with acting(gate.opened_after(killing("RayTrainWorker"))):
+    newest = gate.run / "checkpoint_epoch-001_step-000020"
+
+    def damage_and_kill() -> None:
+        (newest / "model.safetensors").write_bytes(b"something else")
+        killing("RayTrainWorker")()
+
+    with acting(gate.opened_after(damage_and_kill)):
         run_main("train", *gate.flags())
-    assert capsys.readouterr().out.count("\nlost ") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("\nlost ") == 1
+    assert f"note       {newest.name} is damaged or was cut off; using the one before it" in printed
     assert weights(gate.run) == weights(finished_run)
+
+
+STOPS = """\
+from mnist_ray.training.callback import Callback
+
+class Stops(Callback):
+    def wants_stop(self):
+        return True
+"""
+
+
+@pytest.mark.usefixtures("ray_address")
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_run_that_a_callback_stops_says_how_to_resume(num_workers: int, small_data: Path, tmp_path: Path) -> None:
+    (tmp_path / f"stops_{num_workers}.py").write_text(STOPS)
+    flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": num_workers}
+    with pytest.raises(JobError, match=r"^a callback has stopped the training \(.*to resume: python .*--resume"):
+        run_main("train", *as_flags({**flags, "callback": tmp_path / f"stops_{num_workers}.py"}))
+    assert len(list(tmp_path.glob("run/checkpoint_epoch*"))) == 1
 
 
 def test_a_run_resumed_after_a_kill_and_damage_ends_with_the_same_weights(
@@ -344,14 +372,31 @@ def test_a_checkpoint_is_saved_before_a_node_is_preempted(nodes: Cluster, small_
     assert "lost " not in printed
 
 
+@pytest.mark.long
+def test_a_job_waits_for_a_node_for_longer_than_ray_may_be_silent(
+    nodes: Cluster, finished_run: Path, gate: Gate
+) -> None:
+    nodes.remove_node(nodes.list_all_nodes()[-1])
+    gate.open()
+
+    def add_a_node(job: psutil.Process) -> None:
+        time.sleep(LONGEST_SILENCE_S + 20)
+        nodes.add_node(num_cpus=1)
+
+    flags = [*gate.flags(), "--autoscaling"]
+    printed, _ = run_and_act(add_a_node, "note       the cluster is too small now", *flags, address=nodes.address)
+    assert "started    2 × cpu" in printed
+    assert weights(gate.run) == weights(finished_run)
+
+
 @pytest.fixture
 def reporter_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., reporter.TrainReporter]:
     """Return a function that creates the reporter of a run's only worker; it sends its events to a Mock."""
     monkeypatch.setattr("ray.train.get_checkpoint", lambda: None)
     monkeypatch.setattr("mnist_ray.run.worker.end_if_hung", lambda timeout_s: None)
 
-    def create(**spec: Any) -> reporter.TrainReporter:
-        job = Mock(callback=None)
+    def create(run: Any = None, **spec: Any) -> reporter.TrainReporter:
+        job = Mock(callback=None, run=run)
         return reporter.TrainReporter(LoopSpec(job=job, train=Mock(), **spec), Group(), TrainConfig())
 
     return create
@@ -390,6 +435,33 @@ def test_a_checkpoint_is_saved_for_each_leaving_node_and_shortly_before_the_firs
     assert [1000 + number for number, is_wanted in enumerate(wanted[1:]) if is_wanted] == [1000, 1004, 1008]
 
 
+def test_a_hung_workers_time_limit_is_for_a_step_not_for_a_window(
+    reporter_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    armed = list[float]()
+    monkeypatch.setattr(worker, "time", Mock(monotonic=Mock(side_effect=[0, 0.01, 9, 20])))
+    monkeypatch.setattr(worker, "end_if_hung", lambda timeout_s: armed.append(timeout_s))
+    reporter = reporter_on()
+    for _ in range(4):
+        reporter.on_step(Mock())
+    assert len(armed) == 3  # two steps within a hundredth of a second share one
+
+
+NEWEST, BEFORE = "checkpoint_epoch-001_step-000020", "checkpoint_epoch-001_step-000000"
+
+
+def test_a_worker_waits_until_the_storage_shows_the_checkpoint_that_ray_has_recorded(
+    reporter_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.train.get_checkpoint", lambda: Mock(path=f"/runs/one/{NEWEST}"))
+    monkeypatch.setattr("mnist_ray.storage.time.sleep", lambda seconds: None)
+    run = Mock(exists=Mock(side_effect=[False, OSError("the link is down"), True]))
+    reporter = reporter_on(run=run)
+    assert run.exists.call_args_list == [call(NEWEST)] * 3
+    with pytest.raises(OldCheckpointError, match=f"^{NEWEST} is damaged$"):
+        reporter.begin(Mock(), Restored(BEFORE, damaged=(NEWEST,)))
+
+
 def test_workers_that_see_different_checkpoints_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     def gather(seen: list[Any], own: tuple[str, str]) -> None:
         seen[1] = ("node-2", others)
@@ -404,7 +476,9 @@ def test_workers_that_see_different_checkpoints_do_not_start(monkeypatch: pytest
         first.started(state, Restored("checkpoint_epoch-001_step-000000"))
 
 
-def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(tmp_path: Path) -> None:
+def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = TrainConfig(precision="fp32")
     state = create_state(mnist(), config, 600, torch.device("cpu"))
     for step in (1, 2, 3, 4):
@@ -423,7 +497,11 @@ def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(tmp_
     shutil.rmtree(empty)
     empty.mkdir()
     restored = create_state(mnist(), config, 600, torch.device("cpu"))
-    found = restore_newest(locate(str(tmp_path), "run"), restored)
+    run = locate(str(tmp_path), "run")
+    listing = Mock(side_effect=[OSError("the link is down"), run.checkpoint_names()])
+    monkeypatch.setattr("mnist_ray.storage.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(RunFolder, "checkpoint_names", lambda run: listing())
+    found = restore_newest(run, restored)
     assert restored.step == 1
     assert found.damaged == (empty.name, cut.name, corrupt.name)
     assert (found.name, found.metrics) == (whole.name, {"train_loss": 0.5})
@@ -604,3 +682,5 @@ def test_code_that_fails_ends_a_run_and_other_failures_are_reported() -> None:
     event_queue.put.remote.assert_not_called()
     reporter.after_exception(None, {1: RayActorError(error_msg="The actor died unexpectedly")})
     event_queue.put.remote.assert_called_once_with(WorkersLost("worker 1 died"))
+    with pytest.raises(OldCheckpointError):
+        reporter.after_exception(None, {0: OldCheckpointError(f"{NEWEST} is damaged")})
