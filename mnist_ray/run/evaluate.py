@@ -20,6 +20,7 @@ from mnist_ray.storage import RunFolder
 from mnist_ray.training import engine
 from mnist_ray.training.checkpoint import load_model
 from mnist_ray.training.metrics import Evaluation
+from mnist_ray.training.sampler import split_bounds
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.loading import load_data, placed
@@ -56,7 +57,7 @@ def evaluate(
     shared = share(workload, test)
     # Ray ends a process after such a task with a GPU; by options(num_gpus=1), the process would keep the GPU's memory.
     task = ray.remote(num_cpus=1, num_gpus=int(use_gpu))(_evaluate_split)
-    bounds = engine.split_bounds(len(test), num_tasks, torch.device("cuda" if use_gpu else "cpu"))
+    bounds = split_bounds(len(test), num_tasks, on_gpu=use_gpu)
     splits = [task.remote(checkpoint, shared, start, stop, loader_workers) for start, stop in bounds]
     try:
         return Evaluation.merge(ray.get(splits))

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -34,7 +33,7 @@ from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import Evaluation, MetricSums, TrainingDivergedError
 from mnist_ray.training.reproducible import Chunks
-from mnist_ray.training.sampler import ShardedBatchSampler, Slice
+from mnist_ray.training.sampler import ShardedBatchSampler, Slice, split_bounds
 from mnist_ray.training.state import (
     CodeFailedError,
     Group,
@@ -48,7 +47,6 @@ from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.tensors import as_fp32, autocast, detached, with_fast_layout
 
-EVALUATION_BATCH_SIZE = 100  # small enough that the activations stay in the processor's cache
 MOST_COLUMN_BYTES = 2**30  # of the predictions that a process evaluates, which it keeps in memory
 
 
@@ -184,7 +182,7 @@ class Gradients:
         if config.reproducible:
             self._chunks = Chunks(state.model, config.num_chunks, group.rank, group.world_size)
         self._model = state.model if config.reproducible else _distributed(state.model, group)
-        self._trained = _trained(state.model)
+        self._trained = [parameter.requires_grad for parameter in state.model.parameters()]
         self._generator = _generator(group.device)
 
     def compute(self, pieces: Sequence[Batch]) -> dict[str, Tensor]:
@@ -194,7 +192,7 @@ class Gradients:
     def check_trained(self) -> None:
         """Raise CodeFailedError if other parameters than at the start are trained, whose gradients nobody would add."""
         is_alone = self._model is self._state.model and self._chunks is None
-        if not is_alone and _trained(self._state.model) != self._trained:
+        if not is_alone and self._trained != [parameter.requires_grad for parameter in self._state.model.parameters()]:
             raise CodeFailedError("a callback has changed requires_grad in mid-training; change it in on_start")
 
     def _of_slice(self, pieces: Sequence[Batch]) -> dict[str, Tensor]:
@@ -228,10 +226,6 @@ class Gradients:
 def seed_of(*numbers: int) -> int:
     """Return a seed that depends on all of the numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def _trained(model: nn.Module) -> list[str]:
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _generator(device: torch.device) -> torch.Generator:
@@ -292,15 +286,6 @@ def resolve_precision(precision: Precision, group: Group) -> Precision:
     return "bf16" if supported.item() else "fp32"
 
 
-def split_bounds(num_examples: int, num_parts: int, device: torch.device) -> list[tuple[int, int]]:
-    """Return (start, stop) of at most ``num_parts`` ranges of whole evaluation batches."""
-    size = EVALUATION_BATCH_SIZE if device.type == "cpu" else 256  # a GPU needs more at a time
-    num_batches = math.ceil(num_examples / size)
-    num_parts = min(num_parts, num_batches)
-    cuts = [num_batches * part // num_parts * size for part in range(num_parts)] + [num_examples]
-    return list(itertools.pairwise(cuts))
-
-
 def evaluate_together(
     workload: Workload,
     model: nn.Module,
@@ -314,7 +299,7 @@ def evaluate_together(
         return evaluate(workload, model, split, num_loader_processes, on_batch)
     for buffer in model.buffers():  # running statistics of batch normalization may differ between ranks
         dist.broadcast(buffer, 0)
-    bounds = split_bounds(len(split), group.world_size, group.device)
+    bounds = split_bounds(len(split), group.world_size, on_gpu=group.device.type == "cuda")
     start, stop = bounds[group.rank] if group.rank < len(bounds) else (0, 0)
     parts: list[Any] = [None] * group.world_size
     own = split.between(start, stop)
@@ -334,7 +319,8 @@ def evaluate(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    slices = [Slice(np.arange(*bounds), 0) for bounds in split_bounds(len(split), len(split), device)]
+    batches = split_bounds(len(split), len(split), on_gpu=device.type == "cuda")
+    slices = [Slice(np.arange(*bounds), 0) for bounds in batches]
     sums: list[dict[str, Tensor]] = []  # these and the columns stay on the device, since each transfer waits for it
     columns: list[dict[str, Tensor]] = []
     num_bytes = 0

@@ -12,6 +12,7 @@ import numpy as np
 
 from mnist_ray.workload.order import Shuffled, StreamOrder
 
+EVALUATION_BATCH_SIZE = 100  # on CPUs: small enough that the activations stay in the processor's cache
 _DRAWN_AT_ONCE = 2**13  # examples of an epoch's order; drawing one at a time takes 100 times as long
 
 
@@ -22,6 +23,15 @@ class Slice(NamedTuple):
     global_size: int = 0  # number of examples in the whole batch, over all ranks; 0 in an evaluation
     ends_step: bool = True  # whether this is the rank's last piece of the batch
     counts: bool = True  # False if the rank has no examples: models need not take empty batches, so it gets one
+
+
+def split_bounds(num_examples: int, num_parts: int, *, on_gpu: bool) -> list[tuple[int, int]]:
+    """Return (start, stop) of at most ``num_parts`` ranges of whole evaluation batches."""
+    size = 256 if on_gpu else EVALUATION_BATCH_SIZE  # a GPU needs more at a time
+    num_batches = math.ceil(num_examples / size)
+    num_parts = min(num_parts, num_batches)
+    cuts = [num_batches * part // num_parts * size for part in range(num_parts)] + [num_examples]
+    return list(pairwise(cuts))
 
 
 def own_chunks(num_chunks: int, rank: int, world_size: int) -> range:

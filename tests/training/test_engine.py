@@ -21,7 +21,7 @@ from mnist_ray.training.batches import Batch
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import TrainingDivergedError
-from mnist_ray.training.sampler import ShardedBatchSampler
+from mnist_ray.training.sampler import ShardedBatchSampler, split_bounds
 from mnist_ray.training.state import CodeFailedError, Group, StopWantedError, TrainingState
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import mnist
@@ -369,9 +369,9 @@ def test_a_callback_is_called_in_order_and_can_end_the_training(few_images: Arra
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-@pytest.mark.parametrize(("device", "size"), [("cpu", 100), ("cuda", 256)])
-def test_the_parts_of_an_evaluation_are_all_whole_batches(world_size: int, device: str, size: int) -> None:
-    bounds = engine.split_bounds(550, world_size, torch.device(device))
+@pytest.mark.parametrize(("on_gpu", "size"), [(False, 100), (True, 256)])
+def test_the_parts_of_an_evaluation_are_all_whole_batches(world_size: int, on_gpu: bool, size: int) -> None:
+    bounds = split_bounds(550, world_size, on_gpu=on_gpu)
     assert [start for start, _ in bounds] + [550] == [0] + [stop for _, stop in bounds]
     assert all(start % size == 0 for start, _ in bounds)
     assert len(bounds) == min(world_size, 1 + 550 // size)
