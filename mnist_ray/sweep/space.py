@@ -58,7 +58,9 @@ class Space:
 
     def point(self, values: Mapping[str, Any], seed: int) -> Point:
         """Return the point with these values, which may be numbers from NumPy or Optuna, or text from a file."""
-        return Point(tuple((name, _as(self.types[name], values[name])) for name in self.spaces), seed)
+        return Point(
+            tuple((name, _as(self.types[name], values[name], some)) for name, some in self.spaces.items()), seed
+        )
 
     def default_points(self, seed: int) -> list[Point]:
         """Return the default configuration, which others must beat; an empty list if it is outside the space."""
@@ -81,14 +83,16 @@ class Space:
             if isinstance(space, Choice):
                 values = ",".join(_NONE if option is None else str(option) for option in space.options)
             else:
-                values = f"{_LOG * space.log}{space.low}:{space.high}"
+                low, high = map(self.types[name], (space.low, space.high))
+                values = f"{_LOG * space.log}{low}:{high}"
             texts.append(f"{name}={values}")
         return tuple(texts)
 
 
-def _as(kind: type, value: Any) -> Any:
+def _as(kind: type, value: Any, space: SearchSpace) -> Any:
     """Convert a value to its setting's type. None, which is empty text in a file, stays None."""
-    if value is None or (value == "" and kind is not str):
+    may_be_none = kind is not str or (isinstance(space, Choice) and None in space.options)
+    if value is None or (value == "" and may_be_none):
         return None
     return parse_text(kind, value) if isinstance(value, str) else kind(value)
 
@@ -102,7 +106,8 @@ def _contains(space: SearchSpace, value: Any) -> bool:
 def space_of(workload_class: type[Workload], values: Mapping[str, Any], fixed: Collection[str] = ()) -> Space:
     """Return the space in ``values["sweep"]``; by default, all settings with a search space except ``fixed``.
 
-    Raises UsageError if there is nothing to search, or a text is not a valid space.
+    The default configuration has the ``values`` of a recipe or a file, and otherwise the workload's defaults. Raises
+    UsageError if there is nothing to search, or a text is not a valid space.
     """
     known, texts = _settings_of(workload_class), values.get("sweep")
     spaces: dict[str, SearchSpace] = {}
@@ -117,10 +122,13 @@ def space_of(workload_class: type[Workload], values: Mapping[str, Any], fixed: C
     if not texts:
         spaces = {name: some.search for name, some in known.items() if some.search and name not in fixed}
         for name, space in spaces.items():
-            known[name].check(space)
+            try:
+                known[name].check(space)
+            except UsageError as error:
+                raise UsageError(f"the search space of {name}: {error}") from error
     if not spaces:
         raise UsageError(f"nothing to search: name settings of {workload_class.__name__} with --sweep NAME=A,B,C")
-    defaults = workload_class().defaults
+    defaults = {**workload_class().defaults, **values}
     return Space(spaces, {name: known[name].kind for name in spaces}, {name: defaults[name] for name in spaces})
 
 
@@ -142,13 +150,13 @@ class _Setting:
         return getattr(settings.build(self.config_class, {self.name: value}), self.name)
 
     def check(self, space: SearchSpace) -> None:
-        """Raise UsageError if the space has values that the setting refuses."""
-        values = space.options if isinstance(space, Choice) else map(self.kind, (space.low, space.high))
-        try:
-            for value in values:
-                settings.build(self.config_class, {self.name: value})
-        except UsageError as error:
-            raise UsageError(f"the search space of {self.name}: {error}") from error
+        """Raise UsageError if the setting is not searched, or refuses values of the space."""
+        if self.name in _NOT_SEARCHED or self.kind is tuple:
+            raise UsageError(f"{self.name} is the same for all trials")
+        if isinstance(space, Range) and (space.low > space.high or (space.log and space.low <= 0)):
+            raise UsageError("a range is LOW:HIGH or log:LOW:HIGH, the latter of positive numbers")
+        for value in space.options if isinstance(space, Choice) else map(self.kind, (space.low, space.high)):
+            settings.build(self.config_class, {self.name: value})
 
 
 def _settings_of(workload_class: type[Workload]) -> dict[str, _Setting]:
@@ -170,14 +178,15 @@ def _parsed(text: str, known: Mapping[str, _Setting]) -> tuple[str, SearchSpace]
     if name not in known:
         raise UsageError(f"there is no setting {name}{did_you_mean(name, known)}")
     setting = known[name]
-    if name in _NOT_SEARCHED or setting.kind is tuple:
-        raise UsageError(f"{name} is the same for all trials")
+    setting.check(Choice(()))
     if ":" in given and setting.kind in (int, float):
         is_log = given.startswith(_LOG)
         ends = [setting.parse(end) for end in given.removeprefix(_LOG).split(":")]
-        if len(ends) != 2 or None in ends or ends[0] > ends[1] or (is_log and ends[0] <= 0):
-            raise UsageError("a range is LOW:HIGH or log:LOW:HIGH, the latter of positive numbers")
-        return name, Range(ends[0], ends[1], log=is_log)
+        if len(ends) != 2 or None in ends:
+            raise UsageError("a range is LOW:HIGH or log:LOW:HIGH")
+        space = Range(ends[0], ends[1], log=is_log)
+        setting.check(space)
+        return name, space
     if given.count(",") >= _MOST_VALUES:
         raise UsageError(f"these are more than {_MOST_VALUES:,} values; write a range, NAME=LOW:HIGH")
     options = tuple(setting.parse(option) for option in given.split(","))
@@ -205,12 +214,12 @@ def _draw(space: SearchSpace, rng: np.random.Generator, kind: type) -> Any:
     if isinstance(space, Choice):
         return space.options[int(rng.integers(len(space.options)))]
     if space.log:
-        return _rounded(math.exp(rng.uniform(math.log(space.low), math.log(space.high))), kind)
-    return _rounded(rng.uniform(space.low, space.high), kind)
+        return _rounded(math.exp(rng.uniform(math.log(space.low), math.log(space.high))), kind, space)
+    return _rounded(rng.uniform(space.low, space.high), kind, space)
 
 
-def _rounded(value: float, kind: type) -> Any:
-    return round(value) if kind is int else float(f"{value:.4g}")
+def _rounded(value: float, kind: type, space: Range) -> Any:
+    return round(value) if kind is int else min(max(float(f"{value:.4g}"), space.low), space.high)
 
 
 def _grid(space: Space, num_trials: int, seed: int) -> list[Point]:
@@ -223,7 +232,7 @@ def _grid(space: Space, num_trials: int, seed: int) -> list[Point]:
     values: dict[str, Collection[Any]] = {}
     for name, some in ranges.items():
         spaced = (np.geomspace if some.log else np.linspace)(some.low, some.high, num_values)
-        values[name] = [_rounded(float(value), space.types[name]) for value in spaced]
+        values[name] = [_rounded(float(value), space.types[name], some) for value in spaced]
     values |= choices
     combinations = itertools.product(*values.values())
     return list(dict.fromkeys(space.point(dict(zip(values, some, strict=True)), seed) for some in combinations))

@@ -130,13 +130,33 @@ def test_a_text_that_is_no_space_is_refused(text: str, message: str) -> None:
     assert str(raised.value).startswith(f"--sweep {text}: {message}")
 
 
-@pytest.mark.parametrize("wrong", [Choice((16, 0)), Range(0, 8)])
-def test_a_search_space_with_values_that_the_setting_refuses_is_refused(wrong: SearchSpace) -> None:
+@pytest.mark.parametrize(
+    ("name", "wrong", "reason"),
+    [
+        ("batch_size", Choice((16, 0)), "--batch-size must be at least 1, not 0"),
+        ("batch_size", Range(0, 8), "--batch-size must be at least 1, not 0"),
+        ("num_epochs", Choice((1, 2)), "num_epochs is the same for all trials"),
+        ("weight_decay", Range(0, 1, log=True), "a range is LOW:HIGH or log:LOW:HIGH, the latter of positive numbers"),
+    ],
+)
+def test_a_search_space_with_values_that_the_setting_refuses_is_refused(
+    name: str, wrong: SearchSpace, reason: str
+) -> None:
     class Wrong(Searched):
-        search = {"batch_size": wrong}
+        search = {name: wrong}
 
-    with pytest.raises(UsageError, match=r"^the search space of batch_size: --batch-size must be at least 1, not 0$"):
+    with pytest.raises(UsageError, match=f"^the search space of {name}: {reason}$"):
         space_of(Wrong, {})
+
+
+def test_the_default_configuration_has_the_values_of_a_recipe_or_a_file() -> None:
+    found = space_of(Searched, {"learning_rate": 0.25, "width": 8, "plain": 9})
+    assert found.defaults == {"batch_size": 128, "learning_rate": 0.25, "width": 8, "depth": 2, "kind": "a"}
+
+
+def test_rounded_values_stay_in_their_range() -> None:
+    points = propose("ema_decay=0.9:0.99999", sweep=SweepConfig(search="grid", num_trials=3))
+    assert [point.values["ema_decay"] for point in points] == [0.9, 0.95, 0.99999]
 
 
 def test_a_long_list_of_values_is_refused_in_a_short_line() -> None:
@@ -167,10 +187,14 @@ def test_a_range_may_be_one_value_and_booleans_and_none_are_read_back() -> None:
         class Settings:
             residual: bool = setting(True, "shortcuts", search=Choice((True, False)))
             depth: int | None = setting(None, "layers", search=Choice((None, 8)))
+            norm: str | None = setting(None, "normalization", search=Choice((None, "batch")))
+            width: int = setting(8, "units", search=Range(8, 1e3, log=True))
 
-    found = space_of(Odd, {"sweep": ["residual=False", "depth=none,8"]})
+    assert space_of(Odd, {"sweep": space_of(Odd, {}).texts()}) == space_of(Odd, {})
+    found = space_of(Odd, {"sweep": ["residual=False", "depth=none,8", "norm=none,batch"]})
     drawn = space.propose(found, SweepConfig(num_trials=20), seed=0)
     assert {point.values["residual"] for point in drawn} == {False}
     assert {point.values["depth"] for point in drawn} == {None, 8}
-    as_text = {name: "" if value is None else str(value) for name, value in drawn[1].values.items()}
-    assert found.point(as_text, 0) == drawn[1]
+    for each in drawn:
+        as_text = {name: "" if value is None else str(value) for name, value in each.values.items()}
+        assert found.point(as_text, 0) == each
