@@ -150,6 +150,16 @@ def _of_type(kind: type[Any], value: Any, name: str) -> Any:
     return value
 
 
+def _or_none(kind: type[Any]) -> Callable[[str], Any]:
+    """Return a parser of a flag's text that takes ``none``, too."""
+
+    def parse(text: str) -> Any:
+        return None if text == "none" else kind(text)
+
+    parse.__name__ = kind.__name__  # argparse says: invalid float value
+    return parse
+
+
 def path_of(text: str | Path, named: str) -> Path:
     """Return a path with ``~`` expanded. Raises UsageError for an impossible path; the message calls it ``named``."""
     if not str(text).strip():
@@ -225,7 +235,9 @@ class Parser(argparse.ArgumentParser):
             plain, arguments = value_type(hints[field.name])
             kind: dict[str, Any] = {"type": plain, "choices": arguments or None}
             if plain is bool:
-                kind = {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
+                kind = {"action": argparse.BooleanOptionalAction}
+            elif plain in (int, float) and type(None) in get_args(hints[field.name]):
+                kind = {"type": _or_none(plain)}
             elif plain is tuple:
                 kind = {"type": arguments[0], "nargs": "+", "action": "extend"}
             elif plain is Path:

@@ -216,6 +216,11 @@ def test_unknown_flags_are_one_line_with_a_suggestion_and_without_secrets(
     assert printed.count("\n") == 1
 
 
+def test_a_flag_can_undo_what_a_recipe_or_a_file_has_set() -> None:
+    given = Parser("", TrainConfig).read_flags(["--no-compile", "--ema-decay", "none", "--early-stop", "none"])
+    assert given == {"compile": False, "ema_decay": None, "early_stop": None}
+
+
 def test_only_given_flags_are_returned() -> None:
     given = Parser("", WorkerConfig).read_flags(["--num-workers", "4", "--autoscaling"])
     assert given == {"num_workers": 4, "autoscaling": True}
