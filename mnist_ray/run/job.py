@@ -60,10 +60,12 @@ class Job:
         return [code.folder for code in (self.callback, self.workload.source) if code is not None]
 
     def with_values(self, values: Given) -> Job:
-        """Return the job with these values for settings of the training and the workload."""
+        """Return the job with these values for settings of the training and the workload. Raises UsageError."""
         workload, all_values = self.workload, {**self.values, **values}
         changed = type(workload)(settings.build(workload.Settings, all_values), workload.metadata)
-        return dataclasses.replace(self, workload=changed, train=settings.build(TrainConfig, all_values))
+        train = settings.build(TrainConfig, all_values)
+        _check_together(train, self.workers)
+        return dataclasses.replace(self, workload=changed, train=train)
 
 
 def _merged(layers: Mapping[str, Given]) -> dict[str, Any]:
@@ -125,9 +127,7 @@ def _job_of(
     train, workers = settings.build(TrainConfig, asked), settings.build(WorkerConfig, asked)
     output = settings.build(OutputConfig, asked)
     _check_output(output)
-    if train.schedule == "one-cycle" and train.warmup_steps:
-        raise UsageError("--warmup-steps: one-cycle has its own warm-up; choose --schedule cosine, linear or constant")
-    _check_reproducible(train, workers)
+    _check_together(train, workers)
     code = {"workload": workload_class.source}
     if train.callback is not None:
         code["callback"] = user_code.find(train.callback, Callback).source
@@ -230,7 +230,10 @@ def _checked(given: Given, classes: Sequence[type], recipes: Mapping[str, Any]) 
     return dict(given)
 
 
-def _check_reproducible(train: TrainConfig, workers: WorkerConfig) -> None:
+def _check_together(train: TrainConfig, workers: WorkerConfig) -> None:
+    """Raise UsageError if settings do not go together."""
+    if train.schedule == "one-cycle" and train.warmup_steps:
+        raise UsageError("--warmup-steps: one-cycle has its own warm-up; choose --schedule cosine, linear or constant")
     if train.chunks is None:
         return
     number = workers.num_workers or 1

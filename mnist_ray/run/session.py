@@ -249,7 +249,7 @@ def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Splits]:
             notes.append(f"{count(len(blocks.sizes), 'block')} for {streams}: blocks are read by several workers")
     if job.train.early_stop is not None:
         if len(splits.validation) == 0:
-            raise UsageError("--early-stop needs validation examples; set --validation-size above 0")
+            raise UsageError("--early-stop needs validation; leave --validation-size 0 and --overfit-batches out")
         if job.train.schedule != "constant":
             said = f"the {job.train.schedule} schedule spans all epochs: if training stops early, the learning rate has"
             notes.append(f"{said} not come down; --schedule constant avoids that")

@@ -28,8 +28,10 @@ def read_sweep(given: Given | None = None) -> Sweep:
     job = read_job(given, "tune")
     config = settings.build(SweepConfig, job.asked)
     space = space_of(type(job.workload), job.asked, fixed=job.given)
-    if config.search == "grid":
-        propose(space, config, job.train.seed)  # raises if there are too few trials
+    if job.workers.num_workers == 0:
+        raise UsageError("a sweep runs on Ray: leave --num-workers 0 out")
+    for point in propose(space, config, job.train.seed):  # raises if there are too few trials for a grid
+        job.with_values(point.values)  # raises if settings do not go together
     if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UsageError("--search optuna needs Optuna: pip install -e '.[optuna]'")
     sweep = Sweep(config, space, job)
@@ -58,7 +60,8 @@ def load_data(sweep: Sweep) -> tuple[Sweep, Splits]:
             raise UsageError(f"--sweep {field.name}: load_data depends on it, and all trials have the same data")
     if len(data.validation) == 0:
         monitor = job.workload.monitor.name
-        raise UsageError(f"--validation-size 0: a sweep chooses by validation {monitor}; hold some examples out")
+        remedy = "leave --validation-size 0 and --overfit-batches out"
+        raise UsageError(f"a sweep chooses by validation {monitor}, but no examples are held out: {remedy}")
     space = sweep.space.up_to(len(data.train), "batch_size") if sweep.batch_sizes else sweep.space
     config = dataclasses.replace(sweep.config, sweep=sweep.config.sweep or space.texts())
     return Sweep(config, space, job, len(data.validation)), data
@@ -91,8 +94,9 @@ def say_sweep(sweep: Sweep, session: Session) -> None:
     say_data(console, job, session.data)
     points = {*propose(sweep.space, config, job.train.seed)}  # Optuna tries at most as many
     trials = f"{count(len(points), 'trial')} of {count(job.train.num_epochs, 'epoch')}"
-    if best := min(config.num_confirmed, len(points)):
-        also = best < len(points) and not points.isdisjoint(sweep.space.default_points(job.train.seed))
+    best = min(config.num_confirmed, len(points))
+    also = best < len(points) and not points.isdisjoint(sweep.space.default_points(job.train.seed))
+    if best + also > 1:
         trials += f", then the best {best}{' and the default' * also} with up to two more seeds"
     searched = " ".join(sweep.space.texts())
     console.say("search", f"{config.search}, {trials}: {searched}; scheduler {config.scheduler}")
