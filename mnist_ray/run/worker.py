@@ -31,7 +31,7 @@ from mnist_ray.training.state import CodeFailedError, Group, StopWantedError, Tr
 from mnist_ray.workload import user_code
 from mnist_ray.workload.data import Split
 
-_SHOWN_EVERY_S = 0.1  # at most: each sign of life starts a thread
+SHOWN_EVERY_S = 0.1  # at most: each sign of life starts a thread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +69,13 @@ def train_worker(
     if job.initial is not None and not restored.name:
         checkpoints.load_fitting(state.model, checkpoints.read_weights(job.initial.inside(INITIAL_FILE)))
     state.last_step = math.ceil(min(spec.until_epoch, config.num_epochs) * state.num_steps)
+    is_piece_over = state.total_step >= state.last_step and not is_over(state, config)
     try:
         reporter.show_life()
+        if is_piece_over and "val_score" not in restored.metrics:  # the sweep has lost its table, and trains less now
+            restored = replace(restored, metrics={**restored.metrics, **reporter.validated(state)})
         reporter.begin(state, restored)
-        if state.total_step >= state.last_step and not is_over(state, config):
+        if is_piece_over:
             raise StopWantedError  # the trial was killed after this part's last checkpoint, before the sweep noted it
         callbacks = [*reporter.callbacks, reporter]
         loading = job.workers.loader_workers, job.workers.read_ahead_mib
@@ -117,7 +120,7 @@ class Reporter(Callback):
     def show_life(self) -> None:
         """Give the next step, or the next batch of a validation, its full time limit."""
         now = time.monotonic()
-        if now - self._shown_at > _SHOWN_EVERY_S:
+        if now - self._shown_at > SHOWN_EVERY_S:
             self._shown_at = now
             end_if_hung(self._job.workers.hang_timeout_s)
 
@@ -181,21 +184,23 @@ class Reporter(Callback):
         }
         if self._validation is None or not (has_finished or metrics["epochs"] >= self._spec.until_epoch):
             return metrics
-        start, loader_workers = time.perf_counter(), self._job.workers.loader_workers
-        evaluation = engine.evaluate_together(
-            workload, state.result, self._validation, self._group, loader_workers, self.show_life
-        )
-        values = evaluation.values(workload)
-        val_score = score(workload, values)
+        metrics |= self.validated(state)
         if has_finished:
-            state.scores.append(val_score)
-        metrics |= {f"val_{name}": value for name, value in values.items()}
-        # By the score, Ray keeps the best checkpoints.
-        metrics |= {"val_score": val_score, "is_over": is_over(state, self._config)}
-        metrics["val_s"] = time.perf_counter() - start
-        if has_finished:
+            state.scores.append(metrics["val_score"])
             self.send_validation(metrics)
-        return metrics
+        return {**metrics, "is_over": is_over(state, self._config)}
+
+    def validated(self, state: TrainingState) -> dict[str, Any]:
+        """Let all ranks validate; return what a checkpoint's metrics say of that."""
+        assert self._validation is not None
+        workload, start = self._job.workload, time.perf_counter()
+        loading = self._job.workers.loader_workers, self.show_life
+        values = engine.evaluate_together(workload, state.result, self._validation, self._group, *loading).values(
+            workload
+        )
+        metrics: dict[str, Any] = {f"val_{name}": value for name, value in values.items()}
+        # By the score, Ray keeps the best checkpoints.
+        return {**metrics, "val_score": score(workload, values), "val_s": time.perf_counter() - start}
 
     def send_validation(self, metrics: dict[str, Any]) -> None:
         """Report the validation in the metrics of a checkpoint that ends an epoch."""

@@ -147,6 +147,6 @@ def still_racing(sweep: Sweep, scores: Mapping[Point, Sequence[float]]) -> list[
     racing = [point for point, mean in zip(complete, means, strict=True) if mean >= least]
     if sweep.job.workload.monitor.is_fraction and sweep.num_validation:
         best = abs(float(means.max()))
-        if means.max() - means[means >= least].min() < math.sqrt(best * (1 - best) / sweep.num_validation):
+        if means.max() - means[means >= least].min() < math.sqrt(max(0.0, best * (1 - best)) / sweep.num_validation):
             return []
     return racing

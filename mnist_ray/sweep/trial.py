@@ -46,13 +46,12 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
 
     A failure that would happen again is reported. Other failures are raised, and Tune retries the trial.
     """
-    point = Point(tuple(tune_config["values"].items()), tune_config["seed"])
-    job = spec.job.with_values({**point.values, "seed": point.seed})
-    job = dataclasses.replace(job, run=spec.folder.inside(point.name))
-    until_epoch = tune_config["until_epoch"]
-    loop_spec = LoopSpec(job=job, train=spec.train, validation=spec.validation, until_epoch=until_epoch)
+    point, until_epoch = Point(tuple(tune_config["values"].items()), tune_config["seed"]), tune_config["until_epoch"]
     try:
-        with code_failures_placed(*job.code_folders):
+        with code_failures_placed(*spec.job.code_folders):
+            job = spec.job.with_values({**point.values, "seed": point.seed})
+            job = dataclasses.replace(job, run=spec.folder.inside(point.name))
+            loop_spec = LoopSpec(job=job, train=spec.train, validation=spec.validation, until_epoch=until_epoch)
             if spec.plan.num_workers > 1:
                 train_on_workers(loop_spec, spec.plan)
             else:
@@ -63,7 +62,7 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
     except (CodeFailedError, TrainingStoppedError, *STOPPING) as error:
         reason = str(error)
     # The scheduler ranks NaN last.
-    tune.report({f"val_{job.workload.monitor.name}": math.nan, "reason": reason})
+    tune.report({f"val_{spec.job.workload.monitor.name}": math.nan, "reason": reason})
 
 
 def train_on_workers(loop_spec: LoopSpec, plan: WorkerPlan) -> None:

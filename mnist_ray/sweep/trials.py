@@ -131,8 +131,10 @@ class TrialTable:
     def best(self) -> Best | None:
         """The best configuration so far, by the mean over its seeds; None before the first validation.
 
-        Configurations with more finished trials come first: values of different epochs are not compared.
+        Configurations with a failed trial come last. Configurations with more finished trials come first: values of
+        different epochs are not compared.
         """
+        failed = {record.point.configuration for record in self.by_point.values() if record.state == FAILED}
         by_configuration: dict[Any, list[TrialRecord]] = {}
         for record in self.by_point.values():
             if record.is_validated:
@@ -141,8 +143,9 @@ class TrialTable:
         for records in by_configuration.values():
             done = [record for record in records if record.state == DONE]
             means = [statistics.mean(map(attrgetter(name), done or records)) for name in ("val_monitor", "val_loss")]
-            candidates.append((len(done), Best(tuple(done or records), *means)))
-        return max(candidates, key=lambda each: (each[0], *self.worth(each[1])), default=(0, None))[1]
+            rank = records[0].point.configuration not in failed, len(done)
+            candidates.append((rank, Best(tuple(done or records), *means)))
+        return max(candidates, key=lambda each: (each[0], *self.worth(each[1])), default=((), None))[1]
 
     def finalists(self, sweep: SweepConfig, seed: int) -> list[Point]:
         """Return the best configurations, and the default one if it was tried: those to train with more seeds.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -20,7 +21,7 @@ from ray.tune.search import Searcher
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, suitable
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, count, masked
-from mnist_ray.storage import TRIALS_FILE, with_retries
+from mnist_ray.storage import TRIALS_FILE, in_one_line, with_retries
 from mnist_ray.sweep.halving import Candidates, Piece, climb, pieces, rungs_of
 from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trial import TrialSpec, run_trial
@@ -59,12 +60,16 @@ def run_sweep(
     if config.scheduler == "asha":
         run(functools.partial(watcher.pieces, with_race=False), _asha(sweep))
     run(watcher.pieces, FIFOScheduler())
+    if watcher.failure is not None:
+        raise JobError(f"{watcher.failure}; to resume: {sweep.job.resume_with}") from watcher.failure
     if table.best is None:
         reasons = [record.reason for record in table.by_point.values() if record.reason]
         again = f"; to try lost trials again: {sweep.job.resume_with}" if table.count(LOST) else ""
         raise JobError(f"every trial failed; the first one: {reasons[0] if reasons else 'the time was up'}{again}")
     watcher.end()
-    _drop_checkpoints(sweep, table, {table.best.records[0].point, *sweep.space.default_points(sweep.job.train.seed)})
+    with in_one_line("the storage has failed"):
+        kept = {table.best.records[0].point, *sweep.space.default_points(sweep.job.train.seed)}
+        _drop_checkpoints(sweep, table, kept)
     return table
 
 
@@ -105,7 +110,8 @@ def _run_pieces(
         ),
     )
     tuner.fit()
-    run.inside(_TUNE_FOLDER).delete()
+    with watcher.failure_noted():
+        run.inside(_TUNE_FOLDER).delete()
 
 
 def _asha(sweep: Sweep) -> TrialScheduler:
@@ -136,7 +142,7 @@ class _Source(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Note that a piece has ended."""
-        del self._running[trial_id]
+        self._running.pop(trial_id, None)  # Tune may say it again, of a trial that could not be stopped
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing: Tune's own restore is never used."""
@@ -150,8 +156,9 @@ class _Watcher(tune.Callback):
         self._candidates = Candidates(sweep, table)
         for record in table.by_point.values():
             if record.state in (LOST, RUNNING):  # in an interrupted sweep
-                record.state = WAITING
+                record.state = self._without_process(record)
         self._num_begun = len(climb(sweep, table, self._candidates))  # rungs
+        self.failure: JobError | None = None  # of the storage; Tune would hide it, and repeat the trial
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Pickle nothing: Tune pickles callbacks for its own restore, which is never used."""
@@ -159,6 +166,8 @@ class _Watcher(tune.Callback):
 
     def pieces(self, *, with_race: bool = True) -> Iterator[Piece]:
         """Yield what can be trained now, or is being trained; a point is only proposed if the caller takes it."""
+        if self.failure is not None:
+            return
         yield from pieces(self.sweep, self._table, self._candidates, with_race=with_race)
         first_epoch = rungs_of(self.sweep)[0]
         while point := self._candidates.propose(lambda point: self._table.score_at(point, first_epoch)):
@@ -182,23 +191,30 @@ class _Watcher(tune.Callback):
         record.state = FAILED if record.reason else ended
         self._changed(record)
         self._decide()
-        kept = self._table.kept(self.sweep.config, self.sweep.job.train.seed)
-        _drop_checkpoints(self.sweep, self._table, kept)
+        with self.failure_noted():
+            _drop_checkpoints(self.sweep, self._table, self._table.kept(self.sweep.config, self.sweep.job.train.seed))
 
     def on_trial_error(self, trial: Trial, **info: Any) -> None:
         # Tune does not retry a process that dies as it is reset. If none has started, the trial has no record yet.
         record = self._table.start(self._point(trial))
         is_lost = trial.num_failures > self.sweep.job.workers.max_failures
-        record.state, record.reason = (LOST, reason_of(trial)) if is_lost else (WAITING, "")
-        self._changed()
+        record.state = self._without_process(record)
+        if record.state == WAITING and is_lost:
+            record.state, record.reason = LOST, reason_of(trial)
+        self._changed(*[record] * (record.state != WAITING))
         self._decide()
+
+    def _without_process(self, record: TrialRecord) -> str:
+        """Return the state of a trial whose process has died: done, if that was after the report of its last epoch."""
+        has_ended = bool(record.reported) and record.reported[-1][0] >= self.sweep.job.train.num_epochs
+        return DONE if has_ended else WAITING
 
     def end(self) -> None:
         """Mark the trials that were cut off when the time was up: Tune does not report them."""
-        for record in self._table.by_point.values():
-            if record.state in (RUNNING, WAITING):
-                record.state = STOPPED
-        self._changed()
+        cut_off = [record for record in self._table.by_point.values() if record.state in (RUNNING, WAITING)]
+        for record in cut_off:
+            record.state = STOPPED
+        self._changed(*cut_off)
 
     def _decide(self) -> None:
         """Where a new rung has begun, say so, and stop the trials that are not on it."""
@@ -217,8 +233,18 @@ class _Watcher(tune.Callback):
     def _point(self, trial: Trial) -> Point:
         return self.sweep.space.point(trial.config["values"], trial.config["seed"])
 
+    @contextlib.contextmanager
+    def failure_noted(self) -> Iterator[None]:
+        """Keep the storage's first failure, to end the search with it."""
+        try:
+            with in_one_line("the storage has failed"):
+                yield
+        except JobError as error:
+            self.failure = self.failure or error
+
     def _changed(self, *ended: TrialRecord) -> None:
-        self.sweep.job.run.write_text(TRIALS_FILE, self._table.to_csv())
+        with self.failure_noted():
+            self.sweep.job.run.write_text(TRIALS_FILE, self._table.to_csv())
         for record in ended or (None,):
             self._on_change(self._table, record)
 

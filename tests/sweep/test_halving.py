@@ -157,6 +157,7 @@ def test_the_race_ends_where_the_validation_set_cannot_tell(tmp_path: Path) -> N
     sweep = dataclasses.replace(sweep_of(tmp_path), num_validation=900)  # 0.9 of 900 examples: a standard error of 0.01
     assert still_racing(sweep, {A: [0.904, 0.896], B: [0.887, 0.895]}) == []
     assert still_racing(sweep, {A: [0.904, 0.896], B: [0.887, 0.890]}) == [A, B]
+    assert still_racing(sweep, {A: [1.3, 1.3], B: [1.3, 1.2]}) == [A, B]  # a fraction such as MAPE may be above 1
 
 
 def test_the_error_of_a_difference_is_that_of_a_paired_t_test(tmp_path: Path) -> None:

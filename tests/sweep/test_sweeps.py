@@ -27,10 +27,11 @@ from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist import MNIST
 from mnist_ray.run.job import Job
 from mnist_ray.settings import json_lines, values_of
-from mnist_ray.storage import locate
+from mnist_ray.storage import RunFolder, locate
 from mnist_ray.sweep.trial import TrialSpec, run_trial
 from mnist_ray.sweep.tune import load_data, read_sweep, say_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
+from mnist_ray.training.checkpoint import digest_of
 from mnist_ray.workload import Arrays, Data, Regression, Workload, setting
 from mnist_ray.workload.data import Split
 from tests.conftest import ROOT, as_flags, mnist, run_main, write_data_set
@@ -305,6 +306,27 @@ def test_every_trial_failing_ends_the_job_with_the_first_reason(where: dict[str,
         tune({**where, "num_trials": 1, "sweep": ["learning_rate=1e19:1e20"]})
 
 
+@pytest.mark.parametrize("failing", ["write_text", "delete"])
+def test_storage_that_fails_while_a_trial_ends_is_one_line_and_the_sweep_goes_on_from_there(
+    failing: str, trained: Mock, where: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    does = getattr(RunFolder, failing)
+
+    def fail(folder: RunFolder, *given: Any) -> Any:
+        if "done" in str(given) or (failing == "delete" and folder.name.startswith("learning_rate")):
+            raise OSError(28, "No space left on device")
+        return does(folder, *given)
+
+    settings = {**where, **rates(2e-3, 3e-3), "num_epochs": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, failing, fail)
+        said = r"^the storage has failed: No space left on device; to resume: tune\(resume=True.* \(logs: "
+        with pytest.raises(JobError, match=said):
+            tune(settings)
+    resume(tmp_path / "run")
+    assert [row["state"] for row in rows(tmp_path / "run")] == ["done"] * 2
+
+
 def test_a_time_budget_stops_trials(trained: Mock, where: dict[str, Any], tmp_path: Path) -> None:
     tune({**where, "num_trials": 2, "num_epochs": 1_000_000, "time_budget_s": 6.0})
     trials = rows(tmp_path / "run")
@@ -318,7 +340,11 @@ def test_a_time_budget_stops_trials(trained: Mock, where: dict[str, Any], tmp_pa
         ({"sweep": ["batch_size=60000"]}, "--sweep: batch size 60,000 is larger than the 55,000 images to train on"),
         ({"sweep": ["batch_size=8"], "batch_size": 9}, "--sweep searches batch_size: name it only once"),
         ({"batch_size": 8, "learning_rate": 0.1}, "nothing to search: name settings of MNIST with --sweep"),
-        ({"validation_size": 0}, "a sweep chooses by validation accuracy"),
+        ({"validation_size": 0}, "a sweep chooses by validation accuracy, but no examples are held out: leave"),
+        ({"overfit_batches": 2}, "leave --validation-size 0 and --overfit-batches out"),
+        ({"num_workers": 0}, "a sweep runs on Ray: leave --num-workers 0 out"),
+        ({"sweep": ["schedule=one-cycle,cosine", "warmup_steps=0,5"]}, "--warmup-steps: one-cycle has its own warm-up"),
+        ({"sweep": ["compile=true,false"], "reproducible": True}, "--reproducible does not go with --compile"),
         ({"search": "grid", "num_trials": 2}, "--search grid needs 5 trials for all combinations"),
         ({"resume": True, "run_name": "ghost"}, "--resume: there is no run"),
         ({"time_budget_s": 0.0}, "--time-budget-s must be a positive number"),
@@ -397,6 +423,7 @@ def test_batch_sizes_are_at_most_the_examples_and_a_setting_that_decides_the_dat
         ),
         ({"num_trials": 3}, "random, 3 trials of 2 epochs, then the best 3 with up to two more seeds: "),
         ({"num_confirmed": 0}, "random, 16 trials of 2 epochs: "),
+        ({"num_trials": 1}, "random, 1 trial of 2 epochs: "),
         ({"sweep": ["width=2,4"]}, "random, 2 trials of 2 epochs, then the best 2 with up to two more seeds: "),
         (
             {"sweep": ["width=3:7"], "search": "grid"},
@@ -454,6 +481,7 @@ def test_a_trial_killed_after_the_last_checkpoint_of_a_piece_reports_it_again(
 ) -> None:
     reported: list[dict[str, Any]] = []
     watch, unwatch = Mock(), Mock()
+    monkeypatch.setattr("mnist_ray.run.worker.SHOWN_EVERY_S", 0)
     monkeypatch.setattr("mnist_ray.run.worker.end_if_hung", watch)
     monkeypatch.setattr("faulthandler.cancel_dump_traceback_later", unwatch)
     for until_epoch in (0.5, 0.5, 2, 2):
@@ -463,3 +491,18 @@ def test_a_trial_killed_after_the_last_checkpoint_of_a_piece_reports_it_again(
     assert watch.call_count >= 4 + 3 * 6  # where each run begins, and at each batch of the three validations
     assert {call.args for call in watch.call_args_list} == {(60,)}
     assert unwatch.call_count == 4  # also where there is nothing to train: Tune may keep the process for long
+
+
+def test_a_trial_whose_checkpoint_is_further_than_its_piece_and_not_validated_validates(
+    ray_address: str, few_images: Arrays, tmp_path: Path
+) -> None:
+    reported: list[dict[str, Any]] = []
+    try_one(reported.append, few_images, tmp_path, mnist(), OutputConfig(), until_epoch=0.5)
+    (state,) = tmp_path.glob("trials/*/checkpoint_epoch*/state.json")
+    document = json.loads(state.read_text())
+    document["metrics"] = {name: value for name, value in document["metrics"].items() if not name.startswith("val_")}
+    document["sha256"][state.name] = digest_of(document)
+    state.write_text(json.dumps(document))
+    try_one(reported.append, few_images, tmp_path, mnist(), OutputConfig(), until_epoch=0.25)
+    before, after = ({name: value for name, value in each.items() if name != "val_s"} for each in reported)
+    assert after == before

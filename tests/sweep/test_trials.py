@@ -49,6 +49,9 @@ def test_the_table_ranks_by_accuracy_then_loss_and_failed_trials_last() -> None:
     assert table.best.records == (rows[4],)
     assert (table.count(DONE), table.count(STOPPED, FAILED)) == (2, 2)
     assert table_with(rows[0], rows[3]).best is None
+    table = table_of((1e-3, 0, FAILED, math.nan), (1e-3, 1, DONE, 0.99), (2e-3, 0, DONE, 0.9))
+    assert table.best is not None
+    assert table.best.val_monitor == 0.9, "a configuration that fails with a seed is not chosen"
 
 
 def test_less_is_better_if_the_workload_says_so_and_without_metrics_the_loss_chooses(tmp_path: Path) -> None:
