@@ -135,11 +135,12 @@ def tune(workload: AnyWorkload = None, **settings: Any) -> SweptRun:
     if isinstance(searched := settings.get("sweep"), Mapping):
         settings["sweep"] = [f"{name}={_space_text(space)}" for name, space in searched.items()]
     sweep = tune_sweep(read_sweep(_given(workload, settings)))
-    job, best = sweep.job, sweep.job.run.require_json(BEST_FILE)
+    job, run = sweep.job, _run(sweep.job)
+    best = job.run.require_json(BEST_FILE)
     default = job.run.inside(DEFAULT_FOLDER)
     default_result = default.read_json(RESULT_FILE)
     return SweptRun(
-        **vars(_run(job)),
+        **vars(run),
         best={name: best[name] for name in sweep.space.spaces},
         trials=sweep.table().rows,
         default=None if default_result is None else Run(default, job.workload, default_result),

@@ -143,7 +143,10 @@ def _flags_of_run(command: Callable[[], None], config_class: type) -> dict[str, 
     if "workload" not in early:
         with contextlib.suppress(UsageError):  # reported when all flags are read
             storage_path = early.get("storage_path", OutputConfig().storage_path)
-            workload_class = _class_of(find_run(run, storage_path), storage_path)
+            folder = find_run(run, storage_path)
+            # The word may be the value of a flag that is not yet known.
+            folder = folder if folder.exists() else find_run(None, storage_path)
+            workload_class = _class_of(folder, storage_path)
     parser = _parser(command, config_class, workload_class.Settings)
     _add_run(parser, "run", nargs="?")
     return parser.read_flags()

@@ -110,7 +110,8 @@ def _drawn(workload: Workload, notes: list[str], what: str, draw: Callable[[], I
 
 def _status(record: RunRecord, resume_with: str, is_running: bool) -> str:
     """Return how far a run is. A second line has its date, the size of its model and its workers, if they are known."""
-    epochs, nouns = f"{len(record.epochs)} of {record.config['num_epochs']} epochs", record.workload.nouns
+    done = max(record.column("epoch"), default=0)  # a sweep's trial leaves the last row only
+    epochs, nouns = f"{done:.0f} of {record.config['num_epochs']} epochs", record.workload.nouns
     known = {"started": "started {!s:.16}", "parameters": "{} parameters", "workers": "{}"}
     about = " · ".join(said.format(record.origin[name]) for name, said in known.items() if name in record.origin)
     if is_running:
@@ -138,7 +139,9 @@ def _headlines(record: RunRecord) -> dict[str, str]:
 
 def _curves(record: RunRecord, metric: Metric) -> list[Picture]:
     steps = [row["step"] for row in record.steps]
-    total = steps[-1] if steps else 0
+    if not steps:  # of a run that a sweep's trial has trained
+        return []
+    total = steps[-1]
     training = [row.get(f"train_{metric.name}", math.nan) for row in record.steps]
     least = min(max(_LEAST_EPOCH * record.steps_per_epoch, _LEAST_PART * total), record.steps_per_epoch)
     ends = [epoch * record.steps_per_epoch for epoch in record.column("epoch")]
@@ -183,9 +186,9 @@ def _trials(record: RunRecord) -> list[Table]:
 
 
 def _shortened(text: str) -> str:
-    """Return a text from a CSV file; a number with at most five digits."""
+    """Return a text from a CSV file; a number that is not whole with at most five digits."""
     try:
-        return _number(float(text), ".5g")
+        return text if text.isdigit() else _number(float(text), ".5g")
     except ValueError:
         return text
 

@@ -19,7 +19,7 @@ class Callback(UserClass):
     """
 
     def on_start(self, state: TrainingState, group: Group) -> None:
-        """Training starts. If there is a checkpoint, it is already restored into ``state``."""
+        """Training starts. If there is a checkpoint, it is already restored into ``state``. Freeze layers here."""
 
     def on_gradients(self, state: TrainingState) -> None:
         """The model holds the gradients of the global batch's mean loss, before clipping."""

@@ -116,7 +116,7 @@ def test_an_interrupted_run_has_a_report(unfinished_run: Path, test_images: Spli
     before_first_step = locate(str(tmp_path), "run")
     before_first_step.write_text("config.json", json_lines(values_of(TrainConfig(), WorkerConfig())))
     for run, test, num_epochs in ((at(unfinished_run), test_images, 1), (before_first_step, None, 0)):
-        assert list(write(run, test)) == ["loss", "accuracy", *["learning_rate"] * num_epochs]
+        assert list(write(run, test)) == ["loss", "accuracy", "learning_rate"] * num_epochs  # none without a step
         text = run.read_text("report.html") or ""
         assert f"not finished: {num_epochs} of 2 epochs" in text
         page = Page(text)
@@ -238,12 +238,23 @@ def test_a_sweeps_report_has_its_trials_best_first(finished_run: Path, tmp_path:
     assert places == ["2", "1"]
 
 
+def test_the_report_of_a_run_that_a_trial_has_trained_has_no_curves_and_all_its_epochs(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished_run, tmp_path / "run")
+    header, *_, last = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    (tmp_path / "run" / "metrics.csv").write_text(f"{header}\n{last}\n")
+    (tmp_path / "run" / "steps.csv").unlink()
+    assert {"loss", "accuracy"}.isdisjoint(write(locate(str(tmp_path), "run")))
+    assert "finished: 2 of 2 epochs" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_a_run_with_untrusted_code_or_without_settings_is_refused(tmp_path: Path) -> None:
     run = locate(str(tmp_path), "run")
     run.write_text("config.json", json_lines({"num_epochs": 1, "workload": str(tmp_path / "steals.py")}))
     with pytest.raises(UsageError, match="code that may have come with a run"):
         workload_of(run, None, str(tmp_path))
-    with pytest.raises(UsageError, match=r"is no run: it has no config\.json"):
+    with pytest.raises(UsageError, match=r"is no run, or a sweep that has not chosen yet: it has no config\.json"):
         RunRecord.read(locate(str(tmp_path), "nothing"), mnist())
     run.write_text("config.json", "{")
     with pytest.raises(JobError, match=r"config\.json is damaged: .*; restore the file, or start a new run"):
