@@ -91,7 +91,7 @@ def test_training_returns_the_run_with_its_files_and_evaluation_by_name_agrees(r
 def test_a_run_of_another_process_is_loaded_by_its_name_or_path(run: Run) -> None:
     for loaded in (mnist_ray.load_run("one", storage_path=run.folder.storage_path), mnist_ray.load_run(run.folder.uri)):
         assert (str(loaded), loaded.history, loaded.checkpoint) == (str(run), run.history, run.checkpoint)
-    with pytest.raises(UsageError, match=r"is no run: it has no config\.json"):
+    with pytest.raises(UsageError, match=r"two is no run, or a sweep that .*: it has no config\.json"):
         mnist_ray.load_run("two", storage_path=run.folder.storage_path)
 
 

@@ -195,9 +195,8 @@ class Reporter(Callback):
         assert self._validation is not None
         workload, start = self._job.workload, time.perf_counter()
         loading = self._job.workers.loader_workers, self.show_life
-        values = engine.evaluate_together(workload, state.result, self._validation, self._group, *loading).values(
-            workload
-        )
+        evaluation = engine.evaluate_together(workload, state.result, self._validation, self._group, *loading)
+        values = evaluation.values(workload)
         metrics: dict[str, Any] = {f"val_{name}": value for name, value in values.items()}
         # By the score, Ray keeps the best checkpoints.
         return {**metrics, "val_score": score(workload, values), "val_s": time.perf_counter() - start}

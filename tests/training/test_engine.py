@@ -484,6 +484,7 @@ def trained_head(few_images: Arrays, *, is_frozen: bool) -> nn.Module:
     config = replace(CONFIG, schedule="constant", clip_grad_norm=0.2)
     state = engine.create_state(mnist(), config, len(few_images), CPU)
     state.optimizer = torch.optim.SGD(state.model.get_submodule("dense2").parameters(), lr=0.05)
+    state.scheduler = mnist().create_scheduler(state.optimizer, config, 1)
     for name, parameter in state.model.named_parameters():
         parameter.requires_grad = not is_frozen or name.startswith("dense2")
     engine.train(mnist(), state, Split(few_images), config, Group())
