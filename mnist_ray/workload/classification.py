@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _NUM_TOP = 3
 _MOST_COLUMNS = 12  # with more classes, the console shows no confusion matrix
+_MOST_ROWS = 1000  # with more classes, there is no confusion matrix: its memory grows with their square
 
 
 class Classification(Workload):
@@ -107,12 +108,19 @@ class Classification(Workload):
         }
 
     def details(self, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Return the accuracy per class (None without examples) and the confusion matrix, a row per label."""
+        """Return the accuracy per class (None without examples) and the confusion matrix, a row per label.
+
+        With very many classes, the matrix is left out.
+        """
         labels, predictions = columns["label"].astype(int), columns["prediction"].astype(int)
-        places, shape = labels * self.num_classes + predictions, (self.num_classes, self.num_classes)
-        counts: Any = np.bincount(places, minlength=self.num_classes**2).reshape(shape).tolist()
-        accuracies = [row[label] / sum(row) if sum(row) else None for label, row in enumerate(counts)]
-        return {"test_accuracy_per_class": accuracies, "confusion_matrix": counts}
+        hits = labels[labels == predictions]
+        totals, right = (np.bincount(some, minlength=self.num_classes).tolist() for some in (labels, hits))
+        accuracies = [part / total if total else None for part, total in zip(right, totals, strict=True)]
+        if self.num_classes > _MOST_ROWS:
+            return {"test_accuracy_per_class": accuracies}
+        counts = np.zeros((self.num_classes, self.num_classes), int)
+        np.add.at(counts, (labels, predictions), 1)
+        return {"test_accuracy_per_class": accuracies, "confusion_matrix": counts.tolist()}
 
     def lines(self, columns: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
         """Return the confusion matrix, with a row per label and a column per prediction; [] if it would be too wide."""

@@ -138,7 +138,12 @@ def scale_axis(axes: Axes, metric: Metric, name: str = "") -> None:
 def of_classification(
     workload: Workload, classes: Sequence[Any], result: Mapping[str, Any], rows: Rows, test: Split | None
 ) -> list[Picture]:
-    """Return the confusion matrix and, if the examples are pictures, some of them."""
+    """Return the confusion matrix, if there is one, and some of the examples, if they are pictures."""
+    examples = _examples(workload, rows, test) if rows and test is not None else []
+    return [*([_confusion(classes, result)] if "confusion_matrix" in result else []), *examples]
+
+
+def _confusion(classes: Sequence[Any], result: Mapping[str, Any]) -> Picture:
     names, counts = list(map(drawable, classes)), np.array(result["confusion_matrix"])
     mistakes = counts * ~np.eye(len(counts), dtype=bool)
     label, prediction = map(int, np.unravel_index(mistakes.argmax(), mistakes.shape))
@@ -148,8 +153,7 @@ def of_classification(
     caption = "Shade: the fraction of the label's examples that were predicted so. Right predictions have none."
     if names != [*map(str, classes)]:
         caption += " Names have escapes for characters that the font lacks."
-    matrix = Picture("confusion", "Confusion matrix of the test set", alt, confusion_matrix(counts, names), caption)
-    return [matrix, *(_examples(workload, rows, test) if rows and test is not None else ())]
+    return Picture("confusion", "Confusion matrix of the test set", alt, confusion_matrix(counts, names), caption)
 
 
 def _examples(workload: Workload, rows: Rows, test: Split) -> list[Picture]:

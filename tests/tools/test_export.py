@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mnist_ray
 from mnist_ray.config import ExportConfig, TrainConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist.cnn import CNN
@@ -16,6 +17,23 @@ from mnist_ray.training.checkpoint import snapshot
 from mnist_ray.training.engine import create_state
 from mnist_ray.workload.data import Arrays
 from tests.conftest import folder_at, mnist, run_main
+
+WIDE = """
+from dataclasses import dataclass
+from torch import nn
+from mnist_ray.mnist import MNIST
+from mnist_ray.workload import setting
+
+@dataclass(frozen=True)
+class Settings(MNIST.Settings):
+    width: int = setting(8, "units")
+
+class Wide(MNIST):
+    Settings = Settings
+    def create_model(self):
+        width = self.settings.width
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, width), nn.ReLU(), nn.Linear(width, 10))
+"""
 
 
 def prepared(images: Arrays, number: int) -> torch.Tensor:
@@ -47,6 +65,14 @@ def test_an_exported_program_computes_the_same_as_the_checkpoint(
         images = prepared(few_images, size)
         with torch.inference_mode():
             torch.testing.assert_close(program(images), model(images), rtol=0, atol=1e-4)
+
+
+def test_a_settings_value_before_the_newest_run_is_not_taken_for_its_name(tmp_path: Path) -> None:
+    (tmp_path / "wide.py").write_text(WIDE)
+    given = {"num_workers": 0, "num_epochs": 1, "limit": 0.02, "storage_path": str(tmp_path / "runs")}
+    mnist_ray.train(str(tmp_path / "wide.py"), **given)
+    run_main("export", "--width", "8", "--storage-path", str(tmp_path / "runs"), "--output", str(tmp_path / "a.pt2"))
+    assert (tmp_path / "a.pt2").exists()
 
 
 def test_the_check_sees_another_model(model: torch.nn.Module, few_images: Arrays) -> None:

@@ -167,6 +167,13 @@ def test_columns_of_small_dtypes_do_not_overflow() -> None:
     assert workload([*range(200)]).details(columns)["confusion_matrix"][150][199] == 3
 
 
+def test_very_many_classes_have_no_confusion_matrix_but_their_accuracies() -> None:
+    many = workload([*range(100_000)])
+    details = many.details({"label": np.array([7, 7]), "prediction": np.array([7, 99_999])})
+    assert (details["test_accuracy_per_class"][7], len(details["test_accuracy_per_class"])) == (0.5, 100_000)
+    assert many.pictures(details, [], None) == []
+
+
 def test_details_are_json() -> None:
     details = workload().details(COLUMNS)
     assert details["test_accuracy_per_class"] == [2 / 3, 1 / 2, None, 3 / 4, 1]
