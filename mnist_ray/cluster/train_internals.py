@@ -22,5 +22,5 @@ from ray.train.v2._internal.callbacks.placement_group_callback import (
 from ray.train.v2._internal.exceptions import RayTrainError as RayTrainError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError as WorkerHealthCheckFailedError
 
-# The base of a callback that learns which actor controls the workers.
+# The base of a callback that is called in the process that controls the workers, also before it starts them.
 from ray.train.v2._internal.execution.callback import ControllerCallback as ControllerCallback

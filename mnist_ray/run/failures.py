@@ -59,11 +59,9 @@ class FailureReporter(UserCallback):
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         """Handle the exceptions of the failed ranks."""
         for error in worker_exceptions.values():
-            # Ray treats an error raised here as an error of its own controller, and does not retry.
-            if isinstance(error, CodeFailedError):
-                raise TrainingStoppedError(str(error))
-            if isinstance(error, OldCheckpointError):
-                raise error
+            if isinstance(error, (CodeFailedError, OldCheckpointError)):
+                # Ray treats an error raised here as an error of its own controller, and does not retry.
+                raise TrainingStoppedError(str(error)) if isinstance(error, CodeFailedError) else error
         if self._event_queue is not None:
             self._event_queue.put.remote(WorkersLost(describe(worker_exceptions)))
 

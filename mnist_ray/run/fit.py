@@ -33,7 +33,7 @@ from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.signals import Noted, first_only_noted
 from mnist_ray.storage import SNAPSHOT_FILE, STORAGE_ERRORS, RunFolder, in_one_line, with_retries
-from mnist_ray.training.events import ControllerAlive, Event, Started, Stopping, WorkersLost
+from mnist_ray.training.events import ControllerAlive, Event, Started, Starting, Stopping, WorkersLost
 
 _POLL_INTERVAL_S = 0.5  # between the driver's requests for events; workers send their progress at the same interval
 _END_TIMEOUT_S = 5.0  # to wait for the end of Ray Train's controller, if the run ends first
@@ -66,7 +66,7 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
             remove_orphans()  # left by an earlier call in this process
             callbacks = [FailureReporter(event_queue)]
             trainer = create_trainer(spec, plan, max_failures, callbacks)
-            result = _fit_and_listen(trainer, event_queue, on_event)
+            result = fit_and_listen(trainer, event_queue, on_event)
             break
         except (ray.train.TrainingFailedError, RayError, *STORAGE_ERRORS) as error:
             cause = cause_of(error)
@@ -86,7 +86,7 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
         return best_of(job.run)
 
 
-def _fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[[Event], None]) -> ray.train.Result:
+def fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[[Event], None]) -> ray.train.Result:
     """Fit in another thread, while this thread passes on events and handles Ctrl-C; return the result.
 
     At the first Ctrl-C, workers that are training save a checkpoint; then this raises KeyboardInterrupt.
@@ -116,20 +116,21 @@ def _listen(
     alive_at = math.inf  # unknown until the controller has started
     while is_running and (is_training or not interrupted.is_set):
         is_running = bool(wait([result], _POLL_INTERVAL_S).not_done)  # checked before the last events are taken
-        for event in _taken(event_queue):
-            if isinstance(event, ControllerAlive):
-                alive_at = time.monotonic()
-                continue
-            is_training = isinstance(event, Started) or (is_training and not isinstance(event, WorkersLost))
-            on_event(event)
+        taken = _taken(event_queue)
+        events = [event for event in taken if not isinstance(event, ControllerAlive)]
+        if len(events) < len(taken):
+            alive_at = time.monotonic()
+        elif time.monotonic() - alive_at > LONGEST_SILENCE_S:
+            with contextlib.suppress(RayError):
+                end_controllers()  # else it could go on to train, once it answers again
+            raise RaySilentError.of("Ray Train's controller")
+        for event in events:
+            is_training = isinstance(event, Started) or (is_training and not isinstance(event, (Starting, WorkersLost)))
+            on_event(event)  # may take long, if the terminal or the storage does
         if interrupted.is_set and is_training and not is_stopping:
             is_stopping = True
             event_queue.want_stop.remote()
             on_event(Stopping())
-        if time.monotonic() - alive_at > LONGEST_SILENCE_S:
-            with contextlib.suppress(RayError):
-                end_controllers()  # else it could go on to train, once it answers again
-            raise RaySilentError.of("Ray Train's controller")
 
 
 def _taken(event_queue: Any) -> list[Event]:
@@ -200,6 +201,10 @@ class _OnController(train_internals.ControllerCallback):
         scorer.addFilter(lambda record: "no key: val_score" not in record.getMessage())
         if self._event_queue is not None:
             threading.Thread(target=self._show_life, daemon=True).start()
+
+    def before_controller_execute_resize_decision(self, resize_decision: object) -> None:
+        if self._event_queue is not None:
+            self._event_queue.put.remote(Starting())
 
     def _show_life(self) -> None:
         """Send signs of life. The controller itself answers nothing while it waits for nodes or for its workers."""

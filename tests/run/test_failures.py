@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.train import PreemptionInfo
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from mnist_ray.cluster.watch import LONGEST_SILENCE_S
+from mnist_ray.cluster.watch import LONGEST_SILENCE_S, RaySilentError
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, TrainingStoppedError, UsageError
 from mnist_ray.report.run_files import read_csv
@@ -41,11 +42,12 @@ from mnist_ray.run.failures import OldCheckpointError, describe
 from mnist_ray.run.find import best_of, drop_others, find
 from mnist_ray.run.fit import EventQueue
 from mnist_ray.run.worker import LoopSpec
+from mnist_ray.signals import Noted
 from mnist_ray.storage import RunFolder, checkpoint_name, locate
 from mnist_ray.training import checkpoint, engine
 from mnist_ray.training.checkpoint import Restored, restore_newest
 from mnist_ray.training.engine import create_state
-from mnist_ray.training.events import WorkersLost
+from mnist_ray.training.events import ControllerAlive, Event, Started, Starting, Stopping, WorkersLost
 from mnist_ray.training.state import CodeFailedError, Group
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import (
@@ -195,6 +197,55 @@ def test_a_run_whose_event_queue_dies_says_in_one_line_how_to_resume(finished_ru
     assert "\n" not in complained
     run_main("train", *gate.flags(), "--resume")  # the CPUs of the workers are free again
     assert weights(gate.run) == weights(finished_run)
+
+
+def queue_of(takes: list[list[Event]], over: threading.Event) -> Any:
+    """Return an event queue of which each take gives the next events; after the last ones, the training is ``over``."""
+
+    def take() -> Any:
+        events = takes.pop(0) if takes else []
+        if not takes:
+            over.set()
+        return ray.put(events)
+
+    return Mock(**{"take.remote": take})
+
+
+@pytest.mark.parametrize("is_alive", [True, False])
+@pytest.mark.usefixtures("ray_address")
+def test_a_controller_is_silent_if_it_shows_no_life_but_not_if_the_driver_was_slow(
+    is_alive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, over, ended = [0.0], threading.Event(), Mock()
+    monkeypatch.setattr(fit, "time", Mock(monotonic=lambda: now[0]))
+    monkeypatch.setattr(fit, "end_controllers", ended)
+
+    def be_slow(event: Event) -> None:
+        now[0] += 100
+
+    lost, life = WorkersLost("a node is away"), list[Event]([ControllerAlive()] if is_alive else [])
+    takes: list[list[Event]] = [[ControllerAlive(), lost], life, [lost], life, []]
+    with contextlib.nullcontext() if is_alive else pytest.raises(RaySilentError, match="has not answered for 50 s"):
+        assert fit.fit_and_listen(Mock(fit=over.wait), queue_of(takes, over), be_slow)
+    assert ended.called != is_alive
+
+
+@pytest.mark.usefixtures("ray_address")
+def test_an_interrupted_run_waits_for_workers_that_train_and_for_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    noted, over, events = Noted(), threading.Event(), list[Event]()
+    monkeypatch.setattr(fit, "first_only_noted", lambda: contextlib.nullcontext(noted))
+    monkeypatch.setattr(fit, "end_controllers", over.set)
+    started = Started(1, ("here",), 1, "cpu", "fp32", 0, 0, 10)
+
+    def note(event: Event) -> None:
+        events.append(event)
+        noted.is_set = True
+
+    queue = queue_of([[started], [], [Starting()], [], []], over)
+    with pytest.raises(KeyboardInterrupt):
+        fit.fit_and_listen(Mock(fit=over.wait), queue, note)
+    assert events == [started, Stopping(), Starting()]
+    queue.want_stop.remote.assert_called_once()
 
 
 def test_a_training_that_ends_before_its_event_queue_has_started_loses_no_event(
