@@ -37,7 +37,7 @@ class Owner:
     host: str
     machine: str  # ids of the machine's boot and of its pid namespace; empty if unknown
     pid: int
-    started: int  # when the process started, in clock ticks since its machine's boot, whatever the clock's time
+    ticks: int  # of its machine's clock, from the boot to the process's start, whatever the time of day
 
     @property
     def is_here(self) -> bool:
@@ -47,16 +47,16 @@ class Owner:
     @property
     def has_died(self) -> bool:
         """Whether the owner's process has died; valid only if the owner ``is_here``."""
-        return started_at(self.pid) != self.started  # another process may have its id by now
+        return ticks_at_start(self.pid) != self.ticks  # another process may have its id by now
 
 
 def this_process() -> Owner:
     """Return this process as an owner."""
-    return Owner(socket.gethostname(), _machine(), os.getpid(), started_at(os.getpid()))
+    return Owner(socket.gethostname(), _machine(), os.getpid(), ticks_at_start(os.getpid()))
 
 
-def started_at(pid: int) -> int:
-    """Return when a process started, in clock ticks since its machine's boot; -1 if it has ended, or without /proc."""
+def ticks_at_start(pid: int) -> int:
+    """Return the clock ticks from the boot to a process's start; -1 if the process has ended, or without /proc."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except OSError:
@@ -152,7 +152,7 @@ def _read(run: RunFolder) -> tuple[str | None, Owner | None]:
     try:
         text = run.storage.read_text(file_of(run))
         of = json.loads(text or "")
-        return text, Owner(str(of["host"]), str(of["machine"]), int(of["pid"]), int(of["started"]))
+        return text, Owner(str(of["host"]), str(of["machine"]), int(of["pid"]), int(of["ticks"]))
     except (DamagedFileError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
         return text, None
 

@@ -49,7 +49,7 @@ def assert_taken(run: RunFolder) -> None:
 
 def test_a_run_that_another_job_owns_is_refused_and_free_afterwards(run: RunFolder, tmp_path: Path) -> None:
     parent = os.getppid()
-    left = claim_of(run, replace(this_process(), pid=parent, started=lease.started_at(parent)))
+    left = claim_of(run, replace(this_process(), pid=parent, ticks=lease.ticks_at_start(parent)))
     with (
         pytest.raises(UsageError, match=f"a-run is in use by another job: process {parent} on this machine"),
         owned(run),
@@ -78,7 +78,7 @@ def test_an_interrupt_while_the_owners_file_is_written_leaves_no_file(
 
 def test_a_run_of_a_dead_process_on_this_machine_is_free_at_once(run: RunFolder) -> None:
     with psutil.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        owner = replace(this_process(), pid=process.pid, started=lease.started_at(process.pid))
+        owner = replace(this_process(), pid=process.pid, ticks=lease.ticks_at_start(process.pid))
         claim_of(run, owner)
         with pytest.raises(UsageError, match="in use"), owned(run):
             pass
@@ -87,7 +87,7 @@ def test_a_run_of_a_dead_process_on_this_machine_is_free_at_once(run: RunFolder)
         assert_taken(run)  # from a zombie
     claim_of(run, owner)
     assert_taken(run)
-    for wrong in ({"started": 1}, {"pid": -5}):  # another process has its id by now; the file is damaged
+    for wrong in ({"ticks": 1}, {"pid": -5}):  # another process has its id by now; the file is damaged
         claim_of(run, replace(this_process(), **wrong))  # type: ignore[arg-type]
         assert_taken(run)
 
@@ -97,7 +97,7 @@ def test_a_run_that_an_earlier_call_of_this_process_could_not_give_back_is_free(
     assert_taken(run)
 
 
-INFINITE = b'{"host": "h", "machine": "", "pid": 1e999, "started": 1}'
+INFINITE = b'{"host": "h", "machine": "", "pid": 1e999, "ticks": 1}'
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[]", b'{"host": 1}', b"\xff", INFINITE, b"[" * 100_000])
