@@ -159,6 +159,7 @@ def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callb
     state.learning_rate = float(state.optimizer.param_groups[0]["lr"])
     state.scaler.step(state.optimizer)
     state.scaler.update()
+    state.optimizer.zero_grad()
     state.model.zero_grad()  # also the gradients of parameters that the optimizer does not have
     state.scheduler.step()
     if config.ema_decay is not None:
@@ -335,6 +336,7 @@ def evaluate(
         if num_bytes > MOST_COLUMN_BYTES:
             name, size = f"{type(workload).__name__}.predictions", f"{MOST_COLUMN_BYTES / 2**20:,.0f} MiB"
             raise UsageError(f"{name}: the columns of {len(split):,} {workload.nouns} take more than {size}")
+    model.train(modes[model])  # calls the modules' own train(), if they have any
     for module, is_training in modes.items():
         module.training = is_training  # a callback may keep layers in evaluation mode
     values = iter(torch.stack([value.double() for each in sums for value in each.values()]).tolist() if sums else [])

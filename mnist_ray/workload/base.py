@@ -156,11 +156,11 @@ class Workload(UserClass):
         """Return the optimizer that ``config`` names."""
         from torch import optim
 
-        is_fused = all(parameter.is_floating_point() for parameter in model.parameters())
-        options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": is_fused}
+        fused = all(parameter.is_floating_point() for parameter in model.parameters()) or None  # None: PyTorch chooses
+        options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": fused}
         if config.optimizer == "sgd":
             # If fp16's loss scale skips the first step, fused SGD would never initialize its momentum.
-            options["fused"] = is_fused and config.precision != "fp16"
+            options["fused"] = None if config.precision == "fp16" else fused
             return optim.SGD(model.parameters(), momentum=config.momentum, **options)
         kind = optim.AdamW if config.optimizer == "adamw" else optim.Adam
         return kind(model.parameters(), betas=(config.beta1, config.beta2), **options)

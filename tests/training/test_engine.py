@@ -319,7 +319,7 @@ def test_progress_has_the_learning_rate_with_which_its_last_step_was_made(few_im
         (replace(CONFIG, optimizer="adamw", weight_decay=0.1), torch.optim.AdamW, {"lr": 2e-3, "weight_decay": 0.1}),
         (replace(CONFIG, optimizer="sgd", momentum=0.8), torch.optim.SGD, {"lr": 2e-3, "momentum": 0.8, "fused": True}),
         # A first step that fp16 skips would leave the momentum of PyTorch's fused SGD uninitialized.
-        (replace(CONFIG, optimizer="sgd", precision="fp16"), torch.optim.SGD, {"fused": False}),
+        (replace(CONFIG, optimizer="sgd", precision="fp16"), torch.optim.SGD, {"fused": None}),
     ],
 )
 def test_the_optimizer_is_as_configured(config: TrainConfig, kind: type, options: dict[str, Any]) -> None:
@@ -504,8 +504,16 @@ def test_an_evaluation_leaves_layers_in_their_mode_and_no_tensors_that_cannot_be
     model.get_submodule("conv1").eval()
     kept: list[torch.Tensor] = []
     model.register_forward_hook(lambda module, inputs, outputs: kept.append(outputs))
+    switched: list[bool] = []  # a LoRA layer merges its weights here
+
+    def train(mode: bool = True) -> nn.Module:
+        switched.append(mode)
+        return nn.Module.train(model, mode)
+
+    vars(model)["train"] = train
     engine.evaluate(mnist(), model, Split(few_images))
     assert [name for name, module in model.named_modules() if not module.training] == ["conv1"]
+    assert switched == [False, True]
     assert not kept[0].is_inference()
 
 
