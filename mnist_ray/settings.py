@@ -236,7 +236,7 @@ class Parser(argparse.ArgumentParser):
             kind: dict[str, Any] = {"type": plain, "choices": arguments or None}
             if plain is bool:
                 kind = {"action": argparse.BooleanOptionalAction}
-            elif plain in (int, float) and type(None) in get_args(hints[field.name]):
+            elif plain in (int, float) and not arguments and type(None) in get_args(hints[field.name]):
                 kind = {"type": _or_none(plain)}
             elif plain is tuple:
                 kind = {"type": arguments[0], "nargs": "+", "action": "extend"}

@@ -237,7 +237,8 @@ def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Splits]:
             flag = "--sweep: batch size" if batch_sizes else "--batch-size"
             raise UsageError(f"{flag} {largest:,} is larger than the {there}")
         notes.append(f"batch size {most:,}, not {largest:,}: there are only {there}")
-        job = job.with_values({"batch_size": most})
+        if job.train.batch_size > most:
+            job = job.with_values({"batch_size": most})
     fewest = dataclasses.replace(job.train, batch_size=min(largest, most)).num_steps(most) * job.train.num_epochs
     if job.train.warmup_steps >= fewest:
         raise UsageError(f"--warmup-steps {job.train.warmup_steps:,} must be below the {fewest:,} steps of the run")

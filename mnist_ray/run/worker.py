@@ -73,6 +73,7 @@ def train_worker(
     try:
         reporter.show_life()
         if is_piece_over and "val_score" not in restored.metrics:  # the sweep has lost its table, and trains less now
+            reporter.started(state, restored)  # on all ranks alike, or none validates
             restored = replace(restored, metrics={**restored.metrics, **reporter.validated(state)})
         reporter.begin(state, restored)
         if is_piece_over:

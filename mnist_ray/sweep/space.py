@@ -178,7 +178,7 @@ def _parsed(text: str, known: Mapping[str, _Setting]) -> tuple[str, SearchSpace]
     if name not in known:
         raise UsageError(f"there is no setting {name}{did_you_mean(name, known)}")
     setting = known[name]
-    setting.check(Choice(()))
+    setting.check(Choice(()))  # may it be searched at all?
     if ":" in given and setting.kind in (int, float):
         is_log = given.startswith(_LOG)
         ends = [setting.parse(end) for end in given.removeprefix(_LOG).split(":")]

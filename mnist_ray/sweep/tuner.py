@@ -60,13 +60,14 @@ def run_sweep(
     if config.scheduler == "asha":
         run(functools.partial(watcher.pieces, with_race=False), _asha(sweep))
     run(watcher.pieces, FIFOScheduler())
+    if watcher.failure is None and table.best is not None:
+        watcher.end()
     if watcher.failure is not None:
         raise JobError(f"{watcher.failure}; to resume: {sweep.job.resume_with}") from watcher.failure
     if table.best is None:
         reasons = [record.reason for record in table.by_point.values() if record.reason]
         again = f"; to try lost trials again: {sweep.job.resume_with}" if table.count(LOST) else ""
         raise JobError(f"every trial failed; the first one: {reasons[0] if reasons else 'the time was up'}{again}")
-    watcher.end()
     with in_one_line("the storage has failed"):
         kept = {table.best.records[0].point, *sweep.space.default_points(sweep.job.train.seed)}
         _drop_checkpoints(sweep, table, kept)

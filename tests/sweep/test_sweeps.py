@@ -406,6 +406,9 @@ def test_batch_sizes_are_at_most_the_examples_and_a_setting_that_decides_the_dat
     sweep, _ = load_data(read_sweep({**given, "validation_size": 500}))
     assert sweep.batch_sizes == [32, 64, 100]
     assert sweep.job.notes == ("batch size 100, not 512: there are only 100 examples to train on",)
+    sweep, _ = load_data(read_sweep({**given, "validation_size": 200}))
+    assert (sweep.batch_sizes, sweep.job.train.batch_size) == ([32, 64, 128, 256, 400], 128)  # the default fits
+    sweep, _ = load_data(read_sweep({**given, "validation_size": 500}))
     (tmp_path / "sweep.json").write_text(json_lines({**values_of(sweep.config), **sweep.job.values}))
     again, _ = load_data(read_sweep({**given, "config": str(tmp_path / "sweep.json")}))
     assert (again.space, again.job.notes) == (sweep.space, ())
