@@ -91,7 +91,6 @@ def train(
     window = LoggingWindow(workload, group)
     while not is_over(state, config):
         window.restart_clock()
-        gradients.check_trained()
         for pieces in _steps(examples, state, config, group, num_loader_processes):
             sums = gradients.compute(pieces)
             _update(state, config, callbacks)
@@ -187,11 +186,16 @@ class Gradients:
         self._generator = _generator(group.device)
 
     def compute(self, pieces: Sequence[Batch]) -> dict[str, Tensor]:
-        """Put the gradients into the model; return this rank's part of the sums over the global batch."""
+        """Put the gradients into the model; return this rank's part of the sums over the global batch.
+
+        Raises CodeFailedError, at an epoch's start, if other parameters than at first are trained.
+        """
+        if self._state.step == 0:
+            self._check_trained()
         return self._of_slice(pieces) if self._chunks is None else self._of_chunks(pieces, self._chunks)
 
-    def check_trained(self) -> None:
-        """Raise CodeFailedError if other parameters than at the start are trained, whose gradients nobody would add."""
+    def _check_trained(self) -> None:
+        """Nobody would add up the gradients of parameters that are trained only later."""
         is_alone = self._model is self._state.model and self._chunks is None
         if not is_alone and self._trained != [parameter.requires_grad for parameter in self._state.model.parameters()]:
             raise CodeFailedError("a callback has changed requires_grad in mid-training; change it in on_start")
