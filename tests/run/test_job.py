@@ -333,3 +333,16 @@ def test_a_resumed_run_says_that_its_data_cannot_be_checked(read: Any, tmp_path:
     job, _ = load_data(read("--resume", "--run-name", "run"))
     said = "cannot check that the data are unchanged: the workload does not list their files (Data.files)"
     assert job.notes == (FROM_THE_BEGINNING, said)
+
+
+def test_a_run_that_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([None, PermissionError(13, "Permission denied")])
+
+    def exists(folder: RunFolder, name: str = "") -> bool:
+        if (error := next(answers)) is not None:
+            raise error
+        return True
+
+    monkeypatch.setattr(RunFolder, "exists", exists)
+    with pytest.raises(JobError, match=f"^cannot read {tmp_path}/theirs: Permission denied$"):
+        read_job({"resume": True, "run_name": "theirs", "storage_path": str(tmp_path)})
