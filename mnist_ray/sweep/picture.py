@@ -5,14 +5,13 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mnist_ray.errors import count, format_settings, format_value, in_words
 from mnist_ray.settings import Choice
 from mnist_ray.sweep.trials import RUNNING, STOPPED, TrialRecord, TrialTable
-from mnist_ray.workload.figures import on_axis, png_of, scale_axis
+from mnist_ray.workload.figures import label_log_axis, on_axis, png_of, scale_axis
 
 _WIDTH = 9.5  # inches: across the page, the letters are as large as the page's own
 _TITLE_WIDTH = 80  # characters
@@ -67,9 +66,7 @@ def _draw_over(axes: Axes, table: TrialTable, records: list[TrialRecord], name: 
         axes.set_xticks(range(len(space.options)), list(map(format_value, space.options)))
     elif space.log:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-        axes.xaxis.set_minor_locator(ticker.NullLocator())
+        label_log_axis(axes.xaxis, space.low, space.high)
     axes.set_xlabel(in_words(name))
     scale_axis(axes, metric, f"validation {metric.name}")
     axes.grid(alpha=0.3)

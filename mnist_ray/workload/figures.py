@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
@@ -127,12 +128,17 @@ def scale_axis(axes: Axes, metric: Metric, name: str = "") -> None:
     least, most = min(drawn, default=1.0), max(drawn, default=1.0)
     if least <= _LINEAR_ABOVE if metric.is_fraction else metric.name == "loss" and least > 0:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if most < 1000 * least else (1,)))
-        axes.yaxis.set_minor_locator(ticker.NullLocator())
-        axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        label_log_axis(axes.yaxis, least, most)
     if metric.is_fraction:
         axes.invert_yaxis()
         axes.yaxis.set_major_formatter(lambda error, _: f"{100 - error:g}" if error > _LEAST_ERROR else "100")
+
+
+def label_log_axis(axis: Axis, least: float, most: float) -> None:
+    """Label 1, 2 and 5 of each power of ten between ``least`` and ``most``; of many powers, only 1."""
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if most < 1000 * least else (1,)))
+    axis.set_minor_locator(ticker.NullLocator())
+    axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
 
 
 def of_classification(
