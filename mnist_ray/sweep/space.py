@@ -58,9 +58,8 @@ class Space:
 
     def point(self, values: Mapping[str, Any], seed: int) -> Point:
         """Return the point with these values, which may be numbers from NumPy or Optuna, or text from a file."""
-        return Point(
-            tuple((name, _as(self.types[name], values[name], some)) for name, some in self.spaces.items()), seed
-        )
+        pairs = ((name, _as(self.types[name], values[name], some)) for name, some in self.spaces.items())
+        return Point(tuple(pairs), seed)
 
     def default_points(self, seed: int) -> list[Point]:
         """Return the default configuration, which others must beat; an empty list if it is outside the space."""
@@ -149,10 +148,14 @@ class _Setting:
             raise UsageError(f"{text!r} is no {self.kind.__name__}") from error
         return getattr(settings.build(self.config_class, {self.name: value}), self.name)
 
-    def check(self, space: SearchSpace) -> None:
-        """Raise UsageError if the setting is not searched, or refuses values of the space."""
+    def check_searched(self) -> None:
+        """Raise UsageError if all trials must have the same value."""
         if self.name in _NOT_SEARCHED or self.kind is tuple:
             raise UsageError(f"{self.name} is the same for all trials")
+
+    def check(self, space: SearchSpace) -> None:
+        """Raise UsageError if the setting is not searched, or refuses values of the space."""
+        self.check_searched()
         if isinstance(space, Range) and (space.low > space.high or (space.log and space.low <= 0)):
             raise UsageError("a range is LOW:HIGH or log:LOW:HIGH, the latter of positive numbers")
         for value in space.options if isinstance(space, Choice) else map(self.kind, (space.low, space.high)):
@@ -178,7 +181,7 @@ def _parsed(text: str, known: Mapping[str, _Setting]) -> tuple[str, SearchSpace]
     if name not in known:
         raise UsageError(f"there is no setting {name}{did_you_mean(name, known)}")
     setting = known[name]
-    setting.check(Choice(()))  # may it be searched at all?
+    setting.check_searched()
     if ":" in given and setting.kind in (int, float):
         is_log = given.startswith(_LOG)
         ends = [setting.parse(end) for end in given.removeprefix(_LOG).split(":")]

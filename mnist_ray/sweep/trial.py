@@ -46,7 +46,8 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
 
     A failure that would happen again is reported. Other failures are raised, and Tune retries the trial.
     """
-    point, until_epoch = Point(tuple(tune_config["values"].items()), tune_config["seed"]), tune_config["until_epoch"]
+    point = Point(tuple(tune_config["values"].items()), tune_config["seed"])
+    until_epoch = tune_config["until_epoch"]
     try:
         with code_failures_placed(*spec.job.code_folders):
             job = spec.job.with_values({**point.values, "seed": point.seed})

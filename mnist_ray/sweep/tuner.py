@@ -202,7 +202,7 @@ class _Watcher(tune.Callback):
         record.state = self._without_process(record)
         if record.state == WAITING and is_lost:
             record.state, record.reason = LOST, reason_of(trial)
-        self._changed(*[record] * (record.state != WAITING))
+        self._changed(*([] if record.state == WAITING else [record]))
         self._decide()
 
     def _without_process(self, record: TrialRecord) -> str:
