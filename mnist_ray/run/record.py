@@ -161,11 +161,12 @@ class Record:
         job.run.write_text(RESULT_FILE, json_lines(result))
         if is_last:
             if_ended(f"; the run is finished: {job.run.inside(RESULT_FILE).uri}")
+        values = tested.values(workload)
         self._console.show_evaluation(tested)
         if job.train.overfit_batches is not None and not math.isnan(self._first_loss):  # NaN in a resumed run
-            self._console.result("overfit", overfit_verdict(self._first_loss, tested.values(workload)["loss"]))
+            self._console.result("overfit", overfit_verdict(self._first_loss, values["loss"]))
         self._fitted, self._result = fitted, result
-        return tested.values(workload)[workload.monitor.name]
+        return values[workload.monitor.name]
 
     def close(self) -> None:
         """Write the report and close the trackers. If either fails, print a note: the run has not failed."""
