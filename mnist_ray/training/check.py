@@ -51,9 +51,7 @@ def try_batch(
 def check_batch(workload: Workload, batch: Batch, fewer: Batch, config: TrainConfig, num_examples: int) -> None:
     """Call each method that training and evaluation will call. ``fewer`` has only the first examples of the batch.
 
-    ``num_examples``: to train on.
-
-    Raises UsageError with the file name and line number of the user's code.
+    The run has ``num_examples`` to train on. Raises UsageError with the file name and line number of the user's code.
     """
     name, number = type(workload).__name__, batch.global_size
     if workload.compares_examples and (config.reproducible or config.micro_batch_size):

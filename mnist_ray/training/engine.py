@@ -195,7 +195,7 @@ class Gradients:
         return self._of_slice(pieces) if self._chunks is None else self._of_chunks(pieces, self._chunks)
 
     def _check_trained(self) -> None:
-        """Nobody would add up the gradients of parameters that are trained only later."""
+        """Raise CodeFailedError if other parameters than at first are trained: nobody would add up their gradients."""
         is_alone = self._model is self._state.model and self._chunks is None
         if not is_alone and self._trained != [parameter.requires_grad for parameter in self._state.model.parameters()]:
             raise CodeFailedError("a callback has changed requires_grad in mid-training; change it in on_start")
