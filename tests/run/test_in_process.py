@@ -184,9 +184,10 @@ class Signs(Classification):
     def create_model(self):
         return nn.Linear(2, 2)
 
-settings = {"num_epochs": 5, "batch_size": 20, "learning_rate": 0.1, "quiet": True}
-run = train(Signs, num_workers=0, storage_path=sys.argv[1], run_name="cell", **settings)
-print(run.metrics["accuracy"] > 0.9, sum(p.numel() for p in run.load_model().parameters()))
+if __name__ == "__main__":
+    settings = {"num_epochs": 5, "batch_size": 20, "learning_rate": 0.1, "quiet": True}
+    run = train(Signs, num_workers=0, storage_path=sys.argv[1], run_name="cell", **settings)
+    print(run.metrics["accuracy"] > 0.9, sum(p.numel() for p in run.load_model().parameters()))
 """
 
 

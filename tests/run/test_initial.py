@@ -145,7 +145,7 @@ RUBBISH: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda file: torch.save({"module.fc": torch.ones(2)}, file),
         r"nothing fits the model by name and shape: module.fc against conv1.weight, conv1.bias, .* \[\.\.\.\]$",
     ),
-    "folder.pt": (Path.mkdir, "is neither a checkpoint nor a run with a checkpoint"),
+    "folder.pt": (Path.mkdir, "is neither a checkpoint nor a run with a checkpoint$"),
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from mnist_ray.report.run_files import read_csv
 from mnist_ray.run.record import overfit_verdict
-from tests.conftest import QUICK, as_flags, run_main
+from tests.conftest import QUICK, as_flags, folder_at, run_main
 
 CALLBACK = """
 from mnist_ray.training.callback import Callback
@@ -19,7 +19,7 @@ from mnist_ray.training.callback import Callback
 
 class Ends(Callback):
     def on_epoch(self, state, progress):
-        state.ends = state.epoch == 3
+        state.ends = state.epoch == 5
 """
 
 
@@ -41,8 +41,8 @@ def test_a_run_stops_early(small_data: Path, tmp_path: Path, capsys: pytest.Capt
     assert "1,200 images to train on, 300 for validation, 550 to test" in said
     assert "validation after epoch 1: " in said
     assert "testing    the checkpoint of epoch 1, the best by validation" in said
-    with (tmp_path / "run" / "metrics.csv").open() as file:
-        assert [row["epoch"] for row in csv.DictReader(file) if row["val_loss"]] == ["1", "2"]
+    epochs = read_csv(folder_at(tmp_path / "run"), "metrics.csv")
+    assert [row["epoch"] for row in epochs if row["val_loss"]] == ["1", "2"]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (tmp_path / "run" / result["checkpoint"] / "training.pt").exists()
     page = (tmp_path / "run" / "report.html").read_text()
@@ -50,16 +50,23 @@ def test_a_run_stops_early(small_data: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.usefixtures("ray_address")
-def test_a_callback_that_a_flag_names_ends_a_run_of_two_workers(
+def test_a_callback_that_a_flag_names_ends_a_run_of_two_workers_with_its_best_two_and_last_checkpoints(
     small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "ends.py").write_text(CALLBACK)
     more = {"num_epochs": 9, "callback": tmp_path / "ends.py", "num_workers": 2}
     run_main("train", *flags(small_data, tmp_path, **more))
-    assert "stopped    after epoch 3: validation was best after epoch " in capsys.readouterr().out
-    with (tmp_path / "run" / "metrics.csv").open() as file:
-        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3"]
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["callback"] == str(tmp_path / "ends.py")
+    assert "stopped    after epoch 5: validation was best after epoch " in capsys.readouterr().out
+    run = tmp_path / "run"
+    assert json.loads((run / "config.json").read_text())["callback"] == str(tmp_path / "ends.py")
+    accuracy = {int(row["epoch"]): float(row["val_accuracy"]) for row in read_csv(folder_at(run), "metrics.csv")}
+    assert list(accuracy) == [1, 2, 3, 4, 5]
+    kept = {int(path.name[17:20]) for path in run.glob("checkpoint_epoch*")}
+    assert max(accuracy) in kept
+    best = sorted(accuracy.values())[-2:]
+    assert sorted(accuracy[epoch] for epoch in kept)[-2:] == best
+    assert len(kept) <= 3
+    assert json.loads((run / "result.json").read_text())["checkpoint_metrics"]["val_accuracy"] == best[-1]
 
 
 def test_batches_to_overfit_end_with_a_verdict(
