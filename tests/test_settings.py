@@ -44,7 +44,6 @@ class Oven:
     times: tuple[int, ...] = setting(
         (10, 20), "minutes", check=lambda times: len(set(times)) == len(times), must="must be different"
     )
-    weights: tuple[float, ...] = setting((0.5,), "kilograms")
     sizes: tuple[int, ...] | None = setting(None, "grams")
     baker: str | None = setting(None, "who bakes")
 
@@ -91,19 +90,14 @@ def test_every_default_passes_its_own_check_and_recipes_name_known_settings() ->
         ("is_on", True, True),
         ("shelf", 3, 3),
         ("recipe", "/bread.txt", Path("/bread.txt")),
-        ("recipe", Path("/bread.txt"), Path("/bread.txt")),
         ("times", [1, 2, 3], (1, 2, 3)),
-        ("times", [], ()),
-        ("weights", [1, 2.5], (1.0, 2.5)),
         ("sizes", [1, 2], (1, 2)),
         ("sizes", None, None),
         ("baker", "", ""),
         ("baker", Path("/baker"), "/baker"),
         ("trays", np.int64(4), 4),
         ("heat", np.int32(200), 200.0),
-        ("heat", np.float32(0.5), 0.5),
         ("is_on", np.bool_(True), True),
-        ("times", (np.int64(1), 2), (1, 2)),
     ],
 )
 def test_values_are_converted_to_the_settings_type(name: str, value: Any, expected: Any) -> None:
@@ -118,10 +112,8 @@ def test_values_are_converted_to_the_settings_type(name: str, value: Any, expect
         (Oven, "trays", 0, "--trays must be at least 1, not 0"),
         (Oven, "trays", "2", "--trays must be of type int, not '2'"),
         (Oven, "trays", True, "--trays must be of type int, not True"),
-        (Oven, "trays", None, "--trays must be of type int, not None"),
         (Oven, "trays", np.array([2, 3]), "--trays must be of type int, not array([2, 3])"),
         (Oven, "heat", math.nan, "--heat must be of type float, not nan"),
-        (Oven, "most_trays", 0, "--most-trays must be at least 1, not 0"),
         (Oven, "steam", 1, "--steam must be in [0, 1), not 1.0"),
         (Oven, "mode", "boil", "--mode must be one of bake, grill, not 'boil'"),
         (Oven, "mode", None, "--mode must be of type str, not None"),
@@ -130,7 +122,6 @@ def test_values_are_converted_to_the_settings_type(name: str, value: Any, expect
         (Oven, "recipe", "/tmp", f"--recipe must be kept, not {Path('/tmp')!r}"),
         (Oven, "times", "12", "--times must be a list of int, not '12'"),
         (Oven, "times", [1, "2"], "--times must be a list of int, not [1, '2']"),
-        (Oven, "times", [1, True], "--times must be a list of int, not [1, True]"),
         (Oven, "times", [1, 1], "--times must be different, not (1, 1)"),
         (WorkerConfig, "num_workers", -1, "--num-workers must be at least 0, not -1"),
         (TrainConfig, "learning_rate", math.inf, "--learning-rate must be a positive number, not inf"),
@@ -179,16 +170,15 @@ def test_values_are_written_flat_and_read_back() -> None:
     ],
 )
 def test_impossible_paths_are_refused(given: str, reason: str) -> None:
-    for read, named in ((lambda path: build(Oven, {"recipe": path}), "--recipe"), (read_config_file, "--config")):
+    for read, named in (
+        (lambda path: build(Oven, {"recipe": path}), "--recipe"),
+        (lambda path: Parser("", Oven).read_flags(["--recipe", path]), "--recipe"),
+        (read_config_file, "--config"),
+    ):
         with pytest.raises(UsageError) as raised:
             read(given)
         assert str(raised.value).startswith(named)
         assert reason in str(raised.value)
-
-
-def test_an_empty_path_is_refused_as_a_flag() -> None:
-    with pytest.raises(UsageError, match="--recipe is empty"):
-        Parser("It bakes.", Oven).read_flags(["--recipe", ""])
 
 
 @pytest.mark.parametrize(
@@ -219,11 +209,6 @@ def test_unknown_flags_are_one_line_with_a_suggestion_and_without_secrets(
 def test_a_flag_can_undo_what_a_recipe_or_a_file_has_set() -> None:
     given = Parser("", TrainConfig).read_flags(["--no-compile", "--ema-decay", "none", "--early-stop", "none"])
     assert given == {"compile": False, "ema_decay": None, "early_stop": None}
-
-
-def test_only_given_flags_are_returned() -> None:
-    given = Parser("", WorkerConfig).read_flags(["--num-workers", "4", "--autoscaling"])
-    assert given == {"num_workers": 4, "autoscaling": True}
 
 
 @pytest.mark.parametrize(

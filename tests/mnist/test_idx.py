@@ -62,14 +62,12 @@ IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
     ("name", "content", "message"),
     [
         (IMAGES, idx_bytes(tiny().inputs)[:-1], "should have 2,368 bytes according to its header, but has 2,367"),
-        (IMAGES, idx_bytes(tiny().inputs) + b"0", "should have 2,368 bytes according to its header, but has 2,369"),
         (IMAGES, idx_bytes(tiny().inputs)[:9], "or ends within its header"),
         (IMAGES, b"", "is not the IDX file expected"),
         (IMAGES, idx_bytes(tiny().targets), "starts with 00 00 08 01, not 00 00 08 03"),
         (IMAGES, idx_bytes(np.zeros((3, 32, 28), np.uint8)), "has images of 32×28, not 28×28"),
         (IMAGES, idx_bytes(tiny(4).inputs), "has 4 train images but 3 labels"),
         (LABELS, idx_bytes(np.array([0, 1, 10], np.uint8)), "has label 10; the classes are 0 to 9"),
-        (LABELS, b"\x80\x04K\x01.", "is not the IDX file expected"),
         (f"{LABELS}.gz", gzip.compress(idx_bytes(tiny().targets), mtime=0)[:-9], "is a damaged gzip file"),
         (f"{LABELS}.gz", b"no gzip at all", "is a damaged gzip file"),
         (

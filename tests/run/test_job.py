@@ -177,7 +177,10 @@ def test_a_bad_config_file_is_refused(read: Any, tmp_path: Path, text: str | Non
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--validation-size", "600"], "--validation-size 600 leaves nothing to train on: the data has 600 training"),
+        (
+            ["--validation-size", "600"],
+            "--validation-size 600 leaves nothing to train on: the data has 600 training examples$",
+        ),
         (["--validation-size", "560", "--batch-size", "41"], "--batch-size 41 is larger than the 40 images"),
         (["--schedule", "linear", "--warmup-steps", "10"], "--warmup-steps 10 must be below the 10 steps of the run"),
     ],

@@ -41,21 +41,28 @@ def test_each_file_gets_a_prediction_or_a_reason_and_the_last_line_counts_the_fa
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.jpg").write_text("hello")
     Image.new("L", (40, 40), 255).save(tmp_path / "blank.bmp")
-    given = (tmp_path, pictures, tmp_path / "missing.png", tmp_path / "folder", tmp_path / "pipe.png")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
+    Image.effect_noise((90, 90), 99).save(tmp_path / "cut.png")
+    os.truncate(tmp_path / "cut.png", 900)
+    given = (tmp_path, pictures, "~noone/x.png", tmp_path / ("a" * 300), tmp_path / "folder", tmp_path / "pipe.png")
     flags = (*map(str, given), "--run", str(finished_run), "--grid", str(tmp_path / "grid.png"))
     flags = (*flags, "--workload", str(ROOT / "examples" / "digits.py"))
-    with pytest.raises(JobError, match=r"^no prediction for 6 of 14 files$"):
+    with pytest.raises(JobError, match=r"^no prediction for 9 of 17 files$"):
         run_main("predict", *flags)
-    note, *lines = capsys.readouterr().out.splitlines()
+    note, checkpoint, *lines = capsys.readouterr().out.splitlines()
     assert note.startswith("note the workload has changed")
-    assert lines[0].startswith("checkpoint ")
-    assert lines[1] == f"{tmp_path}/blank.bmp: shows no digit: nothing stands out from its background"
-    assert lines[2:4] == [f"{tmp_path}/empty.png: is empty", f"{tmp_path}/text.jpg: is no picture of a known format"]
-    assert [Path(line.split(": ")[0]).stem for line in lines[4:12]] == [str(index) for index in range(5000, 5008)]
-    assert lines[12].endswith("missing.png: cannot be read: No such file or directory")
-    assert lines[13].endswith("folder: is a folder without pictures")
-    assert lines[14].endswith("pipe.png: is not a file")
-    assert len(lines) == 15
+    assert checkpoint.startswith("checkpoint ")
+    assert lines[0] == f"{tmp_path}/blank.bmp: shows no digit: nothing stands out from its background"
+    assert lines[1].startswith(f"{tmp_path}/cut.png: is damaged: ")
+    assert lines[2] == f"{tmp_path}/empty.png: is empty"
+    assert lines[3] == f"{tmp_path}/huge.png: is too large: it would unpack to a huge picture"
+    assert lines[4] == f"{tmp_path}/text.jpg: is no picture of a known format"
+    assert [Path(line.split(": ")[0]).stem for line in lines[5:13]] == [str(index) for index in range(5000, 5008)]
+    assert lines[13] == "~noone/x.png: cannot be read: No such file or directory"
+    assert lines[14].endswith("aaa: cannot be read: File name too long")
+    assert lines[15].endswith("folder: is a folder without pictures")
+    assert lines[16].endswith("pipe.png: is not a file")
+    assert len(lines) == 17
     assert Image.open(tmp_path / "grid.png").width == 8 * 134
 
 
@@ -124,13 +131,6 @@ def answers_to(*given: Path | str) -> list[str]:
     files = list(predict.find_files(map(str, given)))
     answers = predict.predict_files(mnist(), mnist().create_model().eval(), files)
     return [answer.error or str(answer.top[0][0]) for answer in answers]
-
-
-def test_names_that_no_file_has_are_answered(tmp_path: Path) -> None:
-    assert answers_to("~nobody/x.png", tmp_path / ("a" * 300)) == [
-        "cannot be read: No such file or directory",
-        "cannot be read: File name too long",
-    ]
 
 
 def test_only_known_formats_are_read(few_images: Arrays, tmp_path: Path) -> None:

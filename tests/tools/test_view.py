@@ -1,5 +1,3 @@
-import gzip
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +8,13 @@ from PIL import Image
 from examples.digits import Digits
 from mnist_ray.config import ViewConfig
 from mnist_ray.errors import UsageError
+from mnist_ray.mnist import idx
 from mnist_ray.tools import view
 from mnist_ray.tools.predict import read_image
 from mnist_ray.workload import figures
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Arrays, Data, Split
-from tests.conftest import mnist, run_job, run_main
-
-
-def raw_image(index: int) -> np.ndarray:
-    """Return a training image by its place in the file: a header of 16 bytes, then 784 bytes an image."""
-    file = resources.files("mnist_ray.mnist") / "data" / "train-images-idx3-ubyte.gz"
-    content = gzip.decompress(file.read_bytes())
-    return np.frombuffer(content[16 + 784 * index :][:784], np.uint8).reshape(28, 28)
+from tests.conftest import mnist, run_job
 
 
 def test_digit_10_is_printed_and_drawn_as_in_the_file(tmp_path: Path) -> None:
@@ -37,18 +29,12 @@ def test_digit_10_is_printed_and_drawn_as_in_the_file(tmp_path: Path) -> None:
         "label   3",
         f"picture {picture}",
     ]
-    np.testing.assert_array_equal(np.asarray(Image.open(picture))[::12, ::12], raw_image(10))
+    np.testing.assert_array_equal(np.asarray(Image.open(picture))[::12, ::12], idx.load("train").inputs[10])
 
 
 def test_a_drawn_digit_can_be_read_as_a_picture(mnist_test: Arrays) -> None:
     drawn = Digits().read_picture(read_image(figures.single_image(mnist_test.inputs[0])))
     assert np.abs(drawn.astype(float) - mnist_test.inputs[0]).mean() < 15
-
-
-def test_several_images_are_drawn_in_rows_of_eight(small_data: Path, tmp_path: Path) -> None:
-    run_main("view", "--count", "9", "--output", str(tmp_path / "grid.png"), "--data-dir", str(small_data))
-    grid = Image.open(tmp_path / "grid.png")
-    assert grid.width / grid.height == pytest.approx(3, rel=0.1)
 
 
 def test_an_index_out_of_range_says_the_range(few_images: Arrays) -> None:

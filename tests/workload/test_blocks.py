@@ -85,13 +85,6 @@ def test_the_reads_of_a_rank_are_the_blocks_of_its_steps(world_size: int, first_
             assert {block for _, block in needed} == {block for _, block in announced}
 
 
-def test_a_block_is_read_once_an_epoch_but_at_the_borders_of_streams_twice() -> None:
-    reads = order_of(30, 4, sizes=[20] * 50).reads(range(4), 0)
-    twice = [block for block in range(50) if sum(read.block == block for read in reads) == 2]
-    assert len(reads) - len(twice) == 50
-    assert len(twice) <= 3
-
-
 def test_examples_of_far_blocks_meet_in_a_batch() -> None:
     sizes = [100] * 80  # as if sorted by class
     batch = order_of(64, 8, sizes=sizes)[:64] // 100

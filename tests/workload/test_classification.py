@@ -194,34 +194,18 @@ def test_five_classes_show_five_rows() -> None:
     ]
 
 
-@pytest.mark.parametrize(("num_classes", "count"), [(1, 1), (12, 7), (3, 123_456)])
-def test_the_confusion_table_has_a_row_and_a_column_for_each_class(num_classes: int, count: int) -> None:
-    labels, predictions = np.indices((num_classes, num_classes)).reshape(2, -1).repeat(count, axis=1)
-    lines = [text for _, text in workload([*range(num_classes)]).lines({"label": labels, "prediction": predictions})]
-    assert len({len(line) for line in lines}) == 1
-    assert lines[0].split() == ["label", *map(str, range(num_classes)), "accuracy"]
-    accuracy = f"{1 / num_classes:.2%}"
-    assert [line.split() for line in lines[1:]] == [
-        [str(label), *[str(count)] * num_classes, accuracy] for label in range(num_classes)
-    ]
-
-
 def test_more_classes_than_a_terminal_is_wide_show_no_table() -> None:
     assert workload([*range(13)]).lines({"label": np.array([4, 0]), "prediction": np.array([1, 0])}) == []
 
 
-def test_labels_and_predictions_are_written_by_name() -> None:
+def test_labels_and_predictions_are_written_by_name_and_further_columns_as_they_are() -> None:
     columns = {"label": np.array([4, 0]), "prediction": np.array([1, 0]), "probability": np.array([0.5, 1 / 3])}
-    assert workload().readable(columns) == {
+    assert workload().readable({**columns, "score": np.array([0.5, 1 / 3])}) == {
         "label": ["elephant", "ant"],
         "prediction": ["bee", "ant"],
         "probability": ["0.500000", "0.333333"],
+        "score": [0.5, 1 / 3],
     }
-
-
-def test_further_columns_of_predictions_are_written_as_they_are() -> None:
-    scores = np.linspace(0, 1, 10)
-    assert workload().readable({**COLUMNS, "probability": scores, "score": scores})["score"] == scores.tolist()
 
 
 @pytest.mark.filterwarnings("error")

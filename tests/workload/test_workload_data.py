@@ -137,14 +137,6 @@ def test_a_tenth_is_held_out_by_default_and_never_more_than_5000(num_train: int,
     assert len(splits_of(Data(Squares(num_train), Squares(4)), None).validation) == expected
 
 
-def test_a_hold_out_that_leaves_nothing_to_train_on_is_refused() -> None:
-    with pytest.raises(UsageError) as raised:
-        splits_of(Data(Squares(1200), Squares(4)), 1200)
-    assert str(raised.value) == (
-        "--validation-size 1,200 leaves nothing to train on: the data has 1,200 training examples"
-    )
-
-
 @pytest.mark.parametrize(("size", "train", "validation"), [(None, 10, 3), (0, 10, 0), (2, 8, 2)])
 def test_the_datas_own_validation_set_is_used_unless_a_size_is_given(
     size: int | None, train: int, validation: int
