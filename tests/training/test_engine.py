@@ -17,7 +17,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mnist_ray.config import TrainConfig
 from mnist_ray.mnist import MNIST
 from mnist_ray.training import engine
-from mnist_ray.training.batches import Batch
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import TrainingDivergedError
@@ -205,20 +204,6 @@ def test_the_ema_is_that_of_torch_and_whole_numbers_are_copied(
     found = state.result.state_dict()
     assert all(torch.equal(found[f"layers.{name}"], value) for name, value in expected.items())
     assert found["count"] == state.step + 600 // 20
-
-
-def test_the_mean_of_uneven_slices_gradients_is_that_of_the_batch(few_images: Arrays) -> None:
-    """Two ranks' gradients, of slices of 3 and 5, have the whole batch's as their mean."""
-    images, labels = torch.tensor(few_images.inputs[:8]), torch.tensor(few_images.targets[:8])
-
-    def gradient(first: int, last: int, world_size: int) -> torch.Tensor:
-        state = engine.create_state(mnist(), CONFIG, 8, CPU)
-        batch = Batch(images[first:last], labels[first:last], global_size=8)
-        engine.backward(mnist(), state.model, batch, CONFIG, world_size / 8)
-        return torch.cat([parameter.grad.flatten() for parameter in state.model.parameters()])  # type: ignore[union-attr]
-
-    torch.testing.assert_close((gradient(0, 3, 2) + gradient(3, 8, 2)) / 2, gradient(0, 8, 1))
-    assert gradient(0, 0, 2).count_nonzero() == 0
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

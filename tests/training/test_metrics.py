@@ -36,22 +36,6 @@ def test_metrics_of_numpy_and_torch_are_plain_numbers_that_a_checkpoint_can_hold
     assert json.dumps(evaluation.values(OfLibraries())) == '{"loss": 0.5, "mean": 1.5, "median": 1.0}'
 
 
-def test_merged_parts_equal_the_whole() -> None:
-    losses = np.random.default_rng(0).random(7).tolist()
-    batches = tuple({"loss": loss, "accuracy": 1.0} for loss in losses)
-    columns = {"label": np.arange(14) % 10, "prediction": np.arange(14) % 3, "probability": np.linspace(0.1, 0.9, 14)}
-    whole = Evaluation(batches, 14, columns)
-    parts = [
-        Evaluation(batches[:3], 6, {name: values[:6] for name, values in columns.items()}),
-        Evaluation(batches[3:], 8, {name: values[6:] for name, values in columns.items()}),
-    ]
-    merged = Evaluation.merge(parts)
-    assert merged.values(mnist()) == whole.values(mnist())
-    assert merged.to_dict(mnist()) == whole.to_dict(mnist())
-    for name, values in columns.items():
-        np.testing.assert_array_equal(merged.columns[name], values)
-
-
 def test_metrics_of_all_predictions_are_computed_for_evaluations_only() -> None:
     class Ranked(Workload):
         metrics = (Metric("best", "max"), Metric("last", "max"))
