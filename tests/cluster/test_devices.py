@@ -13,7 +13,7 @@ from ray.cluster_utils import Cluster as Nodes
 
 from mnist_ray import provenance
 from mnist_ray.cluster import devices, remote_data
-from mnist_ray.cluster.devices import UnusableGPUError, device_here, without_unusable_gpus
+from mnist_ray.cluster.devices import UnusableGPUError, device_here
 from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan
 from mnist_ray.config import TrainConfig
 from mnist_ray.run import evaluate
@@ -26,15 +26,16 @@ UNUSABLE = r"PyTorch on \S+ cannot use the GPU: .*(CUDA|NVIDIA).*; install a PyT
 
 
 @pytest.mark.parametrize(
-    ("given", "visible", "index"), [([3], "3", 0), ([2], "0,1,2", 2), (["1"], "0,1", 1), ([5], "", 0)]
+    ("given", "visible", "device"),
+    [([3], "3", "cuda:0"), ([2], "0,1,2", "cuda:2"), (["1"], "0,1", "cuda:1"), ([5], "", "cuda:0"), ([], "", "cpu")],
 )
-def test_the_device_is_the_gpu_that_ray_has_given(
-    given: list[int | str], visible: str, index: int, monkeypatch: pytest.MonkeyPatch
+def test_the_device_is_the_gpu_that_ray_has_given_or_else_the_cpu(
+    given: list[int | str], visible: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ray.get_gpu_ids", lambda: given)
     monkeypatch.setattr(devices, "usable", lambda device: device)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert device_here() == torch.device("cuda", index)
+    assert device_here() == torch.device(device)
 
 
 def test_a_gpu_is_named_with_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,11 +43,6 @@ def test_a_gpu_is_named_with_its_libraries(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("torch.version.cuda", "12.8")
     monkeypatch.setattr("torch.backends.cudnn.version", lambda: 91002)
     assert devices.name_of(torch.device("cuda", 1)) == "NVIDIA of cuda:1, CUDA 12.8, cuDNN 91002"
-
-
-def test_without_a_gpu_of_rays_the_device_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray.get_gpu_ids", list)
-    assert device_here() == torch.device("cpu")
 
 
 def test_a_gpu_that_pytorch_cannot_use_is_one_line_with_both_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,11 +53,6 @@ def test_a_gpu_that_pytorch_cannot_use_is_one_line_with_both_remedies(monkeypatc
     monkeypatch.setattr("torch.ones", Mock(side_effect=no_kernels))
     with pytest.raises(UnusableGPUError, match=r"the GPU: CUDA error: no kernel image .* on the device; install"):
         device_here()
-
-
-def test_a_cluster_or_a_local_ray_without_gpus_stays_as_it_is() -> None:
-    for cluster in (Cluster(False, (Node(4, 2),), ""), Cluster(True, (Node(4),), "")):
-        assert without_unusable_gpus(cluster, pytest.fail) is cluster
 
 
 def test_without_ray_a_gpu_that_is_asked_for_must_be_usable(small_data: Path, tmp_path: Path) -> None:

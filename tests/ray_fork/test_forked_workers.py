@@ -14,7 +14,7 @@ from tests.conftest import ROOT, wait_for
 from tests.ray_fork.conftest import ENVIRONMENT, end, has_ended
 
 DRIVER = """\
-import json, os, resource, signal, sys
+import json, os, signal, sys
 from mnist_ray.cluster.connect import connect
 from mnist_ray.config import WorkerConfig
 from ray_fork.starting import prepared_forking
@@ -29,11 +29,6 @@ def look():
         "title": open("/proc/self/cmdline").read(),
         "id": ray.NodeID.from_random().hex(),
         "log": os.readlink("/proc/self/fd/1"),
-        "nice": os.getpriority(os.PRIO_PROCESS, 0),
-        "oom_score_adj": open("/proc/self/oom_score_adj").read(),
-        "open files": resource.getrlimit(resource.RLIMIT_NOFILE),
-        "blocked signals": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
-        "leads a group": os.getpgid(0) == os.getpid(),
     }
 
 class Actor:
@@ -107,9 +102,7 @@ def test_tasks_and_actors_run_in_children_of_the_server_with_different_ids_and_t
     assert titles == ["ray::look", *["ray::Actor.look"] * 3]
 
 
-def test_a_forked_worker_is_like_rays_own(forked: dict[str, Any]) -> None:
-    for name in ("nice", "oom_score_adj", "open files", "blocked signals", "leads a group"):
-        assert [worker[name] for worker in forked["workers"]] == [forked["usual"][name]] * 3, name
+def test_a_forked_workers_log_is_like_that_of_rays_own(forked: dict[str, Any]) -> None:
     for worker in (*forked["workers"], forked["usual"]):
         assert re.fullmatch(rf"worker-[0-9a-f]{{56}}-01000000-{worker['pid']}\.out", Path(worker["log"]).name)
     assert "hello\n" in forked["workers"][0]["printed"]

@@ -34,8 +34,6 @@ def flag(**context: Any) -> str:
         # anything else is left to Ray
         ([flag(command_prefix=["source activate &&"])], None),
         ([flag(py_executable="/usr/bin/env python")], None),
-        ([flag(override_worker_entrypoint="worker.py")], None),
-        ([flag(java_jars=["a.jar"])], None),
         ([flag(env_vars={"PATH": "/opt:$PATH"})], None),
     ],
 )

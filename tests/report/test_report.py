@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from mnist_ray.config import TrainConfig, WorkerConfig
-from mnist_ray.errors import JobError, UsageError
+from mnist_ray.errors import UsageError
 from mnist_ray.mnist import idx
 from mnist_ray.report import page
 from mnist_ray.report.run_files import RunRecord, read_csv, workload_of
@@ -249,16 +249,11 @@ def test_the_report_of_a_run_that_a_trial_has_trained_has_no_curves_and_all_its_
     assert "finished: 2 of 2 epochs" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_a_run_with_untrusted_code_or_without_settings_is_refused(tmp_path: Path) -> None:
+def test_a_run_with_untrusted_code_is_refused(tmp_path: Path) -> None:
     run = locate(str(tmp_path), "run")
     run.write_text("config.json", json_lines({"num_epochs": 1, "workload": str(tmp_path / "steals.py")}))
     with pytest.raises(UsageError, match="code that may have come with a run"):
         workload_of(run, None, str(tmp_path))
-    with pytest.raises(UsageError, match=r"is no run, or a sweep that has not chosen yet: it has no config\.json"):
-        RunRecord.read(locate(str(tmp_path), "nothing"), mnist())
-    run.write_text("config.json", "{")
-    with pytest.raises(JobError, match=r"config\.json is damaged: .*; restore the file, or start a new run"):
-        RunRecord.read(run, mnist())
 
 
 @pytest.fixture
@@ -305,11 +300,6 @@ def test_a_metric_that_only_the_validation_has_gets_no_empty_column(
     shown = (tested_run.read_text("report.html") or "").split("Epochs</h2>")[1]
     columns = re.findall('<th scope="col">(.*?)</th>', shown)
     assert columns[:4] == ["epoch", "training loss", "validation AUC", "seconds"]
-
-
-def test_a_run_of_an_earlier_version_has_no_curve_of_the_learning_rate(tested_run: RunFolder) -> None:
-    tested_run.write_text("steps.csv", "step,epoch,train_loss\n9,1.0,0.5\n")
-    assert "learning_rate" not in page.write(tested_run, mnist(), "", None)
 
 
 def test_a_report_of_damaged_files_says_so(tested_run: RunFolder) -> None:

@@ -101,14 +101,6 @@ def test_a_resumed_run_keeps_the_steps_that_it_does_not_repeat(run: RunFolder) -
     assert steps_of(run) == [2, 5, 9, 11]
 
 
-def test_a_run_of_an_earlier_version_without_learning_rates_is_resumed(run: RunFolder) -> None:
-    run.write_text(STEPS_FILE, "step,epoch,train_loss,train_accuracy\n5,0.5,0.25,0.75\n")
-    history = History(run, mnist(), pytest.fail)
-    history.add(progress(11))
-    history.write_steps()
-    assert [row["learning_rate"] for row in read_values(run, STEPS_FILE, "step")] == ["", "0.01"]
-
-
 def test_a_live_report_that_fails_is_tried_again_and_none_is_written_after_the_end() -> None:
     is_over, done = threading.Event(), list[int]()
 

@@ -135,8 +135,6 @@ def test_a_text_that_is_no_space_is_refused(text: str, message: str) -> None:
     [
         ("batch_size", Choice((16, 0)), "--batch-size must be at least 1, not 0"),
         ("batch_size", Range(0, 8), "--batch-size must be at least 1, not 0"),
-        ("num_epochs", Choice((1, 2)), "num_epochs is the same for all trials"),
-        ("weight_decay", Range(0, 1, log=True), "a range is LOW:HIGH or log:LOW:HIGH, the latter of positive numbers"),
     ],
 )
 def test_a_search_space_with_values_that_the_setting_refuses_is_refused(

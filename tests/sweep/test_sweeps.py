@@ -338,15 +338,12 @@ def test_a_time_budget_stops_trials(trained: Mock, where: dict[str, Any], tmp_pa
     ("settings", "message"),
     [
         ({"sweep": ["batch_size=60000"]}, "--sweep: batch size 60,000 is larger than the 55,000 images to train on"),
-        ({"sweep": ["batch_size=8"], "batch_size": 9}, "--sweep searches batch_size: name it only once"),
         ({"batch_size": 8, "learning_rate": 0.1}, "nothing to search: name settings of MNIST with --sweep"),
         ({"validation_size": 0}, "a sweep chooses by validation accuracy, but no examples are held out: leave"),
         ({"overfit_batches": 2}, "leave --validation-size 0 and --overfit-batches out"),
         ({"num_workers": 0}, "a sweep runs on Ray: leave --num-workers 0 out"),
         ({"sweep": ["schedule=one-cycle,cosine", "warmup_steps=0,5"]}, "--warmup-steps: one-cycle has its own warm-up"),
         ({"sweep": ["compile=true,false"], "reproducible": True}, "--reproducible does not go with --compile"),
-        ({"search": "grid", "num_trials": 2}, "--search grid needs 5 trials for all combinations"),
-        ({"resume": True, "run_name": "ghost"}, "--resume: there is no run"),
         ({"time_budget_s": 0.0}, "--time-budget-s must be a positive number"),
     ],
 )
@@ -420,18 +417,10 @@ def test_batch_sizes_are_at_most_the_examples_and_a_setting_that_decides_the_dat
     ("settings", "expected"),
     [
         ({}, "random, 16 trials of 2 epochs, then the best 3 and the default with up to two more seeds: "),
-        (
-            {"search": "optuna"},
-            "optuna, 16 trials of 2 epochs, then the best 3 and the default with up",
-        ),
         ({"num_trials": 3}, "random, 3 trials of 2 epochs, then the best 3 with up to two more seeds: "),
         ({"num_confirmed": 0}, "random, 16 trials of 2 epochs: "),
         ({"num_trials": 1}, "random, 1 trial of 2 epochs: "),
         ({"sweep": ["width=2,4"]}, "random, 2 trials of 2 epochs, then the best 2 with up to two more seeds: "),
-        (
-            {"sweep": ["width=3:7"], "search": "grid"},
-            "grid, 5 trials of 2 epochs, then the best 3 with up to two",
-        ),
     ],
 )
 def test_the_header_says_what_will_be_tried_and_confirmed(
