@@ -9,7 +9,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import psutil
@@ -111,23 +111,11 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-_fork_workers: Literal["auto", "no"] = "auto"
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fork-workers", choices=["auto", "no"], default="auto", help="as the jobs' flag")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    global _fork_workers
-    _fork_workers = config.getoption("--fork-workers")
-
-
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
     """The address of a Ray of two CPUs that all tests share."""
     environment.prepare(verbose=False)
-    with prepared_forking("mnist_ray.run.fit", is_wanted=_fork_workers == "auto") as forking:
+    with prepared_forking("mnist_ray.run.fit") as forking:
         with pytest.MonkeyPatch.context() as patch, for_one_job(forking, log_to_driver=False):
             # Ray passes this on to Ray Train's cleaner, which asks a dashboard: here none answers, so it fails at once.
             # Otherwise it would try an old address of `ray start`.
@@ -137,14 +125,10 @@ def ray_address() -> Iterator[str]:
         ray.shutdown()
 
 
-def _how_workers_start(job: str) -> list[str]:
-    return ["--fork-workers", _fork_workers] if job in ("train.py", "tune.py") else []
-
-
 def run_job(job: str, *flags: str, address: str | None = None, timeout_s: float = 120) -> subprocess.CompletedProcess:
     """Run a job in a process, on the Ray at ``address`` or a new local one."""
     return subprocess.run(
-        [sys.executable, str(ROOT / "jobs" / job), *flags, *_how_workers_start(job)],
+        [sys.executable, str(ROOT / "jobs" / job), *flags],
         capture_output=True,
         text=True,
         timeout=timeout_s,
@@ -170,7 +154,7 @@ def run_and_act_twice(
     to_do = dict(acts)
     with tempfile.TemporaryFile("w+") as errors:
         job = psutil.Popen(
-            [sys.executable, "-u", str(ROOT / "jobs" / "train.py"), *flags, *_how_workers_start("train.py")],
+            [sys.executable, "-u", str(ROOT / "jobs" / "train.py"), *flags],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
