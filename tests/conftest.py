@@ -35,6 +35,7 @@ FILES = (
 
 METADATA = {"class_names": [*range(10)]}
 """Metadata of MNIST's data."""
+Flags = Callable[..., list[str]]
 QUICK = {"batch_size": 50, "validation_size": 600, "learning_rate": 3e-3, "precision": "fp32"}
 
 
@@ -66,6 +67,14 @@ def run_main(job: str, *flags: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [f"jobs/{job}.py", *flags])
         cli.COMMANDS[job]()
+
+
+def callback_at(file: Path, method: str, *lines: str) -> Path:
+    """Write a callback with one method, such as ``on_step(self, state)``, into a file; return the file."""
+    imports = "import os, pathlib, signal, time\nfrom mnist_ray.training.callback import Callback\n"
+    body = "\n".join(f"        {line}" for line in lines)
+    file.write_text(f"{imports}\nclass Written(Callback):\n    def {method}:\n{body}\n")
+    return file
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -106,6 +115,19 @@ def small_data(tmp_path_factory: pytest.TempPathFactory, mnist_test: Arrays) -> 
     return write_data_set(tmp_path_factory.mktemp("small"), train, test)
 
 
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """The folder ``run`` in the test's own, not made yet."""
+    return locate(str(tmp_path), "run")
+
+
+@pytest.fixture
+def quick(small_data: Path, tmp_path: Path) -> Flags:
+    """A function that returns the flags of a quick run, the folder of the fixture ``run``, and others."""
+    paths = {"data_dir": small_data, "storage_path": tmp_path, "run_name": "run"}
+    return lambda **others: as_flags({**QUICK, **paths, **others})
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
@@ -138,19 +160,9 @@ def run_job(job: str, *flags: str, address: str | None = None, timeout_s: float 
 
 
 def run_and_act(
-    act: Callable[[psutil.Process], None], when: str, *flags: str, address: str, status: int = 0
-) -> tuple[str, str]:
-    """Run the training job and call ``act`` at its first line that starts with ``when``.
-
-    Return its standard output and standard error.
-    """
-    return run_and_act_twice({when: act}, *flags, address=address, status=status)
-
-
-def run_and_act_twice(
     acts: Mapping[str, Callable[[psutil.Process], None]], *flags: str, address: str, status: int = 0
 ) -> tuple[str, str]:
-    """Do the same with several actions by the start of a line."""
+    """Run the training job and act at its first line that starts with each text; return its output and its errors."""
     to_do = dict(acts)
     with tempfile.TemporaryFile("w+") as errors:
         job = psutil.Popen(

@@ -1,7 +1,6 @@
 """Whole jobs on a real Ray, as a user runs them."""
 
 import contextlib
-import csv
 import functools
 import itertools
 import json
@@ -18,7 +17,8 @@ import ray
 
 from mnist_ray import cli
 from mnist_ray.errors import JobError, UsageError
-from tests.conftest import QUICK, as_flags, run_and_act, run_job, run_main
+from mnist_ray.report.run_files import read_csv
+from tests.conftest import Flags, callback_at, folder_at, run_and_act, run_job, run_main
 
 
 def test_a_run_writes_its_files_and_learns(finished_run: Path) -> None:
@@ -32,8 +32,7 @@ def test_a_run_writes_its_files_and_learns(finished_run: Path) -> None:
     assert seconds["total"] == pytest.approx(sum(seconds.values()) / 2, abs=0.01)
     assert result["images_per_s"] > 0
     assert result["versions"]["ray"] == ray.__version__
-    with (finished_run / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(folder_at(finished_run), "metrics.csv")
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert float(rows[1]["val_accuracy"]) > 0.8
     assert all(row.values() for row in rows)
@@ -72,7 +71,7 @@ def test_more_workers_than_the_cluster_holds_are_refused_at_once(tmp_path: Path)
     assert not any(tmp_path.iterdir())
 
 
-def test_four_workers_run_on_two_cpus_and_nothing_listens_beyond_loopback(small_data: Path, tmp_path: Path) -> None:
+def test_four_workers_run_on_two_cpus_and_nothing_listens_beyond_loopback(quick: Flags, tmp_path: Path) -> None:
     listening: dict[str, str] = {}
 
     def look(job: psutil.Process) -> None:
@@ -82,9 +81,8 @@ def test_four_workers_run_on_two_cpus_and_nothing_listens_beyond_loopback(small_
                     if connection.status == psutil.CONN_LISTEN:
                         listening[f"{process.name()} {connection.laddr.port}"] = connection.laddr.ip
 
-    flags = {"num_workers": 4, "data_dir": small_data, "storage_path": tmp_path, "run_name": "four", **QUICK}
-    flags |= {"num_epochs": 1, "batch_size": 6}
-    printed, complained = run_and_act(look, "started", *as_flags(flags), address="local")
+    flags = quick(num_workers=4, num_epochs=1, batch_size=6)
+    printed, complained = run_and_act({"started": look}, *flags, address="local")
     assert complained == ""
     assert sum(name.startswith("ray::RayTrainWo") for name in listening) >= 4
     assert set(listening.values()) <= {"127.0.0.1", "::ffff:127.0.0.1"}, listening
@@ -95,26 +93,16 @@ def test_four_workers_run_on_two_cpus_and_nothing_listens_beyond_loopback(small_
     if len(os.sched_getaffinity(0)) == 2:
         assert "4 workers share 2 cores: --num-workers 2 would be at least as fast" in printed
     assert "started    4 × cpu with 1 thread, fp32" in printed
-    result = json.loads((tmp_path / "four" / "result.json").read_text())
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["num_workers"] == 4
     assert result["workers"].startswith("4 × cpu with 1 thread, fp32 (")
 
 
-PRINTS = """
-from mnist_ray.training.callback import Callback
-
-class Prints(Callback):
-    def on_epoch(self, state, progress):
-        print("epoch", progress.epoch, "is over")
-"""
-
-
 @pytest.mark.long  # Ray forwards what workers print with a delay, so the run must last
-def test_verbose_shows_what_a_callback_prints_once_and_no_complaint_of_ray(small_data: Path, tmp_path: Path) -> None:
-    (tmp_path / "prints.py").write_text(PRINTS)
-    flags = {"data_dir": small_data, "storage_path": tmp_path, **QUICK, "callback": tmp_path / "prints.py"}
-    flags |= {"num_epochs": 40}
-    done = run_job("train.py", *as_flags(flags), "--verbose")
+def test_verbose_shows_what_a_callback_prints_once_and_no_complaint_of_ray(quick: Flags, tmp_path: Path) -> None:
+    printing = 'print("epoch", progress.epoch, "is over")'
+    callback = callback_at(tmp_path / "prints.py", "on_epoch(self, state, progress)", printing)
+    done = run_job("train.py", *quick(callback=callback, num_epochs=40), "--verbose")
     assert done.returncode == 0, done.stderr
     shown = done.stdout + done.stderr
     assert [shown.count(f"epoch {epoch} is over") for epoch in (1, 2)] == [1, 1]  # not the last ones
@@ -148,13 +136,13 @@ def processes_in(folder: Path) -> list[psutil.Process]:
     return found
 
 
-TO_RESUME = "to resume: python jobs/train.py --resume --run-name all --storage-path {storage}"
+TO_RESUME = "to resume: python jobs/train.py --resume --run-name run --storage-path {storage}"
 PHASES = {  # by the line that begins them: what the job says of the run
     "run ": "nothing is saved yet: start again",
     "results": "nothing is saved yet: start again",
     "started": TO_RESUME,
     "epoch 2/": TO_RESUME,
-    "test ": "the run is finished: {storage}/all/result.json",
+    "test ": "the run is finished: {storage}/run/result.json",
 }
 QUICK_CASES = [(signal.SIGHUP, os.killpg, "results"), (signal.SIGTERM, os.killpg, "started")]
 LONG_CASES = [
@@ -173,16 +161,15 @@ def test_a_signal_in_any_phase_ends_a_job_like_an_interrupt_and_leaves_no_proces
     number: signal.Signals,
     send: Callable[[int, int], None],
     when: str,
-    small_data: Path,
+    quick: Flags,
     tmp_path: Path,
     own_folder: Path,
 ) -> None:
-    flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, "run_name": "all"}
-    flags |= {} if when == "test " else {"num_epochs": 500}
-    _, errors = run_and_act(lambda job: send(job.pid, number), when, *as_flags(flags), address="local", status=130)
+    flags = quick() if when == "test " else quick(num_epochs=500)
+    _, errors = run_and_act({when: lambda job: send(job.pid, number)}, *flags, address="local", status=130)
     assert errors == f"interrupted; {PHASES[when]}\n".format(storage=tmp_path)
-    assert bool(list(tmp_path.glob("all/checkpoint_epoch-*"))) == (PHASES[when] != PHASES["results"])
-    assert "running:" not in "".join(path.read_text() for path in tmp_path.glob("all/report.html"))
+    assert bool(list(tmp_path.glob("run/checkpoint_epoch-*"))) == (PHASES[when] != PHASES["results"])
+    assert "running:" not in "".join(path.read_text() for path in tmp_path.glob("run/report.html"))
     assert not list(tmp_path.glob(".*"))
     psutil.wait_procs(processes_in(own_folder), timeout=30)
     assert processes_in(own_folder) == []
@@ -191,40 +178,37 @@ def test_a_signal_in_any_phase_ends_a_job_like_an_interrupt_and_leaves_no_proces
 
 
 def test_a_run_is_in_use_until_it_is_interrupted_saves_its_steps_and_resumes(
-    small_data: Path,
+    quick: Flags,
     tmp_path: Path,
     ray_address: str,
     ctrl_c: Callable[[psutil.Process], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    flags = {**QUICK, "num_workers": 2, "checkpoint_every": 10**6, "batch_size": 2, "limit": 0.5, "num_epochs": 1}
-    flags |= {"data_dir": small_data, "storage_path": tmp_path, "run_name": "int"}
-    command = f"python jobs/train.py --resume --run-name int --storage-path {tmp_path}"
+    flags = quick(num_workers=2, checkpoint_every=10**6, batch_size=2, limit=0.5, num_epochs=1)
+    command = f"python jobs/train.py --resume --run-name run --storage-path {tmp_path}"
 
     def want_too_and_interrupt(job: psutil.Process) -> None:
-        with pytest.raises(UsageError, match=r"int is in use by another job: process \d+ on this machine$"):
+        with pytest.raises(UsageError, match=r"run is in use by another job: process \d+ on this machine$"):
             run_main("train", *command.split()[2:])
         ctrl_c(job)
 
-    _, errors = run_and_act(want_too_and_interrupt, "started", *as_flags(flags), address=ray_address, status=130)
+    _, errors = run_and_act({"started": want_too_and_interrupt}, *flags, address=ray_address, status=130)
     assert errors == f"interrupted; to resume: {command}\n"
-    (saved,) = (tmp_path / "int").glob("checkpoint_epoch*")
+    (saved,) = (tmp_path / "run").glob("checkpoint_epoch*")
     step = int(saved.name.removeprefix("checkpoint_epoch-000_step-"))
     assert step > 0
-    with pytest.raises(UsageError, match="run int was started with --batch-size 2, not 51"):
+    with pytest.raises(UsageError, match="run run was started with --batch-size 2, not 51"):
         run_main("train", *command.split()[2:], "--batch-size", "51")
     run_main("train", *command.split()[2:])
     assert f"continuing in epoch 1 after step {step:,}" in capsys.readouterr().out
-    with (tmp_path / "int" / "metrics.csv").open() as file:
-        assert [row["epoch"] for row in csv.DictReader(file)] == ["1"]
+    assert [row["epoch"] for row in read_csv(folder_at(tmp_path / "run"), "metrics.csv")] == ["1"]
 
 
 @pytest.mark.usefixtures("ray_address")
-def test_a_loss_that_becomes_nan_ends_the_run_in_one_line(small_data: Path, tmp_path: Path) -> None:
-    flags = {"data_dir": small_data, "storage_path": tmp_path, **QUICK, "learning_rate": 1e20}
+def test_a_loss_that_becomes_nan_ends_the_run_in_one_line(quick: Flags) -> None:
     said = r"^loss or weights are not finite at step 2 of epoch 1; try a lower --learning-rate.*$"
     with pytest.raises(JobError, match=said) as raised:
-        run_main("train", *as_flags(flags))
+        run_main("train", *quick(learning_rate=1e20))
     assert "\n" not in str(raised.value)
 
 

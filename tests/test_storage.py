@@ -12,11 +12,6 @@ from mnist_ray.errors import JobError, UsageError
 from mnist_ray.storage import DamagedFileError, RunFolder, checkpoint_name, find_run, locate, position_of
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
-    return locate(str(tmp_path), "run")
-
-
 def test_a_file_is_written_in_place_and_read_back(run: RunFolder, tmp_path: Path) -> None:
     assert not run.exists()
     assert run.read_text("a.txt") is None
@@ -123,14 +118,14 @@ def test_storage_errors_are_one_line_and_a_folder_in_a_files_place_is_not_retrie
             fail()
 
 
-def test_checkpoints_are_folders_with_epoch_and_step_sorted_by_them(tmp_path: Path) -> None:
+def test_checkpoints_are_folders_with_epoch_and_step_sorted_by_them(run: RunFolder, tmp_path: Path) -> None:
     strays = ["checkpoint_old", "checkpoint_epoch-009", "checkpoint_epoch-٠٠٩_step-000000", "checkpoint_manager"]
     strays += ["checkpoint_epoch-009_step-000000.bak", "copy of checkpoint_epoch-009_step-000000"]
     names = [checkpoint_name(0, 20), checkpoint_name(1, 0), checkpoint_name(1000, 0)]
     for name in (*strays, *names):
         (tmp_path / "run" / name).mkdir(parents=True)
     assert [position_of(stray) for stray in strays] == [()] * len(strays)
-    assert locate(str(tmp_path), "run").checkpoint_names() == names
+    assert run.checkpoint_names() == names
 
 
 @pytest.mark.parametrize(("fails_for_s", "ends_after_s"), [(5, 5), (1e9, 30)])

@@ -18,8 +18,8 @@ from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan
 from mnist_ray.config import TrainConfig
 from mnist_ray.run import evaluate
 from mnist_ray.run.session import say_plan
-from mnist_ray.storage import locate
-from tests.conftest import QUICK, as_flags, mnist, run_job, run_main
+from mnist_ray.storage import RunFolder
+from tests.conftest import Flags, mnist, run_job, run_main
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch can use a GPU here")
 UNUSABLE = r"PyTorch on \S+ cannot use the GPU: .*(CUDA|NVIDIA).*; install a PyTorch that fits .*, or use --use-gpu no"
@@ -55,14 +55,13 @@ def test_a_gpu_that_pytorch_cannot_use_is_one_line_with_both_remedies(monkeypatc
         device_here()
 
 
-def test_without_ray_a_gpu_that_is_asked_for_must_be_usable(small_data: Path, tmp_path: Path) -> None:
-    flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, "num_workers": 0, "use_gpu": "yes"}
+def test_without_ray_a_gpu_that_is_asked_for_must_be_usable(quick: Flags) -> None:
     with pytest.raises(UnusableGPUError, match=UNUSABLE):
-        run_main("train", *as_flags(flags))
+        run_main("train", *quick(num_workers=0, use_gpu="yes"))
 
 
-def test_versions_that_differ_only_in_the_driver_they_need_are_no_problem(tmp_path: Path, ray_address: str) -> None:
-    run, (torch_version, _, _) = locate(str(tmp_path), "run"), provenance.versions()["torch"].partition("+")
+def test_versions_that_differ_only_in_the_driver_they_need_are_no_problem(run: RunFolder, ray_address: str) -> None:
+    torch_version, _, _ = provenance.versions()["torch"].partition("+")
     run.storage.write_text("probe", "probe")
     for local, problem in (("+cu128", ""), (".1+cpu", "has torch")):
         drivers = {**provenance.versions(), "torch": torch_version + local}
@@ -99,10 +98,9 @@ cli.run(cli.COMMANDS[sys.argv.pop(1)])
 
 
 @pytest.mark.long
-def test_a_local_ray_takes_cpus_with_a_note_if_pytorch_cannot_use_its_gpus(small_data: Path, tmp_path: Path) -> None:
+def test_a_local_ray_takes_cpus_with_a_note_if_pytorch_cannot_use_its_gpus(quick: Flags, tmp_path: Path) -> None:
     (tmp_path / "on_two_gpus.py").write_text(ON_TWO_GPUS)
-    flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path}
-    done = run_job(str(tmp_path / "on_two_gpus.py"), "train", *as_flags(flags))
+    done = run_job(str(tmp_path / "on_two_gpus.py"), "train", *quick())
     assert done.returncode == 0, done.stderr
     assert "note       on CPUs: PyTorch on " in done.stdout
     assert "started    1 × cpu" in done.stdout
@@ -121,14 +119,13 @@ def with_gpus() -> Iterator[str]:
 @pytest.mark.long
 @pytest.mark.parametrize("more", [["--num-workers", "1"], ["--num-workers", "2"], ["--check"]])
 def test_on_a_cluster_a_worker_that_cannot_use_its_gpu_ends_the_run_in_one_line(
-    more: list[str], with_gpus: str, small_data: Path, tmp_path: Path
+    more: list[str], with_gpus: str, quick: Flags
 ) -> None:
-    flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path}
-    done = run_job("train.py", *as_flags(flags), *more, address=with_gpus)
+    done = run_job("train.py", *quick(), *more, address=with_gpus)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert "cannot use the GPU" in done.stderr
     assert "restarted" not in done.stdout
-    done = run_job("train.py", *as_flags(flags), *more, "--use-gpu", "no", address=with_gpus)
+    done = run_job("train.py", *quick(run_name="on_cpus", use_gpu="no"), *more, address=with_gpus)
     assert done.returncode == 0, done.stderr
 
 
@@ -141,18 +138,17 @@ devices.usable = lambda device: torch.device("cpu")
 
 @pytest.mark.long
 def test_with_gpus_the_workers_validate_and_the_test_and_the_trials_have_gpus(
-    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(AS_IF_USABLE)  # every process of Ray takes its GPU for usable
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "on_two_gpus.py").write_text(ON_TWO_GPUS)
-    flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, "num_workers": 1}
-    done = run_job(str(tmp_path / "on_two_gpus.py"), "train", *as_flags(flags))
+    done = run_job(str(tmp_path / "on_two_gpus.py"), "train", *quick(num_workers=1))
     assert "workers    1, each with 2 CPUs and 1 GPU" in done.stdout, done.stderr
     assert "validation after epoch 2" in done.stdout, done.stderr
     assert "test       accuracy" in done.stdout, done.stderr
-    flags |= {"sweep": "beta1=0.7,0.8", "num_trials": 2, "num_confirmed": 0}
-    done = run_job(str(tmp_path / "on_two_gpus.py"), "tune", *as_flags(flags))
+    flags = quick(run_name="sweep", num_workers=1, sweep="beta1=0.7,0.8", num_trials=2, num_confirmed=0)
+    done = run_job(str(tmp_path / "on_two_gpus.py"), "tune", *flags)
     assert "trials     2 at a time, each 1 worker with 1 CPU and 1 GPU" in done.stdout, done.stderr
     # Halving stops the worse one of two trials, unless they are equal.
     assert re.search(r"(1 done, 1|2 done, 0) stopped early, 0 failed", done.stdout)
@@ -160,10 +156,7 @@ def test_with_gpus_the_workers_validate_and_the_test_and_the_trials_have_gpus(
 
 
 @pytest.mark.long
-def test_trials_that_cannot_use_their_gpu_fail_once_with_the_reason(
-    with_gpus: str, small_data: Path, tmp_path: Path
-) -> None:
-    flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, "num_trials": 2, "sweep": "beta1=0.7,0.8"}
-    done = run_job("tune.py", *as_flags(flags), address=with_gpus)
+def test_trials_that_cannot_use_their_gpu_fail_once_with_the_reason(with_gpus: str, quick: Flags) -> None:
+    done = run_job("tune.py", *quick(num_trials=2, sweep="beta1=0.7,0.8"), address=with_gpus)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert "every trial failed; the first one: PyTorch on " in done.stderr

@@ -11,11 +11,6 @@ from mnist_ray.storage import RunFolder, locate
 from tests.conftest import as_flags, run_main
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
-    return locate(str(tmp_path), "run")
-
-
 def test_a_node_that_has_just_left_the_cluster_is_not_checked(
     ray_address: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,16 +20,17 @@ from mnist_ray.report import page
 from mnist_ray.report.run_files import RunRecord, read_csv, workload_of
 from mnist_ray.run.history import History, write_predictions
 from mnist_ray.settings import json_lines, setting, values_of
-from mnist_ray.storage import RunFolder, locate
+from mnist_ray.storage import RunFolder
 from mnist_ray.sweep.picture import draw
-from mnist_ray.sweep.space import Point, space_of
+from mnist_ray.sweep.space import space_of
 from mnist_ray.sweep.trials import DONE, TrialRecord, TrialTable
 from mnist_ray.training.events import EpochFinished, Progress, Validated
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import ACCURACY, LOSS, Metric
 from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.figures import Curve, Table, new_plot, scale_axis, smoothed
-from tests.conftest import METADATA, mnist, run_job, run_main
+from tests.conftest import METADATA, folder_at, mnist, run_job, run_main
+from tests.sweep.test_space import point
 
 PHOTOS = ["predictions", "mistakes"]
 RUN_PICTURES = ["loss", "accuracy", "confusion", *PHOTOS, "learning_rate"]
@@ -59,10 +60,6 @@ def unfinished_run(finished_run: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def at(folder: Path) -> RunFolder:
-    return locate(str(folder.parent), folder.name)
-
-
 @pytest.fixture
 def test_images(small_data: Path) -> Split:
     return Split(idx.load("test", small_data))
@@ -75,10 +72,6 @@ def write(run: RunFolder, test: Split | None = None) -> dict[str, bytes]:
 def trials(*records: TrialRecord) -> str:
     workload = type(mnist())
     return TrialTable(workload, space_of(workload, {}), records).to_csv()
-
-
-def point(learning_rate: float) -> Point:
-    return Point((("batch_size", 32), ("learning_rate", learning_rate)), 0)
 
 
 def test_a_run_has_one_page_with_all_its_pictures(finished_run: Path) -> None:
@@ -101,7 +94,7 @@ def test_a_run_has_one_page_with_all_its_pictures(finished_run: Path) -> None:
 
 
 def test_predictions_csv_agrees_with_the_result(finished_run: Path, test_images: Split) -> None:
-    rows = read_csv(at(finished_run), "predictions.csv")
+    rows = read_csv(folder_at(finished_run), "predictions.csv")
     labels, predicted, probabilities = (
         np.array([float(row[name]) for row in rows]) for name in ("label", "prediction", "probability")
     )
@@ -112,19 +105,18 @@ def test_predictions_csv_agrees_with_the_result(finished_run: Path, test_images:
     assert probabilities.max() <= 1
 
 
-def test_an_interrupted_run_has_a_report(unfinished_run: Path, test_images: Split, tmp_path: Path) -> None:
-    before_first_step = locate(str(tmp_path), "run")
-    before_first_step.write_text("config.json", json_lines(values_of(TrainConfig(), WorkerConfig())))
-    for run, test, num_epochs in ((at(unfinished_run), test_images, 1), (before_first_step, None, 0)):
-        assert list(write(run, test)) == ["loss", "accuracy", "learning_rate"] * num_epochs  # none without a step
-        text = run.read_text("report.html") or ""
+def test_an_interrupted_run_has_a_report(unfinished_run: Path, test_images: Split, run: RunFolder) -> None:
+    run.write_text("config.json", json_lines(values_of(TrainConfig(), WorkerConfig())))
+    for some, test, num_epochs in ((folder_at(unfinished_run), test_images, 1), (run, None, 0)):
+        assert list(write(some, test)) == ["loss", "accuracy", "learning_rate"] * num_epochs  # none without a step
+        text = some.read_text("report.html") or ""
         assert f"not finished: {num_epochs} of 2 epochs" in text
         page = Page(text)
         assert "nan" not in str(page.rows) + str([alt for _, alt in page.images])
 
 
 def test_an_interrupted_sweeps_report_says_how_to_resume_the_sweep(unfinished_run: Path) -> None:
-    (unfinished_run / "sweep.csv").write_text(trials(TrialRecord(1, point(1e-3), DONE, 1.0, 0.9, 0.3)))
+    (unfinished_run / "sweep.csv").write_text(trials(TrialRecord(1, point(32, 1e-3), DONE, 1.0, 0.9, 0.3)))
     run_main("report", str(unfinished_run))
     assert "python jobs/tune.py --resume --run-name unfinished" in (unfinished_run / "report.html").read_text()
 
@@ -226,8 +218,8 @@ def test_a_reports_curves_do_not_jump_at_a_single_step(tested_run: RunFolder) ->
 
 def test_a_sweeps_report_has_its_trials_best_first(finished_run: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_run, tmp_path / "sweep")
-    run = locate(str(tmp_path), "sweep")
-    done = [TrialRecord(n, point(0.001 * n), DONE, 2.0, 0.9 + n / 100, 0.1, 0.1, 9.0, 1.0) for n in (1, 2)]
+    run = folder_at(tmp_path / "sweep")
+    done = [TrialRecord(n, point(32, 0.001 * n), DONE, 2.0, 0.9 + n / 100, 0.1, 0.1, 9.0, 1.0) for n in (1, 2)]
     run.write_text("sweep.csv", trials(*done))
     run.write_bytes("sweep.png", draw(TrialTable(type(mnist()), space_of(type(mnist()), {}), done), 2))
     assert Image.open(io.BytesIO(write(run)["sweep"])).width == 1425
@@ -245,21 +237,20 @@ def test_the_report_of_a_run_that_a_trial_has_trained_has_no_curves_and_all_its_
     header, *_, last = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     (tmp_path / "run" / "metrics.csv").write_text(f"{header}\n{last}\n")
     (tmp_path / "run" / "steps.csv").unlink()
-    assert {"loss", "accuracy"}.isdisjoint(write(locate(str(tmp_path), "run")))
+    assert {"loss", "accuracy"}.isdisjoint(write(folder_at(tmp_path / "run")))
     assert "finished: 2 of 2 epochs" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_a_run_with_untrusted_code_is_refused(tmp_path: Path) -> None:
-    run = locate(str(tmp_path), "run")
+def test_a_run_with_untrusted_code_is_refused(run: RunFolder, tmp_path: Path) -> None:
     run.write_text("config.json", json_lines({"num_epochs": 1, "workload": str(tmp_path / "steals.py")}))
     with pytest.raises(UsageError, match="code that may have come with a run"):
         workload_of(run, None, str(tmp_path))
 
 
 @pytest.fixture
-def tested_run(tmp_path: Path) -> RunFolder:
+def tested_run(run: RunFolder) -> RunFolder:
     """The files of a run of one epoch, tested on two images."""
-    run, workload = locate(str(tmp_path), "run"), mnist()
+    workload = mnist()
     figures = {"loss": 0.5, "accuracy": 0.5}
     history = History(run, workload)
     progress = Progress(1, 9, 9, [0.5], figures, figures, 100, epoch_s=2.0, learning_rate=0.01)
@@ -273,7 +264,7 @@ def tested_run(tmp_path: Path) -> RunFolder:
     run.write_text("result.json", json_lines({**tested.to_dict(workload), **result, workload.rate: 50.0}))
     run.write_text("config.json", json_lines(values_of(TrainConfig(), WorkerConfig())))
     run.write_text("origin.json", json_lines({"versions": {}, "metadata": workload.metadata}))
-    run.write_text("sweep.csv", trials(TrialRecord(1, point(0.01), DONE, 2.0, 0.9, 0.1)))
+    run.write_text("sweep.csv", trials(TrialRecord(1, point(32, 0.01), DONE, 2.0, 0.9, 0.1)))
     return run
 
 

@@ -53,10 +53,10 @@ from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import (
     QUICK,
     as_flags,
+    callback_at,
     folder_at,
     mnist,
     run_and_act,
-    run_and_act_twice,
     run_job,
     run_main,
     wait_for,
@@ -82,7 +82,8 @@ class Gate:
 
     def flags(self, epoch: int = 1, step: int = 30, **values: Any) -> list[str]:
         callback = self.folder / f"held_{self.folder.name}.py"  # Python loads a name once
-        callback.write_text(HELD.format(epoch=epoch, step=step, folder=str(self.folder)))
+        held = f"(state.epoch, state.step) == ({epoch}, {step}) and not os.path.exists({str(self.folder / 'open')!r})"
+        callback_at(callback, "on_step(self, state)", f"while {held}: time.sleep(0.01)")
         paths = {"data_dir": self.data, "storage_path": self.folder, "run_name": "run", "callback": callback}
         return as_flags({**QUICK, **paths, "num_workers": 2, "checkpoint_every": 20, **values})
 
@@ -118,17 +119,6 @@ def acting(act: Callable[[], None]) -> Iterator[None]:
         finally:
             if (error := acted.exception()) is not None:
                 raise error
-
-
-HELD = """\
-import pathlib, time
-from mnist_ray.training.callback import Callback
-
-class Held(Callback):
-    def on_step(self, state):
-        while (state.epoch, state.step) == ({epoch}, {step}) and not pathlib.Path({folder!r}, "open").exists():
-            time.sleep(0.01)
-"""
 
 
 @pytest.fixture
@@ -180,7 +170,8 @@ def test_a_run_that_loses_a_node_ends_with_the_same_weights(nodes: Cluster, fini
         nodes.add_node(num_cpus=1)
 
     flags = gate.flags()
-    printed, _ = run_and_act(gate.opened_after(replace_a_node), "epoch 1/2  finished", *flags, address=nodes.address)
+    acts = {"epoch 1/2  finished": gate.opened_after(replace_a_node)}
+    printed, _ = run_and_act(acts, *flags, address=nodes.address)
     assert "started    2 × cpu" in printed
     assert printed.count("\nlost ") == 1
     assert "s of work lost" in printed
@@ -257,11 +248,8 @@ def test_a_training_that_ends_before_its_event_queue_has_started_loses_no_event(
                 time.sleep(0.01)
             super().__init__()
 
-    callback = tmp_path / "touches.py"
-    callback.write_text(
-        "import pathlib\nfrom mnist_ray.training.callback import Callback\n\nclass Touches(Callback):\n"
-        f"    def on_epoch(self, state, progress): pathlib.Path({str(tmp_path / 'over')!r}).touch()\n"
-    )
+    touch = f"pathlib.Path({str(tmp_path / 'over')!r}).touch()"
+    callback = callback_at(tmp_path / "touches.py", "on_epoch(self, state, progress)", touch)
     monkeypatch.setattr(fit, "open_event_queue", lambda: ray.remote(num_cpus=0)(LateQueue).remote())
     values = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_epochs": 1}
     run_main("train", *as_flags({**values, "callback": callback}))
@@ -291,22 +279,13 @@ def test_a_run_that_loses_a_worker_and_its_newest_checkpoint_ends_with_the_same_
     assert weights(gate.run) == weights(finished_run)
 
 
-STOPS = """\
-from mnist_ray.training.callback import Callback
-
-class Stops(Callback):
-    def wants_stop(self):
-        return True
-"""
-
-
 @pytest.mark.usefixtures("ray_address")
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_run_that_a_callback_stops_says_how_to_resume(num_workers: int, small_data: Path, tmp_path: Path) -> None:
-    (tmp_path / f"stops_{num_workers}.py").write_text(STOPS)
+    callback = callback_at(tmp_path / f"stops_{num_workers}.py", "wants_stop(self)", "return True")
     flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": num_workers}
     with pytest.raises(JobError, match=r"^a callback has stopped the training \(.*to resume: python .*--resume"):
-        run_main("train", *as_flags({**flags, "callback": tmp_path / f"stops_{num_workers}.py"}))
+        run_main("train", *as_flags({**flags, "callback": callback}))
     assert len(list(tmp_path.glob("run/checkpoint_epoch*"))) == 1
 
 
@@ -314,7 +293,7 @@ def test_a_run_resumed_after_a_kill_and_damage_ends_with_the_same_weights(
     ray_address: str, finished_run: Path, gate: Gate, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kill, flags = gate.opened_after(psutil.Process.kill), gate.flags()
-    run_and_act(kill, "epoch 1/2  finished", *flags, address=ray_address, status=-9)
+    run_and_act({"epoch 1/2  finished": kill}, *flags, address=ray_address, status=-9)
     assert not (gate.run / "result.json").exists()
     last = max(gate.run.glob("checkpoint_epoch*"))
     (last / "model.safetensors").write_bytes(b"something else")
@@ -362,7 +341,7 @@ def test_a_report_that_cannot_be_written_is_a_note(
 def test_a_reproducible_run_resumed_with_other_workers_has_the_same_bits(ray_address: str, gate: Gate) -> None:
     flags = [*gate.flags(), "--reproducible"]
     kill = gate.opened_after(psutil.Process.kill)
-    run_and_act(kill, "epoch 1/2  finished", *flags, address=ray_address, status=-9)
+    run_and_act({"epoch 1/2  finished": kill}, *flags, address=ray_address, status=-9)
     resumed = run_job("train.py", *flags, "--num-workers", "1", "--resume", address=ray_address)
     assert resumed.returncode == 0, resumed.stderr
     alone = run_job("train.py", *flags, "--run-name", "alone", "--num-workers", "1", address=ray_address)
@@ -382,20 +361,10 @@ def test_a_reproducible_run_resumed_with_other_workers_has_the_same_bits(ray_add
 def test_an_elastic_run_continues_with_fewer_workers(nodes: Cluster, gate: Gate) -> None:
     lose = gate.opened_after(lambda job: nodes.remove_node(nodes.list_all_nodes()[-1]))
     flags = gate.flags(min_workers=1)
-    printed, _ = run_and_act(lose, "epoch 1/2  finished", *flags, address=nodes.address)
+    printed, _ = run_and_act({"epoch 1/2  finished": lose}, *flags, address=nodes.address)
     assert "started    2 × cpu" in printed
     assert "restarted  1 × cpu" in printed
     assert json.loads((gate.run / "result.json").read_text())["test_accuracy"] > 0.8
-
-
-SLOW = """\
-import time
-from mnist_ray.training.callback import Callback
-
-class Slow(Callback):
-    def on_step(self, state):
-        time.sleep(0.07)
-"""
 
 
 @pytest.mark.long
@@ -412,12 +381,12 @@ def test_a_checkpoint_is_saved_before_a_node_is_preempted(nodes: Cluster, small_
         wait_for(lambda: [*tmp_path.glob("run/checkpoint_epoch*")], timeout_s=10)  # the epoch has half a minute to go
         job.send_signal(signal.SIGINT)
 
-    (tmp_path / "slow.py").write_text(SLOW)
+    callback = callback_at(tmp_path / "slow.py", "on_step(self, state)", "time.sleep(0.07)")
     flags = {**QUICK, "num_epochs": 99, "batch_size": 5, "validation_size": 0, "num_workers": 2}
-    flags |= {"data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "callback": tmp_path / "slow.py"}
+    flags |= {"data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "callback": callback}
     note = "note        a worker's node will be taken away in 35"
     acts = {"epoch 1/99": announce, note: interrupt}
-    printed, _ = run_and_act_twice(acts, *as_flags(flags), address=nodes.address, status=130)
+    printed, _ = run_and_act(acts, *as_flags(flags), address=nodes.address, status=130)
     nodes.remove_node(doomed)
     assert printed.count(note) == 1
     assert "lost " not in printed
@@ -435,7 +404,8 @@ def test_a_job_waits_for_a_node_for_longer_than_ray_may_be_silent(
         nodes.add_node(num_cpus=1)
 
     flags = [*gate.flags(), "--autoscaling"]
-    printed, _ = run_and_act(add_a_node, "note       the cluster is too small now", *flags, address=nodes.address)
+    acts = {"note       the cluster is too small now": add_a_node}
+    printed, _ = run_and_act(acts, *flags, address=nodes.address)
     assert "started    2 × cpu" in printed
     assert weights(gate.run) == weights(finished_run)
 

@@ -1,6 +1,5 @@
 import dataclasses
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -8,14 +7,9 @@ from mnist_ray.errors import JobError
 from mnist_ray.report.run_files import STEPS_FILE, read_csv, read_values
 from mnist_ray.run.history import History
 from mnist_ray.run.record import repeat
-from mnist_ray.storage import RunFolder, locate
+from mnist_ray.storage import RunFolder
 from mnist_ray.training.events import EpochFinished, Progress, Started, Validated
 from tests.conftest import mnist
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
-    return locate(str(tmp_path), "run")
 
 
 def finished(epoch: int) -> EpochFinished:

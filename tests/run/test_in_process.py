@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -22,17 +21,15 @@ from mnist_ray.mnist import MNIST
 from mnist_ray.report import page
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.run.in_process import LocalReporter
-from mnist_ray.storage import locate
-from tests.conftest import QUICK, as_flags, run_and_act, run_job
+from tests.conftest import QUICK, as_flags, callback_at, folder_at, run_and_act, run_job
 
-READS = """
-from mnist_ray.training.callback import Callback
-
-class Reads(Callback):
-    def on_step(self, state):
-        open("/nowhere/at/all")
-"""
 HERE = {**QUICK, "num_workers": 0, "cpus_per_worker": 1, "precision": "fp32"}
+
+
+@pytest.fixture
+def here(small_data: Path, tmp_path: Path) -> dict[str, Any]:
+    """Settings of a run named ``run`` in the test's folder."""
+    return {**HERE, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"}
 
 
 def weights_of(run: Path) -> bytes:
@@ -49,23 +46,24 @@ def run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return storage / "run"
 
 
-def test_its_weights_equal_those_of_one_worker(run: Path, ray_address: str, small_data: Path, tmp_path: Path) -> None:
-    flags = {**HERE, "num_workers": 1, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"}
-    done = run_job("train.py", *as_flags(flags), address=ray_address)
+def test_its_weights_equal_those_of_one_worker(
+    run: Path, ray_address: str, here: dict[str, Any], tmp_path: Path
+) -> None:
+    done = run_job("train.py", *as_flags({**here, "num_workers": 1}), address=ray_address)
     assert done.returncode == 0, done.stderr
     assert weights_of(tmp_path / "run") == weights_of(run)
 
 
 def test_it_writes_the_files_of_any_run(run: Path) -> None:
-    folder = locate(str(run.parent), run.name)
+    folder = folder_at(run)
     assert [row["val_loss"] != "" for row in read_csv(folder, "metrics.csv")] == [True, True]
     assert read_csv(folder, "steps.csv")[-1]["step"] == "96"
     assert {"result.json", "report.html", "predictions.csv"} <= {file.name for file in run.iterdir()}
 
 
-def test_interrupted_it_saves_and_resumes_to_the_same_weights(run: Path, small_data: Path, tmp_path: Path) -> None:
-    flags = as_flags({**HERE, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"})
-    _, errors = run_and_act(lambda job: job.send_signal(2), "started", *flags, address="local", status=130)
+def test_interrupted_it_saves_and_resumes_to_the_same_weights(run: Path, here: dict[str, Any], tmp_path: Path) -> None:
+    acts = {"started": lambda job: job.send_signal(2)}
+    _, errors = run_and_act(acts, *as_flags(here), address="local", status=130)
     assert errors.startswith("interrupted; to resume: python jobs/train.py --resume --run-name run")
     assert list(tmp_path.glob("run/checkpoint_*"))
     done = run_job("train.py", "--resume", "--run-name", "run", "--storage-path", str(tmp_path))
@@ -73,52 +71,40 @@ def test_interrupted_it_saves_and_resumes_to_the_same_weights(run: Path, small_d
     assert weights_of(tmp_path / "run") == weights_of(run)
 
 
-INTERRUPTS = """
-import os, signal
-from mnist_ray.training.callback import Callback
-
-class Interrupts(Callback):
-    def on_step(self, state):
-        if state.total_step == 96:
-            os.kill(os.getpid(), signal.SIGINT)
-"""
-
-
-def test_interrupted_in_the_last_step_it_ends_as_interrupted(
-    small_data: Path, tmp_path: Path, write: Callable[..., Path]
-) -> None:
-    given = {**HERE, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"}
+def test_interrupted_in_the_last_step_it_ends_as_interrupted(here: dict[str, Any], tmp_path: Path) -> None:
+    interrupt = "if state.total_step == 96: os.kill(os.getpid(), signal.SIGINT)"
+    callback = callback_at(tmp_path / "interrupts.py", "on_step(self, state)", interrupt)
     with pytest.raises(KeyboardInterrupt, match=r"^interrupted; to resume: train\(resume=True"):
-        train(None, **given, callback=str(write(INTERRUPTS, "interrupts.py")))
+        train(None, **here, callback=callback)
     assert (tmp_path / "run" / "checkpoint_epoch-002_step-000000").is_dir()
 
 
-def test_a_step_may_take_any_time(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_may_take_any_time(here: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     armed: list[bool] = []
     monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *given, **options: armed.append(True))
     monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", armed.clear)
     seen: list[bool] = []
     monkeypatch.setattr(LocalReporter, "on_step", lambda reporter, state: seen.extend(armed or [False]))
-    train(None, **{**HERE, "num_epochs": 1, "data_dir": small_data, "storage_path": tmp_path})
+    train(None, **here, num_epochs=1)
     assert set(seen) == {False}
 
 
 def test_results_that_json_cannot_hold_are_null(
-    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    here: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(MNIST, "summarize", lambda workload, means: {"accuracy": math.nan})
     monkeypatch.setattr(MNIST, "details", lambda workload, columns: {"worst": [math.inf, 1.5]})
     for method in ("lines", "pictures"):
         monkeypatch.setattr(MNIST, method, lambda *given: [])
-    found = train(None, **{**HERE, "num_epochs": 1, "data_dir": small_data, "storage_path": tmp_path})
+    found = train(None, **here, num_epochs=1)
     result = json.loads(found.folder.read_text("result.json") or "", parse_constant=pytest.fail)
     assert (result["test_accuracy"], result["worst"]) == (None, [None, 1.5])
     assert caplog.messages == []  # such as those of TensorBoard's writer
 
 
-def test_the_best_two_and_the_last_checkpoint_are_kept(small_data: Path, tmp_path: Path) -> None:
-    train(None, **{**HERE, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_epochs": 6})
-    run = locate(str(tmp_path), "run")
+def test_the_best_two_and_the_last_checkpoint_are_kept(here: dict[str, Any], tmp_path: Path) -> None:
+    train(None, **here, num_epochs=6)
+    run = folder_at(tmp_path / "run")
     epochs = read_csv(run, "metrics.csv")
     ranked = sorted(epochs, key=lambda row: (-float(row["val_accuracy"]), float(row["val_loss"])))
     best, second, *_ = (f"checkpoint_epoch-{int(row['epoch']):03d}_step-000000" for row in ranked)
@@ -131,25 +117,23 @@ def test_the_best_two_and_the_last_checkpoint_are_kept(small_data: Path, tmp_pat
     assert (run.read_json("result.json") or {})["checkpoint"] == best
 
 
-def test_storage_that_fails_is_one_line_with_the_way_on(
-    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_storage_that_fails_is_one_line_with_the_way_on(here: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LocalReporter, "save", Mock(side_effect=OSError(28, "No space left on device")))
     said = r"^the storage has failed: No space left on device \(to resume: train\(resume=True, .*\)\)$"
     with pytest.raises(JobError, match=said):
-        train(None, **{**HERE, "num_epochs": 1, "data_dir": small_data, "storage_path": tmp_path})
+        train(None, **here, num_epochs=1)
 
 
 def test_a_file_that_the_users_code_cannot_read_is_no_failure_of_the_storage(
-    small_data: Path, tmp_path: Path, write: Callable[..., Path]
+    here: dict[str, Any], tmp_path: Path
 ) -> None:
-    given = {**HERE, "data_dir": small_data, "storage_path": tmp_path, "callback": str(write(READS, "reads.py"))}
+    callback = callback_at(tmp_path / "reads.py", "on_step(self, state)", 'open("/nowhere/at/all")')
     with pytest.raises(FileNotFoundError, match="/nowhere/at/all"):
-        train(None, **given)
+        train(None, **here, callback=callback)
 
 
 def test_interrupted_while_the_report_is_written_a_run_is_finished_and_says_so(
-    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     advice, write = list[str](), page.write
     monkeypatch.setattr("mnist_ray.run.record.if_ended", advice.append)
@@ -162,7 +146,7 @@ def test_interrupted_while_the_report_is_written_a_run_is_finished_and_says_so(
     monkeypatch.setattr(page, "write", write_interrupted)
     said = f"the run is finished: {tmp_path}/run/result.json"
     with pytest.raises(KeyboardInterrupt, match=f"^interrupted; {re.escape(said)}$"):
-        train(None, **{**HERE, "num_epochs": 1, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"})
+        train(None, **here, num_epochs=1)
     assert advice[-1] == f"; {said}"
     assert capsys.readouterr().out.splitlines()[-1] == f"report     {tmp_path}/run/report.html"
     assert "finished: 1 of 1 epochs, tested on" in (tmp_path / "run" / "report.html").read_text()

@@ -5,34 +5,20 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.run.record import overfit_verdict
-from tests.conftest import QUICK, as_flags, folder_at, run_main
-
-CALLBACK = """
-from mnist_ray.training.callback import Callback
-
-
-class Ends(Callback):
-    def on_epoch(self, state, progress):
-        state.ends = state.epoch == 5
-"""
-
-
-def flags(small_data: Path, folder: Path, **more: Any) -> list[str]:
-    return as_flags({"data_dir": small_data, "storage_path": folder, "run_name": "run", **QUICK, **more})
+from tests.conftest import Flags, callback_at, folder_at, run_main
 
 
 @pytest.mark.usefixtures("ray_address")
-def test_a_run_stops_early(small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_stops_early(quick: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = {"num_epochs": 9, "early_stop": 1, "ema_decay": 0.9, "optimizer": "sgd", "label_smoothing": 0.1}
     # At this rate the second epoch cannot be better than the first.
     more |= {"learning_rate": 1e-9, "limit": 0.5, "schedule": "constant"}
-    run_main("train", *flags(small_data, tmp_path, **more))
+    run_main("train", *quick(**more))
     said = capsys.readouterr().out
     assert "stopped    after epoch 2: validation was best after epoch 1" in said
     changed = "optimizer sgd, label smoothing 0.1, ema decay 0.9, early stop 1, validation size 600, limit 0.5"
@@ -51,14 +37,13 @@ def test_a_run_stops_early(small_data: Path, tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.usefixtures("ray_address")
 def test_a_callback_that_a_flag_names_ends_a_run_of_two_workers_with_its_best_two_and_last_checkpoints(
-    small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    quick: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "ends.py").write_text(CALLBACK)
-    more = {"num_epochs": 9, "callback": tmp_path / "ends.py", "num_workers": 2}
-    run_main("train", *flags(small_data, tmp_path, **more))
+    callback = callback_at(tmp_path / "ends.py", "on_epoch(self, state, progress)", "state.ends = state.epoch == 5")
+    run_main("train", *quick(num_epochs=9, num_workers=2, callback=callback))
     assert "stopped    after epoch 5: validation was best after epoch " in capsys.readouterr().out
     run = tmp_path / "run"
-    assert json.loads((run / "config.json").read_text())["callback"] == str(tmp_path / "ends.py")
+    assert json.loads((run / "config.json").read_text())["callback"] == str(callback)
     accuracy = {int(row["epoch"]): float(row["val_accuracy"]) for row in read_csv(folder_at(run), "metrics.csv")}
     assert list(accuracy) == [1, 2, 3, 4, 5]
     kept = {int(path.name[17:20]) for path in run.glob("checkpoint_epoch*")}
@@ -70,9 +55,9 @@ def test_a_callback_that_a_flag_names_ends_a_run_of_two_workers_with_its_best_tw
 
 
 def test_batches_to_overfit_end_with_a_verdict(
-    small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    quick: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_main("train", *flags(small_data, tmp_path, num_epochs=4, overfit_batches=1, num_workers=0))
+    run_main("train", *quick(num_epochs=4, overfit_batches=1, num_workers=0))
     said = capsys.readouterr().out
     assert "data       1 batch of " in said
     assert "the model can learn these examples" in said.partition("overfit    the loss went from 2.")[2]

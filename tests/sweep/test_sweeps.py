@@ -1,6 +1,5 @@
 """Whole sweeps on a real Ray, on few images."""
 
-import csv
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from mnist_ray.cluster.remote_data import share
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist import MNIST
+from mnist_ray.report.run_files import read_csv
 from mnist_ray.run.job import Job
 from mnist_ray.settings import json_lines, values_of
 from mnist_ray.storage import RunFolder, locate
@@ -34,7 +34,7 @@ from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.training.checkpoint import digest_of
 from mnist_ray.workload import Arrays, Data, Regression, Workload, setting
 from mnist_ray.workload.data import Split
-from tests.conftest import ROOT, as_flags, mnist, run_main, write_data_set
+from tests.conftest import ROOT, as_flags, folder_at, mnist, run_main, write_data_set
 
 QUICK: dict[str, Any] = {
     "precision": "fp32",
@@ -60,8 +60,7 @@ def where(data_dir: Path, ray_address: str, tmp_path: Path) -> dict[str, Any]:
 
 
 def rows(run: Path) -> list[dict[str, str]]:
-    with (run / "sweep.csv").open() as file:
-        return list(csv.DictReader(file))
+    return read_csv(folder_at(run), "sweep.csv")
 
 
 def rates(*learning_rates: float) -> dict[str, Any]:
@@ -205,8 +204,8 @@ def test_halving_trains_the_better_half_on_at_each_rung(halved: Path) -> None:
 
 
 def test_what_a_trial_has_trained_in_pieces_is_what_the_training_job_trains(halved: Path, tmp_path: Path) -> None:
-    with (halved / "metrics.csv").open() as file:
-        assert [(row["epoch"], row["train_loss"]) for row in csv.DictReader(file)] == [("2", "")], "it trains nothing"
+    epochs = read_csv(folder_at(halved), "metrics.csv")
+    assert [(row["epoch"], row["train_loss"]) for row in epochs] == [("2", "")], "it trains nothing"
     run_main("train", *as_flags({"config": halved / "best.json", "storage_path": tmp_path, "run_name": "again", **ONE}))
     again, swept = (json.loads((run / "result.json").read_text()) for run in (tmp_path / "again", halved))
     assert swept["weights_sha256"] == again["weights_sha256"]
