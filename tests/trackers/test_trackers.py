@@ -1,15 +1,21 @@
 import ast
 import io
 import json
+import re
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import mlflow
 import numpy as np
 import pytest
+import ray
 import torch
 from PIL import Image
 from pyarrow import fs
@@ -22,11 +28,11 @@ from mnist_ray.storage import ORIGIN_FILE, RunFolder, locate
 from mnist_ray.trackers import Ending, Tracker, start
 from mnist_ray.trackers.start import Trackers
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, TrialEnded, Validated
-from mnist_ray.workload import figures
+from mnist_ray.workload import figures, user_code
 from mnist_ray.workload.base import LOSS
-from tests.conftest import mnist
+from tests.conftest import ROOT, mnist
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 INTERRUPTED = Ending(None, {}, None)
 PICTURE = figures.curves_of(LOSS, [], 1)
 RESULT = {"test_accuracy": 0.875, "test_loss": 0.5, "images_per_s": 100.0}
@@ -86,9 +92,9 @@ def points(reader: EventAccumulator, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in reader.Scalars(tag)]
 
 
-def test_tensorboard_has_every_step_every_epoch_and_the_pictures(tmp_path: Path) -> None:
+def test_tensorboard_has_every_step_every_epoch_and_the_pictures(run: RunFolder, tmp_path: Path) -> None:
     ending = Ending(RESULT, {"seconds": PICTURE}, None)
-    assert follow(locate(str(tmp_path), "run"), EPOCH, ending) == []
+    assert follow(run, EPOCH, ending) == []
     reader = read_events(tmp_path / "run")
     assert points(reader, "step/train_loss") == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)]
     assert points(reader, "step/train_accuracy") == [(2, 0.75), (4, 0.75)]
@@ -102,8 +108,9 @@ def test_tensorboard_has_every_step_every_epoch_and_the_pictures(tmp_path: Path)
     assert (image.width, image.height) == Image.open(io.BytesIO(PICTURE)).size
 
 
-def test_tensorboard_shows_steps_that_are_done_again_once_and_what_comes_before_them(tmp_path: Path) -> None:
-    run = locate(str(tmp_path), "run")
+def test_tensorboard_shows_steps_that_are_done_again_once_and_what_comes_before_them(
+    run: RunFolder, tmp_path: Path
+) -> None:
     follow(run, EPOCH[:-1], INTERRUPTED)
     assert follow(run, [EPOCH[-1], started(step=2), progress(4, [2.5, 1.5])], INTERRUPTED) == []
     reader = read_events(tmp_path / "run")
@@ -111,9 +118,9 @@ def test_tensorboard_shows_steps_that_are_done_again_once_and_what_comes_before_
     assert points(reader, "step/train_loss") == [(1, 4.0), (2, 3.0), (3, 2.5), (4, 1.5)]
 
 
-def test_a_full_disk_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_warning(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: FileIO("/dev/full", "w"))
-    warnings = follow(locate(str(tmp_path), "run"), EPOCH, INTERRUPTED)
+    warnings = follow(run, EPOCH, INTERRUPTED)
     assert warnings == ["TensorBoard failed and is not used any more: [Errno 28] No space left on device"]
 
 
@@ -124,9 +131,9 @@ def test_storage_that_is_no_local_disk_gets_the_event_file_at_the_end(tmp_path: 
 
 
 def test_mlflow_has_parameters_metrics_pictures_and_the_model(
-    tmp_path: Path, finished_run: Path, mlflow_tracker: Path
+    run: RunFolder, finished_run: Path, mlflow_tracker: Path
 ) -> None:
-    run, checkpoint = locate(str(tmp_path), "run"), find(str(finished_run), "~/ray_results").checkpoint
+    checkpoint = find(str(finished_run), "~/ray_results").checkpoint
     assert follow(run, EPOCH[:3], INTERRUPTED, mlflow_tracker) == []
     (found,) = in_mlflow(run)
     assert (found.info.run_name, found.info.status) == ("run", "KILLED")
@@ -145,8 +152,7 @@ def test_mlflow_has_parameters_metrics_pictures_and_the_model(
     assert model(torch.from_numpy(np.zeros((5, 1, 28, 28), np.float32))).shape == (5, 10)
 
 
-def test_mlflow_says_which_data_workers_and_commit_a_run_had(tmp_path: Path, mlflow_tracker: Path) -> None:
-    run = locate(str(tmp_path), "run")
+def test_mlflow_says_which_data_workers_and_commit_a_run_had(run: RunFolder, mlflow_tracker: Path) -> None:
     known = {"versions": {}, "metadata": {}, "data": {"training": "a" * 64, "test": None}}
     origin = {"command_line": "python jobs/train.py", "git_commit": "0123abcd", "data_name": "MNIST", **known}
     run.write_text(ORIGIN_FILE, json.dumps(origin))
@@ -252,9 +258,8 @@ def test_a_tracker_that_does_not_follow_trials_is_left_alone_during_a_search(tmp
     assert not run.exists()
 
 
-def test_a_tracker_of_the_users_gets_all_figures(tmp_path: Path) -> None:
+def test_a_tracker_of_the_users_gets_all_figures(run: RunFolder, tmp_path: Path) -> None:
     (tmp_path / "lines.py").write_text(OWN)
-    run = locate(str(tmp_path), "run")
     assert follow(run, EPOCH, Ending(RESULT, {}, None), tmp_path / "lines.py") == []
     got = ast.literal_eval(run.read_text("lines.txt") or "")
     assert got[:3] == [("step/train_loss", 4.0, 1), ("step/train_loss", 3.0, 2), ("step/train_accuracy", 0.75, 2)]
@@ -262,14 +267,80 @@ def test_a_tracker_of_the_users_gets_all_figures(tmp_path: Path) -> None:
     assert got[-4:] == ["final/test_loss", "final/test_accuracy", "final/images_per_s", 128]
 
 
-def test_weights_and_biases_has_the_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_has_the_run_offline(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_PROJECT", "digits")
     (tmp_path / "run").mkdir()
     ending = Ending(RESULT, {"seconds": PICTURE}, None)
-    assert follow(locate(str(tmp_path), "run"), EPOCH, ending, EXAMPLES / "wandb_tracker.py") == []
+    assert follow(run, EPOCH, ending, EXAMPLES / "wandb_tracker.py") == []
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     content = file.read_bytes()
     for text in (b"step/train_loss", b"epoch/val_accuracy", b"final/test_accuracy", b"pictures/seconds", b"batch_size"):
         assert text in content
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/pictures/seconds*.png"))
+
+
+# --- Prometheus
+
+
+SHOWN: list[Event] = [
+    replace(started(), num_workers=2),
+    Validated(1, {"loss": 0.5, "accuracy": float("nan")}, 1.0),
+    replace(progress(1, [0.25]), epoch=2, learning_rate=0.01),
+]
+
+
+@pytest.fixture
+def prometheus() -> type[Tracker]:
+    return user_code.find(str(EXAMPLES / "prometheus_tracker.py"), Tracker)
+
+
+def in_the_board() -> set[str]:
+    """Return the metrics of a run that the board shows."""
+    board = json.loads((ROOT / "deploy" / "grafana.json").read_text())
+    shown = " ".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
+    return set(re.findall(r"ray_mnist_ray_\w+", shown))
+
+
+def test_gauges_have_a_runs_figures_and_the_board_shows_each(
+    prometheus: type[Tracker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gauges: dict[str, Mock] = {}
+    monkeypatch.setattr(
+        sys.modules[prometheus.__module__], "Gauge", lambda name, *_, **__: gauges.setdefault(name, Mock())
+    )
+    tracker = prometheus(locate(str(tmp_path), "one"), mnist(), {})
+    for event in SHOWN:
+        tracker.log(event)
+    for gauge in gauges.values():
+        gauge.set_default_tags.assert_called_once_with({"run": "one"})
+    assert {name: [call.args for call in gauge.set.call_args_list] for name, gauge in gauges.items()} == {
+        "mnist_ray_workers": [(2,)],
+        "mnist_ray_epochs": [(1.25,)],
+        "mnist_ray_examples_per_second": [(8.0,)],
+        "mnist_ray_learning_rate": [(0.01,)],
+        "mnist_ray_train": [(0.25, {"metric": "loss"}), (0.75, {"metric": "accuracy"})],
+        "mnist_ray_val": [(0.5, {"metric": "loss"})] * 2,  # again and again, else Ray leaves it out
+    }
+    assert in_the_board() == {f"ray_{name}" for name in gauges}
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("ray_address")
+def test_rays_node_serves_what_the_board_shows_to_prometheus(prometheus: type[Tracker], tmp_path: Path) -> None:
+    tracker = prometheus(locate(str(tmp_path), "one"), mnist(), {})
+    node: dict[str, Any] = next(node for node in ray.nodes() if node["Alive"])
+    own: list[str] = []  # lines of this run; the shared Ray serves those of other tests' runs, too
+    give_up = time.monotonic() + 60
+    while {line.partition("{")[0] for line in own} != in_the_board() and time.monotonic() < give_up:
+        for event in SHOWN:
+            tracker.log(event)
+        time.sleep(1)
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        served = urllib.request.urlopen(url).read().decode()
+        own = [line for line in served.splitlines() if line.startswith("ray_mnist_ray_") and 'run="one"' in line]
+    (line,) = [line for line in own if line.startswith("ray_mnist_ray_train{") and 'metric="accuracy"' in line]
+    assert line.endswith(" 0.75")
+    assert {line.partition("{")[0] for line in own} == in_the_board()

@@ -16,7 +16,7 @@ from torch import nn
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist import MNIST
-from mnist_ray.storage import RunFolder, locate
+from mnist_ray.storage import RunFolder
 from mnist_ray.training import checkpoint, engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.checkpoint import DamagedCheckpointError, OtherModelError
@@ -26,7 +26,7 @@ from mnist_ray.workload import Workload
 from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.tensors import map_tensors
 from tests.conftest import folder_at, mnist
-from tests.training.hooks import Hooks
+from tests.training.conftest import Hooks
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(precision="fp32", num_epochs=2, batch_size=20, learning_rate=2e-3, checkpoint_every=7)
@@ -226,13 +226,13 @@ def test_a_checkpoint_of_another_optimizer_is_refused_but_not_damaged(saved: Pat
 
 
 def test_a_checkpoint_of_another_model_is_refused_but_not_damaged(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved: Path, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(saved / "1-0", tmp_path / "run" / "checkpoint_epoch-001_step-000000")
+    shutil.copytree(saved / "1-0", Path(run.path) / "checkpoint_epoch-001_step-000000")
     monkeypatch.setattr(MNIST, "create_model", lambda workload: nn.Linear(784, 10))
     state = engine.create_state(mnist(), CONFIG, 600, CPU)
     with pytest.raises(OtherModelError, match=r"_step-000000 does not fit the model: .*conv1\.weight"):
-        checkpoint.restore_newest(locate(str(tmp_path), "run"), state)
+        checkpoint.restore_newest(run, state)
     with pytest.raises(OtherModelError, match=r"1-0 does not fit the model: .*conv1\.weight") as raised:
         checkpoint.load_model(folder_at(saved / "1-0"), mnist())
     assert "\n" not in str(raised.value)

@@ -24,7 +24,7 @@ from mnist_ray.training.sampler import ShardedBatchSampler, split_bounds
 from mnist_ray.training.state import CodeFailedError, Group, StopWantedError, TrainingState
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import mnist
-from tests.training.hooks import Hooks
+from tests.training.conftest import Hooks
 from tests.training.ranks import WAYS, WORLD_SIZES, train_both_ways
 
 CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ from mnist_ray.training.state import Group
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import mnist
-from tests.training.hooks import Hooks
+from tests.training.conftest import Hooks
 from tests.training.ranks import WAYS, WORLD_SIZES, train_both_ways
 
 CPU = torch.device("cpu")

@@ -1,15 +1,215 @@
-"""Data as they lie around: pictures by class."""
+"""Data as they lie around: Parquet files as blocks, and pictures by class."""
 
-from __future__ import annotations
-
+import io
+import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet as pq
 
-from mnist_ray.errors import UsageError
-from mnist_ray.workload import sources
+from mnist_ray.errors import JobError, UsageError
+from mnist_ray.workload import Arrays, Data, sources
+from mnist_ray.workload.loading import digests_of
+from mnist_ray.workload.sources import Parquet
+from mnist_ray.workload.splits import splits_of
+
+
+def encoded(image: np.ndarray, kind: str = "png") -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, kind)
+    return content.getvalue()
+
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (10, 8, 6, 3), dtype=np.uint8)
+GREY = IMAGES[..., 0]
+LABELS = np.arange(10)
+
+
+def written(file: Path, rows: int = 4, **columns: Any) -> Path:
+    """Write a table with row groups of ``rows`` rows."""
+    file.parent.mkdir(exist_ok=True, parents=True)
+    pq.write_table(columns["table"] if "table" in columns else pa.table(columns), file, row_group_size=rows)
+    return file
+
+
+def arrays_of(file: Path, **options: Any) -> Arrays:
+    """Return all examples of a file as arrays."""
+    blocks = Parquet(file, **options)
+    contents: Any = [blocks.read(number) for number in range(len(blocks.sizes))]
+    return Arrays(*(np.concatenate([getattr(each, name) for each in contents]) for name in ("inputs", "targets")))
+
+
+def of_ray(images: np.ndarray) -> pa.Table:
+    """Return a table as Ray Data writes it."""
+    about = {"ARROW:extension:name": "ray.data.arrow_tensor_v2", "ARROW:extension:metadata": "[8, 6, 3]"}
+    field = pa.field("image", pa.large_list(pa.uint8()), metadata=about)
+    values = pa.array(list(images.reshape(len(images), -1)), pa.large_list(pa.uint8()))
+    return pa.table({"image": values, "label": LABELS}, schema=pa.schema([field, pa.field("label", pa.int64())]))
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        ([{"bytes": encoded(image), "path": "a.png"} for image in IMAGES], IMAGES),  # as Hugging Face writes them
+        ([encoded(image) for image in GREY], GREY),
+        (GREY.tolist(), GREY),
+        (pa.FixedShapeTensorArray.from_numpy_ndarray(IMAGES), IMAGES),
+        (IMAGES[:, 0, 0, 0] / 255, IMAGES[:, 0, 0, 0] / 255),
+    ],
+)
+def test_a_row_group_is_a_block_of_pictures_lists_tensors_or_numbers(
+    tmp_path: Path, image: Any, expected: np.ndarray
+) -> None:
+    file = written(tmp_path / "some.parquet", image=image, label=LABELS)
+    assert list(Parquet(file).sizes) == [4, 4, 2]
+    read = arrays_of(file)
+    np.testing.assert_array_equal(read.inputs, expected)
+    assert read.targets.tolist() == LABELS.tolist()
+    assert Parquet(file)[7][1] == 7
+
+
+def test_tensors_of_ray_data_keep_their_shape(tmp_path: Path) -> None:
+    np.testing.assert_array_equal(arrays_of(written(tmp_path / "some.parquet", table=of_ray(IMAGES))).inputs, IMAGES)
+
+
+def test_several_columns_of_numbers_are_a_vector(tmp_path: Path) -> None:
+    file = written(tmp_path / "some.parquet", a=LABELS, b=LABELS * 0.5, name=["x"] * 10, label=LABELS % 2 == 0)
+    read = arrays_of(file, columns=["b", "a", "label"])
+    np.testing.assert_array_equal(read.inputs, np.stack([LABELS * 0.5, LABELS], axis=1).astype(np.float32))
+    assert read.targets.dtype == bool
+
+
+def test_decode_makes_examples_of_rows(tmp_path: Path) -> None:
+    file = written(tmp_path / "some.parquet", text=["a", "bb", None, "c"], label=[1, 2, 3, 4])
+    blocks: Any = Parquet(file, columns=["text", "label"], decode=lambda row: (len(row["text"] or ""), row["label"]))
+    assert list(blocks.read(0)) == [(1, 1), (2, 2), (0, 3), (1, 4)]
+
+
+@pytest.mark.parametrize(
+    ("place", "sizes"),
+    [
+        ("data", [4, 4, 2, 4, 4, 2, 4, 4, 2]),
+        ("data/train-*.parquet", [4, 4, 2, 4, 4, 2]),
+        ("data/*/c.parquet", [4, 4, 2]),
+        ("data/train-b.parquet", [4, 4, 2]),
+        ("data/tr*-b*", [4, 4, 2]),
+    ],
+)
+@pytest.mark.parametrize("is_absolute", [True, False])
+def test_a_place_is_a_file_a_folder_or_a_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, sizes: list[int], is_absolute: bool
+) -> None:
+    for name in ("train-a", "train-b", "more/c"):
+        written(tmp_path / "data" / f"{name}.parquet", image=LABELS, label=LABELS)
+    (tmp_path / "data" / "notes.txt").write_text("not Parquet")
+    monkeypatch.chdir(tmp_path)
+    assert list(Parquet(f"{tmp_path}/{place}" if is_absolute else place).sizes) == sizes
+
+
+def test_empty_files_and_row_groups_are_passed_over(tmp_path: Path) -> None:
+    written(tmp_path / "a.parquet", image=LABELS[:0], label=LABELS[:0])
+    with pq.ParquetWriter(tmp_path / "b.parquet", pa.schema({"image": pa.int64(), "label": pa.int64()})) as writer:
+        for part in (LABELS[:3], LABELS[:0], LABELS[3:]):
+            writer.write_table(pa.table({"image": part, "label": part}))
+    assert list(Parquet(tmp_path).sizes) == [3, 7]
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda file: written(file, a=LABELS, b=LABELS), {"columns": ["a", "c"]}, "has no column c, only a, b$"),
+        (lambda file: written(file, a=LABELS), {}, "name at least two columns, those of the inputs, then that of"),
+        (lambda file: file.write_text("not a table"), {}, "is no whole Parquet file: Parquet magic bytes"),
+        (
+            lambda file: file.write_bytes(written(file, a=LABELS, b=LABELS).read_bytes()[:-20]),
+            {},
+            "is no whole Parquet file: ",
+        ),
+        (lambda file: None, {}, "has no Parquet files$"),
+    ],
+)
+def test_files_that_cannot_be_used_are_refused_at_the_start(
+    tmp_path: Path, make: Callable[[Path], object], options: Any, message: str
+) -> None:
+    make(tmp_path / "some.parquet")
+    with pytest.raises((UsageError, JobError), match=message):
+        Parquet(tmp_path, **options)
+
+
+def fails(row: dict[str, Any]) -> Any:
+    raise ValueError(f"no label {row['label']}")
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "message"),
+    [
+        ([encoded(GREY[0]), b"no picture"], {}, ", row 1: UnidentifiedImageError: cannot identify image file"),
+        (
+            [encoded(GREY[0]), encoded(GREY[0].T)],
+            {},
+            "column image has pictures of different sizes; turn each",
+        ),
+        ([[1, 2], [3]], {}, "column image has lists of different lengths; turn each row into an example by decode=$"),
+        ([1, None], {}, "column image has gaps; turn each row"),
+        (["a", "b"], {}, "column image holds string, not numbers; turn"),
+        ([[1], [2]], {"columns": ["image", "label", "label"]}, "several columns of inputs must hold a number each"),
+        ([1, 2], {"decode": fails}, ", row 0: ValueError: no label 0$"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(tmp_path: Path, image: Any, options: Any, message: str) -> None:
+    file = written(tmp_path / "some.parquet", image=image, label=LABELS[:2])
+    with pytest.raises(UsageError, match=f"^{file}, row group 0.*{message}"):
+        Parquet(file, **options).read(0)
+
+
+def test_a_damaged_row_group_is_named_and_not_taken_for_a_failing_storage(tmp_path: Path) -> None:
+    file = written(tmp_path / "some.parquet", image=LABELS * 1000, label=LABELS)
+    content = bytearray(file.read_bytes())
+    content[4:60] = bytes(56)
+    file.write_bytes(content)
+    blocks = Parquet(file)
+    with pytest.raises(JobError, match=f"^{file}, row group 0 is damaged: "):
+        blocks.read(0)
+    assert len(blocks.read(1)) == 4
+
+
+def test_a_file_that_has_changed_is_not_read(tmp_path: Path) -> None:
+    file = written(tmp_path / "some.parquet", image=LABELS, label=LABELS)
+    blocks = Parquet(file)
+    os.utime(file, (1, 1))
+    with pytest.raises(UsageError, match=f"^{file} has changed since the data were loaded$"):
+        blocks.read(0)
+    before = blocks.identity
+    assert Parquet(file).identity != before
+
+
+def test_the_data_are_recognized_by_their_files(tmp_path: Path) -> None:
+    def digest() -> Any:
+        splits = splits_of(Data(Parquet(tmp_path), Parquet(tmp_path)), 4)
+        return digests_of(splits)["training"]
+
+    file = written(tmp_path / "some.parquet", image=LABELS, label=LABELS)
+    first = digest()
+    assert first == digest() is not None
+    os.utime(file, (1, 1))
+    assert digest() != first
+
+
+def test_blocks_can_be_sent_to_other_processes(tmp_path: Path) -> None:
+    file = written(tmp_path / "some.parquet", image=LABELS, label=LABELS)
+    blocks = Parquet(file)
+    sent = pickle.loads(pickle.dumps(blocks))
+    assert [sent[number] for number in range(10)] == [(number, number) for number in range(10)]
+
+
+# --- pictures by class
+
 
 COLOURS = {"blue": (0, 0, 255), "red": (255, 0, 0)}
 
