@@ -1,9 +1,9 @@
 """Gives a run one owner at a time, on any storage: a job that owns a run keeps renewing a file next to the run.
 
-On a local disk or NFS, only one job can create the file. On an object store, several jobs can: each writes the file,
-waits a second, and owns the run if the file still names that job. The file of a dead owner is replaced. An owner on
-this machine is dead if its process is gone; an owner on another machine is dead if the file no longer changes. Clocks
-are not compared: the time in the file only makes it change.
+If jobs write the file at the same moment, the last one owns the run; the others see that within a second, while Ray is
+still starting, and end. The file of a dead owner is replaced. An owner on this machine is dead if its process is gone;
+an owner on another machine is dead if the file no longer changes. Clocks are not compared: the time in the file only
+makes it change.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pyarrow import fs
-
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.signals import end_with, first_only_noted
-from mnist_ray.storage import STORAGE_ERRORS, DamagedFileError, RunFolder
+from mnist_ray.signals import end_with
+from mnist_ray.storage import STORAGE_ERRORS, RunFolder
 
 RENEWED_EVERY_S = 5.0
 EXPIRES_AFTER_S = 25.0  # without a change
-SETTLES_WITHIN_S = 1.0  # on an object store
+CHECKED_AFTER_S = 1.0  # for another job that has written the file at the same moment
 _LOOK_INTERVAL_S = 0.2
 
 
@@ -88,11 +86,8 @@ def owned(run: RunFolder, waiting: Callable[[str], None] = lambda text: None) ->
     renewing = threading.Thread(target=_renew, args=(run, me, is_over), daemon=True)
     _wait_until_free(run, waiting)
     try:
-        with first_only_noted() as interrupted:  # else the file could stay behind, or without its text
-            _take(run, me)
-            renewing.start()
-        if interrupted.is_set:
-            raise KeyboardInterrupt
+        run.storage.write_text(file_of(run), _text_of(me))
+        renewing.start()
         yield
     finally:
         is_over.set()
@@ -104,7 +99,7 @@ def owned(run: RunFolder, waiting: Callable[[str], None] = lambda text: None) ->
 
 
 def _wait_until_free(run: RunFolder, waiting: Callable[[str], None]) -> None:
-    """Delete the file of an owner that has died or was silent for too long. Raises UsageError if the owner is alive."""
+    """Wait until the owner, if any, has died or was silent for too long. Raises UsageError if it is alive."""
     first, since = _read(run)[0], time.monotonic()
     while True:
         text, owner = _read(run)
@@ -113,33 +108,12 @@ def _wait_until_free(run: RunFolder, waiting: Callable[[str], None]) -> None:
         # This process may own it still, if the storage failed when an earlier call ended.
         has_died = owner is not None and owner.is_here and (owner.has_died or owner == this_process())
         if has_died or (text == first and time.monotonic() - since > EXPIRES_AFTER_S):
-            with contextlib.suppress(*STORAGE_ERRORS):  # another job may have deleted the file
-                run.storage.delete_file(file_of(run))
             return
         if text != first or (owner and owner.is_here):
-            raise _in_use(run, owner)
+            by = f": process {owner.pid} on {'this machine' if owner.is_here else owner.host}" if owner else ""
+            raise UsageError(f"run {run.uri} is in use by another job{by}")
         waiting(f"checking whether the job{f' on {owner.host}' if owner else ''} that owned this run is still alive …")
         time.sleep(_LOOK_INTERVAL_S)
-
-
-def _take(run: RunFolder, me: Owner) -> None:
-    """Write the owner's file. Raises UsageError if another job writes the file at the same time."""
-    if isinstance(run.filesystem, fs.LocalFileSystem):
-        try:
-            with open(f"{run.storage.path}/{file_of(run)}", "x", encoding="utf-8") as file:
-                file.write(_text_of(me))
-        except FileExistsError:
-            raise _in_use(run, _read(run)[1]) from None
-    else:
-        run.storage.write_text(file_of(run), _text_of(me))
-        time.sleep(SETTLES_WITHIN_S)
-        if (other := _read(run)[1]) != me:
-            raise _in_use(run, other)
-
-
-def _in_use(run: RunFolder, owner: Owner | None) -> UsageError:
-    process = f": process {owner.pid} on {'this machine' if owner.is_here else owner.host}" if owner else ""
-    return UsageError(f"run {run.uri} is in use by another job{process}")
 
 
 def _text_of(owner: Owner) -> str:
@@ -153,13 +127,14 @@ def _read(run: RunFolder) -> tuple[str | None, Owner | None]:
         text = run.storage.read_text(file_of(run))
         of = json.loads(text or "")
         return text, Owner(str(of["host"]), str(of["machine"]), int(of["pid"]), int(of["ticks"]))
-    except (DamagedFileError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
         return text, None
 
 
 def _renew(run: RunFolder, me: Owner, is_over: threading.Event) -> None:
-    renewed = time.time()
-    while not is_over.wait(RENEWED_EVERY_S):
+    renewed, wait_s = time.time(), CHECKED_AFTER_S
+    while not is_over.wait(wait_s):
+        wait_s = RENEWED_EVERY_S
         with contextlib.suppress(JobError, *STORAGE_ERRORS):  # if the storage does not answer, try again later
             text, other = _read(run)
             was_silent = time.time() - renewed > EXPIRES_AFTER_S
