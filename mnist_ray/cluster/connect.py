@@ -53,7 +53,8 @@ def connect(
     """
     if ray.is_initialized():
         meanwhile()
-        yield _describe(is_local=False)
+        with watched():
+            yield _describe(is_local=False)
         return
     options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.CRITICAL}
     if not verbose:  # Ray's log is still in its files, and failures are still raised

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import ray
@@ -18,14 +17,10 @@ from mnist_ray.errors import JobError, about_ray
 from mnist_ray.signals import end_with
 
 T = TypeVar("T")
-Ping = Callable[[], "Future[object]"]  # asks for a sign of life; the future is done when an answer, or an error, comes
 
 LONGEST_SILENCE_S = 50.0  # a busy machine may need this long; after 60 s without its GCS, Ray ends the process silently
 _LOOK_INTERVAL_S = 1.0
-_PING_INTERVAL_S = 5.0
 _STORED_BYTES = 2**18  # large enough for an object to go to the raylet's store
-_ORPHANS_INTERVAL_S = 0.5
-_STOP_TIMEOUT_S = 5.0  # a thread may wait for a Ray that has stopped answering
 
 
 class RaySilentError(JobError):
@@ -52,57 +47,50 @@ def in_thread(function: Callable[[], T]) -> Future[T]:
     return result
 
 
-class Watch:
-    """Pings parts of Ray regularly, and finds one that has stopped answering."""
-
-    def __init__(self, pings: Mapping[str, Ping]) -> None:
-        self._pings = pings
-        self._asked: dict[str, tuple[float, Future[object]]] = {}
-
-    def silent(self) -> str | None:
-        """Return the name of a part that has been silent for too long, if any; ping the others when due."""
-        now = time.monotonic()
-        for name, ping in self._pings.items():
-            asked_at, answer = self._asked.get(name, (-_PING_INTERVAL_S, None))
-            if answer is not None and not answer.done():
-                if now - asked_at > LONGEST_SILENCE_S:
-                    return name
-            elif now - asked_at >= _PING_INTERVAL_S:
-                self._asked[name] = now, ping()
-        return None
-
-    def wait(self) -> None:
-        """Wait for the answers to the last pings."""
-        wait([answer for _, answer in self._asked.values()])
-
-
 @contextlib.contextmanager
 def watched() -> Iterator[Callable[[], None]]:
-    """End the job with a RaySilentError if Ray dies or hangs in the block. Yields a function that ends the watch."""
-    is_silent = threading.Event()
-    watch = Watch(
-        {
-            "Ray's GCS": lambda: in_thread(ray.nodes),
-            "this node's raylet": lambda: in_thread(lambda: ray.put(bytes(_STORED_BYTES))),
-        }
-    )
+    """End the job with an error if Ray dies or hangs in the block. Yields a function that ends the watch."""
+    is_over, is_silent = threading.Event(), False
 
-    def look() -> None:
-        dead, silent = ray_internals.dead_processes(), watch.silent()
-        if (dead or silent) and not is_silent.is_set():
-            is_silent.set()
-            end_with(RaySilentError.of(silent or f"its {dead[0]}", has_died=bool(dead)))
+    def watch() -> None:
+        while not is_over.wait(_LOOK_INTERVAL_S):
+            try:
+                look()
+            except Exception as error:
+                said = about_ray(error)
+                end_with(JobError(said) if said else error)
+                return
 
     def stop() -> None:
-        stop_looking()
-        if not is_silent.is_set():
-            watch.wait()  # Ray must not be shut down while a thread waits for its answer
+        is_over.set()
+        if not is_silent:
+            thread.join()  # Ray must not be shut down while a thread waits for its answer
 
-    with _repeated(look, _LOOK_INTERVAL_S) as stop_looking:
-        try:
-            yield stop
-        finally:
-            stop()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield stop
+    except RaySilentError:
+        is_silent = True
+        raise
+    finally:
+        stop()
+
+
+def look() -> None:
+    """Ask each part of Ray for a sign of life: an answer, or an error. Raises RaySilentError if a part gives none."""
+    parts = {"Ray's GCS": remove_orphans, "this node's raylet": lambda: ray.put(bytes(_STORED_BYTES))}
+    for name, ask in parts.items():
+        answer, end = in_thread(ask), time.monotonic() + LONGEST_SILENCE_S
+        while True:
+            if dead := ray_internals.dead_processes():
+                raise RaySilentError.of(f"its {dead[0]}", has_died=True)
+            if wait([answer], _LOOK_INTERVAL_S).done:
+                break
+            if time.monotonic() > end:
+                raise RaySilentError.of(name)
+        if (error := answer.exception()) is not None and about_ray(error):
+            raise error
 
 
 def remove_orphans() -> None:
@@ -113,41 +101,6 @@ def remove_orphans() -> None:
     """
     for group in ray_internals.orphaned_placement_groups():
         remove_placement_group(group)
-
-
-def orphans_removed() -> AbstractContextManager[object]:
-    """Call ``remove_orphans`` twice a second inside the block."""
-    return _repeated(remove_orphans, _ORPHANS_INTERVAL_S)
-
-
-@contextlib.contextmanager
-def _repeated(action: Callable[[], None], interval_s: float) -> Iterator[Callable[[], None]]:
-    """Repeat an action in a thread inside the block. Yields a function that stops it early."""
-    is_over = threading.Event()
-
-    def run() -> None:
-        while not is_over.wait(interval_s):
-            try:
-                action()
-            except Exception as error:
-                if (said := about_ray(error)) is None:
-                    raise
-                end_with(JobError(said))
-                return
-
-    def stop(wait_s: float = _STOP_TIMEOUT_S) -> None:
-        is_over.set()
-        thread.join(wait_s)
-
-    thread, wait_s = threading.Thread(target=run, daemon=True), _STOP_TIMEOUT_S
-    thread.start()
-    try:
-        yield stop
-    except RaySilentError:
-        wait_s = 0.0  # the thread may wait for Ray, too
-        raise
-    finally:
-        stop(wait_s)
 
 
 def end_controllers() -> None:

@@ -23,7 +23,7 @@ from mnist_ray.cluster.connect import this_node
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.cluster.rendezvous import WorkerGroupConfig
-from mnist_ray.cluster.watch import LONGEST_SILENCE_S, RaySilentError, end_controllers, in_thread, remove_orphans
+from mnist_ray.cluster.watch import LONGEST_SILENCE_S, RaySilentError, end_controllers, in_thread
 from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.run import evaluate
 from mnist_ray.run.failures import FailureReporter, OldCheckpointError, cause_of, reason_of
@@ -63,7 +63,6 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
     for failures_left in range(max_failures, -1, -1):
         try:
             drop_snapshot(job.run)
-            remove_orphans()  # left by an earlier call in this process
             callbacks = [FailureReporter(event_queue)]
             trainer = create_trainer(spec, plan, max_failures, callbacks)
             result = fit_and_listen(trainer, event_queue, on_event)

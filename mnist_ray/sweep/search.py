@@ -11,7 +11,6 @@ from mnist_ray import settings
 from mnist_ray.cluster.connect import current_nodes
 from mnist_ray.cluster.plan import plan_workers
 from mnist_ray.cluster.remote_data import share
-from mnist_ray.cluster.watch import orphans_removed
 from mnist_ray.errors import JobError, count, format_settings
 from mnist_ray.run.fit import fit
 from mnist_ray.run.job import Job
@@ -48,8 +47,7 @@ def search(session: Session, sweep: Sweep, show: OnChange) -> TrialTable:
             trackers.log(_event_of(table, ended))
 
     try:
-        with orphans_removed():  # left by trials that Tune stops before their end
-            return run_sweep(sweep, spec, concurrent, on_change, functools.partial(session.console.say, "rungs"))
+        return run_sweep(sweep, spec, concurrent, on_change, functools.partial(session.console.say, "rungs"))
     except JobError as error:
         raise JobError(f"{error} (logs: {session.cluster.log_folder})") from error
     finally:
@@ -126,9 +124,7 @@ def train_and_test(session: Session, job: Job, trial: TrialRecord | None, *, is_
     with console_of(job) as run.console:
         say_run(run)
         with recorded(run) as record:
-            with orphans_removed():  # left by the last trials
-                fitted = fit(run, record.on_event)
-            return record.test(fitted, is_last=is_last)
+            return record.test(fit(run, record.on_event), is_last=is_last)
 
 
 def _copy_checkpoint(trial: RunFolder, run: RunFolder) -> None:

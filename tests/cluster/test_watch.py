@@ -1,8 +1,8 @@
-import functools
+import contextlib
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import Future
 from unittest.mock import Mock
 
 import pytest
@@ -11,49 +11,37 @@ from ray.exceptions import RayActorError
 from ray.util import placement_group, placement_group_table
 from ray.util.placement_group import PlacementGroup
 
-from mnist_ray.cluster import watch
-from mnist_ray.cluster.watch import RaySilentError, Watch, end_controllers, in_thread, orphans_removed
+from mnist_ray.cluster import ray_internals, watch
+from mnist_ray.cluster.watch import RaySilentError, end_controllers, in_thread, watched
 from tests.conftest import wait_for
 
 
-class Clock:
-    now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(watch, "time", clock)
-    return clock
+def test_a_part_that_does_not_answer_is_named(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+    monkeypatch.setattr(watch, "LONGEST_SILENCE_S", 0.2)
+    monkeypatch.setattr(watch, "_LOOK_INTERVAL_S", 0.05)
+    watch.look()
+    monkeypatch.setattr("ray.put", lambda content: answered.wait())
+    with pytest.raises(RaySilentError, match="this node's raylet has not answered for 0 s"):
+        watch.look()
+    answered.set()
 
 
-def test_a_part_that_does_not_answer_in_time_is_named_and_others_are_asked_again(clock: Clock) -> None:
-    answers: dict[str, list[Future[object]]] = {"prompt": [], "silent": []}
-
-    def ask(name: str) -> Future[object]:
-        answers[name].append(Future())
-        return answers[name][-1]
-
-    watched = Watch({name: functools.partial(ask, name) for name in answers})
-    for second in range(51):
-        clock.now = second
-        assert watched.silent() is None
-        if not answers["prompt"][-1].done():
-            answers["prompt"][-1].set_result(None)
-    clock.now = 51
-    assert watched.silent() == "silent"
-    assert (len(answers["prompt"]), len(answers["silent"])) == (11, 1)
+def test_a_process_of_ray_that_has_died_is_named_while_another_part_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered, dead = threading.Event(), iter([[], [], ["gcs_server"]])
+    monkeypatch.setattr(watch, "_LOOK_INTERVAL_S", 0.05)
+    monkeypatch.setattr(watch, "remove_orphans", answered.wait)
+    monkeypatch.setattr(ray_internals, "dead_processes", lambda: next(dead))
+    with pytest.raises(RaySilentError, match="its gcs_server has died"):
+        watch.look()
+    answered.set()
 
 
-def test_an_error_is_a_sign_of_life(clock: Clock) -> None:
-    failed: Future[object] = Future()
-    failed.set_exception(RuntimeError())
-    watched = Watch({"failing": lambda: failed})
-    for clock.now in (0, 100, 200):
-        assert watched.silent() is None
+def test_an_error_is_a_sign_of_life(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Mock(side_effect=RuntimeError)
+    monkeypatch.setattr("ray.put", asked)
+    watch.look()
+    asked.assert_called_once()
 
 
 def test_python_exits_while_a_thread_waits_for_a_silent_ray() -> None:
@@ -97,7 +85,7 @@ def test_only_a_dead_actors_placement_group_is_removed(ray_address: str) -> None
     left, kept = ray.get([dead.reserve.remote(), alive.reserve.remote()])
     own = placement_group([{"CPU": 0.001}])
     ray.kill(dead)
-    with orphans_removed():
+    with watched():
         wait_for(lambda: not is_there(left))
         ray.get(own.ready())  # its CPU is free
     assert is_there(kept)
@@ -118,10 +106,18 @@ def test_a_wait_for_a_controller_ends_with_it(ray_address: str) -> None:
 
 
 def test_a_thread_that_waits_for_a_silent_ray_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits = Mock()
-    monkeypatch.setattr("threading.Thread.join", lambda thread, wait_s: waits(wait_s))
-    with pytest.raises(RaySilentError), orphans_removed():
+    asked, answered = threading.Semaphore(0), threading.Event()
+
+    def look() -> None:
+        asked.release()
+        answered.wait()
+
+    monkeypatch.setattr(watch, "_LOOK_INTERVAL_S", 0.01)
+    monkeypatch.setattr(watch, "look", look)
+    with contextlib.suppress(RaySilentError), watched():
+        asked.acquire()
         raise RaySilentError.of("its raylet", has_died=True)
-    with orphans_removed():
-        pass
-    assert [call.args[0] for call in waits.call_args_list] == [0, 5]
+    with watched():  # without that error, it is waited for
+        asked.acquire()
+        threading.Timer(0.2, answered.set).start()
+    assert answered.is_set()
