@@ -33,7 +33,7 @@ from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.signals import Noted, first_only_noted
 from mnist_ray.storage import SNAPSHOT_FILE, STORAGE_ERRORS, RunFolder, in_one_line, with_retries
-from mnist_ray.training.events import ControllerAlive, Event, Started, Starting, Stopping, WorkersLost
+from mnist_ray.training.events import ControllerAlive, Event, Started, Stopping, WorkersLost
 
 _POLL_INTERVAL_S = 0.5  # between the driver's requests for events; workers send their progress at the same interval
 _END_TIMEOUT_S = 5.0  # to wait for the end of Ray Train's controller, if the run ends first
@@ -124,7 +124,7 @@ def _listen(
                 end_controllers()  # else it could go on to train, once it answers again
             raise RaySilentError.of("Ray Train's controller")
         for event in events:
-            is_training = isinstance(event, Started) or (is_training and not isinstance(event, (Starting, WorkersLost)))
+            is_training = isinstance(event, Started) or (is_training and not isinstance(event, WorkersLost))
             on_event(event)  # may take long, if the terminal or the storage does
         if interrupted.is_set and is_training and not is_stopping:
             is_stopping = True
@@ -200,10 +200,6 @@ class _OnController(train_internals.ControllerCallback):
         scorer.addFilter(lambda record: "no key: val_score" not in record.getMessage())
         if self._event_queue is not None:
             threading.Thread(target=self._show_life, daemon=True).start()
-
-    def before_controller_execute_resize_decision(self, resize_decision: object) -> None:
-        if self._event_queue is not None:
-            self._event_queue.put.remote(Starting())
 
     def _show_life(self) -> None:
         """Send signs of life. The controller itself answers nothing while it waits for nodes or for its workers."""

@@ -19,11 +19,6 @@ class ControllerAlive(Event):
 
 
 @dataclass(frozen=True)
-class Starting(Event):
-    """Workers are about to start, for the first time or in place of others; none is training."""
-
-
-@dataclass(frozen=True)
 class Started(Event):
     """All workers are set up and start to train."""
 

@@ -47,8 +47,8 @@ from mnist_ray.storage import RunFolder, checkpoint_name, locate
 from mnist_ray.training import checkpoint, engine
 from mnist_ray.training.checkpoint import Restored, restore_newest
 from mnist_ray.training.engine import create_state
-from mnist_ray.training.events import ControllerAlive, Event, Started, Starting, Stopping, WorkersLost
-from mnist_ray.training.state import CodeFailedError, Group
+from mnist_ray.training.events import ControllerAlive, Event, Started, Stopping, WorkersLost
+from mnist_ray.training.state import Group
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import (
     QUICK,
@@ -226,16 +226,16 @@ def test_an_interrupted_run_waits_for_workers_that_train_and_for_no_others(monke
     noted, over, events = Noted(), threading.Event(), list[Event]()
     monkeypatch.setattr(fit, "first_only_noted", lambda: contextlib.nullcontext(noted))
     monkeypatch.setattr(fit, "end_controllers", over.set)
-    started = Started(1, ("here",), 1, "cpu", "fp32", 0, 0, 10)
+    started, lost = Started(1, ("here",), 1, "cpu", "fp32", 0, 0, 10), WorkersLost("worker 0 died")
 
     def note(event: Event) -> None:
         events.append(event)
         noted.is_set = True
 
-    queue = queue_of([[started], [], [Starting()], [], []], over)
+    queue = queue_of([[started], [], [lost], [], []], over)
     with pytest.raises(KeyboardInterrupt):
         fit.fit_and_listen(Mock(fit=over.wait), queue, note)
-    assert events == [started, Stopping(), Starting()]
+    assert events == [started, Stopping(), lost]
     queue.want_stop.remote.assert_called_once()
 
 
