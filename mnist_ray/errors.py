@@ -41,7 +41,7 @@ class JobError(Exception):
 
 
 class TrainingStoppedError(JobError):
-    """Training cannot continue with these settings: a retry would fail too."""
+    """Training cannot go on with this code and these settings: a retry would fail too."""
 
 
 def first_line(error: BaseException) -> str:

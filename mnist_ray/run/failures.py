@@ -17,18 +17,13 @@ from ray.train import UserCallback
 from mnist_ray.cluster.train_internals import RayTrainError, WorkerHealthCheckFailedError
 from mnist_ray.errors import JobError, TrainingStoppedError, first_line, with_place
 from mnist_ray.storage import STORAGE_ERRORS
-from mnist_ray.training.checkpoint import OtherModelError
 from mnist_ray.training.events import WorkersLost
-from mnist_ray.training.metrics import TrainingDivergedError
-from mnist_ray.training.reproducible import OtherArithmeticError
-from mnist_ray.training.state import CodeFailedError, StopWantedError
+from mnist_ray.training.state import StopWantedError
 
 _PASSING = (*STORAGE_ERRORS, JobError, MemoryError, torch.OutOfMemoryError, RayError, RayTrainError)
 _CUDA_BUGS = (35, 209, 710)  # the driver is too old, PyTorch has no kernels for this GPU, a kernel's assertion failed
 _CUDA_ERRORS = ("CUDA error", "cuDNN error")  # of the hardware; PyTorch also raises them as a plain RuntimeError
 _PEER_IS_GONE = re.compile("clos|refuse|reset|abort|exited|timed out|peer", re.IGNORECASE)
-STOPPING = (OtherModelError, TrainingDivergedError, OtherArithmeticError)
-"""Errors that would occur again at the next attempt, although the code has no bug."""
 
 
 class OldCheckpointError(JobError):
@@ -37,21 +32,21 @@ class OldCheckpointError(JobError):
 
 @contextlib.contextmanager
 def code_failures_placed(*folders: Path) -> Iterator[None]:
-    """Raise a failure of the code, or its ``sys.exit()``, as a CodeFailedError with the place in ``folders``."""
+    """Raise a failure of the code, or its ``sys.exit()``, as a TrainingStoppedError with the place in ``folders``."""
     try:
         yield
-    except (CodeFailedError, StopWantedError, *STOPPING):
+    except (TrainingStoppedError, StopWantedError):
         raise
     except (Exception, SystemExit) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         is_of_ray = frame.f_code.co_filename.startswith((*ray.__path__, "python/ray/"))  # to end a process or a trial
         if may_pass(error) or (is_of_ray and isinstance(error, SystemExit)):
             raise
-        raise CodeFailedError(with_place(error, *folders)) from error
+        raise TrainingStoppedError(with_place(error, *folders)) from error
 
 
 class FailureReporter(UserCallback):
-    """Tells the driver's event queue, if there is one, why workers are replaced. Ends the run if its code has a bug."""
+    """Tells the driver's event queue, if there is one, why workers are replaced, or ends the run."""
 
     def __init__(self, event_queue: Any) -> None:
         self._event_queue = event_queue
@@ -59,15 +54,14 @@ class FailureReporter(UserCallback):
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         """Handle the exceptions of the failed ranks."""
         for error in worker_exceptions.values():
-            if isinstance(error, (CodeFailedError, OldCheckpointError)):
-                # Ray treats an error raised here as an error of its own controller, and does not retry.
-                raise TrainingStoppedError(str(error)) if isinstance(error, CodeFailedError) else error
+            if isinstance(error, (TrainingStoppedError, OldCheckpointError)):
+                raise error  # to Ray, this is an error of its own controller, and it does not retry
         if self._event_queue is not None:
             self._event_queue.put.remote(WorkersLost(describe(worker_exceptions)))
 
 
 def may_pass(error: BaseException) -> bool:
-    """Return whether a retry may avoid an error. Other errors are bugs in the training's code, or in ``STOPPING``."""
+    """Return whether a retry may avoid an error. Other errors are bugs in the training's code."""
     if getattr(error, "error_code", None) in _CUDA_BUGS:
         return False
     return isinstance(error, _PASSING) or is_of_group(error) or str(error).startswith(_CUDA_ERRORS)

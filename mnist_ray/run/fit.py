@@ -76,10 +76,8 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
                 raise JobError(reason_of(error)) from error
             on_event(WorkersLost(reason_of(error)))
             job.run.check_writable(retry=True)
-    if result.return_value == "":
+    if not result.return_value:
         raise JobError("a callback has stopped the training")
-    if result.return_value is not None:
-        raise TrainingStoppedError(result.return_value)
     with in_one_line("the storage has failed"):
         drop_others(job.run)  # Ray does not know the checkpoints from before a resume
         return best_of(job.run)

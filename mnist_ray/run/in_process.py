@@ -9,15 +9,14 @@ import torch
 
 from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import TrainConfig
-from mnist_ray.errors import JobError, TrainingStoppedError
-from mnist_ray.run.failures import STOPPING
+from mnist_ray.errors import JobError
 from mnist_ray.run.find import Fitted, best_of, drop_others
 from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.signals import Noted, first_only_noted
 from mnist_ray.storage import in_one_line
 from mnist_ray.training.events import Event, Progress, Stopping
-from mnist_ray.training.state import CodeFailedError, Group, StopWantedError, TrainingState
+from mnist_ray.training.state import Group, StopWantedError, TrainingState
 
 
 def fit_here(session: Session, on_event: Callable[[Event], None]) -> Fitted:
@@ -32,8 +31,6 @@ def fit_here(session: Session, on_event: Callable[[Event], None]) -> Fitted:
     except StopWantedError as stop:
         if not interrupted.is_set:
             raise JobError("a callback has stopped the training") from stop
-    except (CodeFailedError, *STOPPING) as error:
-        raise TrainingStoppedError(str(error)) from error
     if interrupted.is_set:
         raise KeyboardInterrupt
     return best_of(job.run)

@@ -15,7 +15,7 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from mnist_ray.cluster.devices import device_here
 from mnist_ray.config import TrainConfig
-from mnist_ray.run.failures import STOPPING, OldCheckpointError, code_failures_placed
+from mnist_ray.run.failures import OldCheckpointError, code_failures_placed
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import checkpoint_name, position_of, with_retries
 from mnist_ray.training.checkpoint import Restored, Snapshot
@@ -26,18 +26,18 @@ _ASK_INTERVAL_S = 5.0  # of training, between two questions whether a node will 
 _SPARE_S = 2.0  # between a saved checkpoint and the time when a node is taken away
 
 
-def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
-    """Train on one worker of Ray Train; every rank calls this. Return why training stopped early; None if it finished.
+def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> bool:
+    """Train on one worker of Ray Train; every rank calls this. Return whether all of the training is done.
 
-    After Ctrl-C, the reason is empty. Raises CodeFailedError if the code has a bug; raises other failures unchanged.
+    It is not if a stop was wanted. Raises TrainingStoppedError if the code has a bug; other failures unchanged.
     """
     spec = loop_config["spec"]
     try:
         with code_failures_placed(*spec.job.code_folders):
             train_rank(spec)
-    except (StopWantedError, *STOPPING) as error:
-        return str(error)  # not raised: Ray would treat it as a lost worker and retry
-    return None
+    except StopWantedError:  # not raised: Ray would treat it as a lost worker and retry
+        return False
+    return True
 
 
 def train_rank(spec: LoopSpec) -> None:

@@ -17,7 +17,7 @@ from mnist_ray.cluster.environment import end_if_hung, keep_freed_memory
 from mnist_ray.cluster.plan import threads_per_worker, usable_cores
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.config import TrainConfig
-from mnist_ray.errors import JobError, first_line
+from mnist_ray.errors import JobError, TrainingStoppedError, first_line
 from mnist_ray.provenance import arithmetic, versions
 from mnist_ray.run.job import Job
 from mnist_ray.storage import INITIAL_FILE, checkpoint_name, position_of
@@ -27,7 +27,7 @@ from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, StoppedEarly, Validated
 from mnist_ray.training.metrics import score
 from mnist_ray.training.reproducible import check_arithmetic
-from mnist_ray.training.state import CodeFailedError, Group, StopWantedError, TrainingState, best_epoch, is_over
+from mnist_ray.training.state import Group, StopWantedError, TrainingState, best_epoch, is_over
 from mnist_ray.workload import user_code
 from mnist_ray.workload.data import Split
 
@@ -84,7 +84,7 @@ def train_worker(
     except torch.OutOfMemoryError as error:
         if restored.name and position_of(restored.name) == (state.epoch, state.step):
             raise  # a worker that died may not have freed its memory yet: Ray tries again
-        raise CodeFailedError(f"{first_line(error)}; lower --batch-size, or set --micro-batch-size") from error
+        raise TrainingStoppedError(f"{first_line(error)}; lower --batch-size, or set --micro-batch-size") from error
     finally:
         faulthandler.cancel_dump_traceback_later()
     reporter.end(state)

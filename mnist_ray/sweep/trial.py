@@ -15,7 +15,7 @@ from mnist_ray.cluster.devices import device_here
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.errors import JobError, TrainingStoppedError
-from mnist_ray.run.failures import STOPPING, FailureReporter, cause_of, code_failures_placed, reason_of
+from mnist_ray.run.failures import FailureReporter, cause_of, code_failures_placed, reason_of
 from mnist_ray.run.find import drop_others
 from mnist_ray.run.fit import create_trainer, drop_snapshot
 from mnist_ray.run.job import Job
@@ -24,7 +24,7 @@ from mnist_ray.storage import RunFolder, position_of
 from mnist_ray.sweep.space import Point
 from mnist_ray.training.checkpoint import Restored
 from mnist_ray.training.events import Progress
-from mnist_ray.training.state import CodeFailedError, Group, StopWantedError, TrainingState, is_over
+from mnist_ray.training.state import Group, StopWantedError, TrainingState, is_over
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
         return
     except StopWantedError:  # the piece ends before the training
         return
-    except (CodeFailedError, TrainingStoppedError, *STOPPING) as error:
+    except TrainingStoppedError as error:
         reason = str(error)
     # The scheduler ranks NaN last.
     tune.report({f"val_{spec.job.workload.monitor.name}": math.nan, "reason": reason})
@@ -76,8 +76,6 @@ def train_on_workers(loop_spec: LoopSpec, plan: WorkerPlan) -> None:
         cause = cause_of(error)
         raise (cause if isinstance(cause, TrainingStoppedError) else JobError(reason_of(error))) from error
     drop_others(loop_spec.job.run)
-    if result.return_value:  # empty if the piece ends before the training
-        raise TrainingStoppedError(result.return_value)
     tune.report(result.metrics)  # again, in case that the trial was killed before the sweep noted it
 
 

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from mnist_ray.errors import JobError, UsageError, first_line
+from mnist_ray.errors import JobError, TrainingStoppedError, UsageError, first_line
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder, in_one_line, with_retries
 from mnist_ray.training.callback import Callback
@@ -45,7 +45,7 @@ class DamagedCheckpointError(JobError):
     """A checkpoint was cut off because its job was killed, or has changed since it was written."""
 
 
-class OtherModelError(JobError):
+class OtherModelError(TrainingStoppedError):
     """A checkpoint does not fit the model or optimizer that the workload creates now."""
 
 

@@ -17,7 +17,7 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from mnist_ray.config import READ_AHEAD_MIB, Precision, TrainConfig
-from mnist_ray.errors import UsageError
+from mnist_ray.errors import TrainingStoppedError, UsageError
 from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.training import shared_memory
 from mnist_ray.training.batches import (
@@ -35,7 +35,6 @@ from mnist_ray.training.metrics import Evaluation, MetricSums, TrainingDivergedE
 from mnist_ray.training.reproducible import Chunks
 from mnist_ray.training.sampler import ShardedBatchSampler, Slice, split_bounds
 from mnist_ray.training.state import (
-    CodeFailedError,
     Group,
     LoggingWindow,
     StopWantedError,
@@ -188,17 +187,17 @@ class Gradients:
     def compute(self, pieces: Sequence[Batch]) -> dict[str, Tensor]:
         """Put the gradients into the model; return this rank's part of the sums over the global batch.
 
-        Raises CodeFailedError, at an epoch's start, if other parameters than at first are trained.
+        Raises TrainingStoppedError, at an epoch's start, if other parameters than at first are trained.
         """
         if self._state.step == 0:
             self._check_trained()
         return self._of_slice(pieces) if self._chunks is None else self._of_chunks(pieces, self._chunks)
 
     def _check_trained(self) -> None:
-        """Raise CodeFailedError if other parameters than at first are trained: nobody would add up their gradients."""
+        """Raise TrainingStoppedError if other parameters than at first are trained: their gradients would be wrong."""
         is_alone = self._model is self._state.model and self._chunks is None
         if not is_alone and self._trained != [parameter.requires_grad for parameter in self._state.model.parameters()]:
-            raise CodeFailedError("a callback has changed requires_grad in mid-training; change it in on_start")
+            raise TrainingStoppedError("a callback has changed requires_grad in mid-training; change it in on_start")
 
     def _of_slice(self, pieces: Sequence[Batch]) -> dict[str, Tensor]:
         self._seed(self._group.rank)

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.workload.base import Workload
 
 
-class TrainingDivergedError(Exception):
+class TrainingDivergedError(TrainingStoppedError):
     """The loss or weights are not finite. Raised on every rank alike."""
 
     def __str__(self) -> str:

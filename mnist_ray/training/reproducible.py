@@ -19,18 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mnist_ray.errors import JobError
+from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.provenance import arithmetic
 from mnist_ray.training import shared_memory
 from mnist_ray.training.sampler import own_chunks
 
 
-class OtherArithmeticError(JobError):
-    """The ranks' machines do not compute the same bits. Raised on every rank alike."""
-
-
 def check_arithmetic(world_size: int) -> None:
-    """Raise OtherArithmeticError if results could depend on which rank computes them."""
+    """Raise TrainingStoppedError, on every rank, if results could depend on which rank computes them."""
     of_ranks: list[tuple[str, dict[str, list[str]]]] = [(socket.gethostname(), arithmetic())] * world_size
     if world_size > 1:
         dist.all_gather_object(of_ranks, of_ranks[0])
@@ -38,7 +34,7 @@ def check_arithmetic(world_size: int) -> None:
     for host, own in of_ranks:
         for name, values in own.items():
             if values != first[name]:
-                raise OtherArithmeticError(
+                raise TrainingStoppedError(
                     f"--reproducible needs machines with the same versions, processor and caches: "
                     f"{first_host} has {_but(first[name], values)}, {host} has {_but(values, first[name])}"
                 )

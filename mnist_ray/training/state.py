@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import MetricSums, TrainingDivergedError
@@ -25,10 +26,6 @@ from mnist_ray.workload.base import Workload
 
 _FIRST_INTERVAL_STEPS = 10
 _REPORT_INTERVAL_S = 0.5
-
-
-class CodeFailedError(Exception):
-    """The training's code, such as the model's, failed on a worker; a retry would fail too."""
 
 
 class StopWantedError(Exception):
@@ -108,14 +105,14 @@ def check_kept(values: object) -> None:
 
 
 def state_of(callback: Callback) -> dict[str, Any]:
-    """Return a callback's state for a checkpoint. Raises CodeFailedError if a checkpoint cannot hold it."""
+    """Return a callback's state for a checkpoint. Raises TrainingStoppedError if a checkpoint cannot hold it."""
     values = callback.state_dict()
     try:
         check_kept(values)
     except Exception as error:  # torch's own message would advise to run code
         code, said = callback.state_dict.__code__, "returns more than numbers, strings, lists, dicts and tensors"
         place = f"{Path(code.co_filename).name}, line {code.co_firstlineno}"
-        raise CodeFailedError(f"{type(callback).__name__}.state_dict {said} ({place})") from error
+        raise TrainingStoppedError(f"{type(callback).__name__}.state_dict {said} ({place})") from error
     return values
 
 

@@ -627,7 +627,7 @@ def test_a_failure_of_the_code_is_one_line_with_its_place(few_images: Arrays, mo
     def fail(spec: Any) -> None:
         engine.evaluate(mnist(), torch.nn.Linear(3, 10), Split(few_images))
 
-    with pytest.raises(CodeFailedError, match=r"^RuntimeError: .*mat1 and mat2 .* \(engine\.py, line \d+\)$"):
+    with pytest.raises(TrainingStoppedError, match=r"^RuntimeError: .*mat1 and mat2 .* \(engine\.py, line \d+\)$"):
         train_on_a_worker(monkeypatch, fail)
 
 
@@ -637,7 +637,7 @@ def test_an_error_of_cuda_that_a_retry_would_meet_again_is_the_codes(
 ) -> None:
     error = torch.AcceleratorError("CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA")
     error.error_code = code  # type: ignore[attr-defined]
-    with pytest.raises(CodeFailedError, match=r"^AcceleratorError: CUDA error: device-side assert triggered \("):
+    with pytest.raises(TrainingStoppedError, match=r"^AcceleratorError: CUDA error: device-side assert triggered \("):
         train_on_a_worker(monkeypatch, Mock(side_effect=error))
 
 
@@ -658,7 +658,7 @@ def test_memory_that_is_lacking_is_the_codes_except_in_the_first_step_after_a_re
     monkeypatch.setattr(engine, "train", fail)
     workers = Mock(hang_timeout_s=600.0)
     job = Mock(run=run, train=config, workload=mnist(), workers=workers, callback=None, code_folders=[], initial=None)
-    with pytest.raises(CodeFailedError if is_codes else torch.OutOfMemoryError) as raised:
+    with pytest.raises(TrainingStoppedError if is_codes else torch.OutOfMemoryError) as raised:
         worker.train_worker(LoopSpec(job=job, train=Split(few_images)), Group(), worker.Reporter, 1)
     advice = "CUDA out of memory. Tried to allocate 2.00 GiB.; lower --batch-size, or set --micro-batch-size"
     assert (str(raised.value) == advice) == is_codes
@@ -666,7 +666,7 @@ def test_memory_that_is_lacking_is_the_codes_except_in_the_first_step_after_a_re
 
 
 def test_code_that_ends_its_process_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CodeFailedError, match=r"^SystemExit: sys\.exit\(3\) \("):
+    with pytest.raises(TrainingStoppedError, match=r"^SystemExit: sys\.exit\(3\) \("):
         train_on_a_worker(monkeypatch, Mock(side_effect=SystemExit(3)))
 
 
@@ -699,7 +699,7 @@ def test_code_that_fails_ends_a_run_and_other_failures_are_reported() -> None:
     event_queue = Mock()
     reporter = failures.FailureReporter(event_queue)
     with pytest.raises(TrainingStoppedError, match=r"^ValueError: bad \(model\.py, line 55\)$"):
-        reporter.after_exception(None, {0: CodeFailedError("ValueError: bad (model.py, line 55)")})
+        reporter.after_exception(None, {0: TrainingStoppedError("ValueError: bad (model.py, line 55)")})
     event_queue.put.remote.assert_not_called()
     reporter.after_exception(None, {1: RayActorError(error_msg="The actor died unexpectedly")})
     event_queue.put.remote.assert_called_once_with(WorkersLost("worker 1 died"))

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.errors import JobError, UsageError
+from mnist_ray.errors import JobError, TrainingStoppedError, UsageError
 from mnist_ray.mnist import MNIST
 from mnist_ray.storage import RunFolder
 from mnist_ray.training import checkpoint, engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.checkpoint import DamagedCheckpointError, OtherModelError
 from mnist_ray.training.events import Progress
-from mnist_ray.training.state import CodeFailedError, Group, TrainingState
+from mnist_ray.training.state import Group, TrainingState
 from mnist_ray.workload import Workload
 from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.tensors import map_tensors
@@ -147,7 +147,9 @@ def test_a_callbacks_state_that_a_checkpoint_cannot_hold_is_one_line_with_its_pl
         def state_dict(self) -> dict[str, Any]:
             return {"value": value}
 
-    with pytest.raises(CodeFailedError, match=r"^Holds\.state_dict returns more .* \(test_checkpoint\.py, line \d+\)$"):
+    with pytest.raises(
+        TrainingStoppedError, match=r"^Holds\.state_dict returns more .* \(test_checkpoint\.py, line \d+\)$"
+    ):
         checkpoint.snapshot(engine.create_state(mnist(), CONFIG, 600, CPU), {}, [Holds()])
 
 

@@ -15,13 +15,14 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.mnist import MNIST
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.sampler import ShardedBatchSampler, split_bounds
-from mnist_ray.training.state import CodeFailedError, Group, StopWantedError, TrainingState
+from mnist_ray.training.state import Group, StopWantedError, TrainingState
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import mnist
 from tests.training.conftest import Hooks
@@ -514,5 +515,5 @@ def test_a_layer_that_a_callback_freezes_later_is_refused_if_its_gradients_are_a
     hooks = Hooks(on_epoch=lambda state, progress: state.model.get_submodule("conv1").requires_grad_(False))
     config = replace(CONFIG, num_epochs=2)
     assert trained(config, few_images, hooks).epoch == 2
-    with pytest.raises(CodeFailedError, match=r"^a callback has changed requires_grad in mid-training"):
+    with pytest.raises(TrainingStoppedError, match=r"^a callback has changed requires_grad in mid-training"):
         trained(replace(config, reproducible=True), few_images, hooks)

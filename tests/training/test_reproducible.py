@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mnist_ray.config import TrainConfig
+from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.mnist import MNIST
 from mnist_ray.training import engine
-from mnist_ray.training.reproducible import OtherArithmeticError, Subtree, added_up, check_arithmetic
+from mnist_ray.training.reproducible import Subtree, added_up, check_arithmetic
 from mnist_ray.training.sampler import own_chunks
 from mnist_ray.training.state import Group
 from mnist_ray.workload.base import Workload
@@ -138,7 +139,7 @@ def test_machines_with_other_arithmetic_are_refused_and_the_difference_is_named(
         into[:] = others
 
     monkeypatch.setattr(dist, "all_gather_object", gather)
-    with pytest.raises(OtherArithmeticError, match="first has nothing extra, second has avx512f"):
+    with pytest.raises(TrainingStoppedError, match="first has nothing extra, second has avx512f"):
         check_arithmetic(2)
     others[1] = others[0]
     check_arithmetic(2)
