@@ -9,7 +9,6 @@ The idea comes from EasyScale (https://arxiv.org/abs/2208.14228) and VirtualFlow
 from __future__ import annotations
 
 import functools
-import math
 import operator
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -133,25 +132,16 @@ class Chunks:
             return total
         size, num_rows = len(self._nodes[0].vector), [len(nodes) for nodes in of_ranks]
         memory = shared_memory.open_together(num_rows, size) if self._dtype == torch.float32 else None
-        if memory is not None:
-            exchanged = shared_memory.Exchange(memory, self._rank, num_rows, size)
-            return lambda rows: total(exchanged(rows))
-        return functools.partial(_total_by_slices, total, num_rows)
+        if memory is None:
+            return lambda rows: total(_gathered(rows, self._rank, num_rows))
+        exchanged = shared_memory.Exchange(memory, self._rank, num_rows, size)
+        return lambda rows: total(exchanged(rows))
 
 
-def _total_by_slices(total: Callable[[Tensor], Tensor], num_rows: Sequence[int], rows: Tensor) -> Tensor:
-    """Add up through the process group: each rank adds up its slice of every row, then all ranks gather the sums.
-
-    ``rows`` has the shape (rows of this rank, size); ``num_rows`` has the number of rows of each rank.
-    """
-    world_size, (_, size) = len(num_rows), rows.shape
-    length = math.ceil(size / world_size)
-    padded = torch.nn.functional.pad(rows, (0, length * world_size - size))
-    for_each = padded.view(-1, world_size, length).transpose(0, 1).contiguous()
-    slices = rows.new_empty(sum(num_rows), length)
-    dist.all_to_all_single(
-        slices.view(-1), for_each.view(-1), [n * length for n in num_rows], [rows.shape[0] * length] * world_size
-    )
-    whole = rows.new_empty(world_size * length)
-    dist.all_gather_into_tensor(whole, total(slices))
-    return whole[:size]
+def _gathered(rows: Tensor, rank: int, num_rows: Sequence[int]) -> Tensor:
+    """Return the rows of all ranks, in the ranks' order, through the process group."""
+    of_ranks = [rows.new_empty(number, rows.shape[1]) for number in num_rows]
+    of_ranks[rank] = rows
+    for other, part in enumerate(of_ranks):
+        dist.broadcast(part, other)
+    return torch.cat(of_ranks)

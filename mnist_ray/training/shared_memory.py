@@ -7,6 +7,7 @@ other ranks, and adds up all gradients in the order of the ranks. (`benchmarks/R
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import platform
@@ -87,37 +88,18 @@ class Exchange:
 
 def open_together(num_rows: Sequence[int], size: int) -> mmap.mmap | None:
     """Return zeroed memory that all ranks share; None on all ranks if one cannot map it. All ranks must call it."""
-    length = len(num_rows) * _CACHE_LINE + 2 * sum(num_rows) * size * 4
-    created = _create(length) if dist.get_rank() == 0 and length <= _MOST_BYTES and is_supported() else None
-    try:
-        names = [created and created.name]
+    length, names, memory = len(num_rows) * _CACHE_LINE + 2 * sum(num_rows) * size * 4, [""], None
+    with contextlib.ExitStack() as removed:  # the file; the memory stays until the last rank has closed it
+        with contextlib.suppress(OSError):  # there is no such folder, or no room: a full memory would kill us later
+            if dist.get_rank() == 0 and length <= _MOST_BYTES and is_supported():
+                created = removed.enter_context(tempfile.NamedTemporaryFile(prefix="mnist_ray-", dir=_FOLDER))
+                os.posix_fallocate(created.fileno(), 0, length)
+                names = [Path(created.name).name]
         dist.broadcast_object_list(names, src=0)
-        memory = _map(_FOLDER / names[0]) if names[0] and is_supported() else None
+        with contextlib.suppress(OSError):  # created on another machine, or not at all
+            if is_supported():
+                with (_FOLDER / names[0]).open("r+b") as file:
+                    memory = mmap.mmap(file.fileno(), 0)
         has_all = torch.tensor(int(memory is not None))
         dist.all_reduce(has_all, dist.ReduceOp.MIN)
-    finally:
-        if created:
-            created.unlink()  # the memory stays until the last rank has closed it
     return memory if has_all.item() else None
-
-
-def _create(length: int) -> Path | None:
-    try:
-        descriptor, path = tempfile.mkstemp(prefix="mnist_ray-", dir=_FOLDER)
-    except OSError:  # there is no such folder
-        return None
-    with open(descriptor, "wb") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, length)  # a full memory would otherwise kill the process later
-        except OSError:
-            os.unlink(path)
-            return None
-    return Path(path)
-
-
-def _map(path: Path) -> mmap.mmap | None:
-    try:
-        with path.open("r+b") as file:
-            return mmap.mmap(file.fileno(), 0)
-    except OSError:  # created on another machine
-        return None
