@@ -21,7 +21,6 @@ from mnist_ray.errors import JobError, UsageError, command, first_line
 from mnist_ray.settings import path_of
 
 T = TypeVar("T")
-Warn = Callable[[str], None]
 
 CONFIG_FILE, SWEEP_FILE, ORIGIN_FILE, RESULT_FILE = "config.json", "sweep.json", "origin.json", "result.json"
 REPORT_FILE, TRIALS_FILE, SWEEP_PICTURE_FILE = "report.html", "sweep.csv", "sweep.png"
@@ -32,10 +31,6 @@ _CHECKPOINT_NAME = re.compile(r"checkpoint_epoch-(\d+)_step-(\d+)", re.ASCII)
 STORAGE_ERRORS = (OSError, pyarrow.ArrowException)  # raised by file systems
 _RETRIED_FOR_S = 30.0
 _PROBE_BYTES = 2**20  # more than a checkpoint of MNIST, to notice a full disk
-
-
-class DamagedFileError(JobError):
-    """A run's file was cut off by a kill, or changed since it was written."""
 
 
 def with_retries(action: Callable[[], T]) -> T:
@@ -61,15 +56,6 @@ def in_one_line(what_failed: str) -> Iterator[None]:
     except STORAGE_ERRORS as error:
         number = getattr(error, "errno", None)
         raise JobError(f"{what_failed}: {os.strerror(number) if number else first_line(error)}") from error
-
-
-def unless_damaged(read: Callable[[], T], warn: Warn) -> T | None:
-    """Read an optional file; if it is damaged, warn and return None."""
-    try:
-        return read()
-    except DamagedFileError as error:
-        warn(f"{error}; continuing without it")
-        return None
 
 
 @dataclass(frozen=True)
@@ -125,7 +111,7 @@ class RunFolder:
             return bytes(stream.read())
 
     def read_text(self, file_name: str) -> str | None:
-        """Return a file's text; None if there is no file. Raises JobError, and DamagedFileError if it is not UTF-8."""
+        """Return a file's text; None if there is no file. Raises JobError."""
         with in_one_line(f"cannot read {self.inside(file_name).uri}"):
             content = self.read_bytes(file_name)
         try:
@@ -133,21 +119,8 @@ class RunFolder:
         except UnicodeDecodeError as error:
             raise self.damaged(file_name, error) from error
 
-    def read_json(self, file_name: str, warn: Warn = lambda note: None) -> dict[str, Any] | None:
-        """Return a file's JSON object; None if there is no file or, after ``warn``, a damaged one. Raises JobError."""
-        return unless_damaged(lambda: self._parsed(file_name), warn)
-
-    def require_json(self, file_name: str) -> dict[str, Any]:
-        """Return a file's JSON object. Raises JobError if it does not exist or is damaged."""
-        try:
-            values = self._parsed(file_name)
-        except DamagedFileError as error:
-            raise DamagedFileError(f"{error}; restore the file, or start a new run") from error
-        if values is None:
-            raise JobError(f"{self.inside(file_name).uri} is gone")
-        return values
-
-    def _parsed(self, file_name: str) -> dict[str, Any] | None:
+    def read_json(self, file_name: str) -> dict[str, Any] | None:
+        """Return a file's JSON object; None if there is no file. Raises JobError if it is damaged."""
         text = self.read_text(file_name)
         if text is None:
             return None
@@ -157,15 +130,18 @@ class RunFolder:
             raise self.damaged(file_name, error) from error
         if not isinstance(values, dict):
             raise self.damaged(file_name, "it is not a JSON object")
-        for key, kind in _MUST_HAVE.get(file_name, {}).items():
-            if not isinstance(values.get(key), kind):
-                raise self.damaged(file_name, f"{key} is {values[key]!r:.40}" if key in values else f"it has no {key}")
         return values
 
-    def damaged(self, file_name: str, reason: object) -> DamagedFileError:
-        """Return the error to raise for a damaged file."""
+    def require_json(self, file_name: str) -> dict[str, Any]:
+        """Return a file's JSON object. Raises JobError if it does not exist or is damaged."""
+        if (values := self.read_json(file_name)) is None:
+            raise JobError(f"{self.inside(file_name).uri} is gone")
+        return values
+
+    def damaged(self, file_name: str, reason: object) -> JobError:
+        """Return the error to raise for a damaged file: since files are written atomically, somebody changed it."""
         said = first_line(reason) if isinstance(reason, BaseException) else reason
-        return DamagedFileError(f"{self.inside(file_name).uri} is damaged: {said}")
+        return JobError(f"{self.inside(file_name).uri} is damaged: {said}; restore it, or delete it")
 
     def write_text(self, file_name: str, text: str) -> None:
         """Write text like ``write_bytes``. Characters that UTF-8 cannot encode (in broken file names) are escaped."""
@@ -298,13 +274,3 @@ def write_file(path: Path, content: bytes) -> None:
     """Write a local file atomically. Raises JobError."""
     with in_one_line(f"cannot write {path}"):
         RunFolder("", "", fs.LocalFileSystem(), "")._write(str(path.absolute()), content)
-
-
-_SETTINGS = {"workload": str | None, "num_epochs": int}
-_MUST_HAVE: Mapping[str, Mapping[str, Any]] = {
-    CONFIG_FILE: _SETTINGS,
-    SWEEP_FILE: _SETTINGS,
-    ORIGIN_FILE: {"versions": dict, "metadata": dict, "data": dict | None},
-    RESULT_FILE: {"checkpoint": str, "seconds": dict},
-}
-"""Keys that a run's JSON files must have, and the types of the keys' values. More keys are allowed."""

@@ -20,7 +20,6 @@ from mnist_ray.settings import (
     names_of,
     peek,
     positive,
-    read_config_file,
     setting,
     values_of,
     within,
@@ -173,7 +172,6 @@ def test_impossible_paths_are_refused(given: str, reason: str) -> None:
     for read, named in (
         (lambda path: build(Oven, {"recipe": path}), "--recipe"),
         (lambda path: Parser("", Oven).read_flags(["--recipe", path]), "--recipe"),
-        (read_config_file, "--config"),
     ):
         with pytest.raises(UsageError) as raised:
             read(given)

@@ -1,5 +1,4 @@
 import contextlib
-import json
 import os
 import resource
 from pathlib import Path
@@ -9,7 +8,7 @@ from pyarrow import fs
 
 from mnist_ray import storage
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.storage import DamagedFileError, RunFolder, checkpoint_name, find_run, locate, position_of
+from mnist_ray.storage import RunFolder, checkpoint_name, find_run, locate, position_of
 
 
 def test_a_file_is_written_in_place_and_read_back(run: RunFolder, tmp_path: Path) -> None:
@@ -63,44 +62,31 @@ def test_any_file_system_of_pyarrow_serves() -> None:
     assert run.read_text("a.txt") == "one"
 
 
-WHOLE = {
-    "config.json": {"workload": "mnist_ray.mnist", "num_epochs": 2},
-    "origin.json": {"versions": {}, "metadata": {}, "data": {}},
-    "result.json": {"checkpoint": "checkpoint_epoch-001_step-000000", "seconds": {"total": 1.5}},
-}
 DAMAGED = [
-    ("config.json", b"", "Expecting value: line 1 column 1 (char 0)"),
-    ("config.json", b"{\xff}", "'utf-8' codec can't decode byte 0xff"),
-    ("config.json", b'{"num_epochs": 2, "st', "Unterminated string"),
-    ("config.json", bytes(20), "Expecting value"),
-    ("config.json", b"[" * 100_000, "maximum recursion depth exceeded"),
-    ("config.json", b"[1]", "it is not a JSON object"),
-    ("config.json", b'{"workload": "a.py"}', "it has no num_epochs"),
-    ("config.json", b'{"num_epochs": "two"}', "num_epochs is 'two'"),
-    ("origin.json", b'{"versions": {}, "metadata": []}', "metadata is []"),
-    ("result.json", b'{"checkpoint": 3}', "checkpoint is 3"),
+    (b"", "Expecting value: line 1 column 1 (char 0)"),
+    (b"{\xff}", "'utf-8' codec can't decode byte 0xff"),
+    (b'{"num_epochs": 2, "st', "Unterminated string"),
+    (b"[" * 100_000, "maximum recursion depth exceeded"),
+    (b"[1]", "it is not a JSON object"),
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "reason"), DAMAGED)
-def test_a_damaged_file_is_reported_or_an_error_if_required(
-    run: RunFolder, tmp_path: Path, name: str, content: bytes, reason: str
-) -> None:
-    notes: list[str] = []
-    assert run.read_json(name, notes.append) is None
+def test_a_missing_file_is_none_or_an_error_if_required(run: RunFolder) -> None:
+    assert run.read_json("config.json") is None
     with pytest.raises(JobError, match="is gone"):
-        run.require_json(name)
-    run.write_text(name, json.dumps(WHOLE[name]))
-    assert run.read_json(name, notes.append) == run.require_json(name) == WHOLE[name]
-    assert notes == []
-    run.write_bytes(name, content)
-    assert run.read_json(name, notes.append) is None
-    (note,) = notes
-    assert note.startswith(f"{tmp_path}/run/{name} is damaged: {reason}")
-    assert note.endswith("; continuing without it")
-    with pytest.raises(DamagedFileError) as raised:
-        run.require_json(name)
-    assert str(raised.value) == note.replace("continuing without it", "restore the file, or start a new run")
+        run.require_json("config.json")
+    run.write_text("config.json", '{"num_epochs": 2}')
+    assert run.read_json("config.json") == run.require_json("config.json") == {"num_epochs": 2}
+
+
+@pytest.mark.parametrize(("content", "reason"), DAMAGED)
+def test_a_damaged_file_is_one_line_with_a_remedy(run: RunFolder, tmp_path: Path, content: bytes, reason: str) -> None:
+    run.write_bytes("config.json", content)
+    for read in (run.read_json, run.require_json):
+        with pytest.raises(JobError) as raised:
+            read("config.json")
+        assert str(raised.value).startswith(f"{tmp_path}/run/config.json is damaged: {reason}")
+        assert str(raised.value).endswith("; restore it, or delete it")
 
 
 def test_storage_errors_are_one_line_and_a_folder_in_a_files_place_is_not_retried(

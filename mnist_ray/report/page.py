@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import functools
+import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jinja2
 
 from mnist_ray.config import TrainConfig, WorkerConfig
-from mnist_ray.errors import JobError, UsageError, format_value, redact, say, with_place
+from mnist_ray.errors import JobError, UsageError, redact, say, with_place
 from mnist_ray.report.run_files import RunRecord, settings_of, workload_of
 from mnist_ray.settings import build, values_of
 from mnist_ray.storage import REPORT_FILE, SWEEP_PICTURE_FILE, RunFolder
@@ -32,28 +31,16 @@ _VALIDATION = {"color": "C1", "linestyle": "--"}
 _MOST_MARKERS = 50  # of epochs; more would hide the curves
 
 
-@dataclass(frozen=True)
-class Page:
-    """The content of the template."""
-
-    title: str
-    status: str
-    headlines: Mapping[str, str] = field(default_factory=dict)
-    notes: Sequence[str] = ()
-    pictures: Sequence[Picture] = ()
-    tables: Sequence[Table] = ()
-    refresh_s: int = 0  # a browser reloads the page after this many seconds; 0: never
-
-    def to_html(self) -> str:
-        """Return the page as one file that needs no network."""
-        environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("mnist_ray.report", ""),
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            finalize=lambda value: "\n".join(map(redact, value.split("\n"))) if isinstance(value, str) else value,
-        )
-        environment.filters["base64"] = lambda png: base64.b64encode(png).decode("ascii")
-        return environment.get_template("report.html.jinja").render(page=self)
+def page_of(**content: Any) -> str:
+    """Return the template with this content, as one file that needs no network."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mnist_ray.report", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: "\n".join(map(redact, value.split("\n"))) if isinstance(value, str) else value,
+    )
+    environment.filters["base64"] = lambda png: base64.b64encode(png).decode("ascii")
+    return environment.get_template("report.html.jinja").render(page=content)
 
 
 def write(
@@ -71,7 +58,7 @@ def write(
     ``warn`` gets a note. If the run ``is_running``, browsers reload the page automatically.
     """
     record = RunRecord.read(run, workload)
-    notes, result, rows = [*record.notes], record.result, record.predictions
+    notes, result, rows = list[str](), record.result, record.predictions
     drawn = functools.partial(_drawn, workload, notes)
     if test is not None and rows and len(test) != len(rows):
         notes.append(f"no {workload.nouns} are shown: the test set has {len(test):,} now, it had {len(rows):,}")
@@ -88,9 +75,16 @@ def write(
     seconds = drawn("table of the seconds", lambda: _seconds(result)) if result else []
     trials = drawn("table of the trials", lambda: _trials(record)) if record.trials else []
     tables = [*trials, _epochs(record), *_settings(record), *seconds]
-    status, refresh_s = _status(record, resume_with, is_running), _REFRESH_S if is_running else 0
-    page = Page(run.name, status, _headlines(record), notes, pictures, tables, refresh_s)
-    run.write_text(REPORT_FILE, page.to_html())
+    page = page_of(
+        title=run.name,
+        status=_status(record, resume_with, is_running),
+        headlines=_headlines(record),
+        notes=notes,
+        pictures=pictures,
+        tables=tables,
+        refresh_s=_REFRESH_S if is_running else 0,  # a browser reloads the page after this many seconds; 0: never
+    )
+    run.write_text(REPORT_FILE, page)
     for note in notes:
         warn(note)
     return {picture.name: picture.png for picture in pictures}
@@ -217,29 +211,14 @@ def _epochs(record: RunRecord) -> Table:
 
 def _settings(record: RunRecord) -> list[Table]:
     """Return the settings, those that differ from the workload's defaults first, and the origin."""
-    texts = _texts(record, record.config)
-    defaults = _texts(record, {**values_of(WorkerConfig()), **record.workload.defaults})
-    changed = {name: text for name, text in texts.items() if text != defaults.get(name, text)}
-    rows = [(name, f"{text} (default: {defaults[name]})") for name, text in changed.items()]
-    rows += [(name, text) for name, text in texts.items() if name not in changed]
+    defaults = {**values_of(WorkerConfig()), **record.workload.defaults}
+    defaults = json.loads(json.dumps(defaults))  # tuples are lists in config.json
+    changed = {name: value for name, value in record.config.items() if value != defaults.get(name, value)}
+    rows = [(name, f"{value} (default: {defaults[name]})") for name, value in changed.items()]
+    rows += [(name, f"{value}") for name, value in record.config.items() if name not in changed]
     origin = {**record.origin, **record.origin.get("versions", {})}
     said = [(name, str(value)) for name, value in origin.items() if not isinstance(value, dict)]
     return [Table("Settings", (), rows, num_bold=len(changed)), Table("Origin", (), said)]
-
-
-def _texts(record: RunRecord, values: Mapping[str, Any]) -> dict[str, str]:
-    """Return settings as people read them; None as ``none``, or ``automatic`` if it leaves the choice to the job."""
-    classes = (TrainConfig, WorkerConfig, record.workload.Settings)
-    helps = {field.name: field.metadata.get("help", "") for one in classes for field in dataclasses.fields(one)}
-
-    def text(name: str, value: Any) -> str:
-        if value is None:
-            return "automatic" if "default: " in helps.get(name, "") else "none"
-        if isinstance(value, bool):
-            return "on" if value else "off"
-        return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else format_value(value)
-
-    return {name: text(name, value) for name, value in values.items()}
 
 
 def _number(value: float | None, how: str) -> str:

@@ -11,16 +11,7 @@ from typing import Any
 
 from mnist_ray import settings
 from mnist_ray.errors import UsageError
-from mnist_ray.storage import (
-    CONFIG_FILE,
-    ORIGIN_FILE,
-    RESULT_FILE,
-    TRIALS_FILE,
-    RunFolder,
-    Warn,
-    unless_damaged,
-    untrusted_folders,
-)
+from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, TRIALS_FILE, RunFolder, untrusted_folders
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 
@@ -28,7 +19,7 @@ METRICS_FILE, STEPS_FILE, PREDICTIONS_FILE = "metrics.csv", "steps.csv", "predic
 
 
 def read_csv(run: RunFolder, file_name: str, columns: Iterable[str] = ()) -> list[dict[str, str]]:
-    """Return the rows of a file; none if there is no file. Raises DamagedFileError, e.g. for a missing column."""
+    """Return the rows of a file; none if there is no file. Raises JobError, e.g. for a missing column."""
     text = run.read_text(file_name)
     if text is None:
         return []
@@ -43,21 +34,6 @@ def read_csv(run: RunFolder, file_name: str, columns: Iterable[str] = ()) -> lis
             raise run.damaged(file_name, f"it has no column {column}")
     if any(None in row or None in row.values() for row in rows):  # how DictReader marks rows too long or too short
         raise run.damaged(file_name, f"a row does not have {len(names)} values")
-    return rows
-
-
-def read_values(run: RunFolder, file_name: str, *positions: str) -> list[dict[str, str]]:
-    """Return the rows of a file of numbers, some of which may be missing. Raises DamagedFileError.
-
-    ``positions`` are the columns for a row's position in the training; the first column has whole numbers.
-    """
-    rows = read_csv(run, file_name, positions)
-    try:
-        for row in numbers_of(rows):
-            if not (row[positions[0]].is_integer() and all(0 < row[position] < math.inf for position in positions)):
-                raise ValueError(f"there is no {positions[0]} {row[positions[0]]:g}")
-    except ValueError as error:
-        raise run.damaged(file_name, error) from error
     return rows
 
 
@@ -89,24 +65,20 @@ class RunRecord:
     result: dict[str, Any] | None  # None until the run is tested
     predictions: list[dict[str, str]]  # rows of predictions.csv; none until the run is tested
     trials: list[dict[str, str]]  # rows of sweep.csv; none if the run is no sweep
-    notes: Sequence[str] = ()  # about damaged files, which are left out
 
     @classmethod
     def read(cls, run: RunFolder, workload: Workload) -> RunRecord:
-        """Read a run's files. Raises UsageError if there are no settings, and JobError if they are damaged."""
-        notes: list[str] = []
-        warn = notes.append
+        """Read a run's files. Raises UsageError if there are no settings, and JobError if a file is damaged."""
         return cls(
             run=run,
             workload=workload,
             config=settings_of(run),
-            origin=run.read_json(ORIGIN_FILE, warn) or {},
-            epochs=numbers_of(unless_damaged(lambda: read_values(run, METRICS_FILE, "epoch"), warn) or []),
-            steps=numbers_of(unless_damaged(lambda: read_values(run, STEPS_FILE, "step", "epoch"), warn) or []),
-            result=unless_damaged(lambda: _checked_result(run, workload, warn), warn),
-            predictions=unless_damaged(lambda: read_csv(run, PREDICTIONS_FILE), warn) or [],
-            trials=unless_damaged(lambda: read_csv(run, TRIALS_FILE, [f"val_{workload.monitor.name}"]), warn) or [],
-            notes=notes,
+            origin=run.read_json(ORIGIN_FILE) or {},
+            epochs=numbers_of(read_csv(run, METRICS_FILE, ["epoch"])),
+            steps=numbers_of(read_csv(run, STEPS_FILE, ["step", "epoch"])),
+            result=run.read_json(RESULT_FILE),
+            predictions=read_csv(run, PREDICTIONS_FILE),
+            trials=read_csv(run, TRIALS_FILE),
         )
 
     def column(self, name: str) -> list[float]:
@@ -131,17 +103,6 @@ def settings_of(run: RunFolder) -> dict[str, Any]:
     if not run.exists(CONFIG_FILE):
         raise UsageError(f"{run.uri} is no run, or a sweep that has not chosen yet: it has no {CONFIG_FILE}")
     return run.require_json(CONFIG_FILE)
-
-
-def _checked_result(run: RunFolder, workload: Workload, warn: Warn) -> dict[str, Any] | None:
-    """Return a run's result. Raises DamagedFileError if a value for the page is not a number."""
-    result = run.read_json(RESULT_FILE, warn) or {}
-    names = [f"test_{metric.name}" for metric in workload.all_metrics] + [f"num_test_{workload.nouns}", workload.rate]
-    seconds = {"total": "missing", **result["seconds"]} if result else {}
-    for value in [*map(result.get, names), *seconds.values()]:
-        if not isinstance(value, (int, float, type(None))):
-            raise run.damaged(RESULT_FILE, f"{value!r:.40} is not a number")
-    return result or None
 
 
 def workload_of(run: RunFolder, reference: loading.Reference | None, storage_path: str) -> Workload:

@@ -62,7 +62,7 @@ def find(
     """
     run, notes = find_run(given, storage_path), list[str]()
     with in_one_line(f"cannot read {run.uri}"):
-        checkpoint = _checkpoint_of(run, notes)
+        checkpoint = _checkpoint_of(run)
     saved = read_state(checkpoint)["workload"]
     place = f"the checkpoint of {saved['reference']}"
     workload_class = loading.load_again(saved["reference"], reference, place, untrusted_folders(run, storage_path))
@@ -81,7 +81,7 @@ def read_initial(job: Job) -> tuple[bytes, str]:
     model = job.workload.create_model()
     with in_one_line("cannot read the weights of --init-from"):
         place = find_run(job.asked["init_from"], job.run.storage_path)
-        place = place if place.info().is_file else _checkpoint_of(place, [])
+        place = place if place.info().is_file else _checkpoint_of(place)
     weights = read_weights(place)
     lacking, own = load_fitting(model, weights), model.state_dict()
     if len(lacking) == len(own):
@@ -92,14 +92,11 @@ def read_initial(job: Job) -> tuple[bytes, str]:
     return save(weights), f"{fits}; not {shorten(others, 200)}" if others else fits
 
 
-def _checkpoint_of(run: RunFolder, notes: list[str]) -> RunFolder:
-    """Return ``run`` if it is a checkpoint; else its result's checkpoint, else the best validated, else the last.
-
-    Notes for the user are added to ``notes``.
-    """
+def _checkpoint_of(run: RunFolder) -> RunFolder:
+    """Return ``run`` if it is a checkpoint; else its result's checkpoint, else the best validated, else the last."""
     if run.exists(STATE_FILE):
         return run
-    result = run.read_json(RESULT_FILE, notes.append)
+    result = run.read_json(RESULT_FILE)
     if result is not None:
         chosen = run.inside(result["checkpoint"])
         if not chosen.exists(STATE_FILE):

@@ -7,30 +7,27 @@ predictions.csv  a row per test example, in the data set's order; written when t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from mnist_ray.report.run_files import METRICS_FILE, PREDICTIONS_FILE, STEPS_FILE, csv_text, read_values
-from mnist_ray.storage import RunFolder, unless_damaged
+from mnist_ray.report.run_files import METRICS_FILE, PREDICTIONS_FILE, STEPS_FILE, csv_text, read_csv
+from mnist_ray.storage import RunFolder
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
 
 
 class History:
-    """The rows of a run's metrics.csv and steps.csv. A resumed run continues the files that it finds.
+    """The rows of a run's metrics.csv and steps.csv. A resumed run continues the files that it finds."""
 
-    ``warn`` is called for each damaged file, which starts again without rows.
-    """
-
-    def __init__(self, run: RunFolder, workload: Workload, warn: Callable[[str], None] = lambda note: None) -> None:
+    def __init__(self, run: RunFolder, workload: Workload) -> None:
         self._run, self._workload = run, workload
         train, val = ([f"{split}_{metric.name}" for metric in workload.all_metrics] for split in ("train", "val"))
         self._columns = ("epoch", *train, *val, "epoch_s", workload.rate, "val_s")
-        epochs = unless_damaged(lambda: read_values(run, METRICS_FILE, "epoch"), warn) or []
+        epochs = read_csv(run, METRICS_FILE, ["epoch"])
         self.rows: dict[int, dict[str, Any]] = {int(float(row["epoch"])): dict(row) for row in epochs}
         self._step_columns = ("step", "epoch", *train, "learning_rate")
-        steps = unless_damaged(lambda: read_values(run, STEPS_FILE, "step", "epoch"), warn) or []
+        steps = read_csv(run, STEPS_FILE, ["step", "epoch"])
         self._steps = [(int(float(row["step"])), csv_text(self._step_columns, [row])) for row in steps]
         self.num_workers = 0  # in the last attempt; it may change in an elastic run
 

@@ -89,9 +89,14 @@ def read_job(given: Given | None = None, kind: str = "train") -> Job:
     untrusted = storage.untrusted_folders(run, run.storage_path)
     resumed, file = {run.inside(config_file).uri: saved} if saved else {}, dict[str, Given]()
     if "config" in early:
-        file[early["config"]] = settings.read_config_file(early["config"])
-        folder = settings.path_of(early["config"], "--config").absolute().parent
-        untrusted += storage.untrusted_folders(storage.locate(str(folder.parent), folder.name), run.storage_path)
+        config = settings.path_of(early["config"], "--config").absolute()
+        folder = storage.locate(str(config.parent.parent), config.parent.name, "--config")
+        if (values := folder.read_json(config.name)) is None:
+            raise UsageError(f"--config {config}: there is no such file")
+        if not isinstance(workload := values.get("workload"), str | None):
+            raise UsageError(f"{config}: --workload must be of type str, not {workload!r:.40}")
+        file[early["config"]] = values
+        untrusted += storage.untrusted_folders(folder, run.storage_path)
     files: dict[str, Given] = {**resumed, **file}
     reference = _merged(files).get("workload") or loading.DEFAULT
     workload_class = loading.load_again(reference, early.get("workload"), _layer_of("workload", files), untrusted)
@@ -126,7 +131,8 @@ def _job_of(
     """Return the job that the settings in ``asked`` describe. Raises UsageError."""
     train, workers = settings.build(TrainConfig, asked), settings.build(WorkerConfig, asked)
     output = settings.build(OutputConfig, asked)
-    _check_output(output)
+    if output.tracker is not None:
+        user_code.find(output.tracker, Tracker)
     _check_together(train, workers)
     code = {"workload": workload_class.source}
     if train.callback is not None:
@@ -192,8 +198,7 @@ def check_free(run: RunFolder, *, resume: bool) -> None:
 def _left_by(run: RunFolder, kind: str, workload_class: type[Workload]) -> tuple[Given, tuple[str, ...]]:
     """Return a resumed run's origin, and notes for the user."""
     notes: list[str] = []
-    origin = run.read_json(ORIGIN_FILE, notes.append) or {}
-    run.read_json(RESULT_FILE, notes.append)
+    origin = run.read_json(ORIGIN_FILE) or {}
     if not (run.exists(TRIALS_FILE) if kind == "tune" else run.checkpoint_names()):
         missing = "finished trial" if kind == "tune" else "checkpoint"
         notes.append(f"run {run.name} has no {missing} yet; starting from the beginning")
@@ -249,11 +254,6 @@ def _check_together(train: TrainConfig, workers: WorkerConfig) -> None:
     for conflict, is_there in conflicts.items():
         if is_there:
             raise UsageError(conflict)
-
-
-def _check_output(output: OutputConfig) -> None:
-    if output.tracker is not None:
-        user_code.find(output.tracker, Tracker)
 
 
 def _check_unchanged(run: RunFolder, classes: Sequence[type], then: Given, now: Given) -> None:

@@ -105,7 +105,7 @@ class Record:
         self._first_loss = math.nan
         run, workload = self._job.run, self._job.workload
         self._warn = functools.partial(self._console.say, "note")
-        self._history = History(run, workload, self._warn)
+        self._history = History(run, workload)
         self._trackers = start.start(run, workload, self._job.values, self._job.output, self._warn)
         self._is_over, draw = threading.Event(), functools.partial(self._draw_report, is_running=True)
         self._live_report = threading.Thread(target=repeat, args=[draw, _REPORT_EVERY_S, self._is_over], daemon=True)

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from mnist_ray.config import TrainConfig, WorkerConfig
-from mnist_ray.errors import UsageError
+from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist import idx
 from mnist_ray.report import page
-from mnist_ray.report.run_files import RunRecord, read_csv, workload_of
+from mnist_ray.report.run_files import read_csv, workload_of
 from mnist_ray.run.history import History, write_predictions
 from mnist_ray.settings import json_lines, setting, values_of
 from mnist_ray.storage import RunFolder
@@ -136,7 +136,7 @@ def test_a_report_without_the_data_says_so(
     (tmp_path / "moved" / "config.json").write_text(json.dumps(config | {"data_dir": str(tmp_path / "gone")}))
     run_main("report", str(tmp_path / "moved"))
     said = capsys.readouterr().out
-    assert said.startswith(f"no images are shown: --data-dir {tmp_path}/gone is not a folder")
+    assert said.startswith(f"no images are shown: {tmp_path}/gone/train-images-idx3-ubyte.gz cannot be read: No such")
 
 
 @pytest.mark.parametrize(
@@ -152,13 +152,12 @@ def test_a_report_written_again_shows_the_examples_that_were_predicted_or_says_w
     assert tested_run.inside("pictures").exists("predictions.png") == (not notes)
 
 
-def test_settings_that_differ_come_first_and_none_is_none_or_automatic(
+def test_settings_that_differ_from_their_defaults_come_first(
     tested_run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @dataclass(frozen=True)
     class Settings:
         widths: tuple[int, ...] = setting((16, 32), "")
-        depth: int | None = setting(None, "layers; default: as many as the data ask for")
 
     workload = mnist()
     monkeypatch.setattr(type(workload), "Settings", Settings)
@@ -166,11 +165,10 @@ def test_settings_that_differ_come_first_and_none_is_none_or_automatic(
     tested_run.write_text("config.json", json_lines(values_of(train, WorkerConfig(num_workers=2), Settings())))
     page.write(tested_run, workload, "", None)
     written = Page(tested_run.read_text("report.html") or "")
-    rows, expected = [row for row in written.rows if len(row) == 2], {"clip_grad_norm": "none", "callback": "none"}
-    differing = {"batch_size": "64 (default: 128)", "ema_decay": "0.5 (default: none)"}
-    differing["num_workers"] = "2 (default: automatic)"
+    rows, expected = [row for row in written.rows if len(row) == 2], {"clip_grad_norm": "None", "widths": "[16, 32]"}
+    differing = {"batch_size": "64 (default: 128)", "ema_decay": "0.5 (default: None)"}
+    differing["num_workers"] = "2 (default: None)"
     assert rows[:3] == written.bold == [[name, said] for name, said in differing.items()]
-    expected |= {"compile": "off", "cpus_per_worker": "automatic", "widths": "16, 32", "depth": "automatic"}
     assert expected.items() <= dict(rows).items()
 
 
@@ -268,18 +266,17 @@ def tested_run(run: RunFolder) -> RunFolder:
     return run
 
 
-DAMAGED_FILES = ("metrics.csv", "steps.csv", "origin.json", "result.json", "sweep.csv")
-DAMAGED = [(name, content) for name in DAMAGED_FILES for content in (b"", b"\xff\xfe", b"[1, 2]", b"a,b\nx\n")]
+RAGGED = (b"\xff\xfe", b"a,b\nx\n")
+DAMAGED = [(name, content) for name in ("predictions.csv", "sweep.csv") for content in RAGGED]
+for name in ("metrics.csv", "steps.csv", "origin.json", "result.json"):
+    DAMAGED += [(name, content) for content in (b"", b"[1, 2]", *RAGGED)]
 
 
-@pytest.mark.parametrize(
-    ("name", "content"), [*DAMAGED, ("predictions.csv", b"\xff\xfe"), ("predictions.csv", b"a,b\nx\n")]
-)
-def test_a_damaged_file_of_a_run_is_left_out_and_named(tested_run: RunFolder, name: str, content: bytes) -> None:
-    assert RunRecord.read(tested_run, mnist()).notes == []
+@pytest.mark.parametrize(("name", "content"), DAMAGED)
+def test_a_damaged_file_of_a_run_is_one_line_with_a_remedy(tested_run: RunFolder, name: str, content: bytes) -> None:
     tested_run.write_bytes(name, content)
-    found = RunRecord.read(tested_run, mnist())
-    assert [note.partition(" is damaged: ")[0] for note in found.notes] == [tested_run.inside(name).uri]
+    with pytest.raises(JobError, match=rf"/run/{name} is damaged: .*; restore it, or delete it$"):
+        page.write(tested_run, mnist(), "", None)
 
 
 def test_a_metric_that_only_the_validation_has_gets_no_empty_column(
@@ -291,30 +288,6 @@ def test_a_metric_that_only_the_validation_has_gets_no_empty_column(
     shown = (tested_run.read_text("report.html") or "").split("Epochs</h2>")[1]
     columns = re.findall('<th scope="col">(.*?)</th>', shown)
     assert columns[:4] == ["epoch", "training loss", "validation AUC", "seconds"]
-
-
-def test_a_report_of_damaged_files_says_so(tested_run: RunFolder) -> None:
-    notes: list[str] = []
-    for name in ("result.json", "sweep.csv"):
-        tested_run.write_text(name, "")
-    found = page.write(tested_run, mnist(), "", None, notes.append)
-    assert list(found) == ["loss", "accuracy", "learning_rate"]
-    text = tested_run.read_text("report.html") or ""
-    assert "not finished" in text
-    assert len(notes) == 2
-    assert all(note in text for note in notes)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"seconds": None}, {"seconds": {}}, {"test_accuracy": "good"}, {"images_per_s": []}, {"checkpoint": None}],
-)
-def test_a_result_with_wrong_types_is_left_out(tested_run: RunFolder, changes: dict[str, Any]) -> None:
-    result = tested_run.read_json("result.json")
-    tested_run.write_text("result.json", json_lines({**(result or {}), **changes}))
-    record = RunRecord.read(tested_run, mnist())
-    assert record.result is None
-    assert len(record.notes) == 1
 
 
 def test_a_picture_that_cannot_be_drawn_becomes_a_note(
@@ -338,7 +311,7 @@ def test_a_picture_that_cannot_be_drawn_becomes_a_note(
 
 def test_a_runs_workload_is_found_without_its_origin(tested_run: RunFolder) -> None:
     assert workload_of(tested_run, None, "runs").metadata == METADATA
-    tested_run.write_text("origin.json", "{")
+    tested_run.delete_file("origin.json")
     assert workload_of(tested_run, None, "runs").metadata == {}  # which the data fill in
 
 
@@ -372,7 +345,8 @@ def test_a_page_shows_no_secrets_and_escapes_markup_and_control_characters() -> 
     rows = [("command_line", command_line), ("data_dir", "<script>alert(1)</script>")]
     status = "To resume: s3://KEY:SECRET@bucket?token=SECRET&region=us"
     rows.append(("run", "\u202egnp.\x1b[31m"))
-    text = page.Page("a run", status, tables=[Table("Origin", (), rows)]).to_html()
+    tables = [Table("Origin", (), rows)]
+    text = page.page_of(title="a run", status=status, headlines={}, notes=(), pictures=(), tables=tables, refresh_s=0)
     assert r"<td>\u202egnp.\x1b[31m</td>" in text
     assert "train --storage-path http://***@host<" in text
     assert "To resume: s3://***@bucket?token=***&amp;region=us<" in text

@@ -156,21 +156,19 @@ def test_code_that_ends_the_job_is_one_line(read: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not JSON"),
-        ("[1]", "must hold a JSON object"),
+        ("{", r"bad\.json is damaged: Expecting property name"),
         ('{"batchsize": 1, "lr": 2}', "unknown settings: batchsize, lr"),
         ('{"run_name": "x"}', "unknown settings: run_name"),
         ('{"batch_size": "64"}', "--batch-size must be of type int, not '64'"),
         ('{"workload": 5}', r"bad\.json: --workload must be of type str, not 5"),
-        (f'{{"workload": {"[" * 900}{"]" * 900}}}', r"--workload must be of type str, not \[+$"),
-        ("[" * 100_000, "is not JSON: maximum recursion depth exceeded"),
-        (None, "is not a file"),
     ],
 )
-def test_a_bad_config_file_is_refused(read: Any, tmp_path: Path, text: str | None, message: str) -> None:
+def test_a_bad_config_file_is_refused(read: Any, tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "bad.json"
-    os.mkfifo(file) if text is None else file.write_text(text)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=r"bad\.json: there is no such file"):
+        read("--config", str(file))
+    file.write_text(text)
+    with pytest.raises((UsageError, JobError), match=message):
         read("--config", str(file))
 
 
@@ -283,22 +281,17 @@ def test_a_resumed_run_without_checkpoints_says_that_it_starts_from_the_beginnin
     assert read("--resume", "--run-name", "run").notes == ()
 
 
-@pytest.mark.parametrize("name", ["result.json", "origin.json"])
-def test_a_resumed_run_leaves_a_damaged_file_out_and_says_so(read: Any, begun: Path, name: str) -> None:
-    (begun / "checkpoint_epoch-001_step-000000").mkdir()
+@pytest.mark.parametrize("name", ["config.json", "result.json", "origin.json"])
+def test_a_run_with_a_damaged_file_is_not_resumed_until_that_is_deleted(read: Any, begun: Path, name: str) -> None:
     (begun / name).write_bytes(b"\xff")
-    job, _ = load_data(read("--resume", "--run-name", "run"))
-    assert [note.partition(" is damaged: ")[0] for note in job.notes] == [str(begun / name)]
+    with pytest.raises(JobError, match=rf"run/{name} is damaged: .*; restore it, or delete it$"):
+        read("--resume", "--run-name", "run")
 
 
 def test_damaged_settings_of_a_run_are_one_line_with_the_file(read: Any, begun: Path) -> None:
     file = begun / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"batch_size": "many"}))
     with pytest.raises(UsageError, match=r"run/config\.json: --batch-size must be of type int, not 'many'"):
-        read("--resume", "--run-name", "run")
-    file.write_text("{}")
-    message = r"run/config\.json is damaged: it has no num_epochs; restore the file, or start a new"
-    with pytest.raises(JobError, match=message):
         read("--resume", "--run-name", "run")
     file.unlink()
     os.mkfifo(file)

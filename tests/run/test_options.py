@@ -32,7 +32,7 @@ def test_a_run_stops_early(quick: Flags, tmp_path: Path, capsys: pytest.CaptureF
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (tmp_path / "run" / result["checkpoint"] / "training.pt").exists()
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "<td>early_stop</td><td>1 (default: none)</td>" in page
+    assert "<td>early_stop</td><td>1 (default: None)</td>" in page
 
 
 @pytest.mark.usefixtures("ray_address")
