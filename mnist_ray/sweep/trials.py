@@ -211,15 +211,8 @@ class TrialTable:
         return TrialTable(type(self.workload), self.space, records)
 
     def _record(self, row: dict[str, str]) -> TrialRecord:
-        point = self.space.point(row, int(row["seed"]))
-        record = TrialRecord(int(row["trial"]), point)
+        record = TrialRecord(int(row["trial"]), self.space.point(row, int(row["seed"])))
         self.update(record, row)
-        _ = record.reported  # raises now, not later, if it is damaged
-        if record.state not in (*ENDED, LOST, RUNNING, WAITING):
-            raise ValueError(f"{record.state!r:.40} is no state of a trial")
-        for name, space in self.space.spaces.items():
-            if isinstance(space, Choice) and point.values[name] not in space.options:
-                raise ValueError(f"{in_words(name)} {point.values[name]} is not in the sweep's space")
         return record
 
     @property

@@ -12,14 +12,13 @@ from rich.text import Text
 
 from mnist_ray import settings
 from mnist_ray.config import SweepConfig
-from mnist_ray.errors import UsageError, command, count, format_settings, redact
+from mnist_ray.errors import UsageError, count, format_settings, redact
 from mnist_ray.run import session as sessions
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.job import Given, read_job
 from mnist_ray.run.session import Session, say_data
-from mnist_ray.storage import TRIALS_FILE, DamagedFileError
 from mnist_ray.sweep.space import propose, space_of
-from mnist_ray.sweep.trials import BEST_FILE, DONE, FAILED, LOST, STOPPED, Sweep, TrialRecord, TrialTable
+from mnist_ray.sweep.trials import DONE, FAILED, LOST, STOPPED, Sweep, TrialRecord, TrialTable
 from mnist_ray.workload.data import Splits
 
 
@@ -35,21 +34,8 @@ def read_sweep(given: Given | None = None) -> Sweep:
     if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UsageError("--search optuna needs Optuna: pip install -e '.[optuna]'")
     sweep = Sweep(config, space, job)
-    _check_trials(sweep)
+    sweep.table()  # raises if it is damaged
     return sweep
-
-
-def _check_trials(sweep: Sweep) -> None:
-    """Raise JobError if a sweep has lost its trials. After its choice, it repeats none: the choice might change."""
-    run, remedy = sweep.job.run, "remove it to run the trials again"
-    if has_chosen := run.exists(BEST_FILE):
-        best = run.inside(BEST_FILE).uri
-        remedy = f"train the chosen settings with {command('train')} --config {best}, or start a new sweep"
-    try:
-        if sweep.table().best is None and has_chosen:
-            raise DamagedFileError(f"{run.inside(TRIALS_FILE).uri} has lost its trials")
-    except DamagedFileError as error:
-        raise DamagedFileError(f"{error}; {remedy}") from error
 
 
 def load_data(sweep: Sweep) -> tuple[Sweep, Splits]:

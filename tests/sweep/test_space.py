@@ -5,7 +5,7 @@ import pytest
 
 from mnist_ray.config import SweepConfig, TrainConfig
 from mnist_ray.errors import UsageError
-from mnist_ray.settings import Choice, Range, SearchSpace
+from mnist_ray.settings import Choice, Range
 from mnist_ray.sweep import space
 from mnist_ray.sweep.space import Point, Space, space_of
 from mnist_ray.workload import Workload, setting
@@ -128,23 +128,6 @@ def test_a_text_that_is_no_space_is_refused(text: str, message: str) -> None:
     with pytest.raises(UsageError) as raised:
         over(text)
     assert str(raised.value).startswith(f"--sweep {text}: {message}")
-
-
-@pytest.mark.parametrize(
-    ("name", "wrong", "reason"),
-    [
-        ("batch_size", Choice((16, 0)), "--batch-size must be at least 1, not 0"),
-        ("batch_size", Range(0, 8), "--batch-size must be at least 1, not 0"),
-    ],
-)
-def test_a_search_space_with_values_that_the_setting_refuses_is_refused(
-    name: str, wrong: SearchSpace, reason: str
-) -> None:
-    class Wrong(Searched):
-        search = {name: wrong}
-
-    with pytest.raises(UsageError, match=f"^the search space of {name}: {reason}$"):
-        space_of(Wrong, {})
 
 
 def test_the_default_configuration_has_the_values_of_a_recipe_or_a_file() -> None:
