@@ -13,14 +13,14 @@ from typing import Any, NoReturn
 from mnist_ray import api, signals
 from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig, PredictionConfig, ViewConfig
 from mnist_ray.errors import PROGRAM, JobError, UsageError, about_ray, prepare_output, say
+from mnist_ray.report.run_files import workload_of
 from mnist_ray.run.job import read_job, resume_command
 from mnist_ray.run.train import train as train_job
 from mnist_ray.settings import UNSET, Parser, build, names_of, peek
-from mnist_ray.storage import CONFIG_FILE, TRIALS_FILE, RunFolder, find_run, untrusted_folders
+from mnist_ray.storage import CONFIG_FILE, TRIALS_FILE, find_run
 from mnist_ray.sweep.tune import read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.workload import loading
-from mnist_ray.workload.base import Workload
 
 
 def train() -> None:
@@ -141,26 +141,16 @@ def _flags_of_run(command: Callable[[], None], config_class: type) -> dict[str, 
     early, run = peek("workload", "storage_path", *names_of([config_class]))
     workload_class = loading.load(early.get("workload", loading.DEFAULT))
     if "workload" not in early:
-        with contextlib.suppress(UsageError):  # reported when all flags are read
+        with contextlib.suppress(UsageError, JobError):  # reported when all flags are read, or with the checkpoint
             storage_path = early.get("storage_path", OutputConfig().storage_path)
             folder = find_run(run, storage_path)
             # The word may be the value of a flag that is not yet known.
             folder = folder if folder.exists() else find_run(None, storage_path)
-            workload_class = _class_of(folder, storage_path)
+            run_folder = folder if folder.exists(CONFIG_FILE) else folder.storage  # of a checkpoint
+            workload_class = type(workload_of(run_folder, None, storage_path))
     parser = _parser(command, config_class, workload_class.Settings)
     _add_run(parser, "run", nargs="?")
     return parser.read_flags()
-
-
-def _class_of(run: RunFolder, storage_path: str) -> type[Workload]:
-    """Return the workload of a run, or of the run that contains a checkpoint. Raises UsageError like ``load_again``."""
-    untrusted = untrusted_folders(run, storage_path)
-    for folder in (run, run.storage):
-        with contextlib.suppress(JobError):  # if the storage fails, reading the checkpoint reports it
-            reference = (folder.read_json(CONFIG_FILE) or {}).get("workload")
-            if reference is not None:
-                return loading.load_again(reference, None, folder.inside(CONFIG_FILE).uri, untrusted)
-    return loading.load(loading.DEFAULT)
 
 
 def _parser(command: Callable[[], None], *classes: type) -> Parser:
