@@ -101,7 +101,7 @@ def photographed(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
     noisy = values * light[..., None] + rng.normal(0, 6, values.shape)
     content = io.BytesIO()
     Image.fromarray(np.uint8(np.clip(noisy, 0, 255))).save(content, "JPEG", quality=80)
-    return read_image(content.getvalue())
+    return read_image(content)
 
 
 def mnist_images() -> Iterator[Sample]:

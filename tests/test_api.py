@@ -125,7 +125,7 @@ def test_arrays_pictures_and_files_are_predicted(run: Run, mnist_test: Arrays, t
 def test_what_has_no_prediction_raises_the_line_that_the_command_prints(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     for pictures, error, message in (
-        (tmp_path, JobError, f"{tmp_path}/empty.png: is empty"),
+        (tmp_path, JobError, f"{tmp_path}/empty.png: is no picture of a known format"),
         (str(tmp_path / "no.png"), JobError, f"{tmp_path}/no.png: cannot be read: No such file or directory"),
         ([5], UsageError, "pictures must be paths, Pillow images or a NumPy array of inputs, not int"),
         (

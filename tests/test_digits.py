@@ -120,7 +120,7 @@ def test_exif_data_turn_a_photo(orientation: int, mnist_test: Arrays) -> None:
     exif[EXIF_ORIENTATION] = orientation
     upright = on_paper(ink(mnist_test.inputs[18]))
     turned = upright.rotate({3: 180, 6: 90}[orientation], expand=True)
-    seen = to_mnist(read_image(encoded(turned, "JPEG", exif=exif)))
+    seen = to_mnist(read_image(io.BytesIO(encoded(turned, "JPEG", exif=exif))))
     assert similarity(seen, to_mnist(upright)) > 0.95
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from mnist_ray.errors import JobError, UsageError
+from mnist_ray.errors import JobError
 from mnist_ray.settings import path_of
 from mnist_ray.workload.data import Arrays
 
@@ -26,9 +25,9 @@ SHIPPED = Path(__file__).with_name("data")
 def load(split: str, data_dir: Path | None = None) -> Arrays:
     """Read ``"train"`` or ``"test"`` from a folder with MNIST's four files; None: from the files in the package.
 
-    Raises UsageError if files are missing, JobError if they are damaged.
+    Raises JobError if a file is missing or damaged.
     """
-    folder = SHIPPED if data_dir is None else _checked_folder(path_of(data_dir, "--data-dir"))
+    folder = SHIPPED if data_dir is None else path_of(data_dir, "--data-dir")
     images_file, labels_file = (folder / name for name in FILES[split])
     images, labels = _read(images_file, 3), _read(labels_file, 1)
     if images.shape[1:] != IMAGE_SHAPE:
@@ -40,16 +39,6 @@ def load(split: str, data_dir: Path | None = None) -> Arrays:
     if labels.max() >= _MOST_CLASSES:
         raise JobError(f"{labels_file} has label {labels.max()}; the classes are 0 to 9")
     return Arrays(images, labels)
-
-
-def _checked_folder(folder: Path) -> Path:
-    if not os.path.isdir(folder):
-        raise UsageError(f"--data-dir {folder} is not a folder")
-    names = [name for pair in FILES.values() for name in pair]
-    missing = [name for name in names if not any(os.path.isfile(folder / f"{name}{end}") for end in ("", ".gz"))]
-    if missing:
-        raise UsageError(f"--data-dir {folder} lacks {', '.join(missing)} (gzipped or not)")
-    return folder
 
 
 def _read(path: Path, num_dims: int) -> np.ndarray:

@@ -132,36 +132,23 @@ def _read(workload: Workload, file: Path | Image.Image) -> Prediction:
     """Read one file or image as an input of the model, or return the reason why it has no prediction."""
     name = str(file) if isinstance(file, Path) else ""
     try:
-        picture = read_image(_content(file)) if isinstance(file, Path) else file
+        picture = read_image(file) if isinstance(file, Path) else file
         with placed(workload, "read_picture"):
             return Prediction(name, workload.read_picture(picture))
     except UsageError as error:
         return Prediction(name, error=str(error))
 
 
-def _content(file: Path) -> bytes:
-    try:
-        if file.exists() and not file.is_file():  # reading a FIFO may wait forever, reading a device may never end
-            raise UsageError("is a folder without pictures" if file.is_dir() else "is not a file")
-        return file.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-        raise UsageError(f"cannot be read: {getattr(error, 'strerror', error)}") from error
-
-
-def read_image(content: bytes) -> Image.Image:
+def read_image(file: Path | io.BytesIO) -> Image.Image:
     """Decode a picture and turn it as its EXIF data say. Raises UsageError."""
-    if not content:
-        raise UsageError("is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about large pictures and harmless damage
-            return ImageOps.exif_transpose(Image.open(io.BytesIO(content), formats=FORMATS))
-    except Image.DecompressionBombError as error:
-        raise UsageError("is too large: it would unpack to a huge picture") from error
+            return ImageOps.exif_transpose(Image.open(file, formats=FORMATS))
     except UnidentifiedImageError as error:
         raise UsageError("is no picture of a known format") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:  # from Pillow's decoders
-        raise UsageError(f"is damaged: {error}") from error
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise UsageError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _grid(predictions: Sequence[Prediction], workload: Workload, config: PredictionConfig) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -172,9 +172,9 @@ class BlockBatches(ExampleBatches):
         if all(isinstance(content, Arrays) for content in contents.values()):
             of_blocks = [*zip(contents.values(), np.split(rows[by_block], starts[1:]), strict=True)]
             back = torch.from_numpy(np.argsort(by_block))
-            inputs = _together([content.inputs[some] for content, some in of_blocks])[back]
-            targets = _together([content.targets[some] for content, some in of_blocks])[back]
-            return Batch(inputs, targets, *chosen[1:])
+            inputs = torch.from_numpy(np.concatenate([content.inputs[some] for content, some in of_blocks]))
+            targets = torch.from_numpy(np.concatenate([content.targets[some] for content, some in of_blocks]))
+            return Batch(inputs[back], targets[back], *chosen[1:])
         examples = [contents[block][row] for block, row in zip(blocks.tolist(), rows.tolist(), strict=True)]
         return self._joined(examples, places, chosen)
 
@@ -233,14 +233,6 @@ class BlockBatches(ExampleBatches):
         return examples, sum(getattr(leaf, "nbytes", 0) for leaf in pytree.tree_leaves(examples))
 
 
-def _together(parts: Sequence[np.ndarray]) -> Tensor:
-    """Return the rows of several blocks as one tensor."""
-    try:
-        return torch.from_numpy(np.concatenate(parts))
-    except ValueError as error:
-        raise ExampleError(f"the shapes of blocks do not fit together: {first_line(error)}") from error
-
-
 def batches_of(
     split: Split, device: torch.device, collate: Collate | None = None, read_ahead_mib: int = READ_AHEAD_MIB
 ) -> ArrayBatches | ExampleBatches:
@@ -287,14 +279,6 @@ def batch_loader(
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield batches on a device. A GPU copies a batch on a stream of its own while it computes the step before."""
-    if device.type == "cpu":
-        yield from batches
-        return
-    copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    """Yield batches on a device. A GPU copies pinned memory while this process goes on."""
     for batch in batches:
-        with torch.cuda.stream(copying):
-            moved: Batch = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
-        computing.wait_stream(copying)
-        map_tensors(lambda tensor: tensor.record_stream(computing), moved)  # else its memory might be reused too early
-        yield moved
+        yield map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)

@@ -11,12 +11,11 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
 
 import numpy as np
 
 from mnist_ray import config
-from mnist_ray.errors import JobError, UsageError, first_line, with_place
+from mnist_ray.errors import JobError, UsageError, with_place
 from mnist_ray.settings import build, check_known, flag, names_of
 from mnist_ray.workload import user_code
 from mnist_ray.workload.base import Workload
@@ -76,10 +75,6 @@ def _check_class(workload_class: type[Workload]) -> None:
             raise UsageError(f"workload {name} has no method {method}")
     if not dataclasses.is_dataclass(settings):
         raise UsageError(f"{name}.Settings must be a dataclass: put @dataclass(frozen=True) above it")
-    try:
-        get_type_hints(settings)
-    except NameError as error:
-        raise UsageError(f"{name}.Settings: {error}; import it outside of TYPE_CHECKING") from error
     of_jobs = [value for value in vars(config).values() if dataclasses.is_dataclass(value) and isinstance(value, type)]
     taken = names_of(of_jobs) | {"workload", "config", "recipe", "run", "help"}
     for field in dataclasses.fields(settings):
@@ -89,8 +84,8 @@ def _check_class(workload_class: type[Workload]) -> None:
             raise UsageError(f"{name}.Settings: {flag(field.name)} is a flag already; give it another name")
     try:
         build(settings, {field.name: field.default for field in dataclasses.fields(settings)})
-    except UsageError as error:
-        raise UsageError(f"{name}.Settings: the default of {error}") from error
+    except (NameError, UsageError) as error:  # NameError: of a type that is imported for type checkers only
+        raise UsageError(f"{name}.Settings: {error}") from error
     known = names_of([config.TrainConfig, settings])
     for recipe, values in workload_class.recipes.items():
         check_known(values, known | names_of([config.WorkerConfig]), f"{name}.recipes: {recipe}")
@@ -101,10 +96,9 @@ def load_data(workload: Workload) -> Data:
     """Return a workload's data; set its metadata, unless a checkpoint set them. Raises UsageError and JobError."""
     with placed(workload, "load_data"):
         data = _checked_data(workload, workload.load_data())
-        os.getcwd()  # raises FileNotFoundError if load_data has removed the current folder, which Ray needs
     if not workload.metadata:
         with placed(workload, "metadata_of"):
-            workload.metadata = _checked_metadata(workload, workload.metadata_of(data))
+            workload.metadata = json.loads(json.dumps(dict(workload.metadata_of(data)), allow_nan=False))  # as saved
     with placed(workload, "check_data"):
         workload.check_data(data)
     return data
@@ -120,17 +114,6 @@ def placed(workload: Workload, what: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         said = with_place(error, workload.source.folder)
         raise UsageError(f"{type(workload).__name__}, {what}: {said}") from error
-
-
-def picture_of(workload: Workload, inputs: Any) -> np.ndarray | None:
-    """Return one input as a picture, or None if inputs cannot be shown. Raises UsageError for a wrong type."""
-    with placed(workload, "as_picture"):
-        image = workload.as_picture(inputs)
-    is_array = isinstance(image, np.ndarray)
-    if image is None or (is_array and image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] == (3,))):
-        return image
-    got = f"{image.dtype} {image.shape}" if is_array else type(image).__name__
-    raise UsageError(f"{type(workload).__name__}.as_picture must return uint8 (H, W) or (H, W, 3), not {got}")
 
 
 def _checked_data(workload: Workload, data: object) -> Data:
@@ -150,11 +133,8 @@ def _checked_data(workload: Workload, data: object) -> Data:
             raise UsageError(f"{place} has a collate_fn, which nothing calls: make it {name}.collate(examples)")
         if len(examples) == 0:
             raise UsageError(f"{place} holds no examples")
-    try:
-        files = tuple(data.files)
-        digest_of_files(files)
-    except (OSError, TypeError, ValueError) as error:
-        raise UsageError(f"{name}.load_data: files must be paths of files: {first_line(error)}") from error
+    files = tuple(data.files)
+    digest_of_files(files)  # raises OSError if one is missing
     return dataclasses.replace(data, name=data.name or name, files=files)
 
 
@@ -169,19 +149,6 @@ def _check_arrays(place: str, arrays: Arrays) -> None:
             raise UsageError(f"{place}: {what} must be numbers, not of dtype {array.dtype}")
     if len(arrays.inputs) != len(arrays.targets):
         raise UsageError(f"{place} has {len(arrays.inputs):,} inputs but {len(arrays.targets):,} targets")
-
-
-def _checked_metadata(workload: Workload, metadata: object) -> dict[str, Any]:
-    """Raise UsageError if saving the metadata as JSON, as checkpoints do, would change them."""
-    name = type(workload).__name__
-    if not isinstance(metadata, dict):
-        raise UsageError(f"{name}.metadata_of returned {type(metadata).__name__}, not a dict")
-    for key, value in metadata.items():
-        with contextlib.suppress(TypeError, ValueError):
-            if isinstance(key, str) and json.loads(json.dumps(value)) == value:
-                continue
-        raise UsageError(f"{name}: metadata {key!r} is not JSON: use numbers, strings, lists, dicts or array.tolist()")
-    return metadata
 
 
 def digests_of(splits: Splits) -> dict[str, str | None]:

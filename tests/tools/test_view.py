@@ -1,3 +1,4 @@
+import io
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def test_digit_10_is_printed_and_drawn_as_in_the_file(tmp_path: Path) -> None:
 
 
 def test_a_drawn_digit_can_be_read_as_a_picture(mnist_test: Arrays) -> None:
-    drawn = Digits().read_picture(read_image(figures.single_image(mnist_test.inputs[0])))
+    drawn = Digits().read_picture(read_image(io.BytesIO(figures.single_image(mnist_test.inputs[0]))))
     assert np.abs(drawn.astype(float) - mnist_test.inputs[0]).mean() < 15
 
 

@@ -207,7 +207,6 @@ def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
             ".measure: accuracy must be one number per example, (16,) here, not float",
         ),
         ("def measure(self, outputs, targets): ...", ".measure returned NoneType, not a dict"),
-        ("def metadata_of(self, data): ...", ".metadata_of returned NoneType, not a dict"),
         (
             'def predictions(self, outputs, targets): return {"label": targets, "logits": outputs.T}',
             ".predictions: logits must be a tensor with 16 examples here, (N, ...)",
@@ -375,20 +374,6 @@ def test_a_model_that_fails_is_named_with_its_line_if_it_is_in_the_file(
     assert expected in message
 
 
-def test_a_load_data_that_removes_the_current_folder_is_named(
-    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    body = """
-    def load_data(self):
-        import os
-        os.rmdir(os.getcwd())
-        return super().load_data()
-"""
-    assert message_of(write, body).startswith("Wrong, load_data: FileNotFoundError: ")
-
-
 @pytest.mark.parametrize("error", [JobError, UsageError])
 def test_an_error_in_one_line_is_raised_unchanged(write: Write, error: type[Exception]) -> None:
     line = f"from mnist_ray.errors import {error.__name__}; raise {error.__name__}('the file is damaged')"
@@ -423,8 +408,6 @@ def test_an_error_in_one_line_is_raised_unchanged(write: Write, error: type[Exce
          ": train: inputs must be a NumPy array (N, ...), not a single number"),
         ("Data(examples(3), Arrays(np.ones((2, 4)), np.array(['a', 'b'])))",
          ": test: targets must be numbers, not of dtype <U1"),
-        ("Data(examples(3), examples(3), files=['/gone.jpg'])",
-         ": files must be paths of files: [Errno 2] No such file or directory: '/gone.jpg'"),
     ],
 )  # fmt: skip
 def test_data_of_the_wrong_kind_are_refused(write: Write, returned: str, expected: str) -> None:
@@ -433,8 +416,13 @@ def test_data_of_the_wrong_kind_are_refused(write: Write, returned: str, expecte
     assert message == f"Wrong.load_data{separator}{expected}"
 
 
-@pytest.mark.parametrize("fact", ["np.float32(1)", "np.ones(3)", "{1, 2}", "(1, 2)", "{1: 2}", "math.nan"])
+@pytest.mark.parametrize("fact", ["np.float32(1)", "np.ones(3)", "{1, 2}", "math.nan"])
 def test_metadata_that_are_not_json_are_refused(write: Write, fact: str) -> None:
     body = f"\n    def load_data(self): return Data(examples(20), examples(20), metadata={{'mean': {fact}}})\n"
-    expected = "Wrong: metadata 'mean' is not JSON: use numbers, strings, lists, dicts or array.tolist()"
-    assert message_of(write, body) == expected
+    assert "not JSON" in message_of(write, body)
+
+
+def test_a_file_that_is_missing_from_the_datas_files_is_named(write: Write) -> None:
+    body = "\n    def load_data(self): return Data(examples(3), examples(3), files=['/gone.jpg'])\n"
+    assert message_of(write, body).startswith("Wrong, load_data: FileNotFoundError: ")
+    assert "'/gone.jpg'" in message_of(write, body)
