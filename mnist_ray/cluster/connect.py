@@ -22,7 +22,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_ray.cluster import ray_internals
-from mnist_ray.cluster.environment import for_workers, prepare_local, users_variables
+from mnist_ray.cluster.environment import for_workers, prepare_local
 from mnist_ray.cluster.plan import Cluster, Node, local_cpus, node_of
 from mnist_ray.cluster.watch import RaySilentError, watched
 from mnist_ray.config import WorkerConfig
@@ -92,11 +92,7 @@ def connect(
 
 
 def _start(session: Path, num_cpus: int, forking: Forking | None, **options: Any) -> None:
-    """Start a Ray that listens on loopback only.
-
-    Raises a JobError that names the logs, and the user's variables for Ray: one of these may be the reason.
-    """
-    names = users_variables()
+    """Start a Ray that listens on loopback only. Raises a JobError that names the logs."""
     prepare_local()
     small = ray_internals.for_one_job(forking, log_to_driver=options["log_to_driver"], session_name=session.name)
     try:
@@ -110,10 +106,8 @@ def _start(session: Path, num_cpus: int, forking: Forking | None, **options: Any
                 **options,
             )
     except Exception as error:
-        variables = f"; with {', '.join(names)} set" if names else ""
         reason = about_ray(error) or first_line(error)
-        said = f"a local Ray cannot start: {reason} (logs: {session / 'logs'}{variables})"
-        raise JobError(said) from error
+        raise JobError(f"a local Ray cannot start: {reason} (logs: {session / 'logs'})") from error
 
 
 def _join(address: str, forking: Forking | None, **options: Any) -> None:

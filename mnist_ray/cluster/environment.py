@@ -103,13 +103,6 @@ def _set_defaults(settings: dict[str, str]) -> None:
         os.environ.setdefault(name, value)
 
 
-def users_variables() -> list[str]:
-    """Return the names of the variables for Ray that the user has set."""
-    own = _SETTINGS | _LOCAL_SETTINGS | _QUIET_SETTINGS
-    names = [name for name, value in os.environ.items() if name.startswith("RAY_") and own.get(name) != value]
-    return sorted(set(names) - {"RAY_ADDRESS", "RAY_CLIENT_MODE"})  # Ray's import sets the latter
-
-
 def for_workers() -> dict[str, str]:
     """Return the variables that Ray Train passes from the driver to its controller and workers."""
     return {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}

@@ -163,14 +163,12 @@ def test_a_local_ray_leaves_only_the_logs_of_a_failure_and_an_error_of_meanwhile
     assert (session / "logs" / "raylet.out").exists()
 
 
-def test_a_local_ray_that_cannot_start_is_one_line_that_names_the_logs_and_the_users_variables(temporary: Path) -> None:
+def test_a_local_ray_that_cannot_start_is_one_line_that_names_the_logs(temporary: Path) -> None:
     done = run(temporary, RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION="0.0000001")
     assert done.returncode == 1
     (session,) = temporary.glob("ray/session_2*")
     assert done.stderr.startswith("error: a local Ray cannot start: Attempting to cap object store memory usage at ")
-    assert done.stderr.endswith(
-        f"(logs: {session}/logs; with RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION, RAY_TMPDIR set)\n"
-    )
+    assert done.stderr.endswith(f"(logs: {session}/logs)\n")
     assert done.stderr.count("\n") == 1
 
 
