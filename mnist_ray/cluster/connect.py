@@ -112,6 +112,8 @@ def _start(session: Path, num_cpus: int, forking: Forking | None, **options: Any
 
 def _join(address: str, forking: Forking | None, **options: Any) -> None:
     if forking is not None:
+        if forking.server is not None:  # it is for a local Ray; here, each node's first worker starts one
+            forking.server.kill()
         options["runtime_env"] = runtime_env_to_fork(forking)
     try:
         ray.init(address=address, **options)
