@@ -229,6 +229,9 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--before", default=BEFORE, help="commit of the earlier version")
     args = parser.parse_args()
+    with checked_out(args.before) as root:
+        if root is None:
+            parser.error(f"this clone has no commit {args.before}")
     rounds = []
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import os
 import random
+import signal
 import statistics
 import tempfile
 import time
@@ -51,7 +52,7 @@ def run(nodes: Local | Raylets | Hosts, folder: Path, *flags: str, do: Callable[
             nodes.revive()
         do(driver)
     status = driver.wait(nodes)
-    if not (storage / "run" / "result.json").exists():  # killed or failed: resume with one worker
+    if status == -signal.SIGKILL and not (storage / "run" / "result.json").exists():  # resume with one worker
         driver = Driver(storage, "run", nodes, "--resume", "--num-workers", "1")
         status = driver.wait(nodes)
     if status:

@@ -54,6 +54,8 @@ def main() -> None:
     rows: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
     versions = {name: (ROOT, ["--scheduler", name]) for name in args.schedulers}
     with checked_out(args.before) if args.before else contextlib.nullcontext() as before:
+        if args.before and before is None:
+            parser.error(f"this clone has no commit {args.before}")
         if before:
             versions[args.before] = before, []
         for seed in args.seeds:
@@ -66,7 +68,7 @@ def main() -> None:
         seconds, epochs, validation, test = (statistics.mean(each[key] for each in sweeps) for key in sweeps[0])
         print(f"| {name} | {seconds:.0f} | {epochs:.1f} | {validation:.2%} | {test:.2%} |")
     if args.before:
-        pairs = zip(rows["halving"], rows[args.before], strict=True)
+        pairs = zip(rows[args.schedulers[0]], rows[args.before], strict=True)
         ratios = sorted(now["seconds"] / then["seconds"] for now, then in pairs)
         print(f"seconds: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
 

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import psutil
 from events import run_job
+from hosts import training_pids
 
 from mnist_ray.training.events import EpochFinished, Event, Started
 
@@ -44,8 +46,9 @@ def train(num_workers: int, storage: str) -> dict[str, float]:
 
     def kill_once(event: Event) -> None:
         if isinstance(event, EpochFinished) and event.last.epoch == 2 and not killed:
-            workers = [process for process in psutil.process_iter() if process.name().startswith("ray::RayTrainWo")]
-            workers[-1].kill()
+            started_this = psutil.Process(os.getppid())
+            raylets = [child.pid for child in started_this.children() if child.name().startswith("raylet")]
+            os.kill(training_pids(raylets)[-1], signal.SIGKILL)
             killed.append(time.monotonic() - begun)
 
     heard = run_job(flags, kill_once)
