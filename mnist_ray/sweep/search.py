@@ -36,9 +36,8 @@ def search(session: Session, sweep: Sweep, show: OnChange) -> TrialTable:
     splits = share(job.workload, data.train), share(job.workload, data.validation)
     spec = TrialSpec(job, *splits, session.plan, run.inside(TRIALS_FOLDER))
     concurrent = say_plan(session, sweep)
-    table = sweep.table()
-    if run.exists(BEST_FILE) and table.best is not None:
-        return table
+    if run.exists(BEST_FILE):
+        return sweep.table()
     warn = functools.partial(session.console.say, "note")
     trackers = start.start(run, job.workload, settings.values_of(sweep.config), job.output, warn, for_trials=True)
 

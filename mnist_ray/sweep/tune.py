@@ -12,13 +12,14 @@ from rich.text import Text
 
 from mnist_ray import settings
 from mnist_ray.config import SweepConfig
-from mnist_ray.errors import UsageError, count, format_settings, redact
+from mnist_ray.errors import JobError, UsageError, command, count, format_settings, redact
 from mnist_ray.run import session as sessions
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.job import Given, read_job
 from mnist_ray.run.session import Session, say_data
+from mnist_ray.storage import TRIALS_FILE
 from mnist_ray.sweep.space import propose, space_of
-from mnist_ray.sweep.trials import DONE, FAILED, LOST, STOPPED, Sweep, TrialRecord, TrialTable
+from mnist_ray.sweep.trials import BEST_FILE, DONE, FAILED, LOST, STOPPED, Sweep, TrialRecord, TrialTable
 from mnist_ray.workload.data import Splits
 
 
@@ -34,7 +35,9 @@ def read_sweep(given: Given | None = None) -> Sweep:
     if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UsageError("--search optuna needs Optuna: pip install -e '.[optuna]'")
     sweep = Sweep(config, space, job)
-    sweep.table()  # raises if it is damaged
+    if sweep.table().best is None and job.run.exists(BEST_FILE):  # a new choice would continue the old one's run
+        remedy = f"{command('train')} --config {job.run.inside(BEST_FILE).uri}"
+        raise JobError(f"{job.run.uri} has chosen, but lost its {TRIALS_FILE}; train the choice with {remedy}")
     return sweep
 
 

@@ -354,7 +354,7 @@ def test_a_wrong_setting_is_refused_before_anything_is_written(
     assert not any(tmp_path.iterdir())
 
 
-def test_a_sweep_whose_table_is_damaged_says_what_to_do(tmp_path: Path) -> None:
+def test_a_sweep_whose_table_is_damaged_or_lost_says_what_to_do(tmp_path: Path) -> None:
     run = locate(str(tmp_path), "lost")
 
     def read() -> Job:
@@ -364,6 +364,11 @@ def test_a_sweep_whose_table_is_damaged_says_what_to_do(tmp_path: Path) -> None:
     assert read().notes == ("run lost has no finished trial yet; starting from the beginning",)
     run.write_text("sweep.csv", "trial\n1\n")
     with pytest.raises(JobError, match=r"sweep\.csv is damaged: .*; restore it, or delete it$"):
+        read()
+    run.delete_file("sweep.csv")
+    run.write_text("best.json", "{}")
+    remedy = r"train the choice with python jobs/train\.py --config .*/lost/best\.json$"
+    with pytest.raises(JobError, match=r"/lost has chosen, but lost its sweep\.csv; " + remedy):
         read()
 
 
