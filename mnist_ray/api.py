@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mnist_ray.cluster import environment
 from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.report.run_files import METRICS_FILE, STEPS_FILE, numbers_of, read_csv, workload_of
+from mnist_ray.report.run_files import METRICS_FILE, STEPS_FILE, read_numbers, workload_of
 from mnist_ray.run.job import Job, read_job
 from mnist_ray.run.train import train as train_job
 from mnist_ray.settings import build, check_known, names_of
@@ -61,12 +61,12 @@ class Run:
     @property
     def history(self) -> list[dict[str, float]]:
         """The rows of metrics.csv, one per epoch; NaN for missing values."""
-        return numbers_of(read_csv(self.folder, METRICS_FILE, ["epoch"]))
+        return read_numbers(self.folder, METRICS_FILE, "epoch")
 
     @property
     def steps(self) -> list[dict[str, float]]:
         """The rows of steps.csv: about one per half second of training."""
-        return numbers_of(read_csv(self.folder, STEPS_FILE, ["step", "epoch"]))
+        return read_numbers(self.folder, STEPS_FILE, "step", "epoch")
 
     @property
     def checkpoint(self) -> str:

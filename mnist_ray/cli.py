@@ -17,7 +17,7 @@ from mnist_ray.report.run_files import workload_of
 from mnist_ray.run.job import read_job, resume_command
 from mnist_ray.run.train import train as train_job
 from mnist_ray.settings import UNSET, Parser, build, names_of, peek
-from mnist_ray.storage import CONFIG_FILE, TRIALS_FILE, find_run
+from mnist_ray.storage import CONFIG_FILE, STORAGE_ERRORS, TRIALS_FILE, find_run
 from mnist_ray.sweep.tune import read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.workload import loading
@@ -141,7 +141,7 @@ def _flags_of_run(command: Callable[[], None], config_class: type) -> dict[str, 
     early, run = peek("workload", "storage_path", *names_of([config_class]))
     workload_class = loading.load(early.get("workload", loading.DEFAULT))
     if "workload" not in early:
-        with contextlib.suppress(UsageError, JobError):  # reported when all flags are read, or with the checkpoint
+        with contextlib.suppress(UsageError, JobError, *STORAGE_ERRORS):  # reported when the checkpoint is read
             storage_path = early.get("storage_path", OutputConfig().storage_path)
             folder = find_run(run, storage_path)
             # The word may be the value of a flag that is not yet known.

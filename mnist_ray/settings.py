@@ -185,6 +185,24 @@ def values_of(*configs: Any) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
+def read_config_file(path: str) -> dict[str, Any]:
+    """Read settings from a JSON file. Raises UsageError."""
+    file = path_of(path, "--config")
+    try:
+        if file.exists() and not file.is_file():  # reading a FIFO may wait forever, reading a device may never end
+            raise UsageError(f"the config file {path} is not a file")
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read the config file {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # including text that is not UTF-8
+        raise UsageError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} must hold a JSON object of settings")
+    if not isinstance(workload := values.get("workload"), str | None):
+        raise UsageError(f"{path}: --workload must be of type str, not {workload!r:.40}")
+    return values
+
+
 def check_known(values: Iterable[str], known: set[str], source: str) -> None:
     """Raise UsageError if ``source``, a file or a call, has unknown settings."""
     if unknown := sorted(set(values) - known):

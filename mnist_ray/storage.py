@@ -1,4 +1,4 @@
-"""A run's folder on any file system of pyarrow (local, NFS, S3, GCS, HDFS), and the required keys of its JSON files."""
+"""A run's folder on any file system of pyarrow (local, NFS, S3, GCS, HDFS)."""
 
 from __future__ import annotations
 

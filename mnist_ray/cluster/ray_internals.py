@@ -97,8 +97,8 @@ def session_folder() -> Path:
 
 
 def dead_processes() -> list[str]:
-    """Return the names of dead processes of the local Ray that this job has started; empty on a cluster."""
-    return [name for name, _ in global_worker.node.dead_processes()]
+    """Return the names of dead parts of the local Ray that this process has started, without which nothing runs."""
+    return [name for name, _ in global_worker.node.dead_processes() if name in ("gcs_server", "raylet")]
 
 
 def address_of_ray_start() -> str | None:

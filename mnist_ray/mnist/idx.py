@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mnist_ray.errors import JobError
+from mnist_ray.errors import JobError, UsageError
 from mnist_ray.settings import path_of
 from mnist_ray.workload.data import Arrays
 
@@ -25,9 +25,11 @@ SHIPPED = Path(__file__).with_name("data")
 def load(split: str, data_dir: Path | None = None) -> Arrays:
     """Read ``"train"`` or ``"test"`` from a folder with MNIST's four files; None: from the files in the package.
 
-    Raises JobError if a file is missing or damaged.
+    Raises UsageError if there is no such folder, JobError if a file is missing or damaged.
     """
     folder = SHIPPED if data_dir is None else path_of(data_dir, "--data-dir")
+    if not folder.is_dir():
+        raise UsageError(f"--data-dir {folder} is not a folder")
     images_file, labels_file = (folder / name for name in FILES[split])
     images, labels = _read(images_file, 3), _read(labels_file, 1)
     if images.shape[1:] != IMAGE_SHAPE:

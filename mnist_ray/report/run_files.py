@@ -37,9 +37,16 @@ def read_csv(run: RunFolder, file_name: str, columns: Iterable[str] = ()) -> lis
     return rows
 
 
-def numbers_of(rows: Iterable[Mapping[str, str]]) -> list[dict[str, float]]:
-    """Turn the strings of rows into numbers, and an empty string into NaN. Raises ValueError."""
-    return [{name: float(value) if value else math.nan for name, value in row.items()} for row in rows]
+def read_numbers(run: RunFolder, file_name: str, *columns: str) -> list[dict[str, float]]:
+    """Return the rows of a file of numbers; NaN for a missing value, except in ``columns``. Raises JobError."""
+    rows = read_csv(run, file_name, columns)
+    try:
+        numbers = [{name: float(value) if value else math.nan for name, value in row.items()} for row in rows]
+    except ValueError as error:
+        raise run.damaged(file_name, error) from error
+    if any(math.isnan(row[column]) for row in numbers for column in columns):
+        raise run.damaged(file_name, f"a row has no {' or no '.join(columns)}")
+    return numbers
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, has_header: bool = False) -> str:
@@ -74,8 +81,8 @@ class RunRecord:
             workload=workload,
             config=settings_of(run),
             origin=run.read_json(ORIGIN_FILE) or {},
-            epochs=numbers_of(read_csv(run, METRICS_FILE, ["epoch"])),
-            steps=numbers_of(read_csv(run, STEPS_FILE, ["step", "epoch"])),
+            epochs=read_numbers(run, METRICS_FILE, "epoch"),
+            steps=read_numbers(run, STEPS_FILE, "step", "epoch"),
             result=run.read_json(RESULT_FILE),
             predictions=read_csv(run, PREDICTIONS_FILE),
             trials=read_csv(run, TRIALS_FILE),

@@ -76,7 +76,9 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
                 raise JobError(reason_of(error)) from error
             on_event(WorkersLost(reason_of(error)))
             job.run.check_writable(retry=True)
-    if not result.return_value:
+    if result.return_value:
+        raise TrainingStoppedError(result.return_value)
+    if result.return_value is not None:
         raise JobError("a callback has stopped the training")
     with in_one_line("the storage has failed"):
         drop_others(job.run)  # Ray does not know the checkpoints from before a resume

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mnist_ray.report.run_files import METRICS_FILE, PREDICTIONS_FILE, STEPS_FILE, csv_text, read_csv
+from mnist_ray.report.run_files import METRICS_FILE, PREDICTIONS_FILE, STEPS_FILE, csv_text, read_csv, read_numbers
 from mnist_ray.storage import RunFolder
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
 from mnist_ray.training.metrics import Evaluation
@@ -24,11 +24,11 @@ class History:
         self._run, self._workload = run, workload
         train, val = ([f"{split}_{metric.name}" for metric in workload.all_metrics] for split in ("train", "val"))
         self._columns = ("epoch", *train, *val, "epoch_s", workload.rate, "val_s")
-        epochs = read_csv(run, METRICS_FILE, ["epoch"])
-        self.rows: dict[int, dict[str, Any]] = {int(float(row["epoch"])): dict(row) for row in epochs}
+        epochs = zip(read_numbers(run, METRICS_FILE, "epoch"), read_csv(run, METRICS_FILE), strict=True)
+        self.rows: dict[int, dict[str, Any]] = {int(numbers["epoch"]): dict(row) for numbers, row in epochs}
         self._step_columns = ("step", "epoch", *train, "learning_rate")
-        steps = read_csv(run, STEPS_FILE, ["step", "epoch"])
-        self._steps = [(int(float(row["step"])), csv_text(self._step_columns, [row])) for row in steps]
+        steps = zip(read_numbers(run, STEPS_FILE, "step", "epoch"), read_csv(run, STEPS_FILE), strict=True)
+        self._steps = [(int(numbers["step"]), csv_text(self._step_columns, [row])) for numbers, row in steps]
         self.num_workers = 0  # in the last attempt; it may change in an elastic run
 
     def add(self, event: Event) -> None:

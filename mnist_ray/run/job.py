@@ -89,14 +89,9 @@ def read_job(given: Given | None = None, kind: str = "train") -> Job:
     untrusted = storage.untrusted_folders(run, run.storage_path)
     resumed, file = {run.inside(config_file).uri: saved} if saved else {}, dict[str, Given]()
     if "config" in early:
-        config = settings.path_of(early["config"], "--config").absolute()
-        folder = storage.locate(str(config.parent.parent), config.parent.name, "--config")
-        if (values := folder.read_json(config.name)) is None:
-            raise UsageError(f"--config {config}: there is no such file")
-        if not isinstance(workload := values.get("workload"), str | None):
-            raise UsageError(f"{config}: --workload must be of type str, not {workload!r:.40}")
-        file[early["config"]] = values
-        untrusted += storage.untrusted_folders(folder, run.storage_path)
+        file[early["config"]] = settings.read_config_file(early["config"])
+        folder = settings.path_of(early["config"], "--config").absolute().parent
+        untrusted += storage.untrusted_folders(storage.locate(str(folder.parent), folder.name), run.storage_path)
     files: dict[str, Given] = {**resumed, **file}
     reference = _merged(files).get("workload") or loading.DEFAULT
     workload_class = loading.load_again(reference, early.get("workload"), _layer_of("workload", files), untrusted)

@@ -121,7 +121,7 @@ def _text_of(owner: Owner) -> str:
 
 
 def _read(run: RunFolder) -> tuple[str | None, Owner | None]:
-    """Return the file's text and owner. Both are None if there is no file; if it is damaged, only the owner is."""
+    """Return the file's text and owner. Both are None if there is no file; if it names no owner, only the owner is."""
     text: str | None = ""
     try:
         text = run.storage.read_text(file_of(run))

@@ -20,24 +20,26 @@ from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import checkpoint_name, position_of, with_retries
 from mnist_ray.training.checkpoint import Restored, Snapshot
 from mnist_ray.training.events import Event, NodeLeaving, Progress
+from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import Group, StopWantedError, TrainingState
 
 _ASK_INTERVAL_S = 5.0  # of training, between two questions whether a node will be taken away: every tenth window
 _SPARE_S = 2.0  # between a saved checkpoint and the time when a node is taken away
 
 
-def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> bool:
-    """Train on one worker of Ray Train; every rank calls this. Return whether all of the training is done.
+def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
+    """Train on one worker of Ray Train; every rank calls this. Return why training stopped early; None if it finished.
 
-    It is not if a stop was wanted. Raises TrainingStoppedError if the code has a bug; other failures unchanged.
+    If a stop was wanted, the reason is empty. Raises TrainingStoppedError if the code has a bug; other failures
+    unchanged.
     """
     spec = loop_config["spec"]
     try:
         with code_failures_placed(*spec.job.code_folders):
             train_rank(spec)
-    except StopWantedError:  # not raised: Ray would treat it as a lost worker and retry
-        return False
-    return True
+    except (StopWantedError, TrainingDivergedError) as error:
+        return str(error)  # not raised: only after a return does Ray wait for a checkpoint that is being uploaded
+    return None
 
 
 def train_rank(spec: LoopSpec) -> None:

@@ -120,6 +120,11 @@ def space_of(workload_class: type[Workload], values: Mapping[str, Any], fixed: C
         spaces[name] = space
     if not texts:
         spaces = {name: some.search for name, some in known.items() if some.search and name not in fixed}
+        for name, space in spaces.items():
+            try:
+                known[name].check(space)
+            except UsageError as error:
+                raise UsageError(f"the search space of {name}: {error}") from error
     if not spaces:
         raise UsageError(f"nothing to search: name settings of {workload_class.__name__} with --sweep NAME=A,B,C")
     defaults = {**workload_class().defaults, **values}
@@ -143,6 +148,19 @@ class _Setting:
             raise UsageError(f"{text!r} is no {self.kind.__name__}") from error
         return getattr(settings.build(self.config_class, {self.name: value}), self.name)
 
+    def check_searched(self) -> None:
+        """Raise UsageError if all trials must have the same value."""
+        if self.name in _NOT_SEARCHED or self.kind is tuple:
+            raise UsageError(f"{self.name} is the same for all trials")
+
+    def check(self, space: SearchSpace) -> None:
+        """Raise UsageError if the setting is not searched, or refuses values of the space."""
+        self.check_searched()
+        if isinstance(space, Range) and (space.low > space.high or (space.log and space.low <= 0)):
+            raise UsageError("a range is LOW:HIGH or log:LOW:HIGH, the latter of positive numbers")
+        for value in space.options if isinstance(space, Choice) else map(self.kind, (space.low, space.high)):
+            settings.build(self.config_class, {self.name: value})
+
 
 def _settings_of(workload_class: type[Workload]) -> dict[str, _Setting]:
     found = {}
@@ -163,14 +181,15 @@ def _parsed(text: str, known: Mapping[str, _Setting]) -> tuple[str, SearchSpace]
     if name not in known:
         raise UsageError(f"there is no setting {name}{did_you_mean(name, known)}")
     setting = known[name]
-    if name in _NOT_SEARCHED or setting.kind is tuple:
-        raise UsageError(f"{name} is the same for all trials")
+    setting.check_searched()
     if ":" in given and setting.kind in (int, float):
         is_log = given.startswith(_LOG)
         ends = [setting.parse(end) for end in given.removeprefix(_LOG).split(":")]
-        if len(ends) != 2 or None in ends or ends[0] > ends[1] or (is_log and ends[0] <= 0):
-            raise UsageError("a range is LOW:HIGH or log:LOW:HIGH, the latter of positive numbers")
-        return name, Range(ends[0], ends[1], log=is_log)
+        if len(ends) != 2 or None in ends:
+            raise UsageError("a range is LOW:HIGH or log:LOW:HIGH")
+        space = Range(ends[0], ends[1], log=is_log)
+        setting.check(space)
+        return name, space
     if given.count(",") >= _MOST_VALUES:
         raise UsageError(f"these are more than {_MOST_VALUES:,} values; write a range, NAME=LOW:HIGH")
     options = tuple(setting.parse(option) for option in given.split(","))

@@ -76,6 +76,8 @@ def train_on_workers(loop_spec: LoopSpec, plan: WorkerPlan) -> None:
         cause = cause_of(error)
         raise (cause if isinstance(cause, TrainingStoppedError) else JobError(reason_of(error))) from error
     drop_others(loop_spec.job.run)
+    if result.return_value:  # empty if the piece ends before the training
+        raise TrainingStoppedError(result.return_value)
     tune.report(result.metrics)  # again, in case that the trial was killed before the sweep noted it
 
 

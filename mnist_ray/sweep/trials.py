@@ -203,7 +203,7 @@ class TrialTable:
         return csv_text(self._all_columns, self.rows, has_header=True)
 
     def read(self, run: RunFolder) -> TrialTable:
-        """Return the table in a sweep's folder; an empty one if there is none. Raises DamagedFileError."""
+        """Return the table in a sweep's folder; an empty one if there is none. Raises JobError."""
         try:
             records = [self._record(row) for row in read_csv(run, TRIALS_FILE, self._all_columns)]
         except (ValueError, TypeError) as error:
@@ -213,6 +213,7 @@ class TrialTable:
     def _record(self, row: dict[str, str]) -> TrialRecord:
         record = TrialRecord(int(row["trial"]), self.space.point(row, int(row["seed"])))
         self.update(record, row)
+        _ = record.reported  # raises now, not later, if it is damaged
         return record
 
     @property
@@ -260,5 +261,5 @@ class Sweep:
         return list(space.options) if isinstance(space, Choice) else [int(space.low), int(space.high)]
 
     def table(self) -> TrialTable:
-        """Return the table of the trials in the sweep's folder. Raises DamagedFileError."""
+        """Return the table of the trials in the sweep's folder. Raises JobError."""
         return TrialTable(type(self.job.workload), self.space).read(self.job.run)

@@ -15,7 +15,7 @@ from mnist_ray.workload.base import Workload
 from mnist_ray.workload.classification import Classification
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.figures import image_grid, single_image
-from mnist_ray.workload.loading import load_data, placed
+from mnist_ray.workload.loading import load_data, picture_of, placed
 
 _MOST_VALUES, _LONGEST_TEXT = 16, 80  # of an array or, in characters, of a text that is printed whole
 _FORMAT: Any = {"float_kind": "{:g}".format, "int_kind": str, "bool": str}
@@ -30,7 +30,7 @@ def view(workload: Workload, config: ViewConfig) -> None:
     with placed(workload, "an example"):
         indices = choose(workload, splits[config.split], config)
         examples = [splits[config.split][index] for index in indices]
-        images = [image for inputs, _ in examples if (image := workload.as_picture(inputs)) is not None]
+        images = [image for inputs, _ in examples if (image := picture_of(workload, inputs)) is not None]
         names = workload.class_names if isinstance(workload, Classification) else None
         targets = [target if names is None else names[int(target)] for _, target in examples]
         if len(images) == len(examples) > 1:

@@ -20,7 +20,7 @@ from mnist_ray.training.sampler import Slice
 from mnist_ray.training.state import check_kept
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.loading import placed
+from mnist_ray.workload.loading import picture_of, placed
 from mnist_ray.workload.tensors import as_fp32, autocast, detached
 
 NUM_EXAMPLES = 16  # in that batch
@@ -40,7 +40,8 @@ def try_batch(
 
     with placed(workload, "an example"):
         batches = batches_of(train, torch.device("cpu"), workload.collate)
-        workload.as_picture(train[0][0])
+        inputs, _ = train[0]
+    picture_of(workload, inputs)
     number = min(NUM_EXAMPLES, len(train))
     check_batch(workload, first(number), first((number + 1) // 2), config, len(train))
     for size in batch_sizes:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -114,6 +115,17 @@ def placed(workload: Workload, what: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         said = with_place(error, workload.source.folder)
         raise UsageError(f"{type(workload).__name__}, {what}: {said}") from error
+
+
+def picture_of(workload: Workload, inputs: Any) -> np.ndarray | None:
+    """Return one input as a picture, or None if inputs cannot be shown. Raises UsageError for a wrong type."""
+    with placed(workload, "as_picture"):
+        image = workload.as_picture(inputs)
+    is_array = isinstance(image, np.ndarray)
+    if image is None or (is_array and image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] == (3,))):
+        return image
+    got = f"{image.dtype} {image.shape}" if is_array else type(image).__name__
+    raise UsageError(f"{type(workload).__name__}.as_picture must return uint8 (H, W) or (H, W, 3), not {got}")
 
 
 def _checked_data(workload: Workload, data: object) -> Data:

@@ -60,8 +60,7 @@ def find(reference: str, base: type[T]) -> type[T]:
         path = inspect.getsourcefile(_pick(_import_module(place, flag), reference, base)) or ""
         return load(Source(reference, path, Path(path).read_text(encoding="utf-8")), base)
     path = str(path_of(place, flag).resolve())
-    taken = sys.modules.get(_module_name(path))
-    if taken is not None and os.path.realpath(getattr(taken, "__file__", None) or "built in") != path:
+    if _is_another_module(path):
         raise UsageError(f"{flag} {place}: Python has another module named {Path(place).stem}; rename the file")
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -151,6 +150,17 @@ def _run_file(source: Source, flag: str) -> types.ModuleType:
 
 def _module_name(path: str) -> str:
     return re.sub(r"\W", "_", Path(path).stem)
+
+
+def _is_another_module(path: str) -> bool:
+    """Tell whether Python finds a module with this file's name in another file."""
+    name = _module_name(path)
+    if name in sys.modules:
+        origin = getattr(sys.modules[name], "__file__", None) or "built in"
+    else:
+        found = importlib.util.find_spec(name)
+        origin = (found.origin if found else None) or path
+    return os.path.realpath(origin) != path
 
 
 def _import_module(name: str, flag: str) -> types.ModuleType:

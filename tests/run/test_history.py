@@ -51,7 +51,7 @@ def test_a_resumed_run_keeps_the_epochs_that_it_does_not_repeat(run: RunFolder) 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "train_loss\n1\n", "epoch,train_loss\n1\n"],
+    ["", "train_loss\n1\n", "epoch,train_loss\n1\n", "epoch,train_loss\n1,x\n", "epoch,train_loss\n,1\n"],
 )
 def test_a_damaged_file_is_one_line_with_a_remedy(run: RunFolder, content: str) -> None:
     run.write_text("metrics.csv", content)
