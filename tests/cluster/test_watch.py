@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import ray
+from ray._private.worker import global_worker
 from ray.exceptions import RayActorError
 from ray.util import placement_group, placement_group_table
 from ray.util.placement_group import PlacementGroup
@@ -35,6 +36,14 @@ def test_a_process_of_ray_that_has_died_is_named_while_another_part_is_asked(mon
     with pytest.raises(RaySilentError, match="its gcs_server has died"):
         watch.look()
     answered.set()
+
+
+def test_a_ray_goes_on_without_its_dashboard(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(global_worker.node, "dead_processes", lambda: [("dashboard", None)])
+    watch.look()
+    monkeypatch.setattr(global_worker.node, "dead_processes", lambda: [("dashboard", None), ("raylet", None)])
+    with pytest.raises(RaySilentError, match="its raylet has died"):
+        watch.look()
 
 
 def test_an_error_is_a_sign_of_life(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,7 @@ from mnist_ray.training import checkpoint, engine
 from mnist_ray.training.checkpoint import Restored, restore_newest
 from mnist_ray.training.engine import create_state
 from mnist_ray.training.events import ControllerAlive, Event, Started, Stopping, WorkersLost
+from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import Group
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import (
@@ -613,9 +614,15 @@ def test_the_reason_of_a_controllers_failure_is_its_own_text_and_not_a_traceback
     )
 
 
-def train_on_a_worker(monkeypatch: pytest.MonkeyPatch, fail: Callable[[Any], None]) -> None:
+def train_on_a_worker(monkeypatch: pytest.MonkeyPatch, fail: Callable[[Any], None]) -> str | None:
     monkeypatch.setattr(reporter, "train_rank", fail)
-    reporter.train_loop_per_worker({"spec": Mock(job=Mock(code_folders=[]))})
+    return reporter.train_loop_per_worker({"spec": Mock(job=Mock(code_folders=[]))})
+
+
+def test_a_diverged_training_returns_so_that_ray_waits_for_its_last_upload(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = train_on_a_worker(monkeypatch, Mock(side_effect=TrainingDivergedError(1, 8)))
+    assert said == "loss or weights are not finite at step 8 of epoch 1; try a lower --learning-rate"
+    assert train_on_a_worker(monkeypatch, Mock()) is None
 
 
 def test_a_failure_of_the_code_is_one_line_with_its_place(few_images: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
