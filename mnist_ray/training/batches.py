@@ -279,6 +279,7 @@ def batch_loader(
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield batches on a device. A GPU copies pinned memory while this process goes on."""
-    for batch in batches:
-        yield map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
+    """Return batches on a device. A GPU copies pinned memory while this process goes on."""
+    if device.type == "cpu":
+        return iter(batches)
+    return (map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch) for batch in batches)
