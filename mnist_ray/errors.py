@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -88,7 +88,12 @@ def redact(text: object) -> str:
     text = masked(str(text))
     if text.isprintable():
         return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+    return escaped(text, str.isprintable)
+
+
+def escaped(text: str, is_plain: Callable[[str], bool]) -> str:
+    """Return a text with escapes, such as ``\\x1b``, for all characters that are not plain."""
+    return "".join(one if is_plain(one) else one.encode("unicode_escape").decode("ascii") for one in text)
 
 
 def say(text: object, file: TextIO | None = None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,8 +15,10 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
+from mnist_ray.errors import escaped
 from mnist_ray.workload.base import Metric, Picture, Rows, Workload
 from mnist_ray.workload.data import Split
 
@@ -65,6 +66,17 @@ def smoothed(curve: Curve, least: float) -> Curve:
     return replace(curve, steps=ends[1:], values=(np.diff(sums) / np.diff(ends)).tolist())
 
 
+@functools.cache
+def _characters() -> frozenset[str]:
+    return frozenset(map(chr, FT2Font(_FONT).get_charmap()))
+
+
+def drawable(text: object) -> str:
+    """Return a text with escapes for characters that the pictures' font lacks, or that nobody would see."""
+    known = _characters()
+    return escaped(str(text), lambda one: one == "\n" or (one in known and one.isprintable()))
+
+
 def new_plot(xlabel: str, ylabel: str = "") -> tuple[Figure, Axes]:
     """Return a figure with one plot."""
     figure = Figure(figsize=_SIZE, dpi=150, layout="constrained")
@@ -76,9 +88,7 @@ def new_plot(xlabel: str, ylabel: str = "") -> tuple[Figure, Axes]:
 def png_of(drawn: Figure | Image.Image) -> bytes:
     """Return a figure or an image as the bytes of a PNG."""
     content = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
-        (drawn.savefig if isinstance(drawn, Figure) else drawn.save)(content, format="png")
+    (drawn.savefig if isinstance(drawn, Figure) else drawn.save)(content, format="png")
     return content.getvalue()
 
 
@@ -140,13 +150,15 @@ def of_classification(
 
 
 def _confusion(classes: Sequence[Any], result: Mapping[str, Any]) -> Picture:
-    names, counts = list(map(str, classes)), np.array(result["confusion_matrix"])
+    names, counts = list(map(drawable, classes)), np.array(result["confusion_matrix"])
     mistakes = counts * ~np.eye(len(counts), dtype=bool)
     label, prediction = map(int, np.unravel_index(mistakes.argmax(), mistakes.shape))
     most = f"most often {names[label]} was taken for {names[prediction]} ({mistakes.max():,})"
     alt = f"Confusion matrix: {mistakes.sum()} mistakes among {counts.sum():,}"
     alt += f"; {most}" if mistakes.any() else ""
     caption = "Shade: the fraction of the label's examples that were predicted so. Right predictions have none."
+    if names != [*map(str, classes)]:
+        caption += " Names have escapes for characters that the font lacks."
     return Picture("confusion", "Confusion matrix of the test set", alt, confusion_matrix(counts, names), caption)
 
 
@@ -246,6 +258,7 @@ def image_grid(
     num_columns = min(num_columns, len(images))
     tile = max(_LEAST_TILE, _LEAST_GRID // num_columns)
     margin = tile // 12
+    captions = list(map(drawable, captions))
     longest = max(len(line) for caption in captions for line in caption.split("\n"))
     font_size = min(_MOST_FONT, round(tile / (_CHARACTER * (2 + longest))))
     font = ImageFont.truetype(_FONT, font_size)

@@ -13,6 +13,7 @@ from mnist_ray.errors import UsageError
 from mnist_ray.training.engine import measured_sums
 from mnist_ray.training.metrics import MetricSums
 from mnist_ray.workload import Arrays, Classification, Data, Regression, Workload
+from mnist_ray.workload.figures import drawable
 
 SMOOTHED = TrainConfig(label_smoothing=0.2)
 NAMES = ["ant", "bee", "cat", "dog", "elephant"]
@@ -208,9 +209,11 @@ def test_labels_and_predictions_are_written_by_name_and_further_columns_as_they_
 
 
 @pytest.mark.filterwarnings("error")
-def test_names_with_characters_that_the_font_lacks_are_drawn_without_a_warning() -> None:
+def test_names_with_characters_that_the_font_lacks_are_drawn_as_escapes() -> None:
+    assert drawable("naïve 猫\x1b\n×") == "naïve \\u732b\\x1b\n×"
     odd = workload(["ant", "bee", "猫", "\u202edog", "elephant"])
-    assert len(odd.pictures(odd.details(COLUMNS), [], None)) == 1
+    assert "Names have escapes" in odd.pictures(odd.details(COLUMNS), [], None)[0].caption
+    assert "Names have escapes" not in workload().pictures(odd.details(COLUMNS), [], None)[0].caption
 
 
 def test_the_report_has_pictures_without_examples_to_show() -> None:
