@@ -99,7 +99,11 @@ def test_four_workers_run_on_two_cpus_and_nothing_listens_beyond_loopback(quick:
 
 
 @pytest.mark.long  # Ray forwards what workers print with a delay, so the run must last
-def test_verbose_shows_what_a_callback_prints_once_and_no_complaint_of_ray(quick: Flags, tmp_path: Path) -> None:
+def test_verbose_shows_what_a_callback_prints_once_and_no_complaint_of_ray(
+    quick: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Jobs that earlier tests ran in this process have set it; the job would inherit it and show no lines of workers.
+    monkeypatch.delenv("RAY_DEDUP_LOGS_SKIP_REGEX", raising=False)
     printing = 'print("epoch", progress.epoch, "is over")'
     callback = callback_at(tmp_path / "prints.py", "on_epoch(self, state, progress)", printing)
     done = run_job("train.py", *quick(callback=callback, num_epochs=40), "--verbose")
