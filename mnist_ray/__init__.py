@@ -1,5 +1,6 @@
 """Distributed training on Ray, as a base for your own: train, tune and evaluate any PyTorch model."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -12,7 +13,5 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     """Import the API on first use, since the commands start faster without it."""
     if name in __all__:
-        from mnist_ray import api
-
-        return getattr(api, name)
+        return getattr(importlib.import_module("mnist_ray.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 import sys
 import traceback
@@ -46,10 +47,7 @@ def predict() -> None:
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="pictures, or folders of pictures")
     given = parser.read_flags()
     found = api.find(given["run"], given.get("workload"), given["storage_path"])
-
-    from mnist_ray.tools.predict import predict as predict_pictures
-
-    predict_pictures(given["images"], found, build(PredictionConfig, given))
+    _tool("predict")(given["images"], found, build(PredictionConfig, given))
 
 
 def view() -> None:
@@ -58,10 +56,7 @@ def view() -> None:
     parser = Parser(view.__doc__ or "", ViewConfig, workload_class.Settings)
     _add_workload(parser, "MNIST")
     given = parser.read_flags()
-
-    from mnist_ray.tools.view import view as view_examples
-
-    view_examples(workload_class(build(workload_class.Settings, given)), build(ViewConfig, given))
+    _tool("view")(workload_class(build(workload_class.Settings, given)), build(ViewConfig, given))
 
 
 def report() -> None:
@@ -82,10 +77,7 @@ def export() -> None:
     given = _flags_of_run(export, ExportConfig)
     config = build(ExportConfig, {name: given.pop(name) for name in names_of([ExportConfig]) & given.keys()})
     found = api.find(given.pop("run"), given.pop("workload", None), given.pop("storage_path"), changes=given)
-
-    from mnist_ray.tools.export import export as export_found
-
-    export_found(found, config)
+    _tool("export")(found, config)
 
 
 COMMANDS: dict[str, Callable[[], None]] = {
@@ -134,6 +126,12 @@ def status_of(main: Callable[[], None]) -> int:
             say(line, file=sys.stderr)
         return 1
     return 0
+
+
+def _tool(name: str) -> Callable[..., Any]:
+    """Return the function of ``mnist_ray.tools`` that does a command's work; its module imports torch or matplotlib."""
+    function: Callable[..., Any] = getattr(importlib.import_module(f"mnist_ray.tools.{name}"), name)
+    return function
 
 
 def _flags_of_run(command: Callable[[], None], config_class: type) -> dict[str, Any]:
