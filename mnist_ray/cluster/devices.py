@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import ray
 import torch
-from ray.exceptions import RayError, RayTaskError
 
 from mnist_ray.cluster.plan import Cluster
 from mnist_ray.errors import TrainingStoppedError, first_line
@@ -47,27 +46,9 @@ def name_of(device: torch.device) -> str:
     return f"{name}, CUDA {torch.version.cuda}, cuDNN {cudnn}"
 
 
-def gpu_is_here(use_gpu: str) -> bool:
-    """Return whether this process, without Ray, trains on a GPU. Raises UnusableGPUError for ``--use-gpu yes``."""
-    try:
-        return use_gpu != "no" and usable(torch.device("cuda")).type == "cuda"
-    except UnusableGPUError:
-        if use_gpu == "yes":
-            raise
-        return False
-
-
 def without_unusable_gpus(cluster: Cluster, warn: Callable[[str], None]) -> Cluster:
-    """Return a local Ray; if PyTorch cannot use its GPUs, return it without them, and ``warn``.
-
-    Another process tries a GPU: in this one, CUDA would keep hundreds of MB of the GPU's memory.
-    """
-    if not (cluster.is_local and any(node.num_gpus for node in cluster.nodes)):
+    """Return a local Ray; if PyTorch finds none of its GPUs, return it without them, and ``warn``."""
+    if not cluster.is_local or not any(node.num_gpus for node in cluster.nodes) or torch.cuda.is_available():
         return cluster
-    try:
-        ray.get(ray.remote(num_cpus=0, num_gpus=1)(device_here).remote())
-        return cluster
-    except RayError as error:
-        cause = error.cause if isinstance(error, RayTaskError) else error
-    warn(f"on CPUs: {first_line(cause)}")
+    warn("on CPUs: PyTorch finds no GPU: it was built without CUDA, or the GPU's driver is too old")
     return dataclasses.replace(cluster, nodes=tuple(dataclasses.replace(node, num_gpus=0) for node in cluster.nodes))

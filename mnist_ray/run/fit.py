@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -14,13 +15,15 @@ from typing import Any
 
 import ray
 import ray.train
+import torch
 from ray.exceptions import RayError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
 from mnist_ray.cluster import train_internals
 from mnist_ray.cluster.connect import this_node
-from mnist_ray.cluster.plan import WorkerPlan
+from mnist_ray.cluster.devices import usable, without_unusable_gpus
+from mnist_ray.cluster.plan import WorkerPlan, plan_workers
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.cluster.rendezvous import WorkerGroupConfig
 from mnist_ray.cluster.watch import LONGEST_SILENCE_S, RaySilentError, end_controllers, in_thread
@@ -39,6 +42,20 @@ _POLL_INTERVAL_S = 0.5  # between the driver's requests for events; workers send
 _END_TIMEOUT_S = 5.0  # to wait for the end of Ray Train's controller, if the run ends first
 _ALIVE_INTERVAL_S = 5.0  # between two signs of life of the controller's process
 _RESIZE_INTERVAL_S = 15.0  # after which an elastic run checks again whether the cluster has room for more workers
+
+
+def plan(session: Session) -> None:
+    """Decide how many workers train, and on what. Raises UsageError, or UnusableGPUError without Ray."""
+    use_gpu, chunks = session.workers.use_gpu, session.job.train.chunks
+    if session.is_here:
+        is_on_gpu = use_gpu == "yes" or (use_gpu == "auto" and chunks is None and torch.cuda.is_available())
+        if is_on_gpu:
+            usable(torch.device("cuda"))
+        session.plan = WorkerPlan(0, 0, is_on_gpu, must_scale_up=False)
+        return
+    if use_gpu == "auto":
+        session.cluster = without_unusable_gpus(session.cluster, functools.partial(session.console.say, "note"))
+    session.plan = plan_workers(session.workers, session.cluster, chunks)
 
 
 def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from mnist_ray.cluster import environment
-from mnist_ray.cluster.plan import Cluster, WorkerPlan, plan_workers, usable_cores
+from mnist_ray.cluster.plan import Cluster, WorkerPlan, usable_cores
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import JobError, UsageError, count, format_settings, with_place
 from mnist_ray.run.console import RunConsole
@@ -74,7 +73,7 @@ class Session(contextlib.ExitStack):
 
     @contextlib.contextmanager
     def ray(self, batch_sizes: Sequence[int] = ()) -> Iterator[None]:
-        """Send a batch through the workload, join a cluster or start a local Ray, and plan the workers.
+        """Send a batch through the workload, and join a cluster or start a local Ray.
 
         The batch comes first, so that an error in the user's code is reported before anything starts. This package's
         workloads are tested, so their batch and the imports wait until Ray is starting. ``batch_sizes``: the batch
@@ -91,21 +90,13 @@ class Session(contextlib.ExitStack):
 
         if self.is_here:
             meanwhile()
-            from mnist_ray.cluster.devices import gpu_is_here  # imports Ray and torch
-
-            use_gpu = not self.job.train.reproducible and gpu_is_here(self.workers.use_gpu)
-            self.cluster, self.plan = Cluster(is_local=True, nodes=(), log_folder=""), WorkerPlan(0, 0, use_gpu, False)
+            self.cluster = Cluster(is_local=True, nodes=(), log_folder="")
             yield
             return
         from mnist_ray.cluster.connect import connect  # imports Ray, after the header is printed
 
         verbose = self.job.output.verbose
         with connect(self.workers, self._forking, verbose=verbose, meanwhile=meanwhile) as self.cluster:
-            if self.workers.use_gpu == "auto":
-                from mnist_ray.cluster.devices import without_unusable_gpus  # imports torch
-
-                self.cluster = without_unusable_gpus(self.cluster, functools.partial(self.console.say, "note"))
-            self.plan = plan_workers(self.workers, self.cluster, self.job.train.chunks)
             yield
 
 

@@ -12,6 +12,7 @@ def train(job: Job) -> None:
         with session.ray():
             from mnist_ray.run import fit, in_process, record  # they import torch, which was loaded while Ray started
 
+            fit.plan(session)
             if job.output.check:
                 say_plan(session)
                 record.check(session)

@@ -12,12 +12,13 @@ from mnist_ray.cluster.connect import current_nodes
 from mnist_ray.cluster.plan import plan_workers
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.errors import JobError, count, format_settings
-from mnist_ray.run.fit import fit
+from mnist_ray.run import fit
 from mnist_ray.run.job import Job
-from mnist_ray.run.record import begin_files, recorded
+from mnist_ray.run.record import begin_files, check, recorded
 from mnist_ray.run.session import Clock, Session, console_of, say_run
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import RESULT_FILE, SWEEP_FILE, SWEEP_PICTURE_FILE, TRIALS_FILE, RunFolder
+from mnist_ray.sweep import picture
 from mnist_ray.sweep.trial import TrialSpec
 from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER, FAILED, WAITING, Sweep, TrialRecord, TrialTable
 from mnist_ray.sweep.tuner import TRIALS_FOLDER, OnChange, run_sweep, trials_at_a_time
@@ -32,10 +33,10 @@ def search(session: Session, sweep: Sweep, show: OnChange) -> TrialTable:
     If the sweep has already chosen its best configuration, no trial is run, so that the choice does not change.
     """
     job, data, run = sweep.job, session.data, sweep.job.run
+    concurrent = plan_trials(session, sweep)
     begin_files(session, SWEEP_FILE, {**settings.values_of(sweep.config), **job.values})
     splits = share(job.workload, data.train), share(job.workload, data.validation)
     spec = TrialSpec(job, *splits, session.plan, run.inside(TRIALS_FOLDER))
-    concurrent = say_plan(session, sweep)
     if run.exists(BEST_FILE):
         return sweep.table()
     warn = functools.partial(session.console.say, "note")
@@ -54,14 +55,21 @@ def search(session: Session, sweep: Sweep, show: OnChange) -> TrialTable:
         trackers.close(Ending(None, {}, None))
 
 
-def say_plan(session: Session, sweep: Sweep) -> int:
-    """Print the plan of the trials; return the number of trials that run at a time."""
+def plan_trials(session: Session, sweep: Sweep) -> int:
+    """Decide on the workers of a trial, and print the plan; return the number of trials that run at a time."""
+    fit.plan(session)
     console, plan, autoscaling = session.console, session.plan, sweep.job.workers.autoscaling
     concurrent = trials_at_a_time(sweep.config, plan, session.cluster, autoscaling=autoscaling)
     each = f"{count(plan.num_workers, 'worker')} with {count(plan.cpus_per_worker, 'CPU')}"
     console.say("trials", f"{concurrent} at a time, each {each}{' and 1 GPU' if plan.use_gpu else ''}")
     console.waiting("starting trials …")
     return concurrent
+
+
+def check_sweep(session: Session, sweep: Sweep) -> None:
+    """Print how a sweep would run, and check every node. Raises JobError."""
+    plan_trials(session, sweep)
+    check(session)
 
 
 def _event_of(table: TrialTable, record: TrialRecord) -> TrialEnded:
@@ -76,8 +84,6 @@ def train_chosen(session: Session, sweep: Sweep, table: TrialTable) -> None:
 
     Nothing is trained that a trial, or an interrupted sweep, has trained.
     """
-    from mnist_ray.sweep import picture  # imports matplotlib, which must not delay the trials
-
     assert table.best is not None
     console, run, monitor = session.console, sweep.job.run, sweep.job.workload.monitor
     best = sweep.job.with_values(table.best.records[0].point.values)
@@ -124,7 +130,7 @@ def train_and_test(session: Session, job: Job, trial: TrialRecord | None, *, is_
     with console_of(job) as run.console:
         say_run(run)
         with recorded(run) as record:
-            return record.test(fit(run, record.on_event), is_last=is_last)
+            return record.test(fit.fit(run, record.on_event), is_last=is_last)
 
 
 def _copy_checkpoint(trial: RunFolder, run: RunFolder) -> None:

@@ -63,12 +63,10 @@ def tune(sweep: Sweep) -> Sweep:
         console = SweepConsole(sweep)
         session.begin(sweep.job, data, console, functools.partial(say_sweep, sweep))
         with session.ray(sweep.batch_sizes):
-            from mnist_ray.run import record  # imports torch, which is loaded by now
-            from mnist_ray.sweep.search import say_plan, search, train_chosen
+            from mnist_ray.sweep.search import check_sweep, search, train_chosen  # torch is loaded by now
 
             if sweep.job.output.check:
-                say_plan(session, sweep)
-                record.check(session)
+                check_sweep(session, sweep)
                 return sweep
             table = search(session, sweep, console.show_table)
             console.show_result(table)
