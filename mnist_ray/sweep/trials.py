@@ -132,12 +132,14 @@ class TrialTable:
         """The best configuration so far, by the mean over its seeds; None before the first validation.
 
         Configurations with a failed trial come last. Configurations with more finished trials come first: values of
-        different epochs are not compared.
+        different epochs are not compared. A further seed does not count if the time was up before all had finished it.
         """
+        seeds = {record.point.seed for record in self.by_point.values() if record.state == STOPPED}
+        cut_off = seeds - {min((point.seed for point in self.by_point), default=0)}
         failed = {record.point.configuration for record in self.by_point.values() if record.state == FAILED}
         by_configuration: dict[Any, list[TrialRecord]] = {}
         for record in self.by_point.values():
-            if record.is_validated:
+            if record.is_validated and record.point.seed not in cut_off:
                 by_configuration.setdefault(record.point.configuration, []).append(record)
         candidates = []
         for records in by_configuration.values():

@@ -1,3 +1,4 @@
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -142,6 +143,13 @@ def test_the_best_and_the_default_race() -> None:
     assert table.finalists(SweepConfig(num_confirmed=0), 0) == []
 
 
+def test_a_further_seed_that_the_time_has_cut_off_does_not_choose() -> None:
+    slow, fast = [(1e-3, 0, DONE, 0.99), (1e-3, 1, STOPPED, 0.98)], [(2e-3, 0, DONE, 0.9), (2e-3, 1, DONE, 0.9)]
+    best = table_of(*slow, *fast).best
+    assert best is not None
+    assert (best.val_monitor, best.seeds_text) == (0.99, "seed 0")
+
+
 def test_the_mean_over_seeds_chooses_among_confirmed_configurations() -> None:
     table = table_of(
         (1e-3, 0, DONE, 0.99), (1e-3, 1, DONE, 0.97),
@@ -233,33 +241,44 @@ def test_the_console_has_a_line_for_each_end_but_not_again_for_a_trial_that_its_
     assert capsys.readouterr().out.count("trial 1 ") == lines
 
 
-@pytest.mark.parametrize(("num_failures", "state"), [(1, DONE), (4, LOST)])
-def test_a_piece_is_trained_again_if_its_process_dies_as_tune_resets_it(
-    num_failures: int, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class OneAtATime:
+    """Runs a piece after the other in place of Tune; the first one fails, so often."""
+
+    def __init__(self, num_failures: int, trainable: Any, *, tune_config: Any, run_config: Any, **options: Any) -> None:
+        self.source, (self.watcher,) = tune_config.search_alg, run_config.callbacks
+        self.num_failures = num_failures
+
+    def fit(self) -> None:
+        for number in itertools.count():
+            config = self.source.suggest(f"{number}")
+            if config == Searcher.FINISHED:
+                return
+            has_failed, epochs = number == 0 < self.num_failures, config["until_epoch"]
+            result = {"epochs": epochs, "val_accuracy": 0.5, "val_score": 0.5, "val_loss": 1.0, "is_over": epochs == 2}
+            trial = Mock(config=config, num_failures=self.num_failures, error_file=None, last_result=result)
+            self.source.on_trial_complete(f"{number}", error=has_failed)
+            if has_failed:
+                self.watcher.on_trial_error(trial=trial)
+                continue
+            self.watcher.on_trial_start(trial=trial)
+            self.watcher.on_trial_result(trial=trial, result=result)
+            self.watcher.on_trial_complete(trial=trial)
+
+
+@pytest.mark.parametrize(
+    ("num_failures", "settings", "states"),
+    [
+        (1, {"num_trials": 2, "scheduler": "none"}, [DONE, DONE]),
+        (4, {"num_trials": 2, "scheduler": "none"}, [LOST, DONE]),
+        # There are two points: all further proposals are known, and the later rungs follow.
+        (0, {"num_trials": 5, "search": "optuna", "sweep": ["batch_size=64,128"]}, [DONE, DONE]),
+    ],
+)
+def test_a_sweep_trains_until_nothing_is_left_also_if_a_process_dies_as_tune_resets_it(
+    num_failures: int, settings: dict[str, Any], states: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class OneAtATime:
-        """Runs a piece after the other in place of Tune; the first one fails."""
-
-        def __init__(self, trainable: Any, *, tune_config: Any, run_config: Any, **options: Any) -> None:
-            self.source, (self.watcher,) = tune_config.search_alg, run_config.callbacks
-
-        def fit(self) -> None:
-            for number in itertools.count():
-                config = self.source.suggest(f"{number}")
-                if config == Searcher.FINISHED:
-                    return
-                result = {"epochs": 2.0, "val_accuracy": 0.5, "val_score": 0.5, "val_loss": 1.0, "is_over": True}
-                trial = Mock(config=config, num_failures=num_failures, error_file=None, last_result=result)
-                self.source.on_trial_complete(f"{number}", error=number == 0)
-                if number == 0:
-                    self.watcher.on_trial_error(trial=trial)
-                    continue
-                self.watcher.on_trial_start(trial=trial)
-                self.watcher.on_trial_result(trial=trial, result=result)
-                self.watcher.on_trial_complete(trial=trial)
-
-    monkeypatch.setattr("mnist_ray.sweep.tuner.tune.Tuner", OneAtATime)
-    given = {"num_trials": 2, "num_confirmed": 0, "scheduler": "none", "storage_path": str(tmp_path)}
+    monkeypatch.setattr("mnist_ray.sweep.tuner.tune.Tuner", functools.partial(OneAtATime, num_failures))
+    given = {"num_confirmed": 0, "storage_path": str(tmp_path), **settings}
     spec: Any = Mock(plan=WorkerPlan(1, 1, use_gpu=False, must_scale_up=False))
     table = tuner.run_sweep(read_sweep(given), spec, 1, Mock(), Mock())
-    assert [record.state for record in table.by_point.values()] == [state, DONE]
+    assert [record.state for record in table.by_point.values()] == states
