@@ -22,6 +22,7 @@ from mnist_ray.run.job import Job, read_job
 from mnist_ray.run.train import train as train_job
 from mnist_ray.settings import build, check_known, names_of
 from mnist_ray.storage import REPORT_FILE, RESULT_FILE, RunFolder, find_run
+from mnist_ray.sweep.space import options_text
 from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER
 from mnist_ray.sweep.tune import read_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
@@ -133,7 +134,10 @@ def tune(workload: AnyWorkload = None, **settings: Any) -> SweptRun:
     ``sweep`` may be a dict: ``{"width": [8, 32], "learning_rate": "log:1e-3:1e-1"}``. Raises the errors of ``train``.
     """
     if isinstance(searched := settings.get("sweep"), Mapping):
-        settings["sweep"] = [f"{name}={_space_text(space)}" for name, space in searched.items()]
+        settings["sweep"] = [
+            f"{name}={some if isinstance(some, str) else options_text(some if isinstance(some, Iterable) else [some])}"
+            for name, some in searched.items()
+        ]
     sweep = tune_sweep(read_sweep(_given(workload, settings)))
     job, run = sweep.job, _run(sweep.job)
     best = job.run.require_json(BEST_FILE)
@@ -145,11 +149,6 @@ def tune(workload: AnyWorkload = None, **settings: Any) -> SweptRun:
         trials=sweep.table().rows,
         default=None if default_result is None else Run(default, job.workload, default_result),
     )
-
-
-def _space_text(space: Any) -> str:
-    values = space if isinstance(space, Iterable) and not isinstance(space, str) else [space]
-    return ",".join("none" if value is None else str(value) for value in values)
 
 
 @environment.left_as_found()

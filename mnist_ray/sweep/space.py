@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
@@ -80,12 +81,18 @@ class Space:
         texts = []
         for name, space in self.spaces.items():
             if isinstance(space, Choice):
-                values = ",".join(_NONE if option is None else str(option) for option in space.options)
+                values = options_text(space.options)
             else:
                 low, high = map(self.types[name], (space.low, space.high))
                 values = f"{_LOG * space.log}{low}:{high}"
             texts.append(f"{name}={values}")
         return tuple(texts)
+
+
+def options_text(options: Iterable[Any]) -> str:
+    """Return options in the syntax of ``--sweep``: those that contain a comma are in double quotes."""
+    texts = [_NONE if option is None else str(option) for option in options]
+    return ",".join(f'"{text}"' if "," in text else text for text in texts)
 
 
 def _as(kind: type, value: Any, space: SearchSpace) -> Any:
@@ -156,6 +163,8 @@ class _Setting:
     def check(self, space: SearchSpace) -> None:
         """Raise UsageError if the setting is not searched, or refuses values of the space."""
         self.check_searched()
+        if not isinstance(space, SearchSpace):
+            raise UsageError(f"{space!r:.40} is neither a Choice nor a Range")
         if isinstance(space, Range) and (space.low > space.high or (space.log and space.low <= 0)):
             raise UsageError("a range is LOW:HIGH or log:LOW:HIGH, the latter of positive numbers")
         for value in space.options if isinstance(space, Choice) else map(self.kind, (space.low, space.high)):
@@ -192,7 +201,7 @@ def _parsed(text: str, known: Mapping[str, _Setting]) -> tuple[str, SearchSpace]
         return name, space
     if given.count(",") >= _MOST_VALUES:
         raise UsageError(f"these are more than {_MOST_VALUES:,} values; write a range, NAME=LOW:HIGH")
-    options = tuple(setting.parse(option) for option in given.split(","))
+    options = tuple(setting.parse(option) for option in next(csv.reader([given], skipinitialspace=True)))
     if len(set(options)) < len(options):
         raise UsageError("values must differ")
     return name, Choice(options)
@@ -201,7 +210,7 @@ def _parsed(text: str, known: Mapping[str, _Setting]) -> tuple[str, SearchSpace]
 def propose(space: Space, sweep: SweepConfig, seed: int) -> list[Point]:
     """Return all points of a random or grid search, each once. They depend only on the settings and the seed.
 
-    Raises UsageError if a grid has more choices than trials.
+    Raises UsageError if a grid has more combinations than trials.
     """
     if sweep.search == "grid":
         return _grid(space, sweep.num_trials, seed)
@@ -229,8 +238,9 @@ def _grid(space: Space, num_trials: int, seed: int) -> list[Point]:
     choices = {name: some.options for name, some in space.spaces.items() if isinstance(some, Choice)}
     ranges = {name: some for name, some in space.spaces.items() if isinstance(some, Range)}
     num_choices = math.prod(map(len, choices.values()))
-    if num_choices > num_trials:
-        raise UsageError(f"--search grid needs {num_choices} trials for all combinations of {', '.join(choices)}")
+    if (least := num_choices * 2 ** len(ranges)) > num_trials:
+        ends = " and the ends of each range" if ranges else ""
+        raise UsageError(f"--search grid needs {least} trials for all combinations of {', '.join(space.spaces)}{ends}")
     num_values = int((num_trials / num_choices) ** (1 / len(ranges)) + 1e-9) if ranges else 1
     values: dict[str, Collection[Any]] = {}
     for name, some in ranges.items():

@@ -62,8 +62,11 @@ def test_a_grid_covers_both_ends_for_every_batch_size() -> None:
     some = ("batch_size=32,64", "learning_rate=log:5e-4:2e-2")
     points = propose(*some, sweep=SweepConfig(search="grid", num_trials=7))
     assert points == [point(size, rate) for rate in (5e-4, 3.162e-3, 2e-2) for size in (32, 64)]
-    with pytest.raises(UsageError, match="--search grid needs 5 trials for all combinations of batch_size"):
-        propose(sweep=SweepConfig(search="grid", num_trials=4))
+    needed = (
+        "--search grid needs 10 trials for all combinations of batch_size, learning_rate and the ends of each range"
+    )
+    with pytest.raises(UsageError, match=needed):
+        propose(sweep=SweepConfig(search="grid", num_trials=9))
 
 
 class Searched(Workload):
@@ -93,6 +96,18 @@ def test_a_workloads_settings_are_searched_with_the_jobs_and_a_grid_takes_each_c
     grid = space.propose(found, SweepConfig(search="grid", num_trials=40), seed=0)
     assert len(grid) == len(set(grid)) == 2 * 2 * 3 * 3
     assert {point.values["depth"] for point in grid} == {1, 3, 5}
+
+
+def test_options_with_commas_are_in_quotes() -> None:
+    found = space_of(Searched, {"sweep": ['kind="a,b", c']})
+    assert found.spaces == {"kind": Choice(("a,b", "c"))}
+    assert space_of(Searched, {"sweep": found.texts()}) == found
+
+
+def test_a_search_space_of_another_type_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Searched, "search", {"width": (8, 16)})
+    with pytest.raises(UsageError, match=r"^the search space of width: \(8, 16\) is neither a Choice nor a Range$"):
+        space_of(Searched, {})
 
 
 def test_only_named_settings_are_searched() -> None:
