@@ -211,7 +211,7 @@ class Gradients:
         return total
 
     def _of_chunks(self, pieces: Sequence[Batch], chunks: Chunks) -> dict[str, Tensor]:
-        for chunk, piece in zip(chunks.own, pieces, strict=True):
+        for chunk, piece in zip(chunks.begin(), pieces, strict=True):
             self._seed(chunk)
             chunks.collect(chunk, self._backward(piece, 1 / piece.global_size))
         return chunks.apply()

@@ -72,13 +72,22 @@ class Chunks:
     """
 
     def __init__(self, model: nn.Module, num_chunks: int, rank: int, world_size: int) -> None:
-        self.own = own_chunks(num_chunks, rank, world_size)
+        self._own = own_chunks(num_chunks, rank, world_size)
         self._num_chunks, self._rank, self._world_size = num_chunks, rank, world_size
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._buffers = [torch.view_as_real(one) if one.is_complex() else one for one in model.buffers()]
-        self._before = [buffer.clone() for buffer in self._buffers]
+        self._model = model
         self._dtype = functools.reduce(torch.promote_types, (p.dtype for p in self._parameters), torch.float32)
         self._nodes: list[Subtree] = []
+
+    def begin(self) -> range:
+        """Begin a step with the model's buffers as they are now; return this rank's chunks."""
+        self._before = [buffer.clone() for buffer in self._buffers]
+        return self._own
+
+    @property
+    def _buffers(self) -> list[Tensor]:
+        """The model's buffers; its ``forward``, or a callback, may have put others in their places."""
+        return [torch.view_as_real(one) if one.is_complex() else one for one in self._model.buffers()]
 
     def collect(self, chunk: int, sums: Mapping[str, Tensor]) -> None:
         """Move a chunk's gradients out of the model, and collect the ``sums`` over the chunk's examples."""
@@ -107,7 +116,6 @@ class Chunks:
         for buffer, before, value in zip(self._buffers, self._before, values[len(self._parameters) :], strict=False):
             change = value.view_as(before).double() / self._num_chunks
             buffer.copy_(torch.where(change == 0, before, (before.double() + change).to(before.dtype)))
-            before.copy_(buffer)
         sums = values[-len(self._names) :] if self._rank == 0 else [torch.zeros(1)] * len(self._names)
         return {name: value[0] for name, value in zip(self._names, sums, strict=True)}
 

@@ -16,7 +16,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.mnist import MNIST
 from mnist_ray.training import engine
-from mnist_ray.training.reproducible import Subtree, added_up, check_arithmetic
+from mnist_ray.training.reproducible import Chunks, Subtree, added_up, check_arithmetic
 from mnist_ray.training.sampler import own_chunks
 from mnist_ray.training.state import Group
 from mnist_ray.workload.base import Workload
@@ -128,6 +128,25 @@ def test_buffers_change_by_the_mean_of_the_chunks_changes(few_images: Arrays) ->
     for name in ("constant", *unchanged):
         assert torch.equal(after[name], before[name]), name
     assert not torch.equal(after["2.running_mean"], before["2.running_mean"])
+
+
+@pytest.mark.parametrize("is_in_place", [True, False])
+def test_a_step_begins_with_the_buffers_that_a_callback_has_set(is_in_place: bool) -> None:
+    model: Any = nn.BatchNorm1d(1)
+    chunks = Chunks(model, 4, rank=0, world_size=1)
+    for mean in (3.0, 5.0):
+        model.running_mean.fill_(mean)
+        seen = []
+        for chunk in chunks.begin():
+            seen.append(float(model.running_mean))
+            moved = model.running_mean + chunk
+            if is_in_place:
+                model.running_mean.copy_(moved)
+            else:
+                model.running_mean = moved
+            chunks.collect(chunk, {"loss": torch.zeros(1)})
+        chunks.apply()
+        assert (seen, float(model.running_mean)) == ([mean] * 4, mean + 1.5)
 
 
 def test_machines_with_other_arithmetic_are_refused_and_the_difference_is_named(
