@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -40,7 +41,7 @@ def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Dat
     transform = transforms.Compose([transforms.Grayscale(), *to_square] if is_grey else to_square)
     roots = [folder for name in ("train", "test", "val") if (folder := place / name).is_dir()][:2]
     try:
-        folders = [datasets.ImageFolder(root, transform) for root in roots or [place, place]]
+        folders = [datasets.ImageFolder(root, transform, loader=_opened_picture) for root in roots or [place, place]]
     except OSError as error:
         raise UsageError(f"{place}: {first_line(error)}") from error
     if len(roots) == 1:
@@ -56,6 +57,11 @@ def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Dat
     files = [file for folder in folders for file, _ in folder.samples]
     name = f"{place.name}, pictures of {len(classes)} classes"
     return Data(train, test, name=name, metadata={"class_names": classes}, files=files)
+
+
+def _opened_picture(file: str) -> Image.Image:
+    with Image.open(file) as picture:
+        return eight_bits(picture).convert("RGB")
 
 
 class Parquet(Blocks):
@@ -128,7 +134,7 @@ def _files_at(place: str) -> tuple[fs.FileSystem, list[_File]]:
     above, star, _ = base.partition("*")
     parent = above[: above.rfind("/") + 1] if star else base
     folder = locate((parent or ".") + query, "", "the data in")
-    pattern = folder.path + base[len(parent) :] if star else "*.parquet"
+    pattern = glob.escape(folder.path) + base[len(parent) :] if star else "*.parquet"
     with in_one_line(f"{place} cannot be read"):
         infos = [folder.info()]
         if infos[0].type == fs.FileType.Directory:
@@ -184,11 +190,18 @@ def _array(field: pa.Field, column: pa.ChunkedArray, where: str) -> np.ndarray:
         if len(lengths) > 1:
             raise UsageError(f"{where} has lists of different lengths; {_REMEDY}")
         values, shape = values.flatten(), shape + lengths
+        if values.null_count:
+            raise UsageError(f"{where} has gaps in its lists; {_REMEDY}")
     if not pa.types.is_primitive(values.type) or pa.types.is_temporal(values.type):
         raise UsageError(f"{where} holds {values.type}, not numbers; {_REMEDY}")
     return values.to_numpy(zero_copy_only=False).reshape([len(column), *of_tensor] if of_tensor else shape)
 
 
 def _picture(content: bytes) -> np.ndarray:
-    picture = Image.open(io.BytesIO(content))
+    picture = eight_bits(Image.open(io.BytesIO(content)))
     return np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
+
+
+def eight_bits(picture: Image.Image) -> Image.Image:
+    """Return a grey picture of 16 bits with 8; Pillow's ``convert`` would make nearly all of it white."""
+    return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)) if picture.mode[:4] == "I;16" else picture

@@ -1,8 +1,10 @@
 import json
 import os
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -145,6 +147,20 @@ def test_harmless_damage_is_no_warning(few_images: Arrays, tmp_path: Path, recwa
     Image.fromarray(few_images.inputs[0]).save(tmp_path / "a.jpg", exif=exif)
     assert answers_to(tmp_path)[0].isdigit()
     assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_a_damaged_picture_may_raise_anything(
+    few_images: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(few_images.inputs[0]).save(tmp_path / "a.png")
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", Mock(side_effect=struct.error("unpack requires 4 bytes")))
+    assert answers_to(tmp_path) == ["cannot be read: unpack requires 4 bytes"]
+
+
+def test_a_picture_with_16_bits_is_read_like_one_with_8(few_images: Arrays, tmp_path: Path) -> None:
+    Image.fromarray(few_images.inputs[0].astype(np.uint16) << 8).save(tmp_path / "16.png")
+    (answer,) = predict.predict_files(mnist(), mnist().create_model().eval(), [tmp_path / "16.png"])
+    np.testing.assert_array_equal(answer.inputs, few_images.inputs[0])
 
 
 def test_names_are_printed_in_one_line_and_predictions_carry_the_inputs(

@@ -58,6 +58,7 @@ def of_ray(images: np.ndarray) -> pa.Table:
     [
         ([{"bytes": encoded(image), "path": "a.png"} for image in IMAGES], IMAGES),  # as Hugging Face writes them
         ([encoded(image) for image in GREY], GREY),
+        ([encoded(image.astype(np.uint16) << 8) for image in GREY], GREY),
         (GREY.tolist(), GREY),
         (pa.FixedShapeTensorArray.from_numpy_ndarray(IMAGES), IMAGES),
         (IMAGES[:, 0, 0, 0] / 255, IMAGES[:, 0, 0, 0] / 255),
@@ -112,6 +113,11 @@ def test_a_place_is_a_file_a_folder_or_a_pattern(
     assert list(Parquet(f"{tmp_path}/{place}" if is_absolute else place).sizes) == sizes
 
 
+def test_a_pattern_may_be_in_a_folder_with_brackets(tmp_path: Path) -> None:
+    written(tmp_path / "x[1]" / "a.parquet", image=LABELS, label=LABELS)
+    assert list(Parquet(f"{tmp_path}/x[1]/*.parquet").sizes) == [4, 4, 2]
+
+
 def test_empty_files_and_row_groups_are_passed_over(tmp_path: Path) -> None:
     written(tmp_path / "a.parquet", image=LABELS[:0], label=LABELS[:0])
     with pq.ParquetWriter(tmp_path / "b.parquet", pa.schema({"image": pa.int64(), "label": pa.int64()})) as writer:
@@ -157,6 +163,7 @@ def fails(row: dict[str, Any]) -> Any:
         ),
         ([[1, 2], [3]], {}, "column image has lists of different lengths; turn each row into an example by decode=$"),
         ([1, None], {}, "column image has gaps; turn each row"),
+        ([[1, 2], [3, None]], {}, "column image has gaps in its lists; turn each row"),
         (["a", "b"], {}, "column image holds string, not numbers; turn"),
         ([[1], [2]], {"columns": ["image", "label", "label"]}, "several columns of inputs must hold a number each"),
         ([1, 2], {"decode": fails}, ", row 0: ValueError: no label 0$"),
@@ -239,6 +246,14 @@ def test_of_pictures_in_one_folder_a_fifth_is_the_test_and_grey_has_one_channel(
     data = sources.pictures(tmp_path / "all", size=16, is_grey=True)
     assert (len(data.train), len(data.test)) == (16, 4)  # type: ignore[arg-type]
     assert data.train[0][0].shape == (1, 16, 16)  # type: ignore[index]
+
+
+def test_pictures_with_16_bits_keep_their_greys(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            Image.fromarray(np.full((8, 8), 100 << 8, np.uint16)).save(tmp_path / name / f"{number}.png")
+    assert sources.pictures(tmp_path, size=8).train[0][0].unique().tolist() == [100]  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
