@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -45,7 +46,8 @@ def try_batch(
     number = min(NUM_EXAMPLES, len(train))
     check_batch(workload, first(number), first((number + 1) // 2), config, len(train))
     for size in batch_sizes:
-        check_smallest(workload, first(max(1, (len(train) % size or size) // num_parts)), size, config)
+        smallest = max(1, (len(train) % size or size) // num_parts)
+        check_smallest(workload, first(min(smallest, NUM_EXAMPLES)), size, config)
 
 
 def check_batch(workload: Workload, batch: Batch, fewer: Batch, config: TrainConfig, num_examples: int) -> None:
@@ -174,6 +176,8 @@ def _check_metrics(workload: Workload, outputs: Any, batch: Batch, columns: dict
     with placed(workload, "measure"):
         measured = workload.measure(outputs, batch.targets)
     _check_dict(f"{name}.measure", measured)
+    if "loss" in measured:
+        raise UsageError(f"{name}.measure: the loss is measured already; choose another name")
     for key, values in measured.items():
         _check_numbers(f"{name}.measure: {key}", values, batch.global_size)
     with placed(workload, "summarize"):
@@ -181,7 +185,12 @@ def _check_metrics(workload: Workload, outputs: Any, batch: Batch, columns: dict
     _check_dict(f"{name}.summarize", summary)
     with placed(workload, "summarize_predictions"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # so few examples may have no example of some class
-        of_all = workload.summarize_predictions({key: values.numpy() for key, values in columns.items()})
+        arrays = {key: values.numpy() for key, values in columns.items()}
+        of_all = workload.summarize_predictions(arrays)
+    with placed(workload, "details, readable or lines"):
+        json.dumps(workload.details(arrays))
+        workload.readable(arrays)
+        workload.lines(arrays)
     _check_dict(f"{name}.summarize_predictions", of_all)
     for key, value in {**summary, **of_all}.items():
         try:

@@ -126,7 +126,7 @@ class Classification(Workload):
         """Return the confusion matrix, with a row per label and a column per prediction; [] if it would be too wide."""
         if self.num_classes > _MOST_COLUMNS:
             return []
-        details, names = self.details(columns), [str(name) for name in self.class_names]
+        details, names = Classification.details(self, columns), [str(name) for name in self.class_names]
         counts = details["confusion_matrix"]
         width = max(5, *map(len, names))
         cell = 1 + max(width, *(len(str(count)) for row in counts for count in row))

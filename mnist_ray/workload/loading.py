@@ -76,6 +76,8 @@ def _check_class(workload_class: type[Workload]) -> None:
             raise UsageError(f"workload {name} has no method {method}")
     if not dataclasses.is_dataclass(settings):
         raise UsageError(f"{name}.Settings must be a dataclass: put @dataclass(frozen=True) above it")
+    if wrong := {"score", "s"} & {metric.name for metric in workload_class.metrics}:
+        raise UsageError(f"{name}.metrics: {wrong.pop()} has another meaning in checkpoints; choose another name")
     of_jobs = [value for value in vars(config).values() if dataclasses.is_dataclass(value) and isinstance(value, type)]
     taken = names_of(of_jobs) | {"workload", "config", "recipe", "run", "help"}
     for field in dataclasses.fields(settings):

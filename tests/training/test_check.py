@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -8,10 +9,12 @@ import torch
 from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.training.batches import batches_of
-from mnist_ray.training.check import NUM_EXAMPLES, check_batch
+from mnist_ray.training.check import NUM_EXAMPLES, check_batch, try_batch
 from mnist_ray.training.sampler import Slice
+from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.loading import load, load_data
 from mnist_ray.workload.splits import splits_of
+from tests.conftest import mnist
 
 Write = Callable[..., Path]
 FP32 = TrainConfig(precision="fp32")
@@ -208,6 +211,10 @@ def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
         ),
         ("def measure(self, outputs, targets): ...", ".measure returned NoneType, not a dict"),
         (
+            "def measure(self, outputs, targets): return {'loss': targets}",
+            ".measure: the loss is measured already; choose another name",
+        ),
+        (
             'def predictions(self, outputs, targets): return {"label": targets, "logits": outputs.T}',
             ".predictions: logits must be a tensor with 16 examples here, (N, ...)",
         ),
@@ -233,6 +240,26 @@ def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
 )
 def test_a_workload_that_does_not_fit_is_refused_in_one_line(write: Write, body: str, expected: str) -> None:
     assert message_of(write, f"\n    {body}\n") == f"Wrong{expected}"
+
+
+@pytest.mark.parametrize(
+    "body", ["details(self, columns): return columns", "readable(self, columns): 1 / 0", "lines(self, columns): 1 / 0"]
+)
+def test_what_is_written_about_the_test_is_tried(write: Write, body: str) -> None:
+    assert message_of(write, f"\n    def {body}\n").startswith("Wrong, details, readable or lines: ")
+
+
+def test_own_details_need_no_confusion_matrix(write: Write) -> None:
+    dry_run_of(write, "\n    def details(self, columns): return {'num_ones': int((columns['label'] == 1).sum())}\n")
+
+
+def test_as_few_examples_as_possible_are_tried_for_a_large_batch(
+    few_images: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = Mock()
+    monkeypatch.setattr("mnist_ray.training.check.check_smallest", tried)
+    try_batch(mnist(), Split(few_images), FP32, [256, 599], num_parts=1)
+    assert [call.args[1].global_size for call in tried.call_args_list] == [NUM_EXAMPLES, 1]
 
 
 @pytest.mark.parametrize(

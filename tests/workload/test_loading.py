@@ -202,6 +202,10 @@ def test_a_missing_method_is_named(write: Write, method: str) -> None:
             "def create_optimiser(self, model, config): ...",
             "create_optimiser: did you mean create_optimizer? If not, choose another name",
         ),
+        (
+            "metrics = (__import__('mnist_ray.workload').workload.Metric('score', 'min'),)",
+            "metrics: score has another meaning in checkpoints; choose another name",
+        ),
         ("recipe = {}", "recipe: did you mean recipes? If not, choose another name"),
     ],
 )
