@@ -79,8 +79,8 @@ def score(workload: Workload, values: Mapping[str, float]) -> float:
 
     ``values`` come from the validation. The weight of the loss is so small that the loss only breaks ties.
     """
-    value = values[workload.monitor.name]
+    value, loss = values[workload.monitor.name], math.atan(values["loss"])
+    loss = 2.0 if math.isnan(loss) else loss
     if math.isnan(value):
-        return -math.inf
-    signed = value if workload.monitor.mode == "max" else -value
-    return signed - 1e-9 * min(1e3, values["loss"])  # in this order, NaN counts as 1e3
+        return -1e30 * (2 + loss / 4)
+    return (value if workload.monitor.mode == "max" else -value) - 1e-9 * loss

@@ -67,6 +67,10 @@ def test_the_accuracy_of_a_class_without_examples_is_none() -> None:
         ({"m": 3.0, "loss": 1.0}, {"m": 3.0, "loss": 2.0}, "min"),
         ({"m": 0.1, "loss": 1.0}, {"m": math.nan, "loss": 0.0}, "max"),
         ({"m": 0.5, "loss": 1.0}, {"m": 0.5, "loss": math.inf}, "max"),
+        ({"m": 0.5, "loss": 2000.0}, {"m": 0.5, "loss": 5000.0}, "max"),
+        ({"m": 0.9, "loss": 1.0}, {"m": 0.8, "loss": -2e8}, "max"),
+        ({"m": math.nan, "loss": 1.0}, {"m": math.nan, "loss": 2.0}, "max"),
+        ({"m": math.nan, "loss": 1.0}, {"m": math.nan, "loss": math.nan}, "min"),
         ({"m": 0.9, "loss": math.nan}, {"m": 0.5, "loss": 1.0}, "max"),
     ],
 )
