@@ -23,8 +23,8 @@ POINTS = {"square": 4, "triangle": 3, "star": 10, "cross": 12}  # corners of eac
 class Settings:
     """The shapes and the network."""
 
-    num_images: int = setting(6000, "images to draw for training and validation", **at_least(10))
-    noise: float = setting(25.0, "standard deviation of the noise in each channel (0 to 255)", **at_least(0))
+    num_images: int = setting(6000, "images to draw for training and validation", **at_least(10), decides_data=True)
+    noise: float = setting(25.0, "standard deviation of each channel's noise", **at_least(0), decides_data=True)
     width: int = setting(16, "channels of the first convolution", search=Choice((8, 16, 24)), **at_least(1))
 
 
