@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -230,7 +232,8 @@ class BlockBatches(ExampleBatches):
             raise ExampleError(f"{name} has {len(examples):,} examples, not {size:,}")
         if isinstance(examples, Arrays):
             return examples, examples.inputs.nbytes + examples.targets.nbytes
-        return examples, sum(getattr(leaf, "nbytes", 0) for leaf in pytree.tree_leaves(examples))
+        leaves = pytree.tree_leaves(examples)
+        return examples, sum(getattr(leaf, "nbytes", None) or sys.getsizeof(leaf) for leaf in leaves)
 
 
 def batches_of(
@@ -243,9 +246,15 @@ def batches_of(
     return ArrayBatches(split.arrays, device) if split.arrays is not None else ExampleBatches(split, 0, collate)
 
 
-def allow_read_only(loader_process: int = 0) -> None:
+def allow_read_only() -> None:
     """Silence torch about read-only arrays, such as those from the object store: nothing here writes to them."""
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+
+def _begin_process(number: int) -> None:
+    """Set up a loader process. A signal to all processes of the job must not end it: the job saves a checkpoint."""
+    allow_read_only()
+    os.setsid()
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -274,7 +283,7 @@ def batch_loader(
         batch_size=None,
         num_workers=num_processes if type(dataset) is ExampleBatches else 0,  # threads read blocks
         pin_memory=device.type == "cuda" and not is_on_gpu,  # elsewhere, it would only take memory of the first GPU
-        worker_init_fn=allow_read_only,
+        worker_init_fn=_begin_process,
     )
 
 

@@ -185,6 +185,16 @@ def test_blocks_may_hold_pairs_of_anything_that_can_be_joined() -> None:
     assert pairs[0].targets.dtype == torch.float64
 
 
+def test_blocks_of_texts_are_read_ahead() -> None:
+    class Texts(Numbers):
+        def read(self, block: int) -> Sequence[tuple[Any, Any]]:
+            return [(str(number), int(number)) for number in super().read(block).inputs]
+
+    texts = Texts()
+    assert len(list(epochs(dataset_of(texts)))) == 18
+    assert len(texts.read_blocks) == np.count_nonzero(SIZES)
+
+
 def test_examples_that_no_order_announces_are_read_when_needed() -> None:
     blocks = Numbers()
     batch = dataset_of(blocks)[Slice(np.array([46, 0, 41]))]

@@ -1,3 +1,4 @@
+import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -237,6 +238,19 @@ def test_arrays_are_never_read_by_loader_processes() -> None:
     arrays = batches_of(Split(Arrays(np.arange(10), np.arange(10))), CPU)
     assert batch_loader(arrays, [], CPU, 2).num_workers == 0
     assert batch_loader(ExampleBatches(Split(Rows()), 0), [], CPU, 2).num_workers == 2
+
+
+class Sessions(Rows):
+    """Each example is the session of the process that reads it."""
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return os.getsid(0), os.getpid()
+
+
+def test_a_signal_to_all_processes_of_a_job_does_not_reach_its_loader_processes() -> None:
+    (batch,) = batch_loader(ExampleBatches(Split(Sessions()), 0), [Slice(np.arange(2))], CPU, 1)
+    assert batch.inputs.tolist() == batch.targets.tolist()
+    assert batch.inputs[0] != os.getsid(0)
 
 
 class Failing(Rows):
