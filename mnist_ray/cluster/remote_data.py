@@ -12,6 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_ray.cluster.devices import UnusableGPUError, device_here
+from mnist_ray.cluster.plan import WorkerPlan, node_of, suitable
 from mnist_ray.errors import JobError, first_line
 from mnist_ray.provenance import versions
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder
@@ -48,18 +49,20 @@ def share(workload: Workload, split: Split) -> RemoteSplit:
     return RemoteSplit(workload, split.origin, len(split), stored, split.indices)
 
 
-def check_nodes(run: RunFolder, own_versions: dict[str, str] | None = None, *, use_gpu: bool = False) -> list[str]:
-    """Let every node read a file that the driver writes next to the run; return the nodes' hosts.
+def check_nodes(run: RunFolder, plan: WorkerPlan, own_versions: dict[str, str] | None = None) -> list[str]:
+    """Let every node for workers read a file that the driver writes next to the run; return the nodes' hosts.
 
-    ``own_versions`` are the driver's versions. Raises JobError if a node's versions differ, if it cannot read the file,
-    or if PyTorch cannot ``use_gpu``.
+    With the driver's ``own_versions``, nodes compare theirs, and try a GPU if the workers have any. Raises JobError if
+    a node's versions differ, if it cannot read the file, or if PyTorch cannot use its GPU.
     """
     probe = f".probe-{uuid.uuid4().hex}"
     run.storage.write_text(probe, probe)  # the content is the name
     answers, checked = [], list[tuple[str, str]]()
-    for node in (node for node in ray.nodes() if node["Alive"]):
+    for node in ray.nodes():
+        if not node["Alive"] or not suitable([node_of(node["Resources"], node["Labels"])], plan.labels):
+            continue
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        num_gpus = int(use_gpu and "GPU" in node["Resources"])
+        num_gpus = int(own_versions is not None and plan.use_gpu and "GPU" in node["Resources"])
         task = ray.remote(num_cpus=0, num_gpus=num_gpus, scheduling_strategy=place)(check_here)
         answers.append(task.remote(run, probe, own_versions or {}))
     try:

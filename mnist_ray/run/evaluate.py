@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Mapping
 
 import ray
 import torch
@@ -16,7 +17,7 @@ from mnist_ray.config import EvaluationConfig, WorkerConfig
 from mnist_ray.errors import JobError, first_line
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.find import Found
-from mnist_ray.storage import RunFolder
+from mnist_ray.storage import RunFolder, in_one_line
 from mnist_ray.training import engine
 from mnist_ray.training.checkpoint import load_model
 from mnist_ray.training.metrics import Evaluation
@@ -47,16 +48,23 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
 
 
 def evaluate(
-    workload: Workload, checkpoint: RunFolder, test: Split, num_tasks: int, loader_workers: int, use_gpu: bool
+    workload: Workload,
+    checkpoint: RunFolder,
+    test: Split,
+    num_tasks: int,
+    loader_workers: int,
+    use_gpu: bool,
+    labels: Mapping[str, str] | None = None,
 ) -> Evaluation:
     """Evaluate a checkpoint on the test set, divided among tasks with one CPU and, if ``use_gpu``, one GPU each.
 
-    The result does not depend on the number of tasks, because each task evaluates whole batches. Raises a task's
-    exception, or JobError if a task's node or the storage is lost.
+    ``labels``: of the nodes for the tasks. The result does not depend on the number of tasks, because each task
+    evaluates whole batches. Raises a task's exception, or JobError if a task's node or the storage is lost.
     """
     shared = share(workload, test)
     # Ray ends a process after such a task with a GPU; by options(num_gpus=1), the process would keep the GPU's memory.
-    task = ray.remote(num_cpus=1, num_gpus=int(use_gpu))(_evaluate_split)
+    selector = {"label_selector": dict(labels)} if labels else {}
+    task = ray.remote(num_cpus=1, num_gpus=int(use_gpu), **selector)(_evaluate_split)
     bounds = split_bounds(len(test), num_tasks, on_gpu=use_gpu)
     splits = [task.remote(checkpoint, shared, start, stop, loader_workers) for start, stop in bounds]
     try:
@@ -91,6 +99,6 @@ def evaluate_here(
     """Evaluate a checkpoint in this process, on one thread, since a task has one CPU."""
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False  # an evaluation is in fp32
-    with placed(workload, "an evaluation"):
+    with placed(workload, "an evaluation"), in_one_line("the test data cannot be read"):
         model = with_fast_layout(load_model(checkpoint, workload).to(device))
         return engine.evaluate(workload, model, split, loader_workers)

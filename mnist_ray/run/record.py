@@ -64,7 +64,7 @@ def begin_files(session: Session, settings_file: str, settings: Mapping[str, Any
     """
     job, run, workload = session.job, session.job.run, session.job.workload
     if len(session.cluster.nodes) > 1:  # with one node, only this machine writes
-        check_nodes(run)
+        check_nodes(run, session.plan)
     weights = b""
     if job.initial is not None and not job.initial.exists(INITIAL_FILE):
         weights, fits = read_initial(job)
@@ -141,8 +141,8 @@ class Record:
             device = "cuda" if self._session.plan.use_gpu else "cpu"
             tested = evaluate_here(fitted.checkpoint, workload, test, job.workers.loader_workers, device)
         else:
-            use_gpu = self._session.plan.use_gpu
-            tested = evaluate(workload, fitted.checkpoint, test, 1, job.workers.loader_workers, use_gpu)
+            of_task = job.workers.loader_workers, self._session.plan.use_gpu, self._session.plan.labels
+            tested = evaluate(workload, fitted.checkpoint, test, 1, *of_task)
         self._clock.mark("evaluation")
         if is_last:
             self._session.cluster.leave()
@@ -220,7 +220,7 @@ def check(session: Session) -> None:
     own_versions, batch_size = versions(), job.train.batch_size
     if job.initial is not None and not job.initial.exists(INITIAL_FILE):
         console.say("init from", read_initial(job)[1])
-    hosts = ["this process"] if session.is_here else check_nodes(job.run, own_versions, use_gpu=plan.use_gpu)
+    hosts = ["this process"] if session.is_here else check_nodes(job.run, plan, own_versions)
     each = f"{math.ceil(batch_size / max(1, plan.num_workers))} of a step's {batch_size} {job.workload.nouns} each"
     where = ", ".join([plan.placement, *map("=".join, plan.labels.items())])
     console.say("plan", f"{count(plan.num_workers, 'worker')} ({where}); {each}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import socket
 import threading
 import time
 from typing import Any
@@ -62,13 +63,13 @@ class TrainReporter(Reporter):
         self._answers: list[Any] = []
         current = ray.train.get_checkpoint()
         self._known = current.path.rsplit("/", 1)[-1] if current else ""
-        if self._known:
-            with_retries(self._find_known)
+        with_retries(self._find_known)
 
     def _find_known(self) -> None:
-        """Raise an error of the storage if it does not show, or not yet, the last checkpoint that Ray has recorded."""
+        """Raise an error of the storage if it does not show the run or, perhaps not yet, its last checkpoint."""
         if not self._job.run.exists(self._known):
-            raise FileNotFoundError(f"{self._job.run.uri} does not show {self._known}, which was written there")
+            place = self._job.run.inside(self._known).uri if self._known else self._job.run.uri
+            raise FileNotFoundError(f"{socket.gethostname()} does not see {place}, which was written there")
 
     def begin(self, state: TrainingState, restored: Restored) -> None:
         """Report the start. Raises OldCheckpointError if the last checkpoint that Ray has recorded is damaged."""

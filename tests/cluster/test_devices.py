@@ -69,14 +69,17 @@ def test_versions_that_differ_only_in_the_driver_they_need_are_no_problem(run: R
         assert found[: len("has torch")] == problem
 
 
-def test_the_test_asks_for_a_gpu_for_each_task(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_test_asks_for_a_gpu_and_the_nodes_labels_for_each_task(
+    ray_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     remote = Mock()
     remote.return_value.return_value.remote.side_effect = lambda *args: ray.put(args)
     monkeypatch.setattr("ray.remote", remote)
     monkeypatch.setattr(evaluate, "share", lambda workload, split: split)
     monkeypatch.setattr("mnist_ray.training.metrics.Evaluation.merge", lambda parts: [part[2:4] for part in parts])
-    parts: Any = evaluate.evaluate(mnist(), Mock(), range(1000), 2, 0, True)  # type: ignore[arg-type]
-    assert (remote.call_args.kwargs, parts) == ({"num_cpus": 1, "num_gpus": 1}, [(0, 512), (512, 1000)])
+    parts: Any = evaluate.evaluate(mnist(), Mock(), range(1000), 2, 0, True, {"market": "spot"})  # type: ignore[arg-type]
+    asked = {"num_cpus": 1, "num_gpus": 1, "label_selector": {"market": "spot"}}
+    assert (remote.call_args.kwargs, parts) == (asked, [(0, 512), (512, 1000)])
 
 
 def test_a_small_share_of_a_batch_for_each_gpu_is_noted() -> None:

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock, call
+from unittest.mock import MagicMock, Mock, call
 
 import psutil
 import pytest
@@ -418,7 +418,7 @@ def reporter_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., reporter.Train
     monkeypatch.setattr("mnist_ray.run.worker.end_if_hung", lambda timeout_s: None)
 
     def create(run: Any = None, **spec: Any) -> reporter.TrainReporter:
-        job = Mock(callback=None, run=run)
+        job = Mock(callback=None, run=run or Mock())
         return reporter.TrainReporter(LoopSpec(job=job, train=Mock(), **spec), Group(), TrainConfig())
 
     return create
@@ -482,6 +482,15 @@ def test_a_worker_waits_until_the_storage_shows_the_checkpoint_that_ray_has_reco
     assert run.exists.call_args_list == [call(NEWEST)] * 3
     with pytest.raises(OldCheckpointError, match=f"^{NEWEST} is damaged$"):
         reporter.begin(Mock(), Restored(BEFORE, damaged=(NEWEST,)))
+
+
+def test_a_worker_that_does_not_see_the_run_says_so(
+    reporter_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mnist_ray.storage.time", Mock(monotonic=Mock(side_effect=[0, 31])))
+    run = Mock(exists=Mock(return_value=False), uri="/home/runs/one")
+    with pytest.raises(FileNotFoundError, match=r"^\S+ does not see /home/runs/one, which was written there$"):
+        reporter_on(run=run)
 
 
 def test_workers_that_see_different_checkpoints_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -681,6 +690,14 @@ def test_code_that_ends_an_evaluations_process_is_one_line(
     monkeypatch.setattr(workload, method, Mock(side_effect=SystemExit(3)))
     with pytest.raises(UsageError, match=r"^MNIST, an evaluation: SystemExit: sys\.exit\(3\) \("):
         evaluate_here(folder_at(tmp_path / "saved"), workload, Split(few_images), 0)
+
+
+def test_data_that_cannot_be_read_for_a_test_are_no_wrong_usage(few_images: Arrays, run: RunFolder) -> None:
+    state, unreadable = create_state(mnist(), TrainConfig(), 600, torch.device("cpu")), MagicMock()
+    checkpoint.snapshot(state, {"workload": mnist().identity}).write(run)
+    unreadable.__len__.return_value, unreadable.__getitem__.side_effect = 5, OSError(5, "Input/output error")
+    with pytest.raises(JobError, match=r"^the test data cannot be read: Input/output error$"):
+        evaluate_here(run, mnist(), Split(unreadable), 0)
 
 
 @pytest.mark.parametrize(
