@@ -52,6 +52,10 @@ def connect(
     raised here.
     """
     if ray.is_initialized():
+        if ray.util.client.ray.is_connected():
+            raise UsageError("this job cannot use a connection of Ray Client; run it on the cluster by ray job submit")
+        if ray_internals.dead_processes():
+            raise JobError("the Ray that this process has started is dead; resume in a new process")
         meanwhile()
         with watched():
             yield _describe(is_local=False)

@@ -47,7 +47,7 @@ class _Backend(_TorchBackend):
         options = {
             "backend": backend_config.backend,
             "world_size": world_size,
-            "init_method": (session_folder() / f"workers-{uuid.uuid4().hex}").as_uri(),
+            "init_method": f"file://{session_folder()}/workers-{uuid.uuid4().hex}",  # torch decodes no %20
             "timeout_s": backend_config.timeout_s,
         }
         ray.get(

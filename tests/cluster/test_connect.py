@@ -8,11 +8,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
-from mnist_ray.cluster.connect import removed_unless_failed
+from mnist_ray.cluster.connect import connect, removed_unless_failed
+from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import JobError, UsageError
 from tests.conftest import ROOT
 
@@ -125,6 +127,22 @@ def main():
 
 cli.run(main)
 """
+
+
+@pytest.mark.parametrize(
+    ("replaced", "value", "error"),
+    [
+        ("ray.util.client.ray.is_connected", True, "this job cannot use a connection of Ray Client; run it on"),
+        ("mnist_ray.cluster.ray_internals.dead_processes", ["raylet"], "the Ray that this process has started is dead"),
+    ],
+)
+def test_a_connection_that_is_of_no_use_is_one_line(
+    replaced: str, value: Any, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr(replaced, lambda: value)
+    with pytest.raises((UsageError, JobError), match=f"^{error}"), connect(WorkerConfig()):
+        pass
 
 
 @pytest.mark.parametrize("cluster", ["token", "disabled"], indirect=True)
