@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import inspect
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -57,7 +58,8 @@ class Run:
     @property
     def metrics(self) -> dict[str, float]:
         """Loss and metrics on the test set."""
-        return {metric.name: self.result[f"test_{metric.name}"] for metric in self.workload.all_metrics}
+        values = {metric.name: self.result[f"test_{metric.name}"] for metric in self.workload.all_metrics}
+        return {name: math.nan if value is None else value for name, value in values.items()}  # JSON has no NaN
 
     @property
     def history(self) -> list[dict[str, float]]:

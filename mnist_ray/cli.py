@@ -142,9 +142,9 @@ def _flags_of_run(command: Callable[[], None], config_class: type) -> dict[str, 
         with contextlib.suppress(UsageError, JobError, *STORAGE_ERRORS):  # reported when the checkpoint is read
             storage_path = early.get("storage_path", OutputConfig().storage_path)
             folder = find_run(run, storage_path)
-            # The word may be the value of a flag that is not yet known.
-            folder = folder if folder.exists() else find_run(None, storage_path)
-            run_folder = folder if folder.exists(CONFIG_FILE) else folder.storage  # of a checkpoint
+            known = [place for place in (folder, folder.storage) if place.exists(CONFIG_FILE)]  # also of a checkpoint
+            # If there is none, the word may be the value of a flag that is not yet known.
+            run_folder = known[0] if known else find_run(None, storage_path)
             workload_class = type(workload_of(run_folder, None, storage_path))
     parser = _parser(command, config_class, workload_class.Settings)
     _add_run(parser, "run", nargs="?")

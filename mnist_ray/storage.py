@@ -227,7 +227,7 @@ def find_run(given: str | None, storage_path: str) -> RunFolder:
     if "/" in given:
         base, query = split_query(given)
         parent, _, name = base.rstrip("/").rpartition("/")
-        return locate((parent or "/") + query, name, "the run in")
+        return locate((parent or ("/" if base.startswith("/") else ".")) + query, name, "the run in")
     run, here = locate(storage_path, given), locate(".", given, "the run in")
     return here if here.exists() and not run.exists() else run
 

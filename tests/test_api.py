@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -120,6 +122,12 @@ def test_arrays_pictures_and_files_are_predicted(run: Run, mnist_test: Arrays, t
     assert [Path(prediction.file).name for prediction in as_files] == ["0.png", "1.png"]
     as_pictures = mnist_ray.predict(pictures, run)
     assert [prediction.top for prediction in as_files] == [prediction.top for prediction in as_pictures]
+
+
+def test_a_metric_without_a_value_is_nan(run: Run) -> None:
+    run = dataclasses.replace(run, result={**run.result, "test_accuracy": None})
+    assert math.isnan(run.metrics["accuracy"])
+    assert "accuracy -" in str(run)
 
 
 def test_what_has_no_prediction_raises_the_line_that_the_command_prints(run: Run, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Settings: their rules, types and text, and the flags made from them."""
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
-from mnist_ray.errors import UsageError
+from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist import MNIST
 from mnist_ray.settings import (
     Parser,
@@ -24,6 +25,7 @@ from mnist_ray.settings import (
     values_of,
     within,
 )
+from tests.conftest import run_main
 
 CLASSES = (TrainConfig, WorkerConfig, OutputConfig)
 
@@ -226,6 +228,31 @@ def test_a_runs_name_is_found_among_flags_that_are_not_all_known(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["evaluate.py", *line.split()])
     assert peek("num_tasks", "storage_path", "workload")[1] == run
+
+
+PETS = """
+from dataclasses import dataclass
+from mnist_ray.workload import Workload, setting
+
+@dataclass(frozen=True)
+class Settings:
+    folder: str = setting("", "of the pictures")
+
+class Pets(Workload):
+    Settings = Settings
+    def load_data(self): ...
+    def create_model(self): ...
+    def loss(self, outputs, targets): ...
+"""
+
+
+def test_the_newest_runs_settings_are_flags_even_if_a_value_could_be_a_runs_path(tmp_path: Path) -> None:
+    (tmp_path / "pets.py").write_text(PETS)
+    run = tmp_path / "runs" / "pets"
+    (run / "checkpoint_epoch-001_step-000000").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"workload": str(tmp_path / "pets.py")}))
+    with pytest.raises(JobError, match="has only damaged checkpoints"):
+        run_main("evaluate", "--storage-path", str(tmp_path / "runs"), "--folder", str(tmp_path))
 
 
 def test_settings_without_a_docstring_have_a_heading_in_the_help() -> None:

@@ -139,6 +139,7 @@ def test_a_run_is_found_by_its_path_or_its_name(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "here" / "my_run").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
     assert find_run("my_run", str(tmp_path)).path == str(tmp_path / "here" / "my_run")
+    assert find_run("my_run/", str(tmp_path)).path == str(tmp_path / "here" / "my_run")
     (tmp_path / "my_run").mkdir()
     assert find_run("my_run", str(tmp_path)).path == str(tmp_path / "my_run")
 

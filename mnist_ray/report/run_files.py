@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ def read_csv(run: RunFolder, file_name: str, columns: Iterable[str] = ()) -> lis
     text = run.read_text(file_name)
     if text is None:
         return []
+    csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(io.StringIO(text), strict=True)
     try:
         rows = list(reader)

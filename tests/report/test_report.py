@@ -279,6 +279,12 @@ def test_a_damaged_file_of_a_run_is_one_line_with_a_remedy(tested_run: RunFolder
         page.write(tested_run, mnist(), "", None)
 
 
+def test_a_prediction_may_be_long(run: RunFolder) -> None:
+    run.write_text("predictions.csv", f"label,mask\n1,{'1' * 200_000}\n")
+    (row,) = read_csv(run, "predictions.csv")
+    assert len(row["mask"]) == 200_000
+
+
 def test_a_metric_that_only_the_validation_has_gets_no_empty_column(
     tested_run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

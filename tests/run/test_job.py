@@ -19,7 +19,7 @@ from mnist_ray.storage import RunFolder, locate
 from mnist_ray.workload import Data, Regression, user_code
 from mnist_ray.workload.data import Arrays, Splits
 from mnist_ray.workload.loading import digests_of
-from tests.conftest import ROOT, write_data_set
+from tests.conftest import ROOT, callback_at, write_data_set
 from tests.workload.test_blocks import Numbers
 
 DIABETES = str(ROOT / "examples" / "diabetes.py")
@@ -281,6 +281,12 @@ def test_a_resumed_run_without_checkpoints_says_that_it_starts_from_the_beginnin
     assert read("--resume", "--run-name", "run").notes == (FROM_THE_BEGINNING,)
     (begun / "checkpoint_epoch-001_step-000000").mkdir()
     assert read("--resume", "--run-name", "run").notes == ()
+
+
+def test_a_run_is_resumed_with_its_callback_from_another_place(read: Any, begun: Path, tmp_path: Path) -> None:
+    file, now = begun / "config.json", callback_at(tmp_path / "now.py", "on_step(self, state)", "pass")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"callback": "/gone/now.py"}))
+    assert read("--resume", "--run-name", "run", "--callback", str(now)).train.callback == str(now)
 
 
 @pytest.mark.parametrize("name", ["config.json", "result.json", "origin.json"])
