@@ -58,6 +58,7 @@ def signals() -> set[signal.Signals]:
 
 def take_signals() -> None:
     """Let the signals that end a job raise KeyboardInterrupt in the main thread."""
+    _state.error = None  # an earlier call in another thread may have left it
     if threading.current_thread() is threading.main_thread():
         for number in signals():
             signal.signal(number, _handle)
