@@ -75,31 +75,32 @@ class Chunks:
         self._own = own_chunks(num_chunks, rank, world_size)
         self._num_chunks, self._rank, self._world_size = num_chunks, rank, world_size
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._model = model
+        self._places = [(part, name) for part in model.modules() for name, _ in part.named_buffers(recurse=False)]
+        self._first = [_as_real(getattr(module, name)) for module, name in self._places]
         self._dtype = functools.reduce(torch.promote_types, (p.dtype for p in self._parameters), torch.float32)
         self._nodes: list[Subtree] = []
 
     def begin(self) -> range:
         """Begin a step with the model's buffers as they are now; return this rank's chunks."""
-        self._before = [buffer.clone() for buffer in self._buffers]
+        self._before = [buffer.clone() for buffer in self._buffers()]
         return self._own
 
-    @property
     def _buffers(self) -> list[Tensor]:
-        """The model's buffers; its ``forward``, or a callback, may have put others in their places."""
-        return [torch.view_as_real(one) if one.is_complex() else one for one in self._model.buffers()]
+        """Return the buffers: ``forward`` or a callback may have put others, of the same shape, in their places."""
+        now = [_as_real(getattr(module, name)) for module, name in self._places]
+        return [new if new.shape == first.shape else first for new, first in zip(now, self._first, strict=True)]
 
     def collect(self, chunk: int, sums: Mapping[str, Tensor]) -> None:
         """Move a chunk's gradients out of the model, and collect the ``sums`` over the chunk's examples."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        pairs = zip(self._buffers, self._before, strict=True)
+        pairs = [*zip(self._buffers(), self._before, strict=True)]
         changes = [torch.where(new == old, 0.0, new.double() - old.double()) for new, old in pairs]  # ±inf may stay
         vector = torch.cat([part.reshape(-1).to(self._dtype) for part in (*gradients, *changes, *sums.values())])
         self._nodes = added_up([*self._nodes, Subtree(0, chunk, vector)])
         self._names = list(sums)
         for parameter in self._parameters:
             parameter.grad = None
-        for buffer, before in zip(self._buffers, self._before, strict=True):
+        for buffer, before in pairs:
             buffer.copy_(before)
 
     def apply(self) -> dict[str, Tensor]:
@@ -108,12 +109,12 @@ class Chunks:
         Ranks other than 0 return zeros, so that a sum over the ranks counts each example once.
         """
         total = self._exchange(torch.stack([node.vector for node in self._nodes]))
-        self._nodes = []
-        sizes = [tensor.numel() for tensor in (*self._parameters, *self._buffers)] + [1] * len(self._names)
+        self._nodes, buffers = [], self._buffers()
+        sizes = [tensor.numel() for tensor in (*self._parameters, *buffers)] + [1] * len(self._names)
         values = torch.split(total, sizes)
         for parameter, value in zip(self._parameters, values, strict=False):
             parameter.grad = torch.empty_like(parameter).copy_(value.view_as(parameter))  # in the parameter's layout
-        for buffer, before, value in zip(self._buffers, self._before, values[len(self._parameters) :], strict=False):
+        for buffer, before, value in zip(buffers, self._before, values[len(self._parameters) :], strict=False):
             change = value.view_as(before).double() / self._num_chunks
             buffer.copy_(torch.where(change == 0, before, (before.double() + change).to(before.dtype)))
         sums = values[-len(self._names) :] if self._rank == 0 else [torch.zeros(1)] * len(self._names)
@@ -153,3 +154,7 @@ def _gathered(rows: Tensor, rank: int, num_rows: Sequence[int]) -> Tensor:
     for other, part in enumerate(of_ranks):
         dist.broadcast(part, other)
     return torch.cat(of_ranks)
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
