@@ -18,7 +18,6 @@ from mnist_ray.run.record import begin_files, check, recorded
 from mnist_ray.run.session import Clock, Session, console_of, say_run
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import RESULT_FILE, SWEEP_FILE, SWEEP_PICTURE_FILE, TRIALS_FILE, RunFolder
-from mnist_ray.sweep import picture
 from mnist_ray.sweep.trial import TrialSpec
 from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER, FAILED, WAITING, Sweep, TrialRecord, TrialTable
 from mnist_ray.sweep.tuner import TRIALS_FOLDER, OnChange, run_sweep, trials_at_a_time
@@ -84,6 +83,8 @@ def train_chosen(session: Session, sweep: Sweep, table: TrialTable) -> None:
 
     Nothing is trained that a trial, or an interrupted sweep, has trained.
     """
+    from mnist_ray.sweep import picture  # imports matplotlib, which must not delay the trials
+
     assert table.best is not None
     console, run, monitor = session.console, sweep.job.run, sweep.job.workload.monitor
     best = sweep.job.with_values(table.best.records[0].point.values)

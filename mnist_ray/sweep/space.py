@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping
@@ -90,9 +91,10 @@ class Space:
 
 
 def options_text(options: Iterable[Any]) -> str:
-    """Return options in the syntax of ``--sweep``: those that contain a comma are in double quotes."""
-    texts = [_NONE if option is None else str(option) for option in options]
-    return ",".join(f'"{text}"' if "," in text else text for text in texts)
+    """Return options in the syntax of ``--sweep``: like a line of CSV, with quotes around an option with a comma."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow([_NONE if option is None else option for option in options])
+    return text.getvalue()
 
 
 def _as(kind: type, value: Any, space: SearchSpace) -> Any:
@@ -201,7 +203,11 @@ def _parsed(text: str, known: Mapping[str, _Setting]) -> tuple[str, SearchSpace]
         return name, space
     if given.count(",") >= _MOST_VALUES:
         raise UsageError(f"these are more than {_MOST_VALUES:,} values; write a range, NAME=LOW:HIGH")
-    options = tuple(setting.parse(option) for option in next(csv.reader([given], skipinitialspace=True)))
+    try:
+        (texts,) = csv.reader(io.StringIO(given, newline=""), skipinitialspace=True, strict=True)
+    except (ValueError, csv.Error) as error:
+        raise UsageError("write A,B,C, with double quotes around a value that contains a comma") from error
+    options = tuple(map(setting.parse, texts))
     if len(set(options)) < len(options):
         raise UsageError("values must differ")
     return name, Choice(options)
@@ -238,8 +244,8 @@ def _grid(space: Space, num_trials: int, seed: int) -> list[Point]:
     choices = {name: some.options for name, some in space.spaces.items() if isinstance(some, Choice)}
     ranges = {name: some for name, some in space.spaces.items() if isinstance(some, Range)}
     num_choices = math.prod(map(len, choices.values()))
-    if (least := num_choices * 2 ** len(ranges)) > num_trials:
-        ends = " and the ends of each range" if ranges else ""
+    if (least := num_choices * 2 ** sum(some.low < some.high for some in ranges.values())) > num_trials:
+        ends = f", with both ends of {', '.join(ranges)}" if ranges else ""
         raise UsageError(f"--search grid needs {least} trials for all combinations of {', '.join(space.spaces)}{ends}")
     num_values = int((num_trials / num_choices) ** (1 / len(ranges)) + 1e-9) if ranges else 1
     values: dict[str, Collection[Any]] = {}

@@ -173,7 +173,7 @@ class _Watcher(tune.Callback):
         first_epoch = rungs_of(self.sweep)[0]
         while point := self._candidates.propose(lambda point: self._table.score_at(point, first_epoch)):
             yield Piece(point, first_epoch)
-        # If Optuna had only known points to propose, the next rung begins now.
+        self._decide()  # if Optuna had only known points to propose, the next rung begins now
         yield from pieces(self.sweep, self._table, self._candidates, with_race=with_race)
 
     def on_trial_start(self, trial: Trial, **info: Any) -> None:
@@ -213,7 +213,10 @@ class _Watcher(tune.Callback):
         return DONE if has_ended else WAITING
 
     def end(self) -> None:
-        """Mark the trials that were cut off when the time was up: Tune does not report them."""
+        """Mark the trials that were cut off when the time was up, and the race's that did not begin."""
+        for piece in pieces(self.sweep, self._table, self._candidates):
+            if piece.point.seed != self.sweep.job.train.seed:
+                self._table.start(piece.point)
         cut_off = [record for record in self._table.by_point.values() if record.state in (RUNNING, WAITING)]
         for record in cut_off:
             record.state = STOPPED
