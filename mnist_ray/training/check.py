@@ -47,7 +47,8 @@ def try_batch(
     check_batch(workload, first(number), first((number + 1) // 2), config, len(train))
     for size in batch_sizes:
         smallest = max(1, (len(train) % size or size) // num_parts)
-        check_smallest(workload, first(min(smallest, NUM_EXAMPLES)), size, config)
+        if smallest < NUM_EXAMPLES:
+            check_smallest(workload, first(smallest), size, config)
 
 
 def check_batch(workload: Workload, batch: Batch, fewer: Batch, config: TrainConfig, num_examples: int) -> None:
@@ -187,7 +188,8 @@ def _check_metrics(workload: Workload, outputs: Any, batch: Batch, columns: dict
         warnings.simplefilter("ignore")  # so few examples may have no example of some class
         arrays = {key: values.numpy() for key, values in columns.items()}
         of_all = workload.summarize_predictions(arrays)
-    with placed(workload, "details, readable or lines"):
+    with placed(workload, "details, readable or lines"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         json.dumps(workload.details(arrays))
         workload.readable(arrays)
         workload.lines(arrays)

@@ -100,18 +100,20 @@ class Classification(Workload):
 
     def readable(self, columns: Mapping[str, np.ndarray]) -> dict[str, Sequence[Any]]:
         """Return labels and predictions as names of classes, and further columns as they are."""
-        return {
-            **super().readable(columns),
-            "label": [self.class_names[label] for label in columns["label"].tolist()],
-            "prediction": [self.class_names[prediction] for prediction in columns["prediction"].tolist()],
-            "probability": [f"{probability:.6f}" for probability in columns["probability"]],
-        }
+        readable = super().readable(columns)
+        for name in {"label", "prediction"} & readable.keys():
+            readable[name] = [self.class_names[number] for number in readable[name]]
+        if "probability" in readable:
+            readable["probability"] = [f"{probability:.6f}" for probability in columns["probability"]]
+        return readable
 
     def details(self, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Return the accuracy per class (None without examples) and the confusion matrix, a row per label.
 
-        With very many classes, the matrix is left out.
+        With very many classes, the matrix is left out. Without a column of labels, there are no details.
         """
+        if "label" not in columns:
+            return {}
         labels, predictions = columns["label"].astype(int), columns["prediction"].astype(int)
         hits = labels[labels == predictions]
         totals, right = (np.bincount(some, minlength=self.num_classes).tolist() for some in (labels, hits))
@@ -124,9 +126,9 @@ class Classification(Workload):
 
     def lines(self, columns: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
         """Return the confusion matrix, with a row per label and a column per prediction; [] if it would be too wide."""
-        if self.num_classes > _MOST_COLUMNS:
-            return []
         details, names = Classification.details(self, columns), [str(name) for name in self.class_names]
+        if self.num_classes > _MOST_COLUMNS or not details:
+            return []
         counts = details["confusion_matrix"]
         width = max(5, *map(len, names))
         cell = 1 + max(width, *(len(str(count)) for row in counts for count in row))

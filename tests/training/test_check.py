@@ -118,8 +118,16 @@ def test_the_model_gets_the_result_of_prepare(write: Write) -> None:
         "def load_data(self): return Data([(np.ones(4, 'f'), 3)] * 20, examples(3), metadata=NAMES)",
         "compares_examples = True\n    def loss(self, outputs, targets): return outputs.std(0).sum() + 0 * targets",
         "def create_model(self): return Noisy(4, 10)",
+        "def predictions(self, outputs, targets): return {}",
     ],
-    ids=["a frozen parameter", "fewer examples than a batch", "a list of pairs", "a loss of a batch", "noise"],
+    ids=[
+        "a frozen parameter",
+        "fewer examples than a batch",
+        "a list of pairs",
+        "a loss of a batch",
+        "noise",
+        "no predictions",
+    ],
 )
 def test_rare_but_right_workloads_pass(write: Write, body: str) -> None:
     dry_run_of(write, f"\n    {body}\n")
@@ -253,13 +261,13 @@ def test_own_details_need_no_confusion_matrix(write: Write) -> None:
     dry_run_of(write, "\n    def details(self, columns): return {'num_ones': int((columns['label'] == 1).sum())}\n")
 
 
-def test_as_few_examples_as_possible_are_tried_for_a_large_batch(
+def test_a_part_of_a_batch_is_tried_only_if_it_has_few_examples(
     few_images: Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = Mock()
     monkeypatch.setattr("mnist_ray.training.check.check_smallest", tried)
     try_batch(mnist(), Split(few_images), FP32, [256, 599], num_parts=1)
-    assert [call.args[1].global_size for call in tried.call_args_list] == [NUM_EXAMPLES, 1]
+    assert [call.args[1].global_size for call in tried.call_args_list] == [1]
 
 
 @pytest.mark.parametrize(
