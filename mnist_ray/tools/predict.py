@@ -27,7 +27,6 @@ from mnist_ray.storage import write_file
 from mnist_ray.training.batches import allow_read_only
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.loading import placed
-from mnist_ray.workload.sources import eight_bits
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow's names of the accepted formats. For some others, it would start a program: for PostScript, Ghostscript."""
@@ -133,7 +132,7 @@ def _read(workload: Workload, file: Path | Image.Image) -> Prediction:
     """Read one file or image as an input of the model, or return the reason why it has no prediction."""
     name = str(file) if isinstance(file, Path) else ""
     try:
-        picture = eight_bits(read_image(file) if isinstance(file, Path) else file)
+        picture = read_image(file) if isinstance(file, Path) else file
         with placed(workload, "read_picture"):
             return Prediction(name, workload.read_picture(picture))
     except UsageError as error:

@@ -134,7 +134,7 @@ def _files_at(place: str) -> tuple[fs.FileSystem, list[_File]]:
     above, star, _ = base.partition("*")
     parent = above[: above.rfind("/") + 1] if star else base
     folder = locate((parent or ".") + query, "", "the data in")
-    pattern = glob.escape(folder.path) + base[len(parent) :] if star else "*.parquet"
+    pattern = glob.escape(folder.path + base[len(parent) :]).replace("[*]", "*") if star else "*.parquet"
     with in_one_line(f"{place} cannot be read"):
         infos = [folder.info()]
         if infos[0].type == fs.FileType.Directory:
@@ -204,4 +204,5 @@ def _picture(content: bytes) -> np.ndarray:
 
 def eight_bits(picture: Image.Image) -> Image.Image:
     """Return a grey picture of 16 bits with 8; Pillow's ``convert`` would make nearly all of it white."""
-    return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)) if picture.mode[:4] == "I;16" else picture
+    has_more = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM")
+    return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)) if has_more else picture

@@ -157,12 +157,6 @@ def test_a_damaged_picture_may_raise_anything(
     assert answers_to(tmp_path) == ["cannot be read: unpack requires 4 bytes"]
 
 
-def test_a_picture_with_16_bits_is_read_like_one_with_8(few_images: Arrays, tmp_path: Path) -> None:
-    Image.fromarray(few_images.inputs[0].astype(np.uint16) << 8).save(tmp_path / "16.png")
-    (answer,) = predict.predict_files(mnist(), mnist().create_model().eval(), [tmp_path / "16.png"])
-    np.testing.assert_array_equal(answer.inputs, few_images.inputs[0])
-
-
 def test_names_are_printed_in_one_line_and_predictions_carry_the_inputs(
     few_images: Arrays, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

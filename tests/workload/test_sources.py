@@ -114,8 +114,8 @@ def test_a_place_is_a_file_a_folder_or_a_pattern(
 
 
 def test_a_pattern_may_be_in_a_folder_with_brackets(tmp_path: Path) -> None:
-    written(tmp_path / "x[1]" / "a.parquet", image=LABELS, label=LABELS)
-    assert list(Parquet(f"{tmp_path}/x[1]/*.parquet").sizes) == [4, 4, 2]
+    written(tmp_path / "x[1]" / "a[2]-b.parquet", image=LABELS, label=LABELS)
+    assert list(Parquet(f"{tmp_path}/x[1]/a[2]-*.parquet").sizes) == [4, 4, 2]
 
 
 def test_empty_files_and_row_groups_are_passed_over(tmp_path: Path) -> None:
