@@ -104,7 +104,7 @@ class WorkerConfig:
         "CPUs per worker; as many threads if each gets 8 examples; default: the cluster's CPUs, shared evenly",
         **at_least(1),
     )
-    use_gpu: Literal["auto", "yes", "no"] = setting("auto", "train on GPUs; auto: if PyTorch can use any")
+    use_gpu: Literal["auto", "yes", "no"] = setting("auto", "train on GPUs; auto: if PyTorch finds any")
     loader_workers: int = setting(
         0, "processes per worker that read a Dataset; 0: the worker itself; not used for arrays", **at_least(0)
     )

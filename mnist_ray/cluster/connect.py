@@ -55,7 +55,7 @@ def connect(
         if ray.util.client.ray.is_connected():
             raise UsageError("this job cannot use a connection of Ray Client; run it on the cluster by ray job submit")
         if ray_internals.dead_processes():
-            raise JobError("the Ray that this process has started is dead; resume in a new process")
+            raise JobError("the Ray that this process has started is dead; use a new process")
         meanwhile()
         with watched():
             yield _describe(is_local=False)

@@ -14,10 +14,10 @@ from mnist_ray.cluster.connect import connect
 from mnist_ray.cluster.devices import device_here, without_unusable_gpus
 from mnist_ray.cluster.remote_data import RemoteSplit, share
 from mnist_ray.config import EvaluationConfig, WorkerConfig
-from mnist_ray.errors import JobError, first_line
+from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.find import Found
-from mnist_ray.storage import RunFolder, in_one_line
+from mnist_ray.storage import STORAGE_ERRORS, RunFolder
 from mnist_ray.training import engine
 from mnist_ray.training.checkpoint import load_model
 from mnist_ray.training.metrics import Evaluation
@@ -99,6 +99,11 @@ def evaluate_here(
     """Evaluate a checkpoint in this process, on one thread, since a task has one CPU."""
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False  # an evaluation is in fp32
-    with placed(workload, "an evaluation"), in_one_line("the test data cannot be read"):
-        model = with_fast_layout(load_model(checkpoint, workload).to(device))
-        return engine.evaluate(workload, model, split, loader_workers)
+    try:
+        with placed(workload, "an evaluation"):
+            model = with_fast_layout(load_model(checkpoint, workload).to(device))
+            return engine.evaluate(workload, model, split, loader_workers)
+    except UsageError as error:
+        if isinstance(error.__cause__, STORAGE_ERRORS):  # the storage may answer again
+            raise JobError(str(error)) from error
+        raise

@@ -256,8 +256,9 @@ def _check_unchanged(run: RunFolder, classes: Sequence[type], then: Given, now: 
     for config_class in (one for one in classes if one is not WorkerConfig):
         before, after = (settings.values_of(settings.build(config_class, values)) for values in (then, now))
         for name, old in before.items():
-            has_moved = name == "callback" and None not in (old, after[name])  # its file may be in another place now
-            if (new := after[name]) != old and not has_moved:
+            if name == "callback" and Path(old or "").name == Path(after[name] or "").name:
+                continue  # its file may be in another place now
+            if (new := after[name]) != old:
                 raise UsageError(
                     f"--resume: run {run.name} was started with {flag(name)} {old}, not {new}; "
                     "leave the flag out, or start another run"

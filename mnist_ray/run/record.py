@@ -224,7 +224,7 @@ def check(session: Session) -> None:
     each = f"{math.ceil(batch_size / max(1, plan.num_workers))} of a step's {batch_size} {job.workload.nouns} each"
     where = ", ".join([plan.placement, *map("=".join, plan.labels.items())])
     console.say("plan", f"{count(plan.num_workers, 'worker')} ({where}); {each}")
-    console.say("storage", f"{job.run.storage_path}: read by {', '.join(hosts)}")
+    console.say("storage", f"{job.run.storage_path}: read by {', '.join(hosts) or 'no node yet'}")
     console.say("versions", ", ".join(f"{name} {version}" for name, version in own_versions.items()))
     if plan.must_scale_up:
         console.say("note", "this check cannot tell whether the cluster can start nodes for these workers")

@@ -18,7 +18,7 @@ from mnist_ray.cluster.devices import device_here
 from mnist_ray.config import TrainConfig
 from mnist_ray.run.failures import OldCheckpointError, code_failures_placed
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
-from mnist_ray.storage import checkpoint_name, position_of, with_retries
+from mnist_ray.storage import CONFIG_FILE, checkpoint_name, position_of, with_retries
 from mnist_ray.training.checkpoint import Restored, Snapshot
 from mnist_ray.training.events import Event, NodeLeaving, Progress
 from mnist_ray.training.metrics import TrainingDivergedError
@@ -67,9 +67,10 @@ class TrainReporter(Reporter):
 
     def _find_known(self) -> None:
         """Raise an error of the storage if it does not show the run or, perhaps not yet, its last checkpoint."""
-        if not self._job.run.exists(self._known):
-            place = self._job.run.inside(self._known).uri if self._known else self._job.run.uri
-            raise FileNotFoundError(f"{socket.gethostname()} does not see {place}, which was written there")
+        of_driver = "" if self._spec.event_queue is None else CONFIG_FILE  # Ray itself makes the folder of a trial
+        if not self._job.run.exists(known := self._known or of_driver):
+            place = f"{socket.gethostname()} does not see {self._job.run.inside(known).uri}"
+            raise FileNotFoundError(f"{place}, which the job has written; use a storage that all nodes share")
 
     def begin(self, state: TrainingState, restored: Restored) -> None:
         """Report the start. Raises OldCheckpointError if the last checkpoint that Ray has recorded is damaged."""

@@ -488,9 +488,10 @@ def test_a_worker_that_does_not_see_the_run_says_so(
     reporter_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mnist_ray.storage.time", Mock(monotonic=Mock(side_effect=[0, 31])))
-    run = Mock(exists=Mock(return_value=False), uri="/home/runs/one")
-    with pytest.raises(FileNotFoundError, match=r"^\S+ does not see /home/runs/one, which was written there$"):
-        reporter_on(run=run)
+    run = Mock(exists=Mock(return_value=False))
+    with pytest.raises(FileNotFoundError, match=r"^\S+ does not see \S+, which the job has written; use a storage"):
+        reporter_on(run=run, event_queue=Mock())
+    run.exists.assert_called_once_with("config.json")
 
 
 def test_workers_that_see_different_checkpoints_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -696,7 +697,7 @@ def test_data_that_cannot_be_read_for_a_test_are_no_wrong_usage(few_images: Arra
     state, unreadable = create_state(mnist(), TrainConfig(), 600, torch.device("cpu")), MagicMock()
     checkpoint.snapshot(state, {"workload": mnist().identity}).write(run)
     unreadable.__len__.return_value, unreadable.__getitem__.side_effect = 5, OSError(5, "Input/output error")
-    with pytest.raises(JobError, match=r"^the test data cannot be read: Input/output error$"):
+    with pytest.raises(JobError, match=r"^MNIST, an evaluation: OSError: .*Input/output error \("):
         evaluate_here(run, mnist(), Split(unreadable), 0)
 
 
