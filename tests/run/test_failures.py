@@ -485,13 +485,13 @@ def test_a_worker_waits_until_the_storage_shows_the_checkpoint_that_ray_has_reco
 
 
 def test_a_worker_that_does_not_see_the_run_says_so(
-    reporter_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    run: RunFolder, reporter_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run.write_text("other.json", "Ray itself makes the folder")
     monkeypatch.setattr("mnist_ray.storage.time", Mock(monotonic=Mock(side_effect=[0, 31])))
-    run = Mock(exists=Mock(return_value=False))
-    with pytest.raises(FileNotFoundError, match=r"^\S+ does not see \S+, which the job has written; use a storage"):
+    said = r"^\S+ does not see \S+/run/config\.json, which the job has written; use a storage that all nodes share$"
+    with pytest.raises(FileNotFoundError, match=said):
         reporter_on(run=run, event_queue=Mock())
-    run.exists.assert_called_once_with("config.json")
 
 
 def test_workers_that_see_different_checkpoints_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
