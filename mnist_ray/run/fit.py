@@ -163,10 +163,7 @@ def drop_snapshot(run: RunFolder) -> None:
 
 
 def create_trainer(
-    spec: LoopSpec,
-    plan: WorkerPlan,
-    max_failures: int,
-    callbacks: Sequence[UserCallback] = (),
+    spec: LoopSpec, plan: WorkerPlan, max_failures: int, callbacks: Sequence[UserCallback] = ()
 ) -> TorchTrainer:
     """Return the trainer that runs ``spec`` on the planned workers."""
     return _Trainer(

@@ -34,14 +34,7 @@ from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import Evaluation, MetricSums, TrainingDivergedError
 from mnist_ray.training.reproducible import Chunks
 from mnist_ray.training.sampler import ShardedBatchSampler, Slice, split_bounds
-from mnist_ray.training.state import (
-    Group,
-    LoggingWindow,
-    StopWantedError,
-    TrainingState,
-    is_over,
-    move_average,
-)
+from mnist_ray.training.state import Group, LoggingWindow, StopWantedError, TrainingState, is_over, move_average
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.tensors import as_fp32, autocast, detached, with_fast_layout
