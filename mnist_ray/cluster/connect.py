@@ -52,13 +52,8 @@ def connect(
     raised here.
     """
     if ray.is_initialized():
-        if ray.util.client.ray.is_connected():
-            raise UsageError("this job cannot use a connection of Ray Client; run it on the cluster by ray job submit")
-        if ray_internals.dead_processes():
-            raise JobError("the Ray that this process has started is dead; use a new process")
-        meanwhile()
-        with watched():
-            yield _describe(is_local=False)
+        with _own_connection(meanwhile) as cluster:
+            yield cluster
         return
     options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.CRITICAL}
     if not verbose:  # Ray's log is still in its files, and failures are still raised
@@ -93,6 +88,18 @@ def connect(
             leaving.start()
 
         yield dataclasses.replace(cluster, leave=leave)
+
+
+@contextlib.contextmanager
+def _own_connection(meanwhile: Callable[[], None]) -> Iterator[Cluster]:
+    """Use the connection that this process has, and leave it open."""
+    if ray.util.client.ray.is_connected():
+        raise UsageError("this job cannot use a connection of Ray Client; run it on the cluster by ray job submit")
+    if ray_internals.dead_processes():
+        raise JobError("the Ray that this process has started is dead; use a new process")
+    meanwhile()
+    with watched():
+        yield _describe(is_local=False)
 
 
 def _start(session: Path, num_cpus: int, forking: Forking | None, **options: Any) -> None:
