@@ -65,7 +65,7 @@ def evaluate(
     # Ray ends a process after such a task with a GPU; by options(num_gpus=1), the process would keep the GPU's memory.
     selector = {"label_selector": dict(labels)} if labels else {}
     task = ray.remote(num_cpus=1, num_gpus=int(use_gpu), **selector)(_evaluate_split)
-    bounds = split_bounds(len(test), num_tasks, on_gpu=use_gpu)
+    bounds = split_bounds(len(test), num_tasks, workload.evaluation_batch_size(on_gpu=use_gpu))
     splits = [task.remote(checkpoint, shared, start, stop, loader_workers) for start, stop in bounds]
     try:
         return Evaluation.merge(ray.get(splits))

@@ -84,7 +84,8 @@ def train_worker(
     except torch.OutOfMemoryError as error:
         if restored.name and position_of(restored.name) == (state.epoch, state.step):
             raise  # a worker that died may not have freed its memory yet: Ray tries again
-        raise TrainingStoppedError(f"{first_line(error)}; lower --batch-size, or set --micro-batch-size") from error
+        remedy = "lower --batch-size, set --micro-batch-size, or override the workload's evaluation_batch_size"
+        raise TrainingStoppedError(f"{first_line(error)}; {remedy}") from error
     finally:
         faulthandler.cancel_dump_traceback_later()
     reporter.end(state)

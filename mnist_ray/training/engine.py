@@ -296,7 +296,8 @@ def evaluate_together(
         return evaluate(workload, model, split, num_loader_processes, on_batch)
     for buffer in model.buffers():  # running statistics of batch normalization may differ between ranks
         dist.broadcast(buffer, 0)
-    bounds = split_bounds(len(split), group.world_size, on_gpu=group.device.type == "cuda")
+    size = workload.evaluation_batch_size(on_gpu=group.device.type == "cuda")
+    bounds = split_bounds(len(split), group.world_size, size)
     start, stop = bounds[group.rank] if group.rank < len(bounds) else (0, 0)
     parts: list[Any] = [None] * group.world_size
     own = split.between(start, stop)
@@ -316,7 +317,7 @@ def evaluate(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    batches = split_bounds(len(split), len(split), on_gpu=device.type == "cuda")
+    batches = split_bounds(len(split), len(split), workload.evaluation_batch_size(on_gpu=device.type == "cuda"))
     slices = [Slice(np.arange(*bounds), 0) for bounds in batches]
     sums: list[dict[str, Tensor]] = []  # these and the columns stay on the device, since each transfer waits for it
     columns: list[dict[str, Tensor]] = []

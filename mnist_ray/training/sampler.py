@@ -12,7 +12,6 @@ import numpy as np
 
 from mnist_ray.workload.order import Shuffled, StreamOrder
 
-EVALUATION_BATCH_SIZE = 100  # on CPUs: small enough that the activations stay in the processor's cache
 _DRAWN_AT_ONCE = 2**13  # examples of an epoch's order; drawing one at a time takes 100 times as long
 
 
@@ -25,12 +24,11 @@ class Slice(NamedTuple):
     counts: bool = True  # False if the rank has no examples: models need not take empty batches, so it gets one
 
 
-def split_bounds(num_examples: int, num_parts: int, *, on_gpu: bool) -> list[tuple[int, int]]:
-    """Return (start, stop) of at most ``num_parts`` ranges of whole evaluation batches."""
-    size = 256 if on_gpu else EVALUATION_BATCH_SIZE  # a GPU needs more at a time
-    num_batches = math.ceil(num_examples / size)
+def split_bounds(num_examples: int, num_parts: int, batch_size: int) -> list[tuple[int, int]]:
+    """Return (start, stop) of at most ``num_parts`` ranges of whole batches."""
+    num_batches = math.ceil(num_examples / batch_size)
     num_parts = min(num_parts, num_batches)
-    cuts = [num_batches * part // num_parts * size for part in range(num_parts)] + [num_examples]
+    cuts = [num_batches * part // num_parts * batch_size for part in range(num_parts)] + [num_examples]
     return list(pairwise(cuts))
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -354,10 +355,18 @@ def test_a_callback_is_called_in_order_and_can_end_the_training(few_images: Arra
     assert calls == ["start of 1", *(line.format(epoch, epoch + 1) for epoch in (0, 1) for line in each)]
 
 
+def test_a_workload_chooses_the_batches_of_its_evaluations(few_images: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
+    workload, measure = mnist(), Mock(return_value={})
+    monkeypatch.setattr(workload, "evaluation_batch_size", lambda on_gpu: 250)
+    monkeypatch.setattr(workload, "measure", measure)
+    engine.evaluate(workload, workload.create_model(), Split(few_images))
+    assert [len(call.args[1]) for call in measure.call_args_list] == [250, 250, 100]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-@pytest.mark.parametrize(("on_gpu", "size"), [(False, 100), (True, 256)])
-def test_the_parts_of_an_evaluation_are_all_whole_batches(world_size: int, on_gpu: bool, size: int) -> None:
-    bounds = split_bounds(550, world_size, on_gpu=on_gpu)
+@pytest.mark.parametrize("size", [100, 256])
+def test_the_parts_of_an_evaluation_are_all_whole_batches(world_size: int, size: int) -> None:
+    bounds = split_bounds(550, world_size, size)
     assert [start for start, _ in bounds] + [550] == [0] + [stop for _, stop in bounds]
     assert all(start % size == 0 for start, _ in bounds)
     assert len(bounds) == min(world_size, 1 + 550 // size)
