@@ -163,6 +163,7 @@ def test_a_cluster_of_other_versions_is_one_line_with_all_versions(cluster: tupl
     )
 
 
+@pytest.mark.long
 def test_workers_have_the_environment_that_uv_run_has_made_even_if_ray_is_imported_first(temporary: Path) -> None:
     done = run(temporary, code=f"import ray\n{CALL}", under_uv=True)
     assert (done.stdout, done.stderr) == ("answered\n", "")

@@ -168,6 +168,7 @@ def test_trials_of_two_workers_start_from_given_weights_and_report_to_the_sweep(
     assert float(trial["val_accuracy"]) == before["val_accuracy"]
 
 
+@pytest.mark.long
 def test_asha_stops_a_hopeless_trial_but_not_the_race(trained: Mock, where: dict[str, Any], tmp_path: Path) -> None:
     tune({**where, **rates(3e-3, 2e-3, 10.0), "scheduler": "asha", "num_epochs": 2, "num_confirmed": 2})
     first, second, hopeless, *race = rows(tmp_path / "run")
