@@ -9,7 +9,6 @@ import math
 
 from mnist_ray import settings
 from mnist_ray.cluster.connect import current_nodes
-from mnist_ray.cluster.plan import plan_workers
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.errors import JobError, count, format_settings
 from mnist_ray.run import fit
@@ -122,10 +121,10 @@ def train_and_test(session: Session, job: Job, trial: TrialRecord | None, *, is_
     has another number of workers or threads. In this run, the job leaves Ray while the report is written.
     """
     run = copy.copy(session)
-    run.job, run.clock = job, Clock()
+    run.job, run.workers, run.clock = job, job.workers, Clock()
     if not session.cluster.is_local:  # an autoscaler has added or removed nodes
         run.cluster = dataclasses.replace(session.cluster, nodes=current_nodes())
-    run.plan = plan_workers(job.workers, run.cluster, job.train.chunks)
+    fit.plan(run)
     if trial and (not is_last or run.plan == session.plan or job.train.reproducible):
         _copy_checkpoint(session.job.run.inside(TRIALS_FOLDER).inside(trial.point.name), job.run)
     with console_of(job) as run.console:
