@@ -170,11 +170,12 @@ class _Watcher(tune.Callback):
         if self.failure is not None:
             return
         yield from pieces(self.sweep, self._table, self._candidates, with_race=with_race)
-        first_epoch = rungs_of(self.sweep)[0]
-        while point := self._candidates.propose(lambda point: self._table.score_at(point, first_epoch)):
-            yield Piece(point, first_epoch)
-        self._decide()  # if Optuna had only known points to propose, the next rung begins now
-        yield from pieces(self.sweep, self._table, self._candidates, with_race=with_race)
+        if self._candidates.num_unknown:
+            first_epoch = rungs_of(self.sweep)[0]
+            while point := self._candidates.propose(lambda point: self._table.score_at(point, first_epoch)):
+                yield Piece(point, first_epoch)
+            self._decide()  # if Optuna had only known points to propose, the next rung begins now
+            yield from pieces(self.sweep, self._table, self._candidates, with_race=with_race)
 
     def on_trial_start(self, trial: Trial, **info: Any) -> None:
         self._table.start(self._point(trial))
