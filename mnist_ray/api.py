@@ -136,10 +136,7 @@ def tune(workload: AnyWorkload = None, **settings: Any) -> SweptRun:
     ``sweep`` may be a dict: ``{"width": [8, 32], "learning_rate": "log:1e-3:1e-1"}``. Raises the errors of ``train``.
     """
     if isinstance(searched := settings.get("sweep"), Mapping):
-        settings["sweep"] = [
-            f"{name}={some if isinstance(some, str) else options_text(some if isinstance(some, Iterable) else [some])}"
-            for name, some in searched.items()
-        ]
+        settings["sweep"] = [f"{name}={_space_text(space)}" for name, space in searched.items()]
     sweep = tune_sweep(read_sweep(_given(workload, settings)))
     job, run = sweep.job, _run(sweep.job)
     best = job.run.require_json(BEST_FILE)
@@ -151,6 +148,10 @@ def tune(workload: AnyWorkload = None, **settings: Any) -> SweptRun:
         trials=sweep.table().rows,
         default=None if default_result is None else Run(default, job.workload, default_result),
     )
+
+
+def _space_text(space: Any) -> str:
+    return space if isinstance(space, str) else options_text(space if isinstance(space, Iterable) else [space])
 
 
 @environment.left_as_found()

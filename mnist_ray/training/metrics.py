@@ -82,5 +82,5 @@ def score(workload: Workload, values: Mapping[str, float]) -> float:
     value, loss = values[workload.monitor.name], math.atan(values["loss"])
     loss = 2.0 if math.isnan(loss) else loss
     if math.isnan(value):
-        return -1e30 * (2 + loss / 4)
+        return -1e30 * (2 + loss)  # below all values of a metric
     return (value if workload.monitor.mode == "max" else -value) - 1e-9 * loss

@@ -126,9 +126,9 @@ class Classification(Workload):
 
     def lines(self, columns: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
         """Return the confusion matrix, with a row per label and a column per prediction; [] if it would be too wide."""
-        details, names = Classification.details(self, columns), [str(name) for name in self.class_names]
-        if self.num_classes > _MOST_COLUMNS or not details:
+        if self.num_classes > _MOST_COLUMNS or "label" not in columns:
             return []
+        details, names = Classification.details(self, columns), [str(name) for name in self.class_names]
         counts = details["confusion_matrix"]
         width = max(5, *map(len, names))
         cell = 1 + max(width, *(len(str(count)) for row in counts for count in row))
