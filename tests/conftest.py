@@ -1,5 +1,6 @@
 import contextlib
 import gzip
+import hashlib
 import os
 import signal
 import subprocess
@@ -28,10 +29,6 @@ from mnist_ray.workload.data import Arrays
 from ray_fork.starting import prepared_forking
 
 ROOT = Path(__file__).parent.parent
-FILES = (
-    ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-)
 
 METADATA = {"class_names": [*range(10)]}
 """Metadata of MNIST's data."""
@@ -62,6 +59,12 @@ def folder_at(path: Path) -> RunFolder:
     return locate(str(path.parent), path.name)
 
 
+def weights(run: Path) -> str:
+    """Return the digest of a finished run's last weights."""
+    last = max(run.glob("checkpoint_epoch*"))
+    return hashlib.sha256((last / "model.safetensors").read_bytes()).hexdigest()
+
+
 def run_main(job: str, *flags: str) -> None:
     """Run a job in this process, on the Ray that it is connected to."""
     with pytest.MonkeyPatch.context() as patch:
@@ -85,7 +88,7 @@ def idx_bytes(array: np.ndarray) -> bytes:
 def write_data_set(folder: Path, train: Arrays, test: Arrays, *, gzipped: bool = False) -> Path:
     """Write the four files of a data set in MNIST's format."""
     folder.mkdir(parents=True, exist_ok=True)
-    for names, split in zip(FILES, (train, test), strict=True):
+    for names, split in zip(idx.FILES.values(), (train, test), strict=True):
         for name, array in zip(names, (split.inputs, split.targets), strict=True):
             content = idx_bytes(array)
             if gzipped:

@@ -29,7 +29,7 @@ from mnist_ray.run.session import load_data
 from mnist_ray.workload.data import Arrays
 from ray_fork.shim import SOCKET_VARIABLE
 from ray_fork.starting import prepared_forking
-from tests.conftest import QUICK, ROOT
+from tests.conftest import QUICK, ROOT, callback_at
 from tests.run.test_in_process import CELL
 
 
@@ -44,18 +44,13 @@ def children() -> set[int]:
     return {child.pid for child in psutil.Process().children()}
 
 
-@pytest.fixture
-def unconnected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretend that this process is not connected to Ray."""
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers are forked on Linux only")
+def test_a_failed_call_leaves_no_fork_server_and_no_variable(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "local")
     monkeypatch.setenv(SOCKET_VARIABLE, "")  # restored afterwards
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers are forked on Linux only")
-def test_a_failed_call_leaves_no_fork_server_and_no_variable(
-    small_data: Path, tmp_path: Path, unconnected: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
     before, started = children(), list[set[int]]()
 
     def look(job: Any) -> Any:
@@ -230,18 +225,6 @@ def test_a_class_is_named_by_its_file_or_module_and_refused_without_a_file(monke
         reference_of(Mine)
 
 
-ENDS = """
-import os, signal
-from mnist_ray.training.callback import Callback
-
-
-class Ends(Callback):
-    def on_step(self, state):
-        if os.environ["ENDS"] == "interrupted" and state.step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        if os.environ["ENDS"] == "failing":
-            raise ValueError
-"""
 CALLS = """
 import contextlib, logging, os, signal, sys, threading, warnings
 import numpy, torch, torch._dynamo  # what an import changes stays
@@ -273,7 +256,12 @@ for end in ("finished", "failing", "interrupted"):
 
 def test_a_call_leaves_its_process_as_it_found_it(small_data: Path, tmp_path: Path) -> None:
     (tmp_path / "calls.py").write_text(CALLS)
-    (tmp_path / "ends.py").write_text(ENDS)
+    callback_at(
+        tmp_path / "ends.py",
+        "on_step(self, state)",
+        'if os.environ["ENDS"] == "interrupted" and state.step == 1: os.kill(os.getpid(), signal.SIGINT)',
+        'if os.environ["ENDS"] == "failing": raise ValueError',
+    )
     command = [sys.executable, "calls.py", str(tmp_path / "runs"), str(small_data)]
     variables = {**os.environ, "RAY_ADDRESS": "local"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=variables)

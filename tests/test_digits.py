@@ -37,13 +37,6 @@ def digit(request: pytest.FixtureRequest, mnist_test: Arrays) -> np.ndarray:
     return mnist_test.inputs[request.param]
 
 
-@pytest.mark.parametrize("form", ["png", "ppm"])
-def test_a_picture_with_16_bits_is_read_like_one_with_8(digit: np.ndarray, form: str) -> None:
-    eight = np.uint8(255 * ink(digit))
-    sixteen = Image.open(io.BytesIO(encoded(Image.fromarray(eight.astype(np.uint16) << 8), form)))
-    np.testing.assert_array_equal(to_mnist(sixteen), to_mnist(Image.fromarray(eight)))
-
-
 def similarity(a: np.ndarray, b: np.ndarray) -> float:
     """Return the cosine of two images."""
     return float((a.astype(float) * b).sum() / np.linalg.norm(a.astype(float)) / np.linalg.norm(b.astype(float)))

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,13 +61,6 @@ def test_a_finished_run_is_neither_overwritten_nor_resumed(finished_run: Path) -
     with pytest.raises(UsageError, match="run two is finished; its result is in"):
         run_main("train", *same, "--resume")
     assert (finished_run / "result.json").read_bytes() == before
-
-
-@pytest.mark.usefixtures("ray_address")
-def test_more_workers_than_the_cluster_holds_are_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot hold 3 workers of 1 CPU: it has 2 CPUs on 1 node; lower --num"):
-        run_main("train", "--num-workers", "3", "--storage-path", str(tmp_path))
-    assert not any(tmp_path.iterdir())
 
 
 def test_four_workers_run_on_two_cpus_and_nothing_listens_beyond_loopback(quick: Flags, tmp_path: Path) -> None:
@@ -254,7 +246,9 @@ def test_a_mistake_ends_a_process_with_one_line(
     flags: list[str], address: str | None, status: int, message: str, tmp_path: Path
 ) -> None:
     done = run_job("train.py", "--storage-path", str(tmp_path), *flags, address=address)
-    assert_one_line_error(done, status, message)
+    assert (done.returncode, done.stderr.count("\n")) == (status, 1), done.stdout + done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stdout
 
 
 def status_of(job: str, *flags: str) -> int:
@@ -263,10 +257,3 @@ def status_of(job: str, *flags: str) -> int:
         return cli.status_of(functools.partial(run_main, job, *flags))
     except SystemExit as end:  # argparse found a mistake
         return int(end.code or 0)
-
-
-def assert_one_line_error(done: subprocess.CompletedProcess, status: int, message: str) -> None:
-    assert done.returncode == status, done.stdout + done.stderr
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert "Traceback" not in done.stdout

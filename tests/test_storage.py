@@ -1,6 +1,7 @@
 import contextlib
 import os
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -161,33 +162,23 @@ def test_the_newest_run_is_the_last_begun_that_has_a_checkpoint(tmp_path: Path) 
         if name != "c_empty":
             (tmp_path / name / "checkpoint_epoch-001_step-000000").mkdir()
     assert find_run(None, str(tmp_path)).name == "a_new"
-    with pytest.raises(UsageError, match=r"no run in .* has a checkpoint"):
+    with pytest.raises(UsageError, match=r"no run in .* has a checkpoint to use; python jobs/train\.py makes one$"):
         find_run(None, str(tmp_path / "c_empty"))
 
 
 @pytest.mark.parametrize(
-    ("path", "message"),
+    ("find", "given", "message"),
     [
-        ("nonsense://x", "--storage-path nonsense://x cannot be used: "),
-        ("", "--storage-path is empty; name a file or a folder"),
-        ("s3:/KEY:SECRET@bucket", "s3:… is neither a folder nor a URI; write s3://… or ./s3:…"),
-        ("runs\udcff", "cannot be used: 'utf-8' codec can't encode"),
+        (locate, "nonsense://x", "--storage-path nonsense://x cannot be used: "),
+        (locate, "", "--storage-path is empty; name a file or a folder"),
+        (locate, "s3:/KEY:SECRET@bucket", "s3:… is neither a folder nor a URI; write s3://… or ./s3:…"),
+        (locate, "runs\udcff", "cannot be used: 'utf-8' codec can't encode"),
+        (find_run, "", "the run's name is empty; give a name, or leave the flag out"),
+        (find_run, "~nosuchuser/x", "the run in ~nosuchuser: Could not determine home directory"),
+        (find_run, "s3:/bucket/run", "s3:… is neither a folder nor a URI"),
     ],
 )
-def test_an_unusable_storage_path_is_refused(path: str, message: str) -> None:
+def test_an_unusable_place_is_refused(find: Callable[[str, str], RunFolder], given: str, message: str) -> None:
     with pytest.raises(UsageError) as raised:
-        locate(path, "run")
+        find(given, "run")
     assert (message in str(raised.value), "\n" in str(raised.value)) == (True, False)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ("", "the run's name is empty; give a name, or leave the flag out"),
-        ("~nosuchuser/x", "the run in ~nosuchuser: Could not determine home directory"),
-        ("s3:/bucket/run", "s3:… is neither a folder nor a URI"),
-    ],
-)
-def test_an_unusable_run_is_refused(given: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        find_run(given, "elsewhere")

@@ -47,13 +47,6 @@ def temporary() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.fixture
-def silent() -> Iterator[str]:
-    """An address where a program listens but never answers."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-
-
 def run(
     temporary: Path, address: str = "local", code: str = JOB, *, under_uv: bool = False, **variables: str
 ) -> subprocess.CompletedProcess:
@@ -77,10 +70,12 @@ def run(
 
 
 @pytest.mark.long
-def test_an_address_where_no_ray_answers_ends_the_job_in_one_line(silent: str, temporary: Path) -> None:
-    done = run(temporary, address=silent)
+def test_an_address_where_no_ray_answers_ends_the_job_in_one_line(temporary: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # which never answers
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        done = run(temporary, address=address)
     assert done.returncode == 1
-    assert done.stderr == f"error: no Ray cluster answers at RAY_ADDRESS={silent}; unset it to start a local Ray\n"
+    assert done.stderr == f"error: no Ray cluster answers at RAY_ADDRESS={address}; unset it to start a local Ray\n"
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from ray.util import placement_group, placement_group_table
 from ray.util.placement_group import PlacementGroup
 
 from mnist_ray.cluster import ray_internals, watch
-from mnist_ray.cluster.watch import RaySilentError, end_controllers, in_thread, watched
+from mnist_ray.cluster.watch import RaySilentError, end_controllers, watched
 from tests.conftest import wait_for
 
 
@@ -60,12 +60,6 @@ def test_python_exits_while_a_thread_waits_for_a_silent_ray() -> None:
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=True).stdout == b"False\n"
     )
-
-
-def test_a_call_in_a_thread_returns_its_result_or_raises_its_error() -> None:
-    assert in_thread(lambda: 3).result() == 3
-    with pytest.raises(ZeroDivisionError):
-        in_thread(lambda: 1 // 0).result()
 
 
 class Controller:

@@ -42,17 +42,6 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         idx.load("train", tmp_path)
 
 
-def test_an_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_data_set(tmp_path, tiny(), tiny())
-
-    def refuse(path: Path) -> bytes:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(JobError, match="train-images-idx3-ubyte cannot be read: Permission denied"):
-        idx.load("train", tmp_path)
-
-
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
 

@@ -37,14 +37,6 @@ def refusing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture
-def importing(tmp_path: Path) -> Iterator[Server]:
-    """A server that imports until a file named go exists."""
-    gate = str(tmp_path / "go")
-    with serving(tmp_path, slow=f"import os, time\nwhile not os.path.exists({gate!r}): time.sleep(0.01)") as running:
-        yield running
-
-
 @pytest.fixture(scope="module")
 def seen(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A worker's state."""
@@ -67,10 +59,6 @@ def send(connection: socket.socket, server: Server, content: bytes, size: int | 
     head = (len(content) if size is None else size).to_bytes(4, "big")
     socket.send_fds(connection, [head], [file] * 3)
     connection.sendall(content)
-
-
-def workers_of(server: Server) -> list[int]:
-    return [child.pid for child in psutil.Process(server.process.pid).children()]
 
 
 def request_of(folder: Path, server: Server) -> bytes:
@@ -167,16 +155,16 @@ def test_the_descriptors_of_a_client_that_hangs_up_are_closed(refusing: Server, 
     assert file.name not in {os.readlink(link) for link in Path(f"/proc/{refusing.process.pid}/fd").iterdir()}
 
 
-def test_a_request_during_an_import_is_answered_afterwards_unless_the_client_has_hung_up(
-    importing: Server, tmp_path: Path
-) -> None:
-    with socket.socket(socket.AF_UNIX) as connection:
-        send(connection, importing, request_of(tmp_path, importing))
-    with socket.socket(socket.AF_UNIX) as connection:
-        send(connection, importing, request_of(tmp_path, importing))
-        (tmp_path / "go").touch()
-        answer = int(connection.recv(100))
-    assert workers_of(importing) == [answer]
+def test_a_request_during_an_import_is_answered_afterwards_unless_the_client_has_hung_up(tmp_path: Path) -> None:
+    slow = f"import os, time\nwhile not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.01)"
+    with serving(tmp_path, slow=slow) as server:
+        with socket.socket(socket.AF_UNIX) as connection:
+            send(connection, server, request_of(tmp_path, server))
+        with socket.socket(socket.AF_UNIX) as connection:
+            send(connection, server, request_of(tmp_path, server))
+            (tmp_path / "go").touch()
+            answer = int(connection.recv(100))
+        assert [child.pid for child in psutil.Process(server.process.pid).children()] == [answer]
 
 
 def test_a_killed_worker_leaves_no_zombie(server: Server, tmp_path: Path) -> None:

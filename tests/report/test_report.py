@@ -128,25 +128,23 @@ def test_the_command_writes_the_same_report_again(finished_run: Path) -> None:
     assert (finished_run / "report.html").read_text() == before
 
 
-def test_a_report_without_the_data_says_so(
-    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(finished_run, tmp_path / "moved")
-    config = json.loads((tmp_path / "moved" / "config.json").read_text())
-    (tmp_path / "moved" / "config.json").write_text(json.dumps(config | {"data_dir": str(tmp_path / "gone")}))
-    run_main("report", str(tmp_path / "moved"))
-    said = capsys.readouterr().out
-    assert said.startswith(f"no images are shown: --data-dir {tmp_path}/gone is not a folder")
-
-
 @pytest.mark.parametrize(
-    ("limit", "notes"), [(0.002, []), (1.0, ["note no images are shown: the test set has 1,100 now, it had 2"])]
+    ("changes", "notes"),
+    [
+        ({"limit": 0.002}, []),
+        ({}, ["note no images are shown: the test set has 1,100 now, it had 2"]),
+        ({"data_dir": "/gone"}, ["no images are shown: --data-dir /gone is not a folder"]),
+    ],
 )
 def test_a_report_written_again_shows_the_examples_that_were_predicted_or_says_why_not(
-    tested_run: RunFolder, small_data: Path, limit: float, notes: list[str], capsys: pytest.CaptureFixture[str]
+    tested_run: RunFolder,
+    small_data: Path,
+    changes: dict[str, Any],
+    notes: list[str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = tested_run.read_json("config.json") or {}
-    tested_run.write_text("config.json", json_lines({**config, "limit": limit, "data_dir": str(small_data)}))
+    tested_run.write_text("config.json", json_lines({**config, "data_dir": str(small_data), **changes}))
     run_main("report", tested_run.path)
     assert capsys.readouterr().out.splitlines() == [*notes, f"report {tested_run.path}/report.html"]
     assert tested_run.inside("pictures").exists("predictions.png") == (not notes)
@@ -270,6 +268,7 @@ RAGGED = (b"\xff\xfe", b"a,b\nx\n")
 DAMAGED = [(name, content) for name in ("predictions.csv", "sweep.csv") for content in RAGGED]
 for name in ("metrics.csv", "steps.csv", "origin.json", "result.json"):
     DAMAGED += [(name, content) for content in (b"", b"[1, 2]", *RAGGED)]
+DAMAGED += [("metrics.csv", b"epoch,train_loss\n1,x\n"), ("metrics.csv", b"epoch,train_loss\n,1\n")]
 
 
 @pytest.mark.parametrize(("name", "content"), DAMAGED)

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import hashlib
 import json
 import os
 import re
@@ -43,7 +42,7 @@ from mnist_ray.run.find import best_of, drop_others, find
 from mnist_ray.run.fit import EventQueue
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.signals import Noted
-from mnist_ray.storage import RunFolder, checkpoint_name, locate
+from mnist_ray.storage import SNAPSHOT_FILE, RunFolder, checkpoint_name, locate
 from mnist_ray.training import checkpoint, engine
 from mnist_ray.training.checkpoint import Restored, restore_newest
 from mnist_ray.training.engine import create_state
@@ -53,6 +52,7 @@ from mnist_ray.training.state import Group
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import (
     QUICK,
+    Flags,
     as_flags,
     callback_at,
     folder_at,
@@ -61,13 +61,8 @@ from tests.conftest import (
     run_job,
     run_main,
     wait_for,
+    weights,
 )
-
-
-def weights(run: Path) -> str:
-    """Return the digest of a finished run's last weights."""
-    last = max(run.glob("checkpoint_epoch*"))
-    return hashlib.sha256((last / "model.safetensors").read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -241,7 +236,7 @@ def test_an_interrupted_run_waits_for_workers_that_train_and_for_no_others(monke
 
 
 def test_a_training_that_ends_before_its_event_queue_has_started_loses_no_event(
-    ray_address: str, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_address: str, quick: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class LateQueue(EventQueue):
         def __init__(self) -> None:
@@ -252,8 +247,7 @@ def test_a_training_that_ends_before_its_event_queue_has_started_loses_no_event(
     touch = f"pathlib.Path({str(tmp_path / 'over')!r}).touch()"
     callback = callback_at(tmp_path / "touches.py", "on_epoch(self, state, progress)", touch)
     monkeypatch.setattr(fit, "open_event_queue", lambda: ray.remote(num_cpus=0)(LateQueue).remote())
-    values = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_epochs": 1}
-    run_main("train", *as_flags({**values, "callback": callback}))
+    run_main("train", *quick(num_epochs=1, callback=callback))
     run = locate(str(tmp_path), "run")
     assert read_csv(run, "steps.csv")[-1]["step"] == "48"
     (epoch,) = read_csv(run, "metrics.csv")
@@ -282,11 +276,10 @@ def test_a_run_that_loses_a_worker_and_its_newest_checkpoint_ends_with_the_same_
 
 @pytest.mark.usefixtures("ray_address")
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_run_that_a_callback_stops_says_how_to_resume(num_workers: int, small_data: Path, tmp_path: Path) -> None:
+def test_a_run_that_a_callback_stops_says_how_to_resume(num_workers: int, quick: Flags, tmp_path: Path) -> None:
     callback = callback_at(tmp_path / f"stops_{num_workers}.py", "wants_stop(self)", "return True")
-    flags = {**QUICK, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": num_workers}
     with pytest.raises(JobError, match=r"^a callback has stopped the training \(.*to resume: python .*--resume"):
-        run_main("train", *as_flags({**flags, "callback": callback}))
+        run_main("train", *quick(num_workers=num_workers, callback=callback))
     assert len(list(tmp_path.glob("run/checkpoint_epoch*"))) == 1
 
 
@@ -328,11 +321,10 @@ def test_training_continues_while_one_checkpoint_at_a_time_is_written(gate: Gate
 
 
 def test_a_report_that_cannot_be_written_is_a_note(
-    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    quick: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("mnist_ray.report.page.write", Mock(side_effect=OSError("no space")))
-    flags = {**QUICK, "num_epochs": 1, "num_workers": 0, "data_dir": small_data, "storage_path": tmp_path}
-    run_main("train", *as_flags({**flags, "run_name": "run"}))
+    run_main("train", *quick(num_epochs=1, num_workers=0))
     printed = capsys.readouterr().out
     assert "note       no report: OSError: no space" in printed
     assert printed.splitlines()[-1] == f"result     {tmp_path / 'run' / 'result.json'}"
@@ -369,7 +361,7 @@ def test_an_elastic_run_continues_with_fewer_workers(nodes: Cluster, gate: Gate)
 
 
 @pytest.mark.long
-def test_a_checkpoint_is_saved_before_a_node_is_preempted(nodes: Cluster, small_data: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_saved_before_a_node_is_preempted(nodes: Cluster, quick: Flags, tmp_path: Path) -> None:
     doomed = nodes.list_all_nodes()[-1]
 
     def announce(job: psutil.Process) -> None:
@@ -383,11 +375,10 @@ def test_a_checkpoint_is_saved_before_a_node_is_preempted(nodes: Cluster, small_
         job.send_signal(signal.SIGINT)
 
     callback = callback_at(tmp_path / "slow.py", "on_step(self, state)", "time.sleep(0.07)")
-    flags = {**QUICK, "num_epochs": 99, "batch_size": 5, "validation_size": 0, "num_workers": 2}
-    flags |= {"data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "callback": callback}
+    flags = quick(num_epochs=99, batch_size=5, validation_size=0, num_workers=2, callback=callback)
     note = "note        a worker's node will be taken away in 35"
     acts = {"epoch 1/99": announce, note: interrupt}
-    printed, _ = run_and_act(acts, *as_flags(flags), address=nodes.address, status=130)
+    printed, _ = run_and_act(acts, *flags, address=nodes.address, status=130)
     nodes.remove_node(doomed)
     assert printed.count(note) == 1
     assert "lost " not in printed
@@ -539,9 +530,6 @@ def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(
     assert (found.name, found.metrics) == (whole.name, {"train_loss": 0.5})
 
 
-SNAPSHOT = "checkpoint_manager_snapshot.json"
-
-
 def test_the_best_two_checkpoints_and_the_last_are_kept_and_a_damaged_one_is_not_the_best(tmp_path: Path) -> None:
     run, state = locate(str(tmp_path), "run"), create_state(mnist(), TrainConfig(), 600, torch.device("cpu"))
     run.write_text("config.json", "{}")
@@ -568,7 +556,7 @@ def test_a_last_checkpoint_that_rays_cut_off_list_does_not_have_is_chosen(
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     (run / "result.json").unlink()
-    (run / SNAPSHOT).write_text('{"checkpoint_results": [{"checkpoint_dir')
+    (run / SNAPSHOT_FILE).write_text('{"checkpoint_results": [{"checkpoint_dir')
     for path in sorted(run.glob("checkpoint_epoch*"))[:-1]:
         shutil.rmtree(path)
     run_main("train", "--storage-path", str(tmp_path), "--run-name", "run", "--resume")
@@ -675,11 +663,6 @@ def test_memory_that_is_lacking_is_the_codes_except_in_the_first_step_after_a_re
     advice = "CUDA out of memory. Tried to allocate 2.00 GiB.; lower --batch-size, set --micro-batch-size, or override"
     assert str(raised.value).startswith(advice) == is_codes
     assert not torch.backends.cudnn.allow_tf32, "fp32 means fp32"
-
-
-def test_code_that_ends_its_process_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(TrainingStoppedError, match=r"^SystemExit: sys\.exit\(3\) \("):
-        train_on_a_worker(monkeypatch, Mock(side_effect=SystemExit(3)))
 
 
 @pytest.mark.parametrize("method", ["create_model", "measure"])

@@ -21,7 +21,7 @@ from mnist_ray.mnist import MNIST
 from mnist_ray.report import page
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.run.in_process import LocalReporter
-from tests.conftest import QUICK, as_flags, callback_at, folder_at, run_and_act, run_job
+from tests.conftest import QUICK, as_flags, callback_at, folder_at, run_and_act, run_job, weights
 
 HERE = {**QUICK, "num_workers": 0, "cpus_per_worker": 1, "precision": "fp32"}
 
@@ -30,11 +30,6 @@ HERE = {**QUICK, "num_workers": 0, "cpus_per_worker": 1, "precision": "fp32"}
 def here(small_data: Path, tmp_path: Path) -> dict[str, Any]:
     """Settings of a run named ``run`` in the test's folder."""
     return {**HERE, "data_dir": small_data, "storage_path": tmp_path, "run_name": "run"}
-
-
-def weights_of(run: Path) -> bytes:
-    *_, last = sorted(run.glob("checkpoint_*/model.safetensors"))
-    return last.read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +46,7 @@ def test_its_weights_equal_those_of_one_worker(
 ) -> None:
     done = run_job("train.py", *as_flags({**here, "num_workers": 1}), address=ray_address)
     assert done.returncode == 0, done.stderr
-    assert weights_of(tmp_path / "run") == weights_of(run)
+    assert weights(tmp_path / "run") == weights(run)
 
 
 def test_it_writes_the_files_of_any_run(run: Path) -> None:
@@ -68,7 +63,7 @@ def test_interrupted_it_saves_and_resumes_to_the_same_weights(run: Path, here: d
     assert list(tmp_path.glob("run/checkpoint_*"))
     done = run_job("train.py", "--resume", "--run-name", "run", "--storage-path", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert weights_of(tmp_path / "run") == weights_of(run)
+    assert weights(tmp_path / "run") == weights(run)
 
 
 def test_interrupted_in_the_last_step_it_ends_as_interrupted(here: dict[str, Any], tmp_path: Path) -> None:
@@ -109,11 +104,6 @@ def test_the_best_two_and_the_last_checkpoint_are_kept(here: dict[str, Any], tmp
     ranked = sorted(epochs, key=lambda row: (-float(row["val_accuracy"]), float(row["val_loss"])))
     best, second, *_ = (f"checkpoint_epoch-{int(row['epoch']):03d}_step-000000" for row in ranked)
     assert set(run.checkpoint_names()) == {best, second, "checkpoint_epoch-006_step-000000"}
-    assert (run.read_json("result.json") or {})["checkpoint"] == best
-    state = tmp_path / "run" / second / "state.json"
-    state.write_text(state.read_text().replace('"val_score": ', '"val_score": 9'))  # its digest is wrong now
-    run.delete_file("result.json")
-    train(None, resume=True, run_name="run", storage_path=tmp_path)
     assert (run.read_json("result.json") or {})["checkpoint"] == best
 
 

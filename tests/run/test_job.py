@@ -318,23 +318,12 @@ def test_a_run_is_not_resumed_with_other_data(read: Any, begun: Path, tmp_path: 
     load_data(read("--resume", "--run-name", "run"))
 
 
-UNNAMED = """
-from mnist_ray.workload import Data
-from mnist_ray.mnist import MNIST
-
-class Unnamed(MNIST):
-    def load_data(self):
-        images = [(image, 0) for image in super().load_data().test.inputs[:200]]
-        return Data(images, images, metadata={"class_names": [0]})
-"""
-
-
-def test_a_resumed_run_says_that_its_data_cannot_be_checked(read: Any, tmp_path: Path) -> None:
-    (tmp_path / "unnamed.py").write_text(UNNAMED)
-    job, data = load_data(read("--run-name", "run", "--workload", str(tmp_path / "unnamed.py")))
+def test_a_resumed_run_says_that_its_data_cannot_be_checked(tmp_path: Path) -> None:
+    given = {"workload": InBlocks, "storage_path": str(tmp_path), "run_name": "run"}
+    job, data = load_data(read_job(given))
     assert job.notes == ()
     begin(job, data)
-    job, _ = load_data(read("--resume", "--run-name", "run"))
+    job, _ = load_data(read_job({**given, "resume": True}))
     said = "cannot check that the data are unchanged: the workload does not list their files (Data.files)"
     assert job.notes == (FROM_THE_BEGINNING, said)
 

@@ -3,7 +3,6 @@ import os
 import queue
 import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,8 +19,12 @@ ELSEWHERE = Owner("other-host", "another boot", 7, 0)
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
-    return locate(str(tmp_path), "a-run")
+def ended(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[Exception]:
+    """The errors that end an owner, which looks at its file often."""
+    errors = queue.Queue[Exception]()
+    monkeypatch.setattr(lease, "CHECKED_AFTER_S", 0.05)
+    monkeypatch.setattr(lease, "end_with", errors.put)
+    return errors
 
 
 def claim_of(run: RunFolder, owner: Owner, renewed: int = 0) -> Path:
@@ -45,12 +48,12 @@ def test_a_run_that_another_job_owns_is_refused_and_free_afterwards(run: RunFold
     parent = os.getppid()
     left = claim_of(run, replace(this_process(), pid=parent, ticks=lease.ticks_at_start(parent)))
     with (
-        pytest.raises(UsageError, match=f"a-run is in use by another job: process {parent} on this machine"),
+        pytest.raises(UsageError, match=f"run is in use by another job: process {parent} on this machine"),
         owned(run),
     ):
         pass
     left.unlink()
-    with owned(run), owned(locate(str(tmp_path), "a-run2")), owned(locate(str(tmp_path), "a")):
+    with owned(run), owned(locate(str(tmp_path), "run2")), owned(locate(str(tmp_path), "ru")):
         assert len(claims(run)) == 3
     assert not any(tmp_path.iterdir())
 
@@ -104,19 +107,13 @@ def test_a_run_is_refused_if_its_owners_file_changes(run: RunFolder, monkeypatch
 
 
 def test_an_owner_renews_its_file_and_ends_if_it_finds_another_owners(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+    run: RunFolder, ended: queue.Queue[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended = queue.Queue[Exception]()
-    monkeypatch.setattr(lease, "CHECKED_AFTER_S", 0.05)
     monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.05)
-    monkeypatch.setattr(lease, "end_with", ended.put)
     with owned(run):
         (own,) = claims(run)
         own.write_bytes(b"[]")
-        deadline = time.monotonic() + 30
-        while own.read_bytes() == b"[]" or json.loads(own.read_text())["pid"] != os.getpid():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(lambda: own.read_bytes() != b"[]" and json.loads(own.read_text())["pid"] == os.getpid())
         assert ended.empty()
         claim_of(run, ELSEWHERE)
         error = ended.get(timeout=30)
@@ -126,13 +123,14 @@ def test_an_owner_renews_its_file_and_ends_if_it_finds_another_owners(
 
 @pytest.mark.parametrize(("expires_after_s", "ends"), [(60.0, False), (-1.0, True)])
 def test_an_owner_without_its_file_writes_it_again_but_ends_if_it_was_silent_for_long(
-    expires_after_s: float, ends: bool, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+    expires_after_s: float,
+    ends: bool,
+    run: RunFolder,
+    ended: queue.Queue[Exception],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ended = queue.Queue[Exception]()
     monkeypatch.setattr(lease, "EXPIRES_AFTER_S", expires_after_s)
-    monkeypatch.setattr(lease, "CHECKED_AFTER_S", 0.05)
     monkeypatch.setattr(lease, "RENEWED_EVERY_S", 0.05)
-    monkeypatch.setattr(lease, "end_with", ended.put)
     with owned(run):
         (own,) = claims(run)
         own.unlink()  # as another job does, which has taken the run over and has ended
@@ -143,11 +141,8 @@ def test_an_owner_without_its_file_writes_it_again_but_ends_if_it_was_silent_for
 
 
 def test_of_jobs_that_write_the_file_at_the_same_moment_only_the_last_one_goes_on(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+    run: RunFolder, ended: queue.Queue[Exception]
 ) -> None:
-    ended = queue.Queue[Exception]()
-    monkeypatch.setattr(lease, "CHECKED_AFTER_S", 0.05)
-    monkeypatch.setattr(lease, "end_with", ended.put)
     with owned(run):
         others = claim_of(run, ELSEWHERE)
         assert "was taken over by process 7 on other-host" in str(ended.get(timeout=30))

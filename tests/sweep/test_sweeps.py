@@ -34,7 +34,7 @@ from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.training.checkpoint import digest_of
 from mnist_ray.workload import Arrays, Data, Regression, Workload, setting
 from mnist_ray.workload.data import Split
-from tests.conftest import ROOT, as_flags, folder_at, mnist, run_main, write_data_set
+from tests.conftest import ROOT, as_flags, callback_at, folder_at, mnist, run_main, write_data_set
 
 QUICK: dict[str, Any] = {
     "precision": "fp32",
@@ -227,39 +227,20 @@ def test_a_sweep_that_has_lost_trials_chooses_the_same_again(trained: Mock, halv
     assert sorted(row["reports"] for row in rows(run)) == sorted(row["reports"] for row in before)
 
 
-DYING = """
-import os, pathlib, signal
-import numpy as np
-from torch import nn
-from mnist_ray.workload import Arrays, Data, Regression
-
-class Dying(Regression):
-    def load_data(self):
-        inputs = np.random.default_rng(0).random((400, 3), dtype=np.float32)
-        data = Arrays(inputs, inputs.sum(1))
-        return Data(data, data)
-
-    def create_model(self):
-        if pathlib.Path(__file__).with_name("deadly").exists() and "RAY_RAYLET_PID" in os.environ:  # not in the driver
-            os.kill(os.getpid(), signal.SIGKILL)
-        return nn.Linear(3, 1)
-"""
-
-
 def test_a_trial_whose_process_dies_is_lost_and_a_resumed_sweep_tries_it_again(
-    trained: Mock, ray_address: str, tmp_path: Path
+    trained: Mock, where: dict[str, Any], tmp_path: Path
 ) -> None:
-    (tmp_path / "dying.py").write_text(DYING)
-    (tmp_path / "deadly").touch()
-    settings = {**QUICK, "num_trials": 1, "num_epochs": 1, "max_failures": 1, "workload": str(tmp_path / "dying.py")}
-    with pytest.raises(JobError, match=r"; to try lost trials again: tune\(resume=True, run_name='lost'"):
-        tune({**settings, "storage_path": str(tmp_path / "runs"), "run_name": "lost"})
-    assert [row["state"] for row in rows(tmp_path / "runs" / "lost")] == ["lost"]
-    (tmp_path / "deadly").unlink()
-    resume(tmp_path / "runs" / "lost")
-    (row,) = rows(tmp_path / "runs" / "lost")
-    assert row["state"] == "done"
-    assert 0 < float(row["val_mae"]) <= float(row["val_rmse"])
+    deadly = tmp_path / "deadly"
+    deadly.touch()
+    kill = f"if pathlib.Path({str(deadly)!r}).exists(): os.kill(os.getpid(), signal.SIGKILL)"
+    callback = callback_at(tmp_path / "dying.py", "on_start(self, state, group)", kill)
+    few = {"num_trials": 1, "num_epochs": 1, "max_failures": 1, "storage_path": str(tmp_path / "runs")}
+    with pytest.raises(JobError, match=r"; to try lost trials again: tune\(resume=True, run_name='run'"):
+        tune({**where, **few, "callback": str(callback)})
+    assert [row["state"] for row in rows(tmp_path / "runs" / "run")] == ["lost"]
+    deadly.unlink()
+    resume(tmp_path / "runs" / "run")
+    assert [row["state"] for row in rows(tmp_path / "runs" / "run")] == ["done"]
 
 
 def test_a_killed_sweep_resumes_without_repeating_finished_trials(
@@ -355,7 +336,7 @@ def test_a_wrong_setting_is_refused_before_anything_is_written(
     assert not any(tmp_path.iterdir())
 
 
-def test_a_sweep_whose_table_is_damaged_or_lost_says_what_to_do(tmp_path: Path) -> None:
+def test_a_sweep_whose_table_is_lost_says_what_to_do(tmp_path: Path) -> None:
     run = locate(str(tmp_path), "lost")
 
     def read() -> Job:
@@ -363,10 +344,6 @@ def test_a_sweep_whose_table_is_damaged_or_lost_says_what_to_do(tmp_path: Path) 
 
     run.write_text("sweep.json", '{"num_epochs": 1}')
     assert read().notes == ("run lost has no finished trial yet; starting from the beginning",)
-    run.write_text("sweep.csv", "trial\n1\n")
-    with pytest.raises(JobError, match=r"sweep\.csv is damaged: .*; restore it, or delete it$"):
-        read()
-    run.delete_file("sweep.csv")
     run.write_text("best.json", "{}")
     remedy = r"train the choice with python jobs/train\.py --config .*/lost/best\.json$"
     with pytest.raises(JobError, match=r"/lost has chosen, but lost its sweep\.csv; " + remedy):

@@ -114,12 +114,6 @@ def test_code_that_came_with_a_run_is_not_loaded(finished_run: Path, tmp_path: P
     assert not (sent / "it_ran").exists()
 
 
-def test_without_any_run_one_line_says_what_makes_one(pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError) as raised:
-        run_main("predict", str(pictures), "--storage-path", str(tmp_path))
-    assert str(raised.value) == f"no run in {tmp_path} has a checkpoint to use; python jobs/train.py makes one"
-
-
 def test_a_workload_that_does_not_read_pictures_is_refused_once() -> None:
     regression = Regression(None, {"any": 1})
     with pytest.raises(UsageError, match=r"^Regression does not take pictures: .*; choose another run with --run$"):

@@ -10,7 +10,7 @@ from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import mlflow
 import numpy as np
@@ -177,40 +177,17 @@ def test_mlflow_has_a_trial_once_that_a_resumed_sweep_reports_again(tmp_path: Pa
     assert found["trial 1"].data.metrics == {"val_loss": 0.5}
 
 
-class Recorder(Tracker):
-    """A tracker that keeps what it gets."""
-
-    def __init__(self) -> None:
-        self.seen: list[object] = []
-
-    def log(self, event: Event) -> None:
-        self.seen.append(event)
-
-    def close(self, ending: Ending) -> None:
-        self.seen.append(ending)
-
-
-class Broken(Recorder):
-    """A tracker that fails at every event."""
-
-    def log(self, event: Event) -> None:
-        raise ConnectionError("the server is gone\nand this is its traceback")
-
-
-class Leaving(Recorder):
-    """A tracker whose library ends the program."""
-
-    def log(self, event: Event) -> None:
-        sys.exit(3)
-
-
-def _cannot_start() -> Recorder:
-    raise ZeroDivisionError("division by zero")
-
-
 def test_a_tracker_that_fails_warns_once_is_asked_no_more_and_the_others_go_on() -> None:
-    recorder, broken, warnings = Recorder(), Broken(), list[str]()
-    create = {"MLflow": _cannot_start, "leaving": Leaving, "broken": lambda: broken, "recorder": lambda: recorder}
+    leaving, broken, recorder, warnings = Mock(), Mock(), Mock(), list[str]()
+    leaving.log.side_effect = SystemExit(3)
+    broken.log.side_effect = ConnectionError("the server is gone\nand this is its traceback")
+    cannot_start = Mock(side_effect=ZeroDivisionError("division by zero"))
+    create: dict[str, Any] = {
+        "MLflow": cannot_start,
+        "leaving": lambda: leaving,
+        "broken": lambda: broken,
+        "recorder": lambda: recorder,
+    }
     trackers = Trackers(create, warnings.append)
     for event in EPOCH:
         trackers.log(event)
@@ -220,7 +197,8 @@ def test_a_tracker_that_fails_warns_once_is_asked_no_more_and_the_others_go_on()
         "leaving failed and is not used any more: sys.exit(3)",
         "broken failed and is not used any more: the server is gone",
     ]
-    assert (recorder.seen, broken.seen) == ([*EPOCH, INTERRUPTED], [])
+    assert recorder.mock_calls == [*map(call.log, EPOCH), call.close(INTERRUPTED)]
+    assert leaving.mock_calls == broken.mock_calls == [call.log(EPOCH[0])]
 
 
 def test_mlflow_gets_no_secrets_and_knows_a_run_with_other_keys(tmp_path: Path, mlflow_tracker: Path) -> None:

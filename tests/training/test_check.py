@@ -110,25 +110,20 @@ def test_the_model_gets_the_result_of_prepare(write: Write) -> None:
     dry_run_of(write, body)
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        'def create_model(self): model = Spare("a"); model.a.requires_grad = False; return model',
-        "def load_data(self): return Data(examples(3), examples(3), metadata=NAMES)",
-        "def load_data(self): return Data([(np.ones(4, 'f'), 3)] * 20, examples(3), metadata=NAMES)",
-        "compares_examples = True\n    def loss(self, outputs, targets): return outputs.std(0).sum() + 0 * targets",
-        "def create_model(self): return Noisy(4, 10)",
-        "def predictions(self, outputs, targets): return {}",
-    ],
-    ids=[
-        "a frozen parameter",
-        "fewer examples than a batch",
-        "a list of pairs",
-        "a loss of a batch",
-        "noise",
-        "no predictions",
-    ],
-)
+RARE = {
+    "a frozen parameter": 'def create_model(self): model = Spare("a"); model.a.requires_grad = False; return model',
+    "fewer examples than a batch": "def load_data(self): return Data(examples(3), examples(3), metadata=NAMES)",
+    "a list of pairs": "def load_data(self): return Data([(np.ones(4, 'f'), 3)] * 20, examples(3), metadata=NAMES)",
+    "a loss of a batch": (
+        "compares_examples = True\n    def loss(self, outputs, targets): return outputs.std(0).sum() + 0 * targets"
+    ),
+    "noise": "def create_model(self): return Noisy(4, 10)",
+    "no predictions": "def predictions(self, outputs, targets): return {}",
+    "details without a matrix": "def details(self, columns): return {'ones': int((columns['label'] == 1).sum())}",
+}
+
+
+@pytest.mark.parametrize("body", RARE.values(), ids=RARE)
 def test_rare_but_right_workloads_pass(write: Write, body: str) -> None:
     dry_run_of(write, f"\n    {body}\n")
 
@@ -255,10 +250,6 @@ def test_a_workload_that_does_not_fit_is_refused_in_one_line(write: Write, body:
 )
 def test_what_is_written_about_the_test_is_tried(write: Write, body: str) -> None:
     assert message_of(write, f"\n    def {body}\n").startswith("Wrong, details, readable or lines: ")
-
-
-def test_own_details_need_no_confusion_matrix(write: Write) -> None:
-    dry_run_of(write, "\n    def details(self, columns): return {'num_ones': int((columns['label'] == 1).sum())}\n")
 
 
 def test_a_part_of_a_batch_is_tried_only_if_it_has_few_examples(

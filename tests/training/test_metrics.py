@@ -51,13 +51,6 @@ def test_metrics_of_all_predictions_are_computed_for_evaluations_only() -> None:
     assert Ranked().format({"loss": 1.0}) == "loss 1.0000"
 
 
-def test_the_accuracy_of_a_class_without_examples_is_none() -> None:
-    columns = {"label": np.array([0, 0, 1]), "prediction": np.array([0, 1, 1]), "probability": np.ones(3)}
-    result = Evaluation(({"loss": 1.5, "accuracy": 2.0},), 3, columns).to_dict(mnist())
-    assert result["test_accuracy_per_class"] == [0.5, 1.0, *[None] * 8]
-    assert (result["test_accuracy"], result["test_loss"], result["num_test_images"]) == (2 / 3, 0.5, 3)
-
-
 @pytest.mark.parametrize(
     ("better", "worse", "mode"),
     [

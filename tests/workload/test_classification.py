@@ -10,8 +10,6 @@ from torch.utils.data import Dataset
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
-from mnist_ray.training.engine import measured_sums
-from mnist_ray.training.metrics import MetricSums
 from mnist_ray.workload import Arrays, Classification, Data, Regression, Workload
 from mnist_ray.workload.figures import drawable
 
@@ -73,31 +71,12 @@ class OwnLoss(Classification):
         return F.multi_margin_loss(outputs, targets, reduction="none")
 
 
-def test_a_classification_is_trained_on_smoothed_targets_and_reports_the_plain_loss() -> None:
-    outputs, targets = map(torch.from_numpy, outputs_and_targets())
-    smoothed = F.cross_entropy(outputs, targets, reduction="none", label_smoothing=0.2)
-    assert torch.equal(workload().training_loss(outputs, targets, SMOOTHED), smoothed)  # type: ignore[arg-type]
-    assert torch.equal(workload().loss(outputs, targets), F.cross_entropy(outputs, targets, reduction="none"))
-    assert workload().training_loss(outputs, targets, TrainConfig()) is None
-
-
 @pytest.mark.parametrize("kind", [OwnLoss, Regression])
 def test_smoothing_is_refused_without_labels(kind: type[Workload]) -> None:
     outputs, targets = map(torch.from_numpy, outputs_and_targets())
     with pytest.raises(UsageError, match="--label-smoothing is for a Classification that has no loss of its own"):
         kind().training_loss(outputs, targets, SMOOTHED)
     assert kind().training_loss(outputs, targets, TrainConfig()) is None
-
-
-@pytest.mark.parametrize("batch_size", [1, 64])
-def test_the_accuracy_is_the_fraction_of_right_examples_for_any_batches(batch_size: int) -> None:
-    outputs, targets = outputs_and_targets()
-    sums = MetricSums()
-    for start in range(0, len(targets), batch_size):
-        some = [torch.from_numpy(array[start : start + batch_size]) for array in (outputs, targets)]
-        measured = measured_sums(workload(), *some)
-        sums += MetricSums({"loss": 0.0, **{key: value.item() for key, value in measured.items()}}, len(some[0]))
-    assert sums.values(workload())["accuracy"] == (outputs.argmax(1) == targets).mean()
 
 
 def test_predictions_are_label_prediction_and_probability() -> None:

@@ -59,6 +59,7 @@ def of_ray(images: np.ndarray) -> pa.Table:
         ([{"bytes": encoded(image), "path": "a.png"} for image in IMAGES], IMAGES),  # as Hugging Face writes them
         ([encoded(image) for image in GREY], GREY),
         ([encoded(image.astype(np.uint16) << 8) for image in GREY], GREY),
+        ([encoded(image.astype(np.uint16) << 8, "ppm") for image in GREY], GREY),
         (GREY.tolist(), GREY),
         (pa.FixedShapeTensorArray.from_numpy_ndarray(IMAGES), IMAGES),
         (IMAGES[:, 0, 0, 0] / 255, IMAGES[:, 0, 0, 0] / 255),
