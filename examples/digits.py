@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from mnist_ray.errors import UsageError
 from mnist_ray.mnist import MNIST, problem
 from mnist_ray.workload import setting
-from mnist_ray.workload.sources import eight_bits
 
 IMAGE_SHAPE = (28, 28)
 _WORKING_SIZE = 256  # pixels of the picture's longer side during the search for the digit
@@ -102,7 +101,6 @@ def to_mnist(image: Image.Image) -> np.ndarray:
 
 def _to_grey(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """Return a picture in grey, scaled to (width, height), as (H, W) from 0 to 255. Transparent pixels become paper."""
-    image = eight_bits(image)
     if not image.has_transparency_data:
         return np.asarray(image.convert("L").resize(size, Image.Resampling.LANCZOS), np.float32)
     layers = image.convert("RGBA").convert("LA").resize(size, Image.Resampling.LANCZOS).split()

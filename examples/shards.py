@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 
 from mnist_ray.workload import Choice, Classification, Data, at_least, setting
-from mnist_ray.workload.sources import Parquet
+from mnist_ray.workload.sources import Parquet, as_displayed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Shards(Classification):
 
     def example(self, row: dict[str, Any]) -> tuple[np.ndarray, int]:
         """Decode a row; return the picture, scaled, (3, size, size) uint8, and its class."""
-        picture = Image.open(io.BytesIO(row["image"]["bytes"]))
+        picture = as_displayed(Image.open(io.BytesIO(row["image"]["bytes"])))
         return self.read_picture(picture), row["label"]
 
     def read_picture(self, picture: Image.Image) -> np.ndarray:

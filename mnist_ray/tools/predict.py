@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import nn
 from torch.utils.data import default_collate
 
@@ -27,6 +27,7 @@ from mnist_ray.storage import write_file
 from mnist_ray.training.batches import allow_read_only
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.loading import placed
+from mnist_ray.workload.sources import as_displayed
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow's names of the accepted formats. For some others, it would start a program: for PostScript, Ghostscript."""
@@ -75,7 +76,7 @@ def predict(given: Sequence[str], found: find.Found, config: PredictionConfig) -
         say(f"checkpoint {found.checkpoint.path} ({type(workload).__name__})")
     predictions = []
     for prediction in predict_files(workload, model, find_files(given)):
-        predictions.append(prediction)
+        predictions.append(prediction if config.grid else replace(prediction, inputs=None))  # to save memory
         if config.json:
             sys.stdout.write(json.dumps(prediction.to_dict(workload.prediction_noun, config.threshold)) + "\n")
         else:
@@ -119,20 +120,21 @@ def predict_files(workload: Workload, model: nn.Module, files: Iterable[Path | I
 def predict_inputs(workload: Workload, model: nn.Module, inputs: Iterable[Any]) -> list[Prediction]:
     """Return the predictions for N inputs in the format of the workload's data. Raises UsageError."""
     allow_read_only()
-    examples = [(one, 0) for one in inputs]
-    if not examples:
-        return []
-    with placed(workload, "a prediction"), torch.inference_mode():
-        joined, _ = workload.collate(examples) or default_collate(examples)
-        each = workload.top_predictions(model(workload.prepare(joined, None)))
-    return [Prediction("", one, tuple(top)) for one, top in zip(inputs, each, strict=True)]
+    inputs, predictions = iter(inputs), list[Prediction]()
+    while batch := [*itertools.islice(inputs, _BATCH_SIZE)]:
+        examples = [(one, 0) for one in batch]
+        with placed(workload, "a prediction"), torch.inference_mode():
+            joined, _ = workload.collate(examples) or default_collate(examples)
+            each = workload.top_predictions(model(workload.prepare(joined, None)))
+        predictions += [Prediction("", one, tuple(top)) for one, top in zip(batch, each, strict=True)]
+    return predictions
 
 
 def _read(workload: Workload, file: Path | Image.Image) -> Prediction:
     """Read one file or image as an input of the model, or return the reason why it has no prediction."""
     name = str(file) if isinstance(file, Path) else ""
     try:
-        picture = read_image(file) if isinstance(file, Path) else file
+        picture = read_image(file) if isinstance(file, Path) else as_displayed(file)
         with placed(workload, "read_picture"):
             return Prediction(name, workload.read_picture(picture))
     except UsageError as error:
@@ -140,11 +142,13 @@ def _read(workload: Workload, file: Path | Image.Image) -> Prediction:
 
 
 def read_image(file: Path | io.BytesIO) -> Image.Image:
-    """Decode a picture and turn it as its EXIF data say. Raises UsageError."""
+    """Decode a picture, as it is displayed. Raises UsageError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about large pictures and harmless damage
-            return ImageOps.exif_transpose(Image.open(file, formats=FORMATS))
+            picture = Image.open(file, formats=FORMATS)
+            picture.load()
+            return as_displayed(picture)
     except UnidentifiedImageError as error:
         raise UsageError("is no picture of a known format") from error
     except Exception as error:  # a damaged file may raise anything

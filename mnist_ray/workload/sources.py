@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import io
 import json
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, ImageOps
 from pyarrow import compute, fs
 from pyarrow import parquet as pq
 
@@ -44,8 +45,8 @@ def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Dat
         folders = [datasets.ImageFolder(root, transform, loader=_opened_picture) for root in roots or [place, place]]
     except OSError as error:
         raise UsageError(f"{place}: {first_line(error)}") from error
-    if len(roots) == 1:
-        raise UsageError(f"{place} has only {roots[0].name}/; it needs both train/ and test/")
+    if roots and [roots[0].name, len(roots)] != ["train", 2]:
+        raise UsageError(f"{place} has {' and '.join(f'{root.name}/' for root in roots)}; it needs train/ and test/")
     classes = folders[0].classes
     if any(folder.classes != classes for folder in folders):
         raise UsageError(f"{place}: {roots[0].name}/ and {roots[1].name}/ differ in classes")
@@ -61,17 +62,18 @@ def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Dat
 
 def _opened_picture(file: str) -> Image.Image:
     with Image.open(file) as picture:
-        return eight_bits(picture).convert("RGB")
+        return as_displayed(picture).convert("RGB")
 
 
 class Parquet(Blocks):
     """The rows of Parquet files; each row group is a block.
 
     ``place``: a path or URI of a file, of a folder with ``.parquet`` files, or with ``*``. ``columns``: those of the
-    inputs, then that of the targets; by default all. They hold numbers, lists of equal lengths, tensors of Ray Data, or
-    pictures as Hugging Face writes them, which become (H, W) or (H, W, 3) uint8. Several columns of inputs hold numbers
-    and become (columns,) float32. Instead, ``decode`` may turn a row, a dict by column, into (input, target). Raises
-    UsageError if there are no such files or columns.
+    inputs, then that of the targets; by default all, without pandas' index. They hold numbers, lists of equal lengths,
+    tensors of Ray Data, or pictures as Hugging Face writes them, which become (H, W) or (H, W, 3) uint8. Several
+    columns of inputs hold numbers and become (columns,) float32. Instead, ``decode`` may turn a row, a dict by column,
+    into (input, target); like ``Blocks.read``, it must draw no random numbers. Raises UsageError if there are no such
+    files or columns.
     """
 
     def __init__(
@@ -82,8 +84,9 @@ class Parquet(Blocks):
         decode: Callable[[dict[str, Any]], tuple[Any, Any]] | None = None,
     ) -> None:
         self._filesystem, files = _files_at(str(place))
-        known = [file.footer.schema.to_arrow_schema().names for file in files]
-        self._columns, self._decode = list(columns or known[0]), decode
+        schemas = [file.footer.schema.to_arrow_schema() for file in files]
+        known, index = [schema.names for schema in schemas], (schemas[0].pandas_metadata or {}).get("index_columns", [])
+        self._columns, self._decode = list(columns or [name for name in known[0] if name not in index]), decode
         for file, names in zip(files, known, strict=True):
             if missing := [name for name in self._columns if name not in names]:
                 raise UsageError(f"{file.path} has no column {missing[0]}, only {', '.join(names)}")
@@ -182,7 +185,10 @@ def _array(field: pa.Field, column: pa.ChunkedArray, where: str) -> np.ndarray:
         if len({picture.shape for picture in pictures}) > 1:
             raise UsageError(f"{where} has pictures of different sizes; {_REMEDY}")
         return np.stack(pictures)
-    of_tensor = json.loads((field.metadata or {}).get(b"ARROW:extension:metadata", "[]"))  # of Ray Data
+    if isinstance(values, pa.FixedShapeTensorArray):
+        return values.to_numpy_ndarray()
+    metadata = json.loads((field.metadata or {}).get(b"ARROW:extension:metadata", "[]"))
+    of_tensor = metadata if all(isinstance(size, int) for size in metadata) else []  # of Ray Data, or of others
     if isinstance(values, pa.ExtensionArray):  # of Ray Data, too, if this process has imported it
         of_tensor, values = values.type.shape, values.storage
     while pa.types.is_nested(values.type):
@@ -198,11 +204,16 @@ def _array(field: pa.Field, column: pa.ChunkedArray, where: str) -> np.ndarray:
 
 
 def _picture(content: bytes) -> np.ndarray:
-    picture = eight_bits(Image.open(io.BytesIO(content)))
+    picture = as_displayed(Image.open(io.BytesIO(content)))
     return np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
 
 
-def eight_bits(picture: Image.Image) -> Image.Image:
-    """Return a grey picture of 16 bits with 8; Pillow's ``convert`` would make nearly all of it white."""
+def as_displayed(picture: Image.Image) -> Image.Image:
+    """Return a picture upright, as its EXIF data say, and a grey one of 16 bits with 8.
+
+    Pillow's ``convert`` would make nearly all of 16 bits white.
+    """
     has_more = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM")
+    with contextlib.suppress(Exception):  # damaged EXIF data may raise anything; a damaged picture raises later
+        picture = ImageOps.exif_transpose(picture)
     return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)) if has_more else picture

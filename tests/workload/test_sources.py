@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from pyarrow import parquet as pq
 
 from mnist_ray.errors import JobError, UsageError
@@ -29,6 +30,7 @@ def encoded(image: np.ndarray, kind: str = "png") -> bytes:
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 8, 6, 3), dtype=np.uint8)
 GREY = IMAGES[..., 0]
 LABELS = np.arange(10)
+HF_SHAPE = '[[8, 6], "uint8"]'
 
 
 def written(file: Path, rows: int = 4, **columns: Any) -> Path:
@@ -62,6 +64,7 @@ def of_ray(images: np.ndarray) -> pa.Table:
         ([encoded(image.astype(np.uint16) << 8, "ppm") for image in GREY], GREY),
         (GREY.tolist(), GREY),
         (pa.FixedShapeTensorArray.from_numpy_ndarray(IMAGES), IMAGES),
+        (pa.FixedShapeTensorArray.from_numpy_ndarray(GREY.transpose(0, 2, 1)), GREY.transpose(0, 2, 1)),
         (IMAGES[:, 0, 0, 0] / 255, IMAGES[:, 0, 0, 0] / 255),
     ],
 )
@@ -78,6 +81,21 @@ def test_a_row_group_is_a_block_of_pictures_lists_tensors_or_numbers(
 
 def test_tensors_of_ray_data_keep_their_shape(tmp_path: Path) -> None:
     np.testing.assert_array_equal(arrays_of(written(tmp_path / "some.parquet", table=of_ray(IMAGES))).inputs, IMAGES)
+
+
+def test_nested_lists_of_hugging_face_keep_their_shape(tmp_path: Path) -> None:
+    about = {"ARROW:extension:name": "datasets.features.features.Array2DExtensionType"}
+    field = pa.field("image", pa.list_(pa.list_(pa.uint8())), metadata={**about, "ARROW:extension:metadata": HF_SHAPE})
+    schema = pa.schema([field, pa.field("label", pa.int64())])
+    table = pa.table({"image": pa.array(GREY.tolist(), field.type), "label": LABELS}, schema=schema)
+    np.testing.assert_array_equal(arrays_of(written(tmp_path / "some.parquet", table=table)).inputs, GREY)
+
+
+def test_the_index_of_pandas_is_neither_input_nor_target(tmp_path: Path) -> None:
+    table = pd.DataFrame({"a": LABELS, "price": LABELS * 2.0}).sample(frac=1, random_state=0)
+    table.to_parquet(tmp_path / "some.parquet")
+    read = arrays_of(tmp_path / "some.parquet")
+    np.testing.assert_array_equal(read.targets, read.inputs * 2)
 
 
 def test_several_columns_of_numbers_are_a_vector(tmp_path: Path) -> None:
@@ -257,11 +275,25 @@ def test_pictures_with_16_bits_keep_their_greys(tmp_path: Path) -> None:
     assert sources.pictures(tmp_path, size=8).train[0][0].unique().tolist() == [100]  # type: ignore[index]
 
 
+def test_photos_are_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # turned a quarter to the left
+    lying = Image.fromarray(np.kron([[0, 255], [0, 255]], np.ones((8, 8))).astype(np.uint8))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        lying.save(tmp_path / name / "0.jpg", exif=exif)
+    content = (tmp_path / "a" / "0.jpg").read_bytes()
+    (upright,) = arrays_of(written(tmp_path / "some.parquet", image=[content], label=[0])).inputs
+    assert (upright[4, 4], upright[12, 4]) == (0, 255)
+    np.testing.assert_array_equal(sources.pictures(tmp_path, size=16, is_grey=True).train[0][0][0], upright)  # type: ignore[index]
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
         ({}, "Couldn't find any class folder"),
-        ({"train": ("red",)}, "has only train/; it needs both train/ and test/"),
+        ({"train": ("red",)}, "has train/; it needs train/ and test/"),
+        ({"test": ("red",), "val": ("red",), "training": ("red",)}, "has test/ and val/; it needs train/ and test/"),
         ({"train": ("red",), "test": ("green",)}, "train/ and test/ differ in classes"),
     ],
 )
