@@ -27,6 +27,10 @@ class Choice:
 
     options: tuple[Any, ...]
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.options, (tuple, list)) or not self.options:
+            raise UsageError(f"Choice({self.options!r}) needs a tuple of values, such as Choice((16, 32))")
+
 
 @dataclass(frozen=True)
 class Range:
@@ -113,7 +117,11 @@ def build(config_class: type[T], values: Mapping[str, Any]) -> T:
     """Build a config from ``values``, ignoring other configs' settings. Raises UsageError for a wrong value."""
     hints = get_type_hints(config_class)
     given = [field for field in dataclasses.fields(config_class) if field.name in values]  # type: ignore[arg-type]
-    return config_class(**{field.name: _checked(field, hints[field.name], values[field.name]) for field in given})
+    checked = {field.name: _checked(field, hints[field.name], values[field.name]) for field in given}
+    try:
+        return config_class(**checked)
+    except ValueError as error:  # of a workload's own __post_init__
+        raise UsageError(first_line(error)) from error
 
 
 def _checked(field: dataclasses.Field[Any], annotation: Any, value: Any) -> Any:
@@ -191,7 +199,7 @@ def read_config_file(path: str) -> dict[str, Any]:
     try:
         if file.exists() and not file.is_file():  # reading a FIFO may wait forever, reading a device may never end
             raise UsageError(f"the config file {path} is not a file")
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"cannot read the config file {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # including text that is not UTF-8

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import hashlib
 import inspect
 import json
@@ -16,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from mnist_ray import config
-from mnist_ray.errors import JobError, UsageError, with_place
-from mnist_ray.settings import build, check_known, flag, names_of
+from mnist_ray.errors import JobError, UsageError, first_line, with_place
+from mnist_ray.settings import build, check_known, names_of, values_of
 from mnist_ray.workload import user_code
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Arrays, Blocks, Data, Split, Splits
@@ -26,7 +25,7 @@ from mnist_ray.workload.user_code import Source
 DEFAULT = "mnist_ray.mnist"
 _MOST_FILES_ASKED = 1000  # at most so many files, evenly spaced, are stat'ed: file servers may be slow
 _REMEDIES = {"Tensor": "; call .numpy()", "dict": "; use a Dataset", "NoneType": "; without targets, repeat the inputs"}
-_INTERFACE = [name for name in dir(Workload) if not name.startswith("_")]
+_SWEEP_COLUMNS = ("trial", "state", "epochs", "reports", "reason")  # of sweep.csv, besides settings and metrics
 
 Reference = str | type[Workload]  # a value of ``--workload``, or a class in this process
 
@@ -65,34 +64,53 @@ def load_again(saved: str, given: Reference | None, file: str, folders: Iterable
 
 
 def _check_class(workload_class: type[Workload]) -> None:
-    """Raise UsageError if a required method is missing, a name is misspelled, or the settings cannot become flags."""
+    """Raise UsageError if a method is missing, a name is misspelled, or an attribute is not what it must be."""
     name, settings = workload_class.__name__, workload_class.Settings
-    for attribute in vars(workload_class):
-        meant = difflib.get_close_matches(attribute, _INTERFACE, 1, cutoff=0.8)
-        if meant and not attribute.startswith("_") and not hasattr(workload_class.__mro__[1], attribute):
-            raise UsageError(f"{name}.{attribute}: did you mean {meant[0]}? If not, choose another name")
+    user_code.check_names(workload_class, Workload)
     for method in ("load_data", "create_model", "loss"):
         if getattr(workload_class, method) is getattr(Workload, method):
             raise UsageError(f"workload {name} has no method {method}")
+    with _checking(workload_class, "__init__"):
+        inspect.signature(workload_class).bind(None, None)  # settings and metadata
+    with _checking(workload_class, "metrics"):
+        for metric in workload_class.metrics:
+            if metric.mode not in ("max", "min"):
+                raise UsageError(f"{metric.name} has the mode {metric.mode!r}; it must be max or min")
+            if metric.name in ("score", "s"):
+                raise UsageError(f"{metric.name} has another meaning in checkpoints; choose another name")
     if not dataclasses.is_dataclass(settings):
         raise UsageError(f"{name}.Settings must be a dataclass: put @dataclass(frozen=True) above it")
-    if wrong := {"score", "s"} & {metric.name for metric in workload_class.metrics}:
-        raise UsageError(f"{name}.metrics: {wrong.pop()} has another meaning in checkpoints; choose another name")
+    with _checking(workload_class, "Settings"):
+        _check_settings(settings)
+    known: list[type] = [config.TrainConfig, settings]
+    with _checking(workload_class, "recipes"):
+        for recipe, values in workload_class.recipes.items():
+            check_known(values, names_of([*known, config.WorkerConfig]), recipe)
+            for config_class in (*known, config.WorkerConfig):
+                build(config_class, values)
+    check_known(workload_class.search, names_of(known), f"{name}.search")
+
+
+@contextlib.contextmanager
+def _checking(workload_class: type[Workload], attribute: str) -> Iterator[None]:
+    """Raise any error as a UsageError that names the attribute: a tuple of one may lack its comma, for example."""
+    try:
+        yield
+    except Exception as error:
+        said = first_line(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {first_line(error)}"
+        raise UsageError(f"{workload_class.__name__}.{attribute}: {said}") from error
+
+
+def _check_settings(settings: type) -> None:
+    """Raise an error if settings cannot become flags, or cannot be saved as JSON."""
     of_jobs = [value for value in vars(config).values() if dataclasses.is_dataclass(value) and isinstance(value, type)]
-    taken = names_of(of_jobs) | {"workload", "config", "recipe", "run", "help"}
+    taken = names_of(of_jobs) | {"workload", "config", "recipe", "run", "help", *_SWEEP_COLUMNS}
     for field in dataclasses.fields(settings):
         if field.default is dataclasses.MISSING:
-            raise UsageError(f"{name}.Settings: {field.name} needs a default: use setting(DEFAULT, HELP)")
+            raise UsageError(f"{field.name} needs a default: use setting(DEFAULT, HELP)")
         if field.name in taken:
-            raise UsageError(f"{name}.Settings: {flag(field.name)} is a flag already; give it another name")
-    try:
-        build(settings, {field.name: field.default for field in dataclasses.fields(settings)})
-    except (NameError, UsageError) as error:  # NameError: of a type that is imported for type checkers only
-        raise UsageError(f"{name}.Settings: {error}") from error
-    known = names_of([config.TrainConfig, settings])
-    for recipe, values in workload_class.recipes.items():
-        check_known(values, known | names_of([config.WorkerConfig]), f"{name}.recipes: {recipe}")
-    check_known(workload_class.search, known, f"{name}.search")
+            raise UsageError(f"{field.name} is a flag or a column already; give it another name")
+    json.dumps(values_of(build(settings, {field.name: field.default for field in dataclasses.fields(settings)})))
 
 
 def load_data(workload: Workload) -> Data:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import importlib
@@ -58,12 +59,12 @@ def find(reference: str, base: type[T]) -> type[T]:
         raise UsageError(f"{flag} is empty; name a FILE.py or a module")
     if not place.endswith(".py"):
         path = inspect.getsourcefile(_pick(_import_module(place, flag), reference, base)) or ""
-        return load(Source(reference, path, Path(path).read_text(encoding="utf-8")), base)
+        return load(Source(reference, path, Path(path).read_text(encoding="utf-8-sig")), base)
     path = str(path_of(place, flag).resolve())
     if _is_another_module(path):
         raise UsageError(f"{flag} {place}: Python has another module named {Path(place).stem}; rename the file")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # as Python reads it
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{flag} {path} cannot be read: {getattr(error, 'strerror', error)}") from error
     return load(Source(path + (f":{name}" if name else ""), path, text), base)
@@ -72,8 +73,18 @@ def find(reference: str, base: type[T]) -> type[T]:
 def load(source: Source, base: type[T]) -> type[T]:
     """Return the class from its source, in any process. Raises UsageError like ``find``."""
     loaded = _pick(_module_of(source, _flag(base)), source.reference, base)
+    check_names(loaded, base)
     loaded.source = source
     return loaded
+
+
+def check_names(user_class: type, base: type) -> None:
+    """Raise UsageError if a new public name resembles one of the base class: then it is probably misspelled."""
+    known = [name for name in dir(base) if not name.startswith("_")]
+    for name in vars(user_class):
+        meant = difflib.get_close_matches(name, known, 1, cutoff=0.6 if name.startswith("on_") else 0.8)
+        if meant and not name.startswith("_") and not hasattr(user_class.__mro__[1], name):
+            raise UsageError(f"{user_class.__name__}.{name}: did you mean {meant[0]}? If not, choose another name")
 
 
 def check_trusted(reference: str, base: type, file: str, folders: Iterable[Path]) -> None:

@@ -9,10 +9,12 @@ from ray import cloudpickle
 
 from mnist_ray.errors import UsageError
 from mnist_ray.settings import build
+from mnist_ray.training.callback import Callback
 from mnist_ray.workload import Workload
 from mnist_ray.workload.base import create
 from mnist_ray.workload.loading import load
-from mnist_ray.workload.user_code import Source
+from mnist_ray.workload.user_code import Source, find
+from tests.conftest import callback_at
 
 Write = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
@@ -206,6 +208,14 @@ def test_a_missing_method_is_named(write: Write, method: str) -> None:
             "metrics = (__import__('mnist_ray.workload').workload.Metric('score', 'min'),)",
             "metrics: score has another meaning in checkpoints; choose another name",
         ),
+        (
+            "metrics = (__import__('mnist_ray.workload').workload.Metric('f1', 'maximize'),)",
+            "metrics: f1 has the mode 'maximize'; it must be max or min",
+        ),
+        ("metrics = (3)", "metrics: TypeError: 'int' object is not iterable"),
+        ("recipes = {'num_epochs': 20}", "recipes: TypeError: 'int' object is not iterable"),
+        ("recipes = {'long': {'num_epochs': 0}}", "recipes: --num-epochs must be at least 1, not 0"),
+        ("def __init__(self): pass", "__init__: TypeError: too many positional arguments"),
         ("recipe = {}", "recipe: did you mean recipes? If not, choose another name"),
     ],
 )
@@ -225,17 +235,54 @@ def test_unknown_names_are_refused_with_the_likely_ones(write: Write, line: str,
             "@dataclass(frozen=True)\nclass Settings:\n    width: int = setting('a', 'units')",
             "Settings: --width must be of type int, not 'a'",
         ),
+        (
+            "@dataclass(frozen=True)\nclass Settings:\n    width: bytes = setting(b'a', 'units')",
+            "Settings: TypeError: Object of type bytes is not JSON serializable",
+        ),
         *(
             (
                 f"@dataclass(frozen=True)\nclass Settings:\n    {name}: int = setting(1, 'units')",
-                f"Settings: {flag} is a flag already; give it another name",
+                f"Settings: {name} is a flag or a column already; give it another name",
             )
-            for name, flag in [("batch_size", "--batch-size"), ("num_trials", "--num-trials"), ("help", "--help")]
+            for name in ("batch_size", "num_trials", "help", "trial")
         ),
     ],
 )
 def test_settings_that_cannot_be_flags_are_refused(write: Write, settings: str, expected: str) -> None:
     assert message_of(write(with_settings(settings))) == f"Digits.{expected}"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("Choice((16))", "Choice(16) needs a tuple of values, such as Choice((16, 32))"),
+        ("Choice(())", "Choice(()) needs a tuple of values, such as Choice((16, 32))"),
+    ],
+)
+def test_a_wrong_search_space_has_its_line(write: Write, line: str, expected: str) -> None:
+    message = message_of(write(f"from mnist_ray.workload import Choice\n{line}\n"))
+    assert message.endswith(f"/problem.py: UsageError: {expected} (problem.py, line 2)")
+
+
+CHECKED = """
+@dataclass(frozen=True)
+class Settings:
+    width: int = setting(32, 'units')
+    def __post_init__(self):
+        if self.width % 8: raise ValueError('--width must be a multiple of 8')
+"""
+
+
+def test_settings_may_check_each_other(write: Write) -> None:
+    settings = load(str(write(with_settings(CHECKED)))).Settings
+    with pytest.raises(UsageError, match=r"^--width must be a multiple of 8$"):
+        build(settings, {"width": 9})
+
+
+def test_a_misspelled_method_of_a_callback_is_refused(tmp_path: Path) -> None:
+    file = callback_at(tmp_path / "ends.py", "on_epoch_end(self, state, progress)", "pass")
+    with pytest.raises(UsageError, match=r"\.on_epoch_end: did you mean on_epoch\? If not, choose another name$"):
+        find(str(file), Callback)
 
 
 # --- other processes
