@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -44,15 +45,18 @@ def try_batch(
         inputs, _ = train[0]
     picture_of(workload, inputs)
     number = min(NUM_EXAMPLES, len(train))
-    check_batch(workload, first(number), first((number + 1) // 2), config, len(train))
+    check_batch(workload, first(number), [first((number + 1) // 2), first(1)], config, len(train))
     for size in batch_sizes:
-        smallest = max(1, (len(train) % size or size) // num_parts)
+        shares = [max(1, batch // num_parts) for batch in (size, len(train) % size or size)]
+        smallest = min(share // math.ceil(share / (config.micro_batch_size or share)) for share in shares)
         if smallest < NUM_EXAMPLES:
             check_smallest(workload, first(smallest), size, config)
 
 
-def check_batch(workload: Workload, batch: Batch, fewer: Batch, config: TrainConfig, num_examples: int) -> None:
-    """Call each method that training and evaluation will call. ``fewer`` has only the first examples of the batch.
+def check_batch(
+    workload: Workload, batch: Batch, fewer: Sequence[Batch], config: TrainConfig, num_examples: int
+) -> None:
+    """Call each method that training and evaluation will call. Each of ``fewer`` has the first examples of the batch.
 
     The run has ``num_examples`` to train on. Raises UsageError with the file name and line number of the user's code.
     """
@@ -91,8 +95,8 @@ def check_batch(workload: Workload, batch: Batch, fewer: Batch, config: TrainCon
         if not isinstance(values, Tensor) or values.shape[:1] != (number,):
             raise UsageError(f"{name}.predictions: {key} must be a tensor with {number} examples here, (N, ...)")
     _check_metrics(workload, detached(outputs), batch, columns)
-    if not workload.compares_examples:
-        _check_independence(workload, model, evaluated, batch, fewer, config)
+    for few in () if workload.compares_examples else fewer:
+        _check_independence(workload, model, evaluated, batch, few, config)
     _check_optimizer(workload, model, config, config.num_epochs * config.num_steps(num_examples))
 
 
@@ -101,10 +105,11 @@ def check_smallest(workload: Workload, few: Batch, batch_size: int, config: Trai
     model = workload.create_model().train()
     try:
         with _autocast(config):
-            model(workload.prepare(few.inputs, torch.default_generator))
+            outputs = as_fp32(model(workload.prepare(few.inputs, torch.default_generator)))
+        workload.loss(outputs, few.targets).sum()
     except Exception as error:  # of batch normalization, or of a model that squeezes a batch of one
-        few_left = f"an epoch's last batch leaves a worker only {count(few.global_size, 'example')}"
-        remedy = f"choose a --batch-size other than {batch_size}"
+        few_left = f"a worker computes only {count(few.global_size, 'example')} of some batches at a time"
+        remedy = f"choose a --batch-size other than {batch_size}, or a larger --micro-batch-size"
         reason = f"{few_left}, too few for the model ({with_place(error, workload.source.folder)}); {remedy}"
         raise UsageError(f"{type(workload).__name__}: {reason}") from error
 
@@ -163,7 +168,7 @@ def _check_independence(
     def alone() -> Tensor:
         return losses(as_fp32(model(workload.prepare(fewer.inputs, None))), fewer.targets)
 
-    with placed(workload, "loss"), torch.no_grad():
+    with placed(workload, f"an evaluation of {count(fewer.global_size, 'example')}"), torch.no_grad():
         first, among = alone(), losses(outputs, batch.targets)[: fewer.global_size]
         if not are_close(first, among) and are_close(first, alone()):
             raise UsageError(

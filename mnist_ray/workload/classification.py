@@ -59,7 +59,7 @@ class Classification(Workload):
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return whether each example's prediction is right."""
-        return {"accuracy": outputs.argmax(1) == targets}
+        return {"accuracy": outputs.argmax(1) == targets.long()}
 
     def check_data(self, data: Data) -> None:
         """Raise UsageError if an array's targets or a ``Dataset``'s classes do not fit the model's classes."""

@@ -54,6 +54,9 @@ class Pair(nn.Linear):
 class Reporting(nn.Linear):
     def forward(self, inputs): raise ValueError(super().forward(inputs).dtype)
 
+class Squeezing(nn.Linear):
+    def forward(self, inputs): return super().forward(inputs).squeeze()
+
 class Failing(nn.Linear):
     def forward(self, inputs):
         return super().forward(inputs) @ torch.ones(7, 10)
@@ -83,7 +86,7 @@ def dry_run_of(write: Write, body: str, base: str = "Right", config: TrainConfig
     train = splits_of(load_data(workload), 0).train
     number = min(NUM_EXAMPLES, len(train))
     batches = batches_of(train, torch.device("cpu"), workload.collate)
-    whole, fewer = (batches[Slice(np.arange(size), size)] for size in (number, number // 2))
+    whole, *fewer = (batches[Slice(np.arange(size), size)] for size in (number, number // 2, 1))
     check_batch(workload, whole, fewer, config, num_examples=2400)
 
 
@@ -119,6 +122,10 @@ RARE = {
     ),
     "noise": "def create_model(self): return Noisy(4, 10)",
     "no predictions": "def predictions(self, outputs, targets): return {}",
+    "unsigned labels": (
+        "def load_data(self): some = Arrays(np.ones((20, 4), 'f'), np.arange(20, dtype=np.uint16) % 10); "
+        "return Data(some, some)"
+    ),
     "details without a matrix": "def details(self, columns): return {'ones': int((columns['label'] == 1).sum())}",
 }
 
@@ -259,6 +266,9 @@ def test_a_part_of_a_batch_is_tried_only_if_it_has_few_examples(
     monkeypatch.setattr("mnist_ray.training.check.check_smallest", tried)
     try_batch(mnist(), Split(few_images), FP32, [256, 599], num_parts=1)
     assert [call.args[1].global_size for call in tried.call_args_list] == [1]
+    tried.reset_mock()
+    try_batch(mnist(), Split(few_images), TrainConfig(precision="fp32", micro_batch_size=5), [300], num_parts=2)
+    assert [call.args[1].global_size for call in tried.call_args_list] == [5]
 
 
 @pytest.mark.parametrize(
@@ -274,6 +284,11 @@ def test_a_part_of_a_batch_is_tried_only_if_it_has_few_examples(
 )
 def test_a_regression_model_must_give_one_number_per_example(write: Write, body: str, expected: str) -> None:
     assert message_of(write, f"\n    {body}\n", "Numbers").startswith(f"Wrong: the model gives {expected}")
+
+
+def test_a_regression_model_must_take_a_single_example(write: Write) -> None:
+    message = message_of(write, "\n    def create_model(self): return Squeezing(4, 1)\n", "Numbers")
+    assert message.startswith("Wrong, an evaluation of 1 example: TypeError: len() of a 0-d tensor")
 
 
 @pytest.mark.parametrize(
