@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from mnist_ray.errors import count, format_settings, format_value, in_words
 from mnist_ray.settings import Choice
 from mnist_ray.sweep.trials import RUNNING, STOPPED, TrialRecord, TrialTable
-from mnist_ray.workload.figures import label_log_axis, on_axis, png_of, scale_axis
+from mnist_ray.workload.figures import label_log_axis, on_axis, plain, png_of, scale_axis
 
 _WIDTH = 9.5  # inches: across the page, the letters are as large as the page's own
 _TITLE_WIDTH = 80  # characters
@@ -35,7 +35,7 @@ def draw(table: TrialTable, num_epochs: int) -> bytes:
     if best := table.best:
         value = f"{table.workload.monitor.format(best.val_monitor)}, {best.seeds_text}"
         title += textwrap.wrap(f"best: {format_settings(best.records[0].point.values)} ({value})", _TITLE_WIDTH)
-    over_epochs.set_title("\n".join(title))
+    over_epochs.set_title(plain("\n".join(title)))
     return png_of(figure)
 
 
@@ -63,7 +63,7 @@ def _draw_over(axes: Axes, table: TrialTable, records: list[TrialRecord], name: 
         if record in best:
             axes.plot(*place, color="black", marker="o", markersize=15, linestyle="none", markerfacecolor="none")
     if isinstance(space, Choice):
-        axes.set_xticks(range(len(space.options)), list(map(format_value, space.options)))
+        axes.set_xticks(range(len(space.options)), [plain(format_value(option)) for option in space.options])
     elif space.log:
         axes.set_xscale("log")
         label_log_axis(axes.xaxis, space.low, space.high)

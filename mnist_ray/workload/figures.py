@@ -77,6 +77,11 @@ def drawable(text: object) -> str:
     return escaped(str(text), lambda one: one == "\n" or (one in known and one.isprintable()))
 
 
+def plain(text: object) -> str:
+    """Return a drawable text for matplotlib, which would take what is between two ``$`` for a formula."""
+    return drawable(text).replace("$", r"\$")
+
+
 def new_plot(xlabel: str, ylabel: str = "") -> tuple[Figure, Axes]:
     """Return a figure with one plot."""
     figure = Figure(figsize=_SIZE, dpi=150, layout="constrained")
@@ -123,7 +128,7 @@ def scale_axis(axes: Axes, metric: Metric, name: str = "") -> None:
     A loss gets a logarithmic axis. For a fraction near 1, the logarithmic axis shows the distance to 1, since good
     values differ by tenths of a percent.
     """
-    axes.set_ylabel((name or metric.name) + (" (%)" if metric.is_fraction else ""))
+    axes.set_ylabel(plain(name or metric.name) + (" (%)" if metric.is_fraction else ""))
     drawn = [value for line in axes.lines for value in np.asarray(line.get_ydata(), float) if np.isfinite(value)]
     least, most = min(drawn, default=1.0), max(drawn, default=1.0)
     if least <= _LINEAR_ABOVE if metric.is_fraction else metric.name == "loss" and least > 0:
@@ -240,7 +245,7 @@ def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> bytes:
 def _name_ticks(axis: Any, names: Sequence[str]) -> None:
     """Label an axis with at most 40 of the names."""
     step = math.ceil(len(names) / 40)
-    axis.set_ticks(range(0, len(names), step), names[::step], fontsize=10 if len(names) <= 12 else 7)
+    axis.set_ticks(range(0, len(names), step), list(map(plain, names[::step])), fontsize=10 if len(names) <= 12 else 7)
 
 
 def single_image(image: np.ndarray) -> bytes:
@@ -260,7 +265,7 @@ def image_grid(
     margin = tile // 12
     captions = list(map(drawable, captions))
     longest = max(len(line) for caption in captions for line in caption.split("\n"))
-    font_size = min(_MOST_FONT, round(tile / (_CHARACTER * (2 + longest))))
+    font_size = max(1, min(_MOST_FONT, round(tile / (_CHARACTER * (2 + longest)))))
     font = ImageFont.truetype(_FONT, font_size)
     drawn = [_resized(image, (tile - 2 * margin) / max(image.shape[:2])) for image in images]
     height, num_lines = max(image.height for image in drawn), max(caption.count("\n") + 1 for caption in captions)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.workload import Arrays, Classification, Data, Regression, Workload
-from mnist_ray.workload.figures import drawable
+from mnist_ray.workload.figures import confusion_matrix, drawable, image_grid
 
 SMOOTHED = TrainConfig(label_smoothing=0.2)
 NAMES = ["ant", "bee", "cat", "dog", "elephant"]
@@ -190,6 +190,11 @@ def test_labels_and_predictions_are_written_by_name_and_further_columns_as_they_
 @pytest.mark.filterwarnings("error")
 def test_names_with_characters_that_the_font_lacks_are_drawn_as_escapes() -> None:
     assert drawable("naïve 猫\x1b\n×") == "naïve \\u732b\\x1b\n×"
+
+
+def test_names_with_dollars_are_no_formulas_and_long_captions_are_drawn(few_images: Arrays) -> None:
+    assert confusion_matrix(np.eye(2, dtype=int), ["$\\wrong$", "$0-$50"]).startswith(b"\x89PNG")
+    assert image_grid([few_images.inputs[0]], ["x" * 1000]).startswith(b"\x89PNG")
     odd = workload(["ant", "bee", "猫", "\u202edog", "elephant"])
     assert "Names have escapes" in odd.pictures(odd.details(COLUMNS), [], None)[0].caption
     assert "Names have escapes" not in workload().pictures(odd.details(COLUMNS), [], None)[0].caption
