@@ -22,7 +22,7 @@ from mnist_ray.report.run_files import METRICS_FILE, STEPS_FILE, read_numbers, w
 from mnist_ray.run.job import Job, read_job
 from mnist_ray.run.train import train as train_job
 from mnist_ray.settings import build, check_known, names_of
-from mnist_ray.storage import REPORT_FILE, RESULT_FILE, RunFolder, find_run
+from mnist_ray.storage import CONFIG_FILE, REPORT_FILE, RESULT_FILE, RunFolder, find_run
 from mnist_ray.sweep.space import options_text
 from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER
 from mnist_ray.sweep.tune import read_sweep
@@ -221,14 +221,17 @@ def load_run(
     storage_path = build(OutputConfig, {"storage_path": storage_path}).storage_path
     folder = find_run(None if run is None else str(run), storage_path)
     loaded = workload_of(folder, None if workload is None else reference_of(workload), storage_path)
+    if not folder.exists(RESULT_FILE):
+        raise UsageError(f"run {folder.uri} is not finished: it has no {RESULT_FILE} yet")
     return Run(folder, loaded, folder.require_json(RESULT_FILE))
 
 
 def _run(job: Job) -> Run:
     if job.output.check:
         raise JobError(f"run {job.run.name} has no result: with check=True, nothing is trained")
-    workload = job.workload
-    return Run(job.run, type(workload)(workload.settings, workload.metadata), job.run.require_json(RESULT_FILE))
+    of = type(job.workload)
+    settings: Any = build(of.Settings, job.run.require_json(CONFIG_FILE))  # of a sweep, those of the best configuration
+    return Run(job.run, of(settings, job.workload.metadata), job.run.require_json(RESULT_FILE))
 
 
 def _given(workload: AnyWorkload, settings: dict[str, Any]) -> dict[str, Any]:
@@ -260,7 +263,7 @@ def find(
 def reference_of(workload: type[Workload] | str | Path, *, is_here: bool = False) -> Reference:
     """Return a reference by which other processes can load a workload's class: its file or module, and its name.
 
-    Raises UsageError for anything else, and for a class without a file, e.g. from a notebook's cell. If ``is_here``, no
+    Raises UsageError for anything else, and for a class that only this process has. If ``is_here``, no
     other process needs the class, and the class itself is returned.
     """
     if isinstance(workload, (str, Path)):
@@ -269,14 +272,18 @@ def reference_of(workload: type[Workload] | str | Path, *, is_here: bool = False
         raise UsageError(f"--workload must be a class derived from Workload, a file or a module, not {workload!r}")
     if "source" in vars(workload):
         return workload.source.reference if workload.source.path else workload
-    file = getattr(sys.modules[workload.__module__], "__file__", None)
-    if file is None or not Path(file).is_file():  # from a notebook's cell, or from code piped into Python
+    module, name = sys.modules[workload.__module__], workload.__module__
+    file = getattr(module, "__file__", None)
+    # From a notebook's cell, from code piped into Python, or from a function.
+    if file is None or not Path(file).is_file() or "<locals>" in workload.__qualname__:
         if is_here:
             return workload
         raise UsageError(
-            f"{workload.__name__} is in a notebook's cell, where other processes cannot find it: make %%writefile "
-            f"{workload.__name__.lower()}.py its first line and give this file's name, or train with num_workers=0"
+            f"{workload.__name__} is in a notebook's cell or a function, where other processes cannot find it: write "
+            f"it to a file (%%writefile {workload.__name__.lower()}.py) and give the file's name, or use num_workers=0"
         )
-    if "." in workload.__module__:
-        return f"{workload.__module__}:{workload.__qualname__}"
+    if name == "__main__" and module.__spec__ is not None:  # of python -m
+        name = module.__spec__.name
+    if "." in name:
+        return f"{name}:{workload.__qualname__}"
     return f"{Path(inspect.getfile(workload)).resolve()}:{workload.__qualname__}"

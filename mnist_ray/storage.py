@@ -224,7 +224,7 @@ def find_run(given: str | None, storage_path: str) -> RunFolder:
             raise UsageError(f"--storage-path {storage_path} cannot be read: {first_line(error)}") from error
     if not given.strip():
         raise UsageError("the run's name is empty; give a name, or leave the flag out")
-    if "/" in given:
+    if "/" in given or given in (".", ".."):
         base, query = split_query(given)
         parent, _, name = base.rstrip("/").rpartition("/")
         return locate((parent or ("/" if base.startswith("/") else ".")) + query, name, "the run in")
@@ -253,7 +253,7 @@ def untrusted_folders(run: RunFolder, storage_path: str) -> list[Path]:
     ``run`` may also be the folder of a checkpoint, or of a run within a sweep.
     """
     outermost = run
-    while outermost.storage.exists(CONFIG_FILE):
+    while outermost.storage.path != outermost.path and outermost.storage.exists(CONFIG_FILE):
         outermost = outermost.storage
     own = [Path(outermost.path)] if isinstance(run.filesystem, fs.LocalFileSystem) else []
     return own if "://" in storage_path else [*own, path_of(storage_path, "--storage-path")]

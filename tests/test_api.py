@@ -26,6 +26,8 @@ from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist import MNIST
 from mnist_ray.run.job import read_job
 from mnist_ray.run.session import load_data
+from mnist_ray.storage import locate
+from mnist_ray.sweep.trials import Sweep
 from mnist_ray.workload.data import Arrays
 from ray_fork.shim import SOCKET_VARIABLE
 from ray_fork.starting import prepared_forking
@@ -91,6 +93,22 @@ def test_a_run_of_another_process_is_loaded_by_its_name_or_path(run: Run) -> Non
         assert (str(loaded), loaded.history, loaded.checkpoint) == (str(run), run.history, run.checkpoint)
     with pytest.raises(UsageError, match=r"two is no run, or a sweep that has not chosen yet: it has no config\.json"):
         mnist_ray.load_run("two", storage_path=run.folder.storage_path)
+    unfinished = locate(f"{run.folder.storage_path}/more", "three")
+    unfinished.write_text("config.json", "{}")
+    with pytest.raises(UsageError, match=r"/three is not finished: it has no result\.json yet$"):
+        mnist_ray.load_run(unfinished.uri)
+
+
+def test_a_swept_runs_workload_has_the_best_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tuned(sweep: Sweep) -> Sweep:
+        for name in ("config.json", "best.json", "result.json"):
+            sweep.job.run.write_text(name, '{"width": 48}')
+        return sweep
+
+    monkeypatch.setattr("mnist_ray.api.tune_sweep", tuned)
+    shapes = ROOT / "examples" / "shapes.py"
+    best = mnist_ray.tune(shapes, sweep={"width": [16, 48]}, storage_path=tmp_path, run_name="run")
+    assert best.workload.settings.width == best.best["width"] == 48
 
 
 def test_an_export_returns_the_files_path(run: Run, tmp_path: Path) -> None:
@@ -221,8 +239,21 @@ def test_a_class_is_named_by_its_file_or_module_and_refused_without_a_file(monke
     assert reference_of(Mine) == f"{ROOT / 'tests' / 'test_api.py'}:Mine"
     monkeypatch.setattr(Mine, "__module__", "__main__")  # as in a notebook's cell
     monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
-    with pytest.raises(UsageError, match=r"make %%writefile mine\.py its first line and give this file's name"):
+    with pytest.raises(UsageError, match=r"write it to a file \(%%writefile mine\.py\) and give the file's name"):
         reference_of(Mine)
+
+
+def test_a_class_of_python_m_is_named_by_its_module_and_one_in_a_function_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Local(MNIST):
+        pass
+
+    with pytest.raises(UsageError, match=r"^Local is in a notebook's cell or a function, where"):
+        reference_of(Local)
+    monkeypatch.setattr(Mine, "__module__", "__main__")
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules[__name__])
+    assert reference_of(Mine) == "tests.test_api:Mine"
 
 
 CALLS = """

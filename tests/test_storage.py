@@ -9,7 +9,7 @@ from pyarrow import fs
 
 from mnist_ray import storage
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.storage import RunFolder, checkpoint_name, find_run, locate, position_of
+from mnist_ray.storage import RunFolder, checkpoint_name, find_run, locate, position_of, untrusted_folders
 
 
 def test_a_file_is_written_in_place_and_read_back(run: RunFolder, tmp_path: Path) -> None:
@@ -136,6 +136,7 @@ def test_failed_storage_is_retried_each_second_for_half_a_minute(
 def test_a_run_is_found_by_its_path_or_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_run("/tmp/", "elsewhere").uri == "/tmp"
     assert find_run("a/b", "elsewhere").path == str(Path("a/b").absolute())
+    assert find_run(".", "elsewhere").path == f"{Path.cwd()}/."
     assert find_run("my_run", str(tmp_path)).path == str(tmp_path / "my_run")
     (tmp_path / "here" / "my_run").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
@@ -164,6 +165,11 @@ def test_the_newest_run_is_the_last_begun_that_has_a_checkpoint(tmp_path: Path) 
     assert find_run(None, str(tmp_path)).name == "a_new"
     with pytest.raises(UsageError, match=r"no run in .* has a checkpoint to use; python jobs/train\.py makes one$"):
         find_run(None, str(tmp_path / "c_empty"))
+
+
+def test_a_run_in_the_root_of_a_file_system_ends_the_search_for_the_outermost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunFolder, "exists", lambda folder, name: True)
+    assert untrusted_folders(RunFolder("run", "/", fs.LocalFileSystem(), "/run"), "s3://b/runs") == [Path("/")]
 
 
 @pytest.mark.parametrize(

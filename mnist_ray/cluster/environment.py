@@ -47,7 +47,7 @@ _QUIET_SETTINGS = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
 }
 _CHANGED = re.compile(r"(MNIST_)?RAY_(?!AUTH_TOKEN)|TUNE_|PYTHONBREAKPOINT")  # Ray keeps the token that it reads
-_busy = threading.Lock()
+_busy = threading.RLock()  # a workload may itself load a run
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # constants of malloc.h
 
 

@@ -13,7 +13,15 @@ from safetensors.torch import save
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run.job import Job
 from mnist_ray.settings import build, check_known, names_of
-from mnist_ray.storage import RESULT_FILE, RunFolder, find_run, in_one_line, untrusted_folders, with_retries
+from mnist_ray.storage import (
+    RESULT_FILE,
+    RunFolder,
+    find_run,
+    in_one_line,
+    position_of,
+    untrusted_folders,
+    with_retries,
+)
 from mnist_ray.training.checkpoint import (
     STATE_FILE,
     DamagedCheckpointError,
@@ -66,7 +74,7 @@ def find(
     saved = read_state(checkpoint)["workload"]
     place = f"the checkpoint of {saved['reference']}"
     workload_class = loading.load_again(saved["reference"], reference, place, untrusted_folders(run, storage_path))
-    if saved["sha256"] not in ("", workload_class.source.sha256):
+    if reference is None and saved["sha256"] not in ("", workload_class.source.sha256):
         notes.append(f"the workload has changed since the checkpoint was made: {workload_class.source.reference}")
     check_known(saved["settings"], names_of([workload_class.Settings]), place)
     settings: Any = build(workload_class.Settings, {**saved["settings"], **(changes or {})})
@@ -115,9 +123,9 @@ def best_of(run: RunFolder) -> Fitted:
 
 
 def drop_others(run: RunFolder) -> None:
-    """Delete all checkpoints but the best two and the last, with retries. Raises JobError and STORAGE_ERRORS."""
-    best = [name for name, _ in _ranked(run)[:_NUM_KEPT]]
-    for name in set(with_retries(run.checkpoint_names)[:-1]).difference(best):
+    """Delete all whole checkpoints but the best two and the last, with retries. Raises JobError and STORAGE_ERRORS."""
+    whole = [name for name, _ in _ranked(run)]
+    for name in set(whole).difference(whole[:_NUM_KEPT], [max(whole, key=position_of, default="")]):
         run.inside(name).delete()
 
 

@@ -22,6 +22,7 @@ from mnist_ray.workload import loading, user_code
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.user_code import Source
 
+_MAY_CHANGE = ("checkpoint_every", "max_concurrent_trials", "time_budget_s")  # when a run is resumed
 Given = Mapping[str, Any]
 """Settings by name, from flags or keyword arguments, including ``workload``, ``recipe`` and ``config``."""
 _DESCRIPTIONS = {
@@ -252,13 +253,14 @@ def _check_together(train: TrainConfig, workers: WorkerConfig) -> None:
 
 
 def _check_unchanged(run: RunFolder, classes: Sequence[type], then: Given, now: Given) -> None:
-    """Raise UsageError if a resumed run's settings have changed, except those of the workers."""
+    """Raise UsageError if a resumed run's settings have changed, except those that do not affect the weights."""
     for config_class in (one for one in classes if one is not WorkerConfig):
-        before, after = (settings.values_of(settings.build(config_class, values)) for values in (then, now))
-        for name, old in before.items():
-            if name == "callback" and Path(old or "").name == Path(after[name] or "").name:
-                continue  # its file may be in another place now
-            if (new := after[name]) != old:
+        before: Any = settings.build(config_class, then)
+        after: Any = settings.build(config_class, now)
+        for name in [field.name for field in dataclasses.fields(config_class) if field.name not in _MAY_CHANGE]:
+            old, new = getattr(before, name), getattr(after, name)
+            is_place = isinstance(old, Path) or name == "callback"  # code and data may be in another place now
+            if old != new and not (is_place and Path(old or "").name == Path(new or "").name):
                 raise UsageError(
                     f"--resume: run {run.name} was started with {flag(name)} {old}, not {new}; "
                     "leave the flag out, or start another run"

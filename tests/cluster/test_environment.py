@@ -31,6 +31,12 @@ def test_a_local_ray_has_its_token_in_a_variable_if_the_home_cannot_be_written(t
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
 
 
+def test_a_workload_may_itself_call_the_api() -> None:
+    with environment.left_as_found(), environment.left_as_found():
+        os.environ["RAY_ADDRESS"] = "local"
+    assert "RAY_ADDRESS" not in os.environ
+
+
 @pytest.mark.parametrize(
     ("address", "set_by_user", "expected"),
     [

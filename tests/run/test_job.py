@@ -203,6 +203,11 @@ def test_a_batch_size_that_nobody_chose_is_at_most_the_examples_also_in_a_resume
     assert (resumed.train, resumed.notes) == (job.train, (FROM_THE_BEGINNING,))
 
 
+def test_nobody_chose_a_recipes_batch_size(read: Any) -> None:
+    job, data = load_data(read("--workload", DIABETES, "--limit", "0.05"))
+    assert job.train.batch_size == len(data.train) < 32
+
+
 class InBlocks(Regression):
     """Twelve blocks, one of them empty."""
 
@@ -287,6 +292,19 @@ def test_a_run_is_resumed_with_its_callback_from_another_place(read: Any, begun:
     file, now = begun / "config.json", callback_at(tmp_path / "now.py", "on_step(self, state)", "pass")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"callback": "/gone/now.py"}))
     assert read("--resume", "--run-name", "run", "--callback", str(now)).train.callback == str(now)
+
+
+def test_a_run_is_resumed_with_its_data_from_another_place(read: Any, begun: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    moved = (tmp_path / "data").rename(tmp_path / "other" / "data")
+    load_data(read("--resume", "--run-name", "run", "--data-dir", str(moved)))
+
+
+def test_a_resumed_run_may_save_more_often_but_not_train_otherwise(read: Any, begun: Path) -> None:
+    resume = ("--resume", "--run-name", "run")
+    assert read(*resume, "--checkpoint-every", "7").train.checkpoint_every == 7
+    with pytest.raises(UsageError, match="run was started with --batch-size 128, not 64; leave the flag out"):
+        read(*resume, "--batch-size", "64")
 
 
 @pytest.mark.parametrize("name", ["config.json", "result.json", "origin.json"])
