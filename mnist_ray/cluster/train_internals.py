@@ -22,5 +22,8 @@ from ray.train.v2._internal.callbacks.placement_group_callback import (
 from ray.train.v2._internal.exceptions import RayTrainError as RayTrainError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError as WorkerHealthCheckFailedError
 
-# The base of a callback that is called in the process that controls the workers, also before it starts them.
+# The base of a callback that is called in the process that controls the workers, also before it starts them; and two of
+# the states of that process.
 from ray.train.v2._internal.execution.callback import ControllerCallback as ControllerCallback
+from ray.train.v2._internal.execution.controller.state import PreemptingState as PreemptingState
+from ray.train.v2._internal.execution.controller.state import RestartingState as RestartingState

@@ -215,6 +215,12 @@ class _OnController(train_internals.ControllerCallback):
         if self._event_queue is not None:
             threading.Thread(target=self._show_life, daemon=True).start()
 
+    def after_controller_state_update(self, previous_state: object, current_state: object) -> None:
+        """Report workers that are replaced because their node is to leave: there is no exception to tell of them."""
+        states = (train_internals.PreemptingState, train_internals.RestartingState)
+        if self._event_queue is not None and all(map(isinstance, (previous_state, current_state), states)):
+            self._event_queue.put.remote(WorkersLost("a worker's node was taken away"))
+
     def _show_life(self) -> None:
         """Send signs of life. The controller itself answers nothing while it waits for nodes or for its workers."""
         while True:

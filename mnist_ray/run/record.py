@@ -36,18 +36,14 @@ _WORKLOAD_FILE = "workload.py"
 def recorded(session: Session) -> Iterator[Record]:
     """Show a run and write its files. However the run ends, write its report and close its trackers.
 
-    An interrupt waits for that. Adds advice for the user to an exception.
+    An interrupt waits for that.
     """
-    job, logs = session.job, session.cluster.log_folder
     num_parameters = say_plan(session)
-    begin_files(session, CONFIG_FILE, job.values)
+    begin_files(session, CONFIG_FILE, session.job.values)
     record = Record(session, num_parameters)
     try:
-        yield record
-    except TrainingStoppedError as error:
-        raise JobError(f"{error} (logs: {logs})" if logs else str(error)) from error
-    except JobError as error:
-        raise type(error)(f"{error} ({f'logs: {logs}; ' * bool(logs)}to resume: {job.resume_with})") from error
+        with logs_named(session):
+            yield record
     finally:
         with first_only_noted() as interrupted:
             record.close()
@@ -55,6 +51,18 @@ def recorded(session: Session) -> Iterator[Record]:
     record.print_files()
     if interrupted.is_set:
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def logs_named(session: Session) -> Iterator[None]:
+    """Add the folder of Ray's logs to an error."""
+    try:
+        yield
+    except JobError as error:
+        if not (logs := session.cluster.log_folder):
+            raise
+        kind = TrainingStoppedError if isinstance(error, TrainingStoppedError) else type(error)
+        raise kind(f"{error} (logs: {logs})") from error
 
 
 def begin_files(session: Session, settings_file: str, settings: Mapping[str, Any]) -> None:

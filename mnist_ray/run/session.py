@@ -12,7 +12,7 @@ from typing import TypeVar
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, usable_cores
 from mnist_ray.config import WorkerConfig
-from mnist_ray.errors import JobError, UsageError, count, format_settings, with_place
+from mnist_ray.errors import JobError, TrainingStoppedError, UsageError, count, format_settings, with_place
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.job import Job, check_free
 from mnist_ray.run.lease import owned
@@ -30,7 +30,7 @@ Self = TypeVar("Self", bound="Session")
 
 
 class Session(contextlib.ExitStack):
-    """The state that every step of a job needs; a context manager, which says after an interrupt how to resume."""
+    """The state that every step of a job needs; a context manager, which says how to resume if the job fails."""
 
     data: Splits
     console: RunConsole
@@ -102,11 +102,18 @@ class Session(contextlib.ExitStack):
 
 @contextlib.contextmanager
 def ending_explained(job: Job) -> Iterator[None]:
-    """Add advice on how to resume to an interrupt's message, and raise the user's ``sys.exit()`` as a JobError."""
+    """Add how to resume to an interrupt, and to an error if that may help; raise ``sys.exit()`` as a JobError."""
     try:
         yield
     except SystemExit as error:
         raise JobError(with_place(error, *job.code_folders)) from error
+    except TrainingStoppedError:
+        raise
+    except JobError as error:
+        with contextlib.suppress(JobError, *STORAGE_ERRORS):
+            if not job.run.exists():
+                raise error
+        raise type(error)(f"{error}; to resume: {job.resume_with}") from error
     except KeyboardInterrupt as interrupt:
         advice = f"to resume: {job.resume_with}"
         with contextlib.suppress(JobError, *STORAGE_ERRORS):  # if the storage does not answer, the run may have begun
@@ -121,7 +128,8 @@ def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> None:
     """Send a batch through the job's workload. Raises UsageError."""
     from mnist_ray.training.check import try_batch  # imports torch
 
-    num_parts = job.train.chunks or job.workers.num_workers or 1
+    is_in_chunks = job.train.reproducible or isinstance(train.examples, Blocks)
+    num_parts = job.train.num_chunks if is_in_chunks else job.workers.num_workers or 1
     try_batch(job.workload, train, job.train, batch_sizes or [job.train.batch_size], num_parts)
 
 
@@ -224,7 +232,7 @@ def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Splits]:
     most, largest = len(splits.train), max(batch_sizes or [job.train.batch_size])
     if largest > most:
         there, name = f"{most:,} {job.workload.nouns} to train on", "sweep" if batch_sizes else "batch_size"
-        if job.asked.get(name):
+        if name in job.given:
             flag = "--sweep: batch size" if batch_sizes else "--batch-size"
             raise UsageError(f"{flag} {largest:,} is larger than the {there}")
         notes.append(f"batch size {most:,}, not {largest:,}: there are only {there}")

@@ -10,13 +10,13 @@ import math
 from mnist_ray import settings
 from mnist_ray.cluster.connect import current_nodes
 from mnist_ray.cluster.remote_data import share
-from mnist_ray.errors import JobError, count, format_settings
+from mnist_ray.errors import JobError, TrainingStoppedError, UsageError, count, format_settings
 from mnist_ray.run import fit
 from mnist_ray.run.job import Job
-from mnist_ray.run.record import begin_files, check, recorded
+from mnist_ray.run.record import begin_files, check, logs_named, recorded
 from mnist_ray.run.session import Clock, Session, console_of, say_run
 from mnist_ray.settings import json_lines
-from mnist_ray.storage import RESULT_FILE, SWEEP_FILE, SWEEP_PICTURE_FILE, TRIALS_FILE, RunFolder
+from mnist_ray.storage import RESULT_FILE, SWEEP_FILE, SWEEP_PICTURE_FILE, TRIALS_FILE, RunFolder, in_one_line
 from mnist_ray.sweep.trial import TrialSpec
 from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER, FAILED, WAITING, Sweep, TrialRecord, TrialTable
 from mnist_ray.sweep.tuner import TRIALS_FOLDER, OnChange, run_sweep, trials_at_a_time
@@ -46,9 +46,8 @@ def search(session: Session, sweep: Sweep, show: OnChange) -> TrialTable:
             trackers.log(_event_of(table, ended))
 
     try:
-        return run_sweep(sweep, spec, concurrent, on_change, functools.partial(session.console.say, "rungs"))
-    except JobError as error:
-        raise JobError(f"{error} (logs: {session.cluster.log_folder})") from error
+        with logs_named(session):
+            return run_sweep(sweep, spec, concurrent, on_change, functools.partial(session.console.say, "rungs"))
     finally:
         trackers.close(Ending(None, {}, None))
 
@@ -105,7 +104,13 @@ def train_chosen(session: Session, sweep: Sweep, table: TrialTable) -> None:
         value = (job.run.read_json(RESULT_FILE) or {}).get(f"test_{monitor.name}")
         if not isinstance(value, float):  # else an interrupted sweep has finished this training
             trial = table.result_of(sweep.space.point(job.values, job.train.seed))
-            value = train_and_test(session, job, trial, is_last=title == "best")
+            try:
+                value = train_and_test(session, job, trial, is_last=title == "best")
+            except TrainingStoppedError as error:
+                if title == "best":
+                    raise
+                console.say("note", f"the default cannot be trained: {error}")
+                continue
         name = "" if monitor.is_fraction else f"{monitor.name} "
         end = ", the default" if is_default else ""
         came_out[title] = f"{name}{monitor.format(value)} on the test set with {values}{end}"
@@ -124,7 +129,10 @@ def train_and_test(session: Session, job: Job, trial: TrialRecord | None, *, is_
     run.job, run.workers, run.clock = job, job.workers, Clock()
     if not session.cluster.is_local:  # an autoscaler has added or removed nodes
         run.cluster = dataclasses.replace(session.cluster, nodes=current_nodes())
-    fit.plan(run)
+    try:
+        fit.plan(run)
+    except UsageError as error:  # nodes are gone
+        raise JobError(str(error)) from error
     if trial and (not is_last or run.plan == session.plan or job.train.reproducible):
         _copy_checkpoint(session.job.run.inside(TRIALS_FOLDER).inside(trial.point.name), job.run)
     with console_of(job) as run.console:
@@ -135,6 +143,7 @@ def train_and_test(session: Session, job: Job, trial: TrialRecord | None, *, is_
 
 def _copy_checkpoint(trial: RunFolder, run: RunFolder) -> None:
     """Copy a trial's last checkpoint, unless somebody has deleted it. A run that resumes from it trains nothing."""
-    for name in trial.checkpoint_names()[-1:]:
-        files = (MODEL_FILE, TRAINING_FILE, STATE_FILE)  # state.json last
-        run.inside(name).write_files({file: trial.inside(name).read_bytes(file) or b"" for file in files})
+    with in_one_line("the storage has failed"):
+        for name in trial.checkpoint_names()[-1:]:
+            files = (MODEL_FILE, TRAINING_FILE, STATE_FILE)  # state.json last
+            run.inside(name).write_files({file: trial.inside(name).read_bytes(file) or b"" for file in files})

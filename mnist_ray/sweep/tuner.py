@@ -20,8 +20,8 @@ from ray.tune.search import Searcher
 
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, suitable
 from mnist_ray.config import SweepConfig
-from mnist_ray.errors import JobError, count, masked
-from mnist_ray.storage import TRIALS_FILE, in_one_line, with_retries
+from mnist_ray.errors import JobError, TrainingStoppedError, count, masked
+from mnist_ray.storage import STORAGE_ERRORS, TRIALS_FILE, in_one_line, with_retries
 from mnist_ray.sweep.halving import Candidates, Piece, climb, pieces, rungs_of
 from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trial import TrialSpec, run_trial
@@ -63,11 +63,11 @@ def run_sweep(
     if watcher.failure is None and table.best is not None:
         watcher.end()
     if watcher.failure is not None:
-        raise JobError(f"{watcher.failure}; to resume: {sweep.job.resume_with}") from watcher.failure
+        raise watcher.failure
     if table.best is None:
         reasons = [record.reason for record in table.by_point.values() if record.reason]
-        again = f"; to try lost trials again: {sweep.job.resume_with}" if table.count(LOST) else ""
-        raise JobError(f"every trial failed; the first one: {reasons[0] if reasons else 'the time was up'}{again}")
+        failed = f"every trial failed; the first one: {reasons[0] if reasons else 'the time was up'}"
+        raise (JobError if table.count(LOST) else TrainingStoppedError)(failed)  # a resume tries lost trials again
     with in_one_line("the storage has failed"):
         kept = {table.best.records[0].point, *sweep.space.default_points(sweep.job.train.seed)}
         _drop_checkpoints(sweep, table, kept)
@@ -110,7 +110,10 @@ def _run_pieces(
             verbose=0,
         ),
     )
-    tuner.fit()
+    try:
+        tuner.fit()
+    except (tune.TuneError, *STORAGE_ERRORS) as error:  # a TuneError's text is a traceback
+        raise JobError(f"Ray Tune failed: {str(error).strip().rpartition(chr(10))[2]}") from error
     with watcher.failure_noted():
         run.inside(_TUNE_FOLDER).delete()
 
@@ -247,6 +250,8 @@ class _Watcher(tune.Callback):
             with in_one_line("the storage has failed"):
                 yield
         except JobError as error:
+            if not isinstance(error.__cause__, STORAGE_ERRORS):  # another thread ends the job
+                raise
             self.failure = self.failure or error
 
     def _changed(self, *ended: TrialRecord) -> None:

@@ -2,7 +2,10 @@
 
 import importlib
 import sys
+from pathlib import Path
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import ray
 from ray._private import parameter, utils
@@ -12,8 +15,14 @@ from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAM
 
 from mnist_ray.cli import status_of
 from mnist_ray.cluster import ray_internals, train_internals
+from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.rendezvous import WorkerGroupConfig
+from mnist_ray.run.fit import create_trainer
+from mnist_ray.run.job import read_job
+from mnist_ray.run.worker import LoopSpec
 from mnist_ray.storage import SNAPSHOT_FILE
+from mnist_ray.training.events import WorkersLost
+from mnist_ray.workload.data import Arrays, Split
 from ray_fork import ray_internals as fork_internals
 from ray_fork import starting
 
@@ -55,6 +64,17 @@ def test_a_trainer_creates_the_callbacks_that_are_left_out() -> None:
     trainer = TorchTrainer(lambda: None, torch_config=WorkerGroupConfig(is_local=True))
     kinds = {type(callback) for callback in trainer._create_default_callbacks()}
     assert {train_internals.DatasetsCallback, train_internals.PlacementGroupCleanerCallback} <= kinds
+
+
+def test_workers_that_are_replaced_because_their_node_is_to_leave_are_lost(tmp_path: Path) -> None:
+    job, queue = read_job({"storage_path": str(tmp_path)}), Mock()
+    spec = LoopSpec(job=job, train=Split(Arrays(np.ones(3), np.ones(3))), event_queue=queue)
+    trainer = create_trainer(spec, WorkerPlan(1, 1, use_gpu=False, must_scale_up=False), max_failures=0)
+    *_, callback = trainer._create_default_callbacks()
+    leaving, restarting = map(object.__new__, (train_internals.PreemptingState, train_internals.RestartingState))
+    for states in ((None, leaving), (leaving, restarting), (None, restarting)):
+        callback.after_controller_state_update(*states)
+    queue.put.remote.assert_called_once_with(WorkersLost("a worker's node was taken away"))
 
 
 def test_ray_uses_the_names_of_the_file_and_variable_that_are_read() -> None:

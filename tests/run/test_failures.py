@@ -40,6 +40,7 @@ from mnist_ray.run.evaluate import evaluate_here
 from mnist_ray.run.failures import OldCheckpointError, describe
 from mnist_ray.run.find import best_of, drop_others, find
 from mnist_ray.run.fit import EventQueue
+from mnist_ray.run.record import logs_named
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.signals import Noted
 from mnist_ray.storage import SNAPSHOT_FILE, RunFolder, checkpoint_name, locate
@@ -274,11 +275,26 @@ def test_a_run_that_loses_a_worker_and_its_newest_checkpoint_ends_with_the_same_
     assert weights(gate.run) == weights(finished_run)
 
 
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RaySilentError("it is silent"), RaySilentError),
+        (JobError("it is silent"), JobError),
+        (TrainingDivergedError(1, 2), TrainingStoppedError),
+    ],
+)
+def test_an_error_gets_the_place_of_the_logs_and_stays_what_it_is(error: JobError, kind: type) -> None:
+    session: Any = Mock(cluster=Mock(log_folder="/logs"))
+    with pytest.raises(kind, match=r" \(logs: /logs\)$") as raised, logs_named(session):
+        raise error
+    assert type(raised.value) is kind
+
+
 @pytest.mark.usefixtures("ray_address")
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_run_that_a_callback_stops_says_how_to_resume(num_workers: int, quick: Flags, tmp_path: Path) -> None:
     callback = callback_at(tmp_path / f"stops_{num_workers}.py", "wants_stop(self)", "return True")
-    with pytest.raises(JobError, match=r"^a callback has stopped the training \(.*to resume: python .*--resume"):
+    with pytest.raises(JobError, match=r"^a callback has stopped the training.*; to resume: python .*--resume"):
         run_main("train", *quick(num_workers=num_workers, callback=callback))
     assert len(list(tmp_path.glob("run/checkpoint_epoch*"))) == 1
 
@@ -544,9 +560,10 @@ def test_the_best_two_checkpoints_and_the_last_are_kept_and_a_damaged_one_is_not
             assert run.checkpoint_names() == [checkpoint_name(kept, 0) for kept in (2, 3, 4)]
     assert best_of(run).checkpoint.name == checkpoint_name(2, 0)
     run.inside(checkpoint_name(2, 0)).write_text("state.json", "")
+    (Path(run.path) / checkpoint_name(7, 0)).mkdir()  # cut off by a kill
     assert best_of(run).metrics == {"val_score": 0.7}
     drop_others(run)
-    assert run.checkpoint_names() == [checkpoint_name(kept, 0) for kept in (3, 5, 6)]
+    assert run.checkpoint_names() == [checkpoint_name(kept, 0) for kept in (2, 3, 5, 6, 7)]
     assert find(run.uri, "~/ray_results").checkpoint.name == checkpoint_name(3, 0)
 
 
@@ -619,7 +636,7 @@ def train_on_a_worker(monkeypatch: pytest.MonkeyPatch, fail: Callable[[Any], Non
 
 def test_a_diverged_training_returns_so_that_ray_waits_for_its_last_upload(monkeypatch: pytest.MonkeyPatch) -> None:
     said = train_on_a_worker(monkeypatch, Mock(side_effect=TrainingDivergedError(1, 8)))
-    assert said == "loss or weights are not finite at step 8 of epoch 1; try a lower --learning-rate"
+    assert said == "loss or weights are not finite at step 8 of epoch 1; lower --learning-rate or mend the data"
     assert train_on_a_worker(monkeypatch, Mock()) is None
 
 

@@ -22,12 +22,13 @@ from torch import nn
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
-from mnist_ray.errors import JobError, UsageError
+from mnist_ray.errors import JobError, TrainingStoppedError, UsageError
 from mnist_ray.mnist import MNIST
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.run.job import Job
 from mnist_ray.settings import json_lines, values_of
 from mnist_ray.storage import RunFolder, locate
+from mnist_ray.sweep import search
 from mnist_ray.sweep.trial import TrialSpec, run_trial
 from mnist_ray.sweep.tune import load_data, read_sweep, say_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
@@ -157,6 +158,26 @@ def test_a_confirmed_sweep_keeps_the_checkpoint_of_its_choice_and_the_reason_of_
     assert [kept.name for kept in (tmp_path / "run" / "trials").iterdir()] == ["learning_rate-0.003_seed-0"]
 
 
+def test_a_default_that_cannot_be_trained_is_a_note_and_the_best_is_trained(
+    trained: Mock, where: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained.side_effect = [TrainingStoppedError("loss or weights are not finite"), 0.5]
+    tune({**where, **rates(3e-3), "num_epochs": 1})
+    assert [call.args[1].run.name for call in trained.call_args_list] == ["default", "run"]
+    *_, note, _, best, _, result = capsys.readouterr().out.splitlines()
+    assert note == "note       the default cannot be trained: loss or weights are not finite"
+    assert best == "best       learning rate 0.003"
+    assert result == "best       50.00% on the test set with learning rate 0.003"
+
+
+def test_nodes_that_are_missing_for_the_last_trainings_are_no_mistake_of_the_user(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mnist_ray.run.fit.plan", Mock(side_effect=UsageError("the cluster cannot hold 2 workers")))
+    with pytest.raises(JobError, match=r"^the cluster cannot hold 2 workers$"):
+        search.train_and_test(Mock(), Mock(), None, is_last=True)
+
+
 def test_trials_of_two_workers_start_from_given_weights_and_report_to_the_sweep(
     finished_sweep: Path, trained: Mock, where: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -235,7 +256,7 @@ def test_a_trial_whose_process_dies_is_lost_and_a_resumed_sweep_tries_it_again(
     kill = f"if pathlib.Path({str(deadly)!r}).exists(): os.kill(os.getpid(), signal.SIGKILL)"
     callback = callback_at(tmp_path / "dying.py", "on_start(self, state, group)", kill)
     few = {"num_trials": 1, "num_epochs": 1, "max_failures": 1, "storage_path": str(tmp_path / "runs")}
-    with pytest.raises(JobError, match=r"; to try lost trials again: tune\(resume=True, run_name='run'"):
+    with pytest.raises(JobError, match=r"; to resume: tune\(resume=True, run_name='run'"):
         tune({**where, **few, "callback": str(callback)})
     assert [row["state"] for row in rows(tmp_path / "runs" / "run")] == ["lost"]
     deadly.unlink()
@@ -283,7 +304,7 @@ def test_optuna_proposes(trained: Mock, where: dict[str, Any], tmp_path: Path) -
 
 
 def test_every_trial_failing_ends_the_job_with_the_first_reason(where: dict[str, Any]) -> None:
-    with pytest.raises(JobError, match="every trial failed; the first one: loss or weights"):
+    with pytest.raises(TrainingStoppedError, match=r"every trial failed; the first one: loss .*\(logs: \S+\)$"):
         tune({**where, "num_trials": 1, "sweep": ["learning_rate=1e19:1e20"]})
 
 
@@ -301,7 +322,7 @@ def test_storage_that_fails_while_a_trial_ends_is_one_line_and_the_sweep_goes_on
     settings = {**where, **rates(2e-3, 3e-3), "num_epochs": 1}
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, failing, fail)
-        said = r"^the storage has failed: No space left on device; to resume: tune\(resume=True.* \(logs: "
+        said = r"^the storage has failed: No space left on device \(logs: .*\); to resume: tune\(resume=True"
         with pytest.raises(JobError, match=said):
             tune(settings)
     resume(tmp_path / "run")

@@ -7,12 +7,13 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from ray import tune
 from ray.tune.search import Searcher
 
 from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan
 from mnist_ray.config import SweepConfig, TrainConfig
 from mnist_ray.errors import JobError
-from mnist_ray.storage import locate
+from mnist_ray.storage import RunFolder, locate
 from mnist_ray.sweep import tuner
 from mnist_ray.sweep.space import space_of
 from mnist_ray.sweep.trials import DONE, FAILED, LOST, RUNNING, STOPPED, WAITING, TrialRecord, TrialTable
@@ -235,6 +236,9 @@ def test_the_console_has_a_line_for_each_end_but_not_again_for_a_trial_that_its_
     assert capsys.readouterr().out.count("trial 1 ") == lines
 
 
+SPEC: Any = Mock(plan=WorkerPlan(1, 1, use_gpu=False, must_scale_up=False))
+
+
 class OneAtATime:
     """Runs a piece after the other in place of Tune; the first one fails, so often."""
 
@@ -273,6 +277,23 @@ def test_a_sweep_trains_until_nothing_is_left_also_if_a_process_dies_as_tune_res
 ) -> None:
     monkeypatch.setattr("mnist_ray.sweep.tuner.tune.Tuner", functools.partial(OneAtATime, num_failures))
     given = {"num_confirmed": 0, "storage_path": str(tmp_path), **settings}
-    spec: Any = Mock(plan=WorkerPlan(1, 1, use_gpu=False, must_scale_up=False))
-    table = tuner.run_sweep(read_sweep(given), spec, 1, Mock(), Mock())
+    table = tuner.run_sweep(read_sweep(given), SPEC, 1, Mock(), Mock())
     assert [record.state for record in table.by_point.values()] == states
+
+
+def test_another_threads_error_ends_a_sweep_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Mock(side_effect=JobError("the run was taken over"))
+    monkeypatch.setattr("mnist_ray.sweep.tuner.tune.Tuner", functools.partial(OneAtATime, 0))
+    monkeypatch.setattr(RunFolder, "write_text", write)
+    with pytest.raises(JobError, match=r"^the run was taken over$"):
+        tuner.run_sweep(read_sweep({"storage_path": str(tmp_path)}), SPEC, 1, Mock(), Mock())
+    assert write.call_count == 1
+
+
+@pytest.mark.parametrize(
+    "error", [tune.TuneError("Traceback:\n…\nOSError: No space left on device\n"), OSError("No space left on device")]
+)
+def test_what_fails_in_tune_is_one_line(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mnist_ray.sweep.tuner.tune.Tuner", Mock(return_value=Mock(fit=Mock(side_effect=error))))
+    with pytest.raises(JobError, match=r"^Ray Tune failed: (OSError: )?No space left on device$"):
+        tuner.run_sweep(read_sweep({"storage_path": str(tmp_path)}), SPEC, 1, Mock(), Mock())
