@@ -62,7 +62,7 @@ def view() -> None:
 def report() -> None:
     """Write the report of a run or a sweep again."""
     parser = _parser(report)
-    _add_run(parser, "run", nargs="?")
+    parser.add_argument("run", metavar="RUN", nargs="?", help="its name, folder or URI; default: the newest run")
     given = parser.read_flags()
     run = find_run(given["run"], given["storage_path"])
 

@@ -34,7 +34,7 @@ class Arrays:
 class Blocks:
     """Examples that are read a block at a time, such as a file. A subclass sets ``sizes`` and defines ``read``.
 
-    Other processes get copies of it, so it must not hold the examples.
+    Other processes get copies of it, so it must not hold the examples. ``read`` must draw no random numbers.
     """
 
     sizes: Sequence[int]  # the number of examples in each block

@@ -19,7 +19,8 @@ _ROUNDING = 1e-12  # relative to the targets' mean square; a variance below is r
 class Regression(Workload):
     """The outputs are numbers, (N,) or (N, 1); the targets are numbers, (N,).
 
-    The loss is the squared error. If the targets are large, scale the loss.
+    The loss is the squared error. If the targets are large, scale the loss. If they are far from 0 compared with their
+    spread, let the model predict differences from their mean, or use ``--precision fp32``: bf16 has three digits.
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("rmse", "min"), Metric("mae", "min"), Metric("r2", "max"))
