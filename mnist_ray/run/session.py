@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from typing import TypeVar
 
 from mnist_ray.cluster import environment
@@ -110,27 +111,33 @@ def ending_explained(job: Job) -> Iterator[None]:
     except TrainingStoppedError:
         raise
     except JobError as error:
-        with contextlib.suppress(JobError, *STORAGE_ERRORS):
-            if not job.run.exists():
-                raise error
-        raise type(error)(f"{error}; to resume: {job.resume_with}") from error
+        if not (advice := _advice(job)):
+            raise
+        raise type(error)(f"{error}; {advice}") from error
     except KeyboardInterrupt as interrupt:
-        advice = f"to resume: {job.resume_with}"
-        with contextlib.suppress(JobError, *STORAGE_ERRORS):  # if the storage does not answer, the run may have begun
-            if job.run.read_json(RESULT_FILE) is not None:
-                advice = f"the run is finished: {job.run.inside(RESULT_FILE).uri}"
-            elif not job.run.exists():
-                advice = "nothing is saved yet: start again"
+        advice = _advice(job) or "nothing is saved yet: start again"
         raise KeyboardInterrupt(f"interrupted; {advice}") from interrupt
+
+
+def _advice(job: Job) -> str:
+    """Return how to resume a run, or where its result is; empty if nothing is saved yet."""
+    with contextlib.suppress(JobError, *STORAGE_ERRORS):  # if the storage does not answer, the run may have begun
+        if job.run.read_json(RESULT_FILE) is not None:
+            return f"the run is finished: {job.run.inside(RESULT_FILE).uri}"
+        if not job.run.exists():
+            return ""
+    return f"to resume: {job.resume_with}"
 
 
 def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> None:
     """Send a batch through the job's workload. Raises UsageError."""
     from mnist_ray.training.check import try_batch  # imports torch
 
-    is_in_chunks = job.train.reproducible or isinstance(train.examples, Blocks)
-    num_parts = job.train.num_chunks if is_in_chunks else job.workers.num_workers or 1
-    try_batch(job.workload, train, job.train, batch_sizes or [job.train.batch_size], num_parts)
+    num_workers, num_chunks = job.workers.num_workers or 1, job.train.num_chunks
+    smallest = Fraction(1, job.train.chunks or num_workers)
+    if isinstance(train.examples, Blocks) and not job.train.reproducible:  # each worker has some of the streams
+        smallest = Fraction(num_chunks // num_workers, num_chunks)
+    try_batch(job.workload, train, job.train, batch_sizes or [job.train.batch_size], smallest)
 
 
 def console_of(job: Job) -> RunConsole:

@@ -23,6 +23,7 @@ from mnist_ray.workload.base import Workload
 _NONE, _LOG = "none", "log:"
 # All trials have the same data and number of epochs, and each configuration gets its seeds from the sweep.
 _NOT_SEARCHED = ("seed", "num_epochs", "validation_size", "limit", "overfit_batches", "callback", "init_from")
+_COLUMNS = ("trial", "state", "epochs", "train_loss", "train_s", "reports", "reason")  # of all sweeps
 _MOST_VALUES = 1000  # in a list
 _DRAWS = 10  # per trial, as some may be equal
 _LONGEST_NAME = 180  # bytes of a trial folder's name; file systems allow 255
@@ -155,12 +156,14 @@ class _Setting:
             value = None if is_none else parse_text(self.kind, text.strip())
         except ValueError as error:
             raise UsageError(f"{text!r} is no {self.kind.__name__}") from error
-        return getattr(settings.build(self.config_class, {self.name: value}), self.name)
+        return settings.checked(self.config_class, {self.name: value})[self.name]
 
     def check_searched(self) -> None:
-        """Raise UsageError if all trials must have the same value."""
+        """Raise UsageError if all trials must have the same value, or sweep.csv cannot hold it."""
         if self.name in _NOT_SEARCHED or self.kind is tuple:
             raise UsageError(f"{self.name} is the same for all trials")
+        if self.name in _COLUMNS:
+            raise UsageError(f"sweep.csv has another column {self.name}; rename the setting")
 
     def check(self, space: SearchSpace) -> None:
         """Raise UsageError if the setting is not searched, or refuses values of the space."""
@@ -170,7 +173,7 @@ class _Setting:
         if isinstance(space, Range) and (space.low > space.high or (space.log and space.low <= 0)):
             raise UsageError("a range is LOW:HIGH or log:LOW:HIGH, the latter of positive numbers")
         for value in space.options if isinstance(space, Choice) else map(self.kind, (space.low, space.high)):
-            settings.build(self.config_class, {self.name: value})
+            settings.checked(self.config_class, {self.name: value})
 
 
 def _settings_of(workload_class: type[Workload]) -> dict[str, _Setting]:

@@ -67,7 +67,7 @@ def run_sweep(
     if table.best is None:
         reasons = [record.reason for record in table.by_point.values() if record.reason]
         failed = f"every trial failed; the first one: {reasons[0] if reasons else 'the time was up'}"
-        raise (JobError if table.count(LOST) else TrainingStoppedError)(failed)  # a resume tries lost trials again
+        raise (JobError if table.count(LOST, RUNNING, WAITING) else TrainingStoppedError)(failed)  # what is left
     with in_one_line("the storage has failed"):
         kept = {table.best.records[0].point, *sweep.space.default_points(sweep.job.train.seed)}
         _drop_checkpoints(sweep, table, kept)
@@ -111,9 +111,12 @@ def _run_pieces(
         ),
     )
     try:
-        tuner.fit()
-    except (tune.TuneError, *STORAGE_ERRORS) as error:  # a TuneError's text is a traceback
-        raise JobError(f"Ray Tune failed: {str(error).strip().rpartition(chr(10))[2]}") from error
+        with in_one_line("the storage has failed"):
+            tuner.fit()
+    except tune.TuneError as error:  # the text is a traceback
+        known = watcher.failure or error.__context__
+        said = f"Ray Tune failed: {str(error).strip().splitlines()[-1]}"
+        raise (known if isinstance(known, JobError) else JobError(said)) from error
     with watcher.failure_noted():
         run.inside(_TUNE_FOLDER).delete()
 
@@ -250,9 +253,9 @@ class _Watcher(tune.Callback):
             with in_one_line("the storage has failed"):
                 yield
         except JobError as error:
-            if not isinstance(error.__cause__, STORAGE_ERRORS):  # another thread ends the job
-                raise
             self.failure = self.failure or error
+            if not isinstance(error.__cause__, STORAGE_ERRORS):  # of another thread, which ends the job
+                raise
 
     def _changed(self, *ended: TrialRecord) -> None:
         with self.failure_noted():

@@ -8,6 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,11 @@ NUM_EXAMPLES = 16  # in that batch
 
 
 def try_batch(
-    workload: Workload, train: Split, config: TrainConfig, batch_sizes: Sequence[int], num_parts: int
+    workload: Workload, train: Split, config: TrainConfig, batch_sizes: Sequence[int], part: Fraction
 ) -> None:
-    """Send a batch through a workload, and the smallest part of each batch size. Raises UsageError.
+    """Send a batch through a workload, and the smallest piece of each batch size. Raises UsageError.
 
-    ``num_parts``: into how many parts, for workers or chunks, a batch is cut.
+    ``part``: the smallest part of a batch that a worker gets or, with --reproducible, computes at a time.
     """
 
     def first(number: int) -> Batch:
@@ -47,7 +48,7 @@ def try_batch(
     number = min(NUM_EXAMPLES, len(train))
     check_batch(workload, first(number), [first((number + 1) // 2), first(1)], config, len(train))
     for size in batch_sizes:
-        shares = [max(1, batch // num_parts) for batch in (size, len(train) % size or size)]
+        shares = [max(1, int(batch * part)) for batch in (size, len(train) % size or size)]
         smallest = min(share // math.ceil(share / (config.micro_batch_size or share)) for share in shares)
         if smallest < NUM_EXAMPLES:
             check_smallest(workload, first(smallest), size, config)
@@ -109,7 +110,8 @@ def check_smallest(workload: Workload, few: Batch, batch_size: int, config: Trai
         workload.loss(outputs, few.targets).sum()
     except Exception as error:  # of batch normalization, or of a model that squeezes a batch of one
         few_left = f"a worker computes only {count(few.global_size, 'example')} of some batches at a time"
-        remedy = f"choose a --batch-size other than {batch_size}, or a larger --micro-batch-size"
+        remedy = f"choose a --batch-size other than {batch_size}"
+        remedy += ", or a larger --micro-batch-size" if config.micro_batch_size else ""
         reason = f"{few_left}, too few for the model ({with_place(error, workload.source.folder)}); {remedy}"
         raise UsageError(f"{type(workload).__name__}: {reason}") from error
 

@@ -1,8 +1,10 @@
 import json
 import os
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -80,6 +82,7 @@ def test_a_config_file_names_its_workload_and_a_flag_another(read: Any, tmp_path
 
 
 STEALS = """
+from fractions import Fraction
 from pathlib import Path
 from mnist_ray.mnist.problem import MNIST
 Path(__file__).with_name("it_ran").touch()
@@ -146,6 +149,16 @@ def test_an_interrupt_says_how_to_resume_if_the_storage_is_away(read: Any, monke
         ending_explained(job),
     ):
         raise KeyboardInterrupt
+
+
+def test_an_error_says_how_to_resume_if_anything_is_saved(read: Any, begun: Path) -> None:
+    for name, advice in (("new", ""), ("run", "; to resume: python .*--run-name run --storage-path .*")):
+        resume = ("--resume",) * (name == "run")
+        with (
+            pytest.raises(JobError, match=f"^the node is away{advice}$"),
+            ending_explained(read(*resume, "--run-name", name)),
+        ):
+            raise JobError("the node is away")
 
 
 def test_code_that_ends_the_job_is_one_line(read: Any) -> None:
@@ -228,6 +241,19 @@ def test_workers_share_the_streams_of_blocks_and_few_blocks_are_noted(tmp_path: 
         load_data(read_job({**given, "num_workers": 9}))
 
 
+@pytest.mark.parametrize(("reproducible", "part"), [(False, 1), (True, Fraction(1, 8))])
+def test_blocks_are_tried_in_the_smallest_part_of_a_batch_that_is_computed_at_a_time(
+    reproducible: bool, part: Fraction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = Mock()
+    monkeypatch.setattr("mnist_ray.training.check.try_batch", tried)
+    given = {"workload": InBlocks, "storage_path": str(tmp_path), "num_workers": 0, "reproducible": reproducible}
+    session = Session(read_job(given), "math")
+    session.data = load_data(session.job)[1]
+    with session.ray():
+        assert tried.call_args.args[-1] == part
+
+
 @pytest.mark.parametrize(("schedule", "noted"), [("one-cycle", 1), ("cosine", 1), ("linear", 1), ("constant", 0)])
 def test_early_stopping_is_noted_if_the_learning_rate_would_not_come_down(
     read: Any, tmp_path: Path, few_images: Any, schedule: str, noted: int
@@ -298,6 +324,8 @@ def test_a_run_is_resumed_with_its_data_from_another_place(read: Any, begun: Pat
     (tmp_path / "other").mkdir()
     moved = (tmp_path / "data").rename(tmp_path / "other" / "data")
     load_data(read("--resume", "--run-name", "run", "--data-dir", str(moved)))
+    with pytest.raises(UsageError, match=r"was started with --data-dir .*/data, not .*/others; leave the flag out"):
+        read("--resume", "--run-name", "run", "--data-dir", str(tmp_path / "others"))
 
 
 def test_a_resumed_run_may_save_more_often_but_not_train_otherwise(read: Any, begun: Path) -> None:

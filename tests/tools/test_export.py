@@ -1,4 +1,5 @@
 import math
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,7 @@ def found_of(folder: Path, name: str) -> Found:
     code.write_text(NETS)
     given = {"workload": f"{code}:{name}", "storage_path": str(folder), "precision": "fp32", "batch_size": 30}
     job, data = load_data(read_job(given))
-    try_batch(job.workload, data.train, job.train, [job.train.batch_size], 1)
+    try_batch(job.workload, data.train, job.train, [job.train.batch_size], Fraction(1))
     state = create_state(job.workload, job.train, len(data.train), torch.device("cpu"))
     snapshot(state, {"workload": job.workload.identity}).write(folder_at(folder / "checkpoint"))
     return find(str(folder / "checkpoint"), str(folder / "runs"))

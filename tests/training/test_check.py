@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -264,10 +265,10 @@ def test_a_part_of_a_batch_is_tried_only_if_it_has_few_examples(
 ) -> None:
     tried = Mock()
     monkeypatch.setattr("mnist_ray.training.check.check_smallest", tried)
-    try_batch(mnist(), Split(few_images), FP32, [256, 599], num_parts=1)
+    try_batch(mnist(), Split(few_images), FP32, [256, 599], Fraction(1))
     assert [call.args[1].global_size for call in tried.call_args_list] == [1]
     tried.reset_mock()
-    try_batch(mnist(), Split(few_images), TrainConfig(precision="fp32", micro_batch_size=5), [300], num_parts=2)
+    try_batch(mnist(), Split(few_images), TrainConfig(precision="fp32", micro_batch_size=5), [300], Fraction(1, 2))
     assert [call.args[1].global_size for call in tried.call_args_list] == [5]
 
 
