@@ -28,7 +28,7 @@ class Choice:
     options: tuple[Any, ...]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.options, (tuple, list)) or not self.options:
+        if not isinstance(self.options, Sequence) or isinstance(self.options, str) or not self.options:
             raise UsageError(f"Choice({self.options!r}) needs a tuple of values, such as Choice((16, 32))")
 
 
@@ -113,18 +113,22 @@ def parse_text(kind: type[Any], text: str) -> Any:
     return text.lower() == "true"
 
 
+def checked(config_class: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config's settings in ``values``, each checked by itself. Raises UsageError for a wrong value."""
+    hints = get_type_hints(config_class)
+    given = [field for field in dataclasses.fields(config_class) if field.name in values]
+    return {field.name: _checked_value(field, hints[field.name], values[field.name]) for field in given}
+
+
 def build(config_class: type[T], values: Mapping[str, Any]) -> T:
     """Build a config from ``values``, ignoring other configs' settings. Raises UsageError for a wrong value."""
-    hints = get_type_hints(config_class)
-    given = [field for field in dataclasses.fields(config_class) if field.name in values]  # type: ignore[arg-type]
-    checked = {field.name: _checked(field, hints[field.name], values[field.name]) for field in given}
     try:
-        return config_class(**checked)
+        return config_class(**checked(config_class, values))
     except ValueError as error:  # of a workload's own __post_init__
         raise UsageError(first_line(error)) from error
 
 
-def _checked(field: dataclasses.Field[Any], annotation: Any, value: Any) -> Any:
+def _checked_value(field: dataclasses.Field[Any], annotation: Any, value: Any) -> Any:
     if value is None and type(None) in get_args(annotation):
         return None
     name, (plain, arguments) = flag(field.name), value_type(annotation)
@@ -265,7 +269,7 @@ class Parser(argparse.ArgumentParser):
             wrong = [text.partition("=")[0] for text in unknown if text.startswith("--")]
             self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(wrong[0], flags) if wrong else ''}")
         for config_class in self._config_classes:
-            build(config_class, vars(found))
+            checked(config_class, vars(found))
         return vars(found)
 
     def error(self, message: str) -> NoReturn:

@@ -76,6 +76,11 @@ def test_missing_values_get_defaults_and_other_classes_values_are_ignored() -> N
     assert build(Oven, {"trays": 3, "batch_size": -1}) == Oven(trays=3)
 
 
+def test_every_default_passes_its_own_check() -> None:
+    for config_class in CLASSES:
+        assert build(config_class, dataclasses.asdict(config_class())) == config_class()
+
+
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [

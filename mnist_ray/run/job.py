@@ -209,7 +209,7 @@ def _check_files(files: Mapping[str, Given], classes: Sequence[type]) -> None:
         settings.check_known(values, settings.names_of(classes) | {"workload"}, file)
         try:
             for config_class in classes:
-                settings.build(config_class, values)
+                settings.checked(config_class, values)
         except UsageError as error:
             raise UsageError(f"{file}: {error}") from error
 
@@ -257,10 +257,12 @@ def _check_unchanged(run: RunFolder, classes: Sequence[type], then: Given, now: 
     for config_class in (one for one in classes if one is not WorkerConfig):
         before: Any = settings.build(config_class, then)
         after: Any = settings.build(config_class, now)
-        for name in [field.name for field in dataclasses.fields(config_class) if field.name not in _MAY_CHANGE]:
-            old, new = getattr(before, name), getattr(after, name)
-            is_place = isinstance(old, Path) or name == "callback"  # code and data may be in another place now
-            if old != new and not (is_place and Path(old or "").name == Path(new or "").name):
+        for field in [field for field in dataclasses.fields(config_class) if field.name not in _MAY_CHANGE]:
+            name, old, new = field.name, getattr(before, field.name), getattr(after, field.name)
+            is_place = name == "callback" or (field.metadata.get("decides_data") and isinstance(old, (str, Path)))
+            if is_place and Path(old or "").name == Path(new or "").name:
+                continue  # code and data may have moved; the data's digests are compared
+            if old != new:
                 raise UsageError(
                     f"--resume: run {run.name} was started with {flag(name)} {old}, not {new}; "
                     "leave the flag out, or start another run"

@@ -16,7 +16,7 @@ import numpy as np
 
 from mnist_ray import config
 from mnist_ray.errors import JobError, UsageError, first_line, with_place
-from mnist_ray.settings import build, check_known, names_of, values_of
+from mnist_ray.settings import build, check_known, flag, names_of, values_of
 from mnist_ray.workload import user_code
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Arrays, Blocks, Data, Split, Splits
@@ -25,7 +25,6 @@ from mnist_ray.workload.user_code import Source
 DEFAULT = "mnist_ray.mnist"
 _MOST_FILES_ASKED = 1000  # at most so many files, evenly spaced, are stat'ed: file servers may be slow
 _REMEDIES = {"Tensor": "; call .numpy()", "dict": "; use a Dataset", "NoneType": "; without targets, repeat the inputs"}
-_SWEEP_COLUMNS = ("trial", "state", "epochs", "reports", "reason")  # of sweep.csv, besides settings and metrics
 
 Reference = str | type[Workload]  # a value of ``--workload``, or a class in this process
 
@@ -87,7 +86,7 @@ def _check_class(workload_class: type[Workload]) -> None:
         for recipe, values in workload_class.recipes.items():
             check_known(values, names_of([*known, config.WorkerConfig]), recipe)
             for config_class in (*known, config.WorkerConfig):
-                build(config_class, values)
+                build(config_class, {**workload_class.recipes.get("default", {}), **values})
     check_known(workload_class.search, names_of(known), f"{name}.search")
 
 
@@ -104,12 +103,12 @@ def _checking(workload_class: type[Workload], attribute: str) -> Iterator[None]:
 def _check_settings(settings: type) -> None:
     """Raise an error if settings cannot become flags, or cannot be saved as JSON."""
     of_jobs = [value for value in vars(config).values() if dataclasses.is_dataclass(value) and isinstance(value, type)]
-    taken = names_of(of_jobs) | {"workload", "config", "recipe", "run", "help", *_SWEEP_COLUMNS}
+    taken = names_of(of_jobs) | {"workload", "config", "recipe", "run", "help"}
     for field in dataclasses.fields(settings):
         if field.default is dataclasses.MISSING:
             raise UsageError(f"{field.name} needs a default: use setting(DEFAULT, HELP)")
         if field.name in taken:
-            raise UsageError(f"{field.name} is a flag or a column already; give it another name")
+            raise UsageError(f"{flag(field.name)} is a flag already; give it another name")
     json.dumps(values_of(build(settings, {field.name: field.default for field in dataclasses.fields(settings)})))
 
 

@@ -6,6 +6,7 @@ import contextlib
 import glob
 import io
 import json
+import posixpath
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
@@ -85,7 +86,8 @@ class Parquet(Blocks):
     ) -> None:
         self._filesystem, files = _files_at(str(place))
         schemas = [file.footer.schema.to_arrow_schema() for file in files]
-        known, index = [schema.names for schema in schemas], (schemas[0].pandas_metadata or {}).get("index_columns", [])
+        known, about = [schema.names for schema in schemas], schemas[0].pandas_metadata or {}
+        index = about.get("index_columns", []) if decode is None else []
         self._columns, self._decode = list(columns or [name for name in known[0] if name not in index]), decode
         for file, names in zip(files, known, strict=True):
             if missing := [name for name in self._columns if name not in names]:
@@ -95,7 +97,8 @@ class Parquet(Blocks):
         groups = [(file, group) for file in files for group in range(file.footer.num_row_groups)]
         self._groups = [(file, group) for file, group in groups if file.footer.row_group(group).num_rows]
         self.sizes = [file.footer.row_group(group).num_rows for file, group in self._groups]
-        self.identity = "\n".join(f"{file.path} {file.version}" for file in files)
+        folder = posixpath.commonpath([posixpath.dirname(file.path) for file in files])  # it may have moved
+        self.identity = "\n".join(f"{file.path[len(folder) :]} {file.version}" for file in files)
 
     def read(self, block: int) -> Arrays | Sequence[tuple[Any, Any]]:
         """Read and decode a row group. Raises UsageError if a row cannot be used, or the file has changed."""
@@ -185,7 +188,7 @@ def _array(field: pa.Field, column: pa.ChunkedArray, where: str) -> np.ndarray:
         if len({picture.shape for picture in pictures}) > 1:
             raise UsageError(f"{where} has pictures of different sizes; {_REMEDY}")
         return np.stack(pictures)
-    if isinstance(values, pa.FixedShapeTensorArray):
+    if isinstance(values, pa.FixedShapeTensorArray) and not values.storage.flatten().null_count:
         return values.to_numpy_ndarray()
     metadata = json.loads((field.metadata or {}).get(b"ARROW:extension:metadata", "[]"))
     of_tensor = metadata if all(isinstance(size, int) for size in metadata) else []  # of Ray Data, or of others

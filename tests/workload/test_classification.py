@@ -190,11 +190,6 @@ def test_labels_and_predictions_are_written_by_name_and_further_columns_as_they_
 @pytest.mark.filterwarnings("error")
 def test_names_with_characters_that_the_font_lacks_are_drawn_as_escapes() -> None:
     assert drawable("naïve 猫\x1b\n×") == "naïve \\u732b\\x1b\n×"
-
-
-def test_names_with_dollars_are_no_formulas_and_long_captions_are_drawn(few_images: Arrays) -> None:
-    assert confusion_matrix(np.eye(2, dtype=int), ["$\\wrong$", "$0-$50"]).startswith(b"\x89PNG")
-    assert image_grid([few_images.inputs[0]], ["x" * 1000]).startswith(b"\x89PNG")
     odd = workload(["ant", "bee", "猫", "\u202edog", "elephant"])
     assert "Names have escapes" in odd.pictures(odd.details(COLUMNS), [], None)[0].caption
     assert "Names have escapes" not in workload().pictures(odd.details(COLUMNS), [], None)[0].caption
@@ -214,3 +209,8 @@ def test_a_split_with_other_classes_is_refused(classes: list[str], named: str) -
     expected = f"Classification.load_data: test and the model differ in classes: {named}$"
     with pytest.raises(UsageError, match=expected):
         problem.check_data(data)
+
+
+def test_names_with_dollars_are_no_formulas_and_long_captions_are_drawn(few_images: Arrays) -> None:
+    assert confusion_matrix(np.eye(2, dtype=int), ["$\\wrong$", "$0-$50"]).startswith(b"\x89PNG")
+    assert image_grid([few_images.inputs[0]], ["x" * 1000]).startswith(b"\x89PNG")

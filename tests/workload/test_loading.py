@@ -3,12 +3,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray import cloudpickle
 
 from mnist_ray.errors import UsageError
-from mnist_ray.settings import build
+from mnist_ray.settings import Parser, build
 from mnist_ray.training.callback import Callback
 from mnist_ray.workload import Workload
 from mnist_ray.workload.base import create
@@ -242,9 +243,9 @@ def test_unknown_names_are_refused_with_the_likely_ones(write: Write, line: str,
         *(
             (
                 f"@dataclass(frozen=True)\nclass Settings:\n    {name}: int = setting(1, 'units')",
-                f"Settings: {name} is a flag or a column already; give it another name",
+                f"Settings: {flag} is a flag already; give it another name",
             )
-            for name in ("batch_size", "num_trials", "help", "trial")
+            for name, flag in [("batch_size", "--batch-size"), ("num_trials", "--num-trials"), ("help", "--help")]
         ),
     ],
 )
@@ -255,8 +256,8 @@ def test_settings_that_cannot_be_flags_are_refused(write: Write, settings: str, 
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
+        ("Choice(range(3)); Choice(())", "Choice(()) needs a tuple of values, such as Choice((16, 32))"),
         ("Choice((16))", "Choice(16) needs a tuple of values, such as Choice((16, 32))"),
-        ("Choice(())", "Choice(()) needs a tuple of values, such as Choice((16, 32))"),
     ],
 )
 def test_a_wrong_search_space_has_its_line(write: Write, line: str, expected: str) -> None:
@@ -268,21 +269,30 @@ CHECKED = """
 @dataclass(frozen=True)
 class Settings:
     width: int = setting(32, 'units')
+    heads: int = setting(8, 'of the attention')
     def __post_init__(self):
-        if self.width % 8: raise ValueError('--width must be a multiple of 8')
+        if self.width % self.heads: raise ValueError('--width must be a multiple of --heads')
 """
 
 
 def test_settings_may_check_each_other(write: Write) -> None:
-    settings = load(str(write(with_settings(CHECKED)))).Settings
-    with pytest.raises(UsageError, match=r"^--width must be a multiple of 8$"):
+    settings: Any = load(str(write(with_settings(CHECKED)))).Settings
+    with pytest.raises(UsageError, match=r"^--width must be a multiple of --heads$"):
         build(settings, {"width": 9})
+    assert Parser("", settings).read_flags(["--width", "9"]) == {"width": 9}  # a recipe may have as many heads
+
+
+def test_a_recipe_overrides_the_default_one(write: Write) -> None:
+    recipes = "    recipes = {'default': {'heads': 6, 'width': 36}, 'small': {'width': 12}}\n"
+    assert load(str(write(with_settings(CHECKED) + recipes))).recipes["small"] == {"width": 12}
 
 
 def test_a_misspelled_method_of_a_callback_is_refused(tmp_path: Path) -> None:
     file = callback_at(tmp_path / "ends.py", "on_epoch_end(self, state, progress)", "pass")
     with pytest.raises(UsageError, match=r"\.on_epoch_end: did you mean on_epoch\? If not, choose another name$"):
         find(str(file), Callback)
+    file.write_text(file.read_text().replace("on_epoch_end", "_gradients") + "\n    gradients = 0.0\n")
+    find(str(file), Callback)
 
 
 # --- other processes

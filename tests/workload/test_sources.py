@@ -96,6 +96,9 @@ def test_the_index_of_pandas_is_neither_input_nor_target(tmp_path: Path) -> None
     table.to_parquet(tmp_path / "some.parquet")
     read = arrays_of(tmp_path / "some.parquet")
     np.testing.assert_array_equal(read.targets, read.inputs * 2)
+    table.set_index("price").to_parquet(tmp_path / "some.parquet")
+    decoded: Any = Parquet(tmp_path / "some.parquet", columns=None, decode=lambda row: (row["a"], row["price"]))
+    assert decoded[0] == (table["a"].iloc[0], table["price"].iloc[0])
 
 
 def test_several_columns_of_numbers_are_a_vector(tmp_path: Path) -> None:
@@ -225,6 +228,13 @@ def test_the_data_are_recognized_by_their_files(tmp_path: Path) -> None:
     assert first == digest() is not None
     os.utime(file, (1, 1))
     assert digest() != first
+
+
+def test_data_in_another_folder_are_the_same(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        written(tmp_path / "old" / name / "some.parquet", image=LABELS, label=LABELS)
+    before = Parquet(tmp_path / "old").identity
+    assert Parquet((tmp_path / "old").rename(tmp_path / "new")).identity == before
 
 
 def test_blocks_can_be_sent_to_other_processes(tmp_path: Path) -> None:
