@@ -229,9 +229,9 @@ def load_run(
 def _run(job: Job) -> Run:
     if job.output.check:
         raise JobError(f"run {job.run.name} has no result: with check=True, nothing is trained")
-    of = type(job.workload)
-    settings: Any = build(of.Settings, job.run.require_json(CONFIG_FILE))  # of a sweep, those of the best configuration
-    return Run(job.run, of(settings, job.workload.metadata), job.run.require_json(RESULT_FILE))
+    workload_class = type(job.workload)
+    settings: Any = build(workload_class.Settings, job.run.require_json(CONFIG_FILE))  # of a sweep, the best ones
+    return Run(job.run, workload_class(settings, job.workload.metadata), job.run.require_json(RESULT_FILE))
 
 
 def _given(workload: AnyWorkload, settings: dict[str, Any]) -> dict[str, Any]:
@@ -282,8 +282,8 @@ def reference_of(workload: type[Workload] | str | Path, *, is_here: bool = False
             f"{workload.__name__} is in a notebook's cell or a function, where other processes cannot find it: write "
             f"it to a file (%%writefile {workload.__name__.lower()}.py) and give the file's name, or use num_workers=0"
         )
-    if name == "__main__" and module.__spec__ is not None:  # of python -m
-        name = module.__spec__.name
+    if name == "__main__" and (spec := getattr(module, "__spec__", None)) is not None:  # of python -m
+        name = spec.name
     if "." in name:
         return f"{name}:{workload.__qualname__}"
     return f"{Path(inspect.getfile(workload)).resolve()}:{workload.__qualname__}"

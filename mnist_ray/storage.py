@@ -224,7 +224,8 @@ def find_run(given: str | None, storage_path: str) -> RunFolder:
             raise UsageError(f"--storage-path {storage_path} cannot be read: {first_line(error)}") from error
     if not given.strip():
         raise UsageError("the run's name is empty; give a name, or leave the flag out")
-    if "/" in given or given in (".", ".."):
+    given = os.path.abspath(given) if given in (".", "..") else given
+    if "/" in given:
         base, query = split_query(given)
         parent, _, name = base.rstrip("/").rpartition("/")
         return locate((parent or ("/" if base.startswith("/") else ".")) + query, name, "the run in")

@@ -136,7 +136,7 @@ def test_failed_storage_is_retried_each_second_for_half_a_minute(
 def test_a_run_is_found_by_its_path_or_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_run("/tmp/", "elsewhere").uri == "/tmp"
     assert find_run("a/b", "elsewhere").path == str(Path("a/b").absolute())
-    assert find_run(".", "elsewhere").path == f"{Path.cwd()}/."
+    assert find_run(".", "elsewhere").path == str(Path.cwd())
     assert find_run("my_run", str(tmp_path)).path == str(tmp_path / "my_run")
     (tmp_path / "here" / "my_run").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")

@@ -74,7 +74,8 @@ def find(
     saved = read_state(checkpoint)["workload"]
     place = f"the checkpoint of {saved['reference']}"
     workload_class = loading.load_again(saved["reference"], reference, place, untrusted_folders(run, storage_path))
-    if reference is None and saved["sha256"] not in ("", workload_class.source.sha256):
+    is_same_file = saved["reference"] == workload_class.source.reference
+    if is_same_file and saved["sha256"] not in ("", workload_class.source.sha256):
         notes.append(f"the workload has changed since the checkpoint was made: {workload_class.source.reference}")
     check_known(saved["settings"], names_of([workload_class.Settings]), place)
     settings: Any = build(workload_class.Settings, {**saved["settings"], **(changes or {})})
@@ -125,7 +126,7 @@ def best_of(run: RunFolder) -> Fitted:
 def drop_others(run: RunFolder) -> None:
     """Delete all whole checkpoints but the best two and the last, with retries. Raises JobError and STORAGE_ERRORS."""
     whole = [name for name, _ in _ranked(run)]
-    for name in set(whole).difference(whole[:_NUM_KEPT], [max(whole, key=position_of, default="")]):
+    for name in set(whole).difference(whole[:_NUM_KEPT], sorted(whole, key=position_of)[-1:]):
         run.inside(name).delete()
 
 

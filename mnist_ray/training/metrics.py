@@ -18,7 +18,7 @@ class TrainingDivergedError(TrainingStoppedError):
 
     def __str__(self) -> str:
         epoch, step = self.args
-        return f"loss or weights are not finite at step {step} of epoch {epoch}; lower --learning-rate or mend the data"
+        return f"loss or weights are not finite at step {step} of epoch {epoch}; lower --learning-rate or fix the data"
 
 
 @dataclass(frozen=True)

@@ -636,7 +636,7 @@ def train_on_a_worker(monkeypatch: pytest.MonkeyPatch, fail: Callable[[Any], Non
 
 def test_a_diverged_training_returns_so_that_ray_waits_for_its_last_upload(monkeypatch: pytest.MonkeyPatch) -> None:
     said = train_on_a_worker(monkeypatch, Mock(side_effect=TrainingDivergedError(1, 8)))
-    assert said == "loss or weights are not finite at step 8 of epoch 1; lower --learning-rate or mend the data"
+    assert said == "loss or weights are not finite at step 8 of epoch 1; lower --learning-rate or fix the data"
     assert train_on_a_worker(monkeypatch, Mock()) is None
 
 
