@@ -125,7 +125,7 @@ def _exit(reason: str) -> None:
     os._exit(1)
 
 
-_DONE = "\0"
+_DONE, _PIPE_BYTES = "\0", 2**16
 
 
 def if_ended(advice: str) -> None:
@@ -140,11 +140,13 @@ def supervise(work: Callable[[], int]) -> int:
     """Run ``work`` in a child process, which ends with this one; return its exit status. Signals are forwarded."""
     from_job, to_supervisor = os.pipe()
     from_supervisor, alive = os.pipe()
-    forwarded = signals()
-    signal.pthread_sigmask(signal.SIG_BLOCK, forwarded)  # until both processes have their handlers
+    awaited = {*signals(), signal.SIGCHLD}
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)  # without a handler, macOS drops it
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     child = os.fork()
     if child == 0:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, awaited)
         os.close(from_job)
         os.close(alive)
         _state.to_supervisor = to_supervisor
@@ -155,12 +157,15 @@ def supervise(work: Callable[[], int]) -> int:
             if_ended(_DONE)
     os.close(to_supervisor)
     os.close(from_supervisor)
-    for number in forwarded:
-        signal.signal(number, lambda number, frame: os.kill(child, number))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)
-    with open(from_job, encoding="utf-8", errors="replace") as lines:
-        advice = ["", *lines.read().splitlines()][-1]  # until the child ends, as no program inherits the pipe
-    _, state = os.waitpid(child, 0)
+    ended, written = 0, b""
+    while not ended:  # a handler would be late if its signal came just before a system call that waits
+        if (number := signal.sigwait(awaited)) != signal.SIGCHLD:
+            os.kill(child, number)
+        ended, state = os.waitpid(child, os.WNOHANG)
+    os.set_blocking(from_job, False)  # processes that the job has forked may have the pipe, too
+    with contextlib.suppress(BlockingIOError):  # the pipe is empty
+        written = os.read(from_job, _PIPE_BYTES)
+    advice = ["", *written.decode(errors="replace").splitlines()][-1]
     leave_closed_terminal()
     if advice == _DONE:
         return os.waitstatus_to_exitcode(state)
