@@ -102,6 +102,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     with contextlib.suppress(OSError):  # a closed pipe or a full disk, already reported
         sys.stdout.flush()
     sys.stderr.flush()
+    if "multiprocessing" in sys.modules:
+        for process in sys.modules["multiprocessing"].active_children():  # of the user's code
+            process.terminate()
     os._exit(status)  # all files are closed; unloading torch and Ray would take most of a second
 
 

@@ -44,6 +44,7 @@ class _State:
     error: Exception | None = None  # from `end_with`
     to_supervisor: int | None = None  # pipe for the advice on how to resume
     advice: str = ""  # what went last into the pipe
+    gives_back: bool = False  # whether forked processes get Python's own handlers
 
 
 _state = _State()
@@ -62,6 +63,16 @@ def take_signals() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in signals():
             signal.signal(number, _handle)
+    if not _state.gives_back:
+        _state.gives_back = True
+        os.register_at_fork(after_in_child=_give_back)
+
+
+def _give_back() -> None:
+    """Restore Python's own handlers in a process that the user's code forks: a Pool ends its processes by SIGTERM."""
+    for number in signals():
+        if signal.getsignal(number) is _handle:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def leave_closed_terminal() -> None:
@@ -146,6 +157,7 @@ def supervise(work: Callable[[], int]) -> int:
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        take_signals()  # again, after the fork
         signal.pthread_sigmask(signal.SIG_UNBLOCK, awaited)
         os.close(from_job)
         os.close(alive)
@@ -169,13 +181,16 @@ def supervise(work: Callable[[], int]) -> int:
     leave_closed_terminal()
     if advice == _DONE:
         return os.waitstatus_to_exitcode(state)
+    if sys.stdout.isatty():
+        sys.stdout.write("\r\x1b[K\x1b[?25h")  # removes the live line, and shows the cursor again
+        sys.stdout.flush()
     say(f"error: {_ending(state)}{advice}", file=sys.stderr)
     return 1
 
 
 def _end_with_supervisor(from_supervisor: int) -> None:
     os.read(from_supervisor, 1)  # returns when the supervisor is gone
-    _exit("this job's first process was killed")
+    _exit("this job's supervisor was killed")
 
 
 def _ending(state: int) -> str:

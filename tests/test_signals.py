@@ -144,5 +144,30 @@ def test_if_the_supervisor_is_killed_the_work_ends_and_says_how_to_resume(start:
     next_line(process)
     (child,) = psutil.Process(process.pid).children()
     process.kill()
-    assert ending(process) == (-signal.SIGKILL, "error: this job's first process was killed; to resume: this\n")
+    assert ending(process) == (-signal.SIGKILL, "error: this job's supervisor was killed; to resume: this\n")
     wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+
+
+FORKING = """
+import multiprocessing
+from mnist_ray import cli
+
+def main():
+    context = multiprocessing.get_context("fork")
+    with signals.first_only_noted():
+        ended, left = (context.Process(target=time.sleep, args=[60], daemon=True) for _ in range(2))
+        ended.start(), left.start()
+        ended.terminate()
+        ended.join()
+    print(ended.exitcode, left.pid, flush=True)
+
+cli.run(main)
+"""
+
+
+def test_processes_that_the_users_code_forks_can_be_ended_and_end_with_the_job(start: Starter) -> None:
+    process = start(FORKING)
+    exit_code, left = map(int, next_line(process).split())
+    assert exit_code == -signal.SIGTERM
+    assert ending(process) == (0, "")
+    wait_for(lambda: not psutil.pid_exists(left))
