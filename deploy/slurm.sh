@@ -8,6 +8,7 @@
 #SBATCH --job-name mnist-ray
 #SBATCH --output %x-%j.log
 #SBATCH --ntasks-per-node 1
+#SBATCH --exclusive
 #SBATCH --time 01:00:00
 set -euo pipefail
 source .venv/bin/activate

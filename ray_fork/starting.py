@@ -20,7 +20,7 @@ SHIM = Path(__file__).with_name("shim.py")
 JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it to a submitted job's runtime environment
 _FIRST_JOB = "01000000"
 _IMPORTED_LATE = ("ray.tune", "torch._dynamo")  # Ray Train and PyTorch's optimizers import these in running workers
-_HARMLESS = {"working_dir", "env_vars", "excludes", "config"}  # settings that do not replace a worker's Python
+HARMLESS = {"working_dir", "env_vars", "excludes", "config"}  # settings that do not replace a worker's Python
 # A node that lacks this Python or this package at these paths starts its workers with its Ray's own Python.
 _START = (
     'if [ -x {python} ] && [ -f {shim} ]; then exec {python} -S -E {shim} "$@"; fi; '
@@ -77,7 +77,7 @@ def runtime_env_to_fork(forking: Forking) -> dict[str, Any]:
     that program. A local Ray runs the shim directly, without this import.
     """
     own = own_runtime_env()
-    if not forking.is_wanted or not own.keys() <= _HARMLESS:
+    if not forking.is_wanted or not own.keys() <= HARMLESS:
         return {}
     # The job's working directory has a different path on each node; workers start in it.
     travels = "working_dir" in own and SHIM.is_relative_to(Path.cwd())

@@ -15,6 +15,7 @@ import pytest
 import ray
 
 from mnist_ray import cli
+from mnist_ray.cluster.plan import Cluster, Node
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.report.run_files import read_csv
 from tests.conftest import Flags, callback_at, folder_at, run_and_act, run_job, run_main
@@ -39,6 +40,13 @@ def test_a_run_writes_its_files_and_learns(finished_run: Path) -> None:
     assert (config["batch_size"], config["num_workers"], config["schedule"]) == (50, 2, "one-cycle")
     state = json.loads((finished_run / result["checkpoint"] / "state.json").read_text())
     assert (state["epoch"], state["config"]["batch_size"]) == (2, 50)
+
+
+def test_an_evaluation_on_a_gpu_that_is_missing_is_refused(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(is_local=True, nodes=(Node(2),), log_folder="")
+    monkeypatch.setattr("mnist_ray.run.evaluate.connect", lambda *given: contextlib.nullcontext(cluster))
+    with pytest.raises(UsageError, match=r"^--use-gpu yes, but this machine has no GPU; use --use-gpu no$"):
+        run_main("evaluate", str(finished_run), "--use-gpu", "yes")
 
 
 @pytest.mark.parametrize("num_tasks", ["1", "3"])
@@ -238,8 +246,8 @@ def test_a_wrong_argument_is_one_line_and_status_2(
     [
         (["--num-workers", "4000"], None, 2, "4,000 workers of 1 CPU are too many for this machine's"),
         ([], "127.0.0.1:1", 1, "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1; unset it to start a local Ray"),
-        ([], "http://127.0.0.1:8265", 2, "RAY_ADDRESS=http://127.0.0.1:8265 is no HOST:PORT"),
-        ([], "me:secret@127.0.0.1:6379", 2, "RAY_ADDRESS=***@127.0.0.1:6379 is no HOST:PORT"),
+        ([], "http://127.0.0.1:8265", 2, "RAY_ADDRESS=http://127.0.0.1:8265 is not HOST:PORT"),
+        ([], "me:secret@127.0.0.1:6379", 2, "RAY_ADDRESS=***@127.0.0.1:6379 is not HOST:PORT"),
     ],
 )
 def test_a_mistake_ends_a_process_with_one_line(

@@ -218,7 +218,7 @@ def _find_cluster() -> str | None:
         return started_here if started_here and _answers(started_here) else None
     if "://" in named or "@" in named:
         shown = re.sub(r"[^/]*@", "***@", named)
-        raise UsageError(f"RAY_ADDRESS={shown} is no HOST:PORT; for a dashboard's address, use ray job submit")
+        raise UsageError(f"RAY_ADDRESS={shown} is not HOST:PORT; for a dashboard's address, use ray job submit")
     if not _answers(named):
         raise JobError(f"no Ray cluster answers at RAY_ADDRESS={named}; unset it to start a local Ray")
     return named
@@ -231,7 +231,7 @@ def _answers(address: str) -> bool:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
         ray_internals.ask(address, _CONNECT_TIMEOUT_S)
     except ray.exceptions.AuthenticationError as error:
-        advice = "copy the head's ~/.ray/auth_token to this machine, or set RAY_AUTH_TOKEN to its content"
+        advice = "copy the head's ~/.ray/auth_token here, set RAY_AUTH_TOKEN to its content, or RAY_ADDRESS=local"
         raise JobError(f"the Ray cluster at {address} requires the head's token; {advice}") from error
     except (OSError, ValueError, OverflowError, ray.exceptions.RayError):
         return False

@@ -50,5 +50,5 @@ def without_unusable_gpus(cluster: Cluster, warn: Callable[[str], None]) -> Clus
     """Return a local Ray; if PyTorch finds none of its GPUs, return it without them, and ``warn``."""
     if not cluster.is_local or not any(node.num_gpus for node in cluster.nodes) or torch.cuda.is_available():
         return cluster
-    warn("on CPUs: PyTorch finds no GPU: it was built without CUDA, or the GPU's driver is too old")
+    warn("using CPUs, since PyTorch finds no GPU: it was built without CUDA, or the GPU's driver is too old")
     return dataclasses.replace(cluster, nodes=tuple(dataclasses.replace(node, num_gpus=0) for node in cluster.nodes))

@@ -25,7 +25,7 @@ _SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     # Tasks without GPUs keep CUDA_VISIBLE_DEVICES, as later versions of Ray will do. This avoids a warning.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # The interval at which Train looks for nodes that will be taken away. A notice may be short; the default is 5 s.
+    # The interval at which Train looks for nodes that will be preempted. A notice may be short; the default is 5 s.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     # Ray Train's own print would write each line to a worker's log twice, as it takes Ray's streams for a user's.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",

@@ -14,6 +14,7 @@ from typing import Any
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError, count
 
+_CGROUP = Path("/sys/fs/cgroup")
 _MOST_WORKERS_A_CORE = 8  # each worker is a process of some 500 MiB
 _LEAST_EXAMPLES_PER_THREAD = 8  # two threads are 1.35 times as fast as one at batch 16; at batch 8, maybe slower
 _APPLE_CHIP = re.compile(r"accelerator_type:M\d(-(Pro|Max|Ultra))?$")
@@ -61,9 +62,10 @@ def usable_cores() -> int:
     """Return the number of cores that this process may use, by its affinity and its cgroup's quota."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no quota ("max")
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        cores = min(cores, max(1, int(quota) // int(period)))
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of cgroup v2 and v1
+        with contextlib.suppress(OSError, ValueError):  # there is no such file, or no quota ("max")
+            quota, period = " ".join((_CGROUP / file).read_text(encoding="ascii") for file in files).split()
+            cores = min(cores, max(1, int(quota) // int(period))) if int(quota) > 0 else cores
     return cores
 
 

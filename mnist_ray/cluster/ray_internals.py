@@ -103,7 +103,10 @@ def dead_processes() -> list[str]:
 
 def address_of_ray_start() -> str | None:
     """Return the address of this machine's ``ray start``. "auto" would also join the local Ray of another job."""
-    return utils.read_ray_address()
+    try:
+        return utils.read_ray_address()
+    except PermissionError:  # of another user
+        return None
 
 
 def ask(address: str, timeout_s: float) -> None:

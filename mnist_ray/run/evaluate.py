@@ -38,6 +38,8 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
         if config.use_gpu == "auto" and ray.available_resources().get("GPU", 0) >= 1:
             warn = functools.partial(console.say, "note")
             use_gpu = any(node.num_gpus for node in without_unusable_gpus(cluster, warn).nodes)
+        elif use_gpu and cluster.is_local and not any(node.num_gpus for node in cluster.nodes):
+            raise UsageError("--use-gpu yes, but this machine has no GPU; use --use-gpu no")
         for note in found.notes:
             console.say("note", note)
         console.say("checkpoint", found.checkpoint.path)

@@ -105,7 +105,7 @@ def test_a_local_ray_takes_cpus_with_a_note_if_pytorch_cannot_use_its_gpus(quick
     (tmp_path / "on_two_gpus.py").write_text(ON_TWO_GPUS)
     done = run_job(str(tmp_path / "on_two_gpus.py"), "train", *quick())
     assert done.returncode == 0, done.stderr
-    assert "note       on CPUs: PyTorch finds no GPU" in done.stdout
+    assert "note       using CPUs, since PyTorch finds no GPU" in done.stdout
     assert "started    1 × cpu" in done.stdout
 
 

@@ -1,6 +1,17 @@
+from pathlib import Path
+
 import pytest
 
-from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan, cpus_for_each, node_of, plan_workers, threads_per_worker
+from mnist_ray.cluster.plan import (
+    Cluster,
+    Node,
+    WorkerPlan,
+    cpus_for_each,
+    node_of,
+    plan_workers,
+    threads_per_worker,
+    usable_cores,
+)
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError
 
@@ -135,3 +146,24 @@ def test_all_gpus_count_except_those_of_apples_chips() -> None:
         assert node_of({"CPU": 8.0, "GPU": 2.0, f"accelerator_type:{kind}": 1.0}) == Node(8, num_gpus), kind
     assert node_of({"CPU": 8, "GPU": 1}) == Node(8, 1)
     assert node_of({"memory": 1e9}) == Node(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "150000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, 64),
+        ({"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
+        ({}, 64),
+    ],
+)
+def test_a_containers_quota_limits_the_cores(
+    files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr("mnist_ray.cluster.plan._CGROUP", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(64), raising=False)
+    assert usable_cores() == expected
