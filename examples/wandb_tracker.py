@@ -7,6 +7,7 @@ With WANDB_MODE=offline nothing leaves this machine; `wandb sync` in the run's f
 
 import hashlib
 import io
+import os
 import tempfile
 from collections import defaultdict
 
@@ -32,6 +33,8 @@ class WandB(Tracker):
             dir=run.path if "://" not in run.uri else tempfile.mkdtemp(),
             settings=wandb.Settings(silent=True, console="off"),
         )
+        for folder in (MEDIA_TMP, wandb.Artifact._TMP_DIR):  # an earlier run of this process has removed them
+            os.makedirs(folder.name, exist_ok=True)
         for axis in ("step", "epoch"):
             self.wandb_run.define_metric(f"{axis}/*", step_metric=axis)
 

@@ -30,7 +30,7 @@ from mnist_ray.trackers.start import Trackers
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, TrialEnded, Validated
 from mnist_ray.workload import figures, user_code
 from mnist_ray.workload.base import LOSS
-from tests.conftest import ROOT, mnist
+from tests.conftest import ROOT, folder_at, mnist
 
 EXAMPLES = ROOT / "examples"
 INTERRUPTED = Ending(None, {}, None)
@@ -252,7 +252,9 @@ def test_weights_and_biases_has_the_run_offline(
     monkeypatch.setenv("WANDB_PROJECT", "digits")
     (tmp_path / "run").mkdir()
     ending = Ending(RESULT, {"seconds": PICTURE}, None)
-    assert follow(run, EPOCH, ending, EXAMPLES / "wandb_tracker.py") == []
+    (tmp_path / "default").mkdir()  # of an earlier run in this process
+    for each in (folder_at(tmp_path / "default"), run):
+        assert follow(each, EPOCH, ending, EXAMPLES / "wandb_tracker.py") == []
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     content = file.read_bytes()
     for text in (b"step/train_loss", b"epoch/val_accuracy", b"final/test_accuracy", b"pictures/seconds", b"batch_size"):
