@@ -1,4 +1,4 @@
-"""Which class is a picture of? Pictures in Parquet files, which are read from an object store or a folder as a stream.
+"""Which class does a picture show? Pictures in Parquet files, streamed from an object store or a folder.
 
 python jobs/train.py --workload examples/shards.py --data s3://bucket/pictures --num-classes 10
 
@@ -24,7 +24,7 @@ class Settings:
     """The pictures and the network."""
 
     data: str = setting("pictures", "folder or URI with train/ and test/, which hold Parquet files", decides_data=True)
-    num_classes: int = setting(10, "classes; labels are whole numbers below", decides_data=True, **at_least(2))
+    num_classes: int = setting(10, "number of classes; labels start at 0", decides_data=True, **at_least(2))
     size: int = setting(32, "pixels of a side, to which pictures are scaled", decides_data=True, **at_least(8))
     width: int = setting(16, "channels of the first convolution", search=Choice((8, 16, 32)), **at_least(1))
 

@@ -119,7 +119,7 @@ class SweptRun(Run):
 
 @environment.left_as_found()
 def train(workload: AnyWorkload = None, **settings: Any) -> Run:
-    """Train, evaluate and report like ``jobs/train.py``.
+    """Train, evaluate and report like ``jobs/train.py``; return the run.
 
     ``workload``: a class, or a string as for ``--workload``; default: MNIST. Raises UsageError, JobError, and, after
     Ctrl-C, KeyboardInterrupt.
@@ -188,7 +188,7 @@ def predict(
     workload: AnyWorkload = None,
     storage_path: str | Path = _STORAGE_PATH,
 ) -> list[Prediction]:
-    """Return a trained model's predictions.
+    """Return a ``Prediction`` for each picture: ``top`` has pairs (prediction, probability), the best first.
 
     ``pictures``: the path of a picture or folder, a Pillow image, a list of paths or of images, or an array or list of
     inputs (arrays, tensors, dicts) in the format of the workload's data. ``run``: as for ``evaluate``. Raises
@@ -228,7 +228,7 @@ def load_run(
 
 def _run(job: Job) -> Run:
     if job.output.check:
-        raise JobError(f"run {job.run.name} has no result: with check=True, nothing is trained")
+        raise JobError(f"the check of {job.run.name} is done; check=True trains nothing, so there is no run to return")
     workload_class = type(job.workload)
     settings: Any = build(workload_class.Settings, job.run.require_json(CONFIG_FILE))  # of a sweep, the best ones
     return Run(job.run, workload_class(settings, job.workload.metadata), job.run.require_json(RESULT_FILE))

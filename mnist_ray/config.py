@@ -29,7 +29,7 @@ class TrainConfig:
     learning_rate: float = setting(
         5e-3, "peak of the schedule; not scaled by the worker count", search=Range(5e-4, 2e-2, log=True), **positive()
     )
-    schedule: Literal["one-cycle", "cosine", "linear", "constant"] = setting("one-cycle", "course of the learning rate")
+    schedule: Literal["one-cycle", "cosine", "linear", "constant"] = setting("one-cycle", "learning-rate schedule")
     warmup_steps: int = setting(0, "steps in which the learning rate climbs; not for one-cycle", **at_least(0))
     optimizer: Literal["adam", "adamw", "sgd"] = setting("adam", "the optimizer of torch.optim")
     beta1: float = setting(0.9, "Adam's decay of the gradient's mean", **fraction(with_one=False))
@@ -76,7 +76,7 @@ class TrainConfig:
     )
     num_chunks: int = setting(
         8,
-        "parts per batch; --reproducible adds their gradients in order; limits --num-workers",
+        "chunks of a batch with --reproducible; streams of Blocks; at most as many workers",
         **within(1, 1024),
     )
 
@@ -101,7 +101,7 @@ class WorkerConfig:
     )
     cpus_per_worker: int | None = setting(
         None,
-        "CPUs per worker; as many threads if each gets 8 examples; default: the cluster's CPUs, shared evenly",
+        "CPUs and threads per worker, with at least 8 examples per thread; default: all CPUs, shared evenly",
         **at_least(1),
     )
     use_gpu: Literal["auto", "yes", "no"] = setting("auto", "train on GPUs; auto: if PyTorch finds any")
@@ -200,6 +200,6 @@ class SweepConfig:
         3, "best configurations that race with up to two more seeds; 0: one seed decides", **at_least(0)
     )
     max_concurrent_trials: int | None = setting(
-        None, "trials at a time; default, and limit without --autoscaling: as many as the cluster holds", **at_least(1)
+        None, "most trials at a time; default, and limit without --autoscaling: what fits on the cluster", **at_least(1)
     )
     time_budget_s: float | None = setting(None, "seconds after which the search stops", **positive())

@@ -135,7 +135,7 @@ class RunFolder:
     def require_json(self, file_name: str) -> dict[str, Any]:
         """Return a file's JSON object. Raises JobError if it does not exist or is damaged."""
         if (values := self.read_json(file_name)) is None:
-            raise JobError(f"{self.inside(file_name).uri} is gone")
+            raise JobError(f"{self.inside(file_name).uri} does not exist; restore it")
         return values
 
     def damaged(self, file_name: str, reason: object) -> JobError:

@@ -91,7 +91,7 @@ def test_training_returns_the_run_with_its_files_and_evaluation_by_name_agrees(r
 def test_a_run_of_another_process_is_loaded_by_its_name_or_path(run: Run) -> None:
     for loaded in (mnist_ray.load_run("one", storage_path=run.folder.storage_path), mnist_ray.load_run(run.folder.uri)):
         assert (str(loaded), loaded.history, loaded.checkpoint) == (str(run), run.history, run.checkpoint)
-    with pytest.raises(UsageError, match=r"two is no run, or a sweep that has not chosen yet: it has no config\.json"):
+    with pytest.raises(UsageError, match=r"two is not a run, or is an unfinished sweep: it has no config\.json"):
         mnist_ray.load_run("two", storage_path=run.folder.storage_path)
     unfinished = locate(f"{run.folder.storage_path}/more", "three")
     unfinished.write_text("config.json", "{}")
@@ -146,7 +146,7 @@ def test_a_metric_without_a_value_is_nan(run: Run) -> None:
 def test_what_has_no_prediction_raises_the_line_that_the_command_prints(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     for pictures, error, message in (
-        (tmp_path, JobError, f"{tmp_path}/empty.png: is no picture of a known format"),
+        (tmp_path, JobError, f"{tmp_path}/empty.png: not a picture in a known format"),
         (str(tmp_path / "no.png"), JobError, f"{tmp_path}/no.png: cannot be read: No such file or directory"),
         ([5], UsageError, "pictures must be paths, Pillow images or a NumPy array of inputs, not int"),
         (

@@ -74,7 +74,7 @@ DAMAGED = [
 
 def test_a_missing_file_is_none_or_an_error_if_required(run: RunFolder) -> None:
     assert run.read_json("config.json") is None
-    with pytest.raises(JobError, match="is gone"):
+    with pytest.raises(JobError, match="does not exist; restore it"):
         run.require_json("config.json")
     run.write_text("config.json", '{"num_epochs": 2}')
     assert run.read_json("config.json") == run.require_json("config.json") == {"num_epochs": 2}

@@ -95,7 +95,7 @@ def _drawn(workload: Workload, notes: list[str], what: str, draw: Callable[[], I
     try:
         parts = list(draw())
         if wrong := [part for part in parts if not isinstance(part, (Picture, Table))]:
-            raise TypeError(f"{type(wrong[0]).__name__} is no mnist_ray.workload.Picture")
+            raise TypeError(f"{type(wrong[0]).__name__} is not a mnist_ray.workload.Picture")
     except (Exception, SystemExit) as error:  # files may hold anything, and workloads draw with their own code
         notes.append(f"no {what}: {with_place(error, workload.source.folder)}")
         return []

@@ -110,7 +110,7 @@ class RunRecord:
 def settings_of(run: RunFolder) -> dict[str, Any]:
     """Return the settings of a run. Raises UsageError if it has none, JobError if they are damaged."""
     if not run.exists(CONFIG_FILE):
-        raise UsageError(f"{run.uri} is no run, or a sweep that has not chosen yet: it has no {CONFIG_FILE}")
+        raise UsageError(f"{run.uri} is not a run, or is an unfinished sweep: it has no {CONFIG_FILE}")
     return run.require_json(CONFIG_FILE)
 
 

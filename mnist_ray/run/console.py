@@ -89,7 +89,7 @@ class RunConsole:
                 self._is_lost = True
             case events.NodeLeaving(in_s):
                 when = "soon" if in_s == math.inf else f"in {max(0, in_s):.0f} s"
-                self.say("note", f"a worker's node will be taken away {when}; saving a checkpoint")
+                self.say("note", f"a worker's node will be preempted {when}; saving a checkpoint")
             case events.Stopping():
                 self.say("note", "interrupted: saving a checkpoint (Ctrl-C again to stop at once)")
             case Progress():

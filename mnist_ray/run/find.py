@@ -109,7 +109,7 @@ def _checkpoint_of(run: RunFolder) -> RunFolder:
     if result is not None:
         chosen = run.inside(result["checkpoint"])
         if not chosen.exists(STATE_FILE):
-            raise UsageError(f"run {run.uri} has lost its checkpoint {chosen.name}")
+            raise UsageError(f"run {run.uri} has no {chosen.name} any more; name one of its other checkpoints")
         return chosen
     if not run.checkpoint_names():
         raise UsageError(f"{run.uri} is neither a checkpoint nor a run with a checkpoint")
@@ -120,7 +120,7 @@ def best_of(run: RunFolder) -> Fitted:
     """Return the best checkpoint by validation; without validation, the last. Raises JobError if all are damaged."""
     for name, metrics in _ranked(run):
         return Fitted(run.inside(name), metrics)
-    raise JobError(f"{run.uri} has only damaged checkpoints")
+    raise JobError(f"{run.uri} has only damaged checkpoints; start another run")
 
 
 def drop_others(run: RunFolder) -> None:

@@ -45,7 +45,7 @@ _RESIZE_INTERVAL_S = 15.0  # after which an elastic run checks again whether the
 
 
 def plan(session: Session) -> None:
-    """Decide how many workers train, and on what. Raises UsageError, or UnusableGPUError without Ray."""
+    """Set ``session.plan``: how many workers train, and on what. Raises UsageError; UnusableGPUError without Ray."""
     use_gpu, chunks = session.workers.use_gpu, session.job.train.chunks
     if session.is_here:
         is_on_gpu = use_gpu == "yes" or (use_gpu == "auto" and chunks is None and torch.cuda.is_available())
@@ -59,9 +59,9 @@ def plan(session: Session) -> None:
 
 
 def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
-    """Train on Ray and pass events to ``on_event``. If the run has checkpoints, resume from the last one.
+    """Train on Ray, from the last checkpoint if there is one; pass on events; return the checkpoint to test.
 
-    Raises TrainingStoppedError if a retry would fail too; otherwise JobError.
+    Raises TrainingStoppedError if a retry would fail too; otherwise JobError. After Ctrl-C, KeyboardInterrupt.
     """
     job, plan, max_failures = session.job, session.plan, session.job.workers.max_failures
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(job.workers.hang_timeout_s))
@@ -219,7 +219,7 @@ class _OnController(train_internals.ControllerCallback):
         """Report workers that are replaced because their node is to leave: there is no exception to tell of them."""
         states = (train_internals.PreemptingState, train_internals.RestartingState)
         if self._event_queue is not None and all(map(isinstance, (previous_state, current_state), states)):
-            self._event_queue.put.remote(WorkersLost("a worker's node was taken away"))
+            self._event_queue.put.remote(WorkersLost("a worker's node was preempted"))
 
     def _show_life(self) -> None:
         """Send signs of life. The controller itself answers nothing while it waits for nodes or for its workers."""

@@ -20,7 +20,7 @@ from mnist_ray.training.state import Group, StopWantedError, TrainingState
 
 
 def fit_here(session: Session, on_event: Callable[[Event], None]) -> Fitted:
-    """Train in this process, like ``fit`` on Ray. Raises the exceptions of the user's code."""
+    """Train in this process, and return like ``fit``. Raises the same errors, and those of the user's code."""
     job, data = session.job, session.data
     spec = LoopSpec(job=job, train=data.train, validation=data.validation if len(data.validation) else None)
     group = Group(device=torch.device("cuda" if session.plan.use_gpu else "cpu"))

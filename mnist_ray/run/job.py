@@ -82,7 +82,7 @@ def _layer_of(name: str, layers: Mapping[str, Given]) -> str:
 def read_job(given: Given | None = None, kind: str = "train") -> Job:
     """Read the settings of ``train`` or ``tune`` from ``given``, or from the command line if it is None.
 
-    Later layers win: default recipe or saved run, recipe, config file, flags. Raises UsageError.
+    Later layers win: default recipe or saved run, recipe, config file, flags. Raises UsageError and JobError.
     """
     config_file, more_settings = (SWEEP_FILE, [SweepConfig]) if kind == "tune" else (CONFIG_FILE, [])
     early = peek("workload", "config", "resume", "run_name", "storage_path")[0] if given is None else given
@@ -178,7 +178,7 @@ def _find_run(early: Given, kind: str, config_file: str) -> tuple[RunFolder, dic
     with storage.in_one_line(f"cannot read {run.uri}"):
         is_there = run.exists(config_file)
     if not is_there:
-        raise UsageError(f"--resume: there is no run in {run.uri}: it has no {config_file}")
+        raise UsageError(f"--resume: there is no run of {kind} in {run.uri}; check --run-name and --storage-path")
     check_free(run, resume=True)
     return run, run.require_json(config_file)
 

@@ -24,8 +24,8 @@ from mnist_ray.training.events import Event, NodeLeaving, Progress
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import Group, StopWantedError, TrainingState
 
-_ASK_INTERVAL_S = 5.0  # of training, between two questions whether a node will be taken away: every tenth window
-_SPARE_S = 2.0  # between a saved checkpoint and the time when a node is taken away
+_ASK_INTERVAL_S = 5.0  # of training, between two questions whether a node will be preempted: every tenth window
+_SPARE_S = 2.0  # between a saved checkpoint and a node's preemption
 
 
 def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
@@ -105,7 +105,7 @@ class TrainReporter(Reporter):
         self.send(progress)
 
     def wants_checkpoint(self) -> bool:
-        """Return True when Ray announces that a worker's node will be taken away, and again shortly before that."""
+        """Return True when Ray announces that a worker's node will be preempted, and again shortly before that."""
         if self._spec.is_local or self._trained_s < self._ask_at_s:
             return False
         info = ray.train.get_preemption_info()  # all ranks ask together, and wait for each other

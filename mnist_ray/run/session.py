@@ -253,7 +253,7 @@ def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Splits]:
         if (job.workers.num_workers or 1) > job.train.num_chunks:
             raise UsageError(f"--num-workers {job.workers.num_workers} is more than the {streams}")
         if len(blocks.sizes) < job.train.num_chunks:
-            notes.append(f"{count(len(blocks.sizes), 'block')} for {streams}: blocks are read by several workers")
+            notes.append(f"{count(len(blocks.sizes), 'block')} for {streams}: some are read twice; write smaller ones")
     if job.train.early_stop is not None:
         if len(splits.validation) == 0:
             raise UsageError("--early-stop needs validation; leave --validation-size 0 and --overfit-batches out")

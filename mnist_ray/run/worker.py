@@ -72,7 +72,7 @@ def train_worker(
     is_piece_over = state.total_step >= state.last_step and not is_over(state, config)
     try:
         reporter.show_life()
-        if is_piece_over and "val_score" not in restored.metrics:  # the sweep has lost its table, and trains less now
+        if is_piece_over and "val_score" not in restored.metrics:  # sweep.csv is lost, and this piece is shorter now
             reporter.started(state, restored)  # on all ranks alike, or none validates
             restored = replace(restored, metrics={**restored.metrics, **reporter.validated(state)})
         reporter.begin(state, restored)
@@ -131,7 +131,7 @@ class Reporter(Callback):
         self.show_life()
 
     def started(self, state: TrainingState, restored: checkpoints.Restored) -> Started:
-        """Return the event for the start of training; all ranks must call this. Raises JobError if they start apart."""
+        """Return the start event; all ranks must call this. Raises JobError if ranks restored different checkpoints."""
         device = self._group.device
         seen = [(socket.gethostname(), restored.name)] * self._group.world_size
         if self._group.world_size > 1:
@@ -193,14 +193,14 @@ class Reporter(Callback):
         return {**metrics, "is_over": is_over(state, self._config)}
 
     def validated(self, state: TrainingState) -> dict[str, Any]:
-        """Let all ranks validate; return what a checkpoint's metrics say of that."""
+        """Let all ranks validate; return the validation's entries in a checkpoint's metrics."""
         assert self._validation is not None
         workload, start = self._job.workload, time.perf_counter()
         loading = self._job.workers.loader_workers, self.show_life
         evaluation = engine.evaluate_together(workload, state.result, self._validation, self._group, *loading)
         values = evaluation.values(workload)
         metrics: dict[str, Any] = {f"val_{name}": value for name, value in values.items()}
-        # By the score, Ray keeps the best checkpoints.
+        # Ray keeps the checkpoints with the best scores.
         return {**metrics, "val_score": score(workload, values), "val_s": time.perf_counter() - start}
 
     def send_validation(self, metrics: dict[str, Any]) -> None:

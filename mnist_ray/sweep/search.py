@@ -112,7 +112,7 @@ def train_chosen(session: Session, sweep: Sweep, table: TrialTable) -> None:
                 console.say("note", f"the default cannot be trained: {error}")
                 continue
         name = "" if monitor.is_fraction else f"{monitor.name} "
-        end = ", the default" if is_default else ""
+        end = " (the default)" if is_default else ""
         came_out[title] = f"{name}{monitor.format(value)} on the test set with {values}{end}"
     console.say("", "")
     for title, line in came_out.items():
@@ -120,10 +120,10 @@ def train_chosen(session: Session, sweep: Sweep, table: TrialTable) -> None:
 
 
 def train_and_test(session: Session, job: Job, trial: TrialRecord | None, *, is_last: bool) -> float:
-    """Train and test as ``jobs/train.py`` does, from the checkpoint of a trial that has trained the same.
+    """Train and test a configuration like ``jobs/train.py``; return the monitored value on the test set.
 
-    The last run, which is the best one, must have the weights that ``jobs/train.py`` gives: it starts anew if a trial
-    has another number of workers or threads. In this run, the job leaves Ray while the report is written.
+    If ``trial`` has trained the configuration, its checkpoint is used. But the best one, which ``is_last``, must have
+    the weights that ``jobs/train.py`` gives, so it is trained anew if trials have other workers or threads.
     """
     run = copy.copy(session)
     run.job, run.workers, run.clock = job, job.workers, Clock()

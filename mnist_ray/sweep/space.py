@@ -155,13 +155,13 @@ class _Setting:
         try:
             value = None if is_none else parse_text(self.kind, text.strip())
         except ValueError as error:
-            raise UsageError(f"{text!r} is no {self.kind.__name__}") from error
+            raise UsageError(f"{text!r} is not of type {self.kind.__name__}") from error
         return settings.checked(self.config_class, {self.name: value})[self.name]
 
     def check_searched(self) -> None:
         """Raise UsageError if all trials must have the same value, or sweep.csv cannot hold it."""
         if self.name in _NOT_SEARCHED or self.kind is tuple:
-            raise UsageError(f"{self.name} is the same for all trials")
+            raise UsageError(f"{self.name} cannot be searched: all trials share it")
         if self.name in _COLUMNS:
             raise UsageError(f"sweep.csv has another column {self.name}; rename the setting")
 

@@ -132,7 +132,7 @@ class TrialTable:
         """The best configuration so far, by the mean over its seeds; None before the first validation.
 
         Configurations with a failed trial come last. Configurations with more finished trials come first: values of
-        different epochs are not compared. A further seed does not count if the time was up before all had finished it.
+        different epochs are not compared. A later seed is ignored if the time was up before all had finished it.
         """
         seeds = {record.point.seed for record in self.by_point.values() if record.state == STOPPED}
         cut_off = seeds - {min((point.seed for point in self.by_point), default=0)}
@@ -168,7 +168,7 @@ class TrialTable:
         return {*leading, *self.finalists(sweep, seed), *self.space.default_points(seed)}
 
     def result_of(self, point: Point) -> TrialRecord | None:
-        """Return a trial whose last checkpoint is what the training job would test: the best after a whole epoch."""
+        """Return a finished trial if its last whole epoch was its best, which ``train.py`` would test; else None."""
         record = self.by_point.get(point)
         if record is None or record.state != DONE:
             return None
@@ -243,7 +243,7 @@ class Sweep:
 
     config: SweepConfig
     space: Space
-    job: Job  # the job of all trials, and of the trainings at the end
+    job: Job  # the job of all trials, and of the training at the end
     num_validation: int = 0  # validation examples; 0 until the data are loaded
 
     @property

@@ -37,7 +37,7 @@ def read_sweep(given: Given | None = None) -> Sweep:
     sweep = Sweep(config, space, job)
     if sweep.table().best is None and job.run.exists(BEST_FILE):  # a new choice would continue the old one's run
         remedy = f"{command('train')} --config {job.run.inside(BEST_FILE).uri}"
-        raise JobError(f"{job.run.uri} has chosen, but lost its {TRIALS_FILE}; train the choice with {remedy}")
+        raise JobError(f"{job.run.uri} has {BEST_FILE}, but no {TRIALS_FILE}; train the best with {remedy}")
     return sweep
 
 

@@ -89,7 +89,7 @@ def predict(given: Sequence[str], found: find.Found, config: PredictionConfig) -
 
 
 def find_files(given: Iterable[Any]) -> Iterator[Path | Image.Image]:
-    """Yield the given files and Pillow images, and the pictures in the given folders at any depth, sorted."""
+    """Yield the given files and Pillow images, and the pictures in the given folders, sorted. Raises UsageError."""
     for one in given:
         if not isinstance(one, (str, Path, Image.Image)):
             kind = type(one).__name__
@@ -146,11 +146,11 @@ def read_image(file: Path | io.BytesIO) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about large pictures and harmless damage
-            picture = Image.open(file, formats=FORMATS)
-            picture.load()
-            return as_displayed(picture)
+            with Image.open(file, formats=FORMATS) as picture:
+                picture.load()
+                return as_displayed(picture)
     except UnidentifiedImageError as error:
-        raise UsageError("is no picture of a known format") from error
+        raise UsageError("not a picture in a known format") from error
     except Exception as error:  # a damaged file may raise anything
         raise UsageError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
 

@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     targets: Any  # likewise
     global_size: int  # number of examples in the whole batch, over all ranks
     ends_step: bool = True  # whether this is the rank's last piece of the batch
-    counts: bool = True  # False: the rank has no examples, and the loss of this one counts nothing
+    counts: bool = True  # False: the rank has no examples, and this one's loss is not counted
 
 
 class ArrayBatches(Dataset):
@@ -229,7 +229,7 @@ class BlockBatches(ExampleBatches):
         except Exception as error:
             raise ExampleError(f"{name} cannot be read: {type(error).__name__}: {first_line(error)}") from error
         if len(examples) != size:
-            raise ExampleError(f"{name} has {len(examples):,} examples, not {size:,}")
+            raise ExampleError(f"{name} has {len(examples):,} examples; sizes says {size:,}")
         if isinstance(examples, Arrays):
             return examples, examples.inputs.nbytes + examples.targets.nbytes
         leaves = pytree.tree_leaves(examples)

@@ -166,7 +166,7 @@ def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callbac
         raise
     except Exception as error:  # the digest is right, so the file is whole: the code must have changed
         reason = f"the optimizer, schedule or callback: {type(error).__name__}: {first_line(error)}"
-        raise OtherModelError(f"checkpoint {folder.uri} does not fit {reason}") from error
+        raise OtherModelError(f"checkpoint {folder.uri} does not fit {reason}; restore the code") from error
     state.sums = MetricSums(**training["sums"])
     for name in _COUNTERS:
         setattr(state, name, training[name])
@@ -202,7 +202,7 @@ def read_state(folder: RunFolder) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(folder, STATE_FILE, first_line(error)) from error
     if document.get("format") != FORMAT:
-        raise UsageError(f"checkpoint {folder.uri} is of another version of mnist_ray: format {document.get('format')}")
+        raise UsageError(f"checkpoint {folder.uri} has format {document.get('format')}; this version reads {FORMAT}")
     return document
 
 
@@ -225,7 +225,7 @@ def _decoded(folder: RunFolder, name: str, document: dict[str, Any], decode: Cal
 
 
 def _damaged(folder: RunFolder, name: str, reason: str) -> DamagedCheckpointError:
-    return DamagedCheckpointError(f"checkpoint {folder.uri} is damaged: {name}: {reason}")
+    return DamagedCheckpointError(f"checkpoint {folder.uri} is damaged: {name}: {reason}; use another one")
 
 
 def _unpickled(content: bytes) -> Any:
@@ -236,5 +236,5 @@ def _load_weights(model: nn.Module, weights: dict[str, Tensor], folder: RunFolde
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        difference = str(error).splitlines()[-1].strip()
+        difference = f"{str(error).splitlines()[-1].strip()}; restore the code and the settings"
         raise OtherModelError(f"checkpoint {folder.uri} does not fit the model: {difference}") from error

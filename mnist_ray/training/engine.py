@@ -291,7 +291,7 @@ def evaluate_together(
     num_loader_processes: int = 0,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Evaluate a model, each rank on some of the batches. Every rank gets the bits that ``evaluate`` would return."""
+    """Evaluate a model, each rank on some of the batches. Every rank returns what ``evaluate`` would, bit for bit."""
     if group.world_size == 1:
         return evaluate(workload, model, split, num_loader_processes, on_batch)
     for buffer in model.buffers():  # running statistics of batch normalization may differ between ranks
@@ -313,7 +313,7 @@ def evaluate(
     num_loader_processes: int = 0,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Evaluate a model on a split, in fp32 and in fixed batches, on the device of the model's weights."""
+    """Evaluate a model on its device, in fp32 and fixed batches. Raises UsageError if the columns are too large."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -332,7 +332,7 @@ def evaluate(
         num_bytes += sum(values.nbytes for values in columns[-1].values())
         if num_bytes > MOST_COLUMN_BYTES:
             name, size = f"{type(workload).__name__}.predictions", f"{MOST_COLUMN_BYTES / 2**20:,.0f} MiB"
-            raise UsageError(f"{name}: the columns of {len(split):,} {workload.nouns} take more than {size}")
+            raise UsageError(f"{name}: the columns of {len(split):,} {workload.nouns} exceed {size}; make them smaller")
     model.train(modes[model])  # calls the modules' own train(), if they have any
     for module, is_training in modes.items():
         module.training = is_training  # a callback may keep layers in evaluation mode

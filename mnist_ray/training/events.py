@@ -49,7 +49,7 @@ class WorkersLost(Event):
 
 @dataclass(frozen=True)
 class NodeLeaving(Event):
-    """A worker's node will be taken away; a checkpoint is saved first."""
+    """A worker's node will be preempted; a checkpoint is saved first."""
 
     in_s: float  # seconds until then; infinite if nobody knows
 

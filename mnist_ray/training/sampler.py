@@ -21,7 +21,7 @@ class Slice(NamedTuple):
     indices: np.ndarray
     global_size: int = 0  # number of examples in the whole batch, over all ranks; 0 in an evaluation
     ends_step: bool = True  # whether this is the rank's last piece of the batch
-    counts: bool = True  # False if the rank has no examples: models need not take empty batches, so it gets one
+    counts: bool = True  # False: the rank has no examples, so it gets one that is not counted, not an empty batch
 
 
 def split_bounds(num_examples: int, num_parts: int, batch_size: int) -> list[tuple[int, int]]:

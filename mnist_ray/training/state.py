@@ -58,7 +58,7 @@ class TrainingState:
     scores: list[float] = field(default_factory=list)  # of each finished epoch with a validation; higher is better
     ends: bool = False  # set by a callback: no further epoch
     num_steps: int = 0  # per epoch
-    last_step: int = -1  # of all epochs: where a part of a trial ends, though epochs are left
+    last_step: int = -1  # the total step where a piece of a trial ends; -1: it does not end early
     learning_rate: float = math.nan  # with which the last step was made, in the optimizer's first parameter group
 
     @property

@@ -93,7 +93,7 @@ class Workload(UserClass):
     # --- data
 
     def load_data(self) -> Data:
-        """Return the data."""
+        """Return the data: the same examples at every call and on every node."""
         raise NotImplementedError
 
     def metadata_of(self, data: Data) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class Workload(UserClass):
     def collate(self, examples: Sequence[tuple[Any, Any]]) -> tuple[Any, Any] | None:
         """Join a ``Dataset``'s examples (input, target) to a batch (inputs, targets), for sequences or graphs.
 
-        None: join them with torch's ``default_collate``. Not for ``Arrays``. Inputs to predict have the target 0.
+        None: torch's ``default_collate`` joins them. Not called for ``Arrays``. In predictions, every target is 0.
         """
         return None
 
@@ -198,7 +198,7 @@ class Workload(UserClass):
         return {name: values.tolist() for name, values in columns.items()}
 
     def details(self, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Return entries about the test set, which are added to result.json."""
+        """Return entries about the test set for result.json, as values that JSON can hold."""
         return {}
 
     def lines(self, columns: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:

@@ -23,7 +23,7 @@ _MOST_ROWS = 1000  # with more classes, there is no confusion matrix: its memory
 
 
 class Classification(Workload):
-    """The outputs are logits, (N, classes); the targets are whole numbers from 0 on, (N,).
+    """The outputs are logits, (N, classes); the targets are integers from 0 on, (N,).
 
     The classes come from ``metadata={"class_names": [...]}``. If that is missing, they come from the training
     ``Dataset``'s attribute ``classes``, which torchvision's data sets have; for arrays, from the largest target.
@@ -76,19 +76,19 @@ class Classification(Workload):
         """Raise UsageError if the logits or the targets do not fit the classes."""
         name = type(self).__name__
         if not hasattr(outputs, "ndim"):
-            raise UsageError(f"{name}: the model gives a {type(outputs).__name__}, not a tensor of logits")
+            raise UsageError(f"{name}: the model returns a {type(outputs).__name__}, not a tensor of logits")
         if not hasattr(targets, "ndim"):
             raise UsageError(f"{name}: a batch's targets are a {type(targets).__name__}; {TARGETS_REMEDY}")
         if outputs.ndim != 2 or outputs.shape[1] != self.num_classes:
             raise UsageError(
-                f"{name}: the model gives {' × '.join(map(str, outputs.shape[1:])) or 'no'} logits per example, "
+                f"{name}: the model returns {' × '.join(map(str, outputs.shape[1:])) or 'no'} logits per example, "
                 f"but the data have {self.num_classes:,} classes"
             )
         self._check_targets(name, targets.numpy())
 
     def _check_targets(self, place: str, targets: np.ndarray) -> None:
         if targets.ndim != 1 or not np.issubdtype(targets.dtype, np.integer):
-            raise UsageError(f"{place}: targets must be whole numbers (N,), not {targets.dtype} {targets.shape}")
+            raise UsageError(f"{place}: targets must be integers (N,), not {targets.dtype} {targets.shape}")
         wrong = targets[(targets < 0) | (targets >= self.num_classes)]
         if len(wrong):
             raise UsageError(f"{place} has target {wrong[0]}, but the classes are 0 to {self.num_classes - 1}")
@@ -166,6 +166,6 @@ def _class_names(data: Data) -> list[Any]:
     if hasattr(data.train, "classes"):
         return list(data.train.classes)
     if not isinstance(data.train, Arrays):
-        raise UsageError('the Dataset has no classes: return Data(..., metadata={"class_names": [...]}) from load_data')
+        raise UsageError('the data name no classes: return Data(..., metadata={"class_names": [...]}) from load_data')
     splits = [split for split in (data.train, data.validation, data.test) if isinstance(split, Arrays) and len(split)]
     return list(range(1 + max(int(split.targets.max()) for split in splits)))

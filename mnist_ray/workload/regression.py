@@ -47,12 +47,12 @@ class Regression(Workload):
         """Raise UsageError if the shapes do not fit: torch would broadcast (N,) and (N, 1) to (N, N)."""
         name = type(self).__name__
         if not hasattr(outputs, "shape"):
-            raise UsageError(f"{name}: the model gives a {type(outputs).__name__}, not a tensor")
+            raise UsageError(f"{name}: the model returns a {type(outputs).__name__}, not a tensor")
         if not hasattr(targets, "shape"):
             raise UsageError(f"{name}: a batch's targets are a {type(targets).__name__}; {TARGETS_REMEDY}")
         if targets.ndim != 1 or tuple(outputs.shape) not in ((len(targets),), (len(targets), 1)):
             shapes = f"{tuple(outputs.shape)} for targets {tuple(targets.shape)}"
-            raise UsageError(f"{name}: the model gives {shapes}; both must be one number per example")
+            raise UsageError(f"{name}: the model returns {shapes}; both must be one number per example")
 
     def predictions(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return each example's target and prediction."""

@@ -27,7 +27,7 @@ from mnist_ray.workload.order import Shuffled
 
 _TEST_PART, _TEST_SEED = 5, 53  # without a test set, a random fifth of the examples becomes the test set
 _NUM_THREADS = 16  # that read footers
-_REMEDY = "turn each row into an example by decode="
+_REMEDY = "pass decode=, which turns a row into an example"
 
 
 def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Data:
@@ -155,7 +155,7 @@ def _files_at(place: str) -> tuple[fs.FileSystem, list[_File]]:
 
 
 def _opened(filesystem: fs.FileSystem, path: str) -> _File:
-    with filesystem.open_input_file(path) as source, in_one_line(f"{path} is no whole Parquet file"):
+    with filesystem.open_input_file(path) as source, in_one_line(f"{path} is not a whole Parquet file"):
         return _File(path, _version(filesystem, path, source), pq.read_metadata(source))
 
 
@@ -180,7 +180,7 @@ def _array(field: pa.Field, column: pa.ChunkedArray, where: str) -> np.ndarray:
     """Return a column as an array, (rows, ...). Raises UsageError if that is not possible."""
     values, shape = column.combine_chunks(), [len(column)]
     if values.null_count:
-        raise UsageError(f"{where} has gaps; {_REMEDY}")
+        raise UsageError(f"{where} has nulls; {_REMEDY}")
     if pa.types.is_struct(values.type) and values.type.get_field_index("bytes") >= 0:
         values = values.field("bytes")
     if pa.types.is_binary(values.type):
@@ -200,7 +200,7 @@ def _array(field: pa.Field, column: pa.ChunkedArray, where: str) -> np.ndarray:
             raise UsageError(f"{where} has lists of different lengths; {_REMEDY}")
         values, shape = values.flatten(), shape + lengths
         if values.null_count:
-            raise UsageError(f"{where} has gaps in its lists; {_REMEDY}")
+            raise UsageError(f"{where} has nulls in its lists; {_REMEDY}")
     if not pa.types.is_primitive(values.type) or pa.types.is_temporal(values.type):
         raise UsageError(f"{where} holds {values.type}, not numbers; {_REMEDY}")
     return values.to_numpy(zero_copy_only=False).reshape([len(column), *of_tensor] if of_tensor else shape)

@@ -93,8 +93,8 @@ def check_trusted(reference: str, base: type, file: str, folders: Iterable[Path]
     """Raise UsageError if the code that ``file`` names may have come with the file: see ``why_untrusted``."""
     if reason := why_untrusted(reference, folders):
         raise UsageError(
-            f"{file} names {_flag(base)} {reference}, {reason}: code that may have come with a run is loaded only "
-            f"if the command line has {_flag(base)}"
+            f"{file} names {_flag(base)} {reference}, {reason}: the code may have come with the run; if you trust it, "
+            f"name it with {_flag(base)}"
         )
 
 

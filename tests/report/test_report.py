@@ -239,7 +239,7 @@ def test_the_report_of_a_run_that_a_trial_has_trained_has_no_curves_and_all_its_
 
 def test_a_run_with_untrusted_code_is_refused(run: RunFolder, tmp_path: Path) -> None:
     run.write_text("config.json", json_lines({"num_epochs": 1, "workload": str(tmp_path / "steals.py")}))
-    with pytest.raises(UsageError, match="code that may have come with a run"):
+    with pytest.raises(UsageError, match="the code may have come with the run; if you trust it"):
         workload_of(run, None, str(tmp_path))
 
 
@@ -311,7 +311,7 @@ def test_a_picture_that_cannot_be_drawn_becomes_a_note(
     monkeypatch.setattr(type(mnist()), "pictures", lambda *given: [b"png"])
     shown = page.write(tested_run, mnist(), "", test, notes.append)
     assert list(shown) == ["loss", "accuracy", "learning_rate"]
-    assert "no pictures of the test: TypeError: bytes is no mnist_ray.workload.Picture" in notes[-1]
+    assert "no pictures of the test: TypeError: bytes is not a mnist_ray.workload.Picture" in notes[-1]
 
 
 def test_a_runs_workload_is_found_without_its_origin(tested_run: RunFolder) -> None:

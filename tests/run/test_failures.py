@@ -392,7 +392,7 @@ def test_a_checkpoint_is_saved_before_a_node_is_preempted(nodes: Cluster, quick:
 
     callback = callback_at(tmp_path / "slow.py", "on_step(self, state)", "time.sleep(0.07)")
     flags = quick(num_epochs=99, batch_size=5, validation_size=0, num_workers=2, callback=callback)
-    note = "note        a worker's node will be taken away in 35"
+    note = "note        a worker's node will be preempted in 35"
     acts = {"epoch 1/99": announce, note: interrupt}
     printed, _ = run_and_act(acts, *flags, address=nodes.address, status=130)
     nodes.remove_node(doomed)

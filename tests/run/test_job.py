@@ -110,7 +110,7 @@ def test_code_that_may_have_come_with_a_run_is_not_loaded(
     (sent.parent / "elsewhere.py").write_text(STEALS)
     monkeypatch.chdir(sent.parent)
     (sent / "config.json").write_text(json.dumps({"num_epochs": 3, name: place.format(sent=sent)}))
-    message = rf"config\.json names --{name} .*: code that may have come with a run is loaded"
+    message = rf"config\.json names --{name} .*: the code may have come with the run; if you trust it"
     with pytest.raises(UsageError, match=message):
         read(*(flag.format(sent=sent) for flag in flags))
     assert not list(sent.parent.rglob("it_ran"))
@@ -236,7 +236,7 @@ def test_workers_share_the_streams_of_blocks_and_few_blocks_are_noted(tmp_path: 
     job, _ = load_data(read_job({**given, "num_workers": 8}))
     assert job.notes == ()
     job, _ = load_data(read_job({**given, "num_chunks": 16}))
-    assert job.notes == ("12 blocks for 16 streams of blocks (--num-chunks): blocks are read by several workers",)
+    assert job.notes == ("12 blocks for 16 streams of blocks (--num-chunks): some are read twice; write smaller ones",)
     with pytest.raises(UsageError, match=r"^--num-workers 9 is more than the 8 streams of blocks \(--num-chunks\)$"):
         load_data(read_job({**given, "num_workers": 9}))
 

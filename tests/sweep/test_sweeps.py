@@ -366,8 +366,8 @@ def test_a_sweep_whose_table_is_lost_says_what_to_do(tmp_path: Path) -> None:
     run.write_text("sweep.json", '{"num_epochs": 1}')
     assert read().notes == ("run lost has no finished trial yet; starting from the beginning",)
     run.write_text("best.json", "{}")
-    remedy = r"train the choice with python jobs/train\.py --config .*/lost/best\.json$"
-    with pytest.raises(JobError, match=r"/lost has chosen, but lost its sweep\.csv; " + remedy):
+    remedy = r"train the best with python jobs/train\.py --config .*/lost/best\.json$"
+    with pytest.raises(JobError, match=r"/lost has best\.json, but no sweep\.csv; " + remedy):
         read()
 
 

@@ -54,9 +54,9 @@ def test_each_file_gets_a_prediction_or_a_reason_and_the_last_line_counts_the_fa
     assert checkpoint.startswith("checkpoint ")
     assert lines[0] == f"{tmp_path}/blank.bmp: shows no digit: nothing stands out from its background"
     assert lines[1].startswith(f"{tmp_path}/cut.png: cannot be read: ")
-    assert lines[2] == f"{tmp_path}/empty.png: is no picture of a known format"
+    assert lines[2] == f"{tmp_path}/empty.png: not a picture in a known format"
     assert lines[3].startswith(f"{tmp_path}/huge.png: cannot be read: Image size (400000000 pixels) exceeds limit")
-    assert lines[4] == f"{tmp_path}/text.jpg: is no picture of a known format"
+    assert lines[4] == f"{tmp_path}/text.jpg: not a picture in a known format"
     assert [Path(line.split(": ")[0]).stem for line in lines[5:13]] == [str(index) for index in range(5000, 5008)]
     assert lines[13] == "~nosuchuser/x.png: cannot be read: No such file or directory"
     assert lines[14].endswith("aaa: cannot be read: File name too long")
@@ -108,7 +108,7 @@ def test_code_that_came_with_a_run_is_not_loaded(finished_run: Path, tmp_path: P
         if "sha256" in values:
             values["sha256"]["state.json"] = digest_of(values)
         file.write_text(json.dumps(values))
-    with pytest.raises(UsageError, match="code that may have come with a run"):
+    with pytest.raises(UsageError, match="the code may have come with the run; if you trust it"):
         find(given, str(tmp_path))
     assert not (sent / "it_ran").exists()
 
@@ -132,7 +132,7 @@ def test_only_known_formats_are_read(few_images: Arrays, tmp_path: Path) -> None
         image.save(tmp_path / f"{number}.png", name)
     *read, postscript, other = answers_to(tmp_path)
     assert all(answer.isdigit() for answer in read)
-    assert (postscript, other) == ("is no picture of a known format",) * 2
+    assert (postscript, other) == ("not a picture in a known format",) * 2
 
 
 def test_harmless_damage_is_no_warning(few_images: Arrays, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:

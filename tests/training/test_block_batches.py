@@ -158,7 +158,7 @@ def test_other_errors_name_the_block() -> None:
     short = Numbers()
     short.sizes = [*SIZES[:-1], 6]
     short.read = Mock(side_effect=lambda block: Arrays(np.arange(5), np.arange(5)))  # type: ignore[method-assign]
-    with pytest.raises(ExampleError, match=r"^train block \d+ has 5 examples, not \d+$"):
+    with pytest.raises(ExampleError, match=r"^train block \d+ has 5 examples; sizes says \d+$"):
         list(epochs(dataset_of(short)))
 
 

@@ -181,15 +181,15 @@ def test_a_loss_that_compares_examples_is_refused_if_batches_are_cut(
         ),
         (
             "def create_model(self): return nn.Linear(4, 20)",
-            ": the model gives 20 logits per example, but the data have 10 classes",
+            ": the model returns 20 logits per example, but the data have 10 classes",
         ),
         (
             "def create_model(self): return nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))",
-            ": the model gives no logits per example, but the data have 10 classes",
+            ": the model returns no logits per example, but the data have 10 classes",
         ),
         (
             "def create_model(self): return Pair(4, 10)",
-            ": the model gives a tuple, not a tensor of logits",
+            ": the model returns a tuple, not a tensor of logits",
         ),
         (
             "def loss(self, outputs, targets): return F.cross_entropy(outputs, targets)",
@@ -284,7 +284,7 @@ def test_a_part_of_a_batch_is_tried_only_if_it_has_few_examples(
     ],
 )
 def test_a_regression_model_must_give_one_number_per_example(write: Write, body: str, expected: str) -> None:
-    assert message_of(write, f"\n    {body}\n", "Numbers").startswith(f"Wrong: the model gives {expected}")
+    assert message_of(write, f"\n    {body}\n", "Numbers").startswith(f"Wrong: the model returns {expected}")
 
 
 def test_a_regression_model_must_take_a_single_example(write: Write) -> None:
@@ -297,9 +297,9 @@ def test_a_regression_model_must_take_a_single_example(write: Write) -> None:
     [
         ("np.arange(20)", " has target 3, but the classes are 0 to 2"),
         ("np.full(20, -1)", " has target -1, but the classes are 0 to 2"),
-        ("np.zeros((20, 1), np.int64)", ": targets must be whole numbers (N,), not int64 ({}, 1)"),
-        ("np.zeros(20, np.float32)", ": targets must be whole numbers (N,), not float32 ({},)"),
-        ("np.zeros(20, bool)", ": targets must be whole numbers (N,), not bool ({},)"),
+        ("np.zeros((20, 1), np.int64)", ": targets must be integers (N,), not int64 ({}, 1)"),
+        ("np.zeros(20, np.float32)", ": targets must be integers (N,), not float32 ({},)"),
+        ("np.zeros(20, bool)", ": targets must be integers (N,), not bool ({},)"),
     ],
 )
 @pytest.mark.parametrize("kind", ["arrays", "dataset"])

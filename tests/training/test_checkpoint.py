@@ -205,7 +205,7 @@ def test_a_changed_state_file_is_damaged(saved: Path, tmp_path: Path, changes: d
 
 def test_a_checkpoint_of_another_version_is_refused_by_its_format(saved: Path, tmp_path: Path) -> None:
     folder = changed(shutil.copytree(saved / "1-0", tmp_path / "copy"), {"format": 99}, is_signed=True)
-    with pytest.raises(UsageError, match="is of another version of mnist_ray: format 99"):
+    with pytest.raises(UsageError, match=r"has format 99; this version reads 1$"):
         checkpoint.load_model(folder_at(folder), mnist())
 
 

@@ -124,7 +124,7 @@ def test_a_dataset_without_classes_is_refused_with_the_remedy() -> None:
     with pytest.raises(UsageError) as raised:
         workload().metadata_of(Data(Pairs(), Pairs()))
     assert str(raised.value) == (
-        'the Dataset has no classes: return Data(..., metadata={"class_names": [...]}) from load_data'
+        'the data name no classes: return Data(..., metadata={"class_names": [...]}) from load_data'
     )
 
 

@@ -288,7 +288,7 @@ def test_a_recipe_overrides_the_default_one(write: Write) -> None:
 
 
 def test_a_misspelled_method_of_a_callback_is_refused(tmp_path: Path) -> None:
-    file = callback_at(tmp_path / "ends.py", "on_epoch_end(self, state, progress)", "pass")
+    file = callback_at(tmp_path / "misspelled.py", "on_epoch_end(self, state, progress)", "pass")
     with pytest.raises(UsageError, match=r"\.on_epoch_end: did you mean on_epoch\? If not, choose another name$"):
         find(str(file), Callback)
     file.write_text(file.read_text().replace("on_epoch_end", "_gradients") + "\n    gradients = 0.0\n")
