@@ -104,7 +104,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.stderr.flush()
     if "multiprocessing" in sys.modules:
         for process in sys.modules["multiprocessing"].active_children():  # of the user's code
-            process.terminate()
+            if process.daemon:  # as Python's own exit would
+                process.terminate()
     os._exit(status)  # all files are closed; unloading torch and Ray would take most of a second
 
 

@@ -47,7 +47,7 @@ class _State:
     gives_back: bool = False  # whether forked processes get Python's own handlers
 
 
-_state = _State()
+_state, _held = _State(), threading.local()
 
 
 def signals() -> set[signal.Signals]:
@@ -65,7 +65,16 @@ def take_signals() -> None:
             signal.signal(number, _handle)
     if not _state.gives_back:
         _state.gives_back = True
-        os.register_at_fork(after_in_child=_give_back)
+        os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_give_back)
+
+
+def _hold() -> None:
+    """Block the signals during a fork: Python drops those that the new process gets before its first step."""
+    _held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals())
+
+
+def _release() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _held.mask)
 
 
 def _give_back() -> None:
@@ -73,6 +82,7 @@ def _give_back() -> None:
     for number in signals():
         if signal.getsignal(number) is _handle:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    _release()
 
 
 def leave_closed_terminal() -> None:
