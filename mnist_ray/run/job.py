@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import secrets
 import shlex
 from collections.abc import Mapping, Sequence
@@ -252,6 +253,15 @@ def _check_together(train: TrainConfig, workers: WorkerConfig) -> None:
             raise UsageError(conflict)
 
 
+def _has_moved(field: dataclasses.Field[Any], old: Any, new: Any) -> bool:
+    """Tell whether two values name the same file or folder in two places; of data, the digests are compared, too."""
+    are_places = isinstance(old, (str, Path)) and isinstance(new, (str, Path))
+    if not are_places or Path(old).name != Path(new).name:
+        return False
+    is_there = os.path.exists(new) and (field.metadata.get("decides_data") or not os.path.exists(old))
+    return field.name == "callback" or bool(is_there)
+
+
 def _check_unchanged(run: RunFolder, classes: Sequence[type], then: Given, now: Given) -> None:
     """Raise UsageError if a resumed run's settings have changed, except those that do not affect the weights."""
     for config_class in (one for one in classes if one is not WorkerConfig):
@@ -259,10 +269,7 @@ def _check_unchanged(run: RunFolder, classes: Sequence[type], then: Given, now: 
         after: Any = settings.build(config_class, now)
         for field in [field for field in dataclasses.fields(config_class) if field.name not in _MAY_CHANGE]:
             name, old, new = field.name, getattr(before, field.name), getattr(after, field.name)
-            is_place = name == "callback" or (field.metadata.get("decides_data") and isinstance(old, (str, Path)))
-            if is_place and Path(old or "").name == Path(new or "").name:
-                continue  # code and data may have moved; the data's digests are compared
-            if old != new:
+            if old != new and not _has_moved(field, old, new):
                 raise UsageError(
                     f"--resume: run {run.name} was started with {flag(name)} {old}, not {new}; "
                     "leave the flag out, or start another run"

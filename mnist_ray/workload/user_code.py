@@ -84,7 +84,7 @@ def check_names(user_class: type, base: type) -> None:
     for name, value in vars(user_class).items():
         if name.startswith("_") or hasattr(user_class.__mro__[1], name):
             continue
-        meant = difflib.get_close_matches(name, known, 1, cutoff=0.75 if name.startswith("on_") else 0.8)
+        meant = difflib.get_close_matches(name, known, 1, cutoff=0.6 if name.startswith("on_") else 0.8)
         if meant and callable(value) == callable(getattr(base, meant[0])):
             raise UsageError(f"{user_class.__name__}.{name}: did you mean {meant[0]}? If not, choose another name")
 

@@ -324,8 +324,8 @@ def test_a_run_is_resumed_with_its_data_from_another_place(read: Any, begun: Pat
     (tmp_path / "other").mkdir()
     moved = (tmp_path / "data").rename(tmp_path / "other" / "data")
     load_data(read("--resume", "--run-name", "run", "--data-dir", str(moved)))
-    with pytest.raises(UsageError, match=r"was started with --data-dir .*/data, not .*/others; leave the flag out"):
-        read("--resume", "--run-name", "run", "--data-dir", str(tmp_path / "others"))
+    with pytest.raises(UsageError, match=r"was started with --data-dir .*/data, not .*/gone/data; leave the flag out"):
+        read("--resume", "--run-name", "run", "--data-dir", str(tmp_path / "gone" / "data"))
 
 
 def test_a_resumed_run_may_save_more_often_but_not_train_otherwise(read: Any, begun: Path) -> None:
@@ -333,6 +333,37 @@ def test_a_resumed_run_may_save_more_often_but_not_train_otherwise(read: Any, be
     assert read(*resume, "--checkpoint-every", "7").train.checkpoint_every == 7
     with pytest.raises(UsageError, match="run was started with --batch-size 128, not 64; leave the flag out"):
         read(*resume, "--batch-size", "64")
+
+
+TEACHER = """
+from dataclasses import dataclass
+from pathlib import Path
+from mnist_ray.mnist import MNIST
+from mnist_ray.workload import setting
+
+@dataclass(frozen=True)
+class Settings:
+    teacher: Path | None = setting(None, "weights")
+
+class Taught(MNIST):
+    Settings = Settings
+"""
+
+
+def test_a_file_that_decides_the_weights_may_move_but_not_be_another_of_the_same_name(
+    read: Any, begun: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "taught.py").write_text(TEACHER)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.pt").touch()
+    one, two = (str(tmp_path / name / "a.pt") for name in ("one", "two"))
+    config = {"workload": str(tmp_path / "taught.py"), "teacher": one}
+    (begun / "config.json").write_text(json_lines(config))
+    with pytest.raises(UsageError, match=f"was started with --teacher {one}, not {two}; leave the flag out"):
+        read("--resume", "--run-name", "run", "--teacher", two)
+    os.unlink(one)
+    assert str(read("--resume", "--run-name", "run", "--teacher", two).workload.settings.teacher) == two
 
 
 @pytest.mark.parametrize("name", ["config.json", "result.json", "origin.json"])

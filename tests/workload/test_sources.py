@@ -96,8 +96,10 @@ def test_the_index_of_pandas_is_neither_input_nor_target(tmp_path: Path) -> None
     table.to_parquet(tmp_path / "some.parquet")
     read = arrays_of(tmp_path / "some.parquet")
     np.testing.assert_array_equal(read.targets, read.inputs * 2)
+    decoded: Any = Parquet(tmp_path / "some.parquet", decode=lambda row: (len(row), row["price"]))
+    assert decoded[0][0] == 2
     table.set_index("price").to_parquet(tmp_path / "some.parquet")
-    decoded: Any = Parquet(tmp_path / "some.parquet", columns=None, decode=lambda row: (row["a"], row["price"]))
+    decoded = Parquet(tmp_path / "some.parquet", decode=lambda row: (row["a"], row["price"]))
     assert decoded[0] == (table["a"].iloc[0], table["price"].iloc[0])
 
 
