@@ -158,7 +158,7 @@ class RunFolder:
             with self.filesystem.open_output_stream(target + ".tmp") as stream:
                 stream.write(content)
             self.filesystem.move(target + ".tmp", target)
-        except STORAGE_ERRORS:
+        except BaseException:  # an interrupt, too
             with contextlib.suppress(*STORAGE_ERRORS):
                 self.filesystem.delete_file(target + ".tmp")
             raise

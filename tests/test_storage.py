@@ -1,8 +1,11 @@
 import contextlib
+import dataclasses
 import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from pyarrow import fs
@@ -22,6 +25,13 @@ def test_a_file_is_written_in_place_and_read_back(run: RunFolder, tmp_path: Path
     assert run.read_text("a.txt") == r"photo\udcff.png"
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["a.txt"]
     assert run.uri == f"{tmp_path}/run"
+
+
+def test_an_interrupt_leaves_no_half_of_a_file(run: RunFolder, tmp_path: Path) -> None:
+    interrupted: Any = Mock(wraps=run.filesystem, move=Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        dataclasses.replace(run, filesystem=interrupted).write_text("a.txt", "one")
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_local_file_is_not_left_half_written(tmp_path: Path) -> None:
