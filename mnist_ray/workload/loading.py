@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mnist_ray import config
-from mnist_ray.errors import JobError, UsageError, first_line, with_place
+from mnist_ray.errors import JobError, UsageError, with_place
 from mnist_ray.settings import build, check_known, flag, names_of, values_of
 from mnist_ray.workload import user_code
 from mnist_ray.workload.base import Workload
@@ -39,6 +39,7 @@ def load(reference: Reference) -> type[Workload]:
         workload_class = user_code.find(reference, Workload)
     else:
         workload_class = reference
+        user_code.check_names(workload_class, Workload)
         if "source" not in vars(workload_class):
             text = ""
             with contextlib.suppress(OSError, TypeError):  # the class was made by exec
@@ -63,9 +64,8 @@ def load_again(saved: str, given: Reference | None, file: str, folders: Iterable
 
 
 def _check_class(workload_class: type[Workload]) -> None:
-    """Raise UsageError if a method is missing, a name is misspelled, or an attribute is not what it must be."""
+    """Raise UsageError if a method is missing, or an attribute is not what it must be."""
     name, settings = workload_class.__name__, workload_class.Settings
-    user_code.check_names(workload_class, Workload)
     for method in ("load_data", "create_model", "loss"):
         if getattr(workload_class, method) is getattr(Workload, method):
             raise UsageError(f"workload {name} has no method {method}")
@@ -96,7 +96,7 @@ def _checking(workload_class: type[Workload], attribute: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = first_line(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {first_line(error)}"
+        said = error if isinstance(error, UsageError) else with_place(error, fallback=workload_class.source.folder)
         raise UsageError(f"{workload_class.__name__}.{attribute}: {said}") from error
 
 

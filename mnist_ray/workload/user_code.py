@@ -57,23 +57,25 @@ def find(reference: str, base: type[T]) -> type[T]:
     flag, (place, name) = _flag(base), _split(reference)
     if not reference.strip():
         raise UsageError(f"{flag} is empty; name a FILE.py or a module")
-    if not place.endswith(".py"):
+    if place.endswith(".py"):
+        path = str(path_of(place, flag).resolve())
+        if _is_another_module(path):
+            raise UsageError(f"{flag} {place}: Python has another module named {Path(place).stem}; rename the file")
+        reference = path + (f":{name}" if name else "")
+    else:
         path = inspect.getsourcefile(_pick(_import_module(place, flag), reference, base)) or ""
-        return load(Source(reference, path, Path(path).read_text(encoding="utf-8-sig")), base)
-    path = str(path_of(place, flag).resolve())
-    if _is_another_module(path):
-        raise UsageError(f"{flag} {place}: Python has another module named {Path(place).stem}; rename the file")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # as Python reads it
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{flag} {path} cannot be read: {getattr(error, 'strerror', error)}") from error
-    return load(Source(path + (f":{name}" if name else ""), path, text), base)
+    found = load(Source(reference, path, text), base)
+    check_names(found, base)
+    return found
 
 
 def load(source: Source, base: type[T]) -> type[T]:
     """Return the class from its source, in any process. Raises UsageError like ``find``."""
     loaded = _pick(_module_of(source, _flag(base)), source.reference, base)
-    check_names(loaded, base)
     loaded.source = source
     return loaded
 
