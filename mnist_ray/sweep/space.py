@@ -23,7 +23,6 @@ from mnist_ray.workload.base import Workload
 _NONE, _LOG = "none", "log:"
 # All trials have the same data and number of epochs, and each configuration gets its seeds from the sweep.
 _NOT_SEARCHED = ("seed", "num_epochs", "validation_size", "limit", "overfit_batches", "callback", "init_from")
-_COLUMNS = ("trial", "state", "epochs", "train_loss", "train_s", "reports", "reason")  # of all sweeps
 _MOST_VALUES = 1000  # in a list
 _DRAWS = 10  # per trial, as some may be equal
 _LONGEST_NAME = 180  # bytes of a trial folder's name; file systems allow 255
@@ -159,11 +158,9 @@ class _Setting:
         return settings.checked(self.config_class, {self.name: value})[self.name]
 
     def check_searched(self) -> None:
-        """Raise UsageError if all trials must have the same value, or sweep.csv cannot hold it."""
+        """Raise UsageError if all trials must have the same value."""
         if self.name in _NOT_SEARCHED or self.kind is tuple:
             raise UsageError(f"{self.name} cannot be searched: all trials share it")
-        if self.name in _COLUMNS:
-            raise UsageError(f"sweep.csv has another column {self.name}; rename the setting")
 
     def check(self, space: SearchSpace) -> None:
         """Raise UsageError if the setting is not searched, or refuses values of the space."""

@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import Any
 
 from mnist_ray.config import SweepConfig, WorkerConfig
-from mnist_ray.errors import format_value, in_words
+from mnist_ray.errors import UsageError, format_value, in_words
 from mnist_ray.report.run_files import csv_text, read_csv
 from mnist_ray.run.job import Job
 from mnist_ray.settings import Choice
@@ -76,7 +76,7 @@ class Best:
 
 
 class TrialTable:
-    """The records of a sweep's trials, by their points."""
+    """The records of a sweep's trials, by their points. Raises UsageError if a setting is named like another column."""
 
     def __init__(self, workload: type[Workload], space: Space, records: Iterable[TrialRecord] = ()) -> None:
         self.workload = workload(None)
@@ -87,6 +87,8 @@ class TrialTable:
         names = {"val_monitor": monitor, "rate": self.workload.rate}
         fields = [field.name for field in dataclasses.fields(TrialRecord)[2:-1]]  # without trial, point and others
         self._columns = {name: names.get(name, name) for name in fields}  # of sweep.csv, by field
+        if clash := {"trial", *self._columns.values(), *self._others} & space.spaces.keys():
+            raise UsageError(f"sweep.csv has another column {clash.pop()}; rename the setting")
 
     def start(self, point: Point) -> TrialRecord:
         """Return the record of a point whose trial starts, or starts again."""

@@ -146,13 +146,6 @@ def test_a_text_that_is_no_space_is_refused(text: str, message: str) -> None:
     assert str(raised.value).startswith(f"--sweep {text}: {message}")
 
 
-def test_a_setting_with_the_name_of_another_column_is_not_searched() -> None:
-    settings = dataclasses.make_dataclass("Settings", [("state", str, setting("CA", "of the union"))], frozen=True)
-    workload = type("Stated", (Searched,), {"Settings": settings, "search": {}})
-    with pytest.raises(UsageError, match=r"sweep\.csv has another column state; rename the setting$"):
-        space_of(workload, {"sweep": ["state=CA,NY"]})
-
-
 def test_the_default_configuration_has_the_values_of_a_recipe_or_a_file() -> None:
     found = space_of(Searched, {"learning_rate": 0.25, "width": 8, "plain": 9})
     assert found.defaults == {"batch_size": 128, "learning_rate": 0.25, "width": 8, "depth": 2, "kind": "a"}

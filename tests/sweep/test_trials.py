@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 import math
@@ -13,13 +14,13 @@ from ray.tune.search import Searcher
 from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan
 from mnist_ray.cluster.watch import RaySilentError
 from mnist_ray.config import SweepConfig, TrainConfig
-from mnist_ray.errors import JobError
+from mnist_ray.errors import JobError, UsageError
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.sweep import tuner
 from mnist_ray.sweep.space import space_of
 from mnist_ray.sweep.trials import DONE, FAILED, LOST, RUNNING, STOPPED, WAITING, TrialRecord, TrialTable
 from mnist_ray.sweep.tune import SweepConsole, read_sweep
-from mnist_ray.workload import Regression, Workload
+from mnist_ray.workload import Regression, Workload, setting
 from tests.conftest import mnist
 from tests.sweep.test_space import point
 
@@ -235,6 +236,13 @@ def test_the_console_has_a_line_for_each_end_but_not_again_for_a_trial_that_its_
         some.state = STOPPED
         console.show_table(table, some)
     assert capsys.readouterr().out.count("trial 1 ") == lines
+
+
+def test_a_setting_with_the_name_of_another_column_is_not_searched() -> None:
+    settings = dataclasses.make_dataclass("Settings", [("state", str, setting("CA", "of the union"))], frozen=True)
+    workload = type("Stated", (Regression,), {"Settings": settings})
+    with pytest.raises(UsageError, match=r"sweep\.csv has another column state; rename the setting$"):
+        TrialTable(workload, space_of(workload, {"sweep": ["state=CA,NY"]}))
 
 
 SPEC: Any = Mock(plan=WorkerPlan(1, 1, use_gpu=False, must_scale_up=False))
