@@ -20,7 +20,7 @@ SHIM = Path(__file__).with_name("shim.py")
 JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it to a submitted job's runtime environment
 _FIRST_JOB = "01000000"
 _IMPORTED_LATE = ("ray.tune", "torch._dynamo")  # Ray Train and PyTorch's optimizers import these in running workers
-HARMLESS = {"working_dir", "env_vars", "excludes", "config"}  # settings that do not replace a worker's Python
+_HARMLESS = {"working_dir", "env_vars", "excludes", "config"}  # settings that do not replace a worker's Python
 # A node that lacks this Python or this package at these paths starts its workers with its Ray's own Python.
 _START = (
     'if [ -x {python} ] && [ -f {shim} ]; then exec {python} -S -E {shim} "$@"; fi; '
@@ -70,17 +70,21 @@ def own_runtime_env() -> dict[str, Any]:
     return config.get("runtime_env", {})
 
 
+def has_own_python() -> bool:
+    """Tell whether this submitted job's workers may have another Python, or packages that a node first installs."""
+    return not own_runtime_env().keys() <= _HARMLESS
+
+
 def runtime_env_to_fork(forking: Forking) -> dict[str, Any]:
     """Return the runtime environment that lets a cluster fork a job's workers; empty if they must not be forked.
 
     ``py_executable`` is Ray's public setting for the program that starts workers, but Ray imports itself before it runs
     that program. A local Ray runs the shim directly, without this import.
     """
-    own = own_runtime_env()
-    if not forking.is_wanted or not own.keys() <= HARMLESS:
+    if not forking.is_wanted or has_own_python():
         return {}
     # The job's working directory has a different path on each node; workers start in it.
-    travels = "working_dir" in own and SHIM.is_relative_to(Path.cwd())
+    travels = "working_dir" in own_runtime_env() and SHIM.is_relative_to(Path.cwd())
     shim = SHIM.relative_to(Path.cwd()) if travels else SHIM
     start = _START.format(python=shlex.quote(sys.executable), shim=shlex.quote(str(shim)))
     return {

@@ -19,7 +19,7 @@ from mnist_ray.storage import STORAGE_ERRORS, RunFolder
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Blocks, Origin, Split
 from mnist_ray.workload.order import AllBut
-from ray_fork.starting import HARMLESS, own_runtime_env
+from ray_fork.starting import has_own_python
 
 _TIMEOUT_S, _INSTALLING_TIMEOUT_S = 60.0, 900.0  # the latter if nodes first install packages
 
@@ -66,7 +66,7 @@ def check_nodes(run: RunFolder, plan: WorkerPlan, own_versions: dict[str, str] |
         num_gpus = int(own_versions is not None and plan.use_gpu and "GPU" in node["Resources"])
         task = ray.remote(num_cpus=0, num_gpus=num_gpus, scheduling_strategy=place)(check_here)
         answers.append(task.remote(run, probe, own_versions or {}))
-    timeout_s = _INSTALLING_TIMEOUT_S if own_runtime_env().keys() - HARMLESS else _TIMEOUT_S
+    timeout_s = _INSTALLING_TIMEOUT_S if has_own_python() else _TIMEOUT_S
     try:
         ray.wait(answers, num_returns=len(answers), timeout=timeout_s)
         for answer in answers:
