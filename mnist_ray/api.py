@@ -221,9 +221,9 @@ def load_run(
     storage_path = build(OutputConfig, {"storage_path": storage_path}).storage_path
     folder = find_run(None if run is None else str(run), storage_path)
     loaded = workload_of(folder, None if workload is None else reference_of(workload), storage_path)
-    if not folder.exists(RESULT_FILE):
+    if (result := folder.read_json(RESULT_FILE)) is None:
         raise UsageError(f"run {folder.uri} is not finished: it has no {RESULT_FILE} yet")
-    return Run(folder, loaded, folder.require_json(RESULT_FILE))
+    return Run(folder, loaded, result)
 
 
 def _run(job: Job) -> Run:

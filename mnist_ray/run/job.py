@@ -258,8 +258,9 @@ def _has_moved(field: dataclasses.Field[Any], old: Any, new: Any) -> bool:
     are_places = isinstance(old, (str, Path)) and isinstance(new, (str, Path))
     if not are_places or Path(old).name != Path(new).name:
         return False
-    is_there = os.path.exists(new) and (field.metadata.get("decides_data") or not os.path.exists(old))
-    return field.name == "callback" or bool(is_there)
+    if field.name == "callback":
+        return True
+    return os.path.exists(new) and (field.metadata.get("decides_data", False) or not os.path.exists(old))
 
 
 def _check_unchanged(run: RunFolder, classes: Sequence[type], then: Given, now: Given) -> None:

@@ -87,9 +87,8 @@ class Parquet(Blocks):
         self._filesystem, files = _files_at(str(place))
         schemas = [file.footer.schema.to_arrow_schema() for file in files]
         known, about = [schema.names for schema in schemas], schemas[0].pandas_metadata or {}
-        index = about.get("index_columns", [])
-        if decode is not None:  # which may want an index that has a name
-            index = [name for name in index if str(name).startswith("__index_level_")]
+        index = about.get("index_columns", [])  # with decode, an index that has a name is a column
+        index = [name for name in index if decode is None or str(name).startswith("__index_level_")]
         self._columns, self._decode = list(columns or [name for name in known[0] if name not in index]), decode
         for file, names in zip(files, known, strict=True):
             if missing := [name for name in self._columns if name not in names]:
