@@ -28,6 +28,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray_fork.shim import is_own
+
 # Libraries read variables with these prefixes when they are loaded. A worker with different values cannot be forked.
 _READ_AT_IMPORT = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "LD_", "MALLOC_", "PYTHON")
 _TAKES_EFFECT_LATER = ("OMP_NUM_THREADS", "PYTHONBREAKPOINT")
@@ -89,7 +91,7 @@ def listening(path: Path) -> Iterator[socket.socket]:
         if os.getpid() == server:
             for file in (path, Path(f"{path}.lock")):
                 file.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # fails for Ray's own folder: it has other sockets
+            with contextlib.suppress(OSError):  # another server listens there
                 path.parent.rmdir()
 
 
@@ -152,7 +154,7 @@ def serve(listener: socket.socket, environment: dict[str, str], refusal: str) ->
     while _is_wanted(listener, workers):
         connection, _ = listener.accept()
         with connection:
-            request = receive(connection)
+            request = receive(connection) if is_own(connection) else None
             if request is None:
                 continue
             answer = refusal or why_not(request.environment, environment)

@@ -13,6 +13,8 @@ import os
 import resource
 import signal
 import socket
+import stat
+import struct
 import subprocess
 import sys
 import time
@@ -21,9 +23,10 @@ from typing import Any
 
 SOCKET_VARIABLE = "MNIST_RAY_FORK_SERVER"  # the socket of the server that a job has started for its own local Ray
 MODULES_VARIABLE = "MNIST_RAY_FORK_MODULES"  # on a cluster: modules for a node's server, separated by spaces
+SILENT_VARIABLE = "MNIST_RAY_FORK_SILENT"  # set in a worker that has waited for a server in vain
 
 _CONTEXT_FLAG, _LANGUAGE_FLAG = "--serialized-runtime-env-context=", "--language="  # for Ray's setup_worker.py
-_TIMEOUT_S = 30.0  # the server may still be importing; Ray waits for a worker for 60 s
+TIMEOUT_S = 30.0  # the server may still be importing; Ray waits for a worker for 60 s
 
 
 def main() -> None:
@@ -46,11 +49,16 @@ def fork(asked: list[str], command: list[str]) -> str:
     address = environment.get(SOCKET_VARIABLE, "")
     try:
         if MODULES_VARIABLE in environment:
-            address = node_address(command)
+            address = node_address()
             start_server(address, environment)
         return ask(address, command, environment)
     except KeyError as error:
         return f"Ray did not pass {error}"
+    except TimeoutError:
+        with contextlib.suppress(OSError):
+            os.unlink(address)  # so that no other worker waits for it
+        os.environ[SILENT_VARIABLE] = "1"
+        return f"the fork server has not answered for {TIMEOUT_S:.0f} s"
     except OSError as error:
         return f"the fork server does not answer: {error}"
 
@@ -70,12 +78,14 @@ def variables_of(command: list[str]) -> dict[str, str] | None:
 def ask(address: str, command: list[str], environment: dict[str, str]) -> str:
     """Ask the server at an address to fork a worker. Return why it did not; an empty string if it did.
 
-    Raises OSError if there is no server.
+    Raises OSError if there is no server, or another user's: the request contains secrets of the environment.
     """
     content = json.dumps(request(command, environment)).encode()
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(_TIMEOUT_S)
+        connection.settimeout(TIMEOUT_S)
         connection.connect(address)
+        if not is_own(connection):
+            raise PermissionError(f"{address} belongs to another user")
         socket.send_fds(connection, [len(content).to_bytes(4, "big")], [0, 1, 2])
         connection.sendall(content)
         answer = connection.recv(1000).decode()
@@ -99,11 +109,30 @@ def request(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def node_address(command: list[str]) -> str:
-    """Return where a job's server listens on this node: at a path in the folder of Ray's own sockets."""
-    flags = dict(word[2:].split("=", 1) for word in command if word.startswith("--") and "=" in word)
-    name = f"fork-{os.environ['RAY_JOB_ID']}-{os.environ['RAY_RAYLET_PID']}"
-    return os.path.join(flags["temp-dir"], flags["session-name"], "sockets", name)
+def is_own(connection: socket.socket) -> bool:
+    """Tell whether the process at the other end of a connection is this user's, and in this container."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, user, _ = struct.unpack("3i", credentials)
+    return pid > 0 and user == os.geteuid()  # 0: of a process that this one cannot see
+
+
+def own_folder() -> str:
+    """Return a folder that only this user can have made and can change; Ray lets everybody write to its own folders.
+
+    Raises PermissionError if another user has made it.
+    """
+    folder = os.path.join(os.environ.get("TMPDIR") or "/tmp", f"mnist_ray-{os.geteuid()}")
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder, 0o700)
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise PermissionError(f"{folder} is not this user's alone: remove it, or set TMPDIR to another folder")
+    return folder
+
+
+def node_address() -> str:
+    """Return where a job's server listens on this node."""
+    return os.path.join(own_folder(), f"fork-{os.environ['RAY_JOB_ID']}-{os.environ['RAY_RAYLET_PID']}")
 
 
 def start_server(address: str, environment: dict[str, str]) -> None:
@@ -113,14 +142,14 @@ def start_server(address: str, environment: dict[str, str]) -> None:
     """
     if _answers(address):
         return
-    with open(f"{address}.lock", "w", encoding="ascii") as lock:
+    with open(os.open(f"{address}.lock", os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600), "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if _answers(address):
             return
         with contextlib.suppress(FileNotFoundError):
             os.unlink(address)  # left behind by a killed server
         server = launch(address, environment[MODULES_VARIABLE].split(), environment, subprocess.DEVNULL)
-        end = time.monotonic() + _TIMEOUT_S
+        end = time.monotonic() + TIMEOUT_S
         while not _answers(address):
             if server.poll() is not None or time.monotonic() > end:
                 raise ConnectionError("it did not start")

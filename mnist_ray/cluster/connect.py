@@ -27,6 +27,8 @@ from mnist_ray.cluster.plan import Cluster, Node, local_cpus, node_of
 from mnist_ray.cluster.watch import RaySilentError, watched
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import JobError, UsageError, about_ray, first_line
+from mnist_ray.storage import in_one_line
+from ray_fork.shim import SILENT_VARIABLE
 from ray_fork.starting import Forking, own_runtime_env, runtime_env_to_fork
 
 _WORKER_START_TIMEOUT_S = 50.0
@@ -67,7 +69,8 @@ def connect(
             start = functools.partial(_join, address, forking, **options)
         else:
             name = f"session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
-            session = ray_internals.default_folder() / name
+            with in_one_line("a local Ray cannot start"):
+                session = ray_internals.default_folder() / name
             at_the_end.enter_context(removed_unless_failed(session))
             start = functools.partial(_start, session, local_cpus(config), forking, **options)
         if "working_dir" in own_runtime_env():
@@ -79,7 +82,7 @@ def connect(
             done = pool.submit(meanwhile)
             at_the_end.enter_context(_connected(start, leaving))
             cluster = _describe(is_local=address is None)
-            _start_worker(cluster.log_folder)
+            note = _start_worker(cluster.log_folder)
         done.result()
         stop_watching = at_the_end.enter_context(watched())
 
@@ -87,7 +90,7 @@ def connect(
             stop_watching()
             leaving.start()
 
-        yield dataclasses.replace(cluster, leave=leave)
+        yield dataclasses.replace(cluster, leave=leave, note=note)
 
 
 @contextlib.contextmanager
@@ -180,19 +183,25 @@ def removed_unless_failed(session: Path) -> Iterator[None]:
                     latest.unlink()
 
 
-def _start_worker(log_folder: str) -> None:
-    """Start a worker on this node; the first actor takes the worker over.
+def _start_worker(log_folder: str) -> str:
+    """Start a worker on this node; the first actor takes the worker over. Return a note for the user, or nothing.
 
     Raises JobError if no worker starts. Ray itself would try five times, and wait for a minute each time.
     """
-    started = ray.remote(num_cpus=0, scheduling_strategy=this_node())(_nothing).remote()
+    started = ray.remote(num_cpus=0, scheduling_strategy=this_node())(_has_waited).remote()
     try:
-        ray.get(started, timeout=_WORKER_START_TIMEOUT_S)
+        has_waited = ray.get(started, timeout=_WORKER_START_TIMEOUT_S)
+        return "workers start slowly: the fork server does not answer (--fork-workers no)" if has_waited else ""
     except ray.exceptions.GetTimeoutError as error:
         log = Path(log_folder) / "raylet.err"
         lines = [line for line in log.read_text(errors="replace").splitlines() if line and not line.startswith("[")]
         last = f"; a worker's last line: {lines[-1]}" if lines else ""
         raise JobError(f"Ray's worker processes do not start{last} (log: {log})") from error
+
+
+def _has_waited() -> bool:
+    """Tell whether this worker has waited for a fork server in vain."""
+    return SILENT_VARIABLE in os.environ
 
 
 def _nothing() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +30,10 @@ from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.util.placement_group import PlacementGroup
 
 from ray_fork.ray_internals import read_settings_again
+from ray_fork.shim import own_folder
 from ray_fork.starting import SHIM, Forking
 
+_END_TIMEOUT_S = 5.0  # of one of Ray's processes
 _NO_ACTOR = b"\xff" * 12  # the start of an actor id that means "none"; the job's id follows
 
 
@@ -40,21 +43,36 @@ def for_one_job(forking: Forking | None, *, log_to_driver: bool, session_name: s
 
     These are the autoscaler, the log monitor if no log is shown, and the dashboard's process, which Ray would start and
     wait for even without a dashboard. Ray's processes get sessions of their own: a signal to all processes of the job
-    does not reach them, so that the job can still save a checkpoint. On Linux, the kernel ends them with the job.
+    does not reach them, so that the job can still save a checkpoint. On Linux, the kernel ends them with the job. If
+    the block is interrupted or fails, they are ended: Ray itself would leave them until this process ends.
     """
+    started: list[services.ConsolePopen] = []
     parameters = {"no_monitor": True, "include_log_monitor": log_to_driver, "session_name": session_name}
     if forking is not None and forking.server is not None:
         # The shim starts each worker. A runtime environment's py_executable would first cost an import of Ray.
         parameters["setup_worker_path"] = str(SHIM)
     with_parameters = functools.partialmethod(RayParams.__init__, **parameters)
     is_linux = sys.platform.startswith("linux")
-    in_own_session = functools.partial(services.ConsolePopen, start_new_session=is_linux)
+    popen = services.ConsolePopen
+
+    def in_own_session(*command: Any, **options: Any) -> Any:
+        started.append(popen(*command, start_new_session=is_linux, **options))
+        return started[-1]
+
     with (
         _replaced(services, "ConsolePopen", in_own_session),
         _replaced(RayParams, "__init__", with_parameters),
         _replaced(Node, "start_api_server", lambda node, **options: None),
     ):
-        yield
+        try:
+            yield
+        except BaseException:
+            for process in reversed(started):  # the raylet, which ends its agents, before the GCS
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_END_TIMEOUT_S)
+                process.kill()
+            raise
 
 
 @contextlib.contextmanager
@@ -87,8 +105,11 @@ def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
 
 
 def default_folder() -> Path:
-    """Return the folder of local Rays' sessions, so that a session can be named before it starts, and removed."""
-    return Path(get_default_ray_temp_dir()).absolute()
+    """Return the folder of local Rays' sessions, so that a session can be named before it starts, and removed.
+
+    Unless RAY_TMPDIR names another, it is in a folder of this user's own: Ray lets everybody write to its sessions.
+    """
+    return Path(get_default_ray_temp_dir() if "RAY_TMPDIR" in os.environ else f"{own_folder()}/ray").absolute()
 
 
 def session_folder() -> Path:

@@ -98,6 +98,8 @@ class Session(contextlib.ExitStack):
 
         verbose = self.job.output.verbose
         with connect(self.workers, self._forking, verbose=verbose, meanwhile=meanwhile) as self.cluster:
+            if self.cluster.note:
+                self.console.say("note", self.cluster.note)
             yield
 
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import ray
+from ray._private import services
 
 from mnist_ray.cluster.connect import connect, removed_unless_failed
+from mnist_ray.cluster.ray_internals import for_one_job
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import JobError, UsageError
 from tests.conftest import ROOT
@@ -31,7 +33,7 @@ def main():
     environment.prepare(verbose=False)
     from mnist_ray.cluster.connect import connect
     with connect(WorkerConfig(), meanwhile=lambda: print("meanwhile")) as cluster:
-        print(cluster.log_folder)
+        print(cluster.log_folder, cluster.note)
         cluster.leave()
     with connect(WorkerConfig(), meanwhile=fail):
         print("not connected")
@@ -168,9 +170,11 @@ def test_a_local_ray_leaves_only_the_logs_of_a_failure_and_an_error_of_meanwhile
     left_by_dead_ray = temporary / "ray" / "ray_current_cluster"
     left_by_dead_ray.parent.mkdir()
     left_by_dead_ray.write_text("127.0.0.1:1")
-    done = run(temporary, address="auto")
+    done = run(temporary, address="auto", MNIST_RAY_FORK_SILENT="1")
     assert done.stderr == "error: it does not fit\n"
-    done_meanwhile, logs_of_first = done.stdout.splitlines()
+    done_meanwhile, first = done.stdout.splitlines()
+    logs_of_first, note = first.split(maxsplit=1)
+    assert note == "workers start slowly: the fork server does not answer (--fork-workers no)"
     (session,) = temporary.glob("ray/session_2*")
     assert done_meanwhile == "meanwhile"
     assert session != Path(logs_of_first).parent
@@ -206,6 +210,18 @@ def test_a_session_is_removed_unless_something_failed(
             raise ending
     assert (session / "logs").is_dir() == is_kept
     assert bool(list(session.parent.iterdir())) == is_kept
+
+
+def test_rays_processes_end_if_its_start_is_interrupted() -> None:
+    started = []
+
+    def start_ray() -> None:
+        started.append(services.ConsolePopen(["sleep", "1000"]))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), for_one_job(None, log_to_driver=False):
+        start_ray()
+    assert started[0].returncode is not None
 
 
 def test_another_rays_session_stays(session: Path) -> None:

@@ -148,6 +148,29 @@ def test_a_malformed_request_does_not_end_the_server(
     assert refusal(tmp_path, refusing.environment) == said
 
 
+OF_ANOTHER_USER = """\
+import os, socket, sys
+address, request = sys.argv[1], sys.stdin.buffer.read()
+os.setuid(65534)
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect(address)
+    try:
+        socket.send_fds(connection, [len(request).to_bytes(4, "big")], [1] * 3)
+        connection.sendall(request)
+        print(connection.recv(100))
+    except OSError:
+        print(b"")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+def test_a_request_of_another_user_is_not_answered(refusing: Server, tmp_path: Path) -> None:
+    for path in (refusing.address, *refusing.address.parents[:-1]):
+        path.chmod(path.stat().st_mode | 0o777)
+    command, request = [sys.executable, "-c", OF_ANOTHER_USER, str(refusing.address)], request_of(tmp_path, refusing)
+    assert subprocess.run(command, input=request, stdout=subprocess.PIPE, check=True).stdout == b"b''\n"
+
+
 def test_the_descriptors_of_a_client_that_hangs_up_are_closed(refusing: Server, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as connection, (tmp_path / "sent").open("w") as file:
         send(connection, refusing, b"{", 100, file.fileno())

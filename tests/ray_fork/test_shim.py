@@ -1,6 +1,7 @@
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ import psutil
 import pytest
 from ray._private.runtime_env.context import RuntimeEnvContext
 
-from ray_fork import starting
+from ray_fork import shim, starting
 from ray_fork.shim import MODULES_VARIABLE, SOCKET_VARIABLE, node_address, variables_of
 from ray_fork.starting import Forking
 from tests.conftest import ROOT, wait_for
@@ -93,44 +94,109 @@ def test_a_worker_is_started_if_the_server_refuses(answer: bytes, said: str, tmp
 
 
 @pytest.fixture
-def sockets() -> Iterator[Path]:
-    """The folder of a session's sockets; servers that listen there are killed at the end."""
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """This process's folder for temporary files; servers that listen below it are killed at the end."""
     with tempfile.TemporaryDirectory() as folder:
-        sockets = Path(folder, "session", "sockets")
-        sockets.mkdir(parents=True)
-        yield sockets
-        end(processes_of(sockets))
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+        end(processes_of(Path(folder)))
 
 
-def processes_of(sockets: Path) -> list[psutil.Process]:
-    """Return the servers that listen in a folder, and their forks."""
+def processes_of(temporary: Path) -> list[psutil.Process]:
+    """Return the servers that listen below a folder, and their forks."""
     found = psutil.process_iter(["cmdline"])
-    return [one for one in found if f"{sockets}/" in " ".join(one.info["cmdline"] or ())]
+    return [one for one in found if f"{temporary}/" in " ".join(one.info["cmdline"] or ())]
 
 
-def start_workers(sockets: Path, count: int) -> list[dict[str, Any]]:
+def start_workers(temporary: Path, count: int) -> list[dict[str, Any]]:
     """Start several workers of a job on a cluster at once; return their states."""
-    session, variables = sockets.parent, {MODULES_VARIABLE: "numpy torch", **OF_JOB}
-    folders = [session / str(number) for number in range(count)]
-    flags = [f"--temp-dir={session.parent}", f"--session-name={session.name}"]
+    variables = {MODULES_VARIABLE: "numpy torch", "TMPDIR": str(temporary), **OF_JOB}
+    folders = [temporary / str(number) for number in range(count)]
     for folder in folders:
         folder.mkdir()
     with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(lambda folder: fork(folder, *flags, env={**ENVIRONMENT, **variables}), folders))
+        return list(pool.map(lambda folder: fork(folder, env={**ENVIRONMENT, **variables}), folders))
 
 
-def test_of_workers_that_start_at_once_one_starts_the_server_for_all(sockets: Path) -> None:
-    (server,) = {worker["parent"] for worker in start_workers(sockets, 4)}
-    wait_for(lambda: [one.pid for one in processes_of(sockets)] == [server])  # once the workers have ended
+def test_of_workers_that_start_at_once_one_starts_the_server_for_all(temporary: Path) -> None:
+    (server,) = {worker["parent"] for worker in start_workers(temporary, 4)}
+    wait_for(lambda: [one.pid for one in processes_of(temporary)] == [server])  # once the workers have ended
 
 
-def test_a_killed_servers_socket_is_replaced(sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_servers_socket_is_replaced(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in OF_JOB.items():
         monkeypatch.setenv(name, value)
     with socket.socket(socket.AF_UNIX) as left:
-        left.bind(node_address([f"--temp-dir={sockets.parents[1]}", f"--session-name={sockets.parent.name}"]))
-    (worker,) = start_workers(sockets, 1)
-    assert worker["parent"] in [one.pid for one in processes_of(sockets)]
+        left.bind(node_address())
+    (worker,) = start_workers(temporary, 1)
+    assert worker["parent"] in [one.pid for one in processes_of(temporary)]
+
+
+# --- other users of the machine
+
+
+def test_a_folder_for_sockets_that_others_may_change_or_have_made_is_not_used(temporary: Path) -> None:
+    folder = Path(shim.own_folder())
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.chmod(0o777)
+    with pytest.raises(PermissionError, match="is not this user's alone"):
+        shim.own_folder()
+    folder.rmdir()
+    (temporary / "own").mkdir(0o700)
+    folder.symlink_to(temporary / "own")
+    with pytest.raises(PermissionError, match="is not this user's alone"):
+        shim.own_folder()
+
+
+def test_a_lock_that_is_a_link_leaves_the_file_that_it_leads_to(temporary: Path) -> None:
+    victim, address = temporary / "victim", temporary / "fork"
+    victim.write_text("kept")
+    Path(f"{address}.lock").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic links"):
+        shim.start_server(str(address), {MODULES_VARIABLE: "", **ENVIRONMENT})
+    assert victim.read_text() == "kept"
+
+
+ANOTHER_USERS = """\
+import os, socket, sys
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+with socket.socket(socket.AF_UNIX) as listener:
+    listener.bind(sys.argv[1])
+    os.chmod(sys.argv[1], 0o777)
+    listener.listen()
+    print("listens", flush=True)
+    print(listener.accept()[0].recv(1000))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+def test_a_server_of_another_user_gets_no_byte(temporary: Path) -> None:
+    temporary.chmod(0o777)
+    address = str(temporary / "fork")
+    with subprocess.Popen([sys.executable, "-c", ANOTHER_USERS, address], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "listens\n"
+        with pytest.raises(PermissionError, match="belongs to another user"):
+            shim.ask(address, ["worker.py"], {"SECRET": "1"})
+        assert other.stdout.read() == "b''\n"
+
+
+def test_a_silent_server_costs_one_worker_the_wait_and_the_others_none(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shim, "TIMEOUT_S", 0.2)
+    address = str(temporary / "fork")
+    monkeypatch.setenv(SOCKET_VARIABLE, address)
+    monkeypatch.delenv(MODULES_VARIABLE, raising=False)
+    monkeypatch.setenv(shim.SILENT_VARIABLE, "")  # removed at the end
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        assert shim.fork(["worker.py"], ["worker.py"]) == "the fork server has not answered for 0 s"
+        assert os.environ[shim.SILENT_VARIABLE] == "1"
+        assert shim.fork(["worker.py"], ["worker.py"]).startswith("the fork server does not answer: [Errno 2]")
 
 
 # --- how Ray is told to start it
@@ -170,8 +236,8 @@ def drivers_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return python
 
 
-@pytest.fixture
-def shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(name="shim")
+def shim_of_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = program(tmp_path / "a package" / "shim.py")
     monkeypatch.setattr(starting, "SHIM", path)
     return path
