@@ -92,10 +92,21 @@ def prepare(*, verbose: bool) -> None:
 def prepare_local() -> None:
     """Set defaults that are only for a local Ray, before it starts."""
     _set_defaults(_LOCAL_SETTINGS)
-    folder = Path(os.path.expanduser("~/.ray"))
-    has_token = os.access(folder / "auth_token", os.R_OK)
-    if not has_token and not os.access(folder if folder.exists() else folder.parent, os.W_OK | os.X_OK):
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray could not write a token into ~
+    if any(name.startswith("RAY_AUTH_") for name in os.environ):  # the user has decided on authentication
+        return
+    token = Path(os.path.expanduser("~/.ray/auth_token"))
+    try:  # before Ray, which would let everybody read the token
+        token.parent.mkdir(exist_ok=True)
+        if token.exists() and token.stat().st_mode & 0o077:
+            token.chmod(0o600)
+        with contextlib.suppress(FileExistsError), open(token, "x", opener=_for_owner_only) as file:
+            file.write(secrets.token_hex(32))
+    except OSError:  # such as a home folder that cannot be written to
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _for_owner_only(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _set_defaults(settings: dict[str, str]) -> None:

@@ -1,4 +1,5 @@
 import os
+import stat
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -22,13 +23,30 @@ def test_the_users_variables_win() -> None:
     assert given.items() <= os.environ.items()
 
 
-def test_a_local_ray_has_its_token_in_a_variable_if_the_home_cannot_be_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("left_by_ray", [False, True])
+def test_only_this_user_may_read_the_token_of_a_local_ray(left_by_ray: bool, tmp_path: Path) -> None:
+    token = tmp_path / ".ray" / "auth_token"
+    if left_by_ray:
+        token.parent.mkdir()
+        token.write_text("0123456789abcdef" * 4)
+        token.chmod(0o644)
     os.environ["HOME"] = str(tmp_path)
     environment.prepare_local()
     assert "RAY_AUTH_TOKEN" not in os.environ
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert len(token.read_text()) == 64
+
+
+def test_a_local_ray_has_its_token_in_a_variable_if_the_home_cannot_be_written() -> None:
     os.environ["HOME"] = "/dev/null"
     environment.prepare_local()
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+
+
+def test_no_token_is_made_if_the_user_has_decided_on_authentication(tmp_path: Path) -> None:
+    os.environ |= {"HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled"}
+    environment.prepare_local()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_workload_may_itself_call_the_api() -> None:
