@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import sys
@@ -21,7 +22,7 @@ from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.storage import STORAGE_ERRORS, with_retries
 from mnist_ray.training.sampler import Slice, own_chunks
 from mnist_ray.training.state import Group, TrainingState
-from mnist_ray.workload.data import Arrays, Blocks, Split
+from mnist_ray.workload.data import Arrays, Blocks, Split, map_arrays
 from mnist_ray.workload.order import Read, StreamOrder
 from mnist_ray.workload.splits import sizes_in
 from mnist_ray.workload.tensors import map_tensors
@@ -52,19 +53,23 @@ class ArrayBatches(Dataset):
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
             free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # in PyTorch's cache
-            if arrays.inputs.nbytes + arrays.targets.nbytes > _MOST_OF_GPU * free:
+            if arrays.nbytes > _MOST_OF_GPU * free:
                 device = torch.device("cpu")
-        self.inputs = _tensor(arrays.inputs).to(device)
-        self.targets = _tensor(arrays.targets).to(device)
+        self.device, self._size = device, len(arrays)
+        self._whole = tuple(map_arrays(self._tensor, values) for values in (arrays.inputs, arrays.targets))
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return self._size
 
     def __getitem__(self, chosen: Slice) -> Batch:
         indices = torch.from_numpy(chosen.indices)
-        if self.inputs.is_cuda:
-            indices = indices.pin_memory().to(self.inputs.device, non_blocking=True)
-        return Batch(self.inputs[indices], self.targets[indices], *chosen[1:])
+        if self.device.type == "cuda":
+            indices = indices.pin_memory().to(self.device, non_blocking=True)
+        inputs, targets = map_tensors(lambda tensor: tensor[indices], self._whole)
+        return Batch(inputs, targets, *chosen[1:])
 
 
 class ExampleError(Exception):
@@ -88,7 +93,8 @@ class ExampleBatches(Dataset):
     def __getitem__(self, chosen: Slice) -> Batch:
         places = self.split.places(chosen.indices)
         if isinstance(arrays := self.split.examples, Arrays):
-            return Batch(_rows(arrays.inputs, places), _rows(arrays.targets, places), *chosen[1:])
+            take = functools.partial(_rows, places=places)
+            return Batch(map_arrays(take, arrays.inputs), map_arrays(take, arrays.targets), *chosen[1:])
         return self._joined([self._example(place) for place in places.tolist()], places, chosen)
 
     def _joined(self, examples: list[tuple[Any, Any]], places: np.ndarray, chosen: Slice) -> Batch:
@@ -172,11 +178,11 @@ class BlockBatches(ExampleBatches):
         contents = {number: self._content(number) for number in numbers.tolist()}
         self._step += chosen.ends_step
         if all(isinstance(content, Arrays) for content in contents.values()):
-            of_blocks = [*zip(contents.values(), np.split(rows[by_block], starts[1:]), strict=True)]
+            of_blocks = zip(contents.values(), np.split(rows[by_block], starts[1:]), strict=True)
+            parts = [content[own_rows] for content, own_rows in of_blocks]
             back = torch.from_numpy(np.argsort(by_block))
-            inputs = torch.from_numpy(np.concatenate([content.inputs[some] for content, some in of_blocks]))
-            targets = torch.from_numpy(np.concatenate([content.targets[some] for content, some in of_blocks]))
-            return Batch(inputs[back], targets[back], *chosen[1:])
+            inputs, targets = pytree.tree_map(lambda *of: torch.from_numpy(np.concatenate(of))[back], *parts)
+            return Batch(inputs, targets, *chosen[1:])
         examples = [contents[block][row] for block, row in zip(blocks.tolist(), rows.tolist(), strict=True)]
         return self._joined(examples, places, chosen)
 
@@ -231,7 +237,7 @@ class BlockBatches(ExampleBatches):
         if len(examples) != size:
             raise ExampleError(f"{name} has {len(examples):,} examples; sizes says {size:,}")
         if isinstance(examples, Arrays):
-            return examples, examples.inputs.nbytes + examples.targets.nbytes
+            return examples, examples.nbytes
         leaves = pytree.tree_leaves(examples)
         return examples, sum(getattr(leaf, "nbytes", None) or sys.getsizeof(leaf) for leaf in leaves)
 
@@ -257,15 +263,16 @@ def _begin_process(number: int) -> None:
     os.setsid()
 
 
-def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))
-
-
 def _rows(array: np.ndarray, places: np.ndarray) -> Tensor:
-    """Copy rows into torch's memory, which always has the same alignment: the bits of a sum may depend on it."""
-    rows = torch.empty((len(places), *array.shape[1:]), dtype=_tensor(array[:0]).dtype)
-    np.take(array, places, axis=0, out=rows.numpy(), mode="clip")  # the default mode would copy the rows twice
-    return rows
+    """Copy rows into torch's memory, which always has the same alignment: the bits of a sum may depend on it.
+
+    ``np.take`` would first copy an array whose rows overlap, or do not follow each other in memory.
+    """
+    try:
+        whole = torch.from_numpy(array)
+    except ValueError:  # torch knows no negative strides
+        return torch.from_numpy(array[places]).clone()
+    return whole.index_select(0, torch.from_numpy(places))
 
 
 def batch_loader(
@@ -276,7 +283,7 @@ def batch_loader(
     With ``batch_size=None``, the DataLoader passes each slice to the data set as it is, so arrays are indexed once per
     batch. By default, it would read the examples one by one and stack them.
     """
-    is_on_gpu = isinstance(dataset, ArrayBatches) and dataset.inputs.is_cuda
+    is_on_gpu = isinstance(dataset, ArrayBatches) and dataset.device.type == "cuda"
     return DataLoader(
         dataset,
         sampler=slices,

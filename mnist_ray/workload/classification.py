@@ -66,7 +66,8 @@ class Classification(Workload):
         for split in ("train", "validation", "test"):
             examples, place = getattr(data, split), f"{type(self).__name__}.load_data: {split}"
             if isinstance(examples, Arrays):
-                self._check_targets(place, examples.targets)
+                if isinstance(examples.targets, np.ndarray):  # others may have any form, with a loss of their own
+                    self._check_targets(place, examples.targets)
             elif (classes := list(getattr(examples, "classes", self.class_names))) != self.class_names:
                 different = sorted(str(name) for name in {*classes} ^ {*self.class_names})
                 named = ", ".join(different) or "their order"
@@ -165,7 +166,7 @@ def _class_names(data: Data) -> list[Any]:
         return list(data.metadata["class_names"])
     if hasattr(data.train, "classes"):
         return list(data.train.classes)
-    if not isinstance(data.train, Arrays):
+    if not (isinstance(data.train, Arrays) and isinstance(data.train.targets, np.ndarray)):
         raise UsageError('the data name no classes: return Data(..., metadata={"class_names": [...]}) from load_data')
     splits = [split for split in (data.train, data.validation, data.test) if isinstance(split, Arrays) and len(split)]
     return list(range(1 + max(int(split.targets.max()) for split in splits)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import mmap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,19 +17,59 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
 
+def map_arrays(function: Callable[[np.ndarray], Any], values: Any) -> Any:
+    """Apply a function to an array, or to each array of a dict."""
+    if isinstance(values, Mapping):
+        return {name: function(array) for name, array in values.items()}
+    return function(values)
+
+
 @dataclass(frozen=True)
 class Arrays:
-    """Examples as arrays of any shape and dtype, in memory or memory-mapped."""
+    """Examples as NumPy arrays of any shape and dtype, in memory or memory-mapped; or as dicts of such arrays."""
 
-    inputs: np.ndarray  # (N, ...)
-    targets: np.ndarray  # (N, ...); for a classification, whole numbers from 0 on, (N,)
+    inputs: Any  # (N, ...)
+    targets: Any  # (N, ...); for a classification, whole numbers from 0 on, (N,)
 
     def __len__(self) -> int:
-        return len(self.targets)
+        first: Any = next(iter(self.targets.values())) if isinstance(self.targets, Mapping) else self.targets
+        return len(first)
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        """Return one example, (input, target)."""
-        return self.inputs[index], self.targets[index]
+    def __getitem__(self, index: Any) -> tuple[Any, Any]:
+        """Return one example, (input, target); or the inputs and the targets of several."""
+        return map_arrays(lambda array: array[index], self.inputs), map_arrays(lambda array: array[index], self.targets)
+
+    @property
+    def named(self) -> dict[str, np.ndarray]:
+        """All arrays, by names for messages, such as ``inputs`` or ``inputs["mask"]``."""
+        found: dict[str, np.ndarray] = {}
+        for name, values in (("inputs", self.inputs), ("targets", self.targets)):
+            parts = values.items() if isinstance(values, Mapping) else ()
+            found |= {f'{name}["{part}"]': array for part, array in parts} or {name: values}
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes."""
+        return sum(array.nbytes for array in self.named.values())
+
+
+def owner_of(array: np.ndarray) -> Any:
+    """Return what owns the memory that an array shows: an array, a mapped file, or an object without ``base``."""
+    owner: Any = array
+    while not isinstance(owner, np.memmap) and getattr(owner, "base", None) is not None:
+        owner = owner.base
+    return owner
+
+
+def span_of(array: np.ndarray) -> int:
+    """Return how many bytes of memory an array shows; fewer than ``nbytes`` if its elements overlap, as windows do."""
+    steps = zip(array.shape, array.strides, strict=True)
+    return array.itemsize + sum((size - 1) * abs(stride) for size, stride in steps) if array.size else 0
+
+
+def _may_be_copied(array: np.ndarray) -> bool:
+    return not isinstance(owner_of(array), (np.memmap, mmap.mmap)) and array.nbytes <= span_of(array)
 
 
 class Blocks:
@@ -65,7 +106,8 @@ class Data:
     """The result of a workload's ``load_data``.
 
     Only the job loads in-memory arrays and ``Blocks``; Ray's object store shares them, one copy per node. Each process
-    calls ``load_data`` for memory-mapped arrays and ``Dataset``s. A ``Dataset``'s items are pairs (input, target).
+    calls ``load_data`` for ``Dataset``s, and for arrays that are memory-mapped or whose rows overlap, as windows do. A
+    ``Dataset``'s items are pairs (input, target).
     """
 
     train: Arrays | Dataset | Blocks
@@ -109,9 +151,7 @@ class Split:
     @property
     def is_in_memory(self) -> bool:
         """Whether the job sends the examples to other processes; if not, each process opens them."""
-        if not isinstance(self.examples, Arrays):
-            return False
-        return not any(isinstance(array, np.memmap) for array in (self.examples.inputs, self.examples.targets))
+        return isinstance(self.examples, Arrays) and all(map(_may_be_copied, self.examples.named.values()))
 
     @property
     def arrays(self) -> Arrays | None:
@@ -122,7 +162,7 @@ class Split:
         """Return the examples at ``indices``. Arrays in memory are copied, but a slice of whole arrays is a view."""
         places = self.places(indices)
         if self.is_in_memory:
-            return Split(Arrays(self.examples.inputs[places], self.examples.targets[places]), None, self.origin)
+            return Split(Arrays(*self.examples[places]), None, self.origin)
         return Split(self.examples, places, self.origin)
 
     def between(self, start: int, stop: int) -> Split:

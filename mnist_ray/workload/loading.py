@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bdb
 import contextlib
 import dataclasses
 import hashlib
@@ -13,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from mnist_ray import config
 from mnist_ray.errors import JobError, UsageError, with_place
 from mnist_ray.settings import build, check_known, flag, names_of, values_of
 from mnist_ray.workload import user_code
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Arrays, Blocks, Data, Split, Splits
+from mnist_ray.workload.data import Arrays, Blocks, Data, Split, Splits, owner_of, span_of
 from mnist_ray.workload.user_code import Source
 
 DEFAULT = "mnist_ray.mnist"
 _MOST_FILES_ASKED = 1000  # at most so many files, evenly spaced, are stat'ed: file servers may be slow
-_REMEDIES = {"Tensor": "; call .numpy()", "dict": "; use a Dataset", "NoneType": "; without targets, repeat the inputs"}
+_REMEDIES = {"Tensor": "; call .numpy()", "NoneType": "; without targets, repeat the inputs"}
 
 Reference = str | type[Workload]  # a value of ``--workload``, or a class in this process
 
@@ -129,7 +131,7 @@ def placed(workload: Workload, what: str) -> Iterator[None]:
     """Turn an exception in the user's code into a UsageError: one line, with file name and line number."""
     try:
         yield
-    except (UsageError, JobError):
+    except (UsageError, JobError, bdb.BdbQuit):  # the last one ends a debugger
         raise
     except (Exception, SystemExit) as error:
         said = with_place(error, workload.source.folder)
@@ -170,7 +172,7 @@ def _checked_data(workload: Workload, data: object) -> Data:
 
 
 def _check_arrays(place: str, arrays: Arrays) -> None:
-    for what, array in (("inputs", arrays.inputs), ("targets", arrays.targets)):
+    for what, array in arrays.named.items():
         if not isinstance(array, np.ndarray) or array.ndim == 0:
             kind = "a single number" if isinstance(array, np.ndarray) else type(array).__name__
             raise UsageError(f"{place}: {what} must be a NumPy array (N, ...), not {kind}{_REMEDIES.get(kind, '')}")
@@ -178,8 +180,10 @@ def _check_arrays(place: str, arrays: Arrays) -> None:
             raise UsageError(f"{place}: {what} are a masked array, whose mask would be ignored; call .filled(VALUE)")
         if array.dtype.kind not in "biuf":
             raise UsageError(f"{place}: {what} must be numbers, not of dtype {array.dtype}")
-    if len(arrays.inputs) != len(arrays.targets):
-        raise UsageError(f"{place} has {len(arrays.inputs):,} inputs but {len(arrays.targets):,} targets")
+    (first, array), *others = arrays.named.items()
+    for what, other in others:
+        if len(other) != len(array):
+            raise UsageError(f"{place} has {len(array):,} {first} but {len(other):,} {what}")
 
 
 def digests_of(splits: Splits) -> dict[str, str | None]:
@@ -202,11 +206,14 @@ def _digest_of(split: Split) -> str | None:
         if not isinstance(split.examples, Arrays):  # torchvision's folders: pairs (file, class)
             return digest_of_files([path for path, _ in split.examples.samples])
         digest = hashlib.sha256()
-        for array in (split.examples.inputs, split.examples.targets):
-            if isinstance(array, np.memmap):
-                digest.update(digest_of_files([str(array.filename)]).encode())
-            else:
-                digest.update(np.ascontiguousarray(array).data)
+        for array in split.examples.named.values():
+            if isinstance(owner := owner_of(array), np.memmap):
+                digest.update(digest_of_files([str(owner.filename)]).encode())
+                continue
+            if span_of(array) < array.nbytes:  # rows overlap: a copy would be much larger than what they show
+                digest.update(f"{array.shape} {array.strides}".encode())
+                array = as_strided(array, [span_of(array) // array.itemsize], [array.itemsize])
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
     except (AttributeError, TypeError, ValueError, OSError):
         return None

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from mnist_ray.cluster.remote_data import share
 from mnist_ray.errors import with_place
 from mnist_ray.training.batches import (
     ArrayBatches,
@@ -22,8 +24,9 @@ from mnist_ray.training.batches import (
     on_device,
 )
 from mnist_ray.training.sampler import ShardedBatchSampler, Slice
-from mnist_ray.workload import Arrays
+from mnist_ray.workload import Arrays, Blocks
 from mnist_ray.workload.data import Split
+from tests.conftest import mnist
 
 CPU = torch.device("cpu")
 NUM_EXAMPLES, BATCH_SIZE = 10, 4  # the last batch has two examples
@@ -215,13 +218,73 @@ def test_mapped_arrays_give_the_same_batches_as_arrays_in_memory(tmp_path: Path)
             assert batch.global_size == expected.global_size
 
 
+WIDTH = 10**6  # of windows over ten million numbers: a copy of all windows would have ten terabytes
+
+
+@pytest.fixture(params=["mapped", "in memory"])
+def windows(request: pytest.FixtureRequest, tmp_path: Path) -> np.ndarray:
+    if request.param == "mapped":  # the file takes no space where it is empty
+        numbers: np.ndarray = np.memmap(tmp_path / "numbers", np.uint8, "w+", shape=10 * WIDTH)
+    else:
+        numbers = np.zeros(10 * WIDTH, np.uint8)
+    numbers[::WIDTH] = range(10)
+    return sliding_window_view(numbers, WIDTH)
+
+
+def test_overlapping_windows_are_never_copied_as_a_whole(windows: np.ndarray) -> None:
+    split = Split(Arrays(windows, windows)).take(np.arange(len(windows) - 1))
+    assert share(mnist(), split).stored is None  # each process opens them
+    batch = batches_of(split, CPU)[Slice(np.array([WIDTH, 3 * WIDTH - 1]), 2)]
+    assert batch.inputs.shape == batch.targets.shape == (2, WIDTH)
+    assert batch.inputs.nonzero().tolist() == [[0, 0], [1, 1]]
+    assert batch.inputs[:, :2].tolist() == [[1, 0], [0, 3]]
+
+
+@pytest.mark.parametrize("rows", [slice(None, None, 2), slice(None, None, -1)])
+def test_some_rows_of_a_mapped_array_are_read_as_they_are(rows: slice, tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", np.arange(60, dtype=np.uint16).reshape(20, 3))
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")[rows]
+    batch = batches_of(Split(Arrays(mapped, mapped)), CPU)[Slice(np.array([7, 2]), 2)]
+    assert batch.inputs.tolist() == mapped[[7, 2]].tolist()
+    assert batch.inputs.data_ptr() % 64 == 0  # always the same alignment
+
+
+class ArraysInBlocks(Blocks):
+    sizes = (4, 6)
+
+    def read(self, block: int) -> Arrays:
+        rows = slice(0, 4) if block == 0 else slice(4, 10)
+        inputs, targets = PARTS[rows]
+        return Arrays(inputs, targets)
+
+
+PARTS = Arrays(
+    {"words": np.arange(30).reshape(10, 3), "mask": np.arange(10) % 2 == 0},
+    {"class": np.arange(10), "box": np.arange(40.0).reshape(10, 4)},
+)
+
+
+@pytest.mark.parametrize("examples", [PARTS, ArraysInBlocks()])
+@pytest.mark.parametrize("indices", [None, np.arange(1, 10)])
+def test_arrays_may_be_dicts(examples: Arrays | Blocks, indices: np.ndarray | None) -> None:
+    split = Split(examples) if indices is None else Split(examples).take(indices)
+    chosen = np.array([6, 0, 5])
+    batch = batches_of(split, CPU)[Slice(chosen, 3)]
+    inputs, targets = PARTS[chosen if indices is None else indices[chosen]]
+    for found, expected in ((batch.inputs, inputs), (batch.targets, targets)):
+        assert {name: values.tolist() for name, values in found.items()} == {
+            name: values.tolist() for name, values in expected.items()
+        }
+    assert split[2][1]["class"] == (2 if indices is None else 3)
+
+
 def test_arrays_stay_in_main_memory_if_the_gpu_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     arrays = Arrays(np.zeros((100, 28, 28), np.uint8), np.zeros(100, np.uint8))
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (100 * 785 * 2, 10**9))
-    assert ArrayBatches(arrays, torch.device("cuda")).inputs.device == CPU
+    assert ArrayBatches(arrays, torch.device("cuda")).device == CPU
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 100 * 785)  # PyTorch would give it again
     if torch.cuda.is_available():
-        assert ArrayBatches(arrays, torch.device("cuda")).inputs.is_cuda
+        assert ArrayBatches(arrays, torch.device("cuda")).device.type == "cuda"
     else:
         with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):  # without a GPU, the copy fails
             ArrayBatches(arrays, torch.device("cuda"))

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from torch.utils.data import Dataset
 
 from mnist_ray.cluster.remote_data import share
@@ -226,6 +227,21 @@ def test_equal_arrays_have_equal_digests_and_every_number_and_their_order_count(
         getattr(changed, name)[9] += 1
         assert digest_of(changed) != whole
     assert whole not in (digest_of(arrays(10), slice(0)), digest_of(arrays(10), np.arange(10)[::-1]))
+
+
+def test_windows_have_a_digest_of_the_numbers_that_they_show(tmp_path: Path) -> None:
+    def digest(changed: int, width: int = 10**6) -> str | None:
+        numbers = np.zeros(10**7, np.uint8)  # a copy of all windows would have ten terabytes
+        numbers[changed] = 1
+        windows = sliding_window_view(numbers, width)
+        return digest_of(Arrays(windows, windows))
+
+    assert digest(5) == digest(5) is not None
+    assert len({digest(5), digest(6), digest(10**7 - 1), digest(5, 10**5)}) == 4
+    np.save(tmp_path / "numbers.npy", np.arange(10))
+    of_file = np.load(tmp_path / "numbers.npy", mmap_mode="r")
+    windows = sliding_window_view(of_file, 2)
+    assert digest_of(Arrays(windows, windows)) == digest_of(Arrays(of_file, of_file))  # by name, size and time
 
 
 def test_the_digest_of_files_depends_on_names_sizes_and_times(tmp_path: Path) -> None:
