@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 
 from mnist_ray.workload import Choice, Classification, Data, at_least, setting
-from mnist_ray.workload.sources import Parquet, as_displayed
+from mnist_ray.workload.sources import Parquet, open_picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +46,7 @@ class Shards(Classification):
 
     def example(self, row: dict[str, Any]) -> tuple[np.ndarray, int]:
         """Decode a row; return the picture, scaled, (3, size, size) uint8, and its class."""
-        picture = as_displayed(Image.open(io.BytesIO(row["image"]["bytes"])))
-        return self.read_picture(picture), row["label"]
+        return self.read_picture(open_picture(io.BytesIO(row["image"]["bytes"]))), row["label"]
 
     def read_picture(self, picture: Image.Image) -> np.ndarray:
         """Scale a picture."""

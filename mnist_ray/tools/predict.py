@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import os
 import sys
 import warnings
@@ -27,10 +28,8 @@ from mnist_ray.storage import write_file
 from mnist_ray.training.batches import allow_read_only
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.loading import placed
-from mnist_ray.workload.sources import as_displayed
+from mnist_ray.workload.sources import as_displayed, open_picture
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow's names of the accepted formats. For some others, it would start a program: for PostScript, Ghostscript."""
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})  # of the files taken from folders
 _BATCH_SIZE = 64
 _MOST_DRAWN = 240
@@ -43,28 +42,38 @@ class Prediction:
 
     file: str
     inputs: Any = None  # in the format of the workload's data
-    top: tuple[tuple[Any, float], ...] = ()  # the best few predictions with their probabilities, the best first
+    top: tuple[tuple[Any, float], ...] = ()  # the best few predictions with their probabilities (or NaN), best first
     error: str | None = None  # why there is no prediction
 
+    @property
+    def best(self) -> str:
+        """The best prediction as text."""
+        prediction = self.top[0][0]
+        return f"{prediction:g}" if isinstance(prediction, float) else str(prediction)
+
     def is_sure(self, threshold: float) -> bool:
-        """Whether the best prediction has at least this probability."""
-        return bool(self.top) and self.top[0][1] >= threshold
+        """Whether the best prediction has at least this probability, or none, as in a regression."""
+        return bool(self.top) and not self.top[0][1] < threshold
 
     def to_dict(self, noun: str, threshold: float) -> dict[str, Any]:
         """Return the object that ``--json`` prints; ``noun`` is the workload's ``prediction_noun``."""
         if self.error is not None:
             return {"file": self.file, "error": self.error}
-        best, *others = ({noun: prediction, "probability": round(p, 6)} for prediction, p in self.top)
+        best, *others = (
+            {noun: prediction} | ({} if math.isnan(p) else {"probability": round(p, 6)}) for prediction, p in self.top
+        )
         return {"file": self.file, **best, "unsure": not self.is_sure(threshold), "next": others}
 
     def to_line(self, threshold: float) -> str:
         """Return the line that is printed without ``--json``."""
         if self.error is not None:
             return f"{self.file}: {self.error}"
-        (best, probability), *others = self.top
+        (_, probability), *others = self.top
+        if math.isnan(probability):
+            return f"{self.file}: {self.best}"
         then = ", ".join(f"{other} {p:.1%}" for other, p in others)
         unsure = "" if self.is_sure(threshold) else "  unsure"
-        return f"{self.file}: {best}  {probability:.1%}" + (f" (then {then})" if then else "") + unsure
+        return f"{self.file}: {self.best}  {probability:.1%}" + (f" (then {then})" if then else "") + unsure
 
 
 def predict(given: Sequence[str], found: find.Found, config: PredictionConfig) -> None:
@@ -143,12 +152,12 @@ def _read(workload: Workload, file: Path | Image.Image) -> Prediction:
 
 def read_image(file: Path | io.BytesIO) -> Image.Image:
     """Decode a picture, as it is displayed. Raises UsageError."""
+    if isinstance(file, Path) and os.path.exists(file) and not os.path.isfile(file):  # reading a FIFO may wait forever
+        raise UsageError("not a file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about large pictures and harmless damage
-            with Image.open(file, formats=FORMATS) as picture:
-                picture.load()
-                return as_displayed(picture)
+            return open_picture(file)
     except UnidentifiedImageError as error:
         raise UsageError("not a picture in a known format") from error
     except Exception as error:  # a damaged file may raise anything
@@ -163,10 +172,11 @@ def _grid(predictions: Sequence[Prediction], workload: Workload, config: Predict
     for prediction in predictions[:_MOST_DRAWN]:
         image = None if prediction.inputs is None else workload.as_picture(prediction.inputs)
         if image is not None:
-            (best, probability), name = prediction.top[0], Path(prediction.file).name
+            (_, probability), name = prediction.top[0], Path(prediction.file).name
             short = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 5]}…{name[-4:]}"
             images.append(image)
-            captions.append(f"{best}{'' if prediction.is_sure(config.threshold) else '?'} {probability:.0%}\n{short}")
+            percent = "" if math.isnan(probability) else f" {probability:.0%}"
+            captions.append(f"{prediction.best}{'' if prediction.is_sure(config.threshold) else '?'}{percent}\n{short}")
     if not images:
         reason = f"no file has a prediction, or {type(workload).__name__} has no as_picture"
         raise JobError(f"no picture to draw in {config.grid}: {reason}")

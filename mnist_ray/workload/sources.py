@@ -25,8 +25,11 @@ from mnist_ray.storage import STORAGE_ERRORS, in_one_line, locate, split_query
 from mnist_ray.workload.data import Arrays, Blocks, Data
 from mnist_ray.workload.order import Shuffled
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Pillow's names of the accepted formats. For some others, it would start a program: for PostScript, Ghostscript."""
 _TEST_PART, _TEST_SEED = 5, 53  # without a test set, a random fifth of the examples becomes the test set
 _NUM_THREADS = 16  # that read footers
+_KINDS_OF_LIST = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 _REMEDY = "pass decode=, which turns a row into an example"
 
 
@@ -43,7 +46,7 @@ def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Dat
     transform = transforms.Compose([transforms.Grayscale(), *to_square] if is_grey else to_square)
     roots = [folder for name in ("train", "test", "val") if (folder := place / name).is_dir()][:2]
     try:
-        folders = [datasets.ImageFolder(root, transform, loader=_opened_picture) for root in roots or [place, place]]
+        folders = [datasets.ImageFolder(root, transform, loader=_opened_in_colour) for root in roots or [place, place]]
     except OSError as error:
         raise UsageError(f"{place}: {first_line(error)}") from error
     if roots and [roots[0].name, len(roots)] != ["train", 2]:
@@ -61,9 +64,8 @@ def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Dat
     return Data(train, test, name=name, metadata={"class_names": classes}, files=files)
 
 
-def _opened_picture(file: str) -> Image.Image:
-    with Image.open(file) as picture:
-        return as_displayed(picture).convert("RGB")
+def _opened_in_colour(file: str) -> Image.Image:
+    return open_picture(file).convert("RGB")
 
 
 class Parquet(Blocks):
@@ -86,13 +88,15 @@ class Parquet(Blocks):
     ) -> None:
         self._filesystem, files = _files_at(str(place))
         schemas = [file.footer.schema.to_arrow_schema() for file in files]
-        known, about = [schema.names for schema in schemas], schemas[0].pandas_metadata or {}
-        index = about.get("index_columns", [])  # with decode, an index that has a name is a column
-        index = [name for name in index if decode is None or str(name).startswith("__index_level_")]
+        known = [schema.names for schema in schemas]
+        # With decode, an index that has a name is a column.
+        index = [name for name in _index_of(schemas[0]) if decode is None or str(name).startswith("__index_level_")]
         self._columns, self._decode = list(columns or [name for name in known[0] if name not in index]), decode
         for file, names in zip(files, known, strict=True):
             if missing := [name for name in self._columns if name not in names]:
                 raise UsageError(f"{file.path} has no column {missing[0]}, only {', '.join(names)}")
+            if several := [name for name in self._columns if names.count(name) > 1]:
+                raise UsageError(f"{file.path} has several columns {several[0]}: rename all but one")
         if len(self._columns) < 2:
             raise UsageError(f"{place}: name at least two columns, those of the inputs, then that of the targets")
         groups = [(file, group) for file in files for group in range(file.footer.num_row_groups)]
@@ -116,7 +120,7 @@ class Parquet(Blocks):
                     table = self._table(content, file, group)
         if self._decode is not None:
             return _of_rows(self._decode, table.to_pylist(), where)
-        *inputs, targets = (_array(table.field(name), table[name], f"{where}, column {name}") for name in self._columns)
+        *inputs, targets = (_array(table, name, f"{where}, column {name}") for name in self._columns)
         if len(inputs) == 1:
             return Arrays(inputs[0], targets)
         if any(values.ndim > 1 for values in inputs):
@@ -155,6 +159,14 @@ def _files_at(place: str) -> tuple[fs.FileSystem, list[_File]]:
     return folder.filesystem, files
 
 
+def _index_of(schema: pa.Schema) -> list[Any]:
+    """Return the columns of pandas' index; none if pandas' metadata are damaged."""
+    with contextlib.suppress(ValueError, AttributeError):
+        found = (schema.pandas_metadata or {}).get("index_columns")
+        return found if isinstance(found, list) else []
+    return []
+
+
 def _opened(filesystem: fs.FileSystem, path: str) -> _File:
     with filesystem.open_input_file(path) as source, in_one_line(f"{path} is not a whole Parquet file"):
         return _File(path, _version(filesystem, path, source), pq.read_metadata(source))
@@ -177,8 +189,15 @@ def _of_rows(function: Callable[[Any], Any], rows: Sequence[Any], where: str) ->
     return results
 
 
-def _array(field: pa.Field, column: pa.ChunkedArray, where: str) -> np.ndarray:
+def _array(table: pa.Table, name: str, where: str) -> np.ndarray:
     """Return a column as an array, (rows, ...). Raises UsageError if that is not possible."""
+    try:
+        return _decoded(table.field(name), table[name], where)
+    except (pa.ArrowException, TypeError, ValueError) as error:  # of damaged metadata, for example
+        raise UsageError(f"{where} cannot be read: {first_line(error)}; {_REMEDY}") from error
+
+
+def _decoded(field: pa.Field, column: pa.ChunkedArray, where: str) -> np.ndarray:
     values, shape = column.combine_chunks(), [len(column)]
     if values.null_count:
         raise UsageError(f"{where} has nulls; {_REMEDY}")
@@ -195,7 +214,7 @@ def _array(field: pa.Field, column: pa.ChunkedArray, where: str) -> np.ndarray:
     of_tensor = metadata if all(isinstance(size, int) for size in metadata) else []  # of Ray Data, or of others
     if isinstance(values, pa.ExtensionArray):  # of Ray Data, too, if this process has imported it
         of_tensor, values = values.type.shape, values.storage
-    while pa.types.is_nested(values.type):
+    while any(is_kind(values.type) for is_kind in _KINDS_OF_LIST):
         lengths = compute.list_value_length(values).unique().to_pylist()
         if len(lengths) > 1:
             raise UsageError(f"{where} has lists of different lengths; {_REMEDY}")
@@ -208,8 +227,15 @@ def _array(field: pa.Field, column: pa.ChunkedArray, where: str) -> np.ndarray:
 
 
 def _picture(content: bytes) -> np.ndarray:
-    picture = as_displayed(Image.open(io.BytesIO(content)))
+    picture = open_picture(io.BytesIO(content))
     return np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
+
+
+def open_picture(file: str | Path | io.BytesIO) -> Image.Image:
+    """Decode a picture in one of FORMATS, as it is displayed. A damaged file may raise anything."""
+    with Image.open(file, formats=FORMATS) as picture:
+        picture.load()
+        return as_displayed(picture)
 
 
 def as_displayed(picture: Image.Image) -> Image.Image:

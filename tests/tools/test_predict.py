@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -18,7 +19,7 @@ from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run.find import find
 from mnist_ray.tools import predict
 from mnist_ray.training.checkpoint import digest_of
-from mnist_ray.workload import Classification, Regression
+from mnist_ray.workload import Classification, Regression, sources
 from mnist_ray.workload.data import Arrays
 from tests.conftest import ROOT, mnist, run_job, run_main
 
@@ -60,7 +61,7 @@ def test_each_file_gets_a_prediction_or_a_reason_and_the_last_line_counts_the_fa
     assert [Path(line.split(": ")[0]).stem for line in lines[5:13]] == [str(index) for index in range(5000, 5008)]
     assert lines[13] == "~nosuchuser/x.png: cannot be read: No such file or directory"
     assert lines[14].endswith("aaa: cannot be read: File name too long")
-    assert lines[15].endswith("folder: cannot be read: Is a directory")
+    assert lines[15].endswith("folder: not a file")
     assert len(lines) == 16
     assert Image.open(tmp_path / "grid.png").width == 8 * 134
 
@@ -128,11 +129,28 @@ def answers_to(*given: Path | str) -> list[str]:
 
 def test_only_known_formats_are_read(few_images: Arrays, tmp_path: Path) -> None:
     image = Image.fromarray(few_images.inputs[0])
-    for number, name in enumerate((*predict.FORMATS, "EPS", "PCX")):
+    for number, name in enumerate((*sources.FORMATS, "EPS", "PCX")):
         image.save(tmp_path / f"{number}.png", name)
     *read, postscript, other = answers_to(tmp_path)
     assert all(answer.isdigit() for answer in read)
     assert (postscript, other) == ("not a picture in a known format",) * 2
+
+
+def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.png")
+    assert answers_to(tmp_path / "fifo.png") == ["not a file"]
+
+
+def test_a_regression_predicts_values_without_probabilities() -> None:
+    regression, points = Regression(None, {"any": 1}), np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)
+    model = nn.Linear(2, 1)
+    nn.init.ones_(model.weight)
+    nn.init.zeros_(model.bias)
+    first, second = predict.predict_inputs(regression, model, points)
+    assert (first.top[0][0], second.top[0][0]) == (3.0, 7.0)
+    assert first.is_sure(0.8)
+    assert replace(first, file="a.png").to_line(0.8) == "a.png: 3"
+    assert first.to_dict("price", 0.8) == {"file": "", "price": 3.0, "unsure": False, "next": []}
 
 
 def test_harmless_damage_is_no_warning(few_images: Arrays, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:

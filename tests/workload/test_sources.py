@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from pyarrow import parquet as pq
 
 from mnist_ray.errors import JobError, UsageError
@@ -194,6 +194,13 @@ def fails(row: dict[str, Any]) -> Any:
         ([[1, 2], [3, None]], {}, "column image has nulls in its lists; pass decode="),
         (["a", "b"], {}, "column image holds string, not numbers; pass"),
         ([[1], [2]], {"columns": ["image", "label", "label"]}, "several columns of inputs must hold a number each"),
+        ([encoded(GREY[0], "EPS")] * 2, {}, ", row 0: UnidentifiedImageError: cannot identify image file"),
+        ([{"a": 1}] * 2, {}, "column image holds struct<a: int64>, not numbers; pass decode="),
+        (
+            pa.array([[("a", 1)]] * 2, pa.map_(pa.string(), pa.int64())),
+            {},
+            r"column image holds map<.*>, not numbers; pass",
+        ),
         ([1, 2], {"decode": fails}, ", row 0: ValueError: no label 0$"),
     ],
 )
@@ -201,6 +208,29 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path: Path, image: Any, options:
     file = written(tmp_path / "some.parquet", image=image, label=LABELS[:2])
     with pytest.raises(UsageError, match=f"^{file}, row group 0.*{message}"):
         Parquet(file, **options).read(0)
+
+
+@pytest.mark.parametrize("metadata", [b"{not json", b"[7, 7]", b"5"])
+def test_a_column_whose_metadata_are_damaged_is_named(metadata: bytes, tmp_path: Path) -> None:
+    field = pa.field("image", pa.list_(pa.float64()), metadata={b"ARROW:extension:metadata": metadata})
+    table = pa.table([[[1.0, 2.0]] * 2, LABELS[:2]], pa.schema([field, pa.field("label", pa.int64())]))
+    pq.write_table(table, tmp_path / "some.parquet")
+    with pytest.raises(UsageError, match=r"row group 0, column image cannot be read: .*; pass decode="):
+        Parquet(tmp_path).read(0)
+
+
+@pytest.mark.parametrize("metadata", [b"{not json", b'{"index_columns": 5}', b"[]"])
+def test_damaged_metadata_of_pandas_do_not_matter(metadata: bytes, tmp_path: Path) -> None:
+    table = pa.table({"image": [1.0, 2.0], "label": LABELS[:2]}).replace_schema_metadata({b"pandas": metadata})
+    pq.write_table(table, tmp_path / "some.parquet")
+    assert arrays_of(tmp_path).targets.tolist() == [0, 1]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table([LABELS, LABELS, LABELS], ["a", "b", "a"]), tmp_path / "some.parquet")
+    with pytest.raises(UsageError, match=r"some\.parquet has several columns a: rename all but one$"):
+        Parquet(tmp_path)
+    assert len(Parquet(tmp_path, columns=["b", "b"])) == len(LABELS)
 
 
 def test_a_damaged_row_group_is_named_and_not_taken_for_a_failing_storage(tmp_path: Path) -> None:
@@ -289,6 +319,15 @@ def test_pictures_with_16_bits_keep_their_greys(tmp_path: Path) -> None:
         for number in range(3):
             Image.fromarray(np.full((8, 8), 100 << 8, np.uint16)).save(tmp_path / name / f"{number}.png")
     assert sources.pictures(tmp_path, size=8).train[0][0].unique().tolist() == [100]  # type: ignore[index]
+
+
+def test_a_picture_in_another_format_is_not_opened(tmp_path: Path) -> None:
+    for name in ("ants", "bees"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(encoded(GREY[0], "EPS"))  # Pillow would start Ghostscript
+    data = sources.pictures(tmp_path)
+    with pytest.raises(UnidentifiedImageError):
+        data.train[0]
 
 
 def test_photos_are_upright(tmp_path: Path) -> None:
