@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bdb
 import contextlib
 import functools
 import importlib
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 
 from mnist_ray import api, signals
 from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig, PredictionConfig, ViewConfig
-from mnist_ray.errors import PROGRAM, JobError, UsageError, about_ray, prepare_output, say
+from mnist_ray.errors import PROGRAM, JobError, UsageError, about_limit, about_ray, prepare_output, say, writing
 from mnist_ray.report.run_files import workload_of
 from mnist_ray.run.job import read_job, resume_command
 from mnist_ray.run.train import train as train_job
@@ -98,7 +99,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Run a command and exit with its status: 0 (done), 1 (failed), 2 (wrong usage) or 130 (interrupted)."""
     signals.take_signals()
     prepare_output()
-    status = signals.supervise(functools.partial(status_of, main))
+    status = status_of(functools.partial(signals.supervise, functools.partial(status_of, main)))
     with contextlib.suppress(OSError):  # a closed pipe or a full disk, already reported
         sys.stdout.flush()
     sys.stderr.flush()
@@ -109,11 +110,12 @@ def run(main: Callable[[], None]) -> NoReturn:
     os._exit(status)  # all files are closed; unloading torch and Ray would take most of a second
 
 
-def status_of(main: Callable[[], None]) -> int:
+def status_of(main: Callable[[], int | None]) -> int:
     """Run a command; print its error, if any, and return the exit status. Only a bug prints a traceback."""
     try:
-        main()
-        sys.stdout.flush()
+        status = main() or 0
+        with writing():
+            sys.stdout.flush()
     except (UsageError, JobError) as error:
         say(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
@@ -122,14 +124,17 @@ def status_of(main: Callable[[], None]) -> int:
         said = first if isinstance(first, KeyboardInterrupt) and not str(interrupt) else interrupt
         say(str(said) or "interrupted", file=sys.stderr)
         return 130
+    except bdb.BdbQuit:  # the user has left a debugger
+        say("quit", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of the output is gone, as in `… | head`
         return 1
     except Exception as error:
-        of_ray = about_ray(error)
-        for line in [f"error: {of_ray}"] if of_ray else traceback.format_exc().splitlines():
+        known = about_ray(error) or about_limit(error)
+        for line in [f"error: {known}"] if known else traceback.format_exc().splitlines():
             say(line, file=sys.stderr)
         return 1
-    return 0
+    return status
 
 
 def _tool(name: str) -> Callable[..., Any]:

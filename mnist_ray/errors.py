@@ -5,13 +5,15 @@ Any other exception is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import os
 import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -44,12 +46,21 @@ class TrainingStoppedError(JobError):
     """Training cannot go on with this code and these settings: a retry would fail too."""
 
 
+class UnreadableDataError(TrainingStoppedError):
+    """Training can be resumed once the data, or the code that reads them, are mended."""
+
+
+class ExampleError(Exception):
+    """An example cannot be read, or does not fit the others; a retry would fail too."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the error's type if the message is empty."""
     text = f"sys.exit({error})" if isinstance(error, SystemExit) else _COLOURS.sub("", str(error)).strip()
     text = text or type(error).__name__
     lines = text.splitlines()
-    return lines[-1].partition(": ")[2] if _IN_ANOTHER_PROCESS in text else lines[0]
+    line = lines[-1].partition(": ")[2] if _IN_ANOTHER_PROCESS in text else lines[0]
+    return line.removesuffix(".")  # more may follow
 
 
 def with_place(error: BaseException, *folders: Path, fallback: Path = _PACKAGE) -> str:
@@ -61,8 +72,9 @@ def with_place(error: BaseException, *folders: Path, fallback: Path = _PACKAGE) 
     else:
         tracebacks = [one.__traceback__ for one in (error, error.__cause__) if one is not None]
         frames = [(frame.filename, frame.lineno) for one in tracebacks for frame in traceback.extract_tb(one)]
-    said = f"{type(error).__name__}: {first_line(error)}"
-    for folder in (*folders, fallback):
+    is_for_users = isinstance(error, (UsageError, JobError, ExampleError))  # this package's code is not their cause
+    said = first_line(error) if is_for_users else f"{type(error).__name__}: {first_line(error)}"
+    for folder in folders if is_for_users else (*folders, fallback):
         for file, line in reversed(frames):
             if folder in Path(file).parents and "site-packages" not in Path(file).parts:
                 return f"{said} ({Path(file).name}, line {line})"
@@ -76,6 +88,13 @@ def about_ray(error: BaseException) -> str | None:
         return None
     changed = f"Ray {sys.modules['ray'].__version__} does not work here: {first_line(error)}"
     return f"{changed}; pip install 'ray[train,tune]=={TESTED_RAY}.*'"
+
+
+def about_limit(error: BaseException) -> str | None:
+    """Return one line if an error means that the system allows no more processes or threads; else None."""
+    if isinstance(error, BlockingIOError) or str(error) == "can't start new thread":
+        return "the system lets this user start no more processes or threads; raise that limit (ulimit -u)"
+    return None
 
 
 def masked(text: str) -> str:
@@ -97,8 +116,47 @@ def escaped(text: str, is_plain: Callable[[str], bool]) -> str:
 
 
 def say(text: object, file: TextIO | None = None) -> None:
-    """Print a line, redacted. All output except JSON goes through this function or ``RunConsole``."""
-    print(redact(text), file=file)
+    """Print a line, redacted. All output except JSON goes through this function or ``RunConsole``. Raises JobError."""
+    with writing():
+        print(redact(text), file=file)
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Raise a JobError if the output cannot be written. If its reader has gone, BrokenPipeError is raised as usual."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise JobError(f"the output cannot be written: {error.strerror}") from error
+
+
+class Output:
+    """A text stream. From the first failure on (a full disk, a closed pipe), what is written to it is discarded."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        self._surviving(functools.partial(self._stream.write, text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is in the stream's buffer."""
+        self._surviving(self._stream.flush)
+
+    def _surviving(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # also for what is left in the buffer
+            with contextlib.suppress(OSError, JobError):
+                say(f"note: the output cannot be written ({error.strerror}): going on without it", file=sys.stderr)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def prepare_output() -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 
-from mnist_ray.errors import say
+from mnist_ray.errors import JobError, say
 
 SAME_WITHIN_S = 0.5
 """Signals this soon after an interrupt count as the same interrupt: a terminal or a scheduler signals every process of
@@ -140,7 +140,7 @@ def end_with(error: Exception) -> None:
 
 def _exit(reason: str) -> None:
     """End this process with an error, in place of its main thread."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, JobError):
         say(f"error: {reason}{_state.advice}", file=sys.stderr)
     if_ended(_DONE)
     os._exit(1)

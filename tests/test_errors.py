@@ -1,11 +1,29 @@
+import bdb
 import io
+import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import TextIO
+from unittest.mock import Mock
 
 import pytest
 
 from mnist_ray import cli, provenance
-from mnist_ray.errors import JobError, UsageError, command, masked, prepare_output, redact, say
+from mnist_ray.errors import (
+    ExampleError,
+    JobError,
+    UsageError,
+    command,
+    masked,
+    prepare_output,
+    redact,
+    say,
+    with_place,
+    writing,
+)
+from mnist_ray.workload.loading import placed
+from tests.conftest import mnist
 
 
 @pytest.mark.parametrize(
@@ -63,6 +81,60 @@ def test_errors_are_printed_without_secrets_and_set_the_exit_status(
 
     assert cli.status_of(main) == status
     assert capsys.readouterr().err.rstrip("\n").splitlines()[-1].startswith(rf"{start}s3://***@bucket \x1b[31m")
+
+
+def full_disk() -> TextIO:
+    return open("/dev/full", "w", encoding="utf-8")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a full disk at hand")
+def test_a_command_whose_output_cannot_be_written_ends_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout", full_disk())
+    assert cli.status_of(lambda: say("predicted")) == 1
+    monkeypatch.undo()
+    assert capsys.readouterr().err == "error: the output cannot be written: No space left on device\n"
+
+
+def test_who_leaves_a_debugger_ends_a_command_in_one_word(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        with placed(mnist(), "create_model"):
+            raise bdb.BdbQuit
+
+    assert cli.status_of(main) == 130
+    assert capsys.readouterr().err == "quit\n"
+
+
+@pytest.mark.parametrize("error", [BlockingIOError(11, "again"), RuntimeError("can't start new thread")])
+def test_a_limit_of_processes_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.status_of(Mock(side_effect=error)) == 1
+    said = "error: the system lets this user start no more processes or threads; raise that limit (ulimit -u)\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_limit_of_processes_is_one_line_even_for_the_supervisor(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mnist_ray.signals.supervise", Mock(side_effect=BlockingIOError(11, "again")))
+    monkeypatch.setattr("mnist_ray.signals.take_signals", Mock())
+    monkeypatch.setattr("os._exit", Mock(side_effect=SystemExit))
+    with pytest.raises(SystemExit):
+        cli.run(Mock())
+    assert "ulimit -u" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ExampleError("train example 5 cannot be read."), "train example 5 cannot be read"),
+        (UsageError("--limit is wrong"), "--limit is wrong"),
+    ],
+)
+def test_an_error_for_users_has_no_place_in_this_package(error: Exception, said: str) -> None:
+    with pytest.raises(type(error)) as raised, writing():
+        raise error
+    assert with_place(raised.value, Path("/project"), fallback=Path(__file__).parent) == said
 
 
 def test_a_second_ctrl_c_keeps_the_message_of_the_first(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import sys
 import time
-from typing import TypeVar
+from typing import TextIO, TypeVar, cast
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from mnist_ray.errors import clock_time, count, redact
+from mnist_ray.errors import Output, clock_time, count, redact
 from mnist_ray.training import events
 from mnist_ray.training.events import Event, Progress, Started
 from mnist_ray.training.metrics import Evaluation
@@ -35,6 +35,7 @@ class RunConsole:
         self._label_width = max(10, len(f"epoch {num_epochs}/{num_epochs}"))
         is_terminal = getattr(sys.stdout, "isatty", bool)()  # a host of Python may have put anything there
         self._console = Console(
+            file=cast(TextIO, Output(sys.stdout)),  # the training must not end with its output
             force_terminal=is_terminal,  # not from FORCE_COLOR, which Jupyter sets
             force_jupyter=False,
             width=None if is_terminal else _LOG_WIDTH,  # a table in a log may be wide
@@ -87,6 +88,8 @@ class RunConsole:
                 if not self._is_lost:  # a node's loss may fail several attempts to replace its workers
                     self.say("lost", f"{reason}; replacing the workers …")
                 self._is_lost = True
+            case events.Note(text):
+                self.say("note", text)
             case events.NodeLeaving(in_s):
                 when = "soon" if in_s == math.inf else f"in {max(0, in_s):.0f} s"
                 self.say("note", f"a worker's node will be preempted {when}; saving a checkpoint")

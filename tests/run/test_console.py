@@ -1,5 +1,7 @@
 import dataclasses
 import math
+import os
+import sys
 
 import pytest
 
@@ -29,6 +31,22 @@ def show_a_run(quiet: bool) -> None:
 def test_without_a_stream_nothing_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout", None)
     show_a_run(quiet=False)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a full disk at hand")
+@pytest.mark.parametrize("kind", ["a full disk", "a closed pipe"])
+def test_a_run_goes_on_without_its_output_and_says_so_once(
+    kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    descriptor = os.open("/dev/full", os.O_WRONLY) if kind == "a full disk" else writer
+    monkeypatch.setattr("sys.stdout", open(descriptor, "w", encoding="utf-8", buffering=1))  # noqa: SIM115
+    show_a_run(quiet=False)
+    sys.stdout.flush()
+    monkeypatch.undo()
+    reason = "No space left on device" if kind == "a full disk" else "Broken pipe"
+    assert capsys.readouterr().err == f"note: the output cannot be written ({reason}): going on without it\n"
 
 
 def test_a_job_log_has_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
