@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -113,9 +114,12 @@ def parse_text(kind: type[Any], text: str) -> Any:
     return text.lower() == "true"
 
 
+_hints_of = functools.cache(get_type_hints)  # a sweep checks thousands of configurations
+
+
 def checked(config_class: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config's settings in ``values``, each checked by itself. Raises UsageError for a wrong value."""
-    hints = get_type_hints(config_class)
+    hints = _hints_of(config_class)
     given = [field for field in dataclasses.fields(config_class) if field.name in values]
     return {field.name: _checked_value(field, hints[field.name], values[field.name]) for field in given}
 
@@ -137,9 +141,9 @@ def _checked_value(field: dataclasses.Field[Any], annotation: Any, value: Any) -
             value = tuple(_of_type(arguments[0], item, name) for item in value)
         else:
             value = _of_type(plain, value, name)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, ArithmeticError, RuntimeError):
         kind = f"a list of {arguments[0].__name__}" if plain is tuple else f"of type {plain.__name__}"
-        raise UsageError(f"{name} must be {kind}, not {value!r}") from None
+        raise UsageError(f"{name} must be {kind}, not {value!r:.40}") from None
     if plain is not tuple and arguments and value not in arguments:
         raise UsageError(f"{name} must be one of {', '.join(map(str, arguments))}, not {value!r}")
     check: Check | None = field.metadata.get("check")
@@ -159,6 +163,8 @@ def _of_type(kind: type[Any], value: Any, name: str) -> Any:
         return float(value)
     if type(value) is not kind or value != value:  # bool is a subclass of int; NaN differs from itself
         raise TypeError
+    if kind is int and abs(value) >= 2**63:  # NumPy and torch cannot hold it
+        raise OverflowError
     return value
 
 

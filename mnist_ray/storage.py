@@ -26,6 +26,13 @@ CONFIG_FILE, SWEEP_FILE, ORIGIN_FILE, RESULT_FILE = "config.json", "sweep.json",
 REPORT_FILE, TRIALS_FILE, SWEEP_PICTURE_FILE = "report.html", "sweep.csv", "sweep.png"
 INITIAL_FILE = "initial.safetensors"  # the weights that a run starts from, with --init-from
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"  # Ray's list of checkpoints; not written atomically
+_OPTIONAL = type(None)
+_MUST_HOLD: dict[str, dict[str, tuple[type, ...]]] = {  # what is read from these files by its name
+    CONFIG_FILE: {"num_epochs": (int, _OPTIONAL), "workload": (str, _OPTIONAL)},
+    SWEEP_FILE: {"num_epochs": (int, _OPTIONAL), "workload": (str, _OPTIONAL)},
+    ORIGIN_FILE: dict.fromkeys(("versions", "data", "metadata"), (dict, _OPTIONAL)),
+    RESULT_FILE: {"checkpoint": (str,), "seconds": (dict,)},
+}
 _CHECKPOINT_NAME = re.compile(r"checkpoint_epoch-(\d+)_step-(\d+)", re.ASCII)
 
 STORAGE_ERRORS = (OSError, pyarrow.ArrowException)  # raised by file systems
@@ -130,6 +137,12 @@ class RunFolder:
             raise self.damaged(file_name, error) from error
         if not isinstance(values, dict):
             raise self.damaged(file_name, "it is not a JSON object")
+        if not values:
+            raise self.damaged(file_name, "it is empty")
+        for name, types in _MUST_HOLD.get(file_name, {}).items():
+            value = values.get(name)
+            if not isinstance(value, types) or (name == "checkpoint" and not position_of(str(value))):
+                raise self.damaged(file_name, f"{name} is {json.dumps(value):.40}")
         return values
 
     def require_json(self, file_name: str) -> dict[str, Any]:

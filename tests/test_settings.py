@@ -112,6 +112,8 @@ def test_values_are_converted_to_the_settings_type(name: str, value: Any, expect
         (Oven, "trays", "2", "--trays must be of type int, not '2'"),
         (Oven, "trays", True, "--trays must be of type int, not True"),
         (Oven, "trays", np.array([2, 3]), "--trays must be of type int, not array([2, 3])"),
+        (Oven, "trays", 10**400, f"--trays must be of type int, not 1{'0' * 39}"),
+        (TrainConfig, "momentum", 10**400, f"--momentum must be of type float, not 1{'0' * 39}"),
         (Oven, "heat", math.nan, "--heat must be of type float, not nan"),
         (Oven, "steam", 1, "--steam must be in [0, 1), not 1.0"),
         (Oven, "mode", "boil", "--mode must be one of bake, grill, not 'boil'"),
@@ -163,7 +165,7 @@ def test_values_are_written_flat_and_read_back() -> None:
     ("given", "reason"),
     [
         ("", " is empty; name a file or a folder"),
-        ("~nosuchuser/x", " ~nosuchuser/x: Could not determine home directory."),
+        ("~nosuchuser/x", " ~nosuchuser/x: Could not determine home directory"),
         ("a" * 300, f" {'a' * 300}: File name too long"),
         ("a\0b", "embedded null"),
     ],

@@ -46,9 +46,14 @@ def read_numbers(run: RunFolder, file_name: str, *columns: str) -> list[dict[str
         numbers = [{name: float(value) if value else math.nan for name, value in row.items()} for row in rows]
     except ValueError as error:
         raise run.damaged(file_name, error) from error
-    if any(math.isnan(row[column]) for row in numbers for column in columns):
+    if not all(math.isfinite(row[column]) for row in numbers for column in columns):
         raise run.damaged(file_name, f"a row has no {' or no '.join(columns)}")
     return numbers
+
+
+def number_of(value: object) -> float:
+    """Return a value of a JSON file as a number; NaN if it is null, missing or not a number."""
+    return float(value) if isinstance(value, (int, float)) else math.nan
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, has_header: bool = False) -> str:

@@ -209,7 +209,8 @@ class TrialTable:
     def read(self, run: RunFolder) -> TrialTable:
         """Return the table in a sweep's folder; an empty one if there is none. Raises JobError."""
         try:
-            records = [self._record(row) for row in read_csv(run, TRIALS_FILE, self._all_columns)]
+            required = {*self._all_columns} - {*self._others}  # the workload may have got more metrics
+            records = [self._record(row) for row in read_csv(run, TRIALS_FILE, required)]
         except (ValueError, TypeError) as error:
             raise run.damaged(TRIALS_FILE, error) from error
         return TrialTable(type(self.workload), self.space, records)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from mnist_ray.errors import TrainingStoppedError
+from mnist_ray.errors import TrainingStoppedError, UsageError
 from mnist_ray.workload.base import Workload
 
 
@@ -29,9 +29,13 @@ class MetricSums:
     num_examples: int = 0
 
     def __add__(self, other: MetricSums) -> MetricSums:
-        names = self.sums or other.sums
-        added = {name: self.sums.get(name, 0.0) + other.sums.get(name, 0.0) for name in names}
+        names = {**self.sums, **other.sums}
+        added = {name: self._sum(name) + other._sum(name) for name in names}
         return MetricSums(added, self.num_examples + other.num_examples)
+
+    def _sum(self, name: str) -> float:
+        """Return a sum; NaN if the examples were counted before the workload had this measure."""
+        return self.sums.get(name, math.nan if self.num_examples else 0.0)
 
     def values(self, workload: Workload) -> dict[str, float]:
         """Return the mean loss and the metrics that need no more than means; NaN if there are no examples."""
@@ -54,6 +58,7 @@ class Evaluation:
     def merge(cls, parts: Iterable[Evaluation]) -> Evaluation:
         """Join evaluations of consecutive parts of a set, given in order."""
         parts = list(parts)
+        check_columns([part.columns for part in parts])
         return cls(
             tuple(sums for part in parts for sums in part.batch_sums),
             sum(part.num_examples for part in parts),
@@ -72,6 +77,15 @@ class Evaluation:
         """Return the test results for result.json."""
         tested = {f"test_{name}": value for name, value in self.values(workload).items()}
         return {**tested, f"num_test_{workload.nouns}": self.num_examples, **workload.details(self.columns)}
+
+
+def check_columns(batches: Sequence[Mapping[str, Any]]) -> None:
+    """Raise UsageError if the columns of predictions differ between batches, so that they cannot be joined."""
+    for name in {name: None for columns in batches for name in columns}:
+        shapes = {tuple(columns[name].shape[1:]) if name in columns else "none" for columns in batches}
+        if len(shapes) > 1:
+            found = " and ".join(map(str, sorted(shapes, key=str)))
+            raise UsageError(f"predictions: an example's {name} has different shapes, {found}; pad them to one")
 
 
 def score(workload: Workload, values: Mapping[str, float]) -> float:

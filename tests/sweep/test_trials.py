@@ -15,6 +15,7 @@ from mnist_ray.cluster.plan import Cluster, Node, WorkerPlan
 from mnist_ray.cluster.watch import RaySilentError
 from mnist_ray.config import SweepConfig, TrainConfig
 from mnist_ray.errors import JobError, UsageError
+from mnist_ray.report.run_files import csv_text
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.sweep import tuner
 from mnist_ray.sweep.space import space_of
@@ -89,6 +90,15 @@ def test_a_written_table_is_read_back(tmp_path: Path) -> None:
     again = table_with(workload=Regression).read(run)
     assert repr(list(again.by_point.values())) == repr([first, second])
     assert again.rows[1]["val_mae"] == 0.5
+
+
+def test_a_metric_that_the_workload_did_not_have_yet_has_no_value(tmp_path: Path) -> None:
+    run, table = locate(str(tmp_path), "sweep"), table_with(record(1, DONE, 0.5), workload=Regression)
+    columns = [name for name in table.rows[0] if name != "val_r2"]
+    run.write_text("sweep.csv", csv_text(columns, table.rows, has_header=True))
+    again = table_with(workload=Regression).read(run)
+    assert math.isnan(again.rows[0]["val_r2"])
+    assert again.best is not None
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from mnist_ray.errors import UsageError
 from mnist_ray.training.metrics import Evaluation, MetricSums, score
 from mnist_ray.workload import Metric, Workload
 from tests.conftest import mnist
@@ -20,6 +21,19 @@ def test_sums_add_up_and_are_divided_last() -> None:
     sums = MetricSums() + sums_of(3.0, 1, 2) + sums_of(1.0, 3, 6)
     assert sums.values(mnist()) == {"loss": 0.5, "accuracy": 0.5}
     assert str(MetricSums().values(mnist())) == "{'loss': nan, 'accuracy': nan}"
+
+
+def test_an_epoch_that_began_before_a_metric_was_added_has_none() -> None:
+    sums = MetricSums({"loss": 1.0}, 2) + sums_of(3.0, 1, 2)
+    assert str(sums.values(mnist())) == "{'loss': 1.0, 'accuracy': nan}"
+
+
+@pytest.mark.parametrize("columns", [{"words": np.ones((2, 5))}, {"others": np.ones((2, 3))}])
+def test_columns_that_cannot_be_joined_are_named(columns: dict[str, np.ndarray]) -> None:
+    parts = [Evaluation(({"loss": 2.0},), 2, each) for each in ({"words": np.ones((2, 3))}, columns)]
+    said = r"^predictions: an example's words has different shapes, \(3,\) and (\(5,\)|none); pad them to one$"
+    with pytest.raises(UsageError, match=said):
+        Evaluation.merge(parts)
 
 
 def test_metrics_of_numpy_and_torch_are_plain_numbers_that_a_checkpoint_can_hold() -> None:
