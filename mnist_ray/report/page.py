@@ -6,14 +6,15 @@ import base64
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jinja2
 
 from mnist_ray.config import TrainConfig, WorkerConfig
-from mnist_ray.errors import JobError, UsageError, redact, say, with_place
-from mnist_ray.report.run_files import RunRecord, settings_of, workload_of
+from mnist_ray.errors import JobError, UsageError, in_words, redact, say, with_place
+from mnist_ray.report.run_files import RunRecord, number_of, settings_of, workload_of
 from mnist_ray.settings import build, values_of
 from mnist_ray.storage import REPORT_FILE, SWEEP_PICTURE_FILE, RunFolder
 from mnist_ray.workload import figures
@@ -70,8 +71,9 @@ def write(
         with_examples = rows and drawn("pictures of the predictions", lambda: workload.pictures(result, rows, test))
         pictures += with_examples or drawn("pictures of the test", lambda: workload.pictures(result, [], None))
     pictures += drawn("curve of the learning rate", lambda: _learning_rate(record))
-    for picture in pictures:
-        run.inside(PICTURES_FOLDER).write_bytes(f"{picture.name}.png", picture.png)
+    pngs = {re.sub(r"[^\w.@-]", "_", picture.name): picture.png for picture in pictures}  # a "/" would name a folder
+    for name, png in pngs.items():
+        run.inside(PICTURES_FOLDER).write_bytes(f"{name}.png", png)
     seconds = drawn("table of the seconds", lambda: _seconds(result)) if result else []
     trials = drawn("table of the trials", lambda: _trials(record)) if record.trials else []
     tables = [*trials, _epochs(record), *_settings(record), *seconds]
@@ -87,7 +89,7 @@ def write(
     run.write_text(REPORT_FILE, page)
     for note in notes:
         warn(note)
-    return {picture.name: picture.png for picture in pictures}
+    return pngs
 
 
 def _drawn(workload: Workload, notes: list[str], what: str, draw: Callable[[], Iterable[Any]]) -> list[Any]:
@@ -105,14 +107,15 @@ def _drawn(workload: Workload, notes: list[str], what: str, draw: Callable[[], I
 def _status(record: RunRecord, resume_with: str, is_running: bool) -> str:
     """Return how far a run is. A second line has its date, the size of its model and its workers, if they are known."""
     done = max(record.column("epoch"), default=0)  # a sweep's trial leaves the last row only
-    epochs, nouns = f"{done:.0f} of {record.config['num_epochs']} epochs", record.workload.nouns
+    epochs, nouns = f"{done:.0f} of {record.config.get('num_epochs', '?')} epochs", record.workload.nouns
     known = {"started": "started {!s:.16}", "parameters": "{} parameters", "workers": "{}"}
     about = " · ".join(said.format(record.origin[name]) for name, said in known.items() if name in record.origin)
     if is_running:
         return f"running: {epochs}\n{about}"
     if record.result is None:
         return f"not finished: {epochs} done, not tested yet. To resume: {resume_with}\n{about}"
-    return f"finished: {epochs}, tested on {record.result.get(f'num_test_{nouns}') or 0:,} {nouns}\n{about}"
+    tested = _number(record.result.get(f"num_test_{nouns}"), ",.0f")
+    return f"finished: {epochs}, tested on {tested} {nouns}\n{about}"
 
 
 def _headlines(record: RunRecord) -> dict[str, str]:
@@ -120,13 +123,12 @@ def _headlines(record: RunRecord) -> dict[str, str]:
     workload, result, lines = record.workload, record.result, dict[str, str]()
     if result:
         for metric in (*workload.metrics, LOSS):
-            value = result.get(f"test_{metric.name}")
-            lines[f"test {metric.name}"] = "-" if value is None else metric.format(value)
+            lines[f"test {metric.name}"] = metric.format(number_of(result.get(f"test_{metric.name}")))
     if not math.isnan(record.best_validation):
         lines[f"best validation {workload.monitor.name}"] = workload.monitor.format(record.best_validation)
     if result:
         lines[f"{workload.nouns}/s in training"] = _number(result.get(workload.rate), ",.0f")
-        lines["seconds until tested"] = f"{result['seconds']['total']:.1f}"
+        lines["seconds until tested"] = _number(result["seconds"].get("total"), ".1f")
         lines["workers"] = str(result.get("num_workers", "-"))
     return lines
 
@@ -168,15 +170,25 @@ def _sweep_picture(record: RunRecord) -> list[Picture]:
 
 def _trials(record: RunRecord) -> list[Table]:
     """Return the rows of sweep.csv, best first."""
-    monitor = record.workload.monitor
+    workload, monitor = record.workload, record.workload.monitor
+    shown: dict[str, tuple[str, Callable[[float], str]]] = {
+        **{f"val_{metric.name}": (f"validation {metric.name}", metric.format) for metric in workload.all_metrics},
+        "train_loss": ("training loss", LOSS.format),
+        workload.rate: (f"{workload.nouns}/s", lambda value: _number(value, ",.0f")),
+        "train_s": ("seconds", lambda value: _number(value, ".1f")),
+    }
+
+    def cell(name: str, text: str) -> str:
+        return shown[name][1](float(text or math.nan)) if name in shown else _shortened(text)
 
     def rank(row: Mapping[str, str]) -> tuple[bool, float]:
-        value = float(row[f"val_{monitor.name}"])
+        value = float(row.get(f"val_{monitor.name}", math.nan))
         return math.isnan(value), -value if monitor.mode == "max" else value
 
     columns = [name for name in record.trials[0] if name != "reports"]
-    rows = [[_shortened(row[name]) for name in columns] for row in sorted(record.trials, key=rank)]
-    return [Table("Trials, best first", columns, rows)]
+    rows = [[cell(name, row[name]) for name in columns] for row in sorted(record.trials, key=rank)]
+    headers = [shown[name][0] if name in shown else in_words(name) for name in columns]
+    return [Table("Trials, best first", headers, rows)]
 
 
 def _shortened(text: str) -> str:
@@ -189,7 +201,9 @@ def _shortened(text: str) -> str:
 
 def _seconds(result: Mapping[str, Any]) -> list[Table]:
     title = "Seconds until tested; all validations but the last are in the training"
-    return [Table(title, (), [(name, f"{value:.1f}") for name, value in result["seconds"].items()])]
+    return [
+        Table(title, (), [(name, _number(value, ".1f")) for name, value in result["seconds"].items()], is_wide=False)
+    ]
 
 
 def _epochs(record: RunRecord) -> Table:
@@ -213,16 +227,17 @@ def _settings(record: RunRecord) -> list[Table]:
     """Return the settings, those that differ from the workload's defaults first, and the origin."""
     defaults = {**values_of(WorkerConfig()), **record.workload.defaults}
     defaults = json.loads(json.dumps(defaults))  # tuples are lists in config.json
-    changed = {name: value for name, value in record.config.items() if value != defaults.get(name, value)}
+    used = {name: record.config[name] for name in record.config if name not in record.origin.get("unused_settings", ())}
+    changed = {name: value for name, value in used.items() if value != defaults.get(name, value)}
     rows = [(name, f"{value} (default: {defaults[name]})") for name, value in changed.items()]
-    rows += [(name, f"{value}") for name, value in record.config.items() if name not in changed]
+    rows += [(name, f"{value}") for name, value in used.items() if name not in changed]
     origin = {**record.origin, **record.origin.get("versions", {})}
-    said = [(name, str(value)) for name, value in origin.items() if not isinstance(value, dict)]
+    said = [(name, str(value)) for name, value in origin.items() if not isinstance(value, (dict, list))]
     return [Table("Settings", (), rows, num_bold=len(changed)), Table("Origin", (), said)]
 
 
-def _number(value: float | None, how: str) -> str:
-    return "-" if value is None or math.isnan(value) else format(value, how)
+def _number(value: object, how: str) -> str:
+    return "-" if math.isnan(number := number_of(value)) else format(number, how)
 
 
 def write_again(run: RunFolder, reference: str | None, storage_path: str, resume_with: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import textwrap
 from typing import Any
 
@@ -33,10 +34,18 @@ def draw(table: TrialTable, num_epochs: int) -> bytes:
         _draw_over(axes, table, records, name)
     title = [f"{count(len(records), 'trial')} of at most {count(num_epochs, 'epoch')}"]
     if best := table.best:
-        value = f"{table.workload.monitor.format(best.val_monitor)}, {best.seeds_text}"
-        title += textwrap.wrap(f"best: {format_settings(best.records[0].point.values)} ({value})", _TITLE_WIDTH)
+        settings = format_settings(best.records[0].point.values)
+        title += [f"best: {table.workload.monitor.format(best.val_monitor)}, {best.seeds_text}", *_balanced(settings)]
     over_epochs.set_title(plain("\n".join(title)))
     return png_of(figure)
+
+
+def _balanced(text: str) -> list[str]:
+    """Return a text in as few lines as needed, of almost equal lengths."""
+    wrap = functools.partial(textwrap.wrap, text, break_long_words=False)
+    num_lines = len(wrap(_TITLE_WIDTH))
+    fitting = (wrap(width) for width in range(len(text) // num_lines, _TITLE_WIDTH + 1))
+    return next(lines for lines in fitting if len(lines) == num_lines)
 
 
 def _draw_over_epochs(axes: Axes, table: TrialTable, records: list[TrialRecord]) -> None:

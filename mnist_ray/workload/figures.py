@@ -42,6 +42,7 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
     num_bold: int = 0  # of the first rows
+    is_wide: bool = True  # takes the page's whole width
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from mnist_ray.sweep.space import space_of
 from mnist_ray.sweep.trials import DONE, TrialRecord, TrialTable
 from mnist_ray.training.events import EpochFinished, Progress, Validated
 from mnist_ray.training.metrics import Evaluation
-from mnist_ray.workload.base import ACCURACY, LOSS, Metric
+from mnist_ray.workload.base import ACCURACY, LOSS, Metric, Picture
 from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.figures import Curve, Table, new_plot, scale_axis, smoothed
 from tests.conftest import METADATA, folder_at, mnist, run_job, run_main
@@ -222,8 +222,12 @@ def test_a_sweeps_report_has_its_trials_best_first(finished_run: Path, tmp_path:
     text = (tmp_path / "sweep" / "report.html").read_text()
     assert '<figure class="card wide">\n<h2>Trials</h2>' in text
     rows = Page(text).rows
-    places = [row[0] for row in rows if "done" in row]
-    assert places == ["2", "1"]
+    best, other = [row for row in rows if "done" in row]
+    assert (best[0], other[0]) == ("2", "1")
+    assert best[6:] == ["92.00%", "0.1000", "0.1000", "9", "1.0", ""]
+    columns = re.findall('<th scope="col">(.*?)</th>', text)
+    assert columns[:7] == ["trial", "batch size", "learning rate", "seed", "state", "epochs", "validation accuracy"]
+    assert columns[7:11] == ["validation loss", "training loss", "images/s", "seconds"]
 
 
 def test_the_report_of_a_run_that_a_trial_has_trained_has_no_curves_and_all_its_epochs(
@@ -268,7 +272,10 @@ RAGGED = (b"\xff\xfe", b"a,b\nx\n")
 DAMAGED = [(name, content) for name in ("predictions.csv", "sweep.csv") for content in RAGGED]
 for name in ("metrics.csv", "steps.csv", "origin.json", "result.json"):
     DAMAGED += [(name, content) for content in (b"", b"[1, 2]", *RAGGED)]
-DAMAGED += [("metrics.csv", b"epoch,train_loss\n1,x\n"), ("metrics.csv", b"epoch,train_loss\n,1\n")]
+DAMAGED += [("metrics.csv", b"epoch,train_loss\n%s\n" % row) for row in (b"1,x", b",1", b"inf,1")]
+DAMAGED += [("steps.csv", b"step,epoch\n1e999,1\n"), ("config.json", b"{}"), ("config.json", b'{"workload": -1}')]
+DAMAGED += [("result.json", content) for content in (b"{}", b'{"checkpoint": 5, "seconds": {}}')]
+DAMAGED += [("result.json", b'{"checkpoint": "../../elsewhere", "seconds": {}}')]
 
 
 @pytest.mark.parametrize(("name", "content"), DAMAGED)
@@ -312,6 +319,36 @@ def test_a_picture_that_cannot_be_drawn_becomes_a_note(
     shown = page.write(tested_run, mnist(), "", test, notes.append)
     assert list(shown) == ["loss", "accuracy", "learning_rate"]
     assert "no pictures of the test: TypeError: bytes is not a mnist_ray.workload.Picture" in notes[-1]
+
+
+def test_values_of_another_type_are_shown_as_missing(tested_run: RunFolder) -> None:
+    result = tested_run.require_json("result.json")
+    wrong = {"test_loss": "a", "seconds": {"total": "x"}, "num_test_images": [], mnist().rate: {}}
+    tested_run.write_text("result.json", json_lines({**result, **wrong}))
+    page.write(tested_run, mnist(), "", None)
+    text = tested_run.read_text("report.html") or ""
+    assert "tested on - images" in text
+    assert re.findall(r"<dt>(test loss|seconds until tested)</dt><dd>(.*?)</dd>", text) == [
+        ("test loss", "-"),
+        ("seconds until tested", "-"),
+    ]
+
+
+def test_a_picture_stays_in_the_runs_folder_whatever_its_name(
+    tested_run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = Picture("../../../escaped", "Escaped", "nothing", b"png")
+    monkeypatch.setattr(type(mnist()), "pictures", lambda *given: [picture])
+    assert page.write(tested_run, mnist(), "", None)[".._.._.._escaped"] == b"png"
+    assert tested_run.inside("pictures").exists(".._.._.._escaped.png")
+
+
+def test_settings_that_the_optimizer_does_not_use_are_not_shown(tested_run: RunFolder) -> None:
+    tested_run.write_text("origin.json", json_lines({"unused_settings": ["momentum"], "metadata": mnist().metadata}))
+    page.write(tested_run, mnist(), "", None)
+    names = {row[0] for row in Page(tested_run.read_text("report.html") or "").rows}
+    assert "momentum" not in names
+    assert "beta1" in names
 
 
 def test_a_runs_workload_is_found_without_its_origin(tested_run: RunFolder) -> None:
