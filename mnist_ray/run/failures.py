@@ -15,7 +15,14 @@ from ray.exceptions import RayActorError, RayError
 from ray.train import UserCallback
 
 from mnist_ray.cluster.train_internals import RayTrainError, WorkerHealthCheckFailedError
-from mnist_ray.errors import JobError, TrainingStoppedError, first_line, with_place
+from mnist_ray.errors import (
+    ExampleError,
+    JobError,
+    TrainingStoppedError,
+    UnreadableDataError,
+    first_line,
+    with_place,
+)
 from mnist_ray.storage import STORAGE_ERRORS
 from mnist_ray.training.events import WorkersLost
 from mnist_ray.training.state import StopWantedError
@@ -32,17 +39,18 @@ class OldCheckpointError(JobError):
 
 @contextlib.contextmanager
 def code_failures_placed(*folders: Path) -> Iterator[None]:
-    """Raise a failure of the code, or its ``sys.exit()``, as a TrainingStoppedError with the place in ``folders``."""
+    """Raise what the code raises, even ``sys.exit()``, as a TrainingStoppedError with the place in ``folders``."""
     try:
         yield
     except (TrainingStoppedError, StopWantedError):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         is_of_ray = frame.f_code.co_filename.startswith((*ray.__path__, "python/ray/"))  # to end a process or a trial
-        if may_pass(error) or (is_of_ray and isinstance(error, SystemExit)):
+        if may_pass(error) or (is_of_ray and not isinstance(error, Exception)):
             raise
-        raise TrainingStoppedError(with_place(error, *folders)) from error
+        kind = UnreadableDataError if isinstance(error, ExampleError) else TrainingStoppedError
+        raise kind(with_place(error, *folders)) from error
 
 
 class FailureReporter(UserCallback):
@@ -57,7 +65,8 @@ class FailureReporter(UserCallback):
             if isinstance(error, (TrainingStoppedError, OldCheckpointError)):
                 raise error  # to Ray, this is an error of its own controller, and it does not retry
         if self._event_queue is not None:
-            self._event_queue.put.remote(WorkersLost(describe(worker_exceptions)))
+            is_failure = not any(getattr(error, "preempted", False) for error in worker_exceptions.values())
+            self._event_queue.put.remote(WorkersLost(describe(worker_exceptions), is_failure=is_failure))
 
 
 def may_pass(error: BaseException) -> bool:

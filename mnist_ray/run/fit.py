@@ -63,7 +63,7 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
 
     Raises TrainingStoppedError if a retry would fail too; otherwise JobError. After Ctrl-C, KeyboardInterrupt.
     """
-    job, plan, max_failures = session.job, session.plan, session.job.workers.max_failures
+    job, plan = session.job, session.plan
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(job.workers.hang_timeout_s))
     if plan.min_workers is not None:  # how long Ray waits to replace a lost node's workers before it runs fewer
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
@@ -77,21 +77,27 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
         event_queue=event_queue,
         is_local=plan.is_local,
     )
-    for failures_left in range(max_failures, -1, -1):
+    failures_left = job.workers.max_failures
+
+    def pass_on(event: Event) -> None:
+        nonlocal failures_left
+        failures_left -= isinstance(event, WorkersLost) and event.is_failure
+        on_event(event)
+
+    while True:
         try:
             drop_snapshot(job.run)
-            callbacks = [FailureReporter(event_queue)]
-            trainer = create_trainer(spec, plan, max_failures, callbacks)
-            result = fit_and_listen(trainer, event_queue, on_event)
+            trainer = create_trainer(spec, plan, failures_left, [FailureReporter(event_queue)])
+            result = fit_and_listen(trainer, event_queue, pass_on)
             break
         except (ray.train.TrainingFailedError, RayError, *STORAGE_ERRORS) as error:
             cause = cause_of(error)
             if isinstance(cause, TrainingStoppedError):
                 raise cause from error
             # Ray does not retry if the storage fails during Ray's own bookkeeping.
-            if failures_left == 0 or not isinstance(cause, (*STORAGE_ERRORS, OldCheckpointError)):
+            if failures_left <= 0 or not isinstance(cause, (*STORAGE_ERRORS, OldCheckpointError)):
                 raise JobError(reason_of(error)) from error
-            on_event(WorkersLost(reason_of(error)))
+            pass_on(WorkersLost(reason_of(error)))
             job.run.check_writable(retry=True)
     if result.return_value:
         raise TrainingStoppedError(result.return_value)
@@ -219,7 +225,7 @@ class _OnController(train_internals.ControllerCallback):
         """Report workers that are replaced because their node is to leave: there is no exception to tell of them."""
         states = (train_internals.PreemptingState, train_internals.RestartingState)
         if self._event_queue is not None and all(map(isinstance, (previous_state, current_state), states)):
-            self._event_queue.put.remote(WorkersLost("a worker's node was preempted"))
+            self._event_queue.put.remote(WorkersLost("a worker's node was preempted", is_failure=False))
 
     def _show_life(self) -> None:
         """Send signs of life. The controller itself answers nothing while it waits for nodes or for its workers."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import socket
+import sys
 import threading
 import time
 from typing import Any
@@ -20,7 +22,7 @@ from mnist_ray.run.failures import OldCheckpointError, code_failures_placed
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import CONFIG_FILE, checkpoint_name, position_of, with_retries
 from mnist_ray.training.checkpoint import Restored, Snapshot
-from mnist_ray.training.events import Event, NodeLeaving, Progress
+from mnist_ray.training.events import Event, NodeLeaving, Note, Progress
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import Group, StopWantedError, TrainingState
 
@@ -64,6 +66,12 @@ class TrainReporter(Reporter):
         current = ray.train.get_checkpoint()
         self._known = current.path.rsplit("/", 1)[-1] if current else ""
         with_retries(self._find_known)
+        if "RAY_DEBUG" not in os.environ:  # Ray would pass over breakpoints without a word
+            sys.breakpointhook = self._pass_over_breakpoint
+
+    def _pass_over_breakpoint(self, *arguments: Any, **options: Any) -> None:
+        sys.breakpointhook = lambda *arguments, **options: None
+        self.send(Note("passed over a breakpoint: nobody can reach a debugger in a worker; use --num-workers 0"))
 
     def _find_known(self) -> None:
         """Raise an error of the storage if it does not show the run or, perhaps not yet, its last checkpoint."""

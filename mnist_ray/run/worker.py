@@ -205,5 +205,6 @@ class Reporter(Callback):
 
     def send_validation(self, metrics: dict[str, Any]) -> None:
         """Report the validation in the metrics of a checkpoint that ends an epoch."""
-        values = {metric.name: metrics[f"val_{metric.name}"] for metric in self._job.workload.all_metrics}
+        names = [metric.name for metric in self._job.workload.all_metrics]
+        values = {name: metrics.get(f"val_{name}", math.nan) for name in names}  # an older checkpoint may have fewer
         self.send(Validated(metrics["epoch"], values, metrics["val_s"]))

@@ -41,10 +41,18 @@ class Started(Event):
 
 
 @dataclass(frozen=True)
+class Note(Event):
+    """Something that the user should know."""
+
+    text: str  # one line
+
+
+@dataclass(frozen=True)
 class WorkersLost(Event):
     """Workers died or failed; Ray stops the others and resumes from the last checkpoint."""
 
     reason: str  # one line
+    is_failure: bool = True  # False: a node was preempted, which does not count as one of ``max_failures``
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def test_workers_that_are_replaced_because_their_node_is_to_leave_are_lost(tmp_p
     leaving, restarting = map(object.__new__, (train_internals.PreemptingState, train_internals.RestartingState))
     for states in ((None, leaving), (leaving, restarting), (None, restarting)):
         callback.after_controller_state_update(*states)
-    queue.put.remote.assert_called_once_with(WorkersLost("a worker's node was preempted"))
+    queue.put.remote.assert_called_once_with(WorkersLost("a worker's node was preempted", is_failure=False))
 
 
 def test_ray_uses_the_names_of_the_file_and_variable_that_are_read() -> None:

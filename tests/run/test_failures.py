@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, Mock, call
 
+import numpy as np
 import psutil
 import pytest
 import ray
@@ -32,8 +33,8 @@ from ray.train import PreemptionInfo
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from mnist_ray.cluster.watch import LONGEST_SILENCE_S, RaySilentError
-from mnist_ray.config import TrainConfig
-from mnist_ray.errors import JobError, TrainingStoppedError, UsageError
+from mnist_ray.config import TrainConfig, WorkerConfig
+from mnist_ray.errors import ExampleError, JobError, TrainingStoppedError, UnreadableDataError, UsageError
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.run import failures, fit, reporter, worker
 from mnist_ray.run.evaluate import evaluate_here
@@ -41,13 +42,14 @@ from mnist_ray.run.failures import OldCheckpointError, describe
 from mnist_ray.run.find import best_of, drop_others, find
 from mnist_ray.run.fit import EventQueue
 from mnist_ray.run.record import logs_named
+from mnist_ray.run.session import ending_explained
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.signals import Noted
 from mnist_ray.storage import SNAPSHOT_FILE, RunFolder, checkpoint_name, locate
 from mnist_ray.training import checkpoint, engine
 from mnist_ray.training.checkpoint import Restored, restore_newest
 from mnist_ray.training.engine import create_state
-from mnist_ray.training.events import ControllerAlive, Event, Started, Stopping, WorkersLost
+from mnist_ray.training.events import ControllerAlive, Event, Note, Started, Stopping, WorkersLost
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.state import Group
 from mnist_ray.workload.data import Arrays, Split
@@ -281,6 +283,7 @@ def test_a_run_that_loses_a_worker_and_its_newest_checkpoint_ends_with_the_same_
         (RaySilentError("it is silent"), RaySilentError),
         (JobError("it is silent"), JobError),
         (TrainingDivergedError(1, 2), TrainingStoppedError),
+        (UnreadableDataError("no such row"), UnreadableDataError),
     ],
 )
 def test_an_error_gets_the_place_of_the_logs_and_stays_what_it_is(error: JobError, kind: type) -> None:
@@ -423,9 +426,10 @@ def reporter_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., reporter.Train
     """Return a function that creates the reporter of a run's only worker; it sends its events to a Mock."""
     monkeypatch.setattr("ray.train.get_checkpoint", lambda: None)
     monkeypatch.setattr("mnist_ray.run.worker.end_if_hung", lambda timeout_s: None)
+    monkeypatch.setattr("sys.breakpointhook", sys.breakpointhook)  # a worker sets its own
 
     def create(run: Any = None, **spec: Any) -> reporter.TrainReporter:
-        job = Mock(callback=None, run=run or Mock())
+        job = Mock(callback=None, run=run or Mock(), workload=mnist())
         return reporter.TrainReporter(LoopSpec(job=job, train=Mock(), **spec), Group(), TrainConfig())
 
     return create
@@ -489,6 +493,25 @@ def test_a_worker_waits_until_the_storage_shows_the_checkpoint_that_ray_has_reco
     assert run.exists.call_args_list == [call(NEWEST)] * 3
     with pytest.raises(OldCheckpointError, match=f"^{NEWEST} is damaged$"):
         reporter.begin(Mock(), Restored(BEFORE, damaged=(NEWEST,)))
+
+
+def test_a_breakpoint_in_a_worker_is_passed_over_with_one_note(reporter_on: Callable[..., Any]) -> None:
+    event_queue = Mock()
+    reporter_on(event_queue=event_queue)
+    for _ in range(2):
+        breakpoint()
+    said = "passed over a breakpoint: nobody can reach a debugger in a worker; use --num-workers 0"
+    event_queue.put.remote.assert_called_once_with(Note(said))
+
+
+def test_a_metric_that_a_resumed_runs_checkpoint_does_not_have_is_reported_as_missing(
+    reporter_on: Callable[..., Any],
+) -> None:
+    event_queue = Mock()
+    reporter = reporter_on(event_queue=event_queue)
+    reporter.send_validation({"epoch": 1, "val_loss": 0.5, "val_s": 1.0})  # of a checkpoint
+    (event,) = event_queue.put.remote.call_args.args
+    assert str(event.values) == "{'loss': 0.5, 'accuracy': nan}"
 
 
 def test_a_worker_that_does_not_see_the_run_says_so(
@@ -648,6 +671,37 @@ def test_a_failure_of_the_code_is_one_line_with_its_place(few_images: Arrays, mo
         train_on_a_worker(monkeypatch, fail)
 
 
+class Stop(BaseException):
+    """Of a user's library."""
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Stop(), SystemExit(3)])
+def test_code_that_raises_anything_else_ends_the_run_with_its_place(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(spec: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(reporter, "train_rank", fail)
+    spec: Any = Mock()
+    spec.job.code_folders = [Path(__file__).parent]
+    with pytest.raises(TrainingStoppedError, match=rf"^{type(error).__name__}: .* \(test_failures\.py, line \d+\)$"):
+        reporter.train_loop_per_worker({"spec": spec})
+
+
+@pytest.mark.parametrize(
+    ("error", "is_resumable"), [(ExampleError("train example 7 cannot be read"), True), (ValueError(), False)]
+)
+def test_a_run_can_be_resumed_after_an_example_that_could_not_be_read(
+    error: Exception, is_resumable: bool, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.write_text("config.json", "{}")
+    job: Any = Mock(run=run, resume_with="train.py --resume")
+    with pytest.raises(TrainingStoppedError) as raised, ending_explained(job):
+        train_on_a_worker(monkeypatch, Mock(side_effect=error))
+    assert str(raised.value).endswith("; to resume: train.py --resume") == is_resumable
+
+
 @pytest.mark.parametrize("code", [35, 209, 710])
 def test_an_error_of_cuda_that_a_retry_would_meet_again_is_the_codes(
     code: int, monkeypatch: pytest.MonkeyPatch
@@ -677,7 +731,7 @@ def test_memory_that_is_lacking_is_the_codes_except_in_the_first_step_after_a_re
     job = Mock(run=run, train=config, workload=mnist(), workers=workers, callback=None, code_folders=[], initial=None)
     with pytest.raises(TrainingStoppedError if is_codes else torch.OutOfMemoryError) as raised:
         worker.train_worker(LoopSpec(job=job, train=Split(few_images)), Group(), worker.Reporter, 1)
-    advice = "CUDA out of memory. Tried to allocate 2.00 GiB.; lower --batch-size, set --micro-batch-size, or override"
+    advice = "CUDA out of memory. Tried to allocate 2.00 GiB; lower --batch-size, set --micro-batch-size, or override"
     assert str(raised.value).startswith(advice) == is_codes
     assert not torch.backends.cudnn.allow_tf32, "fp32 means fp32"
 
@@ -689,7 +743,7 @@ def test_code_that_ends_an_evaluations_process_is_one_line(
     workload, state = mnist(), create_state(mnist(), TrainConfig(), 600, torch.device("cpu"))
     checkpoint.snapshot(state, {"workload": workload.identity}).write(folder_at(tmp_path / "saved"))
     monkeypatch.setattr(workload, method, Mock(side_effect=SystemExit(3)))
-    with pytest.raises(UsageError, match=r"^MNIST, an evaluation: SystemExit: sys\.exit\(3\) \("):
+    with pytest.raises(UsageError, match=r"^MNIST, (an evaluation|create_model): SystemExit: sys\.exit\(3\) \("):
         evaluate_here(folder_at(tmp_path / "saved"), workload, Split(few_images), 0)
 
 
@@ -713,6 +767,32 @@ def test_failures_that_may_pass_are_raised_unchanged(error: Exception, monkeypat
     with pytest.raises(type(error)) as raised:
         train_on_a_worker(monkeypatch, Mock(side_effect=error))
     assert raised.value is error
+
+
+def test_storage_that_fails_again_and_again_gets_no_more_attempts_than_lost_workers(
+    ray_address: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed: list[int] = []
+
+    def create_trainer(spec: Any, plan: Any, max_failures: int, callbacks: Any) -> Any:
+        allowed.append(max_failures)
+        return None
+
+    def listen(trainer: Any, event_queue: Any, on_event: Callable[[Event], None]) -> Any:
+        on_event(WorkersLost("worker 1 died"))
+        on_event(WorkersLost("a worker's node was preempted", is_failure=False))
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(fit, "create_trainer", create_trainer)
+    monkeypatch.setattr(fit, "fit_and_listen", listen)
+    workers = WorkerConfig(max_failures=5)
+    job: Any = Mock(run=run, workers=workers, workload=mnist(), train=TrainConfig())
+    empty = Split(Arrays(np.zeros((0, 28, 28), np.uint8), np.zeros(0, np.uint8)))
+    session: Any = Mock(job=job, plan=Mock(min_workers=None, use_gpu=True, is_local=True))
+    session.data.train = session.data.validation = empty
+    with pytest.raises(JobError, match="Input/output error"):
+        fit.fit(session, Mock())
+    assert allowed == [5, 3, 1]
 
 
 def test_code_that_fails_ends_a_run_and_other_failures_are_reported() -> None:
