@@ -31,7 +31,9 @@ class TrainConfig:
     )
     schedule: Literal["one-cycle", "cosine", "linear", "constant"] = setting("one-cycle", "learning-rate schedule")
     warmup_steps: int = setting(0, "steps in which the learning rate climbs; not for one-cycle", **at_least(0))
-    optimizer: Literal["adam", "adamw", "sgd"] = setting("adam", "the optimizer of torch.optim")
+    optimizer: Literal["adam", "adamw", "sgd"] = setting(
+        "adam", "the optimizer of torch.optim; adamw is adam unless --weight-decay is given (PyTorch's default: 0.01)"
+    )
     beta1: float = setting(0.9, "Adam's decay of the gradient's mean", **fraction(with_one=False))
     beta2: float = setting(0.999, "Adam's decay of the gradient's square", **fraction(with_one=False))
     momentum: float = setting(0.9, "momentum of SGD", **fraction(with_one=False))
@@ -84,6 +86,11 @@ class TrainConfig:
     def chunks(self) -> int | None:
         """The number of chunks per batch if reproducible; else None: each rank has one slice."""
         return self.num_chunks if self.reproducible else None
+
+    @property
+    def unused(self) -> set[str]:
+        """The settings that the optimizer of torch.optim does not have."""
+        return {"beta1", "beta2"} if self.optimizer == "sgd" else {"momentum"}
 
     def num_steps(self, num_examples: int) -> int:
         """Return the optimizer steps per epoch; the last batch may be smaller."""
@@ -191,7 +198,7 @@ class SweepConfig:
         "settings to search, each as NAME=A,B,C, NAME=LOW:HIGH or NAME=log:LOW:HIGH; default: every setting that has a "
         "search space and is not given as a flag",
     )
-    num_trials: int = setting(16, "configurations to search, the default one among them", **at_least(1))
+    num_trials: int = setting(16, "configurations to search, the default one among them", **within(1, 10_000))
     search: Literal["random", "optuna", "grid"] = setting("random", "how configurations are chosen")
     scheduler: Literal["halving", "asha", "none"] = setting(
         "halving", "which trials stop early; halving: the worse half after 1/8, 1/4 and 1/2 of the epochs; asha: Ray's"

@@ -71,7 +71,11 @@ def find(
     run, notes = find_run(given, storage_path), list[str]()
     with in_one_line(f"cannot read {run.uri}"):
         checkpoint = _checkpoint_of(run)
-    saved = read_state(checkpoint)["workload"]
+    document = read_state(checkpoint)
+    saved, config = document["workload"], document.get("config", {})
+    if config.get("limit", 1) < 1 or config.get("overfit_batches") is not None:
+        flag = "--limit" if config["limit"] < 1 else "--overfit-batches"
+        notes.append(f"the run was trained and tested on a part of the data ({flag}); here, all data are used")
     place = f"the checkpoint of {saved['reference']}"
     workload_class = loading.load_again(saved["reference"], reference, place, untrusted_folders(run, storage_path))
     is_same_file = saved["reference"] == workload_class.source.reference

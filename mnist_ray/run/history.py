@@ -7,6 +7,7 @@ predictions.csv  a row per test example, in the data set's order; written when t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ class History:
         steps = zip(read_numbers(run, STEPS_FILE, "step", "epoch"), read_csv(run, STEPS_FILE), strict=True)
         self._steps = [(int(numbers["step"]), csv_text(self._step_columns, [row])) for numbers, row in steps]
         self.num_workers = 0  # in the last attempt; it may change in an elastic run
+        self._writing_steps = threading.Lock()  # a thread writes them, too
 
     def add(self, event: Event) -> None:
         """Record an event's values. If training restarts, drop the rows of the steps to be repeated."""
@@ -59,7 +61,8 @@ class History:
     def write_steps(self) -> None:
         """Write steps.csv. Raises JobError."""
         header = csv_text(self._step_columns, [], has_header=True)
-        self._run.write_text(STEPS_FILE, header + "".join(text for _, text in [*self._steps]))
+        with self._writing_steps:
+            self._run.write_text(STEPS_FILE, header + "".join(text for _, text in [*self._steps]))
 
     def mean_rate(self) -> float | None:
         """Return the mean examples/s of the epochs with a recorded rate, which a kill may prevent; None without any."""

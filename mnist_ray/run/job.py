@@ -131,6 +131,9 @@ def _job_of(
     if output.tracker is not None:
         user_code.find(output.tracker, Tracker)
     _check_together(train, workers)
+    if kind == "train" and workload_class.create_optimizer is Workload.create_optimizer:
+        for name in sorted(given & train.unused):
+            raise UsageError(f"{flag(name)} has no effect: {train.optimizer} does not use it; leave it out")
     code = {"workload": workload_class.source}
     if train.callback is not None:
         code["callback"] = user_code.find(train.callback, Callback).source

@@ -25,6 +25,7 @@ from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FIL
 from mnist_ray.trackers import Ending, start
 from mnist_ray.training.checkpoint import MODEL_FILE, read_state
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started
+from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.workload.loading import digests_of
 
 _LEARNED = 0.1  # examples count as learned if the loss falls to this part of the first loss
@@ -61,7 +62,8 @@ def logs_named(session: Session) -> Iterator[None]:
     except JobError as error:
         if not (logs := session.cluster.log_folder):
             raise
-        kind = TrainingStoppedError if isinstance(error, TrainingStoppedError) else type(error)
+        has_own_text = isinstance(error, TrainingDivergedError)
+        kind = TrainingStoppedError if has_own_text else type(error)
         raise kind(f"{error} (logs: {logs})") from error
 
 
@@ -87,6 +89,7 @@ def begin_files(session: Session, settings_file: str, settings: Mapping[str, Any
             "metadata": workload.metadata,
             "data_name": session.data.name,
             "data": digests_of(session.data),
+            "unused_settings": sorted(session.unused),
         }
         run.write_text(ORIGIN_FILE, json_lines({**origin(), **about}))
         run.write_text(_WORKLOAD_FILE, workload.source.text)  # for people to read; never loaded
@@ -133,6 +136,10 @@ class Record:
             self._job.run.write_text(ORIGIN_FILE, json_lines(self._origin))
         self._clock.note(event)
         self._history.add(event)
+        if isinstance(event, Progress) and (
+            event.step == event.num_steps or event.step % self._job.train.checkpoint_every == 0
+        ):
+            self._history.write_steps()  # a checkpoint follows, from which a killed run continues
         self._console.show(event)
         self._trackers.log(event)
 

@@ -13,10 +13,19 @@ from typing import TypeVar
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, usable_cores
 from mnist_ray.config import WorkerConfig
-from mnist_ray.errors import JobError, TrainingStoppedError, UsageError, count, format_settings, with_place
+from mnist_ray.errors import (
+    JobError,
+    TrainingStoppedError,
+    UnreadableDataError,
+    UsageError,
+    count,
+    format_settings,
+    with_place,
+)
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.job import Job, check_free
 from mnist_ray.run.lease import owned
+from mnist_ray.settings import flag
 from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS
 from mnist_ray.training.events import EpochFinished, Event, Started
 from mnist_ray.workload.data import Blocks, Split, Splits
@@ -37,6 +46,7 @@ class Session(contextlib.ExitStack):
     console: RunConsole
     cluster: Cluster
     plan: WorkerPlan
+    _unused: set[str] | None = None  # settings, by the workload's own optimizer and schedule, if it has any
 
     def __init__(self, job: Job, modules: str, workers: WorkerConfig | None = None) -> None:
         super().__init__()
@@ -72,6 +82,11 @@ class Session(contextlib.ExitStack):
         self.enter_context(owned(job.run, self.console.waiting))
         check_free(job.run, resume=job.output.resume)  # again: another job may have created the run meanwhile
 
+    @property
+    def unused(self) -> set[str]:
+        """The settings that the optimizer and the schedule do not use."""
+        return self.job.train.unused if self._unused is None else self._unused
+
     @contextlib.contextmanager
     def ray(self, batch_sizes: Sequence[int] = ()) -> Iterator[None]:
         """Send a batch through the workload, and join a cluster or start a local Ray.
@@ -82,12 +97,12 @@ class Session(contextlib.ExitStack):
         """
         is_own = type(self.job.workload).__module__.startswith("mnist_ray.")
         if not is_own:
-            _try_batch(self.job, self.data.train, batch_sizes)
+            self._unused = _try_batch(self.job, self.data.train, batch_sizes)
 
         def meanwhile() -> None:
             importlib.import_module(self._modules)  # with Ray Train, which ray.init does not import
             if is_own:
-                _try_batch(self.job, self.data.train, batch_sizes)
+                self._unused = _try_batch(self.job, self.data.train, batch_sizes)
 
         if self.is_here:
             meanwhile()
@@ -110,10 +125,9 @@ def ending_explained(job: Job) -> Iterator[None]:
         yield
     except SystemExit as error:
         raise JobError(with_place(error, *job.code_folders)) from error
-    except TrainingStoppedError:
-        raise
     except JobError as error:
-        if not (advice := _advice(job)):
+        is_final = isinstance(error, TrainingStoppedError) and not isinstance(error, UnreadableDataError)
+        if is_final or not (advice := _advice(job)):
             raise
         raise type(error)(f"{error}; {advice}") from error
     except KeyboardInterrupt as interrupt:
@@ -131,15 +145,19 @@ def _advice(job: Job) -> str:
     return f"to resume: {job.resume_with}"
 
 
-def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> None:
-    """Send a batch through the job's workload. Raises UsageError."""
+def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> set[str] | None:
+    """Send a batch through the job's workload; return like ``try_batch``. Raises UsageError."""
     from mnist_ray.training.check import try_batch  # imports torch
 
     num_workers, num_chunks = job.workers.num_workers or 1, job.train.num_chunks
     smallest = Fraction(1, job.train.chunks or num_workers)
     if isinstance(train.examples, Blocks) and not job.train.reproducible:  # each worker has some of the streams
         smallest = Fraction(num_chunks // num_workers, num_chunks)
-    try_batch(job.workload, train, job.train, batch_sizes or [job.train.batch_size], smallest)
+    unused = try_batch(job.workload, train, job.train, batch_sizes or [job.train.batch_size], smallest)
+    if given := sorted(job.given & (unused or set())):
+        own = f"{type(job.workload).__name__}'s optimizer and schedule"
+        raise UsageError(f"{flag(given[0])} has no effect: {own} do not use it; leave it out")
+    return unused
 
 
 def console_of(job: Job) -> RunConsole:
@@ -242,8 +260,8 @@ def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Splits]:
     if largest > most:
         there, name = f"{most:,} {job.workload.nouns} to train on", "sweep" if batch_sizes else "batch_size"
         if name in job.given:
-            flag = "--sweep: batch size" if batch_sizes else "--batch-size"
-            raise UsageError(f"{flag} {largest:,} is larger than the {there}")
+            asked = "--sweep: batch size" if batch_sizes else "--batch-size"
+            raise UsageError(f"{asked} {largest:,} is larger than the {there}")
         notes.append(f"batch size {most:,}, not {largest:,}: there are only {there}")
         if job.train.batch_size > most:
             job = job.with_values({"batch_size": most})

@@ -22,7 +22,8 @@ from mnist_ray.workload.base import Workload
 
 _NONE, _LOG = "none", "log:"
 # All trials have the same data and number of epochs, and each configuration gets its seeds from the sweep.
-_NOT_SEARCHED = ("seed", "num_epochs", "validation_size", "limit", "overfit_batches", "callback", "init_from")
+_NOT_SEARCHED = {"seed", "num_epochs", "validation_size", "limit", "overfit_batches", "callback", "init_from"}
+_NOT_SEARCHED |= {"checkpoint_every"}  # changes no weight
 _MOST_VALUES = 1000  # in a list
 _DRAWS = 10  # per trial, as some may be equal
 _LONGEST_NAME = 180  # bytes of a trial folder's name; file systems allow 255

@@ -66,7 +66,9 @@ def run_sweep(
         raise watcher.failure
     if table.best is None:
         reasons = [record.reason for record in table.by_point.values() if record.reason]
-        failed = f"every trial failed; the first one: {reasons[0] if reasons else 'the time was up'}"
+        if not reasons:
+            raise JobError(f"no trial was validated within --time-budget-s {config.time_budget_s:g}; allow more time")
+        failed = f"every trial failed; the first one: {reasons[0]}"
         raise (JobError if table.count(LOST, RUNNING, WAITING) else TrainingStoppedError)(failed)  # what is left
     with in_one_line("the storage has failed"):
         kept = {table.best.records[0].point, *sweep.space.default_points(sweep.job.train.seed)}

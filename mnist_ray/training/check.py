@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.errors import UsageError, count, with_place
 from mnist_ray.provenance import cpu_has_bf16
+from mnist_ray.settings import values_of
 from mnist_ray.training.batches import Batch, batches_of
+from mnist_ray.training.metrics import check_columns
 from mnist_ray.training.sampler import Slice
 from mnist_ray.training.state import check_kept
 from mnist_ray.workload.base import Workload
@@ -27,14 +29,16 @@ from mnist_ray.workload.loading import picture_of, placed
 from mnist_ray.workload.tensors import as_fp32, autocast, detached
 
 NUM_EXAMPLES = 16  # in that batch
+_OF_OPTIMIZER = {"optimizer", "learning_rate", "beta1", "beta2", "momentum", "weight_decay", "schedule", "warmup_steps"}
 
 
 def try_batch(
     workload: Workload, train: Split, config: TrainConfig, batch_sizes: Sequence[int], part: Fraction
-) -> None:
+) -> set[str] | None:
     """Send a batch through a workload, and the smallest piece of each batch size. Raises UsageError.
 
-    ``part``: the smallest part of a batch that a worker gets or, with --reproducible, computes at a time.
+    ``part``: the smallest part of a batch that a worker gets or, with --reproducible, computes at a time. Returns the
+    settings that the workload's own optimizer and schedule do not use; None if it has neither.
     """
 
     def first(number: int) -> Batch:
@@ -46,20 +50,25 @@ def try_batch(
         inputs, _ = train[0]
     picture_of(workload, inputs)
     number = min(NUM_EXAMPLES, len(train))
-    check_batch(workload, first(number), [first((number + 1) // 2), first(1)], config, len(train))
+    with placed(workload, "an example"):
+        last = batches[Slice(np.arange(len(train) - number, len(train)), number)]
+    unused = check_batch(workload, first(number), [first((number + 1) // 2), first(1), last], config, len(train))
     for size in batch_sizes:
         shares = [max(1, int(batch * part)) for batch in (size, len(train) % size or size)]
         smallest = min(share // math.ceil(share / (config.micro_batch_size or share)) for share in shares)
         if smallest < NUM_EXAMPLES:
             check_smallest(workload, first(smallest), size, config)
+    return unused
 
 
 def check_batch(
-    workload: Workload, batch: Batch, fewer: Sequence[Batch], config: TrainConfig, num_examples: int
-) -> None:
-    """Call each method that training and evaluation will call. Each of ``fewer`` has the first examples of the batch.
+    workload: Workload, batch: Batch, others: Sequence[Batch], config: TrainConfig, num_examples: int
+) -> set[str] | None:
+    """Call each method that training and evaluation will call.
 
-    The run has ``num_examples`` to train on. Raises UsageError with the file name and line number of the user's code.
+    ``others``: two batches with the first examples of ``batch``, and one with other examples. The run has
+    ``num_examples`` to train on. Returns like ``try_batch``. Raises UsageError with the file name and line
+    number of the user's code.
     """
     name, number = type(workload).__name__, batch.global_size
     if workload.compares_examples and (config.reproducible or config.micro_batch_size):
@@ -96,9 +105,13 @@ def check_batch(
         if not isinstance(values, Tensor) or values.shape[:1] != (number,):
             raise UsageError(f"{name}.predictions: {key} must be a tensor with {number} examples here, (N, ...)")
     _check_metrics(workload, detached(outputs), batch, columns)
+    *fewer, last = others
+    with placed(workload, f"predictions for the last {number} examples"), torch.no_grad():
+        of_last = workload.predictions(as_fp32(model.eval()(workload.prepare(last.inputs, None))), last.targets)
+        check_columns([columns, of_last])
     for few in () if workload.compares_examples else fewer:
         _check_independence(workload, model, evaluated, batch, few, config)
-    _check_optimizer(workload, model, config, config.num_epochs * config.num_steps(num_examples))
+    return _check_optimizer(workload, model, config, config.num_epochs * config.num_steps(num_examples))
 
 
 def check_smallest(workload: Workload, few: Batch, batch_size: int, config: TrainConfig) -> None:
@@ -213,11 +226,21 @@ def _check_metrics(workload: Workload, outputs: Any, batch: Batch, columns: dict
         raise UsageError(f"{methods} {', '.join([*summary, *of_all]) or 'nothing'}, but {named}")
 
 
-def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig, total_steps: int) -> None:
-    """Try a step of the workload's own optimizer and schedule. Skip the default ones, to save most of a second."""
-    own = type(workload)
+def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig, total_steps: int) -> set[str] | None:
+    """Try a step of the workload's own optimizer and schedule; return the settings that they do not use.
+
+    Returns None for the default ones, which are not tried, to save most of a second.
+    """
+    own, used = type(workload), set[str]()
     if (own.create_optimizer, own.create_scheduler) == (Workload.create_optimizer, Workload.create_scheduler):
-        return
+        return None
+
+    class Recording(TrainConfig):
+        def __getattribute__(self, name: str) -> Any:
+            used.add(name)
+            return super().__getattribute__(name)
+
+    config = Recording(**values_of(config))
     with placed(workload, "create_optimizer"):
         optimizer = workload.create_optimizer(model, config)
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -230,6 +253,7 @@ def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig, 
         scheduler.step()
     with placed(workload, "a checkpoint of the optimizer and the schedule, which holds tensors, numbers and strings"):
         check_kept([optimizer.state_dict(), scheduler.state_dict()])
+    return _OF_OPTIMIZER - used
 
 
 def _check_dict(place: str, value: object) -> None:

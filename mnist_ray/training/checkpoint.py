@@ -33,6 +33,7 @@ from mnist_ray.training.callback import Callback
 from mnist_ray.training.metrics import MetricSums
 from mnist_ray.training.state import TrainingState, state_of
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.loading import placed
 from mnist_ray.workload.tensors import map_tensors
 
 T = TypeVar("T")
@@ -118,7 +119,8 @@ def load_model(folder: RunFolder, workload: Workload) -> nn.Module:
     Raises UsageError if there is no checkpoint, JobError if it is damaged, does not fit the model, or cannot be read.
     """
     document = read_state(folder)
-    model = workload.create_model()
+    with placed(workload, "create_model"):
+        model = workload.create_model()
     _load_weights(model, _decoded(folder, MODEL_FILE, document, load), folder)
     return model.eval()
 

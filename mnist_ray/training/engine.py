@@ -31,7 +31,7 @@ from mnist_ray.training.batches import (
 )
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
-from mnist_ray.training.metrics import Evaluation, MetricSums, TrainingDivergedError
+from mnist_ray.training.metrics import Evaluation, MetricSums, TrainingDivergedError, check_columns
 from mnist_ray.training.reproducible import Chunks
 from mnist_ray.training.sampler import ShardedBatchSampler, Slice, split_bounds
 from mnist_ray.training.state import Group, LoggingWindow, StopWantedError, TrainingState, is_over, move_average
@@ -338,5 +338,6 @@ def evaluate(
         module.training = is_training  # a callback may keep layers in evaluation mode
     values = iter(torch.stack([value.double() for each in sums for value in each.values()]).tolist() if sums else [])
     batch_sums = tuple({name: next(values) for name in each} for each in sums)
+    check_columns(columns)
     joined = {name: torch.cat([part[name] for part in columns]).cpu().numpy() for name in (columns or [{}])[0]}
     return Evaluation(batch_sums, len(split), joined)

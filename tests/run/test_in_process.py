@@ -20,6 +20,7 @@ from mnist_ray.errors import JobError
 from mnist_ray.mnist import MNIST
 from mnist_ray.report import page
 from mnist_ray.report.run_files import read_csv
+from mnist_ray.run.find import find
 from mnist_ray.run.in_process import LocalReporter
 from tests.conftest import QUICK, as_flags, callback_at, folder_at, run_and_act, run_job, weights
 
@@ -95,6 +96,20 @@ def test_results_that_json_cannot_hold_are_null(
     result = json.loads(found.folder.read_text("result.json") or "", parse_constant=pytest.fail)
     assert (result["test_accuracy"], result["worst"]) == (None, [None, 1.5])
     assert caplog.messages == []  # such as those of TensorBoard's writer
+
+
+def test_a_kill_at_a_checkpoint_loses_no_row_of_the_steps(here: dict[str, Any], tmp_path: Path) -> None:
+    read = f"rows = open({str(tmp_path / 'run' / 'steps.csv')!r}).read().splitlines()"
+    note = f"open({str(tmp_path / 'seen')!r}, 'a').write(rows[-1].split(',')[0] + ' ')"
+    callback = callback_at(tmp_path / "reads_steps.py", "on_checkpoint(self, state, progress)", read, note)
+    train(None, **here, num_epochs=1, checkpoint_every=20, callback=callback)
+    assert (tmp_path / "seen").read_text() == "20 40 48 "  # the steps of the checkpoints
+
+
+def test_an_evaluation_says_that_the_run_used_only_a_part_of_the_data(here: dict[str, Any], tmp_path: Path) -> None:
+    run = train(None, **here, num_epochs=1, limit=0.5)
+    said = "the run was trained and tested on a part of the data (--limit); here, all data are used"
+    assert find(run.checkpoint, str(tmp_path)).notes == (said,)
 
 
 def test_the_best_two_and_the_last_checkpoint_are_kept(here: dict[str, Any], tmp_path: Path) -> None:

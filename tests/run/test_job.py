@@ -196,6 +196,8 @@ def test_a_bad_config_file_is_refused(read: Any, tmp_path: Path, text: str | Non
         ),
         (["--validation-size", "560", "--batch-size", "41"], "--batch-size 41 is larger than the 40 images"),
         (["--schedule", "linear", "--warmup-steps", "10"], "--warmup-steps 10 must be below the 10 steps of the run"),
+        (["--momentum", "0.5"], "--momentum has no effect: adam does not use it; leave it out"),
+        (["--optimizer", "sgd", "--beta2", "0.5"], "--beta2 has no effect: sgd does not use it; leave it out"),
     ],
 )
 def test_settings_must_fit_the_data(read: Any, tmp_path: Path, few_images: Any, flags: list[str], message: str) -> None:
@@ -245,7 +247,7 @@ def test_workers_share_the_streams_of_blocks_and_few_blocks_are_noted(tmp_path: 
 def test_blocks_are_tried_in_the_smallest_part_of_a_batch_that_is_computed_at_a_time(
     reproducible: bool, part: Fraction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried = Mock()
+    tried = Mock(return_value=None)
     monkeypatch.setattr("mnist_ray.training.check.try_batch", tried)
     given = {"workload": InBlocks, "storage_path": str(tmp_path), "num_workers": 0, "reproducible": reproducible}
     session = Session(read_job(given), "math")

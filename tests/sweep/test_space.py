@@ -138,6 +138,8 @@ def test_only_named_settings_are_searched() -> None:
         ("weight_decay=log:0:1", "a range is LOW:HIGH or log:LOW:HIGH, the latter of positive numbers"),
         ("seed=0,1", "seed cannot be searched: all trials share it"),
         ("num_epochs=1,2", "num_epochs cannot be searched: all trials share it"),
+        ("checkpoint_every=10,20", "checkpoint_every cannot be searched: all trials share it"),
+        (f"batch_size=1:{10**20}", f"--batch-size must be of type int, not {10**20}"),
     ],
 )
 def test_a_text_that_is_no_space_is_refused(text: str, message: str) -> None:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.training.batches import Batch, BlockBatches, ExampleError, batch_loader, batches_of
+from mnist_ray.errors import ExampleError
+from mnist_ray.training.batches import Batch, BlockBatches, batch_loader, batches_of
 from mnist_ray.training.sampler import ShardedBatchSampler, Slice
 from mnist_ray.training.state import Group
 from mnist_ray.workload import Arrays, Blocks

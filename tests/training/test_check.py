@@ -87,8 +87,9 @@ def dry_run_of(write: Write, body: str, base: str = "Right", config: TrainConfig
     train = splits_of(load_data(workload), 0).train
     number = min(NUM_EXAMPLES, len(train))
     batches = batches_of(train, torch.device("cpu"), workload.collate)
-    whole, *fewer = (batches[Slice(np.arange(size), size)] for size in (number, number // 2, 1))
-    check_batch(workload, whole, fewer, config, num_examples=2400)
+    whole, *others = (batches[Slice(np.arange(size), size)] for size in (number, number // 2, 1))
+    others.append(batches[Slice(np.arange(len(train) - number, len(train)), number)])
+    check_batch(workload, whole, others, config, num_examples=2400)
 
 
 def message_of(write: Write, body: str, base: str = "Right", config: TrainConfig = FP32) -> str:
@@ -134,6 +135,75 @@ RARE = {
 @pytest.mark.parametrize("body", RARE.values(), ids=RARE)
 def test_rare_but_right_workloads_pass(write: Write, body: str) -> None:
     dry_run_of(write, f"\n    {body}\n")
+
+
+OWN_OUTPUTS = """
+    def create_model(self): return Pair(4, 10)
+    def loss(self, outputs, targets): return F.cross_entropy(outputs[0], targets.long(), reduction="none")
+    def measure(self, outputs, targets): return {"accuracy": outputs[0].argmax(1) == targets}
+    def predictions(self, outputs, targets): return {}
+"""
+
+
+def test_outputs_are_a_workloads_own_matter_if_it_overrides_what_uses_them(write: Write) -> None:
+    dry_run_of(write, OWN_OUTPUTS)
+    some = OWN_OUTPUTS.replace("def predictions(", "def _unused(")
+    assert message_of(write, some).startswith("Wrong: the model returns a tuple, not a tensor of logits")
+
+
+def test_a_regressions_outputs_are_its_own_matter_if_it_overrides_what_uses_them(write: Write) -> None:
+    body = """
+    def create_model(self): return nn.Linear(4, 3)
+    def loss(self, outputs, targets): return outputs.sum(1) * targets
+    def measure(self, outputs, targets): return {"rmse": targets, "mae": targets, "r2": targets}
+    def summarize(self, means): return dict(means)
+    def predictions(self, outputs, targets): return {}
+"""
+    dry_run_of(write, body, base="Numbers")
+
+
+def test_columns_that_differ_between_batches_are_named(write: Write) -> None:
+    body = """
+    def load_data(self): return Data(Arrays(np.arange(80.0, dtype="f").reshape(20, 4), np.arange(20) % 10), examples(9))
+    def prepare(self, inputs, generator): return inputs / 80
+    def predictions(self, outputs, targets): return {"words": outputs[:, : 3 + int(targets[0])]}
+"""
+    said = "predictions: an example's words has different shapes, (3,) and (7,); pad them to one"
+    assert message_of(write, body) == said
+
+
+@pytest.mark.parametrize(
+    ("method", "taken"),
+    [
+        ("training_loss(self, outputs, targets)", "training_loss must take (self, outputs, targets, config)"),
+        ("prepare(self, inputs)", "prepare must take (self, inputs, generator)"),
+        ("evaluation_batch_size(self)", "evaluation_batch_size must take (self, on_gpu)"),
+        ("pictures(self, result, rows, test, more)", "pictures must take (self, result, rows, test)"),
+    ],
+)
+def test_a_method_with_other_arguments_is_named_with_its_line(write: Write, method: str, taken: str) -> None:
+    line = RIGHT.count("\n") + 2
+    message = message_of(write, f"\n    def {method}: ...\n")
+    assert message == f"Wrong.{taken} (problem.py, line {line})"
+
+
+def test_a_method_may_take_more_arguments_with_defaults(write: Write) -> None:
+    dry_run_of(write, "\n    def prepare(self, inputs, *others, scale=1): return inputs\n")
+
+
+OWN_OPTIMIZER = """
+    def create_optimizer(self, model, config):
+        return torch.optim.SGD(model.parameters(), lr=config.learning_rate)
+"""
+
+
+def test_the_settings_that_a_workloads_own_optimizer_does_not_use_are_found(write: Write) -> None:
+    workload = load(f"{write(f'{RIGHT}class Wrong(Right):{OWN_OPTIMIZER}')}:Wrong")()
+    train = splits_of(load_data(workload), 0).train
+    unused = try_batch(workload, train, FP32, [10], Fraction(1))
+    assert unused == {"optimizer", "beta1", "beta2", "momentum", "weight_decay", "warmup_steps"}  # a schedule is used
+    examples = Split(Arrays(np.zeros((20, 28, 28), np.uint8), np.zeros(20, int)))
+    assert try_batch(mnist(), examples, FP32, [10], Fraction(1)) is None
 
 
 @pytest.mark.parametrize(

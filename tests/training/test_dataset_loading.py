@@ -13,12 +13,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from mnist_ray.cluster.remote_data import share
-from mnist_ray.errors import with_place
+from mnist_ray.errors import ExampleError, with_place
 from mnist_ray.training.batches import (
     ArrayBatches,
     Batch,
     ExampleBatches,
-    ExampleError,
     batch_loader,
     batches_of,
     on_device,
@@ -338,7 +337,7 @@ def test_an_error_of_a_data_set_has_its_place_in_any_process(
         next(iter(loader))
     line = next(number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "# here" in text)
     said = with_place(raised.value, Path(__file__).parent)
-    assert said == f"ExampleError: train example 0 cannot be read: {reason} (test_dataset_loading.py, line {line})"
+    assert said == f"train example 0 cannot be read: {reason} (test_dataset_loading.py, line {line})"
 
 
 def test_an_example_that_cannot_be_read_is_named_by_its_index_in_the_data_set() -> None:
