@@ -246,8 +246,10 @@ class Workload(UserClass):
 
     @property
     def nouns(self) -> str:
-        """The plural of ``noun``."""
-        return f"{self.noun}s"
+        """The plural of ``noun``; a workload may set its own."""
+        if self.noun.endswith("ies"):  # series, species
+            return self.noun
+        return f"{self.noun}es" if self.noun.endswith(("s", "x", "ch", "sh")) else f"{self.noun}s"
 
     @property
     def rate(self) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,17 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from mnist_ray.errors import UsageError, count
+from mnist_ray.workload.memory import map_arrays, may_be_copied
 from mnist_ray.workload.order import AllBut
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
-
-
-def map_arrays(function: Callable[[np.ndarray], Any], values: Any) -> Any:
-    """Apply a function to an array, or to each array of a dict."""
-    if isinstance(values, Mapping):
-        return {name: function(array) for name, array in values.items()}
-    return function(values)
 
 
 @dataclass(frozen=True)
@@ -52,24 +45,6 @@ class Arrays:
     def nbytes(self) -> int:
         """The size in bytes."""
         return sum(array.nbytes for array in self.named.values())
-
-
-def owner_of(array: np.ndarray) -> Any:
-    """Return what owns the memory that an array shows: an array, a mapped file, or an object without ``base``."""
-    owner: Any = array
-    while not isinstance(owner, np.memmap) and getattr(owner, "base", None) is not None:
-        owner = owner.base
-    return owner
-
-
-def span_of(array: np.ndarray) -> int:
-    """Return how many bytes of memory an array shows; fewer than ``nbytes`` if its elements overlap, as windows do."""
-    steps = zip(array.shape, array.strides, strict=True)
-    return array.itemsize + sum((size - 1) * abs(stride) for size, stride in steps) if array.size else 0
-
-
-def _may_be_copied(array: np.ndarray) -> bool:
-    return not isinstance(owner_of(array), (np.memmap, mmap.mmap)) and array.nbytes <= span_of(array)
 
 
 class Blocks:
@@ -151,7 +126,7 @@ class Split:
     @property
     def is_in_memory(self) -> bool:
         """Whether the job sends the examples to other processes; if not, each process opens them."""
-        return isinstance(self.examples, Arrays) and all(map(_may_be_copied, self.examples.named.values()))
+        return isinstance(self.examples, Arrays) and all(map(may_be_copied, self.examples.named.values()))
 
     @property
     def arrays(self) -> Arrays | None:

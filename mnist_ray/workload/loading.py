@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import os
+import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from mnist_ray.errors import JobError, UsageError, with_place
 from mnist_ray.settings import build, check_known, flag, names_of, values_of
 from mnist_ray.workload import user_code
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Arrays, Blocks, Data, Split, Splits, owner_of, span_of
+from mnist_ray.workload.data import Arrays, Blocks, Data, Split, Splits
+from mnist_ray.workload.memory import owner_of, span_of
 from mnist_ray.workload.user_code import Source
 
 DEFAULT = "mnist_ray.mnist"
+_API = str(Path(config.__file__).with_name("api.py"))
 _MOST_FILES_ASKED = 1000  # at most so many files, evenly spaced, are stat'ed: file servers may be slow
 _REMEDIES = {"Tensor": "; call .numpy()", "NoneType": "; without targets, repeat the inputs"}
 
@@ -131,7 +134,12 @@ def placed(workload: Workload, what: str) -> Iterator[None]:
     """Turn an exception in the user's code into a UsageError: one line, with file name and line number."""
     try:
         yield
-    except (UsageError, JobError, bdb.BdbQuit):  # the last one ends a debugger
+    except (UsageError, JobError) as error:
+        if not any(frame.filename == _API for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        said = f"{type(workload).__name__}, {what}: {with_place(error, workload.source.folder)}"  # of another run
+        raise type(error)(said) from error
+    except bdb.BdbQuit:  # ends a debugger
         raise
     except (Exception, SystemExit) as error:
         said = with_place(error, workload.source.folder)

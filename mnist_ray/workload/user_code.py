@@ -64,6 +64,8 @@ def find(reference: str, base: type[T]) -> type[T]:
         reference = path + (f":{name}" if name else "")
     else:
         path = inspect.getsourcefile(_pick(_import_module(place, flag), reference, base)) or ""
+    if Path(path).exists() and not Path(path).is_file():  # reading a FIFO may wait forever
+        raise UsageError(f"{flag} {path} is not a file")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # as Python reads it
     except (OSError, UnicodeDecodeError) as error:
@@ -81,7 +83,12 @@ def load(source: Source, base: type[T]) -> type[T]:
 
 
 def check_names(user_class: type, base: type) -> None:
-    """Raise UsageError if a new public name resembles one of the base class: then it is probably misspelled."""
+    """Raise UsageError if a method takes other arguments than the base class's, or a new name is probably misspelled.
+
+    A name is, if it is public and resembles one of the base class.
+    """
+    for name, method in inspect.getmembers(base, inspect.isfunction):
+        _check_arguments(user_class, name, method)
     known = [name for name in dir(base) if not name.startswith("_")]
     for name, value in vars(user_class).items():
         if name.startswith("_") or hasattr(user_class.__mro__[1], name):
@@ -89,6 +96,20 @@ def check_names(user_class: type, base: type) -> None:
         meant = difflib.get_close_matches(name, known, 1, cutoff=0.6 if name.startswith("on_") else 0.8)
         if meant and callable(value) == callable(getattr(base, meant[0])):
             raise UsageError(f"{user_class.__name__}.{name}: did you mean {meant[0]}? If not, choose another name")
+
+
+def _check_arguments(user_class: type, name: str, method: types.FunctionType) -> None:
+    """Raise UsageError if a class's own method cannot be called like the base class's."""
+    own, wanted = getattr(user_class, name), inspect.signature(method).parameters.values()
+    if own is method or name.startswith("_") or not inspect.isfunction(own):
+        return
+    by_name = {one.name: None for one in wanted if one.kind == one.KEYWORD_ONLY}
+    try:
+        inspect.signature(own).bind(*[None] * (len(wanted) - len(by_name)), **by_name)
+    except TypeError as error:
+        place = f"{Path(own.__code__.co_filename).name}, line {own.__code__.co_firstlineno}"
+        taken = ", ".join(one.name for one in wanted)
+        raise UsageError(f"{user_class.__name__}.{name} must take ({taken}) ({place})") from error
 
 
 def check_trusted(reference: str, base: type, file: str, folders: Iterable[Path]) -> None:

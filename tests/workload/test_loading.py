@@ -1,3 +1,4 @@
+import os
 import pickle
 import subprocess
 import sys
@@ -98,11 +99,20 @@ def test_an_error_in_a_file_is_reported_in_one_line(write: Write, text: str, nam
     assert message_of(reference) == f"--workload {reference}{expected}"
 
 
+@pytest.mark.parametrize(
+    ("noun", "nouns"), [("image", "images"), ("series", "series"), ("class", "classes"), ("box", "boxes")]
+)
+def test_nouns_have_a_plural(noun: str, nouns: str) -> None:
+    assert type("Named", (Workload,), {"noun": noun})().nouns == nouns
+
+
 def test_an_unreadable_file_is_named(write: Write, tmp_path: Path) -> None:
     (tmp_path / "folder.py").mkdir()
     (tmp_path / "latin.py").write_bytes("# é".encode("latin-1"))
     assert message_of(tmp_path / "nowhere.py:Digits").endswith("nowhere.py cannot be read: No such file or directory")
-    assert message_of(tmp_path / "folder.py").endswith("folder.py cannot be read: Is a directory")
+    assert message_of(tmp_path / "folder.py").endswith("folder.py is not a file")
+    os.mkfifo(tmp_path / "fifo.py")
+    assert message_of(tmp_path / "fifo.py").endswith("fifo.py is not a file")
     assert "latin.py cannot be read: 'utf-8' codec" in message_of(tmp_path / "latin.py")
 
 
@@ -262,7 +272,7 @@ def test_settings_that_cannot_be_flags_are_refused(write: Write, settings: str, 
 )
 def test_a_wrong_search_space_has_its_line(write: Write, line: str, expected: str) -> None:
     message = message_of(write(f"from mnist_ray.workload import Choice\n{line}\n"))
-    assert message.endswith(f"/problem.py: UsageError: {expected} (problem.py, line 2)")
+    assert message.endswith(f"/problem.py: {expected} (problem.py, line 2)")
 
 
 CHECKED = """
