@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import inspect
-import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mnist_ray.cluster import environment
 from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig
 from mnist_ray.errors import JobError, UsageError
-from mnist_ray.report.run_files import METRICS_FILE, STEPS_FILE, read_numbers, workload_of
+from mnist_ray.report.run_files import METRICS_FILE, STEPS_FILE, number_of, read_numbers, workload_of
 from mnist_ray.run.job import Job, read_job
 from mnist_ray.run.train import train as train_job
 from mnist_ray.settings import build, check_known, names_of
@@ -57,9 +56,8 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Loss and metrics on the test set."""
-        values = {metric.name: self.result[f"test_{metric.name}"] for metric in self.workload.all_metrics}
-        return {name: math.nan if value is None else value for name, value in values.items()}  # JSON has no NaN
+        """Loss and metrics on the test set; NaN for a metric that the workload did not have yet."""
+        return {metric.name: number_of(self.result.get(f"test_{metric.name}")) for metric in self.workload.all_metrics}
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -191,22 +189,26 @@ def predict(
     """Return a ``Prediction`` for each picture: ``top`` has pairs (prediction, probability), the best first.
 
     ``pictures``: the path of a picture or folder, a Pillow image, a list of paths or of images, or an array or list of
-    inputs (arrays, tensors, dicts) in the format of the workload's data. ``run``: as for ``evaluate``. Raises
-    UsageError, and JobError for the first picture that cannot be used, with the line that ``jobs/predict.py`` prints.
+    inputs (arrays, tensors, dicts) in the format of the workload's data; if the workload takes no pictures, also texts.
+    ``run``: as for ``evaluate``. Raises UsageError, and JobError for the first picture that cannot be used, with the
+    line that ``jobs/predict.py`` prints.
     """
-    is_list, are_inputs = isinstance(pictures, (list, tuple)), hasattr(pictures, "shape")
-    if is_list:
-        are_inputs = not pictures or any(
-            hasattr(one, "shape") or isinstance(one, (dict, list, tuple)) for one in pictures
-        )
+    if getattr(pictures, "shape", None) == ():
+        raise UsageError("predict() takes several inputs, (N, ...), not a single number")
     found = find(run, workload, storage_path)
+    is_list, are_inputs = isinstance(pictures, (list, tuple)), hasattr(pictures, "shape")
+    listed = pictures if is_list or are_inputs else [pictures]
+    if type(found.workload).read_picture is Workload.read_picture:
+        are_inputs = are_inputs or all(isinstance(one, str) and not Path(one).exists() for one in listed)
+    if is_list:
+        are_inputs = are_inputs or any(hasattr(one, "shape") or isinstance(one, (dict, list, tuple)) for one in listed)
 
     from mnist_ray.tools import predict as tool  # imports torch
 
     model = found.load_model()
     if are_inputs:
-        return tool.predict_inputs(found.workload, model, pictures)
-    files = tool.find_files(pictures if is_list else [pictures])
+        return tool.predict_inputs(found.workload, model, listed)
+    files = tool.find_files(listed)
     predictions = list(tool.predict_files(found.workload, model, files))
     for index, prediction in enumerate(predictions):
         if prediction.error is not None:

@@ -6,9 +6,11 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +96,17 @@ def test_a_run_of_another_process_is_loaded_by_its_name_or_path(run: Run) -> Non
     with pytest.raises(UsageError, match=r"two is not a run, or is an unfinished sweep: it has no config\.json"):
         mnist_ray.load_run("two", storage_path=run.folder.storage_path)
     unfinished = locate(f"{run.folder.storage_path}/more", "three")
-    unfinished.write_text("config.json", "{}")
+    unfinished.write_text("config.json", '{"num_epochs": 2}')
     with pytest.raises(UsageError, match=r"/three is not finished: it has no result\.json yet$"):
         mnist_ray.load_run(unfinished.uri)
 
 
 def test_a_swept_runs_workload_has_the_best_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def tuned(sweep: Sweep) -> Sweep:
-        for name in ("config.json", "best.json", "result.json"):
+        for name in ("config.json", "best.json"):
             sweep.job.run.write_text(name, '{"width": 48}')
+        result = {"checkpoint": "checkpoint_epoch-001_step-000000", "seconds": {}}
+        sweep.job.run.write_text("result.json", json.dumps(result))
         return sweep
 
     monkeypatch.setattr("mnist_ray.api.tune_sweep", tuned)
@@ -138,6 +142,8 @@ def test_arrays_pictures_and_files_are_predicted(run: Run, mnist_test: Arrays, t
 
 
 def test_a_metric_without_a_value_is_nan(run: Run) -> None:
+    without = {name: value for name, value in run.result.items() if name != "test_accuracy"}  # of an older workload
+    assert math.isnan(dataclasses.replace(run, result=without).metrics["accuracy"])
     run = dataclasses.replace(run, result={**run.result, "test_accuracy": None})
     assert math.isnan(run.metrics["accuracy"])
     assert "accuracy -" in str(run)
@@ -149,6 +155,7 @@ def test_what_has_no_prediction_raises_the_line_that_the_command_prints(run: Run
         (tmp_path, JobError, f"{tmp_path}/empty.png: not a picture in a known format"),
         (str(tmp_path / "no.png"), JobError, f"{tmp_path}/no.png: cannot be read: No such file or directory"),
         ([5], UsageError, "pictures must be paths, Pillow images or a NumPy array of inputs, not int"),
+        (np.zeros(()), UsageError, "predict() takes several inputs, (N, ...), not a single number"),
         (
             np.zeros((2, 20, 20), np.uint8),
             UsageError,
@@ -159,6 +166,48 @@ def test_what_has_no_prediction_raises_the_line_that_the_command_prints(run: Run
             mnist_ray.predict(pictures, run)
         assert str(raised.value).startswith(message)
     assert mnist_ray.predict([], run) == []
+
+
+TEXTS = """\
+import torch
+from mnist_ray import load_run
+from mnist_ray.workload import Classification, Data
+
+PAIRS = [("good", 1), ("bad film", 0)] * 30
+
+class Texts(Classification):
+    def load_data(self):
+        return Data(PAIRS, PAIRS, metadata={"class_names": ["bad", "good"]})
+    def collate(self, examples):
+        texts, targets = zip(*examples)
+        return torch.tensor([[len(text), 1.0] for text in texts]), torch.tensor(targets)
+    def create_model(self):
+        return torch.nn.Linear(2, 2)
+
+class Student(Texts):
+    def create_model(self):
+        load_run("teacher", storage_path="STORAGE")
+        return super().create_model()
+"""
+
+
+def test_texts_are_predicted_and_a_missing_teacher_is_named_with_its_student(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    file = write(TEXTS.replace("STORAGE", str(runs)), "texts.py")
+    settings: dict[str, Any] = {"num_workers": 0, "num_epochs": 1, "storage_path": runs}
+    teacher = mnist_ray.train(f"{file}:Texts", **settings, run_name="teacher")
+    (one,) = mnist_ray.predict("good", teacher)
+    assert one.top[0][0] in ("bad", "good")
+    two = mnist_ray.predict(["good", "bad film"], teacher)
+    assert [prediction.inputs for prediction in two] == ["good", "bad film"]
+    with pytest.raises(UsageError, match="Texts does not take pictures"):
+        mnist_ray.predict(str(file), teacher)
+    student = mnist_ray.train(f"{file}:Student", **settings, run_name="student")
+    shutil.rmtree(runs / "teacher")
+    with pytest.raises(UsageError, match=r"^Student, create_model: .*/teacher is not a run.* \(texts\.py, line 18\)$"):
+        student.load_model()
 
 
 def test_calls_in_two_threads_at_once_are_refused(run: Run) -> None:

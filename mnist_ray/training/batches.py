@@ -18,11 +18,12 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mnist_ray.config import READ_AHEAD_MIB, TrainConfig
-from mnist_ray.errors import JobError, UsageError, first_line
+from mnist_ray.errors import ExampleError, JobError, UsageError, first_line
 from mnist_ray.storage import STORAGE_ERRORS, with_retries
 from mnist_ray.training.sampler import Slice, own_chunks
 from mnist_ray.training.state import Group, TrainingState
-from mnist_ray.workload.data import Arrays, Blocks, Split, map_arrays
+from mnist_ray.workload.data import Arrays, Blocks, Split
+from mnist_ray.workload.memory import map_arrays
 from mnist_ray.workload.order import Read, StreamOrder
 from mnist_ray.workload.splits import sizes_in
 from mnist_ray.workload.tensors import map_tensors
@@ -70,10 +71,6 @@ class ArrayBatches(Dataset):
             indices = indices.pin_memory().to(self.device, non_blocking=True)
         inputs, targets = map_tensors(lambda tensor: tensor[indices], self._whole)
         return Batch(inputs, targets, *chosen[1:])
-
-
-class ExampleError(Exception):
-    """An example cannot be read, or does not fit the others; a retry would fail too."""
 
 
 class ExampleBatches(Dataset):
