@@ -14,6 +14,7 @@ from ray.train.torch import TorchConfig
 from mnist_ray.cluster.devices import device_here
 from mnist_ray.cluster.ray_internals import session_folder
 from mnist_ray.cluster.train_internals import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
+from ray_fork.shim import own_folder
 
 
 @dataclass
@@ -47,7 +48,7 @@ class _Backend(_TorchBackend):
         options = {
             "backend": backend_config.backend,
             "world_size": world_size,
-            "init_method": f"file://{session_folder()}/workers-{uuid.uuid4().hex}",  # torch decodes no %20
+            "init_method": f"file://{_own_folder()}/workers-{uuid.uuid4().hex}",  # torch decodes no %20
             "timeout_s": backend_config.timeout_s,
         }
         ray.get(
@@ -56,6 +57,15 @@ class _Backend(_TorchBackend):
                 for rank in range(world_size)
             ]
         )
+
+
+def _own_folder() -> str:
+    """Return a folder that no other user can write to: what comes over the file is unpickled.
+
+    The session's folder is removed with what is in it, but RAY_TMPDIR may have put it anywhere.
+    """
+    session, own = session_folder(), own_folder()
+    return str(session) if session.is_relative_to(own) else own
 
 
 def use_nodes_interface() -> None:

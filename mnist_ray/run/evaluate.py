@@ -17,6 +17,7 @@ from mnist_ray.config import EvaluationConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError, first_line
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.find import Found
+from mnist_ray.settings import flag
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder
 from mnist_ray.training import engine
 from mnist_ray.training.checkpoint import load_model
@@ -42,6 +43,9 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
             raise UsageError("--use-gpu yes, but this machine has no GPU; use --use-gpu no")
         for note in found.notes:
             console.say("note", note)
+        for name, whole in (("limit", 1.0), ("overfit_batches", None)):
+            if (part := found.config.get(name, whole)) != whole:
+                console.say("note", f"the run itself was tested with {flag(name)} {part}; here, all data are used")
         console.say("checkpoint", found.checkpoint.path)
         console.say("data", f"{data.name}: {len(test):,} test {workload.nouns}")
         tested = evaluate(workload, found.checkpoint, test, config.num_tasks, 0, use_gpu)

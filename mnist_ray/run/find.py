@@ -50,6 +50,7 @@ class Found:
 
     checkpoint: RunFolder
     workload: Workload
+    config: Mapping[str, Any]  # settings of the training
     notes: tuple[str, ...]  # for the user
 
     def load_model(self) -> Any:
@@ -72,10 +73,7 @@ def find(
     with in_one_line(f"cannot read {run.uri}"):
         checkpoint = _checkpoint_of(run)
     document = read_state(checkpoint)
-    saved, config = document["workload"], document.get("config", {})
-    if config.get("limit", 1) < 1 or config.get("overfit_batches") is not None:
-        flag = "--limit" if config["limit"] < 1 else "--overfit-batches"
-        notes.append(f"the run was trained and tested on a part of the data ({flag}); here, all data are used")
+    saved = document["workload"]
     place = f"the checkpoint of {saved['reference']}"
     workload_class = loading.load_again(saved["reference"], reference, place, untrusted_folders(run, storage_path))
     is_same_file = saved["reference"] == workload_class.source.reference
@@ -83,7 +81,8 @@ def find(
         notes.append(f"the workload has changed since the checkpoint was made: {workload_class.source.reference}")
     check_known(saved["settings"], names_of([workload_class.Settings]), place)
     settings: Any = build(workload_class.Settings, {**saved["settings"], **(changes or {})})
-    return Found(checkpoint, workload_class(settings, saved["metadata"]), tuple(notes))
+    workload = workload_class(settings, saved["metadata"])
+    return Found(checkpoint, workload, document.get("config", {}), tuple(notes))
 
 
 def read_initial(job: Job) -> tuple[bytes, str]:

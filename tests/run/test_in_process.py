@@ -15,12 +15,11 @@ from unittest.mock import Mock
 
 import pytest
 
-from mnist_ray import train
+from mnist_ray import evaluate, train
 from mnist_ray.errors import JobError
 from mnist_ray.mnist import MNIST
 from mnist_ray.report import page
 from mnist_ray.report.run_files import read_csv
-from mnist_ray.run.find import find
 from mnist_ray.run.in_process import LocalReporter
 from tests.conftest import QUICK, as_flags, callback_at, folder_at, run_and_act, run_job, weights
 
@@ -106,10 +105,12 @@ def test_a_kill_at_a_checkpoint_loses_no_row_of_the_steps(here: dict[str, Any], 
     assert (tmp_path / "seen").read_text() == "20 40 48 "  # the steps of the checkpoints
 
 
-def test_an_evaluation_says_that_the_run_used_only_a_part_of_the_data(here: dict[str, Any], tmp_path: Path) -> None:
-    run = train(None, **here, num_epochs=1, limit=0.5)
-    said = "the run was trained and tested on a part of the data (--limit); here, all data are used"
-    assert find(run.checkpoint, str(tmp_path)).notes == (said,)
+def test_an_evaluation_says_that_the_run_used_only_a_part_of_the_data(
+    ray_address: str, here: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(train(None, **here, num_epochs=1, limit=0.5))
+    said = "note       the run itself was tested with --limit 0.5; here, all data are used\n"
+    assert said in capsys.readouterr().out
 
 
 def test_the_best_two_and_the_last_checkpoint_are_kept(here: dict[str, Any], tmp_path: Path) -> None:
