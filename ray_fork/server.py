@@ -89,7 +89,7 @@ def listening(path: Path) -> Iterator[socket.socket]:
             yield listener
     finally:
         if os.getpid() == server:
-            for file in (path, Path(f"{path}.lock")):
+            for file in (path, *(path.with_name(path.name + end) for end in (".lock", ".silent"))):
                 file.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # another server listens there
                 path.parent.rmdir()

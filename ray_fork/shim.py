@@ -23,8 +23,8 @@ from typing import Any
 
 SOCKET_VARIABLE = "MNIST_RAY_FORK_SERVER"  # the socket of the server that a job has started for its own local Ray
 MODULES_VARIABLE = "MNIST_RAY_FORK_MODULES"  # on a cluster: modules for a node's server, separated by spaces
-SILENT_VARIABLE = "MNIST_RAY_FORK_SILENT"  # set in a worker that has waited for a server in vain
 
+_SILENT = ".silent"  # ends the name of the socket of a server that does not answer
 _CONTEXT_FLAG, _LANGUAGE_FLAG = "--serialized-runtime-env-context=", "--language="  # for Ray's setup_worker.py
 TIMEOUT_S = 30.0  # the server may still be importing; Ray waits for a worker for 60 s
 
@@ -55,12 +55,17 @@ def fork(asked: list[str], command: list[str]) -> str:
     except KeyError as error:
         return f"Ray did not pass {error}"
     except TimeoutError:
-        with contextlib.suppress(OSError):
-            os.unlink(address)  # so that no other worker waits for it
-        os.environ[SILENT_VARIABLE] = "1"
+        with contextlib.suppress(OSError):  # another worker has done it
+            os.rename(address, address + _SILENT)  # so that no other worker waits for it
         return f"the fork server has not answered for {TIMEOUT_S:.0f} s"
     except OSError as error:
         return f"the fork server does not answer: {error}"
+
+
+def has_been_silent() -> bool:
+    """Tell, in a worker, whether one on this node has waited in vain for the job's server."""
+    address = node_address() if MODULES_VARIABLE in os.environ else os.environ.get(SOCKET_VARIABLE)
+    return address is not None and os.path.exists(address + _SILENT)
 
 
 def variables_of(command: list[str]) -> dict[str, str] | None:

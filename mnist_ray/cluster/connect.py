@@ -28,7 +28,7 @@ from mnist_ray.cluster.watch import RaySilentError, watched
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import JobError, UsageError, about_ray, first_line
 from mnist_ray.storage import in_one_line
-from ray_fork.shim import SILENT_VARIABLE
+from ray_fork.shim import has_been_silent
 from ray_fork.starting import Forking, own_runtime_env, runtime_env_to_fork
 
 _WORKER_START_TIMEOUT_S = 50.0
@@ -188,20 +188,15 @@ def _start_worker(log_folder: str) -> str:
 
     Raises JobError if no worker starts. Ray itself would try five times, and wait for a minute each time.
     """
-    started = ray.remote(num_cpus=0, scheduling_strategy=this_node())(_has_waited).remote()
+    started = ray.remote(num_cpus=0, scheduling_strategy=this_node())(has_been_silent).remote()
     try:
-        has_waited = ray.get(started, timeout=_WORKER_START_TIMEOUT_S)
-        return "workers start slowly: the fork server does not answer (--fork-workers no)" if has_waited else ""
+        is_slow = ray.get(started, timeout=_WORKER_START_TIMEOUT_S)
+        return "workers start slowly: the fork server does not answer (--fork-workers no)" if is_slow else ""
     except ray.exceptions.GetTimeoutError as error:
         log = Path(log_folder) / "raylet.err"
         lines = [line for line in log.read_text(errors="replace").splitlines() if line and not line.startswith("[")]
         last = f"; a worker's last line: {lines[-1]}" if lines else ""
         raise JobError(f"Ray's worker processes do not start{last} (log: {log})") from error
-
-
-def _has_waited() -> bool:
-    """Tell whether this worker has waited for a fork server in vain."""
-    return SILENT_VARIABLE in os.environ
 
 
 def _nothing() -> None:
