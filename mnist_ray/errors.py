@@ -151,8 +151,8 @@ class Output:
         try:
             action()
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # also for what is left in the buffer
             with contextlib.suppress(OSError, JobError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # also for what is left in the buffer
                 say(f"note: the output cannot be written ({error.strerror}): going on without it", file=sys.stderr)
 
     def __getattr__(self, name: str) -> Any:

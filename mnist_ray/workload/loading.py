@@ -220,6 +220,7 @@ def _digest_of(split: Split) -> str | None:
                 continue
             if span_of(array) < array.nbytes:  # rows overlap: a copy would be much larger than what they show
                 digest.update(f"{array.shape} {array.strides}".encode())
+                array = array[tuple(slice(None, None, -1 if stride < 0 else 1) for stride in array.strides)]
                 array = as_strided(array, [span_of(array) // array.itemsize], [array.itemsize])
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
