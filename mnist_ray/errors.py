@@ -57,6 +57,7 @@ class ExampleError(Exception):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the error's type if the message is empty."""
     text = f"sys.exit({error})" if isinstance(error, SystemExit) else _COLOURS.sub("", str(error)).strip()
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")  # Ray cannot send surrogates
     text = text or type(error).__name__
     lines = text.splitlines()
     line = lines[-1].partition(": ")[2] if _IN_ANOTHER_PROCESS in text else lines[0]
@@ -79,6 +80,12 @@ def with_place(error: BaseException, *folders: Path, fallback: Path = _PACKAGE) 
             if folder in Path(file).parents and "site-packages" not in Path(file).parts:
                 return f"{said} ({Path(file).name}, line {line})"
     return said
+
+
+def sendable(error: BaseException) -> BaseException | None:
+    """Return an error as the cause of another, or None if its traceback has surrogates, which Ray cannot send."""
+    text = "".join(traceback.format_exception(error))
+    return error if text.encode("utf-8", "replace").decode("utf-8") == text else None
 
 
 def about_ray(error: BaseException) -> str | None:

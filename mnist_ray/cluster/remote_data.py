@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnist_ray.cluster.devices import UnusableGPUError, device_here
 from mnist_ray.cluster.plan import WorkerPlan, node_of, suitable
-from mnist_ray.errors import JobError, first_line
+from mnist_ray.errors import JobError, TrainingStoppedError, first_line
 from mnist_ray.provenance import versions
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder
 from mnist_ray.workload.base import Workload
@@ -31,6 +31,7 @@ class RemoteSplit:
     workload: Workload
     origin: Origin  # the field of the workload's ``Data`` that holds its examples
     size: int
+    whole_size: int  # of the field
     stored: ray.ObjectRef | None  # arrays or Blocks in Ray's object store; the processes on a node share one copy
     indices: np.ndarray | AllBut | None  # its examples in what is stored, or in the loaded data; None: all
 
@@ -38,8 +39,14 @@ class RemoteSplit:
         return self.size
 
     def open(self) -> Split:
-        """Return the split. If it is not stored, this process loads the workload's data itself."""
+        """Return the split. If it is not stored, this process loads the workload's data itself.
+
+        Raises TrainingStoppedError if these have another number of examples than the job's.
+        """
         examples = getattr(self.workload.load_data(), self.origin) if self.stored is None else ray.get(self.stored)
+        if len(examples) != self.whole_size:
+            differ = f"load_data has {len(examples):,} {self.origin} examples here, {self.whole_size:,} in the job"
+            raise TrainingStoppedError(f"{differ}; it must return the same in every process")
         return Split(examples, self.indices, self.origin)
 
 
@@ -47,7 +54,7 @@ def share(workload: Workload, split: Split) -> RemoteSplit:
     """Share a split: arrays in memory, and Blocks (which hold no examples), go into the object store."""
     is_stored = split.arrays is not None or isinstance(split.examples, Blocks)
     stored = ray.put(split.examples) if is_stored else None
-    return RemoteSplit(workload, split.origin, len(split), stored, split.indices)
+    return RemoteSplit(workload, split.origin, len(split), len(split.examples), stored, split.indices)
 
 
 def check_nodes(run: RunFolder, plan: WorkerPlan, own_versions: dict[str, str] | None = None) -> list[str]:

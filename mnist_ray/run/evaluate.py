@@ -14,7 +14,7 @@ from mnist_ray.cluster.connect import connect
 from mnist_ray.cluster.devices import device_here, without_unusable_gpus
 from mnist_ray.cluster.remote_data import RemoteSplit, share
 from mnist_ray.config import EvaluationConfig, WorkerConfig
-from mnist_ray.errors import JobError, UsageError, first_line
+from mnist_ray.errors import ExampleError, JobError, UsageError, first_line
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.find import Found
 from mnist_ray.settings import flag
@@ -110,6 +110,6 @@ def evaluate_here(
             model = with_fast_layout(load_model(checkpoint, workload).to(device))
             return engine.evaluate(workload, model, split, loader_workers)
     except UsageError as error:
-        if isinstance(error.__cause__, STORAGE_ERRORS):  # the storage may answer again
+        if isinstance(error.__cause__, (*STORAGE_ERRORS, ExampleError)):  # the data may be mended
             raise JobError(str(error)) from error
         raise

@@ -21,6 +21,7 @@ from mnist_ray.errors import (
     TrainingStoppedError,
     UnreadableDataError,
     first_line,
+    sendable,
     with_place,
 )
 from mnist_ray.storage import STORAGE_ERRORS
@@ -29,7 +30,8 @@ from mnist_ray.training.state import StopWantedError
 
 _PASSING = (*STORAGE_ERRORS, JobError, MemoryError, torch.OutOfMemoryError, RayError, RayTrainError)
 _CUDA_BUGS = (35, 209, 710)  # the driver is too old, PyTorch has no kernels for this GPU, a kernel's assertion failed
-_CUDA_ERRORS = ("CUDA error", "cuDNN error")  # of the hardware; PyTorch also raises them as a plain RuntimeError
+# Of the hardware, and of a loader process that was killed; PyTorch raises them as a plain RuntimeError, too.
+_PASSING_TEXTS = ("CUDA error", "cuDNN error", "DataLoader worker")
 _PEER_IS_GONE = re.compile("clos|refuse|reset|abort|exited|timed out|peer", re.IGNORECASE)
 
 
@@ -50,7 +52,7 @@ def code_failures_placed(*folders: Path) -> Iterator[None]:
         if may_pass(error) or (is_of_ray and not isinstance(error, Exception)):
             raise
         kind = UnreadableDataError if isinstance(error, ExampleError) else TrainingStoppedError
-        raise kind(with_place(error, *folders)) from error
+        raise kind(with_place(error, *folders)) from sendable(error)
 
 
 class FailureReporter(UserCallback):
@@ -73,12 +75,13 @@ def may_pass(error: BaseException) -> bool:
     """Return whether a retry may avoid an error. Other errors are bugs in the training's code."""
     if getattr(error, "error_code", None) in _CUDA_BUGS:
         return False
-    return isinstance(error, _PASSING) or is_of_group(error) or str(error).startswith(_CUDA_ERRORS)
+    return isinstance(error, _PASSING) or is_of_group(error) or str(error).startswith(_PASSING_TEXTS)
 
 
 def is_of_group(error: BaseException) -> bool:
     """Return whether workers could not communicate; gloo may report that by a plain RuntimeError."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
+    is_of_gloo = isinstance(error, RuntimeError) and re.search(r"\bgloo\b", str(error), re.IGNORECASE) is not None
+    return is_of_gloo or isinstance(error, torch.distributed.DistError)
 
 
 def describe(worker_exceptions: Mapping[int, Exception]) -> str:

@@ -26,6 +26,7 @@ from mnist_ray.run.console import RunConsole
 from mnist_ray.run.job import Job, check_free
 from mnist_ray.run.lease import owned
 from mnist_ray.settings import flag
+from mnist_ray.signals import if_ended
 from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS
 from mnist_ray.training.events import EpochFinished, Event, Started
 from mnist_ray.workload.data import Blocks, Split, Splits
@@ -81,6 +82,8 @@ class Session(contextlib.ExitStack):
         say_header(self)
         self.enter_context(owned(job.run, self.console.waiting))
         check_free(job.run, resume=job.output.resume)  # again: another job may have created the run meanwhile
+        if job.output.resume:
+            if_ended(f"; to resume: {job.resume_with}")
 
     @property
     def unused(self) -> set[str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bdb
+import ctypes
 import functools
 import os
 import random
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +34,8 @@ from mnist_ray.workload.tensors import map_tensors
 Collate = Callable[[list[tuple[Any, Any]]], "tuple[Any, Any] | None"]
 Content = tuple[Any, int]  # a block's examples, Arrays or pairs (input, target), and their bytes
 _NUM_THREADS = 8  # they mostly wait for the storage
+_PASSING = (MemoryError, ConnectionError, TimeoutError, bdb.BdbQuit)  # the last one ends a debugger
+_PR_SET_PDEATHSIG = 1  # of prctl.h: the signal for a process whose parent has ended
 _MOST_OF_GPU = 0.4  # of a GPU's free memory; activations and a second worker may need the rest
 
 
@@ -96,7 +101,10 @@ class ExampleBatches(Dataset):
 
     def _joined(self, examples: list[tuple[Any, Any]], places: np.ndarray, chosen: Slice) -> Batch:
         """Join examples, whose indices in the user's data are ``places``, to a batch."""
-        joined = None if self.collate is None else self.collate(examples)
+        try:
+            joined = None if self.collate is None else self.collate(examples)
+        except StopIteration as error:  # like _example
+            raise ExampleError("collate has raised StopIteration") from error
         try:
             inputs, targets = default_collate(examples) if joined is None else joined
         except (RuntimeError, TypeError, ValueError) as error:
@@ -115,8 +123,8 @@ class ExampleBatches(Dataset):
         try:
             example: tuple[Any, Any] = self.split.examples[place]
             return example
-        except (LookupError, OSError, RuntimeError, SystemExit, TypeError, ValueError) as error:
-            if getattr(error, "errno", None) is not None:  # an error of the storage: a retry may succeed
+        except (Exception, SystemExit) as error:  # even StopIteration: a DataLoader would take it for the data's end
+            if isinstance(error, _PASSING) or getattr(error, "errno", None) is not None:  # a retry may succeed
                 raise
             kind = "" if isinstance(error, (OSError, SystemExit)) else f"{type(error).__name__}: "
             said = f"{self.split.origin} example {place} cannot be read: {kind}{first_line(error)}"
@@ -258,6 +266,8 @@ def _begin_process(number: int) -> None:
     """Set up a loader process. A signal to all processes of the job must not end it: the job saves a checkpoint."""
     allow_read_only()
     os.setsid()
+    if sys.platform == "linux":  # if the job is killed, it cannot end this process
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _rows(array: np.ndarray, places: np.ndarray) -> Tensor:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from mnist_ray import config
-from mnist_ray.errors import JobError, UsageError, with_place
+from mnist_ray.errors import JobError, UsageError, sendable, with_place
 from mnist_ray.settings import build, check_known, flag, names_of, values_of
 from mnist_ray.workload import user_code
 from mnist_ray.workload.base import Workload
@@ -143,7 +143,7 @@ def placed(workload: Workload, what: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         said = with_place(error, workload.source.folder)
-        raise UsageError(f"{type(workload).__name__}, {what}: {said}") from error
+        raise UsageError(f"{type(workload).__name__}, {what}: {said}") from sendable(error)
 
 
 def picture_of(workload: Workload, inputs: Any) -> np.ndarray | None:

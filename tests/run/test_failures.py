@@ -702,6 +702,18 @@ def test_a_run_can_be_resumed_after_an_example_that_could_not_be_read(
     assert str(raised.value).endswith("; to resume: train.py --resume") == is_resumable
 
 
+def test_a_failures_text_can_be_sent_to_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TrainingStoppedError) as raised:
+        train_on_a_worker(monkeypatch, Mock(side_effect=ValueError("bad \udcff name")))
+    assert str(raised.value).encode().startswith(rb"ValueError: bad \udcff name (")
+    assert raised.value.__cause__ is None  # Ray formats causes, too
+
+
+def test_a_name_with_gloo_in_it_is_no_lost_connection() -> None:
+    assert not failures.is_of_group(RuntimeError("cannot read /data/igloo/001.jpg"))
+    assert failures.is_of_group(GLOO)
+
+
 @pytest.mark.parametrize("code", [35, 209, 710])
 def test_an_error_of_cuda_that_a_retry_would_meet_again_is_the_codes(
     code: int, monkeypatch: pytest.MonkeyPatch
@@ -753,6 +765,9 @@ def test_data_that_cannot_be_read_for_a_test_are_no_wrong_usage(few_images: Arra
     unreadable.__len__.return_value, unreadable.__getitem__.side_effect = 5, OSError(5, "Input/output error")
     with pytest.raises(JobError, match=r"^MNIST, an evaluation: OSError: .*Input/output error \("):
         evaluate_here(run, mnist(), Split(unreadable), 0)
+    unreadable.__getitem__.side_effect = ValueError("bad")
+    with pytest.raises(JobError, match=r"^MNIST, an evaluation: test example 0 cannot be read: ValueError: bad"):
+        evaluate_here(run, mnist(), Split(unreadable, origin="test"), 0)
 
 
 @pytest.mark.parametrize(
@@ -761,6 +776,7 @@ def test_data_that_cannot_be_read_for_a_test_are_no_wrong_usage(few_images: Arra
         *(GLOO, OSError("the link is down"), torch.distributed.DistBackendError("NCCL error"), RayActorError()),
         *(torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")),
         *(torch.AcceleratorError("CUDA error: unspecified launch failure"), RuntimeError("CUDA error: ECC error")),
+        RuntimeError("DataLoader worker (pid(s) 15904) exited unexpectedly"),
     ],
 )
 def test_failures_that_may_pass_are_raised_unchanged(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:

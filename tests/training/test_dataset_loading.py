@@ -3,6 +3,7 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock as Mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from mnist_ray.cluster.remote_data import share
-from mnist_ray.errors import ExampleError, with_place
+from mnist_ray.errors import ExampleError, TrainingStoppedError, with_place
 from mnist_ray.training.batches import (
     ArrayBatches,
     Batch,
@@ -215,6 +216,34 @@ def test_mapped_arrays_give_the_same_batches_as_arrays_in_memory(tmp_path: Path)
         for batch, expected in zip(slices_of(in_files, rank, 3), slices_of(in_memory, rank, 3), strict=True):
             assert_equal([[batch.inputs, batch.targets]], [[expected.inputs, expected.targets]])
             assert batch.global_size == expected.global_size
+
+
+@pytest.mark.parametrize("error", [StopIteration(), AssertionError("odd"), EOFError()])
+def test_whatever_an_example_raises_names_it_and_ends_no_loader(error: Exception) -> None:
+    batches = batches_of(Split(Mock(__len__=lambda self: 4, __getitem__=Mock(side_effect=error))), CPU)
+    slices = [Slice(np.array([2]), 1), Slice(np.array([3]), 1)]
+    with pytest.raises(ExampleError, match=f"^train example 2 cannot be read: {type(error).__name__}"):
+        list(batch_loader(batches, slices, CPU))
+
+
+def test_a_collate_that_raises_stop_iteration_does_not_end_the_data() -> None:
+    batches = batches_of(Split(Rows()), CPU, Mock(side_effect=StopIteration))
+    with pytest.raises(ExampleError, match=r"^collate has raised StopIteration$"):
+        list(batch_loader(batches, [Slice(np.array([2]), 1)], CPU))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ConnectionResetError(), TimeoutError("read timed out")])
+def test_errors_that_may_pass_are_raised_as_they_are(error: Exception) -> None:
+    batches = batches_of(Split(Mock(__len__=lambda self: 4, __getitem__=Mock(side_effect=error))), CPU)
+    with pytest.raises(type(error)):
+        list(batch_loader(batches, [Slice(np.array([2]), 1)], CPU))
+
+
+def test_a_process_that_loads_another_number_of_examples_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = mnist()
+    monkeypatch.setattr(workload, "load_data", lambda: Mock(train=range(NUM_EXAMPLES + 1)))
+    with pytest.raises(TrainingStoppedError, match=r"^load_data has 11 train examples here, 10 in the job; it must"):
+        share(workload, Split(Rows())).open()
 
 
 WIDTH = 10**6  # of windows over ten million numbers: a copy of all windows would have ten terabytes
