@@ -64,8 +64,10 @@ def fork(asked: list[str], command: list[str]) -> str:
 
 def has_been_silent() -> bool:
     """Tell, in a worker, whether one on this node has waited in vain for the job's server."""
-    address = node_address() if MODULES_VARIABLE in os.environ else os.environ.get(SOCKET_VARIABLE)
-    return address is not None and os.path.exists(address + _SILENT)
+    with contextlib.suppress(KeyError, OSError):  # no server was asked: there is none, or no folder for it
+        address = node_address() if MODULES_VARIABLE in os.environ else os.environ[SOCKET_VARIABLE]
+        return os.path.exists(address + _SILENT)
+    return False
 
 
 def variables_of(command: list[str]) -> dict[str, str] | None:

@@ -135,12 +135,17 @@ def test_a_killed_servers_socket_is_replaced(temporary: Path, monkeypatch: pytes
 # --- other users of the machine
 
 
-def test_a_folder_for_sockets_that_others_may_change_or_have_made_is_not_used(temporary: Path) -> None:
+def test_a_folder_for_sockets_that_others_may_change_or_have_made_is_not_used(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = Path(shim.own_folder())
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     folder.chmod(0o777)
     with pytest.raises(PermissionError, match="is not this user's alone"):
         shim.own_folder()
+    for name, value in {MODULES_VARIABLE: "numpy", **OF_JOB}.items():
+        monkeypatch.setenv(name, value)
+    assert not shim.has_been_silent()  # a job whose workers are started as usual asks, too
     folder.rmdir()
     (temporary / "own").mkdir(0o700)
     folder.symlink_to(temporary / "own")
