@@ -192,6 +192,11 @@ def path_of(text: str | Path, named: str) -> Path:
     return path
 
 
+def is_no_file(path: str | Path) -> bool:
+    """Tell whether a path leads to something else than a file: reading a FIFO may wait forever, a device never ends."""
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
 def names_of(config_classes: Iterable[type]) -> set[str]:
     """Return the names of all settings of the classes."""
     return {field.name for config_class in config_classes for field in dataclasses.fields(config_class)}
@@ -207,7 +212,7 @@ def read_config_file(path: str) -> dict[str, Any]:
     """Read settings from a JSON file. Raises UsageError."""
     file = path_of(path, "--config")
     try:
-        if file.exists() and not file.is_file():  # reading a FIFO may wait forever, reading a device may never end
+        if is_no_file(file):
             raise UsageError(f"the config file {path} is not a file")
         values = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:

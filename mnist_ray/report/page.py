@@ -201,9 +201,8 @@ def _shortened(text: str) -> str:
 
 def _seconds(result: Mapping[str, Any]) -> list[Table]:
     title = "Seconds until tested; all validations but the last are in the training"
-    return [
-        Table(title, (), [(name, _number(value, ".1f")) for name, value in result["seconds"].items()], is_wide=False)
-    ]
+    rows = [(name, _number(value, ".1f")) for name, value in result["seconds"].items()]
+    return [Table(title, (), rows, is_wide=False)]
 
 
 def _epochs(record: RunRecord) -> Table:

@@ -23,7 +23,7 @@ from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import PredictionConfig
 from mnist_ray.errors import JobError, UsageError, say
 from mnist_ray.run import find
-from mnist_ray.settings import path_of
+from mnist_ray.settings import is_no_file, path_of
 from mnist_ray.storage import write_file
 from mnist_ray.training.batches import allow_read_only
 from mnist_ray.workload.base import Workload
@@ -152,7 +152,7 @@ def _read(workload: Workload, file: Path | Image.Image) -> Prediction:
 
 def read_image(file: Path | io.BytesIO) -> Image.Image:
     """Decode a picture, as it is displayed. Raises UsageError."""
-    if isinstance(file, Path) and os.path.exists(file) and not os.path.isfile(file):  # reading a FIFO may wait forever
+    if isinstance(file, Path) and is_no_file(file):
         raise UsageError("not a file")
     try:
         with warnings.catch_warnings():

@@ -269,6 +269,12 @@ class Workload(UserClass):
         return create, (source, values_of(self.settings), self.metadata)
 
 
+def uses_outputs(workload: Workload, base: type[Workload]) -> bool:
+    """Tell whether a workload leaves any method that takes the model's outputs in training and test to ``base``."""
+    methods = ("loss", "measure", "predictions")
+    return any(getattr(type(workload), method) is getattr(base, method) for method in methods)
+
+
 def create(source: Source, settings: Mapping[str, Any], metadata: Mapping[str, Any]) -> Workload:
     """Unpickle a workload."""
     workload_class = load(source, Workload)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from mnist_ray.errors import UsageError
-from mnist_ray.workload.base import ACCURACY, TARGETS_REMEDY, Metric, Picture, Rows, Workload
+from mnist_ray.workload.base import ACCURACY, TARGETS_REMEDY, Metric, Picture, Rows, Workload, uses_outputs
 from mnist_ray.workload.data import Arrays, Data, Split
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ class Classification(Workload):
 
     def check_outputs(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise UsageError if the logits or the targets do not fit the classes, unless no method here uses them."""
-        name, methods = type(self).__name__, ("loss", "measure", "predictions")
-        if all(getattr(type(self), method) is not getattr(Classification, method) for method in methods):
+        name = type(self).__name__
+        if not uses_outputs(self, Classification):
             return
         if not hasattr(outputs, "ndim"):
             raise UsageError(f"{name}: the model returns a {type(outputs).__name__}, not a tensor of logits")

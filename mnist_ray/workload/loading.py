@@ -44,7 +44,7 @@ def load(reference: Reference) -> type[Workload]:
         workload_class = user_code.find(reference, Workload)
     else:
         workload_class = reference
-        user_code.check_names(workload_class, Workload)
+        user_code.check_members(workload_class, Workload)
         if "source" not in vars(workload_class):
             text = ""
             with contextlib.suppress(OSError, TypeError):  # the class was made by exec

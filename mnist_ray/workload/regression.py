@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mnist_ray.errors import UsageError
-from mnist_ray.workload.base import TARGETS_REMEDY, Metric, Picture, Rows, Workload
+from mnist_ray.workload.base import TARGETS_REMEDY, Metric, Picture, Rows, Workload, uses_outputs
 from mnist_ray.workload.data import Split
 
 if TYPE_CHECKING:
@@ -45,9 +45,9 @@ class Regression(Workload):
 
     def check_outputs(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise UsageError if the shapes do not fit: torch would broadcast (N,) and (N, 1) to (N, N)."""
-        name, methods = type(self).__name__, ("loss", "measure", "predictions")
-        if all(getattr(type(self), method) is not getattr(Regression, method) for method in methods):
-            return  # nothing here uses the outputs
+        name = type(self).__name__
+        if not uses_outputs(self, Regression):
+            return
         if not hasattr(outputs, "shape"):
             raise UsageError(f"{name}: the model returns a {type(outputs).__name__}, not a tensor")
         if not hasattr(targets, "shape"):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from mnist_ray.errors import UsageError, with_place
-from mnist_ray.settings import path_of
+from mnist_ray.settings import is_no_file, path_of
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ def find(reference: str, base: type[T]) -> type[T]:
         reference = path + (f":{name}" if name else "")
     else:
         path = inspect.getsourcefile(_pick(_import_module(place, flag), reference, base)) or ""
-    if Path(path).exists() and not Path(path).is_file():  # reading a FIFO may wait forever
+    if is_no_file(path):
         raise UsageError(f"{flag} {path} is not a file")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # as Python reads it
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{flag} {path} cannot be read: {getattr(error, 'strerror', error)}") from error
     found = load(Source(reference, path, text), base)
-    check_names(found, base)
+    check_members(found, base)
     return found
 
 
@@ -82,10 +82,10 @@ def load(source: Source, base: type[T]) -> type[T]:
     return loaded
 
 
-def check_names(user_class: type, base: type) -> None:
-    """Raise UsageError if a method takes other arguments than the base class's, or a new name is probably misspelled.
+def check_members(user_class: type, base: type) -> None:
+    """Raise UsageError if a method takes other arguments than the base class's, or if a new name is misspelled.
 
-    A name is, if it is public and resembles one of the base class.
+    A new public name that resembles one of the base class's is probably misspelled.
     """
     for name, method in inspect.getmembers(base, inspect.isfunction):
         _check_arguments(user_class, name, method)
