@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import textwrap
 from typing import Any
 
@@ -41,11 +40,11 @@ def draw(table: TrialTable, num_epochs: int) -> bytes:
 
 
 def _balanced(text: str) -> list[str]:
-    """Return a text in as few lines as needed, of almost equal lengths."""
-    wrap = functools.partial(textwrap.wrap, text, break_long_words=False)
-    num_lines = len(wrap(_TITLE_WIDTH))
-    fitting = (wrap(width) for width in range(len(text) // num_lines, _TITLE_WIDTH + 1))
-    return next(lines for lines in fitting if len(lines) == num_lines)
+    """Return a text in as few lines as needed, of almost equal lengths, unless a word is longer than a line."""
+    wrapped = textwrap.wrap(text, _TITLE_WIDTH)
+    widths = range(len(text) // len(wrapped), _TITLE_WIDTH)
+    narrower = (textwrap.wrap(text, width, break_long_words=False) for width in widths)
+    return next((lines for lines in narrower if len(lines) == len(wrapped)), wrapped)
 
 
 def _draw_over_epochs(axes: Axes, table: TrialTable, records: list[TrialRecord]) -> None:

@@ -230,6 +230,26 @@ def test_a_sweeps_report_has_its_trials_best_first(finished_run: Path, tmp_path:
     assert columns[7:11] == ["validation loss", "training loss", "images/s", "seconds"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "lines"),
+    [
+        ("batch size 32", ["batch size 32"]),
+        (", ".join(["width 64"] * 10), [", ".join(["width 64"] * 5) + ",", ", ".join(["width 64"] * 5)]),
+        ("x" * 100, ["x" * 80, "x" * 20]),
+        (f"kind {'y' * 90} z", ["kind " + "y" * 75, "y" * 15 + " z"]),
+    ],
+)
+def test_a_sweeps_title_has_lines_of_almost_equal_lengths(
+    settings: str, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr("mnist_ray.sweep.picture.format_settings", lambda values: settings)
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda axes, title: titles.append(title))
+    done = [TrialRecord(1, point(32, 0.001), DONE, 2.0, 0.9, 0.1, 0.1, 9.0, 1.0)]
+    draw(TrialTable(type(mnist()), space_of(type(mnist()), {}), done), 2)
+    assert titles[0].splitlines() == ["1 trial of at most 2 epochs", "best: 90.00%, seed 0", *lines]
+
+
 def test_the_report_of_a_run_that_a_trial_has_trained_has_no_curves_and_all_its_epochs(
     finished_run: Path, tmp_path: Path
 ) -> None:
