@@ -9,7 +9,7 @@ import torch
 
 from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import TrainConfig
-from mnist_ray.errors import JobError
+from mnist_ray.errors import ExampleError, JobError, UnreadableDataError
 from mnist_ray.run.find import Fitted, best_of, drop_others
 from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
@@ -28,6 +28,10 @@ def fit_here(session: Session, on_event: Callable[[Event], None]) -> Fitted:
         with first_only_noted() as interrupted:
             create_reporter = functools.partial(LocalReporter, on_event=on_event, interrupted=interrupted)
             train_worker(spec, group, create_reporter, job.workers.cpus_per_worker or usable_cores())
+    except ExampleError as error:
+        if error.__cause__ is not None:
+            raise  # of the user's code: its traceback helps
+        raise UnreadableDataError(str(error)) from None
     except StopWantedError as stop:
         if not interrupted.is_set:
             raise JobError("a callback has stopped the training") from stop

@@ -233,8 +233,8 @@ class BlockBatches(ExampleBatches):
         name, size = f"{self.split.origin} block {block}", self._edges[block + 1] - self._edges[block]
         try:
             examples = with_retries(lambda: self.split.examples.read(block))
-        except STORAGE_ERRORS:
-            raise
+        except STORAGE_ERRORS as error:  # a retry may succeed
+            raise JobError(f"{name} cannot be read: {first_line(error)}") from error
         except (UsageError, JobError) as error:  # of Parquet; its cause may be in the user's decode
             raise ExampleError(str(error)) from error.__cause__
         except Exception as error:

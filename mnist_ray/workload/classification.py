@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from mnist_ray.errors import UsageError
+from mnist_ray.errors import ExampleError, UsageError
 from mnist_ray.workload.base import ACCURACY, TARGETS_REMEDY, Metric, Picture, Rows, Workload, uses_outputs
 from mnist_ray.workload.data import Arrays, Data, Split
 
@@ -160,6 +160,8 @@ class Classification(Workload):
 def _cross_entropy(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     from torch.nn import functional as F
 
+    if targets.is_floating_point():  # a Dataset may have such a label among whole numbers
+        raise ExampleError(f"a batch has targets of type {targets.dtype}; labels of classes must be whole numbers")
     return F.cross_entropy(outputs, targets.long(), reduction="none", label_smoothing=label_smoothing)
 
 

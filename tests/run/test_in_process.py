@@ -10,17 +10,20 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
+from torch import nn
 
 from mnist_ray import evaluate, train
-from mnist_ray.errors import JobError
+from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist import MNIST
 from mnist_ray.report import page
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.run.in_process import LocalReporter
+from mnist_ray.workload import Arrays, Blocks, Classification, Data
 from tests.conftest import QUICK, as_flags, callback_at, folder_at, run_and_act, run_job, weights
 
 HERE = {**QUICK, "num_workers": 0, "cpus_per_worker": 1, "precision": "fp32"}
@@ -156,6 +159,44 @@ def test_interrupted_while_the_report_is_written_a_run_is_finished_and_says_so(
     assert advice[-1] == f"; {said}"
     assert capsys.readouterr().out.splitlines()[-1] == f"report     {tmp_path}/run/report.html"
     assert "finished: 1 of 1 epochs, tested on" in (tmp_path / "run" / "report.html").read_text()
+
+
+class Numbers(Blocks):
+    """Two blocks of 40 rows. From the tenth reading on, reading a block of ``lost`` raises the error."""
+
+    sizes: ClassVar = [40, 40]
+
+    def __init__(self, lost: Exception | None = None) -> None:
+        self.lost, self.num_read = lost, 0
+
+    def read(self, block: int) -> Arrays:
+        self.num_read += 1
+        if self.lost is not None and self.num_read > 9:
+            raise self.lost
+        rows = np.arange(40, dtype=np.float32)[:, None]
+        return Arrays(rows, (rows[:, 0] > 20).astype(np.int64))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(FileNotFoundError(2, "gone"), r"\[Errno 2\] gone"), (UsageError("it has changed"), "it has changed")],
+)
+def test_blocks_that_are_lost_in_mid_run_are_one_line_with_the_way_on(
+    error: Exception, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lost(Classification):
+        def load_data(self) -> Data:
+            return Data(Numbers(error), Numbers(), metadata={"class_names": ["low", "high"]})
+
+        def create_model(self) -> nn.Module:
+            return nn.Linear(1, 2)
+
+    monkeypatch.setattr("mnist_ray.storage._RETRIED_FOR_S", 0)
+    settings = {"num_workers": 0, "num_epochs": 20, "batch_size": 8, "num_chunks": 1, "quiet": True}
+    with pytest.raises(
+        JobError, match=rf"^(train block \d cannot be read: )?{said}; to resume: train\(resume=True, .*\)$"
+    ):
+        train(Lost, **settings, storage_path=tmp_path, run_name="run")
 
 
 CELL = """

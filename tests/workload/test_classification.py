@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.errors import UsageError
+from mnist_ray.errors import ExampleError, UsageError
 from mnist_ray.workload import Arrays, Classification, Data, Regression, Workload
 from mnist_ray.workload.figures import confusion_matrix, drawable, image_grid
 
@@ -64,6 +64,12 @@ def test_targets_may_be_whole_numbers_of_any_size(dtype: torch.dtype) -> None:
     problem, others = workload(), targets.to(dtype)
     assert problem.loss(outputs, others).equal(problem.loss(outputs, targets))
     assert problem.measure(outputs, others)["accuracy"].equal(problem.measure(outputs, targets)["accuracy"])
+
+
+def test_a_label_that_is_no_whole_number_is_refused_in_any_batch() -> None:
+    outputs, targets = map(torch.from_numpy, outputs_and_targets())
+    with pytest.raises(ExampleError, match=r"targets of type torch\.float64; labels of classes must be whole numbers"):
+        workload().loss(outputs, targets + 0.5)
 
 
 class OwnLoss(Classification):
