@@ -55,7 +55,7 @@ class Slow(Callback):
         if not os.path.exists({gate!r}):
             time.sleep(0.5)
 """
-LONGEST_CUT_S = 40.0  # Ray gives a node up after about 20 s of silence
+MAX_CUT_S = 40.0  # Ray gives a node up after about 20 s of silence
 LATEST_S = 12.0  # after the workers have started; the training takes a little longer
 
 
@@ -209,7 +209,7 @@ def run_once(
         "nothing": lambda: None,
     }
     if isinstance(nodes, Hosts):
-        actions["link cut"] = lambda: nodes.cut(rng.choice(nodes.worker_numbers), rng.uniform(1, LONGEST_CUT_S))
+        actions["link cut"] = lambda: nodes.cut(rng.choice(nodes.worker_numbers), rng.uniform(1, MAX_CUT_S))
     else:
         actions |= {deadline: functools.partial(nodes.drain_all, s) for deadline, s in DEADLINES_S.items()}
     if any(re.match(r"epoch (\d+)/\1 +finished", line) for line in driver.lines):

@@ -30,7 +30,7 @@ PARTS = {
     "controller": "ray::TrainContr",
     "event queue": "ray::EventQueue",
 }
-LONGEST_S = 90.0
+MAX_S = 90.0
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def run_once(action: Callable[[Driver], None], folder: Path, rng: random.Random,
     action(driver)
     driver.wait(nodes)
     seconds = time.monotonic() - start
-    says_how_to_resume = seconds < LONGEST_S and "to resume: python jobs/train.py --resume" in driver.lines[-1]
+    says_how_to_resume = seconds < MAX_S and "to resume: python jobs/train.py --resume" in driver.lines[-1]
     if not (storage / "run" / "result.json").exists():
         Driver(storage, "run", nodes, "--resume").wait(nodes)
     return Ending(seconds, says_how_to_resume, chaos.weights(storage / "run") == expected)

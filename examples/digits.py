@@ -25,15 +25,15 @@ from mnist_ray.workload import setting
 
 IMAGE_SHAPE = (28, 28)
 _WORKING_SIZE = 256  # pixels of the picture's longer side during the search for the digit
-_LEAST_CONTRAST = 20.0  # grey levels between ink and paper
-_LEAST_PIXELS = 40  # of a digit, at the working size
+_MIN_CONTRAST = 20.0  # grey levels between ink and paper
+_MIN_PIXELS = 40  # of a digit, at the working size
 _WIDEST_STROKE = 0.3  # of the picture's longer side
 _FAINT_INK = 0.4  # times Otsu's threshold, so that faint strokes are ink, too
 _FULL_INK = 25  # percentile of a digit's ink; stronger ink becomes white, like most of a stroke in MNIST
-_MUCH_INK, _LEAST_PART = 0.2, 0.04  # of the largest piece's ink: enough off the edge; less is a speck
-_LARGEST_GAP = 15  # pixels between pieces of a digit, at the working size
+_MUCH_INK, _MIN_PART = 0.2, 0.04  # of the largest piece's ink: enough off the edge; less is a speck
+_MAX_GAP = 15  # pixels between pieces of a digit, at the working size
 _DIGIT_SIZE = 20  # pixels of a digit's longer side in MNIST's 28×28
-_LEAST_STROKE = 2.5  # pixels, at that size
+_MIN_STROKE = 2.5  # pixels, at that size
 _TURN, _SHEAR = math.radians(15), 0.3
 _LOG_SCALE = 0.2  # natural logarithm of the largest scale of an axis
 _SHIFT = 0.15  # as a fraction of half the image's width
@@ -121,8 +121,8 @@ def _ink(grey: np.ndarray) -> np.ndarray:
         smooth = 255 - smooth
     width = max(3, round(min(_WIDEST_STROKE * max(grey.shape), 0.75 * min(grey.shape))))
     ink = ndimage.grey_closing(smooth, size=(width, width), mode="nearest") - smooth
-    strongest = float(np.sort(ink, axis=None)[-_LEAST_PIXELS:].mean())
-    if strongest < _LEAST_CONTRAST:
+    strongest = float(np.sort(ink, axis=None)[-_MIN_PIXELS:].mean())
+    if strongest < _MIN_CONTRAST:
         raise UsageError("shows no digit: nothing stands out from its background")
     return np.clip(ink / strongest, 0, 1)
 
@@ -162,8 +162,8 @@ def _largest_digit(ink: np.ndarray, threshold: float) -> np.ndarray:
     is_inner = ~np.isin(range(1, number + 1), _edge(labels))
     if amounts[is_inner].sum() > _MUCH_INK * amounts.max():
         amounts *= is_inner
-    mask = np.isin(labels, 1 + np.flatnonzero(amounts > _LEAST_PART * amounts.max()))
-    labels, _ = ndimage.label(ndimage.binary_dilation(mask, np.ones((_LARGEST_GAP, _LARGEST_GAP))))
+    mask = np.isin(labels, 1 + np.flatnonzero(amounts > _MIN_PART * amounts.max()))
+    labels, _ = ndimage.label(ndimage.binary_dilation(mask, np.ones((_MAX_GAP, _MAX_GAP))))
     labels *= mask
     return labels == 1 + np.argmax([labels[box].size for box in ndimage.find_objects(labels)])
 
@@ -174,8 +174,8 @@ def _scaled(ink: np.ndarray) -> np.ndarray:
     factor = _DIGIT_SIZE / max(mask[_box(mask)].shape)
     # Across a stroke, the distance to the edge goes from 0 to half the width: its mean is a quarter of the width.
     stroke = 4 * float(ndimage.distance_transform_edt(mask)[mask].mean()) * factor
-    if stroke < _LEAST_STROKE:
-        radius = max(1, round((_LEAST_STROKE - stroke) / factor / 2))
+    if stroke < _MIN_STROKE:
+        radius = max(1, round((_MIN_STROKE - stroke) / factor / 2))
         y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
         ink = ndimage.grey_dilation(ink, footprint=x * x + y * y <= radius * radius)
     cropped = ink[_box(ink > 0.3)]

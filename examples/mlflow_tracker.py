@@ -25,7 +25,7 @@ from mnist_ray.training.events import Started, TrialEnded
 
 FOLDER = "mnist_ray.run"  # a tag with the run's folder, to find the MLflow run again
 MOST_METRICS = 1000  # a server takes no more in one request
-LONGEST_DIGEST = 36  # characters
+MAX_DIGEST = 36  # characters
 
 
 class MLflow(Tracker):
@@ -69,7 +69,7 @@ class MLflow(Tracker):
         tags = {"command_line": origin.get("command_line"), "mlflow.source.git.commit": origin.get("git_commit")}
         self.client.log_batch(self.id, tags=[RunTag(key, value) for key, value in tags.items() if value])
         name = origin.get("data_name", "unknown")
-        digests = {split: (digest or "unknown")[:LONGEST_DIGEST] for split, digest in origin.get("data", {}).items()}
+        digests = {split: (digest or "unknown")[:MAX_DIGEST] for split, digest in origin.get("data", {}).items()}
         inputs = [
             DatasetInput(Dataset(name, digest, "local", name), [InputTag("mlflow.data.context", split)])
             for split, digest in digests.items()

@@ -15,8 +15,8 @@ from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError, count
 
 _CGROUP = Path("/sys/fs/cgroup")
-_MOST_WORKERS_A_CORE = 8  # each worker is a process of some 500 MiB
-_LEAST_EXAMPLES_PER_THREAD = 8  # two threads are 1.35 times as fast as one at batch 16; at batch 8, maybe slower
+_MAX_WORKERS_PER_CORE = 8  # each worker is a process of some 500 MiB
+_MIN_EXAMPLES_PER_THREAD = 8  # two threads are 1.35 times as fast as one at batch 16; at batch 8, maybe slower
 _APPLE_CHIP = re.compile(r"accelerator_type:M\d(-(Pro|Max|Ultra))?$")
 
 
@@ -94,7 +94,7 @@ def _meets(value: str | None, condition: str) -> bool:
 def local_cpus(config: WorkerConfig) -> int:
     """Return the number of CPUs that a local Ray declares. Raises UsageError if it is far too high for this machine."""
     cores, asked = usable_cores(), (config.num_workers or 1) * (config.cpus_per_worker or 1)
-    if asked > cores * _MOST_WORKERS_A_CORE:
+    if asked > cores * _MAX_WORKERS_PER_CORE:
         raise UsageError(
             f"{_workers(config, config.num_workers or 1)} are too many for this machine's {count(cores, 'core')}; "
             f"lower --num-workers (to {cores} for full speed) or --cpus-per-worker"
@@ -186,4 +186,4 @@ def threads_per_worker(assigned_cpus: float, cores: int, workers_on_node: int, l
 
     Each thread gets a minimum number of examples: with fewer, threads wait for each other longer than they save.
     """
-    return max(1, min(int(assigned_cpus), cores // workers_on_node, local_batch_size // _LEAST_EXAMPLES_PER_THREAD))
+    return max(1, min(int(assigned_cpus), cores // workers_on_node, local_batch_size // _MIN_EXAMPLES_PER_THREAD))

@@ -18,7 +18,7 @@ from mnist_ray.signals import end_with
 
 T = TypeVar("T")
 
-LONGEST_SILENCE_S = 50.0  # a busy machine may need this long; after 60 s without its GCS, Ray ends the process silently
+MAX_SILENCE_S = 50.0  # a busy machine may need this long; after 60 s without its GCS, Ray ends the process silently
 _LOOK_INTERVAL_S = 1.0
 _STORED_BYTES = 2**18  # large enough for an object to go to the raylet's store
 
@@ -29,7 +29,7 @@ class RaySilentError(JobError):
     @classmethod
     def of(cls, name: str, *, has_died: bool = False) -> RaySilentError:
         """Return the error for a part of Ray."""
-        silence = "has died" if has_died else f"has not answered for {LONGEST_SILENCE_S:.0f} s"
+        silence = "has died" if has_died else f"has not answered for {MAX_SILENCE_S:.0f} s"
         return cls(f"Ray has failed: {name} {silence}")
 
 
@@ -81,7 +81,7 @@ def look() -> None:
     """Ask each part of Ray for a sign of life: an answer, or an error. Raises RaySilentError if a part gives none."""
     parts = {"Ray's GCS": remove_orphans, "this node's raylet": lambda: ray.put(bytes(_STORED_BYTES))}
     for name, ask in parts.items():
-        answer, end = in_thread(ask), time.monotonic() + LONGEST_SILENCE_S
+        answer, end = in_thread(ask), time.monotonic() + MAX_SILENCE_S
         while True:
             if dead := ray_internals.dead_processes():
                 raise RaySilentError.of(f"its {dead[0]}", has_died=True)

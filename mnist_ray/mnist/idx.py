@@ -14,7 +14,7 @@ from mnist_ray.settings import path_of
 from mnist_ray.workload.data import Arrays
 
 IMAGE_SHAPE = (28, 28)
-_MOST_CLASSES = 10
+_MAX_CLASSES = 10
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -38,7 +38,7 @@ def load(split: str, data_dir: Path | None = None) -> Arrays:
         raise JobError(f"{folder} has {len(images):,} {split} images but {len(labels):,} labels")
     if len(labels) == 0:
         raise JobError(f"{images_file} holds no images")
-    if labels.max() >= _MOST_CLASSES:
+    if labels.max() >= _MAX_CLASSES:
         raise JobError(f"{labels_file} has label {labels.max()}; the classes are 0 to 9")
     return Arrays(images, labels)
 

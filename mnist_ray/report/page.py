@@ -26,10 +26,10 @@ from mnist_ray.workload.splits import splits_of, subset
 
 PICTURES_FOLDER = "pictures"
 _REFRESH_S = 10
-_LEAST_EPOCH, _LEAST_PART = 1 / 100, 1 / 30  # of an epoch and of the run: the steps for which a curve's point stands
+_MIN_EPOCH, _MIN_PART = 1 / 100, 1 / 30  # of an epoch and of the run: the steps for which a curve's point stands
 _TRAINING = {"color": "C0", "linewidth": 1}
 _VALIDATION = {"color": "C1", "linestyle": "--"}
-_MOST_MARKERS = 50  # of epochs; more would hide the curves
+_MAX_MARKERS = 50  # of epochs; more would hide the curves
 
 
 def page_of(**content: Any) -> str:
@@ -139,9 +139,9 @@ def _curves(record: RunRecord, metric: Metric) -> list[Picture]:
         return []
     total = steps[-1]
     training = [row.get(f"train_{metric.name}", math.nan) for row in record.steps]
-    least = min(max(_LEAST_EPOCH * record.steps_per_epoch, _LEAST_PART * total), record.steps_per_epoch)
+    least = min(max(_MIN_EPOCH * record.steps_per_epoch, _MIN_PART * total), record.steps_per_epoch)
     ends = [epoch * record.steps_per_epoch for epoch in record.column("epoch")]
-    marker = "o" if len(ends) <= _MOST_MARKERS else ""
+    marker = "o" if len(ends) <= _MAX_MARKERS else ""
     drawn = [
         figures.smoothed(Curve("training", steps, training, _TRAINING), least),
         Curve("validation", ends, record.column(f"val_{metric.name}"), {**_VALIDATION, "marker": marker}),

@@ -26,7 +26,7 @@ from mnist_ray.cluster.devices import usable, without_unusable_gpus
 from mnist_ray.cluster.plan import WorkerPlan, plan_workers
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.cluster.rendezvous import WorkerGroupConfig
-from mnist_ray.cluster.watch import LONGEST_SILENCE_S, RaySilentError, end_controllers, in_thread
+from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError, end_controllers, in_thread
 from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.run import evaluate
 from mnist_ray.run.failures import FailureReporter, OldCheckpointError, cause_of, reason_of
@@ -142,7 +142,7 @@ def _listen(
         events = [event for event in taken if not isinstance(event, ControllerAlive)]
         if len(events) < len(taken):
             alive_at = time.monotonic()
-        elif time.monotonic() - alive_at > LONGEST_SILENCE_S:
+        elif time.monotonic() - alive_at > MAX_SILENCE_S:
             with contextlib.suppress(RayError):
                 end_controllers()  # else it could go on to train, once it answers again
             raise RaySilentError.of("Ray Train's controller")
@@ -158,7 +158,7 @@ def _listen(
 def _taken(event_queue: Any) -> list[Event]:
     """Return the new events. Raises RaySilentError if the event queue does not answer."""
     answer = event_queue.take.remote()
-    if not ray.wait([answer], timeout=LONGEST_SILENCE_S)[0]:
+    if not ray.wait([answer], timeout=MAX_SILENCE_S)[0]:
         raise RaySilentError.of("the event queue of its workers")
     return ray.get(answer)
 

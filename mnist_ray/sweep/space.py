@@ -24,9 +24,9 @@ _NONE, _LOG = "none", "log:"
 # All trials have the same data and number of epochs, and each configuration gets its seeds from the sweep.
 _NOT_SEARCHED = {"seed", "num_epochs", "validation_size", "limit", "overfit_batches", "callback", "init_from"}
 _NOT_SEARCHED |= {"checkpoint_every"}  # changes no weight
-_MOST_VALUES = 1000  # in a list
+_MAX_VALUES = 1000  # in a list
 _DRAWS = 10  # per trial, as some may be equal
-_LONGEST_NAME = 180  # bytes of a trial folder's name; file systems allow 255
+_MAX_NAME_BYTES = 180  # bytes of a trial folder's name; file systems allow 255
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Point:
         """The trial's folder."""
         parts = [f"{name}-{value}".replace("/", "_") for name, value in (*self.configuration, ("seed", self.seed))]
         name = "_".join(parts)
-        if len(name.encode()) <= _LONGEST_NAME:
+        if len(name.encode()) <= _MAX_NAME_BYTES:
             return name
         return f"trial-{hashlib.sha256(name.encode()).hexdigest()[:16]}_seed-{self.seed}"
 
@@ -202,8 +202,8 @@ def _parsed(text: str, known: Mapping[str, _Setting]) -> tuple[str, SearchSpace]
         space = Range(ends[0], ends[1], log=is_log)
         setting.check(space)
         return name, space
-    if given.count(",") >= _MOST_VALUES:
-        raise UsageError(f"these are more than {_MOST_VALUES:,} values; write a range, NAME=LOW:HIGH")
+    if given.count(",") >= _MAX_VALUES:
+        raise UsageError(f"these are more than {_MAX_VALUES:,} values; write a range, NAME=LOW:HIGH")
     try:
         (texts,) = csv.reader(io.StringIO(given, newline=""), skipinitialspace=True, strict=True)
     except (ValueError, csv.Error) as error:

@@ -32,8 +32,8 @@ from mnist_ray.workload.sources import as_displayed, open_picture
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})  # of the files taken from folders
 _BATCH_SIZE = 64
-_MOST_DRAWN = 240
-_LONGEST_NAME = 14
+_MAX_DRAWN = 240
+_MAX_NAME = 14
 
 
 @dataclass(frozen=True)
@@ -169,11 +169,11 @@ def _grid(predictions: Sequence[Prediction], workload: Workload, config: Predict
     from mnist_ray.workload.figures import image_grid  # imports matplotlib, which only a grid needs
 
     images, captions = [], []
-    for prediction in predictions[:_MOST_DRAWN]:
+    for prediction in predictions[:_MAX_DRAWN]:
         image = None if prediction.inputs is None else workload.as_picture(prediction.inputs)
         if image is not None:
             (_, probability), name = prediction.top[0], Path(prediction.file).name
-            short = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 5]}…{name[-4:]}"
+            short = name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 5]}…{name[-4:]}"
             images.append(image)
             percent = "" if math.isnan(probability) else f" {probability:.0%}"
             captions.append(f"{prediction.best}{'' if prediction.is_sure(config.threshold) else '?'}{percent}\n{short}")

@@ -17,7 +17,7 @@ from mnist_ray.workload.data import Split
 from mnist_ray.workload.figures import image_grid, single_image
 from mnist_ray.workload.loading import load_data, picture_of, placed
 
-_MOST_VALUES, _LONGEST_TEXT = 16, 80  # of an array or, in characters, of a text that is printed whole
+_MAX_VALUES, _MAX_TEXT = 16, 80  # of an array or, in characters, of a text that is printed whole
 _FORMAT: Any = {"float_kind": "{:g}".format, "int_kind": str, "bool": str}
 
 
@@ -62,9 +62,9 @@ def _short(value: Any) -> str:
     """Return a value in one line; of a long array shape and dtype, with the range, some values or how many are true."""
     array = np.asarray(value)
     if array.dtype.kind not in "biuf":
-        return f"{value}" if len(str(value)) <= _LONGEST_TEXT else f"{str(value)[:_LONGEST_TEXT]}…"
-    text = np.array2string(array, threshold=_MOST_VALUES, separator=", ", max_line_width=10_000, formatter=_FORMAT)
-    if not array.size or (array.ndim < 2 and array.size <= _MOST_VALUES):
+        return f"{value}" if len(str(value)) <= _MAX_TEXT else f"{str(value)[:_MAX_TEXT]}…"
+    text = np.array2string(array, threshold=_MAX_VALUES, separator=", ", max_line_width=10_000, formatter=_FORMAT)
+    if not array.size or (array.ndim < 2 and array.size <= _MAX_VALUES):
         return text
     if array.ndim > 1:
         text = f"{array.min():.4g} to {array.max():.4g}"

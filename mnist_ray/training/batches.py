@@ -36,7 +36,7 @@ Content = tuple[Any, int]  # a block's examples, Arrays or pairs (input, target)
 _NUM_THREADS = 8  # they mostly wait for the storage
 _PASSING = (MemoryError, ConnectionError, TimeoutError, bdb.BdbQuit)  # the last one ends a debugger
 _PR_SET_PDEATHSIG = 1  # of prctl.h: the signal for a process whose parent has ended
-_MOST_OF_GPU = 0.4  # of a GPU's free memory; activations and a second worker may need the rest
+_MAX_PART_OF_GPU = 0.4  # of a GPU's free memory; activations and a second worker may need the rest
 
 
 class Batch(NamedTuple):
@@ -59,7 +59,7 @@ class ArrayBatches(Dataset):
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
             free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # in PyTorch's cache
-            if arrays.nbytes > _MOST_OF_GPU * free:
+            if arrays.nbytes > _MAX_PART_OF_GPU * free:
                 device = torch.device("cpu")
         self.device, self._size = device, len(arrays)
         self._whole = tuple(map_arrays(self._tensor, values) for values in (arrays.inputs, arrays.targets))

@@ -39,7 +39,7 @@ from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.tensors import as_fp32, autocast, detached, with_fast_layout
 
-MOST_COLUMN_BYTES = 2**30  # of the predictions that a process evaluates, which it keeps in memory
+MAX_COLUMN_BYTES = 2**30  # of the predictions that a process evaluates, which it keeps in memory
 
 
 def create_state(workload: Workload, config: TrainConfig, num_examples: int, device: torch.device) -> TrainingState:
@@ -330,8 +330,8 @@ def evaluate(
         sums.append({"loss": loss, **measured_sums(workload, outputs, batch.targets)})
         columns.append(workload.predictions(outputs, batch.targets))
         num_bytes += sum(values.nbytes for values in columns[-1].values())
-        if num_bytes > MOST_COLUMN_BYTES:
-            name, size = f"{type(workload).__name__}.predictions", f"{MOST_COLUMN_BYTES / 2**20:,.0f} MiB"
+        if num_bytes > MAX_COLUMN_BYTES:
+            name, size = f"{type(workload).__name__}.predictions", f"{MAX_COLUMN_BYTES / 2**20:,.0f} MiB"
             raise UsageError(f"{name}: the columns of {len(split):,} {workload.nouns} exceed {size}; make them smaller")
     model.train(modes[model])  # calls the modules' own train(), if they have any
     for module, is_training in modes.items():

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 _FOLDER = Path("/dev/shm")
-_MOST_BYTES = 64 * 2**20  # above this, gloo is as fast: bandwidth matters more than latency
+_MAX_BYTES = 64 * 2**20  # above this, gloo is as fast: bandwidth matters more than latency
 _CACHE_LINE = 64  # bytes; each rank's counter has its own line
 _YIELDS_AFTER_S = 0.002  # of polling; then other processes get the core
 
@@ -91,7 +91,7 @@ def open_together(num_rows: Sequence[int], size: int) -> mmap.mmap | None:
     length, names, memory = len(num_rows) * _CACHE_LINE + 2 * sum(num_rows) * size * 4, [""], None
     with contextlib.ExitStack() as removed:  # the file; the memory stays until the last rank has closed it
         with contextlib.suppress(OSError):  # there is no such folder, or no room: a full memory would kill us later
-            if dist.get_rank() == 0 and length <= _MOST_BYTES and is_supported():
+            if dist.get_rank() == 0 and length <= _MAX_BYTES and is_supported():
                 created = removed.enter_context(tempfile.NamedTemporaryFile(prefix="mnist_ray-", dir=_FOLDER))
                 os.posix_fallocate(created.fileno(), 0, length)
                 names = [Path(created.name).name]

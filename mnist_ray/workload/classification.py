@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from mnist_ray.config import TrainConfig
 
 _NUM_TOP = 3
-_MOST_COLUMNS = 12  # with more classes, the console shows no confusion matrix
-_MOST_ROWS = 1000  # with more classes, there is no confusion matrix: its memory grows with their square
+_MAX_COLUMNS = 12  # with more classes, the console shows no confusion matrix
+_MAX_ROWS = 1000  # with more classes, there is no confusion matrix: its memory grows with their square
 
 
 class Classification(Workload):
@@ -121,7 +121,7 @@ class Classification(Workload):
         hits = labels[labels == predictions]
         totals, right = (np.bincount(some, minlength=self.num_classes).tolist() for some in (labels, hits))
         accuracies = [part / total if total else None for part, total in zip(right, totals, strict=True)]
-        if self.num_classes > _MOST_ROWS:
+        if self.num_classes > _MAX_ROWS:
             return {"test_accuracy_per_class": accuracies}
         counts = np.zeros((self.num_classes, self.num_classes), int)
         np.add.at(counts, (labels, predictions), 1)
@@ -129,7 +129,7 @@ class Classification(Workload):
 
     def lines(self, columns: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
         """Return the confusion matrix, with a row per label and a column per prediction; [] if it would be too wide."""
-        if self.num_classes > _MOST_COLUMNS or "label" not in columns:
+        if self.num_classes > _MAX_COLUMNS or "label" not in columns:
             return []
         details, names = Classification.details(self, columns), [str(name) for name in self.class_names]
         counts = details["confusion_matrix"]

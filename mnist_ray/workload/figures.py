@@ -24,14 +24,14 @@ from mnist_ray.workload.data import Split
 
 _FONT = matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf"
 _SIZE = (4.8, 4.0)  # inches: fits on a phone; side by side on a page, pictures have one height
-_LEAST_ERROR = 0.01  # percent: stands for 0 on a logarithmic axis
+_MIN_ERROR = 0.01  # percent: stands for 0 on a logarithmic axis
 _LINEAR_ABOVE = 10.0  # percent of mistakes: the axis is linear if all values have more
 _RIGHT, _WRONG, _CAPTION = "#2e8b57", "#e0483f", "#777777"  # readable on white and on black
-_LEAST_SIDE = 336  # pixels of the longer side of an image that is drawn alone
-_LEAST_TILE, _LEAST_GRID = 134, 402  # pixels: the width of an image in a grid, and of the grid
-_MOST_FONT, _CHARACTER = 26, 0.62  # pixels; a character's width as a fraction of the font size
+_MIN_SIDE = 336  # pixels of the longer side of an image that is drawn alone
+_MIN_TILE, _MIN_GRID = 134, 402  # pixels: the width of an image in a grid, and of the grid
+_MAX_FONT, _CHARACTER = 26, 0.62  # pixels; a character's width as a fraction of the font size
 _NUM_RANDOM, _NUM_WRONG, _NUM_MISTAKES = 24, 8, 32  # fill rows of eight
-_MOST_COUNTED = 20  # with more classes, pictures are drawn without counts and percentages
+_MAX_COUNTED = 20  # with more classes, pictures are drawn without counts and percentages
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def curves_of(metric: Metric, curves: Sequence[Curve], steps_per_epoch: float) -
 
 def on_axis(metric: Metric, value: float) -> float:
     """Return a value's position on a metric's axis: for a fraction, the distance to 1 in percent."""
-    return max(100 * (1 - value), _LEAST_ERROR) if metric.is_fraction else value
+    return max(100 * (1 - value), _MIN_ERROR) if metric.is_fraction else value
 
 
 def scale_axis(axes: Axes, metric: Metric, name: str = "") -> None:
@@ -137,7 +137,7 @@ def scale_axis(axes: Axes, metric: Metric, name: str = "") -> None:
         label_log_axis(axes.yaxis, least, most)
     if metric.is_fraction:
         axes.invert_yaxis()
-        axes.yaxis.set_major_formatter(lambda error, _: f"{100 - error:g}" if error > _LEAST_ERROR else "100")
+        axes.yaxis.set_major_formatter(lambda error, _: f"{100 - error:g}" if error > _MIN_ERROR else "100")
 
 
 def label_log_axis(axis: Axis, least: float, most: float) -> None:
@@ -229,7 +229,7 @@ def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> bytes:
     np.fill_diagonal(mistakes, 0)
     most = max(mistakes.max(), 1e-9)
     axes.imshow(mistakes, cmap="OrRd", vmin=0, vmax=most)
-    if len(counts) <= _MOST_COUNTED:
+    if len(counts) <= _MAX_COUNTED:
         for (label, prediction), count in np.ndenumerate(counts):
             is_dark = mistakes[label, prediction] > 0.6 * most
             style: dict[str, Any] = {"color": "white" if is_dark else "black", "fontsize": min(8, 110 / len(counts))}
@@ -251,7 +251,7 @@ def _name_ticks(axis: Any, names: Sequence[str]) -> None:
 
 def single_image(image: np.ndarray) -> bytes:
     """Enlarge one image, (H, W) or (H, W, 3) uint8, without a margin, so that other programs can read it."""
-    return png_of(_resized(image, max(1, _LEAST_SIDE // max(image.shape[:2]))))
+    return png_of(_resized(image, max(1, _MIN_SIDE // max(image.shape[:2]))))
 
 
 def image_grid(
@@ -262,11 +262,11 @@ def image_grid(
     With ``is_right``, right predictions get a tick, wrong ones a cross and a thick frame: colours are not needed.
     """
     num_columns = min(num_columns, len(images))
-    tile = max(_LEAST_TILE, _LEAST_GRID // num_columns)
+    tile = max(_MIN_TILE, _MIN_GRID // num_columns)
     margin = tile // 12
     captions = list(map(drawable, captions))
     longest = max(len(line) for caption in captions for line in caption.split("\n"))
-    font_size = max(1, min(_MOST_FONT, round(tile / (_CHARACTER * (2 + longest)))))
+    font_size = max(1, min(_MAX_FONT, round(tile / (_CHARACTER * (2 + longest)))))
     font = ImageFont.truetype(_FONT, font_size)
     drawn = [_resized(image, (tile - 2 * margin) / max(image.shape[:2])) for image in images]
     height, num_lines = max(image.height for image in drawn), max(caption.count("\n") + 1 for caption in captions)

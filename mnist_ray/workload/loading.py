@@ -28,7 +28,7 @@ from mnist_ray.workload.user_code import Source
 
 DEFAULT = "mnist_ray.mnist"
 _API = str(Path(config.__file__).with_name("api.py"))
-_MOST_FILES_ASKED = 1000  # at most so many files, evenly spaced, are stat'ed: file servers may be slow
+_MAX_FILES_ASKED = 1000  # at most so many files, evenly spaced, are stat'ed: file servers may be slow
 _REMEDIES = {"Tensor": "; call .numpy()", "NoneType": "; without targets, repeat the inputs"}
 
 Reference = str | type[Workload]  # a value of ``--workload``, or a class in this process
@@ -233,7 +233,7 @@ def digest_of_files(paths: Iterable[str | Path]) -> str:
     files = [os.fspath(path) for path in paths]
     folder = os.path.commonpath(map(os.path.dirname, files)) if files else ""
     digest = hashlib.sha256("\n".join(file[len(folder) :] for file in files).encode())
-    for index in np.linspace(0, len(files) - 1, min(_MOST_FILES_ASKED, len(files)), dtype=int):
+    for index in np.linspace(0, len(files) - 1, min(_MAX_FILES_ASKED, len(files)), dtype=int):
         stat = os.stat(files[index])
         digest.update(f"{stat.st_size} {int(stat.st_mtime)} ".encode())
     return digest.hexdigest()

@@ -13,7 +13,7 @@ from mnist_ray.workload.data import Blocks, Data, Split, Splits
 from mnist_ray.workload.order import AllBut, Shuffled
 
 _HOLD_OUT_SEED, _SUBSET_SEED = 28, 41
-_MOST_HELD_OUT = 5000  # by default; more examples would only make validation slower
+_MAX_HELD_OUT = 5000  # by default; more examples would only make validation slower
 
 
 def splits_of(data: Data, validation_size: int | None) -> Splits:
@@ -23,7 +23,7 @@ def splits_of(data: Data, validation_size: int | None) -> Splits:
         return Splits(data.name, train, train.between(0, 0), test, data.files)
     if data.validation is not None and validation_size is None:
         return Splits(data.name, train, Split(data.validation, origin="validation"), test, data.files)
-    size = min(_MOST_HELD_OUT, len(train) // 10) if validation_size is None else validation_size
+    size = min(_MAX_HELD_OUT, len(train) // 10) if validation_size is None else validation_size
     if size >= len(train):
         raise UsageError(
             f"--validation-size {size:,} leaves nothing to train on: the data has {len(train):,} training examples"

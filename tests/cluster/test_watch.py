@@ -19,7 +19,7 @@ from tests.conftest import wait_for
 
 def test_a_part_that_does_not_answer_is_named(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     answered = threading.Event()
-    monkeypatch.setattr(watch, "LONGEST_SILENCE_S", 0.2)
+    monkeypatch.setattr(watch, "MAX_SILENCE_S", 0.2)
     monkeypatch.setattr(watch, "_LOOK_INTERVAL_S", 0.05)
     watch.look()
     monkeypatch.setattr("ray.put", lambda content: answered.wait())

@@ -32,7 +32,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.train import PreemptionInfo
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from mnist_ray.cluster.watch import LONGEST_SILENCE_S, RaySilentError
+from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.errors import ExampleError, JobError, TrainingStoppedError, UnreadableDataError, UsageError
 from mnist_ray.report.run_files import read_csv
@@ -411,7 +411,7 @@ def test_a_job_waits_for_a_node_for_longer_than_ray_may_be_silent(
     gate.open()
 
     def add_a_node(job: psutil.Process) -> None:
-        time.sleep(LONGEST_SILENCE_S + 20)
+        time.sleep(MAX_SILENCE_S + 20)
         nodes.add_node(num_cpus=1)
 
     flags = [*gate.flags(), "--autoscaling"]
