@@ -11,6 +11,7 @@ python -m ray_fork.server SOCKET MODULE...
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import gc
@@ -63,6 +64,7 @@ class Request:
 
 def main() -> None:
     """Import modules, then fork workers until nobody can ask for one."""
+    atexit.register(_end_at_once)  # as the first, so it is called last, also in a worker
     path, modules, environment = Path(sys.argv[1]), sys.argv[2:], dict(os.environ)
     with listening(path) as listener:
         _end_with_owner()
@@ -72,6 +74,13 @@ def main() -> None:
         sys.argv[:] = request.argv
         sys.path[0] = str(Path(request.argv[0]).parent)
         runpy.run_path(request.argv[0], run_name="__main__")
+
+
+def _end_at_once() -> None:
+    """End the process before C++ destroys its objects: Ray 2.60 may wait there for ever for a lock that it holds."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @contextlib.contextmanager

@@ -190,6 +190,18 @@ def test_a_request_during_an_import_is_answered_afterwards_unless_the_client_has
         assert [child.pid for child in psutil.Process(server.process.pid).children()] == [answer]
 
 
+def test_a_worker_ends_with_pythons_exit_functions_and_without_those_of_libraries(
+    server: Server, tmp_path: Path
+) -> None:
+    script, pid = tmp_path / "ends.py", tmp_path / "pid"
+    write = f"open({str(pid)!r}, 'w').write(str(os.getpid()))"
+    waits = "libc = ctypes.CDLL(None); libc.__cxa_atexit(libc.pause, None, None)"
+    script.write_text(f"import atexit, ctypes, os\natexit.register(print, 'the end')\n{waits}\n{write}")
+    run_shim(tmp_path, script, env=server.environment)
+    wait_for(lambda: (tmp_path / "stdout").read_text() == "the end\n")
+    wait_for(lambda: not psutil.pid_exists(int(pid.read_text())), timeout_s=10)
+
+
 def test_a_killed_worker_leaves_no_zombie(server: Server, tmp_path: Path) -> None:
     worker = fork(tmp_path, "stay", env=server.environment)
     os.kill(worker["pid"], signal.SIGKILL)
