@@ -262,14 +262,14 @@ def read(place: str, rank: int, world_size: int, first_step: int = 0) -> dict[st
     dataset = batches_of(Split(Parquet(place)), torch.device("cpu"), None, _FEW_MIB)
     begun, state = time.perf_counter(), SimpleNamespace(epoch=0, total_step=first_step)
     config = TrainConfig(num_epochs=1)
-    order = dataset.begin(config, state, Group(rank, world_size))  # type: ignore[union-attr,arg-type]
+    order = dataset.announce(config, state, Group(rank, world_size))  # type: ignore[union-attr,arg-type]
     options: Any = {"rank": rank, "world_size": world_size, "first_step": first_step, "order": order}
     sampler = ShardedBatchSampler(len(dataset), config.batch_size, config.seed, 0, **options)
     sums, first_s = [], 0.0
     for batch in batch_loader(dataset, sampler, torch.device("cpu")):
         first_s = first_s or time.perf_counter() - begun
         digests = [hashlib.sha256(image.numpy().tobytes()).hexdigest()[:8] for image in batch.inputs]
-        sums.append(digests if batch.counts else [])
+        sums.append([] if batch.is_filler else digests)
     return {"first_s": first_s, "images": sum(map(len, sums)), "seconds": time.perf_counter() - begun, "steps": sums}
 
 

@@ -22,10 +22,10 @@ from mnist_ray.run.find import Found
 from mnist_ray.settings import path_of
 from mnist_ray.storage import write_file
 from mnist_ray.training.batches import ArrayBatches, ExampleBatches, batches_of
-from mnist_ray.training.sampler import Slice
+from mnist_ray.training.sampler import Request
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.loading import load_data, placed
+from mnist_ray.workload.loading import data_of, placed
 
 _TOLERANCE = 1e-4
 _NUM_COMPARED = 512
@@ -64,14 +64,14 @@ def export(found: Found, config: ExportConfig) -> Path:
 
 def test_batches(workload: Workload) -> ArrayBatches | ExampleBatches:
     """Return the data set of batches of the workload's test set. Raises UsageError and JobError."""
-    return batches_of(Split(load_data(workload).test, origin="test"), torch.device("cpu"), workload.collate)
+    return batches_of(Split(data_of(workload).test, origin="test"), torch.device("cpu"), workload.collate)
 
 
 def inputs_of(workload: Workload, batches: ArrayBatches | ExampleBatches, start: int, number: int) -> Any:
     """Return what the model takes for a batch of examples, which are repeated if they are few. Raises UsageError."""
     places = np.arange(start, start + number) % len(batches)
     with placed(workload, "prepare"):
-        return workload.prepare(batches[Slice(places)].inputs, None)
+        return workload.prepare(batches[Request(places)].inputs, None)
 
 
 @contextlib.contextmanager
@@ -109,6 +109,6 @@ def largest_difference(model: nn.Module, run: Callable[[Any], Any], inputs: Any)
     """Return the largest difference between the outputs of two models; NaN if an output is NaN."""
     with torch.inference_mode():
         pairs = zip(*(filter(torch.is_tensor, pytree.tree_leaves(call(inputs))) for call in (model, run)), strict=True)
-        both = [(one.double(), other.double()) for one, other in pairs]
-        apart = [torch.where(one == other, 0.0, one - other).abs().max() for one, other in both]  # both may be -inf
+        both = [(own.double(), other.double()) for own, other in pairs]
+        apart = [torch.where(own == other, 0.0, own - other).abs().max() for own, other in both]  # both may be -inf
         return float(torch.stack(apart).max())

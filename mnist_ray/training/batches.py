@@ -1,4 +1,4 @@
-"""Loading: from slices of an epoch's order to batches of tensors on the device."""
+"""Loading: from the sampler's requests to batches of tensors on the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,36 +20,38 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mnist_ray.config import READ_AHEAD_MIB, TrainConfig
-from mnist_ray.errors import ExampleError, JobError, UsageError, first_line
-from mnist_ray.storage import STORAGE_ERRORS, with_retries
-from mnist_ray.training.sampler import Slice, own_chunks
+from mnist_ray.errors import ExampleError, first_line
+from mnist_ray.training.block_reader import BlockReader, OnDemand, ReadAhead
+from mnist_ray.training.sampler import Request, own_chunks
 from mnist_ray.training.state import Group, TrainingState
 from mnist_ray.workload.data import Arrays, Blocks, Split
 from mnist_ray.workload.memory import map_arrays
-from mnist_ray.workload.order import Read, StreamOrder
+from mnist_ray.workload.order import StreamOrder
 from mnist_ray.workload.splits import sizes_in
 from mnist_ray.workload.tensors import map_tensors
 
 Collate = Callable[[list[tuple[Any, Any]]], "tuple[Any, Any] | None"]
-Content = tuple[Any, int]  # a block's examples, Arrays or pairs (input, target), and their bytes
-_NUM_THREADS = 8  # they mostly wait for the storage
 _PASSING = (MemoryError, ConnectionError, TimeoutError, bdb.BdbQuit)  # the last one ends a debugger
 _PR_SET_PDEATHSIG = 1  # of prctl.h: the signal for a process whose parent has ended
 _MAX_PART_OF_GPU = 0.4  # of a GPU's free memory; activations and a second worker may need the rest
 
 
 class Batch(NamedTuple):
-    """One rank's slice of a global batch, or a piece of the slice."""
+    """A micro-batch, or a batch of an evaluation."""
 
     inputs: Any  # in the form of the workload's data, (examples, ...), or as its ``collate`` returns them
     targets: Any  # likewise
     global_size: int  # number of examples in the whole batch, over all ranks
-    ends_step: bool = True  # whether this is the rank's last piece of the batch
-    counts: bool = True  # False: the rank has no examples, and this one's loss is not counted
+    ends_step: bool = True  # whether this is the rank's last micro-batch of the step
+    is_filler: bool = False  # the rank has no examples of this batch, and this one's loss does not count
+
+
+def _loaded(request: Request, inputs: Any, targets: Any) -> Batch:
+    return Batch(inputs, targets, request.global_size, request.ends_step, request.is_filler)
 
 
 class ArrayBatches(Dataset):
-    """Arrays in memory, indexed by whole slices.
+    """Arrays in memory, indexed once per request.
 
     On the CPU, the tensors are views of the given arrays. The arrays are copied once to a GPU with enough memory.
     """
@@ -70,12 +71,12 @@ class ArrayBatches(Dataset):
     def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, chosen: Slice) -> Batch:
-        indices = torch.from_numpy(chosen.indices)
+    def __getitem__(self, request: Request) -> Batch:
+        indices = torch.from_numpy(request.indices)
         if self.device.type == "cuda":
             indices = indices.pin_memory().to(self.device, non_blocking=True)
         inputs, targets = map_tensors(lambda tensor: tensor[indices], self._whole)
-        return Batch(inputs, targets, *chosen[1:])
+        return _loaded(request, inputs, targets)
 
 
 class ExampleBatches(Dataset):
@@ -92,14 +93,14 @@ class ExampleBatches(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, chosen: Slice) -> Batch:
-        places = self.split.places(chosen.indices)
+    def __getitem__(self, request: Request) -> Batch:
+        places = self.split.places(request.indices)
         if isinstance(arrays := self.split.examples, Arrays):
             take = functools.partial(_rows, places=places)
-            return Batch(map_arrays(take, arrays.inputs), map_arrays(take, arrays.targets), *chosen[1:])
-        return self._joined([self._example(place) for place in places.tolist()], places, chosen)
+            return _loaded(request, map_arrays(take, arrays.inputs), map_arrays(take, arrays.targets))
+        return self._joined([self._example(place) for place in places.tolist()], places, request)
 
-    def _joined(self, examples: list[tuple[Any, Any]], places: np.ndarray, chosen: Slice) -> Batch:
+    def _joined(self, examples: list[tuple[Any, Any]], places: np.ndarray, request: Request) -> Batch:
         """Join examples, whose indices in the user's data are ``places``, to a batch."""
         try:
             joined = None if self.collate is None else self.collate(examples)
@@ -113,7 +114,7 @@ class ExampleBatches(Dataset):
             reason = _misfit(places, examples) or first_line(error)
             remedy = "make them alike in the Dataset, or join them in the workload's collate()"
             raise ExampleError(f"{self.split.origin} examples do not fit together: {reason}; {remedy}") from error
-        return Batch(inputs, targets, *chosen[1:])
+        return _loaded(request, inputs, targets)
 
     def _example(self, place: int) -> tuple[Any, Any]:
         seed = (self.seed * 2_147_483_647 + place) % 2**63
@@ -141,22 +142,17 @@ def _misfit(places: np.ndarray, examples: list[tuple[Any, Any]]) -> str:
 
 
 class BlockBatches(ExampleBatches):
-    """A split of ``Blocks``. Threads read the blocks of an announced order ahead; others are read when needed."""
+    """A split of ``Blocks``. Blocks are read when they are needed, until an order is announced: then, ahead of it."""
 
     def __init__(self, split: Split, collate: Collate | None, read_ahead_mib: int) -> None:
         super().__init__(split, 0, collate)
         self._edges = np.append(0, np.cumsum(split.examples.sizes))
-        self._sizes = sizes_in(split)
-        self._most_mib = read_ahead_mib
-        self._threads = ThreadPoolExecutor(_NUM_THREADS)
-        self._held = dict[int, tuple[Read, Future[Content]]]()  # by block
-        self._announced: Iterator[Read] | None = None
-        self._next: Read | None = None
-        self._step = 0  # over all epochs
-        self._largest = 0  # block so far, in bytes
+        self._sizes = sizes_in(split)  # None if the indices are not sorted, with --overfit-batches
+        self._read_ahead_mib = read_ahead_mib
+        self._reader: BlockReader = OnDemand(split, read_ahead_mib, self._sizes)
 
-    def begin(self, config: TrainConfig, state: TrainingState, group: Group) -> StreamOrder | None:
-        """Return the order of the state's epoch; None if the indices are not sorted, with ``--overfit-batches``."""
+    def announce(self, config: TrainConfig, state: TrainingState, group: Group) -> StreamOrder | None:
+        """Return the order of the state's epoch, and from now on read ahead; None if there is no such order."""
         if (sizes := self._sizes) is None:
             return None
         if group.world_size > config.num_chunks:
@@ -166,85 +162,28 @@ class BlockBatches(ExampleBatches):
         def order(epoch: int) -> StreamOrder:
             return StreamOrder(sizes, config.batch_size, config.num_chunks, config.seed, epoch)
 
-        if self._announced is None:  # the first epoch; the others follow without a wait
-            self._step = first = state.total_step
+        if not isinstance(self._reader, ReadAhead):  # the first epoch; the others follow without a wait
+            first = state.total_step
             own = own_chunks(config.num_chunks, group.rank, group.world_size)
             epochs = range(state.epoch, config.num_epochs)
-            self._announced = (read for epoch in epochs for read in order(epoch).reads(own, first))
-            self._next = next(self._announced, None)
+            reads = (read for epoch in epochs for read in order(epoch).reads(own, first))
+            self._reader = ReadAhead(self.split, self._read_ahead_mib, reads, first)
         return order(state.epoch)
 
-    def __getitem__(self, chosen: Slice) -> Batch:
-        places = self.split.places(chosen.indices)
+    def __getitem__(self, request: Request) -> Batch:
+        places = self.split.places(request.indices)
         blocks = np.searchsorted(self._edges, places, side="right") - 1
         rows, by_block = places - self._edges[blocks], np.argsort(blocks, kind="stable")
         numbers, starts = np.unique(blocks[by_block], return_index=True)
-        self._read_ahead()
-        contents = {number: self._content(number) for number in numbers.tolist()}
-        self._step += chosen.ends_step
-        if all(isinstance(content, Arrays) for content in contents.values()):
-            of_blocks = zip(contents.values(), np.split(rows[by_block], starts[1:]), strict=True)
-            parts = [content[own_rows] for content, own_rows in of_blocks]
+        examples_of = self._reader.examples_of(numbers.tolist(), ends_step=request.ends_step)
+        if all(isinstance(examples, Arrays) for examples in examples_of.values()):
+            of_blocks = zip(examples_of.values(), np.split(rows[by_block], starts[1:]), strict=True)
+            parts = [examples[own_rows] for examples, own_rows in of_blocks]
             back = torch.from_numpy(np.argsort(by_block))
-            inputs, targets = pytree.tree_map(lambda *of: torch.from_numpy(np.concatenate(of))[back], *parts)
-            return Batch(inputs, targets, *chosen[1:])
-        examples = [contents[block][row] for block, row in zip(blocks.tolist(), rows.tolist(), strict=True)]
-        return self._joined(examples, places, chosen)
-
-    def _content(self, block: int) -> Any:
-        wanted = [block]
-        if self._announced is None:  # in an evaluation, which reads the blocks in their order, or overfitting
-            if self._sizes is not None and self._sizes[block + 1 : block + 2].any():
-                wanted.append(block + 1)
-            if self._sizes is not None or (block not in self._held and not self._fits()):
-                self._held = {number: held for number, held in self._held.items() if number in wanted}
-        for number in wanted:
-            if number not in self._held:
-                self._start(Read(self._step, self._step, number))
-        content, num_bytes = self._held[block][1].result()
-        self._largest = max(self._largest, num_bytes)
-        return content
-
-    def _read_ahead(self) -> None:
-        """Forget the blocks that no step needs any more, and start to read the next ones."""
-        if self._announced is None:
-            return
-        self._held = {block: held for block, held in self._held.items() if held[0].last_step >= self._step}
-        used = [task for read, task in self._held.values() if read.first_step < self._step]
-        needed = [task.result()[1] for task in used if task.done()]
-        if (num_mib := sum(needed) / 2**20) > self._most_mib:
-            mib = f"{num_mib:,.0f} MiB, above --read-ahead-mib {self._most_mib}"
-            remedy = "raise it, write smaller blocks (row groups), or start a run with fewer --num-chunks"
-            raise ExampleError(f"a step needs {len(needed)} blocks at a time, in all {mib}; {remedy}")
-        while self._next is not None and (self._next.first_step <= self._step or self._fits()):
-            self._start(self._next)
-            self._next = next(self._announced, None)
-
-    def _fits(self) -> bool:
-        """Return whether one more block, as large as the largest so far, fits into the memory."""
-        return 0 < (len(self._held) + 1) * self._largest <= self._most_mib * 2**20
-
-    def _start(self, read: Read) -> None:
-        before, future = self._held.get(read.block, (read, None))  # two streams may share a block
-        read = read._replace(last_step=max(before.last_step, read.last_step))
-        self._held[read.block] = read, future or self._threads.submit(self._read, read.block)
-
-    def _read(self, block: int) -> Content:
-        name, size = f"{self.split.origin} block {block}", self._edges[block + 1] - self._edges[block]
-        try:
-            examples = with_retries(lambda: self.split.examples.read(block))
-        except STORAGE_ERRORS as error:  # a retry may succeed
-            raise JobError(f"{name} cannot be read: {first_line(error)}") from error
-        except (UsageError, JobError) as error:  # of Parquet; its cause may be in the user's decode
-            raise ExampleError(str(error)) from error.__cause__
-        except Exception as error:
-            raise ExampleError(f"{name} cannot be read: {type(error).__name__}: {first_line(error)}") from error
-        if len(examples) != size:
-            raise ExampleError(f"{name} has {len(examples):,} examples; sizes says {size:,}")
-        if isinstance(examples, Arrays):
-            return examples, examples.nbytes
-        leaves = pytree.tree_leaves(examples)
-        return examples, sum(getattr(leaf, "nbytes", None) or sys.getsizeof(leaf) for leaf in leaves)
+            inputs, targets = pytree.tree_map(lambda *arrays: torch.from_numpy(np.concatenate(arrays))[back], *parts)
+            return _loaded(request, inputs, targets)
+        examples = [examples_of[block][row] for block, row in zip(blocks.tolist(), rows.tolist(), strict=True)]
+        return self._joined(examples, places, request)
 
 
 def batches_of(
@@ -283,17 +222,17 @@ def _rows(array: np.ndarray, places: np.ndarray) -> Tensor:
 
 
 def batch_loader(
-    dataset: ArrayBatches | ExampleBatches, slices: Iterable[Slice], device: torch.device, num_processes: int = 0
+    dataset: ArrayBatches | ExampleBatches, requests: Iterable[Request], device: torch.device, num_processes: int = 0
 ) -> DataLoader:
-    """Return a loader that reads ``slices``. ``num_processes`` processes read a ``Dataset`` or mapped arrays ahead.
+    """Return a loader that reads ``requests``. ``num_processes`` processes read a ``Dataset`` or mapped arrays ahead.
 
-    With ``batch_size=None``, the DataLoader passes each slice to the data set as it is, so arrays are indexed once per
+    With ``batch_size=None``, the DataLoader passes each request to the data set as it is: arrays are indexed once per
     batch. By default, it would read the examples one by one and stack them.
     """
     is_on_gpu = isinstance(dataset, ArrayBatches) and dataset.device.type == "cuda"
     return DataLoader(
         dataset,
-        sampler=slices,
+        sampler=requests,
         batch_size=None,
         num_workers=num_processes if type(dataset) is ExampleBatches else 0,  # threads read blocks
         pin_memory=device.type == "cuda" and not is_on_gpu,  # elsewhere, it would only take memory of the first GPU

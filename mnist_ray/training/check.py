@@ -21,7 +21,7 @@ from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.settings import values_of
 from mnist_ray.training.batches import Batch, batches_of
 from mnist_ray.training.metrics import check_columns
-from mnist_ray.training.sampler import Slice
+from mnist_ray.training.sampler import Request
 from mnist_ray.training.state import check_kept
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
@@ -43,7 +43,7 @@ def try_batch(
 
     def first(number: int) -> Batch:
         with placed(workload, "an example"):
-            return batches[Slice(np.arange(number), number)]
+            return batches[Request(np.arange(number), number)]
 
     with placed(workload, "an example"):
         batches = batches_of(train, torch.device("cpu"), workload.collate)
@@ -51,7 +51,7 @@ def try_batch(
     picture_of(workload, inputs)
     number = min(NUM_EXAMPLES, len(train))
     with placed(workload, "an example"):
-        last = batches[Slice(np.arange(len(train) - number, len(train)), number)]
+        last = batches[Request(np.arange(len(train) - number, len(train)), number)]
     unused = check_batch(workload, first(number), [first((number + 1) // 2), first(1), last], config, len(train))
     for size in batch_sizes:
         shares = [max(1, int(batch * part)) for batch in (size, len(train) % size or size)]

@@ -7,6 +7,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,9 @@ from mnist_ray.training.batches import (
 )
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
-from mnist_ray.training.metrics import Evaluation, MetricSums, TrainingDivergedError, check_columns
+from mnist_ray.training.metrics import Evaluation, TrainingDivergedError, check_columns
 from mnist_ray.training.reproducible import Chunks
-from mnist_ray.training.sampler import ShardedBatchSampler, Slice, split_bounds
+from mnist_ray.training.sampler import Request, ShardedBatchSampler, split_bounds
 from mnist_ray.training.state import Group, LoggingWindow, StopWantedError, TrainingState, is_over, move_average
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
@@ -80,43 +81,35 @@ def train(
         callback.on_start(state, group)
     gradients = Gradients(workload, state, config, group)
     examples = batches_of(split, group.device, workload.collate, read_ahead_mib)
-    window = LoggingWindow(workload, group)
+    window, decision = LoggingWindow(workload, group), None
     while not is_over(state, config):
         window.restart_clock()
-        for pieces in _steps(examples, state, config, group, num_loader_processes):
-            sums = gradients.compute(pieces)
+        for micro_batches in _steps(examples, state, config, group, num_loader_processes):
+            sums = gradients.compute(micro_batches)
             _update(state, config, callbacks)
             state.step += 1
             for callback in callbacks:
                 callback.on_step(state)
-            window.add(sums, pieces[0].global_size)
-            is_last = state.total_step == state.last_step
-            is_due = is_last or state.step % config.checkpoint_every == 0
-            if not (window.is_full(state.num_steps - state.step) or is_due):
-                continue
-            stop_wanted = is_last or any(callback.wants_stop() for callback in callbacks)
-            progress = window.close(state, stop_wanted=stop_wanted)
-            for callback in callbacks:
-                callback.on_progress(state, progress)
-            wanted = [callback.wants_checkpoint() for callback in callbacks]
-            if (any(wanted) or is_due or window.stops) and state.step < state.num_steps:
-                _save(state, progress, callbacks)
-                if window.stops:
+            window.add(sums, micro_batches[0].global_size)
+            decision = _decide(window, state, config, callbacks)
+            if decision is not None and decision.saves:
+                _save(state, decision.progress, callbacks)
+                if decision.stops:
                     raise StopWantedError
                 window.restart_clock()
-        state.finished_s += state.epoch_s
-        state.epoch, state.step, state.sums, state.epoch_s = state.epoch + 1, 0, MetricSums(), 0.0
+        assert decision is not None  # an epoch's last step closes a window
+        state.finish_epoch()
         for callback in callbacks:
-            callback.on_epoch(state, progress)
-        _save(state, progress, callbacks)
-        if window.stops and not is_over(state, config):
+            callback.on_epoch(state, decision.progress)
+        _save(state, decision.progress, callbacks)
+        if decision.stops and not is_over(state, config):
             raise StopWantedError
 
 
 def _steps(
     examples: ArrayBatches | ExampleBatches, state: TrainingState, config: TrainConfig, group: Group, num_processes: int
 ) -> Iterator[list[Batch]]:
-    """Yield this rank's slice of each remaining step of the epoch, as a list of pieces on the device."""
+    """Yield this rank's slice of each remaining step of the epoch, as a list of micro-batches on the device."""
     sampler = ShardedBatchSampler(
         len(examples),
         config.batch_size,
@@ -126,17 +119,17 @@ def _steps(
         world_size=group.world_size,
         first_step=state.step,
         num_chunks=config.chunks,
-        piece_size=config.micro_batch_size,
-        order=examples.begin(config, state, group) if isinstance(examples, BlockBatches) else None,
+        micro_batch_size=config.micro_batch_size,
+        order=examples.announce(config, state, group) if isinstance(examples, BlockBatches) else None,
     )
     if isinstance(examples, ExampleBatches):
         examples.seed = seed_of(config.seed, state.epoch, 0)
-    pieces: list[Batch] = []
-    for piece in on_device(batch_loader(examples, sampler, group.device, num_processes), group.device):
-        pieces.append(piece)
-        if piece.ends_step:
-            yield pieces
-            pieces = []
+    micro_batches: list[Batch] = []
+    for micro_batch in on_device(batch_loader(examples, sampler, group.device, num_processes), group.device):
+        micro_batches.append(micro_batch)
+        if micro_batch.ends_step:
+            yield micro_batches
+            micro_batches = []
 
 
 def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callback]) -> None:
@@ -155,6 +148,32 @@ def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callb
     state.scheduler.step()
     if config.ema_decay is not None:
         move_average(state, config.ema_decay)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows a step after which a window was closed: alike on all ranks."""
+
+    progress: Progress
+    saves: bool  # a checkpoint within the epoch; one follows an epoch's last step in any case
+    stops: bool  # once the checkpoint is saved
+
+
+def _decide(
+    window: LoggingWindow, state: TrainingState, config: TrainConfig, callbacks: Sequence[Callback]
+) -> Decision | None:
+    """Close and report the window if it is full or a checkpoint is due; return what follows. None: the next step."""
+    is_last = state.total_step == state.last_step
+    is_due = is_last or state.step % config.checkpoint_every == 0
+    if not (is_due or window.is_full(state.num_steps - state.step)):
+        return None
+    stop_wanted = is_last or any(callback.wants_stop() for callback in callbacks)
+    progress, stops = window.close(state, stop_wanted=stop_wanted)
+    for callback in callbacks:
+        callback.on_progress(state, progress)
+    wanted = [callback.wants_checkpoint() for callback in callbacks]  # asks all of them
+    saves = (is_due or stops or any(wanted)) and state.step < state.num_steps
+    return Decision(progress, saves, stops)
 
 
 def _save(state: TrainingState, progress: Progress, callbacks: Sequence[Callback]) -> None:
@@ -177,14 +196,14 @@ class Gradients:
         self._trained = [parameter.requires_grad for parameter in state.model.parameters()]
         self._generator = _generator(group.device)
 
-    def compute(self, pieces: Sequence[Batch]) -> dict[str, Tensor]:
+    def compute(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Put the gradients into the model; return this rank's part of the sums over the global batch.
 
         Raises TrainingStoppedError, at an epoch's start, if other parameters than at first are trained.
         """
         if self._state.step == 0:
             self._check_trained()
-        return self._of_slice(pieces) if self._chunks is None else self._of_chunks(pieces, self._chunks)
+        return self._of_slice(micro_batches) if self._chunks is None else self._of_chunks(micro_batches, self._chunks)
 
     def _check_trained(self) -> None:
         """Raise TrainingStoppedError if other parameters than at first are trained: their gradients would be wrong."""
@@ -192,31 +211,31 @@ class Gradients:
         if not is_alone and self._trained != [parameter.requires_grad for parameter in self._state.model.parameters()]:
             raise TrainingStoppedError("a callback has changed requires_grad in mid-training; change it in on_start")
 
-    def _of_slice(self, pieces: Sequence[Batch]) -> dict[str, Tensor]:
+    def _of_slice(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
         self._seed(self._group.rank)
         total: dict[str, Tensor] = {}
-        for piece in pieces:
-            # DDP averages over the ranks in the backward pass of the last piece. Before it, gradients accumulate.
-            accumulates = isinstance(self._model, DistributedDataParallel) and not piece.ends_step
+        for batch in micro_batches:
+            # DDP averages over the ranks in the backward pass of the last one. Before it, gradients accumulate.
+            accumulates = isinstance(self._model, DistributedDataParallel) and not batch.ends_step
             with self._model.no_sync() if accumulates else contextlib.nullcontext():  # type: ignore[operator]
-                sums = self._backward(piece, self._group.world_size / piece.global_size)
+                sums = self._backward(batch, self._group.world_size / batch.global_size)
             total = {name: total[name] + value for name, value in sums.items()} if total else sums
         return total
 
-    def _of_chunks(self, pieces: Sequence[Batch], chunks: Chunks) -> dict[str, Tensor]:
-        for chunk, piece in zip(chunks.begin(), pieces, strict=True):
+    def _of_chunks(self, micro_batches: Sequence[Batch], chunks: Chunks) -> dict[str, Tensor]:
+        for chunk, batch in zip(chunks.start_step(), micro_batches, strict=True):
             self._seed(chunk)
-            chunks.collect(chunk, self._backward(piece, 1 / piece.global_size))
+            chunks.collect(chunk, self._backward(batch, 1 / batch.global_size))
         return chunks.apply()
 
-    def _seed(self, part: int) -> None:
-        """Seed augmentation and dropout alike in a resumed run; without chunks, only if it has as many workers."""
+    def _seed(self, number: int) -> None:
+        """Seed augmentation and dropout by epoch, step, and the number of the rank or, if there are any, the chunk."""
         for generator in {torch.default_generator, self._generator}:
-            generator.manual_seed(seed_of(self._config.seed, self._state.epoch, part) + self._state.step)
+            generator.manual_seed(seed_of(self._config.seed, self._state.epoch, number) + self._state.step)
 
-    def _backward(self, piece: Batch, weight: float) -> dict[str, Tensor]:
+    def _backward(self, batch: Batch, weight: float) -> dict[str, Tensor]:
         scaler = self._state.scaler
-        return backward(self._workload, self._model, piece, self._config, weight, self._generator, scaler)
+        return backward(self._workload, self._model, batch, self._config, weight, self._generator, scaler)
 
 
 @functools.lru_cache
@@ -243,16 +262,16 @@ def backward(
 
     Returns the sums of the loss and of the workload's measures, on the device. With a weight of 1 / global batch size,
     the gradients of slices add up to those of the global batch's mean loss, even if slices are uneven. DDP averages
-    over the ranks, so with DDP the weight is multiplied by the world size. A batch that does not count adds zeros.
+    over the ranks, so with DDP the weight is multiplied by the world size. A filler adds zeros.
     """
     with autocast(next(model.parameters()).device, config.precision):
         outputs = as_fp32(model(workload.prepare(batch.inputs, generator)))
     loss_sum = workload.loss(outputs, batch.targets).sum()
     minimized = workload.training_loss(outputs, batch.targets, config)
-    loss = (loss_sum if minimized is None else minimized.sum()) * (weight if batch.counts else 0.0)
+    loss = (loss_sum if minimized is None else minimized.sum()) * (0.0 if batch.is_filler else weight)
     (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
     sums = {"loss": loss_sum.detach(), **measured_sums(workload, outputs, batch.targets)}
-    return sums if batch.counts else {name: torch.zeros_like(value) for name, value in sums.items()}
+    return {name: torch.zeros_like(value) for name, value in sums.items()} if batch.is_filler else sums
 
 
 def measured_sums(workload: Workload, outputs: Any, targets: Any) -> dict[str, Tensor]:
@@ -318,11 +337,11 @@ def evaluate(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     batches = split_bounds(len(split), len(split), workload.evaluation_batch_size(on_gpu=device.type == "cuda"))
-    slices = [Slice(np.arange(*bounds), 0) for bounds in batches]
+    requests = [Request(np.arange(*bounds)) for bounds in batches]
     sums: list[dict[str, Tensor]] = []  # these and the columns stay on the device, since each transfer waits for it
     columns: list[dict[str, Tensor]] = []
     num_bytes = 0
-    loader = batch_loader(batches_of(split, device, workload.collate), slices, device, num_loader_processes)
+    loader = batch_loader(batches_of(split, device, workload.collate), requests, device, num_loader_processes)
     for batch in on_device(loader, device):
         on_batch()
         outputs = as_fp32(model(workload.prepare(batch.inputs, None)))
@@ -336,8 +355,10 @@ def evaluate(
     model.train(modes[model])  # calls the modules' own train(), if they have any
     for module, is_training in modes.items():
         module.training = is_training  # a callback may keep layers in evaluation mode
-    values = iter(torch.stack([value.double() for each in sums for value in each.values()]).tolist() if sums else [])
-    batch_sums = tuple({name: next(values) for name in each} for each in sums)
+    values = iter(
+        torch.stack([value.double() for of_batch in sums for value in of_batch.values()]).tolist() if sums else []
+    )
+    batch_sums = tuple({name: next(values) for name in of_batch} for of_batch in sums)
     check_columns(columns)
     joined = {name: torch.cat([part[name] for part in columns]).cpu().numpy() for name in (columns or [{}])[0]}
     return Evaluation(batch_sums, len(split), joined)

@@ -79,9 +79,10 @@ class Chunks:
         self._first = [_as_real(getattr(module, name)) for module, name in self._places]
         self._dtype = functools.reduce(torch.promote_types, (p.dtype for p in self._parameters), torch.float32)
         self._nodes: list[Subtree] = []
+        self._total: Callable[[Tensor], Tensor] | None = None  # set at the first step, when a row's length is known
 
-    def begin(self) -> range:
-        """Begin a step with the model's buffers as they are now; return this rank's chunks."""
+    def start_step(self) -> range:
+        """Note the model's buffers as they are before the step; return this rank's chunks."""
         self._before = [buffer.clone() for buffer in self._buffers()]
         return self._own
 
@@ -108,7 +109,9 @@ class Chunks:
 
         Ranks other than 0 return zeros, so that a sum over the ranks counts each example once.
         """
-        total = self._exchange(torch.stack([node.vector for node in self._nodes]))
+        rows = torch.stack([node.vector for node in self._nodes])  # one per subtree
+        self._total = self._total or self._connect(rows.shape[1])
+        total = self._total(rows)
         self._nodes, buffers = [], self._buffers()
         sizes = [tensor.numel() for tensor in (*self._parameters, *buffers)] + [1] * len(self._names)
         values = torch.split(total, sizes)
@@ -120,11 +123,10 @@ class Chunks:
         sums = values[-len(self._names) :] if self._rank == 0 else [torch.zeros(1)] * len(self._names)
         return {name: value[0] for name, value in zip(self._names, sums, strict=True)}
 
-    @functools.cached_property
-    def _exchange(self) -> Callable[[Tensor], Tensor]:
-        """Turns this rank's rows, one per subtree, into the sum over all ranks' rows. All ranks get the same.
+    def _connect(self, size: int) -> Callable[[Tensor], Tensor]:
+        """Return a function from this rank's rows, of ``size`` numbers each, to the sum over all ranks' rows.
 
-        Created at the first step, on all ranks at once, when the rows' length is known.
+        All ranks must call this method, and then the function, at the same steps; all get the same sum.
         """
         none = torch.empty(0)
         of_ranks = [
@@ -139,7 +141,7 @@ class Chunks:
 
         if self._world_size == 1:
             return total
-        size, num_rows = len(self._nodes[0].vector), [len(nodes) for nodes in of_ranks]
+        num_rows = [len(nodes) for nodes in of_ranks]
         memory = shared_memory.open_together(num_rows, size) if self._dtype == torch.float32 else None
         if memory is None:
             return lambda rows: total(_gathered(rows, self._rank, num_rows))

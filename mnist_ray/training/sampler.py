@@ -1,4 +1,9 @@
-"""Sharded sampling: each rank's slices of global batches that do not depend on the number of ranks."""
+"""Sharded sampling: each rank's slices of global batches that do not depend on the number of ranks.
+
+A *batch* is global: the examples of one optimizer step, over all ranks. A rank's part of it is a *slice*. A rank
+computes its slice in *micro-batches*: in one, or, with ``--micro-batch-size``, in several. With ``--reproducible``, a
+batch is cut into a fixed number of *chunks* in place of slices; a rank has several of them, each a micro-batch.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +20,13 @@ from mnist_ray.workload.order import Shuffled, StreamOrder
 _DRAWN_AT_ONCE = 2**13  # examples of an epoch's order; drawing one at a time takes 100 times as long
 
 
-class Slice(NamedTuple):
-    """The indices that the loader requests from a data set."""
+class Request(NamedTuple):
+    """What the loader requests from a data set: a micro-batch, or a batch of an evaluation."""
 
     indices: np.ndarray
     global_size: int = 0  # number of examples in the whole batch, over all ranks; 0 in an evaluation
-    ends_step: bool = True  # whether this is the rank's last piece of the batch
-    counts: bool = True  # False: the rank has no examples, so it gets one that is not counted, not an empty batch
+    ends_step: bool = True  # whether this is the rank's last micro-batch of the step
+    is_filler: bool = False  # in place of an empty micro-batch: one example, which does not count
 
 
 def split_bounds(num_examples: int, num_parts: int, batch_size: int) -> list[tuple[int, int]]:
@@ -43,9 +48,7 @@ class ShardedBatchSampler:
 
     The global batches depend on (seed, epoch) only, never on the number of ranks: the epoch's order is cut into
     batches, and rank r of w takes the r-th of each batch's w slices. So a run can resume at any ``first_step`` with any
-    number of workers and see the same batches. All ranks get the same number of slices. A slice of more than
-    ``piece_size`` examples is yielded in pieces. With ``num_chunks``, batches are cut into chunks instead of slices,
-    and each of a rank's chunks is a piece. In place of an empty piece, one example is yielded that does not count.
+    number of workers and see the same batches. Every rank makes all steps, if need be with a filler.
     """
 
     num_examples: int
@@ -55,25 +58,26 @@ class ShardedBatchSampler:
     rank: int = 0
     world_size: int = 1
     first_step: int = 0
-    num_chunks: int | None = None
-    piece_size: int | None = None
+    num_chunks: int | None = None  # of a batch, with --reproducible; None: slices
+    micro_batch_size: int | None = None  # at most; None: any
     order: StreamOrder | None = None  # of examples in blocks; a rank's slice comes from its own streams
 
-    def __iter__(self) -> Iterator[Slice]:
+    def __iter__(self) -> Iterator[Request]:
         num_slices = self.num_chunks or (self.order.num_streams if self.order else self.world_size)
         own = own_chunks(num_slices, self.rank, self.world_size)
         cuts = (*own, own.stop) if self.num_chunks else (own.start, own.stop)
         for batch in self._batches():
             bounds = [len(batch) * number // num_slices for number in cuts]
-            pieces = [piece for first, last in pairwise(bounds) for piece in self._cut(batch[first:last])]
-            for piece in pieces:
-                counts = len(piece) > 0
-                yield Slice(piece if counts else batch[:1], len(batch), piece is pieces[-1], counts)
+            micro_batches = [indices for first, last in pairwise(bounds) for indices in self._cut(batch[first:last])]
+            for number, indices in enumerate(micro_batches, start=1):
+                is_filler = len(indices) == 0
+                ends_step = number == len(micro_batches)
+                yield Request(batch[:1] if is_filler else indices, len(batch), ends_step, is_filler)
 
     def _cut(self, indices: np.ndarray) -> list[np.ndarray]:
-        if self.piece_size is None or len(indices) <= self.piece_size:
+        if self.micro_batch_size is None or len(indices) <= self.micro_batch_size:
             return [indices]
-        return np.array_split(indices, math.ceil(len(indices) / self.piece_size))
+        return np.array_split(indices, math.ceil(len(indices) / self.micro_batch_size))
 
     def _batches(self) -> Iterator[np.ndarray]:
         order = self.order or Shuffled(self.num_examples, [self.seed, self.epoch])

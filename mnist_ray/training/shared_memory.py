@@ -88,18 +88,28 @@ class Exchange:
 
 def open_together(num_rows: Sequence[int], size: int) -> mmap.mmap | None:
     """Return zeroed memory that all ranks share; None on all ranks if one cannot map it. All ranks must call it."""
-    length, names, memory = len(num_rows) * _CACHE_LINE + 2 * sum(num_rows) * size * 4, [""], None
+    num_bytes = len(num_rows) * _CACHE_LINE + 2 * sum(num_rows) * size * 4
     with contextlib.ExitStack() as removed:  # the file; the memory stays until the last rank has closed it
-        with contextlib.suppress(OSError):  # there is no such folder, or no room: a full memory would kill us later
-            if dist.get_rank() == 0 and length <= _MAX_BYTES and is_supported():
-                created = removed.enter_context(tempfile.NamedTemporaryFile(prefix="mnist_ray-", dir=_FOLDER))
-                os.posix_fallocate(created.fileno(), 0, length)
-                names = [Path(created.name).name]
+        names = [_create_file(num_bytes, removed) if dist.get_rank() == 0 and is_supported() else ""]
         dist.broadcast_object_list(names, src=0)
-        with contextlib.suppress(OSError):  # created on another machine, or not at all
-            if is_supported():
-                with (_FOLDER / names[0]).open("r+b") as file:
-                    memory = mmap.mmap(file.fileno(), 0)
+        memory = _mapped(names[0]) if is_supported() else None
         has_all = torch.tensor(int(memory is not None))
         dist.all_reduce(has_all, dist.ReduceOp.MIN)
     return memory if has_all.item() else None
+
+
+def _create_file(num_bytes: int, removed: contextlib.ExitStack) -> str:
+    """Create a file of zeros, until ``removed`` ends; return its name. Empty if it would be too large."""
+    if num_bytes > _MAX_BYTES:
+        return ""
+    with contextlib.suppress(OSError):  # there is no such folder, or no room: a full memory would kill us later
+        created = removed.enter_context(tempfile.NamedTemporaryFile(prefix="mnist_ray-", dir=_FOLDER))  # noqa: SIM115
+        os.posix_fallocate(created.fileno(), 0, num_bytes)
+        return Path(created.name).name
+    return ""
+
+
+def _mapped(name: str) -> mmap.mmap | None:
+    with contextlib.suppress(OSError), (_FOLDER / name).open("r+b") as file:  # created elsewhere, or not at all
+        return mmap.mmap(file.fileno(), 0)
+    return None

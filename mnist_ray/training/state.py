@@ -58,13 +58,19 @@ class TrainingState:
     scores: list[float] = field(default_factory=list)  # of each finished epoch with a validation; higher is better
     ends: bool = False  # set by a callback: no further epoch
     num_steps: int = 0  # per epoch
-    last_step: int = -1  # the total step where a piece of a trial ends; -1: it does not end early
+    last_step: int = -1  # the total step at which a trial's segment ends; -1: the state belongs to no segment
     learning_rate: float = math.nan  # with which the last step was made, in the optimizer's first parameter group
 
     @property
     def total_step(self) -> int:
         """Optimizer steps done in all epochs."""
         return self.epoch * self.num_steps + self.step
+
+    def finish_epoch(self) -> None:
+        """Begin the next epoch: its sums and its time are 0."""
+        self.finished_s += self.epoch_s
+        self.epoch += 1
+        self.step, self.sums, self.epoch_s = 0, MetricSums(), 0.0
 
     @property
     def result(self) -> nn.Module:
@@ -128,7 +134,6 @@ class LoggingWindow:
         self._interval_steps = _FIRST_INTERVAL_STEPS
         self._sums: list[dict[str, Tensor]] = []  # of each step, on this rank
         self._sizes: list[int] = []  # of each step's global batch
-        self.stops = False  # whether rank 0 wanted to stop when the last window was closed
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -144,8 +149,11 @@ class LoggingWindow:
         """Tell whether to close the window. It stays open if an epoch's last steps are too few for another."""
         return steps_left == 0 or (len(self._sizes) >= self._interval_steps and 2 * steps_left >= self._interval_steps)
 
-    def close(self, state: TrainingState, *, stop_wanted: bool) -> Progress:
-        """Sum the window over all ranks, add it to ``state``, and empty it. Raises TrainingDivergedError."""
+    def close(self, state: TrainingState, *, stop_wanted: bool) -> tuple[Progress, bool]:
+        """Sum the window over all ranks, add it to ``state``, and empty it.
+
+        Returns the progress, and whether rank 0 wanted to stop. Raises TrainingDivergedError.
+        """
         names = list(self._sums[0])
         sums = torch.stack([step[name] for step in self._sums for name in names]).double()
         if sums.is_cuda:
@@ -166,9 +174,9 @@ class LoggingWindow:
             window += step
             state.sums += step  # step by step: the bits of the sum must not depend on when windows close
         self._sums, self._sizes = [], []
-        self._interval_steps, self.stops = int(agreed[0]), bool(agreed[1])
+        self._interval_steps = int(agreed[0])
         state.epoch_s += float(agreed[2])
-        return Progress(
+        progress = Progress(
             epoch=state.epoch + 1,
             step=state.step,
             num_steps=state.num_steps,
@@ -179,3 +187,4 @@ class LoggingWindow:
             epoch_s=state.epoch_s,
             learning_rate=state.learning_rate,
         )
+        return progress, bool(agreed[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,6 +88,17 @@ class Read(NamedTuple):
     block: int
 
 
+class Stream(NamedTuple):
+    """A part of the row of blocks, from which each batch takes as many examples."""
+
+    number: int
+    start: int  # place in the row
+    stop: int
+    width: int  # examples of a full batch
+    offset: int  # where they begin within a full batch, …
+    offset_of_last: int  # … and within the last batch, which may be smaller
+
+
 class StreamOrder:
     """An epoch's order of a split's examples, which are in blocks. Its slices are arrays of indices of the split.
 
@@ -104,14 +115,19 @@ class StreamOrder:
         self._blocks = blocks[sizes[blocks] > 0]
         self._firsts = (np.cumsum(sizes) - sizes)[self._blocks]  # the index of each block's first example
         self._edges = np.append(0, np.cumsum(sizes[self._blocks]))  # of the blocks in the row
-        self._num_full, rest = divmod(len(self), batch_size)  # batches
-        self._first_step = epoch * (self._num_full + (rest > 0))
-        cuts = np.arange(num_streams + 1) * np.array([[batch_size], [rest]]) // num_streams
-        self._parts = cuts[:, :-1]  # where each stream's part of a full batch begins, and of the last one
-        self._widths = np.diff(cuts[0])  # examples that each stream gives to a full batch
-        lengths = self._num_full * self._widths + np.diff(cuts[1])
-        self._bounds = np.append(0, np.cumsum(lengths))  # of the streams in the row
-        self._first_blocks = self._block_at(self._bounds)
+        self._num_full, num_last = divmod(len(self), batch_size)  # batches, examples
+        self._first_step = epoch * (self._num_full + (num_last > 0))
+        self._streams = list(self._streams_for(num_last))
+
+    def _streams_for(self, num_last: int) -> Iterator[Stream]:
+        start = 0
+        for number in range(self.num_streams):
+            offset, next_offset = (self._batch_size * cut // self.num_streams for cut in (number, number + 1))
+            last_offset, next_last_offset = (num_last * cut // self.num_streams for cut in (number, number + 1))
+            width = next_offset - offset
+            stop = start + self._num_full * width + next_last_offset - last_offset
+            yield Stream(number, start, stop, width, offset, last_offset)
+            start = stop
 
     def __len__(self) -> int:
         return int(self._edges[-1])
@@ -120,26 +136,35 @@ class StreamOrder:
         """Return the indices of the examples at the places of a slice, (stop - start,)."""
         start, stop, _ = places.indices(len(self))
         steps, within = np.divmod(np.arange(start, stop), self._batch_size)
-        is_last = steps == self._num_full
-        of_full, of_last = (np.searchsorted(parts, within, side="right") - 1 for parts in self._parts)
-        streams = np.where(is_last, of_last, of_full)
-        at = self._bounds[streams] + steps * self._widths[streams] + within - self._parts[is_last.astype(int), streams]
-        windows = (self._block_at(at) - self._first_blocks[streams]) // _WINDOW
-        groups = streams * len(self._edges) + windows
-        for group in np.unique(groups).tolist():
-            own = np.flatnonzero(groups == group)  # their places in the row follow each other
-            stream, window = divmod(group, len(self._edges))
-            first, last = self._window(stream, window)
-            shuffled = Shuffled(last - first, [*self._key, stream, window])
-            at[own] = first + shuffled[at[own[0]] - first : at[own[-1]] - first + 1]
-        blocks = self._block_at(at)
-        return self._firsts[blocks] + at - self._edges[blocks]
+        of_full = np.searchsorted([stream.offset for stream in self._streams], within, side="right") - 1
+        of_last = np.searchsorted([stream.offset_of_last for stream in self._streams], within, side="right") - 1
+        numbers = np.where(steps == self._num_full, of_last, of_full)
+        indices = np.empty(len(steps), np.int64)
+        for number in np.unique(numbers).tolist():
+            stream, own = self._streams[number], np.flatnonzero(numbers == number)
+            step, place = int(steps[own[0]]), int(within[own[0]])
+            offset = stream.offset_of_last if step == self._num_full else stream.offset
+            first = stream.start + step * stream.width + place - offset
+            indices[own] = self._of_stream(stream, first, first + len(own))  # they follow each other in the row
+        return indices
+
+    def _of_stream(self, stream: Stream, first: int, end: int) -> np.ndarray:
+        """Return the indices of a stream's examples at the places ``first`` to ``end - 1`` of the row."""
+        first_block, drawn = self._block_at(stream.start), []
+        windows = [(self._block_at(place) - first_block) // _WINDOW for place in (first, end - 1)]
+        for number in range(windows[0], windows[1] + 1):
+            start, stop = self._window(stream, number)
+            shuffled = Shuffled(stop - start, [*self._key, stream.number, number])
+            drawn.append(start + shuffled[max(first, start) - start : min(end, stop) - start])
+        places = np.concatenate(drawn)
+        blocks = self._block_at(places)
+        return self._firsts[blocks] + places - self._edges[blocks]
 
     def reads(self, streams: Iterable[int], first_step: int) -> list[Read]:
         """Return the reads of some streams for the steps from ``first_step`` on, in the order of need."""
         found = []
-        for stream in streams:
-            num_blocks = self._block_at(self._bounds[stream + 1] - 1) + 1 - self._first_blocks[stream]
+        for stream in (self._streams[number] for number in streams):
+            num_blocks = self._block_at(stream.stop - 1) + 1 - self._block_at(stream.start)
             for window in range(-(-num_blocks // _WINDOW)):
                 first, last = self._window(stream, window)
                 steps = self._step_of(stream, first), self._step_of(stream, last - 1)
@@ -152,14 +177,13 @@ class StreamOrder:
         """Return the number, in the row, of the block at one or more places of the row."""
         return np.searchsorted(self._edges, place, side="right") - 1
 
-    def _window(self, stream: int, number: int) -> tuple[int, int]:
+    def _window(self, stream: Stream, number: int) -> tuple[int, int]:
         """Return where a window of a stream begins and ends in the row."""
-        first_block = self._first_blocks[stream] + number * _WINDOW
+        first_block = self._block_at(stream.start) + number * _WINDOW
         first, last = self._edges[first_block], self._edges[min(first_block + _WINDOW, len(self._edges) - 1)]
-        return int(max(first, self._bounds[stream])), int(min(last, self._bounds[stream + 1]))
+        return int(max(first, stream.start)), int(min(last, stream.stop))
 
-    def _step_of(self, stream: int, place: int) -> int:
-        """Return the step that needs the example at a place of a stream."""
-        width = self._widths[stream]
-        in_full = (place - self._bounds[stream]) // width if width else self._num_full
+    def _step_of(self, stream: Stream, place: int) -> int:
+        """Return the step that needs the example at a stream's place in the row."""
+        in_full = (place - stream.start) // stream.width if stream.width else self._num_full
         return int(self._first_step + min(in_full, self._num_full))

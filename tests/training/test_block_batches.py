@@ -15,7 +15,7 @@ import torch
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import ExampleError
 from mnist_ray.training.batches import Batch, BlockBatches, batch_loader, batches_of
-from mnist_ray.training.sampler import ShardedBatchSampler, Slice
+from mnist_ray.training.sampler import Request, ShardedBatchSampler
 from mnist_ray.training.state import Group
 from mnist_ray.workload import Arrays, Blocks
 from mnist_ray.workload.data import Split
@@ -38,7 +38,7 @@ def epochs(
     """Yield a rank's batches of all epochs, as the engine reads them."""
     state: Any = SimpleNamespace(epoch=0, step=first_step, total_step=first_step)
     for state.epoch in range(config.num_epochs):
-        order = dataset.begin(config, state, Group(rank, world_size))
+        order = dataset.announce(config, state, Group(rank, world_size))
         sampler = ShardedBatchSampler(
             len(dataset), config.batch_size, config.seed, state.epoch, rank, world_size, state.step, order=order
         )
@@ -198,18 +198,18 @@ def test_blocks_of_texts_are_read_ahead() -> None:
 
 def test_examples_that_no_order_announces_are_read_when_needed() -> None:
     blocks = Numbers()
-    batch = dataset_of(blocks)[Slice(np.array([46, 0, 41]))]
+    batch = dataset_of(blocks)[Request(np.array([46, 0, 41]))]
     assert batch.inputs.tolist() == [46, 0, 41]
     assert sorted(blocks.read_blocks) == [0, 1]
     few = Split(blocks, np.tile(np.arange(35, 45), 3))  # as with --overfit-batches
     dataset = BlockBatches(few, None, 64)
-    assert dataset.begin(CONFIG, Mock(epoch=0, total_step=0), Group()) is None
+    assert dataset.announce(CONFIG, Mock(epoch=0, total_step=0), Group()) is None
 
 
 def test_an_evaluation_reads_each_block_once_and_holds_few_whatever_the_memory() -> None:
     blocks = Counted(100)
     dataset = dataset_of(blocks)
     for start in range(0, 1600, 20):
-        dataset[Slice(np.arange(start, start + 20))]
+        dataset[Request(np.arange(start, start + 20))]
     assert blocks.reads == 100
     assert blocks.most <= 3, "one whose rows are taken, one that is read, one to be forgotten"

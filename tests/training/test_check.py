@@ -11,9 +11,9 @@ from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.training.batches import batches_of
 from mnist_ray.training.check import NUM_EXAMPLES, check_batch, try_batch
-from mnist_ray.training.sampler import Slice
+from mnist_ray.training.sampler import Request
 from mnist_ray.workload.data import Arrays, Split
-from mnist_ray.workload.loading import load, load_data
+from mnist_ray.workload.loading import data_of, load
 from mnist_ray.workload.splits import splits_of
 from tests.conftest import mnist
 
@@ -84,11 +84,11 @@ class Spare(nn.Linear):
 def dry_run_of(write: Write, body: str, base: str = "Right", config: TrainConfig = FP32) -> None:
     """Send a batch of ``Wrong``, a workload derived from ``base``, through it."""
     workload = load(f"{write(f'{RIGHT}class Wrong({base}):{body}')}:Wrong")()
-    train = splits_of(load_data(workload), 0).train
+    train = splits_of(data_of(workload), 0).train
     number = min(NUM_EXAMPLES, len(train))
     batches = batches_of(train, torch.device("cpu"), workload.collate)
-    whole, *others = (batches[Slice(np.arange(size), size)] for size in (number, number // 2, 1))
-    others.append(batches[Slice(np.arange(len(train) - number, len(train)), number)])
+    whole, *others = (batches[Request(np.arange(size), size)] for size in (number, number // 2, 1))
+    others.append(batches[Request(np.arange(len(train) - number, len(train)), number)])
     check_batch(workload, whole, others, config, num_examples=2400)
 
 
@@ -199,7 +199,7 @@ OWN_OPTIMIZER = """
 
 def test_the_settings_that_a_workloads_own_optimizer_does_not_use_are_found(write: Write) -> None:
     workload = load(f"{write(f'{RIGHT}class Wrong(Right):{OWN_OPTIMIZER}')}:Wrong")()
-    train = splits_of(load_data(workload), 0).train
+    train = splits_of(data_of(workload), 0).train
     unused = try_batch(workload, train, FP32, [10], Fraction(1))
     assert unused == {"optimizer", "beta1", "beta2", "momentum", "weight_decay", "warmup_steps"}  # a schedule is used
     examples = Split(Arrays(np.zeros((20, 28, 28), np.uint8), np.zeros(20, int)))

@@ -94,7 +94,7 @@ class Steep(MNIST):
         return 100 * super().loss(outputs, targets)
 
 
-def test_a_run_with_a_scaled_loss_in_pieces_resumes_bit_identical(tmp_path: Path, few_images: Arrays) -> None:
+def test_a_run_with_a_scaled_loss_in_micro_batches_resumes_bit_identical(tmp_path: Path, few_images: Arrays) -> None:
     config = replace(CONFIG, num_epochs=1, precision="fp16", micro_batch_size=7, clip_grad_norm=0.5)
     state = train_and_save(tmp_path / "whole", few_images, config, workload=Steep())
     assert state.scaler.get_scale() < 65536

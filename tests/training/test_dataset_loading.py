@@ -23,7 +23,7 @@ from mnist_ray.training.batches import (
     batches_of,
     on_device,
 )
-from mnist_ray.training.sampler import ShardedBatchSampler, Slice
+from mnist_ray.training.sampler import Request, ShardedBatchSampler
 from mnist_ray.workload import Arrays, Blocks
 from mnist_ray.workload.data import Split
 from tests.conftest import mnist
@@ -78,7 +78,7 @@ def global_batches(part: Split, world_size: int, num_processes: int = 0, seed: i
     of_ranks = [slices_of(ExampleBatches(part, seed), rank, world_size, num_processes) for rank in range(world_size)]
     batches = []
     for slices in zip(*of_ranks, strict=True):
-        parts = [leaves(some.inputs) + leaves(some.targets) for some in slices if some.counts]
+        parts = [leaves(some.inputs) + leaves(some.targets) for some in slices if not some.is_filler]
         batches.append([torch.cat(tensors) for tensors in zip(*parts, strict=True)])
     return batches
 
@@ -111,7 +111,7 @@ def test_read_only_arrays_are_loaded_without_a_warning(kind: str) -> None:
     examples = [(row, 0) for row in rows] if kind == "dataset" else Arrays(rows, rows)
     torch.set_warn_always(True)  # torch warns only once, maybe in an earlier test
     try:
-        assert batches_of(Split(examples), CPU)[Slice(np.array([2, 1]))].inputs.tolist() == [[2], [1]]
+        assert batches_of(Split(examples), CPU)[Request(np.array([2, 1]))].inputs.tolist() == [[2], [1]]
     finally:
         torch.set_warn_always(False)
 
@@ -132,12 +132,12 @@ def test_every_example_is_loaded_once_an_epoch_in_the_samplers_order(kind: str) 
 @pytest.mark.parametrize("examples", [Tables(), Arrays(np.arange(10), np.arange(10))], ids=["dataset", "arrays"])
 def test_a_rank_without_examples_gets_one_that_does_not_count(examples: Any) -> None:
     last = [slices_of(batches_of(Split(examples), CPU), rank, 7)[-1] for rank in range(7)]
-    assert sorted(batch.counts for batch in last) == [False] * 5 + [True] * 2
+    assert sorted(batch.is_filler for batch in last) == [False] * 2 + [True] * 5
     assert {(len(batch.targets), batch.global_size) for batch in last} == {(1, 2)}
 
 
 def test_dicts_keep_their_keys() -> None:
-    batch = ExampleBatches(Split(Tables()), 0)[Slice(np.array([4, 2]))]
+    batch = ExampleBatches(Split(Tables()), 0)[Request(np.array([4, 2]))]
     assert list(batch.inputs) == ["size", "image"]
     assert batch.inputs["size"].tolist() == [4, 2]
     image, half = batch.inputs["image"]
@@ -155,18 +155,18 @@ def sequences(examples: Sequence[tuple[Any, Any]]) -> tuple[dict[str, Tensor], T
 @pytest.mark.parametrize("num_processes", [0, 1])
 def test_the_workloads_collate_joins_the_examples_of_a_data_set(num_processes: int) -> None:
     examples = Split([([1.0] * length, length) for length in (1, 3, 2)])
-    (batch,) = batch_loader(batches_of(examples, CPU, sequences), [Slice(np.array([0, 2]))], CPU, num_processes)
+    (batch,) = batch_loader(batches_of(examples, CPU, sequences), [Request(np.array([0, 2]))], CPU, num_processes)
     assert batch.inputs["padded"].tolist() == [[1, 0], [1, 1]]
     assert batch.inputs["lengths"].tolist() == batch.targets.tolist() == [1, 2]
     wrong: tuple[Any, Any] = (lambda examples: (1, 2, 3), lambda examples: 1 / 0)
     with pytest.raises(ExampleError, match=r"^collate must return a pair \(inputs, targets\)$"):
-        batches_of(examples, CPU, wrong[0])[Slice(np.arange(2))]
+        batches_of(examples, CPU, wrong[0])[Request(np.arange(2))]
     with pytest.raises(ZeroDivisionError):
-        batches_of(examples, CPU, wrong[1])[Slice(np.arange(2))]
+        batches_of(examples, CPU, wrong[1])[Request(np.arange(2))]
 
 
 def test_all_tensors_of_a_batch_are_copied_to_a_device() -> None:
-    batch = ExampleBatches(Split(Tables()), 0)[Slice(np.array([4, 2]), 2)]
+    batch = ExampleBatches(Split(Tables()), 0)[Request(np.array([4, 2]), 2)]
     moved = next(on_device([batch], torch.device("meta")))
     assert {leaf.device.type for leaf in [*leaves(moved.inputs), *leaves(moved.targets)]} == {"meta"}
     assert list(moved.inputs) == ["size", "image"]
@@ -177,7 +177,7 @@ def test_all_tensors_of_a_batch_are_copied_to_a_device() -> None:
 def test_a_subset_is_loaded_by_its_own_indices(examples: Any) -> None:
     batches = batches_of(Split(examples).take(np.array([9, 5, 7])), CPU)
     assert isinstance(batches, ExampleBatches if isinstance(examples, Rows) else ArrayBatches)
-    assert batches[Slice(np.array([2, 0]))].targets.tolist() == [7, 9]
+    assert batches[Request(np.array([2, 0]))].targets.tolist() == [7, 9]
 
 
 # --- random draws
@@ -193,8 +193,8 @@ def test_random_draws_are_the_same_in_a_resumed_run() -> None:
 
 def test_random_draws_are_the_same_in_any_part() -> None:
     whole, part = Split(Noisy()), Split(Noisy()).between(4, 8)
-    expected = batches_of(whole, CPU)[Slice(np.arange(4, 8))]
-    assert batches_of(part, CPU)[Slice(np.arange(4))].inputs.equal(expected.inputs)
+    expected = batches_of(whole, CPU)[Request(np.arange(4, 8))]
+    assert batches_of(part, CPU)[Request(np.arange(4))].inputs.equal(expected.inputs)
 
 
 def test_random_draws_differ_by_example_generator_and_seed() -> None:
@@ -221,7 +221,7 @@ def test_mapped_arrays_give_the_same_batches_as_arrays_in_memory(tmp_path: Path)
 @pytest.mark.parametrize("error", [StopIteration(), AssertionError("odd"), EOFError()])
 def test_whatever_an_example_raises_names_it_and_ends_no_loader(error: Exception) -> None:
     batches = batches_of(Split(Mock(__len__=lambda self: 4, __getitem__=Mock(side_effect=error))), CPU)
-    slices = [Slice(np.array([2]), 1), Slice(np.array([3]), 1)]
+    slices = [Request(np.array([2]), 1), Request(np.array([3]), 1)]
     with pytest.raises(ExampleError, match=f"^train example 2 cannot be read: {type(error).__name__}"):
         list(batch_loader(batches, slices, CPU))
 
@@ -229,14 +229,14 @@ def test_whatever_an_example_raises_names_it_and_ends_no_loader(error: Exception
 def test_a_collate_that_raises_stop_iteration_does_not_end_the_data() -> None:
     batches = batches_of(Split(Rows()), CPU, Mock(side_effect=StopIteration))
     with pytest.raises(ExampleError, match=r"^collate has raised StopIteration$"):
-        list(batch_loader(batches, [Slice(np.array([2]), 1)], CPU))
+        list(batch_loader(batches, [Request(np.array([2]), 1)], CPU))
 
 
 @pytest.mark.parametrize("error", [MemoryError(), ConnectionResetError(), TimeoutError("read timed out")])
 def test_errors_that_may_pass_are_raised_as_they_are(error: Exception) -> None:
     batches = batches_of(Split(Mock(__len__=lambda self: 4, __getitem__=Mock(side_effect=error))), CPU)
     with pytest.raises(type(error)):
-        list(batch_loader(batches, [Slice(np.array([2]), 1)], CPU))
+        list(batch_loader(batches, [Request(np.array([2]), 1)], CPU))
 
 
 def test_a_process_that_loads_another_number_of_examples_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +262,7 @@ def windows(request: pytest.FixtureRequest, tmp_path: Path) -> np.ndarray:
 def test_overlapping_windows_are_never_copied_as_a_whole(windows: np.ndarray) -> None:
     split = Split(Arrays(windows, windows)).take(np.arange(len(windows) - 1))
     assert share(mnist(), split).stored is None  # each process opens them
-    batch = batches_of(split, CPU)[Slice(np.array([WIDTH, 3 * WIDTH - 1]), 2)]
+    batch = batches_of(split, CPU)[Request(np.array([WIDTH, 3 * WIDTH - 1]), 2)]
     assert batch.inputs.shape == batch.targets.shape == (2, WIDTH)
     assert batch.inputs.nonzero().tolist() == [[0, 0], [1, 1]]
     assert batch.inputs[:, :2].tolist() == [[1, 0], [0, 3]]
@@ -272,7 +272,7 @@ def test_overlapping_windows_are_never_copied_as_a_whole(windows: np.ndarray) ->
 def test_some_rows_of_a_mapped_array_are_read_as_they_are(rows: slice, tmp_path: Path) -> None:
     np.save(tmp_path / "rows.npy", np.arange(60, dtype=np.uint16).reshape(20, 3))
     mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")[rows]
-    batch = batches_of(Split(Arrays(mapped, mapped)), CPU)[Slice(np.array([7, 2]), 2)]
+    batch = batches_of(Split(Arrays(mapped, mapped)), CPU)[Request(np.array([7, 2]), 2)]
     assert batch.inputs.tolist() == mapped[[7, 2]].tolist()
     assert batch.inputs.data_ptr() % 64 == 0  # always the same alignment
 
@@ -297,7 +297,7 @@ PARTS = Arrays(
 def test_arrays_may_be_dicts(examples: Arrays | Blocks, indices: np.ndarray | None) -> None:
     split = Split(examples) if indices is None else Split(examples).take(indices)
     chosen = np.array([6, 0, 5])
-    batch = batches_of(split, CPU)[Slice(chosen, 3)]
+    batch = batches_of(split, CPU)[Request(chosen, 3)]
     inputs, targets = PARTS[chosen if indices is None else indices[chosen]]
     for found, expected in ((batch.inputs, inputs), (batch.targets, targets)):
         assert {name: values.tolist() for name, values in found.items()} == {
@@ -339,7 +339,7 @@ class Sessions(Rows):
 
 
 def test_a_signal_to_all_processes_of_a_job_does_not_reach_its_loader_processes() -> None:
-    (batch,) = batch_loader(ExampleBatches(Split(Sessions()), 0), [Slice(np.arange(2))], CPU, 1)
+    (batch,) = batch_loader(ExampleBatches(Split(Sessions()), 0), [Request(np.arange(2))], CPU, 1)
     assert batch.inputs.tolist() == batch.targets.tolist()
     assert batch.inputs[0] != os.getsid(0)
 
@@ -361,7 +361,7 @@ class Failing(Rows):
 def test_an_error_of_a_data_set_has_its_place_in_any_process(
     num_processes: int, error: BaseException, reason: str
 ) -> None:
-    loader = batch_loader(batches_of(Split(Failing(error)), CPU), [Slice(np.arange(2))], CPU, num_processes)
+    loader = batch_loader(batches_of(Split(Failing(error)), CPU), [Request(np.arange(2))], CPU, num_processes)
     with pytest.raises(ExampleError) as raised:
         next(iter(loader))
     line = next(number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "# here" in text)
@@ -372,7 +372,7 @@ def test_an_error_of_a_data_set_has_its_place_in_any_process(
 def test_an_example_that_cannot_be_read_is_named_by_its_index_in_the_data_set() -> None:
     part = Split(Failing(OSError("image file is truncated"))).take(np.array([3, 8]))
     with pytest.raises(ExampleError, match=r"^train example 8 cannot be read: image file is truncated$"):
-        batches_of(part, CPU)[Slice(np.array([1]))]
+        batches_of(part, CPU)[Request(np.array([1]))]
 
 
 @pytest.mark.parametrize(
@@ -386,4 +386,4 @@ def test_an_example_that_does_not_fit_the_others_is_named(form: Callable[[Any], 
     )
     examples = [(form(np.zeros(size)), 0) for size in (3, 3, 4)]
     with pytest.raises(ExampleError, match=message):
-        batches_of(Split(examples), CPU)[Slice(np.arange(1, 3))]
+        batches_of(Split(examples), CPU)[Request(np.arange(1, 3))]

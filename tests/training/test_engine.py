@@ -63,21 +63,21 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3, eps=1e-4),
 }
 # Images and settings of 15 steps each: even slices; slices of 2 and 3 images; some ranks without an image; a smaller
-# last batch; slices in pieces, some ranks with one more than others; gradients that are all clipped; smoothed targets,
-# with an EMA; a callback that changes the gradients.
+# last batch; slices in micro-batches, some ranks with one more than others; gradients that are all clipped; smoothed
+# targets, with an EMA; a callback that changes the gradients.
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "even": (240, {"batch_size": 16}),
     "uneven": (120, {"batch_size": 8}),
     "empty": (30, {"batch_size": 2}),
     "last": (230, {"batch_size": 16}),
-    "pieces": (230, {"batch_size": 16, "micro_batch_size": 3}),
+    "micro-batches": (230, {"batch_size": 16, "micro_batch_size": 3}),
     "clipped": (230, {"batch_size": 16, "micro_batch_size": 5, "clip_grad_norm": 0.2}),
     "averaged": (230, {"batch_size": 16, "label_smoothing": 0.2, "ema_decay": 0.8}),
     "called": (230, {"batch_size": 16}),
 }
 
 # All cases with SGD, some with Adam, whose moments remember earlier gradients.
-TRAINED = [("sgd", case) for case in CASES] + [("adam", case) for case in ("even", "pieces", "averaged")]
+TRAINED = [("sgd", case) for case in CASES] + [("adam", case) for case in ("even", "micro-batches", "averaged")]
 
 
 def add_weights_to_gradients(model: nn.Module) -> None:

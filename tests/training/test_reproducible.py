@@ -137,7 +137,7 @@ def test_a_step_begins_with_the_buffers_that_a_callback_has_set(is_in_place: boo
     for mean in (3.0, 5.0):
         model.running_mean.fill_(mean)
         seen = []
-        for chunk in chunks.begin():
+        for chunk in chunks.start_step():
             seen.append(float(model.running_mean))
             moved = model.running_mean + chunk
             if is_in_place:

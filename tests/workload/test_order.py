@@ -16,11 +16,11 @@ def test_every_number_has_one_place(number: int) -> None:
     np.testing.assert_array_equal(np.sort(order[:]), np.arange(number))
 
 
-def test_a_piece_is_what_the_whole_has_there() -> None:
+def test_a_stretch_is_what_the_whole_has_there() -> None:
     whole = Shuffled(1000, [3, 1])[:]
-    pieces = [Shuffled(1000, [3, 1])[start : start + 64] for start in range(0, 1000, 64)]
-    np.testing.assert_array_equal(np.concatenate(pieces), whole)
-    assert len(pieces[-1]) == 1000 % 64
+    stretches = [Shuffled(1000, [3, 1])[start : start + 64] for start in range(0, 1000, 64)]
+    np.testing.assert_array_equal(np.concatenate(stretches), whole)
+    assert len(stretches[-1]) == 1000 % 64
 
 
 def test_all_orders_of_four_numbers_are_as_frequent() -> None:
@@ -47,11 +47,11 @@ def test_any_stretch_of_an_order_is_from_all_over_the_numbers() -> None:
 
 def test_the_order_of_a_billion_takes_no_memory_for_each() -> None:
     tracemalloc.start()
-    piece = Shuffled(10**9, [0, 0])[999_999_000:]
+    stretch = Shuffled(10**9, [0, 0])[999_999_000:]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(np.unique(piece)) == 1000
-    assert piece.max() < 10**9
+    assert len(np.unique(stretch)) == 1000
+    assert stretch.max() < 10**9
     assert peak < 10**6
 
 
