@@ -20,9 +20,9 @@ def _ending(suffix: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Hyperparameters of one training run: with the workload's settings, they decide the weights."""
+    """Hyperparameters of one training run: with the workload's settings, they decide the weights, but for a few."""
 
-    num_epochs: int = setting(2, "passes over the training set", **at_least(1))
+    num_epochs: int = setting(2, "passes over the training set", is_searchable=False, **at_least(1))
     batch_size: int = setting(
         128, "examples per optimizer step, over all workers", search=Choice((32, 64, 128, 256, 512)), **at_least(1)
     )
@@ -54,10 +54,15 @@ class TrainConfig:
         None,
         "training examples held out for validation; 0: train on all, keep the last checkpoint; default: a tenth, at "
         "most 5,000, or the data's own validation set",
+        is_searchable=False,
         **at_least(0),
     )
-    init_from: str | None = setting(None, "weights to start from: a run, a checkpoint, a .safetensors or a .pt file")
-    seed: int = setting(0, "decides the initial weights and the order of the examples", **within(0, 2**31 - 1))
+    init_from: str | None = setting(
+        None, "weights to start from: a run, a checkpoint, a .safetensors or a .pt file", is_searchable=False
+    )
+    seed: int = setting(
+        0, "decides the initial weights and the order of the examples", is_searchable=False, **within(0, 2**31 - 1)
+    )
     clip_grad_norm: float | None = setting(
         None, "maximum norm of the gradients; larger gradients are scaled down", **positive()
     )
@@ -65,14 +70,24 @@ class TrainConfig:
         None, "examples per forward pass; a worker accumulates the gradients of its share of a batch", **at_least(1)
     )
     compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler, takes a minute")
-    callback: str | None = setting(None, "your Callback in the training loop: FILE.py[:NAME] or package.module[:NAME]")
+    callback: str | None = setting(
+        None, "your Callback in the training loop: FILE.py[:NAME] or package.module[:NAME]", is_searchable=False
+    )
     limit: float = setting(
-        1.0, "fraction of all data to use, drawn at random", **rule(lambda part: 0 < part <= 1, "must be in (0, 1]")
+        1.0,
+        "fraction of all data to use, drawn at random",
+        is_searchable=False,
+        **rule(lambda part: 0 < part <= 1, "must be in (0, 1]"),
     )
     overfit_batches: int | None = setting(
-        None, "train and test only on the examples of this many batches; a working model learns them", **at_least(1)
+        None,
+        "train and test only on the examples of this many batches; a working model learns them",
+        is_searchable=False,
+        **at_least(1),
     )
-    checkpoint_every: int = setting(1000, "steps between checkpoints within an epoch", **at_least(1))
+    checkpoint_every: int = setting(
+        1000, "steps between checkpoints within an epoch", decides_weights=False, **at_least(1)
+    )
     reproducible: bool = setting(
         False, "the same weights to the last bit for any number of workers; slower: on CPUs, with one thread each"
     )
@@ -207,6 +222,11 @@ class SweepConfig:
         3, "best configurations that race with up to two more seeds; 0: one seed decides", **at_least(0)
     )
     max_concurrent_trials: int | None = setting(
-        None, "most trials at a time; default, and limit without --autoscaling: what fits on the cluster", **at_least(1)
+        None,
+        "most trials at a time; default, and limit without --autoscaling: what fits on the cluster",
+        decides_weights=False,
+        **at_least(1),
     )
-    time_budget_s: float | None = setting(None, "seconds after which the search stops", **positive())
+    time_budget_s: float | None = setting(
+        None, "seconds after which the search stops", decides_weights=False, **positive()
+    )

@@ -53,14 +53,19 @@ def setting(
     must: str = "",
     search: SearchSpace | None = None,
     decides_data: bool = False,
+    decides_weights: bool = True,
+    is_searchable: bool = True,
 ) -> T:
     """Declare a field of a settings class.
 
     ``description`` is the flag's help: unit, scope, and ``default: …`` if None lets the job choose. If ``check`` is
     false for a value, the error says ``must``; ``**at_least(1)`` and the like give both. ``search``: the values that
     ``jobs/tune.py`` tries. ``decides_data``: ``load_data`` reads it, so all trials share it: it cannot be searched.
+    If not ``decides_weights``, a resumed run may have another value. If not ``is_searchable``, all trials of a sweep
+    have the same.
     """
-    metadata = {"help": description, "check": check, "must": must, "search": search, "decides_data": decides_data}
+    more = {"decides_data": decides_data, "decides_weights": decides_weights, "is_searchable": is_searchable}
+    metadata = {"help": description, "check": check, "must": must, "search": search, **more}
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -113,25 +113,14 @@ def plan_workers(config: WorkerConfig, cluster: Cluster, num_chunks: int | None 
     """
     labels = dict(label.split("=", 1) for label in config.label_selector or ())
     nodes = suitable(cluster.nodes, labels)
-    cluster = dataclasses.replace(cluster, nodes=nodes)
     if num_chunks is not None:
-        cpus = config.cpus_per_worker or 1
-        num_workers = config.num_workers or max(1, min(num_chunks, sum(node.num_cpus // cpus for node in nodes)))
-        config = dataclasses.replace(config, num_workers=num_workers, cpus_per_worker=cpus, use_gpu="no")
-    if config.use_gpu == "yes" and not any(node.num_gpus for node in nodes) and not config.autoscaling:
-        raise UsageError("--use-gpu yes, but the cluster has no GPU; use --use-gpu no")
-    on_gpus = sum(node.room(config.cpus_per_worker or 1, use_gpu=True) for node in nodes)
-    use_gpu = config.use_gpu == "yes" or (on_gpus > 0 and config.use_gpu == "auto")
-    num_workers = config.num_workers or max(1, on_gpus if use_gpu else sum(node.num_cpus > 0 for node in nodes))
-    if config.min_workers is not None and config.placement.startswith("STRICT"):
-        raise UsageError(f"--placement {config.placement} needs a fixed --num-workers: Ray cannot use fewer workers")
-    least = num_workers if config.min_workers is None else config.min_workers
-    if least > num_workers:
-        raise UsageError(f"--min-workers {least} is more than the {count(num_workers, 'worker')} of this run")
-    asked = config.cpus_per_worker, use_gpu, config.placement
-    cpus_per_worker = cpus_for_each(nodes, num_workers, *asked) or cpus_for_each(nodes, least, *asked)
+        config = _for_chunks(config, nodes, num_chunks)
+    use_gpu = _resolve_gpu(config, nodes)
+    num_workers = _resolve_count(config, nodes, use_gpu)
+    min_workers = _resolve_minimum(config, num_workers)
+    cpus_per_worker = _fit_cpus(config, nodes, use_gpu, num_workers, min_workers)
     if cpus_per_worker is None and not config.autoscaling:
-        raise UsageError(_cannot_hold(config, least, cluster, use_gpu))
+        raise UsageError(_cannot_hold(config, min_workers, nodes, use_gpu, is_local=cluster.is_local))
     return WorkerPlan(
         num_workers,
         cpus_per_worker or config.cpus_per_worker or 1,
@@ -142,6 +131,51 @@ def plan_workers(config: WorkerConfig, cluster: Cluster, num_chunks: int | None 
         labels=labels,
         is_local=cluster.is_local,
     )
+
+
+def _for_chunks(config: WorkerConfig, nodes: Sequence[Node], num_chunks: int) -> WorkerConfig:
+    cpus = config.cpus_per_worker or 1
+    num_workers = config.num_workers or max(1, min(num_chunks, sum(node.num_cpus // cpus for node in nodes)))
+    return dataclasses.replace(config, num_workers=num_workers, cpus_per_worker=cpus, use_gpu="no")
+
+
+def _resolve_gpu(config: WorkerConfig, nodes: Sequence[Node]) -> bool:
+    """Return whether each worker gets a GPU. Raises UsageError if there is none."""
+    if config.use_gpu == "yes" and not any(node.num_gpus for node in nodes) and not config.autoscaling:
+        raise UsageError("--use-gpu yes, but the cluster has no GPU; use --use-gpu no")
+    return config.use_gpu == "yes" or (config.use_gpu == "auto" and _room_on_gpus(config, nodes) > 0)
+
+
+def _resolve_count(config: WorkerConfig, nodes: Sequence[Node], use_gpu: bool) -> int:
+    """Return the number of workers: by default one per GPU, else one per node."""
+    most = _room_on_gpus(config, nodes) if use_gpu else sum(node.num_cpus > 0 for node in nodes)
+    return config.num_workers or max(1, most)
+
+
+def _room_on_gpus(config: WorkerConfig, nodes: Sequence[Node]) -> int:
+    return sum(node.room(config.cpus_per_worker or 1, use_gpu=True) for node in nodes)
+
+
+def _resolve_minimum(config: WorkerConfig, num_workers: int) -> int:
+    """Return the number of workers that the nodes must hold. Raises UsageError for an impossible --min-workers."""
+    if config.min_workers is None:
+        return num_workers
+    if config.placement.startswith("STRICT"):
+        raise UsageError(f"--placement {config.placement} needs a fixed --num-workers: Ray cannot use fewer workers")
+    if config.min_workers > num_workers:
+        workers = count(num_workers, "worker")
+        raise UsageError(f"--min-workers {config.min_workers} is more than the {workers} of this run")
+    return config.min_workers
+
+
+def _fit_cpus(
+    config: WorkerConfig, nodes: Sequence[Node], use_gpu: bool, num_workers: int, min_workers: int
+) -> int | None:
+    """Return the CPUs of each worker if all workers fit, else if the fewest fit, else None."""
+    for number in (num_workers, min_workers):
+        if cpus := cpus_for_each(nodes, number, config.cpus_per_worker, use_gpu, config.placement):
+            return cpus
+    return None
 
 
 def cpus_for_each(
@@ -159,20 +193,22 @@ def cpus_for_each(
     return None
 
 
-def _cannot_hold(config: WorkerConfig, num_workers: int, cluster: Cluster, use_gpu: bool) -> str:
-    asked, there = _workers(config, num_workers), f"{sum(node.num_cpus for node in cluster.nodes)} CPUs"
+def _cannot_hold(
+    config: WorkerConfig, num_workers: int, nodes: Sequence[Node], use_gpu: bool, *, is_local: bool
+) -> str:
+    asked, there = _workers(config, num_workers), f"{sum(node.num_cpus for node in nodes)} CPUs"
     if use_gpu:
-        asked, there = f"{asked} and 1 GPU", f"{there} and {sum(node.num_gpus for node in cluster.nodes)} GPUs"
+        asked, there = f"{asked} and 1 GPU", f"{there} and {sum(node.num_gpus for node in nodes)} GPUs"
     if config.placement.startswith("STRICT"):
         asked += f", {config.placement}"
-    there += f" on {count(len(cluster.nodes), 'node')}"
+    there += f" on {count(len(nodes), 'node')}"
     advice = "lower --num-workers" + (" or --cpus-per-worker" if config.cpus_per_worker else "")
     if config.label_selector:
         there += f" with {', '.join(config.label_selector)}"
         advice += ", or leave --label-selector out"
     if use_gpu:
         advice += ", or use --use-gpu no"
-    if not cluster.is_local:
+    if not is_local:
         advice += ", or add --autoscaling if it starts nodes on demand"
     return f"the cluster cannot hold {asked}: it has {there}; {advice}"
 

@@ -198,32 +198,48 @@ def _array(table: pa.Table, name: str, where: str) -> np.ndarray:
 
 
 def _decoded(field: pa.Field, column: pa.ChunkedArray, where: str) -> np.ndarray:
-    values, shape = column.combine_chunks(), [len(column)]
+    values = column.combine_chunks()
     if values.null_count:
         raise UsageError(f"{where} has nulls; {_REMEDY}")
     if pa.types.is_struct(values.type) and values.type.get_field_index("bytes") >= 0:
         values = values.field("bytes")
     if pa.types.is_binary(values.type):
-        pictures = _of_rows(_picture, values.to_pylist(), where)
-        if len({picture.shape for picture in pictures}) > 1:
-            raise UsageError(f"{where} has pictures of different sizes; {_REMEDY}")
-        return np.stack(pictures)
+        return _pictures(values, where)
     if isinstance(values, pa.FixedShapeTensorArray) and not values.storage.flatten().null_count:
         return values.to_numpy_ndarray()
+    tensor_shape, values = _storage_of(field, values)
+    numbers, lengths = _flattened(values, where)
+    if not pa.types.is_primitive(numbers.type) or pa.types.is_temporal(numbers.type):
+        raise UsageError(f"{where} holds {numbers.type}, not numbers; {_REMEDY}")
+    return numbers.to_numpy(zero_copy_only=False).reshape([len(column), *(tensor_shape or lengths)])
+
+
+def _pictures(values: pa.Array, where: str) -> np.ndarray:
+    pictures = _of_rows(_picture, values.to_pylist(), where)
+    if len({picture.shape for picture in pictures}) > 1:
+        raise UsageError(f"{where} has pictures of different sizes; {_REMEDY}")
+    return np.stack(pictures)
+
+
+def _storage_of(field: pa.Field, values: pa.Array) -> tuple[Sequence[int], pa.Array]:
+    """Return the shape of each row's tensor and the tensors' lists of numbers; for other columns, () and ``values``."""
+    if isinstance(values, pa.ExtensionArray):  # of Ray Data, if this process has imported it
+        return values.type.shape, values.storage
     metadata = json.loads((field.metadata or {}).get(b"ARROW:extension:metadata", "[]"))
-    of_tensor = metadata if all(isinstance(size, int) for size in metadata) else []  # of Ray Data, or of others
-    if isinstance(values, pa.ExtensionArray):  # of Ray Data, too, if this process has imported it
-        of_tensor, values = values.type.shape, values.storage
+    return (metadata if all(isinstance(size, int) for size in metadata) else ()), values  # of Ray Data, or of others
+
+
+def _flattened(values: pa.Array, where: str) -> tuple[pa.Array, list[int]]:
+    """Return the numbers in nested lists, and the lengths of the lists on each level. Raises UsageError."""
+    lengths: list[int] = []
     while any(is_kind(values.type) for is_kind in _KINDS_OF_LIST):
-        lengths = compute.list_value_length(values).unique().to_pylist()
-        if len(lengths) > 1:
+        found = compute.list_value_length(values).unique().to_pylist()
+        if len(found) > 1:
             raise UsageError(f"{where} has lists of different lengths; {_REMEDY}")
-        values, shape = values.flatten(), shape + lengths
+        values, lengths = values.flatten(), lengths + found
         if values.null_count:
             raise UsageError(f"{where} has nulls in its lists; {_REMEDY}")
-    if not pa.types.is_primitive(values.type) or pa.types.is_temporal(values.type):
-        raise UsageError(f"{where} holds {values.type}, not numbers; {_REMEDY}")
-    return values.to_numpy(zero_copy_only=False).reshape([len(column), *of_tensor] if of_tensor else shape)
+    return values, lengths
 
 
 def _picture(content: bytes) -> np.ndarray:
