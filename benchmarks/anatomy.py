@@ -38,7 +38,7 @@ from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.training.state import Group
 from mnist_ray.workload import loading
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.loading import load_data
+from mnist_ray.workload.loading import data_of
 
 TRAIN = Path(__file__).parent.parent / "jobs" / "train.py"
 
@@ -48,7 +48,7 @@ def profile_steps(batch_size: int, precision: str, num_threads: int, num_steps: 
     keep_freed_memory()
     torch.set_num_threads(num_threads)
     workload = loading.load(loading.DEFAULT)()
-    split = Split(load_data(workload).train)
+    split = Split(data_of(workload).train)
     group = Group()
     config = TrainConfig(batch_size=batch_size, precision="bf16" if precision == "bf16" else "fp32")
     state = engine.create_state(workload, config, len(split), group.device)

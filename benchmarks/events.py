@@ -45,12 +45,14 @@ def run_job(flags: Mapping[str, object], on_event: Callable[[Event], None] = lam
     begun = time.monotonic()
     sys.argv[1:] = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     from mnist_ray.run.job import read_job
-    from mnist_ray.run.session import Session, load_data
+    from mnist_ray.run.session import check_against_data, connected, console_of, load_splits, started
 
-    with Session(read_job(), "mnist_ray.run.fit") as session:
-        session.job, session.data = load_data(session.job)
-        with session.ray():
-            from mnist_ray.run.fit import fit
+    job = read_job()
+    with started(job, "mnist_ray.run.fit") as start:
+        data = load_splits(job)
+        job = check_against_data(job, data)
+        with connected(start, job, data, console_of(job)) as session:
+            from mnist_ray.run.fit import fit, plan
 
             seen: list[tuple[float, Any]] = []
 
@@ -58,5 +60,5 @@ def run_job(flags: Mapping[str, object], on_event: Callable[[Event], None] = lam
                 seen.append((time.monotonic() - begun, event))
                 on_event(event)
 
-            fit(session, note)
+            fit(session, plan(session), note)
             return Heard(seen, time.monotonic() - begun)

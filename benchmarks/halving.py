@@ -28,7 +28,7 @@ from mnist_ray.training.state import Group, TrainingState
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.loading import load_data
+from mnist_ray.workload.loading import data_of
 from mnist_ray.workload.splits import splits_of, subset
 
 PARTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
@@ -60,7 +60,7 @@ def scores_of(reference: str, point: Point, schedule: str, limit: float) -> list
     workload_class = loading.load(reference)
     given = {**workload_class().defaults, **point.values, "seed": point.seed, "schedule": schedule, "limit": limit}
     workload, config, group = workload_class(build(workload_class.Settings, given)), build(TrainConfig, given), Group()
-    data = subset(splits_of(load_data(workload), None), config)
+    data = subset(splits_of(data_of(workload), None), config)
     total = config.num_epochs * config.num_steps(len(data.train))
     precision = engine.resolve_precision(config.precision, group)
     config = replace(config, precision=precision, ema_decay=max(0.0, 1 - 1 / (EMA_STEPS * total)))

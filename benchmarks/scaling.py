@@ -35,7 +35,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.training.state import Group
 from mnist_ray.workload import loading
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.loading import load_data
+from mnist_ray.workload.loading import data_of
 
 HOSTS = ("mnistray-a", "mnistray-b")
 ADDRESSES = ("10.97.0.1", "10.97.0.2")
@@ -151,7 +151,7 @@ def train_steps(group: Group, batch_size: int, num_steps: int) -> float:
     """Train as one rank in this process; return the seconds per step after the first tenth of the steps."""
     torch.set_num_threads(1)
     workload = loading.load(loading.DEFAULT)()
-    split = Split(load_data(workload).train)
+    split = Split(data_of(workload).train)
     config = TrainConfig(
         precision="fp32", batch_size=batch_size, schedule="constant", num_epochs=1000, checkpoint_every=10**9
     )

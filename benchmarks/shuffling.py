@@ -20,7 +20,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.training import engine, sampler
 from mnist_ray.training.state import Group
 from mnist_ray.workload import loading
-from mnist_ray.workload.loading import load_data
+from mnist_ray.workload.loading import data_of
 from mnist_ray.workload.order import Shuffled
 from mnist_ray.workload.splits import splits_of
 
@@ -64,7 +64,7 @@ def seconds_to_draw(number: int, order: str) -> tuple[float, float]:
 def test_accuracy(seed: int) -> float:
     """Train the default recipe in this process; return the test accuracy of the last weights."""
     workload = loading.load(loading.DEFAULT)()
-    data = splits_of(load_data(workload), None)
+    data = splits_of(data_of(workload), None)
     group = Group()
     config = TrainConfig(**workload.recipes["default"], seed=seed, precision=engine.resolve_precision("auto", group))
     state = engine.create_state(workload, config, len(data.train), group.device)

@@ -21,12 +21,13 @@ from mnist_ray.cluster import environment
 from mnist_ray.cluster.connect import connect
 from mnist_ray.cluster.plan import plan_workers
 from mnist_ray.cluster.remote_data import share
+from mnist_ray.run.session import load_splits
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.storage import locate
 from mnist_ray.sweep import trial, tuner
 from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trials import DONE
-from mnist_ray.sweep.tune import load_data, read_sweep
+from mnist_ray.sweep.tune import check_against_data, read_sweep
 
 
 def naive_trial(tune_config: dict[str, Any], spec: trial.TrialSpec) -> None:
@@ -67,7 +68,9 @@ def main() -> None:
         flags = ["--num-trials", str(args.num_trials), "--scheduler", "none", "--num-confirmed", "0"]
         where = ["--num-epochs", "1", "--storage-path", storage, "--run-name", "ours"]
         with patch("sys.argv", ["jobs/tune.py", *flags, *where]):
-            asked, data = load_data(read_sweep())
+            asked = read_sweep()
+            data = load_splits(asked.job)
+            asked = check_against_data(asked, data)
         job = asked.job
         with connect(asked.workers) as cluster:
             plan = plan_workers(asked.workers, cluster)

@@ -199,9 +199,11 @@ def predict(
     is_list, are_inputs = isinstance(pictures, (list, tuple)), hasattr(pictures, "shape")
     listed = pictures if is_list or are_inputs else [pictures]
     if type(found.workload).read_picture is Workload.read_picture:
-        are_inputs = are_inputs or all(isinstance(one, str) and not Path(one).exists() for one in listed)
+        are_inputs = are_inputs or all(isinstance(item, str) and not Path(item).exists() for item in listed)
     if is_list:
-        are_inputs = are_inputs or any(hasattr(one, "shape") or isinstance(one, (dict, list, tuple)) for one in listed)
+        are_inputs = are_inputs or any(
+            hasattr(item, "shape") or isinstance(item, (dict, list, tuple)) for item in listed
+        )
 
     from mnist_ray.tools import predict as tool  # imports torch
 

@@ -41,6 +41,16 @@ class UsageError(Exception):
 class JobError(Exception):
     """Something went wrong: bad data, a damaged file, a failed run. Exit status 1."""
 
+    hints = ""  # where to look, and how to go on; an error gets them on its way to the user
+
+    def __str__(self) -> str:
+        return self.text + self.hints
+
+    @property
+    def text(self) -> str:
+        """The message without the hints."""
+        return super().__str__()
+
 
 class TrainingStoppedError(JobError):
     """Training cannot go on with this code and these settings: a retry would fail too."""
@@ -71,8 +81,8 @@ def with_place(error: BaseException, *folders: Path, fallback: Path = _PACKAGE) 
     if _IN_ANOTHER_PROCESS in str(error):
         frames = re.findall(r'File "(.+)", line (\d+), in .+', str(error))
     else:
-        tracebacks = [one.__traceback__ for one in (error, error.__cause__) if one is not None]
-        frames = [(frame.filename, frame.lineno) for one in tracebacks for frame in traceback.extract_tb(one)]
+        tracebacks = [known.__traceback__ for known in (error, error.__cause__) if known is not None]
+        frames = [(frame.filename, frame.lineno) for stack in tracebacks for frame in traceback.extract_tb(stack)]
     is_for_users = isinstance(error, (UsageError, JobError, ExampleError))  # this package's code is not their cause
     said = first_line(error) if is_for_users else f"{type(error).__name__}: {first_line(error)}"
     for folder in folders if is_for_users else (*folders, fallback):
@@ -119,7 +129,7 @@ def redact(text: object) -> str:
 
 def escaped(text: str, is_plain: Callable[[str], bool]) -> str:
     """Return a text with escapes, such as ``\\x1b``, for all characters that are not plain."""
-    return "".join(one if is_plain(one) else one.encode("unicode_escape").decode("ascii") for one in text)
+    return "".join(letter if is_plain(letter) else letter.encode("unicode_escape").decode("ascii") for letter in text)
 
 
 def say(text: object, file: TextIO | None = None) -> None:

@@ -224,25 +224,25 @@ def locate(storage_path: str, name: str, given_as: str = "--storage-path") -> Ru
     return run
 
 
-def find_run(given: str | None, storage_path: str) -> RunFolder:
+def find_run(place: str | None, storage_path: str) -> RunFolder:
     """Return the folder of a path, a URI or a run's name; it need not exist. For None, return the newest run.
 
     A name is that of a run in the storage or, if there is none, of a folder here. Raises UsageError if there is no run,
     or the URI is wrong.
     """
-    if given is None:
+    if place is None:
         try:
             return _newest_run(locate(storage_path, ""))
         except STORAGE_ERRORS as error:
             raise UsageError(f"--storage-path {storage_path} cannot be read: {first_line(error)}") from error
-    if not given.strip():
+    if not place.strip():
         raise UsageError("the run's name is empty; give a name, or leave the flag out")
-    given = os.path.abspath(given) if given in (".", "..") else given
-    if "/" in given:
-        base, query = split_query(given)
+    place = os.path.abspath(place) if place in (".", "..") else place
+    if "/" in place:
+        base, query = split_query(place)
         parent, _, name = base.rstrip("/").rpartition("/")
         return locate((parent or ("/" if base.startswith("/") else ".")) + query, name, "the run in")
-    run, here = locate(storage_path, given), locate(".", given, "the run in")
+    run, here = locate(storage_path, place), locate(".", place, "the run in")
     return here if here.exists() and not run.exists() else run
 
 

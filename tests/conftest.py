@@ -22,10 +22,12 @@ from mnist_ray import cli
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.ray_internals import for_one_job
 from mnist_ray.mnist import idx
+from mnist_ray.run.job import Job
+from mnist_ray.run.session import check_against_data, load_splits
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Arrays
+from mnist_ray.workload.data import Arrays, Splits
 from ray_fork.starting import prepared_forking
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +54,12 @@ def mnist(**settings: Any) -> Workload:
     """Return MNIST's workload with the metadata of its data."""
     workload_class = loading.load(loading.DEFAULT)
     return workload_class(workload_class.Settings(**settings), METADATA)
+
+
+def with_data(job: Job) -> tuple[Job, Splits]:
+    """Return a job, as it runs on its data, and the data."""
+    data = load_splits(job)
+    return check_against_data(job, data), data
 
 
 def folder_at(path: Path) -> RunFolder:

@@ -27,7 +27,7 @@ from mnist_ray.cluster import environment
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist import MNIST
 from mnist_ray.run.job import read_job
-from mnist_ray.run.session import load_data
+from mnist_ray.run.session import load_splits
 from mnist_ray.storage import locate
 from mnist_ray.sweep.trials import Sweep
 from mnist_ray.workload.data import Arrays
@@ -59,9 +59,9 @@ def test_a_failed_call_leaves_no_fork_server_and_no_variable(
 
     def look(job: Any) -> Any:
         started.append(children() - before)
-        return load_data(job)
+        return load_splits(job)
 
-    monkeypatch.setattr("mnist_ray.run.train.load_data", look)
+    monkeypatch.setattr("mnist_ray.run.train.load_splits", look)
     with pytest.raises(UsageError, match="--batch-size 10,000 is larger than"):
         mnist_ray.train(data_dir=small_data, storage_path=tmp_path, batch_size=10_000)
     assert [len(servers) for servers in started] == [1]

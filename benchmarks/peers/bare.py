@@ -23,7 +23,7 @@ from mnist_ray.training.state import Group, TrainingState
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Splits
-from mnist_ray.workload.loading import load_data
+from mnist_ray.workload.loading import data_of
 from mnist_ray.workload.splits import splits_of
 
 
@@ -67,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
     workload_class = loading.load(loading.DEFAULT)
     workload = workload_class(workload_class.Settings(data_dir=args.data_dir and Path(args.data_dir)))
-    data = splits_of(load_data(workload), None)
+    data = splits_of(data_of(workload), None)
     with tempfile.TemporaryDirectory() as folder:
         spawn(work, (args, folder, workload, data), nprocs=args.num_workers)
         print(json.dumps({"images_per_s": float((Path(folder) / "rate").read_text())}))

@@ -21,7 +21,7 @@ from mnist_ray.workload import figures
 from mnist_ray.workload.base import LOSS, Metric, Picture, Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.figures import Curve, Table
-from mnist_ray.workload.loading import load_data
+from mnist_ray.workload.loading import data_of
 from mnist_ray.workload.splits import splits_of, subset
 
 PICTURES_FOLDER = "pictures"
@@ -208,7 +208,9 @@ def _seconds(result: Mapping[str, Any]) -> list[Table]:
 def _epochs(record: RunRecord) -> Table:
     workload, parts = record.workload, {"train": "training", "val": "validation"}
     cells = [(part, metric) for part in parts for metric in workload.all_metrics]
-    cells = [(part, one) for part, one in cells if not all(map(math.isnan, record.column(f"{part}_{one.name}")))]
+    cells = [
+        (part, metric) for part, metric in cells if not all(map(math.isnan, record.column(f"{part}_{metric.name}")))
+    ]
     columns = ["epoch", *(f"{parts[part]} {metric.name}" for part, metric in cells), "seconds", f"{workload.nouns}/s"]
     rows = [
         (
@@ -244,7 +246,7 @@ def write_again(run: RunFolder, reference: str | None, storage_path: str, resume
     workload, test = workload_of(run, reference, storage_path), None
     try:
         config = build(TrainConfig, settings_of(run))
-        test = subset(splits_of(load_data(workload), config.validation_size), config).test
+        test = subset(splits_of(data_of(workload), config.validation_size), config).test
     except (UsageError, JobError) as error:
         say(f"no {workload.nouns} are shown: {error}")
     write(run, workload, resume_with, test, lambda note: say(f"note {note}"))

@@ -25,14 +25,14 @@ from mnist_ray.training.metrics import Evaluation
 from mnist_ray.training.sampler import split_bounds
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.loading import load_data, placed
+from mnist_ray.workload.loading import data_of, placed
 from mnist_ray.workload.tensors import with_fast_layout
 from ray_fork.starting import Forking
 
 
 def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> Evaluation:
     """For ``jobs/evaluate.py``: connect, test, print and return the result. Raises the same exceptions as ``train``."""
-    workload, data = found.workload, load_data(found.workload)
+    workload, data = found.workload, data_of(found.workload)
     test = Split(data.test, origin="test")
     with connect(WorkerConfig(), forking) as cluster, RunConsole(workload, 0, quiet=False) as console:
         use_gpu = config.use_gpu == "yes"

@@ -30,10 +30,11 @@ from mnist_ray.training.checkpoint import (
     read_state,
     read_weights,
 )
+from mnist_ray.training.metrics import CheckpointMetrics
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 
-_NUM_KEPT = 2  # checkpoints of a run, the best by validation; the last one is kept, too
+NUM_KEPT = 2  # checkpoints of a run, the best by validation; the last one is kept, too, so one may be damaged
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Fitted:
     """The checkpoint to test of a trained run."""
 
     checkpoint: RunFolder  # the best by validation; the last if no examples were held out
-    metrics: dict[str, Any]  # of that checkpoint
+    metrics: CheckpointMetrics  # of that checkpoint
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Found:
 
 
 def find(
-    given: str | None,
+    place: str | None,
     storage_path: str,
     reference: loading.Reference | None = None,
     changes: Mapping[str, Any] | None = None,
@@ -69,17 +70,17 @@ def find(
     ``reference``: the workload's code, if it has moved. ``changes``: settings to override. Raises UsageError if there
     is no checkpoint, or the workload cannot be loaded or trusted; JobError if the checkpoint is damaged.
     """
-    run, notes = find_run(given, storage_path), list[str]()
+    run, notes = find_run(place, storage_path), list[str]()
     with in_one_line(f"cannot read {run.uri}"):
         checkpoint = _checkpoint_of(run)
     document = read_state(checkpoint)
     saved = document["workload"]
-    place = f"the checkpoint of {saved['reference']}"
-    workload_class = loading.load_again(saved["reference"], reference, place, untrusted_folders(run, storage_path))
+    source = f"the checkpoint of {saved['reference']}"
+    workload_class = loading.load_again(saved["reference"], reference, source, untrusted_folders(run, storage_path))
     is_same_file = saved["reference"] == workload_class.source.reference
     if is_same_file and saved["sha256"] not in ("", workload_class.source.sha256):
         notes.append(f"the workload has changed since the checkpoint was made: {workload_class.source.reference}")
-    check_known(saved["settings"], names_of([workload_class.Settings]), place)
+    check_known(saved["settings"], names_of([workload_class.Settings]), source)
     settings: Any = build(workload_class.Settings, {**saved["settings"], **(changes or {})})
     workload = workload_class(settings, saved["metadata"])
     return Found(checkpoint, workload, document.get("config", {}), tuple(notes))
@@ -127,18 +128,18 @@ def best_of(run: RunFolder) -> Fitted:
 
 
 def drop_others(run: RunFolder) -> None:
-    """Delete all whole checkpoints but the best two and the last, with retries. Raises JobError and STORAGE_ERRORS."""
+    """Delete all whole checkpoints but the NUM_KEPT best and the last. Raises JobError and STORAGE_ERRORS."""
     whole = [name for name, _ in _ranked(run)]
-    for name in set(whole).difference(whole[:_NUM_KEPT], sorted(whole, key=position_of)[-1:]):
+    for name in set(whole).difference(whole[:NUM_KEPT], sorted(whole, key=position_of)[-1:]):
         run.inside(name).delete()
 
 
-def _ranked(run: RunFolder) -> list[tuple[str, dict[str, Any]]]:
+def _ranked(run: RunFolder) -> list[tuple[str, CheckpointMetrics]]:
     """Return the whole checkpoints and their metrics: the validated ones, best first; then the others, newest first."""
     found = []
     for name in with_retries(run.checkpoint_names):
         with contextlib.suppress(DamagedCheckpointError, UsageError):
-            found.append((name, read_state(run.inside(name)).get("metrics", {})))
-    validated = [pair for pair in found if "val_score" in pair[1]]
-    others = [pair for pair in reversed(found) if "val_score" not in pair[1]]
-    return sorted(validated, key=lambda pair: -pair[1]["val_score"]) + others
+            found.append((name, CheckpointMetrics.of(read_state(run.inside(name)).get("metrics", {}))))
+    validated = [pair for pair in found if pair[1].validation is not None]
+    others = [pair for pair in reversed(found) if pair[1].validation is None]
+    return sorted(validated, key=lambda pair: -pair[1].score) + others

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
 import os
@@ -22,7 +21,7 @@ from ray.train.torch import TorchTrainer
 
 from mnist_ray.cluster import train_internals
 from mnist_ray.cluster.connect import this_node
-from mnist_ray.cluster.devices import usable, without_unusable_gpus
+from mnist_ray.cluster.devices import usable
 from mnist_ray.cluster.plan import WorkerPlan, plan_workers
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.cluster.rendezvous import WorkerGroupConfig
@@ -30,8 +29,8 @@ from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError, end_controlle
 from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.run import evaluate
 from mnist_ray.run.failures import FailureReporter, OldCheckpointError, cause_of, reason_of
-from mnist_ray.run.find import Fitted, best_of, drop_others
-from mnist_ray.run.reporter import train_loop_per_worker
+from mnist_ray.run.find import NUM_KEPT, Fitted, best_of, drop_others
+from mnist_ray.run.reporter import Outcome, train_loop_per_worker
 from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.signals import Noted, first_only_noted
@@ -44,26 +43,23 @@ _ALIVE_INTERVAL_S = 5.0  # between two signs of life of the controller's process
 _RESIZE_INTERVAL_S = 15.0  # after which an elastic run checks again whether the cluster has room for more workers
 
 
-def plan(session: Session) -> None:
-    """Set ``session.plan``: how many workers train, and on what. Raises UsageError; UnusableGPUError without Ray."""
+def plan(session: Session) -> WorkerPlan:
+    """Return how many workers train, and on what. Raises UsageError; UnusableGPUError without Ray."""
     use_gpu, chunks = session.workers.use_gpu, session.job.train.chunks
-    if session.is_here:
-        is_on_gpu = use_gpu == "yes" or (use_gpu == "auto" and chunks is None and torch.cuda.is_available())
-        if is_on_gpu:
-            usable(torch.device("cuda"))
-        session.plan = WorkerPlan(0, 0, is_on_gpu, must_scale_up=False)
-        return
-    if use_gpu == "auto":
-        session.cluster = without_unusable_gpus(session.cluster, functools.partial(session.console.say, "note"))
-    session.plan = plan_workers(session.workers, session.cluster, chunks)
+    if not session.is_here:
+        return plan_workers(session.workers, session.cluster, chunks)
+    is_on_gpu = use_gpu == "yes" or (use_gpu == "auto" and chunks is None and torch.cuda.is_available())
+    if is_on_gpu:
+        usable(torch.device("cuda"))
+    return WorkerPlan(0, 0, is_on_gpu, must_scale_up=False)
 
 
-def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
+def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -> Fitted:
     """Train on Ray, from the last checkpoint if there is one; pass on events; return the checkpoint to test.
 
     Raises TrainingStoppedError if a retry would fail too; otherwise JobError. After Ctrl-C, KeyboardInterrupt.
     """
-    job, plan = session.job, session.plan
+    job = session.job
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(job.workers.hang_timeout_s))
     if plan.min_workers is not None:  # how long Ray waits to replace a lost node's workers before it runs fewer
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
@@ -99,9 +95,10 @@ def fit(session: Session, on_event: Callable[[Event], None]) -> Fitted:
                 raise JobError(reason_of(error)) from error
             pass_on(WorkersLost(reason_of(error)))
             job.run.check_writable(retry=True)
-    if result.return_value:
-        raise TrainingStoppedError(result.return_value)
-    if result.return_value is not None:
+    outcome: Outcome = result.return_value
+    if outcome.diverged is not None:
+        raise outcome.diverged
+    if outcome.is_stopped:
         raise JobError("a callback has stopped the training")
     with in_one_line("the storage has failed"):
         drop_others(job.run)  # Ray does not know the checkpoints from before a resume
@@ -188,7 +185,7 @@ def create_trainer(
             name=spec.job.run.name,
             storage_path=spec.job.run.storage_path,
             checkpoint_config=CheckpointConfig(
-                num_to_keep=2,  # the two best; Ray keeps the last, too, so one damaged checkpoint does no harm
+                num_to_keep=NUM_KEPT,  # the best; Ray keeps the last, too
                 checkpoint_score_attribute=None if spec.validation is None else "val_score",
             ),
             failure_config=FailureConfig(max_failures=max_failures),
@@ -204,8 +201,9 @@ class _Trainer(TorchTrainer):
         unneeded: tuple[type, ...] = (train_internals.DatasetsCallback,)  # there are no Ray Datasets
         if self.backend_config.is_local:  # nothing to clean up: a local Ray ends with the job
             unneeded += (train_internals.PlacementGroupCleanerCallback,)
-        callbacks = [some for some in super()._create_default_callbacks() if not isinstance(some, unneeded)]
-        return [*callbacks, _OnController(self.train_loop_config["spec"].event_queue)]
+        callbacks = super()._create_default_callbacks()
+        needed = [callback for callback in callbacks if not isinstance(callback, unneeded)]
+        return [*needed, _OnController(self.train_loop_config["spec"].event_queue)]
 
 
 class _OnController(train_internals.ControllerCallback):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from mnist_ray.cluster.plan import usable_cores
+from mnist_ray.cluster.plan import WorkerPlan, usable_cores
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import ExampleError, JobError, UnreadableDataError
 from mnist_ray.run.find import Fitted, best_of, drop_others
@@ -19,11 +19,11 @@ from mnist_ray.training.events import Event, Progress, Stopping
 from mnist_ray.training.state import Group, StopWantedError, TrainingState
 
 
-def fit_here(session: Session, on_event: Callable[[Event], None]) -> Fitted:
+def fit_here(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -> Fitted:
     """Train in this process, and return like ``fit``. Raises the same errors, and those of the user's code."""
     job, data = session.job, session.data
     spec = LoopSpec(job=job, train=data.train, validation=data.validation if len(data.validation) else None)
-    group = Group(device=torch.device("cuda" if session.plan.use_gpu else "cpu"))
+    group = Group(device=torch.device("cuda" if plan.use_gpu else "cpu"))
     try:
         with first_only_noted() as interrupted:
             create_reporter = functools.partial(LocalReporter, on_event=on_event, interrupted=interrupted)
@@ -69,7 +69,7 @@ class LocalReporter(Reporter):
 
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
         """Validate and save."""
-        run, metrics = self._job.run, self.measured(state, progress)
+        run, metrics = self._job.run, self.validate_and_report(state, progress)
         with in_one_line("the storage has failed"):
             self.save(state, metrics)
             drop_others(run)

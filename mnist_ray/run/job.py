@@ -23,7 +23,6 @@ from mnist_ray.workload import loading, user_code
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.user_code import Source
 
-_MAY_CHANGE = ("checkpoint_every", "max_concurrent_trials", "time_budget_s")  # when a run is resumed
 Given = Mapping[str, Any]
 """Settings by name, from flags or keyword arguments, including ``workload``, ``recipe`` and ``config``."""
 _DESCRIPTIONS = {
@@ -117,7 +116,7 @@ def read_job(given: Given | None = None, kind: str = "train") -> Job:
     if not saved:
         check_free(run, resume=False)
         return job
-    _check_unchanged(run, kept, saved, asked)
+    _check_unchanged(run, (*more_settings, TrainConfig, workload_class.Settings), saved, asked)
     origin, notes = _left_by(run, kind, workload_class)
     return dataclasses.replace(job, origin=origin, notes=notes)
 
@@ -144,7 +143,8 @@ def _job_of(
             raise UsageError(f"--init-from {train.init_from}: there is no such run, checkpoint or file")
         train = dataclasses.replace(train, init_from=masked(place.uri))  # a path that is right in any folder
     folders = storage.untrusted_folders(run, run.storage_path)
-    more = {name: of.reference for name, of in code.items() if user_code.why_untrusted(of.reference, folders)}
+    references = {name: source.reference for name, source in code.items()}
+    more = {name: reference for name, reference in references.items() if user_code.why_untrusted(reference, folders)}
     if output.tracker is not None:
         more = {"tracker": output.tracker, **more}
     return Job(
@@ -268,12 +268,12 @@ def _has_moved(field: dataclasses.Field[Any], old: Any, new: Any) -> bool:
 
 def _check_unchanged(run: RunFolder, classes: Sequence[type], then: Given, now: Given) -> None:
     """Raise UsageError if a resumed run's settings have changed, except those that do not affect the weights."""
-    for config_class in (one for one in classes if one is not WorkerConfig):
+    for config_class in classes:
         before: Any = settings.build(config_class, then)
         after: Any = settings.build(config_class, now)
-        for field in [field for field in dataclasses.fields(config_class) if field.name not in _MAY_CHANGE]:
+        for field in dataclasses.fields(config_class):
             name, old, new = field.name, getattr(before, field.name), getattr(after, field.name)
-            if old != new and not _has_moved(field, old, new):
+            if field.metadata.get("decides_weights", True) and old != new and not _has_moved(field, old, new):
                 raise UsageError(
                     f"--resume: run {run.name} was started with {flag(name)} {old}, not {new}; "
                     "leave the flag out, or start another run"

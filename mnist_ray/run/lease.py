@@ -125,8 +125,8 @@ def _read(run: RunFolder) -> tuple[str | None, Owner | None]:
     text: str | None = ""
     try:
         text = run.storage.read_text(file_of(run))
-        of = json.loads(text or "")
-        return text, Owner(str(of["host"]), str(of["machine"]), int(of["pid"]), int(of["ticks"]))
+        lease = json.loads(text or "")
+        return text, Owner(str(lease["host"]), str(lease["machine"]), int(lease["pid"]), int(lease["ticks"]))
     except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
         return text, None
 

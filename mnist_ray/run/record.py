@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
+from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import check_nodes
-from mnist_ray.errors import JobError, TrainingStoppedError, count, with_place
+from mnist_ray.errors import JobError, count, with_place
 from mnist_ray.provenance import origin, versions
 from mnist_ray.run.evaluate import evaluate, evaluate_here
 from mnist_ray.run.find import Fitted, read_initial
@@ -25,7 +26,6 @@ from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FIL
 from mnist_ray.trackers import Ending, start
 from mnist_ray.training.checkpoint import MODEL_FILE, read_state
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started
-from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.workload.loading import digests_of
 
 _LEARNED = 0.1  # examples count as learned if the loss falls to this part of the first loss
@@ -34,14 +34,14 @@ _WORKLOAD_FILE = "workload.py"
 
 
 @contextlib.contextmanager
-def recorded(session: Session) -> Iterator[Record]:
+def recorded(session: Session, plan: WorkerPlan) -> Iterator[Record]:
     """Show a run and write its files. However the run ends, write its report and close its trackers.
 
     An interrupt waits for that.
     """
-    num_parameters = say_plan(session)
-    begin_files(session, CONFIG_FILE, session.job.values)
-    record = Record(session, num_parameters)
+    num_parameters = say_plan(session, plan)
+    write_settings(session, plan, CONFIG_FILE, session.job.values)
+    record = Record(session, plan, num_parameters)
     try:
         with logs_named(session):
             yield record
@@ -62,19 +62,18 @@ def logs_named(session: Session) -> Iterator[None]:
     except JobError as error:
         if not (logs := session.cluster.log_folder):
             raise
-        has_own_text = isinstance(error, TrainingDivergedError)
-        kind = TrainingStoppedError if has_own_text else type(error)
-        raise kind(f"{error} (logs: {logs})") from error
+        error.hints += f" (logs: {logs})"
+        raise
 
 
-def begin_files(session: Session, settings_file: str, settings: Mapping[str, Any]) -> None:
+def write_settings(session: Session, plan: WorkerPlan, settings_file: str, settings: Mapping[str, Any]) -> None:
     """Write a run's settings and origin. From here on, a terminated process says how to resume the run.
 
     A resumed run keeps its origin. Raises JobError if a node cannot use the storage.
     """
     job, run, workload = session.job, session.job.run, session.job.workload
     if len(session.cluster.nodes) > 1:  # with one node, only this machine writes
-        check_nodes(run, session.plan)
+        check_nodes(run, plan)
     weights = b""
     if job.initial is not None and not job.initial.exists(INITIAL_FILE):
         weights, fits = read_initial(job)
@@ -106,8 +105,8 @@ def repeat(work: Callable[[], object], every_s: float, is_over: threading.Event)
 class Record:
     """The record of one run; ``fit`` calls ``on_event``."""
 
-    def __init__(self, session: Session, num_parameters: int) -> None:
-        self._session = session
+    def __init__(self, session: Session, plan: WorkerPlan, num_parameters: int) -> None:
+        self._session, self._plan = session, plan
         self._job, self._clock, self._console = session.job, session.clock, session.console
         self._origin = {**self._job.run.require_json(ORIGIN_FILE), "parameters": f"{num_parameters:,}"}
         self._result: dict[str, Any] | None = None
@@ -130,9 +129,9 @@ class Record:
         if isinstance(event, Progress) and event.total_step == len(event.losses):
             self._first_loss = event.losses[0]
         if isinstance(event, Started):
-            each = f"{event.device} with {count(event.threads, 'thread')}, {event.precision}"
+            worker = f"{event.device} with {count(event.threads, 'thread')}, {event.precision}"
             place = f"{event.processor} on {', '.join(dict.fromkeys(event.hosts))}"
-            self._origin["workers"] = f"{event.num_workers} × {each} ({place})"
+            self._origin["workers"] = f"{event.num_workers} × {worker} ({place})"
             self._job.run.write_text(ORIGIN_FILE, json_lines(self._origin))
         self._clock.note(event)
         self._history.add(event)
@@ -150,22 +149,29 @@ class Record:
         """
         job, workload, test = self._job, self._job.workload, self._session.data.test
         self._clock.mark("validation")
-        if fitted.metrics["epoch"] < max(self._history.rows, default=0):
-            self._console.say("testing", f"the checkpoint of epoch {fitted.metrics['epoch']}, the best by validation")
+        if fitted.metrics.epoch < max(self._history.rows, default=0):
+            self._console.say("testing", f"the checkpoint of epoch {fitted.metrics.epoch}, the best by validation")
         if self._session.is_here:
-            device = "cuda" if self._session.plan.use_gpu else "cpu"
+            device = "cuda" if self._plan.use_gpu else "cpu"
             tested = evaluate_here(fitted.checkpoint, workload, test, job.workers.loader_workers, device)
         else:
-            of_task = job.workers.loader_workers, self._session.plan.use_gpu, self._session.plan.labels
-            tested = evaluate(workload, fitted.checkpoint, test, 1, *of_task)
+            tested = evaluate(
+                workload,
+                fitted.checkpoint,
+                test,
+                num_tasks=1,
+                loader_workers=job.workers.loader_workers,
+                use_gpu=self._plan.use_gpu,
+                labels=self._plan.labels,
+            )
         self._clock.mark("evaluation")
         if is_last:
             self._session.cluster.leave()
         result = tested.to_dict(workload) | {
             "checkpoint": fitted.checkpoint.name,
             "weights_sha256": read_state(fitted.checkpoint)["sha256"][MODEL_FILE],
-            "checkpoint_metrics": fitted.metrics,
-            workload.rate: self._history.mean_rate() or fitted.metrics[workload.rate],
+            "checkpoint_metrics": fitted.metrics.to_dict(workload.rate),
+            workload.rate: self._history.mean_rate() or fitted.metrics.examples_per_s,
             "seconds": self._clock.seconds(),
             "num_workers": self._history.num_workers,
             "workers": self._origin.get("workers"),
@@ -208,8 +214,8 @@ class Record:
         assert self._result is not None
         console, run, parts = self._console, self._job.run, self._clock.seconds()
         total, tested = parts.pop("total"), self._result["seconds"]["total"]
-        each = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
-        console.say("seconds", f"{tested:.1f} until tested, {total:.1f} in all: {each}")
+        of_parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
+        console.say("seconds", f"{tested:.1f} until tested, {total:.1f} in all: {of_parts}")
         if self._job.train.reproducible:
             console.say("weights", f"SHA-256 {self._result['weights_sha256']}")
         console.result("checkpoint", run.inside(self._result["checkpoint"]).uri)
@@ -229,16 +235,22 @@ def overfit_verdict(loss_before: float, loss_after: float) -> str:
     )
 
 
-def check(session: Session) -> None:
-    """Print how a job would run, and check every node. Raises JobError if a node cannot take part."""
-    job, console, plan = session.job, session.console, session.plan
+def check(session: Session, plan: WorkerPlan) -> None:
+    """Print how a run would go, and check every node. Raises JobError if a node cannot take part."""
+    say_plan(session, plan)
+    check_nodes_for(session, plan)
+
+
+def check_nodes_for(session: Session, plan: WorkerPlan) -> None:
+    """Print where a job would run, and check every node. Raises JobError if a node cannot take part."""
+    job, console = session.job, session.console
     own_versions, batch_size = versions(), job.train.batch_size
     if job.initial is not None and not job.initial.exists(INITIAL_FILE):
         console.say("init from", read_initial(job)[1])
     hosts = ["this process"] if session.is_here else check_nodes(job.run, plan, own_versions)
-    each = f"{math.ceil(batch_size / max(1, plan.num_workers))} of a step's {batch_size} {job.workload.nouns} each"
+    slices = f"{math.ceil(batch_size / max(1, plan.num_workers))} of a step's {batch_size} {job.workload.nouns} each"
     where = ", ".join([plan.placement, *map("=".join, plan.labels.items())])
-    console.say("plan", f"{count(plan.num_workers, 'worker')} ({where}); {each}")
+    console.say("plan", f"{count(plan.num_workers, 'worker')} ({where}); {slices}")
     console.say("storage", f"{job.run.storage_path}: read by {', '.join(hosts) or 'no node yet'}")
     console.say("versions", ", ".join(f"{name} {version}" for name, version in own_versions.items()))
     if plan.must_scale_up:

@@ -9,6 +9,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -23,26 +25,35 @@ from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import CONFIG_FILE, checkpoint_name, position_of, with_retries
 from mnist_ray.training.checkpoint import Restored, Snapshot
 from mnist_ray.training.events import Event, NodeLeaving, Note, Progress
-from mnist_ray.training.metrics import TrainingDivergedError
+from mnist_ray.training.metrics import CheckpointMetrics, TrainingDivergedError
 from mnist_ray.training.state import Group, StopWantedError, TrainingState
 
 _ASK_INTERVAL_S = 5.0  # of training, between two questions whether a node will be preempted: every tenth window
 _SPARE_S = 2.0  # between a saved checkpoint and a node's preemption
 
 
-def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> str | None:
-    """Train on one worker of Ray Train; every rank calls this. Return why training stopped early; None if it finished.
+@dataclass(frozen=True)
+class Outcome:
+    """How a training has ended. It is returned: only then does Ray wait for a checkpoint that is being uploaded."""
 
-    If a stop was wanted, the reason is empty. Raises TrainingStoppedError if the code has a bug; other failures
-    unchanged.
+    diverged: TrainingDivergedError | None = None
+    is_stopped: bool = False  # as it was asked to, before its last epoch
+
+
+def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> Outcome:
+    """Train on one worker of Ray Train; every rank calls this.
+
+    Raises TrainingStoppedError if the code has a bug; other failures unchanged.
     """
     spec = loop_config["spec"]
     try:
         with code_failures_placed(*spec.job.code_folders):
             train_rank(spec)
-    except (StopWantedError, TrainingDivergedError) as error:
-        return str(error)  # not raised: only after a return does Ray wait for a checkpoint that is being uploaded
-    return None
+    except TrainingDivergedError as error:
+        return Outcome(diverged=error)
+    except StopWantedError:
+        return Outcome(is_stopped=True)
+    return Outcome()
 
 
 def train_rank(spec: LoopSpec) -> None:
@@ -80,17 +91,17 @@ class TrainReporter(Reporter):
             place = f"{socket.gethostname()} does not see {self._job.run.inside(known).uri}"
             raise FileNotFoundError(f"{place}, which the job has written; use a storage that all nodes share")
 
-    def begin(self, state: TrainingState, restored: Restored) -> None:
+    def report_start(self, state: TrainingState, restored: Restored, hosts: Sequence[str]) -> None:
         """Report the start. Raises OldCheckpointError if the last checkpoint that Ray has recorded is damaged."""
         if position_of(restored.name) < position_of(self._known):
             raise OldCheckpointError(f"{self._known} is damaged")
-        super().begin(state, restored)
+        super().report_start(state, restored, hosts)
         # If a kill came before Ray recorded an uploaded checkpoint, or a trial has made it, report that checkpoint now.
         # Otherwise the run could end without its last checkpoint.
         if position_of(restored.name) > position_of(self._known):
-            self._report(state, restored.metrics, restored.name, CheckpointUploadMode.NO_UPLOAD)
-            if state.step == 0 and "val_s" in restored.metrics:
-                self.send_validation(restored.metrics)
+            self._report(restored.metrics, restored.name, CheckpointUploadMode.NO_UPLOAD)
+            if state.step == 0 and restored.metrics.validation is not None:
+                self.send_validation(state.epoch, restored.metrics.validation)
 
     def end(self, state: TrainingState) -> None:
         """Report an early end of training, and wait until the driver's queue has all events."""
@@ -148,23 +159,21 @@ class TrainReporter(Reporter):
         Rank 0 copies the state; a thread of Ray's writes the copy while the training continues. Only one copy is
         written at a time; the next checkpoint waits for that.
         """
-        metrics, start = self.measured(state, progress), time.monotonic()
+        metrics, start = self.validate_and_report(state, progress), time.monotonic()
         self.show_life()
         name, upload = checkpoint_name(state.epoch, state.step), None
         if self._is_first:
             self._uploaded.wait()
             upload = functools.partial(self._upload, self.snapshot(state, metrics), start)
             self._uploaded.clear()
-        self._report(state, metrics, name, CheckpointUploadMode.ASYNC, upload)
+        self._report(metrics, name, CheckpointUploadMode.ASYNC, upload)
         self.show_life()
 
-    def _report(
-        self, state: TrainingState, metrics: dict[str, Any], name: str, mode: CheckpointUploadMode, upload: Any = None
-    ) -> None:
+    def _report(self, metrics: CheckpointMetrics, name: str, mode: CheckpointUploadMode, upload: Any = None) -> None:
         """Report a checkpoint, which only rank 0 has."""
         folder = self._job.run.inside(name)
         ray.train.report(
-            metrics,
+            metrics.to_dict(self._job.workload.rate),
             checkpoint=Checkpoint(folder.path, filesystem=folder.filesystem) if self._is_first else None,
             checkpoint_dir_name=name,
             checkpoint_upload_mode=mode,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import TypeVar
 
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, usable_cores
@@ -30,95 +31,120 @@ from mnist_ray.signals import if_ended
 from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS
 from mnist_ray.training.events import EpochFinished, Event, Started
 from mnist_ray.workload.data import Blocks, Split, Splits
-from mnist_ray.workload.loading import digests_of
-from mnist_ray.workload.loading import load_data as load_data_of
+from mnist_ray.workload.loading import data_of, digests_of
 from mnist_ray.workload.splits import splits_of, subset
-from ray_fork.starting import prepared_forking
+from ray_fork.starting import Forking, prepared_forking
 
 _SMALL_ON_GPU = 64  # examples of a step: so few leave most of a GPU idle
 
-Self = TypeVar("Self", bound="Session")
+
+@dataclass(frozen=True)
+class Start:
+    """What a job has before its data are loaded."""
+
+    clock: Clock
+    workers: WorkerConfig
+    preload: str  # the module that workers need; it is imported while Ray starts
+    forking: Forking | None  # None if this process trains, without Ray
 
 
-class Session(contextlib.ExitStack):
-    """The state that every step of a job needs; a context manager, which says how to resume if the job fails."""
+@dataclass(frozen=True)
+class Session:
+    """What every step of a job needs, from the connection to Ray on."""
 
+    job: Job
+    workers: WorkerConfig
     data: Splits
     console: RunConsole
+    clock: Clock
     cluster: Cluster
-    plan: WorkerPlan
-    _unused: set[str] | None = None  # settings, by the workload's own optimizer and schedule, if it has any
-
-    def __init__(self, job: Job, modules: str, workers: WorkerConfig | None = None) -> None:
-        super().__init__()
-        self.job = job
-        self.workers = workers or job.workers
-        self.clock = Clock()
-        self._modules = modules
+    own_unused: set[str] | None  # settings that the workload's own optimizer and schedule do not use, if it has any
 
     @property
     def is_here(self) -> bool:
         """Whether this process trains, without Ray."""
         return self.workers.num_workers == 0
 
-    def __enter__(self: Self) -> Self:
-        environment.prepare(verbose=self.job.output.verbose)
-        self.enter_context(ending_explained(self.job))
-        if not self.is_here:
-            is_wanted = self.workers.fork_workers == "auto"
-            self._forking = self.enter_context(prepared_forking(self._modules, is_wanted=is_wanted))
-        self.clock.mark("start")
-        return self
-
-    def begin(self, job: Job, data: Splits, console: RunConsole, say_header: Callable[[Session], None]) -> None:
-        """Print the header of a job whose data are loaded, and own its run until the end.
-
-        Raises JobError if the storage is not writable; UsageError if another job owns the run.
-        """
-        self.job, self.data = job, data
-        job.run.check_writable()
-        self.clock.mark("data")
-        self.console = self.enter_context(console)
-        say_header(self)
-        self.enter_context(owned(job.run, self.console.waiting))
-        check_free(job.run, resume=job.output.resume)  # again: another job may have created the run meanwhile
-        if job.output.resume:
-            if_ended(f"; to resume: {job.resume_with}")
-
     @property
     def unused(self) -> set[str]:
         """The settings that the optimizer and the schedule do not use."""
-        return self.job.train.unused if self._unused is None else self._unused
+        return self.job.train.unused if self.own_unused is None else self.own_unused
 
-    @contextlib.contextmanager
-    def ray(self, batch_sizes: Sequence[int] = ()) -> Iterator[None]:
-        """Send a batch through the workload, and join a cluster or start a local Ray.
 
-        The batch comes first, so that an error in the user's code is reported before anything starts. This package's
-        workloads are tested, so their batch and the imports wait until Ray is starting. ``batch_sizes``: the batch
-        sizes of a sweep. With ``--num-workers 0``, there is no Ray. Raises UsageError and JobError.
-        """
-        is_own = type(self.job.workload).__module__.startswith("mnist_ray.")
-        if not is_own:
-            self._unused = _try_batch(self.job, self.data.train, batch_sizes)
+@contextlib.contextmanager
+def started(job: Job, preload: str, workers: WorkerConfig | None = None) -> Iterator[Start]:
+    """Set this process up, and start a fork server. However the job ends, say how to resume if that may help."""
+    clock, workers = Clock(), workers or job.workers
+    environment.prepare(verbose=job.output.verbose)
+    with contextlib.ExitStack() as at_the_end:
+        at_the_end.enter_context(ending_explained(job))
+        forking = None
+        if workers.num_workers != 0:
+            prepared = prepared_forking(preload, is_wanted=workers.fork_workers == "auto")
+            forking = at_the_end.enter_context(prepared)
+        clock.mark("start")
+        yield Start(clock, workers, preload, forking)
 
-        def meanwhile() -> None:
-            importlib.import_module(self._modules)  # with Ray Train, which ray.init does not import
-            if is_own:
-                self._unused = _try_batch(self.job, self.data.train, batch_sizes)
 
-        if self.is_here:
-            meanwhile()
-            self.cluster = Cluster(is_local=True, nodes=(), log_folder="")
-            yield
-            return
-        from mnist_ray.cluster.connect import connect  # imports Ray, after the header is printed
+@contextlib.contextmanager
+def opened(
+    start: Start,
+    job: Job,
+    data: Splits,
+    console: RunConsole,
+    say_header: Callable[[], None],
+    batch_sizes: Sequence[int] = (),
+) -> Iterator[Session]:
+    """Print a job's header, own its run until the end, and connect to Ray. ``batch_sizes``: those of a sweep.
 
-        verbose = self.job.output.verbose
-        with connect(self.workers, self._forking, verbose=verbose, meanwhile=meanwhile) as self.cluster:
-            if self.cluster.note:
-                self.console.say("note", self.cluster.note)
-            yield
+    Raises JobError if the storage is not writable; UsageError if another job owns the run; and like ``connected``.
+    """
+    job.run.check_writable()
+    start.clock.mark("data")
+    with console:
+        say_header()
+        with owned(job.run, console.waiting):
+            check_free(job.run, resume=job.output.resume)  # again: another job may have created the run meanwhile
+            if job.output.resume:
+                if_ended(f"; to resume: {job.resume_with}")
+            with connected(start, job, data, console, batch_sizes) as session:
+                yield session
+
+
+@contextlib.contextmanager
+def connected(
+    start: Start, job: Job, data: Splits, console: RunConsole, batch_sizes: Sequence[int] = ()
+) -> Iterator[Session]:
+    """Send a batch through the workload, and join a cluster or start a local Ray; with ``--num-workers 0``, do not.
+
+    The batch comes first, so that an error in the user's code is reported before anything starts. This package's
+    workloads are tested, so their batch and the imports wait until Ray is starting. Raises UsageError and JobError.
+    """
+    is_own, unused = type(job.workload).__module__.startswith("mnist_ray."), None
+    if not is_own:
+        unused = _try_batch(job, data.train, batch_sizes)
+
+    def meanwhile() -> None:
+        nonlocal unused
+        importlib.import_module(start.preload)  # with Ray Train, which ray.init does not import
+        if is_own:
+            unused = _try_batch(job, data.train, batch_sizes)
+
+    if start.workers.num_workers == 0:
+        meanwhile()
+        cluster = Cluster(is_local=True, nodes=(), log_folder="")
+        yield Session(job, start.workers, data, console, start.clock, cluster, unused)
+        return
+    from mnist_ray.cluster.connect import connect  # imports Ray, after the header is printed
+
+    with connect(start.workers, start.forking, verbose=job.output.verbose, meanwhile=meanwhile) as cluster:
+        if cluster.note:
+            console.say("note", cluster.note)
+        if start.workers.use_gpu == "auto":
+            from mnist_ray.cluster.devices import without_unusable_gpus  # imports torch
+
+            cluster = without_unusable_gpus(cluster, functools.partial(console.say, "note"))
+        yield Session(job, start.workers, data, console, start.clock, cluster, unused)
 
 
 @contextlib.contextmanager
@@ -132,7 +158,8 @@ def ending_explained(job: Job) -> Iterator[None]:
         is_final = isinstance(error, TrainingStoppedError) and not isinstance(error, UnreadableDataError)
         if is_final or not (advice := _advice(job)):
             raise
-        raise type(error)(f"{error}; {advice}") from error
+        error.hints += f"; {advice}"
+        raise
     except KeyboardInterrupt as interrupt:
         advice = _advice(job) or "nothing is saved yet: start again"
         raise KeyboardInterrupt(f"interrupted; {advice}") from interrupt
@@ -168,12 +195,12 @@ def console_of(job: Job) -> RunConsole:
     return RunConsole(job.workload, job.train.num_epochs, quiet=job.output.quiet)
 
 
-def say_run(session: Session) -> None:
+def say_run(console: RunConsole, job: Job, data: Splits) -> None:
     """Print the header of a run: data, training, settings."""
-    job, console, config = session.job, session.console, session.job.train
+    config = job.train
     console.say("run", job.run.name)
-    say_data(console, job, session.data)
-    steps = count(config.num_steps(len(session.data.train)), "step")
+    say_data(console, job, data)
+    steps = count(config.num_steps(len(data.train)), "step")
     console.say(
         "training",
         f"{count(config.num_epochs, 'epoch')} of {steps}, batch size {config.batch_size}, "
@@ -196,9 +223,9 @@ def say_data(console: RunConsole, job: Job, data: Splits) -> None:
     console.say("data", f"{data.name}: {counts}, {len(data.test):,} to test")
 
 
-def say_plan(session: Session) -> int:
+def say_plan(session: Session, plan: WorkerPlan) -> int:
     """Print the model and the workers that train it; return the number of parameters."""
-    job, console, cluster, plan = session.job, session.console, session.cluster, session.plan
+    job, console, cluster = session.job, session.console, session.cluster
     model = job.workload.create_model()
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -214,9 +241,10 @@ def say_plan(session: Session) -> int:
     if cluster.is_local and not plan.use_gpu and plan.num_workers > cores:
         shared = f"{plan.num_workers} workers share {cores} cores"
         console.say("note", f"{shared}: --num-workers {cores} would be at least as fast")
-    each = job.train.batch_size // plan.num_workers
-    if plan.use_gpu and each < _SMALL_ON_GPU:
-        console.say("note", f"{each} {job.workload.nouns} a step leave a GPU idle: a larger --batch-size is faster")
+    slice_size = job.train.batch_size // plan.num_workers
+    if plan.use_gpu and slice_size < _SMALL_ON_GPU:
+        examples = f"{slice_size} {job.workload.nouns} a step"
+        console.say("note", f"{examples} leave a GPU idle: a larger --batch-size is faster")
     if plan.must_scale_up:
         console.say("note", "the cluster is too small now; waiting for it to start nodes")
     console.waiting("starting workers …")
@@ -251,39 +279,62 @@ class Clock:
         return {**parts, "total": round(self._last - self._start, 3)}
 
 
-def load_data(job: Job, batch_sizes: Sequence[int] = ()) -> tuple[Job, Splits]:
-    """Return the job, with notes about its data, and the data. The job's workload gets the data's metadata.
+def load_splits(job: Job) -> Splits:
+    """Return a job's data; its workload gets their metadata. Raises UsageError and JobError."""
+    return subset(splits_of(data_of(job.workload), job.train.validation_size), job.train)
 
-    If nobody has chosen the batch size and there are fewer examples, all of them make a batch. ``batch_sizes``: the
-    batch sizes of a sweep. Raises JobError; UsageError, for example if a resumed run was started with different data.
+
+def check_against_data(job: Job, data: Splits, batch_sizes: Sequence[int] = ()) -> Job:
+    """Return the job with notes about its data, and with a batch size that they can fill.
+
+    ``batch_sizes``: those of a sweep. Raises UsageError if the settings do not fit the data, or if a resumed run was
+    started with different data.
     """
-    splits = subset(splits_of(load_data_of(job.workload), job.train.validation_size), job.train)
-    notes = [*job.notes, *_check_same_data(job, splits)]
-    most, largest = len(splits.train), max(batch_sizes or [job.train.batch_size])
-    if largest > most:
-        there, name = f"{most:,} {job.workload.nouns} to train on", "sweep" if batch_sizes else "batch_size"
-        if name in job.given:
-            asked = "--sweep: batch size" if batch_sizes else "--batch-size"
-            raise UsageError(f"{asked} {largest:,} is larger than the {there}")
-        notes.append(f"batch size {most:,}, not {largest:,}: there are only {there}")
-        if job.train.batch_size > most:
-            job = job.with_values({"batch_size": most})
-    fewest = dataclasses.replace(job.train, batch_size=min(largest, most)).num_steps(most) * job.train.num_epochs
-    if job.train.warmup_steps >= fewest:
-        raise UsageError(f"--warmup-steps {job.train.warmup_steps:,} must be below the {fewest:,} steps of the run")
-    if isinstance(blocks := splits.train.examples, Blocks):
-        streams = f"{count(job.train.num_chunks, 'stream')} of blocks (--num-chunks)"
-        if (job.workers.num_workers or 1) > job.train.num_chunks:
-            raise UsageError(f"--num-workers {job.workers.num_workers} is more than the {streams}")
-        if len(blocks.sizes) < job.train.num_chunks:
-            notes.append(f"{count(len(blocks.sizes), 'block')} for {streams}: some are read twice; write smaller ones")
-    if job.train.early_stop is not None:
-        if len(splits.validation) == 0:
-            raise UsageError("--early-stop needs validation; leave --validation-size 0 and --overfit-batches out")
-        if job.train.schedule != "constant":
-            said = f"the {job.train.schedule} schedule spans all epochs: if training stops early, the learning rate has"
-            notes.append(f"{said} not come down; --schedule constant avoids that")
-    return dataclasses.replace(job, notes=tuple(notes)), splits
+    num_train, largest = len(data.train), max(batch_sizes or [job.train.batch_size])
+    notes = _check_same_data(job, data)
+    if largest > num_train:
+        notes += _check_batch_size(job, num_train, largest, is_of_sweep=len(batch_sizes) > 0)
+        if job.train.batch_size > num_train:
+            job = job.with_values({"batch_size": num_train})
+    with_largest = dataclasses.replace(job.train, batch_size=min(largest, num_train))
+    min_steps = with_largest.num_steps(num_train) * job.train.num_epochs
+    if job.train.warmup_steps >= min_steps:
+        raise UsageError(f"--warmup-steps {job.train.warmup_steps:,} must be below the {min_steps:,} steps of the run")
+    notes += [*_check_streams(job, data.train.examples), *_check_early_stop(job, len(data.validation))]
+    return dataclasses.replace(job, notes=(*job.notes, *notes))
+
+
+def _check_batch_size(job: Job, num_train: int, largest: int, *, is_of_sweep: bool) -> list[str]:
+    """Return a note that all examples make a batch. Raises UsageError if the user has asked for more."""
+    there, name = f"{num_train:,} {job.workload.nouns} to train on", "sweep" if is_of_sweep else "batch_size"
+    if name in job.given:
+        asked = "--sweep: batch size" if is_of_sweep else "--batch-size"
+        raise UsageError(f"{asked} {largest:,} is larger than the {there}")
+    return [f"batch size {num_train:,}, not {largest:,}: there are only {there}"]
+
+
+def _check_streams(job: Job, examples: object) -> list[str]:
+    """Return a note if there are fewer blocks than streams. Raises UsageError if there are more workers."""
+    if not isinstance(examples, Blocks):
+        return []
+    streams = f"{count(job.train.num_chunks, 'stream')} of blocks (--num-chunks)"
+    if (job.workers.num_workers or 1) > job.train.num_chunks:
+        raise UsageError(f"--num-workers {job.workers.num_workers} is more than the {streams}")
+    if len(examples.sizes) >= job.train.num_chunks:
+        return []
+    return [f"{count(len(examples.sizes), 'block')} for {streams}: some are read twice; write smaller ones"]
+
+
+def _check_early_stop(job: Job, num_validation: int) -> list[str]:
+    """Return a note if the learning rate may not come down. Raises UsageError without validation."""
+    if job.train.early_stop is None:
+        return []
+    if num_validation == 0:
+        raise UsageError("--early-stop needs validation; leave --validation-size 0 and --overfit-batches out")
+    if job.train.schedule == "constant":
+        return []
+    said = f"the {job.train.schedule} schedule spans all epochs: if training stops early, the learning rate has"
+    return [f"{said} not come down; --schedule constant avoids that"]
 
 
 def _check_same_data(job: Job, splits: Splits) -> list[str]:

@@ -1,22 +1,25 @@
 """A training run, step by step."""
 
+import functools
+
 from mnist_ray.run.job import Job
-from mnist_ray.run.session import Session, console_of, load_data, say_plan, say_run
+from mnist_ray.run.session import check_against_data, console_of, load_splits, opened, say_run, started
 
 
 def train(job: Job) -> None:
     """Load data, start Ray, train, test, report. Raises UsageError, JobError, KeyboardInterrupt with one-line texts."""
-    with Session(job, "mnist_ray.run.fit") as session:
-        job, data = load_data(job)
-        session.begin(job, data, console_of(job), say_run)
-        with session.ray():
+    with started(job, preload="mnist_ray.run.fit") as start:
+        data = load_splits(job)
+        job = check_against_data(job, data)
+        console = console_of(job)
+        with opened(start, job, data, console, functools.partial(say_run, console, job, data)) as session:
             from mnist_ray.run import fit, in_process, record  # they import torch, which was loaded while Ray started
 
-            fit.plan(session)
+            plan = fit.plan(session)
             if job.output.check:
-                say_plan(session)
-                record.check(session)
+                record.check(session, plan)
                 return
             fit_run = in_process.fit_here if session.is_here else fit.fit
-            with record.recorded(session) as this_run:  # however the run ends, a report is written
-                this_run.test(fit_run(session, this_run.on_event))
+            with record.recorded(session, plan) as this_run:  # however the run ends, a report is written
+                fitted = fit_run(session, plan, this_run.on_event)
+                this_run.test(fitted)

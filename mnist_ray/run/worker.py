@@ -6,7 +6,7 @@ import faulthandler
 import math
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, StoppedEarly, Validated
-from mnist_ray.training.metrics import score
+from mnist_ray.training.metrics import CheckpointMetrics, Validation, score
 from mnist_ray.training.reproducible import check_arithmetic
 from mnist_ray.training.state import Group, StopWantedError, TrainingState, best_epoch, is_over
 from mnist_ray.workload import user_code
@@ -41,9 +41,9 @@ class LoopSpec:
     job: Job
     train: RemoteSplit | Split
     validation: RemoteSplit | Split | None = None
-    until_epoch: float = math.inf  # where a part of a trial ends, with a StopWantedError if epochs are left
+    until_epoch: float = math.inf  # where a trial's segment ends, with a StopWantedError if epochs are left
     event_queue: Any = None  # the actor that rank 0 reports to; None if nobody listens
-    is_local: bool = False  # on a local Ray, whose node nobody takes away during the run
+    is_local: bool = False  # on a local Ray, whose node cannot be preempted
 
 
 def train_worker(
@@ -69,16 +69,9 @@ def train_worker(
     if job.initial is not None and not restored.name:
         checkpoints.load_fitting(state.model, checkpoints.read_weights(job.initial.inside(INITIAL_FILE)))
     state.last_step = math.ceil(min(spec.until_epoch, config.num_epochs) * state.num_steps)
-    is_piece_over = state.total_step >= state.last_step and not is_over(state, config)
+    callbacks = [*reporter.callbacks, reporter]
     try:
-        reporter.show_life()
-        if is_piece_over and "val_score" not in restored.metrics:  # sweep.csv is lost, and this piece is shorter now
-            reporter.started(state, restored)  # on all ranks alike, or none validates
-            restored = replace(restored, metrics={**restored.metrics, **reporter.validated(state)})
-        reporter.begin(state, restored)
-        if is_piece_over:
-            raise StopWantedError  # the trial was killed after this part's last checkpoint, before the sweep noted it
-        callbacks = [*reporter.callbacks, reporter]
+        reporter.start(state, restored)
         loading = job.workers.loader_workers, job.workers.read_ahead_mib
         engine.train(job.workload, state, split, config, group, callbacks, *loading)
     except torch.OutOfMemoryError as error:
@@ -107,9 +100,25 @@ class Reporter(Callback):
         # The user's callback comes first: checkpoints match callbacks by position.
         self.callbacks: list[Callback] = [user_code.load(job.callback, Callback)()] if job.callback else []
 
-    def begin(self, state: TrainingState, restored: checkpoints.Restored) -> None:
-        """Report the start of training, from the ``restored`` checkpoint if there is one."""
-        self.send(self.started(state, restored))
+    def start(self, state: TrainingState, restored: checkpoints.Restored) -> None:
+        """Report the start of training, from the ``restored`` checkpoint if there is one.
+
+        If that is at the end of the trial's segment, or past it, report it, and raise StopWantedError: the trial was
+        killed before the sweep noted the checkpoint. Raises JobError if ranks restored different checkpoints.
+        """
+        self.show_life()
+        hosts = self._hosts_with(restored.name)
+        is_segment_over = state.total_step >= state.last_step and not is_over(state, self._config)
+        if is_segment_over and restored.metrics.validation is None:  # past the end, after sweep.csv was lost
+            metrics = replace(restored.metrics, validation=self._validated(state))
+            restored = replace(restored, metrics=metrics)
+        self.report_start(state, restored, hosts)
+        if is_segment_over:
+            raise StopWantedError
+
+    def report_start(self, state: TrainingState, restored: checkpoints.Restored, hosts: Sequence[str]) -> None:
+        """Report the start of training on the ranks' ``hosts``."""
+        self.send(self._started(state, restored, hosts))
 
     def end(self, state: TrainingState) -> None:
         """Report the end of training if training stopped early."""
@@ -130,81 +139,82 @@ class Reporter(Callback):
         """Show that this worker does not hang."""
         self.show_life()
 
-    def started(self, state: TrainingState, restored: checkpoints.Restored) -> Started:
-        """Return the start event; all ranks must call this. Raises JobError if ranks restored different checkpoints."""
-        device = self._group.device
-        seen = [(socket.gethostname(), restored.name)] * self._group.world_size
+    def _hosts_with(self, checkpoint: str) -> list[str]:
+        """Return the ranks' hosts; all ranks must call this. Raises JobError if they restored different checkpoints."""
+        seen = [(socket.gethostname(), checkpoint)] * self._group.world_size
         if self._group.world_size > 1:
             torch.distributed.all_gather_object(seen, seen[0])
         if len({name for _, name in seen}) > 1:  # a file system on the network may be late; Ray tries again
             raise JobError(f"{self._job.run.uri} does not show the same checkpoints on all nodes")
+        return [host for host, _ in seen]
+
+    def _started(self, state: TrainingState, restored: checkpoints.Restored, hosts: Sequence[str]) -> Started:
         has_changed = restored.arithmetic not in (None, arithmetic())
         note = "versions or processor changed since the checkpoint: results are no longer bit-identical"
         return Started(
             num_workers=self._group.world_size,
-            hosts=tuple(host for host, _ in seen),
+            hosts=tuple(hosts),
             threads=torch.get_num_threads(),
-            device=device.type,
+            device=self._group.device.type,
             precision=self._config.precision,
             epoch=state.epoch,
             step=state.step,
             num_steps=state.num_steps,
             damaged=restored.damaged,
             notes=(note,) if has_changed else (),
-            processor=name_of(device),
+            processor=name_of(self._group.device),
         )
 
-    def save(self, state: TrainingState, metrics: dict[str, Any]) -> str:
+    def save(self, state: TrainingState, metrics: CheckpointMetrics) -> str:
         """Write a checkpoint into the run's folder; return its name."""
         name = checkpoint_name(state.epoch, state.step)
         self.snapshot(state, metrics).write(self._job.run.inside(name))
         return name
 
-    def snapshot(self, state: TrainingState, metrics: dict[str, Any]) -> checkpoints.Snapshot:
+    def snapshot(self, state: TrainingState, metrics: CheckpointMetrics) -> checkpoints.Snapshot:
         """Return a copy of the state for a checkpoint."""
         about = {"config": asdict(self._job.train), "workload": self._job.workload.identity}
-        about |= {"metrics": metrics, "versions": versions()}
+        about |= {"metrics": metrics.to_dict(self._job.workload.rate), "versions": versions()}
         if self._config.reproducible:
             about["arithmetic"] = arithmetic()
         return checkpoints.snapshot(state, about, self.callbacks)
 
-    def measured(self, state: TrainingState, progress: Progress) -> dict[str, Any]:
-        """Return a checkpoint's metrics; where an epoch or a trial's part ends, all ranks validate.
+    def validate_and_report(self, state: TrainingState, progress: Progress) -> CheckpointMetrics:
+        """Return a checkpoint's metrics; where an epoch or a trial's segment ends, all ranks validate.
 
         At the end of an epoch, report the epoch, and add the validation's score to ``state``.
         """
-        workload, has_finished = self._job.workload, state.step == 0
+        has_finished = state.step == 0
         if has_finished:
             self.send(EpochFinished(progress))
-        metrics = {
-            "epoch": state.epoch,
-            "step": state.step,
-            "epochs": state.epoch + state.step / progress.num_steps,
-            **{f"train_{name}": value for name, value in progress.so_far.items()},
-            workload.rate: progress.examples_per_s,
-            "train_s": state.finished_s + state.epoch_s,
-        }
-        if self._validation is None or not (has_finished or metrics["epochs"] >= self._spec.until_epoch):
-            return metrics
-        metrics |= self.validated(state)
-        if has_finished:
-            state.scores.append(metrics["val_score"])
-            self.send_validation(metrics)
-        return {**metrics, "is_over": is_over(state, self._config)}
+        epochs = state.epoch + state.step / progress.num_steps
+        is_due = self._validation is not None and (has_finished or epochs >= self._spec.until_epoch)
+        validation = self._validated(state) if is_due else None
+        if has_finished and validation is not None:
+            state.scores.append(validation.score)
+            self.send_validation(state.epoch, validation)
+        return CheckpointMetrics(
+            epoch=state.epoch,
+            step=state.step,
+            epochs=epochs,
+            train=progress.so_far,
+            examples_per_s=progress.examples_per_s,
+            train_s=state.finished_s + state.epoch_s,
+            validation=validation,
+            is_over=validation is not None and is_over(state, self._config),
+        )
 
-    def validated(self, state: TrainingState) -> dict[str, Any]:
-        """Let all ranks validate; return the validation's entries in a checkpoint's metrics."""
+    def _validated(self, state: TrainingState) -> Validation:
+        """Let all ranks validate."""
         assert self._validation is not None
         workload, start = self._job.workload, time.perf_counter()
         loading = self._job.workers.loader_workers, self.show_life
         evaluation = engine.evaluate_together(workload, state.result, self._validation, self._group, *loading)
         values = evaluation.values(workload)
-        metrics: dict[str, Any] = {f"val_{name}": value for name, value in values.items()}
-        # Ray keeps the checkpoints with the best scores.
-        return {**metrics, "val_score": score(workload, values), "val_s": time.perf_counter() - start}
+        return Validation(values, score(workload, values), time.perf_counter() - start)
 
-    def send_validation(self, metrics: dict[str, Any]) -> None:
-        """Report the validation in the metrics of a checkpoint that ends an epoch."""
+    def send_validation(self, epoch: int, validation: Validation) -> None:
+        """Report the validation of an epoch."""
         names = [metric.name for metric in self._job.workload.all_metrics]
-        values = {name: metrics.get(f"val_{name}", math.nan) for name in names}  # an older checkpoint may have fewer
-        self.send(Validated(metrics["epoch"], values, metrics["val_s"]))
+        values = {name: validation.values.get(name, math.nan) for name in names}  # an older checkpoint may have fewer
+        self.send(Validated(epoch, values, validation.seconds))

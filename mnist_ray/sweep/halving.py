@@ -27,7 +27,7 @@ _T_90 = (3.08, 1.89, 1.64, 1.53, 1.48, 1.44, 1.41, 1.40, 1.38, 1.37)
 
 
 @dataclass(frozen=True)
-class Piece:
+class Segment:
     """A part of a trial: from its last checkpoint until an epoch, which is not always a whole number."""
 
     point: Point
@@ -68,12 +68,12 @@ def _suggested(space: Space, scores: dict[Point, float], seed: int) -> dict[str,
     import optuna  # an extra
 
     def distribution(name: str) -> Any:
-        some = space.spaces[name]
-        if isinstance(some, Choice):
-            return optuna.distributions.CategoricalDistribution(some.options)
+        own = space.spaces[name]
+        if isinstance(own, Choice):
+            return optuna.distributions.CategoricalDistribution(own.options)
         is_whole = space.types[name] is int
         kind = optuna.distributions.IntDistribution if is_whole else optuna.distributions.FloatDistribution
-        return kind(some.low, some.high, log=some.log)
+        return kind(own.low, own.high, log=own.log)
 
     logging.getLogger("optuna").setLevel(logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed), direction="maximize")
@@ -103,7 +103,7 @@ def climb(sweep: Sweep, table: TrialTable, candidates: Candidates) -> list[list[
     return rungs
 
 
-def pieces(sweep: Sweep, table: TrialTable, candidates: Candidates, *, with_race: bool = True) -> list[Piece]:
+def segments(sweep: Sweep, table: TrialTable, candidates: Candidates, *, with_race: bool = True) -> list[Segment]:
     """Return what can be trained now, or is being trained."""
     rungs, epochs, seed = climb(sweep, table, candidates), rungs_of(sweep), sweep.job.train.seed
     found = _missing(table, rungs[-1], epochs[len(rungs) - 1])
@@ -114,16 +114,16 @@ def pieces(sweep: Sweep, table: TrialTable, candidates: Candidates, *, with_race
     for num_seeds in range(2, _MORE_SEEDS + 2):
         if len(racing) < 2:
             break
-        seeds = {p: [dataclasses.replace(p, seed=seed + more) for more in range(num_seeds)] for p in racing}
-        if missing := _missing(table, itertools.chain(*seeds.values()), epochs[-1]):
+        seeded = {p: [dataclasses.replace(p, seed=seed + more) for more in range(num_seeds)] for p in racing}
+        if missing := _missing(table, itertools.chain(*seeded.values()), epochs[-1]):
             return missing
-        scores = {point: [table.score_at(each, epochs[-1]) for each in seeds[point]] for point in racing}
+        scores = {point: [table.score_at(own, epochs[-1]) for own in seeded[point]] for point in racing}
         racing = still_racing(sweep, scores)
     return found
 
 
-def _missing(table: TrialTable, points: Iterable[Point], epoch: float) -> list[Piece]:
-    return [Piece(point, epoch) for point in points if math.isnan(table.score_at(point, epoch))]
+def _missing(table: TrialTable, points: Iterable[Point], epoch: float) -> list[Segment]:
+    return [Segment(point, epoch) for point in points if math.isnan(table.score_at(point, epoch))]
 
 
 def still_racing(sweep: Sweep, scores: Mapping[Point, Sequence[float]]) -> list[Point]:
@@ -135,7 +135,7 @@ def still_racing(sweep: Sweep, scores: Mapping[Point, Sequence[float]]) -> list[
     The seeds are the blocks of a randomized block design: what neither points nor seeds explain estimates the variance
     (Montgomery, Design and Analysis of Experiments, chapter 4).
     """
-    complete = {point: some for point, some in scores.items() if FAILING not in some}
+    complete = {point: of_seeds for point, of_seeds in scores.items() if FAILING not in of_seeds}
     if len(complete) < 2:
         return []
     measured = np.array(list(complete.values()))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import math
 
 from mnist_ray import settings
 from mnist_ray.cluster.connect import current_nodes
+from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.errors import JobError, TrainingStoppedError, UsageError, count, format_settings
 from mnist_ray.run import fit
 from mnist_ray.run.job import Job
-from mnist_ray.run.record import begin_files, check, logs_named, recorded
+from mnist_ray.run.record import logs_named, recorded, write_settings
 from mnist_ray.run.session import Clock, Session, console_of, say_run
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import RESULT_FILE, SWEEP_FILE, SWEEP_PICTURE_FILE, TRIALS_FILE, RunFolder, in_one_line
@@ -25,18 +25,18 @@ from mnist_ray.training.checkpoint import MODEL_FILE, STATE_FILE, TRAINING_FILE
 from mnist_ray.training.events import TrialEnded
 
 
-def search(session: Session, sweep: Sweep, show: OnChange) -> TrialTable:
+def search(session: Session, sweep: Sweep, plan: WorkerPlan, concurrent: int, show: OnChange) -> TrialTable:
     """Run and ``show`` the trials, except those that an interrupted sweep has finished. Raises JobError.
 
-    If the sweep has already chosen its best configuration, no trial is run, so that the choice does not change.
+    ``plan``: the workers of a trial; ``concurrent``: the number of trials at a time. If the sweep has already chosen
+    its best configuration, no trial is run, so that the choice does not change.
     """
     job, data, run = sweep.job, session.data, sweep.job.run
-    concurrent = plan_trials(session, sweep)
-    begin_files(session, SWEEP_FILE, {**settings.values_of(sweep.config), **job.values})
-    splits = share(job.workload, data.train), share(job.workload, data.validation)
-    spec = TrialSpec(job, *splits, session.plan, run.inside(TRIALS_FOLDER))
+    write_settings(session, plan, SWEEP_FILE, {**settings.values_of(sweep.config), **job.values})
     if run.exists(BEST_FILE):
         return sweep.table()
+    train, validation = share(job.workload, data.train), share(job.workload, data.validation)
+    spec = TrialSpec(job, train, validation, plan, run.inside(TRIALS_FOLDER))
     warn = functools.partial(session.console.say, "note")
     trackers = start.start(run, job.workload, settings.values_of(sweep.config), job.output, warn, for_trials=True)
 
@@ -52,21 +52,15 @@ def search(session: Session, sweep: Sweep, show: OnChange) -> TrialTable:
         trackers.close(Ending(None, {}, None))
 
 
-def plan_trials(session: Session, sweep: Sweep) -> int:
-    """Decide on the workers of a trial, and print the plan; return the number of trials that run at a time."""
-    fit.plan(session)
-    console, plan, autoscaling = session.console, session.plan, sweep.job.workers.autoscaling
+def plan_trials(session: Session, sweep: Sweep) -> tuple[WorkerPlan, int]:
+    """Return the workers of a trial, and the number of trials that run at a time; print both."""
+    plan = fit.plan(session)
+    console, autoscaling = session.console, sweep.job.workers.autoscaling
     concurrent = trials_at_a_time(sweep.config, plan, session.cluster, autoscaling=autoscaling)
-    each = f"{count(plan.num_workers, 'worker')} with {count(plan.cpus_per_worker, 'CPU')}"
-    console.say("trials", f"{concurrent} at a time, each {each}{' and 1 GPU' if plan.use_gpu else ''}")
+    trial = f"{count(plan.num_workers, 'worker')} with {count(plan.cpus_per_worker, 'CPU')}"
+    console.say("trials", f"{concurrent} at a time, each {trial}{' and 1 GPU' if plan.use_gpu else ''}")
     console.waiting("starting trials …")
-    return concurrent
-
-
-def check_sweep(session: Session, sweep: Sweep) -> None:
-    """Print how a sweep would run, and check every node. Raises JobError."""
-    plan_trials(session, sweep)
-    check(session)
+    return plan, concurrent
 
 
 def _event_of(table: TrialTable, record: TrialRecord) -> TrialEnded:
@@ -76,7 +70,7 @@ def _event_of(table: TrialTable, record: TrialRecord) -> TrialEnded:
     return TrialEnded(record.trial, point, record.state, record.state == FAILED, values)
 
 
-def train_chosen(session: Session, sweep: Sweep, table: TrialTable) -> None:
+def train_chosen(session: Session, sweep: Sweep, trial_plan: WorkerPlan, table: TrialTable) -> None:
     """Write the best configuration. Train and evaluate the default one, unless it is the best, and then the best one.
 
     Nothing is trained that a trial, or an interrupted sweep, has trained.
@@ -105,7 +99,7 @@ def train_chosen(session: Session, sweep: Sweep, table: TrialTable) -> None:
         if not isinstance(value, float):  # else an interrupted sweep has finished this training
             trial = table.result_of(sweep.space.point(job.values, job.train.seed))
             try:
-                value = train_and_test(session, job, trial, is_last=title == "best")
+                value = train_and_test(session, job, trial_plan, trial, is_last=title == "best")
             except TrainingStoppedError as error:
                 if title == "best":
                     raise
@@ -119,26 +113,29 @@ def train_chosen(session: Session, sweep: Sweep, table: TrialTable) -> None:
         console.result(title, line)
 
 
-def train_and_test(session: Session, job: Job, trial: TrialRecord | None, *, is_last: bool) -> float:
+def train_and_test(
+    session: Session, job: Job, trial_plan: WorkerPlan, trial: TrialRecord | None, *, is_last: bool
+) -> float:
     """Train and test a configuration like ``jobs/train.py``; return the monitored value on the test set.
 
     If ``trial`` has trained the configuration, its checkpoint is used. But the best one, which ``is_last``, must have
     the weights that ``jobs/train.py`` gives, so it is trained anew if trials have other workers or threads.
     """
-    run = copy.copy(session)
-    run.job, run.workers, run.clock = job, job.workers, Clock()
-    if not session.cluster.is_local:  # an autoscaler has added or removed nodes
-        run.cluster = dataclasses.replace(session.cluster, nodes=current_nodes())
+    cluster, console = session.cluster, console_of(job)
+    if not cluster.is_local:  # an autoscaler has added or removed nodes
+        cluster = dataclasses.replace(cluster, nodes=current_nodes())
+    run = dataclasses.replace(session, job=job, workers=job.workers, console=console, clock=Clock(), cluster=cluster)
     try:
-        fit.plan(run)
+        plan = fit.plan(run)
     except UsageError as error:  # nodes are gone
         raise JobError(str(error)) from error
-    if trial and (not is_last or run.plan == session.plan or job.train.reproducible):
+    if trial and (not is_last or plan == trial_plan or job.train.reproducible):
         _copy_checkpoint(session.job.run.inside(TRIALS_FOLDER).inside(trial.point.name), job.run)
-    with console_of(job) as run.console:
-        say_run(run)
-        with recorded(run) as record:
-            return record.test(fit.fit(run, record.on_event), is_last=is_last)
+    with console:
+        say_run(console, job, session.data)
+        with recorded(run, plan) as record:
+            fitted = fit.fit(run, plan, record.on_event)
+            return record.test(fitted, is_last=is_last)
 
 
 def _copy_checkpoint(trial: RunFolder, run: RunFolder) -> None:

@@ -21,9 +21,6 @@ from mnist_ray.settings import Choice, Range, SearchSpace, parse_text, value_typ
 from mnist_ray.workload.base import Workload
 
 _NONE, _LOG = "none", "log:"
-# All trials have the same data and number of epochs, and each configuration gets its seeds from the sweep.
-_NOT_SEARCHED = {"seed", "num_epochs", "validation_size", "limit", "overfit_batches", "callback", "init_from"}
-_NOT_SEARCHED |= {"checkpoint_every"}  # changes no weight
 _MAX_VALUES = 1000  # in a list
 _DRAWS = 10  # per trial, as some may be equal
 _MAX_NAME_BYTES = 180  # bytes of a trial folder's name; file systems allow 255
@@ -61,7 +58,7 @@ class Space:
 
     def point(self, values: Mapping[str, Any], seed: int) -> Point:
         """Return the point with these values, which may be numbers from NumPy or Optuna, or text from a file."""
-        pairs = ((name, _as(self.types[name], values[name], some)) for name, some in self.spaces.items())
+        pairs = ((name, _as(self.types[name], values[name], space)) for name, space in self.spaces.items())
         return Point(tuple(pairs), seed)
 
     def default_points(self, seed: int) -> list[Point]:
@@ -71,12 +68,13 @@ class Space:
 
     def up_to(self, most: int, name: str) -> Space:
         """Return the space with ``most`` in place of larger values of a searched setting, and of its default."""
-        some = self.spaces[name]
-        if isinstance(some, Choice):
-            less: SearchSpace = Choice(tuple(dict.fromkeys(min(option, most) for option in some.options)))
+        space = self.spaces[name]
+        if isinstance(space, Choice):
+            limited: SearchSpace = Choice(tuple(dict.fromkeys(min(option, most) for option in space.options)))
         else:
-            less = Range(min(some.low, most), min(some.high, most), some.log)
-        return Space({**self.spaces, name: less}, self.types, {**self.defaults, name: min(self.defaults[name], most)})
+            limited = Range(min(space.low, most), min(space.high, most), space.log)
+        defaults = {**self.defaults, name: min(self.defaults[name], most)}
+        return Space({**self.spaces, name: limited}, self.types, defaults)
 
     def texts(self) -> tuple[str, ...]:
         """Return the space in the syntax of ``--sweep``."""
@@ -129,7 +127,7 @@ def space_of(workload_class: type[Workload], values: Mapping[str, Any], fixed: C
             raise UsageError(f"--sweep searches {name}: name it only once, and without {settings.flag(name)}")
         spaces[name] = space
     if not texts:
-        spaces = {name: some.search for name, some in known.items() if some.search and name not in fixed}
+        spaces = {name: own.search for name, own in known.items() if own.search and name not in fixed}
         for name, space in spaces.items():
             try:
                 known[name].check(space)
@@ -148,6 +146,7 @@ class _Setting:
     annotation: Any
     kind: type
     search: SearchSpace | None  # used without --sweep
+    is_shared: bool  # all trials have the same value
 
     def parse(self, text: str) -> Any:
         """Parse and check a value. Raises UsageError."""
@@ -160,7 +159,7 @@ class _Setting:
 
     def check_searched(self) -> None:
         """Raise UsageError if all trials must have the same value."""
-        if self.name in _NOT_SEARCHED or self.kind is tuple:
+        if self.is_shared:
             raise UsageError(f"{self.name} cannot be searched: all trials share it")
 
     def check(self, space: SearchSpace) -> None:
@@ -179,33 +178,35 @@ def _settings_of(workload_class: type[Workload]) -> dict[str, _Setting]:
     for config_class in (TrainConfig, workload_class.Settings):
         hints = get_type_hints(config_class)
         for field in dataclasses.fields(config_class):
-            hint, search = hints[field.name], workload_class.search.get(field.name, field.metadata.get("search"))
-            found[field.name] = _Setting(field.name, config_class, hint, value_type(hint)[0], search)
+            hint, about = hints[field.name], field.metadata
+            search, kind = workload_class.search.get(field.name, about.get("search")), value_type(hint)[0]
+            differs = about.get("is_searchable", True) and about.get("decides_weights", True) and kind is not tuple
+            found[field.name] = _Setting(field.name, config_class, hint, kind, search, is_shared=not differs)
     return found
 
 
 def _parsed(text: str, known: Mapping[str, _Setting]) -> tuple[str, SearchSpace]:
     """Parse a text of ``--sweep`` into a setting's name and its space. Raises UsageError."""
-    name, _, given = (part.strip() for part in text.partition("="))
+    name, _, values = (part.strip() for part in text.partition("="))
     name = name.replace("-", "_")
-    if not name or not given:
+    if not name or not values:
         raise UsageError("write NAME=A,B,C, NAME=LOW:HIGH or NAME=log:LOW:HIGH")
     if name not in known:
         raise UsageError(f"there is no setting {name}{did_you_mean(name, known)}")
     setting = known[name]
     setting.check_searched()
-    if ":" in given and setting.kind in (int, float):
-        is_log = given.startswith(_LOG)
-        ends = [setting.parse(end) for end in given.removeprefix(_LOG).split(":")]
+    if ":" in values and setting.kind in (int, float):
+        is_log = values.startswith(_LOG)
+        ends = [setting.parse(end) for end in values.removeprefix(_LOG).split(":")]
         if len(ends) != 2 or None in ends:
             raise UsageError("a range is LOW:HIGH or log:LOW:HIGH")
         space = Range(ends[0], ends[1], log=is_log)
         setting.check(space)
         return name, space
-    if given.count(",") >= _MAX_VALUES:
+    if values.count(",") >= _MAX_VALUES:
         raise UsageError(f"these are more than {_MAX_VALUES:,} values; write a range, NAME=LOW:HIGH")
     try:
-        (texts,) = csv.reader(io.StringIO(given, newline=""), skipinitialspace=True, strict=True)
+        (texts,) = csv.reader(io.StringIO(values, newline=""), skipinitialspace=True, strict=True)
     except (ValueError, csv.Error) as error:
         raise UsageError("write A,B,C, with double quotes around a value that contains a comma") from error
     options = tuple(map(setting.parse, texts))
@@ -223,7 +224,7 @@ def propose(space: Space, sweep: SweepConfig, seed: int) -> list[Point]:
         return _grid(space, sweep.num_trials, seed)
     rng = np.random.default_rng(seed)
     drawn = [
-        space.point({name: _draw(some, rng, space.types[name]) for name, some in space.spaces.items()}, seed)
+        space.point({name: _draw(own, rng, space.types[name]) for name, own in space.spaces.items()}, seed)
         for _ in range(_DRAWS * sweep.num_trials)
     ]
     return list(dict.fromkeys(space.default_points(seed) + drawn))[: sweep.num_trials]
@@ -242,17 +243,18 @@ def _rounded(value: float, kind: type, space: Range) -> Any:
 
 
 def _grid(space: Space, num_trials: int, seed: int) -> list[Point]:
-    choices = {name: some.options for name, some in space.spaces.items() if isinstance(some, Choice)}
-    ranges = {name: some for name, some in space.spaces.items() if isinstance(some, Range)}
+    choices = {name: own.options for name, own in space.spaces.items() if isinstance(own, Choice)}
+    ranges = {name: own for name, own in space.spaces.items() if isinstance(own, Range)}
     num_choices = math.prod(map(len, choices.values()))
-    if (least := num_choices * 2 ** sum(some.low < some.high for some in ranges.values())) > num_trials:
+    if (needed := num_choices * 2 ** sum(own.low < own.high for own in ranges.values())) > num_trials:
         ends = f", with both ends of {', '.join(ranges)}" if ranges else ""
-        raise UsageError(f"--search grid needs {least} trials for all combinations of {', '.join(space.spaces)}{ends}")
+        raise UsageError(f"--search grid needs {needed} trials for all combinations of {', '.join(space.spaces)}{ends}")
     num_values = int((num_trials / num_choices) ** (1 / len(ranges)) + 1e-9) if ranges else 1
     values: dict[str, Collection[Any]] = {}
-    for name, some in ranges.items():
-        spaced = (np.geomspace if some.log else np.linspace)(some.low, some.high, num_values)
-        values[name] = [_rounded(float(value), space.types[name], some) for value in spaced]
+    for name, own in ranges.items():
+        spaced = (np.geomspace if own.log else np.linspace)(own.low, own.high, num_values)
+        values[name] = [_rounded(float(value), space.types[name], own) for value in spaced]
     values |= choices
     combinations = itertools.product(*values.values())
-    return list(dict.fromkeys(space.point(dict(zip(values, some, strict=True)), seed) for some in combinations))
+    points = (space.point(dict(zip(values, combination, strict=True)), seed) for combination in combinations)
+    return list(dict.fromkeys(points))

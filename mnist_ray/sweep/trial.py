@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from mnist_ray.storage import RunFolder, position_of
 from mnist_ray.sweep.space import Point
 from mnist_ray.training.checkpoint import Restored
 from mnist_ray.training.events import Progress
+from mnist_ray.training.metrics import CheckpointMetrics
 from mnist_ray.training.state import Group, StopWantedError, TrainingState, is_over
 
 
@@ -58,7 +60,7 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
             else:
                 train_worker(loop_spec, Group(device=device_here()), TuneReporter, spec.plan.cpus_per_worker)
         return
-    except StopWantedError:  # the piece ends before the training
+    except StopWantedError:  # the segment ends before the training
         return
     except TrainingStoppedError as error:
         reason = str(error)
@@ -76,24 +78,27 @@ def train_on_workers(loop_spec: LoopSpec, plan: WorkerPlan) -> None:
         cause = cause_of(error)
         raise (cause if isinstance(cause, TrainingStoppedError) else JobError(reason_of(error))) from error
     drop_others(loop_spec.job.run)
-    if result.return_value:  # empty if the piece ends before the training
-        raise TrainingStoppedError(result.return_value)
+    if result.return_value.diverged is not None:
+        raise result.return_value.diverged
     tune.report(result.metrics)  # again, in case that the trial was killed before the sweep noted it
 
 
 class TuneReporter(Reporter):
     """Saves, validates and reports to Tune at every checkpoint. Tune may end the trial then."""
 
-    def begin(self, state: TrainingState, restored: Restored) -> None:
-        """Report a finished piece again: it was killed after its last checkpoint, before the sweep noted it."""
-        if is_over(state, self._config) or restored.metrics.get("epochs", 0) >= self._spec.until_epoch:
-            tune.report(restored.metrics)
+    def report_start(self, state: TrainingState, restored: Restored, hosts: Sequence[str]) -> None:
+        """Report a finished segment again: it was killed after its last checkpoint, before the sweep noted it."""
+        if is_over(state, self._config) or restored.metrics.epochs >= self._spec.until_epoch:
+            self._report(restored.metrics)
 
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
         """Write a checkpoint, remove the earlier ones, and report; a whole checkpoint always exists."""
-        metrics = self.measured(state, progress)
+        metrics = self.validate_and_report(state, progress)
         run, name = self._job.run, self.save(state, metrics)
         for before in run.checkpoint_names():
             if position_of(before) < position_of(name):
                 run.inside(before).delete()
-        tune.report(metrics)
+        self._report(metrics)
+
+    def _report(self, metrics: CheckpointMetrics) -> None:
+        tune.report(metrics.to_dict(self._job.workload.rate))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 from mnist_ray.config import SweepConfig, WorkerConfig
@@ -75,6 +74,13 @@ class Best:
         return f"mean of {number} seeds" if number > 1 else f"seed {self.records[0].point.seed}"
 
 
+def _averaged(records: Sequence[TrialRecord]) -> Best:
+    """Return a configuration's means over its finished trials, one for each seed; if there are none, over all."""
+    averaged = [record for record in records if record.state == DONE] or records
+    means = [statistics.mean(getattr(record, name) for record in averaged) for name in ("val_monitor", "val_loss")]
+    return Best(tuple(averaged), val_monitor=means[0], val_loss=means[1])
+
+
 class TrialTable:
     """The records of a sweep's trials, by their points. Raises UsageError if a setting is named like another column."""
 
@@ -136,20 +142,22 @@ class TrialTable:
         Configurations with a failed trial come last. Configurations with more finished trials come first: values of
         different epochs are not compared. A later seed is ignored if the time was up before all had finished it.
         """
-        seeds = {record.point.seed for record in self.by_point.values() if record.state == STOPPED}
-        cut_off = seeds - {min((point.seed for point in self.by_point), default=0)}
-        failed = {record.point.configuration for record in self.by_point.values() if record.state == FAILED}
         by_configuration: dict[Any, list[TrialRecord]] = {}
-        for record in self.by_point.values():
-            if record.is_validated and record.point.seed not in cut_off:
-                by_configuration.setdefault(record.point.configuration, []).append(record)
-        candidates = []
-        for records in by_configuration.values():
-            done = [record for record in records if record.state == DONE]
-            means = [statistics.mean(map(attrgetter(name), done or records)) for name in ("val_monitor", "val_loss")]
-            rank = records[0].point.configuration not in failed, len(done)
-            candidates.append((rank, Best(tuple(done or records), *means)))
-        return max(candidates, key=lambda each: (each[0], *self.worth(each[1])), default=((), None))[1]
+        for record in self._comparable():
+            by_configuration.setdefault(record.point.configuration, []).append(record)
+        failed = {record.point.configuration for record in self.by_point.values() if record.state == FAILED}
+
+        def rank(best: Best) -> tuple[bool, int, tuple[float, float]]:
+            num_done = sum(record.state == DONE for record in best.records)
+            return best.records[0].point.configuration not in failed, num_done, self.worth(best)
+
+        return max(map(_averaged, by_configuration.values()), key=rank, default=None)
+
+    def _comparable(self) -> list[TrialRecord]:
+        """Return the validated trials, except those of later seeds for which the time was up."""
+        stopped = {record.point.seed for record in self.by_point.values() if record.state == STOPPED}
+        cut_off = stopped - {min((point.seed for point in self.by_point), default=0)}
+        return [record for record in self.by_point.values() if record.is_validated and record.point.seed not in cut_off]
 
     def finalists(self, sweep: SweepConfig, seed: int) -> list[Point]:
         """Return the best configurations, and the default one if it was tried: those to train with more seeds.
@@ -252,10 +260,8 @@ class Sweep:
     @property
     def workers(self) -> WorkerConfig:
         """The workers of a trial; by default one worker with one core, as parallel trials gain more than threads."""
-        asked = self.job.workers
-        return dataclasses.replace(
-            asked, num_workers=asked.num_workers or 1, cpus_per_worker=asked.cpus_per_worker or 1
-        )
+        own = self.job.workers
+        return dataclasses.replace(own, num_workers=own.num_workers or 1, cpus_per_worker=own.cpus_per_worker or 1)
 
     @property
     def batch_sizes(self) -> list[int]:

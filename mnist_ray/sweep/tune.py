@@ -16,8 +16,9 @@ from mnist_ray.errors import JobError, UsageError, command, count, format_settin
 from mnist_ray.run import session as sessions
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.job import Given, read_job
-from mnist_ray.run.session import Session, say_data
+from mnist_ray.run.session import load_splits, opened, say_data, started
 from mnist_ray.storage import TRIALS_FILE
+from mnist_ray.sweep.halving import rungs_of
 from mnist_ray.sweep.space import propose, space_of
 from mnist_ray.sweep.trials import BEST_FILE, DONE, FAILED, LOST, STOPPED, Sweep, TrialRecord, TrialTable
 from mnist_ray.workload.data import Splits
@@ -41,9 +42,9 @@ def read_sweep(given: Given | None = None) -> Sweep:
     return sweep
 
 
-def load_data(sweep: Sweep) -> tuple[Sweep, Splits]:
-    """Return the sweep, whose workload now knows the data's metadata, and the data. Raises UsageError and JobError."""
-    job, data = sessions.load_data(sweep.job, sweep.batch_sizes)
+def check_against_data(sweep: Sweep, data: Splits) -> Sweep:
+    """Return the sweep with notes about its data, and with a space that fits them. Raises UsageError if none does."""
+    job = sessions.check_against_data(sweep.job, data, sweep.batch_sizes)
     for field in dataclasses.fields(job.workload.settings):
         if field.name in sweep.space.spaces and field.metadata.get("decides_data"):
             raise UsageError(f"--sweep {field.name}: load_data depends on it, and all trials have the same data")
@@ -53,32 +54,35 @@ def load_data(sweep: Sweep) -> tuple[Sweep, Splits]:
         raise UsageError(f"a sweep chooses by validation {monitor}, but no examples are held out: {remedy}")
     space = sweep.space.up_to(len(data.train), "batch_size") if sweep.batch_sizes else sweep.space
     config = dataclasses.replace(sweep.config, sweep=sweep.config.sweep or space.texts())
-    return Sweep(config, space, job, len(data.validation)), data
+    return Sweep(config, space, job, len(data.validation))
 
 
 def tune(sweep: Sweep) -> Sweep:
     """Search, then train, evaluate and report the best; return the sweep as it was run. Raises like ``train``."""
-    with Session(sweep.job, "mnist_ray.sweep.trial", sweep.workers) as session:
-        sweep, data = load_data(sweep)
+    with started(sweep.job, "mnist_ray.sweep.trial", sweep.workers) as start:
+        data = load_splits(sweep.job)
+        sweep = check_against_data(sweep, data)
         console = SweepConsole(sweep)
-        session.begin(sweep.job, data, console, functools.partial(say_sweep, sweep))
-        with session.ray(sweep.batch_sizes):
-            from mnist_ray.sweep.search import check_sweep, search, train_chosen  # torch is loaded by now
+        say_header = functools.partial(say_sweep, console, sweep, data)
+        with opened(start, sweep.job, data, console, say_header, sweep.batch_sizes) as session:
+            from mnist_ray.run.record import check_nodes_for  # torch is loaded by now
+            from mnist_ray.sweep.search import plan_trials, search, train_chosen
 
+            plan, concurrent = plan_trials(session, sweep)
             if sweep.job.output.check:
-                check_sweep(session, sweep)
+                check_nodes_for(session, plan)
                 return sweep
-            table = search(session, sweep, console.show_table)
+            table = search(session, sweep, plan, concurrent, console.show_table)
             console.show_result(table)
-            train_chosen(session, sweep, table)
+            train_chosen(session, sweep, plan, table)
     return sweep
 
 
-def say_sweep(sweep: Sweep, session: Session) -> None:
+def say_sweep(console: RunConsole, sweep: Sweep, data: Splits) -> None:
     """Print the header of a sweep."""
-    job, config, console = sweep.job, sweep.config, session.console
+    job, config = sweep.job, sweep.config
     console.say("sweep", job.run.name)
-    say_data(console, job, session.data)
+    say_data(console, job, data)
     points = {*propose(sweep.space, config, job.train.seed)}  # Optuna tries at most as many
     trials = f"{count(len(points), 'trial')} of {count(job.train.num_epochs, 'epoch')}"
     best = min(config.num_confirmed, len(points))
@@ -97,7 +101,7 @@ class SweepConsole(RunConsole):
     def __init__(self, sweep: Sweep) -> None:
         job = sweep.job
         super().__init__(job.workload, job.train.num_epochs, quiet=job.output.quiet)
-        self._has_rungs = sweep.config.scheduler == "halving"
+        self._has_rungs = len(rungs_of(sweep)) > 1
 
     def show_table(self, table: TrialTable, ended: TrialRecord | None = None) -> None:
         """Show the trials after one of them has ``ended`` or reported."""

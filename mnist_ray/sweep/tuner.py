@@ -1,4 +1,4 @@
-"""The sweep on Ray Tune: runs the pieces of trials that the search and the race ask for."""
+"""The sweep on Ray Tune: runs the segments of trials that the search and the race ask for."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from mnist_ray.cluster.plan import Cluster, WorkerPlan, suitable
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, TrainingStoppedError, count, masked
 from mnist_ray.storage import STORAGE_ERRORS, TRIALS_FILE, in_one_line, with_retries
-from mnist_ray.sweep.halving import Candidates, Piece, climb, pieces, rungs_of
+from mnist_ray.sweep.halving import Candidates, Segment, climb, rungs_of, segments
 from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trial import TrialSpec, run_trial
 from mnist_ray.sweep.trials import DONE, FAILED, LOST, RUNNING, STOPPED, WAITING, Sweep, TrialRecord, TrialTable
+from mnist_ray.training.metrics import CheckpointMetrics
 
 TRIALS_FOLDER, _TUNE_FOLDER = "trials", "tune"
 _SETTINGS = {
@@ -56,10 +57,10 @@ def run_sweep(
     config, table = sweep.config, sweep.table()
     watcher = _Watcher(sweep, table, on_change, say)
     deadline = time.monotonic() + (config.time_budget_s or math.inf)
-    run = functools.partial(_run_pieces, spec, watcher, concurrent, deadline)
+    run = functools.partial(_run_segments, spec, watcher, concurrent, deadline)
     if config.scheduler == "asha":
-        run(functools.partial(watcher.pieces, with_race=False), _asha(sweep))
-    run(watcher.pieces, FIFOScheduler())
+        run(functools.partial(watcher.segments, with_race=False), _asha(sweep))
+    run(watcher.segments, FIFOScheduler())
     if watcher.failure is None and table.best is not None:
         watcher.end()
     if watcher.failure is not None:
@@ -76,17 +77,17 @@ def run_sweep(
     return table
 
 
-def _run_pieces(
+def _run_segments(
     spec: TrialSpec,
     watcher: _Watcher,
     concurrent: int,
     deadline: float,
-    next_pieces: Callable[[], Iterator[Piece]],
+    next_segments: Callable[[], Iterator[Segment]],
     scheduler: TrialScheduler,
 ) -> None:
-    """Let Tune run the pieces until there are no more, or until the deadline."""
+    """Let Tune run the segments until there are no more, or until the deadline."""
     run, seconds = watcher.sweep.job.run, deadline - time.monotonic()
-    if seconds <= 0 or next(next_pieces(), None) is None:
+    if seconds <= 0 or next(next_segments(), None) is None:
         return
     if spec.plan.num_workers > 1:  # a trial only waits for its workers, but Tune has to reserve something
         group = tune.PlacementGroupFactory([{"memory": 2**20}])
@@ -97,7 +98,7 @@ def _run_pieces(
     tuner = tune.Tuner(
         tune.with_resources(functools.partial(run_trial, spec=spec), group),
         tune_config=tune.TuneConfig(
-            search_alg=_Source(next_pieces, concurrent),
+            search_alg=_Source(next_segments, concurrent),
             num_samples=-1,  # until the source is empty
             scheduler=scheduler,
             time_budget_s=None if math.isinf(seconds) else seconds,
@@ -131,26 +132,26 @@ def _asha(sweep: Sweep) -> TrialScheduler:
 
 
 class _Source(Searcher):
-    """Gives Tune the next piece of work as soon as fewer than ``concurrent`` run. To Tune, each piece is a trial."""
+    """Gives Tune the next segment as soon as fewer than ``concurrent`` run. To Tune, each segment is a trial."""
 
-    def __init__(self, next_pieces: Callable[[], Iterator[Piece]], concurrent: int) -> None:
+    def __init__(self, next_segments: Callable[[], Iterator[Segment]], concurrent: int) -> None:
         super().__init__()
-        self._next_pieces, self._concurrent = next_pieces, concurrent
+        self._next_segments, self._concurrent = next_segments, concurrent
         self._running: dict[str, Point] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Return the configuration for ``run_trial``; None if that has to wait for the results of running pieces."""
+        """Return the configuration for ``run_trial``; None if that has to wait for the results of running segments."""
         running = self._running.values()
         if len(running) == self._concurrent:
             return None
-        piece = next((piece for piece in self._next_pieces() if piece.point not in running), None)
-        if piece is None:
+        segment = next((segment for segment in self._next_segments() if segment.point not in running), None)
+        if segment is None:
             return None if running else Searcher.FINISHED
-        self._running[trial_id] = piece.point
-        return {"values": piece.point.values, "seed": piece.point.seed, "until_epoch": piece.until_epoch}
+        self._running[trial_id] = segment.point
+        return {"values": segment.point.values, "seed": segment.point.seed, "until_epoch": segment.until_epoch}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Note that a piece has ended."""
+        """Note that a segment has ended."""
         self._running.pop(trial_id, None)  # Tune may say it again, of a trial that could not be stopped
 
     def save(self, checkpoint_path: str) -> None:
@@ -173,33 +174,33 @@ class _Watcher(tune.Callback):
         """Pickle nothing: Tune pickles callbacks for its own restore, which is never used."""
         return tune.Callback, ()
 
-    def pieces(self, *, with_race: bool = True) -> Iterator[Piece]:
+    def segments(self, *, with_race: bool = True) -> Iterator[Segment]:
         """Yield what can be trained now, or is being trained; a point is only proposed if the caller takes it."""
         if self.failure is not None:
             return
-        yield from pieces(self.sweep, self._table, self._candidates, with_race=with_race)
+        yield from segments(self.sweep, self._table, self._candidates, with_race=with_race)
         if self._candidates.num_unknown:
             first_epoch = rungs_of(self.sweep)[0]
             while point := self._candidates.propose(lambda point: self._table.score_at(point, first_epoch)):
-                yield Piece(point, first_epoch)
+                yield Segment(point, first_epoch)
             self._decide()  # if Optuna had only known points to propose, the next rung begins now
-            yield from pieces(self.sweep, self._table, self._candidates, with_race=with_race)
+            yield from segments(self.sweep, self._table, self._candidates, with_race=with_race)
 
     def on_trial_start(self, trial: Trial, **info: Any) -> None:
         self._table.start(self._point(trial))
         self._changed()
 
     def on_trial_result(self, trial: Trial, result: dict[str, Any], **info: Any) -> None:
-        record = self._table.by_point[self._point(trial)]
+        record, metrics = self._table.by_point[self._point(trial)], CheckpointMetrics.of(result)
         self._table.update(record, result)
-        if "val_score" in result:
-            record.report(result["epochs"], record.val_monitor)
+        if metrics.validation is not None:
+            record.report(metrics.epochs, record.val_monitor)
         self._changed()
 
     def on_trial_complete(self, trial: Trial, **info: Any) -> None:
         record = self._table.by_point[self._point(trial)]
-        unfinished = WAITING if self.sweep.config.scheduler == "halving" else STOPPED
-        ended = DONE if (trial.last_result or {}).get("is_over") else unfinished
+        unfinished = WAITING if len(rungs_of(self.sweep)) > 1 else STOPPED
+        ended = DONE if CheckpointMetrics.of(trial.last_result or {}).is_over else unfinished
         record.state = FAILED if record.reason else ended
         self._changed(record)
         self._decide()
@@ -223,9 +224,9 @@ class _Watcher(tune.Callback):
 
     def end(self) -> None:
         """Mark the trials that were cut off when the time was up, and the race's that did not begin."""
-        for piece in pieces(self.sweep, self._table, self._candidates):
-            if piece.point.seed != self.sweep.job.train.seed:
-                self._table.start(piece.point)
+        for segment in segments(self.sweep, self._table, self._candidates):
+            if segment.point.seed != self.sweep.job.train.seed:
+                self._table.start(segment.point)
         cut_off = [record for record in self._table.by_point.values() if record.state in (RUNNING, WAITING)]
         for record in cut_off:
             record.state = STOPPED

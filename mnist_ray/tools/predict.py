@@ -76,7 +76,7 @@ class Prediction:
         return f"{self.file}: {self.best}  {probability:.1%}" + (f" (then {then})" if then else "") + unsure
 
 
-def predict(given: Sequence[str], found: find.Found, config: PredictionConfig) -> None:
+def predict(places: Sequence[str], found: find.Found, config: PredictionConfig) -> None:
     """Print the prediction for each picture. Raises JobError at the end if a file has no prediction."""
     workload, model = found.workload, found.load_model()
     if not config.json:
@@ -84,7 +84,7 @@ def predict(given: Sequence[str], found: find.Found, config: PredictionConfig) -
             say(f"note {note}")
         say(f"checkpoint {found.checkpoint.path} ({type(workload).__name__})")
     predictions = []
-    for prediction in predict_files(workload, model, find_files(given)):
+    for prediction in predict_files(workload, model, find_files(places)):
         predictions.append(prediction if config.grid else replace(prediction, inputs=None))  # to save memory
         if config.json:
             sys.stdout.write(json.dumps(prediction.to_dict(workload.prediction_noun, config.threshold)) + "\n")
@@ -97,13 +97,13 @@ def predict(given: Sequence[str], found: find.Found, config: PredictionConfig) -
         raise JobError(f"no prediction for {failed:,} of {len(predictions):,} files")
 
 
-def find_files(given: Iterable[Any]) -> Iterator[Path | Image.Image]:
-    """Yield the given files and Pillow images, and the pictures in the given folders, sorted. Raises UsageError."""
-    for one in given:
-        if not isinstance(one, (str, Path, Image.Image)):
-            kind = type(one).__name__
+def find_files(places: Iterable[Any]) -> Iterator[Path | Image.Image]:
+    """Yield the files and Pillow images in ``places``, and the pictures in its folders, sorted. Raises UsageError."""
+    for place in places:
+        if not isinstance(place, (str, Path, Image.Image)):
+            kind = type(place).__name__
             raise UsageError(f"pictures must be paths, Pillow images or a NumPy array of inputs, not {kind}")
-        path = one if isinstance(one, Image.Image) else Path(os.path.expanduser(one))
+        path = place if isinstance(place, Image.Image) else Path(os.path.expanduser(place))
         if isinstance(path, Path) and os.path.isdir(path):  # is_dir() would raise for too long or unreadable a name
             found = sorted(file for file in path.rglob("*") if os.path.isfile(file))
             # A folder without pictures is reported as a file that cannot be read.
@@ -131,11 +131,11 @@ def predict_inputs(workload: Workload, model: nn.Module, inputs: Iterable[Any]) 
     allow_read_only()
     inputs, predictions = iter(inputs), list[Prediction]()
     while batch := [*itertools.islice(inputs, _BATCH_SIZE)]:
-        examples = [(one, 0) for one in batch]
+        examples = [(own, 0) for own in batch]
         with placed(workload, "a prediction"), torch.inference_mode():
             joined, _ = workload.collate(examples) or default_collate(examples)
-            each = workload.top_predictions(model(workload.prepare(joined, None)))
-        predictions += [Prediction("", one, tuple(top)) for one, top in zip(batch, each, strict=True)]
+            tops = workload.top_predictions(model(workload.prepare(joined, None)))
+        predictions += [Prediction("", own, tuple(top)) for own, top in zip(batch, tops, strict=True)]
     return predictions
 
 

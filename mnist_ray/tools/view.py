@@ -15,7 +15,7 @@ from mnist_ray.workload.base import Workload
 from mnist_ray.workload.classification import Classification
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.figures import image_grid, single_image
-from mnist_ray.workload.loading import load_data, picture_of, placed
+from mnist_ray.workload.loading import data_of, picture_of, placed
 
 _MAX_VALUES, _MAX_TEXT = 16, 80  # of an array or, in characters, of a text that is printed whole
 _FORMAT: Any = {"float_kind": "{:g}".format, "int_kind": str, "bool": str}
@@ -23,7 +23,7 @@ _FORMAT: Any = {"float_kind": "{:g}".format, "int_kind": str, "bool": str}
 
 def view(workload: Workload, config: ViewConfig) -> None:
     """Print the size of the data, and draw the chosen examples. Raises UsageError and JobError."""
-    data = load_data(workload)
+    data = data_of(workload)
     splits = {"train": Split(data.train), "test": Split(data.test)}
     for name, split in splits.items():
         say(f"{name:<7} {count(len(split), workload.noun)}")

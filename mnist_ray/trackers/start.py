@@ -88,7 +88,9 @@ def start(
 
     ``for_trials``: track a sweep's trials, only with the user's tracker, if it follows trials.
     """
-    plain = {name: one if isinstance(one, (bool, int, float)) else redact(one) for name, one in settings.items()}
+    plain = {
+        name: value if isinstance(value, (bool, int, float)) else redact(value) for name, value in settings.items()
+    }
     kinds: dict[str, type[Tracker]] = {} if for_trials else {"TensorBoard": TensorBoard}
     if output.tracker is not None:
         own = user_code.find(output.tracker, Tracker)
@@ -127,8 +129,8 @@ class TensorBoard(Tracker):
         """Write the settings, the test metrics and the pictures."""
         final = self.final(ending)
         scalars = [summary.scalar(name, value) for name, value in final.items()]
-        for each in (*summary.hparams(self.settings, final), *scalars):
-            self._write(summary=each)
+        for line in (*summary.hparams(self.settings, final), *scalars):
+            self._write(summary=line)
         for name, png in ending.pictures.items():
             width, height = Image.open(io.BytesIO(png)).size
             image = summary.Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)

@@ -30,7 +30,7 @@ from mnist_ray.errors import JobError, TrainingStoppedError, UsageError, first_l
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder, in_one_line, with_retries
 from mnist_ray.training.callback import Callback
-from mnist_ray.training.metrics import MetricSums
+from mnist_ray.training.metrics import CheckpointMetrics, MetricSums
 from mnist_ray.training.state import TrainingState, state_of
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.loading import placed
@@ -55,7 +55,7 @@ class Restored:
     """The checkpoint from which a run resumes."""
 
     name: str = ""  # its folder; empty if there is no checkpoint
-    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # reported with the checkpoint
+    metrics: CheckpointMetrics = dataclasses.field(default_factory=CheckpointMetrics)
     arithmetic: dict[str, Any] | None = None  # of the machine that wrote the checkpoint, with --reproducible
     damaged: tuple[str, ...] = ()  # newer checkpoints that were skipped: damaged, or from another version
 
@@ -102,8 +102,9 @@ def snapshot(state: TrainingState, about: dict[str, Any], callbacks: Sequence[Ca
 
 def _copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return contiguous copies in main memory that share nothing: safetensors would refuse tied weights."""
-    of = torch.contiguous_format
-    return {name: tensor.detach().cpu().clone(memory_format=of) for name, tensor in weights.items()}
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()
+    }
 
 
 def digest_of(document: dict[str, Any]) -> str:
@@ -186,7 +187,8 @@ def restore_newest(run: RunFolder, state: TrainingState, callbacks: Sequence[Cal
     for name in reversed(names):
         try:
             document = restore(run.inside(name), state, callbacks)
-            return Restored(name, document.get("metrics", {}), document.get("arithmetic"), tuple(damaged))
+            metrics = CheckpointMetrics.of(document.get("metrics", {}))
+            return Restored(name, metrics, document.get("arithmetic"), tuple(damaged))
         except (DamagedCheckpointError, UsageError):
             damaged.append(name)
     return Restored(damaged=tuple(damaged))

@@ -119,7 +119,7 @@ class Classification(Workload):
             return {}
         labels, predictions = columns["label"].astype(int), columns["prediction"].astype(int)
         hits = labels[labels == predictions]
-        totals, right = (np.bincount(some, minlength=self.num_classes).tolist() for some in (labels, hits))
+        totals, right = (np.bincount(numbers, minlength=self.num_classes).tolist() for numbers in (labels, hits))
         accuracies = [part / total if total else None for part, total in zip(right, totals, strict=True)]
         if self.num_classes > _MAX_ROWS:
             return {"test_accuracy_per_class": accuracies}

@@ -75,7 +75,7 @@ def _characters() -> frozenset[str]:
 def drawable(text: object) -> str:
     """Return a text with escapes for characters that the pictures' font lacks, or that nobody would see."""
     known = _characters()
-    return escaped(str(text), lambda one: one == "\n" or (one in known and one.isprintable()))
+    return escaped(str(text), lambda letter: letter == "\n" or (letter in known and letter.isprintable()))
 
 
 def plain(text: object) -> str:
@@ -175,9 +175,9 @@ def _examples(workload: Workload, rows: Rows, test: Split) -> list[Picture]:
     labels, predicted = (np.array([row[name] for row in rows]) for name in ("label", "prediction"))
     probabilities, is_right = np.array([float(row["probability"]) for row in rows]), labels == predicted
     rng = np.random.default_rng(0)
-    some = rng.choice(len(labels), min(_NUM_RANDOM, len(labels)), replace=False)
+    drawn = rng.choice(len(labels), min(_NUM_RANDOM, len(labels)), replace=False)
     wrong = np.flatnonzero(~is_right)
-    chosen = np.concatenate([some, rng.permutation(np.setdiff1d(wrong, some))[:_NUM_WRONG]])
+    chosen = np.concatenate([drawn, rng.permutation(np.setdiff1d(wrong, drawn))[:_NUM_WRONG]])
     surest = wrong[np.argsort(-probabilities[wrong], kind="stable")][:_NUM_MISTAKES]
 
     def draw(name: str, title: str, alt: str, indices: np.ndarray, caption: str) -> Picture:
@@ -188,7 +188,7 @@ def _examples(workload: Workload, rows: Rows, test: Split) -> list[Picture]:
 
     said = "; ".join(labels[i] if is_right[i] else f"{labels[i]} taken for {predicted[i]}" for i in chosen)
     alt = f"{len(chosen)} test {workload.nouns} with their predictions: {said}"
-    caption = f"{len(some)} test {workload.nouns} drawn at random, then mistakes. ✓ right, ✗ wrong."
+    caption = f"{len(drawn)} test {workload.nouns} drawn at random, then mistakes. ✓ right, ✗ wrong."
     pictures = [draw("predictions", "Predictions", alt, chosen, caption)]
     if len(surest):
         said = "; ".join(f"{labels[i]} taken for {predicted[i]} at {probabilities[i]:.0%}" for i in surest)

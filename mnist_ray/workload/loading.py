@@ -117,7 +117,7 @@ def _check_settings(settings: type) -> None:
     json.dumps(values_of(build(settings, {field.name: field.default for field in dataclasses.fields(settings)})))
 
 
-def load_data(workload: Workload) -> Data:
+def data_of(workload: Workload) -> Data:
     """Return a workload's data; set its metadata, unless a checkpoint set them. Raises UsageError and JobError."""
     with placed(workload, "load_data"):
         data = _checked_data(workload, workload.load_data())

@@ -38,10 +38,10 @@ def splits_of(data: Data, validation_size: int | None) -> Splits:
 def subset(splits: Splits, config: TrainConfig) -> Splits:
     """Apply ``--limit`` and ``--overfit-batches``; the result is the same for every run and seed."""
     if config.limit < 1:
-        some: dict[str, Any] = {
+        parts: dict[str, Any] = {
             name: _part(getattr(splits, name), config.limit) for name in ("train", "validation", "test")
         }
-        splits = dataclasses.replace(splits, name=f"{config.limit:.3g} of {splits.name}", **some)
+        splits = dataclasses.replace(splits, name=f"{config.limit:.3g} of {splits.name}", **parts)
     if config.overfit_batches is None:
         return splits
     size = min(len(splits.train), config.overfit_batches * config.batch_size)

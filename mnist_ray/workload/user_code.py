@@ -103,12 +103,12 @@ def _check_arguments(user_class: type, name: str, method: types.FunctionType) ->
     own, wanted = getattr(user_class, name), inspect.signature(method).parameters.values()
     if own is method or name.startswith("_") or not inspect.isfunction(own):
         return
-    by_name = {one.name: None for one in wanted if one.kind == one.KEYWORD_ONLY}
+    by_name = {argument.name: None for argument in wanted if argument.kind == argument.KEYWORD_ONLY}
     try:
         inspect.signature(own).bind(*[None] * (len(wanted) - len(by_name)), **by_name)
     except TypeError as error:
         place = f"{Path(own.__code__.co_filename).name}, line {own.__code__.co_firstlineno}"
-        taken = ", ".join(one.name for one in wanted)
+        taken = ", ".join(argument.name for argument in wanted)
         raise UsageError(f"{user_class.__name__}.{name} must take ({taken}) ({place})") from error
 
 

@@ -83,9 +83,9 @@ def test_the_test_asks_for_a_gpu_and_the_nodes_labels_for_each_task(
 
 
 def test_a_small_share_of_a_batch_for_each_gpu_is_noted() -> None:
-    session = Mock(is_here=False, cluster=Cluster(True, (Node(4, 4),), ""), plan=WorkerPlan(4, 1, True, False))
+    session = Mock(is_here=False, cluster=Cluster(True, (Node(4, 4),), ""))
     session.job = Mock(train=TrainConfig(batch_size=128), workload=mnist())
-    say_plan(session)
+    say_plan(session, WorkerPlan(4, 1, True, False))
     note = "32 images a step leave a GPU idle: a larger --batch-size is faster"
     assert call.say("note", note) in session.console.mock_calls
 

@@ -1,9 +1,11 @@
 """Runs that lose workers, nodes, checkpoints and storage."""
 
 import contextlib
+import faulthandler
 import gc
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -42,6 +44,7 @@ from mnist_ray.run.failures import OldCheckpointError, describe
 from mnist_ray.run.find import best_of, drop_others, find
 from mnist_ray.run.fit import EventQueue
 from mnist_ray.run.record import logs_named
+from mnist_ray.run.reporter import Outcome
 from mnist_ray.run.session import ending_explained
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.signals import Noted
@@ -50,8 +53,8 @@ from mnist_ray.training import checkpoint, engine
 from mnist_ray.training.checkpoint import Restored, restore_newest
 from mnist_ray.training.engine import create_state
 from mnist_ray.training.events import ControllerAlive, Event, Note, Started, Stopping, WorkersLost
-from mnist_ray.training.metrics import TrainingDivergedError
-from mnist_ray.training.state import Group
+from mnist_ray.training.metrics import CheckpointMetrics, TrainingDivergedError
+from mnist_ray.training.state import Group, StopWantedError
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import (
     QUICK,
@@ -278,19 +281,13 @@ def test_a_run_that_loses_a_worker_and_its_newest_checkpoint_ends_with_the_same_
 
 
 @pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (RaySilentError("it is silent"), RaySilentError),
-        (JobError("it is silent"), JobError),
-        (TrainingDivergedError(1, 2), TrainingStoppedError),
-        (UnreadableDataError("no such row"), UnreadableDataError),
-    ],
+    "error", [RaySilentError("it is silent"), TrainingDivergedError(1, 2), UnreadableDataError("no such row")]
 )
-def test_an_error_gets_the_place_of_the_logs_and_stays_what_it_is(error: JobError, kind: type) -> None:
+def test_an_error_gets_the_place_of_the_logs_and_stays_what_it_is(error: JobError) -> None:
     session: Any = Mock(cluster=Mock(log_folder="/logs"))
-    with pytest.raises(kind, match=r" \(logs: /logs\)$") as raised, logs_named(session):
+    with pytest.raises(JobError, match=r" \(logs: /logs\)$") as raised, logs_named(session):
         raise error
-    assert type(raised.value) is kind
+    assert raised.value is error
 
 
 @pytest.mark.usefixtures("ray_address")
@@ -492,7 +489,7 @@ def test_a_worker_waits_until_the_storage_shows_the_checkpoint_that_ray_has_reco
     reporter = reporter_on(run=run)
     assert run.exists.call_args_list == [call(NEWEST)] * 3
     with pytest.raises(OldCheckpointError, match=f"^{NEWEST} is damaged$"):
-        reporter.begin(Mock(), Restored(BEFORE, damaged=(NEWEST,)))
+        reporter.report_start(Mock(), Restored(BEFORE, damaged=(NEWEST,)), ["node-1"])
 
 
 def test_a_breakpoint_in_a_worker_is_passed_over_with_one_note(reporter_on: Callable[..., Any]) -> None:
@@ -509,7 +506,8 @@ def test_a_metric_that_a_resumed_runs_checkpoint_does_not_have_is_reported_as_mi
 ) -> None:
     event_queue = Mock()
     reporter = reporter_on(event_queue=event_queue)
-    reporter.send_validation({"epoch": 1, "val_loss": 0.5, "val_s": 1.0})  # of a checkpoint
+    of_checkpoint = CheckpointMetrics.of({"epoch": 1, "val_loss": 0.5, "val_score": -0.5, "val_s": 1.0}).validation
+    reporter.send_validation(1, of_checkpoint)
     (event,) = event_queue.put.remote.call_args.args
     assert str(event.values) == "{'loss': 0.5, 'accuracy': nan}"
 
@@ -530,12 +528,15 @@ def test_workers_that_see_different_checkpoints_do_not_start(monkeypatch: pytest
 
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
     job, state = Mock(callback=None), create_state(mnist(), TrainConfig(), 600, torch.device("cpu"))
-    job.run.uri = "/runs/one"
-    first = worker.Reporter(LoopSpec(job=job, train=Mock()), Group(0, 2), TrainConfig())
-    others = "checkpoint_epoch-002_step-000000"
-    assert first.started(state, Restored(others)).hosts[1] == "node-2"
+    job.run.uri, job.workers.hang_timeout_s = "/runs/one", 600
+    first, sent = worker.Reporter(LoopSpec(job=job, train=Mock()), Group(0, 2), TrainConfig()), Mock()
+    monkeypatch.setattr(first, "send", sent)
+    others, state.last_step = "checkpoint_epoch-002_step-000000", 99
+    first.start(state, Restored(others))
+    assert sent.call_args.args[0].hosts[1] == "node-2"
     with pytest.raises(JobError, match=r"^/runs/one does not show the same checkpoints on all nodes$"):
-        first.started(state, Restored("checkpoint_epoch-001_step-000000"))
+        first.start(state, Restored("checkpoint_epoch-001_step-000000"))
+    faulthandler.cancel_dump_traceback_later()
 
 
 def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(
@@ -566,7 +567,7 @@ def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(
     found = restore_newest(run, restored)
     assert restored.step == 1
     assert found.damaged == (empty.name, cut.name, corrupt.name)
-    assert (found.name, found.metrics) == (whole.name, {"train_loss": 0.5})
+    assert (found.name, found.metrics.train) == (whole.name, {"loss": 0.5})
 
 
 def test_the_best_two_checkpoints_and_the_last_are_kept_and_a_damaged_one_is_not_the_best(tmp_path: Path) -> None:
@@ -584,7 +585,7 @@ def test_the_best_two_checkpoints_and_the_last_are_kept_and_a_damaged_one_is_not
     assert best_of(run).checkpoint.name == checkpoint_name(2, 0)
     run.inside(checkpoint_name(2, 0)).write_text("state.json", "")
     (Path(run.path) / checkpoint_name(7, 0)).mkdir()  # cut off by a kill
-    assert best_of(run).metrics == {"val_score": 0.7}
+    assert best_of(run).metrics.score == 0.7
     drop_others(run)
     assert run.checkpoint_names() == [checkpoint_name(kept, 0) for kept in (2, 3, 5, 6, 7)]
     assert find(run.uri, "~/ray_results").checkpoint.name == checkpoint_name(3, 0)
@@ -652,15 +653,17 @@ def test_the_reason_of_a_controllers_failure_is_its_own_text_and_not_a_traceback
     )
 
 
-def train_on_a_worker(monkeypatch: pytest.MonkeyPatch, fail: Callable[[Any], None]) -> str | None:
+def train_on_a_worker(monkeypatch: pytest.MonkeyPatch, fail: Callable[[Any], None]) -> Outcome:
     monkeypatch.setattr(reporter, "train_rank", fail)
     return reporter.train_loop_per_worker({"spec": Mock(job=Mock(code_folders=[]))})
 
 
 def test_a_diverged_training_returns_so_that_ray_waits_for_its_last_upload(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = train_on_a_worker(monkeypatch, Mock(side_effect=TrainingDivergedError(1, 8)))
-    assert said == "loss or weights are not finite at step 8 of epoch 1; lower --learning-rate or fix the data"
-    assert train_on_a_worker(monkeypatch, Mock()) is None
+    outcome = train_on_a_worker(monkeypatch, Mock(side_effect=TrainingDivergedError(1, 8)))
+    said = "loss or weights are not finite at step 8 of epoch 1; lower --learning-rate or fix the data"
+    assert str(pickle.loads(pickle.dumps(outcome)).diverged) == said
+    assert train_on_a_worker(monkeypatch, Mock(side_effect=StopWantedError)) == Outcome(is_stopped=True)
+    assert train_on_a_worker(monkeypatch, Mock()) == Outcome()
 
 
 def test_a_failure_of_the_code_is_one_line_with_its_place(few_images: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -732,7 +735,7 @@ def test_memory_that_is_lacking_is_the_codes_except_in_the_first_step_after_a_re
     checkpoint.snapshot(create_state(mnist(), config, 600, torch.device("cpu")), {}).write(run.inside(FIRST))
     states = []
     monkeypatch.setattr("torch.backends.cudnn.allow_tf32", True)
-    monkeypatch.setattr(worker.Reporter, "begin", lambda self, state, restored: states.append(state))
+    monkeypatch.setattr(worker.Reporter, "start", lambda self, state, restored: states.append(state))
 
     def fail(*args: Any) -> None:
         states[0].step += steps
@@ -804,10 +807,11 @@ def test_storage_that_fails_again_and_again_gets_no_more_attempts_than_lost_work
     workers = WorkerConfig(max_failures=5)
     job: Any = Mock(run=run, workers=workers, workload=mnist(), train=TrainConfig())
     empty = Split(Arrays(np.zeros((0, 28, 28), np.uint8), np.zeros(0, np.uint8)))
-    session: Any = Mock(job=job, plan=Mock(min_workers=None, use_gpu=True, is_local=True))
+    session: Any = Mock(job=job)
     session.data.train = session.data.validation = empty
+    plan: Any = Mock(min_workers=None, use_gpu=True, is_local=True)
     with pytest.raises(JobError, match="Input/output error"):
-        fit.fit(session, Mock())
+        fit.fit(session, plan, Mock())
     assert allowed == [5, 3, 1]
 
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -164,7 +164,7 @@ def test_interrupted_while_the_report_is_written_a_run_is_finished_and_says_so(
 class Numbers(Blocks):
     """Two blocks of 40 rows. From the tenth reading on, reading a block of ``lost`` raises the error."""
 
-    sizes: ClassVar = [40, 40]
+    sizes = (40, 40)
 
     def __init__(self, lost: Exception | None = None) -> None:
         self.lost, self.num_read = lost, 0

@@ -14,14 +14,14 @@ from torch import nn
 from mnist_ray.cluster.plan import Cluster
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run.job import Job, read_job, resume_command
-from mnist_ray.run.record import begin_files
-from mnist_ray.run.session import Session, ending_explained, load_data
+from mnist_ray.run.record import write_settings
+from mnist_ray.run.session import Clock, Session, Start, connected, ending_explained, load_splits
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.workload import Data, Regression, user_code
 from mnist_ray.workload.data import Arrays, Splits
 from mnist_ray.workload.loading import digests_of
-from tests.conftest import ROOT, callback_at, write_data_set
+from tests.conftest import ROOT, callback_at, with_data, write_data_set
 from tests.workload.test_blocks import Numbers
 
 DIABETES = str(ROOT / "examples" / "diabetes.py")
@@ -40,9 +40,9 @@ def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 def begin(job: Job, data: Splits) -> None:
     """Write what a run's folder has before the first step."""
-    session = Session(job, "")
-    session.data, session.cluster = data, Cluster(is_local=True, nodes=(), log_folder="")
-    begin_files(session, "config.json", job.values)
+    cluster = Cluster(is_local=True, nodes=(), log_folder="")
+    session = Session(job, job.workers, data, Mock(), Clock(), cluster, own_unused=None)
+    write_settings(session, Mock(), "config.json", job.values)
 
 
 def test_runs_without_a_name_that_start_in_the_same_second_get_different_folders(read: Any, tmp_path: Path) -> None:
@@ -203,23 +203,23 @@ def test_a_bad_config_file_is_refused(read: Any, tmp_path: Path, text: str | Non
 def test_settings_must_fit_the_data(read: Any, tmp_path: Path, few_images: Any, flags: list[str], message: str) -> None:
     folder = write_data_set(tmp_path / "data", few_images, few_images)
     with pytest.raises(UsageError, match=message):
-        load_data(read("--data-dir", str(folder), *flags))
+        with_data(read("--data-dir", str(folder), *flags))
 
 
 def test_a_batch_size_that_nobody_chose_is_at_most_the_examples_also_in_a_resumed_run(
     read: Any, tmp_path: Path, few_images: Any
 ) -> None:
     flags = "--data-dir", str(write_data_set(tmp_path / "data", few_images, few_images)), "--run-name", "run"
-    job, data = load_data(read(*flags, "--validation-size", "560"))
+    job, data = with_data(read(*flags, "--validation-size", "560"))
     assert (job.train.batch_size, len(data.train)) == (40, 40)
     assert job.notes == ("batch size 40, not 128: there are only 40 images to train on",)
     begin(job, data)
-    resumed, _ = load_data(read("--resume", "--run-name", "run"))
+    resumed, _ = with_data(read("--resume", "--run-name", "run"))
     assert (resumed.train, resumed.notes) == (job.train, (FROM_THE_BEGINNING,))
 
 
 def test_nobody_chose_a_recipes_batch_size(read: Any) -> None:
-    job, data = load_data(read("--workload", DIABETES, "--limit", "0.05"))
+    job, data = with_data(read("--workload", DIABETES, "--limit", "0.05"))
     assert job.train.batch_size == len(data.train) < 32
 
 
@@ -235,12 +235,12 @@ class InBlocks(Regression):
 
 def test_workers_share_the_streams_of_blocks_and_few_blocks_are_noted(tmp_path: Path) -> None:
     given = {"workload": InBlocks, "storage_path": str(tmp_path), "validation_size": 0}
-    job, _ = load_data(read_job({**given, "num_workers": 8}))
+    job, _ = with_data(read_job({**given, "num_workers": 8}))
     assert job.notes == ()
-    job, _ = load_data(read_job({**given, "num_chunks": 16}))
+    job, _ = with_data(read_job({**given, "num_chunks": 16}))
     assert job.notes == ("12 blocks for 16 streams of blocks (--num-chunks): some are read twice; write smaller ones",)
     with pytest.raises(UsageError, match=r"^--num-workers 9 is more than the 8 streams of blocks \(--num-chunks\)$"):
-        load_data(read_job({**given, "num_workers": 9}))
+        with_data(read_job({**given, "num_workers": 9}))
 
 
 @pytest.mark.parametrize(("reproducible", "part"), [(False, 1), (True, Fraction(1, 8))])
@@ -250,9 +250,8 @@ def test_blocks_are_tried_in_the_smallest_part_of_a_batch_that_is_computed_at_a_
     tried = Mock(return_value=None)
     monkeypatch.setattr("mnist_ray.training.check.try_batch", tried)
     given = {"workload": InBlocks, "storage_path": str(tmp_path), "num_workers": 0, "reproducible": reproducible}
-    session = Session(read_job(given), "math")
-    session.data = load_data(session.job)[1]
-    with session.ray():
+    job = read_job(given)
+    with connected(Start(Clock(), job.workers, "math", None), job, load_splits(job), Mock()):
         assert tried.call_args.args[-1] == part
 
 
@@ -261,17 +260,17 @@ def test_early_stopping_is_noted_if_the_learning_rate_would_not_come_down(
     read: Any, tmp_path: Path, few_images: Any, schedule: str, noted: int
 ) -> None:
     folder = write_data_set(tmp_path / "data", few_images, few_images)
-    job, _ = load_data(read("--data-dir", str(folder), "--early-stop", "1", "--schedule", schedule))
+    job, _ = with_data(read("--data-dir", str(folder), "--early-stop", "1", "--schedule", schedule))
     assert [note.startswith(f"the {schedule} schedule spans all epochs: if") for note in job.notes] == [True] * noted
 
 
 @pytest.mark.parametrize("flags", [["--limit", "0.5"], ["--overfit-batches", "1"]], ids=["limit", "overfit"])
 def test_a_run_on_less_data_resumes_on_the_same(read: Any, tmp_path: Path, few_images: Any, flags: list[str]) -> None:
     folder = write_data_set(tmp_path / "data", few_images, few_images)
-    job, data = load_data(read("--data-dir", str(folder), "--batch-size", "10", "--run-name", "less", *flags))
+    job, data = with_data(read("--data-dir", str(folder), "--batch-size", "10", "--run-name", "less", *flags))
     begin(job, data)
-    _, resumed = load_data(read("--resume", "--run-name", "less"))
-    _, again = load_data(read("--config", str(tmp_path / "runs" / "less" / "config.json")))
+    _, resumed = with_data(read("--resume", "--run-name", "less"))
+    _, again = with_data(read("--config", str(tmp_path / "runs" / "less" / "config.json")))
     assert digests_of(resumed) == digests_of(again) == digests_of(data)
 
 
@@ -301,7 +300,7 @@ def test_a_config_of_a_missing_or_another_workload_is_refused(read: Any, tmp_pat
 def begun(read: Any, tmp_path: Path, few_images: Any) -> Path:
     """The folder of a run on the data in ``data``, without checkpoints."""
     write_data_set(tmp_path / "data", few_images, few_images)
-    job, data = load_data(read("--run-name", "run", "--data-dir", str(tmp_path / "data")))
+    job, data = with_data(read("--run-name", "run", "--data-dir", str(tmp_path / "data")))
     begin(job, data)
     return tmp_path / "runs" / "run"
 
@@ -325,7 +324,7 @@ def test_a_run_is_resumed_with_its_callback_from_another_place(read: Any, begun:
 def test_a_run_is_resumed_with_its_data_from_another_place(read: Any, begun: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     moved = (tmp_path / "data").rename(tmp_path / "other" / "data")
-    load_data(read("--resume", "--run-name", "run", "--data-dir", str(moved)))
+    with_data(read("--resume", "--run-name", "run", "--data-dir", str(moved)))
     with pytest.raises(UsageError, match=r"was started with --data-dir .*/data, not .*/gone/data; leave the flag out"):
         read("--resume", "--run-name", "run", "--data-dir", str(tmp_path / "gone" / "data"))
 
@@ -391,18 +390,18 @@ def test_a_run_is_not_resumed_with_other_data(read: Any, begun: Path, tmp_path: 
     write_data_set(tmp_path / "data", few_images, other)
     message = r"the data differ from those that run run was started with \(test of .*/data\); restore them"
     with pytest.raises(UsageError, match=message):
-        load_data(read("--resume", "--run-name", "run"))
+        with_data(read("--resume", "--run-name", "run"))
     origin = json.loads((begun / "origin.json").read_text())
     (begun / "origin.json").write_text(json.dumps({**origin, "data": None}))  # by a user who knows better
-    load_data(read("--resume", "--run-name", "run"))
+    with_data(read("--resume", "--run-name", "run"))
 
 
 def test_a_resumed_run_says_that_its_data_cannot_be_checked(tmp_path: Path) -> None:
     given = {"workload": InBlocks, "storage_path": str(tmp_path), "run_name": "run"}
-    job, data = load_data(read_job(given))
+    job, data = with_data(read_job(given))
     assert job.notes == ()
     begin(job, data)
-    job, _ = load_data(read_job({**given, "resume": True}))
+    job, _ = with_data(read_job({**given, "resume": True}))
     said = "cannot check that the data are unchanged: the workload does not list their files (Data.files)"
     assert job.notes == (FROM_THE_BEGINNING, said)
 

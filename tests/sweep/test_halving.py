@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mnist_ray.sweep.halving import Candidates, Piece, climb, pieces, rungs_of, still_racing
+from mnist_ray.sweep.halving import Candidates, Segment, climb, rungs_of, segments, still_racing
 from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trials import DONE, FAILED, FAILING, LOST, RUNNING, WAITING, Sweep
 from mnist_ray.sweep.tune import read_sweep
@@ -28,37 +28,37 @@ class MadeUp:
         self.candidates = Candidates(sweep, self.table)
         points = self.candidates.points
         self.failing, self.slow = [None if number is None else points[number] for number in (failing, slow)]
-        self.trained: list[tuple[Point, float, float]] = []  # of each piece: its trial, where it starts and ends
+        self.trained: list[tuple[Point, float, float]] = []  # of each segment: its trial, where it starts and ends
 
-    def pieces(self) -> list[Piece]:
-        return pieces(self.sweep, self.table, self.candidates)
+    def segments(self) -> list[Segment]:
+        return segments(self.sweep, self.table, self.candidates)
 
-    def run(self, num_slots: int, most_pieces: float = math.inf) -> "MadeUp":
-        """Run the sweep until it is over, or until it is killed after ``most_pieces``."""
-        now, running = 0.0, dict[Point, tuple[float, Piece]]()  # with the time when a piece ends
-        while len(self.trained) < most_pieces:
-            free = [piece for piece in self.pieces() if piece.point not in running]
-            for piece in free[: num_slots - len(running)]:
-                speed = 10 if piece.point == self.slow else 1
-                seconds = speed * (piece.until_epoch - self.table.start(piece.point).epochs)
-                running[piece.point] = now + seconds, piece
+    def run(self, num_slots: int, max_segments: float = math.inf) -> "MadeUp":
+        """Run the sweep until it is over, or until it is killed after ``max_segments``."""
+        now, running = 0.0, dict[Point, tuple[float, Segment]]()  # with the time when a segment ends
+        while len(self.trained) < max_segments:
+            free = [segment for segment in self.segments() if segment.point not in running]
+            for segment in free[: num_slots - len(running)]:
+                speed = 10 if segment.point == self.slow else 1
+                seconds = speed * (segment.until_epoch - self.table.start(segment.point).epochs)
+                running[segment.point] = now + seconds, segment
             if not running:
                 break
             ended = min(running, key=lambda some: running[some][0])
-            now, piece = running.pop(ended)
-            self.end(piece)
+            now, segment = running.pop(ended)
+            self.end(segment)
         self.seconds = now
         return self
 
-    def end(self, piece: Piece) -> None:
-        record = self.table.by_point[piece.point]
-        quality, luck = (random.Random(repr(of)).random() for of in (piece.point.configuration, piece))
-        self.trained.append((piece.point, record.epochs, piece.until_epoch))
-        record.epochs, record.val_monitor = piece.until_epoch, quality + 0.05 * luck + piece.until_epoch
+    def end(self, segment: Segment) -> None:
+        record = self.table.by_point[segment.point]
+        quality, luck = (random.Random(repr(of)).random() for of in (segment.point.configuration, segment))
+        self.trained.append((segment.point, record.epochs, segment.until_epoch))
+        record.epochs, record.val_monitor = segment.until_epoch, quality + 0.05 * luck + segment.until_epoch
         record.val_loss = 1.0
         record.report(record.epochs, record.val_monitor)
-        record.state = DONE if piece.until_epoch == self.sweep.job.train.num_epochs else WAITING
-        if piece.point == self.failing:
+        record.state = DONE if segment.until_epoch == self.sweep.job.train.num_epochs else WAITING
+        if segment.point == self.failing:
             record.state, record.reason = FAILED, "diverged"
 
     @property
@@ -88,10 +88,10 @@ def test_any_number_of_slots_trains_the_same_and_nothing_twice(
     assert some.seconds < one.seconds
 
 
-@pytest.mark.parametrize("most_pieces", range(0, 40, 3))
-def test_a_killed_sweep_goes_on_where_it_was(most_pieces: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_segments", range(0, 40, 3))
+def test_a_killed_sweep_goes_on_where_it_was(max_segments: int, tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path)
-    whole, killed = MadeUp(sweep).run(2), MadeUp(sweep).run(2, most_pieces)
+    whole, killed = MadeUp(sweep).run(2), MadeUp(sweep).run(2, max_segments)
     sweep.job.run.write_text("sweep.csv", killed.table.to_csv())
     resumed = MadeUp(sweep).run(2)
     assert resumed.outcome == whole.outcome
@@ -170,9 +170,9 @@ def test_the_race_adds_a_seed_at_a_time_and_a_lost_trial_is_out_until_the_sweep_
     assert seeds == sorted(seeds)
     record = next(record for record in made_up.table.by_point.values() if record.point.seed == 1)
     record.state = LOST
-    assert made_up.pieces() == []
+    assert made_up.segments() == []
     record.state, record.reports = RUNNING, ""
-    assert made_up.pieces() == [Piece(record.point, 2)]
+    assert made_up.segments() == [Segment(record.point, 2)]
 
 
 @pytest.mark.parametrize(

@@ -19,22 +19,24 @@ import pytest
 import ray
 from torch import nn
 
-from mnist_ray.cluster.plan import WorkerPlan
+from mnist_ray.cluster.plan import Cluster, WorkerPlan
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.config import OutputConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import JobError, TrainingStoppedError, UsageError
 from mnist_ray.mnist import MNIST
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.run.job import Job
+from mnist_ray.run.session import Session, load_splits
 from mnist_ray.settings import json_lines, values_of
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.sweep import search
 from mnist_ray.sweep.trial import TrialSpec, run_trial
-from mnist_ray.sweep.tune import load_data, read_sweep, say_sweep
+from mnist_ray.sweep.trials import Sweep
+from mnist_ray.sweep.tune import check_against_data, read_sweep, say_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.training.checkpoint import digest_of
 from mnist_ray.workload import Arrays, Data, Regression, Workload, setting
-from mnist_ray.workload.data import Split
+from mnist_ray.workload.data import Split, Splits
 from tests.conftest import ROOT, as_flags, callback_at, folder_at, mnist, run_main, write_data_set
 
 QUICK: dict[str, Any] = {
@@ -72,6 +74,12 @@ def rates(*learning_rates: float) -> dict[str, Any]:
 
 def tune(settings: dict[str, Any]) -> None:
     tune_sweep(read_sweep(settings))
+
+
+def with_data(sweep: Sweep) -> tuple[Sweep, Splits]:
+    """Return a sweep, as it runs on its data, and the data."""
+    data = load_splits(sweep.job)
+    return check_against_data(sweep, data), data
 
 
 def resume(run: Path, **settings: Any) -> None:
@@ -174,8 +182,9 @@ def test_nodes_that_are_missing_for_the_last_trainings_are_no_mistake_of_the_use
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("mnist_ray.run.fit.plan", Mock(side_effect=UsageError("the cluster cannot hold 2 workers")))
+    session = Session(Mock(), Mock(), Mock(), Mock(), Mock(), Cluster(True, (), ""), own_unused=None)
     with pytest.raises(JobError, match=r"^the cluster cannot hold 2 workers$"):
-        search.train_and_test(Mock(), Mock(), None, is_last=True)
+        search.train_and_test(session, Mock(), Mock(), None, is_last=True)
 
 
 def test_trials_of_two_workers_start_from_given_weights_and_report_to_the_sweep(
@@ -225,7 +234,7 @@ def test_halving_trains_the_better_half_on_at_each_rung(halved: Path) -> None:
     assert {row["state"] for row in search} == {"done", "stopped early"}
 
 
-def test_what_a_trial_has_trained_in_pieces_is_what_the_training_job_trains(halved: Path, tmp_path: Path) -> None:
+def test_what_a_trial_has_trained_in_segments_is_what_the_training_job_trains(halved: Path, tmp_path: Path) -> None:
     epochs = read_csv(folder_at(halved), "metrics.csv")
     assert [(row["epoch"], row["train_loss"]) for row in epochs] == [("2", "")], "it trains nothing"
     run_main("train", *as_flags({"config": halved / "best.json", "storage_path": tmp_path, "run_name": "again", **ONE}))
@@ -392,21 +401,21 @@ def test_batch_sizes_are_at_most_the_examples_and_a_setting_that_decides_the_dat
     tmp_path: Path,
 ) -> None:
     given = {"workload": Noisy, "storage_path": str(tmp_path)}
-    sweep, data = load_data(read_sweep({**given, "sweep": ["batch_size=8,16"], "validation_size": 500}))
+    sweep, data = with_data(read_sweep({**given, "sweep": ["batch_size=8,16"], "validation_size": 500}))
     assert (sweep.batch_sizes, len(data.train)) == ([8, 16], 100)  # the default is 128
-    sweep, _ = load_data(read_sweep({**given, "sweep": ["width=2,4"]}))
+    sweep, _ = with_data(read_sweep({**given, "sweep": ["width=2,4"]}))
     assert list(sweep.space.spaces) == ["width"]
-    sweep, _ = load_data(read_sweep({**given, "validation_size": 500}))
+    sweep, _ = with_data(read_sweep({**given, "validation_size": 500}))
     assert sweep.batch_sizes == [32, 64, 100]
     assert sweep.job.notes == ("batch size 100, not 512: there are only 100 examples to train on",)
-    sweep, _ = load_data(read_sweep({**given, "validation_size": 200}))
+    sweep, _ = with_data(read_sweep({**given, "validation_size": 200}))
     assert (sweep.batch_sizes, sweep.job.train.batch_size) == ([32, 64, 128, 256, 400], 128)  # the default fits
-    sweep, _ = load_data(read_sweep({**given, "validation_size": 500}))
+    sweep, _ = with_data(read_sweep({**given, "validation_size": 500}))
     (tmp_path / "sweep.json").write_text(json_lines({**values_of(sweep.config), **sweep.job.values}))
-    again, _ = load_data(read_sweep({**given, "config": str(tmp_path / "sweep.json")}))
+    again, _ = with_data(read_sweep({**given, "config": str(tmp_path / "sweep.json")}))
     assert (again.space, again.job.notes) == (sweep.space, ())
     with pytest.raises(UsageError, match="--sweep noise: load_data depends on it, and all trials have the same data"):
-        load_data(read_sweep({**given, "sweep": ["width=2,4", "noise=1,2"]}))
+        with_data(read_sweep({**given, "sweep": ["width=2,4", "noise=1,2"]}))
 
 
 @pytest.mark.parametrize(
@@ -422,9 +431,9 @@ def test_batch_sizes_are_at_most_the_examples_and_a_setting_that_decides_the_dat
 def test_the_header_says_what_will_be_tried_and_confirmed(
     settings: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:
-    session = MagicMock()
-    say_sweep(read_sweep({"workload": Noisy, "storage_path": str(tmp_path), **settings}), session)
-    said = dict(call.args for call in session.console.say.call_args_list)
+    console = MagicMock()
+    say_sweep(console, read_sweep({"workload": Noisy, "storage_path": str(tmp_path), **settings}), MagicMock())
+    said = dict(call.args for call in console.say.call_args_list)
     assert said["search"].startswith(expected)
 
 
@@ -464,7 +473,7 @@ def test_a_trial_whose_code_ends_its_process_fails_and_one_that_tune_ends_just_e
         try_one(names["report"], few_images, tmp_path / "tune", mnist(), OutputConfig())
 
 
-def test_a_trial_killed_after_the_last_checkpoint_of_a_piece_reports_it_again(
+def test_a_trial_killed_after_the_last_checkpoint_of_a_segment_reports_it_again(
     ray_address: str, few_images: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reported: list[dict[str, Any]] = []
@@ -481,7 +490,7 @@ def test_a_trial_killed_after_the_last_checkpoint_of_a_piece_reports_it_again(
     assert unwatch.call_count == 4  # also where there is nothing to train: Tune may keep the process for long
 
 
-def test_a_trial_whose_checkpoint_is_further_than_its_piece_and_not_validated_validates(
+def test_a_trial_whose_checkpoint_is_further_than_its_segment_and_not_validated_validates(
     ray_address: str, few_images: Arrays, tmp_path: Path
 ) -> None:
     reported: list[dict[str, Any]] = []

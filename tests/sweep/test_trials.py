@@ -259,7 +259,7 @@ SPEC: Any = Mock(plan=WorkerPlan(1, 1, use_gpu=False, must_scale_up=False))
 
 
 class OneAtATime:
-    """Runs a piece after the other in place of Tune; the first one fails, so often."""
+    """Runs a segment after the other in place of Tune; the first one fails, so often."""
 
     def __init__(self, num_failures: int, trainable: Any, *, tune_config: Any, run_config: Any, **options: Any) -> None:
         self.source, (self.watcher,) = tune_config.search_alg, run_config.callbacks

@@ -10,13 +10,12 @@ from mnist_ray.errors import UsageError
 from mnist_ray.mnist.cnn import CNN
 from mnist_ray.run.find import Found, find
 from mnist_ray.run.job import read_job
-from mnist_ray.run.session import load_data
 from mnist_ray.tools import export
 from mnist_ray.training.check import try_batch
 from mnist_ray.training.checkpoint import snapshot
 from mnist_ray.training.engine import create_state
 from mnist_ray.workload.data import Arrays
-from tests.conftest import folder_at, mnist, run_main
+from tests.conftest import folder_at, mnist, run_main, with_data
 
 
 def prepared(images: Arrays, number: int) -> torch.Tensor:
@@ -134,7 +133,7 @@ def found_of(folder: Path, name: str) -> Found:
     code = folder / "code" / f"nets_{folder.name}.py"  # another name for each test: Python keeps modules
     code.write_text(NETS)
     given = {"workload": f"{code}:{name}", "storage_path": str(folder), "precision": "fp32", "batch_size": 30}
-    job, data = load_data(read_job(given))
+    job, data = with_data(read_job(given))
     try_batch(job.workload, data.train, job.train, [job.train.batch_size], Fraction(1))
     state = create_state(job.workload, job.train, len(data.train), torch.device("cpu"))
     snapshot(state, {"workload": job.workload.identity}).write(folder_at(folder / "checkpoint"))

@@ -68,7 +68,7 @@ def test_targets_may_be_whole_numbers_of_any_size(dtype: torch.dtype) -> None:
 
 def test_a_label_that_is_no_whole_number_is_refused_in_any_batch() -> None:
     outputs, targets = map(torch.from_numpy, outputs_and_targets())
-    with pytest.raises(ExampleError, match=r"targets of type torch\.float64; labels of classes must be whole numbers"):
+    with pytest.raises(ExampleError, match=r"targets of type torch\.float32; labels of classes must be whole numbers"):
         workload().loss(outputs, targets + 0.5)
 
 
