@@ -1,14 +1,14 @@
 """Compare the project's speed with that of other programs: python benchmarks/bench.py (make bench)
 
-Each round runs every program once, one after the other: the project's, its peers', and an earlier version's. Targets
-are set for the ratio of two measurements of a round; reported are the median and the spread over all rounds. --quick
-runs one short round on few images. It only shows that everything works: its numbers mean nothing.
+Each round runs every program once, one after the other: the project's and its peers', this version and an earlier one
+(before.py), or a sweep and a naive sweep (sweep.py). Targets are set for the ratio of two measurements of a round;
+reported are the median and the spread over all rounds. --quick runs one short round on few images. It only shows that
+everything works: its numbers mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import json
 import os
@@ -23,11 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import before
 import numpy as np
 import psutil
-from before import PARTS, training_workers
-from before import one_round as compare_versions
-from frameworks import compare as compare_frameworks
 
 from mnist_ray.mnist import idx
 from mnist_ray.provenance import git_commit, versions
@@ -35,7 +33,7 @@ from mnist_ray.workload import Arrays
 
 HERE = Path(__file__).parent
 TRAIN = HERE.parent / "jobs" / "train.py"
-START, END = "<!-- figures: written by bench.py -->\n", "<!-- end of figures -->\n"
+PARTS = ("peers", "before", "sweep")
 Figures = dict[str, float]
 
 
@@ -154,80 +152,16 @@ def sweep_round(num_trials: int) -> Figures:
     return figures
 
 
-def train_watched(
-    folder: Path, name: str, *flags: object
-) -> tuple[list[dict[str, float]], list[tuple[float, float]], float]:
-    """Run the training job; return its rows by epoch, samples of its workers' memory, and its seconds."""
-    command = [sys.executable, TRAIN, "--storage-path", folder, "--run-name", name, *flags]
-    start, seen = time.perf_counter(), []
-    environment = {**os.environ, "RAY_ADDRESS": "local"}
-    job = psutil.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, env=environment)
-    while job.poll() is None:
-        seen += worker_memory(job)
-        time.sleep(0.25)
-    if job.returncode != 0:
-        raise RuntimeError(f"{command} failed")
-    return rows_of(folder / name), seen, time.perf_counter() - start
-
-
-def memory_and_epochs(folder: Path, num_epochs: int, flags: Sequence[object]) -> dict[str, Any]:
-    """Train many epochs with one worker; return its memory, and the training seconds after 1, 2, 4 and 8 epochs."""
-    rows, seen, _ = train_watched(folder, "long", "--num-epochs", num_epochs, *flags)
-    seconds = np.cumsum([row["epoch_s"] for row in rows])
-    private = [own for _, own in seen]
-    early = len(private) // 4  # the first epochs are over
-    return {
-        "num_epochs": num_epochs,
-        "epochs": {str(n): round(float(seconds[n - 1]), 2) for n in (1, 2, 4, 8) if n <= len(seconds)},
-        "peak_rss_mib": round(max(resident for resident, _ in seen)),
-        "peak_private_mib": round(max(private)),
-        "growth_mib": round(statistics.median(private[-5:]) - statistics.median(private[early : early + 5])),
-    }
-
-
-def worker_memory(job: psutil.Process) -> list[tuple[float, float]]:
-    """Return the memory of each training worker of a job in MiB: resident, and private (not shared)."""
-    found = []
-    for worker in training_workers(job):
-        with contextlib.suppress(psutil.Error):  # it has just exited
-            memory = worker.memory_full_info()
-            found.append((memory.rss / 2**20, memory.uss / 2**20))
-    return found
-
-
-def write_repeated(folder: Path, source: tuple[Arrays, Arrays], times: int) -> Path:
-    """Write MNIST in torchvision's layout, with each training image ``times`` times; return the folder."""
-    raw = folder / f"times-{times}" / "MNIST" / "raw"
+def write_images(folder: Path, source: tuple[Arrays, Arrays]) -> Path:
+    """Write training and test images in torchvision's layout; return the folder."""
+    raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    train_images = np.tile(source[0].inputs, (times, 1, 1)), np.tile(source[0].targets, times)
-    arrays = zip(idx.FILES["train"] + idx.FILES["test"], (*train_images, *vars(source[1]).values()), strict=True)
+    contents = (*vars(source[0]).values(), *vars(source[1]).values())
+    arrays = zip(idx.FILES["train"] + idx.FILES["test"], contents, strict=True)
     for name, array in arrays:
         header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
         (raw / name).write_bytes(header + array.tobytes())
     return raw.parent.parent
-
-
-def scaling(
-    folder: Path, source: tuple[Arrays, Arrays], sizes: Sequence[tuple[int, int]], flags: Sequence[object]
-) -> list[dict[str, Any]]:
-    """Train an epoch on repeated images, for each (times, workers); return a row for each."""
-    rows = []
-    for times, num_workers in sizes:
-        name = f"times-{times}-workers-{num_workers}"
-        images = write_repeated(folder / name, source, times) / "MNIST" / "raw"
-        where = ["--num-epochs", 1, "--num-workers", num_workers, "--data-dir", images]
-        (row,), seen, seconds = train_watched(folder / "runs", name, *where, *flags)
-        rows.append(
-            {
-                "images": len(source[0]) * times,
-                "workers": num_workers,
-                "epoch_s": row["epoch_s"],
-                "images_per_s": row["images_per_s"],
-                "wall_s": round(seconds, 1),
-                "private_mib": round(max(own for _, own in seen)),
-            }
-        )
-    return rows
 
 
 def case_row(case: Case, rounds: Sequence[Figures], is_judged: bool) -> dict[str, Any] | None:
@@ -269,29 +203,11 @@ def cases_as_markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def as_markdown(results: dict[str, Any]) -> str:
-    """Return the results as the tables of benchmarks/README.md."""
-    where, built, memory = results["machine"], results["versions"], results["memory"]
-    lines = [
-        f"{where['processor']}, {where['cores']} cores, {where['memory_gib']} GiB; Python {built['python']}, "
-        f"torch {built['torch']}, Ray {built['ray']}; commit {results['commit']}.",
-        "",
-        *cases_as_markdown(results["cases"]),
-        "",
-        f"A worker's memory over {memory['num_epochs']} epochs: {memory['peak_rss_mib']} MiB resident at most, and "
-        f"{memory['peak_private_mib']} MiB its own (target: 700); it grew by {memory['growth_mib']} MiB (target: 0).",
-        "",
-        "| epochs | training seconds |",
-        "|---|---|",
-        *(f"| {epochs} | {seconds} |" for epochs, seconds in memory["epochs"].items()),
-        "",
-        "| training images | workers | seconds of an epoch | images/s | seconds in all | a worker's own MiB |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in results["scaling"]:
-        rate = f"{row['epoch_s']:.2f} | {row['images_per_s']:,.0f} | {row['wall_s']} | {row['private_mib']}"
-        lines.append(f"| {row['images']:,} | {row['workers']} | {rate} |")
-    return "\n".join(lines) + "\n"
+def heading() -> str:
+    """Return a line about this machine and this version."""
+    where, built = machine(), versions()
+    place = f"{where['processor']}, {where['cores']} cores, {where['memory_gib']} GiB"
+    return f"{place}; Python {built['python']}, torch {built['torch']}, Ray {built['ray']}; commit {git_commit()}."
 
 
 def machine() -> dict[str, Any]:
@@ -321,50 +237,32 @@ def repeat(number: int, what: str, action: Callable[[Path], Figures]) -> list[Fi
 
 
 def main() -> None:
-    """Run everything; write results.json and the tables."""
+    """Run the parts, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one short round, to see that everything works")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peers", action="store_true", help="compare only with the peers; write no files")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to compare with")
     args = parser.parse_args()
-    rounds, parts = (1, ["one"]) if args.quick else (args.rounds, PARTS)
-    full = idx.load("train"), idx.load("test")
+    rounds = 1 if args.quick else args.rounds
+    measured: list[Figures] = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
         flags: list[object] = []
+        full = idx.load("train"), idx.load("test")
         if args.quick:
             full = Arrays(full[0].inputs[:6000], full[0].targets[:6000]), full[1]
-        images = write_repeated(folder / "images", full, 1)
+        images = write_images(Path(temporary), full)
         if args.quick:
             flags = ["--data-dir", images / "MNIST" / "raw", "--validation-size", 600]
-        measured = repeat(rounds, "round", lambda storage: one_round(storage, images, flags, 1 if args.quick else 2))
-        if args.peers:
-            judged = (case_row(case, measured, is_judged=True) for case in CASES)
-            print("\n".join(cases_as_markdown([row for row in judged if row is not None])))
-            print("\n".join(compare_frameworks(images, rounds)))
-            return
-        measured += repeat(rounds, "before", lambda storage: compare_versions(storage, flags, parts))
-        measured += repeat(rounds, "sweeps", lambda storage: sweep_round(2 if args.quick else 16))
-        long = memory_and_epochs(folder, 2 if args.quick else 10, flags)
-        print(f"memory: {long}", flush=True)
-        sizes = [(2, 2)] if args.quick else [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4)]
-        rows = scaling(folder, full, sizes, flags[2:])
-    results = {
-        "machine": machine(),
-        "versions": versions(),
-        "commit": git_commit(),
-        "cases": [row for case in CASES if (row := case_row(case, measured, is_judged=not args.quick)) is not None],
-        "memory": long,
-        "scaling": rows,
-        "rounds": measured,
-    }
-    print(as_markdown(results))
-    if args.quick:
-        return
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    page = (HERE / "README.md").read_text(encoding="utf-8")
-    before, after = page[: page.index(START) + len(START)], page[page.index(END) :]
-    (HERE / "README.md").write_text(before + "\n" + as_markdown(results) + "\n" + after, encoding="utf-8")
+        if "peers" in args.parts:
+            epochs = 1 if args.quick else 2
+            measured += repeat(rounds, "peers", lambda storage: one_round(storage, images, flags, epochs))
+        if "before" in args.parts:
+            parts = ["one"] if args.quick else before.PARTS
+            measured += repeat(rounds, "before", lambda storage: before.one_round(storage, flags, parts))
+        if "sweep" in args.parts:
+            measured += repeat(rounds, "sweep", lambda storage: sweep_round(2 if args.quick else 16))
+    rows = [row for case in CASES if (row := case_row(case, measured, is_judged=not args.quick)) is not None]
+    print("\n".join([heading(), "", *cases_as_markdown(rows)]))
 
 
 if __name__ == "__main__":

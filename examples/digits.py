@@ -4,7 +4,7 @@ python jobs/predict.py photo.jpg --workload examples/digits.py        # with the
 python jobs/train.py --workload examples/digits.py --recipe robust    # better on handwriting, 99.3 % on the test set
 
 MNIST's digits were scaled to fit into 20×20 pixels, keeping the aspect ratio, then placed in 28×28 with their centre
-of mass in the middle (http://yann.lecun.com/exdb/mnist/). Experiments chose all constants: benchmarks/handwriting.py.
+of mass in the middle (http://yann.lecun.com/exdb/mnist/). Experiments chose all constants (benchmarks/README.md).
 """
 
 from __future__ import annotations

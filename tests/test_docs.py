@@ -1,13 +1,23 @@
-"""The docs' links work, the tour's table of the core is up to date, and the tour's code prints what the tour says."""
+"""The docs' links work, the tour's table of the core is up to date, and commands and code do what the docs say."""
 
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import QUICK, ROOT, as_flags, weights
 
-PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
 def anchors_of(page: Path) -> list[str]:
@@ -42,3 +52,26 @@ def test_the_tours_code_finds_its_image_where_the_tour_says(capsys: pytest.Captu
     _, code, after = re.split("```(?:python)?\n", tour)
     exec(code, {})
     assert capsys.readouterr().out == re.search(r"^    (step .+\n)", after, re.MULTILINE)[1]  # type: ignore[index]
+
+
+def test_a_project_made_from_this_one_under_another_name_trains_to_the_same_weights(
+    finished_run: Path, small_data: Path, ray_address: str, tmp_path: Path
+) -> None:
+    for name in ("mnist_ray", "ray_fork", "jobs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    how = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Start your own project")[2]
+    (commands,) = re.findall(r"```bash\n(.+?)```", how, re.DOTALL)
+    subprocess.run(["bash", "-e", "-c", commands], cwd=tmp_path, check=True)
+    flags = {"num_workers": 2, "data_dir": small_data, "storage_path": tmp_path, "run_name": "own", **QUICK}
+    done = subprocess.run(
+        [sys.executable, "jobs/train.py", *as_flags(flags)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "RAY_ADDRESS": ray_address},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path / "own") == weights(finished_run)
+    assert json.loads((tmp_path / "own" / "config.json").read_text())["workload"] == "pets.mnist"

@@ -166,6 +166,7 @@ def killing(class_name: str) -> Callable[..., None]:
     return kill
 
 
+@pytest.mark.long
 def test_a_run_that_loses_a_node_ends_with_the_same_weights(nodes: Cluster, finished_run: Path, gate: Gate) -> None:
     def replace_a_node(job: psutil.Process) -> None:
         nodes.remove_node(nodes.list_all_nodes()[-1])
