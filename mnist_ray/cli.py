@@ -37,8 +37,8 @@ def tune() -> None:
 
 def evaluate() -> None:
     """Evaluate a checkpoint on the test set."""
-    given = _flags_of_run(evaluate, EvaluationConfig)
-    api.evaluate(given.pop("run"), **given)
+    flags = _flags_of_run(evaluate, EvaluationConfig)
+    api.evaluate(flags.pop("run"), **flags)
 
 
 def predict() -> None:
@@ -46,9 +46,9 @@ def predict() -> None:
     parser = _parser(predict, PredictionConfig)
     _add_run(parser, "--run", default=None)
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="pictures, or folders of pictures")
-    given = parser.read_flags()
-    found = api.find(given["run"], given.get("workload"), given["storage_path"])
-    _tool("predict")(given["images"], found, build(PredictionConfig, given))
+    flags = parser.read_flags()
+    found = api.find(flags["run"], flags.get("workload"), flags["storage_path"])
+    _tool("predict")(flags["images"], found, build(PredictionConfig, flags))
 
 
 def view() -> None:
@@ -56,28 +56,28 @@ def view() -> None:
     workload_class = loading.load(peek("workload")[0].get("workload", loading.DEFAULT))
     parser = Parser(view.__doc__ or "", ViewConfig, workload_class.Settings)
     _add_workload(parser, "MNIST")
-    given = parser.read_flags()
-    _tool("view")(workload_class(build(workload_class.Settings, given)), build(ViewConfig, given))
+    flags = parser.read_flags()
+    _tool("view")(workload_class(build(workload_class.Settings, flags)), build(ViewConfig, flags))
 
 
 def report() -> None:
     """Write the report of a run or a sweep again."""
     parser = _parser(report)
     parser.add_argument("run", metavar="RUN", nargs="?", help="its name, folder or URI; default: the newest run")
-    given = parser.read_flags()
-    run = find_run(given["run"], given["storage_path"])
+    flags = parser.read_flags()
+    run = find_run(flags["run"], flags["storage_path"])
 
     from mnist_ray.report import page
 
     resume_with = resume_command("tune" if run.exists(TRIALS_FILE) else "train", run)
-    page.write_again(run, given.get("workload"), given["storage_path"], resume_with)
+    page.write_again(run, flags.get("workload"), flags["storage_path"], resume_with)
 
 
 def export() -> None:
     """Write a trained model as a program of torch.export."""
-    given = _flags_of_run(export, ExportConfig)
-    config = build(ExportConfig, {name: given.pop(name) for name in names_of([ExportConfig]) & given.keys()})
-    found = api.find(given.pop("run"), given.pop("workload", None), given.pop("storage_path"), changes=given)
+    flags = _flags_of_run(export, ExportConfig)
+    config = build(ExportConfig, {name: flags.pop(name) for name in names_of([ExportConfig]) & flags.keys()})
+    found = api.find(flags.pop("run"), flags.pop("workload", None), flags.pop("storage_path"), changes=flags)
     _tool("export")(found, config)
 
 

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from mnist_ray.run.session import check_against_data, load_splits
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
-from mnist_ray.workload.data import Arrays, Splits
+from mnist_ray.workload.data import Arrays, Blocks, Splits
 from ray_fork.starting import prepared_forking
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +36,23 @@ METADATA = {"class_names": [*range(10)]}
 """Metadata of MNIST's data."""
 Flags = Callable[..., list[str]]
 QUICK = {"batch_size": 50, "validation_size": 600, "learning_rate": 3e-3, "precision": "fp32"}
+
+
+SIZES = [40, 7, 0, 25, 33, 1, 18, 60, 12, 12, 30, 5]
+
+
+class Numbers(Blocks):
+    """Each example is its index, as input and as target."""
+
+    def __init__(self, sizes: Sequence[int] = SIZES) -> None:
+        self.sizes = sizes
+        self.read_blocks: list[int] = []
+
+    def read(self, block: int) -> Any:
+        self.read_blocks.append(block)
+        start = sum(self.sizes[:block])
+        numbers = np.arange(start, start + self.sizes[block])
+        return Arrays(numbers, numbers)
 
 
 def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> None:
@@ -227,3 +244,32 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
             del sys.modules[name]
+
+
+CELL = """
+import sys
+import numpy as np
+from torch import nn
+from mnist_ray import train
+from mnist_ray.workload import Arrays, Classification, Data
+
+class Signs(Classification):
+    def load_data(self):
+        inputs = np.random.default_rng(0).normal(size=(600, 2)).astype(np.float32)
+        some = Arrays(inputs, (inputs[:, 0] > 0).astype(np.int64))
+        return Data(some, some)
+
+    def create_model(self):
+        return nn.Linear(2, 2)
+
+if __name__ == "__main__":
+    settings = {"num_epochs": 5, "batch_size": 20, "learning_rate": 0.1, "quiet": True}
+    run = train(Signs, num_workers=0, storage_path=sys.argv[1], run_name="cell", **settings)
+    print(run.metrics["accuracy"] > 0.9, sum(p.numel() for p in run.load_model().parameters()))
+"""
+
+
+def run_text(text: str, storage: Path) -> subprocess.CompletedProcess:
+    """Run code that is in no file, like a notebook's cell."""
+    command = [sys.executable, "-", str(storage)]
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=120, check=False)

@@ -33,8 +33,7 @@ from mnist_ray.sweep.trials import Sweep
 from mnist_ray.workload.data import Arrays
 from ray_fork.shim import SOCKET_VARIABLE
 from ray_fork.starting import prepared_forking
-from tests.conftest import QUICK, ROOT, callback_at
-from tests.run.test_in_process import CELL
+from tests.conftest import CELL, QUICK, ROOT, callback_at
 
 
 @pytest.fixture(scope="module")

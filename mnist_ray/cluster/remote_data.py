@@ -52,7 +52,7 @@ class RemoteSplit:
 
 def share(workload: Workload, split: Split) -> RemoteSplit:
     """Share a split: arrays in memory, and Blocks (which hold no examples), go into the object store."""
-    is_stored = split.arrays is not None or isinstance(split.examples, Blocks)
+    is_stored = split.whole_arrays is not None or isinstance(split.examples, Blocks)
     stored = ray.put(split.examples) if is_stored else None
     return RemoteSplit(workload, split.origin, len(split), len(split.examples), stored, split.indices)
 

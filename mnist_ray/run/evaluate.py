@@ -48,12 +48,12 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
                 console.say("note", f"the run itself was tested with {flag(name)} {part}; here, all data are used")
         console.say("checkpoint", found.checkpoint.path)
         console.say("data", f"{data.name}: {len(test):,} test {workload.nouns}")
-        tested = evaluate(workload, found.checkpoint, test, config.num_tasks, 0, use_gpu)
+        tested = evaluate_in_tasks(workload, found.checkpoint, test, config.num_tasks, 0, use_gpu)
         console.show_evaluation(tested)
         return tested
 
 
-def evaluate(
+def evaluate_in_tasks(
     workload: Workload,
     checkpoint: RunFolder,
     test: Split,

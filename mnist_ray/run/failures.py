@@ -55,7 +55,7 @@ def code_failures_placed(*folders: Path) -> Iterator[None]:
         raise kind(with_place(error, *folders)) from sendable(error)
 
 
-class FailureReporter(UserCallback):
+class FailureCallback(UserCallback):
     """Tells the driver's event queue, if there is one, why workers are replaced, or ends the run."""
 
     def __init__(self, event_queue: Any) -> None:

@@ -28,7 +28,7 @@ from mnist_ray.cluster.rendezvous import WorkerGroupConfig
 from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError, end_controllers, in_thread
 from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.run import evaluate
-from mnist_ray.run.failures import FailureReporter, OldCheckpointError, cause_of, reason_of
+from mnist_ray.run.failures import FailureCallback, OldCheckpointError, cause_of, reason_of
 from mnist_ray.run.find import NUM_KEPT, Fitted, best_of, drop_others
 from mnist_ray.run.reporter import Outcome, train_loop_per_worker
 from mnist_ray.run.session import Session
@@ -83,7 +83,7 @@ def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -
     while True:
         try:
             drop_snapshot(job.run)
-            trainer = create_trainer(spec, plan, failures_left, [FailureReporter(event_queue)])
+            trainer = create_trainer(spec, plan, failures_left, [FailureCallback(event_queue)])
             result = fit_and_listen(trainer, event_queue, pass_on)
             break
         except (ray.train.TrainingFailedError, RayError, *STORAGE_ERRORS) as error:

@@ -16,7 +16,7 @@ from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import check_nodes
 from mnist_ray.errors import JobError, count, with_place
 from mnist_ray.provenance import origin, versions
-from mnist_ray.run.evaluate import evaluate, evaluate_here
+from mnist_ray.run.evaluate import evaluate_here, evaluate_in_tasks
 from mnist_ray.run.find import Fitted, read_initial
 from mnist_ray.run.history import History, write_predictions
 from mnist_ray.run.session import Session, say_plan
@@ -34,14 +34,14 @@ _WORKLOAD_FILE = "workload.py"
 
 
 @contextlib.contextmanager
-def recorded(session: Session, plan: WorkerPlan) -> Iterator[Record]:
+def recorded(session: Session, plan: WorkerPlan) -> Iterator[Recorder]:
     """Show a run and write its files. However the run ends, write its report and close its trackers.
 
     An interrupt waits for that.
     """
     num_parameters = say_plan(session, plan)
     write_settings(session, plan, CONFIG_FILE, session.job.values)
-    record = Record(session, plan, num_parameters)
+    record = Recorder(session, plan, num_parameters)
     try:
         with logs_named(session):
             yield record
@@ -102,7 +102,7 @@ def repeat(work: Callable[[], object], every_s: float, is_over: threading.Event)
             work()
 
 
-class Record:
+class Recorder:
     """The record of one run; ``fit`` calls ``on_event``."""
 
     def __init__(self, session: Session, plan: WorkerPlan, num_parameters: int) -> None:
@@ -122,7 +122,7 @@ class Record:
         self._live_report.start()
 
     def on_event(self, event: Event) -> None:
-        """Record an event from a worker or a task."""
+        """Recorder an event from a worker or a task."""
         if isinstance(event, EpochFinished) and event.last.epoch == self._job.train.num_epochs:
             # Imports matplotlib while the last validation and the workers finish.
             threading.Thread(target=importlib.import_module, args=["mnist_ray.report.page"], daemon=True).start()
@@ -155,7 +155,7 @@ class Record:
             device = "cuda" if self._plan.use_gpu else "cpu"
             tested = evaluate_here(fitted.checkpoint, workload, test, job.workers.loader_workers, device)
         else:
-            tested = evaluate(
+            tested = evaluate_in_tasks(
                 workload,
                 fitted.checkpoint,
                 test,

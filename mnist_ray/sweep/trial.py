@@ -16,7 +16,7 @@ from mnist_ray.cluster.devices import device_here
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.errors import JobError, TrainingStoppedError
-from mnist_ray.run.failures import FailureReporter, cause_of, code_failures_placed, reason_of
+from mnist_ray.run.failures import FailureCallback, cause_of, code_failures_placed, reason_of
 from mnist_ray.run.find import drop_others
 from mnist_ray.run.fit import create_trainer, drop_snapshot
 from mnist_ray.run.job import Job
@@ -71,7 +71,7 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
 def train_on_workers(loop_spec: LoopSpec, plan: WorkerPlan) -> None:
     """Train a trial as a ``TorchTrainer`` run."""
     drop_snapshot(loop_spec.job.run)
-    callbacks = [TuneReportCallback(), FailureReporter(None)]
+    callbacks = [TuneReportCallback(), FailureCallback(None)]
     try:
         result = create_trainer(loop_spec, plan, max_failures=0, callbacks=callbacks).fit()
     except ray.train.TrainingFailedError as error:

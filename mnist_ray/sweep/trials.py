@@ -42,7 +42,7 @@ class TrialRecord:
     reason: str = ""  # of a failed or lost trial
     others: dict[str, float] = dataclasses.field(default_factory=dict)  # other metrics on the validation set, by column
 
-    def report(self, epochs: float, monitor: float) -> None:
+    def add_report(self, epochs: float, monitor: float) -> None:
         """Add a report. A trial that resumes from its checkpoint may report the same epochs again."""
         known = [pair for pair in self.reported if pair[0] < epochs]
         self.reports = " ".join(f"{at:.9g}:{value:.9g}" for at, value in [*known, (epochs, monitor)])

@@ -194,7 +194,7 @@ class _Watcher(tune.Callback):
         record, metrics = self._table.by_point[self._point(trial)], CheckpointMetrics.of(result)
         self._table.update(record, result)
         if metrics.validation is not None:
-            record.report(metrics.epochs, record.val_monitor)
+            record.add_report(metrics.epochs, record.val_monitor)
         self._changed()
 
     def on_trial_complete(self, trial: Trial, **info: Any) -> None:

@@ -193,7 +193,11 @@ def batches_of(
     allow_read_only()
     if isinstance(split.examples, Blocks):
         return BlockBatches(split, collate, read_ahead_mib)
-    return ArrayBatches(split.arrays, device) if split.arrays is not None else ExampleBatches(split, 0, collate)
+    return (
+        ArrayBatches(split.whole_arrays, device)
+        if split.whole_arrays is not None
+        else ExampleBatches(split, 0, collate)
+    )
 
 
 def allow_read_only() -> None:

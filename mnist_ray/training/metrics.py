@@ -144,7 +144,8 @@ def check_columns(batches: Sequence[Mapping[str, Any]]) -> None:
 def score(workload: Workload, values: Mapping[str, float]) -> float:
     """Return a number that is larger for a better model, by the monitored metric and then by the loss.
 
-    ``values`` come from the validation. The weight of the loss is so small that the loss only breaks ties.
+    Ray ranks checkpoints by one number, so the pair (metric, −loss) is packed into one: the loss, squeezed into 0 to
+    1.6 by the arc tangent, only breaks ties. ``values`` come from the validation.
     """
     value, loss = values[workload.monitor.name], math.atan(values["loss"])
     loss = 2.0 if math.isnan(loss) else loss

@@ -80,7 +80,7 @@ class Blocks:
 class Data:
     """The result of a workload's ``load_data``.
 
-    Only the job loads in-memory arrays and ``Blocks``; Ray's object store shares them, one copy per node. Each process
+    The driver loads in-memory arrays and ``Blocks``; Ray's object store shares them, one copy per node. Every worker
     calls ``load_data`` for ``Dataset``s, and for arrays that are memory-mapped or whose rows overlap, as windows do. A
     ``Dataset``'s items are pairs (input, target).
     """
@@ -129,7 +129,7 @@ class Split:
         return isinstance(self.examples, Arrays) and all(map(may_be_copied, self.examples.named.values()))
 
     @property
-    def arrays(self) -> Arrays | None:
+    def whole_arrays(self) -> Arrays | None:
         """The examples, if they are in memory and the split has all of them; else None."""
         return self.examples if self.is_in_memory and self.indices is None else None
 
@@ -142,7 +142,9 @@ class Split:
 
     def between(self, start: int, stop: int) -> Split:
         """Return the examples from ``start`` to ``stop - 1``; for whole arrays in memory, a view."""
-        return self.take(slice(start, stop) if self.arrays is not None else np.arange(start, min(stop, len(self))))
+        return self.take(
+            slice(start, stop) if self.whole_arrays is not None else np.arange(start, min(stop, len(self)))
+        )
 
 
 @dataclass(frozen=True)

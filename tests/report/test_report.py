@@ -30,7 +30,7 @@ from mnist_ray.workload.base import ACCURACY, LOSS, Metric, Picture
 from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.figures import Curve, Table, new_plot, scale_axis, smoothed
 from tests.conftest import METADATA, folder_at, mnist, run_job, run_main
-from tests.sweep.test_space import point
+from tests.sweep.conftest import point
 
 PHOTOS = ["predictions", "mistakes"]
 RUN_PICTURES = ["loss", "accuracy", "confusion", *PHOTOS, "learning_rate"]

@@ -458,10 +458,15 @@ def test_a_checkpoint_is_saved_for_each_leaving_node_and_shortly_before_the_firs
     def announced(*nodes: str) -> PreemptionInfo:
         return PreemptionInfo(deadline_ms=1_010_000, preempted_node_to_ranks={node: [0] for node in nodes})
 
-    answers = [None, *[announced("a")] * 4, *[announced("a", "b")] * 6]
-    monkeypatch.setattr("ray.train.get_preemption_info", Mock(side_effect=answers))
+    answers, now = [None, *[announced("a")] * 4, *[announced("a", "b")] * 6], [998]
+
+    def ask() -> Any:
+        now[0] += 1
+        return answers.pop(0)
+
+    monkeypatch.setattr("ray.train.get_preemption_info", ask)
     monkeypatch.setattr(reporter, "broadcast_from_rank_zero", lambda values: values)
-    monkeypatch.setattr(reporter, "time", Mock(time=Mock(side_effect=range(1000, 1010))))
+    monkeypatch.setattr(reporter, "time", Mock(time=lambda: now[0]))
     wanted = wanted_after(reporter_on(), 1, *range(10, 20))
     assert [1000 + number for number, is_wanted in enumerate(wanted[1:]) if is_wanted] == [1000, 1004, 1008]
 
@@ -469,11 +474,11 @@ def test_a_checkpoint_is_saved_for_each_leaving_node_and_shortly_before_the_firs
 def test_a_hung_workers_time_limit_is_for_a_step_not_for_a_window(
     reporter_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    armed = list[float]()
-    monkeypatch.setattr(worker, "time", Mock(monotonic=Mock(side_effect=[0, 0.01, 9, 20])))
+    armed, now = list[float](), [0.0]
+    monkeypatch.setattr(worker, "time", Mock(monotonic=lambda: now[0]))
     monkeypatch.setattr(worker, "end_if_hung", lambda timeout_s: armed.append(timeout_s))
     reporter = reporter_on()
-    for _ in range(4):
+    for now[0] in (0, 0.01, 9, 20):
         reporter.on_step(Mock())
     assert len(armed) == 3  # two steps within a hundredth of a second share one
 
@@ -517,7 +522,7 @@ def test_a_worker_that_does_not_see_the_run_says_so(
     run: RunFolder, reporter_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run.write_text("other.json", "Ray itself makes the folder")
-    monkeypatch.setattr("mnist_ray.storage.time", Mock(monotonic=Mock(side_effect=[0, 31])))
+    monkeypatch.setattr("mnist_ray.storage._RETRIED_FOR_S", 0)
     said = r"^\S+ does not see \S+/run/config\.json, which the job has written; use a storage that all nodes share$"
     with pytest.raises(FileNotFoundError, match=said):
         reporter_on(run=run, event_queue=Mock())
@@ -818,7 +823,7 @@ def test_storage_that_fails_again_and_again_gets_no_more_attempts_than_lost_work
 
 def test_code_that_fails_ends_a_run_and_other_failures_are_reported() -> None:
     event_queue = Mock()
-    reporter = failures.FailureReporter(event_queue)
+    reporter = failures.FailureCallback(event_queue)
     with pytest.raises(TrainingStoppedError, match=r"^ValueError: bad \(model\.py, line 55\)$"):
         reporter.after_exception(None, {0: TrainingStoppedError("ValueError: bad (model.py, line 55)")})
     event_queue.put.remote.assert_not_called()

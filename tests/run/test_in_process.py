@@ -7,8 +7,6 @@ import json
 import math
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -24,7 +22,7 @@ from mnist_ray.report import page
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.run.in_process import LocalReporter
 from mnist_ray.workload import Arrays, Blocks, Classification, Data
-from tests.conftest import QUICK, as_flags, callback_at, folder_at, run_and_act, run_job, weights
+from tests.conftest import CELL, QUICK, as_flags, callback_at, folder_at, run_and_act, run_job, run_text, weights
 
 HERE = {**QUICK, "num_workers": 0, "cpus_per_worker": 1, "precision": "fp32"}
 
@@ -197,35 +195,6 @@ def test_blocks_that_are_lost_in_mid_run_are_one_line_with_the_way_on(
         JobError, match=rf"^(train block \d cannot be read: )?{said}; to resume: train\(resume=True, .*\)$"
     ):
         train(Lost, **settings, storage_path=tmp_path, run_name="run")
-
-
-CELL = """
-import sys
-import numpy as np
-from torch import nn
-from mnist_ray import train
-from mnist_ray.workload import Arrays, Classification, Data
-
-class Signs(Classification):
-    def load_data(self):
-        inputs = np.random.default_rng(0).normal(size=(600, 2)).astype(np.float32)
-        some = Arrays(inputs, (inputs[:, 0] > 0).astype(np.int64))
-        return Data(some, some)
-
-    def create_model(self):
-        return nn.Linear(2, 2)
-
-if __name__ == "__main__":
-    settings = {"num_epochs": 5, "batch_size": 20, "learning_rate": 0.1, "quiet": True}
-    run = train(Signs, num_workers=0, storage_path=sys.argv[1], run_name="cell", **settings)
-    print(run.metrics["accuracy"] > 0.9, sum(p.numel() for p in run.load_model().parameters()))
-"""
-
-
-def run_text(text: str, storage: Path) -> subprocess.CompletedProcess:
-    """Run code that is in no file, like a notebook's cell."""
-    command = [sys.executable, "-", str(storage)]
-    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_a_class_without_a_file_is_trained(tmp_path: Path) -> None:

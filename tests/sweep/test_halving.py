@@ -13,7 +13,7 @@ from mnist_ray.sweep.halving import Candidates, Segment, climb, rungs_of, segmen
 from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trials import DONE, FAILED, FAILING, LOST, RUNNING, WAITING, Sweep
 from mnist_ray.sweep.tune import read_sweep
-from tests.sweep.test_space import point
+from tests.sweep.conftest import point
 
 
 def sweep_of(storage: Path, **settings: Any) -> Sweep:
@@ -56,7 +56,7 @@ class MadeUp:
         self.trained.append((segment.point, record.epochs, segment.until_epoch))
         record.epochs, record.val_monitor = segment.until_epoch, quality + 0.05 * luck + segment.until_epoch
         record.val_loss = 1.0
-        record.report(record.epochs, record.val_monitor)
+        record.add_report(record.epochs, record.val_monitor)
         record.state = DONE if segment.until_epoch == self.sweep.job.train.num_epochs else WAITING
         if segment.point == self.failing:
             record.state, record.reason = FAILED, "diverged"
@@ -130,7 +130,7 @@ def test_the_better_half_goes_on_when_all_are_there(
         record = made_up.table.start(some)
         record.state = FAILED if score == FAILING else WAITING
         if not math.isnan(score):
-            record.report(0.25, score)
+            record.add_report(0.25, score)
     rungs = climb(made_up.sweep, made_up.table, made_up.candidates)
     assert [set(rung) for rung in rungs[1:]] == ([] if expected is None else [expected])
     made_up.candidates.num_unknown = 1  # Optuna has not proposed all
@@ -192,9 +192,9 @@ def test_only_what_was_reported_from_an_epoch_on_counts_there(tmp_path: Path) ->
     made_up = MadeUp(sweep_of(tmp_path))
     record = made_up.table.start(A)
     assert math.isnan(made_up.table.score_at(B, 0.5))
-    record.report(0.25, 0.1)
-    record.report(0.5, 0.2)
-    record.report(1.0, 0.3)
+    record.add_report(0.25, 0.1)
+    record.add_report(0.5, 0.2)
+    record.add_report(1.0, 0.3)
     assert [made_up.table.score_at(A, epoch) for epoch in (0.25, 0.5, 1)] == [0.1, 0.2, 0.3]
     assert math.isnan(made_up.table.score_at(A, 2))
     record.state, record.val_monitor = DONE, 0.3  # by --early-stop

@@ -10,6 +10,7 @@ from mnist_ray.sweep import space
 from mnist_ray.sweep.space import Point, Space, space_of
 from mnist_ray.workload import Workload, setting
 from tests.conftest import mnist
+from tests.sweep.conftest import point
 
 WORKLOAD = type(mnist())
 
@@ -17,10 +18,6 @@ WORKLOAD = type(mnist())
 def over(*texts: str) -> Space:
     """Return the space of these texts; by default the workload's."""
     return space_of(WORKLOAD, {"sweep": texts})
-
-
-def point(batch_size: int, learning_rate: float, seed: int = 0) -> Point:
-    return Point((("batch_size", batch_size), ("learning_rate", learning_rate)), seed)
 
 
 def propose(*texts: str, sweep: SweepConfig | None = None, seed: int = 0) -> list[Point]:

@@ -23,7 +23,7 @@ from mnist_ray.sweep.trials import DONE, FAILED, LOST, RUNNING, STOPPED, WAITING
 from mnist_ray.sweep.tune import SweepConsole, read_sweep
 from mnist_ray.workload import Regression, Workload, setting
 from tests.conftest import mnist
-from tests.sweep.test_space import point
+from tests.sweep.conftest import point
 
 
 def table_with(*records: TrialRecord, workload: Any = None) -> TrialTable:
@@ -214,7 +214,7 @@ def test_a_trial_stands_for_its_run_if_its_last_epoch_is_its_best(
     table = table_of((1e-3, 0, state, 0.9))
     (some,) = table.by_point.values()
     for epochs, accuracy in reports:
-        some.report(epochs, accuracy)
+        some.add_report(epochs, accuracy)
     assert table.result_of(some.point) == (some if is_tested else None)
     assert table.result_of(point(64, 1e-3)) is None
 

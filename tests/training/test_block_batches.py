@@ -19,8 +19,7 @@ from mnist_ray.training.sampler import Request, ShardedBatchSampler
 from mnist_ray.training.state import Group
 from mnist_ray.workload import Arrays, Blocks
 from mnist_ray.workload.data import Split
-from tests.conftest import wait_for
-from tests.workload.test_blocks import SIZES, Numbers
+from tests.conftest import SIZES, Numbers, wait_for
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(batch_size=27, num_epochs=2)  # 9 steps

@@ -9,26 +9,11 @@ import pytest
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.training.sampler import ShardedBatchSampler, own_chunks
-from mnist_ray.workload import Arrays, Blocks, Data
+from mnist_ray.workload import Data
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.order import StreamOrder
 from mnist_ray.workload.splits import sizes_in, splits_of, subset, whole_blocks
-
-SIZES = [40, 7, 0, 25, 33, 1, 18, 60, 12, 12, 30, 5]
-
-
-class Numbers(Blocks):
-    """Each example is its index, as input and as target."""
-
-    def __init__(self, sizes: Sequence[int] = SIZES) -> None:
-        self.sizes = sizes
-        self.read_blocks: list[int] = []
-
-    def read(self, block: int) -> Any:
-        self.read_blocks.append(block)
-        start = sum(self.sizes[:block])
-        numbers = np.arange(start, start + self.sizes[block])
-        return Arrays(numbers, numbers)
+from tests.conftest import SIZES, Numbers
 
 
 def order_of(batch_size: int, num_streams: int, epoch: int = 0, sizes: Sequence[int] = SIZES) -> StreamOrder:

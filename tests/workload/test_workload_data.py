@@ -88,7 +88,7 @@ def test_arrays_in_memory_are_shared_and_copied_by_take_and_all_else_stays_where
     half_mapped = Arrays(in_files.inputs, in_memory.targets)
     splits = [Split(some) for some in (in_memory, in_files, half_mapped, Squares(10))]
     assert [split.is_in_memory for split in splits] == [True, False, False, False]
-    assert [split.arrays is not None for split in splits] == [True, False, False, False]
+    assert [split.whole_arrays is not None for split in splits] == [True, False, False, False]
     part = splits[1].take(np.array([3, 1]))
     assert not part.is_in_memory
     assert isinstance(part.examples.inputs, np.memmap)

@@ -1,0 +1,7 @@
+"""Points of made-up sweeps."""
+
+from mnist_ray.sweep.space import Point
+
+
+def point(batch_size: int, learning_rate: float, seed: int = 0) -> Point:
+    return Point((("batch_size", batch_size), ("learning_rate", learning_rate)), seed)
