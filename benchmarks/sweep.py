@@ -21,13 +21,13 @@ from mnist_ray.cluster import environment
 from mnist_ray.cluster.connect import connect
 from mnist_ray.cluster.plan import plan_workers
 from mnist_ray.cluster.remote_data import share
-from mnist_ray.run.session import load_splits
+from mnist_ray.run.job_data import load_splits
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.storage import locate
 from mnist_ray.sweep import trial, tuner
 from mnist_ray.sweep.space import Point
 from mnist_ray.sweep.trials import DONE
-from mnist_ray.sweep.tune import check_against_data, read_sweep
+from mnist_ray.sweep.tune import check_sweep, read_sweep
 
 
 def naive_trial(tune_config: dict[str, Any], spec: trial.TrialSpec) -> None:
@@ -70,7 +70,7 @@ def main() -> None:
         with patch("sys.argv", ["jobs/tune.py", *flags, *where]):
             asked = read_sweep()
             data = load_splits(asked.job)
-            asked = check_against_data(asked, data)
+            asked = check_sweep(asked, data)
         job = asked.job
         with connect(asked.workers) as cluster:
             plan = plan_workers(asked.workers, cluster)

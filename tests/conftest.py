@@ -23,7 +23,7 @@ from mnist_ray.cluster import environment
 from mnist_ray.cluster.ray_internals import for_one_job
 from mnist_ray.mnist import idx
 from mnist_ray.run.job import Job
-from mnist_ray.run.session import check_against_data, load_splits
+from mnist_ray.run.job_data import check_against_data, load_splits
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload

@@ -27,7 +27,7 @@ from mnist_ray.cluster import environment
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist import MNIST
 from mnist_ray.run.job import read_job
-from mnist_ray.run.session import load_splits
+from mnist_ray.run.job_data import load_splits
 from mnist_ray.storage import locate
 from mnist_ray.sweep.trials import Sweep
 from mnist_ray.workload.data import Arrays

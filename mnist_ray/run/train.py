@@ -3,7 +3,8 @@
 import functools
 
 from mnist_ray.run.job import Job
-from mnist_ray.run.session import check_against_data, console_of, load_splits, opened, say_run, started
+from mnist_ray.run.job_data import check_against_data, load_splits
+from mnist_ray.run.session import console_of, opened, say_run, started
 
 
 def train(job: Job) -> None:

@@ -13,10 +13,10 @@ from rich.text import Text
 from mnist_ray import settings
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, UsageError, command, count, format_settings, redact
-from mnist_ray.run import session as sessions
 from mnist_ray.run.console import RunConsole
 from mnist_ray.run.job import Given, read_job
-from mnist_ray.run.session import load_splits, opened, say_data, started
+from mnist_ray.run.job_data import check_against_data, load_splits
+from mnist_ray.run.session import opened, say_data, started
 from mnist_ray.storage import TRIALS_FILE
 from mnist_ray.sweep.halving import rungs_of
 from mnist_ray.sweep.space import propose, space_of
@@ -42,9 +42,9 @@ def read_sweep(given: Given | None = None) -> Sweep:
     return sweep
 
 
-def check_against_data(sweep: Sweep, data: Splits) -> Sweep:
+def check_sweep(sweep: Sweep, data: Splits) -> Sweep:
     """Return the sweep with notes about its data, and with a space that fits them. Raises UsageError if none does."""
-    job = sessions.check_against_data(sweep.job, data, sweep.batch_sizes)
+    job = check_against_data(sweep.job, data, sweep.batch_sizes)
     for field in dataclasses.fields(job.workload.settings):
         if field.name in sweep.space.spaces and field.metadata.get("decides_data"):
             raise UsageError(f"--sweep {field.name}: load_data depends on it, and all trials have the same data")
@@ -61,7 +61,7 @@ def tune(sweep: Sweep) -> Sweep:
     """Search, then train, evaluate and report the best; return the sweep as it was run. Raises like ``train``."""
     with started(sweep.job, "mnist_ray.sweep.trial", sweep.workers) as start:
         data = load_splits(sweep.job)
-        sweep = check_against_data(sweep, data)
+        sweep = check_sweep(sweep, data)
         console = SweepConsole(sweep)
         say_header = functools.partial(say_sweep, console, sweep, data)
         with opened(start, sweep.job, data, console, say_header, sweep.batch_sizes) as session:

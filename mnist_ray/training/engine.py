@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.nn.parallel import DistributedDataParallel
 
 from mnist_ray.config import READ_AHEAD_MIB, Precision, TrainConfig
-from mnist_ray.errors import TrainingStoppedError, UsageError
+from mnist_ray.errors import UsageError
 from mnist_ray.provenance import cpu_has_bf16
-from mnist_ray.training import shared_memory
 from mnist_ray.training.batches import (
     ArrayBatches,
     Batch,
@@ -32,13 +28,13 @@ from mnist_ray.training.batches import (
 )
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
+from mnist_ray.training.gradients import Gradients, measured_sums, seed_of
 from mnist_ray.training.metrics import Evaluation, TrainingDivergedError, check_columns
-from mnist_ray.training.reproducible import Chunks
 from mnist_ray.training.sampler import Request, ShardedBatchSampler, split_bounds
 from mnist_ray.training.state import Group, LoggingWindow, StopWantedError, TrainingState, is_over, move_average
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.tensors import as_fp32, autocast, detached, with_fast_layout
+from mnist_ray.workload.tensors import as_fp32, with_fast_layout
 
 MAX_COLUMN_BYTES = 2**30  # of the predictions that a process evaluates, which it keeps in memory
 
@@ -182,112 +178,6 @@ def _save(state: TrainingState, progress: Progress, callbacks: Sequence[Callback
         raise TrainingDivergedError(progress.epoch, progress.step)
     for callback in callbacks:
         callback.on_checkpoint(state, progress)
-
-
-class Gradients:
-    """Computes a step's gradients: averaged over the ranks by DDP, or, with ``--reproducible``, added up by Chunks."""
-
-    def __init__(self, workload: Workload, state: TrainingState, config: TrainConfig, group: Group) -> None:
-        self._workload, self._state, self._config, self._group = workload, state, config, group
-        self._chunks: Chunks | None = None
-        if config.reproducible:
-            self._chunks = Chunks(state.model, config.num_chunks, group.rank, group.world_size)
-        self._model = state.model if config.reproducible else _distributed(state.model, group)
-        self._trained = [parameter.requires_grad for parameter in state.model.parameters()]
-        self._generator = _generator(group.device)
-
-    def compute(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """Put the gradients into the model; return this rank's part of the sums over the global batch.
-
-        Raises TrainingStoppedError, at an epoch's start, if other parameters than at first are trained.
-        """
-        if self._state.step == 0:
-            self._check_trained()
-        return self._of_slice(micro_batches) if self._chunks is None else self._of_chunks(micro_batches, self._chunks)
-
-    def _check_trained(self) -> None:
-        """Raise TrainingStoppedError if other parameters than at first are trained: their gradients would be wrong."""
-        is_alone = self._model is self._state.model and self._chunks is None
-        if not is_alone and self._trained != [parameter.requires_grad for parameter in self._state.model.parameters()]:
-            raise TrainingStoppedError("a callback has changed requires_grad in mid-training; change it in on_start")
-
-    def _of_slice(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
-        self._seed(self._group.rank)
-        total: dict[str, Tensor] = {}
-        for batch in micro_batches:
-            # DDP averages over the ranks in the backward pass of the last one. Before it, gradients accumulate.
-            accumulates = isinstance(self._model, DistributedDataParallel) and not batch.ends_step
-            with self._model.no_sync() if accumulates else contextlib.nullcontext():  # type: ignore[operator]
-                sums = self._backward(batch, self._group.world_size / batch.global_size)
-            total = {name: total[name] + value for name, value in sums.items()} if total else sums
-        return total
-
-    def _of_chunks(self, micro_batches: Sequence[Batch], chunks: Chunks) -> dict[str, Tensor]:
-        for chunk, batch in zip(chunks.start_step(), micro_batches, strict=True):
-            self._seed(chunk)
-            chunks.collect(chunk, self._backward(batch, 1 / batch.global_size))
-        return chunks.apply()
-
-    def _seed(self, number: int) -> None:
-        """Seed augmentation and dropout by epoch, step, and the number of the rank or, if there are any, the chunk."""
-        for generator in {torch.default_generator, self._generator}:
-            generator.manual_seed(seed_of(self._config.seed, self._state.epoch, number) + self._state.step)
-
-    def _backward(self, batch: Batch, weight: float) -> dict[str, Tensor]:
-        scaler = self._state.scaler
-        return backward(self._workload, self._model, batch, self._config, weight, self._generator, scaler)
-
-
-@functools.lru_cache
-def seed_of(*numbers: int) -> int:
-    """Return a seed that depends on all of the numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    """Return the generator of random numbers for layers such as dropout."""
-    return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
-
-
-def backward(
-    workload: Workload,
-    model: nn.Module,
-    batch: Batch,
-    config: TrainConfig,
-    weight: float,
-    generator: torch.Generator | None = None,
-    scaler: GradScaler | None = None,
-) -> dict[str, Tensor]:
-    """Add the gradients of ``weight`` × the sum of a batch's losses to the model's, scaled by ``scaler``.
-
-    Returns the sums of the loss and of the workload's measures, on the device. With a weight of 1 / global batch size,
-    the gradients of slices add up to those of the global batch's mean loss, even if slices are uneven. DDP averages
-    over the ranks, so with DDP the weight is multiplied by the world size. A filler adds zeros.
-    """
-    with autocast(next(model.parameters()).device, config.precision):
-        outputs = as_fp32(model(workload.prepare(batch.inputs, generator)))
-    loss_sum = workload.loss(outputs, batch.targets).sum()
-    minimized = workload.training_loss(outputs, batch.targets, config)
-    loss = (loss_sum if minimized is None else minimized.sum()) * (0.0 if batch.is_filler else weight)
-    (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
-    sums = {"loss": loss_sum.detach(), **measured_sums(workload, outputs, batch.targets)}
-    return {name: torch.zeros_like(value) for name, value in sums.items()} if batch.is_filler else sums
-
-
-def measured_sums(workload: Workload, outputs: Any, targets: Any) -> dict[str, Tensor]:
-    """Return the sums of the workload's measures over a batch."""
-    return {name: values.sum() for name, values in workload.measure(detached(outputs), targets).items()}
-
-
-def _distributed(model: nn.Module, group: Group) -> nn.Module:
-    """Wrap a model so that gradients are averaged over the ranks; with one rank, return it unchanged."""
-    if group.world_size == 1:
-        return model
-    if group.device.type == "cuda":
-        return DistributedDataParallel(model, device_ids=[group.device])
-    wrapped = DistributedDataParallel(model)
-    shared_memory.use_if_possible(wrapped)
-    return wrapped
 
 
 def resolve_precision(precision: Precision, group: Group) -> Precision:

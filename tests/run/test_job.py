@@ -14,8 +14,9 @@ from torch import nn
 from mnist_ray.cluster.plan import Cluster
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run.job import Job, read_job, resume_command
+from mnist_ray.run.job_data import load_splits
 from mnist_ray.run.record import write_settings
-from mnist_ray.run.session import Clock, Session, Start, connected, ending_explained, load_splits
+from mnist_ray.run.session import Clock, Session, Start, connected, ending_explained
 from mnist_ray.settings import json_lines
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.workload import Data, Regression, user_code

@@ -26,13 +26,14 @@ from mnist_ray.errors import JobError, TrainingStoppedError, UsageError
 from mnist_ray.mnist import MNIST
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.run.job import Job
-from mnist_ray.run.session import Session, load_splits
+from mnist_ray.run.job_data import load_splits
+from mnist_ray.run.session import Session
 from mnist_ray.settings import json_lines, values_of
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.sweep import search
 from mnist_ray.sweep.trial import TrialSpec, run_trial
 from mnist_ray.sweep.trials import Sweep
-from mnist_ray.sweep.tune import check_against_data, read_sweep, say_sweep
+from mnist_ray.sweep.tune import check_sweep, read_sweep, say_sweep
 from mnist_ray.sweep.tune import tune as tune_sweep
 from mnist_ray.training.checkpoint import digest_of
 from mnist_ray.workload import Arrays, Data, Regression, Workload, setting
@@ -79,7 +80,7 @@ def tune(settings: dict[str, Any]) -> None:
 def with_data(sweep: Sweep) -> tuple[Sweep, Splits]:
     """Return a sweep, as it runs on its data, and the data."""
     data = load_splits(sweep.job)
-    return check_against_data(sweep, data), data
+    return check_sweep(sweep, data), data
 
 
 def resume(run: Path, **settings: Any) -> None:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from mnist_ray.training.engine import measured_sums
+from mnist_ray.training.gradients import measured_sums
 from mnist_ray.training.metrics import MetricSums
 from mnist_ray.workload import Regression
 

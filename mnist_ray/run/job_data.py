@@ -1,0 +1,84 @@
+"""A job's data: loading them, and checking the settings against them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from mnist_ray.errors import UsageError, count
+from mnist_ray.run.job import Job
+from mnist_ray.workload.data import Blocks, Splits
+from mnist_ray.workload.loading import data_of, digests_of
+from mnist_ray.workload.splits import splits_of, subset
+
+
+def load_splits(job: Job) -> Splits:
+    """Return a job's data; its workload gets their metadata. Raises UsageError and JobError."""
+    return subset(splits_of(data_of(job.workload), job.train.validation_size), job.train)
+
+
+def check_against_data(job: Job, data: Splits, batch_sizes: Sequence[int] = ()) -> Job:
+    """Return the job with notes about its data, and with a batch size that they can fill.
+
+    ``batch_sizes``: those of a sweep. Raises UsageError if the settings do not fit the data, or if a resumed run was
+    started with different data.
+    """
+    num_train, largest = len(data.train), max(batch_sizes or [job.train.batch_size])
+    notes = _check_same_data(job, data)
+    if largest > num_train:
+        notes += _check_batch_size(job, num_train, largest, is_of_sweep=len(batch_sizes) > 0)
+        if job.train.batch_size > num_train:
+            job = job.with_values({"batch_size": num_train})
+    with_largest = dataclasses.replace(job.train, batch_size=min(largest, num_train))
+    min_steps = with_largest.num_steps(num_train) * job.train.num_epochs
+    if job.train.warmup_steps >= min_steps:
+        raise UsageError(f"--warmup-steps {job.train.warmup_steps:,} must be below the {min_steps:,} steps of the run")
+    notes += [*_check_streams(job, data.train.examples), *_check_early_stop(job, len(data.validation))]
+    return dataclasses.replace(job, notes=(*job.notes, *notes))
+
+
+def _check_batch_size(job: Job, num_train: int, largest: int, *, is_of_sweep: bool) -> list[str]:
+    """Return a note that all examples make a batch. Raises UsageError if the user has asked for more."""
+    there, name = f"{num_train:,} {job.workload.nouns} to train on", "sweep" if is_of_sweep else "batch_size"
+    if name in job.given:
+        asked = "--sweep: batch size" if is_of_sweep else "--batch-size"
+        raise UsageError(f"{asked} {largest:,} is larger than the {there}")
+    return [f"batch size {num_train:,}, not {largest:,}: there are only {there}"]
+
+
+def _check_streams(job: Job, examples: object) -> list[str]:
+    """Return a note if there are fewer blocks than streams. Raises UsageError if there are more workers."""
+    if not isinstance(examples, Blocks):
+        return []
+    streams = f"{count(job.train.num_chunks, 'stream')} of blocks (--num-chunks)"
+    if (job.workers.num_workers or 1) > job.train.num_chunks:
+        raise UsageError(f"--num-workers {job.workers.num_workers} is more than the {streams}")
+    if len(examples.sizes) >= job.train.num_chunks:
+        return []
+    return [f"{count(len(examples.sizes), 'block')} for {streams}: some are read twice; write smaller ones"]
+
+
+def _check_early_stop(job: Job, num_validation: int) -> list[str]:
+    """Return a note if the learning rate may not come down. Raises UsageError without validation."""
+    if job.train.early_stop is None:
+        return []
+    if num_validation == 0:
+        raise UsageError("--early-stop needs validation; leave --validation-size 0 and --overfit-batches out")
+    if job.train.schedule == "constant":
+        return []
+    said = f"the {job.train.schedule} schedule spans all epochs: if training stops early, the learning rate has"
+    return [f"{said} not come down; --schedule constant avoids that"]
+
+
+def _check_same_data(job: Job, splits: Splits) -> list[str]:
+    """Raise UsageError if a resumed run was started with different data; return a note if that cannot be checked."""
+    then, now = job.origin.get("data") or {}, digests_of(splits) if job.origin else {}
+    differing = [split for split in then if None not in (then[split], now.get(split)) and then[split] != now[split]]
+    if differing:
+        raise UsageError(
+            f"--resume: the data differ from those that run {job.run.name} was started with "
+            f"({', '.join(differing)} of {splits.name}); restore them, or start another run"
+        )
+    if then and None in now.values():
+        return ["cannot check that the data are unchanged: the workload does not list their files (Data.files)"]
+    return []
