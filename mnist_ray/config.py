@@ -98,8 +98,8 @@ class TrainConfig:
     )
 
     @property
-    def chunks(self) -> int | None:
-        """The number of chunks per batch if reproducible; else None: each rank has one slice."""
+    def reproducible_chunks(self) -> int | None:
+        """The number of chunks per batch, with --reproducible; else None: each rank has a slice."""
         return self.num_chunks if self.reproducible else None
 
     @property

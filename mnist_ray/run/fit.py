@@ -45,7 +45,7 @@ _RESIZE_INTERVAL_S = 15.0  # after which an elastic run checks again whether the
 
 def plan(session: Session) -> WorkerPlan:
     """Return how many workers train, and on what. Raises UsageError; UnusableGPUError without Ray."""
-    use_gpu, chunks = session.workers.use_gpu, session.job.train.chunks
+    use_gpu, chunks = session.workers.use_gpu, session.job.train.reproducible_chunks
     if not session.is_here:
         return plan_workers(session.workers, session.cluster, chunks)
     is_on_gpu = use_gpu == "yes" or (use_gpu == "auto" and chunks is None and torch.cuda.is_available())
@@ -77,12 +77,13 @@ def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -
 
     def pass_on(event: Event) -> None:
         nonlocal failures_left
-        failures_left -= isinstance(event, WorkersLost) and event.is_failure
+        if isinstance(event, WorkersLost) and event.is_failure:
+            failures_left -= 1
         on_event(event)
 
-    while True:
+    while True:  # Ray itself replaces lost workers; this loop retries what Ray does not
         try:
-            drop_snapshot(job.run)
+            drop_rays_list(job.run)
             trainer = create_trainer(spec, plan, failures_left, [FailureCallback(event_queue)])
             result = fit_and_listen(trainer, event_queue, pass_on)
             break
@@ -90,7 +91,7 @@ def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -
             cause = cause_of(error)
             if isinstance(cause, TrainingStoppedError):
                 raise cause from error
-            # Ray does not retry if the storage fails during Ray's own bookkeeping.
+            # The storage has failed during Ray's own bookkeeping.
             if failures_left <= 0 or not isinstance(cause, (*STORAGE_ERRORS, OldCheckpointError)):
                 raise JobError(reason_of(error)) from error
             pass_on(WorkersLost(reason_of(error)))
@@ -98,7 +99,7 @@ def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -
     outcome: Outcome = result.return_value
     if outcome.diverged is not None:
         raise outcome.diverged
-    if outcome.is_stopped:
+    if outcome.is_stopped:  # after Ctrl-C, fit_and_listen has raised KeyboardInterrupt
         raise JobError("a callback has stopped the training")
     with in_one_line("the storage has failed"):
         drop_others(job.run)  # Ray does not know the checkpoints from before a resume
@@ -160,7 +161,7 @@ def _taken(event_queue: Any) -> list[Event]:
     return ray.get(answer)
 
 
-def drop_snapshot(run: RunFolder) -> None:
+def drop_rays_list(run: RunFolder) -> None:
     """Remove Ray's list of a run's checkpoints, which a kill may have cut off: workers find checkpoints without it."""
     with_retries(lambda: run.delete_file(SNAPSHOT_FILE) if run.exists(SNAPSHOT_FILE) else None)
 

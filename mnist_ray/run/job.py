@@ -239,12 +239,12 @@ def _check_together(train: TrainConfig, workers: WorkerConfig) -> None:
     """Raise UsageError if settings do not go together."""
     if train.schedule == "one-cycle" and train.warmup_steps:
         raise UsageError("--warmup-steps: one-cycle has its own warm-up; choose --schedule cosine, linear or constant")
-    if train.chunks is None:
+    if train.reproducible_chunks is None:
         return
     number = workers.num_workers or 1
-    share = f"--reproducible: {number} workers cannot share {count(train.chunks, 'chunk')} of a batch"
+    share = f"--reproducible: {number} workers cannot share {count(train.reproducible_chunks, 'chunk')} of a batch"
     conflicts = {
-        f"{share}; lower --num-workers, or start a run with more --num-chunks": number > train.chunks,
+        f"{share}; lower --num-workers, or start a run with more --num-chunks": number > train.reproducible_chunks,
         "--reproducible computes on CPUs only; leave --use-gpu out": workers.use_gpu == "yes",
         "--reproducible computes a chunk at a time; take more --num-chunks, not --micro-batch-size": (
             train.micro_batch_size is not None

@@ -1,4 +1,4 @@
-"""A worker of Ray Train: reports to the driver, and hands checkpoints to Ray."""
+"""What Ray Train calls on each worker: it reports to the driver, and hands checkpoints to Ray."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class TrainReporter(Reporter):
 
     def __init__(self, spec: LoopSpec, group: Group, config: TrainConfig) -> None:
         super().__init__(spec, group, config)
-        self._trained_s = self._ask_at_s = self._asked_at = self._saving_s = 0.0
+        self._trained_s = self._next_question_s = self._asked_clock_s = self._saving_s = 0.0
         self._saved_for: set[tuple[object, ...]] = set()
         self._uploaded = threading.Event()
         self._uploaded.set()
@@ -96,8 +96,8 @@ class TrainReporter(Reporter):
         if position_of(restored.name) < position_of(self._known):
             raise OldCheckpointError(f"{self._known} is damaged")
         super().report_start(state, restored, hosts)
-        # If a kill came before Ray recorded an uploaded checkpoint, or a trial has made it, report that checkpoint now.
-        # Otherwise the run could end without its last checkpoint.
+        # Ray may not know the restored checkpoint: a kill came before Ray recorded it, or a sweep's trial has made it.
+        # Report it now, or the run could end without its last checkpoint.
         if position_of(restored.name) > position_of(self._known):
             self._report(restored.metrics, restored.name, CheckpointUploadMode.NO_UPLOAD)
             if state.step == 0 and restored.metrics.validation is not None:
@@ -125,14 +125,14 @@ class TrainReporter(Reporter):
 
     def wants_checkpoint(self) -> bool:
         """Return True when Ray announces that a worker's node will be preempted, and again shortly before that."""
-        if self._spec.is_local or self._trained_s < self._ask_at_s:
+        if self._spec.is_local or self._trained_s < self._next_question_s:
             return False
         info = ray.train.get_preemption_info()  # all ranks ask together, and wait for each other
         if info is None:
-            self._ask_at_s = self._trained_s + _ASK_INTERVAL_S  # by rank 0's clock, which all ranks know
+            self._next_question_s = self._trained_s + _ASK_INTERVAL_S  # by rank 0's clock, which all ranks know
             return False
-        left_s, is_last = broadcast_from_rank_zero(self._time_left(info.deadline_ms))
-        reason = (*info.preempted_node_ids, is_last)
+        left_s, is_last_chance = broadcast_from_rank_zero(self._time_left(info.deadline_ms))
+        reason = (*info.preempted_node_ids, is_last_chance)
         if reason in self._saved_for:
             return False
         self._saved_for.add(reason)
@@ -140,9 +140,9 @@ class TrainReporter(Reporter):
         return True
 
     def _time_left(self, deadline_ms: int | None) -> tuple[float, bool]:
-        """Return the seconds until a deadline, and whether a checkpoint that is saved a window later may be late."""
-        now, asked_at = time.time(), self._asked_at
-        self._asked_at = now
+        """Return the seconds until a deadline, and whether this is the last window in which a checkpoint is in time."""
+        now, asked_at = time.time(), self._asked_clock_s
+        self._asked_clock_s = now
         left_s = math.inf if deadline_ms is None else deadline_ms / 1000 - now
         return left_s, left_s < _SPARE_S + self._saving_s + (now - asked_at if asked_at else 0)
 
@@ -154,7 +154,7 @@ class TrainReporter(Reporter):
         return any(ray.get(answered))
 
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
-        """Hand a checkpoint to Ray Train, on all ranks at once.
+        """Validate if that is due, then hand a checkpoint to Ray Train, on all ranks at once.
 
         Rank 0 copies the state; a thread of Ray's writes the copy while the training continues. Only one copy is
         written at a time; the next checkpoint waits for that.

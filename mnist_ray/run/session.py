@@ -177,7 +177,7 @@ def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> set[str] |
     from mnist_ray.training.check import try_batch  # imports torch
 
     num_workers, num_chunks = job.workers.num_workers or 1, job.train.num_chunks
-    smallest = Fraction(1, job.train.chunks or num_workers)
+    smallest = Fraction(1, job.train.reproducible_chunks or num_workers)
     if isinstance(train.examples, Blocks) and not job.train.reproducible:  # each worker has some of the streams
         smallest = Fraction(num_chunks // num_workers, num_chunks)
     unused = try_batch(job.workload, train, job.train, batch_sizes or [job.train.batch_size], smallest)

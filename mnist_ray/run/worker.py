@@ -1,4 +1,4 @@
-"""A worker of a run or a trial: its set-up, and its reports around the training loop in plain PyTorch."""
+"""The set-up of a worker of a run or a trial, and its reports, whoever listens: Ray Train, Ray Tune, this process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from mnist_ray.training.state import Group, StopWantedError, TrainingState, best
 from mnist_ray.workload import user_code
 from mnist_ray.workload.data import Split
 
-SHOWN_EVERY_S = 0.1  # at most: each sign of life starts a thread
+SHOWN_EVERY_S = 0.1  # at most: each sign of life starts a thread of faulthandler, which would end this process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def train_worker(
         remedy = "lower --batch-size, set --micro-batch-size, or override the workload's evaluation_batch_size"
         raise TrainingStoppedError(f"{first_line(error)}; {remedy}") from error
     finally:
-        faulthandler.cancel_dump_traceback_later()
+        faulthandler.cancel_dump_traceback_later()  # of end_if_hung
     reporter.end(state)
 
 
@@ -103,13 +103,14 @@ class Reporter(Callback):
     def start(self, state: TrainingState, restored: checkpoints.Restored) -> None:
         """Report the start of training, from the ``restored`` checkpoint if there is one.
 
-        If that is at the end of the trial's segment, or past it, report it, and raise StopWantedError: the trial was
-        killed before the sweep noted the checkpoint. Raises JobError if ranks restored different checkpoints.
+        The checkpoint may already be at the end of the trial's segment or past it, if the trial was killed before the
+        sweep recorded it. Then report the checkpoint, and raise StopWantedError. Raises JobError if ranks restored
+        different checkpoints.
         """
         self.show_life()
         hosts = self._hosts_with(restored.name)
         is_segment_over = state.total_step >= state.last_step and not is_over(state, self._config)
-        if is_segment_over and restored.metrics.validation is None:  # past the end, after sweep.csv was lost
+        if is_segment_over and restored.metrics.validation is None:  # past the end: sweep.csv was lost
             metrics = replace(restored.metrics, validation=self._validated(state))
             restored = replace(restored, metrics=metrics)
         self.report_start(state, restored, hosts)
@@ -184,13 +185,13 @@ class Reporter(Callback):
 
         At the end of an epoch, report the epoch, and add the validation's score to ``state``.
         """
-        has_finished = state.step == 0
-        if has_finished:
+        is_epoch_end = state.step == 0
+        if is_epoch_end:
             self.send(EpochFinished(progress))
         epochs = state.epoch + state.step / progress.num_steps
-        is_due = self._validation is not None and (has_finished or epochs >= self._spec.until_epoch)
+        is_due = self._validation is not None and (is_epoch_end or epochs >= self._spec.until_epoch)
         validation = self._validated(state) if is_due else None
-        if has_finished and validation is not None:
+        if is_epoch_end and validation is not None:
             state.scores.append(validation.score)
             self.send_validation(state.epoch, validation)
         return CheckpointMetrics(
@@ -201,7 +202,7 @@ class Reporter(Callback):
             examples_per_s=progress.examples_per_s,
             train_s=state.finished_s + state.epoch_s,
             validation=validation,
-            is_over=validation is not None and is_over(state, self._config),
+            is_over=is_over(state, self._config),
         )
 
     def _validated(self, state: TrainingState) -> Validation:

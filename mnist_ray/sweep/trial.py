@@ -18,7 +18,7 @@ from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.run.failures import FailureCallback, cause_of, code_failures_placed, reason_of
 from mnist_ray.run.find import drop_others
-from mnist_ray.run.fit import create_trainer, drop_snapshot
+from mnist_ray.run.fit import create_trainer, drop_rays_list
 from mnist_ray.run.job import Job
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import RunFolder, position_of
@@ -70,7 +70,7 @@ def run_trial(tune_config: dict[str, Any], spec: TrialSpec) -> None:
 
 def train_on_workers(loop_spec: LoopSpec, plan: WorkerPlan) -> None:
     """Train a trial as a ``TorchTrainer`` run."""
-    drop_snapshot(loop_spec.job.run)
+    drop_rays_list(loop_spec.job.run)
     callbacks = [TuneReportCallback(), FailureCallback(None)]
     try:
         result = create_trainer(loop_spec, plan, max_failures=0, callbacks=callbacks).fit()

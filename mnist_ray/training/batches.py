@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from mnist_ray.config import READ_AHEAD_MIB, TrainConfig
 from mnist_ray.errors import ExampleError, first_line
 from mnist_ray.training.block_reader import BlockReader, OnDemand, ReadAhead
-from mnist_ray.training.sampler import Request, own_chunks
+from mnist_ray.training.sampler import Request, own_parts
 from mnist_ray.training.state import Group, TrainingState
 from mnist_ray.workload.data import Arrays, Blocks, Split
 from mnist_ray.workload.memory import map_arrays
@@ -36,8 +36,8 @@ _PR_SET_PDEATHSIG = 1  # of prctl.h: the signal for a process whose parent has e
 _MAX_PART_OF_GPU = 0.4  # of a GPU's free memory; activations and a second worker may need the rest
 
 
-class Batch(NamedTuple):
-    """A micro-batch, or a batch of an evaluation."""
+class MicroBatch(NamedTuple):
+    """A micro-batch as tensors, or a batch of an evaluation."""
 
     inputs: Any  # in the form of the workload's data, (examples, ...), or as its ``collate`` returns them
     targets: Any  # likewise
@@ -46,8 +46,8 @@ class Batch(NamedTuple):
     is_filler: bool = False  # the rank has no examples of this batch, and this one's loss does not count
 
 
-def _loaded(request: Request, inputs: Any, targets: Any) -> Batch:
-    return Batch(inputs, targets, request.global_size, request.ends_step, request.is_filler)
+def _loaded(request: Request, inputs: Any, targets: Any) -> MicroBatch:
+    return MicroBatch(inputs, targets, request.global_size, request.ends_step, request.is_filler)
 
 
 class ArrayBatches(Dataset):
@@ -71,7 +71,7 @@ class ArrayBatches(Dataset):
     def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, request: Request) -> Batch:
+    def __getitem__(self, request: Request) -> MicroBatch:
         indices = torch.from_numpy(request.indices)
         if self.device.type == "cuda":
             indices = indices.pin_memory().to(self.device, non_blocking=True)
@@ -93,14 +93,14 @@ class ExampleBatches(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, request: Request) -> Batch:
+    def __getitem__(self, request: Request) -> MicroBatch:
         places = self.split.places(request.indices)
         if isinstance(arrays := self.split.examples, Arrays):
             take = functools.partial(_rows, places=places)
             return _loaded(request, map_arrays(take, arrays.inputs), map_arrays(take, arrays.targets))
         return self._joined([self._example(place) for place in places.tolist()], places, request)
 
-    def _joined(self, examples: list[tuple[Any, Any]], places: np.ndarray, request: Request) -> Batch:
+    def _joined(self, examples: list[tuple[Any, Any]], places: np.ndarray, request: Request) -> MicroBatch:
         """Join examples, whose indices in the user's data are ``places``, to a batch."""
         try:
             joined = None if self.collate is None else self.collate(examples)
@@ -164,13 +164,13 @@ class BlockBatches(ExampleBatches):
 
         if not isinstance(self._reader, ReadAhead):  # the first epoch; the others follow without a wait
             first = state.total_step
-            own = own_chunks(config.num_chunks, group.rank, group.world_size)
+            own = own_parts(config.num_chunks, group.rank, group.world_size)
             epochs = range(state.epoch, config.num_epochs)
             reads = (read for epoch in epochs for read in order(epoch).reads(own, first))
             self._reader = ReadAhead(self.split, self._read_ahead_mib, reads, first)
         return order(state.epoch)
 
-    def __getitem__(self, request: Request) -> Batch:
+    def __getitem__(self, request: Request) -> MicroBatch:
         places = self.split.places(request.indices)
         blocks = np.searchsorted(self._edges, places, side="right") - 1
         rows, by_block = places - self._edges[blocks], np.argsort(blocks, kind="stable")
@@ -244,7 +244,7 @@ def batch_loader(
     )
 
 
-def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+def on_device(batches: Iterable[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
     """Return batches on a device. A GPU copies pinned memory while this process goes on."""
     if device.type == "cpu":
         return iter(batches)

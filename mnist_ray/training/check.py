@@ -19,7 +19,7 @@ from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.errors import UsageError, count, with_place
 from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.settings import values_of
-from mnist_ray.training.batches import Batch, batches_of
+from mnist_ray.training.batches import MicroBatch, batches_of
 from mnist_ray.training.metrics import check_columns
 from mnist_ray.training.sampler import Request
 from mnist_ray.training.state import check_kept
@@ -41,7 +41,7 @@ def try_batch(
     settings that the workload's own optimizer and schedule do not use; None if it has neither.
     """
 
-    def first(number: int) -> Batch:
+    def first(number: int) -> MicroBatch:
         with placed(workload, "an example"):
             return batches[Request(np.arange(number), number)]
 
@@ -62,7 +62,7 @@ def try_batch(
 
 
 def check_batch(
-    workload: Workload, batch: Batch, others: Sequence[Batch], config: TrainConfig, num_examples: int
+    workload: Workload, batch: MicroBatch, others: Sequence[MicroBatch], config: TrainConfig, num_examples: int
 ) -> set[str] | None:
     """Call each method that training and evaluation will call.
 
@@ -114,7 +114,7 @@ def check_batch(
     return _check_optimizer(workload, model, config, config.num_epochs * config.num_steps(num_examples))
 
 
-def check_smallest(workload: Workload, few: Batch, batch_size: int, config: TrainConfig) -> None:
+def check_smallest(workload: Workload, few: MicroBatch, batch_size: int, config: TrainConfig) -> None:
     """Try a new model on as few examples as a rank may get: batch normalization may need more. Raises UsageError."""
     model = workload.create_model().train()
     try:
@@ -146,7 +146,7 @@ def _check_model(name: str, model: object) -> None:
             raise UsageError(f"{found}; a checkpoint keeps only tensors: use a buffer or a setting")
 
 
-def _check_losses(workload: Workload, model: nn.Module, outputs: Any, batch: Batch, config: TrainConfig) -> None:
+def _check_losses(workload: Workload, model: nn.Module, outputs: Any, batch: MicroBatch, config: TrainConfig) -> None:
     name, number = type(workload).__name__, batch.global_size
     with placed(workload, "loss"):
         losses = workload.loss(outputs, batch.targets)
@@ -168,7 +168,7 @@ def _check_losses(workload: Workload, model: nn.Module, outputs: Any, batch: Bat
 
 
 def _check_independence(
-    workload: Workload, model: nn.Module, outputs: Any, batch: Batch, fewer: Batch, config: TrainConfig
+    workload: Workload, model: nn.Module, outputs: Any, batch: MicroBatch, fewer: MicroBatch, config: TrainConfig
 ) -> None:
     """Raise UsageError if an example's loss changes when others leave the batch, unless it changes at each call.
 
@@ -192,7 +192,7 @@ def _check_independence(
             )
 
 
-def _check_metrics(workload: Workload, outputs: Any, batch: Batch, columns: dict[str, Tensor]) -> None:
+def _check_metrics(workload: Workload, outputs: Any, batch: MicroBatch, columns: dict[str, Tensor]) -> None:
     name = type(workload).__name__
     with placed(workload, "measure"):
         measured = workload.measure(outputs, batch.targets)

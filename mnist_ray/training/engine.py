@@ -19,9 +19,9 @@ from mnist_ray.errors import UsageError
 from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.training.batches import (
     ArrayBatches,
-    Batch,
     BlockBatches,
     ExampleBatches,
+    MicroBatch,
     batch_loader,
     batches_of,
     on_device,
@@ -76,11 +76,11 @@ def train(
     for callback in callbacks:
         callback.on_start(state, group)
     gradients = Gradients(workload, state, config, group)
-    examples = batches_of(split, group.device, workload.collate, read_ahead_mib)
+    source = batches_of(split, group.device, workload.collate, read_ahead_mib)
     window, decision = LoggingWindow(workload, group), None
     while not is_over(state, config):
         window.restart_clock()
-        for micro_batches in _steps(examples, state, config, group, num_loader_processes):
+        for micro_batches in _steps(source, state, config, group, num_loader_processes):
             sums = gradients.compute(micro_batches)
             _update(state, config, callbacks)
             state.step += 1
@@ -88,7 +88,7 @@ def train(
                 callback.on_step(state)
             window.add(sums, micro_batches[0].global_size)
             decision = _decide(window, state, config, callbacks)
-            if decision is not None and decision.saves:
+            if decision is not None and decision.saves_within_epoch:
                 _save(state, decision.progress, callbacks)
                 if decision.stops:
                     raise StopWantedError
@@ -103,25 +103,25 @@ def train(
 
 
 def _steps(
-    examples: ArrayBatches | ExampleBatches, state: TrainingState, config: TrainConfig, group: Group, num_processes: int
-) -> Iterator[list[Batch]]:
+    source: ArrayBatches | ExampleBatches, state: TrainingState, config: TrainConfig, group: Group, num_processes: int
+) -> Iterator[list[MicroBatch]]:
     """Yield this rank's slice of each remaining step of the epoch, as a list of micro-batches on the device."""
     sampler = ShardedBatchSampler(
-        len(examples),
+        len(source),
         config.batch_size,
         seed=config.seed,
         epoch=state.epoch,
         rank=group.rank,
         world_size=group.world_size,
         first_step=state.step,
-        num_chunks=config.chunks,
+        num_chunks=config.reproducible_chunks,
         micro_batch_size=config.micro_batch_size,
-        order=examples.announce(config, state, group) if isinstance(examples, BlockBatches) else None,
+        order=source.announce(config, state, group) if isinstance(source, BlockBatches) else None,
     )
-    if isinstance(examples, ExampleBatches):
-        examples.seed = seed_of(config.seed, state.epoch, 0)
-    micro_batches: list[Batch] = []
-    for micro_batch in on_device(batch_loader(examples, sampler, group.device, num_processes), group.device):
+    if isinstance(source, ExampleBatches):
+        source.seed = seed_of(config.seed, state.epoch, 0)
+    micro_batches: list[MicroBatch] = []
+    for micro_batch in on_device(batch_loader(source, sampler, group.device, num_processes), group.device):
         micro_batches.append(micro_batch)
         if micro_batch.ends_step:
             yield micro_batches
@@ -148,17 +148,17 @@ def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callb
 
 @dataclass(frozen=True)
 class Decision:
-    """What follows a step after which a window was closed: alike on all ranks."""
+    """What all ranks do after a step that closed a window."""
 
     progress: Progress
-    saves: bool  # a checkpoint within the epoch; one follows an epoch's last step in any case
+    saves_within_epoch: bool  # after an epoch's last step, a checkpoint is saved in any case
     stops: bool  # once the checkpoint is saved
 
 
 def _decide(
     window: LoggingWindow, state: TrainingState, config: TrainConfig, callbacks: Sequence[Callback]
 ) -> Decision | None:
-    """Close and report the window if it is full or a checkpoint is due; return what follows. None: the next step."""
+    """Close the window, on all ranks, if it is full or a checkpoint is due; report it, and return what to do then."""
     is_last = state.total_step == state.last_step
     is_due = is_last or state.step % config.checkpoint_every == 0
     if not (is_due or window.is_full(state.num_steps - state.step)):
@@ -173,7 +173,7 @@ def _decide(
 
 
 def _save(state: TrainingState, progress: Progress, callbacks: Sequence[Callback]) -> None:
-    """Let the callbacks save a checkpoint. Raises TrainingDivergedError if weights are not finite."""
+    """Let the callbacks validate and save: a worker's ``Reporter`` does. Raises TrainingDivergedError."""
     if not all(weights.isfinite().all() for model in {state.model, state.result} for weights in model.parameters()):
         raise TrainingDivergedError(progress.epoch, progress.step)
     for callback in callbacks:

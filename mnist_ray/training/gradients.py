@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.training import shared_memory
-from mnist_ray.training.batches import Batch
+from mnist_ray.training.batches import MicroBatch
 from mnist_ray.training.reproducible import Chunks
 from mnist_ray.training.state import Group, TrainingState
 from mnist_ray.workload.base import Workload
@@ -35,7 +35,7 @@ class Gradients:
         self._trained = [parameter.requires_grad for parameter in state.model.parameters()]
         self._generator = _generator(group.device)
 
-    def compute(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
+    def compute(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
         """Put the gradients into the model; return this rank's part of the sums over the global batch.
 
         Raises TrainingStoppedError, at an epoch's start, if other parameters than at first are trained.
@@ -50,7 +50,7 @@ class Gradients:
         if not is_alone and self._trained != [parameter.requires_grad for parameter in self._state.model.parameters()]:
             raise TrainingStoppedError("a callback has changed requires_grad in mid-training; change it in on_start")
 
-    def _of_slice(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
+    def _of_slice(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
         self._seed(self._group.rank)
         total: dict[str, Tensor] = {}
         for batch in micro_batches:
@@ -61,7 +61,7 @@ class Gradients:
             total = {name: total[name] + value for name, value in sums.items()} if total else sums
         return total
 
-    def _of_chunks(self, micro_batches: Sequence[Batch], chunks: Chunks) -> dict[str, Tensor]:
+    def _of_chunks(self, micro_batches: Sequence[MicroBatch], chunks: Chunks) -> dict[str, Tensor]:
         for chunk, batch in zip(chunks.start_step(), micro_batches, strict=True):
             self._seed(chunk)
             chunks.collect(chunk, self._backward(batch, 1 / batch.global_size))
@@ -72,7 +72,7 @@ class Gradients:
         for generator in {torch.default_generator, self._generator}:
             generator.manual_seed(seed_of(self._config.seed, self._state.epoch, number) + self._state.step)
 
-    def _backward(self, batch: Batch, weight: float) -> dict[str, Tensor]:
+    def _backward(self, batch: MicroBatch, weight: float) -> dict[str, Tensor]:
         scaler = self._state.scaler
         return backward(self._workload, self._model, batch, self._config, weight, self._generator, scaler)
 
@@ -91,7 +91,7 @@ def _generator(device: torch.device) -> torch.Generator:
 def backward(
     workload: Workload,
     model: nn.Module,
-    batch: Batch,
+    batch: MicroBatch,
     config: TrainConfig,
     weight: float,
     generator: torch.Generator | None = None,

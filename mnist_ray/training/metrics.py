@@ -68,7 +68,7 @@ class Evaluation:
         )
 
     def values(self, workload: Workload) -> dict[str, float]:
-        """Return loss and metrics. Thanks to ``fsum``, they do not depend on the split of batches over tasks."""
+        """Return loss and metrics. Thanks to ``fsum``, they do not depend on how ranks or tasks share the batches."""
         names = self.batch_sums[0] if self.batch_sums else {}
         sums = {name: math.fsum(batch[name] for batch in self.batch_sums) for name in names}
         values = MetricSums(sums, self.num_examples).values(workload)
@@ -128,7 +128,7 @@ class CheckpointMetrics:
         if "val_score" in flat:
             values = {name.removeprefix("val_"): flat[name] for name in flat if name.startswith("val_")}
             validation = Validation(values, values.pop("score"), values.pop("s", math.nan))
-        train.pop("s", None)
+        train.pop("s", None)  # train_s is no metric
         return cls(**own, train=train, examples_per_s=[*rates, math.nan][0], validation=validation)
 
 
@@ -144,8 +144,8 @@ def check_columns(batches: Sequence[Mapping[str, Any]]) -> None:
 def score(workload: Workload, values: Mapping[str, float]) -> float:
     """Return a number that is larger for a better model, by the monitored metric and then by the loss.
 
-    Ray ranks checkpoints by one number, so the pair (metric, −loss) is packed into one: the loss, squeezed into 0 to
-    1.6 by the arc tangent, only breaks ties. ``values`` come from the validation.
+    Ray ranks checkpoints by one number, so the pair (metric, −loss) is packed into one: the loss, limited by the arc
+    tangent and times 1e-9, only breaks ties. ``values`` come from the validation.
     """
     value, loss = values[workload.monitor.name], math.atan(values["loss"])
     loss = 2.0 if math.isnan(loss) else loss

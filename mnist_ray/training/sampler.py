@@ -37,9 +37,9 @@ def split_bounds(num_examples: int, num_parts: int, batch_size: int) -> list[tup
     return list(pairwise(cuts))
 
 
-def own_chunks(num_chunks: int, rank: int, world_size: int) -> range:
-    """Return a rank's chunks of each batch, a contiguous range. Ranks differ by at most one chunk."""
-    return range(num_chunks * rank // world_size, num_chunks * (rank + 1) // world_size)
+def own_parts(num_parts: int, rank: int, world_size: int) -> range:
+    """Return a rank's parts (chunks, streams) of each batch, a contiguous range. Ranks differ by at most one part."""
+    return range(num_parts * rank // world_size, num_parts * (rank + 1) // world_size)
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,12 @@ class ShardedBatchSampler:
     order: StreamOrder | None = None  # of examples in blocks; a rank's slice comes from its own streams
 
     def __iter__(self) -> Iterator[Request]:
-        num_slices = self.num_chunks or (self.order.num_streams if self.order else self.world_size)
-        own = own_chunks(num_slices, self.rank, self.world_size)
-        cuts = (*own, own.stop) if self.num_chunks else (own.start, own.stop)
+        # A rank's slice is one of world_size parts or, of data in blocks, the parts of its streams. Chunks stay apart.
+        num_parts = self.num_chunks or (self.order.num_streams if self.order else self.world_size)
+        own = own_parts(num_parts, self.rank, self.world_size)
+        edges = (*own, own.stop) if self.num_chunks else (own.start, own.stop)
         for batch in self._batches():
-            bounds = [len(batch) * number // num_slices for number in cuts]
+            bounds = [len(batch) * number // num_parts for number in edges]
             micro_batches = [indices for first, last in pairwise(bounds) for indices in self._cut(batch[first:last])]
             for number, indices in enumerate(micro_batches, start=1):
                 is_filler = len(indices) == 0

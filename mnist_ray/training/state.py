@@ -58,7 +58,7 @@ class TrainingState:
     scores: list[float] = field(default_factory=list)  # of each finished epoch with a validation; higher is better
     ends: bool = False  # set by a callback: no further epoch
     num_steps: int = 0  # per epoch
-    last_step: int = -1  # the total step at which a trial's segment ends; -1: the state belongs to no segment
+    last_step: int = -1  # the total step at which training stops here: the end of a trial's segment, or of the training
     learning_rate: float = math.nan  # with which the last step was made, in the optimizer's first parameter group
 
     @property

@@ -71,7 +71,7 @@ class NoSettings:
 class Workload(UserClass):
     """One problem. Every process that trains or evaluates creates its own instance, so a workload keeps no state.
 
-    Below, N is the number of examples in one rank's part of a batch, or in a batch of an evaluation.
+    Below, N is the number of examples that are computed at a time: in a micro-batch, or in a batch of an evaluation.
     """
 
     Settings: ClassVar[type] = NoSettings  # a frozen dataclass; its fields become flags
@@ -82,7 +82,7 @@ class Workload(UserClass):
     search: ClassVar[Mapping[str, SearchSpace | None]] = {}
     """Changed search spaces, like ``{"learning_rate": Range(1e-3, 1e-1, log=True)}``; None excludes a setting."""
     compares_examples: ClassVar[bool] = False
-    """Whether an example's loss depends on the others of the batch, and so on the number of workers."""
+    """Whether an example's loss depends on the others of the batch, and therefore on the number of workers."""
     noun: ClassVar[str] = "example"
     prediction_noun: ClassVar[str] = "prediction"  # the name of a prediction in the output of ``predict --json``
 
@@ -127,7 +127,7 @@ class Workload(UserClass):
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """Return the loss of each example, (N,). Outputs are in fp32, whatever the model's precision.
 
-        A loss that compares the examples of a batch sees one rank's part of it: see ``compares_examples``.
+        A loss that compares the examples of a batch sees a micro-batch of it: see ``compares_examples``.
         """
         raise NotImplementedError
 
@@ -270,7 +270,7 @@ class Workload(UserClass):
 
 
 def uses_outputs(workload: Workload, base: type[Workload]) -> bool:
-    """Tell whether a workload leaves any method that takes the model's outputs in training and test to ``base``."""
+    """Tell whether a workload inherits ``loss``, ``measure`` or ``predictions`` unchanged from ``base``."""
     methods = ("loss", "measure", "predictions")
     return any(getattr(type(workload), method) is getattr(base, method) for method in methods)
 

@@ -81,8 +81,8 @@ class Data:
     """The result of a workload's ``load_data``.
 
     The driver loads in-memory arrays and ``Blocks``; Ray's object store shares them, one copy per node. Every worker
-    calls ``load_data`` for ``Dataset``s, and for arrays that are memory-mapped or whose rows overlap, as windows do. A
-    ``Dataset``'s items are pairs (input, target).
+    calls ``load_data`` for ``Dataset``s, and for arrays that are memory-mapped or whose rows overlap, as sliding
+    windows do. A ``Dataset``'s items are pairs (input, target).
     """
 
     train: Arrays | Dataset | Blocks

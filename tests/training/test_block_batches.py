@@ -14,7 +14,7 @@ import torch
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import ExampleError
-from mnist_ray.training.batches import Batch, BlockBatches, batch_loader, batches_of
+from mnist_ray.training.batches import BlockBatches, MicroBatch, batch_loader, batches_of
 from mnist_ray.training.sampler import Request, ShardedBatchSampler
 from mnist_ray.training.state import Group
 from mnist_ray.workload import Arrays, Blocks
@@ -33,7 +33,7 @@ def dataset_of(blocks: Blocks, read_ahead_mib: int = 64) -> BlockBatches:
 
 def epochs(
     dataset: BlockBatches, rank: int = 0, world_size: int = 1, first_step: int = 0, config: TrainConfig = CONFIG
-) -> Iterator[Batch]:
+) -> Iterator[MicroBatch]:
     """Yield a rank's batches of all epochs, as the engine reads them."""
     state: Any = SimpleNamespace(epoch=0, step=first_step, total_step=first_step)
     for state.epoch in range(config.num_epochs):

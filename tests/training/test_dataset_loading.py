@@ -17,8 +17,8 @@ from mnist_ray.cluster.remote_data import share
 from mnist_ray.errors import ExampleError, TrainingStoppedError, with_place
 from mnist_ray.training.batches import (
     ArrayBatches,
-    Batch,
     ExampleBatches,
+    MicroBatch,
     batch_loader,
     batches_of,
     on_device,
@@ -58,7 +58,7 @@ class Tables(Rows):
 
 def slices_of(
     dataset: ArrayBatches | ExampleBatches, rank: int, world_size: int, num_processes: int = 0, first_step: int = 0
-) -> list[Batch]:
+) -> list[MicroBatch]:
     """Return one rank's batches of an epoch."""
     sampler = ShardedBatchSampler(
         len(dataset), BATCH_SIZE, seed=3, epoch=0, rank=rank, world_size=world_size, first_step=first_step
