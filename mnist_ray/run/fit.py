@@ -59,44 +59,21 @@ def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -
 
     Raises TrainingStoppedError if a retry would fail too; otherwise JobError. After Ctrl-C, KeyboardInterrupt.
     """
-    job = session.job
+    job, validation = session.job, session.data.validation
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(job.workers.hang_timeout_s))
     if plan.min_workers is not None:  # how long Ray waits to replace a lost node's workers before it runs fewer
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
     if not plan.use_gpu:
         evaluate.start_process()
-    event_queue, (train, validation) = open_event_queue(), (session.data.train, session.data.validation)
+    event_queue = open_event_queue()  # its process starts while the data are shared
     spec = LoopSpec(
         job=job,
-        train=share(job.workload, train),
+        train=share(job.workload, session.data.train),
         validation=share(job.workload, validation) if len(validation) else None,
         event_queue=event_queue,
         is_local=plan.is_local,
     )
-    failures_left = job.workers.max_failures
-
-    def pass_on(event: Event) -> None:
-        nonlocal failures_left
-        if isinstance(event, WorkersLost) and event.is_failure:
-            failures_left -= 1
-        on_event(event)
-
-    while True:  # Ray itself replaces lost workers; this loop retries what Ray does not
-        try:
-            drop_rays_list(job.run)
-            trainer = create_trainer(spec, plan, failures_left, [FailureCallback(event_queue)])
-            result = fit_and_listen(trainer, event_queue, pass_on)
-            break
-        except (ray.train.TrainingFailedError, RayError, *STORAGE_ERRORS) as error:
-            cause = cause_of(error)
-            if isinstance(cause, TrainingStoppedError):
-                raise cause from error
-            # The storage has failed during Ray's own bookkeeping.
-            if failures_left <= 0 or not isinstance(cause, (*STORAGE_ERRORS, OldCheckpointError)):
-                raise JobError(reason_of(error)) from error
-            pass_on(WorkersLost(reason_of(error)))
-            job.run.check_writable(retry=True)
-    outcome: Outcome = result.return_value
+    outcome = fit_again(spec, plan, on_event)
     if outcome.diverged is not None:
         raise outcome.diverged
     if outcome.is_stopped:  # after Ctrl-C, fit_and_listen has raised KeyboardInterrupt
@@ -104,6 +81,36 @@ def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -
     with in_one_line("the storage has failed"):
         drop_others(job.run)  # Ray does not know the checkpoints from before a resume
         return best_of(job.run)
+
+
+def fit_again(spec: LoopSpec, plan: WorkerPlan, on_event: Callable[[Event], None]) -> Outcome:
+    """Fit, and fit again after failures that Ray does not retry; lost workers Ray itself replaces.
+
+    Both count as failures of the run. Raises like ``fit``.
+    """
+    failures_left, run = spec.job.workers.max_failures, spec.job.run
+
+    def pass_on(event: Event) -> None:
+        nonlocal failures_left
+        if isinstance(event, WorkersLost) and event.is_failure:
+            failures_left -= 1
+        on_event(event)
+
+    while True:
+        try:
+            drop_rays_list(run)
+            trainer = create_trainer(spec, plan, failures_left, [FailureCallback(spec.event_queue)])
+            outcome: Outcome = fit_and_listen(trainer, spec.event_queue, pass_on).return_value
+            return outcome
+        except (ray.train.TrainingFailedError, RayError, *STORAGE_ERRORS) as error:
+            cause = cause_of(error)
+            if isinstance(cause, TrainingStoppedError):
+                raise cause from error
+            # The storage has failed during Ray's own bookkeeping, or Ray has to forget a checkpoint.
+            if failures_left <= 0 or not isinstance(cause, (*STORAGE_ERRORS, OldCheckpointError)):
+                raise JobError(reason_of(error)) from error
+            pass_on(WorkersLost(reason_of(error)))
+            run.check_writable(retry=True)
 
 
 def fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[[Event], None]) -> ray.train.Result:

@@ -72,8 +72,16 @@ def train_worker(
     callbacks = [*reporter.callbacks, reporter]
     try:
         reporter.start(state, restored)
-        loading = job.workers.loader_workers, job.workers.read_ahead_mib
-        engine.train(job.workload, state, split, config, group, callbacks, *loading)
+        engine.train(
+            job.workload,
+            state,
+            split,
+            config,
+            group,
+            callbacks,
+            num_loader_processes=job.workers.loader_workers,
+            read_ahead_mib=job.workers.read_ahead_mib,
+        )
     except torch.OutOfMemoryError as error:
         if restored.name and position_of(restored.name) == (state.epoch, state.step):
             raise  # a worker that died may not have freed its memory yet: Ray tries again
@@ -209,8 +217,14 @@ class Reporter(Callback):
         """Let all ranks validate."""
         assert self._validation is not None
         workload, start = self._job.workload, time.perf_counter()
-        loading = self._job.workers.loader_workers, self.show_life
-        evaluation = engine.evaluate_together(workload, state.result, self._validation, self._group, *loading)
+        evaluation = engine.evaluate_together(
+            workload,
+            state.result,
+            self._validation,
+            self._group,
+            num_loader_processes=self._job.workers.loader_workers,
+            on_batch=self.show_life,
+        )
         values = evaluation.values(workload)
         return Validation(values, score(workload, values), time.perf_counter() - start)
 

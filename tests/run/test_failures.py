@@ -743,7 +743,7 @@ def test_memory_that_is_lacking_is_the_codes_except_in_the_first_step_after_a_re
     monkeypatch.setattr("torch.backends.cudnn.allow_tf32", True)
     monkeypatch.setattr(worker.Reporter, "start", lambda self, state, restored: states.append(state))
 
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **options: Any) -> None:
         states[0].step += steps
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
