@@ -127,8 +127,9 @@ def best_of(run: RunFolder) -> Fitted:
     raise JobError(f"{run.uri} has only damaged checkpoints; start another run")
 
 
-def drop_others(run: RunFolder) -> None:
-    """Delete all whole checkpoints but the NUM_KEPT best and the last. Raises JobError and STORAGE_ERRORS."""
+def drop_others(job: Job) -> None:
+    """Delete a run's whole checkpoints but the NUM_KEPT best and the last. Raises JobError and STORAGE_ERRORS."""
+    run = job.run
     whole = [name for name, _ in _ranked(run)]
     for name in set(whole).difference(whole[:NUM_KEPT], sorted(whole, key=position_of)[-1:]):
         run.inside(name).delete()

@@ -79,7 +79,7 @@ def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -
     if outcome.is_stopped:  # after Ctrl-C, fit_and_listen has raised KeyboardInterrupt
         raise JobError("a callback has stopped the training")
     with in_one_line("the storage has failed"):
-        drop_others(job.run)  # Ray does not know the checkpoints from before a resume
+        drop_others(job)  # Ray does not know the checkpoints from before a resume
         return best_of(job.run)
 
 

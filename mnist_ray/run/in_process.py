@@ -69,7 +69,7 @@ class LocalReporter(Reporter):
 
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
         """Validate and save."""
-        run, metrics = self._job.run, self.validate_and_report(state, progress)
+        metrics = self.validate_and_report(state, progress)
         with in_one_line("the storage has failed"):
             self.save(state, metrics)
-            drop_others(run)
+            drop_others(self._job)

@@ -77,7 +77,7 @@ def train_on_workers(loop_spec: LoopSpec, plan: WorkerPlan) -> None:
     except ray.train.TrainingFailedError as error:
         cause = cause_of(error)
         raise (cause if isinstance(cause, TrainingStoppedError) else JobError(reason_of(error))) from error
-    drop_others(loop_spec.job.run)
+    drop_others(loop_spec.job)
     if result.return_value.diverged is not None:
         raise result.return_value.diverged
     tune.report(result.metrics)  # again, in case that the trial was killed before the sweep noted it

@@ -24,7 +24,9 @@ class Ending:
 class Tracker(UserClass):
     """Follows one run, in a thread of the driver. A tracker that raises is dropped with a warning; training continues.
 
-    A resumed run gets a new tracker, whose first event is ``Started`` with the step from which the run resumes.
+    A resumed run gets a new tracker, whose first event is ``Started`` with the step from which the run resumes; drop
+    what an earlier tracker wrote of later steps. An epoch has two events: ``EpochFinished`` and, once it is validated,
+    ``Validated``. ``RunFolder`` can replace a file, but not append to it: object stores cannot. Values may be NaN.
     """
 
     follows_trials: ClassVar[bool] = False

@@ -33,7 +33,8 @@ from tests.conftest import METADATA, folder_at, mnist, run_job, run_main
 from tests.sweep.conftest import point
 
 PHOTOS = ["predictions", "mistakes"]
-RUN_PICTURES = ["loss", "accuracy", "confusion", *PHOTOS, "learning_rate"]
+OF_TRAINING = ["loss", "accuracy", "learning_rate"]
+RUN_PICTURES = [*OF_TRAINING[:2], "confusion", *PHOTOS, *OF_TRAINING[2:]]
 
 
 class Page:
@@ -108,7 +109,7 @@ def test_predictions_csv_agrees_with_the_result(finished_run: Path, test_images:
 def test_an_interrupted_run_has_a_report(unfinished_run: Path, test_images: Split, run: RunFolder) -> None:
     run.write_text("config.json", json_lines(values_of(TrainConfig(), WorkerConfig())))
     for some, test, num_epochs in ((folder_at(unfinished_run), test_images, 1), (run, None, 0)):
-        assert list(write(some, test)) == ["loss", "accuracy", "learning_rate"] * num_epochs  # none without a step
+        assert list(write(some, test)) == OF_TRAINING * num_epochs  # none without a step
         text = some.read_text("report.html") or ""
         assert f"not finished: {num_epochs} of 2 epochs" in text
         page = Page(text)
@@ -332,12 +333,12 @@ def test_a_picture_that_cannot_be_drawn_becomes_a_note(
     monkeypatch.setattr(type(mnist()), "as_picture", fail)
     test = Split(Arrays(few_images.inputs[:2], few_images.targets[:2]))
     shown = page.write(tested_run, mnist(), "", test, notes.append)
-    assert list(shown) == ["loss", "accuracy", "confusion", "learning_rate"]
+    assert list(shown) == [name for name in RUN_PICTURES if name not in PHOTOS]
     assert [note.partition(" (")[0] for note in notes] == ["no pictures of the predictions: ValueError: no such colour"]
     assert "no such colour" in (tested_run.read_text("report.html") or "")
     monkeypatch.setattr(type(mnist()), "pictures", lambda *given: [b"png"])
     shown = page.write(tested_run, mnist(), "", test, notes.append)
-    assert list(shown) == ["loss", "accuracy", "learning_rate"]
+    assert list(shown) == OF_TRAINING
     assert "no pictures of the test: TypeError: bytes is not a mnist_ray.workload.Picture" in notes[-1]
 
 

@@ -586,13 +586,13 @@ def test_the_best_two_checkpoints_and_the_last_are_kept_and_a_damaged_one_is_not
         about = {"workload": mnist().identity, "metrics": {} if score is None else {"val_score": score}}
         checkpoint.snapshot(state, about).write(run.inside(checkpoint_name(epoch, 0)))
         if epoch == 4:
-            drop_others(run)
+            drop_others(Mock(run=run))
             assert run.checkpoint_names() == [checkpoint_name(kept, 0) for kept in (2, 3, 4)]
     assert best_of(run).checkpoint.name == checkpoint_name(2, 0)
     run.inside(checkpoint_name(2, 0)).write_text("state.json", "")
     (Path(run.path) / checkpoint_name(7, 0)).mkdir()  # cut off by a kill
     assert best_of(run).metrics.score == 0.7
-    drop_others(run)
+    drop_others(Mock(run=run))
     assert run.checkpoint_names() == [checkpoint_name(kept, 0) for kept in (2, 3, 5, 6, 7)]
     assert find(run.uri, "~/ray_results").checkpoint.name == checkpoint_name(3, 0)
 
