@@ -21,12 +21,13 @@ import torch
 from mnist_ray import cli
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.ray_internals import for_one_job
-from mnist_ray.mnist import idx
+from mnist_ray.mnist import MNIST, idx
 from mnist_ray.run.job import Job
 from mnist_ray.run.job_data import check_against_data, load_splits
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.classification import Classification
 from mnist_ray.workload.data import Arrays, Blocks, Splits
 from ray_fork.starting import prepared_forking
 
@@ -65,6 +66,12 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> None:
 
 def as_flags(values: dict[str, Any]) -> list[str]:
     return [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+class Digits(MNIST):
+    """MNIST with the metrics of any classification, whatever MNIST's own are."""
+
+    metrics, measure = Classification.metrics, Classification.measure
 
 
 def mnist(**settings: Any) -> Workload:

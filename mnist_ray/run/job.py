@@ -238,7 +238,7 @@ def _checked(given: Given, classes: Sequence[type], recipes: Mapping[str, Any]) 
 def _check_together(train: TrainConfig, workers: WorkerConfig) -> None:
     """Raise UsageError if settings do not go together."""
     if train.schedule == "one-cycle" and train.warmup_steps:
-        raise UsageError("--warmup-steps: one-cycle has its own warm-up; choose --schedule cosine, linear or constant")
+        raise UsageError("--warmup-steps: one-cycle has its own warm-up; choose another --schedule")
     if train.reproducible_chunks is None:
         return
     number = workers.num_workers or 1

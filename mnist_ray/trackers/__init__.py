@@ -65,4 +65,4 @@ class Tracker(UserClass):
         if ending.result is None:
             return {}
         names = [*(f"test_{metric.name}" for metric in self.workload.all_metrics), self.workload.rate]
-        return {f"final/{name}": ending.result[name] for name in names if ending.result[name] is not None}
+        return {f"final/{name}": ending.result[name] for name in names if ending.result.get(name) is not None}

@@ -33,8 +33,9 @@ from tests.conftest import METADATA, folder_at, mnist, run_job, run_main
 from tests.sweep.conftest import point
 
 PHOTOS = ["predictions", "mistakes"]
-OF_TRAINING = ["loss", "accuracy", "learning_rate"]
-RUN_PICTURES = [*OF_TRAINING[:2], "confusion", *PHOTOS, *OF_TRAINING[2:]]
+METRICS = [metric.name for metric in mnist().all_metrics]
+OF_TRAINING = [*METRICS, "learning_rate"]
+RUN_PICTURES = [*METRICS, "confusion", *PHOTOS, "learning_rate"]
 
 
 class Page:
@@ -225,10 +226,12 @@ def test_a_sweeps_report_has_its_trials_best_first(finished_run: Path, tmp_path:
     rows = Page(text).rows
     best, other = [row for row in rows if "done" in row]
     assert (best[0], other[0]) == ("2", "1")
-    assert best[6:] == ["92.00%", "0.1000", "0.1000", "9", "1.0", ""]
+    others = [f"validation {name}" for name in METRICS[2:]]
+    assert best[6:] == ["92.00%", *["-"] * len(others), "0.1000", "0.1000", "9", "1.0", ""]
     columns = re.findall('<th scope="col">(.*?)</th>', text)
     assert columns[:7] == ["trial", "batch size", "learning rate", "seed", "state", "epochs", "validation accuracy"]
-    assert columns[7:11] == ["validation loss", "training loss", "images/s", "seconds"]
+    more = [*others, "validation loss", "training loss", "images/s", "seconds"]
+    assert columns[7 : 7 + len(more)] == more
 
 
 @pytest.mark.parametrize(
@@ -258,7 +261,7 @@ def test_the_report_of_a_run_that_a_trial_has_trained_has_no_curves_and_all_its_
     header, *_, last = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     (tmp_path / "run" / "metrics.csv").write_text(f"{header}\n{last}\n")
     (tmp_path / "run" / "steps.csv").unlink()
-    assert {"loss", "accuracy"}.isdisjoint(write(folder_at(tmp_path / "run")))
+    assert {*METRICS}.isdisjoint(write(folder_at(tmp_path / "run")))
     assert "finished: 2 of 2 epochs" in (tmp_path / "run" / "report.html").read_text()
 
 

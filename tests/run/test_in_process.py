@@ -88,7 +88,7 @@ def test_a_step_may_take_any_time(here: dict[str, Any], monkeypatch: pytest.Monk
 def test_results_that_json_cannot_hold_are_null(
     here: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(MNIST, "summarize", lambda workload, means: {"accuracy": math.nan})
+    monkeypatch.setattr(MNIST, "summarize", lambda workload, means: {**means, "accuracy": math.nan})
     monkeypatch.setattr(MNIST, "details", lambda workload, columns: {"worst": [math.inf, 1.5]})
     for method in ("lines", "pictures"):
         monkeypatch.setattr(MNIST, method, lambda *given: [])

@@ -30,7 +30,7 @@ from mnist_ray.trackers.start import Trackers
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, TrialEnded, Validated
 from mnist_ray.workload import figures, user_code
 from mnist_ray.workload.base import LOSS
-from tests.conftest import ROOT, folder_at, mnist
+from tests.conftest import ROOT, Digits, folder_at
 
 EXAMPLES = ROOT / "examples"
 INTERRUPTED = Ending(None, {}, None)
@@ -60,7 +60,7 @@ def follow(run: RunFolder, events: list[Event], ending: Ending, tracker: Path | 
     """Track a run to its end; return the warnings."""
     warnings: list[str] = []
     config = OutputConfig(tracker=None if tracker is None else str(tracker))
-    trackers = start.start(run, mnist(), values_of(TrainConfig()), config, warnings.append)
+    trackers = start.start(run, Digits(), values_of(TrainConfig()), config, warnings.append)
     for event in events:
         trackers.log(event)
     trackers.close(ending)
@@ -168,7 +168,7 @@ def test_mlflow_says_which_data_workers_and_commit_a_run_had(run: RunFolder, mlf
 def test_mlflow_has_a_trial_once_that_a_resumed_sweep_reports_again(tmp_path: Path, mlflow_tracker: Path) -> None:
     config, run = OutputConfig(tracker=str(mlflow_tracker)), locate(str(tmp_path), "sweep")
     for _ in range(2):
-        trackers = start.start(run, mnist(), {"num_trials": 1}, config, pytest.fail, for_trials=True)
+        trackers = start.start(run, Digits(), {"num_trials": 1}, config, pytest.fail, for_trials=True)
         trackers.log(TrialEnded(1, {"batch_size": 64}, "failed", has_failed=True, values={"val_loss": 0.5}))
         trackers.close(INTERRUPTED)
     found = {run.info.run_name: run for run in in_mlflow(run)}
@@ -205,7 +205,7 @@ def test_mlflow_gets_no_secrets_and_knows_a_run_with_other_keys(tmp_path: Path, 
     settings = {"database": "postgresql://user:password@host/examples"}
     for path in ("s3://KEY:SECRET@bucket", "s3://bucket"):
         run = RunFolder("run", path, fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), "run")
-        trackers = start.start(run, mnist(), settings, OutputConfig(tracker=str(mlflow_tracker)), pytest.fail)
+        trackers = start.start(run, Digits(), settings, OutputConfig(tracker=str(mlflow_tracker)), pytest.fail)
         trackers.close(INTERRUPTED)
     (found,) = in_mlflow(run)
     assert found.data.tags["mnist_ray.run"] == "s3://bucket/run"
@@ -232,7 +232,7 @@ class Lines(Tracker):
 def test_a_tracker_that_does_not_follow_trials_is_left_alone_during_a_search(tmp_path: Path) -> None:
     (tmp_path / "not_of_trials.py").write_text(OWN)
     run, config = locate(str(tmp_path), "sweep"), OutputConfig(tracker=str(tmp_path / "not_of_trials.py"))
-    start.start(run, mnist(), {}, config, pytest.fail, for_trials=True).close(INTERRUPTED)
+    start.start(run, Digits(), {}, config, pytest.fail, for_trials=True).close(INTERRUPTED)
     assert not run.exists()
 
 
@@ -291,7 +291,7 @@ def test_gauges_have_a_runs_figures_and_the_board_shows_each(
     monkeypatch.setattr(
         sys.modules[prometheus.__module__], "Gauge", lambda name, *_, **__: gauges.setdefault(name, Mock())
     )
-    tracker = prometheus(locate(str(tmp_path), "one"), mnist(), {})
+    tracker = prometheus(locate(str(tmp_path), "one"), Digits(), {})
     for event in SHOWN:
         tracker.log(event)
     for gauge in gauges.values():
@@ -310,7 +310,7 @@ def test_gauges_have_a_runs_figures_and_the_board_shows_each(
 @pytest.mark.long
 @pytest.mark.usefixtures("ray_address")
 def test_rays_node_serves_what_the_board_shows_to_prometheus(prometheus: type[Tracker], tmp_path: Path) -> None:
-    tracker = prometheus(locate(str(tmp_path), "one"), mnist(), {})
+    tracker = prometheus(locate(str(tmp_path), "one"), Digits(), {})
     node: dict[str, Any] = next(node for node in ray.nodes() if node["Alive"])
     own: list[str] = []  # lines of this run; the shared Ray serves those of other tests' runs, too
     give_up = time.monotonic() + 60

@@ -10,7 +10,7 @@ import torch
 from mnist_ray.errors import UsageError
 from mnist_ray.training.metrics import Evaluation, MetricSums, score
 from mnist_ray.workload import Metric, Workload
-from tests.conftest import mnist
+from tests.conftest import Digits
 
 
 def sums_of(loss: float, right: int, number: int) -> MetricSums:
@@ -19,13 +19,13 @@ def sums_of(loss: float, right: int, number: int) -> MetricSums:
 
 def test_sums_add_up_and_are_divided_last() -> None:
     sums = MetricSums() + sums_of(3.0, 1, 2) + sums_of(1.0, 3, 6)
-    assert sums.values(mnist()) == {"loss": 0.5, "accuracy": 0.5}
-    assert str(MetricSums().values(mnist())) == "{'loss': nan, 'accuracy': nan}"
+    assert sums.values(Digits()) == {"loss": 0.5, "accuracy": 0.5}
+    assert str(MetricSums().values(Digits())) == "{'loss': nan, 'accuracy': nan}"
 
 
 def test_an_epoch_that_began_before_a_metric_was_added_has_none() -> None:
     sums = MetricSums({"loss": 1.0}, 2) + sums_of(3.0, 1, 2)
-    assert str(sums.values(mnist())) == "{'loss': 1.0, 'accuracy': nan}"
+    assert str(sums.values(Digits())) == "{'loss': 1.0, 'accuracy': nan}"
 
 
 @pytest.mark.parametrize("columns", [{"words": np.ones((2, 5))}, {"others": np.ones((2, 3))}])
