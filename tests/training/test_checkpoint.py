@@ -17,7 +17,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, TrainingStoppedError, UsageError
 from mnist_ray.mnist import MNIST
 from mnist_ray.storage import RunFolder
-from mnist_ray.training import checkpoint, engine
+from mnist_ray.training import checkpoint, engine, gradients
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.checkpoint import DamagedCheckpointError, OtherModelError
 from mnist_ray.training.events import Progress
@@ -298,7 +298,7 @@ def test_dropout_on_the_cpu_draws_the_same_in_a_resumed_run(
     on_gpu: bool, few_images: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if on_gpu:
-        monkeypatch.setattr(engine, "_generator", lambda device: torch.Generator())  # in place of the GPU's
+        monkeypatch.setattr(gradients, "_generator", lambda device: torch.Generator())  # in place of the GPU's
     monkeypatch.setattr(MNIST, "create_model", with_dropout)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     for folder, position in ((whole, None), (resumed, whole / "1-7")):
