@@ -333,6 +333,7 @@ for end in ("finished", "failing", "interrupted"):
 """
 
 
+@pytest.mark.long
 def test_a_call_leaves_its_process_as_it_found_it(small_data: Path, tmp_path: Path) -> None:
     (tmp_path / "calls.py").write_text(CALLS)
     callback_at(

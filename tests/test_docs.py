@@ -54,7 +54,8 @@ def test_the_tours_code_finds_its_image_where_the_tour_says(capsys: pytest.Captu
     assert capsys.readouterr().out == re.search(r"^    (step .+\n)", after, re.MULTILINE)[1]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_project_made_from_this_one_under_another_name_trains(
     num_workers: int, small_data: Path, tmp_path: Path
 ) -> None:

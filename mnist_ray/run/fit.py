@@ -84,9 +84,9 @@ def fit(session: Session, plan: WorkerPlan, on_event: Callable[[Event], None]) -
 
 
 def fit_again(spec: LoopSpec, plan: WorkerPlan, on_event: Callable[[Event], None]) -> Outcome:
-    """Fit, and fit again after failures that Ray does not retry; lost workers Ray itself replaces.
+    """Fit, and fit again if the storage fails or a checkpoint is damaged. Ray itself replaces workers that are lost.
 
-    Both count as failures of the run. Raises like ``fit``.
+    Both count as failures of the run: Ray's are known by the event ``WorkersLost``. Raises like ``fit``.
     """
     failures_left, run = spec.job.workers.max_failures, spec.job.run
 

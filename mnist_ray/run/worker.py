@@ -31,7 +31,7 @@ from mnist_ray.training.state import Group, StopWantedError, TrainingState, best
 from mnist_ray.workload import user_code
 from mnist_ray.workload.data import Split
 
-SHOWN_EVERY_S = 0.1  # at most: each sign of life starts a thread of faulthandler, which would end this process
+SHOWN_EVERY_S = 0.1  # at most: each sign of life starts a new thread, whose timer ends this process if it expires
 
 
 @dataclass(frozen=True, kw_only=True)

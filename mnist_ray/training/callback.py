@@ -31,7 +31,10 @@ class Callback(UserClass):
         """About half a second has passed; ``progress`` has the metrics over all ranks."""
 
     def on_epoch(self, state: TrainingState, progress: Progress) -> None:
-        """An epoch is over; its checkpoint is not saved yet. Set ``state.ends = True`` to make this epoch the last."""
+        """An epoch is over, and ``state.epoch`` counts it; its checkpoint is not saved yet.
+
+        Set ``state.ends = True`` to make this epoch the last.
+        """
 
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
         """A checkpoint is about to be saved: at an epoch's end (``state.step`` is 0) or within an epoch."""

@@ -2,7 +2,8 @@
 
 A *batch* is global: the examples of one optimizer step, over all ranks. A rank's part of it is a *slice*. A rank
 computes its slice in *micro-batches*: in one, or, with ``--micro-batch-size``, in several. With ``--reproducible``, a
-batch is cut into a fixed number of *chunks* in place of slices; a rank has several of them, each a micro-batch.
+batch is cut into a fixed number of *chunks* in place of slices; a rank has several of them, each one micro-batch (then
+``--micro-batch-size`` is refused).
 """
 
 from __future__ import annotations

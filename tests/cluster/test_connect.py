@@ -166,6 +166,7 @@ def test_workers_have_the_environment_that_uv_run_has_made_even_if_ray_is_import
     assert (done.stdout, done.stderr) == ("answered\n", "")
 
 
+@pytest.mark.long
 def test_a_local_ray_leaves_only_the_logs_of_a_failure_and_an_error_of_meanwhile_is_raised(temporary: Path) -> None:
     left_by_dead_ray = temporary / "ray" / "ray_current_cluster"
     left_by_dead_ray.parent.mkdir()

@@ -57,6 +57,7 @@ def test_it_writes_the_files_of_any_run(run: Path) -> None:
     assert {"result.json", "report.html", "predictions.csv"} <= {file.name for file in run.iterdir()}
 
 
+@pytest.mark.long
 def test_interrupted_it_saves_and_resumes_to_the_same_weights(run: Path, here: dict[str, Any], tmp_path: Path) -> None:
     acts = {"started": lambda job: job.send_signal(2)}
     _, errors = run_and_act(acts, *as_flags(here), address="local", status=130)
