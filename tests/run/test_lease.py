@@ -3,8 +3,10 @@ import os
 import queue
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -86,7 +88,12 @@ INFINITE = b'{"host": "h", "machine": "", "pid": 1e999, "ticks": 1}'
 def test_a_run_is_free_if_its_owners_file_does_not_change(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, content: bytes | None
 ) -> None:
-    monkeypatch.setattr(lease, "EXPIRES_AFTER_S", 0.3)
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(lease, "time", Mock(monotonic=lambda: now[0], time=time.time, sleep=sleep))
     left = claim_of(run, ELSEWHERE)
     if content is not None:
         left.write_bytes(content)
@@ -94,6 +101,7 @@ def test_a_run_is_free_if_its_owners_file_does_not_change(
     with owned(run, waited.append):
         assert json.loads(left.read_text())["pid"] == os.getpid()
     assert waited
+    assert now[0] > lease.EXPIRES_AFTER_S
 
 
 def test_a_run_is_refused_if_its_owners_file_changes(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
