@@ -78,9 +78,11 @@ def main() -> None:
 
 def _end_at_once() -> None:
     """End the process before C++ destroys its objects: Ray 2.60 may wait there for ever for a lock that it holds."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(0)
 
 
 @contextlib.contextmanager

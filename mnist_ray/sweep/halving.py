@@ -68,12 +68,12 @@ def _suggested(space: Space, scores: dict[Point, float], seed: int) -> dict[str,
     import optuna  # an extra
 
     def distribution(name: str) -> Any:
-        own = space.spaces[name]
-        if isinstance(own, Choice):
-            return optuna.distributions.CategoricalDistribution(own.options)
+        axis = space.spaces[name]
+        if isinstance(axis, Choice):
+            return optuna.distributions.CategoricalDistribution(axis.options)
         is_whole = space.types[name] is int
         kind = optuna.distributions.IntDistribution if is_whole else optuna.distributions.FloatDistribution
-        return kind(own.low, own.high, log=own.log)
+        return kind(axis.low, axis.high, log=axis.log)
 
     logging.getLogger("optuna").setLevel(logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed), direction="maximize")
@@ -117,7 +117,7 @@ def segments(sweep: Sweep, table: TrialTable, candidates: Candidates, *, with_ra
         seeded = {p: [dataclasses.replace(p, seed=seed + more) for more in range(num_seeds)] for p in racing}
         if missing := _missing(table, itertools.chain(*seeded.values()), epochs[-1]):
             return missing
-        scores = {point: [table.score_at(own, epochs[-1]) for own in seeded[point]] for point in racing}
+        scores = {point: [table.score_at(trial, epochs[-1]) for trial in seeded[point]] for point in racing}
         racing = still_racing(sweep, scores)
     return found
 

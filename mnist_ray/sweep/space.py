@@ -127,7 +127,7 @@ def space_of(workload_class: type[Workload], values: Mapping[str, Any], fixed: C
             raise UsageError(f"--sweep searches {name}: name it only once, and without {settings.flag(name)}")
         spaces[name] = space
     if not texts:
-        spaces = {name: own.search for name, own in known.items() if own.search and name not in fixed}
+        spaces = {name: about.search for name, about in known.items() if about.search and name not in fixed}
         for name, space in spaces.items():
             try:
                 known[name].check(space)
@@ -224,7 +224,7 @@ def propose(space: Space, sweep: SweepConfig, seed: int) -> list[Point]:
         return _grid(space, sweep.num_trials, seed)
     rng = np.random.default_rng(seed)
     drawn = [
-        space.point({name: _draw(own, rng, space.types[name]) for name, own in space.spaces.items()}, seed)
+        space.point({name: _draw(axis, rng, space.types[name]) for name, axis in space.spaces.items()}, seed)
         for _ in range(_DRAWS * sweep.num_trials)
     ]
     return list(dict.fromkeys(space.default_points(seed) + drawn))[: sweep.num_trials]
@@ -243,17 +243,17 @@ def _rounded(value: float, kind: type, space: Range) -> Any:
 
 
 def _grid(space: Space, num_trials: int, seed: int) -> list[Point]:
-    choices = {name: own.options for name, own in space.spaces.items() if isinstance(own, Choice)}
-    ranges = {name: own for name, own in space.spaces.items() if isinstance(own, Range)}
+    choices = {name: axis.options for name, axis in space.spaces.items() if isinstance(axis, Choice)}
+    ranges = {name: axis for name, axis in space.spaces.items() if isinstance(axis, Range)}
     num_choices = math.prod(map(len, choices.values()))
-    if (needed := num_choices * 2 ** sum(own.low < own.high for own in ranges.values())) > num_trials:
+    if (needed := num_choices * 2 ** sum(axis.low < axis.high for axis in ranges.values())) > num_trials:
         ends = f", with both ends of {', '.join(ranges)}" if ranges else ""
         raise UsageError(f"--search grid needs {needed} trials for all combinations of {', '.join(space.spaces)}{ends}")
     num_values = int((num_trials / num_choices) ** (1 / len(ranges)) + 1e-9) if ranges else 1
     values: dict[str, Collection[Any]] = {}
-    for name, own in ranges.items():
-        spaced = (np.geomspace if own.log else np.linspace)(own.low, own.high, num_values)
-        values[name] = [_rounded(float(value), space.types[name], own) for value in spaced]
+    for name, axis in ranges.items():
+        spaced = (np.geomspace if axis.log else np.linspace)(axis.low, axis.high, num_values)
+        values[name] = [_rounded(float(value), space.types[name], axis) for value in spaced]
     values |= choices
     combinations = itertools.product(*values.values())
     points = (space.point(dict(zip(values, combination, strict=True)), seed) for combination in combinations)

@@ -109,6 +109,6 @@ def largest_difference(model: nn.Module, run: Callable[[Any], Any], inputs: Any)
     """Return the largest difference between the outputs of two models; NaN if an output is NaN."""
     with torch.inference_mode():
         pairs = zip(*(filter(torch.is_tensor, pytree.tree_leaves(call(inputs))) for call in (model, run)), strict=True)
-        both = [(own.double(), other.double()) for own, other in pairs]
-        apart = [torch.where(own == other, 0.0, own - other).abs().max() for own, other in both]  # both may be -inf
+        both = [(ours.double(), other.double()) for ours, other in pairs]
+        apart = [torch.where(ours == other, 0.0, ours - other).abs().max() for ours, other in both]  # both may be -inf
         return float(torch.stack(apart).max())

@@ -131,11 +131,11 @@ def predict_inputs(workload: Workload, model: nn.Module, inputs: Iterable[Any]) 
     allow_read_only()
     inputs, predictions = iter(inputs), list[Prediction]()
     while batch := [*itertools.islice(inputs, _BATCH_SIZE)]:
-        examples = [(own, 0) for own in batch]
+        examples = [(taken, 0) for taken in batch]
         with placed(workload, "a prediction"), torch.inference_mode():
             joined, _ = workload.collate(examples) or default_collate(examples)
             tops = workload.top_predictions(model(workload.prepare(joined, None)))
-        predictions += [Prediction("", own, tuple(top)) for own, top in zip(batch, tops, strict=True)]
+        predictions += [Prediction("", taken, tuple(top)) for taken, top in zip(batch, tops, strict=True)]
     return predictions
 
 

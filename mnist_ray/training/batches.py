@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from mnist_ray.config import READ_AHEAD_MIB, TrainConfig
 from mnist_ray.errors import ExampleError, first_line
 from mnist_ray.training.block_reader import BlockReader, OnDemand, ReadAhead
-from mnist_ray.training.sampler import Request, own_parts
+from mnist_ray.training.sampler import Request
 from mnist_ray.training.state import Group, TrainingState
 from mnist_ray.workload.data import Arrays, Blocks, Split
 from mnist_ray.workload.memory import map_arrays
-from mnist_ray.workload.order import StreamOrder
+from mnist_ray.workload.order import StreamOrder, part_of
 from mnist_ray.workload.splits import sizes_in
 from mnist_ray.workload.tensors import map_tensors
 
@@ -164,7 +164,7 @@ class BlockBatches(ExampleBatches):
 
         if not isinstance(self._reader, ReadAhead):  # the first epoch; the others follow without a wait
             first = state.total_step
-            own = own_parts(config.num_chunks, group.rank, group.world_size)
+            own = part_of(config.num_chunks, group.rank, group.world_size)
             epochs = range(state.epoch, config.num_epochs)
             reads = (read for epoch in epochs for read in order(epoch).reads(own, first))
             self._reader = ReadAhead(self.split, self._read_ahead_mib, reads, first)
@@ -193,11 +193,8 @@ def batches_of(
     allow_read_only()
     if isinstance(split.examples, Blocks):
         return BlockBatches(split, collate, read_ahead_mib)
-    return (
-        ArrayBatches(split.whole_arrays, device)
-        if split.whole_arrays is not None
-        else ExampleBatches(split, 0, collate)
-    )
+    arrays = split.whole_arrays
+    return ExampleBatches(split, 0, collate) if arrays is None else ArrayBatches(arrays, device)
 
 
 def allow_read_only() -> None:

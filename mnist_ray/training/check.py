@@ -35,7 +35,7 @@ _OF_OPTIMIZER = {"optimizer", "learning_rate", "beta1", "beta2", "momentum", "we
 def try_batch(
     workload: Workload, train: Split, config: TrainConfig, batch_sizes: Sequence[int], part: Fraction
 ) -> set[str] | None:
-    """Send a batch through a workload, and the smallest piece of each batch size. Raises UsageError.
+    """Send a batch through a workload, and the smallest micro-batch of each batch size. Raises UsageError.
 
     ``part``: the smallest part of a batch that a worker gets or, with --reproducible, computes at a time. Returns the
     settings that the workload's own optimizer and schedule do not use; None if it has neither.

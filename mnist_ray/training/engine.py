@@ -169,7 +169,7 @@ def _decide(
         callback.on_progress(state, progress)
     wanted = [callback.wants_checkpoint() for callback in callbacks]  # asks all of them
     saves = (is_due or stops or any(wanted)) and state.step < state.num_steps
-    return Decision(progress, saves, stops)
+    return Decision(progress, saves_within_epoch=saves, stops=stops)
 
 
 def _save(state: TrainingState, progress: Progress, callbacks: Sequence[Callback]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.provenance import arithmetic
 from mnist_ray.training import shared_memory
-from mnist_ray.training.sampler import own_parts
+from mnist_ray.workload.order import part_of
 
 
 def check_arithmetic(world_size: int) -> None:
@@ -72,7 +72,7 @@ class Chunks:
     """
 
     def __init__(self, model: nn.Module, num_chunks: int, rank: int, world_size: int) -> None:
-        self._own = own_parts(num_chunks, rank, world_size)
+        self._own = part_of(num_chunks, rank, world_size)
         self._num_chunks, self._rank, self._world_size = num_chunks, rank, world_size
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._places = [(part, name) for part in model.modules() for name, _ in part.named_buffers(recurse=False)]
@@ -130,7 +130,7 @@ class Chunks:
         """
         none = torch.empty(0)
         of_ranks = [
-            added_up(Subtree(0, chunk, none) for chunk in own_parts(self._num_chunks, rank, self._world_size))
+            added_up(Subtree(0, chunk, none) for chunk in part_of(self._num_chunks, rank, self._world_size))
             for rank in range(self._world_size)
         ]
         places = [node[:2] for nodes in of_ranks for node in nodes]

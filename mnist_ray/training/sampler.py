@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mnist_ray.workload.order import Shuffled, StreamOrder
+from mnist_ray.workload.order import Shuffled, StreamOrder, part_of
 
 _DRAWN_AT_ONCE = 2**13  # examples of an epoch's order; drawing one at a time takes 100 times as long
 
@@ -36,11 +36,6 @@ def split_bounds(num_examples: int, num_parts: int, batch_size: int) -> list[tup
     num_parts = min(num_parts, num_batches)
     cuts = [num_batches * part // num_parts * batch_size for part in range(num_parts)] + [num_examples]
     return list(pairwise(cuts))
-
-
-def own_parts(num_parts: int, rank: int, world_size: int) -> range:
-    """Return a rank's parts (chunks, streams) of each batch, a contiguous range. Ranks differ by at most one part."""
-    return range(num_parts * rank // world_size, num_parts * (rank + 1) // world_size)
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ class ShardedBatchSampler:
     def __iter__(self) -> Iterator[Request]:
         # A rank's slice is one of world_size parts or, of data in blocks, the parts of its streams. Chunks stay apart.
         num_parts = self.num_chunks or (self.order.num_streams if self.order else self.world_size)
-        own = own_parts(num_parts, self.rank, self.world_size)
+        own = part_of(num_parts, self.rank, self.world_size)
         edges = (*own, own.stop) if self.num_chunks else (own.start, own.stop)
         for batch in self._batches():
             bounds = [len(batch) * number // num_parts for number in edges]

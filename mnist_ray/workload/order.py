@@ -12,6 +12,11 @@ _NUM_ROUNDS = 16
 _WINDOW = 4  # blocks whose examples are shuffled together
 
 
+def part_of(length: int, number: int, num_parts: int) -> range:
+    """Return the places of the ``number``-th of ``num_parts`` parts of a sequence, which differ by at most one."""
+    return range(length * number // num_parts, length * (number + 1) // num_parts)
+
+
 class Shuffled:
     """A permutation of the numbers below ``number``, decided by ``key``. Its slices are arrays.
 
@@ -122,11 +127,9 @@ class StreamOrder:
     def _streams_for(self, num_last: int) -> Iterator[Stream]:
         start = 0
         for number in range(self.num_streams):
-            offset, next_offset = (self._batch_size * cut // self.num_streams for cut in (number, number + 1))
-            last_offset, next_last_offset = (num_last * cut // self.num_streams for cut in (number, number + 1))
-            width = next_offset - offset
-            stop = start + self._num_full * width + next_last_offset - last_offset
-            yield Stream(number, start, stop, width, offset, last_offset)
+            in_full, in_last = (part_of(size, number, self.num_streams) for size in (self._batch_size, num_last))
+            stop = start + self._num_full * len(in_full) + len(in_last)
+            yield Stream(number, start, stop, len(in_full), in_full.start, in_last.start)
             start = stop
 
     def __len__(self) -> int:

@@ -17,10 +17,10 @@ from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.mnist import MNIST
 from mnist_ray.training import engine
 from mnist_ray.training.reproducible import Chunks, Subtree, added_up, check_arithmetic
-from mnist_ray.training.sampler import own_parts
 from mnist_ray.training.state import Group
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Arrays, Split
+from mnist_ray.workload.order import part_of
 from tests.conftest import mnist
 from tests.training.conftest import Hooks
 from tests.training.ranks import WAYS, WORLD_SIZES, train_both_ways
@@ -174,7 +174,7 @@ def test_partial_sums_of_any_ranks_add_up_to_the_same_bits(num_chunks: int) -> N
 
     whole = of(range(num_chunks))
     for world_size in range(1, num_chunks + 1):
-        ranks = [of(own_parts(num_chunks, rank, world_size)) for rank in range(world_size)]
+        ranks = [of(part_of(num_chunks, rank, world_size)) for rank in range(world_size)]
         together = added_up(node for nodes in ranks for node in nodes)
         assert [node[:2] for node in together] == [node[:2] for node in whole]
         for node, other in zip(together, whole, strict=True):

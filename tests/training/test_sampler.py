@@ -23,13 +23,15 @@ def test_shards_partition_every_epoch_into_the_same_global_batches(
         by_rank = shards(num_examples, batch_size, world_size, epoch)
         assert {len(slices) for slices in by_rank} == {math.ceil(num_examples / batch_size)}
         steps = list(zip(*by_rank, strict=True))
-        batches = [np.concatenate([own.indices for own in step if not own.is_filler]) for step in steps]
+        batches = [
+            np.concatenate([micro_batch.indices for micro_batch in step if not micro_batch.is_filler]) for step in steps
+        ]
         assert sorted(np.concatenate(batches)) == list(range(num_examples))
         for step, batch in zip(steps, batches, strict=True):
-            assert {own.global_size for own in step} == {len(batch)}
-            lengths = [len(own.indices) * (not own.is_filler) for own in step]
+            assert {micro_batch.global_size for micro_batch in step} == {len(batch)}
+            lengths = [len(micro_batch.indices) * (not micro_batch.is_filler) for micro_batch in step]
             assert max(lengths) - min(lengths) <= 1
-            assert all(len(own.indices) == 1 for own in step if own.is_filler)
+            assert all(len(micro_batch.indices) == 1 for micro_batch in step if micro_batch.is_filler)
         if epoch == 0:
             for batch, (expected, *_) in zip(batches, alone, strict=True):
                 np.testing.assert_array_equal(batch, expected)

@@ -8,10 +8,10 @@ import pytest
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
-from mnist_ray.training.sampler import ShardedBatchSampler, own_parts
+from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.workload import Data
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.order import StreamOrder
+from mnist_ray.workload.order import StreamOrder, part_of
 from mnist_ray.workload.splits import sizes_in, splits_of, subset, whole_blocks
 from tests.conftest import SIZES, Numbers
 
@@ -56,7 +56,7 @@ def test_any_number_of_workers_takes_the_same_batches_from_their_own_streams(
 def test_the_reads_of_a_rank_are_the_blocks_of_its_steps(world_size: int, first_step: int) -> None:
     order, ends = order_of(30, 8), np.cumsum(SIZES)
     for rank in range(world_size):
-        reads = order.reads(own_parts(8, rank, world_size), first_step)
+        reads = order.reads(part_of(8, rank, world_size), first_step)
         assert [read.first_step for read in reads] == sorted(read.first_step for read in reads)
         options: Any = {"rank": rank, "world_size": world_size, "first_step": first_step}
         needed = set[tuple[int, int]]()
