@@ -22,7 +22,18 @@ from mnist_ray.report import page
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.run.in_process import LocalReporter
 from mnist_ray.workload import Arrays, Blocks, Classification, Data
-from tests.conftest import CELL, QUICK, as_flags, callback_at, folder_at, run_and_act, run_job, run_text, weights
+from tests.conftest import (
+    CELL,
+    QUICK,
+    as_flags,
+    callback_at,
+    folder_at,
+    run_and_act,
+    run_job,
+    run_main,
+    run_text,
+    weights,
+)
 
 HERE = {**QUICK, "num_workers": 0, "cpus_per_worker": 1, "precision": "fp32"}
 
@@ -45,8 +56,7 @@ def run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_its_weights_equal_those_of_one_worker(
     run: Path, ray_address: str, here: dict[str, Any], tmp_path: Path
 ) -> None:
-    done = run_job("train.py", *as_flags({**here, "num_workers": 1}), address=ray_address)
-    assert done.returncode == 0, done.stderr
+    run_main("train", *as_flags({**here, "num_workers": 1}))
     assert weights(tmp_path / "run") == weights(run)
 
 
