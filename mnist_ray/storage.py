@@ -8,7 +8,7 @@ import os
 import posixpath
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -117,6 +117,11 @@ class RunFolder:
         with self.filesystem.open_input_stream(posixpath.join(self.path, file_name)) as stream:
             return bytes(stream.read())
 
+    def read_range(self, file_name: str, start: int, size: int) -> bytes:
+        """Return part of a file's content, shorter than ``size`` where the file ends. Raises STORAGE_ERRORS."""
+        with self.filesystem.open_input_file(posixpath.join(self.path, file_name)) as file:
+            return bytes(file.read_at(min(size, max(0, file.size() - start)), start))
+
     def read_text(self, file_name: str) -> str | None:
         """Return a file's text; None if there is no file. Raises JobError."""
         with in_one_line(f"cannot read {self.inside(file_name).uri}"):
@@ -186,14 +191,18 @@ class RunFolder:
         self._write(posixpath.join(self.storage.path, name), bytes(_PROBE_BYTES))
         self.storage.delete_file(name)
 
-    def write_files(self, contents: Mapping[str, bytes]) -> None:
-        """Write files in the given order, with retries but not atomically. Raises STORAGE_ERRORS."""
+    def write_files(self, contents: Mapping[str, Sequence[Any]]) -> None:
+        """Write files in the given order, with retries but not atomically. Raises STORAGE_ERRORS.
+
+        A file's content is a sequence of bytes, or of buffers with them.
+        """
 
         def write() -> None:
             self.filesystem.create_dir(self.path)
-            for file_name, content in contents.items():
+            for file_name, pieces in contents.items():
                 with self.filesystem.open_output_stream(posixpath.join(self.path, file_name)) as stream:
-                    stream.write(content)
+                    for piece in pieces:
+                        stream.write(piece)
 
         with_retries(write)
 

@@ -24,7 +24,7 @@ from mnist_ray.settings import json_lines
 from mnist_ray.signals import first_only_noted, if_ended
 from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE
 from mnist_ray.trackers import Ending, start
-from mnist_ray.training.checkpoint import MODEL_FILE, read_state
+from mnist_ray.training.checkpoint import read_state, weights_digest
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started
 from mnist_ray.workload.loading import digests_of
 
@@ -122,7 +122,7 @@ class Recorder:
         self._live_report.start()
 
     def on_event(self, event: Event) -> None:
-        """Recorder an event from a worker or a task."""
+        """Record an event from a worker or a task."""
         if isinstance(event, EpochFinished) and event.last.epoch == self._job.train.num_epochs:
             # Imports matplotlib while the last validation and the workers finish.
             threading.Thread(target=importlib.import_module, args=["mnist_ray.report.page"], daemon=True).start()
@@ -169,7 +169,7 @@ class Recorder:
             self._session.cluster.leave()
         result = tested.to_dict(workload) | {
             "checkpoint": fitted.checkpoint.name,
-            "weights_sha256": read_state(fitted.checkpoint)["sha256"][MODEL_FILE],
+            "weights_sha256": weights_digest(read_state(fitted.checkpoint)),
             "checkpoint_metrics": fitted.metrics.to_dict(workload.rate),
             workload.rate: self._history.mean_rate() or fitted.metrics.examples_per_s,
             "seconds": self._clock.seconds(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -21,7 +22,7 @@ from mnist_ray.sweep.trial import TrialSpec
 from mnist_ray.sweep.trials import BEST_FILE, DEFAULT_FOLDER, FAILED, WAITING, Sweep, TrialRecord, TrialTable
 from mnist_ray.sweep.tuner import TRIALS_FOLDER, OnChange, run_sweep, trials_at_a_time
 from mnist_ray.trackers import Ending, start
-from mnist_ray.training.checkpoint import MODEL_FILE, STATE_FILE, TRAINING_FILE
+from mnist_ray.training.checkpoint import DamagedCheckpointError, read_state
 from mnist_ray.training.events import TrialEnded
 
 
@@ -142,5 +143,6 @@ def _copy_checkpoint(trial: RunFolder, run: RunFolder) -> None:
     """Copy a trial's last checkpoint, unless somebody has deleted it. A run that resumes from it trains nothing."""
     with in_one_line("the storage has failed"):
         for name in trial.checkpoint_names()[-1:]:
-            files = (MODEL_FILE, TRAINING_FILE, STATE_FILE)  # state.json last
-            run.inside(name).write_files({file: trial.inside(name).read_bytes(file) or b"" for file in files})
+            with contextlib.suppress(DamagedCheckpointError, UsageError):
+                for file in read_state(trial.inside(name))["sha256"]:  # state.json is the last
+                    run.inside(name).write_files({file: [trial.inside(name).read_bytes(file) or b""]})

@@ -137,5 +137,5 @@ class TensorBoard(Tracker):
             self._write(summary=summary.Summary(value=[summary.Summary.Value(tag=name, image=image)]))
         self._file.close()
         if self._elsewhere:
-            self.run.write_files({path.name: path.read_bytes() for path in Path(self._folder).iterdir()})
+            self.run.write_files({path.name: [path.read_bytes()] for path in Path(self._folder).iterdir()})
             self._elsewhere.cleanup()

@@ -1,11 +1,13 @@
-"""Checkpoints: a folder with weights as safetensors, the rest of the training's state, and JSON that describes both.
+"""Checkpoints: a folder with tensors as safetensors, the rest of the training's state, and JSON that describes both.
 
-model.safetensors    the model's weights; with --ema-decay, their EMA
-training.pt          the rest of the state: position, sums, scores, optimizer, schedule, loss scale, callbacks; with
-                     --ema-decay, the trained weights
-state.json           format, position, metrics, config, workload, versions; SHA-256 of the other files and of itself
+model.safetensors     the model's weights; with --ema-decay, their EMA
+training.safetensors  the optimizer's tensors; with --ema-decay, the trained weights
+training.pt           the rest of the state: position, sums, scores, optimizer, schedule, loss scale, callbacks
+state.json            format, position, metrics, config, workload, versions; SHA-256 of the other files and of itself
 
-Loading runs no code: ``training.pt`` is read with ``weights_only``.
+With ``--strategy fsdp``, each worker writes its rows of the tensors into files of its own, such as
+``model-00001-of-00004.safetensors``; any number of workers can read them. Loading runs no code: ``training.pt`` is read
+with ``weights_only``.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ import hashlib
 import io
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from safetensors.torch import load, save
+import torch.distributed as dist
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from mnist_ray.errors import JobError, TrainingStoppedError, UsageError, first_line
@@ -31,14 +34,23 @@ from mnist_ray.settings import json_lines
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder, in_one_line, with_retries
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.metrics import CheckpointMetrics, MetricSums
-from mnist_ray.training.state import TrainingState, state_of
+from mnist_ray.training.state import Group, TrainingState, state_of
+from mnist_ray.training.tensor_files import (
+    DamagedFileError,
+    Rows,
+    TensorFiles,
+    content_of,
+    file_name,
+    files_of,
+    is_sharded,
+)
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.loading import placed
 from mnist_ray.workload.tensors import map_tensors
 
-T = TypeVar("T")
-STATE_FILE, MODEL_FILE, TRAINING_FILE = "state.json", "model.safetensors", "training.pt"
-FORMAT = 1
+STATE_FILE, TRAINING_FILE = "state.json", "training.pt"
+MODEL, TRAINING = "model", "training"  # the files of tensors
+FORMAT = 2
 _COUNTERS = ("epoch", "step", "epoch_s", "finished_s", "scores", "ends")  # fields of a TrainingState, stored unchanged
 
 
@@ -60,51 +72,106 @@ class Restored:
     damaged: tuple[str, ...] = ()  # newer checkpoints that were skipped: damaged, or from another version
 
 
+Written = dict[str, str] | Exception
+"""The digests of the files that a rank has written, or the error of the storage."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of the training's state at one step, to be written while training continues."""
+    """A copy of the training's state at one step, or a rank's part of it, to be written while training continues."""
 
-    weights: dict[str, Tensor]
-    training: dict[str, Any]  # the content of training.pt
+    tensors: dict[str, dict[str, Rows]]  # of each file
+    training: dict[str, Any] | None  # the content of training.pt; rank 0 has it
     document: dict[str, Any]  # the content of state.json, without the digests
 
-    def write(self, folder: RunFolder) -> None:
-        """Write a checkpoint, state.json last: a folder without it is no checkpoint. Raises like ``write_files``."""
-        training = io.BytesIO()
-        torch.save(self.training, training)
-        contents = {MODEL_FILE: save(self.weights), TRAINING_FILE: training.getvalue()}
-        digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-        document = {**self.document, "sha256": digests}
-        digests[STATE_FILE] = digest_of(document)
+    def write(self, folder: RunFolder, gather: Callable[[Written], list[Written]] = lambda written: [written]) -> None:
+        """Write this rank's files; on rank 0, write state.json last: a folder without it is no checkpoint.
+
+        ``gather`` returns, on rank 0, what all ranks have written. Raises STORAGE_ERRORS there.
+        """
+        written: Written
         try:
-            folder.write_files({**contents, STATE_FILE: json_lines(document).encode()})
+            written = self._write_part(folder)
+        except STORAGE_ERRORS as error:
+            written = error
+        digests: dict[str, str] = {}
+        try:
+            for of_rank in gather(written):
+                if isinstance(of_rank, Exception):
+                    raise of_rank
+                digests |= of_rank
+            if digests:
+                document = {**self.document, "sha256": digests}
+                digests[STATE_FILE] = digest_of(document)
+                folder.write_files({STATE_FILE: [json_lines(document).encode()]})
         except STORAGE_ERRORS:
             with contextlib.suppress(*STORAGE_ERRORS):  # a part of a checkpoint is of no use on a full disk
                 folder.filesystem.delete_dir(folder.path)
             raise
 
+    def _write_part(self, folder: RunFolder) -> dict[str, str]:
+        digests = {}
+        for name, tensors in self.tensors.items():
+            content, digests[name] = content_of(tensors)
+            folder.write_files({name: content})
+        if self.training is not None:
+            saved = io.BytesIO()
+            torch.save(self.training, saved)
+            folder.write_files({TRAINING_FILE: [saved.getbuffer()]})
+            digests[TRAINING_FILE] = hashlib.sha256(saved.getbuffer()).hexdigest()
+        return digests
 
-def snapshot(state: TrainingState, about: dict[str, Any], callbacks: Sequence[Callback] = ()) -> Snapshot:
-    """Copy ``state`` to main memory, with ``about`` (config, workload) for state.json."""
+
+def snapshot(
+    state: TrainingState, about: dict[str, Any], callbacks: Sequence[Callback] = (), group: Group | None = None
+) -> Snapshot:
+    """Copy ``state`` to main memory, with ``about`` (config, workload) for state.json.
+
+    If the state is sharded, all ranks of ``group`` must call this. Raises TrainingStoppedError if a checkpoint cannot
+    hold the state.
+    """
+    rank, num_parts = (group.rank, group.world_size) if group and state.is_sharded else (0, 1)
+    tensors, optimizer = _apart(state.optimizer.state_dict())
+    trained = {} if state.average is None else state.model.state_dict()
+    tensors |= {f"trained.{name}": tensor for name, tensor in trained.items()}
+    of_files = {
+        file_name(MODEL, rank, num_parts): _own_rows(state.result.state_dict(), rank),
+        file_name(TRAINING, rank, num_parts): _own_rows(tensors, rank),
+    }
     training = {
         **{name: getattr(state, name) for name in _COUNTERS},
         "sums": dataclasses.asdict(state.sums),
-        "optimizer": state.optimizer.state_dict(),
+        "optimizer": optimizer,
         "scheduler": state.scheduler.state_dict(),
         "scaler": state.scaler.state_dict(),
-        "trained": None if state.average is None else state.model.state_dict(),
         "callbacks": [state_of(callback) for callback in callbacks],
     }
-    document = {"format": FORMAT, "epoch": state.epoch, "step": state.step, **about}
-    copied = map_tensors(lambda tensor: tensor.detach().cpu().clone(), training)
-    return Snapshot(_copies(state.result.state_dict()), copied, copy.deepcopy(document))
+    document = copy.deepcopy({"format": FORMAT, "epoch": state.epoch, "step": state.step, **about})
+    return Snapshot(of_files, map_tensors(_copied, training) if rank == 0 else None, document)
 
 
-def _copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return contiguous copies in main memory that share nothing: safetensors would refuse tied weights."""
-    return {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()
-    }
+def _apart(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors in an optimizer's state by their names in a file, and the state without them."""
+    tensors: dict[str, Tensor] = {}
+    others: dict[Any, dict[str, Any]] = {}
+    for number, values in optimizer["state"].items():
+        large = {key: value for key, value in values.items() if isinstance(value, Tensor) and value.dim() > 0}
+        tensors |= {f"optimizer.{number}.{key}": value for key, value in large.items()}
+        others[number] = {key: value for key, value in values.items() if key not in large}
+    return tensors, {**optimizer, "state": others}
+
+
+def _own_rows(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Rows]:
+    """Return copies of the rows that a rank writes: rank 0 also writes the tensors that all ranks have."""
+    rows = {name: Rows.of(tensor) for name, tensor in tensors.items()}
+    return {name: own.copied() for name, own in rows.items() if rank == 0 or 0 < own.start < own.stop}
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    if is_sharded(tensor):
+        remedy = "keep them in the optimizer's state by parameter and name, as torch.optim does"
+        raise TrainingStoppedError(f"--strategy fsdp: a checkpoint cannot hold nested parts of tensors; {remedy}")
+    return tensor.detach().cpu().clone()
 
 
 def digest_of(document: dict[str, Any]) -> str:
@@ -112,6 +179,12 @@ def digest_of(document: dict[str, Any]) -> str:
     document = {**document, "sha256": {name: value for name, value in document["sha256"].items() if name != STATE_FILE}}
     as_read = json.loads(json.dumps(document))  # turns keys into strings: numbers would be sorted differently
     return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
+
+
+def weights_digest(document: dict[str, Any]) -> str:
+    """Return the digest of a checkpoint's weights from its state.json, for one number of files."""
+    digests = [document["sha256"][name] for name in files_of(document["sha256"], MODEL)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def load_model(folder: RunFolder, workload: Workload) -> nn.Module:
@@ -122,19 +195,23 @@ def load_model(folder: RunFolder, workload: Workload) -> nn.Module:
     document = read_state(folder)
     with placed(workload, "create_model"):
         model = workload.create_model()
-    _load_weights(model, _decoded(folder, MODEL_FILE, document, load), folder)
+    with _reading(folder):
+        weights = _read_all(_files(folder, document, MODEL))
+    _load_weights(model, weights, folder)
     return model.eval()
 
 
 def read_weights(place: RunFolder) -> dict[str, Tensor]:
     """Return the weights of a checkpoint, or those in a file, whose code is not run. Raises UsageError and JobError."""
     if place.exists(STATE_FILE):
-        return _decoded(place, MODEL_FILE, read_state(place), load)
+        with _reading(place):
+            return _read_all(_files(place, read_state(place), MODEL))
     content = _read(place.storage, place.name) or b""
     try:
         with warnings.catch_warnings():  # torch warns of strange files
             warnings.simplefilter("ignore")
-            return _copies(load(content) if place.name.endswith(".safetensors") else _unpickled(content))
+            weights = load(content) if place.name.endswith(".safetensors") else _unpickled(content)
+            return {name: Rows.of(tensor).copied().values for name, tensor in weights.items()}  # tied ones apart
     except Exception as error:  # torch's own message would advise to run the code
         remedy = "write .safetensors, or torch.save(model.state_dict(), 'FILE.pt')"
         raise UsageError(f"{place.uri} has no weights that can be read: {remedy}") from error
@@ -153,44 +230,90 @@ def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callbac
 
     Raises like ``load_model``. A damaged checkpoint leaves ``state`` intact; OtherModelError may leave it half loaded.
     """
+    saved = _read_saved(folder, state)
+    saved.load_into(state, callbacks, folder)
+    return saved.document
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a rank needs of a checkpoint: of a sharded state, its own rows."""
+
+    document: dict[str, Any]
+    weights: dict[str, Tensor]
+    tensors: dict[str, Tensor]  # of the optimizer and, with --ema-decay, the trained weights
+    training: dict[str, Any]
+
+    def load_into(self, state: TrainingState, callbacks: Sequence[Callback], folder: RunFolder) -> None:
+        """Put everything into a newly created ``state``. Raises OtherModelError."""
+        training, trained = self.training, dict[str, Tensor]()
+        for name, tensor in self.tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "trained":
+                trained[rest] = tensor
+        _load_weights(state.result, self.weights, folder)
+        try:
+            if state.average is not None:
+                state.model.load_state_dict(trained)
+            for number, values in training["optimizer"]["state"].items():
+                start = f"optimizer.{number}."
+                values |= {name[len(start) :]: self.tensors[name] for name in self.tensors if name.startswith(start)}
+            state.optimizer.load_state_dict(training["optimizer"])
+            state.scheduler.load_state_dict(training["scheduler"])
+            state.scaler.load_state_dict(training["scaler"])
+            for callback, values in zip(callbacks, training["callbacks"], strict=False):
+                callback.load_state_dict(values)
+        except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:  # the digest is right, so the file is whole: the code must have changed
+            reason = f"the optimizer, schedule or callback: {type(error).__name__}: {first_line(error)}"
+            raise OtherModelError(f"checkpoint {folder.uri} does not fit {reason}; restore the code") from error
+        state.sums = MetricSums(**training["sums"])
+        for name in _COUNTERS:
+            setattr(state, name, training[name])
+
+
+def _read_saved(folder: RunFolder, state: TrainingState) -> _Saved:
+    """Read what this rank needs of a checkpoint. Raises like ``load_model``."""
     document = read_state(folder)
-    weights = _decoded(folder, MODEL_FILE, document, load)
-    training: dict[str, Any] = _decoded(folder, TRAINING_FILE, document, _unpickled)
-    _load_weights(state.result, weights, folder)
-    try:
-        if state.average is not None:
-            state.model.load_state_dict(training["trained"])
-        state.optimizer.load_state_dict(training["optimizer"])
-        state.scheduler.load_state_dict(training["scheduler"])
-        state.scaler.load_state_dict(training["scaler"])
-        for callback, values in zip(callbacks, training["callbacks"], strict=False):
-            callback.load_state_dict(values)
-    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
-        raise
-    except Exception as error:  # the digest is right, so the file is whole: the code must have changed
-        reason = f"the optimizer, schedule or callback: {type(error).__name__}: {first_line(error)}"
-        raise OtherModelError(f"checkpoint {folder.uri} does not fit {reason}; restore the code") from error
-    state.sums = MetricSums(**training["sums"])
-    for name in _COUNTERS:
-        setattr(state, name, training[name])
-    return document
+    own = {f"trained.{name}": tensor for name, tensor in state.model.state_dict().items()}
+    parameters = (parameter for group in state.optimizer.param_groups for parameter in group["params"])
+    of_numbers = {str(number): parameter for number, parameter in enumerate(parameters)}
+    with _reading(folder):
+        weights = _read_all(_files(folder, document, MODEL), state.result.state_dict())
+        files = _files(folder, document, TRAINING)
+        for name in files:  # the optimizer's tensors have the form of its parameters
+            kind, number, *_ = name.split(".")
+            if kind == "optimizer" and number in of_numbers:
+                own[name] = of_numbers[number]
+        tensors = _read_all(files, own)
+    return _Saved(document, weights, tensors, _decoded(folder, TRAINING_FILE, document, _unpickled))
 
 
-def restore_newest(run: RunFolder, state: TrainingState, callbacks: Sequence[Callback] = ()) -> Restored:
+def restore_newest(
+    run: RunFolder, state: TrainingState, callbacks: Sequence[Callback] = (), group: Group | None = None
+) -> Restored:
     """Load the newest intact checkpoint in a run's folder into ``state``; if there is none, leave ``state`` unchanged.
 
+    If the state is sharded, all ranks of ``group`` must call this, and the checkpoint is intact if all can read it.
     Raises OtherModelError if the checkpoint does not fit the model, JobError if the storage cannot be read.
     """
     damaged: list[str] = []
     with in_one_line(f"cannot read {run.uri}"):
         names = with_retries(run.checkpoint_names)
     for name in reversed(names):
-        try:
-            document = restore(run.inside(name), state, callbacks)
-            metrics = CheckpointMetrics.of(document.get("metrics", {}))
-            return Restored(name, metrics, document.get("arithmetic"), tuple(damaged))
-        except (DamagedCheckpointError, UsageError):
-            damaged.append(name)
+        saved = None
+        with contextlib.suppress(DamagedCheckpointError, UsageError):
+            saved = _read_saved(run.inside(name), state)
+        if group is not None and state.is_sharded:
+            can_read = torch.tensor(int(saved is not None), device=group.device)
+            dist.all_reduce(can_read, dist.ReduceOp.MIN)
+            saved = saved if can_read.item() else None
+        if saved is not None:
+            saved.load_into(state, callbacks, run.inside(name))
+            metrics = CheckpointMetrics.of(saved.document.get("metrics", {}))
+            return Restored(name, metrics, saved.document.get("arithmetic"), tuple(damaged))
+        damaged.append(name)
     return Restored(damaged=tuple(damaged))
 
 
@@ -204,7 +327,7 @@ def read_state(folder: RunFolder) -> dict[str, Any]:
         if document["sha256"][STATE_FILE] != digest_of(document):
             raise ValueError("its digest is wrong")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(folder, STATE_FILE, first_line(error)) from error
+        raise _damaged(folder, f"{STATE_FILE}: {first_line(error)}") from error
     if document.get("format") != FORMAT:
         raise UsageError(f"checkpoint {folder.uri} has format {document.get('format')}; this version reads {FORMAT}")
     return document
@@ -215,21 +338,42 @@ def _read(folder: RunFolder, name: str) -> bytes | None:
         return with_retries(functools.partial(folder.read_bytes, name))
 
 
-def _decoded(folder: RunFolder, name: str, document: dict[str, Any], decode: Callable[[bytes], T]) -> T:
+def _files(folder: RunFolder, document: dict[str, Any], kind: str) -> TensorFiles:
+    """Return the tensors of a kind, MODEL or TRAINING, whose headers are read."""
+    digests = document["sha256"]
+    return TensorFiles(folder, {name: digests[name] for name in files_of(digests, kind)})
+
+
+def _read_all(files: TensorFiles, own: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return all tensors, in the form of ``own`` tensors with the same name and shape."""
+    return {name: files.read(name, (own or {}).get(name)) for name in files}
+
+
+@contextlib.contextmanager
+def _reading(folder: RunFolder) -> Iterator[None]:
+    """Raise what goes wrong in reading tensors as a DamagedCheckpointError or, if the storage fails, a JobError."""
+    try:
+        with in_one_line(f"cannot read the checkpoint {folder.uri}"):
+            yield
+    except DamagedFileError as error:
+        raise _damaged(folder, str(error)) from error
+
+
+def _decoded(folder: RunFolder, name: str, document: dict[str, Any], decode: Callable[[bytes], Any]) -> Any:
     """Return the decoded content of a checkpoint's file. Raises DamagedCheckpointError if it is damaged."""
     content = _read(folder, name)
     if content is None or hashlib.sha256(content).hexdigest() != document["sha256"].get(name):
-        raise _damaged(folder, name, "it is missing" if content is None else "its digest is wrong")
+        raise _damaged(folder, f"{name}: it is missing" if content is None else f"{name}: its digest is wrong")
     try:
         return decode(content)
     except MemoryError:
         raise
     except Exception as error:  # a file that another program has written may raise anything
-        raise _damaged(folder, name, first_line(error)) from error
+        raise _damaged(folder, f"{name}: {first_line(error)}") from error
 
 
-def _damaged(folder: RunFolder, name: str, reason: str) -> DamagedCheckpointError:
-    return DamagedCheckpointError(f"checkpoint {folder.uri} is damaged: {name}: {reason}; use another one")
+def _damaged(folder: RunFolder, reason: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"checkpoint {folder.uri} is damaged: {reason}; use another one")
 
 
 def _unpickled(content: bytes) -> Any:

@@ -22,6 +22,7 @@ from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import MetricSums, TrainingDivergedError
+from mnist_ray.training.tensor_files import is_sharded, rows_here
 from mnist_ray.workload.base import Workload
 
 _FIRST_INTERVAL_STEPS = 10
@@ -73,6 +74,11 @@ class TrainingState:
         self.step, self.sums, self.epoch_s = 0, MetricSums(), 0.0
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds only some rows of the tensors: ``--strategy fsdp``."""
+        return any(is_sharded(parameter) for parameter in self.model.parameters())
+
+    @property
     def result(self) -> nn.Module:
         """The model that is evaluated and kept: the trained model, or its EMA."""
         return self.model if self.average is None else self.average
@@ -83,7 +89,8 @@ def move_average(state: TrainingState, decay: float) -> None:
     """Move the EMA towards the weights; copy buffers and whole numbers. ``AveragedModel`` would wait for the GPU."""
     assert state.average is not None
     moved, copied = list[tuple[Tensor, Tensor]](), [*zip(state.average.buffers(), state.model.buffers(), strict=True)]
-    for pair in zip(state.average.parameters(), state.model.parameters(), strict=True):
+    both = (map(rows_here, model.parameters()) for model in (state.average, state.model))
+    for pair in zip(*both, strict=True):
         (moved if pair[0].is_floating_point() or pair[0].is_complex() else copied).append(pair)
     is_first = state.epoch == state.step == 0
     get_ema_multi_avg_fn(0.0 if is_first else decay)(*map(list, zip(*moved, strict=True)), 0)  # type: ignore[no-untyped-call]

@@ -3,7 +3,7 @@ import json
 import pickle
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def train_and_save(
             state.scores.append(1 / state.epoch)
         checkpoint.snapshot(state, {"note": "hello", "workload": mnist().identity}, callbacks).write(folder_at(folder))
 
-    state = engine.create_state(workload, config, len(arrays), CPU)
+    state = engine.create_state(workload, config, len(arrays), Group())
     if resume:
         checkpoint.restore(folder_at(resume), state, callbacks)
     engine.train(workload, state, Split(arrays), config, Group(), [*callbacks, Hooks(on_checkpoint=save)])
@@ -150,7 +150,7 @@ def test_a_callbacks_state_that_a_checkpoint_cannot_hold_is_one_line_with_its_pl
     with pytest.raises(
         TrainingStoppedError, match=r"^Holds\.state_dict returns more .* \(test_checkpoint\.py, line \d+\)$"
     ):
-        checkpoint.snapshot(engine.create_state(mnist(), CONFIG, 600, CPU), {}, [Holds()])
+        checkpoint.snapshot(engine.create_state(mnist(), CONFIG, 600, Group()), {}, [Holds()])
 
 
 def as_numbers(position: str) -> list[int]:
@@ -164,7 +164,7 @@ def test_a_checkpoint_has_a_state_file(saved: Path, tmp_path: Path) -> None:
         checkpoint.load_model(folder_at(tmp_path), mnist())
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "state.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "training.pt", "state.json"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "empty"])
 def test_a_damaged_checkpoint_is_refused(saved: Path, tmp_path: Path, name: str, damage: str) -> None:
     folder = shutil.copytree(saved / "1-0", tmp_path / "copy")
@@ -175,21 +175,25 @@ def test_a_damaged_checkpoint_is_refused(saved: Path, tmp_path: Path, name: str,
         content[len(content) // 2] ^= 255
         cut = {"truncated": len(content) // 2, "flipped": len(content), "empty": 0}[damage]
         (folder / name).write_bytes(content[:cut])
-    state = engine.create_state(mnist(), CONFIG, 600, CPU)
+    state = engine.create_state(mnist(), CONFIG, 600, Group())
     with pytest.raises((JobError, UsageError)) as raised:
         checkpoint.restore(folder_at(folder), state)
     assert str(folder) in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
+def header_of(content: bytes) -> bytes:
+    """Return the header of a file of safetensors."""
+    return content[8 : 8 + int.from_bytes(content[:8], "little")]
+
+
 def changed(folder: Path, changes: dict[str, Any], *, is_signed: bool = False) -> Path:
     """Change entries of a checkpoint's state.json; ``is_signed``: its digests with them."""
     state = json.loads((folder / "state.json").read_text()) | changes
     if is_signed:
-        state["sha256"] |= {
-            name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-            for name in ("model.safetensors", "training.pt")
-        }
+        contents = {name: (folder / name).read_bytes() for name in state["sha256"] if name != "state.json"}
+        contents |= {name: header_of(content) for name, content in contents.items() if name.endswith(".safetensors")}
+        state["sha256"] |= {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
         state["sha256"]["state.json"] = checkpoint.digest_of(state)
     (folder / "state.json").write_text(json.dumps(state))
     return folder
@@ -205,7 +209,7 @@ def test_a_changed_state_file_is_damaged(saved: Path, tmp_path: Path, changes: d
 
 def test_a_checkpoint_of_another_version_is_refused_by_its_format(saved: Path, tmp_path: Path) -> None:
     folder = changed(shutil.copytree(saved / "1-0", tmp_path / "copy"), {"format": 99}, is_signed=True)
-    with pytest.raises(UsageError, match=r"has format 99; this version reads 1$"):
+    with pytest.raises(UsageError, match=r"has format 99; this version reads 2$"):
         checkpoint.load_model(folder_at(folder), mnist())
 
 
@@ -213,14 +217,14 @@ def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_no_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "1-0" / "training.pt").mkdir(parents=True)  # a folder of this name fails at once, like no other error
-    copied = checkpoint.snapshot(engine.create_state(mnist(), CONFIG, 600, CPU), {})
+    copied = checkpoint.snapshot(engine.create_state(mnist(), CONFIG, 600, Group()), {})
     with pytest.raises(IsADirectoryError):
         copied.write(folder_at(tmp_path / "1-0"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused_but_not_damaged(saved: Path) -> None:
-    state = engine.create_state(mnist(), CONFIG, 600, CPU)
+    state = engine.create_state(mnist(), CONFIG, 600, Group())
     halves = [{"params": [parameter]} for parameter in state.model.parameters()]
     state.optimizer = torch.optim.Adam(halves)
     with pytest.raises(OtherModelError, match=r"1-0 does not fit the optimizer, schedule or callback: ValueError: "):
@@ -232,7 +236,7 @@ def test_a_checkpoint_of_another_model_is_refused_but_not_damaged(
 ) -> None:
     shutil.copytree(saved / "1-0", Path(run.path) / "checkpoint_epoch-001_step-000000")
     monkeypatch.setattr(MNIST, "create_model", lambda workload: nn.Linear(784, 10))
-    state = engine.create_state(mnist(), CONFIG, 600, CPU)
+    state = engine.create_state(mnist(), CONFIG, 600, Group())
     with pytest.raises(OtherModelError, match=r"_step-000000 does not fit the model: .*conv1\.weight"):
         checkpoint.restore_newest(run, state)
     with pytest.raises(OtherModelError, match=r"1-0 does not fit the model: .*conv1\.weight") as raised:
@@ -250,7 +254,7 @@ class Marker:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "training.pt"])
+@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "training.pt"])
 @pytest.mark.parametrize("format_of", ["pickle", "torch"])
 def test_a_pickle_in_place_of_a_file_is_refused_and_not_run(
     saved: Path, tmp_path: Path, name: str, format_of: str
@@ -261,7 +265,7 @@ def test_a_pickle_in_place_of_a_file_is_refused_and_not_run(
     else:
         torch.save({"weights": Marker(marker)}, folder / name)
     changed(folder, {}, is_signed=True)
-    state = engine.create_state(mnist(), CONFIG, 600, CPU)
+    state = engine.create_state(mnist(), CONFIG, 600, Group())
     with pytest.raises(DamagedCheckpointError, match=rf"is damaged: {name}") as raised:
         checkpoint.restore(folder_at(folder), state)
     assert "\n" not in str(raised.value)
@@ -272,20 +276,24 @@ def test_a_pickle_in_place_of_a_file_is_refused_and_not_run(
 def test_reading_a_checkpoint_is_tried_again_after_an_error_of_the_storage(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attempts: list[str] = []
-    read = RunFolder.read_bytes
+    attempts: list[tuple[str, ...]] = []
 
-    def read_at_the_second_attempt(folder: RunFolder, name: str) -> bytes | None:
-        attempts.append(name)
-        if attempts.count(name) == 1:
-            raise OSError("connection reset")
-        return read(folder, name)
+    def at_the_second_attempt(read: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(folder: RunFolder, *place: Any) -> Any:
+            attempts.append(place)
+            if attempts.count(place) == 1:
+                raise OSError("connection reset")
+            return read(folder, *place)
+
+        return wrapped
 
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    monkeypatch.setattr(RunFolder, "read_bytes", read_at_the_second_attempt)
-    state = engine.create_state(mnist(), CONFIG, 600, CPU)
+    monkeypatch.setattr(RunFolder, "read_bytes", at_the_second_attempt(RunFolder.read_bytes))
+    monkeypatch.setattr(RunFolder, "read_range", at_the_second_attempt(RunFolder.read_range))
+    state = engine.create_state(mnist(), CONFIG, 600, Group())
     checkpoint.restore(folder_at(saved / "1-0"), state)
-    assert attempts == ["state.json"] * 2 + ["model.safetensors"] * 2 + ["training.pt"] * 2
+    assert {attempts.count(place) for place in attempts} == {2}
+    assert {name for name, *_ in attempts} == {path.name for path in (saved / "1-0").iterdir()}
     assert state.epoch == 1
 
 
@@ -313,7 +321,7 @@ def test_tied_weights_are_saved_and_restored(tmp_path: Path, monkeypatch: pytest
         return nn.Sequential(nn.Flatten(), first, second, nn.Linear(784, 10))
 
     monkeypatch.setattr(MNIST, "create_model", tied)
-    state, restored = (engine.create_state(mnist(), replace(CONFIG, seed=seed), 600, CPU) for seed in (0, 1))
+    state, restored = (engine.create_state(mnist(), replace(CONFIG, seed=seed), 600, Group()) for seed in (0, 1))
     checkpoint.snapshot(state, {"workload": mnist().identity}).write(folder_at(tmp_path))
     checkpoint.restore(folder_at(tmp_path), restored)
     weights = restored.model.state_dict()
