@@ -250,7 +250,7 @@ def train(place: str, number: int, num_epochs: int, read_ahead_mib: int, first_s
     begun = time.perf_counter()
     split = Split(Parquet(place) if place else images(number))
     opened_s = time.perf_counter() - begun
-    state = engine.create_state(workload, config, len(split), group.device)
+    state = engine.create_state(workload, config, len(split), group)
     state.step = first_step
     engine.train(workload, state, split, config, group, [meter], 0, read_ahead_mib)
     rates = [len(split) / seconds for seconds in meter.epochs_s]
@@ -414,7 +414,7 @@ def accuracy(folder: Path) -> None:
         accuracies = []
         for seed in range(10):
             config = TrainConfig(**MNIST.recipes["default"], precision="bf16", seed=seed)
-            state = engine.create_state(workload, config, len(split), group.device)
+            state = engine.create_state(workload, config, len(split), group)
             engine.train(workload, state, split, config, group)
             tested = engine.evaluate(workload, state.model, Split(test))
             accuracies.append(tested.values(workload)["accuracy"])

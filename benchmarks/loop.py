@@ -54,7 +54,7 @@ def timed_steps(
 ) -> Timed:
     """Train at least ``num_steps`` steps in this process, as a rank of ``group``."""
     keep_freed_memory()
-    state = engine.create_state(workload, config, len(split), group.device)
+    state = engine.create_state(workload, config, len(split), group)
     timer = _Timer(num_steps, look)
     with contextlib.suppress(StopWantedError):
         engine.train(workload, state, split, config, group, [timer], num_loaders)

@@ -69,6 +69,18 @@ class TrainConfig:
     micro_batch_size: int | None = setting(
         None, "examples per forward pass; a worker accumulates the gradients of its share of a batch", **at_least(1)
     )
+    strategy: Literal["ddp", "fsdp"] = setting(
+        "ddp",
+        "ddp: each worker holds the whole model; fsdp: its part of the weights, gradients and optimizer state",
+        decides_weights=False,
+        is_searchable=False,
+    )
+    recompute_activations: bool = setting(
+        False,
+        "compute activations again in the backward pass, to hold fewer of them",
+        decides_weights=False,
+        is_searchable=False,
+    )
     compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler, takes a minute")
     callback: str | None = setting(
         None, "your Callback in the training loop: FILE.py[:NAME] or package.module[:NAME]", is_searchable=False

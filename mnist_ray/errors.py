@@ -190,6 +190,11 @@ def count(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
+def size_of(num_bytes: float) -> str:
+    """Return a number of bytes as text."""
+    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
+
+
 def clock_time(seconds: float) -> str:
     """Return a duration as ``M:SS``, or ``H:MM:SS`` from an hour."""
     minutes, rest = divmod(round(seconds), 60)

@@ -49,7 +49,7 @@ def work(rank: int, args: argparse.Namespace, folder: str, workload: Workload, d
         shared_memory.use_if_possible = lambda model: False
     settings = {**workload.recipes["default"], "num_epochs": args.num_epochs}
     config = TrainConfig(**settings, precision=engine.resolve_precision("auto", group))
-    state = engine.create_state(workload, config, len(data.train), group.device)
+    state = engine.create_state(workload, config, len(data.train), group)
     rates = _Rates()
     engine.train(workload, state, data.train, config, group, [rates])
     if rank == 0:

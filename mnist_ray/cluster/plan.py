@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_ray.config import WorkerConfig
-from mnist_ray.errors import UsageError, count
+from mnist_ray.errors import UsageError, count, size_of
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MAX_WORKERS_PER_CORE = 8  # each worker is a process of some 500 MiB
@@ -27,6 +28,7 @@ class Node:
     num_cpus: int
     num_gpus: int = 0
     labels: Mapping[str, str] = field(default_factory=dict, compare=False)
+    num_bytes: float = field(default=math.inf, compare=False)  # of memory, Ray's object store included
 
     def room(self, cpus: int, use_gpu: bool) -> int:
         """Return how many workers have room, with so many CPUs each and, if ``use_gpu``, a GPU each."""
@@ -77,7 +79,8 @@ def node_of(resources: Mapping[str, Any], labels: Mapping[str, str] | None = Non
     """
     is_apple = any(map(_APPLE_CHIP.match, resources))
     num_gpus = 0 if is_apple else int(resources.get("GPU", 0))
-    return Node(int(resources.get("CPU", 0)), num_gpus, labels or {})
+    num_bytes = sum(resources.get(name, math.inf) for name in ("memory", "object_store_memory"))
+    return Node(int(resources.get("CPU", 0)), num_gpus, labels or {}, num_bytes)
 
 
 def suitable(nodes: Sequence[Node], selector: Mapping[str, str]) -> tuple[Node, ...]:
@@ -191,6 +194,20 @@ def cpus_for_each(
         if (max(rooms, default=0) if placement == "STRICT_PACK" else sum(rooms)) >= num_workers:
             return cpus
     return None
+
+
+def check_memory(plan: WorkerPlan, nodes: Sequence[Node], held_bytes: int) -> None:
+    """Raise UsageError if the nodes have no memory for what each worker holds, in bytes. GPUs have their own memory."""
+    if plan.use_gpu or plan.must_scale_up or not held_bytes:
+        return
+    rooms = [min(node.room(plan.cpus_per_worker, plan.use_gpu), node.num_bytes // held_bytes) for node in nodes]
+    if sum(rooms) < plan.num_workers:
+        held, there = size_of(held_bytes), " and ".join(size_of(node.num_bytes) for node in nodes)
+        remedy = "use --strategy fsdp with more workers on more nodes, or a smaller model"
+        raise UsageError(
+            f"each worker holds {held} of weights, gradients and optimizer state, too much for the nodes' memory of "
+            f"{there}; {remedy}"
+        )
 
 
 def _cannot_hold(

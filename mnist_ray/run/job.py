@@ -239,6 +239,8 @@ def _check_together(train: TrainConfig, workers: WorkerConfig) -> None:
     """Raise UsageError if settings do not go together."""
     if train.schedule == "one-cycle" and train.warmup_steps:
         raise UsageError("--warmup-steps: one-cycle has its own warm-up; choose another --schedule")
+    if train.strategy == "fsdp" and train.compile:
+        raise UsageError("--strategy fsdp does not go with --compile, which cannot trace how units are gathered")
     if train.reproducible_chunks is None:
         return
     number = workers.num_workers or 1
@@ -246,6 +248,7 @@ def _check_together(train: TrainConfig, workers: WorkerConfig) -> None:
     conflicts = {
         f"{share}; lower --num-workers, or start a run with more --num-chunks": number > train.reproducible_chunks,
         "--reproducible computes on CPUs only; leave --use-gpu out": workers.use_gpu == "yes",
+        "--reproducible adds up whole gradients in a fixed order; use --strategy ddp": train.strategy == "fsdp",
         "--reproducible computes a chunk at a time; take more --num-chunks, not --micro-batch-size": (
             train.micro_batch_size is not None
         ),

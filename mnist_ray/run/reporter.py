@@ -9,12 +9,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray.train
+import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.collective import broadcast_from_rank_zero
 
@@ -23,9 +24,10 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.run.failures import OldCheckpointError, code_failures_placed
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import CONFIG_FILE, checkpoint_name, position_of, with_retries
-from mnist_ray.training.checkpoint import Restored, Snapshot
+from mnist_ray.training.checkpoint import Restored, Snapshot, Written
 from mnist_ray.training.events import Event, NodeLeaving, Note, Progress
 from mnist_ray.training.metrics import CheckpointMetrics, TrainingDivergedError
+from mnist_ray.training.sharding import is_wanted
 from mnist_ray.training.state import Group, StopWantedError, TrainingState
 
 _ASK_INTERVAL_S = 5.0  # of training, between two questions whether a node will be preempted: every tenth window
@@ -73,6 +75,8 @@ class TrainReporter(Reporter):
         self._saved_for: set[tuple[object, ...]] = set()
         self._uploaded = threading.Event()
         self._uploaded.set()
+        # Of the threads that write a sharded checkpoint: another group than that of the training, which goes on.
+        self._writers = dist.new_group(backend="gloo") if is_wanted(config, group.world_size) else None
         self._answers: list[Any] = []
         current = ray.train.get_checkpoint()
         self._known = current.path.rsplit("/", 1)[-1] if current else ""
@@ -156,16 +160,21 @@ class TrainReporter(Reporter):
     def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
         """Validate if that is due, then hand a checkpoint to Ray Train, on all ranks at once.
 
-        Rank 0 copies the state; a thread of Ray's writes the copy while the training continues. Only one copy is
-        written at a time; the next checkpoint waits for that.
+        Rank 0 copies the state; a thread of Ray's writes the copy while the training continues. If the state is
+        sharded, so do the other ranks, in threads of their own. Only one copy is written at a time; the next checkpoint
+        waits for that.
         """
         metrics, start = self.validate_and_report(state, progress), time.monotonic()
         self.show_life()
         name, upload = checkpoint_name(state.epoch, state.step), None
-        if self._is_first:
+        if self._is_first or state.is_sharded:
             self._uploaded.wait()
-            upload = functools.partial(self._upload, self.snapshot(state, metrics), start)
+            write = functools.partial(self._write, self.snapshot(state, metrics), name, start)
             self._uploaded.clear()
+            if self._is_first:
+                upload = functools.partial(self._upload, write)
+            else:
+                threading.Thread(target=write, daemon=True).start()
         self._report(metrics, name, CheckpointUploadMode.ASYNC, upload)
         self.show_life()
 
@@ -181,10 +190,22 @@ class TrainReporter(Reporter):
             delete_local_checkpoint_after_upload=False,  # there is no local copy
         )
 
-    def _upload(self, snapshot: Snapshot, start: float, checkpoint: Checkpoint, name: str) -> Checkpoint:
+    def _upload(self, write: Callable[[], None], checkpoint: Checkpoint, name: str) -> Checkpoint:
+        write()
+        return checkpoint
+
+    def _write(self, snapshot: Snapshot, name: str, start: float) -> None:
+        """Write this rank's part of a checkpoint; on rank 0, raise the error of any rank."""
         try:
-            snapshot.write(self._job.run.inside(name))
+            snapshot.write(self._job.run.inside(name), self._gathered)
             self._saving_s = time.monotonic() - start
         finally:
             self._uploaded.set()
-        return checkpoint
+
+    def _gathered(self, written: Written) -> list[Written]:
+        """Return, on rank 0, what all ranks that write a checkpoint have written."""
+        if self._writers is None:
+            return [written]
+        of_ranks: list[Any] | None = [None] * self._group.world_size if self._is_first else None
+        dist.gather_object(written, of_ranks, group=self._writers)
+        return of_ranks or []

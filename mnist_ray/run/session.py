@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from mnist_ray.cluster import environment
-from mnist_ray.cluster.plan import Cluster, WorkerPlan, usable_cores
+from mnist_ray.cluster.plan import Cluster, WorkerPlan, check_memory, suitable, usable_cores
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import (
     JobError,
@@ -20,6 +21,7 @@ from mnist_ray.errors import (
     UsageError,
     count,
     format_settings,
+    size_of,
     with_place,
 )
 from mnist_ray.run.console import RunConsole
@@ -31,6 +33,9 @@ from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS
 from mnist_ray.training.events import EpochFinished, Event, Started
 from mnist_ray.workload.data import Blocks, Split, Splits
 from ray_fork.starting import Forking, prepared_forking
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _SMALL_ON_GPU = 64  # examples of a step: so few leave most of a GPU idle
 
@@ -180,7 +185,8 @@ def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> set[str] |
     smallest = Fraction(1, job.train.reproducible_chunks or num_workers)
     if isinstance(train.examples, Blocks) and not job.train.reproducible:  # each worker has some of the streams
         smallest = Fraction(num_chunks // num_workers, num_chunks)
-    unused = try_batch(job.workload, train, job.train, batch_sizes or [job.train.batch_size], smallest)
+    sizes = batch_sizes or [job.train.batch_size]
+    unused = try_batch(job.workload, train, job.train, sizes, smallest, num_workers)
     if given := sorted(job.given & (unused or set())):
         own = f"{type(job.workload).__name__}'s optimizer and schedule"
         raise UsageError(f"{flag(given[0])} has no effect: {own} do not use it; leave it out")
@@ -223,7 +229,7 @@ def say_data(console: RunConsole, job: Job, data: Splits) -> None:
 def say_plan(session: Session, plan: WorkerPlan) -> int:
     """Print the model and the workers that train it; return the number of parameters."""
     job, console, cluster = session.job, session.console, session.cluster
-    model = job.workload.create_model()
+    model = _created(job)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     trained = "" if num_trained == num_parameters else f", {num_trained:,} of them trained"
@@ -234,6 +240,7 @@ def say_plan(session: Session, plan: WorkerPlan) -> int:
     resources = count(plan.cpus_per_worker, "CPU") + (" and 1 GPU" if plan.use_gpu else "")
     place = "a local Ray" if cluster.is_local else f"a Ray cluster of {count(len(cluster.nodes), 'node')}"
     console.say("workers", f"{plan.num_workers}, each with {resources}, on {place}")
+    _say_memory(session, plan, model)
     cores = usable_cores()
     if cluster.is_local and not plan.use_gpu and plan.num_workers > cores:
         shared = f"{plan.num_workers} workers share {cores} cores"
@@ -246,6 +253,34 @@ def say_plan(session: Session, plan: WorkerPlan) -> int:
         console.say("note", "the cluster is too small now; waiting for it to start nodes")
     console.waiting("starting workers …")
     return num_parameters
+
+
+def _created(job: Job) -> nn.Module:
+    """Return a new model; if it is to be sharded and can do so, without memory for its tensors."""
+    from mnist_ray.training.sharding import on_meta
+
+    without_memory = on_meta(job.workload)[0] if job.train.strategy == "fsdp" else None
+    return without_memory or job.workload.create_model()
+
+
+def _say_memory(session: Session, plan: WorkerPlan, model: nn.Module) -> None:
+    """Print what each worker holds of a sharded model. Raises UsageError if the nodes have no memory for it."""
+    from mnist_ray.training import sharding
+
+    workload, config = session.job.workload, session.job.train
+    held = sharding.held_bytes(model, workload, config, plan.num_workers)
+    if sharding.is_wanted(config, plan.num_workers):
+        units = sharding.units_of(workload, model)
+        largest = max(sum(parameter.nbytes for parameter in unit.parameters()) for unit in units)
+        whole = sharding.held_bytes(model, workload, config, 1)
+        session.console.say(
+            "sharding",
+            f"{count(len(units), 'unit')} of up to {size_of(largest)}; each worker holds {size_of(held)} of weights, "
+            f"gradients and optimizer state, not {size_of(whole)}",
+        )
+        if reason := sharding.on_meta(workload)[1]:
+            session.console.say("note", f"each worker creates the whole model before it is sharded: {reason}")
+    check_memory(plan, suitable(session.cluster.nodes, plan.labels), held)
 
 
 class Clock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import math
 import socket
 import time
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from mnist_ray.cluster.devices import name_of
 from mnist_ray.cluster.environment import end_if_hung, keep_freed_memory
@@ -63,11 +65,9 @@ def train_worker(
     if config.reproducible:
         check_arithmetic(group.world_size)
     split = _opened(spec.train)
-    state = engine.create_state(job.workload, config, len(split), group.device)
+    state = engine.create_state(job.workload, config, len(split), group, functools.partial(_load_initial, job))
     reporter = create_reporter(spec, group, config)
-    restored = checkpoints.restore_newest(job.run, state, reporter.callbacks)
-    if job.initial is not None and not restored.name:
-        checkpoints.load_fitting(state.model, checkpoints.read_weights(job.initial.inside(INITIAL_FILE)))
+    restored = checkpoints.restore_newest(job.run, state, reporter.callbacks, group)
     state.last_step = math.ceil(min(spec.until_epoch, config.num_epochs) * state.num_steps)
     callbacks = [*reporter.callbacks, reporter]
     try:
@@ -90,6 +90,12 @@ def train_worker(
     finally:
         faulthandler.cancel_dump_traceback_later()  # of end_if_hung
     reporter.end(state)
+
+
+def _load_initial(job: Job, model: nn.Module) -> None:
+    """Load the weights of ``--init-from``, if there are any, into a new model."""
+    if job.initial is not None:
+        checkpoints.load_fitting(model, checkpoints.read_weights(job.initial.inside(INITIAL_FILE)))
 
 
 def _opened(split: RemoteSplit | Split) -> Split:
@@ -186,7 +192,7 @@ class Reporter(Callback):
         about |= {"metrics": metrics.to_dict(self._job.workload.rate), "versions": versions()}
         if self._config.reproducible:
             about["arithmetic"] = arithmetic()
-        return checkpoints.snapshot(state, about, self.callbacks)
+        return checkpoints.snapshot(state, about, self.callbacks, self._group)
 
     def validate_and_report(self, state: TrainingState, progress: Progress) -> CheckpointMetrics:
         """Return a checkpoint's metrics; where an epoch or a trial's segment ends, all ranks validate.

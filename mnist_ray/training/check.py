@@ -19,6 +19,7 @@ from mnist_ray.config import Precision, TrainConfig
 from mnist_ray.errors import UsageError, count, with_place
 from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.settings import values_of
+from mnist_ray.training import sharding
 from mnist_ray.training.batches import MicroBatch, batches_of
 from mnist_ray.training.metrics import check_columns
 from mnist_ray.training.sampler import Request
@@ -33,7 +34,12 @@ _OF_OPTIMIZER = {"optimizer", "learning_rate", "beta1", "beta2", "momentum", "we
 
 
 def try_batch(
-    workload: Workload, train: Split, config: TrainConfig, batch_sizes: Sequence[int], part: Fraction
+    workload: Workload,
+    train: Split,
+    config: TrainConfig,
+    batch_sizes: Sequence[int],
+    part: Fraction,
+    num_workers: int = 1,
 ) -> set[str] | None:
     """Send a batch through a workload, and the smallest micro-batch of each batch size. Raises UsageError.
 
@@ -52,17 +58,24 @@ def try_batch(
     number = min(NUM_EXAMPLES, len(train))
     with placed(workload, "an example"):
         last = batches[Request(np.arange(len(train) - number, len(train)), number)]
-    unused = check_batch(workload, first(number), [first((number + 1) // 2), first(1), last], config, len(train))
+    others = [first((number + 1) // 2), first(1), last]
+    unused = check_batch(workload, first(number), others, config, len(train), num_workers)
     for size in batch_sizes:
-        shares = [max(1, int(batch * part)) for batch in (size, len(train) % size or size)]
-        smallest = min(share // math.ceil(share / (config.micro_batch_size or share)) for share in shares)
+        shares = [batch * part for batch in (size, len(train) % size or size)]
+        numbers = [math.ceil(math.ceil(share) / (config.micro_batch_size or size)) for share in shares]
+        smallest = max(1, min(int(share) // number for share, number in zip(shares, numbers, strict=True)))
         if smallest < NUM_EXAMPLES:
             check_smallest(workload, first(smallest), size, config)
     return unused
 
 
 def check_batch(
-    workload: Workload, batch: MicroBatch, others: Sequence[MicroBatch], config: TrainConfig, num_examples: int
+    workload: Workload,
+    batch: MicroBatch,
+    others: Sequence[MicroBatch],
+    config: TrainConfig,
+    num_examples: int,
+    num_workers: int = 1,
 ) -> set[str] | None:
     """Call each method that training and evaluation will call.
 
@@ -82,7 +95,8 @@ def check_batch(
     with placed(workload, "prepare"):
         for_training, for_evaluation = workload.prepare(batch.inputs, generator), workload.prepare(batch.inputs, None)
     try:
-        with placed(workload, "the model"), _autocast(config):
+        units_checked = sharding.units_checked(workload, model, config, num_workers)
+        with units_checked, placed(workload, "the model"), _autocast(config):
             outputs = as_fp32(model.train()(for_training))
     except UsageError as error:
         remedy = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch.amp import GradScaler
 from mnist_ray.config import READ_AHEAD_MIB, Precision, TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.provenance import cpu_has_bf16
+from mnist_ray.training import sharding
 from mnist_ray.training.batches import (
     ArrayBatches,
     BlockBatches,
@@ -32,6 +34,7 @@ from mnist_ray.training.gradients import Gradients, measured_sums, seed_of
 from mnist_ray.training.metrics import Evaluation, TrainingDivergedError, check_columns
 from mnist_ray.training.sampler import Request, ShardedBatchSampler, split_bounds
 from mnist_ray.training.state import Group, LoggingWindow, StopWantedError, TrainingState, is_over, move_average
+from mnist_ray.training.tensor_files import is_sharded, rows_here
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.tensors import as_fp32, with_fast_layout
@@ -39,18 +42,39 @@ from mnist_ray.workload.tensors import as_fp32, with_fast_layout
 MAX_COLUMN_BYTES = 2**30  # of the predictions that a process evaluates, which it keeps in memory
 
 
-def create_state(workload: Workload, config: TrainConfig, num_examples: int, device: torch.device) -> TrainingState:
-    """Return the state before the first step, for ``num_examples`` training examples. All ranks get the same state."""
-    torch.manual_seed(config.seed)
-    model = with_fast_layout(workload.create_model().to(device))
+def create_state(
+    workload: Workload,
+    config: TrainConfig,
+    num_examples: int,
+    group: Group,
+    begin: Callable[[nn.Module], object] = lambda model: None,
+) -> TrainingState:
+    """Return the state before the first step, for ``num_examples`` training examples.
+
+    All ranks get the same state or, with ``--strategy fsdp``, their rows of it. ``begin`` may change the new model's
+    weights.
+    """
+    model, average = _create_models(workload, config, group, begin)
     optimizer = workload.create_optimizer(model, config)
     num_steps = config.num_steps(num_examples)
     scheduler = workload.create_scheduler(optimizer, config, config.num_epochs * num_steps)
-    scaler = GradScaler(device.type, enabled=config.precision == "fp16")
-    state = TrainingState(model, optimizer, scheduler, scaler=scaler, num_steps=num_steps)
-    if config.ema_decay is not None:
-        state.average = copy.deepcopy(model)
-    return state
+    scaler = GradScaler(group.device.type, enabled=config.precision == "fp16")
+    return TrainingState(model, optimizer, scheduler, scaler=scaler, average=average, num_steps=num_steps)
+
+
+def _create_models(
+    workload: Workload, config: TrainConfig, group: Group, begin: Callable[[nn.Module], object]
+) -> tuple[nn.Module, nn.Module | None]:
+    """Return the model and, with ``--ema-decay``, a copy of it for the EMA."""
+    if sharding.is_wanted(config, group.world_size):
+        return sharding.create_models(workload, config, group, begin)
+    torch.manual_seed(config.seed)
+    model = workload.create_model()
+    if config.recompute_activations:
+        sharding.recompute(sharding.units_of(workload, model))
+    begin(model)
+    model = with_fast_layout(model.to(group.device))
+    return model, None if config.ema_decay is None else copy.deepcopy(model)
 
 
 def train(
@@ -174,7 +198,11 @@ def _decide(
 
 def _save(state: TrainingState, progress: Progress, callbacks: Sequence[Callback]) -> None:
     """Let the callbacks validate and save: a worker's ``Reporter`` does. Raises TrainingDivergedError."""
-    if not all(weights.isfinite().all() for model in {state.model, state.result} for weights in model.parameters()):
+    weights = [rows_here(tensor) for model in {state.model, state.result} for tensor in model.parameters()]
+    is_finite = torch.tensor(int(all(rows.isfinite().all() for rows in weights)), device=weights[0].device)
+    if state.is_sharded:
+        dist.all_reduce(is_finite, dist.ReduceOp.MIN)
+    if not is_finite:
         raise TrainingDivergedError(progress.epoch, progress.step)
     for callback in callbacks:
         callback.on_checkpoint(state, progress)
@@ -208,9 +236,15 @@ def evaluate_together(
     size = workload.evaluation_batch_size(on_gpu=group.device.type == "cuda")
     bounds = split_bounds(len(split), group.world_size, size)
     start, stop = bounds[group.rank] if group.rank < len(bounds) else (0, 0)
+    units_wait = any(is_sharded(parameter) for parameter in model.parameters())
+    own = evaluate(workload, model, split.between(start, stop), num_loader_processes, on_batch)
+    if units_wait:  # for the other ranks, in each forward pass: all ranks must make as many
+        passes = [math.ceil((last - first) / size) for first, last in (*bounds, (start, stop))]
+        for _ in range(passes[-1], max(passes)):
+            evaluate(workload, model, split.between(0, 1))
+        model.reshard()  # type: ignore[operator]
     parts: list[Any] = [None] * group.world_size
-    own = split.between(start, stop)
-    dist.all_gather_object(parts, evaluate(workload, model, own, num_loader_processes, on_batch))
+    dist.all_gather_object(parts, own)
     return Evaluation.merge(parts[: len(bounds)])
 
 

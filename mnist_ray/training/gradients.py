@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
@@ -19,19 +20,27 @@ from mnist_ray.training import shared_memory
 from mnist_ray.training.batches import MicroBatch
 from mnist_ray.training.reproducible import Chunks
 from mnist_ray.training.state import Group, TrainingState
+from mnist_ray.training.tensor_files import is_sharded
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.tensors import as_fp32, autocast, detached
 
 
 class Gradients:
-    """Computes a step's gradients: averaged over the ranks by DDP, or, with ``--reproducible``, added up by Chunks."""
+    """Computes a step's gradients.
+
+    DDP averages them over the ranks, FSDP adds them up and leaves each rank its rows; with ``--reproducible``, Chunks
+    adds them up.
+    """
 
     def __init__(self, workload: Workload, state: TrainingState, config: TrainConfig, group: Group) -> None:
         self._workload, self._state, self._config, self._group = workload, state, config, group
         self._chunks: Chunks | None = None
         if config.reproducible:
             self._chunks = Chunks(state.model, config.num_chunks, group.rank, group.world_size)
-        self._model = state.model if config.reproducible else _distributed(state.model, group)
+        self._is_sharded = state.is_sharded
+        is_alone = config.reproducible or self._is_sharded
+        self._model = state.model if is_alone else _distributed(state.model, group)
+        self._num_averaged = group.world_size if isinstance(self._model, DistributedDataParallel) else 1
         self._trained = [parameter.requires_grad for parameter in state.model.parameters()]
         self._generator = _generator(group.device)
 
@@ -52,14 +61,25 @@ class Gradients:
 
     def _of_slice(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
         self._seed(self._group.rank)
+        if self._is_sharded:
+            for buffer in self._model.buffers():  # as DDP does: rank 0's are the ones that checkpoints keep
+                dist.broadcast(buffer, 0)
         total: dict[str, Tensor] = {}
         for batch in micro_batches:
-            # DDP averages over the ranks in the backward pass of the last one. Before it, gradients accumulate.
-            accumulates = isinstance(self._model, DistributedDataParallel) and not batch.ends_step
-            with self._model.no_sync() if accumulates else contextlib.nullcontext():  # type: ignore[operator]
-                sums = self._backward(batch, self._group.world_size / batch.global_size)
+            with self._accumulating(is_last=batch.ends_step):
+                sums = self._backward(batch, self._num_averaged / batch.global_size)
             total = {name: total[name] + value for name, value in sums.items()} if total else sums
         return total
+
+    @contextlib.contextmanager
+    def _accumulating(self, *, is_last: bool) -> Iterator[None]:
+        """Let the backward pass of a step's last micro-batch add up over the ranks what has accumulated on each."""
+        if self._is_sharded:
+            self._model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+        with contextlib.ExitStack() as until_the_end:
+            if isinstance(self._model, DistributedDataParallel) and not is_last:
+                until_the_end.enter_context(self._model.no_sync())
+            yield
 
     def _of_chunks(self, micro_batches: Sequence[MicroBatch], chunks: Chunks) -> dict[str, Tensor]:
         for chunk, batch in zip(chunks.start_step(), micro_batches, strict=True):
@@ -103,7 +123,8 @@ def backward(
     the gradients of slices add up to those of the global batch's mean loss, even if slices are uneven. DDP averages
     over the ranks, so with DDP the weight is multiplied by the world size. A filler adds zeros.
     """
-    with autocast(next(model.parameters()).device, config.precision):
+    weights = next(model.parameters())
+    with autocast(weights.device, config.precision, keeps_casts=not is_sharded(weights)):
         outputs = as_fp32(model(workload.prepare(batch.inputs, generator)))
     loss_sum = workload.loss(outputs, batch.targets).sum()
     minimized = workload.training_loss(outputs, batch.targets, config)

@@ -65,16 +65,20 @@ class ShardedBatchSampler:
         edges = (*own, own.stop) if self.num_chunks else (own.start, own.stop)
         for batch in self._batches():
             bounds = [len(batch) * number // num_parts for number in edges]
-            micro_batches = [indices for first, last in pairwise(bounds) for indices in self._cut(batch[first:last])]
+            slices = [batch[first:last] for first, last in pairwise(bounds)]
+            num_cuts = self._num_micro_batches(len(batch), num_parts)
+            micro_batches = [indices for part in slices for indices in np.array_split(part, num_cuts)]
             for number, indices in enumerate(micro_batches, start=1):
                 is_filler = len(indices) == 0
                 ends_step = number == len(micro_batches)
                 yield Request(batch[:1] if is_filler else indices, len(batch), ends_step, is_filler)
 
-    def _cut(self, indices: np.ndarray) -> list[np.ndarray]:
-        if self.micro_batch_size is None or len(indices) <= self.micro_batch_size:
-            return [indices]
-        return np.array_split(indices, math.ceil(len(indices) / self.micro_batch_size))
+    def _num_micro_batches(self, size: int, num_parts: int) -> int:
+        """Return how many micro-batches the largest slice needs: all ranks compute as many, as FSDP requires."""
+        if self.micro_batch_size is None:
+            return 1
+        largest = math.ceil(size * math.ceil(num_parts / self.world_size) / num_parts)
+        return math.ceil(largest / self.micro_batch_size)
 
     def _batches(self) -> Iterator[np.ndarray]:
         order = self.order or Shuffled(self.num_examples, [self.seed, self.epoch])

@@ -159,8 +159,9 @@ class Workload(UserClass):
         fused = all(parameter.is_floating_point() for parameter in model.parameters()) or None  # None: PyTorch chooses
         options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": fused}
         if config.optimizer == "sgd":
-            # If fp16's loss scale skips the first step, fused SGD would never initialize its momentum.
-            options["fused"] = None if config.precision == "fp16" else fused
+            # If fp16's loss scale skips the first step, fused SGD would never initialize its momentum. PyTorch has no
+            # fused SGD for sharded parameters.
+            options["fused"] = None if config.precision == "fp16" or config.strategy == "fsdp" else fused
             return optim.SGD(model.parameters(), momentum=config.momentum, **options)
         kind = optim.AdamW if config.optimizer == "adamw" else optim.Adam
         return kind(model.parameters(), betas=(config.beta1, config.beta2), **options)
@@ -179,6 +180,18 @@ class Workload(UserClass):
             return min((step + 1) / max(1, warmup), after)
 
         return lr_scheduler.LambdaLR(optimizer, part_of_peak)
+
+    def shard_units(self, model: nn.Module) -> Sequence[nn.Module]:
+        """Return the parts of the model that ``--strategy fsdp`` gathers, and a recomputation repeats, one at a time.
+
+        Each is a module that runs once in a forward pass. By default, they are the elements of each ``nn.ModuleList``.
+        """
+        from torch.nn import ModuleList
+
+        units: list[nn.Module] = []
+        for part in model.children():
+            units += list(part) if isinstance(part, ModuleList) else self.shard_units(part)
+        return units
 
     # --- results
 

@@ -41,10 +41,13 @@ def detached(outputs: Any) -> Any:
     return map_tensors(Tensor.detach, outputs)
 
 
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """Return the autocast context for a forward pass; ``precision`` must not be ``auto``."""
+def autocast(device: torch.device, precision: Precision, *, keeps_casts: bool = True) -> torch.autocast:
+    """Return the autocast context for a forward pass; ``precision`` must not be ``auto``.
+
+    ``keeps_casts``: a weight that is used twice is cast once, and its copy is kept until the context ends.
+    """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=keeps_casts)
 
 
 def with_fast_layout(model: nn.Module) -> nn.Module:

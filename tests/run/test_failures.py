@@ -535,7 +535,7 @@ def test_workers_that_see_different_checkpoints_do_not_start(monkeypatch: pytest
         seen[1] = ("node-2", others)
 
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
-    job, state = Mock(callback=None), create_state(mnist(), TrainConfig(), 600, torch.device("cpu"))
+    job, state = Mock(callback=None), create_state(mnist(), TrainConfig(), 600, Group())
     job.run.uri, job.workers.hang_timeout_s = "/runs/one", 600
     first, sent = worker.Reporter(LoopSpec(job=job, train=Mock()), Group(0, 2), TrainConfig()), Mock()
     monkeypatch.setattr(first, "send", sent)
@@ -551,7 +551,7 @@ def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainConfig(precision="fp32")
-    state = create_state(mnist(), config, 600, torch.device("cpu"))
+    state = create_state(mnist(), config, 600, Group())
     for step in (1, 2, 3, 4):
         folder = tmp_path / "run" / f"checkpoint_epoch-000_step-{step:06d}"
         folder.mkdir(parents=True)
@@ -567,7 +567,7 @@ def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(
     (cut / "state.json").write_bytes(text[: len(text) // 2])
     shutil.rmtree(empty)
     empty.mkdir()
-    restored = create_state(mnist(), config, 600, torch.device("cpu"))
+    restored = create_state(mnist(), config, 600, Group())
     run = locate(str(tmp_path), "run")
     listing = Mock(side_effect=[OSError("the link is down"), run.checkpoint_names()])
     monkeypatch.setattr("mnist_ray.storage.time.sleep", lambda seconds: None)
@@ -579,7 +579,7 @@ def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(
 
 
 def test_the_best_two_checkpoints_and_the_last_are_kept_and_a_damaged_one_is_not_the_best(tmp_path: Path) -> None:
-    run, state = locate(str(tmp_path), "run"), create_state(mnist(), TrainConfig(), 600, torch.device("cpu"))
+    run, state = locate(str(tmp_path), "run"), create_state(mnist(), TrainConfig(), 600, Group())
     run.write_text("config.json", "{}")
     with pytest.raises(UsageError, match="nor a run with a checkpoint"):
         find(run.uri, "~/ray_results")
@@ -740,7 +740,7 @@ def test_memory_that_is_lacking_is_the_codes_except_in_the_first_step_after_a_re
     steps: int, is_codes: bool, few_images: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, config = locate(str(tmp_path), "run"), TrainConfig(num_epochs=2, precision="fp32")
-    checkpoint.snapshot(create_state(mnist(), config, 600, torch.device("cpu")), {}).write(run.inside(FIRST))
+    checkpoint.snapshot(create_state(mnist(), config, 600, Group()), {}).write(run.inside(FIRST))
     states = []
     monkeypatch.setattr("torch.backends.cudnn.allow_tf32", True)
     monkeypatch.setattr(worker.Reporter, "start", lambda self, state, restored: states.append(state))
@@ -763,7 +763,7 @@ def test_memory_that_is_lacking_is_the_codes_except_in_the_first_step_after_a_re
 def test_code_that_ends_an_evaluations_process_is_one_line(
     few_images: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    workload, state = mnist(), create_state(mnist(), TrainConfig(), 600, torch.device("cpu"))
+    workload, state = mnist(), create_state(mnist(), TrainConfig(), 600, Group())
     checkpoint.snapshot(state, {"workload": workload.identity}).write(folder_at(tmp_path / "saved"))
     monkeypatch.setattr(workload, method, Mock(side_effect=SystemExit(3)))
     with pytest.raises(UsageError, match=r"^MNIST, (an evaluation|create_model): SystemExit: sys\.exit\(3\) \("):
@@ -771,7 +771,7 @@ def test_code_that_ends_an_evaluations_process_is_one_line(
 
 
 def test_data_that_cannot_be_read_for_a_test_are_no_wrong_usage(few_images: Arrays, run: RunFolder) -> None:
-    state, unreadable = create_state(mnist(), TrainConfig(), 600, torch.device("cpu")), MagicMock()
+    state, unreadable = create_state(mnist(), TrainConfig(), 600, Group()), MagicMock()
     checkpoint.snapshot(state, {"workload": mnist().identity}).write(run)
     unreadable.__len__.return_value, unreadable.__getitem__.side_effect = 5, OSError(5, "Input/output error")
     with pytest.raises(JobError, match=r"^MNIST, an evaluation: OSError: .*Input/output error \("):

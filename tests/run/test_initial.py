@@ -22,6 +22,7 @@ from mnist_ray.run.find import read_initial
 from mnist_ray.run.job import Job, read_job
 from mnist_ray.storage import INITIAL_FILE, RunFolder
 from mnist_ray.training import checkpoint, engine
+from mnist_ray.training.state import Group
 from tests.conftest import METADATA, folder_at, mnist
 
 HEAD = """
@@ -45,7 +46,7 @@ def source(tmp_path: Path) -> Path:
     """A checkpoint in a run whose files name code that must not run."""
     code, folder = tmp_path / "runs_when_loaded.py", tmp_path / "source" / "checkpoint_epoch-001_step-000000"
     code.write_text(RUNS)
-    state = engine.create_state(mnist(), replace(TrainConfig(), seed=1), 600, torch.device("cpu"))
+    state = engine.create_state(mnist(), replace(TrainConfig(), seed=1), 600, Group())
     about = {"workload": {**mnist().identity, "reference": str(code)}}
     checkpoint.snapshot(state, about).write(folder_at(folder))
     (tmp_path / "source" / "config.json").write_text(json.dumps({"workload": str(code), "num_epochs": 1}))

@@ -14,6 +14,7 @@ from mnist_ray.tools import export
 from mnist_ray.training.check import try_batch
 from mnist_ray.training.checkpoint import snapshot
 from mnist_ray.training.engine import create_state
+from mnist_ray.training.state import Group
 from mnist_ray.workload.data import Arrays
 from tests.conftest import folder_at, mnist, run_main, with_data
 
@@ -61,7 +62,7 @@ def test_the_check_sees_another_model(model: torch.nn.Module, few_images: Arrays
 
 def test_data_that_have_moved_are_named_by_the_workloads_flags(small_data: Path, tmp_path: Path) -> None:
     workload, file = mnist(data_dir=Path("/nowhere")), tmp_path / "digits.pt2"
-    state = create_state(workload, TrainConfig(), 600, torch.device("cpu"))
+    state = create_state(workload, TrainConfig(), 600, Group())
     snapshot(state, {"workload": workload.identity}).write(folder_at(tmp_path))
     with pytest.raises(UsageError, match=r"^--data-dir /nowhere is not a folder"):
         run_main("export", str(tmp_path), "--output", str(file))
@@ -135,7 +136,7 @@ def found_of(folder: Path, name: str) -> Found:
     given = {"workload": f"{code}:{name}", "storage_path": str(folder), "precision": "fp32", "batch_size": 30}
     job, data = with_data(read_job(given))
     try_batch(job.workload, data.train, job.train, [job.train.batch_size], Fraction(1))
-    state = create_state(job.workload, job.train, len(data.train), torch.device("cpu"))
+    state = create_state(job.workload, job.train, len(data.train), Group())
     snapshot(state, {"workload": job.workload.identity}).write(folder_at(folder / "checkpoint"))
     return find(str(folder / "checkpoint"), str(folder / "runs"))
 

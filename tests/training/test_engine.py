@@ -34,7 +34,7 @@ CONFIG = TrainConfig(precision="fp32", num_epochs=1, batch_size=20, learning_rat
 
 
 def trained(config: TrainConfig, split: Arrays, *callbacks: Callback) -> TrainingState:
-    state = engine.create_state(mnist(), config, len(split), CPU)
+    state = engine.create_state(mnist(), config, len(split), Group())
     engine.train(mnist(), state, Split(split), config, Group(), callbacks)
     return state
 
@@ -45,7 +45,7 @@ def weights_after(config: TrainConfig, split: Arrays, *callbacks: Callback) -> d
 
 def plain_results(images: Arrays) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the untrained model's logits and the labels of all images."""
-    model = engine.create_state(mnist(), CONFIG, len(images), CPU).model
+    model = engine.create_state(mnist(), CONFIG, len(images), Group()).model
     return model(mnist().prepare(torch.tensor(images.inputs), None)), torch.tensor(images.targets).long()
 
 
@@ -98,7 +98,7 @@ def train_cases(group: Group, images: Arrays, folder: Path) -> None:
     """Train every case; rank 0 saves the weights."""
     for optimizer, case in TRAINED:
         config, (num_images, _) = config_of(case), CASES[case]
-        state = engine.create_state(mnist(), config, num_images, CPU)
+        state = engine.create_state(mnist(), config, num_images, Group())
         state.optimizer = OPTIMIZERS[optimizer](state.model.parameters())
         split = Split(Arrays(images.inputs[:num_images], images.targets[:num_images]))
         engine.train(mnist(), state, split, config, group, callbacks_of(case))
@@ -124,7 +124,7 @@ def gloo_weights(request: pytest.FixtureRequest, trained_both_ways: Path) -> Pat
 def train_plainly(case: str, optimizer: str, few_images: Arrays) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Return the weights after whole batches in a loop of plain PyTorch, and the norm of each step's gradient."""
     config, (num_images, _) = config_of(case), CASES[case]
-    model = engine.create_state(mnist(), config, num_images, CPU).model
+    model = engine.create_state(mnist(), config, num_images, Group()).model
     average: dict[str, torch.Tensor] = {}
     steps, norms = OPTIMIZERS[optimizer](model.parameters()), []
     images, labels = torch.tensor(few_images.inputs), torch.tensor(few_images.targets)
@@ -161,7 +161,7 @@ def test_each_case_agrees_with_a_plain_loop_on_any_number_of_processes(
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_thirty_steps_move_the_weights_far_beyond_the_tolerance(gloo_weights: Path, optimizer: str) -> None:
-    before = engine.create_state(mnist(), CONFIG, 480, CPU).model.state_dict()
+    before = engine.create_state(mnist(), CONFIG, 480, Group()).model.state_dict()
     assert largest_difference(load_file(gloo_weights / f"{optimizer}-even-1"), before) > 1e-2
 
 
@@ -253,7 +253,7 @@ def test_checkpoints_are_saved_every_n_steps_and_after_each_epoch(few_images: Ar
 
 def rates_of(config: TrainConfig) -> list[float]:
     """Return the learning rate of each of 60 steps."""
-    state, rates = engine.create_state(mnist(), replace(config, num_epochs=2), 600, CPU), []
+    state, rates = engine.create_state(mnist(), replace(config, num_epochs=2), 600, Group()), []
     for _ in range(60):
         rates.append(float(state.scheduler.get_last_lr()[0]))
         state.optimizer.step()
@@ -303,7 +303,7 @@ def test_progress_has_the_learning_rate_with_which_its_last_step_was_made(few_im
     ],
 )
 def test_the_optimizer_is_as_configured(config: TrainConfig, kind: type, options: dict[str, Any]) -> None:
-    optimizer = engine.create_state(mnist(), replace(config, schedule="constant"), 600, CPU).optimizer
+    optimizer = engine.create_state(mnist(), replace(config, schedule="constant"), 600, Group()).optimizer
     assert type(optimizer) is kind
     assert {name: optimizer.param_groups[0][name] for name in options} == options
 
@@ -429,7 +429,7 @@ class InDict(type(mnist())):  # type: ignore[misc]
 
 def test_outputs_in_a_dict_reach_the_loss_in_fp32_and_measure_without_a_graph(few_images: Arrays) -> None:
     config, workload = replace(CONFIG, precision="bf16"), InDict(mnist().settings, mnist().metadata)
-    state = engine.create_state(workload, config, len(few_images), CPU)
+    state = engine.create_state(workload, config, len(few_images), Group())
     engine.train(workload, state, Split(few_images), config, Group())
     assert state.epoch == 1
 
@@ -442,7 +442,7 @@ def test_auto_precision_is_bf16_if_the_processor_has_it(monkeypatch: pytest.Monk
 
 
 def test_evaluation_agrees_with_a_plain_computation(few_images: Arrays) -> None:
-    model = engine.create_state(mnist(), CONFIG, 600, CPU).model
+    model = engine.create_state(mnist(), CONFIG, 600, Group()).model
     evaluation = engine.evaluate(mnist(), model, Split(few_images))
     logits, labels = plain_results(few_images)
     assert evaluation.values(mnist())["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
@@ -461,7 +461,7 @@ def test_complex_parameters_have_an_optimizer_that_takes_them() -> None:
 def trained_head(few_images: Arrays, *, is_frozen: bool) -> nn.Module:
     """Train the last layer only, with gradients that are all clipped; ``is_frozen``: the others have no gradients."""
     config = replace(CONFIG, schedule="constant", clip_grad_norm=0.2)
-    state = engine.create_state(mnist(), config, len(few_images), CPU)
+    state = engine.create_state(mnist(), config, len(few_images), Group())
     state.optimizer = torch.optim.SGD(state.model.get_submodule("dense2").parameters(), lr=0.05)
     state.scheduler = mnist().create_scheduler(state.optimizer, config, 1)
     for name, parameter in state.model.named_parameters():
@@ -479,7 +479,7 @@ def test_gradients_of_parameters_without_an_optimizer_are_not_clipped_and_do_not
 def test_an_evaluation_leaves_layers_in_their_mode_and_no_tensors_that_cannot_be_trained_with(
     few_images: Arrays,
 ) -> None:
-    model = engine.create_state(mnist(), CONFIG, 600, CPU).model
+    model = engine.create_state(mnist(), CONFIG, 600, Group()).model
     model.get_submodule("conv1").eval()
     kept: list[torch.Tensor] = []
     model.register_forward_hook(lambda module, inputs, outputs: kept.append(outputs))
@@ -500,7 +500,7 @@ def test_an_evaluation_leaves_layers_in_their_mode_and_no_tensors_that_cannot_be
 def test_a_layer_that_a_callback_freezes_at_the_start_does_not_move(few_images: Arrays, reproducible: bool) -> None:
     config = replace(CONFIG, reproducible=reproducible, weight_decay=0.1)
     hooks = Hooks(on_start=lambda state, group: state.model.get_submodule("conv1").requires_grad_(False))
-    before = engine.create_state(mnist(), config, 600, CPU).model.get_parameter("conv1.weight")
+    before = engine.create_state(mnist(), config, 600, Group()).model.get_parameter("conv1.weight")
     assert torch.equal(trained(config, few_images, hooks).model.get_parameter("conv1.weight"), before)
 
 

@@ -59,7 +59,7 @@ CASES: dict[str, tuple[Callable[[], Workload], TrainConfig]] = {
 def train_here(case: str, split: Arrays, group: Group) -> tuple[dict[str, Tensor], list[float]]:
     """Return a case's trained weights and buffers, and the losses of its steps with the metrics of its epochs."""
     create, config = CASES[case]
-    state = engine.create_state(create(), config, len(split), CPU)
+    state = engine.create_state(create(), config, len(split), Group())
     figures: list[float] = []
     hooks = Hooks(
         on_progress=lambda state, progress: figures.extend(progress.losses),
@@ -113,7 +113,7 @@ def test_another_number_of_chunks_gives_other_bits(few_images: Arrays) -> None:
 def test_buffers_change_by_the_mean_of_the_chunks_changes(few_images: Arrays) -> None:
     create, config = CASES["noisy"]
     split = Arrays(few_images.inputs[:50], few_images.targets[:50])
-    state = engine.create_state(create(), replace(config, num_epochs=1), 50, CPU)
+    state = engine.create_state(create(), replace(config, num_epochs=1), 50, Group())
     unchanged = {
         "mask": torch.tensor([-math.inf, 0.0]),
         "rotary": torch.polar(torch.ones(3), torch.arange(3.0)),

@@ -1,0 +1,194 @@
+"""``--strategy fsdp``: each worker holds some rows of each tensor of the model (PyTorch's FSDP2, ``fully_shard``).
+
+The model is sharded in *units*, such as the blocks of a transformer. Before a unit computes, the workers gather its
+weights; afterwards, they free them. All that is in no unit, such as an embedding, is gathered for the whole step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from mnist_ray.config import TrainConfig
+from mnist_ray.errors import UsageError, first_line
+from mnist_ray.training.state import Group
+from mnist_ray.workload.base import Workload
+
+_STATES = {"adam": 2, "adamw": 2, "sgd": 1}  # that an optimizer keeps of each parameter
+
+
+def create_models(
+    workload: Workload, config: TrainConfig, group: Group, begin: Callable[[nn.Module], object]
+) -> tuple[nn.Module, nn.Module | None]:
+    """Return the sharded model, and with ``--ema-decay`` another one for the EMA; all ranks must call this.
+
+    Only rank 0 creates the whole model, whose weights ``begin`` may change; the others get their rows from it. If the
+    model cannot be created without memory, all ranks create it.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    is_whole = on_meta(workload)[0] is None
+
+    def create(*, with_weights: bool) -> nn.Module:
+        torch.manual_seed(config.seed)
+        model = (workload.create_model() if with_weights else on_meta(workload)[0]) or workload.create_model()
+        units = units_of(workload, model)
+        if config.recompute_activations:
+            recompute(units)
+        return model
+
+    model = create(with_weights=is_whole or group.rank == 0)
+    if is_whole or group.rank == 0:
+        begin(model)
+    weights = model.state_dict() if group.rank == 0 else {}
+    _shard(model, units_of(workload, model), group)
+    if not is_whole:
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, weights, options=options)
+    if config.ema_decay is None:
+        return model, None
+    average = create(with_weights=is_whole)
+    _shard(average, units_of(workload, average), group)
+    average.load_state_dict(model.state_dict())
+    return model, average
+
+
+def _shard(model: nn.Module, units: Iterable[nn.Module], group: Group) -> None:
+    """Shard a model over all ranks; its gradients will be sums over the ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    mesh = init_device_mesh(group.device.type, (group.world_size,))
+    for module in (*units, model):
+        fully_shard(module, mesh=mesh)
+        assert isinstance(module, FSDPModule)
+        # Sums by this pair of settings do not depend on the backend: see https://github.com/pytorch/pytorch/issues/162338.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(enable=True)
+    if any(tensor.is_meta for tensor in model.parameters()):
+        model.to_empty(device=group.device)
+
+
+def recompute(units: Iterable[nn.Module]) -> None:
+    """Let units compute their activations again in the backward pass, with the same random numbers."""
+    for unit in units:
+        contexts = functools.partial(_recomputing, unit)
+        unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False, context_fn=contexts)
+
+
+def _recomputing(unit: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of a unit's first forward pass, and of the second, which must not move running statistics."""
+    return contextlib.nullcontext(), _with_buffers_kept(unit)
+
+
+@contextlib.contextmanager
+def _with_buffers_kept(unit: nn.Module) -> Iterator[None]:
+    before = [buffer.clone() for buffer in unit.buffers()]
+    try:
+        yield
+    finally:  # a second pass ends by an exception as soon as it has all activations
+        for buffer, value in zip(unit.buffers(), before, strict=True):
+            buffer.copy_(value)
+
+
+def on_meta(workload: Workload) -> tuple[nn.Module | None, str]:
+    """Return the model without memory for its tensors; or None, and why it cannot be created so."""
+    try:
+        with torch.device("meta"):
+            model = workload.create_model()
+    except Exception as error:
+        return None, first_line(error)
+    if lost := {name for name, _ in model.named_buffers()} - set(model.state_dict()):
+        return None, f"buffer {min(lost)} is not persistent"
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter:
+            return None, f"parameter {name} is of type {type(parameter).__name__}"
+    for module in model.modules():
+        others = {key: value for key, value in vars(module).items() if key not in ("_parameters", "_buffers")}
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(others)):
+            return None, f"{type(module).__name__} has a tensor that is neither a parameter nor a buffer"
+    return model, ""
+
+
+def units_of(workload: Workload, model: nn.Module) -> list[nn.Module]:
+    """Return the units of a model. Raises UsageError if it cannot be sharded in them."""
+    name, names = type(workload).__name__, {id(module): path for path, module in model.named_modules()}
+    units = list(workload.shard_units(model))
+    if not units:
+        remedy = "put its blocks into an nn.ModuleList, or override shard_units()"
+        raise UsageError(f"{name}: the model has no units for --strategy fsdp or --recompute-activations; {remedy}")
+    for unit in units:
+        if unit is model or id(unit) not in names:
+            raise UsageError(f"{name}.shard_units: {type(unit).__name__} is not a part of the model")
+    times = Counter(id(module) for unit in units for module in unit.modules())
+    for key, number in times.items():
+        if number > 1:
+            raise UsageError(f"{name}: {names[key]} is in two units; override shard_units() so that it is in one")
+    return units
+
+
+def is_wanted(config: TrainConfig, num_workers: int) -> bool:
+    """Tell whether so many workers shard the model; one holds all of it."""
+    return config.strategy == "fsdp" and num_workers > 1
+
+
+@contextlib.contextmanager
+def units_checked(workload: Workload, model: nn.Module, config: TrainConfig, num_workers: int) -> Iterator[None]:
+    """Raise UsageError if workers cannot shard a model, which makes one forward pass within."""
+    if config.recompute_activations:
+        units_of(workload, model)
+    if not is_wanted(config, num_workers):
+        yield
+        return
+    _check_owners(workload, model, num_workers)
+    units, calls = units_of(workload, model), Counter[nn.Module]()
+    shapes = {path: parameter.shape for path, parameter in model.named_parameters()}
+    hooks = [unit.register_forward_pre_hook(lambda unit, _: calls.update([unit])) for unit in units]
+    yield
+    for hook in hooks:
+        hook.remove()
+    paths = {module: path for path, module in model.named_modules()}
+    for unit in units:
+        if calls[unit] != 1:
+            found = f"{type(workload).__name__}: unit {paths[unit]} runs {calls[unit]} times in a forward pass"
+            raise UsageError(f"{found}; override shard_units() so that each unit is a module that runs once")
+    for path, parameter in model.named_parameters():
+        if parameter.shape != shapes.get(path):
+            raise UsageError(f"{type(workload).__name__}: a forward pass changes the shape of parameter {path}")
+
+
+def _check_owners(workload: Workload, model: nn.Module, num_workers: int) -> None:
+    """Raise UsageError if two units share a parameter, or there are more workers than rows."""
+    units, name = units_of(workload, model), type(workload).__name__
+    inside = {id(module) for unit in units for module in unit.modules()}
+    outside = [part for part in model.modules() if id(part) not in inside]
+    owned = [set(unit.parameters()) for unit in units]
+    owned.append({parameter for part in outside for parameter in part.parameters(recurse=False)})
+    for first, second in itertools.combinations(owned, 2):
+        for path, parameter in model.named_parameters():
+            if parameter in first and parameter in second:
+                remedy = "override shard_units() so that one unit has all parts that share it"
+                raise UsageError(f"{name}: parameter {path} is tied across units; {remedy}")
+    if num_workers > max(len(parameter) if parameter.dim() else 1 for parameter in model.parameters()):
+        raise UsageError(f"--strategy fsdp: no tensor has rows for {num_workers} workers; lower --num-workers")
+
+
+def held_bytes(model: nn.Module, workload: Workload, config: TrainConfig, num_workers: int) -> int:
+    """Return the size of the weights, gradients, optimizer state and EMA that each worker holds.
+
+    For an optimizer of the workload's own, the state is taken to be as large as Adam's.
+    """
+    is_own = type(workload).create_optimizer is not Workload.create_optimizer
+    of_trained = 2 + (2 if is_own else _STATES[config.optimizer])
+    copies = 0 if config.ema_decay is None else 1
+    total = sum(p.nbytes * ((of_trained if p.requires_grad else 1) + copies) for p in model.parameters())
+    return total // num_workers if is_wanted(config, num_workers) else total

@@ -1,0 +1,474 @@
+"""Training whose model is sharded over one to three ranks, beside a loop of plain PyTorch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mnist_ray.config import TrainConfig
+from mnist_ray.errors import UsageError
+from mnist_ray.storage import RunFolder, checkpoint_name, locate
+from mnist_ray.training import checkpoint, engine, sharding
+from mnist_ray.training.checkpoint import Written
+from mnist_ray.training.events import Progress
+from mnist_ray.training.sampler import ShardedBatchSampler
+from mnist_ray.training.state import Group, TrainingState
+from mnist_ray.training.tensor_files import rows_here
+from mnist_ray.workload import Workload
+from mnist_ray.workload.data import Arrays, Split
+from tests.conftest import folder_at
+from tests.training.conftest import Hooks
+from tests.training.ranks import call_on_ranks
+
+NUM_WORDS, WIDTH = 11, 10  # neither can be divided evenly by all numbers of ranks
+CONFIG = TrainConfig(
+    strategy="fsdp", precision="fp32", num_epochs=2, batch_size=26, learning_rate=1e-2, optimizer="adamw"
+)
+MIDDLE, END = checkpoint_name(0, 4), checkpoint_name(2, 0)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.scale = nn.Parameter(torch.ones(1))  # has fewer rows than there are ranks
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.drop(self.scale * F.gelu(self.layer(self.norm(hidden))))
+
+
+class Stack(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(NUM_WORDS, WIDTH), nn.Linear(WIDTH, NUM_WORDS)
+        self.head.weight = self.words.weight
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        for block in self.blocks:
+            block.drop.p = dropout  # type: ignore[union-attr]
+
+    def forward(self, words: Tensor) -> Tensor:
+        hidden = self.words(words).mean(1)
+        for block in self.blocks:
+            hidden = block(hidden)
+        logits: Tensor = self.head(hidden)
+        return logits
+
+
+class Words(Workload):
+    """Which word comes most often?"""
+
+    dropout = 0.0
+
+    def create_model(self) -> nn.Module:
+        return Stack(self.dropout)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, reduction="none")
+
+
+class Frozen(Words):
+    def create_model(self) -> nn.Module:
+        model = Stack()
+        for parameter in (*model.blocks[0].parameters(), model.head.bias):
+            parameter.requires_grad = False
+        return model
+
+
+class Masked(Words):
+    """Its model cannot be created without memory: its mask is not saved."""
+
+    def create_model(self) -> nn.Module:
+        model = Stack()
+        model.register_buffer("mask", torch.arange(WIDTH) / WIDTH, persistent=False)
+        model.blocks[0].register_forward_pre_hook(lambda block, inputs: inputs[0] * model.mask)
+        return model
+
+
+class Varying(Words):
+    """Its ranks draw random numbers, and have batch statistics, of their own."""
+
+    dropout = 0.5
+
+    def create_model(self) -> nn.Module:
+        model = Stack(self.dropout)
+        model.blocks[1] = nn.BatchNorm1d(WIDTH)
+        return model
+
+
+CASES: dict[str, tuple[type[Words], dict[str, Any]]] = {
+    "plain": (Words, {}),
+    "micro-batches": (Words, {"micro_batch_size": 5, "clip_grad_norm": 0.1}),  # of slices of 13, or of 8 and 9
+    "empty slices": (Words, {"batch_size": 2, "optimizer": "sgd", "learning_rate": 0.02}),
+    "frozen": (Frozen, {"ema_decay": 0.8, "clip_grad_norm": 0.1, "recompute_activations": True}),
+    "masked": (Masked, {"ema_decay": 0.8}),
+}
+
+
+def config_of(case: str) -> TrainConfig:
+    return replace(CONFIG, **CASES[case][1])
+
+
+def few_words(config: TrainConfig = CONFIG) -> Arrays:
+    """Return examples for 6 steps of an epoch; the last one has fewer, but with the smallest batches."""
+    words = np.random.default_rng(0).integers(0, NUM_WORDS, (6 * config.batch_size * 9 // 10 + 1, 5))
+    return Arrays(words, np.array([np.bincount(row).argmax() for row in words]))
+
+
+def trained(
+    workload: Words, config: TrainConfig, group: Group, run: RunFolder, resumed: RunFolder | None = None
+) -> tuple[TrainingState, list[float]]:
+    """Train, with a checkpoint in the middle and at the end; return the state and the loss of each step."""
+    losses: list[float] = []
+
+    def gather(written: Written) -> list[Written]:
+        of_ranks: list[Any] | None = [None] * group.world_size if group.rank == 0 else None
+        if group.world_size == 1:
+            return [written]
+        dist.gather_object(written, of_ranks)
+        return of_ranks or []
+
+    def save(state: TrainingState, progress: Progress) -> None:
+        about: dict[str, Any] = {"workload": {}, "metrics": {}}
+        taken = checkpoint.snapshot(state, about, group=group)
+        if (name := checkpoint_name(state.epoch, state.step)) in (MIDDLE, END):
+            taken.write(run.inside(name), gather)
+
+    split = Split(few_words(config))
+    state = engine.create_state(workload, config, len(split), group)
+    if resumed is not None:
+        assert checkpoint.restore_newest(resumed, state, group=group).name == MIDDLE
+    hooks = Hooks(on_progress=lambda state, progress: losses.extend(progress.losses), on_checkpoint=save)
+    engine.train(workload, state, split, replace(config, checkpoint_every=4), group, [hooks])
+    return state, losses
+
+
+def only_middle(run: RunFolder, group: Group) -> RunFolder:
+    """Return a run with nothing but the checkpoint in the middle of another one."""
+    cut = locate(run.uri, f"cut-{group.world_size}")
+    if group.rank == 0:
+        for path in Path(run.inside(MIDDLE).path).iterdir():
+            cut.inside(MIDDLE).write_files({path.name: [path.read_bytes()]})
+    if group.world_size > 1:
+        dist.barrier()
+    return cut
+
+
+def train_cases(rank: int, folder: Path) -> None:
+    """Train each case on one to three ranks, and go on from the middle with other numbers; save losses and weights."""
+    for world_size in (1, 2, 3):
+        if rank >= world_size:
+            continue
+        group, storage = Group(rank, world_size), str(folder)
+        store = f"file://{folder}/store-{world_size}"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+        losses = {}
+        for case, (kind, _) in CASES.items():
+            run = locate(storage, f"{case}-{world_size}")
+            state, losses[case] = trained(kind(), config_of(case), group, run)
+            split = Split(few_words(replace(CONFIG, batch_size=50)))  # of three batches for an evaluation
+            together = engine.evaluate_together(kind(), state.result, split, group)
+            alone = engine.evaluate(kind(), checkpoint.load_model(run.inside(END), kind()), split)
+            assert together.batch_sums == alone.batch_sums, case
+        for before in range(1, world_size + 1):
+            cut = only_middle(locate(storage, f"frozen-{before}"), group)
+            trained(Frozen(), config_of("frozen"), group, locate(storage, f"from {before} to {world_size}"), cut)
+        run, config = locate(storage, f"varying-{world_size}"), replace(CONFIG, recompute_activations=True)
+        trained(Varying(), config, group, run)
+        trained(Varying(), CONFIG, group, locate(storage, f"resumed varying-{world_size}"), only_middle(run, group))
+        if rank == 0:
+            (folder / f"losses-{world_size}.json").write_text(json.dumps(losses))
+        if world_size == 2:
+            check_damage(locate(storage, "plain-2"), group)
+            check_scale(group)
+        dist.destroy_process_group()
+
+
+def check_damage(run: RunFolder, group: Group) -> None:
+    """A checkpoint of which one rank cannot read its rows is damaged for all: the one before is used."""
+    path = Path(run.inside(END).path) / "model-00002-of-00002.safetensors"
+    content = path.read_bytes()
+    dist.barrier()
+    if group.rank == 0:
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    dist.barrier()
+    state = engine.create_state(Words(), CONFIG, 141, group)
+    restored = checkpoint.restore_newest(run, state, group=group)
+    assert (restored.name, restored.damaged) == (MIDDLE, (END,))
+    assert (state.epoch, state.step) == (0, 4)
+    dist.barrier()
+    if group.rank == 0:
+        path.write_bytes(content)
+
+
+def check_scale(group: Group) -> None:
+    """Infinite gradients in the rows of one rank make all ranks skip a step of fp16."""
+    weights: list[Tensor] = []
+
+    def spoil(state: TrainingState) -> None:
+        if state.step == 3 and group.rank == 1:
+            gradient = next(state.model.parameters()).grad
+            assert gradient is not None
+            rows_here(gradient)[:] = math.inf
+
+    def note(state: TrainingState) -> None:
+        weights.append(rows_here(next(state.model.parameters())).detach().clone())
+
+    class Spoils(torch.amp.GradScaler):
+        def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+            spoil(state)
+            super().unscale_(optimizer)
+
+    config = replace(CONFIG, precision="fp16", num_epochs=1)
+    state = engine.create_state(Words(), config, 141, group)
+    state.scaler = Spoils("cpu", init_scale=8.0)
+    engine.train(Words(), state, Split(few_words()), config, group, [Hooks(on_step=note)])
+    assert torch.equal(weights[3], weights[2])
+    assert not torch.equal(weights[4], weights[3])
+    assert state.scaler.get_scale() == 4.0
+
+
+@pytest.fixture(scope="module")
+def runs(ranks: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    call_on_ranks(ranks, train_cases, folder)
+    return folder
+
+
+def train_plainly(case: str) -> tuple[list[float], dict[str, Tensor]]:
+    """Return the loss of each step, and the last weights or their EMA, of whole batches in a loop of plain PyTorch."""
+    kind, config = CASES[case][0], config_of(case)
+    words = few_words(config)
+    torch.manual_seed(config.seed)
+    model = kind().create_model()
+    total_steps = config.num_epochs * config.num_steps(len(words))
+    optimizer = kind().create_optimizer(model, config)
+    scheduler = kind().create_scheduler(optimizer, config, total_steps)
+    inputs, targets = torch.tensor(words.inputs), torch.tensor(words.targets)
+    losses, average = [], dict[str, Tensor]()
+    for epoch in range(config.num_epochs):
+        for indices, *_ in ShardedBatchSampler(len(words), config.batch_size, seed=config.seed, epoch=epoch):
+            chosen = torch.from_numpy(indices)
+            loss = F.cross_entropy(model(inputs[chosen]), targets[chosen])
+            losses.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or math.inf)
+            optimizer.step()
+            scheduler.step()
+            decay = config.ema_decay or 0.0 if average else 0.0
+            for name, value in model.state_dict().items():
+                average[name] = decay * average.get(name, 0) + (1 - decay) * value
+    return losses, average if config.ema_decay else model.state_dict()
+
+
+def weights_in(run: Path) -> dict[str, Tensor]:
+    return checkpoint.read_weights(folder_at(run / END))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_sharded_training_agrees_with_a_plain_loop(runs: Path, case: str, world_size: int) -> None:
+    losses, weights = train_plainly(case)
+    found = json.loads((runs / f"losses-{world_size}.json").read_text())[case]
+    assert found[0] == pytest.approx(losses[0], rel=1e-5)
+    assert found == pytest.approx(losses, rel=1e-3)
+    assert losses[-1] < 0.9 * losses[0]
+    of_run = weights_in(runs / f"{case}-{world_size}")
+    assert all(torch.allclose(of_run[name], value, atol=1e-3) for name, value in weights.items())
+    assert of_run.keys() == weights.keys()
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (1, 3), (2, 3)])
+def test_a_run_goes_on_with_another_number_of_ranks(runs: Path, before: int, after: int) -> None:
+    found, expected = weights_in(runs / f"from {before} to {after}"), weights_in(runs / f"frozen-{after}")
+    assert all(torch.allclose(found[name], value, atol=1e-4) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("before", [2, 3])
+def test_a_sharded_run_goes_on_unsharded(runs: Path, tmp_path: Path, before: int) -> None:
+    cut = only_middle(locate(str(runs), f"frozen-{before}"), Group())
+    trained(Frozen(), replace(config_of("frozen"), strategy="ddp"), Group(), locate(str(tmp_path), "run"), cut)
+    found, expected = weights_in(tmp_path / "run"), weights_in(runs / "frozen-1")
+    assert all(torch.allclose(found[name], value, atol=1e-4) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_resumed_run_has_the_same_bits_with_as_many_ranks(runs: Path, world_size: int) -> None:
+    pairs = [(f"from {world_size} to {world_size}", f"frozen-{world_size}")]
+    for resumed, whole in [*pairs, (f"resumed varying-{world_size}", f"varying-{world_size}")]:
+        found, expected = weights_in(runs / resumed), weights_in(runs / whole)
+        assert all(torch.equal(found[name], value) for name, value in expected.items()), resumed
+
+
+def test_each_rank_writes_its_rows_as_torch_chunk_divides_them(runs: Path) -> None:
+    folder, key = runs / "plain-3" / END, "blocks.0.layer.weight"
+    whole = weights_in(runs / "plain-3")
+    parts = [load_file(folder / f"model-{number:05d}-of-00003.safetensors") for number in (1, 2, 3)]
+    for part, rows in zip(parts, whole[key].chunk(3), strict=True):
+        assert torch.equal(part[key], rows)
+    assert ["blocks.0.scale" in part for part in parts] == [True, False, False]
+
+
+@pytest.mark.parametrize("damage", ["missing", "of another run", "changed"])
+def test_a_checkpoint_with_a_damaged_part_is_damaged(runs: Path, tmp_path: Path, damage: str) -> None:
+    for path in (runs / "plain-3" / END).iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    part = tmp_path / "training-00003-of-00003.safetensors"
+    content = part.read_bytes()
+    part.unlink()
+    if damage == "of another run":
+        part.write_bytes((runs / "masked-3" / END / part.name).read_bytes())
+    if damage == "changed":
+        part.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    state = engine.create_state(Words(), replace(CONFIG, strategy="ddp"), 141, Group())
+    with pytest.raises(checkpoint.DamagedCheckpointError, match=r"training-00003-of-00003\.safetensors: "):
+        checkpoint.restore(folder_at(tmp_path), state)
+
+
+# --- one process ---
+
+
+def test_recomputed_activations_change_no_bit(tmp_path: Path) -> None:
+    for recompute in (False, True):
+        config = replace(CONFIG, recompute_activations=recompute, ema_decay=0.8)
+        trained(Varying(), config, Group(), locate(str(tmp_path), f"{recompute}"))
+    found, expected = (weights_in(tmp_path / name) for name in ("True", "False"))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_recomputation_repeats_the_forward_pass_of_each_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Block] = []
+    forward = Block.forward
+
+    def noted(block: Block, hidden: Tensor) -> Tensor:
+        calls.append(block)
+        return forward(block, hidden)
+
+    monkeypatch.setattr(Block, "forward", noted)
+    counts = []
+    for recompute in (False, True):
+        calls.clear()
+        trained(Words(), replace(CONFIG, recompute_activations=recompute), Group(), locate(str(tmp_path), "run"))
+        counts.append(len(calls))
+    assert counts == [3 * 12, 6 * 12]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [(Words, ""), (Frozen, ""), (Masked, "buffer mask is not persistent"), (Varying, "")],
+)
+def test_a_model_is_created_without_memory_if_its_state_is_all_that_it_has(kind: type[Words], reason: str) -> None:
+    model, found = sharding.on_meta(kind())
+    assert found == reason
+    assert (model is None) == bool(reason)
+    assert model is None or all(parameter.is_meta for parameter in model.parameters())
+
+
+def other(create: Callable[[], nn.Module]) -> Words:
+    class Other(Words):
+        def create_model(self) -> nn.Module:
+            return create()
+
+    return Other()
+
+
+class Item(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = torch.ones(1).item()
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks = [torch.ones(2)]
+
+
+@pytest.mark.parametrize(
+    ("create", "reason"),
+    [(Item, "Tensor.item()"), (Plain, "Plain has a tensor that is neither a parameter nor a buffer")],
+)
+def test_a_model_that_must_be_created_whole_says_why(create: Callable[[], nn.Module], reason: str) -> None:
+    model, found = sharding.on_meta(other(create))
+    assert model is None
+    assert reason in found
+
+
+def shared() -> nn.Module:
+    model = Stack()
+    model.blocks[1].layer = model.blocks[0].layer
+    return model
+
+
+def tied() -> nn.Module:
+    model = Stack()
+    block = nn.Sequential(nn.Linear(WIDTH, NUM_WORDS))
+    block.weight = model.words.weight
+    model.blocks.append(block)
+    return model
+
+
+def twice() -> nn.Module:
+    model = Stack()
+    model.blocks = nn.ModuleList([model.blocks[0]] * 2)
+    return model
+
+
+class Repeats(Stack):
+    def forward(self, words: Tensor) -> Tensor:
+        return super().forward(words) + 0 * self.blocks[0](self.words(words).mean(1)).sum()
+
+
+class Grows(Stack):
+    def forward(self, words: Tensor) -> Tensor:
+        outputs = super().forward(words)
+        self.blocks[0].scale = nn.Parameter(torch.ones(2))
+        return outputs
+
+
+@pytest.mark.parametrize(
+    ("create", "num_workers", "message"),
+    [
+        (lambda: nn.Linear(2, 2), 2, r"has no units for --strategy fsdp.*; put its blocks into an nn\.ModuleList"),
+        (twice, 2, r"blocks\.0 is in two units"),
+        (shared, 2, r"blocks\.0\.layer is in two units"),
+        (tied, 2, r"parameter words\.weight is tied across units"),
+        (Repeats, 2, r"unit blocks\.0 runs 2 times in a forward pass"),
+        (Grows, 2, r"changes the shape of parameter blocks\.0\.scale"),
+        (Stack, 12, r"no tensor has rows for 12 workers; lower --num-workers"),
+    ],
+)
+def test_what_cannot_be_sharded_is_one_line(create: Callable[[], nn.Module], num_workers: int, message: str) -> None:
+    workload = other(create)
+    model = workload.create_model()
+    with (
+        pytest.raises(UsageError, match=message) as raised,
+        sharding.units_checked(workload, model, CONFIG, num_workers),
+    ):
+        model(torch.zeros(2, 5, dtype=torch.long))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_worker_holds_its_part_of_weights_gradients_and_optimizer(tmp_path: Path) -> None:
+    model = Stack()
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    assert sharding.held_bytes(model, Words(), CONFIG, 4) == size * 4 // 4
+    assert sharding.held_bytes(model, Words(), replace(CONFIG, strategy="ddp"), 4) == size * 4
+    assert sharding.held_bytes(model, Words(), replace(CONFIG, ema_decay=0.9, optimizer="sgd"), 1) == size * 4
+    frozen = Frozen().create_model()
+    trained_size = sum(parameter.nbytes for parameter in frozen.parameters() if parameter.requires_grad)
+    assert sharding.held_bytes(frozen, Frozen(), CONFIG, 1) == size + 3 * trained_size
