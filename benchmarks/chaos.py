@@ -176,7 +176,7 @@ def take_storage_away(storage: Path, seconds: float) -> None:
 def weights(run: Path) -> str:
     """Return the SHA-256 of a run's last weights."""
     last = max(run.glob("checkpoint_epoch*"))
-    return hashlib.sha256((last / "model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(last.glob("model*")))).hexdigest()
 
 
 def steps_repeated(lines: list[str]) -> int:
@@ -273,9 +273,10 @@ def main() -> None:
     parser.add_argument("--runs", type=int, help="runs of each kind (default: as in the table of docs/failures.md)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--blocks", action="store_true", help="train on data that are read in blocks")
+    parser.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp", help="passed to the job")
     parser.add_argument("--fork-workers", choices=["auto", "no"], default="auto", help="passed to the job")
     arguments = parser.parse_args()
-    FLAGS.extend(["--fork-workers", arguments.fork_workers])
+    FLAGS.extend(["--fork-workers", arguments.fork_workers, "--strategy", arguments.strategy])
     os.environ["RAY_AUTH_MODE"] = "disabled"  # Cluster, unlike `ray start`, does not set up a token
     rng = random.Random(arguments.seed)
     outcomes: list[Outcome] = []

@@ -20,9 +20,9 @@ from mnist_ray.run.find import Found
 from mnist_ray.settings import flag
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder
 from mnist_ray.training import engine
-from mnist_ray.training.checkpoint import load_model
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.training.sampler import split_bounds
+from mnist_ray.training.saved_model import load_model
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.loading import data_of, placed

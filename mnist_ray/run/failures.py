@@ -52,7 +52,13 @@ def code_failures_placed(*folders: Path) -> Iterator[None]:
         if may_pass(error) or (is_of_ray and not isinstance(error, Exception)):
             raise
         kind = UnreadableDataError if isinstance(error, ExampleError) else TrainingStoppedError
-        raise kind(with_place(error, *folders)) from sendable(error)
+        raise kind(with_place(error, *folders) + _about_sharding(error)) from sendable(error)
+
+
+def _about_sharding(error: BaseException) -> str:
+    """Return advice if code cannot compute with parts of tensors."""
+    is_about_parts = re.search("DTensor|sharding strategy", str(error))
+    return "; with --strategy fsdp, use each tensor's to_local(), or another optimizer" if is_about_parts else ""
 
 
 class FailureCallback(UserCallback):

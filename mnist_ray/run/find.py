@@ -25,12 +25,10 @@ from mnist_ray.storage import (
 from mnist_ray.training.checkpoint import (
     STATE_FILE,
     DamagedCheckpointError,
-    load_fitting,
-    load_model,
     read_state,
-    read_weights,
 )
 from mnist_ray.training.metrics import CheckpointMetrics
+from mnist_ray.training.saved_model import load_fitting, load_model, read_weights
 from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 

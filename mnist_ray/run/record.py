@@ -24,8 +24,9 @@ from mnist_ray.settings import json_lines
 from mnist_ray.signals import first_only_noted, if_ended
 from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE
 from mnist_ray.trackers import Ending, start
-from mnist_ray.training.checkpoint import read_state, weights_digest
+from mnist_ray.training.checkpoint import read_state
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started
+from mnist_ray.training.saved_model import weights_digest
 from mnist_ray.workload.loading import digests_of
 
 _LEARNED = 0.1  # examples count as learned if the loss falls to this part of the first loss

@@ -24,7 +24,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.run.failures import OldCheckpointError, code_failures_placed
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import CONFIG_FILE, checkpoint_name, position_of, with_retries
-from mnist_ray.training.checkpoint import Restored, Snapshot, Written
+from mnist_ray.training.checkpoint import Restored, Snapshot
 from mnist_ray.training.events import Event, NodeLeaving, Note, Progress
 from mnist_ray.training.metrics import CheckpointMetrics, TrainingDivergedError
 from mnist_ray.training.sharding import is_wanted
@@ -197,15 +197,7 @@ class TrainReporter(Reporter):
     def _write(self, snapshot: Snapshot, name: str, start: float) -> None:
         """Write this rank's part of a checkpoint; on rank 0, raise the error of any rank."""
         try:
-            snapshot.write(self._job.run.inside(name), self._gathered)
+            snapshot.write(self._job.run.inside(name), self._writers)
             self._saving_s = time.monotonic() - start
         finally:
             self._uploaded.set()
-
-    def _gathered(self, written: Written) -> list[Written]:
-        """Return, on rank 0, what all ranks that write a checkpoint have written."""
-        if self._writers is None:
-            return [written]
-        of_ranks: list[Any] | None = [None] * self._group.world_size if self._is_first else None
-        dist.gather_object(written, of_ranks, group=self._writers)
-        return of_ranks or []

@@ -29,6 +29,7 @@ from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, StoppedEarly, Validated
 from mnist_ray.training.metrics import CheckpointMetrics, Validation, score
 from mnist_ray.training.reproducible import check_arithmetic
+from mnist_ray.training.saved_model import load_fitting, read_weights
 from mnist_ray.training.state import Group, StopWantedError, TrainingState, best_epoch, is_over
 from mnist_ray.workload import user_code
 from mnist_ray.workload.data import Split
@@ -95,7 +96,7 @@ def train_worker(
 def _load_initial(job: Job, model: nn.Module) -> None:
     """Load the weights of ``--init-from``, if there are any, into a new model."""
     if job.initial is not None:
-        checkpoints.load_fitting(model, checkpoints.read_weights(job.initial.inside(INITIAL_FILE)))
+        load_fitting(model, read_weights(job.initial.inside(INITIAL_FILE)))
 
 
 def _opened(split: RemoteSplit | Split) -> Split:

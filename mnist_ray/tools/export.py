@@ -1,4 +1,4 @@
-"""Writes a trained model as a program of ``torch.export``: ``jobs/export.py`` after flag parsing."""
+"""Writes a trained model as a program of ``torch.export``, and its weights: ``jobs/export.py`` after flag parsing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
@@ -33,7 +34,9 @@ _BATCH_SIZES = (16, 2, 2, 2, 2)  # several show which sizes vary, such as the le
 
 
 def export(found: Found, config: ExportConfig) -> Path:
-    """Write a checkpoint's model as a program, after comparing the outputs of both; return the file's path.
+    """Write a checkpoint's model as a program, after comparing the outputs of both; return the program's path.
+
+    Beside it, write the weights, in a file of the same name that ends in ``.safetensors``.
 
     Raises UsageError, also if PyTorch cannot export the model, and JobError.
     """
@@ -54,10 +57,13 @@ def export(found: Found, config: ExportConfig) -> Path:
     if not difference <= _TOLERANCE:  # also true for NaN
         raise JobError(f"the program and the checkpoint do not agree: outputs differ by at most {difference:.1e}")
     write_file(path, content.getvalue())
+    weights = path.with_suffix(".safetensors")
+    write_file(weights, save({name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}))
     for note in found.notes:
         say(f"note       {note}")
     say(f"checkpoint {found.checkpoint.path}")
     say(f"program    {path}: {_described(workload.nouns, examples)} to {_described('outputs', outputs)}")
+    say(f"weights    {weights}")
     say(f"checked    on {number:,} test {workload.nouns}: outputs differ by at most {difference:.1e}")
     return path
 

@@ -1,9 +1,10 @@
 """Checkpoints: a folder with tensors as safetensors, the rest of the training's state, and JSON that describes both.
 
-model.safetensors     the model's weights; with --ema-decay, their EMA
-training.safetensors  the optimizer's tensors; with --ema-decay, the trained weights
-training.pt           the rest of the state: position, sums, scores, optimizer, schedule, loss scale, callbacks
-state.json            format, position, metrics, config, workload, versions; SHA-256 of the other files and of itself
+model.safetensors      the model's weights; with --ema-decay, their EMA
+trained.safetensors    with --ema-decay, the trained weights
+optimizer.safetensors  the optimizer's tensors
+training.pt            the rest of the state: position, sums, scores, optimizer, schedule, loss scale, callbacks
+state.json             format, position, metrics, config, workload, versions; SHA-256 of the other files and of itself
 
 With ``--strategy fsdp``, each worker writes its rows of the tensors into files of its own, such as
 ``model-00001-of-00004.safetensors``; any number of workers can read them. Loading runs no code: ``training.pt`` is read
@@ -19,14 +20,12 @@ import functools
 import hashlib
 import io
 import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load
 from torch import Tensor, nn
 
 from mnist_ray.errors import JobError, TrainingStoppedError, UsageError, first_line
@@ -44,12 +43,10 @@ from mnist_ray.training.tensor_files import (
     files_of,
     is_sharded,
 )
-from mnist_ray.workload.base import Workload
-from mnist_ray.workload.loading import placed
 from mnist_ray.workload.tensors import map_tensors
 
 STATE_FILE, TRAINING_FILE = "state.json", "training.pt"
-MODEL, TRAINING = "model", "training"  # the files of tensors
+MODEL, TRAINED, OPTIMIZER = "model", "trained", "optimizer"  # kinds of tensors, each in files of its own
 FORMAT = 2
 _COUNTERS = ("epoch", "step", "epoch_s", "finished_s", "scores", "ends")  # fields of a TrainingState, stored unchanged
 
@@ -84,10 +81,10 @@ class Snapshot:
     training: dict[str, Any] | None  # the content of training.pt; rank 0 has it
     document: dict[str, Any]  # the content of state.json, without the digests
 
-    def write(self, folder: RunFolder, gather: Callable[[Written], list[Written]] = lambda written: [written]) -> None:
+    def write(self, folder: RunFolder, writers: dist.ProcessGroup | None = None) -> None:
         """Write this rank's files; on rank 0, write state.json last: a folder without it is no checkpoint.
 
-        ``gather`` returns, on rank 0, what all ranks have written. Raises STORAGE_ERRORS there.
+        ``writers``: the group of all ranks, if the state is sharded. On rank 0, raises STORAGE_ERRORS of any rank.
         """
         written: Written
         try:
@@ -96,7 +93,7 @@ class Snapshot:
             written = error
         digests: dict[str, str] = {}
         try:
-            for of_rank in gather(written):
+            for of_rank in _gathered(written, writers):
                 if isinstance(of_rank, Exception):
                     raise of_rank
                 digests |= of_rank
@@ -112,14 +109,24 @@ class Snapshot:
     def _write_part(self, folder: RunFolder) -> dict[str, str]:
         digests = {}
         for name, tensors in self.tensors.items():
-            content, digests[name] = content_of(tensors)
-            folder.write_files({name: content})
+            if tensors:
+                content, digests[name] = content_of(tensors)
+                folder.write_files({name: content})
         if self.training is not None:
             saved = io.BytesIO()
             torch.save(self.training, saved)
             folder.write_files({TRAINING_FILE: [saved.getbuffer()]})
             digests[TRAINING_FILE] = hashlib.sha256(saved.getbuffer()).hexdigest()
         return digests
+
+
+def _gathered(written: Written, writers: dist.ProcessGroup | None) -> list[Written]:
+    """Return, on rank 0, what all ranks have written."""
+    if writers is None:
+        return [written]
+    of_ranks: list[Any] | None = [None] * writers.size() if writers.rank() == 0 else None
+    dist.gather_object(written, of_ranks, group=writers)
+    return of_ranks or []
 
 
 def snapshot(
@@ -133,11 +140,8 @@ def snapshot(
     rank, num_parts = (group.rank, group.world_size) if group and state.is_sharded else (0, 1)
     tensors, optimizer = _apart(state.optimizer.state_dict())
     trained = {} if state.average is None else state.model.state_dict()
-    tensors |= {f"trained.{name}": tensor for name, tensor in trained.items()}
-    of_files = {
-        file_name(MODEL, rank, num_parts): _own_rows(state.result.state_dict(), rank),
-        file_name(TRAINING, rank, num_parts): _own_rows(tensors, rank),
-    }
+    of_kinds = {MODEL: state.result.state_dict(), TRAINED: trained, OPTIMIZER: tensors}
+    own = {file_name(kind, rank, num_parts): _own_rows(tensors, rank) for kind, tensors in of_kinds.items()}
     training = {
         **{name: getattr(state, name) for name in _COUNTERS},
         "sums": dataclasses.asdict(state.sums),
@@ -147,7 +151,7 @@ def snapshot(
         "callbacks": [state_of(callback) for callback in callbacks],
     }
     document = copy.deepcopy({"format": FORMAT, "epoch": state.epoch, "step": state.step, **about})
-    return Snapshot(of_files, map_tensors(_copied, training) if rank == 0 else None, document)
+    return Snapshot(own, map_tensors(_copied, training) if rank == 0 else None, document)
 
 
 def _apart(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -156,7 +160,7 @@ def _apart(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]
     others: dict[Any, dict[str, Any]] = {}
     for number, values in optimizer["state"].items():
         large = {key: value for key, value in values.items() if isinstance(value, Tensor) and value.dim() > 0}
-        tensors |= {f"optimizer.{number}.{key}": value for key, value in large.items()}
+        tensors |= {f"{number}.{key}": value for key, value in large.items()}
         others[number] = {key: value for key, value in values.items() if key not in large}
     return tensors, {**optimizer, "state": others}
 
@@ -181,54 +185,11 @@ def digest_of(document: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
-def weights_digest(document: dict[str, Any]) -> str:
-    """Return the digest of a checkpoint's weights from its state.json, for one number of files."""
-    digests = [document["sha256"][name] for name in files_of(document["sha256"], MODEL)]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def load_model(folder: RunFolder, workload: Workload) -> nn.Module:
-    """Return a checkpoint's model, in evaluation mode.
-
-    Raises UsageError if there is no checkpoint, JobError if it is damaged, does not fit the model, or cannot be read.
-    """
-    document = read_state(folder)
-    with placed(workload, "create_model"):
-        model = workload.create_model()
-    with _reading(folder):
-        weights = _read_all(_files(folder, document, MODEL))
-    _load_weights(model, weights, folder)
-    return model.eval()
-
-
-def read_weights(place: RunFolder) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint, or those in a file, whose code is not run. Raises UsageError and JobError."""
-    if place.exists(STATE_FILE):
-        with _reading(place):
-            return _read_all(_files(place, read_state(place), MODEL))
-    content = _read(place.storage, place.name) or b""
-    try:
-        with warnings.catch_warnings():  # torch warns of strange files
-            warnings.simplefilter("ignore")
-            weights = load(content) if place.name.endswith(".safetensors") else _unpickled(content)
-            return {name: Rows.of(tensor).copied().values for name, tensor in weights.items()}  # tied ones apart
-    except Exception as error:  # torch's own message would advise to run the code
-        remedy = "write .safetensors, or torch.save(model.state_dict(), 'FILE.pt')"
-        raise UsageError(f"{place.uri} has no weights that can be read: {remedy}") from error
-
-
-def load_fitting(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
-    """Load the weights that fit a model by name and shape; return the names of those that the model does not get."""
-    own = model.state_dict()
-    lacking = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
-    model.load_state_dict({name: weights[name] for name in own.keys() - lacking}, strict=False)
-    return lacking
-
-
 def restore(folder: RunFolder, state: TrainingState, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
     """Load a checkpoint into a newly created ``state``; return its state.json.
 
-    Raises like ``load_model``. A damaged checkpoint leaves ``state`` intact; OtherModelError may leave it half loaded.
+    Raises UsageError if there is no checkpoint, JobError if it is damaged or cannot be read; both leave ``state``
+    intact. OtherModelError, if the checkpoint does not fit, may leave it half loaded.
     """
     saved = _read_saved(folder, state)
     saved.load_into(state, callbacks, folder)
@@ -241,24 +202,22 @@ class _Saved:
 
     document: dict[str, Any]
     weights: dict[str, Tensor]
-    tensors: dict[str, Tensor]  # of the optimizer and, with --ema-decay, the trained weights
+    trained: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
     training: dict[str, Any]
 
     def load_into(self, state: TrainingState, callbacks: Sequence[Callback], folder: RunFolder) -> None:
         """Put everything into a newly created ``state``. Raises OtherModelError."""
-        training, trained = self.training, dict[str, Tensor]()
-        for name, tensor in self.tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "trained":
-                trained[rest] = tensor
-        _load_weights(state.result, self.weights, folder)
+        training, optimizer = self.training, self.training["optimizer"]
+        of_numbers = {str(number): values for number, values in optimizer["state"].items()}
+        for name, tensor in self.optimizer.items():
+            number, _, key = name.partition(".")
+            of_numbers[number][key] = tensor
+        load_weights(state.result, self.weights, folder)
         try:
             if state.average is not None:
-                state.model.load_state_dict(trained)
-            for number, values in training["optimizer"]["state"].items():
-                start = f"optimizer.{number}."
-                values |= {name[len(start) :]: self.tensors[name] for name in self.tensors if name.startswith(start)}
-            state.optimizer.load_state_dict(training["optimizer"])
+                state.model.load_state_dict(self.trained)
+            state.optimizer.load_state_dict(optimizer)
             state.scheduler.load_state_dict(training["scheduler"])
             state.scaler.load_state_dict(training["scaler"])
             for callback, values in zip(callbacks, training["callbacks"], strict=False):
@@ -274,20 +233,20 @@ class _Saved:
 
 
 def _read_saved(folder: RunFolder, state: TrainingState) -> _Saved:
-    """Read what this rank needs of a checkpoint. Raises like ``load_model``."""
+    """Read what this rank needs of a checkpoint. Raises like ``restore``."""
     document = read_state(folder)
-    own = {f"trained.{name}": tensor for name, tensor in state.model.state_dict().items()}
-    parameters = (parameter for group in state.optimizer.param_groups for parameter in group["params"])
+    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     of_numbers = {str(number): parameter for number, parameter in enumerate(parameters)}
-    with _reading(folder):
-        weights = _read_all(_files(folder, document, MODEL), state.result.state_dict())
-        files = _files(folder, document, TRAINING)
-        for name in files:  # the optimizer's tensors have the form of its parameters
-            kind, number, *_ = name.split(".")
-            if kind == "optimizer" and number in of_numbers:
-                own[name] = of_numbers[number]
-        tensors = _read_all(files, own)
-    return _Saved(document, weights, tensors, _decoded(folder, TRAINING_FILE, document, _unpickled))
+    with reading(folder):
+        optimizer = tensors_of(folder, document, OPTIMIZER)
+        own = {name: of_numbers[number] for name in optimizer if (number := name.split(".")[0]) in of_numbers}
+        return _Saved(
+            document,
+            weights=tensors_of(folder, document, MODEL).read_all(state.result.state_dict()),
+            trained=tensors_of(folder, document, TRAINED).read_all(state.model.state_dict()),
+            optimizer=optimizer.read_all(own),  # in the form of its parameters
+            training=_decoded(folder, TRAINING_FILE, document, unpickled),
+        )
 
 
 def restore_newest(
@@ -318,8 +277,8 @@ def restore_newest(
 
 
 def read_state(folder: RunFolder) -> dict[str, Any]:
-    """Return the content of a checkpoint's state.json. Raises like ``load_model``."""
-    content = _read(folder, STATE_FILE)
+    """Return the content of a checkpoint's state.json. Raises UsageError and JobError."""
+    content = read_file(folder, STATE_FILE)
     if content is None:
         raise UsageError(f"{folder.uri} is not a checkpoint: it has no {STATE_FILE}")
     try:
@@ -333,24 +292,20 @@ def read_state(folder: RunFolder) -> dict[str, Any]:
     return document
 
 
-def _read(folder: RunFolder, name: str) -> bytes | None:
+def read_file(folder: RunFolder, name: str) -> bytes | None:
+    """Return a file's content, or None if it does not exist. Raises JobError."""
     with in_one_line(f"cannot read the checkpoint {folder.uri}"):
         return with_retries(functools.partial(folder.read_bytes, name))
 
 
-def _files(folder: RunFolder, document: dict[str, Any], kind: str) -> TensorFiles:
-    """Return the tensors of a kind, MODEL or TRAINING, whose headers are read."""
+def tensors_of(folder: RunFolder, document: dict[str, Any], kind: str) -> TensorFiles:
+    """Return the tensors of a kind, such as MODEL, whose files' headers are read. Call it while ``reading``."""
     digests = document["sha256"]
     return TensorFiles(folder, {name: digests[name] for name in files_of(digests, kind)})
 
 
-def _read_all(files: TensorFiles, own: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Return all tensors, in the form of ``own`` tensors with the same name and shape."""
-    return {name: files.read(name, (own or {}).get(name)) for name in files}
-
-
 @contextlib.contextmanager
-def _reading(folder: RunFolder) -> Iterator[None]:
+def reading(folder: RunFolder) -> Iterator[None]:
     """Raise what goes wrong in reading tensors as a DamagedCheckpointError or, if the storage fails, a JobError."""
     try:
         with in_one_line(f"cannot read the checkpoint {folder.uri}"):
@@ -361,7 +316,7 @@ def _reading(folder: RunFolder) -> Iterator[None]:
 
 def _decoded(folder: RunFolder, name: str, document: dict[str, Any], decode: Callable[[bytes], Any]) -> Any:
     """Return the decoded content of a checkpoint's file. Raises DamagedCheckpointError if it is damaged."""
-    content = _read(folder, name)
+    content = read_file(folder, name)
     if content is None or hashlib.sha256(content).hexdigest() != document["sha256"].get(name):
         raise _damaged(folder, f"{name}: it is missing" if content is None else f"{name}: its digest is wrong")
     try:
@@ -376,11 +331,13 @@ def _damaged(folder: RunFolder, reason: str) -> DamagedCheckpointError:
     return DamagedCheckpointError(f"checkpoint {folder.uri} is damaged: {reason}; use another one")
 
 
-def _unpickled(content: bytes) -> Any:
+def unpickled(content: bytes) -> Any:
+    """Return what ``torch.save`` has written, without running code."""
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def _load_weights(model: nn.Module, weights: dict[str, Tensor], folder: RunFolder) -> None:
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], folder: RunFolder) -> None:
+    """Load weights into a model. Raises OtherModelError."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

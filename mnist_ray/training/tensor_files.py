@@ -186,6 +186,11 @@ class TensorFiles:
         return iter(self._tensors)
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the whole tensors."""
+        return {name: shape for name, (shape, _) in self._tensors.items()}
+
+    @property
     def num_bytes(self) -> int:
         """The size of all tensors."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._tensors.values())
@@ -209,6 +214,10 @@ class TensorFiles:
         return DTensor.from_local(
             values, place.device_mesh, place.placements, run_check=False, shape=own.shape, stride=own.stride()
         )
+
+    def read_all(self, own: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return all tensors, each like the one of ``own`` with the same name. Raises like ``read``."""
+        return {name: self.read(name, (own or {}).get(name)) for name in self}
 
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
         shape, dtype = self._tensors[name]

@@ -252,7 +252,7 @@ def test_blocks_are_tried_in_the_smallest_part_of_a_batch_that_is_computed_at_a_
     given = {"workload": InBlocks, "storage_path": str(tmp_path), "num_workers": 0, "reproducible": reproducible}
     job = read_job(given)
     with connected(Start(Clock(), job.workers, "math", None), job, load_splits(job), Mock()):
-        assert tried.call_args.args[-1] == part
+        assert tried.call_args.args[-2] == part
 
 
 @pytest.mark.parametrize(("schedule", "noted"), [("one-cycle", 1), ("cosine", 1), ("linear", 1), ("constant", 0)])

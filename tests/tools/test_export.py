@@ -162,7 +162,7 @@ def test_a_model_that_fails_on_zeros_is_exported_with_examples_of_the_test_set(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     export.export(found_of(tmp_path, "Last"), ExportConfig(output=str(tmp_path / "last.pt2")))
-    line, checked = capsys.readouterr().out.splitlines()[1:]
+    line, _, checked = capsys.readouterr().out.splitlines()[1:]
     assert "pairs['words'] (N, 9) int64, pairs['lengths'] (N) int64, pairs['joined'] (any) int64 to" in line
     assert checked.startswith("checked    on 40 test pairs: ")
 

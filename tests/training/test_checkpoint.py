@@ -17,7 +17,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, TrainingStoppedError, UsageError
 from mnist_ray.mnist import MNIST
 from mnist_ray.storage import RunFolder
-from mnist_ray.training import checkpoint, engine, gradients
+from mnist_ray.training import checkpoint, engine, gradients, saved_model
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.checkpoint import DamagedCheckpointError, OtherModelError
 from mnist_ray.training.events import Progress
@@ -136,7 +136,7 @@ def test_an_ema_a_callback_scores_momentum_and_a_warm_up_resume_bit_identical(
         whole, resumed = (tmp_path / name / "2-0" for name in ("whole", "resumed"))
         assert bits_of(resumed) == bits_of(whole)
         assert state.scores == [1.0, 0.5]
-    averaged = checkpoint.load_model(folder_at(whole), mnist()).state_dict()
+    averaged = saved_model.load_model(folder_at(whole), mnist()).state_dict()
     assert any(not torch.equal(averaged[name], value) for name, value in state.model.state_dict().items())
     assert all(torch.equal(averaged[name], value) for name, value in state.result.state_dict().items())
 
@@ -161,10 +161,10 @@ def test_a_checkpoint_has_a_state_file(saved: Path, tmp_path: Path) -> None:
     state = checkpoint.read_state(folder_at(saved / "1-0"))
     assert (state["epoch"], state["step"], state["note"]) == (1, 0, "hello")
     with pytest.raises(UsageError, match=r"is not a checkpoint: it has no state\.json"):
-        checkpoint.load_model(folder_at(tmp_path), mnist())
+        saved_model.load_model(folder_at(tmp_path), mnist())
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "training.pt", "state.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "training.pt", "state.json"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "empty"])
 def test_a_damaged_checkpoint_is_refused(saved: Path, tmp_path: Path, name: str, damage: str) -> None:
     folder = shutil.copytree(saved / "1-0", tmp_path / "copy")
@@ -203,14 +203,14 @@ def changed(folder: Path, changes: dict[str, Any], *, is_signed: bool = False) -
 def test_a_changed_state_file_is_damaged(saved: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     folder = changed(shutil.copytree(saved / "1-14", tmp_path / "copy"), changes)
     with pytest.raises(DamagedCheckpointError, match=r"is damaged: state\.json: ") as raised:
-        checkpoint.load_model(folder_at(folder), mnist())
+        saved_model.load_model(folder_at(folder), mnist())
     assert "\n" not in str(raised.value)
 
 
 def test_a_checkpoint_of_another_version_is_refused_by_its_format(saved: Path, tmp_path: Path) -> None:
     folder = changed(shutil.copytree(saved / "1-0", tmp_path / "copy"), {"format": 99}, is_signed=True)
     with pytest.raises(UsageError, match=r"has format 99; this version reads 2$"):
-        checkpoint.load_model(folder_at(folder), mnist())
+        saved_model.load_model(folder_at(folder), mnist())
 
 
 def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_no_part(
@@ -240,7 +240,7 @@ def test_a_checkpoint_of_another_model_is_refused_but_not_damaged(
     with pytest.raises(OtherModelError, match=r"_step-000000 does not fit the model: .*conv1\.weight"):
         checkpoint.restore_newest(run, state)
     with pytest.raises(OtherModelError, match=r"1-0 does not fit the model: .*conv1\.weight") as raised:
-        checkpoint.load_model(folder_at(saved / "1-0"), mnist())
+        saved_model.load_model(folder_at(saved / "1-0"), mnist())
     assert "\n" not in str(raised.value)
 
 
@@ -254,7 +254,7 @@ class Marker:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "training.pt"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "training.pt"])
 @pytest.mark.parametrize("format_of", ["pickle", "torch"])
 def test_a_pickle_in_place_of_a_file_is_refused_and_not_run(
     saved: Path, tmp_path: Path, name: str, format_of: str

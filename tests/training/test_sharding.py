@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError
 from mnist_ray.storage import RunFolder, checkpoint_name, locate
-from mnist_ray.training import checkpoint, engine, sharding
-from mnist_ray.training.checkpoint import Written
+from mnist_ray.training import checkpoint, engine, saved_model, sharding
 from mnist_ray.training.events import Progress
 from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.training.state import Group, TrainingState
@@ -134,18 +133,11 @@ def trained(
     """Train, with a checkpoint in the middle and at the end; return the state and the loss of each step."""
     losses: list[float] = []
 
-    def gather(written: Written) -> list[Written]:
-        of_ranks: list[Any] | None = [None] * group.world_size if group.rank == 0 else None
-        if group.world_size == 1:
-            return [written]
-        dist.gather_object(written, of_ranks)
-        return of_ranks or []
-
     def save(state: TrainingState, progress: Progress) -> None:
         about: dict[str, Any] = {"workload": {}, "metrics": {}}
         taken = checkpoint.snapshot(state, about, group=group)
         if (name := checkpoint_name(state.epoch, state.step)) in (MIDDLE, END):
-            taken.write(run.inside(name), gather)
+            taken.write(run.inside(name), dist.group.WORLD if state.is_sharded else None)
 
     split = Split(few_words(config))
     state = engine.create_state(workload, config, len(split), group)
@@ -181,7 +173,7 @@ def train_cases(rank: int, folder: Path) -> None:
             state, losses[case] = trained(kind(), config_of(case), group, run)
             split = Split(few_words(replace(CONFIG, batch_size=50)))  # of three batches for an evaluation
             together = engine.evaluate_together(kind(), state.result, split, group)
-            alone = engine.evaluate(kind(), checkpoint.load_model(run.inside(END), kind()), split)
+            alone = engine.evaluate(kind(), saved_model.load_model(run.inside(END), kind()), split)
             assert together.batch_sums == alone.batch_sums, case
         for before in range(1, world_size + 1):
             cut = only_middle(locate(storage, f"frozen-{before}"), group)
@@ -276,7 +268,7 @@ def train_plainly(case: str) -> tuple[list[float], dict[str, Tensor]]:
 
 
 def weights_in(run: Path) -> dict[str, Tensor]:
-    return checkpoint.read_weights(folder_at(run / END))
+    return saved_model.read_weights(folder_at(run / END))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -327,7 +319,7 @@ def test_each_rank_writes_its_rows_as_torch_chunk_divides_them(runs: Path) -> No
 def test_a_checkpoint_with_a_damaged_part_is_damaged(runs: Path, tmp_path: Path, damage: str) -> None:
     for path in (runs / "plain-3" / END).iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    part = tmp_path / "training-00003-of-00003.safetensors"
+    part = tmp_path / "optimizer-00003-of-00003.safetensors"
     content = part.read_bytes()
     part.unlink()
     if damage == "of another run":
@@ -335,7 +327,7 @@ def test_a_checkpoint_with_a_damaged_part_is_damaged(runs: Path, tmp_path: Path,
     if damage == "changed":
         part.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     state = engine.create_state(Words(), replace(CONFIG, strategy="ddp"), 141, Group())
-    with pytest.raises(checkpoint.DamagedCheckpointError, match=r"training-00003-of-00003\.safetensors: "):
+    with pytest.raises(checkpoint.DamagedCheckpointError, match=r"optimizer-00003-of-00003\.safetensors: "):
         checkpoint.restore(folder_at(tmp_path), state)
 
 

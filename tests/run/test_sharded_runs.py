@@ -1,0 +1,91 @@
+"""Runs whose model is sharded over two workers (``--strategy fsdp``)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mnist_ray.errors import JobError, UsageError
+from mnist_ray.training.saved_model import read_weights
+from tests.conftest import Flags, callback_at, folder_at, run_main
+
+CUSTOM = """\
+import torch
+from mnist_ray.mnist import MNIST
+
+class Sign(torch.optim.Optimizer):
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data -= 0.001 * torch.ones(parameter.shape) * parameter.grad.sign()
+
+class Custom(MNIST):
+    def create_optimizer(self, model, config):
+        return Sign(model.parameters(), {"lr": 0.1})
+"""
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return read_weights(folder_at(run / json.loads((run / "result.json").read_text())["checkpoint"]))
+
+
+@pytest.mark.usefixtures("ray_address")
+def test_a_sharded_run_is_trained_stopped_resumed_tested_and_exported(
+    quick: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {"num_workers": 2, "strategy": "fsdp", "ema_decay": 0.9, "clip_grad_norm": 1.0}
+    stops = callback_at(tmp_path / "stops.py", "wants_stop(self)", "return not os.path.exists(__file__ + '.go')")
+    with pytest.raises(JobError, match="a callback has stopped the training"):
+        run_main("train", *quick(**flags, callback=stops))
+    (tmp_path / "stops.py.go").touch()
+    said = capsys.readouterr().out
+    assert (
+        "sharding   5 units of up to 0.1 MiB; each worker holds 0.5 MiB of weights, gradients and optimizer state, "
+        in said
+    )
+    run_main("train", "--resume", "--storage-path", str(tmp_path), "--run-name", "run", "--callback", str(stops))
+    said = capsys.readouterr().out
+    assert "continuing in epoch 1 after step " in said
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    names = {path.name for path in (tmp_path / "run" / result["checkpoint"]).iterdir()}
+    parts = {f"{kind}-0000{n}-of-00002.safetensors" for kind in ("model", "trained", "optimizer") for n in (1, 2)}
+    assert names == {*parts, "training.pt", "state.json"}
+
+    run_main("train", *quick(num_workers=0, ema_decay=0.9, clip_grad_norm=1.0, run_name="whole"))
+    whole = weights_of(tmp_path / "whole")
+    assert all(torch.allclose(whole[name], value, atol=1e-3) for name, value in weights_of(tmp_path / "run").items())
+    run_main("export", str(tmp_path / "run"), "--output", str(tmp_path / "digits.pt2"))
+    exported = load_file(tmp_path / "digits.safetensors")
+    assert all(torch.equal(exported[name], value) for name, value in weights_of(tmp_path / "run").items())
+
+    capsys.readouterr()
+    begun = quick(**flags, run_name="begun", init_from=tmp_path / "run", learning_rate=1e-9, num_epochs=1)
+    run_main("train", *begun)
+    assert f"init from  {tmp_path}/run/{result['checkpoint']}: 10 of the model's 10 tensors" in capsys.readouterr().out
+    begun_weights = weights_of(tmp_path / "begun")
+    assert all(torch.allclose(exported[name], value, atol=1e-5) for name, value in begun_weights.items())
+
+
+@pytest.mark.usefixtures("ray_address")
+def test_an_optimizer_that_cannot_take_parts_of_tensors_is_one_line(quick: Flags, tmp_path: Path) -> None:
+    (tmp_path / "custom.py").write_text(CUSTOM)
+    with pytest.raises(
+        JobError, match=r"DTensor.*custom\.py, line 7.*; with --strategy fsdp, use each tensor's to_loc"
+    ):
+        run_main("train", *quick(num_workers=2, strategy="fsdp", workload=tmp_path / "custom.py"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"reproducible": ""}, "--reproducible adds up whole gradients in a fixed order; use --strategy ddp"),
+        ({"compile": ""}, "--strategy fsdp does not go with --compile"),
+    ],
+)
+def test_what_does_not_go_with_sharding_is_refused(quick: Flags, flags: dict[str, str], message: str) -> None:
+    given = [text for text in quick(num_workers=2, strategy="fsdp", **flags) if text]
+    with pytest.raises(UsageError, match=message):
+        run_main("train", *given)
