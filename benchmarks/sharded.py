@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
+from mnist_ray.cluster.environment import keep_freed_memory
 from mnist_ray.config import TrainConfig
 from mnist_ray.storage import RunFolder, locate
 from mnist_ray.training import checkpoint, engine, sharding
@@ -47,14 +48,14 @@ class Size:
     """The size of a GPT, and of its data."""
 
     width: int = 768
-    depth: int = 12
-    vocabulary: int = 10_000
+    depth: int = 14
+    vocabulary: int = 256  # bytes
     length: int = 32
     is_tied: bool = False
     num_frozen: int = 0  # blocks
 
 
-SMALL = Size(width=128, depth=4, vocabulary=1_000)
+SMALL, TINY = Size(width=128, depth=4), Size(width=64, depth=2)
 
 
 class Block(nn.Module):
@@ -219,9 +220,6 @@ def on_ranks(world_size: int, work: Work, *args: Any) -> list[dict[str, Any]]:
 
 def train(group: Group, size: Size, config: TrainConfig, num_steps: int, storage: str | None = None) -> dict[str, Any]:
     """Train for some steps; return figures of this rank."""
-    import torch.distributed.fsdp
-    import torch.distributed.tensor  # noqa: F401 - part of the base
-
     base, peak, workload = pss_mib(), Peak(), workload_of(size)
     state = engine.create_state(workload, config, num_steps * config.batch_size, group)
     start_mib = peak.take()
@@ -235,8 +233,9 @@ def train(group: Group, size: Size, config: TrainConfig, num_steps: int, storage
     unit = sum(parameter.nbytes for parameter in model.blocks[0].parameters())  # type: ignore[index,union-attr]
     root = sum(parameter.nbytes for parameter in model.parameters()) - size.depth * unit
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    # Of FSDP, the root and two units are gathered, with the gradients of one; DDP has a copy of the gradients.
-    more = 2 * root + 3 * unit if state.is_sharded else trained if group.world_size > 1 else 0
+    # FSDP gathers what is in no unit, and two units at a time; these have gradients, and buffers for gloo. DDP has a
+    # copy of all gradients.
+    more = 2 * root + 6 * unit if state.is_sharded else trained if group.world_size > 1 else 0
     return {
         "base_mib": base,
         "start_mib": start_mib,
@@ -246,6 +245,13 @@ def train(group: Group, size: Size, config: TrainConfig, num_steps: int, storage
         "losses": hooks.losses,
         **hooks.figures,
     }
+
+
+def train_warm(group: Group, *args: Any) -> dict[str, Any]:
+    """Train after a tiny model, with which this process loads all that it needs."""
+    keep_freed_memory()  # as a worker does
+    train(group, TINY, args[1], 3)
+    return train(group, *args)
 
 
 def resume(group: Group, size: Size, config: TrainConfig, storage: str) -> dict[str, Any]:
@@ -276,7 +282,7 @@ def measure_memory(storage: str) -> None:
         for number in (1, 2, 4):
             config = replace(CONFIG, strategy=strategy, batch_size=4, checkpoint_every=4)
             folder = f"{storage}/{strategy}-{number}"
-            ranks = on_ranks(number, train, size, config, 8, folder)
+            ranks = on_ranks(number, train_warm, size, config, 8, folder)
             most = max(ranks, key=lambda rank: rank["before_mib"])
             peaks[strategy, number], steps[strategy, number] = most["before_mib"], most["step_s"]
             start = max(rank["start_mib"] for rank in ranks)
@@ -319,26 +325,37 @@ def plain_losses(size: Size, config: TrainConfig, num_steps: int) -> list[float]
     return losses
 
 
+CASES: dict[str, tuple[Size, dict[str, Any]]] = {
+    "as it is": (SMALL, {}),
+    "clipped": (SMALL, {"clip_grad_norm": 0.5}),
+    "with an EMA": (SMALL, {"ema_decay": 0.99}),
+    "in micro-batches": (SMALL, {"micro_batch_size": 2}),
+    "recomputed": (SMALL, {"recompute_activations": True}),
+    "tied": (replace(SMALL, is_tied=True), {}),
+    "half frozen": (replace(SMALL, num_frozen=2), {}),
+}
+
+
+def config_of(case: str) -> TrainConfig:
+    """Return the settings of a case."""
+    return replace(CONFIG, strategy="fsdp", batch_size=12, learning_rate=1e-3, **CASES[case][1])
+
+
+def losses_of_all(group: Group, num_steps: int) -> dict[str, Any]:
+    """Return the losses of all cases."""
+    return {case: train(group, size, config_of(case), num_steps)["losses"] for case, (size, _) in CASES.items()}
+
+
 def compare_losses(num_steps: int) -> None:
     """Print how far the losses of 1 to 4 workers are from those of a plain loop."""
-    cases: dict[str, tuple[Size, dict[str, Any]]] = {
-        "as it is": (SMALL, {}),
-        "clipped": (SMALL, {"clip_grad_norm": 0.5}),
-        "with an EMA": (SMALL, {"ema_decay": 0.99}),
-        "in micro-batches": (SMALL, {"micro_batch_size": 2}),
-        "recomputed": (SMALL, {"recompute_activations": True}),
-        "tied": (replace(SMALL, is_tied=True), {}),
-        "half frozen": (replace(SMALL, num_frozen=2), {}),
-    }
-    print(f"| relative difference of losses | workers | step 1 | {num_steps} steps, at most | loss at the end |")
+    print(f"| relative difference of losses | workers | step 1 | {num_steps} steps, at most | the loss falls to |")
     print("|---|---|---|---|---|")
-    for name, (size, changes) in cases.items():
-        config = replace(CONFIG, strategy="fsdp", batch_size=12, learning_rate=1e-3, **changes)
-        plain = plain_losses(size, config, num_steps)
-        for number in (1, 2, 3, 4):
-            found = on_ranks(number, train, size, config, num_steps)[0]["losses"]
-            apart = [abs(ours - other) / other for ours, other in zip(found, plain, strict=True)]
-            print(f"| {name} | {number} | {apart[0]:.1e} | {max(apart):.1e} | {plain[-1]:.3f} |", flush=True)
+    for number in (1, 2, 3, 4):
+        found = on_ranks(number, losses_of_all, num_steps)[0]
+        for case, (size, _) in CASES.items():
+            plain = plain_losses(size, config_of(case), num_steps)
+            apart = [abs(ours - other) / other for ours, other in zip(found[case], plain, strict=True)]
+            print(f"| {case} | {number} | {apart[0]:.1e} | {max(apart):.1e} | {plain[-1]:.3f} |", flush=True)
 
 
 def main(parts: Sequence[str], num_steps: int) -> None:

@@ -201,8 +201,9 @@ def check_memory(plan: WorkerPlan, nodes: Sequence[Node], held_bytes: int) -> No
     if plan.use_gpu or plan.must_scale_up or not held_bytes:
         return
     rooms = [min(node.room(plan.cpus_per_worker, plan.use_gpu), node.num_bytes // held_bytes) for node in nodes]
-    if sum(rooms) < plan.num_workers:
-        held, there = size_of(held_bytes), " and ".join(size_of(node.num_bytes) for node in nodes)
+    if sum(rooms) < (plan.min_workers or plan.num_workers):
+        known = [size_of(node.num_bytes) for node in nodes if node.num_bytes < math.inf]
+        held, there = size_of(held_bytes), " and ".join(known)
         remedy = "use --strategy fsdp with more workers on more nodes, or a smaller model"
         raise UsageError(
             f"each worker holds {held} of weights, gradients and optimizer state, too much for the nodes' memory of "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -169,15 +168,14 @@ def units_checked(workload: Workload, model: nn.Module, config: TrainConfig, num
 def _check_owners(workload: Workload, model: nn.Module, num_workers: int) -> None:
     """Raise UsageError if two units share a parameter, or there are more workers than rows."""
     units, name = units_of(workload, model), type(workload).__name__
-    inside = {id(module) for unit in units for module in unit.modules()}
-    outside = [part for part in model.modules() if id(part) not in inside]
-    owned = [set(unit.parameters()) for unit in units]
-    owned.append({parameter for part in outside for parameter in part.parameters(recurse=False)})
-    for first, second in itertools.combinations(owned, 2):
-        for path, parameter in model.named_parameters():
-            if parameter in first and parameter in second:
-                remedy = "override shard_units() so that one unit has all parts that share it"
-                raise UsageError(f"{name}: parameter {path} is tied across units; {remedy}")
+    inside = {module for unit in units for module in unit.modules()}
+    outside = [part for part in model.modules() if part not in inside]
+    num_owners = Counter(parameter for unit in units for parameter in unit.parameters())
+    num_owners.update({parameter for part in outside for parameter in part.parameters(recurse=False)})
+    for path, parameter in model.named_parameters():
+        if num_owners[parameter] > 1:
+            remedy = "override shard_units() so that one unit has all parts that share it"
+            raise UsageError(f"{name}: parameter {path} is tied across units; {remedy}")
     if num_workers > max(len(parameter) if parameter.dim() else 1 for parameter in model.parameters()):
         raise UsageError(f"--strategy fsdp: no tensor has rows for {num_workers} workers; lower --num-workers")
 

@@ -202,9 +202,9 @@ class TensorFiles:
         """
         shape, dtype = self._tensors[name]
         if own is None or tuple(own.shape) != shape:
-            return self._rows(name, 0, shape[0] if shape else 1)
+            return self.rows(name, 0, shape[0] if shape else 1)
         rows = Rows.of(own)
-        values = torch.empty_like(rows.values, dtype=dtype, device="cpu").copy_(self._rows(name, rows.start, rows.stop))
+        values = torch.empty_like(rows.values, dtype=dtype, device="cpu").copy_(self.rows(name, rows.start, rows.stop))
         if not is_sharded(own):
             return values
         from torch.distributed.tensor import DTensor
@@ -219,7 +219,8 @@ class TensorFiles:
         """Return all tensors, each like the one of ``own`` with the same name. Raises like ``read``."""
         return {name: self.read(name, (own or {}).get(name)) for name in self}
 
-    def _rows(self, name: str, start: int, stop: int) -> Tensor:
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows of a tensor. Raises like ``read``."""
         shape, dtype = self._tensors[name]
         values = torch.empty((stop - start, *shape[1:]) if shape else (), dtype=dtype)
         content = _bytes_of(values.view(-1))

@@ -36,7 +36,7 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
 def test_a_sharded_run_is_trained_stopped_resumed_tested_and_exported(
     quick: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = {"num_workers": 2, "strategy": "fsdp", "ema_decay": 0.9, "clip_grad_norm": 1.0}
+    flags = {"num_workers": 2, "strategy": "fsdp", "ema_decay": 0.9, "clip_grad_norm": 1.0, "num_epochs": 1}
     stops = callback_at(tmp_path / "stops.py", "wants_stop(self)", "return not os.path.exists(__file__ + '.go')")
     with pytest.raises(JobError, match="a callback has stopped the training"):
         run_main("train", *quick(**flags, callback=stops))
@@ -54,15 +54,12 @@ def test_a_sharded_run_is_trained_stopped_resumed_tested_and_exported(
     parts = {f"{kind}-0000{n}-of-00002.safetensors" for kind in ("model", "trained", "optimizer") for n in (1, 2)}
     assert names == {*parts, "training.pt", "state.json"}
 
-    run_main("train", *quick(num_workers=0, ema_decay=0.9, clip_grad_norm=1.0, run_name="whole"))
-    whole = weights_of(tmp_path / "whole")
-    assert all(torch.allclose(whole[name], value, atol=1e-3) for name, value in weights_of(tmp_path / "run").items())
     run_main("export", str(tmp_path / "run"), "--output", str(tmp_path / "digits.pt2"))
     exported = load_file(tmp_path / "digits.safetensors")
     assert all(torch.equal(exported[name], value) for name, value in weights_of(tmp_path / "run").items())
 
     capsys.readouterr()
-    begun = quick(**flags, run_name="begun", init_from=tmp_path / "run", learning_rate=1e-9, num_epochs=1)
+    begun = quick(**flags, run_name="begun", init_from=tmp_path / "run", learning_rate=1e-9, limit=0.4)
     run_main("train", *begun)
     assert f"init from  {tmp_path}/run/{result['checkpoint']}: 10 of the model's 10 tensors" in capsys.readouterr().out
     begun_weights = weights_of(tmp_path / "begun")
