@@ -21,7 +21,7 @@ from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.settings import values_of
 from mnist_ray.training import sharding
 from mnist_ray.training.batches import MicroBatch, batches_of
-from mnist_ray.training.metrics import check_columns
+from mnist_ray.training.metrics import WEIGHT, check_columns
 from mnist_ray.training.sampler import Request
 from mnist_ray.training.state import check_kept
 from mnist_ray.workload.base import Workload
@@ -165,6 +165,12 @@ def _check_losses(workload: Workload, model: nn.Module, outputs: Any, batch: Mic
     with placed(workload, "loss"):
         losses = workload.loss(outputs, batch.targets)
     _check_numbers(f"{name}.loss", losses, number, '; use reduction="none", average other dimensions')
+    with placed(workload, "weights"):
+        weights = workload.weights(batch.targets)
+    if weights is not None:
+        _check_numbers(f"{name}.weights", weights, number)
+        if not (weights.isfinite() & (weights >= 0)).all() or not weights.any():
+            raise UsageError(f"{name}.weights must be finite numbers from 0, not all of them 0")
     with placed(workload, "training_loss"):
         minimized = workload.training_loss(outputs, batch.targets, config)
     if minimized is not None:
@@ -211,8 +217,8 @@ def _check_metrics(workload: Workload, outputs: Any, batch: MicroBatch, columns:
     with placed(workload, "measure"):
         measured = workload.measure(outputs, batch.targets)
     _check_dict(f"{name}.measure", measured)
-    if "loss" in measured:
-        raise UsageError(f"{name}.measure: the loss is measured already; choose another name")
+    if taken := {"loss", WEIGHT} & measured.keys():
+        raise UsageError(f"{name}.measure: the {min(taken)} is measured already; choose another name")
     for key, values in measured.items():
         _check_numbers(f"{name}.measure: {key}", values, batch.global_size)
     with placed(workload, "summarize"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,9 +19,10 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.training import shared_memory
 from mnist_ray.training.batches import MicroBatch
+from mnist_ray.training.metrics import WEIGHT
 from mnist_ray.training.reproducible import Chunks
 from mnist_ray.training.state import Group, TrainingState
-from mnist_ray.training.tensor_files import is_sharded
+from mnist_ray.training.tensor_files import is_sharded, rows_here
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.tensors import as_fp32, autocast, detached
 
@@ -51,7 +53,18 @@ class Gradients:
         """
         if self._state.step == 0:
             self._check_trained()
-        return self._of_slice(micro_batches) if self._chunks is None else self._of_chunks(micro_batches, self._chunks)
+        sums = self._of_slice(micro_batches) if self._chunks is None else self._of_chunks(micro_batches, self._chunks)
+        if WEIGHT in sums:
+            self._divide_by(sums[WEIGHT], micro_batches[0].global_size)
+        return sums
+
+    def _divide_by(self, weight: Tensor, global_size: int) -> None:
+        """Divide the gradients by the ``weight`` of the global batch, of which this rank has a part."""
+        weight = weight.clone()
+        if self._group.world_size > 1:
+            dist.all_reduce(weight)
+        gradients = [rows_here(p.grad) for p in self._state.model.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, global_size / weight)  # they are divided by the size already
 
     def _check_trained(self) -> None:
         """Raise TrainingStoppedError if other parameters than at first are trained: their gradients would be wrong."""
@@ -135,8 +148,10 @@ def backward(
 
 
 def measured_sums(workload: Workload, outputs: Any, targets: Any) -> dict[str, Tensor]:
-    """Return the sums of the workload's measures over a batch."""
-    return {name: values.sum() for name, values in workload.measure(detached(outputs), targets).items()}
+    """Return the sums of the workload's measures over a batch, and of its weights: NaN if one is negative."""
+    sums = {name: values.sum() for name, values in workload.measure(detached(outputs), targets).items()}
+    weights = workload.weights(targets)
+    return sums if weights is None else sums | {WEIGHT: torch.where(weights >= 0, weights, math.nan).sum()}
 
 
 def _distributed(model: nn.Module, group: Group) -> nn.Module:

@@ -23,12 +23,20 @@ class TrainingDivergedError(TrainingStoppedError):
         return f"loss or weights are not finite at step {step} of epoch {epoch}; lower --learning-rate or fix the data"
 
 
+WEIGHT = "weight"  # the sum of the examples' weights, beside those of their losses and measures
+
+
 @dataclass(frozen=True)
 class MetricSums:
     """Sums over examples of all ranks."""
 
-    sums: Mapping[str, float] = field(default_factory=dict)  # of the loss and of the workload's measures
+    sums: Mapping[str, float] = field(default_factory=dict)  # of the loss, the workload's measures, and its weights
     num_examples: int = 0
+
+    @property
+    def weight(self) -> float:
+        """What the sums are divided by: the examples' weights, or their number if all count alike."""
+        return self.sums.get(WEIGHT, self.num_examples)
 
     def __add__(self, other: MetricSums) -> MetricSums:
         names = {**self.sums, **other.sums}
@@ -41,9 +49,9 @@ class MetricSums:
 
     def values(self, workload: Workload) -> dict[str, float]:
         """Return the mean loss and the metrics that need no more than means; NaN if there are no examples."""
-        if self.num_examples == 0:
+        if not self.weight > 0:
             return {metric.name: math.nan for metric in workload.all_metrics}
-        means = {name: value / self.num_examples for name, value in self.sums.items()}
+        means = {name: value / self.weight for name, value in self.sums.items() if name != WEIGHT}
         loss = means.pop("loss")
         return {"loss": loss, **{name: float(value) for name, value in workload.summarize(means).items()}}
 

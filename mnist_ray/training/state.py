@@ -175,9 +175,12 @@ class LoggingWindow:
         rows = [dict(zip(names, row, strict=True)) for row in sums.view(-1, len(names)).tolist()]
         steps = [MetricSums(row, size) for row, size in zip(rows, self._sizes, strict=True)]
         window = MetricSums()
-        for offset, step in enumerate(steps):
+        for offset, step in enumerate(steps, start=state.step - len(steps) + 1):
+            if not step.weight > 0:
+                found = f"of step {offset} of epoch {state.epoch + 1} are all 0, or one is negative or NaN"
+                raise TrainingStoppedError(f"{type(self._workload).__name__}.weights: those {found}; leave it out")
             if not math.isfinite(step.sums["loss"]):
-                raise TrainingDivergedError(state.epoch + 1, state.step - len(steps) + offset + 1)
+                raise TrainingDivergedError(state.epoch + 1, offset)
             window += step
             state.sums += step  # step by step: the bits of the sum must not depend on when windows close
         self._sums, self._sizes = [], []
@@ -187,7 +190,7 @@ class LoggingWindow:
             epoch=state.epoch + 1,
             step=state.step,
             num_steps=state.num_steps,
-            losses=[step.sums["loss"] / step.num_examples for step in steps],
+            losses=[step.sums["loss"] / step.weight for step in steps],
             window=window.values(self._workload),
             so_far=state.sums.values(self._workload),
             num_examples=state.sums.num_examples,

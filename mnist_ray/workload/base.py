@@ -131,6 +131,14 @@ class Workload(UserClass):
         """
         raise NotImplementedError
 
+    def weights(self, targets: Any) -> Tensor | None:
+        """Return how much each example counts, (N,): for example, how many tokens it has. None: all count alike.
+
+        With weights, ``loss`` and ``measure`` return an example's sum over its tokens. The training minimizes, and
+        reports show, sums divided by weights: over the whole batch, over all workers, over all that was seen.
+        """
+        return None
+
     def training_loss(self, outputs: Any, targets: Any, config: TrainConfig) -> Tensor | None:
         """Return the losses to minimize, (N,), if they differ from the reported losses. None: minimize ``loss``."""
         if config.label_smoothing:

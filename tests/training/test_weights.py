@@ -1,0 +1,209 @@
+"""Losses that are means over tokens: sums over the examples, divided by the sum of the workload's weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mnist_ray.config import TrainConfig
+from mnist_ray.errors import TrainingStoppedError, UsageError
+from mnist_ray.training import engine
+from mnist_ray.training.batches import MicroBatch
+from mnist_ray.training.check import check_batch
+from mnist_ray.training.metrics import Evaluation
+from mnist_ray.training.sampler import ShardedBatchSampler
+from mnist_ray.training.state import Group, TrainingState
+from mnist_ray.workload import Workload
+from mnist_ray.workload.base import Metric
+from mnist_ray.workload.data import Arrays, Split
+from tests.training.conftest import Hooks
+from tests.training.ranks import WORLD_SIZES, call_on_ranks
+
+NUM_WORDS, LENGTH = 9, 7
+CONFIG = TrainConfig(
+    precision="fp32", num_epochs=1, batch_size=10, optimizer="sgd", learning_rate=0.1, schedule="constant"
+)
+
+
+class Words(Workload):
+    """Which word is next? Texts have 1 to 7 words, padded by -1."""
+
+    metrics = (Metric("right", "max", is_fraction=True),)
+
+    def create_model(self) -> nn.Module:
+        return nn.Sequential(nn.Embedding(NUM_WORDS, 8), nn.Linear(8, NUM_WORDS))
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.transpose(1, 2), targets, ignore_index=-1, reduction="none").sum(1)
+
+    def weights(self, targets: Tensor) -> Tensor:
+        return (targets >= 0).sum(1)
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        return {"right": (outputs.argmax(2) == targets).sum(1)}
+
+
+def few_words(number: int = 63) -> Arrays:
+    """Return texts whose lengths differ much: a mean of slices' means would be far off."""
+    generator = np.random.default_rng(0)
+    words = (generator.integers(0, NUM_WORDS, (number, 1)) + np.arange(LENGTH + 1) ** 2) % NUM_WORDS
+    lengths = np.where(generator.random(number) < 0.5, 1, LENGTH)[:, np.newaxis]
+    targets = np.where(np.arange(LENGTH) < lengths, words[:, 1:], -1)
+    return Arrays(words[:, :-1].copy(), targets)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "micro-batches": {"micro_batch_size": 3},
+    "clipped": {"clip_grad_norm": 0.05, "micro_batch_size": 2},
+    "reproducible": {"reproducible": True, "num_chunks": 3},
+}
+
+
+def trained(case: str, group: Group) -> tuple[TrainingState, dict[str, Tensor], list[float]]:
+    """Return the state after training, the first step's gradients, and the losses of all steps."""
+    first: dict[str, Tensor] = {}
+    losses: list[float] = []
+
+    def note(state: TrainingState) -> None:
+        if state.step == 0:
+            first.update({name: p.grad.clone() for name, p in state.model.named_parameters() if p.grad is not None})
+
+    split, config = Split(few_words()), replace(CONFIG, **CASES[case])
+    state = engine.create_state(Words(), config, len(split), group)
+    hooks = Hooks(on_gradients=note, on_progress=lambda state, progress: losses.extend(progress.losses))
+    engine.train(Words(), state, split, config, group, [hooks])
+    return state, first, losses
+
+
+def train_cases(rank: int, folder: Path) -> None:
+    for world_size in WORLD_SIZES:
+        if rank >= world_size:
+            continue
+        store = f"file://{folder}/store-{world_size}"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+        for case in CASES:
+            group = Group(rank, world_size)
+            state, gradients, losses = trained(case, group)
+            evaluation = engine.evaluate_together(Words(), state.model, Split(few_words(251)), group)
+            alone = engine.evaluate(Words(), state.model, Split(few_words(251)))
+            assert evaluation.values(Words()) == alone.values(Words())
+            if rank == 0:
+                name = f"{case}-{world_size}"
+                save_file(gradients | {f"after {key}": v for key, v in state.model.state_dict().items()}, folder / name)
+                (folder / f"{name}.json").write_text(json.dumps(losses))
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def runs(ranks: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    call_on_ranks(ranks, train_cases, folder)
+    return folder
+
+
+def train_plainly() -> tuple[dict[str, Tensor], list[float]]:
+    """Return the first step's gradients, and all losses, as means over the tokens of whole batches."""
+    words = few_words()
+    inputs, targets = torch.tensor(words.inputs), torch.tensor(words.targets)
+    torch.manual_seed(CONFIG.seed)
+    model = Words().create_model()
+    optimizer = torch.optim.SGD(model.parameters(), CONFIG.learning_rate, momentum=CONFIG.momentum)
+    losses, first = [], dict[str, Tensor]()
+    for indices, *_ in ShardedBatchSampler(len(words), CONFIG.batch_size, seed=CONFIG.seed, epoch=0):
+        loss = F.cross_entropy(model(inputs[indices]).transpose(1, 2), targets[indices], ignore_index=-1)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        first = first or {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+        losses.append(loss.item())
+    return first, losses
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_and_losses_are_those_of_the_mean_over_all_tokens(runs: Path, case: str, world_size: int) -> None:
+    gradients, losses = train_plainly()
+    found = load_file(runs / f"{case}-{world_size}")
+    assert all(torch.allclose(found[name], value, atol=1e-6, rtol=1e-6) for name, value in gradients.items())
+    if case != "clipped":
+        assert json.loads((runs / f"{case}-{world_size}.json").read_text()) == pytest.approx(losses, rel=1e-5)
+
+
+def test_chunks_give_the_same_bits_for_any_number_of_ranks(runs: Path) -> None:
+    one, *others = (load_file(runs / f"reproducible-{world_size}") for world_size in WORLD_SIZES)
+    for other in others:
+        assert all(torch.equal(other[name], value) for name, value in one.items())
+
+
+def test_a_mean_of_the_slices_means_would_be_another_loss() -> None:
+    words = few_words()
+    _, _, losses = trained("plain", Group())
+    counts = Words().weights(torch.tensor(words.targets))
+    assert counts.float().std() > 2
+    first = next(iter(ShardedBatchSampler(len(words), CONFIG.batch_size, seed=CONFIG.seed, epoch=0))).indices
+    torch.manual_seed(CONFIG.seed)
+    model, inputs, targets = Words().create_model(), torch.tensor(words.inputs), torch.tensor(words.targets)
+    halves = [
+        F.cross_entropy(model(inputs[half]).transpose(1, 2), targets[half], ignore_index=-1)
+        for half in np.array_split(first, 2)
+    ]
+    assert abs(torch.stack(halves).mean().item() - losses[0]) > 1e-3
+
+
+def test_an_evaluation_is_the_mean_over_all_tokens_however_it_is_cut() -> None:
+    words, model = few_words(251), Words().create_model()
+    whole = engine.evaluate(Words(), model, Split(words))
+    parts = [engine.evaluate(Words(), model, Split(words).between(start, start + 100)) for start in (0, 100, 200)]
+    logits = model(torch.tensor(words.inputs))
+    expected = F.cross_entropy(logits.transpose(1, 2), torch.tensor(words.targets), ignore_index=-1).item()
+    right = (logits.argmax(2) == torch.tensor(words.targets)).sum() / (words.targets >= 0).sum()
+    assert Evaluation.merge(parts).values(Words()) == whole.values(Words())
+    assert whole.values(Words()) == pytest.approx({"loss": expected, "right": right.item()}, rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
+def test_weights_that_cannot_be_divided_by_end_the_training(value: float) -> None:
+    class Spoiled(Words):
+        def weights(self, targets: Tensor) -> Tensor:
+            return torch.full((len(targets),), value)
+
+    split = Split(few_words())
+    state = engine.create_state(Spoiled(), CONFIG, len(split), Group())
+    with pytest.raises(TrainingStoppedError, match=r"^Spoiled\.weights: those of step 1 of epoch 1 are all 0, or"):
+        engine.train(Spoiled(), state, split, CONFIG, Group())
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (
+            lambda targets: torch.zeros(len(targets)),
+            r"Spoiled\.weights must be finite numbers from 0, not all of them 0",
+        ),
+        (lambda targets: -torch.ones(len(targets)), r"Spoiled\.weights must be finite numbers from 0"),
+        (lambda targets: torch.ones(len(targets), 2), r"Spoiled\.weights must be one number per example, \(16,\)"),
+    ],
+)
+def test_wrong_weights_are_refused_before_the_start(weights: Any, message: str) -> None:
+    class Spoiled(Words):
+        def weights(self, targets: Tensor) -> Tensor:
+            result: Tensor = weights(targets)
+            return result
+
+    words = few_words(16)
+    batch = MicroBatch(torch.tensor(words.inputs), torch.tensor(words.targets), 16)
+    with pytest.raises(UsageError, match=message):
+        check_batch(Spoiled(), batch, [batch, batch, batch], CONFIG, 16)
