@@ -23,6 +23,15 @@ class TrainConfig:
     """Hyperparameters of one training run: with the workload's settings, they decide the weights, but for a few."""
 
     num_epochs: int = setting(2, "passes over the training set", is_searchable=False, **at_least(1))
+    num_steps: int | None = setting(
+        None, "optimizer steps, in place of --num-epochs", is_searchable=False, **at_least(1)
+    )
+    validate_every: int | None = setting(
+        None,
+        "with --num-steps: the steps after which a validation ends an epoch; default: a tenth of all",
+        is_searchable=False,
+        **at_least(1),
+    )
     batch_size: int = setting(
         128, "examples per optimizer step, over all workers", search=Choice((32, 64, 128, 256, 512)), **at_least(1)
     )
@@ -119,9 +128,17 @@ class TrainConfig:
         """The settings that the optimizer of torch.optim does not have."""
         return {"beta1", "beta2"} if self.optimizer == "sgd" else {"momentum"}
 
-    def num_steps(self, num_examples: int) -> int:
-        """Return the optimizer steps per epoch; the last batch may be smaller."""
+    def steps_per_pass(self, num_examples: int) -> int:
+        """Return the steps that see each example once; the last batch may be smaller."""
         return math.ceil(num_examples / self.batch_size)
+
+    def steps_per_epoch(self, num_examples: int) -> int:
+        """Return the steps of an epoch: a pass or, with --num-steps, --validate-every."""
+        return self.validate_every or self.steps_per_pass(num_examples)
+
+    def total_steps(self, num_examples: int) -> int:
+        """Return the steps of the whole training."""
+        return self.num_steps or self.num_epochs * self.steps_per_pass(num_examples)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import secrets
 import shlex
@@ -125,7 +126,7 @@ def _job_of(
     kind: str, workload_class: type[Workload], run: RunFolder, asked: Given, given: frozenset[str], *, is_call: bool
 ) -> Job:
     """Return the job that the settings in ``asked`` describe. Raises UsageError."""
-    train, workers = settings.build(TrainConfig, asked), settings.build(WorkerConfig, asked)
+    train, workers = _in_steps(settings.build(TrainConfig, asked), given), settings.build(WorkerConfig, asked)
     output = settings.build(OutputConfig, asked)
     if output.tracker is not None:
         user_code.find(output.tracker, Tracker)
@@ -159,6 +160,18 @@ def _job_of(
         asked=asked,
         given=given,
     )
+
+
+def _in_steps(train: TrainConfig, given: frozenset[str]) -> TrainConfig:
+    """Return settings whose epochs are those of --num-steps, if it is set. Raises UsageError."""
+    if train.num_steps is None:
+        if train.validate_every is not None:
+            raise UsageError("--validate-every needs --num-steps; without it, each pass over the data is validated")
+        return train
+    if {"num_epochs", "num_steps"} <= given:
+        raise UsageError("--num-steps takes the place of --num-epochs; leave one of them out")
+    every = min(train.validate_every or math.ceil(train.num_steps / 10), train.num_steps)
+    return dataclasses.replace(train, validate_every=every, num_epochs=math.ceil(train.num_steps / every))
 
 
 def resume_command(kind: str, run: RunFolder, more: Mapping[str, str] | None = None, *, is_call: bool = False) -> str:

@@ -30,7 +30,7 @@ def check_against_data(job: Job, data: Splits, batch_sizes: Sequence[int] = ()) 
         if job.train.batch_size > num_train:
             job = job.with_values({"batch_size": num_train})
     with_largest = dataclasses.replace(job.train, batch_size=min(largest, num_train))
-    min_steps = with_largest.num_steps(num_train) * job.train.num_epochs
+    min_steps = with_largest.total_steps(num_train)
     if job.train.warmup_steps >= min_steps:
         raise UsageError(f"--warmup-steps {job.train.warmup_steps:,} must be below the {min_steps:,} steps of the run")
     notes += [*_check_streams(job, data.train.examples), *_check_early_stop(job, len(data.validation))]

@@ -203,13 +203,15 @@ def say_run(console: RunConsole, job: Job, data: Splits) -> None:
     config = job.train
     console.say("run", job.run.name)
     say_data(console, job, data)
-    steps = count(config.num_steps(len(data.train)), "step")
+    steps = f"{count(config.num_epochs, 'epoch')} of {count(config.steps_per_epoch(len(data.train)), 'step')}"
+    if config.num_steps is not None:
+        steps += f", {count(config.num_steps, 'step')} in all"
     console.say(
         "training",
-        f"{count(config.num_epochs, 'epoch')} of {steps}, batch size {config.batch_size}, "
+        f"{steps}, batch size {config.batch_size}, "
         f"{config.schedule} learning rate {config.learning_rate:g}, precision {config.precision}",
     )
-    printed = {"num_epochs", "batch_size", "schedule", "learning_rate", "precision"}
+    printed = {"num_epochs", "num_steps", "validate_every", "batch_size", "schedule", "learning_rate", "precision"}
     defaults = {name: value for name, value in job.workload.defaults.items() if name not in printed}
     changed = {name: job.values[name] for name, default in defaults.items() if job.values[name] != default}
     if changed:

@@ -69,7 +69,7 @@ def train_worker(
     state = engine.create_state(job.workload, config, len(split), group, functools.partial(_load_initial, job))
     reporter = create_reporter(spec, group, config)
     restored = checkpoints.restore_newest(job.run, state, reporter.callbacks, group)
-    state.last_step = math.ceil(min(spec.until_epoch, config.num_epochs) * state.num_steps)
+    state.last_step = min(math.ceil(min(spec.until_epoch, config.num_epochs) * state.num_steps), state.total_steps)
     callbacks = [*reporter.callbacks, reporter]
     try:
         reporter.start(state, restored)
@@ -175,7 +175,7 @@ class Reporter(Callback):
             precision=self._config.precision,
             epoch=state.epoch,
             step=state.step,
-            num_steps=state.num_steps,
+            num_steps=state.epoch_steps,
             damaged=restored.damaged,
             notes=(note,) if has_changed else (),
             processor=name_of(self._group.device),
@@ -203,7 +203,7 @@ class Reporter(Callback):
         is_epoch_end = state.step == 0
         if is_epoch_end:
             self.send(EpochFinished(progress))
-        epochs = state.epoch + state.step / progress.num_steps
+        epochs = state.epoch + state.step / state.num_steps
         is_due = self._validation is not None and (is_epoch_end or epochs >= self._spec.until_epoch)
         validation = self._validated(state) if is_due else None
         if is_epoch_end and validation is not None:

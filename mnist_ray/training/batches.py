@@ -5,6 +5,7 @@ from __future__ import annotations
 import bdb
 import ctypes
 import functools
+import math
 import os
 import random
 import signal
@@ -151,24 +152,24 @@ class BlockBatches(ExampleBatches):
         self._read_ahead_mib = read_ahead_mib
         self._reader: BlockReader = OnDemand(split, read_ahead_mib, self._sizes)
 
-    def announce(self, config: TrainConfig, state: TrainingState, group: Group) -> StreamOrder | None:
-        """Return the order of the state's epoch, and from now on read ahead; None if there is no such order."""
+    def announce(self, config: TrainConfig, state: TrainingState, group: Group, number: int) -> StreamOrder | None:
+        """Return the order of a pass over the data, and from now on read ahead; None if there is no such order."""
         if (sizes := self._sizes) is None:
             return None
         if group.world_size > config.num_chunks:
             most = f"the {config.num_chunks} streams of blocks; start a run with more --num-chunks, or fewer workers"
             raise ExampleError(f"{group.world_size} workers are more than {most}")
 
-        def order(epoch: int) -> StreamOrder:
-            return StreamOrder(sizes, config.batch_size, config.num_chunks, config.seed, epoch)
+        def order(number: int) -> StreamOrder:
+            return StreamOrder(sizes, config.batch_size, config.num_chunks, config.seed, number)
 
-        if not isinstance(self._reader, ReadAhead):  # the first epoch; the others follow without a wait
+        if not isinstance(self._reader, ReadAhead):  # the first pass; the others follow without a wait
             first = state.total_step
             own = part_of(config.num_chunks, group.rank, group.world_size)
-            epochs = range(state.epoch, config.num_epochs)
-            reads = (read for epoch in epochs for read in order(epoch).reads(own, first))
+            passes = range(number, math.ceil(config.total_steps(len(self)) / config.steps_per_pass(len(self))))
+            reads = (read for later in passes for read in order(later).reads(own, first))
             self._reader = ReadAhead(self.split, self._read_ahead_mib, reads, first)
-        return order(state.epoch)
+        return order(number)
 
     def __getitem__(self, request: Request) -> MicroBatch:
         places = self.split.places(request.indices)

@@ -125,7 +125,7 @@ def check_batch(
         check_columns([columns, of_last])
     for few in () if workload.compares_examples else fewer:
         _check_independence(workload, model, evaluated, batch, few, config)
-    return _check_optimizer(workload, model, config, config.num_epochs * config.num_steps(num_examples))
+    return _check_optimizer(workload, model, config, config.total_steps(num_examples))
 
 
 def check_smallest(workload: Workload, few: MicroBatch, batch_size: int, config: TrainConfig) -> None:

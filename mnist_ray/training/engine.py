@@ -56,10 +56,18 @@ def create_state(
     """
     model, average = _create_models(workload, config, group, begin)
     optimizer = workload.create_optimizer(model, config)
-    num_steps = config.num_steps(num_examples)
-    scheduler = workload.create_scheduler(optimizer, config, config.num_epochs * num_steps)
+    total_steps = config.total_steps(num_examples)
+    scheduler = workload.create_scheduler(optimizer, config, total_steps)
     scaler = GradScaler(group.device.type, enabled=config.precision == "fp16")
-    return TrainingState(model, optimizer, scheduler, scaler=scaler, average=average, num_steps=num_steps)
+    return TrainingState(
+        model,
+        optimizer,
+        scheduler,
+        scaler=scaler,
+        average=average,
+        num_steps=config.steps_per_epoch(num_examples),
+        total_steps=total_steps,
+    )
 
 
 def _create_models(
@@ -129,21 +137,43 @@ def train(
 def _steps(
     source: ArrayBatches | ExampleBatches, state: TrainingState, config: TrainConfig, group: Group, num_processes: int
 ) -> Iterator[list[MicroBatch]]:
-    """Yield this rank's slice of each remaining step of the epoch, as a list of micro-batches on the device."""
+    """Yield this rank's slice of each remaining step of the epoch, as a list of micro-batches on the device.
+
+    An epoch is a pass over the data or, with ``--num-steps``, a number of steps: it may end within a pass, or have
+    several.
+    """
+    number, first_step = divmod(state.total_step, config.steps_per_pass(len(source)))
+    of_passes = (
+        _steps_of_pass(source, state, config, group, num_processes, number + more, 0 if more else first_step)
+        for more in itertools.count()
+    )
+    return itertools.islice(itertools.chain.from_iterable(of_passes), state.epoch_steps - state.step)
+
+
+def _steps_of_pass(
+    source: ArrayBatches | ExampleBatches,
+    state: TrainingState,
+    config: TrainConfig,
+    group: Group,
+    num_processes: int,
+    number: int,
+    first_step: int,
+) -> Iterator[list[MicroBatch]]:
+    """Yield this rank's slices like ``_steps``, from a step of a pass over the data to its end."""
     sampler = ShardedBatchSampler(
         len(source),
         config.batch_size,
         seed=config.seed,
-        epoch=state.epoch,
+        epoch=number,
         rank=group.rank,
         world_size=group.world_size,
-        first_step=state.step,
+        first_step=first_step,
         num_chunks=config.reproducible_chunks,
         micro_batch_size=config.micro_batch_size,
-        order=source.announce(config, state, group) if isinstance(source, BlockBatches) else None,
+        order=source.announce(config, state, group, number) if isinstance(source, BlockBatches) else None,
     )
     if isinstance(source, ExampleBatches):
-        source.seed = seed_of(config.seed, state.epoch, 0)
+        source.seed = seed_of(config.seed, number, 0)
     micro_batches: list[MicroBatch] = []
     for micro_batch in on_device(batch_loader(source, sampler, group.device, num_processes), group.device):
         micro_batches.append(micro_batch)
@@ -185,14 +215,14 @@ def _decide(
     """Close the window, on all ranks, if it is full or a checkpoint is due; report it, and return what to do then."""
     is_last = state.total_step == state.last_step
     is_due = is_last or state.step % config.checkpoint_every == 0
-    if not (is_due or window.is_full(state.num_steps - state.step)):
+    if not (is_due or window.is_full(state.epoch_steps - state.step)):
         return None
     stop_wanted = is_last or any(callback.wants_stop() for callback in callbacks)
     progress, stops = window.close(state, stop_wanted=stop_wanted)
     for callback in callbacks:
         callback.on_progress(state, progress)
     wanted = [callback.wants_checkpoint() for callback in callbacks]  # asks all of them
-    saves = (is_due or stops or any(wanted)) and state.step < state.num_steps
+    saves = (is_due or stops or any(wanted)) and state.step < state.epoch_steps
     return Decision(progress, saves_within_epoch=saves, stops=stops)
 
 

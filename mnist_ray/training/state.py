@@ -59,6 +59,7 @@ class TrainingState:
     scores: list[float] = field(default_factory=list)  # of each finished epoch with a validation; higher is better
     ends: bool = False  # set by a callback: no further epoch
     num_steps: int = 0  # per epoch
+    total_steps: int = 0  # of the whole training
     last_step: int = -1  # the total step at which training stops here: the end of a trial's segment, or of the training
     learning_rate: float = math.nan  # with which the last step was made, in the optimizer's first parameter group
 
@@ -66,6 +67,11 @@ class TrainingState:
     def total_step(self) -> int:
         """Optimizer steps done in all epochs."""
         return self.epoch * self.num_steps + self.step
+
+    @property
+    def epoch_steps(self) -> int:
+        """Optimizer steps of the current epoch: with ``--num-steps``, the last one may have fewer."""
+        return min(self.num_steps, self.total_steps - self.epoch * self.num_steps)
 
     def finish_epoch(self) -> None:
         """Begin the next epoch: its sums and its time are 0."""
@@ -189,7 +195,7 @@ class LoggingWindow:
         progress = Progress(
             epoch=state.epoch + 1,
             step=state.step,
-            num_steps=state.num_steps,
+            num_steps=state.epoch_steps,
             losses=[step.sums["loss"] / step.weight for step in steps],
             window=window.values(self._workload),
             so_far=state.sums.values(self._workload),

@@ -37,7 +37,7 @@ def epochs(
     """Yield a rank's batches of all epochs, as the engine reads them."""
     state: Any = SimpleNamespace(epoch=0, step=first_step, total_step=first_step)
     for state.epoch in range(config.num_epochs):
-        order = dataset.announce(config, state, Group(rank, world_size))
+        order = dataset.announce(config, state, Group(rank, world_size), state.epoch)
         sampler = ShardedBatchSampler(
             len(dataset), config.batch_size, config.seed, state.epoch, rank, world_size, state.step, order=order
         )
@@ -202,7 +202,7 @@ def test_examples_that_no_order_announces_are_read_when_needed() -> None:
     assert sorted(blocks.read_blocks) == [0, 1]
     few = Split(blocks, np.tile(np.arange(35, 45), 3))  # as with --overfit-batches
     dataset = BlockBatches(few, None, 64)
-    assert dataset.announce(CONFIG, Mock(epoch=0, total_step=0), Group()) is None
+    assert dataset.announce(CONFIG, Mock(total_step=0), Group(), 0) is None
 
 
 def test_an_evaluation_reads_each_block_once_and_holds_few_whatever_the_memory() -> None:

@@ -246,7 +246,7 @@ def train_plainly(case: str) -> tuple[list[float], dict[str, Tensor]]:
     words = few_words(config)
     torch.manual_seed(config.seed)
     model = kind().create_model()
-    total_steps = config.num_epochs * config.num_steps(len(words))
+    total_steps = config.total_steps(len(words))
     optimizer = kind().create_optimizer(model, config)
     scheduler = kind().create_scheduler(optimizer, config, total_steps)
     inputs, targets = torch.tensor(words.inputs), torch.tensor(words.targets)

@@ -1,0 +1,172 @@
+"""Trainings by steps in place of passes over the data: ``--num-steps`` and ``--validate-every``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from mnist_ray.config import TrainConfig
+from mnist_ray.errors import UsageError
+from mnist_ray.run.job import read_job
+from mnist_ray.storage import RunFolder, checkpoint_name, locate
+from mnist_ray.training import checkpoint, engine
+from mnist_ray.training.events import Progress
+from mnist_ray.training.sampler import ShardedBatchSampler
+from mnist_ray.training.state import Group, StopWantedError, TrainingState
+from mnist_ray.workload import Workload
+from mnist_ray.workload.data import Arrays, Blocks, Split
+from tests.training.conftest import Hooks
+
+NUMBERS = np.arange(50, dtype=np.float32)[:, np.newaxis]
+# 5 steps a pass of 50 examples; epochs of 4 steps, the last one of 1
+CONFIG = TrainConfig(
+    precision="fp32", batch_size=11, learning_rate=0.01, num_steps=13, validate_every=4, num_epochs=4, num_chunks=2
+)
+
+
+class Numbers(Workload):
+    """What is a number? Notes the numbers that are seen in training."""
+
+    def create_model(self) -> nn.Module:
+        return nn.Linear(1, 1)
+
+    def prepare(self, inputs: Tensor, generator: Any) -> Tensor:
+        if generator is not None:
+            SEEN.append(sorted(inputs[:, 0].int().tolist()))
+        return inputs / 50
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs[:, 0] - targets / 50) ** 2
+
+
+SEEN: list[list[int]] = []  # by step
+
+
+class Examples(Dataset):
+    def __len__(self) -> int:
+        return len(NUMBERS)
+
+    def __getitem__(self, place: int) -> tuple[np.ndarray, float]:
+        return NUMBERS[place], float(NUMBERS[place, 0])
+
+
+class InBlocks(Blocks):
+    sizes = (20, 10, 20)
+
+    def read(self, number: int) -> Arrays:
+        start = sum(self.sizes[:number])
+        rows = NUMBERS[start : start + self.sizes[number]]
+        return Arrays(rows, rows[:, 0])
+
+
+KINDS: dict[str, Any] = {"arrays": Arrays(NUMBERS, NUMBERS[:, 0]), "examples": Examples(), "blocks": InBlocks()}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_seen() -> Iterator[None]:
+    SEEN.clear()
+    yield
+    SEEN.clear()
+
+
+def trained(
+    kind: str, run: RunFolder | None = None, stop_after: int = -1, rank: int = 0, world_size: int = 1
+) -> TrainingState:
+    """Train, from the run's last checkpoint if it has one, with a checkpoint after each step."""
+    split = Split(KINDS[kind])
+    state = engine.create_state(Numbers(), CONFIG, len(split), Group())
+    if run is not None:
+        checkpoint.restore_newest(run, state)
+
+    def save(state: TrainingState, progress: Progress) -> None:
+        if run is not None:
+            checkpoint.snapshot(state, {}).write(run.inside(checkpoint_name(state.epoch, state.step)))
+
+    state.last_step = stop_after
+    hooks = Hooks(on_checkpoint=save)
+    try:
+        engine.train(Numbers(), state, split, replace(CONFIG, checkpoint_every=1), Group(), [hooks])
+    except StopWantedError:
+        assert state.total_step == stop_after
+    return state
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_by_steps_goes_through_whole_passes(kind: str) -> None:
+    state = trained(kind)
+    assert len(SEEN) == 13
+    assert [len(batch) for batch in SEEN] == [11, 11, 11, 11, 6, 11, 11, 11, 11, 6, 11, 11, 11]
+    for first in (0, 5):
+        assert sorted(number for batch in SEEN[first : first + 5] for number in batch) == list(range(50))
+    assert SEEN[0] != SEEN[5], "each pass has an order of its own"
+    assert (state.epoch, state.step) == (4, 0)
+    assert state.scheduler.last_epoch == 13
+    assert state.scheduler.get_last_lr()[0] < 0.1 * CONFIG.learning_rate, "the schedule spans the steps"
+
+
+def test_the_batches_are_those_of_the_passes_orders() -> None:
+    trained("arrays")
+    samplers = [ShardedBatchSampler(50, 11, seed=CONFIG.seed, epoch=number) for number in range(3)]
+    expected = [sorted(request.indices.tolist()) for sampler in samplers for request in sampler]
+    assert expected[:13] == SEEN
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stop_after", [1, 4, 6, 12])
+def test_a_training_that_ends_at_any_step_goes_on_with_the_same_batches(
+    kind: str, stop_after: int, tmp_path: Path
+) -> None:
+    whole = trained(kind).model.state_dict()
+    seen, run = list(SEEN), locate(str(tmp_path), "run")
+    SEEN.clear()
+    trained(kind, run, stop_after)
+    assert len(SEEN) == stop_after
+    resumed = trained(kind, run).model.state_dict()
+    assert seen == SEEN
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def test_epochs_end_and_progress_counts_by_the_given_steps() -> None:
+    split, ends, last = Split(KINDS["arrays"]), list[int](), list[Progress]()
+    state = engine.create_state(Numbers(), CONFIG, len(split), Group())
+
+    def note(state: TrainingState, progress: Progress) -> None:
+        ends.append(progress.step)
+        last.append(progress)
+
+    engine.train(Numbers(), state, split, CONFIG, Group(), [Hooks(on_epoch=note)])
+    assert ends == [4, 4, 4, 1]
+    assert [progress.num_steps for progress in last] == [4, 4, 4, 1]
+    assert last[0].num_examples == 44
+
+
+def read(**given: Any) -> TrainConfig:
+    return read_job({"run_name": "none", "storage_path": "/nowhere", **given}).train
+
+
+def test_settings_of_steps_decide_the_epochs() -> None:
+    config = read(num_steps=1000, validate_every=300)
+    assert (config.num_epochs, config.steps_per_epoch(10), config.total_steps(10)) == (4, 300, 1000)
+    config = read(num_steps=1005)
+    assert (config.num_epochs, config.validate_every) == (10, 101)
+    assert read(num_steps=5, validate_every=300).validate_every == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"validate_every": 10}, "--validate-every needs --num-steps"),
+        ({"num_steps": 10, "num_epochs": 3}, "--num-steps takes the place of --num-epochs"),
+    ],
+)
+def test_settings_of_steps_that_do_not_fit_are_refused(given: dict[str, int], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        read(**given)
