@@ -45,7 +45,8 @@ def predict() -> None:
     """Print a trained model's predictions for your own pictures."""
     parser = _parser(predict, PredictionConfig)
     _add_run(parser, "--run", default=None)
-    parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="pictures, or folders of pictures")
+    help_text = "pictures, or folders of pictures; for a language model, texts to continue"
+    parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help=help_text)
     flags = parser.read_flags()
     found = api.find(flags["run"], flags.get("workload"), flags["storage_path"])
     _tool("predict")(flags["images"], found, build(PredictionConfig, flags))

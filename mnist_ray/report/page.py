@@ -14,7 +14,7 @@ import jinja2
 
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError, in_words, redact, say, with_place
-from mnist_ray.report.run_files import RunRecord, number_of, settings_of, workload_of
+from mnist_ray.report.run_files import SAMPLES_FILE, RunRecord, number_of, read_csv, settings_of, workload_of
 from mnist_ray.settings import build, values_of
 from mnist_ray.storage import REPORT_FILE, SWEEP_PICTURE_FILE, RunFolder
 from mnist_ray.workload import figures
@@ -76,7 +76,7 @@ def write(
         run.inside(PICTURES_FOLDER).write_bytes(f"{name}.png", png)
     seconds = drawn("table of the seconds", lambda: _seconds(result)) if result else []
     trials = drawn("table of the trials", lambda: _trials(record)) if record.trials else []
-    tables = [*trials, _epochs(record), *_settings(record), *seconds]
+    tables = [*trials, *_samples(run), _epochs(record), *_settings(record), *seconds]
     page = page_of(
         title=run.name,
         status=_status(record, resume_with, is_running),
@@ -222,6 +222,12 @@ def _epochs(record: RunRecord) -> Table:
         for row in record.epochs
     ]
     return Table("Epochs", columns, rows)
+
+
+def _samples(run: RunFolder) -> list[Table]:
+    """Return how the model has continued the workload's prompt, epoch by epoch."""
+    rows = [(row["epoch"], row["text"]) for row in read_csv(run, SAMPLES_FILE, ["epoch", "text"])]
+    return [Table("What the model writes", ["epoch", "text"], rows)] if rows else []
 
 
 def _settings(record: RunRecord) -> list[Table]:

@@ -17,6 +17,7 @@ from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 
 METRICS_FILE, STEPS_FILE, PREDICTIONS_FILE = "metrics.csv", "steps.csv", "predictions.csv"
+SAMPLES_FILE = "samples.csv"
 
 
 def read_csv(run: RunFolder, file_name: str, columns: Iterable[str] = ()) -> list[dict[str, str]]:

@@ -3,6 +3,7 @@
 metrics.csv      a row per epoch, written at once
 steps.csv        a row about every half second of training, with the mean over the steps since the previous row
 predictions.csv  a row per test example, in the data set's order; written when the run is tested
+samples.csv      a row per validation of a language model: how it continues the workload's prompt
 """
 
 from __future__ import annotations
@@ -11,7 +12,15 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from mnist_ray.report.run_files import METRICS_FILE, PREDICTIONS_FILE, STEPS_FILE, csv_text, read_csv, read_numbers
+from mnist_ray.report.run_files import (
+    METRICS_FILE,
+    PREDICTIONS_FILE,
+    SAMPLES_FILE,
+    STEPS_FILE,
+    csv_text,
+    read_csv,
+    read_numbers,
+)
 from mnist_ray.storage import RunFolder
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
 from mnist_ray.training.metrics import Evaluation
@@ -47,11 +56,18 @@ class History:
                 self._update(last.epoch, _named("train", last.so_far) | {"epoch_s": round(last.epoch_s, 3)} | rate)
             case Validated():
                 self._update(event.epoch, _named("val", event.values) | {"val_s": round(event.seconds, 3)})
+                if event.sample:
+                    self._add_sample(event.epoch, event.sample)
 
     def _update(self, epoch: int, values: Mapping[str, Any]) -> None:
         self.rows.setdefault(epoch, {"epoch": epoch}).update(values)
         rows = (self.rows[epoch] for epoch in sorted(self.rows))
         self._run.write_text(METRICS_FILE, csv_text(self._columns, rows, has_header=True))
+
+    def _add_sample(self, epoch: int, sample: str) -> None:
+        before = [row for row in read_csv(self._run, SAMPLES_FILE, ["epoch"]) if int(row["epoch"]) < epoch]
+        rows: list[dict[str, Any]] = [*before, {"epoch": epoch, "text": sample}]
+        self._run.write_text(SAMPLES_FILE, csv_text(["epoch", "text"], rows, has_header=True))
 
     def _add_step(self, event: Progress) -> None:
         epochs = round(event.epoch - 1 + event.step / event.num_steps, 5)

@@ -208,7 +208,7 @@ class Reporter(Callback):
         validation = self._validated(state) if is_due else None
         if is_epoch_end and validation is not None:
             state.scores.append(validation.score)
-            self.send_validation(state.epoch, validation)
+            self.send_validation(state.epoch, validation, self._sample(state))
         return CheckpointMetrics(
             epoch=state.epoch,
             step=state.step,
@@ -235,8 +235,16 @@ class Reporter(Callback):
         values = evaluation.values(workload)
         return Validation(values, score(workload, values), time.perf_counter() - start)
 
-    def send_validation(self, epoch: int, validation: Validation) -> None:
-        """Report the validation of an epoch."""
+    def _sample(self, state: TrainingState) -> str:
+        """Return how the model continues the workload's prompt, if it has one; all ranks must call this."""
+        workload = self._job.workload
+        if not workload.prompt:
+            return ""
+        with engine.evaluating(state.result):
+            return workload.complete(state.result, workload.prompt)
+
+    def send_validation(self, epoch: int, validation: Validation, sample: str = "") -> None:
+        """Report the validation of an epoch, and how the model continues a text."""
         names = [metric.name for metric in self._job.workload.all_metrics]
         values = {name: validation.values.get(name, math.nan) for name in names}  # an older checkpoint may have fewer
-        self.send(Validated(epoch, values, validation.seconds))
+        self.send(Validated(epoch, values, validation.seconds, sample))

@@ -77,12 +77,21 @@ class Prediction:
 
 
 def predict(places: Sequence[str], found: find.Found, config: PredictionConfig) -> None:
-    """Print the prediction for each picture. Raises JobError at the end if a file has no prediction."""
+    """Print the prediction for each picture or, with a language model, how it continues each text.
+
+    Raises JobError at the end if a file has no prediction.
+    """
     workload, model = found.workload, found.load_model()
     if not config.json:
         for note in found.notes:
             say(f"note {note}")
         say(f"checkpoint {found.checkpoint.path} ({type(workload).__name__})")
+    if type(workload).complete is not Workload.complete:
+        for prompt in places:
+            with placed(workload, "complete"), torch.no_grad():
+                text = workload.complete(model, prompt)
+            say(json.dumps({"prompt": prompt, "text": text}) if config.json else text)
+        return
     predictions = []
     for prediction in predict_files(workload, model, find_files(places)):
         predictions.append(prediction if config.grid else replace(prediction, inputs=None))  # to save memory

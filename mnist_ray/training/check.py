@@ -118,6 +118,9 @@ def check_batch(
     for key, values in columns.items():
         if not isinstance(values, Tensor) or values.shape[:1] != (number,):
             raise UsageError(f"{name}.predictions: {key} must be a tensor with {number} examples here, (N, ...)")
+    if workload.prompt:
+        with placed(workload, "complete"), torch.no_grad():
+            workload.complete(model, workload.prompt)
     _check_metrics(workload, detached(outputs), batch, columns)
     *fewer, last = others
     with placed(workload, f"predictions for the last {number} examples"), torch.no_grad():

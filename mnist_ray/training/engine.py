@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -266,19 +267,31 @@ def evaluate_together(
     size = workload.evaluation_batch_size(on_gpu=group.device.type == "cuda")
     bounds = split_bounds(len(split), group.world_size, size)
     start, stop = bounds[group.rank] if group.rank < len(bounds) else (0, 0)
-    units_wait = any(is_sharded(parameter) for parameter in model.parameters())
+    are_units = any(is_sharded(parameter) for parameter in model.parameters())
     own = evaluate(workload, model, split.between(start, stop), num_loader_processes, on_batch)
-    if units_wait:  # for the other ranks, in each forward pass: all ranks must make as many
-        passes = [math.ceil((last - first) / size) for first, last in (*bounds, (start, stop))]
-        for _ in range(passes[-1], max(passes)):
-            evaluate(workload, model, split.between(0, 1))
-        model.reshard()  # type: ignore[operator]
+    passes = [math.ceil((last - first) / size) for first, last in (*bounds, (start, stop))]
+    for _ in range(passes[-1], max(passes) if are_units else 0):  # units are gathered by all ranks together
+        evaluate(workload, model, split.between(0, 1))
     parts: list[Any] = [None] * group.world_size
     dist.all_gather_object(parts, own)
     return Evaluation.merge(parts[: len(bounds)])
 
 
-@torch.no_grad()  # in inference mode, a model could not train with the tensors that it caches
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Let a model compute in evaluation mode, without gradients; then, put it back into the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    are_units = any(is_sharded(parameter) for parameter in model.parameters())
+    model.eval()
+    with torch.no_grad():  # in inference mode, a model could not train with the tensors that it caches
+        yield
+    if are_units:
+        model.reshard()  # type: ignore[operator]
+    model.train(modes[model])  # calls the modules' own train(), if they have any
+    for module, is_training in modes.items():
+        module.training = is_training  # a callback may keep layers in evaluation mode
+
+
 def evaluate(
     workload: Workload,
     model: nn.Module,
@@ -288,27 +301,23 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a model on its device, in fp32 and fixed batches. Raises UsageError if the columns are too large."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     batches = split_bounds(len(split), len(split), workload.evaluation_batch_size(on_gpu=device.type == "cuda"))
     requests = [Request(np.arange(*bounds)) for bounds in batches]
     sums: list[dict[str, Tensor]] = []  # these and the columns stay on the device, since each transfer waits for it
     columns: list[dict[str, Tensor]] = []
     num_bytes = 0
     loader = batch_loader(batches_of(split, device, workload.collate), requests, device, num_loader_processes)
-    for batch in on_device(loader, device):
-        on_batch()
-        outputs = as_fp32(model(workload.prepare(batch.inputs, None)))
-        loss = workload.loss(outputs, batch.targets).sum()
-        sums.append({"loss": loss, **measured_sums(workload, outputs, batch.targets)})
-        columns.append(workload.predictions(outputs, batch.targets))
-        num_bytes += sum(values.nbytes for values in columns[-1].values())
-        if num_bytes > MAX_COLUMN_BYTES:
-            name, size = f"{type(workload).__name__}.predictions", f"{MAX_COLUMN_BYTES / 2**20:,.0f} MiB"
-            raise UsageError(f"{name}: the columns of {len(split):,} {workload.nouns} exceed {size}; make them smaller")
-    model.train(modes[model])  # calls the modules' own train(), if they have any
-    for module, is_training in modes.items():
-        module.training = is_training  # a callback may keep layers in evaluation mode
+    with evaluating(model):
+        for batch in on_device(loader, device):
+            on_batch()
+            outputs = as_fp32(model(workload.prepare(batch.inputs, None)))
+            loss = workload.loss(outputs, batch.targets).sum()
+            sums.append({"loss": loss, **measured_sums(workload, outputs, batch.targets)})
+            columns.append(workload.predictions(outputs, batch.targets))
+            num_bytes += sum(values.nbytes for values in columns[-1].values())
+            if num_bytes > MAX_COLUMN_BYTES:
+                name, size = f"{type(workload).__name__}.predictions", f"{MAX_COLUMN_BYTES / 2**20:,.0f} MiB"
+                raise UsageError(f"{name}: columns of {len(split):,} {workload.nouns} exceed {size}; make them smaller")
     values = iter(
         torch.stack([value.double() for of_batch in sums for value in of_batch.values()]).tolist() if sums else []
     )

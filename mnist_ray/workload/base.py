@@ -83,6 +83,8 @@ class Workload(UserClass):
     """Changed search spaces, like ``{"learning_rate": Range(1e-3, 1e-1, log=True)}``; None excludes a setting."""
     compares_examples: ClassVar[bool] = False
     """Whether an example's loss depends on the others of the batch, and therefore on the number of workers."""
+    prompt: ClassVar[str] = ""
+    """A text that ``complete`` continues after each validation, for the console and the report."""
     noun: ClassVar[str] = "example"
     prediction_noun: ClassVar[str] = "prediction"  # the name of a prediction in the output of ``predict --json``
 
@@ -241,6 +243,10 @@ class Workload(UserClass):
     def top_predictions(self, outputs: Any) -> list[list[tuple[Any, float]]]:
         """Return a few predictions per input, each with its probability, the most probable first."""
         raise UsageError(f"{type(self).__name__} defines no top_predictions(): it can only be evaluated and exported")
+
+    def complete(self, model: nn.Module, prompt: str) -> str:
+        """Return how a language model continues a text, without random numbers; the model is in evaluation mode."""
+        raise UsageError(f"{type(self).__name__} defines no complete(): it cannot continue a text")
 
     # --- derived
 
