@@ -223,6 +223,7 @@ def train(group: Group, size: Size, config: TrainConfig, num_steps: int, storage
     base, peak, workload = pss_mib(), Peak(), workload_of(size)
     state = engine.create_state(workload, config, num_steps * config.batch_size, group)
     start_mib = peak.take()
+    keep_freed_memory()  # as a worker does
     hooks = Hooks(group, None if storage is None else locate(storage, "run"), peak)
     split = Split(examples(size, num_steps * config.batch_size))
     engine.train(workload, state, split, config, group, [hooks])
@@ -249,7 +250,6 @@ def train(group: Group, size: Size, config: TrainConfig, num_steps: int, storage
 
 def train_warm(group: Group, *args: Any) -> dict[str, Any]:
     """Train after a tiny model, with which this process loads all that it needs."""
-    keep_freed_memory()  # as a worker does
     train(group, TINY, args[1], 3)
     return train(group, *args)
 

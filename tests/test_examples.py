@@ -12,7 +12,12 @@ from PIL import Image
 from pyarrow import parquet as pq
 
 import mnist_ray
-from tests.conftest import ROOT, as_flags, run_main
+from mnist_ray.errors import JobError
+from mnist_ray.report.run_files import read_csv
+from mnist_ray.workload.data import Arrays
+from mnist_ray.workload.loading import load
+from mnist_ray.workload.memory import owner_of
+from tests.conftest import ROOT, as_flags, callback_at, folder_at, run_main
 
 SMALL: dict[str, dict[str, Any]] = {
     "diabetes": {"num_epochs": 3, "batch_size": 8},
@@ -101,3 +106,63 @@ def test_pictures_in_parquet_are_trained_on_and_evaluated_in_shares(ray_address:
     assert run.metrics["accuracy"] > 0.9
     assert (Path(run.folder.path) / "pictures" / "predictions.png").exists()
     assert mnist_ray.evaluate(run, num_tasks=2) == run.metrics
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text that repeats itself, and a file that is none."""
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "rhyme.txt").write_text("the mouse ran up the clock, the clock struck one.\n" * 150)
+    (folder / "noise.bin").write_bytes(bytes(range(256)))
+    return folder
+
+
+def gpt_flags(storage: Path, texts: Path, **more: Any) -> list[str]:
+    small = {"text_folder": texts, "length": 16, "depth": 1, "width": 64, "batch_size": 16, "learning_rate": 1e-2}
+    flags = {"precision": "fp32", "warmup_steps": 0, "cpus_per_worker": 1, "storage_path": storage, **small, **more}
+    return as_flags({"workload": ROOT / "examples" / "gpt.py", **flags})
+
+
+def test_a_gpt_is_trained_sharded_resumed_exported_and_continues_a_text(
+    ray_address: str, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stops = callback_at(tmp_path / "stops.py", "wants_stop(self)", "return not os.path.exists(__file__ + '.go')")
+    flags = gpt_flags(tmp_path / "runs", texts, num_steps=60, validate_every=30, run_name="gpt", callback=stops)
+    with pytest.raises(JobError, match="a callback has stopped the training"):
+        run_main("train", *flags, "--num-workers", "2", "--strategy", "fsdp")
+    (tmp_path / "stops.py.go").touch()
+    run_main("train", *flags, "--num-workers", "1", "--strategy", "fsdp", "--resume")
+    said = capsys.readouterr().out
+    assert "continuing in epoch 1 after step " in said
+    assert "           it writes: def read(path):↵" in said
+    run = tmp_path / "runs" / "gpt"
+    assert result_of(run)["test_bits_per_byte"] < 2.5
+    samples = read_csv(folder_at(run), "samples.csv")
+    assert [row["epoch"] for row in samples] == ["1", "2"]
+    assert all(row["text"].startswith("def read(path):\n") for row in samples)
+    assert "What the model writes" in (run / "report.html").read_text()
+
+    run_main("predict", "the mouse", "--run", str(run))
+    assert capsys.readouterr().out.splitlines()[-1].startswith("the mouse ")
+    run_main("export", str(run), "--output", str(tmp_path / "gpt.pt2"))
+    assert "windows (N, 16) int64 to outputs (N, 16, 256) float32" in capsys.readouterr().out
+
+
+def test_a_gpt_is_searched_by_steps(
+    ray_address: str, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {"num_steps": 16, "validate_every": 8, "run_name": "swept", "num_trials": 2, "num_confirmed": 0}
+    run_main("tune", *gpt_flags(tmp_path / "runs", texts, **more), "--sweep", "dropout=0,0.1")
+    said = capsys.readouterr().out
+    assert "after 0.25/2 epochs" in said
+    assert result_of(tmp_path / "runs" / "swept")["test_bits_per_byte"] < 6
+
+
+def test_a_gpts_windows_are_views_of_a_mapped_file(texts: Path) -> None:
+    kind = load(str(ROOT / "examples" / "gpt.py"))
+    train = kind(kind.Settings(text_folder=texts, length=16)).load_data().train
+    assert isinstance(train, Arrays)
+    assert isinstance(owner_of(train.inputs), np.memmap)
+    assert bytes(train.inputs[0]) == b"the mouse ran up"
+    assert bytes(train.targets[0]) == b"he mouse ran up "
+    assert bytes(train.inputs[1]) == b" the clock, the "

@@ -30,6 +30,7 @@ from mnist_ray.training.events import EpochFinished, Event, Progress, Started, S
 from mnist_ray.training.metrics import CheckpointMetrics, Validation, score
 from mnist_ray.training.reproducible import check_arithmetic
 from mnist_ray.training.saved_model import load_fitting, read_weights
+from mnist_ray.training.sharding import resharded
 from mnist_ray.training.state import Group, StopWantedError, TrainingState, best_epoch, is_over
 from mnist_ray.workload import user_code
 from mnist_ray.workload.data import Split
@@ -58,7 +59,6 @@ def train_worker(
 ) -> None:
     """Set up a worker with ``cpus``; train from the newest checkpoint. Raises like ``train`` and ``restore_newest``."""
     job = spec.job
-    keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means fp32
     threads = threads_per_worker(cpus, usable_cores(), workers_on_node, job.train.batch_size // group.world_size)
     torch.set_num_threads(1 if job.train.reproducible else threads)
@@ -69,6 +69,7 @@ def train_worker(
     state = engine.create_state(job.workload, config, len(split), group, functools.partial(_load_initial, job))
     reporter = create_reporter(spec, group, config)
     restored = checkpoints.restore_newest(job.run, state, reporter.callbacks, group)
+    keep_freed_memory()  # from here on: a whole model, or what was read of a checkpoint, goes back to the kernel
     state.last_step = min(math.ceil(min(spec.until_epoch, config.num_epochs) * state.num_steps), state.total_steps)
     callbacks = [*reporter.callbacks, reporter]
     try:
@@ -240,7 +241,7 @@ class Reporter(Callback):
         workload = self._job.workload
         if not workload.prompt:
             return ""
-        with engine.evaluating(state.result):
+        with resharded(state.result), engine.evaluating(state.result):
             return workload.complete(state.result, workload.prompt)
 
     def send_validation(self, epoch: int, validation: Validation, sample: str = "") -> None:

@@ -35,7 +35,7 @@ from mnist_ray.training.gradients import Gradients, measured_sums, seed_of
 from mnist_ray.training.metrics import Evaluation, TrainingDivergedError, check_columns
 from mnist_ray.training.sampler import Request, ShardedBatchSampler, split_bounds
 from mnist_ray.training.state import Group, LoggingWindow, StopWantedError, TrainingState, is_over, move_average
-from mnist_ray.training.tensor_files import is_sharded, rows_here
+from mnist_ray.training.tensor_files import rows_here
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.tensors import as_fp32, with_fast_layout
@@ -267,11 +267,11 @@ def evaluate_together(
     size = workload.evaluation_batch_size(on_gpu=group.device.type == "cuda")
     bounds = split_bounds(len(split), group.world_size, size)
     start, stop = bounds[group.rank] if group.rank < len(bounds) else (0, 0)
-    are_units = any(is_sharded(parameter) for parameter in model.parameters())
-    own = evaluate(workload, model, split.between(start, stop), num_loader_processes, on_batch)
-    passes = [math.ceil((last - first) / size) for first, last in (*bounds, (start, stop))]
-    for _ in range(passes[-1], max(passes) if are_units else 0):  # units are gathered by all ranks together
-        evaluate(workload, model, split.between(0, 1))
+    own_passes, *passes = (math.ceil((last - first) / size) for first, last in ((start, stop), *bounds))
+    with sharding.resharded(model) as has_units:
+        own = evaluate(workload, model, split.between(start, stop), num_loader_processes, on_batch)
+        for _ in range(own_passes, max(passes) if has_units else 0):  # all ranks together gather the units
+            evaluate(workload, model, split.between(0, 1))
     parts: list[Any] = [None] * group.world_size
     dist.all_gather_object(parts, own)
     return Evaluation.merge(parts[: len(bounds)])
@@ -281,12 +281,9 @@ def evaluate_together(
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Let a model compute in evaluation mode, without gradients; then, put it back into the mode that it was in."""
     modes = {module: module.training for module in model.modules()}
-    are_units = any(is_sharded(parameter) for parameter in model.parameters())
     model.eval()
     with torch.no_grad():  # in inference mode, a model could not train with the tensors that it caches
         yield
-    if are_units:
-        model.reshard()  # type: ignore[operator]
     model.train(modes[model])  # calls the modules' own train(), if they have any
     for module, is_training in modes.items():
         module.training = is_training  # a callback may keep layers in evaluation mode

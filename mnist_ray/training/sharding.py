@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import UsageError, first_line
 from mnist_ray.training.state import Group
+from mnist_ray.training.tensor_files import is_sharded
 from mnist_ray.workload.base import Workload
 
 _STATES = {"adam": 2, "adamw": 2, "sgd": 1}  # that an optimizer keeps of each parameter
@@ -75,6 +76,15 @@ def _shard(model: nn.Module, units: Iterable[nn.Module], group: Group) -> None:
         module.set_force_sum_reduction_for_comms(enable=True)
     if any(tensor.is_meta for tensor in model.parameters()):
         model.to_empty(device=group.device)
+
+
+@contextlib.contextmanager
+def resharded(model: nn.Module) -> Iterator[bool]:
+    """Free at the end what forward passes without a backward pass have gathered; give whether the model has units."""
+    has_units = any(is_sharded(parameter) for parameter in model.parameters())
+    yield has_units
+    if has_units:
+        model.reshard()  # type: ignore[operator]
 
 
 def recompute(units: Iterable[nn.Module]) -> None:
