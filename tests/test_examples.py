@@ -2,12 +2,15 @@
 
 import io
 import json
+import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 from pyarrow import parquet as pq
 
@@ -166,3 +169,44 @@ def test_a_gpts_windows_are_views_of_a_mapped_file(texts: Path) -> None:
     assert bytes(train.inputs[0]) == b"the mouse ran up"
     assert bytes(train.targets[0]) == b"he mouse ran up "
     assert bytes(train.inputs[1]) == b" the clock, the "
+
+
+@pytest.fixture(scope="module")
+def small_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a new model's config and its tokenizer, whose tokens are words; and texts of two lengths."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("llm")
+    words = {word: number for number, word in enumerate(["[UNK]", *["a", "mouse", "ran", "up", "the", "clock"]])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": len(words)}
+    transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0).save_pretrained(folder)
+    lines = [json.dumps({"text": "a mouse ran up the clock " * (1 + number % 3)}) for number in range(60)]
+    (folder / "texts.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_a_model_of_hugging_face_is_fine_tuned_and_loaded_again(
+    lora_rank: int, small_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_folder = tmp_path / "base"
+    torch.manual_seed(0)
+    shutil.copytree(small_llm, model_folder)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(small_llm)).save_pretrained(model_folder)
+    flags = {"model_folder": model_folder, "texts": small_llm / "texts.jsonl", "lora_rank": lora_rank}
+    flags |= {"num_workers": 0, "num_epochs": 4, "learning_rate": 2e-2, "precision": "fp32", "run_name": "tuned"}
+    example = ROOT / "examples" / "finetune.py"
+    run_main("train", *as_flags({"workload": example, "storage_path": tmp_path / "runs", **flags}))
+    run = tmp_path / "runs" / "tuned"
+    assert result_of(run)["test_loss"] < 1.75, "the one of a model that knows nothing is 1.95"
+    monkeypatch.setattr("sys.argv", [str(example), str(run), str(tmp_path / "saved")])
+    runpy.run_path(str(example), run_name="__main__")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    inputs = {"input_ids": torch.tensor([[1, 2, 3, 4]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    ours = mnist_ray.load_run(run).load_model()
+    assert torch.equal(loaded(**inputs).logits, ours(inputs))
+    assert (tmp_path / "saved" / "adapter_config.json").exists() == bool(lora_rank)
