@@ -70,7 +70,7 @@ class Restored:
 
 
 Written = dict[str, str] | Exception
-"""The digests of the files that a rank has written, or the error of the storage."""
+"""The digests of the files that a rank has written, or why it could not write them."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ class Snapshot:
     def write(self, folder: RunFolder, writers: dist.ProcessGroup | None = None) -> None:
         """Write this rank's files; on rank 0, write state.json last: a folder without it is no checkpoint.
 
-        ``writers``: the group of all ranks, if the state is sharded. On rank 0, raises STORAGE_ERRORS of any rank.
+        ``writers``: the group of all ranks, if the state is sharded. On rank 0, raises the error of any rank.
         """
         written: Written
         try:
             written = self._write_part(folder)
-        except STORAGE_ERRORS as error:
+        except Exception as error:  # rank 0, which waits for all, raises it
             written = error
         digests: dict[str, str] = {}
         try:

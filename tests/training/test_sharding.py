@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -185,6 +186,7 @@ def train_cases(rank: int, folder: Path) -> None:
             (folder / f"losses-{world_size}.json").write_text(json.dumps(losses))
         if world_size == 2:
             check_damage(locate(storage, "plain-2"), group)
+            check_failure(locate(storage, "failed").inside(MIDDLE), group)
             check_scale(group)
         dist.destroy_process_group()
 
@@ -204,6 +206,18 @@ def check_damage(run: RunFolder, group: Group) -> None:
     dist.barrier()
     if group.rank == 0:
         path.write_bytes(content)
+
+
+def check_failure(folder: RunFolder, group: Group) -> None:
+    """Rank 0 raises the error of a rank that cannot write, and leaves no checkpoint."""
+    if group.rank == 0:
+        (Path(folder.path) / "model-00002-of-00002.safetensors").mkdir(parents=True)
+    dist.barrier()
+    taken = checkpoint.snapshot(engine.create_state(Words(), CONFIG, 141, group), {}, group=group)
+    with pytest.raises(IsADirectoryError) if group.rank == 0 else contextlib.nullcontext():
+        taken.write(folder, dist.group.WORLD)
+    dist.barrier()
+    assert not Path(folder.path).exists()
 
 
 def check_scale(group: Group) -> None:
