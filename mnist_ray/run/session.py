@@ -123,7 +123,9 @@ def connected(
     workloads are tested, so their batch and the imports wait until Ray is starting. Raises UsageError and JobError.
     """
     is_own, unused = type(job.workload).__module__.startswith("mnist_ray."), None
-    if not is_own:
+    if job.train.strategy == "fsdp" and (reason := _too_large(job)):
+        console.say("note", f"no batch is tried before the start: {reason}")
+    elif not is_own:
         unused = _try_batch(job, data.train, batch_sizes)
 
     def meanwhile() -> None:
@@ -175,6 +177,17 @@ def _advice(job: Job) -> str:
         if not job.run.exists():
             return ""
     return f"to resume: {job.resume_with}"
+
+
+def _too_large(job: Job) -> str:
+    """Return why a model cannot be tried in this process, which may have less memory than the workers together."""
+    import psutil
+
+    from mnist_ray.training.sharding import on_meta
+
+    model, free = on_meta(job.workload)[0], psutil.virtual_memory().available
+    needed = 2 * sum(parameter.nbytes for parameter in model.parameters()) if model else 0  # weights and gradients
+    return f"the model needs {size_of(needed)}, and {size_of(free)} are free here" if needed > free else ""
 
 
 def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> set[str] | None:

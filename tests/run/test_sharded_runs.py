@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -86,3 +87,14 @@ def test_what_does_not_go_with_sharding_is_refused(quick: Flags, flags: dict[str
     given = [text for text in quick(num_workers=2, strategy="fsdp", **flags) if text]
     with pytest.raises(UsageError, match=message):
         run_main("train", *given)
+
+
+@pytest.mark.usefixtures("ray_address")
+def test_a_model_that_is_too_large_for_the_driver_is_not_tried_there(
+    quick: Flags, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: Mock(available=2**18))
+    run_main("train", *quick(num_workers=2, strategy="fsdp"), "--check")
+    said = capsys.readouterr().out
+    assert "note       no batch is tried before the start: the model needs 0.4 MiB, and 0.2 MiB are free here" in said
+    assert "sharding   5 units of up to 0.1 MiB" in said
