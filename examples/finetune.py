@@ -51,8 +51,7 @@ class Texts(Dataset):
 
     def __getitem__(self, place: int) -> tuple[list[int], int]:
         """Return a text's tokens; the target is made of them in ``collate``."""
-        tokens: list[int] = self._tokenizer(self._texts[place], truncation=True, max_length=self._max_length).input_ids
-        return tokens, 0
+        return self._tokenizer(self._texts[place], truncation=True, max_length=self._max_length).input_ids, 0
 
 
 class Logits(nn.Module):
