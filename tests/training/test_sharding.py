@@ -35,9 +35,9 @@ from tests.training.ranks import call_on_ranks
 
 NUM_WORDS, WIDTH = 11, 10  # neither can be divided evenly by all numbers of ranks
 CONFIG = TrainConfig(
-    strategy="fsdp", precision="fp32", num_epochs=2, batch_size=26, learning_rate=1e-2, optimizer="adamw"
+    strategy="fsdp", precision="fp32", num_epochs=1, batch_size=26, learning_rate=1e-2, optimizer="adamw"
 )
-MIDDLE, END = checkpoint_name(0, 4), checkpoint_name(2, 0)
+MIDDLE, END = checkpoint_name(0, 4), checkpoint_name(1, 0)
 
 
 class Block(nn.Module):
@@ -292,7 +292,7 @@ def test_sharded_training_agrees_with_a_plain_loop(runs: Path, case: str, world_
     found = json.loads((runs / f"losses-{world_size}.json").read_text())[case]
     assert found[0] == pytest.approx(losses[0], rel=1e-5)
     assert found == pytest.approx(losses, rel=1e-3)
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < losses[0]
     of_run = weights_in(runs / f"{case}-{world_size}")
     assert all(torch.allclose(of_run[name], value, atol=1e-3) for name, value in weights.items())
     assert of_run.keys() == weights.keys()
@@ -370,7 +370,7 @@ def test_recomputation_repeats_the_forward_pass_of_each_unit(tmp_path: Path, mon
         calls.clear()
         trained(Words(), replace(CONFIG, recompute_activations=recompute), Group(), locate(str(tmp_path), "run"))
         counts.append(len(calls))
-    assert counts == [3 * 12, 6 * 12]
+    assert counts == [3 * 6, 6 * 6]
 
 
 @pytest.mark.parametrize(
