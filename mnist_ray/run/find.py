@@ -22,11 +22,7 @@ from mnist_ray.storage import (
     untrusted_folders,
     with_retries,
 )
-from mnist_ray.training.checkpoint import (
-    STATE_FILE,
-    DamagedCheckpointError,
-    read_state,
-)
+from mnist_ray.training.checkpoint import STATE_FILE, DamagedCheckpointError, read_state
 from mnist_ray.training.metrics import CheckpointMetrics
 from mnist_ray.training.saved_model import load_fitting, load_model, read_weights
 from mnist_ray.workload import loading

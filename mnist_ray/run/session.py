@@ -244,7 +244,7 @@ def say_data(console: RunConsole, job: Job, data: Splits) -> None:
 def say_plan(session: Session, plan: WorkerPlan) -> int:
     """Print the model and the workers that train it; return the number of parameters."""
     job, console, cluster = session.job, session.console, session.cluster
-    model = _created(job)
+    model, why_whole = _created(job)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     trained = "" if num_trained == num_parameters else f", {num_trained:,} of them trained"
@@ -255,7 +255,7 @@ def say_plan(session: Session, plan: WorkerPlan) -> int:
     resources = count(plan.cpus_per_worker, "CPU") + (" and 1 GPU" if plan.use_gpu else "")
     place = "a local Ray" if cluster.is_local else f"a Ray cluster of {count(len(cluster.nodes), 'node')}"
     console.say("workers", f"{plan.num_workers}, each with {resources}, on {place}")
-    _say_memory(session, plan, model)
+    _say_memory(session, plan, model, why_whole)
     cores = usable_cores()
     if cluster.is_local and not plan.use_gpu and plan.num_workers > cores:
         shared = f"{plan.num_workers} workers share {cores} cores"
@@ -270,15 +270,15 @@ def say_plan(session: Session, plan: WorkerPlan) -> int:
     return num_parameters
 
 
-def _created(job: Job) -> nn.Module:
-    """Return a new model; if it is to be sharded and can do so, without memory for its tensors."""
+def _created(job: Job) -> tuple[nn.Module, str]:
+    """Return a new model: one to be sharded without memory for its tensors or, if it cannot be created so, why not."""
     from mnist_ray.training.sharding import on_meta
 
-    without_memory = on_meta(job.workload)[0] if job.train.strategy == "fsdp" else None
-    return without_memory or job.workload.create_model()
+    without_memory, why_whole = on_meta(job.workload) if job.train.strategy == "fsdp" else (None, "")
+    return without_memory or job.workload.create_model(), why_whole
 
 
-def _say_memory(session: Session, plan: WorkerPlan, model: nn.Module) -> None:
+def _say_memory(session: Session, plan: WorkerPlan, model: nn.Module, why_whole: str) -> None:
     """Print what each worker holds of a sharded model. Raises UsageError if the nodes have no memory for it."""
     from mnist_ray.training import sharding
 
@@ -293,8 +293,8 @@ def _say_memory(session: Session, plan: WorkerPlan, model: nn.Module) -> None:
             f"{count(len(units), 'unit')} of up to {size_of(largest)}; each worker holds {size_of(held)} of weights, "
             f"gradients and optimizer state, not {size_of(whole)}",
         )
-        if reason := sharding.on_meta(workload)[1]:
-            session.console.say("note", f"each worker creates the whole model before it is sharded: {reason}")
+        if why_whole:
+            session.console.say("note", f"each worker creates the whole model before it is sharded: {why_whole}")
     check_memory(plan, suitable(session.cluster.nodes, plan.labels), held)
 
 

@@ -90,7 +90,10 @@ def predict(places: Sequence[str], found: find.Found, config: PredictionConfig) 
         for prompt in places:
             with placed(workload, "complete"), torch.no_grad():
                 text = workload.complete(model, prompt)
-            say(json.dumps({"prompt": prompt, "text": text}) if config.json else text)
+            if config.json:
+                sys.stdout.write(json.dumps({"prompt": prompt, "text": text}) + "\n")
+            else:
+                say(text)
         return
     predictions = []
     for prediction in predict_files(workload, model, find_files(places)):

@@ -77,10 +77,7 @@ def _create_models(
     """Return the model and, with ``--ema-decay``, a copy of it for the EMA."""
     if sharding.is_wanted(config, group.world_size):
         return sharding.create_models(workload, config, group, begin)
-    torch.manual_seed(config.seed)
-    model = workload.create_model()
-    if config.recompute_activations:
-        sharding.recompute(sharding.units_of(workload, model))
+    model = sharding.create_model(workload, config)
     begin(model)
     model = with_fast_layout(model.to(group.device))
     return model, None if config.ema_decay is None else copy.deepcopy(model)

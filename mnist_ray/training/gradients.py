@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -84,15 +85,13 @@ class Gradients:
             total = {name: total[name] + value for name, value in sums.items()} if total else sums
         return total
 
-    @contextlib.contextmanager
-    def _accumulating(self, *, is_last: bool) -> Iterator[None]:
+    def _accumulating(self, *, is_last: bool) -> AbstractContextManager[None]:
         """Let the backward pass of a step's last micro-batch add up over the ranks what has accumulated on each."""
         if self._is_sharded:
             self._model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
-        with contextlib.ExitStack() as until_the_end:
-            if isinstance(self._model, DistributedDataParallel) and not is_last:
-                until_the_end.enter_context(self._model.no_sync())
-            yield
+        elif isinstance(self._model, DistributedDataParallel) and not is_last:
+            return self._model.no_sync()
+        return contextlib.nullcontext()
 
     def _of_chunks(self, micro_batches: Sequence[MicroBatch], chunks: Chunks) -> dict[str, Tensor]:
         for chunk, batch in zip(chunks.start_step(), micro_batches, strict=True):

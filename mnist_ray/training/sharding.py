@@ -37,16 +37,7 @@ def create_models(
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     is_whole = on_meta(workload)[0] is None
-
-    def create(*, with_weights: bool) -> nn.Module:
-        torch.manual_seed(config.seed)
-        model = (workload.create_model() if with_weights else on_meta(workload)[0]) or workload.create_model()
-        units = units_of(workload, model)
-        if config.recompute_activations:
-            recompute(units)
-        return model
-
-    model = create(with_weights=is_whole or group.rank == 0)
+    model = create_model(workload, config, with_memory=is_whole or group.rank == 0)
     if is_whole or group.rank == 0:
         begin(model)
     weights = model.state_dict() if group.rank == 0 else {}
@@ -56,10 +47,20 @@ def create_models(
         set_model_state_dict(model, weights, options=options)
     if config.ema_decay is None:
         return model, None
-    average = create(with_weights=is_whole)
+    average = create_model(workload, config, with_memory=is_whole)
     _shard(average, units_of(workload, average), group)
     average.load_state_dict(model.state_dict())
     return model, average
+
+
+def create_model(workload: Workload, config: TrainConfig, *, with_memory: bool = True) -> nn.Module:
+    """Return a new model; with ``--recompute-activations``, its units compute theirs again in the backward pass."""
+    torch.manual_seed(config.seed)
+    with contextlib.nullcontext() if with_memory else torch.device("meta"):
+        model = workload.create_model()
+    if config.recompute_activations:
+        _recompute(units_of(workload, model))
+    return model
 
 
 def _shard(model: nn.Module, units: Iterable[nn.Module], group: Group) -> None:
@@ -87,7 +88,7 @@ def resharded(model: nn.Module) -> Iterator[bool]:
         model.reshard()  # type: ignore[operator]
 
 
-def recompute(units: Iterable[nn.Module]) -> None:
+def _recompute(units: Iterable[nn.Module]) -> None:
     """Let units compute their activations again in the backward pass, with the same random numbers."""
     for unit in units:
         contexts = functools.partial(_recomputing, unit)
