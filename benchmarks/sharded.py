@@ -1,4 +1,4 @@
-"""Memory, checkpoints, speed and losses of sharded training: python benchmarks/sharded.py (15 minutes)
+"""Memory, checkpoints, speed and losses of sharded training: python benchmarks/sharded.py
 
 The project's engine trains a GPT in processes of its own, without Ray. For ``memory``, it has 100 million parameters.
 ``losses`` compares a smaller one with a loop of plain PyTorch.
