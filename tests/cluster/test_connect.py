@@ -1,6 +1,8 @@
 import contextlib
+import itertools
 import os
 import platform
+import re
 import signal
 import socket
 import subprocess
@@ -83,13 +85,12 @@ def test_an_address_where_no_ray_answers_ends_the_job_in_one_line(temporary: Pat
 @pytest.fixture(scope="module")
 def cluster(request: pytest.FixtureRequest) -> Iterator[tuple[str, Path]]:
     """The address of a cluster without or with tokens, and its home folder, which has the token in either case."""
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder, socket.create_server(("127.0.0.1", 0)) as free:
-        port, home = free.getsockname()[1], Path(folder)
-        free.close()
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        home = Path(folder)
         (home / ".ray").mkdir()
         (home / ".ray" / "auth_token").write_text("0123456789abcdef" * 2)
-        options = ["--head", "--block", f"--port={port}", f"--temp-dir={home / 'r'}", "--num-cpus=1"]
-        options += ["--include-dashboard=false", "--node-ip-address=127.0.0.1", f"--ray-client-server-port={port + 1}"]
+        options = ["--head", "--block", "--port=0", f"--temp-dir={home / 'r'}", "--num-cpus=1"]  # 0: a free port
+        options += ["--include-dashboard=false", "--node-ip-address=127.0.0.1", "--ray-client-server-port=20001"]
         head = subprocess.Popen(
             [sys.executable, "-m", "ray.scripts.scripts", "start", *options, "--dashboard-agent-listen-port=0"],
             env={**os.environ, "HOME": folder, "RAY_AUTH_MODE": request.param},
@@ -99,10 +100,14 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[tuple[str, Path]]:
             start_new_session=True,
         )
         assert head.stdout is not None
-        assert any("will now block" in line for line in head.stdout)
-        yield f"127.0.0.1:{port}", home
-        os.killpg(head.pid, signal.SIGKILL)
-        head.communicate()
+        said = "".join(itertools.takewhile(lambda line: "will now block" not in line, head.stdout))
+        try:
+            address = re.search(r"--address='(.*?)'", said)
+            assert address, said
+            yield address[1], home
+        finally:
+            os.killpg(head.pid, signal.SIGKILL)
+            head.communicate()
 
 
 CALL = """\
