@@ -1,7 +1,12 @@
-"""Compare the job with the same training in Lightning and accelerate: python benchmarks/frameworks.py DATA_DIR
+"""Compare jobs with the same training in other frameworks: python benchmarks/frameworks.py mnist DATA_DIR
 
-DATA_DIR has torchvision's layout. Needs `pip install lightning accelerate`. In each round, every program trains with
-one process, with two, and with two of which one is killed (SIGKILL) a second after the first epoch's checkpoint.
+``mnist``: DATA_DIR has torchvision's layout. In each round, every program trains with one process, with two, and with
+two of which one is killed (SIGKILL) a second after the first epoch's checkpoint.
+
+``gpt``: DATA_DIR has texts, on which every program trains examples/gpt.py with one process. More arguments are theirs,
+such as ``--num-steps 40 --depth 6 --width 384 --precision bf16``.
+
+Needs `pip install lightning accelerate`.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +34,7 @@ from before import training_workers
 PEERS = Path(__file__).parent / "peers"
 TRAIN = Path(__file__).parent.parent / "jobs" / "train.py"
 Figures = dict[str, float]
-_HANG_S = 180.0
+_HANG_S = 900.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Framework:
     name: str
     script: Path
     flags: tuple[str, ...] = ()
+    shared: frozenset[str] = frozenset()
+    """What the other programs import from the script, so that its lines do not count."""
 
     def command(self, data: Path, folder: Path, processes: int) -> list[object]:
         """Return the arguments of Python: what starts the training, or continues it in the same folder."""
@@ -51,18 +58,21 @@ class Framework:
         return process
 
     def outcome(self, printed: str, folder: Path) -> Figures:
-        """Return the images/s and the accuracy on the test set."""
+        """Return the training's rate, and the accuracy or the loss."""
         figures: Figures = json.loads(printed.strip().rpartition("\n")[2])
         return figures
 
 
+@dataclass(frozen=True)
 class MnistRay(Framework):
     """This project, with a workload."""
+
+    data_flag: str = "--images"
 
     def command(self, data: Path, folder: Path, processes: int) -> list[object]:
         """Return the arguments of Python."""
         run = ["--storage-path", folder, "--run-name", "run", *(["--resume"] if (folder / "run").exists() else [])]
-        return [TRAIN, "--workload", self.script, "--images", data, "--num-workers", processes, *run]
+        return [TRAIN, "--workload", self.script, self.data_flag, data, "--num-workers", processes, *run, *self.flags]
 
     def second_process(self, job: psutil.Process) -> psutil.Process:
         """Return a training worker."""
@@ -70,40 +80,96 @@ class MnistRay(Framework):
 
     def outcome(self, printed: str, folder: Path) -> Figures:
         """Read the run's files."""
-        with (folder / "run" / "metrics.csv").open() as file:
-            rates = [float(row["images_per_s"]) for row in csv.DictReader(file)]
+        rates = [float(row["images_per_s"]) for row in epochs(folder / "run")]
         accuracy = json.loads((folder / "run" / "result.json").read_text())["test_accuracy"]
         return {"images_per_s": statistics.harmonic_mean(rates), "accuracy": accuracy}
 
 
-FRAMEWORKS = (
+class GptInMnistRay(MnistRay):
+    """This project, with the example."""
+
+    def outcome(self, printed: str, folder: Path) -> Figures:
+        """Read the run's files. The first epoch, a tenth of the steps, is not timed."""
+        _, *warm = epochs(folder / "run")
+        length = json.loads((folder / "run" / "result.json").read_text())["settings"]["length"]
+        rate = statistics.harmonic_mean(float(row["windows_per_s"]) for row in warm)
+        return {"tokens_per_s": rate * length, "loss": float(warm[-1]["val_loss"])}
+
+
+def epochs(run: Path) -> list[dict[str, str]]:
+    """Return the rows of a run's metrics.csv."""
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training that several programs do."""
+
+    frameworks: tuple[Framework, ...]
+    settings: tuple[str, ...]
+    rows: Mapping[str, str]
+    """Figures, and their names in the table."""
+    values: frozenset[str] = frozenset()
+    """Figures that are no times or rates: the table has no ratios of them."""
+
+
+MNIST = (
     MnistRay("mnist_ray", PEERS / "with_mnist_ray.py"),
     Framework("Lightning", PEERS / "with_lightning.py"),
     Framework("Lightning, tensors", PEERS / "with_lightning.py", ("--tensors",)),
     Framework("accelerate", PEERS / "with_accelerate.py"),
     Framework("accelerate, tensors", PEERS / "with_accelerate.py", ("--tensors",)),
 )
-ROWS = {
-    "one_s": "seconds from start to exit, 1 process",
-    "two_s": "the same, 2 processes",
-    "killed_s": "the same, 2 processes, one of them killed",
-    "killed_starts": "starts of this run",
-    "kill_s": "seconds that the kill cost",
-    "one_images_per_s": "images/s in training, 1 process",
-    "two_images_per_s": "the same, 2 processes",
-    "one_accuracy": "accuracy on the test set, 1 process",
+GPT = (
+    GptInMnistRay(
+        "mnist_ray",
+        TRAIN.parent.parent / "examples" / "gpt.py",
+        shared=frozenset({"Settings", "Block", "GPT", "corpus_of", "load_data", "create_model", "create_optimizer"}),
+        data_flag="--text-folder",
+    ),
+    Framework("a plain loop", PEERS / "gpt_plain.py"),
+    Framework("Lightning", PEERS / "gpt_lightning.py"),
+    Framework("transformers", PEERS / "gpt_transformers.py"),
+)
+JOBS = {
+    "mnist": Job(
+        MNIST,
+        ("one", "two", "killed"),
+        {
+            "one_s": "seconds from start to exit, 1 process",
+            "two_s": "the same, 2 processes",
+            "killed_s": "the same, 2 processes, one of them killed",
+            "killed_starts": "starts of this run",
+            "kill_s": "seconds that the kill cost",
+            "one_images_per_s": "images/s in training, 1 process",
+            "two_images_per_s": "the same, 2 processes",
+            "one_accuracy": "accuracy on the test set, 1 process",
+        },
+        frozenset({"killed_starts", "kill_s", "one_accuracy"}),
+    ),
+    "gpt": Job(
+        GPT,
+        ("one",),
+        {
+            "one_tokens_per_s": "tokens/s in training",
+            "one_s": "seconds from start to exit",
+            "one_loss": "loss on the validation set",
+        },
+        frozenset({"one_loss"}),
+    ),
 }
 
 
-def start(framework: Framework, data: Path, folder: Path, processes: int) -> psutil.Popen:
+def start(framework: Framework, data: Path, folder: Path, processes: int, flags: Sequence[str]) -> psutil.Popen:
     """Start a program."""
-    command = [sys.executable, *map(str, framework.command(data, folder, processes))]
+    command = [sys.executable, *map(str, framework.command(data, folder, processes)), *flags]
     # Without the variable, restarted processes find the addresses of the dead ones: pytorch/pytorch#135712
     environment = {**os.environ, "RAY_ADDRESS": "local", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
 
 
-def train(framework: Framework, data: Path, setting: str) -> Figures:
+def train(framework: Framework, data: Path, setting: str, flags: Sequence[str]) -> Figures:
     """Train with ``one`` process, with ``two``, or with two of which one is ``killed``. Start it again if it fails.
 
     Returns the program's outcome, the seconds from the first start to the last exit, and the number of starts.
@@ -111,7 +177,7 @@ def train(framework: Framework, data: Path, setting: str) -> Figures:
     with tempfile.TemporaryDirectory() as name:
         folder, begun = Path(name), time.perf_counter()
         for starts in range(1, 4):
-            job = start(framework, data, folder, 1 if setting == "one" else 2)
+            job = start(framework, data, folder, 1 if setting == "one" else 2, flags)
             if setting == "killed" and starts == 1:
                 while not any(folder.rglob("*epoch*")) and job.poll() is None:
                     time.sleep(0.1)
@@ -130,61 +196,65 @@ def train(framework: Framework, data: Path, setting: str) -> Figures:
     raise RuntimeError(f"{framework.name}, {setting}: failed {starts} times")
 
 
-def lines_to_write(script: Path) -> int:
-    """Return the number of lines without blank lines, docstrings, and lines that measure (``peers/measuring.py``)."""
-    text = script.read_text(encoding="utf-8")
+def lines_to_write(framework: Framework) -> int:
+    """Return the number of lines without blank lines, docstrings, what is shared, and lines that measure."""
+    text = framework.script.read_text(encoding="utf-8")
     without: set[int] = set()
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        is_shared = isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name in framework.shared
+        if isinstance(node, ast.stmt) and (is_docstring or is_shared):
             without |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-    without |= {n for n, line in enumerate(text.splitlines(), 1) if re.search(r"clock|tensors|^\s*$", line)}
+    without |= {n for n, line in enumerate(text.splitlines(), 1) if re.search(r"[Cc]lock|tensors|^\s*$", line)}
     return len(text.splitlines()) - len(without)
 
 
-def as_markdown(rounds: Sequence[dict[str, Figures]]) -> list[str]:
+def as_markdown(job: Job, rounds: Sequence[dict[str, Figures]]) -> list[str]:
     """Return the lines of a table: medians, and the least and the greatest ratio of a round to this project."""
+    ours = job.frameworks[0].name
 
     def cell(name: str, figure: str) -> str:
-        shown = f"{statistics.median(one[name][figure] for one in rounds):,.4g}"
-        ratios = [one[name][figure] / one[FRAMEWORKS[0].name][figure] for one in rounds]
-        is_plain = name == FRAMEWORKS[0].name or figure in ("killed_starts", "kill_s", "one_accuracy")
-        return shown if is_plain else f"{shown} ({min(ratios):.2f} to {max(ratios):.2f} ×)"
+        shown = f"{statistics.median(figures[name][figure] for figures in rounds):,.4g}"
+        ratios = [figures[name][figure] / figures[ours][figure] for figures in rounds]
+        has_ratio = name != ours and figure not in job.values
+        return f"{shown} ({min(ratios):.2f} to {max(ratios):.2f} ×)" if has_ratio else shown
 
     lines = [
-        f"| | {' | '.join(framework.name for framework in FRAMEWORKS)} |",
-        "|---" * (len(FRAMEWORKS) + 1) + "|",
-        f"| lines to write | {' | '.join(str(lines_to_write(framework.script)) for framework in FRAMEWORKS)} |",
+        f"| | {' | '.join(framework.name for framework in job.frameworks)} |",
+        "|---" * (len(job.frameworks) + 1) + "|",
+        f"| lines to write | {' | '.join(str(lines_to_write(framework)) for framework in job.frameworks)} |",
     ]
-    for figure, title in ROWS.items():
-        lines.append(f"| {title} | {' | '.join(cell(framework.name, figure) for framework in FRAMEWORKS)} |")
+    for figure, title in job.rows.items():
+        lines.append(f"| {title} | {' | '.join(cell(framework.name, figure) for framework in job.frameworks)} |")
     return lines
 
 
-def compare(data: Path, num_rounds: int) -> list[str]:
+def compare(job: Job, data: Path, num_rounds: int, flags: Sequence[str]) -> list[str]:
     """Run all programs in each round; print every figure, and return the table's lines."""
     if not all(importlib.util.find_spec(name) for name in ("lightning", "accelerate")):
         return ["without Lightning and accelerate: to compare with them, pip install lightning accelerate"]
     rounds: list[dict[str, Figures]] = []
     for number in range(num_rounds):
-        rounds.append({framework.name: {} for framework in FRAMEWORKS})
-        for setting, framework in itertools.product(("one", "two", "killed"), FRAMEWORKS):
-            figures = train(framework, data, setting)
+        rounds.append({framework.name: {} for framework in job.frameworks})
+        for setting, framework in itertools.product(job.settings, job.frameworks):
+            figures = train(framework, data, setting, flags)
             rounds[-1][framework.name] |= {f"{setting}_{name}": value for name, value in figures.items()}
             if setting == "killed":
                 rounds[-1][framework.name]["kill_s"] = figures["s"] - rounds[-1][framework.name]["two_s"]
-            shown = ", ".join(f"{name} {value:,.4g}" for name, value in figures.items())
+            shown = ", ".join(f"{name} {value:,.6g}" for name, value in figures.items())
             where = f"round {number + 1}/{num_rounds}, load {os.getloadavg()[0]:.1f}"
             print(f"{where}: {framework.name}, {setting}: {shown}", flush=True)
-    return as_markdown(rounds)
+    return as_markdown(job, rounds)
 
 
 def main() -> None:
     """Compare, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", choices=JOBS)
     parser.add_argument("data", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
-    print("\n".join(compare(args.data, args.rounds)))
+    args, flags = parser.parse_known_args()
+    print("\n".join(compare(JOBS[args.job], args.data, args.rounds, flags)))
 
 
 if __name__ == "__main__":
