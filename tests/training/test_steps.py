@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -24,12 +28,14 @@ from mnist_ray.training.state import Group, StopWantedError, TrainingState
 from mnist_ray.workload import Workload
 from mnist_ray.workload.data import Arrays, Blocks, Split
 from tests.training.conftest import Hooks
+from tests.training.ranks import call_on_ranks
 
 NUMBERS = np.arange(50, dtype=np.float32)[:, np.newaxis]
 # 5 steps a pass of 50 examples; epochs of 4 steps, the last one of 1
 CONFIG = TrainConfig(
-    precision="fp32", batch_size=11, learning_rate=0.01, num_steps=13, validate_every=4, num_epochs=4, num_chunks=2
+    precision="fp32", batch_size=11, learning_rate=0.01, num_steps=13, validate_every=4, num_epochs=4, num_chunks=3
 )
+ALONE = Group()
 
 
 class Numbers(Workload):
@@ -77,23 +83,21 @@ def _nothing_seen() -> Iterator[None]:
     SEEN.clear()
 
 
-def trained(
-    kind: str, run: RunFolder | None = None, stop_after: int = -1, rank: int = 0, world_size: int = 1
-) -> TrainingState:
+def trained(kind: str, run: RunFolder | None = None, stop_after: int = -1, group: Group = ALONE) -> TrainingState:
     """Train, from the run's last checkpoint if it has one, with a checkpoint after each step."""
     split = Split(KINDS[kind])
-    state = engine.create_state(Numbers(), CONFIG, len(split), Group())
+    state = engine.create_state(Numbers(), CONFIG, len(split), group)
     if run is not None:
         checkpoint.restore_newest(run, state)
 
     def save(state: TrainingState, progress: Progress) -> None:
-        if run is not None:
+        if run is not None and group.rank == 0:
             checkpoint.snapshot(state, {}).write(run.inside(checkpoint_name(state.epoch, state.step)))
 
     state.last_step = stop_after
     hooks = Hooks(on_checkpoint=save)
     try:
-        engine.train(Numbers(), state, split, replace(CONFIG, checkpoint_every=1), Group(), [hooks])
+        engine.train(Numbers(), state, split, replace(CONFIG, checkpoint_every=1), group, [hooks])
     except StopWantedError:
         assert state.total_step == stop_after
     return state
@@ -132,6 +136,52 @@ def test_a_training_that_ends_at_any_step_goes_on_with_the_same_batches(
     resumed = trained(kind, run).model.state_dict()
     assert seen == SEEN
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+STOPS, WORLDS = (1, 4, 6, 12), ((1, 3), (3, 2))
+
+
+def _train_in_two_parts(rank: int, folder: Path) -> None:
+    """Stop at each of STOPS, and resume with another number of ranks; write down what this rank saw in either part."""
+    for kind in KINDS:
+        for stop_after in STOPS:
+            for worlds in WORLDS:
+                run = locate(str(folder), f"{kind}-{stop_after}-{worlds[0]}-{worlds[1]}")
+                for part, world_size in enumerate(worlds):
+                    if rank < world_size:
+                        store = f"file://{folder}/store-{run.name}-{part}"
+                        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+                        trained(kind, run, -1 if part else stop_after, Group(rank, world_size))
+                        dist.destroy_process_group()
+                        (folder / f"{run.name}.{part}.{rank}.json").write_text(json.dumps(SEEN))
+                        SEEN.clear()
+
+
+@pytest.fixture(scope="module")
+def in_two_parts(ranks: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the ranks of ``_train_in_two_parts`` saw, and their checkpoints."""
+    folder = tmp_path_factory.mktemp("parts")
+    call_on_ranks(ranks, _train_in_two_parts, folder)
+    return folder
+
+
+@pytest.mark.parametrize("worlds", WORLDS)
+@pytest.mark.parametrize("stop_after", STOPS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_goes_on_with_another_number_of_workers_and_the_same_batches(
+    kind: str, stop_after: int, worlds: tuple[int, int], in_two_parts: Path
+) -> None:
+    name, seen = f"{kind}-{stop_after}-{worlds[0]}-{worlds[1]}", []
+    whole = trained(kind).model.state_dict()
+    for part, world_size in enumerate(worlds):
+        of_ranks = [json.loads((in_two_parts / f"{name}.{part}.{rank}.json").read_text()) for rank in range(world_size)]
+        seen += [sorted(itertools.chain(*slices)) for slices in zip(*of_ranks, strict=True)]
+    assert seen == SEEN
+    state = engine.create_state(Numbers(), CONFIG, len(NUMBERS), Group())
+    checkpoint.restore_newest(locate(str(in_two_parts), name), state)
+    assert (state.epoch, state.step) == (4, 0)
+    for key, value in state.model.state_dict().items():
+        torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-6)
 
 
 def test_epochs_end_and_progress_counts_by_the_given_steps() -> None:
