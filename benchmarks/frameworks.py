@@ -91,7 +91,7 @@ class GptInMnistRay(MnistRay):
     def outcome(self, printed: str, folder: Path) -> Figures:
         """Read the run's files. The first epoch, a tenth of the steps, is not timed."""
         _, *warm = epochs(folder / "run")
-        length = json.loads((folder / "run" / "result.json").read_text())["settings"]["length"]
+        length = json.loads((folder / "run" / "config.json").read_text())["length"]
         rate = statistics.harmonic_mean(float(row["windows_per_s"]) for row in warm)
         return {"tokens_per_s": rate * length, "loss": float(warm[-1]["val_loss"])}
 
