@@ -31,8 +31,8 @@ from pathlib import Path
 import psutil
 from before import training_workers
 
-PEERS = Path(__file__).parent / "peers"
-TRAIN = Path(__file__).parent.parent / "jobs" / "train.py"
+HERE = Path(__file__).parent
+PEERS, TRAIN, EXAMPLE = HERE / "peers", HERE.parent / "jobs" / "train.py", HERE.parent / "examples" / "gpt.py"
 Figures = dict[str, float]
 _HANG_S = 900.0
 
@@ -56,6 +56,11 @@ class Framework:
         """Return one of two training processes."""
         process: psutil.Process = job.children()[-1]
         return process
+
+    @property
+    def text(self) -> str:
+        """The code that a user writes."""
+        return self.script.read_text(encoding="utf-8")
 
     def outcome(self, printed: str, folder: Path) -> Figures:
         """Return the training's rate, and the accuracy or the loss."""
@@ -87,6 +92,11 @@ class MnistRay(Framework):
 
 class GptInMnistRay(MnistRay):
     """This project, with the example."""
+
+    @property
+    def text(self) -> str:
+        """The example."""
+        return EXAMPLE.read_text(encoding="utf-8")
 
     def outcome(self, printed: str, folder: Path) -> Figures:
         """Read the run's files. The first epoch, a tenth of the steps, is not timed."""
@@ -124,7 +134,7 @@ MNIST = (
 GPT = (
     GptInMnistRay(
         "mnist_ray",
-        TRAIN.parent.parent / "examples" / "gpt.py",
+        PEERS / "gpt_mnist_ray.py",
         shared=frozenset({"Settings", "Block", "GPT", "corpus_of", "load_data", "create_model", "create_optimizer"}),
         data_flag="--text-folder",
     ),
@@ -198,7 +208,7 @@ def train(framework: Framework, data: Path, setting: str, flags: Sequence[str]) 
 
 def lines_to_write(framework: Framework) -> int:
     """Return the number of lines without blank lines, docstrings, what is shared, and lines that measure."""
-    text = framework.script.read_text(encoding="utf-8")
+    text = framework.text
     without: set[int] = set()
     for node in ast.walk(ast.parse(text)):
         is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)

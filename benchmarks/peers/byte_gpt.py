@@ -70,9 +70,11 @@ class Job:
         )
         return [index for request in requests for index in request.indices.tolist()]
 
-    def optimizer_and_scheduler(self, model: torch.nn.Module) -> tuple[Any, Any]:
+    def optimizer_and_scheduler(self, model: torch.nn.Module, *, fused: bool = True) -> tuple[Any, Any]:
         """Return the example's AdamW, and its cosine after a warm-up."""
         optimizer = self.workload.create_optimizer(model, self.config)
+        if not fused:
+            optimizer = torch.optim.AdamW([{**group, "fused": None} for group in optimizer.param_groups])
         return optimizer, self.workload.create_scheduler(optimizer, self.config, self.config.total_steps(0))
 
 

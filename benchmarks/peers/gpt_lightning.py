@@ -30,7 +30,7 @@ class Gpt(L.LightningModule):
 
     def configure_optimizers(self) -> dict:
         """Return the optimizer and the schedule."""
-        optimizer, scheduler = self.job.optimizer_and_scheduler(self)
+        optimizer, scheduler = self.job.optimizer_and_scheduler(self, fused=False)  # else it could not clip with bf16
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_batch_end(self, *_: object) -> None:  # for the clock
