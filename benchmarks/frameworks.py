@@ -4,7 +4,7 @@
 two of which one is killed (SIGKILL) a second after the first epoch's checkpoint.
 
 ``gpt``: DATA_DIR has texts, on which every program trains examples/gpt.py with one process. More arguments are theirs,
-such as ``--num-steps 40 --depth 6 --width 384 --precision bf16``.
+such as ``--num-steps 60 --depth 6 --width 384 --precision bf16 --validation-size 100``.
 
 Needs `pip install lightning accelerate`.
 """

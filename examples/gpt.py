@@ -128,7 +128,8 @@ class Gpt(Workload):
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the sum of the cross entropies of a window's bytes."""
-        return F.cross_entropy(outputs.transpose(1, 2), targets.long(), reduction="none").sum(1)
+        of_bytes = F.cross_entropy(outputs.flatten(0, 1), targets.flatten().long(), reduction="none")
+        return of_bytes.view(targets.shape).sum(1)
 
     def weights(self, targets: Tensor) -> Tensor:
         """Return the number of bytes of each window, so that the loss is a mean over bytes."""

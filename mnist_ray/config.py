@@ -106,8 +106,12 @@ class TrainConfig:
         is_searchable=False,
         **at_least(1),
     )
-    checkpoint_every: int = setting(
-        1000, "steps between checkpoints within an epoch", decides_weights=False, **at_least(1)
+    checkpoint_every: int | None = setting(
+        None,
+        "steps between checkpoints within an epoch; auto: as often as 1 % of the time allows, and every 1,000 steps",
+        decides_weights=False,
+        unset="auto",
+        **at_least(1),
     )
     reproducible: bool = setting(
         False, "the same weights to the last bit for any number of workers; slower: on CPUs, with one thread each"

@@ -55,6 +55,7 @@ def setting(
     decides_data: bool = False,
     decides_weights: bool = True,
     is_searchable: bool = True,
+    unset: str = "none",
 ) -> T:
     """Declare a field of a settings class.
 
@@ -62,10 +63,10 @@ def setting(
     false for a value, the error says ``must``; ``**at_least(1)`` and the like give both. ``search``: the values that
     ``jobs/tune.py`` tries. ``decides_data``: ``load_data`` reads it, so all trials share it: it cannot be searched.
     If not ``decides_weights``, a resumed run may have another value. If not ``is_searchable``, all trials of a sweep
-    have the same.
+    have the same. ``unset``: the word for None on the command line.
     """
     more = {"decides_data": decides_data, "decides_weights": decides_weights, "is_searchable": is_searchable}
-    metadata = {"help": description, "check": check, "must": must, "search": search, **more}
+    metadata = {"help": description, "check": check, "must": must, "search": search, "unset": unset, **more}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -173,11 +174,11 @@ def _of_type(kind: type[Any], value: Any, name: str) -> Any:
     return value
 
 
-def _or_none(kind: type[Any]) -> Callable[[str], Any]:
-    """Return a parser of a flag's text that takes ``none``, too."""
+def _or_none(kind: type[Any], unset: str) -> Callable[[str], Any]:
+    """Return a parser of a flag's text, which may also be the word for None."""
 
     def parse(text: str) -> Any:
-        return None if text == "none" else kind(text)
+        return None if text == unset else kind(text)
 
     parse.__name__ = kind.__name__  # argparse says: invalid float value
     return parse
@@ -261,17 +262,20 @@ class Parser(argparse.ArgumentParser):
         hints = get_type_hints(config_class)
         for field in dataclasses.fields(config_class):
             plain, arguments = value_type(hints[field.name])
+            unset = field.metadata.get("unset", "none")  # a workload's fields may be plain
             kind: dict[str, Any] = {"type": plain, "choices": arguments or None}
             if plain is bool:
                 kind = {"action": argparse.BooleanOptionalAction}
             elif plain in (int, float) and not arguments and type(None) in get_args(hints[field.name]):
-                kind = {"type": _or_none(plain)}
+                kind = {"type": _or_none(plain, unset)}
             elif plain is tuple:
                 kind = {"type": arguments[0], "nargs": "+", "action": "extend"}
             elif plain is Path:
                 kind = {"type": str}  # Path("") would be the current folder
             help_text = field.metadata.get("help", "")
             default = defaults.get(field.name, field.default)
+            if default is None and unset != "none":
+                default = unset
             if plain is not bool and default is not None:
                 shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
                 help_text += f" (default: {shown})"

@@ -29,7 +29,7 @@ def test_a_run_writes_its_files_and_learns(finished_run: Path) -> None:
     assert len(result["test_accuracy_per_class"]) == 10
     assert result["num_workers"] == 2
     seconds = result["seconds"]
-    assert seconds.keys() == {"start", "data", "training", "validation", "evaluation", "total"}
+    assert seconds.keys() == {"start", "data", "training", "validation", "saving", "evaluation", "total"}
     assert seconds["total"] == pytest.approx(sum(seconds.values()) / 2, abs=0.01)
     assert result["images_per_s"] > 0
     assert result["versions"]["ray"] == ray.__version__

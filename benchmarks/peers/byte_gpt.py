@@ -60,15 +60,15 @@ class Job:
         return self.config.precision == "bf16"
 
     @property
-    def order(self) -> list[int]:
-        """The examples of all steps, in the order in which this project's job takes them."""
+    def batches(self) -> list[list[int]]:
+        """The examples of each step, as this project's job takes them."""
         config, size = self.config, len(self.train)
         steps_per_pass = config.steps_per_pass(size)
         passes = range(-(-config.total_steps(0) // steps_per_pass))
         requests = chain.from_iterable(
             ShardedBatchSampler(size, config.batch_size, seed=config.seed, epoch=number) for number in passes
         )
-        return [index for request in requests for index in request.indices.tolist()]
+        return [request.indices.tolist() for request in requests]
 
     def optimizer_and_scheduler(self, model: torch.nn.Module, *, fused: bool = True) -> tuple[Any, Any]:
         """Return the example's AdamW, and its cosine after a warm-up."""
@@ -87,11 +87,12 @@ def job_of(arguments: list[str] | None = None) -> Job:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--num-steps", type=int, default=300)
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--validation-size", type=int)
     args = parser.parse_args(arguments)
     example = load(str(EXAMPLE))
     workload = example(example.Settings(text_folder=args.texts, depth=args.depth, width=args.width))
     recipe = {**example.recipes["default"], "num_steps": args.num_steps, "precision": args.precision}
-    splits = splits_of(data_of(workload), None)
+    splits = splits_of(data_of(workload), args.validation_size)
     return Job(args.folder, workload, TrainConfig(**recipe), Windows(splits.train), Windows(splits.validation))
 
 

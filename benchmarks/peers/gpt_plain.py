@@ -30,7 +30,7 @@ def main() -> None:
     model = job.workload.create_model()
     optimizer, scheduler = job.optimizer_and_scheduler(model)
     clock = StepClock(job)
-    batches = itertools.islice(DataLoader(job.train, job.config.batch_size, sampler=job.order), job.config.num_steps)
+    batches = itertools.islice(DataLoader(job.train, batch_sampler=job.batches), job.config.num_steps)
     for step, (inputs, targets) in enumerate(batches, start=1):
         with torch.autocast("cpu", torch.bfloat16, enabled=job.is_bf16):
             logits = model(inputs)

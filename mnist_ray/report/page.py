@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import itertools
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from mnist_ray.errors import JobError, UsageError, in_words, redact, say, with_p
 from mnist_ray.report.run_files import SAMPLES_FILE, RunRecord, number_of, read_csv, settings_of, workload_of
 from mnist_ray.settings import build, values_of
 from mnist_ray.storage import REPORT_FILE, SWEEP_PICTURE_FILE, RunFolder
+from mnist_ray.training.stopwatch import PARTS
 from mnist_ray.workload import figures
 from mnist_ray.workload.base import LOSS, Metric, Picture, Workload
 from mnist_ray.workload.data import Split
@@ -29,6 +31,7 @@ _REFRESH_S = 10
 _MIN_EPOCH, _MIN_PART = 1 / 100, 1 / 30  # of an epoch and of the run: the steps for which a curve's point stands
 _TRAINING = {"color": "C0", "linewidth": 1}
 _VALIDATION = {"color": "C1", "linestyle": "--"}
+_MAX_BARS, _MIN_SHARE = 16, 0.002  # of the time's picture; of the time that a part must have taken to be shown
 _MAX_MARKERS = 50  # of epochs; more would hide the curves
 
 
@@ -71,6 +74,7 @@ def write(
         with_examples = rows and drawn("pictures of the predictions", lambda: workload.pictures(result, rows, test))
         pictures += with_examples or drawn("pictures of the test", lambda: workload.pictures(result, [], None))
     pictures += drawn("curve of the learning rate", lambda: _learning_rate(record))
+    pictures += drawn("picture of the time", lambda: _time_spent(record))
     pngs = {re.sub(r"[^\w.@-]", "_", picture.name): picture.png for picture in pictures}  # a "/" would name a folder
     for name, png in pngs.items():
         run.inside(PICTURES_FOLDER).write_bytes(f"{name}.png", png)
@@ -160,6 +164,29 @@ def _learning_rate(record: RunRecord) -> list[Picture]:
     return [Picture("learning_rate", "Learning rate", f"Learning rate over the steps. It ends at {rates[-1]:g}", png)]
 
 
+def _time_spent(record: RunRecord) -> list[Picture]:
+    """Draw the seconds of each part, in a bar per epoch and worker or, if these are too many, per worker or in all."""
+    labels: Callable[[Mapping[str, float]], str]
+    for labels in (
+        lambda row: f"epoch {row['epoch']:.0f}, worker {row['worker']:.0f}",
+        lambda row: f"worker {row['worker']:.0f}",
+        lambda row: "all",
+    ):
+        bars = list(dict.fromkeys(map(labels, record.times)))
+        if len(bars) <= _MAX_BARS:
+            break
+    seconds = {
+        part: [math.fsum(row[part] for row in record.times if labels(row) == bar) for bar in bars] for part in PARTS
+    }
+    total = math.fsum(itertools.chain(*seconds.values()))
+    shown = {part: values for part, values in seconds.items() if sum(values) > _MIN_SHARE * total}
+    if not shown:
+        return []
+    shares = ", ".join(f"{part} {sum(values) / total:.0%}" for part, values in shown.items())
+    png = figures.stacked_bars(bars, shown, "seconds")
+    return [Picture("time", "Where the time went", f"Seconds of the workers: {shares}", png)]
+
+
 def _sweep_picture(record: RunRecord) -> list[Picture]:
     """Return the picture of a sweep's trials; none if the run is no sweep."""
     png = record.run.read_bytes(SWEEP_PICTURE_FILE)
@@ -200,7 +227,7 @@ def _shortened(text: str) -> str:
 
 
 def _seconds(result: Mapping[str, Any]) -> list[Table]:
-    title = "Seconds until tested; all validations but the last are in the training"
+    title = "Seconds until tested"
     rows = [(name, _number(value, ".1f")) for name, value in result["seconds"].items()]
     return [Table(title, (), rows, is_wide=False)]
 

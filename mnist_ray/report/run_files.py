@@ -17,7 +17,7 @@ from mnist_ray.workload import loading
 from mnist_ray.workload.base import Workload
 
 METRICS_FILE, STEPS_FILE, PREDICTIONS_FILE = "metrics.csv", "steps.csv", "predictions.csv"
-SAMPLES_FILE = "samples.csv"
+SAMPLES_FILE, TIMES_FILE = "samples.csv", "times.csv"
 
 
 def read_csv(run: RunFolder, file_name: str, columns: Iterable[str] = ()) -> list[dict[str, str]]:
@@ -77,6 +77,7 @@ class RunRecord:
     origin: dict[str, Any]  # versions, command line, commit
     epochs: list[dict[str, float]]  # rows of metrics.csv; NaN for missing values
     steps: list[dict[str, float]]  # rows of steps.csv
+    times: list[dict[str, float]]  # rows of times.csv
     result: dict[str, Any] | None  # None until the run is tested
     predictions: list[dict[str, str]]  # rows of predictions.csv; none until the run is tested
     trials: list[dict[str, str]]  # rows of sweep.csv; none if the run is no sweep
@@ -91,6 +92,7 @@ class RunRecord:
             origin=run.read_json(ORIGIN_FILE) or {},
             epochs=read_numbers(run, METRICS_FILE, "epoch"),
             steps=read_numbers(run, STEPS_FILE, "step", "epoch"),
+            times=read_numbers(run, TIMES_FILE, "epoch", "worker"),
             result=run.read_json(RESULT_FILE),
             predictions=read_csv(run, PREDICTIONS_FILE),
             trials=read_csv(run, TRIALS_FILE),

@@ -16,6 +16,7 @@ from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.signals import Noted, first_only_noted
 from mnist_ray.storage import in_one_line
 from mnist_ray.training.events import Event, Progress, Stopping
+from mnist_ray.training.metrics import CheckpointMetrics
 from mnist_ray.training.state import Group, StopWantedError, TrainingState
 
 
@@ -67,9 +68,8 @@ class LocalReporter(Reporter):
             self.send(Stopping())
         return self._is_stopping
 
-    def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
-        """Validate and save."""
-        metrics = self.validate_and_report(state, progress)
+    def keep(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
+        """Save a checkpoint, and delete those that are no longer needed."""
         with in_one_line("the storage has failed"):
             self.save(state, metrics)
             drop_others(self._job)

@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
@@ -20,6 +21,7 @@ from mnist_ray.run.evaluate import evaluate_here, evaluate_in_tasks
 from mnist_ray.run.find import Fitted, read_initial
 from mnist_ray.run.history import History, write_predictions
 from mnist_ray.run.session import Session, say_plan
+from mnist_ray.run.time_spent import TimeSpent, notes_on, shares_of
 from mnist_ray.settings import json_lines
 from mnist_ray.signals import first_only_noted, if_ended
 from mnist_ray.storage import CONFIG_FILE, INITIAL_FILE, ORIGIN_FILE, REPORT_FILE, RESULT_FILE
@@ -30,7 +32,9 @@ from mnist_ray.training.saved_model import weights_digest
 from mnist_ray.workload.loading import digests_of
 
 _LEARNED = 0.1  # examples count as learned if the loss falls to this part of the first loss
-_REPORT_EVERY_S = 30.0  # and steps.csv, while the run goes on
+_MAX_TRACKING = 0.05  # of the run's time, in which the job waits for its trackers; more is noted
+_REPORT_EVERY_S = 30.0  # at most, and steps.csv, while the run goes on
+_MAX_DRAWING = 0.01  # of a processor's time: the training may need it
 _WORKLOAD_FILE = "workload.py"
 
 
@@ -49,7 +53,6 @@ def recorded(session: Session, plan: WorkerPlan) -> Iterator[Recorder]:
     finally:
         with first_only_noted() as interrupted:
             record.close()
-    session.clock.mark("report")
     record.print_files()
     if interrupted.is_set:
         raise KeyboardInterrupt
@@ -97,10 +100,16 @@ def write_settings(session: Session, plan: WorkerPlan, settings_file: str, setti
 
 
 def repeat(work: Callable[[], object], every_s: float, is_over: threading.Event) -> None:
-    """Call ``work`` every ``every_s`` seconds until ``is_over``. A failure is ignored: the next call may succeed."""
-    while not is_over.wait(every_s):
+    """Call ``work`` every ``every_s`` seconds until ``is_over``, but less often if it would take 1 % of the time.
+
+    A failure is ignored: the next call may succeed.
+    """
+    pause_s = every_s
+    while not is_over.wait(pause_s):
+        start_s = time.thread_time()
         with contextlib.suppress(Exception):
             work()
+        pause_s = max(every_s, (time.thread_time() - start_s) / _MAX_DRAWING)
 
 
 class Recorder:
@@ -116,7 +125,7 @@ class Recorder:
         self._first_loss = math.nan
         run, workload = self._job.run, self._job.workload
         self._warn = functools.partial(self._console.say, "note")
-        self._history = History(run, workload)
+        self._history, self._times = History(run, workload), TimeSpent(run)
         self._trackers = start.start(run, workload, self._job.values, self._job.output, self._warn)
         self._is_over, draw = threading.Event(), functools.partial(self._draw_report, is_running=True)
         self._live_report = threading.Thread(target=repeat, args=[draw, _REPORT_EVERY_S, self._is_over], daemon=True)
@@ -136,9 +145,8 @@ class Recorder:
             self._job.run.write_text(ORIGIN_FILE, json_lines(self._origin))
         self._clock.note(event)
         self._history.add(event)
-        if isinstance(event, Progress) and (
-            event.step == event.num_steps or event.step % self._job.train.checkpoint_every == 0
-        ):
+        self._times.add(event)
+        if isinstance(event, Progress) and (event.saves or event.step == event.num_steps):
             self._history.write_steps()  # a checkpoint follows, from which a killed run continues
         self._console.show(event)
         self._trackers.log(event)
@@ -149,7 +157,7 @@ class Recorder:
         ``is_last``: the cluster is not needed again; disconnect while the report is written.
         """
         job, workload, test = self._job, self._job.workload, self._session.data.test
-        self._clock.mark("validation")
+        self._clock.mark("saving")
         if fitted.metrics.epoch < max(self._history.rows, default=0):
             self._console.say("testing", f"the checkpoint of epoch {fitted.metrics.epoch}, the best by validation")
         if self._session.is_here:
@@ -201,21 +209,33 @@ class Recorder:
         except (Exception, SystemExit) as error:  # must not hide the exception that has ended the run
             reason = str(error) if isinstance(error, JobError) else with_place(error, self._job.workload.source.folder)
             self._warn(f"no report: {reason}")
+        self._clock.mark("report")
         self._trackers.close(Ending(self._result, pictures, self._fitted.checkpoint if self._fitted else None))
+        self._clock.mark("trackers")
+        seconds = self._clock.seconds()
+        if seconds["trackers"] > max(_MAX_TRACKING * seconds["total"], 1.0):
+            self._warn(
+                f"the tracker ended {seconds['trackers']:.1f} s after the training; it takes too long for an event"
+            )
 
     def _draw_report(self, warn: Callable[[str], None] = lambda note: None, *, is_running: bool = False) -> Any:
         from mnist_ray.report import page  # imports matplotlib
 
         self._history.write_steps()
+        self._times.write()
         job, test = self._job, self._session.data.test
         return page.write(job.run, job.workload, job.resume_with, test, warn, is_running=is_running)
 
     def print_files(self) -> None:
-        """Print the seconds of each part of the run, and the paths of its files."""
+        """Print where the time went, and the paths of the run's files."""
         assert self._result is not None
         console, run, parts = self._console, self._job.run, self._clock.seconds()
         total, tested = parts.pop("total"), self._result["seconds"]["total"]
-        of_parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
+        if of_workers := self._times.of_workers:
+            console.say("time", shares_of(of_workers))
+            for note in notes_on(of_workers, self._times.hosts, self._job, self._session.data.train):
+                console.say("note", note)
+        of_parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items() if seconds >= 0.05)
         console.say("seconds", f"{tested:.1f} until tested, {total:.1f} in all: {of_parts}")
         if self._job.train.reproducible:
             console.say("weights", f"SHA-256 {self._result['weights_sha256']}")

@@ -29,6 +29,7 @@ from mnist_ray.training.events import Event, NodeLeaving, Note, Progress
 from mnist_ray.training.metrics import CheckpointMetrics, TrainingDivergedError
 from mnist_ray.training.sharding import is_wanted
 from mnist_ray.training.state import Group, StopWantedError, TrainingState
+from mnist_ray.training.stopwatch import STORAGE, Pace
 
 _ASK_INTERVAL_S = 5.0  # of training, between two questions whether a node will be preempted: every tenth window
 _SPARE_S = 2.0  # between a saved checkpoint and a node's preemption
@@ -73,8 +74,6 @@ class TrainReporter(Reporter):
         super().__init__(spec, group, config)
         self._trained_s = self._next_question_s = self._asked_clock_s = self._saving_s = 0.0
         self._saved_for: set[tuple[object, ...]] = set()
-        self._uploaded = threading.Event()
-        self._uploaded.set()
         # Of the threads that write a sharded checkpoint: another group than that of the training, which goes on.
         self._writers = dist.new_group(backend="gloo") if is_wanted(config, group.world_size) else None
         self._answers: list[Any] = []
@@ -157,20 +156,20 @@ class TrainReporter(Reporter):
         answered, self._answers = ray.wait(self._answers, num_returns=len(self._answers), timeout=0)
         return any(ray.get(answered))
 
-    def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
-        """Validate if that is due, then hand a checkpoint to Ray Train, on all ranks at once.
+    def keep(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
+        """Hand a checkpoint to Ray Train, on all ranks at once.
 
         Rank 0 copies the state; a thread of Ray's writes the copy while the training continues. If the state is
         sharded, so do the other ranks, in threads of their own. Only one copy is written at a time; the next checkpoint
         waits for that.
         """
-        metrics, start = self.validate_and_report(state, progress), time.monotonic()
+        start = time.monotonic()
         self.show_life()
         name, upload = checkpoint_name(state.epoch, state.step), None
         if self._is_first or state.is_sharded:
-            self._uploaded.wait()
-            write = functools.partial(self._write, self.snapshot(state, metrics), name, start)
-            self._uploaded.clear()
+            with state.watch.on(STORAGE):
+                state.pace.wait()
+            write = functools.partial(self._write, self.snapshot(state, metrics), name, start, state.pace)
             if self._is_first:
                 upload = functools.partial(self._upload, write)
             else:
@@ -194,10 +193,8 @@ class TrainReporter(Reporter):
         write()
         return checkpoint
 
-    def _write(self, snapshot: Snapshot, name: str, start: float) -> None:
+    def _write(self, snapshot: Snapshot, name: str, start: float, pace: Pace) -> None:
         """Write this rank's part of a checkpoint; on rank 0, raise the error of any rank."""
-        try:
+        with pace.writing():
             snapshot.write(self._job.run.inside(name), self._writers)
             self._saving_s = time.monotonic() - start
-        finally:
-            self._uploaded.set()

@@ -30,7 +30,7 @@ from mnist_ray.run.lease import owned
 from mnist_ray.settings import flag
 from mnist_ray.signals import if_ended
 from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS
-from mnist_ray.training.events import EpochFinished, Event, Started
+from mnist_ray.training.events import EpochFinished, Event, Started, Validated
 from mnist_ray.workload.data import Blocks, Split, Splits
 from ray_fork.starting import Forking, prepared_forking
 
@@ -313,12 +313,12 @@ class Clock:
         self._last = now
 
     def note(self, event: Event) -> None:
-        """Mark the end of the start, and the end of the training."""
+        """Mark the end of the start, of an epoch's training, and of its validation."""
         if isinstance(event, Started) and not self._has_trained:
             self._has_trained = True
             self.mark("start")
-        if isinstance(event, EpochFinished):
-            self.mark("training")
+        if isinstance(event, (EpochFinished, Validated)):
+            self.mark("training" if isinstance(event, EpochFinished) else "validation")
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of each part, and the total."""

@@ -26,12 +26,13 @@ from mnist_ray.storage import INITIAL_FILE, checkpoint_name, position_of
 from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
-from mnist_ray.training.events import EpochFinished, Event, Progress, Started, StoppedEarly, Validated
+from mnist_ray.training.events import EpochFinished, Event, Progress, Saved, Started, StoppedEarly, Validated
 from mnist_ray.training.metrics import CheckpointMetrics, Validation, score
 from mnist_ray.training.reproducible import check_arithmetic
 from mnist_ray.training.saved_model import load_fitting, read_weights
 from mnist_ray.training.sharding import resharded
 from mnist_ray.training.state import Group, StopWantedError, TrainingState, best_epoch, is_over
+from mnist_ray.training.stopwatch import CHECKPOINTS, VALIDATION
 from mnist_ray.workload import user_code
 from mnist_ray.workload.data import Split
 
@@ -182,6 +183,29 @@ class Reporter(Callback):
             processor=name_of(self._group.device),
         )
 
+    def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
+        """Validate if that is due, then save."""
+        state.watch.turn(CHECKPOINTS)
+        metrics = self.validate_and_report(state, progress)
+        with state.pace.saving():
+            self.keep(state, metrics)
+        if state.step == 0:
+            self.send(Saved(state.epoch, self._seconds_of_all(state)))
+
+    def keep(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
+        """Save a checkpoint, and report it to whoever keeps them."""
+        raise NotImplementedError
+
+    def _seconds_of_all(self, state: TrainingState) -> list[list[float]]:
+        """Return the seconds of each rank since the last progress, by part; all ranks must call this."""
+        state.watch.turn(CHECKPOINTS)
+        if state.watch.is_on_gpu:
+            torch.cuda.synchronize()
+        seconds = [state.watch.taken()] * self._group.world_size
+        if self._group.world_size > 1:
+            torch.distributed.all_gather_object(seconds, seconds[0])
+        return seconds
+
     def save(self, state: TrainingState, metrics: CheckpointMetrics) -> str:
         """Write a checkpoint into the run's folder; return its name."""
         name = checkpoint_name(state.epoch, state.step)
@@ -225,14 +249,15 @@ class Reporter(Callback):
         """Let all ranks validate."""
         assert self._validation is not None
         workload, start = self._job.workload, time.perf_counter()
-        evaluation = engine.evaluate_together(
-            workload,
-            state.result,
-            self._validation,
-            self._group,
-            num_loader_processes=self._job.workers.loader_workers,
-            on_batch=self.show_life,
-        )
+        with state.watch.on(VALIDATION):
+            evaluation = engine.evaluate_together(
+                workload,
+                state.result,
+                self._validation,
+                self._group,
+                num_loader_processes=self._job.workers.loader_workers,
+                on_batch=self.show_life,
+            )
         values = evaluation.values(workload)
         return Validation(values, score(workload, values), time.perf_counter() - start)
 
@@ -241,7 +266,7 @@ class Reporter(Callback):
         workload = self._job.workload
         if not workload.prompt:
             return ""
-        with resharded(state.result), engine.evaluating(state.result):
+        with state.watch.on(VALIDATION), resharded(state.result), engine.evaluating(state.result):
             return workload.complete(state.result, workload.prompt)
 
     def send_validation(self, epoch: int, validation: Validation, sample: str = "") -> None:

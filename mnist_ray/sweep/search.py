@@ -48,7 +48,7 @@ def search(session: Session, sweep: Sweep, plan: WorkerPlan, concurrent: int, sh
 
     try:
         with logs_named(session):
-            return run_sweep(sweep, spec, concurrent, on_change, functools.partial(session.console.say, "rungs"))
+            return run_sweep(sweep, spec, concurrent, on_change, session.console.say)
     finally:
         trackers.close(Ending(None, {}, None))
 

@@ -24,7 +24,6 @@ from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import RunFolder, position_of
 from mnist_ray.sweep.space import Point
 from mnist_ray.training.checkpoint import Restored
-from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import CheckpointMetrics
 from mnist_ray.training.state import Group, StopWantedError, TrainingState, is_over
 
@@ -91,9 +90,8 @@ class TuneReporter(Reporter):
         if is_over(state, self._config) or restored.metrics.epochs >= self._spec.until_epoch:
             self._report(restored.metrics)
 
-    def on_checkpoint(self, state: TrainingState, progress: Progress) -> None:
+    def keep(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
         """Write a checkpoint, remove the earlier ones, and report; a whole checkpoint always exists."""
-        metrics = self.validate_and_report(state, progress)
         run, name = self._job.run, self.save(state, metrics)
         for before in run.checkpoint_names():
             if position_of(before) < position_of(name):

@@ -50,13 +50,13 @@ def trials_at_a_time(sweep: SweepConfig, plan: WorkerPlan, cluster: Cluster, *, 
 
 
 def run_sweep(
-    sweep: Sweep, spec: TrialSpec, concurrent: int, on_change: OnChange, say: Callable[[str], None]
+    sweep: Sweep, spec: TrialSpec, concurrent: int, on_change: OnChange, say: Callable[[str, str], None]
 ) -> TrialTable:
     """Run a sweep's unfinished trials; return the table of all its trials. Raises JobError if every trial failed."""
     os.environ.update(_SETTINGS)
-    config, table = sweep.config, sweep.table()
+    config, table, begun = sweep.config, sweep.table(), time.monotonic()
     watcher = _Watcher(sweep, table, on_change, say)
-    deadline = time.monotonic() + (config.time_budget_s or math.inf)
+    deadline = begun + (config.time_budget_s or math.inf)
     run = functools.partial(_run_segments, spec, watcher, concurrent, deadline)
     if config.scheduler == "asha":
         run(functools.partial(watcher.segments, with_race=False), _asha(sweep))
@@ -71,6 +71,7 @@ def run_sweep(
             raise JobError(f"no trial was validated within --time-budget-s {config.time_budget_s:g}; allow more time")
         failed = f"every trial failed; the first one: {reasons[0]}"
         raise (JobError if table.count(LOST, RUNNING, WAITING) else TrainingStoppedError)(failed)  # what is left
+    say("time", watcher.shares(concurrent, time.monotonic() - begun))
     with in_one_line("the storage has failed"):
         kept = {table.best.records[0].point, *sweep.space.default_points(sweep.job.train.seed)}
         _drop_checkpoints(sweep, table, kept)
@@ -161,7 +162,7 @@ class _Source(Searcher):
 class _Watcher(tune.Callback):
     """Decides what is trained next, and keeps the table, sweep.csv and the checkpoints on disk up to date."""
 
-    def __init__(self, sweep: Sweep, table: TrialTable, on_change: OnChange, say: Callable[[str], None]) -> None:
+    def __init__(self, sweep: Sweep, table: TrialTable, on_change: OnChange, say: Callable[[str, str], None]) -> None:
         self.sweep, self._table, self._on_change, self._say = sweep, table, on_change, say
         self._candidates = Candidates(sweep, table)
         for record in table.by_point.values():
@@ -169,6 +170,9 @@ class _Watcher(tune.Callback):
                 record.state = self._without_process(record)
         self._num_begun = len(climb(sweep, table, self._candidates))  # rungs
         self.failure: JobError | None = None  # of the storage; Tune would hide it, and repeat the trial
+        self._trained_s = self._sum_trained()  # in an interrupted sweep
+        self._validated_s = self._begun_s = 0.0  # of all segments
+        self._begun_at: dict[str, float] = {}  # the segments that are running
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Pickle nothing: Tune pickles callbacks for its own restore, which is never used."""
@@ -188,16 +192,38 @@ class _Watcher(tune.Callback):
 
     def on_trial_start(self, trial: Trial, **info: Any) -> None:
         self._table.start(self._point(trial))
+        self._begun_at[trial.trial_id] = time.monotonic()
         self._changed()
+
+    def _note_end(self, trial: Trial) -> None:
+        now = time.monotonic()
+        self._begun_s += now - self._begun_at.pop(trial.trial_id, now)
+
+    def _sum_trained(self) -> float:
+        return math.fsum(record.train_s for record in self._table.by_point.values())
+
+    def shares(self, concurrent: int, seconds: float) -> str:
+        """Return what the ``concurrent`` places for trials did in so many seconds."""
+        trained_s, whole_s = self._sum_trained() - self._trained_s, concurrent * seconds
+        parts = {
+            "training": trained_s,
+            "validation": self._validated_s,
+            "starts and checkpoints": self._begun_s - trained_s - self._validated_s,
+            "waiting": whole_s - self._begun_s,
+        }
+        shown = ", ".join(f"{name} {part_s / whole_s:.0%}" for name, part_s in parts.items())
+        return f"{count(concurrent, 'trial')} at a time: {shown}"
 
     def on_trial_result(self, trial: Trial, result: dict[str, Any], **info: Any) -> None:
         record, metrics = self._table.by_point[self._point(trial)], CheckpointMetrics.of(result)
         self._table.update(record, result)
         if metrics.validation is not None:
+            self._validated_s += metrics.validation.seconds
             record.add_report(metrics.epochs, record.val_monitor)
         self._changed()
 
     def on_trial_complete(self, trial: Trial, **info: Any) -> None:
+        self._note_end(trial)
         record = self._table.by_point[self._point(trial)]
         unfinished = WAITING if len(rungs_of(self.sweep)) > 1 else STOPPED
         ended = DONE if CheckpointMetrics.of(trial.last_result or {}).is_over else unfinished
@@ -208,6 +234,7 @@ class _Watcher(tune.Callback):
             _drop_checkpoints(self.sweep, self._table, self._table.kept(self.sweep.config, self.sweep.job.train.seed))
 
     def on_trial_error(self, trial: Trial, **info: Any) -> None:
+        self._note_end(trial)
         # Tune does not retry a process that dies as it is reset. If none has started, the trial has no record yet.
         record = self._table.start(self._point(trial))
         is_lost = trial.num_failures > self.sweep.job.workers.max_failures
@@ -238,7 +265,7 @@ class _Watcher(tune.Callback):
         for number, (before, rung) in enumerate(itertools.pairwise(rungs), 2):
             if number > self._num_begun and rung:
                 going = f"{count(len(rung), 'trial')} {'go' if len(rung) > 1 else 'goes'} on"
-                self._say(f"rung {number} of {len(epochs)}: {going} to epoch {epochs[number - 1]:g}")
+                self._say("rungs", f"rung {number} of {len(epochs)}: {going} to epoch {epochs[number - 1]:g}")
                 left = [self._table.by_point[point] for point in before if point not in rung]
                 stopped = [record for record in left if record.state == WAITING]  # the others have failed or ended
                 for record in stopped:

@@ -43,13 +43,17 @@ class Tracker(UserClass):
         """Handle the end of the run."""
 
     def scalars(self, event: Event) -> list[tuple[str, float, int]]:
-        """Return an event's values as (name, value, step): ``step/…`` by training step, ``epoch/…`` by epoch."""
+        """Return an event's values as (name, value, step): ``step/…`` by training step, ``epoch/…`` by epoch.
+
+        ``time/…``, by step: the fractions of the workers' time.
+        """
         match event:
             case Progress():
                 first = event.total_step - len(event.losses) + 1
                 losses = [("step/train_loss", loss, first + number) for number, loss in enumerate(event.losses)]
                 metrics = {name: value for name, value in event.window.items() if name != "loss"}
                 measured = [(f"step/train_{name}", value, event.total_step) for name, value in metrics.items()]
+                measured += [(f"time/{part}", share, event.total_step) for part, share in event.shares.items()]
                 return [*losses, *measured, ("step/learning_rate", event.learning_rate, event.total_step)]
             case EpochFinished(last):
                 values = {f"train_{name}": value for name, value in last.so_far.items()}

@@ -11,7 +11,7 @@ import random
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -242,8 +242,9 @@ def batch_loader(
     )
 
 
-def on_device(batches: Iterable[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
-    """Return batches on a device. A GPU copies pinned memory while this process goes on."""
+def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """Return a batch on a device. A GPU copies pinned memory while this process goes on."""
     if device.type == "cpu":
-        return iter(batches)
-    return (map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch) for batch in batches)
+        return batch
+    moved: MicroBatch = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
+    return moved

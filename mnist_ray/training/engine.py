@@ -27,7 +27,7 @@ from mnist_ray.training.batches import (
     MicroBatch,
     batch_loader,
     batches_of,
-    on_device,
+    to_device,
 )
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
@@ -35,11 +35,13 @@ from mnist_ray.training.gradients import Gradients, measured_sums, seed_of
 from mnist_ray.training.metrics import Evaluation, TrainingDivergedError, check_columns
 from mnist_ray.training.sampler import Request, ShardedBatchSampler, split_bounds
 from mnist_ray.training.state import Group, LoggingWindow, StopWantedError, TrainingState, is_over, move_average
+from mnist_ray.training.stopwatch import CALLBACKS, COMPUTE, COPIES, DATA, OPTIMIZER, Stopwatch
 from mnist_ray.training.tensor_files import rows_here
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.tensors import as_fp32, with_fast_layout
 
+MAX_STEPS_UNSAVED = 1000  # without --checkpoint-every
 MAX_COLUMN_BYTES = 2**30  # of the predictions that a process evaluates, which it keeps in memory
 
 
@@ -55,6 +57,7 @@ def create_state(
     All ranks get the same state or, with ``--strategy fsdp``, their rows of it. ``begin`` may change the new model's
     weights.
     """
+    watch = Stopwatch(is_on_gpu=group.device.type == "cuda")
     model, average = _create_models(workload, config, group, begin)
     optimizer = workload.create_optimizer(model, config)
     total_steps = config.total_steps(num_examples)
@@ -68,6 +71,7 @@ def create_state(
         average=average,
         num_steps=config.steps_per_epoch(num_examples),
         total_steps=total_steps,
+        watch=watch,
     )
 
 
@@ -107,15 +111,19 @@ def train(
         callback.on_start(state, group)
     gradients = Gradients(workload, state, config, group)
     source = batches_of(split, group.device, workload.collate, read_ahead_mib)
-    window, decision = LoggingWindow(workload, group), None
+    window, decision, watch = LoggingWindow(workload, group), None, state.watch
     while not is_over(state, config):
         window.restart_clock()
+        watch.turn(DATA)
         for micro_batches in _steps(source, state, config, group, num_loader_processes):
+            watch.turn(COMPUTE)
             sums = gradients.compute(micro_batches)
             _update(state, config, callbacks)
             state.step += 1
+            watch.turn(CALLBACKS)
             for callback in callbacks:
                 callback.on_step(state)
+            watch.end_start()
             window.add(sums, micro_batches[0].global_size)
             decision = _decide(window, state, config, callbacks)
             if decision is not None and decision.saves_within_epoch:
@@ -123,6 +131,8 @@ def train(
                 if decision.stops:
                     raise StopWantedError
                 window.restart_clock()
+            watch.turn(DATA)
+        watch.turn(CALLBACKS)
         assert decision is not None  # an epoch's last step closes a window
         state.finish_epoch()
         for callback in callbacks:
@@ -173,8 +183,9 @@ def _steps_of_pass(
     if isinstance(source, ExampleBatches):
         source.seed = seed_of(config.seed, number, 0)
     micro_batches: list[MicroBatch] = []
-    for micro_batch in on_device(batch_loader(source, sampler, group.device, num_processes), group.device):
-        micro_batches.append(micro_batch)
+    for micro_batch in batch_loader(source, sampler, group.device, num_processes):
+        with state.watch.on(COPIES):
+            micro_batches.append(to_device(micro_batch, group.device))
         if micro_batch.ends_step:
             yield micro_batches
             micro_batches = []
@@ -182,9 +193,11 @@ def _steps_of_pass(
 
 def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callback]) -> None:
     """Make a step of the optimizer, the schedule and the EMA, from the gradients in the model."""
+    state.watch.turn(CALLBACKS)
     state.scaler.unscale_(state.optimizer)
     for callback in callbacks:
         callback.on_gradients(state)
+    state.watch.turn(OPTIMIZER)
     if config.clip_grad_norm is not None:
         trained = itertools.chain(*(group["params"] for group in state.optimizer.param_groups))
         nn.utils.clip_grad_norm_(trained, config.clip_grad_norm)
@@ -212,15 +225,16 @@ def _decide(
 ) -> Decision | None:
     """Close the window, on all ranks, if it is full or a checkpoint is due; report it, and return what to do then."""
     is_last = state.total_step == state.last_step
-    is_due = is_last or state.step % config.checkpoint_every == 0
+    is_due = is_last or state.step % (config.checkpoint_every or MAX_STEPS_UNSAVED) == 0
     if not (is_due or window.is_full(state.epoch_steps - state.step)):
         return None
     stop_wanted = is_last or any(callback.wants_stop() for callback in callbacks)
-    progress, stops = window.close(state, stop_wanted=stop_wanted)
+    save_wanted = is_due or (config.checkpoint_every is None and state.pace.is_due())
+    progress, stops = window.close(state, stop_wanted=stop_wanted, save_wanted=save_wanted)
     for callback in callbacks:
         callback.on_progress(state, progress)
     wanted = [callback.wants_checkpoint() for callback in callbacks]  # asks all of them
-    saves = (is_due or stops or any(wanted)) and state.step < state.epoch_steps
+    saves = (progress.saves or any(wanted)) and state.step < state.epoch_steps
     return Decision(progress, saves_within_epoch=saves, stops=stops)
 
 
@@ -302,8 +316,9 @@ def evaluate(
     num_bytes = 0
     loader = batch_loader(batches_of(split, device, workload.collate), requests, device, num_loader_processes)
     with evaluating(model):
-        for batch in on_device(loader, device):
+        for loaded in loader:
             on_batch()
+            batch = to_device(loaded, device)
             outputs = as_fp32(model(workload.prepare(batch.inputs, None)))
             loss = workload.loss(outputs, batch.targets).sum()
             sums.append({"loss": loss, **measured_sums(workload, outputs, batch.targets)})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from mnist_ray.training.stopwatch import PARTS
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Progress(Event):
     num_examples: int  # of the epoch so far
     epoch_s: float  # seconds of training in the epoch so far
     learning_rate: float  # with which the last step was made, in the optimizer's first parameter group
+    saves: bool = False  # whether a checkpoint follows
+    parts: Sequence[Sequence[float]] = ()  # of each rank: its seconds since the last progress, by stopwatch.PARTS
 
     @property
     def total_step(self) -> int:
@@ -92,9 +96,24 @@ class Progress(Event):
         return math.fsum(self.losses) / len(self.losses)
 
     @property
+    def shares(self) -> dict[str, float]:
+        """The fraction of the ranks' time since the last progress that each part took, without those that took none."""
+        seconds = [math.fsum(of_part) for of_part in zip(*self.parts, strict=True)] or [0.0] * len(PARTS)
+        total = math.fsum(seconds)
+        return {part: value / total for part, value in zip(PARTS, seconds, strict=True) if value > 0}
+
+    @property
     def examples_per_s(self) -> float:
         """Examples per second over all ranks, in the epoch so far."""
         return self.num_examples / self.epoch_s
+
+
+@dataclass(frozen=True)
+class Saved(Event):
+    """All ranks have handed over the checkpoint of an epoch."""
+
+    epoch: int  # counted from 1
+    parts: Sequence[Sequence[float]]  # of each rank: its seconds since the last progress, by stopwatch.PARTS
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from mnist_ray.training.batches import MicroBatch
 from mnist_ray.training.metrics import WEIGHT
 from mnist_ray.training.reproducible import Chunks
 from mnist_ray.training.state import Group, TrainingState
+from mnist_ray.training.stopwatch import WORKERS
 from mnist_ray.training.tensor_files import is_sharded, rows_here
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.tensors import as_fp32, autocast, detached
@@ -46,6 +47,10 @@ class Gradients:
         self._num_averaged = group.world_size if isinstance(self._model, DistributedDataParallel) else 1
         self._trained = [parameter.requires_grad for parameter in state.model.parameters()]
         self._generator = _generator(group.device)
+        self._ready_at: Any = None  # when this rank had its gradients, and began to wait for those of other ranks
+        if isinstance(self._model, DistributedDataParallel):
+            first = next(parameter for parameter in state.model.parameters() if parameter.requires_grad)
+            first.register_post_accumulate_grad_hook(self._note_ready)  # a backward pass ends with the first layers
 
     def compute(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
         """Put the gradients into the model; return this rank's part of the sums over the global batch.
@@ -55,9 +60,14 @@ class Gradients:
         if self._state.step == 0:
             self._check_trained()
         sums = self._of_slice(micro_batches) if self._chunks is None else self._of_chunks(micro_batches, self._chunks)
+        if self._ready_at is not None:
+            self._state.watch.turn(WORKERS, self._ready_at)
         if WEIGHT in sums:
             self._divide_by(sums[WEIGHT], micro_batches[0].global_size)
         return sums
+
+    def _note_ready(self, parameter: Tensor) -> None:
+        self._ready_at = self._state.watch.now()
 
     def _divide_by(self, weight: Tensor, global_size: int) -> None:
         """Divide the gradients by the ``weight`` of the global batch, of which this rank has a part."""
@@ -97,6 +107,8 @@ class Gradients:
         for chunk, batch in zip(chunks.start_step(), micro_batches, strict=True):
             self._seed(chunk)
             chunks.collect(chunk, self._backward(batch, 1 / batch.global_size))
+        if self._group.world_size > 1:
+            self._ready_at = self._state.watch.now()
         return chunks.apply()
 
     def _seed(self, number: int) -> None:

@@ -22,6 +22,7 @@ from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import MetricSums, TrainingDivergedError
+from mnist_ray.training.stopwatch import CALLBACKS, PARTS, WORKERS, Pace, Stopwatch
 from mnist_ray.training.tensor_files import is_sharded, rows_here
 from mnist_ray.workload.base import Workload
 
@@ -44,7 +45,7 @@ class Group:
 
 @dataclass
 class TrainingState:
-    """Everything that training changes and a checkpoint holds."""
+    """Everything that training changes and a checkpoint holds; and two clocks, which it does not hold."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -62,6 +63,8 @@ class TrainingState:
     total_steps: int = 0  # of the whole training
     last_step: int = -1  # the total step at which training stops here: the end of a trial's segment, or of the training
     learning_rate: float = math.nan  # with which the last step was made, in the optimizer's first parameter group
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def total_step(self) -> int:
@@ -162,11 +165,13 @@ class LoggingWindow:
         """Tell whether to close the window. It stays open if an epoch's last steps are too few for another."""
         return steps_left == 0 or (len(self._sizes) >= self._interval_steps and 2 * steps_left >= self._interval_steps)
 
-    def close(self, state: TrainingState, *, stop_wanted: bool) -> tuple[Progress, bool]:
+    def close(self, state: TrainingState, *, stop_wanted: bool, save_wanted: bool) -> tuple[Progress, bool]:
         """Sum the window over all ranks, add it to ``state``, and empty it.
 
-        Returns the progress, and whether rank 0 wanted to stop. Raises TrainingDivergedError.
+        Returns the progress, and whether rank 0 wanted to stop; whether it wanted to save is in the progress. Raises
+        TrainingDivergedError.
         """
+        state.watch.turn(WORKERS)
         names = list(self._sums[0])
         sums = torch.stack([step[name] for step in self._sums for name in names]).double()
         if sums.is_cuda:
@@ -174,11 +179,16 @@ class LoggingWindow:
         now = time.perf_counter()
         elapsed_s, self._start = now - self._start, now
         next_interval = max(1, round(len(self._sizes) * _REPORT_INTERVAL_S / max(elapsed_s, 1e-3)))
-        agreed = sums.new_tensor([next_interval, stop_wanted, elapsed_s])
+        agreed = sums.new_tensor([next_interval, stop_wanted, save_wanted, elapsed_s])
+        parts = sums.new_zeros(self._group.world_size, len(PARTS))  # each rank fills its row
+        parts[self._group.rank] = sums.new_tensor(state.watch.taken())
         if self._group.world_size > 1:
-            dist.all_reduce(sums)
+            whole = torch.cat([sums, parts.view(-1)])
+            dist.all_reduce(whole)
             dist.broadcast(agreed, 0)
+            sums, parts = whole[: len(sums)], whole[len(sums) :].view_as(parts)
         rows = [dict(zip(names, row, strict=True)) for row in sums.view(-1, len(names)).tolist()]
+        state.watch.turn(CALLBACKS)
         steps = [MetricSums(row, size) for row, size in zip(rows, self._sizes, strict=True)]
         window = MetricSums()
         for offset, step in enumerate(steps, start=state.step - len(steps) + 1):
@@ -191,7 +201,7 @@ class LoggingWindow:
             state.sums += step  # step by step: the bits of the sum must not depend on when windows close
         self._sums, self._sizes = [], []
         self._interval_steps = int(agreed[0])
-        state.epoch_s += float(agreed[2])
+        state.epoch_s += float(agreed[3])
         progress = Progress(
             epoch=state.epoch + 1,
             step=state.step,
@@ -202,5 +212,7 @@ class LoggingWindow:
             num_examples=state.sums.num_examples,
             epoch_s=state.epoch_s,
             learning_rate=state.learning_rate,
+            saves=bool(agreed[1]) or bool(agreed[2]),
+            parts=parts.tolist(),
         )
         return progress, bool(agreed[1])

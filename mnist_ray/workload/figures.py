@@ -118,6 +118,19 @@ def curves_of(metric: Metric, curves: Sequence[Curve], steps_per_epoch: float) -
     return png_of(figure)
 
 
+def stacked_bars(labels: Sequence[str], parts: Mapping[str, Sequence[float]], xlabel: str) -> bytes:
+    """Draw a bar for each label, of a piece for each part."""
+    figure, axes = new_plot(xlabel)
+    starts = np.zeros(len(labels))
+    for number, (part, values) in enumerate(parts.items()):
+        axes.barh(labels, values, left=starts, label=part, color=f"C{number}")
+        starts += values
+    axes.invert_yaxis()  # the first label is at the top
+    axes.tick_params(labelsize="small")
+    figure.legend(loc="outside upper center", ncols=3, fontsize="small")
+    return png_of(figure)
+
+
 def on_axis(metric: Metric, value: float) -> float:
     """Return a value's position on a metric's axis: for a fraction, the distance to 1 in percent."""
     return max(100 * (1 - value), _MIN_ERROR) if metric.is_fraction else value

@@ -80,7 +80,7 @@ def test_a_run_has_one_page_with_all_its_pictures(finished_run: Path) -> None:
     text = (finished_run / "report.html").read_text()
     page = Page(text)
     assert page.fetched == []
-    for name, (content, alt) in zip(RUN_PICTURES, page.images, strict=True):
+    for name, (content, alt) in zip([*RUN_PICTURES, "time"], page.images, strict=True):
         assert base64.b64decode(content) == (finished_run / "pictures" / f"{name}.png").read_bytes()
         assert len(alt) > 15
     plots = [Image.open(finished_run / "pictures" / f"{name}.png") for name in {*RUN_PICTURES} - {*PHOTOS}]

@@ -28,6 +28,7 @@ from mnist_ray.storage import ORIGIN_FILE, RunFolder, locate
 from mnist_ray.trackers import Ending, Tracker, start
 from mnist_ray.trackers.start import Trackers
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, TrialEnded, Validated
+from mnist_ray.training.stopwatch import PARTS
 from mnist_ray.workload import figures, user_code
 from mnist_ray.workload.base import LOSS
 from tests.conftest import ROOT, Digits, folder_at
@@ -44,7 +45,8 @@ def started(step: int = 0) -> Started:
 
 def progress(step: int, losses: list[float]) -> Progress:
     window, so_far = {"loss": 0.25, "accuracy": 0.75}, {"loss": 0.5, "accuracy": 0.75}
-    return Progress(1, step, 4, losses, window, so_far, 16, 2.0, learning_rate=0.5 / step)
+    parts = [[1.0, 0, 2.0, *[0.0] * (len(PARTS) - 3)], [0.0, 0, 5.0, *[0.0] * (len(PARTS) - 3)]]
+    return Progress(1, step, 4, losses, window, so_far, 16, 2.0, learning_rate=0.5 / step, parts=parts)
 
 
 EPOCH: list[Event] = [
@@ -99,6 +101,8 @@ def test_tensorboard_has_every_step_every_epoch_and_the_pictures(run: RunFolder,
     assert points(reader, "step/train_loss") == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)]
     assert points(reader, "step/train_accuracy") == [(2, 0.75), (4, 0.75)]
     assert points(reader, "step/learning_rate") == [(2, 0.25), (4, 0.125)]
+    assert points(reader, "time/data") == [(2, 0.125), (4, 0.125)]
+    assert points(reader, "time/compute") == [(2, 0.875), (4, 0.875)]
     assert points(reader, "epoch/train_loss") == [(1, 0.5)]
     assert points(reader, "epoch/val_accuracy") == [(1, 0.75)]
     assert points(reader, "final/test_accuracy") == [(0, 0.875)]

@@ -21,7 +21,7 @@ from mnist_ray.training.batches import (
     MicroBatch,
     batch_loader,
     batches_of,
-    on_device,
+    to_device,
 )
 from mnist_ray.training.sampler import Request, ShardedBatchSampler
 from mnist_ray.workload import Arrays, Blocks
@@ -167,7 +167,7 @@ def test_the_workloads_collate_joins_the_examples_of_a_data_set(num_processes: i
 
 def test_all_tensors_of_a_batch_are_copied_to_a_device() -> None:
     batch = ExampleBatches(Split(Tables()), 0)[Request(np.array([4, 2]), 2)]
-    moved = next(on_device([batch], torch.device("meta")))
+    moved = to_device(batch, torch.device("meta"))
     assert {leaf.device.type for leaf in [*leaves(moved.inputs), *leaves(moved.targets)]} == {"meta"}
     assert list(moved.inputs) == ["size", "image"]
     assert moved.global_size == 2

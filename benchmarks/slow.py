@@ -1,0 +1,261 @@
+"""Whether a run says what has slowed it, and how much work a kill costs: python benchmarks/slow.py
+
+``causes`` makes one part of a training slow at a time. Prints the share of the time that it took, the share that the
+run has measured, and the run's notes. ``healthy`` counts the notes of runs in which nothing is slow. ``kills`` kills a
+worker at random moments, and prints the work lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from before import training_workers
+
+from mnist_ray.training.stopwatch import CALLBACKS, CHECKPOINTS, DATA, PARTS, STORAGE, WORKERS
+
+HERE = Path(__file__).parent
+TRAIN, SLOWED = HERE.parent / "jobs" / "train.py", HERE / "peers" / "slowed.py"
+EXAMPLES = HERE.parent / "examples"
+Meanwhile = Callable[[psutil.Popen], contextlib.AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A part of a training that is made slow."""
+
+    part: str
+    """Which of stopwatch.PARTS takes the time; empty if none of the workers' does."""
+    expected: str
+    """How the right note begins."""
+    flags: tuple[object, ...]
+    meanwhile: Meanwhile = lambda job: contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has printed and measured."""
+
+    lines: list[str]
+    times: list[dict[str, float]]
+    """The rows of times.csv."""
+    paused_s: float
+    """Seconds of all pauses."""
+
+    @property
+    def notes(self) -> list[str]:
+        """The notes about the time, which follow the line about it."""
+        after = self.lines[[line.startswith("time ") for line in self.lines].index(True) :]
+        late = [line for line in self.lines if "the tracker ended" in line]
+        return [line.split(maxsplit=1)[1] for line in (*after, *late) if line.startswith("note ")]
+
+    def seconds(self, part: str) -> list[float]:
+        """Return the seconds of a part, by worker."""
+        workers = sorted({row["worker"] for row in self.times})
+        return [sum(row[part] for row in self.times if row["worker"] == worker) for worker in workers]
+
+    @property
+    def total_s(self) -> float:
+        """The mean seconds of a worker."""
+        return sum(statistics.fmean(self.seconds(part)) for part in PARTS)
+
+
+@contextlib.contextmanager
+def half_speed(job: psutil.Popen) -> Iterator[None]:
+    """Stop one of the training workers for half of the time, from its start to its end."""
+    is_over = threading.Event()
+
+    def stop_and_go() -> None:
+        while not (workers := training_workers(job)):
+            time.sleep(0.1)
+        worker = max(workers, key=lambda process: process.pid)
+        with contextlib.suppress(psutil.Error):
+            while not is_over.is_set():
+                for action in (worker.suspend, worker.resume):
+                    action()
+                    time.sleep(0.02)
+
+    thread = threading.Thread(target=stop_and_go)
+    thread.start()
+    yield
+    is_over.set()
+    thread.join()
+
+
+@contextlib.contextmanager
+def under_load(job: psutil.Popen) -> Iterator[None]:
+    """Let another process compute meanwhile."""
+    load = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    yield
+    load.kill()
+    load.wait()
+
+
+CAUSES = {
+    "each example takes 0.2 ms to read": Cause(
+        DATA, "waiting for data", ("--workload", SLOWED, "--read-ms", 0.2, "--num-epochs", 4)
+    ),
+    "one worker of two stands still for half of the time": Cause(
+        WORKERS, "the other workers wait", ("--num-workers", 2, "--num-epochs", 2), half_speed
+    ),
+    "the same, one of three, on two cores": Cause(
+        "", "the other workers wait", ("--num-workers", 3, "--num-epochs", 2), half_speed
+    ),
+    "the storage takes 0.2 MB a second": Cause(
+        STORAGE, "checkpoints took", ("--callback", f"{SLOWED}:SlowStorage", "--checkpoint-every", 40)
+    ),
+    "a callback takes 5 ms after each step": Cause(
+        CALLBACKS, "the callback took", ("--callback", f"{SLOWED}:SlowCallback")
+    ),
+    "a tracker takes half a second for each event": Cause(
+        "", "the tracker ended", ("--tracker", f"{SLOWED}:SlowTracker", "--num-epochs", 4)
+    ),
+    "four workers have batches of 8": Cause(
+        "", "all workers wait", ("--batch-size", 8, "--num-workers", 4, "--limit", 0.3)
+    ),
+}
+HEALTHY: dict[str, tuple[object, ...]] = {
+    "MNIST": (),
+    "shapes": ("--workload", EXAMPLES / "shapes.py"),
+    "diabetes": ("--workload", EXAMPLES / "diabetes.py"),
+    "shards": ("--workload", EXAMPLES / "shards.py"),
+}
+
+
+def train(flags: Sequence[object], meanwhile: Meanwhile = lambda job: contextlib.nullcontext()) -> Run:
+    """Train a run until it ends or is interrupted."""
+    with tempfile.TemporaryDirectory() as folder:
+        slowed = Path(folder) / "slowed"
+        slowed.mkdir()
+        command = [sys.executable, TRAIN, "--storage-path", folder, "--run-name", "run", *flags]
+        job = psutil.Popen(
+            list(map(str, command)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "RAY_ADDRESS": "local", "SLOWED": str(slowed)},
+        )
+        with meanwhile(job):
+            printed, _ = job.communicate()
+        if job.returncode not in (0, 130):
+            raise RuntimeError(printed)
+        with (Path(folder) / "run" / "times.csv").open() as file:
+            times = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        pauses = [float(line) for path in slowed.iterdir() for line in path.read_text().split()]
+        return Run(printed.splitlines(), times, sum(pauses))
+
+
+def compare_causes() -> None:
+    """Print, for each cause, what it took and what the run says."""
+    print("| what is slow | of the time | measured | note |\n|---|---|---|---|")
+    for name, cause in CAUSES.items():
+        run = train(cause.flags, cause.meanwhile)
+        found = [note for note in run.notes if note.startswith(cause.expected)]
+        verdict = found[0] if len(found) == len(run.notes) == 1 else f"**wrong**: {run.notes}"
+        shares = "| | "
+        if cause.part:
+            seconds = run.seconds(cause.part)
+            own_s = max(seconds) - min(seconds) if cause.part == WORKERS else statistics.fmean(seconds)
+            injected_s = run.paused_s
+            if cause.part == STORAGE:  # what training has not waited for anyway
+                injected_s -= run.total_s - own_s
+            if cause.part == WORKERS:
+                injected_s = run.total_s / 2
+            shares = f"| {injected_s / run.total_s:.0%} | {own_s / run.total_s:.0%} "
+        print(f"| {name} {shares}| {verdict} |", flush=True)
+
+
+def count_false_notes(num_rounds: int) -> None:
+    """Print the notes of runs in which nothing is slow."""
+    num_runs = 0
+    for round_number in range(num_rounds):
+        for name, flags in HEALTHY.items():
+            for workers in (1, 2):
+                load = under_load if round_number == num_rounds - 1 else (lambda job: contextlib.nullcontext())
+                run = train([*flags, "--num-workers", workers], load)
+                num_runs += 1
+                line = next(line for line in run.lines if line.startswith("time "))
+                where = f"{name}, {workers} workers{', under load' if load is under_load else ''}"
+                print(f"{where}: {line.split(maxsplit=1)[1]}; notes: {run.notes}", flush=True)
+    print(f"{num_runs} runs")
+
+
+@contextlib.contextmanager
+def killed(job: psutil.Popen, times: int, every_s: float, rng: random.Random) -> Iterator[None]:
+    """Kill a training worker at random moments, then interrupt the job."""
+
+    def kill() -> None:
+        for _ in range(times):
+            time.sleep(rng.uniform(0.5, 1.5) * every_s)
+            with contextlib.suppress(psutil.Error, IndexError):
+                training_workers(job)[-1].kill()
+        time.sleep(every_s)
+        job.send_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    yield
+    thread.join()
+
+
+GPT = ("--workload", EXAMPLES / "gpt.py", "--depth", 14, "--width", 768, "--batch-size", 2, "--num-steps", 100_000)
+MNIST = ("--num-epochs", 10_000)
+KILLS: dict[str, tuple[float, tuple[object, ...]]] = {
+    "MNIST, local disk": (20.0, MNIST),
+    "MNIST, 20 MB/s": (20.0, (*MNIST, "--callback", f"{SLOWED}:Storage20")),
+    "a GPT of 99 million parameters, local disk": (90.0, (*GPT, "--validate-every", 2000)),
+    "a GPT of 99 million parameters, 20 MB/s": (
+        90.0,
+        (*GPT, "--validate-every", 2000, "--callback", f"{SLOWED}:Storage20"),
+    ),
+}
+_LOST = re.compile(r"; ([\d.]+) s of work lost")
+
+
+def compare_kills(names: Sequence[str], num_kills: int) -> None:
+    """Print how much work kills cost, and what share of the time the checkpoints took."""
+    print("| run | kills | seconds of work lost: median, maximum | checkpoints took |\n|---|---|---|---|")
+    rng = random.Random(0)
+    for name in names:
+        every_s, flags = KILLS[name]
+        run = train(["--max-failures", 10_000, *flags], lambda job: killed(job, num_kills, every_s, rng))  # noqa: B023
+        lost = [float(found[1]) for line in run.lines if (found := _LOST.search(line))]
+        saving_s = statistics.fmean(run.seconds(STORAGE)) + statistics.fmean(run.seconds(CHECKPOINTS))
+        worst = f"{statistics.median(lost):.1f}, {max(lost):.1f}"
+        print(f"| {name} | {len(lost)} | {worst} | {saving_s / run.total_s:.1%} of the time |", flush=True)
+
+
+def main() -> None:
+    """Measure the parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ("causes", "healthy", "kills")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--rounds", type=int, default=3, help="of healthy runs, eight each; the last one is under load")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--runs", nargs="+", choices=KILLS, default=[*KILLS], help="that are killed")
+    args = parser.parse_args()
+    if "causes" in args.parts:
+        compare_causes()
+    if "healthy" in args.parts:
+        count_false_notes(args.rounds)
+    if "kills" in args.parts:
+        compare_kills(args.runs, args.kills)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Where the workers' time went: times.csv, a line at the end of a run, and notes on what has slowed the training.
+
+times.csv has the seconds of each of ``stopwatch.PARTS``, in a row per epoch and worker.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+from mnist_ray.report.run_files import TIMES_FILE, csv_text, read_numbers
+from mnist_ray.run.job import Job
+from mnist_ray.storage import RunFolder
+from mnist_ray.training import stopwatch
+from mnist_ray.training.events import Event, Progress, Saved, Started
+from mnist_ray.training.stopwatch import PARTS
+from mnist_ray.workload.data import Blocks, Split
+
+Seconds = Mapping[str, float]  # of each of PARTS
+_MIN_SHOWN = 0.01  # of the time
+_MIN_NOTED_S = 1.0  # less is no reason for a note
+_MAX_DATA, _MAX_SAVING, _MAX_CALLBACKS = 0.1, 0.05, 0.05  # of the time; more is noted
+_MAX_EXCHANGE = 0.4  # of the time, in which even the slowest worker waits for the others
+_MAX_WAIT, _MAX_FACTOR = 0.15, 1.4  # of the time in which workers wait for a slower one; its time over theirs
+
+
+class TimeSpent:
+    """The rows of times.csv. A resumed run adds to those that it finds."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+        self._rows: dict[tuple[int, int], dict[str, float]] = {}  # by epoch and worker
+        self.hosts: Sequence[str] = ()  # of the workers, in the last attempt
+        for row in read_numbers(run, TIMES_FILE, "epoch", "worker", *PARTS):
+            self._rows[int(row["epoch"]), int(row["worker"])] = {part: row[part] for part in PARTS}
+
+    def add(self, event: Event) -> None:
+        """Add an event's seconds."""
+        match event:
+            case Started():
+                self.hosts = event.hosts
+            case Progress() | Saved():
+                for worker, seconds in enumerate(event.parts):
+                    row = self._rows.setdefault((event.epoch, worker), dict.fromkeys(PARTS, 0.0))
+                    for part, more in zip(PARTS, seconds, strict=True):
+                        row[part] += more
+
+    def write(self) -> None:
+        """Write times.csv. Raises JobError."""
+        rows = [
+            {"epoch": epoch, "worker": worker, **{part: round(seconds, 3) for part, seconds in row.items()}}
+            for (epoch, worker), row in sorted([*self._rows.items()])  # events may come meanwhile
+        ]
+        self._run.write_text(TIMES_FILE, csv_text(["epoch", "worker", *PARTS], rows, has_header=True))
+
+    @property
+    def of_workers(self) -> list[Seconds]:
+        """The seconds of each worker, over all epochs."""
+        workers = sorted({worker for _, worker in self._rows})
+        own = [[row for (_, of), row in self._rows.items() if of == worker] for worker in workers]
+        return [{part: math.fsum(row[part] for row in rows) for part in PARTS} for rows in own]
+
+
+def means(of_workers: Sequence[Seconds]) -> Seconds:
+    """Return the mean seconds of a worker, by part."""
+    return {part: statistics.fmean(seconds[part] for seconds in of_workers) for part in PARTS}
+
+
+def shares_of(of_workers: Sequence[Seconds]) -> str:
+    """Return what fraction of the time each part took, the largest first: ``compute 71 %, other workers 18 %``."""
+    seconds = means(of_workers)
+    total = math.fsum(seconds.values())
+    shown = {part: value / total for part, value in seconds.items() if value >= _MIN_SHOWN * total > 0}
+    names = {stopwatch.WORKERS: "other workers", stopwatch.START: "first step"}
+    largest_first = sorted(shown.items(), key=lambda item: -item[1])
+    return ", ".join(f"{names.get(part, part)} {share:.0%}" for part, share in largest_first)
+
+
+def notes_on(of_workers: Sequence[Seconds], hosts: Sequence[str], job: Job, train: Split) -> list[str]:
+    """Return what has slowed a training and what helps, a line for each cause; none if nothing is plainly wrong."""
+    seconds = means(of_workers)
+    total = math.fsum(seconds.values())
+
+    def is_large(part_s: float, most: float) -> bool:
+        return part_s > max(most * total, _MIN_NOTED_S)
+
+    def took(part_s: float) -> str:
+        return f"took {part_s / total:.0%} of the time ({part_s:.1f} s)"
+
+    notes = []
+    data_s, callbacks_s = seconds[stopwatch.DATA], seconds[stopwatch.CALLBACKS]
+    saving_s = seconds[stopwatch.CHECKPOINTS] + seconds[stopwatch.STORAGE]
+    if is_large(data_s, _MAX_DATA):
+        notes.append(f"waiting for data {took(data_s)}: {_data_remedy(data_s, total, job, train)}")
+    if len(of_workers) > 1:
+        notes += _note_on_workers(of_workers, hosts, total)
+    if is_large(saving_s, _MAX_SAVING):
+        cause = "the storage is slow" if seconds[stopwatch.STORAGE] > saving_s / 2 else "copies of the state are large"
+        notes.append(f"checkpoints {took(saving_s)}: {cause}; save and validate less often")
+    if is_large(callbacks_s, _MAX_CALLBACKS) and job.callback:
+        notes.append(f"the callback {took(callbacks_s)}; do its work less often")
+    return notes
+
+
+def _data_remedy(data_s: float, total: float, job: Job, train: Split) -> str:
+    if isinstance(train.examples, Blocks):
+        return "its storage, or Blocks.read, is slower than the training"
+    if job.workers.loader_workers:
+        return "use more --loader-workers, or make the Dataset faster"
+    needed = math.ceil(data_s / max(total - data_s, data_s / 16))  # so many read as fast as the training computes
+    return f"with --loader-workers {needed}, other processes would read meanwhile, and save up to {data_s:.0f} s"
+
+
+def _note_on_workers(of_workers: Sequence[Seconds], hosts: Sequence[str], total: float) -> list[str]:
+    """Return a note if all wait for one slow worker, or if the gradients take long even for the slowest."""
+    waits = [seconds[stopwatch.WORKERS] for seconds in of_workers]
+    slowest = min(range(len(waits)), key=waits.__getitem__)
+    others = [number for number in range(len(waits)) if number != slowest]
+    wait_s = statistics.fmean(waits[number] for number in others) - waits[slowest]
+    own_s = [seconds[stopwatch.DATA] + seconds[stopwatch.COMPUTE] for seconds in of_workers]
+    factor = own_s[slowest] / max(statistics.median(own_s[number] for number in others), 1e-9)
+    if wait_s > max(_MAX_WAIT * total, _MIN_NOTED_S) and factor > _MAX_FACTOR:
+        where = f"worker {slowest} on {hosts[slowest]}" if len(hosts) == len(waits) else f"worker {slowest}"
+        slow = f"it is {factor:.1f} times as slow as they are; look for other load on its machine"
+        return [f"the other workers wait {wait_s / total:.0%} of the time for {where}: {slow}"]
+    if waits[slowest] > max(_MAX_EXCHANGE * total, _MIN_NOTED_S):
+        share = f"{waits[slowest] / total:.0%} of the time"
+        return [f"all workers wait for gradients {share}: use a larger --batch-size, or fewer --num-workers"]
+    return []

@@ -1,0 +1,117 @@
+"""Where a worker's time goes, and when a checkpoint is worth its cost."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+DATA, COPIES, COMPUTE, WORKERS, OPTIMIZER = "data", "copies", "compute", "workers", "optimizer"
+CALLBACKS, CHECKPOINTS, STORAGE, VALIDATION, START = "callbacks", "checkpoints", "storage", "validation", "start"
+PARTS = {
+    DATA: "waiting for the next batch",
+    COPIES: "copying it to the device",
+    COMPUTE: "forward and backward pass",
+    WORKERS: "waiting for the gradients of other workers, and adding them up",
+    OPTIMIZER: "the step of the optimizer, the schedule and the EMA",
+    CALLBACKS: "the callback, and reports of progress",
+    CHECKPOINTS: "standing still to copy the state for a checkpoint",
+    STORAGE: "standing still until the storage has taken the checkpoint before",
+    VALIDATION: "validating",
+    START: "from the creation of the model to the end of the first step: data, compilation, caches",
+}
+
+_MAX_COST = 0.01  # of the time since the last checkpoint
+_FIRST_S = 5.0  # of training before the first checkpoint, whose cost nobody knows yet
+
+
+class Stopwatch:
+    """Divides this process's time among PARTS: each moment belongs to one.
+
+    On a GPU, the time is the GPU's. Moments are events in its stream, so that measuring waits for nothing.
+    """
+
+    def __init__(self, *, is_on_gpu: bool = False) -> None:
+        self.is_on_gpu, self._has_started = is_on_gpu, False
+        self._turns: list[tuple[Any, str]] = [(self.now(), START)]
+
+    def now(self) -> Any:
+        """Return this moment; on a GPU, the moment at which it has done all work so far."""
+        if not self.is_on_gpu:
+            return time.perf_counter()
+        from torch.cuda import Event
+
+        event = Event(enable_timing=True)
+        event.record()
+        return event
+
+    def turn(self, part: str, at: Any = None) -> None:
+        """Count the time from now on, or from the moment ``at``, as ``part``."""
+        self._turns.append((self.now() if at is None else at, part))
+
+    @contextlib.contextmanager
+    def on(self, part: str) -> Iterator[None]:
+        """Count the time of a block as ``part``, then go on with the part before."""
+        before = self._turns[-1][1]
+        self.turn(part)
+        yield
+        self.turn(before)
+
+    def end_start(self) -> None:
+        """The first time, count everything before the current part as START."""
+        if not self._has_started:
+            self._has_started = True
+            *before, last = self._turns
+            self._turns = [*((moment, START) for moment, _ in before), last]
+
+    def taken(self) -> list[float]:
+        """Return the seconds of each of PARTS from the last call to the last turn, which a GPU must have reached."""
+        seconds = dict.fromkeys(PARTS, 0.0)
+        for (start, part), (end, _) in pairwise(self._turns):
+            seconds[part] += start.elapsed_time(end) / 1000 if self.is_on_gpu else end - start
+        self._turns = self._turns[-1:]
+        return list(seconds.values())
+
+
+class Pace:
+    """Tells when to save within an epoch: if a checkpoint costs at most 1 % of the time since the last one.
+
+    It costs the time for which training stands still, and the processor's time in which a thread writes it.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now, self._saved_at = now, now()
+        self._stall_s, self._write_s = _FIRST_S * _MAX_COST, 0.0
+        self._written = threading.Event()
+        self._written.set()
+
+    def is_due(self) -> bool:
+        """Tell whether to save now. Only one checkpoint is written at a time."""
+        cost_s = self._stall_s + self._write_s
+        return self._written.is_set() and self._now() - self._saved_at > cost_s / _MAX_COST
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Measure the block in which training stands still for a checkpoint."""
+        start = self._now()
+        yield
+        self._saved_at = self._now()
+        self._stall_s = self._saved_at - start
+
+    def wait(self) -> None:
+        """Wait until no checkpoint is being written, and announce the next one."""
+        self._written.wait()
+        self._written.clear()
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Measure the block, in a thread of its own, that writes the announced checkpoint."""
+        start = time.thread_time()
+        try:
+            yield
+        finally:
+            self._write_s = time.thread_time() - start
+            self._written.set()

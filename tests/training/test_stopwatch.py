@@ -1,0 +1,233 @@
+"""Where a worker's time goes, and when checkpoints within an epoch are saved."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.data import Dataset
+
+from mnist_ray.config import TrainConfig
+from mnist_ray.errors import UsageError
+from mnist_ray.run.job import read_job
+from mnist_ray.training import engine
+from mnist_ray.training.events import Progress
+from mnist_ray.training.state import Group, TrainingState
+from mnist_ray.training.stopwatch import CALLBACKS, COMPUTE, DATA, PARTS, START, WORKERS, Pace, Stopwatch
+from mnist_ray.workload.data import Arrays, Split
+from tests.conftest import mnist
+from tests.training.conftest import Hooks
+from tests.training.ranks import call_on_ranks
+
+CONFIG = TrainConfig(precision="fp32", num_epochs=1, batch_size=8)
+PAUSE_S = 0.02
+
+
+class ByHand(Stopwatch):
+    """A stopwatch whose time is set by hand."""
+
+    time = 0.0
+
+    def now(self) -> float:
+        return self.time
+
+    def go(self, seconds: float, part: str) -> None:
+        self.time += seconds
+        self.turn(part)
+
+
+def seconds_of(watch: Stopwatch) -> dict[str, float]:
+    return {part: value for part, value in zip(PARTS, watch.taken(), strict=True) if value}
+
+
+def test_each_moment_belongs_to_one_part() -> None:
+    watch = ByHand()
+    watch.go(1, DATA)
+    watch.go(2, COMPUTE)
+    watch.go(4, DATA)
+    watch.go(8, COMPUTE)
+    watch.time += 16  # not over yet
+    assert seconds_of(watch) == {START: 1, DATA: 10, COMPUTE: 4}
+    watch.go(32, DATA)
+    assert seconds_of(watch) == {COMPUTE: 48}
+
+
+def test_a_block_goes_back_to_the_part_before() -> None:
+    watch = ByHand()
+    watch.turn(COMPUTE)
+    with watch.on(CALLBACKS):
+        watch.time += 1
+    watch.go(2, DATA)
+    assert seconds_of(watch) == {CALLBACKS: 1, COMPUTE: 2}
+
+
+def test_a_part_may_have_begun_before() -> None:
+    watch = ByHand()
+    watch.turn(COMPUTE)
+    watch.time = 3
+    ready_at = watch.now()
+    watch.time = 5
+    watch.turn(WORKERS, ready_at)
+    watch.go(1, DATA)
+    assert seconds_of(watch) == {COMPUTE: 3, WORKERS: 3}
+
+
+def test_all_up_to_the_first_step_is_the_start() -> None:
+    watch = ByHand()
+    watch.go(1, DATA)
+    watch.go(2, COMPUTE)
+    watch.end_start()
+    watch.go(4, DATA)
+    watch.end_start()
+    assert seconds_of(watch) == {START: 3, COMPUTE: 4}
+
+
+class Slow(Dataset):
+    """Examples, each of which takes a moment to read."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        self._arrays = arrays
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, place: int) -> tuple[Any, Any]:
+        time.sleep(PAUSE_S)
+        return self._arrays[place][0], int(self._arrays[place][1])
+
+
+def spent(examples: Any, config: TrainConfig = CONFIG, group: Group = Group(), **hooks: Callable) -> dict[str, float]:  # noqa: B008
+    """Return the seconds of a training's windows, by part: on this rank, or of rank 0."""
+    seconds = torch.zeros(len(PARTS))
+
+    def add(state: TrainingState, progress: Progress) -> None:
+        nonlocal seconds
+        assert len(progress.parts) == group.world_size
+        seconds += torch.tensor(progress.parts[0])
+
+    split, workload = Split(examples), mnist()
+    state = engine.create_state(workload, config, len(split), group)
+    engine.train(workload, state, split, config, group, [Hooks(on_progress=add, **hooks)])
+    return dict(zip(PARTS, seconds.tolist(), strict=True))
+
+
+def test_a_slow_data_set_is_waited_for(few_images: Arrays) -> None:
+    assert spent(Slow(few_images))[DATA] >= 8 * PAUSE_S, "the first of two steps is part of the start"
+
+
+def test_a_slow_callback_has_a_part_of_its_own(few_images: Arrays) -> None:
+    found = spent(few_images, on_gradients=lambda state: time.sleep(PAUSE_S))
+    assert found[CALLBACKS] >= 74 * PAUSE_S
+    assert found[START] >= PAUSE_S
+    assert found[WORKERS] < PAUSE_S
+
+
+def _note_waiting(rank: int, images: Arrays, folder: Path) -> None:
+    """Train with two ranks, of which the second is slow; write down where the time of the first goes."""
+    if rank < 2:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+        slow: dict[str, Any] = {"on_step": lambda state: time.sleep(PAUSE_S)} if rank == 1 else {}
+        found = spent(images, group=Group(rank, 2), **slow)
+        dist.destroy_process_group()
+        (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+def test_a_worker_waits_for_a_slower_one(ranks: ProcessPoolExecutor, few_images: Arrays, tmp_path: Path) -> None:
+    call_on_ranks(ranks, _note_waiting, few_images, tmp_path)
+    found = json.loads((tmp_path / "0.json").read_text())
+    assert found[WORKERS] > 74 * PAUSE_S / 2
+    assert found[CALLBACKS] < 74 * PAUSE_S / 2
+
+
+# --- checkpoints within an epoch
+
+
+class Moments:
+    """A clock that is set by hand."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_checkpoint_is_due_once_it_costs_a_hundredth_of_the_time() -> None:
+    clock = Moments()
+    pace = Pace(clock)
+    clock.now += 4.9
+    assert not pace.is_due(), "nobody knows the cost of the first one"
+    clock.now += 0.2
+    assert pace.is_due()
+    with pace.saving():
+        clock.now += 0.3
+    clock.now += 29.9
+    assert not pace.is_due()
+    clock.now += 0.2
+    assert pace.is_due()
+
+
+def test_no_checkpoint_is_due_while_one_is_written() -> None:
+    clock = Moments()
+    pace = Pace(clock)
+    with pace.saving():
+        pace.wait()
+    clock.now += 1000
+    assert not pace.is_due()
+    with pace.writing():
+        pass
+    clock.now += 1000
+    assert pace.is_due()
+
+
+class Eager(Pace):
+    """Finds that each third window is a good moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asked = 0
+
+    def is_due(self) -> bool:
+        self._asked += 1
+        return self._asked % 3 == 0
+
+
+def weights_and_saves(images: Arrays, config: TrainConfig, pace: Pace) -> tuple[dict[str, torch.Tensor], list[int]]:
+    saves, workload, split = list[int](), mnist(), Split(images)
+    state = engine.create_state(workload, config, len(split), Group())
+    state.pace = pace
+    hooks = Hooks(on_checkpoint=lambda state, progress: saves.append(state.total_step))
+    engine.train(workload, state, split, config, Group(), [hooks])
+    return state.model.state_dict(), saves
+
+
+def test_checkpoints_are_saved_at_good_moments_and_change_no_weight(few_images: Arrays) -> None:
+    expected, none = weights_and_saves(few_images, replace(CONFIG, checkpoint_every=10**6), Eager())
+    assert none == [75], "the end of the epoch"
+    found, saves = weights_and_saves(few_images, replace(CONFIG, checkpoint_every=None), Eager())
+    assert saves[-1] == 75
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_without_a_good_moment_a_checkpoint_is_saved_every_thousand_steps(few_images: Arrays) -> None:
+    class Never(Pace):
+        def is_due(self) -> bool:
+            return False
+
+    few = Arrays(few_images.inputs[:50], few_images.targets[:50])
+    _, saves = weights_and_saves(few, replace(CONFIG, num_steps=1100, validate_every=1100, num_epochs=1), Never())
+    assert saves == [1000, 1100]
+
+
+def test_a_given_number_of_steps_must_be_one() -> None:
+    given = {"run_name": "none", "storage_path": "/nowhere"}
+    assert read_job(given).train.checkpoint_every is None
+    with pytest.raises(UsageError, match="--checkpoint-every must be at least 1"):
+        read_job({**given, "checkpoint_every": 0})
