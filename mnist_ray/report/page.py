@@ -179,7 +179,7 @@ def _time_spent(record: RunRecord) -> list[Picture]:
         part: [math.fsum(row[part] for row in record.times if labels(row) == bar) for bar in bars] for part in PARTS
     }
     total = math.fsum(itertools.chain(*seconds.values()))
-    shown = {part: values for part, values in seconds.items() if sum(values) > _MIN_SHARE * total}
+    shown = {PARTS[part]: values for part, values in seconds.items() if sum(values) > _MIN_SHARE * total}
     if not shown:
         return []
     shares = ", ".join(f"{part} {sum(values) / total:.0%}" for part, values in shown.items())

@@ -19,7 +19,7 @@ from mnist_ray.workload.data import Blocks, Split
 
 Seconds = Mapping[str, float]  # of each of PARTS
 _MIN_SHOWN = 0.01  # of the time
-_MIN_NOTED_S = 1.0  # less is no reason for a note
+_MIN_NOTED_S = 5.0  # less is no reason for a note
 _MAX_DATA, _MAX_SAVING, _MAX_CALLBACKS = 0.1, 0.05, 0.05  # of the time; more is noted
 _MAX_EXCHANGE = 0.4  # of the time, in which even the slowest worker waits for the others
 _MAX_WAIT, _MAX_FACTOR = 0.15, 1.4  # of the time in which workers wait for a slower one; its time over theirs
@@ -72,9 +72,8 @@ def shares_of(of_workers: Sequence[Seconds]) -> str:
     seconds = means(of_workers)
     total = math.fsum(seconds.values())
     shown = {part: value / total for part, value in seconds.items() if value >= _MIN_SHOWN * total > 0}
-    names = {stopwatch.WORKERS: "other workers", stopwatch.START: "first step"}
     largest_first = sorted(shown.items(), key=lambda item: -item[1])
-    return ", ".join(f"{names.get(part, part)} {share:.0%}" for part, share in largest_first)
+    return ", ".join(f"{PARTS[part]} {share:.0%}" for part, share in largest_first)
 
 
 def notes_on(of_workers: Sequence[Seconds], hosts: Sequence[str], job: Job, train: Split) -> list[str]:
@@ -96,8 +95,8 @@ def notes_on(of_workers: Sequence[Seconds], hosts: Sequence[str], job: Job, trai
     if len(of_workers) > 1:
         notes += _note_on_workers(of_workers, hosts, total)
     if is_large(saving_s, _MAX_SAVING):
-        cause = "the storage is slow" if seconds[stopwatch.STORAGE] > saving_s / 2 else "copies of the state are large"
-        notes.append(f"checkpoints {took(saving_s)}: {cause}; save and validate less often")
+        cause = "the storage is slow" if seconds[stopwatch.STORAGE] > saving_s / 2 else "the state is large"
+        notes.append(f"checkpoints {took(saving_s)}: {cause}, or epochs are short; save and validate less often")
     if is_large(callbacks_s, _MAX_CALLBACKS) and job.callback:
         notes.append(f"the callback {took(callbacks_s)}; do its work less often")
     return notes

@@ -11,17 +11,17 @@ from typing import Any
 
 DATA, COPIES, COMPUTE, WORKERS, OPTIMIZER = "data", "copies", "compute", "workers", "optimizer"
 CALLBACKS, CHECKPOINTS, STORAGE, VALIDATION, START = "callbacks", "checkpoints", "storage", "validation", "start"
-PARTS = {
-    DATA: "waiting for the next batch",
-    COPIES: "copying it to the device",
-    COMPUTE: "forward and backward pass",
-    WORKERS: "waiting for the gradients of other workers, and adding them up",
-    OPTIMIZER: "the step of the optimizer, the schedule and the EMA",
-    CALLBACKS: "the callback, and reports of progress",
-    CHECKPOINTS: "standing still to copy the state for a checkpoint",
-    STORAGE: "standing still until the storage has taken the checkpoint before",
-    VALIDATION: "validating",
-    START: "from the creation of the model to the end of the first step: data, compilation, caches",
+PARTS = {  # and what the console and the report call them
+    DATA: "data",  # waiting for the next batch
+    COPIES: "copies",  # copying it to the device
+    COMPUTE: "compute",  # forward and backward pass
+    WORKERS: "other workers",  # waiting for their gradients, and adding them up
+    OPTIMIZER: "optimizer",  # its step, those of the schedule and of the EMA
+    CALLBACKS: "callbacks",  # the user's, and reports of progress
+    CHECKPOINTS: "checkpoints",  # standing still while the state is copied
+    STORAGE: "storage",  # standing still until it has taken the checkpoint before
+    VALIDATION: "validation",
+    START: "first step",  # from the creation of the model to the end of the first step: data, compilation, caches
 }
 
 _MAX_COST = 0.01  # of the time since the last checkpoint

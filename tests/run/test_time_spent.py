@@ -88,7 +88,7 @@ def test_a_healthy_training_has_no_note() -> None:
         ([{"data": 50.0}], {"loader_workers": 2}, "waiting for data took 34%", "more --loader-workers"),
         ([{"data": 50.0}], {"split": Split(Stored())}, "waiting for data took 34%", "its storage, or Blocks.read"),
         ([{"storage": 50.0}], {}, "checkpoints took 34% of the time (50.0 s)", "the storage is slow"),
-        ([{"checkpoints": 50.0}], {}, "checkpoints took 34% of the time (50.0 s)", "copies of the state are large"),
+        ([{"checkpoints": 50.0}], {}, "checkpoints took 34% of the time (50.0 s)", "the state is large"),
         ([{"workers": 99.0}] * 4, {}, "all workers wait for gradients 52% of the time", "a larger --batch-size"),
         (
             [{"workers": 90.0}, {"compute": 170.0, "workers": 1.0}, {"workers": 92.0}],
