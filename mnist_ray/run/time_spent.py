@@ -81,8 +81,8 @@ def notes_on(of_workers: Sequence[Seconds], hosts: Sequence[str], job: Job, trai
     seconds = means(of_workers)
     total = math.fsum(seconds.values())
 
-    def is_large(part_s: float, most: float) -> bool:
-        return part_s > max(most * total, _MIN_NOTED_S)
+    def is_large(part_s: float, max_share: float) -> bool:
+        return part_s > max(max_share * total, _MIN_NOTED_S)
 
     def took(part_s: float) -> str:
         return f"took {part_s / total:.0%} of the time ({part_s:.1f} s)"

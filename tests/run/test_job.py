@@ -332,6 +332,7 @@ def test_a_run_is_resumed_with_its_data_from_another_place(read: Any, begun: Pat
 def test_a_resumed_run_may_save_more_often_but_not_train_otherwise(read: Any, begun: Path) -> None:
     resume = ("--resume", "--run-name", "run")
     assert read(*resume, "--checkpoint-every", "7").train.checkpoint_every == 7
+    assert read(*resume, "--checkpoint-every", "auto").train.checkpoint_every is None
     with pytest.raises(UsageError, match="run was started with --batch-size 128, not 64; leave the flag out"):
         read(*resume, "--batch-size", "64")
 
