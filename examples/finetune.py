@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
 
 from mnist_ray import load_run
 from mnist_ray.errors import UsageError
@@ -63,8 +63,7 @@ class Logits(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Map token numbers (N, T) and their attention mask to logits (N, T, vocabulary)."""
-        logits: Tensor = self.model(**inputs, use_cache=False).logits
-        return logits
+        return self.model(**inputs, use_cache=False).logits
 
 
 class Finetuning(Workload):
@@ -97,6 +96,7 @@ class Finetuning(Workload):
     def create_model(self) -> nn.Module:
         """Return the folder's model, in fp32; with LoRA, only the added matrices are trained."""
         folder = self.settings.model_folder
+        logging.disable_progress_bar()  # each worker creates the model
         if any(folder.glob("*.safetensors")):
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         else:

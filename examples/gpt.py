@@ -95,7 +95,7 @@ class Gpt(Workload):
     Settings = Settings
     noun = "window"
     metrics = (Metric("bits_per_byte", "min"),)
-    prompt = "def read(path):\n"
+    prompt = "class Test"
     search = {"learning_rate": Range(1e-4, 3e-3, log=True)}
     recipes = {
         "default": {
