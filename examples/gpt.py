@@ -1,6 +1,6 @@
 """Which byte is next? A small GPT on any folder of text; by default, on the sources of Python's standard library.
 
-python jobs/train.py --workload examples/gpt.py                              # 1,000 steps: 8 minutes on two cores
+python jobs/train.py --workload examples/gpt.py                              # 1,000 steps: 9 minutes on two cores
 python jobs/train.py --workload examples/gpt.py --text-folder ~/my_texts
 python jobs/train.py --workload examples/gpt.py --num-workers 4 --strategy fsdp
 python jobs/tune.py --workload examples/gpt.py --num-steps 200 --sweep learning_rate=log:1e-4:3e-3 dropout=0,0.1

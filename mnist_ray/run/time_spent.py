@@ -20,7 +20,7 @@ from mnist_ray.workload.data import Blocks, Split
 Seconds = Mapping[str, float]  # of each of PARTS
 _MIN_SHOWN = 0.01  # of the time
 _MIN_NOTED_S = 5.0  # less is no reason for a note
-_MAX_DATA, _MAX_SAVING, _MAX_CALLBACKS = 0.1, 0.05, 0.05  # of the time; more is noted
+_MAX_DATA, _MAX_SAVING, _MAX_CALLBACKS = 0.15, 0.05, 0.05  # of the time; more is noted
 _MAX_EXCHANGE = 0.4  # of the time, in which even the slowest worker waits for the others
 _MAX_WAIT, _MAX_FACTOR = 0.15, 1.4  # of the time in which workers wait for a slower one; its time over theirs
 
