@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,13 @@ def _train_as_rank(rank: int, training: Training, split: Arrays, folder: Path) -
 def _train(rank: int, training: Training, split: Arrays, folder: Path) -> None:
     for world_size in WORLD_SIZES:
         if rank < world_size:
-            store = f"file://{folder}/store-{world_size}"
-            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-            training(Group(rank, world_size), split, folder)
-            dist.destroy_process_group()
+            with joined(rank, world_size, folder / f"store-{world_size}") as group:
+                training(group, split, folder)
+
+
+@contextlib.contextmanager
+def joined(rank: int, world_size: int, store: Path) -> Iterator[Group]:
+    """Let this process be a rank of a group, whose ranks find each other by the file ``store``, a new one each time."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    yield Group(rank, world_size)
+    dist.destroy_process_group()

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -28,7 +27,7 @@ from mnist_ray.training.state import Group, StopWantedError, TrainingState
 from mnist_ray.workload import Workload
 from mnist_ray.workload.data import Arrays, Blocks, Split
 from tests.training.conftest import Hooks
-from tests.training.ranks import call_on_ranks
+from tests.training.ranks import call_on_ranks, joined
 
 NUMBERS = np.arange(50, dtype=np.float32)[:, np.newaxis]
 # 5 steps a pass of 50 examples; epochs of 4 steps, the last one of 1
@@ -149,10 +148,8 @@ def _train_in_two_parts(rank: int, folder: Path) -> None:
                 run = locate(str(folder), f"{kind}-{stop_after}-{worlds[0]}-{worlds[1]}")
                 for part, world_size in enumerate(worlds):
                     if rank < world_size:
-                        store = f"file://{folder}/store-{run.name}-{part}"
-                        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-                        trained(kind, run, -1 if part else stop_after, Group(rank, world_size))
-                        dist.destroy_process_group()
+                        with joined(rank, world_size, folder / f"store-{run.name}-{part}") as group:
+                            trained(kind, run, -1 if part else stop_after, group)
                         (folder / f"{run.name}.{part}.{rank}.json").write_text(json.dumps(SEEN))
                         SEEN.clear()
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from mnist_ray.workload import Workload
 from mnist_ray.workload.base import Metric
 from mnist_ray.workload.data import Arrays, Split
 from tests.training.conftest import Hooks
-from tests.training.ranks import WORLD_SIZES, call_on_ranks
+from tests.training.ranks import WORLD_SIZES, call_on_ranks, joined
 
 NUM_WORDS, LENGTH = 9, 7
 CONFIG = TrainConfig(
@@ -92,19 +91,18 @@ def train_cases(rank: int, folder: Path) -> None:
     for world_size in WORLD_SIZES:
         if rank >= world_size:
             continue
-        store = f"file://{folder}/store-{world_size}"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-        for case in CASES:
-            group = Group(rank, world_size)
-            state, gradients, losses = trained(case, group)
-            evaluation = engine.evaluate_together(Words(), state.model, Split(few_words(251)), group)
-            alone = engine.evaluate(Words(), state.model, Split(few_words(251)))
-            assert evaluation.values(Words()) == alone.values(Words())
-            if rank == 0:
-                name = f"{case}-{world_size}"
-                save_file(gradients | {f"after {key}": v for key, v in state.model.state_dict().items()}, folder / name)
-                (folder / f"{name}.json").write_text(json.dumps(losses))
-        dist.destroy_process_group()
+        with joined(rank, world_size, folder / f"store-{world_size}") as group:
+            for case in CASES:
+                state, gradients, losses = trained(case, group)
+                evaluation = engine.evaluate_together(Words(), state.model, Split(few_words(251)), group)
+                alone = engine.evaluate(Words(), state.model, Split(few_words(251)))
+                assert evaluation.values(Words()) == alone.values(Words())
+                if rank == 0:
+                    name = f"{case}-{world_size}"
+                    save_file(
+                        gradients | {f"after {key}": v for key, v in state.model.state_dict().items()}, folder / name
+                    )
+                    (folder / f"{name}.json").write_text(json.dumps(losses))
 
 
 @pytest.fixture(scope="module")
