@@ -62,6 +62,7 @@ class Gradients:
         sums = self._of_slice(micro_batches) if self._chunks is None else self._of_chunks(micro_batches, self._chunks)
         if self._ready_at is not None:
             self._state.watch.turn(WORKERS, self._ready_at)
+            self._ready_at = None
         if WEIGHT in sums:
             self._divide_by(sums[WEIGHT], micro_batches[0].global_size)
         return sums
