@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.datasets import load_diabetes
 from torch import Generator, Tensor, nn
 
@@ -50,17 +51,30 @@ class Diabetes(Regression):
 
     def create_model(self) -> nn.Module:
         """Return a network with two hidden layers whose initial predictions are near the mean target."""
+        standardize = Standardize(self.metadata["means"], self.metadata["stds"])
         width, dropout = self.settings.width, self.settings.dropout
         last = nn.Linear(width, 1)
         nn.init.constant_(last.bias, self.metadata["target"])
         hidden = (nn.Linear(10, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, width), nn.ReLU())
-        return nn.Sequential(*hidden, last)
+        return nn.Sequential(standardize, *hidden, last)
 
     def prepare(self, inputs: Tensor, generator: Generator | None) -> Tensor:
-        """Standardize each column by the training set's mean and standard deviation."""
-        means, stds = (inputs.new_tensor(self.metadata[name]) for name in ("means", "stds"))
-        return ((inputs - means) / stds).float()
+        """Turn the table's numbers into fp32."""
+        return inputs.float()
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
         """Return the squared error, scaled down so that the gradients have the usual size."""
         return super().loss(outputs, targets) / 100**2
+
+
+class Standardize(nn.Module):
+    """Standardizes each column. Its numbers are buffers, so that they are on the model's device."""
+
+    def __init__(self, means: list[float], stds: list[float]) -> None:
+        super().__init__()
+        self.register_buffer("means", torch.tensor(means))
+        self.register_buffer("stds", torch.tensor(stds))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map columns of any size (N, columns) to columns with mean 0 and standard deviation 1."""
+        return (inputs - self.means) / self.stds

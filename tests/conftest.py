@@ -1,6 +1,8 @@
 import contextlib
 import gzip
 import hashlib
+import io
+import json
 import os
 import signal
 import subprocess
@@ -14,9 +16,12 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 import ray
 import torch
+from PIL import Image
+from pyarrow import parquet as pq
 
 from mnist_ray import cli
 from mnist_ray.cluster import environment
@@ -130,6 +135,19 @@ def write_data_set(folder: Path, train: Arrays, test: Arrays, *, gzipped: bool =
     return folder
 
 
+def write_pictures(folder: Path, number: int, rows: int) -> None:
+    """Write pictures of two classes, dark and light, as docs/workloads.md does, in row groups of ``rows``."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(2, size=number).tolist()
+    column = []
+    for label in labels:
+        content = io.BytesIO()
+        Image.fromarray(rng.integers(128 * label, 128 * label + 127, (9, 12), dtype=np.uint8)).save(content, "png")
+        column.append({"bytes": content.getvalue(), "path": None})
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"image": column, "label": labels}), folder / "some.parquet", row_group_size=rows)
+
+
 @pytest.fixture(scope="session")
 def mnist_test() -> Arrays:
     """The test images that ship with the package."""
@@ -148,6 +166,31 @@ def small_data(tmp_path_factory: pytest.TempPathFactory, mnist_test: Arrays) -> 
     train = Arrays(mnist_test.inputs[:3000], mnist_test.targets[:3000])
     test = Arrays(mnist_test.inputs[3000:4100], mnist_test.targets[3000:4100])
     return write_data_set(tmp_path_factory.mktemp("small"), train, test)
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text that repeats itself, and a file that is none."""
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "rhyme.txt").write_text("the mouse ran up the clock, the clock struck one.\n" * 150)
+    (folder / "noise.bin").write_bytes(bytes(range(256)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a new model's config and its tokenizer, whose tokens are words; and texts of two lengths."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("llm")
+    words = {word: number for number, word in enumerate(["[UNK]", *["a", "mouse", "ran", "up", "the", "clock"]])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": len(words)}
+    transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0).save_pretrained(folder)
+    lines = [json.dumps({"text": "a mouse ran up the clock " * (1 + number % 3)}) for number in range(60)]
+    (folder / "texts.jsonl").write_text("\n".join(lines))
+    return folder
 
 
 @pytest.fixture

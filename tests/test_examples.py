@@ -1,6 +1,5 @@
 """The workloads under examples/, each trained and used."""
 
-import io
 import json
 import runpy
 import shutil
@@ -8,11 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from PIL import Image
-from pyarrow import parquet as pq
 
 import mnist_ray
 from mnist_ray.errors import JobError
@@ -20,7 +16,7 @@ from mnist_ray.report.run_files import read_csv
 from mnist_ray.workload.data import Arrays
 from mnist_ray.workload.loading import load
 from mnist_ray.workload.memory import owner_of
-from tests.conftest import ROOT, as_flags, callback_at, folder_at, run_main
+from tests.conftest import ROOT, as_flags, callback_at, folder_at, run_main, write_pictures
 
 SMALL: dict[str, dict[str, Any]] = {
     "diabetes": {"num_epochs": 3, "batch_size": 8},
@@ -78,19 +74,6 @@ def test_a_regression_is_evaluated_and_shapes_take_pictures(
         assert capsys.readouterr().out.splitlines()[0].endswith("(Shapes)")
 
 
-def write_pictures(folder: Path, number: int, rows: int) -> None:
-    """Write pictures of two classes, dark and light, as docs/workloads.md does, in row groups of ``rows``."""
-    rng = np.random.default_rng(0)
-    labels = rng.integers(2, size=number).tolist()
-    column = []
-    for label in labels:
-        content = io.BytesIO()
-        Image.fromarray(rng.integers(128 * label, 128 * label + 127, (9, 12), dtype=np.uint8)).save(content, "png")
-        column.append({"bytes": content.getvalue(), "path": None})
-    folder.mkdir(parents=True)
-    pq.write_table(pa.table({"image": column, "label": labels}), folder / "some.parquet", row_group_size=rows)
-
-
 def test_pictures_in_parquet_are_trained_on_and_evaluated_in_shares(ray_address: str, tmp_path: Path) -> None:
     for split, number in (("train", 600), ("test", 250)):
         write_pictures(tmp_path / "pictures" / split, number, rows=20)
@@ -109,15 +92,6 @@ def test_pictures_in_parquet_are_trained_on_and_evaluated_in_shares(ray_address:
     assert run.metrics["accuracy"] > 0.9
     assert (Path(run.folder.path) / "pictures" / "predictions.png").exists()
     assert mnist_ray.evaluate(run, num_tasks=2) == run.metrics
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a text that repeats itself, and a file that is none."""
-    folder = tmp_path_factory.mktemp("texts")
-    (folder / "rhyme.txt").write_text("the mouse ran up the clock, the clock struck one.\n" * 150)
-    (folder / "noise.bin").write_bytes(bytes(range(256)))
-    return folder
 
 
 def gpt_flags(storage: Path, texts: Path, **more: Any) -> list[str]:
@@ -169,22 +143,6 @@ def test_a_gpts_windows_are_views_of_a_mapped_file(texts: Path) -> None:
     assert bytes(train.inputs[0]) == b"the mouse ran up"
     assert bytes(train.targets[0]) == b"he mouse ran up "
     assert bytes(train.inputs[1]) == b" the clock, the "
-
-
-@pytest.fixture(scope="module")
-def small_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a new model's config and its tokenizer, whose tokens are words; and texts of two lengths."""
-    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
-    folder = tmp_path_factory.mktemp("llm")
-    words = {word: number for number, word in enumerate(["[UNK]", *["a", "mouse", "ran", "up", "the", "clock"]])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": len(words)}
-    transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0).save_pretrained(folder)
-    lines = [json.dumps({"text": "a mouse ran up the clock " * (1 + number % 3)}) for number in range(60)]
-    (folder / "texts.jsonl").write_text("\n".join(lines))
-    return folder
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
