@@ -7,7 +7,7 @@ JOB ?= train
 # If there is a token, clusters require it.
 AUTH ?= $(or $(RAY_AUTH_MODE),$(if $(wildcard $(HOME)/.ray/auth_token)$(RAY_AUTH_TOKEN),token,disabled))
 
-.PHONY: train tune tensorboard submit test test-long test-browser bench bench-quick chaos check format clean
+.PHONY: train tune tensorboard submit test test-long test-browser test-gpu gpu bench bench-quick chaos check format clean
 
 train: $(VENV)/installed  ## train on the embedded MNIST with the default recipe
 	$(BIN)/python jobs/train.py $(ARGS)
@@ -26,6 +26,12 @@ test: $(VENV)/installed-dev  ## run the tests
 
 test-long: $(VENV)/installed-dev  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m long $(ARGS)
+
+test-gpu: $(VENV)/installed-dev  ## run the tests that need a GPU
+	$(BIN)/python -m pytest -q -m gpu $(ARGS) tests/gpu || [ $$? = 5 ]  # 5: without a GPU, there is no test
+
+gpu: $(VENV)/installed-dev  ## test and measure on this machine's GPU: ten minutes
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 bench: $(VENV)/installed-dev  ## compare the speed with other programs and an earlier version: an hour
 	$(BIN)/python benchmarks/bench.py $(ARGS)

@@ -88,7 +88,8 @@ def train_worker(
     except torch.OutOfMemoryError as error:
         if restored.name and position_of(restored.name) == (state.epoch, state.step):
             raise  # a worker that died may not have freed its memory yet: Ray tries again
-        remedy = "lower --batch-size, set --micro-batch-size, or override the workload's evaluation_batch_size"
+        half = max(1, (config.micro_batch_size or math.ceil(config.batch_size / group.world_size)) // 2)
+        remedy = f"try --micro-batch-size {half}, lower --batch-size, or override the workload's evaluation_batch_size"
         raise TrainingStoppedError(f"{first_line(error)}; {remedy}") from error
     finally:
         faulthandler.cancel_dump_traceback_later()  # of end_if_hung

@@ -241,7 +241,7 @@ def _decide(
 def _save(state: TrainingState, progress: Progress, callbacks: Sequence[Callback]) -> None:
     """Let the callbacks validate and save: a worker's ``Reporter`` does. Raises TrainingDivergedError."""
     weights = [rows_here(tensor) for model in {state.model, state.result} for tensor in model.parameters()]
-    is_finite = torch.tensor(int(all(rows.isfinite().all() for rows in weights)), device=weights[0].device)
+    is_finite = torch.stack([rows.isfinite().all() for rows in weights]).all().int()  # a GPU is asked only once
     if state.is_sharded:
         dist.all_reduce(is_finite, dist.ReduceOp.MIN)
     if not is_finite:

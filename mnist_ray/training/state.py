@@ -179,14 +179,15 @@ class LoggingWindow:
         now = time.perf_counter()
         elapsed_s, self._start = now - self._start, now
         next_interval = max(1, round(len(self._sizes) * _REPORT_INTERVAL_S / max(elapsed_s, 1e-3)))
-        agreed = sums.new_tensor([next_interval, stop_wanted, save_wanted, elapsed_s])
+        of_first = sums.new_tensor([next_interval, stop_wanted, save_wanted, elapsed_s])
         parts = sums.new_zeros(self._group.world_size, len(PARTS))  # each rank fills its row
         parts[self._group.rank] = sums.new_tensor(state.watch.taken())
         if self._group.world_size > 1:
             whole = torch.cat([sums, parts.view(-1)])
             dist.all_reduce(whole)
-            dist.broadcast(agreed, 0)
+            dist.broadcast(of_first, 0)
             sums, parts = whole[: len(sums)], whole[len(sums) :].view_as(parts)
+        next_interval, stop_wanted, save_wanted, elapsed_s = of_first.tolist()
         rows = [dict(zip(names, row, strict=True)) for row in sums.view(-1, len(names)).tolist()]
         state.watch.turn(CALLBACKS)
         steps = [MetricSums(row, size) for row, size in zip(rows, self._sizes, strict=True)]
@@ -200,8 +201,8 @@ class LoggingWindow:
             window += step
             state.sums += step  # step by step: the bits of the sum must not depend on when windows close
         self._sums, self._sizes = [], []
-        self._interval_steps = int(agreed[0])
-        state.epoch_s += float(agreed[3])
+        self._interval_steps = int(next_interval)
+        state.epoch_s += elapsed_s
         progress = Progress(
             epoch=state.epoch + 1,
             step=state.step,
@@ -212,7 +213,7 @@ class LoggingWindow:
             num_examples=state.sums.num_examples,
             epoch_s=state.epoch_s,
             learning_rate=state.learning_rate,
-            saves=bool(agreed[1]) or bool(agreed[2]),
+            saves=bool(stop_wanted or save_wanted),
             parts=parts.tolist(),
         )
-        return progress, bool(agreed[1])
+        return progress, bool(stop_wanted)

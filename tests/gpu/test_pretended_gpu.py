@@ -1,7 +1,5 @@
 """Trainings on a pretended GPU: what is copied to it, what waits for it, and that the results are the CPU's."""
 
-import json
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,13 +12,13 @@ from torch.utils.data import Dataset
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError
-from mnist_ray.report.run_files import read_csv
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.state import Group, TrainingState
 from mnist_ray.workload.data import Arrays, Split
-from tests.conftest import ROOT, as_flags, callback_at, folder_at, mnist, run_main, write_pictures
-from tests.pretended_gpu import pretended_gpu
+from tests.conftest import callback_at, mnist
+from tests.gpu.conftest import Train, losses
+from tests.gpu.pretended_gpu import pretended_gpu
 from tests.training.conftest import Hooks
 
 AT_START = {"usable", "create_state", "restore_newest", "batches_of"}
@@ -28,47 +26,7 @@ NOT_AT_EACH_STEP = {*AT_START, "close", "_save", "on_checkpoint", "evaluate_here
 """Functions that may wait for the GPU."""
 
 
-@pytest.fixture
-def examples(small_data: Path, texts: Path, small_llm: Path, tmp_path: Path) -> dict[str, dict[str, Any]]:
-    """The flags of small jobs, by the name of the example."""
-    for split, number in (("train", 60), ("test", 25)):
-        write_pictures(tmp_path / "pictures" / split, number, rows=20)
-    return {
-        "mnist": {"data_dir": small_data, "limit": 0.1, "ema_decay": 0.9, "clip_grad_norm": 1, "micro_batch_size": 9},
-        "shapes": {"num_images": 120, "width": 4, "ema_decay": 0.9},
-        "diabetes": {},
-        "gpt": {"text_folder": texts, "length": 16, "depth": 1, "width": 64, "num_steps": 25, "warmup_steps": 5},
-        "finetune": {"model_folder": small_llm, "texts": small_llm / "texts.jsonl", "lora_rank": 2},
-        "shards": {"data": tmp_path / "pictures", "num_classes": 2, "size": 8, "width": 4},
-    }
-
-
-Train = Callable[..., Path]
-
-
-@pytest.fixture
-def train(examples: dict[str, dict[str, Any]], tmp_path: Path) -> Train:
-    def run(example: str, name: str, use_gpu: str, *switches: str, **more: Any) -> Path:
-        flags: dict[str, Any] = {"num_workers": 0, "cpus_per_worker": 1, "precision": "fp32", "batch_size": 20}
-        if example != "mnist":
-            flags["workload"] = ROOT / "examples" / f"{example}.py"
-        if example != "gpt":
-            flags["num_epochs"] = 2
-        flags |= {**examples[example], "storage_path": tmp_path / "runs", "run_name": name, "use_gpu": use_gpu, **more}
-        run_main("train", *as_flags(flags), *switches)
-        return tmp_path / "runs" / name
-
-    return run
-
-
-def losses(run: Path) -> list[float]:
-    """Return the losses of each epoch, and the one on the test set."""
-    epochs = read_csv(folder_at(run), "epochs.csv")
-    of_epochs = [float(row[name]) for row in epochs for name in ("train_loss", "val_loss")]
-    return [*of_epochs, json.loads((run / "result.json").read_text())["test_loss"]]
-
-
-@pytest.mark.parametrize("example", ["mnist", "shapes", "diabetes", "gpt", "finetune", "shards"])
+@pytest.mark.parametrize("example", ["mnist", "digits", "shapes", "diabetes", "gpt", "finetune", "shards"])
 def test_a_job_has_the_cpus_results_and_no_step_waits_for_the_gpu(example: str, train: Train) -> None:
     on_cpu = train(example, "cpu", "no")
     with pretended_gpu() as gpu:
