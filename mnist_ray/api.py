@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist_ray.cluster import environment
-from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig
+from mnist_ray.cluster import environment, kept
+from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.report.run_files import METRICS_FILE, STEPS_FILE, number_of, read_numbers, workload_of
 from mnist_ray.run.job import Job, read_job
@@ -116,6 +116,7 @@ class SweptRun(Run):
 
 
 @environment.left_as_found()
+@kept.for_next_call()
 def train(workload: AnyWorkload = None, **settings: Any) -> Run:
     """Train, evaluate and report like ``jobs/train.py``; return the run.
 
@@ -128,6 +129,7 @@ def train(workload: AnyWorkload = None, **settings: Any) -> Run:
 
 
 @environment.left_as_found()
+@kept.for_next_call()
 def tune(workload: AnyWorkload = None, **settings: Any) -> SweptRun:
     """Search settings, then train and evaluate the best configuration like ``jobs/tune.py``; return its run.
 
@@ -153,6 +155,7 @@ def _space_text(space: Any) -> str:
 
 
 @environment.left_as_found()
+@kept.for_next_call()
 def evaluate(
     run: Run | str | Path | None = None,
     *,
@@ -168,6 +171,7 @@ def evaluate(
     settings, e.g. the path of different data. Raises UsageError and JobError.
     """
     environment.prepare(verbose=False)
+    kept.end_unless_fit(WorkerConfig(), verbose=False)
     with prepared_forking("mnist_ray.run.evaluate") as forking:
         found = find(run, workload, storage_path, settings)
         check_known(settings, names_of([found.workload.Settings]), "evaluate()")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Forking:
     is_wanted: bool
     modules: tuple[str, ...]  # imported before the fork
     server: subprocess.Popen[bytes] | None  # for a local Ray; None if the job joins a cluster
+    at_the_end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # ends the server, unless emptied
 
 
 @contextlib.contextmanager
@@ -52,16 +53,19 @@ def prepared_forking(module: str, *, is_wanted: bool = True) -> Iterator[Forking
         return
     # Ray reads these on import: the id of a local Ray's first job, and the process with which workers end.
     of_workers = {"RAY_JOB_ID": _FIRST_JOB, "RAY_RAYLET_PID": str(os.getpid())}
-    with tempfile.TemporaryDirectory(prefix="mnist_ray-", ignore_cleanup_errors=True) as folder:
-        address = os.path.join(folder, "fork")
+    with contextlib.ExitStack() as at_the_end:
+        folder = tempfile.TemporaryDirectory(prefix="mnist_ray-", ignore_cleanup_errors=True)
+        address = os.path.join(at_the_end.enter_context(folder), "fork")
         server = launch(address, modules, {**os.environ, **of_workers}, subprocess.PIPE)
         os.environ[SOCKET_VARIABLE] = address
-        try:
-            yield Forking(is_wanted, modules, server)
-        finally:
-            os.environ.pop(SOCKET_VARIABLE, None)
-            server.kill()
-            server.communicate()
+        at_the_end.callback(_end, server)
+        yield Forking(is_wanted, modules, server, at_the_end)
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    os.environ.pop(SOCKET_VARIABLE, None)
+    server.kill()
+    server.communicate()
 
 
 def own_runtime_env() -> dict[str, Any]:

@@ -270,6 +270,16 @@ def run_and_act(
     return printed, complained
 
 
+def processes_in(folder: Path) -> list[psutil.Process]:
+    """Return the processes whose Ray has its files in a folder."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get("RAY_TMPDIR") == str(folder):
+                found.append(process)
+    return found
+
+
 @pytest.fixture(scope="session")
 def finished_run(ray_address: str, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two workers on 2,400 real images, one CPU each."""

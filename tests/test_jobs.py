@@ -19,7 +19,7 @@ from mnist_ray import cli
 from mnist_ray.cluster.plan import Cluster, Node
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.report.run_files import read_csv
-from tests.conftest import Flags, callback_at, folder_at, run_and_act, run_job, run_main
+from tests.conftest import Flags, callback_at, folder_at, processes_in, run_and_act, run_job, run_main
 
 
 def test_a_run_writes_its_files_and_learns(finished_run: Path) -> None:
@@ -131,16 +131,6 @@ def own_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         for name in ("RAY_TMPDIR", "TMPDIR"):
             monkeypatch.setenv(name, folder)
         yield Path(folder)
-
-
-def processes_in(folder: Path) -> list[psutil.Process]:
-    """Return the processes whose Ray has its files in a folder."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.pid != os.getpid() and process.environ().get("RAY_TMPDIR") == str(folder):
-                found.append(process)
-    return found
 
 
 TO_RESUME = "to resume: python jobs/train.py --resume --run-name run --storage-path {storage}"

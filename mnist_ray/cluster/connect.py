@@ -21,7 +21,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mnist_ray.cluster import ray_internals
+from mnist_ray.cluster import kept, ray_internals
 from mnist_ray.cluster.environment import for_workers, prepare_local
 from mnist_ray.cluster.plan import Cluster, Node, local_cpus, node_of
 from mnist_ray.cluster.watch import RaySilentError, watched
@@ -46,14 +46,16 @@ def connect(
     """Connect to the cluster of ``RAY_ADDRESS`` or of this machine's ``ray start``, else start a local Ray.
 
     If this process is connected already, that connection is used and left open. A local Ray declares at least the
-    CPUs that the job asks for, so that more workers than cores can run. At the end, the connection is closed. A local
-    Ray is ended, and its files are removed unless something failed. Raises JobError if the cluster does not answer or
-    a local Ray does not start, and UsageError if ``config`` or ``RAY_ADDRESS`` is impossible.
+    CPUs that the job asks for, so that more workers than cores can run. At the end, the connection is closed, and a
+    local Ray is ended; one of a call from Python that has ended well is kept for the next call. A local Ray's files are
+    removed unless something failed. Raises JobError if the cluster does not answer or a local Ray does not start, and
+    UsageError if ``config`` or ``RAY_ADDRESS`` is impossible.
 
     ``meanwhile`` runs in a thread while this function waits for Ray and a first worker to start; its exception is
     raised here.
     """
-    if ray.is_initialized():
+    resources = kept.take(config, verbose=verbose)
+    if resources is None and ray.is_initialized():
         with _own_connection(meanwhile) as cluster:
             yield cluster
         return
@@ -61,36 +63,63 @@ def connect(
     if not verbose:  # Ray's log is still in its files, and failures are still raised
         logging.getLogger("ray").setLevel(logging.CRITICAL)
         warnings.filterwarnings("ignore", module=r"ray\.")
-    address, leaving = _find_cluster(), threading.Thread(target=ray.shutdown)
-    ray_internals.read_uv_setting_again()
-    with contextlib.ExitStack() as at_the_end:
-        at_the_end.enter_context(ray_internals.without_sigterm_handler())
-        if address is not None:
-            start = functools.partial(_join, address, forking, **options)
+    leaving = threading.Thread(target=ray.shutdown)
+    with resources or contextlib.ExitStack() as at_the_end:
+        if resources is None:
+            cluster = _started(at_the_end, leaving, config, forking, meanwhile, **options)
         else:
-            name = f"session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
-            with in_one_line("a local Ray cannot start"):
-                session = ray_internals.default_folder() / name
-            at_the_end.enter_context(removed_unless_failed(session))
-            start = functools.partial(_start, session, local_cpus(config), forking, **options)
-        if "working_dir" in own_runtime_env():
-            # On connecting, a second node on this machine may replace the working directory of the job, which then
-            # cannot import torch.
+            prepare_local()
             meanwhile()
-            meanwhile = _nothing
-        with ThreadPoolExecutor(1) as pool:
-            done = pool.submit(meanwhile)
-            at_the_end.enter_context(_connected(start, leaving))
-            cluster = _describe(is_local=address is None)
-            note = _start_worker(cluster.log_folder)
-        done.result()
-        stop_watching = at_the_end.enter_context(watched())
+            cluster = _describe(is_local=True)
+        keeps = cluster.is_local and kept.is_wanted()
+        with watched() as stop_watching:
 
-        def leave() -> None:
-            stop_watching()
-            leaving.start()
+            def leave() -> None:
+                stop_watching()
+                if not keeps:
+                    leaving.start()
 
-        yield dataclasses.replace(cluster, leave=leave, note=note)
+            yield dataclasses.replace(cluster, leave=leave)
+        if keeps:
+            everything = contextlib.ExitStack()
+            if forking is not None:
+                everything.push(forking.at_the_end.pop_all())
+            everything.push(at_the_end.pop_all())
+            kept.keep(everything, config, verbose=verbose)
+
+
+def _started(
+    at_the_end: contextlib.ExitStack,
+    leaving: threading.Thread,
+    config: WorkerConfig,
+    forking: Forking | None,
+    meanwhile: Callable[[], None],
+    **options: Any,
+) -> Cluster:
+    """Join the cluster or start a local Ray, until the end."""
+    address = _find_cluster()
+    ray_internals.read_uv_setting_again()
+    at_the_end.enter_context(ray_internals.without_sigterm_handler())
+    if address is not None:
+        start = functools.partial(_join, address, forking, **options)
+    else:
+        name = f"session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
+        with in_one_line("a local Ray cannot start"):
+            session = ray_internals.default_folder() / name
+        at_the_end.enter_context(removed_unless_failed(session))
+        start = functools.partial(_start, session, local_cpus(config), forking, **options)
+    if "working_dir" in own_runtime_env():
+        # On connecting, a second node on this machine may replace the working directory of the job, which then
+        # cannot import torch.
+        meanwhile()
+        meanwhile = _nothing
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(meanwhile)
+        at_the_end.enter_context(_connected(start, leaving))
+        cluster = _describe(is_local=address is None)
+        note = _start_worker(cluster.log_folder)
+    done.result()
+    return dataclasses.replace(cluster, note=note)
 
 
 @contextlib.contextmanager
@@ -161,7 +190,9 @@ def _connected(start: Callable[[], None], leaving: threading.Thread) -> Iterator
     finally:
         if leaving.ident is not None:
             leaving.join()
-        elif has_answered:  # else ray.shutdown would wait for an answer, too; a local Ray ends with this process
+        elif has_answered and (logs == Path() or ray_internals.is_connected_to(logs.parent)):
+            # Without an answer, ray.shutdown would wait for one; a local Ray ends with this process. While a Ray was
+            # kept, the user may have connected to another one.
             ray.shutdown()
 
 

@@ -117,6 +117,11 @@ def session_folder() -> Path:
     return Path(global_worker.node.get_session_dir_path())
 
 
+def is_connected_to(session: Path) -> bool:
+    """Return whether this process is connected to the Ray of a session."""
+    return ray.is_initialized() and session_folder() == session
+
+
 def dead_processes() -> list[str]:
     """Return the names of dead parts of the local Ray that this process has started, without which nothing runs."""
     return [name for name, _ in global_worker.node.dead_processes() if name in ("gcs_server", "raylet")]

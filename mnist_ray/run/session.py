@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from mnist_ray.cluster import environment
+from mnist_ray.cluster import environment, kept
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, check_memory, suitable, usable_cores
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import (
@@ -82,6 +82,7 @@ def started(job: Job, preload: str, workers: WorkerConfig | None = None) -> Iter
         at_the_end.enter_context(ending_explained(job))
         forking = None
         if workers.num_workers != 0:
+            kept.end_unless_fit(workers, verbose=job.output.verbose)
             prepared = prepared_forking(preload, is_wanted=workers.fork_workers == "auto")
             forking = at_the_end.enter_context(prepared)
         clock.mark("start")

@@ -1,0 +1,127 @@
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mnist_ray.cluster import kept
+from mnist_ray.config import WorkerConfig
+from tests.conftest import ROOT, processes_in, wait_for
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[type[BaseException] | None]]:
+    """The error with which each kept Ray was ended; here, no Ray is connected."""
+    monkeypatch.setattr("mnist_ray.cluster.ray_internals.session_folder", lambda: Path("session"))
+    monkeypatch.setattr("mnist_ray.cluster.ray_internals.is_connected_to", lambda session: True)
+    monkeypatch.setattr("mnist_ray.cluster.ray_internals.dead_processes", list)
+    yield []
+    kept.end()
+
+
+def keep(ends: list[type[BaseException] | None], config: WorkerConfig) -> contextlib.ExitStack:
+    resources = contextlib.ExitStack()
+    resources.push(lambda kind, error, traceback: ends.append(kind))
+    kept.keep(resources, config, verbose=False)
+    return resources
+
+
+def test_a_kept_ray_is_for_a_job_of_the_same_purpose(ends: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    resources = keep(ends, WorkerConfig())
+    kept.end_unless_fit(WorkerConfig(num_workers=1), verbose=False)
+    assert kept.take(WorkerConfig(num_workers=1), verbose=False) is resources
+    assert (kept.take(WorkerConfig(), verbose=False), ends) == (None, [])
+
+    many = WorkerConfig(num_workers=2 * len(os.sched_getaffinity(0)))
+    for config, verbose in ((many, False), (WorkerConfig(fork_workers="no"), False), (WorkerConfig(), True)):
+        keep(ends, WorkerConfig())
+        assert kept.take(config, verbose=verbose) is None
+    keep(ends, WorkerConfig())
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert kept.take(WorkerConfig(), verbose=False) is None
+    assert ends == [None] * 4
+
+
+def test_a_ray_that_the_user_has_shut_down_is_not_taken(ends: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep(ends, WorkerConfig())
+    monkeypatch.setattr("mnist_ray.cluster.ray_internals.is_connected_to", lambda session: False)
+    assert kept.take(WorkerConfig(), verbose=False) is None
+    assert ends == [None]
+
+
+def test_a_kept_ray_ends_after_a_while(ends: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MNIST_RAY_KEEP_S", "0.01")
+    keep(ends, WorkerConfig())
+    wait_for(lambda: ends)
+    assert kept.take(WorkerConfig(), verbose=False) is None
+
+
+def test_a_dead_ray_is_ended_without_waiting_for_its_answer(ends: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep(ends, WorkerConfig())
+    monkeypatch.setattr("mnist_ray.cluster.ray_internals.dead_processes", lambda: ["raylet"])
+    assert kept.take(WorkerConfig(), verbose=False) is None
+    assert [kind.__name__ for kind in ends] == ["RaySilentError"]
+
+
+def test_only_calls_from_python_keep_a_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not kept.is_wanted()
+    with kept.for_next_call():
+        assert kept.is_wanted()
+    monkeypatch.setenv("MNIST_RAY_KEEP_S", "0")
+    with kept.for_next_call():
+        assert not kept.is_wanted()
+
+
+SCRIPT = """
+import contextlib, sys
+import ray
+import mnist_ray
+from mnist_ray.errors import JobError
+
+def session():
+    return ray._private.worker.global_worker.node.get_session_dir_path()
+
+def train(**settings):
+    settings = {"data_dir": sys.argv[1], "storage_path": sys.argv[2], "limit": 0.1, "num_epochs": 1, **settings}
+    return mnist_ray.train(quiet=True, cpus_per_worker=1, **settings)
+
+train()
+first = session()
+run = train()
+assert session() == first
+ray.shutdown()
+with contextlib.suppress(JobError):
+    train(callback=sys.argv[3])
+print("after a failure:", ray.is_initialized())
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+own = session()
+mnist_ray.evaluate(run)
+assert session() == own
+"""
+
+
+def test_calls_share_a_ray_until_one_fails_or_the_process_ends(small_data: Path, tmp_path: Path) -> None:
+    fails = tmp_path / "fails.py"
+    fails.write_text(
+        "from mnist_ray.training.callback import Callback\n\n"
+        "class Fails(Callback):\n    def on_step(self, state):\n        raise ValueError('no')\n"
+    )
+    with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp") as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, small_data, tmp_path / "runs", fails],
+            env={**os.environ, "RAY_ADDRESS": "local", "RAY_TMPDIR": folder, "TMPDIR": folder, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "after a failure: False" in done.stdout
+        sessions = {path.name for path in Path(folder).rglob("session_2*")}
+        assert len(sessions) == 2, "the logs of the one that failed, and the user's own"
+        assert not [path for path in Path(folder).iterdir() if path.name.startswith("mnist_ray-")]
+    assert not processes_in(Path(folder))
