@@ -2,12 +2,14 @@
 
 Each round runs both versions, one after the other. Measures seconds to the first line, until a worker trains, from a
 worker's kill until training continues, and to the exit; seconds of a sweep; CPU time; memory. Prints a row for each.
+With ``--busy 2``, two other processes compute meanwhile; ``--parts one two bare`` then says what that costs.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import socket
@@ -28,6 +30,14 @@ BEFORE = "8619d03"
 """The last commit in which Ray starts the workers itself."""
 PARTS = ("one", "four", "restart", "sweep")
 """Runs of one worker, of four, and of two with one killed; a sweep whose trials have two workers."""
+MORE_PARTS = ("two", "bare", "calls")
+"""A run of two workers; the engine without Ray, in one process and in two; two calls of train() in one process."""
+CALLS = """
+import sys, mnist_ray
+for _ in range(2):
+    run = mnist_ray.train(storage_path=sys.argv[1], limit=0.2, num_epochs=1)
+    print("start", run.result["seconds"]["start"])
+"""
 _INTERVAL_S = 0.05
 
 
@@ -193,11 +203,34 @@ def one_version(root: Path, storage: Path, flags: Sequence[object], parts: Seque
     if "four" in parts:
         four = watch(root, "jobs/train.py", "--num-workers", 4, "--num-epochs", 1, *where, num_epochs=1)
         figures |= {"start_four_s": four.at("started"), "pss_four_mib": four.pss_mib}
+    if "two" in parts:
+        two = watch(root, "jobs/train.py", "--num-workers", 2, *where)
+        figures |= {"start_two_s": two.at("started"), "exit_two_s": two.seconds, "rate_two": two.rate()}
+    if "bare" in parts:
+        for number in (1, 2):
+            bare = watch(root, "benchmarks/peers/bare.py", number, 1)
+            figures[f"rate_bare_{number}"] = json.loads(bare.lines[-1][1])["images_per_s"]
+    if "calls" in parts:
+        calls = watch(root, "-c", CALLS, storage)
+        first, second = (float(line.split()[1]) for _, line in calls.lines if re.match(r"start [\d.]+$", line))
+        figures |= {"first_call_s": first, "second_call_s": second}
     if "restart" in parts:
         figures["restart_s"] = seconds_to_restart(root, storage, flags)
     if "sweep" in parts:
         figures["sweep_s"] = seconds_to_sweep(root, storage, flags)
     return figures
+
+
+@contextlib.contextmanager
+def busy(number: int) -> Iterator[None]:
+    """Let other processes compute meanwhile."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 @contextlib.contextmanager
@@ -226,7 +259,8 @@ def main() -> None:
     """Run the rounds and print the ratios of each measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=(*PARTS, *MORE_PARTS), default=PARTS)
+    parser.add_argument("--busy", type=int, default=0, help="other processes that compute meanwhile")
     parser.add_argument("--before", default=BEFORE, help="commit of the earlier version")
     args = parser.parse_args()
     with checked_out(args.before) as root:
@@ -234,8 +268,9 @@ def main() -> None:
             parser.error(f"this clone has no commit {args.before}")
     rounds = []
     for _ in range(args.rounds):
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, busy(args.busy):
             rounds.append(one_round(Path(folder), parts=args.parts, before=args.before))
+            print(f"round {len(rounds)}: {rounds[-1]}", file=sys.stderr, flush=True)
     for name in rounds[0]:
         if f"before_{name}" in rounds[0]:
             pairs = [(some[name], some[f"before_{name}"]) for some in rounds]

@@ -66,7 +66,7 @@ def connect(
     leaving = threading.Thread(target=ray.shutdown)
     with resources or contextlib.ExitStack() as at_the_end:
         if resources is None:
-            cluster = _started(at_the_end, leaving, config, forking, meanwhile, **options)
+            cluster = at_the_end.enter_context(_new_connection(config, forking, meanwhile, leaving, **options))
         else:
             prepare_local()
             meanwhile()
@@ -88,38 +88,39 @@ def connect(
             kept.keep(everything, config, verbose=verbose)
 
 
-def _started(
-    at_the_end: contextlib.ExitStack,
-    leaving: threading.Thread,
+@contextlib.contextmanager
+def _new_connection(
     config: WorkerConfig,
     forking: Forking | None,
     meanwhile: Callable[[], None],
+    leaving: threading.Thread,
     **options: Any,
-) -> Cluster:
-    """Join the cluster or start a local Ray, until the end."""
+) -> Iterator[Cluster]:
+    """Join the cluster or start a local Ray. At the end, disconnect, if ``leaving`` has not begun to."""
     address = _find_cluster()
     ray_internals.read_uv_setting_again()
-    at_the_end.enter_context(ray_internals.without_sigterm_handler())
-    if address is not None:
-        start = functools.partial(_join, address, forking, **options)
-    else:
-        name = f"session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
-        with in_one_line("a local Ray cannot start"):
-            session = ray_internals.default_folder() / name
-        at_the_end.enter_context(removed_unless_failed(session))
-        start = functools.partial(_start, session, local_cpus(config), forking, **options)
-    if "working_dir" in own_runtime_env():
-        # On connecting, a second node on this machine may replace the working directory of the job, which then
-        # cannot import torch.
-        meanwhile()
-        meanwhile = _nothing
-    with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(meanwhile)
-        at_the_end.enter_context(_connected(start, leaving))
-        cluster = _describe(is_local=address is None)
-        note = _start_worker(cluster.log_folder)
-    done.result()
-    return dataclasses.replace(cluster, note=note)
+    with contextlib.ExitStack() as at_the_end:
+        at_the_end.enter_context(ray_internals.without_sigterm_handler())
+        if address is not None:
+            start = functools.partial(_join, address, forking, **options)
+        else:
+            name = f"session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
+            with in_one_line("a local Ray cannot start"):
+                session = ray_internals.default_folder() / name
+            at_the_end.enter_context(removed_unless_failed(session))
+            start = functools.partial(_start, session, local_cpus(config), forking, **options)
+        if "working_dir" in own_runtime_env():
+            # On connecting, a second node on this machine may replace the working directory of the job, which then
+            # cannot import torch.
+            meanwhile()
+            meanwhile = _nothing
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(meanwhile)
+            at_the_end.enter_context(_connected(start, leaving))
+            cluster = _describe(is_local=address is None)
+            note = _start_worker(cluster.log_folder)
+        done.result()
+        yield dataclasses.replace(cluster, note=note)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mnist_ray.cluster.plan import local_cpus
 from mnist_ray.config import WorkerConfig
+from mnist_ray.errors import UsageError
 
 _VARIABLE, _DEFAULT_S = "MNIST_RAY_KEEP_S", "60"
 
@@ -30,24 +31,28 @@ class _Kept:
 
 
 _kept: _Kept | None = None
-_is_wanted = False
+_seconds = 0.0  # for which a Ray is kept
 _lock = threading.RLock()  # the timer's thread may end what a call wants to use
 
 
 @contextlib.contextmanager
 def for_next_call() -> Iterator[None]:
-    """Let the jobs in the block keep the local Ray that they start."""
-    global _is_wanted
-    before, _is_wanted = _is_wanted, float(os.environ.get(_VARIABLE, _DEFAULT_S)) > 0
+    """Let the jobs in the block keep the local Ray that they start. Raises UsageError if the variable is no number."""
+    global _seconds
+    given = os.environ.get(_VARIABLE, _DEFAULT_S)
+    try:
+        before, _seconds = _seconds, min(float(given), threading.TIMEOUT_MAX)
+    except ValueError:
+        raise UsageError(f"{_VARIABLE}={given} must be a number of seconds") from None
     try:
         yield
     finally:
-        _is_wanted = before
+        _seconds = before
 
 
 def is_wanted() -> bool:
     """Tell whether a local Ray is to be kept after this job."""
-    return _is_wanted
+    return _seconds > 0
 
 
 def keep(resources: contextlib.ExitStack, config: WorkerConfig, *, verbose: bool) -> None:
@@ -55,7 +60,7 @@ def keep(resources: contextlib.ExitStack, config: WorkerConfig, *, verbose: bool
     global _kept
     from mnist_ray.cluster import ray_internals
 
-    timer = threading.Timer(float(os.environ.get(_VARIABLE, _DEFAULT_S)), end)
+    timer = threading.Timer(_seconds, end)
     timer.daemon = True
     with _lock:
         _kept = _Kept(resources, _purpose(config, verbose=verbose), ray_internals.session_folder(), timer)
@@ -67,11 +72,11 @@ def keep(resources: contextlib.ExitStack, config: WorkerConfig, *, verbose: bool
 def take(config: WorkerConfig, *, verbose: bool) -> contextlib.ExitStack | None:
     """Return what ends the kept Ray if it fits a job's settings; else end it, and return None."""
     global _kept
-    from mnist_ray.cluster import ray_internals
-
     with _lock:
         if _kept is None:
             return None
+        from mnist_ray.cluster import ray_internals  # a job's first lines come before Ray is imported
+
         is_there = ray_internals.is_connected_to(_kept.session) and not ray_internals.dead_processes()
         if not is_there or _kept.purpose != _purpose(config, verbose=verbose):
             end()

@@ -10,6 +10,7 @@ import pytest
 
 from mnist_ray.cluster import kept
 from mnist_ray.config import WorkerConfig
+from mnist_ray.errors import UsageError
 from tests.conftest import ROOT, processes_in, wait_for
 
 
@@ -26,13 +27,15 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[type[BaseException] |
 def keep(ends: list[type[BaseException] | None], config: WorkerConfig) -> contextlib.ExitStack:
     resources = contextlib.ExitStack()
     resources.push(lambda kind, error, traceback: ends.append(kind))
-    kept.keep(resources, config, verbose=False)
+    with kept.for_next_call():
+        kept.keep(resources, config, verbose=False)
     return resources
 
 
 def test_a_kept_ray_is_for_a_job_of_the_same_purpose(ends: list, monkeypatch: pytest.MonkeyPatch) -> None:
     resources = keep(ends, WorkerConfig())
-    kept.end_unless_fit(WorkerConfig(num_workers=1), verbose=False)
+    with kept.for_next_call():
+        kept.end_unless_fit(WorkerConfig(num_workers=1), verbose=False)
     assert kept.take(WorkerConfig(num_workers=1), verbose=False) is resources
     assert (kept.take(WorkerConfig(), verbose=False), ends) == (None, [])
 
@@ -74,6 +77,9 @@ def test_only_calls_from_python_keep_a_ray(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("MNIST_RAY_KEEP_S", "0")
     with kept.for_next_call():
         assert not kept.is_wanted()
+    monkeypatch.setenv("MNIST_RAY_KEEP_S", "soon")
+    with pytest.raises(UsageError, match="MNIST_RAY_KEEP_S=soon must be a number of seconds"), kept.for_next_call():
+        pass
 
 
 SCRIPT = """
