@@ -80,6 +80,7 @@ def augmented(images: Tensor, generator: Generator) -> Tensor:
     rows = [torch.stack([cos / wide, (shear - sin) / wide, right], 1), torch.stack([sin / high, cos / high, down], 1)]
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, align_corners=False)
+    # This waits for a GPU. Without item(), all three results would be needed, which doubles the time on a CPU.
     drawn = torch.rand(1, generator=generator, device=images.device).item()
     if drawn < _BLURRED:
         return (F.avg_pool2d(moved, 3, stride=1, padding=1) * 1.5).clamp(max=1)

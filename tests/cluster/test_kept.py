@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mnist_ray.cluster import kept
@@ -130,4 +131,5 @@ def test_calls_share_a_ray_until_one_fails_or_the_process_ends(small_data: Path,
         sessions = {path.name for path in Path(folder).rglob("session_2*")}
         assert len(sessions) == 2, "the logs of the one that failed, and the user's own"
         assert not [path for path in Path(folder).iterdir() if path.name.startswith("mnist_ray-")]
-    assert not processes_in(Path(folder))
+        psutil.wait_procs(processes_in(Path(folder)), timeout=30)
+        assert processes_in(Path(folder)) == []
