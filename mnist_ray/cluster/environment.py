@@ -37,7 +37,7 @@ _SETTINGS = {
 _LOCAL_SETTINGS = {
     # Keep an evaluation's process for the next evaluation; Ray would end it after a second. Its start is expensive.
     "RAY_idle_worker_killing_time_threshold_ms": "3600000",
-    # Workers are as nice as the command that starts them. Ray's default is 15: beside other work, they would starve.
+    # Workers are as nice as the command that starts them. With Ray's default, 15, all other programs would go first.
     "RAY_worker_niceness": "0",
     # Start no processes in advance for tasks with special environments; there are no such tasks.
     "RAY_prestart_worker_first_driver": "0",
