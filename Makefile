@@ -30,7 +30,7 @@ test-long: $(VENV)/installed-dev  ## run the tests that take minutes
 test-gpu: $(VENV)/installed-dev  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -q -m gpu $(ARGS) tests/gpu || [ $$? = 5 ]  # 5: without a GPU, there is no test
 
-gpu: $(VENV)/installed-dev  ## test and measure on this machine's GPU: ten minutes
+gpu: $(VENV)/installed-dev  ## test and measure on this machine's GPU
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 bench: $(VENV)/installed-dev  ## compare the speed with other programs and an earlier version: an hour

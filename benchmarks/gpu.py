@@ -1,4 +1,4 @@
-"""What works on this machine's GPU, and how fast: python benchmarks/gpu.py. Prints a table for the docs; ten minutes.
+"""What works on this machine's GPU, and how fast: python benchmarks/gpu.py. Prints a table for the docs.
 
 ``--device cpu`` is to check the program itself, on few steps.
 """
