@@ -21,6 +21,7 @@ from typing import Any
 
 import ray
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from mnist_ray.cluster.devices import name_of
@@ -77,7 +78,8 @@ class Meter(Callback):
             synchronize()
             seconds = time.perf_counter() - self._profiled_from
             self._profile.stop()
-            worked_us = sum(average.self_device_time_total for average in self._profile.key_averages())
+            of_kernels = [kind for kind in self._profile.key_averages() if kind.device_type == DeviceType.CUDA]
+            worked_us = sum(kind.self_device_time_total for kind in of_kernels if not kind.is_user_annotation)
             self.busy = worked_us / 1e6 / seconds
 
     def wants_stop(self) -> bool:
