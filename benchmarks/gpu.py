@@ -21,7 +21,6 @@ from typing import Any
 
 import ray
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from mnist_ray.cluster.devices import name_of
@@ -78,7 +77,7 @@ class Meter(Callback):
             synchronize()
             seconds = time.perf_counter() - self._profiled_from
             self._profile.stop()
-            of_kernels = [kind for kind in self._profile.key_averages() if kind.device_type == DeviceType.CUDA]
+            of_kernels = [kind for kind in self._profile.key_averages() if kind.device_type.name == "CUDA"]
             worked_us = sum(kind.self_device_time_total for kind in of_kernels if not kind.is_user_annotation)
             self.busy = worked_us / 1e6 / seconds
 
