@@ -130,7 +130,7 @@ class TrainConfig:
     @property
     def unused(self) -> set[str]:
         """The settings that the optimizer of torch.optim does not have."""
-        return {"beta1", "beta2"} if self.optimizer == "sgd" else {"momentum"}
+        return {"sgd": {"beta1", "beta2"}, "adam": {"momentum"}, "adamw": {"momentum"}}[self.optimizer]
 
     def steps_per_pass(self, num_examples: int) -> int:
         """Return the steps that see each example once; the last batch may be smaller."""

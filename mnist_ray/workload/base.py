@@ -173,8 +173,8 @@ class Workload(UserClass):
             # fused SGD for sharded parameters.
             options["fused"] = None if config.precision == "fp16" or config.strategy == "fsdp" else fused
             return optim.SGD(model.parameters(), momentum=config.momentum, **options)
-        kind = optim.AdamW if config.optimizer == "adamw" else optim.Adam
-        return kind(model.parameters(), betas=(config.beta1, config.beta2), **options)
+        kinds = {"adam": optim.Adam, "adamw": optim.AdamW}
+        return kinds[config.optimizer](model.parameters(), betas=(config.beta1, config.beta2), **options)
 
     def create_scheduler(self, optimizer: Optimizer, config: TrainConfig, total_steps: int) -> LRScheduler:
         """Return the schedule of the learning rate; the training steps it ``total_steps`` times."""
