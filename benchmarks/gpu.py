@@ -132,9 +132,8 @@ def matmul_flops(device: torch.device, size: int) -> float:
     return float(2 * size**3 / statistics.median(seconds))
 
 
-def job(name: str, flags: Sequence[object]) -> tuple[float, str, Path]:
-    """Run a job; return its seconds from start to exit, its output, and its folder of results."""
-    folder = Path(tempfile.mkdtemp())
+def job(name: str, folder: Path, flags: Sequence[object]) -> tuple[float, str, Path]:
+    """Run a job, with its results below a folder; return its seconds from start to exit, its output, and its run."""
     command = [sys.executable, ROOT / "jobs" / f"{name}.py", "--storage-path", folder, "--run-name", "run", *flags]
     start = time.perf_counter()
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
@@ -164,10 +163,12 @@ def mnist(device: torch.device, steps: int, use_gpu: str) -> Iterator[Row]:
     """Compare the job with the same loop without Ray."""
     here = train_here(DEFAULT, {}, {}, Group(device=device), steps)
     num_epochs = max(2, steps // 430)
-    seconds, _, _ = job("train", ["--use-gpu", use_gpu, "--num-workers", 1])
-    _, said, run = job("train", ["--use-gpu", use_gpu, "--num-workers", 1, "--num-epochs", num_epochs])
-    with (run / "metrics.csv").open() as file:
-        _, *warm = (float(row["images_per_s"]) for row in csv.DictReader(file))
+    flags = ["--use-gpu", use_gpu, "--num-workers", 1]
+    with tempfile.TemporaryDirectory() as folder:
+        seconds, _, _ = job("train", Path(folder) / "short", flags)
+        _, said, run = job("train", Path(folder) / "long", [*flags, "--num-epochs", num_epochs])
+        with (run / "metrics.csv").open() as file:
+            _, *warm = (float(row["images_per_s"]) for row in csv.DictReader(file))
     bare = TrainConfig().batch_size / here.step_s
     ours = statistics.harmonic_mean(warm)
     yield "MNIST, images/s: the job; the same loop without Ray", f"{ours:,.0f}; {bare:,.0f} (ratio {ours / bare:.2f})"
@@ -193,7 +194,8 @@ def gpt(device: torch.device, steps: int, size: Mapping[str, Any], batch: Mappin
 
 def sweep(use_gpu: str) -> Iterator[Row]:
     """Search with 8 trials."""
-    seconds, _, _ = job("tune", ["--num-trials", 8, "--use-gpu", use_gpu])
+    with tempfile.TemporaryDirectory() as folder:
+        seconds, _, _ = job("tune", Path(folder), ["--num-trials", 8, "--use-gpu", use_gpu])
     yield "a sweep of 8 trials on MNIST, seconds from start to exit", f"{seconds:.1f}"
 
 

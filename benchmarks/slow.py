@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from before import training_workers
+from before import busy, training_workers
 from blocks import write_all
 
 from mnist_ray.training.stopwatch import CALLBACKS, CHECKPOINTS, DATA, PARTS, STORAGE, WORKERS
@@ -96,15 +96,6 @@ def half_speed(job: psutil.Popen) -> Iterator[None]:
     yield
     is_over.set()
     thread.join()
-
-
-@contextlib.contextmanager
-def under_load(job: psutil.Popen) -> Iterator[None]:
-    """Let another process compute meanwhile."""
-    load = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    yield
-    load.kill()
-    load.wait()
 
 
 CAUSES = {
@@ -192,11 +183,12 @@ def count_false_notes(num_rounds: int, folder: Path) -> None:
     for round_number in range(num_rounds):
         for name, flags in healthy.items():
             for workers in (1, 2):
-                load = under_load if round_number == num_rounds - 1 else (lambda job: contextlib.nullcontext())
-                run = train([*flags, "--num-workers", workers], load)
+                num_others = int(round_number == num_rounds - 1)
+                with busy(num_others):
+                    run = train([*flags, "--num-workers", workers])
                 num_runs += 1
                 line = next(line for line in run.lines if line.startswith("time "))
-                where = f"{name}, {workers} workers{', under load' if load is under_load else ''}"
+                where = f"{name}, {workers} workers{', under load' if num_others else ''}"
                 print(f"{where}: {line.split(maxsplit=1)[1]}; notes: {run.notes}", flush=True)
     print(f"{num_runs} runs")
 
