@@ -10,11 +10,13 @@ import functools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray import NodeID
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants, services, utils
 from ray._private.authentication.authentication_token_setup import (
@@ -25,7 +27,7 @@ from ray._private.node import Node
 from ray._private.parameter import RayParams
 from ray._private.state import state
 from ray._private.worker import global_worker
-from ray._raylet import InnerGcsClient  # type: ignore[attr-defined]  # Cython, partly without stubs
+from ray._raylet import GcsClient, InnerGcsClient  # type: ignore[attr-defined]  # Cython, partly without stubs
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.util.placement_group import PlacementGroup
 
@@ -34,6 +36,9 @@ from ray_fork.shim import own_folder
 from ray_fork.starting import SHIM, Forking
 
 _END_TIMEOUT_S = 5.0  # of one of Ray's processes
+_NODE_INTERVAL_S, _NODE_TIMEOUT_S = 0.02, 10.0  # to look for a node that starts; then Ray itself waits
+_AGENT = os.path.join(services.RAY_PATH, "dashboard", "agent.py")
+_NO_DASHBOARD = str(Path(__file__).with_name("no_dashboard.py"))
 _NO_ACTOR = b"\xff" * 12  # the start of an actor id that means "none"; the job's id follows
 
 
@@ -41,10 +46,10 @@ _NO_ACTOR = b"\xff" * 12  # the start of an actor id that means "none"; the job'
 def for_one_job(forking: Forking | None, *, log_to_driver: bool, session_name: str | None = None) -> Iterator[None]:
     """Let a Ray that is started inside the block fork its workers, and leave out what only a cluster needs.
 
-    These are the autoscaler, the log monitor if no log is shown, and the dashboard's process, which Ray would start and
-    wait for even without a dashboard. Ray's processes get sessions of their own: a signal to all processes of the job
-    does not reach them, so that the job can still save a checkpoint. On Linux, the kernel ends them with the job. If
-    the block is interrupted or fails, they are ended: Ray itself would leave them until this process ends.
+    These are the autoscaler, the log monitor if no log is shown, and the dashboard's process and agent, which Ray would
+    start and wait for even without a dashboard. Ray's processes get sessions of their own: a signal to all processes of
+    the job does not reach them, so that the job can still save a checkpoint. On Linux, the kernel ends them with the
+    job. If the block is interrupted or fails, they are ended: Ray itself would leave them until this process ends.
     """
     started: list[services.ConsolePopen] = []
     parameters = {"no_monitor": True, "include_log_monitor": log_to_driver, "session_name": session_name}
@@ -54,15 +59,19 @@ def for_one_job(forking: Forking | None, *, log_to_driver: bool, session_name: s
     with_parameters = functools.partialmethod(RayParams.__init__, **parameters)
     is_linux = sys.platform.startswith("linux")
     popen = services.ConsolePopen
+    agent, no_agent = (subprocess.list2cmdline([path]) for path in (_AGENT, _NO_DASHBOARD))
 
-    def in_own_session(*command: Any, **options: Any) -> Any:
-        started.append(popen(*command, start_new_session=is_linux, **options))
+    def in_own_session(command: list[str], **options: Any) -> Any:
+        words = [word.replace(agent, no_agent) for word in command]  # it is in an option of the raylet
+        started.append(popen(words, start_new_session=is_linux, **options))
         return started[-1]
 
     with (
         _replaced(services, "ConsolePopen", in_own_session),
         _replaced(RayParams, "__init__", with_parameters),
         _replaced(Node, "start_api_server", lambda node, **options: None),
+        _replaced(utils, "get_dashboard_dependency_error", lambda: None),  # it would import them all
+        _without_waiting_for_the_next_look(),
     ):
         try:
             yield
@@ -73,6 +82,21 @@ def for_one_job(forking: Forking | None, *, log_to_driver: bool, session_name: s
                     process.wait(_END_TIMEOUT_S)
                 process.kill()
             raise
+
+
+@contextlib.contextmanager
+def _without_waiting_for_the_next_look() -> Iterator[None]:
+    """Let Ray see inside the block that its node has started, soon after: Ray itself looks once a second."""
+    get_node = services.get_node
+
+    def wait_and_get(gcs_address: str, node_id: str) -> Any:
+        nodes, end = GcsClient(address=gcs_address), time.monotonic() + _NODE_TIMEOUT_S
+        while NodeID.from_hex(node_id) not in nodes.get_all_node_info() and time.monotonic() < end:
+            time.sleep(_NODE_INTERVAL_S)
+        return get_node(gcs_address, node_id)
+
+    with _replaced(services, "get_node", wait_and_get):
+        yield
 
 
 @contextlib.contextmanager

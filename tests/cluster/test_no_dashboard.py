@@ -1,0 +1,46 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import ray
+from ray._raylet import (  # type: ignore[attr-defined]  # Cython, partly without stubs
+    DASHBOARD_AGENT_LISTEN_PORT_NAME,
+    METRICS_AGENT_PORT_NAME,
+    METRICS_EXPORT_PORT_NAME,
+    persist_port,
+)
+
+from mnist_ray.cluster import no_dashboard
+from tests.conftest import wait_for
+
+START = """
+import subprocess, sys
+print(subprocess.Popen([sys.executable, *sys.argv[1:]]).pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_ports_are_named_as_ray_names_them_until_the_raylet_ends(tmp_path: Path) -> None:
+    node, rays, ours = ray.NodeID.from_random().hex(), tmp_path / "rays", tmp_path / "ours"
+    for folder in (rays, ours):
+        folder.mkdir()
+    for name in (DASHBOARD_AGENT_LISTEN_PORT_NAME, METRICS_AGENT_PORT_NAME, METRICS_EXPORT_PORT_NAME):
+        persist_port(str(rays), node, name, -1)
+    command = [no_dashboard.__file__, f"--node-id={node}", f"--session-dir={ours}", "--head"]
+    raylet = [sys.executable, "-c", START, *command]
+    with subprocess.Popen(raylet, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        agent = psutil.Process(int(running.stdout.readline()))
+        wait_for(lambda: len(list(ours.iterdir())) == 3 and not list(ours.glob("*.new")))
+        assert agent.is_running()
+    wait_for(lambda: not agent.is_running())
+    assert [(file.name, file.read_text()) for file in sorted(ours.iterdir())] == [
+        (file.name, file.read_text()) for file in sorted(rays.iterdir())
+    ]
+
+
+def test_a_local_ray_runs_no_agent_of_the_dashboard(ray_address: str) -> None:
+    commands = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+    assert any(no_dashboard.__file__ in command and "raylet" not in command.split()[0] for command in commands)
+    assert not any("dashboard/agent.py" in command for command in commands)
