@@ -3,8 +3,8 @@
 A fork copies only one thread, so the server has only one thread. It draws no random numbers, so that no two workers
 draw the same numbers, and does not use CUDA. If an import breaks one of these rules, Ray starts workers as usual.
 
-If the server's standard input is a pipe from its owner, the server ends with the owner. Otherwise it ends when it has
-had no workers for a while.
+If the server's standard input is a pipe from its owner, the server ends with the owner, and the first worker waits only
+for the first module. Otherwise the server ends when it has had no workers for a while.
 
 python -m ray_fork.server SOCKET MODULE...
 """
@@ -68,8 +68,8 @@ def main() -> None:
     path, modules, environment = Path(sys.argv[1]), sys.argv[2:], dict(os.environ)
     with listening(path) as listener:
         _end_with_owner()
-        refusal = load(modules)
-        request = serve(listener, environment, refusal)
+        num_early = 1 if _owner() else len(modules)  # on a cluster, the first worker of a node may be a training one
+        request = serve(listener, environment, load(modules[:num_early]), modules[num_early:])
     if request is not None:
         sys.argv[:] = request.argv
         sys.path[0] = str(Path(request.argv[0]).parent)
@@ -120,6 +120,7 @@ def _end_with_owner() -> None:
 def load(modules: Sequence[str]) -> str:
     """Import modules. Return why this process cannot be forked afterwards; an empty string if it can."""
     os.environ.update(_FOR_IMPORTS)
+    gc.disable()  # it would take a fifth of the time
     try:
         import ray
         import torch
@@ -136,6 +137,8 @@ def load(modules: Sequence[str]) -> str:
             return "an import has used CUDA"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+    finally:
+        gc.enable()
     gc.collect()
     gc.freeze()  # else the collector would write to all objects, which copies the memory that workers share
     num_threads = len(os.listdir("/proc/self/task"))
@@ -154,15 +157,23 @@ def in_fork(action: Callable[[], bytes]) -> bytes:
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
         returned = pipe.read()
-    os.waitpid(pid, 0)
+    with contextlib.suppress(ChildProcessError):  # `_reap` was faster
+        os.waitpid(pid, 0)
     return returned
 
 
-def serve(listener: socket.socket, environment: dict[str, str], refusal: str) -> Request | None:
-    """Fork a worker for each request. In a worker, return its request; in the server, return None at the end."""
+def serve(listener: socket.socket, environment: dict[str, str], refusal: str, late: Sequence[str]) -> Request | None:
+    """Fork a worker for each request. In a worker, return its request; in the server, return None at the end.
+
+    The modules ``late`` are imported after the first worker has been forked: it does not need them.
+    """
     workers: set[int] = set()
     signal.signal(signal.SIGCHLD, lambda number, frame: _reap(workers))
-    while _is_wanted(listener, workers):
+    while True:
+        if late and workers and not select.select([listener], [], [], 0)[0]:
+            refusal, late = refusal or load(late), ()
+        if not _is_wanted(listener, workers):
+            return None
         connection, _ = listener.accept()
         with connection:
             request = receive(connection) if is_own(connection) else None
@@ -185,7 +196,6 @@ def serve(listener: socket.socket, environment: dict[str, str], refusal: str) ->
                 os.close(descriptor)
             with contextlib.suppress(OSError):
                 connection.sendall(answer.encode())
-    return None
 
 
 def _is_wanted(listener: socket.socket, workers: set[int]) -> bool:

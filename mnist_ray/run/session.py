@@ -131,7 +131,8 @@ def connected(
 
     def meanwhile() -> None:
         nonlocal unused
-        importlib.import_module(start.preload)  # with Ray Train, which ray.init does not import
+        with environment.without_collector():
+            importlib.import_module(start.preload)  # with Ray Train, which ray.init does not import
         if is_own:
             unused = _try_batch(job, data.train, batch_sizes)
 
@@ -140,7 +141,8 @@ def connected(
         cluster = Cluster(is_local=True, nodes=(), log_folder="")
         yield Session(job, start.workers, data, console, start.clock, cluster, unused)
         return
-    from mnist_ray.cluster.connect import connect  # imports Ray, after the header is printed
+    with environment.without_collector():
+        from mnist_ray.cluster.connect import connect  # imports Ray, after the header is printed
 
     with connect(start.workers, start.forking, verbose=job.output.verbose, meanwhile=meanwhile) as cluster:
         if cluster.note:
