@@ -38,6 +38,7 @@ from mnist_ray.storage import SNAPSHOT_FILE, STORAGE_ERRORS, RunFolder, in_one_l
 from mnist_ray.training.events import ControllerAlive, Event, Started, Stopping, WorkersLost
 
 _POLL_INTERVAL_S = 0.5  # between the driver's requests for events; workers send their progress at the same interval
+_START_INTERVAL_S = 0.1  # the same, while no workers train
 _END_TIMEOUT_S = 5.0  # to wait for the end of Ray Train's controller, if the run ends first
 _ALIVE_INTERVAL_S = 5.0  # between two signs of life of the controller's process
 _RESIZE_INTERVAL_S = 15.0  # after which an elastic run checks again whether the cluster has room for more workers
@@ -142,7 +143,8 @@ def _listen(
     is_running, is_training, is_stopping = True, False, False
     alive_at = math.inf  # unknown until the controller has started
     while is_running and (is_training or not interrupted.is_set):
-        is_running = bool(wait([result], _POLL_INTERVAL_S).not_done)  # checked before the last events are taken
+        interval = _POLL_INTERVAL_S if is_training else _START_INTERVAL_S
+        is_running = bool(wait([result], interval).not_done)  # checked before the last events are taken
         taken = _taken(event_queue)
         events = [event for event in taken if not isinstance(event, ControllerAlive)]
         if len(events) < len(taken):
