@@ -1,13 +1,15 @@
 """Compare a job of this version with the same job of an earlier version: python benchmarks/before.py
 
-Each round runs both versions, one after the other. Measures seconds to the first line, until a worker trains, from a
-worker's kill until training continues, and to the exit; seconds of a sweep; CPU time; memory. Prints a row for each.
+Each round runs both versions, one after the other; every second round begins with the earlier one. Measures seconds to
+the first line, until a worker trains, from a worker's kill until training continues, and to the exit; seconds of a
+sweep; CPU time; memory. Prints a row for each.
 With ``--busy 2``, two other processes compute meanwhile; ``--parts one two bare`` then says what that costs.
 """
 
 from __future__ import annotations
 
 import argparse
+import compileall
 import contextlib
 import json
 import os
@@ -235,24 +237,34 @@ def busy(number: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def checked_out(commit: str) -> Iterator[Path | None]:
-    """Extract an earlier version into a temporary folder. None if the history lacks it, as in a shallow clone."""
+    """Extract and compile an earlier version, in a temporary folder. None if a shallow clone's history lacks it."""
     with tempfile.TemporaryDirectory() as folder:
         archive = subprocess.run(["git", "-C", ROOT, "archive", commit], capture_output=True, check=False)
         if archive.returncode != 0:
             yield None
             return
         subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+        compileall.compile_dir(folder, quiet=2)
         yield Path(folder)
 
 
 def one_round(
-    storage: Path, flags: Sequence[object] = (), parts: Sequence[str] = PARTS, before: str = BEFORE
+    storage: Path,
+    flags: Sequence[object] = (),
+    parts: Sequence[str] = PARTS,
+    before: str = BEFORE,
+    *,
+    is_before_first: bool = False,
 ) -> dict[str, float]:
     """Run both versions; return their measurements, with the prefix ``before_`` for the earlier version."""
-    figures = one_version(ROOT, storage / "now", flags, parts)
-    with checked_out(before) as root:
-        earlier = one_version(root, storage / "before", flags, parts) if root is not None else {}
-    return {**figures, **{f"before_{name}": value for name, value in earlier.items()}}
+    figures: dict[str, float] = {}
+    with checked_out(before) as earlier:
+        versions = {"now": ROOT, "before": earlier}
+        for name in sorted(versions, reverse=not is_before_first):
+            if (root := versions[name]) is not None:
+                measured = one_version(root, storage / name, flags, parts)
+                figures |= {key if name == "now" else f"before_{key}": value for key, value in measured.items()}
+    return figures
 
 
 def main() -> None:
@@ -267,13 +279,14 @@ def main() -> None:
         if root is None:
             parser.error(f"this clone has no commit {args.before}")
     rounds = []
-    for _ in range(args.rounds):
+    for number in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder, busy(args.busy):
-            rounds.append(one_round(Path(folder), parts=args.parts, before=args.before))
+            is_before_first = number % 2 == 1
+            rounds.append(one_round(Path(folder), (), args.parts, args.before, is_before_first=is_before_first))
             print(f"round {len(rounds)}: {rounds[-1]}", file=sys.stderr, flush=True)
     for name in rounds[0]:
         if f"before_{name}" in rounds[0]:
-            pairs = [(some[name], some[f"before_{name}"]) for some in rounds]
+            pairs = [(figures[name], figures[f"before_{name}"]) for figures in rounds]
             ratios = sorted(now / before for now, before in pairs)
             now, before = (statistics.median(values) for values in zip(*pairs, strict=True))
             spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
