@@ -3,8 +3,8 @@
 A fork copies only one thread, so the server has only one thread. It draws no random numbers, so that no two workers
 draw the same numbers, and does not use CUDA. If an import breaks one of these rules, Ray starts workers as usual.
 
-If the server's standard input is a pipe from its owner, the server ends with the owner, and the first worker waits only
-for the first module. Otherwise the server ends when it has had no workers for a while.
+If the server's standard input is a pipe from its owner, the server ends with the owner. Otherwise it ends when it has
+had no workers for a while.
 
 python -m ray_fork.server SOCKET MODULE...
 """
@@ -68,8 +68,7 @@ def main() -> None:
     path, modules, environment = Path(sys.argv[1]), sys.argv[2:], dict(os.environ)
     with listening(path) as listener:
         _end_with_owner()
-        num_early = 1 if _owner() else len(modules)  # on a cluster, the first worker of a node may be a training one
-        request = serve(listener, environment, load(modules[:num_early]), modules[num_early:])
+        request = serve(listener, environment, load(modules))
     if request is not None:
         sys.argv[:] = request.argv
         sys.path[0] = str(Path(request.argv[0]).parent)
@@ -139,7 +138,6 @@ def load(modules: Sequence[str]) -> str:
         return f"{type(error).__name__}: {error}"
     finally:
         gc.enable()
-    gc.collect()
     gc.freeze()  # else the collector would write to all objects, which copies the memory that workers share
     num_threads = len(os.listdir("/proc/self/task"))
     return f"the fork server has {num_threads} threads" if num_threads > 1 else ""
@@ -157,23 +155,15 @@ def in_fork(action: Callable[[], bytes]) -> bytes:
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
         returned = pipe.read()
-    with contextlib.suppress(ChildProcessError):  # `_reap` was faster
-        os.waitpid(pid, 0)
+    os.waitpid(pid, 0)
     return returned
 
 
-def serve(listener: socket.socket, environment: dict[str, str], refusal: str, late: Sequence[str]) -> Request | None:
-    """Fork a worker for each request. In a worker, return its request; in the server, return None at the end.
-
-    The modules ``late`` are imported after the first worker has been forked: it does not need them.
-    """
+def serve(listener: socket.socket, environment: dict[str, str], refusal: str) -> Request | None:
+    """Fork a worker for each request. In a worker, return its request; in the server, return None at the end."""
     workers: set[int] = set()
     signal.signal(signal.SIGCHLD, lambda number, frame: _reap(workers))
-    while True:
-        if late and workers and not select.select([listener], [], [], 0)[0]:
-            refusal, late = refusal or load(late), ()
-        if not _is_wanted(listener, workers):
-            return None
+    while _is_wanted(listener, workers):
         connection, _ = listener.accept()
         with connection:
             request = receive(connection) if is_own(connection) else None
@@ -196,6 +186,7 @@ def serve(listener: socket.socket, environment: dict[str, str], refusal: str, la
                 os.close(descriptor)
             with contextlib.suppress(OSError):
                 connection.sendall(answer.encode())
+    return None
 
 
 def _is_wanted(listener: socket.socket, workers: set[int]) -> bool:

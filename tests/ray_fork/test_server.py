@@ -25,9 +25,8 @@ AN_ID = "import ray\nray.NodeID.from_random()"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that forks, and has imported all modules."""
+    """A server that forks."""
     with serving(tmp_path_factory.mktemp("server"), "numpy.random", "pyarrow", "torch", actor=AN_ACTOR) as running:
-        fork(tmp_path_factory.mktemp("first"), env=running.environment)
         yield running
 
 
@@ -137,29 +136,6 @@ def test_a_worker_that_cannot_be_forked_as_asked_is_refused(server: Server, tmp_
 def test_a_module_that_makes_forks_unsafe_is_refused(source: str, said: str, tmp_path: Path) -> None:
     with serving(tmp_path, module=source) as running:
         assert refusal(tmp_path, running.environment) == said
-
-
-def test_the_first_worker_has_only_the_first_module_and_later_ones_have_all(tmp_path: Path) -> None:
-    early, late = (f"open({str(tmp_path / name)!r}, 'a').write('imported ')" for name in ("early", "late"))
-    with serving(tmp_path, early=early, late=late) as running:
-        fork(tmp_path, env=running.environment)
-        wait_for((tmp_path / "late").exists)
-        later = [fork(tmp_path, env=running.environment) for _ in range(2)]
-    assert {worker["parent"] for worker in later} == {running.process.pid}
-    assert [(tmp_path / name).read_text() for name in ("early", "late")] == ["imported ", "imported "]
-
-
-def test_without_an_owner_the_first_worker_has_all_modules(tmp_path: Path) -> None:
-    module = f"open({str(tmp_path / 'imported')!r}, 'w')"
-    with serving(tmp_path, "json", stdin=subprocess.DEVNULL, module=module) as running:
-        wait_for((tmp_path / "imported").exists)
-        assert fork(tmp_path, env=running.environment)["parent"] == running.process.pid
-
-
-def test_a_late_module_that_makes_forks_unsafe_is_refused(tmp_path: Path) -> None:
-    with serving(tmp_path, "json", module=A_THREAD) as running:
-        fork(tmp_path, env=running.environment)
-        assert refusal(tmp_path, running.environment) == "the fork server has 2 threads"
 
 
 @pytest.mark.parametrize(("content", "size"), [(b"", 0), (b"{", 2**32 - 1), (b"\xff", 1), (b"[]", 2), (b"{}", 2)])
