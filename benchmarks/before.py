@@ -32,14 +32,16 @@ BEFORE = "8619d03"
 """The last commit in which Ray starts the workers itself."""
 PARTS = ("one", "four", "restart", "sweep")
 """Runs of one worker, of four, and of two with one killed; a sweep whose trials have two workers."""
-MORE_PARTS = ("two", "bare", "calls")
-"""A run of two workers; the engine without Ray, in one process and in two; two calls of train() in one process."""
+MORE_PARTS = ("two", "bare", "calls", "submit")
+"""A run of two workers; the engine without Ray, in one process and in two; two calls of train() in one process; jobs of
+one worker and of four by ``ray job submit``."""
 CALLS = """
 import sys, mnist_ray
 for _ in range(2):
     run = mnist_ray.train(storage_path=sys.argv[1], limit=0.2, num_epochs=1)
     print("start", run.result["seconds"]["start"])
 """
+DASHBOARD = "http://127.0.0.1:8265"
 _INTERVAL_S = 0.05
 
 
@@ -171,13 +173,35 @@ def seconds_to_sweep(root: Path, storage: Path, flags: Sequence[object]) -> floa
         return watch(root, "jobs/tune.py", *trials, "--storage-path", storage, *flags, address=address).seconds
 
 
+def seconds_to_submit(root: Path, storage: Path, num_workers: int) -> float:
+    """Return the seconds from ``ray job submit`` until the workers train, by the log of the job's driver.
+
+    The command itself shows a line up to a second late. Needs a cluster with a dashboard on this machine.
+    """
+    token = {"RAY_AUTH_MODE": "token"} if Path("~/.ray/auth_token").expanduser().exists() else {}
+    job = (sys.executable, "jobs/train.py", "--num-workers", num_workers, "--num-epochs", 1, "--storage-path", storage)
+    submit = ("-m", "ray.scripts.scripts", "job", "submit", "--address", DASHBOARD, "--working-dir", root, "--", *job)
+    start, before = time.perf_counter(), set(Path("/tmp/ray/session_latest/logs").glob("job-driver-*.log"))
+    process = subprocess.Popen([sys.executable, *map(str, submit)], stdout=subprocess.DEVNULL, env=os.environ | token)
+    try:
+        while True:
+            logs = set(Path("/tmp/ray/session_latest/logs").glob("job-driver-*.log")) - before
+            if any("\nstarted" in log.read_text() for log in logs):
+                return time.perf_counter() - start
+            if process.poll() is not None:
+                raise RuntimeError("the submitted job has failed")
+            time.sleep(_INTERVAL_S)
+    finally:
+        process.wait()
+
+
 @contextlib.contextmanager
-def cluster() -> Iterator[str]:
-    """Run ``ray start --head`` with two CPUs, and with a dashboard if ray[default] is installed."""
+def cluster(num_cpus: int = 2) -> Iterator[str]:
+    """Run ``ray start --head``, with a dashboard if ray[default] is installed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = ("--head", "--block", "--num-cpus=2", f"--port={port}", "--disable-usage-stats")
+    options = ("--head", "--block", f"--num-cpus={num_cpus}", f"--port={port}", "--disable-usage-stats")
     ray_start = [sys.executable, "-m", "ray.scripts.scripts", "start", *options]
     process = subprocess.Popen(
         ray_start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -216,6 +240,10 @@ def one_version(root: Path, storage: Path, flags: Sequence[object], parts: Seque
         calls = watch(root, "-c", CALLS, storage)
         first, second = (float(line.split()[1]) for _, line in calls.lines if re.match(r"start [\d.]+$", line))
         figures |= {"first_call_s": first, "second_call_s": second}
+    if "submit" in parts:
+        with cluster(num_cpus=4):
+            for number in (1, 4):
+                figures[f"submit_{number}_s"] = seconds_to_submit(root, storage, number)
     if "restart" in parts:
         figures["restart_s"] = seconds_to_restart(root, storage, flags)
     if "sweep" in parts:

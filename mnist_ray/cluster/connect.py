@@ -109,8 +109,8 @@ def _new_connection(
                 session = ray_internals.default_folder() / name
             at_the_end.enter_context(removed_unless_failed(session))
             start = functools.partial(_start, session, local_cpus(config), forking, **options)
-        if "working_dir" in own_runtime_env():
-            # On connecting, a second node on this machine may replace the working directory of the job, which then
+        if "working_dir" in own_runtime_env() and ray_internals.num_nodes_here() > 1:
+            # On connecting, another node on this machine may replace the working directory of the job, which then
             # cannot import torch.
             meanwhile()
             meanwhile = _nothing

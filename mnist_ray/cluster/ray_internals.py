@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray import NodeID
 from ray._common.utils import get_default_ray_temp_dir
@@ -149,6 +150,11 @@ def is_connected_to(session: Path) -> bool:
 def dead_processes() -> list[str]:
     """Return the names of dead parts of the local Ray that this process has started, without which nothing runs."""
     return [name for name, _ in global_worker.node.dead_processes() if name in ("gcs_server", "raylet")]
+
+
+def num_nodes_here() -> int:
+    """Return how many of Ray's nodes run on this machine, as far as this process can see."""
+    return sum(process.name() == "raylet" for process in psutil.process_iter())
 
 
 def address_of_ray_start() -> str | None:
