@@ -26,7 +26,8 @@ from chaos import Driver
 PARTS = {
     "GCS": "gcs_server",
     "raylet": "raylet",
-    "agent of the node": "ray::DashboardA",
+    "what stands for the dashboard's agent": "no_dashboard.py",
+    "agent of runtime environments": "ray::RuntimeEn",
     "controller": "ray::TrainContr",
     "event queue": "ray::EventQueue",
 }
@@ -46,11 +47,11 @@ class Ending:
 
 
 def send(number: signal.Signals, name: str) -> Callable[[Driver], None]:
-    """Return a function that sends a signal to the first process of a job whose name begins with ``name``."""
+    """Return a function that sends a signal to a job's first process whose name begins, or whose script is, so."""
 
     def act(driver: Driver) -> None:
         for process in psutil.Process(driver.process.pid).children(recursive=True):
-            if process.name().startswith(name):
+            if process.name().startswith(name) or name in [Path(word).name for word in process.cmdline()[1:3]]:
                 process.send_signal(number)
                 return
         raise RuntimeError(f"the job has no process {name}")
@@ -77,7 +78,7 @@ def to_all(number: signal.Signals) -> Callable[[Driver], None]:
 
 ACTIONS: dict[str, Callable[[Driver], None]] = {
     **{f"{part} killed": send(signal.SIGKILL, name) for part, name in PARTS.items()},
-    **{f"{part} stopped": send(signal.SIGSTOP, name) for part, name in PARTS.items() if part != "agent of the node"},
+    **{f"{part} stopped": send(signal.SIGSTOP, name) for part, name in PARTS.items() if "agent" not in part},
     "the job's process killed": to_job(signal.SIGKILL),
     "Ctrl-C": lambda driver: driver.process.send_signal(signal.SIGINT),
     "SIGTERM": lambda driver: driver.process.send_signal(signal.SIGTERM),
