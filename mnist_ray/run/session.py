@@ -120,18 +120,21 @@ def connected(
 ) -> Iterator[Session]:
     """Send a batch through the workload, and join a cluster or start a local Ray; with ``--num-workers 0``, do not.
 
-    The batch comes first, so that an error in the user's code is reported before anything starts. This package's own
-    workload is tested, so none is sent through it, and imports wait until Ray is starting. Raises UsageError, JobError.
+    The batch comes first, so that an error in the user's code is reported before anything starts. This package's
+    workloads are tested, so their batch and the imports wait until Ray is starting. Raises UsageError and JobError.
     """
-    unused = None
+    is_own, unused = type(job.workload).__module__.startswith("mnist_ray."), None
     if job.train.strategy == "fsdp" and (reason := _too_large(job)):
         console.say("note", f"no batch is tried before the start: {reason}")
-    elif not type(job.workload).__module__.startswith("mnist_ray."):
+    elif not is_own:
         unused = _try_batch(job, data.train, batch_sizes)
 
     def meanwhile() -> None:
+        nonlocal unused
         with environment.without_collector():
             importlib.import_module(start.preload)  # with Ray Train, which ray.init does not import
+        if is_own:
+            unused = _try_batch(job, data.train, batch_sizes)
 
     if start.workers.num_workers == 0:
         meanwhile()
