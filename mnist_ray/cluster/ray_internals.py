@@ -10,14 +10,12 @@ import functools
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
-from ray import NodeID
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants, services, utils
 from ray._private.authentication.authentication_token_setup import (
@@ -28,7 +26,7 @@ from ray._private.node import Node
 from ray._private.parameter import RayParams
 from ray._private.state import state
 from ray._private.worker import global_worker
-from ray._raylet import GcsClient, InnerGcsClient  # type: ignore[attr-defined]  # Cython, partly without stubs
+from ray._raylet import InnerGcsClient  # type: ignore[attr-defined]  # Cython, partly without stubs
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.util.placement_group import PlacementGroup
 
@@ -37,7 +35,6 @@ from ray_fork.shim import own_folder
 from ray_fork.starting import SHIM, Forking
 
 _END_TIMEOUT_S = 5.0  # of one of Ray's processes
-_NODE_INTERVAL_S, _NODE_TIMEOUT_S = 0.02, 10.0  # to look for a node that starts; then Ray itself waits
 _AGENT = os.path.join(services.RAY_PATH, "dashboard", "agent.py")
 _NO_DASHBOARD = str(Path(__file__).with_name("no_dashboard.py"))
 _NO_ACTOR = b"\xff" * 12  # the start of an actor id that means "none"; the job's id follows
@@ -72,7 +69,6 @@ def for_one_job(forking: Forking | None, *, log_to_driver: bool, session_name: s
         _replaced(RayParams, "__init__", with_parameters),
         _replaced(Node, "start_api_server", lambda node, **options: None),
         _replaced(utils, "get_dashboard_dependency_error", lambda: None),  # it would import them all
-        _without_waiting_for_the_next_look(),
     ):
         try:
             yield
@@ -83,21 +79,6 @@ def for_one_job(forking: Forking | None, *, log_to_driver: bool, session_name: s
                     process.wait(_END_TIMEOUT_S)
                 process.kill()
             raise
-
-
-@contextlib.contextmanager
-def _without_waiting_for_the_next_look() -> Iterator[None]:
-    """Let Ray see inside the block that its node has started, soon after: Ray itself looks once a second."""
-    get_node = services.get_node
-
-    def wait_and_get(gcs_address: str, node_id: str) -> Any:
-        nodes, end = GcsClient(address=gcs_address), time.monotonic() + _NODE_TIMEOUT_S
-        while NodeID.from_hex(node_id) not in nodes.get_all_node_info() and time.monotonic() < end:
-            time.sleep(_NODE_INTERVAL_S)
-        return get_node(gcs_address, node_id)
-
-    with _replaced(services, "get_node", wait_and_get):
-        yield
 
 
 @contextlib.contextmanager
@@ -154,7 +135,7 @@ def dead_processes() -> list[str]:
 
 def num_nodes_here() -> int:
     """Return how many of Ray's nodes run on this machine, as far as this process can see."""
-    return sum(process.name() == "raylet" for process in psutil.process_iter())
+    return sum(process.info["name"] == "raylet" for process in psutil.process_iter(["name"]))
 
 
 def address_of_ray_start() -> str | None:
