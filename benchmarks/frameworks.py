@@ -25,11 +25,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
-from before import training_workers
+from before import busy, training_workers
 
 HERE = Path(__file__).parent
 PEERS, TRAIN, EXAMPLE = HERE / "peers", HERE.parent / "jobs" / "train.py", HERE.parent / "examples" / "gpt.py"
@@ -235,7 +235,8 @@ def as_markdown(job: Job, rounds: Sequence[dict[str, Figures]]) -> list[str]:
         f"| lines to write | {' | '.join(str(lines_to_write(framework)) for framework in job.frameworks)} |",
     ]
     for figure, title in job.rows.items():
-        lines.append(f"| {title} | {' | '.join(cell(framework.name, figure) for framework in job.frameworks)} |")
+        if figure in rounds[0][ours]:
+            lines.append(f"| {title} | {' | '.join(cell(framework.name, figure) for framework in job.frameworks)} |")
     return lines
 
 
@@ -263,8 +264,12 @@ def main() -> None:
     parser.add_argument("job", choices=JOBS)
     parser.add_argument("data", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--settings", nargs="+", default=(), help="only these: one, two or killed")
+    parser.add_argument("--busy", type=int, default=0, help="other processes that compute meanwhile")
     args, flags = parser.parse_known_args()
-    print("\n".join(compare(JOBS[args.job], args.data, args.rounds, flags)))
+    job = JOBS[args.job]
+    with busy(args.busy):
+        print("\n".join(compare(replace(job, settings=args.settings or job.settings), args.data, args.rounds, flags)))
 
 
 if __name__ == "__main__":
