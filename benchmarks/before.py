@@ -253,8 +253,9 @@ def one_version(root: Path, storage: Path, flags: Sequence[object], parts: Seque
 
 @contextlib.contextmanager
 def busy(number: int) -> Iterator[None]:
-    """Let other processes compute meanwhile."""
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
+    """Let other processes compute meanwhile, each in a session of its own: Linux first divides cores among sessions."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command, start_new_session=True) for _ in range(number)]
     try:
         yield
     finally:
