@@ -68,7 +68,7 @@ def for_one_job(forking: Forking | None, *, log_to_driver: bool, session_name: s
         _replaced(services, "ConsolePopen", in_own_session),
         _replaced(RayParams, "__init__", with_parameters),
         _replaced(Node, "start_api_server", lambda node, **options: None),
-        _replaced(utils, "get_dashboard_dependency_error", lambda: None),  # it would import them all
+        _replaced(utils, "get_dashboard_dependency_error", lambda: None),  # it would import the dashboard's packages
     ):
         try:
             yield

@@ -41,6 +41,9 @@ def test_ports_are_named_as_ray_names_them_until_the_raylet_ends(tmp_path: Path)
 
 
 def test_a_local_ray_runs_no_agent_of_the_dashboard(ray_address: str) -> None:
-    commands = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+    ours = {process.pid for process in psutil.Process().children(recursive=True)}
+    # Unlike `Process.cmdline`, this passes over a worker that ends meanwhile.
+    found = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]) if process.pid in ours]
+    commands = [" ".join(words) for words in found]
     assert any(no_dashboard.__file__ in command and "raylet" not in command.split()[0] for command in commands)
     assert not any("dashboard/agent.py" in command for command in commands)
