@@ -181,12 +181,12 @@ def seconds_to_submit(root: Path, storage: Path, num_workers: int) -> float:
     token = {"RAY_AUTH_MODE": "token"} if Path("~/.ray/auth_token").expanduser().exists() else {}
     job = (sys.executable, "jobs/train.py", "--num-workers", num_workers, "--num-epochs", 1, "--storage-path", storage)
     submit = ("-m", "ray.scripts.scripts", "job", "submit", "--address", DASHBOARD, "--working-dir", root, "--", *job)
-    start, before = time.perf_counter(), set(Path("/tmp/ray/session_latest/logs").glob("job-driver-*.log"))
+    logs = Path("/tmp/ray/session_latest/logs")
+    start, before = time.perf_counter(), set(logs.glob("job-driver-*.log"))
     process = subprocess.Popen([sys.executable, *map(str, submit)], stdout=subprocess.DEVNULL, env=os.environ | token)
     try:
         while True:
-            logs = set(Path("/tmp/ray/session_latest/logs").glob("job-driver-*.log")) - before
-            if any("\nstarted" in log.read_text() for log in logs):
+            if any("\nstarted" in log.read_text() for log in set(logs.glob("job-driver-*.log")) - before):
                 return time.perf_counter() - start
             if process.poll() is not None:
                 raise RuntimeError("the submitted job has failed")

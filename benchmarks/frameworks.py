@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("job", choices=JOBS)
     parser.add_argument("data", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--settings", nargs="+", default=(), help="only these: one, two or killed")
+    parser.add_argument("--settings", nargs="+", choices=("one", "two", "killed"), default=(), help="only these")
     parser.add_argument("--busy", type=int, default=0, help="other processes that compute meanwhile")
     args, flags = parser.parse_known_args()
     job = JOBS[args.job]
