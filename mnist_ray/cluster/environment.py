@@ -13,6 +13,7 @@ import secrets
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,8 +50,9 @@ _QUIET_SETTINGS = {
     # Skip all lines: raylets' errors appear on the driver's console even without logs there; log files have them, too.
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
 }
-_CHANGED = re.compile(r"(MNIST_)?RAY_(?!AUTH_TOKEN)|TUNE_|PYTHONBREAKPOINT")  # Ray keeps the token that it reads
+_CHANGED = re.compile(r"(MNIST_)?RAY_(?!AUTH_TOKEN)|TUNE_|PYTHONBREAKPOINT|GOMP_")  # Ray keeps the token that it reads
 _busy = threading.RLock()  # a workload may itself load a run
+_LOAD = Path("/proc/loadavg")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # constants of malloc.h
 
 
@@ -102,6 +104,21 @@ def prepare(*, verbose: bool) -> None:
         logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", message="IProgress not found")
     _set_defaults(_SETTINGS if verbose else _SETTINGS | _QUIET_SETTINGS)
+    if "OMP_WAIT_POLICY" not in os.environ and _must_share_cores():
+        # A worker's threads wait for each other in every operator. A thread that spins meanwhile, as is faster on a
+        # quiet machine, keeps its core from the thread that it waits for, which has lost its own to another program.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def _must_share_cores() -> bool:
+    """Return whether other programs compute without a pause, and leave fewer cores than this process may use."""
+    num_running = []
+    with contextlib.suppress(OSError):  # only Linux has the file, and OpenMP of GNU, which PyTorch uses there
+        for _ in range(5):
+            time.sleep(0.005)
+            num_running.append(int(_LOAD.read_text(encoding="ascii").split()[3].partition("/")[0]))
+    others = min(num_running, default=1) - 1  # this process runs, too
+    return others + usable_cores() > (os.cpu_count() or 1)
 
 
 def prepare_local() -> None:

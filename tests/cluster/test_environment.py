@@ -11,8 +11,9 @@ from mnist_ray.cluster.rendezvous import use_nodes_interface
 
 @pytest.fixture(autouse=True)
 def variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove this process's RAY_ variables."""
-    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name[:4] != "RAY_"})
+    """Remove this process's variables for Ray and OpenMP."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "OMP_", "GOMP_"))}
+    monkeypatch.setattr(os, "environ", others)
 
 
 def test_the_users_variables_win() -> None:
@@ -71,3 +72,33 @@ def test_gloo_and_nccl_use_the_interface_of_the_nodes_address_unless_the_user_ha
     use_nodes_interface()
     assert set_by_user.get("GLOO_SOCKET_IFNAME") in expected
     assert set_by_user.get("NCCL_SOCKET_IFNAME") in expected
+
+
+@pytest.mark.parametrize(
+    ("num_running", "set_by_user", "expected"),
+    [
+        (1, {}, {}),
+        (9999, {}, {"GOMP_SPINCOUNT": "1000"}),
+        (9999, {"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        (9999, {"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+    ],
+)
+def test_threads_spin_shortly_if_they_share_cores_with_other_programs(
+    num_running: int,
+    set_by_user: dict[str, str],
+    expected: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "loadavg").write_text(f"0.20 0.18 0.12 {num_running}/9999 11206\n")
+    monkeypatch.setattr(environment, "_LOAD", tmp_path / "loadavg")
+    os.environ |= set_by_user
+    with environment.left_as_found():
+        environment.prepare(verbose=False)
+        assert {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_"))} == expected
+
+
+def test_a_call_leaves_openmps_variables_as_they_were() -> None:
+    with environment.left_as_found():
+        os.environ["GOMP_SPINCOUNT"] = "1000"
+    assert "GOMP_SPINCOUNT" not in os.environ
