@@ -223,7 +223,7 @@ def train(group: Group, size: Size, config: TrainConfig, num_steps: int, storage
     base, peak, workload = pss_mib(), Peak(), workload_of(size)
     state = engine.create_state(workload, config, num_steps * config.batch_size, group)
     start_mib = peak.take()
-    keep_freed_memory()  # as a worker does
+    keep_freed_memory(is_sharded=state.is_sharded)  # as a worker does
     hooks = Hooks(group, None if storage is None else locate(storage, "run"), peak)
     split = Split(examples(size, num_steps * config.batch_size))
     engine.train(workload, state, split, config, group, [hooks])

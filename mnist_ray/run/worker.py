@@ -70,7 +70,8 @@ def train_worker(
     state = engine.create_state(job.workload, config, len(split), group, functools.partial(_load_initial, job))
     reporter = create_reporter(spec, group, config)
     restored = checkpoints.restore_newest(job.run, state, reporter.callbacks, group)
-    keep_freed_memory()  # from here on: a whole model, or what was read of a checkpoint, goes back to the kernel
+    # From here on: a whole model, or what was read of a checkpoint, goes back to the kernel.
+    keep_freed_memory(is_sharded=state.is_sharded)
     state.last_step = min(math.ceil(min(spec.until_epoch, config.num_epochs) * state.num_steps), state.total_steps)
     callbacks = [*reporter.callbacks, reporter]
     try:

@@ -1,5 +1,7 @@
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -102,3 +104,24 @@ def test_a_call_leaves_openmps_variables_as_they_were() -> None:
     with environment.left_as_found():
         os.environ["GOMP_SPINCOUNT"] = "1000"
     assert "GOMP_SPINCOUNT" not in os.environ
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
+@pytest.mark.parametrize(("is_sharded", "is_kept"), [(False, True), (True, False)])
+def test_freed_memory_is_kept_but_large_blocks_of_a_sharded_run(is_sharded: bool, is_kept: bool) -> None:
+    code = f"""
+from pathlib import Path
+import numpy as np
+from mnist_ray.cluster.environment import keep_freed_memory
+
+def resident_mib():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+keep_freed_memory(is_sharded={is_sharded})
+before = resident_mib()
+blocks = [np.ones(2**20) for _ in range(10)]  # 80 MiB
+del blocks
+print(resident_mib() - before)
+"""
+    more_mib = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    assert (more_mib > 60) == is_kept, more_mib
