@@ -98,27 +98,30 @@ def left_as_found() -> Iterator[None]:
                 signal.signal(number, handlers[number])
 
 
-def prepare(*, verbose: bool) -> None:
-    """Set defaults for variables that Ray reads; variables that the user has set win."""
+def prepare(*, verbose: bool, num_threads: int = 1) -> None:
+    """Set defaults for variables that Ray and OpenMP read; variables that the user has set win.
+
+    ``num_threads``: the most that will train on this machine.
+    """
     if not verbose:  # in a notebook, Ray's import complains about missing widgets, which nothing here needs
         logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", message="IProgress not found")
     _set_defaults(_SETTINGS if verbose else _SETTINGS | _QUIET_SETTINGS)
-    if "OMP_WAIT_POLICY" not in os.environ and _must_share_cores():
-        # A worker's threads wait for each other in every operator. A thread that spins meanwhile, as is faster on a
-        # quiet machine, keeps its core from the thread that it waits for, which has lost its own to another program.
+    if num_threads > 1 and "OMP_WAIT_POLICY" not in os.environ and _free_cores() < num_threads:
+        # A worker's threads wait for each other in every operator. One that spins meanwhile, which is faster on a quiet
+        # machine, keeps its core, perhaps from the thread that it waits for.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-def _must_share_cores() -> bool:
-    """Return whether other programs compute without a pause, and leave fewer cores than this process may use."""
+def _free_cores() -> int:
+    """Return how many of the machine's cores other programs leave free; those that pause do not count."""
     num_running = []
     with contextlib.suppress(OSError):  # only Linux has the file, and OpenMP of GNU, which PyTorch uses there
         for _ in range(5):
             time.sleep(0.005)
             num_running.append(int(_LOAD.read_text(encoding="ascii").split()[3].partition("/")[0]))
     others = min(num_running, default=1) - 1  # this process runs, too
-    return others + usable_cores() > (os.cpu_count() or 1)
+    return (os.cpu_count() or 1) - others
 
 
 def prepare_local() -> None:

@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from mnist_ray.cluster import environment, kept
-from mnist_ray.cluster.plan import Cluster, WorkerPlan, check_memory, suitable, usable_cores
+from mnist_ray.cluster.plan import Cluster, WorkerPlan, check_memory, suitable, threads_per_worker, usable_cores
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import (
     JobError,
@@ -77,7 +77,9 @@ class Session:
 def started(job: Job, preload: str, workers: WorkerConfig | None = None) -> Iterator[Start]:
     """Set this process up, and start a fork server. However the job ends, say how to resume if that may help."""
     clock, workers = Clock(), workers or job.workers
-    environment.prepare(verbose=job.output.verbose)
+    cores = usable_cores()
+    num_threads = threads_per_worker(cores, cores, 1, job.train.batch_size)
+    environment.prepare(verbose=job.output.verbose, num_threads=num_threads)
     with contextlib.ExitStack() as at_the_end:
         at_the_end.enter_context(ending_explained(job))
         forking = None

@@ -77,16 +77,19 @@ def test_gloo_and_nccl_use_the_interface_of_the_nodes_address_unless_the_user_ha
 
 
 @pytest.mark.parametrize(
-    ("num_running", "set_by_user", "expected"),
+    ("num_running", "num_threads", "set_by_user", "expected"),
     [
-        (1, {}, {}),
-        (9999, {}, {"GOMP_SPINCOUNT": "1000"}),
-        (9999, {"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
-        (9999, {"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+        (1, 4, {}, {}),
+        (2, 3, {}, {}),
+        (2, 4, {}, {"GOMP_SPINCOUNT": "1000"}),
+        (2, 4, {"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        (2, 4, {"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+        (9, 1, {}, {}),
     ],
 )
-def test_threads_spin_shortly_if_they_share_cores_with_other_programs(
+def test_threads_spin_briefly_if_other_programs_leave_too_few_cores(
     num_running: int,
+    num_threads: int,
     set_by_user: dict[str, str],
     expected: dict[str, str],
     tmp_path: Path,
@@ -94,10 +97,10 @@ def test_threads_spin_shortly_if_they_share_cores_with_other_programs(
 ) -> None:
     (tmp_path / "loadavg").write_text(f"0.20 0.18 0.12 {num_running}/9999 11206\n")
     monkeypatch.setattr(environment, "_LOAD", tmp_path / "loadavg")
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
     os.environ |= set_by_user
-    with environment.left_as_found():
-        environment.prepare(verbose=False)
-        assert {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_"))} == expected
+    environment.prepare(verbose=False, num_threads=num_threads)
+    assert {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_"))} == expected
 
 
 def test_a_call_leaves_openmps_variables_as_they_were() -> None:
@@ -110,12 +113,13 @@ def test_a_call_leaves_openmps_variables_as_they_were() -> None:
 @pytest.mark.parametrize(("is_sharded", "is_kept"), [(False, True), (True, False)])
 def test_freed_memory_is_kept_but_large_blocks_of_a_sharded_run(is_sharded: bool, is_kept: bool) -> None:
     code = f"""
+import resource
 from pathlib import Path
 import numpy as np
 from mnist_ray.cluster.environment import keep_freed_memory
 
 def resident_mib():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 keep_freed_memory(is_sharded={is_sharded})
 before = resident_mib()
