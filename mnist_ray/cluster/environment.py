@@ -117,8 +117,8 @@ def _free_cores() -> int:
     """Return how many of the machine's cores other programs leave free; those that pause do not count."""
     num_running = []
     with contextlib.suppress(OSError):  # only Linux has the file, and OpenMP of GNU, which PyTorch uses there
-        for _ in range(5):
-            time.sleep(0.005)
+        for _ in range(3):
+            time.sleep(0.004)
             num_running.append(int(_LOAD.read_text(encoding="ascii").split()[3].partition("/")[0]))
     others = min(num_running, default=1) - 1  # this process runs, too
     return (os.cpu_count() or 1) - others
