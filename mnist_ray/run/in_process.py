@@ -42,7 +42,7 @@ def fit_here(session: Session, plan: WorkerPlan, on_event: Callable[[Event], Non
 
 
 class LocalReporter(Reporter):
-    """Passes on events, validates and saves at every checkpoint, and keeps the two best checkpoints and the last."""
+    """Passes on events, validates and saves at every checkpoint, and keeps the best checkpoints and the last."""
 
     def __init__(
         self, spec: LoopSpec, group: Group, config: TrainConfig, on_event: Callable[[Event], None], interrupted: Noted
