@@ -22,7 +22,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from before import ROOT, checked_out
+from safetensors.torch import load_file
 
 ONE_EPOCH = ["--num-epochs", "1"]
 TWO_WORKERS = ["--num-workers", "2", "--cpus-per-worker", "1", *ONE_EPOCH]
@@ -63,7 +65,7 @@ class Seen:
     weights: dict[str, str]
     """SHA-256 by set-up."""
     trials: list[str]
-    """The rows of sweep.csv without times, and best.json."""
+    """The rows of sweep.csv without times, and the chosen settings."""
     consoles: dict[str, list[str]]
     """Masked and sorted lines by command."""
     keys: dict[str, set[str]]
@@ -123,14 +125,19 @@ class Version:
 
     def _weights(self, name: str) -> str:
         *_, last = sorted((self._storage / name).glob("checkpoint_*/model.safetensors"))
-        return hashlib.sha256(last.read_bytes()).hexdigest()
+        digest = hashlib.sha256()  # not of the file, whose header has changed
+        for key, tensor in sorted(load_file(last).items()):
+            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def _trials(self) -> Iterator[str]:
         with (self._storage / "sweep" / "sweep.csv").open() as file:
-            for row in csv.DictReader(file):
-                yield " ".join(f"{name}={value}" for name, value in row.items() if name not in TIMES)
+            rows = [*csv.DictReader(file)]
+        for row in rows:
+            yield " ".join(f"{name}={value}" for name, value in row.items() if name not in TIMES)
         best = json.loads((self._storage / "sweep" / "best.json").read_text())
-        yield json.dumps(best | {"workload": None})  # contains the path of its code
+        yield " ".join(f"{name}={best[name]}" for name in rows[0] if name in best)  # the searched settings
 
     def _keys(self) -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}
