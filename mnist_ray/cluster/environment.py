@@ -161,7 +161,7 @@ def keep_freed_memory(*, is_sharded: bool = False) -> None:
     each time, and a third of the training's time went into page faults.
 
     ``is_sharded``: return large blocks all the same. FSDP and gloo need buffers of many sizes, and a freed one rarely
-    fits the next: kept, they were a fourth of a worker's memory.
+    fits the next: kept, they were a fifth of a worker's memory.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     largest_kept = 2**22 if is_sharded else 2**30
