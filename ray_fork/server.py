@@ -25,6 +25,7 @@ import signal
 import socket
 import stat
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,21 +89,25 @@ def _end_at_once() -> None:
 def listening(path: Path) -> Iterator[socket.socket]:
     """Listen at a path to which only this user may connect. At the end, the server removes the path; its forks do not.
 
-    The server listens before it imports anything, so that workers can wait for it.
+    The server listens before it imports anything, so that workers can wait for it. If it was silent for too long,
+    another server may listen at the path by then: that one's socket stays.
     """
     server, umask = os.getpid(), os.umask(0o177)
-    try:
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(str(path))
-            os.umask(umask)
-            listener.listen(128)
+    silent, lock = (path.with_name(path.name + end) for end in (".silent", ".lock"))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        os.umask(umask)
+        own = os.stat(path)
+        listener.listen(128)
+        try:
             yield listener
-    finally:
-        if os.getpid() == server:
-            for file in (path, *(path.with_name(path.name + end) for end in (".lock", ".silent"))):
-                file.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # another server listens there
-                path.parent.rmdir()
+        finally:
+            if os.getpid() == server:
+                is_replaced = path.exists() and not os.path.samestat(os.stat(path), own)
+                for file in [silent] if is_replaced else [path, silent, lock]:
+                    file.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # another server listens there
+                    path.parent.rmdir()
 
 
 def _end_with_owner() -> None:
@@ -272,9 +277,22 @@ def become(request: Request) -> None:
     np.random.seed()
     torch.seed()
     ray_internals.read_settings_again()
+    _end_with_raylet(int(os.environ["RAY_RAYLET_PID"]))
     threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     if threads.isdigit() and int(threads) > 0:
         torch.set_num_threads(int(threads))
+
+
+def _end_with_raylet(raylet: int) -> None:
+    """End this process as soon as its raylet ends. Ray would watch the process that it read of when it was imported."""
+    ended = select.poll()
+    ended.register(os.pidfd_open(raylet), select.POLLIN)
+
+    def wait() -> None:
+        ended.poll()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ MODULES_VARIABLE = "MNIST_RAY_FORK_MODULES"  # on a cluster: modules for a node'
 
 _SILENT = ".silent"  # ends the name of the socket of a server that does not answer
 _CONTEXT_FLAG, _LANGUAGE_FLAG = "--serialized-runtime-env-context=", "--language="  # for Ray's setup_worker.py
+_MAX_TMPDIR = 18  # a socket's path may have 103 bytes (on Linux, 107), of which the names of a local Ray's take up to 85
 TIMEOUT_S = 30.0  # the server may still be importing; Ray waits for a worker for 60 s
 
 
@@ -123,12 +124,18 @@ def is_own(connection: socket.socket) -> bool:
     return pid > 0 and user == os.geteuid()  # 0: of a process that this one cannot see
 
 
+def temporary_folder() -> str:
+    """Return TMPDIR or, if sockets' paths below it would be too long, /tmp."""
+    folder = os.environ.get("TMPDIR") or "/tmp"
+    return folder if len(os.fsencode(folder)) <= _MAX_TMPDIR else "/tmp"
+
+
 def own_folder() -> str:
     """Return a folder that only this user can have made and can change; Ray lets everybody write to its own folders.
 
     Raises PermissionError if another user has made it.
     """
-    folder = os.path.join(os.environ.get("TMPDIR") or "/tmp", f"mnist_ray-{os.geteuid()}")
+    folder = os.path.join(temporary_folder(), f"mnist_ray-{os.geteuid()}")
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder, 0o700)
     found = os.lstat(folder)

@@ -68,11 +68,12 @@ def request_of(folder: Path, server: Server) -> bytes:
     return json.dumps(shim.request([str(script)], server.environment)).encode()
 
 
-def test_a_worker_is_a_child_of_the_server_and_starts_with_one_thread_without_cuda_and_with_its_own_random_numbers(
+def test_a_worker_is_a_child_of_the_server_and_starts_without_cuda_and_with_its_own_random_numbers(
     server: Server, seen: dict[str, Any], tmp_path: Path
 ) -> None:
     assert seen["parent"] == server.process.pid
-    assert (seen["threads"], seen["uses CUDA"], seen["leads a group"]) == (1, False, False)
+    watching_the_raylet = 1
+    assert (seen["threads"], seen["uses CUDA"], seen["leads a group"]) == (1 + watching_the_raylet, False, False)
     another = fork(tmp_path, env=server.environment)
     for generator in ("Python", "NumPy", "PyTorch", "Ray"):
         assert another[f"{generator}'s number"] != seen[f"{generator}'s number"], generator
@@ -98,7 +99,8 @@ def test_a_worker_inherits_all_from_the_process_that_asks_and_nothing_from_the_s
     assert (worker["name"], worker["folder"]) == ("__main__", str(elsewhere))
     assert worker["folder of imports"] == str(tmp_path)
     names = ("stdin", "stdout", "stderr")
-    assert worker["descriptors"] == {str(number): str(tmp_path / name) for number, name in enumerate(names)}
+    inherited = {str(number): str(tmp_path / name) for number, name in enumerate(names)}
+    assert worker["descriptors"] == {**inherited, "3": "anon_inode:[pidfd]"}, "the raylet's is the worker's own"
     assert worker["nice"] == os.getpriority(os.PRIO_PROCESS, 0) + 5
     assert (worker["leads a group"], worker["oom_score_adj"]) == (True, 1000)
     assert worker["open files"] == [500, most]
@@ -136,6 +138,26 @@ def test_a_worker_that_cannot_be_forked_as_asked_is_refused(server: Server, tmp_
 def test_a_module_that_makes_forks_unsafe_is_refused(source: str, said: str, tmp_path: Path) -> None:
     with serving(tmp_path, module=source) as running:
         assert refusal(tmp_path, running.environment) == said
+
+
+def test_a_worker_ends_with_its_raylet(server: Server, tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "1000"]) as raylet:
+        worker = fork(tmp_path, "stay", env={**server.environment, "RAY_RAYLET_PID": str(raylet.pid)})
+        process = psutil.Process(worker["pid"])
+        assert not has_ended(process)
+        raylet.kill()
+        wait_for(lambda: has_ended(process))
+
+
+def test_a_server_that_was_replaced_while_it_was_silent_leaves_its_successors_socket(tmp_path: Path) -> None:
+    with serving(tmp_path, "json") as silent, socket.socket(socket.AF_UNIX) as successor:
+        os.rename(silent.address, f"{silent.address}.silent")  # as the shim does
+        successor.bind(str(silent.address))
+        silent.address.with_name("fork.lock").touch()
+        assert silent.process.stdin
+        silent.process.stdin.close()
+        silent.process.wait()
+        assert sorted(path.name for path in silent.address.parent.iterdir()) == ["fork", "fork.lock"]
 
 
 @pytest.mark.parametrize(("content", "size"), [(b"", 0), (b"{", 2**32 - 1), (b"\xff", 1), (b"[]", 2), (b"{}", 2)])
