@@ -115,8 +115,8 @@ class SweptRun(Run):
     default: Run | None  # the run of the default configuration; None if this configuration is the best
 
 
-@environment.left_as_found()
 @kept.for_next_call()
+@environment.left_as_found()
 def train(workload: AnyWorkload = None, **settings: Any) -> Run:
     """Train, evaluate and report like ``jobs/train.py``; return the run.
 
@@ -128,8 +128,8 @@ def train(workload: AnyWorkload = None, **settings: Any) -> Run:
     return _run(job)
 
 
-@environment.left_as_found()
 @kept.for_next_call()
+@environment.left_as_found()
 def tune(workload: AnyWorkload = None, **settings: Any) -> SweptRun:
     """Search settings, then train and evaluate the best configuration like ``jobs/tune.py``; return its run.
 
@@ -154,8 +154,8 @@ def _space_text(space: Any) -> str:
     return space if isinstance(space, str) else options_text(space if isinstance(space, Iterable) else [space])
 
 
-@environment.left_as_found()
 @kept.for_next_call()
+@environment.left_as_found()
 def evaluate(
     run: Run | str | Path | None = None,
     *,

@@ -1,6 +1,7 @@
 """Keeps a local Ray and its fork server for the next call from Python, which then starts in a third of the time.
 
-They end a minute after the last call, or MNIST_RAY_KEEP_S seconds; with the process; and as soon as a call fails.
+They end a minute after the last call, or MNIST_RAY_KEEP_S seconds; with the process; as soon as a call fails; and for a
+call with other variables. But once the caller's own code uses the Ray, it is the caller's, and ends with the process.
 """
 
 from __future__ import annotations
@@ -27,18 +28,25 @@ class _Kept:
     resources: contextlib.ExitStack  # which end it
     purpose: tuple[object, ...]  # a call with another one needs another Ray
     session: Path
+    uses: set[bytes]  # of Ray by the jobs so far: any more are the caller's
     timer: threading.Timer
 
 
 _kept: _Kept | None = None
 _seconds = 0.0  # for which a Ray is kept
+_left_with: dict[str, str] = {}  # the environment variables after the last call; Ray's processes keep those before it
 _lock = threading.RLock()  # the timer's thread may end what a call wants to use
 
 
 @contextlib.contextmanager
 def for_next_call() -> Iterator[None]:
-    """Let the jobs in the block keep the local Ray that they start. Raises UsageError if the variable is no number."""
-    global _seconds
+    """Let the jobs in the block keep the local Ray that they start. Raises UsageError if the variable is no number.
+
+    If the caller has changed environment variables since the last call, this ends the Ray that it has kept.
+    """
+    global _seconds, _left_with
+    if _left_with != os.environ:
+        _end_unless_used()
     given = os.environ.get(_VARIABLE, _DEFAULT_S)
     try:
         before, _seconds = _seconds, min(float(given), threading.TIMEOUT_MAX)
@@ -47,7 +55,7 @@ def for_next_call() -> Iterator[None]:
     try:
         yield
     finally:
-        _seconds = before
+        _seconds, _left_with = before, dict(os.environ)
 
 
 def is_wanted() -> bool:
@@ -60,30 +68,47 @@ def keep(resources: contextlib.ExitStack, config: WorkerConfig, *, verbose: bool
     global _kept
     from mnist_ray.cluster import ray_internals
 
-    timer = threading.Timer(_seconds, end)
+    timer = threading.Timer(_seconds, _end_unless_used)
     timer.daemon = True
+    session, uses = ray_internals.session_folder(), ray_internals.uses_of_ray()
     with _lock:
-        _kept = _Kept(resources, _purpose(config, verbose=verbose), ray_internals.session_folder(), timer)
+        _kept = _Kept(resources, _purpose(config, verbose=verbose), session, uses, timer)
         timer.start()
     atexit.unregister(end)
     atexit.register(end)
 
 
 def take(config: WorkerConfig, *, verbose: bool) -> contextlib.ExitStack | None:
-    """Return what ends the kept Ray if it fits a job's settings; else end it, and return None."""
+    """Return what ends the kept Ray if it fits a job's settings. Else return None; and end it, unless it is in use."""
     global _kept
     with _lock:
-        if _kept is None:
+        if _kept is None or _is_used(_kept):
             return None
-        from mnist_ray.cluster import ray_internals  # a job's first lines come before Ray is imported
-
-        is_there = ray_internals.is_connected_to(_kept.session) and not ray_internals.dead_processes()
-        if not is_there or _kept.purpose != _purpose(config, verbose=verbose):
+        if not _is_there(_kept) or _kept.purpose != _purpose(config, verbose=verbose):
             end()
             return None
         kept, _kept = _kept, None
         kept.timer.cancel()
         return kept.resources
+
+
+def _is_there(kept: _Kept) -> bool:
+    from mnist_ray.cluster import ray_internals  # a job's first lines come before Ray is imported
+
+    return ray_internals.is_connected_to(kept.session) and not ray_internals.dead_processes()
+
+
+def _is_used(kept: _Kept) -> bool:
+    """Tell whether the caller's own code has used the kept Ray."""
+    from mnist_ray.cluster import ray_internals
+
+    return _is_there(kept) and not ray_internals.uses_of_ray() <= kept.uses
+
+
+def _end_unless_used() -> None:
+    with _lock:
+        if _kept is not None and not _is_used(_kept):
+            end()
 
 
 def end_unless_fit(config: WorkerConfig, *, verbose: bool) -> None:
@@ -109,4 +134,4 @@ def end() -> None:
 
 
 def _purpose(config: WorkerConfig, *, verbose: bool) -> tuple[object, ...]:
-    return local_cpus(config), config.fork_workers, verbose, os.environ.get("RAY_ADDRESS")
+    return local_cpus(config), config.fork_workers, verbose

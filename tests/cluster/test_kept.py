@@ -8,8 +8,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
-from mnist_ray.cluster import kept
+from mnist_ray.cluster import kept, ray_internals
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError
 from tests.conftest import ROOT, processes_in, wait_for
@@ -21,6 +22,7 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[type[BaseException] |
     monkeypatch.setattr("mnist_ray.cluster.ray_internals.session_folder", lambda: Path("session"))
     monkeypatch.setattr("mnist_ray.cluster.ray_internals.is_connected_to", lambda session: True)
     monkeypatch.setattr("mnist_ray.cluster.ray_internals.dead_processes", list)
+    monkeypatch.setattr("mnist_ray.cluster.ray_internals.uses_of_ray", set)
     yield []
     kept.end()
 
@@ -44,10 +46,56 @@ def test_a_kept_ray_is_for_a_job_of_the_same_purpose(ends: list, monkeypatch: py
     for config, verbose in ((many, False), (WorkerConfig(fork_workers="no"), False), (WorkerConfig(), True)):
         keep(ends, WorkerConfig())
         assert kept.take(config, verbose=verbose) is None
+    assert ends == [None] * 3
+
+
+def test_a_call_with_other_variables_gets_no_ray_whose_workers_have_the_old_ones(
+    ends: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resources = keep(ends, WorkerConfig())
+    with kept.for_next_call():
+        monkeypatch.setenv("OF_THE_CALL", "2")
+        assert kept.take(WorkerConfig(), verbose=False) is resources
+        kept.keep(resources, WorkerConfig(), verbose=False)
+    with kept.for_next_call():
+        assert ends == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with kept.for_next_call():
+        assert ends == [None]
+        assert kept.take(WorkerConfig(), verbose=False) is None
+
+
+def test_a_ray_that_the_callers_own_code_has_used_is_neither_ended_nor_taken(
+    ends: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MNIST_RAY_KEEP_S", "0.01")
+    looked: list[set[bytes]] = [set()]
+
+    def uses() -> set[bytes]:
+        looked.append(looked[-1] | {b"a function of the caller"})
+        return looked[-2]
+
+    monkeypatch.setattr("mnist_ray.cluster.ray_internals.uses_of_ray", uses)
     keep(ends, WorkerConfig())
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    wait_for(lambda: len(looked) > 2)  # the minute, or what is set here, is over
+    with kept.for_next_call():
+        assert kept.take(WorkerConfig(num_workers=1), verbose=True) is None
+    assert ends == []
+    monkeypatch.setattr("mnist_ray.cluster.ray_internals.is_connected_to", lambda session: False)  # ray.shutdown()
     assert kept.take(WorkerConfig(), verbose=False) is None
-    assert ends == [None] * 4
+    assert ends == [None]
+
+
+def test_a_task_and_a_reference_are_uses_of_ray(ray_address: str) -> None:
+    def own() -> int:
+        return 1
+
+    before = ray_internals.uses_of_ray()
+    assert ray_internals.uses_of_ray() == before
+    assert ray.get(ray.remote(num_cpus=0)(own).remote()) == 1
+    called = ray_internals.uses_of_ray()
+    held = ray.put(1)
+    assert before < called < ray_internals.uses_of_ray(), held
 
 
 def test_a_ray_that_the_user_has_shut_down_is_not_taken(ends: list, monkeypatch: pytest.MonkeyPatch) -> None:
