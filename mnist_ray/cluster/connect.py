@@ -97,7 +97,7 @@ def _new_connection(
     **options: Any,
 ) -> Iterator[Cluster]:
     """Join the cluster or start a local Ray. At the end, disconnect, if ``leaving`` has not begun to."""
-    address = _find_cluster()
+    address, notes = _find_cluster()
     ray_internals.read_uv_setting_again()
     with contextlib.ExitStack() as at_the_end:
         at_the_end.enter_context(ray_internals.without_sigterm_handler())
@@ -118,9 +118,9 @@ def _new_connection(
             done = pool.submit(meanwhile)
             at_the_end.enter_context(_connected(start, leaving))
             cluster = _describe(is_local=address is None)
-            note = _start_worker(cluster.log_folder)
+            notes += _start_worker(cluster.log_folder)
         done.result()
-        yield dataclasses.replace(cluster, note=note)
+        yield dataclasses.replace(cluster, notes=tuple(notes))
 
 
 @contextlib.contextmanager
@@ -151,6 +151,7 @@ def _start(session: Path, num_cpus: int, forking: Forking | None, **options: Any
             )
     except Exception as error:
         reason = about_ray(error) or first_line(error)
+        reason += "; set RAY_TMPDIR to a folder with a shorter path" if "AF_UNIX path" in reason else ""
         raise JobError(f"a local Ray cannot start: {reason} (logs: {session / 'logs'})") from error
 
 
@@ -215,15 +216,15 @@ def removed_unless_failed(session: Path) -> Iterator[None]:
                     latest.unlink()
 
 
-def _start_worker(log_folder: str) -> str:
-    """Start a worker on this node; the first actor takes the worker over. Return a note for the user, or nothing.
+def _start_worker(log_folder: str) -> list[str]:
+    """Start a worker on this node; the first actor takes the worker over. Return notes for the user.
 
     Raises JobError if no worker starts. Ray itself would try five times, and wait for a minute each time.
     """
     started = ray.remote(num_cpus=0, scheduling_strategy=this_node())(has_been_silent).remote()
     try:
         is_slow = ray.get(started, timeout=_WORKER_START_TIMEOUT_S)
-        return "workers start slowly: the fork server does not answer (--fork-workers no)" if is_slow else ""
+        return ["workers start slowly: the fork server does not answer (--fork-workers no)"] if is_slow else []
     except ray.exceptions.GetTimeoutError as error:
         log = Path(log_folder) / "raylet.err"
         lines = [line for line in log.read_text(errors="replace").splitlines() if line and not line.startswith("[")]
@@ -240,24 +241,31 @@ def this_node() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def _find_cluster() -> str | None:
-    """Return the address of the cluster to join, or None to start a local Ray.
+def _find_cluster() -> tuple[str | None, list[str]]:
+    """Return the address of the cluster to join, or None to start a local Ray; and notes for the user.
 
     ``ray.init(address="auto")`` would even join the local Ray of another job on this machine, and wait for minutes for
     a cluster that has ended.
     """
     named = os.environ.get("RAY_ADDRESS", "auto") or "auto"
     if named == "local":
-        return None
+        return None, []
     if named == "auto":
-        started_here = ray_internals.address_of_ray_start()
-        return started_here if started_here and _answers(started_here) else None
+        try:
+            started_here = ray_internals.address_of_ray_start()
+        except OSError as error:
+            reason = f"{error.filename}: {error.strerror}"
+            return None, [f"no cluster is joined because of {reason}; RAY_ADDRESS=HOST:PORT would name one"]
+        return started_here if started_here and _answers(started_here) else None, []
     if "://" in named or "@" in named:
         shown = re.sub(r"[^/]*@", "***@", named)
         raise UsageError(f"RAY_ADDRESS={shown} is not HOST:PORT; for a dashboard's address, use ray job submit")
     if not _answers(named):
         raise JobError(f"no Ray cluster answers at RAY_ADDRESS={named}; unset it to start a local Ray")
-    return named
+    if os.geteuid() not in {0, *(ray_internals.owners_here(named) or {os.geteuid()})}:  # Ray's C++ would abort
+        belongs = "belongs to another user, in whose files this one cannot write"
+        raise JobError(f"the node of RAY_ADDRESS={named} on this machine {belongs}; use ray job submit")
+    return named, []
 
 
 def _answers(address: str) -> bool:

@@ -44,7 +44,7 @@ class Cluster:
     log_folder: str
     leave: Callable[[], None] = lambda: None
     """Start to disconnect, and to end a local Ray, while the caller does work that needs no Ray."""
-    note: str = ""  # for the user
+    notes: tuple[str, ...] = ()  # for the user
 
 
 @dataclass(frozen=True)

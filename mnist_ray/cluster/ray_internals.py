@@ -6,8 +6,10 @@ Each function states its reason. A test fails if Ray changes this API.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ from typing import Any
 
 import psutil
 import ray
-from ray._common.utils import get_default_ray_temp_dir
+from ray._common.utils import get_default_ray_temp_dir, get_ray_address_file
 from ray._private import ray_constants, services, utils
 from ray._private.authentication.authentication_token_setup import (
     AUTH_MODE_ENV_VAR,
@@ -37,6 +39,7 @@ from ray_fork.starting import SHIM, Forking
 _END_TIMEOUT_S = 5.0  # of one of Ray's processes
 _AGENT = os.path.join(services.RAY_PATH, "dashboard", "agent.py")
 _NO_DASHBOARD = str(Path(__file__).with_name("no_dashboard.py"))
+_MAX_ADDRESS = 300  # bytes
 _NO_ACTOR = b"\xff" * 12  # the start of an actor id that means "none"; the job's id follows
 
 
@@ -128,6 +131,12 @@ def is_connected_to(session: Path) -> bool:
     return ray.is_initialized() and session_folder() == session
 
 
+def uses_of_ray() -> set[bytes]:
+    """Return ids of what this process has made in Ray: exported functions and classes, and references that it holds."""
+    exported = global_worker.gcs_client.internal_kv_keys(b"", ray_constants.KV_NAMESPACE_FUNCTION_TABLE)
+    return {*exported, *global_worker.core_worker.get_all_reference_counts()}
+
+
 def dead_processes() -> list[str]:
     """Return the names of dead parts of the local Ray that this process has started, without which nothing runs."""
     return [name for name, _ in global_worker.node.dead_processes() if name in ("gcs_server", "raylet")]
@@ -139,11 +148,49 @@ def num_nodes_here() -> int:
 
 
 def address_of_ray_start() -> str | None:
-    """Return the address of this machine's ``ray start``. "auto" would also join the local Ray of another job."""
-    try:
-        return utils.read_ray_address()
-    except PermissionError:  # of another user
+    """Return the address of this user's ``ray start`` on this machine; None if there is none that runs.
+
+    "auto" would also join the local Ray of another job, or whatever another user names in a folder for all users: this
+    process would send its token there, and run the code that it gets. Raises OSError if there is such a file, but
+    another user can have written it.
+    """
+    file = get_ray_address_file(None)
+    if not os.path.lexists(file):
         return None
+    with open(file, "rb", opener=_without_detours) as stream:
+        found = os.fstat(stream.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is not a file", file)
+        if {found.st_uid, os.stat(os.path.dirname(file)).st_uid} - {0, os.geteuid()}:
+            raise OSError(errno.EPERM, "another user may have written it", file)
+        address = stream.read(_MAX_ADDRESS).decode(errors="replace").strip()
+    return address if os.geteuid() in owners_here(address) and _has_own_gcs(address) else None
+
+
+def _without_detours(path: str, flags: int) -> int:
+    """Open a file, but follow no link, and do not wait for whoever may write into a FIFO."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+def owners_here(address: str) -> set[int]:
+    """Return the users that run a node of a cluster on this machine."""
+    running = (process.info for process in psutil.process_iter(["name", "uids", "cmdline"]))
+    raylets = [info for info in running if info["name"] == "raylet"]
+    return {info["uids"].effective for info in raylets if f"--gcs-address={address}" in (info["cmdline"] or ())}
+
+
+def _has_own_gcs(address: str) -> bool:
+    """Tell whether a process of this user listens at the address of a GCS, or that is on another machine."""
+    host, _, port = address.rpartition(":")
+    if not any(host == own.address for of_card in psutil.net_if_addrs().values() for own in of_card):
+        return True
+    for process in psutil.process_iter(["name"]):
+        with contextlib.suppress(psutil.Error):  # another user's, or it has ended
+            if process.info["name"] == "gcs_server" and process.uids().effective == os.geteuid():
+                connections = process.net_connections("tcp")
+                if any(own.status == psutil.CONN_LISTEN and str(own.laddr.port) == port for own in connections):
+                    return True
+    return False
 
 
 def ask(address: str, timeout_s: float) -> None:

@@ -41,7 +41,7 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
             use_gpu = any(node.num_gpus for node in without_unusable_gpus(cluster, warn).nodes)
         elif use_gpu and cluster.is_local and not any(node.num_gpus for node in cluster.nodes):
             raise UsageError("--use-gpu yes, but this machine has no GPU; use --use-gpu no")
-        for note in found.notes:
+        for note in (*cluster.notes, *found.notes):
             console.say("note", note)
         for name, whole in (("limit", 1.0), ("overfit_batches", None)):
             if (part := found.config.get(name, whole)) != whole:

@@ -147,8 +147,8 @@ def connected(
         from mnist_ray.cluster.connect import connect  # imports Ray, after the header is printed
 
     with connect(start.workers, start.forking, verbose=job.output.verbose, meanwhile=meanwhile) as cluster:
-        if cluster.note:
-            console.say("note", cluster.note)
+        for note in cluster.notes:
+            console.say("note", note)
         if start.workers.use_gpu == "auto":
             from mnist_ray.cluster.devices import without_unusable_gpus  # imports torch
 

@@ -35,7 +35,7 @@ def main():
     environment.prepare(verbose=False)
     from mnist_ray.cluster.connect import connect
     with connect(WorkerConfig(), meanwhile=lambda: print("meanwhile")) as cluster:
-        print(cluster.log_folder, cluster.note)
+        print(cluster.log_folder, *cluster.notes)
         cluster.leave()
     with connect(WorkerConfig(), meanwhile=fail):
         print("not connected")
@@ -152,6 +152,16 @@ def test_a_token_is_sent_only_to_a_cluster_that_wants_it(cluster: tuple[str, Pat
     address, home = cluster
     done = run(temporary, address, CALL, HOME=str(home))
     assert (done.stdout, done.stderr) == ("answered\n", "")
+
+
+@pytest.mark.parametrize("cluster", ["disabled"], indirect=True)
+def test_a_cluster_whose_node_here_is_another_users_is_one_line(cluster: tuple[str, Path], temporary: Path) -> None:
+    address, home = cluster
+    done = run(temporary, address, f"import os; os.geteuid = lambda: 12345\n{CALL}", HOME=str(home))
+    assert done.stderr == (
+        f"error: the node of RAY_ADDRESS={address} on this machine belongs to another user, in whose files this one "
+        "cannot write; use ray job submit\n"
+    )
 
 
 @pytest.mark.parametrize("cluster", ["disabled"], indirect=True)
