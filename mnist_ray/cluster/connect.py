@@ -13,7 +13,7 @@ import socket
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mnist_ray.cluster import kept, ray_internals
 from mnist_ray.cluster.environment import for_workers, prepare_local
 from mnist_ray.cluster.plan import Cluster, Node, local_cpus, node_of
-from mnist_ray.cluster.watch import RaySilentError, watched
+from mnist_ray.cluster.watch import RaySilentError, in_thread, watched
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import JobError, UsageError, about_ray, first_line
 from mnist_ray.storage import in_one_line
@@ -33,6 +33,7 @@ from ray_fork.starting import Forking, own_runtime_env, runtime_env_to_fork
 
 _WORKER_START_TIMEOUT_S = 50.0
 _CONNECT_TIMEOUT_S = 4.0
+_DISCONNECT_TIMEOUT_S = 5.0
 
 
 @contextlib.contextmanager
@@ -177,13 +178,17 @@ def _connected(start: Callable[[], None], leaving: threading.Thread) -> Iterator
 
     Ray's own errors are reported in one line; an error in a task's code stays unchanged.
     """
-    logs, has_answered = Path(), True
+    logs, disconnect = Path(), ray.shutdown
     try:
         start()
         logs = ray_internals.session_folder() / "logs"
         yield
-    except RaySilentError:
-        has_answered = False
+    except RaySilentError as error:
+        # While a part is silent, ray.shutdown would wait for its answer. After one has died, Ray would end this process
+        # some seconds later, as it is the caller's, of a call from Python, too.
+        disconnect = _disconnect_soon if error.has_died else _nothing
+        if not error.has_died and kept.is_wanted():
+            error.hints += "; Ray may end this process within a minute"
         raise
     except ray.exceptions.RayTaskError:
         raise
@@ -192,10 +197,8 @@ def _connected(start: Callable[[], None], leaving: threading.Thread) -> Iterator
     finally:
         if leaving.ident is not None:
             leaving.join()
-        elif has_answered and (logs == Path() or ray_internals.is_connected_to(logs.parent)):
-            # Without an answer, ray.shutdown would wait for one; a local Ray ends with this process. While a Ray was
-            # kept, the user may have connected to another one.
-            ray.shutdown()
+        elif logs == Path() or ray_internals.is_connected_to(logs.parent):  # else the user has connected to another one
+            disconnect()
 
 
 @contextlib.contextmanager
@@ -230,6 +233,11 @@ def _start_worker(log_folder: str) -> list[str]:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line and not line.startswith("[")]
         last = f"; a worker's last line: {lines[-1]}" if lines else ""
         raise JobError(f"Ray's worker processes do not start{last} (log: {log})") from error
+
+
+def _disconnect_soon() -> None:
+    """Disconnect from a Ray of which a part has died, but wait for that only briefly."""
+    wait([in_thread(ray.shutdown)], _DISCONNECT_TIMEOUT_S)
 
 
 def _nothing() -> None:

@@ -26,11 +26,14 @@ _STORED_BYTES = 2**18  # large enough for an object to go to the raylet's store
 class RaySilentError(JobError):
     """A part of Ray has died or hangs. Other calls to Ray may hang as well."""
 
+    has_died = False  # else it hangs
+
     @classmethod
     def of(cls, name: str, *, has_died: bool = False) -> RaySilentError:
         """Return the error for a part of Ray."""
-        silence = "has died" if has_died else f"has not answered for {MAX_SILENCE_S:.0f} s"
-        return cls(f"Ray has failed: {name} {silence}")
+        error = cls(f"Ray has failed: {name} {'has died' if has_died else f'has not answered for {MAX_SILENCE_S:.0f} s'}")
+        error.has_died = has_died
+        return error
 
 
 def in_thread(function: Callable[[], T]) -> Future[T]:
@@ -69,12 +72,22 @@ def watched() -> Iterator[Callable[[], None]]:
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
-        yield stop
+        with as_raised():
+            yield stop
     except RaySilentError:
         is_silent = True
         raise
     finally:
         stop()
+
+
+@contextlib.contextmanager
+def as_raised() -> Iterator[None]:
+    """Raise what a signal's handler has raised while Ray's C++ ran, even if that has returned a result all the same."""
+    try:
+        yield
+    except SystemError as error:
+        raise error.__cause__ or error from None
 
 
 def look() -> None:

@@ -25,7 +25,7 @@ from mnist_ray.cluster.devices import usable
 from mnist_ray.cluster.plan import WorkerPlan, plan_workers
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.cluster.rendezvous import WorkerGroupConfig
-from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError, end_controllers, in_thread
+from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError, as_raised, end_controllers, in_thread
 from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.run import evaluate
 from mnist_ray.run.failures import FailureCallback, OldCheckpointError, cause_of, reason_of
@@ -165,9 +165,10 @@ def _listen(
 def _taken(event_queue: Any) -> list[Event]:
     """Return the new events. Raises RaySilentError if the event queue does not answer."""
     answer = event_queue.take.remote()
-    if not ray.wait([answer], timeout=MAX_SILENCE_S)[0]:
-        raise RaySilentError.of("the event queue of its workers")
-    return ray.get(answer)
+    with as_raised():
+        if not ray.wait([answer], timeout=MAX_SILENCE_S)[0]:
+            raise RaySilentError.of("the event queue of its workers")
+        return ray.get(answer)
 
 
 def drop_rays_list(run: RunFolder) -> None:

@@ -13,7 +13,7 @@ import ray
 from mnist_ray.cluster import kept, ray_internals
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError
-from tests.conftest import ROOT, processes_in, wait_for
+from tests.conftest import ROOT, callback_at, processes_in, wait_for
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ assert session() == first
 ray.shutdown()
 with contextlib.suppress(JobError):
     train(callback=sys.argv[3])
-print("after a failure:", ray.is_initialized())
+print("after a failure:", ray.is_initialized())  # else Ray would end this process some seconds later
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
 own = session()
 mnist_ray.evaluate(run)
@@ -160,11 +160,7 @@ assert session() == own
 
 
 def test_calls_share_a_ray_until_one_fails_or_the_process_ends(small_data: Path, tmp_path: Path) -> None:
-    fails = tmp_path / "fails.py"
-    fails.write_text(
-        "from mnist_ray.training.callback import Callback\n\n"
-        "class Fails(Callback):\n    def on_step(self, state):\n        raise ValueError('no')\n"
-    )
+    fails = callback_at(tmp_path / "fails.py", "on_step(self, state)", "os.kill(int(os.environ['RAY_RAYLET_PID']), 9)")
     with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp") as folder:
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, small_data, tmp_path / "runs", fails],

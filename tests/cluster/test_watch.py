@@ -53,6 +53,14 @@ def test_an_error_is_a_sign_of_life(ray_address: str, monkeypatch: pytest.Monkey
     asked.assert_called_once()
 
 
+def test_an_error_that_a_signal_raises_in_rays_code_is_not_hidden_by_python() -> None:
+    def wait() -> None:
+        raise SystemError("a result with an exception set") from RaySilentError("its raylet has died")
+
+    with pytest.raises(RaySilentError, match="its raylet has died"), watched():
+        wait()
+
+
 def test_python_exits_while_a_thread_waits_for_a_silent_ray() -> None:
     code = (
         "import time; from mnist_ray.cluster.watch import in_thread; print(in_thread(lambda: time.sleep(100)).done())"
