@@ -184,8 +184,8 @@ def _connected(start: Callable[[], None], leaving: threading.Thread) -> Iterator
         logs = ray_internals.session_folder() / "logs"
         yield
     except RaySilentError as error:
-        # While a part is silent, ray.shutdown would wait for its answer. After one has died, Ray would end this process
-        # some seconds later, as it is the caller's, of a call from Python, too.
+        # While a part is silent, ray.shutdown would wait for its answer. Once one has died, Ray ends this process some
+        # seconds later if it is still connected, even if a call from Python has caught the error.
         disconnect = _disconnect_soon if error.has_died else _nothing
         if not error.has_died and kept.is_wanted():
             error.hints += "; Ray may end this process within a minute"
