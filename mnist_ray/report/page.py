@@ -144,7 +144,7 @@ def _curves(record: RunRecord, metric: Metric) -> list[Picture]:
     total = steps[-1]
     training = [row.get(f"train_{metric.name}", math.nan) for row in record.steps]
     least = min(max(_MIN_EPOCH * record.steps_per_epoch, _MIN_PART * total), record.steps_per_epoch)
-    ends = [epoch * record.steps_per_epoch for epoch in record.column("epoch")]
+    ends = [min(epoch * record.steps_per_epoch, total) for epoch in record.column("epoch")]
     marker = "o" if len(ends) <= _MAX_MARKERS else ""
     drawn = [
         figures.smoothed(Curve("training", steps, training, _TRAINING), least),

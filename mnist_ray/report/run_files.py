@@ -104,8 +104,11 @@ class RunRecord:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Training steps per epoch; 1 if there was no step."""
-        return self.steps[-1]["step"] / self.steps[-1]["epoch"] if self.steps else 1.0
+        """Training steps per epoch, of which the last may have fewer; 1 if there was no step."""
+        *_, last = self.steps or [{"step": 1.0, "epoch": 1.0}]
+        whole = [row for row in self.steps if row["epoch"] <= math.ceil(last["epoch"]) - 1]
+        end = [last, *whole][-1]
+        return end["step"] / end["epoch"]
 
     @property
     def best_validation(self) -> float:

@@ -179,7 +179,7 @@ class Reporter(Callback):
             precision=self._config.precision,
             epoch=state.epoch,
             step=state.step,
-            num_steps=state.epoch_steps,
+            total_step=state.total_step,
             damaged=restored.damaged,
             notes=(note,) if has_changed else (),
             processor=name_of(self._group.device),

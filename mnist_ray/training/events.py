@@ -31,15 +31,10 @@ class Started(Event):
     precision: str
     epoch: int  # finished epochs at this start
     step: int  # finished steps of the current epoch at this start
-    num_steps: int  # per epoch
+    total_step: int  # finished steps over all epochs at this start
     damaged: tuple[str, ...] = ()  # checkpoints that were skipped
     notes: tuple[str, ...] = ()  # printed for the user
     processor: str = ""  # the model of the first worker's processor or GPU
-
-    @property
-    def total_step(self) -> int:
-        """Finished steps over all epochs at this start."""
-        return self.epoch * self.num_steps + self.step
 
 
 @dataclass(frozen=True)
@@ -75,20 +70,16 @@ class Progress(Event):
 
     epoch: int  # counted from 1
     step: int
-    num_steps: int
+    num_steps: int  # of this epoch: with --num-steps, the last one may have fewer
     losses: list[float]  # mean loss of each step since the last progress
     window: Mapping[str, float]  # loss and metrics over the steps since the last progress
     so_far: Mapping[str, float]  # loss and metrics over the epoch so far
     num_examples: int  # of the epoch so far
     epoch_s: float  # seconds of training in the epoch so far
     learning_rate: float  # with which the last step was made, in the optimizer's first parameter group
+    total_step: int  # finished steps over all epochs
     saves: bool = False  # whether a checkpoint follows
     parts: Sequence[Sequence[float]] = ()  # of each rank: its seconds since the last progress, by stopwatch.PARTS
-
-    @property
-    def total_step(self) -> int:
-        """Finished steps over all epochs."""
-        return (self.epoch - 1) * self.num_steps + self.step
 
     @property
     def loss(self) -> float:

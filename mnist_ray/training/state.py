@@ -69,7 +69,7 @@ class TrainingState:
     @property
     def total_step(self) -> int:
         """Optimizer steps done in all epochs."""
-        return self.epoch * self.num_steps + self.step
+        return min(self.epoch * self.num_steps + self.step, self.total_steps)  # the last epoch may be shorter
 
     @property
     def epoch_steps(self) -> int:
@@ -213,6 +213,7 @@ class LoggingWindow:
             num_examples=state.sums.num_examples,
             epoch_s=state.epoch_s,
             learning_rate=state.learning_rate,
+            total_step=state.total_step,
             saves=bool(stop_wanted or save_wanted),
             parts=parts.tolist(),
         )

@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import html
 import io
 import json
@@ -17,7 +18,7 @@ from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.mnist import idx
 from mnist_ray.report import page
-from mnist_ray.report.run_files import read_csv, workload_of
+from mnist_ray.report.run_files import RunRecord, read_csv, workload_of
 from mnist_ray.run.history import History, write_predictions
 from mnist_ray.settings import json_lines, setting, values_of
 from mnist_ray.storage import RunFolder
@@ -197,6 +198,23 @@ def test_each_point_of_a_curve_stands_for_enough_steps(
     assert curve.values == pytest.approx([mean for _, mean in expected])
 
 
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([(5, 0.5), (10, 1.0), (20, 2.0), (23, 2.6), (25, 3.0)], 10),  # the third epoch has five steps
+        ([(5, 0.5), (10, 1.0), (15, 1.5)], 10),
+        ([(3, 0.3)], 10),
+        ([], 1),
+    ],
+)
+def test_steps_per_epoch_are_those_of_a_whole_one(
+    steps: list[tuple[int, float]], expected: float, tested_run: RunFolder
+) -> None:
+    record = RunRecord.read(tested_run, mnist())
+    rows = [{"step": float(step), "epoch": epoch} for step, epoch in steps]
+    assert dataclasses.replace(record, steps=rows).steps_per_epoch == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("decades", [1, 3, 12])
 def test_a_logarithmic_axis_has_a_few_labels_for_any_losses(decades: int) -> None:
     _, axes = new_plot("step")
@@ -277,7 +295,7 @@ def tested_run(run: RunFolder) -> RunFolder:
     workload = mnist()
     figures = {"loss": 0.5, "accuracy": 0.5}
     history = History(run, workload)
-    progress = Progress(1, 9, 9, [0.5], figures, figures, 100, epoch_s=2.0, learning_rate=0.01)
+    progress = Progress(1, 9, 9, [0.5], figures, figures, 100, epoch_s=2.0, learning_rate=0.01, total_step=9)
     for event in (progress, EpochFinished(progress), Validated(1, figures, 1.0)):
         history.add(event)
     history.write_steps()

@@ -12,19 +12,19 @@ from mnist_ray.training.events import EpochFinished, Progress, Started, Validate
 from tests.conftest import mnist
 
 VALUES = {"loss": 0.5, "accuracy": 0.75}
-PROGRESS = Progress(1, 30, 40, [0.5, 0.25], VALUES, VALUES, 60, epoch_s=3.0, learning_rate=0.01)
+PROGRESS = Progress(1, 30, 40, [0.5, 0.25], VALUES, VALUES, 60, epoch_s=3.0, learning_rate=0.01, total_step=30)
 
 
 def show_a_run(quiet: bool) -> None:
     with RunConsole(mnist(), 2, quiet=quiet) as printer:
         printer.say("data", "some")
-        printer.show(Started(2, ("a", "b"), 1, "cpu", "bf16", epoch=0, step=0, num_steps=40))
+        printer.show(Started(2, ("a", "b"), 1, "cpu", "bf16", epoch=0, step=0, total_step=0))
         printer.show(PROGRESS)
         printer.show(EpochFinished(PROGRESS))
         printer.show(Validated(1, {"loss": 0.5, "accuracy": 0.875}, 1.0))
         printer.show(WorkersLost("worker 1 died"))
         printer.show(WorkersLost("worker 0 was lost with its node"))
-        printer.show(Started(2, ("a", "a"), 1, "cpu", "bf16", 0, 20, num_steps=40, damaged=("checkpoint_b",)))
+        printer.show(Started(2, ("a", "a"), 1, "cpu", "bf16", 0, 20, 20, damaged=("checkpoint_b",)))
         printer.result("test", "done")
 
 
@@ -66,7 +66,7 @@ def test_a_job_log_has_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
 def test_many_epochs_widen_the_labels_and_a_trained_run_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     with RunConsole(mnist(), 100, quiet=False) as printer:
         printer.show(EpochFinished(dataclasses.replace(PROGRESS, epoch=60)))
-        printer.show(Started(1, ("a",), 2, "cpu", "bf16", epoch=100, step=0, num_steps=40))
+        printer.show(Started(1, ("a",), 2, "cpu", "bf16", epoch=100, step=0, total_step=4000))
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("epoch 60/100  finished in 3.00 s")
     assert second == "started       1 × cpu with 2 threads, bf16; all epochs are trained already"

@@ -12,7 +12,9 @@ from tests.conftest import mnist
 
 def finished(epoch: int) -> EpochFinished:
     window, so_far = {"loss": 0.1, "accuracy": 0.5}, {"loss": 0.5, "accuracy": 0.9}
-    return EpochFinished(Progress(epoch, 9, 9, [0.1], window, so_far, 100, epoch_s=2.0, learning_rate=0.01))
+    return EpochFinished(
+        Progress(epoch, 9, 9, [0.1], window, so_far, 100, epoch_s=2.0, learning_rate=0.01, total_step=9 * epoch)
+    )
 
 
 def validated(epoch: int, loss: float, accuracy: float) -> Validated:
@@ -20,7 +22,7 @@ def validated(epoch: int, loss: float, accuracy: float) -> Validated:
 
 
 def started(epoch: int) -> Started:
-    return Started(1, ("host",), 1, "cpu", "fp32", epoch=epoch, step=0, num_steps=9)
+    return Started(1, ("host",), 1, "cpu", "fp32", epoch=epoch, step=0, total_step=9 * epoch)
 
 
 def columns(run: RunFolder, *names: str) -> list[tuple[str, ...]]:
@@ -61,7 +63,7 @@ def test_a_run_whose_workload_has_other_metrics_now_is_resumed(run: RunFolder) -
 
 def progress(step: int) -> Progress:
     window = {"loss": 1 / step, "accuracy": 0.5}
-    return Progress(1, step, 1000, [0.1], window, window, 100, epoch_s=2.0, learning_rate=0.01)
+    return Progress(1, step, 1000, [0.1], window, window, 100, epoch_s=2.0, learning_rate=0.01, total_step=step)
 
 
 def test_a_resumed_run_keeps_the_steps_that_it_does_not_repeat(run: RunFolder) -> None:

@@ -29,7 +29,9 @@ def in_parts(*seconds: float) -> list[float]:
 
 def progress(epoch: int, *parts: list[float]) -> Progress:
     values = {"loss": 0.5}
-    return Progress(epoch, 9, 9, [0.5], values, values, 100, epoch_s=2.0, learning_rate=0.01, parts=parts)
+    return Progress(
+        epoch, 9, 9, [0.5], values, values, 100, epoch_s=2.0, learning_rate=0.01, total_step=9 * epoch, parts=parts
+    )
 
 
 def test_seconds_are_kept_by_epoch_and_worker(run: RunFolder) -> None:
@@ -116,5 +118,5 @@ def test_a_slow_callback_is_named_only_if_there_is_one() -> None:
 
 def test_workers_are_named_by_the_hosts_of_the_last_attempt(run: RunFolder) -> None:
     times = TimeSpent(run)
-    times.add(Started(2, ("a", "b"), 1, "cpu", "fp32", epoch=0, step=0, num_steps=9))
+    times.add(Started(2, ("a", "b"), 1, "cpu", "fp32", epoch=0, step=0, total_step=0))
     assert times.hosts == ("a", "b")

@@ -40,13 +40,13 @@ RESULT = {"test_accuracy": 0.875, "test_loss": 0.5, "images_per_s": 100.0}
 
 
 def started(step: int = 0) -> Started:
-    return Started(1, ("host",), 1, "cpu", "fp32", epoch=0, step=step, num_steps=4)
+    return Started(1, ("host",), 1, "cpu", "fp32", epoch=0, step=step, total_step=step)
 
 
 def progress(step: int, losses: list[float]) -> Progress:
     window, so_far = {"loss": 0.25, "accuracy": 0.75}, {"loss": 0.5, "accuracy": 0.75}
     parts = [[1.0, 0, 2.0, *[0.0] * (len(PARTS) - 3)], [0.0, 0, 5.0, *[0.0] * (len(PARTS) - 3)]]
-    return Progress(1, step, 4, losses, window, so_far, 16, 2.0, learning_rate=0.5 / step, parts=parts)
+    return Progress(1, step, 4, losses, window, so_far, 16, 2.0, learning_rate=0.5 / step, total_step=step, parts=parts)
 
 
 EPOCH: list[Event] = [
