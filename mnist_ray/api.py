@@ -66,7 +66,7 @@ class Run:
 
     @property
     def steps(self) -> list[dict[str, float]]:
-        """The rows of steps.csv: about one per half second of training."""
+        """The rows of steps.csv: about one per half second of training; of a long run, at most 10,000."""
         return read_numbers(self.folder, STEPS_FILE, "step", "epoch")
 
     @property

@@ -116,7 +116,7 @@ def _checkpoint_of(run: RunFolder) -> RunFolder:
 
 def best_of(run: RunFolder) -> Fitted:
     """Return the best checkpoint by validation; without validation, the last. Raises JobError if all are damaged."""
-    for name, metrics in _ranked(run):
+    for name, metrics in checkpoints_of(run):
         return Fitted(run.inside(name), metrics)
     raise JobError(f"{run.uri} has only damaged checkpoints; start another run")
 
@@ -124,12 +124,12 @@ def best_of(run: RunFolder) -> Fitted:
 def drop_others(job: Job) -> None:
     """Delete a run's whole checkpoints but the NUM_KEPT best and the last. Raises JobError and STORAGE_ERRORS."""
     run = job.run
-    whole = [name for name, _ in _ranked(run)]
+    whole = [name for name, _ in checkpoints_of(run)]
     for name in set(whole).difference(whole[:NUM_KEPT], sorted(whole, key=position_of)[-1:]):
         run.inside(name).delete()
 
 
-def _ranked(run: RunFolder) -> list[tuple[str, CheckpointMetrics]]:
+def checkpoints_of(run: RunFolder) -> list[tuple[str, CheckpointMetrics]]:
     """Return the whole checkpoints and their metrics: the validated ones, best first; then the others, newest first."""
     found = []
     for name in with_retries(run.checkpoint_names):

@@ -1,16 +1,20 @@
 """A run's values as CSV files. They are written during training, so that an interrupted run has them too.
 
 metrics.csv      a row per epoch, written at once
-steps.csv        a row about every half second of training, with the mean over the steps since the previous row
+steps.csv        a row about every half second of training, with the mean over the steps since the previous row; in a
+                 long run, rows are merged, since all are written at each checkpoint
 predictions.csv  a row per test example, in the data set's order; written when the run is tested
 samples.csv      a row per validation of a language model: how it continues the workload's prompt
 """
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from mnist_ray.report.run_files import (
     METRICS_FILE,
@@ -21,10 +25,13 @@ from mnist_ray.report.run_files import (
     read_csv,
     read_numbers,
 )
+from mnist_ray.run.find import checkpoints_of
 from mnist_ray.storage import RunFolder
 from mnist_ray.training.events import EpochFinished, Event, Progress, Started, Validated
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.workload.base import Workload
+
+MAX_STEP_ROWS = 10_000  # of steps.csv; writing them takes 50 ms
 
 
 class History:
@@ -37,8 +44,8 @@ class History:
         epochs = zip(read_numbers(run, METRICS_FILE, "epoch"), read_csv(run, METRICS_FILE), strict=True)
         self.rows: dict[int, dict[str, Any]] = {int(numbers["epoch"]): dict(row) for numbers, row in epochs}
         self._step_columns = ("step", "epoch", *train, "learning_rate")
-        steps = zip(read_numbers(run, STEPS_FILE, "step", "epoch"), read_csv(run, STEPS_FILE), strict=True)
-        self._steps = [(int(numbers["step"]), csv_text(self._step_columns, [row])) for numbers, row in steps]
+        steps = read_numbers(run, STEPS_FILE, "step", "epoch")
+        self._steps: list[Mapping[str, float]] = [{**row, "step": int(row["step"])} for row in steps]
         self.num_workers = 0  # in the last attempt; it may change in an elastic run
         self._writing_steps = threading.Lock()  # a thread writes them, too
 
@@ -48,7 +55,8 @@ class History:
             case Started():
                 self.num_workers = event.num_workers
                 self.rows = {epoch: row for epoch, row in self.rows.items() if epoch <= event.epoch}
-                self._steps = [row for row in self._steps if row[0] <= event.total_step]
+                self._steps = [row for row in self._steps if row["step"] <= event.total_step]
+                self._fill(event.epoch)
             case Progress():
                 self._add_step(event)
             case EpochFinished(last):
@@ -58,6 +66,14 @@ class History:
                 self._update(event.epoch, _named("val", event.values) | {"val_s": round(event.seconds, 3)})
                 if event.sample:
                     self._add_sample(event.epoch, event.sample)
+
+    def _fill(self, last_epoch: int) -> None:
+        """Add what checkpoints tell of epochs whose events have not reached the job, since it was killed."""
+        for _, metrics in checkpoints_of(self._run):
+            if metrics.step == 0 and 0 < metrics.epoch <= last_epoch:
+                told, row = metrics.to_dict(self._workload.rate), self.rows.get(metrics.epoch, {})
+                lacking = [name for name in self._columns if name in told and not row.get(name)]
+                self._update(metrics.epoch, {name: told[name] for name in lacking})
 
     def _update(self, epoch: int, values: Mapping[str, Any]) -> None:
         self.rows.setdefault(epoch, {"epoch": epoch}).update(values)
@@ -72,13 +88,14 @@ class History:
     def _add_step(self, event: Progress) -> None:
         epochs = round(event.epoch - 1 + event.step / event.num_steps, 5)
         row = {"step": event.total_step, "epoch": epochs, "learning_rate": event.learning_rate}
-        self._steps.append((event.total_step, csv_text(self._step_columns, [row | _named("train", event.window)])))
+        self._steps.append(row | _named("train", event.window))
+        if len(self._steps) > MAX_STEP_ROWS:
+            self._steps = merged(self._steps, MAX_STEP_ROWS // 2)
 
     def write_steps(self) -> None:
         """Write steps.csv. Raises JobError."""
-        header = csv_text(self._step_columns, [], has_header=True)
         with self._writing_steps:
-            self._run.write_text(STEPS_FILE, header + "".join(text for _, text in [*self._steps]))
+            self._run.write_text(STEPS_FILE, csv_text(self._step_columns, [*self._steps], has_header=True))
 
     def mean_rate(self) -> float | None:
         """Return the mean examples/s of the epochs with a recorded rate, which a kill may prevent; None without any."""
@@ -86,6 +103,20 @@ class History:
         seconds = sum(float(row["epoch_s"]) for row in rated)
         examples = sum(float(row[self._workload.rate]) * float(row["epoch_s"]) for row in rated)
         return round(examples / seconds, 1) if rated else None
+
+
+def merged(rows: Sequence[Mapping[str, float]], max_rows: int) -> list[Mapping[str, float]]:
+    """Merge neighbouring rows of steps.csv into about ``max_rows``, of about as many steps; NaN does not count."""
+    names = [name for name in rows[-1] if name.startswith("train_")]
+    values = np.array([[row.get(name, math.nan) for name in names] for row in rows])
+    steps = np.array([row["step"] for row in rows])
+    width = 2.0 ** math.ceil(math.log2(steps[-1] / max_rows))  # a power of 2, so that whole rows are merged next time
+    starts = np.flatnonzero(np.diff(steps // width, prepend=-1))  # of what becomes one row
+    weights = np.diff(steps, prepend=0)[:, None] * ~np.isnan(values)
+    with np.errstate(invalid="ignore"):  # NaN if nothing is known
+        means = np.add.reduceat(np.where(weights, values, 0) * weights, starts) / np.add.reduceat(weights, starts)
+    last = [rows[place - 1] for place in [*starts[1:], 0]]
+    return [{**row, **dict(zip(names, mean, strict=True))} for row, mean in zip(last, means.tolist(), strict=True)]
 
 
 def _named(split: str, values: Mapping[str, float]) -> dict[str, Any]:

@@ -1,12 +1,17 @@
 import dataclasses
+import math
 import threading
+
+import pytest
 
 from mnist_ray.errors import JobError
 from mnist_ray.report.run_files import STEPS_FILE, read_csv
-from mnist_ray.run.history import History
+from mnist_ray.run.history import History, merged
 from mnist_ray.run.record import repeat
-from mnist_ray.storage import RunFolder
+from mnist_ray.storage import RunFolder, checkpoint_name
+from mnist_ray.training.checkpoint import FORMAT, Snapshot
 from mnist_ray.training.events import EpochFinished, Progress, Started, Validated
+from mnist_ray.training.metrics import CheckpointMetrics, Validation
 from tests.conftest import mnist
 
 
@@ -58,12 +63,33 @@ def test_a_run_whose_workload_has_other_metrics_now_is_resumed(run: RunFolder) -
     assert history.mean_rate() == History(run, mnist()).mean_rate() == 50.0
 
 
+def test_epochs_that_a_killed_job_did_not_hear_of_are_filled_from_checkpoints(run: RunFolder) -> None:
+    first = History(run, mnist())
+    for event in (started(0), finished(1), validated(1, 0.25, 0.5), finished(2)):
+        first.add(event)
+    validation = Validation({"loss": 0.75, "accuracy": 0.25}, score=0.25, seconds=1.5)
+    for epoch, step in ((2, 0), (3, 0), (3, 4), (4, 0)):
+        train = {"loss": 8.0, "accuracy": 0.0}
+        metrics = CheckpointMetrics(epoch, step, train=train, examples_per_s=5.0, validation=validation)
+        document = {"format": FORMAT, "metrics": metrics.to_dict("images_per_s")}
+        Snapshot({}, {}, document).write(run.inside(checkpoint_name(epoch, step)))
+    again = History(run, mnist())
+    again.add(started(3))
+    names = ("epoch", "train_loss", "val_loss", "epoch_s", "images_per_s")
+    assert columns(run, *names) == [
+        ("1", "0.5", "0.25", "2.0", "50.0"),
+        ("2", "0.5", "0.75", "2.0", "50.0"),
+        ("3", "8.0", "0.75", "", "5.0"),
+    ]
+    assert again.mean_rate() == 50.0
+
+
 # --- steps.csv
 
 
 def progress(step: int) -> Progress:
     window = {"loss": 1 / step, "accuracy": 0.5}
-    return Progress(1, step, 1000, [0.1], window, window, 100, epoch_s=2.0, learning_rate=0.01, total_step=step)
+    return Progress(1, step, 1000, [0.1], window, window, 100, 2.0, learning_rate=0.01 / step, total_step=step)
 
 
 def test_a_resumed_run_keeps_the_steps_that_it_does_not_repeat(run: RunFolder) -> None:
@@ -76,6 +102,31 @@ def test_a_resumed_run_keeps_the_steps_that_it_does_not_repeat(run: RunFolder) -
     again.add(progress(11))
     again.write_steps()
     assert [row["step"] for row in read_csv(run, STEPS_FILE)] == ["2", "5", "9", "11"]
+
+
+def test_a_long_run_has_few_rows_of_steps_with_right_means(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mnist_ray.run.history.MAX_STEP_ROWS", 10)
+    history = History(run, mnist())
+    for step in range(2, 2002, 2):
+        history.add(progress(step))
+    history.write_steps()
+    rows = [{name: float(value) for name, value in row.items()} for row in read_csv(run, STEPS_FILE)]
+    sizes = [row["step"] - before for before, row in zip([0, *(row["step"] for row in rows)], rows, strict=False)]
+    assert len(rows) <= 10
+    assert max(sizes) <= 512  # the power of two from 2000 / 5 on
+    sums = [row["train_loss"] * size for row, size in zip(rows, sizes, strict=True)]
+    assert sum(sums) == pytest.approx(sum(2 * 1 / step for step in range(2, 2002, 2)))
+    assert all(row["learning_rate"] == pytest.approx(0.01 / row["step"]) for row in rows)
+    assert rows[-1]["step"] == 2000
+
+
+def test_a_row_of_merged_steps_leaves_out_what_is_not_known() -> None:
+    losses, scores = {3: 1.0, 4: 5.0, 9: 2.0}, {3: 0.5, 4: math.nan, 9: math.nan}
+    rows = [{"step": step, "train_loss": losses[step], "train_f1": scores[step]} for step in losses]
+    first, last = merged(rows, 2)
+    assert first == {"step": 4, "train_loss": 2.0, "train_f1": 0.5}
+    assert last["train_loss"] == 2.0
+    assert math.isnan(last["train_f1"])
 
 
 def test_a_live_report_that_fails_is_tried_again_and_none_is_written_after_the_end() -> None:
