@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from mnist_ray import api, signals
+from mnist_ray.cluster.environment import spin_briefly_if_busy
+from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import EvaluationConfig, ExportConfig, OutputConfig, PredictionConfig, ViewConfig
 from mnist_ray.errors import PROGRAM, JobError, UsageError, about_limit, about_ray, prepare_output, say, writing
 from mnist_ray.report.run_files import workload_of
@@ -27,6 +29,8 @@ from mnist_ray.workload import loading
 
 def train() -> None:
     """Train a workload on Ray, evaluate it on the test set, and write the run's files."""
+    if peek("num_workers")[0].get("num_workers") == "0":
+        spin_briefly_if_busy(usable_cores())  # before this process imports torch, as the workload's file may
     train_job(read_job())
 
 

@@ -107,6 +107,11 @@ def prepare(*, verbose: bool, num_threads: int = 1) -> None:
         logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", message="IProgress not found")
     _set_defaults(_SETTINGS if verbose else _SETTINGS | _QUIET_SETTINGS)
+    spin_briefly_if_busy(num_threads)
+
+
+def spin_briefly_if_busy(num_threads: int) -> None:
+    """Let ``num_threads`` not spin while they wait if they lack cores. OpenMP reads that when torch is imported."""
     if num_threads > 1 and "OMP_WAIT_POLICY" not in os.environ and _free_cores() < num_threads:
         # A worker's threads wait for each other in every operator. One that spins meanwhile, which is faster on a quiet
         # machine, keeps its core, perhaps from the thread that it waits for.

@@ -7,8 +7,10 @@ from unittest.mock import Mock
 
 import pytest
 
+from mnist_ray import cli
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.rendezvous import use_nodes_interface
+from mnist_ray.errors import UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +104,19 @@ def test_threads_spin_briefly_if_other_programs_leave_too_few_cores(
     os.environ |= set_by_user
     environment.prepare(verbose=False, num_threads=num_threads)
     assert {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_"))} == expected
+
+
+def test_threads_of_the_jobs_own_process_are_told_before_a_workload_imports_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loadavg").write_text("0.20 0.18 0.12 9/9999 11206\n")
+    monkeypatch.setattr(environment, "_LOAD", tmp_path / "loadavg")
+    monkeypatch.setattr("mnist_ray.cli.usable_cores", lambda: 4)
+    (tmp_path / "own_workload.py").write_text("import os\nraise ValueError(os.environ.get('GOMP_SPINCOUNT'))\n")
+    flags = ["--num-workers", "0", "--workload", f"{tmp_path}/own_workload.py", "--storage-path", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    with pytest.raises(UsageError, match="ValueError: 1000"):
+        cli.train()
 
 
 def test_a_call_leaves_openmps_variables_as_they_were() -> None:
