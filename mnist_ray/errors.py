@@ -23,6 +23,12 @@ _PRIVATE_API = ("ray_internals.py", "train_internals.py")  # the files that use 
 _PACKAGE = Path(__file__).parent
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # in Ray's messages
 _IN_ANOTHER_PROCESS = "\nOriginal Traceback "  # in errors that torch's DataLoader passes on
+_MORE = "the system lets this user {} no more {}; raise that limit (ulimit -{})"
+_LIMITS = {  # by what errors and logs say
+    r"Errno 11\]|can't start new thread|Resource temporarily": _MORE.format("start", "processes or threads", "u"),
+    "Too many open files|ulimit -n": _MORE.format("open", "files", "n"),
+    "No space left on device": "No space left on device, or no inodes (df -i)",
+}
 _USER = re.compile(
     r"(?<=:/)(/?)(?:[^\s/]*"  # user:password before the host, …
     r"|[^\s/?#:@]*:(?!\d+(?:[/?#\s]|$))\S*)@"  # … including an S3 key with unescaped slashes
@@ -107,11 +113,9 @@ def about_ray(error: BaseException) -> str | None:
     return f"{changed}; pip install 'ray[train,tune]=={TESTED_RAY}.*'"
 
 
-def about_limit(error: BaseException) -> str | None:
-    """Return one line if an error means that the system allows no more processes or threads; else None."""
-    if isinstance(error, BlockingIOError) or str(error) == "can't start new thread":
-        return "the system lets this user start no more processes or threads; raise that limit (ulimit -u)"
-    return None
+def about_limit(said: object) -> str | None:
+    """Return one line if an error, or the text of a log, means that a limit of the system is reached; else None."""
+    return next((line for pattern, line in _LIMITS.items() if re.search(pattern, str(said))), None)
 
 
 def masked(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import posixpath
@@ -17,7 +18,7 @@ from uuid import uuid4
 import pyarrow
 from pyarrow import fs
 
-from mnist_ray.errors import JobError, UsageError, command, first_line
+from mnist_ray.errors import JobError, UsageError, about_limit, command, first_line
 from mnist_ray.settings import path_of
 
 T = TypeVar("T")
@@ -37,20 +38,22 @@ _CHECKPOINT_NAME = re.compile(r"checkpoint_epoch-(\d+)_step-(\d+)", re.ASCII)
 
 STORAGE_ERRORS = (OSError, pyarrow.ArrowException)  # raised by file systems
 _RETRIED_FOR_S = 30.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _PROBE_BYTES = 2**20  # more than a checkpoint of MNIST, to notice a full disk
 
 
 def with_retries(action: Callable[[], T]) -> T:
     """Call ``action``; if storage fails, retry every second for half a minute, as servers restart and links recover.
 
-    Raises the last error. If a folder has the file's name, raises at once, since a retry would fail too.
+    Raises the last error; at once if a retry would fail too: the storage is full, or a folder has the file's name.
     """
     end = time.monotonic() + _RETRIED_FOR_S
     while True:
         try:
             return action()
         except STORAGE_ERRORS as error:
-            if isinstance(error, IsADirectoryError) or time.monotonic() >= end:
+            is_lasting = isinstance(error, IsADirectoryError) or getattr(error, "errno", None) in _FULL
+            if is_lasting or time.monotonic() >= end:
                 raise
             time.sleep(1)
 
@@ -62,7 +65,8 @@ def in_one_line(what_failed: str) -> Iterator[None]:
         yield
     except STORAGE_ERRORS as error:
         number = getattr(error, "errno", None)
-        raise JobError(f"{what_failed}: {os.strerror(number) if number else first_line(error)}") from error
+        said = about_limit(error) or (os.strerror(number) if number else first_line(error))
+        raise JobError(f"{what_failed}: {said}") from error
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,13 @@ def test_storage_errors_are_one_line_and_a_folder_in_a_files_place_is_not_retrie
             fail()
 
 
+def test_a_full_storage_is_not_retried_and_may_lack_inodes(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it is retried"))
+    monkeypatch.setattr(RunFolder, "_write", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(JobError, match=r"^cannot write .*\.csv: No space left on device, or no inodes \(df -i\)$"):
+        run.write_text("steps.csv", "")
+
+
 def test_checkpoints_are_folders_with_epoch_and_step_sorted_by_them(run: RunFolder, tmp_path: Path) -> None:
     strays = ["checkpoint_old", "checkpoint_epoch-009", "checkpoint_epoch-٠٠٩_step-000000", "checkpoint_manager"]
     strays += ["checkpoint_epoch-009_step-000000.bak", "copy of checkpoint_epoch-009_step-000000"]

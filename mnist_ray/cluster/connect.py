@@ -26,7 +26,7 @@ from mnist_ray.cluster.environment import for_workers, prepare_local
 from mnist_ray.cluster.plan import Cluster, Node, local_cpus, node_of
 from mnist_ray.cluster.watch import RaySilentError, in_thread, watched
 from mnist_ray.config import WorkerConfig
-from mnist_ray.errors import JobError, UsageError, about_ray, first_line
+from mnist_ray.errors import JobError, UsageError, about_limit, about_ray, first_line
 from mnist_ray.storage import in_one_line
 from ray_fork.shim import has_been_silent
 from ray_fork.starting import Forking, own_runtime_env, runtime_env_to_fork
@@ -203,12 +203,14 @@ def _connected(start: Callable[[], None], leaving: threading.Thread) -> Iterator
 
 @contextlib.contextmanager
 def removed_unless_failed(session: Path) -> Iterator[None]:
-    """Remove a local Ray's files after it has ended, unless something failed: then its logs are needed."""
+    """Remove a local Ray's files, unless something failed: logs are needed, and may tell a limit that was reached."""
     has_failed = False
     try:
         yield
     except Exception as error:
-        has_failed = not isinstance(error, UsageError)
+        has_failed, log = not isinstance(error, UsageError), session / "logs" / "raylet.err"
+        if isinstance(error, JobError) and log.exists() and (limit := about_limit(log.read_text(errors="replace"))):
+            error.hints += f"; {limit}"
         raise
     finally:
         if not has_failed:

@@ -229,6 +229,20 @@ def test_a_session_is_removed_unless_something_failed(
     assert bool(list(session.parent.iterdir())) == is_kept
 
 
+@pytest.mark.parametrize(
+    ("log", "hint"),
+    [
+        ("raylet: Too many workers, failed to create a file. Try setting `ulimit -n <num_files>`", "raise .*ulimit -n"),
+        ("thd.cc:157] pthread_create failed: Resource temporarily unavailable", "raise .*ulimit -u"),
+        ("a warning", "$"),
+    ],
+)
+def test_a_limit_of_the_system_that_ends_ray_is_named(log: str, hint: str, session: Path) -> None:
+    (session / "logs" / "raylet.err").write_text(log)
+    with pytest.raises(JobError, match=f"^its raylet has died.*{hint}"), removed_unless_failed(session):
+        raise JobError("its raylet has died")
+
+
 def test_rays_processes_end_if_its_start_is_interrupted() -> None:
     started = []
 

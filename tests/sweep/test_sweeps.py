@@ -332,7 +332,7 @@ def test_storage_that_fails_while_a_trial_ends_is_one_line_and_the_sweep_goes_on
     settings = {**where, **rates(2e-3, 3e-3), "num_epochs": 1}
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, failing, fail)
-        said = r"^the storage has failed: No space left on device \(logs: .*\); to resume: tune\(resume=True"
+        said = r"^the storage has failed: No space left on device.* \(logs: .*\); to resume: tune\(resume=True"
         with pytest.raises(JobError, match=said):
             tune(settings)
     resume(tmp_path / "run")

@@ -333,7 +333,10 @@ def test_another_threads_error_ends_a_sweep_as_what_it_is(
     ("error", "said"),
     [
         (tune.TuneError("Traceback:\n…\nValueError: a bug\n"), "Ray Tune failed: ValueError: a bug"),
-        (OSError(28, "No space left on device"), "the storage has failed: No space left on device"),
+        (
+            OSError(28, "No space left on device"),
+            "the storage has failed: No space left on device, or no inodes (df -i)",
+        ),
     ],
 )
 def test_what_fails_in_tune_is_one_line(
