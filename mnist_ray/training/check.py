@@ -25,8 +25,10 @@ from mnist_ray.training.metrics import WEIGHT, check_columns
 from mnist_ray.training.sampler import Request
 from mnist_ray.training.state import check_kept
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.classification import Classification
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.loading import picture_of, placed
+from mnist_ray.workload.regression import Regression
 from mnist_ray.workload.tensors import as_fp32, autocast, detached
 
 NUM_EXAMPLES = 16  # in that batch
@@ -174,6 +176,9 @@ def _check_losses(workload: Workload, model: nn.Module, outputs: Any, batch: Mic
         _check_numbers(f"{name}.weights", weights, number)
         if not (weights.isfinite() & (weights >= 0)).all() or not weights.any():
             raise UsageError(f"{name}.weights must be finite numbers from 0, not all of them 0")
+        if type(workload).loss in (Classification.loss, Regression.loss):
+            remedy = "return super().loss(outputs, targets) * self.weights(targets)"
+            raise UsageError(f"{name} has weights, so it needs a loss of its own, which multiplies by them: {remedy}")
     with placed(workload, "training_loss"):
         minimized = workload.training_loss(outputs, batch.targets, config)
     if minimized is not None:

@@ -26,6 +26,8 @@ from mnist_ray.training.state import Group, TrainingState
 from mnist_ray.training.stopwatch import WORKERS
 from mnist_ray.training.tensor_files import is_sharded, rows_here
 from mnist_ray.workload.base import Workload
+from mnist_ray.workload.classification import Classification
+from mnist_ray.workload.regression import Regression
 from mnist_ray.workload.tensors import as_fp32, autocast, detached
 
 
@@ -161,9 +163,13 @@ def backward(
 
 def measured_sums(workload: Workload, outputs: Any, targets: Any) -> dict[str, Tensor]:
     """Return the sums of the workload's measures over a batch, and of its weights: NaN if one is negative."""
-    sums = {name: values.sum() for name, values in workload.measure(detached(outputs), targets).items()}
-    weights = workload.weights(targets)
-    return sums if weights is None else sums | {WEIGHT: torch.where(weights >= 0, weights, math.nan).sum()}
+    measured, weights = workload.measure(detached(outputs), targets), workload.weights(targets)
+    if weights is None:
+        return {name: values.sum() for name, values in measured.items()}
+    if type(workload).measure in (Classification.measure, Regression.measure):  # which know no weights
+        measured = {name: values * weights for name, values in measured.items()}
+    sums = {name: values.sum() for name, values in measured.items()}
+    return sums | {WEIGHT: torch.where(weights >= 0, weights, math.nan).sum()}
 
 
 def _distributed(model: nn.Module, group: Group) -> nn.Module:

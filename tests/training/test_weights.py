@@ -24,7 +24,7 @@ from mnist_ray.training.check import check_batch
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.training.state import Group, TrainingState
-from mnist_ray.workload import Workload
+from mnist_ray.workload import Classification, Regression, Workload
 from mnist_ray.workload.base import Metric
 from mnist_ray.workload.data import Arrays, Split
 from tests.training.conftest import Hooks
@@ -170,6 +170,58 @@ def test_an_evaluation_is_the_mean_over_all_tokens_however_it_is_cut() -> None:
     right = (logits.argmax(2) == torch.tensor(words.targets)).sum() / (words.targets >= 0).sum()
     assert Evaluation.merge(parts).values(Words()) == whole.values(Words())
     assert whole.values(Words()) == pytest.approx({"loss": expected, "right": right.item()}, rel=1e-6)
+
+
+class Classes(Classification):
+    def create_model(self) -> nn.Module:
+        return nn.Linear(4, 3)
+
+    def weights(self, targets: Tensor) -> Tensor:
+        return torch.tensor([0.2, 3.0, 1.0])[targets.long()]
+
+
+class WeightedClasses(Classes):
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super().loss(outputs, targets) * self.weights(targets)
+
+
+class WeightedNumbers(Regression):
+    def create_model(self) -> nn.Module:
+        return nn.Linear(4, 1)
+
+    def weights(self, targets: Tensor) -> Tensor:
+        return targets + 0.5
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super().loss(outputs, targets) * self.weights(targets)
+
+
+def test_inherited_metrics_are_means_by_weight() -> None:
+    generator = np.random.default_rng(0)
+    examples = Arrays(generator.standard_normal((250, 4), np.float32), generator.integers(0, 3, 250))
+    inputs, targets = torch.tensor(examples.inputs), torch.tensor(examples.targets)
+    names = {"class_names": [0, 1, 2]}
+    classes, numbers = WeightedClasses(metadata=names), WeightedNumbers()
+    for workload in (classes, numbers):
+        model, weights = workload.create_model(), workload.weights(targets).numpy()
+        outputs = model(inputs).detach()
+        if workload is classes:
+            losses = F.cross_entropy(outputs, targets, reduction="none").numpy()
+            expected = {"accuracy": np.average((outputs.argmax(1) == targets).numpy(), weights=weights)}
+        else:
+            errors = outputs[:, 0].double().numpy() - examples.targets
+            losses, mean = errors**2, np.average(examples.targets, weights=weights)
+            r2 = 1 - np.average(losses, weights=weights) / np.average((examples.targets - mean) ** 2, weights=weights)
+            mae = np.average(abs(errors), weights=weights)
+            expected = {"rmse": math.sqrt(np.average(losses, weights=weights)), "mae": mae, "r2": r2}
+        expected["loss"] = np.average(losses, weights=weights)
+        assert engine.evaluate(workload, model, Split(examples)).values(workload) == pytest.approx(expected, rel=1e-5)
+
+
+def test_weights_without_a_loss_that_multiplies_by_them_are_refused_before_the_start() -> None:
+    batch = MicroBatch(torch.ones(16, 4), torch.arange(16) % 3, 16)
+    with pytest.raises(UsageError, match=r"^Classes has weights, so it needs a loss of its own, .*: return super\(\)"):
+        check_batch(Classes(metadata={"class_names": [0, 1, 2]}), batch, [batch, batch, batch], CONFIG, 16)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
