@@ -137,8 +137,9 @@ def check_smallest(workload: Workload, few: MicroBatch, batch_size: int, config:
     """Try a new model on as few examples as a rank may get: batch normalization may need more. Raises UsageError."""
     model = workload.create_model().train()
     try:
+        inputs = workload.prepare(few.inputs, torch.default_generator)
         with _autocast(config):
-            outputs = as_fp32(model(workload.prepare(few.inputs, torch.default_generator)))
+            outputs = as_fp32(model(inputs))
         workload.loss(outputs, few.targets).sum()
     except Exception as error:  # of batch normalization, or of a model that squeezes a batch of one
         few_left = f"a worker computes only {count(few.global_size, 'example')} of some batches at a time"

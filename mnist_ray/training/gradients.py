@@ -150,9 +150,9 @@ def backward(
     the gradients of slices add up to those of the global batch's mean loss, even if slices are uneven. DDP averages
     over the ranks, so with DDP the weight is multiplied by the world size. A filler adds zeros.
     """
-    weights = next(model.parameters())
+    weights, inputs = next(model.parameters()), workload.prepare(batch.inputs, generator)
     with autocast(weights.device, config.precision, keeps_casts=not is_sharded(weights)):
-        outputs = as_fp32(model(workload.prepare(batch.inputs, generator)))
+        outputs = as_fp32(model(inputs))
     loss_sum = workload.loss(outputs, batch.targets).sum()
     minimized = workload.training_loss(outputs, batch.targets, config)
     loss = (loss_sum if minimized is None else minimized.sum()) * (0.0 if batch.is_filler else weight)

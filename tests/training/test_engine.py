@@ -212,6 +212,21 @@ def test_the_loss_falls_on_one_batch(few_images: Arrays, precision: Any) -> None
     assert losses[-1] < 0.5
 
 
+def test_prepare_computes_in_full_precision_in_training_too(few_images: Arrays) -> None:
+    class Products(MNIST):
+        def prepare(self, inputs: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+            products = super().prepare(inputs, generator) @ torch.eye(28)  # autocast would round them
+            dtypes.add((products.dtype, generator is None))
+            return products
+
+    dtypes, workload, split = set[tuple[torch.dtype, bool]](), Products(metadata=mnist().metadata), Split(few_images)
+    config = replace(CONFIG, precision="bf16", batch_size=300)
+    state = engine.create_state(workload, config, len(split), Group())
+    engine.train(workload, state, split, config, Group())
+    engine.evaluate(workload, state.model, split)
+    assert dtypes == {(torch.float32, False), (torch.float32, True)}
+
+
 @pytest.mark.long
 def test_a_compiled_model_learns_the_same(few_images: Arrays) -> None:
     compiled = weights_after(replace(CONFIG, compile=True), few_images)
