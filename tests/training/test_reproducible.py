@@ -18,7 +18,7 @@ from mnist_ray.mnist import MNIST
 from mnist_ray.training import engine
 from mnist_ray.training.reproducible import Chunks, Subtree, added_up, check_arithmetic
 from mnist_ray.training.state import Group
-from mnist_ray.workload.base import Workload
+from mnist_ray.workload import Regression, Workload
 from mnist_ray.workload.data import Arrays, Split
 from mnist_ray.workload.order import part_of
 from tests.conftest import mnist
@@ -43,6 +43,22 @@ class Noisy(MNIST):
         return prepared if generator is None else prepared + 0.1 * torch.rand(prepared.shape, generator=generator)
 
 
+class LargeTargets(Regression):
+    """Which number does the image show, far from 0? The explained variance is a difference of large numbers."""
+
+    def create_model(self) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, 1))
+
+    def prepare(self, inputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        return inputs / 255
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super().loss(outputs, targets + 1e4)
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        return super().measure(outputs, targets + 1e4)
+
+
 CONFIG = TrainConfig(
     precision="fp32", num_epochs=2, batch_size=50, learning_rate=2e-3, validation_size=0, reproducible=True
 )
@@ -53,6 +69,7 @@ CASES: dict[str, tuple[Callable[[], Workload], TrainConfig]] = {
     "noisy": (Noisy, CONFIG),
     "six chunks": (mnist, replace(CONFIG, num_chunks=6)),
     "fewer examples than chunks": (mnist, replace(CONFIG, batch_size=7)),
+    "large targets": (LargeTargets, CONFIG),
 }
 
 
@@ -108,6 +125,18 @@ def test_another_number_of_chunks_gives_other_bits(few_images: Arrays) -> None:
     assert any(not torch.equal(one[name], eight[name]) for name in one)
     for name in one:
         torch.testing.assert_close(one[name], eight[name], atol=2e-3, rtol=0)
+
+
+def test_measures_are_added_up_in_double(few_images: Arrays) -> None:
+    """Variances of a few units, of targets around 10⁴, would otherwise be rounding errors."""
+    split, of_epochs = Arrays(few_images.inputs[:120], few_images.targets[:120]), list[float]()
+    create, config = CASES["large targets"]
+    for is_reproducible in (True, False):
+        config = replace(config, learning_rate=1e-30, num_epochs=1, reproducible=is_reproducible)
+        state = engine.create_state(create(), config, len(split), Group())
+        hooks = Hooks(on_epoch=lambda state, progress: of_epochs.append(1 - progress.so_far["r2"]))
+        engine.train(create(), state, Split(split), config, Group(), [hooks])
+    assert of_epochs[0] == pytest.approx(of_epochs[1], rel=1e-6)
 
 
 def test_buffers_change_by_the_mean_of_the_chunks_changes(few_images: Arrays) -> None:
@@ -170,7 +199,7 @@ def test_partial_sums_of_any_ranks_add_up_to_the_same_bits(num_chunks: int) -> N
     vectors = torch.from_numpy(np.random.default_rng(num_chunks).standard_normal((num_chunks, 1000), np.float32))
 
     def of(chunks: Sequence[int]) -> list[Subtree]:
-        return added_up(Subtree(0, chunk, vectors[chunk]) for chunk in chunks)
+        return added_up(Subtree(0, chunk, vectors[chunk], vectors[chunk].double()) for chunk in chunks)
 
     whole = of(range(num_chunks))
     for world_size in range(1, num_chunks + 1):
@@ -179,5 +208,6 @@ def test_partial_sums_of_any_ranks_add_up_to_the_same_bits(num_chunks: int) -> N
         assert [node[:2] for node in together] == [node[:2] for node in whole]
         for node, other in zip(together, whole, strict=True):
             assert torch.equal(node.vector, other.vector)
+            assert torch.equal(node.measured, other.measured)
     assert len(whole) == num_chunks.bit_count()
     torch.testing.assert_close(sum(node.vector for node in whole), vectors.sum(0))
