@@ -49,6 +49,7 @@ class RunConsole:
         self._last_plain = 0.0
         self._has_started, self._is_lost = False, False
         self._last_progress: Progress | None = None
+        self._num_skipped = 0  # steps of the epoch
 
     def __enter__(self: Self) -> Self:
         if self._console.is_terminal and not self._quiet:
@@ -101,6 +102,9 @@ class RunConsole:
                 done = f"finished in {last.epoch_s:.2f} s ({last.examples_per_s:,.0f} {self._workload.nouns}/s)"
                 values = f"{self._workload.format(last.so_far)} on the training {self._workload.nouns}"
                 self.say(f"epoch {last.epoch}/{self._num_epochs}", f"{done}: {values}")
+                if self._num_skipped:
+                    self.say("note", f"skipped {count(self._num_skipped, 'step')}, of batches whose weights are all 0")
+                self._num_skipped = 0
             case events.Validated():
                 values = self._workload.format(event.values)
                 self.say("", f"validation after epoch {event.epoch}: {values} ({event.seconds:.1f} s)")
@@ -145,6 +149,7 @@ class RunConsole:
 
     def _progress(self, event: Progress) -> None:
         self._last_progress = event
+        self._num_skipped += sum(map(math.isnan, event.losses))
         known = [metric for metric in self._workload.metrics if metric.name in event.window]
         metrics = "".join(f"  {metric.name} {metric.format(event.window[metric.name], 1)}" for metric in known)
         steps_left = (self._num_epochs - event.epoch + 1) * event.num_steps - event.step

@@ -118,7 +118,9 @@ def train(
         for micro_batches in _steps(source, state, config, group, num_loader_processes):
             watch.turn(COMPUTE)
             sums = gradients.compute(micro_batches)
-            _update(state, config, callbacks)
+            if gradients.have_weight:
+                _update(state, config, callbacks)
+            _end_step(state)
             state.step += 1
             watch.turn(CALLBACKS)
             for callback in callbacks:
@@ -192,7 +194,7 @@ def _steps_of_pass(
 
 
 def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callback]) -> None:
-    """Make a step of the optimizer, the schedule and the EMA, from the gradients in the model."""
+    """Make a step of the optimizer and the EMA, from the gradients in the model."""
     state.watch.turn(CALLBACKS)
     state.scaler.unscale_(state.optimizer)
     for callback in callbacks:
@@ -201,14 +203,18 @@ def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callb
     if config.clip_grad_norm is not None:
         trained = itertools.chain(*(group["params"] for group in state.optimizer.param_groups))
         nn.utils.clip_grad_norm_(trained, config.clip_grad_norm)
-    state.learning_rate = float(state.optimizer.param_groups[0]["lr"])
     state.scaler.step(state.optimizer)
     state.scaler.update()
+    if config.ema_decay is not None:
+        move_average(state, config.ema_decay)
+
+
+def _end_step(state: TrainingState) -> None:
+    """Drop the gradients, and make a step of the schedule."""
+    state.learning_rate = float(state.optimizer.param_groups[0]["lr"])
     state.optimizer.zero_grad()
     state.model.zero_grad()  # also the gradients of parameters that the optimizer does not have
     state.scheduler.step()
-    if config.ema_decay is not None:
-        move_average(state, config.ema_decay)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Progress(Event):
     epoch: int  # counted from 1
     step: int
     num_steps: int  # of this epoch: with --num-steps, the last one may have fewer
-    losses: list[float]  # mean loss of each step since the last progress
+    losses: list[float]  # mean loss of each step since the last progress; NaN if its batch had no weight
     window: Mapping[str, float]  # loss and metrics over the steps since the last progress
     so_far: Mapping[str, float]  # loss and metrics over the epoch so far
     num_examples: int  # of the epoch so far
@@ -83,8 +83,9 @@ class Progress(Event):
 
     @property
     def loss(self) -> float:
-        """Mean loss of the steps since the last progress."""
-        return math.fsum(self.losses) / len(self.losses)
+        """Mean loss of the steps since the last progress that had weight."""
+        known = [loss for loss in self.losses if not math.isnan(loss)]
+        return math.fsum(known) / len(known) if known else math.nan
 
     @property
     def shares(self) -> dict[str, float]:

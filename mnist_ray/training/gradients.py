@@ -50,6 +50,7 @@ class Gradients:
         self._trained = [parameter.requires_grad for parameter in state.model.parameters()]
         self._generator = _generator(group.device)
         self._ready_at: Any = None  # when this rank had its gradients, and began to wait for those of other ranks
+        self.have_weight = True  # False if the weights of the whole global batch are 0: there is nothing to learn
         if isinstance(self._model, DistributedDataParallel):
             first = next(parameter for parameter in state.model.parameters() if parameter.requires_grad)
             first.register_post_accumulate_grad_hook(self._note_ready)  # a backward pass ends with the first layers
@@ -66,19 +67,23 @@ class Gradients:
             self._state.watch.turn(WORKERS, self._ready_at)
             self._ready_at = None
         if WEIGHT in sums:
-            self._divide_by(sums[WEIGHT], micro_batches[0].global_size)
+            self.have_weight = self._divide_by(sums[WEIGHT], micro_batches[0].global_size)
         return sums
 
     def _note_ready(self, parameter: Tensor) -> None:
         self._ready_at = self._state.watch.now()
 
-    def _divide_by(self, weight: Tensor, global_size: int) -> None:
-        """Divide the gradients by the ``weight`` of the global batch, of which this rank has a part."""
+    def _divide_by(self, weight: Tensor, global_size: int) -> bool:
+        """Divide the gradients by the ``weight`` of the global batch, of which this rank has a part.
+
+        Returns whether it differs from 0, on all ranks alike; to know that, this waits for a GPU.
+        """
         weight = weight.clone()
         if self._group.world_size > 1:
             dist.all_reduce(weight)
         gradients = [rows_here(p.grad) for p in self._state.model.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, global_size / weight)  # they are divided by the size already
+        return bool(weight != 0)
 
     def _check_trained(self) -> None:
         """Raise TrainingStoppedError if other parameters than at first are trained: their gradients would be wrong."""

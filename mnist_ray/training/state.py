@@ -193,9 +193,9 @@ class LoggingWindow:
         steps = [MetricSums(row, size) for row, size in zip(rows, self._sizes, strict=True)]
         window = MetricSums()
         for offset, step in enumerate(steps, start=state.step - len(steps) + 1):
-            if not step.weight > 0:
-                found = f"of step {offset} of epoch {state.epoch + 1} are all 0, or one is negative or NaN"
-                raise TrainingStoppedError(f"{type(self._workload).__name__}.weights: those {found}; leave it out")
+            if not step.weight >= 0:
+                found = f"of those of step {offset} of epoch {state.epoch + 1}, one is negative or NaN"
+                raise TrainingStoppedError(f"{type(self._workload).__name__}.weights: {found}; leave it out")
             if not math.isfinite(step.sums["loss"]):
                 raise TrainingDivergedError(state.epoch + 1, offset)
             window += step
@@ -207,7 +207,7 @@ class LoggingWindow:
             epoch=state.epoch + 1,
             step=state.step,
             num_steps=state.epoch_steps,
-            losses=[step.sums["loss"] / step.weight for step in steps],
+            losses=[step.sums["loss"] / step.weight if step.weight else math.nan for step in steps],
             window=window.values(self._workload),
             so_far=state.sums.values(self._workload),
             num_examples=state.sums.num_examples,

@@ -28,6 +28,18 @@ def show_a_run(quiet: bool) -> None:
         printer.result("test", "done")
 
 
+def test_steps_without_weight_are_counted_once_an_epoch(capsys: pytest.CaptureFixture[str]) -> None:
+    skipping = dataclasses.replace(PROGRESS, losses=[math.nan, 0.5, math.nan])
+    with RunConsole(mnist(), 2, quiet=False) as printer:
+        for event in (PROGRESS, skipping, EpochFinished(skipping), EpochFinished(PROGRESS)):
+            printer.show(event)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "note" in line] == [
+        "note       skipped 2 steps, of batches whose weights are all 0"
+    ]
+    assert skipping.loss == 0.5
+
+
 def test_without_a_stream_nothing_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout", None)
     show_a_run(quiet=False)

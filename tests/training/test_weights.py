@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import TrainingStoppedError, UsageError
@@ -68,7 +70,17 @@ CASES: dict[str, dict[str, Any]] = {
     "micro-batches": {"micro_batch_size": 3},
     "clipped": {"clip_grad_norm": 0.05, "micro_batch_size": 2},
     "reproducible": {"reproducible": True, "num_chunks": 3},
+    "a batch without words": {},
+    "reproducible, a batch without words": {"reproducible": True, "num_chunks": 3},
 }
+
+
+def words_of(case: str) -> Arrays:
+    words = few_words()
+    if "without words" in case:
+        for number, request in enumerate(ShardedBatchSampler(len(words), CONFIG.batch_size, CONFIG.seed, epoch=0)):
+            words.targets[request.indices] = np.where(number == 2, -1, words.targets[request.indices])
+    return words
 
 
 def trained(case: str, group: Group) -> tuple[TrainingState, dict[str, Tensor], list[float]]:
@@ -80,7 +92,7 @@ def trained(case: str, group: Group) -> tuple[TrainingState, dict[str, Tensor], 
         if state.step == 0:
             first.update({name: p.grad.clone() for name, p in state.model.named_parameters() if p.grad is not None})
 
-    split, config = Split(few_words()), replace(CONFIG, **CASES[case])
+    split, config = Split(words_of(case)), replace(CONFIG, **CASES[case])
     state = engine.create_state(Words(), config, len(split), group)
     hooks = Hooks(on_gradients=note, on_progress=lambda state, progress: losses.extend(progress.losses))
     engine.train(Words(), state, split, config, group, [hooks])
@@ -112,9 +124,8 @@ def runs(ranks: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-def train_plainly() -> tuple[dict[str, Tensor], list[float]]:
+def train_plainly(words: Arrays) -> tuple[dict[str, Tensor], list[float]]:
     """Return the first step's gradients, and all losses, as means over the tokens of whole batches."""
-    words = few_words()
     inputs, targets = torch.tensor(words.inputs), torch.tensor(words.targets)
     torch.manual_seed(CONFIG.seed)
     model = Words().create_model()
@@ -122,28 +133,52 @@ def train_plainly() -> tuple[dict[str, Tensor], list[float]]:
     losses, first = [], dict[str, Tensor]()
     for indices, *_ in ShardedBatchSampler(len(words), CONFIG.batch_size, seed=CONFIG.seed, epoch=0):
         loss = F.cross_entropy(model(inputs[indices]).transpose(1, 2), targets[indices], ignore_index=-1)
+        losses.append(loss.item())
+        if loss.isnan():
+            continue
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         first = first or {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
-        losses.append(loss.item())
     return first, losses
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_and_losses_are_those_of_the_mean_over_all_tokens(runs: Path, case: str, world_size: int) -> None:
-    gradients, losses = train_plainly()
+    gradients, losses = train_plainly(words_of(case))
     found = load_file(runs / f"{case}-{world_size}")
     assert all(torch.allclose(found[name], value, atol=1e-6, rtol=1e-6) for name, value in gradients.items())
     if case != "clipped":
-        assert json.loads((runs / f"{case}-{world_size}.json").read_text()) == pytest.approx(losses, rel=1e-5)
+        found_losses = json.loads((runs / f"{case}-{world_size}.json").read_text())
+        assert found_losses == pytest.approx(losses, rel=1e-5, nan_ok=True)
+
+
+def test_a_batch_without_weight_only_moves_the_schedule_on() -> None:
+    config = replace(CONFIG, precision="fp16", schedule="linear", ema_decay=0.5, clip_grad_norm=1.0)
+    split, seen = Split(words_of("a batch without words")), list[list[Tensor]]()
+    state = engine.create_state(Words(), config, len(split), Group())
+    state.scaler = GradScaler("cpu", init_scale=8.0)  # of which no gradient is too large
+
+    def note(state: TrainingState) -> None:
+        momenta = [values["momentum_buffer"] for values in state.optimizer.state_dict()["state"].values()]
+        assert state.average is not None
+        kept = [*state.model.parameters(), *state.average.parameters(), *momenta]
+        seen.append([tensor.detach().clone() for tensor in (*kept, torch.tensor(state.learning_rate))])
+
+    engine.train(Words(), state, split, config, Group(), [Hooks(on_step=note)])
+    assert len(seen) == 7
+    for number, (before, after) in enumerate(itertools.pairwise(seen), start=1):
+        *are_kept, rate_is_kept = (torch.equal(*pair) for pair in zip(before, after, strict=True))
+        assert are_kept == [number == 2] * len(are_kept)
+        assert not rate_is_kept
 
 
 def test_chunks_give_the_same_bits_for_any_number_of_ranks(runs: Path) -> None:
-    one, *others = (load_file(runs / f"reproducible-{world_size}") for world_size in WORLD_SIZES)
-    for other in others:
-        assert all(torch.equal(other[name], value) for name, value in one.items())
+    for case in ("reproducible", "reproducible, a batch without words"):
+        one, *others = (load_file(runs / f"{case}-{world_size}") for world_size in WORLD_SIZES)
+        for other in others:
+            assert all(torch.equal(other[name], value) for name, value in one.items())
 
 
 def test_a_mean_of_the_slices_means_would_be_another_loss() -> None:
@@ -224,7 +259,7 @@ def test_weights_without_a_loss_that_multiplies_by_them_are_refused_before_the_s
         check_batch(Classes(metadata={"class_names": [0, 1, 2]}), batch, [batch, batch, batch], CONFIG, 16)
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("value", [-1.0, math.nan])
 def test_weights_that_cannot_be_divided_by_end_the_training(value: float) -> None:
     class Spoiled(Words):
         def weights(self, targets: Tensor) -> Tensor:
@@ -232,7 +267,9 @@ def test_weights_that_cannot_be_divided_by_end_the_training(value: float) -> Non
 
     split = Split(few_words())
     state = engine.create_state(Spoiled(), CONFIG, len(split), Group())
-    with pytest.raises(TrainingStoppedError, match=r"^Spoiled\.weights: those of step 1 of epoch 1 are all 0, or"):
+    with pytest.raises(
+        TrainingStoppedError, match=r"^Spoiled\.weights: of those of step 1 of epoch 1, one is negative"
+    ):
         engine.train(Spoiled(), state, split, CONFIG, Group())
 
 
