@@ -56,7 +56,7 @@ class Gradients:
             first.register_post_accumulate_grad_hook(self._note_ready)  # a backward pass ends with the first layers
 
     def compute(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
-        """Put the gradients into the model; return this rank's part of the sums over the global batch.
+        """Put the gradients into the model; return this rank's part of the sums over the global batch, or its chunks.
 
         Raises TrainingStoppedError, at an epoch's start, if other parameters than at first are trained.
         """
@@ -81,6 +81,7 @@ class Gradients:
         weight = weight.clone()
         if self._group.world_size > 1:
             dist.all_reduce(weight)
+        weight = weight.sum()  # over the chunks
         gradients = [rows_here(p.grad) for p in self._state.model.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, global_size / weight)  # they are divided by the size already
         return bool(weight != 0)
@@ -169,12 +170,10 @@ def backward(
 def measured_sums(workload: Workload, outputs: Any, targets: Any) -> dict[str, Tensor]:
     """Return the sums of the workload's measures over a batch, and of its weights: NaN if one is negative."""
     measured, weights = workload.measure(detached(outputs), targets), workload.weights(targets)
-    if weights is None:
-        return {name: values.sum() for name, values in measured.items()}
-    if type(workload).measure in (Classification.measure, Regression.measure):  # which know no weights
-        measured = {name: values * weights for name, values in measured.items()}
+    if weights is not None and type(workload).measure in (Classification.measure, Regression.measure):
+        measured = {name: values * weights for name, values in measured.items()}  # those know no weights
     sums = {name: values.sum() for name, values in measured.items()}
-    return sums | {WEIGHT: torch.where(weights >= 0, weights, math.nan).sum()}
+    return sums if weights is None else sums | {WEIGHT: torch.where(weights >= 0, weights, math.nan).sum()}
 
 
 def _distributed(model: nn.Module, group: Group) -> nn.Module:

@@ -44,12 +44,11 @@ def _but(values: Sequence[str], others: Sequence[str]) -> str:
 
 
 class Subtree(NamedTuple):
-    """The sums over 2^``level`` neighbouring chunks, starting at chunk ``number`` × 2^``level``."""
+    """The sum over 2^``level`` neighbouring chunks, starting at chunk ``number`` × 2^``level``."""
 
     level: int
     number: int
-    vector: Tensor  # of gradients and buffers' changes
-    measured: Tensor  # of losses, measures and weights, in double: some are differences of large numbers
+    vector: Tensor
 
 
 def added_up(nodes: Iterable[Subtree]) -> list[Subtree]:
@@ -60,9 +59,7 @@ def added_up(nodes: Iterable[Subtree]) -> list[Subtree]:
     grown: list[Subtree] = []
     for node in nodes:
         while node.number % 2 and grown and grown[-1][:2] == (node.level, node.number - 1):
-            left = grown.pop()
-            added = (left.vector + node.vector, left.measured + node.measured)
-            node = Subtree(node.level + 1, node.number // 2, *added)
+            node = Subtree(node.level + 1, node.number // 2, grown.pop().vector + node.vector)
         grown.append(node)
     return grown
 
@@ -82,13 +79,12 @@ class Chunks:
         self._first = [_as_real(getattr(module, name)) for module, name in self._places]
         self._dtype = functools.reduce(torch.promote_types, (p.dtype for p in self._parameters), torch.float32)
         self._nodes: list[Subtree] = []
-        self._total: Callable[[Tensor], tuple[Tensor, Tensor]] | None = (
-            None  # set at the first step, when a row's length is known
-        )
+        self._total: Callable[[Tensor], Tensor] | None = None  # set at the first step, when a row's length is known
 
     def start_step(self) -> range:
         """Note the model's buffers as they are before the step; return this rank's chunks."""
         self._before = [buffer.clone() for buffer in self._buffers()]
+        self._sums: dict[str, Tensor] = {}
         return self._own
 
     def _buffers(self) -> list[Tensor]:
@@ -102,23 +98,22 @@ class Chunks:
         pairs = [*zip(self._buffers(), self._before, strict=True)]
         changes = [torch.where(new == old, 0.0, new.double() - old.double()) for new, old in pairs]  # ±inf may stay
         vector = torch.cat([part.reshape(-1).to(self._dtype) for part in (*gradients, *changes)])
-        measured = torch.stack([value.double().view(()) for value in sums.values()])
-        self._nodes = added_up([*self._nodes, Subtree(0, chunk, vector, measured)])
-        self._names = list(sums)
+        self._nodes = added_up([*self._nodes, Subtree(0, chunk, vector)])
+        for name, value in sums.items():
+            self._sums.setdefault(name, torch.zeros(self._num_chunks, dtype=torch.float64))[chunk] = value
         for parameter in self._parameters:
             parameter.grad = None
         for buffer, before in pairs:
             buffer.copy_(before)
 
     def apply(self) -> dict[str, Tensor]:
-        """Put the global batch's gradients and buffers into the model; return the sums over the batch's examples.
+        """Put the global batch's gradients and buffers into the model; return the sums over each chunk's examples.
 
-        Ranks other than 0 return zeros, so that a sum over the ranks counts each example once.
+        They are 0 for other ranks' chunks, so that sums over the ranks are exact, and can be added up in one order.
         """
-        # One row per subtree. The bits of the doubles travel as two numbers each, which are copied but not added.
-        rows = torch.stack([torch.cat([node.vector, node.measured.view(self._dtype)]) for node in self._nodes])
+        rows = torch.stack([node.vector for node in self._nodes])  # one per subtree
         self._total = self._total or self._connect(rows.shape[1])
-        total, measured = self._total(rows)
+        total = self._total(rows)
         self._nodes, buffers = [], self._buffers()
         values = torch.split(total, [tensor.numel() for tensor in (*self._parameters, *buffers)])
         for parameter, value in zip(self._parameters, values, strict=False):
@@ -126,29 +121,23 @@ class Chunks:
         for buffer, before, value in zip(buffers, self._before, values[len(self._parameters) :], strict=False):
             change = value.view_as(before).double() / self._num_chunks
             buffer.copy_(torch.where(change == 0, before, (before.double() + change).to(before.dtype)))
-        sums = measured if self._rank == 0 else torch.zeros_like(measured)
-        return dict(zip(self._names, sums, strict=True))
+        return self._sums
 
-    def _connect(self, size: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """Return a function from this rank's rows, of ``size`` numbers each, to the sums over all ranks' rows.
+    def _connect(self, size: int) -> Callable[[Tensor], Tensor]:
+        """Return a function from this rank's rows, of ``size`` numbers each, to the sum over all ranks' rows.
 
-        All ranks must call this method, and then the function, at the same steps; all get the same sums.
+        All ranks must call this method, and then the function, at the same steps; all get the same sum.
         """
         none = torch.empty(0)
         of_ranks = [
-            added_up(Subtree(0, chunk, none, none) for chunk in part_of(self._num_chunks, rank, self._world_size))
+            added_up(Subtree(0, chunk, none) for chunk in part_of(self._num_chunks, rank, self._world_size))
             for rank in range(self._world_size)
         ]
         places = [node[:2] for nodes in of_ranks for node in nodes]
 
-        def total(rows: Tensor) -> tuple[Tensor, Tensor]:
-            first = size - len(self._names) * 8 // rows.itemsize  # where the doubles begin
-            aligned = rows[:, first:].clone(memory_format=torch.contiguous_format)  # as a view of doubles needs it
-            measured = aligned.view(torch.float64)
-            parts = zip(places, rows[:, :first], measured, strict=True)
-            nodes = added_up(Subtree(*place, vector, sums) for place, vector, sums in parts)
-            vectors, sums = (node.vector for node in nodes), (node.measured for node in nodes)
-            return functools.reduce(operator.add, vectors), functools.reduce(operator.add, sums)
+        def total(rows: Tensor) -> Tensor:
+            nodes = added_up(Subtree(*place, row) for place, row in zip(places, rows, strict=True))
+            return functools.reduce(operator.add, (node.vector for node in nodes))
 
         if self._world_size == 1:
             return total

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
+import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -157,7 +159,7 @@ class LoggingWindow:
         self._start = time.perf_counter()
 
     def add(self, sums: dict[str, Tensor], global_size: int) -> None:
-        """Add a step: its sums on this rank, and the size of its global batch."""
+        """Add a step: its sums on this rank, one or a row of the chunks', and the size of its global batch."""
         self._sums.append(sums)
         self._sizes.append(global_size)
 
@@ -183,10 +185,12 @@ class LoggingWindow:
         parts = sums.new_zeros(self._group.world_size, len(PARTS))  # each rank fills its row
         parts[self._group.rank] = sums.new_tensor(state.watch.taken())
         if self._group.world_size > 1:
-            whole = torch.cat([sums, parts.view(-1)])
+            whole = torch.cat([sums.view(-1), parts.view(-1)])
             dist.all_reduce(whole)
             dist.broadcast(of_first, 0)
-            sums, parts = whole[: len(sums)], whole[len(sums) :].view_as(parts)
+            sums, parts = whole[: sums.numel()].view_as(sums), whole[sums.numel() :].view_as(parts)
+        if sums.dim() > 1:
+            sums = functools.reduce(operator.add, sums.unbind(1))  # chunk by chunk, in double
         next_interval, stop_wanted, save_wanted, elapsed_s = of_first.tolist()
         rows = [dict(zip(names, row, strict=True)) for row in sums.view(-1, len(names)).tolist()]
         state.watch.turn(CALLBACKS)

@@ -136,9 +136,9 @@ class Workload(UserClass):
     def weights(self, targets: Any) -> Tensor | None:
         """Return how much each example counts, (N,): for example, how many tokens it has. None: all count alike.
 
-        With weights, your ``loss`` and ``measure`` return an example's sum over its tokens, or its value times its
-        weight; the ``measure`` of ``Classification`` and ``Regression`` stays as it is. The training minimizes, and
-        reports show, sums divided by weights: over the whole batch, over all workers, over all that was seen.
+        With weights, ``loss`` and ``measure`` return an example's sum over its tokens, or its value times its weight;
+        only a ``measure`` that is inherited stays as it is. The training minimizes, and reports show, sums divided by
+        weights: over the whole batch, over all workers, over all that was seen.
         """
         return None
 

@@ -27,9 +27,6 @@ class Classification(Workload):
 
     The classes come from ``metadata={"class_names": [...]}``. If that is missing, they come from the training
     ``Dataset``'s attribute ``classes``, which torchvision's data sets have; for arrays, from the largest target.
-
-    With ``weights``, the accuracy is the weight of the right predictions, divided by the weight of all; the confusion
-    matrix counts examples.
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (ACCURACY,)

@@ -21,7 +21,6 @@ class Regression(Workload):
 
     The loss is the squared error. If the targets are large, scale the loss. If they are far from 0 compared with their
     spread, let the model predict differences from their mean, or use ``--precision fp32``: bf16 has three digits.
-    With ``weights``, all means in the metrics are weighted.
     """
 
     metrics: ClassVar[tuple[Metric, ...]] = (Metric("rmse", "min"), Metric("mae", "min"), Metric("r2", "max"))

@@ -199,7 +199,7 @@ def test_partial_sums_of_any_ranks_add_up_to_the_same_bits(num_chunks: int) -> N
     vectors = torch.from_numpy(np.random.default_rng(num_chunks).standard_normal((num_chunks, 1000), np.float32))
 
     def of(chunks: Sequence[int]) -> list[Subtree]:
-        return added_up(Subtree(0, chunk, vectors[chunk], vectors[chunk].double()) for chunk in chunks)
+        return added_up(Subtree(0, chunk, vectors[chunk]) for chunk in chunks)
 
     whole = of(range(num_chunks))
     for world_size in range(1, num_chunks + 1):
@@ -208,6 +208,5 @@ def test_partial_sums_of_any_ranks_add_up_to_the_same_bits(num_chunks: int) -> N
         assert [node[:2] for node in together] == [node[:2] for node in whole]
         for node, other in zip(together, whole, strict=True):
             assert torch.equal(node.vector, other.vector)
-            assert torch.equal(node.measured, other.measured)
     assert len(whole) == num_chunks.bit_count()
     torch.testing.assert_close(sum(node.vector for node in whole), vectors.sum(0))
