@@ -20,6 +20,7 @@ from mnist_ray.run.find import Found
 from mnist_ray.settings import flag
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder
 from mnist_ray.training import engine
+from mnist_ray.training.checkpoint import read_state
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.training.sampler import split_bounds
 from mnist_ray.training.saved_model import load_model
@@ -108,7 +109,9 @@ def evaluate_here(
     try:
         with placed(workload, "an evaluation"):
             model = with_fast_layout(load_model(checkpoint, workload).to(device))
-            return engine.evaluate(workload, model, split, loader_workers)
+            micro_batch_size = read_state(checkpoint).get("config", {}).get("micro_batch_size")
+            size = engine.evaluation_batch_size(workload, model, split, loader_workers, micro_batch_size)
+            return engine.evaluate(workload, model, split, loader_workers, batch_size=size)
     except UsageError as error:
         if isinstance(error.__cause__, (*STORAGE_ERRORS, ExampleError)):  # the data may be mended
             raise JobError(str(error)) from error

@@ -259,6 +259,7 @@ class Reporter(Callback):
                 self._group,
                 num_loader_processes=self._job.workers.loader_workers,
                 on_batch=self.show_life,
+                micro_batch_size=self._config.micro_batch_size,
             )
         values = evaluation.values(workload)
         return Validation(values, score(workload, values), time.perf_counter() - start)

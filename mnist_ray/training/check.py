@@ -24,11 +24,9 @@ from mnist_ray.training.batches import MicroBatch, batches_of
 from mnist_ray.training.metrics import WEIGHT, check_columns
 from mnist_ray.training.sampler import Request
 from mnist_ray.training.state import check_kept
-from mnist_ray.workload.base import Workload
-from mnist_ray.workload.classification import Classification
+from mnist_ray.workload import Classification, Regression, Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.loading import picture_of, placed
-from mnist_ray.workload.regression import Regression
 from mnist_ray.workload.tensors import as_fp32, autocast, detached
 
 NUM_EXAMPLES = 16  # in that batch

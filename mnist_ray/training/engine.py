@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.utils import _pytree as pytree
 
 from mnist_ray.config import READ_AHEAD_MIB, Precision, TrainConfig
 from mnist_ray.errors import UsageError
@@ -42,6 +43,7 @@ from mnist_ray.workload.data import Split
 from mnist_ray.workload.tensors import as_fp32, with_fast_layout
 
 MAX_STEPS_UNSAVED = 1000  # without --checkpoint-every
+MAX_OUTPUT_BYTES = 2**26  # that an evaluation computes at a time, if the workload leaves that to us
 MAX_COLUMN_BYTES = 2**30  # of the predictions that a process evaluates, which it keeps in memory
 
 
@@ -120,7 +122,9 @@ def train(
             sums = gradients.compute(micro_batches)
             if gradients.have_weight:
                 _update(state, config, callbacks)
-            _end_step(state)
+            else:
+                state.model.zero_grad()
+                state.scheduler.step()
             state.step += 1
             watch.turn(CALLBACKS)
             for callback in callbacks:
@@ -194,7 +198,7 @@ def _steps_of_pass(
 
 
 def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callback]) -> None:
-    """Make a step of the optimizer and the EMA, from the gradients in the model."""
+    """Make a step of the optimizer, the schedule and the EMA, from the gradients in the model."""
     state.watch.turn(CALLBACKS)
     state.scaler.unscale_(state.optimizer)
     for callback in callbacks:
@@ -203,18 +207,14 @@ def _update(state: TrainingState, config: TrainConfig, callbacks: Sequence[Callb
     if config.clip_grad_norm is not None:
         trained = itertools.chain(*(group["params"] for group in state.optimizer.param_groups))
         nn.utils.clip_grad_norm_(trained, config.clip_grad_norm)
+    state.learning_rate = float(state.optimizer.param_groups[0]["lr"])
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    if config.ema_decay is not None:
-        move_average(state, config.ema_decay)
-
-
-def _end_step(state: TrainingState) -> None:
-    """Drop the gradients, and make a step of the schedule."""
-    state.learning_rate = float(state.optimizer.param_groups[0]["lr"])
     state.optimizer.zero_grad()
     state.model.zero_grad()  # also the gradients of parameters that the optimizer does not have
     state.scheduler.step()
+    if config.ema_decay is not None:
+        move_average(state, config.ema_decay)
 
 
 @dataclass(frozen=True)
@@ -275,20 +275,21 @@ def evaluate_together(
     group: Group,
     num_loader_processes: int = 0,
     on_batch: Callable[[], None] = lambda: None,
+    micro_batch_size: int | None = None,
 ) -> Evaluation:
     """Evaluate a model, each rank on some of the batches. Every rank returns what ``evaluate`` would, bit for bit."""
+    size = evaluation_batch_size(workload, model, split, num_loader_processes, micro_batch_size)
     if group.world_size == 1:
-        return evaluate(workload, model, split, num_loader_processes, on_batch)
+        return evaluate(workload, model, split, num_loader_processes, on_batch, size)
     for buffer in model.buffers():  # running statistics of batch normalization may differ between ranks
         dist.broadcast(buffer, 0)
-    size = workload.evaluation_batch_size(on_gpu=group.device.type == "cuda")
     bounds = split_bounds(len(split), group.world_size, size)
     start, stop = bounds[group.rank] if group.rank < len(bounds) else (0, 0)
     own_passes, *passes = (math.ceil((last - first) / size) for first, last in ((start, stop), *bounds))
     with sharding.resharded(model) as has_units:
-        own = evaluate(workload, model, split.between(start, stop), num_loader_processes, on_batch)
+        own = evaluate(workload, model, split.between(start, stop), num_loader_processes, on_batch, size)
         for _ in range(own_passes, max(passes) if has_units else 0):  # all ranks together gather the units
-            evaluate(workload, model, split.between(0, 1))
+            evaluate(workload, model, split.between(0, 1), batch_size=size)
     parts: list[Any] = [None] * group.world_size
     dist.all_gather_object(parts, own)
     return Evaluation.merge(parts[: len(bounds)])
@@ -306,17 +307,44 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         module.training = is_training  # a callback may keep layers in evaluation mode
 
 
+def evaluation_batch_size(
+    workload: Workload,
+    model: nn.Module,
+    split: Split,
+    num_loader_processes: int = 0,
+    micro_batch_size: int | None = None,
+) -> int:
+    """Return how many examples an evaluation computes at a time: the same number for any part of the examples.
+
+    Unless the workload has a number of its own, it divides the default one, and is at most a micro-batch, and as many
+    as have MAX_OUTPUT_BYTES of outputs if all are like the first of the examples.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    size = workload.evaluation_batch_size(on_gpu=device.type == "cuda")
+    is_own = type(workload).evaluation_batch_size is not Workload.evaluation_batch_size
+    if is_own or workload.compares_examples or not len(split):
+        return size
+    batches = batches_of(Split(split.examples, np.arange(1), split.origin), device, workload.collate)
+    (first,) = batch_loader(batches, [Request(np.arange(1))], device, min(1, num_loader_processes))
+    with evaluating(model):  # without --compile, which would compile for one example
+        outputs = model._call_impl(workload.prepare(to_device(first, device).inputs, None))  # type: ignore[no-untyped-call]
+    num_bytes = sum(leaf.nbytes for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
+    most = min(size, micro_batch_size or size, MAX_OUTPUT_BYTES // max(1, num_bytes))
+    return next(number for number in range(max(1, most), 0, -1) if size % number == 0)
+
+
 def evaluate(
     workload: Workload,
     model: nn.Module,
     split: Split,
     num_loader_processes: int = 0,
     on_batch: Callable[[], None] = lambda: None,
+    batch_size: int | None = None,
 ) -> Evaluation:
     """Evaluate a model on its device, in fp32 and fixed batches. Raises UsageError if the columns are too large."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    batches = split_bounds(len(split), len(split), workload.evaluation_batch_size(on_gpu=device.type == "cuda"))
-    requests = [Request(np.arange(*bounds)) for bounds in batches]
+    size = batch_size or evaluation_batch_size(workload, model, split, num_loader_processes)
+    requests = [Request(np.arange(*bounds)) for bounds in split_bounds(len(split), len(split), size)]
     sums: list[dict[str, Tensor]] = []  # these and the columns stay on the device, since each transfer waits for it
     columns: list[dict[str, Tensor]] = []
     num_bytes = 0

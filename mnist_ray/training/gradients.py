@@ -25,9 +25,7 @@ from mnist_ray.training.reproducible import Chunks
 from mnist_ray.training.state import Group, TrainingState
 from mnist_ray.training.stopwatch import WORKERS
 from mnist_ray.training.tensor_files import is_sharded, rows_here
-from mnist_ray.workload.base import Workload
-from mnist_ray.workload.classification import Classification
-from mnist_ray.workload.regression import Regression
+from mnist_ray.workload import Classification, Regression, Workload
 from mnist_ray.workload.tensors import as_fp32, autocast, detached
 
 

@@ -100,7 +100,7 @@ class Chunks:
         vector = torch.cat([part.reshape(-1).to(self._dtype) for part in (*gradients, *changes)])
         self._nodes = added_up([*self._nodes, Subtree(0, chunk, vector)])
         for name, value in sums.items():
-            self._sums.setdefault(name, torch.zeros(self._num_chunks, dtype=torch.float64))[chunk] = value
+            self._sums.setdefault(name, value.new_zeros(self._num_chunks, dtype=torch.float64))[chunk] = value
         for parameter in self._parameters:
             parameter.grad = None
         for buffer, before in pairs:

@@ -24,8 +24,9 @@ from tests.training.conftest import Hooks
 AT_START = {"usable", "create_state", "restore_newest", "batches_of"}
 NOT_AT_EACH_STEP = {*AT_START, "close", "_save", "on_checkpoint", "evaluate_here"}
 """Functions that may wait for the GPU."""
-CHOOSING = {"augmented"}
-"""Functions of examples that wait at each step, to leave out work that is expensive on a CPU."""
+CHOOSING = {"augmented", "_divide_by"}
+"""Functions that wait at each step: an example's, to leave out work that is expensive on a CPU; and, only with weights,
+one that must know whether the batch has any."""
 
 
 @pytest.mark.parametrize("example", ["mnist", "digits", "shapes", "diabetes", "gpt", "finetune", "shards"])

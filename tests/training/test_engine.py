@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Dataset
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import TrainingStoppedError
@@ -371,6 +372,41 @@ def test_a_workload_chooses_the_batches_of_its_evaluations(few_images: Arrays, m
     assert [len(call.args[1]) for call in measure.call_args_list] == [250, 250, 100]
 
 
+@pytest.mark.parametrize(
+    ("max_bytes", "micro_batch_size", "size"),
+    [(2**26, None, 100), (2**26, 128, 100), (2**26, 60, 50), (60 * 40, None, 50), (60 * 40, 13, 10), (1, None, 1)],
+)
+def test_an_evaluation_computes_no_more_at_a_time_than_a_micro_batch_or_outputs_of_some_size(
+    max_bytes: int, micro_batch_size: int | None, size: int, few_images: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "MAX_OUTPUT_BYTES", max_bytes)  # an image has 10 logits, of 40 bytes in all
+    workload, measure = mnist(), Mock(return_value={})
+    monkeypatch.setattr(workload, "measure", measure)
+    images, model = Split(few_images).between(0, 120), workload.create_model()
+    engine.evaluate_together(workload, model, images, Group(), micro_batch_size=micro_batch_size)
+    assert [len(call.args[1]) for call in measure.call_args_list] == [size] * (120 // size) + [20] * (size > 20)
+
+
+class Rows(Dataset):
+    """The first of its examples is the largest."""
+
+    def __len__(self) -> int:
+        return 300
+
+    def __getitem__(self, place: int) -> tuple[torch.Tensor, int]:
+        return torch.zeros(4 if place == 0 else 1, 10), 0
+
+
+def test_all_parts_of_the_examples_are_evaluated_as_many_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "MAX_OUTPUT_BYTES", 20 * 160)
+    monkeypatch.setattr(MNIST, "prepare", lambda self, inputs, generator: inputs)
+    split, model = Split(Rows()), nn.Identity()
+    parts = [split, split.between(0, 100), split.between(100, 300)]
+    assert [engine.evaluation_batch_size(mnist(), model, part) for part in parts] == [20] * 3
+    monkeypatch.setattr(MNIST, "evaluation_batch_size", lambda self, on_gpu: 77)
+    assert engine.evaluation_batch_size(mnist(), model, split) == 77, "the workload's own number holds"
+
+
 @pytest.mark.parametrize(("num_images", "batch_size"), [(1, 1), (2, 2), (3, 1), (10, 3)])
 def test_the_smallest_runs_work(few_images: Arrays, num_images: int, batch_size: int) -> None:
     split = Arrays(few_images.inputs[:num_images], few_images.targets[:num_images])
@@ -507,7 +543,7 @@ def test_an_evaluation_leaves_layers_in_their_mode_and_no_tensors_that_cannot_be
     vars(model)["train"] = train
     engine.evaluate(mnist(), model, Split(few_images))
     assert [name for name, module in model.named_modules() if not module.training] == ["conv1"]
-    assert switched == [False, True]
+    assert switched == [False, True] * 2  # first, to see how large the outputs are
     assert not kept[0].is_inference()
 
 

@@ -106,8 +106,9 @@ def train_cases(rank: int, folder: Path) -> None:
         with joined(rank, world_size, folder / f"store-{world_size}") as group:
             for case in CASES:
                 state, gradients, losses = trained(case, group)
-                evaluation = engine.evaluate_together(Words(), state.model, Split(few_words(251)), group)
-                alone = engine.evaluate(Words(), state.model, Split(few_words(251)))
+                split = Split(few_words(251))
+                evaluation = engine.evaluate_together(Words(), state.model, split, group, micro_batch_size=30)
+                alone = engine.evaluate(Words(), state.model, split, batch_size=25)
                 assert evaluation.values(Words()) == alone.values(Words())
                 if rank == 0:
                     name = f"{case}-{world_size}"
