@@ -110,7 +110,7 @@ def evaluate_here(
         with placed(workload, "an evaluation"):
             model = with_fast_layout(load_model(checkpoint, workload).to(device))
             micro_batch_size = read_state(checkpoint).get("config", {}).get("micro_batch_size")
-            size = engine.evaluation_batch_size(workload, model, split, loader_workers, micro_batch_size)
+            size = engine.batch_size_of(workload, model, split, loader_workers, micro_batch_size)
             return engine.evaluate(workload, model, split, loader_workers, batch_size=size)
     except UsageError as error:
         if isinstance(error.__cause__, (*STORAGE_ERRORS, ExampleError)):  # the data may be mended

@@ -278,7 +278,7 @@ def evaluate_together(
     micro_batch_size: int | None = None,
 ) -> Evaluation:
     """Evaluate a model, each rank on some of the batches. Every rank returns what ``evaluate`` would, bit for bit."""
-    size = evaluation_batch_size(workload, model, split, num_loader_processes, micro_batch_size)
+    size = batch_size_of(workload, model, split, num_loader_processes, micro_batch_size)
     if group.world_size == 1:
         return evaluate(workload, model, split, num_loader_processes, on_batch, size)
     for buffer in model.buffers():  # running statistics of batch normalization may differ between ranks
@@ -307,17 +307,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         module.training = is_training  # a callback may keep layers in evaluation mode
 
 
-def evaluation_batch_size(
-    workload: Workload,
-    model: nn.Module,
-    split: Split,
-    num_loader_processes: int = 0,
-    micro_batch_size: int | None = None,
-) -> int:
+def batch_size_of(workload: Workload, model: nn.Module, split: Split, num_processes: int, most: int | None) -> int:
     """Return how many examples an evaluation computes at a time: the same number for any part of the examples.
 
-    Unless the workload has a number of its own, it divides the default one, and is at most a micro-batch, and as many
-    as have MAX_OUTPUT_BYTES of outputs if all are like the first of the examples.
+    Unless the workload has a number of its own, it divides the default one, and is limited by ``most``, a micro-batch,
+    and by MAX_OUTPUT_BYTES of outputs, if all are like those of the first of the examples.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     size = workload.evaluation_batch_size(on_gpu=device.type == "cuda")
@@ -325,12 +319,12 @@ def evaluation_batch_size(
     if is_own or workload.compares_examples or not len(split):
         return size
     batches = batches_of(Split(split.examples, np.arange(1), split.origin), device, workload.collate)
-    (first,) = batch_loader(batches, [Request(np.arange(1))], device, min(1, num_loader_processes))
+    (first,) = batch_loader(batches, [Request(np.arange(1))], device, min(1, num_processes))
     with evaluating(model):  # without --compile, which would compile for one example
         outputs = model._call_impl(workload.prepare(to_device(first, device).inputs, None))  # type: ignore[no-untyped-call]
     num_bytes = sum(leaf.nbytes for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
-    most = min(size, micro_batch_size or size, MAX_OUTPUT_BYTES // max(1, num_bytes))
-    return next(number for number in range(max(1, most), 0, -1) if size % number == 0)
+    limit = min(size, most or size, MAX_OUTPUT_BYTES // max(1, num_bytes))
+    return next(number for number in range(max(1, limit), 0, -1) if size % number == 0)
 
 
 def evaluate(
@@ -343,8 +337,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a model on its device, in fp32 and fixed batches. Raises UsageError if the columns are too large."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    size = batch_size or evaluation_batch_size(workload, model, split, num_loader_processes)
-    requests = [Request(np.arange(*bounds)) for bounds in split_bounds(len(split), len(split), size)]
+    batch_size = batch_size or batch_size_of(workload, model, split, num_loader_processes, None)
+    requests = [Request(np.arange(*bounds)) for bounds in split_bounds(len(split), len(split), batch_size)]
     sums: list[dict[str, Tensor]] = []  # these and the columns stay on the device, since each transfer waits for it
     columns: list[dict[str, Tensor]] = []
     num_bytes = 0

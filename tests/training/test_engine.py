@@ -402,9 +402,9 @@ def test_all_parts_of_the_examples_are_evaluated_as_many_at_a_time(monkeypatch: 
     monkeypatch.setattr(MNIST, "prepare", lambda self, inputs, generator: inputs)
     split, model = Split(Rows()), nn.Identity()
     parts = [split, split.between(0, 100), split.between(100, 300)]
-    assert [engine.evaluation_batch_size(mnist(), model, part) for part in parts] == [20] * 3
+    assert [engine.batch_size_of(mnist(), model, part, 0, None) for part in parts] == [20] * 3
     monkeypatch.setattr(MNIST, "evaluation_batch_size", lambda self, on_gpu: 77)
-    assert engine.evaluation_batch_size(mnist(), model, split) == 77, "the workload's own number holds"
+    assert engine.batch_size_of(mnist(), model, split, 0, None) == 77, "the workload's own number holds"
 
 
 @pytest.mark.parametrize(("num_images", "batch_size"), [(1, 1), (2, 2), (3, 1), (10, 3)])

@@ -165,7 +165,7 @@ def test_a_batch_without_weight_only_moves_the_schedule_on() -> None:
         momenta = [values["momentum_buffer"] for values in state.optimizer.state_dict()["state"].values()]
         assert state.average is not None
         kept = [*state.model.parameters(), *state.average.parameters(), *momenta]
-        seen.append([tensor.detach().clone() for tensor in (*kept, torch.tensor(state.learning_rate))])
+        seen.append([tensor.detach().clone() for tensor in (*kept, torch.tensor(state.scheduler.get_last_lr()))])
 
     engine.train(Words(), state, split, config, Group(), [Hooks(on_step=note)])
     assert len(seen) == 7
