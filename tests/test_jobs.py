@@ -221,6 +221,7 @@ def test_a_loss_that_becomes_nan_ends_the_run_in_one_line(quick: Flags) -> None:
         (["--reproducible", "--use-gpu", "yes"], "--reproducible computes on CPUs only; leave --use-gpu out"),
         (["--reproducible", "--micro-batch-size", "8"], "take more --num-chunks, not --micro-batch-size"),
         (["--reproducible", "--compile"], "--reproducible does not go with --compile"),
+        (["--recompute-activations", "--compile"], "--recompute-activations does not go with --compile"),
         (["--warmup-steps", "9"], "--warmup-steps: one-cycle has its own warm-up; choose another --schedule"),
         (["--init-from", "nowhere"], "--init-from nowhere: there is no such run, checkpoint or file"),
     ],

@@ -254,6 +254,8 @@ def _check_together(train: TrainConfig, workers: WorkerConfig) -> None:
         raise UsageError("--warmup-steps: one-cycle has its own warm-up; choose another --schedule")
     if train.strategy == "fsdp" and train.compile:
         raise UsageError("--strategy fsdp does not go with --compile, which cannot trace how units are gathered")
+    if train.recompute_activations and train.compile:
+        raise UsageError("--recompute-activations does not go with --compile, which cannot trace it")
     if train.reproducible_chunks is None:
         return
     number = workers.num_workers or 1

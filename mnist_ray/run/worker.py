@@ -92,6 +92,10 @@ def train_worker(
         half = max(1, (config.micro_batch_size or math.ceil(config.batch_size / group.world_size)) // 2)
         remedy = f"try --micro-batch-size {half}, lower --batch-size, or override the workload's evaluation_batch_size"
         raise TrainingStoppedError(f"{first_line(error)}; {remedy}") from error
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        raise TrainingStoppedError(
+            "--compile: the inputs have too many shapes; pad them to a few in collate"
+        ) from error
     finally:
         faulthandler.cancel_dump_traceback_later()  # of end_if_hung
     reporter.end(state)

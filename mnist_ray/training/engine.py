@@ -106,7 +106,10 @@ def train(
     """
     assert config.precision != "auto"
     if config.compile:
-        # Compile for each shape: kernels must not depend on earlier batches, which a resumed run does not see.
+        # Compile for each shape: kernels must not depend on earlier batches, which a resumed run does not see. Nor may
+        # the shapes that are compiled at all: by default, there are eight at most, the first ones.
+        torch.compiler.reset()
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         state.model.compile(dynamic=False)
     state.model.train()
     for callback in callbacks:

@@ -34,6 +34,8 @@ from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train import PreemptionInfo
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from torch import nn
+from torch.utils.data import Dataset
 
 from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError
 from mnist_ray.config import TrainConfig, WorkerConfig
@@ -56,6 +58,7 @@ from mnist_ray.training.engine import create_state
 from mnist_ray.training.events import ControllerAlive, Event, Note, Started, Stopping, WorkersLost
 from mnist_ray.training.metrics import CheckpointMetrics, TrainingDivergedError
 from mnist_ray.training.state import Group, StopWantedError
+from mnist_ray.workload import Regression
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import (
     QUICK,
@@ -759,6 +762,39 @@ def test_memory_that_is_lacking_is_the_codes_except_in_the_first_step_after_a_re
     )
     assert str(raised.value).startswith(advice) == is_codes
     assert not torch.backends.cudnn.allow_tf32, "fp32 means fp32"
+
+
+class Lengths(Dataset):
+    """Of each length, one example."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, place: int) -> tuple[torch.Tensor, float]:
+        return torch.ones(place + 1), 1.0
+
+
+class Summing(nn.Linear):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs.sum(1, keepdim=True)) + 0
+
+
+class OfLengths(Regression):
+    def create_model(self) -> nn.Module:
+        return Summing(1, 1)
+
+
+def test_too_many_shapes_to_compile_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, config = locate(str(tmp_path), "run"), TrainConfig(precision="fp32", batch_size=1, compile=True)
+    compile_model = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_model(self, backend="eager", **options))
+    monkeypatch.setattr(worker.Reporter, "start", Mock())
+    job = Mock(run=run, train=config, workload=OfLengths(), callback=None, code_folders=[], initial=None)
+    job.workers = Mock(hang_timeout_s=600.0, loader_workers=0, read_ahead_mib=1)
+    spec = LoopSpec(job=job, train=Split(Lengths()))
+    said = "^--compile: the inputs have too many shapes; pad them to a few in collate$"
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=False), pytest.raises(TrainingStoppedError, match=said):
+        worker.train_worker(spec, Group(), worker.Reporter, 1)
 
 
 @pytest.mark.parametrize("method", ["create_model", "measure"])
