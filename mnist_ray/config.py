@@ -181,7 +181,9 @@ class WorkerConfig:
     max_failures: int = setting(3, "how often lost workers are replaced before the run fails", **at_least(0))
     fork_workers: Literal["auto", "no"] = setting("auto", "fork worker processes to start faster; auto: if it is safe")
     hang_timeout_s: float = setting(
-        600.0, "seconds without a step or a validated batch after which a worker is replaced", **within(1, 10**6)
+        600.0,
+        "seconds after which a worker is replaced: of a step, a batch of a validation, or a part of the start",
+        **within(1, 10**6),
     )
 
 

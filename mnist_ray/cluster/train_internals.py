@@ -18,9 +18,8 @@ from ray.train.v2._internal.callbacks.placement_group_callback import (
     PlacementGroupCleanerCallback as PlacementGroupCleanerCallback,
 )
 
-# UserCallback.after_exception gets these: Ray Train's own errors in a worker, and the error for a silent worker.
+# UserCallback.after_exception gets these: Ray Train's own errors in a worker.
 from ray.train.v2._internal.exceptions import RayTrainError as RayTrainError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError as WorkerHealthCheckFailedError
 
 # The base of a callback that is called in the process that controls the workers, also before it starts them; and two of
 # the states of that process.

@@ -14,7 +14,7 @@ import torch
 from ray.exceptions import RayActorError, RayError
 from ray.train import UserCallback
 
-from mnist_ray.cluster.train_internals import RayTrainError, WorkerHealthCheckFailedError
+from mnist_ray.cluster.train_internals import RayTrainError
 from mnist_ray.errors import (
     ExampleError,
     JobError,
@@ -92,22 +92,23 @@ def is_of_group(error: BaseException) -> bool:
 
 def describe(worker_exceptions: Mapping[int, Exception]) -> str:
     """Describe one failed rank in one line, preferably one that died: its death makes the other workers fail too."""
-    rank, error = min(worker_exceptions.items(), key=lambda item: (not isinstance(item[1], RayActorError), item[0]))
+    # Ray Train asks a worker how it is; why that failed is in its error.
+    own = {rank: getattr(error, "health_check_failure", error) for rank, error in worker_exceptions.items()}
+    rank, error = min(own.items(), key=lambda item: (not isinstance(item[1], RayActorError), item[0]))
     cause = getattr(error, "_base_exc", error)
     if is_of_group(cause):
         of_nccl = re.search(r"Last error:\s*(.+)", str(cause))
         if of_nccl and not _PEER_IS_GONE.search(of_nccl[1]):
             return f"worker {rank} failed: NCCL: {of_nccl[1]}"
         return f"worker {rank} has lost its connection to another worker, which has died or hangs"
-    if isinstance(error, WorkerHealthCheckFailedError):
-        return f"worker {rank} does not answer"
     if not isinstance(error, RayActorError):
         return f"worker {rank} failed: {_line_of(cause)}"
     if error.preempted:
         return f"worker {rank} was lost with its node, which was preempted"
     # Only the text of Ray's error tells that the actor's node has died.
-    has_lost_node = any("node" in line and ("died" in line or "dead" in line) for line in str(error).splitlines())
-    return f"worker {rank} was lost with its node" if has_lost_node else f"worker {rank} died"
+    has_lost_node = re.search(r"\bnode\b[^.\n]*\b(died|dead)\b", str(error)) is not None
+    died = "died: it hung, was killed (perhaps for lack of memory), crashed, or called os._exit"
+    return f"worker {rank} {'was lost with its node' if has_lost_node else died}"
 
 
 def reason_of(error: Exception) -> str:

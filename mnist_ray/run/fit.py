@@ -35,10 +35,11 @@ from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.signals import Noted, first_only_noted
 from mnist_ray.storage import SNAPSHOT_FILE, STORAGE_ERRORS, RunFolder, in_one_line, with_retries
-from mnist_ray.training.events import ControllerAlive, Event, Started, Stopping, WorkersLost
+from mnist_ray.training.events import ControllerAlive, Event, Note, Started, Stopping, WorkerAlive, WorkersLost
 
 _POLL_INTERVAL_S = 0.5  # between the driver's requests for events; workers send their progress at the same interval
 _START_INTERVAL_S = 0.1  # the same, while no workers train
+_STOP_TIMEOUT_S = 60.0  # after Ctrl-C, for a step or any other sign of life of the workers
 _END_TIMEOUT_S = 5.0  # to wait for the end of Ray Train's controller, if the run ends first
 _ALIVE_INTERVAL_S = 5.0  # between two signs of life of the controller's process
 _RESIZE_INTERVAL_S = 15.0  # after which an elastic run checks again whether the cluster has room for more workers
@@ -117,7 +118,8 @@ def fit_again(spec: LoopSpec, plan: WorkerPlan, on_event: Callable[[Event], None
 def fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[[Event], None]) -> ray.train.Result:
     """Fit in another thread, while this thread passes on events and handles Ctrl-C; return the result.
 
-    At the first Ctrl-C, workers that are training save a checkpoint; then this raises KeyboardInterrupt.
+    At the first Ctrl-C, workers that are training, and do not hang, save a checkpoint; then this raises
+    KeyboardInterrupt.
     """
     result = in_thread(trainer.fit)
     try:
@@ -139,9 +141,10 @@ def fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[[
 def _listen(
     result: Future[ray.train.Result], event_queue: Any, on_event: Callable[[Event], None], interrupted: Noted
 ) -> None:
-    """Pass on events until there is a result or, after Ctrl-C, until no workers are training."""
-    is_running, is_training, is_stopping = True, False, False
+    """Pass on events until there is a result or, after Ctrl-C, until no workers are training, or they hang."""
+    is_running, is_training, stopping_at = True, False, math.inf
     alive_at = math.inf  # unknown until the controller has started
+    lived_at = -math.inf  # when a worker last showed life
     while is_running and (is_training or not interrupted.is_set):
         interval = _POLL_INTERVAL_S if is_training else _START_INTERVAL_S
         is_running = bool(wait([result], interval).not_done)  # checked before the last events are taken
@@ -154,12 +157,18 @@ def _listen(
                 end_controllers()  # else it could go on to train, once it answers again
             raise RaySilentError.of("Ray Train's controller")
         for event in events:
+            if isinstance(event, WorkerAlive):
+                lived_at = max(lived_at, time.monotonic() - event.silent_s)
+                continue
             is_training = isinstance(event, Started) or (is_training and not isinstance(event, WorkersLost))
             on_event(event)  # may take long, if the terminal or the storage does
-        if interrupted.is_set and is_training and not is_stopping:
-            is_stopping = True
+        if interrupted.is_set and is_training and stopping_at == math.inf:
+            stopping_at = time.monotonic()
             event_queue.want_stop.remote()
             on_event(Stopping())
+        if time.monotonic() - max(stopping_at, lived_at) > _STOP_TIMEOUT_S:
+            on_event(Note(f"no checkpoint is saved: no worker has shown life for {_STOP_TIMEOUT_S:.0f} s"))
+            return
 
 
 def _taken(event_queue: Any) -> list[Event]:

@@ -50,9 +50,6 @@ class LocalReporter(Reporter):
         super().__init__(spec, group, config)
         self._on_event, self._interrupted, self._is_stopping = on_event, interrupted, False
 
-    def show_life(self) -> None:
-        """Set no time limit, because a debugger may pause the training."""
-
     def send(self, event: Event) -> None:
         """Pass on an event."""
         self._on_event(event)

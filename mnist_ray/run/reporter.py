@@ -22,6 +22,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from mnist_ray.cluster.devices import device_here
 from mnist_ray.config import TrainConfig
 from mnist_ray.run.failures import OldCheckpointError, code_failures_placed
+from mnist_ray.run.life import STORAGE_LIMIT_S
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import CONFIG_FILE, checkpoint_name, position_of, with_retries
 from mnist_ray.training.checkpoint import Restored, Snapshot
@@ -164,18 +165,18 @@ class TrainReporter(Reporter):
         waits for that.
         """
         start = time.monotonic()
-        self.show_life()
         name, upload = checkpoint_name(state.epoch, state.step), None
         if self._is_first or state.is_sharded:
             with state.watch.on(STORAGE):
                 state.pace.wait()
+            self._life.show()  # a callback's state_dict may hang
             write = functools.partial(self._write, self.snapshot(state, metrics), name, start, state.pace)
+            self._life.show(STORAGE_LIMIT_S)
             if self._is_first:
                 upload = functools.partial(self._upload, write)
             else:
                 threading.Thread(target=write, daemon=True).start()
         self._report(metrics, name, CheckpointUploadMode.ASYNC, upload)
-        self.show_life()
 
     def _report(self, metrics: CheckpointMetrics, name: str, mode: CheckpointUploadMode, upload: Any = None) -> None:
         """Report a checkpoint, which only rank 0 has."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import functools
 import math
 import socket
@@ -15,13 +14,14 @@ import torch
 from torch import nn
 
 from mnist_ray.cluster.devices import name_of
-from mnist_ray.cluster.environment import end_if_hung, keep_freed_memory
+from mnist_ray.cluster.environment import keep_freed_memory
 from mnist_ray.cluster.plan import threads_per_worker, usable_cores
 from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, TrainingStoppedError, first_line
 from mnist_ray.provenance import arithmetic, versions
 from mnist_ray.run.job import Job
+from mnist_ray.run.life import STORAGE_LIMIT_S, Life
 from mnist_ray.storage import INITIAL_FILE, checkpoint_name, position_of
 from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training import engine
@@ -35,8 +35,6 @@ from mnist_ray.training.state import Group, StopWantedError, TrainingState, best
 from mnist_ray.training.stopwatch import CHECKPOINTS, VALIDATION
 from mnist_ray.workload import user_code
 from mnist_ray.workload.data import Split
-
-SHOWN_EVERY_S = 0.1  # at most: each sign of life starts a new thread, whose timer ends this process if it expires
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +61,24 @@ def train_worker(
     torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means fp32
     threads = threads_per_worker(cpus, usable_cores(), workers_on_node, job.train.batch_size // group.world_size)
     torch.set_num_threads(1 if job.train.reproducible else threads)
+    life = Life(job, group.rank, spec.event_queue)
+    try:
+        _train(spec, group, create_reporter, life)
+    finally:
+        life.end()
+
+
+def _train(
+    spec: LoopSpec, group: Group, create_reporter: Callable[[LoopSpec, Group, TrainConfig], Reporter], life: Life
+) -> None:
+    job = spec.job
     config = replace(job.train, precision=engine.resolve_precision(job.train.precision, group))
     if config.reproducible:
         check_arithmetic(group.world_size)
     split = _opened(spec.train)
+    life.show()
     state = engine.create_state(job.workload, config, len(split), group, functools.partial(_load_initial, job))
+    life.show()
     reporter = create_reporter(spec, group, config)
     restored = checkpoints.restore_newest(job.run, state, reporter.callbacks, group)
     # From here on: a whole model, or what was read of a checkpoint, goes back to the kernel.
@@ -75,7 +86,7 @@ def train_worker(
     state.last_step = min(math.ceil(min(spec.until_epoch, config.num_epochs) * state.num_steps), state.total_steps)
     callbacks = [*reporter.callbacks, reporter]
     try:
-        reporter.start(state, restored)
+        reporter.start(state, restored, life)
         engine.train(
             job.workload,
             state,
@@ -92,12 +103,11 @@ def train_worker(
         half = max(1, (config.micro_batch_size or math.ceil(config.batch_size / group.world_size)) // 2)
         remedy = f"try --micro-batch-size {half}, lower --batch-size, or override the workload's evaluation_batch_size"
         raise TrainingStoppedError(f"{first_line(error)}; {remedy}") from error
-    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
-        raise TrainingStoppedError(
-            "--compile: the inputs have too many shapes; pad them to a few in collate"
-        ) from error
-    finally:
-        faulthandler.cancel_dump_traceback_later()  # of end_if_hung
+    except RuntimeError as error:  # dynamo's import, which its class would need, takes a second
+        if type(error).__name__ != "FailOnRecompileLimitHit":
+            raise
+        remedy = "pad them to a few in collate"
+        raise TrainingStoppedError(f"--compile: the inputs have too many shapes; {remedy}") from error
     reporter.end(state)
 
 
@@ -118,19 +128,19 @@ class Reporter(Callback):
         self._spec, self._group, self._config = spec, group, config
         self._job = job = spec.job
         self._is_first = group.rank == 0
-        self._shown_at = -math.inf
         self._validation = None if spec.validation is None else _opened(spec.validation)
         # The user's callback comes first: checkpoints match callbacks by position.
         self.callbacks: list[Callback] = [user_code.load(job.callback, Callback)()] if job.callback else []
 
-    def start(self, state: TrainingState, restored: checkpoints.Restored) -> None:
-        """Report the start of training, from the ``restored`` checkpoint if there is one.
+    def start(self, state: TrainingState, restored: checkpoints.Restored, life: Life) -> None:
+        """Report the start of training, from the ``restored`` checkpoint if there is one; from now on, show ``life``.
 
         The checkpoint may already be at the end of the trial's segment or past it, if the trial was killed before the
         sweep recorded it. Then report the checkpoint, and raise StopWantedError. Raises JobError if ranks restored
         different checkpoints.
         """
-        self.show_life()
+        self._life, life.state = life, state
+        life.show()
         hosts = self._hosts_with(restored.name)
         is_segment_over = state.total_step >= state.last_step and not is_over(state, self._config)
         if is_segment_over and restored.metrics.validation is None:  # past the end: sweep.csv was lost
@@ -152,16 +162,9 @@ class Reporter(Callback):
     def send(self, event: Event) -> None:
         """Report an event. This method does nothing unless a subclass overrides it."""
 
-    def show_life(self) -> None:
-        """Give the next step, or the next batch of a validation, its full time limit."""
-        now = time.monotonic()
-        if now - self._shown_at > SHOWN_EVERY_S:
-            self._shown_at = now
-            end_if_hung(self._job.workers.hang_timeout_s)
-
     def on_step(self, state: TrainingState) -> None:
         """Show that this worker does not hang."""
-        self.show_life()
+        self._life.show()
 
     def _hosts_with(self, checkpoint: str) -> list[str]:
         """Return the ranks' hosts; all ranks must call this. Raises JobError if they restored different checkpoints."""
@@ -193,8 +196,10 @@ class Reporter(Callback):
         """Validate if that is due, then save."""
         state.watch.turn(CHECKPOINTS)
         metrics = self.validate_and_report(state, progress)
+        self._life.show(STORAGE_LIMIT_S)
         with state.pace.saving():
             self.keep(state, metrics)
+        self._life.show()
         if state.step == 0:
             self.send(Saved(state.epoch, self._seconds_of_all(state)))
 
@@ -262,7 +267,7 @@ class Reporter(Callback):
                 self._validation,
                 self._group,
                 num_loader_processes=self._job.workers.loader_workers,
-                on_batch=self.show_life,
+                on_batch=self._life.show,
                 micro_batch_size=self._config.micro_batch_size,
             )
         values = evaluation.values(workload)

@@ -48,6 +48,11 @@ class Stopwatch:
         event.record()
         return event
 
+    @property
+    def part(self) -> str:
+        """The part to which this moment belongs."""
+        return self._turns[-1][1]
+
     def turn(self, part: str, at: Any = None) -> None:
         """Count the time from now on, or from the moment ``at``, as ``part``."""
         self._turns.append((self.now() if at is None else at, part))
@@ -55,7 +60,7 @@ class Stopwatch:
     @contextlib.contextmanager
     def on(self, part: str) -> Iterator[None]:
         """Count the time of a block as ``part``, then go on with the part before."""
-        before = self._turns[-1][1]
+        before = self.part
         self.turn(part)
         yield
         self.turn(before)

@@ -1,7 +1,6 @@
 """Runs that lose workers, nodes, checkpoints and storage."""
 
 import contextlib
-import faulthandler
 import gc
 import json
 import math
@@ -41,11 +40,12 @@ from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.errors import ExampleError, JobError, TrainingStoppedError, UnreadableDataError, UsageError
 from mnist_ray.report.run_files import read_csv
-from mnist_ray.run import failures, fit, reporter, worker
+from mnist_ray.run import failures, fit, life, reporter, worker
 from mnist_ray.run.evaluate import evaluate_here
 from mnist_ray.run.failures import OldCheckpointError, describe
 from mnist_ray.run.find import best_of, drop_others, find
 from mnist_ray.run.fit import EventQueue
+from mnist_ray.run.life import Life
 from mnist_ray.run.record import logs_named
 from mnist_ray.run.reporter import Outcome
 from mnist_ray.run.session import ending_explained
@@ -55,7 +55,7 @@ from mnist_ray.storage import SNAPSHOT_FILE, RunFolder, checkpoint_name, locate
 from mnist_ray.training import checkpoint, engine
 from mnist_ray.training.checkpoint import Restored, restore_newest
 from mnist_ray.training.engine import create_state
-from mnist_ray.training.events import ControllerAlive, Event, Note, Started, Stopping, WorkersLost
+from mnist_ray.training.events import ControllerAlive, Event, Note, Started, Stopping, WorkerAlive, WorkersLost
 from mnist_ray.training.metrics import CheckpointMetrics, TrainingDivergedError
 from mnist_ray.training.state import Group, StopWantedError
 from mnist_ray.workload import Regression
@@ -197,10 +197,15 @@ def test_a_run_whose_event_queue_dies_says_in_one_line_how_to_resume(finished_ru
     assert weights(gate.run) == weights(finished_run)
 
 
-def queue_of(takes: list[list[Event]], over: threading.Event) -> Any:
+def advance(now: list[float], seconds: float) -> None:
+    now[0] += seconds
+
+
+def queue_of(takes: list[list[Event]], over: threading.Event, before: Callable[[], None] = lambda: None) -> Any:
     """Return an event queue of which each take gives the next events; after the last ones, the training is ``over``."""
 
     def take() -> Any:
+        before()
         events = takes.pop(0) if takes else []
         if not takes:
             over.set()
@@ -244,6 +249,29 @@ def test_an_interrupted_run_waits_for_workers_that_train_and_for_no_others(monke
         fit.fit_and_listen(Mock(fit=over.wait), queue, note)
     assert events == [started, Stopping(), lost]
     queue.want_stop.remote.assert_called_once()
+
+
+STARTED = Started(2, ("here",), 1, "cpu", "fp32", 0, 0, 10)
+
+
+@pytest.mark.usefixtures("ray_address")
+def test_an_interrupted_run_whose_workers_hang_ends_after_a_minute_without_a_checkpoint(
+    now: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted, over, events = Noted(), threading.Event(), list[Event]()
+    monkeypatch.setattr(fit, "first_only_noted", lambda: contextlib.nullcontext(noted))
+    monkeypatch.setattr(fit, "end_controllers", over.set)
+    alive: list[list[Event]] = [[WorkerAlive(0), WorkerAlive(50)]] * 3
+    takes = [[STARTED], *alive, [WorkerAlive(40)], [WorkerAlive(80)], []]
+
+    def note(event: Event) -> None:
+        events.append(event)
+        noted.is_set = True
+
+    with pytest.raises(KeyboardInterrupt):
+        fit.fit_and_listen(Mock(fit=over.wait), queue_of(takes, over, lambda: advance(now, 40)), note)
+    assert events == [STARTED, Stopping(), Note("no checkpoint is saved: no worker has shown life for 60 s")]
+    assert now == [240]
 
 
 def test_a_training_that_ends_before_its_event_queue_has_started_loses_no_event(
@@ -427,7 +455,6 @@ def test_a_job_waits_for_a_node_for_longer_than_ray_may_be_silent(
 def reporter_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., reporter.TrainReporter]:
     """Return a function that creates the reporter of a run's only worker; it sends its events to a Mock."""
     monkeypatch.setattr("ray.train.get_checkpoint", lambda: None)
-    monkeypatch.setattr("mnist_ray.run.worker.end_if_hung", lambda timeout_s: None)
     monkeypatch.setattr("sys.breakpointhook", sys.breakpointhook)  # a worker sets its own
 
     def create(run: Any = None, **spec: Any) -> reporter.TrainReporter:
@@ -475,16 +502,90 @@ def test_a_checkpoint_is_saved_for_each_leaving_node_and_shortly_before_the_firs
     assert [1000 + number for number, is_wanted in enumerate(wanted[1:]) if is_wanted] == [1000, 1004, 1008]
 
 
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time of ``time.monotonic()``, in a list."""
+    now = [0.0]
+    for module in (life, fit):
+        monkeypatch.setattr(module, "time", Mock(monotonic=lambda: now[0], sleep=lambda seconds: time.sleep(0.01)))
+    monkeypatch.setattr(fit, "_POLL_INTERVAL_S", 0)
+    monkeypatch.setattr(fit, "_START_INTERVAL_S", 0)
+    return now
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time limits that are set."""
+    limits: list[float] = []
+    monkeypatch.setattr(life, "end_if_hung", limits.append)
+    return limits
+
+
+def job_of(num_workers: int = 1, **values: Any) -> Any:
+    workers = WorkerConfig(num_workers=num_workers, hang_timeout_s=600)
+    return Mock(**{"workers": workers, "code_folders": [], **values})
+
+
 def test_a_hung_workers_time_limit_is_for_a_step_not_for_a_window(
-    reporter_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    reporter_on: Callable[..., Any], now: list[float], limits: list[float]
 ) -> None:
-    armed, now = list[float](), [0.0]
-    monkeypatch.setattr(worker, "time", Mock(monotonic=lambda: now[0]))
-    monkeypatch.setattr(worker, "end_if_hung", lambda timeout_s: armed.append(timeout_s))
-    reporter = reporter_on()
+    reporter, shown = reporter_on(), Life(job_of(), 0)
+    reporter._life = shown
     for now[0] in (0, 0.01, 9, 20):
         reporter.on_step(Mock())
-    assert len(armed) == 3  # two steps within a hundredth of a second share one
+    assert limits == [600] * 3  # two steps within a hundredth of a second share one
+    Life(job_of(num_workers=0), 0)
+    assert len(limits) == 3
+
+
+def test_each_part_of_a_workers_start_has_a_time_limit(
+    few_images: Arrays, run: RunFolder, limits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(life, "SHOWN_EVERY_S", -1)
+    begun: dict[str, int] = {}  # how many limits were set before each part
+    of_engine = [(engine, "resolve_precision"), (engine, "create_state")]
+    parts: list[tuple[Any, str]] = [*of_engine, (worker, "_opened"), (checkpoint, "restore_newest")]
+
+    def noting(name: str, part: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*args: Any, **options: Any) -> Any:
+            begun.setdefault(name, len(limits))
+            return part(*args, **options)
+
+        return note
+
+    for module, name in parts:
+        monkeypatch.setattr(module, name, noting(name, getattr(module, name)))
+    monkeypatch.setattr(worker.Reporter, "start", Mock(side_effect=StopWantedError))
+    job = job_of(run=run, train=TrainConfig(), workload=mnist(), callback=None, initial=None)
+    with pytest.raises(StopWantedError):
+        worker.train_worker(LoopSpec(job=job, train=Split(few_images)), Group(), worker.Reporter, 1)
+    assert begun == {"resolve_precision": 1, "_opened": 1, "create_state": 2, "restore_newest": 3}
+
+
+def test_a_worker_may_wait_for_the_storage_for_longer_than_for_a_step(
+    reporter_on: Callable[..., Any], limits: list[float]
+) -> None:
+    waits, reporter, state = list[float](), reporter_on(), create_state(mnist(), TrainConfig(), 600, Group())
+    reporter._life, state.step = Life(job_of(), 0), 1
+    copied: list[float] = []
+    state.pace = Mock(wait=lambda: waits.append(limits[-1]), saving=contextlib.nullcontext)
+    reporter.snapshot = lambda *args: copied.append(limits[-1])
+    reporter._report = lambda *args: waits.append(limits[-1])  # waits for the other workers, which wait for the storage
+    reporter.on_checkpoint(state, Mock(so_far={}, examples_per_s=1.0))
+    assert (waits, copied, limits[-1]) == ([600 + life.STORAGE_LIMIT_S] * 2, [600], 600)
+
+
+def test_a_worker_tells_where_it_is_when_half_of_its_time_limit_is_over(now: list[float], limits: list[float]) -> None:
+    told, job = list[Event](), job_of(code_folders=[Path(__file__).parent])
+    shown = Life(job, 1, Mock(**{"put.remote": told.append}))
+    shown.state = Mock(step=4, epoch=2, watch=Mock(part="data"))
+    now[0] = 301
+    wait_for(lambda: told.count(WorkerAlive(301)) == 3)
+    shown.state.watch.part = "storage"  # which has time limits of its own
+    wait_for(lambda: told[-1] == WorkerAlive(0))
+    (note,) = [event.text for event in told if isinstance(event, Note)]
+    said = "worker 1 has shown no life for 301 s of --hang-timeout-s 600: it is in "
+    assert re.fullmatch(said + r"\w+ \(\w+\.py, line \d+\), data after step 4 of epoch 3", note)
 
 
 NEWEST, BEFORE = "checkpoint_epoch-001_step-000020", "checkpoint_epoch-001_step-000000"
@@ -539,15 +640,14 @@ def test_workers_that_see_different_checkpoints_do_not_start(monkeypatch: pytest
 
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
     job, state = Mock(callback=None), create_state(mnist(), TrainConfig(), 600, Group())
-    job.run.uri, job.workers.hang_timeout_s = "/runs/one", 600
+    job.run.uri = "/runs/one"
     first, sent = worker.Reporter(LoopSpec(job=job, train=Mock()), Group(0, 2), TrainConfig()), Mock()
     monkeypatch.setattr(first, "send", sent)
     others, state.last_step = "checkpoint_epoch-002_step-000000", 99
-    first.start(state, Restored(others))
+    first.start(state, Restored(others), Mock())
     assert sent.call_args.args[0].hosts[1] == "node-2"
     with pytest.raises(JobError, match=r"^/runs/one does not show the same checkpoints on all nodes$"):
-        first.start(state, Restored("checkpoint_epoch-001_step-000000"))
-    faulthandler.cancel_dump_traceback_later()
+        first.start(state, Restored("checkpoint_epoch-001_step-000000"), Mock())
 
 
 def test_the_newest_whole_checkpoint_is_restored_and_damaged_ones_are_named(
@@ -632,6 +732,13 @@ def test_a_worker_that_hangs_ends_itself_with_its_stack_in_the_log() -> None:
 
 FIRST = "checkpoint_epoch-000_step-000000"
 GLOO = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error")
+OF_RAY = (
+    "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker "
+    "unexpectedly exits with a connection error code 2. End of file. If the process was killed by the kernel OOM "
+    "killer (verifiable by checking for OOM in dmesg of the OOMing node), consider enabling resource isolation via "
+    "--enable-resource-isolation to prevent node deaths by resource contention"
+)
+DIED = "worker 1 died: it hung, was killed (perhaps for lack of memory), crashed, or called os._exit"
 LOST_CONNECTION = "worker 0 has lost its connection to another worker, which has died or hangs"
 
 
@@ -642,14 +749,14 @@ def of_nccl(last: str) -> torch.distributed.DistBackendError:
 @pytest.mark.parametrize(
     ("failures", "line"),
     [
-        ({1: RayActorError(error_msg="The actor died unexpectedly")}, "worker 1 died"),
+        ({1: RayActorError(error_msg="The actor died unexpectedly")}, DIED),
         ({2: RayActorError(error_msg="The actor died because its node has died.")}, "worker 2 was lost with its node"),
-        ({0: WorkerHealthCheckFailedError("failed", RuntimeError())}, "worker 0 does not answer"),
+        ({0: GLOO, 1: WorkerHealthCheckFailedError("failed", RayActorError(error_msg=OF_RAY))}, DIED),
         ({1: of_nccl("Cuda failure 'out of memory'")}, "worker 1 failed: NCCL: Cuda failure 'out of memory'"),
         ({0: of_nccl("remote process exited or there was a network error")}, LOST_CONNECTION),
         ({0: of_nccl("socketProgress: Connection closed by remote peer node-2")}, LOST_CONNECTION),
         ({0: ValueError("bad value\nand more")}, "worker 0 failed: ValueError: bad value"),
-        ({0: GLOO, 1: RayActorError()}, "worker 1 died"),
+        ({0: GLOO, 1: RayActorError()}, DIED),
         ({0: GLOO}, LOST_CONNECTION),
     ],
 )
@@ -746,7 +853,7 @@ def test_memory_that_is_lacking_is_the_codes_except_in_the_first_step_after_a_re
     checkpoint.snapshot(create_state(mnist(), config, 600, Group()), {}).write(run.inside(FIRST))
     states = []
     monkeypatch.setattr("torch.backends.cudnn.allow_tf32", True)
-    monkeypatch.setattr(worker.Reporter, "start", lambda self, state, restored: states.append(state))
+    monkeypatch.setattr(worker.Reporter, "start", lambda self, state, *others: states.append(state))
 
     def fail(*args: Any, **options: Any) -> None:
         states[0].step += steps
@@ -868,6 +975,6 @@ def test_code_that_fails_ends_a_run_and_other_failures_are_reported() -> None:
         reporter.after_exception(None, {0: TrainingStoppedError("ValueError: bad (model.py, line 55)")})
     event_queue.put.remote.assert_not_called()
     reporter.after_exception(None, {1: RayActorError(error_msg="The actor died unexpectedly")})
-    event_queue.put.remote.assert_called_once_with(WorkersLost("worker 1 died"))
+    event_queue.put.remote.assert_called_once_with(WorkersLost(DIED))
     with pytest.raises(OldCheckpointError):
         reporter.after_exception(None, {0: OldCheckpointError(f"{NEWEST} is damaged")})

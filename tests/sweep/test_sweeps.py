@@ -27,6 +27,7 @@ from mnist_ray.mnist import MNIST
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.run.job import Job
 from mnist_ray.run.job_data import load_splits
+from mnist_ray.run.life import STORAGE_LIMIT_S
 from mnist_ray.run.session import Session
 from mnist_ray.settings import json_lines, values_of
 from mnist_ray.storage import RunFolder, locate
@@ -479,15 +480,15 @@ def test_a_trial_killed_after_the_last_checkpoint_of_a_segment_reports_it_again(
 ) -> None:
     reported: list[dict[str, Any]] = []
     watch, unwatch = Mock(), Mock()
-    monkeypatch.setattr("mnist_ray.run.worker.SHOWN_EVERY_S", 0)
-    monkeypatch.setattr("mnist_ray.run.worker.end_if_hung", watch)
+    monkeypatch.setattr("mnist_ray.run.life.SHOWN_EVERY_S", 0)
+    monkeypatch.setattr("mnist_ray.run.life.end_if_hung", watch)
     monkeypatch.setattr("faulthandler.cancel_dump_traceback_later", unwatch)
     for until_epoch in (0.5, 0.5, 2, 2):
         try_one(reported.append, few_images, tmp_path, mnist(), OutputConfig(), until_epoch)
     assert [metrics["epochs"] for metrics in reported] == [0.5, 0.5, 1.0, 2.0, 2.0]
     assert (reported[1], reported[4]) == (reported[0], reported[3])
     assert watch.call_count >= 4 + 3 * 6  # where each run begins, and at each batch of the three validations
-    assert {call.args for call in watch.call_args_list} == {(60,)}
+    assert {call.args for call in watch.call_args_list} == {(60,), (60 + STORAGE_LIMIT_S,)}  # the latter while it saves
     assert unwatch.call_count == 4  # also where there is nothing to train: Tune may keep the process for long
 
 
