@@ -11,6 +11,7 @@ import re
 import shutil
 import socket
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -34,6 +35,7 @@ from ray_fork.starting import Forking, own_runtime_env, runtime_env_to_fork
 _WORKER_START_TIMEOUT_S = 50.0
 _CONNECT_TIMEOUT_S = 4.0
 _DISCONNECT_TIMEOUT_S = 5.0
+_WAITING_SAID_AFTER_S, _WAITING_SAID_EVERY_S = 30.0, 300.0  # a start takes up to 20 s
 
 
 @contextlib.contextmanager
@@ -295,6 +297,24 @@ def _answers(address: str) -> bool:
 def _describe(is_local: bool) -> Cluster:
     logs = ray_internals.session_folder() / "logs"
     return Cluster(is_local, current_nodes(), str(logs))
+
+
+class Waiting:
+    """Says, after half a minute and then every five minutes, what a job waits for, and what the cluster has free."""
+
+    def __init__(self, needed: str, say: Callable[[str], object]) -> None:
+        self._needed, self._say = needed, say
+        self.look(is_waiting=False)
+
+    def look(self, *, is_waiting: bool = True) -> None:
+        """Say so if it is time; if the job does not wait now, count from now on."""
+        if not is_waiting:
+            self._since, self._said_after_s = time.monotonic(), _WAITING_SAID_AFTER_S
+        elif (waited_s := time.monotonic() - self._since) > self._said_after_s:
+            self._said_after_s = waited_s + _WAITING_SAID_EVERY_S
+            there, free = ray.cluster_resources(), ray.available_resources()
+            parts = [f"{free.get(name, 0):g} of {there[name]:g} {name}s" for name in ("CPU", "GPU") if name in there]
+            self._say(f"waiting for {self._needed}: {' and '.join(parts)} are free ({waited_s:.0f} s)")
 
 
 def current_nodes() -> tuple[Node, ...]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
-from mnist_ray.cluster.connect import connect
+from mnist_ray.cluster.connect import Waiting, connect
 from mnist_ray.cluster.devices import device_here, without_unusable_gpus
 from mnist_ray.cluster.remote_data import RemoteSplit, share
 from mnist_ray.config import EvaluationConfig, WorkerConfig
@@ -49,7 +49,7 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
                 console.say("note", f"the run itself was tested with {flag(name)} {part}; here, all data are used")
         console.say("checkpoint", found.checkpoint.path)
         console.say("data", f"{data.name}: {len(test):,} test {workload.nouns}")
-        tested = evaluate_in_tasks(workload, found.checkpoint, test, config.num_tasks, 0, use_gpu)
+        tested = evaluate_in_tasks(workload, found.checkpoint, test, config.num_tasks, 0, use_gpu, console)
         console.show_evaluation(tested)
         return tested
 
@@ -61,6 +61,7 @@ def evaluate_in_tasks(
     num_tasks: int,
     loader_workers: int,
     use_gpu: bool,
+    console: RunConsole,
     labels: Mapping[str, str] | None = None,
 ) -> Evaluation:
     """Evaluate a checkpoint on the test set, divided among tasks with one CPU and, if ``use_gpu``, one GPU each.
@@ -74,8 +75,11 @@ def evaluate_in_tasks(
     task = ray.remote(num_cpus=1, num_gpus=int(use_gpu), **selector)(_evaluate_split)
     bounds = split_bounds(len(test), num_tasks, workload.evaluation_batch_size(on_gpu=use_gpu))
     splits = [task.remote(checkpoint, shared, start, stop, loader_workers) for start, stop in bounds]
+    waiting = Waiting("1 CPU and 1 GPU" if use_gpu else "1 CPU", functools.partial(console.say, "note"))
+    while splits and not ray.wait(splits, timeout=1)[0]:  # until a task has begun
+        waiting.look()
     try:
-        return Evaluation.merge(ray.get(splits))
+        return Evaluation.merge([ray.get([*split][-1]) for split in splits])
     except RayError as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(cause, RayError):
@@ -95,9 +99,10 @@ def _import_engine() -> None:
 
 def _evaluate_split(
     checkpoint: RunFolder, shared: RemoteSplit, start: int, stop: int, loader_workers: int
-) -> Evaluation:
+) -> Iterator[Evaluation | None]:
+    yield None  # the task has begun
     split = shared.open().between(start, stop)
-    return evaluate_here(checkpoint, shared.workload, split, loader_workers, device_here())
+    yield evaluate_here(checkpoint, shared.workload, split, loader_workers, device_here())
 
 
 def evaluate_here(

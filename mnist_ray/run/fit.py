@@ -20,7 +20,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig,
 from ray.train.torch import TorchTrainer
 
 from mnist_ray.cluster import train_internals
-from mnist_ray.cluster.connect import this_node
+from mnist_ray.cluster.connect import Waiting, this_node
 from mnist_ray.cluster.devices import usable
 from mnist_ray.cluster.plan import WorkerPlan, plan_workers
 from mnist_ray.cluster.remote_data import share
@@ -144,7 +144,8 @@ def _listen(
     """Pass on events until there is a result or, after Ctrl-C, until no workers are training, or they hang."""
     is_running, is_training, stopping_at = True, False, math.inf
     alive_at = math.inf  # unknown until the controller has started
-    lived_at = -math.inf  # when a worker last showed life
+    told_at = lived_at = -math.inf  # of the workers: when one last told how it is, and when one last showed life
+    waiting = Waiting("the workers", lambda text: on_event(Note(text)))
     while is_running and (is_training or not interrupted.is_set):
         interval = _POLL_INTERVAL_S if is_training else _START_INTERVAL_S
         is_running = bool(wait([result], interval).not_done)  # checked before the last events are taken
@@ -158,10 +159,12 @@ def _listen(
             raise RaySilentError.of("Ray Train's controller")
         for event in events:
             if isinstance(event, WorkerAlive):
-                lived_at = max(lived_at, time.monotonic() - event.silent_s)
+                told_at = time.monotonic()
+                lived_at = max(lived_at, told_at - event.silent_s)
                 continue
             is_training = isinstance(event, Started) or (is_training and not isinstance(event, WorkersLost))
             on_event(event)  # may take long, if the terminal or the storage does
+        waiting.look(is_waiting=not is_training and time.monotonic() - told_at > 2 * _ALIVE_INTERVAL_S)
         if interrupted.is_set and is_training and stopping_at == math.inf:
             stopping_at = time.monotonic()
             event_queue.want_stop.remote()

@@ -171,6 +171,7 @@ class Recorder:
                 num_tasks=1,
                 loader_workers=job.workers.loader_workers,
                 use_gpu=self._plan.use_gpu,
+                console=self._console,
                 labels=self._plan.labels,
             )
         self._clock.mark("evaluation")

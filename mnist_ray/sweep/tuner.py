@@ -18,6 +18,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from mnist_ray.cluster.connect import Waiting
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, suitable
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, TrainingStoppedError, count, masked
@@ -168,6 +169,7 @@ class _Watcher(tune.Callback):
         for record in table.by_point.values():
             if record.state in (LOST, RUNNING):  # in an interrupted sweep
                 record.state = self._without_process(record)
+        self._waiting = Waiting("a trial", functools.partial(say, "note"))
         self._num_begun = len(climb(sweep, table, self._candidates))  # rungs
         self.failure: JobError | None = None  # of the storage; Tune would hide it, and repeat the trial
         self._trained_s = self._sum_trained()  # in an interrupted sweep
@@ -189,6 +191,9 @@ class _Watcher(tune.Callback):
                 yield Segment(point, first_epoch)
             self._decide()  # if Optuna had only known points to propose, the next rung begins now
             yield from segments(self.sweep, self._table, self._candidates, with_race=with_race)
+
+    def on_step_begin(self, **info: Any) -> None:
+        self._waiting.look(is_waiting=not self._begun_at)
 
     def on_trial_start(self, trial: Trial, **info: Any) -> None:
         self._table.start(self._point(trial))

@@ -73,11 +73,12 @@ def test_the_test_asks_for_a_gpu_and_the_nodes_labels_for_each_task(
     ray_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remote = Mock()
-    remote.return_value.return_value.remote.side_effect = lambda *args: ray.put(args)
+    remote.return_value.return_value.remote.side_effect = lambda *args: [ray.put(None), ray.put(args)]
+    monkeypatch.setattr("ray.wait", lambda splits, timeout: (splits, []))
     monkeypatch.setattr("ray.remote", remote)
     monkeypatch.setattr(evaluate, "share", lambda workload, split: split)
     monkeypatch.setattr("mnist_ray.training.metrics.Evaluation.merge", lambda parts: [part[2:4] for part in parts])
-    parts: Any = evaluate.evaluate_in_tasks(mnist(), Mock(), range(1000), 2, 0, True, {"market": "spot"})  # type: ignore[arg-type]
+    parts: Any = evaluate.evaluate_in_tasks(mnist(), Mock(), range(1000), 2, 0, True, Mock(), {"market": "spot"})  # type: ignore[arg-type]
     asked = {"num_cpus": 1, "num_gpus": 1, "label_selector": {"market": "spot"}}
     assert (remote.call_args.kwargs, parts) == (asked, [(0, 512), (512, 1000)])
 

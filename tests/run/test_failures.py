@@ -36,6 +36,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from torch import nn
 from torch.utils.data import Dataset
 
+from mnist_ray.cluster import connect
 from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.errors import ExampleError, JobError, TrainingStoppedError, UnreadableDataError, UsageError
@@ -274,6 +275,20 @@ def test_an_interrupted_run_whose_workers_hang_ends_after_a_minute_without_a_che
     assert now == [240]
 
 
+@pytest.mark.usefixtures("ray_address")
+def test_a_run_that_waits_for_workers_says_now_and_then_what_is_free(
+    now: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over, events = threading.Event(), list[Event]()
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "memory": 1e9, "GPU": 2.0})
+    monkeypatch.setattr("ray.available_resources", lambda: {"GPU": 1.0})
+    nothing, alive = list[Event](), list[Event]([WorkerAlive(0)])
+    takes = [*[nothing] * 50, *[alive] * 50, nothing]
+    fit.fit_and_listen(Mock(fit=over.wait), queue_of(takes, over, lambda: advance(now, 10)), events.append)
+    said = "waiting for the workers: 0 of 4 CPUs and 1 of 2 GPUs are free"
+    assert events == [Note(f"{said} (40 s)"), Note(f"{said} (350 s)")]
+
+
 def test_a_training_that_ends_before_its_event_queue_has_started_loses_no_event(
     ray_address: str, quick: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -506,7 +521,7 @@ def test_a_checkpoint_is_saved_for_each_leaving_node_and_shortly_before_the_firs
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time of ``time.monotonic()``, in a list."""
     now = [0.0]
-    for module in (life, fit):
+    for module in (life, fit, connect):
         monkeypatch.setattr(module, "time", Mock(monotonic=lambda: now[0], sleep=lambda seconds: time.sleep(0.01)))
     monkeypatch.setattr(fit, "_POLL_INTERVAL_S", 0)
     monkeypatch.setattr(fit, "_START_INTERVAL_S", 0)
