@@ -263,7 +263,7 @@ def test_an_interrupted_run_whose_workers_hang_ends_after_a_minute_without_a_che
     monkeypatch.setattr(fit, "first_only_noted", lambda: contextlib.nullcontext(noted))
     monkeypatch.setattr(fit, "end_controllers", over.set)
     alive: list[list[Event]] = [[WorkerAlive(0), WorkerAlive(50)]] * 3
-    takes = [[STARTED], *alive, [WorkerAlive(40)], [WorkerAlive(80)], []]
+    takes: list[list[Event]] = [[STARTED], *alive, [WorkerAlive(40)], [WorkerAlive(80)], []]
 
     def note(event: Event) -> None:
         events.append(event)
