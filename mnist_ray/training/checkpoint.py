@@ -4,7 +4,7 @@ model.safetensors      the model's weights; with --ema-decay, their EMA
 trained.safetensors    with --ema-decay, the trained weights
 optimizer.safetensors  the optimizer's tensors
 training.pt            the rest of the state: position, sums, scores, optimizer, schedule, loss scale, callbacks
-state.json             format, position, metrics, config, workload, versions; SHA-256 of the other files and of itself
+state.json             format, position, counts of tensors, metrics, config, workload, versions; SHA-256 of all files
 
 With ``--strategy fsdp``, each worker writes its rows of the tensors into files of its own, such as
 ``model-00001-of-00004.safetensors``; any number of workers can read them. Loading runs no code: ``training.pt`` is read
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from mnist_ray.errors import JobError, TrainingStoppedError, UsageError, first_line
 from mnist_ray.settings import json_lines
-from mnist_ray.storage import STORAGE_ERRORS, RunFolder, in_one_line, with_retries
+from mnist_ray.storage import STORAGE_ERRORS, RunFolder, in_one_line, position_of, with_retries
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.metrics import CheckpointMetrics, MetricSums
 from mnist_ray.training.state import Group, TrainingState, state_of
@@ -150,7 +150,8 @@ def snapshot(
         "scaler": state.scaler.state_dict(),
         "callbacks": [state_of(callback) for callback in callbacks],
     }
-    document = copy.deepcopy({"format": FORMAT, "epoch": state.epoch, "step": state.step, **about})
+    position = {"format": FORMAT, "epoch": state.epoch, "step": state.step}
+    document = copy.deepcopy({**position, "tensors": {kind: len(found) for kind, found in of_kinds.items()}, **about})
     return Snapshot(own, map_tensors(_copied, training) if rank == 0 else None, document)
 
 
@@ -203,21 +204,16 @@ class _Saved:
     document: dict[str, Any]
     weights: dict[str, Tensor]
     trained: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
     training: dict[str, Any]
 
     def load_into(self, state: TrainingState, callbacks: Sequence[Callback], folder: RunFolder) -> None:
         """Put everything into a newly created ``state``. Raises OtherModelError."""
-        training, optimizer = self.training, self.training["optimizer"]
-        of_numbers = {str(number): values for number, values in optimizer["state"].items()}
-        for name, tensor in self.optimizer.items():
-            number, _, key = name.partition(".")
-            of_numbers[number][key] = tensor
+        training = self.training
         load_weights(state.result, self.weights, folder)
         try:
             if state.average is not None:
                 state.model.load_state_dict(self.trained)
-            state.optimizer.load_state_dict(optimizer)
+            state.optimizer.load_state_dict(training["optimizer"])
             state.scheduler.load_state_dict(training["scheduler"])
             state.scaler.load_state_dict(training["scaler"])
             for callback, values in zip(callbacks, training["callbacks"], strict=False):
@@ -227,8 +223,7 @@ class _Saved:
         except Exception as error:  # the digest is right, so the file is whole: the code must have changed
             reason = f"the optimizer, schedule or callback: {type(error).__name__}: {first_line(error)}"
             raise OtherModelError(f"checkpoint {folder.uri} does not fit {reason}; restore the code") from error
-        state.sums = MetricSums(**training["sums"])
-        for name in _COUNTERS:
+        for name in ("sums", *_COUNTERS):
             setattr(state, name, training[name])
 
 
@@ -240,13 +235,26 @@ def _read_saved(folder: RunFolder, state: TrainingState) -> _Saved:
     with reading(folder):
         optimizer = tensors_of(folder, document, OPTIMIZER)
         own = {name: of_numbers[number] for name in optimizer if (number := name.split(".")[0]) in of_numbers}
+        tensors = optimizer.read_all(own)  # in the form of its parameters
         return _Saved(
             document,
             weights=tensors_of(folder, document, MODEL).read_all(state.result.state_dict()),
             trained=tensors_of(folder, document, TRAINED).read_all(state.model.state_dict()),
-            optimizer=optimizer.read_all(own),  # in the form of its parameters
-            training=_decoded(folder, TRAINING_FILE, document, unpickled),
+            training=_decoded(folder, TRAINING_FILE, document, functools.partial(_training_of, document, tensors)),
         )
+
+
+def _training_of(document: dict[str, Any], tensors: dict[str, Tensor], content: bytes) -> dict[str, Any]:
+    """Return the content of training.pt, with the optimizer's ``tensors``. Raises anything if it is not a right one."""
+    training = unpickled(content)
+    of_numbers = {str(number): values for number, values in training["optimizer"]["state"].items()}
+    for name, tensor in tensors.items():
+        number, _, key = name.partition(".")
+        of_numbers[number][key] = tensor
+    found = {"sums": MetricSums(**training["sums"]), **{name: training[name] for name in _COUNTERS}}
+    if any(found[name] != document[name] for name in ("epoch", "step")):
+        raise ValueError(f"it is of epoch {found['epoch']}, step {found['step']}")
+    return {**training, **found}
 
 
 def restore_newest(
@@ -285,6 +293,8 @@ def read_state(folder: RunFolder) -> dict[str, Any]:
         document = json.loads(content)
         if document["sha256"][STATE_FILE] != digest_of(document):
             raise ValueError("its digest is wrong")
+        if position_of(folder.name) not in ((), (document["epoch"], document["step"])):
+            raise ValueError(f"it is of epoch {document['epoch']}, step {document['step']}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(folder, f"{STATE_FILE}: {first_line(error)}") from error
     if document.get("format") != FORMAT:
@@ -301,7 +311,10 @@ def read_file(folder: RunFolder, name: str) -> bytes | None:
 def tensors_of(folder: RunFolder, document: dict[str, Any], kind: str) -> TensorFiles:
     """Return the tensors of a kind, such as MODEL, whose files' headers are read. Call it while ``reading``."""
     digests = document["sha256"]
-    return TensorFiles(folder, {name: digests[name] for name in files_of(digests, kind)})
+    files = TensorFiles(folder, {name: digests[name] for name in files_of(digests, kind)})
+    if document.get("tensors", {}).get(kind, len(files.shapes)) != len(files.shapes):
+        raise DamagedFileError(f"{kind}: some tensors are missing")
+    return files
 
 
 @contextlib.contextmanager

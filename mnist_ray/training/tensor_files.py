@@ -164,23 +164,35 @@ class TensorFiles:
             except Exception as error:  # a file that another program has written may raise anything
                 raise DamagedFileError(f"{file_name}: {first_line(error)}") from error
             for name, shape, dtype, part in found:
-                self._tensors[name] = (shape, dtype)
+                if self._tensors.setdefault(name, (shape, dtype)) != (shape, dtype):
+                    raise DamagedFileError(f"{file_name}: {name} has another shape or type than in another file")
                 self._parts.setdefault(name, []).append(part)
+        for name, parts in self._parts.items():
+            parts.sort(key=lambda part: part.start)
+            num_rows = (*self._tensors[name][0], 1)[0]
+            if [*(part.start for part in parts), num_rows] != [0, *(part.stop for part in parts)]:
+                raise DamagedFileError(f"{parts[0].file_name}: some rows of {name} are missing, or in two files")
 
     def _parts_in(self, file_name: str, digest: str) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, _Part]]:
-        if not self._folder.exists(file_name):
+        file_size = self._folder.info(file_name).size
+        if file_size is None:
             raise DamagedFileError("it is missing")
         length = int.from_bytes(_read_range(self._folder, file_name, 0, 8), "little")
         text = _read_range(self._folder, file_name, 8, length)
         if hashlib.sha256(text).hexdigest() != digest:
             raise DamagedFileError("its digest is wrong")
-        header = json.loads(bytes(text))
+        header, offset = json.loads(bytes(text)), 8 + length
         for name, (start, shape, digested_rows, digests) in json.loads(header.pop("__metadata__")["rows"]).items():
             entry, shape = header[name], tuple(shape)
             dtype, stop = _DTYPES[entry["dtype"]], start + (entry["shape"][0] if shape else 1)
-            offset = 8 + length + entry["data_offsets"][0]
-            part = _Part(file_name, offset, start, stop, row_bytes(shape, dtype), digested_rows, digests)
+            numbers = (*shape, start, stop - start, digested_rows - 1)
+            if not all(isinstance(number, int) and number >= 0 for number in numbers):
+                raise DamagedFileError(f"{name} has no such rows")
+            part = _Part(file_name, offset, start, stop, row_bytes(shape, dtype), digested_rows, list(digests))
+            offset += (stop - start) * part.row_bytes
             yield name, shape, dtype, part
+        if offset != file_size:
+            raise DamagedFileError(f"it has {file_size:,} bytes, but its tensors {offset:,}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

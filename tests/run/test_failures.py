@@ -704,6 +704,7 @@ def test_the_best_two_checkpoints_and_the_last_are_kept_and_a_damaged_one_is_not
     scores = {1: 0.5, 2: 0.9, 3: 0.7, 4: None, 5: 0.6, 6: None}
     for epoch, score in scores.items():
         about = {"workload": mnist().identity, "metrics": {} if score is None else {"val_score": score}}
+        state.epoch = epoch
         checkpoint.snapshot(state, about).write(run.inside(checkpoint_name(epoch, 0)))
         if epoch == 4:
             drop_others(Mock(run=run))

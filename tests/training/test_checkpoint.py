@@ -199,6 +199,53 @@ def changed(folder: Path, changes: dict[str, Any], *, is_signed: bool = False) -
     return folder
 
 
+def rewrite(file: Path, change: Callable[[list], object]) -> None:
+    """Change what a file's header says of the rows of its largest tensor: start, shape, digested rows, digests."""
+    content, header = file.read_bytes(), json.loads(header_of(file.read_bytes()))
+    entries = json.loads(header["__metadata__"]["rows"])
+    change(max(entries.values(), key=lambda entry: len(entry[3])))
+    header["__metadata__"]["rows"] = json.dumps(entries)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + len(header_of(content)) :])
+
+
+def leave_out(folder: Path, file: str) -> None:
+    state = json.loads((folder / "state.json").read_text())
+    del state["sha256"][file]
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "no weights": lambda folder: leave_out(folder, "model.safetensors"),
+    "no optimizer": lambda folder: leave_out(folder, "optimizer.safetensors"),
+    "another step's state": lambda folder: shutil.copy(folder.parent / MIDDLE / "training.pt", folder),
+    "not a training's state": lambda folder: torch.save({"optimizer": {}}, folder / "training.pt"),
+    "a shape too large": lambda folder: rewrite(folder / "model.safetensors", lambda entry: entry[1].insert(0, 10**12)),
+    "a later start": lambda folder: rewrite(folder / "model.safetensors", lambda entry: entry.__setitem__(0, 1)),
+    "zero digested rows": lambda folder: rewrite(folder / "model.safetensors", lambda entry: entry.__setitem__(2, 0)),
+    "half a row": lambda folder: rewrite(folder / "optimizer.safetensors", lambda entry: entry.__setitem__(0, 0.5)),
+    "renamed": lambda folder: folder.rename(folder.with_name("checkpoint_epoch-001_step-000001")),
+}
+MIDDLE, END = "checkpoint_epoch-000_step-000014", "checkpoint_epoch-001_step-000000"
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_checkpoint_that_was_changed_and_signed_again_is_passed_over(
+    saved: Path, run: RunFolder, change: Callable[[Path], object]
+) -> None:
+    for position, name in (("0-14", MIDDLE), ("1-0", END)):
+        shutil.copytree(saved / position, Path(run.path) / name)
+    change(Path(run.path) / END)
+    name = run.checkpoint_names()[-1]
+    changed(Path(run.path) / name, {}, is_signed=True)
+    state = engine.create_state(mnist(), CONFIG, 600, Group())
+    with pytest.raises(DamagedCheckpointError, match=r" is damaged: .*; use another one$") as raised:
+        checkpoint.restore(run.inside(name), state)
+    assert "\n" not in str(raised.value)
+    restored = checkpoint.restore_newest(run, state)
+    assert (restored.name, restored.damaged) == (MIDDLE, (name,))
+
+
 @pytest.mark.parametrize("changes", [{"step": 2}, {"note": "hallo"}, {"sha256": []}, {"sha256": {}}, {"workload": {}}])
 def test_a_changed_state_file_is_damaged(saved: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     folder = changed(shutil.copytree(saved / "1-14", tmp_path / "copy"), changes)

@@ -108,3 +108,14 @@ def test_each_row_that_is_read_is_checked(tmp_path: Path) -> None:
     assert torch.equal(files.rows("large", 2900, 3000), LARGE[2900:])
     with pytest.raises(DamagedFileError, match=r"^1\.safetensors: its digest is wrong$"):
         files.rows("large", 2690, 2710)
+
+
+@pytest.mark.parametrize("kept", [[0, 2], [0, 1], [1, 2], [0, 0, 1, 2]])
+def test_files_that_have_not_each_row_once_are_damaged(tmp_path: Path, kept: list[int]) -> None:
+    folder, digests = folder_at(tmp_path), {}
+    for number, rank in enumerate(kept):
+        part: Any = Part(LARGE, rank, 3)
+        content, digests[f"{number}.safetensors"] = content_of({"large": Rows.of(part)})
+        folder.write_files({f"{number}.safetensors": content})
+    with pytest.raises(DamagedFileError, match=r"safetensors: some rows of large are missing, or in two files$"):
+        TensorFiles(folder, digests)
