@@ -21,9 +21,11 @@ from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.settings import values_of
 from mnist_ray.training import sharding
 from mnist_ray.training.batches import MicroBatch, batches_of
+from mnist_ray.training.checkpoint import snapshot
 from mnist_ray.training.metrics import WEIGHT, check_columns
 from mnist_ray.training.sampler import Request
-from mnist_ray.training.state import check_kept
+from mnist_ray.training.state import TrainingState, check_kept
+from mnist_ray.training.tensor_files import check_held
 from mnist_ray.workload import Classification, Regression, Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.loading import picture_of, placed
@@ -162,6 +164,7 @@ def _check_model(name: str, model: object) -> None:
         if not isinstance(value, Tensor):
             found = f"{name}: the model's state_dict holds {key}, of type {type(value).__name__}"
             raise UsageError(f"{found}; a checkpoint keeps only tensors: use a buffer or a setting")
+    check_held(model.state_dict())
 
 
 def _check_losses(workload: Workload, model: nn.Module, outputs: Any, batch: MicroBatch, config: TrainConfig) -> None:
@@ -279,7 +282,7 @@ def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig, 
         optimizer.step()
         scheduler.step()
     with placed(workload, "a checkpoint of the optimizer and the schedule, which holds tensors, numbers and strings"):
-        check_kept([optimizer.state_dict(), scheduler.state_dict()])
+        check_kept(snapshot(TrainingState(model, optimizer, scheduler), {}).training)
     return _OF_OPTIMIZER - used
 
 

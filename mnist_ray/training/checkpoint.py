@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from mnist_ray.errors import JobError, TrainingStoppedError, UsageError, first_line
 from mnist_ray.settings import json_lines
@@ -38,6 +39,7 @@ from mnist_ray.training.tensor_files import (
     DamagedFileError,
     Rows,
     TensorFiles,
+    check_held,
     content_of,
     file_name,
     files_of,
@@ -134,11 +136,11 @@ def snapshot(
 ) -> Snapshot:
     """Copy ``state`` to main memory, with ``about`` (config, workload) for state.json.
 
-    If the state is sharded, all ranks of ``group`` must call this. Raises TrainingStoppedError if a checkpoint cannot
-    hold the state.
+    If the state is sharded, all ranks of ``group`` must call this. Raises TrainingStoppedError or UsageError if a
+    checkpoint cannot hold the state.
     """
     rank, num_parts = (group.rank, group.world_size) if group and state.is_sharded else (0, 1)
-    tensors, optimizer = _apart(state.optimizer.state_dict())
+    tensors, optimizer = _apart(state.optimizer)
     trained = {} if state.average is None else state.model.state_dict()
     of_kinds = {MODEL: state.result.state_dict(), TRAINED: trained, OPTIMIZER: tensors}
     own = {file_name(kind, rank, num_parts): _own_rows(tensors, rank) for kind, tensors in of_kinds.items()}
@@ -155,19 +157,30 @@ def snapshot(
     return Snapshot(own, map_tensors(_copied, training) if rank == 0 else None, document)
 
 
-def _apart(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _apart(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors in an optimizer's state by their names in a file, and the state without them."""
+    saved, name = optimizer.state_dict(), type(optimizer).__name__
     tensors: dict[str, Tensor] = {}
     others: dict[Any, dict[str, Any]] = {}
-    for number, values in optimizer["state"].items():
-        large = {key: value for key, value in values.items() if isinstance(value, Tensor) and value.dim() > 0}
-        tensors |= {f"{number}.{key}": value for key, value in large.items()}
-        others[number] = {key: value for key, value in values.items() if key not in large}
-    return tensors, {**optimizer, "state": others}
+    try:
+        for number, values in saved["state"].items():
+            large = {key: value for key, value in values.items() if isinstance(value, Tensor) and value.dim() > 0}
+            tensors |= {f"{number:d}.{key}": value for key, value in large.items()}
+            others[number] = {key: value for key, value in values.items() if key not in large}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        layout = "{'state': {NUMBER: {'NAME': VALUE}}, 'param_groups': [...]}"
+        raise UsageError(f"a checkpoint needs {name}.state_dict as torch.optim's are, {layout}") from error
+    for parameter, values in optimizer.state.items():
+        plain = [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor) and not is_sharded(value)]
+        if is_sharded(parameter) and any(tensor.dim() for tensor in plain):
+            found = f"{name} keeps a plain tensor of each worker's rows, and a checkpoint would hold only worker 0's"
+            raise TrainingStoppedError(f"--strategy fsdp: {found}; create it by torch.zeros_like(parameter)")
+    return tensors, {**saved, "state": others}
 
 
 def _own_rows(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Rows]:
     """Return copies of the rows that a rank writes: rank 0 also writes the tensors that all ranks have."""
+    check_held(tensors)
     rows = {name: Rows.of(tensor) for name, tensor in tensors.items()}
     return {name: own.copied() for name, own in rows.items() if rank == 0 or 0 < own.start < own.stop}
 

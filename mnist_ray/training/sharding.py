@@ -187,7 +187,9 @@ def _check_owners(workload: Workload, model: nn.Module, num_workers: int) -> Non
         if num_owners[parameter] > 1:
             remedy = "override shard_units() so that one unit has all parts that share it"
             raise UsageError(f"{name}: parameter {path} is tied across units; {remedy}")
-    if num_workers > max(len(parameter) if parameter.dim() else 1 for parameter in model.parameters()):
+        if not parameter.dim():
+            raise UsageError(f"{name}: parameter {path} is a number: --strategy fsdp needs the shape (1,)")
+    if num_workers > max(map(len, model.parameters())):
         raise UsageError(f"--strategy fsdp: no tensor has rows for {num_workers} workers; lower --num-workers")
 
 

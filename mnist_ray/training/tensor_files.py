@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mnist_ray.errors import first_line
+from mnist_ray.errors import UsageError, first_line
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder, with_retries
 
 _DIGESTED_BYTES = 2**15  # about; whoever reads other rows than a worker has written reads, at each end, so much more
@@ -89,6 +89,14 @@ def content_of(tensors: Mapping[str, Rows]) -> tuple[list[Any], str]:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return [len(text).to_bytes(8, "little"), text, *buffers], hashlib.sha256(text).hexdigest()
+
+
+def check_held(tensors: Mapping[str, Tensor]) -> None:
+    """Raise UsageError if a file cannot hold one of these tensors."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES or tensor.layout is not torch.strided:
+            kind = f"{tensor.dtype}, {tensor.layout}".replace("torch.", "")
+            raise UsageError(f"a checkpoint cannot hold {name} ({kind}); use another type, or persistent=False")
 
 
 def is_sharded(tensor: Tensor) -> bool:

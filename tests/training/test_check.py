@@ -70,6 +70,22 @@ class WithFunction(lr_scheduler.ConstantLR):
     factor_of = staticmethod(lambda step: 1.0)
     def state_dict(self): return {"factor_of": self.factor_of}
 
+class Wrapping(torch.optim.SGD):
+    def state_dict(self): return {"wrapped": super().state_dict()}
+
+class Counting(torch.optim.SGD):
+    def step(self): self.state["calls"] = 1
+
+class Exact(torch.optim.SGD):
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter] = {"momentum_buffer": parameter.detach().to(torch.complex128)}
+
+class WithBuffer(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("phases", torch.ones(3, dtype=torch.complex128))
+
 class Noisy(nn.Linear):
     def forward(self, inputs): return super().forward(inputs) + torch.randn(len(inputs), 10)
 
@@ -433,18 +449,41 @@ def test_targets_that_collate_returns_as_a_list_are_refused(write: Write, base: 
     [
         (
             "def create_scheduler(self, optimizer, *_, **__): return lr_scheduler.ReduceLROnPlateau(optimizer)",
-            "optimizer.step(), then scheduler.step() without a metric: TypeError: "
+            "Wrong, optimizer.step(), then scheduler.step() without a metric: TypeError: "
             "ReduceLROnPlateau.step() missing 1 required positional argument: 'metrics'",
         ),
         (
             "def create_scheduler(self, optimizer, *_, **__): return WithFunction(optimizer)",
-            "a checkpoint of the optimizer and the schedule, which holds tensors, numbers and strings: ",
+            "Wrong, a checkpoint of the optimizer and the schedule, which holds tensors, numbers and strings: ",
+        ),
+        (
+            "def create_optimizer(self, model, *_): return Wrapping(model.parameters())",
+            "a checkpoint needs Wrapping.state_dict as torch.optim's are, {'state': {NUMBER: {'NAME': VALUE}}, ",
+        ),
+        (
+            "def create_optimizer(self, model, *_): return Counting(model.parameters())",
+            "a checkpoint needs Counting.state_dict as torch.optim's are, ",
+        ),
+        (
+            "def create_optimizer(self, model, *_): return Exact(model.parameters())",
+            "a checkpoint cannot hold 0.momentum_buffer (complex128, strided); use another type",
+        ),
+        (
+            "def create_model(self): return WithBuffer(4, 10)",
+            "a checkpoint cannot hold phases (complex128, strided); use another type, or persistent=False",
         ),
     ],
-    ids=["a schedule that wants a metric", "a function in the schedule"],
+    ids=[
+        "a schedule that wants a metric",
+        "a function in the schedule",
+        "a state_dict in another layout",
+        "a state that is not of a parameter",
+        "momentum of a type that files do not have",
+        "a buffer of a type that files do not have",
+    ],
 )
 def test_a_step_or_a_checkpoint_that_would_fail_is_refused(write: Write, body: str, expected: str) -> None:
-    assert message_of(write, f"\n    {body}\n").startswith(f"Wrong, {expected}")
+    assert message_of(write, f"\n    {body}\n").startswith(expected)
 
 
 # --- code that fails

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mnist_ray.config import TrainConfig
-from mnist_ray.errors import UsageError
+from mnist_ray.errors import TrainingStoppedError, UsageError
 from mnist_ray.storage import RunFolder, checkpoint_name, locate
 from mnist_ray.training import checkpoint, engine, saved_model, sharding
 from mnist_ray.training.events import Progress
@@ -188,6 +188,7 @@ def train_cases(rank: int, folder: Path) -> None:
             check_damage(locate(storage, "plain-2"), group)
             check_failure(locate(storage, "failed").inside(MIDDLE), group)
             check_scale(group)
+            check_plain_state(group)
         dist.destroy_process_group()
 
 
@@ -245,6 +246,17 @@ def check_scale(group: Group) -> None:
     assert torch.equal(weights[3], weights[2])
     assert not torch.equal(weights[4], weights[3])
     assert state.scaler.get_scale() == 4.0
+
+
+def check_plain_state(group: Group) -> None:
+    """A checkpoint refuses a plain tensor of a rank's rows, of which rank 0 would write its own for all."""
+    state = engine.create_state(Words(), CONFIG, 141, group)
+    of_first = state.optimizer.state[parameter := next(state.model.parameters())]
+    of_first |= {"step": torch.tensor(3.0), "momentum": torch.zeros_like(parameter)}
+    checkpoint.snapshot(state, {}, group=group)
+    of_first["history"] = [torch.zeros_like(rows_here(parameter))]
+    with pytest.raises(TrainingStoppedError, match=r"^--strategy fsdp: AdamW keeps a plain tensor .*zeros_like"):
+        checkpoint.snapshot(state, {}, group=group)
 
 
 @pytest.fixture(scope="module")
@@ -439,6 +451,12 @@ class Repeats(Stack):
         return super().forward(words) + 0 * self.blocks[0](self.words(words).mean(1)).sum()
 
 
+class Scaled(Stack):
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+
+
 class Grows(Stack):
     def forward(self, words: Tensor) -> Tensor:
         outputs = super().forward(words)
@@ -455,6 +473,7 @@ class Grows(Stack):
         (tied, 2, r"parameter words\.weight is tied across units"),
         (Repeats, 2, r"unit blocks\.0 runs 2 times in a forward pass"),
         (Grows, 2, r"changes the shape of parameter blocks\.0\.scale"),
+        (Scaled, 2, r"parameter temperature is a number: --strategy fsdp needs the shape \(1,\)"),
         (Stack, 12, r"no tensor has rows for 12 workers; lower --num-workers"),
     ],
 )
