@@ -108,7 +108,7 @@ class TrainConfig:
     )
     checkpoint_every: int | None = setting(
         None,
-        "steps between checkpoints within an epoch; auto: as often as 1 % of the time allows, and every 1,000 steps",
+        "steps between checkpoints within an epoch; auto: as often as 1 % of the time and the storage allow",
         decides_weights=False,
         unset="auto",
         **at_least(1),

@@ -14,7 +14,6 @@ from mnist_ray.run.find import Fitted, best_of, drop_others
 from mnist_ray.run.session import Session
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.signals import Noted, first_only_noted
-from mnist_ray.storage import in_one_line
 from mnist_ray.training.events import Event, Progress, Stopping
 from mnist_ray.training.metrics import CheckpointMetrics
 from mnist_ray.training.state import Group, StopWantedError, TrainingState
@@ -67,6 +66,4 @@ class LocalReporter(Reporter):
 
     def keep(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
         """Save a checkpoint, and delete those that are no longer needed."""
-        with in_one_line("the storage has failed"):
-            self.save(state, metrics)
-            drop_others(self._job)
+        self.save(state, metrics, functools.partial(drop_others, self._job))

@@ -7,6 +7,7 @@ import math
 import socket
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,12 +18,13 @@ from mnist_ray.cluster.devices import name_of
 from mnist_ray.cluster.environment import keep_freed_memory
 from mnist_ray.cluster.plan import threads_per_worker, usable_cores
 from mnist_ray.cluster.remote_data import RemoteSplit
+from mnist_ray.cluster.watch import in_thread
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, TrainingStoppedError, first_line
 from mnist_ray.provenance import arithmetic, versions
 from mnist_ray.run.job import Job
 from mnist_ray.run.life import STORAGE_LIMIT_S, Life
-from mnist_ray.storage import INITIAL_FILE, checkpoint_name, position_of
+from mnist_ray.storage import INITIAL_FILE, checkpoint_name, in_one_line, position_of
 from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
@@ -32,7 +34,7 @@ from mnist_ray.training.reproducible import check_arithmetic
 from mnist_ray.training.saved_model import load_fitting, read_weights
 from mnist_ray.training.sharding import resharded
 from mnist_ray.training.state import Group, StopWantedError, TrainingState, best_epoch, is_over
-from mnist_ray.training.stopwatch import CHECKPOINTS, VALIDATION
+from mnist_ray.training.stopwatch import CHECKPOINTS, STORAGE, VALIDATION
 from mnist_ray.workload import user_code
 from mnist_ray.workload.data import Split
 
@@ -103,8 +105,9 @@ def _train(
         half = max(1, (config.micro_batch_size or math.ceil(config.batch_size / group.world_size)) // 2)
         remedy = f"try --micro-batch-size {half}, lower --batch-size, or override the workload's evaluation_batch_size"
         raise TrainingStoppedError(f"{first_line(error)}; {remedy}") from error
-    except RuntimeError as error:  # dynamo's import, which its class would need, takes a second
-        if type(error).__name__ != "FailOnRecompileLimitHit":
+    except Exception as error:  # of the code, or a StopWantedError
+        reporter.finish_saving(state)
+        if type(error).__name__ != "FailOnRecompileLimitHit":  # of dynamo, whose import takes a second
             raise
         remedy = "pad them to a few in collate"
         raise TrainingStoppedError(f"--compile: the inputs have too many shapes; {remedy}") from error
@@ -129,6 +132,7 @@ class Reporter(Callback):
         self._job = job = spec.job
         self._is_first = group.rank == 0
         self._validation = None if spec.validation is None else _opened(spec.validation)
+        self._saving: Future[None] | None = None  # the last checkpoint, in a thread of its own
         # The user's callback comes first: checkpoints match callbacks by position.
         self.callbacks: list[Callback] = [user_code.load(job.callback, Callback)()] if job.callback else []
 
@@ -217,11 +221,29 @@ class Reporter(Callback):
             torch.distributed.all_gather_object(seconds, seconds[0])
         return seconds
 
-    def save(self, state: TrainingState, metrics: CheckpointMetrics) -> str:
-        """Write a checkpoint into the run's folder; return its name."""
-        name = checkpoint_name(state.epoch, state.step)
-        self.snapshot(state, metrics).write(self._job.run.inside(name))
-        return name
+    def save(self, state: TrainingState, metrics: CheckpointMetrics, drop: Callable[[], object]) -> None:
+        """Let a thread write a checkpoint into the run's folder, and then ``drop`` others.
+
+        Waits for the one before, and for this one if it is validated or ends an epoch. Raises JobError for both.
+        """
+        self.finish_saving(state)
+        state.pace.wait()
+        copied, folder = self.snapshot(state, metrics), self._job.run.inside(checkpoint_name(state.epoch, state.step))
+
+        def write() -> None:
+            with in_one_line("the storage has failed"), state.pace.writing():
+                copied.write(folder)
+                drop()
+
+        self._saving = in_thread(write)
+        if state.step == 0 or metrics.validation is not None:
+            self.finish_saving(state)
+
+    def finish_saving(self, state: TrainingState) -> None:
+        """Wait until the last checkpoint is written. Raises JobError if it could not be."""
+        if self._saving is not None:
+            with state.watch.on(STORAGE):
+                self._saving.result()
 
     def snapshot(self, state: TrainingState, metrics: CheckpointMetrics) -> checkpoints.Snapshot:
         """Return a copy of the state for a checkpoint."""

@@ -91,11 +91,15 @@ class TuneReporter(Reporter):
             self._report(restored.metrics)
 
     def keep(self, state: TrainingState, metrics: CheckpointMetrics) -> None:
-        """Write a checkpoint, remove the earlier ones, and report; a whole checkpoint always exists."""
-        run, name = self._job.run, self.save(state, metrics)
-        for before in run.checkpoint_names():
-            if position_of(before) < position_of(name):
-                run.inside(before).delete()
+        """Save a checkpoint, remove the earlier ones, and report; a whole checkpoint always exists."""
+        run, position = self._job.run, (state.epoch, state.step)
+
+        def drop_earlier() -> None:
+            for name in run.checkpoint_names():
+                if position_of(name) < position:
+                    run.inside(name).delete()
+
+        self.save(state, metrics, drop_earlier)
         self._report(metrics)
 
     def _report(self, metrics: CheckpointMetrics) -> None:

@@ -281,7 +281,8 @@ def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig, 
     with placed(workload, "optimizer.step(), then scheduler.step() without a metric"):
         optimizer.step()
         scheduler.step()
-    with placed(workload, "a checkpoint of the optimizer and the schedule, which holds tensors, numbers and strings"):
+    content = "tensors, numbers and strings, as torch.optim returns them"
+    with placed(workload, f"a checkpoint of the state_dict of optimizer and schedule ({content})"):
         check_kept(snapshot(TrainingState(model, optimizer, scheduler), {}).training)
     return _OF_OPTIMIZER - used
 

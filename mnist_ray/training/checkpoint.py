@@ -159,21 +159,17 @@ def snapshot(
 
 def _apart(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors in an optimizer's state by their names in a file, and the state without them."""
-    saved, name = optimizer.state_dict(), type(optimizer).__name__
+    saved = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     others: dict[Any, dict[str, Any]] = {}
-    try:
-        for number, values in saved["state"].items():
-            large = {key: value for key, value in values.items() if isinstance(value, Tensor) and value.dim() > 0}
-            tensors |= {f"{number:d}.{key}": value for key, value in large.items()}
-            others[number] = {key: value for key, value in values.items() if key not in large}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        layout = "{'state': {NUMBER: {'NAME': VALUE}}, 'param_groups': [...]}"
-        raise UsageError(f"a checkpoint needs {name}.state_dict as torch.optim's are, {layout}") from error
+    for number, values in saved["state"].items():
+        large = {key: value for key, value in values.items() if isinstance(value, Tensor) and value.dim() > 0}
+        tensors |= {f"{number:d}.{key}": value for key, value in large.items()}
+        others[number] = {key: value for key, value in values.items() if key not in large}
     for parameter, values in optimizer.state.items():
         plain = [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor) and not is_sharded(value)]
         if is_sharded(parameter) and any(tensor.dim() for tensor in plain):
-            found = f"{name} keeps a plain tensor of each worker's rows, and a checkpoint would hold only worker 0's"
+            found = f"{type(optimizer).__name__} keeps a worker's rows in a plain tensor, which cannot be saved"
             raise TrainingStoppedError(f"--strategy fsdp: {found}; create it by torch.zeros_like(parameter)")
     return tensors, {**saved, "state": others}
 

@@ -238,7 +238,7 @@ def _decide(
     if not (is_due or window.is_full(state.epoch_steps - state.step)):
         return None
     stop_wanted = is_last or any(callback.wants_stop() for callback in callbacks)
-    save_wanted = is_due or (config.checkpoint_every is None and state.pace.is_due())
+    save_wanted = state.pace.is_due(at_any_cost=is_due) if config.checkpoint_every is None else is_due
     progress, stops = window.close(state, stop_wanted=stop_wanted, save_wanted=save_wanted)
     for callback in callbacks:
         callback.on_progress(state, progress)

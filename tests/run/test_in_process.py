@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import math
 import re
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -21,6 +24,9 @@ from mnist_ray.mnist import MNIST
 from mnist_ray.report import page
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.run.in_process import LocalReporter
+from mnist_ray.storage import RunFolder, position_of
+from mnist_ray.training.checkpoint import Snapshot, read_state
+from mnist_ray.training.state import TrainingState
 from mnist_ray.workload import Arrays, Blocks, Classification, Data
 from tests.conftest import (
     CELL,
@@ -135,11 +141,42 @@ def test_the_best_two_and_the_last_checkpoint_are_kept(here: dict[str, Any], tmp
     assert (run.read_json("result.json") or {})["checkpoint"] == best
 
 
-def test_storage_that_fails_is_one_line_with_the_way_on(here: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LocalReporter, "save", Mock(side_effect=OSError(28, "No space left on device")))
+@pytest.mark.parametrize("checkpoint_every", [20, 30, 1000])  # twice or once within the epoch, or only at its end
+def test_storage_that_fails_is_one_line_with_the_way_on(
+    checkpoint_every: int, here: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Snapshot, "write", Mock(side_effect=OSError(28, "No space left on device")))
     said = r"^the storage has failed: No space left on device.*; to resume: train\(resume=True, .*\)$"
     with pytest.raises(JobError, match=said):
-        train(None, **here, num_epochs=1)
+        train(None, **here, num_epochs=1, checkpoint_every=checkpoint_every)
+
+
+@pytest.mark.parametrize("ends", ["with the epoch", "by an interrupt"])
+def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_end_before_it(
+    ends: str, here: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, goes_on = Snapshot.write, threading.Event()
+
+    def step(reporter: LocalReporter, state: TrainingState) -> None:
+        if state.step == 30:
+            goes_on.set()
+            if ends == "by an interrupt":
+                signal.raise_signal(signal.SIGINT)
+
+    def write_late(snapshot: Snapshot, folder: RunFolder) -> None:
+        assert snapshot.document["step"] != 20 or goes_on.wait(20), "training stands still until this is written"
+        time.sleep(0.05)
+        write(snapshot, folder)
+
+    monkeypatch.setattr(LocalReporter, "on_step", step)
+    monkeypatch.setattr(Snapshot, "write", write_late)
+    with pytest.raises(KeyboardInterrupt) if ends == "by an interrupt" else contextlib.nullcontext():
+        train(None, **here, num_epochs=1, checkpoint_every=20)
+    run = folder_at(tmp_path / "run")
+    for name in run.checkpoint_names():
+        assert read_state(run.inside(name))
+    last = position_of(run.checkpoint_names()[-1])
+    assert last == (1, 0) if ends == "with the epoch" else last >= (0, 30)
 
 
 def test_a_file_that_the_users_code_cannot_read_is_no_failure_of_the_storage(

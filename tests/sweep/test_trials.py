@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,18 @@ from mnist_ray.cluster.watch import RaySilentError
 from mnist_ray.config import SweepConfig, TrainConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.report.run_files import csv_text
-from mnist_ray.storage import RunFolder, locate
+from mnist_ray.run.job import read_job
+from mnist_ray.run.worker import LoopSpec, train_worker
+from mnist_ray.storage import RunFolder, checkpoint_name, locate
 from mnist_ray.sweep import tuner
 from mnist_ray.sweep.space import space_of
+from mnist_ray.sweep.trial import TuneReporter
 from mnist_ray.sweep.trials import DONE, FAILED, LOST, RUNNING, STOPPED, WAITING, TrialRecord, TrialTable
 from mnist_ray.sweep.tune import SweepConsole, read_sweep
+from mnist_ray.training.checkpoint import Snapshot, read_state
+from mnist_ray.training.state import Group, StopWantedError
 from mnist_ray.workload import Regression, Workload, setting
-from tests.conftest import mnist
+from tests.conftest import QUICK, mnist, with_data
 from tests.sweep.conftest import point
 
 
@@ -55,6 +61,32 @@ def test_the_table_ranks_by_accuracy_then_loss_and_failed_trials_last() -> None:
     assert table.best.records == (rows[4],)
     assert (table.count(DONE), table.count(STOPPED, FAILED)) == (2, 2)
     assert table_with(rows[0], rows[3]).best is None
+
+
+def test_a_trial_goes_on_while_a_checkpoint_is_written_but_reports_a_validation_after_it(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {**QUICK, "data_dir": str(small_data), "num_epochs": 1, "checkpoint_every": 20}
+    job, data = with_data(read_job({**given, "storage_path": str(tmp_path), "run_name": "trial"}))
+    write, goes_on, reports = Snapshot.write, threading.Event(), list[tuple[float, bool]]()
+
+    def write_late(snapshot: Snapshot, folder: RunFolder) -> None:
+        assert snapshot.document["step"] != 20 or goes_on.wait(20), "training stands still until this is written"
+        write(snapshot, folder)
+
+    def report(metrics: dict[str, Any]) -> None:
+        reports.append((metrics["epochs"], "val_score" in metrics))
+        if "val_score" in metrics:
+            assert [name.name for name in Path(job.run.path).iterdir()] == [checkpoint_name(0, 36)]
+            assert read_state(job.run.inside(checkpoint_name(0, 36)))["step"] == 36
+
+    monkeypatch.setattr(Snapshot, "write", write_late)
+    monkeypatch.setattr(tune, "report", report)
+    monkeypatch.setattr(TuneReporter, "on_step", lambda reporter, state: goes_on.set() if state.step == 30 else None)
+    spec = LoopSpec(job=job, train=data.train, validation=data.validation, until_epoch=0.75)
+    with pytest.raises(StopWantedError):
+        train_worker(spec, Group(), TuneReporter, cpus=1)
+    assert reports == [(pytest.approx(20 / 48), False), (0.75, True)]
 
 
 def test_less_is_better_if_the_workload_says_so_and_without_metrics_the_loss_chooses(tmp_path: Path) -> None:

@@ -185,19 +185,38 @@ def test_no_checkpoint_is_due_while_one_is_written() -> None:
     assert pace.is_due()
 
 
+def test_a_checkpoint_that_must_be_saved_while_one_is_written_comes_next() -> None:
+    pace = Pace(Moments())
+    assert pace.is_due(at_any_cost=True)
+    with pace.saving():
+        pace.wait()
+    assert not pace.is_due(at_any_cost=True)
+    with pace.writing():
+        assert not pace.is_due()
+    assert pace.is_due()
+    with pace.saving():
+        pass
+    assert not pace.is_due()
+
+
 class Eager(Pace):
     """Finds that each moment is a good one."""
 
-    def is_due(self) -> bool:
+    def is_due(self, *, at_any_cost: bool = False) -> bool:
         return True
 
 
-def weights_and_saves(images: Arrays, config: TrainConfig, pace: Pace) -> tuple[dict[str, torch.Tensor], list[int]]:
+def weights_and_saves(
+    images: Arrays, config: TrainConfig, pace: Pace, **hooks: Callable
+) -> tuple[dict[str, torch.Tensor], list[int]]:
+    def save(state: TrainingState, progress: Progress) -> None:
+        with state.pace.saving():
+            saves.append(state.total_step)
+
     saves, workload, split = list[int](), mnist(), Split(images)
     state = engine.create_state(workload, config, len(split), Group())
     state.pace = pace
-    hooks = Hooks(on_checkpoint=lambda state, progress: saves.append(state.total_step))
-    engine.train(workload, state, split, config, Group(), [hooks])
+    engine.train(workload, state, split, config, Group(), [Hooks(on_checkpoint=save, **hooks)])
     return state.model.state_dict(), saves
 
 
@@ -210,13 +229,20 @@ def test_checkpoints_are_saved_at_good_moments_and_change_no_weight(few_images: 
 
 
 def test_without_a_good_moment_a_checkpoint_is_saved_every_thousand_steps(few_images: Arrays) -> None:
-    class Never(Pace):
-        def is_due(self) -> bool:
-            return False
-
     few = Arrays(few_images.inputs[:50], few_images.targets[:50])
-    _, saves = weights_and_saves(few, replace(CONFIG, num_steps=1100, validate_every=1100, num_epochs=1), Never())
+    config, pace = replace(CONFIG, num_steps=1100, validate_every=1100, num_epochs=1), Pace(Moments())
+    _, saves = weights_and_saves(few, config, pace)
     assert saves == [1000, 1100]
+
+    def write_long(state: TrainingState) -> None:
+        if state.step == 990:
+            pace.wait()
+        if state.step == 1030:
+            with pace.writing():
+                pass
+
+    _, saves = weights_and_saves(few, config, pace, on_step=write_long)
+    assert min(saves) >= 1030, "training does not wait for the checkpoint that is being written"
 
 
 def test_a_given_number_of_steps_must_be_one() -> None:
