@@ -26,7 +26,7 @@ MODULES_VARIABLE = "MNIST_RAY_FORK_MODULES"  # on a cluster: modules for a node'
 
 _SILENT = ".silent"  # ends the name of the socket of a server that does not answer
 _CONTEXT_FLAG, _LANGUAGE_FLAG = "--serialized-runtime-env-context=", "--language="  # for Ray's setup_worker.py
-_MAX_TMPDIR = 18  # a socket's path may have 103 bytes (on Linux, 107), of which the names of a local Ray's take up to 85
+_MAX_TMPDIR = 18  # bytes: a socket's path may have 103 (on Linux, 107), of which the names of a local Ray take up to 85
 TIMEOUT_S = 30.0  # the server may still be importing; Ray waits for a worker for 60 s
 
 

@@ -215,12 +215,16 @@ def ask(address: str, timeout_s: float) -> None:
         os.close(nowhere)
 
 
-def kill_actors(class_name: str) -> None:
-    """Kill this job's actors of a class; this process has no handles for them."""
+def actors_of(class_name: str) -> set[str]:
+    """Return the ids of this job's actors of a class; this process has no handles for them."""
     job_id = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
-    for actor_id, actor in state.actor_table(None, job_id).items():
-        if actor["ActorClassName"] == class_name and actor["State"] != "DEAD":
-            global_worker.core_worker.kill_actor(ray.ActorID.from_hex(actor_id), True)
+    actors = state.actor_table(None, job_id).items()
+    return {key for key, actor in actors if actor["ActorClassName"] == class_name and actor["State"] != "DEAD"}
+
+
+def kill_actor(actor_id: str) -> None:
+    """Kill an actor by its id."""
+    global_worker.core_worker.kill_actor(ray.ActorID.from_hex(actor_id), True)
 
 
 def orphaned_placement_groups() -> list[PlacementGroup]:

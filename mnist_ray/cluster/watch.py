@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, wait
 from typing import TypeVar
 
@@ -31,7 +31,9 @@ class RaySilentError(JobError):
     @classmethod
     def of(cls, name: str, *, has_died: bool = False) -> RaySilentError:
         """Return the error for a part of Ray."""
-        error = cls(f"Ray has failed: {name} {'has died' if has_died else f'has not answered for {MAX_SILENCE_S:.0f} s'}")
+        error = cls(
+            f"Ray has failed: {name} {'has died' if has_died else f'has not answered for {MAX_SILENCE_S:.0f} s'}"
+        )
         error.has_died = has_died
         return error
 
@@ -116,9 +118,15 @@ def remove_orphans() -> None:
         remove_placement_group(group)
 
 
-def end_controllers() -> None:
-    """End this job's controllers of Ray Train, so that threads of this process stop waiting for them.
+def controllers() -> set[str]:
+    """Return the ids of Ray Train's controllers that this process has started."""
+    return ray_internals.actors_of("TrainController")
+
+
+def end_controllers(but: Collection[str] = ()) -> None:
+    """End this process's controllers of Ray Train, ``but`` others, so that its threads stop waiting for them.
 
     This must be done before ``ray.shutdown``, which may otherwise end the process with a SIGSEGV.
     """
-    ray_internals.kill_actors("TrainController")
+    for controller in controllers().difference(but):
+        ray_internals.kill_actor(controller)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -25,7 +26,7 @@ from mnist_ray.cluster.devices import usable
 from mnist_ray.cluster.plan import WorkerPlan, plan_workers
 from mnist_ray.cluster.remote_data import share
 from mnist_ray.cluster.rendezvous import WorkerGroupConfig
-from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError, as_raised, end_controllers, in_thread
+from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError, as_raised, controllers, end_controllers, in_thread
 from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.run import evaluate
 from mnist_ray.run.failures import FailureCallback, OldCheckpointError, cause_of, reason_of
@@ -121,10 +122,11 @@ def fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[[
     At the first Ctrl-C, workers that are training, and do not hang, save a checkpoint; then this raises
     KeyboardInterrupt.
     """
+    end_own = functools.partial(end_controllers, but=controllers())  # the caller may train with Ray Train, too
     result = in_thread(trainer.fit)
     try:
         with first_only_noted() as interrupted:
-            _listen(result, event_queue, on_event, interrupted)
+            _listen(result, event_queue, on_event, interrupted, end_own)
         if interrupted.is_set:
             raise KeyboardInterrupt
         return result.result()
@@ -133,13 +135,17 @@ def fit_and_listen(trainer: TorchTrainer, event_queue: Any, on_event: Callable[[
     except BaseException:
         if not result.done():  # do not disconnect from Ray while a thread waits for it
             with contextlib.suppress(RayError):
-                end_controllers()
+                end_own()
             wait([result], _END_TIMEOUT_S)
         raise
 
 
 def _listen(
-    result: Future[ray.train.Result], event_queue: Any, on_event: Callable[[Event], None], interrupted: Noted
+    result: Future[ray.train.Result],
+    event_queue: Any,
+    on_event: Callable[[Event], None],
+    interrupted: Noted,
+    end_controller: Callable[[], None],
 ) -> None:
     """Pass on events until there is a result or, after Ctrl-C, until no workers are training, or they hang."""
     is_running, is_training, stopping_at = True, False, math.inf
@@ -155,7 +161,7 @@ def _listen(
             alive_at = time.monotonic()
         elif time.monotonic() - alive_at > MAX_SILENCE_S:
             with contextlib.suppress(RayError):
-                end_controllers()  # else it could go on to train, once it answers again
+                end_controller()  # else it could go on to train, once it answers again
             raise RaySilentError.of("Ray Train's controller")
         for event in events:
             if isinstance(event, WorkerAlive):

@@ -151,6 +151,6 @@ def test_a_cluster_of_another_user_or_an_address_that_he_may_have_written_is_not
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
 def test_an_address_that_is_in_no_file_is_not_read(make: Callable[[Path], None], address_file: Path) -> None:
     make(address_file)
-    with pytest.raises(OSError, match="not a file|Is a directory|symbolic links") as raised:
+    with pytest.raises(OSError, match=r"not a file|Is a directory|symbolic links") as raised:
         ray_internals.address_of_ray_start()
     assert raised.value.filename == str(address_file)

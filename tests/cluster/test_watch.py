@@ -13,7 +13,7 @@ from ray.util import placement_group, placement_group_table
 from ray.util.placement_group import PlacementGroup
 
 from mnist_ray.cluster import ray_internals, watch
-from mnist_ray.cluster.watch import RaySilentError, end_controllers, watched
+from mnist_ray.cluster.watch import RaySilentError, controllers, end_controllers, watched
 from tests.conftest import wait_for
 
 
@@ -106,11 +106,15 @@ def test_only_a_dead_actors_placement_group_is_removed(ray_address: str) -> None
 
 
 def test_a_wait_for_a_controller_ends_with_it(ray_address: str) -> None:
-    controller, other = ray.remote(num_cpus=0)(TrainController).remote(), ray.remote(num_cpus=0)(Controller).remote()
-    ended = controller.run.remote()
-    end_controllers()
+    of_user, controller = (ray.remote(num_cpus=0)(TrainController).remote() for _ in range(2))
+    other = ray.remote(num_cpus=0)(Controller).remote()
+    (users_own,) = controllers() - {controller._actor_id.hex()}
+    ended, goes_on = controller.run.remote(), of_user.run.remote()
+    end_controllers(but={users_own})
     with pytest.raises(RayActorError):
         ray.get(ended, timeout=60)
+    assert ray.wait([goes_on], timeout=0)[0] == []
+    ray.kill(of_user)
     group = ray.get(other.reserve.remote(), timeout=60)
     ray.util.remove_placement_group(group)
     ray.kill(other)

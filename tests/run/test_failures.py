@@ -238,7 +238,7 @@ def test_a_controller_is_silent_if_it_shows_no_life_but_not_if_the_driver_was_sl
 def test_an_interrupted_run_waits_for_workers_that_train_and_for_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     noted, over, events = Noted(), threading.Event(), list[Event]()
     monkeypatch.setattr(fit, "first_only_noted", lambda: contextlib.nullcontext(noted))
-    monkeypatch.setattr(fit, "end_controllers", over.set)
+    monkeypatch.setattr(fit, "end_controllers", lambda but: over.set())
     started, lost = Started(1, ("here",), 1, "cpu", "fp32", 0, 0, 0), WorkersLost("worker 0 died")
 
     def note(event: Event) -> None:
@@ -261,7 +261,7 @@ def test_an_interrupted_run_whose_workers_hang_ends_after_a_minute_without_a_che
 ) -> None:
     noted, over, events = Noted(), threading.Event(), list[Event]()
     monkeypatch.setattr(fit, "first_only_noted", lambda: contextlib.nullcontext(noted))
-    monkeypatch.setattr(fit, "end_controllers", over.set)
+    monkeypatch.setattr(fit, "end_controllers", lambda but: over.set())
     alive: list[list[Event]] = [[WorkerAlive(0), WorkerAlive(50)]] * 3
     takes: list[list[Event]] = [[STARTED], *alive, [WorkerAlive(40)], [WorkerAlive(80)], []]
 
@@ -911,7 +911,7 @@ def test_too_many_shapes_to_compile_are_one_line(tmp_path: Path, monkeypatch: py
     run, config = locate(str(tmp_path), "run"), TrainConfig(precision="fp32", batch_size=1, compile=True)
     compile_model = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_model(self, backend="eager", **options))
-    monkeypatch.setattr(worker.Reporter, "start", Mock())
+    monkeypatch.setattr(worker.Reporter, "start", lambda self, state, restored, life: setattr(self, "_life", life))
     job = Mock(run=run, train=config, workload=OfLengths(), callback=None, code_folders=[], initial=None)
     job.workers = Mock(hang_timeout_s=600.0, loader_workers=0, read_ahead_mib=1)
     spec = LoopSpec(job=job, train=Split(Lengths()))

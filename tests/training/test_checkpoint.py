@@ -215,6 +215,7 @@ def leave_out(folder: Path, file: str) -> None:
     (folder / "state.json").write_text(json.dumps(state))
 
 
+MIDDLE, END = "checkpoint_epoch-000_step-000014", "checkpoint_epoch-001_step-000000"
 CHANGES: dict[str, Callable[[Path], object]] = {
     "no weights": lambda folder: leave_out(folder, "model.safetensors"),
     "no optimizer": lambda folder: leave_out(folder, "optimizer.safetensors"),
@@ -226,7 +227,6 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "half a row": lambda folder: rewrite(folder / "optimizer.safetensors", lambda entry: entry.__setitem__(0, 0.5)),
     "renamed": lambda folder: folder.rename(folder.with_name("checkpoint_epoch-001_step-000001")),
 }
-MIDDLE, END = "checkpoint_epoch-000_step-000014", "checkpoint_epoch-001_step-000000"
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
