@@ -40,10 +40,13 @@ class Point:
 
     @property
     def name(self) -> str:
-        """The trial's folder."""
-        parts = [f"{name}-{value}".replace("/", "_") for name, value in (*self.configuration, ("seed", self.seed))]
-        name = "_".join(parts)
-        if len(name.encode()) <= _MAX_NAME_BYTES:
+        """The trial's folder: of each point another one, but for upper and lower case."""
+        pairs = (*self.configuration, ("seed", self.seed))
+        name = "_".join(f"{name}-{value}" for name, value in pairs)
+        marks = ["/", *(f"_{name}-" for name, _ in pairs)]  # with one in a value, another point could have this name
+        if any(value == "None" or any(mark in str(value) for mark in marks) for _, value in pairs):
+            name = repr(pairs)
+        elif len(name.encode()) <= _MAX_NAME_BYTES:
             return name
         return f"trial-{hashlib.sha256(name.encode()).hexdigest()[:16]}_seed-{self.seed}"
 

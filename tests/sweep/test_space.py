@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 
@@ -173,6 +174,27 @@ def test_a_points_name_has_its_values_or_a_digest_if_that_is_too_long() -> None:
     names = {Point(tuple((f"a_long_name_{n}", n + more) for n in range(50)), 3).name for more in (0, 1)}
     assert len(names) == 2
     assert all(len(name) < 60 and name.endswith("_seed-3") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"kind": "a/b"}, {"kind": "a_b"}),
+        ({"kind": None}, {"kind": "None"}),
+        ({"kind": "x", "norm": "y_norm-z"}, {"kind": "x_norm-y", "norm": "z"}),
+        ({"kind": "x" * 200 + "/"}, {"kind": "x" * 200 + "_"}),
+    ],
+)
+def test_different_points_have_different_names(first: dict[str, Any], second: dict[str, Any]) -> None:
+    names = [Point(tuple(values.items()), 0).name for values in (first, second)]
+    assert names[0] != names[1]
+    assert not any("/" in name for name in names)
+
+
+def test_only_a_point_that_could_be_taken_for_another_has_a_digest_in_its_name() -> None:
+    values = {"batch_size": 9, "size": 1e-05, "kind": "resnet_v1-5", "norm": None, "is_on": True}
+    name = "batch_size-9_size-1e-05_kind-resnet_v1-5_norm-None_is_on-True_seed-0"
+    assert Point(tuple(values.items()), 0).name == name
 
 
 def test_a_range_may_be_one_value_and_booleans_and_none_are_read_back() -> None:
