@@ -223,7 +223,8 @@ def format_value(value: Any) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``; did you mean X?`` for the most similar known name; empty if none is similar."""
-    close = difflib.get_close_matches(name, list(known), 1, cutoff=0.65)  # --lr and --help are 0.6 alike
+    cutoff = 0.7 if name.startswith("--") else 0.65  # --plain-ray and --learning-rate are 0.69 alike
+    close = difflib.get_close_matches(name, list(known), 1, cutoff=cutoff)
     return f"; did you mean {close[0]}?" if close else ""
 
 

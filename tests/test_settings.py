@@ -189,6 +189,10 @@ def test_impossible_paths_are_refused(given: str, reason: str) -> None:
         (["--quiet", "--workers=2"], "unrecognized arguments: --workers=2; did you mean --num-workers?"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["--lr", "3"], "unrecognized arguments: --lr 3; see --help"),
+        (["--plain-ray"], "unrecognized arguments: --plain-ray; see --help"),
+        (["--batchsize", "3"], "unrecognized arguments: --batchsize 3; did you mean --batch-size?"),
+        (["--gpu"], "unrecognized arguments: --gpu; did you mean --use-gpu?"),
+        (["--precison=fp32"], "unrecognized arguments: --precison=fp32; did you mean --precision?"),
         (
             ["--storage-pth=http://user:pw@host", "\x1b\n"],
             r"unrecognized arguments: --storage-pth=http://***@host \x1b\n; did you",
