@@ -220,13 +220,16 @@ def read_config_file(path: str) -> dict[str, Any]:
     try:
         if is_no_file(file):
             raise UsageError(f"the config file {path} is not a file")
-        values = json.loads(file.read_text(encoding="utf-8-sig"))
+        pairs = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=tuple)
     except OSError as error:
         raise UsageError(f"cannot read the config file {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # including text that is not UTF-8
         raise UsageError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
+    if not isinstance(pairs, tuple):
         raise UsageError(f"{path} must hold a JSON object of settings")
+    values, names = dict(pairs), [name for name, _ in pairs]
+    if twice := [name for name in values if names.count(name) > 1]:
+        raise UsageError(f"{path} has {twice[0]} twice; leave one of them out")
     if not isinstance(workload := values.get("workload"), str | None):
         raise UsageError(f"{path}: --workload must be of type str, not {workload!r:.40}")
     return values

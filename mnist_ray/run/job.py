@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -26,6 +27,8 @@ from mnist_ray.workload.user_code import Source
 
 Given = Mapping[str, Any]
 """Settings by name, from flags or keyword arguments, including ``workload``, ``recipe`` and ``config``."""
+_OF_PLAN = {"min_workers", "placement", "label_selector", "autoscaling"}
+_OF_RAY = {*_OF_PLAN, "max_failures", "fork_workers", "hang_timeout_s"}
 _DESCRIPTIONS = {
     "train": "Train a workload on Ray, evaluate it on the test set, and write the run's files.",
     "tune": "Search settings with Ray Tune, train with the best and evaluate once on the test set. A trial has one "
@@ -132,6 +135,8 @@ def _job_of(
         user_code.find(output.tracker, Tracker)
     _check_together(train, workers)
     if kind == "train" and workload_class.create_optimizer is Workload.create_optimizer:
+    for name in sorted(given & _OF_RAY) if workers.num_workers == 0 else ():
+        raise UsageError(f"{flag(name)} has no effect with --num-workers 0, which trains without Ray; leave it out")
         for name in sorted(given & train.unused):
             raise UsageError(f"{flag(name)} has no effect: {train.optimizer} does not use it; leave it out")
     code = {"workload": workload_class.source}
@@ -168,8 +173,9 @@ def _in_steps(train: TrainConfig, given: frozenset[str]) -> TrainConfig:
         if train.validate_every is not None:
             raise UsageError("--validate-every needs --num-steps; without it, each pass over the data is validated")
         return train
-    if {"num_epochs", "num_steps"} <= given:
-        raise UsageError("--num-steps takes the place of --num-epochs; leave one of them out")
+    if "num_epochs" in given:
+        both = "leave one of them out" if "num_steps" in given else "leave that out, or add --num-steps none"
+        raise UsageError(f"--num-steps {train.num_steps} takes the place of --num-epochs; {both}")
     every = min(train.validate_every or math.ceil(train.num_steps / 10), train.num_steps)
     return dataclasses.replace(train, validate_every=every, num_epochs=math.ceil(train.num_steps / every))
 
@@ -239,6 +245,10 @@ def _read_flags(kind: str, classes: Sequence[type], recipes: Mapping[str, Given]
     parser.add_argument("--recipe", choices=recipes or ["default"], default=UNSET, help=recipe_help)
     parser.add_argument("--config", metavar="FILE", default=UNSET, help="settings from a run's config.json")
     return parser.read_flags()
+    given = [word.partition("=")[0] for word in sys.argv]
+    for name in ("--callback", "--tracker", "--recipe", "--config"):
+        if given.count(name) > 1:
+            raise UsageError(f"{name} is given twice, but only one can have an effect; leave the others out")
 
 
 def _checked(given: Given, classes: Sequence[type], recipes: Mapping[str, Any]) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def _try_batch(job: Job, train: Split, batch_sizes: Sequence[int]) -> set[str] |
     sizes = batch_sizes or [job.train.batch_size]
     unused = try_batch(job.workload, train, job.train, sizes, smallest, num_workers)
     if given := sorted(job.given & (unused or set())):
-        own = f"{type(job.workload).__name__}'s optimizer and schedule"
+        own = f"{type(job.workload).__name__}'s loss, optimizer and schedule"
         raise UsageError(f"{flag(given[0])} has no effect: {own} do not use it; leave it out")
     return unused
 

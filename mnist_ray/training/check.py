@@ -46,7 +46,7 @@ def try_batch(
     """Send a batch through a workload, and the smallest micro-batch of each batch size. Raises UsageError.
 
     ``part``: the smallest part of a batch that a worker gets or, with --reproducible, computes at a time. Returns the
-    settings that the workload's own optimizer and schedule do not use; None if it has neither.
+    settings that the workload's own loss, optimizer and schedule do not use; None if they are the usual ones.
     """
 
     def first(number: int) -> MicroBatch:
@@ -112,7 +112,7 @@ def check_batch(
         raise UsageError(f"{error}{remedy}") from error
     with placed(workload, "check_outputs"):
         workload.check_outputs(outputs, batch.targets)
-    _check_losses(workload, model, outputs, batch, config)
+    idle = _check_losses(workload, model, outputs, batch, config)
     with placed(workload, "predictions"), torch.no_grad():
         evaluated = as_fp32(model.eval()(for_evaluation))
         columns = workload.predictions(evaluated, batch.targets)
@@ -130,7 +130,8 @@ def check_batch(
         check_columns([columns, of_last])
     for few in () if workload.compares_examples else fewer:
         _check_independence(workload, model, evaluated, batch, few, config)
-    return _check_optimizer(workload, model, config, config.total_steps(num_examples))
+    unused = _check_optimizer(workload, model, config, config.total_steps(num_examples))
+    return idle | (unused or config.unused) if idle else unused
 
 
 def check_smallest(workload: Workload, few: MicroBatch, batch_size: int, config: TrainConfig) -> None:
@@ -167,7 +168,10 @@ def _check_model(name: str, model: object) -> None:
     check_held(model.state_dict())
 
 
-def _check_losses(workload: Workload, model: nn.Module, outputs: Any, batch: MicroBatch, config: TrainConfig) -> None:
+def _check_losses(
+    workload: Workload, model: nn.Module, outputs: Any, batch: MicroBatch, config: TrainConfig
+) -> set[str]:
+    """Try the losses; return the settings that the workload's own losses do not use."""
     name, number = type(workload).__name__, batch.global_size
     with placed(workload, "loss"):
         losses = workload.loss(outputs, batch.targets)
@@ -181,8 +185,9 @@ def _check_losses(workload: Workload, model: nn.Module, outputs: Any, batch: Mic
         if type(workload).loss in (Classification.loss, Regression.loss):
             remedy = "return super().loss(outputs, targets) * self.weights(targets)"
             raise UsageError(f"{name} has weights, so it needs a loss of its own, which multiplies by them: {remedy}")
+    recorded, used = _recorded(config)
     with placed(workload, "training_loss"):
-        minimized = workload.training_loss(outputs, batch.targets, config)
+        minimized = workload.training_loss(outputs, batch.targets, recorded)
     if minimized is not None:
         _check_numbers(f"{name}.training_loss", minimized, number)
     if not losses.isfinite().all():
@@ -195,6 +200,7 @@ def _check_losses(workload: Workload, model: nn.Module, outputs: Any, batch: Mic
     if idle:
         found = f"parameters {idle[0]} and {len(idle) - 1} more are" if len(idle) > 1 else f"parameter {idle[0]} is"
         raise UsageError(f"{name}: {found} not part of the loss; remove or freeze unused parameters")
+    return {"label_smoothing"} - used
 
 
 def _check_independence(
@@ -261,16 +267,10 @@ def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig, 
 
     Returns None for the default ones, which are not tried, to save most of a second.
     """
-    own, used = type(workload), set[str]()
+    own = type(workload)
     if (own.create_optimizer, own.create_scheduler) == (Workload.create_optimizer, Workload.create_scheduler):
         return None
-
-    class Recording(TrainConfig):
-        def __getattribute__(self, name: str) -> Any:
-            used.add(name)
-            return super().__getattribute__(name)
-
-    config = Recording(**values_of(config))
+    config, used = _recorded(config)
     with placed(workload, "create_optimizer"):
         optimizer = workload.create_optimizer(model, config)
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -285,6 +285,18 @@ def _check_optimizer(workload: Workload, model: nn.Module, config: TrainConfig, 
     with placed(workload, f"a checkpoint of the state_dict of optimizer and schedule ({content})"):
         check_kept(snapshot(TrainingState(model, optimizer, scheduler), {}).training)
     return _OF_OPTIMIZER - used
+
+
+def _recorded(config: TrainConfig) -> tuple[TrainConfig, set[str]]:
+    """Return the config, and the set of the settings that are read of it from now on."""
+    used = set[str]()
+
+    class Recording(TrainConfig):
+        def __getattribute__(self, name: str) -> Any:
+            used.add(name)
+            return super().__getattribute__(name)
+
+    return Recording(**values_of(config)), used
 
 
 def _check_dict(place: str, value: object) -> None:

@@ -173,6 +173,7 @@ def test_code_that_ends_the_job_is_one_line(read: Any) -> None:
         ("[1]", "must hold a JSON object"),
         ('{"batchsize": 1, "lr": 2}', "unknown settings: batchsize, lr"),
         ('{"run_name": "x"}', "unknown settings: run_name"),
+        ('{"batch_size": 32, "batch_size": 64}', r"bad\.json has batch_size twice; leave one of them out$"),
         ('{"batch_size": "64"}', "--batch-size must be of type int, not '64'"),
         ('{"workload": 5}', r"bad\.json: --workload must be of type str, not 5"),
         (f'{{"workload": {"[" * 900}{"]" * 900}}}', r"--workload must be of type str, not \[+$"),
@@ -185,6 +186,44 @@ def test_a_bad_config_file_is_refused(read: Any, tmp_path: Path, text: str | Non
     os.mkfifo(file) if text is None else file.write_text(text)
     with pytest.raises(UsageError, match=message):
         read("--config", str(file))
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--placement", "SPREAD"], "--placement"),
+        (["--min-workers", "1"], "--min-workers"),
+        (["--label-selector", "market=spot"], "--label-selector"),
+        (["--autoscaling", "--quiet"], "--autoscaling"),
+        (["--max-failures", "0"], "--max-failures"),
+        (["--fork-workers", "no"], "--fork-workers"),
+        (["--hang-timeout-s", "60"], "--hang-timeout-s"),
+    ],
+)
+def test_a_flag_that_only_workers_on_ray_use_is_refused_without_them(read: Any, flags: list[str], name: str) -> None:
+    said = f"^{name} has no effect with --num-workers 0, which trains without Ray; leave it out$"
+    with pytest.raises(UsageError, match=said):
+        read("--num-workers", "0", *flags)
+    assert name.removeprefix("--").replace("-", "_") in read(*flags).given
+
+
+def test_a_run_without_ray_may_have_a_files_settings_of_workers_and_flags_that_it_uses(
+    read: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"placement": "SPREAD", "max_failures": 0}')
+    flags = ["--cpus-per-worker", "1", "--use-gpu", "no", "--loader-workers", "1", "--read-ahead-mib", "64"]
+    assert read("--config", str(tmp_path / "config.json"), "--num-workers", "0", *flags).workers.placement == "SPREAD"
+
+
+@pytest.mark.parametrize("name", ["--callback", "--tracker", "--recipe", "--config"])
+def test_a_second_value_of_which_only_one_would_count_is_refused(
+    read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "default").write_text("{}")  # a file of settings
+    said = f"^{name} is given twice, but only one can have an effect; leave the others out$"
+    with pytest.raises(UsageError, match=said):
+        read(name, "default", f"{name}=default")
 
 
 @pytest.mark.parametrize(
@@ -253,6 +292,31 @@ def test_blocks_are_tried_in_the_smallest_part_of_a_batch_that_is_computed_at_a_
     job = read_job(given)
     with connected(Start(Clock(), job.workers, "math", None), job, load_splits(job), Mock()):
         assert tried.call_args.args[-2] == part
+
+
+class Weighted(InBlocks):
+    """It minimizes another loss than it reports."""
+
+    recipes = {"smooth": {"label_smoothing": 0.1}}
+
+    def prepare(self, inputs: Any, generator: Any) -> Any:
+        return inputs[:, None].float()
+
+    def training_loss(self, outputs: Any, targets: Any, config: Any) -> Any:
+        return 2 * self.loss(outputs, targets)
+
+
+def test_label_smoothing_that_a_workloads_own_loss_does_not_use_is_refused_if_it_is_given(tmp_path: Path) -> None:
+    given = {"workload": Weighted, "storage_path": str(tmp_path), "num_workers": 0, "precision": "fp32"}
+
+    def begin(**more: Any) -> None:
+        job = read_job({**given, **more})
+        with connected(Start(Clock(), job.workers, "math", None), job, load_splits(job), Mock()):
+            pass
+
+    begin(recipe="smooth")
+    with pytest.raises(UsageError, match=r"^--label-smoothing has no effect: Weighted's loss, .* do not use it; leave"):
+        begin(label_smoothing=0.1)
 
 
 @pytest.mark.parametrize(("schedule", "noted"), [("one-cycle", 1), ("cosine", 1), ("linear", 1), ("constant", 0)])

@@ -222,6 +222,19 @@ def test_the_settings_that_a_workloads_own_optimizer_does_not_use_are_found(writ
     assert try_batch(mnist(), examples, FP32, [10], Fraction(1)) is None
 
 
+@pytest.mark.parametrize(("smoothing", "is_used"), [("0.0", False), ("config.label_smoothing", True)])
+def test_label_smoothing_is_found_if_a_workloads_own_loss_does_not_use_it(
+    write: Write, smoothing: str, is_used: bool
+) -> None:
+    own = f"""
+    def training_loss(self, outputs, targets, config):
+        return F.cross_entropy(outputs, targets, reduction="none", label_smoothing={smoothing})
+"""
+    workload = load(f"{write(f'{RIGHT}class Wrong(Right):{own}')}:Wrong")()
+    unused = try_batch(workload, splits_of(data_of(workload), 0).train, FP32, [10], Fraction(1))
+    assert unused == (None if is_used else {"label_smoothing", "momentum"})
+
+
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("fp32", "torch.float32"), ("bf16", "torch.bfloat16"), ("fp16", "torch.float16")]
 )

@@ -26,9 +26,11 @@ from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.training.state import Group, StopWantedError, TrainingState
 from mnist_ray.workload import Workload
 from mnist_ray.workload.data import Arrays, Blocks, Split
+from tests.conftest import ROOT
 from tests.training.conftest import Hooks
 from tests.training.ranks import call_on_ranks, joined
 
+GPT = str(ROOT / "examples" / "gpt.py")
 NUMBERS = np.arange(50, dtype=np.float32)[:, np.newaxis]
 # 5 steps a pass of 50 examples; epochs of 4 steps, the last one of 1
 CONFIG = TrainConfig(
@@ -213,9 +215,14 @@ def test_settings_of_steps_decide_the_epochs() -> None:
     ("given", "message"),
     [
         ({"validate_every": 10}, "--validate-every needs --num-steps"),
-        ({"num_steps": 10, "num_epochs": 3}, "--num-steps takes the place of --num-epochs"),
+        ({"num_steps": 10, "num_epochs": 3}, "--num-steps 10 takes the place of --num-epochs; leave one of them out$"),
+        ({"workload": GPT, "num_epochs": 3}, "--num-steps 1000 takes .*; leave that out, or add --num-steps none$"),
     ],
 )
-def test_settings_of_steps_that_do_not_fit_are_refused(given: dict[str, int], message: str) -> None:
+def test_settings_of_steps_that_do_not_fit_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         read(**given)
+
+
+def test_epochs_may_be_given_in_place_of_a_recipes_steps() -> None:
+    assert read(workload=GPT, num_epochs=3, num_steps=None).num_epochs == 3
