@@ -95,7 +95,7 @@ def start(
     if output.tracker is not None:
         own = user_code.find(output.tracker, Tracker)
         if own.follows_trials or not for_trials:
-            kinds[own.__name__] = own
+            kinds[own.__name__ if own.__name__ not in kinds else f"your {own.__name__}"] = own
     create = {name: functools.partial(kind, run, workload, plain) for name, kind in kinds.items()}
     return Trackers(create, warn)
 

@@ -122,6 +122,20 @@ def test_tensorboard_shows_steps_that_are_done_again_once_and_what_comes_before_
     assert points(reader, "step/train_loss") == [(1, 4.0), (2, 3.0), (3, 2.5), (4, 1.5)]
 
 
+def test_a_tracker_of_the_same_name_goes_beside_tensorboard(run: RunFolder, write: Any, tmp_path: Path) -> None:
+    own = """
+        from mnist_ray.trackers import Tracker
+        class TensorBoard(Tracker):
+            def close(self, ending):
+                self.run.write_text("mine.txt", "closed")
+                raise OSError("full")
+    """
+    said = ["your TensorBoard failed and is not used any more: full"]
+    assert follow(run, EPOCH, INTERRUPTED, write(own, "own.py")) == said
+    assert (tmp_path / "run" / "mine.txt").read_text() == "closed"
+    assert points(read_events(tmp_path / "run"), "epoch/train_loss") == [(1, 0.5)]
+
+
 def test_a_full_disk_is_one_warning(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: FileIO("/dev/full", "w"))
     warnings = follow(run, EPOCH, INTERRUPTED)
