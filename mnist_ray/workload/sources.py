@@ -37,31 +37,33 @@ def pictures(place: str | Path, *, size: int = 64, is_grey: bool = False) -> Dat
     """Return the pictures in ``place``, a folder per class; torchvision's ``ImageFolder`` reads each one when needed.
 
     Each picture is scaled and cut to a square: (3, ``size``, ``size``) uint8, or (1, …) in grey. ``place`` may have
-    train/ and test/ (or val/) with these folders; without them, a random fifth is the test set. Raises UsageError.
+    train/ and test/ (or val/) with these folders; with all three, val/ is for validation. Without them, a random fifth
+    is the test set. Raises UsageError.
     """
     from torchvision import datasets, transforms
 
     place = path_of(place, "the data's path")
     to_square = [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()]
     transform = transforms.Compose([transforms.Grayscale(), *to_square] if is_grey else to_square)
-    roots = [folder for name in ("train", "test", "val") if (folder := place / name).is_dir()][:2]
+    roots = [folder for name in ("train", "test", "val") if (folder := place / name).is_dir()]
     try:
         folders = [datasets.ImageFolder(root, transform, loader=_opened_in_colour) for root in roots or [place, place]]
     except OSError as error:
         raise UsageError(f"{place}: {first_line(error)}") from error
-    if roots and [roots[0].name, len(roots)] != ["train", 2]:
+    if roots and (roots[0].name != "train" or len(roots) < 2):
         raise UsageError(f"{place} has {' and '.join(f'{root.name}/' for root in roots)}; it needs train/ and test/")
     classes = folders[0].classes
-    if any(folder.classes != classes for folder in folders):
-        raise UsageError(f"{place}: {roots[0].name}/ and {roots[1].name}/ differ in classes")
+    for root, folder in zip(roots, folders, strict=False):
+        if folder.classes != classes:
+            raise UsageError(f"{place}: train/ and {root.name}/ differ in classes")
     if not roots:
         order, num_test = Shuffled(len(folders[0]), [_TEST_SEED])[:], max(1, len(folders[0]) // _TEST_PART)
         for folder, part in zip(folders, (order[num_test:], order[:num_test]), strict=True):
             folder.samples = [folder.samples[index] for index in np.sort(part)]
-    train, test = folders
     files = [file for folder in folders for file, _ in folder.samples]
     name = f"{place.name}, pictures of {len(classes)} classes"
-    return Data(train, test, name=name, metadata={"class_names": classes}, files=files)
+    train, test, validation = folders if len(folders) == 3 else (*folders, None)
+    return Data(train, test, validation, name=name, metadata={"class_names": classes}, files=files)
 
 
 def _opened_in_colour(file: str) -> Image.Image:

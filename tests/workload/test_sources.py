@@ -311,6 +311,16 @@ def test_of_pictures_in_one_folder_a_fifth_is_the_test_and_grey_has_one_channel(
     data = sources.pictures(tmp_path / "all", size=16, is_grey=True)
     assert (len(data.train), len(data.test)) == (16, 4)  # type: ignore[arg-type]
     assert data.train[0][0].shape == (1, 16, 16)  # type: ignore[index]
+def test_pictures_in_three_folders_are_for_training_test_and_validation(tmp_path: Path) -> None:
+    for number, name in enumerate(("test", "train", "val"), 1):
+        write_pictures(tmp_path / name, number)
+    splits = splits_of(sources.pictures(tmp_path, size=8), validation_size=None)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (4, 6, 2)
+    write_pictures(tmp_path / "val", 1, names=("green",))
+    with pytest.raises(UsageError, match=r"train/ and val/ differ in classes$"):
+        sources.pictures(tmp_path)
+
+
 
 
 def test_pictures_with_16_bits_keep_their_greys(tmp_path: Path) -> None:
