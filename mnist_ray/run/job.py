@@ -120,7 +120,8 @@ def read_job(given: Given | None = None, kind: str = "train") -> Job:
     if not saved:
         check_free(run, resume=False)
         return job
-    _check_unchanged(run, (*more_settings, TrainConfig, workload_class.Settings), saved, asked)
+    resolved = {**asked, "init_from": job.train.init_from, "callback": job.train.callback}
+    _check_unchanged(run, (*more_settings, TrainConfig, workload_class.Settings), saved, resolved)
     origin, notes = _left_by(run, kind, workload_class)
     return dataclasses.replace(job, origin=origin, notes=notes)
 
@@ -134,18 +135,18 @@ def _job_of(
     if output.tracker is not None:
         user_code.find(output.tracker, Tracker)
     _check_together(train, workers)
-    if kind == "train" and workload_class.create_optimizer is Workload.create_optimizer:
     for name in sorted(given & _OF_RAY) if workers.num_workers == 0 else ():
         raise UsageError(f"{flag(name)} has no effect with --num-workers 0, which trains without Ray; leave it out")
+    if kind == "train" and workload_class.create_optimizer is Workload.create_optimizer:
         for name in sorted(given & train.unused):
             raise UsageError(f"{flag(name)} has no effect: {train.optimizer} does not use it; leave it out")
     code = {"workload": workload_class.source}
     if train.callback is not None:
         code["callback"] = user_code.find(train.callback, Callback).source
         train = dataclasses.replace(train, callback=code["callback"].reference)
-    if train.init_from is not None and not output.resume:
+    if train.init_from is not None and (not output.resume or "init_from" in given):  # else it is resolved already
         place = find_run(train.init_from, run.storage_path)
-        if not place.exists():
+        if not output.resume and not place.exists():  # a resumed run has its own copy of the weights
             raise UsageError(f"--init-from {train.init_from}: there is no such run, checkpoint or file")
         train = dataclasses.replace(train, init_from=masked(place.uri))  # a path that is right in any folder
     folders = storage.untrusted_folders(run, run.storage_path)
@@ -244,11 +245,11 @@ def _read_flags(kind: str, classes: Sequence[type], recipes: Mapping[str, Given]
     parser.add_argument("--workload", metavar="FILE.py", default=UNSET, help=workload_help)
     parser.add_argument("--recipe", choices=recipes or ["default"], default=UNSET, help=recipe_help)
     parser.add_argument("--config", metavar="FILE", default=UNSET, help="settings from a run's config.json")
-    return parser.read_flags()
     given = [word.partition("=")[0] for word in sys.argv]
     for name in ("--callback", "--tracker", "--recipe", "--config"):
         if given.count(name) > 1:
             raise UsageError(f"{name} is given twice, but only one can have an effect; leave the others out")
+    return parser.read_flags()
 
 
 def _checked(given: Given, classes: Sequence[type], recipes: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,10 +288,10 @@ def _check_together(train: TrainConfig, workers: WorkerConfig) -> None:
 def _has_moved(field: dataclasses.Field[Any], old: Any, new: Any) -> bool:
     """Tell whether two values name the same file or folder in two places; of data, the digests are compared, too."""
     are_places = isinstance(old, (str, Path)) and isinstance(new, (str, Path))
+    if are_places and field.name == "callback":  # which older runs have without its class
+        return Path(old).name in (Path(new).name, Path(new).name.rpartition(":")[0])
     if not are_places or Path(old).name != Path(new).name:
         return False
-    if field.name == "callback":
-        return True
     return os.path.exists(new) and (field.metadata.get("decides_data", False) or not os.path.exists(old))
 
 

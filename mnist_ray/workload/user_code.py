@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -11,6 +12,7 @@ import inspect
 import os
 import re
 import sys
+import threading
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from mnist_ray.settings import is_no_file, path_of
 class Source:
     """The code of a class as it was when the job began. Other processes run this text, even if the file has changed."""
 
-    reference: str  # an absolute path or a module's name, with `:NAME` if the flag has one
+    reference: str  # an absolute path or a module's name, with `:NAME` once the class is loaded
     path: str
     text: str
 
@@ -47,6 +49,8 @@ class UserClass:
 
 
 T = TypeVar("T", bound=UserClass)
+alone = threading.RLock()
+"""Held while a user's code is loaded, or creates a model: it may not expect several threads."""
 
 
 def find(reference: str, base: type[T]) -> type[T]:
@@ -77,8 +81,12 @@ def find(reference: str, base: type[T]) -> type[T]:
 
 def load(source: Source, base: type[T]) -> type[T]:
     """Return the class from its source, in any process. Raises UsageError like ``find``."""
-    loaded = _pick(_module_of(source, _flag(base)), source.reference, base)
-    loaded.source = source
+    place, _ = _split(source.reference)
+    with alone:
+        module = _module_of(dataclasses.replace(source, reference=place), _flag(base))
+    loaded = _pick(module, source.reference, base)
+    name = next(name for name, value in vars(module).items() if value is loaded)
+    loaded.source = dataclasses.replace(source, reference=f"{place}:{name}")  # another class may come into the file
     return loaded
 
 
@@ -165,8 +173,8 @@ def _add_to_path(folder: Path) -> None:
 
 @functools.cache
 def _module_of(source: Source, flag: str) -> types.ModuleType:
-    place, _ = _split(source.reference)
-    return _run_file(source, flag) if place.endswith(".py") else _import_module(place, flag)
+    is_file = source.reference.endswith(".py")
+    return _run_file(source, flag) if is_file else _import_module(source.reference, flag)
 
 
 def _run_file(source: Source, flag: str) -> types.ModuleType:

@@ -20,6 +20,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.run.find import read_initial
 from mnist_ray.run.job import Job, read_job
+from mnist_ray.settings import json_lines
 from mnist_ray.storage import INITIAL_FILE, RunFolder
 from mnist_ray.training import checkpoint, engine
 from mnist_ray.training.state import Group
@@ -97,6 +98,20 @@ def test_a_run_whose_initial_weights_could_not_be_written_is_resumed(
             train(None, **where, **few)
     assert train(None, **where, resume=True).metrics["loss"] > 0
     assert load_file(tmp_path / "run" / INITIAL_FILE).keys() == load_file(source / "model.safetensors").keys()
+
+
+def test_a_run_is_resumed_by_the_same_source_even_if_that_is_gone_but_not_by_another(
+    source: Path, tmp_path: Path
+) -> None:
+    given = {"init_from": "source", "storage_path": str(tmp_path), "run_name": "run"}
+    started = read_job(given)
+    started.run.write_text("config.json", json_lines(started.values))
+    for is_gone in (False, True):
+        if is_gone:
+            shutil.rmtree(tmp_path / "source")
+        assert read_job({**given, "resume": True}).values == started.values
+    with pytest.raises(UsageError, match=r"was started with --init-from .*/source, not .*/other; leave the flag out"):
+        read_job({**given, "resume": True, "init_from": "other"})
 
 
 def job_from(init_from: Path | str, tmp_path: Path) -> Job:

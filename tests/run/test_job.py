@@ -126,7 +126,7 @@ def test_code_in_a_run_is_loaded_if_a_flag_names_it_also_to_resume(read: Any, se
     (sent / "config.json").write_text(json.dumps({"num_epochs": 3, "workload": code}))
     job = read("--resume", "--run-name", "sent", "--workload", code)
     assert type(job.workload).__name__ == "Steals"
-    assert job.resume_with.endswith(f" --workload {code}")
+    assert job.resume_with.endswith(f" --workload {code}:Steals")
 
 
 def test_the_command_to_resume_is_quoted_and_has_no_secrets(tmp_path: Path) -> None:
@@ -381,8 +381,27 @@ def test_a_resumed_run_without_checkpoints_says_that_it_starts_from_the_beginnin
 
 def test_a_run_is_resumed_with_its_callback_from_another_place(read: Any, begun: Path, tmp_path: Path) -> None:
     file, now = begun / "config.json", callback_at(tmp_path / "now.py", "on_step(self, state)", "pass")
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"callback": "/gone/now.py"}))
-    assert read("--resume", "--run-name", "run", "--callback", str(now)).train.callback == str(now)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"callback": "/gone/now.py"}))  # an older run
+    given = ("--resume", "--run-name", "run", "--callback", str(now))
+    assert read(*given).train.callback == f"{now}:Written"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"callback": "/gone/now.py:Written"}))
+    assert read(*given).train.callback == f"{now}:Written"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"callback": f"{now}:Other"}))
+    with pytest.raises(UsageError, match=r"was started with --callback .*now\.py:Other, not .*now\.py:Written"):
+        read(*given)
+
+
+def test_a_run_is_resumed_with_its_workload_and_callback_although_their_files_have_got_others(
+    read: Any, write: Any, tmp_path: Path
+) -> None:
+    code = write("from mnist_ray.mnist import MNIST\nclass Mine(MNIST): pass\n", "growing.py")
+    callback = callback_at(tmp_path / "growing_callback.py", "on_step(self, state)", "pass")
+    job = read("--workload", str(code), "--callback", str(callback), "--run-name", "run")
+    job.run.write_text("config.json", json_lines(job.values))
+    code.write_text(code.read_text() + "class Other(MNIST): pass\n")
+    callback.write_text(callback.read_text() + "class Other(Callback): pass\n")
+    resumed = read("--resume", "--run-name", "run")
+    assert (type(resumed.workload).__name__, resumed.values) == ("Mine", job.values)
 
 
 def test_a_run_is_resumed_with_its_data_from_another_place(read: Any, begun: Path, tmp_path: Path) -> None:

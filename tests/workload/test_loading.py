@@ -3,6 +3,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def test_a_file_gives_the_workload_that_it_holds(write: Write) -> None:
     file = write(DIGITS)
     workload_class = load(str(file))
     assert workload_class.__name__ == "Digits"
-    assert workload_class.source == Source(str(file), str(file), DIGITS)
+    assert workload_class.source == Source(f"{file}:Digits", str(file), DIGITS)
     assert workload_class.source.folder == file.parent
 
 
@@ -106,6 +107,15 @@ def test_nouns_have_a_plural(noun: str, nouns: str) -> None:
     assert type("Named", (Workload,), {"noun": noun})().nouns == nouns
 
 
+def test_a_loaded_classs_reference_still_names_it_if_its_file_gets_another(write: Write) -> None:
+    reference = load(str(write(DIGITS))).source.reference
+    file = write(BOTH)
+    assert load(reference).__name__ == "Digits"
+    assert "holds several workloads" in message_of(file)
+    assert load(reference) is load(reference)
+    assert load(str(write(f"{DIGITS}First, Digits = Digits, None"))).source.reference == f"{file}:First"
+
+
 def test_an_unreadable_file_is_named(write: Write, tmp_path: Path) -> None:
     (tmp_path / "folder.py").mkdir()
     (tmp_path / "latin.py").write_bytes("# é".encode("latin-1"))
@@ -124,6 +134,12 @@ def test_a_file_that_failed_or_changed_is_loaded_again_and_else_once(write: Writ
     assert (first.noun, second.noun) == ("digit", "letter")
     assert first.source.sha256 != second.source.sha256
     assert load(str(file)) is second
+
+
+def test_threads_that_load_a_file_at_once_share_its_class(write: Write) -> None:
+    file = write(f"{DIGITS}\nimport time\ntime.sleep(0.1)\n")
+    with ThreadPoolExecutor(4) as threads:
+        assert len({*threads.map(load, [str(file)] * 4)}) == 1
 
 
 def test_a_file_imports_its_neighbours_and_their_exceptions_have_places(
@@ -174,13 +190,13 @@ def test_a_module_gives_its_workload(bakery: Write) -> None:
     file = bakery(text, "bakery/cakes.py")
     workload_class = load("bakery.cakes")
     assert (workload_class.__name__, workload_class.noun) == ("Digits", "bun")
-    assert workload_class.source == Source("bakery.cakes", str(file), text)
+    assert workload_class.source == Source("bakery.cakes:Digits", str(file), text)
 
 
 def test_a_package_gives_the_workload_that_it_imports_from_its_modules(bakery: Write) -> None:
     file = bakery(DIGITS, "bakery/cakes.py")
     bakery("from bakery.cakes import Digits\n", "bakery/__init__.py")
-    assert load("bakery").source == Source("bakery", str(file), DIGITS)
+    assert load("bakery").source == Source("bakery:Digits", str(file), DIGITS)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere.cakes", "bakery.nowhere"])
