@@ -7,9 +7,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from mnist_ray.training.batches import batches_of
+from mnist_ray.training.sampler import Request
+from mnist_ray.workload import Arrays
+from mnist_ray.workload.data import Split
 from tests.conftest import QUICK, ROOT, as_flags
 
 PAGES = [
@@ -54,6 +61,22 @@ def test_the_tours_code_finds_its_image_where_the_tour_says(capsys: pytest.Captu
     assert capsys.readouterr().out == re.search(r"^    (step .+\n)", after, re.MULTILINE)[1]  # type: ignore[index]
 
 
+def test_in_evaluations_the_gan_of_the_docs_has_noise_of_its_own_for_each_example_whatever_the_batches() -> None:
+    page = (ROOT / "docs" / "workloads.md").read_text(encoding="utf-8").partition("**Several optimizers.**")[2]
+    code: dict[str, Any] = {"np": np, "torch": torch, "Arrays": Arrays}
+    exec(page.split("```python\n")[1].partition("```")[0], code)
+    batches = batches_of(Split(code["examples"](np.zeros((30, 2), np.float32))), torch.device("cpu"))
+
+    def noise(generator: torch.Generator | None, *sizes: int) -> torch.Tensor:
+        parts = np.split(np.arange(30), np.cumsum(sizes)[:-1])
+        return torch.cat([code["prepare"](None, batches[Request(part)].inputs, generator)[1] for part in parts])
+
+    assert len(noise(None, 10, 10, 10).unique(dim=0)) == 30
+    assert noise(None, 10, 10, 10).equal(noise(None, 17, 13))
+    generator = torch.Generator()
+    assert not noise(generator, 30).equal(noise(generator, 30))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_project_made_from_this_one_under_another_name_trains(
@@ -76,4 +99,4 @@ def test_a_project_made_from_this_one_under_another_name_trains(
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "own" / "result.json").read_text())["test_accuracy"] > 0.8
-    assert json.loads((tmp_path / "own" / "config.json").read_text())["workload"] == "pets.mnist"
+    assert json.loads((tmp_path / "own" / "config.json").read_text())["workload"] == "pets.mnist:MNIST"
