@@ -79,7 +79,6 @@ class Run:
         """Path or URI of the report."""
         return self.folder.inside(REPORT_FILE).uri
 
-    @environment.left_as_found()
     def load_model(self) -> nn.Module:
         """Return the trained model on the CPU, in evaluation mode. Raises JobError if the checkpoint is damaged."""
         model: nn.Module = find(self).load_model()
@@ -182,7 +181,6 @@ def evaluate(
         return evaluate_found(found, config, forking).values(found.workload)
 
 
-@environment.left_as_found()
 def predict(
     pictures: Any,
     run: Run | str | Path | None = None,

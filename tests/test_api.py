@@ -7,10 +7,13 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +143,21 @@ def test_arrays_pictures_and_files_are_predicted(run: Run, mnist_test: Arrays, t
     assert [prediction.top for prediction in as_files] == [prediction.top for prediction in as_pictures]
 
 
+def test_many_threads_predict_at_once_beside_another_call_and_change_nothing(run: Run, mnist_test: Arrays) -> None:
+    pictures = [Image.fromarray(image) for image in mnist_test.inputs[:3]]
+
+    def state() -> Any:
+        return signal.getsignal(signal.SIGINT), [*warnings.filters], torch.get_num_threads(), dict(os.environ)
+
+    before, expected = state(), [prediction.top for prediction in mnist_ray.predict(pictures, run)]
+    with environment.left_as_found(), ThreadPoolExecutor(8) as threads:
+        futures = [threads.submit(mnist_ray.predict, pictures, run) for _ in range(16)]
+        models = [threads.submit(run.load_model) for _ in range(4)]
+        assert all([prediction.top for prediction in future.result()] == expected for future in futures)
+        assert all(model.result().training is False for model in models)
+    assert state() == before
+
+
 def test_a_metric_without_a_value_is_nan(run: Run) -> None:
     without = {name: value for name, value in run.result.items() if name != "test_accuracy"}  # of an older workload
     assert math.isnan(dataclasses.replace(run, result=without).metrics["accuracy"])
@@ -209,7 +227,7 @@ def test_texts_are_predicted_and_a_missing_teacher_is_named_with_its_student(
         student.load_model()
 
 
-def test_calls_in_two_threads_at_once_are_refused(run: Run) -> None:
+def test_calls_in_two_threads_at_once_are_refused_but_not_predictions(run: Run) -> None:
     begins, ends = threading.Event(), threading.Event()
 
     def wait() -> None:
@@ -221,10 +239,10 @@ def test_calls_in_two_threads_at_once_are_refused(run: Run) -> None:
     other.start()
     begins.wait(60)
     with pytest.raises(JobError, match=r"^this process is busy with another call; "):
-        mnist_ray.predict([], run)
+        mnist_ray.evaluate(run)
+    assert mnist_ray.predict([], run) == []
     ends.set()
     other.join()
-    assert mnist_ray.predict([], run) == []
 
 
 NO_WORKLOAD = "--workload must be a class derived from Workload, a file or a module, not"

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.errors import JobError
@@ -52,6 +53,7 @@ _QUIET_SETTINGS = {
 }
 _CHANGED = re.compile(r"(MNIST_)?RAY_(?!AUTH_TOKEN)|TUNE_|PYTHONBREAKPOINT|GOMP_")  # Ray keeps the token that it reads
 _busy = threading.RLock()  # a workload may itself load a run
+filters = threading.Lock()  # of warnings, which belong to the process
 _LOAD = Path("/proc/loadavg")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # constants of malloc.h
 
@@ -77,12 +79,15 @@ def left_as_found() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     variables = {name: value for name, value in os.environ.items() if _CHANGED.match(name)}
     levels = {logger: logger.level for logger in map(logging.getLogger, ("ray", "ray.widgets.util", "optuna"))}
-    threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else usable_cores()
+    torch: Any = sys.modules.get("torch")  # which another thread may be importing
+    threads = torch.get_num_threads() if hasattr(torch, "get_num_threads") else usable_cores()
     if not _busy.acquire(blocking=False):
         raise JobError("this process is busy with another call; wait for its end, or make this call in a new process")
     try:
         take_signals()
-        with warnings.catch_warnings():
+        with contextlib.ExitStack() as at_the_end:
+            with filters:
+                at_the_end.enter_context(warnings.catch_warnings())
             yield
     finally:
         _busy.release()
@@ -91,8 +96,9 @@ def left_as_found() -> Iterator[None]:
         os.environ.update(variables)
         for logger, level in levels.items():
             logger.setLevel(level)
-        if "torch" in sys.modules:
-            sys.modules["torch"].set_num_threads(threads)
+        torch = sys.modules.get("torch")
+        if hasattr(torch, "set_num_threads"):
+            torch.set_num_threads(threads)
         with contextlib.suppress(ValueError):  # in another thread than the main one, which has changed no handler
             for number in [number for number, handler in handlers.items() if signal.getsignal(number) is not handler]:
                 signal.signal(number, handlers[number])

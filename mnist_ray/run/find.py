@@ -25,7 +25,7 @@ from mnist_ray.storage import (
 from mnist_ray.training.checkpoint import STATE_FILE, DamagedCheckpointError, read_state
 from mnist_ray.training.metrics import CheckpointMetrics
 from mnist_ray.training.saved_model import load_fitting, load_model, read_weights
-from mnist_ray.workload import loading
+from mnist_ray.workload import loading, user_code
 from mnist_ray.workload.base import Workload
 
 NUM_KEPT = 2  # checkpoints of a run, the best by validation; the last one is kept, too, so one may be damaged
@@ -50,7 +50,8 @@ class Found:
 
     def load_model(self) -> Any:
         """Return the checkpoint's model, in evaluation mode. Raises JobError if the checkpoint is damaged."""
-        return load_model(self.checkpoint, self.workload)
+        with user_code.alone:
+            return load_model(self.checkpoint, self.workload)
 
 
 def find(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
@@ -14,18 +15,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
+from mnist_ray.cluster import environment
 from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.config import PredictionConfig
 from mnist_ray.errors import JobError, UsageError, say
 from mnist_ray.run import find
 from mnist_ray.settings import is_no_file, path_of
 from mnist_ray.storage import write_file
-from mnist_ray.training.batches import allow_read_only
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.loading import placed
 from mnist_ray.workload.sources import as_displayed, open_picture
@@ -95,6 +98,7 @@ def predict(places: Sequence[str], found: find.Found, config: PredictionConfig) 
             else:
                 say(text)
         return
+    torch.set_num_threads(usable_cores())
     predictions = []
     for prediction in predict_files(workload, model, find_files(places)):
         predictions.append(prediction if config.grid else replace(prediction, inputs=None))  # to save memory
@@ -129,7 +133,6 @@ def predict_files(workload: Workload, model: nn.Module, files: Iterable[Path | I
     if type(workload).read_picture is Workload.read_picture:
         name = type(workload).__name__
         raise UsageError(f"{name} does not take pictures: it has no read_picture; choose another run with --run")
-    torch.set_num_threads(usable_cores())
     files = iter(files)
     while batch := [_read(workload, file) for file in itertools.islice(files, _BATCH_SIZE)]:
         inputs = [read.inputs for read in batch if read.inputs is not None]
@@ -140,10 +143,10 @@ def predict_files(workload: Workload, model: nn.Module, files: Iterable[Path | I
 
 def predict_inputs(workload: Workload, model: nn.Module, inputs: Iterable[Any]) -> list[Prediction]:
     """Return the predictions for N inputs in the format of the workload's data. Raises UsageError."""
-    allow_read_only()
     inputs, predictions = iter(inputs), list[Prediction]()
+    writable = functools.partial(np.require, requirements="W")  # else torch would warn
     while batch := [*itertools.islice(inputs, _BATCH_SIZE)]:
-        examples = [(taken, 0) for taken in batch]
+        examples = [(pytree.tree_map_only(np.ndarray, writable, taken), 0) for taken in batch]
         with placed(workload, "a prediction"), torch.inference_mode():
             joined, _ = workload.collate(examples) or default_collate(examples)
             tops = workload.top_predictions(model(workload.prepare(joined, None)))
@@ -167,7 +170,7 @@ def read_image(file: Path | io.BytesIO) -> Image.Image:
     if isinstance(file, Path) and is_no_file(file):
         raise UsageError("not a file")
     try:
-        with warnings.catch_warnings():
+        with environment.filters, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about large pictures and harmless damage
             return open_picture(file)
     except UnidentifiedImageError as error:

@@ -2,6 +2,9 @@ import os
 import stat
 import subprocess
 import sys
+import threading
+import types
+import warnings
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -58,6 +61,30 @@ def test_a_workload_may_itself_call_the_api() -> None:
     with environment.left_as_found(), environment.left_as_found():
         os.environ["RAY_ADDRESS"] = "local"
     assert "RAY_ADDRESS" not in os.environ
+
+
+def test_a_call_may_begin_while_another_thread_imports_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))  # imported by half
+    with environment.left_as_found():
+        pass
+
+
+def test_a_call_leaves_the_filters_of_warnings_as_they_were_also_beside_a_prediction() -> None:
+    before, in_call, is_decoded = [*warnings.filters], threading.Event(), threading.Event()
+
+    def call() -> None:
+        with environment.left_as_found():
+            in_call.set()
+            is_decoded.wait()
+
+    caller = threading.Thread(target=call)
+    with environment.filters, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        caller.start()
+        in_call.wait(0.2)
+    is_decoded.set()
+    caller.join()
+    assert [*warnings.filters] == before
 
 
 @pytest.mark.parametrize(
