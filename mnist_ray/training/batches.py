@@ -21,10 +21,11 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mnist_ray.config import READ_AHEAD_MIB, TrainConfig
-from mnist_ray.errors import ExampleError, first_line
+from mnist_ray.errors import ExampleError, UsageError, first_line
 from mnist_ray.training.block_reader import BlockReader, OnDemand, ReadAhead
 from mnist_ray.training.sampler import Request
 from mnist_ray.training.state import Group, TrainingState
+from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Arrays, Blocks, Split
 from mnist_ray.workload.memory import map_arrays
 from mnist_ray.workload.order import StreamOrder, part_of
@@ -185,6 +186,32 @@ class BlockBatches(ExampleBatches):
             return _loaded(request, inputs, targets)
         examples = [examples_of[block][row] for block, row in zip(blocks.tolist(), rows.tolist(), strict=True)]
         return self._joined(examples, places, request)
+
+
+class _Checked(Blocks):
+    """Blocks that are checked as they are read: arrays must be like those of the first block, and fit the workload."""
+
+    def __init__(self, blocks: Blocks, workload: Workload) -> None:
+        self._blocks, self._workload, self.sizes = blocks, workload, blocks.sizes
+        self._shapes = dict[str, tuple[str, Any]]()  # of the first block that any thread has read, with its name
+
+    def read(self, block: int) -> Any:
+        examples, names = self._blocks.read(block), self._blocks.block_names
+        name, fault = names[block] if names else f"block {block}", self._workload.find_fault(examples)
+        if isinstance(examples, Arrays):
+            shapes = {part: array.shape[1:] for part, array in examples.named.items()}
+            first, others = self._shapes.setdefault("first", (name, shapes))
+            fault = f"has shapes {shapes}, but {first} has {others}" if shapes != others else fault
+        if fault:
+            remedy = "mend the code that reads it, or write it again and start another run"
+            raise UsageError(f"{name} {fault}; {remedy}")
+        return examples
+
+
+def checked(split: Split, workload: Workload) -> Split:
+    """Return a split, whose blocks are now checked as they are read, if it has any."""
+    blocks = split.examples
+    return Split(_Checked(blocks, workload), split.indices, split.origin) if isinstance(blocks, Blocks) else split
 
 
 def batches_of(

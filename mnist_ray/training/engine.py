@@ -28,6 +28,7 @@ from mnist_ray.training.batches import (
     MicroBatch,
     batch_loader,
     batches_of,
+    checked,
     to_device,
 )
 from mnist_ray.training.callback import Callback
@@ -115,7 +116,7 @@ def train(
     for callback in callbacks:
         callback.on_start(state, group)
     gradients = Gradients(workload, state, config, group)
-    source = batches_of(split, group.device, workload.collate, read_ahead_mib)
+    source = batches_of(checked(split, workload), group.device, workload.collate, read_ahead_mib)
     window, decision, watch = LoggingWindow(workload, group), None, state.watch
     while not is_over(state, config):
         window.restart_clock()
@@ -345,7 +346,8 @@ def evaluate(
     sums: list[dict[str, Tensor]] = []  # these and the columns stay on the device, since each transfer waits for it
     columns: list[dict[str, Tensor]] = []
     num_bytes = 0
-    loader = batch_loader(batches_of(split, device, workload.collate), requests, device, num_loader_processes)
+    source = batches_of(checked(split, workload), device, workload.collate)
+    loader = batch_loader(source, requests, device, num_loader_processes)
     with evaluating(model):
         for loaded in loader:
             on_batch()

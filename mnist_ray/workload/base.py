@@ -105,6 +105,10 @@ class Workload(UserClass):
     def check_data(self, data: Data) -> None:
         """Raise UsageError if the data do not fit this workload; called once, before Ray starts."""
 
+    def find_fault(self, examples: Any) -> str:
+        """Return what is wrong with the examples of one of the ``Blocks``, after its name in an error; else ""."""
+        return ""
+
     def collate(self, examples: Sequence[tuple[Any, Any]]) -> tuple[Any, Any] | None:
         """Join a ``Dataset``'s examples (input, target) to a batch (inputs, targets), for sequences or graphs.
 

@@ -73,6 +73,16 @@ class Classification(Workload):
                 named = ", ".join(different) or "their order"
                 raise UsageError(f"{place} and the model differ in classes: {named}")
 
+    def find_fault(self, examples: Any) -> str:
+        """Name the first target of a block that is no class, unless methods of a subclass interpret the targets."""
+        is_whole = isinstance(examples, Arrays)
+        if not uses_outputs(self, Classification) or not (is_whole or type(self).collate is Workload.collate):
+            return ""
+        targets = np.asarray(examples.targets if is_whole else [target for _, target in examples])
+        rows = np.flatnonzero((targets < 0) | (targets >= self.num_classes))
+        last = self.num_classes - 1
+        return f"has target {targets[rows[0]]} in row {rows[0]}, but the classes are 0 to {last}" if len(rows) else ""
+
     def check_outputs(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise UsageError if the logits or the targets do not fit the classes, unless no method here uses them."""
         name = type(self).__name__

@@ -54,6 +54,7 @@ class Blocks:
     """
 
     sizes: Sequence[int]  # the number of examples in each block
+    block_names: Sequence[str] = ()  # what messages call the blocks; by default, their numbers
     identity: str | None = None  # a text that changes if the data do; None: the files in ``Data.files`` tell
     _last: tuple[int, Any] = (-1, None)  # the last block that was read for one example
 

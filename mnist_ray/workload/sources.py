@@ -104,13 +104,13 @@ class Parquet(Blocks):
         groups = [(file, group) for file in files for group in range(file.footer.num_row_groups)]
         self._groups = [(file, group) for file, group in groups if file.footer.row_group(group).num_rows]
         self.sizes = [file.footer.row_group(group).num_rows for file, group in self._groups]
+        self.block_names = [f"{file.path}, row group {group}" for file, group in self._groups]
         folder = posixpath.commonpath([posixpath.dirname(file.path) for file in files])  # it may have moved
         self.identity = "\n".join(f"{file.path[len(folder) :]} {file.version}" for file in files)
 
     def read(self, block: int) -> Arrays | Sequence[tuple[Any, Any]]:
         """Read and decode a row group. Raises UsageError if a row cannot be used, or the file has changed."""
-        file, group = self._groups[block]
-        where = f"{file.path}, row group {group}"
+        (file, group), where = self._groups[block], self.block_names[block]
         with self._filesystem.open_input_file(file.path) as source:
             if _version(self._filesystem, file.path, source) != file.version:
                 raise UsageError(f"{file.path} has changed since the data were loaded")

@@ -14,10 +14,10 @@ import torch
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import ExampleError
-from mnist_ray.training.batches import BlockBatches, MicroBatch, batch_loader, batches_of
+from mnist_ray.training.batches import BlockBatches, MicroBatch, batch_loader, batches_of, checked
 from mnist_ray.training.sampler import Request, ShardedBatchSampler
 from mnist_ray.training.state import Group
-from mnist_ray.workload import Arrays, Blocks
+from mnist_ray.workload import Arrays, Blocks, Classification, Regression, Workload
 from mnist_ray.workload.data import Split
 from tests.conftest import SIZES, Numbers, wait_for
 
@@ -169,6 +169,62 @@ def test_blocks_of_different_shapes_are_one_line() -> None:
     blocks.read = read  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="all the input array dimensions"):
         list(epochs(dataset_of(blocks)))
+
+
+class OfLabels(Blocks):
+    """Three blocks of four examples each."""
+
+    sizes = (4, 4, 4)
+
+    def __init__(self, *targets: int, is_decoded: bool = False, width: int = 2) -> None:
+        self.targets, self.is_decoded, self.width = np.array(targets), is_decoded, width
+
+    def read(self, block: int) -> Any:
+        inputs = np.zeros((4, self.width if block == 1 else 2), np.float32)
+        arrays = Arrays(inputs, self.targets[4 * block : 4 * block + 4])
+        return [*zip(arrays.inputs, arrays.targets.tolist(), strict=True)] if self.is_decoded else arrays
+
+
+def read_all(blocks: Blocks, workload: Workload) -> list[int]:
+    """Return the targets, as an evaluation reads them."""
+    batches = batches_of(checked(Split(blocks), workload), CPU, workload.collate)
+    return [target for start in (0, 4, 8) for target in batches[Request(np.arange(start, start + 4))].targets.tolist()]
+
+
+REMEDY = "mend the code that reads it, or write it again and start another run"
+OF_THREE = Classification(metadata={"class_names": "abc"})
+
+
+@pytest.mark.parametrize("is_decoded", [False, True])
+def test_a_target_that_is_no_class_is_refused_with_its_block_and_row(is_decoded: bool) -> None:
+    right, wrong = [0, 1, 2, 0] * 3, [0, 1, 2, 0, 0, 1, 2, 3, -1, 0, 0, 0]
+    assert read_all(OfLabels(*right, is_decoded=is_decoded), OF_THREE) == right
+    said = f"^block 1 has target 3 in row 3, but the classes are 0 to 2; {REMEDY}$"
+    with pytest.raises(ExampleError, match=said):
+        read_all(OfLabels(*wrong, is_decoded=is_decoded), OF_THREE)
+    assert read_all(OfLabels(*wrong, is_decoded=is_decoded), Regression()) == wrong
+
+
+def test_targets_that_a_workloads_own_code_interprets_are_not_refused() -> None:
+    class Joining(Classification):
+        def collate(self, examples: Any) -> Any:
+            return torch.zeros(len(examples), 2), torch.tensor([target % 3 for _, target in examples])
+
+    joining = Joining(metadata=OF_THREE.metadata)
+    assert read_all(OfLabels(*range(12), is_decoded=True), joining) == [0, 1, 2] * 4
+
+
+def test_arrays_unlike_those_of_other_blocks_are_refused_with_both_blocks() -> None:
+    blocks = OfLabels(*[0] * 12, width=3)
+    blocks.block_names = [f"some.parquet, row group {number}" for number in range(3)]
+    with pytest.raises(ExampleError) as raised:
+        read_all(blocks, OF_THREE)
+    parts = [(f"some.parquet, row group {n}", {"inputs": (2 + n,), "targets": ()}) for n in (0, 1)]
+    of_both = [  # threads read both at once
+        f"{one} has shapes {shapes}, but {other} has {others}; {REMEDY}"
+        for (one, shapes), (other, others) in (parts, parts[::-1])
+    ]
+    assert str(raised.value) in of_both
 
 
 class Pairs(Numbers):

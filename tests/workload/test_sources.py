@@ -273,6 +273,11 @@ def test_data_in_another_folder_are_the_same(tmp_path: Path) -> None:
     assert Parquet((tmp_path / "old").rename(tmp_path / "new")).identity == before
 
 
+def test_a_block_is_named_by_its_file_and_row_group(tmp_path: Path) -> None:
+    files = [written(tmp_path / name, image=LABELS, label=LABELS) for name in ("a.parquet", "b.parquet")]
+    assert Parquet(tmp_path).block_names[2:4] == [f"{files[0]}, row group 2", f"{files[1]}, row group 0"]
+
+
 def test_blocks_can_be_sent_to_other_processes(tmp_path: Path) -> None:
     file = written(tmp_path / "some.parquet", image=LABELS, label=LABELS)
     blocks = Parquet(file)
@@ -306,11 +311,6 @@ def test_pictures_are_read_by_class_from_two_folders(tmp_path: Path, other: str)
         np.testing.assert_array_equal(pixels, np.broadcast_to(np.array(colour)[:, None, None], (3, 8, 8)))
 
 
-def test_of_pictures_in_one_folder_a_fifth_is_the_test_and_grey_has_one_channel(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "all", 10)
-    data = sources.pictures(tmp_path / "all", size=16, is_grey=True)
-    assert (len(data.train), len(data.test)) == (16, 4)  # type: ignore[arg-type]
-    assert data.train[0][0].shape == (1, 16, 16)  # type: ignore[index]
 def test_pictures_in_three_folders_are_for_training_test_and_validation(tmp_path: Path) -> None:
     for number, name in enumerate(("test", "train", "val"), 1):
         write_pictures(tmp_path / name, number)
@@ -321,6 +321,11 @@ def test_pictures_in_three_folders_are_for_training_test_and_validation(tmp_path
         sources.pictures(tmp_path)
 
 
+def test_of_pictures_in_one_folder_a_fifth_is_the_test_and_grey_has_one_channel(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "all", 10)
+    data = sources.pictures(tmp_path / "all", size=16, is_grey=True)
+    assert (len(data.train), len(data.test)) == (16, 4)  # type: ignore[arg-type]
+    assert data.train[0][0].shape == (1, 16, 16)  # type: ignore[index]
 
 
 def test_pictures_with_16_bits_keep_their_greys(tmp_path: Path) -> None:
