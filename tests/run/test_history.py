@@ -71,7 +71,7 @@ def test_epochs_that_a_killed_job_did_not_hear_of_are_filled_from_checkpoints(ru
     for epoch, step in ((2, 0), (3, 0), (3, 4), (4, 0)):
         train = {"loss": 8.0, "accuracy": 0.0}
         metrics = CheckpointMetrics(epoch, step, train=train, examples_per_s=5.0, validation=validation)
-        document = {"format": FORMAT, "metrics": metrics.to_dict("images_per_s")}
+        document = {"format": FORMAT, "epoch": epoch, "step": step, "metrics": metrics.to_dict("images_per_s")}
         Snapshot({}, {}, document).write(run.inside(checkpoint_name(epoch, step)))
     again = History(run, mnist())
     again.add(started(3))

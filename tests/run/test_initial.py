@@ -48,6 +48,7 @@ def source(tmp_path: Path) -> Path:
     code, folder = tmp_path / "runs_when_loaded.py", tmp_path / "source" / "checkpoint_epoch-001_step-000000"
     code.write_text(RUNS)
     state = engine.create_state(mnist(), replace(TrainConfig(), seed=1), 600, Group())
+    state.epoch = 1
     about = {"workload": {**mnist().identity, "reference": str(code)}}
     checkpoint.snapshot(state, about).write(folder_at(folder))
     (tmp_path / "source" / "config.json").write_text(json.dumps({"workload": str(code), "num_epochs": 1}))

@@ -43,7 +43,7 @@ def test_a_callback_that_a_flag_names_ends_a_run_of_two_workers_with_its_best_tw
     run_main("train", *quick(num_epochs=9, num_workers=2, callback=callback))
     assert "stopped    after epoch 5: validation was best after epoch " in capsys.readouterr().out
     run = tmp_path / "run"
-    assert json.loads((run / "config.json").read_text())["callback"] == str(callback)
+    assert json.loads((run / "config.json").read_text())["callback"] == f"{callback}:Written"
     accuracy = {int(row["epoch"]): float(row["val_accuracy"]) for row in read_csv(folder_at(run), "metrics.csv")}
     assert list(accuracy) == [1, 2, 3, 4, 5]
     kept = {int(path.name[17:20]) for path in run.glob("checkpoint_epoch*")}

@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -375,5 +376,5 @@ def test_what_fails_in_tune_is_one_line(
     error: Exception, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mnist_ray.sweep.tuner.tune.Tuner", Mock(return_value=Mock(fit=Mock(side_effect=error))))
-    with pytest.raises(JobError, match=f"^{said}$"):
+    with pytest.raises(JobError, match=f"^{re.escape(said)}$"):
         tuner.run_sweep(read_sweep({"storage_path": str(tmp_path)}), SPEC, 1, Mock(), Mock())
