@@ -28,7 +28,7 @@ from mnist_ray.run.console import RunConsole
 from mnist_ray.run.job import Job, check_free
 from mnist_ray.run.lease import owned
 from mnist_ray.settings import flag
-from mnist_ray.signals import if_ended
+from mnist_ray.signals import if_ended, take_signals
 from mnist_ray.storage import RESULT_FILE, STORAGE_ERRORS
 from mnist_ray.training.events import EpochFinished, Event, Started, Validated
 from mnist_ray.workload.data import Blocks, Split, Splits
@@ -104,6 +104,7 @@ def opened(
 
     Raises JobError if the storage is not writable; UsageError if another job owns the run; and like ``connected``.
     """
+    take_signals()  # again: the user's code may have handlers of its own
     job.run.check_writable()
     start.clock.mark("data")
     with console:

@@ -179,6 +179,26 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_end_before_
     assert last == (1, 0) if ends == "with the epoch" else last >= (0, 30)
 
 
+def test_a_job_saves_at_a_sigterm_that_the_users_code_would_ignore(
+    here: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_data = MNIST.load_data
+
+    def load_and_ignore(workload: MNIST) -> Data:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return load_data(workload)
+
+    def step(reporter: LocalReporter, state: TrainingState) -> None:
+        if state.step == 10:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(MNIST, "load_data", load_and_ignore)
+    monkeypatch.setattr(LocalReporter, "on_step", step)
+    with pytest.raises(KeyboardInterrupt, match="to resume: "):
+        train(None, **here, num_epochs=1)
+    assert folder_at(tmp_path / "run").checkpoint_names()
+
+
 def test_a_file_that_the_users_code_cannot_read_is_no_failure_of_the_storage(
     here: dict[str, Any], tmp_path: Path
 ) -> None:
