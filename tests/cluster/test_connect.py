@@ -207,6 +207,15 @@ def test_a_local_ray_that_cannot_start_is_one_line_that_names_the_logs(temporary
     assert done.stderr.count("\n") == 1
 
 
+def test_a_folder_whose_path_is_too_long_for_sockets_is_one_line_with_the_remedy(temporary: Path) -> None:
+    folder = temporary / ("x" * 60)
+    folder.mkdir()
+    said = run(folder).stderr
+    assert said.startswith("error: a local Ray cannot start: ")
+    assert "; set RAY_TMPDIR to a folder with a shorter path (logs: " in said
+    assert said.count("\n") == 1
+
+
 @pytest.fixture
 def session(tmp_path: Path) -> Path:
     """A session's folder that is not empty, to which a link leads as Ray makes one."""
