@@ -182,7 +182,7 @@ class WorkerConfig:
     fork_workers: Literal["auto", "no"] = setting("auto", "fork worker processes to start faster; auto: if it is safe")
     hang_timeout_s: float = setting(
         600.0,
-        "seconds after which a worker is replaced: of a step, a batch of a validation, or a part of the start",
+        "seconds that a step, a validation batch or a part of the start may take before the worker is replaced",
         **within(1, 10**6),
     )
 

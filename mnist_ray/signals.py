@@ -208,6 +208,8 @@ def _ending(state: int) -> str:
         status = os.waitstatus_to_exitcode(state)
         return f"this job's process exited with status {status}: ended by Ray (see above), or by os._exit in your code"
     name = signal.Signals(os.WTERMSIG(state)).name
-    reasons = {"SIGKILL": ", which the system sends if memory runs out"}
-    reasons["SIGABRT"] = ", as by a library that can start no more threads (ulimit -u)"
+    reasons = {
+        "SIGKILL": ", which the system sends if memory runs out",
+        "SIGABRT": ", perhaps because a library could start no more threads (ulimit -u)",
+    }
     return f"this job's process was ended by {name}{reasons.get(name, '')}"

@@ -76,7 +76,7 @@ def test_the_works_status_and_traceback_are_passed_on(start: Starter) -> None:
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL, which the system sends if memory runs out"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", "was ended by SIGSEGV"),
-        ("os.abort()", "was ended by SIGABRT, as by a library that can start no more threads (ulimit -u)"),
+        ("os.abort()", "was ended by SIGABRT, perhaps because a library could start no more threads (ulimit -u)"),
         (
             "os._exit(1)",
             "exited with status 1: ended by Ray (see above), or by os._exit in your code",

@@ -266,8 +266,8 @@ def _find_cluster() -> tuple[str | None, list[str]]:
         try:
             started_here = ray_internals.address_of_ray_start()
         except OSError as error:
-            reason = f"{error.filename}: {error.strerror}"
-            return None, [f"no cluster is joined because of {reason}; RAY_ADDRESS=HOST:PORT would name one"]
+            reason = f"{error.filename} is ignored ({error.strerror})"
+            return None, [f"{reason}: not joining a cluster; to join one, set RAY_ADDRESS=HOST:PORT"]
         return started_here if started_here and _answers(started_here) else None, []
     if "://" in named or "@" in named:
         shown = re.sub(r"[^/]*@", "***@", named)
@@ -275,7 +275,7 @@ def _find_cluster() -> tuple[str | None, list[str]]:
     if not _answers(named):
         raise JobError(f"no Ray cluster answers at RAY_ADDRESS={named}; unset it to start a local Ray")
     if os.geteuid() not in {0, *(ray_internals.owners_here(named) or {os.geteuid()})}:  # Ray's C++ would abort
-        belongs = "belongs to another user, in whose files this one cannot write"
+        belongs = "belongs to another user, whose files you cannot write"
         raise JobError(f"the node of RAY_ADDRESS={named} on this machine {belongs}; use ray job submit")
     return named, []
 

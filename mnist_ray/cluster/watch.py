@@ -31,9 +31,8 @@ class RaySilentError(JobError):
     @classmethod
     def of(cls, name: str, *, has_died: bool = False) -> RaySilentError:
         """Return the error for a part of Ray."""
-        error = cls(
-            f"Ray has failed: {name} {'has died' if has_died else f'has not answered for {MAX_SILENCE_S:.0f} s'}"
-        )
+        silence = "has died" if has_died else f"has not answered for {MAX_SILENCE_S:.0f} s"
+        error = cls(f"Ray has failed: {name} {silence}")
         error.has_died = has_died
         return error
 

@@ -103,7 +103,7 @@ class RunConsole:
                 values = f"{self._workload.format(last.so_far)} on the training {self._workload.nouns}"
                 self.say(f"epoch {last.epoch}/{self._num_epochs}", f"{done}: {values}")
                 if self._num_skipped:
-                    self.say("note", f"skipped {count(self._num_skipped, 'step')}, of batches whose weights are all 0")
+                    self.say("note", f"skipped {count(self._num_skipped, 'step')}: all weights of the batch are 0")
                 self._num_skipped = 0
             case events.Validated():
                 values = self._workload.format(event.values)

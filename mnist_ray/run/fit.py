@@ -176,7 +176,7 @@ def _listen(
             event_queue.want_stop.remote()
             on_event(Stopping())
         if time.monotonic() - max(stopping_at, lived_at) > _STOP_TIMEOUT_S:
-            on_event(Note(f"no checkpoint is saved: no worker has shown life for {_STOP_TIMEOUT_S:.0f} s"))
+            on_event(Note(f"no checkpoint is saved: no worker has made progress for {_STOP_TIMEOUT_S:.0f} s"))
             return
 
 

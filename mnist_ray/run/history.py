@@ -72,8 +72,8 @@ class History:
         for _, metrics in checkpoints_of(self._run):
             if metrics.step == 0 and 0 < metrics.epoch <= last_epoch:
                 told, row = metrics.to_dict(self._workload.rate), self.rows.get(metrics.epoch, {})
-                lacking = [name for name in self._columns if name in told and not row.get(name)]
-                self._update(metrics.epoch, {name: told[name] for name in lacking})
+                if lacking := {name: told[name] for name in self._columns if name in told and not row.get(name)}:
+                    self._update(metrics.epoch, lacking)
 
     def _update(self, epoch: int, values: Mapping[str, Any]) -> None:
         self.rows.setdefault(epoch, {"epoch": epoch}).update(values)

@@ -27,8 +27,10 @@ from mnist_ray.workload.user_code import Source
 
 Given = Mapping[str, Any]
 """Settings by name, from flags or keyword arguments, including ``workload``, ``recipe`` and ``config``."""
-_OF_PLAN = {"min_workers", "placement", "label_selector", "autoscaling"}
-_OF_RAY = {*_OF_PLAN, "max_failures", "fork_workers", "hang_timeout_s"}
+_OF_RAY = {  # settings that do nothing with --num-workers 0
+    *("min_workers", "placement", "label_selector", "autoscaling"),
+    *("max_failures", "fork_workers", "hang_timeout_s"),
+}
 _DESCRIPTIONS = {
     "train": "Train a workload on Ray, evaluate it on the test set, and write the run's files.",
     "tune": "Search settings with Ray Tune, train with the best and evaluate once on the test set. A trial has one "

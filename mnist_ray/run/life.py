@@ -59,8 +59,8 @@ class Life:
             silent_s = 0.0 if part == STORAGE else max(0.0, time.monotonic() - shown_at)
             put(WorkerAlive(silent_s))
             if silent_s > (timeout_s + self._longer_s) / 2 and noted != shown_at:
-                limit = f"{silent_s:.0f} s of --hang-timeout-s {timeout_s:g}"
-                put(Note(f"worker {self._rank} has shown no life for {limit}: it is in {self._place(part)}"))
+                silence = f"has made no progress for {silent_s:.0f} s of --hang-timeout-s {timeout_s:g}"
+                put(Note(f"worker {self._rank} {silence}: it is in {self._place(part)}"))
                 noted = shown_at
             time.sleep(min(_TOLD_EVERY_S, timeout_s / 4))
 
@@ -75,5 +75,5 @@ class Life:
             when = f"{PARTS[part]} after step {self.state.step} of epoch {self.state.epoch + 1}"
         place = f"{code.co_name}{''.join(lines[:1])}, {when}"
         if any(name in code.co_filename for name in _WAITING):
-            place += "; it waits for another worker, or not all run the same parts of the model and of the callback"
+            place += "; it is waiting for another worker: do all run the same parts of the model and the callback?"
         return place

@@ -132,6 +132,7 @@ class Reporter(Callback):
         self._job = job = spec.job
         self._is_first = group.rank == 0
         self._validation = None if spec.validation is None else _opened(spec.validation)
+        self._batch_size: int | None = None  # of a validation; the first one finds it
         self._saving: Future[None] | None = None  # the last checkpoint, in a thread of its own
         # The user's callback comes first: checkpoints match callbacks by position.
         self.callbacks: list[Callback] = [user_code.load(job.callback, Callback)()] if job.callback else []
@@ -282,15 +283,19 @@ class Reporter(Callback):
         """Let all ranks validate."""
         assert self._validation is not None
         workload, start = self._job.workload, time.perf_counter()
+        split, loader_workers = self._validation, self._job.workers.loader_workers
         with state.watch.on(VALIDATION):
+            if self._batch_size is None:
+                most = self._config.micro_batch_size
+                self._batch_size = engine.batch_size_of(workload, state.result, split, loader_workers, most)
             evaluation = engine.evaluate_together(
                 workload,
                 state.result,
-                self._validation,
+                split,
                 self._group,
-                num_loader_processes=self._job.workers.loader_workers,
+                num_loader_processes=loader_workers,
                 on_batch=self._life.show,
-                micro_batch_size=self._config.micro_batch_size,
+                batch_size=self._batch_size,
             )
         values = evaluation.values(workload)
         return Validation(values, score(workload, values), time.perf_counter() - start)

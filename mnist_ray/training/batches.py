@@ -203,7 +203,7 @@ class _Checked(Blocks):
             first, others = self._shapes.setdefault("first", (name, shapes))
             fault = f"has shapes {shapes}, but {first} has {others}" if shapes != others else fault
         if fault:
-            remedy = "mend the code that reads it, or write it again and start another run"
+            remedy = "fix the code that reads it, or write it again and start another run"
             raise UsageError(f"{name} {fault}; {remedy}")
         return examples
 

@@ -279,10 +279,10 @@ def evaluate_together(
     group: Group,
     num_loader_processes: int = 0,
     on_batch: Callable[[], None] = lambda: None,
-    micro_batch_size: int | None = None,
+    batch_size: int | None = None,
 ) -> Evaluation:
     """Evaluate a model, each rank on some of the batches. Every rank returns what ``evaluate`` would, bit for bit."""
-    size = batch_size_of(workload, model, split, num_loader_processes, micro_batch_size)
+    size = batch_size or batch_size_of(workload, model, split, num_loader_processes, None)
     if group.world_size == 1:
         return evaluate(workload, model, split, num_loader_processes, on_batch, size)
     for buffer in model.buffers():  # running statistics of batch normalization may differ between ranks

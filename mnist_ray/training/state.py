@@ -198,7 +198,7 @@ class LoggingWindow:
         window = MetricSums()
         for offset, step in enumerate(steps, start=state.step - len(steps) + 1):
             if not step.weight >= 0:
-                found = f"of those of step {offset} of epoch {state.epoch + 1}, one is negative or NaN"
+                found = f"one in step {offset} of epoch {state.epoch + 1} is negative or NaN"
                 raise TrainingStoppedError(f"{type(self._workload).__name__}.weights: {found}; leave it out")
             if not math.isfinite(step.sums["loss"]):
                 raise TrainingDivergedError(state.epoch + 1, offset)

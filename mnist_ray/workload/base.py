@@ -211,7 +211,7 @@ class Workload(UserClass):
     # --- results
 
     def evaluation_batch_size(self, *, on_gpu: bool) -> int:
-        """Return how many examples an evaluation computes at a time; if this is not overridden, it may take fewer."""
+        """Return how many examples an evaluation computes at a time; unless overridden, it may be fewer."""
         return 256 if on_gpu else 100  # on CPUs, activations of so few examples stay in the processor's cache
 
     def check_outputs(self, outputs: Any, targets: Any) -> None:

@@ -159,8 +159,8 @@ def test_a_cluster_whose_node_here_is_another_users_is_one_line(cluster: tuple[s
     address, home = cluster
     done = run(temporary, address, f"import os; os.geteuid = lambda: 12345\n{CALL}", HOME=str(home))
     assert done.stderr == (
-        f"error: the node of RAY_ADDRESS={address} on this machine belongs to another user, in whose files this one "
-        "cannot write; use ray job submit\n"
+        f"error: the node of RAY_ADDRESS={address} on this machine belongs to another user, whose files you cannot "
+        "write; use ray job submit\n"
     )
 
 

@@ -34,9 +34,7 @@ def test_steps_without_weight_are_counted_once_an_epoch(capsys: pytest.CaptureFi
         for event in (PROGRESS, skipping, EpochFinished(skipping), EpochFinished(PROGRESS)):
             printer.show(event)
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if "note" in line] == [
-        "note       skipped 2 steps, of batches whose weights are all 0"
-    ]
+    assert [line for line in lines if "note" in line] == ["note       skipped 2 steps: all weights of the batch are 0"]
     assert skipping.loss == 0.5
 
 

@@ -271,7 +271,7 @@ def test_an_interrupted_run_whose_workers_hang_ends_after_a_minute_without_a_che
 
     with pytest.raises(KeyboardInterrupt):
         fit.fit_and_listen(Mock(fit=over.wait), queue_of(takes, over, lambda: advance(now, 40)), note)
-    assert events == [STARTED, Stopping(), Note("no checkpoint is saved: no worker has shown life for 60 s")]
+    assert events == [STARTED, Stopping(), Note("no checkpoint is saved: no worker has made progress for 60 s")]
     assert now == [240]
 
 
@@ -599,7 +599,7 @@ def test_a_worker_tells_where_it_is_when_half_of_its_time_limit_is_over(now: lis
     shown.state.watch.part = "storage"  # which has time limits of its own
     wait_for(lambda: told[-1] == WorkerAlive(0))
     (note,) = [event.text for event in told if isinstance(event, Note)]
-    said = "worker 1 has shown no life for 301 s of --hang-timeout-s 600: it is in "
+    said = "worker 1 has made no progress for 301 s of --hang-timeout-s 600: it is in "
     assert re.fullmatch(said + r"\w+ \(\w+\.py, line \d+\), data after step 4 of epoch 3", note)
 
 

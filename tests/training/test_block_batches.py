@@ -191,7 +191,7 @@ def read_all(blocks: Blocks, workload: Workload) -> list[int]:
     return [target for start in (0, 4, 8) for target in batches[Request(np.arange(start, start + 4))].targets.tolist()]
 
 
-REMEDY = "mend the code that reads it, or write it again and start another run"
+REMEDY = "fix the code that reads it, or write it again and start another run"
 OF_THREE = Classification(metadata={"class_names": "abc"})
 
 

@@ -383,7 +383,8 @@ def test_an_evaluation_computes_no_more_at_a_time_than_a_micro_batch_or_outputs_
     workload, measure = mnist(), Mock(return_value={})
     monkeypatch.setattr(workload, "measure", measure)
     images, model = Split(few_images).between(0, 120), workload.create_model()
-    engine.evaluate_together(workload, model, images, Group(), micro_batch_size=micro_batch_size)
+    batch_size = engine.batch_size_of(workload, model, images, 0, micro_batch_size)
+    engine.evaluate_together(workload, model, images, Group(), batch_size=batch_size)
     assert [len(call.args[1]) for call in measure.call_args_list] == [size] * (120 // size) + [20] * (size > 20)
 
 

@@ -107,7 +107,8 @@ def train_cases(rank: int, folder: Path) -> None:
             for case in CASES:
                 state, gradients, losses = trained(case, group)
                 split = Split(few_words(251))
-                evaluation = engine.evaluate_together(Words(), state.model, split, group, micro_batch_size=30)
+                size = engine.batch_size_of(Words(), state.model, split, 0, 30)
+                evaluation = engine.evaluate_together(Words(), state.model, split, group, batch_size=size)
                 alone = engine.evaluate(Words(), state.model, split, batch_size=25)
                 assert evaluation.values(Words()) == alone.values(Words())
                 if rank == 0:
@@ -268,9 +269,7 @@ def test_weights_that_cannot_be_divided_by_end_the_training(value: float) -> Non
 
     split = Split(few_words())
     state = engine.create_state(Spoiled(), CONFIG, len(split), Group())
-    with pytest.raises(
-        TrainingStoppedError, match=r"^Spoiled\.weights: of those of step 1 of epoch 1, one is negative"
-    ):
+    with pytest.raises(TrainingStoppedError, match=r"^Spoiled\.weights: one in step 1 of epoch 1 is negative"):
         engine.train(Spoiled(), state, split, CONFIG, Group())
 
 
