@@ -21,8 +21,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-SOCKET_VARIABLE = "MNIST_RAY_FORK_SERVER"  # the socket of the server that a job has started for its own local Ray
-MODULES_VARIABLE = "MNIST_RAY_FORK_MODULES"  # on a cluster: modules for a node's server, separated by spaces
+SOCKET_VARIABLE = "RAY_FORK_SERVER"  # the socket of the server that a job has started for its own local Ray
+MODULES_VARIABLE = "RAY_FORK_MODULES"  # on a cluster: modules for a node's server, separated by spaces
 
 _SILENT = ".silent"  # ends the name of the socket of a server that does not answer
 _CONTEXT_FLAG, _LANGUAGE_FLAG = "--serialized-runtime-env-context=", "--language="  # for Ray's setup_worker.py
@@ -130,12 +130,12 @@ def temporary_folder() -> str:
     return folder if len(os.fsencode(folder)) <= _MAX_TMPDIR else "/tmp"
 
 
-def own_folder() -> str:
-    """Return a folder that only this user can have made and can change; Ray lets everybody write to its own folders.
+def own_folder(prefix: str) -> str:
+    """Return PREFIX-UID, a folder that only this user can have made and can change; everybody may write to Ray's own.
 
     Raises PermissionError if another user has made it.
     """
-    folder = os.path.join(temporary_folder(), f"mnist_ray-{os.geteuid()}")
+    folder = os.path.join(temporary_folder(), f"{prefix}-{os.geteuid()}")
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder, 0o700)
     found = os.lstat(folder)
@@ -146,7 +146,7 @@ def own_folder() -> str:
 
 def node_address() -> str:
     """Return where a job's server listens on this node."""
-    return os.path.join(own_folder(), f"fork-{os.environ['RAY_JOB_ID']}-{os.environ['RAY_RAYLET_PID']}")
+    return os.path.join(own_folder("ray_fork"), f"fork-{os.environ['RAY_JOB_ID']}-{os.environ['RAY_RAYLET_PID']}")
 
 
 def start_server(address: str, environment: dict[str, str]) -> None:

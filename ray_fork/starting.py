@@ -54,7 +54,7 @@ def prepared_forking(module: str, *, is_wanted: bool = True) -> Iterator[Forking
     # Ray reads these on import: the id of a local Ray's first job, and the process with which workers end.
     of_workers = {"RAY_JOB_ID": _FIRST_JOB, "RAY_RAYLET_PID": str(os.getpid())}
     with contextlib.ExitStack() as at_the_end:
-        folder = tempfile.TemporaryDirectory(prefix="mnist_ray-", dir=temporary_folder(), ignore_cleanup_errors=True)
+        folder = tempfile.TemporaryDirectory(prefix="ray_fork-", dir=temporary_folder(), ignore_cleanup_errors=True)
         address = os.path.join(at_the_end.enter_context(folder), "fork")
         server = launch(address, modules, {**os.environ, **of_workers}, subprocess.PIPE)
         os.environ[SOCKET_VARIABLE] = address

@@ -171,7 +171,7 @@ def test_a_signal_in_any_phase_ends_a_job_like_an_interrupt_and_leaves_no_proces
     psutil.wait_procs(processes_in(own_folder), timeout=30)
     assert processes_in(own_folder) == []
     assert not list(own_folder.glob("ray/*"))
-    assert not list(own_folder.glob("mnist_ray-*"))
+    assert not [*own_folder.glob("mnist_ray-*"), *own_folder.glob("ray_fork-*")]
 
 
 def test_a_run_is_in_use_until_it_is_interrupted_saves_its_steps_and_resumes(

@@ -118,7 +118,8 @@ def default_folder() -> Path:
 
     Unless RAY_TMPDIR names another, it is in a folder of this user's own: Ray lets everybody write to its sessions.
     """
-    return Path(get_default_ray_temp_dir() if "RAY_TMPDIR" in os.environ else f"{own_folder()}/ray").absolute()
+    own = "RAY_TMPDIR" not in os.environ
+    return Path(f"{own_folder('mnist_ray')}/ray" if own else get_default_ray_temp_dir()).absolute()
 
 
 def session_folder() -> Path:

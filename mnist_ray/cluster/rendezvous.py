@@ -64,7 +64,7 @@ def _own_folder() -> str:
 
     The session's folder is removed with what is in it, but RAY_TMPDIR may have put it anywhere.
     """
-    session, own = session_folder(), own_folder()
+    session, own = session_folder(), own_folder("mnist_ray")
     return str(session) if session.is_relative_to(own) else own
 
 

@@ -187,7 +187,7 @@ def test_a_local_ray_leaves_only_the_logs_of_a_failure_and_an_error_of_meanwhile
     left_by_dead_ray.parent.mkdir()
     left_by_dead_ray.write_text("127.0.0.1:1")
     (temporary / "fork.silent").touch()
-    done = run(temporary, address="auto", MNIST_RAY_FORK_SERVER=str(temporary / "fork"))
+    done = run(temporary, address="auto", RAY_FORK_SERVER=str(temporary / "fork"))
     assert done.stderr == "error: it does not fit\n"
     done_meanwhile, first = done.stdout.splitlines()
     logs_of_first, note = first.split(maxsplit=1)

@@ -174,6 +174,6 @@ def test_calls_share_a_ray_until_one_fails_or_the_process_ends(small_data: Path,
         assert "after a failure: False" in done.stdout
         sessions = {path.name for path in Path(folder).rglob("session_2*")}
         assert len(sessions) == 2, "the logs of the one that failed, and the user's own"
-        assert not [path for path in Path(folder).iterdir() if path.name.startswith("mnist_ray-")]
+        assert not [path for path in Path(folder).iterdir() if path.name.startswith(("mnist_ray-", "ray_fork-"))]
         psutil.wait_procs(processes_in(Path(folder)), timeout=30)
         assert processes_in(Path(folder)) == []

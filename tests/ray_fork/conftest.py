@@ -19,7 +19,7 @@ from tests.conftest import ROOT, wait_for
 
 collect_ignore_glob = [] if sys.platform.startswith("linux") else ["test_*.py"]  # nothing is forked elsewhere
 
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MNIST_RAY_"))}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 ENVIRONMENT |= {"LC_ALL": "C.UTF-8"}  # else Python may set a variable by itself
 WORKER = """\
 import os, sys

@@ -44,7 +44,7 @@ with prepared_forking("ray") as forking, connect(config, forking):
     one, another = start_actor(), start_actor()
     report = {"workers": ray.get([ray.remote(look).remote(), one.look.remote(), another.look.remote()])}
     if forking.server is not None:
-        report |= {"server": forking.server.pid, "folder": os.path.dirname(os.environ["MNIST_RAY_FORK_SERVER"])}
+        report |= {"server": forking.server.pid, "folder": os.path.dirname(os.environ["RAY_FORK_SERVER"])}
     if sys.argv[1] == "kill the server":
         forking.server.kill()
         forking.server.wait()
@@ -140,7 +140,7 @@ def test_a_job_on_a_cluster_has_its_workers_forked_by_a_server_of_its_own(ray_ad
     content = report("end", address=ray_address)
     (server,) = {worker["parent"] for worker in content["workers"]}
     end([psutil.Process(server)])
-    assert f"/mnist_ray-{os.geteuid()}/fork-" in content["workers"][0]["parent's title"]
+    assert f"/ray_fork-{os.geteuid()}/fork-" in content["workers"][0]["parent's title"]
 
 
 @pytest.mark.long

@@ -134,10 +134,11 @@ def test_a_killed_servers_socket_is_replaced(temporary: Path, monkeypatch: pytes
 
 def test_sockets_have_short_paths_whatever_tmpdir_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", "/var/folders/zz/zyxvpxvq6csfxvn_n0000000000000/T")  # as on macOS
-    socket_of_ray = f"{shim.own_folder()}/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+    folder = shim.own_folder("mnist_ray")
+    socket_of_ray = f"{folder}/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
     assert len(socket_of_ray) <= 103
     monkeypatch.setenv("TMPDIR", "/var/tmp")
-    assert shim.own_folder().startswith("/var/tmp/")
+    assert shim.own_folder("ray_fork").startswith("/var/tmp/")
 
 
 # --- other users of the machine
@@ -146,11 +147,11 @@ def test_sockets_have_short_paths_whatever_tmpdir_is(monkeypatch: pytest.MonkeyP
 def test_a_folder_for_sockets_that_others_may_change_or_have_made_is_not_used(
     temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = Path(shim.own_folder())
+    folder = Path(shim.own_folder("ray_fork"))
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     folder.chmod(0o777)
     with pytest.raises(PermissionError, match="is not this user's alone"):
-        shim.own_folder()
+        shim.own_folder("ray_fork")
     for name, value in {MODULES_VARIABLE: "numpy", **OF_JOB}.items():
         monkeypatch.setenv(name, value)
     assert not shim.has_been_silent()  # a job whose workers are started as usual asks, too
@@ -158,7 +159,7 @@ def test_a_folder_for_sockets_that_others_may_change_or_have_made_is_not_used(
     (temporary / "own").mkdir(0o700)
     folder.symlink_to(temporary / "own")
     with pytest.raises(PermissionError, match="is not this user's alone"):
-        shim.own_folder()
+        shim.own_folder("ray_fork")
 
 
 def test_a_lock_that_is_a_link_leaves_the_file_that_it_leads_to(temporary: Path) -> None:
