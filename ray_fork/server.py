@@ -29,8 +29,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ray_fork.shim import is_own
+from ray_fork.shim import is_own, python_version
 
 # Libraries read variables with these prefixes when they are loaded. A worker with different values cannot be forked.
 _READ_AT_IMPORT = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "LD_", "MALLOC_", "PYTHON")
@@ -42,6 +43,7 @@ _FOR_IMPORTS = {
     # PyTorch would look for GPUs through CUDA, which a fork could not use afterwards.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
+_IMPORTED_LATE = {"ray.train": "ray.tune", "torch": "torch._dynamo"}  # by a running worker that uses the first one
 _IDLE_S = 10.0
 _REQUEST_TIMEOUT_S = 5.0
 _OUTLIVING = ("ray::_Autoscali", "ray::PlacementG")  # the names, cut by /proc, of Ray's actors that may outlive a job
@@ -51,6 +53,7 @@ _OUTLIVING = ("ray::_Autoscali", "ray::PlacementG")  # the names, cut by /proc, 
 class Request:
     """A worker to start, and everything that the worker inherits from its parent; see ``shim.request``."""
 
+    python: str
     argv: list[str]
     environment: dict[str, str]
     folder: str
@@ -126,18 +129,22 @@ def load(modules: Sequence[str]) -> str:
     os.environ.update(_FOR_IMPORTS)
     gc.disable()  # it would take a fifth of the time
     try:
-        import ray
-        import torch
-
         from ray_fork import ray_internals
 
+        ray_internals.check()
         with ray_internals.actor_ids_from_kernel():
             for name in modules:
                 importlib.import_module(name)
-        drawn = [in_fork(lambda: ray.NodeID.from_random().binary()) for _ in range(2)]
+            for name, later in _IMPORTED_LATE.items():
+                if name in sys.modules:
+                    importlib.import_module(later)
+        drawn = [in_fork(ray_internals.random_id) for _ in range(2)]
         if drawn[0] == drawn[1]:
             return "two forks would draw the same ids"
-        if torch.cuda.is_initialized() or in_fork(lambda: bytes([torch.cuda._is_in_bad_fork()])) == bytes([True]):
+        torch: Any = sys.modules.get("torch")
+        if torch and (
+            torch.cuda.is_initialized() or in_fork(lambda: bytes([torch.cuda._is_in_bad_fork()])) == bytes([True])
+        ):
             return "an import has used CUDA"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -174,24 +181,33 @@ def serve(listener: socket.socket, environment: dict[str, str], refusal: str) ->
             request = receive(connection) if is_own(connection) else None
             if request is None:
                 continue
-            answer = refusal or why_not(request.environment, environment)
-            if not answer:
-                pid = os.fork()
-                if pid == 0:
-                    listener.close()
-                    try:
-                        become(request)
-                        connection.sendall(str(os.getpid()).encode())
-                    except Exception as error:
-                        connection.sendall(f"{type(error).__name__}: {error}".encode())
-                        os._exit(1)
-                    return request
+            pid, answer = _fork(request, environment, refusal)
+            if pid == 0:
+                listener.close()
+                try:
+                    become(request)
+                    connection.sendall(str(os.getpid()).encode())
+                except Exception as error:
+                    with contextlib.suppress(OSError):  # the client has hung up
+                        connection.sendall(f"{type(error).__name__}: {error}".encode(errors="replace"))
+                    os._exit(1)
+                return request
+            if pid is not None:
                 workers.add(pid)
             for descriptor in request.descriptors:
                 os.close(descriptor)
             with contextlib.suppress(OSError):
-                connection.sendall(answer.encode())
+                connection.sendall(answer.encode(errors="replace"))
     return None
+
+
+def _fork(request: Request, environment: dict[str, str], refusal: str) -> tuple[int | None, str]:
+    """Fork for a request. Return the fork's process id, 0 in the fork itself; or None, and why there is no fork."""
+    try:
+        reason = refusal or other_versions(request) or why_not(request.environment, environment)
+        return (None, reason) if reason else (os.fork(), "")
+    except Exception as error:  # such as a limit on processes, or a request with values of wrong types
+        return None, f"{type(error).__name__}: {error}"
 
 
 def _is_wanted(listener: socket.socket, workers: set[int]) -> bool:
@@ -230,16 +246,30 @@ def receive(connection: socket.socket) -> Request | None:
     try:
         head, descriptors, _, _ = socket.recv_fds(connection, 4, 3)
         size, content = int.from_bytes(head, "big"), bytearray()
-        while len(content) < size and (more := connection.recv(size - len(content))):
+        while len(content) < size and (more := connection.recv(min(size - len(content), 2**20))):
             content += more
         request = Request(**json.loads(content), descriptors=descriptors)
-        if not select.select([connection], [], [], 0)[0]:  # no more is sent: readable means hung up
+        has_hung_up = select.select([connection], [], [], 0)[0]  # no more is sent, so there is nothing else to read
+        if len(descriptors) == 3 and not has_hung_up:
             return request
-    except (OSError, ValueError, TypeError):
+    except Exception:  # whatever a client sends, the server goes on
         pass
     for descriptor in descriptors:
         os.close(descriptor)
     return None
+
+
+def other_versions(request: Request) -> str:
+    """Return how the worker's versions differ from this server's; an empty string if they are the same.
+
+    The worker may have another Ray than the server: one of another folder, or one that was installed meanwhile.
+    """
+    import ray
+
+    text = Path(request.argv[0]).parents[2].joinpath("_version.py").read_text(encoding="utf-8")
+    rays = text.partition('\nversion = "')[2].partition('"')[0]
+    workers, own = (f"Python {request.python} and Ray {rays}", f"Python {python_version()} and Ray {ray.__version__}")
+    return "" if workers == own else f"the worker has {workers}, the fork server {own}"
 
 
 def why_not(workers: dict[str, str], own: dict[str, str]) -> str:
@@ -253,9 +283,6 @@ def why_not(workers: dict[str, str], own: dict[str, str]) -> str:
 
 def become(request: Request) -> None:
     """Turn this process, which was just forked, into the worker that Ray would have started."""
-    import numpy as np
-    import torch
-
     from ray_fork import ray_internals
 
     for number, descriptor in enumerate(request.descriptors):
@@ -274,12 +301,16 @@ def become(request: Request) -> None:
     os.environ.update(request.environment)
     os.chdir(request.folder)
     # Redo what libraries did on import. Python reseeds its own generator in a fork; Ray's has no seed yet.
-    np.random.seed()
-    torch.seed()
+    numpy: Any = sys.modules.get("numpy")
+    torch: Any = sys.modules.get("torch")
+    if numpy:
+        numpy.random.seed()
+    if torch:
+        torch.seed()
     ray_internals.read_settings_again()
     _end_with_raylet(int(os.environ["RAY_RAYLET_PID"]))
     threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    if threads.isdigit() and int(threads) > 0:
+    if torch and threads.isdigit() and int(threads) > 0:
         torch.set_num_threads(int(threads))
 
 

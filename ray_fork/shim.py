@@ -26,7 +26,7 @@ MODULES_VARIABLE = "RAY_FORK_MODULES"  # on a cluster: modules for a node's serv
 
 _SILENT = ".silent"  # ends the name of the socket of a server that does not answer
 _CONTEXT_FLAG, _LANGUAGE_FLAG = "--serialized-runtime-env-context=", "--language="  # for Ray's setup_worker.py
-_MAX_TMPDIR = 18  # bytes: a socket's path may have 103 (on Linux, 107), of which the names of a local Ray take up to 85
+_MAX_TMPDIR = 18  # bytes: a socket's path may have 107, of which a local Ray in a folder of the user's own takes 89
 TIMEOUT_S = 30.0  # the server may still be importing; Ray waits for a worker for 60 s
 
 
@@ -36,19 +36,21 @@ def main() -> None:
     command = [word for word in asked if not word.startswith((_CONTEXT_FLAG, _LANGUAGE_FLAG))]
     refusal = fork(asked, command)
     if refusal:
-        print(f"a worker is started as usual, not forked: {refusal}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # such as a full disk
+            print(f"a worker is started as usual, not forked: {refusal}", file=sys.stderr, flush=True)
         setup = [os.path.join(os.path.dirname(command[0]), "setup_worker.py")] if command != asked else []
         os.execv(sys.executable, [sys.executable, *setup, *asked])
 
 
 def fork(asked: list[str], command: list[str]) -> str:
     """Have a worker forked. Return why that failed; an empty string on success."""
-    variables = variables_of(asked)
-    if variables is None:
-        return "its runtime environment contains more than environment variables"
-    environment = {**os.environ, **variables}
-    address = environment.get(SOCKET_VARIABLE, "")
+    address = ""
     try:
+        variables = variables_of(asked)
+        if variables is None:
+            return "its runtime environment contains more than environment variables"
+        environment = {**os.environ, **variables}
+        address = environment.get(SOCKET_VARIABLE, "")
         if MODULES_VARIABLE in environment:
             address = node_address()
             start_server(address, environment)
@@ -61,6 +63,8 @@ def fork(asked: list[str], command: list[str]) -> str:
         return f"the fork server has not answered for {TIMEOUT_S:.0f} s"
     except OSError as error:
         return f"the fork server does not answer: {error}"
+    except Exception as error:  # whatever it is, the worker must start
+        return f"{type(error).__name__}: {error}"
 
 
 def has_been_silent() -> bool:
@@ -96,8 +100,8 @@ def ask(address: str, command: list[str], environment: dict[str, str]) -> str:
             raise PermissionError(f"{address} belongs to another user")
         socket.send_fds(connection, [len(content).to_bytes(4, "big")], [0, 1, 2])
         connection.sendall(content)
-        answer = connection.recv(1000).decode()
-    return "" if answer.isdigit() else answer or "the fork server has ended"
+        answer = connection.recv(1000).decode(errors="replace")
+    return "" if answer.isdigit() else answer or "the fork server, or the process that it forked, has ended"
 
 
 def request(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
@@ -105,6 +109,7 @@ def request(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     with open("/proc/self/oom_score_adj", encoding="ascii") as file:
         oom_score_adj = file.read()
     return {
+        "python": python_version(),
         "argv": command,
         "environment": environment,
         "folder": os.getcwd(),
@@ -117,6 +122,11 @@ def request(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     }
 
 
+def python_version() -> str:
+    """Return the implementation and version of this process's Python, such as cpython 3.13.1t."""
+    return f"{sys.implementation.name} {sys.version.split()[0]}{sys.abiflags}"
+
+
 def is_own(connection: socket.socket) -> bool:
     """Tell whether the process at the other end of a connection is this user's, and in this container."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
@@ -125,9 +135,9 @@ def is_own(connection: socket.socket) -> bool:
 
 
 def temporary_folder() -> str:
-    """Return TMPDIR or, if sockets' paths below it would be too long, /tmp."""
-    folder = os.environ.get("TMPDIR") or "/tmp"
-    return folder if len(os.fsencode(folder)) <= _MAX_TMPDIR else "/tmp"
+    """Return TMPDIR; but /tmp if sockets' paths below it would be too long, or relative: workers start elsewhere."""
+    folder = os.environ.get("TMPDIR", "")
+    return folder if os.path.isabs(folder) and len(os.fsencode(folder)) <= _MAX_TMPDIR else "/tmp"
 
 
 def own_folder(prefix: str) -> str:

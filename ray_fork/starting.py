@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -19,11 +20,13 @@ from ray_fork.shim import MODULES_VARIABLE, SOCKET_VARIABLE, launch, temporary_f
 SHIM = Path(__file__).with_name("shim.py")
 JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it to a submitted job's runtime environment
 _FIRST_JOB = "01000000"
-_IMPORTED_LATE = ("ray.tune", "torch._dynamo")  # Ray Train and PyTorch's optimizers import these in running workers
 _HARMLESS = {"working_dir", "env_vars", "excludes", "config"}  # settings that do not replace a worker's Python
-# A node that lacks this Python or this package at these paths starts its workers with its Ray's own Python.
+# A node that lacks this Python or this package at these paths, or whose Ray is of another version than this Python's
+# there, starts its workers with its Ray's own Python. The first argument is a script in that Ray's folder.
 _START = (
-    'if [ -x {python} ] && [ -f {shim} ]; then exec {python} -S -E {shim} "$@"; fi; '
+    'if [ -x {python} ] && [ -f {shim} ] && [ "$(cat {version})" = "$(cat "${{1%/_private/*}}/_version.py")" ]; '
+    'then exec {python} -S -E {shim} "$@"; fi; '
+    'echo "a worker is started as usual, not forked: its node lacks the job\'s Python, Ray or ray_fork" >&2; '
     'python="${{1%/lib*/python*}}/bin/python"; [ -x "$python" ] || python=python3; exec "$python" "$@"'
 )
 
@@ -39,27 +42,36 @@ class Forking:
 
 
 @contextlib.contextmanager
-def prepared_forking(module: str, *, is_wanted: bool = True) -> Iterator[Forking]:
+def prepared_forking(*modules: str, is_wanted: bool = True) -> Iterator[Forking]:
     """Yield a job's ``Forking``. Inside the block, run a fork server if the job will probably start a local Ray.
 
-    ``module``: the module that workers need, imported before the fork. An environment variable of this process names
-    the server's socket. Forked workers outlive the server.
+    ``modules``: what workers need, imported before the fork. An environment variable of this process names the server's
+    socket. Forked workers outlive the server. If it cannot start, as on a full disk, workers start as usual.
     """
     is_wanted = is_wanted and sys.platform.startswith("linux")
-    modules = (module, *_IMPORTED_LATE)
     is_connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     if not is_wanted or is_connected or os.environ.get("RAY_ADDRESS", "") not in ("", "auto", "local"):
         yield Forking(is_wanted, modules, None)
         return
+    with contextlib.ExitStack() as at_the_end:
+        server = None
+        try:
+            server = _start_server(modules, at_the_end)
+        except OSError as error:
+            logging.getLogger(__name__).warning("workers are started as usual, not forked: %s", error)
+        yield Forking(is_wanted, modules, server, at_the_end)
+
+
+def _start_server(modules: tuple[str, ...], at_the_end: contextlib.ExitStack) -> subprocess.Popen[bytes]:
+    """Start a server for a local Ray. Raises OSError if there is no room for its folder or its process."""
+    folder = tempfile.TemporaryDirectory(prefix="ray_fork-", dir=temporary_folder(), ignore_cleanup_errors=True)
+    address = os.path.join(at_the_end.enter_context(folder), "fork")
     # Ray reads these on import: the id of a local Ray's first job, and the process with which workers end.
     of_workers = {"RAY_JOB_ID": _FIRST_JOB, "RAY_RAYLET_PID": str(os.getpid())}
-    with contextlib.ExitStack() as at_the_end:
-        folder = tempfile.TemporaryDirectory(prefix="ray_fork-", dir=temporary_folder(), ignore_cleanup_errors=True)
-        address = os.path.join(at_the_end.enter_context(folder), "fork")
-        server = launch(address, modules, {**os.environ, **of_workers}, subprocess.PIPE)
-        os.environ[SOCKET_VARIABLE] = address
-        at_the_end.callback(_end, server)
-        yield Forking(is_wanted, modules, server, at_the_end)
+    server = launch(address, modules, {**os.environ, **of_workers}, subprocess.PIPE)
+    os.environ[SOCKET_VARIABLE] = address
+    at_the_end.callback(_end, server)
+    return server
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
@@ -87,10 +99,13 @@ def runtime_env_to_fork(forking: Forking) -> dict[str, Any]:
     """
     if not forking.is_wanted or has_own_python():
         return {}
+    import ray
+
     # The job's working directory has a different path on each node; workers start in it.
     travels = "working_dir" in own_runtime_env() and SHIM.is_relative_to(Path.cwd())
     shim = SHIM.relative_to(Path.cwd()) if travels else SHIM
-    start = _START.format(python=shlex.quote(sys.executable), shim=shlex.quote(str(shim)))
+    paths = {"python": sys.executable, "shim": shim, "version": Path(ray.__file__).with_name("_version.py")}
+    start = _START.format(**{name: shlex.quote(str(path)) for name, path in paths.items()})
     return {
         "py_executable": f"sh -c {shlex.quote(start)} sh",
         "env_vars": {MODULES_VARIABLE: " ".join(forking.modules)},

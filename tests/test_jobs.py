@@ -7,6 +7,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from mnist_ray import cli
 from mnist_ray.cluster.plan import Cluster, Node
 from mnist_ray.errors import JobError, UsageError
 from mnist_ray.report.run_files import read_csv
-from tests.conftest import Flags, callback_at, folder_at, processes_in, run_and_act, run_job, run_main
+from tests.conftest import ROOT, Flags, callback_at, folder_at, processes_in, run_and_act, run_job, run_main
 
 
 def test_a_run_writes_its_files_and_learns(finished_run: Path) -> None:
@@ -259,3 +261,24 @@ def status_of(job: str, *flags: str) -> int:
         return cli.status_of(functools.partial(run_main, job, *flags))
     except SystemExit as end:  # argparse found a mistake
         return int(end.code or 0)
+
+
+@pytest.mark.long
+def test_workers_that_die_at_once_end_a_job_with_one_line(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if any('default_worker.py' in word for word in sys.orig_argv):\n"
+        "    print('no room', file=sys.stderr, flush=True)\n"
+        "    os._exit(3)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / "train.py"), "--fork-workers", "no", "--storage-path", str(tmp_path)],
+        env={**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    said = r"error: Ray's worker processes do not start; a worker's last line: no room \(log: \S+/raylet\.err\)\n"
+    assert re.fullmatch(said, done.stderr)

@@ -6,17 +6,19 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import ray
 
 from ray_fork.shim import SOCKET_VARIABLE
 from ray_fork.starting import SHIM
-from tests.conftest import ROOT, wait_for
 
+ROOT = Path(__file__).parents[2]  # the folder with the package
 collect_ignore_glob = [] if sys.platform.startswith("linux") else ["test_*.py"]  # nothing is forked elsewhere
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -61,6 +63,14 @@ if sys.argv[2:] == ["stay"]:
 """
 
 
+def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> None:
+    """Return as soon as the condition is true."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"not true within {timeout_s} s"
+        time.sleep(0.02)
+
+
 def has_ended(process: psutil.Process) -> bool:
     """Return whether a process has ended, also if its parent has not collected its status yet."""
     try:
@@ -88,10 +98,18 @@ def run_shim(folder: Path, *words: object, **options: Any) -> tuple[str, str]:
     return stdout.read_text(), stderr.read_text()
 
 
+def script_in(folder: Path, source: str, version: str = ray.__version__) -> Path:
+    """Write a worker's script into a folder, where it lies as in a Ray of a version."""
+    script = folder / "of_ray" / "_private" / "workers" / "worker.py"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(source)
+    (folder / "of_ray" / "_version.py").write_text(f'# by a build\ncommit = "5"\nversion = "{version}"\n')
+    return script
+
+
 def fork(folder: Path, *words: str, **options: Any) -> dict[str, Any]:
     """Have a worker forked, and return its state."""
-    script, seen = folder / "worker.py", folder / "seen.json"
-    script.write_text(WORKER)
+    script, seen = script_in(folder, WORKER), folder / "seen.json"
     seen.unlink(missing_ok=True)
     assert run_shim(folder, script, seen, *words, **options) == ("", "")
     return read(seen)

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,28 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import ROOT, wait_for
-from tests.ray_fork.conftest import ENVIRONMENT, end, has_ended
+from tests.ray_fork.conftest import ENVIRONMENT, ROOT, end, has_ended, wait_for
 
-DRIVER = """\
+HEAD = """\
+import ray, sys
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+CONNECT = """\
 import json, os, signal, sys
-from mnist_ray.cluster.connect import connect
-from mnist_ray.config import WorkerConfig
-from ray_fork.starting import prepared_forking
+from ray_fork.starting import prepared_forking, runtime_env_to_fork
 
+def connect(forking, **options):
+    import ray
+    from ray_fork.ray_internals import shim_in_local_ray
+    if os.environ["RAY_ADDRESS"] == "local":
+        with shim_in_local_ray(forking):
+            ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, **options)
+    else:
+        ray.init(os.environ["RAY_ADDRESS"], log_to_driver=False, runtime_env=runtime_env_to_fork(forking))
+"""
+DRIVER = """\
 def look():
     import ray
     print("hello")
@@ -38,8 +52,8 @@ class Actor:
 def start_actor(**variables):
     return ray.remote(Actor).options(num_cpus=0, runtime_env={"env_vars": variables}).remote()
 
-config = WorkerConfig()
-with prepared_forking("ray") as forking, connect(config, forking):
+with prepared_forking("ray") as forking:
+    connect(forking)
     import ray
     one, another = start_actor(), start_actor()
     report = {"workers": ray.get([ray.remote(look).remote(), one.look.remote(), another.look.remote()])}
@@ -55,23 +69,30 @@ with prepared_forking("ray") as forking, connect(config, forking):
         signal.pause()
 """
 SPILLING = """\
-import functools, numpy, ray
-from mnist_ray.cluster.connect import connect
-from mnist_ray.config import WorkerConfig
-from ray_fork.starting import prepared_forking
-
-ray.init = functools.partial(ray.init, object_store_memory=80 * 2**20)
-with prepared_forking("mnist_ray") as forking, connect(WorkerConfig(), forking):
+with prepared_forking("numpy") as forking:
+    connect(forking, object_store_memory=80 * 2**20)
+    import numpy, ray
     kept = [ray.put(numpy.full(30 * 2**20, number, numpy.uint8)) for number in range(5)]
     print([int(ray.get(one)[-1]) for one in kept])
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def temporary() -> Iterator[None]:
+    """Let Rays have their files in a folder that goes with them."""
+    with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        ENVIRONMENT["RAY_TMPDIR"] = folder
+        yield
+        del ENVIRONMENT["RAY_TMPDIR"]
 
 
 @contextlib.contextmanager
 def driver(*words: str, address: str = "local") -> Iterator[tuple[psutil.Popen, dict[str, Any]]]:
     """Run a driver whose workers look at themselves. Yields its process and its report."""
     variables = {**ENVIRONMENT, "RAY_ADDRESS": address}
-    process = psutil.Popen([sys.executable, "-c", DRIVER, *words], cwd=ROOT, env=variables, stdout=subprocess.PIPE)
+    process = psutil.Popen(
+        [sys.executable, "-c", CONNECT + DRIVER, *words], cwd=ROOT, env=variables, stdout=subprocess.PIPE
+    )
     try:
         yield process, json.loads(process.stdout.readline())
     finally:
@@ -131,9 +152,19 @@ def test_when_the_driver_is_killed_the_server_its_workers_and_its_folder_go() ->
 def test_objects_that_do_not_fit_into_memory_are_spilled_and_read_again() -> None:
     environment = {**ENVIRONMENT, "RAY_ADDRESS": "local"}
     done = subprocess.run(
-        [sys.executable, "-c", SPILLING], cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True
+        [sys.executable, "-c", CONNECT + SPILLING], cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True
     )
     assert done.stdout == b"[0, 1, 2, 3, 4]\n"
+
+
+@pytest.fixture
+def ray_address() -> Iterator[str]:
+    """The address of a Ray that starts workers as usual."""
+    environment, pipe = {**ENVIRONMENT, "RAY_AUTH_MODE": "disabled"}, subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", HEAD], env=environment, stdin=pipe, stdout=pipe, text=True) as head:
+        assert head.stdout is not None
+        yield head.stdout.readline().strip()
+        head.communicate()
 
 
 def test_a_job_on_a_cluster_has_its_workers_forked_by_a_server_of_its_own(ray_address: str) -> None:
@@ -141,24 +172,3 @@ def test_a_job_on_a_cluster_has_its_workers_forked_by_a_server_of_its_own(ray_ad
     (server,) = {worker["parent"] for worker in content["workers"]}
     end([psutil.Process(server)])
     assert f"/ray_fork-{os.geteuid()}/fork-" in content["workers"][0]["parent's title"]
-
-
-@pytest.mark.long
-def test_workers_that_die_at_once_end_a_job_with_one_line(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        "if any('default_worker.py' in word for word in sys.orig_argv):\n"
-        "    print('no room', file=sys.stderr, flush=True)\n"
-        "    os._exit(3)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "jobs" / "train.py"), "--fork-workers", "no", "--storage-path", str(tmp_path)],
-        env={**ENVIRONMENT, "RAY_ADDRESS": "local", "PYTHONPATH": str(tmp_path)},
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 1
-    said = r"error: Ray's worker processes do not start; a worker's last line: no room \(log: \S+/raylet\.err\)\n"
-    assert re.fullmatch(said, done.stderr)

@@ -1,22 +1,24 @@
+import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import ray
 
 from ray_fork import shim
 from ray_fork.server import why_not
-from tests.conftest import wait_for
-from tests.ray_fork.conftest import Server, fork, has_ended, run_shim, serving
+from tests.ray_fork.conftest import Server, fork, has_ended, run_shim, script_in, serving, wait_for
 
 AN_ACTOR = "import ray\n@ray.remote\nclass Actor: pass"
 A_THREAD = "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()"
@@ -43,28 +45,28 @@ def seen(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return fork(tmp_path_factory.mktemp("worker"), env=server.environment)
 
 
-def refusal(folder: Path, environment: dict[str, str]) -> str:
-    """Return why a worker was started, but not forked."""
-    script = folder / "usual.py"
-    script.write_text("print('as usual')")
+def refusal(folder: Path, environment: dict[str, str], version: str = ray.__version__) -> str:
+    """Return why a worker was started, but not forked; its Ray has a version."""
+    script = script_in(folder, "print('as usual')", version)
     printed, complained = run_shim(folder, script, env=environment)
     assert printed == "as usual\n"
     assert complained.startswith("a worker is started as usual, not forked: ")
     return complained.removeprefix("a worker is started as usual, not forked: ").rstrip()
 
 
-def send(connection: socket.socket, server: Server, content: bytes, size: int | None = None, file: int = 1) -> None:
-    """Send like the shim, but one descriptor for all three."""
+def send(
+    connection: socket.socket, server: Server, content: bytes, size: int | None = None, files: Sequence[int] = (1, 1, 1)
+) -> None:
+    """Send like the shim."""
     connection.connect(str(server.address))
     head = (len(content) if size is None else size).to_bytes(4, "big")
-    socket.send_fds(connection, [head], [file] * 3)
+    socket.send_fds(connection, [head], files)
     connection.sendall(content)
 
 
 def request_of(folder: Path, server: Server) -> bytes:
     """Return a request for a worker that stays."""
-    script = folder / "stays.py"
-    script.write_text("import signal; signal.pause()")
+    script = script_in(folder, "import signal; signal.pause()")
     return json.dumps(shim.request([str(script)], server.environment)).encode()
 
 
@@ -95,9 +97,10 @@ def test_a_worker_inherits_all_from_the_process_that_asks_and_nothing_from_the_s
     environment = {**server.environment, "OF_THE_WORKER": "1", "OMP_NUM_THREADS": "3,1"}
     worker = fork(tmp_path, "some", "words", env=environment, cwd=elsewhere, preexec_fn=be_unusual)
     assert worker["environment"] == environment
-    assert worker["argv"] == [str(tmp_path / "worker.py"), str(tmp_path / "seen.json"), "some", "words"]
+    script = script_in(tmp_path, "")
+    assert worker["argv"] == [str(script), str(tmp_path / "seen.json"), "some", "words"]
     assert (worker["name"], worker["folder"]) == ("__main__", str(elsewhere))
-    assert worker["folder of imports"] == str(tmp_path)
+    assert worker["folder of imports"] == str(script.parent)
     names = ("stdin", "stdout", "stderr")
     inherited = {str(number): str(tmp_path / name) for number, name in enumerate(names)}
     assert worker["descriptors"] == {**inherited, "3": "anon_inode:[pidfd]"}, "the raylet's is the worker's own"
@@ -131,6 +134,39 @@ def test_a_worker_that_cannot_be_forked_as_asked_is_refused(server: Server, tmp_
         assert connection.recv(1000).startswith(b"FileNotFoundError")
 
 
+PYTHON = shim.python_version()
+
+
+def test_a_worker_of_another_ray_is_refused_with_both_versions(server: Server, tmp_path: Path) -> None:
+    said = refusal(tmp_path, server.environment, "2.0.0rc1")
+    own = f"the fork server Python {PYTHON} and Ray {ray.__version__}"
+    assert said == f"the worker has Python {PYTHON} and Ray 2.0.0rc1, {own}"
+    assert refusal(tmp_path, server.environment, "") == f"the worker has Python {PYTHON} and Ray , {own}"
+
+
+def test_a_worker_of_another_python_is_refused_with_both_versions(server: Server, tmp_path: Path) -> None:
+    request = json.loads(request_of(tmp_path, server)) | {"python": "pypy 3.11.7"}
+    with socket.socket(socket.AF_UNIX) as connection:
+        send(connection, server, json.dumps(request).encode())
+        said = f"pypy 3.11.7 and Ray {ray.__version__}, the fork server Python {PYTHON} and Ray {ray.__version__}"
+        assert connection.recv(1000).decode() == f"the worker has Python {said}"
+
+
+@pytest.mark.parametrize(
+    ("name", "removal"),
+    [
+        ("Config", "import ray._raylet; del ray._raylet.Config"),
+        ("initialize", "import ray._raylet; ray._raylet.Config = object"),
+        ("ActorClassID", "import ray.actor; del ray.actor.ActorClassID"),
+        ("NodeID", "import ray; del ray.NodeID"),
+        ("from_random", "import ray; ray.NodeID = object"),
+    ],
+)
+def test_a_ray_that_lacks_a_private_name_is_refused_with_the_name(name: str, removal: str, tmp_path: Path) -> None:
+    with serving(tmp_path, "json", sitecustomize=removal) as running:
+        assert re.search(rf"'?{name}'?", refusal(tmp_path, running.environment))
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [(A_THREAD, "the fork server has 2 threads"), (AN_ID, "two forks would draw the same ids")],
@@ -160,14 +196,87 @@ def test_a_server_that_was_replaced_while_it_was_silent_leaves_its_successors_so
         assert sorted(path.name for path in silent.address.parent.iterdir()) == ["fork", "fork.lock"]
 
 
-@pytest.mark.parametrize(("content", "size"), [(b"", 0), (b"{", 2**32 - 1), (b"\xff", 1), (b"[]", 2), (b"{}", 2)])
-def test_a_malformed_request_does_not_end_the_server(
+def open_files(server: Server) -> set[str]:
+    """Return a server's open files."""
+    return {os.readlink(link) for link in Path(f"/proc/{server.process.pid}/fd").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("content", "size"),
+    [(b"", 0), (b"{", 2**32 - 1), (b"\xff", 1), (b"[]", 2), (b"{}", 2), (b"[" * 10**6, 10**6)],
+    ids=["nothing", "too short", "no text", "a list", "no fields", "deep"],
+)
+def test_a_malformed_request_does_not_end_the_server_or_leave_a_descriptor(
     content: bytes, size: int, refusing: Server, tmp_path: Path
 ) -> None:
+    before = open_files(refusing)
     with socket.socket(socket.AF_UNIX) as connection:
         send(connection, refusing, content, size)
     said = "ModuleNotFoundError: No module named 'no_such_module'"
     assert refusal(tmp_path, refusing.environment) == said
+    wait_for(lambda: open_files(refusing) == before)
+
+
+@pytest.mark.parametrize("name", ["argv", "environment", "folder", "descriptors"])
+def test_a_request_with_a_value_of_a_wrong_type_is_refused(name: str, server: Server, tmp_path: Path) -> None:
+    before, request = open_files(server), json.loads(request_of(tmp_path, server)) | {name: 5}
+    with socket.socket(socket.AF_UNIX) as connection:
+        send(connection, server, json.dumps(request).encode())
+        assert not connection.recv(1000).isdigit()
+    wait_for(lambda: open_files(server) == before)
+    assert server.process.poll() is None
+
+
+@pytest.mark.parametrize("files", [[1], [1, 1]])
+def test_a_request_without_all_descriptors_is_not_answered(files: list[int], server: Server, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as connection:
+        send(connection, server, request_of(tmp_path, server), files=files)
+        assert connection.recv(1000) == b""
+
+
+A_FORK_THAT = """\
+import os, signal
+real_fork = os.fork
+def fork():
+    return {outcome} if os.path.exists({flag!r}) else real_fork()
+def fail():
+    raise BlockingIOError(11, "too many processes")
+def end(*, the_server):
+    pid = real_fork()
+    if (pid > 0) == the_server:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return pid
+os.fork = fork
+"""
+
+
+@contextlib.contextmanager
+def forking_when(folder: Path, outcome: str) -> Iterator[tuple[Server, Path]]:
+    """Run a server that has forked a worker; its next forks have another outcome as long as a file exists."""
+    flag = folder / "flag"
+    with serving(folder, module=A_FORK_THAT.format(outcome=outcome, flag=str(flag))) as running:
+        fork(folder, env=running.environment)
+        flag.touch()
+        yield running, flag
+
+
+def test_a_server_that_cannot_fork_now_refuses_and_can_later(tmp_path: Path) -> None:
+    with forking_when(tmp_path, "fail()") as (running, flag):
+        assert refusal(tmp_path, running.environment) == "BlockingIOError: [Errno 11] too many processes"
+        flag.unlink()
+        assert fork(tmp_path, env=running.environment)["parent"] == running.process.pid
+
+
+def test_a_worker_lives_on_if_the_server_is_killed_while_it_forks(tmp_path: Path) -> None:
+    with forking_when(tmp_path, "end(the_server=True)") as (running, _):
+        assert fork(tmp_path, env=running.environment)["name"] == "__main__"
+        assert running.process.wait(60) == -signal.SIGKILL
+
+
+def test_a_worker_is_started_as_usual_if_its_fork_is_killed(tmp_path: Path) -> None:
+    with forking_when(tmp_path, "end(the_server=False)") as (running, _):
+        said = "the fork server, or the process that it forked, has ended"
+        assert refusal(tmp_path, running.environment) == said
 
 
 OF_ANOTHER_USER = """\
@@ -195,7 +304,7 @@ def test_a_request_of_another_user_is_not_answered(refusing: Server, tmp_path: P
 
 def test_the_descriptors_of_a_client_that_hangs_up_are_closed(refusing: Server, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as connection, (tmp_path / "sent").open("w") as file:
-        send(connection, refusing, b"{", 100, file.fileno())
+        send(connection, refusing, b"{", 100, [file.fileno()] * 3)
     refusal(tmp_path, refusing.environment)  # by now the server has handled the first
     assert file.name not in {os.readlink(link) for link in Path(f"/proc/{refusing.process.pid}/fd").iterdir()}
 
@@ -215,10 +324,10 @@ def test_a_request_during_an_import_is_answered_afterwards_unless_the_client_has
 def test_a_worker_ends_with_pythons_exit_functions_and_without_those_of_libraries(
     server: Server, tmp_path: Path
 ) -> None:
-    script, pid = tmp_path / "ends.py", tmp_path / "pid"
+    pid = tmp_path / "pid"
     write = f"open({str(pid)!r}, 'w').write(str(os.getpid()))"
     waits = "libc = ctypes.CDLL(None); libc.__cxa_atexit(libc.pause, None, None)"
-    script.write_text(f"import atexit, ctypes, os\natexit.register(print, 'the end')\n{waits}\n{write}")
+    script = script_in(tmp_path, f"import atexit, ctypes, os\natexit.register(print, 'the end')\n{waits}\n{write}")
     run_shim(tmp_path, script, env=server.environment)
     wait_for(lambda: (tmp_path / "stdout").read_text() == "the end\n")
     wait_for(lambda: not psutil.pid_exists(int(pid.read_text())), timeout_s=10)

@@ -1,5 +1,7 @@
+import contextlib
 import json
 import os
+import shutil
 import socket
 import stat
 import subprocess
@@ -14,13 +16,14 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 from ray._private.runtime_env.context import RuntimeEnvContext
 
 from ray_fork import shim, starting
+from ray_fork.ray_internals import shim_in_local_ray
 from ray_fork.shim import MODULES_VARIABLE, SOCKET_VARIABLE, node_address, variables_of
-from ray_fork.starting import Forking
-from tests.conftest import ROOT, wait_for
-from tests.ray_fork.conftest import ENVIRONMENT, end, fork, run_shim
+from ray_fork.starting import Forking, prepared_forking
+from tests.ray_fork.conftest import ENVIRONMENT, ROOT, end, fork, run_shim, wait_for
 
 OF_JOB = {"RAY_JOB_ID": "07000000", "RAY_RAYLET_PID": str(os.getpid())}
 
@@ -76,7 +79,14 @@ def test_a_worker_with_a_runtime_environment_is_started_by_rays_own_script(
     assert said.startswith("a worker is started as usual, not forked: ")
 
 
-@pytest.mark.parametrize(("answer", "said"), [(b"too cold", "too cold"), (b"", "the fork server has ended")])
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"too cold", "too cold"),
+        (b"", "the fork server, or the process that it forked, has ended"),
+        (b"x\xc3", "x\ufffd"),
+    ],
+)
 def test_a_worker_is_started_if_the_server_refuses(answer: bytes, said: str, tmp_path: Path) -> None:
     def refuse() -> None:
         connection, _ = listener.accept()
@@ -91,6 +101,25 @@ def test_a_worker_is_started_if_the_server_refuses(answer: bytes, said: str, tmp
         command, complained = started(tmp_path, **{SOCKET_VARIABLE: str(tmp_path / "fork")})
     assert command == [str(tmp_path / "default_worker.py")]
     assert complained == f"a worker is started as usual, not forked: {said}\n"
+
+
+def test_a_worker_is_started_even_if_what_ray_passes_has_another_form_or_the_log_is_on_a_full_disk(
+    tmp_path: Path,
+) -> None:
+    for text, said in (("{}", "Ray did not pass 'env_vars'\n"), ("[]", "TypeError: "), ("{", "JSONDecodeError: ")):
+        _, complained = started(tmp_path, f"--serialized-runtime-env-context={text}")
+        assert complained.startswith(f"a worker is started as usual, not forked: {said}")
+    (tmp_path / "default_worker.py").write_text("print('started')")
+    command = [sys.executable, "-S", "-E", str(starting.SHIM), str(tmp_path / "default_worker.py")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=full, check=True)
+    assert done.stdout == b"started\n"
+
+
+def test_a_worker_is_started_on_a_node_without_a_folder_for_sockets(tmp_path: Path) -> None:
+    command, said = started(tmp_path, **{MODULES_VARIABLE: "json", "TMPDIR": "/no/folder", **OF_JOB})
+    assert command == [str(tmp_path / "default_worker.py")]
+    assert said.startswith("a worker is started as usual, not forked: the fork server does not answer: [Errno 2]")
 
 
 @pytest.fixture
@@ -132,13 +161,43 @@ def test_a_killed_servers_socket_is_replaced(temporary: Path, monkeypatch: pytes
     assert worker["parent"] in [one.pid for one in processes_of(temporary)]
 
 
-def test_sockets_have_short_paths_whatever_tmpdir_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", "/var/folders/zz/zyxvpxvq6csfxvn_n0000000000000/T")  # as on macOS
-    folder = shim.own_folder("mnist_ray")
-    socket_of_ray = f"{folder}/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
-    assert len(socket_of_ray) <= 103
-    monkeypatch.setenv("TMPDIR", "/var/tmp")
-    assert shim.own_folder("ray_fork").startswith("/var/tmp/")
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "/var/folders/zz/zyxvpxvq6csfxvn_n0000000000000/T",  # as on macOS
+        "/tmp/r-" + 11 * "x",  # the longest that is used
+        "/tmp/r-" + 12 * "x",
+        "/tmp/r-" + 8 * "ü",  # sixteen bytes
+    ],
+)
+def test_sockets_have_short_paths_whatever_tmpdir_and_the_users_id_are(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", folder)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_JOB_ID", "ffffffff")
+    monkeypatch.setenv("RAY_RAYLET_PID", "4194304")
+    with contextlib.ExitStack() as at_the_end:
+        if not os.path.exists(folder) and folder.startswith("/tmp/"):
+            os.mkdir(folder)
+            at_the_end.callback(shutil.rmtree, folder)
+        session = "ray/session_2026-01-01_00-00-00_000000_4194304"
+        paths = [f"{shim.own_folder('nine_char')}/{session}/sockets/plasma_store", node_address() + ".silent"]
+        paths = [path.replace(f"-{os.geteuid()}/", "-4294967295/") for path in paths]
+        with prepared_forking("json") as forking:
+            assert forking.server
+            paths.append(os.environ[SOCKET_VARIABLE] + ".silent")
+    assert max(len(os.fsencode(path)) for path in paths) <= 107  # Linux has room for 108 bytes, the last of which is 0
+
+
+@pytest.mark.parametrize(("folder", "used"), [("/var/tmp", "/var/tmp"), ("relative", "/tmp"), ("", "/tmp")])
+def test_sockets_are_in_tmpdir_unless_it_would_be_another_folder_for_workers(
+    folder: str, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", folder)
+    assert shim.temporary_folder() == used
+    monkeypatch.delenv("TMPDIR")
+    assert shim.temporary_folder() == "/tmp"
 
 
 # --- other users of the machine
@@ -243,6 +302,33 @@ def test_a_job_with_a_python_of_its_own_keeps_it(name: str, monkeypatch: pytest.
     assert starting.runtime_env_to_fork(FORKING) == {}
 
 
+def test_workers_are_started_as_usual_if_there_is_no_room_for_a_server(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TMPDIR", "/no/folder")
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    with prepared_forking("json") as forking:
+        assert forking.server is None
+        assert SOCKET_VARIABLE not in os.environ
+    assert "workers are started as usual, not forked: [Errno 2]" in caplog.text
+
+
+@pytest.mark.parametrize("lacking", ["RayParams", "setup_worker_path"])
+def test_workers_of_a_local_ray_without_the_setting_are_started_as_usual(
+    lacking: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from ray._private import parameter
+
+    if lacking == "RayParams":
+        monkeypatch.delattr(parameter, lacking)
+    else:
+        monkeypatch.setattr(parameter.RayParams, "__init__", lambda self, redis_address=None: None)
+    before = dict(os.environ)
+    with subprocess.Popen(["true"]) as server, shim_in_local_ray(replace(FORKING, server=server)):
+        assert dict(os.environ) == before
+    assert lacking in caplog.text
+
+
 @pytest.fixture
 def drivers_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     python = program(tmp_path / "it's a venv" / "bin" / "python")
@@ -257,19 +343,27 @@ def shim_of_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def start_worker(folder: Path, site_packages: Path) -> list[str]:
+RAYS_VERSION = Path(ray.__file__).with_name("_version.py").read_text()
+
+
+def start_worker(folder: Path, site_packages: Path, version: str = RAYS_VERSION) -> list[str]:
     """Start a worker in a folder like a Ray in ``site_packages``; return the program that runs, and its arguments.
 
     This node's ``python3`` is ``path/python3`` in the folder.
     """
     python3 = program(folder / "path" / "python3")
-    start = f"exec {starting.runtime_env_to_fork(FORKING)['py_executable']} {worker_in(site_packages)} --flag='1 2'"
+    script = worker_in(site_packages, version)
+    start = f"exec {starting.runtime_env_to_fork(FORKING)['py_executable']} {script} --flag='1 2'"
     variables = {"PATH": f"{python3.parent}:/usr/bin:/bin"}
     done = subprocess.run(["bash", "-c", start], cwd=folder, env=variables, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
 
 
-def worker_in(site_packages: Path) -> str:
+def worker_in(site_packages: Path, version: str = RAYS_VERSION) -> str:
+    """Return the path of a worker's script in a Ray, of which there is only the file with the version."""
+    path = site_packages / "ray" / "_version.py"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(version)
     return f"{site_packages}/ray/_private/workers/default_worker.py"
 
 
@@ -300,3 +394,13 @@ def test_a_node_without_them_starts_workers_with_the_python_next_to_its_ray_or_e
     assert start_worker(tmp_path, packages) == [str(tmp_path / "path" / "python3"), *expected]
     python = program(tmp_path / "nodes" / "bin" / "python")
     assert start_worker(tmp_path, packages) == [str(python), *expected]
+
+
+@pytest.mark.usefixtures("drivers_python", "shim")
+def test_a_node_whose_ray_is_of_another_version_than_the_drivers_there_starts_workers_with_its_own_python(
+    tmp_path: Path,
+) -> None:
+    packages = tmp_path / "nodes" / "lib" / "python3.11" / "site-packages"
+    python = program(tmp_path / "nodes" / "bin" / "python")
+    expected = [str(python), worker_in(packages), "--flag=1 2"]
+    assert start_worker(tmp_path, packages, 'version = "2.0.0"\n') == expected
