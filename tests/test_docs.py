@@ -23,6 +23,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "benchmarks" / "README.md",
+    ROOT / "ray_fork" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 

@@ -172,3 +172,13 @@ def test_a_job_on_a_cluster_has_its_workers_forked_by_a_server_of_its_own(ray_ad
     (server,) = {worker["parent"] for worker in content["workers"]}
     end([psutil.Process(server)])
     assert f"/ray_fork-{os.geteuid()}/fork-" in content["workers"][0]["parent's title"]
+
+
+def test_the_readmes_example_prints_what_the_readme_says_also_on_a_cluster(ray_address: str, tmp_path: Path) -> None:
+    readme = (ROOT / "ray_fork" / "README.md").read_text()
+    (tmp_path / "example.py").write_text(readme.partition("```python\n")[2].partition("```")[0])
+    for address in ("local", ray_address):
+        environment = {**ENVIRONMENT, "RAY_ADDRESS": address, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, str(tmp_path / "example.py")]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        assert done.stdout.endswith(" in a child of ['-m', 'ray_fork.server']\n")
