@@ -79,11 +79,12 @@ with prepared_forking("numpy") as forking:
 
 @pytest.fixture(autouse=True, scope="module")
 def temporary() -> Iterator[None]:
-    """Let Rays have their files in a folder that goes with them."""
-    with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        ENVIRONMENT["RAY_TMPDIR"] = folder
+    """Let Rays and fork servers have their files in a folder that goes with them."""
+    made = tempfile.TemporaryDirectory(prefix="r-", dir="/tmp", ignore_cleanup_errors=True)
+    with made as folder, pytest.MonkeyPatch.context() as patch:
+        for name in ("RAY_TMPDIR", "TMPDIR"):
+            patch.setitem(ENVIRONMENT, name, folder)
         yield
-        del ENVIRONMENT["RAY_TMPDIR"]
 
 
 @contextlib.contextmanager
