@@ -162,6 +162,7 @@ def evaluate(
     storage_path: str | Path = _STORAGE_PATH,
     num_tasks: int = EvaluationConfig().num_tasks,
     use_gpu: str = EvaluationConfig().use_gpu,
+    plain_ray: bool = False,
     **settings: Any,
 ) -> dict[str, float]:
     """Evaluate a run's checkpoint on the test set, like ``jobs/evaluate.py``; return loss and metrics.
@@ -169,15 +170,15 @@ def evaluate(
     ``run``: a run, its name, or a checkpoint's path; default: the newest run. ``settings``: changes to the workload's
     settings, e.g. the path of different data. Raises UsageError and JobError.
     """
-    environment.prepare(verbose=False)
-    kept.end_unless_fit(WorkerConfig(), verbose=False)
-    with prepared_forking("mnist_ray.run.evaluate") as forking:
+    config = build(EvaluationConfig, {"num_tasks": num_tasks, "use_gpu": use_gpu, "plain_ray": plain_ray})
+    environment.prepare(verbose=False, plain=plain_ray)
+    kept.end_unless_fit(WorkerConfig(plain_ray=plain_ray), verbose=False)
+    with prepared_forking("mnist_ray.run.evaluate", *environment.IMPORTED_LATE, is_wanted=not plain_ray) as forking:
         found = find(run, workload, storage_path, settings)
         check_known(settings, names_of([found.workload.Settings]), "evaluate()")
 
         from mnist_ray.run.evaluate import evaluate_found
 
-        config = build(EvaluationConfig, {"num_tasks": num_tasks, "use_gpu": use_gpu})
         return evaluate_found(found, config, forking).values(found.workload)
 
 

@@ -180,6 +180,7 @@ class WorkerConfig:
     autoscaling: bool = setting(False, "the cluster starts nodes on demand: wait for them")
     max_failures: int = setting(3, "how often lost workers are replaced before the run fails", **at_least(0))
     fork_workers: Literal["auto", "no"] = setting("auto", "fork worker processes to start faster; auto: if it is safe")
+    plain_ray: bool = setting(False, "use only Ray's public API: slower to start; try it if something is odd")
     hang_timeout_s: float = setting(
         600.0,
         "seconds that a step, a validation batch or a part of the start may take before the worker is replaced",
@@ -237,6 +238,7 @@ class EvaluationConfig:
 
     num_tasks: int = setting(1, "Ray tasks that share the examples; any number gives the same result", **at_least(1))
     use_gpu: Literal["auto", "yes", "no"] = setting("auto", "a GPU for each task; auto: if the cluster has a free one")
+    plain_ray: bool = setting(False, "use only Ray's public API: slower to start; try it if something is odd")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 PROGRAM = "mnist-ray"
-TESTED_RAY = "2.60"
-_PRIVATE_API = ("ray_internals.py", "train_internals.py")  # the files that use it
+_EXTRAS = "extras"  # the folder of the modules that use Ray's private API
 _PACKAGE = Path(__file__).parent
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # in Ray's messages
 _IN_ANOTHER_PROCESS = "\nOriginal Traceback "  # in errors that torch's DataLoader passes on
@@ -107,10 +106,10 @@ def sendable(error: BaseException) -> BaseException | None:
 def about_ray(error: BaseException) -> str | None:
     """Return one line if an error means that Ray's private API is not as the package knows it; else None."""
     *_, last = traceback.extract_tb(error.__traceback__)
-    if not isinstance(error, (AttributeError, ImportError, TypeError)) or not last.filename.endswith(_PRIVATE_API):
+    is_of_extra = Path(last.filename).parent == _PACKAGE / _EXTRAS
+    if not isinstance(error, (AttributeError, ImportError, TypeError)) or not is_of_extra:
         return None
-    changed = f"Ray {sys.modules['ray'].__version__} does not work here: {first_line(error)}"
-    return f"{changed}; pip install 'ray[train,tune]=={TESTED_RAY}.*'"
+    return f"Ray {sys.modules['ray'].__version__} does not work here: {first_line(error)}; use --plain-ray"
 
 
 def about_limit(said: object) -> str | None:
@@ -223,7 +222,7 @@ def format_value(value: Any) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``; did you mean X?`` for the most similar known name; empty if none is similar."""
-    cutoff = 0.7 if name.startswith("--") else 0.65  # --plain-ray and --learning-rate are 0.69 alike
+    cutoff = 0.7 if name.startswith("--") else 0.65  # --train-size and --validation-size are 0.69 alike
     close = difflib.get_close_matches(name, list(known), 1, cutoff=cutoff)
     return f"; did you mean {close[0]}?" if close else ""
 

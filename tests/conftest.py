@@ -11,6 +11,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from pyarrow import parquet as pq
 
 from mnist_ray import cli
 from mnist_ray.cluster import environment
-from mnist_ray.cluster.ray_internals import for_one_job
+from mnist_ray.extras import is_on
 from mnist_ray.mnist import MNIST, idx
 from mnist_ray.run.job import Job
 from mnist_ray.run.job_data import check_against_data, load_splits
@@ -148,6 +149,38 @@ def write_pictures(folder: Path, number: int, rows: int) -> None:
     pq.write_table(pa.table({"image": column, "label": labels}), folder / "some.parquet", row_group_size=rows)
 
 
+@dataclass(frozen=True)
+class Gate:
+    """Holds a training like ``finished_run``'s after a step, until a test opens the gate."""
+
+    folder: Path
+    data: Path
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    def flags(self, epoch: int = 1, step: int = 30, **values: Any) -> list[str]:
+        callback = self.folder / f"held_{self.folder.name}.py"  # Python loads a name once
+        held = f"(state.epoch, state.step) == ({epoch}, {step}) and not os.path.exists({str(self.folder / 'open')!r})"
+        callback_at(callback, "on_step(self, state)", f"while {held}: time.sleep(0.01)")
+        paths = {"data_dir": self.data, "storage_path": self.folder, "run_name": "run", "callback": callback}
+        return as_flags({**QUICK, **paths, "num_workers": 2, "checkpoint_every": 20, **values})
+
+    def opened_after(self, act: Callable[..., object]) -> Callable[..., None]:
+        """Return a function that acts after the checkpoint before the gate was written, and opens the gate."""
+
+        def act_and_open(*job: psutil.Process) -> None:
+            wait_for((self.run / "checkpoint_epoch-001_step-000020" / "state.json").exists)
+            act(*job)
+            self.open()
+
+        return act_and_open
+
+    def open(self) -> None:
+        (self.folder / "open").touch()
+
+
 @pytest.fixture(scope="session")
 def mnist_test() -> Arrays:
     """The test images that ship with the package."""
@@ -200,6 +233,11 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 @pytest.fixture
+def gate(tmp_path: Path, small_data: Path) -> Gate:
+    return Gate(tmp_path, small_data)
+
+
+@pytest.fixture
 def quick(small_data: Path, tmp_path: Path) -> Flags:
     """A function that returns the flags of a quick run, the folder of the fixture ``run``, and others."""
     paths = {"data_dir": small_data, "storage_path": tmp_path, "run_name": "run"}
@@ -216,7 +254,15 @@ def ray_address() -> Iterator[str]:
     """The address of a Ray of two CPUs that all tests share."""
     environment.prepare(verbose=False)
     with prepared_forking("mnist_ray.run.fit") as forking:
-        with pytest.MonkeyPatch.context() as patch, for_one_job(forking, log_to_driver=False):
+        with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as during_start:
+            if is_on("small", plain=False):
+                from mnist_ray.extras import small
+
+                during_start.enter_context(small.for_one_job(log_to_driver=False))
+            if is_on("workers", plain=False):
+                from mnist_ray.extras import workers
+
+                during_start.enter_context(workers.shim_in_local_ray(forking))
             # Ray passes this on to Ray Train's cleaner, which asks a dashboard: here none answers, so it fails at once.
             # Otherwise it would try an old address of `ray start`.
             patch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")

@@ -189,7 +189,7 @@ def test_impossible_paths_are_refused(given: str, reason: str) -> None:
         (["--quiet", "--workers=2"], "unrecognized arguments: --workers=2; did you mean --num-workers?"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["--lr", "3"], "unrecognized arguments: --lr 3; see --help"),
-        (["--plain-ray"], "unrecognized arguments: --plain-ray; see --help"),
+        (["--train-size"], "unrecognized arguments: --train-size; see --help"),
         (["--batchsize", "3"], "unrecognized arguments: --batchsize 3; did you mean --batch-size?"),
         (["--gpu"], "unrecognized arguments: --gpu; did you mean --use-gpu?"),
         (["--precison=fp32"], "unrecognized arguments: --precison=fp32; did you mean --precision?"),

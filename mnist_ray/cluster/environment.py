@@ -21,8 +21,10 @@ from typing import Any
 
 from mnist_ray.cluster.plan import usable_cores
 from mnist_ray.errors import JobError
+from mnist_ray.ray_versions import must_ask_for_tokens
 from mnist_ray.signals import take_signals
 
+IMPORTED_LATE = ("ray.tune", "torch._dynamo")  # by Ray Train and PyTorch's optimizers, in running workers
 _SETTINGS = {
     # The interval at which Train's controller checks its workers. A run's end waits for a check; the default is 2 s.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -38,14 +40,10 @@ _SETTINGS = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 _LOCAL_SETTINGS = {
-    # Keep an evaluation's process for the next evaluation; Ray would end it after a second. Its start is expensive.
-    "RAY_idle_worker_killing_time_threshold_ms": "3600000",
-    # Workers are as nice as the command that starts them. With Ray's default, 15, all other programs would go first.
-    "RAY_worker_niceness": "0",
-    # Start no processes in advance for tasks with special environments; there are no such tasks.
-    "RAY_prestart_worker_first_driver": "0",
     # A local Ray is never preempted; this saves the watcher's actor.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # The dashboard's process, which --plain-ray leaves on, would report to Ray's authors.
+    "RAY_USAGE_STATS_ENABLED": "0",
 }
 _QUIET_SETTINGS = {
     # Skip all lines: raylets' errors appear on the driver's console even without logs there; log files have them, too.
@@ -104,16 +102,29 @@ def left_as_found() -> Iterator[None]:
                 signal.signal(number, handlers[number])
 
 
-def prepare(*, verbose: bool, num_threads: int = 1) -> None:
+def prepare(*, verbose: bool, plain: bool = False, num_threads: int = 1) -> None:
     """Set defaults for variables that Ray and OpenMP read; variables that the user has set win.
 
-    ``num_threads``: the most that will train on this machine.
+    ``plain``: with Ray's public API alone. ``num_threads``: the most that will train on this machine.
     """
     if not verbose:  # in a notebook, Ray's import complains about missing widgets, which nothing here needs
         logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", message="IProgress not found")
     _set_defaults(_SETTINGS if verbose else _SETTINGS | _QUIET_SETTINGS)
+    if "ray" not in sys.modules and os.environ.get("RAY_ADDRESS", "") in ("", "auto", "local"):
+        _protect_local(plain=plain)
     spin_briefly_if_busy(num_threads)
+
+
+def _protect_local(*, plain: bool) -> None:
+    """Let a local Ray require a token and, if it is plain, listen on loopback only. Ray reads both when it is imported.
+
+    Otherwise, an extra sees to that when the local Ray starts: the job may join a cluster of this machine instead.
+    """
+    if must_ask_for_tokens():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if plain:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # as by default on macOS
 
 
 def spin_briefly_if_busy(num_threads: int) -> None:
@@ -138,7 +149,8 @@ def _free_cores() -> int:
 def prepare_local() -> None:
     """Set defaults that are only for a local Ray, before it starts."""
     _set_defaults(_LOCAL_SETTINGS)
-    if any(name.startswith("RAY_AUTH_") for name in os.environ):  # the user has decided on authentication
+    has_own = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    if has_own or os.environ.get("RAY_AUTH_MODE", "token") != "token":  # the user has decided on authentication
         return
     token = Path(os.path.expanduser("~/.ray/auth_token"))
     try:  # before Ray, which would let everybody read the token
@@ -161,7 +173,10 @@ def _set_defaults(settings: dict[str, str]) -> None:
 
 
 def for_workers() -> dict[str, str]:
-    """Return the variables that Ray Train passes from the driver to its controller and workers."""
+    """Return the variables that Ray Train passes from the driver to its controller and workers.
+
+    Processes with the same variables can take the place of each other; a usual start only gets slower by them.
+    """
     return {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
 
 

@@ -2,6 +2,7 @@
 
 They end a minute after the last call, or MNIST_RAY_KEEP_S seconds; with the process; as soon as a call fails; and for a
 call with other variables. But once the caller's own code uses the Ray, it is the caller's, and ends with the process.
+Only private API tells of such uses, so that no Ray is kept where two extras are off.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+from mnist_ray import extras
 from mnist_ray.cluster.plan import local_cpus
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError
@@ -27,7 +28,7 @@ class _Kept:
 
     resources: contextlib.ExitStack  # which end it
     purpose: tuple[object, ...]  # a call with another one needs another Ray
-    session: Path
+    node_id: str
     uses: set[bytes]  # of Ray by the jobs so far: any more are the caller's
     timer: threading.Timer
 
@@ -58,21 +59,28 @@ def for_next_call() -> Iterator[None]:
         _seconds, _left_with = before, dict(os.environ)
 
 
-def is_wanted() -> bool:
-    """Tell whether a local Ray is to be kept after this job."""
+def is_call() -> bool:
+    """Tell whether a call from Python runs this job."""
     return _seconds > 0
+
+
+def is_wanted(*, plain: bool = False) -> bool:
+    """Tell whether a local Ray is to be kept after this job."""
+    return is_call() and extras.is_on("uses", plain=plain) and extras.is_on("processes", plain=plain)
 
 
 def keep(resources: contextlib.ExitStack, config: WorkerConfig, *, verbose: bool) -> None:
     """Keep the local Ray of a job that has ended well, which ``resources`` end."""
     global _kept
-    from mnist_ray.cluster import ray_internals
+    import ray
+
+    from mnist_ray.extras.uses import uses_of_ray
 
     timer = threading.Timer(_seconds, _end_unless_used)
     timer.daemon = True
-    session, uses = ray_internals.session_folder(), ray_internals.uses_of_ray()
+    node_id = ray.get_runtime_context().get_node_id()
     with _lock:
-        _kept = _Kept(resources, _purpose(config, verbose=verbose), session, uses, timer)
+        _kept = _Kept(resources, _purpose(config, verbose=verbose), node_id, uses_of_ray(), timer)
         timer.start()
     atexit.unregister(end)
     atexit.register(end)
@@ -93,16 +101,17 @@ def take(config: WorkerConfig, *, verbose: bool) -> contextlib.ExitStack | None:
 
 
 def _is_there(kept: _Kept) -> bool:
-    from mnist_ray.cluster import ray_internals  # a job's first lines come before Ray is imported
+    from mnist_ray.cluster.nodes import is_connected_to  # a job's first lines come before Ray is imported
+    from mnist_ray.extras.processes import dead_processes
 
-    return ray_internals.is_connected_to(kept.session) and not ray_internals.dead_processes()
+    return is_connected_to(kept.node_id) and not dead_processes()
 
 
 def _is_used(kept: _Kept) -> bool:
     """Tell whether the caller's own code has used the kept Ray."""
-    from mnist_ray.cluster import ray_internals
+    from mnist_ray.extras.uses import uses_of_ray
 
-    return _is_there(kept) and not ray_internals.uses_of_ray() <= kept.uses
+    return _is_there(kept) and not uses_of_ray() <= kept.uses
 
 
 def _end_unless_used() -> None:
@@ -124,14 +133,15 @@ def end() -> None:
         kept, _kept = _kept, None
         if kept is None:
             return
-        from mnist_ray.cluster import ray_internals
+        from mnist_ray.cluster.nodes import is_connected_to
         from mnist_ray.cluster.watch import RaySilentError
+        from mnist_ray.extras.processes import dead_processes
 
         kept.timer.cancel()
         with contextlib.suppress(RaySilentError), kept.resources:
-            if ray_internals.is_connected_to(kept.session) and (dead := ray_internals.dead_processes()):
+            if is_connected_to(kept.node_id) and (dead := dead_processes()):
                 raise RaySilentError.of(dead[0], has_died=True)
 
 
 def _purpose(config: WorkerConfig, *, verbose: bool) -> tuple[object, ...]:
-    return local_cpus(config), config.fork_workers, verbose
+    return local_cpus(config), config.fork_workers, config.plain_ray, verbose

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import uuid
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import psutil
 import ray
-from ray.train.torch import TorchConfig
+import ray.train
+from ray.train.torch import TorchConfig, get_device
+from torch import distributed as dist
 
 from mnist_ray.cluster.devices import device_here
-from mnist_ray.cluster.ray_internals import session_folder
-from mnist_ray.cluster.train_internals import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
+from mnist_ray.cluster.nodes import session_folder
 from ray_fork.shim import own_folder
 
 
@@ -29,34 +31,47 @@ class WorkerGroupConfig(TorchConfig):
     is_local: bool = False
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
+    def backend_cls(self) -> type:
         """The class that sets up workers, including those that replace lost workers."""
         return _Backend
 
 
-class _Backend(_TorchBackend):
+_RaysBackend: Any = TorchConfig().backend_cls
+
+
+class _Backend(_RaysBackend):
     def on_start(self, worker_group: Any, backend_config: WorkerGroupConfig) -> None:
         worker_group.execute(use_nodes_interface)
         worker_group.execute(device_here)  # an UnusableGPUError ends the run
         if not backend_config.is_local:
             super().on_start(worker_group, backend_config)
-            return
-        worker_group.execute(_set_torch_distributed_env_vars)
-        world_size = len(worker_group)
-        if world_size == 1:
-            return
-        options = {
-            "backend": backend_config.backend,
-            "world_size": world_size,
-            "init_method": f"file://{_own_folder()}/workers-{uuid.uuid4().hex}",  # torch decodes no %20
-            "timeout_s": backend_config.timeout_s,
-        }
-        ray.get(
-            [
-                worker_group.execute_single_async(rank, _setup_torch_process_group, world_rank=rank, **options)
-                for rank in range(world_size)
-            ]
-        )
+        elif (world_size := len(worker_group)) > 1:
+            file = f"file://{_own_folder()}/workers-{uuid.uuid4().hex}"  # torch decodes no %20
+            options = (world_size, file, backend_config.timeout_s)
+            ray.get([worker_group.execute_single_async(rank, _join, rank, *options) for rank in range(world_size)])
+
+    def on_training_start(self, worker_group: Any, backend_config: WorkerGroupConfig) -> None:
+        super().on_training_start(worker_group, backend_config)
+        if backend_config.is_local:
+            worker_group.execute(_set_variables)
+
+
+def _join(rank: int, world_size: int, file: str, timeout_s: float) -> None:
+    """Join the other workers by a file, as Ray Train does by a ``TCPStore``."""
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    backend, timeout = "nccl" if ray.get_gpu_ids() else "gloo", timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, init_method=file, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _set_variables() -> None:
+    """Set the variables that Ray Train sets: those of torchrun, and the one of Hugging Face Accelerate."""
+    context = ray.train.get_context()
+    os.environ["RANK"] = str(context.get_world_rank())
+    os.environ["WORLD_SIZE"] = str(context.get_world_size())
+    os.environ["LOCAL_RANK"] = str(context.get_local_rank())
+    os.environ["LOCAL_WORLD_SIZE"] = str(context.get_local_world_size())
+    os.environ["NODE_RANK"] = str(context.get_node_rank())
+    os.environ["ACCELERATE_TORCH_DEVICE"] = str(get_device())
 
 
 def _own_folder() -> str:

@@ -1,18 +1,17 @@
-"""Ends a job if Ray stops answering, because the job would wait forever. Cleans up after dead controllers."""
+"""Ends a job if Ray stops answering, because the job would wait forever."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from typing import TypeVar
 
 import ray
-from ray.util import remove_placement_group
 
-from mnist_ray.cluster import ray_internals
+from mnist_ray import extras
 from mnist_ray.errors import JobError, about_ray
 from mnist_ray.signals import end_with
 
@@ -52,14 +51,17 @@ def in_thread(function: Callable[[], T]) -> Future[T]:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[Callable[[], None]]:
-    """End the job with an error if Ray dies or hangs in the block. Yields a function that ends the watch."""
+def watched(*, plain: bool = False) -> Iterator[Callable[[], None]]:
+    """End the job with an error if Ray dies or hangs in the block. Yields a function that ends the watch.
+
+    ``plain``: with Ray's public API alone, which does not tell at once that a part of Ray has died.
+    """
     is_over, is_silent = threading.Event(), False
 
     def watch() -> None:
         while not is_over.wait(_LOOK_INTERVAL_S):
             try:
-                look()
+                look(plain=plain)
             except Exception as error:
                 said = about_ray(error)
                 end_with(JobError(said) if said else error)
@@ -91,13 +93,18 @@ def as_raised() -> Iterator[None]:
         raise error.__cause__ or error from None
 
 
-def look() -> None:
+def look(*, plain: bool = False) -> None:
     """Ask each part of Ray for a sign of life: an answer, or an error. Raises RaySilentError if a part gives none."""
-    parts = {"Ray's GCS": remove_orphans, "this node's raylet": lambda: ray.put(bytes(_STORED_BYTES))}
-    for name, ask in parts.items():
+    ask_gcs: Callable[[], object] = ray.nodes
+    find_dead: Callable[[], list[str]] = list
+    if extras.is_on("processes", plain=plain):
+        from mnist_ray.extras import processes
+
+        ask_gcs, find_dead = processes.remove_orphans, processes.dead_processes
+    for name, ask in {"Ray's GCS": ask_gcs, "this node's raylet": lambda: ray.put(bytes(_STORED_BYTES))}.items():
         answer, end = in_thread(ask), time.monotonic() + MAX_SILENCE_S
         while True:
-            if dead := ray_internals.dead_processes():
+            if dead := find_dead():
                 raise RaySilentError.of(f"its {dead[0]}", has_died=True)
             if wait([answer], _LOOK_INTERVAL_S).done:
                 break
@@ -105,27 +112,3 @@ def look() -> None:
                 raise RaySilentError.of(name)
         if (error := answer.exception()) is not None and about_ray(error):
             raise error
-
-
-def remove_orphans() -> None:
-    """Free the resources that dead actors of this job have reserved for workers.
-
-    Ray keeps a placement group until the actor that made it *and* the job have ended. To find dead controllers, Ray
-    Train's own cleaner asks a dashboard; a local Ray has none.
-    """
-    for group in ray_internals.orphaned_placement_groups():
-        remove_placement_group(group)
-
-
-def controllers() -> set[str]:
-    """Return the ids of Ray Train's controllers that this process has started."""
-    return ray_internals.actors_of("TrainController")
-
-
-def end_controllers(but: Collection[str] = ()) -> None:
-    """End this process's controllers of Ray Train, ``but`` others, so that its threads stop waiting for them.
-
-    This must be done before ``ray.shutdown``, which may otherwise end the process with a SIGSEGV.
-    """
-    for controller in controllers().difference(but):
-        ray_internals.kill_actor(controller)

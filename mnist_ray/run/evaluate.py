@@ -10,9 +10,11 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
-from mnist_ray.cluster.connect import Waiting, connect
+from mnist_ray import extras
+from mnist_ray.cluster.connect import connect
 from mnist_ray.cluster.devices import device_here, without_unusable_gpus
 from mnist_ray.cluster.remote_data import RemoteSplit, share
+from mnist_ray.cluster.waiting import Waiting
 from mnist_ray.config import EvaluationConfig, WorkerConfig
 from mnist_ray.errors import ExampleError, JobError, UsageError, first_line
 from mnist_ray.run.console import RunConsole
@@ -35,14 +37,15 @@ def evaluate_found(found: Found, config: EvaluationConfig, forking: Forking) -> 
     """For ``jobs/evaluate.py``: connect, test, print and return the result. Raises the same exceptions as ``train``."""
     workload, data = found.workload, data_of(found.workload)
     test = Split(data.test, origin="test")
-    with connect(WorkerConfig(), forking) as cluster, RunConsole(workload, 0, quiet=False) as console:
+    workers = WorkerConfig(plain_ray=config.plain_ray)
+    with connect(workers, forking) as cluster, RunConsole(workload, 0, quiet=False) as console:
         use_gpu = config.use_gpu == "yes"
         if config.use_gpu == "auto" and ray.available_resources().get("GPU", 0) >= 1:
             warn = functools.partial(console.say, "note")
             use_gpu = any(node.num_gpus for node in without_unusable_gpus(cluster, warn).nodes)
         elif use_gpu and cluster.is_local and not any(node.num_gpus for node in cluster.nodes):
             raise UsageError("--use-gpu yes, but this machine has no GPU; use --use-gpu no")
-        for note in (*cluster.notes, *found.notes):
+        for note in filter(None, (*cluster.notes, extras.note(plain=config.plain_ray), *found.notes)):
             console.say("note", note)
         for name, whole in (("limit", 1.0), ("overfit_batches", None)):
             if (part := found.config.get(name, whole)) != whole:

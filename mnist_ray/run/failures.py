@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,10 +13,9 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError
 from ray.train import UserCallback
 
-from mnist_ray.cluster.train_internals import RayTrainError
 from mnist_ray.errors import (
     ExampleError,
     JobError,
@@ -25,13 +26,14 @@ from mnist_ray.errors import (
     with_place,
 )
 from mnist_ray.storage import STORAGE_ERRORS
-from mnist_ray.training.events import WorkersLost
+from mnist_ray.training.events import ControllerAlive, WorkersLost
 from mnist_ray.training.state import StopWantedError
 
-_PASSING = (*STORAGE_ERRORS, JobError, MemoryError, torch.OutOfMemoryError, RayError, RayTrainError)
+_PASSING = (*STORAGE_ERRORS, JobError, MemoryError, torch.OutOfMemoryError)
 _CUDA_BUGS = (35, 209, 710)  # the driver is too old, PyTorch has no kernels for this GPU, a kernel's assertion failed
 # Of the hardware, and of a loader process that was killed; PyTorch raises them as a plain RuntimeError, too.
 _PASSING_TEXTS = ("CUDA error", "cuDNN error", "DataLoader worker")
+_ALIVE_INTERVAL_S = 5.0  # between two signs of life of the controller's process
 _PEER_IS_GONE = re.compile("clos|refuse|reset|abort|exited|timed out|peer", re.IGNORECASE)
 
 
@@ -62,10 +64,17 @@ def _about_sharding(error: BaseException) -> str:
 
 
 class FailureCallback(UserCallback):
-    """Tells the driver's event queue, if there is one, why workers are replaced, or ends the run."""
+    """Tells the driver's event queue, if there is one, why workers are replaced, or ends the run.
+
+    Ray calls it in the process of Ray Train's controller. From there, it also shows that this process is alive; the
+    controller itself answers nothing while it waits for nodes or for its workers.
+    """
 
     def __init__(self, event_queue: Any) -> None:
         self._event_queue = event_queue
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ControllersCallback, (self._event_queue,)
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         """Handle the exceptions of the failed ranks."""
@@ -74,14 +83,46 @@ class FailureCallback(UserCallback):
                 raise error  # to Ray, this is an error of its own controller, and it does not retry
         if self._event_queue is not None:
             is_failure = not any(getattr(error, "preempted", False) for error in worker_exceptions.values())
-            self._event_queue.put.remote(WorkersLost(describe(worker_exceptions), is_failure=is_failure))
+            reason = describe(worker_exceptions, has_lost_node=self._has_lost_node())
+            self._event_queue.put.remote(WorkersLost(reason, is_failure=is_failure))
+
+    def _has_lost_node(self) -> bool:
+        return False
+
+
+class _ControllersCallback(FailureCallback):
+    """A ``FailureCallback`` in the controller's process."""
+
+    def __init__(self, event_queue: Any) -> None:
+        super().__init__(event_queue)
+        self._nodes = _nodes_alive()
+        if event_queue is not None:
+            threading.Thread(target=self._show_life, daemon=True).start()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return UserCallback, ()  # for the workers, which do not call it
+
+    def _has_lost_node(self) -> bool:
+        before, self._nodes = self._nodes, _nodes_alive()
+        return not before <= self._nodes
+
+    def _show_life(self) -> None:
+        controller = ray.get_runtime_context().current_actor
+        while True:
+            self._event_queue.put.remote(ControllerAlive(controller))
+            time.sleep(_ALIVE_INTERVAL_S)
+
+
+def _nodes_alive() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def may_pass(error: BaseException) -> bool:
     """Return whether a retry may avoid an error. Other errors are bugs in the training's code."""
     if getattr(error, "error_code", None) in _CUDA_BUGS:
         return False
-    return isinstance(error, _PASSING) or is_of_group(error) or str(error).startswith(_PASSING_TEXTS)
+    is_of_ray = type(error).__module__.partition(".")[0] == "ray"
+    return isinstance(error, _PASSING) or is_of_ray or is_of_group(error) or str(error).startswith(_PASSING_TEXTS)
 
 
 def is_of_group(error: BaseException) -> bool:
@@ -90,7 +131,7 @@ def is_of_group(error: BaseException) -> bool:
     return is_of_gloo or isinstance(error, torch.distributed.DistError)
 
 
-def describe(worker_exceptions: Mapping[int, Exception]) -> str:
+def describe(worker_exceptions: Mapping[int, Exception], *, has_lost_node: bool = False) -> str:
     """Describe one failed rank in one line, preferably one that died: its death makes the other workers fail too."""
     # Ray Train asks a worker how it is; why that failed is in its error.
     own = {rank: getattr(error, "health_check_failure", error) for rank, error in worker_exceptions.items()}
@@ -105,16 +146,14 @@ def describe(worker_exceptions: Mapping[int, Exception]) -> str:
         return f"worker {rank} failed: {_line_of(cause)}"
     if error.preempted:
         return f"worker {rank} was lost with its node, which was preempted"
-    # Only the text of Ray's error tells that the actor's node has died.
-    has_lost_node = re.search(r"\bnode\b[^.\n]*\b(died|dead)\b", str(error)) is not None
     died = "died: it hung, was killed (perhaps for lack of memory), crashed, or called os._exit"
     return f"worker {rank} {'was lost with its node' if has_lost_node else died}"
 
 
-def reason_of(error: Exception) -> str:
-    """Describe in one line why training failed, from a worker's exception if there is one."""
+def reason_of(error: Exception, last_loss: str = "") -> str:
+    """Describe in one line why training failed. If it was a worker's failure, ``last_loss`` may say it better."""
     if failures := getattr(error, "worker_failures", None):
-        return describe(failures)
+        return last_loss or describe(failures)
     cause = cause_of(error)
     return first_line(cause) if isinstance(cause, JobError) else f"Ray Train failed: {_line_of(cause)}"
 

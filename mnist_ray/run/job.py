@@ -17,6 +17,7 @@ from typing import Any
 from mnist_ray import settings, storage
 from mnist_ray.config import OutputConfig, SweepConfig, TrainConfig, WorkerConfig
 from mnist_ray.errors import UsageError, command, count, masked
+from mnist_ray.ray_versions import check_workers
 from mnist_ray.settings import UNSET, Parser, flag, peek
 from mnist_ray.storage import CONFIG_FILE, ORIGIN_FILE, RESULT_FILE, SWEEP_FILE, TRIALS_FILE, RunFolder, find_run
 from mnist_ray.trackers import Tracker
@@ -29,7 +30,7 @@ Given = Mapping[str, Any]
 """Settings by name, from flags or keyword arguments, including ``workload``, ``recipe`` and ``config``."""
 _OF_RAY = {  # settings that do nothing with --num-workers 0
     *("min_workers", "placement", "label_selector", "autoscaling"),
-    *("max_failures", "fork_workers", "hang_timeout_s"),
+    *("max_failures", "fork_workers", "plain_ray", "hang_timeout_s"),
 }
 _DESCRIPTIONS = {
     "train": "Train a workload on Ray, evaluate it on the test set, and write the run's files.",
@@ -139,6 +140,7 @@ def _job_of(
     _check_together(train, workers)
     for name in sorted(given & _OF_RAY) if workers.num_workers == 0 else ():
         raise UsageError(f"{flag(name)} has no effect with --num-workers 0, which trains without Ray; leave it out")
+    check_workers(workers)
     if kind == "train" and workload_class.create_optimizer is Workload.create_optimizer:
         for name in sorted(given & train.unused):
             raise UsageError(f"{flag(name)} has no effect: {train.optimizer} does not use it; leave it out")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
+from mnist_ray import extras
 from mnist_ray.cluster.plan import WorkerPlan
 from mnist_ray.cluster.remote_data import check_nodes
 from mnist_ray.errors import JobError, count, with_place
@@ -275,6 +276,10 @@ def check_nodes_for(session: Session, plan: WorkerPlan) -> None:
     console.say("plan", f"{count(plan.num_workers, 'worker')} ({where}); {slices}")
     console.say("storage", f"{job.run.storage_path}: read by {', '.join(hosts) or 'no node yet'}")
     console.say("versions", ", ".join(f"{name} {version}" for name, version in own_versions.items()))
+    if not session.is_here:
+        found = extras.listed(plain=job.workers.plain_ray)
+        groups = [f"{state}: {', '.join(extra.gain for extra in group)}" for state, group in found.items() if group]
+        console.say("extras", "; ".join(groups))
     if plan.must_scale_up:
         console.say("note", "this check cannot tell whether the cluster can start nodes for these workers")
     console.say("check", "this job would run")

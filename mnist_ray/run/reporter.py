@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -21,12 +20,13 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from mnist_ray.cluster.devices import device_here
 from mnist_ray.config import TrainConfig
+from mnist_ray.ray_versions import preemption_info
 from mnist_ray.run.failures import OldCheckpointError, code_failures_placed
 from mnist_ray.run.life import STORAGE_LIMIT_S
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import CONFIG_FILE, checkpoint_name, position_of, with_retries
 from mnist_ray.training.checkpoint import Restored, Snapshot
-from mnist_ray.training.events import Event, NodeLeaving, Note, Progress
+from mnist_ray.training.events import Event, NodeLeaving, Note, Outcome, Progress
 from mnist_ray.training.metrics import CheckpointMetrics, TrainingDivergedError
 from mnist_ray.training.sharding import is_wanted
 from mnist_ray.training.state import Group, StopWantedError, TrainingState
@@ -36,28 +36,24 @@ _ASK_INTERVAL_S = 5.0  # of training, between two questions whether a node will 
 _SPARE_S = 2.0  # between a saved checkpoint and a node's preemption
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a training has ended. It is returned: only then does Ray wait for a checkpoint that is being uploaded."""
+def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> None:
+    """Train on one worker of Ray Train; every rank calls this. Rank 0 tells the driver's event queue how it has ended.
 
-    diverged: TrainingDivergedError | None = None
-    is_stopped: bool = False  # as it was asked to, before its last epoch
-
-
-def train_loop_per_worker(loop_config: dict[str, LoopSpec]) -> Outcome:
-    """Train on one worker of Ray Train; every rank calls this.
-
-    Raises TrainingStoppedError if the code has a bug; other failures unchanged.
+    Raises TrainingStoppedError if the code has a bug; other failures unchanged. If the loss is not finite, this returns
+    all the same: only then does Ray wait for a checkpoint that is being uploaded. A trial, without a queue, raises.
     """
-    spec = loop_config["spec"]
+    spec, outcome = loop_config["spec"], Outcome()
     try:
         with code_failures_placed(*spec.job.code_folders):
             train_rank(spec)
     except TrainingDivergedError as error:
-        return Outcome(diverged=error)
+        if spec.event_queue is None:
+            raise
+        outcome = Outcome(diverged=error)
     except StopWantedError:
-        return Outcome(is_stopped=True)
-    return Outcome()
+        outcome = Outcome(is_stopped=True)
+    if spec.event_queue is not None and ray.train.get_context().get_world_rank() == 0:
+        ray.get(spec.event_queue.put.remote(outcome))
 
 
 def train_rank(spec: LoopSpec) -> None:
@@ -131,7 +127,7 @@ class TrainReporter(Reporter):
         """Return True when Ray announces that a worker's node will be preempted, and again shortly before that."""
         if self._spec.is_local or self._trained_s < self._next_question_s:
             return False
-        info = ray.train.get_preemption_info()  # all ranks ask together, and wait for each other
+        info = preemption_info()  # all ranks ask together, and wait for each other
         if info is None:
             self._next_question_s = self._trained_s + _ASK_INTERVAL_S  # by rank 0's clock, which all ranks know
             return False
@@ -182,7 +178,7 @@ class TrainReporter(Reporter):
         """Report a checkpoint, which only rank 0 has."""
         folder = self._job.run.inside(name)
         ray.train.report(
-            metrics.to_dict(self._job.workload.rate),
+            {"val_score": metrics.score, **metrics.to_dict(self._job.workload.rate)},  # Ray asks for it in each report
             checkpoint=Checkpoint(folder.path, filesystem=folder.filesystem) if self._is_first else None,
             checkpoint_dir_name=name,
             checkpoint_upload_mode=mode,

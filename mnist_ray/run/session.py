@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from mnist_ray import extras
 from mnist_ray.cluster import environment, kept
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, check_memory, suitable, threads_per_worker, usable_cores
 from mnist_ray.config import WorkerConfig
@@ -79,13 +80,14 @@ def started(job: Job, preload: str, workers: WorkerConfig | None = None) -> Iter
     clock, workers = Clock(), workers or job.workers
     cores = usable_cores()
     num_threads = threads_per_worker(cores, cores, 1, job.train.batch_size)
-    environment.prepare(verbose=job.output.verbose, num_threads=num_threads)
+    environment.prepare(verbose=job.output.verbose, plain=workers.plain_ray, num_threads=num_threads)
     with contextlib.ExitStack() as at_the_end:
         at_the_end.enter_context(ending_explained(job))
         forking = None
         if workers.num_workers != 0:
             kept.end_unless_fit(workers, verbose=job.output.verbose)
-            prepared = prepared_forking(preload, is_wanted=workers.fork_workers == "auto")
+            is_wanted = workers.fork_workers == "auto" and not workers.plain_ray
+            prepared = prepared_forking(preload, *environment.IMPORTED_LATE, is_wanted=is_wanted)
             forking = at_the_end.enter_context(prepared)
         clock.mark("start")
         yield Start(clock, workers, preload, forking)
@@ -148,7 +150,7 @@ def connected(
         from mnist_ray.cluster.connect import connect  # imports Ray, after the header is printed
 
     with connect(start.workers, start.forking, verbose=job.output.verbose, meanwhile=meanwhile) as cluster:
-        for note in cluster.notes:
+        for note in filter(None, (*cluster.notes, extras.note(plain=start.workers.plain_ray))):
             console.say("note", note)
         if start.workers.use_gpu == "auto":
             from mnist_ray.cluster.devices import without_unusable_gpus  # imports torch

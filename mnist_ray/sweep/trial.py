@@ -18,8 +18,8 @@ from mnist_ray.cluster.remote_data import RemoteSplit
 from mnist_ray.errors import JobError, TrainingStoppedError
 from mnist_ray.run.failures import FailureCallback, cause_of, code_failures_placed, reason_of
 from mnist_ray.run.find import drop_others
-from mnist_ray.run.fit import create_trainer, drop_rays_list
 from mnist_ray.run.job import Job
+from mnist_ray.run.trainer import create_trainer, drop_rays_list
 from mnist_ray.run.worker import LoopSpec, Reporter, train_worker
 from mnist_ray.storage import RunFolder, position_of
 from mnist_ray.sweep.space import Point
@@ -77,8 +77,6 @@ def train_on_workers(loop_spec: LoopSpec, plan: WorkerPlan) -> None:
         cause = cause_of(error)
         raise (cause if isinstance(cause, TrainingStoppedError) else JobError(reason_of(error))) from error
     drop_others(loop_spec.job)
-    if result.return_value.diverged is not None:
-        raise result.return_value.diverged
     tune.report(result.metrics)  # again, in case that the trial was killed before the sweep noted it
 
 

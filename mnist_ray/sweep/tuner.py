@@ -18,8 +18,8 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from mnist_ray.cluster.connect import Waiting
 from mnist_ray.cluster.plan import Cluster, WorkerPlan, suitable
+from mnist_ray.cluster.waiting import Waiting
 from mnist_ray.config import SweepConfig
 from mnist_ray.errors import JobError, TrainingStoppedError, count, masked
 from mnist_ray.storage import STORAGE_ERRORS, TRIALS_FILE, in_one_line, with_retries
@@ -95,7 +95,8 @@ def _run_segments(
         group = tune.PlacementGroupFactory([{"memory": 2**20}])
     else:
         resources = {"CPU": spec.plan.cpus_per_worker, **({"GPU": 1} if spec.plan.use_gpu else {})}
-        group = tune.PlacementGroupFactory([resources], bundle_label_selector=[dict(spec.plan.labels)])
+        labels = {"bundle_label_selector": [dict(spec.plan.labels)]} if spec.plan.labels else {}
+        group = tune.PlacementGroupFactory([resources], **labels)
     run.inside(_TUNE_FOLDER).delete()  # an interrupted sweep has left it; it is never read
     tuner = tune.Tuner(
         tune.with_resources(functools.partial(run_trial, spec=spec), group),

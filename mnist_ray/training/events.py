@@ -19,6 +19,8 @@ class Event:
 class ControllerAlive(Event):
     """The process of Ray Train's controller, which starts and watches the workers, is alive."""
 
+    controller: Any  # its actor
+
 
 @dataclass(frozen=True)
 class WorkerAlive(Event):
@@ -130,6 +132,14 @@ class Validated(Event):
     values: Mapping[str, float]  # loss and metrics
     seconds: float
     sample: str = ""  # how the model continues the workload's prompt
+
+
+@dataclass(frozen=True)
+class Outcome(Event):
+    """The training has ended; no other event of the workers follows."""
+
+    diverged: Exception | None = None  # a TrainingDivergedError
+    is_stopped: bool = False  # as it was asked to, before its last epoch
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import ray
-from ray._private import services
 
-from mnist_ray.cluster.connect import connect, removed_unless_failed
-from mnist_ray.cluster.ray_internals import for_one_job
+from mnist_ray.cluster import connection
+from mnist_ray.cluster.connect import connect
+from mnist_ray.cluster.session_files import removed_unless_failed
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import JobError, UsageError
 from tests.conftest import ROOT
@@ -135,7 +135,7 @@ cli.run(main)
     ("replaced", "value", "error"),
     [
         ("ray.util.client.ray.is_connected", True, "this job cannot use a connection of Ray Client; run it on"),
-        ("mnist_ray.cluster.ray_internals.dead_processes", ["raylet"], "the Ray that this process has started is dead"),
+        ("mnist_ray.extras.processes.dead_processes", ["raylet"], "the Ray that this process has started is dead"),
     ],
 )
 def test_a_connection_that_is_of_no_use_is_one_line(
@@ -169,9 +169,11 @@ def test_a_cluster_of_other_versions_is_one_line_with_all_versions(cluster: tupl
     address, home = cluster
     done = run(temporary, address, f"import ray; ray.__version__ = '2.1.0'\n{CALL}", HOME=str(home))
     python = platform.python_version()
-    assert done.stderr == (
-        f"error: cannot connect to the Ray cluster at {address}: it has Ray {ray.__version__} and Python {python}, but "
-        f"this job 2.1.0 and {python}; install its versions, or use ray job submit\n"
+    assert re.fullmatch(
+        rf"error: cannot connect to the Ray cluster at {address}: Version mismatch: The cluster was started with: Ray: "
+        rf"{ray.__version__} Python: {python} This process on node \S+ was started with: Ray: 2.1.0 Python: {python}; "
+        "install the cluster's versions, or use ray job submit\n",
+        done.stderr,
     )
 
 
@@ -216,26 +218,27 @@ def test_a_folder_whose_path_is_too_long_for_sockets_is_one_line_with_the_remedy
     assert said.count("\n") == 1
 
 
-@pytest.fixture
-def session(tmp_path: Path) -> Path:
-    """A session's folder that is not empty, to which a link leads as Ray makes one."""
-    session = tmp_path / "session_2"
+def begin_session(folder: Path) -> Path:
+    """Make a session's folder that is not empty, to which a link leads, as Ray makes one; return the session's logs."""
+    session = folder / f"session_2_{os.getpid()}"
     (session / "logs").mkdir(parents=True)
-    (tmp_path / "session_latest").symlink_to(session)
-    return session
+    (folder / "session_latest").unlink(missing_ok=True)
+    (folder / "session_latest").symlink_to(session)
+    return session / "logs"
 
 
 @pytest.mark.parametrize(
     ("ending", "is_kept"), [(None, False), (KeyboardInterrupt, False), (UsageError, False), (JobError, True)]
 )
 def test_a_session_is_removed_unless_something_failed(
-    ending: type[BaseException] | None, is_kept: bool, session: Path
+    ending: type[BaseException] | None, is_kept: bool, tmp_path: Path
 ) -> None:
-    with contextlib.suppress(KeyboardInterrupt, UsageError, JobError), removed_unless_failed(session):
+    with contextlib.suppress(KeyboardInterrupt, UsageError, JobError), removed_unless_failed(tmp_path):
+        logs = begin_session(tmp_path)
         if ending:
             raise ending
-    assert (session / "logs").is_dir() == is_kept
-    assert bool(list(session.parent.iterdir())) == is_kept
+    assert logs.is_dir() == is_kept
+    assert bool(list(tmp_path.iterdir())) == is_kept
 
 
 @pytest.mark.parametrize(
@@ -246,29 +249,54 @@ def test_a_session_is_removed_unless_something_failed(
         ("a warning", "$"),
     ],
 )
-def test_a_limit_of_the_system_that_ends_ray_is_named(log: str, hint: str, session: Path) -> None:
-    (session / "logs" / "raylet.err").write_text(log)
-    with pytest.raises(JobError, match=f"^its raylet has died.*{hint}"), removed_unless_failed(session):
+def test_a_limit_of_the_system_that_ends_ray_is_named(log: str, hint: str, tmp_path: Path) -> None:
+    def fail() -> None:
+        (begin_session(tmp_path) / "raylet.err").write_text(log)
         raise JobError("its raylet has died")
 
-
-def test_rays_processes_end_if_its_start_is_interrupted() -> None:
-    started = []
-
-    def start_ray() -> None:
-        started.append(services.ConsolePopen(["sleep", "1000"]))
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt), for_one_job(None, log_to_driver=False):
-        start_ray()
-    assert started[0].returncode is not None
+    with pytest.raises(JobError, match=f"^its raylet has died.*{hint}"), removed_unless_failed(tmp_path):
+        fail()
 
 
-def test_another_rays_session_stays(session: Path) -> None:
-    another, latest = session.with_name("session_of_another"), session.with_name("session_latest")
+def test_only_the_session_of_the_block_is_removed(tmp_path: Path) -> None:
+    another, earlier = tmp_path / "session_1_1", tmp_path / f"session_1_{os.getpid()}"
     another.mkdir()
-    latest.unlink()
-    latest.symlink_to(another)
-    with removed_unless_failed(session):
+    earlier.mkdir()
+    with removed_unless_failed(tmp_path):
+        begin_session(tmp_path)
+        latest = tmp_path / "session_latest"
+        latest.unlink()
+        latest.symlink_to(another)  # it has started later
+    assert {*tmp_path.iterdir()} == {latest, another, earlier}
+
+
+def test_a_plain_job_joins_only_what_ray_address_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    said = "^no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1; unset it to start a local Ray$"
+    with pytest.raises(JobError, match=said), connect(WorkerConfig(plain_ray=True)):
         pass
-    assert sorted(session.parent.iterdir()) == [latest, another]
+
+
+OTHERS = "other users of this machine can run code as you while this job runs: "
+ALL = "all who reach this machine's ports can run code as you while this job runs: "
+
+
+@pytest.mark.parametrize(
+    ("address", "mode", "has_tokens", "note"),
+    [
+        ("127.0.0.1", "token", True, None),
+        ("127.0.0.1", "token", False, f"{OTHERS}Ray requires a token only since 2.52"),
+        ("192.0.2.7", "", False, f"{ALL}Ray requires a token only since 2.52"),
+        ("192.0.2.7", "", True, f"{ALL}set RAY_AUTH_MODE=token before Ray is imported"),
+        ("192.0.2.7", "token", True, "this local Ray listens on all interfaces; only its token keeps others out"),
+        ("192.0.2.7", "disabled", True, None),
+    ],
+)
+def test_a_note_says_who_can_use_a_local_ray(
+    address: str, mode: str, has_tokens: bool, note: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: address)
+    monkeypatch.setattr(connection, "has_tokens", lambda: has_tokens)
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    assert connection.about_access() == ([note] if note else [])

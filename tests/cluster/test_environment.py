@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from mnist_ray import cli
+from mnist_ray import cli, ray_versions
 from mnist_ray.cluster import environment
 from mnist_ray.cluster.rendezvous import use_nodes_interface
 from mnist_ray.errors import UsageError
@@ -172,3 +172,32 @@ print(resident_mib() - before)
 """
     more_mib = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
     assert (more_mib > 60) == is_kept, more_mib
+
+
+@pytest.mark.parametrize(
+    ("plain", "is_imported", "address", "version", "expected"),
+    [
+        (True, False, None, "2.60.0", {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}),
+        (True, False, "local", "2.55.1", {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}),
+        (False, False, "auto", "2.55.1", {"RAY_AUTH_MODE": "token"}),
+        (True, True, None, "2.55.1", {}),
+        (True, False, "127.0.0.1:6379", "2.55.1", {}),
+    ],
+)
+def test_a_local_ray_is_protected_by_variables_that_ray_reads_when_it_is_imported(
+    plain: bool,
+    is_imported: bool,
+    address: str | None,
+    version: str,
+    expected: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    variables = {} if address is None else {"RAY_ADDRESS": address}
+    monkeypatch.setattr(os, "environ", variables)
+    monkeypatch.setattr(ray_versions, "ray_version", lambda: version)
+    monkeypatch.setitem(sys.modules, "ray", Mock())
+    if not is_imported:
+        monkeypatch.delitem(sys.modules, "ray")
+    environment.prepare(verbose=False, plain=plain)
+    names = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE")
+    assert {name: variables[name] for name in names if name in variables} == expected

@@ -5,24 +5,26 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
 import ray
 
-from mnist_ray.cluster import kept, ray_internals
+from mnist_ray.cluster import kept
 from mnist_ray.config import WorkerConfig
 from mnist_ray.errors import UsageError
+from mnist_ray.extras.uses import uses_of_ray
 from tests.conftest import ROOT, callback_at, processes_in, wait_for
 
 
 @pytest.fixture
 def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[type[BaseException] | None]]:
     """The error with which each kept Ray was ended; here, no Ray is connected."""
-    monkeypatch.setattr("mnist_ray.cluster.ray_internals.session_folder", lambda: Path("session"))
-    monkeypatch.setattr("mnist_ray.cluster.ray_internals.is_connected_to", lambda session: True)
-    monkeypatch.setattr("mnist_ray.cluster.ray_internals.dead_processes", list)
-    monkeypatch.setattr("mnist_ray.cluster.ray_internals.uses_of_ray", set)
+    monkeypatch.setattr("ray.get_runtime_context", Mock())
+    monkeypatch.setattr("mnist_ray.cluster.nodes.is_connected_to", lambda node_id: True)
+    monkeypatch.setattr("mnist_ray.extras.processes.dead_processes", list)
+    monkeypatch.setattr("mnist_ray.extras.uses.uses_of_ray", set)
     yield []
     kept.end()
 
@@ -43,10 +45,11 @@ def test_a_kept_ray_is_for_a_job_of_the_same_purpose(ends: list, monkeypatch: py
     assert (kept.take(WorkerConfig(), verbose=False), ends) == (None, [])
 
     many = WorkerConfig(num_workers=2 * len(os.sched_getaffinity(0)))
-    for config, verbose in ((many, False), (WorkerConfig(fork_workers="no"), False), (WorkerConfig(), True)):
+    others = (many, WorkerConfig(plain_ray=True), WorkerConfig(fork_workers="no"))
+    for config, verbose in (*((other, False) for other in others), (WorkerConfig(), True)):
         keep(ends, WorkerConfig())
         assert kept.take(config, verbose=verbose) is None
-    assert ends == [None] * 3
+    assert ends == [None] * 4
 
 
 def test_a_call_with_other_variables_gets_no_ray_whose_workers_have_the_old_ones(
@@ -75,13 +78,13 @@ def test_a_ray_that_the_callers_own_code_has_used_is_neither_ended_nor_taken(
         looked.append(looked[-1] | {b"a function of the caller"})
         return looked[-2]
 
-    monkeypatch.setattr("mnist_ray.cluster.ray_internals.uses_of_ray", uses)
+    monkeypatch.setattr("mnist_ray.extras.uses.uses_of_ray", uses)
     keep(ends, WorkerConfig())
     wait_for(lambda: len(looked) > 2)  # the minute, or what is set here, is over
     with kept.for_next_call():
         assert kept.take(WorkerConfig(num_workers=1), verbose=True) is None
     assert ends == []
-    monkeypatch.setattr("mnist_ray.cluster.ray_internals.is_connected_to", lambda session: False)  # ray.shutdown()
+    monkeypatch.setattr("mnist_ray.cluster.nodes.is_connected_to", lambda node_id: False)  # ray.shutdown()
     assert kept.take(WorkerConfig(), verbose=False) is None
     assert ends == [None]
 
@@ -90,17 +93,17 @@ def test_a_task_and_a_reference_are_uses_of_ray(ray_address: str) -> None:
     def own() -> int:
         return 1
 
-    before = ray_internals.uses_of_ray()
-    assert ray_internals.uses_of_ray() == before
+    before = uses_of_ray()
+    assert uses_of_ray() == before
     assert ray.get(ray.remote(num_cpus=0)(own).remote()) == 1
-    called = ray_internals.uses_of_ray()
+    called = uses_of_ray()
     held = ray.put(1)
-    assert before < called < ray_internals.uses_of_ray(), held
+    assert before < called < uses_of_ray(), held
 
 
 def test_a_ray_that_the_user_has_shut_down_is_not_taken(ends: list, monkeypatch: pytest.MonkeyPatch) -> None:
     keep(ends, WorkerConfig())
-    monkeypatch.setattr("mnist_ray.cluster.ray_internals.is_connected_to", lambda session: False)
+    monkeypatch.setattr("mnist_ray.cluster.nodes.is_connected_to", lambda node_id: False)
     assert kept.take(WorkerConfig(), verbose=False) is None
     assert ends == [None]
 
@@ -114,7 +117,7 @@ def test_a_kept_ray_ends_after_a_while(ends: list, monkeypatch: pytest.MonkeyPat
 
 def test_a_dead_ray_is_ended_without_waiting_for_its_answer(ends: list, monkeypatch: pytest.MonkeyPatch) -> None:
     keep(ends, WorkerConfig())
-    monkeypatch.setattr("mnist_ray.cluster.ray_internals.dead_processes", lambda: ["raylet"])
+    monkeypatch.setattr("mnist_ray.extras.processes.dead_processes", lambda: ["raylet"])
     assert kept.take(WorkerConfig(), verbose=False) is None
     assert [kind.__name__ for kind in ends] == ["RaySilentError"]
 
@@ -123,6 +126,7 @@ def test_only_calls_from_python_keep_a_ray(monkeypatch: pytest.MonkeyPatch) -> N
     assert not kept.is_wanted()
     with kept.for_next_call():
         assert kept.is_wanted()
+        assert not kept.is_wanted(plain=True)
     monkeypatch.setenv("MNIST_RAY_KEEP_S", "0")
     with kept.for_next_call():
         assert not kept.is_wanted()

@@ -2,37 +2,40 @@ import contextlib
 import subprocess
 import sys
 import threading
-import time
 from unittest.mock import Mock
 
 import pytest
 import ray
 from ray._private.worker import global_worker
-from ray.exceptions import RayActorError
 from ray.util import placement_group, placement_group_table
 from ray.util.placement_group import PlacementGroup
 
-from mnist_ray.cluster import ray_internals, watch
-from mnist_ray.cluster.watch import RaySilentError, controllers, end_controllers, watched
+from mnist_ray.cluster import watch
+from mnist_ray.cluster.watch import RaySilentError, watched
+from mnist_ray.extras import processes
 from tests.conftest import wait_for
 
 
-def test_a_part_that_does_not_answer_is_named(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_part_that_does_not_answer_is_named(plain: bool, ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     answered = threading.Event()
     monkeypatch.setattr(watch, "MAX_SILENCE_S", 0.2)
     monkeypatch.setattr(watch, "_LOOK_INTERVAL_S", 0.05)
-    watch.look()
+    watch.look(plain=plain)
     monkeypatch.setattr("ray.put", lambda content: answered.wait())
     with pytest.raises(RaySilentError, match="this node's raylet has not answered for 0 s"):
-        watch.look()
+        watch.look(plain=plain)
+    monkeypatch.setattr("ray.nodes", answered.wait)
+    with pytest.raises(RaySilentError, match=f"{'Ray.s GCS' if plain else 'raylet'} has not answered for 0 s"):
+        watch.look(plain=plain)
     answered.set()
 
 
 def test_a_process_of_ray_that_has_died_is_named_while_another_part_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     answered, dead = threading.Event(), iter([[], [], ["gcs_server"]])
     monkeypatch.setattr(watch, "_LOOK_INTERVAL_S", 0.05)
-    monkeypatch.setattr(watch, "remove_orphans", answered.wait)
-    monkeypatch.setattr(ray_internals, "dead_processes", lambda: next(dead))
+    monkeypatch.setattr(processes, "remove_orphans", answered.wait)
+    monkeypatch.setattr(processes, "dead_processes", lambda: next(dead))
     with pytest.raises(RaySilentError, match="its gcs_server has died"):
         watch.look()
     answered.set()
@@ -79,13 +82,6 @@ class Controller:
         return group
 
 
-class TrainController:
-    """Named as Ray Train's."""
-
-    def run(self) -> None:
-        time.sleep(1000)
-
-
 def is_there(group: PlacementGroup) -> bool:
     return placement_group_table(group)["state"] == "CREATED"
 
@@ -105,25 +101,10 @@ def test_only_a_dead_actors_placement_group_is_removed(ray_address: str) -> None
     ray.kill(alive)
 
 
-def test_a_wait_for_a_controller_ends_with_it(ray_address: str) -> None:
-    of_user, controller = (ray.remote(num_cpus=0)(TrainController).remote() for _ in range(2))
-    other = ray.remote(num_cpus=0)(Controller).remote()
-    (users_own,) = controllers() - {controller._actor_id.hex()}
-    ended, goes_on = controller.run.remote(), of_user.run.remote()
-    end_controllers(but={users_own})
-    with pytest.raises(RayActorError):
-        ray.get(ended, timeout=60)
-    assert ray.wait([goes_on], timeout=0)[0] == []
-    ray.kill(of_user)
-    group = ray.get(other.reserve.remote(), timeout=60)
-    ray.util.remove_placement_group(group)
-    ray.kill(other)
-
-
 def test_a_thread_that_waits_for_a_silent_ray_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, answered = threading.Semaphore(0), threading.Event()
 
-    def look() -> None:
+    def look(*, plain: bool) -> None:
         asked.release()
         answered.wait()
 

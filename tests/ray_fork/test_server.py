@@ -209,10 +209,11 @@ def open_files(server: Server) -> set[str]:
 def test_a_malformed_request_does_not_end_the_server_or_leave_a_descriptor(
     content: bytes, size: int, refusing: Server, tmp_path: Path
 ) -> None:
+    said = "ModuleNotFoundError: No module named 'no_such_module'"
+    assert refusal(tmp_path, refusing.environment) == said  # it answers once it has imported what it can
     before = open_files(refusing)
     with socket.socket(socket.AF_UNIX) as connection:
         send(connection, refusing, content, size)
-    said = "ModuleNotFoundError: No module named 'no_such_module'"
     assert refusal(tmp_path, refusing.environment) == said
     wait_for(lambda: open_files(refusing) == before)
 

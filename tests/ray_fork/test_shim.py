@@ -173,6 +173,8 @@ def test_a_killed_servers_socket_is_replaced(temporary: Path, monkeypatch: pytes
 def test_sockets_have_short_paths_whatever_tmpdir_and_the_users_id_are(
     folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setenv(SOCKET_VARIABLE, "of another server")
     monkeypatch.setenv("TMPDIR", folder)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_JOB_ID", "ffffffff")
@@ -305,6 +307,8 @@ def test_a_job_with_a_python_of_its_own_keeps_it(name: str, monkeypatch: pytest.
 def test_workers_are_started_as_usual_if_there_is_no_room_for_a_server(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.delenv(SOCKET_VARIABLE, raising=False)
     monkeypatch.setenv("TMPDIR", "/no/folder")
     monkeypatch.setenv("RAY_ADDRESS", "local")
     with prepared_forking("json") as forking:

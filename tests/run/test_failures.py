@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, Mock, call
@@ -31,24 +30,23 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.exceptions import RayActorError, RayTaskError
-from ray.train import PreemptionInfo
+from ray.train import PreemptionInfo, UserCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from torch import nn
 from torch.utils.data import Dataset
 
-from mnist_ray.cluster import connect
+from mnist_ray.cluster import waiting
 from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError
 from mnist_ray.config import TrainConfig, WorkerConfig
 from mnist_ray.errors import ExampleError, JobError, TrainingStoppedError, UnreadableDataError, UsageError
 from mnist_ray.report.run_files import read_csv
 from mnist_ray.run import failures, fit, life, reporter, worker
 from mnist_ray.run.evaluate import evaluate_here
+from mnist_ray.run.event_queue import EventQueue
 from mnist_ray.run.failures import OldCheckpointError, describe
 from mnist_ray.run.find import best_of, drop_others, find
-from mnist_ray.run.fit import EventQueue
 from mnist_ray.run.life import Life
 from mnist_ray.run.record import logs_named
-from mnist_ray.run.reporter import Outcome
 from mnist_ray.run.session import ending_explained
 from mnist_ray.run.worker import LoopSpec
 from mnist_ray.signals import Noted
@@ -56,15 +54,14 @@ from mnist_ray.storage import SNAPSHOT_FILE, RunFolder, checkpoint_name, locate
 from mnist_ray.training import checkpoint, engine
 from mnist_ray.training.checkpoint import Restored, restore_newest
 from mnist_ray.training.engine import create_state
-from mnist_ray.training.events import ControllerAlive, Event, Note, Started, Stopping, WorkerAlive, WorkersLost
+from mnist_ray.training.events import ControllerAlive, Event, Note, Outcome, Started, Stopping, WorkerAlive, WorkersLost
 from mnist_ray.training.metrics import CheckpointMetrics, TrainingDivergedError
 from mnist_ray.training.state import Group, StopWantedError
 from mnist_ray.workload import Regression
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import (
-    QUICK,
     Flags,
-    as_flags,
+    Gate,
     callback_at,
     folder_at,
     mnist,
@@ -74,38 +71,6 @@ from tests.conftest import (
     wait_for,
     weights,
 )
-
-
-@dataclass(frozen=True)
-class Gate:
-    """Holds a training like ``finished_run``'s after a step, until a test opens the gate."""
-
-    folder: Path
-    data: Path
-
-    @property
-    def run(self) -> Path:
-        return self.folder / "run"
-
-    def flags(self, epoch: int = 1, step: int = 30, **values: Any) -> list[str]:
-        callback = self.folder / f"held_{self.folder.name}.py"  # Python loads a name once
-        held = f"(state.epoch, state.step) == ({epoch}, {step}) and not os.path.exists({str(self.folder / 'open')!r})"
-        callback_at(callback, "on_step(self, state)", f"while {held}: time.sleep(0.01)")
-        paths = {"data_dir": self.data, "storage_path": self.folder, "run_name": "run", "callback": callback}
-        return as_flags({**QUICK, **paths, "num_workers": 2, "checkpoint_every": 20, **values})
-
-    def opened_after(self, act: Callable[..., object]) -> Callable[..., None]:
-        """Return a function that acts after the checkpoint before the gate was written, and opens the gate."""
-
-        def act_and_open(*job: psutil.Process) -> None:
-            wait_for((self.run / "checkpoint_epoch-001_step-000020" / "state.json").exists)
-            act(*job)
-            self.open()
-
-        return act_and_open
-
-    def open(self) -> None:
-        (self.folder / "open").touch()
 
 
 @contextlib.contextmanager
@@ -126,11 +91,6 @@ def acting(act: Callable[[], None]) -> Iterator[None]:
         finally:
             if (error := acted.exception()) is not None:
                 raise error
-
-
-@pytest.fixture
-def gate(tmp_path: Path, small_data: Path) -> Gate:
-    return Gate(tmp_path, small_data)
 
 
 @pytest.fixture(scope="module")
@@ -222,30 +182,31 @@ def test_a_controller_is_silent_if_it_shows_no_life_but_not_if_the_driver_was_sl
 ) -> None:
     now, over, ended = [0.0], threading.Event(), Mock()
     monkeypatch.setattr(fit, "time", Mock(monotonic=lambda: now[0]))
-    monkeypatch.setattr(fit, "end_controllers", ended)
+    monkeypatch.setattr("ray.kill", ended)
 
     def be_slow(event: Event) -> None:
         now[0] += 100
 
-    lost, life = WorkersLost("a node is away"), list[Event]([ControllerAlive()] if is_alive else [])
-    takes: list[list[Event]] = [[ControllerAlive(), lost], life, [lost], life, []]
+    lost, alive = WorkersLost("a node is away"), ControllerAlive("its actor")
+    life = list[Event]([alive] if is_alive else [])
+    takes: list[list[Event]] = [[alive, lost], life, [lost], life, []]
     with contextlib.nullcontext() if is_alive else pytest.raises(RaySilentError, match="has not answered for 50 s"):
-        assert fit.fit_and_listen(Mock(fit=over.wait), queue_of(takes, over), be_slow)
-    assert ended.called != is_alive
+        assert fit.fit_and_listen(Mock(fit=over.wait), queue_of(takes, over), be_slow) == Outcome()
+    assert ended.mock_calls == [] if is_alive else [call("its actor")]
 
 
 @pytest.mark.usefixtures("ray_address")
 def test_an_interrupted_run_waits_for_workers_that_train_and_for_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     noted, over, events = Noted(), threading.Event(), list[Event]()
     monkeypatch.setattr(fit, "first_only_noted", lambda: contextlib.nullcontext(noted))
-    monkeypatch.setattr(fit, "end_controllers", lambda but: over.set())
+    monkeypatch.setattr("ray.kill", lambda actor: over.set())
     started, lost = Started(1, ("here",), 1, "cpu", "fp32", 0, 0, 0), WorkersLost("worker 0 died")
 
     def note(event: Event) -> None:
         events.append(event)
         noted.is_set = True
 
-    queue = queue_of([[started], [], [lost], [], []], over)
+    queue = queue_of([[started], [], [lost], [], [ControllerAlive("its actor")], []], threading.Event())
     with pytest.raises(KeyboardInterrupt):
         fit.fit_and_listen(Mock(fit=over.wait), queue, note)
     assert events == [started, Stopping(), lost]
@@ -259,20 +220,20 @@ STARTED = Started(2, ("here",), 1, "cpu", "fp32", 0, 0, 10)
 def test_an_interrupted_run_whose_workers_hang_ends_after_a_minute_without_a_checkpoint(
     now: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    noted, over, events = Noted(), threading.Event(), list[Event]()
+    noted, over, events, at = Noted(), threading.Event(), list[Event](), list[float]()
     monkeypatch.setattr(fit, "first_only_noted", lambda: contextlib.nullcontext(noted))
-    monkeypatch.setattr(fit, "end_controllers", lambda but: over.set())
     alive: list[list[Event]] = [[WorkerAlive(0), WorkerAlive(50)]] * 3
     takes: list[list[Event]] = [[STARTED], *alive, [WorkerAlive(40)], [WorkerAlive(80)], []]
 
     def note(event: Event) -> None:
         events.append(event)
         noted.is_set = True
+        at.append(now[0])
 
     with pytest.raises(KeyboardInterrupt):
         fit.fit_and_listen(Mock(fit=over.wait), queue_of(takes, over, lambda: advance(now, 40)), note)
     assert events == [STARTED, Stopping(), Note("no checkpoint is saved: no worker has made progress for 60 s")]
-    assert now == [240]
+    assert at[-1] == 240
 
 
 @pytest.mark.usefixtures("ray_address")
@@ -521,7 +482,7 @@ def test_a_checkpoint_is_saved_for_each_leaving_node_and_shortly_before_the_firs
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time of ``time.monotonic()``, in a list."""
     now = [0.0]
-    for module in (life, fit, connect):
+    for module in (life, fit, waiting):
         monkeypatch.setattr(module, "time", Mock(monotonic=lambda: now[0], sleep=lambda seconds: time.sleep(0.01)))
     monkeypatch.setattr(fit, "_POLL_INTERVAL_S", 0)
     monkeypatch.setattr(fit, "_START_INTERVAL_S", 0)
@@ -766,7 +727,6 @@ def of_nccl(last: str) -> torch.distributed.DistBackendError:
     ("failures", "line"),
     [
         ({1: RayActorError(error_msg="The actor died unexpectedly")}, DIED),
-        ({2: RayActorError(error_msg="The actor died because its node has died.")}, "worker 2 was lost with its node"),
         ({0: GLOO, 1: WorkerHealthCheckFailedError("failed", RayActorError(error_msg=OF_RAY))}, DIED),
         ({1: of_nccl("Cuda failure 'out of memory'")}, "worker 1 failed: NCCL: Cuda failure 'out of memory'"),
         ({0: of_nccl("remote process exited or there was a network error")}, LOST_CONNECTION),
@@ -780,6 +740,21 @@ def test_each_failure_of_workers_is_one_line(failures: dict[int, Exception], lin
     assert describe(failures) == line
 
 
+def test_a_worker_that_dies_while_a_node_goes_was_lost_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = queue_of([], threading.Event())
+    nodes = [{"NodeID": "a", "Alive": True}, {"NodeID": "b", "Alive": True}]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    monkeypatch.setattr("ray.get_runtime_context", Mock())
+    make, arguments = failures.FailureCallback(queue).__reduce__()  # as Ray sends it to the controller's process
+    callback = make(*arguments)
+    for is_alive in (True, False, False):
+        nodes[1]["Alive"] = is_alive
+        callback.after_exception(None, {1: RayActorError()})
+    told = [sent.args[0].reason for sent in queue.put.remote.mock_calls if isinstance(sent.args[0], WorkersLost)]
+    assert told == [DIED, "worker 1 was lost with its node", DIED]
+    assert type(pickle.loads(pickle.dumps(callback))) is UserCallback  # as the controller sends it to workers
+
+
 def test_the_reason_of_a_controllers_failure_is_its_own_text_and_not_a_traceback() -> None:
     failed = RayTaskError("run", "Traceback (most recent call last):\n …", OSError(28, "No space left on device"))
     assert failures.reason_of(failed.as_instanceof_cause()) == (
@@ -789,7 +764,12 @@ def test_the_reason_of_a_controllers_failure_is_its_own_text_and_not_a_traceback
 
 def train_on_a_worker(monkeypatch: pytest.MonkeyPatch, fail: Callable[[Any], None]) -> Outcome:
     monkeypatch.setattr(reporter, "train_rank", fail)
-    return reporter.train_loop_per_worker({"spec": Mock(job=Mock(code_folders=[]))})
+    monkeypatch.setattr("ray.get", Mock())
+    monkeypatch.setattr("ray.train.get_context", Mock(return_value=Mock(get_world_rank=lambda: 0)))
+    spec: Any = Mock(job=Mock(code_folders=[]))
+    reporter.train_loop_per_worker({"spec": spec})
+    ((outcome,),) = [sent.args for sent in spec.event_queue.put.remote.mock_calls]
+    return outcome
 
 
 def test_a_diverged_training_returns_so_that_ray_waits_for_its_last_upload(monkeypatch: pytest.MonkeyPatch) -> None:

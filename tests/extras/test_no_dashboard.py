@@ -11,7 +11,7 @@ from ray._raylet import (  # type: ignore[attr-defined]  # Cython, partly withou
     persist_port,
 )
 
-from mnist_ray.cluster import no_dashboard
+from mnist_ray.extras import no_dashboard
 from tests.conftest import wait_for
 
 START = """

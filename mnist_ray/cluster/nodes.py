@@ -1,0 +1,51 @@
+"""The nodes of the Ray that this process is connected to."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import psutil
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mnist_ray.cluster.plan import Node, node_of
+
+_CONNECT_TIMEOUT_S = 4.0
+
+
+def current_nodes() -> tuple[Node, ...]:
+    """Return the nodes that are alive now: an autoscaler adds and removes nodes."""
+    return tuple(node_of(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"])
+
+
+def this_node() -> NodeAffinitySchedulingStrategy:
+    """Return the strategy that puts an actor on this process's node: losing another node does not end the actor."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def session_folder() -> Path:
+    """Return the folder of this node's Ray, which has its logs."""
+    own = ray.get_runtime_context().get_node_id()
+    (socket,) = [node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == own]
+    return Path(socket).parent.parent
+
+
+def is_connected_to(node_id: str) -> bool:
+    """Tell whether this process is connected to Ray by a node."""
+    return ray.is_initialized() and ray.get_runtime_context().get_node_id() == node_id
+
+
+def listens(address: str) -> bool:
+    """Tell whether a process listens at an address, HOST:PORT; it need not be Ray's."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def num_nodes_here() -> int:
+    """Return how many of Ray's nodes run on this machine, as far as this process can see."""
+    return sum(process.info["name"] == "raylet" for process in psutil.process_iter(["name"]))

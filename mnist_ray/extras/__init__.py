@@ -1,0 +1,170 @@
+"""What Ray's private API adds: faster starts, and failures that are noticed sooner. All else is public API.
+
+Each extra is a module of this package. It is on if Ray is not older than the first version that its tests passed with,
+and has the names that it uses, with the same parameters. ``--plain-ray`` turns all extras off. The module of an extra
+that is off is not imported: ask ``is_on`` first.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import re
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from mnist_ray.ray_versions import is_at_least, ray_version
+
+_NEED = re.compile(r"([\w.]+):([\w.]+)(?:\((.+)\))?")
+_SLOWER = "the start takes some seconds longer"
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Something that private API of Ray makes possible."""
+
+    gain: str
+    loss: str  # without it
+    since: str  # the first version of Ray with which its tests passed
+    needs: tuple[str, ...]  # of Ray, each as MODULE:NAME, or MODULE:NAME(PARAMETER,…) with the parameters that are used
+    is_of_train: bool = False  # needs Ray Train, which takes seconds to import
+
+
+EXTRAS = {
+    "workers": Extra(
+        "forked workers",
+        _SLOWER,
+        "2.51",
+        (
+            "ray._private.parameter:RayParams.__init__(setup_worker_path)",
+            "ray._private.ray_constants:RAY_ENABLE_UV_RUN_RUNTIME_ENV",
+            "ray._raylet:Config.initialize(config_list)",
+            "ray.actor:ActorClassID",
+            "ray:NodeID.from_random",
+        ),
+    ),
+    "small": Extra(
+        "a small local Ray",
+        _SLOWER,
+        "2.55",
+        (
+            "ray._private.node:Node.start_api_server(include_dashboard,raise_on_failure)",
+            "ray._private.parameter:RayParams.__init__(no_monitor,include_log_monitor)",
+            "ray._private.services:ConsolePopen(args,env)",
+            "ray._private.services:RAY_PATH",
+            "ray._private.utils:get_dashboard_dependency_error",
+            "ray._raylet:METRICS_AGENT_PORT_NAME",
+        ),
+    ),
+    "loopback": Extra(
+        "a local Ray on loopback even if Ray was imported first",
+        "",  # the job says what is open
+        "2.51",
+        ("ray._private.ray_constants:ENABLE_RAY_CLUSTER", "ray._raylet:Config.initialize(config_list)"),
+    ),
+    "uses": Extra(
+        "a local Ray that is kept between calls",
+        "each call starts its own Ray",
+        "2.55",
+        (
+            "ray._private.ray_constants:KV_NAMESPACE_FUNCTION_TABLE",
+            "ray._private.worker:global_worker",
+            "ray._raylet:CoreWorker.get_all_reference_counts",
+            "ray._raylet:GcsClient",
+        ),
+    ),
+    "processes": Extra(
+        "a watch over Ray's processes",
+        "a part of Ray that has died is noticed after a minute",
+        "2.55",
+        (
+            "ray._private.node:Node.dead_processes",
+            "ray._private.state:state._connect_and_get_accessor",
+            "ray._private.worker:global_worker",
+            "ray._raylet:GlobalStateAccessor.get_placement_group_table",
+            "ray.core.generated.gcs_pb2:PlacementGroupTableData",
+        ),
+    ),
+    "address": Extra(
+        "a quick look at a cluster's address",
+        "a cluster is only joined if RAY_ADDRESS names it",
+        "2.60",
+        (
+            "ray._common.utils:get_ray_address_file(temp_dir)",
+            "ray._private.authentication.authentication_token_setup:AUTH_MODE_ENV_VAR",
+            "ray._private.authentication.authentication_token_setup:maybe_enable_token_auth_if_token_available("
+            "warn_if_disabled)",
+            "ray._raylet:Config.initialize(config_list)",
+            "ray._raylet:InnerGcsClient.standalone(gcs_address,cluster_id,timeout_ms)",
+            "ray.exceptions:AuthenticationError",
+        ),
+    ),
+    "trainer": Extra(
+        "a trainer without unneeded actors",
+        _SLOWER,
+        "2.55",
+        (
+            "ray.train.torch:TorchTrainer._create_default_callbacks",
+            "ray.train.v2._internal.callbacks:DatasetsCallback",
+            "ray.train.v2._internal.callbacks.placement_group_callback:PlacementGroupCleanerCallback",
+        ),
+        is_of_train=True,
+    ),
+    "preemption": Extra(
+        "news of workers that leave a node",
+        "no line says that workers are replaced because their node is preempted",
+        "2.60",
+        (
+            "ray.train.v2._internal.execution.callback:ControllerCallback.after_controller_state_update("
+            "previous_state,current_state)",
+            "ray.train.v2._internal.execution.controller.state:PreemptingState",
+            "ray.train.v2._internal.execution.controller.state:RestartingState",
+        ),
+        is_of_train=True,
+    ),
+}
+
+
+def is_on(name: str, *, plain: bool) -> bool:
+    """Tell whether an extra is on; with ``plain``, none is."""
+    return not plain and works(name)
+
+
+@functools.cache
+def works(name: str) -> bool:
+    """Tell whether this Ray has all that an extra needs."""
+    extra = EXTRAS[name]
+    return is_at_least(extra.since) and all(map(_is_there, extra.needs))
+
+
+def _is_there(need: str) -> bool:
+    """Tell whether this Ray has a name, with the parameters that are used."""
+    match = _NEED.fullmatch(need)
+    assert match is not None
+    module, name, parameters = match.groups("")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+        return {*filter(None, parameters.split(","))} <= {*(inspect.signature(found).parameters if parameters else ())}
+    except (ImportError, AttributeError, ValueError):
+        return False
+
+
+def listed(*, plain: bool) -> dict[str, list[Extra]]:
+    """Return the extras that are "on", and those that are "off". If Ray Train is not imported, its own are left out."""
+    known = {name: extra for name, extra in EXTRAS.items() if "ray.train" in sys.modules or not extra.is_of_train}
+    on = [name for name in known if is_on(name, plain=plain)]
+    return {"on": [known[name] for name in on], "off": [known[name] for name in known if name not in on]}
+
+
+def note(*, plain: bool) -> str:
+    """Return one line about the extras that do not work with this Ray; empty if all do, or if none is wanted."""
+    off = [] if plain else listed(plain=False)["off"]
+    if not off:
+        return ""
+    *most, last = [extra.gain for extra in off]
+    losses = "; ".join({extra.loss: None for extra in off if extra.loss})
+    return f"Ray {ray_version()}: without {' and '.join(filter(None, [', '.join(most), last]))}; {losses}"

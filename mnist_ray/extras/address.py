@@ -1,0 +1,130 @@
+"""Finds this user's ``ray start`` on this machine, and looks at a cluster's address before Ray connects to it.
+
+Without it: a cluster is joined only if RAY_ADDRESS names it; Ray tries for minutes if another service listens there,
+and needs RAY_AUTH_MODE=token to send a token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import sys
+
+import psutil
+import ray
+from ray._common.utils import get_ray_address_file
+from ray._private.authentication.authentication_token_setup import (
+    AUTH_MODE_ENV_VAR,
+    maybe_enable_token_auth_if_token_available,
+)
+from ray._raylet import InnerGcsClient  # type: ignore[attr-defined]  # Cython, partly without stubs
+
+from mnist_ray.cluster.nodes import listens
+from mnist_ray.errors import JobError
+from ray_fork.ray_internals import read_settings_again
+
+_ANSWER_TIMEOUT_S = 4.0
+_MAX_ADDRESS = 300  # bytes
+
+
+def find(named: str) -> tuple[str | None, list[str]]:
+    """Return the address of the cluster to join, or None to start a local Ray; and notes for the user.
+
+    ``named``: HOST:PORT or "auto". ``ray.init(address="auto")`` would even join the local Ray of another job on this
+    machine, and wait for minutes for a cluster that has ended. Raises JobError if a named cluster cannot be joined.
+    """
+    if named == "auto":
+        try:
+            started_here = address_of_ray_start()
+        except OSError as error:
+            reason = f"{error.filename} is ignored ({error.strerror})"
+            return None, [f"{reason}: not joining a cluster; to join one, set RAY_ADDRESS=HOST:PORT"]
+        return started_here if started_here and listens(started_here) and _answers(started_here) else None, []
+    if not listens(named) or not _answers(named):
+        raise JobError(f"no Ray cluster answers at RAY_ADDRESS={named}; unset it to start a local Ray")
+    if os.geteuid() not in {0, *(owners_here(named) or {os.geteuid()})}:  # Ray's C++ would abort
+        belongs = "belongs to another user, whose files you cannot write"
+        raise JobError(f"the node of RAY_ADDRESS={named} on this machine {belongs}; use ray job submit")
+    return named, []
+
+
+def _answers(address: str) -> bool:
+    """Return whether Ray, not another service, answers at an address. Raises JobError if Ray refuses the token."""
+    try:
+        _ask(address, _ANSWER_TIMEOUT_S)
+    except ray.exceptions.AuthenticationError as error:
+        advice = "copy the head's ~/.ray/auth_token here, set RAY_AUTH_TOKEN to its content, or RAY_ADDRESS=local"
+        raise JobError(f"the Ray cluster at {address} requires the head's token; {advice}") from error
+    except ray.exceptions.RayError:
+        return False
+    return True
+
+
+def address_of_ray_start() -> str | None:
+    """Return the address of this user's ``ray start`` on this machine; None if there is none that runs.
+
+    "auto" would also join the local Ray of another job, or whatever another user names in a folder for all users: this
+    process would send its token there, and run the code that it gets. Raises OSError if there is such a file, but
+    another user can have written it.
+    """
+    file = get_ray_address_file(None)
+    if not os.path.lexists(file):
+        return None
+    with open(file, "rb", opener=_without_detours) as stream:
+        found = os.fstat(stream.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is not a file", file)
+        if {found.st_uid, os.stat(os.path.dirname(file)).st_uid} - {0, os.geteuid()}:
+            raise OSError(errno.EPERM, "another user may have written it", file)
+        address = stream.read(_MAX_ADDRESS).decode(errors="replace").strip()
+    return address if os.geteuid() in owners_here(address) and _has_own_gcs(address) else None
+
+
+def _without_detours(path: str, flags: int) -> int:
+    """Open a file, but follow no link, and do not wait for whoever may write into a FIFO."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+def owners_here(address: str) -> set[int]:
+    """Return the users that run a node of a cluster on this machine."""
+    running = (process.info for process in psutil.process_iter(["name", "uids", "cmdline"]))
+    raylets = [info for info in running if info["name"] == "raylet"]
+    return {info["uids"].effective for info in raylets if f"--gcs-address={address}" in (info["cmdline"] or ())}
+
+
+def _has_own_gcs(address: str) -> bool:
+    """Tell whether a process of this user listens at the address of a GCS, or that is on another machine."""
+    host, _, port = address.rpartition(":")
+    if not any(host == own.address for of_card in psutil.net_if_addrs().values() for own in of_card):
+        return True
+    for process in psutil.process_iter(["name"]):
+        with contextlib.suppress(psutil.Error):  # another user's, or it has ended
+            if process.info["name"] == "gcs_server" and process.uids().effective == os.geteuid():
+                connections = process.net_connections("tcp")
+                if any(own.status == psutil.CONN_LISTEN and str(own.laddr.port) == port for own in connections):
+                    return True
+    return False
+
+
+def _ask(address: str, timeout_s: float) -> None:
+    """Raise a RayError if no Ray answers at an address within ``timeout_s``; ``ray.init`` would try for minutes.
+
+    From then on, this process sends its token if the cluster wants it; else the actors of the job would die.
+    """
+    os.environ.pop(AUTH_MODE_ENV_VAR, None)
+    read_settings_again()
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)  # Ray's C++ would print each of its three attempts
+    try:
+        InnerGcsClient.standalone(address, None, int(timeout_s * 1000))
+    except ray.exceptions.AuthenticationError:
+        if not maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
+            raise
+        InnerGcsClient.standalone(address, None, int(timeout_s * 1000))
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -1,0 +1,43 @@
+"""Sees at once that a process of a local Ray is dead, and frees what dead controllers of Ray Train have reserved.
+
+Without it: a dead part of Ray is noticed when it has not answered for ``MAX_SILENCE_S``. On a cluster, resources for
+workers may stay reserved until the job ends if the controller of Ray Train is killed.
+"""
+
+from __future__ import annotations
+
+import ray
+from ray._private.state import state
+from ray._private.worker import global_worker
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+from ray.util import remove_placement_group
+from ray.util.placement_group import PlacementGroup
+
+_NO_ACTOR = b"\xff" * 12  # the start of an actor id that means "none"; the job's id follows
+
+
+def dead_processes() -> list[str]:
+    """Return the names of dead parts of the local Ray that this process has started, without which nothing runs."""
+    return [name for name, _ in global_worker.node.dead_processes() if name in ("gcs_server", "raylet")]
+
+
+def remove_orphans() -> None:
+    """Free the resources that dead actors of this job have reserved for workers.
+
+    Ray keeps a placement group until the actor that made it *and* the job have ended. To find dead controllers, Ray
+    Train's own cleaner asks a dashboard; a local Ray has none.
+    """
+    for group in _orphaned_placement_groups():
+        remove_placement_group(group)
+
+
+def _orphaned_placement_groups() -> list[PlacementGroup]:
+    """Return the placement groups of dead actors of this job; the public table does not name the actors."""
+    job_id, orphans = bytes.fromhex(ray.get_runtime_context().get_job_id()), []
+    for serialized in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(serialized)
+        is_there = group.state != PlacementGroupTableData.REMOVED
+        is_drivers = group.creator_actor_id.startswith(_NO_ACTOR)
+        if is_there and group.creator_actor_dead and not is_drivers and group.creator_job_id == job_id:
+            orphans.append(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+    return orphans

@@ -1,0 +1,62 @@
+"""What Ray's public API can do from which version on; the lowest is 2.51, whose Ray Train V2 is the default."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mnist_ray.errors import UsageError
+from mnist_ray.settings import flag
+
+if TYPE_CHECKING:
+    from mnist_ray.config import WorkerConfig
+
+_SETTINGS_SINCE = {"label_selector": "2.53", "min_workers": "2.55"}
+_TOKENS_SINCE, _TOKENS_BY_DEFAULT_SINCE = "2.52", "2.60"
+_PREEMPTION_SINCE = "2.60"
+
+
+@functools.cache
+def ray_version() -> str:
+    """Return the version of Ray; importing Ray, or ``importlib.metadata``, would delay the first line of output."""
+    package = importlib.util.find_spec("ray")
+    assert package is not None
+    assert package.origin is not None
+    found = re.search(r'version = "(.+)"', Path(package.origin).with_name("_version.py").read_text(encoding="utf-8"))
+    assert found is not None
+    return found[1]
+
+
+def is_at_least(minimum: str) -> bool:
+    """Tell whether Ray has a version, such as ``2.55``, or a later one."""
+    own, least = ([int(number) for number in re.findall(r"\d+", text)[:2]] for text in (ray_version(), minimum))
+    return own >= least
+
+
+def check_workers(config: WorkerConfig) -> None:
+    """Raise UsageError if this Ray cannot do what a setting asks for."""
+    for name, since in _SETTINGS_SINCE.items():
+        if getattr(config, name) is not None and not is_at_least(since):
+            raise UsageError(
+                f"{flag(name)} needs Ray {since} or later, not {ray_version()}; leave it out, or upgrade Ray"
+            )
+
+
+def has_tokens() -> bool:
+    """Tell whether this Ray can require a token of whoever connects to it."""
+    return is_at_least(_TOKENS_SINCE)
+
+
+def must_ask_for_tokens() -> bool:
+    """Tell whether a local Ray requires a token only if RAY_AUTH_MODE says so."""
+    return has_tokens() and not is_at_least(_TOKENS_BY_DEFAULT_SINCE)
+
+
+def preemption_info() -> Any:
+    """In a worker, return what Ray knows of a preemption of the workers' nodes; None if it knows of none."""
+    import ray.train
+
+    return ray.train.get_preemption_info() if is_at_least(_PREEMPTION_SINCE) else None

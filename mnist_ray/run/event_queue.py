@@ -1,0 +1,47 @@
+"""The queue through which workers tell the driver what happens, and through which the driver stops them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+from mnist_ray.cluster.nodes import this_node
+from mnist_ray.cluster.watch import MAX_SILENCE_S, RaySilentError, as_raised
+from mnist_ray.training.events import Event
+
+
+class EventQueue:
+    """Keeps events until the driver takes them; an actor, so that neither side waits for the other."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._is_stop_wanted = False
+
+    def put(self, event: Event) -> bool:
+        """Keep an event; return whether the training must stop."""
+        self._events.append(event)
+        return self._is_stop_wanted
+
+    def take(self) -> list[Event]:
+        """Return the events since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def want_stop(self) -> None:
+        """From now on, let ``put`` return that training must stop."""
+        self._is_stop_wanted = True
+
+
+def open_event_queue() -> Any:
+    """Create an event queue on this node, so that it is not lost with another node; return its actor."""
+    return ray.remote(num_cpus=0, scheduling_strategy=this_node())(EventQueue).remote()
+
+
+def taken(event_queue: Any) -> list[Event]:
+    """Return the new events. Raises RaySilentError if the event queue does not answer."""
+    answer = event_queue.take.remote()
+    with as_raised():
+        if not ray.wait([answer], timeout=MAX_SILENCE_S)[0]:
+            raise RaySilentError.of("the event queue of its workers")
+        return ray.get(answer)

@@ -1,0 +1,66 @@
+"""The ``TorchTrainer`` of a run, or of a sweep's trial."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchTrainer
+
+from mnist_ray import extras
+from mnist_ray.cluster.plan import WorkerPlan
+from mnist_ray.cluster.rendezvous import WorkerGroupConfig
+from mnist_ray.run.find import NUM_KEPT
+from mnist_ray.run.reporter import train_loop_per_worker
+from mnist_ray.run.worker import LoopSpec
+from mnist_ray.storage import SNAPSHOT_FILE, RunFolder, with_retries
+
+_RESIZE_INTERVAL_S = 15.0  # after which an elastic run checks again whether the cluster has room for more workers
+
+
+def drop_rays_list(run: RunFolder) -> None:
+    """Remove Ray's list of a run's checkpoints, which a kill may have cut off: workers find checkpoints without it."""
+    with_retries(lambda: run.delete_file(SNAPSHOT_FILE) if run.exists(SNAPSHOT_FILE) else None)
+
+
+def create_trainer(
+    spec: LoopSpec, plan: WorkerPlan, max_failures: int, callbacks: Sequence[UserCallback] = ()
+) -> TorchTrainer:
+    """Return the trainer that runs ``spec`` on the planned workers."""
+    trainer_class, callbacks = TorchTrainer, [*callbacks]
+    if extras.is_on("trainer", plain=spec.job.workers.plain_ray):
+        from mnist_ray.extras.trainer import Trainer
+
+        trainer_class = Trainer
+    if spec.event_queue is not None and extras.is_on("preemption", plain=spec.job.workers.plain_ray):
+        from mnist_ray.extras.preemption import PreemptionCallback
+
+        callbacks.append(PreemptionCallback(spec.event_queue))
+    is_elastic, scaling = plan.min_workers is not None, dict[str, Any]()
+    if is_elastic:
+        scaling["elastic_resize_monitor_interval_s"] = _RESIZE_INTERVAL_S
+    if plan.labels:
+        scaling["label_selector"] = dict(plan.labels)
+    return trainer_class(
+        train_loop_per_worker,
+        train_loop_config={"spec": spec},
+        torch_config=WorkerGroupConfig(is_local=plan.is_local),
+        scaling_config=ScalingConfig(
+            num_workers=(plan.min_workers, plan.num_workers) if is_elastic else plan.num_workers,
+            placement_strategy=plan.placement,
+            use_gpu=plan.use_gpu,
+            resources_per_worker={"CPU": plan.cpus_per_worker, **({"GPU": 1} if plan.use_gpu else {})},
+            **scaling,
+        ),
+        run_config=RunConfig(
+            name=spec.job.run.name,
+            storage_path=spec.job.run.storage_path,
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=NUM_KEPT,  # the best; Ray keeps the last, too
+                checkpoint_score_attribute=None if spec.validation is None else "val_score",
+            ),
+            failure_config=FailureConfig(max_failures=max_failures),
+            callbacks=callbacks,
+        ),
+    )
