@@ -2,12 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# A version of Ray for a new environment: make train VENV=.venv-2.51 RAY=2.51.2
+PIN := $(if $(RAY),'ray==$(RAY)')
 ADDRESS ?= http://localhost:8265
 JOB ?= train
 # If there is a token, clusters require it.
 AUTH ?= $(or $(RAY_AUTH_MODE),$(if $(wildcard $(HOME)/.ray/auth_token)$(RAY_AUTH_TOKEN),token,disabled))
 
-.PHONY: train tune tensorboard submit test test-long test-browser test-gpu gpu bench bench-quick chaos check format clean
+.PHONY: train tune tensorboard submit test test-long test-ray test-browser test-gpu gpu bench bench-quick chaos check format clean
 
 train: $(VENV)/installed  ## train on the embedded MNIST with the default recipe
 	$(BIN)/python jobs/train.py $(ARGS)
@@ -26,6 +28,9 @@ test: $(VENV)/installed-dev  ## run the tests
 
 test-long: $(VENV)/installed-dev  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m long $(ARGS)
+
+test-ray: $(VENV)/installed-dev  ## run jobs in both forms, default and plain: make test-ray VENV=.venv-2.51 RAY=2.51.2
+	$(BIN)/python -m pytest -m any_ray --durations=25 tests/test_any_ray.py $(ARGS)
 
 test-gpu: $(VENV)/installed-dev  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -q -m gpu $(ARGS) tests/gpu || [ $$? = 5 ]  # 5: without a GPU, there is no test
@@ -60,12 +65,12 @@ format: $(VENV)/installed-dev  ## fix lint and format
 $(VENV)/installed: pyproject.toml
 	@echo "installing into $(VENV), which takes a minute or two …"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cluster,tensorboard]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cluster,tensorboard]' $(PIN)
 	touch $@
 
 # Adds the packages that checks and tests need.
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' $(PIN)
 	touch $@
 
 clean:  ## remove the virtual environment and caches

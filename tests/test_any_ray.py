@@ -1,0 +1,182 @@
+"""What a job needs of Ray, in both forms, default and plain. ``make test-ray`` runs it, also with other Rays."""
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import QUICK, ROOT, Gate, as_flags, run_and_act, run_job, wait_for, weights
+
+pytestmark = pytest.mark.any_ray
+_TIMEOUT_S = 300  # a plain start takes half a minute on two busy cores
+FORMS = {"default": [], "plain": ["--plain-ray"]}
+TRIALS = ["--num-trials", "2", "--num-confirmed", "1", "--num-epochs", "1", "--sweep", "label_smoothing=0,0.1"]
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def form(request: pytest.FixtureRequest) -> list[str]:
+    """The flags of a form."""
+    return FORMS[request.param]
+
+
+@pytest.fixture(scope="module")
+def trained(form: list[str], small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two workers, in a form."""
+    storage = tmp_path_factory.mktemp("storage")
+    paths = {"data_dir": small_data, "storage_path": storage, "run_name": "run"}
+    done = run_job("train.py", *as_flags({**QUICK, **paths, "num_workers": 2}), *form, timeout_s=_TIMEOUT_S)
+    assert (done.returncode, done.stderr) == (0, "")
+    return storage / "run"
+
+
+def test_the_weights_are_those_of_a_training_without_ray(form: list[str], small_data: Path, tmp_path: Path) -> None:
+    flags = as_flags({**QUICK, "data_dir": small_data, "storage_path": tmp_path, "num_chunks": 2})
+    for name, workers in {"here": ["--num-workers", "0"], "ray": ["--num-workers", "2", *form]}.items():
+        done = run_job("train.py", *flags, "--reproducible", "--run-name", name, *workers, timeout_s=_TIMEOUT_S)
+        assert done.returncode == 0, done.stderr
+    assert weights(tmp_path / "here") == weights(tmp_path / "ray")
+
+
+def test_a_run_is_evaluated(trained: Path, form: list[str]) -> None:
+    done = run_job("evaluate.py", str(trained), "--num-tasks", "2", *form, timeout_s=_TIMEOUT_S)
+    assert (done.returncode, done.stderr) == (0, "")
+    accuracy = json.loads((trained / "result.json").read_text())["test_accuracy"]
+    assert f"accuracy {accuracy:.2%}" in done.stdout
+
+
+@pytest.mark.parametrize("num_workers", ["1", "2"])
+def test_a_sweep_chooses(num_workers: str, form: list[str], small_data: Path, tmp_path: Path) -> None:
+    flags = as_flags({**QUICK, "data_dir": small_data, "storage_path": tmp_path, "run_name": "sweep"})
+    done = run_job("tune.py", *flags, *TRIALS, "--num-workers", num_workers, *form, timeout_s=_TIMEOUT_S)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^best +[\d.]+% on the test set", done.stdout, re.MULTILINE)
+
+
+def a_worker_of(job: psutil.Process) -> psutil.Process:
+    return next(process for process in job.children(recursive=True) if "RayTrainW" in process.name())
+
+
+def test_a_killed_worker_is_replaced(gate: Gate, form: list[str], trained: Path) -> None:
+    kill = gate.opened_after(lambda job: a_worker_of(job).kill())
+    printed, _ = run_and_act({"started": kill}, *gate.flags(), *form, address="local")
+    assert re.search(r"^lost +worker \d (died|has lost its connection)", printed, re.MULTILINE)
+    assert weights(gate.run) == weights(trained)
+
+
+def test_a_killed_driver_is_resumed(gate: Gate, form: list[str], trained: Path) -> None:
+    kill = gate.opened_after(lambda job: [process.kill() for process in [*job.children(), job]])
+    run_and_act({"started": kill}, *gate.flags(), *form, address="local", status=-signal.SIGKILL)
+    done = run_job("train.py", *gate.flags(), *form, "--resume", timeout_s=_TIMEOUT_S)
+    assert done.returncode == 0, done.stderr
+    assert weights(gate.run) == weights(trained)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_and_says_how_to_resume(number: int, gate: Gate, form: list[str]) -> None:
+    def interrupt(job: psutil.Process) -> None:
+        gate.open()
+        job.send_signal(number)
+
+    _, complained = run_and_act({"started": interrupt}, *gate.flags(), *form, address="local", status=130)
+    assert re.fullmatch(r"interrupted; to resume: .*--resume --run-name run.*\n", complained)
+    assert [*gate.run.glob("checkpoint_*")]
+
+
+def test_a_local_ray_listens_on_loopback_only(form: list[str], gate: Gate) -> None:
+    listening: set[str] = set()
+
+    def look(job: psutil.Process) -> None:
+        for process in job.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                found = process.net_connections("inet")
+                listening.update(own.laddr.ip for own in found if own.status == psutil.CONN_LISTEN)
+        gate.open()
+
+    run_and_act({"started": look}, *gate.flags(), *form, address="local")
+    assert listening
+    assert {address.removeprefix("::ffff:") for address in listening} <= {"127.0.0.1", "::1"}
+
+
+def test_a_call_trains_even_if_ray_was_imported_first(form: list[str], small_data: Path, tmp_path: Path) -> None:
+    settings = {**QUICK, "data_dir": str(small_data), "storage_path": str(tmp_path), "num_epochs": 1}
+    code = f"import ray, mnist_ray\nprint(mnist_ray.train(plain_ray={bool(form)}, quiet=True, **{settings!r}))"
+    environment = {**os.environ, "RAY_ADDRESS": "local"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+    )
+    assert re.search(r"accuracy [\d.]+%.* on the test set\n$", done.stdout), done.stderr
+    assert done.stderr == ""
+
+
+def test_a_job_trains_on_a_ray_that_lacks_all_private_names(small_data: Path, tmp_path: Path, trained: Path) -> None:
+    code = "from mnist_ray import cli, extras\nextras._is_there = lambda need: False\ncli.run(cli.train)"
+    paths = {"data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2}
+    environment = {**os.environ, "RAY_ADDRESS": "local"}
+    command = [sys.executable, "-c", code, *as_flags({**QUICK, **paths})]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^note +Ray \S+: without forked workers, ", done.stdout, re.MULTILINE)
+    assert weights(tmp_path / "run") == weights(trained)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@pytest.fixture(scope="module")
+def dashboard() -> Iterator[str]:
+    """The address of the dashboard of a ``ray start --head``."""
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        environment = {**os.environ, "RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled"}
+        ports = ["--port=0", f"--dashboard-port={port}", "--dashboard-agent-listen-port=0"]
+        command = ["start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", *ports]
+        head = subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", *command],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        assert head.stdout is not None
+        said = [*itertools.takewhile(lambda line: "will now block" not in line, head.stdout)]
+        try:
+            assert head.poll() is None, said
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            for process in [*psutil.Process(head.pid).children(recursive=True), head]:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            head.communicate()
+
+
+def test_a_job_is_submitted(dashboard: str, form: list[str], small_data: Path, tmp_path: Path) -> None:
+    paths = {"data_dir": small_data, "storage_path": tmp_path, "run_name": "run", "num_workers": 2, "num_epochs": 1}
+    job = [sys.executable, "jobs/train.py", *as_flags({**QUICK, **paths}), *form]
+    name = f"form-{len(form)}"
+
+    def of_job(*arguments: str) -> str:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "job", *arguments]
+        environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_API_SERVER_ADDRESS": dashboard}
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True
+        ).stdout
+
+    of_job("submit", "--no-wait", "--submission-id", name, "--working-dir", str(ROOT), "--", *job)
+    wait_for((tmp_path / "run" / "result.json").exists, timeout_s=_TIMEOUT_S)
+    assert "on a Ray cluster of 1 node" in of_job("logs", name)
