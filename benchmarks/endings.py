@@ -23,10 +23,10 @@ import psutil
 from bits import Local
 from chaos import Driver
 
-PARTS = {
+PARTS: dict[str, str | tuple[str, ...]] = {
     "GCS": "gcs_server",
     "raylet": "raylet",
-    "what stands for the dashboard's agent": "no_dashboard.py",
+    "agent of the dashboard, or what stands for it": ("no_dashboard.py", "ray::DashboardA"),
     "agent of runtime environments": "ray::RuntimeEn",
     "controller": "ray::TrainContr",
     "event queue": "ray::EventQueue",
@@ -46,15 +46,17 @@ class Ending:
     """Whether the run, resumed if it was unfinished, has the weights of an undisturbed run."""
 
 
-def send(number: signal.Signals, name: str) -> Callable[[Driver], None]:
+def send(number: signal.Signals, name: str | tuple[str, ...]) -> Callable[[Driver], None]:
     """Return a function that sends a signal to a job's first process whose name begins, or whose script is, so."""
+    names = (name,) if isinstance(name, str) else name
 
     def act(driver: Driver) -> None:
         for process in psutil.Process(driver.process.pid).children(recursive=True):
-            if process.name().startswith(name) or name in [Path(word).name for word in process.cmdline()[1:3]]:
+            scripts = [Path(word).name for word in process.cmdline()[1:3]]
+            if process.name().startswith(names) or not {*names}.isdisjoint(scripts):
                 process.send_signal(number)
                 return
-        raise RuntimeError(f"the job has no process {name}")
+        raise RuntimeError(f"the job has no process {names[0]}")
 
     return act
 
@@ -108,11 +110,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3, help="runs of each kind")
     parser.add_argument("--kinds", nargs="+", choices=ACTIONS, default=[*ACTIONS])
+    parser.add_argument("--plain-ray", action="store_true", help="run the jobs with --plain-ray")
     args = parser.parse_args()
     os.environ["RAY_ADDRESS"] = "local"
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup, and then by the jobs, too
     rng = random.Random(0)
-    chaos.FLAGS.extend(["--num-epochs", "6"])
+    chaos.FLAGS.extend(["--num-epochs", "6", *(["--plain-ray"] if args.plain_ray else [])])
     print("| what happens | runs | seconds to exit: median, maximum | says how to resume | same weights if resumed |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

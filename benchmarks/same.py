@@ -75,8 +75,8 @@ class Seen:
 class Version:
     """One version's code, with separate storage."""
 
-    def __init__(self, root: Path, folder: Path) -> None:
-        self._root = root
+    def __init__(self, root: Path, folder: Path, *more: str) -> None:
+        self._root, self._more = root, more
         self._storage = folder / "runs"
         self._hooks = folder / "hooks"
         self._hooks.mkdir()
@@ -115,7 +115,7 @@ class Version:
     def _started(self, command: str, *flags: str, shares_memory: bool = True) -> subprocess.Popen[str]:
         path = [str(self._root)] if shares_memory else [str(self._hooks), str(self._root)]
         return subprocess.Popen(
-            [sys.executable, f"jobs/{command}.py", "--storage-path", str(self._storage), *flags],
+            [sys.executable, f"jobs/{command}.py", "--storage-path", str(self._storage), *flags, *self._more],
             cwd=self._root,
             env={**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": os.pathsep.join(path)},
             stdout=subprocess.PIPE,
@@ -202,12 +202,14 @@ def main() -> None:
     """Run both versions and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit", help="commit of the earlier version")
-    commit = parser.parse_args().commit
+    parser.add_argument("--plain-ray", action="store_true", help="run this version with --plain-ray")
+    arguments = parser.parse_args()
+    commit, more = arguments.commit, ["--plain-ray"] if arguments.plain_ray else []
     with checked_out(commit) as root, tempfile.TemporaryDirectory() as then, tempfile.TemporaryDirectory() as there:
         if root is None:
             parser.error(f"commit {commit} is not in this repository")
         before = Version(root, Path(then)).see()
-        now = Version(ROOT, Path(there)).see()
+        now = Version(ROOT, Path(there), *more).see()
     sys.exit(0 if compare(before, now) else 1)
 
 
