@@ -19,6 +19,7 @@ import ray
 from mnist_ray import extras
 from mnist_ray.cluster import kept, nodes
 from mnist_ray.cluster.connection import about_access, connected, join, start_local, start_worker
+from mnist_ray.cluster.environment import prepare_local
 from mnist_ray.cluster.plan import Cluster
 from mnist_ray.cluster.session_files import removed_unless_failed, sessions_folder
 from mnist_ray.cluster.watch import watched
@@ -61,6 +62,7 @@ def connect(
         if resources is None:
             cluster = at_the_end.enter_context(_new_connection(config, forking, meanwhile, leaving, **options))
         else:
+            prepare_local()
             meanwhile()
         with watched(plain=config.plain_ray) as stop_watching:
             if resources is not None:
