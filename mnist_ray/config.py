@@ -10,6 +10,7 @@ from typing import Any, Literal
 from mnist_ray.settings import Choice, Range, at_least, fraction, positive, rule, setting, within
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+_PLAIN = "use only Ray's public API: slower to start; try it if something is odd"
 READ_AHEAD_MIB = 512  # of each worker
 _LABEL = re.compile(r"[\w./-]+=!?([\w.-]+|in\([\w.,-]+\))")
 
@@ -180,7 +181,7 @@ class WorkerConfig:
     autoscaling: bool = setting(False, "the cluster starts nodes on demand: wait for them")
     max_failures: int = setting(3, "how often lost workers are replaced before the run fails", **at_least(0))
     fork_workers: Literal["auto", "no"] = setting("auto", "fork worker processes to start faster; auto: if it is safe")
-    plain_ray: bool = setting(False, "use only Ray's public API: slower to start; try it if something is odd")
+    plain_ray: bool = setting(False, _PLAIN)
     hang_timeout_s: float = setting(
         600.0,
         "seconds that a step, a validation batch or a part of the start may take before the worker is replaced",
@@ -238,7 +239,7 @@ class EvaluationConfig:
 
     num_tasks: int = setting(1, "Ray tasks that share the examples; any number gives the same result", **at_least(1))
     use_gpu: Literal["auto", "yes", "no"] = setting("auto", "a GPU for each task; auto: if the cluster has a free one")
-    plain_ray: bool = setting(False, "use only Ray's public API: slower to start; try it if something is odd")
+    plain_ray: bool = setting(False, _PLAIN)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

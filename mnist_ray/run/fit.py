@@ -26,6 +26,7 @@ from mnist_ray.run import evaluate
 from mnist_ray.run.event_queue import open_event_queue, taken
 from mnist_ray.run.failures import FailureCallback, OldCheckpointError, cause_of, reason_of
 from mnist_ray.run.find import Fitted, best_of, drop_others
+from mnist_ray.run.life import TOLD_EVERY_S
 from mnist_ray.run.session import Session
 from mnist_ray.run.trainer import create_trainer, drop_rays_list
 from mnist_ray.run.worker import LoopSpec
@@ -37,7 +38,6 @@ _POLL_INTERVAL_S = 0.5  # between the driver's requests for events; workers send
 _START_INTERVAL_S = 0.1  # the same, while no workers train
 _STOP_TIMEOUT_S = 60.0  # after Ctrl-C, for a step or any other sign of life of the workers
 _END_TIMEOUT_S = 5.0  # to wait for the end of Ray Train's controller, if the run ends first
-_TOLD_INTERVAL_S = 5.0  # between two signs of life of a worker
 
 
 def plan(session: Session) -> WorkerPlan:
@@ -155,7 +155,7 @@ class _Listener:
                 raise RaySilentError.of("Ray Train's controller")
             for event in events:
                 self._pass_on(event)
-            is_waiting = not self._is_training and time.monotonic() - self._told_at > 2 * _TOLD_INTERVAL_S
+            is_waiting = not self._is_training and time.monotonic() - self._told_at > 2 * TOLD_EVERY_S
             self._waiting.look(is_waiting=is_waiting)
             if interrupted.is_set and self._is_training and self._stopping_at == math.inf:
                 self._stopping_at = time.monotonic()

@@ -20,7 +20,7 @@ from mnist_ray.training.stopwatch import PARTS, START, STORAGE
 
 SHOWN_EVERY_S = 0.1  # at most: each sign of life starts a new thread, whose timer ends this process if it expires
 STORAGE_LIMIT_S = 3600.0  # for a checkpoint, in addition to --hang-timeout-s
-_TOLD_EVERY_S = 5.0
+TOLD_EVERY_S = 5.0  # between two signs of life to the driver
 _WAITING = ("/torch/distributed/", "/torch/autograd/graph.py", "/ray/", "/training/shared_memory.py")
 
 
@@ -62,7 +62,7 @@ class Life:
                 silence = f"has made no progress for {silent_s:.0f} s of --hang-timeout-s {timeout_s:g}"
                 put(Note(f"worker {self._rank} {silence}: it is in {self._place(part)}"))
                 noted = shown_at
-            time.sleep(min(_TOLD_EVERY_S, timeout_s / 4))
+            time.sleep(min(TOLD_EVERY_S, timeout_s / 4))
 
     def _place(self, part: str) -> str:
         """Return the innermost function, the innermost line of the user's code, and the part of the training."""
