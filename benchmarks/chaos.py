@@ -275,8 +275,10 @@ def main() -> None:
     parser.add_argument("--blocks", action="store_true", help="train on data that are read in blocks")
     parser.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp", help="passed to the job")
     parser.add_argument("--fork-workers", choices=["auto", "no"], default="auto", help="passed to the job")
+    parser.add_argument("--plain-ray", action="store_true", help="passed to the job")
     arguments = parser.parse_args()
     FLAGS.extend(["--fork-workers", arguments.fork_workers, "--strategy", arguments.strategy])
+    FLAGS.extend(["--plain-ray"] if arguments.plain_ray else [])
     os.environ["RAY_AUTH_MODE"] = "disabled"  # Cluster, unlike `ray start`, does not set up a token
     rng = random.Random(arguments.seed)
     outcomes: list[Outcome] = []

@@ -11,7 +11,7 @@ _SAID_AFTER_S, _SAID_EVERY_S = 30.0, 300.0  # a start takes up to 20 s
 
 
 class Waiting:
-    """Says, after half a minute and then every five minutes, what a job waits for, and what the cluster has free."""
+    """Says, after half a minute and then every five minutes, what a job waits for, and what no job has reserved."""
 
     def __init__(self, needed: str, say: Callable[[str], object]) -> None:
         self._needed, self._say = needed, say
@@ -25,4 +25,4 @@ class Waiting:
             self._said_after_s = waited_s + _SAID_EVERY_S
             there, free = ray.cluster_resources(), ray.available_resources()
             parts = [f"{free.get(name, 0):g} of {there[name]:g} {name}s" for name in ("CPU", "GPU") if name in there]
-            self._say(f"waiting for {self._needed}: {' and '.join(parts)} are free ({waited_s:.0f} s)")
+            self._say(f"waiting for {self._needed}: {' and '.join(parts)} are unreserved ({waited_s:.0f} s)")

@@ -140,7 +140,7 @@ class _Listener:
         self._controller: Any = None  # its actor, once it has started
         self._alive_at = math.inf  # when the controller last showed life
         self._told_at = self._lived_at = -math.inf  # when a worker last told how it is, and when one last showed life
-        self._waiting = Waiting("the workers", lambda text: on_event(Note(text)))
+        self._waiting = Waiting("the workers to start", lambda text: on_event(Note(text)))
 
     def listen(self, interrupted: Noted) -> None:
         """Pass on events until there is a result or, after Ctrl-C, until no workers are training, or they hang."""
