@@ -38,9 +38,8 @@ test-gpu: $(VENV)/installed-dev  ## run the tests that need a GPU
 gpu: $(VENV)/installed-dev  ## test and measure on this machine's GPU
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
-bench: $(VENV)/installed-dev  ## compare the speed with other programs and an earlier version: an hour
+bench: $(VENV)/installed-dev  ## compare the speed with other programs and an earlier version: over an hour
 	$(BIN)/python benchmarks/bench.py $(ARGS)
-	$(BIN)/python benchmarks/scaling.py
 
 bench-quick: $(VENV)/installed-dev  ## check in four minutes that bench.py works
 	$(BIN)/python benchmarks/bench.py --quick $(ARGS)
