@@ -1,4 +1,9 @@
-"""Test accuracy of both recipes, over five seeds: python benchmarks/accuracy.py"""
+"""Measure the test accuracy of both recipes on MNIST, over five seeds.
+
+    python benchmarks/accuracy.py      # about 5 minutes on two cores
+
+Guards the accuracy that the README states for the default recipe: a mean of five seeds, none of them picked.
+"""
 
 import argparse
 import json
@@ -21,7 +26,7 @@ def test_accuracy(recipe: str, seed: int, storage: str) -> float:
 
 def main() -> None:
     """Train every recipe with every seed; print a line per recipe."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=["default", "notebook"])
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     args = parser.parse_args()

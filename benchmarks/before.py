@@ -1,9 +1,15 @@
-"""Compare a job of this version with the same job of an earlier version: python benchmarks/before.py
+"""Compare a job of this version with the same job of an earlier version.
+
+    python benchmarks/before.py --before COMMIT                              # over an hour on two cores
+    python benchmarks/before.py --before COMMIT --parts one four restart     # 12 minutes
+
+Guards the start of a job, the restart after a killed worker, memory, and the time of a sweep: none gets worse from one
+version to the next.
 
 Each round runs both versions, one after the other; every second round begins with the earlier one. Measures seconds to
 the first line, until a worker trains, from a worker's kill until training continues, and to the exit; seconds of a
-sweep; CPU time; memory. Prints a row for each.
-With ``--busy 2``, two other processes compute meanwhile; ``--parts one two bare`` then says what that costs.
+sweep; CPU time; memory. Prints a row for each. With ``--busy 2``, two other processes compute meanwhile; ``--parts one
+two bare`` then measures how much they slow a job.
 """
 
 from __future__ import annotations

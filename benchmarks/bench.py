@@ -1,9 +1,16 @@
-"""Compare the project's speed with that of other programs: python benchmarks/bench.py (make bench)
+"""Compare the project's speed with that of other programs.
+
+    python benchmarks/bench.py                   # make bench: over an hour on two cores
+    python benchmarks/bench.py --parts peers     # 24 minutes
+    python benchmarks/bench.py --quick           # make bench-quick: four minutes
+
+Guards the speed that the README states, beside the notebook's loop, plain DDP, a minimal ``TorchTrainer``, a naive
+sweep and an earlier version. Each of CASES has a target.
 
 Each round runs every program once, one after the other: the project's and its peers', this version and an earlier one
-(before.py), or a sweep and a naive sweep (sweep.py). Targets are set for the ratio of two measurements of a round;
-reported are the median and the spread over all rounds. --quick runs one short round on few images. It only shows that
-everything works: its numbers mean nothing.
+(before.py), or a sweep and a naive sweep (sweep.py). A target applies to the ratio of two measurements of a round;
+reported are the median and the spread over all rounds. ``--quick`` runs one short round on few images. It shows only
+that everything works: its numbers mean nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Check that --reproducible gives the same bits on any number of workers; measure its cost: python benchmarks/bits.py
+"""Check that a run with ``--reproducible`` gives the same bits on any number of workers, and measure what that costs.
+
+    python benchmarks/bits.py                       # half an hour on two cores; the hosts need root and iproute2
+    python benchmarks/bits.py --cost --rounds 1     # about 4 minutes
+
+Guards the same bits on any number of workers.
 
 Trains the same run with ``--reproducible`` on several numbers of workers, through shared memory, through gloo on
 separate hosts, with workers killed, on a cluster that shrinks and grows, and resumed with fewer workers. Prints a row

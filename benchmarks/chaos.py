@@ -1,4 +1,11 @@
-"""Check which failures a run survives: python benchmarks/chaos.py (make chaos)
+"""Check which failures a run survives.
+
+    python benchmarks/chaos.py                                      # make chaos: an hour on two cores
+    python benchmarks/chaos.py --nodes drained                      # 20 minutes
+    python benchmarks/chaos.py --blocks --runs 2 --nodes raylets    # 8 minutes
+
+Guards resuming: a run that loses a worker, a node, its driver, a link or its storage ends with the weights of an
+undisturbed run, bit for bit.
 
 Each run trains with two workers on a cluster of a head and two nodes on this machine. At a random moment a worker is
 killed (SIGKILL), a node is removed and replaced, the driver is killed and the run resumed, or the storage disappears

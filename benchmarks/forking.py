@@ -1,4 +1,10 @@
-"""Measure how long a worker of Ray takes to start, as usual and forked: python benchmarks/forking.py
+"""Measure the start and the memory of Ray's workers, started by Ray and forked.
+
+    python benchmarks/forking.py               # about 2 minutes on two cores
+    python benchmarks/forking.py --cluster     # about 2 minutes
+
+Guards ray_fork: a worker starts in tenths of a second, and shares the memory of what it imports. Fails if a worker is
+not forked.
 
 Each round starts a driver that lets Ray start the workers, and one that has them forked, on a local Ray of their own;
 with ``--cluster``, on one that `ray start --head` has started for all rounds. A driver starts an actor, which imports a

@@ -1,12 +1,18 @@
-"""Compare jobs with the same training in other frameworks: python benchmarks/frameworks.py mnist DATA_DIR
+"""Compare jobs with the same training in other frameworks.
+
+    python benchmarks/frameworks.py mnist DATA_DIR --rounds 1       # 7 minutes on two cores
+    python benchmarks/frameworks.py gpt DATA_DIR --rounds 1 ARGS    # 7 minutes, with the ARGS below
+
+Guards the speed of a job beside Lightning, accelerate, transformers and a plain loop, its few lines to write, its
+restart after a kill, and, with ``--busy``, its speed beside other work.
 
 ``mnist``: DATA_DIR has torchvision's layout. In each round, every program trains with one process, with two, and with
 two of which one is killed (SIGKILL) a second after the first epoch's checkpoint.
 
-``gpt``: DATA_DIR has texts, on which every program trains examples/gpt.py with one process. More arguments are theirs,
-such as ``--num-steps 60 --depth 6 --width 384 --precision bf16 --validation-size 100``.
+``gpt``: DATA_DIR has texts, on which every program trains examples/gpt.py with one process. ARGS are passed to each
+program: ``--num-steps 60 --depth 6 --width 384 --precision bf16``, perhaps ``--validation-size 100``.
 
-Needs `pip install lightning accelerate`.
+Needs `pip install lightning accelerate`, and for ``gpt`` also transformers.
 """
 
 from __future__ import annotations

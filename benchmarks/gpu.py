@@ -1,6 +1,9 @@
-"""What works on this machine's GPU, and how fast: python benchmarks/gpu.py. Prints a table for the docs.
+"""Report what works on this machine's GPU, and how fast. Prints a table for the docs.
 
-``--device cpu`` is to check the program itself, on few steps.
+    python benchmarks/gpu.py                  # make gpu: about 10 minutes; no run of it on a GPU is known
+    python benchmarks/gpu.py --device cpu     # checks the program itself on few steps: about 5 minutes on two cores
+
+Guards what the docs say of GPUs, which no machine of this project has.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Simulated hosts: network namespaces joined by a bridge, each with an address. Needs root and iproute2."""
+"""Simulated hosts, for chaos.py and bits.py: network namespaces joined by a bridge, each with an address.
+
+Needs root and iproute2.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Compare the start of ``--plain-ray`` with that of Ray's own guide: python benchmarks/plain.py
+"""Compare the start of ``--plain-ray`` with that of the script in Ray's guide.
+
+    python benchmarks/plain.py                # about 6 minutes on two cores
+    python benchmarks/plain.py --rounds 2     # about 3 minutes
+
+Guards the plain form: with Ray's public API alone, a worker trains no later than that of Ray's own script.
 
 Runs ``jobs/train.py --plain-ray --num-workers 1`` and ``peers/minimal_ray.py`` in turn, and measures the seconds from
 the start of the command until the worker trains.

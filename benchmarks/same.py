@@ -1,4 +1,8 @@
-"""Check that this version does the same as an earlier version: python benchmarks/same.py COMMIT
+"""Check that this version does the same as an earlier version.
+
+    python benchmarks/same.py COMMIT     # 20 minutes on two cores
+
+Guards the weights: a change that is not about the training leaves those of every run the same, bit for bit.
 
 Runs both versions on this machine, one after the other. Compares the last weights of ten set-ups by SHA-256; a sweep's
 table and choice, without times; the output of train, tune and evaluate, with times masked and lines sorted; and the

@@ -1,4 +1,11 @@
-"""Whether a run says what has slowed it, and how much work a kill costs: python benchmarks/slow.py
+"""Check whether a run reports what has slowed it, and measure how much work a kill costs.
+
+    python benchmarks/slow.py --parts causes      # 5 minutes on two cores
+    python benchmarks/slow.py --parts healthy     # about 10 minutes
+    python benchmarks/slow.py --parts kills       # about 75 minutes
+
+Guards a run's notes, which name what has slowed it and are silent otherwise; and the work lost by a killed worker, at
+most a few minutes, with checkpoints that take about 1 % of the time.
 
 ``causes`` makes one part of a training slow at a time. Prints the share of the time that it took, the share that the
 run has measured, and the run's notes. ``healthy`` counts the notes of runs in which nothing is slow. ``kills`` kills a

@@ -1,4 +1,9 @@
-"""Compare the time of a sweep with its training alone, and with a naive sweep: python benchmarks/sweep.py
+"""Compare the time of a sweep with its training alone, and with a naive sweep.
+
+    python benchmarks/sweep.py     # about 4 minutes on two cores
+
+Guards the speed of sweeps: they take little longer than their training, and a trial takes a fraction of one that starts
+a `TorchTrainer`. bench.py has the targets.
 
 Runs sixteen one-epoch trials of one worker each, like `jobs/tune.py`; then the first eight of them as a naive sweep,
 which starts a `TorchTrainer` for every trial. Points, engine, recipe and concurrency are the same. The lower bound is

@@ -1,4 +1,9 @@
-"""The training of examples/gpt.py in the Trainer of transformers: gpt_transformers.py TEXTS FOLDER [--num-steps N …]"""
+"""The training of examples/gpt.py in the Trainer of transformers.
+
+    python benchmarks/peers/gpt_transformers.py TEXTS FOLDER [--num-steps N …]  # 88 s on two cores, as in frameworks.py
+
+Guards, in frameworks.py, the speed of a job beside the Trainer's.
+"""
 
 from typing import Any
 

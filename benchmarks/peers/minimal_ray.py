@@ -1,4 +1,11 @@
-"""A minimal `TorchTrainer` script, as in Ray's guide: python minimal_ray.py DATA_DIR EPOCHS WORKERS"""
+"""A minimal `TorchTrainer` script, as in Ray's guide.
+
+    python benchmarks/peers/minimal_ray.py DATA_DIR EPOCHS WORKERS     # two epochs: about a minute on two cores
+
+Guards the start of a job beside that of Ray's own script: in bench.py by default, in plain.py with --plain-ray.
+
+DATA_DIR has torchvision's layout. The last line is JSON.
+"""
 
 import json
 import sys

@@ -1,9 +1,12 @@
-"""Read images with mosaicml-streaming or litdata; for benchmarks/blocks.py, which calls this in a Python with both.
+"""Read images with mosaicml-streaming or litdata, in a Python that has both.
 
-    python streams.py write KIND IMAGES.npz FOLDER
-    python streams.py read KIND s3://… CACHE STEPS_DONE          (RANK and WORLD_SIZE say which part)
+    python benchmarks/peers/streams.py write KIND IMAGES.npz FOLDER              # about 10 s on two cores
+    python benchmarks/peers/streams.py read KIND s3://… CACHE STEPS_DONE         # about 15 s
 
-Prints JSON: seconds until the first batch and in all, and a digest of each image of each step.
+Guards, in blocks.py, the reading of data in blocks beside that of other loaders.
+
+RANK and WORLD_SIZE say which part to read. Prints JSON: seconds until the first batch and in all, and a digest of each
+image of each step.
 """
 
 import hashlib

@@ -1,4 +1,6 @@
-"""The default recipe as a workload: python jobs/train.py --workload with_mnist_ray.py --images FOLDER
+"""The default recipe as a workload, for frameworks.py.
+
+    python jobs/train.py --workload benchmarks/peers/with_mnist_ray.py --images FOLDER     # 22 s on two cores
 
 FOLDER has torchvision's layout. The checkpoints, the restarts and --resume need no code.
 """
