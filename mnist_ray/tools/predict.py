@@ -29,6 +29,8 @@ from mnist_ray.errors import JobError, UsageError, say
 from mnist_ray.run import find
 from mnist_ray.settings import is_no_file, path_of
 from mnist_ray.storage import write_file
+from mnist_ray.training.batches import MicroBatch
+from mnist_ray.training.step import forward
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.loading import placed
 from mnist_ray.workload.sources import as_displayed, open_picture
@@ -148,8 +150,9 @@ def predict_inputs(workload: Workload, model: nn.Module, inputs: Iterable[Any]) 
     while batch := [*itertools.islice(inputs, _BATCH_SIZE)]:
         examples = [(pytree.tree_map_only(np.ndarray, writable, taken), 0) for taken in batch]
         with placed(workload, "a prediction"), torch.inference_mode():
-            joined, _ = workload.collate(examples) or default_collate(examples)
-            tops = workload.top_predictions(model(workload.prepare(joined, None)))
+            joined, targets = workload.collate(examples) or default_collate(examples)
+            outputs, _ = forward(workload, model, MicroBatch(joined, targets, len(batch)))
+            tops = workload.top_predictions(outputs)
         predictions += [Prediction("", taken, tuple(top)) for taken, top in zip(batch, tops, strict=True)]
     return predictions
 

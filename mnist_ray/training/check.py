@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import re
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -25,11 +27,12 @@ from mnist_ray.training.checkpoint import snapshot
 from mnist_ray.training.metrics import WEIGHT, check_columns
 from mnist_ray.training.sampler import Request
 from mnist_ray.training.state import TrainingState, check_kept
+from mnist_ray.training.step import forward
 from mnist_ray.training.tensor_files import check_held
 from mnist_ray.workload import Classification, Regression, Workload
 from mnist_ray.workload.data import Split
 from mnist_ray.workload.loading import picture_of, placed
-from mnist_ray.workload.tensors import as_fp32, autocast, detached
+from mnist_ray.workload.tensors import detached
 
 NUM_EXAMPLES = 16  # in that batch
 _OF_OPTIMIZER = {"optimizer", "learning_rate", "beta1", "beta2", "momentum", "weight_decay", "schedule", "warmup_steps"}
@@ -85,7 +88,7 @@ def check_batch(
     ``num_examples`` to train on. Returns like ``try_batch``. Raises UsageError with the file name and line
     number of the user's code.
     """
-    name, number = type(workload).__name__, batch.global_size
+    name, number, precision = type(workload).__name__, batch.global_size, _precision_here(config)
     if workload.compares_examples and (config.reproducible or config.micro_batch_size):
         flag = "--reproducible" if config.reproducible else "--micro-batch-size"
         raise UsageError(f"{flag} cuts batches into parts, but {name}'s loss compares the examples of a batch")
@@ -94,28 +97,13 @@ def check_batch(
         model = workload.create_model()
     _check_model(name, model)
     generator = torch.default_generator.manual_seed(config.seed)
-    with placed(workload, "prepare"):
-        for_training, for_evaluation = workload.prepare(batch.inputs, generator), workload.prepare(batch.inputs, None)
-    try:
-        units_checked = sharding.units_checked(workload, model, config, num_workers)
-        with units_checked, placed(workload, "the model"), _autocast(config):
-            outputs = as_fp32(model.train()(for_training))
-    except UsageError as error:
-        remedy = ""
-        if re.search("dtype|scalar type|bias type|not implemented for", str(error)):
-            if isinstance(for_training, Tensor) and for_training.dtype != torch.float32:
-                remedy = "; return inputs.float() from prepare"
-            elif "Double" in str(error):
-                remedy = "; make all floats in the inputs float32, for example in prepare"
-            elif re.search("BFloat16|Half", str(error)):
-                remedy = "; create one of the tensors by new_zeros(…) of the other, or use --precision fp32"
-        raise UsageError(f"{error}{remedy}") from error
+    with sharding.units_checked(workload, model, config, num_workers), _forward_placed(workload, batch):
+        outputs, targets = forward(workload, model.train(), batch, precision, generator)
     with placed(workload, "check_outputs"):
-        workload.check_outputs(outputs, batch.targets)
-    idle = _check_losses(workload, model, outputs, batch, config)
-    with placed(workload, "predictions"), torch.no_grad():
-        evaluated = as_fp32(model.eval()(for_evaluation))
-        columns = workload.predictions(evaluated, batch.targets)
+        workload.check_outputs(outputs, targets)
+    idle = _check_losses(workload, model, outputs, targets, number, config)
+    model.eval()
+    evaluated, own_targets, columns = _evaluated(workload, model, batch, "predictions")
     _check_dict(f"{name}.predictions", columns)
     for key, values in columns.items():
         if not isinstance(values, Tensor) or values.shape[:1] != (number,):
@@ -123,25 +111,65 @@ def check_batch(
     if workload.prompt:
         with placed(workload, "complete"), torch.no_grad():
             workload.complete(model, workload.prompt)
-    _check_metrics(workload, detached(outputs), batch, columns)
+    _check_metrics(workload, detached(outputs), targets, columns, number)
     *fewer, last = others
-    with placed(workload, f"predictions for the last {number} examples"), torch.no_grad():
-        of_last = workload.predictions(as_fp32(model.eval()(workload.prepare(last.inputs, None))), last.targets)
-        check_columns([columns, of_last])
+    of_last = f"predictions for the last {number} examples"
+    with placed(workload, of_last):
+        check_columns([columns, _evaluated(workload, model, last, of_last)[-1]])
     for few in () if workload.compares_examples else fewer:
-        _check_independence(workload, model, evaluated, batch, few, config)
+        _check_independence(workload, model, evaluated, own_targets, few, config)
     unused = _check_optimizer(workload, model, config, config.total_steps(num_examples))
     return idle | (unused or config.unused) if idle else unused
+
+
+@contextlib.contextmanager
+def _forward_placed(workload: Workload, batch: MicroBatch) -> Iterator[None]:
+    """Turn an error of a forward pass into one line: its place and, if dtypes do not match, what to do."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if any(frame.f_locals.get("self") is workload for frame in frames):
+            with placed(workload, "prepare"):
+                raise
+        try:
+            with placed(workload, "the model"):
+                raise
+        except UsageError as in_one_line:
+            raise UsageError(f"{in_one_line}{_remedy(workload, batch, str(in_one_line))}") from error
+
+
+def _remedy(workload: Workload, batch: MicroBatch, message: str) -> str:
+    """Return what to do about an error of the model if it is about dtypes, else nothing."""
+    if not re.search("dtype|scalar type|bias type|not implemented for", message):
+        return ""
+    prepared = workload.prepare(batch.inputs, None)
+    if isinstance(prepared, Tensor) and prepared.dtype != torch.float32:
+        return "; return inputs.float() from prepare"
+    if "Double" in message:
+        return "; make all floats in the inputs float32, for example in prepare"
+    if re.search("BFloat16|Half", message):
+        return "; create one of the tensors by new_zeros(…) of the other, or use --precision fp32"
+    return ""
+
+
+def _evaluated(
+    workload: Workload, model: nn.Module, batch: MicroBatch, what: str
+) -> tuple[Any, Any, dict[str, Tensor]]:
+    """Evaluate a batch; return outputs, targets and columns of predictions, which an error calls ``what``."""
+    with torch.no_grad():
+        with _forward_placed(workload, batch):
+            outputs, targets = forward(workload, model, batch)
+        with placed(workload, what):
+            return outputs, targets, workload.predictions(outputs, targets)
 
 
 def check_smallest(workload: Workload, few: MicroBatch, batch_size: int, config: TrainConfig) -> None:
     """Try a new model on as few examples as a rank may get: batch normalization may need more. Raises UsageError."""
     model = workload.create_model().train()
     try:
-        inputs = workload.prepare(few.inputs, torch.default_generator)
-        with _autocast(config):
-            outputs = as_fp32(model(inputs))
-        workload.loss(outputs, few.targets).sum()
+        outputs, targets = forward(workload, model, few, _precision_here(config), torch.default_generator)
+        workload.loss(outputs, targets).sum()
     except Exception as error:  # of batch normalization, or of a model that squeezes a batch of one
         few_left = f"a worker computes only {count(few.global_size, 'example')} of some batches at a time"
         remedy = f"choose a --batch-size other than {batch_size}"
@@ -150,10 +178,11 @@ def check_smallest(workload: Workload, few: MicroBatch, batch_size: int, config:
         raise UsageError(f"{type(workload).__name__}: {reason}") from error
 
 
-def _autocast(config: TrainConfig) -> torch.autocast:
-    """Return the autocast context for the training's precision on this CPU; ``auto`` is bf16 if supported."""
-    usual: Precision = "bf16" if cpu_has_bf16() else "fp32"
-    return autocast(torch.device("cpu"), usual if config.precision == "auto" else config.precision)
+def _precision_here(config: TrainConfig) -> Precision:
+    """Return the training's precision on this CPU: ``auto`` is bf16 if the processor supports it."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if cpu_has_bf16() else "fp32"
 
 
 def _check_model(name: str, model: object) -> None:
@@ -169,15 +198,15 @@ def _check_model(name: str, model: object) -> None:
 
 
 def _check_losses(
-    workload: Workload, model: nn.Module, outputs: Any, batch: MicroBatch, config: TrainConfig
+    workload: Workload, model: nn.Module, outputs: Any, targets: Any, number: int, config: TrainConfig
 ) -> set[str]:
-    """Try the losses; return the settings that the workload's own losses do not use."""
-    name, number = type(workload).__name__, batch.global_size
+    """Try the losses of ``number`` examples; return the settings that the workload's own losses do not use."""
+    name = type(workload).__name__
     with placed(workload, "loss"):
-        losses = workload.loss(outputs, batch.targets)
+        losses = workload.loss(outputs, targets)
     _check_numbers(f"{name}.loss", losses, number, '; use reduction="none", average other dimensions')
     with placed(workload, "weights"):
-        weights = workload.weights(batch.targets)
+        weights = workload.weights(targets)
     if weights is not None:
         _check_numbers(f"{name}.weights", weights, number)
         if not (weights.isfinite() & (weights >= 0)).all() or not weights.any():
@@ -187,7 +216,7 @@ def _check_losses(
             raise UsageError(f"{name} has weights, so it needs a loss of its own, which multiplies by them: {remedy}")
     recorded, used = _recorded(config)
     with placed(workload, "training_loss"):
-        minimized = workload.training_loss(outputs, batch.targets, recorded)
+        minimized = workload.training_loss(outputs, targets, recorded)
     if minimized is not None:
         _check_numbers(f"{name}.training_loss", minimized, number)
     if not losses.isfinite().all():
@@ -204,11 +233,11 @@ def _check_losses(
 
 
 def _check_independence(
-    workload: Workload, model: nn.Module, outputs: Any, batch: MicroBatch, fewer: MicroBatch, config: TrainConfig
+    workload: Workload, model: nn.Module, outputs: Any, targets: Any, fewer: MicroBatch, config: TrainConfig
 ) -> None:
     """Raise UsageError if an example's loss changes when others leave the batch, unless it changes at each call.
 
-    ``outputs`` are those of the whole batch in evaluation mode, in which the model must be.
+    ``outputs`` and ``targets`` are those of the whole batch in evaluation mode, in which the model must be.
     """
     are_close = functools.partial(torch.allclose, rtol=1e-3, atol=1e-5)
 
@@ -217,10 +246,10 @@ def _check_independence(
         return torch.stack([reported, reported if minimized is None else minimized], 1)
 
     def alone() -> Tensor:
-        return losses(as_fp32(model(workload.prepare(fewer.inputs, None))), fewer.targets)
+        return losses(*forward(workload, model, fewer))
 
     with placed(workload, f"an evaluation of {count(fewer.global_size, 'example')}"), torch.no_grad():
-        first, among = alone(), losses(outputs, batch.targets)[: fewer.global_size]
+        first, among = alone(), losses(outputs, targets)[: fewer.global_size]
         if not are_close(first, among) and are_close(first, alone()):
             raise UsageError(
                 f"{type(workload).__name__}: an example's loss changes if other examples leave the batch, so it "
@@ -228,15 +257,15 @@ def _check_independence(
             )
 
 
-def _check_metrics(workload: Workload, outputs: Any, batch: MicroBatch, columns: dict[str, Tensor]) -> None:
+def _check_metrics(workload: Workload, outputs: Any, targets: Any, columns: dict[str, Tensor], number: int) -> None:
     name = type(workload).__name__
     with placed(workload, "measure"):
-        measured = workload.measure(outputs, batch.targets)
+        measured = workload.measure(outputs, targets)
     _check_dict(f"{name}.measure", measured)
     if taken := {"loss", WEIGHT} & measured.keys():
         raise UsageError(f"{name}.measure: the {min(taken)} is measured already; choose another name")
     for key, values in measured.items():
-        _check_numbers(f"{name}.measure: {key}", values, batch.global_size)
+        _check_numbers(f"{name}.measure: {key}", values, number)
     with placed(workload, "summarize"):
         summary = workload.summarize({key: float(values.double().mean()) for key, values in measured.items()})
     _check_dict(f"{name}.summarize", summary)

@@ -33,15 +33,16 @@ from mnist_ray.training.batches import (
 )
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
-from mnist_ray.training.gradients import Gradients, measured_sums, seed_of
+from mnist_ray.training.gradients import Gradients, seed_of
 from mnist_ray.training.metrics import Evaluation, TrainingDivergedError, check_columns
 from mnist_ray.training.sampler import Request, ShardedBatchSampler, split_bounds
 from mnist_ray.training.state import Group, LoggingWindow, StopWantedError, TrainingState, is_over, move_average
+from mnist_ray.training.step import forward, sums_of
 from mnist_ray.training.stopwatch import CALLBACKS, COMPUTE, COPIES, DATA, OPTIMIZER, Stopwatch
 from mnist_ray.training.tensor_files import rows_here
 from mnist_ray.workload.base import Workload
 from mnist_ray.workload.data import Split
-from mnist_ray.workload.tensors import as_fp32, with_fast_layout
+from mnist_ray.workload.tensors import with_fast_layout
 
 MAX_STEPS_UNSAVED = 1000  # without --checkpoint-every
 MAX_OUTPUT_BYTES = 2**26  # that an evaluation computes at a time, if the workload leaves that to us
@@ -311,6 +312,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         module.training = is_training  # a callback may keep layers in evaluation mode
 
 
+@contextlib.contextmanager
+def _not_compiled(model: nn.Module) -> Iterator[None]:
+    """Let a model compute without ``--compile``, which would compile it for the shape of each batch."""
+    compiled, model._compiled_call_impl = model._compiled_call_impl, None
+    yield
+    model._compiled_call_impl = compiled
+
+
 def batch_size_of(workload: Workload, model: nn.Module, split: Split, num_processes: int, most: int | None) -> int:
     """Return how many examples an evaluation computes at a time: the same number for any part of the examples.
 
@@ -324,8 +333,8 @@ def batch_size_of(workload: Workload, model: nn.Module, split: Split, num_proces
         return size
     batches = batches_of(Split(split.examples, np.arange(1), split.origin), device, workload.collate)
     (first,) = batch_loader(batches, [Request(np.arange(1))], device, min(1, num_processes))
-    with evaluating(model):  # without --compile, which would compile for one example
-        outputs = model._call_impl(workload.prepare(to_device(first, device).inputs, None))  # type: ignore[no-untyped-call]
+    with evaluating(model), _not_compiled(model):
+        outputs, _ = forward(workload, model, to_device(first, device))
     num_bytes = sum(leaf.nbytes for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
     limit = min(size, most or size, MAX_OUTPUT_BYTES // max(1, num_bytes))
     return next(number for number in range(max(1, limit), 0, -1) if size % number == 0)
@@ -352,10 +361,9 @@ def evaluate(
         for loaded in loader:
             on_batch()
             batch = to_device(loaded, device)
-            outputs = as_fp32(model(workload.prepare(batch.inputs, None)))
-            loss = workload.loss(outputs, batch.targets).sum()
-            sums.append({"loss": loss, **measured_sums(workload, outputs, batch.targets)})
-            columns.append(workload.predictions(outputs, batch.targets))
+            outputs, targets = forward(workload, model, batch)
+            sums.append(sums_of(workload, outputs, targets, workload.loss(outputs, targets).sum()))
+            columns.append(workload.predictions(outputs, targets))
             num_bytes += sum(values.nbytes for values in columns[-1].values())
             if num_bytes > MAX_COLUMN_BYTES:
                 name, size = f"{type(workload).__name__}.predictions", f"{MAX_COLUMN_BYTES / 2**20:,.0f} MiB"

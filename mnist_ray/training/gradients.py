@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -23,10 +22,10 @@ from mnist_ray.training.batches import MicroBatch
 from mnist_ray.training.metrics import WEIGHT
 from mnist_ray.training.reproducible import Chunks
 from mnist_ray.training.state import Group, TrainingState
+from mnist_ray.training.step import forward, sums_of
 from mnist_ray.training.stopwatch import WORKERS
-from mnist_ray.training.tensor_files import is_sharded, rows_here
-from mnist_ray.workload import Classification, Regression, Workload
-from mnist_ray.workload.tensors import as_fp32, autocast, detached
+from mnist_ray.training.tensor_files import rows_here
+from mnist_ray.workload import Workload
 
 
 class Gradients:
@@ -154,24 +153,13 @@ def backward(
     the gradients of slices add up to those of the global batch's mean loss, even if slices are uneven. DDP averages
     over the ranks, so with DDP the weight is multiplied by the world size. A filler adds zeros.
     """
-    weights, inputs = next(model.parameters()), workload.prepare(batch.inputs, generator)
-    with autocast(weights.device, config.precision, keeps_casts=not is_sharded(weights)):
-        outputs = as_fp32(model(inputs))
-    loss_sum = workload.loss(outputs, batch.targets).sum()
-    minimized = workload.training_loss(outputs, batch.targets, config)
+    outputs, targets = forward(workload, model, batch, config.precision, generator)
+    loss_sum = workload.loss(outputs, targets).sum()
+    minimized = workload.training_loss(outputs, targets, config)
     loss = (loss_sum if minimized is None else minimized.sum()) * (0.0 if batch.is_filler else weight)
     (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
-    sums = {"loss": loss_sum.detach(), **measured_sums(workload, outputs, batch.targets)}
+    sums = sums_of(workload, outputs, targets, loss_sum)
     return {name: torch.zeros_like(value) for name, value in sums.items()} if batch.is_filler else sums
-
-
-def measured_sums(workload: Workload, outputs: Any, targets: Any) -> dict[str, Tensor]:
-    """Return the sums of the workload's measures over a batch, and of its weights: NaN if one is negative."""
-    measured, weights = workload.measure(detached(outputs), targets), workload.weights(targets)
-    if weights is not None and type(workload).measure in (Classification.measure, Regression.measure):
-        measured = {name: values * weights for name, values in measured.items()}  # those know no weights
-    sums = {name: values.sum() for name, values in measured.items()}
-    return sums if weights is None else sums | {WEIGHT: torch.where(weights >= 0, weights, math.nan).sum()}
 
 
 def _distributed(model: nn.Module, group: Group) -> nn.Module:

@@ -191,7 +191,8 @@ def test_a_damaged_picture_may_raise_anything_but_damaged_exif_data_do_not_matte
 
 
 def test_pictures_and_inputs_are_computed_a_few_at_a_time(few_images: Arrays) -> None:
-    model = Mock(side_effect=lambda inputs: torch.eye(10)[[len(inputs) % 10] * len(inputs)])
+    model = Mock(nn.Identity(), side_effect=lambda inputs: torch.eye(10)[[len(inputs) % 10] * len(inputs)])
+    model.parameters.return_value = iter(())
     predictions = predict.predict_inputs(mnist(), model, few_images.inputs[:70])
     assert [len(call.args[0]) for call in model.call_args_list] == [64, 6]
     assert [prediction.top[0][0] for prediction in predictions] == [4] * 64 + [6] * 6

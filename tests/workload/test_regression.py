@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from mnist_ray.training.gradients import measured_sums
 from mnist_ray.training.metrics import MetricSums
+from mnist_ray.training.step import sums_of
 from mnist_ray.workload import Regression
 
 PREDICTIONS = np.array([3, -1, 4, 1, -5, 9, 2, 6, 5, 3], np.float32)
@@ -19,7 +19,7 @@ def values_of(predictions: np.ndarray, targets: np.ndarray, cuts: Sequence[int] 
     for some, their_targets in zip(np.split(predictions, cuts), np.split(targets, cuts), strict=True):
         outputs, on_them = torch.from_numpy(some), torch.from_numpy(their_targets)
         loss_sum = problem.loss(outputs, on_them).double().sum()
-        measured = {"loss": loss_sum, **measured_sums(problem, outputs, on_them)}
+        measured = sums_of(problem, outputs, on_them, loss_sum)
         sums += MetricSums({name: value.item() for name, value in measured.items()}, len(some))
     return sums.values(problem)
 

@@ -1,0 +1,47 @@
+"""A batch's way through a workload: the same in training, in evaluations and predictions, and in the dry run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mnist_ray.config import Precision
+from mnist_ray.training.batches import MicroBatch
+from mnist_ray.training.metrics import WEIGHT
+from mnist_ray.training.tensor_files import is_sharded
+from mnist_ray.workload import Classification, Regression, Workload
+from mnist_ray.workload.tensors import as_fp32, autocast, detached
+
+
+def forward(
+    workload: Workload,
+    model: nn.Module,
+    batch: MicroBatch,
+    precision: Precision = "fp32",
+    generator: torch.Generator | None = None,
+) -> tuple[Any, Any]:
+    """Return the model's outputs for a batch on its device, in fp32, and the targets that belong to them.
+
+    ``precision``, of the model alone, must not be ``auto``. ``generator`` is for the augmentation of a training.
+    """
+    first = next(model.parameters(), torch.empty(0))
+    inputs = workload.prepare(batch.inputs, generator)
+    with autocast(first.device, precision, keeps_casts=not is_sharded(first)):
+        return as_fp32(model(inputs)), batch.targets
+
+
+def sums_of(workload: Workload, outputs: Any, targets: Any, loss_sum: Tensor) -> dict[str, Tensor]:
+    """Return a batch's sums of the loss, of the workload's measures and of its example weights, on the device.
+
+    The sum of the example weights is NaN if one of them is negative.
+    """
+    measured, example_weights = workload.measure(detached(outputs), targets), workload.weights(targets)
+    if example_weights is not None and type(workload).measure in (Classification.measure, Regression.measure):
+        measured = {name: values * example_weights for name, values in measured.items()}  # those know no weights
+    sums = {"loss": loss_sum.detach(), **{name: values.sum() for name, values in measured.items()}}
+    if example_weights is not None:
+        sums[WEIGHT] = torch.where(example_weights >= 0, example_weights, math.nan).sum()
+    return sums
