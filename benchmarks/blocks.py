@@ -47,6 +47,7 @@ from mnist_ray.mnist import MNIST, idx, problem
 from mnist_ray.training import engine
 from mnist_ray.training.batches import batch_loader, batches_of
 from mnist_ray.training.callback import Callback
+from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.training.state import Group, TrainingState
 from mnist_ray.workload import Data, setting
@@ -422,7 +423,7 @@ def accuracy(folder: Path) -> None:
             config = TrainConfig(**MNIST.recipes["default"], precision="bf16", seed=seed)
             state = engine.create_state(workload, config, len(split), group)
             engine.train(workload, state, split, config, group)
-            tested = engine.evaluate(workload, state.model, Split(test))
+            tested = evaluate(workload, state.model, Split(test))
             accuracies.append(tested.values(workload)["accuracy"])
         each = ", ".join(f"{100 * one:.2f}" for one in accuracies)
         print(f"| {name} | {statistics.mean(accuracies):.2%} | {each} |", flush=True)

@@ -21,8 +21,8 @@ from mnist_ray.run.console import RunConsole
 from mnist_ray.run.find import Found
 from mnist_ray.settings import flag
 from mnist_ray.storage import STORAGE_ERRORS, RunFolder
-from mnist_ray.training import engine
 from mnist_ray.training.checkpoint import read_state
+from mnist_ray.training.evaluation import batch_size_of, evaluate
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.training.sampler import split_bounds
 from mnist_ray.training.saved_model import load_model
@@ -92,11 +92,11 @@ def evaluate_in_tasks(
 
 def start_process() -> None:
     """Let an evaluation's process start early: it imports torch while the workers start."""
-    _import_engine.remote()
+    _import_this.remote()
 
 
 @ray.remote(num_cpus=0)
-def _import_engine() -> None:
+def _import_this() -> None:
     importlib.import_module(__name__)
 
 
@@ -118,8 +118,8 @@ def evaluate_here(
         with placed(workload, "an evaluation"):
             model = with_fast_layout(load_model(checkpoint, workload).to(device))
             micro_batch_size = read_state(checkpoint).get("config", {}).get("micro_batch_size")
-            size = engine.batch_size_of(workload, model, split, loader_workers, micro_batch_size)
-            return engine.evaluate(workload, model, split, loader_workers, batch_size=size)
+            size = batch_size_of(workload, model, split, loader_workers, micro_batch_size)
+            return evaluate(workload, model, split, loader_workers, batch_size=size)
     except UsageError as error:
         if isinstance(error.__cause__, (*STORAGE_ERRORS, ExampleError)):  # the data may be mended
             raise JobError(str(error)) from error

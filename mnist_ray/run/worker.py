@@ -28,6 +28,7 @@ from mnist_ray.storage import INITIAL_FILE, checkpoint_name, in_one_line, positi
 from mnist_ray.training import checkpoint as checkpoints
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
+from mnist_ray.training.evaluation import batch_size_of, evaluate_together, evaluating
 from mnist_ray.training.events import EpochFinished, Event, Progress, Saved, Started, StoppedEarly, Validated
 from mnist_ray.training.metrics import CheckpointMetrics, Validation, score
 from mnist_ray.training.reproducible import check_arithmetic
@@ -287,8 +288,8 @@ class Reporter(Callback):
         with state.watch.on(VALIDATION):
             if self._batch_size is None:
                 most = self._config.micro_batch_size
-                self._batch_size = engine.batch_size_of(workload, state.result, split, loader_workers, most)
-            evaluation = engine.evaluate_together(
+                self._batch_size = batch_size_of(workload, state.result, split, loader_workers, most)
+            evaluation = evaluate_together(
                 workload,
                 state.result,
                 split,
@@ -305,7 +306,7 @@ class Reporter(Callback):
         workload = self._job.workload
         if not workload.prompt:
             return ""
-        with state.watch.on(VALIDATION), resharded(state.result), engine.evaluating(state.result):
+        with state.watch.on(VALIDATION), resharded(state.result), evaluating(state.result):
             return workload.complete(state.result, workload.prompt)
 
     def send_validation(self, epoch: int, validation: Validation, sample: str = "") -> None:

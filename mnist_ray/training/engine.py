@@ -1,24 +1,18 @@
-"""Training and evaluation in plain PyTorch, without Ray."""
+"""The training loop in plain PyTorch, without Ray."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.amp import GradScaler
-from torch.utils import _pytree as pytree
 
 from mnist_ray.config import READ_AHEAD_MIB, Precision, TrainConfig
-from mnist_ray.errors import UsageError
 from mnist_ray.provenance import cpu_has_bf16
 from mnist_ray.training import sharding
 from mnist_ray.training.batches import (
@@ -34,10 +28,9 @@ from mnist_ray.training.batches import (
 from mnist_ray.training.callback import Callback
 from mnist_ray.training.events import Progress
 from mnist_ray.training.gradients import Gradients, seed_of
-from mnist_ray.training.metrics import Evaluation, TrainingDivergedError, check_columns
-from mnist_ray.training.sampler import Request, ShardedBatchSampler, split_bounds
+from mnist_ray.training.metrics import TrainingDivergedError
+from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.training.state import Group, LoggingWindow, StopWantedError, TrainingState, is_over, move_average
-from mnist_ray.training.step import forward, sums_of
 from mnist_ray.training.stopwatch import CALLBACKS, COMPUTE, COPIES, DATA, OPTIMIZER, Stopwatch
 from mnist_ray.training.tensor_files import rows_here
 from mnist_ray.workload.base import Workload
@@ -45,8 +38,6 @@ from mnist_ray.workload.data import Split
 from mnist_ray.workload.tensors import with_fast_layout
 
 MAX_STEPS_UNSAVED = 1000  # without --checkpoint-every
-MAX_OUTPUT_BYTES = 2**26  # that an evaluation computes at a time, if the workload leaves that to us
-MAX_COLUMN_BYTES = 2**30  # of the predictions that a process evaluates, which it keeps in memory
 
 
 def create_state(
@@ -271,107 +262,3 @@ def resolve_precision(precision: Precision, group: Group) -> Precision:
     if group.world_size > 1:
         dist.all_reduce(supported, dist.ReduceOp.MIN)
     return "bf16" if supported.item() else "fp32"
-
-
-def evaluate_together(
-    workload: Workload,
-    model: nn.Module,
-    split: Split,
-    group: Group,
-    num_loader_processes: int = 0,
-    on_batch: Callable[[], None] = lambda: None,
-    batch_size: int | None = None,
-) -> Evaluation:
-    """Evaluate a model, each rank on some of the batches. Every rank returns what ``evaluate`` would, bit for bit."""
-    size = batch_size or batch_size_of(workload, model, split, num_loader_processes, None)
-    if group.world_size == 1:
-        return evaluate(workload, model, split, num_loader_processes, on_batch, size)
-    for buffer in model.buffers():  # running statistics of batch normalization may differ between ranks
-        dist.broadcast(buffer, 0)
-    bounds = split_bounds(len(split), group.world_size, size)
-    start, stop = bounds[group.rank] if group.rank < len(bounds) else (0, 0)
-    own_passes, *passes = (math.ceil((last - first) / size) for first, last in ((start, stop), *bounds))
-    with sharding.resharded(model) as has_units:
-        own = evaluate(workload, model, split.between(start, stop), num_loader_processes, on_batch, size)
-        for _ in range(own_passes, max(passes) if has_units else 0):  # all ranks together gather the units
-            evaluate(workload, model, split.between(0, 1), batch_size=size)
-    parts: list[Any] = [None] * group.world_size
-    dist.all_gather_object(parts, own)
-    return Evaluation.merge(parts[: len(bounds)])
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Let a model compute in evaluation mode, without gradients; then, put it back into the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    with torch.no_grad():  # in inference mode, a model could not train with the tensors that it caches
-        yield
-    model.train(modes[model])  # calls the modules' own train(), if they have any
-    for module, is_training in modes.items():
-        module.training = is_training  # a callback may keep layers in evaluation mode
-
-
-@contextlib.contextmanager
-def _not_compiled(model: nn.Module) -> Iterator[None]:
-    """Let a model compute without ``--compile``, which would compile it for the shape of each batch."""
-    compiled, model._compiled_call_impl = model._compiled_call_impl, None
-    yield
-    model._compiled_call_impl = compiled
-
-
-def batch_size_of(workload: Workload, model: nn.Module, split: Split, num_processes: int, most: int | None) -> int:
-    """Return how many examples an evaluation computes at a time: the same number for any part of the examples.
-
-    Unless the workload has a number of its own, it divides the default one, and is limited by ``most``, a micro-batch,
-    and by MAX_OUTPUT_BYTES of outputs, if all are like those of the first of the examples.
-    """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    size = workload.evaluation_batch_size(on_gpu=device.type == "cuda")
-    is_own = type(workload).evaluation_batch_size is not Workload.evaluation_batch_size
-    if is_own or workload.compares_examples or not len(split):
-        return size
-    batches = batches_of(Split(split.examples, np.arange(1), split.origin), device, workload.collate)
-    (first,) = batch_loader(batches, [Request(np.arange(1))], device, min(1, num_processes))
-    with evaluating(model), _not_compiled(model):
-        outputs, _ = forward(workload, model, to_device(first, device))
-    num_bytes = sum(leaf.nbytes for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
-    limit = min(size, most or size, MAX_OUTPUT_BYTES // max(1, num_bytes))
-    return next(number for number in range(max(1, limit), 0, -1) if size % number == 0)
-
-
-def evaluate(
-    workload: Workload,
-    model: nn.Module,
-    split: Split,
-    num_loader_processes: int = 0,
-    on_batch: Callable[[], None] = lambda: None,
-    batch_size: int | None = None,
-) -> Evaluation:
-    """Evaluate a model on its device, in fp32 and fixed batches. Raises UsageError if the columns are too large."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    batch_size = batch_size or batch_size_of(workload, model, split, num_loader_processes, None)
-    requests = [Request(np.arange(*bounds)) for bounds in split_bounds(len(split), len(split), batch_size)]
-    sums: list[dict[str, Tensor]] = []  # these and the columns stay on the device, since each transfer waits for it
-    columns: list[dict[str, Tensor]] = []
-    num_bytes = 0
-    source = batches_of(checked(split, workload), device, workload.collate)
-    loader = batch_loader(source, requests, device, num_loader_processes)
-    with evaluating(model):
-        for loaded in loader:
-            on_batch()
-            batch = to_device(loaded, device)
-            outputs, targets = forward(workload, model, batch)
-            sums.append(sums_of(workload, outputs, targets, workload.loss(outputs, targets).sum()))
-            columns.append(workload.predictions(outputs, targets))
-            num_bytes += sum(values.nbytes for values in columns[-1].values())
-            if num_bytes > MAX_COLUMN_BYTES:
-                name, size = f"{type(workload).__name__}.predictions", f"{MAX_COLUMN_BYTES / 2**20:,.0f} MiB"
-                raise UsageError(f"{name}: columns of {len(split):,} {workload.nouns} exceed {size}; make them smaller")
-    values = iter(
-        torch.stack([value.double() for of_batch in sums for value in of_batch.values()]).tolist() if sums else []
-    )
-    batch_sums = tuple({name: next(values) for name in of_batch} for of_batch in sums)
-    check_columns(columns)
-    joined = {name: torch.cat([part[name] for part in columns]).cpu().numpy() for name in (columns or [{}])[0]}
-    return Evaluation(batch_sums, len(split), joined)

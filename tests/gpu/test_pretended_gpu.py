@@ -14,6 +14,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.errors import JobError
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
+from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.state import Group, TrainingState
 from mnist_ray.workload.data import Arrays, Split
 from tests.conftest import callback_at, mnist
@@ -111,7 +112,7 @@ def test_an_evaluation_waits_as_often_for_many_batches_as_for_few() -> None:
         model = trained_on("cuda").model
         for size in (50, 200):
             gpu.waits.clear()
-            engine.evaluate(mnist(), model, Split(SPLIT).between(0, size))
+            evaluate(mnist(), model, Split(SPLIT).between(0, size))
             waits.append(len([wait for wait in gpu.waits if not wait.is_in({"batches_of"})]))
     assert waits[0] == waits[1]
 

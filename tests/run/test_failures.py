@@ -54,6 +54,7 @@ from mnist_ray.storage import SNAPSHOT_FILE, RunFolder, checkpoint_name, locate
 from mnist_ray.training import checkpoint, engine
 from mnist_ray.training.checkpoint import Restored, restore_newest
 from mnist_ray.training.engine import create_state
+from mnist_ray.training.evaluation import evaluate
 from mnist_ray.training.events import ControllerAlive, Event, Note, Outcome, Started, Stopping, WorkerAlive, WorkersLost
 from mnist_ray.training.metrics import CheckpointMetrics, TrainingDivergedError
 from mnist_ray.training.state import Group, StopWantedError
@@ -782,7 +783,7 @@ def test_a_diverged_training_returns_so_that_ray_waits_for_its_last_upload(monke
 
 def test_a_failure_of_the_code_is_one_line_with_its_place(few_images: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(spec: Any) -> None:
-        engine.evaluate(mnist(), torch.nn.Linear(3, 10), Split(few_images))
+        evaluate(mnist(), torch.nn.Linear(3, 10), Split(few_images))
 
     with pytest.raises(TrainingStoppedError, match=r"^RuntimeError: .*mat1 and mat2 .* \(engine\.py, line \d+\)$"):
         train_on_a_worker(monkeypatch, fail)

@@ -21,6 +21,7 @@ from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.mnist import MNIST
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
+from mnist_ray.training.evaluation import batch_size_of, evaluate, evaluate_together
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.sampler import ShardedBatchSampler
@@ -103,8 +104,8 @@ def train_cases(group: Group, images: Arrays, folder: Path) -> None:
         state.optimizer = OPTIMIZERS[optimizer](state.model.parameters())
         split = Split(Arrays(images.inputs[:num_images], images.targets[:num_images]))
         engine.train(mnist(), state, split, config, group, callbacks_of(case))
-        together = engine.evaluate_together(mnist(), state.result, split, group)
-        alone = engine.evaluate(mnist(), state.result, split)
+        together = evaluate_together(mnist(), state.result, split, group)
+        alone = evaluate(mnist(), state.result, split)
         assert together.batch_sums == alone.batch_sums
         assert all(np.array_equal(together.columns[name], values) for name, values in alone.columns.items())
         if group.rank == 0:
@@ -224,7 +225,7 @@ def test_prepare_computes_in_full_precision_in_training_too(few_images: Arrays) 
     config = replace(CONFIG, precision="bf16", batch_size=300)
     state = engine.create_state(workload, config, len(split), Group())
     engine.train(workload, state, split, config, Group())
-    engine.evaluate(workload, state.model, split)
+    evaluate(workload, state.model, split)
     assert dtypes == {(torch.float32, False), (torch.float32, True)}
 
 
@@ -368,7 +369,7 @@ def test_a_workload_chooses_the_batches_of_its_evaluations(few_images: Arrays, m
     workload, measure = mnist(), Mock(return_value={})
     monkeypatch.setattr(workload, "evaluation_batch_size", lambda on_gpu: 250)
     monkeypatch.setattr(workload, "measure", measure)
-    engine.evaluate(workload, workload.create_model(), Split(few_images))
+    evaluate(workload, workload.create_model(), Split(few_images))
     assert [len(call.args[1]) for call in measure.call_args_list] == [250, 250, 100]
 
 
@@ -379,12 +380,13 @@ def test_a_workload_chooses_the_batches_of_its_evaluations(few_images: Arrays, m
 def test_an_evaluation_computes_no_more_at_a_time_than_a_micro_batch_or_outputs_of_some_size(
     max_bytes: int, micro_batch_size: int | None, size: int, few_images: Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "MAX_OUTPUT_BYTES", max_bytes)  # an image has 10 logits, of 40 bytes in all
+    # An image has 10 logits, of 40 bytes in all.
+    monkeypatch.setattr("mnist_ray.training.evaluation.MAX_OUTPUT_BYTES", max_bytes)
     workload, measure = mnist(), Mock(return_value={})
     monkeypatch.setattr(workload, "measure", measure)
     images, model = Split(few_images).between(0, 120), workload.create_model()
-    batch_size = engine.batch_size_of(workload, model, images, 0, micro_batch_size)
-    engine.evaluate_together(workload, model, images, Group(), batch_size=batch_size)
+    batch_size = batch_size_of(workload, model, images, 0, micro_batch_size)
+    evaluate_together(workload, model, images, Group(), batch_size=batch_size)
     assert [len(call.args[1]) for call in measure.call_args_list] == [size] * (120 // size) + [20] * (size > 20)
 
 
@@ -399,13 +401,13 @@ class Rows(Dataset):
 
 
 def test_all_parts_of_the_examples_are_evaluated_as_many_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "MAX_OUTPUT_BYTES", 20 * 160)
+    monkeypatch.setattr("mnist_ray.training.evaluation.MAX_OUTPUT_BYTES", 20 * 160)
     monkeypatch.setattr(MNIST, "prepare", lambda self, inputs, generator: inputs)
     split, model = Split(Rows()), nn.Identity()
     parts = [split, split.between(0, 100), split.between(100, 300)]
-    assert [engine.batch_size_of(mnist(), model, part, 0, None) for part in parts] == [20] * 3
+    assert [batch_size_of(mnist(), model, part, 0, None) for part in parts] == [20] * 3
     monkeypatch.setattr(MNIST, "evaluation_batch_size", lambda self, on_gpu: 77)
-    assert engine.batch_size_of(mnist(), model, split, 0, None) == 77, "the workload's own number holds"
+    assert batch_size_of(mnist(), model, split, 0, None) == 77, "the workload's own number holds"
 
 
 @pytest.mark.parametrize(("num_images", "batch_size"), [(1, 1), (2, 2), (3, 1), (10, 3)])
@@ -495,7 +497,7 @@ def test_auto_precision_is_bf16_if_the_processor_has_it(monkeypatch: pytest.Monk
 
 def test_evaluation_agrees_with_a_plain_computation(few_images: Arrays) -> None:
     model = engine.create_state(mnist(), CONFIG, 600, Group()).model
-    evaluation = engine.evaluate(mnist(), model, Split(few_images))
+    evaluation = evaluate(mnist(), model, Split(few_images))
     logits, labels = plain_results(few_images)
     assert evaluation.values(mnist())["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     expected = np.zeros((10, 10), int)
@@ -542,7 +544,7 @@ def test_an_evaluation_leaves_layers_in_their_mode_and_no_tensors_that_cannot_be
         return nn.Module.train(model, mode)
 
     vars(model)["train"] = train
-    engine.evaluate(mnist(), model, Split(few_images))
+    evaluate(mnist(), model, Split(few_images))
     assert [name for name, module in model.named_modules() if not module.training] == ["conv1"]
     assert switched == [False, True] * 2  # first, to see how large the outputs are
     assert not kept[0].is_inference()

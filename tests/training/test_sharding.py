@@ -23,6 +23,7 @@ from mnist_ray.config import TrainConfig
 from mnist_ray.errors import TrainingStoppedError, UsageError
 from mnist_ray.storage import RunFolder, checkpoint_name, locate
 from mnist_ray.training import checkpoint, engine, saved_model, sharding
+from mnist_ray.training.evaluation import evaluate, evaluate_together
 from mnist_ray.training.events import Progress
 from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.training.state import Group, TrainingState
@@ -173,8 +174,8 @@ def train_cases(rank: int, folder: Path) -> None:
             run = locate(storage, f"{case}-{world_size}")
             state, losses[case] = trained(kind(), config_of(case), group, run)
             split = Split(few_words(replace(CONFIG, batch_size=50)))  # of three batches for an evaluation
-            together = engine.evaluate_together(kind(), state.result, split, group)
-            alone = engine.evaluate(kind(), saved_model.load_model(run.inside(END), kind()), split)
+            together = evaluate_together(kind(), state.result, split, group)
+            alone = evaluate(kind(), saved_model.load_model(run.inside(END), kind()), split)
             assert together.batch_sums == alone.batch_sums, case
         for before in range(1, world_size + 1):
             cut = only_middle(locate(storage, f"frozen-{before}"), group)

@@ -23,6 +23,7 @@ from mnist_ray.errors import TrainingStoppedError, UsageError
 from mnist_ray.training import engine
 from mnist_ray.training.batches import MicroBatch
 from mnist_ray.training.check import check_batch
+from mnist_ray.training.evaluation import batch_size_of, evaluate, evaluate_together
 from mnist_ray.training.metrics import Evaluation
 from mnist_ray.training.sampler import ShardedBatchSampler
 from mnist_ray.training.state import Group, TrainingState
@@ -107,9 +108,9 @@ def train_cases(rank: int, folder: Path) -> None:
             for case in CASES:
                 state, gradients, losses = trained(case, group)
                 split = Split(few_words(251))
-                size = engine.batch_size_of(Words(), state.model, split, 0, 30)
-                evaluation = engine.evaluate_together(Words(), state.model, split, group, batch_size=size)
-                alone = engine.evaluate(Words(), state.model, split, batch_size=25)
+                size = batch_size_of(Words(), state.model, split, 0, 30)
+                evaluation = evaluate_together(Words(), state.model, split, group, batch_size=size)
+                alone = evaluate(Words(), state.model, split, batch_size=25)
                 assert evaluation.values(Words()) == alone.values(Words())
                 if rank == 0:
                     name = f"{case}-{world_size}"
@@ -200,8 +201,8 @@ def test_a_mean_of_the_slices_means_would_be_another_loss() -> None:
 
 def test_an_evaluation_is_the_mean_over_all_tokens_however_it_is_cut() -> None:
     words, model = few_words(251), Words().create_model()
-    whole = engine.evaluate(Words(), model, Split(words))
-    parts = [engine.evaluate(Words(), model, Split(words).between(start, start + 100)) for start in (0, 100, 200)]
+    whole = evaluate(Words(), model, Split(words))
+    parts = [evaluate(Words(), model, Split(words).between(start, start + 100)) for start in (0, 100, 200)]
     logits = model(torch.tensor(words.inputs))
     expected = F.cross_entropy(logits.transpose(1, 2), torch.tensor(words.targets), ignore_index=-1).item()
     right = (logits.argmax(2) == torch.tensor(words.targets)).sum() / (words.targets >= 0).sum()
@@ -252,7 +253,7 @@ def test_inherited_metrics_are_means_by_weight() -> None:
             mae = np.average(abs(errors), weights=weights)
             expected = {"rmse": math.sqrt(np.average(losses, weights=weights)), "mae": mae, "r2": r2}
         expected["loss"] = np.average(losses, weights=weights)
-        assert engine.evaluate(workload, model, Split(examples)).values(workload) == pytest.approx(expected, rel=1e-5)
+        assert evaluate(workload, model, Split(examples)).values(workload) == pytest.approx(expected, rel=1e-5)
 
 
 def test_weights_without_a_loss_that_multiplies_by_them_are_refused_before_the_start() -> None:
