@@ -5,7 +5,6 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,14 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import Dataset
 
 from mnist_ray.config import TrainConfig
 from mnist_ray.errors import TrainingStoppedError
 from mnist_ray.mnist import MNIST
 from mnist_ray.training import engine
 from mnist_ray.training.callback import Callback
-from mnist_ray.training.evaluation import batch_size_of, evaluate, evaluate_together
+from mnist_ray.training.evaluation import evaluate, evaluate_together
 from mnist_ray.training.events import Progress
 from mnist_ray.training.metrics import TrainingDivergedError
 from mnist_ray.training.sampler import ShardedBatchSampler
@@ -365,51 +363,6 @@ def test_a_callback_is_called_in_order_and_can_end_the_training(few_images: Arra
     assert calls == ["start of 1", *(line.format(epoch, epoch + 1) for epoch in (0, 1) for line in each)]
 
 
-def test_a_workload_chooses_the_batches_of_its_evaluations(few_images: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
-    workload, measure = mnist(), Mock(return_value={})
-    monkeypatch.setattr(workload, "evaluation_batch_size", lambda on_gpu: 250)
-    monkeypatch.setattr(workload, "measure", measure)
-    evaluate(workload, workload.create_model(), Split(few_images))
-    assert [len(call.args[1]) for call in measure.call_args_list] == [250, 250, 100]
-
-
-@pytest.mark.parametrize(
-    ("max_bytes", "micro_batch_size", "size"),
-    [(2**26, None, 100), (2**26, 128, 100), (2**26, 60, 50), (60 * 40, None, 50), (60 * 40, 13, 10), (1, None, 1)],
-)
-def test_an_evaluation_computes_no_more_at_a_time_than_a_micro_batch_or_outputs_of_some_size(
-    max_bytes: int, micro_batch_size: int | None, size: int, few_images: Arrays, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # An image has 10 logits, of 40 bytes in all.
-    monkeypatch.setattr("mnist_ray.training.evaluation.MAX_OUTPUT_BYTES", max_bytes)
-    workload, measure = mnist(), Mock(return_value={})
-    monkeypatch.setattr(workload, "measure", measure)
-    images, model = Split(few_images).between(0, 120), workload.create_model()
-    batch_size = batch_size_of(workload, model, images, 0, micro_batch_size)
-    evaluate_together(workload, model, images, Group(), batch_size=batch_size)
-    assert [len(call.args[1]) for call in measure.call_args_list] == [size] * (120 // size) + [20] * (size > 20)
-
-
-class Rows(Dataset):
-    """The first of its examples is the largest."""
-
-    def __len__(self) -> int:
-        return 300
-
-    def __getitem__(self, place: int) -> tuple[torch.Tensor, int]:
-        return torch.zeros(4 if place == 0 else 1, 10), 0
-
-
-def test_all_parts_of_the_examples_are_evaluated_as_many_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mnist_ray.training.evaluation.MAX_OUTPUT_BYTES", 20 * 160)
-    monkeypatch.setattr(MNIST, "prepare", lambda self, inputs, generator: inputs)
-    split, model = Split(Rows()), nn.Identity()
-    parts = [split, split.between(0, 100), split.between(100, 300)]
-    assert [batch_size_of(mnist(), model, part, 0, None) for part in parts] == [20] * 3
-    monkeypatch.setattr(MNIST, "evaluation_batch_size", lambda self, on_gpu: 77)
-    assert batch_size_of(mnist(), model, split, 0, None) == 77, "the workload's own number holds"
-
-
 @pytest.mark.parametrize(("num_images", "batch_size"), [(1, 1), (2, 2), (3, 1), (10, 3)])
 def test_the_smallest_runs_work(few_images: Arrays, num_images: int, batch_size: int) -> None:
     split = Arrays(few_images.inputs[:num_images], few_images.targets[:num_images])
@@ -495,16 +448,6 @@ def test_auto_precision_is_bf16_if_the_processor_has_it(monkeypatch: pytest.Monk
         assert engine.resolve_precision("fp32", Group()) == "fp32"
 
 
-def test_evaluation_agrees_with_a_plain_computation(few_images: Arrays) -> None:
-    model = engine.create_state(mnist(), CONFIG, 600, Group()).model
-    evaluation = evaluate(mnist(), model, Split(few_images))
-    logits, labels = plain_results(few_images)
-    assert evaluation.values(mnist())["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
-    expected = np.zeros((10, 10), int)
-    np.add.at(expected, (few_images.targets, logits.argmax(1).numpy()), 1)
-    assert mnist().details(evaluation.columns)["confusion_matrix"] == expected.tolist()
-
-
 def test_complex_parameters_have_an_optimizer_that_takes_them() -> None:
     model = nn.ParameterDict({"waves": torch.ones(2, dtype=torch.complex64)})
     model["waves"].grad = torch.ones_like(model["waves"])
@@ -528,26 +471,6 @@ def test_gradients_of_parameters_without_an_optimizer_are_not_clipped_and_do_not
     frozen, idle = (trained_head(few_images, is_frozen=is_frozen) for is_frozen in (True, False))
     assert largest_difference(frozen.state_dict(), idle.state_dict()) == 0
     assert all(parameter.grad is None for parameter in idle.parameters())
-
-
-def test_an_evaluation_leaves_layers_in_their_mode_and_no_tensors_that_cannot_be_trained_with(
-    few_images: Arrays,
-) -> None:
-    model = engine.create_state(mnist(), CONFIG, 600, Group()).model
-    model.get_submodule("conv1").eval()
-    kept: list[torch.Tensor] = []
-    model.register_forward_hook(lambda module, inputs, outputs: kept.append(outputs))
-    switched: list[bool] = []  # a LoRA layer merges its weights here
-
-    def train(mode: bool = True) -> nn.Module:
-        switched.append(mode)
-        return nn.Module.train(model, mode)
-
-    vars(model)["train"] = train
-    evaluate(mnist(), model, Split(few_images))
-    assert [name for name, module in model.named_modules() if not module.training] == ["conv1"]
-    assert switched == [False, True] * 2  # first, to see how large the outputs are
-    assert not kept[0].is_inference()
 
 
 @pytest.mark.parametrize("reproducible", [True, False])
