@@ -45,15 +45,15 @@ def create_state(
     config: TrainConfig,
     num_examples: int,
     group: Group,
-    begin: Callable[[nn.Module], object] = lambda model: None,
+    load_initial: Callable[[nn.Module], object] = lambda model: None,
 ) -> TrainingState:
     """Return the state before the first step, for ``num_examples`` training examples.
 
-    All ranks get the same state or, with ``--strategy fsdp``, their rows of it. ``begin`` may change the new model's
-    weights.
+    All ranks get the same state or, with ``--strategy fsdp``, their rows of it. ``load_initial`` may load
+    other weights into the new model.
     """
     watch = Stopwatch(is_on_gpu=group.device.type == "cuda")
-    model, average = _create_models(workload, config, group, begin)
+    model, average = _create_models(workload, config, group, load_initial)
     optimizer = workload.create_optimizer(model, config)
     total_steps = config.total_steps(num_examples)
     scheduler = workload.create_scheduler(optimizer, config, total_steps)
@@ -71,13 +71,13 @@ def create_state(
 
 
 def _create_models(
-    workload: Workload, config: TrainConfig, group: Group, begin: Callable[[nn.Module], object]
+    workload: Workload, config: TrainConfig, group: Group, load_initial: Callable[[nn.Module], object]
 ) -> tuple[nn.Module, nn.Module | None]:
     """Return the model and, with ``--ema-decay``, a copy of it for the EMA."""
     if sharding.is_wanted(config, group.world_size):
-        return sharding.create_models(workload, config, group, begin)
+        return sharding.create_models(workload, config, group, load_initial)
     model = sharding.create_model(workload, config)
-    begin(model)
+    load_initial(model)
     model = with_fast_layout(model.to(group.device))
     return model, None if config.ema_decay is None else copy.deepcopy(model)
 
@@ -152,12 +152,14 @@ def _steps(
     An epoch is a pass over the data or, with ``--num-steps``, a number of steps: it may end within a pass, or have
     several.
     """
-    number, first_step = divmod(state.total_step, config.steps_per_pass(len(source)))
-    of_passes = (
-        _steps_of_pass(source, state, config, group, num_processes, number + more, 0 if more else first_step)
-        for more in itertools.count()
-    )
-    return itertools.islice(itertools.chain.from_iterable(of_passes), state.epoch_steps - state.step)
+    pass_number, first_step = divmod(state.total_step, config.steps_per_pass(len(source)))
+    num_left = state.epoch_steps - state.step
+    while num_left > 0:
+        of_pass = _steps_of_pass(source, state, config, group, num_processes, pass_number, first_step)
+        for micro_batches in itertools.islice(of_pass, num_left):
+            yield micro_batches
+            num_left -= 1
+        pass_number, first_step = pass_number + 1, 0
 
 
 def _steps_of_pass(
@@ -166,7 +168,7 @@ def _steps_of_pass(
     config: TrainConfig,
     group: Group,
     num_processes: int,
-    number: int,
+    pass_number: int,
     first_step: int,
 ) -> Iterator[list[MicroBatch]]:
     """Yield this rank's slices like ``_steps``, from a step of a pass over the data to its end."""
@@ -174,16 +176,16 @@ def _steps_of_pass(
         len(source),
         config.batch_size,
         seed=config.seed,
-        epoch=number,
+        epoch=pass_number,
         rank=group.rank,
         world_size=group.world_size,
         first_step=first_step,
         num_chunks=config.reproducible_chunks,
         micro_batch_size=config.micro_batch_size,
-        order=source.announce(config, state, group, number) if isinstance(source, BlockBatches) else None,
+        order=source.announce(config, state, group, pass_number) if isinstance(source, BlockBatches) else None,
     )
     if isinstance(source, ExampleBatches):
-        source.seed = seed_of(config.seed, number, 0)
+        source.seed = seed_of(config.seed, pass_number, 0)
     micro_batches: list[MicroBatch] = []
     for micro_batch in batch_loader(source, sampler, group.device, num_processes):
         with state.watch.on(COPIES):

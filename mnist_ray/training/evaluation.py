@@ -122,10 +122,8 @@ def evaluate(
             if num_bytes > MAX_COLUMN_BYTES:
                 name, size = f"{type(workload).__name__}.predictions", f"{MAX_COLUMN_BYTES / 2**20:,.0f} MiB"
                 raise UsageError(f"{name}: columns of {len(split):,} {workload.nouns} exceed {size}; make them smaller")
-    values = iter(
-        torch.stack([value.double() for of_batch in sums for value in of_batch.values()]).tolist() if sums else []
-    )
-    batch_sums = tuple({name: next(values) for name in of_batch} for of_batch in sums)
+    by_name = {name: torch.stack([one[name].double() for one in sums]).tolist() for name in (sums or [{}])[0]}
+    batch_sums = tuple(dict(zip(by_name, values, strict=True)) for values in zip(*by_name.values(), strict=True))
     check_columns(columns)
     joined = {name: torch.cat([part[name] for part in columns]).cpu().numpy() for name in (columns or [{}])[0]}
     return Evaluation(batch_sums, len(split), joined)

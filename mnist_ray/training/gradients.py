@@ -41,8 +41,8 @@ class Gradients:
         if config.reproducible:
             self._chunks = Chunks(state.model, config.num_chunks, group.rank, group.world_size)
         self._is_sharded = state.is_sharded
-        is_alone = config.reproducible or self._is_sharded
-        self._model = state.model if is_alone else _distributed(state.model, group)
+        adds_up_itself = config.reproducible or self._is_sharded
+        self._model = state.model if adds_up_itself else _distributed(state.model, group)
         self._num_averaged = group.world_size if isinstance(self._model, DistributedDataParallel) else 1
         self._trained = [parameter.requires_grad for parameter in state.model.parameters()]
         self._generator = _generator(group.device)
@@ -85,8 +85,8 @@ class Gradients:
 
     def _check_trained(self) -> None:
         """Raise TrainingStoppedError if other parameters than at first are trained: their gradients would be wrong."""
-        is_alone = self._model is self._state.model and self._chunks is None
-        if not is_alone and self._trained != [parameter.requires_grad for parameter in self._state.model.parameters()]:
+        must_be_same = self._model is not self._state.model or self._chunks is not None
+        if must_be_same and self._trained != [parameter.requires_grad for parameter in self._state.model.parameters()]:
             raise TrainingStoppedError("a callback has changed requires_grad in mid-training; change it in on_start")
 
     def _of_slice(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:

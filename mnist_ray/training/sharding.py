@@ -27,19 +27,19 @@ _STATES = {"adam": 2, "adamw": 2, "sgd": 1}  # that an optimizer keeps of each p
 
 
 def create_models(
-    workload: Workload, config: TrainConfig, group: Group, begin: Callable[[nn.Module], object]
+    workload: Workload, config: TrainConfig, group: Group, load_initial: Callable[[nn.Module], object]
 ) -> tuple[nn.Module, nn.Module | None]:
     """Return the sharded model, and with ``--ema-decay`` another one for the EMA; all ranks must call this.
 
-    Only rank 0 creates the whole model, whose weights ``begin`` may change; the others get their rows from it. If the
-    model cannot be created without memory, all ranks create it.
+    Only rank 0 creates the whole model, into which ``load_initial`` may load weights; the others get their rows from
+    it. If the model cannot be created without memory, all ranks create it.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     is_whole = on_meta(workload)[0] is None
     model = create_model(workload, config, with_memory=is_whole or group.rank == 0)
     if is_whole or group.rank == 0:
-        begin(model)
+        load_initial(model)
     weights = model.state_dict() if group.rank == 0 else {}
     _shard(model, units_of(workload, model), group)
     if not is_whole:
